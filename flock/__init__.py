@@ -1,0 +1,3 @@
+"""The engine of Flock API. Import from ``flock.core``."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,211 @@
+"""Everything that can go wrong, as one tree.
+
+    FlockError
+    ├── DefinitionError          what the author wrote cannot work; said where it is written
+    │   └── SignatureError       … in a signature, with the column
+    ├── MalformedJSON            the text is not JSON: line and column
+    ├── InvalidData              JSON that does not fit a type: one FieldError for each place
+    ├── NotFound
+    │   ├── AgentNotFound
+    │   ├── RunNotFound
+    │   └── BatchNotFound
+    ├── EngineFull               no room now; try again in ``retry_after_s``
+    ├── EngineStopped            the engine is not running
+    ├── RunFailed                what ``flock.run`` raises for a run that ended as failed
+    └── StepError                ends its run as failed; its text is meant for the client
+        ├── AgentError           raised by an agent's own code
+        ├── InvalidOutput        the result does not fit the output signature
+        ├── InvalidHandoff       the next agent does not exist, or cannot be given its inputs
+        ├── TooManySteps         the hand-offs go on beyond ``max_steps``
+        └── ModelError           the model gave no usable answer; ``error_type`` says why
+
+``flockapi.py`` maps a class to an HTTP status by its MRO. A ``StepError`` never becomes one: a run that failed is an
+answer, not an error of the request.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import msgspec
+
+__all__ = [
+    "AgentError",
+    "AgentNotFound",
+    "BatchNotFound",
+    "DefinitionError",
+    "EngineFull",
+    "EngineStopped",
+    "FieldError",
+    "FlockError",
+    "InvalidData",
+    "InvalidHandoff",
+    "InvalidOutput",
+    "MalformedJSON",
+    "ModelError",
+    "NotFound",
+    "RunFailed",
+    "RunNotFound",
+    "SignatureError",
+    "StepError",
+    "TooManySteps",
+]
+
+
+class FlockError(Exception):
+    """The root: ``except FlockError`` catches all that this package raises on purpose."""
+
+
+class DefinitionError(FlockError):
+    """An agent or a flock is put together in a way that cannot work."""
+
+
+class SignatureError(DefinitionError):
+    """A signature cannot be understood.
+
+    Attributes:
+        column: where, counted from 1 in the signature's text; None where there is no text.
+    """
+
+    def __init__(self, message: str, column: int | None = None) -> None:
+        super().__init__(message if column is None else f"{message} (column {column})")
+        self.column = column
+
+
+class MalformedJSON(FlockError):
+    """A text is not JSON.
+
+    Attributes:
+        line, column: where, both counted from 1; the column counts characters.
+    """
+
+    def __init__(self, reason: str, line: int, column: int) -> None:
+        super().__init__(f"Not valid JSON: {reason} at line {line}, column {column}.")
+        self.line = line
+        self.column = column
+
+
+class FieldError(msgspec.Struct, frozen=True, kw_only=True):
+    """One place that is wrong: what, and where as a JSON pointer (RFC 6901)."""
+
+    detail: str
+    pointer: str
+
+
+class InvalidData(FlockError):
+    """JSON that does not fit the type it is meant for. ``errors`` has every place, at least one."""
+
+    def __init__(self, errors: Sequence[FieldError]) -> None:
+        super().__init__("; ".join(f"{error.pointer or 'the value'}: {error.detail}" for error in errors))
+        self.errors = list(errors)
+
+
+class NotFound(FlockError):
+    """Nothing here has that name or id."""
+
+
+class AgentNotFound(NotFound):
+    """No agent has that name; the message lists the known ones."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        listed = ", ".join(known) or "none yet: add one with flock.add_agent(...)"
+        super().__init__(f"No agent is called {name!r}. Known agents: {listed}.")
+
+
+class RunNotFound(NotFound):
+    """No run has that id, or it is no longer kept."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"No run has the id {run_id!r}. It may never have been accepted, or is no longer kept.")
+
+
+class BatchNotFound(NotFound):
+    """No batch has that id, or it is no longer kept."""
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"No batch has the id {batch_id!r}. It may never have been accepted, or is no longer kept.")
+
+
+class EngineFull(FlockError):
+    """As much as was agreed is already accepted. Try again in ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineStopped(FlockError):
+    """The engine takes no work: it was not started, or is stopping."""
+
+
+class RunFailed(FlockError):
+    """A run ended as failed. ``str()`` is its ``error``; ``error_type`` is a stable word for programs."""
+
+    def __init__(self, error: str, error_type: str) -> None:
+        super().__init__(error)
+        self.error_type = error_type
+
+
+class StepError(FlockError):
+    """Ends the run as failed. The text reaches the client; ``log_detail`` only the log."""
+
+    error_type: str = "step_error"
+    log_detail: str = ""
+
+
+class AgentError(StepError):
+    """Raise this in an agent to fail its run with a text that the client shall read.
+
+    The text of every other exception stays in the log. Subclasses may set an ``error_type`` of their own.
+    """
+
+    error_type = "agent_error"
+
+
+class InvalidOutput(StepError):
+    """What an agent returned does not fit its output signature, or cannot be JSON."""
+
+    error_type = "invalid_output"
+
+
+class InvalidHandoff(StepError):
+    """The agent that should go on does not exist, or what is known does not give it its inputs."""
+
+    error_type = "invalid_handoff"
+
+
+class TooManySteps(StepError):
+    """The run was handed on more often than ``max_steps`` allows."""
+
+    error_type = "too_many_steps"
+
+
+class ModelError(StepError):
+    """A model call failed for good.
+
+    Attributes:
+        error_type: one of ``ERROR_TYPES``.
+        log_detail: the provider's own words and its request id: for the log, since they may hold anything.
+    """
+
+    ERROR_TYPES: ClassVar = frozenset(
+        {
+            "model_not_configured",  # no model, no key, an unknown provider, a missing extra
+            "model_authentication",  # 401, 403
+            "model_not_found",  # 404
+            "model_bad_request",  # 400, 422 and what else no retry can mend
+            "model_context_length",  # the prompt is longer than the model takes
+            "model_content_filter",  # the provider's filter stopped the prompt or the answer
+            "model_refusal",  # the model declined to answer
+            "model_rate_limited",  # 429, after the retries
+            "model_quota",  # 429 that only money mends
+            "model_unavailable",  # 408, 409, 5xx, connection lost, after the retries
+            "model_timeout",  # no answer in time
+            "model_truncated",  # the answer was cut at the token limit
+            "model_bad_response",  # 200 with something else than an answer
+        }
+    )
+
+    def __init__(self, message: str, error_type: str, log_detail: str = "") -> None:
+        super().__init__(message)
+        self.error_type = error_type
+        self.log_detail = log_detail

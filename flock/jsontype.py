@@ -1,0 +1,199 @@
+"""JSON in: one type's way from bytes to values, with every place that is wrong.
+
+msgspec decodes fast, and stops at the first error, whose path has lost the keys of dicts. Only when it has failed is
+the text looked at once more, field by field, so that a client reads all that is wrong, each with a JSON pointer
+(RFC 6901).
+"""
+
+import dataclasses
+import json
+import re
+import typing
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from flock.errors import FieldError, InvalidData, MalformedJSON
+
+__all__ = ["Field", "JSONType", "escape_pointer", "explain", "fields_of", "has_fields"]
+
+T = TypeVar("T")
+
+
+class Field(msgspec.Struct, frozen=True, kw_only=True):
+    """One named value. ``default`` is UNSET where the type's own code makes it, or there is none."""
+
+    name: str
+    type: Any = str
+    description: str = ""
+    required: bool = True
+    default: Any = msgspec.UNSET
+
+    @classmethod
+    def of(cls, name: str, annotation: Any, **more: Any) -> "Field":
+        """A field whose description may stand in ``Annotated[T, "…"]`` or in msgspec's ``Meta``."""
+        notes = getattr(annotation, "__metadata__", ())
+        texts = [note if isinstance(note, str) else getattr(note, "description", None) for note in notes]
+        if notes and all(isinstance(note, str) for note in notes):
+            annotation = annotation.__origin__
+        return cls(name=name, type=annotation, description=next((text for text in texts if text), ""), **more)
+
+
+def has_fields(type_: Any) -> bool:
+    """Whether *type_* is a struct, a dataclass or a TypedDict."""
+    return isinstance(type_, type) and (
+        issubclass(type_, msgspec.Struct) or dataclasses.is_dataclass(type_) or typing.is_typeddict(type_)
+    )
+
+
+def fields_of(type_: Any) -> tuple[Field, ...]:
+    """The fields of a struct, a dataclass or a TypedDict, under the names that JSON has for them."""
+    if issubclass(type_, msgspec.Struct):
+        return tuple(Field.of(f.encode_name, f.type, required=f.required) for f in msgspec.structs.fields(type_))
+    if dataclasses.is_dataclass(type_):
+        hints = typing.get_type_hints(type_, include_extras=True)
+        missing = dataclasses.MISSING
+        return tuple(
+            Field.of(f.name, hints[f.name], required=f.default is missing and f.default_factory is missing)
+            for f in dataclasses.fields(type_)
+            if f.init
+        )
+    hints = typing.get_type_hints(type_)  # without Required[...] and NotRequired[...]
+    return tuple(Field.of(name, hints[name], required=name in type_.__required_keys__) for name in hints)
+
+
+class JSONType(Generic[T]):
+    """The way in from JSON for one type with named fields (struct, dataclass or TypedDict)."""
+
+    def __init__(self, type_: type[T]) -> None:
+        self.type = type_
+        self.fields = fields_of(type_)
+        self._decoder = msgspec.json.Decoder(type_)
+        config = getattr(type_, "__struct_config__", None)
+        self._is_closed = config is not None and config.forbid_unknown_fields
+        self._names = {field.name for field in self.fields} | {getattr(config, "tag_field", None)}
+
+    def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> T:
+        """Read *raw*.
+
+        Args:
+            at: the JSON pointer of *raw* within what the client sent; all pointers begin with it.
+
+        Raises:
+            MalformedJSON: it is not JSON.
+            InvalidData: it is JSON, but does not fit.
+        """
+        try:
+            try:
+                value = self._decoder.decode(raw)
+            except msgspec.ValidationError as exc:
+                raise InvalidData(self._explain(bytes(raw), at) or [_field_error(exc, at)]) from exc
+            if not self._is_closed and (unknown := self._unknown(raw, at)):
+                raise InvalidData(unknown)
+            return value
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise _malformed(bytes(raw), exc) from exc
+
+    def _unknown(self, raw: bytes | msgspec.Raw, at: str) -> list[FieldError]:
+        known = ", ".join(field.name for field in self.fields) or "none"
+        return [
+            FieldError(detail=f"Unknown field. The fields here are: {known}.", pointer=f"{at}/{escape_pointer(key)}")
+            for key in msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+            if key not in self._names
+        ]
+
+    def _explain(self, raw: bytes, at: str) -> list[FieldError]:
+        """All that is wrong with *raw*, field by field: the decoder stops at the first."""
+        try:
+            members = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        except msgspec.ValidationError as exc:
+            return [_field_error(exc, at)]
+        errors = self._unknown(raw, at)
+        for field in self.fields:
+            pointer = f"{at}/{escape_pointer(field.name)}"
+            if field.name in members:
+                errors += explain(field.type, bytes(members[field.name]), pointer)
+            elif field.required:
+                errors.append(FieldError(detail="This field is required.", pointer=pointer))
+        return errors
+
+
+def _malformed(raw: bytes, exc: Exception) -> MalformedJSON:
+    """Say where *raw* stops being JSON. msgspec gives a byte, or says only that the text was truncated."""
+    if isinstance(exc, RecursionError):
+        return MalformedJSON("nested too deep", 1, 1)
+    reason, position = "it ends too early", len(raw)
+    if isinstance(exc, UnicodeDecodeError):
+        reason, position = "it is not UTF-8", exc.start
+    elif found := re.search(r"malformed: (.+) \(byte (\d+)\)", str(exc)):
+        reason, position = found[1], int(found[2])
+    elif lone := re.search(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-bA-B](?![0-9a-fA-F]{2}\\u[dD][c-fC-F])", raw):
+        reason, position = "half of a surrogate pair", lone.start()
+    before = raw[:position].decode("utf-8", "replace")
+    line_start = before.rfind("\n") + 1
+    return MalformedJSON(reason, before.count("\n") + 1, len(before) - line_start + 1)
+
+
+def escape_pointer(name: str) -> str:
+    """One reference token of a JSON pointer (RFC 6901, section 3)."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _field_error(exc: msgspec.ValidationError, at: str) -> FieldError:
+    """msgspec's message without its path: ``Expected `int`, got `str` - at `$.a[0]` ``."""
+    detail = str(exc).split(" - at ")[0].replace("`", "'")
+    return FieldError(detail=f"{detail}.", pointer=at)
+
+
+def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
+    """What is wrong with *raw* as a *type_*: one error, or none. *raw* must be JSON."""
+    try:
+        msgspec.json.decode(raw, type=type_)
+    except msgspec.ValidationError as exc:
+        path = re.search(r" - at (?:`key` in )?`\$(.*)`$", str(exc))
+        try:
+            pointer = _resolve(type_, json.loads(raw), path[1]) if path else ""
+        except (ValueError, LookupError, TypeError, RecursionError):  # a path that cannot be followed: name the field
+            pointer = ""
+        return [_field_error(exc, at + pointer)]
+    return []
+
+
+def _resolve(type_: Any, value: Any, path: str) -> str:
+    """msgspec's path as a JSON pointer. It writes ``[...]`` for a key of a dict: find that key by trying."""
+    whole = value = [value]  # a root that can be written to
+    key: Any = 0
+    pointer = ""
+    for name, index in re.findall(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]", path):
+        place = value[key]
+        if index == "...":
+            if not isinstance(place, dict):  # an element of a set: its array has lost the order
+                return pointer
+            value[key] = place = _one_bad_entry(type_, whole, value, key, path)
+            if len(place) != 1:
+                return pointer
+            step: Any = next(iter(place))
+        else:
+            step = int(index) if index else name
+        value, key = place, step
+        pointer += f"/{escape_pointer(str(step))}"
+    return pointer
+
+
+def _one_bad_entry(type_: Any, whole: list[Any], parent: Any, key: Any, path: str) -> dict[str, Any]:
+    """Halve the dict at ``parent[key]`` until one entry is left that gives the same error."""
+    entries: dict[str, Any] = parent[key]
+    while len(entries) > 1:
+        names = list(entries)
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
+        for half in halves:
+            parent[key] = {name: entries[name] for name in half}
+            try:
+                msgspec.json.decode(msgspec.json.encode(whole[0]), type=type_)
+            except msgspec.ValidationError as exc:
+                if f"`${path}`" in str(exc):
+                    entries = parent[key]
+                    break
+        else:
+            break
+    return entries

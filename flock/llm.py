@@ -1,0 +1,494 @@
+"""Chat completions over HTTP: a model's name and messages in, one JSON answer and its cost out.
+
+``provider/model`` names the server; the table ``PROVIDERS`` knows where it is and which variable holds the key. All of
+them speak OpenAI's ``/chat/completions``, and so does the small model in this process. What the table does not know
+goes through litellm, if it is installed. ``transport=`` is the one seam: tests put a fake server there.
+
+The retry policy is the one that users of the providers' own clients expect: up to three attempts for 408, 409, 429,
+5xx, time-outs and lost connections, about 0.5 s and 1 s apart or as ``Retry-After`` asks, and none for what a retry
+cannot mend. One deadline is over all of it.
+"""
+
+import email.utils
+import json
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import anyio
+import httpx
+import msgspec
+
+from flock import localmodel
+from flock.errors import ModelError
+from flock.runs import Usage
+
+__all__ = ["PROVIDERS", "Completion", "Message", "ModelClient", "Provider"]
+
+logger = logging.getLogger("flock.llm")
+
+#: Longer than this a server may not make a run wait between two attempts, in seconds.
+MAX_RETRY_AFTER_S = 120
+#: How many characters of a provider's own words go to the log.
+MAX_LOGGED_CHARS = 500
+
+
+class Provider(msgspec.Struct, frozen=True, kw_only=True):
+    """One server that speaks chat completions.
+
+    Attributes:
+        base_url: up to and without ``/chat/completions``; the variable ``{NAME}_BASE_URL`` overrides it.
+        key_variable: the variable that holds the key; None where no key is needed.
+        max_tokens_field: what the request calls the bound on the answer's length.
+    """
+
+    base_url: str
+    key_variable: str | None = None
+    max_tokens_field: str = "max_tokens"
+
+
+PROVIDERS: Mapping[str, Provider] = {
+    "openai": Provider(
+        base_url="https://api.openai.com/v1",
+        key_variable="OPENAI_API_KEY",
+        max_tokens_field="max_completion_tokens",
+    ),
+    "openrouter": Provider(base_url="https://openrouter.ai/api/v1", key_variable="OPENROUTER_API_KEY"),
+    "groq": Provider(base_url="https://api.groq.com/openai/v1", key_variable="GROQ_API_KEY"),
+    "mistral": Provider(base_url="https://api.mistral.ai/v1", key_variable="MISTRAL_API_KEY"),
+    "deepseek": Provider(base_url="https://api.deepseek.com/v1", key_variable="DEEPSEEK_API_KEY"),
+    "together": Provider(base_url="https://api.together.xyz/v1", key_variable="TOGETHER_API_KEY"),
+    "ollama": Provider(base_url="http://127.0.0.1:11434/v1"),
+    "vllm": Provider(base_url="http://127.0.0.1:8000/v1"),
+    "llamacpp": Provider(base_url="http://127.0.0.1:8080/v1"),
+}
+
+#: Headers that name an organisation or a project to OpenAI, by the variable that holds the value.
+OPENAI_HEADERS = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "OpenAI-Project"}
+
+#: How an answer is asked to be JSON, the strictest first. A server that does not know one is asked with the next.
+FORMATS = ("json_schema", "json_object", "text")
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation; ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model said, and what it cost."""
+
+    text: str
+    usage: Usage
+
+
+class _PassingFailure(Exception):
+    """A failure that may be gone at the next attempt."""
+
+    def __init__(self, error: ModelError, retry_after_s: float | None = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.retry_after_s = retry_after_s
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one model is, and how it is called there."""
+
+    name: str
+    model: str
+    url: str
+    headers: Mapping[str, str]
+    max_tokens_field: str
+    is_local: bool = False
+
+
+class ModelClient:
+    """Calls models for all runs of one engine, over one pool of connections.
+
+    Use it as an async context manager; it opens nothing before the first call.
+
+    Args:
+        default_model: for agents that name none.
+        transport: in place of the network, for tests and for gateways.
+        backoff_s: the pause after the first failed attempt; it doubles, up to 8 s.
+        read_timeout_s: how long a server may be silent before the attempt counts as timed out.
+    """
+
+    def __init__(
+        self,
+        default_model: str | None = None,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        backoff_s: float = 0.5,
+        read_timeout_s: float = 120,
+    ) -> None:
+        self.default_model = default_model
+        self._transport = transport
+        self._backoff_s = backoff_s
+        self._timeout = httpx.Timeout(read_timeout_s, connect=10, pool=None)
+        self._http: httpx.AsyncClient | None = None
+        self._formats: dict[str, str] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        http, self._http = self._http, None
+        if http is not None:
+            await http.aclose()
+
+    async def complete(
+        self,
+        model: str | None,
+        messages: Sequence[Message],
+        schema: Mapping[str, Any],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+    ) -> Completion:
+        """Ask *model* for one JSON object that matches *schema*. The answer is not checked against it here.
+
+        Raises:
+            ModelError: no usable answer; ``error_type`` says why.
+
+        Cancellation: the request is aborted. A caller's deadline also cuts the pauses between attempts short.
+        """
+        name = model or self.default_model
+        if name is None:
+            raise _not_configured("no model is named: pass model= to the agent or to Flock, or set FLOCK_MODEL")
+        if name.partition("/")[0] not in (*PROVIDERS, "local"):
+            return await _complete_with_litellm(name, messages, schema, max_tokens, temperature)
+        endpoint = await _endpoint(name)
+        settings: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+        if max_tokens is not None:
+            settings[endpoint.max_tokens_field] = max_tokens
+        first = FORMATS.index(self._formats.get(name, FORMATS[0]))
+        for format_ in FORMATS[first:]:
+            body = {"model": endpoint.model, "messages": messages, **settings}
+            try:
+                answer = await self._post(endpoint, body | _format_of(format_, messages, schema, endpoint))
+            except ModelError as exc:
+                if format_ == FORMATS[-1] or not _is_about_format(exc):
+                    raise
+                logger.info("%s does not take response_format %s; asking without it from now on", name, format_)
+            else:
+                self._formats[name] = format_
+                return _completion(answer, name)
+        raise AssertionError("the last format returns or raises")
+
+    async def _post(self, endpoint: Endpoint, body: Mapping[str, Any]) -> Any:
+        """One answer of the server as JSON, after up to three attempts."""
+        for pause_s in (self._backoff_s, 2 * self._backoff_s, None):
+            try:
+                return await self._attempt(endpoint, body)
+            except _PassingFailure as failure:
+                if pause_s is None:
+                    raise failure.error from failure
+                pause_s = min(pause_s, 8) * (1 - 0.25 * random.random())
+                if failure.retry_after_s is not None:
+                    pause_s = failure.retry_after_s
+                wakes_at = anyio.current_time() + pause_s
+                if pause_s > MAX_RETRY_AFTER_S or wakes_at > anyio.current_effective_deadline():
+                    raise failure.error from failure
+                logger.info("%s Trying again in %.1f s.", failure.error, pause_s)
+                await anyio.sleep(pause_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _attempt(self, endpoint: Endpoint, body: Mapping[str, Any]) -> Any:
+        try:
+            response = await self._client().post(
+                endpoint.url, content=msgspec.json.encode(body), headers=endpoint.headers
+            )
+        except httpx.TimeoutException as exc:
+            error = _error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
+            raise _PassingFailure(error) from exc
+        except httpx.TransportError as exc:
+            error = _error(endpoint.name, "model_unavailable", "could not be reached, or broke off", repr(exc))
+            raise _PassingFailure(error) from exc
+        if response.status_code != 200:
+            error = _status_error(endpoint.name, response)
+            if error.error_type in ("model_unavailable", "model_rate_limited"):
+                raise _PassingFailure(error, _retry_after_s(response.headers))
+            raise error
+        try:
+            return json.loads(response.content)
+        except (ValueError, RecursionError) as exc:
+            reason = "answered 200 with something that is not JSON"
+            raise _error(endpoint.name, "model_bad_response", reason, _own_words(response)) from exc
+
+    def _client(self) -> httpx.AsyncClient:
+        if self._http is None:
+            self._http = httpx.AsyncClient(
+                transport=self._transport,
+                timeout=self._timeout,
+                # The engine bounds how many runs call at the same time; a second bound here would only hide a wait.
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
+            )
+        return self._http
+
+
+# The way to a model
+
+
+async def _endpoint(name: str) -> Endpoint:
+    provider_name, _, model = name.partition("/")
+    if not model:
+        raise _not_configured(f"{name!r} names no model: write provider/model, such as openai/gpt-4o")
+    if provider_name == "local":
+        # In a thread, since loading weights takes a while. Cancellation: the model is loaded to its end, for the next.
+        base_url = await anyio.to_thread.run_sync(localmodel.serve, model, abandon_on_cancel=True)
+        provider = Provider(base_url=base_url)
+    else:
+        provider = PROVIDERS[provider_name]
+    headers = {"Content-Type": "application/json"}
+    if provider.key_variable is not None:
+        key = os.environ.get(provider.key_variable, "").strip()
+        if not key:
+            raise _not_configured(
+                f"{name!r} needs a key: set the environment variable {provider.key_variable} where the server starts"
+            )
+        headers["Authorization"] = f"Bearer {key}"
+    if provider_name == "openai":
+        headers |= {header: os.environ[name] for name, header in OPENAI_HEADERS.items() if os.environ.get(name)}
+    base_url = os.environ.get(f"{provider_name.upper()}_BASE_URL") or provider.base_url
+    return Endpoint(
+        name=name,
+        model=model,
+        url=f"{base_url.rstrip('/')}/chat/completions",
+        headers=headers,
+        max_tokens_field=provider.max_tokens_field,
+        is_local=provider_name == "local",
+    )
+
+
+def _not_configured(reason: str) -> ModelError:
+    return ModelError(f"The model cannot be called: {reason}.", "model_not_configured")
+
+
+# What is asked for
+
+
+def _format_of(
+    format_: str, messages: Sequence[Message], schema: Mapping[str, Any], endpoint: Endpoint
+) -> dict[str, Any]:
+    """The part of a request that asks for JSON."""
+    if format_ == "json_schema":
+        is_strict, sent = _strict_schema(schema)
+        sent = localmodel.bounded_schema(schema) if endpoint.is_local else sent
+        wanted = {"name": "answer", "strict": is_strict, "schema": sent}
+        return {"response_format": {"type": "json_schema", "json_schema": wanted}}
+    asked = f"Answer with one JSON object and nothing else. It must match this JSON Schema:\n{json.dumps(schema)}"
+    head, *rest = messages
+    part: dict[str, Any] = {"messages": [Message(head.role, f"{head.content}\n\n{asked}"), *rest]}
+    return part | {"response_format": {"type": "json_object"}} if format_ == "json_object" else part
+
+
+#: What strict mode allows in a schema. What it does not is left to the check of the answer.
+STRICT_KEYWORDS = frozenset(
+    "type properties required additionalProperties items enum const anyOf description title $ref $defs".split()
+)
+
+
+def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """*schema* as strict mode wants it: closed objects, every member required; and whether it can be so.
+
+    Source: OpenAI's guide to structured outputs, "Supported schemas".
+    """
+    is_strict = True
+
+    def convert(node: Mapping[str, Any]) -> dict[str, Any]:
+        nonlocal is_strict
+        kept = {key: value for key, value in node.items() if key in STRICT_KEYWORDS}
+        if not kept.keys() & {"type", "enum", "const", "anyOf", "$ref"} or (
+            kept.get("type") == "object" and "properties" not in kept
+        ):
+            is_strict = False  # anything at all, or an object with any keys
+            return dict(node)
+        if kept.get("type") == "array" and "items" not in kept:
+            is_strict = False
+        if "properties" in kept:
+            kept |= {
+                "properties": {name: convert(member) for name, member in kept["properties"].items()},
+                "required": list(kept["properties"]),
+                "additionalProperties": False,
+            }
+        if isinstance(kept.get("items"), Mapping):
+            kept["items"] = convert(kept["items"])
+        if "anyOf" in kept:
+            kept["anyOf"] = [convert(member) for member in kept["anyOf"]]
+        if "$defs" in kept:
+            kept["$defs"] = {name: convert(member) for name, member in kept["$defs"].items()}
+        return kept
+
+    strict = convert(schema)
+    return (True, strict) if is_strict else (False, dict(schema))
+
+
+def _is_about_format(error: ModelError) -> bool:
+    return error.error_type == "model_bad_request" and bool(
+        re.search(
+            r"response_format|json_schema|json_object|json mode|structured output|grammar", error.log_detail, re.I
+        )
+    )
+
+
+# What comes back
+
+
+class _AnswerMessage(msgspec.Struct):
+    content: str | list[Any] | None = None
+    refusal: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _AnswerMessage
+    finish_reason: str | None = None
+
+
+class _AnswerUsage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice]
+    usage: _AnswerUsage | None = None
+
+
+def _completion(answer: Any, name: str) -> Completion:
+    """The text of a 200. What the providers' own clients hand back as success is told apart here."""
+    if isinstance(answer, dict) and answer.get("error"):
+        raise _error(name, "model_bad_response", "answered 200 with an error inside", str(answer["error"]))
+    try:
+        read = msgspec.convert(answer, _Answer)
+    except msgspec.ValidationError as exc:
+        raise _error(name, "model_bad_response", "answered 200 without what a chat completion has", str(exc)) from exc
+    if not read.choices:
+        raise _error(name, "model_bad_response", "gave no choice at all", "choices: []")
+    choice = read.choices[0]
+    if choice.finish_reason == "content_filter":
+        raise _error(name, "model_content_filter", "was stopped by its provider's content filter")
+    if choice.message.refusal:
+        raise _error(name, "model_refusal", "declined to answer", choice.message.refusal)
+    if choice.finish_reason == "length":
+        raise _error(
+            name, "model_truncated", "was cut off at its token limit; raise max_tokens or ask for less", "length"
+        )
+    if not isinstance(choice.message.content, str) or not choice.message.content.strip():
+        raise _error(name, "model_bad_response", "gave an empty answer", f"finish_reason {choice.finish_reason}")
+    usage = read.usage or _AnswerUsage()
+    return Completion(
+        text=_without_fence(choice.message.content),
+        usage=Usage(input_tokens=usage.prompt_tokens or 0, output_tokens=usage.completion_tokens or 0),
+    )
+
+
+def _without_fence(text: str) -> str:
+    """Models that are only asked for JSON like to put it between ```json and ```."""
+    found = re.fullmatch(r"\s*```\w*\s*\n(.*?)\s*```\s*", text, re.DOTALL)
+    return found[1] if found else text
+
+
+# What went wrong
+
+_STATUS_ERRORS: Mapping[int, tuple[str, str]] = {
+    401: ("model_authentication", "refused the key"),
+    403: ("model_authentication", "does not allow this key to use it"),
+    404: ("model_not_found", "does not exist at this provider"),
+    408: ("model_unavailable", "timed out at its provider"),
+    409: ("model_unavailable", "was busy with a conflicting request"),
+    429: ("model_rate_limited", "is over its rate limit"),
+}
+
+
+#: The same said by the body, whatever the status: providers agree on these words more than on their place.
+_BODY_ERRORS: Mapping[str, tuple[str, str]] = {
+    r"insufficient_quota": ("model_quota", "has no quota left; only its owner can mend that"),
+    r"context_length_exceeded|exceed_context_size|maximum context length": (
+        "model_context_length",
+        "cannot take so long an input",
+    ),
+    r"content_filter|content_policy": ("model_content_filter", "was stopped by its provider's content filter"),
+}
+
+
+def _status_error(name: str, response: httpx.Response) -> ModelError:
+    words, status = _own_words(response), response.status_code
+    default = ("model_unavailable", "failed") if status >= 500 else ("model_bad_request", "refused the request")
+    error_type, reason = _STATUS_ERRORS.get(status, default)
+    for pattern, known in _BODY_ERRORS.items():
+        if re.search(pattern, response.text):
+            error_type, reason = known
+    provider = PROVIDERS.get(name.partition("/")[0])
+    if status == 401 and provider and provider.key_variable:
+        reason += f" in {provider.key_variable}"
+    return _error(name, error_type, f"{reason} (HTTP {status})", words)
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """What the server asks for: ``Retry-After`` in seconds or as a date (RFC 9110, section 10.2.3), or in ms."""
+    value = headers.get("retry-after", "")
+    try:
+        if "retry-after-ms" in headers:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        elif value.strip()[:1].isdigit():
+            seconds = float(value)
+        else:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except ValueError:
+        return None
+    return max(0.0, seconds)
+
+
+def _own_words(response: httpx.Response) -> str:
+    """What the provider said, for the log; never a key."""
+    words = f"x-request-id {response.headers.get('x-request-id', 'none')}: {response.text[:MAX_LOGGED_CHARS]!r}"
+    return re.sub(r"\b(sk|gsk|fk)[-_][\w*.-]+", r"\1-…", words)
+
+
+def _error(name: str, error_type: str, reason: str, own_words: str = "") -> ModelError:
+    return ModelError(f"The model {name} {reason}.", error_type, own_words)
+
+
+# Everything else: litellm
+
+
+async def _complete_with_litellm(
+    name: str,
+    messages: Sequence[Message],
+    schema: Mapping[str, Any],
+    max_tokens: int | None,
+    temperature: float | None,
+) -> Completion:
+    """The same call by litellm, whose own retries are used."""
+    try:
+        import litellm
+    except ImportError as exc:
+        provider = name.partition("/")[0]
+        raise _not_configured(
+            f"the provider {provider!r} of {name!r} is not built in (those are {', '.join(PROVIDERS)} and local); "
+            "for 100 more: pip install 'flockapi[litellm]'"
+        ) from exc
+    is_strict, sent = _strict_schema(schema)
+    try:
+        answer = await litellm.acompletion(
+            model=name,
+            messages=msgspec.to_builtins(messages),
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "strict": is_strict, "schema": sent},
+            },
+            num_retries=2,
+            **({} if max_tokens is None else {"max_tokens": max_tokens}),
+            **({} if temperature is None else {"temperature": temperature}),
+        )
+    except Exception as exc:  # litellm's errors carry a status, and share no root but Exception
+        status = getattr(exc, "status_code", None) or 500
+        raise _status_error(name, httpx.Response(status, text=str(exc))) from exc
+    return _completion(answer.model_dump(), name)

@@ -1,0 +1,2 @@
+def serve(x: str) -> str: return ""
+def bounded_schema(x): return x
