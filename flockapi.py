@@ -45,7 +45,7 @@ from flock.errors import (
     MalformedJSON,
     RunNotFound,
 )
-from flock.jsontype import JSONType
+from flock.jsontype import JSONType, malformed
 from flock.runs import Batch, BatchOptions, Engine, Run, RunStatus, Usage
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "FlockAPIResponse",
     "FlockBatchRequest",
     "FlockBatchResponse",
+    "JSONResponse",
     "Problem",
     "RunStep",
     "create_app",
@@ -124,9 +125,7 @@ async def read_json(request: Request) -> bytes:
     try:
         body.decode()  # a decoder skips over what it does not look into, such as the inputs
     except UnicodeDecodeError as exc:
-        before = body[: exc.start].decode()
-        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-        raise MalformedJSON("it is not UTF-8", line, column) from exc
+        raise malformed(bytes(body), exc) from exc
     return bytes(body)
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from flock.errors import FieldError, InvalidData, MalformedJSON
 
-__all__ = ["Field", "JSONType", "escape_pointer", "explain", "fields_of", "has_fields"]
+__all__ = ["Field", "JSONType", "escape_pointer", "explain", "fields_of", "has_fields", "malformed"]
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class JSONType(Generic[T]):
                 raise InvalidData(unknown)
             return value
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise _malformed(bytes(raw), exc) from exc
+            raise malformed(bytes(raw), exc) from exc
 
     def _unknown(self, raw: bytes | msgspec.Raw, at: str) -> list[FieldError]:
         known = ", ".join(field.name for field in self.fields) or "none"
@@ -118,13 +118,13 @@ class JSONType(Generic[T]):
         return errors
 
 
-def _malformed(raw: bytes, exc: Exception) -> MalformedJSON:
+def malformed(raw: bytes, exc: Exception) -> MalformedJSON:
     """Say where *raw* stops being JSON. msgspec gives a byte, or says only that the text was truncated."""
     if isinstance(exc, RecursionError):
         return MalformedJSON("nested too deep", 1, 1)
     reason, position = "it ends too early", len(raw)
     if isinstance(exc, UnicodeDecodeError):
-        reason, position = "it is not UTF-8", exc.start
+        reason, position = "it is not UTF-8", _first_bad_byte(raw)
     elif found := re.search(r"malformed: (.+) \(byte (\d+)\)", str(exc)):
         reason, position = found[1], int(found[2])
     elif lone := re.search(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-bA-B](?![0-9a-fA-F]{2}\\u[dD][c-fC-F])", raw):
@@ -132,6 +132,15 @@ def _malformed(raw: bytes, exc: Exception) -> MalformedJSON:
     before = raw[:position].decode("utf-8", "replace")
     line_start = before.rfind("\n") + 1
     return MalformedJSON(reason, before.count("\n") + 1, len(before) - line_start + 1)
+
+
+def _first_bad_byte(raw: bytes) -> int:
+    """msgspec counts from the start of a string, and not of the document."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as exc:
+        return exc.start
+    return len(raw)
 
 
 def escape_pointer(name: str) -> str:

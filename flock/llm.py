@@ -97,7 +97,7 @@ class _PassingFailure(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Where one model is, and how it is called there."""
 
     name: str
@@ -182,7 +182,7 @@ class ModelClient:
                 return _completion(answer, name)
         raise AssertionError("the last format returns or raises")
 
-    async def _post(self, endpoint: Endpoint, body: Mapping[str, Any]) -> Any:
+    async def _post(self, endpoint: _Endpoint, body: Mapping[str, Any]) -> Any:
         """One answer of the server as JSON, after up to three attempts."""
         for pause_s in (self._backoff_s, 2 * self._backoff_s, None):
             try:
@@ -200,7 +200,7 @@ class ModelClient:
                 await anyio.sleep(pause_s)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _attempt(self, endpoint: Endpoint, body: Mapping[str, Any]) -> Any:
+    async def _attempt(self, endpoint: _Endpoint, body: Mapping[str, Any]) -> Any:
         try:
             response = await self._client().post(
                 endpoint.url, content=msgspec.json.encode(body), headers=endpoint.headers
@@ -236,7 +236,7 @@ class ModelClient:
 # The way to a model
 
 
-async def _endpoint(name: str) -> Endpoint:
+async def _endpoint(name: str) -> _Endpoint:
     provider_name, _, model = name.partition("/")
     if not model:
         raise _not_configured(f"{name!r} names no model: write provider/model, such as openai/gpt-4o")
@@ -257,7 +257,7 @@ async def _endpoint(name: str) -> Endpoint:
     if provider_name == "openai":
         headers |= {header: os.environ[name] for name, header in OPENAI_HEADERS.items() if os.environ.get(name)}
     base_url = os.environ.get(f"{provider_name.upper()}_BASE_URL") or provider.base_url
-    return Endpoint(
+    return _Endpoint(
         name=name,
         model=model,
         url=f"{base_url.rstrip('/')}/chat/completions",
@@ -275,7 +275,7 @@ def _not_configured(reason: str) -> ModelError:
 
 
 def _format_of(
-    format_: str, messages: Sequence[Message], schema: Mapping[str, Any], endpoint: Endpoint
+    format_: str, messages: Sequence[Message], schema: Mapping[str, Any], endpoint: _Endpoint
 ) -> dict[str, Any]:
     """The part of a request that asks for JSON."""
     if format_ == "json_schema":

@@ -1,2 +1,6 @@
-def serve(x: str) -> str: return ""
-def bounded_schema(x): return x
+def serve(x: str) -> str:
+    return ""
+
+
+def bounded_schema(x):
+    return x

@@ -1,0 +1,58 @@
+"""What many tests need: a fake model, an app with its engine open, and a client for it."""
+
+import os
+from collections.abc import AsyncIterator, Iterator
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, settings
+
+from flock.core import Flock
+from flockapi import FlockAPI, create_app
+from tests.fakes import FakeModel, sample_flock
+
+# A busy machine is slow, and that is no failure; where a red run blocks, the same cases are tried each time.
+settings.register_profile(
+    "flock", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("flock")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _no_model_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches a real provider by a key that happens to be set."""
+    for name in list(os.environ):
+        if name.endswith(("_API_KEY", "_BASE_URL")) or name.startswith(("OPENAI_", "FLOCK_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-key-of-the-tests")
+
+
+@pytest.fixture
+def model() -> Iterator[FakeModel]:
+    fake = FakeModel()
+    yield fake
+    assert not fake.replies, f"{len(fake.replies)} replies of the fake model were not asked for"
+
+
+@pytest.fixture
+def flock() -> Flock:
+    return sample_flock()
+
+
+@pytest.fixture
+async def app(flock: Flock, model: FakeModel) -> AsyncIterator[FlockAPI]:
+    made = create_app(flock, server_name="Sample", engine=flock.engine(transport=model.transport))
+    async with made.lifespan():
+        yield made
+
+
+@pytest.fixture
+async def client(app: FlockAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as made:
+        yield made

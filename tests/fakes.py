@@ -1,0 +1,197 @@
+"""A fake model server, raw sockets that misbehave, a sample flock, and a real server in a process of its own."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import anyio
+import anyio.abc
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from flock.core import Flock, FlockFactory
+from flock.errors import AgentError
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+# The fake model server
+
+
+def answer(content: Any, *, finish_reason: str = "stop", refusal: str | None = None) -> Response:
+    """A chat completion whose text is *content*, as JSON unless it is text already."""
+    text = content if isinstance(content, str | None) else json.dumps(content)
+    return as_json(
+        {
+            "id": "chatcmpl-1",
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text, "refusal": refusal},
+                    "finish_reason": finish_reason,
+                }
+            ],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
+        }
+    )
+
+
+def as_json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json.dumps(body), status, headers, media_type="application/json")
+
+
+def error(status: int, code: Any = None, message: str = "no", **headers: str) -> Response:
+    """An error as OpenAI writes it; ``_`` in a header's name stands for ``-``."""
+    body = {"error": {"message": message, "type": "some_error", "code": code}}
+    return as_json(body, status, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+class FakeModel:
+    """Gives ``replies`` in turn, and keeps what was asked in ``requests``."""
+
+    def __init__(self) -> None:
+        self.replies: list[Response | Callable[[Any], Awaitable[Response]]] = []
+        self.requests: list[Any] = []
+        self.headers: list[Mapping[str, str]] = []
+        self.transport = httpx.ASGITransport(Starlette(routes=[Route("/{path:path}", self._reply, methods=["POST"])]))
+
+    async def _reply(self, request: Request) -> Response:
+        self.requests.append(await request.json())
+        self.headers.append(dict(request.headers))
+        reply = self.replies.pop(0)
+        return reply if isinstance(reply, Response) else await reply(self.requests[-1])
+
+
+@contextlib.asynccontextmanager
+async def socket_server(
+    handle: Callable[[anyio.abc.SocketStream], Awaitable[None]],
+) -> AsyncIterator[tuple[str, list[int]]]:
+    """A real socket that lets *handle* do as it likes with each connection: its address, and a list that grows by each."""
+    connections: list[int] = []
+
+    async def count(stream: anyio.abc.SocketStream) -> None:
+        connections.append(1)
+        async with stream:
+            with contextlib.suppress(anyio.BrokenResourceError, anyio.EndOfStream):
+                await handle(stream)
+
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    port = listener.extra(anyio.abc.SocketAttribute.local_port)
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, count)
+        yield f"http://127.0.0.1:{port}/v1", connections
+        tasks.cancel_scope.cancel()
+
+
+# A flock with an agent of each kind
+
+
+class Summary(TypedDict):
+    words: int
+    shout: str
+
+
+def sample_flock() -> Flock:
+    flock = Flock("sample", model="openai/gpt-4o")
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            name="text_analyzer",
+            description="Finds the sentiment and the keywords of a text.",
+            input="text: str",
+            output="sentiment: str, keywords: list[str]",
+        )
+    )
+
+    @flock.agent
+    def add(a: int, b: int = 2) -> int:
+        """Adds two numbers.
+
+        And this line is not its description.
+        """
+        return a + b
+
+    @flock.agent
+    async def summarise(text: str) -> Summary:
+        return {"words": len(text.split()), "shout": text.upper()}
+
+    @flock.agent
+    def refuse(text: str) -> str:
+        raise AgentError(f"{text} is more than I can do.")
+
+    @flock.agent
+    async def explode(text: str) -> str:
+        raise ValueError(f"a secret: {text}")
+
+    @flock.agent
+    def anything(value: Any) -> Any:
+        return value
+
+    return flock
+
+
+# A real server
+
+
+class Server:
+    """A server in a process of its own, and what it printed so far."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.url = ""
+        self._is_up = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if found := re.search(r"running on (http://\S+)", line):
+                self.url = found[1]
+                self._is_up.set()
+        self._is_up.set()
+
+    def wait_until_up(self, timeout_s: float = 60) -> None:
+        assert self._is_up.wait(timeout_s), f"the server did not start: {self.lines}"
+        assert self.url, f"the server ended: {self.lines}"
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit code; all that it printed is in ``lines`` then."""
+        self.process.terminate()
+        code = self.process.wait(60)
+        self._reader.join(60)
+        return code
+
+
+@contextlib.contextmanager
+def running(*command: str, **env: str) -> Iterator[Server]:
+    """Run *command*, a server, until the block ends."""
+    process = subprocess.Popen(
+        command, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    server = Server(process)
+    try:
+        server.wait_until_up()
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        server._reader.join(60)
+        process.stdout.close()
+
+
+def flockapi_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "flock.cli", *arguments]

@@ -1,0 +1,158 @@
+"""JSON in, with every place that is wrong."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flock.errors import InvalidData, MalformedJSON
+from flock.jsontype import JSONType, escape_pointer
+
+
+class Inner(msgspec.Struct):
+    numbers: list[int] = []
+    by_name: dict[str, int] = {}
+    either: int | list[int] = 0
+
+
+class Outer(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    inner: dict[str, Inner] = {}
+    pair: tuple[int, str] = (1, "")
+    keys: dict[int, int] = {}
+    chosen: set[int] = set()
+
+
+OUTER: JSONType[Outer] = JSONType(Outer)
+
+
+def errors_of(raw: str | bytes, at: str = "") -> dict[str, str]:
+    with pytest.raises(InvalidData) as caught:
+        OUTER.decode(raw.encode() if isinstance(raw, str) else raw, at)
+    return {error.pointer: error.detail for error in caught.value.errors}
+
+
+def test_every_place_is_named_at_once() -> None:
+    raw = '{"nome": "", "inner": 5, "pair": [1, 2], "keys": {"x": 1}}'
+    assert errors_of(raw, "/inputs") == {
+        "/inputs/nome": "Unknown field. The fields here are: name, inner, pair, keys, chosen.",
+        "/inputs/name": "This field is required.",
+        "/inputs/inner": "Expected 'object', got 'int'.",
+        "/inputs/pair/1": "Expected 'str', got 'int'.",
+        "/inputs/keys": "Expected 'int', got 'str'.",
+    }
+
+
+@pytest.mark.parametrize("names", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("bad", ["first", "last"])
+def test_the_key_of_a_dict_is_found(names: int, bad: str) -> None:
+    """msgspec loses the key; with many entries the right one is still named, also two levels deep."""
+    inner: dict[str, Any] = {f"k{i}": {"by_name": {f"n{j}": j for j in range(3)}} for i in range(names)}
+    key = f"k{0 if bad == 'first' else names - 1}"
+    inner[key]["by_name"]["n1"] = "one"
+    assert list(errors_of(json.dumps({"name": "", "inner": inner}))) == [f"/inner/{key}/by_name/n1"]
+
+
+def test_pointers_are_escaped() -> None:
+    assert escape_pointer("a/b~c") == "a~1b~0c"
+    raw = json.dumps({"name": "", "inner": {"a/b~c": {"numbers": [0, "x"]}}})
+    assert list(errors_of(raw)) == ["/inner/a~1b~0c/numbers/1"]
+
+
+def test_an_element_of_a_set_is_named_by_its_place_in_the_array() -> None:
+    assert list(errors_of('{"name": "", "chosen": [1, "x"]}')) == ["/chosen/1"]
+
+
+def test_a_number_out_of_range_is_invalid_not_malformed() -> None:
+    assert list(errors_of('{"name": "", "inner": {"a": {"numbers": [1e400]}}}')) == ["/inner/a/numbers/0"]
+    assert list(errors_of('{"name": "", "pair": [' + "1" * 5000 + ', ""]}')) == ["/pair"]
+
+
+def test_another_kind_of_root_is_named() -> None:
+    assert errors_of("[]", "/inputs") == {"/inputs": "Expected 'object', got 'array'."}
+    assert errors_of("null") == {"": "Expected 'object', got 'null'."}
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason", "line", "column"),
+    [
+        pytest.param(b'{"name":\n  x}', "invalid character", 2, 3, id="second line"),
+        pytest.param(b'{"name": "', "it ends too early", 1, 11, id="truncated"),
+        pytest.param(b"", "it ends too early", 1, 1, id="empty"),
+        pytest.param('{"ä": é}'.encode(), "invalid character", 1, 7, id="columns count characters"),
+        pytest.param(b'{"name": "\xff"}', "it is not UTF-8", 1, 11, id="not UTF-8"),
+        pytest.param(b'{"name": "\\ud800"}', "half of a surrogate pair", 1, 11, id="lone surrogate"),
+        pytest.param(b'{"name": ""} {}', "trailing characters", 1, 15, id="two values"),
+        pytest.param(b'{"name": NaN}', "invalid character", 1, 10, id="NaN"),
+        pytest.param(b'{"nome": 01}', "invalid number", 1, 11, id="behind an unknown field"),
+        pytest.param(b'{"name": ' + b"[" * 100_000, "nested too deep", 1, 1, id="deep"),
+    ],
+)
+def test_what_is_not_json_is_said_with_line_and_column(raw: bytes, reason: str, line: int, column: int) -> None:
+    with pytest.raises(MalformedJSON, match=reason) as caught:
+        OUTER.decode(raw)
+    assert (caught.value.line, caught.value.column) == (line, column)
+
+
+def test_a_text_in_the_middle_of_a_pair_is_fine() -> None:
+    assert OUTER.decode(b'{"name": "\\ud83d\\ude00"}').name == "\N{GRINNING FACE}"
+
+
+class Tagged(msgspec.Struct, tag_field="kind", tag="t"):
+    a: int
+
+
+def test_a_tag_is_not_an_unknown_field() -> None:
+    assert JSONType(Tagged).decode(b'{"kind": "t", "a": 1}') == Tagged(1)
+
+
+class Checked(msgspec.Struct):
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError("low is above high")
+
+
+def test_what_a_type_checks_itself_is_told() -> None:
+    with pytest.raises(InvalidData, match="low is above high"):
+        JSONType(Checked).decode(b'{"low": 2, "high": 1}')
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["name", "inner", "pair", "keys", "chosen", "x"]), json_values))
+def test_pointers_lead_to_something_in_the_document(document: dict[str, Any]) -> None:
+    """Whatever is sent, the answer is a value or errors whose pointers can be followed, but for the missing fields."""
+    try:
+        OUTER.decode(json.dumps(document).encode("utf-8", "surrogatepass"))
+    except InvalidData as exc:
+        for error in exc.errors:
+            place: Any = document
+            for token in error.pointer.split("/")[1:]:
+                name = token.replace("~1", "/").replace("~0", "~")
+                if isinstance(place, list):
+                    place = place[int(name)]
+                elif name in place:
+                    place = place[name]
+                else:
+                    assert error.detail == "This field is required."
+    except MalformedJSON:
+        pytest.fail("json.dumps writes JSON")
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_get_a_clean_answer(raw: bytes) -> None:
+    try:
+        OUTER.decode(raw)
+    except (InvalidData, MalformedJSON) as exc:
+        assert str(exc)

@@ -1,0 +1,92 @@
+"""Imports point down, and every file has a rank."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import ROOT
+
+RANKS = {
+    "flock": 0,  # the version, loaded before everything
+    "flock.errors": 0,
+    "flock.jsontype": 1,
+    "flock.runs": 1,
+    "flock.localmodel": 1,
+    "flock.signature": 2,
+    "flock.llm": 2,
+    "flock.agents": 3,
+    "flock.workflow": 4,
+    "flock.embedded": 5,
+    "flock.core": 6,
+    "flockapi": 7,
+    "flock.cli": 8,
+}
+
+#: ``Flock.start_api`` asks for the server only when it is called, since the user's script asks for it there.
+EXCEPTIONS = {("flock.core", "flock.cli")}
+
+FILES = sorted([*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"])
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names} & RANKS.keys()
+            found |= whole or {str(node.module)}
+    return {name for name in found if name.partition(".")[0] in ("flock", "flockapi")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_down(path: Path) -> None:
+    module = module_of(path)
+    upward = {
+        name
+        for name in imports_of(path)
+        if RANKS[name] >= RANKS[module] and (module, name) not in EXCEPTIONS and name != "flock"
+    }
+    assert not upward
+
+
+def test_every_exception_is_needed() -> None:
+    assert all(imported in imports_of(ROOT / f"{module.replace('.', '/')}.py") for module, imported in EXCEPTIONS)
+
+
+def test_engine_knows_no_web_framework() -> None:
+    """Nothing in ``flock/`` but the command line imports Starlette or uvicorn."""
+    for path in FILES:
+        roots = {
+            alias.name.partition(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        } | {
+            str(node.module).partition(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+        }
+        if module_of(path) not in ("flockapi", "flock.cli"):
+            assert not roots & {"starlette", "uvicorn", "click"}
+    face = ROOT / "flockapi.py"
+    assert "httpx" not in face.read_text()
+    assert "sqlite3" not in face.read_text()
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=module_of)
+def test_all_is_what_the_module_offers(path: Path) -> None:
+    """``__all__`` names things that exist, and every public class; outside the face every public function too."""
+    module = importlib.import_module(module_of(path))
+    assert all(hasattr(module, name) for name in module.__all__)
+    kinds = ast.ClassDef if module_of(path) == "flockapi" else ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    defined = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds)}
+    commands = {"serve", "run"} if module_of(path) == "flock.cli" else set()
+    assert {name for name in defined if not name.startswith("_")} - commands <= set(module.__all__)

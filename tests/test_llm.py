@@ -1,0 +1,432 @@
+"""The client of chat completions: what is sent, what is understood, what is tried again, and what is an error."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from email.utils import formatdate
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+from starlette.responses import Response
+
+from flock.errors import ModelError
+from flock.llm import PROVIDERS, Completion, Message, ModelClient
+from flock.runs import Usage
+from flock.signature import Signature
+from tests.fakes import FakeModel, answer, as_json, error, socket_server
+
+MESSAGES = [Message("system", "Do it."), Message("user", "text: hello")]
+SCHEMA = Signature.of("sentiment: Literal['good', 'bad'] | how it sounds, words: list[str]").schema
+GOOD = {"sentiment": "good", "words": []}
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def models(model: FakeModel) -> AsyncIterator[ModelClient]:
+    async with ModelClient("openai/gpt-4o", transport=model.transport, backoff_s=0.001) as made:
+        yield made
+
+
+async def ask(models: ModelClient, name: str | None = None, **settings: Any) -> Completion:
+    return await models.complete(name, MESSAGES, SCHEMA, **settings)
+
+
+async def fail(models: ModelClient, name: str | None = None, **settings: Any) -> ModelError:
+    with pytest.raises(ModelError) as caught:
+        await ask(models, name, **settings)
+    assert caught.value.error_type in ModelError.ERROR_TYPES
+    return caught.value
+
+
+# What is sent
+
+
+async def test_a_request_is_what_openai_documents(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [answer(GOOD)]
+    completion = await ask(models, temperature=0, max_tokens=50)
+    assert completion.text == '{"sentiment": "good", "words": []}'
+    assert completion.usage == Usage(input_tokens=10, output_tokens=5)
+    assert model.requests == [
+        {
+            "model": "gpt-4o",
+            "messages": [{"role": "system", "content": "Do it."}, {"role": "user", "content": "text: hello"}],
+            "temperature": 0,
+            "max_completion_tokens": 50,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "answer",
+                    "strict": True,
+                    "schema": {
+                        "title": "Fields",
+                        "type": "object",
+                        "properties": {
+                            "sentiment": {"enum": ["bad", "good"], "description": "how it sounds"},
+                            "words": {"type": "array", "items": {"type": "string"}},
+                        },
+                        "required": ["sentiment", "words"],
+                        "additionalProperties": False,
+                    },
+                },
+            },
+        }
+    ]
+    assert model.headers[0]["authorization"] == "Bearer sk-test-key-of-the-tests"
+
+
+@pytest.mark.parametrize("provider", sorted(PROVIDERS))
+async def test_every_provider_has_its_address_and_its_key(
+    provider: str, models: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = PROVIDERS[provider].key_variable
+    if variable:
+        monkeypatch.setenv(variable, f"key-of-{provider}")
+    model.replies = [answer(GOOD)]
+    await ask(models, f"{provider}/vendor/model:1")
+    assert model.requests[0]["model"] == "vendor/model:1"
+    assert model.headers[0]["host"] in PROVIDERS[provider].base_url
+    assert model.headers[0].get("authorization") == (f"Bearer key-of-{provider}" if variable else None)
+
+
+async def test_environment_overrides_an_address(
+    models: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://gateway.example/openai/")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
+    monkeypatch.setenv("GROQ_API_KEY", "key-of-groq")
+    model.replies = [answer(GOOD), answer(GOOD)]
+    await ask(models)
+    await ask(models, "groq/x")
+    first, second = model.headers
+    assert first["host"] == "gateway.example"
+    assert (first["openai-organization"], first["openai-project"]) == ("org-1", "proj-1")
+    assert second["host"] == "api.groq.com", "one provider's address is not another's"
+    assert "openai-organization" not in second
+
+
+@pytest.mark.parametrize(
+    ("signature", "is_strict"),
+    [
+        pytest.param("a: int | None, b: list[dict]", False, id="object of any keys"),
+        pytest.param("a: Any", False, id="anything"),
+        pytest.param("a: list", False, id="list of anything"),
+        pytest.param("a: list[list[int]] | x, d: date | None", True, id="nested lists"),
+    ],
+)
+async def test_strict_is_asked_for_where_it_can_be(
+    signature: str, is_strict: bool, models: ModelClient, model: FakeModel
+) -> None:
+    model.replies = [answer(GOOD)]
+    await models.complete(None, MESSAGES, Signature.of(signature).schema)
+    assert model.requests[0]["response_format"]["json_schema"]["strict"] is is_strict
+
+
+async def test_a_server_without_json_schema_is_asked_in_json_mode_then_in_words(
+    models: ModelClient, model: FakeModel
+) -> None:
+    """What a server does not know is asked once; the next run begins with what it does know."""
+    model.replies = [
+        error(400, message="response_format.type must be text or json_object"),
+        error(422, message="Unknown field: response_format"),
+        answer('```json\n{"sentiment": "good", "words": []}\n```'),
+        answer(GOOD),
+    ]
+    assert (await ask(models)).text == '{"sentiment": "good", "words": []}'
+    await ask(models)
+    formats = [request.get("response_format", {}).get("type") for request in model.requests]
+    assert formats == ["json_schema", "json_object", None, None]
+    for request in model.requests[1:]:
+        assert '"enum": ["bad", "good"]' in request["messages"][0]["content"]
+        assert len(request["messages"]) == 2
+
+
+# What goes wrong: once, and for good
+
+
+def html(status: int) -> Response:
+    return Response("<html><body>Bad gateway</body></html>", status, media_type="text/html")
+
+
+ONCE = [
+    pytest.param(error(400), "model_bad_request", "refused the request (HTTP 400)", id="400"),
+    pytest.param(error(401), "model_authentication", "refused the key in OPENAI_API_KEY (HTTP 401)", id="401"),
+    pytest.param(error(403), "model_authentication", "does not allow this key", id="403"),
+    pytest.param(error(404), "model_not_found", "does not exist at this provider", id="404"),
+    pytest.param(error(422), "model_bad_request", "HTTP 422", id="422"),
+    pytest.param(as_json({"detail": "no"}, 422), "model_bad_request", "HTTP 422", id="422 in another form"),
+    pytest.param(Response("", 400), "model_bad_request", "HTTP 400", id="400 without a body"),
+    pytest.param(Response("", 302), "model_bad_request", "HTTP 302", id="a redirect is not followed with the key"),
+    pytest.param(error(400, "context_length_exceeded"), "model_context_length", "so long an input", id="too long"),
+    pytest.param(
+        as_json({"error": {"code": 400, "message": "long", "type": "exceed_context_size_error"}}, 400),
+        "model_context_length",
+        "so long an input",
+        id="too long for llama.cpp",
+    ),
+    pytest.param(error(400, "content_filter"), "model_content_filter", "content filter", id="prompt filtered"),
+    pytest.param(error(429, "insufficient_quota"), "model_quota", "no quota left", id="no quota"),
+    pytest.param(error(429, retry_after="121"), "model_rate_limited", "rate limit", id="Retry-After too long"),
+    pytest.param(error(503, retry_after="9999"), "model_unavailable", "HTTP 503", id="503, Retry-After too long"),
+    pytest.param(answer("{", finish_reason="length"), "model_truncated", "cut off at its token limit", id="length"),
+    pytest.param(answer(None, refusal="I can't"), "model_refusal", "declined to answer", id="refusal"),
+    pytest.param(answer("", finish_reason="content_filter"), "model_content_filter", "filter", id="answer filtered"),
+    pytest.param(as_json({"choices": []}), "model_bad_response", "no choice at all", id="no choices"),
+    pytest.param(as_json({"error": {"message": "x"}}), "model_bad_response", "error inside", id="200 with an error"),
+    pytest.param(html(200), "model_bad_response", "not JSON", id="200 with HTML"),
+    pytest.param(Response("[" * 100_000), "model_bad_response", "not JSON", id="200 nested without end"),
+    pytest.param(as_json({"hello": 1}), "model_bad_response", "chat completion", id="200 with another object"),
+    pytest.param(as_json([]), "model_bad_response", "chat completion", id="200 with a list"),
+    pytest.param(answer(None), "model_bad_response", "empty answer", id="no content"),
+    pytest.param(answer("  "), "model_bad_response", "empty answer", id="blank content"),
+]
+
+
+@pytest.mark.parametrize(("reply", "error_type", "words"), ONCE)
+async def test_what_no_retry_can_mend_is_tried_once(
+    reply: Response, error_type: str, words: str, models: ModelClient, model: FakeModel
+) -> None:
+    model.replies = [reply]
+    failure = await fail(models)
+    assert failure.error_type == error_type
+    assert words in str(failure)
+    assert "openai/gpt-4o" in str(failure)
+
+
+# What may pass
+
+
+PASSING = [
+    pytest.param(error(408), "model_unavailable", id="408"),
+    pytest.param(error(409), "model_unavailable", id="409"),
+    pytest.param(error(429), "model_rate_limited", id="429"),
+    pytest.param(error(429, retry_after="soon"), "model_rate_limited", id="429 with nonsense in Retry-After"),
+    pytest.param(error(500), "model_unavailable", id="500"),
+    pytest.param(html(502), "model_unavailable", id="502 as HTML"),
+    pytest.param(Response("", 503), "model_unavailable", id="503 without a body"),
+    pytest.param(error(529), "model_unavailable", id="529"),
+]
+
+
+@pytest.mark.parametrize(("reply", "error_type"), PASSING)
+async def test_what_may_pass_is_tried_three_times(
+    reply: Response, error_type: str, models: ModelClient, model: FakeModel
+) -> None:
+    model.replies = [reply, reply, reply]
+    assert (await fail(models)).error_type == error_type
+    assert len(model.requests) == 3
+
+
+@pytest.mark.parametrize(("reply", "error_type"), PASSING)
+async def test_what_has_passed_is_no_error(
+    reply: Response, error_type: str, models: ModelClient, model: FakeModel
+) -> None:
+    model.replies = [reply, reply, answer(GOOD)]
+    assert (await ask(models)).text
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param(lambda: {"retry_after_ms": "80"}, id="milliseconds"),
+        pytest.param(lambda: {"retry_after": "0.08"}, id="seconds"),
+        # A date has whole seconds: this one is between one and two seconds away.
+        pytest.param(lambda: {"retry_after": formatdate(time.time() + 2, usegmt=True)}, id="HTTP date"),
+    ],
+)
+async def test_retry_after_is_obeyed(headers: Callable[[], dict[str, str]], model: FakeModel) -> None:
+    model.replies = [error(429, **headers()), answer(GOOD)]
+    async with ModelClient("openai/x", transport=model.transport, backoff_s=0) as models:
+        started = time.monotonic()
+        await ask(models)
+    assert time.monotonic() - started >= 0.08
+
+
+async def test_a_date_that_is_over_means_now(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [error(429, retry_after=formatdate(0, usegmt=True)), answer(GOOD)]
+    await ask(models)
+
+
+async def test_pauses_double_and_vary(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "flock.llm")
+    model.replies = [error(500), error(500), error(500)]
+    async with ModelClient("openai/x", transport=model.transport, backoff_s=0.4) as models:
+        await fail(models)
+    first, second = (float(found) for found in re.findall(r"again in ([\d.]+) s", caplog.text))
+    assert 0.3 <= first <= 0.4
+    assert 0.6 <= second <= 0.8
+
+
+async def test_a_pause_beyond_the_deadline_is_not_begun(model: FakeModel) -> None:
+    """The error that is known is better than the time-out that would follow."""
+    model.replies = [error(503, retry_after="100")]
+    async with ModelClient("openai/x", transport=model.transport) as models:
+        with anyio.fail_after(50):
+            assert (await fail(models)).error_type == "model_unavailable"
+
+
+async def test_the_words_of_the_provider_go_to_the_log_only(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [error(401, message="Incorrect API key provided: sk-proj-abc123", x_request_id="req_7")]
+    failure = await fail(models)
+    assert "Incorrect" not in str(failure)
+    assert "Incorrect API key provided" in failure.log_detail
+    assert "req_7" in failure.log_detail
+    assert "abc123" not in failure.log_detail
+
+
+# A real socket
+
+
+async def read_request(stream: anyio.abc.SocketStream) -> None:
+    received = b""
+    while b'"response_format"' not in received:
+        received += await stream.receive()
+
+
+async def silent(stream: anyio.abc.SocketStream) -> None:
+    await read_request(stream)
+    await anyio.sleep_forever()
+
+
+async def dropped_body(stream: anyio.abc.SocketStream) -> None:
+    await read_request(stream)
+    await stream.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{")
+
+
+async def dropped_at_once(stream: anyio.abc.SocketStream) -> None:
+    await read_request(stream)
+
+
+async def not_http(stream: anyio.abc.SocketStream) -> None:
+    await read_request(stream)
+    await stream.send(b"220 mail.example ESMTP\r\n")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error_type"),
+    [
+        (silent, "model_timeout"),
+        (dropped_body, "model_unavailable"),
+        (dropped_at_once, "model_unavailable"),
+        (not_http, "model_unavailable"),
+    ],
+)
+async def test_a_connection_that_fails_is_tried_three_times(
+    behaviour: Callable[[anyio.abc.SocketStream], Any], error_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with socket_server(behaviour) as (url, connections):
+        monkeypatch.setenv("VLLM_BASE_URL", url)
+        async with ModelClient(backoff_s=0.001, read_timeout_s=0.2) as models:
+            assert (await fail(models, "vllm/x")).error_type == error_type
+    assert len(connections) == 3
+
+
+async def test_nobody_listening_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:9/v1")
+    async with ModelClient(backoff_s=0.001) as models:
+        failure = await fail(models, "vllm/x")
+    assert failure.error_type == "model_unavailable"
+    assert "could not be reached" in str(failure)
+
+
+async def test_cancelling_aborts_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, aborted = anyio.Event(), anyio.Event()
+
+    async def watch(stream: anyio.abc.SocketStream) -> None:
+        await read_request(stream)
+        asked.set()
+        with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+            await stream.receive()
+        aborted.set()
+
+    async with socket_server(watch) as (url, _):
+        monkeypatch.setenv("VLLM_BASE_URL", url)
+        async with ModelClient() as models, anyio.create_task_group() as tasks:
+            tasks.start_soon(ask, models, "vllm/x")
+            await asked.wait()
+            tasks.cancel_scope.cancel()
+        with anyio.fail_after(10):
+            await aborted.wait()
+
+
+# Not configured
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param("openai/gpt-4o", "set the environment variable OPENAI_API_KEY", id="no key"),
+        pytest.param("groq/x", "GROQ_API_KEY", id="no key of another provider"),
+        pytest.param("openai/", "write provider/model", id="no model"),
+        pytest.param("openai", "write provider/model", id="no slash"),
+        pytest.param("local/", "write provider/model", id="no local model"),
+        pytest.param("nowhere/x", r"pip install 'flockapi\[litellm\]'", id="unknown provider"),
+        pytest.param(None, "pass model= to the agent or to Flock", id="no model at all"),
+    ],
+)
+async def test_what_is_not_configured_says_what_to_do(
+    name: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setitem(sys.modules, "litellm", None)  # as where it is not installed
+    async with ModelClient() as models:
+        failure = await fail(models, name)
+    assert failure.error_type == "model_not_configured"
+    assert re.search(words, str(failure))
+
+
+# litellm
+
+LITELLM = """
+import asyncio, json, sys
+from flock.errors import ModelError
+from flock.llm import Message, ModelClient
+
+async def main():
+    async with ModelClient() as models:
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+        for _ in range(2):
+            try:
+                done = await models.complete("openai_like/some-model", [Message("user", "hi")], schema, max_tokens=9, temperature=0)
+                print("ANSWER", done.text, done.usage.output_tokens)
+            except ModelError as exc:
+                print("ERROR", exc.error_type)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(
+    "CI" not in os.environ
+    and not any("litellm" in p for p in os.listdir(os.path.dirname(os.path.dirname(pytest.__file__)))),
+    reason="the extra litellm (355 MB) is not installed; CI has it",
+)
+async def test_litellm_itself_calls_a_provider_that_is_not_built_in() -> None:
+    """The real package, in a process of its own, against a socket: one answer, then an error."""
+    bodies = [answer({"a": 1}), error(401)]
+
+    async def serve(stream: anyio.abc.SocketStream) -> None:
+        received = b""
+        while b"some-model" not in received:
+            received += await stream.receive()
+        reply = bodies.pop(0)
+        head = f"HTTP/1.1 {reply.status_code} X\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        await stream.send(f"{head}Content-Length: {len(reply.body)}\r\n\r\n".encode() + bytes(reply.body))
+
+    async with socket_server(serve) as (url, _):
+        env = {
+            **os.environ,
+            "OPENAI_LIKE_API_BASE": url,
+            "OPENAI_LIKE_API_KEY": "x",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        }
+        done = await anyio.run_process([sys.executable, "-c", LITELLM], env=env, stderr=subprocess.STDOUT, check=False)
+    assert b'ANSWER {"a": 1} 5' in done.stdout, done.stdout.decode()
+    assert b"ERROR model_authentication" in done.stdout

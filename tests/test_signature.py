@@ -1,0 +1,390 @@
+"""The signature language, and what it becomes."""
+
+import dataclasses
+import datetime
+import decimal
+import enum
+import json
+import uuid
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NotRequired, Optional, TypedDict
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flock.errors import InvalidData, SignatureError
+from flock.signature import Signature
+
+
+class Invoice(msgspec.Struct):
+    number: int
+    lines: list[str] = []
+
+
+class Tree(msgspec.Struct):
+    name: str
+    children: "list[Tree]" = []
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int = 3
+    tags: list[str] = dataclasses.field(default_factory=list)
+
+
+class Row(TypedDict):
+    name: str
+    note: NotRequired[str]
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+def shapes(text: str, **types: Any) -> list[tuple[str, Any, str]]:
+    return [(field.name, field.type, field.description) for field in Signature.of(text, types).fields]
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        pytest.param("text", [("text", str, "")], id="no type is str"),
+        pytest.param("text: str", [("text", str, "")], id="one"),
+        pytest.param("", [], id="none"),
+        pytest.param(" a : int , b ,", [("a", int, ""), ("b", str, "")], id="trailing comma and spaces"),
+        pytest.param(
+            "text: str | what to analyse, limit: int",
+            [("text", str, "what to analyse"), ("limit", int, "")],
+            id="description",
+        ),
+        pytest.param("text | what, why, how", [("text", str, "what, why, how")], id="commas in a description"),
+        pytest.param(
+            "a | note: this, and that | those, b: int",
+            [("a", str, "note: this, and that | those"), ("b", int, "")],
+            id="colon and bar in a description",
+        ),
+        pytest.param(
+            "a: str | see, tone: formal, b: int | n",
+            [("a", str, "see, tone: formal"), ("b", int, "n")],
+            id="a colon without a type goes on with the description",
+        ),
+        pytest.param("a: str | the user's (only, b: int", [("a", str, "the user's (only"), ("b", int, "")], id="quote"),
+        pytest.param("a | text,", [("a", str, "text")], id="trailing comma behind a description"),
+        pytest.param("a: int | None", [("a", Optional[int], "")], id="a bar before a type is a union"),  # noqa: UP045
+        pytest.param("a: int | None | how many", [("a", int | None, "how many")], id="union, then description"),
+        pytest.param("a: Optional[int] | n", [("a", int | None, "n")], id="Optional"),
+        pytest.param("a: Union[int, str, None]", [("a", int | str | None, "")], id="Union"),
+        pytest.param("a: list[str | None]", [("a", list[str | None], "")], id="bar within brackets"),
+        pytest.param("a: dict[str, list[int]]", [("a", dict[str, list[int]], "")], id="nested generics"),
+        pytest.param("a: tuple[int, ...]", [("a", tuple[int, ...], "")], id="tuple of any length"),
+        pytest.param("a: tuple[int, str]", [("a", tuple[int, str], "")], id="tuple"),
+        pytest.param("a: List[Dict[str, Any]]", [("a", list[dict[str, Any]], "")], id="names of typing"),
+        pytest.param("a: list, b: dict, c: set", [("a", list, ""), ("b", dict, ""), ("c", set, "")], id="bare"),
+        pytest.param(
+            "a: Literal['x, y', \"it's | z\", 1, -2, True, None] | pick",
+            [("a", Literal["x, y", "it's | z", 1, -2, True, None], "pick")],
+            id="Literal",
+        ),
+        pytest.param(
+            "a: datetime, b: date, c: time, d: timedelta, e: UUID, f: Decimal, g: bytes, h: float, i: bool",
+            [
+                ("a", datetime.datetime, ""),
+                ("b", datetime.date, ""),
+                ("c", datetime.time, ""),
+                ("d", datetime.timedelta, ""),
+                ("e", uuid.UUID, ""),
+                ("f", decimal.Decimal, ""),
+                ("g", bytes, ""),
+                ("h", float, ""),
+                ("i", bool, ""),
+            ],
+            id="scalars",
+        ),
+        pytest.param("größe: int | maß, ü: str", [("größe", int, "maß"), ("ü", str, "")], id="not ASCII"),
+    ],
+)
+def test_text_becomes_fields(text: str, fields: list[tuple[str, Any, str]]) -> None:
+    assert shapes(text) == fields
+
+
+def test_caller_names_types() -> None:
+    """Structs, dataclasses, TypedDicts and enums are found by the name that the caller gives them."""
+    text = "invoice: Invoice | the invoice, points: list[P], row: Row, colour: Colour"
+    assert shapes(text, Invoice=Invoice, P=Point, Row=Row, Colour=Colour) == [
+        ("invoice", Invoice, "the invoice"),
+        ("points", list[Point], ""),
+        ("row", Row, ""),
+        ("colour", Colour, ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "words"),
+    [
+        pytest.param("a: Foo", 4, "'Foo' is not a type known here", id="unknown type"),
+        pytest.param("a: int, b: list[Foo]", 17, "types={'Foo': ...}", id="unknown type within brackets"),
+        pytest.param("ä: dict[str, Foo]", 14, "'Foo'", id="columns count characters, not bytes"),
+        pytest.param("a: string", 4, "use one of: Any", id="another language's name"),
+        pytest.param("a, b: int, a", 12, "the field 'a' is there twice", id="duplicate"),
+        pytest.param("1a: str", 1, "'1a' cannot be a field's name", id="illegal name"),
+        pytest.param("class: str", 1, "no Python keyword", id="keyword"),
+        pytest.param("_a: str", 1, "no '_' in front", id="underscore"),
+        pytest.param("a,, b", 3, "name is missing", id="empty field"),
+        pytest.param(": int", 1, "name is missing", id="type without a name"),
+        pytest.param("a:", 3, "'' is not a type", id="no type behind the colon"),
+        pytest.param("a: int b", 4, "'int b' is not a type", id="two words"),
+        pytest.param("a b: int", 3, "expected ','", id="two names"),
+        pytest.param("a: list[int", 4, "'list[int' is not a type", id="open bracket"),
+        pytest.param("a: list[int, str]", 4, "list takes 1 type", id="too many types"),
+        pytest.param("a: dict[str]", 4, "dict takes 2 types", id="too few types"),
+        pytest.param("a: Literal[1.5]", 4, "Literal takes", id="literal float"),
+        pytest.param("a: Literal[b]", 4, "Literal takes", id="literal name"),
+        pytest.param("a: str | datetime", 4, "more than one str-like type", id="union of two str-like types"),
+        pytest.param("a: int, b: list | set", 12, "more than one array-like", id="union of two array-like types"),
+        pytest.param("a: Invoice | dict", 4, "more than one dict-like", id="union of two dict-like types"),
+        pytest.param("a: __import__('os')", 4, "not a type known here", id="a call is not evaluated"),
+        pytest.param("a: str if 1 else int", 4, "not a type known here", id="an expression is not evaluated"),
+        pytest.param("a: str.upper", 4, "not a type known here", id="an attribute is not read"),
+        pytest.param("a: str[int]", 4, "not a type known here", id="a type that takes no brackets"),
+    ],
+)
+def test_what_cannot_be_understood_is_said_with_its_column(text: str, column: int, words: str) -> None:
+    with pytest.raises(SignatureError) as caught:
+        Signature.of(text, {"Invoice": Invoice})
+    assert words in str(caught.value)
+    assert caught.value.column == column
+    assert f"(column {column})" in str(caught.value)
+
+
+@given(st.text(alphabet="ab:,|[]'\" \\intsrLeal1_.é\n", max_size=30))
+def test_any_text_is_a_signature_or_a_signature_error(text: str) -> None:
+    try:
+        signature = Signature.of(text)
+    except SignatureError as exc:
+        assert exc.column is not None
+        assert 1 <= exc.column <= len(text) + 1
+    else:
+        assert signature.schema["type"] == "object"
+        names = [field.name for field in signature.fields]
+        assert len(names) == len(set(names))
+
+
+def test_schema_is_an_inlined_object_with_the_descriptions() -> None:
+    signature = Signature.of("invoice: Invoice | what to book, limit: int | at most", {"Invoice": Invoice}, name="book")
+    assert signature.schema == {
+        "title": "book",
+        "type": "object",
+        "properties": {
+            "invoice": {
+                "title": "Invoice",
+                "type": "object",
+                "properties": {
+                    "number": {"type": "integer"},
+                    "lines": {"type": "array", "items": {"type": "string"}, "default": []},
+                },
+                "required": ["number"],
+                "description": "what to book",
+            },
+            "limit": {"type": "integer", "description": "at most"},
+        },
+        "required": ["invoice", "limit"],
+        "additionalProperties": False,
+    }
+
+
+def test_recursive_types_stay_in_defs() -> None:
+    schema = Signature.of("tree: Tree", {"Tree": Tree}).schema
+    assert schema["properties"]["tree"]["properties"]["children"]["items"] == {"$ref": "#/$defs/Tree"}
+    assert schema["$defs"]["Tree"]["properties"]["children"]["items"] == {"$ref": "#/$defs/Tree"}
+    assert "$ref" not in schema
+
+
+@pytest.mark.parametrize("source", [Invoice, Point, Row])
+def test_a_type_stands_in_place_of_the_text(source: type) -> None:
+    signature = Signature.of(source)
+    assert signature.type is source
+    assert signature.fields[0].required
+    assert not signature.fields[1].required
+
+
+def test_a_type_in_place_of_the_text_refuses_unknown_members() -> None:
+    for source, text in (
+        (Invoice, '{"number": 1, "x": 2}'),
+        (Point, '{"x": 1, "z": 2}'),
+        (Row, '{"name": "", "z": 1}'),
+    ):
+        with pytest.raises(InvalidData, match="Unknown field"):
+            Signature.of(source).decode(text.encode())
+
+
+def test_what_is_no_signature_is_refused() -> None:
+    for source in (int, 5, None, list[str]):
+        with pytest.raises(SignatureError, match="A signature is a string"):
+            Signature.of(source)
+
+
+def test_a_type_that_json_cannot_carry_is_refused() -> None:
+    class Socket:
+        pass
+
+    class Wrapper(msgspec.Struct):
+        socket: Socket
+
+    with pytest.raises(SignatureError, match="Wrapper cannot be read from JSON"):
+        Signature.of(Wrapper)
+
+
+# Functions
+
+
+def test_parameters_become_fields() -> None:
+    def book(
+        invoice: Invoice, tags: list[str] = ["new"], *, limit: Annotated[int, "at most"] = 5, note: "str | None" = None
+    ) -> None: ...
+
+    signature = Signature.of_parameters(book)
+    assert [(f.name, f.type, f.description, f.required) for f in signature.fields] == [
+        ("invoice", Invoice, "", True),
+        ("tags", list[str], "", False),
+        ("limit", int, "at most", False),
+        ("note", Optional[str], "", False),  # noqa: UP045
+    ]
+    assert signature.schema["properties"]["tags"]["default"] == ["new"]
+    assert signature.schema["properties"]["limit"] == {"type": "integer", "description": "at most", "default": 5}
+
+
+def test_a_changeable_default_is_not_shared() -> None:
+    def remember(tags: list[str] = ["new"]) -> None: ...
+
+    signature = Signature.of_parameters(remember)
+    signature.decode(b"{}").tags.append("seen")
+    assert signature.decode(b"{}").tags == ["new"]
+
+
+def test_meta_of_msgspec_is_kept() -> None:
+    def f(n: Annotated[int, msgspec.Meta(ge=1, description="from one")]) -> None: ...
+
+    signature = Signature.of_parameters(f)
+    assert signature.fields[0].description == "from one"
+    with pytest.raises(InvalidData, match=">= 1"):
+        signature.decode(b'{"n": 0}')
+
+
+def no_type(a) -> None: ...  # type: ignore[no-untyped-def]
+def variadic(*a: int) -> None: ...
+def keywords(**a: int) -> None: ...
+def positional(a: int, /) -> None: ...
+def custom(a: object) -> None: ...
+def unknown(a: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+def odd_default(a: Any = object()) -> None: ...
+def private(_a: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (no_type, "no_type: the parameter 'a' needs a type"),
+        (variadic, "cannot be given by name"),
+        (keywords, "cannot be given by name"),
+        (positional, "cannot be given by name"),
+        (custom, "custom: 'a' cannot be read from JSON"),
+        (unknown, "the type 'Nowhere' is not known"),
+        (odd_default, "'a' cannot be read from JSON"),
+        (private, "no '_' in front"),
+    ],
+)
+def test_a_function_that_cannot_be_an_agent_says_why(function: Callable[..., Any], words: str) -> None:
+    with pytest.raises(SignatureError, match=words.replace("(", r"\(")):
+        Signature.of_parameters(function)
+
+
+def test_what_a_function_returns() -> None:
+    def as_struct() -> Invoice: ...
+    def as_number() -> int: ...
+    def as_anything(): ...  # type: ignore[no-untyped-def]
+    def as_object() -> object: ...
+
+    assert Signature.of_result(as_struct)[1] is False
+    signature, is_boxed = Signature.of_result(as_number)
+    assert is_boxed
+    assert [(f.name, f.type) for f in signature.fields] == [("result", int)]
+    assert Signature.of_result(as_anything)[0].fields[0].type is Any
+    with pytest.raises(SignatureError, match="'result' cannot be read from JSON"):
+        Signature.of_result(as_object)
+
+
+def test_a_callable_object_has_a_signature() -> None:
+    class Adder:
+        def __call__(self, a: int) -> int:
+            return a
+
+    assert [f.name for f in Signature.of_parameters(Adder()).fields] == ["a"]
+
+
+# Values out
+
+
+def test_encode_checks_and_writes() -> None:
+    signature = Signature.of("n: float, when: date, tags: set[str]")
+    raw = signature.encode({"n": 1, "when": datetime.date(2026, 11, 24), "tags": {"a"}})
+    assert json.loads(bytes(raw)) == {"n": 1.0, "when": "2026-11-24", "tags": ["a"]}
+
+
+def test_encode_checks_an_instance_of_the_type_too() -> None:
+    with pytest.raises(InvalidData, match="/number: Expected 'int', got 'str'"):
+        Signature.of(Invoice).encode(Invoice(number="1"))  # type: ignore[arg-type]
+
+
+def test_nan_and_infinities_become_null() -> None:
+    raw = Signature.of("a: float, b: Any").encode({"a": float("nan"), "b": [float("inf")]})
+    assert json.loads(bytes(raw)) == {"a": None, "b": [None]}
+
+
+def circle() -> Any:
+    around: list[Any] = []
+    around.append(around)
+    return around
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        pytest.param({"a": object()}, "cannot be JSON", id="object"),
+        pytest.param({"a": "\ud800"}, "surrogates not allowed", id="lone surrogate"),
+        pytest.param({"a": 10**5000}, "cannot be JSON", id="huge integer"),
+        pytest.param({"a": {(1, 2): 3}}, "cannot be JSON", id="key that is no text"),
+        pytest.param({"a": circle()}, "nested too deep", id="circle"),
+        pytest.param({"a": deep(100_000)}, "nested too deep", id="deep"),
+        pytest.param({}, "/a: This field is required", id="missing"),
+        pytest.param({"a": 1, "b": 2}, "/b: Unknown field", id="unknown"),
+        pytest.param({"b": "\ud800"}, "surrogates not allowed", id="unknown lone surrogate"),
+        pytest.param(None, "Expected 'object'", id="None"),
+        pytest.param("text", "Expected 'object'", id="text"),
+    ],
+)
+def test_what_cannot_be_json_is_invalid_data(value: Any, words: str) -> None:
+    with pytest.raises(InvalidData, match=words):
+        Signature.of("a: Any").encode(value)
+
+
+def test_text_of_a_person_is_typed_by_the_field() -> None:
+    signature = Signature.of("name: str, n: int, tags: list[str], day: date, either: int | str, maybe: int | None")
+    texts = {"name": "5", "n": "5", "tags": '["a"]', "day": "2026-11-24", "either": "5", "maybe": "null"}
+    values = {name: json.loads(bytes(raw)) for name, raw in signature.from_text(texts).items()}
+    assert values == {"name": "5", "n": 5, "tags": ["a"], "day": "2026-11-24", "either": "5", "maybe": None}
+    # What fits neither way is left for the check of the inputs, which says why.
+    assert {name: bytes(raw) for name, raw in signature.from_text({"n": "x", "other": "y"}).items()} == {
+        "n": b'"x"',
+        "other": b'"y"',
+    }
