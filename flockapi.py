@@ -45,7 +45,7 @@ from flock.errors import (
     MalformedJSON,
     RunNotFound,
 )
-from flock.jsontype import JSONType, malformed
+from flock.jsontype import JSONType, escape_pointer, malformed
 from flock.runs import Batch, BatchOptions, Engine, Run, RunStatus, Usage
 
 __all__ = [
@@ -65,6 +65,9 @@ __all__ = [
 
 logger = logging.getLogger("flock.api")
 
+#: RFC 3339, in UTC.
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
+
 #: How many results one answer holds at most.
 MAX_PAGE = 1000
 
@@ -77,7 +80,7 @@ class FlockAPIRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Body of ``POST /run/flock``. ``use_production_tools`` is accepted from older clients, and means nothing."""
 
     agent_name: str
-    inputs: msgspec.Raw = msgspec.Raw(b"{}")
+    inputs: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"{}"))
     async_run: bool = False
     use_production_tools: Any = None
 
@@ -142,6 +145,23 @@ def rows_of(batch: FlockBatchRequest) -> list[msgspec.Raw]:
     return [msgspec.Raw(msgspec.json.encode(row)) for row in rows]
 
 
+def as_sent(exc: InvalidData, batch: FlockBatchRequest) -> InvalidData:
+    """Errors of rows with pointers into what the client sent: names not yet mapped, gaps not yet filled."""
+    sent_names = {new: old for old, new in (batch.input_mapping or {}).items()}
+    errors = {}
+    for error in exc.errors:
+        _, *tokens = error.pointer.split("/")
+        if len(tokens) > 2:
+            row, name = batch.batch_inputs[int(tokens[1])], tokens[2]
+            if sent_names.get(name) in row:
+                tokens[2] = escape_pointer(sent_names[name])
+            elif name not in row and name in (batch.static_inputs or {}):
+                tokens[:3] = ["static_inputs", name]
+        pointer = "/".join(["", *tokens])
+        errors[pointer, error.detail] = FieldError(detail=error.detail, pointer=pointer)
+    return InvalidData(list(errors.values()))
+
+
 def number_in_query(request: Request, name: str, default: int, low: int, high: int) -> int:
     text = request.query_params.get(name, str(default))
     if not re.fullmatch(r"-?\d{1,10}", text) or not low <= int(text) <= high:
@@ -159,8 +179,8 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True):
     """One agent's turn within a run."""
 
     agent_name: str
-    started_at: datetime
-    completed_at: datetime
+    started_at: Time
+    completed_at: Time
     usage: Usage | None
 
 
@@ -173,9 +193,9 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     result: msgspec.Raw | None
     error: str | None
     error_type: str | None
-    created_at: datetime
-    started_at: datetime | None
-    completed_at: datetime | None
+    created_at: Time
+    started_at: Time | None
+    completed_at: Time | None
     request_id: str | None
     usage: Usage | None
     steps: list[RunStep]
@@ -197,9 +217,9 @@ class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
     results: list[Any]
     next: str | None
     error: str | None
-    created_at: datetime
-    started_at: datetime | None
-    completed_at: datetime | None
+    created_at: Time
+    started_at: Time | None
+    completed_at: Time | None
     request_id: str | None
 
 
@@ -414,9 +434,11 @@ async def run_batch(request: Request) -> Response:
         return_errors=wanted.return_errors,
         box_results=wanted.box_results,
     )
-    batch = await app_of(request).engine.submit_batch(
-        wanted.agent_name, rows_of(wanted), options, request_id=request_id_of(request)
-    )
+    rows, engine = rows_of(wanted), app_of(request).engine
+    try:
+        batch = await engine.submit_batch(wanted.agent_name, rows, options, request_id=request_id_of(request))
+    except InvalidData as exc:
+        raise as_sent(exc, wanted) from exc
     return batch_response(request, batch, [], 202)
 
 

@@ -82,7 +82,7 @@ class Agent:
             InvalidHandoff: ``next_agent`` gave something else than a name, an agent or None.
         """
         chosen = self.next_agent
-        if callable(chosen):
+        if callable(chosen) and not isinstance(chosen, Agent):
             chosen = chosen(msgspec.json.decode(result))
             if inspect.isawaitable(chosen):
                 chosen = await chosen

@@ -63,12 +63,12 @@ def serve_flock(
 
 
 def load_flock(target: str) -> Flock:
-    """The flock that *target* names: ``path/to/file.py[:name]`` or ``module[:name]``; the name is ``flock`` if left out.
+    """The flock that *target* names: ``path/to/file.py[:name]`` or ``module[:name]``, and ``flock`` where no name is.
 
     Raises:
         click.ClickException: there is no such file, module or flock; it says what there is.
     """
-    place, _, name = target.partition(":") if not target[1:2] == ":" else (target, "", "")
+    place, _, name = target.partition(":")
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     flocks = {key: value for key, value in vars(module).items() if isinstance(value, Flock)}
     if name in flocks:

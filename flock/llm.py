@@ -475,6 +475,7 @@ async def _complete_with_litellm(
             f"the provider {provider!r} of {name!r} is not built in (those are {', '.join(PROVIDERS)} and local); "
             "for 100 more: pip install 'flockapi[litellm]'"
         ) from exc
+    litellm.suppress_debug_info = True  # it prints advertisements otherwise
     is_strict, sent = _strict_schema(schema)
     try:
         answer = await litellm.acompletion(

@@ -77,7 +77,7 @@ class FakeModel:
 async def socket_server(
     handle: Callable[[anyio.abc.SocketStream], Awaitable[None]],
 ) -> AsyncIterator[tuple[str, list[int]]]:
-    """A real socket that lets *handle* do as it likes with each connection: its address, and a list that grows by each."""
+    """A real socket that lets *handle* do as it likes with each connection; its address, and one entry for each."""
     connections: list[int] = []
 
     async def count(stream: anyio.abc.SocketStream) -> None:

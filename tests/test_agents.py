@@ -1,0 +1,259 @@
+"""Agents: how a model is asked, how an answer is repaired, how a function is called."""
+
+import contextvars
+import dataclasses
+import json
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from flock.agents import Agent, FunctionAgent, ModelAgent, Resources, agent
+from flock.core import Flock, FlockFactory
+from flock.errors import DefinitionError, InvalidOutput, ModelError, SignatureError
+from flock.llm import ModelClient
+from flock.runs import Usage
+from flock.signature import Signature
+from tests.fakes import FakeModel, answer, error
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def resources(model: FakeModel) -> AsyncIterator[Resources]:
+    async with ModelClient("openai/gpt-4o", transport=model.transport, backoff_s=0.001) as models:
+        yield Resources(models, anyio.CapacityLimiter(10))
+
+
+def analyzer(**options: Any) -> ModelAgent:
+    return FlockFactory.create_default_agent(
+        "text_analyzer",
+        input="text: str | what to analyse, limit: int",
+        output="sentiment: str | one word, keywords: list[str]",
+        **options,
+    )
+
+
+async def turn(made: Agent, resources: Resources, **inputs: Any) -> Any:
+    return await made.take_turn(made.input.decode(msgspec.json.encode(inputs)), resources)
+
+
+# Model agents
+
+
+async def test_the_prompt_says_all_that_the_signatures_say(model: FakeModel, resources: Resources) -> None:
+    made = analyzer(description="Finds the mood.", instructions="Be brief.", temperature=0.5, max_tokens=99)
+    model.replies = [answer({"sentiment": "good", "keywords": ["a"]})]
+    await turn(made, resources, text='Say "hi"\nnow', limit=3)
+    (request,) = model.requests
+    prompt = "\n".join(message["content"] for message in request["messages"])
+    for words in (
+        "text_analyzer",
+        "Finds the mood.",
+        "Be brief.",
+        "sentiment",
+        "one word",
+        "keywords",
+        "what to analyse",
+    ):
+        assert words in prompt
+    assert 'Say "hi"\nnow' in prompt, "a text reaches the model as it is, not escaped"
+    assert "limit: 3" in prompt
+    assert (request["temperature"], request["max_completion_tokens"]) == (0.5, 99)
+
+
+async def test_the_agents_own_model_wins_over_the_flocks(model: FakeModel, resources: Resources) -> None:
+    model.replies = [answer({"sentiment": "good", "keywords": []})] * 2
+    await turn(analyzer(model="ollama/llama3"), resources, text="x", limit=1)
+    await turn(analyzer(), resources, text="x", limit=1)
+    assert [request["model"] for request in model.requests] == ["llama3", "gpt-4o"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        pytest.param("Good!", "Not valid JSON", id="no JSON"),
+        pytest.param('{"sentiment": "good", "keywords": ["a"', "it ends too early", id="cut off"),
+        pytest.param({"sentiment": 5, "keywords": []}, "/sentiment: Expected 'str', got 'int'", id="wrong type"),
+        pytest.param({"sentiment": "good"}, "/keywords: This field is required", id="missing"),
+        pytest.param({"sentiment": "", "keywords": [], "x": 1}, "/x: Unknown field", id="unknown"),
+        pytest.param('{"sentiment": "\\ud800", "keywords": []}', "surrogate", id="lone surrogate"),
+        pytest.param("[" * 50_000, "Expected 'object'", id="nested without end"),
+    ],
+)
+async def test_an_answer_that_does_not_fit_is_sent_back_with_the_reason(
+    bad: Any, reason: str, model: FakeModel, resources: Resources
+) -> None:
+    model.replies = [answer(bad), answer({"sentiment": "good", "keywords": []})]
+    done = await turn(analyzer(), resources, text="x", limit=1)
+    assert json.loads(bytes(done.result)) == {"sentiment": "good", "keywords": []}
+    assert done.usage == Usage(input_tokens=20, output_tokens=10), "both answers are paid for"
+    *_, said, asked = model.requests[1]["messages"]
+    assert said["role"] == "assistant"
+    assert asked["role"] == "user"
+    assert reason in asked["content"]
+
+
+@pytest.mark.parametrize("max_retries", [0, 1, 3])
+async def test_after_max_retries_the_reason_is_the_error(
+    max_retries: int, model: FakeModel, resources: Resources
+) -> None:
+    model.replies = [answer({"sentiment": "good"})] * (max_retries + 1)
+    with pytest.raises(InvalidOutput, match=f"in {max_retries + 1} attempts?: /keywords: This field is required"):
+        await turn(analyzer(max_retries=max_retries), resources, text="x", limit=1)
+
+
+async def test_one_deadline_is_over_all_of_it(model: FakeModel, resources: Resources) -> None:
+    async def never(_: Any) -> Any:
+        await anyio.sleep_forever()
+
+    model.replies = [never]
+    with pytest.raises(ModelError, match=r"within 0.05 s \(timeout_s of the agent 'text_analyzer'\)") as caught:
+        await turn(analyzer(timeout_s=0.05), resources, text="x", limit=1)
+    assert caught.value.error_type == "model_timeout"
+
+
+async def test_a_model_error_is_not_repaired(model: FakeModel, resources: Resources) -> None:
+    model.replies = [error(404)]
+    with pytest.raises(ModelError):
+        await turn(analyzer(), resources, text="x", limit=1)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "ä", "..", "a\n"])
+def test_a_name_that_cannot_stand_in_a_url_is_refused(name: str) -> None:
+    with pytest.raises(DefinitionError, match="use letters, digits"):
+        FlockFactory.create_default_agent(name, output="a")
+
+
+def test_a_model_agent_without_output_is_refused() -> None:
+    with pytest.raises(DefinitionError, match="no output field"):
+        FlockFactory.create_default_agent("x", input="a")
+
+
+def test_a_signature_error_comes_at_definition() -> None:
+    with pytest.raises(SignatureError):
+        FlockFactory.create_default_agent("x", input="a: Foo", output="b")
+
+
+# Function agents
+
+
+@dataclasses.dataclass
+class Box:
+    width: int
+    tags: list[str]
+
+
+async def test_a_function_gets_typed_values(resources: Resources) -> None:
+    seen: list[Any] = []
+
+    @agent
+    def keep(box: Box, names: set[str], scale: float = 1.5) -> None:
+        """Keeps a box."""
+        seen.append((box, names, scale))
+
+    assert isinstance(keep, FunctionAgent)
+    assert (keep.name, keep.description) == ("keep", "Keeps a box.")
+    done = await turn(keep, resources, box={"width": 1, "tags": []}, names=["a"])
+    assert bytes(done.result) == b'{"result":null}'
+    assert done.usage is None
+    assert seen == [(Box(1, []), {"a"}, 1.5)]
+
+
+async def test_a_sync_function_runs_in_a_thread_and_an_async_one_in_the_loop(resources: Resources) -> None:
+    @agent
+    def there() -> int:
+        return threading.get_ident()
+
+    @agent
+    async def here() -> int:
+        return threading.get_ident()
+
+    assert bytes((await turn(there, resources)).result) != f'{{"result":{threading.get_ident()}}}'.encode()
+    assert bytes((await turn(here, resources)).result) == f'{{"result":{threading.get_ident()}}}'.encode()
+
+
+async def test_a_thread_sees_the_context(resources: Resources) -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+    variable.set("seen")
+
+    @agent
+    def read() -> str:
+        return variable.get()
+
+    assert bytes((await turn(read, resources)).result) == b'{"result":"seen"}'
+
+
+async def test_a_callable_object_is_an_agent(resources: Resources) -> None:
+    class Counter:
+        """Counts."""
+
+        async def __call__(self, text: str) -> int:
+            return len(text)
+
+    made = FunctionAgent(Counter(), name="count")
+    assert made.description == "Counts."
+    assert bytes((await turn(made, resources, text="abc")).result) == b'{"result":3}'
+
+
+async def test_what_a_function_returns_is_checked(resources: Resources) -> None:
+    @agent
+    def lie() -> int:
+        return "five"  # type: ignore[return-value]
+
+    @agent(output="a: int")
+    def forget() -> dict[str, int]:
+        return {}
+
+    with pytest.raises(InvalidOutput, match=r"What 'lie' returned does not fit its output. /result: Expected 'int'"):
+        await turn(lie, resources)
+    with pytest.raises(InvalidOutput, match="/a: This field is required"):
+        await turn(forget, resources)
+
+
+async def test_nothing_is_shared_between_two_runs() -> None:
+    """What an agent does to its inputs, or to what it returned, is not seen by the next run."""
+    flock = Flock()
+    kept: dict[str, Any] = {"list": []}
+
+    @flock.agent(output="list: Any")
+    def spoil(value: Any, tags: list[str] = ["new"]) -> dict[str, Any]:  # noqa: B006
+        value.append("spoilt")
+        tags.append("spoilt")
+        kept["list"] += tags
+        return kept
+
+    inputs: dict[str, Any] = {"value": []}
+    async with flock.engine() as engine:
+        raw = msgspec.Raw(msgspec.json.encode(inputs))
+        runs = [await engine.wait_run((await engine.submit("spoil", raw)).run_id) for _ in range(2)]
+    assert inputs == {"value": []}
+    results = [json.loads(bytes(run.result or b"")) for run in runs]
+    assert results[0] == {"list": ["new", "spoilt"]}, "what was returned first has not changed since"
+
+
+def test_a_function_is_still_a_function() -> None:
+    @agent(name="other", description="Adds.")
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    assert add(1, b=2) == 3
+    assert (add.name, add.description) == ("other", "Adds.")
+    assert repr(add) == "<FunctionAgent 'other'>"
+
+
+def test_output_is_a_signature_with_types() -> None:
+    @agent(output="box: Box", types={"Box": Box})
+    def make() -> dict[str, Any]:
+        return {}
+
+    assert make.output.fields[0].type is Box
+
+
+async def test_the_base_class_takes_no_turn(resources: Resources) -> None:
+    empty = Signature.of("")
+    with pytest.raises(NotImplementedError):
+        await Agent("x", empty, empty).take_turn(None, resources)

@@ -1,0 +1,425 @@
+"""The API: what each endpoint answers when all goes well, and when an agent fails."""
+
+import datetime
+import json
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from flock.core import Flock
+from flockapi import FlockAPI, create_app
+from tests.fakes import FakeModel, answer, error, sample_flock
+
+pytestmark = pytest.mark.anyio
+
+
+async def post_run(client: httpx.AsyncClient, agent_name: str, inputs: Any = None, **more: Any) -> httpx.Response:
+    return await client.post("/run/flock", json={"agent_name": agent_name, "inputs": inputs or {}, **more})
+
+
+async def wait_until(
+    client: httpx.AsyncClient, path: str, is_enough: Callable[[Any], bool], timeout_s: float = 20
+) -> Any:
+    """The run or batch at *path* as soon as *is_enough*, seen as a client would see it: by asking again."""
+    with anyio.fail_after(timeout_s):
+        while not is_enough(body := (await client.get(path)).json()):  # noqa: ASYNC110 - HTTP has no event here
+            await anyio.sleep(0.01)
+    return body
+
+
+async def wait_for(client: httpx.AsyncClient, path: str, timeout_s: float = 20) -> Any:
+    """The run or batch at *path* once it is final."""
+    return await wait_until(client, path, lambda body: body["status"] not in ("starting", "running"), timeout_s)
+
+
+# Runs
+
+
+async def test_a_run_is_answered_with_its_result(client: httpx.AsyncClient, model: FakeModel) -> None:
+    model.replies = [answer({"sentiment": "positive", "keywords": ["great"]})]
+    response = await post_run(client, "text_analyzer", {"text": "This is great!"})
+    assert response.status_code == 200
+    assert response.headers["Flock-Run-Status"] == "completed"
+    assert response.headers["Content-Type"] == "application/json"
+    assert response.text.endswith("}\n")
+    body = response.json()
+    assert body["status"] == "completed"
+    assert body["result"] == {"sentiment": "positive", "keywords": ["great"]}
+    assert body["error"] is body["error_type"] is None
+    assert body["usage"] == {"input_tokens": 10, "output_tokens": 5}
+    assert [step["agent_name"] for step in body["steps"]] == ["text_analyzer"]
+    assert uuid.UUID(body["run_id"]).version == 7
+    created, started, completed = (
+        datetime.datetime.fromisoformat(body[name]) for name in ("created_at", "started_at", "completed_at")
+    )
+    assert created.utcoffset() == datetime.timedelta(0)
+    assert created <= started <= completed
+    assert "batch_id" not in body
+
+
+async def test_an_asynchronous_run_is_accepted_at_once(client: httpx.AsyncClient, model: FakeModel) -> None:
+    asked, may_answer = anyio.Event(), anyio.Event()
+
+    async def reply(_: Any) -> Any:
+        asked.set()
+        await may_answer.wait()
+        return answer({"sentiment": "fine", "keywords": []})
+
+    model.replies = [reply]
+    response = await post_run(client, "text_analyzer", {"text": "x"}, async_run=True)
+    assert response.status_code == 202
+    assert response.json()["status"] == "starting"
+    assert response.headers["Location"] == f"/run/{response.json()['run_id']}"
+    assert response.headers["Retry-After"] == "1"
+    await asked.wait()
+    running = await client.get(response.headers["Location"])
+    assert running.status_code == 200
+    assert running.json()["status"] == running.headers["Flock-Run-Status"] == "running"
+    may_answer.set()
+    done = await wait_for(client, response.headers["Location"])
+    assert done["result"] == {"sentiment": "fine", "keywords": []}
+
+
+async def test_fields_of_older_clients_mean_nothing(client: httpx.AsyncClient) -> None:
+    response = await post_run(client, "add", {"a": 1}, use_production_tools=True)
+    assert response.json()["result"] == {"result": 3}
+
+
+async def test_inputs_may_be_left_out(flock: Flock, client: httpx.AsyncClient) -> None:
+    @flock.agent
+    def answer_all() -> int:
+        return 42
+
+    response = await client.post("/run/flock", json={"agent_name": "answer_all"})
+    assert response.json()["result"] == {"result": 42}
+
+
+# Runs that fail
+
+
+async def test_a_run_that_failed_is_an_answer(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    """The client learns the class of the exception; its text and traceback are in the log under the request's id."""
+    response = await client.post(
+        "/run/flock",
+        json={"agent_name": "explode", "inputs": {"text": "of the house"}},
+        headers={"X-Request-ID": "my-request-7"},
+    )
+    assert response.status_code == 200
+    assert response.headers["Flock-Run-Status"] == "failed"
+    body = response.json()
+    assert (body["status"], body["error_type"], body["result"]) == ("failed", "agent_exception", None)
+    assert (
+        body["error"] == "The agent 'explode' raised ValueError; the server's log has more under request my-request-7."
+    )
+    assert body["request_id"] == "my-request-7"
+    assert "a secret" not in response.text
+    (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    assert "my-request-7" in record.getMessage()
+    assert record.exc_info
+    assert "a secret: of the house" in str(record.exc_info[1])
+
+
+async def test_the_text_of_an_agent_error_is_for_the_client(client: httpx.AsyncClient) -> None:
+    body = (await post_run(client, "refuse", {"text": "This"})).json()
+    assert (body["error"], body["error_type"]) == ("This is more than I can do.", "agent_error")
+
+
+async def test_errors_can_be_exposed_for_development(flock: Flock) -> None:
+    app = create_app(flock, expose_errors=True)
+    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        body = (await post_run(client, "explode", {"text": "x"})).json()
+    assert body["error"] == "The agent 'explode' raised ValueError: a secret: x"
+
+
+async def test_a_missing_key_is_named(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    body = (await post_run(client, "text_analyzer", {"text": "x"})).json()
+    assert (body["status"], body["error_type"]) == ("failed", "model_not_configured")
+    assert "OPENAI_API_KEY" in body["error"]
+
+
+async def test_a_model_that_fails_fails_the_run(client: httpx.AsyncClient, model: FakeModel) -> None:
+    model.replies = [error(401, message="bad key sk-secret")]
+    body = (await post_run(client, "text_analyzer", {"text": "x"})).json()
+    assert (body["status"], body["error_type"]) == ("failed", "model_authentication")
+    assert "bad key" not in json.dumps(body)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(object(), id="object"),
+        pytest.param("\ud800", id="lone surrogate"),
+        pytest.param(10**5000, id="integer of 5,000 digits"),
+        pytest.param({(1, 2): 3}, id="key that is no text"),
+    ],
+)
+async def test_a_result_that_cannot_be_json_fails_the_run(value: Any, flock: Flock, client: httpx.AsyncClient) -> None:
+    @flock.agent
+    def strange() -> Any:
+        return value
+
+    response = await post_run(client, "strange")
+    assert (response.status_code, response.json()["error_type"]) == (200, "invalid_output")
+
+
+async def test_nan_and_infinity_become_null(flock: Flock, client: httpx.AsyncClient) -> None:
+    @flock.agent
+    def numbers() -> list[float]:
+        return [1.5, float("nan"), float("inf")]
+
+    assert (await post_run(client, "numbers")).json()["result"] == {"result": [1.5, None, None]}
+
+
+async def test_big_integers_pass_unharmed(client: httpx.AsyncClient) -> None:
+    text = '{"agent_name": "anything", "inputs": {"value": [18446744073709551616, 1234567890123456789012]}}'
+    response = await client.post("/run/flock", content=text, headers={"Content-Type": "application/json"})
+    assert response.json()["result"] == {"result": [18446744073709551616, 1234567890123456789012]}
+
+
+# Batches
+
+
+async def test_a_batch_keeps_the_order_of_its_inputs(client: httpx.AsyncClient) -> None:
+    rows = [{"a": i} for i in range(20)]
+    response = await client.post(
+        "/run/batch", json={"agent_name": "add", "batch_inputs": rows, "static_inputs": {"b": 1}}
+    )
+    assert response.status_code == 202
+    body = response.json()
+    assert (body["status"], body["total_items"], body["results"]) == ("starting", 20, [])
+    assert response.headers["Location"] == f"/batch/{body['batch_id']}"
+    done = await wait_for(client, response.headers["Location"])
+    assert done["status"] == "completed"
+    assert (done["completed_items"], done["failed_items"], done["cancelled_items"]) == (20, 0, 0)
+    assert done["progress_percentage"] == 100
+    assert done["results"] == [{"result": i + 1} for i in range(20)]
+    assert done["next"] is None
+
+
+async def test_the_item_wins_over_the_static_inputs_and_names_are_mapped(client: httpx.AsyncClient) -> None:
+    body = {
+        "agent_name": "add",
+        "batch_inputs": [{"left": 1}, {"left": 2, "b": 20}],
+        "input_mapping": {"left": "a", "absent": "b"},
+        "static_inputs": {"b": 10},
+    }
+    accepted = (await client.post("/run/batch", json=body)).json()
+    done = await wait_for(client, f"/batch/{accepted['batch_id']}")
+    assert done["results"] == [{"result": 11}, {"result": 22}]
+
+
+async def test_progress_is_live_and_what_has_not_ended_is_null(client: httpx.AsyncClient, model: FakeModel) -> None:
+    may_answer = anyio.Event()
+
+    async def reply(request: Any) -> Any:
+        if "slow" in request["messages"][1]["content"]:
+            await may_answer.wait()
+        return answer({"sentiment": "s", "keywords": []})
+
+    model.replies = [reply, reply, reply]
+    texts = [{"text": "slow"}, {"text": "quick"}, {"text": "also quick"}]
+    accepted = (await client.post("/run/batch", json={"agent_name": "text_analyzer", "batch_inputs": texts})).json()
+    body = await wait_until(client, f"/batch/{accepted['batch_id']}", lambda body: body["completed_items"] == 2)
+    assert body["status"] == "running"
+    assert body["progress_percentage"] == 66.67
+    assert body["results"] == [None, {"sentiment": "s", "keywords": []}, {"sentiment": "s", "keywords": []}]
+    may_answer.set()
+    assert (await wait_for(client, f"/batch/{accepted['batch_id']}"))["completed_items"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 5),
+        ({"max_workers": 2}, 2),
+        ({"parallel": False, "max_workers": 7}, 1),
+        ({"max_workers": 1000}, 12),
+    ],
+)
+async def test_max_workers_bounds_a_batch(options: Any, expected: int, flock: Flock, client: httpx.AsyncClient) -> None:
+    busy, most, order = 0, 0, []
+
+    @flock.agent
+    async def watch(n: int) -> int:
+        nonlocal busy, most
+        busy += 1
+        most = max(most, busy)
+        order.append(n)
+        for _ in range(20):
+            await anyio.lowlevel.checkpoint()
+        busy -= 1
+        return n
+
+    rows = [{"n": n} for n in range(12)]
+    accepted = await client.post("/run/batch", json={"agent_name": "watch", "batch_inputs": rows, **options})
+    await wait_for(client, accepted.headers["Location"])
+    assert most == expected
+    assert order == list(range(12))
+
+
+@pytest.mark.parametrize(("return_errors", "expected"), [(True, {"error_type": "agent_error"}), (False, None)])
+async def test_a_failed_item_is_told_or_null(return_errors: bool, expected: Any, client: httpx.AsyncClient) -> None:
+    body = {"agent_name": "refuse", "batch_inputs": [{"text": "That"}], "return_errors": return_errors}
+    accepted = await client.post("/run/batch", json=body)
+    done = await wait_for(client, accepted.headers["Location"])
+    assert (done["status"], done["failed_items"], done["completed_items"]) == ("failed", 1, 1)
+    assert done["error"] == "None of the 1 items completed. The first one: That is more than I can do."
+    assert done["results"] == [expected and {"error": "That is more than I can do.", **expected}]
+
+
+async def test_a_batch_completes_if_one_item_does(flock: Flock, client: httpx.AsyncClient) -> None:
+    @flock.agent
+    def invert(n: int) -> float:
+        return 1 / n
+
+    accepted = await client.post("/run/batch", json={"agent_name": "invert", "batch_inputs": [{"n": 0}, {"n": 2}]})
+    done = await wait_for(client, accepted.headers["Location"])
+    assert (done["status"], done["failed_items"], done["error"]) == ("completed", 1, None)
+    assert done["results"][0]["error_type"] == "agent_exception"
+    assert done["results"][1] == {"result": 0.5}
+
+
+async def test_results_can_be_bare(client: httpx.AsyncClient) -> None:
+    for agent, row, expected in (
+        ("add", {"a": 1}, 3),
+        ("summarise", {"text": "a b"}, {"words": 2, "shout": "A B"}),
+    ):
+        body = {"agent_name": agent, "batch_inputs": [row], "box_results": False}
+        accepted = await client.post("/run/batch", json=body)
+        assert (await wait_for(client, accepted.headers["Location"]))["results"] == [expected]
+
+
+async def test_results_come_in_pages(client: httpx.AsyncClient) -> None:
+    rows = [{"a": i, "b": 0} for i in range(2500)]
+    accepted = await client.post("/run/batch", json={"agent_name": "add", "batch_inputs": rows, "max_workers": 50})
+    path = accepted.headers["Location"]
+    page = await wait_for(client, path, timeout_s=60)
+    assert len(page["results"]) == 1000
+    pages = [page]
+    while pages[-1]["next"]:
+        pages.append((await client.get(pages[-1]["next"])).json())
+    assert [result["result"] for page in pages for result in page["results"]] == list(range(2500))
+    some = (await client.get(path, params={"after": 9, "limit": 3})).json()
+    assert [result["result"] for result in some["results"]] == [10, 11, 12]
+    assert some["next"] == f"{path}?after=12&limit=3"
+    assert (await client.get(path, params={"after": 2499})).json()["results"] == []
+
+
+async def test_an_item_is_a_run(client: httpx.AsyncClient, app: FlockAPI) -> None:
+    accepted = (
+        await client.post("/run/batch", json={"agent_name": "add", "batch_inputs": [{"a": 1}, {"a": 5}]})
+    ).json()
+    await wait_for(client, f"/batch/{accepted['batch_id']}")
+    item = (await app.engine.get_items(accepted["batch_id"], after=0))[0]
+    body = (await client.get(f"/run/{item.run_id}")).json()
+    assert (body["batch_id"], body["position"], body["result"]) == (accepted["batch_id"], 1, {"result": 7})
+
+
+# Agents, and around them
+
+
+async def test_agents_are_listed_as_the_page_shows(client: httpx.AsyncClient) -> None:
+    response = await client.get("/agents")
+    assert response.json()["agents"][:3] == [
+        {"name": "text_analyzer", "description": "Finds the sentiment and the keywords of a text."},
+        {"name": "add", "description": "Adds two numbers."},
+        {"name": "summarise", "description": ""},
+    ]
+    assert response.text.endswith("\n")
+
+
+async def test_an_agent_shows_both_schemas(client: httpx.AsyncClient) -> None:
+    body = (await client.get("/agents/add")).json()
+    assert body == {
+        "name": "add",
+        "description": "Adds two numbers.",
+        "input_schema": {
+            "title": "add",
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer", "default": 2}},
+            "required": ["a"],
+            "additionalProperties": False,
+        },
+        "output_schema": {
+            "title": "add",
+            "type": "object",
+            "properties": {"result": {"type": "integer"}},
+            "required": ["result"],
+            "additionalProperties": False,
+        },
+    }
+
+
+async def test_every_response_has_a_request_id(client: httpx.AsyncClient) -> None:
+    for method, path in (("GET", "/agents"), ("GET", "/nowhere"), ("DELETE", "/agents"), ("POST", "/run/flock")):
+        response = await client.request(method, path, headers={"X-Request-ID": "abc-1"})
+        assert response.headers["X-Request-ID"] == "abc-1"
+        assert response.headers.get_list("X-Request-ID") == ["abc-1"]
+    generated = {(await client.get("/agents")).headers["X-Request-ID"] for _ in range(3)}
+    assert len(generated) == 3
+
+
+@pytest.mark.parametrize("sent", ["a b", "a" * 129, "a\tb", "<script>", ""])
+async def test_a_request_id_with_odd_characters_is_replaced(sent: str, client: httpx.AsyncClient) -> None:
+    received = (await client.get("/agents", headers={"X-Request-ID": sent})).headers["X-Request-ID"]
+    assert received != sent
+    assert uuid.UUID(received)
+
+
+async def test_without_an_engine_it_says_so() -> None:
+    app = create_app(sample_flock())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        response = await post_run(client, "add", {"a": 1})
+        assert (await client.get("/agents")).status_code == 200
+    assert response.status_code == 503
+    assert response.headers["Retry-After"] == "1"
+    assert "lifespan" in response.json()["detail"]
+
+
+async def test_under_a_mount_links_lead_back(flock: Flock, model: FakeModel) -> None:
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    app = create_app(flock, engine=flock.engine(transport=model.transport))
+    host = Starlette(routes=[Mount("/ai", app)])
+    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t") as client:
+        accepted = await client.post("/ai/run/flock", json={"agent_name": "add", "inputs": {"a": 1}, "async_run": True})
+        assert accepted.headers["Location"].startswith("/ai/run/")
+        assert (await wait_for(client, accepted.headers["Location"]))["result"] == {"result": 3}
+        batch = await client.post("/ai/run/batch", json={"agent_name": "add", "batch_inputs": [{"a": 1}, {"a": 2}]})
+        await wait_for(client, batch.headers["Location"])
+        page = (await client.get(batch.headers["Location"], params={"limit": 1})).json()
+        assert page["next"].startswith("/ai/batch/")
+        assert (await client.get(page["next"])).json()["results"] == [{"result": 4}]
+
+
+async def test_full_is_said() -> None:
+    """Beyond ``max_queue`` runs and ``max_items`` items the answer is 429, and what was accepted goes on."""
+    flock, may_go = Flock(), anyio.Event()
+
+    @flock.agent
+    async def wait() -> int:
+        await may_go.wait()
+        return 1
+
+    app = create_app(flock, engine=flock.engine(max_concurrency=1, max_queue=2, max_items=3))
+    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        accepted = [await post_run(client, "wait", async_run=True)]
+        await wait_until(client, accepted[0].headers["Location"], lambda body: body["status"] == "running")
+        responses = [await post_run(client, "wait", async_run=True) for _ in range(3)]
+        batches = [
+            await client.post("/run/batch", json={"agent_name": "wait", "batch_inputs": [{}, {}]}) for _ in range(2)
+        ]
+        assert [response.status_code for response in (*responses, *batches)] == [202, 202, 429, 202, 429]
+        for full in (responses[2], batches[1]):
+            assert full.headers["Retry-After"] == "1"
+            assert full.json()["type"] == "urn:flockapi:problem:too-many-runs"
+        may_go.set()
+        for response in (*accepted, *responses[:2], batches[0]):
+            assert (await wait_for(client, response.headers["Location"]))["status"] == "completed"

@@ -1,0 +1,278 @@
+"""Bad input: each gets a clean answer that says what to do, and nothing runs."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from flockapi import FlockAPI
+from tests.fakes import FakeModel
+
+pytestmark = pytest.mark.anyio
+
+JSON = {"Content-Type": "application/json"}
+
+
+async def post(client: httpx.AsyncClient, body: Any, path: str = "/run/flock", **headers: str) -> httpx.Response:
+    content = body if isinstance(body, bytes | str) else json.dumps(body)
+    return await client.post(path, content=content, headers={**JSON, **headers})
+
+
+def check_problem(response: httpx.Response, status: int) -> Any:
+    assert response.status_code == status
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert response.text.endswith("}\n")
+    body = response.json()
+    assert body["status"] == status
+    assert body["request_id"] == response.headers["X-Request-ID"]
+    assert body["instance"] == response.request.url.path
+    assert body.keys() >= {"type", "title", "detail"}
+    return body
+
+
+# Not JSON
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        pytest.param(b"", "the body is empty", id="empty"),
+        pytest.param(b" \n", "the body is empty", id="blank"),
+        pytest.param(b'{"agent_name": "add", "inputs"', "line 1, column 31", id="cut off"),
+        pytest.param(b'{\n  "agent_name": add\n}', "line 2, column 17", id="no quotes"),
+        pytest.param(b'{"agent_name": "add", "inputs": {"a": 01}}', "line 1, column 40", id="within the inputs"),
+        pytest.param(b'{"agent_name": "add", "inputs": {"a": NaN}}', "line 1, column 39", id="NaN"),
+        pytest.param(b'{"agent_name": "add", "inputs": {"\xff": 1}}', "not UTF-8 at line 1, column 35", id="not UTF-8"),
+        pytest.param(b'{"agent_name": "\\ud800"}', "half of a surrogate pair", id="lone surrogate"),
+        pytest.param(
+            b'{"agent_name": "anything", "inputs": {"value": "\\udc00"}}',
+            "surrogate",
+            id="lone surrogate in the inputs",
+        ),
+        pytest.param(
+            b'{"agent_name": "anything", "inputs": {"value": ' + b"[" * 10_000 + b"]" * 10_000 + b"}}",
+            "nested too deep",
+            id="10,000 deep",
+        ),
+        pytest.param(
+            b'{"agent_name": "add", "inputs": ' + b"[" * 100_000, "nested too deep", id="100,000 deep and open"
+        ),
+    ],
+)
+async def test_what_is_not_json_is_400_with_line_and_column(body: bytes, words: str, client: httpx.AsyncClient) -> None:
+    problem = check_problem(await post(client, body), 400)
+    assert problem["type"] == "urn:flockapi:problem:malformed-json"
+    assert words in problem["detail"]
+    check_problem(await post(client, body.replace(b"inputs", b"batch_inputs"), "/run/batch"), 400)
+
+
+# Not announced as JSON
+
+
+@pytest.mark.parametrize("path", ["/run/flock", "/run/batch"])
+@pytest.mark.parametrize(
+    "content_type", ["application/x-www-form-urlencoded", "text/plain", "application/jsonp", "multipart/form-data", ""]
+)
+async def test_another_content_type_is_415_that_says_what_to_send(
+    content_type: str, path: str, client: httpx.AsyncClient
+) -> None:
+    """curl's ``-d`` alone sends a form; a foreign web page can post one without asking."""
+    response = await client.post(path, content=b'{"agent_name": "add"}', headers={"Content-Type": content_type})
+    problem = check_problem(response, 415)
+    assert "-H 'Content-Type: application/json'" in problem["detail"]
+    assert response.headers["Accept"] == "application/json"
+
+
+async def test_json_with_a_charset_is_json(client: httpx.AsyncClient) -> None:
+    body = {"agent_name": "add", "inputs": {"a": 1}}
+    response = await post(client, body, **{"Content-Type": "Application/JSON; charset=utf-8"})
+    assert response.status_code == 200
+
+
+# JSON that does not fit
+
+
+@pytest.mark.parametrize(
+    ("body", "errors"),
+    [
+        pytest.param({}, {"/agent_name": "This field is required."}, id="missing"),
+        pytest.param([], {"": "Expected 'object', got 'array'."}, id="list"),
+        pytest.param(5, {"": "Expected 'object', got 'int'."}, id="number"),
+        pytest.param(
+            {"agent_name": 5, "async_run": "yes", "agent": 1},
+            {
+                "/agent": "Unknown field. The fields here are: agent_name, inputs, async_run, use_production_tools.",
+                "/agent_name": "Expected 'str', got 'int'.",
+                "/async_run": "Expected 'bool', got 'str'.",
+            },
+            id="mistyped and unknown",
+        ),
+        pytest.param(
+            {"agent_name": "add", "inputs": {"a": "1", "c": 3}},
+            {
+                "/inputs/c": "Unknown field. The fields here are: a, b.",
+                "/inputs/a": "Expected 'int', got 'str'.",
+            },
+            id="inputs",
+        ),
+        pytest.param({"agent_name": "add"}, {"/inputs/a": "This field is required."}, id="no inputs"),
+        pytest.param(
+            {"agent_name": "add", "inputs": None}, {"/inputs": "Expected 'object', got 'null'."}, id="inputs null"
+        ),
+        pytest.param(
+            {"agent_name": "add", "inputs": [1]}, {"/inputs": "Expected 'object', got 'array'."}, id="inputs list"
+        ),
+    ],
+)
+async def test_a_field_that_does_not_fit_is_422_with_its_pointer(
+    body: Any, errors: dict[str, str], client: httpx.AsyncClient
+) -> None:
+    problem = check_problem(await post(client, body), 422)
+    assert problem["type"] == "urn:flockapi:problem:invalid-input"
+    assert {error["pointer"]: error["detail"] for error in problem["errors"]} == errors
+
+
+async def test_a_number_out_of_range_is_422(client: httpx.AsyncClient) -> None:
+    for number in ("1e400", "9" * 5000):
+        body = f'{{"agent_name": "add", "inputs": {{"a": {number}}}}}'
+        problem = check_problem(await post(client, body), 422)
+        assert problem["errors"][0]["pointer"] == "/inputs/a"
+
+
+@pytest.mark.parametrize(
+    ("body", "pointers"),
+    [
+        pytest.param({"agent_name": "add"}, ["/batch_inputs"], id="missing"),
+        pytest.param({"batch_inputs": []}, ["/agent_name"], id="no agent"),
+        pytest.param({"agent_name": "add", "batch_inputs": []}, ["/batch_inputs"], id="empty"),
+        pytest.param({"agent_name": "add", "batch_inputs": {"a": 1}}, ["/batch_inputs"], id="object"),
+        pytest.param({"agent_name": "add", "batch_inputs": [{"a": 1}, 5]}, ["/batch_inputs/1"], id="item is a number"),
+        pytest.param({"agent_name": "add", "batch_inputs": [None]}, ["/batch_inputs/0"], id="item is null"),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"a": 1}, {"a": "x"}, {"b": 1}]},
+            ["/batch_inputs/1/a", "/batch_inputs/2/a"],
+            id="two bad items",
+        ),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"n": "x"}], "input_mapping": {"n": "a"}},
+            ["/batch_inputs/0/n"],
+            id="the pointer has the name that was sent",
+        ),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"a": 1}, {"a": 2}], "static_inputs": {"b": "x"}},
+            ["/static_inputs/b"],
+            id="a static input is told once",
+        ),
+        pytest.param({"agent_name": "add", "batch_inputs": [{"a": 1}], "max_workers": 0}, ["/max_workers"], id="none"),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"a": 1}], "max_workers": 1001}, ["/max_workers"], id="many"
+        ),
+        pytest.param({"agent_name": "add", "batch_inputs": [{"a": 1}], "workers": 1}, ["/workers"], id="unknown"),
+        pytest.param({"agent_name": "add", "batch_inputs": "/etc/passwd"}, ["/batch_inputs"], id="path"),
+        pytest.param({"agent_name": "add", "batch_inputs": "http://127.0.0.1/x"}, ["/batch_inputs"], id="URL"),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"a": 1}], "write_to_csv": "/tmp/x.csv"}, ["/write_to_csv"], id="csv"
+        ),
+    ],
+)
+async def test_a_batch_that_does_not_fit_is_refused_whole(
+    body: Any, pointers: list[str], client: httpx.AsyncClient, app: FlockAPI
+) -> None:
+    problem = check_problem(await post(client, body, "/run/batch"), 422)
+    assert [error["pointer"] for error in problem["errors"]] == pointers
+
+
+async def test_at_most_100_errors_are_told(client: httpx.AsyncClient) -> None:
+    body = {"agent_name": "add", "batch_inputs": [{}] * 5000}
+    problem = check_problem(await post(client, body, "/run/batch"), 422)
+    assert len(problem["errors"]) == 100
+
+
+async def test_what_older_clients_send_is_ignored(client: httpx.AsyncClient) -> None:
+    body = {
+        "agent_name": "add",
+        "batch_inputs": [{"a": 1}],
+        "input_mapping": None,
+        "static_inputs": None,
+        "parallel": True,
+        "max_workers": 5,
+        "use_temporal": None,
+        "box_results": True,
+        "return_errors": False,
+        "silent_mode": True,
+        "write_to_csv": None,
+    }
+    assert (await post(client, body, "/run/batch")).status_code == 202
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "limit=", "after=-2", "after=" + "9" * 5000])
+async def test_a_query_that_does_not_fit_is_422(query: str, client: httpx.AsyncClient) -> None:
+    accepted = await post(client, {"agent_name": "add", "batch_inputs": [{"a": 1}]}, "/run/batch")
+    problem = check_problem(await client.get(f"{accepted.headers['Location']}?{query}"), 422)
+    assert query.partition("=")[0] in problem["detail"]
+
+
+# Not there
+
+
+async def test_an_unknown_agent_is_404_that_lists_the_known_ones(client: httpx.AsyncClient) -> None:
+    responses = [
+        await post(client, {"agent_name": "nobody"}),
+        await post(client, {"agent_name": "nobody", "batch_inputs": [{}]}, "/run/batch"),
+        await client.get("/agents/nobody"),
+    ]
+    for response in responses:
+        problem = check_problem(response, 404)
+        assert problem["type"] == "urn:flockapi:problem:unknown-agent"
+        assert "'nobody'" in problem["detail"]
+        assert "Known agents: text_analyzer, add, " in problem["detail"]
+
+
+async def test_an_unknown_run_or_batch_is_404(client: httpx.AsyncClient) -> None:
+    for path, slug in (("/run/42", "unknown-run"), ("/run/flock", "unknown-run"), ("/batch/42", "unknown-batch")):
+        problem = check_problem(await client.get(path), 404)
+        assert problem["type"] == f"urn:flockapi:problem:{slug}"
+
+
+async def test_an_unknown_path_or_method_is_a_problem_too(client: httpx.AsyncClient) -> None:
+    for path in ("/nowhere", "/static/nowhere.js", "/static/../flockapi.py"):
+        assert check_problem(await client.get(path), 404)["type"] == "about:blank"
+    response = await client.delete("/agents")
+    check_problem(response, 405)
+    assert "GET" in response.headers["Allow"]
+
+
+# Too much
+
+
+async def test_a_body_that_is_too_long_is_413(client: httpx.AsyncClient, app: FlockAPI) -> None:
+    body = json.dumps({"agent_name": "summarise", "inputs": {"text": ""}})
+    fitting = body.replace('""', '"' + "x" * (app.max_body_bytes - len(body)) + '"')
+    assert len(fitting) == app.max_body_bytes
+    assert (await post(client, fitting)).status_code == 200
+    problem = check_problem(await post(client, fitting + " "), 413)
+    assert str(app.max_body_bytes) in problem["detail"]
+
+
+# Our own mistakes
+
+
+async def test_a_bug_is_a_500_without_its_text(
+    client: httpx.AsyncClient, app: FlockAPI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(run_id: str) -> None:
+        raise RuntimeError("a secret of ours")
+
+    monkeypatch.setattr(app.engine, "get_run", broken)
+    problem = check_problem(await client.get("/run/1"), 500)
+    assert "a secret" not in json.dumps(problem)
+    assert problem["request_id"] in problem["detail"]
+    assert any(problem["request_id"] in record.getMessage() and record.exc_info for record in caplog.records)
+
+
+async def test_nothing_of_this_asked_a_model(client: httpx.AsyncClient, model: FakeModel) -> None:
+    """Inputs are checked before any model is paid."""
+    for inputs in ({}, {"text": 5}, {"text": "x", "y": 1}):
+        check_problem(await post(client, {"agent_name": "text_analyzer", "inputs": inputs}), 422)
+    assert model.requests == []
