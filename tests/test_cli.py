@@ -1,0 +1,228 @@
+"""The command line and our own server, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from flock import __version__
+from flock.cli import load_flock, main
+from flock.core import Flock
+from tests.fakes import EXAMPLES, ROOT, flockapi_command, running
+
+FLOCK_FILE = """
+from dataclasses import dataclass
+from neighbour import GREETING
+from flock.core import Flock
+
+flock = Flock("from a file")
+
+@dataclass
+class Person:
+    name: str
+    age: "int"
+
+@flock.agent
+def greet(person: Person, loud: bool = False) -> str:
+    text = f"{GREETING} {person.name}, {person.age}"
+    return text.upper() if loud else text
+
+@flock.agent
+def fail(text: str) -> str:
+    raise ValueError(text)
+"""
+
+
+@pytest.fixture
+def flock_file(tmp_path: Path) -> Path:
+    (tmp_path / "neighbour.py").write_text('GREETING = "Hello"\n')
+    path = tmp_path / "greeter.py"
+    path.write_text(FLOCK_FILE)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _modules_and_path_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("greeter", "neighbour", "many", "none", "broken"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def invoke(*arguments: str, **env: str) -> Any:
+    return CliRunner().invoke(main, arguments, env=env)
+
+
+# Targets
+
+
+def test_a_target_is_a_file(flock_file: Path) -> None:
+    assert load_flock(str(flock_file)).name == "from a file"
+    assert load_flock(f"{flock_file}:flock").name == "from a file"
+
+
+def test_a_target_is_a_module(flock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(flock_file.parent)
+    assert load_flock("greeter").name == "from a file"
+    assert load_flock("greeter:flock").name == "from a file"
+
+
+def test_the_name_may_be_left_out_where_there_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "many.py"
+    path.write_text("from flock.core import Flock\nonly = Flock('only')\n")
+    assert load_flock(str(path)).name == "only"
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("{path}/nowhere.py", "There is no file"),
+        ("no_such_module", "There is no module 'no_such_module'"),
+        ("greeter.nothing", "There is no module 'greeter.nothing'"),
+        ("{path}/greeter.py:swarm", "has no flock called 'swarm'. It has: flock."),
+        ("{path}/many.py", "has no flock called 'flock'. It has: a, b."),
+        ("{path}/none.py", "It has none: write flock = Flock(...) at its top level."),
+    ],
+)
+def test_a_target_that_is_not_there_says_what_is(
+    target: str, words: str, flock_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(flock_file.parent)
+    (flock_file.parent / "many.py").write_text("from flock.core import Flock\na, b = Flock(), Flock()\n")
+    (flock_file.parent / "none.py").write_text("")
+    result = invoke("run", target.format(path=flock_file.parent), "greet")
+    assert result.exit_code == 1
+    assert words in result.output
+
+
+def test_a_mistake_in_the_file_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_thing\n")
+    monkeypatch.chdir(tmp_path)
+    for target in ("broken", "broken.py"):
+        assert isinstance(invoke("run", target, "x").exception, ModuleNotFoundError)
+
+
+# flockapi run
+
+
+def test_run_prints_the_result_as_json(flock_file: Path) -> None:
+    result = invoke("run", str(flock_file), "greet", "-i", 'person={"name": "Ann=A", "age": 3}', "-i", "loud=true")
+    assert result.exit_code == 0
+    assert result.output == '{\n  "result": "HELLO ANN=A, 3"\n}\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nobody"], "Error: No agent is called 'nobody'. Known agents: greet, fail."),
+        (["greet"], "Error: /inputs/person: This field is required."),
+        (["greet", "-i", "person=Ann"], "/inputs/person: Expected 'object', got 'str'."),
+        (["greet", "-i", "person"], "'person' is not KEY=VALUE"),
+        (["fail", "-i", "text=why"], "Error: The agent 'fail' raised ValueError: why"),
+    ],
+)
+def test_run_says_what_is_wrong(arguments: list[str], words: str, flock_file: Path) -> None:
+    result = invoke("run", str(flock_file), *arguments)
+    assert result.exit_code in (1, 2)
+    assert words in result.output
+
+
+def test_the_model_is_named_by_option_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr(Flock, "run", lambda self, name, inputs: seen.append(self.model) or {})
+    example = str(EXAMPLES / "text_analyzer.py")
+    for arguments, env in (([], {}), (["--model", "a/b"], {}), ([], {"FLOCK_MODEL": "c/d"})):
+        assert invoke("run", example, "text_analyzer", *arguments, **env).exit_code == 0
+    assert seen == ["openai/gpt-4o", "a/b", "c/d"]
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").output == f"flockapi, version {__version__}\n"
+    for command in ([], ["serve"], ["run"]):
+        result = invoke(*command, "--help")
+        assert result.exit_code == 0
+        assert "TARGET" in result.output
+
+
+# flockapi serve
+
+
+def test_serve_serves_and_stops_cleanly(flock_file: Path) -> None:
+    with running(*flockapi_command("serve", str(flock_file), "--port", "0", "--server-name", "Greeter")) as server:
+        inputs = {"person": {"name": "Ann", "age": 3}}
+        response = httpx.post(f"{server.url}/run/flock", json={"agent_name": "greet", "inputs": inputs})
+        assert response.json()["result"] == {"result": "Hello Ann, 3"}
+        assert "server" not in response.headers
+        assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "Greeter"
+        assert server.stop() == -15 or server.process.returncode == 0
+    log = "\n".join(server.lines)
+    assert "Greeter serves greet, fail. Docs: /docs and /redoc." in log
+    assert f"run {response.json()['run_id']}: completed, agent greet" in log
+    assert "ERROR" not in log
+    assert "Traceback" not in log
+
+
+def test_a_failed_run_has_its_traceback_in_the_log_under_its_request(flock_file: Path) -> None:
+    with running(*flockapi_command("serve", str(flock_file), "--port", "0")) as server:
+        response = httpx.post(
+            f"{server.url}/run/flock",
+            json={"agent_name": "fail", "inputs": {"text": "the reason"}},
+            headers={"X-Request-ID": "request-77"},
+        )
+        assert response.json()["status"] == "failed"
+        server.stop()
+    log = "\n".join(server.lines)
+    assert "agent fail raised (request request-77)" in log
+    assert "ValueError: the reason" in log
+
+
+def test_errors_are_exposed_on_request(flock_file: Path) -> None:
+    with running(*flockapi_command("serve", str(flock_file), "--port", "0", "--expose-errors")) as server:
+        body = {"agent_name": "fail", "inputs": {"text": "the reason"}}
+        assert "the reason" in httpx.post(f"{server.url}/run/flock", json=body).json()["error"]
+
+
+def test_the_printed_script_starts_without_a_key_and_a_run_names_the_variable(tmp_path: Path) -> None:
+    """``python text_analyzer.py`` as the page prints it, but for the port, which may be taken here."""
+    script = (EXAMPLES / "text_analyzer.py").read_text().replace("port=8344", "port=0")
+    path = tmp_path / "text_analyzer.py"
+    path.write_text(script)
+    env = {"OPENAI_API_KEY": "", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with running(sys.executable, str(path), **env) as server:
+        body = {"agent_name": "text_analyzer", "inputs": {"text": "This is great!"}}
+        answer = httpx.post(f"{server.url}/run/flock", json=body).json()
+        assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "My Flock Service API"
+    assert (answer["status"], answer["error_type"]) == ("failed", "model_not_configured")
+    assert "set the environment variable OPENAI_API_KEY" in answer["error"]
+
+
+def test_start_api_warns_of_what_its_owner_should_know(tmp_path: Path) -> None:
+    path = tmp_path / "bare.py"
+    path.write_text("from flock.core import Flock\nFlock().start_api(host='0.0.0.0', port=0, create_ui=True)\n")
+    with running(sys.executable, str(path), PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1") as server:
+        pass
+    log = "\n".join(server.lines)
+    assert "Listening on 0.0.0.0 without a key" in log
+    assert "no web page yet" in log
+    assert "This flock has no agents yet" in log
+
+
+def test_a_port_that_is_taken_is_said(flock_file: Path) -> None:
+    with running(*flockapi_command("serve", str(flock_file), "--port", "0")) as server:
+        port = server.url.rpartition(":")[2]
+        command = flockapi_command("serve", str(flock_file), "--port", port)
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "address already in use" in done.stderr
+
+
+def test_inputs_as_json_from_the_shell(flock_file: Path) -> None:
+    """As a user types it, through a real shell process."""
+    command = flockapi_command("run", str(flock_file), "greet", "-i", 'person={"name": "Bo", "age": 1}')
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout) == {"result": "Hello Bo, 1"}

