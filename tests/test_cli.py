@@ -134,7 +134,12 @@ def test_run_says_what_is_wrong(arguments: list[str], words: str, flock_file: Pa
 
 def test_the_model_is_named_by_option_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
-    monkeypatch.setattr(Flock, "run", lambda self, name, inputs: seen.append(self.model) or {})
+
+    def note(flock: Flock, agent_name: str, inputs: Any) -> dict[str, Any]:
+        seen.append(flock.model)
+        return {}
+
+    monkeypatch.setattr(Flock, "run", note)
     example = str(EXAMPLES / "text_analyzer.py")
     for arguments, env in (([], {}), (["--model", "a/b"], {}), ([], {"FLOCK_MODEL": "c/d"})):
         assert invoke("run", example, "text_analyzer", *arguments, **env).exit_code == 0

@@ -1,0 +1,93 @@
+"""What a user installs: wheel, sdist and editable, each in a new environment of its own."""
+
+import json
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.fakes import EXAMPLES, ROOT, running
+
+pytestmark = pytest.mark.timeout(600)
+
+#: The most packages that an installation may bring, besides this one.
+MAX_PACKAGES = 13
+MAX_IMPORT_CPU_S = 0.25
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> str:
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the sdist, the wheel made from the sdist as an index would hold it."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["wheel", "sdist", "editable"])
+def python(request: pytest.FixtureRequest, built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a new environment with the package in it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    venv.create(folder, with_pip=True)
+    source = {
+        "wheel": [next(built.glob("*.whl"))],
+        "sdist": [next(built.glob("*.tar.gz"))],
+        "editable": ["-e", ROOT],
+    }[request.param]
+    run(folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", *source)
+    return folder / "bin" / "python"
+
+
+def test_it_serves_the_contract_and_the_docs(python: Path, tmp_path: Path) -> None:
+    """Started where no checkout is, with nothing but what was installed."""
+    (tmp_path / "script.py").write_text((EXAMPLES / "text_analyzer.py").read_text())
+    command = [str(python.parent / "flockapi"), "serve", str(tmp_path / "script.py"), "--port", "0"]
+    with running(*command, "--server-name", "Installed", PYTHONPATH="", PYTHONSAFEPATH="1") as server:
+        served = httpx.get(f"{server.url}/openapi.yaml")
+        expected = (ROOT / "openapi.yaml").read_text("utf-8").replace("title: Flock Server", 'title: "Installed"')
+        assert served.text == expected
+        assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "Installed"
+        for path in ("/docs", "/static/docs.js", "/static/vendor/redoc/redoc.standalone.js"):
+            assert httpx.get(server.url + path).status_code == 200
+
+
+def test_it_brings_few_packages(python: Path) -> None:
+    listed = json.loads(run(python, "-m", "pip", "--disable-pip-version-check", "list", "--format", "json"))
+    names = {package["name"] for package in listed} - {"pip", "setuptools", "flockapi"}
+    assert len(names) <= MAX_PACKAGES, sorted(names)
+
+
+def test_it_imports_fast_and_without_the_extras(python: Path, tmp_path: Path) -> None:
+    """The best of five: what other processes take is not its cost."""
+    code = "import json, sys, time, flockapi; print(json.dumps([time.process_time(), sorted(sys.modules)]))"
+    outputs = [json.loads(run(python, "-c", code, cwd=tmp_path)) for _ in range(5)]
+    assert min(seconds for seconds, _ in outputs) < MAX_IMPORT_CPU_S
+    extras = {"xllamacpp", "litellm", "temporalio", "prometheus_client", "yaml", "uvicorn", "click"}
+    assert not extras & set(outputs[0][1])
+
+
+def test_the_command_and_the_types_are_there(python: Path) -> None:
+    assert "flockapi, version" in run(python.parent / "flockapi", "--version")
+    assert run(
+        python, "-c", "import flock, pathlib; print((pathlib.Path(flock.__file__).parent / 'py.typed').exists())"
+    )
+
+
+def test_what_is_in_the_archives(built: Path) -> None:
+    wheel = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
+    assert {"flockapi.py", "flock/openapi.yaml", "flock/py.typed", "flock/static/openapi.json"} <= wheel
+    assert "flock/static/vendor/SHA256SUMS" in wheel
+    assert not [name for name in wheel if name.startswith(("tests", "bench", "examples"))]
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"openapi.yaml", "flockapi.py", "README.md", "LICENSE", "tests/test_api.py"} <= names
