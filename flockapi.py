@@ -394,10 +394,9 @@ def _problem(
 
 
 def _phrase(status: int) -> str:
-    try:
-        return http.HTTPStatus(status).phrase
-    except ValueError:
-        return "Error"
+    if status == 413:  # older Pythons have the words of older RFCs
+        return "Content Too Large"
+    return http.HTTPStatus(status).phrase
 
 
 # ---------------------------------------------------------------------------------------------------------------------

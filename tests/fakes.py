@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -176,17 +177,23 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(*command: str, **env: str) -> Iterator[Server]:
-    """Run *command*, a server, until the block ends."""
+def running(*command: str, timeout_s: float = 60, **env: str) -> Iterator[Server]:
+    """Run *command*, a server, until the block ends; within *timeout_s* it must be up."""
     process = subprocess.Popen(
-        command, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     server = Server(process)
     try:
-        server.wait_until_up()
+        server.wait_until_up(timeout_s)
         yield server
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the shell that may have started it, and the server
         process.wait()
         assert process.stdout is not None
         server._reader.join(60)
