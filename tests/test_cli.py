@@ -197,8 +197,7 @@ def test_the_printed_script_starts_without_a_key_and_a_run_names_the_variable(tm
     script = (EXAMPLES / "text_analyzer.py").read_text().replace("port=8344", "port=0")
     path = tmp_path / "text_analyzer.py"
     path.write_text(script)
-    env = {"OPENAI_API_KEY": "", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    with running(sys.executable, str(path), **env) as server:
+    with running(sys.executable, str(path), OPENAI_API_KEY="", PYTHONPATH=str(ROOT)) as server:
         body = {"agent_name": "text_analyzer", "inputs": {"text": "This is great!"}}
         answer = httpx.post(f"{server.url}/run/flock", json=body).json()
         assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "My Flock Service API"
@@ -209,7 +208,7 @@ def test_the_printed_script_starts_without_a_key_and_a_run_names_the_variable(tm
 def test_start_api_warns_of_what_its_owner_should_know(tmp_path: Path) -> None:
     path = tmp_path / "bare.py"
     path.write_text("from flock.core import Flock\nFlock().start_api(host='0.0.0.0', port=0, create_ui=True)\n")
-    with running(sys.executable, str(path), PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1") as server:
+    with running(sys.executable, str(path), PYTHONPATH=str(ROOT)) as server:
         pass
     log = "\n".join(server.lines)
     assert "Listening on 0.0.0.0 without a key" in log
