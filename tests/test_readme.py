@@ -49,6 +49,10 @@ def curl(server: Server, command: str, **replaced: str) -> Any:
     return json.loads(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
 
 
+def shape(result: Any) -> Any:
+    return {name: [str] if isinstance(value, list) else type(value) for name, value in result.items()}
+
+
 @pytest.mark.timeout(600)
 def test_the_lines_of_the_readme_work_on_the_real_model(served: Server) -> None:
     """End to end: a fresh clone, its own environment, uvicorn, curl, and the real model."""
@@ -56,22 +60,24 @@ def test_the_lines_of_the_readme_work_on_the_real_model(served: Server) -> None:
     expected_run, expected_start, expected_problem = JSON
 
     run = curl(served, synchronous)
-    assert run["status"] == "completed"
-    assert run["result"] == expected_run["result"]
-    assert expected_run.keys() <= run.keys()
+    assert run["status"] == expected_run["status"] == "completed"
+    assert run.keys() == expected_run.keys()
+    # Another processor may add up in another order, and the model then choose another word.
+    assert shape(run["result"]) == shape(expected_run["result"])
 
     started = curl(served, asynchronous)
     assert (started["status"], started["result"]) == ("starting", None)
-    assert expected_start.keys() <= started.keys()
+    assert started.keys() == expected_start.keys()
     with httpx.Client(base_url=served.url) as client:
         while client.get(f"/run/{started['run_id']}").json()["status"] in ("starting", "running"):
             pass
     looked = curl(served, look, run_id=started["run_id"])
     assert looked["status"] == "completed"
-    assert isinstance(looked["result"]["sentiment"], str)
+    assert shape(looked["result"]) == shape(run["result"])
 
     problem = curl(served, bad)
-    assert {name: problem[name] for name in expected_problem} == expected_problem
+    assert problem.keys() == expected_problem.keys()
+    assert {**problem, "request_id": ""} == {**expected_problem, "request_id": ""}
 
     for path in ("/docs", "/redoc"):
         assert httpx.get(served.url + path).status_code == 200
