@@ -140,7 +140,7 @@ def _first_bad_byte(raw: bytes) -> int:
         raw.decode()
     except UnicodeDecodeError as exc:
         return exc.start
-    return len(raw)
+    raise AssertionError("it was found not to be UTF-8")
 
 
 def escape_pointer(name: str) -> str:
@@ -176,10 +176,8 @@ def _resolve(type_: Any, value: Any, path: str) -> str:
     for name, index in re.findall(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]", path):
         place = value[key]
         if index == "...":
-            if not isinstance(place, dict):  # an element of a set: its array has lost the order
-                return pointer
             value[key] = place = _one_bad_entry(type_, whole, value, key, path)
-            if len(place) != 1:
+            if len(place) > 1:  # a dict with fewer entries fails for another reason
                 return pointer
             step: Any = next(iter(place))
         else:

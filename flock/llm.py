@@ -9,6 +9,7 @@ The retry policy is the one that users of the providers' own clients expect: up 
 cannot mend. One deadline is over all of it.
 """
 
+import contextlib
 import email.utils
 import json
 import logging
@@ -189,24 +190,27 @@ class ModelClient:
 
     async def _post(self, endpoint: _Endpoint, body: Mapping[str, Any]) -> Any:
         """One answer of the server as JSON, after up to three attempts."""
-        if endpoint.is_local:  # one at a time: waiting for its turn is not the model's silence
-            async with self._local_turn:
-                return await self._attempt(endpoint, body)
-        for pause_s in (self._backoff_s, 2 * self._backoff_s, None):
-            try:
-                return await self._attempt(endpoint, body)
-            except _PassingFailure as failure:
-                if pause_s is None:
-                    raise failure.error from failure
-                pause_s = min(pause_s, 8) * (1 - 0.25 * random.random())
-                if failure.retry_after_s is not None:
-                    pause_s = failure.retry_after_s
-                wakes_at = anyio.current_time() + pause_s
-                if pause_s > MAX_RETRY_AFTER_S or wakes_at > anyio.current_effective_deadline():
-                    raise failure.error from failure
-                logger.info("%s Trying again in %.1f s.", failure.error, pause_s)
-                await anyio.sleep(pause_s)
+        # The local model answers one at a time: waiting for a turn is not its silence.
+        async with self._local_turn if endpoint.is_local else contextlib.nullcontext():
+            for pause_s in (self._backoff_s, 2 * self._backoff_s, None):
+                try:
+                    return await self._attempt(endpoint, body)
+                except _PassingFailure as failure:
+                    if pause_s is None:
+                        raise failure.error from failure
+                    await self._pause(pause_s, failure)
         raise AssertionError("the last attempt returns or raises")
+
+    async def _pause(self, pause_s: float, failure: _PassingFailure) -> None:
+        """Wait as long as the server asks, or about *pause_s*; raise where that is too long."""
+        pause_s = min(pause_s, 8) * (1 - 0.25 * random.random())
+        if failure.retry_after_s is not None:
+            pause_s = failure.retry_after_s
+        wakes_at = anyio.current_time() + pause_s
+        if pause_s > MAX_RETRY_AFTER_S or wakes_at > anyio.current_effective_deadline():
+            raise failure.error from failure
+        logger.info("%s Trying again in %.1f s.", failure.error, pause_s)
+        await anyio.sleep(pause_s)
 
     async def _attempt(self, endpoint: _Endpoint, body: Mapping[str, Any]) -> Any:
         try:
@@ -352,7 +356,7 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
 def _is_about_format(error: ModelError) -> bool:
     return error.error_type == "model_bad_request" and bool(
         re.search(
-            r"response_format|json_schema|json_object|json mode|structured output|grammar", error.log_detail, re.I
+            r"response_format|json.?schema|json_object|json mode|structured output|grammar", error.log_detail, re.I
         )
     )
 

@@ -56,6 +56,11 @@ def test_the_key_of_a_dict_is_found(names: int, bad: str) -> None:
     assert list(errors_of(json.dumps({"name": "", "inner": inner}))) == [f"/inner/{key}/by_name/n1"]
 
 
+def test_a_dict_whose_error_cannot_be_found_again_is_named_whole() -> None:
+    """A number that no float holds is lost when the halves are written for the search."""
+    assert list(errors_of('{"name": "", "inner": {"a": {"by_name": {"x": 1, "y": 1e400}}}}')) == ["/inner/a/by_name"]
+
+
 def test_pointers_are_escaped() -> None:
     assert escape_pointer("a/b~c") == "a~1b~0c"
     raw = json.dumps({"name": "", "inner": {"a/b~c": {"numbers": [0, "x"]}}})

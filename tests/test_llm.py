@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import msgspec
 import pytest
 from starlette.responses import Response
 
@@ -113,6 +114,11 @@ async def test_environment_overrides_an_address(
     assert "openai-organization" not in second
 
 
+class Tree(msgspec.Struct):
+    name: str
+    children: "list[Tree]" = []
+
+
 @pytest.mark.parametrize(
     ("signature", "is_strict"),
     [
@@ -120,13 +126,14 @@ async def test_environment_overrides_an_address(
         pytest.param("a: Any", False, id="anything"),
         pytest.param("a: list", False, id="list of anything"),
         pytest.param("a: list[list[int]] | x, d: date | None", True, id="nested lists"),
+        pytest.param("tree: Tree", True, id="recursive"),
     ],
 )
 async def test_strict_is_asked_for_where_it_can_be(
     signature: str, is_strict: bool, models: ModelClient, model: FakeModel
 ) -> None:
     model.replies = [answer(GOOD)]
-    await models.complete(None, MESSAGES, Signature.of(signature).schema)
+    await models.complete(None, MESSAGES, Signature.of(signature, {"Tree": Tree}).schema)
     assert model.requests[0]["response_format"]["json_schema"]["strict"] is is_strict
 
 
@@ -231,6 +238,14 @@ async def test_what_has_passed_is_no_error(
 ) -> None:
     model.replies = [reply, reply, answer(GOOD)]
     assert (await ask(models)).text
+
+
+async def test_the_local_model_is_called_in_the_same_way(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [error(500), error(500), answer(GOOD), error(500), error(500), error(500)]
+    await ask(models, "local/smollm2-135m")
+    assert (await fail(models, "local/smollm2-135m")).error_type == "model_unavailable"
+    assert model.requests[0]["frequency_penalty"] == 0.6
+    assert model.requests[0]["response_format"]["json_schema"]["schema"]["properties"]["words"]["maxItems"] == 5
 
 
 @pytest.mark.parametrize(
