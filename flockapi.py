@@ -23,10 +23,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio.lowlevel
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -67,6 +68,9 @@ logger = logging.getLogger("flock.api")
 
 #: RFC 3339, in UTC.
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
+
+#: How many times as long as a body its rows may become with their static inputs.
+EXPANSION = 16
 
 #: How many results one answer holds at most.
 MAX_PAGE = 1000
@@ -118,11 +122,18 @@ async def read_json(request: Request) -> bytes:
         detail = f"The body must be JSON, and say so ({sent}). With curl: -H 'Content-Type: application/json'"
         raise HTTPException(415, detail, headers={"Accept": "application/json"})
     limit = app_of(request).max_body_bytes
+    too_long = HTTPException(413, f"The body is longer than {limit} bytes, all that this server takes at once.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise too_long
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise HTTPException(413, f"The body is longer than {limit} bytes, all that this server takes at once.")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise too_long
+    except ClientDisconnect as exc:  # nobody will read the answer
+        raise HTTPException(400, "The connection was closed before the whole body had arrived.") from exc
     if not body.strip():
         raise MalformedJSON("the body is empty", 1, 1)
     try:
@@ -132,8 +143,30 @@ async def read_json(request: Request) -> bytes:
     return bytes(body)
 
 
-def rows_of(batch: FlockBatchRequest) -> list[msgspec.Raw]:
-    """The inputs of each item: columns renamed by ``input_mapping``, gaps filled from ``static_inputs``."""
+def sources_of(batch: FlockBatchRequest, position: int) -> dict[str, str]:
+    """For each input of one item where the client wrote it, as a JSON pointer; the item wins over the static inputs.
+
+    Raises InvalidData where two members of the item become the same input.
+    """
+    names = batch.input_mapping or {}
+    sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in batch.static_inputs or {}}
+    own: set[str] = set()
+    for key in batch.batch_inputs[position]:
+        name, pointer = names.get(key, key), f"/batch_inputs/{position}/{escape_pointer(key)}"
+        if name in own:
+            raise InvalidData([FieldError(detail=f"Another member becomes the input {name!r} too.", pointer=pointer)])
+        own.add(name)
+        sources[name] = pointer
+    return sources
+
+
+async def rows_of(batch: FlockBatchRequest, max_bytes: int) -> list[msgspec.Raw]:
+    """The inputs of each item: names mapped by ``input_mapping``, gaps filled from ``static_inputs``.
+
+    Raises:
+        InvalidData: the items are not a list, or two members become one input.
+        HTTPException: 413 where the rows come to more than *max_bytes*; static inputs are sent once, and kept often.
+    """
     if isinstance(batch.batch_inputs, str):
         detail = "Send the rows themselves, as a list of objects. No file of the server is read on a client's word."
         raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
@@ -141,23 +174,29 @@ def rows_of(batch: FlockBatchRequest) -> list[msgspec.Raw]:
         detail = "No file of the server is written on a client's word. Leave it out, and read the results over HTTP."
         raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])
     names, static = batch.input_mapping or {}, batch.static_inputs or {}
-    rows = ({**static, **{names.get(key, key): row[key] for key in row}} for row in batch.batch_inputs)
-    return [msgspec.Raw(msgspec.json.encode(row)) for row in rows]
+    rows, total = [], 0
+    for position, row in enumerate(batch.batch_inputs):
+        if position % 1000 == 999:
+            await anyio.lowlevel.checkpoint()  # others have their turn
+        if names:
+            sources_of(batch, position)  # raises where two become one
+        encoded = msgspec.json.encode({**static, **{names.get(key, key): row[key] for key in row}})
+        rows.append(msgspec.Raw(encoded))
+        total += len(encoded)
+        if total > max_bytes:
+            raise HTTPException(413, f"With the static inputs the rows are longer than {max_bytes} bytes together.")
+    return rows
 
 
 def as_sent(exc: InvalidData, batch: FlockBatchRequest) -> InvalidData:
     """Errors of rows with pointers into what the client sent: names not yet mapped, gaps not yet filled."""
-    sent_names = {new: old for old, new in (batch.input_mapping or {}).items()}
     errors = {}
     for error in exc.errors:
-        _, *tokens = error.pointer.split("/")
+        pointer = error.pointer
+        _, *tokens = pointer.split("/")
         if len(tokens) > 2:
-            row, name = batch.batch_inputs[int(tokens[1])], tokens[2]
-            if sent_names.get(name) in row:
-                tokens[2] = escape_pointer(sent_names[name])
-            elif name not in row and name in (batch.static_inputs or {}):
-                tokens[:3] = ["static_inputs", name]
-        pointer = "/".join(["", *tokens])
+            sources = {escape_pointer(name): place for name, place in sources_of(batch, int(tokens[1])).items()}
+            pointer = "/".join([sources.get(tokens[2], "/".join(["", *tokens[:3]])), *tokens[3:]])
         errors[pointer, error.detail] = FieldError(detail=error.detail, pointer=pointer)
     return InvalidData(list(errors.values()))
 
@@ -433,7 +472,8 @@ async def run_batch(request: Request) -> Response:
         return_errors=wanted.return_errors,
         box_results=wanted.box_results,
     )
-    rows, engine = rows_of(wanted), app_of(request).engine
+    rows = await rows_of(wanted, EXPANSION * app_of(request).max_body_bytes)
+    engine = app_of(request).engine
     try:
         batch = await engine.submit_batch(wanted.agent_name, rows, options, request_id=request_id_of(request))
     except InvalidData as exc:

@@ -7,6 +7,7 @@ function (``FunctionAgent``, made by ``@agent``). ``next_agent`` says who goes o
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -53,7 +54,7 @@ class Agent:
     def __init__(
         self, name: str, input: Signature, output: Signature, *, description: str = "", next_agent: NextAgent = None
     ) -> None:
-        if not name or not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or not name.isascii():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise DefinitionError(f"{name!r} cannot be an agent's name: use letters, digits, '_', '-' and '.'.")
         self.name = name
         self.description = description
@@ -206,6 +207,8 @@ class FunctionAgent(Agent):
         types: Mapping[str, Any] | None = None,
         next_agent: NextAgent = None,
     ) -> None:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise DefinitionError(f"{function!r} yields; an agent returns its result whole.")
         if output is None:
             output_signature, self._is_boxed = Signature.of_result(function)
         else:
@@ -232,6 +235,8 @@ class FunctionAgent(Agent):
             value = await call()
         else:
             value = await anyio.to_thread.run_sync(call, limiter=resources.threads, abandon_on_cancel=True)
+            if inspect.isawaitable(value):  # a plain wrapper around an async function
+                value = await value
         try:
             return Turn(self.output.encode({"result": value} if self._is_boxed else value))
         except InvalidData as exc:

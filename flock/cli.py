@@ -1,11 +1,16 @@
 """The command ``flockapi``, and our own server, which ``Flock.start_api`` uses too."""
 
+import asyncio
+import contextlib
 import copy
 import importlib
 import importlib.util
 import logging
+import math
 import os
+import socket
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,14 +24,16 @@ import uvicorn.config
 from flock import __version__
 from flock.core import Flock
 from flock.errors import FlockError
-from flockapi import create_app
+from flockapi import FlockAPI, create_app
 
 __all__ = ["load_flock", "main", "serve_flock"]
 
 logger = logging.getLogger("flock.server")
 
-#: How long running requests may take to end when the server is told to stop, in seconds.
-DRAIN_TIMEOUT_S = 20
+#: How long the answers to interrupted runs may take, in seconds; then uvicorn cuts them off.
+ANSWER_TIMEOUT_S = 5
+#: How long a worker thread may take to end that has nothing to do, in seconds.
+THREAD_TIMEOUT_S = 1
 
 
 def serve_flock(
@@ -37,17 +44,23 @@ def serve_flock(
     server_name: str = "Flock Server",
     create_ui: bool = False,
     expose_errors: bool = False,
+    drain_timeout_s: float = 20,
 ) -> None:
-    """Serve *flock* with uvicorn until SIGINT or SIGTERM. It sets up logging, as only the program's owner should."""
+    """Serve *flock* with uvicorn until SIGINT or SIGTERM. It sets up logging, as only the program's owner should.
+
+    Args:
+        drain_timeout_s: how long runs that somebody waits for may go on then; after it they end as interrupted.
+    """
     log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    app = create_app(flock, server_name=server_name, expose_errors=expose_errors)
     config = uvicorn.Config(
-        create_app(flock, server_name=server_name, expose_errors=expose_errors),
+        app,
         host=host,
         port=port,
         log_config=log_config,
         server_header=False,
-        timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
+        timeout_graceful_shutdown=math.ceil(drain_timeout_s + ANSWER_TIMEOUT_S),
     )
     if create_ui:
         logger.warning("create_ui: this version has no web page yet; /docs can run agents from a browser.")
@@ -56,7 +69,37 @@ def serve_flock(
     if not flock.agents:
         logger.warning("This flock has no agents yet: add one with flock.add_agent(...).")
     logger.info("%s serves %s. Docs: /docs and /redoc.", server_name, ", ".join(flock.agents) or "no agents")
-    uvicorn.Server(config).run()
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to stop it, and no error
+        _Server(config, app, drain_timeout_s).run()
+    _leave_busy_threads()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn waits for open requests before it ends the app; this ends the runs that they wait for in time."""
+
+    def __init__(self, config: uvicorn.Config, app: FlockAPI, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._app = app
+        self._drain_timeout_s = drain_timeout_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._drain_timeout_s, self._app.engine.interrupt)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
+def _leave_busy_threads() -> None:
+    """Do not wait at exit for functions that do not return; their runs have ended as interrupted."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("AnyIO worker")]
+    for thread in threads:
+        thread.join(THREAD_TIMEOUT_S)
+    if any(thread.is_alive() for thread in threads):
+        logger.warning("Leaving without functions that have not returned.")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 # The flock that a command is about
@@ -94,6 +137,8 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _load_module(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise click.ClickException(f"{name!r} is neither a module nor the path of a .py file.")
     sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
@@ -127,15 +172,30 @@ model_option = click.option(
 @main.command()
 @click.argument("target")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8344, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8344,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
 @click.option("--server-name", default="Flock Server", show_default=True, help="Title of the docs pages.")
 @model_option
 @click.option("--expose-errors", is_flag=True, help="Show the text of any exception to clients; for development.")
-def serve(target: str, host: str, port: int, server_name: str, model: str | None, expose_errors: bool) -> None:
+@click.option(
+    "--drain-timeout",
+    "drain_timeout_s",
+    type=click.FloatRange(0),
+    default=20,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long runs that somebody waits for may go on when the server is told to stop.",
+)
+def serve(target: str, model: str | None, **options: Any) -> None:
     """Serve the flock that TARGET names over HTTP."""
     flock = load_flock(target)
     flock.model = model or flock.model
-    serve_flock(flock, host=host, port=port, server_name=server_name, expose_errors=expose_errors)
+    serve_flock(flock, **options)
 
 
 @main.command()

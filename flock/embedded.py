@@ -3,6 +3,7 @@
 Records are kept in memory, bounded: of final runs and batches the oldest are forgotten first.
 """
 
+import asyncio
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ class EmbeddedEngine:
         models: what model agents call; the engine closes it.
         max_concurrency: runs and items at work at the same time.
         max_queue: runs accepted and waiting.
-        max_items: items of all unfinished batches.
+        max_items: items of all unfinished batches together.
         max_threads: synchronous functions at work at the same time.
         max_steps: how often one run may be handed on.
         keep_runs: final runs and items kept.
@@ -62,7 +63,7 @@ class EmbeddedEngine:
         *,
         max_concurrency: int = 100,
         max_queue: int = 10_000,
-        max_items: int = 100_000,
+        max_items: int = 10_000,
         max_threads: int = 40,
         max_steps: int = 32,
         keep_runs: int = 10_000,
@@ -94,6 +95,7 @@ class EmbeddedEngine:
         if self._tasks is not None:
             raise EngineStopped("This engine is running already.")
         self._slots = anyio.Semaphore(self._max_concurrency)
+        self._is_leaving = False
         async with AsyncExitStack() as stack:
             models = await stack.enter_async_context(self._models)
             self._resources = Resources(models, anyio.CapacityLimiter(self._max_threads))
@@ -105,16 +107,23 @@ class EmbeddedEngine:
         tasks, self._tasks = self._tasks, None
         assert tasks is not None
         tasks.cancel_scope.cancel()
+        self.interrupt()
         await self._exit.__aexit__(None, None, None)
+
+    def interrupt(self) -> None:
+        """End what is at work as interrupted, and take no new work: the process is about to stop."""
+        self._is_leaving = True
         for run_id in list(self._waiters):
             self._end(self._runs[run_id], *_INTERRUPTED)
-        for batch in self._batches.values():
+        for batch in list(self._batches.values()):
             if not batch.status.is_final:
                 self._end_batch(batch.batch_id)
 
     def _running_tasks(self) -> anyio.abc.TaskGroup:
         if self._tasks is None:
             raise EngineStopped("The engine is not running: enter it with 'async with', or run the app's lifespan.")
+        if self._is_leaving:
+            raise EngineStopped("The server is about to stop and takes no new work.")
         return self._tasks
 
     # Runs
@@ -170,13 +179,15 @@ class EmbeddedEngine:
         try:
             result = await run_workflow(run, self._agents, journal, self._resources, max_steps=self._max_steps)
         except BaseException as exc:
-            # Within a cancelled scope the deadline is -inf. A cancellation without one comes from the agent's own code.
-            if isinstance(exc, KeyboardInterrupt | GeneratorExit) or anyio.current_effective_deadline() == -math.inf:
+            # Within a cancelled scope the deadline is -inf. A cancellation without one comes from the agent's own code,
+            # as every other exception does, whatever its class.
+            if anyio.current_effective_deadline() == -math.inf:
                 raise
             self._fail(self._runs[run.run_id], exc)
         else:
             run = replace(self._runs[run.run_id], status=RunStatus.COMPLETED, result=result)
             self._end(run, None, None)
+        await _absorb_cancellation()
 
     def _fail(self, run: Run, exc: BaseException) -> None:
         while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
@@ -194,10 +205,21 @@ class EmbeddedEngine:
 
     def _end(self, run: Run, error: str | None, error_type: str | None) -> None:
         """Keep *run* as final, and tell those who wait for it."""
+        waiter = self._waiters.pop(run.run_id, None)
+        if waiter is None:
+            return  # it was interrupted, and its agent went on all the same
         status = RunStatus.COMPLETED if error is None else RunStatus.FAILED
-        run = replace(run, status=status, error=error, error_type=error_type, completed_at=now())
+        run = replace(
+            run,
+            status=status,
+            error=_sayable(error),
+            error_type=_sayable(error_type),
+            completed_at=now(),
+            # What is final needs these no more, and they may be large.
+            inputs=msgspec.Raw(b"{}"),
+            steps=tuple(replace(step, result=msgspec.Raw(b"{}")) for step in run.steps),
+        )
         self._runs[run.run_id] = run
-        waiter = self._waiters.pop(run.run_id)
         waiter.run = run
         waiter.event.set()
         logger.info(
@@ -230,6 +252,9 @@ class EmbeddedEngine:
         request_id: str | None = None,
     ) -> Batch:
         self._running_tasks()
+        if len(items) > self._max_items:
+            detail = f"{len(items)} items are more than this server takes in a batch ({self._max_items}, max_items)."
+            raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
         await _check_items(self._agent(agent_name), items)
         tasks = self._running_tasks()
         if self._unfinished_items + len(items) > self._max_items:
@@ -280,6 +305,8 @@ class EmbeddedEngine:
 
     def _end_batch(self, batch_id: str) -> None:
         batch = self._batches[batch_id]
+        if batch.status.is_final:
+            return  # it was interrupted
         error = None
         if batch.failed_items == batch.total_items:
             first = self._runs[self._items[batch_id][0]]
@@ -327,6 +354,26 @@ class _MemoryJournal:
     async def save(self, step: Step) -> None:
         run = self._runs[self._run_id]
         self._runs[self._run_id] = replace(run, steps=(*run.steps, step))
+
+
+def _sayable(text: object) -> str | None:
+    """A text that can be kept and sent: agents may put anything into their errors, lone surrogates too."""
+    return None if text is None else str(text).encode("utf-8", "replace").decode()
+
+
+async def _absorb_cancellation() -> None:
+    """Take in a cancellation that an agent asked for its own task, and has not met yet: it would hit what comes next."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # another event loop than asyncio's has no such thing
+        return
+    while task is not None and task.cancelling() and anyio.current_effective_deadline() != -math.inf:
+        try:
+            await anyio.lowlevel.checkpoint()
+        except asyncio.CancelledError:
+            if anyio.current_effective_deadline() == -math.inf:
+                raise
+        task.uncancel()
 
 
 async def _check_items(agent: Agent, items: Sequence[msgspec.Raw]) -> None:

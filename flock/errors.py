@@ -51,6 +51,12 @@ __all__ = [
 ]
 
 
+#: How many places a message names, of all that ``InvalidData.errors`` has.
+MAX_TOLD_ERRORS = 10
+#: How much of what a client sent a message repeats.
+MAX_ECHOED_CHARS = 100
+
+
 class FlockError(Exception):
     """The root: ``except FlockError`` catches all that this package raises on purpose."""
 
@@ -95,7 +101,9 @@ class InvalidData(FlockError):
     """JSON that does not fit the type it is meant for. ``errors`` has every place, at least one."""
 
     def __init__(self, errors: Sequence[FieldError]) -> None:
-        super().__init__("; ".join(f"{error.pointer or 'the value'}: {error.detail}" for error in errors))
+        told = [f"{error.pointer or 'the value'}: {error.detail}" for error in errors[:MAX_TOLD_ERRORS]]
+        more = [f"and {len(errors) - MAX_TOLD_ERRORS} more"] if len(errors) > MAX_TOLD_ERRORS else []
+        super().__init__("; ".join(told + more))
         self.errors = list(errors)
 
 
@@ -108,21 +116,23 @@ class AgentNotFound(NotFound):
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
         listed = ", ".join(known) or "none yet: add one with flock.add_agent(...)"
-        super().__init__(f"No agent is called {name!r}. Known agents: {listed}.")
+        super().__init__(f"No agent is called {name[:MAX_ECHOED_CHARS]!r}. Known agents: {listed}.")
 
 
 class RunNotFound(NotFound):
     """No run has that id, or it is no longer kept."""
 
     def __init__(self, run_id: str) -> None:
-        super().__init__(f"No run has the id {run_id!r}. It may never have been accepted, or is no longer kept.")
+        echoed = run_id[:MAX_ECHOED_CHARS]
+        super().__init__(f"No run has the id {echoed!r}. It may never have been accepted, or is no longer kept.")
 
 
 class BatchNotFound(NotFound):
     """No batch has that id, or it is no longer kept."""
 
     def __init__(self, batch_id: str) -> None:
-        super().__init__(f"No batch has the id {batch_id!r}. It may never have been accepted, or is no longer kept.")
+        echoed = batch_id[:MAX_ECHOED_CHARS]
+        super().__init__(f"No batch has the id {echoed!r}. It may never have been accepted, or is no longer kept.")
 
 
 class EngineFull(FlockError):

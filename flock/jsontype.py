@@ -6,6 +6,7 @@ the text looked at once more, field by field, so that a client reads all that is
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import typing
@@ -13,11 +14,14 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from flock.errors import FieldError, InvalidData, MalformedJSON
+from flock.errors import FieldError, FlockError, InvalidData, MalformedJSON
 
 __all__ = ["Field", "JSONType", "escape_pointer", "explain", "fields_of", "has_fields", "malformed"]
 
 T = TypeVar("T")
+
+#: How many unknown fields are told at once.
+MAX_ERRORS = 100
 
 
 class Field(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,10 +44,12 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def has_fields(type_: Any) -> bool:
-    """Whether *type_* is a struct, a dataclass or a TypedDict."""
-    return isinstance(type_, type) and (
-        issubclass(type_, msgspec.Struct) or dataclasses.is_dataclass(type_) or typing.is_typeddict(type_)
-    )
+    """Whether *type_* is a struct, a dataclass or a TypedDict, and so a JSON object."""
+    if not isinstance(type_, type):
+        return False
+    if issubclass(type_, msgspec.Struct):
+        return not type_.__struct_config__.array_like
+    return dataclasses.is_dataclass(type_) or typing.is_typeddict(type_)
 
 
 def fields_of(type_: Any) -> tuple[Field, ...]:
@@ -93,14 +99,19 @@ class JSONType(Generic[T]):
             return value
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise malformed(bytes(raw), exc) from exc
+        except FlockError:
+            raise
+        except Exception as exc:  # a list within a set cannot be hashed; a type's own code may raise anything
+            raise InvalidData(self._explain(bytes(raw), at) or [_foreign_error(exc, at)]) from exc
 
     def _unknown(self, raw: bytes | msgspec.Raw, at: str) -> list[FieldError]:
         known = ", ".join(field.name for field in self.fields) or "none"
-        return [
+        errors = (
             FieldError(detail=f"Unknown field. The fields here are: {known}.", pointer=f"{at}/{escape_pointer(key)}")
             for key in msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
             if key not in self._names
-        ]
+        )
+        return list(itertools.islice(errors, MAX_ERRORS))
 
     def _explain(self, raw: bytes, at: str) -> list[FieldError]:
         """All that is wrong with *raw*, field by field: the decoder stops at the first."""
@@ -154,6 +165,11 @@ def _field_error(exc: msgspec.ValidationError, at: str) -> FieldError:
     return FieldError(detail=f"{detail}.", pointer=at)
 
 
+def _foreign_error(exc: Exception, at: str) -> FieldError:
+    """What is neither msgspec's nor meant for a client: its text stays here."""
+    return FieldError(detail=f"This value is not possible here ({type(exc).__name__}).", pointer=at)
+
+
 def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
     """What is wrong with *raw* as a *type_*: one error, or none. *raw* must be JSON."""
     try:
@@ -165,6 +181,10 @@ def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
         except (ValueError, LookupError, TypeError, RecursionError):  # a path that cannot be followed: name the field
             pointer = ""
         return [_field_error(exc, at + pointer)]
+    except (ValueError, RecursionError):  # not JSON after all
+        raise
+    except Exception as exc:
+        return [_foreign_error(exc, at)]
     return []
 
 

@@ -174,6 +174,7 @@ class ModelClient:
             settings["temperature"] = temperature
         if max_tokens is not None:
             settings[endpoint.max_tokens_field] = max_tokens
+        about_schema = False
         first = FORMATS.index(self._formats.get(name, FORMATS[0]))
         for format_ in FORMATS[first:]:
             body = {"model": endpoint.model, "messages": messages, **settings}
@@ -182,9 +183,11 @@ class ModelClient:
             except ModelError as exc:
                 if format_ == FORMATS[-1] or not _is_about_format(exc):
                     raise
-                logger.info("%s does not take response_format %s; asking without it from now on", name, format_)
+                logger.info("%s does not take this response_format %s; asking without it", name, format_)
+                about_schema = about_schema or "invalid schema" in exc.log_detail.lower()
             else:
-                self._formats[name] = format_
+                if not about_schema:  # it is the server that does not know, and not this schema that it refuses
+                    self._formats[name] = format_
                 return _completion(answer, name)
         raise AssertionError("the last format returns or raises")
 
@@ -328,20 +331,17 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
     def convert(node: Mapping[str, Any]) -> dict[str, Any]:
         nonlocal is_strict
         kept = {key: value for key, value in node.items() if key in STRICT_KEYWORDS}
-        if not kept.keys() & {"type", "enum", "const", "anyOf", "$ref"} or (
-            kept.get("type") == "object" and "properties" not in kept
-        ):
-            is_strict = False  # anything at all, or an object with any keys
+        is_open = {"object": "properties" not in kept, "array": not isinstance(kept.get("items"), Mapping)}
+        if not kept.keys() & {"type", "enum", "const", "anyOf", "$ref"} or is_open.get(kept.get("type", "")):
+            is_strict = False  # anything at all, an object with any keys, a list or tuple of anything
             return dict(node)
-        if kept.get("type") == "array" and "items" not in kept:
-            is_strict = False
         if "properties" in kept:
             kept |= {
                 "properties": {name: convert(member) for name, member in kept["properties"].items()},
                 "required": list(kept["properties"]),
                 "additionalProperties": False,
             }
-        if isinstance(kept.get("items"), Mapping):
+        if "items" in kept:
             kept["items"] = convert(kept["items"])
         if "anyOf" in kept:
             kept["anyOf"] = [convert(member) for member in kept["anyOf"]]
@@ -407,7 +407,8 @@ def _completion(answer: Any, name: str) -> Completion:
         raise _error(name, "model_bad_response", "gave an empty answer", f"finish_reason {choice.finish_reason}")
     usage = read.usage or _AnswerUsage()
     return Completion(
-        text=_without_fence(choice.message.content),
+        # A lone surrogate, which JSON can escape, is no text that could be sent back or kept.
+        text=_without_fence(choice.message.content.encode("utf-8", "replace").decode()),
         usage=Usage(input_tokens=usage.prompt_tokens or 0, output_tokens=usage.completion_tokens or 0),
     )
 

@@ -142,6 +142,9 @@ class Engine(Protocol):
 
     async def __aexit__(self, *exc_info: object) -> None: ...
 
+    def interrupt(self) -> None:
+        """End what is at work as failed, "interrupted", and take no new work: the process is about to stop."""
+
     async def submit(self, agent_name: str, inputs: msgspec.Raw, *, request_id: str | None = None) -> Run:
         """Accept one run and return at once.
 

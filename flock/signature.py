@@ -124,7 +124,7 @@ class _Parser:
         try:
             type_ = UNION[tuple(alternatives)]
             _check_json(type_)
-        except TypeError as exc:
+        except (TypeError, ValueError, NotImplementedError) as exc:
             raise self._error(_reason(exc), start) from exc
         return type_
 
@@ -162,12 +162,15 @@ class _Parser:
                 return UNION[self._resolve(inner, source, start), None]
             case ast.Subscript(value=ast.Name(id="Union"), slice=inner):
                 return UNION[tuple(self._resolve(item, source, start) for item in _items(inner))]
-            case ast.Subscript(value=ast.Name(id=name), slice=inner) if self.types.get(name) in TYPE_ARGUMENTS:
+            case ast.Subscript(value=ast.Name(id=name), slice=inner) if self._takes_types(name):
                 return self._generic(self.types[name], _items(inner), source, start, at)
         name = ast.unparse(node)
         known = ", ".join(sorted({*self.types, "Literal[...]", "Optional[...]", "Union[...]"}))
         hint = "" if not name.isidentifier() else f" Pass it with types={{{name!r}: ...}}, or use one of: {known}."
         raise self._error(f"{name!r} is not a type known here.{hint}", at)
+
+    def _takes_types(self, name: str) -> bool:
+        return isinstance(self.types.get(name), type) and self.types[name] in TYPE_ARGUMENTS
 
     def _generic(self, base: Any, items: Sequence[ast.expr], source: str, start: int, at: int) -> Any:
         wanted = TYPE_ARGUMENTS[base]
@@ -226,8 +229,9 @@ def _check_json(type_: Any) -> None:
 
 
 def _reason(exc: Exception) -> str:
-    """The first sentence of msgspec's message, without its list of remedies."""
-    return str(exc).split("\n")[0].removesuffix(" requires either:").replace("`", "'")
+    """What msgspec says, without its list of remedies."""
+    first, *_, last = [*str(exc).split("\n"), ""] if "\n" not in str(exc) else str(exc).split("\n")
+    return (last if first.endswith("requires either:") else first).replace("`", "'")
 
 
 # The signature itself
@@ -338,6 +342,7 @@ class Signature:
 
 
 def _text_as_json(type_: Any, text: str) -> msgspec.Raw:
+    text = text.encode("utf-8", "replace").decode()  # a shell may hand over bytes that are no text
     quoted = msgspec.json.encode(text)
     if not explain(type_, quoted, ""):
         return msgspec.Raw(quoted)
@@ -363,9 +368,13 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    target = function if isinstance(function, python_types.FunctionType | python_types.MethodType) else None
+    target: Any = function.func if isinstance(function, functools.partial) else inspect.unwrap(function)
+    if inspect.isclass(target):
+        target = target.__init__
+    elif not isinstance(target, python_types.FunctionType | python_types.MethodType):
+        target = type(target).__call__
     try:
-        return typing.get_type_hints(target or type(function).__call__, include_extras=True)
+        return typing.get_type_hints(target, include_extras=True)
     except NameError as exc:
         raise SignatureError(f"{_name_of(function)}: the type {exc.name!r} is not known where it is defined.") from exc
 
@@ -391,7 +400,8 @@ def _inlined_schema(type_: Any) -> dict[str, Any]:
             return [inline(item, within) for item in node]
         if not isinstance(node, dict):
             return node
-        siblings = {key: inline(value, within) for key, value in node.items() if key != "$ref"}
+        # A discriminator names definitions that are gone once they are inlined; it only repeats the members' own tags.
+        siblings = {key: inline(value, within) for key, value in node.items() if key not in ("$ref", "discriminator")}
         if "$ref" not in node:
             return siblings
         name = node["$ref"].removeprefix("#/$defs/")

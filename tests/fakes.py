@@ -152,13 +152,16 @@ class Server:
         self.lines: list[str] = []
         self.url = ""
         self._is_up = threading.Event()
+        self._printed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.lines.append(line.rstrip())
+            with self._printed:
+                self.lines.append(line.rstrip())
+                self._printed.notify_all()
             if found := re.search(r"running on (http://\S+)", line):
                 self.url = found[1]
                 self._is_up.set()
@@ -167,6 +170,11 @@ class Server:
     def wait_until_up(self, timeout_s: float = 60) -> None:
         assert self._is_up.wait(timeout_s), f"the server did not start: {self.lines}"
         assert self.url, f"the server ended: {self.lines}"
+
+    def wait_for_line(self, words: str, timeout_s: float = 30) -> None:
+        """Wait until the server has printed a line with *words*."""
+        with self._printed:
+            assert self._printed.wait_for(lambda: any(words in line for line in self.lines), timeout_s), self.lines
 
     def stop(self) -> int:
         """SIGTERM, and its exit code; all that it printed is in ``lines`` then."""

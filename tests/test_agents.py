@@ -2,6 +2,7 @@
 
 import contextvars
 import dataclasses
+import functools
 import json
 import threading
 from collections.abc import AsyncIterator
@@ -100,6 +101,7 @@ async def test_the_agents_own_model_wins_over_the_flocks(model: FakeModel, resou
         pytest.param({"sentiment": "good"}, "/keywords: This field is required", id="missing"),
         pytest.param({"sentiment": "", "keywords": [], "x": 1}, "/x: Unknown field", id="unknown"),
         pytest.param('{"sentiment": "\\ud800", "keywords": []}', "surrogate", id="lone surrogate"),
+        pytest.param("good \ud800", "Not valid JSON", id="a lone surrogate in the text itself"),
         pytest.param("[" * 50_000, "Expected 'object'", id="nested without end"),
     ],
 )
@@ -141,8 +143,8 @@ async def test_a_model_error_is_not_repaired(model: FakeModel, resources: Resour
         await turn(analyzer(), resources, text="x", limit=1)
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a/b", "ä", "..", "a\n"])
-def test_a_name_that_cannot_stand_in_a_url_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["", 5, "a b", "a/b", "ä", "..", "a\n"])
+def test_a_name_that_cannot_stand_in_a_url_is_refused(name: Any) -> None:
     with pytest.raises(DefinitionError, match="use letters, digits"):
         FlockFactory.create_default_agent(name, output="a")
 
@@ -270,6 +272,35 @@ def test_output_is_a_signature_with_types() -> None:
         return {}
 
     assert make.output.fields[0].type is Box
+
+
+async def test_a_plain_wrapper_around_an_async_function_is_awaited(resources: Resources) -> None:
+    async def original(text: str) -> str:
+        return text.upper()
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    assert bytes((await turn(FunctionAgent(wrapper), resources, text="a")).result) == b'{"result":"A"}'
+
+
+async def test_partial_and_cached_functions_keep_their_types(resources: Resources) -> None:
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    partial = FunctionAgent(functools.partial(add, b=5), name="add5")
+    assert bytes((await turn(partial, resources, a=1)).result) == b'{"result":6}'
+    cached = FunctionAgent(functools.lru_cache(add))
+    assert bytes((await turn(cached, resources, a=1, b=2)).result) == b'{"result":3}'
+
+
+def test_what_yields_is_no_agent() -> None:
+    async def stream(text: str) -> AsyncIterator[str]:
+        yield text
+
+    with pytest.raises(DefinitionError, match="returns its result whole"):
+        agent(stream)
 
 
 async def test_the_base_class_takes_no_turn(resources: Resources) -> None:

@@ -1,11 +1,14 @@
 """Bad input: each gets a clean answer that says what to do, and nothing runs."""
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from flock.core import Flock
 from flockapi import FlockAPI
 from tests.fakes import FakeModel
 
@@ -164,6 +167,26 @@ async def test_a_number_out_of_range_is_422(client: httpx.AsyncClient) -> None:
             ["/static_inputs/b"],
             id="a static input is told once",
         ),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"a": 1}], "static_inputs": {"z/~": 1}},
+            ["/static_inputs/z~1~0"],
+            id="a static input with a name to be escaped",
+        ),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"n/~": 1, "a": 1}], "input_mapping": {"n/~": "z/~"}},
+            ["/batch_inputs/0/n~1~0"],
+            id="a mapped name to be escaped",
+        ),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"x": 1, "a": "bad"}], "input_mapping": {"x": "a"}},
+            ["/batch_inputs/0/a"],
+            id="two members become one input",
+        ),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"x": 1}, {"x": "bad"}], "input_mapping": {"x": "a", "y": "a"}},
+            ["/batch_inputs/1/x"],
+            id="two names for one input, one at a time",
+        ),
         pytest.param({"agent_name": "add", "batch_inputs": [{"a": 1}], "max_workers": 0}, ["/max_workers"], id="none"),
         pytest.param(
             {"agent_name": "add", "batch_inputs": [{"a": 1}], "max_workers": 1001}, ["/max_workers"], id="many"
@@ -253,6 +276,81 @@ async def test_a_body_that_is_too_long_is_413(client: httpx.AsyncClient, app: Fl
     assert (await post(client, fitting)).status_code == 200
     problem = check_problem(await post(client, fitting + " "), 413)
     assert str(app.max_body_bytes) in problem["detail"]
+
+
+async def test_an_announced_length_is_refused_before_the_body_comes(client: httpx.AsyncClient) -> None:
+    async def never() -> AsyncIterator[bytes]:
+        pytest.fail("the body was read")
+        yield b""
+
+    headers = {**JSON, "Content-Length": "99999999"}
+    check_problem(await client.post("/run/flock", content=never(), headers=headers), 413)
+
+
+async def test_static_inputs_do_not_multiply_without_a_bound(client: httpx.AsyncClient) -> None:
+    """Sent once, they would be kept once for each of thousands of rows."""
+    body = {"agent_name": "summarise", "static_inputs": {"text": "x" * 500_000}, "batch_inputs": [{}] * 5000}
+    problem = check_problem(await post(client, body, "/run/batch"), 413)
+    assert "With the static inputs" in problem["detail"]
+
+
+async def test_of_many_unknown_fields_a_hundred_are_told(client: httpx.AsyncClient) -> None:
+    body = {"agent_name": "add", "inputs": {f"k{i}": 1 for i in range(50_000)}}
+    response = await post(client, body)
+    problem = check_problem(response, 422)
+    assert len(problem["errors"]) == 101  # and the one that is missing
+    assert "and 91 more" in problem["detail"]
+    assert len(response.content) < 20_000
+
+
+async def test_a_long_name_is_not_repeated_whole(client: httpx.AsyncClient) -> None:
+    assert len((await post(client, {"agent_name": "x" * 500_000})).content) < 1000
+
+
+async def test_what_cannot_be_hashed_or_is_refused_by_the_types_own_code_is_422(
+    flock: Flock, client: httpx.AsyncClient
+) -> None:
+    class Picky(msgspec.Struct):
+        n: int
+
+        def __post_init__(self) -> None:
+            raise RuntimeError("a secret")
+
+    @flock.agent
+    def unique(values: set[Any], picky: Picky | None = None) -> int:
+        return len(values)
+
+    for inputs, pointer in (
+        ({"values": [[1]]}, "/inputs/values"),
+        ({"values": [], "picky": {"n": 1}}, "/inputs/picky"),
+    ):
+        problem = check_problem(await post(client, {"agent_name": "unique", "inputs": inputs}), 422)
+        assert [error["pointer"] for error in problem["errors"]] == [pointer]
+        assert "secret" not in json.dumps(problem)
+
+
+async def test_a_client_that_leaves_within_its_body_is_no_error(
+    app: FlockAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/run/flock",
+        "raw_path": b"/run/flock",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    await app(scope, receive, send)
+    assert sent[0]["status"] == 400
+    assert caplog.records == []
 
 
 # Our own mistakes

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,8 @@ def test_the_name_may_be_left_out_where_there_is_one(tmp_path: Path) -> None:
     ("target", "words"),
     [
         ("{path}/nowhere.py", "There is no file"),
+        ("..", "'..' is neither a module nor the path of a .py file"),
+        ("", "'' is neither a module"),
         ("no_such_module", "There is no module 'no_such_module'"),
         ("greeter.nothing", "There is no module 'greeter.nothing'"),
         ("{path}/greeter.py:swarm", "has no flock called 'swarm'. It has: flock."),
@@ -184,6 +188,51 @@ def test_a_failed_run_has_its_traceback_in_the_log_under_its_request(flock_file:
     log = "\n".join(server.lines)
     assert "agent fail raised (request request-77)" in log
     assert "ValueError: the reason" in log
+
+
+SLOW = """
+import threading, time
+import anyio
+from flock.core import Flock
+
+flock = Flock()
+started = threading.Event()
+
+@flock.agent
+async def nap() -> None:
+    print("at work", flush=True)
+    await anyio.sleep(600)
+
+@flock.agent
+def block() -> None:
+    print("at work", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("agent", ["nap", "block"])
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_told_to_stop_it_answers_who_waits_and_leaves(agent: str, signal_: signal.Signals, tmp_path: Path) -> None:
+    """Runs get their time, then their callers an answer; a function that does not return holds up nothing."""
+    path = tmp_path / "slow.py"
+    path.write_text(SLOW)
+    answers: list[httpx.Response] = []
+
+    def post(url: str) -> None:
+        answers.append(httpx.post(f"{url}/run/flock", json={"agent_name": agent}, timeout=60))
+
+    with running(*flockapi_command("serve", str(path), "--port", "0", "--drain-timeout", "0.3")) as server:
+        caller = threading.Thread(target=post, args=[server.url])
+        caller.start()
+        server.wait_for_line("at work")
+        server.process.send_signal(signal_)
+        server.process.wait(30)
+        caller.join(30)
+    (answer,) = answers
+    assert (answer.status_code, answer.json()["error_type"]) == (200, "interrupted")
+    log = "\n".join(server.lines)
+    assert "ERROR" not in log
+    assert "Traceback" not in log
 
 
 def test_errors_are_exposed_on_request(flock_file: Path) -> None:

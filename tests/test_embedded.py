@@ -1,6 +1,7 @@
 """The engine in this process: every run ends, in one way, and touches no other."""
 
 import asyncio
+import contextlib
 import uuid
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 
 from flock.core import Flock
-from flock.errors import AgentError, BatchNotFound, EngineStopped, RunNotFound
+from flock.errors import AgentError, BatchNotFound, EngineStopped, InvalidData, RunNotFound
 from flock.runs import BatchOptions, Run, RunStatus, new_id
 
 pytestmark = pytest.mark.anyio
@@ -53,6 +54,31 @@ async def raises_a_group_of_two() -> None:
     raise BaseExceptionGroup("both", [ValueError("a"), SystemExit(1)])
 
 
+async def cancels_itself_and_goes_on() -> None:
+    task = asyncio.current_task()
+    assert task
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)
+    raise AgentError("told")
+
+
+async def raises_generator_exit() -> None:
+    raise GeneratorExit
+
+
+async def raises_keyboard_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupts_in_a_thread() -> None:
+    raise KeyboardInterrupt
+
+
+async def raises_a_lone_surrogate() -> None:
+    raise AgentError("told \ud800")
+
+
 async def recurses() -> None:
     await recurses()
 
@@ -67,6 +93,11 @@ async def recurses() -> None:
         (raises_in_a_group, "agent_error", "told"),
         (raises_a_group_of_two, "agent_exception", "raised BaseExceptionGroup"),
         (recurses, "agent_exception", "raised RecursionError"),
+        (cancels_itself_and_goes_on, "agent_error", "told"),
+        (raises_generator_exit, "agent_exception", "raised GeneratorExit"),
+        (raises_keyboard_interrupt, "agent_exception", "raised KeyboardInterrupt"),
+        (interrupts_in_a_thread, "agent_exception", "raised KeyboardInterrupt"),
+        (raises_a_lone_surrogate, "agent_error", "told ?"),
     ],
 )
 async def test_an_agent_that_misbehaves_fails_its_own_run_only(function: Any, error_type: str, words: str) -> None:
@@ -89,6 +120,60 @@ async def test_an_agent_that_misbehaves_fails_its_own_run_only(function: Any, er
         assert run.completed_at
         may_go.set()
         assert (await engine.wait_run(other.run_id)).status is RunStatus.COMPLETED
+
+
+async def test_a_cancellation_that_an_agent_leaves_behind_hits_nobody() -> None:
+    """It asks for its own task to be cancelled and returns before it is: its run, its batch and its engine go on."""
+    flock = Flock()
+
+    @flock.agent
+    async def leave_behind() -> int:
+        task = asyncio.current_task()
+        assert task
+        task.cancel()
+        return 1
+
+    @flock.agent
+    def after() -> int:
+        return 2
+
+    async with flock.engine() as engine:
+        run = await engine.wait_run((await engine.submit("leave_behind", EMPTY)).run_id)
+        batch = await engine.submit_batch("leave_behind", [EMPTY] * 5, BatchOptions(max_workers=2))
+        items = [await engine.wait_run(item.run_id) for item in await engine.get_items(batch.batch_id)]
+        later = await engine.wait_run((await engine.submit("after", EMPTY)).run_id)
+    assert {each.status for each in (run, *items, later)} == {RunStatus.COMPLETED}
+    assert (await engine.get_batch(batch.batch_id)).status is RunStatus.COMPLETED
+
+
+async def test_a_final_run_keeps_its_result_and_not_what_led_to_it() -> None:
+    flock = Flock()
+
+    @flock.agent(next_agent="short")
+    def long(text: str) -> str:
+        return text * 2
+
+    @flock.agent
+    def short() -> int:
+        return 1
+
+    async with flock.engine() as engine:
+        inputs = msgspec.Raw(msgspec.json.encode({"text": "x" * 10_000}))
+        run = await engine.wait_run((await engine.submit("long", inputs)).run_id)
+    assert len(msgspec.json.encode(run)) < 1500
+    assert bytes(run.result or b"") == b'{"result":1}'
+
+
+async def test_a_batch_that_can_never_fit_is_invalid_and_not_told_to_come_again() -> None:
+    flock = Flock()
+
+    @flock.agent
+    def one() -> int:
+        return 1
+
+    async with flock.engine(max_items=3) as engine:
+        with pytest.raises(InvalidData, match="4 items are more than this server takes"):
+            await engine.submit_batch("one", [EMPTY] * 4, BatchOptions())
 
 
 async def test_leaving_the_engine_ends_what_is_at_work_and_tells_those_who_wait() -> None:

@@ -127,6 +127,7 @@ class Tree(msgspec.Struct):
         pytest.param("a: list", False, id="list of anything"),
         pytest.param("a: list[list[int]] | x, d: date | None", True, id="nested lists"),
         pytest.param("tree: Tree", True, id="recursive"),
+        pytest.param("pair: tuple[int, str]", False, id="tuple"),
     ],
 )
 async def test_strict_is_asked_for_where_it_can_be(
@@ -154,6 +155,16 @@ async def test_a_server_without_json_schema_is_asked_in_json_mode_then_in_words(
     for request in model.requests[1:]:
         assert '"enum": ["bad", "good"]' in request["messages"][0]["content"]
         assert len(request["messages"]) == 2
+
+
+async def test_one_schema_that_is_refused_does_not_change_how_others_are_asked(
+    models: ModelClient, model: FakeModel
+) -> None:
+    model.replies = [error(400, message="Invalid schema for response_format 'answer'"), answer(GOOD), answer(GOOD)]
+    await ask(models)
+    await ask(models)
+    formats = [request.get("response_format", {}).get("type") for request in model.requests]
+    assert formats == ["json_schema", "json_object", "json_schema"]
 
 
 # What goes wrong: once, and for good

@@ -142,6 +142,8 @@ def test_caller_names_types() -> None:
         pytest.param("a: list[int, str]", 4, "list takes 1 type", id="too many types"),
         pytest.param("a: dict[str]", 4, "dict takes 2 types", id="too few types"),
         pytest.param("a: Literal[1.5]", 4, "Literal takes", id="literal float"),
+        pytest.param("a: Literal[99999999999999999999]", 4, "", id="literal beyond 64 bits"),
+        pytest.param("a: Odd[int]", 4, "not a type known here", id="a name for something else with brackets"),
         pytest.param("a: Literal[b]", 4, "Literal takes", id="literal name"),
         pytest.param("a: str | datetime", 4, "more than one str-like type", id="union of two str-like types"),
         pytest.param("a: int, b: list | set", 12, "more than one array-like", id="union of two array-like types"),
@@ -154,7 +156,7 @@ def test_caller_names_types() -> None:
 )
 def test_what_cannot_be_understood_is_said_with_its_column(text: str, column: int, words: str) -> None:
     with pytest.raises(SignatureError) as caught:
-        Signature.of(text, {"Invoice": Invoice})
+        Signature.of(text, {"Invoice": Invoice, "Odd": []})
     assert words in str(caught.value)
     assert caught.value.column == column
     assert f"(column {column})" in str(caught.value)
@@ -221,8 +223,27 @@ def test_a_type_in_place_of_the_text_refuses_unknown_members() -> None:
             Signature.of(source).decode(text.encode())
 
 
+class Row2(msgspec.Struct, array_like=True):
+    a: int
+
+
+class Dog(msgspec.Struct, tag=True):
+    name: str
+
+
+class Cat(msgspec.Struct, tag=True):
+    name: str
+
+
+def test_tagged_unions_leave_no_reference_behind() -> None:
+    schema = Signature.of("pet: Dog | Cat", {"Dog": Dog, "Cat": Cat}).schema
+    assert "$defs" not in json.dumps(schema)
+    tags = [member["properties"]["type"]["enum"] for member in schema["properties"]["pet"]["anyOf"]]
+    assert sorted(tags) == [["Cat"], ["Dog"]]
+
+
 def test_what_is_no_signature_is_refused() -> None:
-    for source in (int, 5, None, list[str]):
+    for source in (int, 5, None, list[str], Row2):
         with pytest.raises(SignatureError, match="A signature is a string"):
             Signature.of(source)
 
@@ -234,7 +255,7 @@ def test_a_type_that_json_cannot_carry_is_refused() -> None:
     class Wrapper(msgspec.Struct):
         socket: Socket
 
-    with pytest.raises(SignatureError, match="Wrapper cannot be read from JSON"):
+    with pytest.raises(SignatureError, match=r"Wrapper cannot be read from JSON: type .*Socket'> is not supported"):
         Signature.of(Wrapper)
 
 
