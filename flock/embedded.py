@@ -362,7 +362,7 @@ def _sayable(text: object) -> str | None:
 
 
 async def _absorb_cancellation() -> None:
-    """Take in a cancellation that an agent asked for its own task, and has not met yet: it would hit what comes next."""
+    """Take in a cancellation that an agent asked for its own task and has not met: it would hit what comes next."""
     try:
         task = asyncio.current_task()
     except RuntimeError:  # another event loop than asyncio's has no such thing
