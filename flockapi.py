@@ -45,6 +45,7 @@ from flock.errors import (
     InvalidData,
     MalformedJSON,
     RunNotFound,
+    StoreError,
 )
 from flock.jsontype import JSONType, escape_pointer, malformed
 from flock.runs import Batch, BatchOptions, Engine, Run, RunStatus, Usage
@@ -390,6 +391,7 @@ PROBLEMS: Mapping[type[Exception], tuple[int, str]] = {
     BatchNotFound: (404, "Unknown batch"),
     EngineFull: (429, "Too many runs"),
     EngineStopped: (503, "Not running"),
+    StoreError: (503, "Store unavailable"),
     Exception: (500, "Internal error"),
 }
 
@@ -457,7 +459,9 @@ async def run_flock(request: Request) -> Response:
     """POST /run/flock"""
     wanted = RUN_REQUEST.decode(await read_json(request))
     engine = app_of(request).engine
-    run = await engine.submit(wanted.agent_name, wanted.inputs, request_id=request_id_of(request))
+    run = await engine.submit(
+        wanted.agent_name, wanted.inputs, request_id=request_id_of(request), is_async=wanted.async_run
+    )
     if wanted.async_run:
         return run_response(request, run, 202)
     return run_response(request, await engine.wait_run(run.run_id))
@@ -639,6 +643,7 @@ def create_app(
     *,
     server_name: str = "Flock Server",
     engine: Engine | None = None,
+    store: str | Path = "flock.db",
     max_body_bytes: int = 1024 * 1024,
     expose_errors: bool = False,
 ) -> FlockAPI:
@@ -646,7 +651,8 @@ def create_app(
 
     Args:
         server_name: the title of the docs pages and of the served specification.
-        engine: what carries the runs; ``flock.engine()`` if None.
+        engine: what carries the runs; an embedded one on *store* if None.
+        store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
         max_body_bytes: the longest body a client may send; a longer one is answered with 413.
         expose_errors: show the text of any exception to clients; for development. Not beside ``engine``, which has
             the same switch.
@@ -656,5 +662,5 @@ def create_app(
         a server sees to that; a host that mounts the app enters ``app.lifespan()`` in its own.
     """
     if engine is None:
-        engine = flock.engine(expose_errors=expose_errors)
+        engine = flock.engine(store=store, expose_errors=expose_errors)
     return FlockAPI(flock, engine, server_name=server_name, max_body_bytes=max_body_bytes)

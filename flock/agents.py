@@ -8,19 +8,20 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, overload
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal, overload
 
 import anyio
-import anyio.to_thread
 import msgspec
 
 from flock.errors import DefinitionError, InvalidData, InvalidHandoff, InvalidOutput, MalformedJSON, ModelError
 from flock.llm import Message, ModelClient
-from flock.runs import Usage
-from flock.signature import Signature
+from flock.runs import RunContext, Usage
+from flock.signature import Signature, context_parameter
 
-__all__ = ["Agent", "FunctionAgent", "ModelAgent", "NextAgent", "Resources", "Turn", "agent"]
+__all__ = ["Agent", "FunctionAgent", "ModelAgent", "NextAgent", "OnInterrupt", "Resources", "Turn", "agent"]
+
+OnInterrupt = Literal["retry", "fail"]
 
 #: Who goes on: a name, or a function of the result that gives a name, an agent or None. It runs in the event loop.
 NextAgent = str | Callable[[dict[str, Any]], Any] | None
@@ -31,8 +32,8 @@ class Resources(msgspec.Struct, frozen=True):
 
     #: calls models
     models: ModelClient
-    #: bounds the worker threads of synchronous functions
-    threads: anyio.CapacityLimiter
+    #: calls a synchronous function in a worker thread
+    call_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -49,10 +50,21 @@ class Agent:
         name: unique in its flock; letters, digits, ``_``, ``-`` and ``.``, since it stands in a URL.
         description: for people, and part of a model's prompt.
         next_agent: who goes on with the result; None ends the run.
+        max_concurrency: turns of this agent at the same time, in one process; None is no limit of its own.
+        on_interrupt: what becomes of a run whose process died in this agent's turn: "retry" lets it have its turn
+            again, "fail" ends the run, for what must not be done twice.
     """
 
     def __init__(
-        self, name: str, input: Signature, output: Signature, *, description: str = "", next_agent: NextAgent = None
+        self,
+        name: str,
+        input: Signature,
+        output: Signature,
+        *,
+        description: str = "",
+        next_agent: NextAgent = None,
+        max_concurrency: int | None = None,
+        on_interrupt: OnInterrupt = "retry",
     ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise DefinitionError(f"{name!r} cannot be an agent's name: use letters, digits, '_', '-' and '.'.")
@@ -61,11 +73,13 @@ class Agent:
         self.input = input
         self.output = output
         self.next_agent = next_agent
+        self.max_concurrency = max_concurrency
+        self.on_interrupt = on_interrupt
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
 
-    async def take_turn(self, inputs: Any, resources: Resources) -> Turn:
+    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
         """Turn *inputs*, an instance of ``input.type``, into a result.
 
         Raises:
@@ -73,7 +87,7 @@ class Agent:
             ModelError: the model gave no usable answer.
             Exception: whatever the agent's own code raises.
 
-        Cancellation: a model request is aborted, a coroutine is cancelled; a thread goes on to its end, unheard.
+        Cancellation: a model request is aborted, a coroutine is cancelled; a thread is waited for.
         """
         raise NotImplementedError
 
@@ -107,6 +121,7 @@ class ModelAgent(Agent):
         max_tokens: a bound on each answer's length; None leaves it to the provider.
         max_retries: how often an answer that does not fit is sent back with the reason.
         timeout_s: wall-clock seconds for the whole turn, attempts and repairs included.
+        options: see ``Agent``.
     """
 
     def __init__(
@@ -122,9 +137,9 @@ class ModelAgent(Agent):
         max_tokens: int | None = None,
         max_retries: int = 2,
         timeout_s: float = 300,
-        next_agent: NextAgent = None,
+        **options: Any,
     ) -> None:
-        super().__init__(name, input, output, description=description, next_agent=next_agent)
+        super().__init__(name, input, output, description=description, **options)
         if not output.fields:
             raise DefinitionError(f"The agent {name!r} has no output field, so there is nothing to ask a model for.")
         self.model = model
@@ -134,7 +149,7 @@ class ModelAgent(Agent):
         self.max_retries = max_retries
         self.timeout_s = timeout_s
 
-    async def take_turn(self, inputs: Any, resources: Resources) -> Turn:
+    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
         try:
             with anyio.fail_after(self.timeout_s):
                 return await self._converse(inputs, resources.models)
@@ -205,7 +220,7 @@ class FunctionAgent(Agent):
         description: str | None = None,
         output: Any = None,
         types: Mapping[str, Any] | None = None,
-        next_agent: NextAgent = None,
+        **options: Any,
     ) -> None:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise DefinitionError(f"{function!r} yields; an agent returns its result whole.")
@@ -220,21 +235,25 @@ class FunctionAgent(Agent):
             Signature.of_parameters(function),
             output_signature,
             description=description,
-            next_agent=next_agent,
+            **options,
         )
         self.function = function
         self._is_async = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
         self._parameters = [field.name for field in self.input.fields]
+        self._context_parameter = context_parameter(function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
-    async def take_turn(self, inputs: Any, resources: Resources) -> Turn:
-        call = functools.partial(self.function, **{name: getattr(inputs, name) for name in self._parameters})
+    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
+        values = {name: getattr(inputs, name) for name in self._parameters}
+        if self._context_parameter is not None:
+            values[self._context_parameter] = context
+        call = functools.partial(self.function, **values)
         if self._is_async:
             value = await call()
         else:
-            value = await anyio.to_thread.run_sync(call, limiter=resources.threads, abandon_on_cancel=True)
+            value = await resources.call_in_thread(call)
             if inspect.isawaitable(value):  # a plain wrapper around an async function
                 value = await value
         try:
@@ -255,6 +274,8 @@ def agent(
     output: Any = None,
     types: Mapping[str, Any] | None = None,
     next_agent: NextAgent = None,
+    max_concurrency: int | None = None,
+    on_interrupt: OnInterrupt = "retry",
 ) -> Callable[[Callable[..., Any]], FunctionAgent]: ...
 
 
@@ -269,7 +290,7 @@ def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         output: an output signature in place of the one that the return annotation gives, for functions that return a
             plain dict: ``output="sentiment: str, keywords: list[str]"``.
         types: what the string in ``output`` may name.
-        next_agent: who goes on with the result.
+        next_agent, max_concurrency, on_interrupt: see ``Agent``.
 
     Raises:
         SignatureError: a parameter has no type, or one that cannot be read from JSON.

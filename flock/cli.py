@@ -1,6 +1,5 @@
 """The command ``flockapi``, and our own server, which ``Flock.start_api`` uses too."""
 
-import asyncio
 import contextlib
 import copy
 import importlib
@@ -45,6 +44,7 @@ def serve_flock(
     create_ui: bool = False,
     expose_errors: bool = False,
     drain_timeout_s: float = 20,
+    store: str = "flock.db",
 ) -> None:
     """Serve *flock* with uvicorn until SIGINT or SIGTERM. It sets up logging, as only the program's owner should.
 
@@ -53,7 +53,7 @@ def serve_flock(
     """
     log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
-    app = create_app(flock, server_name=server_name, expose_errors=expose_errors)
+    app = create_app(flock, server_name=server_name, expose_errors=expose_errors, store=store)
     config = uvicorn.Config(
         app,
         host=host,
@@ -68,14 +68,16 @@ def serve_flock(
         logger.warning("Listening on %s without a key: whoever reaches this port can run these agents.", host)
     if not flock.agents:
         logger.warning("This flock has no agents yet: add one with flock.add_agent(...).")
-    logger.info("%s serves %s. Docs: /docs and /redoc.", server_name, ", ".join(flock.agents) or "no agents")
+    kept = "in memory only" if store == ":memory:" else f"in {Path(store).resolve()}"
+    agents = ", ".join(flock.agents) or "no agents"
+    logger.info("%s serves %s. Docs: /docs and /redoc. Runs are kept %s.", server_name, agents, kept)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to stop it, and no error
         _Server(config, app, drain_timeout_s).run()
     _leave_busy_threads()
 
 
 class _Server(uvicorn.Server):
-    """uvicorn waits for open requests before it ends the app; this ends the runs that they wait for in time."""
+    """uvicorn alone closes its listener first; this one goes on answering until the work has ended or is left."""
 
     def __init__(self, config: uvicorn.Config, app: FlockAPI, drain_timeout_s: float) -> None:
         super().__init__(config)
@@ -83,11 +85,8 @@ class _Server(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(self._drain_timeout_s, self._app.engine.interrupt)
-        try:
-            await super().shutdown(sockets)
-        finally:
-            timer.cancel()
+        await self._app.engine.drain(self._drain_timeout_s)
+        await super().shutdown(sockets)
 
 
 def _leave_busy_threads() -> None:
@@ -181,6 +180,13 @@ model_option = click.option(
 )
 @click.option("--server-name", default="Flock Server", show_default=True, help="Title of the docs pages.")
 @model_option
+@click.option(
+    "--store",
+    default="flock.db",
+    show_default=True,
+    metavar="FILE",
+    help="SQLite file that keeps the runs; :memory: keeps them as long as the server runs.",
+)
 @click.option("--expose-errors", is_flag=True, help="Show the text of any exception to clients; for development.")
 @click.option(
     "--drain-timeout",

@@ -2,18 +2,20 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, overload
 
 import anyio
 import httpx
 import msgspec
 
-from flock.agents import Agent, FunctionAgent, ModelAgent, NextAgent, agent
+from flock.agents import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, agent
 from flock.embedded import EmbeddedEngine
 from flock.errors import DefinitionError, FieldError, InvalidData, RunFailed
 from flock.llm import ModelClient
 from flock.runs import RunStatus
 from flock.signature import Signature
+from flock.store import Durability, Store
 
 __all__ = ["Flock", "FlockFactory", "agent"]
 
@@ -61,6 +63,8 @@ class Flock:
         output: Any = None,
         types: Mapping[str, Any] | None = None,
         next_agent: NextAgent = None,
+        max_concurrency: int | None = None,
+        on_interrupt: OnInterrupt = "retry",
     ) -> Callable[[Callable[..., Any]], FunctionAgent]: ...
 
     def agent(self, function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
@@ -73,15 +77,25 @@ class Flock:
 
         return add if function is None else add(function)
 
-    def engine(self, *, transport: httpx.AsyncBaseTransport | None = None, **options: Any) -> EmbeddedEngine:
+    def engine(
+        self,
+        *,
+        store: str | Path = ":memory:",
+        durability: Durability = "power",
+        transport: httpx.AsyncBaseTransport | None = None,
+        **options: Any,
+    ) -> EmbeddedEngine:
         """An engine for these agents; enter it with ``async with``.
 
         Args:
+            store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the engine runs.
+            durability: "power" survives a power cut, "process" any crash of the process; see ``Store``.
             transport: what model calls go through in place of the network.
             options: see ``EmbeddedEngine``.
         """
         models = ModelClient(self.model, transport=transport)
-        return EmbeddedEngine(self.agents, models, **{"max_steps": self.max_steps, **options})
+        options = {"flock": self.name, "max_steps": self.max_steps, **options}
+        return EmbeddedEngine(self.agents, models, Store(store, durability=durability), **options)
 
     async def run_async(self, agent_name: str, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Run one agent and what it hands on to, without a server.
@@ -101,7 +115,7 @@ class Flock:
         except (TypeError, ValueError, RecursionError) as exc:
             raise InvalidData([FieldError(detail=f"It cannot be JSON: {exc}.", pointer="/inputs")]) from exc
         async with self.engine(expose_errors=True) as engine:
-            run = await engine.wait_run((await engine.submit(agent_name, raw)).run_id)
+            run = await engine.wait_run((await engine.submit(agent_name, raw, is_async=False)).run_id)
         if run.status is not RunStatus.COMPLETED or run.result is None:
             raise RunFailed(run.error or "The run has no result.", run.error_type or "unknown")
         result: dict[str, Any] = msgspec.json.decode(run.result)
@@ -152,6 +166,8 @@ class FlockFactory:
         max_retries: int = 2,
         timeout_s: float = 300,
         next_agent: NextAgent = None,
+        max_concurrency: int | None = None,
+        on_interrupt: OnInterrupt = "retry",
     ) -> ModelAgent:
         """An agent that asks a language model.
 
@@ -159,7 +175,8 @@ class FlockFactory:
             input, output: a signature such as ``"text: str | what to analyse, limit: int"``, or a struct, dataclass or
                 TypedDict.
             types: what the strings may name beyond the built-in types, by name.
-            model, instructions, temperature, max_tokens, max_retries, timeout_s, next_agent: see ``ModelAgent``.
+            model, instructions, temperature, max_tokens, max_retries, timeout_s: see ``ModelAgent``.
+            next_agent, max_concurrency, on_interrupt: see ``Agent``.
 
         Raises:
             SignatureError: a signature cannot be understood; with the column.
@@ -177,6 +194,8 @@ class FlockFactory:
             max_retries=max_retries,
             timeout_s=timeout_s,
             next_agent=next_agent,
+            max_concurrency=max_concurrency,
+            on_interrupt=on_interrupt,
         )
 
 

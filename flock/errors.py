@@ -9,8 +9,13 @@
     │   ├── AgentNotFound
     │   ├── RunNotFound
     │   └── BatchNotFound
+    ├── Conflict                 what is asked for does not go with how things stand
+    ├── KeyReused                an idempotency key was used for another request
+    ├── Replayed                 not an error: the request was accepted before, under the same key
     ├── EngineFull               no room now; try again in ``retry_after_s``
-    ├── EngineStopped            the engine is not running
+    ├── EngineStopped            the engine is not running, or is leaving
+    ├── StoreError               the store cannot be opened, read or written
+    ├── OwnershipLost            another engine has taken the run over
     ├── RunFailed                what ``flock.run`` raises for a run that ended as failed
     └── StepError                ends its run as failed; its text is meant for the client
         ├── AgentError           raised by an agent's own code
@@ -32,21 +37,28 @@ __all__ = [
     "AgentError",
     "AgentNotFound",
     "BatchNotFound",
+    "Conflict",
     "DefinitionError",
     "EngineFull",
     "EngineStopped",
     "FieldError",
     "FlockError",
+    "Interrupted",
     "InvalidData",
     "InvalidHandoff",
     "InvalidOutput",
+    "KeyReused",
     "MalformedJSON",
     "ModelError",
     "NotFound",
+    "OwnershipLost",
+    "QueueTimeout",
+    "Replayed",
     "RunFailed",
     "RunNotFound",
     "SignatureError",
     "StepError",
+    "StoreError",
     "TooManySteps",
 ]
 
@@ -147,6 +159,36 @@ class EngineStopped(FlockError):
     """The engine takes no work: it was not started, or is stopping."""
 
 
+class Conflict(FlockError):
+    """What is asked for does not go with how the run or batch stands."""
+
+
+class KeyReused(FlockError):
+    """An idempotency key stands for one request only."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"The idempotency key {key!r} was used for another request. Send a new key for a new request.")
+
+
+class Replayed(FlockError):
+    """The request was accepted before. ``made_id`` is the run or batch that came of it."""
+
+    def __init__(self, made_id: str) -> None:
+        super().__init__(f"This request was accepted before, as {made_id}.")
+        self.made_id = made_id
+
+
+class StoreError(FlockError):
+    """The store cannot be opened, read or written now. Nothing that was acknowledged is lost."""
+
+
+class OwnershipLost(FlockError):
+    """Another engine has taken the run over, so this one must not go on with it."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"The run {run_id} belongs to another engine by now.")
+
+
 class RunFailed(FlockError):
     """A run ended as failed. ``str()`` is its ``error``; ``error_type`` is a stable word for programs."""
 
@@ -187,6 +229,18 @@ class TooManySteps(StepError):
     """The run was handed on more often than ``max_steps`` allows."""
 
     error_type = "too_many_steps"
+
+
+class QueueTimeout(StepError):
+    """The run waited longer for its first step than ``queue_timeout_s``."""
+
+    error_type = "queue_timeout"
+
+
+class Interrupted(StepError):
+    """The process died while an agent with ``on_interrupt="fail"`` was at work."""
+
+    error_type = "interrupted"
 
 
 class ModelError(StepError):

@@ -10,15 +10,31 @@ JSON is kept as ``msgspec.Raw``: nothing mutable can pass from one run to anothe
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 from uuid import UUID
 
 import msgspec
 
-__all__ = ["Batch", "BatchOptions", "Engine", "Journal", "Run", "RunStatus", "Step", "Usage", "new_id", "now"]
+__all__ = [
+    "Batch",
+    "BatchOptions",
+    "Engine",
+    "Event",
+    "IdempotencyKey",
+    "Progress",
+    "Run",
+    "RunContext",
+    "RunFilter",
+    "RunStatus",
+    "Step",
+    "Usage",
+    "events_of",
+    "new_id",
+    "now",
+]
 
 
 class RunStatus(StrEnum):
@@ -60,14 +76,32 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     result: msgspec.Raw
     next_agent: str | None = None
     usage: Usage | None = None
+    attempt: int = 1
     started_at: datetime
     completed_at: datetime
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far an agent says it is. ``total`` is None where nobody knows."""
+
+    done: float
+    total: float | None = None
+    message: str = ""
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One request and all that is known of it. Ids are UUIDs of version 7, times are in UTC."""
+    """One request and all that is known of it. Ids are UUIDs of version 7, times are in UTC.
+
+    Attributes:
+        flock: the name of the flock whose engine carries it.
+        is_async: nobody waits for the answer, so it is taken up again after a crash.
+        attempt: how often it was begun, by a retry or after a crash; from 1.
+        timeout_s: wall-clock seconds for one attempt, from its first step on.
+        owner: the engine that works on it; every write is fenced by it.
+    """
 
     run_id: str
+    flock: str
     agent_name: str
     inputs: msgspec.Raw
     status: RunStatus = RunStatus.STARTING
@@ -80,6 +114,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str | None = None
     batch_id: str | None = None
     position: int | None = None
+    is_async: bool = False
+    attempt: int = 1
+    timeout_s: float | None = None
+    owner: str | None = None
+    cancel_requested: bool = False
+    progress: Progress | None = None
     steps: tuple[Step, ...] = ()
 
     @property
@@ -108,6 +148,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """Many runs of one agent. ``completed_items`` counts those that ended, whatever way."""
 
     batch_id: str
+    flock: str
     agent_name: str
     options: BatchOptions
     status: RunStatus = RunStatus.STARTING
@@ -120,37 +161,136 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     started_at: datetime | None = None
     completed_at: datetime | None = None
     request_id: str | None = None
+    owner: str | None = None
 
 
-class Journal(Protocol):
-    """Where one run's steps are kept. A step that was saved is never executed again."""
+class IdempotencyKey(msgspec.Struct, frozen=True):
+    """What makes two requests the same: the client's key, and a fingerprint of what was asked for."""
 
-    async def load(self) -> Sequence[Step]:
-        """The steps saved so far, in order."""
+    key: str
+    fingerprint: bytes
 
-    async def save(self, step: Step) -> None:
-        """Append *step*; on return it is kept as safely as this journal keeps anything."""
+
+class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which runs a list holds; None is no condition.
+
+    Attributes:
+        created_after, created_before: to the millisecond.
+        after: the last id of the page before.
+        limit: runs a page.
+    """
+
+    status: RunStatus | None = None
+    agent_name: str | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+    after: str | None = None
+    limit: int = 100
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened to a run. ``id`` grows with each; progress has none, since only the latest is kept."""
+
+    id: int | None
+    name: str
+    data: dict[str, Any]
+
+
+#: The ids of one attempt's events lie within so many.
+EVENTS_AN_ATTEMPT = 1_000_000
+
+
+def events_of(run: Run) -> list[Event]:
+    """All events of *run* up to now, in order. They are derived from its record, so that any process can tell them."""
+
+    def event(attempt: int, number: int | None, name: str, **data: Any) -> Event:
+        id_ = None if number is None else attempt * EVENTS_AN_ATTEMPT + number
+        return Event(id=id_, name=name, data={"run_id": run.run_id, "attempt": attempt, **data})
+
+    started = [event(run.attempt, 0, "run.started", agent_name=run.agent_name, started_at=run.started_at)]
+    events: list[Event] = []
+    for position, step in enumerate(run.steps):
+        about = {"position": position, "agent_name": step.agent_name, "started_at": step.started_at}
+        if step.attempt == run.attempt:
+            events, started = events + started, []
+        events.append(event(step.attempt, 2 * position + 1, "step.started", **about))
+        end = {"completed_at": step.completed_at, "result": step.result, "usage": step.usage}
+        events.append(event(step.attempt, 2 * position + 2, "step.completed", **about, **end))
+    if run.started_at is not None:
+        events += started
+    if run.status is RunStatus.RUNNING:
+        name = run.steps[-1].next_agent if run.steps else run.agent_name
+        number = 2 * len(run.steps) + 1
+        events.append(event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name))
+    if run.progress is not None:
+        events.append(event(run.attempt, None, "run.progress", **msgspec.structs.asdict(run.progress)))
+    if run.status.is_final:
+        end = {name: getattr(run, name) for name in ("status", "result", "error", "error_type", "completed_at")}
+        events.append(event(run.attempt, EVENTS_AN_ATTEMPT - 1, f"run.{run.status}", **end))
+    return events
+
+
+class RunContext:
+    """What an agent may ask and say while it works. A parameter annotated with it receives it; any thread may use it.
+
+    Attributes:
+        run_id, agent_name, attempt, request_id: of the run.
+        cancel_requested: True once somebody asked to cancel the run. A synchronous function reads it now and then, and
+            returns or raises; an async one is cancelled at its next await, and needs not look.
+    """
+
+    def __init__(self, run: Run, agent_name: str, tell: Callable[[Progress], None]) -> None:
+        self.run_id = run.run_id
+        self.agent_name = agent_name
+        self.attempt = run.attempt
+        self.request_id = run.request_id
+        self.cancel_requested = False
+        self._tell = tell
+
+    def progress(self, done: float, total: float | None = None, message: str = "") -> None:
+        """Say how far the work is. Of many calls in a short time only the last one is kept."""
+        self._tell(Progress(done=done, total=total, message=message))
 
 
 class Engine(Protocol):
     """What takes runs and carries each to its end. One protocol, whatever machine or cluster is behind it.
 
-    Use it as an async context manager: work is taken inside it only. Leaving it ends what is still at work.
+    Use it as an async context manager: work is taken inside it only.
     """
+
+    @property
+    def is_leaving(self) -> bool:
+        """True once no new work is taken, since the server is about to stop."""
 
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *exc_info: object) -> None: ...
 
-    def interrupt(self) -> None:
-        """End what is at work as failed, "interrupted", and take no new work: the process is about to stop."""
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new work, give what is at work *timeout_s* seconds to end, and stop the rest.
 
-    async def submit(self, agent_name: str, inputs: msgspec.Raw, *, request_id: str | None = None) -> Run:
+        Asynchronous runs that are stopped go on at the next start; the others end as failed, "interrupted".
+        """
+
+    async def submit(
+        self,
+        agent_name: str,
+        inputs: msgspec.Raw,
+        *,
+        request_id: str | None = None,
+        is_async: bool = True,
+        timeout_s: float | None = None,
+        key: IdempotencyKey | None = None,
+    ) -> Run:
         """Accept one run and return at once.
 
         Args:
             inputs: a JSON object with a value for each field of the agent's input signature.
             request_id: the id under which the caller's request is logged.
+            is_async: nobody waits for the answer. The run is on disk on return, and goes on after a crash. Otherwise it
+                is written on the way, and ends as interrupted if the process dies.
+            timeout_s: wall-clock seconds for each attempt, at most the engine's own limit.
+            key: makes equal requests one.
 
         Returns:
             Run: status "starting".
@@ -158,8 +298,12 @@ class Engine(Protocol):
         Raises:
             AgentNotFound: no agent has that name.
             InvalidData: the inputs do not fit; pointers begin with ``/inputs``.
+            Replayed: a run was made under this key before.
+            KeyReused: the key was used for another request.
+            Conflict: a request with this key is being accepted at this moment.
             EngineFull: the queue is full.
-            EngineStopped: the engine is not running.
+            EngineStopped: the engine is not running, or is leaving.
+            StoreError: it cannot be kept.
 
         Cancellation: the run is accepted whole or not at all.
         """
@@ -171,6 +315,7 @@ class Engine(Protocol):
         options: BatchOptions,
         *,
         request_id: str | None = None,
+        key: IdempotencyKey | None = None,
     ) -> Batch:
         """Accept one batch and return at once. Every item is checked first: all of them start, or none.
 
@@ -180,8 +325,36 @@ class Engine(Protocol):
     async def get_run(self, run_id: str) -> Run:
         """The run as it stands. Raises RunNotFound."""
 
-    async def wait_run(self, run_id: str) -> Run:
-        """The run once it is final. Raises RunNotFound. Cancellation: the run goes on."""
+    async def wait_run(self, run_id: str, timeout_s: float | None = None) -> Run:
+        """The run once it is final, or as it stands after *timeout_s*.
+
+        Raises: RunNotFound; StoreError where its end cannot be written now; EngineStopped where it is left for later.
+        Cancellation: the run goes on.
+        """
+
+    async def cancel_run(self, run_id: str) -> Run:
+        """Ask for a run to be stopped, and return at once. A run that was cancelled before is returned as it is.
+
+        Raises: RunNotFound; Conflict where it ended otherwise.
+        """
+
+    async def retry_run(self, run_id: str) -> Run:
+        """Begin the next attempt of a failed or cancelled run, after its last committed step.
+
+        Raises: RunNotFound, Conflict, EngineFull, EngineStopped.
+        """
+
+    async def delete_run(self, run_id: str) -> None:
+        """Forget a final run. Raises RunNotFound; Conflict while it is active or if it is an item of a batch."""
+
+    async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
+        """One page of runs that are no items, newest first, without their steps."""
+
+    def events(self, run_id: str, after: int = 0) -> AsyncIterator[Event | None]:
+        """The events of a run behind the id *after*, as they happen, to its end; None after 15 s without one.
+
+        Raises RunNotFound before the first. A reader that is slow misses progress, and nothing else.
+        """
 
     async def get_batch(self, batch_id: str) -> Batch:
         """The batch as it stands. Raises BatchNotFound."""

@@ -31,8 +31,9 @@ import msgspec
 
 from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields
+from flock.runs import RunContext
 
-__all__ = ["Signature"]
+__all__ = ["Signature", "context_parameter"]
 
 NAMED_TYPES: Mapping[str, Any] = {
     "str": str,
@@ -287,6 +288,8 @@ class Signature:
         hints, name = _hints(function), _name_of(function)
         fields = []
         for parameter in inspect.signature(function).parameters.values():
+            if hints.get(parameter.name) is RunContext:
+                continue
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise SignatureError(f"{name}: the parameter {parameter} cannot be given by name, as an input is.")
             if parameter.name not in hints:
@@ -361,6 +364,11 @@ def _struct_field(field: Field) -> Any:
         return field.name, type_
     # A default that can be changed must not pass from one run to the next.
     return field.name, type_, msgspec.field(default_factory=functools.partial(copy.deepcopy, field.default))
+
+
+def context_parameter(function: Callable[..., Any]) -> str | None:
+    """The parameter of *function* that takes a ``RunContext``; it is no input."""
+    return next((name for name, hint in _hints(function).items() if hint is RunContext), None)
 
 
 def _name_of(function: Callable[..., Any]) -> str:

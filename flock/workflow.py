@@ -1,18 +1,18 @@
 """Workflows: which agent goes on with what, and one step of it.
 
-``next_step`` is a pure function of what is known, and ``run_step`` does what it says; they know agents and a journal,
-and nothing of stores, so that every engine can use them.
+``next_step`` is a pure function of a run's record, and ``run_step`` does what it says; they know nothing of stores, so
+that every engine can use them: it keeps the step that it gets, and asks again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import msgspec
 
 from flock.agents import Agent, Resources
 from flock.errors import InvalidData, InvalidHandoff, TooManySteps
-from flock.runs import Journal, Run, Step, now
+from flock.runs import Run, RunContext, Step, now
 
-__all__ = ["NextStep", "next_step", "run_step", "run_workflow"]
+__all__ = ["NextStep", "next_step", "run_step"]
 
 
 class NextStep(msgspec.Struct, frozen=True):
@@ -22,8 +22,8 @@ class NextStep(msgspec.Struct, frozen=True):
     inputs: msgspec.Raw
 
 
-def next_step(run: Run, steps: Sequence[Step], agents: Mapping[str, Agent], max_steps: int) -> NextStep | None:
-    """What *run* does next after *steps*, or None when it is at its end.
+def next_step(run: Run, agents: Mapping[str, Agent], max_steps: int) -> NextStep | None:
+    """What *run* does next after its steps, or None when it is at its end.
 
     The inputs of the next agent are drawn from all that is known: the run's inputs, then each result; later wins.
 
@@ -31,6 +31,7 @@ def next_step(run: Run, steps: Sequence[Step], agents: Mapping[str, Agent], max_
         InvalidHandoff: the next agent does not exist.
         TooManySteps: it would be more than *max_steps*.
     """
+    steps = run.steps
     name = steps[-1].next_agent if steps else run.agent_name
     if name is None:
         return None
@@ -51,35 +52,23 @@ def next_step(run: Run, steps: Sequence[Step], agents: Mapping[str, Agent], max_
     return NextStep(agent, msgspec.Raw(msgspec.json.encode(drawn)))
 
 
-async def run_step(step: NextStep, resources: Resources) -> Step:
-    """Let one agent have its turn. Raises what the agent raises, and InvalidHandoff where its inputs do not fit."""
+async def run_step(step: NextStep, resources: Resources, context: RunContext) -> Step:
+    """Let one agent have its turn. Raises what the agent raises, and InvalidHandoff where its inputs do not fit.
+
+    Cancellation: the step is lost.
+    """
     started_at = now()
     try:
         inputs = step.agent.input.decode(step.inputs)
     except InvalidData as exc:
         raise InvalidHandoff(f"The agent {step.agent.name!r} cannot go on with what is known. {exc}") from exc
-    turn = await step.agent.take_turn(inputs, resources)
+    turn = await step.agent.take_turn(inputs, resources, context)
     return Step(
         agent_name=step.agent.name,
         result=turn.result,
         next_agent=await step.agent.choose_next(turn.result),
         usage=turn.usage,
+        attempt=context.attempt,
         started_at=started_at,
         completed_at=now(),
     )
-
-
-async def run_workflow(
-    run: Run, agents: Mapping[str, Agent], journal: Journal, resources: Resources, *, max_steps: int
-) -> msgspec.Raw:
-    """Carry *run* on after the last step in *journal*, to its end.
-
-    Returns: the last agent's result.
-
-    Cancellation: a step in flight is lost; those that were saved are not executed again.
-    """
-    steps = list(await journal.load())
-    while (step := next_step(run, steps, agents, max_steps)) is not None:
-        steps.append(await run_step(step, resources))
-        await journal.save(steps[-1])
-    return steps[-1].result

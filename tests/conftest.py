@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -30,6 +31,12 @@ def _no_model_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.endswith(("_API_KEY", "_BASE_URL")) or name.startswith(("OPENAI_", "FLOCK_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-key-of-the-tests")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test has a working directory of its own, for stores have their default place there."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import msgspec
 import pytest
 
@@ -16,7 +17,7 @@ from flock.agents import Agent, FunctionAgent, ModelAgent, Resources, agent
 from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError, InvalidOutput, ModelError, SignatureError
 from flock.llm import ModelClient
-from flock.runs import Usage
+from flock.runs import Run, RunContext, Usage, now
 from flock.signature import Signature
 from tests.fakes import FakeModel, answer, error
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 async def resources(model: FakeModel) -> AsyncIterator[Resources]:
     async with ModelClient("openai/gpt-4o", transport=model.transport, backoff_s=0.001) as models:
-        yield Resources(models, anyio.CapacityLimiter(10))
+        yield Resources(models, anyio.to_thread.run_sync)
 
 
 def analyzer(**options: Any) -> ModelAgent:
@@ -38,8 +39,13 @@ def analyzer(**options: Any) -> ModelAgent:
     )
 
 
+def context_of(agent_name: str) -> RunContext:
+    run = Run(run_id="r", flock="f", agent_name=agent_name, inputs=msgspec.Raw(b"{}"), created_at=now())
+    return RunContext(run, agent_name, lambda progress: None)
+
+
 async def turn(made: Agent, resources: Resources, **inputs: Any) -> Any:
-    return await made.take_turn(made.input.decode(msgspec.json.encode(inputs)), resources)
+    return await made.take_turn(made.input.decode(msgspec.json.encode(inputs)), resources, context_of(made.name))
 
 
 # Model agents
@@ -306,4 +312,4 @@ def test_what_yields_is_no_agent() -> None:
 async def test_the_base_class_takes_no_turn(resources: Resources) -> None:
     empty = Signature.of("")
     with pytest.raises(NotImplementedError):
-        await Agent("x", empty, empty).take_turn(None, resources)
+        await Agent("x", empty, empty).take_turn(None, resources, context_of("x"))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import uuid
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -10,12 +11,20 @@ import msgspec
 import pytest
 
 from flock.core import Flock
+from flock.embedded import EmbeddedEngine
 from flock.errors import AgentError, BatchNotFound, EngineStopped, InvalidData, RunNotFound
-from flock.runs import BatchOptions, Run, RunStatus, new_id
+from flock.runs import Batch, BatchOptions, Run, RunStatus, new_id
 
 pytestmark = pytest.mark.anyio
 
 EMPTY = msgspec.Raw(b"{}")
+
+
+async def batch_end(engine: EmbeddedEngine, batch_id: str) -> Batch:
+    with anyio.fail_after(20):
+        while not (batch := await engine.get_batch(batch_id)).status.is_final:  # noqa: ASYNC110 - no event tells it
+            await anyio.sleep(0.01)
+    return batch
 
 
 async def finish(flock: Flock, agent_name: str, **options: Any) -> Run:
@@ -142,26 +151,8 @@ async def test_a_cancellation_that_an_agent_leaves_behind_hits_nobody() -> None:
         batch = await engine.submit_batch("leave_behind", [EMPTY] * 5, BatchOptions(max_workers=2))
         items = [await engine.wait_run(item.run_id) for item in await engine.get_items(batch.batch_id)]
         later = await engine.wait_run((await engine.submit("after", EMPTY)).run_id)
-    assert {each.status for each in (run, *items, later)} == {RunStatus.COMPLETED}
-    assert (await engine.get_batch(batch.batch_id)).status is RunStatus.COMPLETED
-
-
-async def test_a_final_run_keeps_its_result_and_not_what_led_to_it() -> None:
-    flock = Flock()
-
-    @flock.agent(next_agent="short")
-    def long(text: str) -> str:
-        return text * 2
-
-    @flock.agent
-    def short() -> int:
-        return 1
-
-    async with flock.engine() as engine:
-        inputs = msgspec.Raw(msgspec.json.encode({"text": "x" * 10_000}))
-        run = await engine.wait_run((await engine.submit("long", inputs)).run_id)
-    assert len(msgspec.json.encode(run)) < 1500
-    assert bytes(run.result or b"") == b'{"result":1}'
+        assert {each.status for each in (run, *items, later)} == {RunStatus.COMPLETED}
+        assert (await batch_end(engine, batch.batch_id)).status is RunStatus.COMPLETED
 
 
 async def test_a_batch_that_can_never_fit_is_invalid_and_not_told_to_come_again() -> None:
@@ -176,7 +167,10 @@ async def test_a_batch_that_can_never_fit_is_invalid_and_not_told_to_come_again(
             await engine.submit_batch("one", [EMPTY] * 4, BatchOptions())
 
 
-async def test_leaving_the_engine_ends_what_is_at_work_and_tells_those_who_wait() -> None:
+@pytest.mark.parametrize("is_async", [True, False])
+@pytest.mark.parametrize("on_disk", [True, False])
+async def test_leaving_the_engine_tells_those_who_wait(on_disk: bool, is_async: bool, tmp_path: Path) -> None:
+    """What will go on at the next start is said to be left; all else has ended as interrupted."""
     flock, started = Flock(), anyio.Event()
 
     @flock.agent
@@ -184,61 +178,74 @@ async def test_leaving_the_engine_ends_what_is_at_work_and_tells_those_who_wait(
         started.set()
         await anyio.sleep_forever()
 
-    ended: list[Run] = []
+    heard: list[Run | EngineStopped] = []
 
     async def wait(run_id: str) -> None:
-        ended.append(await engine.wait_run(run_id))
+        try:
+            heard.append(await engine.wait_run(run_id))
+        except EngineStopped as exc:
+            heard.append(exc)
 
+    store = tmp_path / "flock.db" if on_disk else ":memory:"
     async with anyio.create_task_group() as tasks:
-        async with flock.engine(max_concurrency=1) as engine:
-            running, waiting = [await engine.submit("sleep", EMPTY) for _ in range(2)]
-            batch = await engine.submit_batch("sleep", [EMPTY] * 3, BatchOptions())
+        async with flock.engine(max_concurrency=1, store=store) as engine:
+            runs = [await engine.submit("sleep", EMPTY, is_async=is_async) for _ in range(2)]
+            await engine.submit_batch("sleep", [EMPTY] * 3, BatchOptions())
             await started.wait()
-            tasks.start_soon(wait, running.run_id)
-            tasks.start_soon(wait, waiting.run_id)
-            await anyio.wait_all_tasks_blocked()
-    assert [(run.status, run.error_type) for run in ended] == [(RunStatus.FAILED, "interrupted")] * 2
-    batch = await engine.get_batch(batch.batch_id)
-    assert (batch.status, batch.completed_items, batch.failed_items) == (RunStatus.FAILED, 3, 3)
+            for run in runs:
+                tasks.start_soon(wait, run.run_id)
+            for _ in range(3):
+                await anyio.lowlevel.checkpoint()
+    assert len(heard) == 2
+    for each in heard:
+        if on_disk and is_async:
+            assert isinstance(each, EngineStopped)
+        else:
+            assert isinstance(each, Run)
+            assert (each.status, each.error_type) == (RunStatus.FAILED, "interrupted")
     with pytest.raises(EngineStopped, match="not running"):
         await engine.submit("sleep", EMPTY)
     with pytest.raises(EngineStopped):
         await engine.submit_batch("sleep", [EMPTY], BatchOptions())
 
 
-async def test_a_cancellation_from_outside_ends_the_runs_too() -> None:
-    """The host's own scope is cancelled around the engine: nothing hangs, and the run is final."""
-    flock, started = Flock(), anyio.Event()
+async def test_a_cancellation_from_outside_leaves_the_runs_too(tmp_path: Path) -> None:
+    """The host's own scope is cancelled around the engine: nothing hangs, and the runs are on disk."""
+    flock, started, may_end = Flock(), anyio.Event(), anyio.Event()
 
     @flock.agent
-    async def sleep() -> None:
+    async def sleep() -> int:
         started.set()
-        await anyio.sleep_forever()
+        await may_end.wait()
+        return 1
 
     with anyio.CancelScope() as scope:
-        async with flock.engine() as engine:
+        async with flock.engine(store=tmp_path / "flock.db") as engine:
             run = await engine.submit("sleep", EMPTY)
             await started.wait()
             scope.cancel()
             await anyio.sleep_forever()
-    assert (await engine.get_run(run.run_id)).error_type == "interrupted"
+    may_end.set()
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await engine.wait_run(run.run_id)
+    assert (run.status, run.attempt) == (RunStatus.COMPLETED, 2)
 
 
-async def test_an_engine_can_be_entered_again_and_not_twice() -> None:
+async def test_an_engine_can_be_entered_again_and_not_twice(tmp_path: Path) -> None:
     flock = Flock()
 
     @flock.agent
     def one() -> int:
         return 1
 
-    engine = flock.engine()
-    for _ in range(2):
-        async with engine:
-            with pytest.raises(EngineStopped, match="running already"):
-                await engine.__aenter__()
-            run = await engine.wait_run((await engine.submit("one", EMPTY)).run_id)
-            assert run.status is RunStatus.COMPLETED
-    assert (await engine.get_run(run.run_id)).status is RunStatus.COMPLETED
+    engine = flock.engine(store=tmp_path / "flock.db")
+    async with engine:
+        with pytest.raises(EngineStopped, match="running already"):
+            await engine.__aenter__()
+        run = await engine.wait_run((await engine.submit("one", EMPTY)).run_id)
+    async with engine:
+        assert (await engine.get_run(run.run_id)).status is RunStatus.COMPLETED
+        assert (await engine.wait_run((await engine.submit("one", EMPTY)).run_id)).status is RunStatus.COMPLETED
 
 
 async def test_max_concurrency_bounds_runs_and_items_together() -> None:
@@ -261,7 +268,7 @@ async def test_max_concurrency_bounds_runs_and_items_together() -> None:
     assert most == 4
 
 
-async def test_the_oldest_final_records_are_forgotten() -> None:
+async def test_the_oldest_final_runs_are_deleted() -> None:
     flock = Flock()
 
     @flock.agent
@@ -269,49 +276,37 @@ async def test_the_oldest_final_records_are_forgotten() -> None:
         return 1
 
     async with flock.engine(keep_runs=3) as engine:
-        runs = [await engine.wait_run((await engine.submit("one", EMPTY)).run_id) for _ in range(4)]
-        with pytest.raises(RunNotFound):
-            await engine.get_run(runs[0].run_id)
-        assert await engine.get_run(runs[1].run_id)
+        runs = [await engine.wait_run((await engine.submit("one", EMPTY)).run_id) for _ in range(5)]
+        await engine.delete_old()
+        for run in runs[:2]:
+            with pytest.raises(RunNotFound):
+                await engine.get_run(run.run_id)
+        for run in runs[2:]:
+            assert await engine.get_run(run.run_id)
 
         batches = []
         for size in (2, 5):
             batch = await engine.submit_batch("one", [EMPTY] * size, BatchOptions())
-            items = await engine.get_items(batch.batch_id)
-            for item in items:
-                await engine.wait_run(item.run_id)
-            await anyio.wait_all_tasks_blocked()
-            batches.append((batch.batch_id, items))
-        # The second one alone is more than is kept: the newest is never forgotten, and all else is.
-        assert (await engine.get_batch(batches[1][0])).status is RunStatus.COMPLETED
+            batches.append(await batch_end(engine, batch.batch_id))
+        await engine.delete_old()
+        assert await engine.get_batch(batches[1].batch_id)
         with pytest.raises(BatchNotFound):
-            await engine.get_batch(batches[0][0])
-        with pytest.raises(BatchNotFound):
-            await engine.get_items(batches[0][0])
-        for forgotten in [runs[3].run_id, batches[0][1][0].run_id]:
-            with pytest.raises(RunNotFound):
-                await engine.wait_run(forgotten)
+            await engine.get_items(batches[0].batch_id)
 
 
-async def test_who_waits_hears_of_a_run_that_is_forgotten_at_once() -> None:
-    flock, may_go = Flock(), anyio.Event()
+async def test_runs_are_deleted_by_age() -> None:
+    flock = Flock()
 
     @flock.agent
-    async def wait() -> int:
-        await may_go.wait()
+    def one() -> int:
         return 1
 
-    heard: list[Run] = []
-
-    async def listen(run_id: str) -> None:
-        heard.append(await engine.wait_run(run_id))
-
-    async with flock.engine(keep_runs=1) as engine, anyio.create_task_group() as tasks:
-        for run in [await engine.submit("wait", EMPTY) for _ in range(5)]:
-            tasks.start_soon(listen, run.run_id)
-        await anyio.wait_all_tasks_blocked()
-        may_go.set()
-    assert [run.status for run in heard] == [RunStatus.COMPLETED] * 5
+    async with flock.engine(keep_for_s=0.001) as engine:
+        run = await engine.wait_run((await engine.submit("one", EMPTY)).run_id)
+        await anyio.sleep(0.01)
+        await engine.delete_old()
+        with pytest.raises(RunNotFound):
+            await engine.wait_run(run.run_id)
 
 
 async def test_agents_added_later_are_found() -> None:

@@ -1,0 +1,588 @@
+"""Runs, steps, batches, engines and idempotency keys in one SQLite file.
+
+Writes are gathered into groups, and a group is one transaction: what arrives while one is being written goes into the
+next. The rows are written in the event loop, where that takes microseconds each; the commit, which waits for the disk,
+is handed to a thread. (A thread for all of it would have to win the interpreter's lock back after every row.) An
+awaited write returns when its transaction is on disk, or raises.
+
+Every change of a run is fenced: it applies only while the run still belongs to the engine that writes, in the attempt
+that it knows. So a process that was suspended cannot write over its successor.
+
+Several processes may share a file on one host. Each takes a lock file before its transaction, since SQLite's own
+waiting is by sleeping, and stalls writers for up to 180 ms.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Literal, Self, TypeVar
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import anyio.to_thread
+import msgspec
+
+from flock import schema
+from flock.errors import EngineFull, OwnershipLost, StoreError
+from flock.runs import Batch, IdempotencyKey, Run, RunFilter, Step
+
+__all__ = ["Durability", "Store"]
+
+T = TypeVar("T")
+
+logger = logging.getLogger("flock.store")
+
+#: "power" survives a power cut (SQLite's FULL), "process" any crash of the process (NORMAL).
+Durability = Literal["power", "process"]
+
+MEMORY = ":memory:"
+#: So many rows are written before others have their turn in the event loop.
+ROWS_A_TURN = 500
+#: How long to wait before a failed transaction is tried again, in seconds.
+RETRY_AFTER_S = 1.0
+
+
+# Groups
+
+
+class _PendingRun:
+    """The latest record of one run, and the steps that came since it was written last."""
+
+    def __init__(self, run: Run, is_new: bool) -> None:
+        self.run = run
+        self.is_new = is_new
+        self.steps: dict[int, Step] = {}
+
+
+class _Change:
+    """A function that is called within the transaction, and what came of it."""
+
+    def __init__(self, apply: Callable[[sqlite3.Connection], Any]) -> None:
+        self.apply = apply
+        self.result: Any = None
+        self.error: Exception | None = None
+
+
+class _Group:
+    """Writes that share one transaction."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, _PendingRun] = {}
+        self.changes: list[_Change] = []
+        self.lost: set[str] = set()
+        self.error: Exception | None = None
+        self.is_written = anyio.Event()
+
+    def put(self, run: Run, step: Step | None, is_new: bool) -> None:
+        pending = self.runs.get(run.run_id)
+        if pending is None:
+            pending = self.runs[run.run_id] = _PendingRun(run, is_new)
+        pending.run = run
+        if step is not None:
+            pending.steps[len(run.steps) - 1] = step
+
+    def put_back(self, earlier: "_Group") -> None:
+        """Take over the runs of a group that could not be written; what is known since wins."""
+        for run_id, pending in earlier.runs.items():
+            newer = self.runs.get(run_id)
+            if newer is not None:
+                pending.run = newer.run
+                pending.steps |= newer.steps
+            self.runs[run_id] = pending
+
+
+class Store:
+    """The store. Use it as an async context manager: it is open inside it only.
+
+    Args:
+        path: of the file, which is made if it does not exist; its folder must exist. ``":memory:"`` keeps nothing.
+        durability: what a commit survives.
+
+    Raises:
+        StoreError: at entry, where the file cannot be used; it says why and what to do.
+    """
+
+    def __init__(self, path: str | Path = MEMORY, *, durability: Durability = "power") -> None:
+        self.path = str(path)
+        self.durability = durability
+        self.is_shared = self.path != MEMORY
+        self._open = _Group()
+        self._has_work = anyio.Event()
+        self._is_closing = False
+        self._lock_file: IO[bytes] | None = None
+
+    # Life
+
+    async def __aenter__(self) -> Self:
+        self._open, self._has_work, self._is_closing = _Group(), anyio.Event(), False
+        self._all_written = anyio.Event()
+        async with AsyncExitStack() as stack:
+            self._db = stack.enter_context(contextlib.closing(self._connect()))
+            self._reader = self._db
+            if self.is_shared:
+                self._lock_file = self._open_lock_file(stack)
+                self._reader = stack.enter_context(contextlib.closing(self._connect()))
+            self._migrate()
+            self._threads = anyio.CapacityLimiter(1)
+            tasks = await stack.enter_async_context(anyio.create_task_group())
+            tasks.start_soon(self._write_until_closed)
+            self._exit = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Write what is waiting, and close. Cancellation: what is waiting is written all the same."""
+        self._is_closing = True
+        self._has_work.set()
+        with anyio.CancelScope(shield=True):
+            await self._all_written.wait()
+        await self._exit.aclose()
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(f"PRAGMA synchronous = {'FULL' if self.durability == 'power' else 'NORMAL'}")
+        except sqlite3.Error as exc:
+            raise StoreError(
+                f"The store {self.path!r} cannot be opened: {exc}. Name another file (store=, --store), in a folder "
+                "that can be written, or keep runs in memory only with ':memory:'."
+            ) from exc
+        return db
+
+    def _open_lock_file(self, stack: AsyncExitStack) -> IO[bytes]:
+        file = open(f"{self.path}-lock", "ab")
+        _held.add(file)
+        stack.callback(_let_go, file)
+        return file
+
+    def _migrate(self) -> None:
+        """Bring the file to this version's form, or refuse it untouched."""
+        with self._file_lock_now():
+            try:
+                version = self._db.execute("PRAGMA user_version").fetchone()[0]
+                if version > len(schema.MIGRATIONS):
+                    raise StoreError(
+                        f"The store {self.path!r} was made by a newer version of flockapi (form {version}; this one "
+                        f"knows {len(schema.MIGRATIONS)}). Use that version, or name another file."
+                    )
+                if version == 0 and self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    raise StoreError(f"{self.path!r} is a database of something else. Name another file (store=).")
+                for number, migrate in enumerate(schema.MIGRATIONS[version:], version + 1):
+                    self._db.execute("BEGIN IMMEDIATE")
+                    migrate(self._db)
+                    self._db.execute(f"PRAGMA user_version = {number}")
+                    self._db.execute("COMMIT")
+            except sqlite3.Error as exc:
+                raise StoreError(
+                    f"The store {self.path!r} cannot be read: {exc}. Restore it, or name another."
+                ) from exc
+
+    # Writing
+
+    def save_nowait(self, run: Run, step: Step | None = None, *, is_new: bool = False) -> None:
+        """Write *run* as it is now, and *step*, its last one, if there is a new one; do not wait for it."""
+        self._open.put(run, step, is_new)
+        self._has_work.set()
+
+    async def save(self, run: Run, step: Step | None = None, *, is_new: bool = False) -> None:
+        """As ``save_nowait``; on return it is on disk.
+
+        Raises:
+            StoreError: it is not, and will be tried again.
+            OwnershipLost: the run belongs to another engine by now, or is in another attempt.
+
+        Cancellation: it is written all the same.
+        """
+        group = self._open
+        self.save_nowait(run, step, is_new=is_new)
+        await self._written(group)
+        if run.run_id in group.lost:
+            raise OwnershipLost(run.run_id)
+
+    async def change(self, apply: Callable[[sqlite3.Connection], T]) -> T:
+        """Call *apply* within the next transaction; on return what it wrote is on disk.
+
+        What *apply* raises is raised here, and must be raised before it has written anything.
+        """
+        group, change = self._open, _Change(apply)
+        group.changes.append(change)
+        self._has_work.set()
+        await self._written(group)
+        if change.error is not None:
+            raise change.error
+        result: T = change.result
+        return result
+
+    async def _written(self, group: _Group) -> None:
+        await group.is_written.wait()
+        if group.error is not None:
+            raise StoreError("The store cannot be written now; the server's log says why.") from group.error
+
+    async def _write_until_closed(self) -> None:
+        """Cancellation of the host does not reach it: what was accepted is written before the store closes."""
+        with anyio.CancelScope(shield=True):
+            await self._write_groups()
+
+    async def _write_groups(self) -> None:
+        while True:
+            await self._has_work.wait()
+            group, self._open, self._has_work = self._open, _Group(), anyio.Event()
+            if not group.runs and not group.changes:
+                self._all_written.set()  # it was only to close
+                return
+            try:
+                await self._transact(group)
+            except (sqlite3.Error, OSError) as exc:
+                logger.error("the store %s cannot be written: %s", self.path, exc)
+                group.error = exc
+                if not self._is_closing:
+                    self._open.put_back(group)
+                    self._has_work.set()
+            group.is_written.set()
+            if self._is_closing:
+                self._has_work.set()
+            elif group.error is not None:
+                await anyio.sleep(RETRY_AFTER_S)
+
+    async def _transact(self, group: _Group) -> None:
+        async with self._file_lock():
+            db = self._db
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                for count, pending in enumerate(group.runs.values(), 1):
+                    if not schema.write_run(db, pending.run, pending.is_new, pending.steps):
+                        group.lost.add(pending.run.run_id)
+                    if count % ROWS_A_TURN == 0 and self.is_shared:
+                        await anyio.lowlevel.checkpoint()
+                for change in group.changes:
+                    try:
+                        change.result = change.apply(db)
+                    except sqlite3.Error:
+                        raise
+                    except Exception as exc:
+                        change.error = exc
+                if self.is_shared:
+                    await anyio.to_thread.run_sync(db.execute, "COMMIT", limiter=self._threads)
+                else:
+                    db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+                raise
+
+    @contextlib.asynccontextmanager
+    async def _file_lock(self) -> AsyncIterator[None]:
+        if self._lock_file is None:
+            yield
+            return
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process is at it: wait in a thread
+            await anyio.to_thread.run_sync(fcntl.flock, self._lock_file, fcntl.LOCK_EX, limiter=self._threads)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def _file_lock_now(self) -> Iterator[None]:
+        if self._lock_file is not None:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if self._lock_file is not None:
+                fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    # Reading
+
+    def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """Call *query* with a connection that sees what is committed. Raises StoreError."""
+        try:
+            return query(self._reader)
+        except sqlite3.Error as exc:
+            logger.error("the store %s cannot be read: %s", self.path, exc)
+            raise StoreError("The store cannot be read now; the server's log says why.") from exc
+
+    def data_version(self) -> int:
+        """A number that is another one after each commit, whichever process made it."""
+        version: int = self.read(lambda db: db.execute("PRAGMA data_version").fetchone()[0])
+        return version
+
+    def get_run(self, run_id: str) -> Run | None:
+        return self.read(lambda db: schema.find_run(db, run_id))
+
+    def list_runs(self, flock: str, wanted: RunFilter) -> list[Run]:
+        """One page of runs that are no items, newest first, without their steps."""
+        conditions = ["flock = ?"]
+        values: list[str] = [flock]
+        for column, value in (("status", wanted.status), ("agent_name", wanted.agent_name)):
+            if value is not None:
+                conditions.append(f"{column} = ?")
+                values.append(str(value))
+        bounds = (
+            ("<", wanted.after),
+            (">", None if wanted.created_after is None else schema.id_at(wanted.created_after, 1)),
+            ("<", None if wanted.created_before is None else schema.id_at(wanted.created_before)),
+        )
+        for sign, bound in bounds:
+            if bound is not None:
+                conditions.append(f"run_id {sign} ?")
+                values.append(bound)
+        index = {
+            (False, False): "runs_all",
+            (True, False): "runs_by_status",
+            (False, True): "runs_by_agent",
+            (True, True): "runs_by_both",
+        }[wanted.status is not None, wanted.agent_name is not None]
+        query = (
+            f"SELECT {schema.COLUMNS} FROM runs INDEXED BY {index} "
+            f"WHERE batch_id IS NULL AND {' AND '.join(conditions)} ORDER BY run_id DESC LIMIT ?"
+        )
+        return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, [*values, wanted.limit])])
+
+    def get_batch(self, batch_id: str) -> Batch | None:
+        return self.read(lambda db: schema.find_batch(db, batch_id))
+
+    def get_items(self, batch_id: str, after: int, limit: int) -> list[Run]:
+        """Items of a batch from the position behind *after* on, in order, without their steps."""
+        query = f"SELECT {schema.COLUMNS} FROM runs WHERE batch_id = ? AND position > ? ORDER BY position LIMIT ?"
+        return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, (batch_id, after, limit))])
+
+    # What engines do with runs and batches: each is one transaction
+
+    async def accept(self, run: Run, max_queue: int, key: IdempotencyKey | None) -> None:
+        """Write a new run, if there is room for it.
+
+        Raises:
+            Replayed: a run was made under this key before; that comes before any limit.
+            KeyReused: the key was used for another request.
+            EngineFull: *max_queue* runs of this flock are waiting, in all processes together.
+        """
+
+        def apply(db: sqlite3.Connection) -> None:
+            schema.check_key(db, run.flock, key)
+            schema.check_room(db, run.flock, max_queue)
+            schema.insert_run(db, run)
+            schema.insert_key(db, run.flock, key, run.run_id, run.created_at)
+
+        await self.change(apply)
+
+    async def accept_batch(
+        self, batch: Batch, items: Sequence[Run], max_items: int, key: IdempotencyKey | None
+    ) -> None:
+        """Write a batch and all its items, or nothing. Raises Replayed, KeyReused, EngineFull."""
+
+        def apply(db: sqlite3.Connection) -> None:
+            schema.check_key(db, batch.flock, key)
+            query = "SELECT sum(total_items - completed_items) FROM batches WHERE flock = ? AND completed_at IS NULL"
+            unfinished = db.execute(query, (batch.flock,)).fetchone()[0] or 0
+            if unfinished + len(items) > max_items:
+                raise EngineFull(
+                    f"{unfinished} items of other batches are still unfinished, and {len(items)} more would be over "
+                    f"what this server takes ({max_items}, max_items)."
+                )
+            values = (
+                batch.batch_id,
+                batch.flock,
+                batch.agent_name,
+                msgspec.json.encode(batch.options),
+                batch.status.value,
+                batch.total_items,
+                schema.micros(batch.created_at),
+                batch.request_id,
+                batch.owner,
+            )
+            db.execute(schema.INSERT_BATCH, values)
+            for item in items:
+                schema.insert_run(db, item)
+            schema.insert_key(db, batch.flock, key, batch.batch_id, batch.created_at)
+
+        await self.change(apply)
+
+    async def update_batch(self, batch: Batch) -> None:
+        """Write a batch's status, error and times. Raises OwnershipLost."""
+
+        def apply(db: sqlite3.Connection) -> None:
+            values = (
+                batch.status.value,
+                batch.error,
+                schema.micros(batch.started_at),
+                schema.micros(batch.completed_at),
+                batch.batch_id,
+                batch.owner,
+            )
+            query = (
+                "UPDATE batches SET status = ?, error = ?, started_at = ?, completed_at = ? "
+                "WHERE batch_id = ? AND owner = ?"
+            )
+            if db.execute(query, values).rowcount == 0:
+                raise OwnershipLost(batch.batch_id)
+
+        await self.change(apply)
+
+    async def request_cancel(self, run_id: str) -> bool:
+        """Ask whoever owns a run to cancel it; False if it is not active."""
+        query = "UPDATE runs SET cancel_requested = 1 WHERE run_id = ? AND status IN ('starting', 'running')"
+        return await self.change(lambda db: db.execute(query, (run_id,)).rowcount == 1)
+
+    async def reopen(self, run_id: str, flock: str, owner: str, max_queue: int) -> Run | None:
+        """Open the next attempt of a failed or cancelled run; None if it is neither. Raises EngineFull."""
+
+        def apply(db: sqlite3.Connection) -> Run | None:
+            schema.check_room(db, flock, max_queue)
+            query = (
+                "UPDATE runs SET status = 'starting', attempt = attempt + 1, owner = ?, is_async = 1, result = NULL, "
+                "error = NULL, error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, "
+                "cancel_requested = 0 WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"
+            )
+            return schema.find_run(db, run_id) if db.execute(query, (owner, run_id)).rowcount else None
+
+        return await self.change(apply)
+
+    async def delete_run(self, run_id: str) -> bool:
+        """Delete a final run that is no item; False if there is none."""
+        return await self.change(lambda db: schema.delete_runs(db, [run_id]) == 1)
+
+    async def delete_old(self, flock: str, before: datetime | None, keep_runs: int | None, limit: int) -> int:
+        """Delete up to *limit* final runs that ended before *before*, or are beyond the newest *keep_runs*."""
+
+        def apply(db: sqlite3.Connection) -> int:
+            bounds = [(schema.id_at(before), schema.micros(before))] if before is not None else []
+            if keep_runs is not None:
+                query = "SELECT run_id FROM runs ORDER BY run_id DESC LIMIT 1 OFFSET ?"
+                row = db.execute(query, (max(0, keep_runs - 1),)).fetchone()
+                bounds += [(row[0], schema.micros(datetime.now(UTC)))] if row is not None else []
+            deleted = 0
+            for bound, latest in bounds:
+                deleted += schema.delete_runs(
+                    db, [row[0] for row in db.execute(schema.OLD_RUNS, (flock, bound, latest, limit))]
+                )
+                for (batch_id,) in db.execute(schema.OLD_BATCHES, (flock, bound, latest)).fetchall():
+                    deleted += schema.delete_items(db, batch_id, limit)
+            return deleted
+
+        return await self.change(apply)
+
+    async def forget_keys(self, before: datetime) -> None:
+        query = "DELETE FROM idempotency_keys WHERE created_at < ?"
+        await self.change(lambda db: db.execute(query, (schema.micros(before),)) and None)
+
+    def cancels_for(self, owner: str) -> list[str]:
+        """Runs of *owner* that somebody asked to cancel."""
+        query = "SELECT run_id FROM runs WHERE owner = ? AND status IN ('starting', 'running') AND cancel_requested = 1"
+        return self.read(lambda db: [row[0] for row in db.execute(query, (owner,))])
+
+    def unfinished_items(self, batch_id: str, after: int, limit: int) -> list[Run]:
+        query = (
+            f"SELECT {schema.COLUMNS} FROM runs WHERE batch_id = ? AND position > ? "
+            "AND status IN ('starting', 'running') ORDER BY position LIMIT ?"
+        )
+        return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, (batch_id, after, limit))])
+
+    def steps_of(self, run_id: str) -> tuple[Step, ...]:
+        return self.read(lambda db: schema.find_steps(db, run_id))
+
+    # Engines
+
+    async def enter(self, engine_id: str, flock: str) -> None:
+        """Say that *engine_id* lives, for as long as this process does: the kernel frees the lock that it holds."""
+        if self.is_shared:
+            self._engine_lock = _hold(f"{self.path}-engine-{engine_id}")
+        query = "INSERT INTO engines VALUES (?, ?, ?)"
+        await self.change(lambda db: db.execute(query, (engine_id, flock, schema.micros(datetime.now(UTC)))) and None)
+
+    async def leave(self, engine_id: str) -> None:
+        """Let go of what *engine_id* holds. What is unfinished is for the next engine that looks."""
+
+        def apply(db: sqlite3.Connection) -> bool:
+            unfinished = db.execute(
+                "SELECT EXISTS (SELECT 1 FROM runs WHERE owner = ? AND status IN ('starting', 'running'))", (engine_id,)
+            ).fetchone()[0]
+            if not unfinished:
+                db.execute("DELETE FROM engines WHERE engine_id = ?", (engine_id,))
+            return bool(unfinished)
+
+        unfinished = await self.change(apply)
+        if self.is_shared:
+            if not unfinished:
+                _remove(f"{self.path}-engine-{engine_id}")
+            _let_go(self._engine_lock)
+
+    def dead_engines(self, flock: str, besides: str) -> list[str]:
+        """Engines of this flock whose process is gone."""
+        query = "SELECT engine_id FROM engines WHERE flock = ? AND engine_id != ?"
+        others = self.read(lambda db: [row[0] for row in db.execute(query, (flock, besides))])
+        return [engine_id for engine_id in others if not _is_held(f"{self.path}-engine-{engine_id}")]
+
+    async def take_over(self, dead_id: str, owner: str, now: datetime) -> tuple[list[Run], list[Batch]]:
+        """Make *owner* the owner of what *dead_id* left unfinished.
+
+        Runs that somebody waited for are ended, since nobody does any more.
+
+        Returns: runs to go on with, and batches; nothing where another engine was faster.
+        """
+
+        def apply(db: sqlite3.Connection) -> tuple[list[Run], list[Batch]]:
+            if db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,)).rowcount == 0:
+                return [], []
+            db.execute(schema.INTERRUPT_SYNC, (*schema.INTERRUPTED, schema.micros(now), dead_id))
+            db.execute(schema.TAKE_RUNS, (owner, dead_id))
+            db.execute(schema.TAKE_BATCHES, (owner, dead_id))
+            ids = db.execute(schema.WAITING_RUNS, (owner,)).fetchall()
+            runs = [run for (run_id,) in ids if (run := schema.find_run(db, run_id)) is not None]
+            query = f"SELECT {schema.BATCH_COLUMNS} FROM batches WHERE owner = ? AND status IN ('starting', 'running')"
+            return runs, [schema.batch_from(row) for row in db.execute(query, (owner,))]
+
+        runs, batches = await self.change(apply)
+        _remove(f"{self.path}-engine-{dead_id}")
+        return runs, batches
+
+
+# Kernel locks: held as long as the process lives, whatever ends it
+
+_held: set[IO[bytes]] = set()
+
+
+def _hold(path: str) -> IO[bytes]:
+    file = open(path, "ab")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    _held.add(file)
+    return file
+
+
+def _let_go(file: IO[bytes]) -> None:
+    _held.discard(file)
+    file.close()
+
+
+def _remove(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
+
+
+def _is_held(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _close_in_child() -> None:
+    """A forked child (a process pool's, say) must not keep the locks of a parent that dies."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

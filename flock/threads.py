@@ -1,0 +1,93 @@
+"""Worker threads for synchronous functions.
+
+A thread cannot be cancelled, so a call in one is waited for even when its run is cancelled: nothing is said to have
+stopped that has not. Only at its deadline, or when the engine leaves, is it left alone; its place stays taken until the
+function returns, so that functions that hang cannot pile up.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import TypeVar
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import anyio.to_thread
+
+__all__ = ["Threads"]
+
+T = TypeVar("T")
+
+
+class _Call:
+    def __init__(self, deadline: float) -> None:
+        self.scope = anyio.CancelScope(shield=True, deadline=deadline)
+        self.is_over = False
+        self.is_abandoned = False
+        self.is_free = False
+        self.when_free: list[Callable[[], None]] = []
+
+
+class Threads:
+    """At most *max_threads* calls at the same time; each has an *owner*, one call an owner."""
+
+    def __init__(self, max_threads: int) -> None:
+        self._places = anyio.CapacityLimiter(max_threads)
+        self._calls: dict[object, _Call] = {}
+
+    async def call(self, function: Callable[[], T], owner: object, deadline: float) -> T:
+        """Call *function* in a thread and wait for it, until *deadline* (of the loop's clock) or ``abandon``.
+
+        Raises: what *function* raises; TimeoutError if it is left alone.
+        Cancellation: while it waits for a place, at once; then only when the function has returned.
+        """
+        call = _Call(deadline)
+        await self._places.acquire_on_behalf_of(call)
+        self._calls[owner] = call
+
+        def run() -> T:
+            try:
+                return function()
+            finally:
+                call.is_over = True
+                if call.is_abandoned:
+                    with contextlib.suppress(RuntimeError):  # the loop is closed by now
+                        anyio.from_thread.run_sync(self._free, owner, call)
+
+        try:
+            with call.scope:
+                # A limiter of its own, since the place is given back later than this one would be.
+                return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+        finally:
+            call.is_abandoned = True  # the thread looks at this after it has set is_over, and we the other way round
+            if call.is_over or not call.scope.cancelled_caught:
+                self._free(owner, call)
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        raise TimeoutError
+
+    def _free(self, owner: object, call: _Call) -> None:
+        if call.is_free:
+            return
+        call.is_free = True
+        self._places.release_on_behalf_of(call)
+        if self._calls.get(owner) is call:
+            del self._calls[owner]
+        for callback in call.when_free:
+            callback()
+
+    def abandon(self, owner: object) -> None:
+        """Do not wait any longer for the call of *owner*, if there is one."""
+        if owner in self._calls:
+            self._calls[owner].scope.cancel()
+
+    def when_free(self, owner: object, callback: Callable[[], None]) -> None:
+        """Call *callback* once no thread works for *owner*: at once, or when its function returns."""
+        if owner in self._calls:
+            self._calls[owner].when_free.append(callback)
+        else:
+            callback()
+
+    @property
+    def busy(self) -> int:
+        """How many functions have not returned."""
+        return len(self._calls)

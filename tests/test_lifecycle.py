@@ -1,0 +1,295 @@
+"""The life of a run by the engine: cancel, retry, delete, list, events, time-outs, keys, progress, two engines."""
+
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from flock.core import Flock
+from flock.embedded import EmbeddedEngine
+from flock.errors import Conflict, KeyReused, Replayed, RunNotFound
+from flock.runs import Event, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
+
+pytestmark = pytest.mark.anyio
+
+EMPTY = msgspec.Raw(b"{}")
+
+
+class Gate:
+    """A flock whose agents say that they have begun, and go on when they may."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_go = anyio.Event(), anyio.Event()
+        self.thread_begun, self.thread_may_go = threading.Event(), threading.Event()
+        self.fails, self.calls = True, []
+        self.flock = flock = Flock("gate")
+
+        @flock.agent
+        async def nap() -> int:
+            self.begun.set()
+            await self.may_go.wait()
+            return 1
+
+        @flock.agent(max_concurrency=1)
+        def block(context: RunContext) -> str:
+            self.thread_begun.set()
+            self.thread_may_go.wait(20)
+            return "asked to stop" if context.cancel_requested else "never asked"
+
+        @flock.agent(next_agent="shaky")
+        def steady() -> int:
+            self.calls.append("steady")
+            return 7
+
+        @flock.agent
+        def shaky(result: int) -> int:
+            self.calls.append("shaky")
+            if self.fails:
+                raise ValueError("shaky")
+            return result + 1
+
+        @flock.agent
+        async def swallow() -> int:
+            self.begun.set()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                return 5  # noqa: B012 - what a careless agent does with its cancellation
+
+        @flock.agent
+        async def report(context: RunContext) -> int:
+            context.progress(1, 3, "first")
+            context.progress(2, 3, "second")
+            self.begun.set()
+            await self.may_go.wait()
+            return 3
+
+    calls: list[str]
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture(params=["disk", "memory"])
+async def engine(request: pytest.FixtureRequest, gate: Gate, tmp_path: Path) -> AsyncIterator[EmbeddedEngine]:
+    store = tmp_path / "flock.db" if request.param == "disk" else ":memory:"
+    async with gate.flock.engine(store=store, max_concurrency=2) as made:
+        yield made
+        gate.thread_may_go.set()
+
+
+async def until(engine: EmbeddedEngine, run_id: str, is_enough: Callable[[Run], bool]) -> Run:
+    with anyio.fail_after(20):
+        while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - seen as any client would
+            await anyio.sleep(0.01)
+    return run
+
+
+async def submit(engine: EmbeddedEngine, agent_name: str, **more: Any) -> Run:
+    return await engine.submit(agent_name, EMPTY, **more)
+
+
+# Cancel
+
+
+async def test_a_running_run_is_cancelled_at_its_await(engine: EmbeddedEngine, gate: Gate) -> None:
+    run = await submit(engine, "nap")
+    await gate.begun.wait()
+    await engine.cancel_run(run.run_id)
+    run = await engine.wait_run(run.run_id)
+    assert (run.status, run.error_type) == (RunStatus.CANCELLED, "cancelled")
+    assert (await engine.cancel_run(run.run_id)).status is RunStatus.CANCELLED, "it can be said again"
+
+
+async def test_a_waiting_run_is_cancelled_before_it_begins(engine: EmbeddedEngine, gate: Gate) -> None:
+    for _ in range(2):
+        await submit(engine, "nap")
+    waiting = await submit(engine, "nap")
+    await engine.cancel_run(waiting.run_id)
+    run = await engine.wait_run(waiting.run_id)
+    assert (run.status, run.started_at) == (RunStatus.CANCELLED, None)
+
+
+async def test_a_run_that_ended_otherwise_cannot_be_cancelled(engine: EmbeddedEngine, gate: Gate) -> None:
+    run = await engine.wait_run((await submit(engine, "steady")).run_id)
+    with pytest.raises(Conflict, match="is failed and cannot be cancelled"):
+        await engine.cancel_run(run.run_id)
+    with pytest.raises(RunNotFound):
+        await engine.cancel_run("nobody")
+
+
+async def test_a_synchronous_function_is_asked_and_waited_for(engine: EmbeddedEngine, gate: Gate) -> None:
+    """``cancelled`` is said when the thread has returned, and not before."""
+    run = await submit(engine, "block")
+    await anyio.to_thread.run_sync(gate.thread_begun.wait)
+    await engine.cancel_run(run.run_id)
+    assert (await engine.wait_run(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
+    gate.thread_may_go.set()
+    run = await engine.wait_run(run.run_id)
+    assert run.status is RunStatus.CANCELLED
+    assert b"asked to stop" in bytes(run.steps[0].result), "what it gave is kept"
+
+
+async def test_an_agent_that_swallows_its_cancellation_is_cancelled(engine: EmbeddedEngine, gate: Gate) -> None:
+    run = await submit(engine, "swallow")
+    await gate.begun.wait()
+    await engine.cancel_run(run.run_id)
+    assert (await engine.wait_run(run.run_id)).status is RunStatus.CANCELLED
+
+
+# Time
+
+
+async def test_a_run_past_its_time_fails_and_keeps_its_place_until_its_thread_returns(
+    engine: EmbeddedEngine, gate: Gate
+) -> None:
+    run = await submit(engine, "block", timeout_s=0.1)
+    run = await engine.wait_run(run.run_id)
+    assert (run.status, run.error_type) == (RunStatus.FAILED, "timeout")
+    second = await submit(engine, "block")
+    assert (await engine.wait_run(second.run_id, timeout_s=0.1)).status is RunStatus.STARTING, "the place is taken"
+    gate.thread_may_go.set()
+    assert (await engine.wait_run(second.run_id)).status is RunStatus.COMPLETED
+
+
+async def test_an_async_agent_is_cancelled_at_its_deadline(engine: EmbeddedEngine) -> None:
+    run = await engine.wait_run((await submit(engine, "nap", timeout_s=0.05)).run_id)
+    assert (run.error, run.error_type) == ("The run did not end within 0.05 s (timeout_s).", "timeout")
+
+
+async def test_waiting_for_the_first_step_has_its_own_limit(gate: Gate) -> None:
+    async with gate.flock.engine(max_concurrency=1, queue_timeout_s=0.05, max_timeout_s=30) as engine:
+        first = await submit(engine, "nap")
+        await gate.begun.wait()
+        run = await engine.wait_run((await submit(engine, "nap")).run_id)
+        assert (run.status, run.error_type) == (RunStatus.FAILED, "queue_timeout")
+        gate.may_go.set()
+        assert (await engine.wait_run(first.run_id)).status is RunStatus.COMPLETED
+
+
+# Retry, delete, list
+
+
+async def test_a_retry_goes_on_after_the_last_committed_step(engine: EmbeddedEngine, gate: Gate) -> None:
+    run = await engine.wait_run((await submit(engine, "steady")).run_id)
+    assert (run.status, len(run.steps)) == (RunStatus.FAILED, 1)
+    gate.fails = False
+    again = await engine.retry_run(run.run_id)
+    assert (again.status, again.attempt) == (RunStatus.STARTING, 2)
+    run = await engine.wait_run(run.run_id)
+    assert (run.status, bytes(run.result or b"")) == (RunStatus.COMPLETED, b'{"result":8}')
+    assert gate.calls == ["steady", "shaky", "shaky"]
+    with pytest.raises(Conflict, match="is completed; only a run that failed"):
+        await engine.retry_run(run.run_id)
+
+
+async def test_a_final_run_can_be_deleted_and_an_active_one_not(engine: EmbeddedEngine, gate: Gate) -> None:
+    run = await submit(engine, "nap")
+    with pytest.raises(Conflict, match="cannot be deleted"):
+        await engine.delete_run(run.run_id)
+    gate.may_go.set()
+    await engine.wait_run(run.run_id)
+    await engine.delete_run(run.run_id)
+    with pytest.raises(RunNotFound):
+        await engine.get_run(run.run_id)
+
+
+async def test_runs_are_listed(engine: EmbeddedEngine, gate: Gate) -> None:
+    failed = await engine.wait_run((await submit(engine, "steady")).run_id)
+    running = await submit(engine, "nap")
+    await gate.begun.wait()
+    assert [run.run_id for run in await engine.list_runs(RunFilter())] == [running.run_id, failed.run_id]
+    assert [run.run_id for run in await engine.list_runs(RunFilter(status=RunStatus.FAILED))] == [failed.run_id]
+
+
+# Events
+
+
+async def test_events_tell_a_run_once_and_resume_anywhere(engine: EmbeddedEngine, gate: Gate) -> None:
+    run = await submit(engine, "report")
+    await gate.begun.wait()
+    told: list[Event] = []
+
+    async def listen() -> None:
+        told.extend([event async for event in engine.events(run.run_id) if event is not None])
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(listen)
+        await until(engine, run.run_id, lambda run: run.progress is not None)
+        gate.may_go.set()
+    names = [event.name for event in told]
+    assert names == ["run.started", "step.started", "run.progress", "step.completed", "run.completed"] or names == [
+        *("run.started", "step.started", "run.progress"),
+        *("step.completed", "run.progress", "run.completed"),
+    ]
+    ids = [event.id for event in told if event.id is not None]
+    assert ids == sorted(set(ids))
+    rest = [event async for event in engine.events(run.run_id, after=ids[1]) if event and event.id]
+    assert [event.name for event in rest] == ["step.completed", "run.completed"]
+
+
+async def test_events_of_a_retried_run_keep_the_steps_that_were_done(engine: EmbeddedEngine, gate: Gate) -> None:
+    run = await engine.wait_run((await submit(engine, "steady")).run_id)
+    first = [event async for event in engine.events(run.run_id) if event and event.id]
+    gate.fails = False
+    await engine.retry_run(run.run_id)
+    await engine.wait_run(run.run_id)
+    second = [event async for event in engine.events(run.run_id, after=first[-1].id or 0) if event]
+    assert [event.name for event in first] == ["run.started", "step.started", "step.completed", "run.failed"]
+    assert [event.name for event in second] == ["run.started", "step.started", "step.completed", "run.completed"]
+
+
+# Keys
+
+
+async def test_equal_requests_with_a_key_are_one_run(engine: EmbeddedEngine, gate: Gate) -> None:
+    key = IdempotencyKey("k", b"1")
+    run = await submit(engine, "nap", key=key)
+    with pytest.raises(Replayed) as caught:
+        await submit(engine, "nap", key=key)
+    assert caught.value.made_id == run.run_id
+    with pytest.raises(KeyReused):
+        await submit(engine, "nap", key=IdempotencyKey("k", b"2"))
+
+
+# Two engines on one file
+
+
+async def test_one_engine_cancels_waits_and_streams_what_another_runs(gate: Gate, tmp_path: Path) -> None:
+    async with (
+        gate.flock.engine(store=tmp_path / "flock.db") as here,
+        gate.flock.engine(store=tmp_path / "flock.db") as there,
+    ):
+        run = await submit(here, "nap")
+        await gate.begun.wait()
+        await until(there, run.run_id, lambda run: run.status is RunStatus.RUNNING)
+        assert (await there.wait_run(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
+        await there.cancel_run(run.run_id)
+        with anyio.fail_after(5):
+            assert (await there.wait_run(run.run_id)).status is RunStatus.CANCELLED
+        names = [event.name async for event in there.events(run.run_id) if event]
+        assert names == ["run.started", "run.cancelled"]
+
+
+async def test_an_agent_may_ask_not_to_be_begun_again(gate: Gate, tmp_path: Path) -> None:
+    begun = anyio.Event()
+
+    @gate.flock.agent(on_interrupt="fail")
+    async def once() -> None:
+        begun.set()
+        await anyio.sleep_forever()
+
+    async with gate.flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await submit(engine, "once")
+        await begun.wait()
+        await until(engine, run.run_id, lambda run: engine.store.get_run(run.run_id) == run)
+    async with gate.flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await engine.wait_run(run.run_id)
+    assert (run.status, run.error_type) == (RunStatus.FAILED, "interrupted")
+    assert "asks not to be begun again" in (run.error or "")

@@ -1,0 +1,188 @@
+"""The store: groups, fences, migrations, refusals, and what a full disk does."""
+
+import functools
+import sqlite3
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from flock.errors import EngineFull, KeyReused, OwnershipLost, Replayed, StoreError
+from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus, Step, Usage, new_id, now
+from flock.schema import MIGRATIONS
+from flock.store import Store
+
+pytestmark = pytest.mark.anyio
+
+
+def run_of(**more: Any) -> Run:
+    values = {"flock": "f", "agent_name": "a", "owner": "me", "is_async": True, **more}
+    return Run(run_id=new_id(), inputs=msgspec.Raw(b'{"x":1}'), created_at=now(), **values)
+
+
+def step_of(**more: Any) -> Step:
+    return Step(agent_name="a", result=msgspec.Raw(b'{"y":2}'), started_at=now(), completed_at=now(), **more)
+
+
+@pytest.fixture(params=["disk", "memory"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    async with Store(tmp_path / "flock.db" if request.param == "disk" else ":memory:") as made:
+        yield made
+
+
+async def test_a_run_comes_back_as_it_was_written(store: Store) -> None:
+    run = run_of(request_id="r1", timeout_s=2.5)
+    await store.save(run, is_new=True)
+    assert store.get_run(run.run_id) == run
+    step = step_of(usage=Usage(input_tokens=1, output_tokens=2), next_agent="b")
+    run = replace(run, status=RunStatus.RUNNING, started_at=now(), steps=(step,))
+    await store.save(run, step)
+    assert store.get_run(run.run_id) == run
+    run = replace(run, status=RunStatus.COMPLETED, result=msgspec.Raw(b"{}"), completed_at=now())
+    await store.save(run)
+    assert store.get_run(run.run_id) == run
+    assert store.get_run("nobody") is None
+
+
+async def test_writes_that_come_together_share_a_transaction(store: Store) -> None:
+    """What begins and ends between two commits is one row, written once."""
+    before = store.data_version()
+    run = run_of()
+    async with anyio.create_task_group() as tasks:
+        for other in [run_of() for _ in range(50)]:
+            tasks.start_soon(functools.partial(store.save, other, is_new=True))
+        store.save_nowait(run, is_new=True)
+        run = replace(run, status=RunStatus.COMPLETED, completed_at=now())
+        await store.save(run)
+    assert store.get_run(run.run_id) == run
+    if store.is_shared:
+        assert store.data_version() - before <= 3
+
+
+async def test_a_write_of_another_owner_or_attempt_is_refused(store: Store) -> None:
+    run = run_of()
+    await store.save(run, is_new=True)
+    ended = replace(run, status=RunStatus.COMPLETED, completed_at=now())
+    for stranger in (replace(ended, owner="other"), replace(ended, attempt=2)):
+        with pytest.raises(OwnershipLost):
+            await store.save(stranger)
+    await store.save(ended)
+    with pytest.raises(OwnershipLost):
+        await store.save(replace(run, status=RunStatus.RUNNING))
+    assert store.get_run(run.run_id) == ended
+
+
+async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) -> None:
+    running = run_of(status=RunStatus.RUNNING, started_at=now())
+    waiting, waited_for = run_of(), run_of(is_async=False)
+    for run in (running, waiting, waited_for):
+        await store.save(run, is_new=True)
+    await store.enter("me", "f")
+    runs, batches = await store.take_over("me", "successor", now())
+    assert batches == []
+    assert [(run.run_id, run.attempt) for run in runs] == [(running.run_id, 2), (waiting.run_id, 1)]
+    assert await store.take_over("me", "late", now()) == ([], [])
+    with pytest.raises(OwnershipLost):
+        await store.save(replace(running, status=RunStatus.COMPLETED))
+    interrupted = store.get_run(waited_for.run_id)
+    assert interrupted
+    assert (interrupted.status, interrupted.error_type) == (RunStatus.FAILED, "interrupted")
+
+
+async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -> None:
+    key = IdempotencyKey("k", b"1")
+    first = run_of()
+    await store.accept(first, 2, key)
+    await store.accept(run_of(), 2, None)
+    with pytest.raises(EngineFull):
+        await store.accept(run_of(), 2, None)
+    with pytest.raises(Replayed) as caught:  # a replay comes before any limit
+        await store.accept(run_of(), 2, key)
+    assert caught.value.made_id == first.run_id
+    with pytest.raises(KeyReused):
+        await store.accept(run_of(), 2, IdempotencyKey("k", b"2"))
+    await store.forget_keys(now() + timedelta(seconds=1))
+    with pytest.raises(EngineFull):
+        await store.accept(run_of(), 2, key)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (RunFilter(), [3, 2, 1, 0]),
+        (RunFilter(limit=2), [3, 2]),
+        (RunFilter(status=RunStatus.FAILED), [3, 1]),
+        (RunFilter(agent_name="b"), [3, 2]),
+        (RunFilter(agent_name="b", status=RunStatus.FAILED), [3]),
+        (RunFilter(created_after=datetime(2100, 1, 1, tzinfo=UTC)), []),
+        (RunFilter(created_before=datetime(2020, 1, 1, tzinfo=UTC)), []),
+        (RunFilter(created_after=datetime(2020, 1, 1, tzinfo=UTC)), [3, 2, 1, 0]),
+    ],
+)
+async def test_lists_are_filtered_newest_first(wanted: RunFilter, expected: list[int], store: Store) -> None:
+    runs = [
+        run_of(agent_name=agent_name, status=status)
+        for agent_name in ("a", "b")
+        for status in (RunStatus.COMPLETED, RunStatus.FAILED)
+    ]
+    for run in (*runs, run_of(flock="other")):
+        await store.save(run, is_new=True)
+    assert [runs.index(run) for run in store.list_runs("f", wanted)] == expected
+    page = store.list_runs("f", replace(wanted, limit=1))
+    if len(expected) > 1 and wanted.limit > 2:
+        rest = store.list_runs("f", replace(wanted, after=page[0].run_id))
+        assert [runs.index(run) for run in rest] == expected[1:]
+
+
+# Files
+
+
+async def test_what_is_no_store_is_refused_untouched(tmp_path: Path) -> None:
+    newer, foreign, text = tmp_path / "newer.db", tmp_path / "foreign.db", tmp_path / "text.db"
+    with sqlite3.connect(newer) as db:
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    with sqlite3.connect(foreign) as db:
+        db.execute("CREATE TABLE mine (a)")
+    text.write_text("This is not a database, but a text that is long enough to be looked at." * 20)
+    before = foreign.read_bytes()[200:]
+    for path, words in ((newer, "newer version"), (foreign, "something else"), (text, "not a database")):
+        with pytest.raises(StoreError, match=words):
+            async with Store(path):
+                pytest.fail("it was opened")
+    with pytest.raises(StoreError, match="':memory:'"):
+        async with Store(tmp_path / "nowhere" / "flock.db"):
+            pytest.fail("it was opened")
+    assert foreign.read_bytes()[200:] == before
+
+
+@pytest.mark.parametrize("durability", ["power", "process"])
+async def test_what_was_written_is_there_for_the_next(durability: Any, tmp_path: Path) -> None:
+    run = run_of()
+    async with Store(tmp_path / "flock.db", durability=durability) as store:
+        store.save_nowait(run, is_new=True)  # closing writes what is waiting
+    async with Store(tmp_path / "flock.db") as store:
+        assert store.get_run(run.run_id) == run
+
+
+async def test_a_full_store_fails_writes_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file that may not grow, as on a full disk: what was acknowledged is there, and what was not is tried again."""
+    async with Store(tmp_path / "flock.db") as store:
+        kept = run_of()
+        await store.save(kept, is_new=True)
+        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        large = run_of(error="x" * 1_000_000)
+        with pytest.raises(StoreError, match="cannot be written now"):
+            await store.save(large, is_new=True)
+        assert "full" in caplog.text
+        assert store.get_run(kept.run_id) == kept
+        store._db.execute("PRAGMA max_page_count = 1073741823")
+        later = run_of()
+        await store.save(later, is_new=True)
+        assert store.get_run(large.run_id) == large
+        assert store.get_run(later.run_id) == later
