@@ -189,7 +189,11 @@ class EmbeddedEngine:
             self._exit = stack.pop_all()
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
-        await self._take_over()
+        try:
+            await self._take_over()
+        except BaseException:
+            await self.__aexit__()
+            raise
         self._tasks.start_soon(self._watch)
         self._tasks.start_soon(self._retain)
         return self
@@ -253,8 +257,10 @@ class EmbeddedEngine:
                 )
             self.store.save_nowait(run, is_new=True)
         else:
-            async with self._accepting_key(key):
-                await self.store.accept(run, self._max_queue, key)
+            # Shielded: what is written would wait for ever if its caller were cancelled before it is started.
+            with anyio.CancelScope(shield=True):
+                async with self._accepting_key(key):
+                    await self.store.accept(run, self._max_queue, key)
         self._start(tasks, run)
         return run
 
@@ -300,7 +306,8 @@ class EmbeddedEngine:
         run = await self.get_run(run_id)
         reopened = None
         if run.batch_id is None and run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
-            reopened = await self.store.reopen(run_id, self._flock, self._engine_id, self._max_queue)
+            with anyio.CancelScope(shield=True):
+                reopened = await self.store.reopen(run_id, self._flock, self._engine_id, self._max_queue)
         if reopened is None:
             what = "an item of a batch" if run.batch_id else (await self.get_run(run_id)).status
             raise Conflict(f"The run {run_id} is {what}; only a run that failed or was cancelled can be tried again.")
@@ -642,8 +649,9 @@ class EmbeddedEngine:
             self._new_run(agent_name, item, request_id, batch_id=batch.batch_id, position=position, is_async=True)
             for position, item in enumerate(items)
         ]
-        async with self._accepting_key(key):
-            await self.store.accept_batch(batch, runs, self._max_items, key)
+        with anyio.CancelScope(shield=True):
+            async with self._accepting_key(key):
+                await self.store.accept_batch(batch, runs, self._max_items, key)
         tasks.start_soon(self._batch_task, batch)
         return batch
 
@@ -658,17 +666,25 @@ class EmbeddedEngine:
         return self.store.get_items(batch_id, after, limit)
 
     async def _batch_task(self, batch: Batch) -> None:
-        try:
-            batch = replace(batch, status=RunStatus.RUNNING, started_at=batch.started_at or now())
-            await self.store.update_batch(batch)
-            items = self._unfinished_items(batch.batch_id)
-            workers = min(batch.options.max_workers, batch.total_items) if batch.options.parallel else 1
-            async with anyio.create_task_group() as tasks:
-                for _ in range(workers):
-                    tasks.start_soon(self._work_through, items)
-            await self._end_batch(batch)
-        except (StoreError, OwnershipLost) as exc:
-            logger.error("batch %s: left for the next start: %s", batch.batch_id, exc)
+        """Work on a batch until no item is left, beginning again as long as the store fails."""
+        batch = replace(batch, status=RunStatus.RUNNING, started_at=batch.started_at or now())
+        workers = min(batch.options.max_workers, batch.total_items) if batch.options.parallel else 1
+        while not self.is_leaving:
+            try:
+                await self.store.update_batch(batch)
+                items = self._unfinished_items(batch.batch_id)
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(workers):
+                        tasks.start_soon(self._work_through, items)
+                if not self.is_leaving and not self.store.unfinished_items(batch.batch_id, -1, 1):
+                    await self._end_batch(batch)
+                    return
+            except OwnershipLost:
+                logger.warning("batch %s: another engine has taken it over", batch.batch_id)
+                return
+            except StoreError as exc:
+                logger.error("batch %s: %s", batch.batch_id, exc)
+            await anyio.sleep(RETRY_AFTER_S)
 
     def _unfinished_items(self, batch_id: str) -> Iterator[Run]:
         """Items that are still to be done, read from the store in pages."""
@@ -678,9 +694,14 @@ class EmbeddedEngine:
             after = page[-1].position or 0
 
     async def _work_through(self, items: Iterator[Run]) -> None:
-        for item in items:  # shared with the batch's other workers
-            active = self._active[item.run_id] = _Active(item)
-            await self._carry_out(active)
+        try:
+            for item in items:  # shared with the batch's other workers
+                if self.is_leaving:
+                    return
+                active = self._active[item.run_id] = _Active(item)
+                await self._carry_out(active)
+        except StoreError as exc:  # the next page cannot be read
+            logger.error("items cannot be read: %s", exc)
 
     async def _end_batch(self, batch: Batch) -> None:
         counted = await self.get_batch(batch.batch_id)

@@ -11,8 +11,8 @@ import pytest
 
 from flock.core import Flock
 from flock.embedded import EmbeddedEngine
-from flock.errors import Conflict, KeyReused, Replayed, RunNotFound
-from flock.runs import Event, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
+from flock.errors import Conflict, KeyReused, Replayed, RunNotFound, StoreError
+from flock.runs import BatchOptions, Event, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
 
 pytestmark = pytest.mark.anyio
 
@@ -256,6 +256,38 @@ async def test_equal_requests_with_a_key_are_one_run(engine: EmbeddedEngine, gat
     assert caught.value.made_id == run.run_id
     with pytest.raises(KeyReused):
         await submit(engine, "nap", key=IdempotencyKey("k", b"2"))
+
+
+# Batches
+
+
+async def test_a_batch_outlives_a_store_that_fails_for_a_moment(
+    engine: EmbeddedEngine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its items nor the engine end by it."""
+    gate.fails = False
+    read, failures = engine.store.unfinished_items, [StoreError("now"), StoreError("and now")]
+
+    def fail_first(batch_id: str, after: int, limit: int) -> list[Run]:
+        if failures:
+            raise failures.pop()
+        return read(batch_id, after, limit)
+
+    monkeypatch.setattr(engine.store, "unfinished_items", fail_first)
+    batch = await engine.submit_batch("steady", [EMPTY] * 3, BatchOptions())
+    with anyio.fail_after(20):
+        while not (batch := await engine.get_batch(batch.batch_id)).status.is_final:  # noqa: ASYNC110 - as a client
+            await anyio.sleep(0.01)
+    assert (batch.status, batch.completed_items, batch.failed_items) == (RunStatus.COMPLETED, 3, 0)
+    assert gate.calls.count("steady") == 3
+
+
+async def test_a_caller_cancelled_while_its_run_is_accepted_leaves_no_orphan(engine: EmbeddedEngine) -> None:
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await submit(engine, "steady")
+    runs = await engine.list_runs(RunFilter())
+    assert [(await engine.wait_run(run.run_id)).status for run in runs] == [RunStatus.FAILED] * len(runs)
 
 
 # Two engines on one file

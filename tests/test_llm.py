@@ -279,6 +279,7 @@ async def test_retry_after_is_obeyed(headers: Callable[[], dict[str, str]], mode
 async def test_a_date_that_is_over_means_now(models: ModelClient, model: FakeModel) -> None:
     model.replies = [error(429, retry_after=formatdate(0, usegmt=True)), answer(GOOD)]
     await ask(models)
+    assert len(model.requests) == 2
 
 
 async def test_pauses_double_and_vary(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
