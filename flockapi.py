@@ -10,7 +10,9 @@ handlers, the route table, and the application that holds them. ``openapi.yaml``
 together.
 """
 
+import contextlib
 import functools
+import hashlib
 import html
 import http
 import json
@@ -18,17 +20,19 @@ import logging
 import re
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlencode
+from urllib.request import parse_http_list
 
+import anyio
 import anyio.lowlevel
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
@@ -38,17 +42,32 @@ from flock.core import Flock
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
+    Conflict,
     EngineFull,
     EngineStopped,
     FieldError,
     FlockError,
     InvalidData,
+    KeyReused,
     MalformedJSON,
+    Replayed,
     RunNotFound,
     StoreError,
 )
 from flock.jsontype import JSONType, escape_pointer, malformed
-from flock.runs import Batch, BatchOptions, Engine, Run, RunStatus, Usage
+from flock.runs import (
+    Batch,
+    BatchOptions,
+    Engine,
+    Event,
+    IdempotencyKey,
+    Progress,
+    Run,
+    RunFilter,
+    RunStatus,
+    Usage,
+    events_of,
+)
 
 __all__ = [
     "AgentDetail",
@@ -59,13 +78,22 @@ __all__ = [
     "FlockAPIResponse",
     "FlockBatchRequest",
     "FlockBatchResponse",
+    "Health",
     "JSONResponse",
+    "OnDisconnect",
     "Problem",
+    "RunList",
     "RunStep",
+    "RunSummary",
     "create_app",
 ]
 
 logger = logging.getLogger("flock.api")
+
+T = TypeVar("T")
+
+#: What becomes of a synchronous run whose caller has gone.
+OnDisconnect = Literal["cancel", "continue"]
 
 #: RFC 3339, in UTC.
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -75,6 +103,15 @@ EXPANSION = 16
 
 #: How many results one answer holds at most.
 MAX_PAGE = 1000
+
+#: The longest that one request may wait for a run, in seconds.
+MAX_WAIT_S = 60
+
+#: A synchronous run may take so long before anyone looks whether its caller is still there, in seconds.
+PATIENCE_S = 0.1
+
+#: When the reader of an event stream that was cut should come back, in milliseconds.
+RECONNECT_MS = 1000
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes in
@@ -87,6 +124,7 @@ class FlockAPIRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     agent_name: str
     inputs: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"{}"))
     async_run: bool = False
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     use_production_tools: Any = None
 
 
@@ -202,12 +240,68 @@ def as_sent(exc: InvalidData, batch: FlockBatchRequest) -> InvalidData:
     return InvalidData(list(errors.values()))
 
 
-def number_in_query(request: Request, name: str, default: int, low: int, high: int) -> int:
-    text = request.query_params.get(name, str(default))
-    if not re.fullmatch(r"-?\d{1,10}", text) or not low <= int(text) <= high:
-        detail = f"'{name}' in the query is a whole number from {low} to {high}."
-        raise InvalidData([FieldError(detail=detail, pointer="")])
-    return int(text)
+class WaitQuery(msgspec.Struct, frozen=True):
+    """How many seconds to wait for the end of a run."""
+
+    wait: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0
+
+
+class EventsQuery(msgspec.Struct, frozen=True):
+    """The id of the last event that the reader knows."""
+
+    after: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class ItemsQuery(msgspec.Struct, frozen=True):
+    """Which results of a batch to give: so many behind a position."""
+
+    after: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = MAX_PAGE
+
+
+class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which runs to list. A filter that is not understood is refused: without it the list would be a wrong answer."""
+
+    status: RunStatus | None = None
+    agent_name: str | None = None
+    created_after: Time | None = None
+    created_before: Time | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
+    after: str | None = None
+    include: Literal["", "inputs", "result", "inputs,result", "result,inputs"] = ""
+
+
+def query_of(request: Request, type_: type[T]) -> T:
+    """The query as a struct. Raises InvalidData, which names the parameter."""
+    try:
+        return msgspec.convert(dict(request.query_params), type_, strict=False)
+    except msgspec.ValidationError as exc:
+        reason, _, place = str(exc).replace("`", "'").partition(" - at '$.")
+        name = f"'{place[:-1]}' in the query" if place else "The query"
+        raise InvalidData([FieldError(detail=f"{name}: {reason}.", pointer="")]) from exc
+
+
+def preferences(request: Request) -> dict[str, str]:
+    """What ``Prefer`` asks for, without the parameters. Of one that is named twice the first counts (RFC 7240, 2)."""
+    found: dict[str, str] = {}
+    for preference in parse_http_list(",".join(request.headers.getlist("prefer"))):
+        name, _, value = preference.partition(";")[0].partition("=")
+        found.setdefault(name.strip().lower(), value.strip().strip('"'))
+    return found
+
+
+def idempotency_key(request: Request, body: bytes) -> IdempotencyKey | None:
+    """The key of the request, if it has one: a string of structured fields, or the same without its quotes.
+
+    Raises HTTPException 400 where it is neither.
+    """
+    sent = request.headers.get("idempotency-key")
+    if sent is None:
+        return None
+    key = re.fullmatch(r'"?([\x21\x23-\x7e]{1,255})"?', sent)
+    if key is None:
+        raise HTTPException(400, "An Idempotency-Key has 1 to 255 visible ASCII characters, as a UUID has.")
+    return IdempotencyKey(key[1], hashlib.sha256(request.scope["endpoint"].__name__.encode() + b" " + body).digest())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,9 +310,11 @@ def number_in_query(request: Request, name: str, default: int, low: int, high: i
 
 
 class RunStep(msgspec.Struct, frozen=True, kw_only=True):
-    """One agent's turn within a run."""
+    """One agent's turn within a run, in the attempt in which it was done."""
 
     agent_name: str
+    result: msgspec.Raw
+    attempt: int
     started_at: Time
     completed_at: Time
     usage: Usage | None
@@ -237,10 +333,36 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     started_at: Time | None
     completed_at: Time | None
     request_id: str | None
+    attempt: int
+    progress: Progress | None
     usage: Usage | None
     steps: list[RunStep]
     batch_id: str | msgspec.UnsetType = msgspec.UNSET
     position: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One run in a list; ``inputs`` and ``result`` are there only where they were asked for."""
+
+    run_id: str
+    agent_name: str
+    status: RunStatus
+    error: str | None
+    error_type: str | None
+    created_at: Time
+    started_at: Time | None
+    completed_at: Time | None
+    request_id: str | None
+    attempt: int
+    inputs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    result: msgspec.Raw | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class RunList(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of runs, newest first; ``next`` is the path of the page behind it, as in the ``Link`` header."""
+
+    runs: list[RunSummary]
+    next: str | None
 
 
 class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
@@ -285,6 +407,12 @@ class AgentDetail(msgspec.Struct, frozen=True, kw_only=True):
     output_schema: dict[str, Any]
 
 
+class Health(msgspec.Struct, frozen=True):
+    """The server is there."""
+
+    status: Literal["ok"] = "ok"
+
+
 class JSONResponse(Response):
     """A struct as JSON. A newline ends it, so that a shell's prompt starts on its own line."""
 
@@ -294,52 +422,63 @@ class JSONResponse(Response):
         return msgspec.json.encode(content) + b"\n"
 
 
-def run_response(request: Request, run: Run, status_code: int = 200) -> Response:
-    body = FlockAPIResponse(
-        run_id=run.run_id,
-        agent_name=run.agent_name,
-        status=run.status,
-        result=run.result,
-        error=run.error,
-        error_type=run.error_type,
-        created_at=run.created_at,
-        started_at=run.started_at,
-        completed_at=run.completed_at,
-        request_id=run.request_id,
-        usage=run.usage,
-        steps=[
-            RunStep(agent_name=s.agent_name, started_at=s.started_at, completed_at=s.completed_at, usage=s.usage)
-            for s in run.steps
-        ],
+def shown_as(type_: type[T], record: Any, **more: Any) -> T:
+    """A struct of the wire with the fields that *record* has under the same names, and *more*."""
+    names: Sequence[str] = type_.__struct_fields__  # type: ignore[attr-defined]
+    return type_(**{name: getattr(record, name) for name in names if name not in more}, **more)
+
+
+def run_response(
+    request: Request, run: Run, status_code: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    body = shown_as(
+        FlockAPIResponse,
+        run,
+        steps=[shown_as(RunStep, step) for step in run.steps],
         batch_id=msgspec.UNSET if run.batch_id is None else run.batch_id,
         position=msgspec.UNSET if run.position is None else run.position,
     )
-    headers = {"Flock-Run-Status": run.status.value}
+    headers = {"Flock-Run-Status": run.status.value, **(headers or {})}
     return JSONResponse(body, status_code, headers | _accepted(request, f"/run/{run.run_id}", status_code))
 
 
-def batch_response(request: Request, batch: Batch, items: Sequence[Run], status_code: int = 200) -> Response:
+def runs_response(request: Request, runs: Sequence[Run], wanted: RunsQuery) -> Response:
+    """A page of *runs*, which are one more than were asked for if there is another page."""
+    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if name not in wanted.include}
+    page = [shown_as(RunSummary, run, **left_out) for run in runs[: wanted.limit]]
+    if len(runs) <= wanted.limit:
+        return JSONResponse(RunList(runs=page, next=None))
+    query = urlencode({**request.query_params, "after": page[-1].run_id})
+    path = f"{root_path(request)}/runs?{query}"
+    return JSONResponse(RunList(runs=page, next=path), headers={"Link": f'<{path}>; rel="next"'})
+
+
+def event_bytes(event: Event | None) -> bytes:
+    """One event as ``text/event-stream`` has it; None is a comment, which keeps the connection open."""
+    if event is None:
+        return b": still here\n\n"
+    id_ = b"" if event.id is None else b"id: %d\n" % event.id
+    return b"%sevent: %s\ndata: %s\n\n" % (id_, event.name.encode(), msgspec.json.encode(event.data))
+
+
+def batch_response(
+    request: Request,
+    batch: Batch,
+    items: Sequence[Run],
+    status_code: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
     last = items[-1].position if items else None
     more = last is not None and last + 1 < batch.total_items
     path = f"{root_path(request)}/batch/{batch.batch_id}"
-    body = FlockBatchResponse(
-        batch_id=batch.batch_id,
-        agent_name=batch.agent_name,
-        status=batch.status,
-        total_items=batch.total_items,
-        completed_items=batch.completed_items,
-        failed_items=batch.failed_items,
-        cancelled_items=batch.cancelled_items,
+    body = shown_as(
+        FlockBatchResponse,
+        batch,
         progress_percentage=round(100 * batch.completed_items / batch.total_items, 2),
         results=[_item_result(run, batch.options) for run in items],
         next=f"{path}?after={last}&limit={len(items)}" if more else None,
-        error=batch.error,
-        created_at=batch.created_at,
-        started_at=batch.started_at,
-        completed_at=batch.completed_at,
-        request_id=batch.request_id,
     )
-    headers = {"Flock-Run-Status": batch.status.value}
+    headers = {"Flock-Run-Status": batch.status.value, **(headers or {})}
     return JSONResponse(body, status_code, headers | _accepted(request, f"/batch/{batch.batch_id}", status_code))
 
 
@@ -389,6 +528,8 @@ PROBLEMS: Mapping[type[Exception], tuple[int, str]] = {
     AgentNotFound: (404, "Unknown agent"),
     RunNotFound: (404, "Unknown run"),
     BatchNotFound: (404, "Unknown batch"),
+    Conflict: (409, "Conflict"),
+    KeyReused: (422, "Idempotency key reused"),
     EngineFull: (429, "Too many runs"),
     EngineStopped: (503, "Not running"),
     StoreError: (503, "Store unavailable"),
@@ -456,20 +597,84 @@ def request_id_of(request: Request) -> str:
 
 
 async def run_flock(request: Request) -> Response:
-    """POST /run/flock"""
-    wanted = RUN_REQUEST.decode(await read_json(request))
-    engine = app_of(request).engine
-    run = await engine.submit(
-        wanted.agent_name, wanted.inputs, request_id=request_id_of(request), is_async=wanted.async_run
-    )
-    if wanted.async_run:
-        return run_response(request, run, 202)
-    return run_response(request, await engine.wait_run(run.run_id))
+    """POST /run/flock
+
+    A synchronous request with an idempotency key may be sent again by a client whose connection broke. So its run is
+    kept as an asynchronous one is, and does not end with its caller.
+    """
+    body = await read_json(request)
+    wanted, key, prefer = RUN_REQUEST.decode(body), idempotency_key(request, body), preferences(request)
+    responds_async = "respond-async" in prefer
+    is_async = wanted.async_run or responds_async
+    engine, headers = app_of(request).engine, {}
+    try:
+        run = await engine.submit(
+            wanted.agent_name,
+            wanted.inputs,
+            request_id=request_id_of(request),
+            is_async=is_async or key is not None,
+            timeout_s=wanted.timeout_s,
+            key=key,
+        )
+    except Replayed as exc:
+        run, headers = await engine.get_run(exc.made_id), REPLAYED
+    if not is_async:
+        run = await (_wait_with_caller(request, run) if key is None else engine.wait_run(run.run_id))
+    elif responds_async:
+        applied = "respond-async"
+        if re.fullmatch(r"\d{1,9}", prefer.get("wait", "")):
+            wait_s = min(int(prefer["wait"]), MAX_WAIT_S)
+            run = await engine.wait_run(run.run_id, wait_s)
+            applied += f", wait={wait_s}"
+        headers = {**headers, "Preference-Applied": applied}
+    return run_response(request, run, 200 if run.status.is_final else 202, headers)
+
+
+#: The draft on Idempotency-Key names no header for it; this one is widely used.
+REPLAYED = {"Idempotency-Replayed": "true"}
+
+
+async def _wait_with_caller(request: Request, run: Run) -> Run:
+    """The run at its end. A caller that goes away before takes it along, if the app says so.
+
+    Cancellation: of the request, by its host, is a caller that goes away.
+    """
+    app = app_of(request)
+    is_gone, failure = False, None
+    try:
+        run = await app.engine.wait_run(run.run_id, PATIENCE_S)
+        if run.status.is_final:
+            return run
+        async with anyio.create_task_group() as tasks:
+
+            async def look_out() -> None:
+                nonlocal is_gone
+                while (await request.receive())["type"] != "http.disconnect":
+                    pass
+                is_gone = True
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(look_out)
+            try:
+                run = await app.engine.wait_run(run.run_id)
+            except FlockError as exc:  # the group would wrap it
+                failure = exc
+            tasks.cancel_scope.cancel()
+    finally:
+        if not run.status.is_final and failure is None and app.on_disconnect == "cancel":
+            with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
+                await app.engine.cancel_run(run.run_id)
+    if failure is not None:
+        raise failure
+    if is_gone:  # nobody will read the answer
+        raise HTTPException(400, "The connection was closed before the run had ended.")
+    return run
 
 
 async def run_batch(request: Request) -> Response:
     """POST /run/batch"""
-    wanted = BATCH_REQUEST.decode(await read_json(request))
+    body = await read_json(request)
+    wanted, key = BATCH_REQUEST.decode(body), idempotency_key(request, body)
     options = BatchOptions(
         max_workers=wanted.max_workers,
         parallel=wanted.parallel,
@@ -477,33 +682,100 @@ async def run_batch(request: Request) -> Response:
         box_results=wanted.box_results,
     )
     rows = await rows_of(wanted, EXPANSION * app_of(request).max_body_bytes)
-    engine = app_of(request).engine
+    engine, headers = app_of(request).engine, {}
     try:
-        batch = await engine.submit_batch(wanted.agent_name, rows, options, request_id=request_id_of(request))
+        batch = await engine.submit_batch(wanted.agent_name, rows, options, request_id=request_id_of(request), key=key)
     except InvalidData as exc:
         raise as_sent(exc, wanted) from exc
-    return batch_response(request, batch, [], 202)
+    except Replayed as exc:
+        batch, headers = await engine.get_batch(exc.made_id), REPLAYED
+    return batch_response(request, batch, [], 202, headers)
+
+
+async def list_runs(request: Request) -> Response:
+    """GET /runs"""
+    wanted = query_of(request, RunsQuery)
+    filter_ = RunFilter(
+        status=wanted.status,
+        agent_name=wanted.agent_name,
+        created_after=wanted.created_after,
+        created_before=wanted.created_before,
+        after=wanted.after,
+        limit=wanted.limit + 1,
+        with_inputs="inputs" in wanted.include,
+        with_results="result" in wanted.include,
+    )
+    return runs_response(request, await app_of(request).engine.list_runs(filter_), wanted)
+
+
+async def one_run(request: Request) -> Response:
+    """GET and DELETE /run/{run_id}"""
+    return await (delete_run if request.method == "DELETE" else get_run)(request)
 
 
 async def get_run(request: Request) -> Response:
-    """GET /run/{run_id}"""
-    return run_response(request, await app_of(request).engine.get_run(request.path_params["run_id"]))
+    engine, run_id, wait_s = app_of(request).engine, request.path_params["run_id"], query_of(request, WaitQuery).wait
+    return run_response(request, await (engine.wait_run(run_id, wait_s) if wait_s else engine.get_run(run_id)))
+
+
+async def cancel_run(request: Request) -> Response:
+    """POST /run/{run_id}/cancel"""
+    engine, run_id, wait_s = app_of(request).engine, request.path_params["run_id"], query_of(request, WaitQuery).wait
+    run = await engine.cancel_run(run_id)
+    if wait_s and not run.status.is_final:
+        await engine.wait_run(run_id, wait_s)
+        run = await engine.cancel_run(run_id)  # says so if it ended otherwise
+    return run_response(request, run, 200 if run.status.is_final else 202)
+
+
+async def retry_run(request: Request) -> Response:
+    """POST /run/{run_id}/retry"""
+    return run_response(request, await app_of(request).engine.retry_run(request.path_params["run_id"]), 202)
+
+
+async def delete_run(request: Request) -> Response:
+    await app_of(request).engine.delete_run(request.path_params["run_id"])
+    return Response(status_code=204)
+
+
+async def run_events(request: Request) -> Response:
+    """GET /run/{run_id}/events"""
+    engine, run_id = app_of(request).engine, request.path_params["run_id"]
+    run = await engine.get_run(run_id)
+    # A browser that connects again sends the query as it was, and the header as it is.
+    last_id = request.headers.get("last-event-id", "")
+    after = int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query_of(request, EventsQuery).after
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    if run.status.is_final and (events_of(run)[-1].id or 0) <= after:
+        return Response(status_code=204)  # a browser would ask for ever
+
+    async def stream() -> AsyncIterator[bytes]:
+        try:
+            async for event in engine.events(run_id, after):
+                yield event_bytes(event)
+        except FlockError as exc:
+            logger.warning("request %s: its event stream is cut: %s", request_id_of(request), exc)
+        if engine.is_leaving:
+            yield b"retry: %d\n\n" % RECONNECT_MS
+
+    if request.method == "HEAD":
+        return Response(media_type="text/event-stream", headers=headers)
+    return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
 
 
 async def get_batch(request: Request) -> Response:
     """GET /batch/{batch_id}"""
-    after = number_in_query(request, "after", -1, -1, 2**31)
-    limit = number_in_query(request, "limit", MAX_PAGE, 1, MAX_PAGE)
+    wanted = query_of(request, ItemsQuery)
     engine, batch_id = app_of(request).engine, request.path_params["batch_id"]
     # The results first: then the counts are never behind them.
-    items = await engine.get_items(batch_id, after=after, limit=limit)
+    items = await engine.get_items(batch_id, after=wanted.after, limit=wanted.limit)
     return batch_response(request, await engine.get_batch(batch_id), items)
 
 
 async def list_agents(request: Request) -> Response:
     """GET /agents"""
     agents = app_of(request).flock.agents.values()
-    return JSONResponse(AgentList(agents=[AgentSummary(name=a.name, description=a.description) for a in agents]))
+    return JSONResponse(AgentList(agents=[shown_as(AgentSummary, agent) for agent in agents]))
 
 
 async def get_agent(request: Request) -> Response:
@@ -513,13 +785,19 @@ async def get_agent(request: Request) -> Response:
         raise AgentNotFound(name, list(agents))
     agent = agents[name]
     return JSONResponse(
-        AgentDetail(
-            name=agent.name,
-            description=agent.description,
-            input_schema=agent.input.schema,
-            output_schema=agent.output.schema,
-        )
+        shown_as(AgentDetail, agent, input_schema=agent.input.schema, output_schema=agent.output.schema)
     )
+
+
+async def healthz(request: Request) -> Response:
+    """GET /healthz: the process answers."""
+    return JSONResponse(Health())
+
+
+async def readyz(request: Request) -> Response:
+    """GET /readyz: new work is taken."""
+    app_of(request).engine.check_ready()
+    return JSONResponse(Health())
 
 
 async def openapi_yaml(request: Request) -> Response:
@@ -569,10 +847,16 @@ STATIC = PACKAGE / "static"
 ROUTES: Sequence[BaseRoute] = [
     Route("/run/flock", run_flock, methods=["POST"]),
     Route("/run/batch", run_batch, methods=["POST"]),
-    Route("/run/{run_id}", get_run),
+    Route("/runs", list_runs),
+    Route("/run/{run_id}", one_run, methods=["GET", "DELETE"]),
+    Route("/run/{run_id}/cancel", cancel_run, methods=["POST"]),
+    Route("/run/{run_id}/retry", retry_run, methods=["POST"]),
+    Route("/run/{run_id}/events", run_events),
     Route("/batch/{batch_id}", get_batch),
     Route("/agents", list_agents),
     Route("/agents/{name}", get_agent),
+    Route("/healthz", healthz),
+    Route("/readyz", readyz),
     Route("/openapi.yaml", openapi_yaml),
     Route("/openapi.json", openapi_json),
     Route("/docs", docs, include_in_schema=False),
@@ -589,7 +873,9 @@ class FlockAPI(Starlette):
         engine: what carries the runs; it is open while the app's lifespan runs.
     """
 
-    def __init__(self, flock: Flock, engine: Engine, *, server_name: str, max_body_bytes: int) -> None:
+    def __init__(
+        self, flock: Flock, engine: Engine, *, server_name: str, max_body_bytes: int, on_disconnect: OnDisconnect
+    ) -> None:
         super().__init__(
             routes=ROUTES,
             exception_handlers={FlockError: on_error, HTTPException: on_error, Exception: on_error},
@@ -599,8 +885,9 @@ class FlockAPI(Starlette):
         self.engine = engine
         self.server_name = server_name
         self.max_body_bytes = max_body_bytes
+        self.on_disconnect = on_disconnect
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """Open the engine, and close it at the end. A server runs this; a host without one enters it by itself."""
         async with self.engine:
@@ -645,6 +932,7 @@ def create_app(
     engine: Engine | None = None,
     store: str | Path = "flock.db",
     max_body_bytes: int = 1024 * 1024,
+    on_disconnect: OnDisconnect = "cancel",
     expose_errors: bool = False,
 ) -> FlockAPI:
     """The agents of *flock* as an ASGI application.
@@ -654,6 +942,7 @@ def create_app(
         engine: what carries the runs; an embedded one on *store* if None.
         store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
         max_body_bytes: the longest body a client may send; a longer one is answered with 413.
+        on_disconnect: what becomes of a synchronous run whose caller goes away before it is answered.
         expose_errors: show the text of any exception to clients; for development. Not beside ``engine``, which has
             the same switch.
 
@@ -663,4 +952,4 @@ def create_app(
     """
     if engine is None:
         engine = flock.engine(store=store, expose_errors=expose_errors)
-    return FlockAPI(flock, engine, server_name=server_name, max_body_bytes=max_body_bytes)
+    return FlockAPI(flock, engine, server_name=server_name, max_body_bytes=max_body_bytes, on_disconnect=on_disconnect)

@@ -100,6 +100,8 @@ class _Active:
         #: it was cancelled since the engine is leaving
         self.is_stopped = False
         self.is_left = False
+        if run.cancel_requested:
+            self.scope.cancel()
 
     def note_progress(self, progress: Progress) -> None:
         """Called from any thread; the watch tells it on."""
@@ -232,6 +234,10 @@ class EmbeddedEngine:
         if self.is_leaving:
             raise EngineStopped("The server is about to stop and takes no new work.")
         return self._tasks
+
+    def check_ready(self) -> None:
+        self._running_tasks()
+        self.store.check_writable()
 
     # Runs
 

@@ -178,6 +178,7 @@ class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
         created_after, created_before: to the millisecond.
         after: the last id of the page before.
         limit: runs a page.
+        with_inputs, with_results: read these too; otherwise they are empty and None.
     """
 
     status: RunStatus | None = None
@@ -186,6 +187,8 @@ class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
     created_before: datetime | None = None
     after: str | None = None
     limit: int = 100
+    with_inputs: bool = False
+    with_results: bool = False
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -271,6 +274,9 @@ class Engine(Protocol):
 
         Asynchronous runs that are stopped go on at the next start; the others end as failed, "interrupted".
         """
+
+    def check_ready(self) -> None:
+        """Raise EngineStopped or StoreError where a run would not be taken now."""
 
     async def submit(
         self,

@@ -49,10 +49,7 @@ def _create_tables(db: sqlite3.Connection) -> None:
             run_id TEXT PRIMARY KEY,
             flock TEXT NOT NULL,
             agent_name TEXT NOT NULL,
-            inputs BLOB NOT NULL,
             status TEXT NOT NULL,
-            result BLOB,
-            error TEXT,
             error_type TEXT,
             created_at INTEGER NOT NULL,
             started_at INTEGER,
@@ -65,7 +62,10 @@ def _create_tables(db: sqlite3.Connection) -> None:
             timeout_s REAL,
             owner TEXT,
             cancel_requested INTEGER NOT NULL DEFAULT 0,
-            progress BLOB
+            progress BLOB,
+            error TEXT,
+            inputs BLOB NOT NULL, -- what is long comes last: what lies behind it takes longer to read
+            result BLOB
         )""",
         # A page of GET /runs is one range of one of these, whatever its filter.
         "CREATE INDEX runs_all ON runs (flock, run_id) WHERE batch_id IS NULL",
@@ -127,6 +127,8 @@ FIELDS = (
     "batch_id position is_async attempt timeout_s owner cancel_requested progress"
 ).split()
 COLUMNS = ", ".join(FIELDS)
+#: What stands for a column that is not read.
+EMPTY = {"inputs": "x'7b7d'", "result": "NULL"}
 INSERT_RUN = f"INSERT INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
 UPDATE_RUN = """UPDATE runs
     SET status = ?, result = ?, error = ?, error_type = ?, started_at = ?, completed_at = ?, progress = ?

@@ -116,12 +116,13 @@ class Store:
         self._open = _Group()
         self._has_work = anyio.Event()
         self._is_closing = False
+        self._write_error: Exception | None = None
         self._lock_file: IO[bytes] | None = None
 
     # Life
 
     async def __aenter__(self) -> Self:
-        self._open, self._has_work, self._is_closing = _Group(), anyio.Event(), False
+        self._open, self._has_work, self._is_closing, self._write_error = _Group(), anyio.Event(), False, None
         self._all_written = anyio.Event()
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
@@ -220,6 +221,11 @@ class Store:
         result: T = change.result
         return result
 
+    def check_writable(self) -> None:
+        """Raise StoreError if the last transaction failed; a failed one is tried again each second."""
+        if self._write_error is not None:
+            raise StoreError("The store cannot be written now; the server's log says why.") from self._write_error
+
     async def _written(self, group: _Group) -> None:
         await group.is_written.wait()
         if group.error is not None:
@@ -234,21 +240,21 @@ class Store:
         while True:
             await self._has_work.wait()
             group, self._open, self._has_work = self._open, _Group(), anyio.Event()
-            if not group.runs and not group.changes:
-                self._all_written.set()  # it was only to close
+            if self._is_closing and not group.runs and not group.changes:
+                self._all_written.set()
                 return
             try:
                 await self._transact(group)
+                self._write_error = None
             except (sqlite3.Error, OSError) as exc:
                 logger.error("the store %s cannot be written: %s", self.path, exc)
-                group.error = exc
-                if not self._is_closing:
-                    self._open.put_back(group)
-                    self._has_work.set()
+                self._write_error = group.error = exc
             group.is_written.set()
             if self._is_closing:
                 self._has_work.set()
             elif group.error is not None:
+                self._open.put_back(group)
+                self._has_work.set()  # also where nothing is put back: so it is found out when it can be written again
                 await anyio.sleep(RETRY_AFTER_S)
 
     async def _transact(self, group: _Group) -> None:
@@ -256,6 +262,8 @@ class Store:
             db = self._db
             db.execute("BEGIN IMMEDIATE")
             try:
+                if self._write_error is not None:  # an empty transaction would always succeed
+                    db.execute("UPDATE engines SET started_at = started_at")
                 for count, pending in enumerate(group.runs.values(), 1):
                     if not schema.write_run(db, pending.run, pending.is_new, pending.steps):
                         group.lost.add(pending.run.run_id)
@@ -321,6 +329,10 @@ class Store:
 
     def list_runs(self, flock: str, wanted: RunFilter) -> list[Run]:
         """One page of runs that are no items, newest first, without their steps."""
+        left_out = {
+            name for name, asked in (("inputs", wanted.with_inputs), ("result", wanted.with_results)) if not asked
+        }
+        columns = ", ".join(schema.EMPTY[name] if name in left_out else name for name in schema.FIELDS)
         conditions = ["flock = ?"]
         values: list[str] = [flock]
         for column, value in (("status", wanted.status), ("agent_name", wanted.agent_name)):
@@ -343,7 +355,7 @@ class Store:
             (True, True): "runs_by_both",
         }[wanted.status is not None, wanted.agent_name is not None]
         query = (
-            f"SELECT {schema.COLUMNS} FROM runs INDEXED BY {index} "
+            f"SELECT {columns} FROM runs INDEXED BY {index} "
             f"WHERE batch_id IS NULL AND {' AND '.join(conditions)} ORDER BY run_id DESC LIMIT ?"
         )
         return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, [*values, wanted.limit])])

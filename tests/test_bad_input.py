@@ -105,7 +105,8 @@ async def test_json_with_a_charset_is_json(client: httpx.AsyncClient) -> None:
         pytest.param(
             {"agent_name": 5, "async_run": "yes", "agent": 1},
             {
-                "/agent": "Unknown field. The fields here are: agent_name, inputs, async_run, use_production_tools.",
+                "/agent": "Unknown field. The fields here are: agent_name, inputs, async_run, timeout_s, "
+                "use_production_tools.",
                 "/agent_name": "Expected 'str', got 'int'.",
                 "/async_run": "Expected 'bool', got 'str'.",
             },

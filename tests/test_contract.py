@@ -19,7 +19,7 @@ import flock as flock_package
 import flockapi
 from flock.core import Flock
 from flock.errors import FieldError
-from flock.runs import RunStatus, Usage
+from flock.runs import Progress, RunStatus, Usage
 from flockapi import PROBLEMS, ROUTES, FlockAPI, create_app
 from tests.fakes import ROOT, FakeModel, answer
 from tests.openapi_twin import TWIN, source
@@ -31,7 +31,7 @@ SCHEMAS = SPEC["components"]["schemas"]
 #: Which struct stands behind which schema.
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     name: getattr(flockapi, name) for name in SCHEMAS if name in flockapi.__all__
-} | {"Usage": Usage, "FieldError": FieldError}
+} | {"Usage": Usage, "Progress": Progress, "FieldError": FieldError}
 
 
 def operations() -> Iterator[tuple[str, str, Any]]:
@@ -82,7 +82,7 @@ def test_everything_is_described() -> None:
         for response in map(resolve, operation["responses"].values()):
             assert response["description"], where
             assert "X-Request-ID" in response["headers"], where
-            for content in response["content"].values():
+            for content in response.get("content", {}).values():
                 assert content.get("examples") or content.get("example"), where
         body = operation.get("requestBody")
         assert body is None or body["content"]["application/json"]["examples"], where
@@ -95,6 +95,21 @@ def test_nothing_in_it_is_unused() -> None:
     for kind, members in SPEC["components"].items():
         for name in members:
             assert f"#/components/{kind}/{name}" in text, f"{kind}/{name}"
+
+
+def check_described(operation: Any, response: httpx.Response) -> None:
+    """Its status, its media type, its body, and its headers: those that must be there are, and no others are."""
+    described = resolve(operation["responses"][str(response.status_code)])
+    headers = {name.lower(): resolve(header) for name, header in described["headers"].items()}
+    sent = set(response.headers) - {"content-type", "content-length"}
+    assert {name for name, header in headers.items() if header.get("required")} <= sent <= headers.keys()
+    if "content" not in described:
+        assert response.content == b""
+        return
+    media_type = response.headers["Content-Type"].partition(";")[0]
+    schema = described["content"][media_type]["schema"]
+    body = response.json() if "json" in media_type else response.text
+    assert list(validator(schema).iter_errors(body)) == []
 
 
 # Routes, both ways
@@ -146,7 +161,13 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
 
 
 #: Kept as it was sent, so the struct says nothing about it.
-RAW = {("FlockAPIRequest", "inputs"), ("FlockAPIResponse", "result")}
+RAW = {
+    ("FlockAPIRequest", "inputs"),
+    ("FlockAPIResponse", "result"),
+    ("RunStep", "result"),
+    ("RunSummary", "inputs"),
+    ("RunSummary", "result"),
+}
 
 
 def _shape(schema: Any) -> Any:
@@ -176,7 +197,7 @@ def examples() -> Iterator[Any]:
     for method, path, operation in operations():
         places = {"request": operation["requestBody"]} if "requestBody" in operation else {}
         for place, holder in (places | operation["responses"]).items():
-            for media_type, content in resolve(holder)["content"].items():
+            for media_type, content in resolve(holder).get("content", {}).items():
                 for name, example in content.get("examples", {}).items():
                     where = f"{method} {path} {place} {name}"
                     yield pytest.param(media_type, content["schema"], resolve(example)["value"], id=where)
@@ -196,10 +217,7 @@ async def test_the_examples_of_requests_are_answered_as_it_says(client: httpx.As
         ):
             model.replies = [reply] * 3
             response = await client.request(method, path, json=example["value"])
-            described = resolve(operation["responses"][str(response.status_code)])
-            schema = described["content"][response.headers["Content-Type"]]["schema"]
-            assert list(validator(schema).iter_errors(response.json())) == []
-            assert {name.lower() for name in described["headers"]} <= set(response.headers)
+            check_described(operation, response)
             if response.status_code == 202:
                 await wait_for(client, response.headers["Location"])
             model.replies = []
@@ -222,17 +240,44 @@ async def test_the_examples_of_requests_are_answered_as_it_says(client: httpx.As
         ("POST", "/run/flock", " " * 1024 * 1025, "/run/flock"),
         ("POST", "/run/batch", '{"agent_name": "add", "batch_inputs": []}', "/run/batch"),
         ("GET", "/openapi.json", None, "/openapi.json"),
+        ("GET", "/healthz", None, "/healthz"),
+        ("GET", "/readyz", None, "/readyz"),
+        ("GET", "/runs?include=inputs,result", None, "/runs"),
+        ("GET", "/runs?limit=1", None, "/runs"),
+        ("GET", "/runs?limit=0", None, "/runs"),
+        ("GET", "/run/{run_id}?wait=1", None, "/run/{run_id}"),
+        ("GET", "/run/{run_id}?wait=x", None, "/run/{run_id}"),
+        ("GET", "/run/{run_id}/events", None, "/run/{run_id}/events"),
+        ("GET", "/run/{run_id}/events?after=9999999", None, "/run/{run_id}/events"),
+        ("GET", "/run/42/events", None, "/run/{run_id}/events"),
+        ("POST", "/run/{run_id}/cancel", None, "/run/{run_id}/cancel"),
+        ("POST", "/run/42/cancel", None, "/run/{run_id}/cancel"),
+        ("POST", "/run/{run_id}/retry", None, "/run/{run_id}/retry"),
+        ("POST", "/run/42/retry", None, "/run/{run_id}/retry"),
+        ("DELETE", "/run/{run_id}", None, "/run/{run_id}"),
+        ("DELETE", "/run/42", None, "/run/{run_id}"),
     ],
 )
 async def test_an_answer_is_described(
     method: str, path: str, content: str | None, template: str, client: httpx.AsyncClient
 ) -> None:
-    """Its status, its headers, its media type and its body."""
+    for text in ("first", "second"):
+        run = await client.post("/run/flock", json={"agent_name": "explode", "inputs": {"text": text}})
+    path = path.format(run_id=run.json()["run_id"])
     response = await client.request(method, path, content=content, headers={"Content-Type": "application/json"})
-    described = resolve(SPEC["paths"][template][method.lower()]["responses"][str(response.status_code)])
-    schema = described["content"][response.headers["Content-Type"]]["schema"]
-    assert list(validator(schema).iter_errors(response.json())) == []
-    assert {name.lower() for name in described["headers"]} <= set(response.headers)
+    check_described(SPEC["paths"][template][method.lower()], response)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("async_run", "prefer"), [(False, ""), (True, ""), (False, "respond-async, wait=5")])
+async def test_headers_that_are_asked_for_are_described(
+    async_run: bool, prefer: str, client: httpx.AsyncClient
+) -> None:
+    for key, body in (("1", {"agent_name": "add", "inputs": {"a": 1}}), ("2", {"agent_name": "refuse", "inputs": {}})):
+        headers = {"Idempotency-Key": key, **({"Prefer": prefer} if prefer else {})}
+        for _ in range(2):
+            response = await client.post("/run/flock", json={**body, "async_run": async_run}, headers=headers)
+            check_described(SPEC["paths"]["/run/flock"]["post"], response)
 
 
 # As it is served

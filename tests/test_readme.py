@@ -24,6 +24,7 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 BASH = [code.strip() for language, code in BLOCKS if language == "bash"]
 CURL = [code for code in BASH if code.startswith("curl")]
 JSON = [json.loads(code) for language, code in BLOCKS if language == "json"]
+(EVENTS,) = (code for language, code in BLOCKS if language == "text")
 SET_UP_AND_SERVE, SET_UP_AND_TEST = (code for code in BASH if code.startswith("python3 -m venv"))
 
 
@@ -42,11 +43,15 @@ def served(clone: Path) -> Iterator[Server]:
         yield server
 
 
-def curl(server: Server, command: str, **replaced: str) -> Any:
+def curl_text(server: Server, command: str, **replaced: str) -> str:
     command = command.replace("http://127.0.0.1:8344", server.url).replace("curl", "curl -sS", 1)
     for name, value in replaced.items():
         command = command.replace(f"{{{name}}}", value)
-    return json.loads(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+
+
+def curl(server: Server, command: str, **replaced: str) -> Any:
+    return json.loads(curl_text(server, command, **replaced))
 
 
 def shape(result: Any) -> Any:
@@ -56,8 +61,8 @@ def shape(result: Any) -> Any:
 @pytest.mark.timeout(600)
 def test_the_lines_of_the_readme_work_on_the_real_model(served: Server) -> None:
     """End to end: a fresh clone, its own environment, uvicorn, curl, and the real model."""
-    synchronous, asynchronous, look, bad = CURL
-    expected_run, expected_start, expected_problem = JSON
+    synchronous, asynchronous, look, follow, stop, bad = CURL
+    expected_run, expected_start, expected_conflict, expected_problem = JSON
 
     run = curl(served, synchronous)
     assert run["status"] == expected_run["status"] == "completed"
@@ -68,12 +73,16 @@ def test_the_lines_of_the_readme_work_on_the_real_model(served: Server) -> None:
     started = curl(served, asynchronous)
     assert (started["status"], started["result"]) == ("starting", None)
     assert started.keys() == expected_start.keys()
-    with httpx.Client(base_url=served.url) as client:
-        while client.get(f"/run/{started['run_id']}").json()["status"] in ("starting", "running"):
-            pass
+    followed = curl_text(served, follow, run_id=started["run_id"])
+    assert re.findall("(?m)^(id|event): (.*)", followed) == re.findall("(?m)^(id|event): (.*)", EVENTS)
     looked = curl(served, look, run_id=started["run_id"])
     assert looked["status"] == "completed"
     assert shape(looked["result"]) == shape(run["result"])
+
+    conflict = curl(served, stop, run_id=started["run_id"])
+    run_id = expected_conflict["instance"].split("/")[2]
+    expected = json.loads(json.dumps(expected_conflict).replace(run_id, started["run_id"]))
+    assert {**conflict, "request_id": ""} == {**expected, "request_id": ""}
 
     problem = curl(served, bad)
     assert problem.keys() == expected_problem.keys()

@@ -132,11 +132,12 @@ async def test_lists_are_filtered_newest_first(wanted: RunFilter, expected: list
     ]
     for run in (*runs, run_of(flock="other")):
         await store.save(run, is_new=True)
-    assert [runs.index(run) for run in store.list_runs("f", wanted)] == expected
+    ids = [run.run_id for run in runs]
+    assert [ids.index(run.run_id) for run in store.list_runs("f", wanted)] == expected
     page = store.list_runs("f", replace(wanted, limit=1))
     if len(expected) > 1 and wanted.limit > 2:
         rest = store.list_runs("f", replace(wanted, after=page[0].run_id))
-        assert [runs.index(run) for run in rest] == expected[1:]
+        assert [ids.index(run.run_id) for run in rest] == expected[1:]
 
 
 # Files

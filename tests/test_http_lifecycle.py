@@ -1,0 +1,545 @@
+"""The life of a run over HTTP: prefer, wait, cancel, retry, delete, list, events, keys, disconnects, readiness."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import anyio
+import anyio.abc
+import httpx
+import pytest
+import uvicorn
+
+from flock.core import Flock, FlockFactory
+from flock.errors import StoreError
+from flock.runs import RunContext
+from flockapi import FlockAPI, create_app
+from tests.fakes import FakeModel, answer, socket_server
+from tests.test_api import post_run, wait_until
+from tests.test_bad_input import check_problem
+
+pytestmark = pytest.mark.anyio
+
+
+class Gate:
+    """A flock whose agents go on when they may."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_go, self.ended = anyio.Event(), anyio.Event(), anyio.Event()
+        self.thread_may_go = threading.Event()
+        self.fails = True
+        self.calls: list[str] = []
+        self.flock = flock = Flock("gate", model="openai/gpt-4o")
+
+        @flock.agent
+        async def nap(context: RunContext) -> int:
+            self.begun.set()
+            try:
+                context.progress(1, 2, "half\nway")
+                await self.may_go.wait()
+            finally:
+                self.ended.set()
+            return 1
+
+        @flock.agent
+        def block(context: RunContext) -> str:
+            self.thread_may_go.wait(20)
+            return "asked" if context.cancel_requested else "not asked"
+
+        @flock.agent
+        async def chatter(context: RunContext) -> int:
+            for n in range(30):
+                context.progress(n, 30, "x" * 300_000)
+                await anyio.sleep(0.06)  # longer than progress is gathered
+            return 1
+
+        @flock.agent(next_agent="shaky")
+        async def steady(n: int = 7) -> int:
+            self.calls.append("steady")
+            return n
+
+        @flock.agent
+        async def shaky(result: int) -> int:
+            self.calls.append("shaky")
+            if self.fails:
+                raise ValueError("shaky")
+            return result + 1
+
+        flock.add_agent(FlockFactory.create_default_agent(name="asks", input="text: str", output="reply: str"))
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    made = Gate()
+    yield made
+    made.thread_may_go.set()
+
+
+@pytest.fixture
+def flock(gate: Gate) -> Flock:
+    """The app and the client of conftest are about this flock here."""
+    return gate.flock
+
+
+async def get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:
+    response = await client.get(path, params=query)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def start(client: httpx.AsyncClient, agent_name: str, inputs: Any = None, **more: Any) -> str:
+    response = await post_run(client, agent_name, inputs, async_run=True, **more)
+    assert response.status_code == 202
+    run_id: str = response.json()["run_id"]
+    return run_id
+
+
+# Prefer
+
+
+async def test_a_client_may_prefer_not_to_wait(client: httpx.AsyncClient) -> None:
+    response = await client.post("/run/flock", json={"agent_name": "nap"}, headers={"Prefer": "respond-async"})
+    assert (response.status_code, response.json()["status"]) == (202, "starting")
+    assert response.headers["Preference-Applied"] == "respond-async"
+    assert response.headers["Location"] == f"/run/{response.json()['run_id']}"
+    assert response.headers["Retry-After"] == "1"
+
+
+async def test_a_client_may_prefer_to_wait_for_a_while(client: httpx.AsyncClient, gate: Gate) -> None:
+    gate.fails = False
+    headers = {"Prefer": "respond-async, wait=30"}
+    response = await client.post("/run/flock", json={"agent_name": "steady"}, headers=headers)
+    assert (response.status_code, response.json()["status"]) == (200, "completed")
+    assert response.headers["Preference-Applied"] == "respond-async, wait=30"
+    headers = {"Prefer": "respond-async, wait=0"}
+    response = await client.post("/run/flock", json={"agent_name": "nap"}, headers=headers)
+    assert (response.status_code, response.headers["Preference-Applied"]) == (202, "respond-async, wait=0")
+
+
+@pytest.mark.parametrize(
+    ("prefer", "applied"),
+    [
+        (["wait=1"], None),
+        (['handling=lenient; x="a, respond-async"'], None),
+        (["return=minimal", "RESPOND-ASYNC;q=1"], "respond-async"),
+        (["wait=0, wait=60, respond-async"], "respond-async, wait=0"),
+        (["respond-async, wait=soon"], "respond-async"),
+        (["respond-async,wait = 0"], "respond-async, wait=0"),
+        (["respond-async, wait=99999"], "respond-async, wait=60"),
+        (["", ",,"], None),
+    ],
+)
+async def test_preferences_are_read_as_rfc_7240_has_them(
+    prefer: list[str], applied: str | None, client: httpx.AsyncClient, gate: Gate
+) -> None:
+    """What is not understood is ignored (section 2)."""
+    gate.fails = False
+    headers = [("Prefer", value) for value in prefer]
+    response = await client.post("/run/flock", json={"agent_name": "steady"}, headers=headers)
+    assert response.headers.get("Preference-Applied") == applied
+    assert response.status_code in ((200,) if applied is None else (200, 202))
+
+
+# Wait
+
+
+async def test_a_client_waits_for_the_end_of_a_run(client: httpx.AsyncClient, gate: Gate) -> None:
+    run_id = await start(client, "nap")
+    answers: list[Any] = []
+
+    async def wait() -> None:
+        answers.append(await get(client, f"/run/{run_id}", wait=30))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait)
+        await gate.begun.wait()
+        gate.may_go.set()
+    assert [body["status"] for body in answers] == ["completed"]
+    assert (await get(client, f"/run/{run_id}", wait=30))["status"] == "completed"
+
+
+async def test_a_wait_ends_in_time(client: httpx.AsyncClient, gate: Gate) -> None:
+    run_id = await start(client, "nap")
+    await gate.begun.wait()
+    body = await get(client, f"/run/{run_id}", wait=1)
+    assert body["status"] == "running"
+    assert body["progress"] == {"done": 1.0, "total": 2.0, "message": "half\nway"}
+    assert body["attempt"] == 1
+
+
+@pytest.mark.parametrize("wait", ["61", "-1", "x", "1.5", ""])
+async def test_a_wait_is_a_whole_number_of_seconds(wait: str, client: httpx.AsyncClient) -> None:
+    problem = check_problem(await client.get("/run/1", params={"wait": wait}), 422)
+    assert "'wait' in the query: Expected 'int'" in problem["detail"]
+    check_problem(await client.get("/run/1", params={"wait": "1"}), 404)
+
+
+# Cancel
+
+
+async def test_a_run_is_cancelled(client: httpx.AsyncClient, gate: Gate) -> None:
+    run_id = await start(client, "nap")
+    await gate.begun.wait()
+    response = await client.post(f"/run/{run_id}/cancel", params={"wait": 30})
+    assert (response.status_code, response.json()["status"]) == (200, "cancelled")
+    assert response.headers["Flock-Run-Status"] == "cancelled"
+    assert gate.ended.is_set(), "the agent has stopped"
+    again = await client.post(f"/run/{run_id}/cancel")
+    assert (again.status_code, again.json()["status"]) == (200, "cancelled")
+
+
+async def test_a_function_is_asked_to_stop_and_cancelled_is_said_when_it_has(
+    client: httpx.AsyncClient, gate: Gate
+) -> None:
+    run_id = await start(client, "block")
+    await wait_until(client, f"/run/{run_id}", lambda body: body["status"] == "running")
+    response = await client.post(f"/run/{run_id}/cancel")
+    assert (response.status_code, response.json()["status"]) == (202, "running")
+    assert response.headers["Location"] == f"/run/{run_id}"
+    gate.thread_may_go.set()
+    response = await client.post(f"/run/{run_id}/cancel?wait=30")
+    assert (response.status_code, response.json()["status"]) == (200, "cancelled")
+    assert response.json()["steps"][0]["result"] == {"result": "asked"}, "what it did stays readable"
+
+
+async def test_what_has_ended_or_is_unknown_cannot_be_cancelled(client: httpx.AsyncClient, gate: Gate) -> None:
+    run_id = await start(client, "steady")
+    await get(client, f"/run/{run_id}", wait=30)
+    problem = check_problem(await client.post(f"/run/{run_id}/cancel"), 409)
+    assert problem["detail"] == f"The run {run_id} is failed and cannot be cancelled any more."
+    check_problem(await client.post("/run/42/cancel"), 404)
+
+
+# Retry, delete
+
+
+async def test_a_failed_run_is_tried_again_after_its_last_step(client: httpx.AsyncClient, gate: Gate) -> None:
+    run_id = await start(client, "steady")
+    failed = await get(client, f"/run/{run_id}", wait=30)
+    assert (failed["status"], [step["result"] for step in failed["steps"]]) == ("failed", [{"result": 7}])
+    gate.fails = False
+    response = await client.post(f"/run/{run_id}/retry")
+    assert (response.status_code, response.json()["attempt"]) == (202, 2)
+    done = await get(client, response.headers["Location"], wait=30)
+    assert (done["status"], done["result"]) == ("completed", {"result": 8})
+    assert [(step["agent_name"], step["attempt"]) for step in done["steps"]] == [("steady", 1), ("shaky", 2)]
+    assert gate.calls == ["steady", "shaky", "shaky"]
+    check_problem(await client.post(f"/run/{run_id}/retry"), 409)
+    check_problem(await client.post("/run/42/retry"), 404)
+
+
+async def test_a_final_run_is_deleted(client: httpx.AsyncClient, gate: Gate) -> None:
+    run_id = await start(client, "nap")
+    problem = check_problem(await client.delete(f"/run/{run_id}"), 409)
+    assert "Cancel it first, or wait for its end" in problem["detail"]
+    gate.may_go.set()
+    await get(client, f"/run/{run_id}", wait=30)
+    response = await client.delete(f"/run/{run_id}")
+    assert (response.status_code, response.content) == (204, b"")
+    check_problem(await client.delete(f"/run/{run_id}"), 404)
+    check_problem(await client.get(f"/run/{run_id}"), 404)
+
+
+# List
+
+
+async def test_runs_are_listed_in_pages(client: httpx.AsyncClient, gate: Gate) -> None:
+    ids = [await start(client, "steady", {"n": n}) for n in range(5)]
+    for run_id in ids:
+        await get(client, f"/run/{run_id}", wait=30)
+    seen: list[str] = []
+    path = "/runs?limit=2&agent_name=steady&status=failed&created_after=2020-01-01T00:00:00%2B00:00"
+    for _ in range(3):
+        response = await client.get(path)
+        page = response.json()
+        seen += [run["run_id"] for run in page["runs"]]
+        assert all("inputs" not in run and "result" not in run for run in page["runs"])
+        if page["next"] is None:
+            assert "link" not in response.headers
+            break
+        assert response.headers["Link"] == f'<{page["next"]}>; rel="next"'
+        path = page["next"]
+    assert seen == ids[::-1]
+    assert (await get(client, "/runs", status="completed"))["runs"] == []
+
+
+async def test_a_list_has_inputs_and_results_on_request(client: httpx.AsyncClient, gate: Gate) -> None:
+    gate.fails = False
+    await get(client, f"/run/{await start(client, 'steady', {'n': 1})}", wait=30)
+    for include, inputs, result in (("inputs", {"n": 1}, None), ("result", None, {"result": 2})):
+        (run,) = (await get(client, "/runs", include=include))["runs"]
+        assert (run.get("inputs"), run.get("result")) == (inputs, result)
+    (run,) = (await get(client, "/runs", include="inputs,result"))["runs"]
+    assert (run["inputs"], run["result"]) == ({"n": 1}, {"result": 2})
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ({"status": "done"}, "'status' in the query: Invalid enum value 'done'."),
+        ({"limit": "0"}, "'limit' in the query: Expected 'int' >= 1."),
+        ({"limit": "1001"}, "'limit' in the query: Expected 'int' <= 1000."),
+        ({"created_after": "yesterday"}, "'created_after' in the query: Invalid RFC3339 encoded datetime."),
+        ({"created_after": "2026-01-01T00:00:00"}, "Expected 'datetime' with a timezone component."),
+        ({"agent": "steady"}, "The query: Object contains unknown field 'agent'."),
+        ({"include": "steps"}, "'include' in the query: Invalid enum value 'steps'."),
+    ],
+)
+async def test_a_filter_that_is_not_understood_is_refused(
+    query: dict[str, str], words: str, client: httpx.AsyncClient
+) -> None:
+    assert words in check_problem(await client.get("/runs", params=query), 422)["detail"]
+
+
+# Events
+
+
+def events_in(text: str) -> list[dict[str, Any]]:
+    """As the HTML standard has it: fields by line, an empty line ends an event, a colon begins a comment."""
+    events = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
+        if "data" in fields:
+            events.append({**fields, "data": json.loads(fields["data"])})
+    return events
+
+
+async def test_events_are_streamed_to_the_end(client: httpx.AsyncClient, gate: Gate) -> None:
+    gate.fails = False
+    run_id = await start(client, "steady")
+    response = await client.get(f"/run/{run_id}/events")
+    assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    assert response.headers["Cache-Control"] == "no-store"
+    events = events_in(response.text)
+    assert [event["event"] for event in events] == [
+        *("run.started", "step.started", "step.completed", "step.started", "step.completed", "run.completed"),
+    ]
+    ids = [int(event["id"]) for event in events]
+    assert ids == sorted(set(ids))
+    assert events[-1]["data"]["result"] == {"result": 8}
+    assert {event["data"]["run_id"] for event in events} == {run_id}
+    for headers, query in (({"Last-Event-ID": str(ids[3])}, {}), ({}, {"after": ids[3]})):
+        rest = await client.get(f"/run/{run_id}/events", headers=headers, params=query)
+        assert [event["event"] for event in events_in(rest.text)] == ["step.completed", "run.completed"]
+
+
+async def test_a_reader_that_has_heard_all_is_told_not_to_come_again(client: httpx.AsyncClient, gate: Gate) -> None:
+    """A browser connects again whenever a stream ends, unless it gets 204."""
+    run_id = await start(client, "steady")
+    last = events_in((await client.get(f"/run/{run_id}/events")).text)[-1]
+    assert last["event"] == "run.failed"
+    response = await client.get(f"/run/{run_id}/events", headers={"Last-Event-ID": last["id"]})
+    assert (response.status_code, response.content) == (204, b"")
+    check_problem(await client.get("/run/42/events"), 404)
+    check_problem(await client.get(f"/run/{run_id}/events?after=x"), 422)
+    assert (await client.head(f"/run/{run_id}/events")).status_code == 200
+
+
+async def test_an_event_stream_that_cannot_be_read_on_is_cut(
+    app: FlockAPI, client: httpx.AsyncClient, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = await start(client, "steady")
+    await get(client, f"/run/{run_id}", wait=30)
+
+    async def fail(run_id: str, after: int = 0) -> AsyncIterator[None]:
+        raise StoreError("gone")
+        yield
+
+    monkeypatch.setattr(app.engine, "events", fail)
+    response = await client.get(f"/run/{run_id}/events")
+    assert (response.status_code, response.text) == (200, "")
+
+
+# Idempotency keys
+
+
+@pytest.mark.parametrize("async_run", [False, True], ids=["sync", "async"])
+async def test_a_request_that_is_sent_again_is_the_same_run(
+    async_run: bool, client: httpx.AsyncClient, gate: Gate
+) -> None:
+    gate.fails = False
+    body = {"agent_name": "steady", "async_run": async_run}
+    first = await client.post("/run/flock", json=body, headers={"Idempotency-Key": '"8e03978e-40d5"'})
+    assert "Idempotency-Replayed" not in first.headers
+    await get(client, f"/run/{first.json()['run_id']}", wait=30)
+    again = await client.post("/run/flock", json=body, headers={"Idempotency-Key": "8e03978e-40d5"})
+    assert (again.status_code, again.headers["Idempotency-Replayed"]) == (200, "true")
+    assert again.json()["run_id"] == first.json()["run_id"]
+    assert (again.json()["status"], gate.calls) == ("completed", ["steady", "shaky"])
+    other = await client.post("/run/flock", json={"agent_name": "nap"}, headers={"Idempotency-Key": "8e03978e-40d5"})
+    assert check_problem(other, 422)["type"] == "urn:flockapi:problem:idempotency-key-reused"
+
+
+async def test_a_batch_that_is_sent_again_is_the_same_batch(client: httpx.AsyncClient) -> None:
+    body, headers = {"agent_name": "steady", "batch_inputs": [{}]}, {"Idempotency-Key": "b"}
+    first = await client.post("/run/batch", json=body, headers=headers)
+    again = await client.post("/run/batch", json=body, headers=headers)
+    assert (again.status_code, again.headers["Idempotency-Replayed"]) == (202, "true")
+    assert again.json()["batch_id"] == first.json()["batch_id"]
+    check_problem(await client.post("/run/flock", json={"agent_name": "steady"}, headers=headers), 422)
+
+
+@pytest.mark.parametrize("key", ["", '""', "two words", 'a"b', "x" * 256, "caf\u00e9".encode()])
+async def test_a_key_that_is_none_is_refused(key: Any, client: httpx.AsyncClient) -> None:
+    response = await client.post("/run/flock", json={"agent_name": "nap"}, headers={"Idempotency-Key": key})
+    assert "1 to 255 visible ASCII characters" in check_problem(response, 400)["detail"]
+
+
+# Time-outs
+
+
+async def test_a_run_has_the_time_that_its_request_gives_it(client: httpx.AsyncClient, gate: Gate) -> None:
+    body = (await post_run(client, "nap", timeout_s=0.05)).json()
+    assert (body["status"], body["error_type"]) == ("failed", "timeout")
+    for wrong in (0, -1, "x"):
+        check_problem(await post_run(client, "nap", timeout_s=wrong), 422)
+
+
+async def test_the_time_of_a_run_is_capped(gate: Gate) -> None:
+    app = create_app(gate.flock, engine=gate.flock.engine(max_timeout_s=0.05))
+    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        body = (await post_run(client, "nap", timeout_s=3600)).json()
+    assert body["error"] == "The run did not end within 0.05 s (timeout_s)."
+
+
+# Readiness
+
+
+async def test_it_says_whether_it_is_ready(app: FlockAPI, client: httpx.AsyncClient) -> None:
+    assert (await client.get("/readyz")).json() == (await client.get("/healthz")).json() == {"status": "ok"}
+    await app.engine.drain(1)
+    problem = check_problem(await client.get("/readyz"), 503)
+    assert problem["detail"] == "The server is about to stop and takes no new work."
+    assert (await client.get("/healthz")).status_code == 200
+
+
+# Callers that go away: over real sockets
+
+
+class Served:
+    """An app under a real uvicorn in this loop."""
+
+    def __init__(self, app: FlockAPI) -> None:
+        self.app = app
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", ws="none"))
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    async def __aenter__(self) -> "Served":
+        self.task = asyncio.create_task(self.server._serve([self.socket]))
+        with anyio.fail_after(20):
+            while not self.server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+                await anyio.sleep(0.01)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.server.should_exit = True
+        await self.task
+
+    async def send(self, body: Any, **headers: str) -> anyio.abc.SocketStream:
+        """Send a request, and keep its connection."""
+        stream = await anyio.connect_tcp("127.0.0.1", self.port)
+        content = json.dumps(body).encode()
+        lines = ["POST /run/flock HTTP/1.1", "Host: t", "Content-Type: application/json"]
+        lines += [f"Content-Length: {len(content)}", *(f"{name}: {value}" for name, value in headers.items())]
+        await stream.send("\r\n".join([*lines, "", ""]).encode() + content)
+        return stream
+
+    async def only_run(self) -> Any:
+        async with httpx.AsyncClient(base_url=self.url) as client:
+            (run,) = (await get(client, "/runs"))["runs"]
+            return await get(client, f"/run/{run['run_id']}", wait=10)
+
+
+async def test_a_caller_that_goes_away_takes_a_synchronous_run_along(gate: Gate) -> None:
+    async with Served(create_app(gate.flock, store=":memory:")) as served:
+        connection = await served.send({"agent_name": "nap"})
+        await gate.begun.wait()
+        await connection.aclose()
+        with anyio.fail_after(1):
+            await gate.ended.wait()
+        assert (await served.only_run())["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("how", ["on_disconnect", "async_run", "Idempotency-Key"])
+async def test_a_caller_that_goes_away_leaves_other_runs_alone(how: str, gate: Gate) -> None:
+    """An asynchronous run, one that its owner wants to go on, and one that the caller may ask for again."""
+    on_disconnect: Any = "continue" if how == "on_disconnect" else "cancel"
+    async with Served(create_app(gate.flock, store=":memory:", on_disconnect=on_disconnect)) as served:
+        headers = {"Idempotency-Key": "k"} if how == "Idempotency-Key" else {}
+        connection = await served.send({"agent_name": "nap", "async_run": how == "async_run"}, **headers)
+        await gate.begun.wait()
+        await connection.aclose()
+        with anyio.move_on_after(1):
+            await gate.ended.wait()
+        assert not gate.ended.is_set()
+        gate.may_go.set()
+        assert (await served.only_run())["status"] == "completed"
+
+
+async def test_a_caller_that_goes_away_aborts_the_model_call(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, aborted = anyio.Event(), anyio.Event()
+
+    async def silent(stream: anyio.abc.SocketStream) -> None:
+        try:
+            while True:
+                await stream.receive()
+                asked.set()
+        except (anyio.EndOfStream, anyio.BrokenResourceError):
+            aborted.set()
+
+    async with socket_server(silent) as (url, connections):
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        async with Served(create_app(gate.flock, store=":memory:")) as served:
+            connection = await served.send({"agent_name": "asks", "inputs": {"text": "x"}})
+            await asked.wait()
+            await connection.aclose()
+            with anyio.fail_after(1):
+                await aborted.wait()
+            assert (await served.only_run())["status"] == "cancelled"
+        assert len(connections) == 1, "it is not asked again"
+
+
+async def test_a_request_that_its_host_cancels_takes_its_run_along(app: FlockAPI, gate: Gate) -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(post_run, client, "nap")
+            await gate.begun.wait()
+            tasks.cancel_scope.cancel()
+        with anyio.fail_after(5):
+            await gate.ended.wait()
+        (run,) = (await get(client, "/runs"))["runs"]
+        assert (await get(client, f"/run/{run['run_id']}", wait=10))["status"] == "cancelled"
+
+
+async def test_a_caller_that_stays_gets_an_answer_that_took_long(gate: Gate, model: FakeModel) -> None:
+    """Longer than anyone waits before looking after the caller."""
+    async with Served(create_app(gate.flock, engine=gate.flock.engine(transport=model.transport))) as served:
+        async with httpx.AsyncClient(base_url=served.url) as client:
+
+            async def let_go() -> None:
+                await gate.begun.wait()
+                await anyio.sleep(0.3)  # longer than PATIENCE_S
+                gate.may_go.set()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(let_go)
+                assert (await post_run(client, "nap")).json()["status"] == "completed"
+            model.replies = [answer({"reply": "yes"})]
+            assert (await post_run(client, "asks", {"text": "x"})).json()["result"] == {"reply": "yes"}
+
+
+async def test_a_reader_that_does_not_read_holds_up_nothing(gate: Gate) -> None:
+    """Nine megabytes of progress for a connection that takes none of it."""
+    async with Served(create_app(gate.flock, store=":memory:")) as served:
+        async with httpx.AsyncClient(base_url=served.url) as client:
+            run_id = await start(client, "chatter")
+            reader = await anyio.connect_tcp("127.0.0.1", served.port)
+            await reader.send(f"GET /run/{run_id}/events HTTP/1.1\r\nHost: t\r\n\r\n".encode())
+            assert (await get(client, f"/run/{run_id}", wait=30))["status"] == "completed"
+            await reader.aclose()
