@@ -34,6 +34,15 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
 } | {"Usage": Usage, "Progress": Progress, "FieldError": FieldError}
 
 
+#: Which struct stands behind the query of which operations.
+QUERIES = {
+    "WaitQuery": ["getRun", "cancelRun"],
+    "EventsQuery": ["getRunEvents"],
+    "ItemsQuery": ["getBatch"],
+    "RunsQuery": ["listRuns"],
+}
+
+
 def operations() -> Iterator[tuple[str, str, Any]]:
     for path, item in SPEC["paths"].items():
         for method, operation in item.items():
@@ -140,7 +149,7 @@ def test_every_status_of_the_error_table_is_in_it() -> None:
 
 
 def test_every_public_struct_has_a_schema() -> None:
-    public = {name for name in flockapi.__all__ if isinstance(getattr(flockapi, name), type)}
+    public = {name for name in flockapi.__all__ if isinstance(getattr(flockapi, name), type)} - set(QUERIES)
     structs = {name for name in public if issubclass(getattr(flockapi, name), msgspec.Struct)}
     assert structs <= SCHEMAS.keys()
     assert SCHEMAS.keys() - STRUCTS.keys() == {"RunStatus"}
@@ -184,6 +193,25 @@ def _shape(schema: Any) -> Any:
     if schema.get("type") == "array" and schema.get("items"):
         kept["items"] = _shape(schema["items"])
     return kept
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_a_query_and_its_parameters_are_the_same(name: str) -> None:
+    """But for ``include``, a list that is written with commas."""
+    _, components = msgspec.json.schema_components([getattr(flockapi, name)])
+    ours = components[name]["properties"]
+    found = {operation["operationId"]: operation["parameters"] for _, _, operation in operations()}
+    for operation_id in QUERIES[name]:
+        theirs = {p["name"]: p["schema"] for p in map(resolve, found[operation_id]) if p["in"] == "query"}
+        assert list(theirs) == list(ours)
+        for parameter, schema in ours.items():
+            if parameter != "include":
+                optional = _shape(schema)
+                allowed = optional if isinstance(optional, set) else {json.dumps(optional, default=sorted)}
+                assert json.dumps(_shape(resolve(theirs[parameter])), default=sorted) in allowed or "$ref" in str(
+                    schema
+                )
+                assert (schema.get("default") or None) == (theirs[parameter].get("default") or None)
 
 
 def test_the_statuses_of_a_run_are_the_same() -> None:
