@@ -1,15 +1,10 @@
-"""The command ``flockapi``, and our own server, which ``Flock.start_api`` uses too."""
+"""The command ``flockapi``."""
 
-import contextlib
-import copy
+import functools
 import importlib
 import importlib.util
-import logging
-import math
 import os
-import socket
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,88 +12,14 @@ from typing import Any
 
 import click
 import msgspec
-import uvicorn
-import uvicorn.config
 
 from flock import __version__
 from flock.core import Flock
 from flock.errors import FlockError
-from flockapi import FlockAPI, create_app
+from flock.server import ServerSettings, serve_flock, serve_workers
+from flock.store import MEMORY
 
-__all__ = ["load_flock", "main", "serve_flock"]
-
-logger = logging.getLogger("flock.server")
-
-#: How long the answers to interrupted runs may take, in seconds; then uvicorn cuts them off.
-ANSWER_TIMEOUT_S = 5
-#: How long a worker thread may take to end that has nothing to do, in seconds.
-THREAD_TIMEOUT_S = 1
-
-
-def serve_flock(
-    flock: Flock,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8344,
-    server_name: str = "Flock Server",
-    create_ui: bool = False,
-    expose_errors: bool = False,
-    drain_timeout_s: float = 20,
-    store: str = "flock.db",
-) -> None:
-    """Serve *flock* with uvicorn until SIGINT or SIGTERM. It sets up logging, as only the program's owner should.
-
-    Args:
-        drain_timeout_s: how long runs that somebody waits for may go on then; after it they end as interrupted.
-    """
-    log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-    log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
-    app = create_app(flock, server_name=server_name, expose_errors=expose_errors, store=store)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_config=log_config,
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(drain_timeout_s + ANSWER_TIMEOUT_S),
-    )
-    if create_ui:
-        logger.warning("create_ui: this version has no web page yet; /docs can run agents from a browser.")
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        logger.warning("Listening on %s without a key: whoever reaches this port can run these agents.", host)
-    if not flock.agents:
-        logger.warning("This flock has no agents yet: add one with flock.add_agent(...).")
-    kept = "in memory only" if store == ":memory:" else f"in {Path(store).resolve()}"
-    agents = ", ".join(flock.agents) or "no agents"
-    logger.info("%s serves %s. Docs: /docs and /redoc. Runs are kept %s.", server_name, agents, kept)
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to stop it, and no error
-        _Server(config, app, drain_timeout_s).run()
-    _leave_busy_threads()
-
-
-class _Server(uvicorn.Server):
-    """uvicorn alone closes its listener first; this one goes on answering until the work has ended or is left."""
-
-    def __init__(self, config: uvicorn.Config, app: FlockAPI, drain_timeout_s: float) -> None:
-        super().__init__(config)
-        self._app = app
-        self._drain_timeout_s = drain_timeout_s
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._app.engine.drain(self._drain_timeout_s)
-        await super().shutdown(sockets)
-
-
-def _leave_busy_threads() -> None:
-    """Do not wait at exit for functions that do not return; their runs have ended as interrupted."""
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("AnyIO worker")]
-    for thread in threads:
-        thread.join(THREAD_TIMEOUT_S)
-    if any(thread.is_alive() for thread in threads):
-        logger.warning("Leaving without functions that have not returned.")
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(0)
+__all__ = ["load_flock", "main"]
 
 
 # The flock that a command is about
@@ -159,6 +80,8 @@ def main() -> None:
     """
 
 
+SECONDS = click.FloatRange(0)
+
 model_option = click.option(
     "--model",
     envvar="FLOCK_MODEL",
@@ -187,21 +110,103 @@ model_option = click.option(
     metavar="FILE",
     help="SQLite file that keeps the runs; :memory: keeps them as long as the server runs.",
 )
+@click.option(
+    "--durability",
+    type=click.Choice(["power", "process"]),
+    default="power",
+    show_default=True,
+    help="What an accepted run survives: a power cut, or any crash of the process, which is faster.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that share the port and the store.",
+)
+@click.option(
+    "--max-concurrency",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="Runs at work at the same time, in each process.",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(0),
+    default=10_000,
+    show_default=True,
+    metavar="N",
+    help="Runs accepted and waiting; more are refused with 429.",
+)
+@click.option(
+    "--max-timeout",
+    "max_timeout_s",
+    type=SECONDS,
+    default=86_400,
+    show_default=True,
+    metavar="SECONDS",
+    help="The longest that one attempt of a run may take.",
+)
+@click.option(
+    "--queue-timeout",
+    "queue_timeout_s",
+    type=SECONDS,
+    metavar="SECONDS",
+    help="The longest that a run may wait for its first step.  [default: no limit]",
+)
+@click.option(
+    "--keep-for",
+    "keep_for_s",
+    type=SECONDS,
+    metavar="SECONDS",
+    help="Delete runs that ended longer ago.  [default: keep them]",
+)
+@click.option(
+    "--keep-runs",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Delete ended runs beyond the newest so many.  [default: keep them]",
+)
+@click.option(
+    "--on-disconnect",
+    type=click.Choice(["cancel", "continue"]),
+    default="cancel",
+    show_default=True,
+    help="What becomes of a synchronous run whose caller goes away.",
+)
 @click.option("--expose-errors", is_flag=True, help="Show the text of any exception to clients; for development.")
 @click.option(
     "--drain-timeout",
     "drain_timeout_s",
-    type=click.FloatRange(0),
+    type=SECONDS,
     default=20,
     show_default=True,
     metavar="SECONDS",
     help="How long runs that somebody waits for may go on when the server is told to stop.",
 )
-def serve(target: str, model: str | None, **options: Any) -> None:
+def serve(target: str, model: str | None, workers: int, **options: Any) -> None:
     """Serve the flock that TARGET names over HTTP."""
+    settings = ServerSettings(**options)
+    load = functools.partial(_load_with_model, target, model)
+    try:
+        if workers == 1:
+            serve_flock(load(), settings)
+        elif settings.store == MEMORY:
+            raise click.UsageError(
+                "Several workers share their runs by a file: name one with --store, or leave out --workers."
+            )
+        else:
+            serve_workers(load, workers, settings)
+    except FlockError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+def _load_with_model(target: str, model: str | None) -> Flock:
     flock = load_flock(target)
     flock.model = model or flock.model
-    serve_flock(flock, **options)
+    return flock
 
 
 @main.command()
@@ -218,8 +223,7 @@ def serve(target: str, model: str | None, **options: Any) -> None:
 @model_option
 def run(target: str, agent: str, inputs: Sequence[str], model: str | None) -> None:
     """Run AGENT of the flock that TARGET names once, and print its result as JSON."""
-    flock = load_flock(target)
-    flock.model = model or flock.model
+    flock = _load_with_model(target, model)
     texts = {}
     for pair in inputs:
         key, equals, value = pair.partition("=")

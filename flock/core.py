@@ -143,9 +143,9 @@ class Flock:
             create_ui: kept for scripts that pass it; there is no web page yet.
         """
         # The one import that points up: the user's script asks for the server here.
-        from flock.cli import serve_flock
+        from flock.server import ServerSettings, serve_flock
 
-        serve_flock(self, host=host, port=port, server_name=server_name, create_ui=create_ui)
+        serve_flock(self, ServerSettings(host=host, port=port, server_name=server_name), create_ui=create_ui)
 
 
 class FlockFactory:

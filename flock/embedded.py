@@ -218,7 +218,9 @@ class EmbeddedEngine:
 
     async def drain(self, timeout_s: float) -> None:
         self.is_leaving = True
-        self._tell_store_changed()  # event streams end
+        self._tell_store_changed()
+        for active in self._active.values():
+            active.tell(active.run)  # event streams end
         for seconds in (timeout_s, FINAL_WRITE_TIMEOUT_S):
             with anyio.move_on_after(seconds):
                 while self._active:

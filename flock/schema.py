@@ -129,7 +129,8 @@ FIELDS = (
 COLUMNS = ", ".join(FIELDS)
 #: What stands for a column that is not read.
 EMPTY = {"inputs": "x'7b7d'", "result": "NULL"}
-INSERT_RUN = f"INSERT INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
+# What a failed commit may have written all the same is written again.
+INSERT_RUN = f"INSERT OR REPLACE INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
 UPDATE_RUN = """UPDATE runs
     SET status = ?, result = ?, error = ?, error_type = ?, started_at = ?, completed_at = ?, progress = ?
     WHERE run_id = ? AND owner = ? AND attempt = ? AND status IN ('starting', 'running')"""
@@ -138,7 +139,7 @@ OLD_RUNS = """SELECT run_id FROM runs INDEXED BY runs_all
 OLD_BATCHES = "SELECT batch_id FROM batches WHERE flock = ? AND batch_id < ? AND completed_at <= ? LIMIT 1"
 COUNT_ITEM = """UPDATE batches SET completed_items = completed_items + 1, failed_items = failed_items + ?,
     cancelled_items = cancelled_items + ? WHERE batch_id = ?"""
-INSERT_STEP = "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+INSERT_STEP = "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int, Step]) -> bool:
@@ -262,7 +263,9 @@ INSERT_BATCH = """INSERT INTO batches
 INTERRUPT_SYNC = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
     WHERE owner = ? AND status IN ('starting', 'running') AND NOT is_async"""
 TAKE_BATCHES = "UPDATE batches SET owner = ? WHERE owner = ? AND status IN ('starting', 'running')"
-WAITING_RUNS = "SELECT run_id FROM runs WHERE owner = ? AND status = 'starting' AND batch_id IS NULL ORDER BY run_id"
+RUNS_OF = """SELECT run_id FROM runs
+    WHERE owner = ? AND status IN ('starting', 'running') AND batch_id IS NULL ORDER BY run_id"""
+BATCHES_OF = "SELECT batch_id FROM batches WHERE owner = ? AND status IN ('starting', 'running') ORDER BY batch_id"
 TAKE_RUNS = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'), status = 'starting'
     WHERE owner = ? AND status IN ('starting', 'running')"""
 

@@ -546,12 +546,13 @@ class Store:
             if db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,)).rowcount == 0:
                 return [], []
             db.execute(schema.INTERRUPT_SYNC, (*schema.INTERRUPTED, schema.micros(now), dead_id))
+            # By their ids: what the new owner has already is at work there.
+            run_ids = [run_id for (run_id,) in db.execute(schema.RUNS_OF, (dead_id,))]
+            batch_ids = [batch_id for (batch_id,) in db.execute(schema.BATCHES_OF, (dead_id,))]
             db.execute(schema.TAKE_RUNS, (owner, dead_id))
             db.execute(schema.TAKE_BATCHES, (owner, dead_id))
-            ids = db.execute(schema.WAITING_RUNS, (owner,)).fetchall()
-            runs = [run for (run_id,) in ids if (run := schema.find_run(db, run_id)) is not None]
-            query = f"SELECT {schema.BATCH_COLUMNS} FROM batches WHERE owner = ? AND status IN ('starting', 'running')"
-            return runs, [schema.batch_from(row) for row in db.execute(query, (owner,))]
+            runs = [run for run_id in run_ids if (run := schema.find_run(db, run_id)) is not None]
+            return runs, [batch for id_ in batch_ids if (batch := schema.find_batch(db, id_)) is not None]
 
         runs, batches = await self.change(apply)
         _remove(f"{self.path}-engine-{dead_id}")

@@ -171,10 +171,14 @@ class Server:
         assert self._is_up.wait(timeout_s), f"the server did not start: {self.lines}"
         assert self.url, f"the server ended: {self.lines}"
 
-    def wait_for_line(self, words: str, timeout_s: float = 30) -> None:
-        """Wait until the server has printed a line with *words*."""
+    def wait_for_line(self, words: str, timeout_s: float = 30, *, times: int = 1) -> None:
+        """Wait until the server has printed *times* lines with *words*."""
+
+        def is_there() -> bool:
+            return sum(words in line for line in self.lines) >= times
+
         with self._printed:
-            assert self._printed.wait_for(lambda: any(words in line for line in self.lines), timeout_s), self.lines
+            assert self._printed.wait_for(is_there, timeout_s), self.lines
 
     def stop(self) -> int:
         """SIGTERM, and its exit code; all that it printed is in ``lines`` then."""

@@ -1,88 +1,162 @@
-"""Accepted is kept: a real server, killed with SIGKILL again and again, loses no run and repeats no committed step."""
+"""Accepted is kept: real servers and workers, killed with SIGKILL again and again, lose no run and repeat no step."""
 
+import contextlib
 import os
 import random
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.fakes import flockapi_command, running
+from tests.fakes import Server, flockapi_command, running
 
+RUNS = 200
 FLOCK = """
-import asyncio, os
+import asyncio, os, time
 from flock.core import Flock
 
 flock = Flock("crash")
 LOG = os.environ["LOG"]
 
-def note(n: int, step: str) -> None:
+def note(n: int, step: str, what: str) -> None:
     fd = os.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(fd, f"{n} {step}\\n".encode())
+    os.write(fd, f"{n}-{step} {what} {os.getpid()} {time.monotonic()}\\n".encode())
     os.close(fd)
 
 @flock.agent(next_agent="second")
 async def first(n: int) -> int:
-    note(n, "first")
+    note(n, "first", "begins")
     await asyncio.sleep(0.01)
+    note(n, "first", "ends")
     return n
 
 @flock.agent
 def second(n: int) -> int:
-    note(n, "second")
+    note(n, "second", "begins")
+    time.sleep(0.002)
+    note(n, "second", "ends")
     return n + 1
 """
 
 
+class Ledger:
+    """What was acknowledged, what was seen committed, what the agents did, and who was killed when."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log, self.database = folder / "log", folder / "flock.db"
+        self.sent = 0
+        self.accepted: dict[str, int] = {}
+        self.committed: dict[str, int] = {}  # how often each step had begun when it was seen committed
+        self.killed: dict[str, float] = {}
+        (folder / "crash.py").write_text(FLOCK)
+        self.command = flockapi_command("serve", str(folder / "crash.py"), "--port", "0", "--store", str(self.database))
+
+    def submit(self, client: httpx.Client) -> None:
+        """Send a run. Where the server dies over it, nothing was promised."""
+        n, self.sent = self.sent, self.sent + 1
+        with contextlib.suppress(httpx.TransportError):
+            answer = client.post("/run/flock", json={"agent_name": "first", "inputs": {"n": n}, "async_run": True})
+            assert answer.status_code == 202, answer.text
+            self.accepted[answer.json()["run_id"]] = n
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, 9)
+        self.killed[str(pid)] = time.monotonic()
+
+    def kill_after(self, delay_s: float, pid: int) -> threading.Timer:
+        """While runs are being sent."""
+        timer = threading.Timer(delay_s, self.kill, [pid])
+        timer.start()
+        return timer
+
+    def lines(self) -> list[list[str]]:
+        return [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def look(self) -> None:
+        """Note which steps are committed, and that none of those that were has begun again."""
+        with contextlib.closing(sqlite3.connect(self.database)) as db:
+            query = (
+                "SELECT json_extract(CAST(inputs AS TEXT), '$.n') || '-' || steps.agent_name "
+                "FROM steps JOIN runs USING (run_id)"
+            )
+            steps = [step for (step,) in db.execute(query)]
+        begun = [step for step, what, *_ in self.lines() if what == "begins"]
+        for step in steps:
+            times = self.committed.setdefault(step, begun.count(step))
+            assert begun.count(step) == times, f"{step} was executed again after its commit"
+
+    def wait_for_all(self, client: httpx.Client) -> None:
+        """All that was acknowledged is final, and right."""
+        for run_id, n in self.accepted.items():
+            run = client.get(f"/run/{run_id}", params={"wait": 60}).json()
+            assert (run["status"], run["result"]) == ("completed", {"result": n + 1})
+
+    def check_no_two_at_once(self) -> None:
+        """A step begins again only after the one who was at it had been killed, or had ended and not committed."""
+        at_work: dict[str, str] = {}
+        for step, what, pid, at in self.lines():
+            if what == "begins" and step in at_work:
+                assert self.killed[at_work[step]] <= float(at), f"{step} was executed by two at once"
+            at_work[step] = pid
+            if what == "ends":
+                del at_work[step]
+
+
 @pytest.mark.timeout(300)
 def test_no_run_is_lost_and_no_committed_step_repeated_by_kill_minus_nine(tmp_path: Path) -> None:
-    """200 asynchronous runs of two steps, 20 kills at random moments."""
-    (tmp_path / "crash.py").write_text(FLOCK)
-    log, database = tmp_path / "log", tmp_path / "flock.db"
-    command = flockapi_command("serve", str(tmp_path / "crash.py"), "--port", "0", "--store", str(database))
-    chance = random.Random(7)
-    accepted: dict[str, int] = {}
-    committed: dict[str, int] = {}  # lines of the log about each step that was seen committed, when it was seen
-
-    def lines() -> list[str]:
-        return log.read_text().splitlines() if log.exists() else []
-
-    def submit(client: httpx.Client) -> None:
-        n = len(accepted)
-        answer = client.post("/run/flock", json={"agent_name": "first", "inputs": {"n": n}, "async_run": True})
-        assert answer.status_code == 202
-        accepted[answer.json()["run_id"]] = n
-
-    for life in range(21):
-        with running(*command, LOG=str(log)) as server:
-            died_at = time.monotonic() + chance.uniform(0.02, 0.3)
-            with httpx.Client(base_url=server.url, timeout=30) as client:
-                while len(accepted) < 10 * (life + 1) and len(accepted) < 200 and time.monotonic() < died_at:
-                    submit(client)
-                if life < 20:
-                    time.sleep(max(0.0, died_at - time.monotonic()))
-                else:
-                    deadline = time.monotonic() + 120
-                    while len(accepted) < 200:
-                        submit(client)
-                    for run_id, n in accepted.items():
-                        while (run := client.get(f"/run/{run_id}").json())["status"] in ("starting", "running"):
-                            assert time.monotonic() < deadline
-                        assert (run["status"], run["result"]) == ("completed", {"result": n + 1})
-            os.kill(server.process.pid, 9)
+    """200 asynchronous runs of two steps, 20 kills of the server at random moments."""
+    ledger, chance = Ledger(tmp_path), random.Random(7)
+    for life in range(20):
+        with running(*ledger.command, LOG=str(ledger.log)) as server:
+            timer = ledger.kill_after(chance.uniform(0.02, 0.3), server.process.pid)
+            with httpx.Client(base_url=server.url, timeout=90) as client:
+                while len(ledger.accepted) < RUNS * (life + 1) // 20 and timer.is_alive():
+                    ledger.submit(client)
+            timer.join()
             server.process.wait()
-        seen = lines()
-        for step, times in committed.items():
-            assert seen.count(step) == times, f"{step} was executed again after its commit"
-        with sqlite3.connect(database) as db:
-            steps = db.execute(
-                "SELECT agent_name, json_extract(CAST(inputs AS TEXT), '$.n') FROM (SELECT steps.agent_name, inputs "
-                "FROM steps JOIN runs USING (run_id))"
-            ).fetchall()
-        db.close()
-        for agent_name, n in steps:
-            committed.setdefault(f"{n} {agent_name}", seen.count(f"{n} {agent_name}"))
-    assert len(accepted) == 200
-    assert len(committed) >= 400
+        ledger.look()
+    with running(*ledger.command, LOG=str(ledger.log)) as server:
+        with httpx.Client(base_url=server.url, timeout=90) as client:
+            while len(ledger.accepted) < RUNS:
+                ledger.submit(client)
+            ledger.wait_for_all(client)
+        ledger.look()
+    ledger.check_no_two_at_once()
+    assert len(ledger.committed) >= 2 * RUNS
+
+
+def workers_of(server: Server) -> list[int]:
+    """The processes of the server but for its parent and the helper that multiprocessing starts."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_worker_loses_nothing_and_the_others_stay_up(tmp_path: Path) -> None:
+    """200 asynchronous runs of two steps, three workers, one of them killed again and again."""
+    ledger, chance = Ledger(tmp_path), random.Random(8)
+    kills = int(os.environ.get("FLOCK_TEST_KILLS", "6"))
+    with running(*ledger.command, "--workers", "3", LOG=str(ledger.log)) as server:
+        for kill in range(kills):
+            server.wait_for_line("Application startup complete", times=3 + kill)
+            others = set(workers_of(server))
+            assert len(others) == 3
+            victim = chance.choice(sorted(others))
+            timer = ledger.kill_after(chance.uniform(0.02, 0.3), victim)
+            while len(ledger.accepted) < RUNS * (kill + 1) // kills and timer.is_alive():
+                with httpx.Client(base_url=server.url, timeout=90) as client:  # whoever of them takes the connection
+                    ledger.submit(client)
+            timer.join()
+            ledger.look()
+            assert others - {victim} <= set(workers_of(server)), "the others stay up"
+        with httpx.Client(base_url=server.url, timeout=90) as client:
+            while len(ledger.accepted) < RUNS:
+                ledger.submit(client)
+            ledger.wait_for_all(client)
+            ledger.look()
+    ledger.check_no_two_at_once()
+    assert len({pid for _, _, pid, _ in ledger.lines()}) > 3, "they share the work"
+    assert len(ledger.committed) >= 2 * RUNS

@@ -80,7 +80,8 @@ async def test_a_write_of_another_owner_or_attempt_is_refused(store: Store) -> N
 async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) -> None:
     running = run_of(status=RunStatus.RUNNING, started_at=now())
     waiting, waited_for = run_of(), run_of(is_async=False)
-    for run in (running, waiting, waited_for):
+    at_work_already = run_of(owner="successor")
+    for run in (running, waiting, waited_for, at_work_already):
         await store.save(run, is_new=True)
     await store.enter("me", "f")
     runs, batches = await store.take_over("me", "successor", now())

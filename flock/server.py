@@ -1,0 +1,228 @@
+"""Our own server: uvicorn that stops in order, in one process or in several on one socket and one store."""
+
+import contextlib
+import copy
+import functools
+import logging
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import uvicorn
+import uvicorn.config
+
+from flock.core import Flock
+from flock.store import MEMORY, Durability, Store
+from flockapi import FlockAPI, OnDisconnect, create_app
+
+__all__ = ["ServerSettings", "serve_flock", "serve_workers"]
+
+logger = logging.getLogger("flock.server")
+
+#: How long the answers to interrupted runs may take, in seconds; then uvicorn cuts them off.
+ANSWER_TIMEOUT_S = 5
+#: How long a worker thread may take to end that has nothing to do, in seconds.
+THREAD_TIMEOUT_S = 1
+#: How long after its death a worker is replaced, in seconds.
+RESTART_INTERVAL_S = 1
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How a flock is served; the options of ``flockapi serve`` have the same names.
+
+    Attributes:
+        drain_timeout_s: how long runs may go on when the server is told to stop. After it, asynchronous ones are left
+            for the next start, and the others end as interrupted.
+        store, durability, max_concurrency, max_queue, max_timeout_s, queue_timeout_s, keep_for_s, keep_runs,
+            expose_errors: see ``Store`` and ``EmbeddedEngine``.
+        server_name, on_disconnect: see ``create_app``.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8344
+    server_name: str = "Flock Server"
+    store: str = "flock.db"
+    durability: Durability = "power"
+    max_concurrency: int = 100
+    max_queue: int = 10_000
+    max_timeout_s: float = 86_400
+    queue_timeout_s: float | None = None
+    keep_for_s: float | None = None
+    keep_runs: int | None = None
+    on_disconnect: OnDisconnect = "cancel"
+    drain_timeout_s: float = 20
+    expose_errors: bool = False
+
+
+def serve_flock(flock: Flock, settings: ServerSettings, *, create_ui: bool = False) -> None:
+    """Serve *flock* until SIGINT or SIGTERM. It sets up logging, as only the program's owner should.
+
+    Raises: StoreError where the store cannot be used.
+    """
+    config = _config(_app(flock, settings), settings)
+    anyio.run(_open_once, settings)
+    if create_ui:
+        logger.warning("create_ui: this version has no web page yet; /docs can run agents from a browser.")
+    _say_what_is_served(flock, settings)
+    _serve(config, settings)
+
+
+def serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSettings) -> None:
+    """Serve in *workers* processes until SIGINT or SIGTERM. One that dies is replaced; its runs go on in the others.
+
+    Args:
+        load: makes the flock; called in each process, so it must be a function that can be pickled.
+
+    Raises: StoreError where the store cannot be used.
+    """
+    flock = load()
+    config = _config(_app(flock, settings), settings)
+    anyio.run(_open_once, settings)
+    _say_what_is_served(flock, settings)
+    # It listens before any worker does: whoever connects now waits for one.
+    listener = config.bind_socket()
+    listener.listen(config.backlog)
+    told_to_stop, wakes = socket.socketpair()
+    wakes.setblocking(False)
+    signal.set_wakeup_fd(wakes.fileno())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # the byte in the socket says it
+    sys.exit(_keep_running(functools.partial(_start_worker, load, settings, listener), workers, told_to_stop))
+
+
+def _keep_running(start: Callable[[], SpawnProcess], workers: int, told_to_stop: socket.socket) -> int:
+    """Replace workers that die, until told to stop, or until one cannot start, as no other could; its exit code."""
+    processes = [start() for _ in range(workers)]
+    exit_code = 0
+    while not exit_code:
+        ready = multiprocessing.connection.wait([told_to_stop, *(process.sentinel for process in processes)])
+        if told_to_stop in ready:
+            break
+        for process in [process for process in processes if process.sentinel in ready]:
+            process.join()
+            processes.remove(process)
+            if process.exitcode == uvicorn.config.STARTUP_FAILURE:
+                exit_code = uvicorn.config.STARTUP_FAILURE
+            elif not multiprocessing.connection.wait([told_to_stop], RESTART_INTERVAL_S):
+                logger.warning(
+                    "Worker %s is gone (exit code %s); another takes its place.", process.pid, process.exitcode
+                )
+                processes.append(start())
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join()
+    return exit_code
+
+
+def _start_worker(load: Callable[[], Flock], settings: ServerSettings, listener: socket.socket) -> SpawnProcess:
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(load, settings, listener))
+    process.start()
+    return process
+
+
+def _work(load: Callable[[], Flock], settings: ServerSettings, listener: socket.socket) -> None:
+    """What a worker process does."""
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    try:
+        config = _config(_app(load(), settings), settings)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(uvicorn.config.STARTUP_FAILURE)
+    _serve(config, settings, [listener])
+
+
+def _stop_with_parent() -> None:
+    """Nobody could stop the workers of a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _app(flock: Flock, settings: ServerSettings) -> FlockAPI:
+    engine = flock.engine(
+        store=settings.store,
+        durability=settings.durability,
+        max_concurrency=settings.max_concurrency,
+        max_queue=settings.max_queue,
+        max_timeout_s=settings.max_timeout_s,
+        queue_timeout_s=settings.queue_timeout_s,
+        keep_for_s=settings.keep_for_s,
+        keep_runs=settings.keep_runs,
+        expose_errors=settings.expose_errors,
+    )
+    return create_app(flock, server_name=settings.server_name, engine=engine, on_disconnect=settings.on_disconnect)
+
+
+def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
+    log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=log_config,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + ANSWER_TIMEOUT_S),
+    )
+
+
+async def _open_once(settings: ServerSettings) -> None:
+    """Bring the store into form, or say why it cannot be used, before anything listens."""
+    async with Store(settings.store, durability=settings.durability):
+        pass
+
+
+def _say_what_is_served(flock: Flock, settings: ServerSettings) -> None:
+    if settings.host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning("Listening on %s without a key: whoever reaches this port can run these agents.", settings.host)
+    if not flock.agents:
+        logger.warning("This flock has no agents yet: add one with flock.add_agent(...).")
+    kept = "in memory only" if settings.store == MEMORY else f"in {Path(settings.store).resolve()}"
+    agents = ", ".join(flock.agents) or "no agents"
+    logger.info("%s serves %s. Docs: /docs and /redoc. Runs are kept %s.", settings.server_name, agents, kept)
+
+
+def _serve(config: uvicorn.Config, settings: ServerSettings, sockets: list[socket.socket] | None = None) -> None:
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to stop it, and no error
+        _Server(config, settings.drain_timeout_s).run(sockets)
+    _leave_busy_threads()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn alone closes its listener first; this one goes on answering until the work has ended or is left."""
+
+    def __init__(self, config: uvicorn.Config, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._drain_timeout_s = drain_timeout_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app = self.config.app
+        assert isinstance(app, FlockAPI)
+        await app.engine.drain(self._drain_timeout_s)
+        await super().shutdown(sockets)
+
+
+def _leave_busy_threads() -> None:
+    """Do not wait at exit for functions that do not return; their runs have ended as interrupted."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("AnyIO worker")]
+    for thread in threads:
+        thread.join(THREAD_TIMEOUT_S)
+    if any(thread.is_alive() for thread in threads):
+        logger.warning("Leaving without functions that have not returned.")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)

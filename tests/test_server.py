@@ -1,0 +1,202 @@
+"""Our own server: several workers on one socket and one store, and how it starts and stops."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fakes import Server, flockapi_command, running
+from tests.test_http_lifecycle import events_in
+from tests.test_recovery import workers_of
+
+WORKERS = 3
+FLOCK = """
+import multiprocessing, os, pathlib
+import anyio
+from flock.core import Flock
+from flock.runs import RunContext
+
+flock = Flock("workers")
+
+@flock.agent
+async def who(wait_for: str = "", context: RunContext = None) -> int:
+    context.progress(1, 2)
+    while wait_for and not pathlib.Path(wait_for).exists():
+        await anyio.sleep(0.01)
+    return os.getpid()
+
+if os.environ.get("BREAK_WORKERS") and multiprocessing.parent_process():
+    raise RuntimeError("broken in workers only")
+"""
+
+
+@pytest.fixture(scope="module")
+def flock_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("workers") / "workers.py"
+    path.write_text(FLOCK)
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(flock_file: Path) -> Iterator[Server]:
+    store = flock_file.with_name("flock.db")
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(store))
+    with running(*command, "--workers", str(WORKERS)) as server:
+        server.wait_for_line("Application startup complete", times=WORKERS)
+        yield server
+
+
+def post(server: Server, path: str, body: Any = None, **query: Any) -> httpx.Response:
+    """By a connection of its own, so that any worker may take it."""
+    return httpx.post(server.url + path, json=body, params=query, timeout=60)
+
+
+def start(server: Server, wait_for: Path) -> str:
+    inputs = {"wait_for": str(wait_for)}
+    answer = post(server, "/run/flock", {"agent_name": "who", "inputs": inputs, "async_run": True})
+    assert answer.status_code == 202
+    run_id: str = answer.json()["run_id"]
+    return run_id
+
+
+def in_parallel(call: Any, times: int) -> list[Any]:
+    """What *call* gives, from many connections at once: more than one worker takes some."""
+    results: list[Any] = []
+    threads = [threading.Thread(target=lambda: results.append(call())) for _ in range(times)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == times
+    return results
+
+
+def test_all_workers_take_connections(served: Server, tmp_path: Path) -> None:
+    pids: set[int] = set()
+    deadline = time.monotonic() + 30
+    while len(pids) < WORKERS and time.monotonic() < deadline:
+        answers = in_parallel(lambda: post(served, "/run/flock", {"agent_name": "who"}).json(), 12)
+        pids |= {answer["result"]["result"] for answer in answers}
+    assert pids == set(workers_of(served))
+
+
+def test_any_worker_waits_for_what_another_runs(served: Server, tmp_path: Path) -> None:
+    """24 waiters on 3 workers: they are all told, soon after the end."""
+    go = tmp_path / "go"
+    run_id = start(served, go)
+
+    def wait() -> tuple[str, float]:
+        body = httpx.get(f"{served.url}/run/{run_id}", params={"wait": 30}, timeout=60).json()
+        return body["status"], time.time()
+
+    threading.Timer(0.3, go.touch).start()
+    answers = in_parallel(wait, 24)
+    ended_at = go.stat().st_mtime
+    assert {status for status, _ in answers} == {"completed"}
+    assert max(at for _, at in answers) - ended_at < 2, "a tenth of a second, on a machine that is not busy"
+
+
+def test_any_worker_streams_and_cancels_what_another_runs(served: Server, tmp_path: Path) -> None:
+    run_id = start(served, tmp_path / "never")
+
+    def follow() -> list[str]:
+        text = httpx.get(f"{served.url}/run/{run_id}/events", timeout=60).text
+        return [event["event"] for event in events_in(text) if "id" in event]
+
+    stopper = threading.Timer(0.3, lambda: post(served, f"/run/{run_id}/cancel"))
+    stopper.start()
+    streams = in_parallel(follow, 12)
+    assert set(map(tuple, streams)) == {("run.started", "step.started", "run.cancelled")}
+    answers = in_parallel(lambda: post(served, f"/run/{run_id}/cancel", wait=10), 12)
+    assert {(answer.status_code, answer.json()["status"]) for answer in answers} == {(200, "cancelled")}
+
+
+def test_one_key_is_one_run_on_all_workers(served: Server) -> None:
+    body = {"agent_name": "who", "async_run": True}
+
+    def send() -> httpx.Response:
+        headers = {"Idempotency-Key": "the-same"}
+        return httpx.post(f"{served.url}/run/flock", json=body, headers=headers, timeout=60)
+
+    answers = in_parallel(send, 24)
+    assert {answer.status_code for answer in answers} <= {200, 202, 409}
+    taken = [answer for answer in answers if answer.status_code != 409]
+    assert len({answer.json()["run_id"] for answer in taken}) == 1
+    assert sum("Idempotency-Replayed" not in answer.headers for answer in taken) == 1
+
+
+def test_a_run_may_be_retried_and_deleted_at_any_worker(served: Server, tmp_path: Path) -> None:
+    run_id = start(served, tmp_path / "never again")
+    assert post(served, f"/run/{run_id}/cancel", wait=10).json()["status"] == "cancelled"
+    answers = in_parallel(lambda: post(served, f"/run/{run_id}/retry"), 6)
+    assert sorted(answer.status_code for answer in answers) == [202, 409, 409, 409, 409, 409], "one of them opens it"
+    assert post(served, f"/run/{run_id}/cancel", wait=10).json()["attempt"] == 2
+    answers = in_parallel(lambda: httpx.delete(f"{served.url}/run/{run_id}", timeout=60), 6)
+    assert sorted(answer.status_code for answer in answers) == [204, 404, 404, 404, 404, 404]
+
+
+def test_told_to_stop_all_workers_leave_in_order(flock_file: Path, tmp_path: Path) -> None:
+    store = tmp_path / "stop.db"
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(store), "--workers", "2")
+    with running(*command, "--drain-timeout", "0.2") as server:
+        run_id = start(server, tmp_path / "never")
+        assert server.stop() == 0
+    log = "\n".join(server.lines)
+    assert "ERROR" not in log
+    assert "Traceback" not in log
+    assert "WARNING" not in log
+    (tmp_path / "never").touch()
+    with running(*command) as server:
+        body = httpx.get(f"{server.url}/run/{run_id}", params={"wait": 30}, timeout=60).json()
+    assert (body["status"], body["attempt"]) == ("completed", 2), "it went on at the next start"
+
+
+def test_workers_do_not_outlive_their_parent(flock_file: Path, tmp_path: Path) -> None:
+    store = str(tmp_path / "orphans.db")
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", store, "--workers", "2")
+    with running(*command) as server:
+        server.wait_for_line("Application startup complete", times=2)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.wait_for_line("Finished server process", times=2)
+
+
+def test_workers_that_cannot_start_are_not_tried_for_ever(flock_file: Path, tmp_path: Path) -> None:
+    store = str(tmp_path / "broken.db")
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", store, "--workers", "2")
+    env = {**os.environ, "BREAK_WORKERS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=False)
+    assert done.returncode == 3
+    assert "RuntimeError: broken in workers only" in done.stderr
+
+
+def test_an_event_stream_is_ended_with_a_hint_when_the_server_stops(flock_file: Path, tmp_path: Path) -> None:
+    """It ends at once, before the runs do; until then new work is refused, and what is there is answered."""
+    store = str(tmp_path / "hint.db")
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", store, "--drain-timeout", "30")
+    go = tmp_path / "go"
+    with running(*command) as server:
+        run_id = start(server, go)
+        with httpx.stream("GET", f"{server.url}/run/{run_id}/events", timeout=60) as stream:
+            received = stream.iter_text()
+            assert "run.started" in next(received)
+            server.process.terminate()
+            told_at = time.monotonic()
+            assert "".join(received).endswith("retry: 1000\n\n")
+        assert time.monotonic() - told_at < 5
+        ready = httpx.get(f"{server.url}/readyz")
+        refused = post(server, "/run/flock", {"agent_name": "who"})
+        for answer in (ready, refused):
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert httpx.get(f"{server.url}/run/{run_id}").json()["status"] == "running"
+        go.touch()
+        assert server.process.wait(30) in (0, -signal.SIGTERM)
+    log = "\n".join(server.lines)
+    assert "ERROR" not in log
+    assert f"run {run_id}: completed" in log
