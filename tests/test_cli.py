@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from flock import __version__
-from flock.cli import load_flock, main
+from flock.cli import load_flock, main, serve
 from flock.core import Flock
+from flock.server import ServerSettings
 from tests.fakes import EXAMPLES, ROOT, flockapi_command, running
 
 FLOCK_FILE = """
@@ -279,3 +282,30 @@ def test_inputs_as_json_from_the_shell(flock_file: Path) -> None:
     command = flockapi_command("run", str(flock_file), "greet", "-i", 'person={"name": "Bo", "age": 1}')
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout) == {"result": "Hello Bo, 1"}
+
+
+def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
+    """And both say the same defaults."""
+    options = serve.make_context("serve", ["target.py"]).params
+    settings = {field.name: field.default for field in msgspec.structs.fields(ServerSettings)}
+    assert {name: options[name] for name in options.keys() - {"target", "model", "workers"}} == settings
+    help_text = invoke("serve", "--help").output
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for option in re.findall(r"`(--[a-z-]+)[` ]", readme):
+        assert option in help_text or option in ("--no-deps", "--model"), option
+
+
+def test_workers_need_a_file(flock_file: Path) -> None:
+    result = invoke("serve", str(flock_file), "--workers", "2", "--store", ":memory:")
+    assert result.exit_code == 2
+    assert "Several workers share their runs by a file" in result.output
+
+
+def test_a_store_that_cannot_be_used_is_said_in_one_line(flock_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.db").write_text("these are my notes")
+    for workers in ("1", "2"):
+        result = invoke("serve", str(flock_file), "--port", "0", "--store", "notes.db", "--workers", workers)
+        assert result.exit_code == 1
+        assert "file is not a database" in result.output
+        assert "Traceback" not in result.output
+    assert (tmp_path / "notes.db").read_text() == "these are my notes"
