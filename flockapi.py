@@ -18,7 +18,7 @@ import http
 import json
 import logging
 import re
-import uuid
+import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -165,16 +165,15 @@ async def read_json(request: Request) -> bytes:
         detail = f"The body must be JSON, and say so ({sent}). With curl: -H 'Content-Type: application/json'"
         raise HTTPException(415, detail, headers={"Accept": "application/json"})
     limit = app_of(request).max_body_bytes
-    too_long = HTTPException(413, f"The body is longer than {limit} bytes, all that this server takes at once.")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
-        raise too_long
+        raise _too_long(limit)
     body = bytearray()
     try:
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
-                raise too_long
+                raise _too_long(limit)
     except ClientDisconnect as exc:  # nobody will read the answer
         raise HTTPException(400, "The connection was closed before the whole body had arrived.") from exc
     if not body.strip():
@@ -184,6 +183,10 @@ async def read_json(request: Request) -> bytes:
     except UnicodeDecodeError as exc:
         raise malformed(bytes(body), exc) from exc
     return bytes(body)
+
+
+def _too_long(limit: int) -> HTTPException:
+    return HTTPException(413, f"The body is longer than {limit} bytes, all that this server takes at once.")
 
 
 def sources_of(batch: FlockBatchRequest, position: int) -> dict[str, str]:
@@ -288,6 +291,8 @@ def query_of(request: Request, type_: type[T]) -> T:
 def preferences(request: Request) -> dict[str, str]:
     """What ``Prefer`` asks for, without the parameters. Of one that is named twice the first counts (RFC 7240, 2)."""
     found: dict[str, str] = {}
+    if "prefer" not in request.headers:
+        return found
     for preference in parse_http_list(",".join(request.headers.getlist("prefer"))):
         name, _, value = preference.partition(";")[0].partition("=")
         found.setdefault(name.strip().lower(), value.strip().strip('"'))
@@ -903,7 +908,7 @@ class FlockAPI(Starlette):
             await super().__call__(scope, receive, send)
             return
         sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = sent if re.fullmatch(r"[\w.:-]{1,128}", sent, re.ASCII) else uuid.uuid4().hex
+        request_id = sent if re.fullmatch(r"[\w.:-]{1,128}", sent, re.ASCII) else secrets.token_hex(16)
         scope["flock.request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:

@@ -90,28 +90,57 @@ class _Active:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.scope = anyio.CancelScope()
-        self.changed = anyio.Event()
         self.context: RunContext | None = None
         self.cancel_requested = run.cancel_requested
         self.store_error: StoreError | None = None
         #: the run with its last step, which is not written yet
         self.unsaved: Run | None = None
         self.progress: Progress | None = run.progress
+        #: when the first of those who wait wants to be woken, by the loop's clock
+        self.wake_at = math.inf
         #: it was cancelled since the engine is leaving
         self.is_stopped = False
         self.is_left = False
+        #: another engine has it now
+        self.is_lost = False
+        # Made only where somebody waits: an event takes longer than a step's record.
+        self._change: anyio.Event | None = None
+        self._end: anyio.Event | None = None
         if run.cancel_requested:
             self.scope.cancel()
+
+    @property
+    def change(self) -> anyio.Event:
+        """Set at the next change."""
+        if self._change is None:
+            self._change = anyio.Event()
+        return self._change
+
+    @property
+    def end(self) -> anyio.Event:
+        """Set at the end, or when those who wait for it should look what is the matter."""
+        if self._end is None:
+            self._end = anyio.Event()
+        return self._end
 
     def note_progress(self, progress: Progress) -> None:
         """Called from any thread; the watch tells it on."""
         self.progress = progress
 
     def tell(self, run: Run) -> None:
-        """The run is now *run*; wake those who wait for a change."""
+        """The run is now *run*; wake those who wait for a change, and at its end all."""
         self.run = run
-        changed, self.changed = self.changed, anyio.Event()
-        changed.set()
+        if self._change is not None:
+            self._change.set()
+            self._change = None
+        if run.status.is_final:
+            self.wake()
+
+    def wake(self) -> None:
+        """Wake those who wait for the end, whether it has come or not."""
+        if self._end is not None:
+            self._end.set()
+            self._end = None
 
 
 class EmbeddedEngine:
@@ -224,7 +253,7 @@ class EmbeddedEngine:
         for seconds in (timeout_s, FINAL_WRITE_TIMEOUT_S):
             with anyio.move_on_after(seconds):
                 while self._active:
-                    await next(iter(self._active.values())).changed.wait()
+                    await next(iter(self._active.values())).change.wait()
             for active in list(self._active.values()):
                 active.is_stopped = True
                 self._threads.abandon(active)
@@ -281,16 +310,20 @@ class EmbeddedEngine:
         return run
 
     async def wait_run(self, run_id: str, timeout_s: float | None = None) -> Run:
-        with anyio.move_on_after(math.inf if timeout_s is None else timeout_s):
-            active = self._active.get(run_id)
-            if active is not None:
-                while not active.run.status.is_final:
-                    if active.store_error is not None:
-                        raise active.store_error
-                    if active.is_left:
-                        raise EngineStopped("The server stopped before this run ended; it goes on at the next start.")
-                    await active.changed.wait()
+        deadline = math.inf if timeout_s is None else anyio.current_time() + timeout_s
+        active = self._active.get(run_id)
+        while active is not None and not active.is_lost:
+            if active.run.status.is_final:
                 return active.run
+            if active.store_error is not None:
+                raise active.store_error
+            if active.is_left:
+                raise EngineStopped("The server stopped before this run ended; it goes on at the next start.")
+            if timeout_s is not None and anyio.current_time() >= deadline:
+                return active.run
+            active.wake_at = min(active.wake_at, deadline)  # the watch sees to it: a timer for each takes longer
+            await active.end.wait()
+        with anyio.CancelScope(deadline=deadline):
             while not (run := await self.get_run(run_id)).status.is_final:
                 await self._store_changed.wait()
             return run
@@ -335,7 +368,7 @@ class EmbeddedEngine:
         told: Progress | None = None
         while True:
             active = self._active.get(run_id)
-            changed = active.changed if active else self._store_changed
+            changed = active.change if active else self._store_changed
             run = active.run if active else await self.get_run(run_id)
             for event in events_of(run):
                 if event.id is None:
@@ -405,8 +438,7 @@ class EmbeddedEngine:
             with active.scope:
                 end = {"status": RunStatus.COMPLETED, "result": await self._steps(active)}
         except OwnershipLost:
-            logger.warning("run %s: another engine has taken it over", active.run.run_id)
-            self._forget(active)
+            self._lose(active)
             return
         except BaseException as exc:
             # Within a cancelled scope the deadline is -inf. A cancellation without one comes from the agent's own code,
@@ -474,20 +506,25 @@ class EmbeddedEngine:
             while taken:
                 taken.pop().release()
 
-        is_waiting = active.run.status is RunStatus.STARTING and self._queue_timeout_s is not None
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        limit_s = self._queue_timeout_s if active.run.status is RunStatus.STARTING else None
+        deadline = math.inf if limit_s is None else anyio.current_time() + limit_s
         try:
-            with anyio.move_on_after(self._queue_timeout_s if is_waiting else None):
-                for slot in slots:
-                    await slot.acquire()
-                    taken.append(slot)
-                return release
+            for slot in slots:
+                try:
+                    slot.acquire_nowait()
+                except anyio.WouldBlock:
+                    with anyio.CancelScope(deadline=deadline) as waiting:
+                        await slot.acquire()
+                    if waiting.cancelled_caught:
+                        raise QueueTimeout(
+                            f"The run waited {limit_s:g} s for its first step, the limit (queue_timeout_s)."
+                        ) from None
+                taken.append(slot)
         except BaseException:
             release()
             raise
-        release()
-        raise QueueTimeout(
-            f"The run waited {self._queue_timeout_s:g} s for its first step, the limit (queue_timeout_s)."
-        )
+        return release
 
     def _check_interrupted(self, run: Run) -> None:
         name = (run.steps[-1].next_agent if run.steps else None) or run.agent_name
@@ -497,7 +534,7 @@ class EmbeddedEngine:
 
     async def _save(self, active: _Active, run: Run, step: Step | None) -> None:
         """Write *run* and tell those who wait, trying again as long as the store cannot be written."""
-        with anyio.CancelScope(shield=True):
+        with anyio.CancelScope(shield=True) if self.store.is_shared else contextlib.nullcontext():
             while True:
                 try:
                     await self.store.save(run, step)
@@ -506,7 +543,7 @@ class EmbeddedEngine:
                     if self.is_leaving:
                         raise
                     active.store_error = exc
-                    active.tell(active.run)
+                    active.wake()
                     await anyio.sleep(RETRY_AFTER_S)
         active.store_error = None
         active.tell(run)
@@ -519,22 +556,27 @@ class EmbeddedEngine:
         run = replace(run, **end, completed_at=now(), progress=active.progress)
         try:
             await self._save(active, run, step)
-        except (OwnershipLost, StoreError) as exc:
+        except OwnershipLost:
+            self._lose(active)
+            return
+        except StoreError as exc:
             logger.warning("run %s: its end was not written: %s", run.run_id, exc)
-            if isinstance(exc, StoreError):
-                return  # __aexit__ says what becomes of it
+            return  # __aexit__ says what becomes of it
         self._forget(active)
-        logger.info(
-            "run %s: %s, agent %s, %d ms (request %s)",
-            run.run_id,
-            run.status,
-            run.agent_name,
-            (now() - run.created_at).total_seconds() * 1000,
-            run.request_id,
-        )
+        if logger.isEnabledFor(logging.INFO):
+            took_ms = (now() - run.created_at).total_seconds() * 1000
+            template = "run %s: %s, agent %s, %d ms (request %s)"
+            logger.info(template, run.run_id, run.status, run.agent_name, took_ms, run.request_id)
 
     def _forget(self, active: _Active) -> None:
         self._active.pop(active.run.run_id, None)
+
+    def _lose(self, active: _Active) -> None:
+        logger.warning("run %s: another engine has taken it over", active.run.run_id)
+        active.is_lost = True
+        self._forget(active)
+        active.tell(active.run)
+        active.wake()
 
     async def _leave(self, active: _Active) -> None:
         """The engine is going: what nobody waits for goes on at the next start, and all else ends here."""
@@ -547,6 +589,7 @@ class EmbeddedEngine:
             active.run = ended
         active.is_left = True
         active.tell(active.run)
+        active.wake()
         self._forget(active)
 
     def _timeout(self, active: _Active) -> dict[str, Any]:
@@ -575,10 +618,15 @@ class EmbeddedEngine:
         version, look_after_others_at = -1, anyio.current_time() + TAKE_OVER_INTERVAL_S
         while True:
             await anyio.sleep(WATCH_INTERVAL_S)
+            at = anyio.current_time()
             for active in list(self._active.values()):
-                if active.progress != active.run.progress:
+                if active.progress is not active.run.progress:
                     active.tell(replace(active.run, progress=active.progress))
                     self.store.save_nowait(active.run)
+                if at >= active.wake_at:
+                    active.wake_at = math.inf
+                    active.wake()
+            self.store.flush_nowait()
             try:
                 seen = self.store.data_version() if self.store.is_shared else version - 1
                 if seen != version:
@@ -587,8 +635,8 @@ class EmbeddedEngine:
                     for run_id in self.store.cancels_for(self._engine_id):
                         if run_id in self._active:
                             self._cancel(self._active[run_id])
-                if self.store.is_shared and anyio.current_time() >= look_after_others_at:
-                    look_after_others_at = anyio.current_time() + TAKE_OVER_INTERVAL_S
+                if self.store.is_shared and at >= look_after_others_at:
+                    look_after_others_at = at + TAKE_OVER_INTERVAL_S
                     await self._take_over()
             except StoreError as exc:
                 logger.error("the store cannot be watched: %s", exc)

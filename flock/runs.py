@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Protocol, Self
-from uuid import UUID
 
 import msgspec
 
@@ -386,5 +385,5 @@ def new_id() -> str:
     global _last_id_time
     with _id_lock:
         _last_id_time = ticks = max(_last_id_time + 1, time.time_ns() * 4096 // 1_000_000)
-    value = (ticks >> 12) << 80 | 0x7 << 76 | (ticks & 0xFFF) << 64 | 0b10 << 62
-    return str(UUID(int=value | int.from_bytes(os.urandom(8)) >> 2))
+    digits = f"{ticks >> 12:012x}7{ticks & 0xFFF:03x}{0b10 << 62 | int.from_bytes(os.urandom(8)) >> 2:016x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

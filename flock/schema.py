@@ -330,7 +330,7 @@ def delete_items(db: sqlite3.Connection, batch_id: str, limit: int) -> int:
 
 
 def micros(time: datetime | None) -> int | None:
-    return None if time is None else (time - EPOCH) // timedelta(microseconds=1)
+    return None if time is None else round(time.timestamp() * 1_000_000)
 
 
 def time_from(micros: int | None) -> datetime | None:

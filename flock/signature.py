@@ -363,6 +363,8 @@ def _struct_field(field: Field) -> Any:
     if field.required:
         return field.name, type_
     # A default that can be changed must not pass from one run to the next.
+    if isinstance(field.default, str | int | float | bool | None):
+        return field.name, type_, field.default
     return field.name, type_, msgspec.field(default_factory=functools.partial(copy.deepcopy, field.default))
 
 

@@ -14,6 +14,7 @@ waiting is by sleeping, and stalls writers for up to 180 ms.
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import sqlite3
@@ -60,6 +61,11 @@ class _PendingRun:
         self.is_new = is_new
         self.steps: dict[int, Step] = {}
 
+    def add(self, run: Run, step: Step | None) -> None:
+        self.run = run
+        if step is not None:
+            self.steps[len(run.steps) - 1] = step
+
 
 class _Change:
     """A function that is called within the transaction, and what came of it."""
@@ -78,24 +84,10 @@ class _Group:
         self.changes: list[_Change] = []
         self.lost: set[str] = set()
         self.error: Exception | None = None
-        self.is_written = anyio.Event()
 
-    def put(self, run: Run, step: Step | None, is_new: bool) -> None:
-        pending = self.runs.get(run.run_id)
-        if pending is None:
-            pending = self.runs[run.run_id] = _PendingRun(run, is_new)
-        pending.run = run
-        if step is not None:
-            pending.steps[len(run.steps) - 1] = step
-
-    def put_back(self, earlier: "_Group") -> None:
-        """Take over the runs of a group that could not be written; what is known since wins."""
-        for run_id, pending in earlier.runs.items():
-            newer = self.runs.get(run_id)
-            if newer is not None:
-                pending.run = newer.run
-                pending.steps |= newer.steps
-            self.runs[run_id] = pending
+    @functools.cached_property
+    def is_written(self) -> anyio.Event:
+        return anyio.Event()
 
 
 class Store:
@@ -114,6 +106,7 @@ class Store:
         self.durability = durability
         self.is_shared = self.path != MEMORY
         self._open = _Group()
+        self._unawaited: dict[str, _PendingRun] = {}
         self._has_work = anyio.Event()
         self._is_closing = False
         self._write_error: Exception | None = None
@@ -123,6 +116,7 @@ class Store:
 
     async def __aenter__(self) -> Self:
         self._open, self._has_work, self._is_closing, self._write_error = _Group(), anyio.Event(), False, None
+        self._unawaited.clear()
         self._all_written = anyio.Event()
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
@@ -131,18 +125,21 @@ class Store:
                 self._lock_file = self._open_lock_file(stack)
                 self._reader = stack.enter_context(contextlib.closing(self._connect()))
             self._migrate()
-            self._threads = anyio.CapacityLimiter(1)
-            tasks = await stack.enter_async_context(anyio.create_task_group())
-            tasks.start_soon(self._write_until_closed)
+            if self.is_shared:
+                self._threads = anyio.CapacityLimiter(1)
+                tasks = await stack.enter_async_context(anyio.create_task_group())
+                tasks.start_soon(self._write_until_closed)
             self._exit = stack.pop_all()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Write what is waiting, and close. Cancellation: what is waiting is written all the same."""
         self._is_closing = True
+        self.flush_nowait()
         self._has_work.set()
-        with anyio.CancelScope(shield=True):
-            await self._all_written.wait()
+        if self.is_shared:
+            with anyio.CancelScope(shield=True):
+                await self._all_written.wait()
         await self._exit.aclose()
 
     def _connect(self) -> sqlite3.Connection:
@@ -188,9 +185,21 @@ class Store:
     # Writing
 
     def save_nowait(self, run: Run, step: Step | None = None, *, is_new: bool = False) -> None:
-        """Write *run* as it is now, and *step*, its last one, if there is a new one; do not wait for it."""
-        self._open.put(run, step, is_new)
-        self._has_work.set()
+        """Write *run* as it is now, and *step*, its last one, if there is a new one; at the next ``flush_nowait``.
+
+        What is written and waited for in the meantime goes with it: a run that is short is written once, when it ends.
+        """
+        pending = self._open.runs.get(run.run_id) or self._unawaited.get(run.run_id)
+        if pending is None:
+            pending = self._unawaited[run.run_id] = _PendingRun(run, is_new)
+        pending.add(run, step)
+
+    def flush_nowait(self) -> None:
+        """Begin to write what ``save_nowait`` was given."""
+        if self._unawaited:
+            self._open.runs |= self._unawaited
+            self._unawaited.clear()
+            self._has_work.set()
 
     async def save(self, run: Run, step: Step | None = None, *, is_new: bool = False) -> None:
         """As ``save_nowait``; on return it is on disk.
@@ -201,8 +210,10 @@ class Store:
 
         Cancellation: it is written all the same.
         """
-        group = self._open
         self.save_nowait(run, step, is_new=is_new)
+        group, pending = self._open, self._unawaited.pop(run.run_id, None)
+        if pending is not None:
+            group.runs[run.run_id] = pending
         await self._written(group)
         if run.run_id in group.lost:
             raise OwnershipLost(run.run_id)
@@ -212,9 +223,9 @@ class Store:
 
         What *apply* raises is raised here, and must be raised before it has written anything.
         """
+        self.flush_nowait()  # it may count them
         group, change = self._open, _Change(apply)
         group.changes.append(change)
-        self._has_work.set()
         await self._written(group)
         if change.error is not None:
             raise change.error
@@ -227,9 +238,19 @@ class Store:
             raise StoreError("The store cannot be written now; the server's log says why.") from self._write_error
 
     async def _written(self, group: _Group) -> None:
-        await group.is_written.wait()
+        if self.is_shared:
+            self._has_work.set()
+            await group.is_written.wait()
+        else:
+            self._write_in_memory()
         if group.error is not None:
             raise StoreError("The store cannot be written now; the server's log says why.") from group.error
+
+    def _write_in_memory(self) -> None:
+        """Nobody else writes, no disk is waited for, and nothing can break off: a group is written at once."""
+        group, self._open = self._open, _Group()
+        self._write_runs(group, list(group.runs.values()))
+        self._apply_changes(group)
 
     async def _write_until_closed(self) -> None:
         """Cancellation of the host does not reach it: what was accepted is written before the store closes."""
@@ -253,43 +274,60 @@ class Store:
             if self._is_closing:
                 self._has_work.set()
             elif group.error is not None:
-                self._open.put_back(group)
+                self._put_back(group)
                 self._has_work.set()  # also where nothing is put back: so it is found out when it can be written again
                 await anyio.sleep(RETRY_AFTER_S)
 
+    def _put_back(self, group: _Group) -> None:
+        """Keep the runs of a group that could not be written for the next; what is known since wins."""
+        for run_id, pending in group.runs.items():
+            newer = self._unawaited.pop(run_id, None) or self._open.runs.get(run_id)
+            if newer is not None:
+                pending.run = newer.run
+                pending.steps |= newer.steps
+            self._open.runs[run_id] = pending
+
     async def _transact(self, group: _Group) -> None:
         async with self._file_lock():
-            db = self._db
-            db.execute("BEGIN IMMEDIATE")
-            try:
+            with self._transaction():
                 if self._write_error is not None:  # an empty transaction would always succeed
-                    db.execute("UPDATE engines SET started_at = started_at")
-                for count, pending in enumerate(group.runs.values(), 1):
-                    if not schema.write_run(db, pending.run, pending.is_new, pending.steps):
-                        group.lost.add(pending.run.run_id)
-                    if count % ROWS_A_TURN == 0 and self.is_shared:
+                    self._db.execute("UPDATE engines SET started_at = started_at")
+                runs = list(group.runs.values())
+                for start in range(0, len(runs), ROWS_A_TURN):
+                    self._write_runs(group, runs[start : start + ROWS_A_TURN])
+                    if len(runs) > ROWS_A_TURN:
                         await anyio.lowlevel.checkpoint()
-                for change in group.changes:
-                    try:
-                        change.result = change.apply(db)
-                    except sqlite3.Error:
-                        raise
-                    except Exception as exc:
-                        change.error = exc
-                if self.is_shared:
-                    await anyio.to_thread.run_sync(db.execute, "COMMIT", limiter=self._threads)
-                else:
-                    db.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    db.execute("ROLLBACK")
+                self._apply_changes(group)
+                await anyio.to_thread.run_sync(self._db.execute, "COMMIT", limiter=self._threads)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """The block commits at its end; whatever it raises undoes it."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _write_runs(self, group: _Group, runs: Sequence[_PendingRun]) -> None:
+        for pending in runs:
+            if not schema.write_run(self._db, pending.run, pending.is_new, pending.steps):
+                group.lost.add(pending.run.run_id)
+
+    def _apply_changes(self, group: _Group) -> None:
+        for change in group.changes:
+            try:
+                change.result = change.apply(self._db)
+            except sqlite3.Error:
                 raise
+            except Exception as exc:
+                change.error = exc
 
     @contextlib.asynccontextmanager
     async def _file_lock(self) -> AsyncIterator[None]:
-        if self._lock_file is None:
-            yield
-            return
+        assert self._lock_file is not None
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # another process is at it: wait in a thread
@@ -313,6 +351,9 @@ class Store:
 
     def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Call *query* with a connection that sees what is committed. Raises StoreError."""
+        if not self.is_shared and self._unawaited:
+            self.flush_nowait()
+            self._write_in_memory()
         try:
             return query(self._reader)
         except sqlite3.Error as exc:

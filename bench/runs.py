@@ -1,0 +1,531 @@
+"""What does a run cost beside the bare framework, with a record and without one?
+
+    python -m bench.runs                   # needs wrk; beside fastapi if that is installed
+    python -m bench.runs --million         # also on a store that holds a million runs
+
+Each app answers ``POST /run/flock`` for a trivial async function, in a process of its own, under uvicorn with httptools
+and uvloop. All servers are up the whole time and one at a time is loaded, in turn, so that noise of the machine meets
+all of them: absolute figures say little, and ratios within one round much. (An idle engine wakes 20 times a second, for
+some microseconds.) Stores are not emptied in between, as in life. Linux only: CPU time is read from /proc.
+
+It ends with 1 if an aim is missed, and raises if any answer was not as it should be.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import uuid4
+
+import httpx
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from flock import schema
+from flock.core import Flock
+from flock.runs import Run, RunStatus, Step, new_id, now
+from flock.store import Durability
+from flockapi import FlockAPIRequest, FlockAPIResponse, JSONResponse, RunStep, create_app
+
+PATH = "/run/flock"
+BODY = '{"agent_name":"add","inputs":{"a":1}}'
+MILLION = 1_000_000
+WARM_UP_S = 1
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 10
+
+flock = Flock()
+
+
+@flock.agent
+async def add(a: int, b: int = 2) -> int:
+    return a + b
+
+
+# The apps
+
+
+class GroupCommit:
+    """The least that keeps a record: what arrives while a commit is under way goes into the next one."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("CREATE TABLE runs (run_id TEXT PRIMARY KEY, inputs BLOB NOT NULL, answer BLOB NOT NULL)")
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: list[tuple[tuple[str, bytes, bytes], asyncio.Future[None]]] = []
+        self._writing: asyncio.Task[None] | None = None
+
+    async def save(self, run_id: str, inputs: bytes, answer: bytes) -> None:
+        """On return it is on disk."""
+        written = asyncio.get_running_loop().create_future()
+        self._waiting.append(((run_id, inputs, answer), written))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        await written
+
+    async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            group, self._waiting = self._waiting, []
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT INTO runs VALUES (?, ?, ?)", [row for row, _ in group])
+            await loop.run_in_executor(self._thread, self._db.execute, "COMMIT")
+            for _, written in group:
+                if not written.done():
+                    written.set_result(None)
+        self._writing = None
+
+
+def bare_app(records: GroupCommit | None = None) -> Starlette:
+    """What one would write by hand for this one thing: the same JSON in and out, and no engine."""
+    requests = msgspec.json.Decoder(FlockAPIRequest)
+    inputs = {name: msgspec.json.Decoder(agent.input.type) for name, agent in flock.agents.items()}
+    functions = {"add": add.function}
+
+    async def run_flock(request: Request) -> Response:
+        created_at = now()
+        request_id = request.headers.get("x-request-id") or uuid4().hex
+        try:
+            wanted = requests.decode(await request.body())
+            values = inputs[wanted.agent_name].decode(wanted.inputs)
+        except (KeyError, msgspec.DecodeError) as exc:
+            return Response(str(exc), 422)
+        started_at = now()
+        value = await functions[wanted.agent_name](**msgspec.structs.asdict(values))
+        completed_at = now()
+        result = msgspec.Raw(msgspec.json.encode({"result": value}))
+        step = RunStep(
+            agent_name=wanted.agent_name,
+            result=result,
+            attempt=1,
+            started_at=started_at,
+            completed_at=completed_at,
+            usage=None,
+        )
+        answer = FlockAPIResponse(
+            run_id=new_id(),
+            agent_name=wanted.agent_name,
+            status=RunStatus.COMPLETED,
+            result=result,
+            error=None,
+            error_type=None,
+            created_at=created_at,
+            started_at=started_at,
+            completed_at=completed_at,
+            request_id=request_id,
+            attempt=1,
+            progress=None,
+            usage=None,
+            steps=[step],
+        )
+        response = JSONResponse(answer, headers={"X-Request-ID": request_id, "Flock-Run-Status": answer.status.value})
+        if records is not None:
+            await records.save(answer.run_id, bytes(wanted.inputs), bytes(response.body))
+        return response
+
+    return Starlette(routes=[Route(PATH, run_flock, methods=["POST"])])
+
+
+def fastapi_app() -> Any:
+    """The same as ``bare_app`` as FastAPI's own pages would have it."""
+    # Neither is a dependency of this project, not even for its type checks.
+    import fastapi  # type: ignore[import-not-found, unused-ignore]
+    import pydantic  # type: ignore[import-not-found, unused-ignore]
+
+    class AddInputs(pydantic.BaseModel):  # type: ignore[misc, unused-ignore]
+        model_config = pydantic.ConfigDict(extra="forbid")
+        a: int
+        b: int = 2
+
+    class RunRequest(pydantic.BaseModel):  # type: ignore[misc, unused-ignore]
+        model_config = pydantic.ConfigDict(extra="forbid")
+        agent_name: str
+        inputs: dict[str, Any] = {}
+        async_run: bool = False
+        timeout_s: Annotated[float, pydantic.Field(gt=0)] | None = None
+        use_production_tools: Any = None
+
+    class UsageModel(pydantic.BaseModel):  # type: ignore[misc, unused-ignore]
+        input_tokens: int = 0
+        output_tokens: int = 0
+
+    class ProgressModel(pydantic.BaseModel):  # type: ignore[misc, unused-ignore]
+        done: float
+        total: float | None = None
+        message: str = ""
+
+    class StepModel(pydantic.BaseModel):  # type: ignore[misc, unused-ignore]
+        agent_name: str
+        result: dict[str, Any]
+        attempt: int
+        started_at: pydantic.AwareDatetime
+        completed_at: pydantic.AwareDatetime
+        usage: UsageModel | None = None
+
+    class RunResponse(pydantic.BaseModel):  # type: ignore[misc, unused-ignore]
+        run_id: str
+        agent_name: str
+        status: RunStatus
+        result: dict[str, Any] | None
+        error: str | None = None
+        error_type: str | None = None
+        created_at: pydantic.AwareDatetime
+        started_at: pydantic.AwareDatetime | None
+        completed_at: pydantic.AwareDatetime | None
+        request_id: str | None
+        attempt: int
+        progress: ProgressModel | None = None
+        usage: UsageModel | None = None
+        steps: list[StepModel]
+
+    agents = {"add": (AddInputs, add.function)}
+    app = fastapi.FastAPI()
+
+    async def run_flock(
+        wanted: RunRequest,
+        response: fastapi.Response,
+        x_request_id: Annotated[str | None, fastapi.Header()] = None,
+    ) -> RunResponse:
+        created_at = now()
+        request_id = x_request_id or uuid4().hex
+        try:
+            model, function = agents[wanted.agent_name]
+            values = model.model_validate(wanted.inputs)
+        except (KeyError, pydantic.ValidationError) as exc:
+            raise fastapi.HTTPException(422, str(exc)) from exc
+        started_at = now()
+        value = await function(**values.model_dump())
+        completed_at = now()
+        response.headers["X-Request-ID"] = request_id
+        response.headers["Flock-Run-Status"] = RunStatus.COMPLETED.value
+        return RunResponse(
+            run_id=new_id(),
+            agent_name=wanted.agent_name,
+            status=RunStatus.COMPLETED,
+            result={"result": value},
+            created_at=created_at,
+            started_at=started_at,
+            completed_at=completed_at,
+            request_id=request_id,
+            attempt=1,
+            steps=[
+                StepModel(
+                    agent_name=wanted.agent_name,
+                    result={"result": value},
+                    attempt=1,
+                    started_at=started_at,
+                    completed_at=completed_at,
+                )
+            ],
+        )
+
+    app.post(PATH)(run_flock)
+    return app
+
+
+def flock_app(store: Path, durability: Durability) -> Any:
+    return create_app(flock, engine=flock.engine(store=store, durability=durability))
+
+
+BARE, COMMIT, FASTAPI, MEMORY = "bare", "bare + commit", "fastapi", "flock memory"
+POWER, PROCESS, POWER_1M = "flock power", "flock process", "flock power, 1M runs"
+
+#: Each is called with the folder for its store.
+APPS: Mapping[str, Callable[[Path], Any]] = {
+    BARE: lambda folder: bare_app(),
+    COMMIT: lambda folder: bare_app(GroupCommit(folder / "commit.db")),
+    FASTAPI: lambda folder: fastapi_app(),
+    MEMORY: lambda folder: create_app(flock, store=":memory:"),
+    POWER: lambda folder: flock_app(folder / "power.db", "power"),
+    PROCESS: lambda folder: flock_app(folder / "process.db", "process"),
+    POWER_1M: lambda folder: flock_app(folder / "million.db", "power"),
+}
+
+#: For each of these the columns of the table: what it is compared with.
+COMPARED: Mapping[str, Sequence[str]] = {
+    BARE: (FASTAPI,),
+    COMMIT: (BARE, FASTAPI),
+    FASTAPI: (BARE,),
+    MEMORY: (BARE, FASTAPI),
+    POWER: (BARE, COMMIT, FASTAPI),
+    PROCESS: (BARE, COMMIT, FASTAPI),
+    POWER_1M: (BARE, COMMIT, FASTAPI),
+}
+
+#: An app is to do at least so many times what another one does.
+AIMS: Sequence[tuple[str, str, float]] = [
+    (MEMORY, BARE, 0.6),
+    (POWER, BARE, 0.4),
+    (POWER, COMMIT, 0.6),
+    (POWER, FASTAPI, 1.0),
+    (POWER_1M, POWER, 0.9),
+]
+
+
+def fill(path: Path, runs: int) -> None:
+    """Make a store that holds *runs* completed runs of one step each."""
+    done: dict[str, Any] = {"result": msgspec.Raw(b'{"result":3}'), "started_at": now(), "completed_at": now()}
+    step = Step(agent_name="add", **done)
+    first = Run(
+        run_id=new_id(),
+        flock=flock.name,
+        agent_name="add",
+        inputs=msgspec.Raw(b'{"a":1}'),
+        status=RunStatus.COMPLETED,
+        created_at=now(),
+        request_id=uuid4().hex,
+        owner=new_id(),
+        steps=(step,),
+        **done,
+    )
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode = OFF")
+        db.execute("PRAGMA synchronous = OFF")
+        for migrate in schema.MIGRATIONS:
+            migrate(db)
+        db.execute(f"PRAGMA user_version = {len(schema.MIGRATIONS)}")
+        db.execute("BEGIN")
+        schema.write_run(db, first, True, {0: step})
+        # The others are copies of it, made by SQLite itself: that takes seconds, and a call for each a minute.
+        db.create_function("new_id", 0, new_id)
+        db.execute("CREATE TEMP TABLE ids AS SELECT run_id FROM runs WHERE false")
+        numbers = "WITH RECURSIVE numbers(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?)"
+        db.execute(f"INSERT INTO ids {numbers} SELECT new_id() FROM numbers", (runs,))
+        for table in ("runs", "steps"):
+            columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})") if row[1] != "run_id"]
+            copied = ", ".join(f"{table}.{column}" for column in columns)
+            query = (
+                f"INSERT INTO {table} (run_id, {', '.join(columns)}) SELECT ids.run_id, {copied} "
+                f"FROM ids CROSS JOIN {table} WHERE {table}.run_id = ?"
+            )
+            db.execute(query, (first.run_id,))
+        db.execute("COMMIT")
+        found = db.execute("SELECT (SELECT count(*) FROM runs), (SELECT count(*) FROM steps)").fetchone()
+    assert found == (runs, runs), found
+
+
+# Servers
+
+
+def serve(name: str, folder: Path, listener: socket.socket) -> None:
+    """The whole of a server's process."""
+    config = uvicorn.Config(
+        APPS[name](folder),
+        http="httptools",
+        loop="uvloop",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=STOP_TIMEOUT_S // 2,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+#: The members of an answer: those of every run that is no item of a batch.
+MEMBERS = {field for field in FlockAPIResponse.__struct_fields__ if field not in ("batch_id", "position")}
+
+
+class Server:
+    """An app in a process of its own, on a free port."""
+
+    def __init__(self, name: str, process: BaseProcess, port: int) -> None:
+        self.name = name
+        self.url = f"http://127.0.0.1:{port}{PATH}"
+        self._process = process
+
+    def check(self) -> None:
+        """Raise if it does not answer as it should, within the time that a start may take."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                answer = httpx.post(self.url, content=BODY, headers={"Content-Type": "application/json"})
+                break
+            except httpx.TransportError:
+                if time.monotonic() > deadline or not self._process.is_alive():
+                    raise
+                time.sleep(0.05)
+        run = answer.json() if answer.status_code == 200 else {}
+        is_right = run.get("status") == "completed" and run.get("result") == {"result": 3}
+        headers = answer.headers.get("flock-run-status"), answer.headers.get("x-request-id")
+        if not is_right or headers != ("completed", run["request_id"]) or run.keys() != MEMBERS:
+            raise RuntimeError(f"{self.name} answers {answer.status_code}, {answer.headers}: {answer.text}")
+
+    def cpu_s(self) -> float:
+        """CPU time of all its threads so far, in user mode and in the kernel."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join(STOP_TIMEOUT_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+@contextlib.contextmanager
+def servers(names: Sequence[str], folder: Path) -> Iterator[list[Server]]:
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        started = []
+        for name in names:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                process = context.Process(target=serve, args=(name, folder, listener), name=name)
+                process.start()
+                started.append(Server(name, process, listener.getsockname()[1]))
+                stack.callback(started[-1].stop)
+        for server in started:
+            server.check()
+        yield started
+
+
+# Load
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of loading one server for some seconds."""
+
+    requests_per_s: float
+    cpu_us: float
+    p99_ms: float
+
+
+LUA = f"""
+wrk.method = "POST"
+wrk.body = '{BODY}'
+wrk.headers["Content-Type"] = "application/json"
+
+done = function(summary, latency, requests)
+    local e = summary.errors
+    local counts = '{{"requests":%d,"duration_us":%d,"p99_us":%d,"not_2xx":%d,"socket":%d}}\\n'
+    io.write(string.format(counts, summary.requests, summary.duration, latency:percentile(99),
+        e.status, e.connect + e.read + e.write + e.timeout))
+end
+"""
+
+
+def load(server: Server, script: Path, connections: int, seconds: int) -> Sample:
+    """One run of wrk. Raises RuntimeError if any answer is not as it should be."""
+    server.check()
+    cpu_before_s = server.cpu_s()
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=True)
+    cpu_s = server.cpu_s() - cpu_before_s
+    counts = json.loads(done.stdout.splitlines()[-1])
+    if counts["not_2xx"] or counts["socket"] or "Non-2xx" in done.stdout or not counts["requests"]:
+        raise RuntimeError(f"{server.name} failed under load:\n{done.stdout}{done.stderr}")
+    return Sample(
+        requests_per_s=counts["requests"] / counts["duration_us"] * 1e6,
+        cpu_us=cpu_s / counts["requests"] * 1e6,
+        p99_ms=counts["p99_us"] / 1000,
+    )
+
+
+def measure(
+    running: Sequence[Server], script: Path, connections: int, rounds: int, seconds: int
+) -> dict[str, list[Sample]]:
+    """For each app a sample of each round."""
+    samples: dict[str, list[Sample]] = {server.name: [] for server in running}
+    for server in running:
+        load(server, script, connections, WARM_UP_S)
+    for number in range(rounds):
+        first = number % len(running)  # another one each round: who comes first must not matter
+        for server in [*running[first:], *running[:first]]:
+            samples[server.name].append(load(server, script, connections, seconds))
+    return samples
+
+
+# What is printed
+
+
+def ratios(samples: Mapping[str, Sequence[Sample]], name: str, base: str) -> list[float]:
+    """Requests a second as a multiple of another app's, in each round."""
+    pairs = zip(samples[name], samples[base], strict=True)
+    return [one.requests_per_s / other.requests_per_s for one, other in pairs]
+
+
+def as_text(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def print_table(samples: Mapping[str, Sequence[Sample]]) -> None:
+    bases = [base for base in (BARE, COMMIT, FASTAPI) if base in samples]
+    heads = "".join(f"{f'x {base}':>20}" for base in bases)
+    print(f"{'':22}{'requests/s':>10}{'CPU µs':>8}{'p99 ms':>8}{heads}")
+    for name, taken in samples.items():
+        texts = [as_text(ratios(samples, name, base)) if base in COMPARED[name] else "" for base in bases]
+        figures = [statistics.median(getattr(sample, field) for sample in taken) for field in Sample.__struct_fields__]
+        cells = "".join(f"{text:>20}" for text in texts)
+        print(f"{name:22}{figures[0]:10.0f}{figures[1]:8.0f}{figures[2]:8.1f}{cells}".rstrip())
+
+
+def print_aims(samples: Mapping[str, Sequence[Sample]]) -> bool:
+    """Whether all are met."""
+    are_met = True
+    for name, base, at_least in AIMS:
+        if name in samples and base in samples:
+            values = ratios(samples, name, base)
+            is_met = statistics.median(values) >= at_least
+            are_met &= is_met
+            print(f"{'met   ' if is_met else 'MISSED'}  {name} / {base}: {as_text(values)}, aim {at_least:.1f}")
+    return are_met
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=int, default=3, help="of each load (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="loads of each app (default: 5)")
+    parser.add_argument(
+        "--connections", type=int, action="append", help="may be given many times (default: 32, then 128)"
+    )
+    parser.add_argument("--million", action="store_true", help="also measure a store that holds a million runs")
+    parser.add_argument("--folder", default=".", help="where stores are made, on a real disk (default: here)")
+    options = parser.parse_args()
+    if shutil.which("wrk") is None:
+        parser.exit(2, "wrk makes the load and is not here. On Debian: apt-get install wrk\n")
+    names = [name for name in APPS if name != POWER_1M or options.million]
+    if importlib.util.find_spec("fastapi") is None:
+        names.remove(FASTAPI)
+        print("fastapi is not installed, so it is left out.")
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-runs-") as made:
+        folder = Path(made).resolve()
+        (script := folder / "post.lua").write_text(LUA)
+        if options.million:
+            started = time.monotonic()
+            fill(folder / "million.db", MILLION)
+            print(f"A million runs were written in {time.monotonic() - started:.0f} s.")
+        are_met = True
+        with servers(names, folder) as running:
+            for connections in options.connections or [32, 128]:
+                samples = measure(running, script, connections, options.rounds, options.seconds)
+                print(f"\n{connections} connections: medians of {options.rounds} x {options.seconds} s")
+                print("CPU is the server's, for one request; ratios are of requests/s in one round (min-max)\n")
+                print_table(samples)
+                print()
+                are_met &= print_aims(samples)
+    return 0 if are_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
