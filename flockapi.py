@@ -19,6 +19,7 @@ import json
 import logging
 import re
 import secrets
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -905,7 +906,7 @@ class FlockAPI(Starlette):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Give each request an id, and its response the same in ``X-Request-ID``, whatever becomes of it."""
         if scope["type"] != "http":
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, functools.partial(_send_lifespan, send))
             return
         sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = sent if re.fullmatch(r"[\w.:-]{1,128}", sent, re.ASCII) else secrets.token_hex(16)
@@ -932,6 +933,14 @@ class FlockAPI(Starlette):
         spec = json.loads((STATIC / "openapi.json").read_bytes())
         spec["info"]["title"] = self.server_name
         return msgspec.json.encode(spec) + b"\n"
+
+
+async def _send_lifespan(send: Send, message: Message) -> None:
+    """Starlette has a traceback for whatever stops the start; what we say on purpose is for people."""
+    exc = sys.exception()
+    if message["type"] == "lifespan.startup.failed" and isinstance(exc, FlockError):
+        message = {**message, "message": str(exc)}
+    await send(message)
 
 
 def create_app(

@@ -53,6 +53,7 @@ from flock.runs import (
     RunStatus,
     Step,
     events_of,
+    make_ids_after,
     new_id,
     now,
 )
@@ -158,7 +159,8 @@ class EmbeddedEngine:
         max_steps: how often one run may be handed on.
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
         queue_timeout_s: the longest that a run may wait for its first step; None is no limit.
-        keep_for_s, keep_runs: final runs that are older, or beyond the newest so many, are deleted; None keeps them.
+        keep_for_s, keep_runs: final runs that are older, or beyond the newest so many, are deleted; None keeps them. A
+            batch counts as one.
         expose_errors: put the text of any exception into a run's ``error``; for development.
     """
 
@@ -216,18 +218,33 @@ class EmbeddedEngine:
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
             self._threads = Threads(self._max_threads)
-            await self.store.enter(self._engine_id, self._flock)
+            with self._entering():
+                await self.store.enter(self._engine_id, self._flock)
+                if (newest := self.store.last_id()) is not None:
+                    with contextlib.suppress(ValueError):  # of a damaged file; what reads it says so
+                        make_ids_after(newest)
             self._exit = stack.pop_all()
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         try:
-            await self._take_over()
+            with self._entering():
+                await self._take_over()
         except BaseException:
             await self.__aexit__()
             raise
         self._tasks.start_soon(self._watch)
         self._tasks.start_soon(self._retain)
         return self
+
+    @contextlib.contextmanager
+    def _entering(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreError as exc:
+            raise StoreError(
+                f"The store {self.store.path!r} cannot be used: {exc.__cause__ or exc}. Make room on its disk if that "
+                "is full; otherwise restore it, or name another file (store=, --store)."
+            ) from exc
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Stop what is at work; asynchronous runs go on at the next start, the others end as interrupted."""
@@ -239,8 +256,9 @@ class EmbeddedEngine:
             self._threads.abandon(active)
         await tasks.__aexit__(None, None, None)
         with anyio.CancelScope(shield=True):
-            for active in list(self._active.values()):
-                await self._leave(active)
+            async with anyio.create_task_group() as leaving:  # together: they share one time-out
+                for active in list(self._active.values()):
+                    leaving.start_soon(self._leave, active)
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError):
                 await self.store.leave(self._engine_id)
         await self._exit.aclose()
@@ -358,7 +376,7 @@ class EmbeddedEngine:
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
         if run.batch_id is not None or not await self.store.delete_run(run_id):
-            what = "an item of a batch" if run.batch_id else f"still {run.status}"
+            what = "an item of a batch" if run.batch_id else f"still {(await self.get_run(run_id)).status}"
             raise Conflict(f"The run {run_id} is {what} and cannot be deleted. Cancel it first, or wait for its end.")
 
     async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
@@ -481,8 +499,13 @@ class EmbeddedEngine:
                 timeout_s = min(run.timeout_s or self._max_timeout_s, self._max_timeout_s)
                 active.scope.deadline = anyio.current_time() + timeout_s
                 run = replace(run, status=RunStatus.RUNNING, started_at=now())
-                self.store.save_nowait(run)
-                active.tell(run)
+                if run.is_async and step.agent.on_interrupt == "fail":
+                    await self._save(active, run, None)  # who begins it a second time must know that it was begun
+                else:
+                    self.store.save_nowait(run)
+                    active.tell(run)
+                if run.is_async and run.batch_id is None:
+                    self.store.flush_nowait()
             context = active.context = RunContext(run, step.agent.name, active.note_progress)
             context.cancel_requested = active.cancel_requested
             call_in_thread = functools.partial(self._threads.call, owner=active, deadline=active.scope.deadline)
@@ -561,7 +584,8 @@ class EmbeddedEngine:
             return
         except StoreError as exc:
             logger.warning("run %s: its end was not written: %s", run.run_id, exc)
-            return  # __aexit__ says what becomes of it
+            await self._leave(active)
+            return
         self._forget(active)
         if logger.isEnabledFor(logging.INFO):
             took_ms = (now() - run.created_at).total_seconds() * 1000
@@ -572,6 +596,7 @@ class EmbeddedEngine:
         self._active.pop(active.run.run_id, None)
 
     def _lose(self, active: _Active) -> None:
+        """Those who wait for the run hear of it from the store from now on."""
         logger.warning("run %s: another engine has taken it over", active.run.run_id)
         active.is_lost = True
         self._forget(active)
@@ -637,6 +662,8 @@ class EmbeddedEngine:
                             self._cancel(self._active[run_id])
                 if self.store.is_shared and at >= look_after_others_at:
                     look_after_others_at = at + TAKE_OVER_INTERVAL_S
+                    if not await self.store.remain(self._engine_id, self._flock):
+                        logger.warning("another engine has taken over what this one had; it goes on with new work")
                     await self._take_over()
             except StoreError as exc:
                 logger.error("the store cannot be watched: %s", exc)
@@ -671,7 +698,7 @@ class EmbeddedEngine:
         before = None if self._keep_for_s is None else now() - timedelta(seconds=self._keep_for_s)
         if before is None and self._keep_runs is None:
             return
-        while await self.store.delete_old(self._flock, before, self._keep_runs, RETENTION_BITE) >= RETENTION_BITE:
+        while await self.store.delete_old(self._flock, before, self._keep_runs, RETENTION_BITE):
             await anyio.lowlevel.checkpoint()
 
     # Batches

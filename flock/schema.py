@@ -3,10 +3,11 @@
 All functions are called within a transaction of ``flock.store``, or on its connection for reading.
 """
 
+import functools
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,6 +35,8 @@ __all__ = [
     "time_from",
     "write_run",
 ]
+
+T = TypeVar("T")
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: ``error`` and ``error_type`` of a run whose server went away while somebody waited for it.
@@ -86,7 +89,7 @@ def _create_tables(db: sqlite3.Connection) -> None:
             started_at INTEGER NOT NULL,
             completed_at INTEGER NOT NULL,
             PRIMARY KEY (run_id, position)
-        ) WITHOUT ROWID""",
+        )""",
         """CREATE TABLE batches (
             batch_id TEXT PRIMARY KEY,
             flock TEXT NOT NULL,
@@ -134,6 +137,8 @@ INSERT_RUN = f"INSERT OR REPLACE INTO runs ({COLUMNS}) VALUES ({', '.join('?' * 
 UPDATE_RUN = """UPDATE runs
     SET status = ?, result = ?, error = ?, error_type = ?, started_at = ?, completed_at = ?, progress = ?
     WHERE run_id = ? AND owner = ? AND attempt = ? AND status IN ('starting', 'running')"""
+NEWEST = """SELECT run_id FROM runs INDEXED BY runs_all WHERE batch_id IS NULL AND flock = ?
+    UNION ALL SELECT batch_id FROM batches WHERE flock = ? ORDER BY 1 DESC LIMIT 1 OFFSET ?"""
 OLD_RUNS = """SELECT run_id FROM runs INDEXED BY runs_all
     WHERE batch_id IS NULL AND flock = ? AND run_id < ? AND completed_at <= ? ORDER BY run_id LIMIT ?"""
 OLD_BATCHES = "SELECT batch_id FROM batches WHERE flock = ? AND batch_id < ? AND completed_at <= ? LIMIT 1"
@@ -222,6 +227,20 @@ def find_steps(db: sqlite3.Connection, run_id: str) -> tuple[Step, ...]:
     return tuple(map(step_from, db.execute(query, (run_id,))))
 
 
+def _refuse_damage(convert: Callable[..., T]) -> Callable[..., T]:
+    """A row that was never written so is an error of the store: SQLite has no checksums, and gives what it finds."""
+
+    @functools.wraps(convert)
+    def refuse_damage(*args: Any) -> T:
+        try:
+            return convert(*args)
+        except (ArithmeticError, TypeError, ValueError) as exc:
+            raise sqlite3.DatabaseError(f"a row is damaged ({exc})") from exc
+
+    return refuse_damage
+
+
+@_refuse_damage
 def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
     values = dict(zip(FIELDS, row, strict=True))
     for name in ("created_at", "started_at", "completed_at"):
@@ -229,9 +248,9 @@ def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
     return Run(
         **values
         | {
-            "inputs": msgspec.Raw(values["inputs"]),
+            "inputs": _json(values["inputs"]),
             "status": RunStatus(values["status"]),
-            "result": None if values["result"] is None else msgspec.Raw(values["result"]),
+            "result": None if values["result"] is None else _json(values["result"]),
             "is_async": bool(values["is_async"]),
             "cancel_requested": bool(values["cancel_requested"]),
             "progress": values["progress"] and msgspec.json.decode(values["progress"], type=Progress),
@@ -240,11 +259,12 @@ def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
     )
 
 
+@_refuse_damage
 def step_from(row: Sequence[Any]) -> Step:
     agent_name, result, next_agent, usage, attempt, started_at, completed_at = row
     return Step(
         agent_name=agent_name,
-        result=msgspec.Raw(result),
+        result=_json(result),
         next_agent=next_agent,
         usage=usage and msgspec.json.decode(usage, type=Usage),
         attempt=attempt,
@@ -275,6 +295,7 @@ def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
     return None if row is None else batch_from(row)
 
 
+@_refuse_damage
 def batch_from(row: Sequence[Any]) -> Batch:
     values = dict(zip(BATCH_COLUMNS.split(", "), row, strict=True))
     for name in ("created_at", "started_at", "completed_at"):
@@ -335,6 +356,13 @@ def micros(time: datetime | None) -> int | None:
 
 def time_from(micros: int | None) -> datetime | None:
     return None if micros is None else EPOCH + timedelta(microseconds=micros)
+
+
+def _json(kept: bytes) -> msgspec.Raw:
+    """What was kept, looked through at a microsecond for 3 kB. Raises ValueError where it is no JSON."""
+    kept.decode()
+    msgspec.json.decode(kept, type=msgspec.Raw)
+    return msgspec.Raw(kept)
 
 
 def bytes_or_none(raw: msgspec.Raw | None) -> bytes | None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import math
 import multiprocessing
@@ -208,6 +209,16 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, drain_timeout_s: float) -> None:
         super().__init__(config)
         self._drain_timeout_s = drain_timeout_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # A forked child that outlives this process (a process pool's, say) must not keep its port.
+        os.register_at_fork(after_in_child=self._close_listeners)
+
+    def _close_listeners(self) -> None:
+        for listener in itertools.chain.from_iterable(server.sockets for server in self.servers):
+            with contextlib.suppress(OSError):
+                os.close(listener.fileno())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app = self.config.app

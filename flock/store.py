@@ -18,6 +18,7 @@ import functools
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
@@ -46,6 +47,11 @@ Durability = Literal["power", "process"]
 MEMORY = ":memory:"
 #: So many rows are written before others have their turn in the event loop.
 ROWS_A_TURN = 500
+#: Later than any time that is kept, in microseconds.
+FOR_EVER = 2**63 - 1
+#: How long to wait for the transaction of another process, and how often to look for its end, in seconds.
+LOCK_TIMEOUT_S = 5.0
+LOCK_INTERVAL_S = 0.001
 #: How long to wait before a failed transaction is tried again, in seconds.
 RETRY_AFTER_S = 1.0
 
@@ -327,11 +333,13 @@ class Store:
 
     @contextlib.asynccontextmanager
     async def _file_lock(self) -> AsyncIterator[None]:
+        """Wait for the other processes by looking: a thread that waits in the kernel could not be called back."""
         assert self._lock_file is not None
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process is at it: wait in a thread
-            await anyio.to_thread.run_sync(fcntl.flock, self._lock_file, fcntl.LOCK_EX, limiter=self._threads)
+        give_up_at = anyio.current_time() + LOCK_TIMEOUT_S
+        while not _try_lock(self._lock_file):  # another process is at it
+            if anyio.current_time() > give_up_at:
+                raise TimeoutError(f"another process has kept {self._lock_file.name} locked for {LOCK_TIMEOUT_S:g} s")
+            await anyio.sleep(LOCK_INTERVAL_S)
         try:
             yield
         finally:
@@ -339,8 +347,14 @@ class Store:
 
     @contextlib.contextmanager
     def _file_lock_now(self) -> Iterator[None]:
-        if self._lock_file is not None:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+        give_up_at = time.monotonic() + LOCK_TIMEOUT_S
+        while self._lock_file is not None and not _try_lock(self._lock_file):
+            if time.monotonic() > give_up_at:
+                raise StoreError(
+                    f"Another process has kept the store {self.path!r} locked for {LOCK_TIMEOUT_S:g} s. Let it go on, "
+                    "or end it, or name another file (store=, --store)."
+                )
+            time.sleep(LOCK_INTERVAL_S)
         try:
             yield
         finally:
@@ -400,6 +414,11 @@ class Store:
             f"WHERE batch_id IS NULL AND {' AND '.join(conditions)} ORDER BY run_id DESC LIMIT ?"
         )
         return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, [*values, wanted.limit])])
+
+    def last_id(self) -> str | None:
+        """The id of the newest run."""
+        newest: str | None = self.read(lambda db: db.execute("SELECT max(run_id) FROM runs").fetchone()[0])
+        return newest
 
     def get_batch(self, batch_id: str) -> Batch | None:
         return self.read(lambda db: schema.find_batch(db, batch_id))
@@ -505,14 +524,16 @@ class Store:
         return await self.change(lambda db: schema.delete_runs(db, [run_id]) == 1)
 
     async def delete_old(self, flock: str, before: datetime | None, keep_runs: int | None, limit: int) -> int:
-        """Delete up to *limit* final runs that ended before *before*, or are beyond the newest *keep_runs*."""
+        """Delete up to *limit* final runs that ended before *before*, or are beyond the newest *keep_runs*.
+
+        A batch counts as one, and goes as one.
+        """
 
         def apply(db: sqlite3.Connection) -> int:
             bounds = [(schema.id_at(before), schema.micros(before))] if before is not None else []
             if keep_runs is not None:
-                query = "SELECT run_id FROM runs ORDER BY run_id DESC LIMIT 1 OFFSET ?"
-                row = db.execute(query, (max(0, keep_runs - 1),)).fetchone()
-                bounds += [(row[0], schema.micros(datetime.now(UTC)))] if row is not None else []
+                row = db.execute(schema.NEWEST, (flock, flock, max(0, keep_runs - 1))).fetchone()
+                bounds += [(row[0], FOR_EVER)] if row is not None else []
             deleted = 0
             for bound, latest in bounds:
                 deleted += schema.delete_runs(
@@ -549,6 +570,25 @@ class Store:
         """Say that *engine_id* lives, for as long as this process does: the kernel frees the lock that it holds."""
         if self.is_shared:
             self._engine_lock = _hold(f"{self.path}-engine-{engine_id}")
+        await self._insert_engine(engine_id, flock)
+
+    async def remain(self, engine_id: str, flock: str) -> bool:
+        """Say again that *engine_id* lives, if anybody was told otherwise; False if its runs were taken over by then.
+
+        That is so where its lock file was removed. Whoever takes over removes the file first and the row then, so a
+        file that is made after the row was found missing stays.
+        """
+        query = "SELECT EXISTS (SELECT 1 FROM engines WHERE engine_id = ?)"
+        is_known = bool(self.read(lambda db: db.execute(query, (engine_id,)).fetchone()[0]))
+        path = f"{self.path}-engine-{engine_id}"
+        if not is_known or not _is_held(path):
+            _let_go(self._engine_lock)
+            self._engine_lock = _hold(path)
+        if not is_known:
+            await self._insert_engine(engine_id, flock)
+        return is_known
+
+    async def _insert_engine(self, engine_id: str, flock: str) -> None:
         query = "INSERT INTO engines VALUES (?, ?, ?)"
         await self.change(lambda db: db.execute(query, (engine_id, flock, schema.micros(datetime.now(UTC)))) and None)
 
@@ -563,11 +603,12 @@ class Store:
                 db.execute("DELETE FROM engines WHERE engine_id = ?", (engine_id,))
             return bool(unfinished)
 
-        unfinished = await self.change(apply)
-        if self.is_shared:
-            if not unfinished:
+        try:
+            if not await self.change(apply) and self.is_shared:
                 _remove(f"{self.path}-engine-{engine_id}")
-            _let_go(self._engine_lock)
+        finally:
+            if self.is_shared:
+                _let_go(self._engine_lock)
 
     def dead_engines(self, flock: str, besides: str) -> list[str]:
         """Engines of this flock whose process is gone."""
@@ -586,18 +627,28 @@ class Store:
         def apply(db: sqlite3.Connection) -> tuple[list[Run], list[Batch]]:
             if db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,)).rowcount == 0:
                 return [], []
+            _remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
             db.execute(schema.INTERRUPT_SYNC, (*schema.INTERRUPTED, schema.micros(now), dead_id))
             # By their ids: what the new owner has already is at work there.
             run_ids = [run_id for (run_id,) in db.execute(schema.RUNS_OF, (dead_id,))]
             batch_ids = [batch_id for (batch_id,) in db.execute(schema.BATCHES_OF, (dead_id,))]
             db.execute(schema.TAKE_RUNS, (owner, dead_id))
             db.execute(schema.TAKE_BATCHES, (owner, dead_id))
-            runs = [run for run_id in run_ids if (run := schema.find_run(db, run_id)) is not None]
-            return runs, [batch for id_ in batch_ids if (batch := schema.find_batch(db, id_)) is not None]
+            runs = [run for run_id in run_ids if (run := _if_readable(schema.find_run, db, run_id)) is not None]
+            return runs, [
+                b for batch_id in batch_ids if (b := _if_readable(schema.find_batch, db, batch_id)) is not None
+            ]
 
-        runs, batches = await self.change(apply)
-        _remove(f"{self.path}-engine-{dead_id}")
-        return runs, batches
+        return await self.change(apply)
+
+
+def _if_readable(find: Callable[[sqlite3.Connection, str], T | None], db: sqlite3.Connection, id_: str) -> T | None:
+    """One that is damaged must not keep the others from going on."""
+    try:
+        return find(db, id_)
+    except sqlite3.DatabaseError as exc:
+        logger.error("%s is left out, since it cannot be read: %s", id_, exc)
+        return None
 
 
 # Kernel locks: held as long as the process lives, whatever ends it
@@ -610,6 +661,14 @@ def _hold(path: str) -> IO[bytes]:
     fcntl.flock(file, fcntl.LOCK_EX)
     _held.add(file)
     return file
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _let_go(file: IO[bytes]) -> None:

@@ -284,14 +284,19 @@ async def test_the_oldest_final_runs_are_deleted() -> None:
         for run in runs[2:]:
             assert await engine.get_run(run.run_id)
 
+        # A batch counts as one, however many items it has.
         batches = []
-        for size in (2, 5):
+        for size in (2, 5, 5, 5, 5):
             batch = await engine.submit_batch("one", [EMPTY] * size, BatchOptions())
             batches.append(await batch_end(engine, batch.batch_id))
         await engine.delete_old()
-        assert await engine.get_batch(batches[1].batch_id)
-        with pytest.raises(BatchNotFound):
-            await engine.get_items(batches[0].batch_id)
+        for batch in batches[2:]:
+            assert len(await engine.get_items(batch.batch_id)) == 5
+        for batch in batches[:2]:
+            with pytest.raises(BatchNotFound):
+                await engine.get_items(batch.batch_id)
+        with pytest.raises(RunNotFound):
+            await engine.get_run(runs[-1].run_id)
 
 
 async def test_runs_are_deleted_by_age() -> None:

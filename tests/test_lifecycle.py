@@ -12,7 +12,7 @@ import pytest
 from flock.core import Flock
 from flock.embedded import EmbeddedEngine
 from flock.errors import Conflict, KeyReused, Replayed, RunNotFound, StoreError
-from flock.runs import BatchOptions, Event, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
+from flock.runs import BatchOptions, Event, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, Step
 
 pytestmark = pytest.mark.anyio
 
@@ -173,6 +173,33 @@ async def test_waiting_for_the_first_step_has_its_own_limit(gate: Gate) -> None:
         assert (await engine.wait_run(first.run_id)).status is RunStatus.COMPLETED
 
 
+async def test_a_run_is_cancelled_between_its_steps(
+    engine: EmbeddedEngine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its first step is being written: that step stays, and the second does not begin."""
+    save, at_it, may_go_on = engine.store.save, anyio.Event(), anyio.Event()
+
+    async def slow_save(run: Run, step: Step | None = None, *, is_new: bool = False) -> None:
+        await save(run, step, is_new=is_new)
+        if step is not None and not at_it.is_set():
+            at_it.set()
+            with anyio.CancelScope(shield=True):
+                await may_go_on.wait()
+
+    monkeypatch.setattr(engine.store, "save", slow_save)
+    run = await submit(engine, "steady")
+    await at_it.wait()
+    await engine.cancel_run(run.run_id)
+    may_go_on.set()
+    run = await engine.wait_run(run.run_id)
+    assert (run.status, [step.agent_name for step in run.steps]) == (RunStatus.CANCELLED, ["steady"])
+    assert gate.calls == ["steady"]
+    gate.fails = False
+    await engine.retry_run(run.run_id)
+    assert (await engine.wait_run(run.run_id)).status is RunStatus.COMPLETED
+    assert gate.calls == ["steady", "shaky"], "and is not begun again"
+
+
 # Retry, delete, list
 
 
@@ -313,15 +340,17 @@ async def test_an_agent_may_ask_not_to_be_begun_again(gate: Gate, tmp_path: Path
     begun = anyio.Event()
 
     @gate.flock.agent(on_interrupt="fail")
-    async def once() -> None:
+    async def once(context: RunContext) -> None:
+        kept = opened.store.get_run(context.run_id)
+        assert kept
+        assert kept.started_at, "that it has begun is on disk before it begins"
         begun.set()
         await anyio.sleep_forever()
 
-    async with gate.flock.engine(store=tmp_path / "flock.db") as engine:
-        run = await submit(engine, "once")
+    async with gate.flock.engine(store=tmp_path / "flock.db") as opened:
+        run = await submit(opened, "once")
         await begun.wait()
-        await until(engine, run.run_id, lambda run: engine.store.get_run(run.run_id) == run)
-    async with gate.flock.engine(store=tmp_path / "flock.db") as engine:
-        run = await engine.wait_run(run.run_id)
+    async with gate.flock.engine(store=tmp_path / "flock.db") as again:
+        run = await again.wait_run(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.FAILED, "interrupted")
     assert "asks not to be begun again" in (run.error or "")
