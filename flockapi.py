@@ -17,10 +17,11 @@ import html
 import http
 import json
 import logging
+import operator
 import re
 import secrets
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -434,8 +435,14 @@ class JSONResponse(Response):
 
 def shown_as(type_: type[T], record: Any, **more: Any) -> T:
     """A struct of the wire with the fields that *record* has under the same names, and *more*."""
-    names: Sequence[str] = type_.__struct_fields__  # type: ignore[attr-defined]
-    return type_(**{name: getattr(record, name) for name in names if name not in more}, **more)
+    names, values_of = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
+    return type_(**dict(zip(names, values_of(record), strict=True)), **more)
+
+
+@functools.cache
+def _shared_fields(type_: type, others: Sequence[str]) -> tuple[Sequence[str], Callable[[Any], tuple[Any, ...]]]:
+    names = [name for name in type_.__struct_fields__ if name not in others]  # type: ignore[attr-defined]
+    return names, operator.attrgetter(*names)
 
 
 def run_response(

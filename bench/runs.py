@@ -44,6 +44,7 @@ from starlette.routing import Route
 from flock import schema
 from flock.core import Flock
 from flock.runs import Run, RunStatus, Step, new_id, now
+from flock.server import settle_memory
 from flock.store import Durability
 from flockapi import FlockAPIRequest, FlockAPIResponse, JSONResponse, RunStep, create_app
 
@@ -330,7 +331,7 @@ def fill(path: Path, runs: int) -> None:
 
 
 def serve(name: str, folder: Path, listener: socket.socket) -> None:
-    """The whole of a server's process."""
+    """The whole of a server's process. All of them treat the garbage collector as ``flockapi serve`` does."""
     config = uvicorn.Config(
         APPS[name](folder),
         http="httptools",
@@ -339,6 +340,8 @@ def serve(name: str, folder: Path, listener: socket.socket) -> None:
         access_log=False,
         timeout_graceful_shutdown=STOP_TIMEOUT_S // 2,
     )
+    config.load()
+    settle_memory()
     uvicorn.Server(config).run(sockets=[listener])
 
 

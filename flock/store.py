@@ -131,7 +131,9 @@ class Store:
                 self._lock_file = self._open_lock_file(stack)
                 self._reader = stack.enter_context(contextlib.closing(self._connect()))
             self._migrate()
-            if self.is_shared:
+            if not self.is_shared:
+                self._db.execute("BEGIN")  # for ever: nobody else reads it, and SQLite need not copy what it changes
+            else:
                 self._threads = anyio.CapacityLimiter(1)
                 tasks = await stack.enter_async_context(anyio.create_task_group())
                 tasks.start_soon(self._write_until_closed)
