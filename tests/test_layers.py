@@ -21,11 +21,12 @@ RANKS = {
     "flock.store": 3,
     "flock.agents": 3,
     "flock.workflow": 4,
-    "flock.embedded": 5,
-    "flock.core": 6,
-    "flockapi": 7,
-    "flock.server": 8,
-    "flock.cli": 9,
+    "flock.runner": 5,
+    "flock.embedded": 6,
+    "flock.core": 7,
+    "flockapi": 8,
+    "flock.server": 9,
+    "flock.cli": 10,
 }
 
 #: ``Flock.start_api`` asks for the server only when it is called, since the user's script asks for it there.

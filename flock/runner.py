@@ -1,0 +1,363 @@
+"""Takes runs to their end: slots, deadlines, steps, and what is written when.
+
+Only what is at work here is in memory, so that those who wait are told without asking the disk. For each await below:
+if it is cancelled, the run ends in ``_finish``, which is shielded; if the process dies before a commit, the run goes on
+after the last committed step at the next start; if it dies after one, that step is done.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import msgspec
+from msgspec.structs import replace
+
+from flock.agents import Agent, Resources
+from flock.errors import Interrupted, OwnershipLost, QueueTimeout, StepError, StoreError
+from flock.llm import ModelClient
+from flock.runs import Progress, Run, RunContext, RunStatus, Step, now
+from flock.schema import INTERRUPTED
+from flock.store import RETRY_AFTER_S, Store
+from flock.threads import Threads
+from flock.workflow import NextStep, next_step, run_step
+
+__all__ = ["ActiveRun", "Runner"]
+
+logger = logging.getLogger("flock.runs")
+
+#: How long the last write of a run may take when the engine is leaving, in seconds.
+FINAL_WRITE_TIMEOUT_S = 5.0
+
+
+class ActiveRun:
+    """A run that is at work here, or waits for a slot."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.scope = anyio.CancelScope()
+        self.context: RunContext | None = None
+        self.cancel_requested = run.cancel_requested
+        self.store_error: StoreError | None = None
+        #: the run with its last step, which is not written yet
+        self.unsaved: Run | None = None
+        self.progress: Progress | None = run.progress
+        #: when the first of those who wait wants to be woken, by the loop's clock
+        self.wake_at = math.inf
+        #: it was cancelled since the engine is leaving
+        self.is_stopped = False
+        self.is_left = False
+        #: another engine has it now
+        self.is_lost = False
+        # Made only where somebody waits: an event takes longer than a step's record.
+        self._change: anyio.Event | None = None
+        self._end: anyio.Event | None = None
+        if run.cancel_requested:
+            self.scope.cancel()
+
+    @property
+    def change(self) -> anyio.Event:
+        """Set at the next change."""
+        if self._change is None:
+            self._change = anyio.Event()
+        return self._change
+
+    @property
+    def end(self) -> anyio.Event:
+        """Set at the end, or when those who wait for it should look what is the matter."""
+        if self._end is None:
+            self._end = anyio.Event()
+        return self._end
+
+    def note_progress(self, progress: Progress) -> None:
+        """Called from any thread; the watch tells it on."""
+        self.progress = progress
+
+    def tell(self, run: Run) -> None:
+        """The run is now *run*; wake those who wait for a change, and at its end all."""
+        self.run = run
+        if self._change is not None:
+            self._change.set()
+            self._change = None
+        if run.status.is_final:
+            self.wake()
+
+    def wake(self) -> None:
+        """Wake those who wait for the end, whether it has come or not."""
+        if self._end is not None:
+            self._end.set()
+            self._end = None
+
+
+class Runner:
+    """Takes runs to their end, whatever their agents do; ``EmbeddedEngine`` describes the options.
+
+    Attributes:
+        active: all that are at work here or wait for it, by id.
+        is_leaving: what cannot be written now is not tried again.
+    """
+
+    def __init__(
+        self,
+        agents: Mapping[str, Agent],
+        models: ModelClient,
+        store: Store,
+        *,
+        max_concurrency: int,
+        max_threads: int,
+        max_steps: int,
+        max_timeout_s: float,
+        queue_timeout_s: float | None,
+        expose_errors: bool,
+    ) -> None:
+        self._agents = agents
+        self._models = models
+        self._store = store
+        self._max_steps = max_steps
+        self._max_timeout_s = max_timeout_s
+        self._queue_timeout_s = queue_timeout_s
+        self._expose_errors = expose_errors
+
+        self.active: dict[str, ActiveRun] = {}
+        self.is_leaving = False
+        self._threads = Threads(max_threads)
+        self._slots = anyio.Semaphore(max_concurrency)
+        self._agent_slots: dict[str, anyio.Semaphore] = {}
+
+    def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
+        """Take a run to its end in a task of its own."""
+        tasks.start_soon(self._carry_out, self._admitted(run))
+
+    async def carry_out(self, run: Run) -> None:
+        """Take a run to its end. Only a cancellation of the engine comes out of here."""
+        await self._carry_out(self._admitted(run))
+
+    def _admitted(self, run: Run) -> ActiveRun:
+        active = self.active[run.run_id] = ActiveRun(run)
+        return active
+
+    def cancel(self, active: ActiveRun) -> None:
+        """Ask a run to stop."""
+        active.cancel_requested = True
+        if active.context is not None:
+            active.context.cancel_requested = True
+        active.scope.cancel()
+
+    def stop(self) -> None:
+        """Stop all that is at work, since the engine is leaving."""
+        for active in list(self.active.values()):
+            active.is_stopped = True
+            self._threads.abandon(active)
+            active.scope.cancel()
+
+    async def leave(self, active: ActiveRun) -> None:
+        """The engine is going: what nobody waits for goes on at the next start, and all else ends here."""
+        run = active.unsaved or active.run
+        if not run.is_async or not self._store.is_shared:
+            error, error_type = INTERRUPTED
+            ended = replace(run, status=RunStatus.FAILED, error=error, error_type=error_type, completed_at=now())
+            with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost):
+                await self._store.save(ended, run.steps[-1] if active.unsaved is not None else None)
+            active.run = ended
+        active.is_left = True
+        active.tell(active.run)
+        active.wake()
+        self._forget(active)
+
+    async def _carry_out(self, active: ActiveRun) -> None:
+        end: dict[str, Any] = {}
+        try:
+            with active.scope:
+                end = {"status": RunStatus.COMPLETED, "result": await self._steps(active)}
+        except OwnershipLost:
+            self._lose(active)
+            return
+        except BaseException as exc:
+            # Within a cancelled scope the deadline is -inf. A cancellation without one comes from the agent's own code,
+            # as every other exception does, whatever its class.
+            if anyio.current_effective_deadline() == -math.inf:
+                raise  # the engine is leaving; __aexit__ says what becomes of the run
+            end = self._failure(active.run, exc)
+        if active.is_stopped and end.get("status") is not RunStatus.COMPLETED:
+            await self.leave(active)
+            return
+        if end.get("status") is not RunStatus.COMPLETED:
+            if anyio.current_time() >= active.scope.deadline:
+                end = self._timeout(active)
+            elif active.cancel_requested:
+                end = {"status": RunStatus.CANCELLED, "error": "The run was cancelled.", "error_type": "cancelled"}
+        await _absorb_cancellation()
+        await self._finish(active, end)
+
+    async def _steps(self, active: ActiveRun) -> msgspec.Raw:
+        """Let one agent after the other have its turn. The last step is written together with the run's end."""
+        run = active.run
+        if run.started_at is not None:  # it was at work when its process died
+            self._check_interrupted(run)
+        while (step := next_step(run, self._agents, self._max_steps)) is not None:
+            run = await self._turn(active, run, step)
+            await _absorb_cancellation()
+            if run.steps[-1].next_agent is None:
+                active.unsaved = run
+            else:
+                await self._save(active, run, run.steps[-1])
+            if active.cancel_requested:
+                raise anyio.get_cancelled_exc_class()
+        return run.steps[-1].result
+
+    async def _turn(self, active: ActiveRun, run: Run, step: NextStep) -> Run:
+        """One agent's turn, within a slot of the engine and of the agent; a thread that hangs keeps both."""
+        release = await self._admit(active, step.agent)
+        try:
+            if run.status is RunStatus.STARTING:
+                timeout_s = min(run.timeout_s or self._max_timeout_s, self._max_timeout_s)
+                active.scope.deadline = anyio.current_time() + timeout_s
+                run = replace(run, status=RunStatus.RUNNING, started_at=now())
+                if run.is_async and step.agent.on_interrupt == "fail":
+                    await self._save(active, run, None)  # who begins it a second time must know that it was begun
+                else:
+                    self._store.save_nowait(run)
+                    active.tell(run)
+                if run.is_async and run.batch_id is None:
+                    self._store.flush_nowait()
+            context = active.context = RunContext(run, step.agent.name, active.note_progress)
+            context.cancel_requested = active.cancel_requested
+            call_in_thread = functools.partial(self._threads.call, owner=active, deadline=active.scope.deadline)
+            done = await run_step(step, Resources(self._models, call_in_thread), context)
+            return replace(run, steps=(*run.steps, done))
+        finally:
+            active.context = None
+            self._threads.when_free(active, release)
+
+    async def _admit(self, active: ActiveRun, agent: Agent) -> Callable[[], None]:
+        """Wait for a place of the agent, then for one of the engine, first come, first served.
+
+        Returns: what gives both back. Raises QueueTimeout.
+        """
+        slots = [self._slots]
+        if agent.max_concurrency is not None:
+            slots.insert(0, self._agent_slots.setdefault(agent.name, anyio.Semaphore(agent.max_concurrency)))
+        taken: list[anyio.Semaphore] = []
+
+        def release() -> None:
+            while taken:
+                taken.pop().release()
+
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        limit_s = self._queue_timeout_s if active.run.status is RunStatus.STARTING else None
+        deadline = math.inf if limit_s is None else anyio.current_time() + limit_s
+        try:
+            for slot in slots:
+                try:
+                    slot.acquire_nowait()
+                except anyio.WouldBlock:
+                    with anyio.CancelScope(deadline=deadline) as waiting:
+                        await slot.acquire()
+                    if waiting.cancelled_caught:
+                        raise QueueTimeout(
+                            f"The run waited {limit_s:g} s for its first step, the limit (queue_timeout_s)."
+                        ) from None
+                taken.append(slot)
+        except BaseException:
+            release()
+            raise
+        return release
+
+    def _check_interrupted(self, run: Run) -> None:
+        name = (run.steps[-1].next_agent if run.steps else None) or run.agent_name
+        agent = self._agents.get(name)
+        if agent is not None and agent.on_interrupt == "fail":
+            raise Interrupted(f"The server stopped while {name!r} was at work, which asks not to be begun again.")
+
+    async def _save(self, active: ActiveRun, run: Run, step: Step | None) -> None:
+        """Write *run* and tell those who wait, trying again as long as the store cannot be written."""
+        with anyio.CancelScope(shield=True) if self._store.is_shared else contextlib.nullcontext():
+            while True:
+                try:
+                    await self._store.save(run, step)
+                    break
+                except StoreError as exc:
+                    if self.is_leaving:
+                        raise
+                    active.store_error = exc
+                    active.wake()
+                    await anyio.sleep(RETRY_AFTER_S)
+        active.store_error = None
+        active.tell(run)
+
+    async def _finish(self, active: ActiveRun, end: Mapping[str, Any]) -> None:
+        run = active.unsaved or active.run
+        step = run.steps[-1] if active.unsaved is not None else None
+        for name in ("error", "error_type"):
+            end = {**end, name: _sayable(end.get(name))}
+        run = replace(run, **end, completed_at=now(), progress=active.progress)
+        try:
+            await self._save(active, run, step)
+        except OwnershipLost:
+            self._lose(active)
+            return
+        except StoreError as exc:
+            logger.warning("run %s: its end was not written: %s", run.run_id, exc)
+            await self.leave(active)
+            return
+        self._forget(active)
+        if logger.isEnabledFor(logging.INFO):
+            took_ms = (now() - run.created_at).total_seconds() * 1000
+            template = "run %s: %s, agent %s, %d ms (request %s)"
+            logger.info(template, run.run_id, run.status, run.agent_name, took_ms, run.request_id)
+
+    def _forget(self, active: ActiveRun) -> None:
+        self.active.pop(active.run.run_id, None)
+
+    def _lose(self, active: ActiveRun) -> None:
+        """Those who wait for the run hear of it from the store from now on."""
+        logger.warning("run %s: another engine has taken it over", active.run.run_id)
+        active.is_lost = True
+        self._forget(active)
+        active.tell(active.run)
+        active.wake()
+
+    def _timeout(self, active: ActiveRun) -> dict[str, Any]:
+        timeout_s = min(active.run.timeout_s or self._max_timeout_s, self._max_timeout_s)
+        error = f"The run did not end within {timeout_s:g} s (timeout_s)."
+        return {"status": RunStatus.FAILED, "error": error, "error_type": "timeout"}
+
+    def _failure(self, run: Run, exc: BaseException) -> dict[str, Any]:
+        """How a run ends that ended in an exception: what of it is for the client, and the rest for the log."""
+        while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
+            exc = exc.exceptions[0]
+        if isinstance(exc, StepError):
+            logger.warning("run %s: %s %s (request %s)", run.run_id, exc, exc.log_detail, run.request_id)
+            return {"status": RunStatus.FAILED, "error": str(exc), "error_type": exc.error_type}
+        agent_name = run.steps[-1].next_agent if run.steps else run.agent_name
+        logger.error("run %s: agent %s raised (request %s)", run.run_id, agent_name, run.request_id, exc_info=exc)
+        error = f"The agent {agent_name!r} raised {type(exc).__name__}"
+        where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
+        error += f": {exc}" if self._expose_errors else f"; the server's log has more under {where}."
+        return {"status": RunStatus.FAILED, "error": error, "error_type": "agent_exception"}
+
+
+def _sayable(text: object) -> str | None:
+    """A text that can be kept and sent: agents may put anything into their errors, lone surrogates too."""
+    return None if text is None else str(text).encode("utf-8", "replace").decode()
+
+
+async def _absorb_cancellation() -> None:
+    """Take in a cancellation that an agent asked for its own task and has not met: it would hit what comes next."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # another event loop than asyncio's has no such thing
+        return
+    while task is not None and task.cancelling() and anyio.current_effective_deadline() != -math.inf:
+        try:
+            await anyio.lowlevel.checkpoint()
+        except asyncio.CancelledError:
+            if anyio.current_effective_deadline() == -math.inf:
+                raise
+        task.uncancel()
