@@ -33,7 +33,7 @@ import msgspec
 
 from flock import schema
 from flock.errors import EngineFull, OwnershipLost, StoreError
-from flock.runs import Batch, IdempotencyKey, Run, RunFilter, Step
+from flock.runs import Batch, IdempotencyKey, Run, RunFilter, RunStatus, Step
 
 __all__ = ["Durability", "Store"]
 
@@ -268,6 +268,7 @@ class Store:
     async def _write_groups(self) -> None:
         while True:
             await self._has_work.wait()
+            await anyio.lowlevel.checkpoint()  # who is about to write comes along
             group, self._open, self._has_work = self._open, _Group(), anyio.Event()
             if self._is_closing and not group.runs and not group.changes:
                 self._all_written.set()
@@ -390,32 +391,20 @@ class Store:
             name for name, asked in (("inputs", wanted.with_inputs), ("result", wanted.with_results)) if not asked
         }
         columns = ", ".join(schema.EMPTY[name] if name in left_out else name for name in schema.FIELDS)
-        conditions = ["flock = ?"]
-        values: list[str] = [flock]
-        for column, value in (("status", wanted.status), ("agent_name", wanted.agent_name)):
+        conditions = ["flock = :flock"]
+        values: dict[str, Any] = {"flock": flock, "limit": wanted.limit}
+        for condition, value in (
+            ("agent_name = :agent_name", wanted.agent_name),
+            ("run_id < :after", wanted.after),
+            ("run_id > :low", None if wanted.created_after is None else schema.id_at(wanted.created_after, 1)),
+            ("run_id < :high", None if wanted.created_before is None else schema.id_at(wanted.created_before)),
+        ):
             if value is not None:
-                conditions.append(f"{column} = ?")
-                values.append(str(value))
-        bounds = (
-            ("<", wanted.after),
-            (">", None if wanted.created_after is None else schema.id_at(wanted.created_after, 1)),
-            ("<", None if wanted.created_before is None else schema.id_at(wanted.created_before)),
-        )
-        for sign, bound in bounds:
-            if bound is not None:
-                conditions.append(f"run_id {sign} ?")
-                values.append(bound)
-        index = {
-            (False, False): "runs_all",
-            (True, False): "runs_by_status",
-            (False, True): "runs_by_agent",
-            (True, True): "runs_by_both",
-        }[wanted.status is not None, wanted.agent_name is not None]
-        query = (
-            f"SELECT {columns} FROM runs INDEXED BY {index} "
-            f"WHERE batch_id IS NULL AND {' AND '.join(conditions)} ORDER BY run_id DESC LIMIT ?"
-        )
-        return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, [*values, wanted.limit])])
+                conditions.append(condition)
+                values[condition.rpartition(":")[2]] = value
+        statuses = RunStatus if wanted.status is None else [wanted.status]
+        query = f"{schema.listing(columns, statuses, ' AND '.join(conditions))} LIMIT :limit"
+        return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, values)])
 
     def last_id(self) -> str | None:
         """The id of the newest run."""
@@ -534,14 +523,13 @@ class Store:
         def apply(db: sqlite3.Connection) -> int:
             bounds = [(schema.id_at(before), schema.micros(before))] if before is not None else []
             if keep_runs is not None:
-                row = db.execute(schema.NEWEST, (flock, flock, max(0, keep_runs - 1))).fetchone()
+                row = db.execute(schema.NEWEST, {"flock": flock, "offset": max(0, keep_runs - 1)}).fetchone()
                 bounds += [(row[0], FOR_EVER)] if row is not None else []
             deleted = 0
             for bound, latest in bounds:
-                deleted += schema.delete_runs(
-                    db, [row[0] for row in db.execute(schema.OLD_RUNS, (flock, bound, latest, limit))]
-                )
-                for (batch_id,) in db.execute(schema.OLD_BATCHES, (flock, bound, latest)).fetchall():
+                values = {"flock": flock, "bound": bound, "latest": latest, "limit": limit}
+                deleted += schema.delete_runs(db, [run_id for (run_id,) in db.execute(schema.OLD_RUNS, values)])
+                for (batch_id,) in db.execute(schema.OLD_BATCHES, values).fetchall():
                     deleted += schema.delete_items(db, batch_id, limit)
             return deleted
 

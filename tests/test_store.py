@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from flock.errors import EngineFull, KeyReused, OwnershipLost, Replayed, StoreError
 from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus, Step, Usage, new_id, now
-from flock.schema import MIGRATIONS
+from flock.schema import COLUMNS, MIGRATIONS, listing
 from flock.store import Store
 
 pytestmark = pytest.mark.anyio
@@ -142,6 +142,23 @@ async def test_lists_are_filtered_newest_first(wanted: RunFilter, expected: list
 
 
 # Files
+
+
+@pytest.mark.parametrize(
+    "conditions",
+    ["flock = :flock", "flock = :flock AND agent_name = :agent_name", "flock = :flock AND run_id < :after"],
+)
+@pytest.mark.parametrize("statuses", [list(RunStatus), [RunStatus.FAILED]], ids=["any", "one"])
+async def test_a_page_of_a_list_is_read_from_an_index_in_order(
+    conditions: str, statuses: list[RunStatus], store: Store
+) -> None:
+    """Nothing is sorted or looked through, so its time does not grow with the store: bench/list_runs.py measures it."""
+    values = {"flock": "f", "agent_name": "a", "after": "x"}
+    query = f"EXPLAIN QUERY PLAN {listing(COLUMNS, statuses, conditions)} LIMIT 10"
+    plan = "\n".join(row[3] for row in store.read(lambda db: db.execute(query, values).fetchall()))
+    assert "TEMP B-TREE" not in plan
+    assert "SCAN" not in plan
+    assert plan.count("SEARCH runs USING INDEX") == len(statuses)
 
 
 async def test_what_is_no_store_is_refused_untouched(tmp_path: Path) -> None:

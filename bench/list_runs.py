@@ -1,0 +1,96 @@
+"""Does a page of ``GET /runs`` take longer in a store of a million runs than in one of a thousand?
+
+    python -m bench.list_runs
+
+Both stores hold runs of three agents in all final states, mixed. Pages are read in turn from the one and the other, so
+that noise of the machine meets both; what counts is the ratio of the medians.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import sqlite3
+import statistics
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from bench.runs import fill
+from flock.core import Flock
+from flock.embedded import EmbeddedEngine
+from flock.runs import RunFilter, RunStatus, now
+
+AGENTS = ("add", "multiply", "rare")
+AIM = 2.0
+
+
+def mix(path: Path) -> None:
+    """Give each run an agent and a state, without a pattern; one run in a thousand has the rare agent."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE runs SET status = 'failed' WHERE abs(random()) % 3 = 0")
+        db.execute("UPDATE runs SET agent_name = 'multiply' WHERE abs(random()) % 2 = 0")
+        db.execute("UPDATE runs SET agent_name = 'rare' WHERE abs(random()) % 1000 = 0")
+        db.commit()
+
+
+def filters(middle: str) -> dict[str, RunFilter]:
+    """By name; *middle* is the id of a run in the middle of the store."""
+    hour = timedelta(hours=1)
+    return {
+        "newest": RunFilter(),
+        "status": RunFilter(status=RunStatus.FAILED),
+        "status, none": RunFilter(status=RunStatus.CANCELLED),
+        "agent": RunFilter(agent_name="multiply"),
+        "agent, rare": RunFilter(agent_name="rare", limit=1),
+        "agent and status": RunFilter(agent_name="add", status=RunStatus.COMPLETED),
+        "time": RunFilter(created_after=now() - hour, created_before=now() + hour),
+        "cursor": RunFilter(after=middle),
+        "cursor, agent": RunFilter(after=middle, agent_name="add"),
+        "with inputs": RunFilter(with_inputs=True, with_results=True),
+    }
+
+
+async def seconds(engine: EmbeddedEngine, wanted: RunFilter) -> float:
+    began = time.perf_counter()
+    await engine.list_runs(wanted)
+    return time.perf_counter() - began
+
+
+async def compare(small: EmbeddedEngine, large: EmbeddedEngine, pages: int) -> bool:
+    """Print a line for each filter. True if all are within the aim."""
+    are_met = True
+    print(f"{'filter':20}{'small ms':>10}{'large ms':>10}{'ratio':>8}")
+    wanted = [filters((await engine.list_runs(RunFilter(limit=500)))[-1].run_id) for engine in (small, large)]
+    for name in wanted[0]:
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(pages):
+            for engine, of_engine, taken in zip((small, large), wanted, times, strict=True):
+                taken.append(await seconds(engine, of_engine[name]))
+        one, other = (1000 * statistics.median(taken) for taken in times)
+        are_met &= other / one < AIM
+        print(f"{name:20}{one:10.3f}{other:10.3f}{other / one:8.2f}")
+    return are_met
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--small", type=int, default=1000, help="runs of the small store (default: 1000)")
+    parser.add_argument("--large", type=int, default=1_000_000, help="of the large one (default: a million)")
+    parser.add_argument("--pages", type=int, default=200, help="read of each kind (default: 200)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=".", prefix="bench-list-") as made:
+        paths = [Path(made) / "small.db", Path(made) / "large.db"]
+        for path, size in zip(paths, (options.small, options.large), strict=True):
+            fill(path, size)
+            mix(path)
+        flock = Flock()
+        async with flock.engine(store=paths[0]) as small, flock.engine(store=paths[1]) as large:
+            are_met = await compare(small, large, options.pages)
+    print("met" if are_met else "MISSED", f"each page takes less than {AIM:g} times as long")
+    return 0 if are_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
