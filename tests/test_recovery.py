@@ -138,7 +138,7 @@ def workers_of(server: Server) -> list[int]:
 def test_a_killed_worker_loses_nothing_and_the_others_stay_up(tmp_path: Path) -> None:
     """200 asynchronous runs of two steps, three workers, one of them killed again and again."""
     ledger, chance = Ledger(tmp_path), random.Random(8)
-    kills = int(os.environ.get("FLOCK_TEST_KILLS", "6"))
+    kills = int(os.environ.get("WORKER_KILLS", "6"))
     with running(*ledger.command, "--workers", "3", LOG=str(ledger.log)) as server:
         for kill in range(kills):
             server.wait_for_line("Application startup complete", times=3 + kill)
