@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import Any, Self
 
@@ -207,15 +207,14 @@ class EmbeddedEngine:
                     await next(iter(self._runner.active.values())).change.wait()
             self._runner.stop()
 
-    def _running_tasks(self) -> anyio.abc.TaskGroup:
+    def _check_running(self) -> None:
         if self._tasks is None:
             raise EngineStopped("The engine is not running: enter it with 'async with', or run the app's lifespan.")
         if self.is_leaving:
             raise EngineStopped("The server is about to stop and takes no new work.")
-        return self._tasks
 
     def check_ready(self) -> None:
-        self._running_tasks()
+        self._check_running()
         self.store.check_writable()
 
     # Runs
@@ -230,7 +229,7 @@ class EmbeddedEngine:
         timeout_s: float | None = None,
         key: IdempotencyKey | None = None,
     ) -> Run:
-        tasks = self._running_tasks()
+        self._check_running()
         self._agent(agent_name).input.decode(inputs, "/inputs")
         # The copy lets go of the request's body, of which a Raw is only a view.
         run = self._new_run(agent_name, msgspec.Raw(bytes(inputs)), request_id, is_async=is_async, timeout_s=timeout_s)
@@ -241,12 +240,10 @@ class EmbeddedEngine:
                     f"{len(self._runner.active)} runs are waiting already, all that this server takes (max_queue)."
                 )
             self.store.save_nowait(run, is_new=True)
+            self._start(run)
         else:
-            # Shielded: what is written would wait for ever if its caller were cancelled before it is started.
-            with anyio.CancelScope(shield=True):
-                async with self._accepting_key(key):
-                    await self.store.accept(run, self._max_queue, key)
-        self._runner.start(tasks, run)
+            with self._accepting_key(key):
+                await self.store.accept(run, self._max_queue, key, then=self._start)
         return run
 
     async def get_run(self, run_id: str) -> Run:
@@ -291,16 +288,14 @@ class EmbeddedEngine:
         return active.run
 
     async def retry_run(self, run_id: str) -> Run:
-        tasks = self._running_tasks()
+        self._check_running()
         run = await self.get_run(run_id)
         reopened = None
         if run.batch_id is None and run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
-            with anyio.CancelScope(shield=True):
-                reopened = await self.store.reopen(run_id, self._flock, self._engine_id, self._max_queue)
+            reopened = await self.store.reopen(run_id, self._flock, self._engine_id, self._max_queue, then=self._start)
         if reopened is None:
             what = "an item of a batch" if run.batch_id else (await self.get_run(run_id)).status
             raise Conflict(f"The run {run_id} is {what}; only a run that failed or was cancelled can be tried again.")
-        self._runner.start(tasks, reopened)
         return reopened
 
     async def delete_run(self, run_id: str) -> None:
@@ -353,8 +348,13 @@ class EmbeddedEngine:
             **more,
         )
 
-    @asynccontextmanager
-    async def _accepting_key(self, key: IdempotencyKey | None) -> AsyncIterator[None]:
+    def _start(self, run: Run | None) -> None:
+        """What is accepted while the engine goes is for the next start."""
+        if run is not None and self._tasks is not None and not self.is_leaving:
+            self._runner.start(self._tasks, run)
+
+    @contextlib.contextmanager
+    def _accepting_key(self, key: IdempotencyKey | None) -> Iterator[None]:
         """Only one request with a key at a time; a later one is a replay."""
         if key is None:
             yield
@@ -409,12 +409,10 @@ class EmbeddedEngine:
             runs, batches = await self.store.take_over(dead_id, self._engine_id, now())
             if runs or batches:
                 logger.info("going on with %d runs and %d batches of an engine that is gone", len(runs), len(batches))
-            tasks = self._tasks
-            assert tasks is not None
             for run in runs:
-                self._runner.start(tasks, run)
+                self._start(run)
             for batch in batches:
-                tasks.start_soon(self._batch_task, batch)
+                self._start_batch(batch)
 
     async def _retain(self) -> None:
         """Delete what is too old, in small bites."""
@@ -443,12 +441,12 @@ class EmbeddedEngine:
         request_id: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
-        self._running_tasks()
+        self._check_running()
         if len(items) > self._max_items:
             detail = f"{len(items)} items are more than this server takes in a batch ({self._max_items}, max_items)."
             raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
         await _check_items(self._agent(agent_name), items)
-        tasks = self._running_tasks()
+        self._check_running()
         batch = Batch(
             batch_id=new_id(),
             flock=self._flock,
@@ -463,11 +461,13 @@ class EmbeddedEngine:
             self._new_run(agent_name, item, request_id, batch_id=batch.batch_id, position=position, is_async=True)
             for position, item in enumerate(items)
         ]
-        with anyio.CancelScope(shield=True):
-            async with self._accepting_key(key):
-                await self.store.accept_batch(batch, runs, self._max_items, key)
-        tasks.start_soon(self._batch_task, batch)
+        with self._accepting_key(key):
+            await self.store.accept_batch(batch, runs, self._max_items, key, then=self._start_batch)
         return batch
+
+    def _start_batch(self, batch: Batch) -> None:
+        if self._tasks is not None and not self.is_leaving:
+            self._tasks.start_soon(self._batch_task, batch)
 
     async def get_batch(self, batch_id: str) -> Batch:
         batch = self.store.get_batch(batch_id)

@@ -71,10 +71,11 @@ class _PendingRun:
 
 
 class _Change:
-    """A function that is called within the transaction, and what came of it."""
+    """A function that is called within the transaction, what came of it, and one that is called after it."""
 
-    def __init__(self, apply: Callable[[sqlite3.Connection], Any]) -> None:
+    def __init__(self, apply: Callable[[sqlite3.Connection], Any], then: Callable[[Any], None] | None) -> None:
         self.apply = apply
+        self.then = then
         self.result: Any = None
         self.error: Exception | None = None
 
@@ -223,13 +224,15 @@ class Store:
         if run.run_id in group.lost:
             raise OwnershipLost(run.run_id)
 
-    async def change(self, apply: Callable[[sqlite3.Connection], T]) -> T:
-        """Call *apply* within the next transaction; on return what it wrote is on disk.
+    async def change(self, apply: Callable[[sqlite3.Connection], T], then: Callable[[T], None] | None = None) -> T:
+        """Call *apply* within the next transaction, in any thread; on return what it wrote is on disk.
 
         What *apply* raises is raised here, and must be raised before it has written anything.
+
+        Cancellation: it is written all the same, and *then* is called with what *apply* returned once it is on disk.
         """
         self.flush_nowait()  # it may count them
-        group, change = self._open, _Change(apply)
+        group, change = self._open, _Change(apply, then)
         group.changes.append(change)
         await self._written(group)
         if change.error is not None:
@@ -256,6 +259,7 @@ class Store:
         group, self._open = self._open, _Group()
         self._write_runs(group)
         self._apply_changes(group)
+        self._go_on(group)
 
     async def _write_until_closed(self) -> None:
         """Cancellation of the host does not reach it: what was accepted is written before the store closes."""
@@ -273,6 +277,7 @@ class Store:
             try:
                 await self._transact(group)
                 self._write_error = None
+                self._go_on(group)
             except (sqlite3.Error, OSError) as exc:
                 logger.error("the store %s cannot be written: %s", self.path, exc)
                 self._write_error = group.error = exc
@@ -329,6 +334,11 @@ class Store:
                 raise
             except Exception as exc:
                 change.error = exc
+
+    def _go_on(self, group: _Group) -> None:
+        for change in group.changes:
+            if change.then is not None and change.error is None:
+                change.then(change.result)
 
     @contextlib.asynccontextmanager
     async def _file_lock(self) -> AsyncIterator[None]:
@@ -417,8 +427,10 @@ class Store:
 
     # What engines do with runs and batches: each is one transaction
 
-    async def accept(self, run: Run, max_queue: int, key: IdempotencyKey | None) -> None:
-        """Write a new run, if there is room for it.
+    async def accept(
+        self, run: Run, max_queue: int, key: IdempotencyKey | None, then: Callable[[Run], None] | None = None
+    ) -> None:
+        """Write a new run, if there is room for it, and call *then* with it.
 
         Raises:
             Replayed: a run was made under this key before; that comes before any limit.
@@ -426,20 +438,26 @@ class Store:
             EngineFull: *max_queue* runs of this flock are waiting, in all processes together.
         """
 
-        def apply(db: sqlite3.Connection) -> None:
+        def apply(db: sqlite3.Connection) -> Run:
             schema.check_key(db, run.flock, key)
             schema.check_room(db, run.flock, max_queue)
             schema.insert_run(db, run)
             schema.insert_key(db, run.flock, key, run.run_id, run.created_at)
+            return run
 
-        await self.change(apply)
+        await self.change(apply, then)
 
     async def accept_batch(
-        self, batch: Batch, items: Sequence[Run], max_items: int, key: IdempotencyKey | None
+        self,
+        batch: Batch,
+        items: Sequence[Run],
+        max_items: int,
+        key: IdempotencyKey | None,
+        then: Callable[[Batch], None] | None = None,
     ) -> None:
-        """Write a batch and all its items, or nothing. Raises Replayed, KeyReused, EngineFull."""
+        """Write a batch and all its items, or nothing, and call *then*. Raises Replayed, KeyReused, EngineFull."""
 
-        def apply(db: sqlite3.Connection) -> None:
+        def apply(db: sqlite3.Connection) -> Batch:
             schema.check_key(db, batch.flock, key)
             query = "SELECT sum(total_items - completed_items) FROM batches WHERE flock = ? AND completed_at IS NULL"
             unfinished = db.execute(query, (batch.flock,)).fetchone()[0] or 0
@@ -463,8 +481,9 @@ class Store:
             for item in items:
                 schema.insert_run(db, item)
             schema.insert_key(db, batch.flock, key, batch.batch_id, batch.created_at)
+            return batch
 
-        await self.change(apply)
+        await self.change(apply, then)
 
     async def update_batch(self, batch: Batch) -> None:
         """Write a batch's status, error and times. Raises OwnershipLost."""
@@ -492,7 +511,9 @@ class Store:
         query = "UPDATE runs SET cancel_requested = 1 WHERE run_id = ? AND status IN ('starting', 'running')"
         return await self.change(lambda db: db.execute(query, (run_id,)).rowcount == 1)
 
-    async def reopen(self, run_id: str, flock: str, owner: str, max_queue: int) -> Run | None:
+    async def reopen(
+        self, run_id: str, flock: str, owner: str, max_queue: int, then: Callable[[Run | None], None]
+    ) -> Run | None:
         """Open the next attempt of a failed or cancelled run; None if it is neither. Raises EngineFull."""
 
         def apply(db: sqlite3.Connection) -> Run | None:
@@ -504,7 +525,7 @@ class Store:
             )
             return schema.find_run(db, run_id) if db.execute(query, (owner, run_id)).rowcount else None
 
-        return await self.change(apply)
+        return await self.change(apply, then)
 
     async def delete_run(self, run_id: str) -> bool:
         """Delete a final run that is no item; False if there is none."""

@@ -1,5 +1,6 @@
 """The life of a run by the engine: cancel, retry, delete, list, events, time-outs, keys, progress, two engines."""
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -315,6 +316,21 @@ async def test_a_caller_cancelled_while_its_run_is_accepted_leaves_no_orphan(eng
         await submit(engine, "steady")
     runs = await engine.list_runs(RunFilter())
     assert [(await engine.wait_run(run.run_id)).status for run in runs] == [RunStatus.FAILED] * len(runs)
+
+
+async def test_a_run_whose_caller_was_cancelled_goes_on_once_it_is_accepted(engine: EmbeddedEngine, gate: Gate) -> None:
+    """By asyncio's own means too, which no shield keeps out."""
+    caller = asyncio.create_task(submit(engine, "steady"))
+    await asyncio.sleep(0)  # it has said what is to be written
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+        raise asyncio.CancelledError  # in memory nothing is waited for, so that it was done by then
+    with anyio.fail_after(20):
+        while not (runs := await engine.list_runs(RunFilter())):  # noqa: ASYNC110 - as a client
+            await anyio.sleep(0.01)
+    assert [(await engine.wait_run(run.run_id)).status for run in runs] == [RunStatus.FAILED]
+    assert gate.calls == ["steady", "shaky"]
 
 
 # Two engines on one file
