@@ -21,7 +21,7 @@ import operator
 import re
 import secrets
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -52,6 +52,7 @@ from flock.errors import (
     InvalidData,
     KeyReused,
     MalformedJSON,
+    NotFound,
     Replayed,
     RunNotFound,
     StoreError,
@@ -634,7 +635,7 @@ async def run_flock(request: Request) -> Response:
             key=key,
         )
     except Replayed as exc:
-        run, headers = await engine.get_run(exc.made_id), REPLAYED
+        run, headers = await _replayed(engine.get_run(exc.made_id)), REPLAYED
     if not is_async:
         run = await (_wait_with_caller(request, run) if key is None else engine.wait_run(run.run_id))
     elif responds_async:
@@ -649,6 +650,14 @@ async def run_flock(request: Request) -> Response:
 
 #: The draft on Idempotency-Key names no header for it; this one is widely used.
 REPLAYED = {"Idempotency-Replayed": "true"}
+
+
+async def _replayed(found: Awaitable[T]) -> T:
+    """What an earlier request made under the same key. Raises Conflict where it is no longer kept."""
+    try:
+        return await found
+    except NotFound as exc:
+        raise Conflict(f"A request with this Idempotency-Key was accepted, and what it made is gone. {exc}") from exc
 
 
 async def _wait_with_caller(request: Request, run: Run) -> Run:
@@ -705,7 +714,7 @@ async def run_batch(request: Request) -> Response:
     except InvalidData as exc:
         raise as_sent(exc, wanted) from exc
     except Replayed as exc:
-        batch, headers = await engine.get_batch(exc.made_id), REPLAYED
+        batch, headers = await _replayed(engine.get_batch(exc.made_id)), REPLAYED
     return batch_response(request, batch, [], 202, headers)
 
 

@@ -38,7 +38,7 @@ class CommitInThread(Store):
     async def _transact(self, group: _Group) -> None:
         async with self._file_lock():
             with self._transaction():
-                self._write_runs(group)
+                self._write_runs(group, group.runs)
                 self._apply_changes(group)
                 await anyio.to_thread.run_sync(self._db.execute, "COMMIT", limiter=self._threads)
 

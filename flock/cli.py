@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from flock.errors import FlockError
 from flock.server import ServerSettings, serve_flock, serve_workers
 from flock.store import MEMORY
 
-__all__ = ["load_flock", "main"]
+__all__ = ["Seconds", "load_flock", "main"]
 
 
 # The flock that a command is about
@@ -80,7 +81,19 @@ def main() -> None:
     """
 
 
-SECONDS = click.FloatRange(0)
+class Seconds(click.FloatRange):
+    """A time that is one: FloatRange lets nan pass."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is no number of seconds.", param, ctx)
+        return seconds
+
+
+SECONDS = Seconds(0, 1e9)
 
 model_option = click.option(
     "--model",
@@ -134,7 +147,7 @@ model_option = click.option(
 )
 @click.option(
     "--max-queue",
-    type=click.IntRange(0),
+    type=click.IntRange(1),
     default=10_000,
     show_default=True,
     metavar="N",
@@ -143,7 +156,7 @@ model_option = click.option(
 @click.option(
     "--max-timeout",
     "max_timeout_s",
-    type=SECONDS,
+    type=Seconds(0, 1e9, min_open=True),
     default=86_400,
     show_default=True,
     metavar="SECONDS",

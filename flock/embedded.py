@@ -24,6 +24,7 @@ from flock.errors import (
     AgentNotFound,
     BatchNotFound,
     Conflict,
+    DefinitionError,
     EngineFull,
     EngineStopped,
     FieldError,
@@ -58,11 +59,15 @@ logger = logging.getLogger("flock.runs")
 MAX_ITEM_ERRORS = 100
 #: How often the store is asked for what others did, in seconds.
 WATCH_INTERVAL_S = 0.05
+#: After this time all others have seen what was committed, in seconds, if they are not busy.
+SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
 #: How often other engines are looked after, in seconds.
 TAKE_OVER_INTERVAL_S = 1.0
 #: How often old runs are deleted, in seconds, and how many in one transaction.
 RETENTION_INTERVAL_S = 10.0
 RETENTION_BITE = 500
+#: The longest time that an option may name, in seconds: about 30 years.
+MAX_SECONDS = 1e9
 #: How long an event stream may be silent, in seconds.
 KEEP_ALIVE_S = 15.0
 #: How many items of a batch are read at once.
@@ -111,6 +116,10 @@ class EmbeddedEngine:
         keep_runs: int | None = None,
         expose_errors: bool = False,
     ) -> None:
+        times = {"max_timeout_s": max_timeout_s, "queue_timeout_s": queue_timeout_s, "keep_for_s": keep_for_s}
+        for name, value in times.items():
+            if value is not None and not 0 <= value <= MAX_SECONDS:
+                raise DefinitionError(f"{name} is a number of seconds from 0 to {MAX_SECONDS:g}, not {value}.")
         self.store = store
         self._agents = agents
         self._models = models
@@ -136,6 +145,8 @@ class EmbeddedEngine:
         self._engine_id = ""
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
+        #: runs of others that somebody waits for
+        self._awaited: dict[str, anyio.Event] = {}
         self._tasks: anyio.abc.TaskGroup | None = None
 
     @property
@@ -187,18 +198,22 @@ class EmbeddedEngine:
         self._runner.is_leaving = True
         tasks.cancel_scope.cancel()
         self._runner.stop()
-        await tasks.__aexit__(None, None, None)
-        with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as leaving:  # together: they share one time-out
-                for active in list(self._runner.active.values()):
-                    leaving.start_soon(self._runner.leave, active)
-            with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError):
-                await self.store.leave(self._engine_id)
-        await self._exit.aclose()
+        try:
+            await tasks.__aexit__(None, None, None)
+        finally:  # also when the host is being cancelled
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as leaving:  # together: they share one time-out
+                    for active in list(self._runner.active.values()):
+                        leaving.start_soon(self._runner.leave, active)
+                with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError):
+                    await self.store.leave(self._engine_id)
+            await self._exit.aclose()
 
     async def drain(self, timeout_s: float) -> None:
         self._runner.is_leaving = True
         self._tell_store_changed()
+        while self._awaited:
+            self._awaited.popitem()[1].set()
         for active in self._runner.active.values():
             active.tell(active.run)  # event streams end
         for seconds in (timeout_s, FINAL_WRITE_TIMEOUT_S):
@@ -270,7 +285,9 @@ class EmbeddedEngine:
             await active.end.wait()
         with anyio.CancelScope(deadline=deadline):
             while not (run := await self.get_run(run_id)).status.is_final:
-                await self._store_changed.wait()
+                if self.is_leaving:
+                    raise EngineStopped("The server is about to stop. Ask another one, or this one when it is back.")
+                await self._awaited.setdefault(run_id, anyio.Event()).wait()
             return run
         return await self.get_run(run_id)
 
@@ -279,17 +296,22 @@ class EmbeddedEngine:
         if active is None:
             run = await self.get_run(run_id)
             if not run.status.is_final and await self.store.request_cancel(run_id):
+                if run.owner == self._engine_id and run_id not in self._runner.active:
+                    self._runner.cancelled_before.add(run_id)
                 return await self.get_run(run_id)
             run = await self.get_run(run_id)
             if run.status is not RunStatus.CANCELLED:
                 raise Conflict(f"The run {run_id} is {run.status} and cannot be cancelled any more.")
             return run
         self._runner.cancel(active)
+        if active.run.is_async:
+            await self.store.request_cancel(run_id)  # whoever goes on with it after a crash knows
         return active.run
 
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
+        self._runner.cancelled_before.discard(run_id)
         reopened = None
         if run.batch_id is None and run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
             reopened = await self.store.reopen(run_id, self._flock, self._engine_id, self._max_queue, then=self._start)
@@ -300,6 +322,9 @@ class EmbeddedEngine:
 
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
+        if run.completed_at is not None and self.store.is_shared:
+            # Those who follow it elsewhere have not heard of its end yet.
+            await anyio.sleep(max(0, min(SEEN_BY_ALL_S, SEEN_BY_ALL_S - (now() - run.completed_at).total_seconds())))
         if run.batch_id is not None or not await self.store.delete_run(run_id):
             what = "an item of a batch" if run.batch_id else f"still {(await self.get_run(run_id)).status}"
             raise Conflict(f"The run {run_id} is {what} and cannot be deleted. Cancel it first, or wait for its end.")
@@ -391,6 +416,10 @@ class EmbeddedEngine:
                     for run_id in self.store.cancels_for(self._engine_id):
                         if run_id in self._runner.active:
                             self._runner.cancel(self._runner.active[run_id])
+                        else:
+                            self._runner.cancelled_before.add(run_id)
+                    for run_id in self.store.ended(self._awaited) if self._awaited else ():
+                        self._awaited.pop(run_id).set()
                 if self.store.is_shared and at >= look_after_others_at:
                     look_after_others_at = at + TAKE_OVER_INTERVAL_S
                     if not await self.store.remain(self._engine_id, self._flock):
@@ -398,6 +427,8 @@ class EmbeddedEngine:
                     await self._take_over()
             except StoreError as exc:
                 logger.error("the store cannot be watched: %s", exc)
+            except Exception:  # whatever it is, such as no file handle left: the runs go on, and so does the watch
+                logger.exception("the store cannot be watched")
 
     def _tell_store_changed(self) -> None:
         changed, self._store_changed = self._store_changed, anyio.Event()
@@ -418,9 +449,13 @@ class EmbeddedEngine:
         """Delete what is too old, in small bites."""
         while True:
             await anyio.sleep(RETENTION_INTERVAL_S)
-            with contextlib.suppress(StoreError):
+            try:
                 await self.store.forget_keys(now() - KEEP_KEYS_FOR)
                 await self.delete_old()
+            except StoreError:
+                pass  # the store has said so
+            except Exception:
+                logger.exception("old runs cannot be deleted")
 
     async def delete_old(self) -> None:
         """Delete final runs that are older than ``keep_for_s`` or beyond the newest ``keep_runs``."""

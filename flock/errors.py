@@ -21,6 +21,7 @@
         ├── AgentError           raised by an agent's own code
         ├── InvalidOutput        the result does not fit the output signature
         ├── InvalidHandoff       the next agent does not exist, or cannot be given its inputs
+        ├── Unstorable           what an agent gave cannot be kept
         ├── TooManySteps         the hand-offs go on beyond ``max_steps``
         └── ModelError           the model gave no usable answer; ``error_type`` says why
 
@@ -60,6 +61,7 @@ __all__ = [
     "StepError",
     "StoreError",
     "TooManySteps",
+    "Unstorable",
 ]
 
 
@@ -223,6 +225,12 @@ class InvalidHandoff(StepError):
     """The agent that should go on does not exist, or what is known does not give it its inputs."""
 
     error_type = "invalid_handoff"
+
+
+class Unstorable(StepError):
+    """A run's record cannot be written as it is, whatever the store does; all else can."""
+
+    error_type = "unstorable"
 
 
 class TooManySteps(StepError):

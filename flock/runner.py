@@ -20,9 +20,9 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents import Agent, Resources
-from flock.errors import Interrupted, OwnershipLost, QueueTimeout, StepError, StoreError
+from flock.errors import Interrupted, OwnershipLost, QueueTimeout, StepError, StoreError, Unstorable
 from flock.llm import ModelClient
-from flock.runs import Progress, Run, RunContext, RunStatus, Step, now
+from flock.runs import Progress, Run, RunContext, RunStatus, Step, now, sayable
 from flock.schema import INTERRUPTED
 from flock.store import RETRY_AFTER_S, Store
 from flock.threads import Threads
@@ -100,6 +100,7 @@ class Runner:
 
     Attributes:
         active: all that are at work here or wait for it, by id.
+        cancelled_before: items that were cancelled before they began, by id.
         is_leaving: what cannot be written now is not tried again.
     """
 
@@ -125,6 +126,7 @@ class Runner:
         self._expose_errors = expose_errors
 
         self.active: dict[str, ActiveRun] = {}
+        self.cancelled_before: set[str] = set()
         self.is_leaving = False
         self._threads = Threads(max_threads)
         self._slots = anyio.Semaphore(max_concurrency)
@@ -139,6 +141,9 @@ class Runner:
         await self._carry_out(self._admitted(run))
 
     def _admitted(self, run: Run) -> ActiveRun:
+        if run.run_id in self.cancelled_before:
+            self.cancelled_before.discard(run.run_id)
+            run = replace(run, cancel_requested=True)
         active = self.active[run.run_id] = ActiveRun(run)
         return active
 
@@ -171,7 +176,8 @@ class Runner:
         self._forget(active)
 
     async def _carry_out(self, active: ActiveRun) -> None:
-        end: dict[str, Any] = {}
+        end: dict[str, Any] | None = None
+        failure: BaseException | None = None
         try:
             with active.scope:
                 end = {"status": RunStatus.COMPLETED, "result": await self._steps(active)}
@@ -183,17 +189,23 @@ class Runner:
             # as every other exception does, whatever its class.
             if anyio.current_effective_deadline() == -math.inf:
                 raise  # the engine is leaving; __aexit__ says what becomes of the run
-            end = self._failure(active.run, exc)
-        if active.is_stopped and end.get("status") is not RunStatus.COMPLETED:
-            await self.leave(active)
-            return
-        if end.get("status") is not RunStatus.COMPLETED:
+            failure = exc
+        if end is None:
+            if active.is_stopped:
+                await self.leave(active)
+                return
             if anyio.current_time() >= active.scope.deadline:
                 end = self._timeout(active)
             elif active.cancel_requested:
                 end = {"status": RunStatus.CANCELLED, "error": "The run was cancelled.", "error_type": "cancelled"}
+            else:
+                end = self._failure(active.run, failure)
         await _absorb_cancellation()
-        await self._finish(active, end)
+        try:
+            await self._finish(active, end)
+        except Unstorable as exc:
+            active.unsaved = None
+            await self._finish(active, self._failure(active.run, exc))
 
     async def _steps(self, active: ActiveRun) -> msgspec.Raw:
         """Let one agent after the other have its turn. The last step is written together with the run's end."""
@@ -209,6 +221,8 @@ class Runner:
                 await self._save(active, run, run.steps[-1])
             if active.cancel_requested:
                 raise anyio.get_cancelled_exc_class()
+        if run.started_at is None:  # tried again, and there was nothing left to do
+            active.tell(replace(run, status=RunStatus.RUNNING, started_at=now()))
         return run.steps[-1].result
 
     async def _turn(self, active: ActiveRun, run: Run, step: NextStep) -> Run:
@@ -295,7 +309,7 @@ class Runner:
         run = active.unsaved or active.run
         step = run.steps[-1] if active.unsaved is not None else None
         for name in ("error", "error_type"):
-            end = {**end, name: _sayable(end.get(name))}
+            end = {**end, name: None if end.get(name) is None else sayable(end[name])}
         run = replace(run, **end, completed_at=now(), progress=active.progress)
         try:
             await self._save(active, run, step)
@@ -313,7 +327,8 @@ class Runner:
             logger.info(template, run.run_id, run.status, run.agent_name, took_ms, run.request_id)
 
     def _forget(self, active: ActiveRun) -> None:
-        self.active.pop(active.run.run_id, None)
+        if self.active.get(active.run.run_id) is active:
+            del self.active[active.run.run_id]
 
     def _lose(self, active: ActiveRun) -> None:
         """Those who wait for the run hear of it from the store from now on."""
@@ -328,24 +343,20 @@ class Runner:
         error = f"The run did not end within {timeout_s:g} s (timeout_s)."
         return {"status": RunStatus.FAILED, "error": error, "error_type": "timeout"}
 
-    def _failure(self, run: Run, exc: BaseException) -> dict[str, Any]:
+    def _failure(self, run: Run, exc: BaseException | None) -> dict[str, Any]:
         """How a run ends that ended in an exception: what of it is for the client, and the rest for the log."""
         while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
             exc = exc.exceptions[0]
         if isinstance(exc, StepError):
-            logger.warning("run %s: %s %s (request %s)", run.run_id, exc, exc.log_detail, run.request_id)
-            return {"status": RunStatus.FAILED, "error": str(exc), "error_type": exc.error_type}
+            text = sayable(exc)
+            logger.warning("run %s: %s %s (request %s)", run.run_id, text, exc.log_detail, run.request_id)
+            return {"status": RunStatus.FAILED, "error": text, "error_type": exc.error_type}
         agent_name = run.steps[-1].next_agent if run.steps else run.agent_name
         logger.error("run %s: agent %s raised (request %s)", run.run_id, agent_name, run.request_id, exc_info=exc)
         error = f"The agent {agent_name!r} raised {type(exc).__name__}"
         where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
-        error += f": {exc}" if self._expose_errors else f"; the server's log has more under {where}."
+        error += f": {sayable(exc)}" if self._expose_errors else f"; the server's log has more under {where}."
         return {"status": RunStatus.FAILED, "error": error, "error_type": "agent_exception"}
-
-
-def _sayable(text: object) -> str | None:
-    """A text that can be kept and sent: agents may put anything into their errors, lone surrogates too."""
-    return None if text is None else str(text).encode("utf-8", "replace").decode()
 
 
 async def _absorb_cancellation() -> None:

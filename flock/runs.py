@@ -7,6 +7,7 @@ is a new record, so that whoever holds one sees one moment, whole.
 JSON is kept as ``msgspec.Raw``: nothing mutable can pass from one run to another, and a store can write it as it is.
 """
 
+import math
 import os
 import threading
 import time
@@ -35,6 +36,7 @@ __all__ = [
     "make_ids_after",
     "new_id",
     "now",
+    "sayable",
 ]
 
 
@@ -252,8 +254,14 @@ class RunContext:
         self._tell = tell
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
-        """Say how far the work is. Of many calls in a short time only the last one is kept."""
-        self._tell(Progress(done=done, total=total, message=message))
+        """Say how far the work is. Of many calls in a short time only the last one is kept.
+
+        Raises: TypeError or ValueError where a number is none, or not finite.
+        """
+        numbers = [None if number is None else float(number) for number in (done, total)]
+        if numbers[0] is None or not all(math.isfinite(number) for number in numbers if number is not None):
+            raise ValueError(f"Progress is told in finite numbers, not in {done!r} of {total!r}.")
+        self._tell(Progress(done=numbers[0], total=numbers[1], message=sayable(message)))
 
 
 class Engine(Protocol):
@@ -368,6 +376,14 @@ class Engine(Protocol):
 
     async def get_items(self, batch_id: str, *, after: int = -1, limit: int = 1000) -> Sequence[Run]:
         """Up to *limit* items of a batch from the position behind *after* on, in order. Raises BatchNotFound."""
+
+
+def sayable(value: object) -> str:
+    """A text that can be kept and sent. Agents may put anything into theirs: lone surrogates, or a str() that fails."""
+    try:
+        return str(value).encode("utf-8", "replace").decode()
+    except Exception:
+        return f"({type(value).__name__})"
 
 
 def now() -> datetime:

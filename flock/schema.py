@@ -115,6 +115,7 @@ def _create_tables(db: sqlite3.Connection) -> None:
             created_at INTEGER NOT NULL,
             PRIMARY KEY (flock, key)
         ) WITHOUT ROWID""",
+        "CREATE INDEX keys_by_what_they_made ON idempotency_keys (made_id)",
     ):
         db.execute(statement)
 
@@ -250,7 +251,7 @@ def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
             "result": None if values["result"] is None else _json(values["result"]),
             "is_async": bool(values["is_async"]),
             "cancel_requested": bool(values["cancel_requested"]),
-            "progress": values["progress"] and msgspec.json.decode(values["progress"], type=Progress),
+            "progress": _progress(values["progress"]),
             "steps": steps,
         }
     )
@@ -381,6 +382,14 @@ def _json(kept: bytes) -> msgspec.Raw:
     kept.decode()
     msgspec.json.decode(kept, type=msgspec.Raw)
     return msgspec.Raw(kept)
+
+
+def _progress(kept: bytes | None) -> Progress | None:
+    """A run is worth more than how far it said it was."""
+    try:
+        return None if kept is None else msgspec.json.decode(kept, type=Progress)
+    except msgspec.DecodeError:
+        return None
 
 
 def bytes_or_none(raw: msgspec.Raw | None) -> bytes | None:

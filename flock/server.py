@@ -235,8 +235,18 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app = self.config.app
         assert isinstance(app, FlockAPI)
-        await app.engine.drain(self._drain_timeout_s)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._hurry_on_request, app)
+            await app.engine.drain(self._drain_timeout_s)
+            tasks.cancel_scope.cancel()
+        self.force_exit = False  # it would leave out the end of the lifespan, in which runs are left in order
         await super().shutdown(sockets)
+
+    async def _hurry_on_request(self, app: FlockAPI) -> None:
+        """A second Ctrl-C ends the patience, not the order."""
+        while not self.force_exit:  # noqa: ASYNC110 - uvicorn has no event for it
+            await anyio.sleep(0.1)
+        await app.engine.drain(0)
 
 
 def _leave_busy_threads() -> None:

@@ -17,8 +17,7 @@ import functools
 import logging
 import os
 import sqlite3
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +30,7 @@ import anyio.to_thread
 import msgspec
 
 from flock import schema
-from flock.errors import EngineFull, OwnershipLost, StoreError
+from flock.errors import EngineFull, OwnershipLost, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Run, RunFilter, RunStatus, Step
 
 __all__ = ["Durability", "Store"]
@@ -80,11 +79,19 @@ class _Change:
         self.error: Exception | None = None
 
 
+class _UnstorableRun(Exception):
+    def __init__(self, run_id: str, reason: Exception) -> None:
+        super().__init__(run_id)
+        self.run_id = run_id
+        self.reason = reason
+
+
 class _Group:
     """Writes that share one transaction."""
 
     def __init__(self) -> None:
         self.runs: dict[str, _PendingRun] = {}
+        self.unstorable: dict[str, Exception] = {}
         self.changes: list[_Change] = []
         self.lost: set[str] = set()
         self.error: Exception | None = None
@@ -106,7 +113,8 @@ class Store:
     """
 
     def __init__(self, path: str | Path = MEMORY, *, durability: Durability = "power") -> None:
-        self.path = str(path)
+        # The name of the locks too, so it must be the same by whatever name, and in whatever folder, it is called.
+        self.path = MEMORY if str(path) == MEMORY else os.path.realpath(path)
         self.durability = durability
         self.is_shared = self.path != MEMORY
         self._open = _Group()
@@ -128,10 +136,18 @@ class Store:
             if self.is_shared:
                 self._lock_file = self._open_lock_file(stack)
                 self._reader = stack.enter_context(contextlib.closing(self._connect()))
-            self._migrate()
             if not self.is_shared:
+                self._migrate()
                 self._db.execute("BEGIN")  # for ever: nobody else reads it, and SQLite need not copy what it changes
             else:
+                try:
+                    async with self._file_lock():
+                        self._migrate()
+                except TimeoutError as exc:
+                    raise StoreError(
+                        f"The store {self.path!r} cannot be used: {exc}. Let it go on, or end it, or name another file "
+                        "(store=, --store)."
+                    ) from exc
                 self._threads = anyio.CapacityLimiter(1)
                 tasks = await stack.enter_async_context(anyio.create_task_group())
                 tasks.start_soon(self._write_until_closed)
@@ -168,25 +184,22 @@ class Store:
 
     def _migrate(self) -> None:
         """Bring the file to this version's form, or refuse it untouched."""
-        with self._file_lock_now():
-            try:
-                version = self._db.execute("PRAGMA user_version").fetchone()[0]
-                if version > len(schema.MIGRATIONS):
-                    raise StoreError(
-                        f"The store {self.path!r} was made by a newer version of flockapi (form {version}; this one "
-                        f"knows {len(schema.MIGRATIONS)}). Use that version, or name another file."
-                    )
-                if version == 0 and self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    raise StoreError(f"{self.path!r} is a database of something else. Name another file (store=).")
-                for number, migrate in enumerate(schema.MIGRATIONS[version:], version + 1):
-                    self._db.execute("BEGIN IMMEDIATE")
-                    migrate(self._db)
-                    self._db.execute(f"PRAGMA user_version = {number}")
-                    self._db.execute("COMMIT")
-            except sqlite3.Error as exc:
+        try:
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version > len(schema.MIGRATIONS):
                 raise StoreError(
-                    f"The store {self.path!r} cannot be read: {exc}. Restore it, or name another."
-                ) from exc
+                    f"The store {self.path!r} was made by a newer version of flockapi (form {version}; this one "
+                    f"knows {len(schema.MIGRATIONS)}). Use that version, or name another file."
+                )
+            if version == 0 and self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise StoreError(f"{self.path!r} is a database of something else. Name another file (store=).")
+            for number, migrate in enumerate(schema.MIGRATIONS[version:], version + 1):
+                self._db.execute("BEGIN IMMEDIATE")
+                migrate(self._db)
+                self._db.execute(f"PRAGMA user_version = {number}")
+                self._db.execute("COMMIT")
+        except sqlite3.Error as exc:
+            raise StoreError(f"The store {self.path!r} cannot be read: {exc}. Restore it, or name another.") from exc
 
     # Writing
 
@@ -212,6 +225,7 @@ class Store:
 
         Raises:
             StoreError: it is not, and will be tried again.
+            Unstorable: it never can be.
             OwnershipLost: the run belongs to another engine by now, or is in another attempt.
 
         Cancellation: it is written all the same.
@@ -223,6 +237,8 @@ class Store:
         await self._written(group)
         if run.run_id in group.lost:
             raise OwnershipLost(run.run_id)
+        if run.run_id in group.unstorable:
+            raise Unstorable("What the agent gave cannot be kept.") from group.unstorable[run.run_id]
 
     async def change(self, apply: Callable[[sqlite3.Connection], T], then: Callable[[T], None] | None = None) -> T:
         """Call *apply* within the next transaction, in any thread; on return what it wrote is on disk.
@@ -257,14 +273,21 @@ class Store:
     def _write_in_memory(self) -> None:
         """Nobody else writes, no disk is waited for, and nothing can break off: a group is written at once."""
         group, self._open = self._open, _Group()
-        self._write_runs(group)
+        for run_id, pending in group.runs.items():
+            try:
+                self._write_runs(group, {run_id: pending})
+            except _UnstorableRun as exc:
+                group.unstorable[run_id] = exc.reason
         self._apply_changes(group)
         self._go_on(group)
 
     async def _write_until_closed(self) -> None:
         """Cancellation of the host does not reach it: what was accepted is written before the store closes."""
-        with anyio.CancelScope(shield=True):
-            await self._write_groups()
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._write_groups()
+        finally:
+            self._all_written.set()  # also when the loop itself cancels all its tasks, which no shield keeps out
 
     async def _write_groups(self) -> None:
         while True:
@@ -272,7 +295,6 @@ class Store:
             await anyio.lowlevel.checkpoint()  # who is about to write comes along
             group, self._open, self._has_work = self._open, _Group(), anyio.Event()
             if self._is_closing and not group.runs and not group.changes:
-                self._all_written.set()
                 return
             try:
                 await self._transact(group)
@@ -303,10 +325,19 @@ class Store:
             await anyio.to_thread.run_sync(self._write, group, limiter=self._threads)
 
     def _write(self, group: _Group) -> None:
+        while True:
+            try:
+                self._write_once(group)
+                return
+            except _UnstorableRun as exc:  # all but this one
+                del group.runs[exc.run_id]
+                group.unstorable[exc.run_id] = exc.reason
+
+    def _write_once(self, group: _Group) -> None:
         with self._transaction():
             if self._write_error is not None:  # an empty transaction would always succeed
                 self._db.execute("UPDATE engines SET started_at = started_at")
-            self._write_runs(group)
+            self._write_runs(group, group.runs)
             self._apply_changes(group)
             self._db.execute("COMMIT")
 
@@ -321,10 +352,13 @@ class Store:
                 self._db.execute("ROLLBACK")
             raise
 
-    def _write_runs(self, group: _Group) -> None:
-        for pending in group.runs.values():
-            if not schema.write_run(self._db, pending.run, pending.is_new, pending.steps):
-                group.lost.add(pending.run.run_id)
+    def _write_runs(self, group: _Group, runs: Mapping[str, _PendingRun]) -> None:
+        for run_id, pending in runs.items():
+            try:
+                if not schema.write_run(self._db, pending.run, pending.is_new, pending.steps):
+                    group.lost.add(run_id)
+            except (sqlite3.DataError, sqlite3.ProgrammingError, ArithmeticError, TypeError, ValueError) as exc:
+                raise _UnstorableRun(run_id, exc) from exc
 
     def _apply_changes(self, group: _Group) -> None:
         for change in group.changes:
@@ -353,22 +387,6 @@ class Store:
             yield
         finally:
             fcntl.flock(self._lock_file, fcntl.LOCK_UN)
-
-    @contextlib.contextmanager
-    def _file_lock_now(self) -> Iterator[None]:
-        give_up_at = time.monotonic() + LOCK_TIMEOUT_S
-        while self._lock_file is not None and not _try_lock(self._lock_file):
-            if time.monotonic() > give_up_at:
-                raise StoreError(
-                    f"Another process has kept the store {self.path!r} locked for {LOCK_TIMEOUT_S:g} s. Let it go on, "
-                    "or end it, or name another file (store=, --store)."
-                )
-            time.sleep(LOCK_INTERVAL_S)
-        try:
-            yield
-        finally:
-            if self._lock_file is not None:
-                fcntl.flock(self._lock_file, fcntl.LOCK_UN)
 
     # Reading
 
@@ -529,7 +547,14 @@ class Store:
 
     async def delete_run(self, run_id: str) -> bool:
         """Delete a final run that is no item; False if there is none."""
-        return await self.change(lambda db: schema.delete_runs(db, [run_id]) == 1)
+
+        def apply(db: sqlite3.Connection) -> bool:
+            is_deleted = schema.delete_runs(db, [run_id]) == 1
+            if is_deleted:  # whoever deletes a run may make it anew under the same key
+                db.execute("DELETE FROM idempotency_keys WHERE made_id = ?", (run_id,))
+            return is_deleted
+
+        return await self.change(apply)
 
     async def delete_old(self, flock: str, before: datetime | None, keep_runs: int | None, limit: int) -> int:
         """Delete up to *limit* final runs that ended before *before*, or are beyond the newest *keep_runs*.
@@ -560,6 +585,15 @@ class Store:
         """Runs of *owner* that somebody asked to cancel."""
         query = "SELECT run_id FROM runs WHERE owner = ? AND status IN ('starting', 'running') AND cancel_requested = 1"
         return self.read(lambda db: [row[0] for row in db.execute(query, (owner,))])
+
+    def ended(self, run_ids: Iterable[str]) -> list[str]:
+        """Which of these runs are final, or not there any more."""
+        query = (
+            "SELECT value FROM json_each(?) WHERE NOT EXISTS "
+            "(SELECT 1 FROM runs WHERE run_id = value AND status IN ('starting', 'running'))"
+        )
+        ids = msgspec.json.encode(list(run_ids)).decode()
+        return self.read(lambda db: [row[0] for row in db.execute(query, (ids,))])
 
     def unfinished_items(self, batch_id: str, after: int, limit: int) -> list[Run]:
         query = (
@@ -691,10 +725,10 @@ def _is_held(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
     except FileNotFoundError:
-        pass
+        return False
+    except OSError:  # it is, or nobody can tell: no take-over in doubt
+        return True
     return False
 
 

@@ -22,6 +22,7 @@ T = TypeVar("T")
 class _Call:
     def __init__(self, deadline: float) -> None:
         self.scope = anyio.CancelScope(shield=True, deadline=deadline)
+        self.is_begun = False
         self.is_over = False
         self.is_abandoned = False
         self.is_free = False
@@ -47,6 +48,9 @@ class Threads:
 
         def run() -> T:
             try:
+                call.is_begun = True  # before it looks, as the other side does
+                if call.is_abandoned:
+                    raise TimeoutError
                 return function()
             finally:
                 call.is_over = True
@@ -59,8 +63,9 @@ class Threads:
                 # A limiter of its own, since the place is given back later than this one would be.
                 return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         finally:
-            call.is_abandoned = True  # the thread looks at this after it has set is_over, and we the other way round
-            if call.is_over or not call.scope.cancelled_caught:
+            # The thread looks at this after it has set is_begun and is_over, and we the other way round.
+            call.is_abandoned = True
+            if call.is_over or not call.is_begun or not call.scope.cancelled_caught:
                 self._free(owner, call)
         await anyio.lowlevel.checkpoint_if_cancelled()
         raise TimeoutError

@@ -484,7 +484,7 @@ def test_a_process_that_keeps_the_store_locked_does_not_hold_up_the_others_for_e
             server.wait_for_line("another process has kept")
             assert client.get(f"/run/{run_id}").json() == told
             assert late.result().returncode not in (0, -signal.SIGTERM)
-            assert f"Another process has kept the store {str(store)!r} locked" in late.result().stderr
+            assert f"The store {str(store)!r} cannot be used: another process has kept" in late.result().stderr
             assert "Traceback" not in late.result().stderr
             assert code.result() in (0, -signal.SIGTERM)
         until(lambda: submit(client, "length", text="abc").status_code == 202, "way back")
