@@ -93,6 +93,7 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) ->
     interrupted = store.get_run(waited_for.run_id)
     assert interrupted
     assert (interrupted.status, interrupted.error_type) == (RunStatus.FAILED, "interrupted")
+    await store.leave("me")
 
 
 async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -> None:
