@@ -58,6 +58,7 @@ from flock.errors import (
     StoreError,
 )
 from flock.jsontype import JSONType, escape_pointer, malformed
+from flock.life import life_of
 from flock.runs import (
     Batch,
     BatchOptions,
@@ -609,6 +610,13 @@ def app_of(request: Request) -> "FlockAPI":
     return app
 
 
+async def engine_of(request: Request) -> Engine:
+    """The engine, which is opened now if nobody ran the app's lifespan."""
+    engine = app_of(request).engine
+    await life_of(engine).begin()
+    return engine
+
+
 def request_id_of(request: Request) -> str:
     request_id: str = request.scope["flock.request_id"]
     return request_id
@@ -624,7 +632,7 @@ async def run_flock(request: Request) -> Response:
     wanted, key, prefer = RUN_REQUEST.decode(body), idempotency_key(request, body), preferences(request)
     responds_async = "respond-async" in prefer
     is_async = wanted.async_run or responds_async
-    engine, headers = app_of(request).engine, {}
+    engine, headers = await engine_of(request), {}
     try:
         run = await engine.submit(
             wanted.agent_name,
@@ -708,7 +716,7 @@ async def run_batch(request: Request) -> Response:
         box_results=wanted.box_results,
     )
     rows = await rows_of(wanted, EXPANSION * app_of(request).max_body_bytes)
-    engine, headers = app_of(request).engine, {}
+    engine, headers = await engine_of(request), {}
     try:
         batch = await engine.submit_batch(wanted.agent_name, rows, options, request_id=request_id_of(request), key=key)
     except InvalidData as exc:
@@ -731,7 +739,7 @@ async def list_runs(request: Request) -> Response:
         with_inputs="inputs" in wanted.include,
         with_results="result" in wanted.include,
     )
-    return runs_response(request, await app_of(request).engine.list_runs(filter_), wanted)
+    return runs_response(request, await (await engine_of(request)).list_runs(filter_), wanted)
 
 
 async def one_run(request: Request) -> Response:
@@ -740,13 +748,13 @@ async def one_run(request: Request) -> Response:
 
 
 async def get_run(request: Request) -> Response:
-    engine, run_id, wait_s = app_of(request).engine, request.path_params["run_id"], query_of(request, WaitQuery).wait
+    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], query_of(request, WaitQuery).wait
     return run_response(request, await (engine.wait_run(run_id, wait_s) if wait_s else engine.get_run(run_id)))
 
 
 async def cancel_run(request: Request) -> Response:
     """POST /run/{run_id}/cancel"""
-    engine, run_id, wait_s = app_of(request).engine, request.path_params["run_id"], query_of(request, WaitQuery).wait
+    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], query_of(request, WaitQuery).wait
     run = await engine.cancel_run(run_id)
     if wait_s and not run.status.is_final:
         await engine.wait_run(run_id, wait_s)
@@ -756,17 +764,17 @@ async def cancel_run(request: Request) -> Response:
 
 async def retry_run(request: Request) -> Response:
     """POST /run/{run_id}/retry"""
-    return run_response(request, await app_of(request).engine.retry_run(request.path_params["run_id"]), 202)
+    return run_response(request, await (await engine_of(request)).retry_run(request.path_params["run_id"]), 202)
 
 
 async def delete_run(request: Request) -> Response:
-    await app_of(request).engine.delete_run(request.path_params["run_id"])
+    await (await engine_of(request)).delete_run(request.path_params["run_id"])
     return Response(status_code=204)
 
 
 async def run_events(request: Request) -> Response:
     """GET /run/{run_id}/events"""
-    engine, run_id = app_of(request).engine, request.path_params["run_id"]
+    engine, run_id = await engine_of(request), request.path_params["run_id"]
     run = await engine.get_run(run_id)
     # A browser that connects again sends the query as it was, and the header as it is.
     last_id = request.headers.get("last-event-id", "")
@@ -792,7 +800,7 @@ async def run_events(request: Request) -> Response:
 async def get_batch(request: Request) -> Response:
     """GET /batch/{batch_id}"""
     wanted = query_of(request, ItemsQuery)
-    engine, batch_id = app_of(request).engine, request.path_params["batch_id"]
+    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     # The results first: then the counts are never behind them.
     items = await engine.get_items(batch_id, after=wanted.after, limit=wanted.limit)
     return batch_response(request, await engine.get_batch(batch_id), items)
@@ -822,7 +830,7 @@ async def healthz(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """GET /readyz: new work is taken."""
-    app_of(request).engine.check_ready()
+    (await engine_of(request)).check_ready()
     return JSONResponse(Health())
 
 
@@ -896,7 +904,7 @@ class FlockAPI(Starlette):
 
     Attributes:
         flock: whose agents are served.
-        engine: what carries the runs; it is open while the app's lifespan runs.
+        engine: what carries the runs; it is open while the app's lifespan runs, or from the first request on.
     """
 
     def __init__(
@@ -915,8 +923,12 @@ class FlockAPI(Starlette):
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        """Open the engine, and close it at the end. A server runs this; a host without one enters it by itself."""
-        async with self.engine:
+        """Open the engine, and close it at the end. A server runs this; a host enters it in its own.
+
+        It may be entered several times, and by several apps on one engine: that is one start. Where nobody enters it,
+        the engine opens at the first request, and closes with the event loop.
+        """
+        async with life_of(self.engine).span():
             yield
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -981,8 +993,7 @@ def create_app(
             the same switch.
 
     Returns:
-        FlockAPI: serve it with any ASGI server, or mount it in another app. Runs are taken while its lifespan runs:
-        a server sees to that; a host that mounts the app enters ``app.lifespan()`` in its own.
+        FlockAPI: serve it with any ASGI server, or mount it in another app, as it is; see ``FlockAPI.lifespan``.
     """
     if engine is None:
         engine = flock.engine(store=store, expose_errors=expose_errors)

@@ -34,7 +34,7 @@ from flock.errors import (
     StoreError,
 )
 from flock.llm import ModelClient
-from flock.runner import Runner
+from flock.runner import Runner, current_task
 from flock.runs import (
     Batch,
     BatchOptions,
@@ -396,6 +396,7 @@ class EmbeddedEngine:
 
     async def _watch(self) -> None:
         """Look for what others did, and for others that are gone; 20 times a second, at a cost of microseconds."""
+        self._runner.companion = current_task()
         version, look_after_others_at = -1, anyio.current_time() + TAKE_OVER_INTERVAL_S
         while True:
             await anyio.sleep(WATCH_INTERVAL_S)

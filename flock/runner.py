@@ -28,7 +28,7 @@ from flock.store import RETRY_AFTER_S, Store
 from flock.threads import Threads
 from flock.workflow import NextStep, next_step, run_step
 
-__all__ = ["ActiveRun", "Runner"]
+__all__ = ["ActiveRun", "Runner", "current_task"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -101,6 +101,7 @@ class Runner:
     Attributes:
         active: all that are at work here or wait for it, by id.
         cancelled_before: items that were cancelled before they began, by id.
+        companion: a task of the engine that only the end of the event loop, or of the engine, cancels.
         is_leaving: what cannot be written now is not tried again.
     """
 
@@ -127,6 +128,7 @@ class Runner:
 
         self.active: dict[str, ActiveRun] = {}
         self.cancelled_before: set[str] = set()
+        self.companion: asyncio.Task[Any] | None = None
         self.is_leaving = False
         self._threads = Threads(max_threads)
         self._slots = anyio.Semaphore(max_concurrency)
@@ -189,6 +191,8 @@ class Runner:
             # as every other exception does, whatever its class.
             if anyio.current_effective_deadline() == -math.inf:
                 raise  # the engine is leaving; __aexit__ says what becomes of the run
+            if self.companion is not None and self.companion.cancelling():
+                raise  # the event loop is ending, and cancels whatever is in it
             failure = exc
         if end is None:
             if active.is_stopped:
@@ -359,12 +363,17 @@ class Runner:
         return {"status": RunStatus.FAILED, "error": error, "error_type": "agent_exception"}
 
 
+def current_task() -> "asyncio.Task[Any] | None":
+    """Another event loop than asyncio's has no such thing."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
 async def _absorb_cancellation() -> None:
     """Take in a cancellation that an agent asked for its own task and has not met: it would hit what comes next."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # another event loop than asyncio's has no such thing
-        return
+    task = current_task()
     while task is not None and task.cancelling() and anyio.current_effective_deadline() != -math.inf:
         try:
             await anyio.lowlevel.checkpoint()

@@ -263,6 +263,8 @@ class Store:
 
     async def _written(self, group: _Group) -> None:
         if self.is_shared:
+            if self._all_written.is_set():  # the event loop is ending, and the writer was cancelled with it
+                raise StoreError("The store is closed.")
             self._has_work.set()
             await group.is_written.wait()
         else:
@@ -286,8 +288,10 @@ class Store:
         try:
             with anyio.CancelScope(shield=True):
                 await self._write_groups()
-        finally:
-            self._all_written.set()  # also when the loop itself cancels all its tasks, which no shield keeps out
+        finally:  # also when the loop itself cancels all its tasks, which no shield keeps out
+            self._all_written.set()
+            self._open.error = OSError("the event loop has ended")
+            self._open.is_written.set()
 
     async def _write_groups(self) -> None:
         while True:
@@ -303,7 +307,11 @@ class Store:
             except (sqlite3.Error, OSError) as exc:
                 logger.error("the store %s cannot be written: %s", self.path, exc)
                 self._write_error = group.error = exc
-            group.is_written.set()
+            except BaseException:
+                group.error = OSError("the event loop has ended")
+                raise
+            finally:
+                group.is_written.set()
             if self._is_closing:
                 self._has_work.set()
             elif group.error is not None:

@@ -162,7 +162,7 @@ class Server:
             with self._printed:
                 self.lines.append(line.rstrip())
                 self._printed.notify_all()
-            if found := re.search(r"running on (http://\S+)", line):
+            if found := re.search(r"[Rr]unning on (http://\S+)", line):
                 self.url = found[1]
                 self._is_up.set()
         self._is_up.set()

@@ -372,8 +372,10 @@ async def test_a_request_id_with_odd_characters_is_replaced(sent: str, client: h
     assert uuid.UUID(received)
 
 
-async def test_without_an_engine_it_says_so() -> None:
+async def test_after_its_end_it_says_so() -> None:
     app = create_app(sample_flock())
+    async with app.lifespan():
+        pass
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         response = await post_run(client, "add", {"a": 1})
         assert (await client.get("/agents")).status_code == 200

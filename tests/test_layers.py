@@ -14,6 +14,7 @@ RANKS = {
     "flock.jsontype": 1,
     "flock.runs": 1,
     "flock.threads": 1,
+    "flock.life": 2,
     "flock.localmodel": 1,
     "flock.signature": 2,
     "flock.llm": 2,
