@@ -22,6 +22,7 @@ import re
 import secrets
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -33,6 +34,7 @@ import anyio.lowlevel
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
@@ -94,6 +96,7 @@ __all__ = [
     "RunsQuery",
     "WaitQuery",
     "create_app",
+    "engine_of",
 ]
 
 logger = logging.getLogger("flock.api")
@@ -878,6 +881,11 @@ def _page(request: Request, name: str) -> Response:
 PACKAGE = Path(flock_package.__file__).parent
 STATIC = PACKAGE / "static"
 
+DOCS: Sequence[BaseRoute] = [
+    Route("/docs", docs, include_in_schema=False),
+    Route("/redoc", redoc, include_in_schema=False),
+    Mount("/static", StaticFiles(directory=STATIC)),
+]
 ROUTES: Sequence[BaseRoute] = [
     Route("/run/flock", run_flock, methods=["POST"]),
     Route("/run/batch", run_batch, methods=["POST"]),
@@ -893,14 +901,26 @@ ROUTES: Sequence[BaseRoute] = [
     Route("/readyz", readyz),
     Route("/openapi.yaml", openapi_yaml),
     Route("/openapi.json", openapi_json),
-    Route("/docs", docs, include_in_schema=False),
-    Route("/redoc", redoc, include_in_schema=False),
-    Mount("/static", StaticFiles(directory=STATIC)),
+    *DOCS,
 ]
 
 
 class FlockAPI(Starlette):
-    """The ASGI application; ``create_app`` makes it.
+    """The agents of *flock* as an ASGI application: serve it with any server, or mount it in another app, as it is.
+
+    Args:
+        server_name: the title of the docs pages and of the served specification.
+        engine: what carries the runs; an embedded one on *store* if None.
+        store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
+        max_body_bytes: the longest body a client may send; a longer one is answered with 413.
+        on_disconnect: what becomes of a synchronous run whose caller goes away before it is answered.
+        expose_errors: show the text of any exception to clients; for development. Not beside ``engine``, which has
+            the same switch.
+        routes: Starlette routes that come before the app's own. ``await engine_of(request)`` is the engine in them, and
+            ``request.app.flock`` the flock; ``openapi_paths`` describes them in the served specification.
+        middleware, exception_handlers: as Starlette has them; handlers come before the app's own.
+        lifespan: entered with the app after the engine has started, and left before it stops.
+        docs: False leaves out ``/docs`` and ``/redoc``.
 
     Attributes:
         flock: whose agents are served.
@@ -908,18 +928,36 @@ class FlockAPI(Starlette):
     """
 
     def __init__(
-        self, flock: Flock, engine: Engine, *, server_name: str, max_body_bytes: int, on_disconnect: OnDisconnect
+        self,
+        flock: Flock,
+        *,
+        server_name: str = "Flock Server",
+        engine: Engine | None = None,
+        store: str | Path = "flock.db",
+        max_body_bytes: int = 1024 * 1024,
+        on_disconnect: OnDisconnect = "cancel",
+        expose_errors: bool = False,
+        routes: Sequence[BaseRoute] = (),
+        openapi_paths: Mapping[str, Any] | None = None,
+        middleware: Sequence[Middleware] = (),
+        exception_handlers: Mapping[Any, Any] | None = None,
+        lifespan: Callable[[Any], AbstractAsyncContextManager[Any]] | None = None,
+        docs: bool | None = True,
     ) -> None:
+        own = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
         super().__init__(
-            routes=ROUTES,
-            exception_handlers={FlockError: on_error, HTTPException: on_error, Exception: on_error},
+            routes=[*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)])],
+            middleware=middleware,
+            exception_handlers={**own, **(exception_handlers or {})},
             lifespan=lambda app: app.lifespan(),
         )
         self.flock = flock
-        self.engine = engine
+        self.engine = engine or flock.engine(store=store, expose_errors=expose_errors)
         self.server_name = server_name
         self.max_body_bytes = max_body_bytes
         self.on_disconnect = on_disconnect
+        self._more_lifespan = lifespan
+        self._more_paths = openapi_paths or {}
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -928,7 +966,8 @@ class FlockAPI(Starlette):
         It may be entered several times, and by several apps on one engine: that is one start. Where nobody enters it,
         the engine opens at the first request, and closes with the event loop.
         """
-        async with life_of(self.engine).span():
+        more = contextlib.nullcontext() if self._more_lifespan is None else self._more_lifespan(self)
+        async with life_of(self.engine).span(), more:
             yield
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -949,7 +988,9 @@ class FlockAPI(Starlette):
 
     @functools.cached_property
     def openapi_yaml(self) -> bytes:
-        """``openapi.yaml`` with ``server_name`` as its title."""
+        """``openapi.yaml`` with ``server_name`` as its title; as JSON, which is YAML too, if there are more paths."""
+        if self._more_paths:
+            return self.openapi_json
         beside = PACKAGE.parent / "openapi.yaml"  # in a checkout; a wheel has it inside the package
         text = (beside if beside.is_file() else PACKAGE / "openapi.yaml").read_text("utf-8")
         title = json.dumps(self.server_name)  # a JSON string is a YAML string
@@ -960,6 +1001,7 @@ class FlockAPI(Starlette):
         """The same as JSON."""
         spec = json.loads((STATIC / "openapi.json").read_bytes())
         spec["info"]["title"] = self.server_name
+        spec["paths"] |= self._more_paths
         return msgspec.json.encode(spec) + b"\n"
 
 
@@ -971,30 +1013,5 @@ async def _send_lifespan(send: Send, message: Message) -> None:
     await send(message)
 
 
-def create_app(
-    flock: Flock,
-    *,
-    server_name: str = "Flock Server",
-    engine: Engine | None = None,
-    store: str | Path = "flock.db",
-    max_body_bytes: int = 1024 * 1024,
-    on_disconnect: OnDisconnect = "cancel",
-    expose_errors: bool = False,
-) -> FlockAPI:
-    """The agents of *flock* as an ASGI application.
-
-    Args:
-        server_name: the title of the docs pages and of the served specification.
-        engine: what carries the runs; an embedded one on *store* if None.
-        store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
-        max_body_bytes: the longest body a client may send; a longer one is answered with 413.
-        on_disconnect: what becomes of a synchronous run whose caller goes away before it is answered.
-        expose_errors: show the text of any exception to clients; for development. Not beside ``engine``, which has
-            the same switch.
-
-    Returns:
-        FlockAPI: serve it with any ASGI server, or mount it in another app, as it is; see ``FlockAPI.lifespan``.
-    """
-    if engine is None:
-        engine = flock.engine(store=store, expose_errors=expose_errors)
-    return FlockAPI(flock, engine, server_name=server_name, max_body_bytes=max_body_bytes, on_disconnect=on_disconnect)
+#: The name by which people call it.
+create_app = FlockAPI

@@ -1,7 +1,7 @@
 """What people import: ``Flock``, ``FlockFactory`` and ``agent``."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -134,6 +134,7 @@ class Flock:
         port: int = 8344,
         server_name: str = "Flock Server",
         create_ui: bool = False,
+        custom_endpoints: Sequence[Any] = (),
     ) -> None:
         """Serve the agents over HTTP until the process is told to stop. It blocks.
 
@@ -141,11 +142,13 @@ class Flock:
             port: 0 takes a free one.
             server_name: the title of the docs pages and of the served specification.
             create_ui: kept for scripts that pass it; there is no web page yet.
+            custom_endpoints: Starlette routes of your own; see ``routes`` of ``flockapi.create_app``.
         """
         # The one import that points up: the user's script asks for the server here.
         from flock.server import ServerSettings, serve_flock
 
-        serve_flock(self, ServerSettings(host=host, port=port, server_name=server_name), create_ui=create_ui)
+        settings = ServerSettings(host=host, port=port, server_name=server_name)
+        serve_flock(self, settings, create_ui=create_ui, routes=custom_endpoints)
 
 
 class FlockFactory:

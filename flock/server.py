@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import anyio
 import msgspec
 import uvicorn
 import uvicorn.config
+from starlette.routing import BaseRoute
 
 from flock.core import Flock
 from flock.store import MEMORY, Durability, Store
@@ -68,12 +69,16 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     expose_errors: bool = False
 
 
-def serve_flock(flock: Flock, settings: ServerSettings, *, create_ui: bool = False) -> None:
-    """Serve *flock* until SIGINT or SIGTERM. It sets up logging, as only the program's owner should.
+def serve_flock(
+    flock: Flock, settings: ServerSettings, *, create_ui: bool = False, routes: Sequence[BaseRoute] = ()
+) -> None:
+    """Serve *flock*, and *routes* of its owner, until SIGINT or SIGTERM.
+
+    It sets up logging, as only the program's owner should.
 
     Raises: StoreError where the store cannot be used.
     """
-    config = _config(_app(flock, settings), settings)
+    config = _config(_app(flock, settings, routes), settings)
     anyio.run(_open_once, settings)
     if create_ui:
         logger.warning("create_ui: this version has no web page yet; /docs can run agents from a browser.")
@@ -154,7 +159,7 @@ def _stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _app(flock: Flock, settings: ServerSettings) -> FlockAPI:
+def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = ()) -> FlockAPI:
     engine = flock.engine(
         store=settings.store,
         durability=settings.durability,
@@ -166,7 +171,13 @@ def _app(flock: Flock, settings: ServerSettings) -> FlockAPI:
         keep_runs=settings.keep_runs,
         expose_errors=settings.expose_errors,
     )
-    return create_app(flock, server_name=settings.server_name, engine=engine, on_disconnect=settings.on_disconnect)
+    return create_app(
+        flock,
+        server_name=settings.server_name,
+        engine=engine,
+        on_disconnect=settings.on_disconnect,
+        routes=routes,
+    )
 
 
 def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
