@@ -132,27 +132,30 @@ class Store:
         self._all_written = anyio.Event()
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
-            self._reader = self._db
             if self.is_shared:
-                self._lock_file = self._open_lock_file(stack)
-                self._reader = stack.enter_context(contextlib.closing(self._connect()))
-            if not self.is_shared:
+                await self._share(stack)
+            else:
+                self._reader = self._db
                 self._migrate()
                 self._db.execute("BEGIN")  # for ever: nobody else reads it, and SQLite need not copy what it changes
-            else:
-                try:
-                    async with self._file_lock():
-                        self._migrate()
-                except TimeoutError as exc:
-                    raise StoreError(
-                        f"The store {self.path!r} cannot be used: {exc}. Let it go on, or end it, or name another file "
-                        "(store=, --store)."
-                    ) from exc
-                self._threads = anyio.CapacityLimiter(1)
-                tasks = await stack.enter_async_context(anyio.create_task_group())
-                tasks.start_soon(self._write_until_closed)
             self._exit = stack.pop_all()
         return self
+
+    async def _share(self, stack: AsyncExitStack) -> None:
+        """Come to terms with other processes on the file, and begin to write."""
+        self._lock_file = self._open_lock_file(stack)
+        self._reader = stack.enter_context(contextlib.closing(self._connect()))
+        try:
+            async with self._file_lock():
+                self._migrate()
+        except TimeoutError as exc:
+            raise StoreError(
+                f"The store {self.path!r} cannot be used: {exc}. Let it go on, or end it, or name another file "
+                "(store=, --store)."
+            ) from exc
+        self._threads = anyio.CapacityLimiter(1)
+        tasks = await stack.enter_async_context(anyio.create_task_group())
+        tasks.start_soon(self._write_until_closed)
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Write what is waiting, and close. Cancellation: what is waiting is written all the same."""
@@ -380,7 +383,10 @@ class Store:
     def _go_on(self, group: _Group) -> None:
         for change in group.changes:
             if change.then is not None and change.error is None:
-                change.then(change.result)
+                try:
+                    change.then(change.result)
+                except Exception:  # the next group is not to suffer from it
+                    logger.exception("what was written cannot be gone on with now")
 
     @contextlib.asynccontextmanager
     async def _file_lock(self) -> AsyncIterator[None]:
@@ -434,7 +440,7 @@ class Store:
             if value is not None:
                 conditions.append(condition)
                 values[condition.rpartition(":")[2]] = value
-        statuses = RunStatus if wanted.status is None else [wanted.status]
+        statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
         query = f"{schema.listing(columns, statuses, ' AND '.join(conditions))} LIMIT :limit"
         return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, values)])
 
