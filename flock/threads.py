@@ -5,12 +5,12 @@ stopped that has not. Only at its deadline, or when the engine leaves, is it lef
 function returns, so that functions that hang cannot pile up.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
-import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 
@@ -42,7 +42,7 @@ class Threads:
         Raises: what *function* raises; TimeoutError if it is left alone.
         Cancellation: while it waits for a place, at once; then only when the function has returned.
         """
-        call = _Call(deadline)
+        call, tell_loop = _Call(deadline), _teller()
         await self._places.acquire_on_behalf_of(call)
         self._calls[owner] = call
 
@@ -55,8 +55,9 @@ class Threads:
             finally:
                 call.is_over = True
                 if call.is_abandoned:
-                    with contextlib.suppress(RuntimeError):  # the loop is closed by now
-                        anyio.from_thread.run_sync(self._free, owner, call)
+                    # It does not wait for an answer: the loop may be at its end, and the thread would never be.
+                    with contextlib.suppress(RuntimeError):  # it is closed by now
+                        tell_loop(self._free, owner, call)
 
         try:
             with call.scope:
@@ -96,3 +97,13 @@ class Threads:
     def busy(self) -> int:
         """How many functions have not returned."""
         return len(self._calls)
+
+
+def _teller() -> Callable[..., Any]:
+    """What calls a function in this event loop, from any thread, without waiting for it."""
+    try:
+        return asyncio.get_running_loop().call_soon_threadsafe
+    except RuntimeError:
+        import trio
+
+        return trio.lowlevel.current_trio_token().run_sync_soon
