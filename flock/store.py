@@ -168,11 +168,14 @@ class Store:
         await self._exit.aclose()
 
     def _connect(self) -> sqlite3.Connection:
+        db = None
         try:
             db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA synchronous = {'FULL' if self.durability == 'power' else 'NORMAL'}")
         except sqlite3.Error as exc:
+            if db is not None:
+                db.close()
             raise StoreError(
                 f"The store {self.path!r} cannot be opened: {exc}. Name another file (store=, --store), in a folder "
                 "that can be written, or keep runs in memory only with ':memory:'."
