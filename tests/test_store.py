@@ -1,5 +1,6 @@
 """The store: groups, fences, migrations, refusals, and what a full disk does."""
 
+import contextlib
 import functools
 import sqlite3
 from collections.abc import AsyncIterator
@@ -164,9 +165,9 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
 
 async def test_what_is_no_store_is_refused_untouched(tmp_path: Path) -> None:
     newer, foreign, text = tmp_path / "newer.db", tmp_path / "foreign.db", tmp_path / "text.db"
-    with sqlite3.connect(newer) as db:
+    with contextlib.closing(sqlite3.connect(newer)) as db:
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
-    with sqlite3.connect(foreign) as db:
+    with contextlib.closing(sqlite3.connect(foreign)) as db:
         db.execute("CREATE TABLE mine (a)")
     text.write_text("This is not a database, but a text that is long enough to be looked at." * 20)
     before = foreign.read_bytes()[200:]
