@@ -28,6 +28,7 @@ import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
 import msgspec
+from msgspec.structs import replace
 
 from flock import schema
 from flock.errors import EngineFull, OwnershipLost, StoreError, Unstorable
@@ -613,14 +614,20 @@ class Store:
         return self.read(lambda db: [row[0] for row in db.execute(query, (ids,))])
 
     def unfinished_items(self, batch_id: str, after: int, limit: int) -> list[Run]:
+        """Items to do, in order; those that had begun come with the steps that they have done."""
         query = (
             f"SELECT {schema.COLUMNS} FROM runs WHERE batch_id = ? AND position > ? "
             "AND status IN ('starting', 'running') ORDER BY position LIMIT ?"
         )
-        return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, (batch_id, after, limit))])
 
-    def steps_of(self, run_id: str) -> tuple[Step, ...]:
-        return self.read(lambda db: schema.find_steps(db, run_id))
+        def find(db: sqlite3.Connection) -> list[Run]:
+            items = [schema.run_from(row, ()) for row in db.execute(query, (batch_id, after, limit))]
+            return [
+                item if item.started_at is None else replace(item, steps=schema.find_steps(db, item.run_id))
+                for item in items
+            ]
+
+        return self.read(find)
 
     # Engines
 

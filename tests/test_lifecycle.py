@@ -310,6 +310,33 @@ async def test_a_batch_outlives_a_store_that_fails_for_a_moment(
     assert gate.calls.count("steady") == 3
 
 
+async def test_an_item_goes_on_after_its_last_step_at_the_next_start(tmp_path: Path) -> None:
+    """A step that was committed is not executed again, in a batch as elsewhere."""
+    flock, begun, calls, naps_s = Flock("items"), anyio.Event(), [], [0, 600]
+
+    @flock.agent(next_agent="second")
+    async def first() -> int:
+        calls.append("first")
+        return 1
+
+    @flock.agent
+    async def second(result: int) -> int:
+        calls.append("second")
+        begun.set()
+        await anyio.sleep(naps_s.pop())
+        return result + 1
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        batch = await engine.submit_batch("first", [EMPTY], BatchOptions())
+        await begun.wait()
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        (item,) = await engine.get_items(batch.batch_id)
+        with anyio.fail_after(20):
+            item = await engine.wait_run(item.run_id)
+    assert (item.status, item.attempt, bytes(item.result or b"")) == (RunStatus.COMPLETED, 2, b'{"result":2}')
+    assert calls == ["first", "second", "second"]
+
+
 async def test_a_caller_cancelled_while_its_run_is_accepted_leaves_no_orphan(engine: EmbeddedEngine) -> None:
     with anyio.CancelScope() as scope:
         scope.cancel()

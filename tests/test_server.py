@@ -165,6 +165,7 @@ def test_workers_do_not_outlive_their_parent(flock_file: Path, tmp_path: Path) -
         server.wait_for_line("Application startup complete", times=2)
         os.kill(server.process.pid, signal.SIGKILL)
         server.wait_for_line("Finished server process", times=2)
+    assert "ERROR" not in "\n".join(server.lines)
 
 
 def test_workers_that_cannot_start_are_not_tried_for_ever(flock_file: Path, tmp_path: Path) -> None:
