@@ -169,7 +169,7 @@ class Runner:
         if not run.is_async or not self._store.is_shared:
             error, error_type = INTERRUPTED
             ended = replace(run, status=RunStatus.FAILED, error=error, error_type=error_type, completed_at=now())
-            with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost):
+            with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
                 await self._store.save(ended, run.steps[-1] if active.unsaved is not None else None)
             active.run = ended
         active.is_left = True
