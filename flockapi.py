@@ -648,12 +648,12 @@ async def run_flock(request: Request) -> Response:
     except Replayed as exc:
         run, headers = await _replayed(engine.get_run(exc.made_id)), REPLAYED
     if not is_async:
-        run = await (_wait_with_caller(request, run) if key is None else engine.wait_run(run.run_id))
+        run = await (_wait_with_caller(request, run) if key is None else engine.wait(run.run_id))
     elif responds_async:
         applied = "respond-async"
         if re.fullmatch(r"\d{1,9}", prefer.get("wait", "")):
             wait_s = min(int(prefer["wait"]), MAX_WAIT_S)
-            run = await engine.wait_run(run.run_id, wait_s)
+            run = await engine.wait(run.run_id, wait_s)
             applied += f", wait={wait_s}"
         headers = {**headers, "Preference-Applied": applied}
     return run_response(request, run, 200 if run.status.is_final else 202, headers)
@@ -679,7 +679,7 @@ async def _wait_with_caller(request: Request, run: Run) -> Run:
     app = app_of(request)
     is_gone, failure = False, None
     try:
-        run = await app.engine.wait_run(run.run_id, PATIENCE_S)
+        run = await app.engine.wait(run.run_id, PATIENCE_S)
         if run.status.is_final:
             return run
         async with anyio.create_task_group() as tasks:
@@ -693,7 +693,7 @@ async def _wait_with_caller(request: Request, run: Run) -> Run:
 
             tasks.start_soon(look_out)
             try:
-                run = await app.engine.wait_run(run.run_id)
+                run = await app.engine.wait(run.run_id)
             except FlockError as exc:  # the group would wrap it
                 failure = exc
             tasks.cancel_scope.cancel()
@@ -752,7 +752,7 @@ async def one_run(request: Request) -> Response:
 
 async def get_run(request: Request) -> Response:
     engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], query_of(request, WaitQuery).wait
-    return run_response(request, await (engine.wait_run(run_id, wait_s) if wait_s else engine.get_run(run_id)))
+    return run_response(request, await (engine.wait(run_id, wait_s) if wait_s else engine.get_run(run_id)))
 
 
 async def cancel_run(request: Request) -> Response:
@@ -760,7 +760,7 @@ async def cancel_run(request: Request) -> Response:
     engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], query_of(request, WaitQuery).wait
     run = await engine.cancel_run(run_id)
     if wait_s and not run.status.is_final:
-        await engine.wait_run(run_id, wait_s)
+        await engine.wait(run_id, wait_s)
         run = await engine.cancel_run(run_id)  # says so if it ended otherwise
     return run_response(request, run, 200 if run.status.is_final else 202)
 
@@ -910,7 +910,7 @@ class FlockAPI(Starlette):
 
     Args:
         server_name: the title of the docs pages and of the served specification.
-        engine: what carries the runs; an embedded one on *store* if None.
+        engine: what carries the runs; if None, an embedded one on *store*, which all apps on this flock and store share.
         store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
         max_body_bytes: the longest body a client may send; a longer one is answered with 413.
         on_disconnect: what becomes of a synchronous run whose caller goes away before it is answered.
@@ -952,7 +952,7 @@ class FlockAPI(Starlette):
             lifespan=lambda app: app.lifespan(),
         )
         self.flock = flock
-        self.engine = engine or flock.engine(store=store, expose_errors=expose_errors)
+        self.engine = engine or flock.shared_engine(store=store, expose_errors=expose_errors)
         self.server_name = server_name
         self.max_body_bytes = max_body_bytes
         self.on_disconnect = on_disconnect

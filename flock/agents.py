@@ -17,7 +17,7 @@ import msgspec
 from flock.errors import DefinitionError, InvalidData, InvalidHandoff, InvalidOutput, MalformedJSON, ModelError
 from flock.llm import Message, ModelClient
 from flock.runs import RunContext, Usage
-from flock.signature import Signature, context_parameter
+from flock.signature import Signature, context_parameter, name_of
 
 __all__ = ["Agent", "FunctionAgent", "ModelAgent", "NextAgent", "OnInterrupt", "Resources", "Turn", "agent"]
 
@@ -231,7 +231,7 @@ class FunctionAgent(Agent):
         if description is None:
             description = (inspect.getdoc(function) or "").partition("\n")[0]
         super().__init__(
-            str(name or getattr(function, "__name__", "")),
+            name or name_of(function),
             Signature.of_parameters(function),
             output_signature,
             description=description,

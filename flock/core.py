@@ -1,6 +1,7 @@
 """What people import: ``Flock``, ``FlockFactory`` and ``agent``."""
 
 import asyncio
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -11,7 +12,7 @@ import msgspec
 
 from flock.agents import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, agent
 from flock.embedded import EmbeddedEngine
-from flock.errors import DefinitionError, FieldError, InvalidData, RunFailed
+from flock.errors import DefinitionError, RunFailed
 from flock.llm import ModelClient
 from flock.runs import RunStatus
 from flock.signature import Signature
@@ -37,14 +38,22 @@ class Flock:
         self.model = model
         self.max_steps = max_steps
         self.agents: dict[str, Agent] = {}
+        self._shared_engines: weakref.WeakValueDictionary[tuple[str, bool], EmbeddedEngine] = (
+            weakref.WeakValueDictionary()
+        )
 
     def __repr__(self) -> str:
         return f"<Flock {self.name!r}: {', '.join(self.agents) or 'no agents'}>"
 
-    def add_agent(self, agent: Agent) -> Agent:
-        """Add *agent* and return it. Raises DefinitionError if its name is taken."""
+    def add_agent(self, agent: Agent | Callable[..., Any]) -> Agent:
+        """Add an agent, or a callable with typed parameters as one, and return it.
+
+        Raises: DefinitionError if its name is taken; SignatureError where a parameter has no type.
+        """
         if not isinstance(agent, Agent):
-            raise DefinitionError(f"{agent!r} is not an agent: make one with FlockFactory or with @agent.")
+            if not callable(agent):
+                raise DefinitionError(f"{agent!r} is no agent: make one with FlockFactory, or pass a typed function.")
+            agent = FunctionAgent(agent)
         if agent.name in self.agents:
             raise DefinitionError(f"An agent called {agent.name!r} is in this flock already.")
         self.agents[agent.name] = agent
@@ -71,8 +80,7 @@ class Flock:
         """Make an agent of a typed function, as ``flock.core.agent`` does, and add it."""
 
         def add(function: Callable[..., Any]) -> FunctionAgent:
-            made = FunctionAgent(function, **options)
-            self.add_agent(made)
+            self.add_agent(made := FunctionAgent(function, **options))
             return made
 
         return add if function is None else add(function)
@@ -97,6 +105,11 @@ class Flock:
         options = {"flock": self.name, "max_steps": self.max_steps, **options}
         return EmbeddedEngine(self.agents, models, Store(store, durability=durability), **options)
 
+    def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> EmbeddedEngine:
+        """As ``engine``, but one and the same for all who ask for it, as long as somebody has it."""
+        engine = self.engine(store=store, expose_errors=expose_errors)
+        return self._shared_engines.setdefault((engine.store.path, expose_errors), engine)
+
     async def run_async(self, agent_name: str, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Run one agent and what it hands on to, without a server.
 
@@ -110,12 +123,9 @@ class Flock:
 
         Cancellation: the run is cancelled.
         """
-        try:
-            raw = msgspec.Raw(msgspec.json.encode(dict(inputs or {})))
-        except (TypeError, ValueError, RecursionError) as exc:
-            raise InvalidData([FieldError(detail=f"It cannot be JSON: {exc}.", pointer="/inputs")]) from exc
         async with self.engine(expose_errors=True) as engine:
-            run = await engine.wait_run((await engine.submit(agent_name, raw, is_async=False)).run_id)
+            run = await engine.submit(agent_name, inputs or {}, is_async=False)
+            run = await engine.wait(run.run_id)
         if run.status is not RunStatus.COMPLETED or run.result is None:
             raise RunFailed(run.error or "The run has no result.", run.error_type or "unknown")
         result: dict[str, Any] = msgspec.json.decode(run.result)

@@ -40,6 +40,7 @@ from flock.runs import (
     BatchOptions,
     Event,
     IdempotencyKey,
+    Inputs,
     Progress,
     Run,
     RunFilter,
@@ -237,7 +238,7 @@ class EmbeddedEngine:
     async def submit(
         self,
         agent_name: str,
-        inputs: msgspec.Raw,
+        inputs: Inputs,
         *,
         request_id: str | None = None,
         is_async: bool = True,
@@ -245,9 +246,9 @@ class EmbeddedEngine:
         key: IdempotencyKey | None = None,
     ) -> Run:
         self._check_running()
-        self._agent(agent_name).input.decode(inputs, "/inputs")
-        # The copy lets go of the request's body, of which a Raw is only a view.
-        run = self._new_run(agent_name, msgspec.Raw(bytes(inputs)), request_id, is_async=is_async, timeout_s=timeout_s)
+        raw = _as_json(inputs, "/inputs")
+        self._agent(agent_name).input.decode(raw, "/inputs")
+        run = self._new_run(agent_name, raw, request_id, is_async=is_async, timeout_s=timeout_s)
         if not is_async and key is None:
             # Its end is written and waited for; its start is worth nothing without a caller.
             if len(self._runner.active) >= self._max_concurrency + self._max_queue:
@@ -269,7 +270,7 @@ class EmbeddedEngine:
             raise RunNotFound(run_id)
         return run
 
-    async def wait_run(self, run_id: str, timeout_s: float | None = None) -> Run:
+    async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
         deadline = math.inf if timeout_s is None else anyio.current_time() + timeout_s
         active = self._runner.active.get(run_id)
         while active is not None and not active.is_lost:
@@ -471,7 +472,7 @@ class EmbeddedEngine:
     async def submit_batch(
         self,
         agent_name: str,
-        items: Sequence[msgspec.Raw],
+        items: Sequence[Inputs],
         options: BatchOptions,
         *,
         request_id: str | None = None,
@@ -481,21 +482,22 @@ class EmbeddedEngine:
         if len(items) > self._max_items:
             detail = f"{len(items)} items are more than this server takes in a batch ({self._max_items}, max_items)."
             raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
-        await _check_items(self._agent(agent_name), items)
+        rows = [_as_json(item, f"/batch_inputs/{position}") for position, item in enumerate(items)]
+        await _check_items(self._agent(agent_name), rows)
         self._check_running()
         batch = Batch(
             batch_id=new_id(),
             flock=self._flock,
             agent_name=agent_name,
             options=options,
-            total_items=len(items),
+            total_items=len(rows),
             created_at=now(),
             request_id=request_id,
             owner=self._engine_id,
         )
         runs = [
-            self._new_run(agent_name, item, request_id, batch_id=batch.batch_id, position=position, is_async=True)
-            for position, item in enumerate(items)
+            self._new_run(agent_name, row, request_id, batch_id=batch.batch_id, position=position, is_async=True)
+            for position, row in enumerate(rows)
         ]
         with self._accepting_key(key):
             await self.store.accept_batch(batch, runs, self._max_items, key, then=self._start_batch)
@@ -560,6 +562,16 @@ class EmbeddedEngine:
             error = f"None of the {batch.total_items} items completed. The first one: {first.error}"
         status = RunStatus.COMPLETED if error is None else RunStatus.FAILED
         await self.store.update_batch(replace(batch, status=status, error=error, completed_at=now()))
+
+
+def _as_json(inputs: Inputs, at: str) -> msgspec.Raw:
+    """A copy, so that no request's body is kept, of which a Raw is only a view. Raises InvalidData."""
+    if isinstance(inputs, msgspec.Raw):
+        return msgspec.Raw(bytes(inputs))
+    try:
+        return msgspec.Raw(msgspec.json.encode(dict(inputs)))
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InvalidData([FieldError(detail=f"It cannot be JSON: {exc}.", pointer=at)]) from exc
 
 
 async def _check_items(agent: Agent, items: Sequence[msgspec.Raw]) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Protocol, Self
@@ -25,6 +25,7 @@ __all__ = [
     "Engine",
     "Event",
     "IdempotencyKey",
+    "Inputs",
     "Progress",
     "Run",
     "RunContext",
@@ -167,6 +168,10 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     owner: str | None = None
 
 
+#: What a run is given: a mapping, or the text of a JSON object.
+Inputs = msgspec.Raw | Mapping[str, Any]
+
+
 class IdempotencyKey(msgspec.Struct, frozen=True):
     """What makes two requests the same: the client's key, and a fingerprint of what was asked for."""
 
@@ -290,7 +295,7 @@ class Engine(Protocol):
     async def submit(
         self,
         agent_name: str,
-        inputs: msgspec.Raw,
+        inputs: Inputs,
         *,
         request_id: str | None = None,
         is_async: bool = True,
@@ -300,7 +305,7 @@ class Engine(Protocol):
         """Accept one run and return at once.
 
         Args:
-            inputs: a JSON object with a value for each field of the agent's input signature.
+            inputs: a value for each field of the agent's input signature, as a mapping, or as the text of a JSON object.
             request_id: the id under which the caller's request is logged.
             is_async: nobody waits for the answer. The run is on disk on return, and goes on after a crash. Otherwise it
                 is written on the way, and ends as interrupted if the process dies.
@@ -326,7 +331,7 @@ class Engine(Protocol):
     async def submit_batch(
         self,
         agent_name: str,
-        items: Sequence[msgspec.Raw],
+        items: Sequence[Inputs],
         options: BatchOptions,
         *,
         request_id: str | None = None,
@@ -340,7 +345,7 @@ class Engine(Protocol):
     async def get_run(self, run_id: str) -> Run:
         """The run as it stands. Raises RunNotFound."""
 
-    async def wait_run(self, run_id: str, timeout_s: float | None = None) -> Run:
+    async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
         """The run once it is final, or as it stands after *timeout_s*.
 
         Raises: RunNotFound; StoreError where its end cannot be written now; EngineStopped where it is left for later.

@@ -33,7 +33,7 @@ from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields
 from flock.runs import RunContext
 
-__all__ = ["Signature", "context_parameter"]
+__all__ = ["Signature", "context_parameter", "name_of"]
 
 NAMED_TYPES: Mapping[str, Any] = {
     "str": str,
@@ -285,7 +285,7 @@ class Signature:
     @classmethod
     def of_parameters(cls, function: Callable[..., Any]) -> "Signature":
         """What *function* takes: one field for each parameter. Raises SignatureError."""
-        hints, name = _hints(function), _name_of(function)
+        hints, name = _hints(function), name_of(function)
         fields = []
         for parameter in inspect.signature(function).parameters.values():
             if hints.get(parameter.name) is RunContext:
@@ -312,7 +312,7 @@ class Signature:
         returned = _hints(function).get("return", Any)
         if has_fields(returned):
             return cls.of(returned), False
-        name = _name_of(function)
+        name = name_of(function)
         return cls(_checked([Field.of("result", returned)], name), name=name), True
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
@@ -373,7 +373,10 @@ def context_parameter(function: Callable[..., Any]) -> str | None:
     return next((name for name, hint in _hints(function).items() if hint is RunContext), None)
 
 
-def _name_of(function: Callable[..., Any]) -> str:
+def name_of(function: Callable[..., Any]) -> str:
+    """What people call it: the name of a function or method, or the class of an object that can be called."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
     return getattr(function, "__name__", type(function).__name__)
 
 
@@ -386,7 +389,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target, include_extras=True)
     except NameError as exc:
-        raise SignatureError(f"{_name_of(function)}: the type {exc.name!r} is not known where it is defined.") from exc
+        raise SignatureError(f"{name_of(function)}: the type {exc.name!r} is not known where it is defined.") from exc
 
 
 def _checked(fields: Sequence[Field], owner: str) -> Sequence[Field]:

@@ -256,7 +256,7 @@ async def test_nothing_is_shared_between_two_runs() -> None:
     inputs: dict[str, Any] = {"value": []}
     async with flock.engine() as engine:
         raw = msgspec.Raw(msgspec.json.encode(inputs))
-        runs = [await engine.wait_run((await engine.submit("spoil", raw)).run_id) for _ in range(2)]
+        runs = [await engine.wait((await engine.submit("spoil", raw)).run_id) for _ in range(2)]
     assert inputs == {"value": []}
     results = [json.loads(bytes(run.result or b"")) for run in runs]
     assert results[0] == {"list": ["new", "spoilt"]}, "what was returned first has not changed since"

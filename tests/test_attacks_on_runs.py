@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anyio
 
 async def end_of(engine: EmbeddedEngine, agent_name: str, **more: Any) -> Run:
     with anyio.fail_after(20):
-        return await engine.wait_run((await engine.submit(agent_name, EMPTY, **more)).run_id)
+        return await engine.wait((await engine.submit(agent_name, EMPTY, **more)).run_id)
 
 
 class Mute(AgentError):
@@ -120,7 +120,7 @@ async def test_short_times_leave_no_slot_and_no_thread_taken(store: str) -> None
         ids += [(await engine.submit("quick", EMPTY, timeout_s=0.005)).run_id for _ in range(40)]
         with anyio.fail_after(20):
             for run_id in ids:
-                await engine.wait_run(run_id)
+                await engine.wait(run_id)
         assert {(await end_of(engine, "quick")).status for _ in range(8)} == {RunStatus.COMPLETED}
 
 
@@ -160,7 +160,7 @@ async def test_a_cancel_that_was_accepted_outlives_the_process(tmp_path: Path) -
         assert not (await engine.cancel_run(run.run_id)).status.is_final
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         with anyio.fail_after(20):
-            assert (await engine.wait_run(run.run_id)).status is RunStatus.CANCELLED
+            assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
     may_go.set()
     assert len(calls) == 1
 
@@ -232,7 +232,7 @@ async def test_an_engine_whose_host_is_cancelled_leaves_in_order(tmp_path: Path)
             await anyio.sleep(30)
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         with anyio.fail_after(20):
-            assert (await engine.wait_run(run.run_id)).status is RunStatus.COMPLETED
+            assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
 
 
 async def test_engines_of_two_flocks_start_on_a_file_that_is_busy(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ async def test_a_waiter_at_another_engine_is_told_when_that_one_leaves(tmp_path:
 
     async with flock.engine(store=tmp_path / "flock.db") as one, flock.engine(store=tmp_path / "flock.db") as other:
         run = await one.submit("nap", EMPTY)
-        waiter = asyncio.create_task(other.wait_run(run.run_id, 60))
+        waiter = asyncio.create_task(other.wait(run.run_id, 60))
         await until(other, run.run_id, lambda run: run.status is RunStatus.RUNNING)
         await other.drain(5)
         done, _ = await asyncio.wait([waiter], timeout=5)
@@ -292,9 +292,9 @@ async def test_a_retry_with_nothing_left_to_do_begins_and_ends(store: str) -> No
         run = await engine.submit("swallow", EMPTY)
         await begun.wait()
         await engine.cancel_run(run.run_id)
-        assert (await engine.wait_run(run.run_id)).status is RunStatus.CANCELLED
+        assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
         await engine.retry_run(run.run_id)
-        run = await engine.wait_run(run.run_id)
+        run = await engine.wait(run.run_id)
         assert (run.status, run.attempt) == (RunStatus.COMPLETED, 2)
         assert run.started_at
         names = [event.name async for event in engine.events(run.run_id, after=1_999_999) if event]

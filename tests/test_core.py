@@ -1,5 +1,6 @@
 """What people import, used as a script would."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from flock.core import Flock, FlockFactory
-from flock.errors import AgentNotFound, DefinitionError, InvalidData, RunFailed
+from flock.errors import AgentNotFound, DefinitionError, InvalidData, RunFailed, SignatureError
 from tests.fakes import sample_flock
 
 
@@ -48,9 +49,11 @@ def test_a_name_is_taken_once() -> None:
 
 
 def test_what_is_no_agent_is_refused() -> None:
-    not_an_agent: Any = print
-    with pytest.raises(DefinitionError, match="is not an agent"):
+    not_an_agent: Any = "print"
+    with pytest.raises(DefinitionError, match="is no agent"):
         Flock().add_agent(not_an_agent)
+    with pytest.raises(SignatureError, match="cannot be given by name"):
+        Flock().add_agent(print)
 
 
 def test_the_method_agent_takes_options() -> None:
@@ -81,3 +84,22 @@ def test_importing_pulls_in_no_server_and_no_extra() -> None:
     code = "import sys, json, flock.core; print(json.dumps(sorted(sys.modules)))"
     modules = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert not {"uvicorn", "starlette", "xllamacpp", "litellm", "temporalio", "prometheus_client"} & set(modules)
+
+
+def test_whatever_is_callable_with_typed_parameters_is_an_agent() -> None:
+    class Counter:
+        """Counts what it is asked for."""
+
+        def __call__(self, text: str, of: str = "e") -> int:
+            return text.count(of)
+
+        async def longest(self, text: str) -> str:
+            return max(text.split(), key=len)
+
+    flock = Flock()
+    flock.add_agent(Counter().longest)
+    flock.add_agent(functools.partial(Counter(), of="n"))
+    assert flock.run("longest", {"text": "one eleven"}) == {"result": "eleven"}
+    assert flock.run("Counter", {"text": "one eleven"}) == {"result": 2}
+    with pytest.raises(SignatureError, match="needs a type"):
+        flock.add_agent(lambda text: text)

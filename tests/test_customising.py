@@ -28,7 +28,7 @@ async def double(request: Request) -> Response:
     number = int(request.query_params["of"])
     engine = await engine_of(request)
     run = await engine.submit("add", msgspec.Raw(b'{"a": %d, "b": %d}' % (number, number)), is_async=False)
-    run = await engine.wait_run(run.run_id)
+    run = await engine.wait(run.run_id)
     result = msgspec.json.decode(run.result or b"")["result"]
     return JSONResponse({"double": result, "agents": len(request.app.flock.agents)})
 

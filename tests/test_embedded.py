@@ -29,7 +29,7 @@ async def batch_end(engine: EmbeddedEngine, batch_id: str) -> Batch:
 
 async def finish(flock: Flock, agent_name: str, **options: Any) -> Run:
     async with flock.engine(**options) as engine:
-        return await engine.wait_run((await engine.submit(agent_name, EMPTY)).run_id)
+        return await engine.wait((await engine.submit(agent_name, EMPTY)).run_id)
 
 
 async def awaits_its_own_cancelled_task() -> None:
@@ -123,12 +123,12 @@ async def test_an_agent_that_misbehaves_fails_its_own_run_only(function: Any, er
     async with flock.engine() as engine:
         other = await engine.submit("bystander", EMPTY)
         await bystander_runs.wait()
-        run = await engine.wait_run((await engine.submit("bad", EMPTY)).run_id)
+        run = await engine.wait((await engine.submit("bad", EMPTY)).run_id)
         assert (run.status, run.error_type) == (RunStatus.FAILED, error_type)
         assert words in (run.error or "")
         assert run.completed_at
         may_go.set()
-        assert (await engine.wait_run(other.run_id)).status is RunStatus.COMPLETED
+        assert (await engine.wait(other.run_id)).status is RunStatus.COMPLETED
 
 
 async def test_a_cancellation_that_an_agent_leaves_behind_hits_nobody() -> None:
@@ -147,10 +147,10 @@ async def test_a_cancellation_that_an_agent_leaves_behind_hits_nobody() -> None:
         return 2
 
     async with flock.engine() as engine:
-        run = await engine.wait_run((await engine.submit("leave_behind", EMPTY)).run_id)
+        run = await engine.wait((await engine.submit("leave_behind", EMPTY)).run_id)
         batch = await engine.submit_batch("leave_behind", [EMPTY] * 5, BatchOptions(max_workers=2))
-        items = [await engine.wait_run(item.run_id) for item in await engine.get_items(batch.batch_id)]
-        later = await engine.wait_run((await engine.submit("after", EMPTY)).run_id)
+        items = [await engine.wait(item.run_id) for item in await engine.get_items(batch.batch_id)]
+        later = await engine.wait((await engine.submit("after", EMPTY)).run_id)
         assert {each.status for each in (run, *items, later)} == {RunStatus.COMPLETED}
         assert (await batch_end(engine, batch.batch_id)).status is RunStatus.COMPLETED
 
@@ -182,7 +182,7 @@ async def test_leaving_the_engine_tells_those_who_wait(on_disk: bool, is_async: 
 
     async def wait(run_id: str) -> None:
         try:
-            heard.append(await engine.wait_run(run_id))
+            heard.append(await engine.wait(run_id))
         except EngineStopped as exc:
             heard.append(exc)
 
@@ -227,7 +227,7 @@ async def test_a_cancellation_from_outside_leaves_the_runs_too(tmp_path: Path) -
             await anyio.sleep_forever()
     may_end.set()
     async with flock.engine(store=tmp_path / "flock.db") as engine:
-        run = await engine.wait_run(run.run_id)
+        run = await engine.wait(run.run_id)
     assert (run.status, run.attempt) == (RunStatus.COMPLETED, 2)
 
 
@@ -242,10 +242,10 @@ async def test_an_engine_can_be_entered_again_and_not_twice(tmp_path: Path) -> N
     async with engine:
         with pytest.raises(EngineStopped, match="running already"):
             await engine.__aenter__()
-        run = await engine.wait_run((await engine.submit("one", EMPTY)).run_id)
+        run = await engine.wait((await engine.submit("one", EMPTY)).run_id)
     async with engine:
         assert (await engine.get_run(run.run_id)).status is RunStatus.COMPLETED
-        assert (await engine.wait_run((await engine.submit("one", EMPTY)).run_id)).status is RunStatus.COMPLETED
+        assert (await engine.wait((await engine.submit("one", EMPTY)).run_id)).status is RunStatus.COMPLETED
 
 
 async def test_max_concurrency_bounds_runs_and_items_together() -> None:
@@ -264,7 +264,7 @@ async def test_max_concurrency_bounds_runs_and_items_together() -> None:
         runs = [await engine.submit("work", EMPTY) for _ in range(20)]
         batch = await engine.submit_batch("work", [EMPTY] * 20, BatchOptions(max_workers=20))
         for run in [*runs, *await engine.get_items(batch.batch_id)]:
-            assert (await engine.wait_run(run.run_id)).status is RunStatus.COMPLETED
+            assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
     assert most == 4
 
 
@@ -276,7 +276,7 @@ async def test_the_oldest_final_runs_are_deleted() -> None:
         return 1
 
     async with flock.engine(keep_runs=3) as engine:
-        runs = [await engine.wait_run((await engine.submit("one", EMPTY)).run_id) for _ in range(5)]
+        runs = [await engine.wait((await engine.submit("one", EMPTY)).run_id) for _ in range(5)]
         await engine.delete_old()
         for run in runs[:2]:
             with pytest.raises(RunNotFound):
@@ -307,11 +307,11 @@ async def test_runs_are_deleted_by_age() -> None:
         return 1
 
     async with flock.engine(keep_for_s=0.001) as engine:
-        run = await engine.wait_run((await engine.submit("one", EMPTY)).run_id)
+        run = await engine.wait((await engine.submit("one", EMPTY)).run_id)
         await anyio.sleep(0.01)
         await engine.delete_old()
         with pytest.raises(RunNotFound):
-            await engine.wait_run(run.run_id)
+            await engine.wait(run.run_id)
 
 
 async def test_agents_added_later_are_found() -> None:
@@ -322,7 +322,7 @@ async def test_agents_added_later_are_found() -> None:
         def late() -> int:
             return 1
 
-        run = await engine.wait_run((await engine.submit("late", EMPTY)).run_id)
+        run = await engine.wait((await engine.submit("late", EMPTY)).run_id)
     assert run.status is RunStatus.COMPLETED
 
 

@@ -566,7 +566,7 @@ def clocked_flock() -> Flock:
 async def done(engine: EmbeddedEngine, n: int, key: IdempotencyKey | None = None) -> Run:
     with anyio.fail_after(10):
         run = await engine.submit("first", msgspec.Raw(b'{"n": %d}' % n), key=key)
-        return await engine.wait_run(run.run_id)
+        return await engine.wait(run.run_id)
 
 
 async def events_are_whole(engine: EmbeddedEngine, run_id: str) -> bool:
@@ -617,7 +617,7 @@ async def test_a_run_that_was_begun_before_the_clock_was_set_back_ends(clock: Cl
         clock.ahead = -DAY
         await engine.cancel_run(run.run_id)
         with anyio.fail_after(10):
-            run = await engine.wait_run(run.run_id)
+            run = await engine.wait(run.run_id)
         assert run.status is RunStatus.CANCELLED
         assert run.completed_at
         assert run.completed_at < run.created_at
@@ -678,11 +678,11 @@ async def test_waiting_does_not_go_by_the_wall_clock(jump: timedelta, clock: Clo
             while (await engine.get_run(run.run_id)).status is RunStatus.STARTING:  # noqa: ASYNC110 - as a client
                 await anyio.sleep(0.01)
             clock.ahead = jump
-            assert (await engine.wait_run(run.run_id, timeout_s=0.1)).status is RunStatus.RUNNING
+            assert (await engine.wait(run.run_id, timeout_s=0.1)).status is RunStatus.RUNNING
             assert anyio.current_time() - began >= 0.1
-            queued = await engine.wait_run(queued.run_id)
+            queued = await engine.wait(queued.run_id)
             assert anyio.current_time() - began >= 0.6
-            run = await engine.wait_run(run.run_id)
+            run = await engine.wait(run.run_id)
             assert anyio.current_time() - began >= 1
         assert (queued.status, queued.error_type) == (RunStatus.FAILED, "queue_timeout")
         assert (run.status, run.error_type) == (RunStatus.FAILED, "timeout")

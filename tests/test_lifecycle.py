@@ -103,7 +103,7 @@ async def test_a_running_run_is_cancelled_at_its_await(engine: EmbeddedEngine, g
     run = await submit(engine, "nap")
     await gate.begun.wait()
     await engine.cancel_run(run.run_id)
-    run = await engine.wait_run(run.run_id)
+    run = await engine.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.CANCELLED, "cancelled")
     assert (await engine.cancel_run(run.run_id)).status is RunStatus.CANCELLED, "it can be said again"
 
@@ -113,12 +113,12 @@ async def test_a_waiting_run_is_cancelled_before_it_begins(engine: EmbeddedEngin
         await submit(engine, "nap")
     waiting = await submit(engine, "nap")
     await engine.cancel_run(waiting.run_id)
-    run = await engine.wait_run(waiting.run_id)
+    run = await engine.wait(waiting.run_id)
     assert (run.status, run.started_at) == (RunStatus.CANCELLED, None)
 
 
 async def test_a_run_that_ended_otherwise_cannot_be_cancelled(engine: EmbeddedEngine, gate: Gate) -> None:
-    run = await engine.wait_run((await submit(engine, "steady")).run_id)
+    run = await engine.wait((await submit(engine, "steady")).run_id)
     with pytest.raises(Conflict, match="is failed and cannot be cancelled"):
         await engine.cancel_run(run.run_id)
     with pytest.raises(RunNotFound):
@@ -130,9 +130,9 @@ async def test_a_synchronous_function_is_asked_and_waited_for(engine: EmbeddedEn
     run = await submit(engine, "block")
     await anyio.to_thread.run_sync(gate.thread_begun.wait)
     await engine.cancel_run(run.run_id)
-    assert (await engine.wait_run(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
+    assert (await engine.wait(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
     gate.thread_may_go.set()
-    run = await engine.wait_run(run.run_id)
+    run = await engine.wait(run.run_id)
     assert run.status is RunStatus.CANCELLED
     assert b"asked to stop" in bytes(run.steps[0].result), "what it gave is kept"
 
@@ -141,7 +141,7 @@ async def test_an_agent_that_swallows_its_cancellation_is_cancelled(engine: Embe
     run = await submit(engine, "swallow")
     await gate.begun.wait()
     await engine.cancel_run(run.run_id)
-    assert (await engine.wait_run(run.run_id)).status is RunStatus.CANCELLED
+    assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
 
 
 # Time
@@ -151,16 +151,16 @@ async def test_a_run_past_its_time_fails_and_keeps_its_place_until_its_thread_re
     engine: EmbeddedEngine, gate: Gate
 ) -> None:
     run = await submit(engine, "block", timeout_s=0.1)
-    run = await engine.wait_run(run.run_id)
+    run = await engine.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.FAILED, "timeout")
     second = await submit(engine, "block")
-    assert (await engine.wait_run(second.run_id, timeout_s=0.1)).status is RunStatus.STARTING, "the place is taken"
+    assert (await engine.wait(second.run_id, timeout_s=0.1)).status is RunStatus.STARTING, "the place is taken"
     gate.thread_may_go.set()
-    assert (await engine.wait_run(second.run_id)).status is RunStatus.COMPLETED
+    assert (await engine.wait(second.run_id)).status is RunStatus.COMPLETED
 
 
 async def test_an_async_agent_is_cancelled_at_its_deadline(engine: EmbeddedEngine) -> None:
-    run = await engine.wait_run((await submit(engine, "nap", timeout_s=0.05)).run_id)
+    run = await engine.wait((await submit(engine, "nap", timeout_s=0.05)).run_id)
     assert (run.error, run.error_type) == ("The run did not end within 0.05 s (timeout_s).", "timeout")
 
 
@@ -168,10 +168,10 @@ async def test_waiting_for_the_first_step_has_its_own_limit(gate: Gate) -> None:
     async with gate.flock.engine(max_concurrency=1, queue_timeout_s=0.05, max_timeout_s=30) as engine:
         first = await submit(engine, "nap")
         await gate.begun.wait()
-        run = await engine.wait_run((await submit(engine, "nap")).run_id)
+        run = await engine.wait((await submit(engine, "nap")).run_id)
         assert (run.status, run.error_type) == (RunStatus.FAILED, "queue_timeout")
         gate.may_go.set()
-        assert (await engine.wait_run(first.run_id)).status is RunStatus.COMPLETED
+        assert (await engine.wait(first.run_id)).status is RunStatus.COMPLETED
 
 
 async def test_a_run_is_cancelled_between_its_steps(
@@ -192,12 +192,12 @@ async def test_a_run_is_cancelled_between_its_steps(
     await at_it.wait()
     await engine.cancel_run(run.run_id)
     may_go_on.set()
-    run = await engine.wait_run(run.run_id)
+    run = await engine.wait(run.run_id)
     assert (run.status, [step.agent_name for step in run.steps]) == (RunStatus.CANCELLED, ["steady"])
     assert gate.calls == ["steady"]
     gate.fails = False
     await engine.retry_run(run.run_id)
-    assert (await engine.wait_run(run.run_id)).status is RunStatus.COMPLETED
+    assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
     assert gate.calls == ["steady", "shaky"], "and is not begun again"
 
 
@@ -205,12 +205,12 @@ async def test_a_run_is_cancelled_between_its_steps(
 
 
 async def test_a_retry_goes_on_after_the_last_committed_step(engine: EmbeddedEngine, gate: Gate) -> None:
-    run = await engine.wait_run((await submit(engine, "steady")).run_id)
+    run = await engine.wait((await submit(engine, "steady")).run_id)
     assert (run.status, len(run.steps)) == (RunStatus.FAILED, 1)
     gate.fails = False
     again = await engine.retry_run(run.run_id)
     assert (again.status, again.attempt) == (RunStatus.STARTING, 2)
-    run = await engine.wait_run(run.run_id)
+    run = await engine.wait(run.run_id)
     assert (run.status, bytes(run.result or b"")) == (RunStatus.COMPLETED, b'{"result":8}')
     assert gate.calls == ["steady", "shaky", "shaky"]
     with pytest.raises(Conflict, match="is completed; only a run that failed"):
@@ -222,14 +222,14 @@ async def test_a_final_run_can_be_deleted_and_an_active_one_not(engine: Embedded
     with pytest.raises(Conflict, match="cannot be deleted"):
         await engine.delete_run(run.run_id)
     gate.may_go.set()
-    await engine.wait_run(run.run_id)
+    await engine.wait(run.run_id)
     await engine.delete_run(run.run_id)
     with pytest.raises(RunNotFound):
         await engine.get_run(run.run_id)
 
 
 async def test_runs_are_listed(engine: EmbeddedEngine, gate: Gate) -> None:
-    failed = await engine.wait_run((await submit(engine, "steady")).run_id)
+    failed = await engine.wait((await submit(engine, "steady")).run_id)
     running = await submit(engine, "nap")
     await gate.begun.wait()
     assert [run.run_id for run in await engine.list_runs(RunFilter())] == [running.run_id, failed.run_id]
@@ -263,11 +263,11 @@ async def test_events_tell_a_run_once_and_resume_anywhere(engine: EmbeddedEngine
 
 
 async def test_events_of_a_retried_run_keep_the_steps_that_were_done(engine: EmbeddedEngine, gate: Gate) -> None:
-    run = await engine.wait_run((await submit(engine, "steady")).run_id)
+    run = await engine.wait((await submit(engine, "steady")).run_id)
     first = [event async for event in engine.events(run.run_id) if event and event.id]
     gate.fails = False
     await engine.retry_run(run.run_id)
-    await engine.wait_run(run.run_id)
+    await engine.wait(run.run_id)
     second = [event async for event in engine.events(run.run_id, after=first[-1].id or 0) if event]
     assert [event.name for event in first] == ["run.started", "step.started", "step.completed", "run.failed"]
     assert [event.name for event in second] == ["run.started", "step.started", "step.completed", "run.completed"]
@@ -332,7 +332,7 @@ async def test_an_item_goes_on_after_its_last_step_at_the_next_start(tmp_path: P
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         (item,) = await engine.get_items(batch.batch_id)
         with anyio.fail_after(20):
-            item = await engine.wait_run(item.run_id)
+            item = await engine.wait(item.run_id)
     assert (item.status, item.attempt, bytes(item.result or b"")) == (RunStatus.COMPLETED, 2, b'{"result":2}')
     assert calls == ["first", "second", "second"]
 
@@ -342,7 +342,7 @@ async def test_a_caller_cancelled_while_its_run_is_accepted_leaves_no_orphan(eng
         scope.cancel()
         await submit(engine, "steady")
     runs = await engine.list_runs(RunFilter())
-    assert [(await engine.wait_run(run.run_id)).status for run in runs] == [RunStatus.FAILED] * len(runs)
+    assert [(await engine.wait(run.run_id)).status for run in runs] == [RunStatus.FAILED] * len(runs)
 
 
 async def test_a_run_whose_caller_was_cancelled_goes_on_once_it_is_accepted(engine: EmbeddedEngine, gate: Gate) -> None:
@@ -355,7 +355,7 @@ async def test_a_run_whose_caller_was_cancelled_goes_on_once_it_is_accepted(engi
     with anyio.fail_after(20):
         while not (runs := await engine.list_runs(RunFilter())):  # noqa: ASYNC110 - as a client
             await anyio.sleep(0.01)
-    assert [(await engine.wait_run(run.run_id)).status for run in runs] == [RunStatus.FAILED]
+    assert [(await engine.wait(run.run_id)).status for run in runs] == [RunStatus.FAILED]
     assert gate.calls == ["steady", "shaky"]
 
 
@@ -370,10 +370,10 @@ async def test_one_engine_cancels_waits_and_streams_what_another_runs(gate: Gate
         run = await submit(here, "nap")
         await gate.begun.wait()
         await until(there, run.run_id, lambda run: run.status is RunStatus.RUNNING)
-        assert (await there.wait_run(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
+        assert (await there.wait(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
         await there.cancel_run(run.run_id)
         with anyio.fail_after(5):
-            assert (await there.wait_run(run.run_id)).status is RunStatus.CANCELLED
+            assert (await there.wait(run.run_id)).status is RunStatus.CANCELLED
         names = [event.name async for event in there.events(run.run_id) if event]
         assert names == ["run.started", "run.cancelled"]
 
@@ -393,6 +393,6 @@ async def test_an_agent_may_ask_not_to_be_begun_again(gate: Gate, tmp_path: Path
         run = await submit(opened, "once")
         await begun.wait()
     async with gate.flock.engine(store=tmp_path / "flock.db") as again:
-        run = await again.wait_run(run.run_id)
+        run = await again.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.FAILED, "interrupted")
     assert "asks not to be begun again" in (run.error or "")

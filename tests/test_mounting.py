@@ -214,3 +214,16 @@ async def test_behind_a_proxy_links_have_its_path() -> None:
         async with httpx.AsyncClient(base_url=served.url) as client:
             accepted = await client.post("/run/flock", json=NAP)
             assert accepted.headers["Location"].startswith("/behind/run/")
+
+
+@pytest.mark.anyio
+async def test_two_apps_on_one_flock_share_one_engine() -> None:
+    flock = sleeper()
+    one, two, other = create_app(flock), create_app(flock), create_app(flock, store=":memory:")
+    assert one.engine is two.engine
+    assert one.engine is not other.engine
+    async with one.lifespan():
+        host = Starlette(routes=[Mount("/one", one), Mount("/two", two)])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t") as client:
+            run_id = (await client.post("/one/run/flock", json=NAP)).json()["run_id"]
+            assert (await client.get(f"/two/run/{run_id}")).status_code == 200

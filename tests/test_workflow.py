@@ -73,7 +73,7 @@ async def test_the_result_is_the_last_agents(model: FakeModel) -> None:
     model.replies = [answer({"sentiment": "good", "keywords": ["sun"]})]
     async with flock.engine(transport=model.transport) as engine:
         run = await engine.submit("text_analyzer", raw({"text": "Sun"}))
-        run = await engine.wait_run(run.run_id)
+        run = await engine.wait(run.run_id)
     assert run.result is not None
     assert msgspec.json.decode(run.result) == {"result": "Sun is good, note none"}
     assert [(step.agent_name, step.next_agent) for step in run.steps] == [
