@@ -306,6 +306,19 @@ def preferences(request: Request) -> dict[str, str]:
     return found
 
 
+#: A later version may have more behind what version 00 has.
+TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(-.*)?")
+
+
+def traceparent_of(request: Request) -> str | None:
+    """The trace that the request is part of; one that is not valid counts as none (W3C Trace Context, 3.2 and 4.3)."""
+    sent = request.headers.getlist("traceparent")
+    found = TRACEPARENT.fullmatch(sent[0]) if len(sent) == 1 else None
+    if found is None or (found[1] == "00" and found[3]):
+        return None
+    return f"00{found[2]}"
+
+
 def idempotency_key(request: Request, body: bytes) -> IdempotencyKey | None:
     """The key of the request, if it has one: a string of structured fields, or the same without its quotes.
 
@@ -349,6 +362,7 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     started_at: Time | None
     completed_at: Time | None
     request_id: str | None
+    traceparent: str | None
     attempt: int
     progress: Progress | None
     usage: Usage | None
@@ -641,6 +655,7 @@ async def run_flock(request: Request) -> Response:
             wanted.agent_name,
             wanted.inputs,
             request_id=request_id_of(request),
+            traceparent=traceparent_of(request),
             is_async=is_async or key is not None,
             timeout_s=wanted.timeout_s,
             key=key,
@@ -721,7 +736,14 @@ async def run_batch(request: Request) -> Response:
     rows = await rows_of(wanted, EXPANSION * app_of(request).max_body_bytes)
     engine, headers = await engine_of(request), {}
     try:
-        batch = await engine.submit_batch(wanted.agent_name, rows, options, request_id=request_id_of(request), key=key)
+        batch = await engine.submit_batch(
+            wanted.agent_name,
+            rows,
+            options,
+            request_id=request_id_of(request),
+            traceparent=traceparent_of(request),
+            key=key,
+        )
     except InvalidData as exc:
         raise as_sent(exc, wanted) from exc
     except Replayed as exc:
@@ -910,7 +932,7 @@ class FlockAPI(Starlette):
 
     Args:
         server_name: the title of the docs pages and of the served specification.
-        engine: what carries the runs; if None, an embedded one on *store*, which all apps on this flock and store share.
+        engine: what carries the runs; if None, an embedded one on *store*, shared by all apps on this flock and store.
         store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
         max_body_bytes: the longest body a client may send; a longer one is answered with 413.
         on_disconnect: what becomes of a synchronous run whose caller goes away before it is answered.

@@ -152,18 +152,23 @@ class ModelAgent(Agent):
     async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
         try:
             with anyio.fail_after(self.timeout_s):
-                return await self._converse(inputs, resources.models)
+                return await self._converse(inputs, resources.models, context.traceparent)
         except TimeoutError as exc:
             message = f"The model gave no answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
             raise ModelError(message, "model_timeout") from exc
 
-    async def _converse(self, inputs: Any, models: ModelClient) -> Turn:
+    async def _converse(self, inputs: Any, models: ModelClient, traceparent: str | None) -> Turn:
         messages = [Message("system", self._system_prompt()), Message("user", self._user_prompt(inputs))]
         usage = Usage()
         problem = ""
         for _ in range(self.max_retries + 1):
             completion = await models.complete(
-                self.model, messages, self.output.schema, max_tokens=self.max_tokens, temperature=self.temperature
+                self.model,
+                messages,
+                self.output.schema,
+                max_tokens=self.max_tokens,
+                temperature=self.temperature,
+                traceparent=traceparent,
             )
             usage += completion.usage
             try:

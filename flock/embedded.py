@@ -241,6 +241,7 @@ class EmbeddedEngine:
         inputs: Inputs,
         *,
         request_id: str | None = None,
+        traceparent: str | None = None,
         is_async: bool = True,
         timeout_s: float | None = None,
         key: IdempotencyKey | None = None,
@@ -248,7 +249,7 @@ class EmbeddedEngine:
         self._check_running()
         raw = _as_json(inputs, "/inputs")
         self._agent(agent_name).input.decode(raw, "/inputs")
-        run = self._new_run(agent_name, raw, request_id, is_async=is_async, timeout_s=timeout_s)
+        run = self._new_run(agent_name, raw, request_id, traceparent, is_async=is_async, timeout_s=timeout_s)
         if not is_async and key is None:
             # Its end is written and waited for; its start is worth nothing without a caller.
             if len(self._runner.active) >= self._max_concurrency + self._max_queue:
@@ -362,7 +363,9 @@ class EmbeddedEngine:
         except KeyError:
             raise AgentNotFound(name, list(self._agents)) from None
 
-    def _new_run(self, agent_name: str, inputs: msgspec.Raw, request_id: str | None, **more: Any) -> Run:
+    def _new_run(
+        self, agent_name: str, inputs: msgspec.Raw, request_id: str | None, traceparent: str | None, **more: Any
+    ) -> Run:
         return Run(
             run_id=new_id(),
             flock=self._flock,
@@ -370,6 +373,7 @@ class EmbeddedEngine:
             inputs=inputs,
             created_at=now(),
             request_id=request_id,
+            traceparent=traceparent,
             owner=self._engine_id,
             **more,
         )
@@ -476,6 +480,7 @@ class EmbeddedEngine:
         options: BatchOptions,
         *,
         request_id: str | None = None,
+        traceparent: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
         self._check_running()
@@ -496,8 +501,8 @@ class EmbeddedEngine:
             owner=self._engine_id,
         )
         runs = [
-            self._new_run(agent_name, row, request_id, batch_id=batch.batch_id, position=position, is_async=True)
-            for position, row in enumerate(rows)
+            self._new_run(agent_name, row, request_id, traceparent, batch_id=batch.batch_id, position=n, is_async=True)
+            for n, row in enumerate(rows)
         ]
         with self._accepting_key(key):
             await self.store.accept_batch(batch, runs, self._max_items, key, then=self._start_batch)

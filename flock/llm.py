@@ -155,8 +155,12 @@ class ModelClient:
         *,
         max_tokens: int | None = None,
         temperature: float | None = None,
+        traceparent: str | None = None,
     ) -> Completion:
         """Ask *model* for one JSON object that matches *schema*. The answer is not checked against it here.
+
+        Args:
+            traceparent: a header of the request, by which a gateway or a provider can tell what it is part of.
 
         Raises:
             ModelError: no usable answer; ``error_type`` says why.
@@ -167,8 +171,10 @@ class ModelClient:
         if name is None:
             raise _not_configured("no model is named: pass model= to the agent or to Flock, or set FLOCK_MODEL")
         if name.partition("/")[0] not in (*PROVIDERS, "local"):
-            return await _complete_with_litellm(name, messages, schema, max_tokens, temperature)
+            return await _complete_with_litellm(name, messages, schema, max_tokens, temperature, traceparent)
         endpoint = await _endpoint(name)
+        if traceparent is not None:
+            endpoint = msgspec.structs.replace(endpoint, headers={**endpoint.headers, "traceparent": traceparent})
         settings = dict(endpoint.settings)
         if temperature is not None:
             settings["temperature"] = temperature
@@ -489,6 +495,7 @@ async def _complete_with_litellm(
     schema: Mapping[str, Any],
     max_tokens: int | None,
     temperature: float | None,
+    traceparent: str | None,
 ) -> Completion:
     """The same call by litellm, whose own retries are used."""
     try:
@@ -512,6 +519,7 @@ async def _complete_with_litellm(
             num_retries=2,
             **({} if max_tokens is None else {"max_tokens": max_tokens}),
             **({} if temperature is None else {"temperature": temperature}),
+            **({} if traceparent is None else {"extra_headers": {"traceparent": traceparent}}),
         )
     except Exception as exc:  # litellm's errors carry a status, and share no root but Exception
         status = getattr(exc, "status_code", None) or 500

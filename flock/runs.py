@@ -98,6 +98,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         flock: the name of the flock whose engine carries it.
+        traceparent: of the request that asked for it (W3C Trace Context, section 3.2).
         is_async: nobody waits for the answer, so it is taken up again after a crash.
         attempt: how often it was begun, by a retry or after a crash; from 1.
         timeout_s: wall-clock seconds for one attempt, from its first step on.
@@ -118,6 +119,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str | None = None
     batch_id: str | None = None
     position: int | None = None
+    traceparent: str | None = None
     is_async: bool = False
     attempt: int = 1
     timeout_s: float | None = None
@@ -245,7 +247,7 @@ class RunContext:
     """What an agent may ask and say while it works. A parameter annotated with it receives it; any thread may use it.
 
     Attributes:
-        run_id, agent_name, attempt, request_id: of the run.
+        run_id, agent_name, attempt, request_id, traceparent: of the run.
         cancel_requested: True once somebody asked to cancel the run. A synchronous function reads it now and then, and
             returns or raises; an async one is cancelled at its next await, and needs not look.
     """
@@ -255,6 +257,7 @@ class RunContext:
         self.agent_name = agent_name
         self.attempt = run.attempt
         self.request_id = run.request_id
+        self.traceparent = run.traceparent
         self.cancel_requested = False
         self._tell = tell
 
@@ -298,6 +301,7 @@ class Engine(Protocol):
         inputs: Inputs,
         *,
         request_id: str | None = None,
+        traceparent: str | None = None,
         is_async: bool = True,
         timeout_s: float | None = None,
         key: IdempotencyKey | None = None,
@@ -305,8 +309,9 @@ class Engine(Protocol):
         """Accept one run and return at once.
 
         Args:
-            inputs: a value for each field of the agent's input signature, as a mapping, or as the text of a JSON object.
+            inputs: a value for each field of the agent's input signature: a mapping, or the text of a JSON object.
             request_id: the id under which the caller's request is logged.
+            traceparent: the trace that the caller's request is part of; it is handed to model calls.
             is_async: nobody waits for the answer. The run is on disk on return, and goes on after a crash. Otherwise it
                 is written on the way, and ends as interrupted if the process dies.
             timeout_s: wall-clock seconds for each attempt, at most the engine's own limit.
@@ -335,6 +340,7 @@ class Engine(Protocol):
         options: BatchOptions,
         *,
         request_id: str | None = None,
+        traceparent: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
         """Accept one batch and return at once. Every item is checked first: all of them start, or none.

@@ -120,18 +120,22 @@ def _create_tables(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
-MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [_create_tables]
+def _add_traceparent(db: sqlite3.Connection) -> None:
+    db.execute("ALTER TABLE runs ADD COLUMN traceparent TEXT")
+
+
+MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [_create_tables, _add_traceparent]
 
 
 # Rows
 
 FIELDS = (
     "run_id flock agent_name inputs status result error error_type created_at started_at completed_at request_id "
-    "batch_id position is_async attempt timeout_s owner cancel_requested progress"
+    "batch_id position is_async attempt timeout_s owner cancel_requested progress traceparent"
 ).split()
 COLUMNS = ", ".join(FIELDS)
 #: What stands for a column that is not read.
-EMPTY = {"inputs": "x'7b7d'", "result": "NULL"}
+EMPTY = {"inputs": "x'7b7d'", "result": "NULL", "traceparent": "NULL"}
 # What a failed commit may have written all the same is written again.
 INSERT_RUN = f"INSERT OR REPLACE INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
 UPDATE_RUN = """UPDATE runs
@@ -206,6 +210,7 @@ def insert_run(db: sqlite3.Connection, run: Run) -> None:
             run.owner,
             run.cancel_requested,
             run.progress and msgspec.json.encode(run.progress),
+            run.traceparent,
         ),
     )
 

@@ -429,7 +429,8 @@ class Store:
 
     def list_runs(self, flock: str, wanted: RunFilter) -> list[Run]:
         """One page of runs that are no items, newest first, without their steps."""
-        left_out = {
+        left_out = {"traceparent"}  # it lies behind what is long
+        left_out |= {
             name for name, asked in (("inputs", wanted.with_inputs), ("result", wanted.with_results)) if not asked
         }
         columns = ", ".join(schema.EMPTY[name] if name in left_out else name for name in schema.FIELDS)

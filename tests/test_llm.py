@@ -423,7 +423,8 @@ async def main():
         for _ in range(2):
             try:
                 messages = [Message("user", "hi")]
-                done = await models.complete("lm_studio/some-model", messages, schema, max_tokens=9, temperature=0)
+                options = {"max_tokens": 9, "temperature": 0, "traceparent": "00-some-trace"}
+                done = await models.complete("lm_studio/some-model", messages, schema, **options)
                 print("ANSWER", done.text, done.usage.output_tokens)
             except ModelError as exc:
                 print("ERROR", exc.error_type)
@@ -444,6 +445,7 @@ async def test_litellm_itself_calls_a_provider_that_is_not_built_in() -> None:
         received = b""
         while b"some-model" not in received:
             received += await stream.receive()
+        assert b"\r\ntraceparent: 00-some-trace\r\n" in received
         reply = bodies.pop(0)
         head = f"HTTP/1.1 {reply.status_code} X\r\nContent-Type: application/json\r\nConnection: close\r\n"
         await stream.send(f"{head}Content-Length: {len(reply.body)}\r\n\r\n".encode() + bytes(reply.body))
