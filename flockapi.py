@@ -13,19 +13,19 @@ together.
 import contextlib
 import functools
 import hashlib
-import html
 import http
-import json
 import logging
 import operator
 import re
 import secrets
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import urlencode
 from urllib.request import parse_http_list
 
@@ -41,12 +41,13 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
-import flock as flock_package
+from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
     Conflict,
+    DefinitionError,
     EngineFull,
     EngineStopped,
     FieldError,
@@ -75,6 +76,9 @@ from flock.runs import (
     events_of,
 )
 
+if TYPE_CHECKING:
+    from flock.metrics import Metrics
+
 __all__ = [
     "AgentDetail",
     "AgentList",
@@ -90,6 +94,7 @@ __all__ = [
     "JSONResponse",
     "OnDisconnect",
     "Problem",
+    "Readiness",
     "RunList",
     "RunStep",
     "RunSummary",
@@ -438,9 +443,17 @@ class AgentDetail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """The server is there."""
+    """Answer of ``GET /healthz``: the server is there."""
 
     status: Literal["ok"] = "ok"
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """Answer of ``GET /readyz``: new work is taken."""
+
+    status: Literal["ok"] = "ok"
+    engine: Literal["running"] = "running"
+    store: Literal["ok"] = "ok"
 
 
 class JSONResponse(Response):
@@ -546,7 +559,10 @@ def root_path(request: Request) -> str:
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """Every error of the API (RFC 9457). ``errors`` is there for bad input, one entry for each place."""
+    """Every error of the API (RFC 9457).
+
+    ``errors`` is there for bad input, one entry for each place; ``engine`` and ``store`` in the answers of ``/readyz``.
+    """
 
     type: str
     title: str
@@ -555,6 +571,8 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     instance: str
     request_id: str
     errors: list[FieldError] | msgspec.UnsetType = msgspec.UNSET
+    engine: Literal["running", "stopping", "stopped"] | msgspec.UnsetType = msgspec.UNSET
+    store: Literal["ok", "failing"] | msgspec.UnsetType = msgspec.UNSET
 
 
 #: Class of error → status and title. A class that is not here is found by its bases.
@@ -573,8 +591,8 @@ PROBLEMS: Mapping[type[Exception], tuple[int, str]] = {
 }
 
 
-async def on_error(request: Request, exc: Exception) -> Response:
-    """Any exception as a problem."""
+async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
+    """Any exception as a problem, with *more* members."""
     if isinstance(exc, HTTPException):
         # What HTTP itself says has no type of its own, and HTTP's words for a title (RFC 9457, section 4.2.1).
         return _problem(request, exc.status_code, "about:blank", _phrase(exc.status_code), exc.detail, exc.headers)
@@ -586,8 +604,9 @@ async def on_error(request: Request, exc: Exception) -> Response:
     if status in (429, 503):
         headers["Retry-After"] = str(getattr(exc, "retry_after_s", 1))
     type_ = f"urn:flockapi:problem:{title.lower().replace(' ', '-')}"
-    errors = exc.errors if isinstance(exc, InvalidData) else msgspec.UNSET
-    return _problem(request, status, type_, title, detail, headers, errors)
+    if isinstance(exc, InvalidData):
+        more["errors"] = exc.errors
+    return _problem(request, status, type_, title, detail, headers, **more)
 
 
 def _problem(
@@ -597,7 +616,7 @@ def _problem(
     title: str,
     detail: str,
     headers: Mapping[str, str] | None = None,
-    errors: list[FieldError] | msgspec.UnsetType = msgspec.UNSET,
+    **more: Any,
 ) -> Response:
     body = Problem(
         type=type_,
@@ -606,7 +625,7 @@ def _problem(
         detail=detail,
         instance=request.url.path,
         request_id=request_id_of(request),
-        errors=errors,
+        **more,
     )
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
@@ -808,10 +827,13 @@ async def run_events(request: Request) -> Response:
     if run.status.is_final and (events_of(run)[-1].id or 0) <= after:
         return Response(status_code=204)  # a browser would ask for ever
 
+    kept = app_of(request).metrics
+
     async def stream() -> AsyncIterator[bytes]:
         try:
-            async for event in engine.events(run_id, after):
-                yield event_bytes(event)
+            with contextlib.nullcontext() if kept is None else kept.event_streams.track_inprogress():
+                async for event in engine.events(run_id, after):
+                    yield event_bytes(event)
         except FlockError as exc:
             logger.warning("request %s: its event stream is cut: %s", request_id_of(request), exc)
         if engine.is_leaving:
@@ -854,54 +876,49 @@ async def healthz(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """GET /readyz: new work is taken."""
-    (await engine_of(request)).check_ready()
-    return JSONResponse(Health())
+    """GET /readyz: new work is taken, or what keeps it from that."""
+    try:
+        (await engine_of(request)).check_ready()
+    except FlockError as exc:
+        health = app_of(request).engine.health()
+        store = "failing" if isinstance(exc, StoreError) else health.store
+        return await on_error(request, exc, engine=health.engine, store=store)
+    return JSONResponse(Readiness())
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics: for Prometheus; also while the engine or its store fails."""
+    app, queue = app_of(request), None
+    if app.metrics is None:
+        raise HTTPException(404, "This server keeps no metrics. It does with: pip install 'flockapi[metrics]'")
+    with contextlib.suppress(FlockError):
+        queue = await (await engine_of(request)).queue()
+    return Response(app.metrics.page(queue), media_type=app.metrics.media_type)
 
 
 async def openapi_yaml(request: Request) -> Response:
     """GET /openapi.yaml"""
-    return Response(app_of(request).openapi_yaml, media_type="application/yaml")
+    return Response(app_of(request).contract.as_yaml(), media_type="application/yaml")
 
 
 async def openapi_json(request: Request) -> Response:
     """GET /openapi.json"""
-    return Response(app_of(request).openapi_json, media_type="application/json")
+    return Response(app_of(request).contract.as_json(), media_type="application/json")
 
 
 async def docs(request: Request) -> Response:
     """GET /docs: Swagger UI"""
-    return _page(request, "docs.html")
+    return Response(app_of(request).contract.page("docs.html"), media_type="text/html", headers=PAGE_HEADERS)
 
 
 async def redoc(request: Request) -> Response:
     """GET /redoc"""
-    return _page(request, "redoc.html")
-
-
-#: What the pages may load: files of this server. ReDoc would fetch a logo from elsewhere.
-PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
-        "worker-src 'self' blob:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-
-
-def _page(request: Request, name: str) -> Response:
-    text = (STATIC / name).read_text("utf-8")
-    title = html.escape(app_of(request).server_name)
-    return Response(text.replace("{title}", title), media_type="text/html", headers=PAGE_HEADERS)
+    return Response(app_of(request).contract.page("redoc.html"), media_type="text/html", headers=PAGE_HEADERS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The route table, and the application
 # ---------------------------------------------------------------------------------------------------------------------
-
-PACKAGE = Path(flock_package.__file__).parent
-STATIC = PACKAGE / "static"
 
 DOCS: Sequence[BaseRoute] = [
     Route("/docs", docs, include_in_schema=False),
@@ -921,6 +938,7 @@ ROUTES: Sequence[BaseRoute] = [
     Route("/agents/{name}", get_agent),
     Route("/healthz", healthz),
     Route("/readyz", readyz),
+    Route("/metrics", metrics),
     Route("/openapi.yaml", openapi_yaml),
     Route("/openapi.json", openapi_json),
     *DOCS,
@@ -943,9 +961,14 @@ class FlockAPI(Starlette):
         middleware, exception_handlers: as Starlette has them; handlers come before the app's own.
         lifespan: entered with the app after the engine has started, and left before it stops.
         docs: False leaves out ``/docs`` and ``/redoc``.
+        metrics: keep them for ``/metrics``, which needs the extra ``metrics``; None does where that is installed.
+
+    Raises: DefinitionError where an option is none, or metrics cannot be kept.
 
     Attributes:
         flock: whose agents are served.
+        contract: the specification, as it is served.
+        metrics: what is kept for Prometheus, or None.
         engine: what carries the runs; it is open while the app's lifespan runs, or from the first request on.
     """
 
@@ -965,6 +988,7 @@ class FlockAPI(Starlette):
         exception_handlers: Mapping[Any, Any] | None = None,
         lifespan: Callable[[Any], AbstractAsyncContextManager[Any]] | None = None,
         docs: bool | None = True,
+        metrics: bool | None = None,
     ) -> None:
         own = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
         super().__init__(
@@ -975,11 +999,15 @@ class FlockAPI(Starlette):
         )
         self.flock = flock
         self.engine = engine or flock.shared_engine(store=store, expose_errors=expose_errors)
-        self.server_name = server_name
+        self.contract = Contract(server_name, openapi_paths)
         self.max_body_bytes = max_body_bytes
         self.on_disconnect = on_disconnect
         self._more_lifespan = lifespan
-        self._more_paths = openapi_paths or {}
+        self.metrics = metrics_of(flock) if metrics or (metrics is None and find_spec("prometheus_client")) else None
+        if self.metrics is not None:
+            self.engine.observe(self.metrics)
+        self._templates = {id(getattr(route, "endpoint", route)): getattr(route, "path", "") for route in self.routes}
+        self._templates |= {id(route.app): route.path for route in self.routes if isinstance(route, Mount)}
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -1000,31 +1028,30 @@ class FlockAPI(Starlette):
         sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = sent if re.fullmatch(r"[\w.:-]{1,128}", sent, re.ASCII) else secrets.token_hex(16)
         scope["flock.request_id"] = request_id
+        status_code, started_at = 0, time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status_code
             if message["type"] == "http.response.start":
+                status_code = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        await super().__call__(scope, receive, send_with_id)
+        try:
+            await super().__call__(scope, receive, send_with_id)
+        finally:
+            if self.metrics is not None and status_code:
+                took_s, route = time.perf_counter() - started_at, self._templates.get(id(scope.get("endpoint")), "")
+                self.metrics.request_ended(scope["method"], route, status_code, took_s)
 
-    @functools.cached_property
-    def openapi_yaml(self) -> bytes:
-        """``openapi.yaml`` with ``server_name`` as its title; as JSON, which is YAML too, if there are more paths."""
-        if self._more_paths:
-            return self.openapi_json
-        beside = PACKAGE.parent / "openapi.yaml"  # in a checkout; a wheel has it inside the package
-        text = (beside if beside.is_file() else PACKAGE / "openapi.yaml").read_text("utf-8")
-        title = json.dumps(self.server_name)  # a JSON string is a YAML string
-        return re.sub(r"(?m)^  title: .*$", lambda _: f"  title: {title}", text, count=1).encode()
 
-    @functools.cached_property
-    def openapi_json(self) -> bytes:
-        """The same as JSON."""
-        spec = json.loads((STATIC / "openapi.json").read_bytes())
-        spec["info"]["title"] = self.server_name
-        spec["paths"] |= self._more_paths
-        return msgspec.json.encode(spec) + b"\n"
+def metrics_of(flock: Flock) -> "Metrics":
+    """Metrics of an app on *flock*. Raises DefinitionError where the extra is not installed."""
+    try:
+        from flock.metrics import Metrics
+    except ImportError as exc:
+        raise DefinitionError("metrics=True needs prometheus-client: pip install 'flockapi[metrics]'") from exc
+    return Metrics(flock.agents)
 
 
 async def _send_lifespan(send: Send, message: Message) -> None:

@@ -136,6 +136,7 @@ def bare_app(records: GroupCommit | None = None) -> Starlette:
             started_at=started_at,
             completed_at=completed_at,
             request_id=request_id,
+            traceparent=None,
             attempt=1,
             progress=None,
             usage=None,

@@ -199,6 +199,12 @@ model_option = click.option(
     metavar="SECONDS",
     help="How long runs that somebody waits for may go on when the server is told to stop.",
 )
+@click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
+@click.option(
+    "--metrics/--no-metrics",
+    default=None,
+    help="Serve /metrics for Prometheus.  [default: where the extra is installed: pip install 'flockapi[metrics]']",
+)
 def serve(target: str, model: str | None, workers: int, **options: Any) -> None:
     """Serve the flock that TARGET names over HTTP."""
     settings = ServerSettings(**options)

@@ -11,7 +11,7 @@ import math
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import anyio
 import anyio.abc
@@ -38,10 +38,13 @@ from flock.runner import Runner, current_task
 from flock.runs import (
     Batch,
     BatchOptions,
+    EngineHealth,
     Event,
     IdempotencyKey,
     Inputs,
+    Observer,
     Progress,
+    Queue,
     Run,
     RunFilter,
     RunStatus,
@@ -124,7 +127,9 @@ class EmbeddedEngine:
         self.store = store
         self._agents = agents
         self._models = models
+        models.on_retry = lambda: self._runner.tell_observers("model_call_retried")
         self._flock = flock
+        self._observers: list[Observer] = []
         self._max_concurrency = max_concurrency
         self._max_queue = max_queue
         self._max_items = max_items
@@ -135,6 +140,7 @@ class EmbeddedEngine:
             agents,
             models,
             store,
+            self._observers,
             max_concurrency=max_concurrency,
             max_threads=max_threads,
             max_steps=max_steps,
@@ -232,6 +238,16 @@ class EmbeddedEngine:
     def check_ready(self) -> None:
         self._check_running()
         self.store.check_writable()
+
+    def health(self) -> EngineHealth:
+        state: Literal["running", "stopping"] = "stopping" if self.is_leaving else "running"
+        return EngineHealth("stopped" if self._tasks is None else state, "ok" if self.store.is_writable else "failing")
+
+    def observe(self, observer: Observer) -> None:
+        self._observers.append(observer)
+
+    async def queue(self) -> Queue:
+        return self.store.queue(self._flock)
 
     # Runs
 
@@ -444,8 +460,13 @@ class EmbeddedEngine:
         """Go on with what engines left whose process is gone."""
         for dead_id in self.store.dead_engines(self._flock, self._engine_id) if self.store.is_shared else ():
             runs, batches = await self.store.take_over(dead_id, self._engine_id, now())
-            if runs or batches:
-                logger.info("going on with %d runs and %d batches of an engine that is gone", len(runs), len(batches))
+            ended = [run for run in runs if run.status.is_final]
+            runs = [run for run in runs if not run.status.is_final]
+            if ended or runs or batches:
+                template = "going on with %d runs and %d batches of an engine that is gone; %d runs ended with it"
+                logger.info(template, len(runs), len(batches), len(ended))
+            for run in ended:
+                self._runner.tell_observers("run_ended", run)
             for run in runs:
                 self._start(run)
             for batch in batches:

@@ -17,7 +17,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import anyio
@@ -138,6 +138,8 @@ class ModelClient:
         self._http: httpx.AsyncClient | None = None
         self._formats: dict[str, str] = {}
         self._local_turn = anyio.Lock()
+        #: called when a failed attempt is about to be tried again
+        self.on_retry: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> Self:
         return self
@@ -219,6 +221,7 @@ class ModelClient:
         if pause_s > MAX_RETRY_AFTER_S or wakes_at > anyio.current_effective_deadline():
             raise failure.error from failure
         logger.info("%s Trying again in %.1f s.", failure.error, pause_s)
+        self.on_retry()
         await anyio.sleep(pause_s)
 
     async def _attempt(self, endpoint: _Endpoint, body: Mapping[str, Any]) -> Any:

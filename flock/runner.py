@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -22,7 +22,8 @@ from msgspec.structs import replace
 from flock.agents import Agent, Resources
 from flock.errors import Interrupted, OwnershipLost, QueueTimeout, StepError, StoreError, Unstorable
 from flock.llm import ModelClient
-from flock.runs import Progress, Run, RunContext, RunStatus, Step, now, sayable
+from flock.logs import fields_of_run
+from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, now, sayable
 from flock.schema import INTERRUPTED
 from flock.store import RETRY_AFTER_S, Store
 from flock.threads import Threads
@@ -110,6 +111,7 @@ class Runner:
         agents: Mapping[str, Agent],
         models: ModelClient,
         store: Store,
+        observers: Sequence[Observer],
         *,
         max_concurrency: int,
         max_threads: int,
@@ -121,6 +123,7 @@ class Runner:
         self._agents = agents
         self._models = models
         self._store = store
+        self._observers = observers
         self._max_steps = max_steps
         self._max_timeout_s = max_timeout_s
         self._queue_timeout_s = queue_timeout_s
@@ -171,6 +174,7 @@ class Runner:
             ended = replace(run, status=RunStatus.FAILED, error=error, error_type=error_type, completed_at=now())
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
                 await self._store.save(ended, run.steps[-1] if active.unsaved is not None else None)
+                self.tell_observers("run_ended", ended)
             active.run = ended
         active.is_left = True
         active.tell(active.run)
@@ -244,10 +248,12 @@ class Runner:
                     active.tell(run)
                 if run.is_async and run.batch_id is None:
                     self._store.flush_nowait()
+                self.tell_observers("run_started", run)
             context = active.context = RunContext(run, step.agent.name, active.note_progress)
             context.cancel_requested = active.cancel_requested
             call_in_thread = functools.partial(self._threads.call, owner=active, deadline=active.scope.deadline)
             done = await run_step(step, Resources(self._models, call_in_thread), context)
+            self.tell_observers("step_completed", done)
             return replace(run, steps=(*run.steps, done))
         finally:
             active.context = None
@@ -325,10 +331,20 @@ class Runner:
             await self.leave(active)
             return
         self._forget(active)
+        self.tell_observers("run_ended", run)
         if logger.isEnabledFor(logging.INFO):
-            took_ms = (now() - run.created_at).total_seconds() * 1000
+            took_ms = round((now() - run.created_at).total_seconds() * 1000)
             template = "run %s: %s, agent %s, %d ms (request %s)"
-            logger.info(template, run.run_id, run.status, run.agent_name, took_ms, run.request_id)
+            extra = fields_of_run(run) | {"status": run.status.value, "duration_ms": took_ms}
+            logger.info(template, run.run_id, run.status, run.agent_name, took_ms, run.request_id, extra=extra)
+
+    def tell_observers(self, event: str, *about: Run | Step) -> None:
+        """Call the method *event* of each; what one of them gets wrong harms no run."""
+        for observer in self._observers:
+            try:
+                getattr(observer, event)(*about)
+            except Exception:
+                logger.exception("an observer failed at %s", event)
 
     def _forget(self, active: ActiveRun) -> None:
         if self.active.get(active.run.run_id) is active:
@@ -353,10 +369,12 @@ class Runner:
             exc = exc.exceptions[0]
         if isinstance(exc, StepError):
             text = sayable(exc)
-            logger.warning("run %s: %s %s (request %s)", run.run_id, text, exc.log_detail, run.request_id)
+            template, values = "run %s: %s %s (request %s)", (run.run_id, text, exc.log_detail, run.request_id)
+            logger.warning(template, *values, extra=fields_of_run(run))
             return {"status": RunStatus.FAILED, "error": text, "error_type": exc.error_type}
         agent_name = run.steps[-1].next_agent if run.steps else run.agent_name
-        logger.error("run %s: agent %s raised (request %s)", run.run_id, agent_name, run.request_id, exc_info=exc)
+        template = "run %s: agent %s raised (request %s)"
+        logger.error(template, run.run_id, agent_name, run.request_id, exc_info=exc, extra=fields_of_run(run))
         error = f"The agent {agent_name!r} raised {type(exc).__name__}"
         where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
         error += f": {sayable(exc)}" if self._expose_errors else f"; the server's log has more under {where}."

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 from uuid import UUID
 
 import msgspec
@@ -23,10 +23,13 @@ __all__ = [
     "Batch",
     "BatchOptions",
     "Engine",
+    "EngineHealth",
     "Event",
     "IdempotencyKey",
     "Inputs",
+    "Observer",
     "Progress",
+    "Queue",
     "Run",
     "RunContext",
     "RunFilter",
@@ -127,6 +130,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     cancel_requested: bool = False
     progress: Progress | None = None
     steps: tuple[Step, ...] = ()
+
+    @property
+    def trace_id(self) -> str | None:
+        return self.traceparent and self.traceparent.split("-")[1]
 
     @property
     def usage(self) -> Usage | None:
@@ -243,6 +250,36 @@ def events_of(run: Run) -> list[Event]:
     return events
 
 
+class Queue(msgspec.Struct, frozen=True):
+    """How many runs wait for their first step, and when the oldest of those was accepted that were never begun."""
+
+    depth: int
+    oldest_at: datetime | None
+
+
+class EngineHealth(msgspec.Struct, frozen=True):
+    """How an engine stands. It takes new work where it is running and its store is ok."""
+
+    engine: Literal["running", "stopping", "stopped"] = "running"
+    store: Literal["ok", "failing"] = "ok"
+
+
+class Observer(Protocol):
+    """Hears what an engine does. It is called in the event loop, so it must be quick."""
+
+    def run_started(self, run: Run) -> None:
+        """An attempt of a run has begun."""
+
+    def step_completed(self, step: Step) -> None:
+        """An agent has had its turn."""
+
+    def run_ended(self, run: Run) -> None:
+        """A run is in its final state."""
+
+    def model_call_retried(self) -> None:
+        """A call to a model failed, and is tried again."""
+
+
 class RunContext:
     """What an agent may ask and say while it works. A parameter annotated with it receives it; any thread may use it.
 
@@ -294,6 +331,15 @@ class Engine(Protocol):
 
     def check_ready(self) -> None:
         """Raise EngineStopped or StoreError where a run would not be taken now."""
+
+    def health(self) -> EngineHealth:
+        """The same as a record."""
+
+    def observe(self, observer: Observer) -> None:
+        """Tell *observer* of all that happens here from now on."""
+
+    async def queue(self) -> Queue:
+        """What waits, in all processes that share the work. Raises StoreError."""
 
     async def submit(
         self,

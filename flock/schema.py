@@ -284,7 +284,7 @@ INSERT_BATCH = """INSERT INTO batches
     (batch_id, flock, agent_name, options, status, total_items, created_at, request_id, owner)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 INTERRUPT_SYNC = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-    WHERE owner = ? AND status IN ('starting', 'running') AND NOT is_async"""
+    WHERE owner = ? AND status IN ('starting', 'running') AND NOT is_async RETURNING run_id"""
 TAKE_BATCHES = "UPDATE batches SET owner = ? WHERE owner = ? AND status IN ('starting', 'running')"
 RUNS_OF = """SELECT run_id FROM runs
     WHERE owner = ? AND status IN ('starting', 'running') AND batch_id IS NULL ORDER BY run_id"""

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -50,7 +51,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             for the next start, and the others end as interrupted.
         store, durability, max_concurrency, max_queue, max_timeout_s, queue_timeout_s, keep_for_s, keep_runs,
             expose_errors: see ``Store`` and ``EmbeddedEngine``.
-        server_name, on_disconnect: see ``create_app``.
+        server_name, on_disconnect, metrics: see ``create_app``.
+        log_json: write the log as JSON, one object a line.
     """
 
     host: str = "127.0.0.1"
@@ -67,6 +69,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     on_disconnect: OnDisconnect = "cancel"
     drain_timeout_s: float = 20
     expose_errors: bool = False
+    log_json: bool = False
+    metrics: bool | None = None
 
 
 def serve_flock(
@@ -94,8 +98,17 @@ def serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSetti
 
     Raises: StoreError where the store cannot be used.
     """
+    with tempfile.TemporaryDirectory(prefix="flockapi-metrics-") as folder:
+        # Read by prometheus_client when it is imported: what the workers count is shown as one sum.
+        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+        sys.exit(_serve_workers(load, workers, settings))
+
+
+def _serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSettings) -> int:
+    """As ``serve_workers``; the exit code."""
     flock = load()
-    config = _config(_app(flock, settings), settings)
+    app = _app(flock, settings)
+    config = _config(app, settings)
     anyio.run(_open_once, settings)
     _say_what_is_served(flock, settings)
     # It listens before any worker does: whoever connects now waits for one.
@@ -106,11 +119,20 @@ def serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSetti
     signal.set_wakeup_fd(wakes.fileno())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # the byte in the socket says it
-    sys.exit(_keep_running(functools.partial(_start_worker, load, settings, listener), workers, told_to_stop))
+    start = functools.partial(_start_worker, load, settings, listener)
+    return _keep_running(start, workers, told_to_stop, forget=app.metrics.forget_process if app.metrics else None)
 
 
-def _keep_running(start: Callable[[], SpawnProcess], workers: int, told_to_stop: socket.socket) -> int:
-    """Replace workers that die, until told to stop, or until one cannot start, as no other could; its exit code."""
+def _keep_running(
+    start: Callable[[], SpawnProcess],
+    workers: int,
+    told_to_stop: socket.socket,
+    forget: Callable[[int | None], None] | None,
+) -> int:
+    """Replace workers that die, until told to stop, or until one cannot start, as no other could; its exit code.
+
+    *forget* is called with the id of a process that is gone.
+    """
     processes = [start() for _ in range(workers)]
     exit_code = 0
     while not exit_code:
@@ -120,6 +142,8 @@ def _keep_running(start: Callable[[], SpawnProcess], workers: int, told_to_stop:
         for process in [process for process in processes if process.sentinel in ready]:
             process.join()
             processes.remove(process)
+            if forget is not None:
+                forget(process.pid)
             if process.exitcode == uvicorn.config.STARTUP_FAILURE:
                 exit_code = uvicorn.config.STARTUP_FAILURE
             elif not multiprocessing.connection.wait([told_to_stop], RESTART_INTERVAL_S):
@@ -177,11 +201,14 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
         engine=engine,
         on_disconnect=settings.on_disconnect,
         routes=routes,
+        metrics=settings.metrics,
     )
 
 
 def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
     log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    if settings.log_json:
+        log_config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in log_config["formatters"]}
     log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
     return uvicorn.Config(
         app,

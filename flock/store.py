@@ -32,7 +32,7 @@ from msgspec.structs import replace
 
 from flock import schema
 from flock.errors import EngineFull, OwnershipLost, StoreError, Unstorable
-from flock.runs import Batch, IdempotencyKey, Run, RunFilter, RunStatus, Step
+from flock.runs import Batch, IdempotencyKey, Queue, Run, RunFilter, RunStatus, Step
 
 __all__ = ["Durability", "Store"]
 
@@ -263,6 +263,11 @@ class Store:
         result: T = change.result
         return result
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether the last transaction was written."""
+        return self._write_error is None
+
     def check_writable(self) -> None:
         """Raise StoreError if the last transaction failed; a failed one is tried again each second."""
         if self._write_error is not None:
@@ -448,6 +453,15 @@ class Store:
         statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
         query = f"{schema.listing(columns, statuses, ' AND '.join(conditions))} LIMIT :limit"
         return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, values)])
+
+    def queue(self, flock: str) -> Queue:
+        """What waits that is no item. When a run was opened anew is not kept, so its age is left out."""
+        query = (
+            "SELECT count(*), min(CASE WHEN attempt = 1 THEN created_at END) FROM runs INDEXED BY runs_by_status "
+            "WHERE batch_id IS NULL AND flock = ? AND status = 'starting'"
+        )
+        depth, oldest = self.read(lambda db: db.execute(query, (flock,)).fetchone())
+        return Queue(depth, schema.time_from(oldest))
 
     def last_id(self) -> str | None:
         """The id of the newest run."""
@@ -687,16 +701,17 @@ class Store:
 
         Runs that somebody waited for are ended, since nobody does any more.
 
-        Returns: runs to go on with, and batches; nothing where another engine was faster.
+        Returns: those that ended and runs to go on with, and batches; nothing where another engine was faster.
         """
 
         def apply(db: sqlite3.Connection) -> tuple[list[Run], list[Batch]]:
             if db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,)).rowcount == 0:
                 return [], []
             _remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
-            db.execute(schema.INTERRUPT_SYNC, (*schema.INTERRUPTED, schema.micros(now), dead_id))
+            interrupted = (*schema.INTERRUPTED, schema.micros(now), dead_id)
+            run_ids = [run_id for (run_id,) in db.execute(schema.INTERRUPT_SYNC, interrupted)]
             # By their ids: what the new owner has already is at work there.
-            run_ids = [run_id for (run_id,) in db.execute(schema.RUNS_OF, (dead_id,))]
+            run_ids += [run_id for (run_id,) in db.execute(schema.RUNS_OF, (dead_id,))]
             batch_ids = [batch_id for (batch_id,) in db.execute(schema.BATCHES_OF, (dead_id,))]
             db.execute(schema.TAKE_RUNS, (owner, dead_id))
             db.execute(schema.TAKE_BATCHES, (owner, dead_id))

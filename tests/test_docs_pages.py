@@ -11,7 +11,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
-from flockapi import STATIC, FlockAPI
+from flock.contract import STATIC
+from flockapi import FlockAPI
 from tests.fakes import ROOT, Server, running
 from tests.test_contract import operations
 

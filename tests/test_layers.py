@@ -11,11 +11,14 @@ from tests.fakes import ROOT
 RANKS = {
     "flock": 0,  # the version, loaded before everything
     "flock.errors": 0,
+    "flock.contract": 1,
     "flock.jsontype": 1,
     "flock.runs": 1,
     "flock.threads": 1,
-    "flock.life": 2,
     "flock.localmodel": 1,
+    "flock.life": 2,
+    "flock.logs": 2,
+    "flock.metrics": 2,
     "flock.signature": 2,
     "flock.llm": 2,
     "flock.schema": 2,

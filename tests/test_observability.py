@@ -1,18 +1,31 @@
 """What an operator sees: traces, logs, readiness, metrics."""
 
 import contextlib
+import json
+import math
+import os
+import re
+import signal
 import sqlite3
+import sys
 from pathlib import Path
 
+import anyio
 import httpx
+import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from flock import schema
 from flock.core import Flock
-from flock.runs import RunContext
+from flock.errors import DefinitionError
+from flock.metrics import Metrics
+from flock.runs import Run, RunContext, now
+from flock.store import Store
 from flockapi import create_app
-from tests.fakes import FakeModel, answer
-from tests.test_api import wait_for
+from tests.fakes import FakeModel, answer, error, flockapi_command, running
+from tests.test_api import wait_for, wait_until
+from tests.test_http_lifecycle import Served
 
 pytestmark = pytest.mark.anyio
 
@@ -92,3 +105,235 @@ async def test_a_store_of_the_version_before_traces_is_brought_into_form(flock: 
         body = {"agent_name": "add", "inputs": {"a": 1}}
         new = (await client.post("/run/flock", json=body, headers={"traceparent": TRACEPARENT})).json()
         assert (await client.get(f"/run/{new['run_id']}")).json() == new
+
+
+# Readiness
+
+
+async def test_readiness_says_how_engine_and_store_stand(flock: Flock, tmp_path: Path) -> None:
+    engine = flock.engine(store=tmp_path / "flock.db")
+    app = create_app(flock, engine=engine)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        async with app.lifespan():
+            assert (await client.get("/readyz")).json() == {"status": "ok", "engine": "running", "store": "ok"}
+            await engine.drain(0)
+            leaving = (await client.get("/readyz")).json()
+            assert (leaving["status"], leaving["engine"], leaving["store"]) == (503, "stopping", "ok")
+        assert (await client.get("/readyz")).json()["engine"] == "stopped"
+        assert (await client.get("/healthz")).json() == {"status": "ok"}
+    unusable = create_app(flock, store=tmp_path / "nowhere" / "flock.db")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(unusable), base_url="http://t") as client:
+        answer = await client.get("/readyz")
+        assert (answer.json()["engine"], answer.json()["store"]) == ("stopped", "failing")
+        assert int(answer.headers["Retry-After"]) >= 1
+
+
+# Logs
+
+
+def served_with(tmp_path: Path, *options: str) -> list[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return flockapi_command("serve", str(script), "--port", "0", "--store", str(tmp_path / "flock.db"), *options)
+
+
+SCRIPT = """
+import time
+from flock.core import Flock
+
+flock = Flock("seen")
+
+@flock.agent
+def double(number: int) -> int:
+    return number + number
+
+@flock.agent
+def explode() -> str:
+    raise ValueError("two\\nlines")
+
+@flock.agent
+async def nap() -> str:
+    import anyio
+    await anyio.sleep(600)
+"""
+
+
+def test_the_log_can_be_json_lines(tmp_path: Path) -> None:
+    headers = {"traceparent": TRACEPARENT, "X-Request-ID": "asked"}
+    with running(*served_with(tmp_path, "--log-json")) as server:
+        done = httpx.post(
+            f"{server.url}/run/flock", json={"agent_name": "double", "inputs": {"number": 1}}, headers=headers
+        ).json()
+        httpx.post(f"{server.url}/run/flock", json={"agent_name": "explode"})
+        server.wait_for_line('"status":"failed"')
+        server.stop()
+    lines = [json.loads(line) for line in server.lines]
+    assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
+    (of_run,) = [line for line in lines if line.get("status") == "completed"]
+    assert of_run["logger"] == "flock.runs"
+    assert {name: of_run[name] for name in ("run_id", "agent_name", "request_id", "trace_id", "attempt")} == {
+        "run_id": done["run_id"],
+        "agent_name": "double",
+        "request_id": "asked",
+        "trace_id": TRACEPARENT[3:35],
+        "attempt": 1,
+    }
+    assert of_run["duration_ms"] >= 0
+    (failure,) = [line for line in lines if "exception" in line]
+    assert failure["agent_name"] == "explode"
+    assert "ValueError: two\nlines" in failure["exception"]
+    assert any(line["logger"] == "uvicorn.access" and "POST /run/flock" in line["message"] for line in lines)
+
+
+# Metrics
+
+
+def values_in(page: str) -> dict[str, float]:
+    """Every sample, by its name and labels as they are written."""
+    samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
+    return {
+        sample.name + "".join(f" {value}" for _, value in sorted(sample.labels.items())): sample.value
+        for sample in samples
+    }
+
+
+async def metrics_of(client: httpx.AsyncClient) -> dict[str, float]:
+    response = await client.get("/metrics")
+    assert response.headers["Content-Type"].startswith("text/plain; version=")
+    return values_in(response.text)
+
+
+async def test_metrics_count_what_happened(flock: Flock, client: httpx.AsyncClient, model: FakeModel) -> None:
+    failures = iter([True, False])
+
+    @flock.agent
+    def sometimes() -> str:
+        if next(failures):
+            raise ValueError
+        return "now"
+
+    model.replies = [
+        error(429, retry_after_ms="1"),
+        answer({"sentiment": "good", "keywords": []}),
+        answer({"sentiment": "good", "keywords": []}),
+    ]
+    for agent_name, inputs in (("add", {"a": 1}), ("add", {"a": 2}), ("refuse", {"text": ""}), ("sometimes", {})):
+        failed = (await client.post("/run/flock", json={"agent_name": agent_name, "inputs": inputs})).json()
+    await client.post(f"/run/{failed['run_id']}/retry")
+    await wait_for(client, f"/run/{failed['run_id']}")
+    body = {"agent_name": "text_analyzer", "batch_inputs": [{"text": "a"}, {"text": "b"}]}
+    await wait_for(client, f"/batch/{(await client.post('/run/batch', json=body)).json()['batch_id']}")
+    assert (await client.get("/runs/nothing/here")).status_code == 404
+    await client.request("BREW", "/agents")
+
+    seen = await metrics_of(client)
+    assert seen["flock_runs_total add completed"] == 2
+    assert seen["flock_runs_total refuse failed"] == 1
+    assert seen["flock_runs_total sometimes failed"] == seen["flock_runs_total sometimes completed"] == 1
+    assert seen["flock_runs_total text_analyzer completed"] == 2
+    assert seen["flock_run_duration_seconds_count add"] == seen["flock_step_duration_seconds_count add"] == 2
+    assert seen["flock_run_duration_seconds_count refuse"] == 1
+    assert "flock_step_duration_seconds_count refuse" not in seen
+    assert seen["flock_tokens_total text_analyzer input"] == 20
+    assert seen["flock_tokens_total text_analyzer output"] == 10
+    assert (seen["flock_retries_total run"], seen["flock_retries_total model_call"]) == (1, 1)
+    assert (seen["flock_queued_runs"], seen["flock_oldest_queued_run_age_seconds"]) == (0, 0)
+    requests = "http_server_request_duration_seconds_count"
+    assert seen[f"{requests} POST 200 /run/flock"] == 4
+    assert seen[f"{requests} POST 202 /run/batch"] == 1
+    assert seen[f"{requests} GET 404 "] == 1
+    assert seen[f"{requests} _OTHER 405 /agents"] == 1
+
+
+async def test_metrics_tell_what_waits_and_which_streams_are_open(tmp_path: Path) -> None:
+    flock = Flock("busy")
+
+    @flock.agent(max_concurrency=1)
+    async def nap() -> None:
+        await anyio.sleep(600)
+
+    app = create_app(flock, store=tmp_path / "flock.db")
+    async with Served(app) as served, httpx.AsyncClient(base_url=served.url) as client:
+        run_ids = [
+            (await client.post("/run/flock", json={"agent_name": "nap", "async_run": True})).json()["run_id"]
+            for _ in range(3)
+        ]
+        await wait_until(client, "/runs?status=running", lambda body: len(body["runs"]) == 1)
+        async with client.stream("GET", f"/run/{run_ids[0]}/events") as stream:
+            await anext(stream.aiter_lines())
+            seen = await metrics_of(client)
+        assert (seen["flock_event_streams"], seen["flock_queued_runs"]) == (1, 2)
+        assert 0 < seen["flock_oldest_queued_run_age_seconds"] < 30
+        with anyio.fail_after(10):
+            while (await metrics_of(client))["flock_event_streams"]:  # noqa: ASYNC110 - HTTP has no event here
+                await anyio.sleep(0.01)
+
+
+async def test_a_run_that_ended_with_its_server_is_counted_by_the_next(flock: Flock, tmp_path: Path) -> None:
+    """And an agent that is no more gets no label of its own."""
+    async with Store(tmp_path / "flock.db") as store:
+        await store.enter("gone", "sample")
+        old = Run(run_id="1", flock="sample", agent_name="left", inputs=msgspec.Raw(b"{}"), created_at=now())
+        await store.save(msgspec.structs.replace(old, owner="gone"), is_new=True)
+    (tmp_path / "flock.db-engine-gone").unlink()
+    app = create_app(flock, store=tmp_path / "flock.db")
+    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        assert (await client.get("/run/1")).json()["error_type"] == "interrupted"
+        assert (await metrics_of(client))["flock_runs_total _OTHER failed"] == 1
+
+
+async def test_metrics_are_there_while_the_engine_is_not(flock: Flock, tmp_path: Path) -> None:
+    app = create_app(flock, store=tmp_path / "nowhere" / "flock.db")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        await client.get("/runs")
+        seen = await metrics_of(client)
+    assert seen["http_server_request_duration_seconds_count GET 503 /runs"] == 1
+    assert math.isnan(seen["flock_queued_runs"])
+
+
+async def test_metrics_can_be_left_out_and_are_refused_where_they_cannot_be_kept(
+    flock: Flock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(flock, store=":memory:", metrics=False)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        await client.post("/run/flock", json={"agent_name": "add", "inputs": {"a": 1}})
+        problem = (await client.get("/metrics")).json()
+    assert (problem["status"], problem["detail"][-31:]) == (404, "pip install 'flockapi[metrics]'")
+    monkeypatch.delitem(sys.modules, "flock.metrics", raising=False)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)  # as where it is not installed
+    with pytest.raises(DefinitionError, match=r"pip install 'flockapi\[metrics\]'"):
+        create_app(flock, store=":memory:", metrics=True)
+
+
+async def test_an_observer_that_fails_harms_no_run(flock: Flock, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Metrics):
+        def run_ended(self, run: Run) -> None:
+            raise ValueError("no space left")
+
+    async with flock.engine() as engine:
+        engine.observe(Broken([]))
+        run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
+    assert run.status == "completed"
+    assert "an observer failed at run_ended" in caplog.text
+
+
+def test_workers_show_one_sum(tmp_path: Path) -> None:
+    """Whichever answers; also after one of them was killed, whose streams are forgotten and whose runs are not."""
+    with running(*served_with(tmp_path, "--workers", "2")) as server:
+        body = {"agent_name": "double", "inputs": {"number": 1}}
+        for _ in range(40):  # a new connection each, so that both get some
+            assert httpx.post(f"{server.url}/run/flock", json=body).status_code == 200
+        pages = [values_in(httpx.get(f"{server.url}/metrics").text) for _ in range(10)]
+        assert [page["flock_runs_total double completed"] for page in pages] == [40] * 10
+        nap = httpx.post(f"{server.url}/run/flock", json={"agent_name": "nap", "async_run": True}).json()["run_id"]
+        with httpx.stream("GET", f"{server.url}/run/{nap}/events") as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == "id: 1000000"
+            assert values_in(httpx.get(f"{server.url}/metrics").text)["flock_event_streams"] == 1
+            process_ids = set(re.findall(r"Started server process \[(\d+)\]", "\n".join(server.lines)))
+            for number, process_id in enumerate(process_ids, 1):
+                os.kill(int(process_id), signal.SIGKILL)
+                server.wait_for_line("another takes its place", times=number)
+        server.wait_for_line("Application startup complete", times=4)
+        page = values_in(httpx.get(f"{server.url}/metrics").text)
+        assert (page["flock_runs_total double completed"], page["flock_event_streams"]) == (40, 0)
