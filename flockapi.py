@@ -35,11 +35,12 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
@@ -68,6 +69,7 @@ from flock.runs import (
     Engine,
     Event,
     IdempotencyKey,
+    Principal,
     Progress,
     Run,
     RunFilter,
@@ -83,6 +85,8 @@ __all__ = [
     "AgentDetail",
     "AgentList",
     "AgentSummary",
+    "Auth",
+    "Doorkeeper",
     "EventsQuery",
     "FlockAPI",
     "FlockAPIRequest",
@@ -102,11 +106,15 @@ __all__ = [
     "WaitQuery",
     "create_app",
     "engine_of",
+    "principal_of",
 ]
 
 logger = logging.getLogger("flock.api")
 
 T = TypeVar("T")
+
+#: Says who asks, or None where nobody may know; it reads headers, a session, a certificate, and never the body.
+Auth = Callable[[HTTPConnection], Awaitable[Principal | None]]
 
 #: What becomes of a synchronous run whose caller has gone.
 OnDisconnect = Literal["cancel", "continue"]
@@ -498,7 +506,7 @@ def runs_response(request: Request, runs: Sequence[Run], wanted: RunsQuery) -> R
     if len(runs) <= wanted.limit:
         return JSONResponse(RunList(runs=page, next=None))
     query = urlencode({**request.query_params, "after": page[-1].run_id})
-    path = f"{root_path(request)}/runs?{query}"
+    path = f"{root_path(request.scope)}/runs?{query}"
     return JSONResponse(RunList(runs=page, next=path), headers={"Link": f'<{path}>; rel="next"'})
 
 
@@ -519,7 +527,7 @@ def batch_response(
 ) -> Response:
     last = items[-1].position if items else None
     more = last is not None and last + 1 < batch.total_items
-    path = f"{root_path(request)}/batch/{batch.batch_id}"
+    path = f"{root_path(request.scope)}/batch/{batch.batch_id}"
     body = shown_as(
         FlockBatchResponse,
         batch,
@@ -544,12 +552,12 @@ def _item_result(run: Run, options: BatchOptions) -> Any:
 
 
 def _accepted(request: Request, path: str, status_code: int) -> dict[str, str]:
-    return {"Location": root_path(request) + path, "Retry-After": "1"} if status_code == 202 else {}
+    return {"Location": root_path(request.scope) + path, "Retry-After": "1"} if status_code == 202 else {}
 
 
-def root_path(request: Request) -> str:
+def root_path(scope: Scope) -> str:
     """The path under which this app is mounted or proxied; links begin with it."""
-    path: str = request.scope.get("root_path", "")
+    path: str = scope.get("root_path", "")
     return path.rstrip("/")
 
 
@@ -945,6 +953,43 @@ ROUTES: Sequence[BaseRoute] = [
 ]
 
 
+#: What everybody may see, and everything below ``/static/``.
+OPEN_PATHS = frozenset({"/docs", "/redoc", "/openapi.yaml", "/openapi.json", "/healthz", "/readyz"})
+
+
+class Doorkeeper:
+    """ASGI middleware that lets in whom *auth* knows, and everybody to what is open."""
+
+    def __init__(self, app: ASGIApp, auth: Auth) -> None:
+        self._app = app
+        self._auth = auth
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(root_path(scope))
+        if scope["type"] == "lifespan" or path in OPEN_PATHS or path.startswith("/static/"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            scope["flock.principal"] = await self._auth(HTTPConnection(scope))
+            if scope["flock.principal"] is None:
+                realm = scope["app"].contract.title.replace("\\", "").replace('"', "'")
+                headers = {"WWW-Authenticate": f'Bearer realm="{realm}"'}
+                raise HTTPException(401, "This needs a key, or one that is known here.", headers=headers)
+        except (HTTPException, FlockError) as exc:
+            if scope["type"] == "websocket":
+                await WebSocketClose(1008)(scope, receive, send)  # RFC 6455, 7.4.1: policy violation
+            else:
+                await (await on_error(Request(scope, receive), exc))(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def principal_of(request: HTTPConnection) -> Principal | None:
+    """Who asks, as ``auth`` said; None where the app has none."""
+    principal: Principal | None = request.scope.get("flock.principal")
+    return principal
+
+
 class FlockAPI(Starlette):
     """The agents of *flock* as an ASGI application: serve it with any server, or mount it in another app, as it is.
 
@@ -958,6 +1003,9 @@ class FlockAPI(Starlette):
             the same switch.
         routes: Starlette routes that come before the app's own. ``await engine_of(request)`` is the engine in them, and
             ``request.app.flock`` the flock; ``openapi_paths`` describes them in the served specification.
+        auth: who may come in: an async function of the connection that gives a ``Principal``, or None, which is
+            answered with 401 before the body is read. It guards all but the docs pages, the specification,
+            ``/healthz`` and ``/readyz``, and runs behind *middleware*. Without it that is the host's business.
         middleware, exception_handlers: as Starlette has them; handlers come before the app's own.
         lifespan: entered with the app after the engine has started, and left before it stops.
         docs: False leaves out ``/docs`` and ``/redoc``.
@@ -984,6 +1032,7 @@ class FlockAPI(Starlette):
         expose_errors: bool = False,
         routes: Sequence[BaseRoute] = (),
         openapi_paths: Mapping[str, Any] | None = None,
+        auth: Auth | None = None,
         middleware: Sequence[Middleware] = (),
         exception_handlers: Mapping[Any, Any] | None = None,
         lifespan: Callable[[Any], AbstractAsyncContextManager[Any]] | None = None,
@@ -993,7 +1042,7 @@ class FlockAPI(Starlette):
         own = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
         super().__init__(
             routes=[*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)])],
-            middleware=middleware,
+            middleware=[*middleware, *([] if auth is None else [Middleware(Doorkeeper, auth=auth)])],
             exception_handlers={**own, **(exception_handlers or {})},
             lifespan=lambda app: app.lifespan(),
         )

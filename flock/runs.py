@@ -28,6 +28,7 @@ __all__ = [
     "IdempotencyKey",
     "Inputs",
     "Observer",
+    "Principal",
     "Progress",
     "Queue",
     "Run",
@@ -179,6 +180,13 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
 #: What a run is given: a mapping, or the text of a JSON object.
 Inputs = msgspec.Raw | Mapping[str, Any]
+
+
+class Principal(msgspec.Struct, frozen=True, kw_only=True):
+    """Who asks. An admin may see and do what belongs to others."""
+
+    name: str
+    admin: bool = False
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):

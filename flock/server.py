@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,20 @@ def serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSetti
 
     Raises: StoreError where the store cannot be used.
     """
-    with tempfile.TemporaryDirectory(prefix="flockapi-metrics-") as folder:
-        # Read by prometheus_client when it is imported: what the workers count is shown as one sum.
-        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+    with _metrics_folder():
         sys.exit(_serve_workers(load, workers, settings))
+
+
+@contextlib.contextmanager
+def _metrics_folder() -> Iterator[None]:
+    """Where workers keep what they count, to show one sum of it; prometheus_client looks when it is imported."""
+    with tempfile.TemporaryDirectory(prefix="flockapi-metrics-") as folder:
+        used = os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+        try:
+            yield
+        finally:
+            if used == folder:
+                del os.environ["PROMETHEUS_MULTIPROC_DIR"]
 
 
 def _serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSettings) -> int:

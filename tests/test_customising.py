@@ -10,14 +10,19 @@ import httpx
 import msgspec
 import pytest
 import yaml
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from flock.errors import AgentNotFound
-from flockapi import FlockAPI, create_app, engine_of
+from flock.runs import Principal
+from flockapi import FlockAPI, create_app, engine_of, principal_of
 from tests.fakes import ROOT, running, sample_flock
 
 pytestmark = pytest.mark.anyio
@@ -98,6 +103,78 @@ async def test_a_lifespan_of_the_host_is_composed_and_not_replaced() -> None:
         assert seen == ["in"]
         assert (await client.get("/readyz")).status_code == 200
     assert seen == ["in", "out"]
+
+
+async def by_key(connection: HTTPConnection) -> Principal | None:
+    names = {"Bearer of-ann": "ann"}
+    name = names.get(connection.headers.get("authorization", ""))
+    return None if name is None else Principal(name=name)
+
+
+async def whoami(request: Request) -> Response:
+    principal = principal_of(request)
+    assert principal is not None
+    return JSONResponse({"name": principal.name})
+
+
+async def test_auth_guards_all_but_what_describes_the_app() -> None:
+    routes = [Route("/whoami", whoami)]
+    app = create_app(sample_flock(), store=":memory:", server_name='A "name"', auth=by_key, routes=routes)
+    body = {"agent_name": "add", "inputs": {"a": 1}}
+    async with client_of(app) as client:
+        for method, path in (("POST", "/run/flock"), ("GET", "/runs"), ("GET", "/whoami"), ("GET", "/nowhere")):
+            refused = await client.request(method, path, content=b"not even JSON")
+            assert (refused.status_code, refused.json()["title"]) == (401, "Unauthorized")
+            assert refused.headers["WWW-Authenticate"] == """Bearer realm="A 'name'\""""
+            assert refused.json()["request_id"] == refused.headers["X-Request-ID"]
+        for path in ("/docs", "/redoc", "/static/docs.js", "/openapi.yaml", "/openapi.json", "/healthz", "/readyz"):
+            assert (await client.get(path)).status_code == 200
+        client.headers["Authorization"] = "Bearer of-ann"
+        assert (await client.post("/run/flock", json=body)).json()["result"] == {"result": 3}
+        assert (await client.get("/whoami")).json() == {"name": "ann"}
+        assert (await client.get("/nowhere")).status_code == 404
+    mounted = Starlette(routes=[Mount("/ai", app)])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(mounted), base_url="http://t") as client:
+        assert (await client.get("/ai/healthz")).status_code == 200
+        assert (await client.get("/ai/runs")).status_code == 401
+
+
+async def test_auth_sees_what_middleware_of_the_host_knows_and_may_refuse_in_its_own_words() -> None:
+    async def by_session(connection: HTTPConnection) -> Principal | None:
+        if connection.scope["session"] == "expired":
+            raise HTTPException(403, "Log in again.")
+        return Principal(name=connection.scope["session"])
+
+    class Sessions:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await self.app({**scope, "session": scope["query_string"].decode()}, receive, send)
+
+    routes = [Route("/whoami", whoami)]
+    middleware = [Middleware(Sessions)]
+    async with client_of(create_app(sample_flock(), auth=by_session, middleware=middleware, routes=routes)) as client:
+        assert (await client.get("/whoami?ann")).json() == {"name": "ann"}
+        refused = (await client.get("/whoami?expired")).json()
+        assert (refused["status"], refused["detail"]) == (403, "Log in again.")
+
+
+async def test_a_websocket_without_a_principal_is_closed() -> None:
+    async def never(websocket: WebSocket) -> None:
+        raise AssertionError
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    app = create_app(sample_flock(), auth=by_key, routes=[WebSocketRoute("/ws", never)])
+    await app({"type": "websocket", "path": "/ws", "headers": [], "query_string": b""}, receive, send)
+    assert [(message["type"], message["code"]) for message in sent] == [("websocket.close", 1008)]
 
 
 @pytest.mark.parametrize("docs", [False, None])
