@@ -86,7 +86,6 @@ __all__ = [
     "AgentList",
     "AgentSummary",
     "Auth",
-    "Doorkeeper",
     "EventsQuery",
     "FlockAPI",
     "FlockAPIRequest",
@@ -957,7 +956,7 @@ ROUTES: Sequence[BaseRoute] = [
 OPEN_PATHS = frozenset({"/docs", "/redoc", "/openapi.yaml", "/openapi.json", "/healthz", "/readyz"})
 
 
-class Doorkeeper:
+class _Doorkeeper:
     """ASGI middleware that lets in whom *auth* knows, and everybody to what is open."""
 
     def __init__(self, app: ASGIApp, auth: Auth) -> None:
@@ -1042,7 +1041,7 @@ class FlockAPI(Starlette):
         own = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
         super().__init__(
             routes=[*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)])],
-            middleware=[*middleware, *([] if auth is None else [Middleware(Doorkeeper, auth=auth)])],
+            middleware=[*middleware, *([] if auth is None else [Middleware(_Doorkeeper, auth=auth)])],
             exception_handlers={**own, **(exception_handlers or {})},
             lifespan=lambda app: app.lifespan(),
         )
@@ -1074,6 +1073,10 @@ class FlockAPI(Starlette):
         if scope["type"] != "http":
             await super().__call__(scope, receive, functools.partial(_send_lifespan, send))
             return
+        above = scope.get("app_root_path", "")
+        if above and not scope["path"].startswith(scope["root_path"]):
+            # ASGI has a proxy's path in ``path`` too. Hypercorn leaves it out, and nothing below a mount would match.
+            scope = {**scope, "path": above + scope["path"]}
         sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = sent if re.fullmatch(r"[\w.:-]{1,128}", sent, re.ASCII) else secrets.token_hex(16)
         scope["flock.request_id"] = request_id

@@ -121,9 +121,7 @@ def _serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSett
     config = _config(app, settings)
     anyio.run(_open_once, settings)
     _say_what_is_served(flock, settings)
-    # It listens before any worker does: whoever connects now waits for one.
-    listener = config.bind_socket()
-    listener.listen(config.backlog)
+    listener = _listen(settings, config.backlog)
     told_to_stop, wakes = socket.socketpair()
     wakes.setblocking(False)
     signal.set_wakeup_fd(wakes.fileno())
@@ -131,6 +129,19 @@ def _serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSett
         signal.signal(number, lambda *_: None)  # the byte in the socket says it
     start = functools.partial(_start_worker, load, settings, listener)
     return _keep_running(start, workers, told_to_stop, forget=app.metrics.forget_process if app.metrics else None)
+
+
+def _listen(settings: ServerSettings, backlog: int) -> socket.socket:
+    """Listen before any worker does: whoever connects now waits for one. uvicorn alone says so before it does so."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=backlog)
+    except OSError as exc:
+        logger.error("Cannot listen on %s, port %d: %s.", settings.host, settings.port, exc.strerror or exc)
+        sys.exit(1)
+    host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
+    logger.info("Running on http://%s:%d (Press CTRL+C to quit)", host, listener.getsockname()[1])
+    return listener
 
 
 def _keep_running(

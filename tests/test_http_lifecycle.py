@@ -410,7 +410,7 @@ async def test_the_time_of_a_run_is_capped(gate: Gate) -> None:
 
 
 async def test_it_says_whether_it_is_ready(app: FlockAPI, client: httpx.AsyncClient) -> None:
-    assert (await client.get("/readyz")).json() == (await client.get("/healthz")).json() == {"status": "ok"}
+    assert (await client.get("/readyz")).status_code == (await client.get("/healthz")).status_code == 200
     await app.engine.drain(1)
     problem = check_problem(await client.get("/readyz"), 503)
     assert problem["detail"] == "The server is about to stop and takes no new work."

@@ -1,11 +1,20 @@
 """At home in other apps: real frameworks and servers, at the root and under prefixes, with and without a lifespan."""
 
 import asyncio
+import contextlib
+import gc
+import json
+import locale
+import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
@@ -15,7 +24,7 @@ from starlette.routing import Mount
 
 from flock.core import Flock
 from flockapi import create_app
-from tests.fakes import ROOT, running
+from tests.fakes import ROOT, running, sample_flock
 from tests.test_http_lifecycle import Served, events_in
 
 HOST = '''
@@ -32,7 +41,8 @@ def flock_of(name):
 
     return flock
 
-apps = {f"/{name}": create_app(flock_of(name), server_name=name) for name in ("one", "two")}
+prefixes = os.environ["PREFIXES"].split(",")
+apps = {prefix: create_app(flock_of(f"number{prefix}"), server_name=f"at {prefix}") for prefix in prefixes}
 
 @contextlib.asynccontextmanager
 async def lifespan(host):
@@ -52,9 +62,11 @@ async def dispatch(scope, receive, send):
             await receive()
         await send({"type": "lifespan.shutdown.complete"})
         return
+    root_path = scope.get("root_path", "")
+    path = scope["path"].removeprefix(root_path)  # Hypercorn leaves it out
     for prefix, app in apps.items():
-        if scope["path"].startswith(prefix + "/"):
-            await app({**scope, "root_path": scope.get("root_path", "") + prefix}, receive, send)
+        if path.startswith(prefix + "/"):
+            await app({**scope, "root_path": root_path + prefix, "path": root_path + path}, receive, send)
             return
     await rest(scope, receive, send)
 
@@ -69,7 +81,8 @@ if host == "starlette":
     app = Starlette(lifespan=lifespan if is_composed else None)
 elif host == "fastapi":
     from fastapi import FastAPI
-    app = FastAPI(lifespan=lifespan if is_composed else None)
+    own_pages = None if "" in apps else "/openapi.json"  # at the root they would be before the flock's
+    app = FastAPI(lifespan=lifespan if is_composed else None, openapi_url=own_pages)
 elif host == "django":
     from django.conf import settings
     from django.core.asgi import get_asgi_application
@@ -96,33 +109,59 @@ def free_port() -> int:
     return port
 
 
-@pytest.mark.parametrize("lifespan", ["composed", "not run"])
-@pytest.mark.parametrize("server", SERVERS)
-@pytest.mark.parametrize("host", ["starlette", "fastapi", "django", "bare"])
-def test_two_flocks_are_at_home_under_two_prefixes(host: str, server: str, lifespan: str, tmp_path: Path) -> None:
+PLACES = {
+    "two prefixes": (("/one", "/two"), ""),
+    "the root": (("",), ""),
+    "behind a proxy": (("/one", "/two"), "/behind"),
+}
+
+MATRIX = [
+    pytest.param(host, server, place, lifespan, id=f"{host}, {server}, {place}, lifespan {lifespan}")
+    for host in ("starlette", "fastapi", "django", "bare")
+    for server in SERVERS
+    for place in PLACES
+    for lifespan in ("composed", "not run")
+    if (place, lifespan) != ("the root", "not run")  # the place of a mount changes nothing at its start
+    if (place, lifespan) != ("behind a proxy", "not run")
+]
+
+
+@pytest.mark.parametrize(("host", "server", "place", "lifespan"), MATRIX)
+def test_flocks_are_at_home(host: str, server: str, place: str, lifespan: str, tmp_path: Path) -> None:
     """Runs, links, events and docs; where nothing can start the engine, the answer has the line to add."""
     (tmp_path / "host.py").write_text(HOST)
+    prefixes, proxied = PLACES[place]
     command = [part.format(port=free_port()) for part in SERVERS[server]]
-    env = {"HOST": host, "LIFESPAN": lifespan, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    if proxied:  # the proxy cuts its path off, and the server is told of it
+        command += ["--root-path", proxied]
+    env = {"HOST": host, "LIFESPAN": lifespan, "PREFIXES": ",".join(prefixes)}
+    env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
     with running(sys.executable, "-m", *command, "host:app", timeout_s=60, **env) as served:
         with httpx.Client(base_url=served.url, timeout=30) as client:
-            body = {"agent_name": "greet", "inputs": {"who": "Ann"}}
-            first = client.post("/one/run/flock", json=body)
-            if (server, lifespan) == ("hypercorn trio", "not run"):
-                assert first.status_code == 503
-                assert "async with flock_app.lifespan(): yield" in first.json()["detail"]
-                return
-            assert first.json()["result"] == {"result": "one greets Ann"}
-            accepted = client.post("/two/run/flock", json={**body, "async_run": True})
-            assert accepted.headers["Location"].startswith("/two/run/")
-            run = client.get(accepted.headers["Location"], params={"wait": 20}).json()
-            assert run["result"] == {"result": "two greets Ann"}
-            assert client.get(f"/one/run/{run['run_id']}").status_code == 404, "each has its own"
-            events = events_in(client.get(f"{accepted.headers['Location']}/events").text)
-            assert events[-1]["event"] == "run.completed"
-            for path in ("/one/docs", "/one/static/vendor/README.md", "/one/readyz"):
-                assert client.get(path).status_code == 200
-            assert client.get("/two/openapi.json").json()["info"]["title"] == "two"
+            for prefix in prefixes:
+                body = {"agent_name": "greet", "inputs": {"who": "Ann"}}
+                first = client.post(f"{prefix}/run/flock", json=body)
+                if (server, lifespan) == ("hypercorn trio", "not run"):
+                    assert first.status_code == 503
+                    assert "async with flock_app.lifespan(): yield" in first.json()["detail"]
+                    return
+                greeting = {"result": f"number{prefix} greets Ann"}
+                assert first.json()["result"] == greeting
+                accepted = client.post(f"{prefix}/run/flock", json={**body, "async_run": True})
+                assert accepted.headers["Location"].startswith(f"{proxied}{prefix}/run/")
+                location = accepted.headers["Location"].removeprefix(proxied)
+                run = client.get(location, params={"wait": 20}).json()
+                assert run["result"] == greeting
+                listed = client.get(f"{prefix}/runs?limit=1").json()
+                assert listed["next"].startswith(f"{proxied}{prefix}/runs?")
+                assert client.get(listed["next"].removeprefix(proxied)).json()["next"] is None
+                for other in set(prefixes) - {prefix}:
+                    assert client.get(f"{other}/run/{run['run_id']}").status_code == 404, "each has its own"
+                events = events_in(client.get(f"{location}/events").text)
+                assert events[-1]["event"] == "run.completed"
+                for path in ("/docs", "/static/vendor/README.md", "/readyz"):
+                    assert client.get(prefix + path).status_code == 200
+                assert client.get(f"{prefix}/openapi.json").json()["info"]["title"] == f"at {prefix}"
             if (host, server) != ("django", "hypercorn trio"):  # Django's own pages need asyncio
                 assert client.get("/three/agents").status_code == 404
         served.process.send_signal(signal.SIGINT)
@@ -227,3 +266,68 @@ async def test_two_apps_on_one_flock_share_one_engine() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t") as client:
             run_id = (await client.post("/one/run/flock", json=NAP)).json()["run_id"]
             assert (await client.get(f"/two/run/{run_id}")).status_code == 200
+
+
+def state_of_the_process() -> dict[str, Any]:
+    """What belongs to the program, and not to an app within it."""
+    root = logging.getLogger()
+    return {
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "wakeup": signal.set_wakeup_fd(-1),
+        "root logger": (root.level, root.handlers[:], root.filters[:], root.disabled, logging.root.manager.disable),
+        "our loggers": {
+            name: (logger.level, logger.handlers[:], logger.propagate)
+            for name, logger in logging.root.manager.loggerDict.items()
+            if name.partition(".")[0] == "flock" and isinstance(logger, logging.Logger)
+        },
+        "hooks": (sys.excepthook, sys.unraisablehook, threading.excepthook, sys.displayhook),
+        "collector": (gc.get_threshold(), gc.get_freeze_count(), gc.isenabled()),
+        "loop policy": type(asyncio.get_event_loop_policy()),
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "path": sys.path[:],
+        "switch interval": sys.getswitchinterval(),
+        "recursion limit": sys.getrecursionlimit(),
+        "locale": locale.setlocale(locale.LC_ALL),
+        "umask": (mask := os.umask(0o077), os.umask(mask))[0],
+        "warnings": warnings.filters[:],
+    }
+
+
+def test_a_full_life_changes_nothing_global() -> None:
+    """A program without pytest's own handlers is looked at: what it is before the import is the measure."""
+    import_and_look = (
+        "import asyncio, httpx, json, prometheus_client\n"
+        "from tests.test_mounting import live_fully, state_of_the_process\n"
+        "before = state_of_the_process()\n"
+        "asyncio.run(live_fully())\n"
+        "after = state_of_the_process()\n"
+        "print(json.dumps([name for name in before if before[name] != after[name]]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", import_and_look],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+async def live_fully() -> None:
+    """Runs, a batch, an event stream, a run that fails, metrics, docs; with a lifespan, then without one."""
+    app = create_app(sample_flock(), metrics=True)
+    host = Starlette(routes=[Mount("/ai", app)])
+    transport = httpx.ASGITransport(host)
+    for lifespan in (app.lifespan(), contextlib.nullcontext()):
+        async with lifespan, httpx.AsyncClient(transport=transport, base_url="http://t/ai") as client:
+            for agent_name, inputs in (("add", {"a": 1}), ("explode", {"text": "x"})):
+                body = {"agent_name": agent_name, "inputs": inputs}
+                run = (await client.post("/run/flock", json=body)).json()
+                await client.get(f"/run/{run['run_id']}/events")
+            await client.post("/run/batch", json={"agent_name": "add", "batch_inputs": [{"a": 1}]})
+            for path in ("/docs", "/openapi.yaml", "/metrics", "/readyz"):
+                await client.get(path)
+        app = create_app(sample_flock(), store="other.db")
+        host.routes[:] = [Mount("/ai", app)]

@@ -1,7 +1,9 @@
 """What a user installs: wheel, sdist and editable, each in a new environment of its own."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,6 +14,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+import flock.agents
+import flock.core
+import flock.errors
+import flock.runs
+import flockapi
 from tests.fakes import EXAMPLES, ROOT, running
 
 pytestmark = pytest.mark.timeout(600)
@@ -74,7 +81,7 @@ def test_it_imports_fast_and_without_the_extras(python: Path, tmp_path: Path) ->
     code = "import json, sys, time, flockapi; print(json.dumps([time.process_time(), sorted(sys.modules)]))"
     outputs = [json.loads(run(python, "-c", code, cwd=tmp_path)) for _ in range(5)]
     assert min(seconds for seconds, _ in outputs) < MAX_IMPORT_CPU_S
-    extras = {"xllamacpp", "litellm", "temporalio", "prometheus_client", "yaml", "uvicorn"}
+    extras = {"xllamacpp", "litellm", "temporalio", "prometheus_client", "yaml", "uvicorn", "pydantic", "opentelemetry"}
     assert not extras & set(outputs[0][1])
 
 
@@ -85,9 +92,34 @@ def test_the_command_and_the_types_are_there(python: Path) -> None:
     )
 
 
+def test_the_program_of_a_user_is_typed(python: Path, tmp_path: Path) -> None:
+    """Every public name, under ``mypy --strict`` and ``pyright``, and a mistake in the use of either room is found."""
+    program = (ROOT / "tests" / "typed_user.py").read_text("utf-8")
+    named = {
+        alias.name for node in ast.walk(ast.parse(program)) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    for module in (flock.agents, flock.core, flock.errors, flock.runs, flockapi):
+        assert set(module.__all__) <= named
+    mistaken = "import flock.core, flockapi\nflockapi.create_app(flock.core.Flock(1))\nflockapi.create_app(doc=1)\n"
+    for name, text in (("typed.py", program), ("mistaken.py", mistaken)):
+        (tmp_path / name).write_text(text)
+    for tool, option in (("mypy", "--python-executable"), ("pyright", "--pythonpath")):
+        command = [sys.executable, "-m", tool, option, str(python), *(["--strict"] if tool == "mypy" else [])]
+        run(*command, "typed.py", cwd=tmp_path)
+        found = subprocess.run([*command, "mistaken.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert found.returncode == 1
+        assert {int(line) for line in re.findall(r"mistaken\.py:(\d+):.*error", found.stdout)} == {2, 3}, found.stdout
+
+
 def test_what_is_in_the_archives(built: Path) -> None:
     wheel = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
-    assert {"flockapi.py", "flock/openapi.yaml", "flock/py.typed", "flock/static/openapi.json"} <= wheel
+    assert {
+        "flockapi.py",
+        "flock/openapi.yaml",
+        "flock/py.typed",
+        "flockapi-stubs/__init__.pyi",
+        "flock/static/openapi.json",
+    } <= wheel
     assert "flock/static/vendor/SHA256SUMS" in wheel
     assert not [name for name in wheel if name.startswith(("tests", "bench", "examples"))]
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:

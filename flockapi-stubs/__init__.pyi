@@ -1,0 +1,1 @@
+../flockapi.py

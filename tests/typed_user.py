@@ -1,0 +1,224 @@
+"""A program of a user that names everything that is public; checked by mypy and pyright against the built wheel."""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, assert_type
+
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from flock import __version__
+from flock.agents import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, Resources, Turn
+from flock.core import Flock, FlockFactory, agent
+from flock.errors import (
+    AgentError,
+    AgentNotFound,
+    BatchNotFound,
+    Conflict,
+    DefinitionError,
+    EngineFull,
+    EngineStopped,
+    FieldError,
+    FlockError,
+    Interrupted,
+    InvalidData,
+    InvalidHandoff,
+    InvalidOutput,
+    KeyReused,
+    MalformedJSON,
+    ModelError,
+    NotFound,
+    OwnershipLost,
+    QueueTimeout,
+    Replayed,
+    RunFailed,
+    RunNotFound,
+    SignatureError,
+    StepError,
+    StoreError,
+    TooManySteps,
+    Unstorable,
+)
+from flock.runs import (
+    Batch,
+    BatchOptions,
+    Engine,
+    EngineHealth,
+    Event,
+    IdempotencyKey,
+    Inputs,
+    Observer,
+    Principal,
+    Progress,
+    Queue,
+    Run,
+    RunContext,
+    RunFilter,
+    RunStatus,
+    Step,
+    Usage,
+    events_of,
+    make_ids_after,
+    new_id,
+    now,
+    sayable,
+)
+from flockapi import (
+    AgentDetail,
+    AgentList,
+    AgentSummary,
+    Auth,
+    EventsQuery,
+    FlockAPI,
+    FlockAPIRequest,
+    FlockAPIResponse,
+    FlockBatchRequest,
+    FlockBatchResponse,
+    Health,
+    ItemsQuery,
+    JSONResponse,
+    OnDisconnect,
+    Problem,
+    Readiness,
+    RunList,
+    RunsQuery,
+    RunStep,
+    RunSummary,
+    WaitQuery,
+    create_app,
+    engine_of,
+    principal_of,
+)
+
+# Agents
+
+flock = Flock("typed", model="openai/gpt-4o", max_steps=8)
+
+
+@flock.agent
+def measure(text: str, context: RunContext) -> int:
+    context.progress(1, 2, "half")
+    if context.cancel_requested or not text:
+        raise AgentError("There is nothing to measure.")
+    return len(text)
+
+
+@agent(name="other", next_agent="measure", max_concurrency=2, on_interrupt="fail")
+async def shout(text: str) -> str:
+    return text.upper()
+
+
+then: NextAgent = "measure"
+again: OnInterrupt = "retry"
+analyst = FlockFactory.create_default_agent(
+    name="analyst", input="text: str", output="mood: str", next_agent=then, on_interrupt=again
+)
+assert_type(measure, FunctionAgent)
+assert_type(analyst, ModelAgent)
+assert_type(flock.add_agent(shout), Agent)
+assert_type(flock.add_agent(len), Agent)
+assert_type(flock.run("measure", {"text": "hi"}), dict[str, Any])
+
+
+class Fixed(Agent):
+    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
+        return Turn(self.output.encode({"answer": 42}), Usage(input_tokens=1))
+
+
+# Without HTTP
+
+
+class Counter:
+    """An ``Observer``."""
+
+    ended = 0
+
+    def run_started(self, run: Run) -> None: ...
+
+    def step_completed(self, step: Step) -> None: ...
+
+    def run_ended(self, run: Run) -> None:
+        self.ended += run.status is RunStatus.COMPLETED
+
+    def model_call_retried(self) -> None: ...
+
+
+async def use(engine: Engine, inputs: Inputs) -> Progress | None:
+    observer: Observer = Counter()
+    engine.observe(observer)
+    assert_type(engine.health(), EngineHealth)
+    assert_type(await engine.queue(), Queue)
+    run = await engine.submit("measure", inputs, timeout_s=3, key=IdempotencyKey("k", b"f"), request_id=new_id())
+    assert_type(await engine.wait(run.run_id, 2.5), Run)
+    async for event in engine.events(run.run_id):
+        assert_type(event, Event | None)
+    batch = await engine.submit_batch("measure", [{"text": "a"}], BatchOptions(max_workers=2))
+    assert_type(await engine.get_batch(batch.batch_id), Batch)
+    for item in await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now())):
+        print(sayable(item.error), [step.usage for step in item.steps], len(events_of(item)))
+    make_ids_after(run.run_id)
+    return run.progress
+
+
+async def main() -> None:
+    async with flock.engine(store="runs.db", keep_runs=1000) as engine:
+        await use(engine, {"text": "hi"})
+    assert_type(await flock.run_async("measure", {"text": "hi"}), dict[str, Any])
+
+
+# In an app
+
+
+async def count(request: Request) -> Response:
+    engine = await engine_of(request)
+    assert_type(engine, Engine)
+    assert_type(principal_of(request), Principal | None)
+    return JSONResponse({"waiting": (await engine.queue()).depth, "version": __version__})
+
+
+async def by_header(connection: HTTPConnection) -> Principal | None:
+    return Principal(name="ann", admin=True) if "x-ann" in connection.headers else None
+
+
+@asynccontextmanager
+async def more(app: FlockAPI) -> AsyncIterator[None]:
+    yield
+
+
+auth: Auth = by_header
+on_disconnect: OnDisconnect = "continue"
+ai = create_app(
+    flock,
+    server_name="Typed",
+    store=":memory:",
+    routes=[Route("/count", count)],
+    auth=auth,
+    lifespan=more,
+    docs=None,
+    metrics=False,
+    on_disconnect=on_disconnect,
+)
+assert_type(ai, FlockAPI)
+
+
+def lifespan(host: Starlette) -> AbstractAsyncContextManager[None]:
+    return ai.lifespan()
+
+
+host = Starlette(lifespan=lifespan)
+host.mount("/ai", ai)
+
+# The wire, and what may go wrong
+
+REQUESTS: tuple[type, ...] = (FlockAPIRequest, FlockBatchRequest, WaitQuery, EventsQuery, ItemsQuery, RunsQuery)
+ANSWERS: tuple[type, ...] = (
+    *(FlockAPIResponse, FlockBatchResponse, RunList, RunSummary, RunStep, AgentList, AgentSummary, AgentDetail),
+    *(Health, Readiness, Problem, FieldError),
+)
+ERRORS: tuple[type[FlockError], ...] = (
+    *(NotFound, AgentNotFound, RunNotFound, BatchNotFound, Conflict, KeyReused, Replayed, MalformedJSON, InvalidData),
+    *(DefinitionError, SignatureError, EngineFull, EngineStopped, StoreError, OwnershipLost, Unstorable, RunFailed),
+    *(StepError, ModelError, InvalidOutput, InvalidHandoff, TooManySteps, QueueTimeout, Interrupted),
+)
