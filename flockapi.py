@@ -14,13 +14,14 @@ import contextlib
 import functools
 import hashlib
 import http
+import inspect
 import logging
 import operator
 import re
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from importlib.util import find_spec
@@ -35,13 +36,15 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
+from flock.auth import KeyRing, OwnEngine, check_host, check_origin
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
 from flock.errors import (
@@ -53,6 +56,7 @@ from flock.errors import (
     EngineStopped,
     FieldError,
     FlockError,
+    Forbidden,
     InvalidData,
     KeyReused,
     MalformedJSON,
@@ -60,6 +64,8 @@ from flock.errors import (
     Replayed,
     RunNotFound,
     StoreError,
+    Unauthenticated,
+    WrongHost,
 )
 from flock.jsontype import JSONType, escape_pointer, malformed
 from flock.life import life_of
@@ -113,7 +119,7 @@ logger = logging.getLogger("flock.api")
 T = TypeVar("T")
 
 #: Says who asks, or None where nobody may know; it reads headers, a session, a certificate, and never the body.
-Auth = Callable[[HTTPConnection], Awaitable[Principal | None]]
+Auth = Callable[[HTTPConnection], Awaitable[Principal | None] | Principal | None]
 
 #: What becomes of a synchronous run whose caller has gone.
 OnDisconnect = Literal["cancel", "continue"]
@@ -318,17 +324,10 @@ def preferences(request: Request) -> dict[str, str]:
     return found
 
 
-#: A later version may have more behind what version 00 has.
-TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(-.*)?")
-
-
 def traceparent_of(request: Request) -> str | None:
-    """The trace that the request is part of; one that is not valid counts as none (W3C Trace Context, 3.2 and 4.3)."""
+    """The trace that the request is part of; two of them are none."""
     sent = request.headers.getlist("traceparent")
-    found = TRACEPARENT.fullmatch(sent[0]) if len(sent) == 1 else None
-    if found is None or (found[1] == "00" and found[3]):
-        return None
-    return f"00{found[2]}"
+    return sent[0] if len(sent) == 1 else None
 
 
 def idempotency_key(request: Request, body: bytes) -> IdempotencyKey | None:
@@ -589,6 +588,9 @@ PROBLEMS: Mapping[type[Exception], tuple[int, str]] = {
     AgentNotFound: (404, "Unknown agent"),
     RunNotFound: (404, "Unknown run"),
     BatchNotFound: (404, "Unknown batch"),
+    Unauthenticated: (401, "Unauthorized"),
+    Forbidden: (403, "Forbidden"),
+    WrongHost: (421, "Misdirected Request"),
     Conflict: (409, "Conflict"),
     KeyReused: (422, "Idempotency key reused"),
     EngineFull: (429, "Too many runs"),
@@ -608,6 +610,9 @@ async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
     if status == 500:
         logger.error("request %s failed", request_id_of(request), exc_info=exc)
         detail = f"The server failed; its log has more under request {request_id_of(request)}."
+    if status == 401:
+        realm = "".join(c for c in app_of(request).contract.title if c.isascii() and c.isprintable() and c not in '"\\')
+        headers["WWW-Authenticate"] = f'Bearer realm="{realm}"'
     if status in (429, 503):
         headers["Retry-After"] = str(getattr(exc, "retry_after_s", 1))
     type_ = f"urn:flockapi:problem:{title.lower().replace(' ', '-')}"
@@ -640,7 +645,10 @@ def _problem(
 def _phrase(status: int) -> str:
     if status == 413:  # older Pythons have the words of older RFCs
         return "Content Too Large"
-    return http.HTTPStatus(status).phrase
+    try:
+        return http.HTTPStatus(status).phrase
+    except ValueError:
+        return f"Status {status}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,10 +662,12 @@ def app_of(request: Request) -> "FlockAPI":
 
 
 async def engine_of(request: Request) -> Engine:
-    """The engine, which is opened now if nobody ran the app's lifespan."""
+    """The engine as the caller may see it. It is opened now if nobody ran the app's lifespan."""
     engine = app_of(request).engine
-    await life_of(engine).begin()
-    return engine
+    if not app_of(request).has_ended:
+        await life_of(engine).begin()
+    principal = principal_of(request)
+    return engine if principal is None else OwnEngine(engine, principal)
 
 
 def request_id_of(request: Request) -> str:
@@ -898,6 +908,9 @@ async def metrics(request: Request) -> Response:
     app, queue = app_of(request), None
     if app.metrics is None:
         raise HTTPException(404, "This server keeps no metrics. It does with: pip install 'flockapi[metrics]'")
+    principal = principal_of(request)
+    if principal is not None and not principal.admin:
+        raise Forbidden(f"Metrics tell of everybody's runs, and {principal.name!r} is no admin.")
     with contextlib.suppress(FlockError):
         queue = await (await engine_of(request)).queue()
     return Response(app.metrics.page(queue), media_type=app.metrics.media_type)
@@ -927,12 +940,12 @@ async def redoc(request: Request) -> Response:
 # The route table, and the application
 # ---------------------------------------------------------------------------------------------------------------------
 
-DOCS: Sequence[BaseRoute] = [
+DOCS: Sequence[Route | Mount] = [
     Route("/docs", docs, include_in_schema=False),
     Route("/redoc", redoc, include_in_schema=False),
     Mount("/static", StaticFiles(directory=STATIC)),
 ]
-ROUTES: Sequence[BaseRoute] = [
+ROUTES: Sequence[Route | Mount] = [
     Route("/run/flock", run_flock, methods=["POST"]),
     Route("/run/batch", run_batch, methods=["POST"]),
     Route("/runs", list_runs),
@@ -952,35 +965,90 @@ ROUTES: Sequence[BaseRoute] = [
 ]
 
 
-#: What everybody may see, and everything below ``/static/``.
-OPEN_PATHS = frozenset({"/docs", "/redoc", "/openapi.yaml", "/openapi.json", "/healthz", "/readyz"})
+#: What a page of another origin may send and read, where the owner lets it.
+CORS: Mapping[str, Any] = {
+    "allow_methods": ("GET", "POST", "DELETE"),
+    "allow_headers": (
+        *("Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer", "traceparent"),
+        "X-Request-ID",
+    ),
+    "expose_headers": (
+        *("Flock-Run-Status", "Idempotency-Replayed", "Link", "Location", "Preference-Applied", "Retry-After"),
+        "X-Request-ID",
+    ),
+}
+
+#: What changes nothing (RFC 9110, section 9.2.1).
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+#: What everybody may see; a route of the owner's that stands before one of these is not meant.
+OPEN = [*DOCS, *(route for route in ROUTES if route.path in ("/openapi.yaml", "/openapi.json", "/healthz", "/readyz"))]
 
 
 class _Doorkeeper:
-    """ASGI middleware that lets in whom *auth* knows, and everybody to what is open."""
+    """ASGI middleware that asks before anything is read: is this server meant, may that page do it, and who is it?
 
-    def __init__(self, app: ASGIApp, auth: Auth) -> None:
+    Args:
+        auth: knows principals; None lets everybody in.
+        hosts: what ``Host`` may say, without the port; None is anything.
+        origins: pages of other origins that may change something.
+    """
+
+    def __init__(
+        self, app: ASGIApp, auth: Auth | None, hosts: Collection[str] | None, origins: Collection[str]
+    ) -> None:
         self._app = app
         self._auth = auth
+        self._hosts = hosts
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "").removeprefix(root_path(scope))
-        if scope["type"] == "lifespan" or path in OPEN_PATHS or path.startswith("/static/"):
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        connection = HTTPConnection(scope)
         try:
-            scope["flock.principal"] = await self._auth(HTTPConnection(scope))
-            if scope["flock.principal"] is None:
-                realm = scope["app"].contract.title.replace("\\", "").replace('"', "'")
-                headers = {"WWW-Authenticate": f'Bearer realm="{realm}"'}
-                raise HTTPException(401, "This needs a key, or one that is known here.", headers=headers)
+            if self._hosts is not None:
+                check_host(connection.headers.get("host", ""), self._hosts)
+            if scope.get("method") not in SAFE_METHODS:
+                check_origin(connection.headers, self._origins)
+            if self._auth is not None and _route_of(scope["app"], scope) not in OPEN:
+                scope["flock.principal"] = await _identify(connection, self._auth)
         except (HTTPException, FlockError) as exc:
             if scope["type"] == "websocket":
                 await WebSocketClose(1008)(scope, receive, send)  # RFC 6455, 7.4.1: policy violation
             else:
-                await (await on_error(Request(scope, receive), exc))(scope, receive, send)
+                response = await on_error(Request(scope, receive), exc)
+                await _closing(scope, response)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+
+async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:
+    found = auth(connection)
+    principal = await found if inspect.isawaitable(found) else found
+    if isinstance(principal, Principal):
+        return principal
+    raise Unauthenticated("This needs a key that is known here. With curl: -H 'Authorization: Bearer YOUR_KEY'")
+
+
+def _closing(scope: Scope, response: Response) -> Response:
+    """An answer before the body was read: what follows on the connection must not be taken for the next request."""
+    if scope.get("http_version", "1.1").startswith("1"):
+        response.headers["Connection"] = "close"
+    return response
+
+
+def by_key(keys: KeyRing) -> Auth:
+    """``auth`` by ``Authorization: Bearer`` (RFC 6750) or ``X-API-Key``."""
+
+    async def auth(connection: HTTPConnection) -> Principal | None:
+        scheme, _, key = connection.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = connection.headers.get("x-api-key", "")
+        return keys.find(key.strip())
+
+    return auth
 
 
 def principal_of(request: HTTPConnection) -> Principal | None:
@@ -1002,9 +1070,14 @@ class FlockAPI(Starlette):
             the same switch.
         routes: Starlette routes that come before the app's own. ``await engine_of(request)`` is the engine in them, and
             ``request.app.flock`` the flock; ``openapi_paths`` describes them in the served specification.
-        auth: who may come in: an async function of the connection that gives a ``Principal``, or None, which is
-            answered with 401 before the body is read. It guards all but the docs pages, the specification,
-            ``/healthz`` and ``/readyz``, and runs behind *middleware*. Without it that is the host's business.
+        api_keys: who may come in, by name, with the key that each sends as ``Authorization: Bearer`` or ``X-API-Key``;
+            ``"ops:admin"`` sees what belongs to others, and ``/metrics``. Without it, and without *auth*, that is the
+            host's business.
+        auth: in place of keys, a function of the connection, sync or async, that gives a ``Principal``, or None, which
+            is answered with 401 before the body is read. It guards all but the docs pages, the specification,
+            ``/healthz`` and ``/readyz``, and runs behind *middleware*.
+        allowed_hosts: what ``Host`` may say, without the port; None is anything.
+        cors_origins: pages of these origins may call the app from a browser. All others may not change anything.
         middleware, exception_handlers: as Starlette has them; handlers come before the app's own.
         lifespan: entered with the app after the engine has started, and left before it stops.
         docs: False leaves out ``/docs`` and ``/redoc``.
@@ -1017,6 +1090,7 @@ class FlockAPI(Starlette):
         contract: the specification, as it is served.
         metrics: what is kept for Prometheus, or None.
         engine: what carries the runs; it is open while the app's lifespan runs, or from the first request on.
+        has_ended: the lifespan is over, so no request opens the engine any more.
     """
 
     def __init__(
@@ -1031,17 +1105,28 @@ class FlockAPI(Starlette):
         expose_errors: bool = False,
         routes: Sequence[BaseRoute] = (),
         openapi_paths: Mapping[str, Any] | None = None,
+        api_keys: Mapping[str, str] | None = None,
         auth: Auth | None = None,
+        allowed_hosts: Collection[str] | None = None,
+        cors_origins: Sequence[str] = (),
         middleware: Sequence[Middleware] = (),
         exception_handlers: Mapping[Any, Any] | None = None,
         lifespan: Callable[[Any], AbstractAsyncContextManager[Any]] | None = None,
         docs: bool | None = True,
         metrics: bool | None = None,
     ) -> None:
+        if api_keys is not None:
+            if auth is not None:
+                raise DefinitionError("Pass either auth= or api_keys=: only one of them can say who may come in.")
+            auth = by_key(KeyRing(api_keys))
         own = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
         super().__init__(
             routes=[*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)])],
-            middleware=[*middleware, *([] if auth is None else [Middleware(_Doorkeeper, auth=auth)])],
+            middleware=[
+                *([Middleware(CORSMiddleware, allow_origins=cors_origins, **CORS)] if cors_origins else []),
+                *middleware,
+                Middleware(_Doorkeeper, auth=auth, hosts=allowed_hosts, origins=cors_origins),
+            ],
             exception_handlers={**own, **(exception_handlers or {})},
             lifespan=lambda app: app.lifespan(),
         )
@@ -1050,31 +1135,40 @@ class FlockAPI(Starlette):
         self.contract = Contract(server_name, openapi_paths)
         self.max_body_bytes = max_body_bytes
         self.on_disconnect = on_disconnect
+        self.has_ended = False
         self._more_lifespan = lifespan
-        self.metrics = metrics_of(flock) if metrics or (metrics is None and find_spec("prometheus_client")) else None
-        if self.metrics is not None:
-            self.engine.observe(self.metrics)
-        self._templates = {id(getattr(route, "endpoint", route)): getattr(route, "path", "") for route in self.routes}
-        self._templates |= {id(route.app): route.path for route in self.routes if isinstance(route, Mount)}
+        self._is_open = auth is None and allowed_hosts is None
+        wants_metrics = find_spec("prometheus_client") is not None if metrics is None else metrics
+        self.metrics = _metrics(self.engine, flock) if wants_metrics else None
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Called once, when the app is about to answer for the first time."""
+        if self._is_open:
+            logger.info("%s: no auth= and no api_keys=, so who may call it is its host's business", self.contract.title)
+        return super().build_middleware_stack()
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """Open the engine, and close it at the end. A server runs this; a host enters it in its own.
 
-        It may be entered several times, and by several apps on one engine: that is one start. Where nobody enters it,
-        the engine opens at the first request, and closes with the event loop.
+        It may be entered several times, and by several apps on one engine: that is one start, and the last who leaves
+        ends it. Where nobody enters it, the engine opens at the first request, and closes with the event loop.
         """
         more = contextlib.nullcontext() if self._more_lifespan is None else self._more_lifespan(self)
-        async with life_of(self.engine).span(), more:
-            yield
+        try:
+            async with life_of(self.engine).span(), more:
+                self.has_ended = False
+                yield
+        finally:
+            self.has_ended = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Give each request an id, and its response the same in ``X-Request-ID``, whatever becomes of it."""
         if scope["type"] != "http":
             await super().__call__(scope, receive, functools.partial(_send_lifespan, send))
             return
-        above = scope.get("app_root_path", "")
-        if above and not scope["path"].startswith(scope["root_path"]):
+        above, below = scope.get("app_root_path", ""), scope.get("root_path", "")
+        if above and not scope["path"].startswith(below) and (above + scope["path"]).startswith(below):
             # ASGI has a proxy's path in ``path`` too. Hypercorn leaves it out, and nothing below a mount would match.
             scope = {**scope, "path": above + scope["path"]}
         sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
@@ -1089,21 +1183,31 @@ class FlockAPI(Starlette):
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
+        as_asked = {name: scope.get(name, "") for name in ("type", "method", "path", "root_path")}
         try:
             await super().__call__(scope, receive, send_with_id)
         finally:
             if self.metrics is not None and status_code:
-                took_s, route = time.perf_counter() - started_at, self._templates.get(id(scope.get("endpoint")), "")
-                self.metrics.request_ended(scope["method"], route, status_code, took_s)
+                took_s = time.perf_counter() - started_at
+                template = getattr(_route_of(self, as_asked), "path", "")
+                self.metrics.request_ended(scope["method"], template, status_code, took_s)
 
 
-def metrics_of(flock: Flock) -> "Metrics":
-    """Metrics of an app on *flock*. Raises DefinitionError where the extra is not installed."""
+def _metrics(engine: Engine, flock: Flock) -> "Metrics":
+    """Raises DefinitionError where the extra is not installed, or its folder cannot be written."""
     try:
-        from flock.metrics import Metrics
+        from flock.metrics import metrics_of
+
+        return metrics_of(engine, flock.agents)
     except ImportError as exc:
         raise DefinitionError("metrics=True needs prometheus-client: pip install 'flockapi[metrics]'") from exc
-    return Metrics(flock.agents)
+    except OSError as exc:
+        raise DefinitionError(f"PROMETHEUS_MULTIPROC_DIR names a folder that cannot be used: {exc}") from exc
+
+
+def _route_of(app: FlockAPI, scope: Scope) -> BaseRoute | None:
+    """What *scope* fits first, as the router looks for it."""
+    return next((route for route in app.routes if route.matches(scope)[0] is not Match.NONE), None)
 
 
 async def _send_lifespan(send: Send, message: Message) -> None:

@@ -152,12 +152,12 @@ class ModelAgent(Agent):
     async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
         try:
             with anyio.fail_after(self.timeout_s):
-                return await self._converse(inputs, resources.models, context.traceparent)
+                return await self._converse(inputs, resources.models, context)
         except TimeoutError as exc:
             message = f"The model gave no answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
             raise ModelError(message, "model_timeout") from exc
 
-    async def _converse(self, inputs: Any, models: ModelClient, traceparent: str | None) -> Turn:
+    async def _converse(self, inputs: Any, models: ModelClient, context: RunContext) -> Turn:
         messages = [Message("system", self._system_prompt()), Message("user", self._user_prompt(inputs))]
         usage = Usage()
         problem = ""
@@ -168,9 +168,10 @@ class ModelAgent(Agent):
                 self.output.schema,
                 max_tokens=self.max_tokens,
                 temperature=self.temperature,
-                traceparent=traceparent,
+                traceparent=context.traceparent,
             )
             usage += completion.usage
+            context.spend(completion.usage)
             try:
                 return Turn(self.output.encode(self.output.decode(completion.text.encode())), usage)
             except (MalformedJSON, InvalidData, UnicodeEncodeError) as exc:
@@ -227,7 +228,10 @@ class FunctionAgent(Agent):
         types: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        if inspect.isclass(function):
+            raise DefinitionError(f"{function!r} is a class; pass a function, or an object that can be called.")
+        called = (function, type(function).__call__)
+        if any(map(inspect.isgeneratorfunction, called)) or any(map(inspect.isasyncgenfunction, called)):
             raise DefinitionError(f"{function!r} yields; an agent returns its result whole.")
         if output is None:
             output_signature, self._is_boxed = Signature.of_result(function)
@@ -243,7 +247,7 @@ class FunctionAgent(Agent):
             **options,
         )
         self.function = function
-        self._is_async = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
+        self._is_async = any(map(inspect.iscoroutinefunction, called))
         self._parameters = [field.name for field in self.input.fields]
         self._context_parameter = context_parameter(function)
 

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import Any, Literal, Self
@@ -52,6 +52,7 @@ from flock.runs import (
     make_ids_after,
     new_id,
     now,
+    valid_traceparent,
 )
 from flock.store import RETRY_AFTER_S, Store
 
@@ -238,6 +239,7 @@ class EmbeddedEngine:
     def check_ready(self) -> None:
         self._check_running()
         self.store.check_writable()
+        self.store.queue(self._flock)  # it can be read
 
     def health(self) -> EngineHealth:
         state: Literal["running", "stopping"] = "stopping" if self.is_leaving else "running"
@@ -258,6 +260,7 @@ class EmbeddedEngine:
         *,
         request_id: str | None = None,
         traceparent: str | None = None,
+        principal: str | None = None,
         is_async: bool = True,
         timeout_s: float | None = None,
         key: IdempotencyKey | None = None,
@@ -265,7 +268,8 @@ class EmbeddedEngine:
         self._check_running()
         raw = _as_json(inputs, "/inputs")
         self._agent(agent_name).input.decode(raw, "/inputs")
-        run = self._new_run(agent_name, raw, request_id, traceparent, is_async=is_async, timeout_s=timeout_s)
+        origin = {"request_id": request_id, "traceparent": valid_traceparent(traceparent), "principal": principal}
+        run = self._new_run(agent_name, raw, **origin, is_async=is_async, timeout_s=timeout_s)
         if not is_async and key is None:
             # Its end is written and waited for; its start is worth nothing without a caller.
             if len(self._runner.active) >= self._max_concurrency + self._max_queue:
@@ -350,7 +354,7 @@ class EmbeddedEngine:
     async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
         return self.store.list_runs(self._flock, wanted)
 
-    async def events(self, run_id: str, after: int = 0) -> AsyncIterator[Event | None]:
+    async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         told: Progress | None = None
         while True:
             active = self._runner.active.get(run_id)
@@ -379,17 +383,13 @@ class EmbeddedEngine:
         except KeyError:
             raise AgentNotFound(name, list(self._agents)) from None
 
-    def _new_run(
-        self, agent_name: str, inputs: msgspec.Raw, request_id: str | None, traceparent: str | None, **more: Any
-    ) -> Run:
+    def _new_run(self, agent_name: str, inputs: msgspec.Raw, **more: Any) -> Run:
         return Run(
             run_id=new_id(),
             flock=self._flock,
             agent_name=agent_name,
             inputs=inputs,
             created_at=now(),
-            request_id=request_id,
-            traceparent=traceparent,
             owner=self._engine_id,
             **more,
         )
@@ -502,6 +502,7 @@ class EmbeddedEngine:
         *,
         request_id: str | None = None,
         traceparent: str | None = None,
+        principal: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
         self._check_running()
@@ -519,11 +520,13 @@ class EmbeddedEngine:
             total_items=len(rows),
             created_at=now(),
             request_id=request_id,
+            principal=principal,
             owner=self._engine_id,
         )
+        origin = {"request_id": request_id, "traceparent": valid_traceparent(traceparent), "principal": principal}
         runs = [
-            self._new_run(agent_name, row, request_id, traceparent, batch_id=batch.batch_id, position=n, is_async=True)
-            for n, row in enumerate(rows)
+            self._new_run(agent_name, row, **origin, batch_id=batch.batch_id, position=position, is_async=True)
+            for position, row in enumerate(rows)
         ]
         with self._accepting_key(key):
             await self.store.accept_batch(batch, runs, self._max_items, key, then=self._start_batch)

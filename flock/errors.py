@@ -9,6 +9,10 @@
     │   ├── AgentNotFound
     │   ├── RunNotFound
     │   └── BatchNotFound
+    ├── AccessDenied             before anything is looked at
+    │   ├── Unauthenticated      nobody knows who asks
+    │   ├── Forbidden            somebody is known, or a page, and may not
+    │   └── WrongHost            another server is meant
     ├── Conflict                 what is asked for does not go with how things stand
     ├── KeyReused                an idempotency key was used for another request
     ├── Replayed                 not an error: the request was accepted before, under the same key
@@ -35,6 +39,7 @@ from typing import ClassVar
 import msgspec
 
 __all__ = [
+    "AccessDenied",
     "AgentError",
     "AgentNotFound",
     "BatchNotFound",
@@ -44,6 +49,7 @@ __all__ = [
     "EngineStopped",
     "FieldError",
     "FlockError",
+    "Forbidden",
     "Interrupted",
     "InvalidData",
     "InvalidHandoff",
@@ -61,7 +67,9 @@ __all__ = [
     "StepError",
     "StoreError",
     "TooManySteps",
+    "Unauthenticated",
     "Unstorable",
+    "WrongHost",
 ]
 
 
@@ -159,6 +167,22 @@ class EngineFull(FlockError):
 
 class EngineStopped(FlockError):
     """The engine takes no work: it was not started, or is stopping."""
+
+
+class AccessDenied(FlockError):
+    """The base of what is refused because of who asks, or from where."""
+
+
+class Unauthenticated(AccessDenied):
+    """There is no key, or none that is known."""
+
+
+class Forbidden(AccessDenied):
+    """Whoever asks may not do this."""
+
+
+class WrongHost(AccessDenied):
+    """The request names a host that this server is not."""
 
 
 class Conflict(FlockError):

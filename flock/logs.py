@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from flock.runs import Run
+from flock.runs import Run, sayable
 
 __all__ = ["JSONFormatter", "fields_of_run"]
 
@@ -36,9 +36,9 @@ class JSONFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": sayable(record.getMessage()),
         }
         line |= {name: value for name in EXTRA if (value := getattr(record, name, None)) is not None}
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line, enc_hook=str).decode()
+            line["exception"] = sayable(self.formatException(record.exc_info))
+        return msgspec.json.encode(line).decode()

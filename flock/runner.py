@@ -23,7 +23,7 @@ from flock.agents import Agent, Resources
 from flock.errors import Interrupted, OwnershipLost, QueueTimeout, StepError, StoreError, Unstorable
 from flock.llm import ModelClient
 from flock.logs import fields_of_run
-from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, now, sayable
+from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, sayable
 from flock.schema import INTERRUPTED
 from flock.store import RETRY_AFTER_S, Store
 from flock.threads import Threads
@@ -249,7 +249,8 @@ class Runner:
                 if run.is_async and run.batch_id is None:
                     self._store.flush_nowait()
                 self.tell_observers("run_started", run)
-            context = active.context = RunContext(run, step.agent.name, active.note_progress)
+            spend = functools.partial(self.tell_observers, "tokens_spent", step.agent.name)
+            context = active.context = RunContext(run, step.agent.name, active.note_progress, spend)
             context.cancel_requested = active.cancel_requested
             call_in_thread = functools.partial(self._threads.call, owner=active, deadline=active.scope.deadline)
             done = await run_step(step, Resources(self._models, call_in_thread), context)
@@ -338,7 +339,7 @@ class Runner:
             extra = fields_of_run(run) | {"status": run.status.value, "duration_ms": took_ms}
             logger.info(template, run.run_id, run.status, run.agent_name, took_ms, run.request_id, extra=extra)
 
-    def tell_observers(self, event: str, *about: Run | Step) -> None:
+    def tell_observers(self, event: str, *about: Run | Step | Usage | str) -> None:
         """Call the method *event* of each; what one of them gets wrong harms no run."""
         for observer in self._observers:
             try:

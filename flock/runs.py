@@ -9,9 +9,10 @@ JSON is kept as ``msgspec.Raw``: nothing mutable can pass from one run to anothe
 
 import math
 import os
+import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal, Protocol, Self
@@ -42,6 +43,7 @@ __all__ = [
     "new_id",
     "now",
     "sayable",
+    "valid_traceparent",
 ]
 
 
@@ -103,6 +105,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         flock: the name of the flock whose engine carries it.
         traceparent: of the request that asked for it (W3C Trace Context, section 3.2).
+        principal: the name of whom it belongs to; None where nobody asked who it was.
         is_async: nobody waits for the answer, so it is taken up again after a crash.
         attempt: how often it was begun, by a retry or after a crash; from 1.
         timeout_s: wall-clock seconds for one attempt, from its first step on.
@@ -124,6 +127,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     batch_id: str | None = None
     position: int | None = None
     traceparent: str | None = None
+    principal: str | None = None
     is_async: bool = False
     attempt: int = 1
     timeout_s: float | None = None
@@ -134,7 +138,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def trace_id(self) -> str | None:
-        return self.traceparent and self.traceparent.split("-")[1]
+        return self.traceparent and self.traceparent[3:35]
 
     @property
     def usage(self) -> Usage | None:
@@ -175,6 +179,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     started_at: datetime | None = None
     completed_at: datetime | None = None
     request_id: str | None = None
+    principal: str | None = None
     owner: str | None = None
 
 
@@ -208,6 +213,7 @@ class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
 
     status: RunStatus | None = None
     agent_name: str | None = None
+    principal: str | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
     after: str | None = None
@@ -281,6 +287,9 @@ class Observer(Protocol):
     def step_completed(self, step: Step) -> None:
         """An agent has had its turn."""
 
+    def tokens_spent(self, agent_name: str, usage: Usage) -> None:
+        """A model has answered an agent, whatever came of it."""
+
     def run_ended(self, run: Run) -> None:
         """A run is in its final state."""
 
@@ -297,7 +306,13 @@ class RunContext:
             returns or raises; an async one is cancelled at its next await, and needs not look.
     """
 
-    def __init__(self, run: Run, agent_name: str, tell: Callable[[Progress], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        agent_name: str,
+        tell: Callable[[Progress], None],
+        spend: Callable[[Usage], None] = lambda usage: None,
+    ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
         self.attempt = run.attempt
@@ -305,6 +320,8 @@ class RunContext:
         self.traceparent = run.traceparent
         self.cancel_requested = False
         self._tell = tell
+        #: told of what each answer of a model cost, usable or not
+        self.spend = spend
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Say how far the work is. Of many calls in a short time only the last one is kept.
@@ -356,6 +373,7 @@ class Engine(Protocol):
         *,
         request_id: str | None = None,
         traceparent: str | None = None,
+        principal: str | None = None,
         is_async: bool = True,
         timeout_s: float | None = None,
         key: IdempotencyKey | None = None,
@@ -365,7 +383,9 @@ class Engine(Protocol):
         Args:
             inputs: a value for each field of the agent's input signature: a mapping, or the text of a JSON object.
             request_id: the id under which the caller's request is logged.
-            traceparent: the trace that the caller's request is part of; it is handed to model calls.
+            traceparent: the trace that the caller's request is part of (W3C Trace Context), for model calls; one that
+                is not valid counts as none.
+            principal: whom it belongs to.
             is_async: nobody waits for the answer. The run is on disk on return, and goes on after a crash. Otherwise it
                 is written on the way, and ends as interrupted if the process dies.
             timeout_s: wall-clock seconds for each attempt, at most the engine's own limit.
@@ -395,6 +415,7 @@ class Engine(Protocol):
         *,
         request_id: str | None = None,
         traceparent: str | None = None,
+        principal: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
         """Accept one batch and return at once. Every item is checked first: all of them start, or none.
@@ -430,7 +451,7 @@ class Engine(Protocol):
     async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
         """One page of runs that are no items, newest first, without their steps."""
 
-    def events(self, run_id: str, after: int = 0) -> AsyncIterator[Event | None]:
+    def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """The events of a run behind the id *after*, as they happen, to its end; None after 15 s without one.
 
         Raises RunNotFound before the first. A reader that is slow misses progress, and nothing else.
@@ -441,6 +462,16 @@ class Engine(Protocol):
 
     async def get_items(self, batch_id: str, *, after: int = -1, limit: int = 1000) -> Sequence[Run]:
         """Up to *limit* items of a batch from the position behind *after* on, in order. Raises BatchNotFound."""
+
+
+#: A later version may have more behind what version 00 has.
+TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(-.*)?")
+
+
+def valid_traceparent(sent: str | None) -> str | None:
+    """As version 00 has it; one that is not valid counts as none (W3C Trace Context, sections 3.2 and 4.3)."""
+    found = TRACEPARENT.fullmatch(sent or "")
+    return None if found is None or (found[1] == "00" and found[3]) else f"00{found[2]}"
 
 
 def sayable(value: object) -> str:

@@ -124,18 +124,29 @@ def _add_traceparent(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE runs ADD COLUMN traceparent TEXT")
 
 
-MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [_create_tables, _add_traceparent]
+def _add_principal(db: sqlite3.Connection) -> None:
+    for statement in (
+        "ALTER TABLE runs ADD COLUMN principal TEXT",
+        "ALTER TABLE batches ADD COLUMN principal TEXT",
+        # Only those who have keys pay for it.
+        "CREATE INDEX runs_by_principal ON runs (flock, principal, status, run_id) "
+        "WHERE batch_id IS NULL AND principal IS NOT NULL",
+    ):
+        db.execute(statement)
+
+
+MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [_create_tables, _add_traceparent, _add_principal]
 
 
 # Rows
 
 FIELDS = (
     "run_id flock agent_name inputs status result error error_type created_at started_at completed_at request_id "
-    "batch_id position is_async attempt timeout_s owner cancel_requested progress traceparent"
+    "batch_id position is_async attempt timeout_s owner cancel_requested progress traceparent principal"
 ).split()
 COLUMNS = ", ".join(FIELDS)
 #: What stands for a column that is not read.
-EMPTY = {"inputs": "x'7b7d'", "result": "NULL", "traceparent": "NULL"}
+EMPTY = {"inputs": "x'7b7d'", "result": "NULL", "traceparent": "NULL", "principal": "NULL"}
 # What a failed commit may have written all the same is written again.
 INSERT_RUN = f"INSERT OR REPLACE INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
 UPDATE_RUN = """UPDATE runs
@@ -211,6 +222,7 @@ def insert_run(db: sqlite3.Connection, run: Run) -> None:
             run.cancel_requested,
             run.progress and msgspec.json.encode(run.progress),
             run.traceparent,
+            run.principal,
         ),
     )
 
@@ -278,11 +290,11 @@ def step_from(row: Sequence[Any]) -> Step:
 
 BATCH_COLUMNS = (
     "batch_id, flock, agent_name, options, status, total_items, completed_items, failed_items, cancelled_items, error, "
-    "created_at, started_at, completed_at, request_id, owner"
+    "created_at, started_at, completed_at, request_id, owner, principal"
 )
 INSERT_BATCH = """INSERT INTO batches
-    (batch_id, flock, agent_name, options, status, total_items, created_at, request_id, owner)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    (batch_id, flock, agent_name, options, status, total_items, created_at, request_id, owner, principal)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 INTERRUPT_SYNC = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
     WHERE owner = ? AND status IN ('starting', 'running') AND NOT is_async RETURNING run_id"""
 TAKE_BATCHES = "UPDATE batches SET owner = ? WHERE owner = ? AND status IN ('starting', 'running')"
@@ -339,6 +351,8 @@ def listing(columns: str, statuses: Iterable[str], conditions: str, also: str = 
     that there is takes its time at each write.
     """
     index = "runs_by_both" if "agent_name = " in conditions else "runs_by_status"
+    if "principal = " in conditions:
+        index = "runs_by_principal"
     ranges = [
         f"SELECT {columns} FROM runs INDEXED BY {index} WHERE batch_id IS NULL AND {conditions} AND status = '{status}'"
         for status in statuses

@@ -98,6 +98,8 @@ def serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSetti
 
     Raises: StoreError where the store cannot be used.
     """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # and not without tidying up
     with _metrics_folder():
         sys.exit(_serve_workers(load, workers, settings))
 
@@ -125,7 +127,7 @@ def _serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSett
     told_to_stop, wakes = socket.socketpair()
     wakes.setblocking(False)
     signal.set_wakeup_fd(wakes.fileno())
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the byte in the socket says it
     start = functools.partial(_start_worker, load, settings, listener)
     return _keep_running(start, workers, told_to_stop, forget=app.metrics.forget_process if app.metrics else None)

@@ -286,8 +286,12 @@ class Signature:
     def of_parameters(cls, function: Callable[..., Any]) -> "Signature":
         """What *function* takes: one field for each parameter. Raises SignatureError."""
         hints, name = _hints(function), name_of(function)
+        try:
+            parameters = inspect.signature(function).parameters
+        except ValueError as exc:
+            raise SignatureError(f"{name}: Python does not know its parameters. Wrap it in a function.") from exc
         fields = []
-        for parameter in inspect.signature(function).parameters.values():
+        for parameter in parameters.values():
             if hints.get(parameter.name) is RunContext:
                 continue
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):

@@ -434,7 +434,7 @@ class Store:
 
     def list_runs(self, flock: str, wanted: RunFilter) -> list[Run]:
         """One page of runs that are no items, newest first, without their steps."""
-        left_out = {"traceparent"}  # it lies behind what is long
+        left_out = {"traceparent", "principal"}  # they lie behind what is long
         left_out |= {
             name for name, asked in (("inputs", wanted.with_inputs), ("result", wanted.with_results)) if not asked
         }
@@ -443,6 +443,7 @@ class Store:
         values: dict[str, Any] = {"flock": flock, "limit": wanted.limit}
         for condition, value in (
             ("agent_name = :agent_name", wanted.agent_name),
+            ("principal = :principal", wanted.principal),
             ("run_id < :after", wanted.after),
             ("run_id > :low", None if wanted.created_after is None else schema.id_at(wanted.created_after, 1)),
             ("run_id < :high", None if wanted.created_before is None else schema.id_at(wanted.created_before)),
@@ -527,6 +528,7 @@ class Store:
                 schema.micros(batch.created_at),
                 batch.request_id,
                 batch.owner,
+                batch.principal,
             )
             db.execute(schema.INSERT_BATCH, values)
             for item in items:

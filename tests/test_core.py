@@ -103,3 +103,16 @@ def test_whatever_is_callable_with_typed_parameters_is_an_agent() -> None:
     assert flock.run("Counter", {"text": "one eleven"}) == {"result": 2}
     with pytest.raises(SignatureError, match="needs a type"):
         flock.add_agent(lambda text: text)
+    with pytest.raises(DefinitionError, match="is a class"):
+        flock.add_agent(Counter)
+
+
+def test_what_yields_or_has_no_parameters_known_to_python_is_refused() -> None:
+    class Yields:
+        def __call__(self, text: str) -> Any:
+            yield text
+
+    with pytest.raises(DefinitionError, match="yields"):
+        Flock().add_agent(Yields())
+    with pytest.raises(SignatureError, match="Wrap it in a function"):
+        Flock().add_agent(max)

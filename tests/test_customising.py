@@ -125,8 +125,9 @@ async def test_auth_guards_all_but_what_describes_the_app() -> None:
         for method, path in (("POST", "/run/flock"), ("GET", "/runs"), ("GET", "/whoami"), ("GET", "/nowhere")):
             refused = await client.request(method, path, content=b"not even JSON")
             assert (refused.status_code, refused.json()["title"]) == (401, "Unauthorized")
-            assert refused.headers["WWW-Authenticate"] == """Bearer realm="A 'name'\""""
+            assert refused.headers["WWW-Authenticate"] == 'Bearer realm="A name"'
             assert refused.json()["request_id"] == refused.headers["X-Request-ID"]
+            assert refused.headers["Connection"] == "close", "the body was not read"
         for path in ("/docs", "/redoc", "/static/docs.js", "/openapi.yaml", "/openapi.json", "/healthz", "/readyz"):
             assert (await client.get(path)).status_code == 200
         client.headers["Authorization"] = "Bearer of-ann"
@@ -158,6 +159,34 @@ async def test_auth_sees_what_middleware_of_the_host_knows_and_may_refuse_in_its
         assert (await client.get("/whoami?ann")).json() == {"name": "ann"}
         refused = (await client.get("/whoami?expired")).json()
         assert (refused["status"], refused["detail"]) == (403, "Log in again.")
+
+
+async def test_what_stands_before_an_open_page_is_not_open() -> None:
+    routes = [Route("/docs", whoami), Route("/static/{path:path}", whoami)]
+    async with client_of(create_app(sample_flock(), auth=by_key, docs=False, routes=routes)) as client:
+        for path in ("/docs", "/static/docs.js", "/redoc", "/static/../runs", "//runs", "/runs/"):
+            assert (await client.get(path)).status_code == 401
+
+
+@pytest.mark.parametrize("found", [False, None, 0, "ann", {"name": "ann"}])
+async def test_only_a_principal_lets_in(found: Any) -> None:
+    async with client_of(create_app(sample_flock(), auth=lambda connection: found)) as client:
+        assert (await client.get("/runs")).status_code == 401
+
+
+@pytest.mark.parametrize(("server_name", "realm"), [("Агенты", ""), ("A\r\nX-Forged: 1", "AX-Forged: 1")])
+async def test_any_name_of_the_server_may_be_its_realm(server_name: str, realm: str) -> None:
+    async with client_of(create_app(sample_flock(), auth=lambda _: None, server_name=server_name)) as client:
+        refused = await client.get("/runs")
+        assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, f'Bearer realm="{realm}"')
+
+
+async def test_a_status_that_http_does_not_know_is_passed_on() -> None:
+    def teapot(connection: HTTPConnection) -> Principal:
+        raise HTTPException(499, "Come back never.")
+
+    async with client_of(create_app(sample_flock(), auth=teapot)) as client:
+        assert (await client.get("/runs")).json()["title"] == "Status 499"
 
 
 async def test_a_websocket_without_a_principal_is_closed() -> None:

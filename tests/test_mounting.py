@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from flock.core import Flock
-from flockapi import create_app
+from flockapi import FlockAPI, create_app
 from tests.fakes import ROOT, running, sample_flock
 from tests.test_http_lifecycle import Served, events_in
 
@@ -266,6 +266,87 @@ async def test_two_apps_on_one_flock_share_one_engine() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t") as client:
             run_id = (await client.post("/one/run/flock", json=NAP)).json()["run_id"]
             assert (await client.get(f"/two/run/{run_id}")).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_apps_that_start_together_are_one_start_and_the_last_to_leave_ends_it() -> None:
+    """Each in a task of its own, as two servers are; whoever was first may leave first."""
+    flock = sleeper()
+    apps = [create_app(flock), create_app(flock)]
+    go = [asyncio.Event(), asyncio.Event()]
+    started = asyncio.Queue[int]()
+
+    async def serve(number: int) -> None:
+        async with apps[number].lifespan():
+            started.put_nowait(number)
+            await go[number].wait()
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        servers = [tasks.create_task(serve(number)) for number in (0, 1)]
+        first, second = await started.get(), await started.get()
+        go[first].set()
+        await servers[first]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(apps[second]), base_url="http://t") as client:
+            assert (await client.get("/readyz")).status_code == 200
+            go[second].set()
+            await servers[second]
+            assert (await client.get("/readyz")).json()["engine"] == "stopped"
+
+
+@pytest.mark.anyio
+async def test_a_lifespan_may_begin_while_a_first_request_opens_the_engine() -> None:
+    flock = sleeper()
+    one, two = create_app(flock), create_app(flock)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(one), base_url="http://t") as client:
+        request = asyncio.create_task(client.get("/readyz"))
+        async with two.lifespan():
+            assert (await request).status_code == 200
+
+
+def test_a_new_app_begins_anew_after_an_old_one_ended() -> None:
+    """They share an engine as long as the old one is not collected, and not its end."""
+    flock = sleeper()
+
+    async def live(app: FlockAPI, *, with_lifespan: bool) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            async with app.lifespan() if with_lifespan else contextlib.nullcontext():
+                return (await client.get("/runs")).status_code
+
+    old, new = create_app(flock), create_app(flock)
+    assert old.engine is new.engine
+    assert asyncio.run(live(old, with_lifespan=True)) == 200
+    assert asyncio.run(live(new, with_lifespan=False)) == 200
+
+
+def test_an_engine_is_in_one_loop_at_a_time() -> None:
+    flock = sleeper()
+    one, two = create_app(flock), create_app(flock)
+
+    async def ask_in_another_loop() -> Any:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(two), base_url="http://t") as client:
+            return (await client.get("/runs")).json()
+
+    async def main() -> None:
+        async with one.lifespan():
+            problem = await asyncio.to_thread(asyncio.run, ask_in_another_loop())
+            assert (problem["status"], "another event loop" in problem["detail"]) == (503, True)
+
+    asyncio.run(main())
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("root_path", ["", "/proxy"])
+async def test_a_host_below_a_mount_may_cut_the_path(root_path: str) -> None:
+    app = create_app(sleeper(), store=":memory:")
+
+    async def cutting(scope: Any, receive: Any, send: Any) -> None:
+        cut = "/" + scope["path"].rpartition("/ai/")[2]
+        await app({**scope, "path": cut, "root_path": f"{scope['root_path']}/ai"}, receive, send)
+
+    host = Starlette(routes=[Mount("/x", cutting)])
+    transport = httpx.ASGITransport(host, root_path=root_path)
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+        assert (await client.get("/x/ai/agents")).status_code == 200
 
 
 def state_of_the_process() -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
 import signal
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,15 +17,21 @@ import httpx
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flock import schema
 from flock.core import Flock
 from flock.errors import DefinitionError
+from flock.logs import JSONFormatter
 from flock.metrics import Metrics
 from flock.runs import Run, RunContext, now
 from flock.store import Store
 from flockapi import create_app
-from tests.fakes import FakeModel, answer, error, flockapi_command, running
+from tests.fakes import ROOT, FakeModel, answer, error, flockapi_command, running
 from tests.test_api import wait_for, wait_until
 from tests.test_http_lifecycle import Served
 
@@ -87,6 +95,13 @@ async def test_two_traces_are_none_and_a_model_is_told_nothing_then(
     body = {"agent_name": "text_analyzer", "inputs": {"text": "hi"}}
     assert (await client.post("/run/flock", json=body, headers=headers)).json()["traceparent"] is None
     assert "traceparent" not in model.headers[0]
+
+
+async def test_a_trace_that_a_program_passes_on_is_checked_too(flock: Flock) -> None:
+    async with flock.engine() as engine:
+        for sent, kept in (("garbage", None), ("", None), (TRACEPARENT, TRACEPARENT)):
+            run = await engine.submit("add", {"a": 1}, traceparent=sent)
+            assert (await engine.wait(run.run_id)).traceparent == kept
 
 
 async def test_a_store_of_the_version_before_traces_is_brought_into_form(flock: Flock, tmp_path: Path) -> None:
@@ -185,6 +200,11 @@ def test_the_log_can_be_json_lines(tmp_path: Path) -> None:
     assert any(line["logger"] == "uvicorn.access" and "POST /run/flock" in line["message"] for line in lines)
 
 
+def test_a_record_with_a_lone_surrogate_is_a_line_too() -> None:
+    record = logging.makeLogRecord({"msg": "bad %s", "args": ("\ud800",), "levelname": "INFO"})
+    assert json.loads(JSONFormatter().format(record))["message"] == "bad ?"
+
+
 # Metrics
 
 
@@ -275,11 +295,84 @@ async def test_a_run_that_ended_with_its_server_is_counted_by_the_next(flock: Fl
         await store.enter("gone", "sample")
         old = Run(run_id="1", flock="sample", agent_name="left", inputs=msgspec.Raw(b"{}"), created_at=now())
         await store.save(msgspec.structs.replace(old, owner="gone"), is_new=True)
-    (tmp_path / "flock.db-engine-gone").unlink()
+        await store.leave("gone")
     app = create_app(flock, store=tmp_path / "flock.db")
     async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         assert (await client.get("/run/1")).json()["error_type"] == "interrupted"
         assert (await metrics_of(client))["flock_runs_total _OTHER failed"] == 1
+
+
+async def test_tokens_of_answers_that_were_of_no_use_are_counted(client: httpx.AsyncClient, model: FakeModel) -> None:
+    model.replies = [answer("no JSON")] * 3
+    body = {"agent_name": "text_analyzer", "inputs": {"text": "hi"}}
+    assert (await client.post("/run/flock", json=body)).json()["error_type"] == "invalid_output"
+    assert (await metrics_of(client))["flock_tokens_total text_analyzer input"] == 30
+
+
+async def test_apps_on_one_engine_count_together_and_once(flock: Flock) -> None:
+    apps = [create_app(flock, store=":memory:") for _ in range(50)]
+    body = {"agent_name": "add", "inputs": {"a": 1}}
+    for app in apps[:2]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            await client.post("/run/flock", json=body)
+            seen = await metrics_of(client)
+    assert seen["flock_runs_total add completed"] == 2
+    assert seen["http_server_request_duration_seconds_count POST 200 /run/flock"] == 2
+
+
+async def test_a_route_is_labelled_by_its_template_whatever_middleware_does(flock: Flock) -> None:
+    async def hello(request: Request) -> Response:
+        return Response()
+
+    def copying(app: ASGIApp) -> ASGIApp:
+        async def copy(scope: Scope, receive: Receive, send: Send) -> None:
+            await app({**scope}, receive, send)
+
+        return copy
+
+    app = create_app(
+        flock,
+        store=":memory:",
+        routes=[Route("/one/{x}", hello), Route("/two/{y}", hello)],
+        middleware=[Middleware(copying)],
+    )
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        for path in ("/one/1", "/two/2", "/two/3", "/static/docs.js"):
+            await client.get(path)
+        seen = await metrics_of(client)
+    requests = "http_server_request_duration_seconds_count GET 200"
+    assert (seen[f"{requests} /one/{{x}}"], seen[f"{requests} /two/{{y}}"], seen[f"{requests} /static"]) == (1, 2, 1)
+
+
+TWO_APPS = """
+import asyncio, httpx
+from flock.core import Flock
+from flockapi import create_app
+
+async def main():
+    for name in ("one", "two"):
+        flock = Flock(name)
+        flock.agent(name="same")(give)
+        app = create_app(flock, store=":memory:")
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            for _ in range(3):
+                await client.post("/run/flock", json={"agent_name": "same"})
+            print((await client.get("/metrics")).text)
+
+def give() -> int:
+    return 1
+
+asyncio.run(main())
+"""
+
+
+def test_two_apps_in_a_process_that_shares_its_folder_are_one_sum(tmp_path: Path) -> None:
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", TWO_APPS], env=env, capture_output=True, text=True, check=True)
+    assert re.findall(r'flock_runs_total{agent_name="same",status="completed"} (\S+)', done.stdout) == ["3.0", "6.0"]
+    env["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path / "nowhere")
+    done = subprocess.run([sys.executable, "-c", TWO_APPS], env=env, capture_output=True, text=True, check=False)
+    assert "DefinitionError: PROMETHEUS_MULTIPROC_DIR names a folder that cannot be used" in done.stderr
 
 
 async def test_metrics_are_there_while_the_engine_is_not(flock: Flock, tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ class Counter:
 
     def step_completed(self, step: Step) -> None: ...
 
+    def tokens_spent(self, agent_name: str, usage: Usage) -> None: ...
+
     def run_ended(self, run: Run) -> None:
         self.ended += run.status is RunStatus.COMPLETED
 

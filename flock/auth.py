@@ -1,0 +1,223 @@
+"""Keys, whom they belong to, and what those may see.
+
+A key is kept as its SHA-256 only, and compared in constant time; a random key of 256 bits needs no slower hash.
+"""
+
+import contextlib
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from msgspec.structs import replace
+
+from flock.errors import BatchNotFound, DefinitionError, Forbidden, RunNotFound, WrongHost
+from flock.runs import (
+    Batch,
+    BatchOptions,
+    Engine,
+    EngineHealth,
+    Event,
+    IdempotencyKey,
+    Inputs,
+    Observer,
+    Principal,
+    Queue,
+    Run,
+    RunFilter,
+)
+
+__all__ = ["KeyRing", "OwnEngine", "check_host", "check_origin", "new_key", "read_keys"]
+
+#: What stands behind the name of a principal whose key opens everything.
+ADMIN = ":admin"
+#: A shorter key could be guessed, in characters.
+MIN_KEY_LENGTH = 16
+
+
+def new_key() -> str:
+    """A key of 256 random bits. Its prefix lets people and scanners see what it is."""
+    return f"fk_{secrets.token_urlsafe(32)}"
+
+
+def read_keys(text: str) -> dict[str, str]:
+    """Keys by name, from ``name=key`` separated by commas or lines; a line that begins with ``#`` is left out.
+
+    Raises DefinitionError, which never shows a key.
+    """
+    keys: dict[str, str] = {}
+    entries = [entry.strip() for line in text.splitlines() if line.lstrip()[:1] != "#" for entry in line.split(",")]
+    for number, entry in enumerate(filter(None, entries), 1):
+        name, equals, key = (part.strip() for part in entry.partition("="))
+        if not equals or name in keys:
+            what = f"the name {name!r} is there twice" if equals else "it is not NAME=KEY"
+            raise DefinitionError(f"Entry {number} of the API keys cannot be used: {what}.")
+        keys[name] = key
+    return keys
+
+
+class KeyRing:
+    """Who may come in by which key.
+
+    Args:
+        keys: by the name of their principal; ``"ops:admin"`` is the admin "ops".
+
+    Raises: DefinitionError where a name is none, or a key is too short or there twice.
+    """
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        self._principals: dict[bytes, Principal] = {}
+        for name, key in keys.items():
+            bare = name.removesuffix(ADMIN)
+            if not re.fullmatch(r"[\w.@-]{1,64}", bare, re.ASCII):
+                raise DefinitionError(f"{name!r} cannot name a key: use up to 64 letters, digits and '_.@-'.")
+            if len(key) < MIN_KEY_LENGTH or not re.fullmatch(r"[!-~]+", key):
+                raise DefinitionError(
+                    f"The key of {name!r} cannot be used: a key has at least {MIN_KEY_LENGTH} visible ASCII characters "
+                    "and no spaces. 'flockapi key' makes one."
+                )
+            principal = Principal(name=bare, admin=name.endswith(ADMIN))
+            if self._principals.setdefault(_digest(key), principal) is not principal:
+                raise DefinitionError(f"{name!r} has the key of another name. Give each its own.")
+        if not self._principals:
+            raise DefinitionError("There is no API key, so nobody could come in. Name one, or leave api_keys out.")
+
+    def find(self, key: str) -> Principal | None:
+        """Whose key it is. It takes as long whether there is one or not."""
+        sent, found = _digest(key), None
+        for digest, principal in self._principals.items():
+            if hmac.compare_digest(digest, sent):
+                found = principal
+        return found
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def check_host(host: str, allowed: Collection[str]) -> None:
+    """Raise WrongHost where ``Host`` names none of *allowed*: by DNS rebinding a foreign page comes by its own name."""
+    name = re.sub(r":\d*$", "", host).lower()
+    if name not in allowed:
+        raise WrongHost(f"This server answers as {', '.join(sorted(allowed))}, and not as {name[:100]!r}.")
+
+
+def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
+    """Raise Forbidden where a browser's page of another origin sends what changes something: it could spend money.
+
+    Browsers say where a request comes from, by ``Sec-Fetch-Site``, and older ones by ``Origin``, which is compared with
+    ``Host`` then. Other clients send neither.
+    """
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+    if site:
+        is_own = site in ("same-origin", "none")
+    else:
+        is_own = origin is None or urlsplit(origin).netloc == headers.get("host")
+    if not is_own and origin not in allowed:
+        page = "A page of another origin" if origin is None else f"A page of {origin[:100]}"
+        raise Forbidden(f"{page} may not do this. The server's owner can let it: cors_origins=")
+
+
+class OwnEngine:
+    """An ``Engine`` as one principal sees it: what belongs to others is not there, unless it is an admin's view."""
+
+    def __init__(self, engine: Engine, principal: Principal) -> None:
+        self._engine = engine
+        self._principal = principal
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._engine.is_leaving
+
+    async def __aenter__(self) -> Self:
+        await self._engine.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._engine.__aexit__(*exc_info)
+
+    async def drain(self, timeout_s: float) -> None:
+        await self._engine.drain(timeout_s)
+
+    def check_ready(self) -> None:
+        self._engine.check_ready()
+
+    def health(self) -> EngineHealth:
+        return self._engine.health()
+
+    def observe(self, observer: Observer) -> None:
+        self._engine.observe(observer)
+
+    async def queue(self) -> Queue:
+        return await self._engine.queue()
+
+    async def submit(
+        self, agent_name: str, inputs: Inputs, *, key: IdempotencyKey | None = None, **options: Any
+    ) -> Run:
+        options = {"principal": self._principal.name, **options, "key": self._own(key)}
+        return await self._engine.submit(agent_name, inputs, **options)
+
+    async def submit_batch(
+        self,
+        agent_name: str,
+        items: Sequence[Inputs],
+        options: BatchOptions,
+        *,
+        key: IdempotencyKey | None = None,
+        **more: Any,
+    ) -> Batch:
+        more = {"principal": self._principal.name, **more, "key": self._own(key)}
+        return await self._engine.submit_batch(agent_name, items, options, **more)
+
+    async def get_run(self, run_id: str) -> Run:
+        run = await self._engine.get_run(run_id)
+        if not self._may_see(run):
+            raise RunNotFound(run_id)
+        return run
+
+    async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
+        await self.get_run(run_id)
+        return await self._engine.wait(run_id, timeout_s)
+
+    async def cancel_run(self, run_id: str) -> Run:
+        await self.get_run(run_id)
+        return await self._engine.cancel_run(run_id)
+
+    async def retry_run(self, run_id: str) -> Run:
+        await self.get_run(run_id)
+        return await self._engine.retry_run(run_id)
+
+    async def delete_run(self, run_id: str) -> None:
+        await self.get_run(run_id)
+        await self._engine.delete_run(run_id)
+
+    async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
+        return await self._engine.list_runs(
+            wanted if self._principal.admin else replace(wanted, principal=self._principal.name)
+        )
+
+    async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+        await self.get_run(run_id)
+        async with contextlib.aclosing(self._engine.events(run_id, after)) as events:
+            async for event in events:
+                yield event
+
+    async def get_batch(self, batch_id: str) -> Batch:
+        batch = await self._engine.get_batch(batch_id)
+        if not self._may_see(batch):
+            raise BatchNotFound(batch_id)
+        return batch
+
+    async def get_items(self, batch_id: str, *, after: int = -1, limit: int = 1000) -> Sequence[Run]:
+        await self.get_batch(batch_id)
+        return await self._engine.get_items(batch_id, after=after, limit=limit)
+
+    def _may_see(self, record: Run | Batch) -> bool:
+        return self._principal.admin or record.principal == self._principal.name
+
+    def _own(self, key: IdempotencyKey | None) -> IdempotencyKey | None:
+        """The same key of two principals is two keys; neither has a space in it."""
+        return key and replace(key, key=f"{self._principal.name} {key.key}")
