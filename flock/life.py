@@ -70,7 +70,7 @@ class Life:
             if is_first:
                 with anyio.CancelScope(shield=True):
                     await self._all_left.wait()
-                    await stack.aclose()
+                await stack.aclose()
 
     async def begin(self) -> None:
         """Open the engine, unless it is open, up to the end of the event loop.
