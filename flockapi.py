@@ -17,6 +17,7 @@ import http
 import inspect
 import logging
 import operator
+import os
 import re
 import secrets
 import sys
@@ -44,7 +45,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from flock.auth import KeyRing, OwnEngine, check_host, check_origin
+from flock.auth import KEYS_VARIABLE, KeyRing, OwnEngine, check_host, check_origin, read_keys
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
 from flock.errors import (
@@ -1071,8 +1072,8 @@ class FlockAPI(Starlette):
         routes: Starlette routes that come before the app's own. ``await engine_of(request)`` is the engine in them, and
             ``request.app.flock`` the flock; ``openapi_paths`` describes them in the served specification.
         api_keys: who may come in, by name, with the key that each sends as ``Authorization: Bearer`` or ``X-API-Key``;
-            ``"ops:admin"`` sees what belongs to others, and ``/metrics``. Without it, and without *auth*, that is the
-            host's business.
+            ``"ops:admin"`` sees what belongs to others, and ``/metrics``. If None, ``FLOCK_API_KEYS``, such as
+            ``alice=...,ops:admin=...``; without that, and without *auth*, it is the host's business.
         auth: in place of keys, a function of the connection, sync or async, that gives a ``Principal``, or None, which
             is answered with 401 before the body is read. It guards all but the docs pages, the specification,
             ``/healthz`` and ``/readyz``, and runs behind *middleware*.
@@ -1115,6 +1116,8 @@ class FlockAPI(Starlette):
         docs: bool | None = True,
         metrics: bool | None = None,
     ) -> None:
+        if api_keys is None and auth is None and os.environ.get(KEYS_VARIABLE):
+            api_keys = read_keys(os.environ[KEYS_VARIABLE])
         if api_keys is not None:
             if auth is not None:
                 raise DefinitionError("Pass either auth= or api_keys=: only one of them can say who may come in.")

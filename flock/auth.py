@@ -32,6 +32,8 @@ from flock.runs import (
 
 __all__ = ["KeyRing", "OwnEngine", "check_host", "check_origin", "new_key", "read_keys"]
 
+#: The environment's variable for keys.
+KEYS_VARIABLE = "FLOCK_API_KEYS"
 #: What stands behind the name of a principal whose key opens everything.
 ADMIN = ":admin"
 #: A shorter key could be guessed, in characters.
@@ -219,5 +221,4 @@ class OwnEngine:
         return self._principal.admin or record.principal == self._principal.name
 
     def _own(self, key: IdempotencyKey | None) -> IdempotencyKey | None:
-        """The same key of two principals is two keys; neither has a space in it."""
-        return key and replace(key, key=f"{self._principal.name} {key.key}")
+        return key and replace(key, principal=self._principal.name)

@@ -15,6 +15,7 @@ import click
 import msgspec
 
 from flock import __version__
+from flock.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.core import Flock
 from flock.errors import FlockError
 from flock.server import ServerSettings, serve_flock, serve_workers
@@ -199,17 +200,34 @@ model_option = click.option(
     metavar="SECONDS",
     help="How long runs that somebody waits for may go on when the server is told to stop.",
 )
+@click.option(
+    "--api-keys-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keys that requests need, NAME=KEY a line; NAME:admin sees all. Beside those in FLOCK_API_KEYS.",
+)
+@click.option("--allow-anonymous", is_flag=True, help="Ask nobody for a key, wherever it listens.")
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this origin call the server from a browser; may be given many times.",
+)
 @click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
 @click.option(
     "--metrics/--no-metrics",
     default=None,
     help="Serve /metrics for Prometheus.  [default: where the extra is installed: pip install 'flockapi[metrics]']",
 )
-def serve(target: str, model: str | None, workers: int, **options: Any) -> None:
-    """Serve the flock that TARGET names over HTTP."""
-    settings = ServerSettings(**options)
+def serve(target: str, model: str | None, workers: int, api_keys_file: Path | None, **options: Any) -> None:
+    """Serve the flock that TARGET names over HTTP.
+
+    Where others can connect, every request needs a key. If none is named, one is made and printed at the start.
+    """
     load = functools.partial(_load_with_model, target, model)
     try:
+        settings = ServerSettings(**options, api_keys=_keys(api_keys_file))
         if workers == 1:
             serve_flock(load(), settings)
         elif settings.store == MEMORY:
@@ -220,6 +238,19 @@ def serve(target: str, model: str | None, workers: int, **options: Any) -> None:
             serve_workers(load, workers, settings)
     except FlockError as exc:
         raise click.ClickException(str(exc)) from exc
+
+
+def _keys(file: Path | None) -> dict[str, str] | None:
+    """The keys of the file and of the environment; None where there is neither."""
+    texts = [] if file is None else [file.read_text("utf-8")]
+    texts += [text] if (text := os.environ.get(KEYS_VARIABLE)) else []
+    return read_keys("\n".join(texts)) if texts else None
+
+
+@main.command()
+def key() -> None:
+    """Print a new API key: 256 random bits."""
+    click.echo(new_key())
 
 
 def _load_with_model(target: str, model: str | None) -> Flock:

@@ -145,19 +145,27 @@ class Flock:
         server_name: str = "Flock Server",
         create_ui: bool = False,
         custom_endpoints: Sequence[Any] = (),
+        api_keys: Mapping[str, str] | None = None,
+        allow_anonymous: bool = False,
     ) -> None:
         """Serve the agents over HTTP until the process is told to stop. It blocks.
+
+        On an address that others can reach every request needs a key. Where none is named one is made, and printed.
 
         Args:
             port: 0 takes a free one.
             server_name: the title of the docs pages and of the served specification.
             create_ui: kept for scripts that pass it; there is no web page yet.
             custom_endpoints: Starlette routes of your own; see ``routes`` of ``flockapi.create_app``.
+            api_keys: by name; see ``flockapi.create_app``. If None, ``FLOCK_API_KEYS``.
+            allow_anonymous: let everybody in who can connect.
         """
         # The one import that points up: the user's script asks for the server here.
         from flock.server import ServerSettings, serve_flock
 
-        settings = ServerSettings(host=host, port=port, server_name=server_name)
+        settings = ServerSettings(
+            host=host, port=port, server_name=server_name, api_keys=api_keys, allow_anonymous=allow_anonymous
+        )
         serve_flock(self, settings, create_ui=create_ui, routes=custom_endpoints)
 
 

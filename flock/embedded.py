@@ -405,13 +405,13 @@ class EmbeddedEngine:
         if key is None:
             yield
             return
-        if key.key in self._accepting:
+        if key.kept_as in self._accepting:
             raise Conflict(f"A request with the idempotency key {key.key!r} is being accepted at this moment.")
-        self._accepting.add(key.key)
+        self._accepting.add(key.kept_as)
         try:
             yield
         finally:
-            self._accepting.discard(key.key)
+            self._accepting.discard(key.kept_as)
 
     # What goes on beside the runs
 

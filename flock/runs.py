@@ -195,10 +195,16 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):
-    """What makes two requests the same: the client's key, and a fingerprint of what was asked for."""
+    """What makes two requests the same: the client's key, a fingerprint of what was asked for, and whose key it is."""
 
     key: str
     fingerprint: bytes
+    principal: str | None = None
+
+    @property
+    def kept_as(self) -> str:
+        """The same key of two principals is two keys; neither part has a space in it."""
+        return self.key if self.principal is None else f"{self.principal} {self.key}"
 
 
 class RunFilter(msgspec.Struct, frozen=True, kw_only=True):

@@ -331,7 +331,7 @@ def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) ->
     if key is None:
         return
     query = "SELECT fingerprint, made_id FROM idempotency_keys WHERE flock = ? AND key = ?"
-    found = db.execute(query, (flock, key.key)).fetchone()
+    found = db.execute(query, (flock, key.kept_as)).fetchone()
     if found is not None:
         raise Replayed(found[1]) if found[0] == key.fingerprint else KeyReused(key.key)
 
@@ -340,7 +340,7 @@ def insert_key(
     db: sqlite3.Connection, flock: str, key: IdempotencyKey | None, made_id: str, created_at: datetime
 ) -> None:
     if key is not None:
-        values = (flock, key.key, key.fingerprint, made_id, micros(created_at))
+        values = (flock, key.kept_as, key.fingerprint, made_id, micros(created_at))
         db.execute("INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)", values)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import ipaddress
 import itertools
 import logging
 import math
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import uvicorn
 import uvicorn.config
 from starlette.routing import BaseRoute
 
+from flock.auth import ADMIN, KEYS_VARIABLE, new_key, read_keys
 from flock.core import Flock
 from flock.store import MEMORY, Durability, Store
 from flockapi import FlockAPI, OnDisconnect, create_app
@@ -35,6 +37,8 @@ __all__ = ["ServerSettings", "serve_flock", "serve_workers", "settle_memory"]
 
 logger = logging.getLogger("flock.server")
 
+#: What ``Host`` may say where only this machine can connect, and needs no key.
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 #: How long the answers to interrupted runs may take, in seconds; then uvicorn cuts them off.
 ANSWER_TIMEOUT_S = 5
 #: How long a worker thread may take to end that has nothing to do, in seconds.
@@ -51,7 +55,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             for the next start, and the others end as interrupted.
         store, durability, max_concurrency, max_queue, max_timeout_s, queue_timeout_s, keep_for_s, keep_runs,
             expose_errors: see ``Store`` and ``EmbeddedEngine``.
-        server_name, on_disconnect, metrics: see ``create_app``.
+        server_name, on_disconnect, metrics, api_keys, cors_origins: see ``create_app``.
+        allow_anonymous: where no key is named, make none to listen beyond this machine, and let ``Host`` say anything.
         log_json: write the log as JSON, one object a line.
     """
 
@@ -69,6 +74,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     on_disconnect: OnDisconnect = "cancel"
     drain_timeout_s: float = 20
     expose_errors: bool = False
+    api_keys: Mapping[str, str] | None = None
+    allow_anonymous: bool = False
+    cors_origins: Sequence[str] = ()
     log_json: bool = False
     metrics: bool | None = None
 
@@ -82,6 +90,7 @@ def serve_flock(
 
     Raises: StoreError where the store cannot be used.
     """
+    settings = _closed(settings)
     config = _config(_app(flock, settings, routes), settings)
     anyio.run(_open_once, settings)
     if create_ui:
@@ -118,7 +127,7 @@ def _metrics_folder() -> Iterator[None]:
 
 def _serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSettings) -> int:
     """As ``serve_workers``; the exit code."""
-    flock = load()
+    flock, settings = load(), _closed(settings)
     app = _app(flock, settings)
     config = _config(app, settings)
     anyio.run(_open_once, settings)
@@ -206,6 +215,37 @@ def _stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _closed(settings: ServerSettings) -> ServerSettings:
+    """*settings* with the keys that are named, or with one that is made and printed where others can connect."""
+    if settings.api_keys is None and os.environ.get(KEYS_VARIABLE):
+        settings = msgspec.structs.replace(settings, api_keys=read_keys(os.environ[KEYS_VARIABLE]))
+    if settings.api_keys is not None or settings.allow_anonymous or _is_loopback(settings.host):
+        return settings
+    key = new_key()
+    print(
+        f"Others can reach {settings.host}, and no key is named. Every request needs this one, made for this start:\n\n"
+        f"    Authorization: Bearer {key}\n\n"
+        f"Name your own with {KEYS_VARIABLE}='me=...' (flockapi key makes one), or let everybody in with "
+        "--allow-anonymous.\n",
+        file=sys.stderr,
+        flush=True,
+    )
+    return msgspec.structs.replace(settings, api_keys={f"owner{ADMIN}": key})
+
+
+def _names(settings: ServerSettings) -> Collection[str] | None:
+    """What ``Host`` may say: where no key is needed, a foreign page must not get here by a name that leads here."""
+    is_open = settings.api_keys is None and not settings.allow_anonymous
+    return {*LOOPBACK, settings.host} if is_open else None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = ()) -> FlockAPI:
     engine = flock.engine(
         store=settings.store,
@@ -225,6 +265,9 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
         on_disconnect=settings.on_disconnect,
         routes=routes,
         metrics=settings.metrics,
+        api_keys=settings.api_keys,
+        allowed_hosts=_names(settings),
+        cors_origins=settings.cors_origins,
     )
 
 
@@ -250,7 +293,7 @@ async def _open_once(settings: ServerSettings) -> None:
 
 
 def _say_what_is_served(flock: Flock, settings: ServerSettings) -> None:
-    if settings.host not in ("127.0.0.1", "localhost", "::1"):
+    if settings.api_keys is None and not _is_loopback(settings.host):
         logger.warning("Listening on %s without a key: whoever reaches this port can run these agents.", settings.host)
     if not flock.agents:
         logger.warning("This flock has no agents yet: add one with flock.add_agent(...).")

@@ -259,9 +259,12 @@ def test_the_printed_script_starts_without_a_key_and_a_run_names_the_variable(tm
 
 def test_start_api_warns_of_what_its_owner_should_know(tmp_path: Path) -> None:
     path = tmp_path / "bare.py"
-    path.write_text("from flock.core import Flock\nFlock().start_api(host='0.0.0.0', port=0, create_ui=True)\n")
+    options = "host='0.0.0.0', port=0, create_ui=True, allow_anonymous=True"
+    path.write_text(f"from flock.core import Flock\nFlock().start_api({options})\n")
     with running(sys.executable, str(path), PYTHONPATH=str(ROOT)) as server:
-        pass
+        port = server.url.rpartition(":")[2]
+        headers = {"Host": "agents.example"}
+        assert httpx.get(f"http://127.0.0.1:{port}/runs", headers=headers).status_code == 200
     log = "\n".join(server.lines)
     assert "Listening on 0.0.0.0 without a key" in log
     assert "no web page yet" in log
@@ -289,6 +292,7 @@ def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
     """And both say the same defaults."""
     options = serve.make_context("serve", ["target.py"]).params
     settings = {field.name: field.default for field in msgspec.structs.fields(ServerSettings)}
+    assert options.pop("api_keys_file") is settings.pop("api_keys")
     assert {name: options[name] for name in options.keys() - {"target", "model", "workers"}} == settings
     help_text = invoke("serve", "--help").output
     readme = (ROOT / "README.md").read_text("utf-8")

@@ -103,7 +103,8 @@ def test_nothing_in_it_is_unused() -> None:
     text = (ROOT / "openapi.yaml").read_text("utf-8")
     for kind, members in SPEC["components"].items():
         for name in members:
-            assert f"#/components/{kind}/{name}" in text, f"{kind}/{name}"
+            used = f"- {name}: []" if kind == "securitySchemes" else f"#/components/{kind}/{name}"
+            assert used in text, f"{kind}/{name}"
 
 
 def check_described(operation: Any, response: httpx.Response) -> None:

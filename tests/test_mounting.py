@@ -412,3 +412,33 @@ async def live_fully() -> None:
                 await client.get(path)
         app = create_app(sample_flock(), store="other.db")
         host.routes[:] = [Mount("/ai", app)]
+
+
+def test_under_trio_the_first_to_open_an_engine_waits_for_the_others() -> None:
+    flock = sleeper()
+    apps = [create_app(flock), create_app(flock)]
+    left: list[int] = []
+
+    async def main() -> None:
+        first_may_go, second_may_go = anyio.Event(), anyio.Event()
+        held = [anyio.Event(), anyio.Event()]
+
+        async def serve(number: int, may_go: anyio.Event) -> None:
+            async with apps[number].lifespan():
+                held[number].set()
+                await may_go.wait()
+            left.append(number)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(serve, 0, first_may_go)
+            await held[0].wait()
+            tasks.start_soon(serve, 1, second_may_go)
+            await held[1].wait()
+            first_may_go.set()
+            await anyio.wait_all_tasks_blocked()
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(apps[1]), base_url="http://t") as client:
+                assert (await client.get("/readyz")).status_code == 200
+            second_may_go.set()
+
+    anyio.run(main, backend="trio")
+    assert sorted(left) == [0, 1]

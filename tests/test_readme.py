@@ -154,3 +154,12 @@ def test_the_tables_name_what_there_is() -> None:
         assert path == "/static" or path in README
     for status, _ in PROBLEMS.values():
         assert status == 500 or f"| {status} " in README
+
+
+def test_the_server_of_the_readme_asks_for_its_keys() -> None:
+    (command,) = (code for code in BASH if code.startswith("FLOCK_API_KEYS="))
+    command = command.replace("flockapi ", f"{shlex.quote(sys.executable)} -m flock.cli ")
+    with running("bash", "-c", f"cd {shlex.quote(str(ROOT))} && {command} --port 0 --store :memory:") as server:
+        url = re.sub(r"//.*:", "//127.0.0.1:", server.url)
+        assert httpx.get(f"{url}/agents").status_code == 401
+    assert not any("fk_" in line for line in server.lines)

@@ -1,0 +1,344 @@
+"""Who gets in, who sees what, and what is kept from those who do not belong here: real servers and hostile requests."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flock.auth import KeyRing, new_key, read_keys
+from flock.core import Flock
+from flock.errors import DefinitionError
+from flock.runs import Principal
+from flockapi import FlockAPI, create_app
+from tests.fakes import ROOT, flockapi_command, running, sample_flock
+from tests.test_api import wait_for
+
+KEYS = {"ann": new_key(), "bob": new_key(), "ops:admin": new_key()}
+ADD = {"agent_name": "add", "inputs": {"a": 1}}
+
+
+def client_of(app: FlockAPI, name: str = "", **headers: str) -> httpx.AsyncClient:
+    if name:
+        headers["Authorization"] = f"Bearer {KEYS[name]}"
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://t", headers=headers)
+
+
+@pytest.fixture
+def guarded() -> FlockAPI:
+    return create_app(sample_flock(), store="guarded.db", api_keys=KEYS)
+
+
+# Keys
+
+
+@pytest.mark.anyio
+async def test_a_key_comes_as_bearer_or_as_a_header_of_its_own(guarded: FlockAPI) -> None:
+    async with client_of(guarded) as client:
+        for headers in (
+            {"Authorization": f"Bearer {KEYS['ann']}"},
+            {"Authorization": f"bearer   {KEYS['ann']} "},
+            {"X-API-Key": KEYS["ann"]},
+            {"X-API-Key": KEYS["ann"], "Authorization": "Basic YTpi"},
+        ):
+            assert (await client.post("/run/flock", json=ADD, headers=headers)).status_code == 200
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": ""},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer "},
+        {"Authorization": KEYS["ann"]},
+        {"Authorization": f"Basic {KEYS['ann']}"},
+        {"Authorization": f"Bearer {KEYS['ann']}x"},
+        {"Authorization": f"Bearer {KEYS['ann'][:-1]}"},
+        {"Authorization": f"Bearer {KEYS['ann'].upper()}"},
+        {"Authorization": "Bearer ann"},
+        {"Authorization": b"Bearer \xff\xfe"},
+        {"X-API-Key": ""},
+    ],
+)
+async def test_without_a_key_nothing_is_looked_at(headers: Any, guarded: FlockAPI) -> None:
+    """401 with the way to say it, before the body is read; so the connection ends with it."""
+    was_read = False
+
+    async def body() -> Any:
+        nonlocal was_read
+        was_read = True
+        yield b"{}"
+
+    async with client_of(guarded) as client:
+        for method, path in (("POST", "/run/flock"), ("GET", "/run/1"), ("DELETE", "/run/1"), ("GET", "/agents")):
+            answer = await client.request(method, path, headers=headers, content=body())
+            assert (answer.status_code, answer.headers["Content-Type"]) == (401, "application/problem+json")
+            assert answer.headers["WWW-Authenticate"] == 'Bearer realm="Flock Server"'
+            assert answer.headers["Connection"] == "close"
+            assert "-H 'Authorization: Bearer YOUR_KEY'" in answer.json()["detail"]
+    assert not was_read
+
+
+def test_keys_are_hashed_and_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[int, int]] = []
+
+    def compare_digest(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return one == other
+
+    ring = KeyRing(KEYS)
+    monkeypatch.setattr("flock.auth.hmac.compare_digest", compare_digest)
+    assert ring.find(KEYS["ann"]) == Principal(name="ann")
+    assert ring.find(KEYS["ops:admin"]) == Principal(name="ops", admin=True)
+    assert ring.find("wrong") is None
+    assert compared == [(32, 32)] * 9, "each with all of them, by their hashes"
+    assert not any(key in repr(vars(ring)) for key in KEYS.values())
+
+
+def test_a_new_key_is_random_and_its_command_prints_it() -> None:
+    keys = {subprocess.run(flockapi_command("key"), capture_output=True, text=True, check=True).stdout for _ in "12"}
+    assert len(keys) == 2
+    assert all(re.fullmatch(r"fk_[\w-]{43}\n", key) for key in keys), "256 bits"
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("alice=k1,bob=k2", {"alice": "k1", "bob": "k2"}),
+        ("# the team\nalice = k1\n\n bob=k=2 \n", {"alice": "k1", "bob": "k=2"}),
+        (" , ", {}),
+    ],
+)
+def test_keys_are_read_from_text(text: str, keys: dict[str, str]) -> None:
+    assert read_keys(text) == keys
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: read_keys("alice=secret-1,just-a-secret-2"), "Entry 2 .* not NAME=KEY"),
+        (lambda: read_keys("alice=secret-1,alice=secret-2"), "'alice' is there twice"),
+        (lambda: KeyRing({"ann": "secret-short"}), "at least 16 visible ASCII characters"),
+        (lambda: KeyRing({"ann": "secret with spaces in it"}), "no spaces"),
+        (lambda: KeyRing({"an n": KEYS["ann"]}), "cannot name a key"),
+        (lambda: KeyRing({"ann": KEYS["ann"], "ben": KEYS["ann"]}), "'ben' has the key of another name"),
+        (lambda: KeyRing({}), "nobody could come in"),
+        (lambda: create_app(Flock(), api_keys=KEYS, auth=lambda _: None), "either auth= or api_keys="),
+    ],
+)
+def test_keys_that_cannot_be_used_are_refused_and_not_shown(make: Any, words: str) -> None:
+    with pytest.raises(DefinitionError, match=words) as caught:
+        make()
+    assert "secret" not in str(caught.value)
+    assert KEYS["ann"] not in str(caught.value)
+
+
+@pytest.mark.anyio
+async def test_keys_of_the_environment_close_any_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOCK_API_KEYS", f"ann={KEYS['ann']}")
+    app = create_app(sample_flock(), store=":memory:")
+    async with client_of(app) as client, client_of(app, "ann") as ann:
+        assert (await client.get("/runs")).status_code == 401
+        assert (await ann.get("/runs")).status_code == 200
+
+
+# Ownership
+
+
+@pytest.mark.anyio
+async def test_what_belongs_to_others_is_not_there(guarded: FlockAPI) -> None:
+    """Runs, items, batches, lists, events, keys, and all that can be done to them; an admin sees all."""
+    async with (
+        client_of(guarded, "ann") as ann,
+        client_of(guarded, "bob") as bob,
+        client_of(guarded, "ops:admin") as ops,
+    ):
+        run = (await ann.post("/run/flock", json=ADD, headers={"Idempotency-Key": "k"})).json()
+        items = {"agent_name": "add", "batch_inputs": [{"a": 1}]}
+        batch = (await ann.post("/run/batch", json=items, headers={"Idempotency-Key": "b"})).json()
+        await wait_for(ann, f"/batch/{batch['batch_id']}")
+        run_id, unknown = run["run_id"], "01a20e41-e4ec-74f9-8450-7dd74efe56ba"
+        for method, path in (
+            ("GET", "/run/{}"),
+            ("GET", "/run/{}?wait=1"),
+            ("GET", "/run/{}/events"),
+            ("POST", "/run/{}/cancel"),
+            ("POST", "/run/{}/retry"),
+            ("DELETE", "/run/{}"),
+        ):
+            foreign = await bob.request(method, path.format(run_id))
+            missing = await bob.request(method, path.format(unknown))
+            assert (foreign.status_code, missing.status_code) == (404, 404)
+            assert foreign.text.replace(run_id, "").replace(foreign.json()["request_id"], "") == missing.text.replace(
+                unknown, ""
+            ).replace(missing.json()["request_id"], ""), "nobody can tell the one from the other"
+        assert (await bob.get(f"/batch/{batch['batch_id']}")).status_code == 404
+        assert (await bob.get("/runs")).json()["runs"] == []
+        assert [found["run_id"] for found in (await ann.get("/runs?agent_name=add")).json()["runs"]] == [run_id]
+        assert [found["run_id"] for found in (await ops.get("/runs")).json()["runs"]] == [run_id]
+        assert (await ops.get(f"/batch/{batch['batch_id']}")).status_code == 200
+        # The same key of another principal is another key.
+        other = await bob.post("/run/flock", json={**ADD, "inputs": {"a": 5}}, headers={"Idempotency-Key": "k"})
+        assert (other.status_code, other.json()["result"]) == (200, {"result": 7})
+        again = await ann.post("/run/flock", json=ADD, headers={"Idempotency-Key": "k"})
+        assert (again.json()["run_id"], again.headers["Idempotency-Replayed"]) == (run_id, "true")
+        reused = await ann.post("/run/flock", json={**ADD, "inputs": {"a": 5}}, headers={"Idempotency-Key": "k"})
+        assert (reused.status_code, "ann" in reused.json()["detail"]) == (422, False)
+        assert (await ops.delete(f"/run/{run_id}")).status_code == 204
+
+
+@pytest.mark.anyio
+async def test_metrics_need_an_admin(guarded: FlockAPI) -> None:
+    async with client_of(guarded, "ann") as ann, client_of(guarded, "ops:admin") as ops:
+        await ann.post("/run/flock", json=ADD)
+        refused = await ann.get("/metrics")
+        assert (refused.status_code, refused.json()["title"]) == (403, "Forbidden")
+        shown = (await ops.get("/metrics")).text
+        assert "flock_runs_total" in shown
+        assert "ann" not in re.findall(r'"(.*?)"', shown), "no principal is a label"
+
+
+@pytest.mark.anyio
+async def test_runs_from_before_there_were_keys_are_for_admins(tmp_path: Path) -> None:
+    flock = sample_flock()
+    async with client_of(create_app(flock, store="old.db")) as client:
+        run_id = (await client.post("/run/flock", json=ADD)).json()["run_id"]
+        app = create_app(flock, store="old.db", api_keys=KEYS)
+        async with client_of(app, "ann") as ann, client_of(app, "ops:admin") as ops:
+            assert (await ann.get(f"/run/{run_id}")).status_code == 404
+            assert (await ops.get(f"/run/{run_id}")).status_code == 200
+
+
+# Protected by default: our own server
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text("from tests.fakes import sample_flock\nflock = sample_flock()\n")
+    return path
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_where_others_can_connect_a_key_is_made_and_demanded(workers: str, script: Path) -> None:
+    command = flockapi_command("serve", str(script), "--host", "0.0.0.0", "--port", "0", "--workers", workers)
+    with running(*command, PYTHONPATH=str(ROOT)) as server:
+        url = re.sub(r"//.*:", "//127.0.0.1:", server.url)
+        (key,) = [line.split()[-1] for line in server.lines if "Authorization: Bearer fk_" in line]
+        for _ in range(6):  # any of the workers
+            assert httpx.post(f"{url}/run/flock", json=ADD).status_code == 401
+            answer = httpx.post(f"{url}/run/flock", json=ADD, headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == 200
+        assert httpx.get(f"{url}/metrics", headers={"X-API-Key": key}).status_code == 200, "it is its owner's"
+        assert httpx.get(f"{url}/docs").status_code == httpx.get(f"{url}/healthz").status_code == 200
+        server.stop()
+    assert "\n".join(server.lines).count(key) == 1
+    assert not any("without a key" in line for line in server.lines)
+
+
+def test_keys_of_a_file_and_of_the_environment_count_together(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"# who may\nann={KEYS['ann']}\n")
+    command = flockapi_command("serve", str(script), "--port", "0", "--api-keys-file", str(tmp_path / "keys"))
+    with running(*command, PYTHONPATH=str(ROOT), FLOCK_API_KEYS=f"bob={KEYS['bob']}") as server:
+        statuses = [
+            httpx.get(f"{server.url}/runs", headers={"X-API-Key": key}).status_code
+            for key in (KEYS["ann"], KEYS["bob"], new_key())
+        ]
+        assert statuses == [200, 200, 401]
+        foreign = httpx.get(f"{server.url}/runs", headers={"X-API-Key": KEYS["ann"], "Host": "agents.example"})
+        assert foreign.status_code == 200, "who has a key may come by any name"
+    (tmp_path / "keys").write_text("ann\n")
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 1
+    assert "Entry 1 of the API keys cannot be used" in done.stderr
+
+
+def test_on_the_loopback_only_its_own_names_are_answered(script: Path) -> None:
+    """A page that had its own name lead here is none of ours, whatever it asks."""
+    with running(*flockapi_command("serve", str(script), "--port", "0"), PYTHONPATH=str(ROOT)) as server:
+        port = server.url.rpartition(":")[2]
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", "LOCALHOST", f"[::1]:{port}"):
+            assert httpx.get(f"{server.url}/agents", headers={"Host": host}).status_code == 200
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil.example", ""):
+            for method, path in (("GET", "/runs"), ("POST", "/run/flock"), ("GET", "/docs"), ("GET", "/healthz")):
+                answer = httpx.request(method, server.url + path, headers={"Host": host})
+                assert (answer.status_code, answer.json()["title"]) == (421, "Misdirected Request")
+
+
+# Pages of other origins
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://t"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "http://t"}, 200),
+        ({"Origin": "http://ours.example"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://ours.example"}, 200),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://behind-a-proxy.example"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Origin": "http://evil.t"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://t.evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://t:81"}, 403),
+    ],
+)
+async def test_a_page_of_another_origin_changes_nothing(headers: dict[str, str], status: int) -> None:
+    app = create_app(sample_flock(), store=":memory:", cors_origins=["http://ours.example"])
+    async with client_of(app) as client:
+        run_id = (await client.post("/run/flock", json=ADD)).json()["run_id"]
+        assert (await client.post("/run/flock", json=ADD, headers=headers)).status_code == status
+        count = len((await client.get("/runs")).json()["runs"])
+        assert count == (2 if status == 200 else 1)
+        assert (await client.delete(f"/run/{run_id}", headers=headers)).status_code == (204 if status == 200 else 403)
+        assert (await client.get("/agents", headers=headers)).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_browsers_let_only_pages_of_allowed_origins_read() -> None:
+    app = create_app(sample_flock(), store=":memory:", api_keys=KEYS, cors_origins=["http://ours.example"])
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    async with client_of(app) as client:
+        ours = await client.options("/run/flock", headers={"Origin": "http://ours.example", **asked})
+        assert (ours.status_code, ours.headers["Access-Control-Allow-Origin"]) == (200, "http://ours.example")
+        theirs = await client.options("/run/flock", headers={"Origin": "http://evil.example", **asked})
+        assert "Access-Control-Allow-Origin" not in theirs.headers
+        refused = await client.get("/runs", headers={"Origin": "http://ours.example"})
+        assert (refused.status_code, refused.headers["Access-Control-Allow-Origin"]) == (401, "http://ours.example")
+    async with client_of(create_app(sample_flock(), store=":memory:")) as client:
+        assert "Access-Control-Allow-Origin" not in (await client.get("/runs", headers={"Origin": "http://t"})).headers
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""]
+)
+async def test_what_a_form_could_send_is_refused(content_type: str) -> None:
+    async with client_of(create_app(sample_flock(), store=":memory:")) as client:
+        for path in ("/run/flock", "/run/batch"):
+            answer = await client.post(path, content=json.dumps(ADD), headers={"Content-Type": content_type})
+            assert answer.status_code == 415
+
+
+@pytest.mark.anyio
+async def test_a_mounted_app_that_is_open_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="flock.api")
+    for api_keys in (None, KEYS):
+        app = create_app(sample_flock(), store=":memory:", api_keys=api_keys)
+        async with client_of(app) as client:
+            for _ in range(3):
+                await client.get("/agents")
+    assert [record.message for record in caplog.records] == [
+        "Flock Server: no auth= and no api_keys=, so who may call it is its host's business"
+    ]
