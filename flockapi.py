@@ -45,7 +45,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from flock.auth import KEYS_VARIABLE, KeyRing, OwnEngine, check_host, check_origin, read_keys
+from flock.auth import KEYS_VARIABLE, KeyRing, OwnEngine, Places, Rate, check_host, check_origin, read_keys
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
 from flock.errors import (
@@ -65,10 +65,12 @@ from flock.errors import (
     Replayed,
     RunNotFound,
     StoreError,
+    TooLarge,
+    TooManyRequests,
     Unauthenticated,
     WrongHost,
 )
-from flock.jsontype import JSONType, escape_pointer, malformed
+from flock.jsontype import JSONType, malformed
 from flock.life import life_of
 from flock.runs import (
     Batch,
@@ -84,6 +86,7 @@ from flock.runs import (
     Usage,
     events_of,
 )
+from flock.tables import EXPANSION, Rows
 
 if TYPE_CHECKING:
     from flock.metrics import Metrics
@@ -128,14 +131,11 @@ OnDisconnect = Literal["cancel", "continue"]
 #: RFC 3339, in UTC.
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
-#: How many times as long as a body its rows may become with their static inputs.
-EXPANSION = 16
-
 #: How many results one answer holds at most.
 MAX_PAGE = 1000
 
-#: The longest that one request may wait for a run, in seconds.
-MAX_WAIT_S = 60
+#: The longest wait for a run that a request may ask for, in seconds; see ``max_wait_s``.
+MAX_WAIT_S = 3600
 
 #: A synchronous run may take so long before anyone looks whether its caller is still there, in seconds.
 PATIENCE_S = 0.1
@@ -182,7 +182,8 @@ async def read_json(request: Request) -> bytes:
     """The body of a JSON request, at most ``max_body_bytes`` of it.
 
     Raises:
-        HTTPException: 415 for another content type, 413 for a longer body.
+        HTTPException: 415 for another content type, 408 where it does not come within ``body_timeout_s``.
+        TooLarge: it is longer.
         MalformedJSON: it is empty, or not UTF-8.
     """
     content_type = request.headers.get("content-type", "")
@@ -194,12 +195,15 @@ async def read_json(request: Request) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise _too_long(limit)
-    body = bytearray()
+    body, timeout_s = bytearray(), app_of(request).body_timeout_s
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise _too_long(limit)
+        with anyio.fail_after(timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise _too_long(limit)
+    except TimeoutError as exc:  # a sender that trickles would hold its place for ever
+        raise HTTPException(408, f"The body did not arrive within {timeout_s:g} s.") from exc
     except ClientDisconnect as exc:  # nobody will read the answer
         raise HTTPException(400, "The connection was closed before the whole body had arrived.") from exc
     if not body.strip():
@@ -211,66 +215,24 @@ async def read_json(request: Request) -> bytes:
     return bytes(body)
 
 
-def _too_long(limit: int) -> HTTPException:
-    return HTTPException(413, f"The body is longer than {limit} bytes, all that this server takes at once.")
+def _too_long(limit: int) -> TooLarge:
+    return TooLarge(f"The body is longer than {limit} bytes, all that this server takes at once.")
 
 
-def sources_of(batch: FlockBatchRequest, position: int) -> dict[str, str]:
-    """For each input of one item where the client wrote it, as a JSON pointer; the item wins over the static inputs.
-
-    Raises InvalidData where two members of the item become the same input.
-    """
-    names = batch.input_mapping or {}
-    sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in batch.static_inputs or {}}
-    own: set[str] = set()
-    for key in batch.batch_inputs[position]:
-        name, pointer = names.get(key, key), f"/batch_inputs/{position}/{escape_pointer(key)}"
-        if name in own:
-            raise InvalidData([FieldError(detail=f"Another member becomes the input {name!r} too.", pointer=pointer)])
-        own.add(name)
-        sources[name] = pointer
-    return sources
-
-
-async def rows_of(batch: FlockBatchRequest, max_bytes: int) -> list[msgspec.Raw]:
-    """The inputs of each item: names mapped by ``input_mapping``, gaps filled from ``static_inputs``.
-
-    Raises:
-        InvalidData: the items are not a list, or two members become one input.
-        HTTPException: 413 where the rows come to more than *max_bytes*; static inputs are sent once, and kept often.
-    """
+async def rows_of(batch: FlockBatchRequest, max_bytes: int) -> tuple[Rows, list[msgspec.Raw]]:
+    """The rows of a batch, and the inputs of each item. Raises InvalidData, TooLarge."""
     if isinstance(batch.batch_inputs, str):
         detail = "Send the rows themselves, as a list of objects. No file of the server is read on a client's word."
         raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
     if batch.write_to_csv is not None:
         detail = "No file of the server is written on a client's word. Leave it out, and read the results over HTTP."
         raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])
-    names, static = batch.input_mapping or {}, batch.static_inputs or {}
-    rows, total = [], 0
-    for position, row in enumerate(batch.batch_inputs):
-        if position % 1000 == 999:
+    rows, inputs = Rows(batch.batch_inputs, batch.static_inputs, batch.input_mapping), []
+    for number, item in enumerate(rows.inputs(EXPANSION * max_bytes), 1):
+        inputs.append(item)
+        if number % 1000 == 0:
             await anyio.lowlevel.checkpoint()  # others have their turn
-        if names:
-            sources_of(batch, position)  # raises where two become one
-        encoded = msgspec.json.encode({**static, **{names.get(key, key): row[key] for key in row}})
-        rows.append(msgspec.Raw(encoded))
-        total += len(encoded)
-        if total > max_bytes:
-            raise HTTPException(413, f"With the static inputs the rows are longer than {max_bytes} bytes together.")
-    return rows
-
-
-def as_sent(exc: InvalidData, batch: FlockBatchRequest) -> InvalidData:
-    """Errors of rows with pointers into what the client sent: names not yet mapped, gaps not yet filled."""
-    errors = {}
-    for error in exc.errors:
-        pointer = error.pointer
-        _, *tokens = pointer.split("/")
-        if len(tokens) > 2:
-            sources = {escape_pointer(name): place for name, place in sources_of(batch, int(tokens[1])).items()}
-            pointer = "/".join([sources.get(tokens[2], "/".join(["", *tokens[:3]])), *tokens[3:]])
-        errors[pointer, error.detail] = FieldError(detail=error.detail, pointer=pointer)
-    return InvalidData(list(errors.values()))
+    return rows, inputs
 
 
 class WaitQuery(msgspec.Struct, frozen=True):
@@ -312,6 +274,11 @@ def query_of(request: Request, type_: type[T]) -> T:
         reason, _, place = str(exc).replace("`", "'").partition(" - at '$.")
         name = f"'{place[:-1]}' in the query" if place else "The query"
         raise InvalidData([FieldError(detail=f"{name}: {reason}.", pointer="")]) from exc
+
+
+def wait_of(request: Request) -> int:
+    """How many seconds to wait: what is asked for, up to what the app allows. Raises InvalidData."""
+    return min(query_of(request, WaitQuery).wait, app_of(request).max_wait_s)
 
 
 def preferences(request: Request) -> dict[str, str]:
@@ -594,7 +561,9 @@ PROBLEMS: Mapping[type[Exception], tuple[int, str]] = {
     WrongHost: (421, "Misdirected Request"),
     Conflict: (409, "Conflict"),
     KeyReused: (422, "Idempotency key reused"),
+    TooLarge: (413, "Content too large"),
     EngineFull: (429, "Too many runs"),
+    TooManyRequests: (429, "Too many requests"),
     EngineStopped: (503, "Not running"),
     StoreError: (503, "Store unavailable"),
     Exception: (500, "Internal error"),
@@ -614,12 +583,18 @@ async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
     if status == 401:
         realm = "".join(c for c in app_of(request).contract.title if c.isascii() and c.isprintable() and c not in '"\\')
         headers["WWW-Authenticate"] = f'Bearer realm="{realm}"'
+    if isinstance(exc, TooManyRequests):
+        headers |= exc.headers
     if status in (429, 503):
         headers["Retry-After"] = str(getattr(exc, "retry_after_s", 1))
     type_ = f"urn:flockapi:problem:{title.lower().replace(' ', '-')}"
     if isinstance(exc, InvalidData):
         more["errors"] = exc.errors
     return _problem(request, status, type_, title, detail, headers, **more)
+
+
+#: What may be said before the body was read: its rest must not be taken for the next request on the connection.
+UNREAD = (401, 403, 408, 413, 415, 421, 431)
 
 
 def _problem(
@@ -640,12 +615,12 @@ def _problem(
         request_id=request_id_of(request),
         **more,
     )
+    if status in UNREAD and request.scope.get("http_version", "1.1").startswith("1"):
+        headers = {**(headers or {}), "Connection": "close"}
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 
 def _phrase(status: int) -> str:
-    if status == 413:  # older Pythons have the words of older RFCs
-        return "Content Too Large"
     try:
         return http.HTTPStatus(status).phrase
     except ValueError:
@@ -704,7 +679,7 @@ async def run_flock(request: Request) -> Response:
     elif responds_async:
         applied = "respond-async"
         if re.fullmatch(r"\d{1,9}", prefer.get("wait", "")):
-            wait_s = min(int(prefer["wait"]), MAX_WAIT_S)
+            wait_s = min(int(prefer["wait"]), app_of(request).max_wait_s)
             run = await engine.wait(run.run_id, wait_s)
             applied += f", wait={wait_s}"
         headers = {**headers, "Preference-Applied": applied}
@@ -770,19 +745,19 @@ async def run_batch(request: Request) -> Response:
         return_errors=wanted.return_errors,
         box_results=wanted.box_results,
     )
-    rows = await rows_of(wanted, EXPANSION * app_of(request).max_body_bytes)
+    rows, inputs = await rows_of(wanted, app_of(request).max_body_bytes)
     engine, headers = await engine_of(request), {}
     try:
         batch = await engine.submit_batch(
             wanted.agent_name,
-            rows,
+            inputs,
             options,
             request_id=request_id_of(request),
             traceparent=traceparent_of(request),
             key=key,
         )
     except InvalidData as exc:
-        raise as_sent(exc, wanted) from exc
+        raise rows.as_sent(exc) from exc
     except Replayed as exc:
         batch, headers = await _replayed(engine.get_batch(exc.made_id)), REPLAYED
     return batch_response(request, batch, [], 202, headers)
@@ -810,13 +785,21 @@ async def one_run(request: Request) -> Response:
 
 
 async def get_run(request: Request) -> Response:
-    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], query_of(request, WaitQuery).wait
+    engine, run_id, wait_s = (
+        await engine_of(request),
+        request.path_params["run_id"],
+        wait_of(request),
+    )
     return run_response(request, await (engine.wait(run_id, wait_s) if wait_s else engine.get_run(run_id)))
 
 
 async def cancel_run(request: Request) -> Response:
     """POST /run/{run_id}/cancel"""
-    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], query_of(request, WaitQuery).wait
+    engine, run_id, wait_s = (
+        await engine_of(request),
+        request.path_params["run_id"],
+        wait_of(request),
+    )
     run = await engine.cancel_run(run_id)
     if wait_s and not run.status.is_final:
         await engine.wait(run_id, wait_s)
@@ -841,6 +824,7 @@ async def run_events(request: Request) -> Response:
     # A browser that connects again sends the query as it was, and the header as it is.
     last_id = request.headers.get("last-event-id", "")
     after = int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query_of(request, EventsQuery).after
+    places = app_of(request).event_streams
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if run.status.is_final and (events_of(run)[-1].id or 0) <= after:
         return Response(status_code=204)  # a browser would ask for ever
@@ -849,7 +833,7 @@ async def run_events(request: Request) -> Response:
 
     async def stream() -> AsyncIterator[bytes]:
         try:
-            with contextlib.nullcontext() if kept is None else kept.event_streams.track_inprogress():
+            with place, contextlib.nullcontext() if kept is None else kept.event_streams.track_inprogress():
                 async for event in engine.events(run_id, after):
                     yield event_bytes(event)
         except FlockError as exc:
@@ -859,6 +843,7 @@ async def run_events(request: Request) -> Response:
 
     if request.method == "HEAD":
         return Response(media_type="text/event-stream", headers=headers)
+    place = places.take(principal_of(request))
     return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
 
 
@@ -993,12 +978,22 @@ class _Doorkeeper:
         auth: knows principals; None lets everybody in.
         hosts: what ``Host`` may say, without the port; None is anything.
         origins: pages of other origins that may change something.
+        rate: how much each principal may ask for; None is any.
     """
 
     def __init__(
-        self, app: ASGIApp, auth: Auth | None, hosts: Collection[str] | None, origins: Collection[str]
+        self,
+        app: ASGIApp,
+        *,
+        auth: Auth | None,
+        hosts: Collection[str] | None,
+        origins: Collection[str],
+        max_header_bytes: int,
+        rate: Rate | None,
     ) -> None:
         self._app = app
+        self._max_header_bytes = max_header_bytes
+        self._rate = rate
         self._auth = auth
         self._hosts = hosts
         self._origins = origins
@@ -1009,18 +1004,21 @@ class _Doorkeeper:
             return
         connection = HTTPConnection(scope)
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > self._max_header_bytes:
+                raise HTTPException(431, f"The headers are longer than {self._max_header_bytes} bytes together.")
             if self._hosts is not None:
                 check_host(connection.headers.get("host", ""), self._hosts)
             if scope.get("method") not in SAFE_METHODS:
                 check_origin(connection.headers, self._origins)
             if self._auth is not None and _route_of(scope["app"], scope) not in OPEN:
                 scope["flock.principal"] = await _identify(connection, self._auth)
+            if self._rate is not None and _route_of(scope["app"], scope) not in OPEN:
+                scope["flock.headers"] = self._rate.take(principal_of(connection))
         except (HTTPException, FlockError) as exc:
             if scope["type"] == "websocket":
                 await WebSocketClose(1008)(scope, receive, send)  # RFC 6455, 7.4.1: policy violation
             else:
-                response = await on_error(Request(scope, receive), exc)
-                await _closing(scope, response)(scope, receive, send)
+                await (await on_error(Request(scope, receive), exc))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -1031,13 +1029,6 @@ async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:
     if isinstance(principal, Principal):
         return principal
     raise Unauthenticated("This needs a key that is known here. With curl: -H 'Authorization: Bearer YOUR_KEY'")
-
-
-def _closing(scope: Scope, response: Response) -> Response:
-    """An answer before the body was read: what follows on the connection must not be taken for the next request."""
-    if scope.get("http_version", "1.1").startswith("1"):
-        response.headers["Connection"] = "close"
-    return response
 
 
 def by_key(keys: KeyRing) -> Auth:
@@ -1066,6 +1057,12 @@ class FlockAPI(Starlette):
         engine: what carries the runs; if None, an embedded one on *store*, shared by all apps on this flock and store.
         store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
         max_body_bytes: the longest body a client may send; a longer one is answered with 413.
+        max_header_bytes: all headers of a request together; longer ones are answered with 431.
+        body_timeout_s: how long a body may take to arrive; a slower one is answered with 408.
+        max_wait_s: the longest that one request may wait for a run; who asks for more waits so long.
+        max_event_streams: how many each principal may have open, in one process; one more is answered with 429.
+        max_requests_per_minute: how many each principal may send, in one process; None is no limit. Beyond it 429, with
+            ``RateLimit``.
         on_disconnect: what becomes of a synchronous run whose caller goes away before it is answered.
         expose_errors: show the text of any exception to clients; for development. Not beside ``engine``, which has
             the same switch.
@@ -1102,6 +1099,11 @@ class FlockAPI(Starlette):
         engine: Engine | None = None,
         store: str | Path = "flock.db",
         max_body_bytes: int = 1024 * 1024,
+        max_header_bytes: int = 64 * 1024,
+        body_timeout_s: float = 30,
+        max_wait_s: int = 60,
+        max_event_streams: int = 1000,
+        max_requests_per_minute: int | None = None,
         on_disconnect: OnDisconnect = "cancel",
         expose_errors: bool = False,
         routes: Sequence[BaseRoute] = (),
@@ -1128,7 +1130,14 @@ class FlockAPI(Starlette):
             middleware=[
                 *([Middleware(CORSMiddleware, allow_origins=cors_origins, **CORS)] if cors_origins else []),
                 *middleware,
-                Middleware(_Doorkeeper, auth=auth, hosts=allowed_hosts, origins=cors_origins),
+                Middleware(
+                    _Doorkeeper,
+                    auth=auth,
+                    hosts=allowed_hosts,
+                    origins=cors_origins,
+                    max_header_bytes=max_header_bytes,
+                    rate=None if max_requests_per_minute is None else Rate(max_requests_per_minute),
+                ),
             ],
             exception_handlers={**own, **(exception_handlers or {})},
             lifespan=lambda app: app.lifespan(),
@@ -1137,6 +1146,9 @@ class FlockAPI(Starlette):
         self.engine = engine or flock.shared_engine(store=store, expose_errors=expose_errors)
         self.contract = Contract(server_name, openapi_paths)
         self.max_body_bytes = max_body_bytes
+        self.body_timeout_s = body_timeout_s
+        self.max_wait_s = max_wait_s
+        self.event_streams = Places(max_event_streams)
         self.on_disconnect = on_disconnect
         self.has_ended = False
         self._more_lifespan = lifespan
@@ -1183,7 +1195,8 @@ class FlockAPI(Starlette):
             nonlocal status_code
             if message["type"] == "http.response.start":
                 status_code = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                more = [(name.encode(), value.encode()) for name, value in scope.get("flock.headers", {}).items()]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *more]
             await send(message)
 
         as_asked = {name: scope.get(name, "") for name in ("type", "method", "path", "root_path")}

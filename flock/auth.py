@@ -6,15 +6,19 @@ A key is kept as its SHA-256 only, and compared in constant time; a random key o
 import contextlib
 import hashlib
 import hmac
+import math
 import re
 import secrets
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
-from flock.errors import BatchNotFound, DefinitionError, Forbidden, RunNotFound, WrongHost
+from flock.errors import BatchNotFound, DefinitionError, Forbidden, RunNotFound, TooManyRequests, WrongHost
 from flock.runs import (
     Batch,
     BatchOptions,
@@ -30,7 +34,7 @@ from flock.runs import (
     RunFilter,
 )
 
-__all__ = ["KeyRing", "OwnEngine", "check_host", "check_origin", "new_key", "read_keys"]
+__all__ = ["KeyRing", "OwnEngine", "Places", "Rate", "check_host", "check_origin", "new_key", "read_keys"]
 
 #: The environment's variable for keys.
 KEYS_VARIABLE = "FLOCK_API_KEYS"
@@ -121,6 +125,58 @@ def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
     if not is_own and origin not in allowed:
         page = "A page of another origin" if origin is None else f"A page of {origin[:100]}"
         raise Forbidden(f"{page} may not do this. The server's owner can let it: cors_origins=")
+
+
+class Places:
+    """So many things that each principal may have at a time; anonymous callers share theirs."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken: Counter[str | None] = Counter()
+
+    def take(self, principal: Principal | None) -> AbstractContextManager[None]:
+        """A place, from the context's begin to its end. Raises TooManyRequests where none is left."""
+        name = None if principal is None else principal.name
+        if self._taken[name] >= self._limit:
+            raise TooManyRequests(f"{self._limit} event streams are open already, all that one caller may have.")
+        return self._keep(name)
+
+    @contextlib.contextmanager
+    def _keep(self, name: str | None) -> Iterator[None]:
+        self._taken[name] += 1
+        try:
+            yield
+        finally:
+            self._taken[name] -= 1
+            if not self._taken[name]:
+                del self._taken[name]
+
+
+class Rate:
+    """How many requests each principal may send in a minute: all at once, or as they come in again one by one."""
+
+    def __init__(self, per_minute: int) -> None:
+        if per_minute < 1:
+            raise DefinitionError(f"max_requests_per_minute is at least 1, not {per_minute}.")
+        self._per_minute = per_minute
+        self._full_at: dict[str | None, float] = {}
+
+    def take(self, principal: Principal | None) -> dict[str, str]:
+        """Count one request.
+
+        Returns: the headers that say what is left (draft-ietf-httpapi-ratelimit-headers). Raises TooManyRequests.
+        """
+        name = None if principal is None else principal.name
+        at, each_s = time.monotonic(), 60 / self._per_minute
+        full_at = max(at, self._full_at.get(name, at)) + each_s
+        left = int((at + 60 - full_at) / each_s + 1e-6)
+        headers = {"RateLimit-Policy": f'"minute";q={self._per_minute};w=60'}
+        if full_at > at + 60 + 1e-6:
+            wait_s = math.ceil(full_at - at - 60)
+            message = f"More than {self._per_minute} requests a minute were sent. Send the next one in {wait_s} s."
+            raise TooManyRequests(message, wait_s, headers | {"RateLimit": f'"minute";r=0;t={wait_s}'})
+        self._full_at[name] = full_at
+        return headers | {"RateLimit": f'"minute";r={left};t={math.ceil(each_s)}'}
 
 
 class OwnEngine:

@@ -214,6 +214,28 @@ model_option = click.option(
     metavar="ORIGIN",
     help="Let pages of this origin call the server from a browser; may be given many times.",
 )
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    default=20_000,
+    show_default=True,
+    metavar="N",
+    help="Connections at the same time, in each process; more are answered with 503.",
+)
+@click.option(
+    "--max-requests-per-minute",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Requests that each key may send, in each process; more are answered with 429.  [default: no limit]",
+)
+@click.option(
+    "--max-event-streams",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Event streams that each key may have open, in each process.",
+)
 @click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
 @click.option(
     "--metrics/--no-metrics",

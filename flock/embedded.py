@@ -32,6 +32,7 @@ from flock.errors import (
     OwnershipLost,
     RunNotFound,
     StoreError,
+    TooLarge,
 )
 from flock.llm import ModelClient
 from flock.runner import Runner, current_task
@@ -97,6 +98,8 @@ class EmbeddedEngine:
         max_threads: synchronous functions at work at the same time.
         max_steps: how often one run may be handed on.
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
+        max_input_bytes: the longest inputs of one run, as JSON.
+        max_result_bytes: the longest result of one step, as JSON; a longer one fails its run.
         queue_timeout_s: the longest that a run may wait for its first step; None is no limit.
         keep_for_s, keep_runs: final runs that are older, or beyond the newest so many, are deleted; None keeps them. A
             batch counts as one.
@@ -116,6 +119,8 @@ class EmbeddedEngine:
         max_threads: int = 40,
         max_steps: int = 32,
         max_timeout_s: float = 86_400,
+        max_input_bytes: int = 16 * 1024 * 1024,
+        max_result_bytes: int = 16 * 1024 * 1024,
         queue_timeout_s: float | None = None,
         keep_for_s: float | None = None,
         keep_runs: int | None = None,
@@ -134,6 +139,7 @@ class EmbeddedEngine:
         self._max_concurrency = max_concurrency
         self._max_queue = max_queue
         self._max_items = max_items
+        self._max_input_bytes = max_input_bytes
         self._keep_for_s = keep_for_s
         self._keep_runs = keep_runs
         self._make_runner = functools.partial(
@@ -146,6 +152,7 @@ class EmbeddedEngine:
             max_threads=max_threads,
             max_steps=max_steps,
             max_timeout_s=max_timeout_s,
+            max_result_bytes=max_result_bytes,
             queue_timeout_s=queue_timeout_s,
             expose_errors=expose_errors,
         )
@@ -266,7 +273,7 @@ class EmbeddedEngine:
         key: IdempotencyKey | None = None,
     ) -> Run:
         self._check_running()
-        raw = _as_json(inputs, "/inputs")
+        raw = self._as_json(inputs, "/inputs")
         self._agent(agent_name).input.decode(raw, "/inputs")
         origin = {"request_id": request_id, "traceparent": valid_traceparent(traceparent), "principal": principal}
         run = self._new_run(agent_name, raw, **origin, is_async=is_async, timeout_s=timeout_s)
@@ -382,6 +389,16 @@ class EmbeddedEngine:
             return self._agents[name]
         except KeyError:
             raise AgentNotFound(name, list(self._agents)) from None
+
+    def _as_json(self, inputs: Inputs, at: str) -> msgspec.Raw:
+        """A copy, so that no request's body is kept, of which a Raw is only a view. Raises InvalidData, TooLarge."""
+        try:
+            raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(dict(inputs))
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise InvalidData([FieldError(detail=f"It cannot be JSON: {exc}.", pointer=at)]) from exc
+        if len(raw) > self._max_input_bytes:
+            raise TooLarge(f"{at} is longer than {self._max_input_bytes} bytes, all that one run takes.")
+        return msgspec.Raw(raw)
 
     def _new_run(self, agent_name: str, inputs: msgspec.Raw, **more: Any) -> Run:
         return Run(
@@ -509,7 +526,7 @@ class EmbeddedEngine:
         if len(items) > self._max_items:
             detail = f"{len(items)} items are more than this server takes in a batch ({self._max_items}, max_items)."
             raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
-        rows = [_as_json(item, f"/batch_inputs/{position}") for position, item in enumerate(items)]
+        rows = [self._as_json(item, f"/batch_inputs/{position}") for position, item in enumerate(items)]
         await _check_items(self._agent(agent_name), rows)
         self._check_running()
         batch = Batch(
@@ -591,16 +608,6 @@ class EmbeddedEngine:
             error = f"None of the {batch.total_items} items completed. The first one: {first.error}"
         status = RunStatus.COMPLETED if error is None else RunStatus.FAILED
         await self.store.update_batch(replace(batch, status=status, error=error, completed_at=now()))
-
-
-def _as_json(inputs: Inputs, at: str) -> msgspec.Raw:
-    """A copy, so that no request's body is kept, of which a Raw is only a view. Raises InvalidData."""
-    if isinstance(inputs, msgspec.Raw):
-        return msgspec.Raw(bytes(inputs))
-    try:
-        return msgspec.Raw(msgspec.json.encode(dict(inputs)))
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise InvalidData([FieldError(detail=f"It cannot be JSON: {exc}.", pointer=at)]) from exc
 
 
 async def _check_items(agent: Agent, items: Sequence[msgspec.Raw]) -> None:

@@ -17,6 +17,8 @@
     ├── KeyReused                an idempotency key was used for another request
     ├── Replayed                 not an error: the request was accepted before, under the same key
     ├── EngineFull               no room now; try again in ``retry_after_s``
+    ├── TooManyRequests          one caller asks for more than its share; in ``retry_after_s``
+    ├── TooLarge                 more was sent than is taken at once
     ├── EngineStopped            the engine is not running, or is leaving
     ├── StoreError               the store cannot be opened, read or written
     ├── OwnershipLost            another engine has taken the run over
@@ -26,6 +28,7 @@
         ├── InvalidOutput        the result does not fit the output signature
         ├── InvalidHandoff       the next agent does not exist, or cannot be given its inputs
         ├── Unstorable           what an agent gave cannot be kept
+        ├── ResultTooLarge       it is longer than ``max_result_bytes``
         ├── TooManySteps         the hand-offs go on beyond ``max_steps``
         └── ModelError           the model gave no usable answer; ``error_type`` says why
 
@@ -33,7 +36,7 @@
 answer, not an error of the request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import msgspec
@@ -61,11 +64,14 @@ __all__ = [
     "OwnershipLost",
     "QueueTimeout",
     "Replayed",
+    "ResultTooLarge",
     "RunFailed",
     "RunNotFound",
     "SignatureError",
     "StepError",
     "StoreError",
+    "TooLarge",
+    "TooManyRequests",
     "TooManySteps",
     "Unauthenticated",
     "Unstorable",
@@ -165,6 +171,19 @@ class EngineFull(FlockError):
         self.retry_after_s = retry_after_s
 
 
+class TooManyRequests(FlockError):
+    """One caller asks for more than its share, which ``headers`` tell. Try again in ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: int = 1, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.headers = headers or {}
+
+
+class TooLarge(FlockError):
+    """More was sent than is taken at once."""
+
+
 class EngineStopped(FlockError):
     """The engine takes no work: it was not started, or is stopping."""
 
@@ -255,6 +274,12 @@ class Unstorable(StepError):
     """A run's record cannot be written as it is, whatever the store does; all else can."""
 
     error_type = "unstorable"
+
+
+class ResultTooLarge(StepError):
+    """What an agent gave is longer than is kept. It is not cut: half of a JSON object is none."""
+
+    error_type = "result_too_large"
 
 
 class TooManySteps(StepError):

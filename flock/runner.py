@@ -20,7 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents import Agent, Resources
-from flock.errors import Interrupted, OwnershipLost, QueueTimeout, StepError, StoreError, Unstorable
+from flock.errors import Interrupted, OwnershipLost, QueueTimeout, ResultTooLarge, StepError, StoreError, Unstorable
 from flock.llm import ModelClient
 from flock.logs import fields_of_run
 from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, sayable
@@ -117,6 +117,7 @@ class Runner:
         max_threads: int,
         max_steps: int,
         max_timeout_s: float,
+        max_result_bytes: int,
         queue_timeout_s: float | None,
         expose_errors: bool,
     ) -> None:
@@ -126,6 +127,7 @@ class Runner:
         self._observers = observers
         self._max_steps = max_steps
         self._max_timeout_s = max_timeout_s
+        self._max_result_bytes = max_result_bytes
         self._queue_timeout_s = queue_timeout_s
         self._expose_errors = expose_errors
 
@@ -254,6 +256,11 @@ class Runner:
             context.cancel_requested = active.cancel_requested
             call_in_thread = functools.partial(self._threads.call, owner=active, deadline=active.scope.deadline)
             done = await run_step(step, Resources(self._models, call_in_thread), context)
+            if len(done.result) > self._max_result_bytes:
+                raise ResultTooLarge(
+                    f"What {step.agent.name!r} gave has {len(done.result)} bytes, more than are kept "
+                    f"({self._max_result_bytes}, max_result_bytes)."
+                )
             self.tell_observers("step_completed", done)
             return replace(run, steps=(*run.steps, done))
         finally:

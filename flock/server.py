@@ -1,5 +1,6 @@
 """Our own server: uvicorn that stops in order, in one process or in several on one socket and one store."""
 
+import asyncio
 import contextlib
 import copy
 import functools
@@ -11,6 +12,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
 import signal
 import socket
 import sys
@@ -27,6 +29,7 @@ import msgspec
 import uvicorn
 import uvicorn.config
 from starlette.routing import BaseRoute
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flock.auth import ADMIN, KEYS_VARIABLE, new_key, read_keys
 from flock.core import Flock
@@ -41,6 +44,11 @@ logger = logging.getLogger("flock.server")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 #: How long the answers to interrupted runs may take, in seconds; then uvicorn cuts them off.
 ANSWER_TIMEOUT_S = 5
+#: How long the head of a request may take to arrive, in seconds, and how long it may be; the app says 431 before.
+HEAD_TIMEOUT_S = 10
+MAX_HEAD_BYTES = 256 * 1024
+#: How many files and sockets a server may have open, where the system lets it.
+OPEN_FILES = 65_536
 #: How long a worker thread may take to end that has nothing to do, in seconds.
 THREAD_TIMEOUT_S = 1
 #: How long after its death a worker is replaced, in seconds.
@@ -56,6 +64,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         store, durability, max_concurrency, max_queue, max_timeout_s, queue_timeout_s, keep_for_s, keep_runs,
             expose_errors: see ``Store`` and ``EmbeddedEngine``.
         server_name, on_disconnect, metrics, api_keys, cors_origins: see ``create_app``.
+        max_connections: more at a time are answered with 503.
+        max_requests_per_minute, max_event_streams: see ``create_app``.
         allow_anonymous: where no key is named, make none to listen beyond this machine, and let ``Host`` say anything.
         log_json: write the log as JSON, one object a line.
     """
@@ -77,6 +87,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: Mapping[str, str] | None = None
     allow_anonymous: bool = False
     cors_origins: Sequence[str] = ()
+    max_connections: int = 20_000
+    max_requests_per_minute: int | None = None
+    max_event_streams: int = 1000
     log_json: bool = False
     metrics: bool | None = None
 
@@ -268,6 +281,8 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
         api_keys=settings.api_keys,
         allowed_hosts=_names(settings),
         cors_origins=settings.cors_origins,
+        max_requests_per_minute=settings.max_requests_per_minute,
+        max_event_streams=settings.max_event_streams,
     )
 
 
@@ -282,6 +297,8 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
         port=settings.port,
         log_config=log_config,
         server_header=False,
+        http=_Protocol,
+        limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + ANSWER_TIMEOUT_S),
     )
 
@@ -312,11 +329,56 @@ def settle_memory() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+def _allow_open_files() -> None:
+    """A connection takes one, and many shells allow no more than 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _serve(config: uvicorn.Config, settings: ServerSettings, sockets: list[socket.socket] | None = None) -> None:
     settle_memory()
+    _allow_open_files()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to stop it, and no error
         _Server(config, settings.drain_timeout_s).run(sockets)
     _leave_busy_threads()
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn alone waits for ever for the head of a request, however long it is, and for the first one."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._begin_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._begin_head()
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._timer is not None and self._head_bytes > MAX_HEAD_BYTES:
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def _begin_head(self) -> None:
+        self._head_bytes = 0
+        self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _end_head(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Server(uvicorn.Server):

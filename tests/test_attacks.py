@@ -1,21 +1,29 @@
 """Who gets in, who sees what, and what is kept from those who do not belong here: real servers and hostile requests."""
 
+import contextlib
+import functools
 import json
 import re
+import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import httpx
 import pytest
 
-from flock.auth import KeyRing, new_key, read_keys
+from flock.auth import KeyRing, Rate, new_key, read_keys
 from flock.core import Flock
-from flock.errors import DefinitionError
+from flock.errors import DefinitionError, TooManyRequests
 from flock.runs import Principal
 from flockapi import FlockAPI, create_app
 from tests.fakes import ROOT, flockapi_command, running, sample_flock
 from tests.test_api import wait_for
+from tests.test_http_lifecycle import Served
 
 KEYS = {"ann": new_key(), "bob": new_key(), "ops:admin": new_key()}
 ADD = {"agent_name": "add", "inputs": {"a": 1}}
@@ -342,3 +350,216 @@ async def test_a_mounted_app_that_is_open_says_so_once(caplog: pytest.LogCapture
     assert [record.message for record in caplog.records] == [
         "Flock Server: no auth= and no api_keys=, so who may call it is its host's business"
     ]
+
+
+# Bounds
+
+
+@pytest.mark.anyio
+async def test_headers_have_a_bound(guarded: FlockAPI) -> None:
+    async with client_of(guarded, "ann") as client:
+        assert (await client.get("/agents", headers={"X-Long": "x" * 60_000})).status_code == 200
+        refused = await client.get("/agents", headers={"X-Long": "x" * 70_000})
+        assert (refused.status_code, refused.headers["Connection"]) == (431, "close")
+
+
+@pytest.mark.anyio
+async def test_a_result_that_is_too_long_fails_its_run_and_is_not_cut() -> None:
+    flock = Flock()
+
+    @flock.agent
+    def repeat(times: int) -> str:
+        return "x" * times
+
+    app = create_app(flock, engine=flock.engine(max_result_bytes=1000, max_input_bytes=1000))
+    async with client_of(app) as client:
+        for times, status in ((900, "completed"), (1000, "failed")):
+            run = (await client.post("/run/flock", json={"agent_name": "repeat", "inputs": {"times": times}})).json()
+            assert run["status"] == status
+        assert (run["error_type"], run["result"]) == ("result_too_large", None)
+        body = '{"agent_name": "repeat", "inputs": {"times": 1%s}}' % (" " * 1000)
+        refused = await client.post("/run/flock", content=body, headers={"Content-Type": "application/json"})
+        assert (refused.status_code, refused.json()["title"]) == (413, "Content too large")
+
+
+@pytest.mark.anyio
+async def test_nobody_waits_longer_than_the_app_allows() -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def nap() -> None:
+        await anyio.sleep(600)
+
+    async with client_of(create_app(flock, store=":memory:", max_wait_s=0)) as client:
+        body = {"agent_name": "nap", "async_run": True}
+        run_id = (await client.post("/run/flock", json=body)).json()["run_id"]
+        with anyio.fail_after(10):
+            assert (await client.get(f"/run/{run_id}?wait=60")).json()["status"] in ("starting", "running")
+            waiting = await client.post("/run/flock", json=body, headers={"Prefer": "respond-async, wait=60"})
+        assert waiting.headers["Preference-Applied"] == "respond-async, wait=0"
+
+
+@pytest.mark.anyio
+async def test_each_principal_has_its_share_of_event_streams() -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def nap() -> None:
+        await anyio.sleep(600)
+
+    app = create_app(flock, store=":memory:", api_keys=KEYS, max_event_streams=2)
+    body = {"agent_name": "nap", "async_run": True}
+    async with Served(app) as served, httpx.AsyncClient(base_url=served.url) as client:
+        of_ann, of_bob = ({"X-API-Key": KEYS[name]} for name in ("ann", "bob"))
+        path = f"/run/{(await client.post('/run/flock', json=body, headers=of_ann)).json()['run_id']}/events"
+        other = f"/run/{(await client.post('/run/flock', json=body, headers=of_bob)).json()['run_id']}/events"
+        read = []  # an iterator that is dropped closes its stream
+        async with contextlib.AsyncExitStack() as streams:
+            for _ in range(2):
+                stream = await streams.enter_async_context(client.stream("GET", path, headers=of_ann))
+                read.append(stream.aiter_raw())
+                await anext(read[-1])
+            refused = await client.get(path, headers=of_ann)
+            assert (refused.status_code, refused.json()["title"]) == (429, "Too many requests")
+            assert int(refused.headers["Retry-After"]) >= 1
+            stream = await streams.enter_async_context(client.stream("GET", other, headers=of_bob))
+            assert stream.status_code == 200
+        with anyio.fail_after(10):
+            while True:  # their places are free again
+                async with client.stream("GET", path, headers=of_ann) as stream:
+                    if stream.status_code == 200:
+                        break
+                await anyio.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_each_principal_has_its_share_of_requests() -> None:
+    app = create_app(sample_flock(), store=":memory:", api_keys=KEYS, max_requests_per_minute=3)
+    async with client_of(app, "ann") as ann, client_of(app, "bob") as bob:
+        answers = [await ann.get("/agents") for _ in range(4)]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+        assert [answer.headers["RateLimit"] for answer in answers[:3]] == [f'"minute";r={r};t=20' for r in (2, 1, 0)]
+        refused = answers[3]
+        assert {answer.headers["RateLimit-Policy"] for answer in answers} == {'"minute";q=3;w=60'}
+        assert refused.headers["RateLimit"].startswith('"minute";r=0;t=')
+        assert 15 <= int(refused.headers["Retry-After"]) <= 20
+        assert (await ann.get("/healthz")).status_code == 200, "what is open is not counted"
+        assert (await bob.get("/agents")).status_code == 200
+
+
+def test_a_share_grows_again_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = 1000.0
+    monkeypatch.setattr("flock.auth.time.monotonic", lambda: at)
+    rate = Rate(2)
+    for later, left in ((0, 1), (0, 0), (30, 0), (3000, 1)):
+        at += later
+        assert rate.take(None)["RateLimit"].startswith(f'"minute";r={left};')
+    rate.take(None)
+    with pytest.raises(TooManyRequests):
+        rate.take(None)
+    with pytest.raises(DefinitionError):
+        Rate(0)
+
+
+# Over real sockets
+
+
+async def answer_to(port: int, *chunks: bytes, pause_s: float = 0) -> bytes:
+    """What the server sends until it closes, or until it is silent for long."""
+    async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+        received = b""
+        with anyio.move_on_after(30), contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+            for chunk in chunks:
+                await stream.send(chunk)
+                await anyio.sleep(pause_s)
+            while True:
+                received += await stream.receive()
+        return received
+
+
+HEAD = b"POST /run/flock HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.anyio
+async def test_a_body_that_trickles_is_dropped() -> None:
+    app = create_app(sample_flock(), store=":memory:", body_timeout_s=0.2)
+    async with Served(app) as served:
+        answer = await answer_to(served.port, HEAD + b"Content-Length: 100\r\n\r\n{", b" ", b" ", pause_s=0.05)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in answer.lower()
+    assert b"The body did not arrive within 0.2 s." in answer
+
+
+@pytest.mark.anyio
+async def test_what_follows_an_unread_body_is_not_a_request() -> None:
+    """Smuggled behind a body that was refused by its length, or for want of a key."""
+    smuggled = b"GET /agents HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    app = create_app(sample_flock(), store=":memory:", max_body_bytes=10, api_keys=KEYS)
+    with_key = b"X-API-Key: " + KEYS["ann"].encode() + b"\r\n"
+    async with Served(app) as served:
+        for head, status in ((HEAD, b"401"), (HEAD + with_key, b"413")):
+            length = b"Content-Length: %d\r\n\r\n" % len(smuggled)
+            answer = await answer_to(served.port, head + length + smuggled + smuggled)
+            assert answer.count(b"HTTP/1.1 ") == 1
+            assert answer.startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.mark.anyio
+async def test_two_ways_to_say_a_length_are_none() -> None:
+    """RFC 9112, section 6.1: both together are an attack, or a fault."""
+    app = create_app(sample_flock(), store=":memory:")
+    both = (
+        HEAD
+        + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /agents HTTP/1.1\r\nHost: a\r\n\r\n"
+    )
+    async with Served(app) as served:
+        answer = await answer_to(served.port, both)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_our_server_waits_for_no_head_for_ever(script: Path) -> None:
+    """Connections that say nothing, trickle, or never end their head are closed; others are answered meanwhile."""
+    command = [sys.executable, "-c", IMPATIENT, str(script)]
+    with running(*command, PYTHONPATH=str(ROOT)) as server:
+        port = int(server.url.rpartition(":")[2])
+
+        async def attack() -> list[bytes]:
+            answers: list[bytes] = []
+
+            async def send(*chunks: bytes, pause_s: float) -> None:
+                answers.append(await answer_to(port, *chunks, pause_s=pause_s))
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(20):
+                    tasks.start_soon(functools.partial(send, pause_s=0))
+                    tasks.start_soon(functools.partial(send, *[b"G", b"E", b"T"] * 10, pause_s=0.1))
+                tasks.start_soon(functools.partial(send, HEAD, *[b"X: " + b"x" * 65_000] * 10, pause_s=0))
+                assert (await anyio.to_thread.run_sync(httpx.get, f"{server.url}/agents")).status_code == 200
+            return answers
+
+        before = time.monotonic()
+        answers = anyio.run(attack)
+        assert time.monotonic() - before < 20
+        assert all(answer == b"" or answer.startswith(b"HTTP/1.1 400") for answer in answers)
+        assert httpx.get(f"{server.url}/agents").status_code == 200
+
+
+IMPATIENT = """
+import sys
+from flock import server
+from flock.cli import main
+server.HEAD_TIMEOUT_S = 1
+main(["serve", sys.argv[1], "--port", "0", "--store", ":memory:"])
+"""
+
+
+def test_more_connections_than_agreed_are_refused(script: Path) -> None:
+    command = flockapi_command("serve", str(script), "--port", "0", "--max-connections", "5", "--store", ":memory:")
+    with running(*command, PYTHONPATH=str(ROOT)) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        held = [socket.create_connection(address) for _ in range(5)]
+        with pytest.raises(httpx.HTTPStatusError, match="503"):
+            httpx.get(f"{server.url}/agents").raise_for_status()
+        for connection in held:
+            connection.close()

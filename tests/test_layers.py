@@ -12,6 +12,7 @@ RANKS = {
     "flock": 0,  # the version, loaded before everything
     "flock.errors": 0,
     "flock.auth": 2,
+    "flock.tables": 2,
     "flock.contract": 1,
     "flock.jsontype": 1,
     "flock.runs": 1,
