@@ -14,7 +14,6 @@ import contextlib
 import functools
 import hashlib
 import http
-import inspect
 import logging
 import operator
 import os
@@ -38,16 +37,16 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocketClose
 
-from flock.auth import KEYS_VARIABLE, KeyRing, OwnEngine, Places, Rate, check_host, check_origin, read_keys
+from flock.auth import KEYS_VARIABLE, KeyRing, OwnEngine, Places, Rate, read_keys
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
+from flock.door import CORS, Auth, Door, by_key, principal_of
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
@@ -78,7 +77,6 @@ from flock.runs import (
     Engine,
     Event,
     IdempotencyKey,
-    Principal,
     Progress,
     Run,
     RunFilter,
@@ -121,9 +119,6 @@ __all__ = [
 logger = logging.getLogger("flock.api")
 
 T = TypeVar("T")
-
-#: Says who asks, or None where nobody may know; it reads headers, a session, a certificate, and never the body.
-Auth = Callable[[HTTPConnection], Awaitable[Principal | None] | Principal | None]
 
 #: What becomes of a synchronous run whose caller has gone.
 OnDisconnect = Literal["cancel", "continue"]
@@ -951,102 +946,8 @@ ROUTES: Sequence[Route | Mount] = [
 ]
 
 
-#: What a page of another origin may send and read, where the owner lets it.
-CORS: Mapping[str, Any] = {
-    "allow_methods": ("GET", "POST", "DELETE"),
-    "allow_headers": (
-        *("Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer", "traceparent"),
-        "X-Request-ID",
-    ),
-    "expose_headers": (
-        *("Flock-Run-Status", "Idempotency-Replayed", "Link", "Location", "Preference-Applied", "Retry-After"),
-        "X-Request-ID",
-    ),
-}
-
-#: What changes nothing (RFC 9110, section 9.2.1).
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-
 #: What everybody may see; a route of the owner's that stands before one of these is not meant.
 OPEN = [*DOCS, *(route for route in ROUTES if route.path in ("/openapi.yaml", "/openapi.json", "/healthz", "/readyz"))]
-
-
-class _Doorkeeper:
-    """ASGI middleware that asks before anything is read: is this server meant, may that page do it, and who is it?
-
-    Args:
-        auth: knows principals; None lets everybody in.
-        hosts: what ``Host`` may say, without the port; None is anything.
-        origins: pages of other origins that may change something.
-        rate: how much each principal may ask for; None is any.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        auth: Auth | None,
-        hosts: Collection[str] | None,
-        origins: Collection[str],
-        max_header_bytes: int,
-        rate: Rate | None,
-    ) -> None:
-        self._app = app
-        self._max_header_bytes = max_header_bytes
-        self._rate = rate
-        self._auth = auth
-        self._hosts = hosts
-        self._origins = origins
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        connection = HTTPConnection(scope)
-        try:
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > self._max_header_bytes:
-                raise HTTPException(431, f"The headers are longer than {self._max_header_bytes} bytes together.")
-            if self._hosts is not None:
-                check_host(connection.headers.get("host", ""), self._hosts)
-            if scope.get("method") not in SAFE_METHODS:
-                check_origin(connection.headers, self._origins)
-            if self._auth is not None and _route_of(scope["app"], scope) not in OPEN:
-                scope["flock.principal"] = await _identify(connection, self._auth)
-            if self._rate is not None and _route_of(scope["app"], scope) not in OPEN:
-                scope["flock.headers"] = self._rate.take(principal_of(connection))
-        except (HTTPException, FlockError) as exc:
-            if scope["type"] == "websocket":
-                await WebSocketClose(1008)(scope, receive, send)  # RFC 6455, 7.4.1: policy violation
-            else:
-                await (await on_error(Request(scope, receive), exc))(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-
-async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:
-    found = auth(connection)
-    principal = await found if inspect.isawaitable(found) else found
-    if isinstance(principal, Principal):
-        return principal
-    raise Unauthenticated("This needs a key that is known here. With curl: -H 'Authorization: Bearer YOUR_KEY'")
-
-
-def by_key(keys: KeyRing) -> Auth:
-    """``auth`` by ``Authorization: Bearer`` (RFC 6750) or ``X-API-Key``."""
-
-    async def auth(connection: HTTPConnection) -> Principal | None:
-        scheme, _, key = connection.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            key = connection.headers.get("x-api-key", "")
-        return keys.find(key.strip())
-
-    return auth
-
-
-def principal_of(request: HTTPConnection) -> Principal | None:
-    """Who asks, as ``auth`` said; None where the app has none."""
-    principal: Principal | None = request.scope.get("flock.principal")
-    return principal
 
 
 class FlockAPI(Starlette):
@@ -1131,7 +1032,9 @@ class FlockAPI(Starlette):
                 *([Middleware(CORSMiddleware, allow_origins=cors_origins, **CORS)] if cors_origins else []),
                 *middleware,
                 Middleware(
-                    _Doorkeeper,
+                    Door,
+                    is_open=lambda scope: _route_of(self, scope) in OPEN,
+                    refuse=on_error,
                     auth=auth,
                     hosts=allowed_hosts,
                     origins=cors_origins,

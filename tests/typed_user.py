@@ -13,6 +13,7 @@ from flock import __version__
 from flock.agents import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, Resources, Turn
 from flock.core import Flock, FlockFactory, agent
 from flock.errors import (
+    AccessDenied,
     AgentError,
     AgentNotFound,
     BatchNotFound,
@@ -22,6 +23,7 @@ from flock.errors import (
     EngineStopped,
     FieldError,
     FlockError,
+    Forbidden,
     Interrupted,
     InvalidData,
     InvalidHandoff,
@@ -33,13 +35,18 @@ from flock.errors import (
     OwnershipLost,
     QueueTimeout,
     Replayed,
+    ResultTooLarge,
     RunFailed,
     RunNotFound,
     SignatureError,
     StepError,
     StoreError,
+    TooLarge,
+    TooManyRequests,
     TooManySteps,
+    Unauthenticated,
     Unstorable,
+    WrongHost,
 )
 from flock.runs import (
     Batch,
@@ -64,6 +71,7 @@ from flock.runs import (
     new_id,
     now,
     sayable,
+    valid_traceparent,
 )
 from flockapi import (
     AgentDetail,
@@ -161,6 +169,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
     for item in await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now())):
         print(sayable(item.error), [step.usage for step in item.steps], len(events_of(item)))
     make_ids_after(run.run_id)
+    assert_type(valid_traceparent("00-"), str | None)
     return run.progress
 
 
@@ -222,5 +231,6 @@ ANSWERS: tuple[type, ...] = (
 ERRORS: tuple[type[FlockError], ...] = (
     *(NotFound, AgentNotFound, RunNotFound, BatchNotFound, Conflict, KeyReused, Replayed, MalformedJSON, InvalidData),
     *(DefinitionError, SignatureError, EngineFull, EngineStopped, StoreError, OwnershipLost, Unstorable, RunFailed),
+    *(AccessDenied, Unauthenticated, Forbidden, WrongHost, TooLarge, TooManyRequests, ResultTooLarge),
     *(StepError, ModelError, InvalidOutput, InvalidHandoff, TooManySteps, QueueTimeout, Interrupted),
 )
