@@ -23,7 +23,7 @@ from flock.agents import Agent, Resources
 from flock.errors import Interrupted, OwnershipLost, QueueTimeout, ResultTooLarge, StepError, StoreError, Unstorable
 from flock.llm import ModelClient
 from flock.logs import fields_of_run
-from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, sayable
+from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, one_line, sayable
 from flock.schema import INTERRUPTED
 from flock.store import RETRY_AFTER_S, Store
 from flock.threads import Threads
@@ -377,8 +377,8 @@ class Runner:
             exc = exc.exceptions[0]
         if isinstance(exc, StepError):
             text = sayable(exc)
-            template, values = "run %s: %s %s (request %s)", (run.run_id, text, exc.log_detail, run.request_id)
-            logger.warning(template, *values, extra=fields_of_run(run))
+            template, said = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())
+            logger.warning(template, run.run_id, said, run.request_id, extra=fields_of_run(run))
             return {"status": RunStatus.FAILED, "error": text, "error_type": exc.error_type}
         agent_name = run.steps[-1].next_agent if run.steps else run.agent_name
         template = "run %s: agent %s raised (request %s)"

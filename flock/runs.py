@@ -42,6 +42,7 @@ __all__ = [
     "make_ids_after",
     "new_id",
     "now",
+    "one_line",
     "sayable",
     "valid_traceparent",
 ]
@@ -486,6 +487,13 @@ def sayable(value: object) -> str:
         return str(value).encode("utf-8", "replace").decode()
     except Exception:
         return f"({type(value).__name__})"
+
+
+def one_line(text: str) -> str:
+    """*text* with what would break a line of a log, or colour it, written out."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def now() -> datetime:

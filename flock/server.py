@@ -28,11 +28,13 @@ import anyio
 import msgspec
 import uvicorn
 import uvicorn.config
+import uvicorn.logging
 from starlette.routing import BaseRoute
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flock.auth import ADMIN, KEYS_VARIABLE, new_key, read_keys
 from flock.core import Flock
+from flock.runs import one_line
 from flock.store import MEMORY, Durability, Store
 from flockapi import FlockAPI, OnDisconnect, create_app
 
@@ -288,6 +290,7 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
 
 def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
     log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    log_config["formatters"]["default"]["()"] = _TextFormatter
     if settings.log_json:
         log_config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in log_config["formatters"]}
     log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
@@ -343,6 +346,20 @@ def _serve(config: uvicorn.Config, settings: ServerSettings, sockets: list[socke
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to stop it, and no error
         _Server(config, settings.drain_timeout_s).run(sockets)
     _leave_busy_threads()
+
+
+class _TextFormatter(uvicorn.logging.DefaultFormatter):
+    """uvicorn's, but a newline in what a client sent begins no line of the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record = copy.copy(record)
+        if "color_message" not in vars(record):  # uvicorn's own words
+            record.msg, record.args = one_line(record.getMessage()), None
+        record.exc_text = None
+        return super().format(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"    {one_line(line)}" for line in super().formatException(ei).splitlines())
 
 
 class _Protocol(HttpToolsProtocol):

@@ -563,3 +563,39 @@ def test_more_connections_than_agreed_are_refused(script: Path) -> None:
             httpx.get(f"{server.url}/agents").raise_for_status()
         for connection in held:
             connection.close()
+
+
+# Logs
+
+
+FORGED = "x\nINFO:     run 0000: completed, agent add, 1 ms (request 1)\r\n\x1b[2J"
+
+
+@pytest.mark.parametrize("agent_name", ["refuse", "explode"])
+def test_no_line_of_the_log_can_be_forged(agent_name: str, script: Path) -> None:
+    """By a text that an agent puts into its error, or an exception into its own, or a path."""
+    command = flockapi_command("serve", str(script), "--port", "0", "--store", ":memory:")
+    with running(*command, PYTHONPATH=str(ROOT)) as server:
+        httpx.post(f"{server.url}/run/flock", json={"agent_name": agent_name, "inputs": {"text": FORGED}})
+        httpx.get(f"{server.url}/run/x%0AINFO:%20forged")
+        server.wait_for_line("forged")
+        server.wait_for_line("run 0000")
+        server.stop()
+    assert not any(line.startswith(("INFO:     run 0000", "INFO: forged")) for line in server.lines)
+    assert "\x1b[2J" not in "".join(server.lines)
+
+
+def test_keys_and_inputs_are_in_no_line_of_the_log(script: Path) -> None:
+    command = flockapi_command("serve", str(script), "--port", "0", "--store", ":memory:")
+    with running(*command, PYTHONPATH=str(ROOT), FLOCK_API_KEYS=f"ann={KEYS['ann']}") as server:
+        for key in (KEYS["ann"], KEYS["bob"]):
+            for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}):
+                body = {"agent_name": "summarise", "inputs": {"text": "a secret of mine"}}
+                answer = httpx.post(f"{server.url}/run/flock", json=body, headers=headers)
+                httpx.post(f"{server.url}/run/flock", json={**body, "inputs": {"txt": "a secret"}}, headers=headers)
+        assert answer.status_code == 401
+        server.stop()
+    log = "\n".join(server.lines)
+    assert "secret" not in log
+    assert KEYS["ann"] not in log
+    assert KEYS["bob"] not in log

@@ -70,6 +70,7 @@ from flock.runs import (
     make_ids_after,
     new_id,
     now,
+    one_line,
     sayable,
     valid_traceparent,
 )
@@ -167,7 +168,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
     batch = await engine.submit_batch("measure", [{"text": "a"}], BatchOptions(max_workers=2))
     assert_type(await engine.get_batch(batch.batch_id), Batch)
     for item in await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now())):
-        print(sayable(item.error), [step.usage for step in item.steps], len(events_of(item)))
+        print(one_line(sayable(item.error)), [step.usage for step in item.steps], len(events_of(item)))
     make_ids_after(run.run_id)
     assert_type(valid_traceparent("00-"), str | None)
     return run.progress
