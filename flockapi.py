@@ -1098,8 +1098,9 @@ class FlockAPI(Starlette):
             nonlocal status_code
             if message["type"] == "http.response.start":
                 status_code = message["status"]
-                more = [(name.encode(), value.encode()) for name, value in scope.get("flock.headers", {}).items()]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *more]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                for name, value in scope.get("flock.headers", {}).items():
+                    message["headers"].append((name.encode(), value.encode()))
             await send(message)
 
         as_asked = {name: scope.get(name, "") for name in ("type", "method", "path", "root_path")}

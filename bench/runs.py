@@ -197,6 +197,7 @@ def fastapi_app() -> Any:
         started_at: pydantic.AwareDatetime | None
         completed_at: pydantic.AwareDatetime | None
         request_id: str | None
+        traceparent: str | None = None
         attempt: int
         progress: ProgressModel | None = None
         usage: UsageModel | None = None

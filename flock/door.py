@@ -32,6 +32,9 @@ CORS: Mapping[str, Any] = {
     ),
 }
 
+#: What browsers send with what a page asks for, and hardly anybody else does.
+FROM_PAGES = (b"origin", b"sec-fetch-site")
+
 #: What changes nothing (RFC 9110, section 9.2.1).
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
@@ -73,13 +76,16 @@ class Door:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        connection = HTTPConnection(scope)
+        connection, length, is_from_page = HTTPConnection(scope), 0, False
+        for name, value in scope["headers"]:  # once, since each look-up goes through all of them
+            length += len(name) + len(value)
+            is_from_page = is_from_page or name in FROM_PAGES
         try:
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > self._max_header_bytes:
+            if length > self._max_header_bytes:
                 raise HTTPException(431, f"The headers are longer than {self._max_header_bytes} bytes together.")
             if self._hosts is not None:
                 check_host(connection.headers.get("host", ""), self._hosts)
-            if scope.get("method") not in SAFE_METHODS:
+            if is_from_page and scope.get("method") not in SAFE_METHODS:
                 check_origin(connection.headers, self._origins)
             if (self._auth is not None or self._rate is not None) and not self._is_open(scope):
                 if self._auth is not None:

@@ -13,7 +13,7 @@ __all__ = ["JSONFormatter", "fields_of_run"]
 
 def fields_of_run(run: Run) -> dict[str, Any]:
     """What tells of which run a record is; pass it as ``extra=``. Each becomes a member in JSON."""
-    fields = {
+    return {
         "run_id": run.run_id,
         "agent_name": run.agent_name,
         "attempt": run.attempt,
@@ -21,7 +21,6 @@ def fields_of_run(run: Run) -> dict[str, Any]:
         "request_id": run.request_id,
         "trace_id": run.trace_id,
     }
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 #: Members beyond those that every record has.

@@ -352,10 +352,10 @@ class _TextFormatter(uvicorn.logging.DefaultFormatter):
     """uvicorn's, but a newline in what a client sent begins no line of the log."""
 
     def format(self, record: logging.LogRecord) -> str:
-        record = copy.copy(record)
-        if "color_message" not in vars(record):  # uvicorn's own words
-            record.msg, record.args = one_line(record.getMessage()), None
-        record.exc_text = None
+        message = record.getMessage()
+        if not message.isprintable():
+            record = copy.copy(record)
+            record.msg, record.args, record.exc_text = one_line(message), None, None
         return super().format(record)
 
     def formatException(self, ei: Any) -> str:
