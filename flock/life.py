@@ -100,7 +100,8 @@ class Life:
                 "an engine of its own: create_app(flock, engine=flock.engine(store=...))"
             )
         assert self._opened is not None
-        await asyncio.shield(self._opened)
+        if not self._opened.done() or self._opened.exception() is not None:
+            await asyncio.shield(self._opened)
 
     async def _live(self, opened: asyncio.Future[None], all_left: anyio.Event) -> None:
         """Up to the last one's leave, or the end of the loop, which cancels what is left in it."""
@@ -130,4 +131,5 @@ _lives: "weakref.WeakKeyDictionary[Engine, Life]" = weakref.WeakKeyDictionary()
 
 def life_of(engine: Engine) -> Life:
     """The one life of *engine*, however many apps are on it."""
-    return _lives.setdefault(engine, Life(engine))
+    life = _lives.get(engine)
+    return _lives.setdefault(engine, Life(engine)) if life is None else life
