@@ -249,7 +249,8 @@ def fastapi_app() -> Any:
 
 
 def flock_app(store: Path, durability: Durability) -> Any:
-    return create_app(flock, engine=flock.engine(store=store, durability=durability))
+    # Without metrics, as the others.
+    return create_app(flock, engine=flock.engine(store=store, durability=durability), metrics=False)
 
 
 BARE, COMMIT, FASTAPI, MEMORY = "bare", "bare + commit", "fastapi", "flock memory"
@@ -260,7 +261,7 @@ APPS: Mapping[str, Callable[[Path], Any]] = {
     BARE: lambda folder: bare_app(),
     COMMIT: lambda folder: bare_app(GroupCommit(folder / "commit.db")),
     FASTAPI: lambda folder: fastapi_app(),
-    MEMORY: lambda folder: create_app(flock, store=":memory:"),
+    MEMORY: lambda folder: create_app(flock, store=":memory:", metrics=False),
     POWER: lambda folder: flock_app(folder / "power.db", "power"),
     PROCESS: lambda folder: flock_app(folder / "process.db", "process"),
     POWER_1M: lambda folder: flock_app(folder / "million.db", "power"),
