@@ -16,10 +16,11 @@ import anyio.to_thread
 import httpx
 import pytest
 
-from flock.auth import KeyRing, Rate, new_key, read_keys
+from flock.auth import KeyRing, OwnEngine, Rate, new_key, read_keys
 from flock.core import Flock
 from flock.errors import DefinitionError, TooManyRequests
-from flock.runs import Principal
+from flock.metrics import Metrics
+from flock.runs import Principal, Run
 from flockapi import FlockAPI, create_app
 from tests.fakes import ROOT, flockapi_command, running, sample_flock
 from tests.test_api import wait_for
@@ -221,6 +222,25 @@ async def test_runs_from_before_there_were_keys_are_for_admins(tmp_path: Path) -
         async with client_of(app, "ann") as ann, client_of(app, "ops:admin") as ops:
             assert (await ann.get(f"/run/{run_id}")).status_code == 404
             assert (await ops.get(f"/run/{run_id}")).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_a_program_may_use_the_view_of_a_principal_as_an_engine() -> None:
+    flock, seen = sample_flock(), []
+
+    class Counter(Metrics):
+        def run_ended(self, run: Run) -> None:
+            seen.append(run.principal)
+
+    async with OwnEngine(flock.engine(), Principal(name="ann")) as ann:
+        ann.check_ready()
+        observer = Counter([])
+        ann.observe(observer)
+        run = await ann.wait((await ann.submit("add", {"a": 1})).run_id)
+        assert [event.name async for event in ann.events(run.run_id) if event] != []
+        assert (ann.health().engine, (await ann.queue()).depth, seen) == ("running", 0, ["ann"])
+        await ann.drain(0)
+        assert ann.is_leaving
 
 
 # Protected by default: our own server

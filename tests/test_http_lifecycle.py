@@ -170,7 +170,7 @@ async def test_a_wait_ends_in_time(client: httpx.AsyncClient, gate: Gate) -> Non
     assert body["attempt"] == 1
 
 
-@pytest.mark.parametrize("wait", ["61", "-1", "x", "1.5", ""])
+@pytest.mark.parametrize("wait", ["3601", "-1", "x", "1.5", ""])
 async def test_a_wait_is_a_whole_number_of_seconds(wait: str, client: httpx.AsyncClient) -> None:
     problem = check_problem(await client.get("/run/1", params={"wait": wait}), 422)
     assert "'wait' in the query: Expected 'int'" in problem["detail"]
