@@ -119,6 +119,7 @@ __all__ = [
 logger = logging.getLogger("flock.api")
 
 T = TypeVar("T")
+Query = TypeVar("Query", bound=msgspec.Struct)
 
 #: What becomes of a synchronous run whose caller has gone.
 OnDisconnect = Literal["cancel", "continue"]
@@ -252,19 +253,28 @@ class ItemsQuery(msgspec.Struct, frozen=True):
 class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which runs to list. A filter that is not understood is refused: without it the list would be a wrong answer."""
 
-    status: RunStatus | None = None
-    agent_name: str | None = None
-    created_after: Time | None = None
-    created_before: Time | None = None
+    status: RunStatus | msgspec.UnsetType = msgspec.UNSET
+    agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    created_after: Time | msgspec.UnsetType = msgspec.UNSET
+    created_before: Time | msgspec.UnsetType = msgspec.UNSET
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
-    after: str | None = None
+    after: str | msgspec.UnsetType = msgspec.UNSET
     include: Literal["", "inputs", "result", "inputs,result", "result,inputs"] = ""
 
 
-def query_of(request: Request, type_: type[T]) -> T:
+NUMBER = re.compile(r"-?[0-9]{1,15}")
+
+
+def query_of(request: Request, type_: type[Query]) -> Query:
     """The query as a struct. Raises InvalidData, which names the parameter."""
+    sent = request.query_params.multi_items()
+    if len({name for name, _ in sent}) < len(sent):
+        raise InvalidData([FieldError(detail="A parameter of the query is there twice.", pointer="")])
+    # Only numbers are converted: a time, say, is no number of seconds.
+    numbers = {field.name for field in msgspec.structs.fields(type_) if isinstance(field.default, int)}
+    read = {name: int(value) if name in numbers and NUMBER.fullmatch(value) else value for name, value in sent}
     try:
-        return msgspec.convert(dict(request.query_params), type_, strict=False)
+        return msgspec.convert(read, type_)
     except msgspec.ValidationError as exc:
         reason, _, place = str(exc).replace("`", "'").partition(" - at '$.")
         name = f"'{place[:-1]}' in the query" if place else "The query"
@@ -762,16 +772,21 @@ async def list_runs(request: Request) -> Response:
     """GET /runs"""
     wanted = query_of(request, RunsQuery)
     filter_ = RunFilter(
-        status=wanted.status,
-        agent_name=wanted.agent_name,
-        created_after=wanted.created_after,
-        created_before=wanted.created_before,
-        after=wanted.after,
+        status=_or_none(wanted.status),
+        agent_name=_or_none(wanted.agent_name),
+        created_after=_or_none(wanted.created_after),
+        created_before=_or_none(wanted.created_before),
+        after=_or_none(wanted.after),
         limit=wanted.limit + 1,
         with_inputs="inputs" in wanted.include,
         with_results="result" in wanted.include,
     )
     return runs_response(request, await (await engine_of(request)).list_runs(filter_), wanted)
+
+
+def _or_none(value: T | msgspec.UnsetType) -> T | None:
+    """A query has no null: ``?status=null`` is a status that is none."""
+    return None if isinstance(value, msgspec.UnsetType) else value
 
 
 async def one_run(request: Request) -> Response:

@@ -170,6 +170,18 @@ async def test_a_wait_ends_in_time(client: httpx.AsyncClient, gate: Gate) -> Non
     assert body["attempt"] == 1
 
 
+@pytest.mark.parametrize(
+    "query", ["status=null", "status=running&status=running", "created_before=0.5", "created_after=1", "limit=1.0"]
+)
+async def test_a_filter_that_could_mean_something_else_is_refused(query: str, client: httpx.AsyncClient) -> None:
+    """Without it the list would be a wrong answer."""
+    check_problem(await client.get(f"/runs?{query}"), 422)
+
+
+async def test_a_filter_may_be_any_text(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/runs?agent_name=null&after=7")).json() == {"runs": [], "next": None}
+
+
 @pytest.mark.parametrize("wait", ["3601", "-1", "x", "1.5", ""])
 async def test_a_wait_is_a_whole_number_of_seconds(wait: str, client: httpx.AsyncClient) -> None:
     problem = check_problem(await client.get("/run/1", params={"wait": wait}), 422)
