@@ -40,6 +40,8 @@ __all__ = ["KeyRing", "OwnEngine", "Places", "Rate", "check_host", "check_origin
 KEYS_VARIABLE = "FLOCK_API_KEYS"
 #: What stands behind the name of a principal whose key opens everything.
 ADMIN = ":admin"
+#: How many principals a rate remembers at least before it looks which of them it need not.
+MAX_REMEMBERED = 10_000
 #: A shorter key could be guessed, in characters.
 MIN_KEY_LENGTH = 16
 
@@ -160,6 +162,7 @@ class Rate:
             raise DefinitionError(f"max_requests_per_minute is at least 1, not {per_minute}.")
         self._per_minute = per_minute
         self._full_at: dict[str | None, float] = {}
+        self._max_remembered = MAX_REMEMBERED
 
     def take(self, principal: Principal | None) -> dict[str, str]:
         """Count one request.
@@ -176,6 +179,9 @@ class Rate:
             message = f"More than {self._per_minute} requests a minute were sent. Send the next one in {wait_s} s."
             raise TooManyRequests(message, wait_s, headers | {"RateLimit": f'"minute";r=0;t={wait_s}'})
         self._full_at[name] = full_at
+        if len(self._full_at) > self._max_remembered:  # whoever has not asked for a while has its whole share again
+            self._full_at = {name: later for name, later in self._full_at.items() if later > at}
+            self._max_remembered = max(MAX_REMEMBERED, 2 * len(self._full_at))
         return headers | {"RateLimit": f'"minute";r={left};t={math.ceil(each_s)}'}
 
 

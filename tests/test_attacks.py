@@ -477,6 +477,10 @@ def test_a_share_grows_again_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     rate.take(None)
     with pytest.raises(TooManyRequests):
         rate.take(None)
+    for number in range(20_000):
+        at += 0.01
+        rate.take(Principal(name=str(number)))
+    assert len(rate._full_at) <= 10_001, "it does not grow with all who ever asked"
     with pytest.raises(DefinitionError):
         Rate(0)
 
