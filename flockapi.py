@@ -259,7 +259,10 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created_before: Time | msgspec.UnsetType = msgspec.UNSET
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
     after: str | msgspec.UnsetType = msgspec.UNSET
-    include: Literal["", "inputs", "result", "inputs,result", "result,inputs"] = ""
+    include: Literal["inputs", "result", "inputs,result", "result,inputs"] | msgspec.UnsetType = msgspec.UNSET
+
+    def includes(self, name: str) -> bool:
+        return not isinstance(self.include, msgspec.UnsetType) and name in self.include
 
 
 NUMBER = re.compile(r"-?[0-9]{1,15}")
@@ -472,7 +475,7 @@ def run_response(
 
 def runs_response(request: Request, runs: Sequence[Run], wanted: RunsQuery) -> Response:
     """A page of *runs*, which are one more than were asked for if there is another page."""
-    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if name not in wanted.include}
+    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not wanted.includes(name)}
     page = [shown_as(RunSummary, run, **left_out) for run in runs[: wanted.limit]]
     if len(runs) <= wanted.limit:
         return JSONResponse(RunList(runs=page, next=None))
@@ -778,8 +781,8 @@ async def list_runs(request: Request) -> Response:
         created_before=_or_none(wanted.created_before),
         after=_or_none(wanted.after),
         limit=wanted.limit + 1,
-        with_inputs="inputs" in wanted.include,
-        with_results="result" in wanted.include,
+        with_inputs=wanted.includes("inputs"),
+        with_results=wanted.includes("result"),
     )
     return runs_response(request, await (await engine_of(request)).list_runs(filter_), wanted)
 
