@@ -16,7 +16,6 @@ import hashlib
 import http
 import logging
 import operator
-import os
 import re
 import secrets
 import sys
@@ -43,7 +42,7 @@ from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flock.auth import KEYS_VARIABLE, KeyRing, OwnEngine, Places, Rate, read_keys
+from flock.auth import KeyRing, OwnEngine, Places, Rate, keys_of_environment
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
 from flock.door import CORS, Auth, Door, by_key, principal_of
@@ -798,21 +797,13 @@ async def one_run(request: Request) -> Response:
 
 
 async def get_run(request: Request) -> Response:
-    engine, run_id, wait_s = (
-        await engine_of(request),
-        request.path_params["run_id"],
-        wait_of(request),
-    )
+    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
     return run_response(request, await (engine.wait(run_id, wait_s) if wait_s else engine.get_run(run_id)))
 
 
 async def cancel_run(request: Request) -> Response:
     """POST /run/{run_id}/cancel"""
-    engine, run_id, wait_s = (
-        await engine_of(request),
-        request.path_params["run_id"],
-        wait_of(request),
-    )
+    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
     run = await engine.cancel_run(run_id)
     if wait_s and not run.status.is_final:
         await engine.wait(run_id, wait_s)
@@ -1037,8 +1028,8 @@ class FlockAPI(Starlette):
         docs: bool | None = True,
         metrics: bool | None = None,
     ) -> None:
-        if api_keys is None and auth is None and os.environ.get(KEYS_VARIABLE):
-            api_keys = read_keys(os.environ[KEYS_VARIABLE])
+        if api_keys is None and auth is None:
+            api_keys = keys_of_environment()
         if api_keys is not None:
             if auth is not None:
                 raise DefinitionError("Pass either auth= or api_keys=: only one of them can say who may come in.")

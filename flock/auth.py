@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import hmac
 import math
+import os
 import re
 import secrets
 import time
@@ -34,7 +35,17 @@ from flock.runs import (
     RunFilter,
 )
 
-__all__ = ["KeyRing", "OwnEngine", "Places", "Rate", "check_host", "check_origin", "new_key", "read_keys"]
+__all__ = [
+    "KeyRing",
+    "OwnEngine",
+    "Places",
+    "Rate",
+    "check_host",
+    "check_origin",
+    "keys_of_environment",
+    "new_key",
+    "read_keys",
+]
 
 #: The environment's variable for keys.
 KEYS_VARIABLE = "FLOCK_API_KEYS"
@@ -65,6 +76,12 @@ def read_keys(text: str) -> dict[str, str]:
             raise DefinitionError(f"Entry {number} of the API keys cannot be used: {what}.")
         keys[name] = key
     return keys
+
+
+def keys_of_environment() -> dict[str, str] | None:
+    """The keys that ``FLOCK_API_KEYS`` names; None where it is not set, or empty. Raises DefinitionError."""
+    text = os.environ.get(KEYS_VARIABLE)
+    return read_keys(text) if text else None
 
 
 class KeyRing:

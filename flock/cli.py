@@ -263,10 +263,10 @@ def serve(target: str, model: str | None, workers: int, api_keys_file: Path | No
 
 
 def _keys(file: Path | None) -> dict[str, str] | None:
-    """The keys of the file and of the environment; None where there is neither."""
-    texts = [] if file is None else [file.read_text("utf-8")]
-    texts += [text] if (text := os.environ.get(KEYS_VARIABLE)) else []
-    return read_keys("\n".join(texts)) if texts else None
+    """The keys of the file beside those of the environment; None where there is no file: the server looks itself."""
+    if file is None:
+        return None
+    return read_keys("\n".join([file.read_text("utf-8"), os.environ.get(KEYS_VARIABLE, "")]))
 
 
 @main.command()

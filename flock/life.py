@@ -37,14 +37,14 @@ class Life:
         """Hold the engine open. Raises what keeps it from opening."""
         engine = self._engine()
         assert engine is not None, "whoever asks has it"
-        if _running_loop() is not None:
-            await self._begin()
-            self._holders += 1
+        if (loop := _running_loop()) is not None:
+            self._holders += 1  # before it is open: nobody who leaves meanwhile is the last one then
             try:
+                await self._begin()
                 yield
             finally:
                 self._holders -= 1
-                if self._holders == 0 and self._task is not None:
+                if self._holders == 0 and self._task is not None and self._task.get_loop() is loop:
                     self._all_left.set()
                     with anyio.CancelScope(shield=True):
                         await asyncio.wait([self._task])

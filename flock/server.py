@@ -32,7 +32,7 @@ import uvicorn.logging
 from starlette.routing import BaseRoute
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from flock.auth import ADMIN, KEYS_VARIABLE, new_key, read_keys
+from flock.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
 from flock.core import Flock
 from flock.runs import one_line
 from flock.store import MEMORY, Durability, Store
@@ -232,8 +232,8 @@ def _stop_with_parent() -> None:
 
 def _closed(settings: ServerSettings) -> ServerSettings:
     """*settings* with the keys that are named, or with one that is made and printed where others can connect."""
-    if settings.api_keys is None and os.environ.get(KEYS_VARIABLE):
-        settings = msgspec.structs.replace(settings, api_keys=read_keys(os.environ[KEYS_VARIABLE]))
+    if settings.api_keys is None:
+        settings = msgspec.structs.replace(settings, api_keys=keys_of_environment())
     if settings.api_keys is not None or settings.allow_anonymous or _is_loopback(settings.host):
         return settings
     key = new_key()

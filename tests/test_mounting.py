@@ -294,6 +294,27 @@ async def test_apps_that_start_together_are_one_start_and_the_last_to_leave_ends
 
 
 @pytest.mark.anyio
+async def test_who_leaves_at_once_takes_nobody_along() -> None:
+    """Both wait for the same start; the first is gone before the second goes on."""
+    flock, has_left = sleeper(), asyncio.Event()
+    brief, lasting = create_app(flock), create_app(flock)
+
+    async def look_in() -> None:
+        async with brief.lifespan():
+            pass
+        has_left.set()
+
+    async def serve() -> int:
+        async with lasting.lifespan():
+            await has_left.wait()
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(lasting), base_url="http://t") as client:
+                return (await client.get("/readyz")).status_code
+
+    async with asyncio.timeout(20):
+        assert (await asyncio.gather(look_in(), serve()))[1] == 200
+
+
+@pytest.mark.anyio
 async def test_a_lifespan_may_begin_while_a_first_request_opens_the_engine() -> None:
     flock = sleeper()
     one, two = create_app(flock), create_app(flock)
