@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from msgspec.structs import replace
@@ -22,17 +22,20 @@ from msgspec.structs import replace
 from flock.errors import BatchNotFound, DefinitionError, Forbidden, RunNotFound, TooManyRequests, WrongHost
 from flock.runs import (
     Batch,
+    BatchFilter,
     BatchOptions,
     Engine,
     EngineHealth,
     Event,
     IdempotencyKey,
     Inputs,
+    Items,
     Observer,
     Principal,
     Queue,
     Run,
     RunFilter,
+    RunStatus,
 )
 
 __all__ = [
@@ -46,6 +49,8 @@ __all__ = [
     "new_key",
     "read_keys",
 ]
+
+Filter = TypeVar("Filter", RunFilter, BatchFilter)
 
 #: The environment's variable for keys.
 KEYS_VARIABLE = "FLOCK_API_KEYS"
@@ -244,7 +249,7 @@ class OwnEngine:
     async def submit_batch(
         self,
         agent_name: str,
-        items: Sequence[Inputs],
+        items: Items,
         options: BatchOptions,
         *,
         key: IdempotencyKey | None = None,
@@ -276,9 +281,7 @@ class OwnEngine:
         await self._engine.delete_run(run_id)
 
     async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
-        return await self._engine.list_runs(
-            wanted if self._principal.admin else replace(wanted, principal=self._principal.name)
-        )
+        return await self._engine.list_runs(self._own_only(wanted))
 
     async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         await self.get_run(run_id)
@@ -292,9 +295,39 @@ class OwnEngine:
             raise BatchNotFound(batch_id)
         return batch
 
-    async def get_items(self, batch_id: str, *, after: int = -1, limit: int = 1000) -> Sequence[Run]:
+    async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
         await self.get_batch(batch_id)
-        return await self._engine.get_items(batch_id, after=after, limit=limit)
+        return await self._engine.wait_batch(batch_id, timeout_s)
+
+    async def get_items(
+        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
+    ) -> Sequence[Run]:
+        await self.get_batch(batch_id)
+        return await self._engine.get_items(batch_id, after=after, limit=limit, statuses=statuses)
+
+    async def list_batches(self, wanted: BatchFilter) -> Sequence[Batch]:
+        return await self._engine.list_batches(self._own_only(wanted))
+
+    async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+        await self.get_batch(batch_id)
+        async with contextlib.aclosing(self._engine.batch_events(batch_id, after)) as events:
+            async for event in events:
+                yield event
+
+    async def cancel_batch(self, batch_id: str) -> Batch:
+        await self.get_batch(batch_id)
+        return await self._engine.cancel_batch(batch_id)
+
+    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
+        await self.get_batch(batch_id)
+        return await self._engine.retry_batch(batch_id, only)
+
+    async def delete_batch(self, batch_id: str) -> None:
+        await self.get_batch(batch_id)
+        await self._engine.delete_batch(batch_id)
+
+    def _own_only(self, wanted: Filter) -> Filter:
+        return wanted if self._principal.admin else replace(wanted, principal=self._principal.name)
 
     def _may_see(self, record: Run | Batch) -> bool:
         return self._principal.admin or record.principal == self._principal.name

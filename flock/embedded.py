@@ -8,18 +8,19 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal, Self
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
-import msgspec
 from msgspec.structs import replace
 
 from flock.agents import Agent
+from flock.batches import Batches, as_json
+from flock.batchstore import BatchStore
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
@@ -27,42 +28,40 @@ from flock.errors import (
     DefinitionError,
     EngineFull,
     EngineStopped,
-    FieldError,
-    InvalidData,
-    OwnershipLost,
     RunNotFound,
     StoreError,
-    TooLarge,
 )
 from flock.llm import ModelClient
 from flock.runner import Runner, current_task
 from flock.runs import (
     Batch,
+    BatchFilter,
     BatchOptions,
     EngineHealth,
     Event,
     IdempotencyKey,
     Inputs,
+    Items,
     Observer,
+    OnInvalid,
     Progress,
     Queue,
     Run,
     RunFilter,
     RunStatus,
+    event_of_batch,
     events_of,
     make_ids_after,
     new_id,
     now,
     valid_traceparent,
 )
-from flock.store import RETRY_AFTER_S, Store
+from flock.store import Store
 
 __all__ = ["EmbeddedEngine"]
 
 logger = logging.getLogger("flock.runs")
 
-#: How many errors of a batch's items are told at once.
-MAX_ITEM_ERRORS = 100
 #: How often the store is asked for what others did, in seconds.
 WATCH_INTERVAL_S = 0.05
 #: After this time all others have seen what was committed, in seconds, if they are not busy.
@@ -74,10 +73,12 @@ RETENTION_INTERVAL_S = 10.0
 RETENTION_BITE = 500
 #: The longest time that an option may name, in seconds: about 30 years.
 MAX_SECONDS = 1e9
+#: What may be tried again of a batch, in words.
+RETRIED = {RunStatus.FAILED: "failed", RunStatus.CANCELLED: "was cancelled"}
 #: How long an event stream may be silent, in seconds.
 KEEP_ALIVE_S = 15.0
-#: How many items of a batch are read at once.
-ITEMS_A_PAGE = 200
+#: How often at most it is told how far a batch is, in seconds.
+PROGRESS_INTERVAL_S = 0.25
 #: How long an idempotency key is kept.
 KEEP_KEYS_FOR = timedelta(hours=24)
 #: How long the last write of a run may take when the engine is leaving, in seconds.
@@ -94,7 +95,8 @@ class EmbeddedEngine:
         flock: the name under which runs are kept; an engine takes up only those of its own.
         max_concurrency: steps at work at the same time, in this process.
         max_queue: runs accepted and waiting, in all processes on the store.
-        max_items: items of all unfinished batches together.
+        max_items: items of one batch.
+        max_open_items: items of all batches together that have not ended.
         max_threads: synchronous functions at work at the same time.
         max_steps: how often one run may be handed on.
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
@@ -115,7 +117,8 @@ class EmbeddedEngine:
         flock: str = "flock",
         max_concurrency: int = 100,
         max_queue: int = 10_000,
-        max_items: int = 10_000,
+        max_items: int = 1_000_000,
+        max_open_items: int = 10_000_000,
         max_threads: int = 40,
         max_steps: int = 32,
         max_timeout_s: float = 86_400,
@@ -138,7 +141,6 @@ class EmbeddedEngine:
         self._observers: list[Observer] = []
         self._max_concurrency = max_concurrency
         self._max_queue = max_queue
-        self._max_items = max_items
         self._max_input_bytes = max_input_bytes
         self._keep_for_s = keep_for_s
         self._keep_runs = keep_runs
@@ -156,10 +158,16 @@ class EmbeddedEngine:
             queue_timeout_s=queue_timeout_s,
             expose_errors=expose_errors,
         )
+        self._make_batches = functools.partial(
+            Batches, max_items=max_items, max_open_items=max_open_items, max_input_bytes=max_input_bytes
+        )
+        self.batch_store = BatchStore(store)
         self._runner = self._make_runner()
+        self._batches = self._make_batches(self.batch_store, self._runner, self._start_batch)
         self._engine_id = ""
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
+        self._sweep_soon = anyio.Event()
         #: runs of others that somebody waits for
         self._awaited: dict[str, anyio.Event] = {}
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -175,6 +183,7 @@ class EmbeddedEngine:
             raise EngineStopped("This engine is running already.")
         self._engine_id = new_id()
         self._runner = self._make_runner()
+        self._batches = self._make_batches(self.batch_store, self._runner, self._start_batch)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
@@ -273,10 +282,21 @@ class EmbeddedEngine:
         key: IdempotencyKey | None = None,
     ) -> Run:
         self._check_running()
-        raw = self._as_json(inputs, "/inputs")
+        raw = as_json(inputs, "/inputs", self._max_input_bytes)
         self._agent(agent_name).input.decode(raw, "/inputs")
-        origin = {"request_id": request_id, "traceparent": valid_traceparent(traceparent), "principal": principal}
-        run = self._new_run(agent_name, raw, **origin, is_async=is_async, timeout_s=timeout_s)
+        run = Run(
+            run_id=new_id(),
+            flock=self._flock,
+            agent_name=agent_name,
+            inputs=raw,
+            created_at=now(),
+            request_id=request_id,
+            traceparent=valid_traceparent(traceparent),
+            principal=principal,
+            is_async=is_async,
+            timeout_s=timeout_s,
+            owner=self._engine_id,
+        )
         if not is_async and key is None:
             # Its end is written and waited for; its start is worth nothing without a caller.
             if len(self._runner.active) >= self._max_concurrency + self._max_queue:
@@ -325,7 +345,8 @@ class EmbeddedEngine:
         if active is None:
             run = await self.get_run(run_id)
             if not run.status.is_final and await self.store.request_cancel(run_id):
-                if run.owner == self._engine_id and run_id not in self._runner.active:
+                at_work = run if run.batch_id is None else await self.get_batch(run.batch_id)
+                if at_work.owner == self._engine_id and run_id not in self._runner.active:
                     self._runner.cancelled_before.add(run_id)
                 return await self.get_run(run_id)
             run = await self.get_run(run_id)
@@ -351,9 +372,8 @@ class EmbeddedEngine:
 
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
-        if run.completed_at is not None and self.store.is_shared:
-            # Those who follow it elsewhere have not heard of its end yet.
-            await anyio.sleep(max(0, min(SEEN_BY_ALL_S, SEEN_BY_ALL_S - (now() - run.completed_at).total_seconds())))
+        if run.completed_at is not None:
+            await self._be_seen(run.completed_at)
         if run.batch_id is not None or not await self.store.delete_run(run_id):
             what = "an item of a batch" if run.batch_id else f"still {(await self.get_run(run_id)).status}"
             raise Conflict(f"The run {run_id} is {what} and cannot be deleted. Cancel it first, or wait for its end.")
@@ -384,32 +404,16 @@ class EmbeddedEngine:
             if silence.cancelled_caught:
                 yield None
 
+    async def _be_seen(self, completed_at: datetime) -> None:
+        """Let those who follow something elsewhere hear of its end, before it is gone."""
+        if self.store.is_shared:
+            await anyio.sleep(max(0, min(SEEN_BY_ALL_S, SEEN_BY_ALL_S - (now() - completed_at).total_seconds())))
+
     def _agent(self, name: str) -> Agent:
         try:
             return self._agents[name]
         except KeyError:
             raise AgentNotFound(name, list(self._agents)) from None
-
-    def _as_json(self, inputs: Inputs, at: str) -> msgspec.Raw:
-        """A copy, so that no request's body is kept, of which a Raw is only a view. Raises InvalidData, TooLarge."""
-        try:
-            raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(dict(inputs))
-        except (TypeError, ValueError, RecursionError) as exc:
-            raise InvalidData([FieldError(detail=f"It cannot be JSON: {exc}.", pointer=at)]) from exc
-        if len(raw) > self._max_input_bytes:
-            raise TooLarge(f"{at} is longer than {self._max_input_bytes} bytes, all that one run takes.")
-        return msgspec.Raw(raw)
-
-    def _new_run(self, agent_name: str, inputs: msgspec.Raw, **more: Any) -> Run:
-        return Run(
-            run_id=new_id(),
-            flock=self._flock,
-            agent_name=agent_name,
-            inputs=inputs,
-            created_at=now(),
-            owner=self._engine_id,
-            **more,
-        )
 
     def _start(self, run: Run | None) -> None:
         """What is accepted while the engine goes is for the next start."""
@@ -457,6 +461,8 @@ class EmbeddedEngine:
                             self._runner.cancel(self._runner.active[run_id])
                         else:
                             self._runner.cancelled_before.add(run_id)
+                    for batch_id in self.batch_store.cancels_for(self._engine_id):
+                        self._batches.cancel(batch_id)
                     for run_id in self.store.ended(self._awaited) if self._awaited else ():
                         self._awaited.pop(run_id).set()
                 if self.store.is_shared and at >= look_after_others_at:
@@ -487,15 +493,19 @@ class EmbeddedEngine:
             for run in runs:
                 self._start(run)
             for batch in batches:
-                self._start_batch(batch)
+                self._batches.start(batch)
 
     async def _retain(self) -> None:
         """Delete what is too old, in small bites."""
         while True:
-            await anyio.sleep(RETENTION_INTERVAL_S)
+            self._sweep_soon = anyio.Event()
+            with anyio.move_on_after(RETENTION_INTERVAL_S):
+                await self._sweep_soon.wait()
             try:
                 await self.store.forget_keys(now() - KEEP_KEYS_FOR)
                 await self.delete_old()
+                while await self.batch_store.sweep():
+                    await anyio.lowlevel.checkpoint()
             except StoreError:
                 pass  # the store has said so
             except Exception:
@@ -514,115 +524,109 @@ class EmbeddedEngine:
     async def submit_batch(
         self,
         agent_name: str,
-        items: Sequence[Inputs],
+        items: Items,
         options: BatchOptions,
         *,
+        on_invalid: OnInvalid = "reject",
         request_id: str | None = None,
         traceparent: str | None = None,
         principal: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
         self._check_running()
-        if len(items) > self._max_items:
-            detail = f"{len(items)} items are more than this server takes in a batch ({self._max_items}, max_items)."
-            raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
-        rows = [self._as_json(item, f"/batch_inputs/{position}") for position, item in enumerate(items)]
-        await _check_items(self._agent(agent_name), rows)
-        self._check_running()
         batch = Batch(
             batch_id=new_id(),
             flock=self._flock,
             agent_name=agent_name,
             options=options,
-            total_items=len(rows),
+            total_items=0,
             created_at=now(),
             request_id=request_id,
             principal=principal,
             owner=self._engine_id,
         )
-        origin = {"request_id": request_id, "traceparent": valid_traceparent(traceparent), "principal": principal}
-        runs = [
-            self._new_run(agent_name, row, **origin, batch_id=batch.batch_id, position=position, is_async=True)
-            for position, row in enumerate(rows)
-        ]
         with self._accepting_key(key):
-            await self.store.accept_batch(batch, runs, self._max_items, key, then=self._start_batch)
-        return batch
+            return await self._batches.submit(
+                self._agent(agent_name),
+                items,
+                batch,
+                on_invalid=on_invalid,
+                key=key,
+                traceparent=valid_traceparent(traceparent),
+            )
 
-    def _start_batch(self, batch: Batch) -> None:
+    def _start_batch(self, work: Callable[[Batch], Coroutine[Any, Any, None]], batch: Batch) -> None:
+        """What is accepted while the engine goes is for the next start."""
         if self._tasks is not None and not self.is_leaving:
-            self._tasks.start_soon(self._batch_task, batch)
+            self._tasks.start_soon(work, batch)
 
     async def get_batch(self, batch_id: str) -> Batch:
-        batch = self.store.get_batch(batch_id)
+        batch = self.batch_store.get(batch_id)
         if batch is None or batch.flock != self._flock:
             raise BatchNotFound(batch_id)
         return batch
 
-    async def get_items(self, batch_id: str, *, after: int = -1, limit: int = 1000) -> Sequence[Run]:
-        await self.get_batch(batch_id)
-        return self.store.get_items(batch_id, after, limit)
-
-    async def _batch_task(self, batch: Batch) -> None:
-        """Work on a batch until no item is left, beginning again as long as the store fails."""
-        batch = replace(batch, status=RunStatus.RUNNING, started_at=batch.started_at or now())
-        workers = min(batch.options.max_workers, batch.total_items) if batch.options.parallel else 1
-        while not self.is_leaving:
-            try:
-                await self.store.update_batch(batch)
-                items = self._unfinished_items(batch.batch_id)
-                async with anyio.create_task_group() as tasks:
-                    for _ in range(workers):
-                        tasks.start_soon(self._work_through, items)
-                if not self.is_leaving and not self.store.unfinished_items(batch.batch_id, -1, 1):
-                    await self._end_batch(batch)
-                    return
-            except OwnershipLost:
-                logger.warning("batch %s: another engine has taken it over", batch.batch_id)
-                return
-            except StoreError as exc:
-                logger.error("batch %s: %s", batch.batch_id, exc)
-            await anyio.sleep(RETRY_AFTER_S)
-
-    def _unfinished_items(self, batch_id: str) -> Iterator[Run]:
-        """Items that are still to be done, read from the store in pages."""
-        after = -1
-        while page := self.store.unfinished_items(batch_id, after, ITEMS_A_PAGE):
-            yield from page
-            after = page[-1].position or 0
-
-    async def _work_through(self, items: Iterator[Run]) -> None:
-        try:
-            for item in items:  # shared with the batch's other workers
+    async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
+        with anyio.move_on_after(timeout_s):
+            while not (await self.get_batch(batch_id)).status.is_final:
                 if self.is_leaving:
-                    return
-                await self._runner.carry_out(item)
-        except StoreError as exc:  # the next page cannot be read
-            logger.error("items cannot be read: %s", exc)
+                    raise EngineStopped("The server is about to stop. Ask another one, or this one when it is back.")
+                await self._store_changed.wait()
+        return await self.get_batch(batch_id)
 
-    async def _end_batch(self, batch: Batch) -> None:
-        counted = await self.get_batch(batch.batch_id)
-        error = None
-        if counted.failed_items + counted.cancelled_items == counted.total_items:
-            first = self.store.get_items(batch.batch_id, -1, 1)[0]
-            error = f"None of the {batch.total_items} items completed. The first one: {first.error}"
-        status = RunStatus.COMPLETED if error is None else RunStatus.FAILED
-        await self.store.update_batch(replace(batch, status=status, error=error, completed_at=now()))
+    async def get_items(
+        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
+    ) -> Sequence[Run]:
+        await self.get_batch(batch_id)
+        return self.batch_store.items(batch_id, after, limit, statuses)
 
+    async def list_batches(self, wanted: BatchFilter) -> Sequence[Batch]:
+        return self.batch_store.page(self._flock, wanted)
 
-async def _check_items(agent: Agent, items: Sequence[msgspec.Raw]) -> None:
-    """Raise InvalidData with up to ``MAX_ITEM_ERRORS`` errors of all items, or if there is no item."""
-    errors: list[FieldError] = []
-    if not items:
-        errors.append(FieldError(detail="A batch has at least one item.", pointer="/batch_inputs"))
-    for position, item in enumerate(items):
-        if position % 1000 == 999:
-            await anyio.lowlevel.checkpoint()  # others have their turn
-        try:
-            agent.input.decode(item, f"/batch_inputs/{position}")
-        except InvalidData as exc:
-            errors += exc.errors
-        if len(errors) >= MAX_ITEM_ERRORS:
-            break
-    if errors:
-        raise InvalidData(errors[:MAX_ITEM_ERRORS])
+    async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+        told, told_at = -1, anyio.current_time()
+        while True:
+            changed, batch = self._store_changed, await self.get_batch(batch_id)
+            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != told
+            if is_new or anyio.current_time() >= told_at + KEEP_ALIVE_S:
+                told, told_at = batch.completed_items, anyio.current_time()
+                yield event_of_batch(batch) if is_new else None
+            if batch.status.is_final or self.is_leaving:
+                return
+            await anyio.sleep(PROGRESS_INTERVAL_S)
+            with anyio.move_on_after(KEEP_ALIVE_S):
+                await changed.wait()
+
+    async def cancel_batch(self, batch_id: str) -> Batch:
+        await self.get_batch(batch_id)
+        if await self.batch_store.request_cancel(batch_id):
+            batch = await self.get_batch(batch_id)
+            if batch.owner == self._engine_id:
+                self._batches.cancel(batch_id)
+            else:
+                await anyio.sleep(SEEN_BY_ALL_S)  # its owner lets no item begin from then on
+        batch = await self.get_batch(batch_id)
+        if batch.status.is_final and batch.status is not RunStatus.CANCELLED:
+            raise Conflict(f"The batch {batch_id} is {batch.status} and cannot be cancelled any more.")
+        return batch
+
+    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
+        self._check_running()
+        await self.get_batch(batch_id)
+        wanted = only or (RunStatus.FAILED, RunStatus.CANCELLED)
+        reopened = await self._batches.retry(batch_id, self._engine_id, wanted)
+        if reopened is None:
+            batch = await self.get_batch(batch_id)
+            what = f"has no item that {' or '.join(RETRIED[status] for status in wanted)}"
+            if not batch.status.is_final:
+                what = f"is {batch.status}; only one that has ended can be tried again"
+            raise Conflict(f"The batch {batch_id} {what}.")
+        return reopened
+
+    async def delete_batch(self, batch_id: str) -> None:
+        batch = await self.get_batch(batch_id)
+        if batch.completed_at is not None:
+            await self._be_seen(batch.completed_at)
+        if not await self.batch_store.drop(batch_id):
+            raise Conflict(f"The batch {batch_id} is still {batch.status}. Cancel it first, or wait for its end.")
+        self._sweep_soon.set()

@@ -119,17 +119,22 @@ class MalformedJSON(FlockError):
 
 
 class FieldError(msgspec.Struct, frozen=True, kw_only=True):
-    """One place that is wrong: what, and where as a JSON pointer (RFC 6901)."""
+    """One place that is wrong: what, and where as a JSON pointer (RFC 6901); within its line where there are lines."""
 
     detail: str
     pointer: str
+    line: int | msgspec.UnsetType = msgspec.UNSET
+
+    def __str__(self) -> str:
+        line = "" if self.line is msgspec.UNSET else f"line {self.line}"
+        return f"{' '.join(filter(None, [line, self.pointer])) or 'the value'}: {self.detail}"
 
 
 class InvalidData(FlockError):
     """JSON that does not fit the type it is meant for. ``errors`` has every place, at least one."""
 
     def __init__(self, errors: Sequence[FieldError]) -> None:
-        told = [f"{error.pointer or 'the value'}: {error.detail}" for error in errors[:MAX_TOLD_ERRORS]]
+        told = [str(error) for error in errors[:MAX_TOLD_ERRORS]]
         more = [f"and {len(errors) - MAX_TOLD_ERRORS} more"] if len(errors) > MAX_TOLD_ERRORS else []
         super().__init__("; ".join(told + more))
         self.errors = list(errors)

@@ -25,6 +25,7 @@ from flock.llm import ModelClient
 from flock.logs import fields_of_run
 from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, one_line, sayable
 from flock.schema import INTERRUPTED
+from flock.slots import Slots
 from flock.store import RETRY_AFTER_S, Store
 from flock.threads import Threads
 from flock.workflow import NextStep, next_step, run_step
@@ -136,8 +137,8 @@ class Runner:
         self.companion: asyncio.Task[Any] | None = None
         self.is_leaving = False
         self._threads = Threads(max_threads)
-        self._slots = anyio.Semaphore(max_concurrency)
-        self._agent_slots: dict[str, anyio.Semaphore] = {}
+        self._slots = Slots(max_concurrency, reserved=max_concurrency // 10)
+        self._agent_slots: dict[str, Slots] = {}
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
         """Take a run to its end in a task of its own."""
@@ -254,7 +255,9 @@ class Runner:
             spend = functools.partial(self.tell_observers, "tokens_spent", step.agent.name)
             context = active.context = RunContext(run, step.agent.name, active.note_progress, spend)
             context.cancel_requested = active.cancel_requested
-            call_in_thread = functools.partial(self._threads.call, owner=active, deadline=active.scope.deadline)
+            call_in_thread = functools.partial(
+                self._threads.call, owner=active, batch_id=run.batch_id, deadline=active.scope.deadline
+            )
             done = await run_step(step, Resources(self._models, call_in_thread), context)
             if len(done.result) > self._max_result_bytes:
                 raise ResultTooLarge(
@@ -268,33 +271,28 @@ class Runner:
             self._threads.when_free(active, release)
 
     async def _admit(self, active: ActiveRun, agent: Agent) -> Callable[[], None]:
-        """Wait for a place of the agent, then for one of the engine, first come, first served.
+        """Wait for a place of the agent, then for one of the engine.
 
         Returns: what gives both back. Raises QueueTimeout.
         """
-        slots = [self._slots]
+        slots, batch_id = [self._slots], active.run.batch_id
         if agent.max_concurrency is not None:
-            slots.insert(0, self._agent_slots.setdefault(agent.name, anyio.Semaphore(agent.max_concurrency)))
-        taken: list[anyio.Semaphore] = []
+            slots.insert(0, self._agent_slots.setdefault(agent.name, Slots(agent.max_concurrency)))
+        taken: list[Slots] = []
 
         def release() -> None:
             while taken:
-                taken.pop().release()
+                taken.pop().release(batch_id)
 
         await anyio.lowlevel.checkpoint_if_cancelled()
         limit_s = self._queue_timeout_s if active.run.status is RunStatus.STARTING else None
         deadline = math.inf if limit_s is None else anyio.current_time() + limit_s
         try:
             for slot in slots:
-                try:
-                    slot.acquire_nowait()
-                except anyio.WouldBlock:
-                    with anyio.CancelScope(deadline=deadline) as waiting:
-                        await slot.acquire()
-                    if waiting.cancelled_caught:
-                        raise QueueTimeout(
-                            f"The run waited {limit_s:g} s for its first step, the limit (queue_timeout_s)."
-                        ) from None
+                with anyio.CancelScope(deadline=deadline) as waiting:
+                    await slot.acquire(batch_id)
+                if waiting.cancelled_caught:
+                    raise QueueTimeout(f"The run waited {limit_s:g} s for its first step, the limit (queue_timeout_s).")
                 taken.append(slot)
         except BaseException:
             release()

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal, Protocol, Self
@@ -20,24 +20,31 @@ from uuid import UUID
 
 import msgspec
 
+from flock.errors import FieldError
+
 __all__ = [
     "Batch",
+    "BatchFilter",
     "BatchOptions",
     "Engine",
     "EngineHealth",
     "Event",
     "IdempotencyKey",
     "Inputs",
+    "Items",
     "Observer",
+    "OnInvalid",
     "Principal",
     "Progress",
     "Queue",
+    "Row",
     "Run",
     "RunContext",
     "RunFilter",
     "RunStatus",
     "Step",
     "Usage",
+    "event_of_batch",
     "events_of",
     "make_ids_after",
     "new_id",
@@ -155,16 +162,29 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
         parallel: False is one at a time, in order, whatever ``max_workers`` says.
         return_errors: an item that failed is ``{"error", "error_type"}`` in the results; False: null.
         box_results: False gives the bare value where the agent has one output field.
+        timeout_s: wall-clock seconds for each item.
     """
 
     max_workers: int = 5
     parallel: bool = True
     return_errors: bool = True
     box_results: bool = True
+    timeout_s: float | None = None
+
+
+#: What becomes of a batch with an item that does not fit: "reject" starts nothing, "skip" lets that item fail.
+OnInvalid = Literal["reject", "skip"]
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """Many runs of one agent. ``completed_items`` counts those that ended, whatever way."""
+    """Many runs of one agent. ``completed_items`` counts those that ended, whatever way.
+
+    Attributes:
+        attempt: how often it was begun, by a retry; from 1.
+        reopening: the statuses of items that a retry has still to open, separated by commas.
+        resumed_at, resumed_with: when an engine last began to work on it, and how many items had ended by then.
+        owner: the engine that works on it; every write of it and of its items is fenced by it.
+    """
 
     batch_id: str
     flock: str
@@ -181,11 +201,49 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: datetime | None = None
     request_id: str | None = None
     principal: str | None = None
+    attempt: int = 1
+    cancel_requested: bool = False
+    reopening: str | None = None
+    resumed_at: datetime | None = None
+    resumed_with: int = 0
     owner: str | None = None
+
+    @property
+    def progress_percentage(self) -> float:
+        return round(100 * self.completed_items / max(1, self.total_items), 2)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to its end, if it goes on as since it was resumed; None where nobody can tell."""
+        ended = self.completed_items - self.resumed_with
+        if self.status.is_final or self.resumed_at is None or ended <= 0:
+            return None
+        took_s = max(0.0, (now() - self.resumed_at).total_seconds())
+        return round((self.total_items - self.completed_items) * took_s / ended, 3)
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes one item of a batch.
+
+    Attributes:
+        inputs: of the run, as the text of a JSON object.
+        at: where the row stands in what was sent, as a JSON pointer; "" where that has lines.
+        line: where it begins there, from 1.
+        sources: where in what was sent an input stands that is not at ``{at}/{name}``.
+        errors: what is wrong with it, before anyone looks at its inputs.
+    """
+
+    inputs: msgspec.Raw
+    at: str = ""
+    line: int | None = None
+    sources: Mapping[str, str] = {}
+    errors: tuple[FieldError, ...] = ()
 
 
 #: What a run is given: a mapping, or the text of a JSON object.
 Inputs = msgspec.Raw | Mapping[str, Any]
+#: What a batch is made of; it is read once, as far as needed, and never held as a whole.
+Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row]
 
 
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,11 +254,18 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):
-    """What makes two requests the same: the client's key, a fingerprint of what was asked for, and whose key it is."""
+    """What makes two requests the same: the client's key, a fingerprint of what was asked for, and whose key it is.
+
+    The fingerprint of a streamed upload is a function, which knows it once the last item is read.
+    """
 
     key: str
-    fingerprint: bytes
+    fingerprint: bytes | Callable[[], bytes]
     principal: str | None = None
+
+    @property
+    def digest(self) -> bytes:
+        return self.fingerprint if isinstance(self.fingerprint, bytes) else self.fingerprint()
 
     @property
     def kept_as(self) -> str:
@@ -227,6 +292,16 @@ class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = 100
     with_inputs: bool = False
     with_results: bool = False
+
+
+class BatchFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which batches a list holds; None is no condition. ``after`` is the last id of the page before."""
+
+    status: RunStatus | None = None
+    agent_name: str | None = None
+    principal: str | None = None
+    after: str | None = None
+    limit: int = 100
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -269,6 +344,16 @@ def events_of(run: Run) -> list[Event]:
         end = {name: getattr(run, name) for name in ("status", "result", "error", "error_type", "completed_at")}
         events.append(event(run.attempt, EVENTS_AN_ATTEMPT - 1, f"run.{run.status}", **end))
     return events
+
+
+def event_of_batch(batch: Batch) -> Event:
+    """How far *batch* is, or its end, whose id is its attempt."""
+    counts = ("total_items", "completed_items", "failed_items", "cancelled_items", "progress_percentage", "eta_s")
+    names = ("batch_id", "attempt", "status", *counts, *(("error", "completed_at") if batch.status.is_final else ()))
+    data = {name: getattr(batch, name) for name in names}
+    if batch.status.is_final:
+        return Event(id=batch.attempt, name=f"batch.{batch.status}", data=data)
+    return Event(id=None, name="batch.progress", data=data)
 
 
 class Queue(msgspec.Struct, frozen=True):
@@ -417,17 +502,28 @@ class Engine(Protocol):
     async def submit_batch(
         self,
         agent_name: str,
-        items: Sequence[Inputs],
+        items: Items,
         options: BatchOptions,
         *,
+        on_invalid: OnInvalid = "reject",
         request_id: str | None = None,
         traceparent: str | None = None,
         principal: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
-        """Accept one batch and return at once. Every item is checked first: all of them start, or none.
+        """Accept one batch, once its last item is read. Every item is checked first: all of them start, or none.
 
-        Raises: as ``submit``; pointers begin with ``/batch_inputs/{position}``, and at most 100 are given.
+        Args:
+            items: read one by one; many of them are kept out of sight until the last one is there.
+            on_invalid: "skip" accepts items that do not fit, and lets them end as failed, "invalid_input".
+
+        Raises:
+            InvalidData: items do not fit, at most 100 errors of them; pointers begin with ``/batch_inputs/{position}``
+                where the item does not say where it stands. Or there is no item.
+            TooLarge: there are more than ``max_items``.
+            As ``submit``, and whatever *items* raises.
+
+        Cancellation: the batch is accepted whole or not at all.
         """
 
     async def get_run(self, run_id: str) -> Run:
@@ -467,8 +563,37 @@ class Engine(Protocol):
     async def get_batch(self, batch_id: str) -> Batch:
         """The batch as it stands. Raises BatchNotFound."""
 
-    async def get_items(self, batch_id: str, *, after: int = -1, limit: int = 1000) -> Sequence[Run]:
-        """Up to *limit* items of a batch from the position behind *after* on, in order. Raises BatchNotFound."""
+    async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
+        """As ``wait``, for a batch."""
+
+    async def get_items(
+        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
+    ) -> Sequence[Run]:
+        """Up to *limit* items behind the position *after*, in order, without their steps; fewer where they are long.
+
+        There is none left where none is given. Raises BatchNotFound.
+        """
+
+    async def list_batches(self, wanted: BatchFilter) -> Sequence[Batch]:
+        """One page of batches, newest first."""
+
+    def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+        """How far a batch is, at most 4 times a second, and its end; None after 15 s without one.
+
+        Raises BatchNotFound before the first. The id of the end is the batch's attempt; progress has none.
+        """
+
+    async def cancel_batch(self, batch_id: str) -> Batch:
+        """As ``cancel_run``: no item starts from now on, and those at work are cancelled."""
+
+    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
+        """Begin the next attempt of those items of a final batch that failed or were cancelled, or *only* of some.
+
+        Raises: BatchNotFound; Conflict where it is not final, or has no such item; EngineFull, EngineStopped.
+        """
+
+    async def delete_batch(self, batch_id: str) -> None:
+        """Forget a final batch and its items. Raises BatchNotFound; Conflict while it is active."""
 
 
 #: A later version may have more behind what version 00 has.

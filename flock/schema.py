@@ -5,9 +5,10 @@ All functions are called within a transaction of ``flock.store``, or on its conn
 
 import functools
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -17,10 +18,13 @@ from flock.runs import Batch, BatchOptions, IdempotencyKey, Progress, Run, RunSt
 __all__ = [
     "INTERRUPTED",
     "MIGRATIONS",
+    "Ended",
     "batch_from",
+    "batch_values",
     "bytes_or_none",
     "check_key",
     "check_room",
+    "count_ended",
     "delete_items",
     "delete_runs",
     "find_batch",
@@ -28,10 +32,12 @@ __all__ = [
     "find_steps",
     "id_at",
     "insert_key",
-    "insert_run",
+    "insert_runs",
+    "item_listing",
     "listing",
     "micros",
     "run_from",
+    "run_values",
     "step_from",
     "time_from",
     "write_run",
@@ -135,36 +141,72 @@ def _add_principal(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
-MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [_create_tables, _add_traceparent, _add_principal]
+def _widen_batches(db: sqlite3.Connection) -> None:
+    """Items are fenced by the owner of their batch, so that a million of them need not be taken over one by one."""
+    for statement in (
+        "ALTER TABLE runs ADD COLUMN last_step BLOB",
+        "ALTER TABLE batches ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1",
+        "ALTER TABLE batches ADD COLUMN cancel_requested INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE batches ADD COLUMN reopening TEXT",
+        "ALTER TABLE batches ADD COLUMN resumed_at INTEGER",
+        "ALTER TABLE batches ADD COLUMN resumed_with INTEGER NOT NULL DEFAULT 0",
+        # Why it is out of sight: "staged" until its last item is there, "dropped" until the last one is deleted.
+        "ALTER TABLE batches ADD COLUMN hidden TEXT",
+        "CREATE INDEX batches_hidden ON batches (hidden) WHERE hidden IS NOT NULL",
+        # A page of items is one range of it for each status; see item_listing.
+        "CREATE INDEX items_by_status ON runs (batch_id, status, position) WHERE batch_id IS NOT NULL",
+        "DROP INDEX items",
+        "DROP INDEX runs_active",
+        "CREATE INDEX runs_active ON runs (owner) WHERE batch_id IS NULL AND status IN ('starting', 'running')",
+    ):
+        db.execute(statement)
+
+
+MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
+    _create_tables,
+    _add_traceparent,
+    _add_principal,
+    _widen_batches,
+]
 
 
 # Rows
 
 FIELDS = (
     "run_id flock agent_name inputs status result error error_type created_at started_at completed_at request_id "
-    "batch_id position is_async attempt timeout_s owner cancel_requested progress traceparent principal"
+    "batch_id position is_async attempt timeout_s owner cancel_requested progress traceparent principal last_step"
 ).split()
 COLUMNS = ", ".join(FIELDS)
 #: What stands for a column that is not read.
-EMPTY = {"inputs": "x'7b7d'", "result": "NULL", "traceparent": "NULL", "principal": "NULL"}
+EMPTY = {"inputs": "x'7b7d'", "result": "NULL", "traceparent": "NULL", "principal": "NULL", "last_step": "NULL"}
 # What a failed commit may have written all the same is written again.
 INSERT_RUN = f"INSERT OR REPLACE INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
-UPDATE_RUN = """UPDATE runs
-    SET status = ?, result = ?, error = ?, error_type = ?, started_at = ?, completed_at = ?, progress = ?
-    WHERE run_id = ? AND owner = ? AND attempt = ? AND status IN ('starting', 'running')"""
-OLD_BATCHES = (
-    "SELECT batch_id FROM batches WHERE flock = :flock AND batch_id < :bound AND completed_at <= :latest LIMIT 1"
-)
-COUNT_ITEM = """UPDATE batches SET completed_items = completed_items + 1, failed_items = failed_items + ?,
+UPDATE = """UPDATE runs SET status = ?, result = ?, error = ?, error_type = ?, started_at = ?, completed_at = ?,
+    progress = ?, last_step = ? WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
+UPDATE_RUN = f"{UPDATE} AND owner = ?"
+UPDATE_ITEM = f"{UPDATE} AND EXISTS (SELECT 1 FROM batches WHERE batch_id = ? AND owner = ?)"
+DROP_OLD_BATCHES = """UPDATE batches SET hidden = 'dropped' WHERE batch_id IN (SELECT batch_id FROM batches
+    WHERE flock = :flock AND hidden IS NULL AND batch_id < :bound AND completed_at <= :latest LIMIT :limit)"""
+COUNT_ITEMS = """UPDATE batches SET completed_items = completed_items + ?, failed_items = failed_items + ?,
     cancelled_items = cancelled_items + ? WHERE batch_id = ?"""
 INSERT_STEP = "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
+#: Items of batches that ended, by batch and status.
+Ended = Counter[tuple[str, RunStatus]]
 
-def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int, Step]) -> bool:
-    """Write one run and its new steps; False if it is not this engine's any more."""
+
+def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int, Step], ended: Ended) -> bool:
+    """Write one run and its new steps, and count it in *ended*; False if it is not this engine's any more.
+
+    The last step of a run that completed is written with it: its result is the run's.
+    """
+    last = len(run.steps) - 1
+    has_last = run.status is RunStatus.COMPLETED and last in steps
+    last_step = _LastStep.of(steps[last]).encoded() if has_last else None
     if is_new:
-        insert_run(db, run)
+        db.execute(INSERT_RUN, run_values(run, last_step))
     else:
+        fence = (run.owner,) if run.batch_id is None else (run.batch_id, run.owner)
         values = (
             run.status.value,
             bytes_or_none(run.result),
@@ -173,15 +215,18 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
             micros(run.started_at),
             micros(run.completed_at),
             run.progress and msgspec.json.encode(run.progress),
+            last_step,
             run.run_id,
-            run.owner,
             run.attempt,
+            *fence,
         )
-        if db.execute(UPDATE_RUN, values).rowcount == 0:
+        if db.execute(UPDATE_RUN if run.batch_id is None else UPDATE_ITEM, values).rowcount == 0:
             return False
     if run.batch_id is not None and run.status.is_final:
-        db.execute(COUNT_ITEM, (run.status is RunStatus.FAILED, run.status is RunStatus.CANCELLED, run.batch_id))
+        ended[run.batch_id, run.status] += 1
     for position, step in steps.items():
+        if position == last and has_last:
+            continue
         values_of_step = (
             run.run_id,
             position,
@@ -197,41 +242,68 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
     return True
 
 
-def insert_run(db: sqlite3.Connection, run: Run) -> None:
-    db.execute(
-        INSERT_RUN,
-        (
-            run.run_id,
-            run.flock,
-            run.agent_name,
-            bytes(run.inputs),
-            run.status.value,
-            bytes_or_none(run.result),
-            run.error,
-            run.error_type,
-            micros(run.created_at),
-            micros(run.started_at),
-            micros(run.completed_at),
-            run.request_id,
-            run.batch_id,
-            run.position,
-            run.is_async,
-            run.attempt,
-            run.timeout_s,
-            run.owner,
-            run.cancel_requested,
-            run.progress and msgspec.json.encode(run.progress),
-            run.traceparent,
-            run.principal,
-        ),
+class _LastStep(NamedTuple):
+    """What of the last step of a completed run is not in its row already."""
+
+    agent_name: str
+    usage: Usage | None
+    attempt: int
+    started_at: int | None
+    completed_at: int | None
+
+    @classmethod
+    def of(cls, step: Step) -> "_LastStep":
+        return cls(step.agent_name, step.usage, step.attempt, micros(step.started_at), micros(step.completed_at))
+
+    def encoded(self) -> bytes:
+        return msgspec.json.encode(self)
+
+
+def count_ended(db: sqlite3.Connection, ended: Ended) -> None:
+    """Add the items of *ended* to the counts of their batches."""
+    for batch_id in {batch_id for batch_id, _ in ended}:
+        failed, cancelled = ended[batch_id, RunStatus.FAILED], ended[batch_id, RunStatus.CANCELLED]
+        total = ended[batch_id, RunStatus.COMPLETED] + failed + cancelled
+        db.execute(COUNT_ITEMS, (total, failed, cancelled, batch_id))
+
+
+def insert_runs(db: sqlite3.Connection, runs: Iterable[Run]) -> None:
+    """Write new runs that have no steps yet."""
+    db.executemany(INSERT_RUN, map(run_values, runs))
+
+
+def run_values(run: Run, last_step: bytes | None = None) -> tuple[Any, ...]:
+    """A row of ``runs``, in the order of ``FIELDS``."""
+    return (
+        run.run_id,
+        run.flock,
+        run.agent_name,
+        bytes(run.inputs),
+        run.status.value,
+        bytes_or_none(run.result),
+        run.error,
+        run.error_type,
+        micros(run.created_at),
+        micros(run.started_at),
+        micros(run.completed_at),
+        run.request_id,
+        run.batch_id,
+        run.position,
+        run.is_async,
+        run.attempt,
+        run.timeout_s,
+        run.owner,
+        run.cancel_requested,
+        run.progress and msgspec.json.encode(run.progress),
+        run.traceparent,
+        run.principal,
+        last_step,
     )
 
 
 def find_run(db: sqlite3.Connection, run_id: str) -> Run | None:
     row = db.execute(f"SELECT {COLUMNS} FROM runs WHERE run_id = ?", (run_id,)).fetchone()
-    if row is None:
-        return None
-    return run_from(row, find_steps(db, run_id))
+    return None if row is None else run_from(row, find_steps(db, run_id))
 
 
 def find_steps(db: sqlite3.Connection, run_id: str) -> tuple[Step, ...]:
@@ -260,17 +332,32 @@ def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
     values = dict(zip(FIELDS, row, strict=True))
     for name in ("created_at", "started_at", "completed_at"):
         values[name] = time_from(values[name])
+    last_step, result = values.pop("last_step"), None if values["result"] is None else _json(values["result"])
+    if last_step is not None and result is not None:
+        steps = (*steps, _last_step_from(last_step, result))
     return Run(
         **values
         | {
             "inputs": _json(values["inputs"]),
             "status": RunStatus(values["status"]),
-            "result": None if values["result"] is None else _json(values["result"]),
+            "result": result,
             "is_async": bool(values["is_async"]),
             "cancel_requested": bool(values["cancel_requested"]),
             "progress": _progress(values["progress"]),
             "steps": steps,
         }
+    )
+
+
+def _last_step_from(kept: bytes, result: msgspec.Raw) -> Step:
+    last = msgspec.json.decode(kept, type=_LastStep)
+    return Step(
+        agent_name=last.agent_name,
+        result=result,
+        usage=last.usage,
+        attempt=last.attempt,
+        started_at=EPOCH + timedelta(microseconds=last.started_at or 0),
+        completed_at=EPOCH + timedelta(microseconds=last.completed_at or 0),
     )
 
 
@@ -288,35 +375,56 @@ def step_from(row: Sequence[Any]) -> Step:
     )
 
 
-BATCH_COLUMNS = (
-    "batch_id, flock, agent_name, options, status, total_items, completed_items, failed_items, cancelled_items, error, "
-    "created_at, started_at, completed_at, request_id, owner, principal"
-)
-INSERT_BATCH = """INSERT INTO batches
-    (batch_id, flock, agent_name, options, status, total_items, created_at, request_id, owner, principal)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+BATCH_FIELDS = (
+    "batch_id flock agent_name options status total_items completed_items failed_items cancelled_items error "
+    "created_at started_at completed_at request_id owner principal attempt cancel_requested reopening resumed_at "
+    "resumed_with"
+).split()
+BATCH_COLUMNS = ", ".join(BATCH_FIELDS)
+INSERT_BATCH = f"INSERT INTO batches ({BATCH_COLUMNS}, hidden) VALUES ({', '.join('?' * (len(BATCH_FIELDS) + 1))})"
 INTERRUPT_SYNC = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-    WHERE owner = ? AND status IN ('starting', 'running') AND NOT is_async RETURNING run_id"""
-TAKE_BATCHES = "UPDATE batches SET owner = ? WHERE owner = ? AND status IN ('starting', 'running')"
+    WHERE owner = ? AND batch_id IS NULL AND status IN ('starting', 'running') AND NOT is_async RETURNING run_id"""
 RUNS_OF = """SELECT run_id FROM runs
     WHERE owner = ? AND status IN ('starting', 'running') AND batch_id IS NULL ORDER BY run_id"""
-BATCHES_OF = "SELECT batch_id FROM batches WHERE owner = ? AND status IN ('starting', 'running') ORDER BY batch_id"
 TAKE_RUNS = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'), status = 'starting'
-    WHERE owner = ? AND status IN ('starting', 'running')"""
+    WHERE owner = ? AND batch_id IS NULL AND status IN ('starting', 'running')"""
+BATCHES_OF = """SELECT batch_id FROM batches
+    WHERE owner = ? AND hidden IS NULL AND status IN ('starting', 'running') ORDER BY batch_id"""
+TAKE_BATCH = "UPDATE batches SET owner = ? WHERE batch_id = ?"
+TAKE_ITEMS = """UPDATE runs SET attempt = attempt + 1, status = 'starting'
+    WHERE batch_id = ? AND status = 'running'"""
+DROP_STAGED = "UPDATE batches SET hidden = 'dropped' WHERE owner = ? AND hidden = 'staged'"
+
+
+def batch_values(batch: Batch, hidden: str | None) -> tuple[Any, ...]:
+    """A row of ``batches``, in the order of ``BATCH_FIELDS``, and why it is out of sight."""
+    values = {
+        **msgspec.structs.asdict(batch),
+        "options": msgspec.json.encode(batch.options),
+        "status": batch.status.value,
+        **{name: micros(getattr(batch, name)) for name in TIMES_OF_BATCH},
+    }
+    return (*(values[name] for name in BATCH_FIELDS), hidden)
+
+
+TIMES_OF_BATCH = ("created_at", "started_at", "completed_at", "resumed_at")
 
 
 def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
-    row = db.execute(f"SELECT {BATCH_COLUMNS} FROM batches WHERE batch_id = ?", (batch_id,)).fetchone()
+    """A batch that is not out of sight."""
+    query = f"SELECT {BATCH_COLUMNS} FROM batches WHERE batch_id = ? AND hidden IS NULL"
+    row = db.execute(query, (batch_id,)).fetchone()
     return None if row is None else batch_from(row)
 
 
 @_refuse_damage
 def batch_from(row: Sequence[Any]) -> Batch:
-    values = dict(zip(BATCH_COLUMNS.split(", "), row, strict=True))
-    for name in ("created_at", "started_at", "completed_at"):
+    values = dict(zip(BATCH_FIELDS, row, strict=True))
+    for name in TIMES_OF_BATCH:
         values[name] = time_from(values[name])
     values["options"] = msgspec.json.decode(values["options"], type=BatchOptions)
     values["status"] = RunStatus(values["status"])
+    values["cancel_requested"] = bool(values["cancel_requested"])
     return Batch(**values)
 
 
@@ -333,14 +441,14 @@ def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) ->
     query = "SELECT fingerprint, made_id FROM idempotency_keys WHERE flock = ? AND key = ?"
     found = db.execute(query, (flock, key.kept_as)).fetchone()
     if found is not None:
-        raise Replayed(found[1]) if found[0] == key.fingerprint else KeyReused(key.key)
+        raise Replayed(found[1]) if found[0] == key.digest else KeyReused(key.key)
 
 
 def insert_key(
     db: sqlite3.Connection, flock: str, key: IdempotencyKey | None, made_id: str, created_at: datetime
 ) -> None:
     if key is not None:
-        values = (flock, key.kept_as, key.fingerprint, made_id, micros(created_at))
+        values = (flock, key.kept_as, key.digest, made_id, micros(created_at))
         db.execute("INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)", values)
 
 
@@ -360,7 +468,17 @@ def listing(columns: str, statuses: Iterable[str], conditions: str, also: str = 
     return f"{' UNION ALL '.join([*ranges, also] if also else ranges)} ORDER BY 1 {order}"
 
 
-BATCHES = "SELECT batch_id FROM batches WHERE flock = :flock"
+def item_listing(columns: str, statuses: Iterable[str]) -> str:
+    """A query for up to :limit items of :batch_id behind :after, in order: SQLite merges the ranges as it reads."""
+    ranges = (
+        f"SELECT {columns}, position AS place FROM runs INDEXED BY items_by_status "
+        f"WHERE batch_id = :batch_id AND status = '{status}' AND position > :after"
+        for status in statuses
+    )
+    return f"{' UNION ALL '.join(ranges)} ORDER BY place LIMIT :limit"
+
+
+BATCHES = "SELECT batch_id FROM batches WHERE flock = :flock AND hidden IS NULL"
 NEWEST = f"{listing('run_id', RunStatus, 'flock = :flock', BATCHES)} LIMIT 1 OFFSET :offset"
 FINAL = [status for status in RunStatus if status.is_final]
 OLD = "flock = :flock AND run_id < :bound AND completed_at <= :latest"

@@ -1,4 +1,4 @@
-"""Runs, steps, batches, engines and idempotency keys in one SQLite file.
+"""Runs, steps, engines and idempotency keys in one SQLite file; ``flock.batchstore`` has batches and their items.
 
 Writes are gathered into groups, and a group is one transaction: what arrives while one is being written goes into the
 next. A thread writes them, which is as fast as writing in the event loop, and blocks it least (bench/writers.py). An
@@ -17,7 +17,7 @@ import functools
 import logging
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,10 +28,9 @@ import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
 import msgspec
-from msgspec.structs import replace
 
 from flock import schema
-from flock.errors import EngineFull, OwnershipLost, StoreError, Unstorable
+from flock.errors import OwnershipLost, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Queue, Run, RunFilter, RunStatus, Step
 
 __all__ = ["Durability", "Store"]
@@ -373,12 +372,14 @@ class Store:
             raise
 
     def _write_runs(self, group: _Group, runs: Mapping[str, _PendingRun]) -> None:
+        ended = schema.Ended()
         for run_id, pending in runs.items():
             try:
-                if not schema.write_run(self._db, pending.run, pending.is_new, pending.steps):
+                if not schema.write_run(self._db, pending.run, pending.is_new, pending.steps, ended):
                     group.lost.add(run_id)
             except (sqlite3.DataError, sqlite3.ProgrammingError, ArithmeticError, TypeError, ValueError) as exc:
                 raise _UnstorableRun(run_id, exc) from exc
+        schema.count_ended(self._db, ended)
 
     def _apply_changes(self, group: _Group) -> None:
         for change in group.changes:
@@ -434,7 +435,7 @@ class Store:
 
     def list_runs(self, flock: str, wanted: RunFilter) -> list[Run]:
         """One page of runs that are no items, newest first, without their steps."""
-        left_out = {"traceparent", "principal"}  # they lie behind what is long
+        left_out = {"traceparent", "principal", "last_step"}  # they lie behind what is long
         left_out |= {
             name for name, asked in (("inputs", wanted.with_inputs), ("result", wanted.with_results)) if not asked
         }
@@ -469,15 +470,7 @@ class Store:
         newest: str | None = self.read(lambda db: db.execute("SELECT max(run_id) FROM runs").fetchone()[0])
         return newest
 
-    def get_batch(self, batch_id: str) -> Batch | None:
-        return self.read(lambda db: schema.find_batch(db, batch_id))
-
-    def get_items(self, batch_id: str, after: int, limit: int) -> list[Run]:
-        """Items of a batch from the position behind *after* on, in order, without their steps."""
-        query = f"SELECT {schema.COLUMNS} FROM runs WHERE batch_id = ? AND position > ? ORDER BY position LIMIT ?"
-        return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, (batch_id, after, limit))])
-
-    # What engines do with runs and batches: each is one transaction
+    # What engines do with runs: each is one transaction
 
     async def accept(
         self, run: Run, max_queue: int, key: IdempotencyKey | None, then: Callable[[Run], None] | None = None
@@ -493,71 +486,11 @@ class Store:
         def apply(db: sqlite3.Connection) -> Run:
             schema.check_key(db, run.flock, key)
             schema.check_room(db, run.flock, max_queue)
-            schema.insert_run(db, run)
+            schema.insert_runs(db, [run])
             schema.insert_key(db, run.flock, key, run.run_id, run.created_at)
             return run
 
         await self.change(apply, then)
-
-    async def accept_batch(
-        self,
-        batch: Batch,
-        items: Sequence[Run],
-        max_items: int,
-        key: IdempotencyKey | None,
-        then: Callable[[Batch], None] | None = None,
-    ) -> None:
-        """Write a batch and all its items, or nothing, and call *then*. Raises Replayed, KeyReused, EngineFull."""
-
-        def apply(db: sqlite3.Connection) -> Batch:
-            schema.check_key(db, batch.flock, key)
-            query = "SELECT sum(total_items - completed_items) FROM batches WHERE flock = ? AND completed_at IS NULL"
-            unfinished = db.execute(query, (batch.flock,)).fetchone()[0] or 0
-            if unfinished + len(items) > max_items:
-                raise EngineFull(
-                    f"{unfinished} items of other batches are still unfinished, and {len(items)} more would be over "
-                    f"what this server takes ({max_items}, max_items)."
-                )
-            values = (
-                batch.batch_id,
-                batch.flock,
-                batch.agent_name,
-                msgspec.json.encode(batch.options),
-                batch.status.value,
-                batch.total_items,
-                schema.micros(batch.created_at),
-                batch.request_id,
-                batch.owner,
-                batch.principal,
-            )
-            db.execute(schema.INSERT_BATCH, values)
-            for item in items:
-                schema.insert_run(db, item)
-            schema.insert_key(db, batch.flock, key, batch.batch_id, batch.created_at)
-            return batch
-
-        await self.change(apply, then)
-
-    async def update_batch(self, batch: Batch) -> None:
-        """Write a batch's status, error and times. Raises OwnershipLost."""
-
-        def apply(db: sqlite3.Connection) -> None:
-            values = (
-                batch.status.value,
-                batch.error,
-                schema.micros(batch.started_at),
-                schema.micros(batch.completed_at),
-                batch.batch_id,
-                batch.owner,
-            )
-            query = (
-                "UPDATE batches SET status = ?, error = ?, started_at = ?, completed_at = ? "
-                "WHERE batch_id = ? AND owner = ?"
-            )
-            if db.execute(query, values).rowcount == 0:
-                raise OwnershipLost(batch.batch_id)
-
-        await self.change(apply)
 
     async def request_cancel(self, run_id: str) -> bool:
         """Ask whoever owns a run to cancel it; False if it is not active."""
@@ -594,7 +527,7 @@ class Store:
     async def delete_old(self, flock: str, before: datetime | None, keep_runs: int | None, limit: int) -> int:
         """Delete up to *limit* final runs that ended before *before*, or are beyond the newest *keep_runs*.
 
-        A batch counts as one, and goes as one.
+        A batch counts as one, and goes as one: it is dropped, and its items are swept later.
         """
 
         def apply(db: sqlite3.Connection) -> int:
@@ -606,8 +539,7 @@ class Store:
             for bound, latest in bounds:
                 values = {"flock": flock, "bound": bound, "latest": latest, "limit": limit}
                 deleted += schema.delete_runs(db, [run_id for (run_id,) in db.execute(schema.OLD_RUNS, values)])
-                for (batch_id,) in db.execute(schema.OLD_BATCHES, values).fetchall():
-                    deleted += schema.delete_items(db, batch_id, limit)
+                deleted += db.execute(schema.DROP_OLD_BATCHES, values).rowcount
             return deleted
 
         return await self.change(apply)
@@ -617,9 +549,13 @@ class Store:
         await self.change(lambda db: db.execute(query, (schema.micros(before),)) and None)
 
     def cancels_for(self, owner: str) -> list[str]:
-        """Runs of *owner* that somebody asked to cancel."""
-        query = "SELECT run_id FROM runs WHERE owner = ? AND status IN ('starting', 'running') AND cancel_requested = 1"
-        return self.read(lambda db: [row[0] for row in db.execute(query, (owner,))])
+        """Runs of *owner*, and items of its batches, that somebody asked to cancel."""
+        query = (
+            "SELECT run_id FROM runs INDEXED BY cancels WHERE cancel_requested = 1 "
+            "AND status IN ('starting', 'running') AND (owner = ? OR EXISTS "
+            "(SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.owner = ?))"
+        )
+        return self.read(lambda db: [row[0] for row in db.execute(query, (owner, owner))])
 
     def ended(self, run_ids: Iterable[str]) -> list[str]:
         """Which of these runs are final, or not there any more."""
@@ -629,22 +565,6 @@ class Store:
         )
         ids = msgspec.json.encode(list(run_ids)).decode()
         return self.read(lambda db: [row[0] for row in db.execute(query, (ids,))])
-
-    def unfinished_items(self, batch_id: str, after: int, limit: int) -> list[Run]:
-        """Items to do, in order; those that had begun come with the steps that they have done."""
-        query = (
-            f"SELECT {schema.COLUMNS} FROM runs WHERE batch_id = ? AND position > ? "
-            "AND status IN ('starting', 'running') ORDER BY position LIMIT ?"
-        )
-
-        def find(db: sqlite3.Connection) -> list[Run]:
-            items = [schema.run_from(row, ()) for row in db.execute(query, (batch_id, after, limit))]
-            return [
-                item if item.started_at is None else replace(item, steps=schema.find_steps(db, item.run_id))
-                for item in items
-            ]
-
-        return self.read(find)
 
     # Engines
 
@@ -678,9 +598,8 @@ class Store:
         """Let go of what *engine_id* holds. What is unfinished is for the next engine that looks."""
 
         def apply(db: sqlite3.Connection) -> bool:
-            unfinished = db.execute(
-                "SELECT EXISTS (SELECT 1 FROM runs WHERE owner = ? AND status IN ('starting', 'running'))", (engine_id,)
-            ).fetchone()[0]
+            db.execute(schema.DROP_STAGED, (engine_id,))
+            unfinished = any(db.execute(of, (engine_id,)).fetchone() for of in (schema.RUNS_OF, schema.BATCHES_OF))
             if not unfinished:
                 db.execute("DELETE FROM engines WHERE engine_id = ?", (engine_id,))
             return bool(unfinished)
@@ -716,7 +635,10 @@ class Store:
             run_ids += [run_id for (run_id,) in db.execute(schema.RUNS_OF, (dead_id,))]
             batch_ids = [batch_id for (batch_id,) in db.execute(schema.BATCHES_OF, (dead_id,))]
             db.execute(schema.TAKE_RUNS, (owner, dead_id))
-            db.execute(schema.TAKE_BATCHES, (owner, dead_id))
+            db.execute(schema.DROP_STAGED, (dead_id,))
+            for batch_id in batch_ids:
+                db.execute(schema.TAKE_BATCH, (owner, batch_id))
+                db.execute(schema.TAKE_ITEMS, (batch_id,))
             runs = [run for run_id in run_ids if (run := _if_readable(schema.find_run, db, run_id)) is not None]
             return runs, [
                 b for batch_id in batch_ids if (b := _if_readable(schema.find_batch, db, batch_id)) is not None

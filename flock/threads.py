@@ -14,13 +14,16 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
+from flock.slots import Slots
+
 __all__ = ["Threads"]
 
 T = TypeVar("T")
 
 
 class _Call:
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, batch_id: str | None, deadline: float) -> None:
+        self.batch_id = batch_id
         self.scope = anyio.CancelScope(shield=True, deadline=deadline)
         self.is_begun = False
         self.is_over = False
@@ -33,17 +36,19 @@ class Threads:
     """At most *max_threads* calls at the same time; each has an *owner*, one call an owner."""
 
     def __init__(self, max_threads: int) -> None:
-        self._places = anyio.CapacityLimiter(max_threads)
+        self._places = Slots(max_threads, reserved=max_threads // 10)
         self._calls: dict[object, _Call] = {}
 
-    async def call(self, function: Callable[[], T], owner: object, deadline: float) -> T:
+    async def call(self, function: Callable[[], T], owner: object, batch_id: str | None, deadline: float) -> T:
         """Call *function* in a thread and wait for it, until *deadline* (of the loop's clock) or ``abandon``.
+
+        *batch_id* is of the batch of which *owner* is an item.
 
         Raises: what *function* raises; TimeoutError if it is left alone.
         Cancellation: while it waits for a place, at once; then only when the function has returned.
         """
-        call, tell_loop = _Call(deadline), _teller()
-        await self._places.acquire_on_behalf_of(call)
+        call, tell_loop = _Call(batch_id, deadline), _teller()
+        await self._places.acquire(batch_id)
         self._calls[owner] = call
 
         def run() -> T:
@@ -75,7 +80,7 @@ class Threads:
         if call.is_free:
             return
         call.is_free = True
-        self._places.release_on_behalf_of(call)
+        self._places.release(call.batch_id)
         if self._calls.get(owner) is call:
             del self._calls[owner]
         for callback in call.when_free:

@@ -402,7 +402,7 @@ async def test_under_a_mount_links_lead_back(flock: Flock, model: FakeModel) -> 
 
 
 async def test_full_is_said() -> None:
-    """Beyond ``max_queue`` runs and ``max_items`` items the answer is 429, and what was accepted goes on."""
+    """Beyond ``max_queue`` runs and ``max_open_items`` items the answer is 429, and what was accepted goes on."""
     flock, may_go = Flock(), anyio.Event()
 
     @flock.agent
@@ -410,7 +410,7 @@ async def test_full_is_said() -> None:
         await may_go.wait()
         return 1
 
-    app = create_app(flock, engine=flock.engine(max_concurrency=1, max_queue=2, max_items=3))
+    app = create_app(flock, engine=flock.engine(max_concurrency=1, max_queue=2, max_open_items=3))
     async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         accepted = [await post_run(client, "wait", async_run=True)]
         await wait_until(client, accepted[0].headers["Location"], lambda body: body["status"] == "running")

@@ -12,7 +12,7 @@ import pytest
 
 from flock.core import Flock
 from flock.embedded import EmbeddedEngine
-from flock.errors import AgentError, BatchNotFound, EngineStopped, InvalidData, RunNotFound
+from flock.errors import AgentError, BatchNotFound, EngineStopped, RunNotFound, TooLarge
 from flock.runs import Batch, BatchOptions, Run, RunStatus, new_id
 
 pytestmark = pytest.mark.anyio
@@ -155,7 +155,7 @@ async def test_a_cancellation_that_an_agent_leaves_behind_hits_nobody() -> None:
         assert (await batch_end(engine, batch.batch_id)).status is RunStatus.COMPLETED
 
 
-async def test_a_batch_that_can_never_fit_is_invalid_and_not_told_to_come_again() -> None:
+async def test_a_batch_that_can_never_fit_is_too_large_and_not_told_to_come_again() -> None:
     flock = Flock()
 
     @flock.agent
@@ -163,7 +163,7 @@ async def test_a_batch_that_can_never_fit_is_invalid_and_not_told_to_come_again(
         return 1
 
     async with flock.engine(max_items=3) as engine:
-        with pytest.raises(InvalidData, match="4 items are more than this server takes"):
+        with pytest.raises(TooLarge, match="at most 3 items"):
             await engine.submit_batch("one", [EMPTY] * 4, BatchOptions())
 
 

@@ -13,7 +13,7 @@ import pytest
 from flock.core import Flock
 from flock.embedded import EmbeddedEngine
 from flock.errors import Conflict, KeyReused, Replayed, RunNotFound, StoreError
-from flock.runs import BatchOptions, Event, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, Step
+from flock.runs import Batch, BatchOptions, Event, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, Step
 
 pytestmark = pytest.mark.anyio
 
@@ -294,14 +294,14 @@ async def test_a_batch_outlives_a_store_that_fails_for_a_moment(
 ) -> None:
     """Neither its items nor the engine end by it."""
     gate.fails = False
-    read, failures = engine.store.unfinished_items, [StoreError("now"), StoreError("and now")]
+    read, failures = engine.batch_store.items_to_do, [StoreError("now"), StoreError("and now")]
 
-    def fail_first(batch_id: str, after: int, limit: int) -> list[Run]:
+    def fail_first(batch: Batch, after: int, limit: int) -> list[Run]:
         if failures:
             raise failures.pop()
-        return read(batch_id, after, limit)
+        return read(batch, after, limit)
 
-    monkeypatch.setattr(engine.store, "unfinished_items", fail_first)
+    monkeypatch.setattr(engine.batch_store, "items_to_do", fail_first)
     batch = await engine.submit_batch("steady", [EMPTY] * 3, BatchOptions())
     with anyio.fail_after(20):
         while not (batch := await engine.get_batch(batch.batch_id)).status.is_final:  # noqa: ASYNC110 - as a client

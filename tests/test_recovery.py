@@ -78,9 +78,10 @@ class Ledger:
     def look(self) -> None:
         """Note which steps are committed, and that none of those that were has begun again."""
         with contextlib.closing(sqlite3.connect(self.database)) as db:
+            n = "json_extract(CAST(inputs AS TEXT), '$.n')"
             query = (
-                "SELECT json_extract(CAST(inputs AS TEXT), '$.n') || '-' || steps.agent_name "
-                "FROM steps JOIN runs USING (run_id)"
+                f"SELECT {n} || '-' || steps.agent_name FROM steps JOIN runs USING (run_id) UNION "
+                f"SELECT {n} || '-' || json_extract(CAST(last_step AS TEXT), '$[0]') FROM runs WHERE last_step NOT NULL"
             )
             steps = [step for (step,) in db.execute(query)]
         begun = [step for step, what, *_ in self.lines() if what == "begins"]

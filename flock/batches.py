@@ -1,0 +1,284 @@
+"""Batches of the embedded engine: accepted row by row, worked on in pages, and never held as a whole.
+
+A batch is accepted by the transaction of its last page, or not at all. Whatever is cut off after that, what is left to
+do is what its rows say, and whoever goes on reads it from there.
+"""
+
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import msgspec
+from msgspec.structs import replace
+
+from flock.agents import Agent
+from flock.batchstore import BatchStore
+from flock.errors import FieldError, InvalidData, MalformedJSON, OwnershipLost, StoreError, TooLarge
+from flock.jsontype import escape_pointer
+from flock.runner import Runner
+from flock.runs import Batch, IdempotencyKey, Inputs, Items, OnInvalid, Row, Run, RunStatus, new_id, now
+from flock.store import RETRY_AFTER_S
+
+__all__ = ["Batches", "as_json"]
+
+logger = logging.getLogger("flock.runs")
+
+#: How many errors of a batch's items are told at once.
+MAX_ITEM_ERRORS = 100
+#: How many items are written or read at once, and about how many bytes of inputs are written.
+ITEMS_A_PAGE = 500
+PAGE_BYTES = 4 * 1024 * 1024
+#: After so many rows others have their turn.
+ROWS_A_TURN = 50
+#: ``error_type`` of an item that does not fit its agent's signature.
+INVALID_INPUT = "invalid_input"
+
+
+class Batches:
+    """The batches that one engine accepts and works on.
+
+    Args:
+        start: lets the engine call a function with a batch, in a task of its own, unless it is leaving.
+        max_items, max_open_items, max_input_bytes: see ``EmbeddedEngine``.
+    """
+
+    def __init__(
+        self,
+        store: BatchStore,
+        runner: Runner,
+        start: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], None],
+        *,
+        max_items: int,
+        max_open_items: int,
+        max_input_bytes: int,
+    ) -> None:
+        self._store = store
+        self._runner = runner
+        self._start = start
+        self._max_items = max_items
+        self._max_open_items = max_open_items
+        self._max_input_bytes = max_input_bytes
+        #: batches that are worked on here and are to stop
+        self._cancelled: set[str] = set()
+
+    async def submit(
+        self,
+        agent: Agent,
+        items: Items,
+        batch: Batch,
+        *,
+        on_invalid: OnInvalid,
+        key: IdempotencyKey | None,
+        traceparent: str | None,
+    ) -> Batch:
+        """Accept *batch*, which has no items yet, with *items*; see ``Engine.submit_batch``.
+
+        Cancellation: what was staged is dropped.
+        """
+        intake = _Intake(self._store, agent, batch, self._max_input_bytes, traceparent)
+        try:
+            async for item in _each(items):
+                if intake.total == self._max_items:
+                    raise TooLarge(f"A batch has at most {self._max_items} items on this server (max_items).")
+                await intake.add(item, on_invalid)
+            return await intake.accept(self._max_open_items, key, then=self.start)
+        except BaseException:
+            if intake.is_staged:
+                with anyio.CancelScope(shield=True):
+                    await self._store.drop(batch.batch_id)
+            raise
+
+    def start(self, batch: Batch | None) -> None:
+        """Begin to work on a batch, or go on with it."""
+        if batch is not None:
+            self._cancelled.discard(batch.batch_id)  # it may be of an attempt that had ended already
+            self._start(self._work, batch)
+
+    def cancel(self, batch_id: str) -> None:
+        """Stop the work on a batch here, if there is any: no item begins from now on."""
+        self._cancelled.add(batch_id)
+        for active in list(self._runner.active.values()):
+            if active.run.batch_id == batch_id:
+                self._runner.cancel(active)
+
+    async def retry(self, batch_id: str, owner: str, only: Sequence[RunStatus]) -> Batch | None:
+        """As ``BatchStore.reopen``."""
+        return await self._store.reopen(batch_id, owner, only, self._max_open_items, then=self.start)
+
+    async def _work(self, batch: Batch) -> None:
+        """Work on a batch until no item is left, beginning again as long as the store fails."""
+        if batch.cancel_requested:
+            self._cancelled.add(batch.batch_id)
+        try:
+            while not self._runner.is_leaving and not batch.status.is_final:
+                try:
+                    batch = await self._go_on(batch)
+                except StoreError as exc:
+                    logger.error("batch %s: %s", batch.batch_id, exc)
+                    await anyio.sleep(RETRY_AFTER_S)
+        except OwnershipLost:
+            logger.warning("batch %s: another engine has taken it over, or it is gone", batch.batch_id)
+        finally:
+            self._cancelled.discard(batch.batch_id)
+
+    async def _go_on(self, batch: Batch) -> Batch:
+        """Do what is left to do. Raises OwnershipLost, StoreError."""
+        id_ = batch.batch_id
+        while batch.reopening and id_ not in self._cancelled:
+            batch = await self._store.reopen_some(batch)
+        batch = await self._store.begin(batch, now())
+        if id_ not in self._cancelled:
+            workers = min(batch.options.max_workers, batch.total_items) if batch.options.parallel else 1
+            items = self._items_to_do(batch)
+            async with anyio.create_task_group() as tasks:
+                for _ in range(workers):
+                    tasks.start_soon(self._work_through, items)
+        while id_ in self._cancelled and await self._store.cancel_waiting(batch, now()):
+            pass
+        if self._runner.is_leaving or self._store.items_to_do(batch, -1, 1):
+            return batch
+        return await self._store.end(batch, now())
+
+    def _items_to_do(self, batch: Batch) -> Iterator[Run]:
+        """Items that wait, read from the store in pages, until the engine leaves or the batch is cancelled."""
+        after = -1
+        while page := self._store.items_to_do(batch, after, ITEMS_A_PAGE):
+            for item in page:
+                if self._runner.is_leaving or batch.batch_id in self._cancelled:
+                    return
+                yield item
+            after = page[-1].position or 0
+
+    async def _work_through(self, items: Iterator[Run]) -> None:
+        try:
+            for item in items:  # shared with the batch's other workers
+                await self._runner.carry_out(item)
+        except StoreError as exc:  # the next page cannot be read
+            logger.error("items cannot be read: %s", exc)
+
+
+class _Intake:
+    """One batch on its way in: rows become items, and pages of them are staged."""
+
+    def __init__(
+        self, store: BatchStore, agent: Agent, batch: Batch, max_input_bytes: int, traceparent: str | None
+    ) -> None:
+        self.total = 0
+        self.is_staged = False
+        self._store = store
+        self._agent = agent
+        self._batch = batch
+        self._max_input_bytes = max_input_bytes
+        self._traceparent = traceparent
+        self._errors: list[FieldError] = []
+        self._failed = 0
+        self._page: list[Run] = []
+        self._page_bytes = 0
+
+    async def add(self, item: Inputs | Row, on_invalid: OnInvalid) -> None:
+        """Raises InvalidData once there are as many errors as are told at once; TooLarge."""
+        if not isinstance(item, Row):
+            at = f"/batch_inputs/{self.total}"
+            item = Row(inputs=as_json(item, at, self._max_input_bytes), at=at)
+        elif len(bytes(item.inputs)) > self._max_input_bytes:
+            raise TooLarge(f"A row is longer than {self._max_input_bytes} bytes, all that one item takes.")
+        errors = self._errors_of(item)
+        if errors and on_invalid == "reject":
+            self._errors += errors
+            if len(self._errors) >= MAX_ITEM_ERRORS:
+                raise InvalidData(self._errors[:MAX_ITEM_ERRORS])
+        if not self._errors:
+            self._page.append(self._run(item, errors))
+            self._page_bytes += len(bytes(item.inputs))
+            if len(self._page) == ITEMS_A_PAGE or self._page_bytes > PAGE_BYTES:
+                await self._stage()
+        self.total += 1
+        if self.total % ROWS_A_TURN == 0:
+            await anyio.lowlevel.checkpoint()
+
+    async def accept(self, max_open_items: int, key: IdempotencyKey | None, then: Callable[[Batch], None]) -> Batch:
+        """Raises InvalidData, and as ``BatchStore.accept``."""
+        if not self.total:
+            self._errors.append(FieldError(detail="A batch has at least one item.", pointer="/batch_inputs"))
+        if self._errors:
+            raise InvalidData(self._errors)
+        batch = replace(self._batch, total_items=self.total, completed_items=self._failed, failed_items=self._failed)
+        await self._store.accept(batch, self._page, max_open_items, key, then, is_staged=self.is_staged)
+        return batch
+
+    async def _stage(self) -> None:
+        is_first, self.is_staged = not self.is_staged, True
+        await self._store.stage(self._batch, self._page, is_first=is_first)
+        self._page, self._page_bytes = [], 0
+
+    def _errors_of(self, row: Row) -> Sequence[FieldError]:
+        if row.errors:
+            return row.errors
+        try:
+            self._agent.input.decode(row.inputs, row.at)
+        except InvalidData as exc:
+            return [_as_sent(error, row) for error in exc.errors]
+        except MalformedJSON as exc:
+            return [FieldError(detail=f"{exc}.", pointer=row.at)]
+        return ()
+
+    def _run(self, row: Row, errors: Sequence[FieldError]) -> Run:
+        """An item, which has failed already where there are errors."""
+        batch = self._batch
+        end: dict[str, Any] = {}
+        if errors:
+            self._failed += 1
+            error = str(InvalidData(errors))
+            end = {
+                "status": RunStatus.FAILED,
+                "error": error,
+                "error_type": INVALID_INPUT,
+                "completed_at": batch.created_at,
+            }
+        return Run(
+            run_id=new_id(),
+            flock=batch.flock,
+            agent_name=batch.agent_name,
+            inputs=row.inputs,
+            created_at=batch.created_at,
+            request_id=batch.request_id,
+            batch_id=batch.batch_id,
+            position=self.total,
+            traceparent=self._traceparent,
+            principal=batch.principal,
+            is_async=True,
+            timeout_s=batch.options.timeout_s,
+            **end,
+        )
+
+
+def _as_sent(error: FieldError, row: Row) -> FieldError:
+    """An error of inputs with a pointer into what the client sent: names not yet mapped, gaps not yet filled."""
+    name, slash, rest = error.pointer[len(row.at) + 1 :].partition("/")
+    pointer = error.pointer
+    if row.sources:
+        sources = {escape_pointer(name): at for name, at in row.sources.items()}
+        pointer = sources.get(name, f"{row.at}/{name}") + slash + rest if name else pointer
+    return FieldError(detail=error.detail, pointer=pointer, line=msgspec.UNSET if row.line is None else row.line)
+
+
+async def _each(items: Items) -> AsyncIterator[Inputs | Row]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
+
+
+def as_json(inputs: Inputs, at: str, max_bytes: int) -> msgspec.Raw:
+    """A copy, so that no request's body is kept, of which a Raw is only a view. Raises InvalidData, TooLarge."""
+    try:
+        raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(dict(inputs))
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InvalidData([FieldError(detail=f"It cannot be JSON: {exc}.", pointer=at)]) from exc
+    if len(raw) > max_bytes:
+        raise TooLarge(f"{at} is longer than {max_bytes} bytes, all that one run takes.")
+    return msgspec.Raw(raw)

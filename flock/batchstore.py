@@ -1,0 +1,298 @@
+"""Batches and their items in a ``Store``.
+
+An item is a row of ``runs``; its batch says which engine works on it. What touches many items does so in bites, each
+one transaction, so that others have their turn, and so that whoever goes on after a crash finds what is left to do.
+"""
+
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from msgspec.structs import replace
+
+from flock import schema
+from flock.errors import EngineFull, OwnershipLost
+from flock.runs import Batch, BatchFilter, IdempotencyKey, Run, RunStatus, Step
+from flock.store import Store
+
+__all__ = ["BatchStore"]
+
+#: Items that one transaction changes at most: tens of milliseconds.
+BITE = 2000
+#: About how many bytes of items are read at once.
+PAGE_BYTES = 4 * 1024 * 1024
+#: What ``error`` and ``error_type`` say of items that a batch was cancelled before.
+CANCELLED = ("The batch was cancelled before this item began.", "cancelled")
+
+
+class BatchStore:
+    """What engines do with batches, over *store*."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    # Accepting
+
+    async def stage(self, batch: Batch, items: Sequence[Run], *, is_first: bool) -> None:
+        """Keep *items* of a batch out of sight, until it is accepted."""
+
+        def apply(db: sqlite3.Connection) -> None:
+            if is_first:
+                db.execute(schema.INSERT_BATCH, schema.batch_values(batch, "staged"))
+            schema.insert_runs(db, items)
+
+        await self._store.change(apply)
+
+    async def accept(
+        self,
+        batch: Batch,
+        items: Sequence[Run],
+        max_open_items: int,
+        key: IdempotencyKey | None,
+        then: Callable[[Batch], None],
+        *,
+        is_staged: bool,
+    ) -> None:
+        """Write a batch with its last *items*, let it be seen, and call *then* with it.
+
+        Raises:
+            Replayed: a batch was made under this key before; that comes before any limit.
+            KeyReused: the key was used for another request.
+            EngineFull: more than *max_open_items* items of all batches would not have ended.
+        """
+
+        def apply(db: sqlite3.Connection) -> Batch:
+            schema.check_key(db, batch.flock, key)
+            _check_room(db, batch.flock, batch.total_items - batch.completed_items, max_open_items)
+            if is_staged:
+                db.execute("DELETE FROM batches WHERE batch_id = ?", (batch.batch_id,))
+            db.execute(schema.INSERT_BATCH, schema.batch_values(batch, None))
+            schema.insert_runs(db, items)
+            schema.insert_key(db, batch.flock, key, batch.batch_id, batch.created_at)
+            return batch
+
+        await self._store.change(apply, then)
+
+    # Looking
+
+    def get(self, batch_id: str) -> Batch | None:
+        return self._store.read(lambda db: schema.find_batch(db, batch_id))
+
+    def page(self, flock: str, wanted: BatchFilter) -> list[Batch]:
+        """One page, newest first."""
+        conditions: dict[str, Any] = {
+            "flock = ?": flock,
+            "status = ?": wanted.status,
+            "agent_name = ?": wanted.agent_name,
+            "principal = ?": wanted.principal,
+            "batch_id < ?": wanted.after,
+        }
+        conditions = {condition: value for condition, value in conditions.items() if value is not None}
+        query = (
+            f"SELECT {schema.BATCH_COLUMNS} FROM batches WHERE hidden IS NULL AND {' AND '.join(conditions)} "
+            f"ORDER BY batch_id DESC LIMIT {wanted.limit:d}"
+        )
+        values = tuple(conditions.values())
+        return self._store.read(lambda db: [schema.batch_from(row) for row in db.execute(query, values)])
+
+    def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> list[Run]:
+        """Up to *limit* items of a batch behind the position *after*, in order, without their steps.
+
+        They are fewer where they are long; there is none left where none is given.
+        """
+        query = schema.item_listing(COLUMNS_WITHOUT_STEPS, statuses)
+        values = {"batch_id": batch_id, "after": after, "limit": limit}
+        return self._store.read(lambda db: _page(schema.run_from(row, ()) for *row, _ in db.execute(query, values)))
+
+    def items_to_do(self, batch: Batch, after: int, limit: int) -> list[Run]:
+        """Items that wait, as ``items`` gives them; those that had begun come with the steps that they have done.
+
+        None where the batch belongs to another engine by now.
+        """
+        query = schema.item_listing(schema.COLUMNS, [RunStatus.STARTING])
+        values = {"batch_id": batch.batch_id, "after": after, "limit": limit}
+
+        def find(db: sqlite3.Connection) -> list[Run]:
+            found = schema.find_batch(db, batch.batch_id)
+            if found is None or found.owner != batch.owner:
+                return []
+            return _page(
+                replace(schema.run_from(row, _steps_of(db, row)), owner=batch.owner)
+                for *row, _ in db.execute(query, values)
+            )
+
+        return self._store.read(find)
+
+    # Working
+
+    async def begin(self, batch: Batch, now: datetime) -> Batch:
+        """Say that it is being worked on from now on, and give it as it stands. Raises OwnershipLost."""
+        query = """UPDATE batches SET status = 'running', started_at = ifnull(started_at, :now), resumed_at = :now,
+            resumed_with = completed_items WHERE batch_id = :batch_id"""
+        values = {"now": schema.micros(now), "batch_id": batch.batch_id}
+        return await self._change_own(batch, lambda db: db.execute(query, values))
+
+    async def end(self, batch: Batch, now: datetime) -> Batch:
+        """Write its final status, and an error where no item completed. Raises OwnershipLost."""
+        query = "UPDATE batches SET status = ?, error = ?, completed_at = ?, reopening = NULL WHERE batch_id = ?"
+
+        def apply(db: sqlite3.Connection) -> None:
+            counted, status, error = schema.find_batch(db, batch.batch_id), RunStatus.COMPLETED, None
+            assert counted is not None
+            if counted.cancel_requested and counted.cancelled_items:
+                status, error = RunStatus.CANCELLED, "The batch was cancelled."
+            elif counted.failed_items + counted.cancelled_items == counted.total_items:
+                status = RunStatus.FAILED
+                first = db.execute(FIRST_ERROR, {"batch_id": batch.batch_id, "after": -1, "limit": 1}).fetchone()[0]
+                error = f"None of the {counted.total_items} items completed. The first one: {first}"
+            db.execute(query, (status.value, error, schema.micros(now), batch.batch_id))
+
+        return await self._change_own(batch, apply)
+
+    async def cancel_waiting(self, batch: Batch, now: datetime) -> bool:
+        """Cancel some of the items that have not begun; False once there is none. Raises OwnershipLost."""
+        query = """UPDATE runs SET status = 'cancelled', error = ?, error_type = ?, completed_at = ? WHERE run_id IN
+            (SELECT run_id FROM runs INDEXED BY items_by_status WHERE batch_id = ? AND status = 'starting' LIMIT ?)"""
+
+        def apply(db: sqlite3.Connection) -> bool:
+            _check_owner(db, batch)
+            changed = db.execute(query, (*CANCELLED, schema.micros(now), batch.batch_id, BITE)).rowcount
+            schema.count_ended(db, schema.Ended({(batch.batch_id, RunStatus.CANCELLED): changed}))
+            return changed == BITE
+
+        return await self._store.change(apply)
+
+    async def reopen_some(self, batch: Batch) -> Batch:
+        """Open some of the items that a retry is about; ``reopening`` is None with the last. Raises OwnershipLost."""
+        status, *others = map(RunStatus, (batch.reopening or "").split(","))
+        query = """UPDATE runs SET status = 'starting', attempt = attempt + 1, result = NULL, error = NULL,
+            error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0
+            WHERE run_id IN (SELECT run_id FROM runs INDEXED BY items_by_status
+                WHERE batch_id = ? AND status = ? LIMIT ?)"""
+
+        def apply(db: sqlite3.Connection) -> None:
+            changed = db.execute(query, (batch.batch_id, status.value, BITE)).rowcount
+            schema.count_ended(db, schema.Ended({(batch.batch_id, status): -changed}))
+            if changed < BITE:
+                values = (",".join(others) or None, batch.batch_id)
+                db.execute("UPDATE batches SET reopening = ? WHERE batch_id = ?", values)
+
+        return await self._change_own(batch, apply)
+
+    async def _change_own(self, batch: Batch, apply: Callable[[sqlite3.Connection], Any]) -> Batch:
+        """Call *apply* if the batch is still this engine's, and give it as it stands then. Raises OwnershipLost."""
+
+        def apply_and_find(db: sqlite3.Connection) -> Batch:
+            _check_owner(db, batch)
+            apply(db)
+            return _check_owner(db, batch)
+
+        return await self._store.change(apply_and_find)
+
+    # What is asked of a batch
+
+    async def request_cancel(self, batch_id: str) -> bool:
+        """Ask whoever owns a batch to cancel it; False if it is not active."""
+        query = """UPDATE batches SET cancel_requested = 1
+            WHERE batch_id = ? AND hidden IS NULL AND status IN ('starting', 'running')"""
+        return await self._store.change(lambda db: db.execute(query, (batch_id,)).rowcount == 1)
+
+    def cancels_for(self, owner: str) -> Sequence[str]:
+        """Batches of *owner* that somebody asked to cancel."""
+        query = """SELECT batch_id FROM batches
+            WHERE owner = ? AND cancel_requested = 1 AND status IN ('starting', 'running')"""
+        return self._store.read(lambda db: [row[0] for row in db.execute(query, (owner,))])
+
+    async def reopen(
+        self,
+        batch_id: str,
+        owner: str,
+        only: Sequence[RunStatus],
+        max_open_items: int,
+        then: Callable[[Batch | None], None],
+    ) -> Batch | None:
+        """Begin the next attempt of a final batch; None if it is not final, or has no such item. Raises EngineFull."""
+        query = """UPDATE batches SET status = 'starting', attempt = attempt + 1, owner = ?, reopening = ?,
+            error = NULL, completed_at = NULL, resumed_at = NULL, cancel_requested = 0 WHERE batch_id = ?"""
+
+        def apply(db: sqlite3.Connection) -> Batch | None:
+            found = schema.find_batch(db, batch_id)
+            if found is None or not found.status.is_final:
+                return None
+            counts = {RunStatus.FAILED: found.failed_items, RunStatus.CANCELLED: found.cancelled_items}
+            wanted = [status for status in only if counts[status]]
+            if not wanted:
+                return None
+            _check_room(db, found.flock, sum(counts[status] for status in wanted), max_open_items)
+            db.execute(query, (owner, ",".join(wanted), batch_id))
+            return schema.find_batch(db, batch_id)
+
+        return await self._store.change(apply, then)
+
+    # Forgetting
+
+    async def drop(self, batch_id: str) -> bool:
+        """Put a batch out of sight for good, unless it is active; its items are deleted by ``sweep``."""
+        query = """UPDATE batches SET hidden = 'dropped'
+            WHERE batch_id = ? AND (hidden = 'staged' OR status NOT IN ('starting', 'running'))"""
+
+        def apply(db: sqlite3.Connection) -> bool:
+            is_dropped = db.execute(query, (batch_id,)).rowcount == 1
+            if is_dropped:  # whoever deletes a batch may make it anew under the same key
+                db.execute("DELETE FROM idempotency_keys WHERE made_id = ?", (batch_id,))
+            return is_dropped
+
+        return await self._store.change(apply)
+
+    async def sweep(self) -> bool:
+        """Delete some items of what was dropped; False once there is nothing left."""
+        query = "SELECT batch_id FROM batches INDEXED BY batches_hidden WHERE hidden = 'dropped' LIMIT 1"
+        if self._store.read(lambda db: db.execute(query).fetchone()) is None:
+            return False
+
+        def apply(db: sqlite3.Connection) -> bool:
+            found = db.execute(query).fetchone()
+            return found is not None and schema.delete_items(db, found[0], BITE) > 0
+
+        return await self._store.change(apply)
+
+
+def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:
+    """The batch as it stands. Raises OwnershipLost."""
+    found = schema.find_batch(db, batch.batch_id)
+    if found is None or found.owner != batch.owner:
+        raise OwnershipLost(batch.batch_id)
+    return found
+
+
+FIRST_ERROR = schema.item_listing("error", RunStatus)
+COLUMNS_WITHOUT_STEPS = ", ".join("NULL" if name == "last_step" else name for name in schema.FIELDS)
+STARTED_AT = schema.FIELDS.index("started_at")
+
+
+def _steps_of(db: sqlite3.Connection, row: Sequence[Any]) -> tuple[Step, ...]:
+    """Most items have not begun: those are spared a query each."""
+    return schema.find_steps(db, row[0]) if row[STARTED_AT] is not None else ()
+
+
+def _page(items: Iterable[Run]) -> list[Run]:
+    """As many as may be in memory together."""
+    page, length = [], 0
+    for item in items:
+        page.append(item)
+        length += len(bytes(item.inputs)) + len(bytes(item.result or b""))
+        if length > PAGE_BYTES:
+            break
+    return page
+
+
+def _check_room(db: sqlite3.Connection, flock: str, more: int, max_open_items: int) -> None:
+    query = """SELECT sum(total_items - completed_items) FROM batches
+        WHERE flock = ? AND completed_at IS NULL AND hidden IS NULL"""
+    waiting = db.execute(query, (flock,)).fetchone()[0] or 0
+    if waiting + more > max_open_items:
+        raise EngineFull(
+            f"{waiting} items of other batches have not ended, and {more} more would be over what this server takes "
+            f"({max_open_items}, max_open_items)."
+        )
