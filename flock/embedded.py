@@ -444,7 +444,8 @@ class EmbeddedEngine:
             await anyio.sleep(WATCH_INTERVAL_S)
             at = anyio.current_time()
             for active in list(self._runner.active.values()):
-                if active.progress is not active.run.progress:
+                # Behind its turn the run has a newer record, on its way to the disk, which this one would replace.
+                if active.context is not None and active.progress is not active.run.progress:
                     active.tell(replace(active.run, progress=active.progress))
                     self.store.save_nowait(active.run)
                 if at >= active.wake_at:

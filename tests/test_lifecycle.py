@@ -11,9 +11,20 @@ import msgspec
 import pytest
 
 from flock.core import Flock
-from flock.embedded import EmbeddedEngine
+from flock.embedded import WATCH_INTERVAL_S, EmbeddedEngine
 from flock.errors import Conflict, KeyReused, Replayed, RunNotFound, StoreError
-from flock.runs import Batch, BatchOptions, Event, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, Step
+from flock.runs import (
+    Batch,
+    BatchOptions,
+    Event,
+    IdempotencyKey,
+    Progress,
+    Run,
+    RunContext,
+    RunFilter,
+    RunStatus,
+    Step,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -260,6 +271,21 @@ async def test_events_tell_a_run_once_and_resume_anywhere(engine: EmbeddedEngine
     assert ids == sorted(set(ids))
     rest = [event async for event in engine.events(run.run_id, after=ids[1]) if event and event.id]
     assert [event.name for event in rest] == ["step.completed", "run.completed"]
+
+
+async def test_progress_that_nobody_heard_of_does_not_undo_the_end(gate: Gate, tmp_path: Path) -> None:
+    """The end waits for the disk, and the watch finds progress that is to be told."""
+    disk_is_free = threading.Event()
+    gate.may_go.set()
+    async with gate.flock.engine(store=tmp_path / "flock.db") as engine, anyio.create_task_group() as tasks:
+        tasks.start_soon(engine.store.change, lambda db: disk_is_free.wait(20))
+        await anyio.wait_all_tasks_blocked()
+        run = await submit(engine, "report", is_async=False)
+        await anyio.sleep(3 * WATCH_INTERVAL_S)
+        disk_is_free.set()
+        await engine.wait(run.run_id)
+        run = await engine.get_run(run.run_id)  # as it is on disk
+        assert (run.status, run.progress) == (RunStatus.COMPLETED, Progress(done=2, total=3, message="second"))
 
 
 async def test_events_of_a_retried_run_keep_the_steps_that_were_done(engine: EmbeddedEngine, gate: Gate) -> None:
