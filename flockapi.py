@@ -68,7 +68,7 @@ from flock.errors import (
     Unauthenticated,
     WrongHost,
 )
-from flock.jsontype import JSONType, malformed
+from flock.jsontype import JSONType, check_depth, malformed
 from flock.life import life_of
 from flock.runs import (
     Batch,
@@ -179,7 +179,7 @@ async def read_json(request: Request) -> bytes:
     Raises:
         HTTPException: 415 for another content type, 408 where it does not come within ``body_timeout_s``.
         TooLarge: it is longer.
-        MalformedJSON: it is empty, or not UTF-8.
+        MalformedJSON: it is empty, not UTF-8, or nested deeper than ``max_json_depth``.
     """
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
@@ -207,6 +207,7 @@ async def read_json(request: Request) -> bytes:
         body.decode()  # a decoder skips over what it does not look into, such as the inputs
     except UnicodeDecodeError as exc:
         raise malformed(bytes(body), exc) from exc
+    check_depth(bytes(body), app_of(request).max_json_depth)
     return bytes(body)
 
 
@@ -967,6 +968,8 @@ class FlockAPI(Starlette):
         engine: what carries the runs; if None, an embedded one on *store*, shared by all apps on this flock and store.
         store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
         max_body_bytes: the longest body a client may send; a longer one is answered with 413.
+        max_json_depth: how many levels of arrays and objects a body may have; a deeper one is answered with 400.
+            ``flockapi serve`` has no option for it.
         max_header_bytes: all headers of a request together; longer ones are answered with 431.
         body_timeout_s: how long a body may take to arrive; a slower one is answered with 408.
         max_wait_s: the longest that one request may wait for a run; who asks for more waits so long.
@@ -1009,6 +1012,7 @@ class FlockAPI(Starlette):
         engine: Engine | None = None,
         store: str | Path = "flock.db",
         max_body_bytes: int = 1024 * 1024,
+        max_json_depth: int = 100,
         max_header_bytes: int = 64 * 1024,
         body_timeout_s: float = 30,
         max_wait_s: int = 60,
@@ -1058,6 +1062,7 @@ class FlockAPI(Starlette):
         self.engine = engine or flock.shared_engine(store=store, expose_errors=expose_errors)
         self.contract = Contract(server_name, openapi_paths)
         self.max_body_bytes = max_body_bytes
+        self.max_json_depth = max_json_depth
         self.body_timeout_s = body_timeout_s
         self.max_wait_s = max_wait_s
         self.event_streams = Places(max_event_streams)

@@ -8,6 +8,7 @@ the text looked at once more, field by field, so that a client reads all that is
 import dataclasses
 import itertools
 import json
+import operator
 import re
 import typing
 from typing import Any, Generic, TypeVar
@@ -16,12 +17,21 @@ import msgspec
 
 from flock.errors import FieldError, FlockError, InvalidData, MalformedJSON
 
-__all__ = ["Field", "JSONType", "escape_pointer", "explain", "fields_of", "has_fields", "malformed"]
+__all__ = ["Field", "JSONType", "check_depth", "escape_pointer", "explain", "fields_of", "has_fields", "malformed"]
 
 T = TypeVar("T")
 
 #: How many unknown fields are told at once.
 MAX_ERRORS = 100
+
+#: A string of JSON, or one that never ends. Nothing in it is read twice, whatever it holds.
+STRING = rb'"(?:[^"\\]++|\\.)*+"?'
+STRINGS = re.compile(STRING, re.DOTALL)
+#: All up to a bracket that is in no string, and the bracket.
+TO_BRACKET = rb'(?:%s|[^"\[\]{}])*+[\[\]{}]' % STRING
+#: An opening bracket as 1 and a closing one as -1, in signed bytes; and what is neither.
+LEVELS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
 
 class Field(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,9 +150,30 @@ def malformed(raw: bytes, exc: Exception) -> MalformedJSON:
         reason, position = found[1], int(found[2])
     elif lone := re.search(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-bA-B](?![0-9a-fA-F]{2}\\u[dD][c-fC-F])", raw):
         reason, position = "half of a surrogate pair", lone.start()
+    return _malformed_at(raw, reason, position)
+
+
+def _malformed_at(raw: bytes, reason: str, position: int) -> MalformedJSON:
     before = raw[:position].decode("utf-8", "replace")
     line_start = before.rfind("\n") + 1
     return MalformedJSON(reason, before.count("\n") + 1, len(before) - line_start + 1)
+
+
+def check_depth(raw: bytes, max_depth: int) -> None:
+    """Raise MalformedJSON where arrays and objects of *raw* lie deeper in each other than *max_depth* levels.
+
+    No text takes long, JSON or not: whatever goes from byte to byte here is not Python.
+    """
+    if raw.count(b"[") + raw.count(b"{") <= max_depth:
+        return
+    levels = memoryview(STRINGS.sub(b"", raw).translate(LEVELS, NO_BRACKETS)).cast("b")
+    try:
+        brackets = 1 + operator.indexOf(itertools.accumulate(levels), max_depth + 1)
+    except ValueError:  # it is never reached
+        return
+    found = re.match(rb"(?:%s){%d}" % (TO_BRACKET, brackets), raw, re.DOTALL)
+    assert found is not None
+    raise _malformed_at(raw, f"nested deeper than {max_depth} levels", found.end() - 1)
 
 
 def _first_bad_byte(raw: bytes) -> int:

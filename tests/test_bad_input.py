@@ -55,11 +55,13 @@ def check_problem(response: httpx.Response, status: int) -> Any:
         ),
         pytest.param(
             b'{"agent_name": "anything", "inputs": {"value": ' + b"[" * 10_000 + b"]" * 10_000 + b"}}",
-            "nested too deep",
+            "nested deeper than 100 levels at line 1, column 146",
             id="10,000 deep",
         ),
         pytest.param(
-            b'{"agent_name": "add", "inputs": ' + b"[" * 100_000, "nested too deep", id="100,000 deep and open"
+            b'{"agent_name": "add", "inputs": ' + b"[" * 100_000,
+            "nested deeper than 100 levels",
+            id="100,000 deep and open",
         ),
     ],
 )

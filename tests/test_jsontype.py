@@ -1,6 +1,7 @@
 """JSON in, with every place that is wrong."""
 
 import json
+import time
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flock.errors import InvalidData, MalformedJSON
-from flock.jsontype import JSONType, escape_pointer
+from flock.jsontype import JSONType, check_depth, escape_pointer
 
 
 class Inner(msgspec.Struct):
@@ -154,6 +155,55 @@ def test_pointers_lead_to_something_in_the_document(document: dict[str, Any]) ->
                     assert error.detail == "This field is required."
     except MalformedJSON:
         pytest.fail("json.dumps writes JSON")
+
+
+def depth_of(value: Any) -> int:
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if members is None else 1 + max(map(depth_of, members), default=0)
+
+
+@given(json_values | st.text('[]{}"\\\\').map(lambda text: [text, [text]]))
+def test_depth_is_counted_as_json_has_it(value: Any) -> None:
+    """Brackets within strings are none."""
+    raw, depth = json.dumps(value).encode("utf-8", "surrogatepass"), depth_of(value)
+    check_depth(raw, depth)
+    if depth:
+        with pytest.raises(MalformedJSON, match=f"nested deeper than {depth - 1} levels"):
+            check_depth(raw, depth - 1)
+
+
+def test_what_lies_too_deep_is_said_with_line_and_column() -> None:
+    raw = '{"[[\\"[": "é",\n "a": [[], [[1]]]}'.encode()
+    check_depth(raw, 4)
+    with pytest.raises(MalformedJSON, match="deeper than 3 levels") as caught:
+        check_depth(raw, 3)
+    assert (caught.value.line, caught.value.column) == (2, 13)
+
+
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(b"[" * MIB, id="deep"),
+        pytest.param(b"[]" * (MIB // 2 - 100) + b"[" * 200, id="flat for long"),
+        pytest.param(b'"",' * (MIB // 3) + b"[" * 200, id="many strings"),
+        pytest.param(b'"[",' * (MIB // 4) + b"[" * 200, id="many brackets in strings"),
+        pytest.param(b"[" * 200 + b'"' + b"\\" * MIB, id="a string of backslashes that never ends"),
+        pytest.param(b"[" * 200 + b'\\"' * (MIB // 2), id="quotes that are escaped outside of a string"),
+        pytest.param(b"[" * 200 + b'"\\' * (MIB // 2), id="quotes and backslashes in turn"),
+    ],
+)
+def test_depth_is_counted_in_no_time(raw: bytes) -> None:
+    """A MiB takes less than a tenth of a second; what reads a part of it twice would take minutes."""
+    took_s = []
+    for _ in range(3):
+        began_at = time.thread_time()
+        with pytest.raises(MalformedJSON):
+            check_depth(raw, 100)
+        took_s.append(time.thread_time() - began_at)
+    assert min(took_s) < 0.3
 
 
 @given(st.binary(max_size=11))
