@@ -85,6 +85,7 @@ class Agent:
         Raises:
             InvalidOutput: the result does not fit the output signature, or cannot be JSON.
             ModelError: the model gave no usable answer.
+            TooManyTokens: the run may ask no model any more.
             Exception: whatever the agent's own code raises.
 
         Cancellation: a model request is aborted, a coroutine is cancelled; a thread is waited for.
@@ -162,6 +163,7 @@ class ModelAgent(Agent):
         usage = Usage()
         problem = ""
         for _ in range(self.max_retries + 1):
+            context.check_tokens()
             completion = await models.complete(
                 self.model,
                 messages,

@@ -155,6 +155,12 @@ model_option = click.option(
     help="Runs accepted and waiting; more are refused with 429.",
 )
 @click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens that a run may spend before it asks its model once more, input and output.  [default: no limit]",
+)
+@click.option(
     "--max-timeout",
     "max_timeout_s",
     type=Seconds(0, 1e9, min_open=True),

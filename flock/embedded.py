@@ -99,6 +99,8 @@ class EmbeddedEngine:
         max_open_items: items of all batches together that have not ended.
         max_threads: synchronous functions at work at the same time.
         max_steps: how often one run may be handed on.
+        max_tokens: what one run may spend on models, input and output together, as their providers count; None is no
+            limit. It is looked at before each call, so the last answer may go beyond it.
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
         max_input_bytes: the longest inputs of one run, as JSON.
         max_result_bytes: the longest result of one step, as JSON; a longer one fails its run.
@@ -121,6 +123,7 @@ class EmbeddedEngine:
         max_open_items: int = 10_000_000,
         max_threads: int = 40,
         max_steps: int = 32,
+        max_tokens: int | None = None,
         max_timeout_s: float = 86_400,
         max_input_bytes: int = 16 * 1024 * 1024,
         max_result_bytes: int = 16 * 1024 * 1024,
@@ -153,6 +156,7 @@ class EmbeddedEngine:
             max_concurrency=max_concurrency,
             max_threads=max_threads,
             max_steps=max_steps,
+            max_tokens=max_tokens,
             max_timeout_s=max_timeout_s,
             max_result_bytes=max_result_bytes,
             queue_timeout_s=queue_timeout_s,

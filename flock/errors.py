@@ -30,6 +30,7 @@
         ├── Unstorable           what an agent gave cannot be kept
         ├── ResultTooLarge       it is longer than ``max_result_bytes``
         ├── TooManySteps         the hand-offs go on beyond ``max_steps``
+        ├── TooManyTokens        its models have cost ``max_tokens``, and it wants to ask one again
         └── ModelError           the model gave no usable answer; ``error_type`` says why
 
 ``flockapi.py`` maps a class to an HTTP status by its MRO. A ``StepError`` never becomes one: a run that failed is an
@@ -73,6 +74,7 @@ __all__ = [
     "TooLarge",
     "TooManyRequests",
     "TooManySteps",
+    "TooManyTokens",
     "Unauthenticated",
     "Unstorable",
     "WrongHost",
@@ -291,6 +293,12 @@ class TooManySteps(StepError):
     """The run was handed on more often than ``max_steps`` allows."""
 
     error_type = "too_many_steps"
+
+
+class TooManyTokens(StepError):
+    """The run wants to ask a model after it has spent ``max_tokens``."""
+
+    error_type = "too_many_tokens"
 
 
 class QueueTimeout(StepError):

@@ -117,6 +117,7 @@ class Runner:
         max_concurrency: int,
         max_threads: int,
         max_steps: int,
+        max_tokens: int | None,
         max_timeout_s: float,
         max_result_bytes: int,
         queue_timeout_s: float | None,
@@ -127,6 +128,7 @@ class Runner:
         self._store = store
         self._observers = observers
         self._max_steps = max_steps
+        self._max_tokens = max_tokens
         self._max_timeout_s = max_timeout_s
         self._max_result_bytes = max_result_bytes
         self._queue_timeout_s = queue_timeout_s
@@ -253,7 +255,8 @@ class Runner:
                     self._store.flush_nowait()
                 self.tell_observers("run_started", run)
             spend = functools.partial(self.tell_observers, "tokens_spent", step.agent.name)
-            context = active.context = RunContext(run, step.agent.name, active.note_progress, spend)
+            context = RunContext(run, step.agent.name, active.note_progress, spend, self._max_tokens)
+            active.context = context
             context.cancel_requested = active.cancel_requested
             call_in_thread = functools.partial(
                 self._threads.call, owner=active, batch_id=run.batch_id, deadline=active.scope.deadline

@@ -20,7 +20,7 @@ from uuid import UUID
 
 import msgspec
 
-from flock.errors import FieldError
+from flock.errors import FieldError, TooManyTokens
 
 __all__ = [
     "Batch",
@@ -403,7 +403,8 @@ class RunContext:
         run: Run,
         agent_name: str,
         tell: Callable[[Progress], None],
-        spend: Callable[[Usage], None] = lambda usage: None,
+        tell_spent: Callable[[Usage], None] = lambda usage: None,
+        max_tokens: int | None = None,
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
@@ -412,8 +413,9 @@ class RunContext:
         self.traceparent = run.traceparent
         self.cancel_requested = False
         self._tell = tell
-        #: told of what each answer of a model cost, usable or not
-        self.spend = spend
+        self._tell_spent = tell_spent
+        self._max_tokens = max_tokens
+        self._spent = run.usage or Usage()
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Say how far the work is. Of many calls in a short time only the last one is kept.
@@ -424,6 +426,20 @@ class RunContext:
         if numbers[0] is None or not all(math.isfinite(number) for number in numbers if number is not None):
             raise ValueError(f"Progress is told in finite numbers, not in {done!r} of {total!r}.")
         self._tell(Progress(done=numbers[0], total=numbers[1], message=sayable(message)))
+
+    def spend(self, usage: Usage) -> None:
+        """Say what an answer of a model cost, usable or not."""
+        self._spent += usage
+        self._tell_spent(usage)
+
+    def check_tokens(self) -> None:
+        """Raise TooManyTokens where the run has spent all that it may. An agent asks before it asks a model."""
+        spent = self._spent.input_tokens + self._spent.output_tokens
+        if self._max_tokens is not None and spent >= self._max_tokens:
+            raise TooManyTokens(
+                f"Stopped after {spent} tokens, before {self.agent_name!r} asked its model: one run may spend "
+                f"{self._max_tokens} (max_tokens of the engine)."
+            )
 
 
 class Engine(Protocol):

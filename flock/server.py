@@ -63,8 +63,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         drain_timeout_s: how long runs may go on when the server is told to stop. After it, asynchronous ones are left
             for the next start, and the others end as interrupted.
-        store, durability, max_concurrency, max_queue, max_timeout_s, queue_timeout_s, keep_for_s, keep_runs,
-            expose_errors: see ``Store`` and ``EmbeddedEngine``.
+        store, durability, max_concurrency, max_queue, max_tokens, max_timeout_s, queue_timeout_s, keep_for_s,
+            keep_runs, expose_errors: see ``Store`` and ``EmbeddedEngine``.
         server_name, on_disconnect, metrics, api_keys, cors_origins: see ``create_app``.
         max_connections: more at a time are answered with 503.
         max_requests_per_minute, max_event_streams: see ``create_app``.
@@ -79,6 +79,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     durability: Durability = "power"
     max_concurrency: int = 100
     max_queue: int = 10_000
+    max_tokens: int | None = None
     max_timeout_s: float = 86_400
     queue_timeout_s: float | None = None
     keep_for_s: float | None = None
@@ -267,6 +268,7 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
         durability=settings.durability,
         max_concurrency=settings.max_concurrency,
         max_queue=settings.max_queue,
+        max_tokens=settings.max_tokens,
         max_timeout_s=settings.max_timeout_s,
         queue_timeout_s=settings.queue_timeout_s,
         keep_for_s=settings.keep_for_s,

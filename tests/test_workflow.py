@@ -5,9 +5,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from flock.core import Flock, agent
+from flock.core import Flock, FlockFactory, agent
 from flock.errors import InvalidHandoff, RunFailed, TooManySteps
-from flock.runs import Run, Step, now
+from flock.runs import Run, RunStatus, Step, Usage, now
 from flock.workflow import next_step
 from tests.fakes import FakeModel, answer, sample_flock
 
@@ -153,3 +153,62 @@ async def test_a_handoff_that_cannot_be_fails_the_run(next_agent: Any, error_typ
     with pytest.raises(RunFailed, match=words) as caught:
         await flock.run_async("measure", {"text": "x"})
     assert caught.value.error_type == error_type
+
+
+# What a run may spend on models: an answer of the fake one costs 15 tokens
+
+
+def chain() -> Flock:
+    """Two that ask a model, and a function between them."""
+    flock = Flock(model="openai/gpt-4o")
+    flock.add_agent(FlockFactory.create_default_agent("one", input="a: int", output="b: int", next_agent="count"))
+    flock.agent(name="count", output="c: int", next_agent="two")(count)
+    flock.add_agent(FlockFactory.create_default_agent("two", input="c: int", output="d: int"))
+    return flock
+
+
+def count(b: int) -> dict[str, int]:
+    return {"c": b + 1}
+
+
+async def end_of_chain(model: FakeModel, max_tokens: int | None, *answers: Any) -> Run:
+    model.replies = [answer(content) for content in answers]
+    async with chain().engine(transport=model.transport, max_tokens=max_tokens) as engine:
+        return await engine.wait((await engine.submit("one", {"a": 1})).run_id)
+
+
+@pytest.mark.parametrize(("max_tokens", "asked"), [(1, 1), (15, 1), (16, 2), (30, 2)])
+async def test_answers_are_sent_back_until_the_tokens_are_spent(max_tokens: int, asked: int, model: FakeModel) -> None:
+    run = await end_of_chain(model, max_tokens, *["no JSON"] * asked)
+    assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "too_many_tokens", asked)
+    expected = f"Stopped after {15 * asked} tokens, before 'one' asked its model: one run may spend {max_tokens} (max_t"
+    assert run.error
+    assert run.error.startswith(expected)
+
+
+async def test_who_is_handed_on_to_spends_what_is_left(model: FakeModel) -> None:
+    """It may ask once if a token is left; what functions do is free; all that was done is kept."""
+    run = await end_of_chain(model, 15, {"b": 1})
+    assert (run.status, run.error_type) == (RunStatus.FAILED, "too_many_tokens")
+    assert run.error
+    assert "before 'two' asked its model" in run.error
+    assert [step.agent_name for step in run.steps] == ["one", "count"]
+    run = await end_of_chain(model, 16, {"b": 1}, "no JSON")
+    assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "too_many_tokens", 3)
+
+
+async def test_what_was_spent_before_a_retry_counts(model: FakeModel) -> None:
+    model.replies = [answer({"b": 1})]
+    async with chain().engine(transport=model.transport, max_tokens=15) as engine:
+        run = await engine.wait((await engine.submit("one", {"a": 1})).run_id)
+        await engine.retry_run(run.run_id)
+        run = await engine.wait(run.run_id)
+    assert (run.attempt, run.error_type, len(model.requests)) == (2, "too_many_tokens", 1)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 46, 31])
+async def test_an_answer_that_can_be_used_completes_its_run_whatever_it_cost(
+    max_tokens: int | None, model: FakeModel
+) -> None:
+    run = await end_of_chain(model, max_tokens, "no JSON", {"b": 1}, {"d": 2})
+    assert (run.status, run.usage) == (RunStatus.COMPLETED, Usage(input_tokens=30, output_tokens=15))
