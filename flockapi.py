@@ -177,7 +177,8 @@ async def read_json(request: Request) -> bytes:
     """The body of a JSON request, at most ``max_body_bytes`` of it.
 
     Raises:
-        HTTPException: 415 for another content type, 408 where it does not come within ``body_timeout_s``.
+        HTTPException: 415 for another content type, or for a body that is compressed; 408 where it does not come within
+            ``body_timeout_s``.
         TooLarge: it is longer.
         MalformedJSON: it is empty, not UTF-8, or nested deeper than ``max_json_depth``.
     """
@@ -186,6 +187,12 @@ async def read_json(request: Request) -> bytes:
         sent = f"{content_type!r} was sent" if content_type else "none was sent"
         detail = f"The body must be JSON, and say so ({sent}). With curl: -H 'Content-Type: application/json'"
         raise HTTPException(415, detail, headers={"Accept": "application/json"})
+    encoding = ", ".join(request.headers.getlist("content-encoding"))
+    if encoding.strip().lower() not in ("", "identity"):  # RFC 9110, section 12.5.3
+        detail = (
+            f"Send the body as it is, uncompressed: a JSON body with Content-Encoding {encoding[:100]!r} is not read."
+        )
+        raise HTTPException(415, detail, headers={"Accept-Encoding": "identity"})
     limit = app_of(request).max_body_bytes
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:

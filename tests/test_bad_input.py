@@ -11,6 +11,7 @@ import pytest
 from flock.core import Flock
 from flockapi import FlockAPI
 from tests.fakes import FakeModel
+from tests.test_contract import SPEC, check_described
 
 pytestmark = pytest.mark.anyio
 
@@ -93,6 +94,25 @@ async def test_json_with_a_charset_is_json(client: httpx.AsyncClient) -> None:
     body = {"agent_name": "add", "inputs": {"a": 1}}
     response = await post(client, body, **{"Content-Type": "Application/JSON; charset=utf-8"})
     assert response.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/run/flock", "/run/batch"])
+@pytest.mark.parametrize("encoding", ["gzip", "GZip", "identity, gzip", "br", "deflate", "compress", "x" * 500])
+async def test_a_compressed_body_is_415_and_is_not_read(encoding: str, path: str, client: httpx.AsyncClient) -> None:
+    async def never() -> AsyncIterator[bytes]:
+        pytest.fail("the body was read")
+        yield b""
+
+    response = await client.post(path, content=never(), headers={**JSON, "Content-Encoding": encoding})
+    assert "uncompressed" in check_problem(response, 415)["detail"]
+    assert (response.headers["Accept-Encoding"], response.headers["Connection"]) == ("identity", "close")
+    check_described(SPEC["paths"][path]["post"], response)
+
+
+@pytest.mark.parametrize("encoding", ["", "identity", " Identity "])
+async def test_a_body_may_say_that_it_is_not_compressed(encoding: str, client: httpx.AsyncClient) -> None:
+    body = {"agent_name": "add", "inputs": {"a": 1}}
+    assert (await post(client, body, **{"Content-Encoding": encoding})).status_code == 200
 
 
 # JSON that does not fit
