@@ -666,6 +666,12 @@ def request_id_of(request: Request) -> str:
     return request_id
 
 
+def request_id_for(scope: Scope) -> str:
+    """The id that the client sent, or a new one."""
+    sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return sent if re.fullmatch(r"[\w.:-]{1,128}", sent, re.ASCII) else secrets.token_hex(16)
+
+
 async def run_flock(request: Request) -> Response:
     """POST /run/flock
 
@@ -1110,9 +1116,7 @@ class FlockAPI(Starlette):
         if above and not scope["path"].startswith(below) and (above + scope["path"]).startswith(below):
             # ASGI has a proxy's path in ``path`` too. Hypercorn leaves it out, and nothing below a mount would match.
             scope = {**scope, "path": above + scope["path"]}
-        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = sent if re.fullmatch(r"[\w.:-]{1,128}", sent, re.ASCII) else secrets.token_hex(16)
-        scope["flock.request_id"] = request_id
+        scope["flock.request_id"] = request_id = request_id_for(scope)
         status_code, started_at = 0, time.perf_counter()
 
         async def send_with_id(message: Message) -> None:

@@ -226,7 +226,7 @@ model_option = click.option(
     default=20_000,
     show_default=True,
     metavar="N",
-    help="Connections at the same time, in each process; more are answered with 503.",
+    help="Connections at the same time, in each process; new ones beyond them are answered with 503.",
 )
 @click.option(
     "--max-requests-per-minute",

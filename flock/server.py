@@ -29,14 +29,17 @@ import msgspec
 import uvicorn
 import uvicorn.config
 import uvicorn.logging
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.routing import BaseRoute
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flock.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
 from flock.core import Flock
 from flock.runs import one_line
 from flock.store import MEMORY, Durability, Store
-from flockapi import FlockAPI, OnDisconnect, create_app
+from flockapi import FlockAPI, OnDisconnect, create_app, on_error, request_id_for
 
 __all__ = ["ServerSettings", "serve_flock", "serve_workers", "settle_memory"]
 
@@ -66,7 +69,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         store, durability, max_concurrency, max_queue, max_tokens, max_timeout_s, queue_timeout_s, keep_for_s,
             keep_runs, expose_errors: see ``Store`` and ``EmbeddedEngine``.
         server_name, on_disconnect, metrics, api_keys, cors_origins: see ``create_app``.
-        max_connections: more at a time are answered with 503.
+        max_connections: more at a time are answered with 503; those that were answered before go on.
         max_requests_per_minute, max_event_streams: see ``create_app``.
         allow_anonymous: where no key is named, make none to listen beyond this machine, and let ``Host`` say anything.
         log_json: write the log as JSON, one object a line.
@@ -364,11 +367,28 @@ class _TextFormatter(uvicorn.logging.DefaultFormatter):
         return "\n".join(f"    {one_line(line)}" for line in super().formatException(ei).splitlines())
 
 
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers in place of the app where there are too many connections."""
+    scope["flock.request_id"] = request_id = request_id_for(scope)
+    headers = {"Retry-After": "1", "Connection": "close", "X-Request-ID": request_id}
+    detail = "This server has as many connections as it takes (--max-connections). Try again in 1 s."
+    response = await on_error(Request(scope), HTTPException(503, detail, headers))
+    await response(scope, receive, send)
+
+
 class _Protocol(HttpToolsProtocol):
-    """uvicorn alone waits for ever for the head of a request, however long it is, and for the first one."""
+    """uvicorn alone waits for ever for the head of a request, however long it is, and for the first one.
+
+    Where there are too many connections it refuses all of them, in plain text; this one refuses those that are new.
+    """
 
     _timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _is_admitted = False
+
+    def __init__(self, config: uvicorn.Config, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -384,6 +404,9 @@ class _Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_head()
+        if not self._is_admitted:
+            self._is_admitted = self._max_connections is None or len(self.connections) <= self._max_connections
+            self.app = self.config.loaded_app if self._is_admitted else _refuse
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:

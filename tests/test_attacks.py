@@ -24,6 +24,7 @@ from flock.runs import Principal, Run
 from flockapi import FlockAPI, create_app
 from tests.fakes import ROOT, flockapi_command, running, sample_flock
 from tests.test_api import wait_for
+from tests.test_contract import SPEC, check_described
 from tests.test_http_lifecycle import Served
 
 KEYS = {"ann": new_key(), "bob": new_key(), "ops:admin": new_key()}
@@ -579,14 +580,28 @@ main(["serve", sys.argv[1], "--port", "0", "--store", ":memory:"])
 
 
 def test_more_connections_than_agreed_are_refused(script: Path) -> None:
+    """With a problem like any other; whoever was answered before is answered on."""
     command = flockapi_command("serve", str(script), "--port", "0", "--max-connections", "5", "--store", ":memory:")
-    with running(*command, PYTHONPATH=str(ROOT)) as server:
+    with (
+        running(*command, PYTHONPATH=str(ROOT)) as server,
+        httpx.Client(base_url=server.url, headers={"X-Request-ID": "mine"}) as known,
+    ):
+        assert known.get("/agents").status_code == 200
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
-        held = [socket.create_connection(address) for _ in range(5)]
-        with pytest.raises(httpx.HTTPStatusError, match="503"):
-            httpx.get(f"{server.url}/agents").raise_for_status()
+        held = [socket.create_connection(address) for _ in range(4)]
+        for method, path, body in (("GET", "/agents", None), ("POST", "/run/flock", ADD), ("GET", "/healthz", None)):
+            refused = httpx.request(method, server.url + path, json=body, headers={"X-Request-ID": "mine"})
+            check_described(SPEC["paths"][path][method.lower()], refused)
+            problem = refused.json()
+            assert (problem["status"], problem["title"], problem["instance"]) == (503, "Service Unavailable", path)
+            assert problem["request_id"] == refused.headers["X-Request-ID"] == "mine"
+            assert (refused.headers["Retry-After"], refused.headers["Connection"]) == ("1", "close")
+            assert known.post("/run/flock", json=ADD).status_code == 200
         for connection in held:
             connection.close()
+        deadline = time.monotonic() + 20
+        while httpx.get(f"{server.url}/agents").status_code == 503:
+            assert time.monotonic() < deadline, "their places are free again"
 
 
 # Logs
