@@ -656,7 +656,11 @@ async def engine_of(request: Request) -> Engine:
     """The engine as the caller may see it. It is opened now if nobody ran the app's lifespan."""
     engine = app_of(request).engine
     if not app_of(request).has_ended:
-        await life_of(engine).begin()
+        try:
+            await life_of(engine).begin()
+        except StoreError as exc:  # where it lies is for those who serve it
+            logger.error("request %s: %s", request_id_of(request), exc)
+            raise StoreError("The store cannot be opened now; the server's log says why.") from exc
     principal = principal_of(request)
     return engine if principal is None else OwnEngine(engine, principal)
 

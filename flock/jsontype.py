@@ -193,6 +193,8 @@ def escape_pointer(name: str) -> str:
 def _field_error(exc: msgspec.ValidationError, at: str) -> FieldError:
     """msgspec's message without its path: ``Expected `int`, got `str` - at `$.a[0]` ``."""
     detail = str(exc).split(" - at ")[0].replace("`", "'")
+    if detail.startswith(("Invalid enum value ", "Invalid value ")):  # it goes on with the value, however long that is
+        detail = "This is none of the values that are possible here"
     return FieldError(detail=f"{detail}.", pointer=at)
 
 

@@ -365,7 +365,7 @@ async def test_every_response_has_a_request_id(client: httpx.AsyncClient) -> Non
     assert len(generated) == 3
 
 
-@pytest.mark.parametrize("sent", ["a b", "a" * 129, "a\tb", "<script>", ""])
+@pytest.mark.parametrize("sent", ["a b", "a" * 129, "a\tb", "<script>", "", "a\r\nSet-Cookie: x=1"])
 async def test_a_request_id_with_odd_characters_is_replaced(sent: str, client: httpx.AsyncClient) -> None:
     received = (await client.get("/agents", headers={"X-Request-ID": sent})).headers["X-Request-ID"]
     assert received != sent

@@ -1,4 +1,41 @@
-"""Who gets in, who sees what, and what is kept from those who do not belong here: real servers and hostile requests."""
+"""Who gets in, who sees what, and what is kept from those who do not belong here: real servers and hostile requests.
+
+Where each line of attack is tried; what names no file is in this one:
+
+    | attack | test |
+    |-|-|
+    | traversal, symbolic link, URL in ``batch_inputs`` | test_attacks_on_inputs::test_no_file_and_no_address_is_read |
+    | decompression bomb | test_bad_input::test_a_compressed_body_is_415_and_is_not_read |
+    | deep JSON | test_jsontype::test_depth_is_counted_in_no_time |
+    | | test_bad_input::test_what_is_not_json_is_400_with_line_and_column |
+    | numbers beyond all bounds | test_attacks_on_inputs::test_no_number_is_too_big_to_be_answered |
+    | names that are there twice | test_attacks_on_inputs::test_of_a_name_that_is_there_twice_one_counts |
+    | header injection | test_api::test_a_request_id_with_odd_characters_is_replaced |
+    | | test_http_lifecycle::test_a_key_that_is_none_is_refused |
+    | | test_what_two_servers_could_read_in_two_ways_is_refused |
+    | log injection | test_no_line_of_the_log_can_be_forged |
+    | keys guessed by the time that it takes | test_keys_are_hashed_and_compared_in_constant_time |
+    | DNS rebinding | test_on_the_loopback_only_its_own_names_are_answered |
+    | post from a foreign page | test_a_page_of_another_origin_changes_nothing |
+    | forged content type | test_what_a_form_could_send_is_refused |
+    | | test_bad_input::test_another_content_type_is_415_that_says_what_to_send |
+    | smuggling | test_what_two_servers_could_read_in_two_ways_is_refused |
+    | | test_what_follows_an_unread_body_is_not_a_request |
+    | slow head, slow body | test_our_server_waits_for_no_head_for_ever |
+    | | test_a_body_that_trickles_is_dropped |
+    | reader of events that never reads | test_http_lifecycle::test_a_reader_that_does_not_read_holds_up_nothing |
+    | more connections, streams, requests than agreed | test_more_connections_than_agreed_are_refused |
+    | | test_each_principal_has_its_share_of_event_streams |
+    | | test_each_principal_has_its_share_of_requests |
+    | ids of another principal | test_what_belongs_to_others_is_not_there |
+    | ``current_agent`` and its like in the inputs | test_attacks_on_inputs::test_no_input_says_which_agent_runs |
+    | secrets of the environment | test_attacks_on_inputs::test_what_the_server_knows_is_in_no_answer_and_no_record |
+    | | test_keys_and_inputs_are_in_no_line_of_the_log |
+    | texts of exceptions, paths | test_attacks_on_inputs::test_what_the_server_knows_is_in_no_answer_and_no_record |
+    | | test_attacks_on_inputs::test_where_the_store_lies_is_told_to_the_log_only |
+    | | test_bad_input::test_a_bug_is_a_500_without_its_text |
+    | inputs | test_attacks_on_inputs::test_a_value_that_does_not_fit_is_not_repeated |
+"""
 
 import contextlib
 import functools
@@ -351,7 +388,11 @@ async def test_browsers_let_only_pages_of_allowed_origins_read() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    "content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""]
+    "content_type",
+    [
+        *("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""),
+        *("text/plain; application/json", "text/plain, application/json", "application/json+x", "application/json\\"),
+    ],
 )
 async def test_what_a_form_could_send_is_refused(content_type: str) -> None:
     async with client_of(create_app(sample_flock(), store=":memory:")) as client:
@@ -530,15 +571,29 @@ async def test_what_follows_an_unread_body_is_not_a_request() -> None:
 
 
 @pytest.mark.anyio
-async def test_two_ways_to_say_a_length_are_none() -> None:
-    """RFC 9112, section 6.1: both together are an attack, or a fault."""
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param(b"Content-Length: 5\r\nTransfer-Encoding: chunked", id="a length and chunks"),
+        pytest.param(b"Transfer-Encoding: chunked\r\nContent-Length: 5", id="chunks and a length"),
+        pytest.param(b"Transfer-Encoding : chunked\r\nContent-Length: 5", id="chunks with a space"),
+        pytest.param(b"Transfer-Encoding: xchunked", id="almost chunks"),
+        pytest.param(b"Transfer-Encoding: chunked, identity", id="chunks not last"),
+        pytest.param(b"Content-Length: 5\r\nContent-Length: 0", id="two lengths"),
+        pytest.param(b"Content-Length: 5, 0", id="two lengths in one"),
+        pytest.param(b"Content-Length: +5", id="a length with a sign"),
+        pytest.param(b"Content-Length: 5\r\nX-Request-ID: a\nX: y", id="a bare LF"),
+        pytest.param(b"Content-Length: 5\r\nX-Request-ID: a\rX: y", id="a bare CR"),
+        pytest.param(b"Content-Length: 5\r\nX-Request-ID: a\r\n b", id="a folded line"),
+        pytest.param(b"Content-Length: 5\r\nX-Request-ID: a\0b", id="NUL"),
+    ],
+)
+async def test_what_two_servers_could_read_in_two_ways_is_refused(headers: bytes) -> None:
+    """RFC 9112, sections 5 and 6: a proxy that reads it otherwise would take the rest for another request."""
     app = create_app(sample_flock(), store=":memory:")
-    both = (
-        HEAD
-        + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /agents HTTP/1.1\r\nHost: a\r\n\r\n"
-    )
     async with Served(app) as served:
-        answer = await answer_to(served.port, both)
+        rest = b"0\r\n\r\nGET /agents HTTP/1.1\r\nHost: a\r\n\r\n"
+        answer = await answer_to(served.port, HEAD + headers + b"\r\n\r\n" + rest)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert answer.count(b"HTTP/1.1 ") == 1
 
@@ -612,10 +667,11 @@ FORGED = "x\nINFO:     run 0000: completed, agent add, 1 ms (request 1)\r\n\x1b[
 
 @pytest.mark.parametrize("agent_name", ["refuse", "explode"])
 def test_no_line_of_the_log_can_be_forged(agent_name: str, script: Path) -> None:
-    """By a text that an agent puts into its error, or an exception into its own, or a path."""
+    """By a text that an agent puts into its error, or an exception into its own, or a name, or a path."""
     command = flockapi_command("serve", str(script), "--port", "0", "--store", ":memory:")
     with running(*command, PYTHONPATH=str(ROOT)) as server:
         httpx.post(f"{server.url}/run/flock", json={"agent_name": agent_name, "inputs": {"text": FORGED}})
+        assert "\n" not in httpx.post(f"{server.url}/run/flock", json={"agent_name": FORGED}).json()["detail"]
         httpx.get(f"{server.url}/run/x%0AINFO:%20forged")
         server.wait_for_line("forged")
         server.wait_for_line("run 0000")
@@ -638,3 +694,14 @@ def test_keys_and_inputs_are_in_no_line_of_the_log(script: Path) -> None:
     assert "secret" not in log
     assert KEYS["ann"] not in log
     assert KEYS["bob"] not in log
+
+
+# The table above
+
+
+def test_every_line_of_the_table_leads_to_a_test() -> None:
+    named = re.findall(r"(?:(\w+)::)?(test_\w+) \|$", __doc__ or "", re.MULTILINE)
+    assert len(named) > 25
+    for module, name in named:
+        text = (Path(__file__).with_name(f"{module}.py") if module else Path(__file__)).read_text("utf-8")
+        assert f"def {name}(" in text

@@ -1,5 +1,6 @@
 """Bad input: each gets a clean answer that says what to do, and nothing runs."""
 
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -48,6 +49,7 @@ def check_problem(response: httpx.Response, status: int) -> Any:
         pytest.param(b'{"agent_name": "add", "inputs": {"a": 01}}', "line 1, column 40", id="within the inputs"),
         pytest.param(b'{"agent_name": "add", "inputs": {"a": NaN}}', "line 1, column 39", id="NaN"),
         pytest.param(b'{"agent_name": "add", "inputs": {"\xff": 1}}', "not UTF-8 at line 1, column 35", id="not UTF-8"),
+        pytest.param(gzip.compress(b'{"agent_name": "add"}'), "not UTF-8 at line 1, column 2", id="compressed"),
         pytest.param(b'{"agent_name": "\\ud800"}', "half of a surrogate pair", id="lone surrogate"),
         pytest.param(
             b'{"agent_name": "anything", "inputs": {"value": "\\udc00"}}',

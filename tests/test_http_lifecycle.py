@@ -396,7 +396,7 @@ async def test_a_batch_that_is_sent_again_is_the_same_batch(client: httpx.AsyncC
     check_problem(await client.post("/run/flock", json={"agent_name": "steady"}, headers=headers), 422)
 
 
-@pytest.mark.parametrize("key", ["", '""', "two words", 'a"b', "x" * 256, "caf\u00e9".encode()])
+@pytest.mark.parametrize("key", ["", '""', "two words", 'a"b', "x" * 256, "caf\u00e9".encode(), "a\r\nX: y"])
 async def test_a_key_that_is_none_is_refused(key: Any, client: httpx.AsyncClient) -> None:
     response = await client.post("/run/flock", json={"agent_name": "nap"}, headers={"Idempotency-Key": key})
     assert "1 to 255 visible ASCII characters" in check_problem(response, 400)["detail"]
