@@ -44,6 +44,7 @@ from flock.errors import (
     TooLarge,
     TooManyRequests,
     TooManySteps,
+    TooManyTokens,
     Unauthenticated,
     Unstorable,
     WrongHost,
@@ -233,5 +234,5 @@ ERRORS: tuple[type[FlockError], ...] = (
     *(NotFound, AgentNotFound, RunNotFound, BatchNotFound, Conflict, KeyReused, Replayed, MalformedJSON, InvalidData),
     *(DefinitionError, SignatureError, EngineFull, EngineStopped, StoreError, OwnershipLost, Unstorable, RunFailed),
     *(AccessDenied, Unauthenticated, Forbidden, WrongHost, TooLarge, TooManyRequests, ResultTooLarge),
-    *(StepError, ModelError, InvalidOutput, InvalidHandoff, TooManySteps, QueueTimeout, Interrupted),
+    *(StepError, ModelError, InvalidOutput, InvalidHandoff, TooManySteps, TooManyTokens, QueueTimeout, Interrupted),
 )
