@@ -5,9 +5,9 @@
     app = create_app(flock)              # an ASGI application
     host.mount("/ai", app)               # under any path of another one
 
-The wire is in the structs below, the way of a request in the order of this file: what comes in, what goes out, errors,
-handlers, the route table, and the application that holds them. ``openapi.yaml`` is the contract; tests hold the two
-together.
+The structs of the wire are in ``flock.wire``, the way of a request in the order of this file: what comes in, what goes
+out, errors, handlers, the route table, and the application that holds them. ``openapi.yaml`` is the contract; tests
+hold the two together.
 """
 
 import contextlib
@@ -15,17 +15,15 @@ import functools
 import hashlib
 import http
 import logging
-import operator
 import re
 import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlencode
 from urllib.request import parse_http_list
 
@@ -36,13 +34,15 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flock.agents import Agent
 from flock.auth import KeyRing, OwnEngine, Places, Rate, keys_of_environment
+from flock.body import Body, media_type_of
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
 from flock.door import CORS, Auth, Door, by_key, principal_of
@@ -68,22 +68,53 @@ from flock.errors import (
     Unauthenticated,
     WrongHost,
 )
-from flock.jsontype import JSONType, check_depth, malformed
 from flock.life import life_of
 from flock.runs import (
     Batch,
+    BatchFilter,
     BatchOptions,
     Engine,
     Event,
     IdempotencyKey,
-    Progress,
+    Items,
     Run,
     RunFilter,
     RunStatus,
-    Usage,
     events_of,
 )
-from flock.tables import EXPANSION, Rows
+from flock.tables import EXPANSION, CSVWriter, Fill, csv_rows, json_rows, ndjson_rows, read_file
+from flock.wire import (
+    BATCH_REQUEST,
+    BATCH_RETRY,
+    MAX_PAGE,
+    RUN_REQUEST,
+    AgentDetail,
+    AgentList,
+    AgentSummary,
+    BatchesQuery,
+    BatchItem,
+    BatchList,
+    BatchQuery,
+    BatchSummary,
+    EventsQuery,
+    FlockAPIRequest,
+    FlockAPIResponse,
+    FlockBatchRequest,
+    FlockBatchResponse,
+    FlockBatchRetry,
+    Health,
+    Problem,
+    Readiness,
+    ResultsQuery,
+    RunList,
+    RunsQuery,
+    RunStep,
+    RunSummary,
+    UploadQuery,
+    WaitQuery,
+    shown_as,
+)
+from flock.workflow import Columns, columns_of
 
 if TYPE_CHECKING:
     from flock.metrics import Metrics
@@ -93,22 +124,29 @@ __all__ = [
     "AgentList",
     "AgentSummary",
     "Auth",
+    "BatchItem",
+    "BatchList",
+    "BatchQuery",
+    "BatchSummary",
+    "BatchesQuery",
     "EventsQuery",
     "FlockAPI",
     "FlockAPIRequest",
     "FlockAPIResponse",
     "FlockBatchRequest",
     "FlockBatchResponse",
+    "FlockBatchRetry",
     "Health",
-    "ItemsQuery",
     "JSONResponse",
     "OnDisconnect",
     "Problem",
     "Readiness",
+    "ResultsQuery",
     "RunList",
     "RunStep",
     "RunSummary",
     "RunsQuery",
+    "UploadQuery",
     "WaitQuery",
     "create_app",
     "engine_of",
@@ -123,14 +161,8 @@ Query = TypeVar("Query", bound=msgspec.Struct)
 #: What becomes of a synchronous run whose caller has gone.
 OnDisconnect = Literal["cancel", "continue"]
 
-#: RFC 3339, in UTC.
-Time = Annotated[datetime, msgspec.Meta(tz=True)]
-
-#: How many results one answer holds at most.
-MAX_PAGE = 1000
-
-#: The longest wait for a run that a request may ask for, in seconds; see ``max_wait_s``.
-MAX_WAIT_S = 3600
+#: How many results are read at once for a download.
+ITEMS_A_PAGE = 500
 
 #: A synchronous run may take so long before anyone looks whether its caller is still there, in seconds.
 PATIENCE_S = 0.1
@@ -143,136 +175,58 @@ RECONNECT_MS = 1000
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class FlockAPIRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /run/flock``. ``use_production_tools`` is accepted from older clients, and means nothing."""
-
-    agent_name: str
-    inputs: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"{}"))
-    async_run: bool = False
-    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    use_production_tools: Any = None
-
-
-class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /run/batch``. ``use_temporal`` and ``silent_mode`` are accepted, and mean nothing."""
-
-    agent_name: str
-    batch_inputs: list[dict[str, msgspec.Raw]] | str
-    static_inputs: dict[str, msgspec.Raw] | None = None
-    input_mapping: dict[str, str] | None = None
-    parallel: bool = True
-    max_workers: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
-    return_errors: bool = True
-    box_results: bool = True
-    write_to_csv: str | None = None
-    use_temporal: Any = None
-    silent_mode: Any = None
-
-
-RUN_REQUEST = JSONType(FlockAPIRequest)
-BATCH_REQUEST = JSONType(FlockBatchRequest)
-
-
 async def read_json(request: Request) -> bytes:
-    """The body of a JSON request, at most ``max_body_bytes`` of it.
-
-    Raises:
-        HTTPException: 415 for another content type, or for a body that is compressed; 408 where it does not come within
-            ``body_timeout_s``.
-        TooLarge: it is longer.
-        MalformedJSON: it is empty, not UTF-8, or nested deeper than ``max_json_depth``.
-    """
-    content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        sent = f"{content_type!r} was sent" if content_type else "none was sent"
-        detail = f"The body must be JSON, and say so ({sent}). With curl: -H 'Content-Type: application/json'"
-        raise HTTPException(415, detail, headers={"Accept": "application/json"})
-    encoding = ", ".join(request.headers.getlist("content-encoding"))
-    if encoding.strip().lower() not in ("", "identity"):  # RFC 9110, section 12.5.3
-        detail = (
-            f"Send the body as it is, uncompressed: a JSON body with Content-Encoding {encoding[:100]!r} is not read."
-        )
-        raise HTTPException(415, detail, headers={"Accept-Encoding": "identity"})
-    limit = app_of(request).max_body_bytes
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise _too_long(limit)
-    body, timeout_s = bytearray(), app_of(request).body_timeout_s
-    try:
-        with anyio.fail_after(timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise _too_long(limit)
-    except TimeoutError as exc:  # a sender that trickles would hold its place for ever
-        raise HTTPException(408, f"The body did not arrive within {timeout_s:g} s.") from exc
-    except ClientDisconnect as exc:  # nobody will read the answer
-        raise HTTPException(400, "The connection was closed before the whole body had arrived.") from exc
-    if not body.strip():
-        raise MalformedJSON("the body is empty", 1, 1)
-    try:
-        body.decode()  # a decoder skips over what it does not look into, such as the inputs
-    except UnicodeDecodeError as exc:
-        raise malformed(bytes(body), exc) from exc
-    check_depth(bytes(body), app_of(request).max_json_depth)
-    return bytes(body)
+    """The body of a JSON request, which ``Body.json`` describes. Raises HTTPException 415 for another content type."""
+    media_type_of(request, "application/json")
+    app = app_of(request)
+    return await Body(request, app.max_body_bytes, app.body_timeout_s).json(app.max_json_depth)
 
 
-def _too_long(limit: int) -> TooLarge:
-    return TooLarge(f"The body is longer than {limit} bytes, all that this server takes at once.")
+#: What the body of ``POST /run/batch`` may be.
+BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
 
 
-async def rows_of(batch: FlockBatchRequest, max_bytes: int) -> tuple[Rows, list[msgspec.Raw]]:
-    """The rows of a batch, and the inputs of each item. Raises InvalidData, TooLarge."""
-    if isinstance(batch.batch_inputs, str):
-        detail = "Send the rows themselves, as a list of objects. No file of the server is read on a client's word."
-        raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
-    if batch.write_to_csv is not None:
-        detail = "No file of the server is written on a client's word. Leave it out, and read the results over HTTP."
-        raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])
-    rows, inputs = Rows(batch.batch_inputs, batch.static_inputs, batch.input_mapping), []
-    for number, item in enumerate(rows.inputs(EXPANSION * max_bytes), 1):
-        inputs.append(item)
-        if number % 1000 == 0:
-            await anyio.lowlevel.checkpoint()  # others have their turn
-    return rows, inputs
+def upload_of(request: Request) -> tuple[FlockBatchRequest, str]:
+    """What the query says of an upload, and the delimiter of its cells. Raises InvalidData."""
+    query = query_of(request, UploadQuery)
+    options = msgspec.structs.asdict(query)
+    delimiter: str = options.pop("delimiter")
+    for name, type_ in (("static_inputs", dict[str, msgspec.Raw]), ("input_mapping", dict[str, str])):
+        if options[name] is not msgspec.UNSET:
+            try:
+                options[name] = msgspec.json.decode(options[name], type=type_)
+            except (msgspec.DecodeError, RecursionError) as exc:
+                detail = f"{name!r} in the query is a JSON object ({str(exc).replace('`', chr(39))})."
+                raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
+    options = {name: value for name, value in options.items() if value is not msgspec.UNSET}
+    return FlockBatchRequest(batch_inputs=[], **options), delimiter
 
 
-class WaitQuery(msgspec.Struct, frozen=True):
-    """How many seconds to wait for the end of a run."""
-
-    wait: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0
-
-
-class EventsQuery(msgspec.Struct, frozen=True):
-    """The id of the last event that the reader knows."""
-
-    after: Annotated[int, msgspec.Meta(ge=0)] = 0
-
-
-class ItemsQuery(msgspec.Struct, frozen=True):
-    """Which results of a batch to give: so many behind a position."""
-
-    after: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
-    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = MAX_PAGE
-
-
-class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which runs to list. A filter that is not understood is refused: without it the list would be a wrong answer."""
-
-    status: RunStatus | msgspec.UnsetType = msgspec.UNSET
-    agent_name: str | msgspec.UnsetType = msgspec.UNSET
-    created_after: Time | msgspec.UnsetType = msgspec.UNSET
-    created_before: Time | msgspec.UnsetType = msgspec.UNSET
-    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
-    after: str | msgspec.UnsetType = msgspec.UNSET
-    include: Literal["inputs", "result", "inputs,result", "result,inputs"] | msgspec.UnsetType = msgspec.UNSET
-
-    def includes(self, name: str) -> bool:
-        return not isinstance(self.include, msgspec.UnsetType) and name in self.include
+def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: Body, delimiter: str) -> Items:
+    """The rows of a batch, none of which is read yet. Raises InvalidData, AgentNotFound; reading them raises more."""
+    app, chunks = app_of(request), body.upload()
+    fill = Fill(
+        wanted.static_inputs, wanted.input_mapping, lambda: EXPANSION * max(app.max_body_bytes, body.total_bytes)
+    )
+    if media_type == "application/x-ndjson":
+        return ndjson_rows(chunks, fill, max_row_bytes=app.max_body_bytes, max_depth=app.max_json_depth)
+    if media_type == "application/json":
+        if not isinstance(wanted.batch_inputs, str):
+            return json_rows(wanted.batch_inputs, fill)
+        if app.csv_dir is None:
+            detail = (
+                "Send the rows themselves: a list of objects here, or the file as a body of text/csv. No file of the "
+                "server is read on a client's word, unless its owner names a folder for them (csv_dir=, --csv-dir)."
+            )
+            raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
+        chunks = read_file(app.csv_dir, wanted.batch_inputs)
+    signature = agent_of(request, wanted.agent_name).input
+    return csv_rows(chunks, signature, fill, delimiter=delimiter, max_row_bytes=app.max_body_bytes)
 
 
 NUMBER = re.compile(r"-?[0-9]{1,15}")
+DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
+BOOLEANS = {"true": True, "false": False}
 
 
 def query_of(request: Request, type_: type[Query]) -> Query:
@@ -280,9 +234,16 @@ def query_of(request: Request, type_: type[Query]) -> Query:
     sent = request.query_params.multi_items()
     if len({name for name, _ in sent}) < len(sent):
         raise InvalidData([FieldError(detail="A parameter of the query is there twice.", pointer="")])
-    # Only numbers are converted: a time, say, is no number of seconds.
-    numbers = {field.name for field in msgspec.structs.fields(type_) if isinstance(field.default, int)}
-    read = {name: int(value) if name in numbers and NUMBER.fullmatch(value) else value for name, value in sent}
+    # Only what is a number or a truth value is converted: a time, say, is no number of seconds.
+    defaults = {field.name: field.default for field in msgspec.structs.fields(type_)}
+    read: dict[str, Any] = dict(sent)
+    for name, value in sent:
+        if isinstance(defaults.get(name), bool):
+            read[name] = BOOLEANS.get(value, value)
+        elif isinstance(defaults.get(name), int) and NUMBER.fullmatch(value):
+            read[name] = int(value)
+        elif name == "timeout_s" and DECIMAL.fullmatch(value):
+            read[name] = float(value)
     try:
         return msgspec.convert(read, type_)
     except msgspec.ValidationError as exc:
@@ -291,9 +252,9 @@ def query_of(request: Request, type_: type[Query]) -> Query:
         raise InvalidData([FieldError(detail=f"{name}: {reason}.", pointer="")]) from exc
 
 
-def wait_of(request: Request) -> int:
+def wait_of(request: Request, query: WaitQuery | BatchQuery | None = None) -> int:
     """How many seconds to wait: what is asked for, up to what the app allows. Raises InvalidData."""
-    return min(query_of(request, WaitQuery).wait, app_of(request).max_wait_s)
+    return min((query or query_of(request, WaitQuery)).wait, app_of(request).max_wait_s)
 
 
 def preferences(request: Request) -> dict[str, str]:
@@ -313,7 +274,7 @@ def traceparent_of(request: Request) -> str | None:
     return sent[0] if len(sent) == 1 else None
 
 
-def idempotency_key(request: Request, body: bytes) -> IdempotencyKey | None:
+def idempotency_key(request: Request, fingerprint: bytes | Callable[[], bytes]) -> IdempotencyKey | None:
     """The key of the request, if it has one: a string of structured fields, or the same without its quotes.
 
     Raises HTTPException 400 where it is neither.
@@ -324,125 +285,33 @@ def idempotency_key(request: Request, body: bytes) -> IdempotencyKey | None:
     key = re.fullmatch(r'"?([\x21\x23-\x7e]{1,255})"?', sent)
     if key is None:
         raise HTTPException(400, "An Idempotency-Key has 1 to 255 visible ASCII characters, as a UUID has.")
-    return IdempotencyKey(key[1], hashlib.sha256(request.scope["endpoint"].__name__.encode() + b" " + body).digest())
+    return IdempotencyKey(key[1], fingerprint)
+
+
+def fingerprint_of(request: Request, body: bytes) -> bytes:
+    return hashlib.sha256(request.scope["endpoint"].__name__.encode() + b" " + body).digest()
+
+
+def preferred(accept: str, offered: Sequence[str]) -> str | None:
+    """Which of the media types *offered* a client likes best; of equal ones the first (RFC 9110, section 12.5.1)."""
+
+    def quality(media_type: str) -> float:
+        found: dict[int, float] = {}
+        for sent in accept.lower().split(",") if accept.strip() else ["*/*"]:
+            range_, *parameters = [part.strip() for part in sent.split(";")]
+            kind = media_type.partition("/")[0]
+            rank = ("*/*", f"{kind}/*", media_type).index(range_) if range_ in ("*/*", f"{kind}/*", media_type) else -1
+            weight = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+            found[rank] = float(weight) if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight) else 1.0
+        return found[max(found)] if max(found) >= 0 else 0.0
+
+    best = max(offered, key=quality)
+    return best if quality(best) > 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What goes out
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class RunStep(msgspec.Struct, frozen=True, kw_only=True):
-    """One agent's turn within a run, in the attempt in which it was done."""
-
-    agent_name: str
-    result: msgspec.Raw
-    attempt: int
-    started_at: Time
-    completed_at: Time
-    usage: Usage | None
-
-
-class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A run as it stands. ``batch_id`` and ``position`` are there for the items of a batch."""
-
-    run_id: str
-    agent_name: str
-    status: RunStatus
-    result: msgspec.Raw | None
-    error: str | None
-    error_type: str | None
-    created_at: Time
-    started_at: Time | None
-    completed_at: Time | None
-    request_id: str | None
-    traceparent: str | None
-    attempt: int
-    progress: Progress | None
-    usage: Usage | None
-    steps: list[RunStep]
-    batch_id: str | msgspec.UnsetType = msgspec.UNSET
-    position: int | msgspec.UnsetType = msgspec.UNSET
-
-
-class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One run in a list; ``inputs`` and ``result`` are there only where they were asked for."""
-
-    run_id: str
-    agent_name: str
-    status: RunStatus
-    error: str | None
-    error_type: str | None
-    created_at: Time
-    started_at: Time | None
-    completed_at: Time | None
-    request_id: str | None
-    attempt: int
-    inputs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    result: msgspec.Raw | msgspec.UnsetType | None = msgspec.UNSET
-
-
-class RunList(msgspec.Struct, frozen=True, kw_only=True):
-    """One page of runs, newest first; ``next`` is the path of the page behind it, as in the ``Link`` header."""
-
-    runs: list[RunSummary]
-    next: str | None
-
-
-class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch as it stands. ``results`` holds one page, in order; ``next`` is the path of the page behind it."""
-
-    batch_id: str
-    agent_name: str
-    status: RunStatus
-    total_items: int
-    completed_items: int
-    failed_items: int
-    cancelled_items: int
-    progress_percentage: float
-    results: list[Any]
-    next: str | None
-    error: str | None
-    created_at: Time
-    started_at: Time | None
-    completed_at: Time | None
-    request_id: str | None
-
-
-class AgentSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of ``GET /agents``."""
-
-    name: str
-    description: str
-
-
-class AgentList(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer of ``GET /agents``."""
-
-    agents: list[AgentSummary]
-
-
-class AgentDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer of ``GET /agents/{name}``: what the agent takes and gives, as JSON Schema (2020-12)."""
-
-    name: str
-    description: str
-    input_schema: dict[str, Any]
-    output_schema: dict[str, Any]
-
-
-class Health(msgspec.Struct, frozen=True):
-    """Answer of ``GET /healthz``: the server is there."""
-
-    status: Literal["ok"] = "ok"
-
-
-class Readiness(msgspec.Struct, frozen=True):
-    """Answer of ``GET /readyz``: new work is taken."""
-
-    status: Literal["ok"] = "ok"
-    engine: Literal["running"] = "running"
-    store: Literal["ok"] = "ok"
 
 
 class JSONResponse(Response):
@@ -452,18 +321,6 @@ class JSONResponse(Response):
 
     def render(self, content: Any) -> bytes:
         return msgspec.json.encode(content) + b"\n"
-
-
-def shown_as(type_: type[T], record: Any, **more: Any) -> T:
-    """A struct of the wire with the fields that *record* has under the same names, and *more*."""
-    names, values_of = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
-    return type_(**dict(zip(names, values_of(record), strict=True)), **more)
-
-
-@functools.cache
-def _shared_fields(type_: type, others: Sequence[str]) -> tuple[Sequence[str], Callable[[Any], tuple[Any, ...]]]:
-    names = [name for name in type_.__struct_fields__ if name not in others]  # type: ignore[attr-defined]
-    return names, operator.attrgetter(*names)
 
 
 def run_response(
@@ -484,11 +341,49 @@ def runs_response(request: Request, runs: Sequence[Run], wanted: RunsQuery) -> R
     """A page of *runs*, which are one more than were asked for if there is another page."""
     left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not wanted.includes(name)}
     page = [shown_as(RunSummary, run, **left_out) for run in runs[: wanted.limit]]
-    if len(runs) <= wanted.limit:
-        return JSONResponse(RunList(runs=page, next=None))
-    query = urlencode({**request.query_params, "after": page[-1].run_id})
-    path = f"{root_path(request.scope)}/runs?{query}"
-    return JSONResponse(RunList(runs=page, next=path), headers={"Link": f'<{path}>; rel="next"'})
+    path, headers = _next_page(request, page[-1].run_id if len(runs) > wanted.limit else None)
+    return JSONResponse(RunList(runs=page, next=path), headers=headers)
+
+
+def batches_response(request: Request, batches: Sequence[Batch], wanted: BatchesQuery) -> Response:
+    """A page of *batches*, as ``runs_response``."""
+    page = [shown_as(BatchSummary, batch) for batch in batches[: wanted.limit]]
+    path, headers = _next_page(request, page[-1].batch_id if len(batches) > wanted.limit else None)
+    return JSONResponse(BatchList(batches=page, next=path), headers=headers)
+
+
+def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mapping[str, str]]:
+    """The path of the page behind *last_id*, and the headers that tell it."""
+    if last_id is None:
+        return None, {}
+    path = f"{request.url.path}?{urlencode({**request.query_params, 'after': last_id})}"
+    return path, {"Link": f'<{path}>; rel="next"'}
+
+
+def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event | None]) -> Response:
+    """*events* as they happen. Raises TooManyRequests."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    if request.method == "HEAD":
+        return Response(media_type="text/event-stream", headers=headers)
+    place, kept = app_of(request).event_streams.take(principal_of(request)), app_of(request).metrics
+
+    async def stream() -> AsyncIterator[bytes]:
+        try:
+            with place, contextlib.nullcontext() if kept is None else kept.event_streams.track_inprogress():
+                async for event in events:
+                    yield event_bytes(event)
+        except FlockError as exc:
+            logger.warning("request %s: its event stream is cut: %s", request_id_of(request), exc)
+        if engine.is_leaving:
+            yield b"retry: %d\n\n" % RECONNECT_MS
+
+    return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
+
+
+def last_event_of(request: Request) -> int:
+    """The id of the last event that a reader knows. A browser that connects again sends the query as it was, too."""
+    last_id = request.headers.get("last-event-id", "")
+    return int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query_of(request, EventsQuery).after
 
 
 def event_bytes(event: Event | None) -> bytes:
@@ -502,22 +397,57 @@ def event_bytes(event: Event | None) -> bytes:
 def batch_response(
     request: Request,
     batch: Batch,
-    items: Sequence[Run],
+    items: Sequence[Run] | None,
     status_code: int = 200,
     headers: Mapping[str, str] | None = None,
+    limit: int = MAX_PAGE,
 ) -> Response:
+    """A batch with a page of its results, or without any."""
     last = items[-1].position if items else None
     more = last is not None and last + 1 < batch.total_items
     path = f"{root_path(request.scope)}/batch/{batch.batch_id}"
     body = shown_as(
         FlockBatchResponse,
         batch,
-        progress_percentage=round(100 * batch.completed_items / batch.total_items, 2),
-        results=[_item_result(run, batch.options) for run in items],
-        next=f"{path}?after={last}&limit={len(items)}" if more else None,
+        results=msgspec.UNSET if items is None else [_item_result(run, batch.options) for run in items],
+        next=f"{path}?after={last}&limit={limit}" if more else None,
     )
     headers = {"Flock-Run-Status": batch.status.value, **(headers or {})}
     return JSONResponse(body, status_code, headers | _accepted(request, f"/batch/{batch.batch_id}", status_code))
+
+
+#: What ``GET /batch/{batch_id}/results`` gives, by the name that ``?format=`` has for it.
+RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv"}
+
+
+def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
+    """The format of a download: what ``?format=`` names, or what ``Accept`` prefers. Raises HTTPException 406."""
+    if not isinstance(named, msgspec.UnsetType):
+        return named
+    best = preferred(request.headers.get("accept", ""), list(RESULT_TYPES.values()))
+    if best is None:
+        raise HTTPException(406, f"Results are given as {', '.join(RESULT_TYPES.values())}; say so in Accept.")
+    return next(name for name, media_type in RESULT_TYPES.items() if media_type == best)
+
+
+async def results_as(
+    format_: str, pages: AsyncIterator[Sequence[Run]], columns: Columns, escape_formulas: bool
+) -> AsyncIterator[bytes]:
+    """The items of *pages* in a format of ``RESULT_TYPES``."""
+    table = CSVWriter(*columns, escape_formulas=escape_formulas)
+    encoder, separator = msgspec.json.Encoder(), b""
+    yield {"json": b"[", "ndjson": b"", "csv": table.header()}[format_]
+    async for page in pages:
+        if format_ == "csv":
+            yield table.rows(page)
+            continue
+        items = [shown_as(BatchItem, item) for item in page]
+        if format_ == "ndjson":
+            yield encoder.encode_lines(items)
+        else:
+            yield separator + encoder.encode(items)[1:-1]
+            separator = b","
+    yield b"]\n" if format_ == "json" else b""
 
 
 def _item_result(run: Run, options: BatchOptions) -> Any:
@@ -545,23 +475,6 @@ def root_path(scope: Scope) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors: RFC 9457
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """Every error of the API (RFC 9457).
-
-    ``errors`` is there for bad input, one entry for each place; ``engine`` and ``store`` in the answers of ``/readyz``.
-    """
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    instance: str
-    request_id: str
-    errors: list[FieldError] | msgspec.UnsetType = msgspec.UNSET
-    engine: Literal["running", "stopping", "stopped"] | msgspec.UnsetType = msgspec.UNSET
-    store: Literal["ok", "failing"] | msgspec.UnsetType = msgspec.UNSET
 
 
 #: Class of error → status and title. A class that is not here is found by its bases.
@@ -630,7 +543,8 @@ def _problem(
         request_id=request_id_of(request),
         **more,
     )
-    if status in UNREAD and request.scope.get("http_version", "1.1").startswith("1"):
+    is_unread = status in UNREAD or request.scope.get("flock.is_unread", False)
+    if is_unread and request.scope.get("http_version", "1.1").startswith("1"):
         headers = {**(headers or {}), "Connection": "close"}
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
@@ -650,6 +564,14 @@ def _phrase(status: int) -> str:
 def app_of(request: Request) -> "FlockAPI":
     app: FlockAPI = request.app
     return app
+
+
+def agent_of(request: Request, name: str) -> Agent:
+    """Raises AgentNotFound."""
+    agents = app_of(request).flock.agents
+    if name not in agents:
+        raise AgentNotFound(name, list(agents))
+    return agents[name]
 
 
 async def engine_of(request: Request) -> Engine:
@@ -683,7 +605,8 @@ async def run_flock(request: Request) -> Response:
     kept as an asynchronous one is, and does not end with its caller.
     """
     body = await read_json(request)
-    wanted, key, prefer = RUN_REQUEST.decode(body), idempotency_key(request, body), preferences(request)
+    key = idempotency_key(request, fingerprint_of(request, body))
+    wanted, prefer = RUN_REQUEST.decode(body), preferences(request)
     responds_async = "respond-async" in prefer
     is_async = wanted.async_run or responds_async
     engine, headers = await engine_of(request), {}
@@ -761,30 +684,45 @@ async def _wait_with_caller(request: Request, run: Run) -> Run:
 
 
 async def run_batch(request: Request) -> Response:
-    """POST /run/batch"""
-    body = await read_json(request)
-    wanted, key = BATCH_REQUEST.decode(body), idempotency_key(request, body)
+    """POST /run/batch
+
+    A JSON body is read whole; rows of CSV and NDJSON are read as they arrive, and never held as a whole.
+    """
+    app, media_type, delimiter = app_of(request), media_type_of(request, *BATCH_TYPES), ","
+    if media_type == "application/json":
+        body = Body(request, app.max_body_bytes, app.body_timeout_s)
+        sent = await body.json(app.max_json_depth)
+        key, wanted = idempotency_key(request, fingerprint_of(request, sent)), BATCH_REQUEST.decode(sent)
+    else:
+        body = Body(request, app.max_upload_bytes, app.body_timeout_s)
+        key = idempotency_key(request, lambda: fingerprint_of(request, request.url.query.encode() + body.digest()))
+        wanted, delimiter = upload_of(request)
+    if wanted.write_to_csv is not None:
+        detail = "No file of the server is written on a client's word. Leave it out, and read the results over HTTP."
+        raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])
     options = BatchOptions(
         max_workers=wanted.max_workers,
         parallel=wanted.parallel,
         return_errors=wanted.return_errors,
         box_results=wanted.box_results,
+        timeout_s=wanted.timeout_s,
     )
-    rows, inputs = await rows_of(wanted, app_of(request).max_body_bytes)
     engine, headers = await engine_of(request), {}
     try:
         batch = await engine.submit_batch(
             wanted.agent_name,
-            inputs,
+            rows_of(request, media_type, wanted, body, delimiter),
             options,
+            on_invalid=wanted.on_invalid,
             request_id=request_id_of(request),
             traceparent=traceparent_of(request),
             key=key,
         )
-    except InvalidData as exc:
-        raise rows.as_sent(exc) from exc
     except Replayed as exc:
         batch, headers = await _replayed(engine.get_batch(exc.made_id)), REPLAYED
+    except FlockError:
+        await body.drain()
+        raise
     return batch_response(request, batch, [], 202, headers)
 
 
@@ -842,40 +780,97 @@ async def delete_run(request: Request) -> Response:
 async def run_events(request: Request) -> Response:
     """GET /run/{run_id}/events"""
     engine, run_id = await engine_of(request), request.path_params["run_id"]
-    run = await engine.get_run(run_id)
-    # A browser that connects again sends the query as it was, and the header as it is.
-    last_id = request.headers.get("last-event-id", "")
-    after = int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query_of(request, EventsQuery).after
-    places = app_of(request).event_streams
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    run, after = await engine.get_run(run_id), last_event_of(request)
     if run.status.is_final and (events_of(run)[-1].id or 0) <= after:
         return Response(status_code=204)  # a browser would ask for ever
+    return event_stream(request, engine, engine.events(run_id, after))
 
-    kept = app_of(request).metrics
 
-    async def stream() -> AsyncIterator[bytes]:
-        try:
-            with place, contextlib.nullcontext() if kept is None else kept.event_streams.track_inprogress():
-                async for event in engine.events(run_id, after):
-                    yield event_bytes(event)
-        except FlockError as exc:
-            logger.warning("request %s: its event stream is cut: %s", request_id_of(request), exc)
-        if engine.is_leaving:
-            yield b"retry: %d\n\n" % RECONNECT_MS
+async def list_batches(request: Request) -> Response:
+    """GET /batches"""
+    wanted = query_of(request, BatchesQuery)
+    filter_ = BatchFilter(
+        status=_or_none(wanted.status),
+        agent_name=_or_none(wanted.agent_name),
+        after=_or_none(wanted.after),
+        limit=wanted.limit + 1,
+    )
+    return batches_response(request, await (await engine_of(request)).list_batches(filter_), wanted)
 
-    if request.method == "HEAD":
-        return Response(media_type="text/event-stream", headers=headers)
-    place = places.take(principal_of(request))
-    return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
+
+async def one_batch(request: Request) -> Response:
+    """GET and DELETE /batch/{batch_id}"""
+    return await (delete_batch if request.method == "DELETE" else get_batch)(request)
 
 
 async def get_batch(request: Request) -> Response:
-    """GET /batch/{batch_id}"""
-    wanted = query_of(request, ItemsQuery)
+    wanted = query_of(request, BatchQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
+    if wait_s := wait_of(request, wanted):
+        await engine.wait_batch(batch_id, wait_s)
     # The results first: then the counts are never behind them.
-    items = await engine.get_items(batch_id, after=wanted.after, limit=wanted.limit)
-    return batch_response(request, await engine.get_batch(batch_id), items)
+    items = await engine.get_items(batch_id, after=wanted.after, limit=wanted.limit) if wanted.results else None
+    return batch_response(request, await engine.get_batch(batch_id), items, limit=wanted.limit)
+
+
+async def batch_results(request: Request) -> Response:
+    """GET /batch/{batch_id}/results: what has ended by now, in order, in constant memory."""
+    wanted = query_of(request, ResultsQuery)
+    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
+    batch, format_ = await engine.get_batch(batch_id), results_format(request, wanted.format)
+    status = _or_none(wanted.status)
+    statuses = [each for each in RunStatus if each.is_final and status in (None, each.value)]
+    headers = {
+        "Flock-Run-Status": batch.status.value,
+        "Vary": "Accept",
+        "Content-Disposition": f'attachment; filename="{batch_id}.{format_}"',
+    }
+    if request.method == "HEAD":
+        return Response(media_type=RESULT_TYPES[format_], headers=headers)
+
+    async def pages() -> AsyncIterator[Sequence[Run]]:
+        after = wanted.after
+        while page := await engine.get_items(batch_id, after=after, limit=ITEMS_A_PAGE, statuses=statuses):
+            yield page
+            after = page[-1].position or 0
+
+    columns = columns_of(batch.agent_name, app_of(request).flock.agents)
+    stream = results_as(format_, pages(), columns, wanted.escape_formulas)
+    return StreamingResponse(stream, media_type=RESULT_TYPES[format_], headers=headers)
+
+
+async def batch_events(request: Request) -> Response:
+    """GET /batch/{batch_id}/events"""
+    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
+    batch, after = await engine.get_batch(batch_id), last_event_of(request)
+    if batch.status.is_final and batch.attempt <= after:
+        return Response(status_code=204)
+    return event_stream(request, engine, engine.batch_events(batch_id, after))
+
+
+async def cancel_batch(request: Request) -> Response:
+    """POST /batch/{batch_id}/cancel"""
+    engine, batch_id, wait_s = await engine_of(request), request.path_params["batch_id"], wait_of(request)
+    batch = await engine.cancel_batch(batch_id)
+    if wait_s and not batch.status.is_final:
+        await engine.wait_batch(batch_id, wait_s)
+        batch = await engine.cancel_batch(batch_id)  # says so if it ended otherwise
+    return batch_response(request, batch, [], 200 if batch.status.is_final else 202)
+
+
+async def retry_batch(request: Request) -> Response:
+    """POST /batch/{batch_id}/retry; the body may be left out."""
+    wanted = FlockBatchRetry()
+    if "content-type" in request.headers:
+        wanted = BATCH_RETRY.decode(await read_json(request))
+    only = () if wanted.only is None else (RunStatus(wanted.only),)
+    batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only)
+    return batch_response(request, batch, [], 202)
+
+
+async def delete_batch(request: Request) -> Response:
+    await (await engine_of(request)).delete_batch(request.path_params["batch_id"])
+    return Response(status_code=204)
 
 
 async def list_agents(request: Request) -> Response:
@@ -886,10 +881,7 @@ async def list_agents(request: Request) -> Response:
 
 async def get_agent(request: Request) -> Response:
     """GET /agents/{name}"""
-    agents, name = app_of(request).flock.agents, request.path_params["name"]
-    if name not in agents:
-        raise AgentNotFound(name, list(agents))
-    agent = agents[name]
+    agent = agent_of(request, request.path_params["name"])
     return JSONResponse(
         shown_as(AgentDetail, agent, input_schema=agent.input.schema, output_schema=agent.output.schema)
     )
@@ -961,7 +953,12 @@ ROUTES: Sequence[Route | Mount] = [
     Route("/run/{run_id}/cancel", cancel_run, methods=["POST"]),
     Route("/run/{run_id}/retry", retry_run, methods=["POST"]),
     Route("/run/{run_id}/events", run_events),
-    Route("/batch/{batch_id}", get_batch),
+    Route("/batches", list_batches),
+    Route("/batch/{batch_id}", one_batch, methods=["GET", "DELETE"]),
+    Route("/batch/{batch_id}/results", batch_results),
+    Route("/batch/{batch_id}/events", batch_events),
+    Route("/batch/{batch_id}/cancel", cancel_batch, methods=["POST"]),
+    Route("/batch/{batch_id}/retry", retry_batch, methods=["POST"]),
     Route("/agents", list_agents),
     Route("/agents/{name}", get_agent),
     Route("/healthz", healthz),
@@ -985,10 +982,13 @@ class FlockAPI(Starlette):
         engine: what carries the runs; if None, an embedded one on *store*, shared by all apps on this flock and store.
         store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
         max_body_bytes: the longest body a client may send; a longer one is answered with 413.
+        max_upload_bytes: the longest body of CSV or NDJSON, unpacked; a longer one is answered with 413.
         max_json_depth: how many levels of arrays and objects a body may have; a deeper one is answered with 400.
             ``flockapi serve`` has no option for it.
         max_header_bytes: all headers of a request together; longer ones are answered with 431.
-        body_timeout_s: how long a body may take to arrive; a slower one is answered with 408.
+        body_timeout_s: how long a body, or each 64 KiB of CSV or NDJSON, may take to arrive; a slower one is answered
+            with 408.
+        csv_dir: the folder below which a client may name a CSV file as ``batch_inputs``; None is no file at all.
         max_wait_s: the longest that one request may wait for a run; who asks for more waits so long.
         max_event_streams: how many each principal may have open, in one process; one more is answered with 429.
         max_requests_per_minute: how many each principal may send, in one process; None is no limit. Beyond it 429, with
@@ -1029,9 +1029,11 @@ class FlockAPI(Starlette):
         engine: Engine | None = None,
         store: str | Path = "flock.db",
         max_body_bytes: int = 1024 * 1024,
+        max_upload_bytes: int = 1024 * 1024 * 1024,
         max_json_depth: int = 100,
         max_header_bytes: int = 64 * 1024,
         body_timeout_s: float = 30,
+        csv_dir: str | Path | None = None,
         max_wait_s: int = 60,
         max_event_streams: int = 1000,
         max_requests_per_minute: int | None = None,
@@ -1079,7 +1081,9 @@ class FlockAPI(Starlette):
         self.engine = engine or flock.shared_engine(store=store, expose_errors=expose_errors)
         self.contract = Contract(server_name, openapi_paths)
         self.max_body_bytes = max_body_bytes
+        self.max_upload_bytes = max_upload_bytes
         self.max_json_depth = max_json_depth
+        self.csv_dir = None if csv_dir is None else Path(csv_dir)
         self.body_timeout_s = body_timeout_s
         self.max_wait_s = max_wait_s
         self.event_streams = Places(max_event_streams)

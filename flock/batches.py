@@ -18,7 +18,7 @@ from flock.batchstore import BatchStore
 from flock.errors import FieldError, InvalidData, MalformedJSON, OwnershipLost, StoreError, TooLarge
 from flock.jsontype import escape_pointer
 from flock.runner import Runner
-from flock.runs import Batch, IdempotencyKey, Inputs, Items, OnInvalid, Row, Run, RunStatus, new_id, now
+from flock.runs import INVALID_INPUT, Batch, IdempotencyKey, Inputs, Items, OnInvalid, Row, Run, RunStatus, new_id, now
 from flock.store import RETRY_AFTER_S
 
 __all__ = ["Batches", "as_json"]
@@ -32,8 +32,6 @@ ITEMS_A_PAGE = 500
 PAGE_BYTES = 4 * 1024 * 1024
 #: After so many rows others have their turn.
 ROWS_A_TURN = 50
-#: ``error_type`` of an item that does not fit its agent's signature.
-INVALID_INPUT = "invalid_input"
 
 
 class Batches:
@@ -172,7 +170,8 @@ class _Intake:
         self._batch = batch
         self._max_input_bytes = max_input_bytes
         self._traceparent = traceparent
-        self._errors: list[FieldError] = []
+        #: each is told once: one of the static inputs is found in every row
+        self._errors: dict[FieldError, None] = {}
         self._failed = 0
         self._page: list[Run] = []
         self._page_bytes = 0
@@ -186,9 +185,9 @@ class _Intake:
             raise TooLarge(f"A row is longer than {self._max_input_bytes} bytes, all that one item takes.")
         errors = self._errors_of(item)
         if errors and on_invalid == "reject":
-            self._errors += errors
+            self._errors |= dict.fromkeys(errors)
             if len(self._errors) >= MAX_ITEM_ERRORS:
-                raise InvalidData(self._errors[:MAX_ITEM_ERRORS])
+                raise InvalidData(list(self._errors)[:MAX_ITEM_ERRORS])
         if not self._errors:
             self._page.append(self._run(item, errors))
             self._page_bytes += len(bytes(item.inputs))
@@ -201,9 +200,9 @@ class _Intake:
     async def accept(self, max_open_items: int, key: IdempotencyKey | None, then: Callable[[Batch], None]) -> Batch:
         """Raises InvalidData, and as ``BatchStore.accept``."""
         if not self.total:
-            self._errors.append(FieldError(detail="A batch has at least one item.", pointer="/batch_inputs"))
+            raise InvalidData([FieldError(detail="A batch has at least one item.", pointer="/batch_inputs")])
         if self._errors:
-            raise InvalidData(self._errors)
+            raise InvalidData(list(self._errors))
         batch = replace(self._batch, total_items=self.total, completed_items=self._failed, failed_items=self._failed)
         await self._store.accept(batch, self._page, max_open_items, key, then, is_staged=self.is_staged)
         return batch
@@ -257,11 +256,10 @@ class _Intake:
 def _as_sent(error: FieldError, row: Row) -> FieldError:
     """An error of inputs with a pointer into what the client sent: names not yet mapped, gaps not yet filled."""
     name, slash, rest = error.pointer[len(row.at) + 1 :].partition("/")
-    pointer = error.pointer
-    if row.sources:
-        sources = {escape_pointer(name): at for name, at in row.sources.items()}
-        pointer = sources.get(name, f"{row.at}/{name}") + slash + rest if name else pointer
-    return FieldError(detail=error.detail, pointer=pointer, line=msgspec.UNSET if row.line is None else row.line)
+    place = {escape_pointer(key): at for key, at in row.sources.items()}.get(name)
+    pointer = error.pointer if place is None else place + slash + rest
+    line = None if (place or "").startswith("/static_inputs/") else row.line
+    return FieldError(detail=error.detail, pointer=pointer, line=msgspec.UNSET if line is None else line)
 
 
 async def _each(items: Items) -> AsyncIterator[Inputs | Row]:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from flock import schema
 from flock.errors import EngineFull, OwnershipLost
-from flock.runs import Batch, BatchFilter, IdempotencyKey, Run, RunStatus, Step
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, IdempotencyKey, Run, RunStatus, Step
 from flock.store import Store
 
 __all__ = ["BatchStore"]
@@ -169,10 +169,10 @@ class BatchStore:
         query = """UPDATE runs SET status = 'starting', attempt = attempt + 1, result = NULL, error = NULL,
             error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0
             WHERE run_id IN (SELECT run_id FROM runs INDEXED BY items_by_status
-                WHERE batch_id = ? AND status = ? LIMIT ?)"""
+                WHERE batch_id = ? AND status = ? AND error_type IS NOT ? LIMIT ?)"""
 
         def apply(db: sqlite3.Connection) -> None:
-            changed = db.execute(query, (batch.batch_id, status.value, BITE)).rowcount
+            changed = db.execute(query, (batch.batch_id, status.value, INVALID_INPUT, BITE)).rowcount
             schema.count_ended(db, schema.Ended({(batch.batch_id, status): -changed}))
             if changed < BITE:
                 values = (",".join(others) or None, batch.batch_id)

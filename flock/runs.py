@@ -23,6 +23,7 @@ import msgspec
 from flock.errors import FieldError, TooManyTokens
 
 __all__ = [
+    "INVALID_INPUT",
     "Batch",
     "BatchFilter",
     "BatchOptions",
@@ -171,6 +172,9 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     box_results: bool = True
     timeout_s: float | None = None
 
+
+#: ``error_type`` of an item that does not fit its agent's signature: to try it again would change nothing.
+INVALID_INPUT = "invalid_input"
 
 #: What becomes of a batch with an item that does not fit: "reject" starts nothing, "skip" lets that item fail.
 OnInvalid = Literal["reject", "skip"]

@@ -33,7 +33,7 @@ from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields
 from flock.runs import RunContext
 
-__all__ = ["Signature", "context_parameter", "name_of"]
+__all__ = ["Signature", "context_parameter", "name_of", "text_as_json"]
 
 NAMED_TYPES: Mapping[str, Any] = {
     "str": str,
@@ -345,10 +345,11 @@ class Signature:
     def from_text(self, values: Mapping[str, str]) -> dict[str, msgspec.Raw]:
         """Values typed by a person, such as ``{"limit": "5"}``: text where the field takes text, JSON otherwise."""
         types = {field.name: field.type for field in self.fields}
-        return {name: _text_as_json(types.get(name, Any), text) for name, text in values.items()}
+        return {name: text_as_json(types.get(name, Any), text) for name, text in values.items()}
 
 
-def _text_as_json(type_: Any, text: str) -> msgspec.Raw:
+def text_as_json(type_: Any, text: str) -> msgspec.Raw:
+    """*text* as a string where *type_* takes that or where it is no JSON, and as it is otherwise."""
     text = text.encode("utf-8", "replace").decode()  # a shell may hand over bytes that are no text
     quoted = msgspec.json.encode(text)
     if not explain(type_, quoted, ""):

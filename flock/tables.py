@@ -1,75 +1,373 @@
-"""Rows in: the items of a batch as a client writes them, with names to map and gaps to fill."""
+"""Rows in and out: JSON, CSV and NDJSON, read and written piece by piece.
 
-from collections.abc import Iterator, Mapping, Sequence
+What a reader finds wrong with one row goes with that row; what makes the whole unreadable is raised.
+"""
 
+import codecs
+import csv
+import io
+import os
+import re
+import stat
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import anyio.to_thread
 import msgspec
 
-from flock.errors import FieldError, InvalidData, TooLarge
-from flock.jsontype import escape_pointer
+from flock.errors import FieldError, InvalidData, MalformedJSON, TooLarge
+from flock.jsontype import Field, check_depth, escape_pointer, explain, malformed
+from flock.runs import Row, Run
+from flock.signature import Signature, text_as_json
 
-__all__ = ["EXPANSION", "Rows"]
+__all__ = ["EXPANSION", "CSVWriter", "Fill", "csv_rows", "json_rows", "ndjson_rows", "read_file"]
 
-#: How many times as long as a body its rows may become with their static inputs.
+#: How many times as long as what was sent its rows may become with their static inputs.
 EXPANSION = 16
+#: How much of a file is read at once.
+CHUNK_BYTES = 64 * 1024
+#: What a cell holds that JSON would call a number.
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+#: What a spreadsheet takes for a formula, at the beginning of a cell.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-class Rows:
-    """The rows of one batch.
+class Fill:
+    """What becomes of the members of a row: names mapped, gaps filled.
 
     Args:
-        rows: as they were sent.
         static: inputs that each row has which does not bring its own.
         names: what a member of a row is called as an input.
+        max_bytes: how long all rows together may be by now; static inputs are sent once, and kept often.
     """
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, msgspec.Raw]],
         static: Mapping[str, msgspec.Raw] | None,
         names: Mapping[str, str] | None,
+        max_bytes: Callable[[], int],
     ) -> None:
-        self._rows = rows
-        self._static = static or {}
-        self._names = names or {}
+        self.static = static or {}
+        self.names = names or {}
+        self.is_idle = not self.static and not self.names
+        self._max_bytes = max_bytes
+        self._total = 0
 
-    def inputs(self, max_bytes: int) -> Iterator[msgspec.Raw]:
-        """The inputs of each item: names mapped, gaps filled.
-
-        Raises:
-            InvalidData: two members of a row become one input.
-            TooLarge: all together are longer than *max_bytes*; static inputs are sent once, and kept often.
-        """
-        total = 0
-        for position, row in enumerate(self._rows):
-            if self._names:
-                self._sources(position)  # raises where two become one
-            encoded = msgspec.json.encode({**self._static, **{self._names.get(key, key): row[key] for key in row}})
-            total += len(encoded)
-            if total > max_bytes:
-                raise TooLarge(f"With the static inputs the rows are longer than {max_bytes} bytes together.")
-            yield msgspec.Raw(encoded)
-
-    def as_sent(self, exc: InvalidData) -> InvalidData:
-        """Errors of inputs with pointers into what the client sent: names not yet mapped, gaps not yet filled."""
-        errors = {}
-        for error in exc.errors:
-            pointer = error.pointer
-            _, *tokens = pointer.split("/")
-            if len(tokens) > 2:
-                sources = {escape_pointer(name): place for name, place in self._sources(int(tokens[1])).items()}
-                pointer = "/".join([sources.get(tokens[2], "/".join(["", *tokens[:3]])), *tokens[3:]])
-            errors[pointer, error.detail] = FieldError(detail=error.detail, pointer=pointer)
-        return InvalidData(list(errors.values()))
-
-    def _sources(self, position: int) -> dict[str, str]:
-        """For each input of one item where the client wrote it, as a JSON pointer; the item wins over static inputs."""
-        sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in self._static}
-        own: set[str] = set()
-        for key in self._rows[position]:
-            name, pointer = self._names.get(key, key), f"/batch_inputs/{position}/{escape_pointer(key)}"
+    def row(self, members: Mapping[str, msgspec.Raw], at: str = "", line: int | None = None) -> Row:
+        """Raises TooLarge."""
+        if self.is_idle:
+            return Row(inputs=self._counted(msgspec.json.encode(members)), at=at, line=line)
+        sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in self.static}
+        inputs, own, errors = dict(self.static), set(), []
+        for key, value in members.items():
+            name, pointer = self.names.get(key, key), f"{at}/{escape_pointer(key)}"
             if name in own:
                 detail = f"Another member becomes the input {name!r} too."
-                raise InvalidData([FieldError(detail=detail, pointer=pointer)])
+                errors.append(FieldError(detail=detail, pointer=pointer, line=msgspec.UNSET if line is None else line))
             own.add(name)
-            sources[name] = pointer
-        return sources
+            sources[name], inputs[name] = pointer, value
+        raw = self._counted(msgspec.json.encode(inputs))
+        return Row(inputs=raw, at=at, line=line, sources=sources, errors=tuple(errors))
+
+    def _counted(self, encoded: bytes) -> msgspec.Raw:
+        self._total += len(encoded)
+        if self._total > self._max_bytes():
+            raise TooLarge(
+                f"With the static inputs the rows are longer than {self._max_bytes()} bytes together, which is "
+                f"{EXPANSION} times what may be sent or was sent."
+            )
+        return msgspec.Raw(encoded)
+
+
+# JSON
+
+
+def json_rows(rows: Iterable[Mapping[str, msgspec.Raw]], fill: Fill) -> Iterator[Row]:
+    """The rows of a JSON body's ``batch_inputs``. Raises TooLarge."""
+    for position, members in enumerate(rows):
+        yield fill.row(members, at=f"/batch_inputs/{position}")
+
+
+async def ndjson_rows(
+    chunks: AsyncIterable[bytes], fill: Fill, *, max_row_bytes: int, max_depth: int
+) -> AsyncIterator[Row]:
+    """One object a line; empty lines are none.
+
+    Raises: TooLarge where a line is longer than *max_row_bytes*, or all together with static inputs are too long.
+    """
+    number = 0
+    async for lines in _lines(chunks, max_row_bytes):
+        for line in lines:
+            number += 1
+            if text := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
+                yield _ndjson_row(text, number, fill, max_depth)
+
+
+async def _lines(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterator[Sequence[bytes]]:
+    """Lines, as many as a chunk ends. Raises TooLarge."""
+    rest: list[bytes] = []
+    number = length = 0
+    async for chunk in chunks:
+        head, newline, tail = chunk.rpartition(b"\n")
+        if newline:
+            lines = b"".join([*rest, head]).split(b"\n")
+            _check_lengths(lines, number, max_bytes)
+            yield lines
+            number, rest, length = number + len(lines), [], 0
+        rest.append(tail)
+        length += len(tail)
+        if length > max_bytes:
+            raise _row_too_long(number + 1, max_bytes)
+    lines = [b"".join(rest)]
+    yield lines
+
+
+def _check_lengths(lines: Sequence[bytes], number: int, max_bytes: int) -> None:
+    for index, line in enumerate(lines, 1):
+        if len(line) > max_bytes:
+            raise _row_too_long(number + index, max_bytes)
+
+
+def _row_too_long(line: int, max_bytes: int) -> TooLarge:
+    return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, all that one row may have.")
+
+
+def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int) -> Row:
+    try:
+        check_depth(line, max_depth)
+        line.decode()  # a decoder skips over what it does not look into
+        members = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        detail = "A line is one JSON object."
+    except (MalformedJSON, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        found = exc if isinstance(exc, MalformedJSON) else malformed(line, exc)
+        detail = str(found).replace("line 1, ", "")  # its own line is told beside it
+    else:
+        return fill.row(members, line=number)
+    error = FieldError(detail=detail, pointer="", line=number)
+    return Row(inputs=msgspec.Raw(b"{}"), line=number, errors=(error,))
+
+
+# CSV
+
+
+async def csv_rows(
+    chunks: AsyncIterable[bytes], signature: Signature, fill: Fill, *, delimiter: str, max_row_bytes: int
+) -> AsyncIterator[Row]:
+    """Rows of CSV (RFC 4180) behind a header, their cells typed by *signature*; empty lines are none.
+
+    Raises:
+        InvalidData: the header does not fit the signature, or what follows is no CSV, or not UTF-8; with the line.
+        TooLarge: as ``ndjson_rows``.
+    """
+    columns: _Columns | None = None
+    async for line, cells in _records(chunks, delimiter, max_row_bytes):
+        if columns is None:
+            columns = _Columns(cells, signature, fill, line)
+        else:
+            yield columns.row(cells, line)
+    if columns is None:
+        raise _unreadable("There is no header: the first line names the columns.", 1)
+
+
+async def _records(
+    chunks: AsyncIterable[bytes], delimiter: str, max_bytes: int
+) -> AsyncIterator[tuple[int, Sequence[str]]]:
+    """Each record that is not empty, with the line in which it begins, as Python's own reader has it.
+
+    That reader forgets an unfinished record at the end of what it was given, so those lines are kept for the next time.
+    """
+    decoder, rest, number = codecs.getincrementaldecoder("utf-8-sig")(), "", 1
+    async for chunk in _with_end(chunks):
+        try:
+            text = rest + decoder.decode(chunk or b"", final=chunk is None)
+        except UnicodeDecodeError as exc:
+            line = number + rest.count("\n") + exc.object[: exc.start].count(b"\n")
+            raise _unreadable("This is not UTF-8.", line) from exc
+        end = len(text) if chunk is None else max(text.rfind("\n"), text.rfind("\r", 0, -1)) + 1
+        whole, rest = text[:end], text[end:]
+        lines = list(io.StringIO(whole, newline=""))
+        reader, done = csv.reader(lines, delimiter=delimiter, strict=True), 0
+        try:
+            for cells in reader:
+                if cells:
+                    yield number + done, cells
+                done = reader.line_num
+        except csv.Error as exc:
+            if chunk is None or str(exc) != "unexpected end of data":
+                raise _unreadable(f"This is no CSV: {exc}.", number + done) from exc
+        rest = "".join(lines[done:]) + rest
+        number += done
+        if len(rest) > max_bytes:
+            raise _row_too_long(number, max_bytes)
+
+
+async def _with_end(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes | None]:
+    async for chunk in chunks:
+        yield chunk
+    yield None
+
+
+def _unreadable(detail: str, line: int, pointer: str = "") -> InvalidData:
+    return InvalidData([FieldError(detail=detail, pointer=pointer, line=line)])
+
+
+class _Columns:
+    """What the header says, and how cells become inputs. Raises InvalidData where it does not fit the signature."""
+
+    def __init__(self, header: Sequence[str], signature: Signature, fill: Fill, line: int) -> None:
+        self._header, self._fill = [name.strip() for name in header], fill
+        fields = {field.name: field for field in signature.fields}
+        names = [fill.names.get(column, column) for column in self._header]
+        errors = []
+        for place, (column, name) in enumerate(zip(self._header, names, strict=True), 1):
+            problem = ""
+            if not column:
+                problem = f"Column {place} has no name."
+            elif name in names[: place - 1]:
+                problem = f"Another column becomes the input {name!r} too."
+            elif name not in fields:
+                problem = f"There is no input {name!r}. The inputs are: {', '.join(fields) or 'none'}."
+            if problem:
+                errors.append(FieldError(detail=problem, pointer=f"/{escape_pointer(column)}", line=line))
+        for column in fill.names.keys() - set(self._header):
+            detail = f"input_mapping names the column {column!r}, and there is none."
+            errors.append(FieldError(detail=detail, pointer=f"/{escape_pointer(column)}", line=line))
+        for field in signature.fields:
+            if field.required and field.name not in names and field.name not in fill.static:
+                detail = f"The input {field.name!r} is required, and there is no column for it."
+                errors.append(FieldError(detail=detail, pointer=f"/{escape_pointer(field.name)}", line=line))
+        if errors:
+            raise InvalidData(errors[:100])
+        self._cells = [_cell_reader(fields[name], name in fill.static) for name in names]
+
+    def row(self, cells: Sequence[str], line: int) -> Row:
+        values = zip(self._header, self._cells, cells, strict=False)
+        row = self._fill.row(
+            {column: raw for column, read, cell in values if (raw := read(cell)) is not None}, line=line
+        )
+        if len(cells) == len(self._header):
+            return row
+        detail = f"This row has {len(cells)} cells, and the header has {len(self._header)}."
+        return msgspec.structs.replace(row, errors=(FieldError(detail=detail, pointer="", line=line),))
+
+
+def _cell_reader(field: Field, has_static: bool) -> Callable[[str], msgspec.Raw | None]:
+    """How a cell becomes JSON; what does not fit is left as text, and found when the inputs are checked."""
+    empty: msgspec.Raw | None = msgspec.Raw(b'""')
+    if has_static or not field.required:
+        empty = None
+    elif not explain(field.type, b"null", ""):
+        empty = msgspec.Raw(b"null")
+    takes_bool = not explain(field.type, b"true", "") and bool(explain(field.type, b'"true"', ""))
+
+    def read(cell: str) -> msgspec.Raw | None:
+        if not cell:
+            return empty
+        if field.type is str:
+            return msgspec.Raw(msgspec.json.encode(cell))
+        text = cell.strip()
+        if takes_bool and text.lower() in ("true", "false"):  # spreadsheets write TRUE
+            return msgspec.Raw(text.lower().encode())
+        if field.type in (int, float) and NUMBER.fullmatch(text):
+            return msgspec.Raw(text.encode())
+        return text_as_json(field.type, cell)
+
+    return read
+
+
+# Files
+
+
+async def read_file(folder: Path, name: str) -> AsyncIterator[bytes]:
+    """The bytes of the file *name* below *folder*, read in a worker thread.
+
+    Raises InvalidData where it is none, or lies elsewhere once all links are followed; it never says which.
+    """
+    refused = InvalidData(
+        [
+            FieldError(
+                detail="There is no file of that name in the folder that this server reads.", pointer="/batch_inputs"
+            )
+        ]
+    )
+    try:
+        file = await anyio.to_thread.run_sync(_open_below, folder, name)
+    except (OSError, ValueError) as exc:
+        raise refused from exc
+    with file:
+        while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
+            yield chunk
+
+
+def _open_below(folder: Path, name: str) -> io.BufferedReader:
+    """Raises OSError or ValueError."""
+    root = folder.resolve(strict=True)
+    path = (root / name).resolve(strict=True)
+    path.relative_to(root)
+    # What was resolved has no links; O_NONBLOCK, for to open a pipe would wait for a writer.
+    opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise ValueError("not a file")
+    return os.fdopen(opened, "rb")
+
+
+# Rows out
+
+
+class CSVWriter:
+    """Items of a batch as CSV: what went in, what came out, ``status`` and ``error``.
+
+    Args:
+        inputs, outputs: the columns. None for one column that holds all of it, as JSON.
+        escape_formulas: put a ``'`` before text that a spreadsheet would run.
+    """
+
+    def __init__(
+        self, inputs: Sequence[str] | None, outputs: Sequence[str] | None, *, escape_formulas: bool = True
+    ) -> None:
+        self._inputs, self._outputs, self._escape_formulas = inputs, outputs, escape_formulas
+        self._buffer = io.StringIO()
+        self._writer = csv.writer(self._buffer)  # RFC 4180 ends lines with CRLF, and so does it
+
+    def header(self) -> bytes:
+        """The first line. A name that stands there already is told apart by where it comes from."""
+        names = list(self._inputs or ["inputs"])
+        for name in self._outputs or ["result"]:
+            names.append(f"result.{name}" if name in names else name)
+        for name in ("status", "error"):
+            names.append(f"run.{name}" if name in names else name)
+        return self._lines([[self._cell(name) for name in names]])
+
+    def rows(self, items: Iterable[Run]) -> bytes:
+        """One line for each of *items*."""
+        return self._lines(self._row(item) for item in items)
+
+    def _row(self, item: Run) -> Iterator[str]:
+        for names, raw in ((self._inputs, item.inputs), (self._outputs, item.result)):
+            if names is None:
+                yield "" if raw is None else bytes(raw).decode()
+                continue
+            members = {} if raw is None else msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+            for name in names:
+                yield self._cell_of(members.get(name))
+        yield item.status.value
+        yield self._cell(item.error or "")
+
+    def _cell_of(self, raw: msgspec.Raw | None) -> str:
+        """Text as it is, an absent value and null as nothing, all else as JSON."""
+        text = b"null" if raw is None else bytes(raw)
+        if text.startswith(b'"'):
+            return self._cell(msgspec.json.decode(text, type=str))
+        return "" if text == b"null" else text.decode()
+
+    def _cell(self, text: str) -> str:
+        return f"'{text}" if self._escape_formulas and text.startswith(FORMULA) else text
+
+    def _lines(self, rows: Iterable[Iterable[str]]) -> bytes:
+        self._writer.writerows(rows)
+        text = self._buffer.getvalue()
+        self._buffer.seek(0)
+        self._buffer.truncate()
+        return text.encode()

@@ -4,7 +4,7 @@
 that every engine can use them: it keeps the step that it gets, and asks again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -12,7 +12,10 @@ from flock.agents import Agent, Resources
 from flock.errors import InvalidData, InvalidHandoff, TooManySteps
 from flock.runs import Run, RunContext, Step, now
 
-__all__ = ["NextStep", "next_step", "run_step"]
+__all__ = ["Columns", "NextStep", "columns_of", "next_step", "run_step"]
+
+#: The names of a run's inputs and of its result's members; None where nobody knows them before.
+Columns = tuple[Sequence[str] | None, Sequence[str] | None]
 
 
 class NextStep(msgspec.Struct, frozen=True):
@@ -72,3 +75,15 @@ async def run_step(step: NextStep, resources: Resources, context: RunContext) ->
         started_at=started_at,
         completed_at=now(),
     )
+
+
+def columns_of(agent_name: str, agents: Mapping[str, Agent]) -> Columns:
+    """What runs that begin with an agent are given, and what they give."""
+    first = last = agents.get(agent_name)
+    met: list[Agent] = []
+    while last is not None and last.next_agent is not None and last not in met:
+        met.append(last)
+        name = last.next_agent.name if isinstance(last.next_agent, Agent) else last.next_agent
+        last = agents.get(name) if isinstance(name, str) else None
+    inputs = None if first is None else [field.name for field in first.input.fields]
+    return inputs, None if last is None or last in met else list(last.output.schema.get("properties", {}))

@@ -89,7 +89,7 @@ async def test_another_content_type_is_415_that_says_what_to_send(
     response = await client.post(path, content=b'{"agent_name": "add"}', headers={"Content-Type": content_type})
     problem = check_problem(response, 415)
     assert "-H 'Content-Type: application/json'" in problem["detail"]
-    assert response.headers["Accept"] == "application/json"
+    assert response.headers["Accept"].split(", ")[0] == "application/json"
 
 
 async def test_json_with_a_charset_is_json(client: httpx.AsyncClient) -> None:

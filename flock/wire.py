@@ -1,0 +1,358 @@
+"""The structs of the API: its bodies, its queries and its answers. ``openapi.yaml`` describes the same."""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from flock.errors import FieldError
+from flock.jsontype import JSONType
+from flock.runs import OnInvalid, Progress, RunStatus, Usage
+
+__all__ = [
+    "BATCH_REQUEST",
+    "BATCH_RETRY",
+    "MAX_PAGE",
+    "MAX_WAIT_S",
+    "RUN_REQUEST",
+    "AgentDetail",
+    "AgentList",
+    "AgentSummary",
+    "BatchItem",
+    "BatchList",
+    "BatchQuery",
+    "BatchSummary",
+    "BatchesQuery",
+    "EventsQuery",
+    "FlockAPIRequest",
+    "FlockAPIResponse",
+    "FlockBatchRequest",
+    "FlockBatchResponse",
+    "FlockBatchRetry",
+    "Health",
+    "Problem",
+    "Readiness",
+    "ResultsQuery",
+    "RunList",
+    "RunStep",
+    "RunSummary",
+    "RunsQuery",
+    "Time",
+    "UploadQuery",
+    "WaitQuery",
+    "shown_as",
+]
+
+T = TypeVar("T")
+
+#: RFC 3339, in UTC.
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
+
+#: How many results one answer holds at most.
+MAX_PAGE = 1000
+
+#: The longest wait for a run that a request may ask for, in seconds; see ``max_wait_s``.
+MAX_WAIT_S = 3600
+
+
+# What comes in
+
+
+class FlockAPIRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /run/flock``. ``use_production_tools`` is accepted from older clients, and means nothing."""
+
+    agent_name: str
+    inputs: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"{}"))
+    async_run: bool = False
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    use_production_tools: Any = None
+
+
+class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /run/batch``. ``use_temporal`` and ``silent_mode`` are accepted, and mean nothing."""
+
+    agent_name: str
+    batch_inputs: list[dict[str, msgspec.Raw]] | str
+    static_inputs: dict[str, msgspec.Raw] | None = None
+    input_mapping: dict[str, str] | None = None
+    parallel: bool = True
+    max_workers: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
+    on_invalid: OnInvalid = "reject"
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    return_errors: bool = True
+    box_results: bool = True
+    write_to_csv: str | None = None
+    use_temporal: Any = None
+    silent_mode: Any = None
+
+
+class FlockBatchRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /batch/{batch_id}/retry``: which items; without it those that failed or were cancelled."""
+
+    only: Literal["failed", "cancelled"] | None = None
+
+
+RUN_REQUEST = JSONType(FlockAPIRequest)
+BATCH_REQUEST = JSONType(FlockBatchRequest)
+BATCH_RETRY = JSONType(FlockBatchRetry)
+
+
+class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What stands in the query of ``POST /run/batch`` where the body is rows only.
+
+    ``static_inputs`` and ``input_mapping`` are JSON; ``delimiter`` is for CSV.
+    """
+
+    agent_name: str
+    static_inputs: str | msgspec.UnsetType = msgspec.UNSET
+    input_mapping: str | msgspec.UnsetType = msgspec.UNSET
+    parallel: bool = True
+    max_workers: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
+    on_invalid: OnInvalid = "reject"
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | msgspec.UnsetType = msgspec.UNSET
+    return_errors: bool = True
+    box_results: bool = True
+    delimiter: Literal[",", ";", "\t", "|"] = ","
+
+
+class WaitQuery(msgspec.Struct, frozen=True):
+    """How many seconds to wait for the end of a run."""
+
+    wait: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0
+
+
+class EventsQuery(msgspec.Struct, frozen=True):
+    """The id of the last event that the reader knows."""
+
+    after: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class BatchQuery(msgspec.Struct, frozen=True):
+    """Which results of a batch to give, so many behind a position, and how many seconds to wait for its end."""
+
+    after: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = MAX_PAGE
+    results: bool = True
+    wait: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0
+
+
+class ResultsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which results of a batch to download, and how; ``format`` comes before ``Accept``."""
+
+    status: Literal["completed", "failed", "cancelled"] | msgspec.UnsetType = msgspec.UNSET
+    format: Literal["json", "ndjson", "csv"] | msgspec.UnsetType = msgspec.UNSET
+    after: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
+    escape_formulas: bool = True
+
+
+class BatchesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which batches to list."""
+
+    status: RunStatus | msgspec.UnsetType = msgspec.UNSET
+    agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
+    after: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which runs to list. A filter that is not understood is refused: without it the list would be a wrong answer."""
+
+    status: RunStatus | msgspec.UnsetType = msgspec.UNSET
+    agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    created_after: Time | msgspec.UnsetType = msgspec.UNSET
+    created_before: Time | msgspec.UnsetType = msgspec.UNSET
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
+    after: str | msgspec.UnsetType = msgspec.UNSET
+    include: Literal["inputs", "result", "inputs,result", "result,inputs"] | msgspec.UnsetType = msgspec.UNSET
+
+    def includes(self, name: str) -> bool:
+        return not isinstance(self.include, msgspec.UnsetType) and name in self.include
+
+
+# What goes out
+
+
+class RunStep(msgspec.Struct, frozen=True, kw_only=True):
+    """One agent's turn within a run, in the attempt in which it was done."""
+
+    agent_name: str
+    result: msgspec.Raw
+    attempt: int
+    started_at: Time
+    completed_at: Time
+    usage: Usage | None
+
+
+class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """A run as it stands. ``batch_id`` and ``position`` are there for the items of a batch."""
+
+    run_id: str
+    agent_name: str
+    status: RunStatus
+    result: msgspec.Raw | None
+    error: str | None
+    error_type: str | None
+    created_at: Time
+    started_at: Time | None
+    completed_at: Time | None
+    request_id: str | None
+    traceparent: str | None
+    attempt: int
+    progress: Progress | None
+    usage: Usage | None
+    steps: list[RunStep]
+    batch_id: str | msgspec.UnsetType = msgspec.UNSET
+    position: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One run in a list; ``inputs`` and ``result`` are there only where they were asked for."""
+
+    run_id: str
+    agent_name: str
+    status: RunStatus
+    error: str | None
+    error_type: str | None
+    created_at: Time
+    started_at: Time | None
+    completed_at: Time | None
+    request_id: str | None
+    attempt: int
+    inputs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    result: msgspec.Raw | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class RunList(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of runs, newest first; ``next`` is the path of the page behind it, as in the ``Link`` header."""
+
+    runs: list[RunSummary]
+    next: str | None
+
+
+class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch as it stands. ``results`` holds one page, in order; ``next`` is the path of the page behind it."""
+
+    batch_id: str
+    agent_name: str
+    status: RunStatus
+    total_items: int
+    completed_items: int
+    failed_items: int
+    cancelled_items: int
+    progress_percentage: float
+    eta_s: float | None
+    results: list[Any] | msgspec.UnsetType
+    next: str | None
+    error: str | None
+    created_at: Time
+    started_at: Time | None
+    completed_at: Time | None
+    request_id: str | None
+    attempt: int
+
+
+class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One batch in a list."""
+
+    batch_id: str
+    agent_name: str
+    status: RunStatus
+    total_items: int
+    completed_items: int
+    failed_items: int
+    cancelled_items: int
+    progress_percentage: float
+    eta_s: float | None
+    error: str | None
+    created_at: Time
+    started_at: Time | None
+    completed_at: Time | None
+    request_id: str | None
+    attempt: int
+
+
+class BatchList(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of batches, newest first; ``next`` as in ``RunList``."""
+
+    batches: list[BatchSummary]
+    next: str | None
+
+
+class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
+    """One item that has ended, as it is downloaded: an element of the JSON array, or a line of NDJSON."""
+
+    position: int
+    run_id: str
+    status: RunStatus
+    inputs: msgspec.Raw
+    result: msgspec.Raw | None
+    error: str | None
+    error_type: str | None
+
+
+class AgentSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of ``GET /agents``."""
+
+    name: str
+    description: str
+
+
+class AgentList(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``GET /agents``."""
+
+    agents: list[AgentSummary]
+
+
+class AgentDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``GET /agents/{name}``: what the agent takes and gives, as JSON Schema (2020-12)."""
+
+    name: str
+    description: str
+    input_schema: dict[str, Any]
+    output_schema: dict[str, Any]
+
+
+class Health(msgspec.Struct, frozen=True):
+    """Answer of ``GET /healthz``: the server is there."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """Answer of ``GET /readyz``: new work is taken."""
+
+    status: Literal["ok"] = "ok"
+    engine: Literal["running"] = "running"
+    store: Literal["ok"] = "ok"
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """Every error of the API (RFC 9457).
+
+    ``errors`` is there for bad input, one entry for each place; ``engine`` and ``store`` in the answers of ``/readyz``.
+    """
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    request_id: str
+    errors: list[FieldError] | msgspec.UnsetType = msgspec.UNSET
+    engine: Literal["running", "stopping", "stopped"] | msgspec.UnsetType = msgspec.UNSET
+    store: Literal["ok", "failing"] | msgspec.UnsetType = msgspec.UNSET
+
+
+def shown_as(type_: type[T], record: Any, **more: Any) -> T:
+    """A struct of the wire with the fields that *record* has under the same names, and *more*."""
+    names, values_of = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
+    return type_(**dict(zip(names, values_of(record), strict=True)), **more)
+
+
+@functools.cache
+def _shared_fields(type_: type, others: Sequence[str]) -> tuple[Sequence[str], Callable[[Any], tuple[Any, ...]]]:
+    names = [name for name in type_.__struct_fields__ if name not in others]  # type: ignore[attr-defined]
+    return names, operator.attrgetter(*names)
