@@ -137,7 +137,11 @@ class Batches:
             pass
         if self._runner.is_leaving or self._store.items_to_do(batch, -1, 1):
             return batch
-        return await self._store.end(batch, now())
+        batch = await self._store.end(batch, now())
+        counts = (batch.total_items, batch.failed_items, batch.cancelled_items)
+        template = "batch %s: %s, agent %s, %d items, %d of them failed and %d cancelled (request %s)"
+        logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, batch.request_id)
+        return batch
 
     def _items_to_do(self, batch: Batch) -> Iterator[Run]:
         """Items that wait, read from the store in pages, until the engine leaves or the batch is cancelled."""

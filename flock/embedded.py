@@ -320,6 +320,8 @@ class EmbeddedEngine:
         run = self.store.get_run(run_id)
         if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
+        if run.batch_id is not None and self.batch_store.get(run.batch_id) is None:  # its batch is out of sight
+            raise RunNotFound(run_id)
         return run
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:

@@ -287,16 +287,16 @@ class Runner:
             while taken:
                 taken.pop().release(batch_id)
 
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        if active.scope.cancel_called or self.is_leaving:  # to ask for more takes as long as a short step
+            await anyio.lowlevel.checkpoint_if_cancelled()
         limit_s = self._queue_timeout_s if active.run.status is RunStatus.STARTING else None
-        deadline = math.inf if limit_s is None else anyio.current_time() + limit_s
         try:
-            for slot in slots:
-                with anyio.CancelScope(deadline=deadline) as waiting:
+            with anyio.move_on_after(limit_s) if limit_s is not None else contextlib.nullcontext() as waiting:
+                for slot in slots:
                     await slot.acquire(batch_id)
-                if waiting.cancelled_caught:
-                    raise QueueTimeout(f"The run waited {limit_s:g} s for its first step, the limit (queue_timeout_s).")
-                taken.append(slot)
+                    taken.append(slot)
+            if waiting is not None and waiting.cancelled_caught:
+                raise QueueTimeout(f"The run waited {limit_s:g} s for its first step, the limit (queue_timeout_s).")
         except BaseException:
             release()
             raise
@@ -341,11 +341,12 @@ class Runner:
             return
         self._forget(active)
         self.tell_observers("run_ended", run)
-        if logger.isEnabledFor(logging.INFO):
+        level = logging.INFO if run.batch_id is None else logging.DEBUG  # of a million items the batch tells
+        if logger.isEnabledFor(level):
             took_ms = round((now() - run.created_at).total_seconds() * 1000)
             template = "run %s: %s, agent %s, %d ms (request %s)"
             extra = fields_of_run(run) | {"status": run.status.value, "duration_ms": took_ms}
-            logger.info(template, run.run_id, run.status, run.agent_name, took_ms, run.request_id, extra=extra)
+            logger.log(level, template, run.run_id, run.status, run.agent_name, took_ms, run.request_id, extra=extra)
 
     def tell_observers(self, event: str, *about: Run | Step | Usage | str) -> None:
         """Call the method *event* of each; what one of them gets wrong harms no run."""

@@ -1,0 +1,535 @@
+"""Batches in an engine: accepted whole or not at all, worked on in turns, cancelled, tried again, forgotten."""
+
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from flock import schema
+from flock.core import Flock
+from flock.embedded import EmbeddedEngine
+from flock.errors import AgentError, BatchNotFound, Conflict, EngineFull, InvalidData, RunNotFound, StoreError, TooLarge
+from flock.runs import Batch, BatchFilter, BatchOptions, Event, Items, Row, RunStatus, new_id, now
+
+pytestmark = pytest.mark.anyio
+
+OPTIONS = BatchOptions()
+
+
+@pytest.fixture(params=["disk", "memory"])
+def store(request: pytest.FixtureRequest) -> str:
+    return "flock.db" if request.param == "disk" else ":memory:"
+
+
+class Work:
+    """A flock whose agent says what it does, and fails or waits as it is told."""
+
+    def __init__(self, name: str = "work") -> None:
+        self.flock, self.calls, self.fails = Flock(name), list[int](), set[int]()
+        self.holds, self.may_go, self.begun = False, anyio.Event(), anyio.Event()
+
+        @self.flock.agent
+        async def item(n: int) -> int:
+            self.calls.append(n)
+            if self.holds:
+                self.begun.set()
+                await self.may_go.wait()
+            if n in self.fails:
+                raise AgentError(f"no {n}")
+            return n
+
+
+def numbers(count: int) -> list[dict[str, int]]:
+    return [{"n": n} for n in range(count)]
+
+
+async def ended(engine: EmbeddedEngine, batch: Batch) -> Batch:
+    with anyio.fail_after(30):
+        return await engine.wait_batch(batch.batch_id)
+
+
+async def all_items(engine: EmbeddedEngine, batch: Batch) -> list[Any]:
+    items: list[Any] = []
+    while page := await engine.get_items(batch.batch_id, after=len(items) - 1, limit=700):
+        items += page
+    return items
+
+
+def rows(store: str | Path, query: str) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(store)) as db:
+        return db.execute(query).fetchall()
+
+
+# Accepting
+
+
+async def test_a_batch_of_many_pages_is_accepted_and_done_in_order(store: str) -> None:
+    """What is sent may be a list, or be made as it is read, in a loop or in an async one."""
+    work = Work()
+
+    async def later() -> AsyncIterator[Any]:
+        for item in numbers(1201):
+            yield item
+
+    async with work.flock.engine(store=store) as engine:
+        for items in (numbers(1201), iter(numbers(1201)), later()):
+            batch = await ended(engine, await engine.submit_batch("item", items, OPTIONS))
+            assert (batch.status, batch.total_items, batch.completed_items) == (RunStatus.COMPLETED, 1201, 1201)
+            found = await all_items(engine, batch)
+            assert [item.position for item in found] == list(range(1201))
+            assert [bytes(item.result) for item in found] == [b'{"result":%d}' % n for n in range(1201)]
+
+
+async def breaks_off(count: int) -> AsyncIterator[Any]:
+    for item in numbers(count):
+        yield item
+    raise ConnectionError("gone")
+
+
+@pytest.mark.parametrize(
+    ("items", "error"),
+    [
+        pytest.param(lambda: breaks_off(1100), ConnectionError, id="it breaks off"),
+        pytest.param(lambda: [*numbers(1100), {"n": "x"}], InvalidData, id="the last item does not fit"),
+        pytest.param(lambda: [{"n": "x"}, *numbers(1100)], InvalidData, id="the first item does not fit"),
+        pytest.param(lambda: numbers(1501), TooLarge, id="one too many"),
+        pytest.param(lambda: [*numbers(1100), {"n": "x" * 2000}], TooLarge, id="an item is too long"),
+        pytest.param(lambda: [*numbers(1100), {"n": object()}], InvalidData, id="it cannot be JSON"),
+        pytest.param(lambda: [], InvalidData, id="there is none"),
+    ],
+)
+async def test_a_batch_is_accepted_whole_or_not_at_all(items: Any, error: type[Exception], store: str) -> None:
+    work = Work()
+    async with work.flock.engine(store=store, max_items=1500, max_input_bytes=1000) as engine:
+        with pytest.raises(error):
+            await engine.submit_batch("item", items(), OPTIONS)
+        assert await engine.list_batches(BatchFilter()) == []
+        while await engine.batch_store.sweep():
+            pass
+        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (0,)
+        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM batches").fetchone()) == (0,)
+    assert work.calls == []
+
+
+async def test_what_is_on_its_way_is_out_of_sight_and_dropped_with_who_sends_it(store: str) -> None:
+    """Before its last item is there nobody sees the batch, nor its items, and nothing of it begins."""
+    work, staged = Work(), anyio.Event()
+
+    async def stalls() -> AsyncIterator[Any]:
+        for item in numbers(1100):
+            yield item
+        staged.set()
+        await anyio.sleep_forever()
+
+    async with work.flock.engine(store=store) as engine:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.submit_batch, "item", stalls(), OPTIONS)
+            await staged.wait()
+            query = "SELECT batch_id, run_id FROM runs LIMIT 1"
+            batch_id, run_id = engine.store.read(lambda db: db.execute(query).fetchone())
+            assert await engine.list_batches(BatchFilter()) == []
+            for look, id_, error in (
+                (engine.get_batch, batch_id, BatchNotFound),
+                (engine.cancel_batch, batch_id, BatchNotFound),
+                (engine.get_run, run_id, RunNotFound),
+            ):
+                with pytest.raises(error):
+                    await look(id_)
+            tasks.cancel_scope.cancel()
+        while await engine.batch_store.sweep():
+            pass
+        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (0,)
+    assert work.calls == []
+
+
+async def test_what_a_dead_process_had_staged_is_dropped() -> None:
+    """Its engine's row is there, and nobody holds its lock."""
+    work = Work()
+    dead_id = new_id()
+    async with work.flock.engine(store="flock.db") as engine:
+        batch = Batch(
+            batch_id=new_id(),
+            flock="work",
+            agent_name="item",
+            options=OPTIONS,
+            total_items=0,
+            created_at=now(),
+            owner=dead_id,
+        )
+        await engine.store.change(
+            lambda db: db.execute("INSERT INTO engines VALUES (?, 'work', 0)", (dead_id,)) and None
+        )
+        await engine.batch_store.stage(batch, [], is_first=True)
+    async with work.flock.engine(store="flock.db") as engine:
+        with anyio.fail_after(20):
+            while rows("flock.db", "SELECT * FROM batches"):
+                await anyio.sleep(0.02)
+                engine._sweep_soon.set()
+
+
+async def test_there_is_room_for_so_many_items_of_all_batches_together(store: str) -> None:
+    work = Work()
+    work.holds = True
+    async with work.flock.engine(store=store, max_open_items=5) as engine:
+        first = await engine.submit_batch("item", numbers(3), OPTIONS)
+        with pytest.raises(EngineFull, match="3 items of other batches have not ended, and 3 more"):
+            await engine.submit_batch("item", numbers(3), OPTIONS)
+        second = await engine.submit_batch("item", numbers(2), OPTIONS)
+        work.may_go.set()
+        for batch in (first, second):
+            assert (await ended(engine, batch)).status is RunStatus.COMPLETED
+
+
+async def test_items_that_do_not_fit_are_left_out_on_request(store: str) -> None:
+    """They have failed, at once and for good: a retry leaves them alone."""
+    work = Work()
+    work.fails = {2}
+    items: Items = [{"n": 0}, {"n": "x"}, {"n": 2}, {}, Row(inputs=msgspec.Raw(b'{"n":4}'), line=9)]
+    async with work.flock.engine(store=store) as engine:
+        batch = await engine.submit_batch("item", items, OPTIONS, on_invalid="skip")
+        assert (batch.total_items, batch.completed_items, batch.failed_items) == (5, 2, 2)
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.completed_items, batch.failed_items) == (RunStatus.COMPLETED, 5, 3)
+        found = await all_items(engine, batch)
+        assert [item.error_type for item in found] == [None, "invalid_input", "agent_error", "invalid_input", None]
+        assert found[1].error == "/batch_inputs/1/n: Expected 'int', got 'str'."
+        work.fails = set()
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert (batch.attempt, batch.completed_items, batch.failed_items) == (2, 5, 2)
+        assert [item.attempt for item in await all_items(engine, batch)] == [1, 1, 2, 1, 1]
+    assert work.calls == [0, 2, 4, 2]
+
+
+async def test_a_batch_of_which_no_item_fits_fails_when_those_are_skipped(store: str) -> None:
+    async with Work().flock.engine(store=store) as engine:
+        batch = await ended(engine, await engine.submit_batch("item", [{}, {}], OPTIONS, on_invalid="skip"))
+        assert batch.status is RunStatus.FAILED
+        assert batch.error == (
+            "None of the 2 items completed. The first one: /batch_inputs/0/n: This field is required."
+        )
+
+
+# Whose turn it is
+
+
+async def test_without_parallel_items_go_one_by_one_in_order(store: str) -> None:
+    flock, at_work, most, order = Flock(), 0, 0, []
+
+    @flock.agent
+    async def item(n: int) -> None:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        order.append(n)
+        await anyio.lowlevel.checkpoint()
+        at_work -= 1
+
+    async with flock.engine(store=store) as engine:
+        for options, expected in ((BatchOptions(parallel=False, max_workers=9), 1), (BatchOptions(max_workers=3), 3)):
+            most = 0
+            order.clear()
+            await ended(engine, await engine.submit_batch("item", numbers(40), options))
+            assert most == expected
+            assert sorted(order) == list(range(40))
+            assert order == sorted(order) or not options.parallel
+
+
+async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_one(store: str) -> None:
+    """One place, a batch of 200 before them: the run goes next, and the short batch takes turns with the long one."""
+    work = Work()
+    work.holds = True
+    async with work.flock.engine(store=store, max_concurrency=1) as engine:
+        long = await engine.submit_batch("item", numbers(200), BatchOptions(max_workers=50))
+        await work.begun.wait()
+        await anyio.wait_all_tasks_blocked()
+        short = await engine.submit_batch("item", [{"n": 1000}, {"n": 1001}], OPTIONS)
+        run = await engine.submit("item", {"n": -1})
+        await anyio.wait_all_tasks_blocked()
+        work.holds = False
+        work.may_go.set()
+        for batch in (short, long):
+            await ended(engine, batch)
+        await engine.wait(run.run_id)
+    assert work.calls.index(-1) == 1
+    assert max(work.calls.index(1000), work.calls.index(1001)) < 20
+
+
+# Being asked
+
+
+async def test_a_cancelled_batch_begins_no_item_and_waits_for_those_at_work(store: str) -> None:
+    work = Work()
+    work.holds = True
+    async with work.flock.engine(store=store) as engine:
+        batch = await engine.submit_batch("item", numbers(3000), BatchOptions(max_workers=4))
+        await work.begun.wait()
+        await anyio.wait_all_tasks_blocked()
+        asked = await engine.cancel_batch(batch.batch_id)
+        assert (asked.status, asked.cancel_requested) == (RunStatus.RUNNING, True)
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.cancelled_items, batch.error) == (
+            RunStatus.CANCELLED,
+            3000,
+            "The batch was cancelled.",
+        )
+        assert work.calls == [0, 1, 2, 3]
+        assert (await engine.cancel_batch(batch.batch_id)).status is RunStatus.CANCELLED
+        items = await engine.get_items(batch.batch_id, limit=3000)
+        assert {item.status for item in items} == {RunStatus.CANCELLED}
+        assert {item.error for item in items} == {
+            "The run was cancelled.",
+            "The batch was cancelled before this item began.",
+        }
+        work.holds = False
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED]))
+        assert (batch.status, batch.attempt, batch.cancelled_items) == (RunStatus.COMPLETED, 2, 0)
+        with pytest.raises(Conflict, match="completed and cannot be cancelled"):
+            await engine.cancel_batch(batch.batch_id)
+        with pytest.raises(Conflict, match="no item that failed or was cancelled"):
+            await engine.retry_batch(batch.batch_id)
+
+
+async def test_only_what_has_ended_can_be_tried_again_or_deleted(store: str) -> None:
+    work = Work()
+    work.holds = True
+    async with work.flock.engine(store=store) as engine:
+        batch = await engine.submit_batch("item", numbers(2), OPTIONS)
+        await work.begun.wait()
+        with pytest.raises(Conflict, match="is running; only one that has ended"):
+            await engine.retry_batch(batch.batch_id)
+        with pytest.raises(Conflict, match="is still running"):
+            await engine.delete_batch(batch.batch_id)
+        work.may_go.set()
+        await ended(engine, batch)
+        (item, _) = await engine.get_items(batch.batch_id)
+        await engine.delete_batch(batch.batch_id)
+        for look in (engine.get_batch, engine.delete_batch, engine.retry_batch, engine.cancel_batch, engine.wait_batch):
+            with pytest.raises(BatchNotFound):
+                await look(batch.batch_id)  # type: ignore[operator]
+        with pytest.raises(RunNotFound):
+            await engine.get_run(item.run_id)
+        with anyio.fail_after(20):
+            while engine.store.read(lambda db: db.execute("SELECT 1 FROM runs").fetchone()):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+
+
+async def test_a_retry_of_failed_items_leaves_the_cancelled_ones(store: str) -> None:
+    work = Work()
+    work.fails, work.holds = {0}, True
+    async with work.flock.engine(store=store) as engine:
+        batch = await engine.submit_batch("item", numbers(5), BatchOptions(max_workers=2))
+        await work.begun.wait()
+        await anyio.wait_all_tasks_blocked()
+        (_, second, *_) = await engine.get_items(batch.batch_id)
+        await engine.cancel_run(second.run_id)
+        work.may_go.set()
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.failed_items, batch.cancelled_items) == (RunStatus.COMPLETED, 1, 1)
+        work.fails = set()
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.FAILED]))
+        assert (batch.failed_items, batch.cancelled_items) == (0, 1)
+        with pytest.raises(Conflict, match="no item that failed"):
+            await engine.retry_batch(batch.batch_id, [RunStatus.FAILED])
+
+
+async def test_how_far_it_is_is_told_a_few_times_a_second_and_then_its_end(store: str) -> None:
+    flock, ends = Flock(), anyio.Semaphore(0)
+
+    @flock.agent
+    async def item(n: int) -> int:
+        await ends.acquire()
+        return n
+
+    async with flock.engine(store=store) as engine:
+        batch = await engine.submit_batch("item", numbers(4), BatchOptions(max_workers=1))
+        told: list[Event] = []
+        async with contextlib.aclosing(engine.batch_events(batch.batch_id)) as events:
+            async for event in events:
+                assert event is not None
+                told.append(event)
+                for _ in range(2 if len(told) == 1 else 1):
+                    ends.release()
+        done = [event.data["completed_items"] for event in told]
+        assert done == sorted(set(done))
+        assert (done[0], done[-1]) == (0, 4)
+        assert [event.name for event in told] == ["batch.progress"] * (len(told) - 1) + ["batch.completed"]
+        assert [event.id for event in told] == [None] * (len(told) - 1) + [1]
+        assert told[1].data["eta_s"] > 0
+        assert [event async for event in engine.batch_events(batch.batch_id, after=1)] == []
+
+
+async def test_lists_go_page_by_page_newest_first(store: str) -> None:
+    work = Work()
+
+    @work.flock.agent
+    async def other() -> int:
+        return 1
+
+    async with work.flock.engine(store=store) as engine:
+        made = [await engine.submit_batch("item", numbers(1), OPTIONS, principal="ann") for _ in range(3)]
+        made.append(await engine.submit_batch("other", [{}], OPTIONS))
+        for batch in made:
+            await ended(engine, batch)
+        ids = [batch.batch_id for batch in reversed(made)]
+
+        async def found(**wanted: Any) -> list[str]:
+            return [batch.batch_id for batch in await engine.list_batches(BatchFilter(**wanted))]
+
+        assert await found() == ids
+        assert await found(limit=2) == ids[:2]
+        assert await found(after=ids[1]) == ids[2:]
+        assert await found(agent_name="other") == ids[:1]
+        assert await found(principal="ann") == ids[1:]
+        assert await found(status=RunStatus.COMPLETED) == ids
+        assert await found(status=RunStatus.FAILED) == []
+
+
+# Several engines, and what is left behind
+
+
+async def test_one_engine_goes_on_with_what_another_left(tmp_path: Path) -> None:
+    """Also where it was to be cancelled, or was being opened for a retry, at that moment."""
+    work, path = Work(), tmp_path / "flock.db"
+    work.holds, work.fails = True, set(range(0, 5000, 2))
+    async with work.flock.engine(store=path) as engine:
+        going = await engine.submit_batch("item", numbers(20), OPTIONS)
+        await work.begun.wait()
+    assert rows(path, "SELECT status FROM batches") == [("running",)]
+    work.holds = False
+    async with work.flock.engine(store=path) as engine:
+        assert (await ended(engine, going)).completed_items == 20
+        reopened = await engine.batch_store.reopen(
+            going.batch_id, "nobody", [RunStatus.FAILED], 100, lambda batch: None
+        )
+        assert reopened is not None
+        assert (reopened.reopening, reopened.failed_items) == ("failed", 10)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("INSERT INTO engines VALUES ('nobody', 'work', 0)")
+        db.commit()
+    work.fails = set()
+    async with work.flock.engine(store=path) as engine:
+        batch = await ended(engine, going)
+        assert (batch.attempt, batch.status, batch.failed_items, batch.reopening) == (2, RunStatus.COMPLETED, 0, None)
+
+
+async def test_another_engine_on_the_file_may_cancel_and_follow_it(tmp_path: Path) -> None:
+    work, path = Work(), tmp_path / "flock.db"
+    work.holds = True
+    async with work.flock.engine(store=path) as owner, work.flock.engine(store=path) as other:
+        batch = await owner.submit_batch("item", numbers(50), BatchOptions(max_workers=3))
+        await work.begun.wait()
+        asked = await other.cancel_batch(batch.batch_id)
+        begun = len(work.calls)
+        assert asked.cancel_requested
+        batch = await ended(other, batch)
+        assert (batch.status, batch.cancelled_items, len(work.calls)) == (RunStatus.CANCELLED, 50, begun)
+        work.holds = False
+        again = await other.retry_batch(batch.batch_id)
+        assert again.owner != batch.owner
+        assert (await ended(owner, again)).status is RunStatus.COMPLETED
+
+
+async def test_an_engine_that_was_taken_for_dead_begins_no_item_of_a_batch_that_it_lost(tmp_path: Path) -> None:
+    work, path = Work(), tmp_path / "flock.db"
+    work.holds = True
+    async with work.flock.engine(store=path) as engine:
+        batch = await engine.submit_batch("item", numbers(2000), BatchOptions(max_workers=2))
+        await work.begun.wait()
+        await anyio.wait_all_tasks_blocked()
+        await engine.store.change(lambda db: db.execute("UPDATE batches SET owner = 'another'") and None)
+        work.may_go.set()
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(20):
+            while engine._runner.active:  # noqa: ASYNC110 - they end by themselves
+                await anyio.sleep(0.01)
+        assert (await engine.get_batch(batch.batch_id)).completed_items == 0
+        assert len(work.calls) < 2000
+
+
+async def test_a_store_of_the_form_before_goes_on(tmp_path: Path) -> None:
+    """With a batch of which one item is done, its step in a row of its own, and one is not."""
+    path, batch_id, work = tmp_path / "flock.db", new_id(), Work()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for migrate in schema.MIGRATIONS[:3]:
+            migrate(db)
+        db.execute("PRAGMA user_version = 3")
+        db.execute("INSERT INTO engines VALUES ('dead', 'work', 0)")
+        db.execute(
+            "INSERT INTO batches (batch_id, flock, agent_name, options, status, total_items, completed_items, "
+            "created_at, owner) VALUES (?, 'work', 'item', '{}', 'running', 2, 1, 0, 'dead')",
+            (batch_id,),
+        )
+        ids = [new_id(), new_id()]
+        for position, (run_id, status, result) in enumerate(
+            [(ids[0], "completed", b'{"result":0}'), (ids[1], "running", None)]
+        ):
+            db.execute(
+                "INSERT INTO runs (run_id, flock, agent_name, status, created_at, started_at, batch_id, position, "
+                "is_async, attempt, owner, inputs, result) "
+                "VALUES (?, 'work', 'item', ?, 0, 0, ?, ?, 1, 1, 'dead', ?, ?)",
+                (run_id, status, batch_id, position, b'{"n":%d}' % position, result),
+            )
+        db.execute("INSERT INTO steps VALUES (?, 0, 'item', ?, NULL, NULL, 1, 0, 0)", (ids[0], b'{"result":0}'))
+    async with work.flock.engine(store=path) as engine:
+        with anyio.fail_after(20):
+            batch = await engine.wait_batch(batch_id)
+        assert (batch.status, batch.completed_items, batch.attempt) == (RunStatus.COMPLETED, 2, 1)
+        first, second = [await engine.get_run(run_id) for run_id in ids]
+        assert [len(run.steps) for run in (first, second)] == [1, 1]
+        assert (second.attempt, second.result) == (2, msgspec.Raw(b'{"result":1}'))
+    assert work.calls == [1]
+
+
+async def test_whole_batches_go_when_they_are_too_old(tmp_path: Path) -> None:
+    work = Work()
+    async with work.flock.engine(store=tmp_path / "flock.db", keep_runs=1) as engine:
+        for _ in range(3):
+            batch = await ended(engine, await engine.submit_batch("item", numbers(3), OPTIONS))
+        await engine.delete_old()
+        assert [each.batch_id for each in await engine.list_batches(BatchFilter())] == [batch.batch_id]
+        while await engine.batch_store.sweep():
+            pass
+        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (3,)
+
+
+@pytest.fixture
+def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
+    """Lets a method of an object fail as a full disk does, the first time."""
+
+    def arm(owner: Any, name: str) -> None:
+        method = getattr(owner, name)
+        failures = [StoreError("now")]
+
+        async def fail_first(*args: Any, **options: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return await method(*args, **options)
+
+        monkeypatch.setattr(owner, name, fail_first)
+
+    return arm
+
+
+@pytest.mark.parametrize("name", ["begin", "end", "cancel_waiting", "reopen_some"])
+async def test_a_batch_goes_on_after_a_write_that_failed(name: str, fails_once: Any, store: str) -> None:
+    work = Work()
+    work.holds, work.fails = name == "cancel_waiting", {1}
+    async with work.flock.engine(store=store) as engine:
+        if name != "reopen_some":
+            fails_once(engine.batch_store, name)
+        batch = await engine.submit_batch("item", numbers(3), BatchOptions(max_workers=1))
+        if name == "cancel_waiting":
+            await work.begun.wait()
+            await engine.cancel_batch(batch.batch_id)
+        batch = await ended(engine, batch)
+        if name == "reopen_some":
+            fails_once(engine.batch_store, name)
+            work.fails = set()
+            batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert batch.completed_items == 3
+        assert batch.cancelled_items == (3 if name == "cancel_waiting" else 0)
