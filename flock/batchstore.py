@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
+import anyio
 from msgspec.structs import replace
 
 from flock import schema
@@ -27,10 +28,15 @@ CANCELLED = ("The batch was cancelled before this item began.", "cancelled")
 
 
 class BatchStore:
-    """What engines do with batches, over *store*."""
+    """What engines do with batches, over *store*.
+
+    Attributes:
+        has_dropped: set when there is something to sweep.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.has_dropped = anyio.Event()
 
     # Accepting
 
@@ -243,7 +249,7 @@ class BatchStore:
                 db.execute("DELETE FROM idempotency_keys WHERE made_id = ?", (batch_id,))
             return is_dropped
 
-        return await self._store.change(apply)
+        return await self._store.change(apply, then=lambda is_dropped: self.has_dropped.set())
 
     async def sweep(self) -> bool:
         """Delete some items of what was dropped; False once there is nothing left."""

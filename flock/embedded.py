@@ -171,7 +171,6 @@ class EmbeddedEngine:
         self._engine_id = ""
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
-        self._sweep_soon = anyio.Event()
         #: runs of others that somebody waits for
         self._awaited: dict[str, anyio.Event] = {}
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -505,9 +504,9 @@ class EmbeddedEngine:
     async def _retain(self) -> None:
         """Delete what is too old, in small bites."""
         while True:
-            self._sweep_soon = anyio.Event()
             with anyio.move_on_after(RETENTION_INTERVAL_S):
-                await self._sweep_soon.wait()
+                await self.batch_store.has_dropped.wait()
+            self.batch_store.has_dropped = anyio.Event()
             try:
                 await self.store.forget_keys(now() - KEEP_KEYS_FOR)
                 await self.delete_old()
@@ -636,4 +635,3 @@ class EmbeddedEngine:
             await self._be_seen(batch.completed_at)
         if not await self.batch_store.drop(batch_id):
             raise Conflict(f"The batch {batch_id} is still {batch.status}. Cancel it first, or wait for its end.")
-        self._sweep_soon.set()

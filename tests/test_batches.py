@@ -169,7 +169,7 @@ async def test_what_a_dead_process_had_staged_is_dropped() -> None:
         with anyio.fail_after(20):
             while rows("flock.db", "SELECT * FROM batches"):
                 await anyio.sleep(0.02)
-                engine._sweep_soon.set()
+                engine.batch_store.has_dropped.set()
 
 
 async def test_there_is_room_for_so_many_items_of_all_batches_together(store: str) -> None:
@@ -310,7 +310,7 @@ async def test_only_what_has_ended_can_be_tried_again_or_deleted(store: str) -> 
         await engine.delete_batch(batch.batch_id)
         for look in (engine.get_batch, engine.delete_batch, engine.retry_batch, engine.cancel_batch, engine.wait_batch):
             with pytest.raises(BatchNotFound):
-                await look(batch.batch_id)  # type: ignore[operator]
+                await look(batch.batch_id)
         with pytest.raises(RunNotFound):
             await engine.get_run(item.run_id)
         with anyio.fail_after(20):

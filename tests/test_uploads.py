@@ -1,0 +1,754 @@
+"""Rows over HTTP: CSV, NDJSON and files in, JSON, NDJSON and CSV out."""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import socket
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import httpx
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flock.auth import new_key
+from flock.core import Flock, FlockFactory
+from flock.errors import AgentError, FieldError, FlockError, InvalidData, TooLarge
+from flock.runs import Row
+from flock.signature import Signature
+from flock.tables import Fill, csv_rows, ndjson_rows
+from flockapi import FlockAPI, create_app, preferred
+from tests.fakes import ROOT, flockapi_command, running
+
+pytestmark = pytest.mark.anyio
+
+CSV = {"Content-Type": "text/csv"}
+NDJSON = {"Content-Type": "application/x-ndjson"}
+KEYS = {"ann": new_key(), "bob": new_key()}
+
+
+def upload_flock() -> Flock:
+    flock = Flock("uploads")
+
+    @flock.agent
+    def show(
+        text: str,
+        n: int = 0,
+        share: float | None = None,
+        is_new: bool | None = None,
+        tags: list[str] = [],  # noqa: B006 - as people write it
+        kind: Literal["a", "b"] = "a",
+        day: date | None = None,
+        more: dict[str, int] | None = None,
+    ) -> str:
+        return json.dumps([text, n, share, is_new, tags, kind, day and day.isoformat(), more])
+
+    @flock.agent
+    async def need(n: int, text: str, note: str | None) -> str:
+        return f"{n} {text!r} {note!r}"
+
+    @flock.agent
+    def fail(n: int) -> int:
+        if n % 2:
+            raise AgentError(f"=no {n}")
+        return n
+
+    return flock
+
+
+@pytest.fixture
+async def app() -> AsyncIterator[FlockAPI]:
+    flock = upload_flock()
+    made = create_app(
+        flock,
+        engine=flock.engine(max_items=3000),
+        max_body_bytes=20_000,
+        max_upload_bytes=400_000,
+        body_timeout_s=0.5,
+        csv_dir="rows",
+    )
+    async with made.lifespan():
+        yield made
+
+
+@pytest.fixture
+async def client(app: FlockAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://t", timeout=60) as made:
+        yield made
+
+
+async def send(
+    client: httpx.AsyncClient, agent_name: str, content: Any, headers: Any = CSV, **query: Any
+) -> httpx.Response:
+    query = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in query.items()}
+    return await client.post("/run/batch", params={"agent_name": agent_name, **query}, content=content, headers=headers)
+
+
+async def results(client: httpx.AsyncClient, accepted: httpx.Response) -> list[Any]:
+    """What came of it, or the errors."""
+    assert accepted.status_code == 202, accepted.text
+    batch = (await client.get(accepted.headers["Location"], params={"wait": 30})).json()
+    assert batch["completed_items"] == batch["total_items"]
+    return [item.get("result", item.get("error")) for item in batch["results"]]
+
+
+# CSV
+
+
+async def test_cells_become_what_the_signature_says(client: httpx.AsyncClient) -> None:
+    """Numbers, truth values, dates, lists and objects; an empty cell is a default, null, or the empty text."""
+    content = (
+        "\ufefftext,n,share,is_new,tags,kind,day,more\r\n"
+        'a,1,0.5,TRUE,"[""x"", ""y""]",b,2026-01-02,"{""k"": 1}"\r\n'
+        ",,,,,,,\r\n"
+        "\r\n"
+        "12, 7 ,1e3,false,[],a,,\n"
+        '"multi\nline, ""quoted"" ünd =1",-3,,,,,,\n'
+    )
+    found = await results(client, await send(client, "show", content.encode()))
+    assert [json.loads(each) for each in found] == [
+        ["a", 1, 0.5, True, ["x", "y"], "b", "2026-01-02", {"k": 1}],
+        ["", 0, None, None, [], "a", None, None],
+        ["12", 7, 1000.0, False, [], "a", None, None],
+        ['multi\nline, "quoted" ünd =1', -3, None, None, [], "a", None, None],
+    ]
+    found = await results(client, await send(client, "need", b"text,n,note\n,1,\nx,2,y\n"))
+    assert found == ["1 '' None", "2 'x' 'y'"]
+
+
+@pytest.mark.parametrize(("delimiter", "name"), [(";", ";"), ("\t", "tab"), ("|", "|")])
+async def test_cells_may_be_divided_otherwise(delimiter: str, name: str, client: httpx.AsyncClient) -> None:
+    content = delimiter.join(["n", "text", "note"]) + "\n" + delimiter.join(["1", "a,b", "c"])
+    assert await results(client, await send(client, "need", content.encode(), delimiter=delimiter)) == ["1 'a,b' 'c'"]
+
+
+async def test_columns_are_renamed_and_gaps_filled(client: httpx.AsyncClient) -> None:
+    """What a row has wins over what is the same for all; an empty cell is a gap."""
+    query: Any = {"input_mapping": {"Message": "text"}, "static_inputs": {"n": 5, "note": "all"}}
+    found = await results(client, await send(client, "need", b"Message,note\nhi,own\nho,\n", **query))
+    assert found == ["5 'hi' 'own'", "5 'ho' 'all'"]
+
+
+@pytest.mark.parametrize(
+    ("agent_name", "content", "query", "errors"),
+    [
+        pytest.param("need", b"", {}, [("", 1, "no header")], id="nothing"),
+        pytest.param("need", b"\n\n", {}, [("", 1, "no header")], id="empty lines"),
+        pytest.param("show", b"text\n", {}, [("/batch_inputs", None, "at least one item")], id="a header only"),
+        pytest.param("show", b"text,x\na,1\n", {}, [("/x", 1, "no input 'x'")], id="an unknown column"),
+        pytest.param("show", b"text,text\na,1\n", {}, [("/text", 1, "Another column")], id="a column twice"),
+        pytest.param("show", b"text,\na,1\n", {}, [("/", 1, "Column 2 has no name")], id="a column without a name"),
+        pytest.param("need", b"n,note\n1,a\n", {}, [("/text", 1, "no column for it")], id="a column is missing"),
+        pytest.param(
+            "show",
+            b"text\na\n",
+            {"input_mapping": {"Text": "text"}},
+            [("/Text", 1, "there is none")],
+            id="a mapped column is missing",
+        ),
+        pytest.param(
+            "show",
+            b'text,n\na,1\n"b\nc",x\n\nd\ne,2,3\nf,1.5\n',
+            {},
+            [("/n", 3, "got 'str'"), ("", 6, "has 1 cells"), ("", 7, "has 3 cells"), ("/n", 8, "got 'float'")],
+            id="rows that do not fit, each with its line",
+        ),
+        pytest.param("show", b"text,n\na,007\n", {}, [("/n", 2, "got 'str'")], id="no number"),
+        pytest.param("show", b"text,n\na," + b"9" * 5000, {}, [("/n", 2, "")], id="a number without an end"),
+        pytest.param("show", b"text,tags\na,[1]\n", {}, [("/tags/0", 2, "got 'int'")], id="within a list"),
+        pytest.param("show", b"text\na\n\xff\n", {}, [("", 3, "not UTF-8")], id="not UTF-8"),
+        pytest.param("show", b'text\n"a\n', {}, [("", 2, "unexpected end of data")], id="a quote that is not closed"),
+        pytest.param("show", b'text\n"a"b\n', {}, [("", 2, "expected after")], id="text behind a quote"),
+        pytest.param(
+            "show",
+            b"text\na\nb\n",
+            {"static_inputs": {"n": "x"}},
+            [("/static_inputs/n", None, "got 'str'")],
+            id="a static input is told once",
+        ),
+        pytest.param("show", b"text\na\n", {"static_inputs": "[1]"}, [("", None, "JSON object")], id="static inputs"),
+        pytest.param("show", b"text\na\n", {"input_mapping": "{"}, [("", None, "JSON object")], id="a mapping"),
+        pytest.param(
+            "show", b"text\na\n", {"delimiter": "x"}, [("", None, "'delimiter' in the query")], id="a delimiter"
+        ),
+        pytest.param(
+            "show", b"text\na\n", {"parallel": "yes"}, [("", None, "'parallel' in the query")], id="a boolean"
+        ),
+        pytest.param("show", b"text\na\n", {"workers": "1"}, [("", None, "unknown field")], id="an unknown option"),
+        pytest.param("show", b"text\na\n", {"timeout_s": "-1"}, [("", None, "'timeout_s' in the query")], id="a time"),
+    ],
+)
+async def test_what_is_wrong_with_csv_is_told_with_its_line(
+    agent_name: str, content: bytes, query: Any, errors: Any, client: httpx.AsyncClient
+) -> None:
+    response = await send(client, agent_name, content, **query)
+    assert (response.status_code, response.headers["Content-Type"]) == (422, "application/problem+json")
+    found = response.json()["errors"]
+    assert [(error["pointer"], error.get("line")) for error in found] == [error[:2] for error in errors]
+    for error, (*_, words) in zip(found, errors, strict=True):
+        assert words in error["detail"]
+    assert (await client.get("/batches")).json()["batches"] == []
+
+
+async def test_of_many_errors_a_hundred_are_told(client: httpx.AsyncClient) -> None:
+    response = await send(client, "show", b"text,n\n" + b"a,x\n" * 2000)
+    assert response.status_code == 422
+    assert [error["line"] for error in response.json()["errors"]] == list(range(2, 102))
+
+
+async def test_an_agent_that_is_not_there_is_404_whatever_is_sent(client: httpx.AsyncClient) -> None:
+    for headers in (CSV, NDJSON):
+        assert (await send(client, "nobody", b"text\na\n", headers)).status_code == 404
+
+
+# NDJSON
+
+
+async def test_lines_become_items(client: httpx.AsyncClient) -> None:
+    """With a BOM or CRLF, empty lines between, and no newline at the end; also cut anywhere on the way."""
+    content = '\ufeff{"text": "ä", "n": 1}\r\n\r\n  {"text": "b", "more": {"x": 1}}\n{"text":"c"}'.encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for byte in content:
+            yield bytes([byte])
+
+    for body in (content, pieces()):
+        found = await results(client, await send(client, "show", body, NDJSON))
+        assert [json.loads(each)[:2] for each in found] == [["ä", 1], ["b", 0], ["c", 0]]
+
+
+async def test_what_is_wrong_with_a_line_is_told_with_it(client: httpx.AsyncClient) -> None:
+    lines = [
+        b'{"text": "a"}',
+        b"[1]",
+        b'{"text": 1}',
+        b'{"text": "a"',
+        b'{"text": "\xff"}',
+        b'{"text": "a", "b": 1}',
+        b'{"text": "a", "more": ' + b"[" * 200 + b"]" * 200 + b"}",
+        b'{"text": "a"} {}',
+    ]
+    response = await send(client, "show", b"\n".join(lines), NDJSON)
+    assert response.status_code == 422
+    found = response.json()["errors"]
+    assert [(error["line"], error["pointer"]) for error in found] == [
+        (2, ""),
+        (3, "/text"),
+        (4, ""),
+        (5, ""),
+        (6, "/b"),
+        (7, ""),
+        (8, ""),
+    ]
+    assert "line 1" not in response.text
+    accepted = await send(client, "show", b"\n".join(lines), NDJSON, on_invalid="skip")
+    batch = (await client.get(accepted.headers["Location"], params={"wait": 30})).json()
+    assert (batch["status"], batch["total_items"], batch["failed_items"]) == ("completed", 8, 7)
+    assert {item["error_type"] for item in batch["results"][1:]} == {"invalid_input"}
+
+
+# How it is sent
+
+
+async def test_gzip_is_unpacked_as_it_arrives(client: httpx.AsyncClient) -> None:
+    """Also in several members, and cut anywhere."""
+    packed = gzip.compress(b"n,text,note\n1,a,\n") + gzip.compress(b"2,b,\n")
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for byte in packed:
+            yield bytes([byte])
+
+    for body in (packed, pieces()):
+        accepted = await send(client, "need", body, CSV | {"Content-Encoding": "gzip"})
+        assert await results(client, accepted) == ["1 'a' None", "2 'b' None"]
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "status", "words"),
+    [
+        pytest.param(b"text\na\n", "gzip", 422, "cannot be unpacked", id="no gzip"),
+        pytest.param(gzip.compress(b"text\na\n" * 99)[:-9], "gzip", 422, "its end is missing", id="cut off"),
+        pytest.param(gzip.compress(b"text\n" + b"\n" * 10**7), "gzip", 413, "longer than 400000", id="a bomb"),
+        pytest.param(b"text\n" + b"a" * 30_000, "", 413, "longer than 20000 bytes", id="a long row"),
+        pytest.param(b'text\n"' + b"a\n" * 30_000, "", 413, "line 2 is longer than 20000", id="a quote for ever"),
+        pytest.param(b"text\n" + b"a\n" * 3001, "", 413, "at most 3000 items", id="many rows"),
+        pytest.param(b"text\na\n", "br", 415, "gzip is", id="another packing"),
+        pytest.param(b"text\na\n", "gzip, gzip", 415, "gzip is", id="packed twice"),
+    ],
+)
+async def test_what_is_too_much_or_cannot_be_unpacked_is_refused(
+    content: bytes, encoding: str, status: int, words: str, client: httpx.AsyncClient, app: FlockAPI
+) -> None:
+    headers = CSV | ({"Content-Encoding": encoding} if encoding else {})
+    response = await send(client, "show", content, headers)
+    assert response.status_code == status
+    assert words in response.json()["detail"]
+    assert (await client.get("/batches")).json()["batches"] == []
+    if status == 415:
+        assert response.headers["Accept-Encoding"] == "gzip, identity"
+
+
+async def test_a_long_line_of_ndjson_is_refused(client: httpx.AsyncClient) -> None:
+    for content in (b'{"text": "' + b"a" * 30_000, b'{}\n{"text": "' + b"a" * 30_000 + b'"}\n{}\n'):
+        response = await send(client, "show", content, NDJSON)
+        assert response.status_code == 413
+        assert f"line {content.count(b'{', 0, 9)} is longer" in response.json()["detail"]
+
+
+async def test_static_inputs_do_not_make_much_of_little(client: httpx.AsyncClient) -> None:
+    static = {"text": "x" * 1000}
+    response = await send(client, "show", b"n\n" + b"1\n" * 1000, static_inputs=static)
+    assert response.status_code == 413
+    assert "With the static inputs" in response.json()["detail"]
+
+
+async def test_an_upload_that_stalls_is_dropped(client: httpx.AsyncClient) -> None:
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b"text\n" + b"a\n" * 1500
+        await anyio.sleep(5)
+        yield b"a\n"
+
+    response = await send(client, "show", stalls())
+    assert response.status_code == 408
+    assert response.headers["Connection"] == "close"
+    assert (await client.get("/batches")).json()["batches"] == []
+
+
+def test_an_upload_that_breaks_off_leaves_nothing() -> None:
+    """A real connection that ends in the middle; what was staged by then is deleted soon."""
+
+    def staged() -> int:
+        with contextlib.closing(sqlite3.connect("flock.db")) as db:
+            count: int = db.execute("SELECT count(*) FROM runs").fetchone()[0]
+            return count
+
+    Path("served.py").write_text("from tests.test_uploads import upload_flock\nflock = upload_flock()\n")
+    serve = flockapi_command("serve", "served.py", "--port", "0", "--store", "flock.db")
+    with running(*serve, PYTHONPATH=str(ROOT)) as server:
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port or 0)) as connection:
+            head = "POST /run/batch?agent_name=show HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: text/csv\r\n"
+            connection.sendall(f"{head}Content-Length: 1000000\r\n\r\ntext\r\n".encode() + b"a\r\n" * 100_000)
+            wait_until(lambda: staged() > 1000)
+            assert httpx.get(f"{server.url}/batches").json()["batches"] == []
+        wait_until(lambda: staged() == 0)
+        assert httpx.get(f"{server.url}/batches").json()["batches"] == []
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 8) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+
+
+async def test_the_same_upload_under_a_key_is_one_batch(client: httpx.AsyncClient) -> None:
+    """Another body, or another option, is another request."""
+    headers = CSV | {"Idempotency-Key": "k"}
+    first = await send(client, "show", b"text\na\n", headers)
+    again = await send(client, "show", b"text\na\n", headers)
+    assert (again.status_code, again.headers["Idempotency-Replayed"]) == (202, "true")
+    assert again.json()["batch_id"] == first.json()["batch_id"]
+    for content, query in ((b"text\nb\n", {}), (b"text\na\n", {"max_workers": 9})):
+        assert (await send(client, "show", content, headers, **query)).status_code == 422
+    assert len((await client.get("/batches")).json()["batches"]) == 1
+
+
+# Files of the server
+
+
+@pytest.fixture
+def folder() -> Path:
+    folder = Path("rows")
+    (folder / "deep").mkdir(parents=True)
+    (folder / "good.csv").write_text("text\na\nb\n")
+    (folder / "deep" / "good.csv").write_text("text\nc\n")
+    Path("secret.csv").write_text("text\nsecret\n")
+    Path("rowsbeside").mkdir()
+    Path("rowsbeside/secret.csv").write_text("text\nsecret\n")
+    (folder / "inside.csv").symlink_to("good.csv")
+    (folder / "outside.csv").symlink_to(Path("secret.csv").resolve())
+    (folder / "out").symlink_to(Path.cwd())
+    os.mkfifo(folder / "pipe.csv")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["good.csv", "./deep/../good.csv", "inside.csv"])
+async def test_a_file_of_the_named_folder_is_read(name: str, folder: Path, client: httpx.AsyncClient) -> None:
+    response = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": name})
+    assert [json.loads(each)[0] for each in await results(client, response)] == ["a", "b"]
+
+
+OUTSIDE = [
+    *("../secret.csv", "deep/../../secret.csv", "outside.csv", "out/secret.csv", "../rowsbeside/secret.csv"),
+    *("/etc/passwd", "pipe.csv", "deep", "", ".", "http://127.0.0.1/x.csv", "file:///etc/passwd", "a\0b", "x" * 5000),
+    *("missing.csv", "../missing.csv", "~/x.csv", "\\\\host\\x", "\ud800"),
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+async def test_no_other_file_is_and_nobody_learns_which_there_are(
+    name: str, folder: Path, client: httpx.AsyncClient
+) -> None:
+    body = json.dumps({"agent_name": "show", "batch_inputs": name})
+    response = await client.post("/run/batch", content=body, headers={"Content-Type": "application/json"})
+    if name == "\ud800":
+        assert response.status_code == 400
+        return
+    assert response.status_code == 422
+    (error,) = response.json()["errors"]
+    assert error["detail"] == "There is no file of that name in the folder that this server reads."
+    assert "secret" not in response.text.replace(name, "")
+
+
+async def test_without_a_named_folder_no_file_is_read(folder: Path) -> None:
+    app = create_app(upload_flock(), store=":memory:")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        for name in ("rows/good.csv", "missing.csv", "/etc/passwd", "http://x/y.csv"):
+            response = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": name})
+            assert response.status_code == 422
+            assert "csv_dir" in response.json()["detail"]
+
+
+# Rows out
+
+
+async def finished(client: httpx.AsyncClient, agent_name: str, content: bytes, **query: Any) -> str:
+    accepted = await send(client, agent_name, content, **query)
+    await results(client, accepted)
+    path: str = accepted.headers["Location"] + "/results"
+    return path
+
+
+async def test_results_are_downloaded_as_each_likes(client: httpx.AsyncClient) -> None:
+    path = await finished(client, "fail", b"n\n0\n1\n2\n")
+    wanted = [
+        {"position": 0, "status": "completed", "inputs": {"n": 0}, "result": {"result": 0}, "error": None},
+        {"position": 1, "status": "failed", "inputs": {"n": 1}, "result": None, "error": "=no 1"},
+        {"position": 2, "status": "completed", "inputs": {"n": 2}, "result": {"result": 2}, "error": None},
+    ]
+    for query, accept, kind in (
+        ("", "*/*", "application/json"),
+        ("", "text/html, */*;q=0.1", "application/json"),
+        ("", "application/x-ndjson", "application/x-ndjson"),
+        ("", "text/csv", "text/csv; charset=utf-8"),
+        ("", "text/*;q=0.5, application/json;q=0.4", "text/csv; charset=utf-8"),
+        ("?format=ndjson", "text/csv", "application/x-ndjson"),
+    ):
+        response = await client.get(path + query, headers={"Accept": accept})
+        assert (response.status_code, response.headers["Content-Type"]) == (200, kind)
+        assert response.headers["Flock-Run-Status"] == "completed"
+        name = re.fullmatch(
+            r'attachment; filename="[\w-]+\.(json|ndjson|csv)"', response.headers["Content-Disposition"]
+        )
+        assert name is not None
+        if "csv" in kind:
+            assert (
+                response.content == b"n,result,status,error\r\n0,0,completed,\r\n1,,failed,'=no 1\r\n2,2,completed,\r\n"
+            )
+            continue
+        found = (
+            response.json()
+            if kind.endswith("json") and "nd" not in kind
+            else map(json.loads, response.text.splitlines())
+        )
+        assert [{key: item[key] for key in wanted[0]} for item in found] == wanted
+    response = await client.get(path, headers={"Accept": "text/html"})
+    assert (response.status_code, "text/csv" in response.json()["detail"]) == (406, True)
+    assert (await client.get(path, params={"format": "xml"})).status_code == 422
+    assert (await client.head(path)).headers["Content-Type"] == "application/json"
+    assert (await client.get(path, params={"status": "failed", "format": "csv"})).text.splitlines()[1:] == [
+        "1,,failed,'=no 1"
+    ]
+    assert (await client.get(path, params={"status": "cancelled"})).json() == []
+    assert [item["position"] for item in (await client.get(path, params={"after": 0})).json()] == [1, 2]
+    assert "\n1,,failed,=no 1" in (await client.get(path, params={"escape_formulas": "false", "format": "csv"})).text
+
+
+async def test_what_a_spreadsheet_would_run_is_text(client: httpx.AsyncClient) -> None:
+    """Numbers stay numbers, whatever their sign."""
+    texts = ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "a=1", ""]
+    rows = io.StringIO()
+    csv.writer(rows).writerows([["text", "n"], *([text, -5] for text in texts)])
+    path = await finished(client, "show", rows.getvalue().encode())
+    table = list(csv.reader(io.StringIO((await client.get(path, params={"format": "csv"})).text, newline="")))
+    assert [row[:2] for row in table[1:]] == [[f"'{text}", "-5"] for text in texts[:6]] + [["a=1", "-5"], ["", "-5"]]
+
+
+async def test_columns_of_one_name_are_told_apart() -> None:
+    """Inputs, what the last of several agents gives, status and error."""
+    flock = Flock()
+    flock.add_agent(FlockFactory.create_default_agent("never", input="a: int", output="b: str"))
+
+    @flock.agent(next_agent="second", output="text: str, n: int")
+    def first(text: str, status: int) -> Any:
+        return {"text": text, "n": 1}
+
+    @flock.agent(output="text: str, error: str, status: int, extra: list[int]")
+    async def second(text: str, n: int) -> Any:
+        return {"text": text.upper(), "error": "", "status": 7, "extra": [1, 2]}
+
+    @flock.agent(next_agent=lambda result: "second")
+    def decides(text: str) -> int:
+        return 1
+
+    app = create_app(flock, store=":memory:")
+    async with app.lifespan():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            path = await finished(client, "first", b"text,status\na,3\n")
+            lines = (await client.get(path, params={"format": "csv"})).text.splitlines()
+            assert lines == [
+                "text,status,result.text,error,result.status,extra,run.status,run.error",
+                'a,3,A,,7,"[1,2]",completed,',
+            ]
+            path = await finished(client, "decides", b"text\na\n")
+            assert (await client.get(path, params={"format": "csv"})).text.splitlines()[0] == "text,result,status,error"
+
+
+async def test_results_are_there_while_the_batch_goes_on_and_nothing_pretends_to_be_whole() -> None:
+    """What has ended by now is given; where the batch is deleted on the way, the download breaks off."""
+    flock, may_go = Flock(), anyio.Event()
+
+    @flock.agent
+    async def wait(n: int) -> int:
+        if n == 2:
+            await may_go.wait()
+        return n
+
+    app = create_app(flock, store="flock.db")
+    async with app.lifespan():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            rows = b"n\n" + b"".join(b"%d\n" % n for n in range(1200))
+            accepted = await send(client, "wait", rows)
+            path = accepted.headers["Location"]
+            with anyio.fail_after(20):
+                query = {"results": "false"}
+                while (await client.get(path, params=query)).json()["completed_items"] < 1199:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+            response = await client.get(f"{path}/results")
+            assert response.headers["Flock-Run-Status"] == "running"
+            assert [item["position"] for item in response.json()] == [n for n in range(1200) if n != 2]
+            may_go.set()
+            assert (await client.get(path, params={"wait": 20})).json()["status"] == "completed"
+
+            deleted = False
+
+            async def delete_after_a_page(*args: Any, **options: Any) -> Any:
+                nonlocal deleted
+                if deleted:
+                    await app.engine.delete_batch(path.rpartition("/")[2])
+                deleted = True
+                return await get_items(*args, **options)
+
+            get_items, app.engine.get_items = app.engine.get_items, delete_after_a_page  # type: ignore[method-assign]
+            with pytest.raises(RuntimeError, match="response already started"):
+                await client.get(f"{path}/results")
+
+
+async def test_a_page_of_results_says_where_the_next_one_is(client: httpx.AsyncClient) -> None:
+    accepted = await send(client, "fail", b"n\n0\n1\n2\n3\n4\n", box_results="false", return_errors="false")
+    await client.get(accepted.headers["Location"], params={"wait": 20})
+    found, path = [], f"{accepted.headers['Location']}?limit=2"
+    while path:
+        page = (await client.get(path)).json()
+        found += page["results"]
+        path = page["next"]
+    assert found == [0, None, 2, None, 4]
+    assert "results" not in (await client.get(accepted.headers["Location"], params={"results": "false"})).json()
+
+
+async def test_what_belongs_to_others_is_not_there() -> None:
+    """On no way that leads to a batch."""
+    app = create_app(upload_flock(), store=":memory:", api_keys=KEYS)
+    async with app.lifespan():
+        clients = [
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(app), base_url="http://t", headers={"X-API-Key": KEYS[name]}, timeout=30
+            )
+            for name in KEYS
+        ]
+        async with clients[0] as ann, clients[1] as bob:
+            accepted = await send(ann, "fail", b"n\n0\n1\n")
+            path = accepted.headers["Location"]
+            await results(ann, accepted)
+            for method, below in (
+                *(("GET", each) for each in ("", "?wait=1", "/results", "/results?format=csv", "/events")),
+                *(("POST", each) for each in ("/cancel", "/retry")),
+                ("DELETE", ""),
+            ):
+                assert (await bob.request(method, path + below)).status_code == 404
+            assert (await bob.get("/batches")).json()["batches"] == []
+            assert [each["batch_id"] for each in (await ann.get("/batches")).json()["batches"]] == [path[7:]]
+            assert (await ann.post(f"{path}/retry", json={"only": "failed"})).status_code == 202
+            await ann.get(path, params={"wait": 20})
+            assert (await ann.delete(path)).status_code == 204
+            assert (await ann.get(path)).status_code == 404
+
+
+async def test_lists_of_batches_go_on_by_their_links(client: httpx.AsyncClient) -> None:
+    made = [(await send(client, "fail", b"n\n0\n")).json()["batch_id"] for _ in range(5)]
+    found, path = [], "/batches?limit=2&agent_name=fail"
+    while path:
+        response = await client.get(path)
+        found += [batch["batch_id"] for batch in response.json()["batches"]]
+        path = response.json()["next"]
+        assert response.headers.get("Link") == (path and f'<{path}>; rel="next"')
+    assert found == made[::-1]
+
+
+@pytest.mark.parametrize(
+    ("accept", "best"),
+    [
+        ("", "a/x"),
+        ("*/*", "a/x"),
+        ("b/*", "b/y"),
+        ("a/x;q=0.1, b/y", "b/y"),
+        ("a/*;q=0.9, a/x;q=0, b/y;q=0.2", "b/y"),
+        ("A/X", "a/x"),
+        ("c/z", None),
+        ("a/x;q=0", None),
+        ("a/x;q=nonsense", "a/x"),
+        (",;,", None),
+    ],
+)
+def test_a_client_gets_what_it_likes_best(accept: str, best: str | None) -> None:
+    assert preferred(accept, ["a/x", "b/y"]) == best
+
+
+# Whatever is sent
+
+
+class Read(msgspec.Struct):
+    """What came of one body: rows, or an error that is a clean answer."""
+
+    rows: list[Any] | None
+    error: FlockError | None = None
+
+
+async def _in_pieces(content: bytes, size: int) -> AsyncIterator[bytes]:
+    for begin in range(0, len(content), size):
+        yield content[begin : begin + size]
+
+
+async def _read(rows: AsyncIterator[Row]) -> Read:
+    try:
+        read = [row async for row in rows]
+    except (InvalidData, TooLarge) as exc:
+        return Read(rows=None, error=exc)
+    errors: list[FieldError] = [error for row in read for error in row.errors]
+    return Read(rows=[msgspec.json.decode(row.inputs) for row in read], error=InvalidData(errors) if errors else None)
+
+
+TWO_TEXTS = Signature.of("a: str, b: str")
+PIECES = st.integers(min_value=1, max_value=40)
+#: Cells and what stands between them, so that most bodies nearly are CSV.
+CELLS = st.sampled_from(
+    [
+        "a",
+        "b",
+        "x",
+        "",
+        " ",
+        '"',
+        '""',
+        '"x"',
+        '"x,y"',
+        '"x\ny"',
+        '"x""y"',
+        "ä",
+        "😀",
+        "\x00",
+        "\x0b",
+        "\x1c",
+        "\u2028",
+        "1",
+        "'",
+    ]
+)
+ENDS = st.sampled_from(["\n", "\r\n", "\r", ",", ",", ",", ",,", "\n\n", ""])
+BODIES = st.one_of(
+    st.lists(st.tuples(CELLS, ENDS), max_size=25).map(
+        lambda parts: "a,b\n" + "".join(cell + end for cell, end in parts)
+    ),
+    st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), max_size=8).map(
+        lambda rows: _as_csv([("a", "b"), *rows])
+    ),
+    st.text(max_size=40).map(lambda text: f"a,b\r\n{text}"),
+    st.text(max_size=20),
+)
+
+
+def _as_csv(rows: Any) -> str:
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
+    return out.getvalue()
+
+
+@settings(max_examples=2000)
+@given(text=BODIES, size=PIECES)
+def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int) -> None:
+    """Exactly its rows, cut anywhere on the way; or an error with a line."""
+    content = text.encode("utf-8", "surrogatepass")
+    fill = Fill(None, None, lambda: 10**6)
+
+    async def read() -> Read:
+        return await _read(csv_rows(_in_pieces(content, size), TWO_TEXTS, fill, delimiter=",", max_row_bytes=10_000))
+
+    found = anyio.run(read)
+    if found.error is not None:
+        assert isinstance(found.error, InvalidData)
+        assert all(isinstance(error.line, int) and error.line >= 1 for error in found.error.errors)
+        return
+    header, *rows = [row for row in csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline="")) if row]
+    assert found.rows == [dict(zip([name.strip() for name in header], row, strict=True)) for row in rows]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+LINES = st.one_of(
+    st.dictionaries(st.text(max_size=3), VALUES, max_size=3).map(json.dumps),
+    VALUES.map(json.dumps),
+    st.text(alphabet='{}[]":,1a \\\t', max_size=12),
+)
+
+
+@settings(max_examples=2000)
+@given(lines=st.lists(LINES, max_size=6), end=st.sampled_from(["\n", "\r\n", "\n\n"]), size=PIECES)
+def test_any_ndjson_is_refused_or_read_as_python_reads_it(lines: list[str], end: str, size: int) -> None:
+    content = end.join(lines).encode()
+
+    async def read() -> Read:
+        fill = Fill(None, None, lambda: 10**6)
+        return await _read(ndjson_rows(_in_pieces(content, size), fill, max_row_bytes=10_000, max_depth=50))
+
+    found = anyio.run(read)
+    texts = [line for line in lines if line.strip()]
+    if found.error is not None:
+        assert isinstance(found.error, InvalidData)
+        for error in found.error.errors:
+            assert isinstance(error.line, int)
+            assert not _is_object(content.decode().split("\n")[error.line - 1])
+        return
+    assert found.rows == [json.loads(text) for text in texts]
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
