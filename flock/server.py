@@ -379,9 +379,12 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
 class _Protocol(HttpToolsProtocol):
     """uvicorn alone waits for ever for the head of a request, however long it is, and for the first one.
 
-    Where there are too many connections it refuses all of them, in plain text; this one refuses those that are new.
+    Where there are too many connections it refuses all of them, in plain text; this one refuses those that are new. And
+    what uvicorn answers before it has the whole body is often lost: see ``_Answer``.
     """
 
+    #: what comes is part of a body that was answered already, and is thrown away
+    is_deaf = False
     _timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _is_admitted = False
@@ -395,6 +398,8 @@ class _Protocol(HttpToolsProtocol):
         self._begin_head()
 
     def data_received(self, data: bytes) -> None:
+        if self.is_deaf:
+            return
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._begin_head()
         self._head_bytes += len(data)
@@ -408,9 +413,13 @@ class _Protocol(HttpToolsProtocol):
             self._is_admitted = self._max_connections is None or len(self.connections) <= self._max_connections
             self.app = self.config.loaded_app if self._is_admitted else _refuse
         super().on_headers_complete()
+        if self.cycle is not None:
+            self.cycle.transport = _Answer(self)  # type: ignore[assignment]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        if self.cycle is not None:
+            self.cycle.transport = self.transport  # no circle is left to the garbage collector
         super().connection_lost(exc)
 
     def _begin_head(self) -> None:
@@ -421,6 +430,28 @@ class _Protocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class _Answer:
+    """What uvicorn writes one answer to. It is closed in stages where the client is still sending.
+
+    A socket that is closed with something unread resets its connection, and the client loses the answer, if it ever was
+    to read it (RFC 9112, section 9.6). So only our side is closed, and uvicorn's time-out for idle connections is left
+    to end the other, if the client does not.
+    """
+
+    def __init__(self, protocol: _Protocol) -> None:
+        self._protocol = protocol
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+
+    def close(self) -> None:
+        protocol, transport = self._protocol, self._protocol.transport
+        if protocol.cycle.more_body and transport.can_write_eof() and not transport.is_closing():
+            protocol.is_deaf = True
+            transport.write_eof()
+        else:
+            transport.close()
 
 
 class _Server(uvicorn.Server):

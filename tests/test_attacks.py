@@ -570,6 +570,30 @@ async def test_what_follows_an_unread_body_is_not_a_request() -> None:
             assert answer.startswith(b"HTTP/1.1 " + status)
 
 
+def test_who_is_answered_within_a_body_can_read_the_answer(script: Path) -> None:
+    """Its rest is taken and thrown away, whatever it looks like; the kernel would reset the connection otherwise."""
+    command = flockapi_command("serve", str(script), "--port", "0", "--store", ":memory:")
+    smuggled = b"GET /agents HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100_000
+    head = HEAD + b"Content-Length: %d\r\n" % len(smuggled)
+    with running(*command, PYTHONPATH=str(ROOT), FLOCK_API_KEYS=f"ann={KEYS['ann']}") as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for more, status in ((b"", b"401"), (b"X-API-Key: " + KEYS["ann"].encode() + b"\r\n", b"413")) * 10:
+            with socket.create_connection(address, timeout=30) as connection:
+                connection.sendall(head + more + b"\r\n" + smuggled)
+                answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+            assert (answer[:12], answer.count(b"HTTP/1.1")) == (b"HTTP/1.1 " + status, 1)
+        with socket.create_connection(address, timeout=30) as connection:
+            connection.sendall(head + b"\r\n")
+            began = time.monotonic()
+            answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+            assert answer.startswith(b"HTTP/1.1 401")
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() - began < 30:
+                    connection.sendall(b"x")
+                    time.sleep(0.1)
+            assert time.monotonic() - began < 10, "nor is the rest waited for"
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     "headers",
