@@ -1,0 +1,614 @@
+"""Ten minutes of everything at once: does the server fail, lose a run, show one to somebody else, or grow?
+
+    python -m bench.soak                   # --minutes 1 to try it out
+
+Callers of two principals do whatever the API offers to a ``flockapi serve`` in a process of its own, one thing after
+another, as fast as they are answered: runs, batches, waits, event streams, cancels, retries, deletes, lists, replays,
+connections that break, and bad input of each kind. The store keeps all runs, so it grows on disk; memory must not.
+
+Each answer must have the status that its request asks for, and at the end each run and batch that was acknowledged must
+be there once, in a final state, for its principal only. The server's memory at the end may be a fifth more than it was
+after a fifth of the time (minute two of ten), when all code had run and all caches were full. Linux only: memory is
+read from /proc. It ends with 1 where a check fails.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import anyio
+import httpx
+
+from flock.auth import new_key
+from flock.core import Flock
+from flock.errors import AgentError
+from flock.runs import RunContext
+
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 60
+ANSWER_TIMEOUT_S = 60
+#: How long runs may go on when nobody sends any more, in seconds.
+SETTLE_S = 60
+#: Memory at the end, over so many seconds, may be so many times what it was after this share of the time.
+SETTLED_AFTER = 0.2
+WINDOW_S = 15
+MAX_GROWTH = 1.2
+#: How many failures are printed, and how much of each.
+MAX_SHOWN, MAX_LENGTH = 20, 600
+FINAL = ("completed", "failed", "cancelled")
+
+# The agents: ``flockapi serve`` loads this file for them
+
+flock = Flock("soak")
+
+
+@flock.agent
+async def add(a: int, b: int = 2) -> int:
+    return a + b
+
+
+@flock.agent
+async def nap(seconds: float, context: RunContext) -> str:
+    context.progress(0, 1, "asleep")
+    await anyio.sleep(seconds)
+    return "awake"
+
+
+@flock.agent
+def think(seconds: float) -> str:
+    time.sleep(seconds)
+    return "thought"
+
+
+@flock.agent
+async def repeat(text: str, times: int) -> str:
+    return text * times
+
+
+@flock.agent(next_agent="second")
+async def first(n: int) -> int:
+    return n
+
+
+@flock.agent
+async def second(result: int) -> int:
+    return result + 1
+
+
+@flock.agent
+async def shaky(context: RunContext) -> str:
+    if context.attempt == 1:
+        raise AgentError("Not at the first attempt.")
+    return "done"
+
+
+@flock.agent
+async def explode() -> str:
+    raise ValueError("boom")
+
+
+#: What a quick run may be: agent, inputs, result.
+QUICK: Sequence[tuple[str, dict[str, Any], Any]] = [
+    ("add", {"a": 1}, 3),
+    ("think", {"seconds": 0.005}, "thought"),
+    ("repeat", {"text": "ab", "times": 5000}, "ab" * 5000),
+    ("first", {"n": 1}, 2),
+    ("explode", {}, None),
+]
+
+
+# Who asks
+
+
+class Unexpected(Exception):
+    """The server has not done what it should."""
+
+
+class Ledger:
+    """What one principal must find at the end."""
+
+    def __init__(self) -> None:
+        self.runs: set[str] = set()
+        self.deleted: set[str] = set()
+        self.batches: dict[str, int] = {}
+        #: requests whose answer nobody read: how the run ends, if there is one
+        self.left: dict[str, Sequence[str]] = {}
+
+
+class Caller:
+    """Does one thing after another, with runs of its own; its principal has others beside it."""
+
+    def __init__(self, url: str, key: str, own: Ledger, foreign: Ledger, tally: Counter[tuple[str, str]]) -> None:
+        self.own = own
+        self.foreign = foreign
+        self.operation = ""
+        self.final: list[str] = []
+        self.key = key
+        self.port = int(url.rpartition(":")[2])
+        self._tally = tally
+        # The server closes what was silent for 5 s, perhaps just when it is used again.
+        limits = httpx.Limits(keepalive_expiry=2)
+        self._client = httpx.AsyncClient(base_url=url, timeout=ANSWER_TIMEOUT_S, limits=limits)
+
+    async def ask(
+        self, method: str, path: str, *expected: int, headers: dict[str, str] | None = None, **more: Any
+    ) -> httpx.Response:
+        """Raises Unexpected where the answer has another status than one of *expected*."""
+        try:
+            answer = await self._client.request(
+                method, path, headers={"X-API-Key": self.key, **(headers or {})}, **more
+            )
+        except httpx.TransportError as exc:
+            self.count(type(exc).__name__)
+            raise Unexpected(f"{method} {path}: {exc!r}") from exc
+        self.count(str(answer.status_code))
+        if answer.status_code not in expected:
+            raise Unexpected(f"{method} {path}: {answer.status_code}, not {expected}: {answer.text[:500]}")
+        return answer
+
+    def count(self, outcome: str) -> None:
+        self._tally[self.operation, outcome] += 1
+
+    async def start(self, agent_name: str, inputs: dict[str, Any]) -> str:
+        """An asynchronous run."""
+        body = {"agent_name": agent_name, "inputs": inputs, "async_run": True}
+        run_id: str = (await self.ask("POST", "/run/flock", 202, json=body)).json()["run_id"]
+        self.own.runs.add(run_id)
+        return run_id
+
+    async def end(self, run_id: str, *statuses: str) -> Any:
+        """The run at its end."""
+        run = (await self.ask("GET", f"/run/{run_id}?wait=30", 200)).json()
+        check(run["status"] in statuses, f"run {run_id} is {run['status']}, not {statuses}")
+        self.final.append(run_id)
+        return run
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+def check(is_right: bool, words: str) -> None:
+    if not is_right:
+        raise Unexpected(words)
+
+
+# What they do
+
+Operation = Callable[[Caller], Awaitable[None]]
+OPERATIONS: dict[Operation, int] = {}
+
+
+def operation(weight: int) -> Callable[[Operation], Operation]:
+    """It is done *weight* times where another is done once."""
+
+    def add_operation(function: Operation) -> Operation:
+        OPERATIONS[function] = weight
+        return function
+
+    return add_operation
+
+
+@operation(20)
+async def run(caller: Caller) -> None:
+    agent_name, inputs, result = random.choice(QUICK)
+    answer = await caller.ask("POST", "/run/flock", 200, json={"agent_name": agent_name, "inputs": inputs})
+    caller.own.runs.add(answer.json()["run_id"])
+    check(answer.json()["result"] == (None if result is None else {"result": result}), answer.text[:500])
+    caller.final.append(answer.json()["run_id"])
+
+
+@operation(10)
+async def start_and_wait(caller: Caller) -> None:
+    agent_name, inputs, result = random.choice([*QUICK, ("nap", {"seconds": random.uniform(0, 0.5)}, "awake")])
+    run = await caller.end(await caller.start(agent_name, inputs), "completed", "failed")
+    check(run["result"] == (None if result is None else {"result": result}), str(run)[:500])
+
+
+@operation(5)
+async def start_and_forget(caller: Caller) -> None:
+    await caller.start("nap", {"seconds": random.uniform(0, 3)})
+
+
+@operation(5)
+async def prefer(caller: Caller) -> None:
+    body = {"agent_name": "nap", "inputs": {"seconds": random.uniform(0, 2)}}
+    headers = {"Prefer": "respond-async, wait=1"}
+    answer = await caller.ask("POST", "/run/flock", 200, 202, json=body, headers=headers)
+    caller.own.runs.add(answer.json()["run_id"])
+
+
+@operation(5)
+async def batch(caller: Caller) -> None:
+    agent_name, item, _ = random.choice(QUICK)
+    items = [item] * random.randint(1, 50)
+    body = {"agent_name": agent_name, "batch_inputs": items}
+    batch_id = (await caller.ask("POST", "/run/batch", 202, json=body)).json()["batch_id"]
+    caller.own.batches[batch_id] = len(items)
+    for _ in range(random.randint(0, 3)):
+        found = (await caller.ask("GET", f"/batch/{batch_id}", 200)).json()
+        check(found["completed_items"] <= found["total_items"] == len(items), str(found)[:500])
+
+
+@operation(5)
+async def events(caller: Caller) -> None:
+    """Read to the end, and then a browser's second try."""
+    run_id = await caller.start("nap", {"seconds": random.uniform(0, 0.5)})
+    text = (await caller.ask("GET", f"/run/{run_id}/events", 200)).text
+    names, ids = re.findall(r"^event: (.*)$", text, re.MULTILINE), re.findall(r"^id: (\d+)$", text, re.MULTILINE)
+    ends = [name for name in names if name.removeprefix("run.") in FINAL]
+    check(ends == names[-1:] and ids == sorted(set(ids), key=int), text[:500])
+    await caller.ask("GET", f"/run/{run_id}/events", 204, headers={"Last-Event-ID": ids[-1]})
+    caller.final.append(run_id)
+
+
+@operation(5)
+async def cancel(caller: Caller) -> None:
+    """While others wait for it and read its events."""
+    run_id = await caller.start("nap", {"seconds": 60})
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(caller.end(run_id, "cancelled"))
+        reading = tasks.create_task(caller.ask("GET", f"/run/{run_id}/events", 200))
+        await asyncio.sleep(random.uniform(0, 0.2))
+        await caller.ask("POST", f"/run/{run_id}/cancel", 200, 202)
+    check(waiting.result()["error_type"] == "cancelled", str(waiting.result()))
+    check(reading.result().text.count("event: run.cancelled") == 1, reading.result().text)
+    await caller.ask("POST", f"/run/{run_id}/cancel?wait=10", 200)
+    finished = await caller.start("add", {"a": 1})
+    await caller.end(finished, "completed")
+    await caller.ask("POST", f"/run/{finished}/cancel", 409)
+
+
+@operation(5)
+async def retry(caller: Caller) -> None:
+    run_id = await caller.start("shaky", {})
+    await caller.end(run_id, "failed")
+    await caller.ask("POST", f"/run/{run_id}/retry", 202)
+    run = await caller.end(run_id, "completed")
+    check(run["attempt"] == 2, str(run))
+    await caller.ask("POST", f"/run/{run_id}/retry", 409)
+
+
+@operation(5)
+async def delete(caller: Caller) -> None:
+    working = await caller.start("nap", {"seconds": 60})
+    await caller.ask("DELETE", f"/run/{working}", 409)
+    await caller.ask("POST", f"/run/{working}/cancel?wait=10", 200)
+    for run_id in (working, *caller.final[:1]):
+        caller.own.runs.discard(run_id)
+        caller.own.deleted.add(run_id)
+        caller.final = [kept for kept in caller.final if kept != run_id]
+        await caller.ask("DELETE", f"/run/{run_id}", 204)
+        await caller.ask("GET", f"/run/{run_id}", 404)
+
+
+@operation(5)
+async def list_runs(caller: Caller) -> None:
+    filters = ["limit=50&status=completed", "status=running", "agent_name=add&include=result", "limit=1000"]
+    path = f"/runs?{random.choice(filters)}"
+    for _ in range(3):
+        page = (await caller.ask("GET", path, 200)).json()
+        foreign = [run["run_id"] for run in page["runs"] if run["run_id"] in caller.foreign.runs]
+        check(not foreign, f"{path} shows runs of the other principal: {foreign[:3]}")
+        if (path := page["next"]) is None:
+            break
+
+
+@operation(5)
+async def replay(caller: Caller) -> None:
+    body: dict[str, Any] = {"agent_name": "add", "inputs": {"a": 1}, "async_run": random.random() < 0.5}
+    path, id_ = "/run/flock", "run_id"
+    if random.random() < 0.3:
+        body, path, id_ = {"agent_name": "add", "batch_inputs": [{"a": 1}] * 3}, "/run/batch", "batch_id"
+    headers = {"Idempotency-Key": str(uuid4())}
+    first = await caller.ask("POST", path, 200, 202, json=body, headers=headers)
+    made_id = first.json()[id_]
+    if id_ == "run_id":
+        caller.own.runs.add(made_id)
+    else:
+        caller.own.batches[made_id] = 3
+    again = await caller.ask("POST", path, 200, 202, json=body, headers=headers)
+    check(again.json()[id_] == made_id and again.headers.get("Idempotency-Replayed") == "true", again.text[:500])
+    await caller.ask("POST", path, 422, json={**body, "agent_name": "nap"}, headers=headers)
+
+
+@operation(5)
+async def be_nosy(caller: Caller) -> None:
+    """Ask for what belongs to the other principal, in each way."""
+    runs, batches = list(caller.foreign.runs), list(caller.foreign.batches)
+    if not runs or not batches:
+        return
+    run_id = random.choice(runs)
+    for method, path in (
+        ("GET", ""),
+        ("GET", "?wait=5"),
+        ("GET", "/events"),
+        ("POST", "/cancel"),
+        ("POST", "/retry"),
+        ("DELETE", ""),
+    ):
+        await caller.ask(method, f"/run/{run_id}{path}", 404)
+    await caller.ask("GET", f"/batch/{random.choice(batches)}", 404)
+
+
+@operation(10)
+async def leave(caller: Caller) -> None:
+    """Break the connection at some moment: within a body, before an answer, within one."""
+    request_id, is_async = uuid4().hex, random.random() < 0.5
+    seconds = 1 if is_async else 60
+    body = json.dumps({"agent_name": "nap", "inputs": {"seconds": seconds}, "async_run": is_async})
+    path, sent, statuses = "/run/flock", body, ["completed" if is_async else "cancelled"]
+    match random.choice(["half", "run", "wait", "events"]):
+        case "half":
+            sent, statuses = body[: len(body) // 2], []
+        case "wait" | "events" as how:
+            run_id = await caller.start("nap", {"seconds": random.uniform(0, 1)})
+            path, body, sent = f"/run/{run_id}" + ("?wait=30" if how == "wait" else "/events"), "", ""
+    head = [f"{'POST' if body else 'GET'} {path} HTTP/1.1", "Host: localhost", f"X-API-Key: {caller.key}"]
+    head += [f"X-Request-ID: {request_id}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    caller.own.left[request_id] = statuses
+    async with await anyio.connect_tcp("127.0.0.1", caller.port) as stream:
+        await stream.send("\r\n".join([*head, "", sent]).encode())
+        await asyncio.sleep(random.choice([0, random.uniform(0, 0.5)]))
+    caller.count("left")
+
+
+@operation(3)
+async def look_around(caller: Caller) -> None:
+    for path in ("/agents", "/agents/add", "/healthz", "/readyz", "/openapi.json", "/openapi.yaml", "/docs"):
+        await caller.ask("GET", path, 200)
+
+
+JSON = {"Content-Type": "application/json"}
+ADD = {"agent_name": "add", "inputs": {"a": 1}}
+UNKNOWN = "/run/01a20e41-e4ec-74f9-8450-7dd74efe56ba"
+#: What is wrong with it, the status that says so, and the request.
+BAD_INPUT: Sequence[tuple[str, int, str, str, dict[str, Any]]] = [
+    ("malformed JSON", 400, "POST", "/run/flock", {"content": '{"agent_name": "add",}', "headers": JSON}),
+    ("not UTF-8", 400, "POST", "/run/flock", {"content": b'{"agent_name": "\xff"}', "headers": JSON}),
+    ("no body", 400, "POST", "/run/batch", {"content": "", "headers": JSON}),
+    ("nested deep", 400, "POST", "/run/flock", {"content": '{"inputs":' + "[" * 50_000, "headers": JSON}),
+    ("wrong type", 422, "POST", "/run/flock", {"json": {"agent_name": "add", "inputs": {"a": "x"}}}),
+    ("field missing", 422, "POST", "/run/flock", {"json": {"agent_name": "add"}}),
+    ("field unknown", 422, "POST", "/run/flock", {"json": {**ADD, "color": "red"}}),
+    ("item of a wrong type", 422, "POST", "/run/batch", {"json": {"agent_name": "add", "batch_inputs": [{"a": []}]}}),
+    ("batch of a file", 422, "POST", "/run/batch", {"json": {"agent_name": "add", "batch_inputs": "/etc/passwd"}}),
+    ("query", 422, "GET", "/runs?limit=0", {}),
+    ("unknown agent", 404, "POST", "/run/flock", {"json": {"agent_name": "nobody"}}),
+    ("unknown run", 404, "GET", f"{UNKNOWN}?wait=5", {}),
+    ("unknown run", 404, "DELETE", UNKNOWN, {}),
+    ("unknown path", 404, "GET", "/nowhere", {}),
+    ("wrong method", 405, "PUT", "/run/flock", {"json": ADD}),
+    ("body too long", 413, "POST", "/run/flock", {"content": b" " * 2**21, "headers": JSON}),
+    ("headers too long", 431, "GET", "/runs", {"headers": {"X-Long": "x" * 66_000}}),
+    ("content type", 415, "POST", "/run/flock", {"content": json.dumps(ADD), "headers": {"Content-Type": "text/csv"}}),
+    ("wrong key", 401, "POST", "/run/flock", {"json": ADD, "headers": {"X-API-Key": "fk_of_nobody_at_all"}}),
+    ("no key", 401, "GET", "/runs", {"headers": {"X-API-Key": ""}}),
+    ("not an admin", 403, "GET", "/metrics", {}),
+    ("foreign page", 403, "POST", "/run/flock", {"json": ADD, "headers": {"Origin": "http://evil.example"}}),
+    ("idempotency key", 400, "POST", "/run/flock", {"json": ADD, "headers": {"Idempotency-Key": "a b"}}),
+]
+
+
+@operation(15)
+async def bad_input(caller: Caller) -> None:
+    words, status, method, path, request = random.choice(BAD_INPUT)
+    caller.operation = f"bad: {words}"
+    answer = await caller.ask(method, path, status, **request)
+    check(answer.headers["Content-Type"] == "application/problem+json", f"{words}: {answer.headers}")
+    check(answer.json()["status"] == status, answer.text)
+
+
+# The soak
+
+
+class Soak:
+    """What the callers did, what went wrong, and the server's memory in each second."""
+
+    def __init__(self, url: str, pid: int, keys: dict[str, str]) -> None:
+        self.tally: Counter[tuple[str, str]] = Counter()
+        self.failures: list[str] = []
+        self.memory_kib: list[int] = []
+        self.ledgers = {name: Ledger() for name in keys}
+        self._url = url
+        self._pid = pid
+        self._keys = keys
+
+    async def load(self, minutes: float, callers: int) -> None:
+        names = list(self._keys)
+        until = time.monotonic() + 60 * minutes
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch(until))
+            for number in range(callers):
+                tasks.create_task(self._call(names[number % 2], names[1 - number % 2], until))
+
+    @contextlib.asynccontextmanager
+    async def caller(self, name: str, other: str) -> AsyncIterator[Caller]:
+        caller = Caller(self._url, self._keys[name], self.ledgers[name], self.ledgers[other], self.tally)
+        try:
+            yield caller
+        finally:
+            await caller.aclose()
+
+    async def _call(self, name: str, other: str, until: float) -> None:
+        async with self.caller(name, other) as caller:
+            while time.monotonic() < until:
+                (chosen,) = random.choices(list(OPERATIONS), list(OPERATIONS.values()))
+                caller.operation = chosen.__name__.replace("_", " ")
+                try:
+                    await chosen(caller)
+                except* Unexpected as group:
+                    self.failures += [f"{caller.operation}: {exc}" for exc in group.exceptions]
+                del caller.final[:-100]
+
+    async def _watch(self, until: float) -> None:
+        while time.monotonic() < until:
+            await asyncio.sleep(1)
+            self.memory_kib.append(memory_kib(self._pid))
+            if len(self.memory_kib) % 60 == 0:
+                print(f"{len(self.memory_kib) // 60:3} min {self._progress()}", flush=True)
+
+    def _progress(self) -> str:
+        return f"{self.tally.total():8} requests {self.memory_kib[-1] / 1024:7.1f} MiB {len(self.failures):3} failures"
+
+    async def look_back(self) -> None:
+        """Compare what is there at the end with what was acknowledged."""
+        one, other = self.ledgers
+        found = {}
+        for name, foreign in ((one, other), (other, one)):
+            async with self.caller(name, foreign) as caller:
+                caller.operation = "look back"
+                try:
+                    found[name] = await _find(caller)
+                    self.failures += [f"{name}: {fault}" async for fault in faults(caller, found[name])]
+                except Unexpected as exc:
+                    self.failures.append(f"{name}: {exc}")
+        if len(found) == 2 and (shared := found[one].keys() & found[other].keys()):
+            self.failures.append(f"{len(shared)} runs are in the lists of both principals, such as {min(shared)}")
+
+
+async def _find(caller: Caller) -> dict[str, list[Any]]:
+    """All that the list shows of each run, once none is at work any more."""
+    deadline = time.monotonic() + SETTLE_S
+    for status in ("starting", "running"):
+        while (await caller.ask("GET", f"/runs?status={status}&limit=1", 200)).json()["runs"]:
+            check(time.monotonic() < deadline, f"there are still runs that are {status}")
+            await asyncio.sleep(0.2)
+    shown: dict[str, list[Any]] = {}
+    path = "/runs?limit=1000"
+    while path is not None:
+        page = (await caller.ask("GET", path, 200)).json()
+        for run in page["runs"]:
+            shown.setdefault(run["run_id"], []).append(run)
+        path = page["next"]
+    return shown
+
+
+async def faults(caller: Caller, shown: dict[str, list[Any]]) -> AsyncIterator[str]:
+    """What is wrong with the runs that a principal's list shows, and with its batches."""
+    own = caller.own
+    for run_id in own.runs - shown.keys():
+        yield f"run {run_id} was acknowledged, and is lost"
+    for run_id in own.deleted & shown.keys():
+        yield f"run {run_id} was deleted, and is there"
+    for run_id, runs in shown.items():
+        if len(runs) > 1 or runs[0]["status"] not in FINAL:
+            yield f"run {run_id} is there {len(runs)} times, and {runs[0]['status']}"
+        if run_id not in own.runs and runs[0]["status"] not in own.left.get(runs[0]["request_id"], []):
+            yield f"run {run_id} is {runs[0]['status']}, and nobody's: {runs[0]}"
+    for batch_id, items in own.batches.items():
+        batch = (await caller.ask("GET", f"/batch/{batch_id}", 200)).json()
+        results = [result for result in batch["results"] if result is not None]
+        if batch["status"] not in FINAL or (batch["completed_items"], len(results)) != (items, items):
+            counts = f"{batch['completed_items']} ended items and {len(results)} results"
+            yield f"batch {batch_id} of {items} is {batch['status']}, with {counts}"
+
+
+# The server
+
+
+def memory_kib(pid: int) -> int:
+    """What the process has for itself, and its share of what it has together with others."""
+    found = re.search(r"^Pss: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+@contextlib.contextmanager
+def serve(folder: Path, keys: dict[str, str]) -> Iterator[tuple[str, int]]:
+    """``flockapi serve`` on a free port: its URL, and its process. Its log is in *folder*."""
+    command = [sys.executable, "-m", "flock.cli", "serve", __file__, "--port", "0", "--store", str(folder / "soak.db")]
+    env = {**os.environ, "FLOCK_API_KEYS": ",".join(f"{name}={key}" for name, key in keys.items())}
+    with (folder / "log").open("w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as process:
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while (up := re.search(r"running on (http://\S+)", (folder / "log").read_text())) is None:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"The server did not start:\n{(folder / 'log').read_text()}")
+                time.sleep(0.1)
+            yield up[1], process.pid
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+            process.kill()
+
+
+def log_faults(folder: Path) -> Iterator[str]:
+    """What the log says that nobody may have heard: answers with 5xx, and exceptions that no agent raised."""
+    with (folder / "log").open() as log:
+        for line in log:
+            if re.search(r'" 5\d\d|in ASGI application|request \w+ failed|never retrieved|cannot be watched', line):
+                yield f"log: {line.strip()}"
+
+
+# What is printed
+
+
+def print_tally(tally: Counter[tuple[str, str]]) -> None:
+    for name in sorted({name for name, _ in tally}):
+        counts = [f"{outcome}: {tally[name, outcome]}" for other, outcome in sorted(tally) if other == name]
+        print(f"{name:24} {', '.join(counts)}")
+    print(f"{'all':24} {tally.total()}")
+
+
+def memory_is_flat(memory: Sequence[int]) -> bool:
+    settled_at = round(SETTLED_AFTER * len(memory))
+    settled, end = statistics.median(memory[settled_at:][:WINDOW_S]), statistics.median(memory[-WINDOW_S:])
+    print(
+        f"memory: {settled / 1024:.1f} MiB after {settled_at} s, {end / 1024:.1f} MiB at the end, after {len(memory)} s"
+    )
+    print(f"{end / settled:.3f} times as much, may be {MAX_GROWTH:g}")
+    return end <= MAX_GROWTH * settled
+
+
+async def soak(folder: Path, minutes: float, callers: int) -> Soak:
+    keys = {"ann": new_key(), "bob": new_key()}
+    with serve(folder, keys) as (url, pid):
+        soaked = Soak(url, pid, keys)
+        await soaked.load(minutes, callers)
+        await soaked.look_back()
+    soaked.failures += log_faults(folder)
+    return soaked
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10, help="of load (default: 10)")
+    parser.add_argument("--callers", type=int, default=16, help="at the same time (default: 16)")
+    parser.add_argument("--folder", default=".", help="where the store is made, on a real disk (default: here)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-soak-") as made:
+        soaked = asyncio.run(soak(Path(made).resolve(), options.minutes, options.callers))
+        size_mib = (Path(made) / "soak.db").stat().st_size / 2**20
+    print_tally(soaked.tally)
+    ledgers = soaked.ledgers.values()
+    runs, batches = sum(len(ledger.runs) for ledger in ledgers), sum(len(ledger.batches) for ledger in ledgers)
+    deleted, left = sum(len(ledger.deleted) for ledger in ledgers), sum(len(ledger.left) for ledger in ledgers)
+    print(f"{runs} runs and {batches} batches were looked for, {deleted} runs deleted, {left} requests left")
+    print(f"the store has {size_mib:.0f} MiB")
+    is_flat = memory_is_flat(soaked.memory_kib)
+    for failure in soaked.failures[:MAX_SHOWN]:
+        print(failure[:MAX_LENGTH])
+    are_met = is_flat and not soaked.failures
+    print(
+        "met" if are_met else "MISSED", f"{len(soaked.failures)} failures, memory {'is flat' if is_flat else 'GROWS'}"
+    )
+    return 0 if are_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
