@@ -25,7 +25,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlencode
-from urllib.request import parse_http_list
 
 import anyio
 import anyio.lowlevel
@@ -69,6 +68,8 @@ from flock.errors import (
     WrongHost,
 )
 from flock.life import life_of
+from flock.negotiation import preferences, preferred
+from flock.results import RESULT_TYPES, results_as
 from flock.runs import (
     Batch,
     BatchFilter,
@@ -82,7 +83,7 @@ from flock.runs import (
     RunStatus,
     events_of,
 )
-from flock.tables import EXPANSION, CSVWriter, Fill, csv_rows, json_rows, ndjson_rows, read_file
+from flock.tables import EXPANSION, Fill, csv_rows, json_rows, ndjson_rows, read_file
 from flock.wire import (
     BATCH_REQUEST,
     BATCH_RETRY,
@@ -112,9 +113,11 @@ from flock.wire import (
     RunSummary,
     UploadQuery,
     WaitQuery,
+    batch_request_from,
+    query_from,
     shown_as,
 )
-from flock.workflow import Columns, columns_of
+from flock.workflow import columns_of
 
 if TYPE_CHECKING:
     from flock.metrics import Metrics
@@ -186,22 +189,6 @@ async def read_json(request: Request) -> bytes:
 BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
 
 
-def upload_of(request: Request) -> tuple[FlockBatchRequest, str]:
-    """What the query says of an upload, and the delimiter of its cells. Raises InvalidData."""
-    query = query_of(request, UploadQuery)
-    options = msgspec.structs.asdict(query)
-    delimiter: str = options.pop("delimiter")
-    for name, type_ in (("static_inputs", dict[str, msgspec.Raw]), ("input_mapping", dict[str, str])):
-        if options[name] is not msgspec.UNSET:
-            try:
-                options[name] = msgspec.json.decode(options[name], type=type_)
-            except (msgspec.DecodeError, RecursionError) as exc:
-                detail = f"{name!r} in the query is a JSON object ({str(exc).replace('`', chr(39))})."
-                raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
-    options = {name: value for name, value in options.items() if value is not msgspec.UNSET}
-    return FlockBatchRequest(batch_inputs=[], **options), delimiter
-
-
 def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: Body, delimiter: str) -> Items:
     """The rows of a batch, none of which is read yet. Raises InvalidData, AgentNotFound; reading them raises more."""
     app, chunks = app_of(request), body.upload()
@@ -224,48 +211,14 @@ def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: 
     return csv_rows(chunks, signature, fill, delimiter=delimiter, max_row_bytes=app.max_body_bytes)
 
 
-NUMBER = re.compile(r"-?[0-9]{1,15}")
-DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
-BOOLEANS = {"true": True, "false": False}
-
-
 def query_of(request: Request, type_: type[Query]) -> Query:
     """The query as a struct. Raises InvalidData, which names the parameter."""
-    sent = request.query_params.multi_items()
-    if len({name for name, _ in sent}) < len(sent):
-        raise InvalidData([FieldError(detail="A parameter of the query is there twice.", pointer="")])
-    # Only what is a number or a truth value is converted: a time, say, is no number of seconds.
-    defaults = {field.name: field.default for field in msgspec.structs.fields(type_)}
-    read: dict[str, Any] = dict(sent)
-    for name, value in sent:
-        if isinstance(defaults.get(name), bool):
-            read[name] = BOOLEANS.get(value, value)
-        elif isinstance(defaults.get(name), int) and NUMBER.fullmatch(value):
-            read[name] = int(value)
-        elif name == "timeout_s" and DECIMAL.fullmatch(value):
-            read[name] = float(value)
-    try:
-        return msgspec.convert(read, type_)
-    except msgspec.ValidationError as exc:
-        reason, _, place = str(exc).replace("`", "'").partition(" - at '$.")
-        name = f"'{place[:-1]}' in the query" if place else "The query"
-        raise InvalidData([FieldError(detail=f"{name}: {reason}.", pointer="")]) from exc
+    return query_from(request.query_params.multi_items(), type_)
 
 
 def wait_of(request: Request, query: WaitQuery | BatchQuery | None = None) -> int:
     """How many seconds to wait: what is asked for, up to what the app allows. Raises InvalidData."""
     return min((query or query_of(request, WaitQuery)).wait, app_of(request).max_wait_s)
-
-
-def preferences(request: Request) -> dict[str, str]:
-    """What ``Prefer`` asks for, without the parameters. Of one that is named twice the first counts (RFC 7240, 2)."""
-    found: dict[str, str] = {}
-    if "prefer" not in request.headers:
-        return found
-    for preference in parse_http_list(",".join(request.headers.getlist("prefer"))):
-        name, _, value = preference.partition(";")[0].partition("=")
-        found.setdefault(name.strip().lower(), value.strip().strip('"'))
-    return found
 
 
 def traceparent_of(request: Request) -> str | None:
@@ -290,23 +243,6 @@ def idempotency_key(request: Request, fingerprint: bytes | Callable[[], bytes]) 
 
 def fingerprint_of(request: Request, body: bytes) -> bytes:
     return hashlib.sha256(request.scope["endpoint"].__name__.encode() + b" " + body).digest()
-
-
-def preferred(accept: str, offered: Sequence[str]) -> str | None:
-    """Which of the media types *offered* a client likes best; of equal ones the first (RFC 9110, section 12.5.1)."""
-
-    def quality(media_type: str) -> float:
-        found: dict[int, float] = {}
-        for sent in accept.lower().split(",") if accept.strip() else ["*/*"]:
-            range_, *parameters = [part.strip() for part in sent.split(";")]
-            kind = media_type.partition("/")[0]
-            rank = ("*/*", f"{kind}/*", media_type).index(range_) if range_ in ("*/*", f"{kind}/*", media_type) else -1
-            weight = next((p[2:] for p in parameters if p.startswith("q=")), "1")
-            found[rank] = float(weight) if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight) else 1.0
-        return found[max(found)] if max(found) >= 0 else 0.0
-
-    best = max(offered, key=quality)
-    return best if quality(best) > 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,10 +352,6 @@ def batch_response(
     return JSONResponse(body, status_code, headers | _accepted(request, f"/batch/{batch.batch_id}", status_code))
 
 
-#: What ``GET /batch/{batch_id}/results`` gives, by the name that ``?format=`` has for it.
-RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv"}
-
-
 def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
     """The format of a download: what ``?format=`` names, or what ``Accept`` prefers. Raises HTTPException 406."""
     if not isinstance(named, msgspec.UnsetType):
@@ -428,26 +360,6 @@ def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
     if best is None:
         raise HTTPException(406, f"Results are given as {', '.join(RESULT_TYPES.values())}; say so in Accept.")
     return next(name for name, media_type in RESULT_TYPES.items() if media_type == best)
-
-
-async def results_as(
-    format_: str, pages: AsyncIterator[Sequence[Run]], columns: Columns, escape_formulas: bool
-) -> AsyncIterator[bytes]:
-    """The items of *pages* in a format of ``RESULT_TYPES``."""
-    table = CSVWriter(*columns, escape_formulas=escape_formulas)
-    encoder, separator = msgspec.json.Encoder(), b""
-    yield {"json": b"[", "ndjson": b"", "csv": table.header()}[format_]
-    async for page in pages:
-        if format_ == "csv":
-            yield table.rows(page)
-            continue
-        items = [shown_as(BatchItem, item) for item in page]
-        if format_ == "ndjson":
-            yield encoder.encode_lines(items)
-        else:
-            yield separator + encoder.encode(items)[1:-1]
-            separator = b","
-    yield b"]\n" if format_ == "json" else b""
 
 
 def _item_result(run: Run, options: BatchOptions) -> Any:
@@ -606,7 +518,7 @@ async def run_flock(request: Request) -> Response:
     """
     body = await read_json(request)
     key = idempotency_key(request, fingerprint_of(request, body))
-    wanted, prefer = RUN_REQUEST.decode(body), preferences(request)
+    wanted, prefer = RUN_REQUEST.decode(body), preferences(request.headers.getlist("prefer"))
     responds_async = "respond-async" in prefer
     is_async = wanted.async_run or responds_async
     engine, headers = await engine_of(request), {}
@@ -696,7 +608,8 @@ async def run_batch(request: Request) -> Response:
     else:
         body = Body(request, app.max_upload_bytes, app.body_timeout_s)
         key = idempotency_key(request, lambda: fingerprint_of(request, request.url.query.encode() + body.digest()))
-        wanted, delimiter = upload_of(request)
+        query = query_of(request, UploadQuery)
+        wanted, delimiter = batch_request_from(query), query.delimiter
     if wanted.write_to_csv is not None:
         detail = "No file of the server is written on a client's word. Leave it out, and read the results over HTTP."
         raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])

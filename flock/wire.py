@@ -2,13 +2,14 @@
 
 import functools
 import operator
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from flock.errors import FieldError
+from flock.errors import FieldError, InvalidData
 from flock.jsontype import JSONType
 from flock.runs import OnInvalid, Progress, RunStatus, Usage
 
@@ -43,6 +44,8 @@ __all__ = [
     "Time",
     "UploadQuery",
     "WaitQuery",
+    "batch_request_from",
+    "query_from",
     "shown_as",
 ]
 
@@ -170,6 +173,49 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def includes(self, name: str) -> bool:
         return not isinstance(self.include, msgspec.UnsetType) and name in self.include
+
+
+NUMBER = re.compile(r"-?[0-9]{1,15}")
+DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
+BOOLEANS = {"true": True, "false": False}
+
+
+def query_from(sent: Sequence[tuple[str, str]], type_: type[T]) -> T:
+    """The parameters of a query as a struct. Raises InvalidData, which names the parameter."""
+    if len({name for name, _ in sent}) < len(sent):
+        raise InvalidData([FieldError(detail="A parameter of the query is there twice.", pointer="")])
+    # Only what is a number or a truth value is converted: a time, say, is no number of seconds.
+    defaults = {field.name: field.default for field in msgspec.structs.fields(type_)}  # type: ignore[arg-type]
+    read: dict[str, Any] = dict(sent)
+    for name, value in sent:
+        if isinstance(defaults.get(name), bool):
+            read[name] = BOOLEANS.get(value, value)
+        elif isinstance(defaults.get(name), int) and NUMBER.fullmatch(value):
+            read[name] = int(value)
+        elif name == "timeout_s" and DECIMAL.fullmatch(value):
+            read[name] = float(value)
+    try:
+        return msgspec.convert(read, type_)
+    except msgspec.ValidationError as exc:
+        reason, _, place = str(exc).replace("`", "'").partition(" - at '$.")
+        name = f"'{place[:-1]}' in the query" if place else "The query"
+        raise InvalidData([FieldError(detail=f"{name}: {reason}.", pointer="")]) from exc
+
+
+def batch_request_from(query: UploadQuery) -> FlockBatchRequest:
+    """What the query says of an upload, in the form of a JSON body without rows. Raises InvalidData."""
+    options = msgspec.structs.asdict(query)
+    del options["delimiter"]
+    for name, type_ in (("static_inputs", dict[str, msgspec.Raw]), ("input_mapping", dict[str, str])):
+        if options[name] is not msgspec.UNSET:
+            try:
+                options[name] = msgspec.json.decode(options[name], type=type_)
+            except (msgspec.DecodeError, RecursionError) as exc:
+                detail = f"{name!r} in the query is a JSON object ({str(exc).replace('`', chr(39))})."
+                raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
+    return FlockBatchRequest(
+        batch_inputs=[], **{name: value for name, value in options.items() if value is not msgspec.UNSET}
+    )
 
 
 # What goes out

@@ -12,7 +12,9 @@ RANKS = {
     "flock": 0,  # the version, loaded before everything
     "flock.errors": 0,
     "flock.auth": 2,
+    "flock.negotiation": 0,
     "flock.tables": 3,
+    "flock.results": 5,
     "flock.wire": 2,
     "flock.contract": 1,
     "flock.jsontype": 1,

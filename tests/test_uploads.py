@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 from flock.auth import new_key
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError, FlockError, InvalidData, TooLarge
+from flock.negotiation import preferred
 from flock.runs import Row
 from flock.signature import Signature
 from flock.tables import Fill, csv_rows, ndjson_rows
-from flockapi import FlockAPI, create_app, preferred
+from flockapi import FlockAPI, create_app
 from tests.fakes import ROOT, flockapi_command, running
 
 pytestmark = pytest.mark.anyio

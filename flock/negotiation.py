@@ -1,0 +1,33 @@
+"""What a client prefers, as it says in headers."""
+
+import re
+from collections.abc import Sequence
+from urllib.request import parse_http_list
+
+__all__ = ["preferences", "preferred"]
+
+
+def preferences(sent: Sequence[str]) -> dict[str, str]:
+    """What ``Prefer`` asks for, without the parameters. Of one that is named twice the first counts (RFC 7240, 2)."""
+    found: dict[str, str] = {}
+    for preference in parse_http_list(",".join(sent)) if sent else ():
+        name, _, value = preference.partition(";")[0].partition("=")
+        found.setdefault(name.strip().lower(), value.strip().strip('"'))
+    return found
+
+
+def preferred(accept: str, offered: Sequence[str]) -> str | None:
+    """Which of the media types *offered* a client likes best; of equal ones the first (RFC 9110, section 12.5.1)."""
+    sent: dict[str, float] = {}
+    for range_ in accept.lower().split(",") if accept.strip() else ["*/*"]:
+        name, *parameters = (part.strip() for part in range_.split(";"))
+        weight = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        sent[name] = float(weight) if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight) else 1.0
+
+    def quality(media_type: str) -> float:
+        """By the range that says most of it."""
+        ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
+        return next((sent[name] for name in ranges if name in sent), 0.0)
+
+    best = max(offered, key=quality)
+    return best if quality(best) > 0 else None
