@@ -206,8 +206,8 @@ class BatchStore:
 
     def cancels_for(self, owner: str) -> Sequence[str]:
         """Batches of *owner* that somebody asked to cancel."""
-        query = """SELECT batch_id FROM batches
-            WHERE owner = ? AND cancel_requested = 1 AND status IN ('starting', 'running')"""
+        query = """SELECT batch_id FROM batches INDEXED BY batches_open
+            WHERE owner = ? AND cancel_requested = 1 AND completed_at IS NULL"""
         return self._store.read(lambda db: [row[0] for row in db.execute(query, (owner,))])
 
     async def reopen(
@@ -294,7 +294,7 @@ def _page(items: Iterable[Run]) -> list[Run]:
 
 
 def _check_room(db: sqlite3.Connection, flock: str, more: int, max_open_items: int) -> None:
-    query = """SELECT sum(total_items - completed_items) FROM batches
+    query = """SELECT sum(total_items - completed_items) FROM batches INDEXED BY batches_open
         WHERE flock = ? AND completed_at IS NULL AND hidden IS NULL"""
     waiting = db.execute(query, (flock,)).fetchone()[0] or 0
     if waiting + more > max_open_items:
