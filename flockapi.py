@@ -192,9 +192,11 @@ BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
 def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: Body, delimiter: str) -> Items:
     """The rows of a batch, none of which is read yet. Raises InvalidData, AgentNotFound; reading them raises more."""
     app, chunks = app_of(request), body.upload()
-    fill = Fill(
-        wanted.static_inputs, wanted.input_mapping, lambda: EXPANSION * max(app.max_body_bytes, body.total_bytes)
-    )
+
+    def max_static_bytes() -> int:
+        return EXPANSION * max(app.max_body_bytes, body.total_bytes)
+
+    fill = Fill(wanted.static_inputs, wanted.input_mapping, max_static_bytes)
     if media_type == "application/x-ndjson":
         return ndjson_rows(chunks, fill, max_row_bytes=app.max_body_bytes, max_depth=app.max_json_depth)
     if media_type == "application/json":

@@ -22,10 +22,12 @@ from flock.signature import Signature, text_as_json
 
 __all__ = ["EXPANSION", "CSVWriter", "Fill", "csv_rows", "json_rows", "ndjson_rows", "read_file"]
 
-#: How many times as long as what was sent its rows may become with their static inputs.
+#: How many times as long as what was sent the static inputs of all its rows may become.
 EXPANSION = 16
 #: How much of a file is read at once.
 CHUNK_BYTES = 64 * 1024
+#: How much of CSV is read at once, at least.
+GATHERED_CHARS = 64 * 1024
 #: What a cell holds that JSON would call a number.
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 #: What a spreadsheet takes for a formula, at the beginning of a cell.
@@ -38,25 +40,27 @@ class Fill:
     Args:
         static: inputs that each row has which does not bring its own.
         names: what a member of a row is called as an input.
-        max_bytes: how long all rows together may be by now; static inputs are sent once, and kept often.
+        max_static_bytes: how long those of all rows may be together by now, for they are sent once and kept often.
     """
 
     def __init__(
         self,
         static: Mapping[str, msgspec.Raw] | None,
         names: Mapping[str, str] | None,
-        max_bytes: Callable[[], int],
+        max_static_bytes: Callable[[], int],
     ) -> None:
         self.static = static or {}
         self.names = names or {}
         self.is_idle = not self.static and not self.names
-        self._max_bytes = max_bytes
-        self._total = 0
+        self._max_static_bytes = max_static_bytes
+        self._row_bytes = len(msgspec.json.encode(self.static)) if static else 0
+        self._static_bytes = 0
 
     def row(self, members: Mapping[str, msgspec.Raw], at: str = "", line: int | None = None) -> Row:
         """Raises TooLarge."""
         if self.is_idle:
-            return Row(inputs=self._counted(msgspec.json.encode(members)), at=at, line=line)
+            return Row(inputs=msgspec.Raw(msgspec.json.encode(members)), at=at, line=line)
+        self._count()
         sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in self.static}
         inputs, own, errors = dict(self.static), set(), []
         for key, value in members.items():
@@ -66,17 +70,16 @@ class Fill:
                 errors.append(FieldError(detail=detail, pointer=pointer, line=msgspec.UNSET if line is None else line))
             own.add(name)
             sources[name], inputs[name] = pointer, value
-        raw = self._counted(msgspec.json.encode(inputs))
+        raw = msgspec.Raw(msgspec.json.encode(inputs))
         return Row(inputs=raw, at=at, line=line, sources=sources, errors=tuple(errors))
 
-    def _counted(self, encoded: bytes) -> msgspec.Raw:
-        self._total += len(encoded)
-        if self._total > self._max_bytes():
+    def _count(self) -> None:
+        self._static_bytes += self._row_bytes
+        if self._static_bytes > (allowed := self._max_static_bytes()):
             raise TooLarge(
-                f"With the static inputs the rows are longer than {self._max_bytes()} bytes together, which is "
-                f"{EXPANSION} times what may be sent or was sent."
+                f"With the static inputs the rows become too long: those may have {allowed} bytes together, "
+                f"{EXPANSION} times what may be sent at once or was sent."
             )
-        return msgspec.Raw(encoded)
 
 
 # JSON
@@ -178,18 +181,26 @@ async def _records(
     That reader forgets an unfinished record at the end of what it was given, so those lines are kept for the next time.
     """
     decoder, rest, number = codecs.getincrementaldecoder("utf-8-sig")(), "", 1
+    new: list[str] = []
+    new_chars = 0
     async for chunk in _with_end(chunks):
         try:
-            text = rest + decoder.decode(chunk or b"", final=chunk is None)
+            new.append(decoder.decode(chunk or b"", final=chunk is None))
         except UnicodeDecodeError as exc:
-            line = number + rest.count("\n") + exc.object[: exc.start].count(b"\n")
+            line = number + "".join([rest, *new]).count("\n") + exc.object[: exc.start].count(b"\n")
             raise _unreadable("This is not UTF-8.", line) from exc
+        new_chars += len(new[-1])
+        if chunk is not None and new_chars < max(GATHERED_CHARS, len(rest)):
+            continue  # what is unfinished is read anew each time, and must not be for each few bytes
+        text, new, new_chars = "".join([rest, *new]), [], 0
         end = len(text) if chunk is None else max(text.rfind("\n"), text.rfind("\r", 0, -1)) + 1
         whole, rest = text[:end], text[end:]
         lines = list(io.StringIO(whole, newline=""))
         reader, done = csv.reader(lines, delimiter=delimiter, strict=True), 0
         try:
             for cells in reader:
+                if sum(map(len, cells)) > max_bytes:
+                    raise _row_too_long(number + done, max_bytes)
                 if cells:
                     yield number + done, cells
                 done = reader.line_num

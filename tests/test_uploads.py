@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flock import tables
 from flock.auth import new_key
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError, FlockError, InvalidData, TooLarge
@@ -283,7 +284,7 @@ async def test_gzip_is_unpacked_as_it_arrives(client: httpx.AsyncClient) -> None
         pytest.param(gzip.compress(b"text\na\n" * 99)[:-9], "gzip", 422, "its end is missing", id="cut off"),
         pytest.param(gzip.compress(b"text\n" + b"\n" * 10**7), "gzip", 413, "longer than 400000", id="a bomb"),
         pytest.param(b"text\n" + b"a" * 30_000, "", 413, "longer than 20000 bytes", id="a long row"),
-        pytest.param(b'text\n"' + b"a\n" * 30_000, "", 413, "line 2 is longer than 20000", id="a quote for ever"),
+        pytest.param(b'text\n"' + b"a\n" * 60_000, "", 413, "line 2 is longer than 20000", id="a quote for ever"),
         pytest.param(b"text\n" + b"a\n" * 3001, "", 413, "at most 3000 items", id="many rows"),
         pytest.param(b"text\na\n", "br", 415, "gzip is", id="another packing"),
         pytest.param(b"text\na\n", "gzip, gzip", 415, "gzip is", id="packed twice"),
@@ -313,6 +314,26 @@ async def test_static_inputs_do_not_make_much_of_little(client: httpx.AsyncClien
     response = await send(client, "show", b"n\n" + b"1\n" * 1000, static_inputs=static)
     assert response.status_code == 413
     assert "With the static inputs" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("media_type", [CSV, NDJSON])
+async def test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do(media_type: Any) -> None:
+    """Nothing is read again for each of them."""
+    row = b'"' + b"a\n" * 60_000 + b'"\n' if media_type is CSV else b'{"text": "' + b"a" * 120_000 + b'"}\n'
+    content = (b"text\n" if media_type is CSV else b"") + row
+
+    async def read() -> list[Row]:
+        fill = Fill(None, None, lambda: 0)
+        pieces = _in_pieces(content, 1)
+        if media_type is CSV:
+            rows = csv_rows(pieces, Signature.of("text: str"), fill, delimiter=",", max_row_bytes=10**6)
+        else:
+            rows = ndjson_rows(pieces, fill, max_row_bytes=10**6, max_depth=50)
+        return [row async for row in rows]
+
+    began = time.thread_time()
+    assert len(await read()) == 1
+    assert time.thread_time() - began < 3
 
 
 async def test_an_upload_that_stalls_is_dropped(client: httpx.AsyncClient) -> None:
@@ -384,6 +405,13 @@ def folder() -> Path:
     (folder / "out").symlink_to(Path.cwd())
     os.mkfifo(folder / "pipe.csv")
     return folder
+
+
+async def test_a_long_file_of_the_named_folder_is_read(folder: Path, client: httpx.AsyncClient) -> None:
+    """However much longer it is than the body that names it."""
+    (folder / "long.csv").write_text("text\n" + f"{'x' * 19_000}\n" * 30)
+    response = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": "long.csv"})
+    assert len(await results(client, response)) == 30
 
 
 @pytest.mark.parametrize("name", ["good.csv", "./deep/../good.csv", "inside.csv"])
@@ -707,7 +735,9 @@ def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int) -> 
     async def read() -> Read:
         return await _read(csv_rows(_in_pieces(content, size), TWO_TEXTS, fill, delimiter=",", max_row_bytes=10_000))
 
-    found = anyio.run(read)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "GATHERED_CHARS", size)
+        found = anyio.run(read)
     if found.error is not None:
         assert isinstance(found.error, InvalidData)
         assert all(isinstance(error.line, int) and error.line >= 1 for error in found.error.errors)
