@@ -5,7 +5,12 @@ Where each line of attack is tried; what names no file is in this one:
     | attack | test |
     |-|-|
     | traversal, symbolic link, URL in ``batch_inputs`` | test_attacks_on_inputs::test_no_file_and_no_address_is_read |
+    | | test_uploads::test_no_other_file_is_and_nobody_learns_which_there_are |
     | decompression bomb | test_bad_input::test_a_compressed_body_is_415_and_is_not_read |
+    | | test_uploads::test_what_is_too_much_or_cannot_be_unpacked_is_refused |
+    | much of little | test_uploads::test_static_inputs_do_not_make_much_of_little |
+    | | test_uploads::test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do |
+    | formulas for the spreadsheet of whoever looks | test_uploads::test_what_a_spreadsheet_would_run_is_text |
     | deep JSON | test_jsontype::test_depth_is_counted_in_no_time |
     | | test_bad_input::test_what_is_not_json_is_400_with_line_and_column |
     | numbers beyond all bounds | test_attacks_on_inputs::test_no_number_is_too_big_to_be_answered |
@@ -23,11 +28,15 @@ Where each line of attack is tried; what names no file is in this one:
     | | test_what_follows_an_unread_body_is_not_a_request |
     | slow head, slow body | test_our_server_waits_for_no_head_for_ever |
     | | test_a_body_that_trickles_is_dropped |
+    | | test_uploads::test_an_upload_that_stalls_is_dropped |
     | reader of events that never reads | test_http_lifecycle::test_a_reader_that_does_not_read_holds_up_nothing |
     | more connections, streams, requests than agreed | test_more_connections_than_agreed_are_refused |
     | | test_each_principal_has_its_share_of_event_streams |
     | | test_each_principal_has_its_share_of_requests |
+    | five thousand that say nothing, ten thousand that wait | test_crowds::test_those_who_say_nothing_hold_up_nobody_and_are_closed |
+    | | test_crowds::test_those_who_wait_for_a_run_take_little_more_than_in_a_bare_app |
     | ids of another principal | test_what_belongs_to_others_is_not_there |
+    | | test_uploads::test_what_belongs_to_others_is_not_there |
     | ``current_agent`` and its like in the inputs | test_attacks_on_inputs::test_no_input_says_which_agent_runs |
     | secrets of the environment | test_attacks_on_inputs::test_what_the_server_knows_is_in_no_answer_and_no_record |
     | | test_keys_and_inputs_are_in_no_line_of_the_log |
