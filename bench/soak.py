@@ -3,8 +3,9 @@
     python -m bench.soak                   # --minutes 1 to try it out
 
 Callers of two principals do whatever the API offers to a ``flockapi serve`` in a process of its own, one thing after
-another, as fast as they are answered: runs, batches, waits, event streams, cancels, retries, deletes, lists, replays,
-connections that break, and bad input of each kind. The store keeps all runs, so it grows on disk; memory must not.
+another, as fast as they are answered: runs, batches, uploads, downloads, waits, event streams, cancels, retries,
+deletes, lists, replays, connections that break, and bad input of each kind. The store keeps all runs, so it grows on
+disk; memory must not.
 
 Each answer must have the status that its request asks for, and at the end each run and batch that was acknowledged must
 be there once, in a final state, for its principal only. The server's memory at the end may be a fifth more than it was
@@ -243,6 +244,46 @@ async def batch(caller: Caller) -> None:
         check(found["completed_items"] <= found["total_items"] == len(items), str(found)[:500])
 
 
+@operation(3)
+async def upload(caller: Caller) -> None:
+    """Rows of CSV or NDJSON; downloaded, tried again where they failed, and some of them deleted."""
+    count = random.randint(1, 300)
+    csv_body = "a,b\r\n" + "".join(f"{n},{n}\r\n" for n in range(count))
+    lines = "".join("{}\n" for _ in range(count))
+    agent_name, body, media_type = random.choice(
+        [("add", csv_body, "text/csv"), ("shaky", lines, "application/x-ndjson")]
+    )
+    path = f"/run/batch?agent_name={agent_name}&max_workers=20"
+    accepted = await caller.ask("POST", path, 202, content=body, headers={"Content-Type": media_type})
+    batch_id = accepted.json()["batch_id"]
+    caller.own.batches[batch_id] = count
+    ended = (await caller.ask("GET", f"/batch/{batch_id}?wait=30&results=false", 200)).json()
+    check(ended["status"] == ("failed" if agent_name == "shaky" else "completed"), str(ended))
+    if agent_name == "shaky":
+        await caller.ask("POST", f"/batch/{batch_id}/retry", 202, json={"only": "failed"})
+        ended = (await caller.ask("GET", f"/batch/{batch_id}?wait=30&results=false", 200)).json()
+        check((ended["status"], ended["attempt"], ended["failed_items"]) == ("completed", 2, 0), str(ended))
+    table = (await caller.ask("GET", f"/batch/{batch_id}/results", 200, headers={"Accept": "text/csv"})).text
+    check(table.count("\r\n") == count + 1 and table.count(",completed,") == count, table[:500])
+    text = (await caller.ask("GET", f"/batch/{batch_id}/events", 200)).text
+    check(text.count("event: batch.completed") == 1, text)
+    if random.random() < 0.5:
+        del caller.own.batches[batch_id]
+        await caller.ask("DELETE", f"/batch/{batch_id}", 204)
+        await caller.ask("GET", f"/batch/{batch_id}", 404)
+
+
+@operation(2)
+async def cancel_batch(caller: Caller) -> None:
+    body = {"agent_name": "nap", "batch_inputs": [{"seconds": 60}] * 100, "max_workers": 3}
+    batch_id = (await caller.ask("POST", "/run/batch", 202, json=body)).json()["batch_id"]
+    caller.own.batches[batch_id] = 100
+    await asyncio.sleep(random.uniform(0, 0.2))
+    await caller.ask("DELETE", f"/batch/{batch_id}", 409)
+    ended = (await caller.ask("POST", f"/batch/{batch_id}/cancel?wait=20", 200)).json()
+    check((ended["status"], ended["cancelled_items"]) == ("cancelled", 100), str(ended))
+
+
 @operation(5)
 async def events(caller: Caller) -> None:
     """Read to the end, and then a browser's second try."""
@@ -341,7 +382,10 @@ async def be_nosy(caller: Caller) -> None:
         ("DELETE", ""),
     ):
         await caller.ask(method, f"/run/{run_id}{path}", 404)
-    await caller.ask("GET", f"/batch/{random.choice(batches)}", 404)
+    batch_id = random.choice(batches)
+    for below in ("", "/results", "/events"):
+        await caller.ask("GET", f"/batch/{batch_id}{below}", 404)
+    await caller.ask("DELETE", f"/batch/{batch_id}", 404)
 
 
 @operation(10)
@@ -385,6 +429,13 @@ BAD_INPUT: Sequence[tuple[str, int, str, str, dict[str, Any]]] = [
     ("field missing", 422, "POST", "/run/flock", {"json": {"agent_name": "add"}}),
     ("field unknown", 422, "POST", "/run/flock", {"json": {**ADD, "color": "red"}}),
     ("item of a wrong type", 422, "POST", "/run/batch", {"json": {"agent_name": "add", "batch_inputs": [{"a": []}]}}),
+    (
+        "rows that do not fit",
+        422,
+        "POST",
+        "/run/batch?agent_name=add",
+        {"content": "a,b\n1,x\n2\n", "headers": {"Content-Type": "text/csv"}},
+    ),
     ("batch of a file", 422, "POST", "/run/batch", {"json": {"agent_name": "add", "batch_inputs": "/etc/passwd"}}),
     ("query", 422, "GET", "/runs?limit=0", {}),
     ("unknown agent", 404, "POST", "/run/flock", {"json": {"agent_name": "nobody"}}),
