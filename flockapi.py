@@ -189,6 +189,17 @@ async def read_json(request: Request) -> bytes:
 BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
 
 
+def options_in_body(request: Request, sent: bytes) -> FlockBatchRequest:
+    """What a JSON body says. Raises InvalidData, also where the query says something, which nobody would heed.
+
+    Clients that are generated from the specification send its defaults.
+    """
+    if query_of(request, UploadQuery, agent_name="") != UploadQuery(agent_name=""):
+        detail = "A JSON body says itself how it is meant; the query does so for text/csv and application/x-ndjson."
+        raise InvalidData([FieldError(detail=detail, pointer="")])
+    return BATCH_REQUEST.decode(sent)
+
+
 def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: Body, delimiter: str) -> Items:
     """The rows of a batch, none of which is read yet. Raises InvalidData, AgentNotFound; reading them raises more."""
     app, chunks = app_of(request), body.upload()
@@ -213,9 +224,9 @@ def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: 
     return csv_rows(chunks, signature, fill, delimiter=delimiter, max_row_bytes=app.max_body_bytes)
 
 
-def query_of(request: Request, type_: type[Query]) -> Query:
-    """The query as a struct. Raises InvalidData, which names the parameter."""
-    return query_from(request.query_params.multi_items(), type_)
+def query_of(request: Request, type_: type[Query], **absent: Any) -> Query:
+    """The query as a struct, with what is *absent* if it is not sent. Raises InvalidData, which names the parameter."""
+    return query_from(request.query_params.multi_items(), type_, **absent)
 
 
 def wait_of(request: Request, query: WaitQuery | BatchQuery | None = None) -> int:
@@ -302,7 +313,7 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
     """*events* as they happen. Raises TooManyRequests."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.method == "HEAD":
-        return Response(media_type="text/event-stream", headers=headers)
+        return head_of_stream("text/event-stream", headers)
     place, kept = app_of(request).event_streams.take(principal_of(request)), app_of(request).metrics
 
     async def stream() -> AsyncIterator[bytes]:
@@ -316,6 +327,13 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
             yield b"retry: %d\n\n" % RECONNECT_MS
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
+
+
+def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
+    """The answer to HEAD where GET would stream: how long that is nobody can say (RFC 9110, section 8.6)."""
+    response = Response(media_type=media_type, headers=headers)
+    del response.headers["Content-Length"]
+    return response
 
 
 def last_event_of(request: Request) -> int:
@@ -602,32 +620,25 @@ async def run_batch(request: Request) -> Response:
 
     A JSON body is read whole; rows of CSV and NDJSON are read as they arrive, and never held as a whole.
     """
-    app, media_type, delimiter = app_of(request), media_type_of(request, *BATCH_TYPES), ","
+    app, media_type, sent = app_of(request), media_type_of(request, *BATCH_TYPES), None
     if media_type == "application/json":
         body = Body(request, app.max_body_bytes, app.body_timeout_s)
         sent = await body.json(app.max_json_depth)
-        key, wanted = idempotency_key(request, fingerprint_of(request, sent)), BATCH_REQUEST.decode(sent)
+        key = idempotency_key(request, fingerprint_of(request, sent))
     else:
         body = Body(request, app.max_upload_bytes, app.body_timeout_s)
         key = idempotency_key(request, lambda: fingerprint_of(request, request.url.query.encode() + body.digest()))
-        query = query_of(request, UploadQuery)
-        wanted, delimiter = batch_request_from(query), query.delimiter
-    if wanted.write_to_csv is not None:
-        detail = "No file of the server is written on a client's word. Leave it out, and read the results over HTTP."
-        raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])
-    options = BatchOptions(
-        max_workers=wanted.max_workers,
-        parallel=wanted.parallel,
-        return_errors=wanted.return_errors,
-        box_results=wanted.box_results,
-        timeout_s=wanted.timeout_s,
-    )
     engine, headers = await engine_of(request), {}
     try:
+        if sent is None:
+            query = query_of(request, UploadQuery)
+            wanted, delimiter = batch_request_from(query), query.delimiter
+        else:
+            wanted, delimiter = options_in_body(request, sent), ","
         batch = await engine.submit_batch(
             wanted.agent_name,
             rows_of(request, media_type, wanted, body, delimiter),
-            options,
+            batch_options(wanted),
             on_invalid=wanted.on_invalid,
             request_id=request_id_of(request),
             traceparent=traceparent_of(request),
@@ -639,6 +650,20 @@ async def run_batch(request: Request) -> Response:
         await body.drain()
         raise
     return batch_response(request, batch, [], 202, headers)
+
+
+def batch_options(wanted: FlockBatchRequest) -> BatchOptions:
+    """Raises InvalidData."""
+    if wanted.write_to_csv is not None:
+        detail = "No file of the server is written on a client's word. Leave it out, and read the results over HTTP."
+        raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])
+    return BatchOptions(
+        max_workers=wanted.max_workers,
+        parallel=wanted.parallel,
+        return_errors=wanted.return_errors,
+        box_results=wanted.box_results,
+        timeout_s=wanted.timeout_s,
+    )
 
 
 async def list_runs(request: Request) -> Response:
@@ -741,7 +766,7 @@ async def batch_results(request: Request) -> Response:
         "Content-Disposition": f'attachment; filename="{batch_id}.{format_}"',
     }
     if request.method == "HEAD":
-        return Response(media_type=RESULT_TYPES[format_], headers=headers)
+        return head_of_stream(RESULT_TYPES[format_], headers)
 
     async def pages() -> AsyncIterator[Sequence[Run]]:
         after = wanted.after

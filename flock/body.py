@@ -54,6 +54,7 @@ class Body:
         self._timeout_s = timeout_s
         self._stream = self._read_on()
         self._hash = hashlib.sha256()
+        request.scope["flock.is_unread"] = True  # until its end: the connection must end with an answer before that
         announced = request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > max_bytes:
             raise self._too_long()
@@ -126,8 +127,6 @@ class Body:
                     return
 
     async def _read_on(self) -> AsyncIterator[bytes]:
-        """The body as it is sent. The connection must end where it is not read to its end."""
-        self._request.scope["flock.is_unread"] = True
         async for chunk in self._request.stream():
             yield chunk
         self._request.scope["flock.is_unread"] = False

@@ -180,13 +180,13 @@ DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 BOOLEANS = {"true": True, "false": False}
 
 
-def query_from(sent: Sequence[tuple[str, str]], type_: type[T]) -> T:
-    """The parameters of a query as a struct. Raises InvalidData, which names the parameter."""
+def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **absent: Any) -> T:
+    """A query as a struct, with what is *absent* if it is not sent. Raises InvalidData, which names the parameter."""
     if len({name for name, _ in sent}) < len(sent):
         raise InvalidData([FieldError(detail="A parameter of the query is there twice.", pointer="")])
     # Only what is a number or a truth value is converted: a time, say, is no number of seconds.
     defaults = {field.name: field.default for field in msgspec.structs.fields(type_)}  # type: ignore[arg-type]
-    read: dict[str, Any] = dict(sent)
+    read: dict[str, Any] = absent | dict(sent)
     for name, value in sent:
         if isinstance(defaults.get(name), bool):
             read[name] = BOOLEANS.get(value, value)
@@ -290,7 +290,7 @@ class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
     cancelled_items: int
     progress_percentage: float
     eta_s: float | None
-    results: list[Any] | msgspec.UnsetType
+    results: list[Any] | msgspec.UnsetType = msgspec.UNSET
     next: str | None
     error: str | None
     created_at: Time

@@ -378,6 +378,34 @@ async def test_a_client_that_leaves_within_its_body_is_no_error(
     assert caplog.records == []
 
 
+# Batches
+
+
+async def test_options_in_the_query_are_refused_beside_a_json_body(client: httpx.AsyncClient) -> None:
+    """Nobody would heed them; the defaults, which generated clients send, change nothing."""
+    body = {"agent_name": "add", "batch_inputs": [{"a": 1}]}
+    for query in (
+        "max_workers=50",
+        "agent_name=add",
+        "on_invalid=skip",
+        "static_inputs={}",
+        "max_workers=x",
+        "colour=1",
+    ):
+        problem = check_problem(await client.post(f"/run/batch?{query}", json=body), 422)
+        assert "query" in problem["errors"][0]["detail"]
+    assert (await client.post("/run/batch?max_workers=5&delimiter=,", json=body)).status_code == 202
+
+
+async def test_an_upload_that_is_refused_before_it_was_read_ends_its_connection(client: httpx.AsyncClient) -> None:
+    """Or is read to its end, for a while, so that its sender sees why."""
+    csv = {"Content-Type": "text/csv"}
+    refused = await client.post("/run/batch?agent_name=add", content="a\n1", headers={**csv, "Idempotency-Key": ""})
+    assert (refused.status_code, refused.headers["Connection"]) == (400, "close")
+    read = await client.post("/run/batch?agent_name=add&workers=5", content="a\n1", headers=csv)
+    assert (read.status_code, read.headers.get("Connection")) == (422, None)
+
+
 # Our own mistakes
 
 
