@@ -1,5 +1,6 @@
 """``openapi.yaml`` says exactly what the server does: routes, fields, statuses, examples."""
 
+import gzip
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import msgspec
 import pytest
@@ -18,6 +20,7 @@ from openapi_spec_validator import validate
 from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 import flock as flock_package
 import flockapi
@@ -28,6 +31,8 @@ from flockapi import PROBLEMS, ROUTES, FlockAPI, create_app
 from tests.fakes import ROOT, FakeModel, answer
 from tests.openapi_twin import TWIN, source
 from tests.test_api import wait_for
+
+NDJSON = "application/x-ndjson"
 
 SPEC = source()
 SCHEMAS = SPEC["components"]["schemas"]
@@ -40,10 +45,13 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
 
 #: Which struct stands behind the query of which operations.
 QUERIES = {
-    "WaitQuery": ["getRun", "cancelRun"],
-    "EventsQuery": ["getRunEvents"],
-    "ItemsQuery": ["getBatch"],
+    "WaitQuery": ["getRun", "cancelRun", "cancelBatch"],
+    "EventsQuery": ["getRunEvents", "getBatchEvents"],
     "RunsQuery": ["listRuns"],
+    "UploadQuery": ["runBatch"],
+    "BatchQuery": ["getBatch"],
+    "ResultsQuery": ["getBatchResults"],
+    "BatchesQuery": ["listBatches"],
 }
 
 
@@ -97,8 +105,8 @@ def test_everything_is_described() -> None:
             assert "X-Request-ID" in response["headers"], where
             for content in response.get("content", {}).values():
                 assert content.get("examples") or content.get("example"), where
-        body = operation.get("requestBody")
-        assert body is None or body["content"]["application/json"]["examples"], where
+        for content in operation.get("requestBody", {}).get("content", {}).values():
+            assert content["examples"], where
     for name, schema in SCHEMAS.items():
         assert schema["description"], name
 
@@ -122,8 +130,11 @@ def check_described(operation: Any, response: httpx.Response) -> None:
         return
     media_type = response.headers["Content-Type"].partition(";")[0]
     schema = described["content"][media_type]["schema"]
-    body = response.json() if "json" in media_type else response.text
+    body = response.json() if media_type.endswith("json") and media_type != NDJSON else response.text
     assert list(validator(schema).iter_errors(body)) == []
+    if media_type == NDJSON:
+        lines = [json.loads(line) for line in response.text.splitlines()]
+        assert list(validator(described["content"]["application/json"]["schema"]).iter_errors(lines)) == []
 
 
 # Routes, both ways
@@ -181,6 +192,8 @@ RAW = {
     ("RunStep", "result"),
     ("RunSummary", "inputs"),
     ("RunSummary", "result"),
+    ("BatchItem", "inputs"),
+    ("BatchItem", "result"),
 }
 
 
@@ -192,7 +205,10 @@ def _shape(schema: Any) -> Any:
         return {json.dumps(_shape(member), default=sorted) for member in schema["anyOf"]}
     if isinstance(schema.get("type"), list):
         return {json.dumps(_shape({**schema, "type": type_}), default=sorted) for type_ in schema["type"]}
-    kept = {key: schema[key] for key in ("type", "minimum", "maximum") if key in schema}
+    bounds = ("minimum", "maximum", "exclusiveMinimum") if schema.get("type") in ("integer", "number") else ()
+    kept = {key: schema[key] for key in ("type", *bounds) if key in schema}
+    if "enum" in schema:
+        kept["enum"] = sorted(schema["enum"])
     if schema.get("format") == "date-time" and schema["type"] == "string":
         kept["format"] = "date-time"
     if schema.get("type") == "array" and schema.get("items"):
@@ -202,12 +218,12 @@ def _shape(schema: Any) -> Any:
 
 @pytest.mark.parametrize("name", QUERIES)
 def test_a_query_and_its_parameters_are_the_same(name: str) -> None:
-    """But for ``include``, a list that is written with commas."""
+    """But for ``include``, a list that is written with commas; what is JSON within a query is text for the struct."""
     _, components = msgspec.json.schema_components([getattr(flockapi, name)])
     ours = components[name]["properties"]
     found = {operation["operationId"]: operation["parameters"] for _, _, operation in operations()}
     for operation_id in QUERIES[name]:
-        theirs = {p["name"]: p["schema"] for p in map(resolve, found[operation_id]) if p["in"] == "query"}
+        theirs = {p["name"]: _text_of(p) for p in map(resolve, found[operation_id]) if p["in"] == "query"}
         assert list(theirs) == list(ours)
         for parameter, schema in ours.items():
             if parameter != "include":
@@ -217,6 +233,10 @@ def test_a_query_and_its_parameters_are_the_same(name: str) -> None:
                     schema
                 )
                 assert (schema.get("default") or None) == (theirs[parameter].get("default") or None)
+
+
+def _text_of(parameter: Any) -> Any:
+    return {"type": "string"} if list(parameter.get("content", ())) == ["application/json"] else parameter["schema"]
 
 
 def test_the_statuses_of_a_run_are_the_same() -> None:
@@ -241,19 +261,39 @@ def test_an_example_fits_its_schema(media_type: str, schema: Any, value: Any) ->
     assert list(validator(schema).iter_errors(value)) == []
 
 
-@pytest.mark.anyio
-async def test_the_examples_of_requests_are_answered_as_it_says(client: httpx.AsyncClient, model: FakeModel) -> None:
-    reply = answer({"sentiment": "positive", "keywords": ["great"]})
+def examples_of_requests() -> Iterator[Any]:
+    """The query of one stands in its description."""
     for method, path, operation in operations():
-        for example in (
-            operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("examples", {}).values()
-        ):
-            model.replies = [reply] * 3
-            response = await client.request(method, path, json=example["value"])
-            check_described(operation, response)
-            if response.status_code == 202:
-                await wait_for(client, response.headers["Location"])
-            model.replies = []
+        for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
+            for name, example in content["examples"].items():
+                query = re.fullmatch(r"`(\?.*)`", example.get("description", "``"))
+                body = example["value"] if isinstance(example["value"], str) else json.dumps(example["value"])
+                sent = (method, path + (query[1] if query else ""), media_type, body)
+                yield pytest.param(operation, *sent, id=f"{method} {path} {media_type} {name}")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("operation", "method", "path", "media_type", "body"), list(examples_of_requests()))
+async def test_an_example_of_a_request_is_answered_as_it_says(
+    operation: Any, method: str, path: str, media_type: str, body: str, client: httpx.AsyncClient, model: FakeModel
+) -> None:
+    path = path.format(batch_id=await ended_batch(client, "explode"))
+    model.replies = [answer({"sentiment": "positive", "keywords": ["great"]})] * 3
+    response = await client.request(method, path, content=body, headers={"Content-Type": media_type})
+    check_described(operation, response)
+    assert response.is_success, response.text
+    if response.status_code == 202:
+        ended = await wait_for(client, response.headers["Location"])
+        assert ended["completed_at"] is not None
+    model.replies = []
+
+
+async def ended_batch(client: httpx.AsyncClient, agent_name: str) -> str:
+    """The id of a batch with one item for a text, which has ended."""
+    body = {"agent_name": agent_name, "batch_inputs": [{"text": "=1+1"}]}
+    batch_id: str = (await client.post("/run/batch", json=body)).json()["batch_id"]
+    assert (await client.get(f"/batch/{batch_id}?wait=10")).json()["completed_items"] == 1
+    return batch_id
 
 
 @pytest.mark.anyio
@@ -264,14 +304,11 @@ async def test_the_examples_of_requests_are_answered_as_it_says(client: httpx.As
         ("GET", "/agents/add", None, "/agents/{name}"),
         ("GET", "/agents/x", None, "/agents/{name}"),
         ("GET", "/run/42", None, "/run/{run_id}"),
-        ("GET", "/batch/42", None, "/batch/{batch_id}"),
-        ("GET", "/batch/42?limit=x", None, "/batch/{batch_id}"),
         ("POST", "/run/flock", "{", "/run/flock"),
         ("POST", "/run/flock", '{"agent_name": "x"}', "/run/flock"),
         ("POST", "/run/flock", '{"agent_name": "add", "inputs": {"a": "x"}}', "/run/flock"),
         ("POST", "/run/flock", '{"agent_name": "explode", "inputs": {"text": "x"}}', "/run/flock"),
         ("POST", "/run/flock", " " * 1024 * 1025, "/run/flock"),
-        ("POST", "/run/batch", '{"agent_name": "add", "batch_inputs": []}', "/run/batch"),
         ("GET", "/openapi.json", None, "/openapi.json"),
         ("GET", "/healthz", None, "/healthz"),
         ("GET", "/readyz", None, "/readyz"),
@@ -299,6 +336,146 @@ async def test_an_answer_is_described(
     path = path.format(run_id=run.json()["run_id"])
     response = await client.request(method, path, content=content, headers={"Content-Type": "application/json"})
     check_described(SPEC["paths"][template][method.lower()], response)
+
+
+CSV = {"Content-Type": "text/csv"}
+LINES = {"Content-Type": NDJSON}
+AS_JSON = {"Content-Type": "application/json"}
+ADD = "/run/batch?agent_name=add"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "content", "status"),
+    [
+        ("POST", ADD, CSV, "a,b\r\n1,2\r\n", 202),
+        ("POST", ADD, CSV | {"Content-Encoding": "gzip"}, gzip.compress(b"a\n1\n") + gzip.compress(b"2\n"), 202),
+        ("POST", f"{ADD}&delimiter=%09&on_invalid=skip", CSV, "a\tb\nx\t2\n", 202),
+        ("POST", f"{ADD}&static_inputs={{}}&timeout_s=1.5&return_errors=false&box_results=false", CSV, "a\n1", 202),
+        ("POST", ADD, LINES, '{"a": 1}\n\n{"a": 2}', 202),
+        ("POST", ADD, LINES | {"Content-Encoding": "GZIP"}, gzip.compress(b'{"a": 1}'), 202),
+        ("POST", ADD, CSV | {"Idempotency-Key": ""}, "a\n1\n", 400),
+        ("POST", "/run/batch", AS_JSON, '{"agent_name"', 400),
+        ("POST", ADD, CSV | {"Origin": "https://evil.example"}, "a\n1\n", 403),
+        ("POST", "/run/batch?agent_name=nobody", CSV, "a\n1\n", 404),
+        ("POST", "/run/batch?agent_name=nobody", LINES, '{"a": 1}', 404),
+        ("POST", ADD, LINES, '{"a": "%s"}' % ("x" * 1024 * 1024), 413),
+        ("POST", ADD, CSV, "a\n" + "1" * 1024 * 1025, 413),
+        ("POST", ADD, {"Content-Type": "text/plain"}, "a\n1\n", 415),
+        ("POST", ADD, {}, "a\n1\n", 415),
+        ("POST", ADD, CSV | {"Content-Encoding": "br"}, "a\n1\n", 415),
+        ("POST", "/run/batch", AS_JSON | {"Content-Encoding": "gzip"}, "{}", 415),
+        ("POST", "/run/batch", AS_JSON, '{"agent_name": "add", "batch_inputs": []}', 422),
+        ("POST", "/run/batch", AS_JSON, '{"agent_name": "add", "batch_inputs": "rows.csv"}', 422),
+        ("POST", "/run/batch?parallel=false", AS_JSON, '{"agent_name": "add", "batch_inputs": [{"a": 1}]}', 422),
+        ("POST", "/run/batch?parallel=true", AS_JSON, '{"agent_name": "add", "batch_inputs": [{"a": 1}]}', 202),
+        ("POST", "/run/batch", CSV, "a\n1\n", 422),
+        ("POST", f"{ADD}&max_workers=0", CSV, "a\n1\n", 422),
+        ("POST", f"{ADD}&input_mapping=[]", LINES, '{"a": 1}', 422),
+        ("POST", ADD, CSV, "", 422),
+        ("POST", ADD, CSV, "a\n", 422),
+        ("POST", ADD, CSV, "a\nx\n", 422),
+        ("POST", ADD, CSV, b"a\n\xff\n", 422),
+        ("POST", ADD, CSV | {"Content-Encoding": "gzip"}, "a\n1\n", 422),
+        ("POST", ADD, LINES, "{", 422),
+        ("GET", "/batch/42", {}, None, 404),
+        ("GET", "/batch/42?limit=x", {}, None, 422),
+        ("GET", "/batch/{ended}", {}, None, 200),
+        ("GET", "/batch/{ended}?after=-1&limit=1&results=false&wait=1", {}, None, 200),
+        ("GET", "/batch/{busy}", {}, None, 200),
+        ("GET", "/batch/{ended}/results", {}, None, 200),
+        ("GET", "/batch/{ended}/results", {"Accept": "text/csv, */*;q=0.1"}, None, 200),
+        ("GET", "/batch/{ended}/results?format=ndjson", {"Accept": "text/html"}, None, 200),
+        ("GET", "/batch/{ended}/results?format=csv&status=cancelled&after=3&escape_formulas=false", {}, None, 200),
+        ("GET", "/batch/{busy}/results", {}, None, 200),
+        ("GET", "/batch/42/results", {}, None, 404),
+        ("GET", "/batch/{ended}/results", {"Accept": "text/html"}, None, 406),
+        ("GET", "/batch/{ended}/results?format=xml", {}, None, 422),
+        ("GET", "/batch/{ended}/events", {}, None, 200),
+        ("GET", "/batch/{ended}/events", {"Last-Event-ID": "1"}, None, 204),
+        ("GET", "/batch/{ended}/events?after=1", {}, None, 204),
+        ("GET", "/batch/42/events", {}, None, 404),
+        ("GET", "/batch/{ended}/events?after=x", {}, None, 422),
+        ("POST", "/batch/{busy}/cancel", {}, None, 202),
+        ("POST", "/batch/{busy}/cancel?wait=10", {}, None, 200),
+        ("POST", "/batch/42/cancel", {}, None, 404),
+        ("POST", "/batch/{ended}/cancel", {}, None, 409),
+        ("POST", "/batch/{ended}/cancel?wait=-1", {}, None, 422),
+        ("POST", "/batch/{ended}/retry", {}, None, 202),
+        ("POST", "/batch/{ended}/retry", AS_JSON, '{"only": null}', 202),
+        ("POST", "/batch/{ended}/retry", AS_JSON, "{", 400),
+        ("POST", "/batch/42/retry", {}, None, 404),
+        ("POST", "/batch/{ended}/retry", AS_JSON, '{"only": "cancelled"}', 409),
+        ("POST", "/batch/{busy}/retry", {}, None, 409),
+        ("POST", "/batch/{ended}/retry", AS_JSON, " " * 1024 * 1025, 413),
+        ("POST", "/batch/{ended}/retry", CSV, "only\nfailed\n", 415),
+        ("POST", "/batch/{ended}/retry", AS_JSON, '{"only": "completed"}', 422),
+        ("DELETE", "/batch/{ended}", {}, None, 204),
+        ("DELETE", "/batch/{ended}", {"Origin": "https://evil.example"}, None, 403),
+        ("DELETE", "/batch/42", {}, None, 404),
+        ("DELETE", "/batch/{busy}", {}, None, 409),
+        ("GET", "/batches", {}, None, 200),
+        ("GET", "/batches?status=running&agent_name=nap&limit=1&after=f", {}, None, 200),
+        ("GET", "/batches?limit=1", {}, None, 200),
+        ("GET", "/batches?state=running", {}, None, 422),
+    ],
+)
+async def test_an_answer_about_batches_is_described(
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    content: str | bytes | None,
+    status: int,
+    client: httpx.AsyncClient,
+    flock: Flock,
+) -> None:
+    @flock.agent
+    async def nap(text: str) -> None:
+        await anyio.sleep_forever()
+
+    ended = await ended_batch(client, "explode")
+    body = {"agent_name": "nap", "batch_inputs": [{"text": "a"}]}
+    busy = (await client.post("/run/batch", json=body)).json()["batch_id"]
+    template = re.sub(r"(?<=/batch/)[^/?]+", "{batch_id}", path).partition("?")[0]
+    path = path.replace("{ended}", ended).replace("{busy}", busy)
+    response = await client.request(method, path, content=content, headers=headers)
+    assert response.status_code == status, response.text
+    check_described(SPEC["paths"][template][method.lower()], response)
+
+
+@pytest.mark.anyio
+async def test_a_batch_that_is_sent_again_is_described(client: httpx.AsyncClient) -> None:
+    headers = {"Idempotency-Key": "once", **CSV}
+    sent = [await client.post(ADD, content=rows, headers=headers) for rows in ("a\n1\n", "a\n1\n", "a\n2\n")]
+    for response in sent:
+        check_described(SPEC["paths"]["/run/batch"]["post"], response)
+    assert [response.status_code for response in sent] == [202, 202, 422]
+    assert sent[1].headers["Idempotency-Replayed"] == "true"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "path", [path for method, path, _ in operations() if method == "GET" and path.startswith("/batch")]
+)
+async def test_head_of_a_batch_says_what_get_does_and_streams_nothing(
+    path: str, client: httpx.AsyncClient, app: FlockAPI
+) -> None:
+    parts: list[bytes] = []
+
+    async def listened_to(scope: Scope, receive: Receive, send: Send) -> None:
+        async def listen(message: Message) -> None:
+            parts.append(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, listen)
+
+    path, headers = path.format(batch_id=await ended_batch(client, "explode")), {"X-Request-ID": "same"}
+    got = await client.get(path, headers=headers)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(listened_to), base_url="http://t") as asking:
+        head = await asking.head(path, headers=headers)
+    assert (head.status_code, head.headers) == (200, got.headers)
+    # Where GET has a length, it is the server that leaves the body out.
+    assert ("content-length" in got.headers) == bool(b"".join(parts))
 
 
 @pytest.mark.anyio
