@@ -176,7 +176,7 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 NUMBER = re.compile(r"-?[0-9]{1,15}")
-DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
+DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?([eE](\+?[0-9]{1,2}|-[0-9]{1,3}))?")
 BOOLEANS = {"true": True, "false": False}
 
 

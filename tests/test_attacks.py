@@ -33,7 +33,7 @@ Where each line of attack is tried; what names no file is in this one:
     | more connections, streams, requests than agreed | test_more_connections_than_agreed_are_refused |
     | | test_each_principal_has_its_share_of_event_streams |
     | | test_each_principal_has_its_share_of_requests |
-    | five thousand that say nothing, ten thousand that wait | test_crowds::test_those_who_say_nothing_hold_up_nobody_and_are_closed |
+    | crowds that say nothing, or wait | test_crowds::test_those_who_say_nothing_hold_up_nobody_and_are_closed |
     | | test_crowds::test_those_who_wait_for_a_run_take_little_more_than_in_a_bare_app |
     | ids of another principal | test_what_belongs_to_others_is_not_there |
     | | test_uploads::test_what_belongs_to_others_is_not_there |

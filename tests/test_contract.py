@@ -351,7 +351,7 @@ ADD = "/run/batch?agent_name=add"
         ("POST", ADD, CSV, "a,b\r\n1,2\r\n", 202),
         ("POST", ADD, CSV | {"Content-Encoding": "gzip"}, gzip.compress(b"a\n1\n") + gzip.compress(b"2\n"), 202),
         ("POST", f"{ADD}&delimiter=%09&on_invalid=skip", CSV, "a\tb\nx\t2\n", 202),
-        ("POST", f"{ADD}&static_inputs={{}}&timeout_s=1.5&return_errors=false&box_results=false", CSV, "a\n1", 202),
+        ("POST", f"{ADD}&static_inputs={{}}&timeout_s=1.5e1&return_errors=false&box_results=false", CSV, "a\n1", 202),
         ("POST", ADD, LINES, '{"a": 1}\n\n{"a": 2}', 202),
         ("POST", ADD, LINES | {"Content-Encoding": "GZIP"}, gzip.compress(b'{"a": 1}'), 202),
         ("POST", ADD, CSV | {"Idempotency-Key": ""}, "a\n1\n", 400),
