@@ -178,11 +178,11 @@ RECONNECT_MS = 1000
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-async def read_json(request: Request) -> bytes:
-    """The body of a JSON request, which ``Body.json`` describes. Raises HTTPException 415 for another content type."""
+async def read_json(request: Request, default: bytes | None = None) -> bytes:
+    """The body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type."""
     media_type_of(request, "application/json")
     app = app_of(request)
-    return await Body(request, app.max_body_bytes, app.body_timeout_s).json(app.max_json_depth)
+    return await Body(request, app.max_body_bytes, app.body_timeout_s).json(app.max_json_depth, default)
 
 
 #: What the body of ``POST /run/batch`` may be.
@@ -799,10 +799,9 @@ async def cancel_batch(request: Request) -> Response:
 
 
 async def retry_batch(request: Request) -> Response:
-    """POST /batch/{batch_id}/retry; the body may be left out."""
-    wanted = FlockBatchRetry()
-    if "content-type" in request.headers:
-        wanted = BATCH_RETRY.decode(await read_json(request))
+    """POST /batch/{batch_id}/retry; the body may be left out. Generated clients announce it all the same."""
+    sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
+    wanted = BATCH_RETRY.decode(sent)
     only = () if wanted.only is None else (RunStatus(wanted.only),)
     batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only)
     return batch_response(request, batch, [], 202)

@@ -59,13 +59,13 @@ class Body:
         if announced.isdecimal() and int(announced) > max_bytes:
             raise self._too_long()
 
-    async def json(self, max_depth: int) -> bytes:
-        """All of a JSON body.
+    async def json(self, max_depth: int, default: bytes | None = None) -> bytes:
+        """All of a JSON body, or *default* where it is empty.
 
         Raises:
             HTTPException: 415 where it is compressed; 408 where it does not arrive in time.
             TooLarge: it is too long.
-            MalformedJSON: it is empty, not UTF-8, or nested deeper than *max_depth*.
+            MalformedJSON: it is empty and there is no default, not UTF-8, or nested deeper than *max_depth*.
         """
         if (encoding := self._encoding()) != "identity":
             detail = (
@@ -78,6 +78,8 @@ class Body:
                 parts += self._counted(chunk)
         body = bytes(parts)
         if not body.strip():
+            if default is not None:
+                return default
             raise MalformedJSON("the body is empty", 1, 1)
         try:
             body.decode()  # a decoder skips over what it does not look into, such as the inputs

@@ -402,6 +402,7 @@ ADD = "/run/batch?agent_name=add"
         ("POST", "/batch/{ended}/cancel", {}, None, 409),
         ("POST", "/batch/{ended}/cancel?wait=-1", {}, None, 422),
         ("POST", "/batch/{ended}/retry", {}, None, 202),
+        ("POST", "/batch/{ended}/retry", AS_JSON, None, 202),
         ("POST", "/batch/{ended}/retry", AS_JSON, '{"only": null}', 202),
         ("POST", "/batch/{ended}/retry", AS_JSON, "{", 400),
         ("POST", "/batch/42/retry", {}, None, 404),

@@ -1,4 +1,7 @@
-"""A client that another project's generator makes of the specification runs, waits for, lists and cancels runs."""
+"""A client that another project's generator makes of the specification runs, waits for, lists and cancels.
+
+It knows no bodies of CSV and NDJSON, and says so when it is made.
+"""
 
 import subprocess
 import sys
@@ -28,8 +31,14 @@ PROGRAM = """
 import sys
 from client import AuthenticatedClient, Client
 from client.api.agents import get_agent
+from client.api.batches import (
+    cancel_batch, delete_batch, get_batch, get_batch_results, list_batches, retry_batch, run_batch
+)
 from client.api.runs import cancel_run, get_run, list_runs, run_flock
-from client.models import FlockAPIRequest, FlockAPIRequestInputs, Problem, RunStatus
+from client.models import (
+    FlockAPIRequest, FlockAPIRequestInputs, FlockBatchRequest, FlockBatchRequestBatchInputsType0Item as Row,
+    FlockBatchRequestOnInvalid, Problem, RunStatus,
+)
 
 url, key = sys.argv[1:]
 inputs = FlockAPIRequestInputs.from_dict({"a": 40})
@@ -50,6 +59,19 @@ with AuthenticatedClient(base_url=url, token=key) as client:
     problem = run_flock.sync(client=client, body=FlockAPIRequest(agent_name="add"))
     assert isinstance(problem, Problem) and problem.errors[0].pointer == "/inputs/a"
     assert get_agent.sync("add", client=client).input_schema.to_dict()["required"] == ["a"]
+    rows = [Row.from_dict({"a": 40}), Row.from_dict({"a": "x"})]
+    skip = FlockBatchRequestOnInvalid.SKIP
+    adds = run_batch.sync(client=client, body=FlockBatchRequest(agent_name="add", batch_inputs=rows, on_invalid=skip))
+    adds = get_batch.sync(adds.batch_id, client=client, wait=30)
+    assert (adds.status, adds.completed_items, adds.failed_items) == (RunStatus.COMPLETED, 2, 1)
+    assert adds.results[0] == {"result": 42} and adds.results[1]["error_type"] == "invalid_input"
+    assert get_batch_results.sync(adds.batch_id, client=client)[0].result.to_dict() == {"result": 42}
+    naps = run_batch.sync(client=client, body=FlockBatchRequest(agent_name="nap", batch_inputs=[Row(), Row()]))
+    assert [found.batch_id for found in list_batches.sync(client=client).batches] == [naps.batch_id, adds.batch_id]
+    stopped = cancel_batch.sync(naps.batch_id, client=client, wait=30)
+    assert (stopped.status, stopped.cancelled_items) == (RunStatus.CANCELLED, 2)
+    assert retry_batch.sync(naps.batch_id, client=client).attempt == 2
+    assert delete_batch.sync_detailed(adds.batch_id, client=client).status_code == 204
 with Client(base_url=url) as client:
     assert run_flock.sync(client=client, body=add).status == 401
 print("all of it")
