@@ -85,7 +85,7 @@ class Batches:
         except BaseException:
             if intake.is_staged:
                 with anyio.CancelScope(shield=True):
-                    await self._store.drop(batch.batch_id)
+                    await self._store.drop_staged(batch.batch_id)
             raise
 
     def start(self, batch: Batch | None) -> None:
@@ -113,8 +113,13 @@ class Batches:
             while not self._runner.is_leaving and not batch.status.is_final:
                 try:
                     batch = await self._go_on(batch)
+                except OwnershipLost:
+                    raise
                 except StoreError as exc:
                     logger.error("batch %s: %s", batch.batch_id, exc)
+                    await anyio.sleep(RETRY_AFTER_S)
+                except Exception:  # whatever it is, the engine and its other work go on
+                    logger.exception("batch %s cannot go on now", batch.batch_id)
                     await anyio.sleep(RETRY_AFTER_S)
         except OwnershipLost:
             logger.warning("batch %s: another engine has taken it over, or it is gone", batch.batch_id)

@@ -13,7 +13,7 @@ import anyio
 from msgspec.structs import replace
 
 from flock import schema
-from flock.errors import EngineFull, OwnershipLost
+from flock.errors import EngineFull, OwnershipLost, StoreError
 from flock.runs import INVALID_INPUT, Batch, BatchFilter, IdempotencyKey, Run, RunStatus, Step
 from flock.store import Store
 
@@ -41,11 +41,12 @@ class BatchStore:
     # Accepting
 
     async def stage(self, batch: Batch, items: Sequence[Run], *, is_first: bool) -> None:
-        """Keep *items* of a batch out of sight, until it is accepted."""
+        """Keep *items* of a batch out of sight, until it is accepted. Raises StoreError where it was dropped."""
 
         def apply(db: sqlite3.Connection) -> None:
             if is_first:
                 db.execute(schema.INSERT_BATCH, schema.batch_values(batch, "staged"))
+            _check_staged(db, batch)
             schema.insert_runs(db, items)
 
         await self._store.change(apply)
@@ -66,12 +67,14 @@ class BatchStore:
             Replayed: a batch was made under this key before; that comes before any limit.
             KeyReused: the key was used for another request.
             EngineFull: more than *max_open_items* items of all batches would not have ended.
+            StoreError: what was staged is gone.
         """
 
         def apply(db: sqlite3.Connection) -> Batch:
             schema.check_key(db, batch.flock, key)
             _check_room(db, batch.flock, batch.total_items - batch.completed_items, max_open_items)
             if is_staged:
+                _check_staged(db, batch)
                 db.execute("DELETE FROM batches WHERE batch_id = ?", (batch.batch_id,))
             db.execute(schema.INSERT_BATCH, schema.batch_values(batch, None))
             schema.insert_runs(db, items)
@@ -238,10 +241,15 @@ class BatchStore:
 
     # Forgetting
 
+    async def drop_staged(self, batch_id: str) -> None:
+        """Give up a batch that was not accepted."""
+        query = "UPDATE batches SET hidden = 'dropped' WHERE batch_id = ? AND hidden = 'staged'"
+        await self._drop(lambda db: db.execute(query, (batch_id,)).rowcount == 1)
+
     async def drop(self, batch_id: str) -> bool:
         """Put a batch out of sight for good, unless it is active; its items are deleted by ``sweep``."""
         query = """UPDATE batches SET hidden = 'dropped'
-            WHERE batch_id = ? AND (hidden = 'staged' OR status NOT IN ('starting', 'running'))"""
+            WHERE batch_id = ? AND hidden IS NULL AND status NOT IN ('starting', 'running')"""
 
         def apply(db: sqlite3.Connection) -> bool:
             is_dropped = db.execute(query, (batch_id,)).rowcount == 1
@@ -249,6 +257,9 @@ class BatchStore:
                 db.execute("DELETE FROM idempotency_keys WHERE made_id = ?", (batch_id,))
             return is_dropped
 
+        return await self._drop(apply)
+
+    async def _drop(self, apply: Callable[[sqlite3.Connection], bool]) -> bool:
         return await self._store.change(apply, then=lambda is_dropped: self.has_dropped.set())
 
     async def sweep(self) -> bool:
@@ -262,6 +273,15 @@ class BatchStore:
             return found is not None and schema.delete_items(db, found[0], BITE) > 0
 
         return await self._store.change(apply)
+
+
+def _check_staged(db: sqlite3.Connection, batch: Batch) -> None:
+    """Another engine drops what one had staged that it takes for dead."""
+    query = "SELECT 1 FROM batches WHERE batch_id = ? AND hidden = 'staged'"
+    if db.execute(query, (batch.batch_id,)).fetchone() is None:
+        raise StoreError(
+            "What had arrived of this batch is gone, since this server stood still for a while. Send it again."
+        )
 
 
 def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:

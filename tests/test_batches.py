@@ -172,6 +172,32 @@ async def test_what_a_dead_process_had_staged_is_dropped() -> None:
                 engine.batch_store.has_dropped.set()
 
 
+@pytest.mark.parametrize("swept", [False, True])
+@pytest.mark.parametrize("count", [600, 1100])
+async def test_an_upload_that_another_engine_dropped_is_not_accepted_in_part(
+    count: int, swept: bool, store: str
+) -> None:
+    """As when its process stood still for so long that it was taken for dead; nothing of it stays behind."""
+    work = Work()
+
+    async def stands_still() -> AsyncIterator[Any]:
+        for item in numbers(550):
+            yield item
+        await engine.store.change(lambda db: db.execute("UPDATE batches SET hidden = 'dropped'") and None)
+        while swept and await engine.batch_store.sweep():
+            pass
+        for item in numbers(count - 550):
+            yield item
+
+    async with work.flock.engine(store=store) as engine:
+        with pytest.raises(StoreError, match="Send it again"):
+            await engine.submit_batch("item", stands_still(), OPTIONS)
+        while await engine.batch_store.sweep():
+            pass
+        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (0,)
+    assert work.calls == []
+
+
 async def test_there_is_room_for_so_many_items_of_all_batches_together(store: str) -> None:
     work = Work()
     work.holds = True
@@ -503,7 +529,7 @@ def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
 
     def arm(owner: Any, name: str) -> None:
         method = getattr(owner, name)
-        failures = [StoreError("now")]
+        failures = [ValueError("a bug"), StoreError("now")]
 
         async def fail_first(*args: Any, **options: Any) -> Any:
             if failures:
