@@ -1,6 +1,7 @@
 """The README and the printed page are true: their lines are run as they stand."""
 
 import contextlib
+import csv
 import io
 import json
 import re
@@ -16,10 +17,17 @@ import pytest
 from click.testing import CliRunner
 
 from flock.cli import main
-from tests.fakes import EXAMPLES, ROOT, Server, running
+from tests.fakes import EXAMPLES, ROOT, Server, flockapi_command, running
 
 README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+(ON_BATCHES,) = re.findall(r"(?s)\n## Batches\n.*?(?=\n## )", README)
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
+
+
+BLOCKS = blocks_of(README.replace(ON_BATCHES, ""))
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 BASH = [code.strip() for language, code in BLOCKS if language == "bash"]
 CURL = [code for code in BASH if code.startswith("curl")]
@@ -109,6 +117,67 @@ def test_the_lines_of_the_printed_page_work(served: Server) -> None:
     assert httpx.get(f"{served.url}/agents").json() == {"agents": [{"name": "text_analyzer", "description": ""}]}
 
 
+ANALYZER = """
+import anyio
+from typing import TypedDict
+from flock.core import Flock
+
+flock = Flock()
+
+class Analysis(TypedDict):
+    sentiment: str
+    keywords: list[str]
+
+@flock.agent
+async def text_analyzer(text: str) -> Analysis:
+    return {"sentiment": "positive", "keywords": text.split()[:2]}
+
+@flock.agent
+async def nap(text: str) -> None:
+    await anyio.sleep(600)
+"""
+
+
+def test_the_lines_on_batches_work(tmp_path: Path) -> None:
+    """In their order; a function stands in for the model, and a batch that goes on for what is done to one."""
+    blocks = [(language, code.strip()) for language, code in blocks_of(ON_BATCHES)]
+    commands = [code for language, code in blocks if language == "bash"]
+    start, follow, wait, download, packed, mapped, cancel, retry, delete = commands
+    (events,) = (code for language, code in blocks if language == "text")
+    (table,) = (code for language, code in blocks if language == "csv")
+    expected_start, expected_end = (json.loads(code) for language, code in blocks if language == "json")
+    (tmp_path / "served.py").write_text(ANALYZER)
+    with running(
+        *flockapi_command("serve", str(tmp_path / "served.py"), "--port", "0", "--store", ":memory:")
+    ) as server:
+        started = curl(server, start.replace("@examples", f"@{EXAMPLES}"))
+        batch = {"batch_id": started["batch_id"]}
+        assert started.keys() == expected_start.keys()
+        assert (started["status"], started["total_items"]) == ("starting", expected_start["total_items"])
+        followed = curl_text(server, follow, **batch)
+        assert re.findall("(?m)^(id|event): (.*)", followed)[-2:] == re.findall("(?m)^(id|event): (.*)", events)[-2:]
+        data, expected = (json.loads(re.findall("(?m)^data: (.*)", text)[-1]) for text in (followed, events))
+        assert data.keys() == expected.keys()
+        ended = curl(server, wait, **batch)
+        assert ended.keys() == expected_end.keys()
+        assert (ended["status"], ended["completed_items"]) == ("completed", expected_end["completed_items"])
+        curl_text(server, download.replace("results.csv", str(tmp_path / "results.csv")), **batch)
+        with (tmp_path / "results.csv").open(newline="") as file:
+            rows = list(csv.reader(file))
+        assert len(rows) == 1 + ended["total_items"]
+        for row, expected_row in zip(rows, csv.reader(io.StringIO(table)), strict=False):
+            assert (row[0], row[3:]) == (expected_row[0], expected_row[3:])
+        assert curl(server, packed)["total_items"] == 2
+        mapped_id = curl(server, mapped)["batch_id"]
+        assert curl(server, wait, batch_id=mapped_id)["failed_items"] == 1
+        nap = {"agent_name": "nap", "batch_inputs": [{"text": "a"}]}
+        napping = {"batch_id": httpx.post(f"{server.url}/run/batch", json=nap).json()["batch_id"]}
+        assert curl(server, cancel, **napping)["status"] == "cancelled"
+        assert curl(server, retry, **napping)["attempt"] == 2
+        assert curl_text(server, delete, batch_id=mapped_id) == ""
+        assert curl(server, wait, batch_id=mapped_id)["status"] == 404
+
+
 def test_the_example_is_the_script_of_the_readme() -> None:
     assert (EXAMPLES / "text_analyzer.py").read_text("utf-8") in PYTHON
 
@@ -145,7 +214,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 def test_the_tables_name_what_there_is() -> None:
     from flock.llm import PROVIDERS
-    from flockapi import PROBLEMS, ROUTES
+    from flockapi import PROBLEMS, ROUTES, UploadQuery
 
     for provider in PROVIDERS:
         assert f"`{provider}/" in README
@@ -154,6 +223,8 @@ def test_the_tables_name_what_there_is() -> None:
         assert path == "/static" or path in README
     for status, _ in PROBLEMS.values():
         assert status == 500 or f"| {status} " in README
+    for option in UploadQuery.__struct_fields__[1:]:
+        assert f"| `{option}` |" in ON_BATCHES
 
 
 def test_the_server_of_the_readme_asks_for_its_keys() -> None:
