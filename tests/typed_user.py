@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, assert_type
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
@@ -50,23 +51,29 @@ from flock.errors import (
     WrongHost,
 )
 from flock.runs import (
+    INVALID_INPUT,
     Batch,
+    BatchFilter,
     BatchOptions,
     Engine,
     EngineHealth,
     Event,
     IdempotencyKey,
     Inputs,
+    Items,
     Observer,
+    OnInvalid,
     Principal,
     Progress,
     Queue,
+    Row,
     Run,
     RunContext,
     RunFilter,
     RunStatus,
     Step,
     Usage,
+    event_of_batch,
     events_of,
     make_ids_after,
     new_id,
@@ -80,22 +87,29 @@ from flockapi import (
     AgentList,
     AgentSummary,
     Auth,
+    BatchesQuery,
+    BatchItem,
+    BatchList,
+    BatchQuery,
+    BatchSummary,
     EventsQuery,
     FlockAPI,
     FlockAPIRequest,
     FlockAPIResponse,
     FlockBatchRequest,
     FlockBatchResponse,
+    FlockBatchRetry,
     Health,
-    ItemsQuery,
     JSONResponse,
     OnDisconnect,
     Problem,
     Readiness,
+    ResultsQuery,
     RunList,
     RunsQuery,
     RunStep,
     RunSummary,
+    UploadQuery,
     WaitQuery,
     create_app,
     engine_of,
@@ -166,13 +180,27 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
     assert_type(await engine.wait(run.run_id, 2.5), Run)
     async for event in engine.events(run.run_id):
         assert_type(event, Event | None)
-    batch = await engine.submit_batch("measure", [{"text": "a"}], BatchOptions(max_workers=2))
-    assert_type(await engine.get_batch(batch.batch_id), Batch)
+    await batches(engine, [{"text": "a"}, Row(inputs=msgspec.Raw(b"{}"), line=2)], "skip")
     for item in await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now())):
         print(one_line(sayable(item.error)), [step.usage for step in item.steps], len(events_of(item)))
     make_ids_after(run.run_id)
     assert_type(valid_traceparent("00-"), str | None)
     return run.progress
+
+
+async def batches(engine: Engine, items: Items, on_invalid: OnInvalid) -> None:
+    batch = await engine.submit_batch("measure", items, BatchOptions(max_workers=2), on_invalid=on_invalid)
+    assert_type(await engine.get_batch(batch.batch_id), Batch)
+    assert_type(await engine.wait_batch(batch.batch_id, 2.5), Batch)
+    for item in await engine.get_items(batch.batch_id, after=0, limit=10, statuses=[RunStatus.FAILED]):
+        print(item.position, item.error_type == INVALID_INPUT)
+    async for event in engine.batch_events(batch.batch_id):
+        assert_type(event, Event | None)
+    for found in await engine.list_batches(BatchFilter(status=RunStatus.RUNNING)):
+        assert_type(await engine.cancel_batch(found.batch_id), Batch)
+        assert_type(await engine.retry_batch(found.batch_id, [RunStatus.CANCELLED]), Batch)
+        await engine.delete_batch(found.batch_id)
+    print(event_of_batch(batch).name, batch.eta_s)
 
 
 async def main() -> None:
@@ -212,6 +240,8 @@ ai = create_app(
     docs=None,
     metrics=False,
     on_disconnect=on_disconnect,
+    csv_dir="uploads",
+    max_upload_bytes=2**30,
 )
 assert_type(ai, FlockAPI)
 
@@ -225,10 +255,13 @@ host.mount("/ai", ai)
 
 # The wire, and what may go wrong
 
-REQUESTS: tuple[type, ...] = (FlockAPIRequest, FlockBatchRequest, WaitQuery, EventsQuery, ItemsQuery, RunsQuery)
+REQUESTS: tuple[type, ...] = (
+    *(FlockAPIRequest, FlockBatchRequest, FlockBatchRetry, UploadQuery, WaitQuery, EventsQuery, RunsQuery),
+    *(BatchQuery, ResultsQuery, BatchesQuery),
+)
 ANSWERS: tuple[type, ...] = (
     *(FlockAPIResponse, FlockBatchResponse, RunList, RunSummary, RunStep, AgentList, AgentSummary, AgentDetail),
-    *(Health, Readiness, Problem, FieldError),
+    *(BatchList, BatchSummary, BatchItem, Health, Readiness, Problem, FieldError),
 )
 ERRORS: tuple[type[FlockError], ...] = (
     *(NotFound, AgentNotFound, RunNotFound, BatchNotFound, Conflict, KeyReused, Replayed, MalformedJSON, InvalidData),
