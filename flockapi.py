@@ -337,9 +337,12 @@ def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
 
 
 def last_event_of(request: Request) -> int:
-    """The id of the last event that a reader knows. A browser that connects again sends the query as it was, too."""
-    last_id = request.headers.get("last-event-id", "")
-    return int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query_of(request, EventsQuery).after
+    """The id of the last event that a reader knows. A browser that connects again sends the query as it was, too.
+
+    Raises InvalidData, whether or not the query is what counts.
+    """
+    last_id, query = request.headers.get("last-event-id", ""), query_of(request, EventsQuery)
+    return int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query.after
 
 
 def event_bytes(event: Event | None) -> bytes:

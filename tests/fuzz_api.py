@@ -75,7 +75,11 @@ def before_generate_case(context, strategy):
     if context.operation.definition.raw.get("operationId") not in ("runBatch", "runFlock"):
         return strategy
     likely = likely_bodies()
-    return st.builds(made_likely, strategy, st.none() | likely | likely | likely)
+    return st.builds(made_likely, strategy.filter(may_be_wrong), st.none() | likely | likely | likely)
+
+def may_be_wrong(case):
+    # A list in the place of a text is sent as a text all the same, which says that its rows may be skipped.
+    return case.media_type not in TYPES or not isinstance(case.body, (bool, int, float, list, dict, type(None)))
 
 def made_likely(case, likely):
     if likely is None or case.meta is None or not case.meta.generation.mode.is_positive:

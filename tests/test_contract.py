@@ -396,6 +396,7 @@ ADD = "/run/batch?agent_name=add"
         ("GET", "/batch/{ended}/events?after=1", {}, None, 204),
         ("GET", "/batch/42/events", {}, None, 404),
         ("GET", "/batch/{ended}/events?after=x", {}, None, 422),
+        ("GET", "/batch/{ended}/events?after=-1", {"Last-Event-ID": "0"}, None, 422),
         ("POST", "/batch/{busy}/cancel", {}, None, 202),
         ("POST", "/batch/{busy}/cancel?wait=10", {}, None, 200),
         ("POST", "/batch/42/cancel", {}, None, 404),
