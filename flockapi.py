@@ -83,7 +83,7 @@ from flock.runs import (
     RunStatus,
     events_of,
 )
-from flock.tables import EXPANSION, Fill, csv_rows, json_rows, ndjson_rows, read_file
+from flock.tables import EXPANSION, Fill, csv_rows, item_pages, json_rows, ndjson_rows, read_file
 from flock.wire import (
     BATCH_REQUEST,
     BATCH_RETRY,
@@ -163,9 +163,6 @@ Query = TypeVar("Query", bound=msgspec.Struct)
 
 #: What becomes of a synchronous run whose caller has gone.
 OnDisconnect = Literal["cancel", "continue"]
-
-#: How many results are read at once for a download.
-ITEMS_A_PAGE = 500
 
 #: A synchronous run may take so long before anyone looks whether its caller is still there, in seconds.
 PATIENCE_S = 0.1
@@ -368,7 +365,7 @@ def batch_response(
     body = shown_as(
         FlockBatchResponse,
         batch,
-        results=msgspec.UNSET if items is None else [_item_result(run, batch.options) for run in items],
+        results=msgspec.UNSET if items is None else [batch.result_of(run) for run in items],
         next=f"{path}?after={last}&limit={limit}" if more else None,
     )
     headers = {"Flock-Run-Status": batch.status.value, **(headers or {})}
@@ -383,18 +380,6 @@ def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
     if best is None:
         raise HTTPException(406, f"Results are given as {', '.join(RESULT_TYPES.values())}; say so in Accept.")
     return next(name for name, media_type in RESULT_TYPES.items() if media_type == best)
-
-
-def _item_result(run: Run, options: BatchOptions) -> Any:
-    """What stands for one item in ``results``; null as long as there is nothing to say."""
-    if run.result is not None:
-        if options.box_results:
-            return run.result
-        members = msgspec.json.decode(run.result, type=dict[str, msgspec.Raw])
-        return next(iter(members.values())) if len(members) == 1 else run.result
-    if run.error is not None and options.return_errors:
-        return {"error": run.error, "error_type": run.error_type}
-    return None
 
 
 def _accepted(request: Request, path: str, status_code: int) -> dict[str, str]:
@@ -771,14 +756,9 @@ async def batch_results(request: Request) -> Response:
     if request.method == "HEAD":
         return head_of_stream(RESULT_TYPES[format_], headers)
 
-    async def pages() -> AsyncIterator[Sequence[Run]]:
-        after = wanted.after
-        while page := await engine.get_items(batch_id, after=after, limit=ITEMS_A_PAGE, statuses=statuses):
-            yield page
-            after = page[-1].position or 0
-
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
-    stream = results_as(format_, pages(), columns, wanted.escape_formulas)
+    pages = item_pages(engine, batch_id, after=wanted.after, statuses=statuses)
+    stream = results_as(format_, pages, columns, wanted.escape_formulas)
     return StreamingResponse(stream, media_type=RESULT_TYPES[format_], headers=headers)
 
 

@@ -5,7 +5,17 @@ do is what its rows say, and whoever goes on reads it from there.
 """
 
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
 import anyio
@@ -20,8 +30,9 @@ from flock.jsontype import escape_pointer
 from flock.runner import Runner
 from flock.runs import INVALID_INPUT, Batch, IdempotencyKey, Inputs, Items, OnInvalid, Row, Run, RunStatus, new_id, now
 from flock.store import RETRY_AFTER_S
+from flock.tables import Fill
 
-__all__ = ["Batches", "as_json"]
+__all__ = ["Batches", "as_json", "mapping_rows"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -278,6 +289,20 @@ async def _each(items: Items) -> AsyncIterator[Inputs | Row]:
     else:
         for item in items:
             yield item
+
+
+async def mapping_rows(
+    items: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]], fill: Fill, max_bytes: int
+) -> AsyncGenerator[Row, None]:
+    """What a program has as mappings, none of them longer than *max_bytes*. Raises InvalidData, TooLarge."""
+    position = 0
+    async for item in _each(items):
+        at = f"/batch_inputs/{position}"
+        if not isinstance(item, Mapping):
+            detail = f"An item is a mapping of inputs by name, and not of the type {type(item).__name__!r}."
+            raise InvalidData([FieldError(detail=detail, pointer=at)])
+        yield fill.row(msgspec.json.decode(as_json(item, at, max_bytes), type=dict[str, msgspec.Raw]), at)
+        position += 1
 
 
 def as_json(inputs: Inputs, at: str, max_bytes: int) -> msgspec.Raw:

@@ -1,24 +1,56 @@
 """What people import: ``Flock``, ``FlockFactory`` and ``agent``."""
 
 import asyncio
+import contextlib
+import functools
+import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ParamSpec, TypeVar, get_args, overload
 
 import anyio
 import httpx
 import msgspec
 
 from flock.agents import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, agent
-from flock.embedded import EmbeddedEngine
-from flock.errors import DefinitionError, RunFailed
+from flock.batches import as_json, mapping_rows
+from flock.embedded import EmbeddedEngine, alone
+from flock.errors import AgentNotFound, DefinitionError, RunFailed
 from flock.llm import ModelClient
-from flock.runs import RunStatus
+from flock.progress import follow_batch
+from flock.runs import BatchOptions, OnInvalid, Row, RunStatus
 from flock.signature import Signature
 from flock.store import Durability, Store
+from flock.tables import MAX_ROW_BYTES, Fill, file_rows, item_pages
 
-__all__ = ["Flock", "FlockFactory", "agent"]
+__all__ = ["BatchInputs", "Flock", "FlockFactory", "agent"]
+
+#: What a program makes a batch of: mappings, which are read one by one, or the path of a file of CSV or NDJSON.
+BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | str | Path
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """*function* with the same parameters, for who has no event loop."""
+
+    @functools.wraps(function, assigned=("__doc__",))
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        _check_no_loop(function.__name__)
+        return anyio.run(functools.partial(function, *args, **options))
+
+    return call
 
 
 class Flock:
@@ -133,9 +165,89 @@ class Flock:
 
     def run(self, agent_name: str, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """As ``run_async``, for scripts: it blocks until the result is there."""
-        if _is_loop_running():
-            raise RuntimeError("An event loop is running here already: write 'await flock.run_async(...)' instead.")
+        _check_no_loop("run_async")
         return anyio.run(self.run_async, agent_name, inputs)
+
+    async def run_batch_async(
+        self,
+        agent_name: str,
+        batch_inputs: BatchInputs,
+        *,
+        input_mapping: Mapping[str, str] | None = None,
+        static_inputs: Mapping[str, Any] | None = None,
+        parallel: bool = True,
+        max_workers: int = 5,
+        on_invalid: OnInvalid = "reject",
+        timeout_s: float | None = None,
+        return_errors: bool = True,
+        box_results: bool = True,
+        delimiter: str = ",",
+        progress: bool | None = None,
+    ) -> list[Any]:
+        """Run one agent over many inputs, without a server. All of it is kept in memory, and nothing after it.
+
+        Args:
+            batch_inputs: mappings, read once and one by one, or the path of a file whose name ends in ``.csv``,
+                ``.ndjson`` or ``.jsonl``, also with ``.gz`` behind it. Cells of CSV are typed by the agent's signature.
+            input_mapping: what a member of a mapping, or a column, is called as an input.
+            static_inputs: for all items that do not bring their own.
+            parallel, max_workers, return_errors, box_results: see ``BatchOptions``.
+            on_invalid: "reject" begins nothing where an item does not fit; "skip" lets that one fail.
+            timeout_s: wall-clock seconds for each item.
+            delimiter: between the cells of CSV.
+            progress: show a line on stderr that says how far it is. If None, where that is a terminal.
+
+        Returns:
+            list: in the order of the inputs, a result for each. For an item that failed ``{"error", "error_type"}``, or
+            None; that is so for all of them where all failed. Of no inputs, it is empty.
+
+        Raises:
+            AgentNotFound: no agent has that name.
+            InvalidData: items do not fit, at most 100 errors of them, with the line where there are lines; or the file
+                cannot be understood.
+            DefinitionError: an option is none, or the file's name does not tell what is in it.
+            OSError: the file cannot be read.
+            And whatever *batch_inputs* raises.
+
+        Cancellation: the batch is cancelled.
+        """
+        options = BatchOptions(
+            max_workers=max_workers,
+            parallel=parallel,
+            return_errors=return_errors,
+            box_results=box_results,
+            timeout_s=timeout_s,
+        )
+        _check_choices(on_invalid, timeout_s)
+        fill = _fill(static_inputs, input_mapping)
+        results: list[Any] = []
+        async with contextlib.aclosing(self._rows(agent_name, batch_inputs, fill, delimiter)) as rows:
+            first = await anext(rows, None)
+            if first is None:
+                return results
+            async with self.engine(**alone(max_workers)) as engine:
+                batch = await engine.submit_batch(agent_name, _chain(first, rows), options, on_invalid=on_invalid)
+                try:
+                    await follow_batch(engine, batch.batch_id, is_shown=progress)
+                except BaseException:
+                    with anyio.CancelScope(shield=True):
+                        await engine.cancel_batch(batch.batch_id)
+                    raise
+                async for page in item_pages(engine, batch.batch_id):
+                    results += msgspec.json.decode(msgspec.json.encode([batch.result_of(item) for item in page]))
+        return results
+
+    #: As ``run_batch_async``, for scripts: it blocks until all results are there.
+    run_batch = _blocking(run_batch_async)
+
+    def _rows(
+        self, agent_name: str, batch_inputs: BatchInputs, fill: Fill, delimiter: str
+    ) -> AsyncGenerator[Row, None]:
+        if agent_name not in self.agents:
+            raise AgentNotFound(agent_name, list(self.agents))
+        if isinstance(batch_inputs, str | Path):
+            return file_rows(Path(batch_inputs), self.agents[agent_name].input, fill, delimiter=delimiter)
+        return mapping_rows(batch_inputs, fill, MAX_ROW_BYTES)
 
     def start_api(
         self,
@@ -220,9 +332,28 @@ class FlockFactory:
         )
 
 
-def _is_loop_running() -> bool:
+def _check_no_loop(async_name: str) -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return False
-    return True
+        return
+    raise RuntimeError(f"An event loop is running here already: write 'await flock.{async_name}(...)' instead.")
+
+
+def _check_choices(on_invalid: str, timeout_s: float | None) -> None:
+    if on_invalid not in get_args(OnInvalid):
+        raise DefinitionError(f"on_invalid is one of {', '.join(get_args(OnInvalid))}, and not {on_invalid!r}.")
+    if timeout_s is not None and not timeout_s > 0:
+        raise DefinitionError(f"timeout_s is a number of seconds above 0, and not {timeout_s}.")
+
+
+def _fill(static_inputs: Mapping[str, Any] | None, input_mapping: Mapping[str, str] | None) -> Fill:
+    """Raises InvalidData where a static input cannot be JSON."""
+    raw = as_json(static_inputs or {}, "/static_inputs", MAX_ROW_BYTES)
+    return Fill(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]), input_mapping, lambda: sys.maxsize)
+
+
+async def _chain(first: Row, rows: AsyncIterator[Row]) -> AsyncIterator[Row]:
+    yield first
+    async for row in rows:
+        yield row

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import math
+import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
@@ -58,7 +59,7 @@ from flock.runs import (
 )
 from flock.store import Store
 
-__all__ = ["EmbeddedEngine"]
+__all__ = ["EmbeddedEngine", "alone"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -83,6 +84,23 @@ PROGRESS_INTERVAL_S = 0.25
 KEEP_KEYS_FOR = timedelta(hours=24)
 #: How long the last write of a run may take when the engine is leaving, in seconds.
 FINAL_WRITE_TIMEOUT_S = 5.0
+
+
+def alone(max_workers: int) -> dict[str, Any]:
+    """The options of an engine for one batch of the program's own, and nothing else: no bounds but its workers.
+
+    Raises: DefinitionError where that is no number of workers.
+    """
+    if max_workers < 1:
+        raise DefinitionError(f"max_workers is at least 1, and not {max_workers}.")
+    places = max_workers + max_workers // 5 + 1  # a tenth of them is left to runs that are no items
+    return {
+        "max_concurrency": places,
+        "max_threads": places,
+        "max_items": sys.maxsize,
+        "max_open_items": sys.maxsize,
+        "expose_errors": True,
+    }
 
 
 class EmbeddedEngine:

@@ -225,6 +225,17 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         took_s = max(0.0, (now() - self.resumed_at).total_seconds())
         return round((self.total_items - self.completed_items) * took_s / ended, 3)
 
+    def result_of(self, item: Run) -> Any:
+        """What stands for *item* among the results; None as long as there is nothing to say."""
+        if item.result is not None:
+            if self.options.box_results:
+                return item.result
+            members = msgspec.json.decode(item.result, type=dict[str, msgspec.Raw])
+            return next(iter(members.values())) if len(members) == 1 else item.result
+        if item.error is not None and self.options.return_errors:
+            return {"error": item.error, "error_type": item.error_type}
+        return None
+
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes one item of a batch.

@@ -5,22 +5,51 @@ What a reader finds wrong with one row goes with that row; what makes the whole 
 
 import codecs
 import csv
+import gzip
 import io
 import os
 import re
 import stat
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
+from typing import Literal
 
 import anyio.to_thread
 import msgspec
 
-from flock.errors import FieldError, InvalidData, MalformedJSON, TooLarge
+from flock.errors import DefinitionError, FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.jsontype import Field, check_depth, escape_pointer, explain, malformed
-from flock.runs import Row, Run
+from flock.runs import Engine, Row, Run, RunStatus
 from flock.signature import Signature, text_as_json
 
-__all__ = ["EXPANSION", "CSVWriter", "Fill", "csv_rows", "json_rows", "ndjson_rows", "read_file"]
+__all__ = [
+    "EXPANSION",
+    "MAX_ROW_BYTES",
+    "CSVWriter",
+    "Fill",
+    "TableFormat",
+    "csv_rows",
+    "file_rows",
+    "is_packed",
+    "item_pages",
+    "json_rows",
+    "ndjson_rows",
+    "read_file",
+    "table_format",
+]
+
+#: How rows lie in a file.
+TableFormat = Literal["csv", "ndjson"]
 
 #: How many times as long as what was sent the static inputs of all its rows may become.
 EXPANSION = 16
@@ -28,6 +57,11 @@ EXPANSION = 16
 CHUNK_BYTES = 64 * 1024
 #: How much of CSV is read at once, at least.
 GATHERED_CHARS = 64 * 1024
+#: How long one row of a program's own file may be, and how deep it may be nested.
+MAX_ROW_BYTES = 16 * 1024 * 1024
+MAX_ROW_DEPTH = 100
+#: How many items are read at once.
+ITEMS_A_PAGE = 500
 #: What a cell holds that JSON would call a number.
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 #: What a spreadsheet takes for a formula, at the beginning of a cell.
@@ -93,7 +127,7 @@ def json_rows(rows: Iterable[Mapping[str, msgspec.Raw]], fill: Fill) -> Iterator
 
 async def ndjson_rows(
     chunks: AsyncIterable[bytes], fill: Fill, *, max_row_bytes: int, max_depth: int
-) -> AsyncIterator[Row]:
+) -> AsyncGenerator[Row, None]:
     """One object a line; empty lines are none.
 
     Raises: TooLarge where a line is longer than *max_row_bytes*, or all together with static inputs are too long.
@@ -156,7 +190,7 @@ def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int) -> Row:
 
 async def csv_rows(
     chunks: AsyncIterable[bytes], signature: Signature, fill: Fill, *, delimiter: str, max_row_bytes: int
-) -> AsyncIterator[Row]:
+) -> AsyncGenerator[Row, None]:
     """Rows of CSV (RFC 4180) behind a header, their cells typed by *signature*; empty lines are none.
 
     Raises:
@@ -290,6 +324,43 @@ def _cell_reader(field: Field, has_static: bool) -> Callable[[str], msgspec.Raw 
 # Files
 
 
+def table_format(path: Path) -> TableFormat | None:
+    """What is in a file, by the ending of its name, before ``.gz``; None where that does not tell."""
+    ending = (path.with_suffix("") if is_packed(path) else path).suffix.lower()
+    return "csv" if ending == ".csv" else "ndjson" if ending in (".ndjson", ".jsonl") else None
+
+
+def is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def file_rows(path: Path, signature: Signature, fill: Fill, *, delimiter: str = ",") -> AsyncGenerator[Row, None]:
+    """The rows of a file of the program's own, of CSV or NDJSON, also packed by gzip.
+
+    Raises: DefinitionError where its name does not tell what is in it. To read them raises OSError, InvalidData and
+        TooLarge; see ``csv_rows`` and ``ndjson_rows``.
+    """
+    format_, chunks = table_format(path), _own_file(path)
+    if format_ is None:
+        raise DefinitionError(
+            f"What is in {path.name}? Rows are read from files whose names end in .csv, .ndjson or .jsonl, also with "
+            ".gz behind it."
+        )
+    if format_ == "ndjson":
+        return ndjson_rows(chunks, fill, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
+    return csv_rows(chunks, signature, fill, delimiter=delimiter, max_row_bytes=MAX_ROW_BYTES)
+
+
+async def _own_file(path: Path) -> AsyncIterator[bytes]:
+    with await anyio.to_thread.run_sync(gzip.open if is_packed(path) else open, path, "rb") as file:
+        try:
+            while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
+                yield chunk
+        except (gzip.BadGzipFile, EOFError, zlib.error) as exc:
+            detail = f"{path.name} is no gzip, as its name says: {exc}."
+            raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
+
+
 async def read_file(folder: Path, name: str) -> AsyncIterator[bytes]:
     """The bytes of the file *name* below *folder*, read in a worker thread.
 
@@ -325,6 +396,15 @@ def _open_below(folder: Path, name: str) -> io.BufferedReader:
 
 
 # Rows out
+
+
+async def item_pages(
+    engine: Engine, batch_id: str, *, after: int = -1, statuses: Sequence[RunStatus] = tuple(RunStatus)
+) -> AsyncIterator[Sequence[Run]]:
+    """The items of a batch behind a position, in order, as ``Engine.get_items`` gives them."""
+    while page := await engine.get_items(batch_id, after=after, limit=ITEMS_A_PAGE, statuses=statuses):
+        yield page
+        after = page[-1].position or 0
 
 
 class CSVWriter:

@@ -1,16 +1,28 @@
 """What people import, used as a script would."""
 
 import functools
+import gzip
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.from_thread
+import anyio.to_thread
 import pytest
 
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentNotFound, DefinitionError, InvalidData, RunFailed, SignatureError
-from tests.fakes import sample_flock
+from flock.runs import RunContext
+from tests.fakes import ROOT, sample_flock
 
 
 def test_run_gives_the_result() -> None:
@@ -116,3 +128,264 @@ def test_what_yields_or_has_no_parameters_known_to_python_is_refused() -> None:
         Flock().add_agent(Yields())
     with pytest.raises(SignatureError, match="Wrap it in a function"):
         Flock().add_agent(max)
+
+
+# Batches
+
+
+def test_a_batch_gives_its_results_in_order() -> None:
+    assert sample_flock().run_batch("add", [{"a": 1}, {"a": 2, "b": 5}]) == [{"result": 3}, {"result": 7}]
+
+
+async def _each(items: Iterable[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    for item in items:
+        yield item
+
+
+@pytest.mark.parametrize(
+    "make", [list, tuple, iter, lambda items: (item for item in items), _each], ids="list tuple iter gen async".split()
+)
+def test_a_batch_is_made_of_whatever_can_be_read_item_by_item(make: Callable[[Any], Any]) -> None:
+    """1,200 are more than are written at once."""
+    results = sample_flock().run_batch("add", make([{"a": n, "b": n} for n in range(1200)]))
+    assert results == [{"result": 2 * n} for n in range(1200)]
+
+
+def test_items_are_read_as_far_as_they_fit() -> None:
+    read: list[int] = []
+
+    def items() -> Iterator[dict[str, Any]]:
+        for n in range(10_000):
+            read.append(n)
+            yield {"a": "no number"}
+
+    with pytest.raises(InvalidData) as caught:
+        sample_flock().run_batch("add", items())
+    assert len(caught.value.errors) == len(read) == 100
+
+
+CSV = "a,b\r\n1,5\r\n40,\r\n"
+NDJSON = '{"a": 1, "b": 5}\n\n{"a": 40}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", CSV.encode()),
+        ("ROWS.CSV", b"\xef\xbb\xbf" + CSV.replace("\r", "").encode()),
+        ("rows.csv.gz", gzip.compress(CSV.encode())),
+        ("rows.ndjson", NDJSON.encode()),
+        ("rows.jsonl", NDJSON.encode()),
+        ("rows.jsonl.gz", gzip.compress(NDJSON.encode())),
+    ],
+)
+def test_a_batch_is_read_from_a_file(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert sample_flock().run_batch("add", tmp_path / name) == [{"result": 6}, {"result": 42}]
+    assert sample_flock().run_batch("add", str(tmp_path / name)) == [{"result": 6}, {"result": 42}]
+
+
+def test_cells_have_the_delimiter_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a;b\n1;5\n")
+    assert sample_flock().run_batch("add", tmp_path / "rows.csv", delimiter=";") == [{"result": 6}]
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    flock = sample_flock()
+    for name, content, words in (
+        ("a.csv", b"", "There is no header"),
+        ("b.csv", b"a\nx\n", "line 2 /a: Expected 'int', got 'str'"),
+        ("c.csv", b"a,c\n1,2\n", "There is no input 'c'"),
+        ("d.csv", b"a\n\xff\n", "line 2: This is not UTF-8"),
+        ("e.csv.gz", b"a\n1\n", "e.csv.gz is no gzip, as its name says"),
+        ("f.ndjson.gz", gzip.compress(b'{"a": 1}')[:-9], "f.ndjson.gz is no gzip, as its name says"),
+        ("g.ndjson", b'{"a": 1}\n[1]\n', "line 2: A line is one JSON object"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InvalidData, match=re.escape(words)):
+            flock.run_batch("add", tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        flock.run_batch("add", tmp_path / "nowhere.csv")
+    for unclear in ("rows.txt", "rows", "rows.gz", ".csv"):
+        with pytest.raises(DefinitionError, match=r"What is in .* end in \.csv, \.ndjson or \.jsonl"):
+            flock.run_batch("add", unclear)
+
+
+def test_names_are_mapped_and_gaps_are_filled(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("first\n1\n2\n")
+    for rows in ([{"first": 1}, {"first": 2}], tmp_path / "rows.csv"):
+        results = sample_flock().run_batch("add", rows, input_mapping={"first": "a"}, static_inputs={"b": 10})
+        assert results == [{"result": 11}, {"result": 12}]
+    with pytest.raises(InvalidData, match="/static_inputs/b: Expected 'int', got 'str'"):
+        sample_flock().run_batch("add", [{"a": 1}], static_inputs={"b": "x"})
+    with pytest.raises(InvalidData, match="/static_inputs: It cannot be JSON"):
+        sample_flock().run_batch("add", [{"a": 1}], static_inputs={"b": object()})
+
+
+def test_what_failed_stands_in_its_place() -> None:
+    """Also where nothing else happened: the list is the answer."""
+    flock = sample_flock()
+
+    @flock.agent
+    async def odd(n: int) -> int:
+        if n % 2 == 0:
+            raise ValueError(f"{n} is even")
+        return n
+
+    error = {"error": "The agent 'odd' raised ValueError: 2 is even", "error_type": "agent_exception"}
+    assert flock.run_batch("odd", [{"n": 1}, {"n": 2}, {"n": 3}]) == [{"result": 1}, error, {"result": 3}]
+    assert flock.run_batch("odd", [{"n": 2}]) == [error]
+    assert flock.run_batch("odd", [{"n": 1}, {"n": 2}], return_errors=False, box_results=False) == [1, None]
+    with pytest.raises(InvalidData, match="/batch_inputs/1/n"):
+        flock.run_batch("odd", [{"n": 1}, {"n": "x"}])
+    skipped = flock.run_batch("odd", [{"n": 1}, {"n": "x"}], on_invalid="skip")
+    assert skipped[0] == {"result": 1}
+    assert skipped[1]["error_type"] == "invalid_input"
+
+
+def test_a_batch_of_nothing_has_no_results(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    assert sample_flock().run_batch("add", []) == sample_flock().run_batch("add", tmp_path / "rows.csv") == []
+    with pytest.raises(AgentNotFound):
+        sample_flock().run_batch("nobody", [])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_workers": 0}, "max_workers is at least 1, and not 0"),
+        ({"on_invalid": "ignore"}, "on_invalid is one of reject, skip, and not 'ignore'"),
+        ({"timeout_s": 0}, "timeout_s is a number of seconds above 0"),
+        ({"timeout_s": float("nan")}, "timeout_s is a number of seconds above 0"),
+    ],
+)
+def test_an_option_that_is_none_is_said(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(DefinitionError, match=words):
+        sample_flock().run_batch("add", [{"a": 1}], **options)
+
+
+def test_what_is_no_mapping_is_no_item() -> None:
+    """Whoever passes one mapping for many finds out."""
+    not_items: Any = {"a": 1}
+    with pytest.raises(InvalidData, match="/batch_inputs/0: An item is a mapping of inputs by name"):
+        sample_flock().run_batch("add", not_items)
+
+
+def test_what_the_iterable_raises_comes_through() -> None:
+    def items() -> Iterator[dict[str, Any]]:
+        yield {"a": 1}
+        raise LookupError("the table is gone")
+
+    with pytest.raises(LookupError, match="the table is gone"):
+        sample_flock().run_batch("add", items())
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("options", "most"), [({"max_workers": 130}, 130), ({"parallel": False}, 1)])
+async def test_as_many_items_are_at_work_as_there_are_workers(options: dict[str, Any], most: int) -> None:
+    """Also more than a server would have at work by default."""
+    flock, at_work, all_there, seen = Flock(), 0, anyio.Event(), []
+
+    @flock.agent
+    async def gather(n: int) -> int:
+        nonlocal at_work
+        at_work += 1
+        seen.append(at_work)
+        if at_work == most:
+            all_there.set()
+        await all_there.wait()
+        at_work -= 1
+        return n
+
+    results = await flock.run_batch_async("gather", [{"n": n} for n in range(130)], box_results=False, **options)
+    assert results == list(range(130))
+    assert max(seen) == most
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_batch_stops_and_begins_nothing_more() -> None:
+    flock, begun, stopped, at_work = Flock(), [], [], anyio.Event()
+
+    @flock.agent
+    async def hang(n: int) -> None:
+        begun.append(n)
+        if n == 4:
+            at_work.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            stopped.append(n)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(flock.run_batch_async, "hang", [{"n": n} for n in range(100)])
+        await at_work.wait()
+        tasks.cancel_scope.cancel()
+    assert begun == sorted(stopped) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_batch_tells_functions_in_threads() -> None:
+    flock, told, at_work = Flock(), threading.Event(), anyio.Event()
+
+    @flock.agent
+    def work(n: int, context: RunContext) -> None:
+        anyio.from_thread.run_sync(at_work.set)
+        for _ in range(10_000):
+            if context.cancel_requested:
+                told.set()
+                return
+            time.sleep(0.001)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(flock.run_batch_async, "work", [{"n": 1}])
+        await at_work.wait()
+        tasks.cancel_scope.cancel()
+    assert await anyio.to_thread.run_sync(told.wait, 30)
+
+
+@pytest.mark.anyio
+async def test_a_batch_within_a_loop_says_what_to_call() -> None:
+    with pytest.raises(RuntimeError, match=r"await flock\.run_batch_async"):
+        sample_flock().run_batch("add", [{"a": 1}])
+    assert await sample_flock().run_batch_async("add", [{"a": 1}]) == [{"result": 3}]
+
+
+def test_progress_is_a_line_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    """The name, a bar, how many of how many, how fast, how long still, and what failed."""
+    flock = Flock()
+
+    @flock.agent
+    async def often(n: int) -> int:
+        await anyio.sleep(0.05)
+        if n == 3:
+            raise ValueError
+        return n
+
+    flock.run_batch("often", [{"n": n} for n in range(60)], progress=True)
+    output = capfd.readouterr()
+    assert output.out == ""
+    lines = [line for line in output.err.split("\r") if "often  [" in line]
+    assert "0/60" in lines[0]
+    assert re.search(r"\[#+-+\]  \d+/60  [\d.]+/s  0:00:0\d left  1 failed", "\n".join(lines))
+    assert re.search(r"\[#{20}\]  60/60  [\d.]+/s  1 failed", lines[-1])
+
+    flock.run_batch("often", [{"n": 1}])
+    flock.run_batch("often", [{"n": 1}], progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_is_shown_where_stderr_is_a_terminal(tmp_path: Path) -> None:
+    """A script in a process of its own, on a terminal that is one."""
+    (tmp_path / "script.py").write_text(
+        "from flock.core import Flock\nflock = Flock()\n@flock.agent\ndef twice(n: int) -> int:\n    return 2 * n\n"
+        "print(flock.run_batch('twice', [{'n': 1}], box_results=False))\n"
+    )
+    master, slave = pty.openpty()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(script, stdout=subprocess.PIPE, stderr=slave, env=env, check=True, timeout=60)
+    shown = os.read(master, 10_000).decode()
+    os.close(master)
+    os.close(slave)
+    assert done.stdout == b"[2]\n"
+    assert "twice  [####################]  1/1" in shown

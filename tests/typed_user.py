@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from flock import __version__
 from flock.agents import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, Resources, Turn
-from flock.core import Flock, FlockFactory, agent
+from flock.core import BatchInputs, Flock, FlockFactory, agent
 from flock.errors import (
     AccessDenied,
     AgentError,
@@ -144,6 +144,8 @@ assert_type(analyst, ModelAgent)
 assert_type(flock.add_agent(shout), Agent)
 assert_type(flock.add_agent(len), Agent)
 assert_type(flock.run("measure", {"text": "hi"}), dict[str, Any])
+rows: BatchInputs = "rows.csv"
+assert_type(flock.run_batch("measure", rows, max_workers=2, progress=False), list[Any])
 
 
 class Fixed(Agent):
@@ -207,6 +209,7 @@ async def main() -> None:
     async with flock.engine(store="runs.db", keep_runs=1000) as engine:
         await use(engine, {"text": "hi"})
     assert_type(await flock.run_async("measure", {"text": "hi"}), dict[str, Any])
+    assert_type(await flock.run_batch_async("measure", [{"text": "hi"}], on_invalid="skip"), list[Any])
 
 
 # In an app
