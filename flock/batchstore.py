@@ -10,11 +10,12 @@ from datetime import datetime
 from typing import Any
 
 import anyio
+import msgspec
 from msgspec.structs import replace
 
 from flock import schema
 from flock.errors import EngineFull, OwnershipLost, StoreError
-from flock.runs import INVALID_INPUT, Batch, BatchFilter, IdempotencyKey, Run, RunStatus, Step
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Run, RunStatus, Step
 from flock.store import Store
 
 __all__ = ["BatchStore"]
@@ -200,6 +201,12 @@ class BatchStore:
         return await self._store.change(apply_and_find)
 
     # What is asked of a batch
+
+    async def set_options(self, batch_id: str, options: BatchOptions) -> None:
+        """They count from when the work on it is begun, or gone on with; but for the time-out, which its items have."""
+        values = (msgspec.json.encode(options), batch_id)
+        query = "UPDATE batches SET options = ? WHERE batch_id = ?"
+        await self._store.change(lambda db: db.execute(query, values) and None)
 
     async def request_cancel(self, batch_id: str) -> bool:
         """Ask whoever owns a batch to cancel it; False if it is not active."""

@@ -1,25 +1,32 @@
 """The command ``flockapi``."""
 
+import contextlib
+import csv
 import functools
 import importlib
 import importlib.util
+import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import anyio
 import click
 import msgspec
 
 from flock import __version__
 from flock.auth import KEYS_VARIABLE, new_key, read_keys
+from flock.batchfile import BatchFile, run_batch_file
 from flock.core import Flock
-from flock.errors import FlockError
-from flock.server import ServerSettings, serve_flock, serve_workers
+from flock.errors import FlockError, InvalidData
+from flock.runs import Batch, BatchOptions, OnInvalid
+from flock.server import ServerSettings, leave_busy_threads, serve_flock, serve_workers
 from flock.store import MEMORY
+from flock.tables import MAX_ROW_BYTES, TableFormat, table_format
 
 __all__ = ["Seconds", "load_flock", "main"]
 
@@ -302,18 +309,230 @@ def _load_with_model(target: str, model: str | None) -> Flock:
 def run(target: str, agent: str, inputs: Sequence[str], model: str | None) -> None:
     """Run AGENT of the flock that TARGET names once, and print its result as JSON."""
     flock = _load_with_model(target, model)
-    texts = {}
-    for pair in inputs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise click.BadParameter(f"{pair!r} is not KEY=VALUE.", param_hint="-i")
-        texts[key] = value
+    texts = _pairs(inputs, "-i", "KEY=VALUE")
     try:
         signature = flock.agents[agent].input if agent in flock.agents else None
         result = flock.run(agent, signature.from_text(texts) if signature else texts)
     except FlockError as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(msgspec.json.format(msgspec.json.encode(result)).decode())
+
+
+def _pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
+    pairs = {}
+    for pair in given:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{pair!r} is not {form}.", param_hint=option)
+        pairs[key] = value
+    return pairs
+
+
+#: How many errors of rows are listed.
+MAX_LISTED_ERRORS = 20
+#: What a shell makes of a program that Ctrl-C has ended.
+EXIT_INTERRUPTED = 130
+
+
+@main.command()
+@click.argument("target")
+@click.argument("agent")
+@click.argument("rows", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    metavar="FILE",
+    help="Where the results go, in the order of the rows; - is stdout.",
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["csv", "ndjson"]),
+    help="Of the results.  [default: by the ending of the output, or else of ROWS]",
+)
+@click.option(
+    "--max-workers", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Rows at work at once."
+)
+@model_option
+@click.option(
+    "--map",
+    "mapped",
+    multiple=True,
+    metavar="COLUMN=INPUT",
+    help="What a column is called as an input; may be given many times.",
+)
+@click.option(
+    "--static",
+    "static",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An input for all rows that do not bring it; may be given many times. As -i of flockapi run.",
+)
+@click.option(
+    "--on-invalid",
+    type=click.Choice(["reject", "skip"]),
+    default="reject",
+    show_default=True,
+    help="Where a row does not fit: begin nothing, or let that row fail.",
+)
+@click.option("--delimiter", default=",", show_default=True, metavar="CHAR", help="Between the cells of ROWS.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=Seconds(0, 1e9, min_open=True),
+    metavar="SECONDS",
+    help="The longest that one row may take.  [default: a day]",
+)
+@click.option(
+    "--escape-formulas/--no-escape-formulas",
+    default=True,
+    show_default=True,
+    help="Put a ' before cells that a spreadsheet would run.",
+)
+@click.option(
+    "--store",
+    "state",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="SQLite file that keeps what is done until the end.  [default: the output with .flock.db behind it]",
+)
+def batch(
+    target: str,
+    agent: str,
+    rows: Path,
+    output: Path,
+    format_: TableFormat | None,
+    max_workers: int,
+    model: str | None,
+    mapped: Sequence[str],
+    static: Sequence[str],
+    on_invalid: OnInvalid,
+    delimiter: str,
+    timeout_s: float | None,
+    escape_formulas: bool,
+    state: Path | None,
+) -> None:
+    """Run AGENT over each row of a file, and write the results to another.
+
+    ROWS is CSV with a header, typed by the agent's signature, or NDJSON: its name ends in .csv, .ndjson or .jsonl, also
+    with .gz behind it. The results are CSV with the inputs, the outputs, status and error, or NDJSON.
+
+    It may be stopped, or killed: the same command goes on where it was, and nothing that was done is done again. The
+    exit code is 0 if all rows completed, and 1 if some failed; the column "error" says why.
+    """
+    state = state or Path(f"{rows.name if output == STDOUT else output}.flock.db")
+    _check_places(rows, output, state)
+    flock = _load_with_model(target, model)
+    try:
+        wanted = BatchFile(
+            agent_name=agent,
+            rows=rows,
+            output=None if output == STDOUT else output,
+            format=format_ or table_format(output) or table_format(rows) or "csv",
+            state=state,
+            options=BatchOptions(max_workers=max_workers, timeout_s=timeout_s),
+            on_invalid=on_invalid,
+            input_mapping=_pairs(mapped, "--map", "COLUMN=INPUT"),
+            static_inputs=_static_inputs(flock, agent, _pairs(static, "--static", "KEY=VALUE")),
+            delimiter=_delimiter(delimiter),
+            escape_formulas=escape_formulas,
+        )
+        with _process_for_rows():
+            done = anyio.run(run_batch_file, flock, wanted, sys.stdout.buffer, _say)
+        _say(_summary(done, output))
+        exit_code = 0 if done.completed_items and not (done.failed_items or done.cancelled_items) else 1
+    except KeyboardInterrupt:
+        _say(f"Stopped.{_what_is_kept(state)}")
+        exit_code = EXIT_INTERRUPTED
+    except InvalidData as exc:
+        raise click.ClickException(_listed(exc, rows)) from exc
+    except FlockError as exc:
+        raise click.ClickException(str(exc)) from exc
+    except BlockingIOError as exc:
+        raise click.ClickException(
+            f"Another command is at work on {state}. Let it end, or name another file with --store."
+        ) from exc
+    except BrokenPipeError:
+        _say(f"Nobody read the results to their end.{_what_is_kept(state)}")
+        raise
+    except OSError as exc:
+        place = exc.filename or output
+        raise click.ClickException(f"{place}: {exc.strerror or exc}.{_what_is_kept(state)}") from exc
+    leave_busy_threads(exit_code)
+    sys.exit(exit_code)
+
+
+STDOUT = Path("-")
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _check_places(rows: Path, output: Path, state: Path) -> None:
+    """Raises UsageError where one of them would take the place of another, or of what is no file."""
+    places = [os.path.realpath(place) for place in (rows, output, state)]
+    if len(set(places)) < len(places):
+        raise click.UsageError("ROWS, the output and the state (--store) are three files: name another one.")
+    if state.name == MEMORY:
+        raise click.UsageError("A batch that can go on is kept in a file: name one with --store.")
+    for place in (output, state):
+        if not place.parent.is_dir():
+            raise click.UsageError(
+                f"There is no folder {place.parent}. Make it, or name another place for {place.name}."
+            )
+        if place.exists() and not place.is_file():
+            raise click.UsageError(f"{place} is no file that could be replaced. For a pipe, write -o -")
+
+
+def _delimiter(given: str) -> str:
+    given = "\t" if given == r"\t" else given
+    if len(given) != 1 or given in '"\r\n':
+        raise click.BadParameter("It is one character, such as ; or | or \\t.", param_hint="--delimiter")
+    return given
+
+
+def _static_inputs(flock: Flock, agent: str, texts: dict[str, str]) -> dict[str, msgspec.Raw]:
+    return flock.agents[agent].input.from_text(texts) if agent in flock.agents else {}
+
+
+@contextlib.contextmanager
+def _process_for_rows() -> Iterator[None]:
+    """In a process that does nothing else cells may be long, and the log is spared what the output says of a row."""
+    logger, longest = logging.getLogger("flock.runs"), csv.field_size_limit(MAX_ROW_BYTES)
+    logger.addFilter(_is_of_no_row)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_of_no_row)
+        csv.field_size_limit(longest)
+
+
+def _is_of_no_row(record: logging.LogRecord) -> bool:
+    return not hasattr(record, "run_id")
+
+
+def _what_is_kept(state: Path) -> str:
+    return f" What is done is kept in {state}: the same command goes on from there." if state.exists() else ""
+
+
+def _summary(done: Batch, output: Path) -> str:
+    completed = done.completed_items - done.failed_items - done.cancelled_items
+    if completed == done.total_items:
+        return f"{completed:,} of {completed:,} rows completed."
+    where = "The results say" if output == STDOUT else f"In {output} 'error' says"
+    return f"{completed:,} of {done.total_items:,} rows completed, and {done.failed_items:,} failed. {where} why."
+
+
+def _listed(exc: InvalidData, rows: Path) -> str:
+    if exc.errors[0].pointer == "/batch_inputs":
+        return f"{rows} has no rows, so nothing was begun."
+    told = [f"  {error}" for error in exc.errors[:MAX_LISTED_ERRORS]]
+    if len(exc.errors) > len(told):
+        told.append(f"  and {len(exc.errors) - len(told)} more, as far as it was read")
+    return "\n".join([f"Nothing was begun, since {rows} does not fit:", *told])
 
 
 if __name__ == "__main__":

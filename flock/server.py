@@ -41,7 +41,7 @@ from flock.runs import one_line
 from flock.store import MEMORY, Durability, Store
 from flockapi import FlockAPI, OnDisconnect, create_app, on_error, request_id_for
 
-__all__ = ["ServerSettings", "serve_flock", "serve_workers", "settle_memory"]
+__all__ = ["ServerSettings", "leave_busy_threads", "serve_flock", "serve_workers", "settle_memory"]
 
 logger = logging.getLogger("flock.server")
 
@@ -350,7 +350,7 @@ def _serve(config: uvicorn.Config, settings: ServerSettings, sockets: list[socke
     _allow_open_files()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to stop it, and no error
         _Server(config, settings.drain_timeout_s).run(sockets)
-    _leave_busy_threads()
+    leave_busy_threads()
 
 
 class _TextFormatter(uvicorn.logging.DefaultFormatter):
@@ -488,8 +488,8 @@ class _Server(uvicorn.Server):
         await app.engine.drain(0)
 
 
-def _leave_busy_threads() -> None:
-    """Do not wait at exit for functions that do not return; their runs have ended as interrupted."""
+def leave_busy_threads(exit_code: int = 0) -> None:
+    """Do not wait at exit for functions that do not return; their runs have ended, or are left for the next start."""
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("AnyIO worker")]
     for thread in threads:
         thread.join(THREAD_TIMEOUT_S)
@@ -497,4 +497,4 @@ def _leave_busy_threads() -> None:
         logger.warning("Leaving without functions that have not returned.")
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(exit_code)

@@ -33,7 +33,7 @@ from flock import schema
 from flock.errors import OwnershipLost, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Queue, Run, RunFilter, RunStatus, Step
 
-__all__ = ["Durability", "Store"]
+__all__ = ["Durability", "Store", "hold_alone"]
 
 T = TypeVar("T")
 
@@ -659,6 +659,29 @@ def _if_readable(find: Callable[[sqlite3.Connection, str], T | None], db: sqlite
 # Kernel locks: held as long as the process lives, whatever ends it
 
 _held: set[IO[bytes]] = set()
+
+
+@contextlib.contextmanager
+def hold_alone(path: str) -> Iterator[None]:
+    """Be the one process that holds the lock file *path*, which is removed at the end.
+
+    Raises BlockingIOError where another one does.
+    """
+    while True:
+        file = open(path, "ab")
+        if not _try_lock(file):
+            file.close()
+            raise BlockingIOError(f"another process holds {path}")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # its last holder has removed it in the meantime
+    _held.add(file)
+    try:
+        yield
+    finally:
+        _remove(path)
+        _let_go(file)
 
 
 def _hold(path: str) -> IO[bytes]:

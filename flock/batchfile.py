@@ -1,0 +1,208 @@
+"""A batch from a file to a file, which goes on where it stopped when it is asked for again.
+
+What is done is kept in the batch's *state*: a store that holds this batch and nothing else, beside the output, and that
+is removed once the output is there. A mark in the file tells it from all other databases, which are left alone.
+"""
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import os
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, cast
+
+import msgspec
+
+from flock.batchstore import BatchStore
+from flock.core import Flock
+from flock.embedded import alone
+from flock.errors import AgentNotFound, StoreError
+from flock.progress import follow_batch
+from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnInvalid
+from flock.signature import Signature
+from flock.store import Store, hold_alone
+from flock.tables import Fill, TableFormat, file_rows, is_packed, item_pages
+from flock.workflow import columns_of
+from flockapi import results_as
+
+__all__ = ["BatchFile", "run_batch_file"]
+
+#: ``PRAGMA application_id`` of a state: "Floc" in ASCII.
+MARK = 0x466C6F63
+
+
+class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked for.
+
+    Attributes:
+        output: where the results go; None is *stdout*.
+        format: of the output.
+        state: where what is done is kept.
+        escape_formulas: see ``CSVWriter``.
+        others: see ``Flock.run_batch_async``.
+    """
+
+    agent_name: str
+    rows: Path
+    output: Path | None
+    format: TableFormat
+    state: Path
+    options: BatchOptions
+    on_invalid: OnInvalid = "reject"
+    input_mapping: Mapping[str, str] = {}
+    static_inputs: Mapping[str, msgspec.Raw] = {}
+    delimiter: str = ","
+    escape_formulas: bool = True
+
+
+async def run_batch_file(flock: Flock, wanted: BatchFile, stdout: IO[bytes], say: Callable[[str], None]) -> Batch:
+    """Run a batch to its end, and write its results in the order of the rows.
+
+    What an earlier call with the same rows and options has committed is not run again. One with others is dropped.
+
+    Args:
+        say: is told, in words, what an earlier call left.
+
+    Raises:
+        BlockingIOError: another process is at work on this state.
+        AgentNotFound, InvalidData, TooLarge, DefinitionError: nothing is begun; see ``Flock.run_batch_async``.
+        StoreError: the state cannot be used, or is a file of something else.
+        OSError: a file cannot be read or written. The state is kept, for the next call.
+
+    Cancellation: what is done is kept, for the next call.
+    """
+    if wanted.agent_name not in flock.agents:
+        raise AgentNotFound(wanted.agent_name, list(flock.agents))
+    state = _real(wanted.state)
+    digest = _digest(flock, wanted)
+    with hold_alone(f"{state}-batch"):
+        batch = await _left_before(flock, state, digest, wanted.options, say)
+        try:
+            async with flock.engine(store=state, **alone(wanted.options.max_workers)) as engine:
+                batch = batch or await _accept(engine, flock.agents[wanted.agent_name].input, wanted, digest)
+                batch = await follow_batch(engine, batch.batch_id)
+                pieces = results_as(
+                    wanted.format,
+                    item_pages(engine, batch.batch_id),
+                    columns_of(wanted.agent_name, flock.agents),
+                    wanted.escape_formulas,
+                )
+                with _whole_file(wanted.output, state) if wanted.output else contextlib.nullcontext(stdout) as file:
+                    async for piece in pieces:
+                        file.write(piece)
+                    file.flush()
+        except Exception:
+            if batch is None:  # nothing is kept in it
+                _remove_state(state)
+            raise
+        _remove_state(state)
+    return batch
+
+
+async def _accept(engine: Engine, signature: Signature, wanted: BatchFile, digest: str) -> Batch:
+    fill = Fill(wanted.static_inputs, wanted.input_mapping, lambda: sys.maxsize)
+    async with contextlib.aclosing(file_rows(wanted.rows, signature, fill, delimiter=wanted.delimiter)) as rows:
+        return await engine.submit_batch(
+            wanted.agent_name, rows, wanted.options, on_invalid=wanted.on_invalid, request_id=digest
+        )
+
+
+def _digest(flock: Flock, wanted: BatchFile) -> str:
+    """What makes two calls the same. How many workers there are, and where the results go, may change in between.
+
+    It is kept as the batch's request id, and not as an idempotency key, since those are forgotten after a day.
+    """
+    with open(wanted.rows, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    options = (flock.name, flock.model, wanted.agent_name, wanted.on_invalid, wanted.delimiter)
+    fills = (sorted(wanted.input_mapping.items()), sorted(wanted.static_inputs.items()), wanted.options.timeout_s)
+    digest.update(msgspec.json.encode((options, fills)))
+    return digest.hexdigest()
+
+
+# The state
+
+
+def _real(path: Path) -> str:
+    """Under whatever name it is called: locks go by it, and a link stays one."""
+    return os.path.realpath(path)
+
+
+async def _left_before(
+    flock: Flock, state: str, digest: str, options: BatchOptions, say: Callable[[str], None]
+) -> Batch | None:
+    """The batch of an earlier call that is to go on. What is left of another one is dropped, before it can go on."""
+    _mark(state)
+    async with Store(state) as store:
+        batches = BatchStore(store)
+        found = next(iter(batches.page(flock.name, BatchFilter(limit=1))), None)
+        if found is not None and found.request_id == digest:
+            say(f"Going on: {found.completed_items:,} of {found.total_items:,} rows were done before.")
+            await batches.set_options(found.batch_id, options)
+            return found
+    if found is not None:
+        say(
+            "The rows or the options are not those of before. That batch is dropped, of whose "
+            f"{found.total_items:,} rows {found.completed_items:,} were done, and a new one begins."
+        )
+    _remove_state(state)
+    _mark(state)
+    return None
+
+
+def _mark(state: str) -> None:
+    """Make a file that is a state. Raises StoreError where there is one that is none."""
+    try:
+        with contextlib.closing(sqlite3.connect(state)) as db:
+            mark = db.execute("PRAGMA application_id").fetchone()[0]
+            if mark == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                db.execute(f"PRAGMA application_id = {MARK}")
+                mark = MARK
+    except sqlite3.DatabaseError as exc:
+        raise StoreError(f"{state} cannot keep the state of a batch: {exc}. Name another file with --store.") from exc
+    if mark != MARK:
+        raise StoreError(f"{state} keeps something else than the state of a batch. Name another file with --store.")
+
+
+def _remove_state(state: str) -> None:
+    """And all that lies beside it, which comes first: a new file must not meet with the journal of the old one."""
+    for path in (f"{state}-wal", f"{state}-shm", f"{state}-lock", *glob.glob(f"{glob.escape(state)}-engine-*"), state):
+        Path(path).unlink(missing_ok=True)
+
+
+# The output
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path, state: str) -> Iterator[IO[bytes]]:
+    """What is written becomes the file *path* as a whole, or not at all; packed where its name says so."""
+    path = Path(_real(path))
+    # Whoever has the state is alone with it, and finds what was left behind.
+    part = path.with_name(f"{path.name}.{hashlib.sha256(state.encode()).hexdigest()[:8]}.part")
+    part.unlink(missing_ok=True)
+    try:
+        with open(part, "xb") as raw:
+            if is_packed(path):
+                with gzip.GzipFile(path.stem, "wb", fileobj=raw) as packed:
+                    yield cast(IO[bytes], packed)
+            else:
+                yield raw
+            raw.flush()
+            os.fsync(raw.fileno())  # before the state goes
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
