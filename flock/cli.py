@@ -22,7 +22,7 @@ from flock import __version__
 from flock.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.batchfile import BatchFile, run_batch_file
 from flock.core import Flock
-from flock.errors import FlockError, InvalidData
+from flock.errors import DefinitionError, FlockError, InvalidData
 from flock.runs import Batch, BatchOptions, OnInvalid
 from flock.server import ServerSettings, leave_busy_threads, serve_flock, serve_workers
 from flock.store import MEMORY
@@ -160,6 +160,28 @@ model_option = click.option(
     show_default=True,
     metavar="N",
     help="Runs accepted and waiting; more are refused with 429.",
+)
+@click.option(
+    "--max-items",
+    type=click.IntRange(1),
+    default=1_000_000,
+    show_default=True,
+    metavar="N",
+    help="Items of one batch; more are refused with 413.",
+)
+@click.option(
+    "--max-upload-bytes",
+    type=click.IntRange(1),
+    default=1024 * 1024 * 1024,
+    show_default=True,
+    metavar="N",
+    help="The longest body of CSV or NDJSON, unpacked; a longer one is refused with 413.",
+)
+@click.option(
+    "--csv-dir",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="DIR",
+    help="Folder below which a client may name a CSV file as a batch.  [default: no file is read on a client's word]",
 )
 @click.option(
     "--max-tokens",
@@ -448,6 +470,8 @@ def batch(
         exit_code = EXIT_INTERRUPTED
     except InvalidData as exc:
         raise click.ClickException(_listed(exc, rows)) from exc
+    except DefinitionError as exc:
+        raise click.UsageError(str(exc)) from exc
     except FlockError as exc:
         raise click.ClickException(str(exc)) from exc
     except BlockingIOError as exc:

@@ -66,9 +66,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         drain_timeout_s: how long runs may go on when the server is told to stop. After it, asynchronous ones are left
             for the next start, and the others end as interrupted.
-        store, durability, max_concurrency, max_queue, max_tokens, max_timeout_s, queue_timeout_s, keep_for_s,
-            keep_runs, expose_errors: see ``Store`` and ``EmbeddedEngine``.
-        server_name, on_disconnect, metrics, api_keys, cors_origins: see ``create_app``.
+        store, durability, max_concurrency, max_queue, max_items, max_tokens, max_timeout_s, queue_timeout_s,
+            keep_for_s, keep_runs, expose_errors: see ``Store`` and ``EmbeddedEngine``.
+        server_name, on_disconnect, metrics, api_keys, cors_origins, max_upload_bytes, csv_dir: see ``create_app``.
         max_connections: more at a time are answered with 503; those that were answered before go on.
         max_requests_per_minute, max_event_streams: see ``create_app``.
         allow_anonymous: where no key is named, make none to listen beyond this machine, and let ``Host`` say anything.
@@ -82,6 +82,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     durability: Durability = "power"
     max_concurrency: int = 100
     max_queue: int = 10_000
+    max_items: int = 1_000_000
+    max_upload_bytes: int = 1024 * 1024 * 1024
+    csv_dir: str | None = None
     max_tokens: int | None = None
     max_timeout_s: float = 86_400
     queue_timeout_s: float | None = None
@@ -271,6 +274,7 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
         durability=settings.durability,
         max_concurrency=settings.max_concurrency,
         max_queue=settings.max_queue,
+        max_items=settings.max_items,
         max_tokens=settings.max_tokens,
         max_timeout_s=settings.max_timeout_s,
         queue_timeout_s=settings.queue_timeout_s,
@@ -282,6 +286,8 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
         flock,
         server_name=settings.server_name,
         engine=engine,
+        max_upload_bytes=settings.max_upload_bytes,
+        csv_dir=settings.csv_dir,
         on_disconnect=settings.on_disconnect,
         routes=routes,
         metrics=settings.metrics,

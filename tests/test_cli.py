@@ -155,7 +155,7 @@ def test_the_model_is_named_by_option_or_environment(monkeypatch: pytest.MonkeyP
 
 def test_version_and_help() -> None:
     assert invoke("--version").output == f"flockapi, version {__version__}\n"
-    for command in ([], ["serve"], ["run"]):
+    for command in ([], ["serve"], ["run"], ["batch"]):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
         assert "TARGET" in result.output
@@ -294,10 +294,33 @@ def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
     settings = {field.name: field.default for field in msgspec.structs.fields(ServerSettings)}
     assert options.pop("api_keys_file") is settings.pop("api_keys")
     assert {name: options[name] for name in options.keys() - {"target", "model", "workers"}} == settings
-    help_text = invoke("serve", "--help").output
+    help_text = "".join(invoke(command, "--help").output for command in ("serve", "run", "batch"))
     readme = (ROOT / "README.md").read_text("utf-8")
     for option in re.findall(r"`(--[a-z-]+)[` ]", readme):
-        assert option in help_text or option in ("--no-deps", "--model"), option
+        assert option in help_text or option == "--no-deps", option
+
+
+def test_the_bounds_of_batches_are_options_and_a_folder_may_be_named_for_them(flock_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    (folder / "two.csv").write_text("text\nx\ny\n")
+    (folder / "three.csv").write_text("text\nx\ny\nz\n")
+    (tmp_path / "secret.csv").write_text("text\nx\n")
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--csv-dir", str(folder))
+    with running(*command, "--max-items", "2", "--max-upload-bytes", "100") as server:
+
+        def post(name: str) -> httpx.Response:
+            return httpx.post(f"{server.url}/run/batch", json={"agent_name": "fail", "batch_inputs": name})
+
+        assert post("two.csv").status_code == 202
+        assert post("three.csv").status_code == 413
+        assert post("../secret.csv").status_code == 422
+        headers = {"Content-Type": "text/csv"}
+        url = f"{server.url}/run/batch?agent_name=fail"
+        assert httpx.post(url, content=b"text\n" + 100 * b"x", headers=headers).status_code == 413
+    result = invoke("serve", str(flock_file), "--csv-dir", str(tmp_path / "nowhere"))
+    assert result.exit_code == 2
+    assert "does not exist" in result.output
 
 
 def test_workers_need_a_file(flock_file: Path) -> None:
