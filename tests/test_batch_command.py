@@ -1,0 +1,448 @@
+"""``flockapi batch``, in a process of its own: from a file to a file, stopped, killed, and gone on with."""
+
+import contextlib
+import csv
+import gzip
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from click.testing import CliRunner
+
+from flock.cli import main
+from flock.core import Flock
+from tests.fakes import flockapi_command
+
+TARGET = """
+import os, signal, sys, threading, time
+import anyio
+from flock.core import Flock
+
+flock = Flock("worker")
+LOG = os.open("log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+begun = 0
+
+if "DIE_AT_RENAME" in os.environ:
+    os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+
+@flock.agent
+async def work(n: int, word: str = "w") -> str:
+    global begun
+    os.write(LOG, f"{n}\\n".encode())
+    begun += 1
+    if begun == int(os.environ.get("TELL_AT", 0)):
+        print("so far", file=sys.stderr, flush=True)
+    await anyio.sleep(0.001)
+    if n == -1:
+        raise ValueError("minus one")
+    return f"{word}{n}"
+
+@flock.agent
+def hang(n: int) -> None:
+    print("at work", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+@flock.agent
+def measure(text: str) -> int:
+    return len(text)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the test's own folder, which is the working directory."""
+    Path("target.py").write_text(TARGET)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "target", raising=False)
+
+
+def command(*arguments: str) -> list[str]:
+    return flockapi_command("batch", "target.py", *arguments)
+
+
+def batch(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=90
+    )
+
+
+@contextlib.contextmanager
+def begun(*arguments: str, words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process of its own, once it has said *words* on stderr."""
+    process = subprocess.Popen(
+        command(*arguments), env={**os.environ, **env}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    told = threading.Timer(60, process.kill)
+    told.start()
+    try:
+        assert process.stderr is not None
+        assert any(words in line for line in process.stderr), "it has ended before"
+        yield process
+    finally:
+        told.cancel()
+        process.kill()
+        process.communicate()
+
+
+def rows_of(path: str) -> list[list[str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def write_numbers(path: str, count: int) -> None:
+    Path(path).write_text("n\n" + "".join(f"{n}\n" for n in range(count)))
+
+
+def in_log() -> Counter[int]:
+    return Counter(int(line) for line in Path("log").read_text().split())
+
+
+def committed(state: str) -> set[int]:
+    with contextlib.closing(sqlite3.connect(state)) as db:
+        query = "SELECT json_extract(CAST(inputs AS TEXT), '$.n') FROM runs WHERE status = 'completed'"
+        return {n for (n,) in db.execute(query)}
+
+
+def files() -> set[str]:
+    return {path.name for path in Path().iterdir()} - {"target.py", "log", "__pycache__"}
+
+
+# From a file to a file
+
+
+def test_the_results_stand_in_the_order_of_the_rows() -> None:
+    """And nothing else is left, or written to stdout."""
+    Path("rows.csv").write_text('n,word\n3,"a, b"\n-1,x\n1,\n')
+    done = batch("work", "rows.csv", "-o", "results.csv")
+    assert rows_of("results.csv") == [
+        ["n", "word", "result", "status", "error"],
+        ["3", "a, b", "a, b3", "completed", ""],
+        ["-1", "x", "", "failed", "The agent 'work' raised ValueError: minus one"],
+        ["1", "", "w1", "completed", ""],
+    ]
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "2 of 3 rows completed, and 1 failed. In results.csv 'error' says why.\n"
+    assert files() == {"rows.csv", "results.csv"}
+
+
+def test_all_that_completed_is_a_success() -> None:
+    write_numbers("rows.csv", 1)
+    done = batch("work", "rows.csv", "-o", "results.csv")
+    assert (done.returncode, done.stderr) == (0, "1 of 1 rows completed.\n")
+
+
+def test_results_are_ndjson_as_over_http() -> None:
+    Path("rows.jsonl").write_text('{"n": 1}\n{"n": 2, "word": "x"}\n')
+    assert batch("work", "rows.jsonl", "-o", "results.ndjson").returncode == 0
+    first, second = map(json.loads, Path("results.ndjson").read_text().splitlines())
+    assert list(first) == ["position", "run_id", "status", "inputs", "result", "error", "error_type"]
+    assert (first["position"], first["result"], first["inputs"]) == (0, {"result": "w1"}, {"n": 1})
+    assert (second["position"], second["result"], second["status"]) == (1, {"result": "x2"}, "completed")
+
+
+def test_the_output_may_be_stdout_and_is_in_the_format_of_the_rows() -> None:
+    write_numbers("rows.csv", 2)
+    done = batch("work", "rows.csv", "-o", "-")
+    assert done.stdout.splitlines()[1:] == ["0,,w0,completed,", "1,,w1,completed,"]
+    done = batch("work", "rows.csv", "-o", "-", "--format", "ndjson")
+    assert [json.loads(line)["result"]["result"] for line in done.stdout.splitlines()] == ["w0", "w1"]
+    assert files() == {"rows.csv"}
+
+
+def test_files_may_be_packed() -> None:
+    Path("rows.ndjson.gz").write_bytes(gzip.compress(b'{"n": 7}\n'))
+    assert batch("work", "rows.ndjson.gz", "-o", "results.csv.gz").returncode == 0
+    assert gzip.decompress(Path("results.csv.gz").read_bytes()).splitlines()[1] == b"7,,w7,completed,"
+
+
+def test_columns_are_mapped_and_gaps_are_filled() -> None:
+    Path("rows.csv").write_text("number;word\n1;a\n2;\n")
+    options = ("--map", "number=n", "--static", "word=12", "--delimiter", ";")
+    assert batch("work", "rows.csv", "-o", "results.csv", *options).returncode == 0
+    assert rows_of("results.csv")[1:] == [["1", "a", "a1", "completed", ""], ["2", "12", "122", "completed", ""]]
+
+
+def test_formulas_are_escaped_unless_it_is_asked_otherwise() -> None:
+    Path("rows.csv").write_text("n,word\n1,=A1+\n")
+    for options, cell in (((), "'=A1+1"), (("--no-escape-formulas",), "=A1+1")):
+        assert batch("work", "rows.csv", "-o", "results.csv", *options).returncode == 0
+        assert rows_of("results.csv")[1][2] == cell
+
+
+def test_a_cell_may_be_as_long_as_a_row() -> None:
+    """Python alone reads 131,072 characters."""
+    Path("rows.csv").write_bytes(b"\xef\xbb\xbftext\r\n" + 5_000_000 * b"x" + b'\r\n"a\r\nb"\r\n')
+    assert batch("measure", "rows.csv", "-o", "results.csv").returncode == 0
+    lines = Path("results.csv").read_bytes().split(b"\r\n")
+    assert lines[1] == 5_000_000 * b"x" + b",5000000,completed,"
+    assert lines[2:4] == [b'"a', b'b",4,completed,']
+
+
+def test_rows_that_do_not_fit_are_listed_and_nothing_is_begun() -> None:
+    Path("rows.csv").write_text("n\n" + "".join(f"{n}x\n" for n in range(30)))
+    Path("results.csv").write_text("of before")
+    done = batch("work", "rows.csv", "-o", "results.csv")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[0] == "Error: Nothing was begun, since rows.csv does not fit:"
+    assert lines[1:21] == [f"  line {n + 2} /n: Expected 'int', got 'str'." for n in range(20)]
+    assert lines[21:] == ["  and 10 more, as far as it was read"]
+    assert (files(), Path("results.csv").read_text()) == ({"rows.csv", "results.csv"}, "of before")
+    Path("rows.csv").write_text("n\nx\n1\n")
+    assert batch("work", "rows.csv", "-o", "results.csv", "--on-invalid", "skip").returncode == 1
+    statuses = [row[2:] for row in rows_of("results.csv")[1:]]
+    assert statuses == [["", "failed", "line 2 /n: Expected 'int', got 'str'."], ["w1", "completed", ""]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.csv", b"", "line 1: There is no header"),
+        ("header.csv", b"n,word\r\n", "header.csv has no rows, so nothing was begun."),
+        ("empty.ndjson", b"\n", "empty.ndjson has no rows, so nothing was begun."),
+        ("wrong.csv", b"m\n1\n", "There is no input 'm'"),
+        ("latin.csv", b"n,word\n1,\xe9\n", "line 2: This is not UTF-8"),
+        ("broken.csv.gz", b"n\n1\n", "broken.csv.gz is no gzip"),
+    ],
+)
+def test_a_file_that_gives_no_batch_leaves_nothing_behind(name: str, content: bytes, words: str) -> None:
+    Path(name).write_bytes(content)
+    done = batch("work", name, "-o", "results.csv")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert files() == {name}
+
+
+# Killed, stopped, and gone on with
+
+
+def test_killed_in_the_middle_it_goes_on_and_repeats_nothing_that_was_committed() -> None:
+    """Twice. What was at work at a kill may be executed again, and nothing else is."""
+    write_numbers("rows.csv", 2000)
+    done: Counter[int] = Counter()
+    for _ in range(2):
+        with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="700") as process:
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
+        assert not Path("results.csv").exists()
+        times = in_log()
+        assert all(times[n] == count for n, count in done.items()), "a committed row was executed again"
+        done = Counter({n: times[n] for n in committed("results.csv.flock.db")})
+    assert len(done) > 1000
+    last = batch("work", "rows.csv", "-o", "results.csv", "--max-workers", "9")
+    assert last.returncode == 0
+    assert f"Going on: {len(done):,} of 2,000 rows were done before." in last.stderr
+    assert rows_of("results.csv")[1:] == [[str(n), "", f"w{n}", "completed", ""] for n in range(2000)]
+    times = in_log()
+    assert all(times[n] == count for n, count in done.items()), "a committed row was executed again"
+    again = times.total() - 2000
+    assert again <= 2 * 5, "more than the workers had in hand"
+    assert files() == {"rows.csv", "results.csv"}
+
+
+def test_killed_before_the_rename_it_only_writes() -> None:
+    write_numbers("rows.csv", 50)
+    assert batch("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
+    assert not Path("results.csv").exists()
+    assert any(name.endswith(".part") for name in files())
+    done = batch("work", "rows.csv", "-o", "results.csv")
+    assert (done.returncode, len(rows_of("results.csv"))) == (0, 51)
+    assert "Going on: 50 of 50 rows were done before." in done.stderr
+    assert set(in_log().values()) == {1}
+    assert files() == {"rows.csv", "results.csv"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"), [("n\n1\n2\n", ()), ("n\n1\n", ("--static", "word=x")), ("n\n1\n", ("--timeout", "9"))]
+)
+def test_other_rows_or_options_begin_a_new_batch(rows: str, options: Sequence[str]) -> None:
+    """And none of the old one's is executed any more."""
+    Path("rows.csv").write_text("n\n1\n")
+    assert batch("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
+    Path("rows.csv").write_text(rows)
+    done = batch("work", "rows.csv", "-o", "results.csv", *options)
+    assert "not those of before. That batch is dropped, of whose 1 rows 1 were done" in done.stderr
+    assert (done.returncode, len(rows_of("results.csv"))) == (0, len(rows.split()))
+    assert in_log()[1] == 2
+    assert files() == {"rows.csv", "results.csv"}
+
+
+def test_an_old_batch_of_which_much_is_left_does_not_go_on_beside_the_new_one() -> None:
+    write_numbers("rows.csv", 2000)
+    with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="100") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    Path("log").write_text("")
+    Path("rows.csv").write_text("n\n5000\n")
+    assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
+    assert in_log() == {5000: 1}
+
+
+def test_ctrl_c_leaves_in_order_and_the_same_command_goes_on() -> None:
+    write_numbers("rows.csv", 2000)
+    with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="300") as process:
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    expected = "Stopped. What is done is kept in results.csv.flock.db: the same command goes on from there.\n"
+    assert said == expected
+    done = committed("results.csv.flock.db")
+    assert len(done) >= 290
+    assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
+    assert all(in_log()[n] == 1 for n in done)
+    assert len(rows_of("results.csv")) == 2001
+    assert files() == {"rows.csv", "results.csv"}
+
+
+def test_ctrl_c_does_not_wait_for_a_function_that_does_not_return() -> None:
+    write_numbers("rows.csv", 20)
+    with begun("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopped. What is done is kept in results.csv.flock.db" in said
+    assert "Traceback" not in said
+
+
+def test_a_second_command_on_the_same_output_says_that_another_is_at_it() -> None:
+    write_numbers("rows.csv", 20)
+    with begun("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
+        done = batch("work", "rows.csv", "-o", "results.csv")
+        assert done.returncode == 1
+        assert "Another command is at work on results.csv.flock.db" in done.stderr
+        assert process.poll() is None
+        assert batch("work", "rows.csv", "-o", "results.csv", "--store", "mine.db").returncode == 0
+    assert len(rows_of("results.csv")) == 21
+
+
+def test_an_output_that_cannot_be_written_keeps_what_is_done() -> None:
+    """Its place is taken by a folder while the rows are at work."""
+    write_numbers("rows.csv", 2000)
+    Path("out").mkdir()
+    places = ("-o", "out/results.csv", "--store", "s.db")
+    with begun("work", "rows.csv", *places, words="so far", TELL_AT="1") as process:
+        Path("out/results.csv").mkdir()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Is a directory. What is done is kept in s.db: the same command goes on from there." in said
+    Path("out/results.csv").rmdir()
+    done = batch("work", "rows.csv", *places)
+    assert "Going on: 2,000 of 2,000 rows were done before." in done.stderr
+    assert set(in_log().values()) == {1}
+    assert files() == {"rows.csv", "out"}
+
+
+def test_a_reader_that_goes_away_loses_nothing() -> None:
+    write_numbers("rows.csv", 2000)
+    read, write = os.pipe()
+    os.close(read)
+    with subprocess.Popen(command("work", "rows.csv", "-o", "-"), stdout=write, stderr=subprocess.PIPE) as process:
+        os.close(write)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"Nobody read the results to their end. What is done is kept in rows.csv.flock.db" in said
+    assert len(batch("work", "rows.csv", "-o", "-").stdout.splitlines()) == 2001
+    assert set(in_log().values()) == {1}
+
+
+# What is refused
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(main, ["batch", "target.py", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["work", "rows.csv"], "Missing option '-o'"),
+        (["work", "nowhere.csv", "-o", "x.csv"], "'nowhere.csv' does not exist"),
+        (["work", "rows.csv", "-o", "rows.csv"], "are three files: name another one"),
+        (["work", "rows.csv", "-o", "./link.csv"], "are three files: name another one"),
+        (["work", "rows.csv", "-o", "x.csv", "--store", "x.csv"], "are three files: name another one"),
+        (["work", "rows.csv", "-o", "x.csv", "--store", "rows.csv"], "are three files: name another one"),
+        (["work", "rows.csv", "-o", "x.csv", "--store", ":memory:"], "is kept in a file"),
+        (["work", "rows.csv", "-o", "no/x.csv"], "There is no folder no. Make it, or name another place for x.csv."),
+        (["work", "rows.csv", "-o", "/dev/null"], "/dev/null is no file that could be replaced"),
+        (["work", "rows.csv", "-o", "."], "is a directory"),
+        (["work", "rows.txt", "-o", "x.csv"], "What is in rows.txt?"),
+        (["work", "rows.csv", "-o", "x.csv", "--map", "a"], "'a' is not COLUMN=INPUT"),
+        (["work", "rows.csv", "-o", "x.csv", "--static", "a"], "'a' is not KEY=VALUE"),
+        (["work", "rows.csv", "-o", "x.csv", "--delimiter", ";;"], "It is one character"),
+        (["work", "rows.csv", "-o", "x.csv", "--timeout", "nan"], "'nan' is no number of seconds"),
+        (["work", "rows.csv", "-o", "x.csv", "--max-workers", "0"], "0 is not in the range"),
+    ],
+)
+def test_a_mistake_in_the_command_is_said(arguments: list[str], words: str) -> None:
+    for name in ("rows.csv", "rows.txt"):
+        write_numbers(name, 1)
+    Path("link.csv").symlink_to("rows.csv")
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert files() == {"rows.csv", "rows.txt", "link.csv"}
+
+
+def test_an_agent_that_there_is_not_is_said() -> None:
+    write_numbers("rows.csv", 1)
+    result = invoke("nobody", "rows.csv", "-o", "x.csv")
+    assert result.exit_code == 1
+    assert "No agent is called 'nobody'. Known agents: work, hang, measure." in result.output
+
+
+@pytest.mark.parametrize("kind", ["text", "server", "database"])
+def test_a_file_of_something_else_is_no_state_and_stays_as_it_is(kind: str) -> None:
+    """Also a server's store, whose runs would be gone at the end."""
+    write_numbers("rows.csv", 1)
+    if kind == "text":
+        Path("s.db").write_text("these are my notes")
+    elif kind == "server":
+        _make_store("s.db")
+    else:
+        with contextlib.closing(sqlite3.connect("s.db")) as db:
+            db.execute("CREATE TABLE mine (x)")
+    before = Path("s.db").read_bytes()
+    result = invoke("work", "rows.csv", "-o", "x.csv", "--store", "s.db")
+    assert result.exit_code == 1
+    assert "Name another file with --store." in result.output
+    assert Path("s.db").read_bytes() == before
+    assert not Path("log").read_text()
+
+
+def _make_store(path: str) -> None:
+    async def make() -> None:
+        async with Flock().engine(store=path):
+            pass
+
+    anyio.run(make)
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/sys"])
+def test_a_folder_that_cannot_be_written_is_said(folder: str) -> None:
+    """These are so for root, too."""
+    write_numbers("rows.csv", 1)
+    result = invoke("work", "rows.csv", "-o", f"{folder}/results.csv")
+    assert result.exit_code == 1
+    assert f"Error: {folder}/results.csv.flock.db-batch: " in result.output
+    assert "Traceback" not in result.output
+
+
+def test_the_state_keeps_its_name_behind_a_link() -> None:
+    Path("elsewhere").mkdir()
+    Path("results.csv").symlink_to("elsewhere/results.csv")
+    write_numbers("rows.csv", 2)
+    assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
+    assert Path("results.csv").is_symlink()
+    assert len(rows_of("elsewhere/results.csv")) == 3
+    assert files() == {"rows.csv", "results.csv", "elsewhere"}
