@@ -69,7 +69,7 @@ from flock.errors import (
 )
 from flock.life import life_of
 from flock.negotiation import preferences, preferred
-from flock.results import RESULT_TYPES, results_as
+from flock.results import RESULT_TYPES, item_pages, results_as
 from flock.runs import (
     Batch,
     BatchFilter,
@@ -83,7 +83,7 @@ from flock.runs import (
     RunStatus,
     events_of,
 )
-from flock.tables import EXPANSION, Fill, csv_rows, item_pages, json_rows, ndjson_rows, read_file
+from flock.tables import EXPANSION, Fill, csv_rows, json_rows, ndjson_rows, read_file
 from flock.wire import (
     BATCH_REQUEST,
     BATCH_RETRY,

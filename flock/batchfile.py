@@ -22,12 +22,12 @@ from flock.core import Flock
 from flock.embedded import alone
 from flock.errors import AgentNotFound, StoreError
 from flock.progress import follow_batch
+from flock.results import item_pages, results_as
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnInvalid
 from flock.signature import Signature
 from flock.store import Store, hold_alone
-from flock.tables import Fill, TableFormat, file_rows, is_packed, item_pages
+from flock.tables import Fill, TableFormat, file_rows, is_packed
 from flock.workflow import columns_of
-from flockapi import results_as
 
 __all__ = ["BatchFile", "run_batch_file"]
 

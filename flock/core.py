@@ -28,10 +28,11 @@ from flock.embedded import EmbeddedEngine, alone
 from flock.errors import AgentNotFound, DefinitionError, RunFailed
 from flock.llm import ModelClient
 from flock.progress import follow_batch
+from flock.results import item_pages
 from flock.runs import BatchOptions, OnInvalid, Row, RunStatus
 from flock.signature import Signature
 from flock.store import Durability, Store
-from flock.tables import MAX_ROW_BYTES, Fill, file_rows, item_pages
+from flock.tables import MAX_ROW_BYTES, Fill, file_rows
 
 __all__ = ["BatchInputs", "Flock", "FlockFactory", "agent"]
 

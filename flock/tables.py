@@ -1,4 +1,4 @@
-"""Rows in and out: JSON, CSV and NDJSON, read and written piece by piece.
+"""Rows in: JSON, CSV and NDJSON, read piece by piece.
 
 What a reader finds wrong with one row goes with that row; what makes the whole unreadable is raised.
 """
@@ -29,19 +29,17 @@ import msgspec
 
 from flock.errors import DefinitionError, FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.jsontype import Field, check_depth, escape_pointer, explain, malformed
-from flock.runs import Engine, Row, Run, RunStatus
+from flock.runs import Row
 from flock.signature import Signature, text_as_json
 
 __all__ = [
     "EXPANSION",
     "MAX_ROW_BYTES",
-    "CSVWriter",
     "Fill",
     "TableFormat",
     "csv_rows",
     "file_rows",
     "is_packed",
-    "item_pages",
     "json_rows",
     "ndjson_rows",
     "read_file",
@@ -60,12 +58,8 @@ GATHERED_CHARS = 64 * 1024
 #: How long one row of a program's own file may be, and how deep it may be nested.
 MAX_ROW_BYTES = 16 * 1024 * 1024
 MAX_ROW_DEPTH = 100
-#: How many items are read at once.
-ITEMS_A_PAGE = 500
 #: What a cell holds that JSON would call a number.
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-#: What a spreadsheet takes for a formula, at the beginning of a cell.
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 class Fill:
@@ -393,72 +387,3 @@ def _open_below(folder: Path, name: str) -> io.BufferedReader:
         os.close(opened)
         raise ValueError("not a file")
     return os.fdopen(opened, "rb")
-
-
-# Rows out
-
-
-async def item_pages(
-    engine: Engine, batch_id: str, *, after: int = -1, statuses: Sequence[RunStatus] = tuple(RunStatus)
-) -> AsyncIterator[Sequence[Run]]:
-    """The items of a batch behind a position, in order, as ``Engine.get_items`` gives them."""
-    while page := await engine.get_items(batch_id, after=after, limit=ITEMS_A_PAGE, statuses=statuses):
-        yield page
-        after = page[-1].position or 0
-
-
-class CSVWriter:
-    """Items of a batch as CSV: what went in, what came out, ``status`` and ``error``.
-
-    Args:
-        inputs, outputs: the columns. None for one column that holds all of it, as JSON.
-        escape_formulas: put a ``'`` before text that a spreadsheet would run.
-    """
-
-    def __init__(
-        self, inputs: Sequence[str] | None, outputs: Sequence[str] | None, *, escape_formulas: bool = True
-    ) -> None:
-        self._inputs, self._outputs, self._escape_formulas = inputs, outputs, escape_formulas
-        self._buffer = io.StringIO()
-        self._writer = csv.writer(self._buffer)  # RFC 4180 ends lines with CRLF, and so does it
-
-    def header(self) -> bytes:
-        """The first line. A name that stands there already is told apart by where it comes from."""
-        names = list(self._inputs or ["inputs"])
-        for name in self._outputs or ["result"]:
-            names.append(f"result.{name}" if name in names else name)
-        for name in ("status", "error"):
-            names.append(f"run.{name}" if name in names else name)
-        return self._lines([[self._cell(name) for name in names]])
-
-    def rows(self, items: Iterable[Run]) -> bytes:
-        """One line for each of *items*."""
-        return self._lines(self._row(item) for item in items)
-
-    def _row(self, item: Run) -> Iterator[str]:
-        for names, raw in ((self._inputs, item.inputs), (self._outputs, item.result)):
-            if names is None:
-                yield "" if raw is None else bytes(raw).decode()
-                continue
-            members = {} if raw is None else msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-            for name in names:
-                yield self._cell_of(members.get(name))
-        yield item.status.value
-        yield self._cell(item.error or "")
-
-    def _cell_of(self, raw: msgspec.Raw | None) -> str:
-        """Text as it is, an absent value and null as nothing, all else as JSON."""
-        text = b"null" if raw is None else bytes(raw)
-        if text.startswith(b'"'):
-            return self._cell(msgspec.json.decode(text, type=str))
-        return "" if text == b"null" else text.decode()
-
-    def _cell(self, text: str) -> str:
-        return f"'{text}" if self._escape_formulas and text.startswith(FORMULA) else text
-
-    def _lines(self, rows: Iterable[Iterable[str]]) -> bytes:
-        self._writer.writerows(rows)
-        text = self._buffer.getvalue()
-        self._buffer.seek(0)
-        self._buffer.truncate()
-        return text.encode()

@@ -41,7 +41,7 @@ RANKS = {
     "flock.door": 7,
     "flockapi": 9,
     "flock.server": 10,
-    "flock.batchfile": 10,
+    "flock.batchfile": 9,
     "flock.cli": 11,
 }
 
