@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -205,6 +206,19 @@ def test_the_command_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None
     result = CliRunner().invoke(main, shlex.split(command)[1:])
     assert result.exit_code == 0
     assert json.loads(result.output).keys() == {"sentiment", "keywords"}
+
+
+def test_the_batch_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (command,) = (code for code in BASH if code.startswith("flockapi batch"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    command = command.replace("results.csv", str(tmp_path / "results.csv"))
+    result = CliRunner().invoke(main, shlex.split(command)[1:])
+    assert (result.exit_code, result.stdout) == (0, ""), result.output
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text("utf-8").splitlines()))
+    assert len(rows) == 20
+    assert list(rows[0]) == ["text", "sentiment", "keywords", "status", "error"]
+    assert os.listdir(tmp_path) == ["results.csv"]
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
