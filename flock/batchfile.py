@@ -116,12 +116,21 @@ def _digest(flock: Flock, wanted: BatchFile) -> str:
 
     It is kept as the batch's request id, and not as an idempotency key, since those are forgotten after a day.
     """
-    with open(wanted.rows, "rb") as file:
+    with _naming(wanted.rows), open(wanted.rows, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     options = (flock.name, flock.model, wanted.agent_name, wanted.on_invalid, wanted.delimiter)
     fills = (sorted(wanted.input_mapping.items()), sorted(wanted.static_inputs.items()), wanted.options.timeout_s)
     digest.update(msgspec.json.encode((options, fills)))
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Where a file fails that is open already, Python does not say which."""
+    try:
+        yield
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc
 
 
 # The state
@@ -180,21 +189,22 @@ def _remove_state(state: str) -> None:
 @contextlib.contextmanager
 def _whole_file(path: Path, state: str) -> Iterator[IO[bytes]]:
     """What is written becomes the file *path* as a whole, or not at all; packed where its name says so."""
-    path = Path(_real(path))
+    asked_for, path = path, Path(_real(path))
     # Whoever has the state is alone with it, and finds what was left behind.
     part = path.with_name(f"{path.name}.{hashlib.sha256(state.encode()).hexdigest()[:8]}.part")
     part.unlink(missing_ok=True)
     try:
-        with open(part, "xb") as raw:
-            if is_packed(path):
-                with gzip.GzipFile(path.stem, "wb", fileobj=raw) as packed:
-                    yield cast(IO[bytes], packed)
-            else:
-                yield raw
-            raw.flush()
-            os.fsync(raw.fileno())  # before the state goes
-        os.replace(part, path)
-        _sync_folder(path.parent)
+        with _naming(asked_for):
+            with open(part, "xb") as raw:
+                if is_packed(path):
+                    with gzip.GzipFile(path.stem, "wb", fileobj=raw) as packed:
+                        yield cast(IO[bytes], packed)
+                else:
+                    yield raw
+                raw.flush()
+                os.fsync(raw.fileno())  # before the state goes
+            os.replace(part, path)
+            _sync_folder(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

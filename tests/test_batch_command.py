@@ -335,7 +335,10 @@ def test_an_output_that_cannot_be_written_keeps_what_is_done() -> None:
         Path("out/results.csv").mkdir()
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "Is a directory. What is done is kept in s.db: the same command goes on from there." in said
+    assert (
+        "Error: out/results.csv: Is a directory. What is done is kept in s.db: the same command goes on from there."
+        in said
+    )
     Path("out/results.csv").rmdir()
     done = batch("work", "rows.csv", *places)
     assert "Going on: 2,000 of 2,000 rows were done before." in done.stderr
@@ -392,6 +395,14 @@ def test_a_mistake_in_the_command_is_said(arguments: list[str], words: str) -> N
     assert result.exit_code == 2
     assert words in result.output
     assert files() == {"rows.csv", "rows.txt", "link.csv"}
+
+
+def test_rows_that_cannot_be_read_are_said() -> None:
+    """This file can be opened, also by root, and not be read."""
+    Path("rows.csv").symlink_to("/proc/self/mem")
+    result = invoke("work", "rows.csv", "-o", "x.csv")
+    assert (result.exit_code, result.output) == (1, "Error: rows.csv: Input/output error.\n")
+    assert files() == {"rows.csv"}
 
 
 def test_an_agent_that_there_is_not_is_said() -> None:
