@@ -116,7 +116,7 @@ class BatchStore:
         return self._store.read(lambda db: _page(schema.run_from(row, ()) for *row, _ in db.execute(query, values)))
 
     def items_to_do(self, batch: Batch, after: int, limit: int) -> list[Run]:
-        """Items that wait, as ``items`` gives them; those that had begun come with the steps that they have done.
+        """Items that wait, as ``items`` gives them; those that were begun before come with the steps that they did.
 
         None where the batch belongs to another engine by now.
         """
@@ -301,12 +301,12 @@ def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:
 
 FIRST_ERROR = schema.item_listing("error", RunStatus)
 COLUMNS_WITHOUT_STEPS = ", ".join("NULL" if name == "last_step" else name for name in schema.FIELDS)
-STARTED_AT = schema.FIELDS.index("started_at")
+STARTED_AT, ATTEMPT = schema.FIELDS.index("started_at"), schema.FIELDS.index("attempt")
 
 
 def _steps_of(db: sqlite3.Connection, row: Sequence[Any]) -> tuple[Step, ...]:
-    """Most items have not begun: those are spared a query each."""
-    return schema.find_steps(db, row[0]) if row[STARTED_AT] is not None else ()
+    """Most items were never begun: those are spared a query each. A retry forgets when an item was, not what it did."""
+    return schema.find_steps(db, row[0]) if row[STARTED_AT] is not None or row[ATTEMPT] > 1 else ()
 
 
 def _page(items: Iterable[Run]) -> list[Run]:

@@ -363,6 +363,32 @@ async def test_a_retry_of_failed_items_leaves_the_cancelled_ones(store: str) -> 
             await engine.retry_batch(batch.batch_id, [RunStatus.FAILED])
 
 
+async def test_a_retry_goes_on_behind_the_steps_that_were_done(store: str) -> None:
+    """A step that was committed is not executed again, and is still told."""
+    flock, calls, fails = Flock(), list[str](), True
+
+    @flock.agent(next_agent="second")
+    async def first(n: int) -> int:
+        calls.append("first")
+        return n
+
+    @flock.agent
+    async def second(n: int) -> int:
+        calls.append("second")
+        if fails:
+            raise AgentError("not now")
+        return n
+
+    async with flock.engine(store=store) as engine:
+        batch = await ended(engine, await engine.submit_batch("first", numbers(1), OPTIONS))
+        fails = False
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        (item,) = await engine.get_items(batch.batch_id)
+        steps = (await engine.get_run(item.run_id)).steps
+    assert calls == ["first", "second", "second"]
+    assert [(step.agent_name, step.attempt) for step in steps] == [("first", 1), ("second", 2)]
+
+
 async def test_how_far_it_is_is_told_a_few_times_a_second_and_then_its_end(store: str) -> None:
     flock, ends = Flock(), anyio.Semaphore(0)
 
