@@ -370,7 +370,7 @@ class EmbeddedEngine:
             if not run.status.is_final and await self.store.request_cancel(run_id):
                 at_work = run if run.batch_id is None else await self.get_batch(run.batch_id)
                 if at_work.owner == self._engine_id and run_id not in self._runner.active:
-                    self._runner.cancelled_before.add(run_id)
+                    self._runner.cancelled_before[run_id] = run.attempt
                 return await self.get_run(run_id)
             run = await self.get_run(run_id)
             if run.status is not RunStatus.CANCELLED:
@@ -384,7 +384,6 @@ class EmbeddedEngine:
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
-        self._runner.cancelled_before.discard(run_id)
         reopened = None
         if run.batch_id is None and run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
             reopened = await self.store.reopen(run_id, self._flock, self._engine_id, self._max_queue, then=self._start)
@@ -480,11 +479,11 @@ class EmbeddedEngine:
                 if seen != version:
                     version = seen
                     self._tell_store_changed()
-                    for run_id in self.store.cancels_for(self._engine_id):
+                    for run_id, attempt in self.store.cancels_for(self._engine_id):
                         if run_id in self._runner.active:
                             self._runner.cancel(self._runner.active[run_id])
                         else:
-                            self._runner.cancelled_before.add(run_id)
+                            self._runner.cancelled_before[run_id] = attempt
                     for batch_id in self.batch_store.cancels_for(self._engine_id):
                         self._batches.cancel(batch_id)
                     for run_id in self.store.ended(self._awaited) if self._awaited else ():

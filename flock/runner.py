@@ -102,7 +102,7 @@ class Runner:
 
     Attributes:
         active: all that are at work here or wait for it, by id.
-        cancelled_before: items that were cancelled before they began, by id.
+        cancelled_before: the attempts of items that were cancelled before they began, by id.
         companion: a task of the engine that only the end of the event loop, or of the engine, cancels.
         is_leaving: what cannot be written now is not tried again.
     """
@@ -135,7 +135,7 @@ class Runner:
         self._expose_errors = expose_errors
 
         self.active: dict[str, ActiveRun] = {}
-        self.cancelled_before: set[str] = set()
+        self.cancelled_before: dict[str, int] = {}
         self.companion: asyncio.Task[Any] | None = None
         self.is_leaving = False
         self._threads = Threads(max_threads)
@@ -151,8 +151,7 @@ class Runner:
         await self._carry_out(self._admitted(run))
 
     def _admitted(self, run: Run) -> ActiveRun:
-        if run.run_id in self.cancelled_before:
-            self.cancelled_before.discard(run.run_id)
+        if self.cancelled_before.pop(run.run_id, None) == run.attempt:
             run = replace(run, cancel_requested=True)
         active = self.active[run.run_id] = ActiveRun(run)
         return active

@@ -548,14 +548,14 @@ class Store:
         query = "DELETE FROM idempotency_keys WHERE created_at < ?"
         await self.change(lambda db: db.execute(query, (schema.micros(before),)) and None)
 
-    def cancels_for(self, owner: str) -> list[str]:
-        """Runs of *owner*, and items of its batches, that somebody asked to cancel."""
+    def cancels_for(self, owner: str) -> list[tuple[str, int]]:
+        """Runs of *owner*, and items of its batches, that somebody asked to cancel, and in which attempt."""
         query = (
-            "SELECT run_id FROM runs INDEXED BY cancels WHERE cancel_requested = 1 "
+            "SELECT run_id, attempt FROM runs INDEXED BY cancels WHERE cancel_requested = 1 "
             "AND status IN ('starting', 'running') AND (owner = ? OR EXISTS "
             "(SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.owner = ?))"
         )
-        return self.read(lambda db: [row[0] for row in db.execute(query, (owner, owner))])
+        return self.read(lambda db: db.execute(query, (owner, owner)).fetchall())
 
     def ended(self, run_ids: Iterable[str]) -> list[str]:
         """Which of these runs are final, or not there any more."""

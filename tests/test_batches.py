@@ -363,6 +363,21 @@ async def test_a_retry_of_failed_items_leaves_the_cancelled_ones(store: str) -> 
             await engine.retry_batch(batch.batch_id, [RunStatus.FAILED])
 
 
+async def test_an_item_that_was_cancelled_before_its_batch_was_is_tried_again_with_it(store: str) -> None:
+    work = Work()
+    work.holds = True
+    async with work.flock.engine(store=store) as engine:
+        batch = await engine.submit_batch("item", numbers(5), BatchOptions(max_workers=1))
+        await work.begun.wait()
+        (*_, last) = await engine.get_items(batch.batch_id)
+        await engine.cancel_run(last.run_id)
+        await engine.cancel_batch(batch.batch_id)
+        assert (await ended(engine, batch)).cancelled_items == 5
+        work.holds = False
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert (batch.completed_items, batch.cancelled_items) == (5, 0)
+
+
 async def test_a_retry_goes_on_behind_the_steps_that_were_done(store: str) -> None:
     """A step that was committed is not executed again, and is still told."""
     flock, calls, fails = Flock(), list[str](), True
