@@ -46,8 +46,8 @@ class CSVWriter:
 
     def header(self) -> bytes:
         """The first line. A name that stands there already is told apart by where it comes from."""
-        names = list(self._inputs or ["inputs"])
-        for name in self._outputs or ["result"]:
+        names = ["inputs"] if self._inputs is None else list(self._inputs)
+        for name in ["result"] if self._outputs is None else self._outputs:
             names.append(f"result.{name}" if name in names else name)
         for name in ("status", "error"):
             names.append(f"run.{name}" if name in names else name)

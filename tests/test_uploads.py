@@ -516,6 +516,20 @@ async def test_what_a_spreadsheet_would_run_is_text(client: httpx.AsyncClient) -
     assert [row[:2] for row in table[1:]] == [[f"'{text}", "-5"] for text in texts[:6]] + [["a=1", "-5"], ["", "-5"]]
 
 
+async def test_what_takes_nothing_has_no_column_for_it() -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def roll() -> int:
+        return 4
+
+    app = create_app(flock, store=":memory:")
+    async with app.lifespan():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            path = await finished(client, "roll", b"{}\n", headers=NDJSON)
+            assert (await client.get(path, params={"format": "csv"})).text == "result,status,error\r\n4,completed,\r\n"
+
+
 async def test_columns_of_one_name_are_told_apart() -> None:
     """Inputs, what the last of several agents gives, status and error."""
     flock = Flock()
