@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from flock.agents import Agent
 from flock.batchstore import BatchStore
-from flock.errors import FieldError, InvalidData, MalformedJSON, OwnershipLost, StoreError, TooLarge
+from flock.errors import DefinitionError, FieldError, InvalidData, MalformedJSON, OwnershipLost, StoreError, TooLarge
 from flock.jsontype import escape_pointer
 from flock.runner import Runner
 from flock.runs import INVALID_INPUT, Batch, IdempotencyKey, Inputs, Items, OnInvalid, Row, Run, RunStatus, new_id, now
@@ -86,6 +86,8 @@ class Batches:
 
         Cancellation: what was staged is dropped.
         """
+        if batch.options.max_workers < 1:
+            raise DefinitionError(f"max_workers is at least 1, and not {batch.options.max_workers}.")
         intake = _Intake(self._store, agent, batch, self._max_input_bytes, traceparent)
         try:
             async for item in _each(items):

@@ -87,12 +87,8 @@ FINAL_WRITE_TIMEOUT_S = 5.0
 
 
 def alone(max_workers: int) -> dict[str, Any]:
-    """The options of an engine for one batch of the program's own, and nothing else: no bounds but its workers.
-
-    Raises: DefinitionError where that is no number of workers.
-    """
-    if max_workers < 1:
-        raise DefinitionError(f"max_workers is at least 1, and not {max_workers}.")
+    """The options of an engine for one batch of the program's own, and nothing else: no bounds but its workers."""
+    max_workers = max(1, max_workers)  # ``submit_batch`` says what is wrong with fewer
     places = max_workers + max_workers // 5 + 1  # a tenth of them is left to runs that are no items
     return {
         "max_concurrency": places,

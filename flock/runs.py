@@ -552,6 +552,7 @@ class Engine(Protocol):
             InvalidData: items do not fit, at most 100 errors of them; pointers begin with ``/batch_inputs/{position}``
                 where the item does not say where it stands. Or there is no item.
             TooLarge: there are more than ``max_items``.
+            DefinitionError: an option is none.
             As ``submit``, and whatever *items* raises.
 
         Cancellation: the batch is accepted whole or not at all.

@@ -13,7 +13,17 @@ import pytest
 from flock import schema
 from flock.core import Flock
 from flock.embedded import EmbeddedEngine
-from flock.errors import AgentError, BatchNotFound, Conflict, EngineFull, InvalidData, RunNotFound, StoreError, TooLarge
+from flock.errors import (
+    AgentError,
+    BatchNotFound,
+    Conflict,
+    DefinitionError,
+    EngineFull,
+    InvalidData,
+    RunNotFound,
+    StoreError,
+    TooLarge,
+)
 from flock.runs import Batch, BatchFilter, BatchOptions, Event, Items, Row, RunStatus, new_id, now
 
 pytestmark = pytest.mark.anyio
@@ -209,6 +219,13 @@ async def test_there_is_room_for_so_many_items_of_all_batches_together(store: st
         work.may_go.set()
         for batch in (first, second):
             assert (await ended(engine, batch)).status is RunStatus.COMPLETED
+
+
+async def test_a_batch_without_workers_is_refused() -> None:
+    """It would wait for ever."""
+    async with Work().flock.engine() as engine:
+        with pytest.raises(DefinitionError, match="max_workers is at least 1, and not 0"):
+            await engine.submit_batch("item", numbers(1), BatchOptions(max_workers=0))
 
 
 async def test_items_that_do_not_fit_are_left_out_on_request(store: str) -> None:
