@@ -234,7 +234,10 @@ async def _records(
                 done = reader.line_num
         except csv.Error as exc:
             if chunk is None or str(exc) != "unexpected end of data":
-                raise _unreadable(f"This is no CSV: {exc}.", number + done) from exc
+                reason = f"This is no CSV: {exc}."
+                if str(exc).startswith("field larger"):
+                    reason = f"A cell has more than {csv.field_size_limit():,} characters; NDJSON takes longer ones."
+                raise _unreadable(reason, number + done) from exc
         rest = "".join(lines[done:]) + rest
         number += done
         if len(rest) > max_bytes:

@@ -336,6 +336,15 @@ async def test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do(me
     assert time.thread_time() - began < 3
 
 
+async def test_a_cell_that_is_too_long_for_csv_may_be_sent_otherwise() -> None:
+    """Python's reader has a bound, the same for a whole process."""
+    fill = Fill(None, None, lambda: 0)
+    pieces = _in_pieces(b"text\n" + b"a" * 140_000, 10_000)
+    rows = csv_rows(pieces, Signature.of("text: str"), fill, delimiter=",", max_row_bytes=10**6)
+    with pytest.raises(InvalidData, match="line 2: A cell has more than 131,072 characters; NDJSON takes longer ones"):
+        _ = [row async for row in rows]
+
+
 async def test_an_upload_that_stalls_is_dropped(client: httpx.AsyncClient) -> None:
     async def stalls() -> AsyncIterator[bytes]:
         yield b"text\n" + b"a\n" * 1500
