@@ -205,8 +205,9 @@ def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: 
         return EXPANSION * max(app.max_body_bytes, body.total_bytes)
 
     fill = Fill(wanted.static_inputs, wanted.input_mapping, max_static_bytes)
+    limits = {"max_row_bytes": app.max_body_bytes, "max_depth": app.max_json_depth}
     if media_type == "application/x-ndjson":
-        return ndjson_rows(chunks, fill, max_row_bytes=app.max_body_bytes, max_depth=app.max_json_depth)
+        return ndjson_rows(chunks, fill, **limits)
     if media_type == "application/json":
         if not isinstance(wanted.batch_inputs, str):
             return json_rows(wanted.batch_inputs, fill)
@@ -218,7 +219,7 @@ def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: 
             raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
         chunks = read_file(app.csv_dir, wanted.batch_inputs)
     signature = agent_of(request, wanted.agent_name).input
-    return csv_rows(chunks, signature, fill, delimiter=delimiter, max_row_bytes=app.max_body_bytes)
+    return csv_rows(chunks, signature, fill, delimiter=delimiter, **limits)
 
 
 def query_of(request: Request, type_: type[Query], **absent: Any) -> Query:
@@ -620,7 +621,7 @@ async def run_batch(request: Request) -> Response:
     try:
         if sent is None:
             query = query_of(request, UploadQuery)
-            wanted, delimiter = batch_request_from(query), query.delimiter
+            wanted, delimiter = batch_request_from(query, app.max_json_depth), query.delimiter
         else:
             wanted, delimiter = options_in_body(request, sent), ","
         batch = await engine.submit_batch(

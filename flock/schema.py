@@ -3,6 +3,7 @@
 All functions are called within a transaction of ``flock.store``, or on its connection for reading.
 """
 
+import contextlib
 import functools
 import sqlite3
 from collections import Counter
@@ -519,7 +520,8 @@ def time_from(micros: int | None) -> datetime | None:
 def _json(kept: bytes) -> msgspec.Raw:
     """What was kept, looked through at a microsecond for 3 kB. Raises ValueError where it is no JSON."""
     kept.decode()
-    msgspec.json.decode(kept, type=msgspec.Raw)
+    with contextlib.suppress(RecursionError):  # nested as deep as just went in is no damage
+        msgspec.json.decode(kept, type=msgspec.Raw)
     return msgspec.Raw(kept)
 
 

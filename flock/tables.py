@@ -183,7 +183,13 @@ def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int) -> Row:
 
 
 async def csv_rows(
-    chunks: AsyncIterable[bytes], signature: Signature, fill: Fill, *, delimiter: str, max_row_bytes: int
+    chunks: AsyncIterable[bytes],
+    signature: Signature,
+    fill: Fill,
+    *,
+    delimiter: str,
+    max_row_bytes: int,
+    max_depth: int,
 ) -> AsyncGenerator[Row, None]:
     """Rows of CSV (RFC 4180) behind a header, their cells typed by *signature*; empty lines are none.
 
@@ -194,7 +200,7 @@ async def csv_rows(
     columns: _Columns | None = None
     async for line, cells in _records(chunks, delimiter, max_row_bytes):
         if columns is None:
-            columns = _Columns(cells, signature, fill, line)
+            columns = _Columns(cells, signature, fill, line, max_depth)
         else:
             yield columns.row(cells, line)
     if columns is None:
@@ -257,7 +263,7 @@ def _unreadable(detail: str, line: int, pointer: str = "") -> InvalidData:
 class _Columns:
     """What the header says, and how cells become inputs. Raises InvalidData where it does not fit the signature."""
 
-    def __init__(self, header: Sequence[str], signature: Signature, fill: Fill, line: int) -> None:
+    def __init__(self, header: Sequence[str], signature: Signature, fill: Fill, line: int, max_depth: int) -> None:
         self._header, self._fill = [name.strip() for name in header], fill
         fields = {field.name: field for field in signature.fields}
         names = [fill.names.get(column, column) for column in self._header]
@@ -281,7 +287,7 @@ class _Columns:
                 errors.append(FieldError(detail=detail, pointer=f"/{escape_pointer(field.name)}", line=line))
         if errors:
             raise InvalidData(errors[:100])
-        self._cells = [_cell_reader(fields[name], name in fill.static) for name in names]
+        self._cells = [_cell_reader(fields[name], name in fill.static, max_depth) for name in names]
 
     def row(self, cells: Sequence[str], line: int) -> Row:
         values = zip(self._header, self._cells, cells, strict=False)
@@ -294,7 +300,7 @@ class _Columns:
         return msgspec.structs.replace(row, errors=(FieldError(detail=detail, pointer="", line=line),))
 
 
-def _cell_reader(field: Field, has_static: bool) -> Callable[[str], msgspec.Raw | None]:
+def _cell_reader(field: Field, has_static: bool, max_depth: int) -> Callable[[str], msgspec.Raw | None]:
     """How a cell becomes JSON; what does not fit is left as text, and found when the inputs are checked."""
     empty: msgspec.Raw | None = msgspec.Raw(b'""')
     if has_static or not field.required:
@@ -313,6 +319,10 @@ def _cell_reader(field: Field, has_static: bool) -> Callable[[str], msgspec.Raw 
             return msgspec.Raw(text.lower().encode())
         if field.type in (int, float) and NUMBER.fullmatch(text):
             return msgspec.Raw(text.encode())
+        try:
+            check_depth(cell.encode(), max_depth)
+        except MalformedJSON:
+            return msgspec.Raw(msgspec.json.encode(cell))
         return text_as_json(field.type, cell)
 
     return read
@@ -345,7 +355,7 @@ def file_rows(path: Path, signature: Signature, fill: Fill, *, delimiter: str = 
         )
     if format_ == "ndjson":
         return ndjson_rows(chunks, fill, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
-    return csv_rows(chunks, signature, fill, delimiter=delimiter, max_row_bytes=MAX_ROW_BYTES)
+    return csv_rows(chunks, signature, fill, delimiter=delimiter, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
 
 
 async def _own_file(path: Path) -> AsyncIterator[bytes]:

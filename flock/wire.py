@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from flock.errors import FieldError, InvalidData
-from flock.jsontype import JSONType
+from flock.errors import FieldError, InvalidData, MalformedJSON
+from flock.jsontype import JSONType, check_depth
 from flock.runs import OnInvalid, Progress, RunStatus, Usage
 
 __all__ = [
@@ -202,15 +202,16 @@ def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **absent: Any) -
         raise InvalidData([FieldError(detail=f"{name}: {reason}.", pointer="")]) from exc
 
 
-def batch_request_from(query: UploadQuery) -> FlockBatchRequest:
+def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
     """What the query says of an upload, in the form of a JSON body without rows. Raises InvalidData."""
     options = msgspec.structs.asdict(query)
     del options["delimiter"]
     for name, type_ in (("static_inputs", dict[str, msgspec.Raw]), ("input_mapping", dict[str, str])):
         if options[name] is not msgspec.UNSET:
             try:
+                check_depth(options[name].encode(), max_depth)
                 options[name] = msgspec.json.decode(options[name], type=type_)
-            except (msgspec.DecodeError, RecursionError) as exc:
+            except (MalformedJSON, msgspec.DecodeError, RecursionError) as exc:
                 detail = f"{name!r} in the query is a JSON object ({str(exc).replace('`', chr(39))})."
                 raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
     return FlockBatchRequest(

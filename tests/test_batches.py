@@ -257,6 +257,24 @@ async def test_a_batch_of_which_no_item_fits_fails_when_those_are_skipped(store:
         )
 
 
+async def test_what_just_goes_in_just_comes_out_however_deep_it_is_nested(store: str) -> None:
+    """How deep is too deep depends on who asks; and the engine does not end of it."""
+    flock, taken = Flock(), 0
+
+    @flock.agent
+    async def nest(x: list[Any]) -> int:
+        return 1
+
+    async with flock.engine(store=store) as engine:
+        for levels in range(850, 1000):
+            item = msgspec.Raw(b'{"x":%s%s}' % (b"[" * levels, b"]" * levels))
+            with contextlib.suppress(InvalidData):
+                batch = await ended(engine, await engine.submit_batch("nest", [item], OPTIONS))
+                assert len(await engine.get_items(batch.batch_id)) == 1
+                taken += 1
+        assert 0 < taken < 150
+
+
 # Whose turn it is
 
 

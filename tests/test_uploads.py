@@ -61,6 +61,10 @@ def upload_flock() -> Flock:
         return f"{n} {text!r} {note!r}"
 
     @flock.agent
+    async def nest(more: list[Any]) -> int:
+        return 1
+
+    @flock.agent
     def fail(n: int) -> int:
         if n % 2:
             raise AgentError(f"=no {n}")
@@ -309,6 +313,20 @@ async def test_a_long_line_of_ndjson_is_refused(client: httpx.AsyncClient) -> No
         assert f"line {content.count(b'{', 0, 9)} is longer" in response.json()["detail"]
 
 
+@pytest.mark.parametrize("levels", [100, 101, 950])
+async def test_json_in_cells_and_in_the_query_is_no_deeper_than_elsewhere(
+    levels: int, client: httpx.AsyncClient
+) -> None:
+    nested = "[" * (levels - 1) + "]" * (levels - 1)
+    cell = await send(client, "nest", f"more\n{'[' + nested + ']'}\n".encode())
+    query = await send(client, "nest", b"{}\n", NDJSON, static_inputs=f'{{"more":{nested}}}')
+    if levels == 100:
+        assert await results(client, cell) == await results(client, query) == [1]
+        return
+    assert (cell.status_code, query.status_code) == (422, 422)
+    assert "nested deeper than 100 levels" in query.text
+
+
 async def test_static_inputs_do_not_make_much_of_little(client: httpx.AsyncClient) -> None:
     static = {"text": "x" * 1000}
     response = await send(client, "show", b"n\n" + b"1\n" * 1000, static_inputs=static)
@@ -326,7 +344,7 @@ async def test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do(me
         fill = Fill(None, None, lambda: 0)
         pieces = _in_pieces(content, 1)
         if media_type is CSV:
-            rows = csv_rows(pieces, Signature.of("text: str"), fill, delimiter=",", max_row_bytes=10**6)
+            rows = csv_rows(pieces, Signature.of("text: str"), fill, delimiter=",", max_row_bytes=10**6, max_depth=100)
         else:
             rows = ndjson_rows(pieces, fill, max_row_bytes=10**6, max_depth=50)
         return [row async for row in rows]
@@ -340,7 +358,7 @@ async def test_a_cell_that_is_too_long_for_csv_may_be_sent_otherwise() -> None:
     """Python's reader has a bound, the same for a whole process."""
     fill = Fill(None, None, lambda: 0)
     pieces = _in_pieces(b"text\n" + b"a" * 140_000, 10_000)
-    rows = csv_rows(pieces, Signature.of("text: str"), fill, delimiter=",", max_row_bytes=10**6)
+    rows = csv_rows(pieces, Signature.of("text: str"), fill, delimiter=",", max_row_bytes=10**6, max_depth=50)
     with pytest.raises(InvalidData, match="line 2: A cell has more than 131,072 characters; NDJSON takes longer ones"):
         _ = [row async for row in rows]
 
@@ -756,7 +774,9 @@ def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int) -> 
     fill = Fill(None, None, lambda: 10**6)
 
     async def read() -> Read:
-        return await _read(csv_rows(_in_pieces(content, size), TWO_TEXTS, fill, delimiter=",", max_row_bytes=10_000))
+        return await _read(
+            csv_rows(_in_pieces(content, size), TWO_TEXTS, fill, delimiter=",", max_row_bytes=10_000, max_depth=100)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "GATHERED_CHARS", size)
