@@ -118,7 +118,7 @@ class EmbeddedEngine:
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
         max_input_bytes: the longest inputs of one run, as JSON.
         max_result_bytes: the longest result of one step, as JSON; a longer one fails its run.
-        queue_timeout_s: the longest that a run may wait for its first step; None is no limit.
+        queue_timeout_s: the longest that a run may wait for its first step, unless it is an item; None is no limit.
         keep_for_s, keep_runs: final runs that are older, or beyond the newest so many, are deleted; None keeps them. A
             batch counts as one.
         expose_errors: put the text of any exception into a run's ``error``; for development.

@@ -288,7 +288,8 @@ class Runner:
 
         if active.scope.cancel_called or self.is_leaving:  # to ask for more takes as long as a short step
             await anyio.lowlevel.checkpoint_if_cancelled()
-        limit_s = self._queue_timeout_s if active.run.status is RunStatus.STARTING else None
+        # Of a long batch most items wait for others of it: nobody is kept waiting by that.
+        limit_s = self._queue_timeout_s if active.run.status is RunStatus.STARTING and batch_id is None else None
         try:
             with anyio.move_on_after(limit_s) if limit_s is not None else contextlib.nullcontext() as waiting:
                 for slot in slots:

@@ -320,6 +320,19 @@ async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_one(store: str) ->
     assert max(work.calls.index(1000), work.calls.index(1001)) < 20
 
 
+async def test_items_wait_for_each_other_as_long_as_that_takes(store: str) -> None:
+    """How long a run may wait for its first step is for those that somebody waits for."""
+    work = Work()
+    work.holds = True
+    async with work.flock.engine(store=store, max_concurrency=1, queue_timeout_s=0.05) as engine:
+        batch = await engine.submit_batch("item", numbers(3), OPTIONS)
+        await work.begun.wait()
+        run = await engine.submit("item", {"n": -1})
+        assert (await engine.wait(run.run_id)).error_type == "queue_timeout"
+        work.may_go.set()
+        assert (await ended(engine, batch)).failed_items == 0
+
+
 # Being asked
 
 
