@@ -4,6 +4,7 @@ A batch is accepted by the transaction of its last page, or not at all. Whatever
 do is what its rows say, and whoever goes on reads it from there.
 """
 
+import contextlib
 import logging
 from collections.abc import (
     AsyncGenerator,
@@ -98,8 +99,19 @@ class Batches:
         except BaseException:
             if intake.is_staged:
                 with anyio.CancelScope(shield=True):
-                    await self._store.drop_staged(batch.batch_id)
+                    try:
+                        await self._store.drop_staged(batch.batch_id)
+                    except StoreError:  # a full disk, say, and what was staged is a part of it
+                        self._start(self._drop, batch)
             raise
+
+    async def _drop(self, batch: Batch) -> None:
+        """Drop what was staged of a batch, beginning again as long as the store fails."""
+        while not self._runner.is_leaving:
+            await anyio.sleep(RETRY_AFTER_S)
+            with contextlib.suppress(StoreError):
+                await self._store.drop_staged(batch.batch_id)
+                return
 
     def start(self, batch: Batch | None) -> None:
         """Begin to work on a batch, or go on with it."""

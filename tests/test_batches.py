@@ -648,3 +648,14 @@ async def test_a_batch_goes_on_after_a_write_that_failed(name: str, fails_once: 
             batch = await ended(engine, await engine.retry_batch(batch.batch_id))
         assert batch.completed_items == 3
         assert batch.cancelled_items == (3 if name == "cancel_waiting" else 0)
+
+
+async def test_what_was_staged_is_dropped_once_that_can_be_written(fails_once: Any, store: str) -> None:
+    """Whoever sends it is told what was wrong with it, and not that."""
+    async with Work().flock.engine(store=store) as engine:
+        fails_once(engine.batch_store, "drop")
+        with pytest.raises(ConnectionError):
+            await engine.submit_batch("item", breaks_off(1100), OPTIONS)
+        with anyio.fail_after(20):
+            while engine.store.read(lambda db: db.execute("SELECT 1 FROM runs").fetchone()):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
