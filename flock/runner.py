@@ -197,8 +197,10 @@ class Runner:
         except BaseException as exc:
             # Within a cancelled scope the deadline is -inf. A cancellation without one comes from the agent's own code,
             # as every other exception does, whatever its class.
-            if anyio.current_effective_deadline() == -math.inf:
-                raise  # the engine is leaving; __aexit__ says what becomes of the run
+            if anyio.current_effective_deadline() == -math.inf:  # the engine is leaving
+                if isinstance(exc, anyio.get_cancelled_exc_class()):
+                    raise
+                return  # it is not to fail by what an agent makes of that; __aexit__ says what becomes of the run
             if self.companion is not None and self.companion.cancelling():
                 raise  # the event loop is ending, and cancels whatever is in it
             failure = exc

@@ -347,3 +347,32 @@ def test_ids_are_uuids_of_version_7_in_order() -> None:
     assert ids == sorted(ids)
     assert len(set(ids)) == len(ids)
     assert {(uuid.UUID(id_).version, uuid.UUID(id_).variant) for id_ in ids} == {(7, uuid.RFC_4122)}
+
+
+@pytest.mark.parametrize("error", [ValueError("late"), SystemExit(3)])
+async def test_what_agents_raise_when_the_engine_leaves_does_not_come_out_of_it(
+    error: BaseException, tmp_path: Path
+) -> None:
+    """It leaves in peace, and the runs go on at the next start."""
+    flock, begun, holds = Flock(), anyio.Semaphore(0), True
+
+    @flock.agent
+    async def item() -> int:
+        if not holds:
+            return 1
+        begun.release()
+        try:
+            await anyio.sleep_forever()
+        except BaseException:
+            raise error from None
+        return 0
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await engine.submit("item", EMPTY)
+        batch = await engine.submit_batch("item", [EMPTY], BatchOptions())
+        await begun.acquire()
+        await begun.acquire()
+    holds = False
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+        assert (await batch_end(engine, batch.batch_id)).status is RunStatus.COMPLETED
