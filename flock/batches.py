@@ -42,6 +42,8 @@ MAX_ITEM_ERRORS = 100
 #: How many items are written or read at once, and about how many bytes of inputs are written.
 ITEMS_A_PAGE = 500
 PAGE_BYTES = 4 * 1024 * 1024
+#: More workers would only hold items that wait: while one is at work, the end of another is written.
+WORKERS_A_PLACE = 2
 #: After so many rows others have their turn.
 ROWS_A_TURN = 50
 
@@ -158,7 +160,8 @@ class Batches:
             batch = await self._store.reopen_some(batch)
         batch = await self._store.begin(batch, now())
         if id_ not in self._cancelled:
-            workers = min(batch.options.max_workers, batch.total_items) if batch.options.parallel else 1
+            workers = min(batch.options.max_workers, batch.total_items, WORKERS_A_PLACE * self._runner.max_concurrency)
+            workers = workers if batch.options.parallel else 1
             items = self._items_to_do(batch)
             async with anyio.create_task_group() as tasks:
                 for _ in range(workers):

@@ -105,6 +105,7 @@ class Runner:
         cancelled_before: the attempts of items that were cancelled before they began, by id.
         companion: a task of the engine that only the end of the event loop, or of the engine, cancels.
         is_leaving: what cannot be written now is not tried again.
+        max_concurrency: how many steps are at work at the same time.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Runner:
         self.cancelled_before: dict[str, int] = {}
         self.companion: asyncio.Task[Any] | None = None
         self.is_leaving = False
+        self.max_concurrency = max_concurrency
         self._threads = Threads(max_threads)
         self._slots = Slots(max_concurrency, reserved=max_concurrency // 10)
         self._agent_slots: dict[str, Slots] = {}

@@ -320,6 +320,19 @@ async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_one(store: str) ->
     assert max(work.calls.index(1000), work.calls.index(1001)) < 20
 
 
+async def test_few_more_items_are_held_than_there_are_places_for(store: str) -> None:
+    """However many workers are asked for: each item may be as long as a body."""
+    work = Work()
+    work.holds = True
+    async with work.flock.engine(store=store, max_concurrency=3) as engine:
+        batch = await engine.submit_batch("item", numbers(400), BatchOptions(max_workers=1000))
+        await work.begun.wait()
+        await anyio.wait_all_tasks_blocked()
+        assert len(engine._runner.active) == 6
+        work.may_go.set()
+        assert (await ended(engine, batch)).status is RunStatus.COMPLETED
+
+
 async def test_items_wait_for_each_other_as_long_as_that_takes(store: str) -> None:
     """How long a run may wait for its first step is for those that somebody waits for."""
     work = Work()
