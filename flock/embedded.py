@@ -185,7 +185,7 @@ class EmbeddedEngine:
         self._engine_id = ""
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
-        #: runs of others that somebody waits for
+        #: batches, and runs of others, that somebody waits for
         self._awaited: dict[str, anyio.Event] = {}
         self._tasks: anyio.abc.TaskGroup | None = None
 
@@ -482,8 +482,8 @@ class EmbeddedEngine:
                             self._runner.cancelled_before[run_id] = attempt
                     for batch_id in self.batch_store.cancels_for(self._engine_id):
                         self._batches.cancel(batch_id)
-                    for run_id in self.store.ended(self._awaited) if self._awaited else ():
-                        self._awaited.pop(run_id).set()
+                    for id_ in self.store.ended(self._awaited) if self._awaited else ():
+                        self._awaited.pop(id_).set()
                 if self.store.is_shared and at >= look_after_others_at:
                     look_after_others_at = at + TAKE_OVER_INTERVAL_S
                     if not await self.store.remain(self._engine_id, self._flock):
@@ -590,7 +590,7 @@ class EmbeddedEngine:
             while not (await self.get_batch(batch_id)).status.is_final:
                 if self.is_leaving:
                     raise EngineStopped("The server is about to stop. Ask another one, or this one when it is back.")
-                await self._store_changed.wait()
+                await self._awaited.setdefault(batch_id, anyio.Event()).wait()
         return await self.get_batch(batch_id)
 
     async def get_items(

@@ -557,14 +557,15 @@ class Store:
         )
         return self.read(lambda db: db.execute(query, (owner, owner)).fetchall())
 
-    def ended(self, run_ids: Iterable[str]) -> list[str]:
-        """Which of these runs are final, or not there any more."""
+    def ended(self, ids: Iterable[str]) -> list[str]:
+        """Which of these runs and batches are final, or not there any more."""
         query = (
             "SELECT value FROM json_each(?) WHERE NOT EXISTS "
-            "(SELECT 1 FROM runs WHERE run_id = value AND status IN ('starting', 'running'))"
+            "(SELECT 1 FROM runs WHERE run_id = value AND status IN ('starting', 'running')) AND NOT EXISTS "
+            "(SELECT 1 FROM batches WHERE batch_id = value AND status IN ('starting', 'running'))"
         )
-        ids = msgspec.json.encode(list(run_ids)).decode()
-        return self.read(lambda db: [row[0] for row in db.execute(query, (ids,))])
+        sent = msgspec.json.encode(list(ids)).decode()
+        return self.read(lambda db: [row[0] for row in db.execute(query, (sent,))])
 
     # Engines
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from flock import schema
+from flock.batchstore import BatchStore
 from flock.core import Flock
 from flock.embedded import EmbeddedEngine
 from flock.errors import (
@@ -489,6 +490,32 @@ async def test_how_far_it_is_is_told_a_few_times_a_second_and_then_its_end(store
         assert [event.id for event in told] == [None] * (len(told) - 1) + [1]
         assert told[1].data["eta_s"] > 0
         assert [event async for event in engine.batch_events(batch.batch_id, after=1)] == []
+
+
+async def test_those_who_wait_for_it_are_woken_by_its_end_and_by_nothing_else(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands who look at each commit of anybody would be all that the server does."""
+    work, looks = Work(), 0
+    work.holds = True
+
+    def count(batch_id: str, get: Any = BatchStore.get) -> Any:
+        nonlocal looks
+        looks += 1
+        return get(engine.batch_store, batch_id)
+
+    async with work.flock.engine(store=store) as engine:
+        batch = await engine.submit_batch("item", numbers(1), OPTIONS)
+        monkeypatch.setattr(engine.batch_store, "get", count)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(20):
+                tasks.start_soon(ended, engine, batch)
+            await work.begun.wait()
+            for n in range(5):
+                await engine.submit("item", {"n": n})
+                await anyio.sleep(0.1)
+            work.may_go.set()
+        assert looks <= 3 * 20
 
 
 async def test_lists_go_page_by_page_newest_first(store: str) -> None:
