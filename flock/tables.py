@@ -393,9 +393,14 @@ def _open_below(folder: Path, name: str) -> io.BufferedReader:
     """Raises OSError or ValueError."""
     root = folder.resolve(strict=True)
     path = (root / name).resolve(strict=True)
-    path.relative_to(root)
-    # What was resolved has no links; O_NONBLOCK, for to open a pipe would wait for a writer.
-    opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    # What was resolved has no links, and one that was put there since, whoever did it, is not followed.
+    opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for part in path.relative_to(root).parts:
+        parent = opened
+        try:  # O_NONBLOCK, for to open a pipe would wait for a writer
+            opened = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        finally:
+            os.close(parent)
     if not stat.S_ISREG(os.fstat(opened).st_mode):
         os.close(opened)
         raise ValueError("not a file")

@@ -469,6 +469,26 @@ async def test_no_other_file_is_and_nobody_learns_which_there_are(
     assert "secret" not in response.text.replace(name, "")
 
 
+async def test_a_link_that_is_put_there_meanwhile_is_not_followed(
+    folder: Path, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever may write below the folder, between the look at where a file lies and its opening."""
+    Path("elsewhere").mkdir()
+    Path("elsewhere/good.csv").write_text("text\nsecret\n")
+
+    def swap(*args: Any, open_: Any = os.open, **options: Any) -> int:
+        if not (folder / "deep").is_symlink():
+            (folder / "deep").rename("moved")
+            (folder / "deep").symlink_to(Path("elsewhere").resolve())
+        opened: int = open_(*args, **options)
+        return opened
+
+    monkeypatch.setattr("flock.tables.os.open", swap)
+    response = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": "deep/good.csv"})
+    assert (folder / "deep").is_symlink()
+    assert response.status_code == 422
+
+
 async def test_without_a_named_folder_no_file_is_read(folder: Path) -> None:
     app = create_app(upload_flock(), store=":memory:")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
