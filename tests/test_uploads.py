@@ -426,7 +426,8 @@ def folder() -> Path:
     (folder / "deep" / "good.csv").write_text("text\nc\n")
     Path("secret.csv").write_text("text\nsecret\n")
     Path("rowsbeside").mkdir()
-    Path("rowsbeside/secret.csv").write_text("text\nsecret\n")
+    for name in ("secret.csv", "good.csv"):
+        Path("rowsbeside", name).write_text("text\nsecret\n")
     (folder / "inside.csv").symlink_to("good.csv")
     (folder / "outside.csv").symlink_to(Path("secret.csv").resolve())
     (folder / "out").symlink_to(Path.cwd())
@@ -473,13 +474,11 @@ async def test_a_link_that_is_put_there_meanwhile_is_not_followed(
     folder: Path, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By whoever may write below the folder, between the look at where a file lies and its opening."""
-    Path("elsewhere").mkdir()
-    Path("elsewhere/good.csv").write_text("text\nsecret\n")
 
     def swap(*args: Any, open_: Any = os.open, **options: Any) -> int:
         if not (folder / "deep").is_symlink():
             (folder / "deep").rename("moved")
-            (folder / "deep").symlink_to(Path("elsewhere").resolve())
+            (folder / "deep").symlink_to(Path("rowsbeside").resolve())
         opened: int = open_(*args, **options)
         return opened
 
