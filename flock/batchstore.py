@@ -22,8 +22,8 @@ __all__ = ["BatchStore"]
 
 #: Items that one transaction changes at most: tens of milliseconds.
 BITE = 2000
-#: About how many bytes of items are read at once.
-PAGE_BYTES = 4 * 1024 * 1024
+#: About how many bytes of items are read at once: each download that nobody reads holds them three times.
+PAGE_BYTES = 1024 * 1024
 #: What ``error`` and ``error_type`` say of items that a batch was cancelled before.
 CANCELLED = ("The batch was cancelled before this item began.", "cancelled")
 

@@ -107,7 +107,11 @@ async def results(client: httpx.AsyncClient, accepted: httpx.Response) -> list[A
     assert accepted.status_code == 202, accepted.text
     batch = (await client.get(accepted.headers["Location"], params={"wait": 30})).json()
     assert batch["completed_items"] == batch["total_items"]
-    return [item.get("result", item.get("error")) for item in batch["results"]]
+    found = batch["results"]
+    while batch["next"] is not None:
+        batch = (await client.get(batch["next"])).json()
+        found += batch["results"]
+    return [item.get("result", item.get("error")) for item in found]
 
 
 # CSV
@@ -574,6 +578,15 @@ async def test_what_takes_nothing_has_no_column_for_it() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
             path = await finished(client, "roll", b"{}\n", headers=NDJSON)
             assert (await client.get(path, params={"format": "csv"})).text == "result,status,error\r\n4,completed,\r\n"
+
+
+async def test_long_items_are_read_a_few_at_a_time(folder: Path, client: httpx.AsyncClient) -> None:
+    """Of a download that nobody reads a page is held three times, and to write one as CSV keeps others waiting."""
+    (folder / "long.csv").write_text("text\n" + f"{'x' * 18_000}\n" * 60)
+    accepted = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": "long.csv"})
+    page = (await client.get(accepted.headers["Location"], params={"wait": 30})).json()
+    assert page["completed_items"] == 60
+    assert 20 < len(page["results"]) < 40
 
 
 async def test_columns_of_one_name_are_told_apart() -> None:
