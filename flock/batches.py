@@ -132,6 +132,10 @@ class Batches:
         """As ``BatchStore.reopen``."""
         return await self._store.reopen(batch_id, owner, only, self._max_open_items, then=self.start)
 
+    async def retry_item(self, run: Run, owner: str) -> bool:
+        """As ``BatchStore.reopen_item``; whether it was opened."""
+        return await self._store.reopen_item(run, owner, then=self.start) is not None
+
     async def _work(self, batch: Batch) -> None:
         """Work on a batch until no item is left, beginning again as long as the store fails."""
         if batch.cancel_requested:

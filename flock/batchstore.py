@@ -176,10 +176,8 @@ class BatchStore:
     async def reopen_some(self, batch: Batch) -> Batch:
         """Open some of the items that a retry is about; ``reopening`` is None with the last. Raises OwnershipLost."""
         status, *others = map(RunStatus, (batch.reopening or "").split(","))
-        query = """UPDATE runs SET status = 'starting', attempt = attempt + 1, result = NULL, error = NULL,
-            error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0
-            WHERE run_id IN (SELECT run_id FROM runs INDEXED BY items_by_status
-                WHERE batch_id = ? AND status = ? AND error_type IS NOT ? LIMIT ?)"""
+        query = f"""{REOPEN_ITEMS} WHERE run_id IN (SELECT run_id FROM runs INDEXED BY items_by_status
+            WHERE batch_id = ? AND status = ? AND error_type IS NOT ? LIMIT ?)"""
 
         def apply(db: sqlite3.Connection) -> None:
             changed = db.execute(query, (batch.batch_id, status.value, INVALID_INPUT, BITE)).rowcount
@@ -229,8 +227,6 @@ class BatchStore:
         then: Callable[[Batch | None], None],
     ) -> Batch | None:
         """Begin the next attempt of a final batch; None if it is not final, or has no such item. Raises EngineFull."""
-        query = """UPDATE batches SET status = 'starting', attempt = attempt + 1, owner = ?, reopening = ?,
-            error = NULL, completed_at = NULL, resumed_at = NULL, cancel_requested = 0 WHERE batch_id = ?"""
 
         def apply(db: sqlite3.Connection) -> Batch | None:
             found = schema.find_batch(db, batch_id)
@@ -241,8 +237,24 @@ class BatchStore:
             if not wanted:
                 return None
             _check_room(db, found.flock, sum(counts[status] for status in wanted), max_open_items)
-            db.execute(query, (owner, ",".join(wanted), batch_id))
+            db.execute(REOPEN_BATCH, (owner, ",".join(wanted), batch_id))
             return schema.find_batch(db, batch_id)
+
+        return await self._store.change(apply, then)
+
+    async def reopen_item(self, run: Run, owner: str, then: Callable[[Batch | None], None]) -> Batch | None:
+        """As ``reopen``, for one item that failed or was cancelled."""
+        query = f"{REOPEN_ITEMS} WHERE run_id = ? AND status = ? AND error_type IS NOT ?"
+
+        def apply(db: sqlite3.Connection) -> Batch | None:
+            found = schema.find_batch(db, run.batch_id or "")
+            if found is None or not found.status.is_final:
+                return None
+            if not db.execute(query, (run.run_id, run.status.value, INVALID_INPUT)).rowcount:
+                return None
+            schema.count_ended(db, schema.Ended({(found.batch_id, run.status): -1}))
+            db.execute(REOPEN_BATCH, (owner, None, found.batch_id))
+            return schema.find_batch(db, found.batch_id)
 
         return await self._store.change(apply, then)
 
@@ -299,6 +311,10 @@ def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:
     return found
 
 
+REOPEN_BATCH = """UPDATE batches SET status = 'starting', attempt = attempt + 1, owner = ?, reopening = ?,
+    error = NULL, completed_at = NULL, resumed_at = NULL, cancel_requested = 0 WHERE batch_id = ?"""
+REOPEN_ITEMS = """UPDATE runs SET status = 'starting', attempt = attempt + 1, result = NULL, error = NULL,
+    error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0"""
 FIRST_ERROR = schema.item_listing("error", RunStatus)
 COLUMNS_WITHOUT_STEPS = ", ".join("NULL" if name == "last_step" else name for name in schema.FIELDS)
 STARTED_AT, ATTEMPT = schema.FIELDS.index("started_at"), schema.FIELDS.index("attempt")

@@ -381,11 +381,20 @@ class EmbeddedEngine:
         self._check_running()
         run = await self.get_run(run_id)
         reopened = None
-        if run.batch_id is None and run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
-            reopened = await self.store.reopen(run_id, self._flock, self._engine_id, self._max_queue, then=self._start)
+        if run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
+            if run.batch_id is None:
+                again = self.store.reopen(run_id, self._flock, self._engine_id, self._max_queue, then=self._start)
+                reopened = await again
+            elif await self._batches.retry_item(run, self._engine_id):
+                reopened = await self.get_run(run_id)
         if reopened is None:
-            what = "an item of a batch" if run.batch_id else (await self.get_run(run_id)).status
-            raise Conflict(f"The run {run_id} is {what}; only a run that failed or was cancelled can be tried again.")
+            what = f"is {(await self.get_run(run_id)).status}"
+            if run.batch_id is not None:
+                what += f" and an item of a batch that is {(await self.get_batch(run.batch_id)).status}"
+            raise Conflict(
+                f"The run {run_id} {what}. What failed or was cancelled can be tried again, an item once its batch has "
+                "ended and unless it does not fit."
+            )
         return reopened
 
     async def delete_run(self, run_id: str) -> None:

@@ -577,6 +577,8 @@ class Engine(Protocol):
     async def retry_run(self, run_id: str) -> Run:
         """Begin the next attempt of a failed or cancelled run, after its last committed step.
 
+        That of an item is the next attempt of its batch, which must have ended, too.
+
         Raises: RunNotFound, Conflict, EngineFull, EngineStopped.
         """
 

@@ -466,6 +466,32 @@ async def test_a_retry_goes_on_behind_the_steps_that_were_done(store: str) -> No
     assert [(step.agent_name, step.attempt) for step in steps] == [("first", 1), ("second", 2)]
 
 
+async def test_one_item_may_be_tried_again_once_its_batch_has_ended(store: str) -> None:
+    """That is the batch's next attempt; the others stay as they are."""
+    work = Work()
+    work.fails, work.holds = {0, 1}, True
+    async with work.flock.engine(store=store) as engine:
+        batch = await engine.submit_batch("item", [*numbers(3), {}], BatchOptions(max_workers=1), on_invalid="skip")
+        await work.begun.wait()
+        first, _, _, invalid = await engine.get_items(batch.batch_id)
+        work.holds = False
+        with pytest.raises(Conflict, match="failed and an item of a batch that is running"):
+            await engine.retry_run(invalid.run_id)
+        work.may_go.set()
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.failed_items) == (RunStatus.COMPLETED, 3)
+        for item in (invalid, (await engine.get_items(batch.batch_id))[2]):
+            with pytest.raises(Conflict, match="unless it does not fit"):
+                await engine.retry_run(item.run_id)
+        work.fails = set()
+        assert (await engine.retry_run(first.run_id)).attempt == 2
+        with anyio.fail_after(20):
+            assert (await engine.wait(first.run_id)).status is RunStatus.COMPLETED
+        batch = await ended(engine, batch)
+        assert (batch.attempt, batch.completed_items, batch.failed_items) == (2, 4, 2)
+        assert work.calls == [0, 1, 2, 0]
+
+
 async def test_how_far_it_is_is_told_a_few_times_a_second_and_then_its_end(store: str) -> None:
     flock, ends = Flock(), anyio.Semaphore(0)
 
