@@ -67,12 +67,14 @@ class BatchStore:
         Raises:
             Replayed: a batch was made under this key before; that comes before any limit.
             KeyReused: the key was used for another request.
+            EngineStopped: its engine has left, or was taken for dead.
             EngineFull: more than *max_open_items* items of all batches would not have ended.
             StoreError: what was staged is gone.
         """
 
         def apply(db: sqlite3.Connection) -> Batch:
             schema.check_key(db, batch.flock, key)
+            schema.check_engine(db, batch.owner)
             _check_room(db, batch.flock, batch.total_items - batch.completed_items, max_open_items)
             if is_staged:
                 _check_staged(db, batch)
@@ -226,9 +228,13 @@ class BatchStore:
         max_open_items: int,
         then: Callable[[Batch | None], None],
     ) -> Batch | None:
-        """Begin the next attempt of a final batch; None if it is not final, or has no such item. Raises EngineFull."""
+        """Begin the next attempt of a final batch; None if it is not final, or has no such item.
+
+        Raises EngineFull, EngineStopped.
+        """
 
         def apply(db: sqlite3.Connection) -> Batch | None:
+            schema.check_engine(db, owner)
             found = schema.find_batch(db, batch_id)
             if found is None or not found.status.is_final:
                 return None
@@ -248,6 +254,7 @@ class BatchStore:
 
         def apply(db: sqlite3.Connection) -> Batch | None:
             found = schema.find_batch(db, run.batch_id or "")
+            schema.check_engine(db, owner)
             if found is None or not found.status.is_final:
                 return None
             if not db.execute(query, (run.run_id, run.status.value, INVALID_INPUT)).rowcount:

@@ -388,13 +388,12 @@ class EmbeddedEngine:
             elif await self._batches.retry_item(run, self._engine_id):
                 reopened = await self.get_run(run_id)
         if reopened is None:
-            what = f"is {(await self.get_run(run_id)).status}"
+            what = str((await self.get_run(run_id)).status)
+            rule = "only a run that failed or was cancelled can be tried again"
             if run.batch_id is not None:
-                what += f" and an item of a batch that is {(await self.get_batch(run.batch_id)).status}"
-            raise Conflict(
-                f"The run {run_id} {what}. What failed or was cancelled can be tried again, an item once its batch has "
-                "ended and unless it does not fit."
-            )
+                what += f", an item of a batch that is {(await self.get_batch(run.batch_id)).status}"
+                rule += ", and an item once its batch has ended, unless its inputs do not fit"
+            raise Conflict(f"The run {run_id} is {what}; {rule}.")
         return reopened
 
     async def delete_run(self, run_id: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from flock.errors import EngineFull, KeyReused, Replayed
+from flock.errors import EngineFull, EngineStopped, KeyReused, Replayed
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Progress, Run, RunStatus, Step, Usage
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "batch_from",
     "batch_values",
     "bytes_or_none",
+    "check_engine",
     "check_key",
     "check_room",
     "count_ended",
@@ -445,6 +446,12 @@ def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) ->
     found = db.execute(query, (flock, key.kept_as)).fetchone()
     if found is not None:
         raise Replayed(found[1]) if found[0] == key.digest else KeyReused(key.key)
+
+
+def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
+    """Raise EngineStopped where an engine has let go of all that it had: nobody would go on with more."""
+    if db.execute("SELECT 1 FROM engines WHERE engine_id = ?", (engine_id,)).fetchone() is None:
+        raise EngineStopped("The server is about to stop and takes no new work.")
 
 
 def insert_key(

@@ -480,11 +480,13 @@ class Store:
         Raises:
             Replayed: a run was made under this key before; that comes before any limit.
             KeyReused: the key was used for another request.
+            EngineStopped: its engine has left.
             EngineFull: *max_queue* runs of this flock are waiting, in all processes together.
         """
 
         def apply(db: sqlite3.Connection) -> Run:
             schema.check_key(db, run.flock, key)
+            schema.check_engine(db, run.owner)
             schema.check_room(db, run.flock, max_queue)
             schema.insert_runs(db, [run])
             schema.insert_key(db, run.flock, key, run.run_id, run.created_at)
@@ -500,9 +502,13 @@ class Store:
     async def reopen(
         self, run_id: str, flock: str, owner: str, max_queue: int, then: Callable[[Run | None], None]
     ) -> Run | None:
-        """Open the next attempt of a failed or cancelled run; None if it is neither. Raises EngineFull."""
+        """Open the next attempt of a failed or cancelled run; None if it is neither.
+
+        Raises EngineFull, EngineStopped.
+        """
 
         def apply(db: sqlite3.Connection) -> Run | None:
+            schema.check_engine(db, owner)
             schema.check_room(db, flock, max_queue)
             query = (
                 "UPDATE runs SET status = 'starting', attempt = attempt + 1, owner = ?, is_async = 1, result = NULL, "

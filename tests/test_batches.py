@@ -20,12 +20,14 @@ from flock.errors import (
     Conflict,
     DefinitionError,
     EngineFull,
+    EngineStopped,
     InvalidData,
     RunNotFound,
     StoreError,
     TooLarge,
 )
 from flock.runs import Batch, BatchFilter, BatchOptions, Event, Items, Row, RunStatus, new_id, now
+from flock.store import Store
 
 pytestmark = pytest.mark.anyio
 
@@ -475,13 +477,13 @@ async def test_one_item_may_be_tried_again_once_its_batch_has_ended(store: str) 
         await work.begun.wait()
         first, _, _, invalid = await engine.get_items(batch.batch_id)
         work.holds = False
-        with pytest.raises(Conflict, match="failed and an item of a batch that is running"):
+        with pytest.raises(Conflict, match="failed, an item of a batch that is running"):
             await engine.retry_run(invalid.run_id)
         work.may_go.set()
         batch = await ended(engine, batch)
         assert (batch.status, batch.failed_items) == (RunStatus.COMPLETED, 3)
         for item in (invalid, (await engine.get_items(batch.batch_id))[2]):
-            with pytest.raises(Conflict, match="unless it does not fit"):
+            with pytest.raises(Conflict, match="unless its inputs do not fit"):
                 await engine.retry_run(item.run_id)
         work.fails = set()
         assert (await engine.retry_run(first.run_id)).attempt == 2
@@ -585,13 +587,10 @@ async def test_one_engine_goes_on_with_what_another_left(tmp_path: Path) -> None
     async with work.flock.engine(store=path) as engine:
         assert (await ended(engine, going)).completed_items == 20
         reopened = await engine.batch_store.reopen(
-            going.batch_id, "nobody", [RunStatus.FAILED], 100, lambda batch: None
+            going.batch_id, engine._engine_id, [RunStatus.FAILED], 100, lambda batch: None
         )
         assert reopened is not None
         assert (reopened.reopening, reopened.failed_items) == ("failed", 10)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("INSERT INTO engines VALUES ('nobody', 'work', 0)")
-        db.commit()
     work.fails = set()
     async with work.flock.engine(store=path) as engine:
         batch = await ended(engine, going)
@@ -725,3 +724,36 @@ async def test_what_was_staged_is_dropped_once_that_can_be_written(fails_once: A
         with anyio.fail_after(20):
             while engine.store.read(lambda db: db.execute("SELECT 1 FROM runs").fetchone()):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize("count", [1, 1100])
+async def test_nothing_is_accepted_that_nobody_would_go_on_with(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last item arrives when the engine has just let go of all that it had."""
+    work, arrived, errors = Work(), anyio.Event(), list[BaseException]()
+
+    async def items() -> AsyncIterator[Any]:
+        for item in numbers(count - 1):
+            yield item
+        await arrived.wait()
+        yield {"n": 0}
+
+    async def submit(*args: Any) -> None:
+        try:
+            await args[0](*args[1:])
+        except EngineStopped as exc:
+            errors.append(exc)
+
+    async def leave(engine_id: str, leave: Any = Store.leave) -> None:
+        await leave(engine.store, engine_id)
+        arrived.set()
+        await anyio.sleep(0.1)
+
+    async with anyio.create_task_group() as tasks:
+        async with work.flock.engine(store=tmp_path / "flock.db") as engine:
+            monkeypatch.setattr(engine.store, "leave", leave)
+            tasks.start_soon(submit, engine.submit_batch, "item", items(), OPTIONS)
+            await anyio.wait_all_tasks_blocked()
+    assert len(errors) == 1
+    assert rows(tmp_path / "flock.db", "SELECT count(*) FROM batches WHERE hidden IS NULL") == [(0,)]

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from flock.errors import EngineFull, KeyReused, OwnershipLost, Replayed, StoreError
+from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError
 from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus, Step, Usage, new_id, now
 from flock.schema import COLUMNS, MIGRATIONS, listing
 from flock.store import Store
@@ -102,6 +102,9 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) ->
 async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -> None:
     key = IdempotencyKey("k", b"1")
     first = run_of()
+    with pytest.raises(EngineStopped):  # nobody would go on with it
+        await store.accept(first, 2, key)
+    await store.enter("me", first.flock)
     await store.accept(first, 2, key)
     await store.accept(run_of(), 2, None)
     with pytest.raises(EngineFull):
@@ -114,6 +117,7 @@ async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -
     await store.forget_keys(now() + timedelta(seconds=1))
     with pytest.raises(EngineFull):
         await store.accept(run_of(), 2, key)
+    await store.leave("me")
 
 
 @pytest.mark.parametrize(
