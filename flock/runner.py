@@ -17,13 +17,14 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from flock.agents import Agent, Resources
-from flock.errors import Interrupted, OwnershipLost, QueueTimeout, ResultTooLarge, StepError, StoreError, Unstorable
+from flock.ends import CANCELLED, failure_of, interrupted_turn, queue_timeout, timeout_of
+from flock.errors import OwnershipLost, ResultTooLarge, StoreError, Unstorable
 from flock.llm import ModelClient
 from flock.logs import fields_of_run
-from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, one_line, sayable
+from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, sayable
 from flock.schema import INTERRUPTED
 from flock.slots import Slots
 from flock.store import RETRY_AFTER_S, Store
@@ -211,17 +212,17 @@ class Runner:
                 await self.leave(active)
                 return
             if anyio.current_time() >= active.scope.deadline:
-                end = self._timeout(active)
+                end = asdict(timeout_of(self._timeout_s(active.run)))
             elif active.cancel_requested:
-                end = {"status": RunStatus.CANCELLED, "error": "The run was cancelled.", "error_type": "cancelled"}
+                end = asdict(CANCELLED)
             else:
-                end = self._failure(active.run, failure)
+                end = asdict(failure_of(active.run, failure, expose_errors=self._expose_errors))
         await _absorb_cancellation()
         try:
             await self._finish(active, end)
         except Unstorable as exc:
             active.unsaved = None
-            await self._finish(active, self._failure(active.run, exc))
+            await self._finish(active, asdict(failure_of(active.run, exc, expose_errors=self._expose_errors)))
 
     async def _steps(self, active: ActiveRun) -> msgspec.Raw:
         """Let one agent after the other have its turn. The last step is written together with the run's end."""
@@ -246,8 +247,7 @@ class Runner:
         release = await self._admit(active, step.agent)
         try:
             if run.status is RunStatus.STARTING:
-                timeout_s = min(run.timeout_s or self._max_timeout_s, self._max_timeout_s)
-                active.scope.deadline = anyio.current_time() + timeout_s
+                active.scope.deadline = anyio.current_time() + self._timeout_s(run)
                 run = replace(run, status=RunStatus.RUNNING, started_at=now())
                 if run.is_async and step.agent.on_interrupt == "fail":
                     await self._save(active, run, None)  # who begins it a second time must know that it was begun
@@ -300,7 +300,8 @@ class Runner:
                     await slot.acquire(batch_id)
                     taken.append(slot)
             if waiting is not None and waiting.cancelled_caught:
-                raise QueueTimeout(f"The run waited {limit_s:g} s for its first step, the limit (queue_timeout_s).")
+                assert limit_s is not None
+                raise queue_timeout(limit_s)
         except BaseException:
             release()
             raise
@@ -310,7 +311,10 @@ class Runner:
         name = (run.steps[-1].next_agent if run.steps else None) or run.agent_name
         agent = self._agents.get(name)
         if agent is not None and agent.on_interrupt == "fail":
-            raise Interrupted(f"The server stopped while {name!r} was at work, which asks not to be begun again.")
+            raise interrupted_turn(name)
+
+    def _timeout_s(self, run: Run) -> float:
+        return min(run.timeout_s or self._max_timeout_s, self._max_timeout_s)
 
     async def _save(self, active: ActiveRun, run: Run, step: Step | None) -> None:
         """Write *run* and tell those who wait, trying again as long as the store cannot be written."""
@@ -371,28 +375,6 @@ class Runner:
         self._forget(active)
         active.tell(active.run)
         active.wake()
-
-    def _timeout(self, active: ActiveRun) -> dict[str, Any]:
-        timeout_s = min(active.run.timeout_s or self._max_timeout_s, self._max_timeout_s)
-        error = f"The run did not end within {timeout_s:g} s (timeout_s)."
-        return {"status": RunStatus.FAILED, "error": error, "error_type": "timeout"}
-
-    def _failure(self, run: Run, exc: BaseException | None) -> dict[str, Any]:
-        """How a run ends that ended in an exception: what of it is for the client, and the rest for the log."""
-        while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
-            exc = exc.exceptions[0]
-        if isinstance(exc, StepError):
-            text = sayable(exc)
-            template, said = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())
-            logger.warning(template, run.run_id, said, run.request_id, extra=fields_of_run(run))
-            return {"status": RunStatus.FAILED, "error": text, "error_type": exc.error_type}
-        agent_name = run.steps[-1].next_agent if run.steps else run.agent_name
-        template = "run %s: agent %s raised (request %s)"
-        logger.error(template, run.run_id, agent_name, run.request_id, exc_info=exc, extra=fields_of_run(run))
-        error = f"The agent {agent_name!r} raised {type(exc).__name__}"
-        where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
-        error += f": {sayable(exc)}" if self._expose_errors else f"; the server's log has more under {where}."
-        return {"status": RunStatus.FAILED, "error": error, "error_type": "agent_exception"}
 
 
 def current_task() -> "asyncio.Task[Any] | None":

@@ -33,6 +33,7 @@ RANKS = {
     "flock.agents": 3,
     "flock.batchstore": 4,
     "flock.workflow": 4,
+    "flock.ends": 4,
     "flock.runner": 5,
     "flock.batches": 6,
     "flock.embedded": 7,

@@ -1,0 +1,54 @@
+"""How runs end that do not complete: what is said of it, whichever engine carries them."""
+
+import logging
+
+import msgspec
+
+from flock.errors import Interrupted, QueueTimeout, StepError
+from flock.logs import fields_of_run
+from flock.runs import Run, RunStatus, one_line, sayable
+
+__all__ = ["CANCELLED", "End", "failure_of", "interrupted_turn", "queue_timeout", "timeout_of"]
+
+logger = logging.getLogger("flock.runs")
+
+
+class End(msgspec.Struct, frozen=True):
+    """The final status of a run, why it is that, and a stable word for programs."""
+
+    status: RunStatus
+    error: str
+    error_type: str
+
+
+CANCELLED = End(RunStatus.CANCELLED, "The run was cancelled.", "cancelled")
+
+
+def timeout_of(timeout_s: float) -> End:
+    return End(RunStatus.FAILED, f"The run did not end within {timeout_s:g} s (timeout_s).", "timeout")
+
+
+def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> End:
+    """The end of a run whose agent raised *exc*: what of it is for the client. The rest goes to the log, here."""
+    while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
+        exc = exc.exceptions[0]
+    if isinstance(exc, StepError):
+        text = sayable(exc)
+        template, said = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())
+        logger.warning(template, run.run_id, said, run.request_id, extra=fields_of_run(run))
+        return End(RunStatus.FAILED, text, exc.error_type)
+    agent_name = run.steps[-1].next_agent if run.steps else run.agent_name
+    template = "run %s: agent %s raised (request %s)"
+    logger.error(template, run.run_id, agent_name, run.request_id, exc_info=exc, extra=fields_of_run(run))
+    error = f"The agent {agent_name!r} raised {type(exc).__name__}"
+    where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
+    error += f": {sayable(exc)}" if expose_errors else f"; the server's log has more under {where}."
+    return End(RunStatus.FAILED, error, "agent_exception")
+
+
+def queue_timeout(limit_s: float) -> QueueTimeout:
+    return QueueTimeout(f"The run waited {limit_s:g} s for its first step, the limit (queue_timeout_s).")
+
+
+def interrupted_turn(agent_name: str) -> Interrupted:
+    return Interrupted(f"The server stopped while {agent_name!r} was at work, which asks not to be begun again.")
