@@ -416,7 +416,7 @@ class Store:
 
     def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Call *query* with a connection that sees what is committed. Raises StoreError."""
-        if not self.is_shared and self._unawaited:
+        if not self.is_shared and (self._unawaited or self._open.runs):
             self.flush_nowait()
             self._write_in_memory()
         try:
