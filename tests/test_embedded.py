@@ -1,7 +1,6 @@
 """The engine in this process: every run ends, in one way, and touches no other."""
 
 import asyncio
-import contextlib
 import uuid
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from flock.core import Flock
 from flock.embedded import EmbeddedEngine
-from flock.errors import AgentError, BatchNotFound, EngineStopped, RunNotFound, TooLarge
+from flock.errors import BatchNotFound, EngineStopped, RunNotFound, TooLarge
 from flock.runs import Batch, BatchOptions, Run, RunStatus, new_id
 
 pytestmark = pytest.mark.anyio
@@ -30,105 +29,6 @@ async def batch_end(engine: EmbeddedEngine, batch_id: str) -> Batch:
 async def finish(flock: Flock, agent_name: str, **options: Any) -> Run:
     async with flock.engine(**options) as engine:
         return await engine.wait((await engine.submit(agent_name, EMPTY)).run_id)
-
-
-async def awaits_its_own_cancelled_task() -> None:
-    task = asyncio.create_task(asyncio.sleep(60))
-    task.cancel()
-    await task
-
-
-async def raises_system_exit() -> None:
-    raise SystemExit(3)
-
-
-def exits_in_a_thread() -> None:
-    raise SystemExit(3)
-
-
-async def raises_cancelled() -> None:
-    raise asyncio.CancelledError
-
-
-async def raises_in_a_group() -> None:
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(raises_agent_error)
-
-
-async def raises_agent_error() -> None:
-    raise AgentError("told")
-
-
-async def raises_a_group_of_two() -> None:
-    raise BaseExceptionGroup("both", [ValueError("a"), SystemExit(1)])
-
-
-async def cancels_itself_and_goes_on() -> None:
-    task = asyncio.current_task()
-    assert task
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await asyncio.sleep(0)
-    raise AgentError("told")
-
-
-async def raises_generator_exit() -> None:
-    raise GeneratorExit
-
-
-async def raises_keyboard_interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def interrupts_in_a_thread() -> None:
-    raise KeyboardInterrupt
-
-
-async def raises_a_lone_surrogate() -> None:
-    raise AgentError("told \ud800")
-
-
-async def recurses() -> None:
-    await recurses()
-
-
-@pytest.mark.parametrize(
-    ("function", "error_type", "words"),
-    [
-        (awaits_its_own_cancelled_task, "agent_exception", "raised CancelledError"),
-        (raises_system_exit, "agent_exception", "raised SystemExit"),
-        (exits_in_a_thread, "agent_exception", "raised SystemExit"),
-        (raises_cancelled, "agent_exception", "raised CancelledError"),
-        (raises_in_a_group, "agent_error", "told"),
-        (raises_a_group_of_two, "agent_exception", "raised BaseExceptionGroup"),
-        (recurses, "agent_exception", "raised RecursionError"),
-        (cancels_itself_and_goes_on, "agent_error", "told"),
-        (raises_generator_exit, "agent_exception", "raised GeneratorExit"),
-        (raises_keyboard_interrupt, "agent_exception", "raised KeyboardInterrupt"),
-        (interrupts_in_a_thread, "agent_exception", "raised KeyboardInterrupt"),
-        (raises_a_lone_surrogate, "agent_error", "told ?"),
-    ],
-)
-async def test_an_agent_that_misbehaves_fails_its_own_run_only(function: Any, error_type: str, words: str) -> None:
-    flock = Flock()
-    may_go, bystander_runs = anyio.Event(), anyio.Event()
-
-    @flock.agent
-    async def bystander() -> str:
-        bystander_runs.set()
-        await may_go.wait()
-        return "well"
-
-    flock.agent(name="bad")(function)
-    async with flock.engine() as engine:
-        other = await engine.submit("bystander", EMPTY)
-        await bystander_runs.wait()
-        run = await engine.wait((await engine.submit("bad", EMPTY)).run_id)
-        assert (run.status, run.error_type) == (RunStatus.FAILED, error_type)
-        assert words in (run.error or "")
-        assert run.completed_at
-        may_go.set()
-        assert (await engine.wait(other.run_id)).status is RunStatus.COMPLETED
 
 
 async def test_a_cancellation_that_an_agent_leaves_behind_hits_nobody() -> None:
@@ -312,34 +212,6 @@ async def test_runs_are_deleted_by_age() -> None:
         await engine.delete_old()
         with pytest.raises(RunNotFound):
             await engine.wait(run.run_id)
-
-
-async def test_agents_added_later_are_found() -> None:
-    flock = Flock()
-    async with flock.engine() as engine:
-
-        @flock.agent
-        def late() -> int:
-            return 1
-
-        run = await engine.wait((await engine.submit("late", EMPTY)).run_id)
-    assert run.status is RunStatus.COMPLETED
-
-
-async def test_an_agent_is_named_where_it_failed_not_where_the_run_began() -> None:
-    flock = Flock()
-
-    @flock.agent(next_agent="second")
-    def first() -> int:
-        return 1
-
-    @flock.agent
-    def second() -> int:
-        raise ValueError
-
-    run = await finish(flock, "first")
-    assert (run.error or "").startswith("The agent 'second' raised ValueError")
-    assert len(run.steps) == 1, "what was finished stays readable"
 
 
 def test_ids_are_uuids_of_version_7_in_order() -> None:

@@ -12,12 +12,10 @@ import pytest
 
 from flock.core import Flock
 from flock.embedded import WATCH_INTERVAL_S, EmbeddedEngine
-from flock.errors import Conflict, KeyReused, Replayed, RunNotFound, StoreError
+from flock.errors import StoreError
 from flock.runs import (
     Batch,
     BatchOptions,
-    Event,
-    IdempotencyKey,
     Progress,
     Run,
     RunContext,
@@ -25,62 +23,11 @@ from flock.runs import (
     RunStatus,
     Step,
 )
+from tests.fakes import Gate
 
 pytestmark = pytest.mark.anyio
 
 EMPTY = msgspec.Raw(b"{}")
-
-
-class Gate:
-    """A flock whose agents say that they have begun, and go on when they may."""
-
-    def __init__(self) -> None:
-        self.begun, self.may_go = anyio.Event(), anyio.Event()
-        self.thread_begun, self.thread_may_go = threading.Event(), threading.Event()
-        self.fails, self.calls = True, []
-        self.flock = flock = Flock("gate")
-
-        @flock.agent
-        async def nap() -> int:
-            self.begun.set()
-            await self.may_go.wait()
-            return 1
-
-        @flock.agent(max_concurrency=1)
-        def block(context: RunContext) -> str:
-            self.thread_begun.set()
-            self.thread_may_go.wait(20)
-            return "asked to stop" if context.cancel_requested else "never asked"
-
-        @flock.agent(next_agent="shaky")
-        def steady() -> int:
-            self.calls.append("steady")
-            return 7
-
-        @flock.agent
-        def shaky(result: int) -> int:
-            self.calls.append("shaky")
-            if self.fails:
-                raise ValueError("shaky")
-            return result + 1
-
-        @flock.agent
-        async def swallow() -> int:
-            self.begun.set()
-            try:
-                await anyio.sleep_forever()
-            finally:
-                return 5  # noqa: B012 - what a careless agent does with its cancellation
-
-        @flock.agent
-        async def report(context: RunContext) -> int:
-            context.progress(1, 3, "first")
-            context.progress(2, 3, "second")
-            self.begun.set()
-            await self.may_go.wait()
-            return 3
-
-    calls: list[str]
 
 
 @pytest.fixture
@@ -110,79 +57,7 @@ async def submit(engine: EmbeddedEngine, agent_name: str, **more: Any) -> Run:
 # Cancel
 
 
-async def test_a_running_run_is_cancelled_at_its_await(engine: EmbeddedEngine, gate: Gate) -> None:
-    run = await submit(engine, "nap")
-    await gate.begun.wait()
-    await engine.cancel_run(run.run_id)
-    run = await engine.wait(run.run_id)
-    assert (run.status, run.error_type) == (RunStatus.CANCELLED, "cancelled")
-    assert (await engine.cancel_run(run.run_id)).status is RunStatus.CANCELLED, "it can be said again"
-
-
-async def test_a_waiting_run_is_cancelled_before_it_begins(engine: EmbeddedEngine, gate: Gate) -> None:
-    for _ in range(2):
-        await submit(engine, "nap")
-    waiting = await submit(engine, "nap")
-    await engine.cancel_run(waiting.run_id)
-    run = await engine.wait(waiting.run_id)
-    assert (run.status, run.started_at) == (RunStatus.CANCELLED, None)
-
-
-async def test_a_run_that_ended_otherwise_cannot_be_cancelled(engine: EmbeddedEngine, gate: Gate) -> None:
-    run = await engine.wait((await submit(engine, "steady")).run_id)
-    with pytest.raises(Conflict, match="is failed and cannot be cancelled"):
-        await engine.cancel_run(run.run_id)
-    with pytest.raises(RunNotFound):
-        await engine.cancel_run("nobody")
-
-
-async def test_a_synchronous_function_is_asked_and_waited_for(engine: EmbeddedEngine, gate: Gate) -> None:
-    """``cancelled`` is said when the thread has returned, and not before."""
-    run = await submit(engine, "block")
-    await anyio.to_thread.run_sync(gate.thread_begun.wait)
-    await engine.cancel_run(run.run_id)
-    assert (await engine.wait(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
-    gate.thread_may_go.set()
-    run = await engine.wait(run.run_id)
-    assert run.status is RunStatus.CANCELLED
-    assert b"asked to stop" in bytes(run.steps[0].result), "what it gave is kept"
-
-
-async def test_an_agent_that_swallows_its_cancellation_is_cancelled(engine: EmbeddedEngine, gate: Gate) -> None:
-    run = await submit(engine, "swallow")
-    await gate.begun.wait()
-    await engine.cancel_run(run.run_id)
-    assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
-
-
 # Time
-
-
-async def test_a_run_past_its_time_fails_and_keeps_its_place_until_its_thread_returns(
-    engine: EmbeddedEngine, gate: Gate
-) -> None:
-    run = await submit(engine, "block", timeout_s=0.1)
-    run = await engine.wait(run.run_id)
-    assert (run.status, run.error_type) == (RunStatus.FAILED, "timeout")
-    second = await submit(engine, "block")
-    assert (await engine.wait(second.run_id, timeout_s=0.1)).status is RunStatus.STARTING, "the place is taken"
-    gate.thread_may_go.set()
-    assert (await engine.wait(second.run_id)).status is RunStatus.COMPLETED
-
-
-async def test_an_async_agent_is_cancelled_at_its_deadline(engine: EmbeddedEngine) -> None:
-    run = await engine.wait((await submit(engine, "nap", timeout_s=0.05)).run_id)
-    assert (run.error, run.error_type) == ("The run did not end within 0.05 s (timeout_s).", "timeout")
-
-
-async def test_waiting_for_the_first_step_has_its_own_limit(gate: Gate) -> None:
-    async with gate.flock.engine(max_concurrency=1, queue_timeout_s=0.05, max_timeout_s=30) as engine:
-        first = await submit(engine, "nap")
-        await gate.begun.wait()
-        run = await engine.wait((await submit(engine, "nap")).run_id)
-        assert (run.status, run.error_type) == (RunStatus.FAILED, "queue_timeout")
-        gate.may_go.set()
-        assert (await engine.wait(first.run_id)).status is RunStatus.COMPLETED
 
 
 async def test_a_run_is_cancelled_between_its_steps(
@@ -215,62 +90,7 @@ async def test_a_run_is_cancelled_between_its_steps(
 # Retry, delete, list
 
 
-async def test_a_retry_goes_on_after_the_last_committed_step(engine: EmbeddedEngine, gate: Gate) -> None:
-    run = await engine.wait((await submit(engine, "steady")).run_id)
-    assert (run.status, len(run.steps)) == (RunStatus.FAILED, 1)
-    gate.fails = False
-    again = await engine.retry_run(run.run_id)
-    assert (again.status, again.attempt) == (RunStatus.STARTING, 2)
-    run = await engine.wait(run.run_id)
-    assert (run.status, bytes(run.result or b"")) == (RunStatus.COMPLETED, b'{"result":8}')
-    assert gate.calls == ["steady", "shaky", "shaky"]
-    with pytest.raises(Conflict, match="is completed; only a run that failed"):
-        await engine.retry_run(run.run_id)
-
-
-async def test_a_final_run_can_be_deleted_and_an_active_one_not(engine: EmbeddedEngine, gate: Gate) -> None:
-    run = await submit(engine, "nap")
-    with pytest.raises(Conflict, match="cannot be deleted"):
-        await engine.delete_run(run.run_id)
-    gate.may_go.set()
-    await engine.wait(run.run_id)
-    await engine.delete_run(run.run_id)
-    with pytest.raises(RunNotFound):
-        await engine.get_run(run.run_id)
-
-
-async def test_runs_are_listed(engine: EmbeddedEngine, gate: Gate) -> None:
-    failed = await engine.wait((await submit(engine, "steady")).run_id)
-    running = await submit(engine, "nap")
-    await gate.begun.wait()
-    assert [run.run_id for run in await engine.list_runs(RunFilter())] == [running.run_id, failed.run_id]
-    assert [run.run_id for run in await engine.list_runs(RunFilter(status=RunStatus.FAILED))] == [failed.run_id]
-
-
 # Events
-
-
-async def test_events_tell_a_run_once_and_resume_anywhere(engine: EmbeddedEngine, gate: Gate) -> None:
-    run = await submit(engine, "report")
-    await gate.begun.wait()
-    told: list[Event] = []
-
-    async def listen() -> None:
-        told.extend([event async for event in engine.events(run.run_id) if event is not None])
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(listen)
-        await until(engine, run.run_id, lambda run: run.progress is not None)
-        gate.may_go.set()
-    names = [event.name for event in told]
-    assert names == ["run.started", "step.started", "run.progress", "step.completed", "run.completed"] or names == [
-        *("run.started", "step.started", "run.progress"),
-        *("step.completed", "run.progress", "run.completed"),
-    ]
-    ids = [event.id for event in told if event.id is not None]
-    assert ids == sorted(set(ids))
-    rest = [event async for event in engine.events(run.run_id, after=ids[1]) if event and event.id]
-    assert [event.name for event in rest] == ["step.completed", "run.completed"]
 
 
 async def test_progress_that_nobody_heard_of_does_not_undo_the_end(gate: Gate, tmp_path: Path) -> None:
@@ -288,28 +108,7 @@ async def test_progress_that_nobody_heard_of_does_not_undo_the_end(gate: Gate, t
         assert (run.status, run.progress) == (RunStatus.COMPLETED, Progress(done=2, total=3, message="second"))
 
 
-async def test_events_of_a_retried_run_keep_the_steps_that_were_done(engine: EmbeddedEngine, gate: Gate) -> None:
-    run = await engine.wait((await submit(engine, "steady")).run_id)
-    first = [event async for event in engine.events(run.run_id) if event and event.id]
-    gate.fails = False
-    await engine.retry_run(run.run_id)
-    await engine.wait(run.run_id)
-    second = [event async for event in engine.events(run.run_id, after=first[-1].id or 0) if event]
-    assert [event.name for event in first] == ["run.started", "step.started", "step.completed", "run.failed"]
-    assert [event.name for event in second] == ["run.started", "step.started", "step.completed", "run.completed"]
-
-
 # Keys
-
-
-async def test_equal_requests_with_a_key_are_one_run(engine: EmbeddedEngine, gate: Gate) -> None:
-    key = IdempotencyKey("k", b"1")
-    run = await submit(engine, "nap", key=key)
-    with pytest.raises(Replayed) as caught:
-        await submit(engine, "nap", key=key)
-    assert caught.value.made_id == run.run_id
-    with pytest.raises(KeyReused):
-        await submit(engine, "nap", key=IdempotencyKey("k", b"2"))
 
 
 # Batches

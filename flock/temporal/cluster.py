@@ -1,0 +1,186 @@
+"""A Temporal cluster: how it is reached, what must be there, and what its errors mean here."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, RegisterNamespaceRequest
+from temporalio.client import Client
+from temporalio.envconfig import ClientConfig
+from temporalio.service import RetryConfig, RPCError, RPCStatusCode
+
+from flock.errors import DefinitionError, EngineFull, StoreError
+from flock.temporal.messages import CONVERTER, SEARCH_ATTRIBUTES
+
+__all__ = ["Cluster"]
+
+logger = logging.getLogger("flock.temporal")
+
+#: How long the cluster may take for an answer, in seconds: a caller is told within two.
+ANSWER_TIMEOUT_S = 1.8
+#: How long it may take when a process starts, and to learn of new search attributes, in seconds.
+START_TIMEOUT_S = 10.0
+#: How long a namespace that is made here keeps what has ended.
+RETENTION = timedelta(days=30)
+
+#: What the cluster says of a call that it does not let us make.
+DENIED = (
+    RPCStatusCode.PERMISSION_DENIED,
+    RPCStatusCode.UNAUTHENTICATED,
+    RPCStatusCode.UNIMPLEMENTED,
+)
+
+
+class Cluster:
+    """One namespace of a cluster.
+
+    Args:
+        address: ``host:port``; if None, ``TEMPORAL_ADDRESS``.
+        namespace: if None, ``TEMPORAL_NAMESPACE``, and "default" without that.
+
+    TLS, an API key and all else are read as Temporal's own tools read them (``temporalio.envconfig``): from
+    ``TEMPORAL_TLS``, ``TEMPORAL_API_KEY`` and others, or from the file that ``TEMPORAL_CONFIG_FILE`` names.
+    """
+
+    def __init__(self, address: str | None = None, *, namespace: str | None = None) -> None:
+        named: dict[str, Any] = {"target_host": address, "namespace": namespace}
+        found: dict[str, Any] = {**ClientConfig.load_client_connect_config()}
+        self._config = found | {name: value for name, value in named.items() if value is not None}
+        if "target_host" not in self._config:
+            raise DefinitionError("No Temporal cluster is named: pass its host:port (--temporal), or TEMPORAL_ADDRESS.")
+        self.address = str(self._config["target_host"])
+        self.namespace = str(self._config.setdefault("namespace", "default"))
+        self._client: Client | None = None
+
+    @property
+    def client(self) -> Client:
+        assert self._client is not None, "connect() comes first"
+        return self._client
+
+    async def connect(self, *, lazy: bool = True) -> None:
+        """Reach the cluster and see that all is there which runs need; what may be made is made.
+
+        Args:
+            lazy: find out by each call whether the cluster is there; the SDK lets no worker do so.
+
+        Raises:
+            StoreError: it does not answer.
+            DefinitionError: something is missing that may not be made from here; it says how to make it.
+        """
+        try:
+            async with self.asking(START_TIMEOUT_S):
+                self._client = await Client.connect(
+                    **self._config,
+                    lazy=lazy,
+                    data_converter=CONVERTER,
+                    retry_config=RetryConfig(max_elapsed_time_millis=round(1000 * ANSWER_TIMEOUT_S)),
+                )
+                await self._need_namespace()
+                await self._need_search_attributes()
+        except StoreError as exc:
+            raise StoreError(
+                f"The Temporal cluster at {self.address} cannot be used: {exc.__cause__ or exc}. Start it, or name "
+                "another (--temporal). For one on this machine: temporal server start-dev --db-filename temporal.db"
+            ) from exc
+
+    @contextlib.asynccontextmanager
+    async def asking(self, timeout_s: float | None = ANSWER_TIMEOUT_S) -> AsyncIterator[None]:
+        """Within it the client is called; *timeout_s* is for all of its calls together.
+
+        Raises:
+            StoreError: the cluster does not answer, or refuses.
+            EngineFull: it has more to do than it takes.
+            RPCError: NOT_FOUND and ALREADY_EXISTS, which are answers.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except RPCError as exc:
+            if exc.status in (RPCStatusCode.NOT_FOUND, RPCStatusCode.ALREADY_EXISTS):
+                raise
+            if exc.status is RPCStatusCode.RESOURCE_EXHAUSTED:
+                raise EngineFull("The cluster takes no more at this moment.") from exc
+            logger.warning("the Temporal cluster at %s: %s", self.address, exc)
+            raise StoreError("The cluster cannot be used now; the server's log says why.") from exc
+        except (TimeoutError, RuntimeError) as exc:  # a lazy client that finds nobody raises RuntimeError
+            logger.warning("the Temporal cluster at %s does not answer: %r", self.address, exc)
+            raise StoreError("The cluster does not answer now; the server's log says more.") from exc
+
+    async def _need_namespace(self) -> None:
+        try:
+            found = await self._retrying(self._describe_namespace)
+        except RPCError as exc:
+            if exc.status is not RPCStatusCode.NOT_FOUND:
+                raise
+            await self._make_namespace()
+            return
+        kept_for = found.config.workflow_execution_retention_ttl.ToTimedelta()
+        logger.info("The namespace %s of %s keeps runs for %s after their end.", self.namespace, self.address, kept_for)
+
+    async def _describe_namespace(self) -> Any:
+        return await self.client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=self.namespace))
+
+    async def _make_namespace(self) -> None:
+        command = (
+            f"temporal operator namespace create -n {self.namespace} --retention {RETENTION.days}d "
+            f"--address {self.address}"
+        )
+        keeps = Duration()
+        keeps.FromTimedelta(RETENTION)
+        wanted = RegisterNamespaceRequest(namespace=self.namespace, workflow_execution_retention_period=keeps)
+        try:
+            await self.client.workflow_service.register_namespace(wanted)
+        except RPCError as exc:
+            if exc.status in DENIED:
+                raise DefinitionError(
+                    f"The cluster at {self.address} has no namespace {self.namespace!r}, and none may be made from "
+                    f"here. Make it with: {command}"
+                ) from exc
+            if exc.status is not RPCStatusCode.ALREADY_EXISTS:
+                raise
+        await self._retrying(self._describe_namespace, is_new=True)
+
+    async def _need_search_attributes(self) -> None:
+        missing = await self._retrying(self._missing_attributes, is_new=True)
+        if not missing:
+            return
+        try:
+            await self.client.operator_service.add_search_attributes(
+                AddSearchAttributesRequest(
+                    namespace=self.namespace, search_attributes={name: SEARCH_ATTRIBUTES[name] for name in missing}
+                )
+            )
+        except RPCError as exc:
+            if exc.status in DENIED:
+                commands = "; ".join(
+                    f"temporal operator search-attribute create --name {name} --type Keyword -n {self.namespace}"
+                    for name in missing
+                )
+                raise DefinitionError(
+                    f"The namespace {self.namespace!r} has no search attributes {', '.join(missing)}, by which runs "
+                    f"are found, and none may be made from here. Make them with: {commands}"
+                ) from exc
+            if exc.status is not RPCStatusCode.ALREADY_EXISTS:  # another process makes them too
+                raise
+        while await self._missing_attributes():  # noqa: ASYNC110 - the cluster tells nobody
+            await asyncio.sleep(0.1)
+
+    async def _missing_attributes(self) -> list[str]:
+        wanted = ListSearchAttributesRequest(namespace=self.namespace)
+        found = await self.client.operator_service.list_search_attributes(wanted)
+        return [name for name in SEARCH_ATTRIBUTES if name not in found.custom_attributes]
+
+    async def _retrying(self, ask: Callable[[], Any], *, is_new: bool = False) -> Any:
+        """What *ask* gives; a namespace that *is_new* may not be known everywhere for a few seconds."""
+        while True:
+            try:
+                return await ask()
+            except RPCError as exc:
+                if not is_new or exc.status is not RPCStatusCode.NOT_FOUND:
+                    raise
+            await asyncio.sleep(0.1)

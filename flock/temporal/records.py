@@ -1,0 +1,99 @@
+"""From the history of a workflow to the record of its run: no worker is asked, and nothing is kept twice."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from msgspec.structs import replace
+from temporalio.api.enums.v1 import EventType
+from temporalio.api.failure.v1 import Failure
+from temporalio.api.history.v1 import HistoryEvent
+from temporalio.api.workflow.v1 import PendingActivityInfo
+
+from flock.ends import CANCELLED
+from flock.runs import Run, RunStatus
+from flock.temporal.messages import INTERRUPTED, Beat, RunOrder, StepDone, decoded
+
+__all__ = ["at_work", "order_of", "run_of"]
+
+#: What ends a workflow that did not end by itself, in words.
+CUT_OFF = {
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED: "terminated",
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT: "timed out",
+}
+
+
+def order_of(history: Sequence[HistoryEvent]) -> RunOrder:
+    """What the workflow was started with."""
+    sent = history[0].workflow_execution_started_event_attributes.input.payloads[0]
+    order: RunOrder = decoded(sent, RunOrder)
+    return order
+
+
+def run_of(history: Sequence[HistoryEvent]) -> Run:
+    """The run as its history tells it. Of a turn that has not ended it tells nothing: see ``at_work``."""
+    run = order_of(history).run
+    for event in history:
+        at = _time_of(event.event_time)
+        match event.event_type:
+            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
+                run = replace(run, cancel_requested=True)
+            case EventType.EVENT_TYPE_ACTIVITY_TASK_STARTED if run.started_at is None:
+                run = replace(run, status=RunStatus.RUNNING, started_at=at)
+            case EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
+                sent = event.activity_task_completed_event_attributes.result.payloads[0]
+                done: StepDone = decoded(sent, StepDone)
+                is_first = not any(step.attempt == run.attempt for step in run.steps)
+                started_at = done.begun_at if is_first else run.started_at
+                progress = done.progress or run.progress
+                run = replace(run, steps=(*run.steps, done.step), started_at=started_at, progress=progress)
+            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
+                run = replace(
+                    run,
+                    status=RunStatus.COMPLETED,
+                    result=run.steps[-1].result,
+                    started_at=run.started_at or at,  # tried again, and there was nothing left to do
+                    completed_at=at,
+                )
+            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
+                run = _failed(run, event.workflow_execution_failed_event_attributes.failure, at)
+            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED:
+                run = replace(
+                    run,
+                    status=RunStatus.CANCELLED,
+                    error=CANCELLED.error,
+                    error_type=CANCELLED.error_type,
+                    completed_at=at,
+                )
+            case end if end in CUT_OFF:
+                error = f"The run was {CUT_OFF[end]} on the cluster before it ended."
+                run = replace(run, status=RunStatus.FAILED, error=error, error_type=INTERRUPTED, completed_at=at)
+    return run
+
+
+def at_work(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
+    """*run*, which is open, with what is known of its turn now."""
+    if not pending or not pending[0].HasField("last_started_time"):
+        return run
+    (beat,) = [decoded(sent, Beat) for sent in pending[0].heartbeat_details.payloads] or [
+        Beat(begun_at=_time_of(pending[0].last_started_time))
+    ]
+    if run.started_at is None and beat.begun_at is not None:
+        run = replace(run, status=RunStatus.RUNNING, started_at=beat.begun_at)
+    return replace(run, progress=beat.progress or run.progress)
+
+
+def _failed(run: Run, failure: Failure, at: datetime) -> Run:
+    about = failure.application_failure_info
+    changes: dict[str, Any] = {"error": failure.message, "error_type": about.type or INTERRUPTED}
+    for sent in about.details.payloads:
+        beat: Beat = decoded(sent, Beat)
+        if not any(step.attempt == run.attempt for step in run.steps):
+            changes["started_at"] = beat.begun_at
+        changes["progress"] = beat.progress or run.progress
+    return replace(run, status=RunStatus.FAILED, completed_at=at, **changes)
+
+
+def _time_of(stamp: Timestamp) -> datetime:
+    return stamp.ToDatetime(UTC)

@@ -1,0 +1,116 @@
+"""What the cluster keeps of a run: a workflow that lets one agent after the other have its turn.
+
+It is generic: agents are known to the activity only, so that runs at work survive a deploy of others. What it does must
+be the same at each replay: it knows no clock but the workflow's, and nothing but what it was given.
+"""
+
+import asyncio
+from datetime import timedelta
+
+from msgspec.structs import replace
+from temporalio import workflow
+from temporalio.common import Priority, RetryPolicy
+from temporalio.exceptions import ActivityError, ApplicationError, TimeoutError, TimeoutType
+
+from flock.ends import queue_timeout, timeout_of
+from flock.runs import RunStatus
+from flock.temporal.messages import (
+    ACTIVITY,
+    HEARTBEAT_TIMEOUT_S,
+    INTERRUPTED,
+    MARK_WORKFLOW,
+    RUN_WORKFLOW,
+    RunOrder,
+    StepDone,
+)
+
+__all__ = ["FlockMark", "FlockRun"]
+
+#: Only a turn that lost its worker is tried again, so often at most: one that kills its workers must end too.
+RETRIES = RetryPolicy(
+    initial_interval=timedelta(seconds=0.5),
+    backoff_coefficient=2,
+    maximum_interval=timedelta(seconds=30),
+    maximum_attempts=20,
+)
+#: The worker sees to the deadline, and heartbeats tell whether it still can: the cluster's own limit is none.
+NO_LIMIT = timedelta(days=365)
+#: Runs before items of batches.
+RUNS_FIRST = Priority(priority_key=1)
+
+
+@workflow.defn(name=RUN_WORKFLOW)
+class FlockRun:
+    """One attempt of one run. Its history is the run's record, see ``flock.temporal.records``; it returns nothing.
+
+    It fails with an ``ApplicationError`` whose message and type are the run's ``error`` and ``error_type``.
+
+    Cancellation: it ends as cancelled once its agent has stopped.
+    """
+
+    @workflow.run
+    async def run(self, order: RunOrder) -> None:
+        while not order.run.steps or order.run.steps[-1].next_agent is not None:
+            done = await self._turn(order)
+            run = order.run
+            order = replace(
+                order,
+                run=replace(
+                    run,
+                    status=RunStatus.RUNNING,
+                    started_at=run.started_at or done.begun_at,
+                    steps=(*run.steps, done.step),
+                ),
+            )
+            _check_cancelled()
+
+    async def _turn(self, order: RunOrder) -> StepDone:
+        waits_s = order.queue_timeout_s
+        if order.run.started_at is not None:
+            waits_s = max(0.001, order.timeout_s - (workflow.now() - order.run.started_at).total_seconds())
+        try:
+            done: StepDone = await workflow.execute_activity(
+                ACTIVITY,
+                order,
+                result_type=StepDone,
+                start_to_close_timeout=NO_LIMIT,
+                schedule_to_start_timeout=None if waits_s is None else timedelta(seconds=waits_s),
+                heartbeat_timeout=timedelta(seconds=HEARTBEAT_TIMEOUT_S),
+                retry_policy=RETRIES,
+                cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+                priority=RUNS_FIRST,
+            )
+        except ActivityError as exc:
+            failure = _failure(order, exc.cause)
+            if failure.type != "timeout":
+                _check_cancelled()
+            raise failure from None
+        return done
+
+
+@workflow.defn(name=MARK_WORKFLOW)
+class FlockMark:
+    """Stands for an idempotency key, or for a run that was deleted: while it waits for its delayed start, no other has
+    its id, and nobody needs to work for that."""
+
+    @workflow.run
+    async def run(self) -> None: ...
+
+
+def _check_cancelled() -> None:
+    """Raise CancelledError where somebody asked for it: it was taken in while the agent came to its end."""
+    if workflow.cancellation_reason() is not None:
+        raise asyncio.CancelledError
+
+
+def _failure(order: RunOrder, cause: BaseException | None) -> ApplicationError:
+    if isinstance(cause, ApplicationError):
+        return ApplicationError(cause.message, *cause.details, type=cause.type, non_retryable=True)
+    if isinstance(cause, TimeoutError) and cause.type is TimeoutType.SCHEDULE_TO_START:
+        if order.run.started_at is not None:
+            end = timeout_of(order.timeout_s)
+            return ApplicationError(end.error, type=end.error_type, non_retryable=True)
+        late = queue_timeout(order.queue_timeout_s or 0)
+        return ApplicationError(str(late), type=late.error_type, non_retryable=True)
+    message = f"The workers that had this run died or stopped, {RETRIES.maximum_attempts} of them. It may be the run."
+    return ApplicationError(message, type=INTERRUPTED, non_retryable=True)

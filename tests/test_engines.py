@@ -1,0 +1,649 @@
+"""What every engine promises of runs: the same tests on each, by the protocol only.
+
+The cluster is a real one, the development server, with a worker in this process.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import msgspec
+import pytest
+
+from flock.auth import OwnEngine
+from flock.core import Flock
+from flock.errors import (
+    AgentError,
+    AgentNotFound,
+    Conflict,
+    EngineStopped,
+    InvalidData,
+    KeyReused,
+    Replayed,
+    RunNotFound,
+    TooLarge,
+)
+from flock.llm import ModelClient
+from flock.runs import Engine, Event, IdempotencyKey, Principal, Run, RunFilter, RunStatus, Usage, new_id
+from flock.temporal import TemporalEngine, TemporalWorker
+from tests.fakes import FakeModel, Gate, answer, sample_flock
+
+pytestmark = pytest.mark.anyio
+
+EMPTY = msgspec.Raw(b"{}")
+
+#: Opens an engine of the kind that is tested, for a flock, with options that all kinds have.
+Opened = Callable[..., AbstractAsyncContextManager[Engine]]
+
+#: What workers are told, and not the engine.
+OF_WORKERS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors")
+
+
+@contextlib.asynccontextmanager
+async def on_temporal(
+    address: str, flock: Flock, transport: httpx.AsyncBaseTransport | None = None, **options: Any
+) -> AsyncIterator[Engine]:
+    own: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
+    of_worker: dict[str, Any] = {name: options.pop(name) for name in OF_WORKERS if name in options}
+    of_worker = {"max_steps": flock.max_steps, "drain_timeout_s": 0, **of_worker}
+    models = ModelClient(flock.model, transport=transport)
+    async with (
+        TemporalWorker(flock.agents, models, address, **own, **of_worker),
+        TemporalEngine(flock.agents, address, **own, **options) as engine,
+    ):
+        yield engine
+
+
+@pytest.fixture(params=["memory", "disk", "temporal"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
+    if request.param == "temporal":
+        address = request.getfixturevalue("temporal_address")
+        return lambda flock, **options: on_temporal(address, flock, **options)
+    store = tmp_path / "flock.db" if request.param == "disk" else ":memory:"
+    return lambda flock, **options: flock.engine(store=store, **options)
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+async def engine(opened: Opened, gate: Gate) -> AsyncIterator[Engine]:
+    async with opened(gate.flock, max_concurrency=2) as made:
+        yield made
+        gate.thread_may_go.set()
+
+
+async def until(engine: Engine, run_id: str, is_enough: Callable[[Run], bool]) -> Run:
+    with anyio.fail_after(20):
+        while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - seen as any client would
+            await anyio.sleep(0.01)
+    return run
+
+
+async def submit(engine: Engine, agent_name: str, **more: Any) -> Run:
+    return await engine.submit(agent_name, EMPTY, **more)
+
+
+async def finish(engine: Engine, agent_name: str, inputs: Mapping[str, Any] | None = None, **more: Any) -> Run:
+    run = await engine.submit(agent_name, inputs or {}, **more)
+    with anyio.fail_after(60):
+        return await engine.wait(run.run_id)
+
+
+def result_of(run: Run) -> Any:
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert run.result is not None
+    return msgspec.json.decode(run.result)
+
+
+async def events_of_run(engine: Engine, run_id: str, after: int = 0) -> list[Event]:
+    return [event async for event in engine.events(run_id, after=after) if event is not None]
+
+
+# Submit and wait
+
+
+async def test_a_run_is_accepted_and_carried_to_its_end(opened: Opened) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with opened(sample_flock()) as engine:
+        run = await engine.submit("add", {"a": 1}, request_id="r1", traceparent=trace, principal="ann", timeout_s=9)
+        assert (run.status, run.attempt, run.started_at) == (RunStatus.STARTING, 1, None)
+        run = await engine.wait(run.run_id)
+        assert result_of(run) == {"result": 3}
+        assert run == await engine.get_run(run.run_id)
+    assert (run.request_id, run.traceparent, run.principal, run.timeout_s) == ("r1", trace, "ann", 9)
+    assert msgspec.json.decode(run.inputs) == {"a": 1}
+    assert run.started_at
+    assert run.completed_at
+    assert run.created_at <= run.completed_at
+    assert [step.agent_name for step in run.steps] == ["add"]
+
+
+async def test_a_run_is_known_from_the_moment_that_it_is_accepted(engine: Engine, gate: Gate) -> None:
+    run = await submit(engine, "nap")
+    assert (await engine.get_run(run.run_id)).status in (RunStatus.STARTING, RunStatus.RUNNING)
+    await gate.begun.wait()
+    run = await until(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING)
+    assert run.started_at
+    assert (await engine.wait(run.run_id, timeout_s=0)).status is RunStatus.RUNNING
+    assert (await engine.wait(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
+    gate.may_go.set()
+    assert result_of(await engine.wait(run.run_id)) == {"result": 1}
+
+
+async def test_what_cannot_be_run_is_refused_before_it_is_accepted(opened: Opened) -> None:
+    async with opened(sample_flock(), max_input_bytes=1000) as engine:
+        with pytest.raises(AgentNotFound, match="'nobody'"):
+            await submit(engine, "nobody")
+        with pytest.raises(InvalidData) as caught:
+            await engine.submit("add", {"a": "one"})
+        assert caught.value.errors[0].pointer == "/inputs/a"
+        with pytest.raises(TooLarge, match="1000 bytes"):
+            await engine.submit("anything", {"value": "x" * 1000})
+        for unknown in ("nobody", new_id(), "' OR 1 = 1", "x:2"):
+            with pytest.raises(RunNotFound):
+                await engine.get_run(unknown)
+            with pytest.raises(RunNotFound):
+                await engine.wait(unknown, timeout_s=1)
+            with pytest.raises(RunNotFound):
+                [event async for event in engine.events(unknown)]
+        assert await engine.list_runs(RunFilter()) == []
+
+
+async def test_numbers_that_json_has_not_become_null(opened: Opened) -> None:
+    flock = Flock()
+
+    @flock.agent
+    def strange() -> list[Any]:
+        return [float("nan"), float("inf"), "\u2028 \x00 \U0001f600"]
+
+    async with opened(flock) as engine:
+        assert result_of(await finish(engine, "strange")) == {"result": [None, None, "\u2028 \x00 \U0001f600"]}
+
+
+async def test_what_models_cost_is_kept_with_the_step(opened: Opened, model: FakeModel) -> None:
+    model.replies.append(answer({"sentiment": "good", "keywords": []}))
+    async with opened(sample_flock(), transport=model.transport) as engine:
+        run = await finish(engine, "text_analyzer", {"text": "Hello"})
+    assert result_of(run)["sentiment"] == "good"
+    assert run.usage == Usage(input_tokens=10, output_tokens=5)
+
+
+# How agents fail
+
+
+async def awaits_its_own_cancelled_task() -> None:
+    task = asyncio.create_task(asyncio.sleep(60))
+    task.cancel()
+    await task
+
+
+async def raises_system_exit() -> None:
+    raise SystemExit(3)
+
+
+def exits_in_a_thread() -> None:
+    raise SystemExit(3)
+
+
+async def raises_cancelled() -> None:
+    raise asyncio.CancelledError
+
+
+async def raises_in_a_group() -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(raises_agent_error)
+
+
+async def raises_agent_error() -> None:
+    raise AgentError("told")
+
+
+async def raises_a_group_of_two() -> None:
+    raise BaseExceptionGroup("both", [ValueError("a"), SystemExit(1)])
+
+
+async def cancels_itself_and_goes_on() -> None:
+    task = asyncio.current_task()
+    assert task
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)
+    raise AgentError("told")
+
+
+async def raises_generator_exit() -> None:
+    raise GeneratorExit
+
+
+async def raises_keyboard_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupts_in_a_thread() -> None:
+    raise KeyboardInterrupt
+
+
+async def raises_a_lone_surrogate() -> None:
+    raise AgentError("told \ud800")
+
+
+async def recurses() -> None:
+    await recurses()
+
+
+@pytest.mark.parametrize(
+    ("function", "error_type", "words"),
+    [
+        (awaits_its_own_cancelled_task, "agent_exception", "raised CancelledError"),
+        (raises_system_exit, "agent_exception", "raised SystemExit"),
+        (exits_in_a_thread, "agent_exception", "raised SystemExit"),
+        (raises_cancelled, "agent_exception", "raised CancelledError"),
+        (raises_in_a_group, "agent_error", "told"),
+        (raises_a_group_of_two, "agent_exception", "raised BaseExceptionGroup"),
+        (recurses, "agent_exception", "raised RecursionError"),
+        (cancels_itself_and_goes_on, "agent_error", "told"),
+        (raises_generator_exit, "agent_exception", "raised GeneratorExit"),
+        (raises_keyboard_interrupt, "agent_exception", "raised KeyboardInterrupt"),
+        (interrupts_in_a_thread, "agent_exception", "raised KeyboardInterrupt"),
+        (raises_a_lone_surrogate, "agent_error", "told ?"),
+    ],
+)
+async def test_an_agent_that_misbehaves_fails_its_own_run_only(
+    function: Any, error_type: str, words: str, opened: Opened
+) -> None:
+    flock = Flock()
+    may_go, bystander_runs = anyio.Event(), anyio.Event()
+
+    @flock.agent
+    async def bystander() -> str:
+        bystander_runs.set()
+        await may_go.wait()
+        return "well"
+
+    flock.agent(name="bad")(function)
+    async with opened(flock) as engine:
+        other = await engine.submit("bystander", EMPTY)
+        await bystander_runs.wait()
+        run = await engine.wait((await engine.submit("bad", EMPTY)).run_id)
+        assert (run.status, run.error_type) == (RunStatus.FAILED, error_type)
+        assert words in (run.error or "")
+        assert run.completed_at
+        may_go.set()
+        assert (await engine.wait(other.run_id)).status is RunStatus.COMPLETED
+
+
+async def test_an_agent_is_named_where_it_failed_not_where_the_run_began(opened: Opened) -> None:
+    flock = Flock()
+
+    @flock.agent(next_agent="second")
+    def first() -> int:
+        return 1
+
+    @flock.agent
+    def second() -> int:
+        raise ValueError
+
+    async with opened(flock) as engine:
+        run = await finish(engine, "first")
+    assert (run.error or "").startswith("The agent 'second' raised ValueError")
+    assert len(run.steps) == 1, "what was finished stays readable"
+
+
+async def test_agents_added_later_are_found(opened: Opened) -> None:
+    flock = Flock()
+    async with opened(flock) as engine:
+
+        @flock.agent
+        def late() -> int:
+            return 1
+
+        run = await engine.wait((await engine.submit("late", EMPTY)).run_id)
+    assert run.status is RunStatus.COMPLETED
+
+
+# Cancel and time
+
+
+async def test_a_running_run_is_cancelled_at_its_await(engine: Engine, gate: Gate) -> None:
+    run = await submit(engine, "nap")
+    await gate.begun.wait()
+    await engine.cancel_run(run.run_id)
+    run = await engine.wait(run.run_id)
+    assert (run.status, run.error_type) == (RunStatus.CANCELLED, "cancelled")
+    assert (await engine.cancel_run(run.run_id)).status is RunStatus.CANCELLED, "it can be said again"
+
+
+async def test_a_waiting_run_is_cancelled_before_it_begins(engine: Engine, gate: Gate) -> None:
+    for _ in range(2):
+        await submit(engine, "nap")
+    waiting = await submit(engine, "nap")
+    await engine.cancel_run(waiting.run_id)
+    run = await engine.wait(waiting.run_id)
+    assert (run.status, run.started_at) == (RunStatus.CANCELLED, None)
+
+
+async def test_a_run_that_ended_otherwise_cannot_be_cancelled(engine: Engine, gate: Gate) -> None:
+    run = await engine.wait((await submit(engine, "steady")).run_id)
+    with pytest.raises(Conflict, match="is failed and cannot be cancelled"):
+        await engine.cancel_run(run.run_id)
+    with pytest.raises(RunNotFound):
+        await engine.cancel_run("nobody")
+
+
+async def test_a_synchronous_function_is_asked_and_waited_for(engine: Engine, gate: Gate) -> None:
+    """``cancelled`` is said when the thread has returned, and not before."""
+    run = await submit(engine, "block")
+    await anyio.to_thread.run_sync(gate.thread_begun.wait)
+    await engine.cancel_run(run.run_id)
+    assert (await engine.wait(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
+    gate.thread_may_go.set()
+    run = await engine.wait(run.run_id)
+    assert run.status is RunStatus.CANCELLED
+    assert b"asked to stop" in bytes(run.steps[0].result), "what it gave is kept"
+
+
+async def test_an_agent_that_swallows_its_cancellation_is_cancelled(engine: Engine, gate: Gate) -> None:
+    run = await submit(engine, "swallow")
+    await gate.begun.wait()
+    await engine.cancel_run(run.run_id)
+    assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
+
+
+async def test_a_run_past_its_time_fails_and_keeps_its_place_until_its_thread_returns(
+    engine: Engine, gate: Gate
+) -> None:
+    run = await submit(engine, "block", timeout_s=0.1)
+    run = await engine.wait(run.run_id)
+    assert (run.status, run.error_type) == (RunStatus.FAILED, "timeout")
+    second = await submit(engine, "block")
+    assert (await engine.wait(second.run_id, timeout_s=0.1)).status is RunStatus.STARTING, "the place is taken"
+    gate.thread_may_go.set()
+    assert (await engine.wait(second.run_id)).status is RunStatus.COMPLETED
+
+
+async def test_an_async_agent_is_cancelled_at_its_deadline(engine: Engine) -> None:
+    run = await engine.wait((await submit(engine, "nap", timeout_s=0.05)).run_id)
+    assert (run.error, run.error_type) == ("The run did not end within 0.05 s (timeout_s).", "timeout")
+
+
+async def test_waiting_for_the_first_step_has_its_own_limit(opened: Opened, gate: Gate) -> None:
+    async with opened(gate.flock, max_concurrency=1, queue_timeout_s=0.5, max_timeout_s=30) as engine:
+        first = await submit(engine, "nap")
+        await gate.begun.wait()
+        run = await engine.wait((await submit(engine, "nap")).run_id)
+        assert (run.status, run.error_type) == (RunStatus.FAILED, "queue_timeout")
+        gate.may_go.set()
+        assert (await engine.wait(first.run_id)).status is RunStatus.COMPLETED
+
+
+# Retry, delete, list, events, keys
+
+
+async def test_a_retry_goes_on_after_the_last_committed_step(engine: Engine, gate: Gate) -> None:
+    run = await engine.wait((await submit(engine, "steady")).run_id)
+    assert (run.status, len(run.steps)) == (RunStatus.FAILED, 1)
+    gate.fails = False
+    again = await engine.retry_run(run.run_id)
+    assert (again.status, again.attempt) == (RunStatus.STARTING, 2)
+    run = await engine.wait(run.run_id)
+    assert (run.status, bytes(run.result or b"")) == (RunStatus.COMPLETED, b'{"result":8}')
+    assert gate.calls == ["steady", "shaky", "shaky"]
+    with pytest.raises(Conflict, match="is completed; only a run that failed"):
+        await engine.retry_run(run.run_id)
+
+
+async def test_a_final_run_can_be_deleted_and_an_active_one_not(engine: Engine, gate: Gate) -> None:
+    run = await submit(engine, "nap")
+    with pytest.raises(Conflict, match="cannot be deleted"):
+        await engine.delete_run(run.run_id)
+    gate.may_go.set()
+    await engine.wait(run.run_id)
+    await engine.delete_run(run.run_id)
+    with pytest.raises(RunNotFound):
+        await engine.get_run(run.run_id)
+
+
+async def listed(engine: Engine, expected: int | None = None, **wanted: Any) -> list[str]:
+    """The ids of a page; a cluster's search may be moments late, so *expected* many are waited for."""
+    with anyio.fail_after(20):
+        while True:
+            found = [run.run_id for run in await engine.list_runs(RunFilter(**wanted))]
+            if expected in (None, len(found)):
+                return found
+            await anyio.sleep(0.02)
+
+
+async def test_runs_are_listed_by_how_they_stand(engine: Engine, gate: Gate) -> None:
+    failed = await engine.wait((await submit(engine, "steady")).run_id)
+    running, other, waiting = [await submit(engine, "nap") for _ in range(3)]
+    await until(engine, running.run_id, lambda run: run.status is RunStatus.RUNNING)
+    await until(engine, other.run_id, lambda run: run.status is RunStatus.RUNNING)
+    everything = [waiting.run_id, other.run_id, running.run_id, failed.run_id]
+    assert await listed(engine, 4) == everything
+    assert await listed(engine, 1, status=RunStatus.FAILED) == [failed.run_id]
+    assert await listed(engine, 2, status=RunStatus.RUNNING) == [other.run_id, running.run_id]
+    assert await listed(engine, 1, status=RunStatus.STARTING) == [waiting.run_id]
+    await engine.cancel_run(waiting.run_id)
+    await engine.wait(waiting.run_id)
+    assert await listed(engine, 1, status=RunStatus.CANCELLED) == [waiting.run_id]
+    gate.fails = False
+    await engine.retry_run(failed.run_id)
+    gate.may_go.set()
+    for run in (failed, running, other):
+        await engine.wait(run.run_id)
+    assert await listed(engine, 0, status=RunStatus.FAILED) == []
+    assert await listed(engine, 3, status=RunStatus.COMPLETED) == [other.run_id, running.run_id, failed.run_id]
+    assert await listed(engine, 4) == everything, "a run that was tried again is one"
+    await engine.delete_run(other.run_id)
+    assert await listed(engine, 3) == [waiting.run_id, running.run_id, failed.run_id]
+
+
+async def test_runs_are_listed_in_pages_newest_first(opened: Opened) -> None:
+    async with opened(sample_flock()) as engine:
+        runs = [await engine.submit("add", {"a": a}, principal="it's ann's" if a % 2 else None) for a in range(7)]
+        runs += [await engine.submit("anything", {"value": "x"})]
+        for run in runs:
+            await engine.wait(run.run_id)
+        newest_first = [run.run_id for run in reversed(runs)]
+        assert await listed(engine, 8) == newest_first
+        pages, after = [], None
+        while page := await listed(engine, after=after, limit=3):
+            pages.append(page)
+            after = page[-1]
+        assert pages == [newest_first[:3], newest_first[3:6], newest_first[6:]]
+        assert await listed(engine, 3, principal="it's ann's") == [runs[i].run_id for i in (5, 3, 1)]
+        assert await listed(engine, 1, agent_name="anything") == [runs[7].run_id]
+        assert await listed(engine, agent_name="x' OR 'a' = 'a") == []
+        later = runs[0].created_at + timedelta(days=1)
+        assert await listed(engine, created_after=later) == []
+        assert len(await listed(engine, created_before=later)) == 8
+        assert await listed(engine, created_before=runs[0].created_at - timedelta(seconds=1)) == []
+        (bare,) = await engine.list_runs(RunFilter(limit=1))
+        assert (bare.inputs, bare.result, bare.steps) == (EMPTY, None, ())
+        (full,) = await engine.list_runs(RunFilter(limit=1, with_inputs=True, with_results=True))
+        assert msgspec.json.decode(full.inputs) == {"value": "x"}
+        assert msgspec.json.decode(full.result or b"") == {"result": "x"}
+
+
+async def test_events_tell_a_run_once_and_resume_anywhere(engine: Engine, gate: Gate) -> None:
+    run = await submit(engine, "report")
+    await gate.begun.wait()
+    told: list[Event] = []
+    with anyio.fail_after(20):
+        async for event in engine.events(run.run_id):
+            if event is not None:
+                told.append(event)
+                if event.name == "run.progress":
+                    gate.may_go.set()
+    names = [event.name for event in told]
+    assert names == ["run.started", "step.started", "run.progress", "step.completed", "run.completed"] or names == [
+        *("run.started", "step.started", "run.progress"),
+        *("step.completed", "run.progress", "run.completed"),
+    ]
+    ids = [event.id for event in told if event.id is not None]
+    assert ids == sorted(set(ids))
+    rest = [event async for event in engine.events(run.run_id, after=ids[1]) if event and event.id]
+    assert [event.name for event in rest] == ["step.completed", "run.completed"]
+
+
+async def test_events_of_a_retried_run_keep_the_steps_that_were_done(engine: Engine, gate: Gate) -> None:
+    run = await engine.wait((await submit(engine, "steady")).run_id)
+    first = [event async for event in engine.events(run.run_id) if event and event.id]
+    gate.fails = False
+    await engine.retry_run(run.run_id)
+    await engine.wait(run.run_id)
+    second = [event async for event in engine.events(run.run_id, after=first[-1].id or 0) if event]
+    assert [event.name for event in first] == ["run.started", "step.started", "step.completed", "run.failed"]
+    assert [event.name for event in second] == ["run.started", "step.started", "step.completed", "run.completed"]
+
+
+async def test_equal_requests_with_a_key_are_one_run(engine: Engine, gate: Gate) -> None:
+    key = IdempotencyKey("k", b"1")
+    run = await submit(engine, "nap", key=key)
+    with pytest.raises(Replayed) as caught:
+        await submit(engine, "nap", key=key)
+    assert caught.value.made_id == run.run_id
+    with pytest.raises(KeyReused):
+        await submit(engine, "nap", key=IdempotencyKey("k", b"2"))
+    gate.may_go.set()
+    await engine.wait(run.run_id)
+    await engine.delete_run(run.run_id)
+    again = await submit(engine, "nap", key=key)
+    assert again.run_id != run.run_id, "whoever deletes a run may make it anew"
+
+
+# Large things
+
+
+async def test_a_result_that_is_too_large_fails_its_run_once(opened: Opened) -> None:
+    """It is not tried again, for its model would be paid again."""
+    flock, calls = Flock(), []
+
+    @flock.agent
+    def long() -> str:
+        calls.append(1)
+        return "x" * 17 * 1024 * 1024
+
+    async with opened(flock) as engine:
+        run = await finish(engine, "long")
+    assert (run.status, run.error_type, len(calls)) == (RunStatus.FAILED, "result_too_large", 1)
+    assert "more than" in (run.error or "")
+
+
+async def test_a_large_result_and_a_long_error_are_kept_whole(opened: Opened) -> None:
+    flock = Flock()
+
+    @flock.agent
+    def long() -> str:
+        return "x" * 1_000_000
+
+    @flock.agent
+    def complain() -> None:
+        raise AgentError("y" * 50_000)
+
+    async with opened(flock) as engine:
+        assert len(result_of(await finish(engine, "long"))["result"]) == 1_000_000
+        assert len((await finish(engine, "complain")).error or "") == 50_000
+
+
+# Hand-offs
+
+
+async def test_a_run_is_handed_on_within_its_limits(opened: Opened) -> None:
+    flock = Flock(max_steps=5)
+
+    @flock.agent(next_agent="count")
+    def count(n: int = 0) -> dict[str, int]:
+        return {"n": n + 1}
+
+    @flock.agent(output="n: int", next_agent=lambda result: "up" if result["n"] < 3 else None)
+    def up(n: int) -> dict[str, int]:
+        return {"n": n + 1}
+
+    @flock.agent(next_agent="gone")
+    def lost() -> int:
+        return 1
+
+    async with opened(flock) as engine:
+        run = await finish(engine, "up", {"n": 0})
+        assert result_of(run) == {"n": 3}
+        assert [step.agent_name for step in run.steps] == ["up"] * 3
+        run = await finish(engine, "count")
+        assert (run.error_type, len(run.steps)) == ("too_many_steps", 5)
+        run = await finish(engine, "lost")
+        assert (run.error_type, len(run.steps)) == ("invalid_handoff", 1)
+        assert "no agent 'gone'" in (run.error or "")
+
+
+async def test_the_deadline_is_for_all_steps_together(opened: Opened) -> None:
+    flock = Flock()
+
+    @flock.agent(next_agent="second")
+    async def first() -> int:
+        await anyio.sleep(0.6)
+        return 1
+
+    @flock.agent
+    async def second() -> int:
+        await anyio.sleep(0.6)
+        return 2
+
+    async with opened(flock) as engine:
+        run = await finish(engine, "first", timeout_s=1)
+    assert (run.status, run.error_type, len(run.steps)) == (RunStatus.FAILED, "timeout", 1)
+
+
+# Whose runs they are
+
+
+async def test_what_belongs_to_others_is_not_there(engine: Engine, gate: Gate) -> None:
+    ann, ben = (OwnEngine(engine, Principal(name=name)) for name in ("ann", "o'ben"))
+    run = await ann.submit("steady", EMPTY)
+    with pytest.raises(RunNotFound):
+        await ben.get_run(run.run_id)
+    with pytest.raises(RunNotFound):
+        await ben.cancel_run(run.run_id)
+    other = await ben.submit("steady", EMPTY, key=IdempotencyKey("k", b"1"))
+    assert (await ann.submit("steady", EMPTY, key=IdempotencyKey("k", b"2"))).run_id != other.run_id
+    assert [found.run_id for found in await ben.list_runs(RunFilter())] == [other.run_id]
+    admin = OwnEngine(engine, Principal(name="ops", admin=True))
+    assert len(await admin.list_runs(RunFilter())) == 3
+    assert (await admin.get_run(run.run_id)).principal == "ann"
+
+
+# The engine itself
+
+
+async def test_an_engine_can_be_entered_again_and_not_twice(opened: Opened) -> None:
+    async with opened(sample_flock()) as engine:
+        engine.check_ready()
+        assert (engine.health().engine, engine.health().store) == ("running", "ok")
+        with pytest.raises(EngineStopped, match="running already"):
+            await engine.__aenter__()
+        assert (await engine.queue()).depth == 0
+    assert engine.health().engine == "stopped"
+    with pytest.raises(EngineStopped, match="not running"):
+        await engine.submit("add", {"a": 1})
+
+
+async def test_an_engine_that_drains_takes_no_new_work_and_lets_those_who_wait_go(engine: Engine, gate: Gate) -> None:
+    run = await submit(engine, "nap")
+    await gate.begun.wait()
+    gate.may_go.set()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(engine.drain, 20)
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+    assert engine.is_leaving
+    with pytest.raises(EngineStopped, match="about to stop"):
+        await submit(engine, "nap")
+    with pytest.raises(EngineStopped):
+        engine.check_ready()
