@@ -24,7 +24,14 @@ from flock.batchfile import BatchFile, run_batch_file
 from flock.core import Flock
 from flock.errors import DefinitionError, FlockError, InvalidData
 from flock.runs import Batch, BatchOptions, OnInvalid
-from flock.server import ServerSettings, leave_busy_threads, serve_flock, serve_workers
+from flock.server import (
+    ServerSettings,
+    WorkerSettings,
+    leave_busy_threads,
+    serve_flock,
+    serve_turns,
+    serve_workers,
+)
 from flock.store import MEMORY
 from flock.tables import MAX_ROW_BYTES, TableFormat, table_format
 
@@ -124,6 +131,11 @@ model_option = click.option(
 )
 @click.option("--server-name", default="Flock Server", show_default=True, help="Title of the docs pages.")
 @model_option
+@click.option(
+    "--temporal",
+    metavar="HOST:PORT",
+    help="Keep the runs on this Temporal cluster, where processes of 'flockapi worker' carry them out.",
+)
 @click.option(
     "--store",
     default="flock.db",
@@ -277,17 +289,22 @@ model_option = click.option(
     default=None,
     help="Serve /metrics for Prometheus.  [default: where the extra is installed: pip install 'flockapi[metrics]']",
 )
-def serve(target: str, model: str | None, workers: int, api_keys_file: Path | None, **options: Any) -> None:
+@click.pass_context
+def serve(
+    context: click.Context, /, target: str, model: str | None, workers: int, api_keys_file: Path | None, **options: Any
+) -> None:
     """Serve the flock that TARGET names over HTTP.
 
     Where others can connect, every request needs a key. If none is named, one is made and printed at the start.
     """
     load = functools.partial(_load_with_model, target, model)
+    if options["temporal"]:
+        _check_options_for_temporal(context)
     try:
         settings = ServerSettings(**options, api_keys=_keys(api_keys_file))
         if workers == 1:
             serve_flock(load(), settings)
-        elif settings.store == MEMORY:
+        elif settings.store == MEMORY and not settings.temporal:
             raise click.UsageError(
                 "Several workers share their runs by a file: name one with --store, or leave out --workers."
             )
@@ -297,11 +314,79 @@ def serve(target: str, model: str | None, workers: int, api_keys_file: Path | No
         raise click.ClickException(str(exc)) from exc
 
 
+#: What the cluster's namespace, or its workers, are told in place of the server.
+NOT_WITH_TEMPORAL = {
+    "store": "the cluster keeps the runs",
+    "durability": "the cluster keeps the runs",
+    "keep_for_s": "how long runs are kept is the namespace's own setting",
+    "keep_runs": "how long runs are kept is the namespace's own setting",
+    "max_concurrency": "give it to flockapi worker",
+    "max_tokens": "give it to flockapi worker",
+    "expose_errors": "give it to flockapi worker",
+}
+
+
+def _check_options_for_temporal(context: click.Context) -> None:
+    """Refuse what nobody would heed."""
+    for option in context.command.params:
+        is_given = context.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
+        if is_given and option.name in NOT_WITH_TEMPORAL:
+            reason = NOT_WITH_TEMPORAL[option.name]
+            raise click.UsageError(f"{option.opts[0]} does not go with --temporal: {reason}.")
+
+
 def _keys(file: Path | None) -> dict[str, str] | None:
     """The keys of the file beside those of the environment; None where there is no file: the server looks itself."""
     if file is None:
         return None
     return read_keys("\n".join([file.read_text("utf-8"), os.environ.get(KEYS_VARIABLE, "")]))
+
+
+@main.command()
+@click.argument("target")
+@click.option(
+    "--temporal",
+    required=True,
+    envvar="TEMPORAL_ADDRESS",
+    show_envvar=True,
+    metavar="HOST:PORT",
+    help="The Temporal cluster; its namespace, TLS and API key are read from TEMPORAL_NAMESPACE and the like.",
+)
+@model_option
+@click.option(
+    "--max-concurrency",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="Steps at work at the same time, in this process.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens that a run may spend before it asks its model once more, input and output.  [default: no limit]",
+)
+@click.option(
+    "--drain-timeout",
+    "drain_timeout_s",
+    type=SECONDS,
+    default=20,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long steps may go on when the worker is told to stop; then another one begins them anew.",
+)
+@click.option("--expose-errors", is_flag=True, help="Show the text of any exception to clients; for development.")
+@click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
+def worker(target: str, model: str | None, **options: Any) -> None:
+    """Carry out runs of the flock that TARGET names, which 'flockapi serve --temporal' has accepted.
+
+    Start as many as there is work for, on as many machines; they need no port of their own.
+    """
+    try:
+        serve_turns(_load_with_model(target, model), WorkerSettings(**options))
+    except FlockError as exc:
+        raise click.ClickException(str(exc)) from exc
 
 
 @main.command()

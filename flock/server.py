@@ -8,6 +8,7 @@ import gc
 import ipaddress
 import itertools
 import logging
+import logging.config
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -22,7 +23,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import msgspec
@@ -37,11 +38,24 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flock.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
 from flock.core import Flock
-from flock.runs import one_line
+from flock.errors import DefinitionError
+from flock.llm import ModelClient
+from flock.runs import Engine, one_line
 from flock.store import MEMORY, Durability, Store
 from flockapi import FlockAPI, OnDisconnect, create_app, on_error, request_id_for
 
-__all__ = ["ServerSettings", "leave_busy_threads", "serve_flock", "serve_workers", "settle_memory"]
+if TYPE_CHECKING:
+    from flock.temporal import TemporalEngine
+
+__all__ = [
+    "ServerSettings",
+    "WorkerSettings",
+    "leave_busy_threads",
+    "serve_flock",
+    "serve_turns",
+    "serve_workers",
+    "settle_memory",
+]
 
 logger = logging.getLogger("flock.server")
 
@@ -68,6 +82,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             for the next start, and the others end as interrupted.
         store, durability, max_concurrency, max_queue, max_items, max_tokens, max_timeout_s, queue_timeout_s,
             keep_for_s, keep_runs, expose_errors: see ``Store`` and ``EmbeddedEngine``.
+        temporal: ``host:port`` of a Temporal cluster that keeps the runs in place of a store, for workers to carry out.
         server_name, on_disconnect, metrics, api_keys, cors_origins, max_upload_bytes, csv_dir: see ``create_app``.
         max_connections: more at a time are answered with 503; those that were answered before go on.
         max_requests_per_minute, max_event_streams: see ``create_app``.
@@ -78,6 +93,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8344
     server_name: str = "Flock Server"
+    temporal: str | None = None
     store: str = "flock.db"
     durability: Durability = "power"
     max_concurrency: int = 100
@@ -103,6 +119,17 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     metrics: bool | None = None
 
 
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker works; the options of ``flockapi worker`` have the same names. See ``TemporalWorker``."""
+
+    temporal: str
+    max_concurrency: int = 100
+    max_tokens: int | None = None
+    drain_timeout_s: float = 20
+    expose_errors: bool = False
+    log_json: bool = False
+
+
 def serve_flock(
     flock: Flock, settings: ServerSettings, *, create_ui: bool = False, routes: Sequence[BaseRoute] = ()
 ) -> None:
@@ -114,7 +141,7 @@ def serve_flock(
     """
     settings = _closed(settings)
     config = _config(_app(flock, settings, routes), settings)
-    anyio.run(_open_once, settings)
+    anyio.run(_open_once, flock, settings)
     if create_ui:
         logger.warning("create_ui: this version has no web page yet; /docs can run agents from a browser.")
     _say_what_is_served(flock, settings)
@@ -152,7 +179,7 @@ def _serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSett
     flock, settings = load(), _closed(settings)
     app = _app(flock, settings)
     config = _config(app, settings)
-    anyio.run(_open_once, settings)
+    anyio.run(_open_once, flock, settings)
     _say_what_is_served(flock, settings)
     listener = _listen(settings, config.backlog)
     told_to_stop, wakes = socket.socketpair()
@@ -269,19 +296,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = ()) -> FlockAPI:
-    engine = flock.engine(
-        store=settings.store,
-        durability=settings.durability,
-        max_concurrency=settings.max_concurrency,
-        max_queue=settings.max_queue,
-        max_items=settings.max_items,
-        max_tokens=settings.max_tokens,
-        max_timeout_s=settings.max_timeout_s,
-        queue_timeout_s=settings.queue_timeout_s,
-        keep_for_s=settings.keep_for_s,
-        keep_runs=settings.keep_runs,
-        expose_errors=settings.expose_errors,
-    )
+    engine = _temporal_engine(flock, settings) if settings.temporal else _embedded_engine(flock, settings)
     return create_app(
         flock,
         server_name=settings.server_name,
@@ -299,17 +314,82 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
     )
 
 
+def _embedded_engine(flock: Flock, settings: ServerSettings) -> Engine:
+    return flock.engine(
+        store=settings.store,
+        durability=settings.durability,
+        max_concurrency=settings.max_concurrency,
+        max_queue=settings.max_queue,
+        max_items=settings.max_items,
+        max_tokens=settings.max_tokens,
+        max_timeout_s=settings.max_timeout_s,
+        queue_timeout_s=settings.queue_timeout_s,
+        keep_for_s=settings.keep_for_s,
+        keep_runs=settings.keep_runs,
+        expose_errors=settings.expose_errors,
+    )
+
+
+def _temporal_engine(flock: Flock, settings: ServerSettings) -> "TemporalEngine":
+    """Raises DefinitionError where the extra is not installed."""
+    try:
+        from flock.temporal import TemporalEngine
+    except ImportError as exc:
+        raise DefinitionError(str(exc)) from exc
+    return TemporalEngine(
+        flock.agents,
+        settings.temporal,
+        flock=flock.name,
+        max_queue=settings.max_queue,
+        max_timeout_s=settings.max_timeout_s,
+        queue_timeout_s=settings.queue_timeout_s,
+    )
+
+
+def serve_turns(flock: Flock, settings: WorkerSettings) -> None:
+    """Carry out runs of *flock* that servers have accepted on a Temporal cluster, until SIGINT or SIGTERM.
+
+    It sets up logging, as only the program's owner should.
+
+    Raises: StoreError, DefinitionError where the cluster cannot be used, or the extra is not installed.
+    """
+    logging.config.dictConfig(_log_config(settings.log_json))
+    settle_memory()
+    anyio.run(_work_until_told, flock, settings)
+    leave_busy_threads()
+
+
+async def _work_until_told(flock: Flock, settings: WorkerSettings) -> None:
+    try:
+        from flock.temporal import TemporalWorker
+    except ImportError as exc:
+        raise DefinitionError(str(exc)) from exc
+    worker = TemporalWorker(
+        flock.agents,
+        ModelClient(flock.model),
+        settings.temporal,
+        flock=flock.name,
+        max_concurrency=settings.max_concurrency,
+        max_steps=flock.max_steps,
+        max_tokens=settings.max_tokens,
+        drain_timeout_s=settings.drain_timeout_s,
+        expose_errors=settings.expose_errors,
+    )
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with worker:
+            agents = ", ".join(flock.agents) or "no agents"
+            logger.info("Working for %s: %s. Press CTRL+C to quit.", worker.cluster.address, agents)
+            async for _ in signals:
+                logger.info("Stopping: turns at work have %g s to end.", settings.drain_timeout_s)
+                break
+
+
 def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
-    log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-    log_config["formatters"]["default"]["()"] = _TextFormatter
-    if settings.log_json:
-        log_config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in log_config["formatters"]}
-    log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        log_config=log_config,
+        log_config=_log_config(settings.log_json),
         server_header=False,
         http=_Protocol,
         limit_concurrency=settings.max_connections,
@@ -317,8 +397,20 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
     )
 
 
-async def _open_once(settings: ServerSettings) -> None:
-    """Bring the store into form, or say why it cannot be used, before anything listens."""
+def _log_config(as_json: bool) -> dict[str, Any]:
+    log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    log_config["formatters"]["default"]["()"] = _TextFormatter
+    if as_json:
+        log_config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in log_config["formatters"]}
+    log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    return log_config
+
+
+async def _open_once(flock: Flock, settings: ServerSettings) -> None:
+    """Bring the store or the cluster into form, or say why it cannot be used, before anything listens."""
+    if settings.temporal:
+        await _temporal_engine(flock, settings).cluster.connect()
+        return
     async with Store(settings.store, durability=settings.durability):
         pass
 
@@ -329,6 +421,7 @@ def _say_what_is_served(flock: Flock, settings: ServerSettings) -> None:
     if not flock.agents:
         logger.warning("This flock has no agents yet: add one with flock.add_agent(...).")
     kept = "in memory only" if settings.store == MEMORY else f"in {Path(settings.store).resolve()}"
+    kept = f"on the Temporal cluster at {settings.temporal}" if settings.temporal else kept
     agents = ", ".join(flock.agents) or "no agents"
     logger.info("%s serves %s. Docs: /docs and /redoc. Runs are kept %s.", settings.server_name, agents, kept)
 

@@ -274,6 +274,12 @@ class Server:
         with self._printed:
             assert self._printed.wait_for(is_there, timeout_s), self.lines
 
+    def close(self) -> None:
+        """Read what is left once the process has ended."""
+        assert self.process.stdout is not None
+        self._reader.join(60)
+        self.process.stdout.close()
+
     def stop(self) -> int:
         """SIGTERM, and its exit code; all that it printed is in ``lines`` then."""
         self.process.terminate()
@@ -301,9 +307,7 @@ def running(*command: str, timeout_s: float = 60, **env: str) -> Iterator[Server
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the shell that may have started it, and the server
         process.wait()
-        assert process.stdout is not None
-        server._reader.join(60)
-        process.stdout.close()
+        server.close()
 
 
 def flockapi_command(*arguments: str) -> list[str]:

@@ -92,6 +92,12 @@ async def submit(engine: Engine, agent_name: str, **more: Any) -> Run:
     return await engine.submit(agent_name, EMPTY, **more)
 
 
+async def fill(engine: Engine) -> list[Run]:
+    """Two runs that are at work: all that there is room for. On a cluster those that wait are not taken in order."""
+    runs = [await submit(engine, "nap") for _ in range(2)]
+    return [await until(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING) for run in runs]
+
+
 async def finish(engine: Engine, agent_name: str, inputs: Mapping[str, Any] | None = None, **more: Any) -> Run:
     run = await engine.submit(agent_name, inputs or {}, **more)
     with anyio.fail_after(60):
@@ -323,8 +329,7 @@ async def test_a_running_run_is_cancelled_at_its_await(engine: Engine, gate: Gat
 
 
 async def test_a_waiting_run_is_cancelled_before_it_begins(engine: Engine, gate: Gate) -> None:
-    for _ in range(2):
-        await submit(engine, "nap")
+    await fill(engine)
     waiting = await submit(engine, "nap")
     await engine.cancel_run(waiting.run_id)
     run = await engine.wait(waiting.run_id)
@@ -424,9 +429,8 @@ async def listed(engine: Engine, expected: int | None = None, **wanted: Any) -> 
 
 async def test_runs_are_listed_by_how_they_stand(engine: Engine, gate: Gate) -> None:
     failed = await engine.wait((await submit(engine, "steady")).run_id)
-    running, other, waiting = [await submit(engine, "nap") for _ in range(3)]
-    await until(engine, running.run_id, lambda run: run.status is RunStatus.RUNNING)
-    await until(engine, other.run_id, lambda run: run.status is RunStatus.RUNNING)
+    running, other = await fill(engine)
+    waiting = await submit(engine, "nap")
     everything = [waiting.run_id, other.run_id, running.run_id, failed.run_id]
     assert await listed(engine, 4) == everything
     assert await listed(engine, 1, status=RunStatus.FAILED) == [failed.run_id]

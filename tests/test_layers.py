@@ -122,5 +122,5 @@ def test_all_is_what_the_module_offers(path: Path) -> None:
     assert all(hasattr(module, name) for name in module.__all__)
     kinds = ast.ClassDef if module_of(path) == "flockapi" else ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     defined = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds)}
-    commands = {"serve", "run", "batch", "key"} if module_of(path) == "flock.cli" else set()
+    commands = {"serve", "worker", "run", "batch", "key"} if module_of(path) == "flock.cli" else set()
     assert {name for name in defined if not name.startswith("_")} - commands <= set(module.__all__)

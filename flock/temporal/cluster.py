@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from typing import Any
@@ -23,8 +24,8 @@ logger = logging.getLogger("flock.temporal")
 
 #: How long the cluster may take for an answer, in seconds: a caller is told within two.
 ANSWER_TIMEOUT_S = 1.8
-#: How long it may take when a process starts, and to learn of new search attributes, in seconds.
-START_TIMEOUT_S = 10.0
+#: How long it is waited for when a process starts, and how long it may take to learn of search attributes, in seconds.
+START_TIMEOUT_S = 5.0
 #: How long a namespace that is made here keeps what has ended.
 RETENTION = timedelta(days=30)
 
@@ -72,21 +73,27 @@ class Cluster:
             StoreError: it does not answer.
             DefinitionError: something is missing that may not be made from here; it says how to make it.
         """
-        try:
-            async with self.asking(START_TIMEOUT_S):
-                self._client = await Client.connect(
-                    **self._config,
-                    lazy=lazy,
-                    data_converter=CONVERTER,
-                    retry_config=RetryConfig(max_elapsed_time_millis=round(1000 * ANSWER_TIMEOUT_S)),
-                )
-                await self._need_namespace()
-                await self._need_search_attributes()
-        except StoreError as exc:
-            raise StoreError(
-                f"The Temporal cluster at {self.address} cannot be used: {exc.__cause__ or exc}. Start it, or name "
-                "another (--temporal). For one on this machine: temporal server start-dev --db-filename temporal.db"
-            ) from exc
+        give_up_at = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                async with self.asking(START_TIMEOUT_S):
+                    self._client = await Client.connect(
+                        **self._config,
+                        lazy=lazy,
+                        data_converter=CONVERTER,
+                        retry_config=RetryConfig(max_elapsed_time_millis=round(1000 * ANSWER_TIMEOUT_S)),
+                    )
+                    await self._need_namespace()
+                    await self._need_search_attributes()
+                return
+            except StoreError as exc:  # it may be starting at the same time as we are
+                if time.monotonic() > give_up_at:
+                    raise StoreError(
+                        f"The Temporal cluster at {self.address} cannot be used: {exc.__cause__ or exc}. Start it, or "
+                        "name another (--temporal). For one on this machine: temporal server start-dev --db-filename "
+                        "temporal.db"
+                    ) from exc
+            await asyncio.sleep(0.2)
 
     @contextlib.asynccontextmanager
     async def asking(self, timeout_s: float | None = ANSWER_TIMEOUT_S) -> AsyncIterator[None]:

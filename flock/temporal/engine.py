@@ -40,7 +40,6 @@ from flock.errors import (
     AgentNotFound,
     BatchNotFound,
     Conflict,
-    DefinitionError,
     EngineFull,
     EngineStopped,
     KeyReused,
@@ -610,9 +609,7 @@ class TemporalEngine:
     ) -> Batch:
         self._check_running()
         self._agent(agent_name)
-        raise DefinitionError(
-            "Batches are not carried out on a Temporal cluster yet. Send runs, or serve with a store."
-        )
+        raise Conflict("Batches are not carried out on a Temporal cluster yet. Send runs, or serve with a store.")
 
     async def get_batch(self, batch_id: str) -> Batch:
         _no_batch(batch_id)

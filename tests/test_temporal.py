@@ -1,0 +1,308 @@
+"""What is promised of the cluster alone: processes that die, a cluster that goes away, histories that are replayed."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import msgspec
+import pytest
+from click.testing import CliRunner
+from temporalio.client import WorkflowHistory
+from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
+
+from flock.cli import main
+from flock.core import Flock
+from flock.errors import EngineFull, StoreError
+from flock.llm import ModelClient
+from flock.runs import IdempotencyKey, RunFilter, RunStatus, new_id
+from flock.temporal import TemporalEngine, TemporalWorker
+from flock.temporal.messages import CONVERTER
+from flock.temporal.records import run_of
+from flock.temporal.workflows import FlockMark, FlockRun
+from flockapi import create_app
+from tests.fakes import Gate, Server, flockapi_command, free_port, running, sample_flock, temporal_server
+
+pytestmark = pytest.mark.anyio
+
+HISTORIES = Path(__file__).parent / "histories"
+EMPTY = msgspec.Raw(b"{}")
+
+#: A flock that writes down when each of its agents begins, and in which process.
+NOTING = """
+import asyncio, os, time
+from flock.core import Flock
+
+flock = Flock("noting {name}")
+
+def note(run, agent):
+    with open({log!r}, "a") as log:
+        log.write(f"{{run}} {{agent}} {{os.getpid()}} {{time.time()}}\\n")
+
+@flock.agent(next_agent="second")
+async def first(n: int) -> int:
+    note(n, "first")
+    await asyncio.sleep(0.3)
+    return n
+
+@flock.agent
+async def second(n: int) -> int:
+    note(n, "second")
+    await asyncio.sleep(1)
+    return n + 1
+
+@flock.agent(on_interrupt="fail")
+async def once() -> int:
+    note("-", "once")
+    await asyncio.sleep(5)
+    return 1
+"""
+
+
+class Begun(msgspec.Struct):
+    run: str
+    agent: str
+    pid: int
+    at: float
+
+
+def begun(log: Path) -> list[Begun]:
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [Begun(run, agent, int(pid), float(at)) for run, agent, pid, at in map(str.split, lines)]
+
+
+@contextlib.contextmanager
+def working(target: Path, address: str) -> Iterator[subprocess.Popen[str]]:
+    """A worker in a process of its own, until the block ends."""
+    command = flockapi_command("worker", str(target), "--temporal", address, "--max-concurrency", "20")
+    process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    worker = Server(process)
+    try:
+        worker.wait_for_line("Working for")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        worker.close()
+
+
+async def until_begun(log: Path, count: int) -> list[Begun]:
+    with anyio.fail_after(60):
+        while len(found := begun(log)) < count:  # noqa: ASYNC110 - other processes tell it by a file
+            await anyio.sleep(0.02)
+    return found
+
+
+@contextlib.asynccontextmanager
+async def open_pair(
+    flock: Flock, address: str, *, with_worker: bool = True, **options: Any
+) -> AsyncIterator[TemporalEngine]:
+    async with contextlib.AsyncExitStack() as stack:
+        if with_worker:
+            models = ModelClient(flock.model)
+            worker = TemporalWorker(flock.agents, models, address, flock=flock.name, drain_timeout_s=0)
+            await stack.enter_async_context(worker)
+        yield await stack.enter_async_context(TemporalEngine(flock.agents, address, flock=flock.name, **options))
+
+
+# Processes
+
+
+async def test_runs_of_a_worker_that_is_killed_go_on_elsewhere(temporal_address: str, tmp_path: Path) -> None:
+    """All of them end, within seconds, and no step that was finished is begun again; two servers tell the same."""
+    target, log = tmp_path / "noting.py", tmp_path / "log"
+    target.write_text(NOTING.format(name=new_id(), log=str(log)))
+    serve = flockapi_command("serve", str(target), "--temporal", temporal_address, "--port", "0")
+    with contextlib.ExitStack() as stack:
+        doomed = stack.enter_context(working(target, temporal_address))
+        here, there = stack.enter_context(running(*serve)), stack.enter_context(running(*serve))
+        async with httpx.AsyncClient(base_url=here.url, timeout=60) as client:
+            bodies = [{"agent_name": "first", "inputs": {"n": n}, "async_run": True} for n in range(10)]
+            bodies.append({"agent_name": "once", "async_run": True})
+            sent = [await client.post("/run/flock", json=body) for body in bodies]
+            assert {response.status_code for response in sent} == {202}
+            run_ids = [response.json()["run_id"] for response in sent]
+            await until_begun(log, 21)  # all are in their second step, or in their only one
+            stack.enter_context(working(target, temporal_address))
+            doomed.kill()
+            killed_at = time.time()
+            runs = [(await client.get(f"/run/{run_id}", params={"wait": 30})).json() for run_id in run_ids]
+            others = [(await client.get(f"{there.url}/run/{run_id}")).json() for run_id in run_ids]
+    assert runs == others
+    *chains, once = runs
+    assert {run["status"] for run in chains} == {"completed"}
+    assert [run["result"] for run in chains] == [{"result": n + 1} for n in range(10)]
+    assert (once["status"], once["error_type"]) == ("failed", "interrupted")
+    again = [turn for turn in begun(log) if turn.pid != doomed.pid]
+    assert {turn.agent for turn in again} <= {"second"}, "what was finished is not begun again"
+    assert all(turn.at < killed_at + 5 for turn in again), [turn.at - killed_at for turn in again]
+
+
+async def test_a_worker_that_is_told_to_stop_leaves_its_runs_to_others(temporal_address: str, tmp_path: Path) -> None:
+    target, log = tmp_path / "noting.py", tmp_path / "log"
+    target.write_text(NOTING.format(name=new_id(), log=str(log)))
+    serve = flockapi_command("serve", str(target), "--temporal", temporal_address, "--port", "0")
+    with running(*serve) as server, working(target, temporal_address) as leaving:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            sent = await client.post("/run/flock", json={"agent_name": "first", "inputs": {"n": 1}, "async_run": True})
+            await until_begun(log, 2)
+            leaving.terminate()
+            assert await anyio.to_thread.run_sync(leaving.wait, 30) == 0, "in order, since its turn had ended"
+            ended = await client.get(f"/run/{sent.json()['run_id']}")
+            with working(target, temporal_address):
+                ended = await client.get(f"/run/{sent.json()['run_id']}", params={"wait": 30})
+    assert ended.json()["status"] == "completed"
+    assert len(begun(log)) == 2
+
+
+# A cluster that goes away
+
+
+async def test_a_cluster_that_is_away_is_said_within_two_seconds_and_heals(tmp_path: Path) -> None:
+    gate, port = Gate(), free_port()
+    engine = TemporalEngine(gate.flock.agents, f"127.0.0.1:{port}", flock=gate.flock.name)
+    app = create_app(gate.flock, engine=engine)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+        with temporal_server(tmp_path / "temporal.db", port) as server:
+            async with contextlib.AsyncExitStack() as stack:
+                worker = TemporalWorker(gate.flock.agents, ModelClient(), f"127.0.0.1:{port}", flock=gate.flock.name)
+                await stack.enter_async_context(worker)
+                await stack.enter_async_context(app.lifespan())
+                accepted = await client.post("/run/flock", json={"agent_name": "nap", "async_run": True})
+                await gate.begun.wait()
+                assert (await client.get("/readyz")).status_code == 200
+                waiting = asyncio.create_task(client.get(f"/run/{accepted.json()['run_id']}?wait=60"))
+                await asyncio.sleep(0.1)
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+                for path in ("/readyz", "/runs", f"/run/{accepted.json()['run_id']}"):
+                    at = time.monotonic()
+                    with anyio.fail_after(10):
+                        while (answer := await client.get(path)).status_code == 200:  # noqa: ASYNC110 - as a client
+                            await asyncio.sleep(0.05)
+                    assert time.monotonic() - at < 3, path
+                    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+                    assert str(port) not in answer.text, "where it is, is not for clients"
+                at = time.monotonic()
+                refused = await client.post("/run/flock", json={"agent_name": "nap"})
+                assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+                assert time.monotonic() - at < 2.5
+                assert (await waiting).status_code == 503
+                with temporal_server(tmp_path / "temporal.db", port):
+                    with anyio.fail_after(30):
+                        while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - as a client
+                            await asyncio.sleep(0.05)
+                    gate.may_go.set()
+                    ended = await client.get(f"/run/{accepted.json()['run_id']}?wait=60")
+                    assert ended.json()["status"] == "completed"
+
+
+async def test_a_cluster_that_is_not_there_is_named_with_what_to_do() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(StoreError, match=f"{address} cannot be used.*Start it, or name another"):
+        async with TemporalEngine({}, address):
+            pass
+
+
+async def test_a_namespace_that_is_not_there_is_made(temporal_address: str) -> None:
+    flock, namespace = sample_flock(), f"made-{new_id()}"
+    worker = TemporalWorker(flock.agents, ModelClient(), temporal_address, namespace=namespace, drain_timeout_s=0)
+    async with worker, TemporalEngine(flock.agents, temporal_address, namespace=namespace) as engine:
+        with anyio.fail_after(60):
+            run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
+    assert run.status is RunStatus.COMPLETED
+
+
+# Without workers
+
+
+async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_told(temporal_address: str) -> None:
+    flock = sample_flock()
+    flock.name = new_id()
+    async with open_pair(flock, temporal_address, with_worker=False, max_queue=2) as engine:
+        key = IdempotencyKey("k", b"1")
+        first = await engine.submit("add", {"a": 1}, key=key)
+        await engine.submit("add", {"a": 1})
+        with pytest.raises(EngineFull, match="2 runs are open"):
+            await engine.submit("add", {"a": 1})
+        assert (await engine.get_run(first.run_id)).status is RunStatus.STARTING
+        assert (await engine.cancel_run(first.run_id)).cancel_requested
+    async with open_pair(flock, temporal_address) as engine:
+        with anyio.fail_after(60):
+            assert (await engine.wait(first.run_id)).status is RunStatus.CANCELLED
+            runs = await engine.list_runs(RunFilter())
+            assert len(runs) == 2
+
+
+async def test_a_key_whose_server_died_before_it_started_the_run_makes_it(temporal_address: str) -> None:
+    gate = Gate()
+    gate.flock.name = new_id()
+    key, run_id = IdempotencyKey("k", b"1"), new_id()
+    async with open_pair(gate.flock, temporal_address) as engine:
+        assert await engine._claim(key, engine._key_id(key), run_id) == run_id
+        with pytest.raises(Exception, match=run_id):
+            await engine.submit("nap", EMPTY, key=key)
+        gate.may_go.set()
+        with anyio.fail_after(60):
+            assert (await engine.wait(run_id)).status is RunStatus.COMPLETED
+
+
+# Histories
+
+
+async def test_the_text_of_an_exception_is_not_in_the_history(temporal_address: str) -> None:
+    flock = sample_flock()
+    flock.name = new_id()
+    async with open_pair(flock, temporal_address) as engine:
+        run = await engine.wait((await engine.submit("explode", {"text": "xyzzy"})).run_id)
+        history = await engine._handle(run.run_id, 1).fetch_history()
+    kept = str([event for event in history.events if event.HasField("activity_task_failed_event_attributes")])
+    assert "explode" in kept
+    assert "a secret" not in kept
+
+
+@pytest.mark.parametrize("path", sorted(HISTORIES.glob("*.json")), ids=lambda path: path.stem)
+async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
+    """A workflow that is at work while another version is deployed goes on as it began."""
+    history = WorkflowHistory.from_json(path.stem, await anyio.Path(path).read_text())
+    replayer = Replayer(
+        workflows=[FlockRun, FlockMark], data_converter=CONVERTER, workflow_runner=UnsandboxedWorkflowRunner()
+    )
+    await replayer.replay_workflow(history)
+    run = run_of(history.events)
+    assert path.stem.startswith(run.status.value)
+
+
+# The command line
+
+
+def test_options_that_nobody_would_heed_are_refused(tmp_path: Path) -> None:
+    arguments = ["serve", "x.py", "--temporal", "127.0.0.1:1"]
+    for option, words in (("--store=x.db", "the cluster keeps"), ("--max-tokens=1", "flockapi worker")):
+        result = CliRunner().invoke(main, [*arguments, option])
+        assert result.exit_code == 2
+        assert words in result.output
+
+
+@pytest.mark.parametrize("command", [["serve", "--port", "0"], ["worker"]], ids=["serve", "worker"])
+def test_without_the_extra_it_is_named(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty.py").write_text("from flock.core import Flock\nflock = Flock()\n")
+    hide = "import sys; sys.modules['temporalio'] = None; from flock.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", hide, *command, str(tmp_path / "empty.py"), "--temporal", "127.0.0.1:1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "pip install 'flockapi[temporal]'" in done.stderr
+    assert "Traceback" not in done.stderr
