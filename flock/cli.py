@@ -134,7 +134,7 @@ model_option = click.option(
 @click.option(
     "--temporal",
     metavar="HOST:PORT",
-    help="Keep the runs on this Temporal cluster, where processes of 'flockapi worker' carry them out.",
+    help="Keep the runs on this Temporal cluster, where processes of 'flockapi worker' carry them out. No batches yet.",
 )
 @click.option(
     "--store",

@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import anyio
 import msgspec
@@ -357,6 +357,7 @@ def serve_turns(flock: Flock, settings: WorkerSettings) -> None:
     settle_memory()
     anyio.run(_work_until_told, flock, settings)
     leave_busy_threads()
+    _end_process()  # threads of temporalio's core call Python now and then, also while it is being torn down
 
 
 async def _work_until_told(flock: Flock, settings: WorkerSettings) -> None:
@@ -450,6 +451,8 @@ def _serve(config: uvicorn.Config, settings: ServerSettings, sockets: list[socke
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to stop it, and no error
         _Server(config, settings.drain_timeout_s).run(sockets)
     leave_busy_threads()
+    if settings.temporal:
+        _end_process()  # as in serve_turns
 
 
 class _TextFormatter(uvicorn.logging.DefaultFormatter):
@@ -594,6 +597,11 @@ def leave_busy_threads(exit_code: int = 0) -> None:
         thread.join(THREAD_TIMEOUT_S)
     if any(thread.is_alive() for thread in threads):
         logger.warning("Leaving without functions that have not returned.")
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(exit_code)
+        _end_process(exit_code)
+
+
+def _end_process(exit_code: int = 0) -> NoReturn:
+    """Without Python's own end, which threads that are not ours may not survive."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(exit_code)
