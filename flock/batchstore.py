@@ -178,8 +178,7 @@ class BatchStore:
     async def reopen_some(self, batch: Batch) -> Batch:
         """Open some of the items that a retry is about; ``reopening`` is None with the last. Raises OwnershipLost."""
         status, *others = map(RunStatus, (batch.reopening or "").split(","))
-        query = f"""{REOPEN_ITEMS} WHERE run_id IN (SELECT run_id FROM runs INDEXED BY items_by_status
-            WHERE batch_id = ? AND status = ? AND error_type IS NOT ? LIMIT ?)"""
+        query = f"{REOPEN_ITEMS} WHERE run_id IN ({TO_REOPEN})"
 
         def apply(db: sqlite3.Connection) -> None:
             changed = db.execute(query, (batch.batch_id, status.value, INVALID_INPUT, BITE)).rowcount
@@ -239,7 +238,9 @@ class BatchStore:
             if found is None or not found.status.is_final:
                 return None
             counts = {RunStatus.FAILED: found.failed_items, RunStatus.CANCELLED: found.cancelled_items}
-            wanted = [status for status in only if counts[status]]
+            wanted = [
+                status for status in only if db.execute(TO_REOPEN, (batch_id, status, INVALID_INPUT, 1)).fetchone()
+            ]
             if not wanted:
                 return None
             _check_room(db, found.flock, sum(counts[status] for status in wanted), max_open_items)
@@ -322,6 +323,8 @@ REOPEN_BATCH = """UPDATE batches SET status = 'starting', attempt = attempt + 1,
     error = NULL, completed_at = NULL, resumed_at = NULL, cancel_requested = 0 WHERE batch_id = ?"""
 REOPEN_ITEMS = """UPDATE runs SET status = 'starting', attempt = attempt + 1, result = NULL, error = NULL,
     error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0"""
+TO_REOPEN = """SELECT run_id FROM runs INDEXED BY items_by_status
+    WHERE batch_id = ? AND status = ? AND error_type IS NOT ? LIMIT ?"""
 FIRST_ERROR = schema.item_listing("error", RunStatus)
 COLUMNS_WITHOUT_STEPS = ", ".join("NULL" if name == "last_step" else name for name in schema.FIELDS)
 STARTED_AT, ATTEMPT = schema.FIELDS.index("started_at"), schema.FIELDS.index("attempt")

@@ -276,6 +276,8 @@ async def test_what_just_goes_in_just_comes_out_however_deep_it_is_nested(store:
                 assert len(await engine.get_items(batch.batch_id)) == 1
                 taken += 1
         assert 0 < taken < 150
+        with pytest.raises(Conflict, match="no item that failed or was cancelled"):
+            await engine.retry_batch(batch.batch_id)
 
 
 # Whose turn it is
