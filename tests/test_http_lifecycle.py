@@ -1,6 +1,7 @@
 """The life of a run over HTTP: prefer, wait, cancel, retry, delete, list, events, keys, disconnects, readiness."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -15,7 +16,9 @@ import uvicorn
 
 from flock.core import Flock, FlockFactory
 from flock.errors import StoreError
-from flock.runs import RunContext
+from flock.llm import ModelClient
+from flock.runs import Engine, RunContext, new_id
+from flock.temporal import TemporalEngine, TemporalWorker
 from flockapi import FlockAPI, create_app
 from tests.fakes import FakeModel, answer, socket_server
 from tests.test_api import post_run, wait_until
@@ -30,6 +33,7 @@ class Gate:
     def __init__(self) -> None:
         self.begun, self.may_go, self.ended = anyio.Event(), anyio.Event(), anyio.Event()
         self.thread_may_go = threading.Event()
+        self.blocked: RunContext | None = None
         self.fails = True
         self.calls: list[str] = []
         self.flock = flock = Flock("gate", model="openai/gpt-4o")
@@ -46,6 +50,7 @@ class Gate:
 
         @flock.agent
         def block(context: RunContext) -> str:
+            self.blocked = context
             self.thread_may_go.wait(20)
             return "asked" if context.cancel_requested else "not asked"
 
@@ -82,6 +87,22 @@ def gate() -> Iterator[Gate]:
 def flock(gate: Gate) -> Flock:
     """The app and the client of conftest are about this flock here."""
     return gate.flock
+
+
+@pytest.fixture(params=["embedded", "temporal"])
+async def app(request: pytest.FixtureRequest, gate: Gate, model: FakeModel) -> AsyncIterator[FlockAPI]:
+    """A client cannot tell which engine answers."""
+    async with contextlib.AsyncExitStack() as stack:
+        engine: Engine = gate.flock.engine(transport=model.transport)
+        if request.param == "temporal":
+            address, own = request.getfixturevalue("temporal_address"), new_id()
+            models = ModelClient(gate.flock.model, transport=model.transport)
+            worker = TemporalWorker(gate.flock.agents, models, address, flock=own, drain_timeout_s=0)
+            await stack.enter_async_context(worker)
+            engine = TemporalEngine(gate.flock.agents, address, flock=own)
+        made = create_app(gate.flock, server_name="Sample", engine=engine)
+        await stack.enter_async_context(made.lifespan())
+        yield made
 
 
 async def get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:
@@ -212,6 +233,10 @@ async def test_a_function_is_asked_to_stop_and_cancelled_is_said_when_it_has(
     response = await client.post(f"/run/{run_id}/cancel")
     assert (response.status_code, response.json()["status"]) == (202, "running")
     assert response.headers["Location"] == f"/run/{run_id}"
+    assert gate.blocked
+    with anyio.fail_after(20):
+        while not gate.blocked.cancel_requested:  # noqa: ASYNC110 - as the function looks
+            await anyio.sleep(0.01)
     gate.thread_may_go.set()
     response = await client.post(f"/run/{run_id}/cancel?wait=30")
     assert (response.status_code, response.json()["status"]) == (200, "cancelled")
@@ -387,6 +412,7 @@ async def test_a_request_that_is_sent_again_is_the_same_run(
     assert check_problem(other, 422)["type"] == "urn:flockapi:problem:idempotency-key-reused"
 
 
+@pytest.mark.parametrize("app", ["embedded"], indirect=True)
 async def test_a_batch_that_is_sent_again_is_the_same_batch(client: httpx.AsyncClient) -> None:
     body, headers = {"agent_name": "steady", "batch_inputs": [{}]}, {"Idempotency-Key": "b"}
     first = await client.post("/run/batch", json=body, headers=headers)
