@@ -26,7 +26,7 @@ from flock.llm import ModelClient
 from flock.logs import fields_of_run
 from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, sayable
 from flock.schema import INTERRUPTED
-from flock.slots import Slots
+from flock.slots import Slots, acquire_all
 from flock.store import RETRY_AFTER_S, Store
 from flock.threads import Threads
 from flock.workflow import NextStep, next_step, run_step
@@ -277,35 +277,28 @@ class Runner:
             self._threads.when_free(active, release)
 
     async def _admit(self, active: ActiveRun, agent: Agent) -> Callable[[], None]:
-        """Wait for a place of the agent, then for one of the engine.
+        """Wait for a place of the engine, and for one of the agent.
 
         Returns: what gives both back. Raises QueueTimeout.
         """
         slots, batch_id = [self._slots], active.run.batch_id
         if agent.max_concurrency is not None:
-            slots.insert(0, self._agent_slots.setdefault(agent.name, Slots(agent.max_concurrency)))
-        taken: list[Slots] = []
+            slots.append(self._agent_slots.setdefault(agent.name, Slots(agent.max_concurrency)))
 
         def release() -> None:
-            while taken:
-                taken.pop().release(batch_id)
+            for each in slots:
+                each.release(batch_id)
 
         if active.scope.cancel_called or self.is_leaving:  # to ask for more takes as long as a short step
             await anyio.lowlevel.checkpoint_if_cancelled()
         # Of a long batch most items wait for others of it: nobody is kept waiting by that.
-        limit_s = self._queue_timeout_s if active.run.status is RunStatus.STARTING and batch_id is None else None
-        try:
-            with anyio.move_on_after(limit_s) if limit_s is not None else contextlib.nullcontext() as waiting:
-                for slot in slots:
-                    await slot.acquire(batch_id)
-                    taken.append(slot)
-            if waiting is not None and waiting.cancelled_caught:
-                assert limit_s is not None
-                raise queue_timeout(limit_s)
-        except BaseException:
-            release()
-            raise
-        return release
+        if self._queue_timeout_s is None or active.run.status is not RunStatus.STARTING or batch_id is not None:
+            await acquire_all(slots, batch_id)
+            return release
+        with anyio.move_on_after(self._queue_timeout_s):
+            await acquire_all(slots, batch_id)
+            return release
+        raise queue_timeout(self._queue_timeout_s)
 
     def _check_interrupted(self, run: Run) -> None:
         name = (run.steps[-1].next_agent if run.steps else None) or run.agent_name

@@ -1,10 +1,11 @@
 """Places that runs and items of batches take in turn."""
 
 from collections import deque
+from collections.abc import Sequence
 
 import anyio
 
-__all__ = ["Slots"]
+__all__ = ["Slots", "acquire_all"]
 
 
 class Slots:
@@ -20,11 +21,17 @@ class Slots:
         self._runs: deque[anyio.Event] = deque()
         self._items: dict[str, deque[anyio.Event]] = {}
 
-    async def acquire(self, batch_id: str | None) -> None:
-        """Take a place for a run, or for an item of a batch. Cancellation: none is taken."""
+    def acquire_nowait(self, batch_id: str | None) -> bool:
+        """Take a place for a run, or for an item of a batch, if there is one."""
         # Whoever could be served has been, so nobody is overtaken.
-        if self._free and (batch_id is None or self._free_for_items):
+        is_free = self._free > 0 and (batch_id is None or self._free_for_items > 0)
+        if is_free:
             self._take(batch_id)
+        return is_free
+
+    async def acquire(self, batch_id: str | None) -> None:
+        """As ``acquire_nowait``, and wait for one. Cancellation: none is taken."""
+        if self.acquire_nowait(batch_id):
             return
         queue, turn = self._runs if batch_id is None else self._items.setdefault(batch_id, deque()), anyio.Event()
         queue.append(turn)
@@ -57,3 +64,25 @@ class Slots:
     def _take(self, batch_id: str | None) -> None:
         self._free -= 1
         self._free_for_items -= batch_id is not None
+
+
+async def acquire_all(slots: Sequence[Slots], batch_id: str | None) -> None:
+    """Take a place of each of *slots*, and hold none while another one is waited for: it may be what a run waits for.
+
+    Cancellation: none is taken.
+    """
+    waits_for = 0
+    while True:
+        await slots[waits_for].acquire(batch_id)
+        taken = [slots[waits_for]]
+        for place, each in enumerate(slots):
+            if place == waits_for:
+                continue
+            if not each.acquire_nowait(batch_id):
+                waits_for = place
+                break
+            taken.append(each)
+        else:
+            return
+        for each in taken:
+            each.release(batch_id)

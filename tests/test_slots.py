@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from flock.slots import Slots
+from flock.slots import Slots, acquire_all
 
 pytestmark = pytest.mark.anyio
 
@@ -72,3 +72,22 @@ async def test_who_is_cancelled_while_it_waits_takes_no_place(batch_id: str | No
             slots.release(None)
         with anyio.fail_after(5):
             await take_and_give_back()
+
+
+async def test_who_waits_for_one_place_holds_no_other() -> None:
+    """An item that waits for the engine does not keep its agent from a run, nor the other way round."""
+    engine, agent = Slots(2, reserved=1), Slots(1)
+    await engine.acquire("other")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(acquire_all, [engine, agent], "a")
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(5):
+            await acquire_all([engine, agent], None)
+        engine.release("other")
+        await anyio.wait_all_tasks_blocked()
+        assert engine.acquire_nowait("b"), "the item waits for its agent now, and holds no place of the engine"
+        engine.release("b")
+        for each in (engine, agent):
+            each.release(None)
+        # The item has both now, and so the group ends.
+    assert not agent.acquire_nowait(None)
