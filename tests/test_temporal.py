@@ -23,7 +23,7 @@ from flock.cli import main
 from flock.core import Flock
 from flock.errors import EngineFull, StoreError
 from flock.llm import ModelClient
-from flock.runs import IdempotencyKey, RunFilter, RunStatus, new_id
+from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker
 from flock.temporal.messages import CONVERTER
 from flock.temporal.records import run_of
@@ -116,8 +116,8 @@ async def open_pair(
 # Processes
 
 
-async def test_runs_of_a_worker_that_is_killed_go_on_elsewhere(temporal_address: str, tmp_path: Path) -> None:
-    """All of them end, within seconds, and no step that was finished is begun again; two servers tell the same."""
+async def test_runs_of_a_worker_and_a_server_that_are_killed_go_on(temporal_address: str, tmp_path: Path) -> None:
+    """All of them end, within seconds, and no step that was finished is begun again; other servers tell the same."""
     target, log = tmp_path / "noting.py", tmp_path / "log"
     target.write_text(NOTING.format(name=new_id(), log=str(log)))
     serve = flockapi_command("serve", str(target), "--temporal", temporal_address, "--port", "0")
@@ -133,9 +133,12 @@ async def test_runs_of_a_worker_that_is_killed_go_on_elsewhere(temporal_address:
             await until_begun(log, 21)  # all are in their second step, or in their only one
             stack.enter_context(working(target, temporal_address))
             doomed.kill()
+            here.process.kill()
             killed_at = time.time()
+        async with httpx.AsyncClient(base_url=there.url, timeout=60) as client:
             runs = [(await client.get(f"/run/{run_id}", params={"wait": 30})).json() for run_id in run_ids]
-            others = [(await client.get(f"{there.url}/run/{run_id}")).json() for run_id in run_ids]
+            later = stack.enter_context(running(*serve))
+            others = [(await client.get(f"{later.url}/run/{run_id}")).json() for run_id in run_ids]
     assert runs == others
     *chains, once = runs
     assert {run["status"] for run in chains} == {"completed"}
@@ -161,6 +164,31 @@ async def test_a_worker_that_is_told_to_stop_leaves_its_runs_to_others(temporal_
                 ended = await client.get(f"/run/{sent.json()['run_id']}", params={"wait": 30})
     assert ended.json()["status"] == "completed"
     assert len(begun(log)) == 2
+
+
+async def test_a_worker_may_be_given_more_time_to_be_silent(temporal_address: str) -> None:
+    """An agent that blocks the event loop is not begun a second time meanwhile."""
+    flock, calls = Flock(new_id()), []
+
+    @flock.agent
+    async def block() -> int:
+        calls.append(1)
+        time.sleep(4.5)  # noqa: ASYNC251 - what a careless agent does
+        return 1
+
+    async with open_pair(flock, temporal_address, heartbeat_timeout_s=30) as engine:
+        run = await engine.submit("block", EMPTY)
+        with anyio.fail_after(60):
+            while not (run := await _read(engine, run.run_id)).status.is_final:  # noqa: ASYNC110 - it was blocked
+                await anyio.sleep(0.1)
+    assert (run.status, len(calls)) == (RunStatus.COMPLETED, 1)
+
+
+async def _read(engine: TemporalEngine, run_id: str) -> Run:
+    """The cluster seems away to a process whose event loop was blocked."""
+    while True:
+        with contextlib.suppress(StoreError):
+            return await engine.get_run(run_id)
 
 
 # A cluster that goes away

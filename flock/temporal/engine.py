@@ -73,6 +73,7 @@ from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     AGENT,
     FLOCK,
+    HEARTBEAT_TIMEOUT_S,
     MARK_WORKFLOW,
     PRINCIPAL,
     RUN_WORKFLOW,
@@ -130,6 +131,8 @@ class TemporalEngine:
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
         max_input_bytes: the longest inputs of one run, as JSON; the cluster takes 2 MiB, results included.
         queue_timeout_s: the longest that a run may wait for its first step; None is no limit.
+        heartbeat_timeout_s: how long a worker may be silent before its steps are begun elsewhere. An async agent that
+            blocks the event loop for longer than that is begun a second time.
 
     How long runs are kept after their end is the namespace's own setting.
     """
@@ -145,6 +148,7 @@ class TemporalEngine:
         max_timeout_s: float = 86_400,
         max_input_bytes: int = 1_000_000,
         queue_timeout_s: float | None = None,
+        heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
     ) -> None:
         self.cluster = Cluster(address, namespace=namespace)
         self._agents = agents
@@ -154,6 +158,7 @@ class TemporalEngine:
         self._max_timeout_s = max_timeout_s
         self._max_input_bytes = max_input_bytes
         self._queue_timeout_s = queue_timeout_s
+        self._heartbeat_timeout_s = heartbeat_timeout_s
         self._watch_task: asyncio.Task[None] | None = None
         self._is_leaving = False
         self._error: StoreError | None = None
@@ -296,7 +301,12 @@ class TemporalEngine:
 
     def _order(self, run: Run) -> RunOrder:
         timeout_s = min(run.timeout_s or self._max_timeout_s, self._max_timeout_s)
-        return RunOrder(run=run, timeout_s=timeout_s, queue_timeout_s=self._queue_timeout_s)
+        return RunOrder(
+            run=run,
+            timeout_s=timeout_s,
+            queue_timeout_s=self._queue_timeout_s,
+            heartbeat_timeout_s=self._heartbeat_timeout_s,
+        )
 
     async def _start(self, order: RunOrder) -> None:
         """Raises WorkflowAlreadyStartedError where this attempt was begun before."""

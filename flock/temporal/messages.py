@@ -43,7 +43,7 @@ RUN_WORKFLOW = "flock_run"
 MARK_WORKFLOW = "flock_mark"
 ACTIVITY = "run_agent"
 
-#: After so many seconds without a word of it, a worker is taken for dead. It says one three times as often.
+#: After so many seconds without a word of it, a worker is taken for dead, where nobody says another time.
 HEARTBEAT_TIMEOUT_S = 3.0
 
 #: ``error_type`` of a turn that its worker has left: the cluster gives it to another.
@@ -62,12 +62,14 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         timeout_s: wall-clock seconds for the attempt, from its first step on.
         queue_timeout_s: the longest that it may wait for its first step.
+        heartbeat_timeout_s: how long its worker may be silent; it says a word three times as often.
         key_id: the mark of its idempotency key.
     """
 
     run: Run
     timeout_s: float
     queue_timeout_s: float | None = None
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
     key_id: str | None = None
 
 

@@ -250,7 +250,7 @@ class TemporalWorker:
 
 async def _tell_beats(turn: _Turn) -> None:
     while True:
-        await asyncio.sleep(HEARTBEAT_TIMEOUT_S / 3)
+        await asyncio.sleep(turn.order.heartbeat_timeout_s / 3)
         activity.heartbeat(turn.beat)
 
 

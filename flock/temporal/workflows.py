@@ -16,7 +16,6 @@ from flock.ends import queue_timeout, timeout_of
 from flock.runs import RunStatus
 from flock.temporal.messages import (
     ACTIVITY,
-    HEARTBEAT_TIMEOUT_S,
     INTERRUPTED,
     MARK_WORKFLOW,
     RUN_WORKFLOW,
@@ -75,7 +74,7 @@ class FlockRun:
                 result_type=StepDone,
                 start_to_close_timeout=NO_LIMIT,
                 schedule_to_start_timeout=None if waits_s is None else timedelta(seconds=waits_s),
-                heartbeat_timeout=timedelta(seconds=HEARTBEAT_TIMEOUT_S),
+                heartbeat_timeout=timedelta(seconds=order.heartbeat_timeout_s),
                 retry_policy=RETRIES,
                 cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
                 priority=RUNS_FIRST,
