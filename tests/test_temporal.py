@@ -16,6 +16,7 @@ import httpx
 import msgspec
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 from temporalio.client import WorkflowHistory
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
@@ -282,6 +283,26 @@ async def test_a_key_whose_server_died_before_it_started_the_run_makes_it(tempor
         gate.may_go.set()
         with anyio.fail_after(60):
             assert (await engine.wait(run_id)).status is RunStatus.COMPLETED
+
+
+async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: str) -> None:
+    """Somebody terminates a workflow; and the cluster forgets a first attempt before the second."""
+    flock = sample_flock()
+    flock.name = new_id()
+    async with open_pair(flock, temporal_address) as engine:
+        run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
+        again = replace(run, run_id=new_id(), attempt=2, status=RunStatus.STARTING, steps=(), result=None)
+        await engine._start(engine._order(again))
+        with anyio.fail_after(60):
+            while not (await engine.list_runs(RunFilter()))[:1]:  # noqa: ASYNC110 - the search is moments late
+                await anyio.sleep(0.02)
+            assert (await engine.wait(again.run_id)).attempt == 2
+    async with open_pair(flock, temporal_address, with_worker=False) as engine:
+        run = await engine.submit("add", {"a": 1})
+        await engine._handle(run.run_id, 1).terminate()
+        run = await engine.wait(run.run_id)
+    assert (run.status, run.error_type) == (RunStatus.FAILED, "interrupted")
+    assert run.error == "The run was terminated on the cluster before it ended."
 
 
 # Histories
