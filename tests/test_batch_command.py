@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import gzip
 import json
 import os
@@ -80,7 +81,13 @@ def batch(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 def begun(*arguments: str, words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
     """The command in a process of its own, once it has said *words* on stderr."""
     process = subprocess.Popen(
-        command(*arguments), env={**os.environ, **env}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command(*arguments),
+        env={**os.environ, **env},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # What a shell starts in its background ignores SIGINT, and hands that on; tests may be run so.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     told = threading.Timer(60, process.kill)
     told.start()
