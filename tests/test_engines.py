@@ -559,6 +559,20 @@ async def test_a_large_result_and_a_long_error_are_kept_whole(opened: Opened) ->
         assert len((await finish(engine, "complain")).error or "") == 50_000
 
 
+async def test_a_large_run_of_many_steps_is_read_whole(opened: Opened) -> None:
+    """On a cluster each step is given all that is known, so what is kept of the run is a multiple of it."""
+    flock = Flock()
+
+    @flock.agent(output="n: int, more: str", next_agent=lambda result: "grow" if result["n"] < 5 else None)
+    def grow(text: str, n: int = 0) -> dict[str, Any]:
+        return {"n": n + 1, "more": "x" * 100_000}
+
+    async with opened(flock) as engine:
+        run = await finish(engine, "grow", {"text": "x" * 900_000})
+        assert result_of(run)["n"] == 5
+        assert [len(step.result) > 100_000 for step in (await engine.get_run(run.run_id)).steps] == [True] * 5
+
+
 # Hand-offs
 
 
