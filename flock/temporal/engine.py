@@ -87,8 +87,9 @@ __all__ = ["TemporalEngine"]
 
 logger = logging.getLogger("flock.temporal")
 
-#: How often the cluster is asked whether it is there, and how much is open, in seconds.
-WATCH_INTERVAL_S = 1.0
+#: How often the cluster is asked whether it is there, and how much is open, and how long it may take, in seconds.
+WATCH_INTERVAL_S = 0.5
+WATCH_TIMEOUT_S = 0.7
 #: How often an event stream looks for news, in seconds, and how long it may be silent.
 POLL_INTERVAL_S = 0.25
 KEEP_ALIVE_S = 15.0
@@ -126,7 +127,7 @@ class TemporalEngine:
         agents: by name; read at each submission. Workers have them too.
         address, namespace: of the cluster; see ``Cluster``.
         flock: the name under which runs are kept; an engine sees only those of its own.
-        max_queue: runs accepted that have not ended. They are counted once a second, so that a crowd may go beyond it
+        max_queue: runs accepted that have not ended. They are counted twice a second, so that a crowd may go beyond it
             by as many as the other API processes take in that time.
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
         max_input_bytes: the longest inputs of one run, as JSON; the cluster takes 2 MiB, results included.
@@ -239,15 +240,19 @@ class TemporalEngine:
 
     async def _watch(self) -> None:
         """Know whether the cluster is there, and how much is open; tell those who wait when it goes away."""
+        misses = 0
         while True:
             try:
-                async with self.cluster.asking(WATCH_INTERVAL_S):
+                async with self.cluster.asking(WATCH_TIMEOUT_S):
                     query = f"{self._own()} AND ExecutionStatus = 'Running'"
                     self._open_runs = (await self._client.count_workflows(query)).count
-                self._error = None
+                self._error, misses = None, 0
                 if not self._is_leaving:
                     self._trouble.clear()
             except StoreError as exc:
+                misses += 1
+                if misses == 1:  # it may be a busy moment, here or there, and many would be told
+                    continue
                 self._error = exc
                 self._trouble.set()
             except Exception:
