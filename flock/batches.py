@@ -10,6 +10,7 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
+    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -33,7 +34,7 @@ from flock.runs import INVALID_INPUT, Batch, IdempotencyKey, Inputs, Items, OnIn
 from flock.store import RETRY_AFTER_S
 from flock.tables import Fill
 
-__all__ = ["Batches", "as_json", "mapping_rows"]
+__all__ = ["Batches", "Intake", "as_json", "mapping_rows"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -89,17 +90,22 @@ class Batches:
 
         Cancellation: what was staged is dropped.
         """
-        if batch.options.max_workers < 1:
-            raise DefinitionError(f"max_workers is at least 1, and not {batch.options.max_workers}.")
-        intake = _Intake(self._store, agent, batch, self._max_input_bytes, traceparent)
+        is_staged = False
+
+        async def stage(page: Sequence[Run]) -> None:
+            nonlocal is_staged
+            is_first, is_staged = not is_staged, True
+            await self._store.stage(batch, page, is_first=is_first)
+
+        intake = Intake(agent, batch, stage, max_input_bytes=self._max_input_bytes, traceparent=traceparent)
         try:
-            async for item in _each(items):
-                if intake.total == self._max_items:
-                    raise TooLarge(f"A batch has at most {self._max_items} items on this server (max_items).")
-                await intake.add(item, on_invalid)
-            return await intake.accept(self._max_open_items, key, then=self.start)
+            whole = await intake.read(items, on_invalid, self._max_items)
+            await self._store.accept(
+                whole, intake.page, self._max_open_items, key, then=self.start, is_staged=is_staged
+            )
+            return whole
         except BaseException:
-            if intake.is_staged:
+            if is_staged:
                 with anyio.CancelScope(shield=True):
                     try:
                         await self._store.drop_staged(batch.batch_id)
@@ -198,29 +204,69 @@ class Batches:
             logger.error("items cannot be read: %s", exc)
 
 
-class _Intake:
-    """One batch on its way in: rows become items, and pages of them are staged."""
+class Intake:
+    """One batch on its way in: rows become items, and pages of them are staged.
+
+    Args:
+        batch: as it is to be accepted, without its numbers.
+        stage: keeps the page before the next one is begun.
+        id_of: names the item at a position.
+        items_a_page: how many items one page holds, where so many have been read.
+        page_bytes: about how many bytes of inputs one holds at most.
+
+    Attributes:
+        page: what is not staged.
+    """
 
     def __init__(
-        self, store: BatchStore, agent: Agent, batch: Batch, max_input_bytes: int, traceparent: str | None
+        self,
+        agent: Agent,
+        batch: Batch,
+        stage: Callable[[Sequence[Run]], Awaitable[None]],
+        *,
+        max_input_bytes: int,
+        traceparent: str | None,
+        id_of: Callable[[int], str] = lambda position: new_id(),
+        items_a_page: Callable[[int], int] = lambda total: ITEMS_A_PAGE,
+        page_bytes: int = PAGE_BYTES,
     ) -> None:
-        self.total = 0
-        self.is_staged = False
-        self._store = store
+        self.page: list[Run] = []
+        self._total = 0
         self._agent = agent
         self._batch = batch
+        self._stage = stage
         self._max_input_bytes = max_input_bytes
         self._traceparent = traceparent
+        self._id_of = id_of
+        self._items_a_page = items_a_page
+        self._max_page_bytes = page_bytes
         #: each is told once: one of the static inputs is found in every row
         self._errors: dict[FieldError, None] = {}
         self._failed = 0
-        self._page: list[Run] = []
         self._page_bytes = 0
 
-    async def add(self, item: Inputs | Row, on_invalid: OnInvalid) -> None:
-        """Raises InvalidData once there are as many errors as are told at once; TooLarge."""
+    async def read(self, items: Items, on_invalid: OnInvalid, max_items: int) -> Batch:
+        """Read and check all items. Returns the batch with its numbers.
+
+        Raises: InvalidData, once there are as many errors as are told at once; TooLarge; DefinitionError.
+        """
+        options = self._batch.options
+        if options.max_workers < 1:
+            raise DefinitionError(f"max_workers is at least 1, and not {options.max_workers}.")
+        async for item in _each(items):
+            if self._total == max_items:
+                raise TooLarge(f"A batch has at most {max_items} items on this server (max_items).")
+            await self._add(item, on_invalid)
+        if not self._total:
+            raise InvalidData([FieldError(detail="A batch has at least one item.", pointer="/batch_inputs")])
+        if self._errors:
+            raise InvalidData(list(self._errors))
+        failed = self._failed
+        return replace(self._batch, total_items=self._total, completed_items=failed, failed_items=failed)
+
+    async def _add(self, item: Inputs | Row, on_invalid: OnInvalid) -> None:
         if not isinstance(item, Row):
-            at = f"/batch_inputs/{self.total}"
+            at = f"/batch_inputs/{self._total}"
             item = Row(inputs=as_json(item, at, self._max_input_bytes), at=at)
         elif len(bytes(item.inputs)) > self._max_input_bytes:
             raise TooLarge(f"A row is longer than {self._max_input_bytes} bytes, all that one item takes.")
@@ -230,28 +276,14 @@ class _Intake:
             if len(self._errors) >= MAX_ITEM_ERRORS:
                 raise InvalidData(list(self._errors)[:MAX_ITEM_ERRORS])
         if not self._errors:
-            self._page.append(self._run(item, errors))
+            self.page.append(self._run(item, errors))
             self._page_bytes += len(bytes(item.inputs))
-            if len(self._page) == ITEMS_A_PAGE or self._page_bytes > PAGE_BYTES:
-                await self._stage()
-        self.total += 1
-        if self.total % ROWS_A_TURN == 0:
+            if len(self.page) >= self._items_a_page(self._total) or self._page_bytes > self._max_page_bytes:
+                await self._stage(self.page)
+                self.page, self._page_bytes = [], 0
+        self._total += 1
+        if self._total % ROWS_A_TURN == 0:
             await anyio.lowlevel.checkpoint()
-
-    async def accept(self, max_open_items: int, key: IdempotencyKey | None, then: Callable[[Batch], None]) -> Batch:
-        """Raises InvalidData, and as ``BatchStore.accept``."""
-        if not self.total:
-            raise InvalidData([FieldError(detail="A batch has at least one item.", pointer="/batch_inputs")])
-        if self._errors:
-            raise InvalidData(list(self._errors))
-        batch = replace(self._batch, total_items=self.total, completed_items=self._failed, failed_items=self._failed)
-        await self._store.accept(batch, self._page, max_open_items, key, then, is_staged=self.is_staged)
-        return batch
-
-    async def _stage(self) -> None:
-        is_first, self.is_staged = not self.is_staged, True
-        await self._store.stage(self._batch, self._page, is_first=is_first)
-        self._page, self._page_bytes = [], 0
 
     def _errors_of(self, row: Row) -> Sequence[FieldError]:
         if row.errors:
@@ -278,14 +310,14 @@ class _Intake:
                 "completed_at": batch.created_at,
             }
         return Run(
-            run_id=new_id(),
+            run_id=self._id_of(self._total),
             flock=batch.flock,
             agent_name=batch.agent_name,
             inputs=row.inputs,
             created_at=batch.created_at,
             request_id=batch.request_id,
             batch_id=batch.batch_id,
-            position=self.total,
+            position=self._total,
             traceparent=self._traceparent,
             principal=batch.principal,
             is_async=True,
