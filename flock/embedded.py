@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from flock.agents import Agent
 from flock.batches import Batches, as_json
 from flock.batchstore import BatchStore
+from flock.ends import not_retried
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
@@ -74,8 +75,6 @@ RETENTION_INTERVAL_S = 10.0
 RETENTION_BITE = 500
 #: The longest time that an option may name, in seconds: about 30 years.
 MAX_SECONDS = 1e9
-#: What may be tried again of a batch, in words.
-RETRIED = {RunStatus.FAILED: "failed", RunStatus.CANCELLED: "was cancelled"}
 #: How long an event stream may be silent, in seconds.
 KEEP_ALIVE_S = 15.0
 #: How often at most it is told how far a batch is, in seconds.
@@ -643,11 +642,7 @@ class EmbeddedEngine:
         wanted = only or (RunStatus.FAILED, RunStatus.CANCELLED)
         reopened = await self._batches.retry(batch_id, self._engine_id, wanted)
         if reopened is None:
-            batch = await self.get_batch(batch_id)
-            what = f"has no item that {' or '.join(RETRIED[status] for status in wanted)}"
-            if not batch.status.is_final:
-                what = f"is {batch.status}; only one that has ended can be tried again"
-            raise Conflict(f"The batch {batch_id} {what}.")
+            raise not_retried(await self.get_batch(batch_id), wanted)
         return reopened
 
     async def delete_batch(self, batch_id: str) -> None:

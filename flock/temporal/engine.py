@@ -1,19 +1,15 @@
 """The engine on a Temporal cluster: it keeps nothing itself, so that any number of them answer alike.
 
 A run's record is read from the history of its workflow, and its attempts are workflows ``run:{id}``, ``run:{id}:2`` and
-so on. Lists come from the cluster's search, which tells of a change within moments, and cannot sort everywhere: runs
-are read by ranges of their ids, which are ordered by time, and each range is sorted here.
+so on. What is done with batches is in ``flock.temporal.batches``.
 """
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, NoReturn, Self
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 from google.protobuf.duration_pb2 import Duration
@@ -36,18 +32,18 @@ from temporalio.service import RPCError
 
 from flock.agents import Agent
 from flock.batches import as_json
+from flock.ends import RETRIED
 from flock.errors import (
     AgentNotFound,
-    BatchNotFound,
     Conflict,
     EngineFull,
     EngineStopped,
-    KeyReused,
     Replayed,
     RunNotFound,
     StoreError,
 )
 from flock.runs import (
+    INVALID_INPUT,
     Batch,
     BatchFilter,
     BatchOptions,
@@ -63,25 +59,29 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
+    event_of_batch,
     events_of,
     new_id,
     now,
     valid_traceparent,
 )
-from flock.schema import id_at
+from flock.temporal.batches import TemporalBatches
+from flock.temporal.batchflows import TASK_TIMEOUT
 from flock.temporal.cluster import Cluster
+from flock.temporal.marks import Marks
 from flock.temporal.messages import (
     AGENT,
     FLOCK,
     HEARTBEAT_TIMEOUT_S,
-    MARK_WORKFLOW,
     PRINCIPAL,
     RUN_WORKFLOW,
     RunOrder,
+    new_batch_id,
     run_workflow_id,
     task_queue_of,
 )
 from flock.temporal.records import at_work, order_of, run_of
+from flock.temporal.search import ID, newest_first, own
 
 __all__ = ["TemporalEngine"]
 
@@ -93,29 +93,11 @@ WATCH_TIMEOUT_S = 0.7
 #: How often an event stream looks for news, in seconds, and how long it may be silent.
 POLL_INTERVAL_S = 0.25
 KEEP_ALIVE_S = 15.0
-#: After so many seconds a worker that died with a workflow's task is not waited for.
-TASK_TIMEOUT = timedelta(seconds=3)
-#: How long an idempotency key is kept.
-KEEP_KEYS_FOR = timedelta(hours=24)
-#: How many runs a range of a list may hold, and how many are read at the same time.
-RUNS_A_RANGE = 1000
+#: How many runs of a list are read at the same time.
 READS_AT_ONCE = 20
-#: How long it is marked that a run was deleted. The cluster takes half a minute to forget what has ended.
-KEEP_GONE_FOR = timedelta(hours=1)
+LEAVING = "The server is about to stop. Ask another one, or this one when it is back."
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-#: Ids may have been made by a clock that is ahead.
-MAX_CLOCK_LEAD = timedelta(days=7)
-RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-#: How the workflows stand whose runs may have a status.
-EXECUTION_STATUS = {
-    RunStatus.STARTING: "'Running'",
-    RunStatus.RUNNING: "'Running'",
-    RunStatus.COMPLETED: "'Completed'",
-    RunStatus.FAILED: "'Failed', 'Terminated', 'TimedOut'",
-    RunStatus.CANCELLED: "'Canceled'",
-}
+Ends = TypeVar("Ends", Run, Batch)
 
 
 class TemporalEngine:
@@ -129,6 +111,8 @@ class TemporalEngine:
         flock: the name under which runs are kept; an engine sees only those of its own.
         max_queue: runs accepted that have not ended. They are counted twice a second, so that a crowd may go beyond it
             by as many as the other API processes take in that time.
+        max_items: items of one batch, 16,777,215 at most.
+        max_open_items: items of all batches together that have not ended, as far as the cluster's search knows.
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
         max_input_bytes: the longest inputs of one run, as JSON; the cluster takes 2 MiB, results included.
         queue_timeout_s: the longest that a run may wait for its first step; None is no limit.
@@ -147,6 +131,8 @@ class TemporalEngine:
         flock: str = "flock",
         max_queue: int = 10_000,
         max_timeout_s: float = 86_400,
+        max_items: int = 1_000_000,
+        max_open_items: int = 10_000_000,
         max_input_bytes: int = 1_000_000,
         queue_timeout_s: float | None = None,
         heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
@@ -160,6 +146,18 @@ class TemporalEngine:
         self._max_input_bytes = max_input_bytes
         self._queue_timeout_s = queue_timeout_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._marks = Marks(self.cluster, flock, self._task_queue)
+        self._batches = TemporalBatches(
+            self.cluster,
+            self._marks,
+            flock,
+            self._task_queue,
+            max_items=max_items,
+            max_open_items=max_open_items,
+            max_input_bytes=max_input_bytes,
+            max_timeout_s=max_timeout_s,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+        )
         self._watch_task: asyncio.Task[None] | None = None
         self._is_leaving = False
         self._error: StoreError | None = None
@@ -244,7 +242,7 @@ class TemporalEngine:
         while True:
             try:
                 async with self.cluster.asking(WATCH_TIMEOUT_S):
-                    query = f"{self._own()} AND ExecutionStatus = 'Running'"
+                    query = f"{own(RUN_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
                     self._open_runs = (await self._client.count_workflows(query)).count
                 self._error, misses = None, 0
                 if not self._is_leaving:
@@ -292,11 +290,10 @@ class TemporalEngine:
             self._check_room()
             await self._start(self._order(run))
             return run
-        key_id = self._key_id(key)
-        made_id = await self._claim(key, key_id, run.run_id)
+        made_id = await self._marks.claim(key, run.run_id)
         if made_id == run.run_id:
             self._check_room()
-        order = replace(self._order(replace(run, run_id=made_id)), key_id=key_id)
+        order = replace(self._order(replace(run, run_id=made_id)), key_id=self._marks.key_id(key))
         # Whoever claimed the key may have died before it started the run; whoever comes next starts it in its place.
         with contextlib.suppress(WorkflowAlreadyStartedError):
             await self._start(order)
@@ -333,53 +330,26 @@ class TemporalEngine:
             )
         self._open_runs += 1
 
-    def _key_id(self, key: IdempotencyKey) -> str:
-        digest = hashlib.sha256(f"{self._flock}\n{key.kept_as}".encode()).hexdigest()
-        return f"key:{digest}"
-
-    async def _claim(self, key: IdempotencyKey, key_id: str, run_id: str) -> str:
-        """The id of the run that *key* stands for: *run_id*, unless somebody claimed it before. Raises KeyReused."""
-        mine = {"run_id": run_id, "fingerprint": key.digest.hex()}
-        async with self.cluster.asking():
-            if await self._mark(key_id, KEEP_KEYS_FOR, mine):
-                return run_id
-            kept = await (await self._client.get_workflow_handle(key_id).describe()).memo()
-        if kept["fingerprint"] != mine["fingerprint"]:
-            raise KeyReused(key.key)
-        made_id: str = kept["run_id"]
-        return made_id
-
-    async def _mark(self, mark_id: str, keep_for: timedelta, memo: Mapping[str, str] | None = None) -> bool:
-        """Make a mark; False where there is one already."""
-        try:
-            await self._client.start_workflow(
-                MARK_WORKFLOW,
-                id=mark_id,
-                task_queue=self._task_queue,
-                start_delay=keep_for,
-                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                memo=memo,
-            )
-        except WorkflowAlreadyStartedError:
-            return False
-        return True
-
     def _check_room(self) -> None:
         if self._open_runs >= self._max_queue:
             raise EngineFull(f"{self._open_runs} runs are open already, all that this flock takes (max_queue).")
 
     async def get_run(self, run_id: str) -> Run:
-        if RUN_ID.fullmatch(run_id) is None:
+        if ID.fullmatch(run_id) is None:
             raise RunNotFound(run_id)
-        run = await self._attempt(run_id, 1) or await self._attempt(run_id, await self._last_attempt(run_id))
+        run = await self._attempt(run_id, 1) or await self._batches.item(run_id)
+        if run is None:
+            run = await self._attempt(run_id, await self._last_attempt(run_id))
         if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
+        if run.batch_id is not None:
+            return run
         while run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
             later = await self._attempt(run_id, run.attempt + 1)
             if later is None:
                 break
             run = later
-        if run.status.is_final and await self._is_gone(run_id):
+        if run.status.is_final and await self._marks.is_gone(run_id):
             raise RunNotFound(run_id)
         return run
 
@@ -412,19 +382,39 @@ class TemporalEngine:
         return self._client.get_workflow_handle(run_workflow_id(run_id, attempt))
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
+        async def look() -> tuple[Run, WorkflowHandle[Any, Any] | None]:
+            run = await self.get_run(run_id)
+            return run, None if run.batch_id is not None else self._handle(run_id, run.attempt)
+
+        return await self._wait(look, self._handle(run_id, 1) if ID.fullmatch(run_id) else None, timeout_s)
+
+    async def _wait(
+        self,
+        look: Callable[[], Awaitable[tuple[Ends, WorkflowHandle[Any, Any] | None]]],
+        handle: WorkflowHandle[Any, Any] | None,
+        timeout_s: float | None,
+    ) -> Ends:
+        """What *look* gives once it is final, or as it stands after *timeout_s*.
+
+        *look* gives the workflow with it that will end; *handle* is the one before anybody has looked.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        run = None
+        found = None
         self._waiting += 1
         try:
             while True:
                 left_s = None if deadline is None else deadline - time.monotonic()
-                if run is not None and left_s is not None and left_s <= 0:
-                    return run
-                if RUN_ID.fullmatch(run_id) is not None and (left_s is None or left_s > 0):
-                    await self._until_closed(self._handle(run_id, 1 if run is None else run.attempt), left_s)
-                run = await self.get_run(run_id)
-                if run.status.is_final:
-                    return run
+                if found is not None and left_s is not None and left_s <= 0:
+                    return found
+                if handle is not None and (left_s is None or left_s > 0):
+                    await self._until_closed(handle, left_s)
+                elif found is not None:  # an item has no workflow of its own
+                    await asyncio.sleep(POLL_INTERVAL_S if left_s is None else min(left_s, POLL_INTERVAL_S))
+                    if self._is_leaving:
+                        raise EngineStopped(LEAVING)
+                found, handle = await look()
+                if found.status.is_final:
+                    return found
         finally:
             self._waiting -= 1
             if not self._waiting:
@@ -446,7 +436,7 @@ class TemporalEngine:
             if following.done():
                 following.result()
             elif self._is_leaving and trouble.done():
-                raise EngineStopped("The server is about to stop. Ask another one, or this one when it is back.")
+                raise EngineStopped(LEAVING)
             elif trouble.done():
                 raise self._error or StoreError("The cluster did not answer for a moment. Ask again.")
         finally:
@@ -455,11 +445,13 @@ class TemporalEngine:
 
     async def cancel_run(self, run_id: str) -> Run:
         run = await self.get_run(run_id)
-        if not run.status.is_final:
+        if not run.status.is_final and run.batch_id is not None:
+            await self._batches.cancel_item(run)
+        elif not run.status.is_final:
             with contextlib.suppress(RPCError):  # it has ended in the meantime
                 async with self.cluster.asking():
                     await self._handle(run_id, run.attempt).cancel()
-            run = await self.get_run(run_id)
+        run = await self.get_run(run_id)
         if run.status.is_final and run.status is not RunStatus.CANCELLED:
             raise Conflict(f"The run {run_id} is {run.status} and cannot be cancelled any more.")
         return run
@@ -467,10 +459,16 @@ class TemporalEngine:
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
-        if run.status not in (RunStatus.FAILED, RunStatus.CANCELLED):
-            raise Conflict(
-                f"The run {run_id} is {run.status}; only a run that failed or was cancelled can be tried again."
-            )
+        what, rule = str(run.status), "only a run that failed or was cancelled can be tried again"
+        if run.batch_id is not None:
+            batch = await self._batches.get(run.batch_id)
+            if batch.status.is_final and run.status in RETRIED and run.error_type != INVALID_INPUT:
+                await self._batches.retry(run.batch_id, (run.status,), run)
+                return await self.get_run(run_id)
+            what += f", an item of a batch that is {batch.status}"
+            rule += ", and an item once its batch has ended, unless its inputs do not fit"
+        if run.batch_id is not None or run.status not in RETRIED:
+            raise Conflict(f"The run {run_id} is {what}; {rule}.")
         self._check_room()
         again = replace(
             run,
@@ -496,17 +494,14 @@ class TemporalEngine:
 
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
-        if not run.status.is_final:
-            raise Conflict(
-                f"The run {run_id} is still {run.status} and cannot be deleted. Cancel it first, or wait for its end."
-            )
+        if run.batch_id is not None or not run.status.is_final:
+            what = "an item of a batch" if run.batch_id else f"still {run.status}"
+            raise Conflict(f"The run {run_id} is {what} and cannot be deleted. Cancel it first, or wait for its end.")
         key_id = await self._kept_key(run)
+        if not await self._marks.note_gone(run_id):
+            raise RunNotFound(run_id)
+        await self._marks.free(key_id)
         async with self.cluster.asking():
-            if not await self._mark(f"gone:{run_id}", KEEP_GONE_FOR):
-                raise RunNotFound(run_id)
-            if key_id is not None:  # whoever deletes a run may make it anew under the same key
-                with contextlib.suppress(RPCError):  # it is gone by itself
-                    await self._client.get_workflow_handle(key_id).terminate()
             for attempt in range(1, run.attempt + 1):
                 with contextlib.suppress(RPCError):  # the cluster has forgotten it before
                     await self._client.workflow_service.delete_workflow_execution(
@@ -515,14 +510,6 @@ class TemporalEngine:
                             workflow_execution=WorkflowExecution(workflow_id=run_workflow_id(run_id, attempt)),
                         )
                     )
-
-    async def _is_gone(self, run_id: str) -> bool:
-        try:
-            async with self.cluster.asking():
-                await self._client.get_workflow_handle(f"gone:{run_id}").describe()
-        except RPCError:
-            return False
-        return True
 
     # Lists
 
@@ -537,46 +524,24 @@ class TemporalEngine:
                     return await self.get_run(run_id)
             return None
 
-        async for run_ids in self._ranges(wanted):
+        ids = newest_first(
+            self.cluster,
+            own(RUN_WORKFLOW, self._flock),
+            "run",
+            status=wanted.status,
+            agent_name=wanted.agent_name,
+            principal=wanted.principal,
+            created_after=wanted.created_after,
+            created_before=wanted.created_before,
+            after=wanted.after,
+        )
+        async for run_ids in ids:
             for start in range(0, len(run_ids), wanted.limit):
                 found = await asyncio.gather(*map(read, run_ids[start : start + wanted.limit]))
                 runs += [run for run in found if run is not None and _fits(run, wanted)]
                 if len(runs) >= wanted.limit:
                     return [_listed(run, wanted) for run in runs[: wanted.limit]]
         return [_listed(run, wanted) for run in runs]
-
-    async def _ranges(self, wanted: RunFilter) -> AsyncIterator[list[str]]:
-        """The ids of runs that may be wanted, newest first, from one range of ids after the other."""
-        conditions = [self._own()]
-        if wanted.status is not None:
-            conditions.append(f"ExecutionStatus IN ({EXECUTION_STATUS[wanted.status]})")
-        if wanted.agent_name is not None:
-            conditions.append(f"{AGENT.name} = {_quoted(wanted.agent_name)}")
-        if wanted.principal is not None:
-            conditions.append(f"{PRINCIPAL.name} = {_quoted(wanted.principal)}")
-        bottom = 0 if wanted.created_after is None else _milliseconds(wanted.created_after) + 1
-        top = _milliseconds(now() + MAX_CLOCK_LEAD if wanted.created_before is None else wanted.created_before)
-        high = _id_at(top)
-        if wanted.after is not None and not RUN_ID.fullmatch(wanted.after):
-            return  # no run is behind what is none
-        if wanted.after is not None and wanted.after < high:
-            high, top = wanted.after, int(wanted.after.replace("-", "")[:12], 16)
-        span = top - bottom
-        while top >= bottom:
-            low = max(bottom, top - span)
-            query = " AND ".join([*conditions, f"WorkflowId >= 'run:{_id_at(low)}'", f"WorkflowId < 'run:{high}'"])
-            async with self.cluster.asking():
-                if (await self._client.count_workflows(query)).count > RUNS_A_RANGE and span > 1:
-                    span = max(1, span // 4)
-                    continue
-                found = {found.id.split(":")[1] async for found in self._client.list_workflows(query, page_size=1000)}
-            yield sorted(found, reverse=True)
-            if low == bottom:
-                return
-            high, top, span = _id_at(low), low, span * 2
-
-    def _own(self) -> str:
-        return f"WorkflowType = '{RUN_WORKFLOW}' AND {FLOCK.name} = {_quoted(self._flock)}"
 
     # Events
 
@@ -608,7 +573,7 @@ class TemporalEngine:
         except KeyError:
             raise AgentNotFound(name, list(self._agents)) from None
 
-    # Batches: not yet
+    # Batches
 
     async def submit_batch(
         self,
@@ -623,39 +588,65 @@ class TemporalEngine:
         key: IdempotencyKey | None = None,
     ) -> Batch:
         self._check_running()
-        self._agent(agent_name)
-        raise Conflict("Batches are not carried out on a Temporal cluster yet. Send runs, or serve with a store.")
+        batch = Batch(
+            batch_id=new_batch_id(),
+            flock=self._flock,
+            agent_name=agent_name,
+            options=options,
+            total_items=0,
+            created_at=now(),
+            request_id=request_id,
+            principal=principal,
+        )
+        return await self._batches.submit(
+            self._agent(agent_name),
+            items,
+            batch,
+            on_invalid=on_invalid,
+            key=key,
+            traceparent=valid_traceparent(traceparent),
+        )
 
     async def get_batch(self, batch_id: str) -> Batch:
-        _no_batch(batch_id)
+        return await self._batches.get(batch_id)
 
     async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
-        _no_batch(batch_id)
+        async def look() -> tuple[Batch, WorkflowHandle[Any, Any] | None]:
+            batch = await self._batches.get(batch_id)
+            return batch, self._batches.handle(batch)
+
+        handle = None if ID.fullmatch(batch_id) is None else self._batches.first_handle(batch_id)
+        return await self._wait(look, handle, timeout_s)
 
     async def get_items(
         self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
     ) -> Sequence[Run]:
-        _no_batch(batch_id)
+        return await self._batches.items(batch_id, after, limit, statuses)
 
     async def list_batches(self, wanted: BatchFilter) -> Sequence[Batch]:
-        return []
+        return await self._batches.page(wanted)
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
-        _no_batch(batch_id)
-        yield None
+        told, told_at = -1, time.monotonic()
+        while True:
+            batch = await self._batches.get(batch_id)
+            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != told
+            if is_new or time.monotonic() > told_at + KEEP_ALIVE_S:
+                told, told_at = batch.completed_items, time.monotonic()
+                yield event_of_batch(batch) if is_new else None
+            if batch.status.is_final or self._is_leaving:
+                return
+            await asyncio.sleep(POLL_INTERVAL_S)
 
     async def cancel_batch(self, batch_id: str) -> Batch:
-        _no_batch(batch_id)
+        return await self._batches.cancel(batch_id)
 
     async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
-        _no_batch(batch_id)
+        self._check_running()
+        return await self._batches.retry(batch_id, only)
 
     async def delete_batch(self, batch_id: str) -> None:
-        _no_batch(batch_id)
-
-
-def _no_batch(batch_id: str) -> NoReturn:
-    raise BatchNotFound(batch_id)
+        await self._batches.delete(batch_id)
 
 
 async def _history(handle: WorkflowHandle[Any, Any]) -> Sequence[HistoryEvent]:
@@ -674,15 +665,3 @@ def _listed(run: Run, wanted: RunFilter) -> Run:
         result=run.result if wanted.with_results else None,
         steps=(),
     )
-
-
-def _milliseconds(time: datetime) -> int:
-    return max(0, (time - EPOCH) // timedelta(milliseconds=1))
-
-
-def _id_at(milliseconds: int) -> str:
-    return id_at(EPOCH + timedelta(milliseconds=milliseconds))
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

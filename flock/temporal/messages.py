@@ -4,7 +4,7 @@ All of it lies in histories, so a member may be added with a default, and none r
 """
 
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from temporalio.api.common.v1 import Payload
@@ -18,30 +18,67 @@ from temporalio.converter import (
     EncodingPayloadConverter,
 )
 
-from flock.runs import Progress, Run, Step
+from flock.runs import Batch, Progress, Run, RunStatus, Step, new_id
 
 __all__ = [
     "ACTIVITY",
     "AGENT",
+    "BATCH_WORKFLOW",
+    "CHUNK_WORKFLOW",
     "CONVERTER",
+    "FIND_ACTIVITY",
     "FLOCK",
+    "FORGET_ACTIVITY",
+    "FORGET_WORKFLOW",
     "HEARTBEAT_TIMEOUT_S",
     "INTERRUPTED",
+    "ITEMS_ACTIVITY",
     "MARK_WORKFLOW",
+    "MAX_ITEMS",
     "PRINCIPAL",
+    "ROWS_WORKFLOW",
     "RUN_WORKFLOW",
     "SEARCH_ATTRIBUTES",
+    "BatchOrder",
     "Beat",
+    "ChunkEnded",
+    "ChunkOrder",
+    "Ended",
+    "ForgetOrder",
+    "ItemRow",
+    "ItemsBeat",
+    "ItemsDone",
+    "ItemsOrder",
+    "Part",
+    "Reopening",
+    "RowsOrder",
     "RunOrder",
     "StepDone",
+    "batch_workflow_id",
+    "chunk_workflow_id",
     "decoded",
+    "item_id",
+    "items_queue_of",
+    "new_batch_id",
+    "place_of_item",
+    "recoded",
+    "rows_workflow_id",
     "run_workflow_id",
     "task_queue_of",
 ]
 
+T = TypeVar("T")
+
 RUN_WORKFLOW = "flock_run"
 MARK_WORKFLOW = "flock_mark"
+BATCH_WORKFLOW = "flock_batch"
+CHUNK_WORKFLOW = "flock_batch_chunk"
+ROWS_WORKFLOW = "flock_batch_rows"
+FORGET_WORKFLOW = "flock_forget"
 ACTIVITY = "run_agent"
+ITEMS_ACTIVITY = "run_items"
+FIND_ACTIVITY = "find_items"
+FORGET_ACTIVITY = "forget_batch"
 
 #: After so many seconds without a word of it, a worker is taken for dead, where nobody says another time.
 HEARTBEAT_TIMEOUT_S = 3.0
@@ -88,12 +125,215 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     progress: Progress | None = None
 
 
+class ItemRow(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one item is given; ``error`` says why it does not fit, and is None where it does."""
+
+    inputs: msgspec.Raw
+    error: str | None = None
+
+
+class RowsOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """The rows of one chunk, on their own: they are kept before anything of the batch is begun, and read where they are
+    worked on. ``item`` is what all items of the batch have in common."""
+
+    item: Run
+    first: int
+    rows: tuple[ItemRow, ...]
+
+
+class Reopening(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one attempt of a batch was about, and how far it came.
+
+    Attributes:
+        only: the statuses of items that it opened again; the first attempt opens all.
+        position: the only item that it is about.
+        begun_to: chunks before this one were begun.
+        completed_at: when it ended.
+        cancelled: items that were cancelled before their chunk was begun.
+    """
+
+    only: tuple[RunStatus, ...] = ()
+    position: int | None = None
+    begun_to: int = 0
+    completed_at: datetime | None = None
+    cancelled: tuple[int, ...] = ()
+
+
+class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One attempt of a batch, as it is to be gone on with.
+
+    Attributes:
+        batch: as it stands, but for the chunks at work.
+        starts: the position at which each chunk begins.
+        timeout_s: wall-clock seconds for each item.
+        is_staged: it begins when it is accepted, and never if it is not.
+        invalid_items: items that do not fit, and are not tried again.
+        attempts: this one is the last.
+        failed_in, cancelled_in: in which chunks such items are, a bit for each, as a hexadecimal number.
+        first_error: of the failed item that stands first, and its position.
+        key_id: the mark of its idempotency key.
+    """
+
+    batch: Batch
+    starts: tuple[int, ...]
+    timeout_s: float
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
+    is_staged: bool = False
+    invalid_items: int = 0
+    attempts: tuple[Reopening, ...] = (Reopening(),)
+    failed_in: str = "0"
+    cancelled_in: str = "0"
+    first_error: tuple[int, str] | None = None
+    key_id: str | None = None
+
+    def first_of(self, chunk: int) -> int:
+        """The position of the first item of a chunk, or behind the last one."""
+        return self.starts[chunk] if chunk < len(self.starts) else self.batch.total_items
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An item that is to be worked on: from the beginning, or behind the steps that this attempt has done."""
+
+    position: int
+    started_at: datetime | None = None
+    steps: tuple[Step, ...] = ()
+    progress: Progress | None = None
+
+
+class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One attempt of a chunk, as it is to be gone on with.
+
+    Attributes:
+        positions: where its items begin, and where they end.
+        lanes: how many of its items are at work at the same time.
+        is_whole: all of them are to be done.
+        parts: what is left to do; None at the beginning.
+        before: what had ended before its history went on anew.
+    """
+
+    batch_id: str
+    chunk: int
+    attempt: int = 1
+    attempts: tuple[Reopening, ...] = (Reopening(),)
+    positions: tuple[int, int]
+    lanes: int
+    is_whole: bool = False
+    timeout_s: float
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
+    parts: tuple[Part, ...] | None = None
+    cancelled: tuple[int, ...] = ()
+    before: "ChunkEnded | None" = None
+
+
+class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Items that one worker does one after the other, as many as it gets done in a short time."""
+
+    batch_id: str
+    chunk: int
+    attempt: int = 1
+    attempts: tuple[Reopening, ...] = (Reopening(),)
+    parts: tuple[Part, ...]
+    timeout_s: float
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one item ended. Its result is that of its last step."""
+
+    position: int
+    status: RunStatus = RunStatus.COMPLETED
+    error: str | None = None
+    error_type: str | None = None
+    started_at: datetime | None = None
+    completed_at: datetime
+    progress: Progress | None = None
+    steps: tuple[Step, ...] = ()
+
+
+class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What came of an ``ItemsOrder``. The rest of it is to be ordered anew; ``unfinished`` has steps behind it."""
+
+    ended: tuple[Ended, ...] = ()
+    unfinished: Part | None = None
+
+
+class ItemsBeat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How far an ``ItemsOrder`` is: whoever takes it over goes on from here."""
+
+    ended: tuple[Ended, ...] = ()
+    at_work: Part | None = None
+
+
+class ChunkEnded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How many items of a chunk an attempt brought to which end."""
+
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    first_error: tuple[int, str] | None = None
+
+    @property
+    def total(self) -> int:
+        return self.completed + self.failed + self.cancelled
+
+    def __add__(self, other: "ChunkEnded") -> "ChunkEnded":
+        return ChunkEnded(
+            completed=self.completed + other.completed,
+            failed=self.failed + other.failed,
+            cancelled=self.cancelled + other.cancelled,
+            first_error=min((error for error in (self.first_error, other.first_error) if error), default=None),
+        )
+
+
+class ForgetOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch that was deleted, or was not accepted, and how many chunks of rows were sent of it."""
+
+    batch_id: str
+    chunks: int
+    keep_mark_s: float
+
+
 def run_workflow_id(run_id: str, attempt: int) -> str:
     return f"run:{run_id}" if attempt == 1 else f"run:{run_id}:{attempt}"
 
 
+def batch_workflow_id(batch_id: str, attempt: int) -> str:
+    return f"batch:{batch_id}" if attempt == 1 else f"batch:{batch_id}:{attempt}"
+
+
+def rows_workflow_id(batch_id: str, chunk: int) -> str:
+    return f"rows:{batch_id}:{chunk}"
+
+
+def chunk_workflow_id(batch_id: str, chunk: int, attempt: int) -> str:
+    return f"chunk:{batch_id}:{chunk}" if attempt == 1 else f"chunk:{batch_id}:{chunk}:{attempt}"
+
+
+#: The last digits of an item's id are its position, from 1; those of its batch's id are zeros.
+POSITION_DIGITS = 6
+MAX_ITEMS = 16**POSITION_DIGITS - 1
+
+
+def new_batch_id() -> str:
+    return new_id()[:-POSITION_DIGITS] + "0" * POSITION_DIGITS
+
+
+def item_id(batch_id: str, position: int) -> str:
+    return f"{batch_id[:-POSITION_DIGITS]}{position + 1:0{POSITION_DIGITS}x}"
+
+
+def place_of_item(run_id: str) -> tuple[str, int]:
+    """The id of the batch, and the position, that an item with this id would have."""
+    return run_id[:-POSITION_DIGITS] + "0" * POSITION_DIGITS, int(run_id[-POSITION_DIGITS:], 16) - 1
+
+
 def task_queue_of(flock: str) -> str:
     return f"flock:{flock}"
+
+
+def items_queue_of(task_queue: str) -> str:
+    """Where items wait, so that runs do not wait behind them."""
+    return f"{task_queue}:items"
 
 
 class _MsgspecConverter(EncodingPayloadConverter):
@@ -114,6 +354,11 @@ class _Converter(CompositePayloadConverter):
 CONVERTER = DataConverter(payload_converter_class=_Converter)
 
 
-def decoded(payload: Payload, type_: type[Any]) -> Any:
+def decoded(payload: Payload, type_: type[T]) -> T:
     """What *payload* of ours says, read outside of a workflow."""
     return msgspec.json.decode(payload.data, type=type_)
+
+
+def recoded(value: Any, type_: type[T]) -> T:
+    """*value*, which the SDK has decoded without knowing what it is."""
+    return msgspec.json.decode(msgspec.json.encode(value), type=type_)

@@ -11,11 +11,22 @@ from temporalio.api.failure.v1 import Failure
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 
-from flock.ends import CANCELLED
+from flock.ends import CANCELLED, End
 from flock.runs import Run, RunStatus
-from flock.temporal.messages import INTERRUPTED, Beat, RunOrder, StepDone, decoded
+from flock.temporal.messages import (
+    INTERRUPTED,
+    Beat,
+    Ended,
+    ItemsBeat,
+    ItemsDone,
+    ItemsOrder,
+    Part,
+    RunOrder,
+    StepDone,
+    decoded,
+)
 
-__all__ = ["at_work", "order_of", "run_of"]
+__all__ = ["CANCELLED_BEFORE", "GIVEN_UP", "at_work", "ended_by", "left_of", "order_of", "run_of", "time_of"]
 
 #: What ends a workflow that did not end by itself, in words.
 CUT_OFF = {
@@ -35,7 +46,7 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
     """The run as its history tells it. Of a turn that has not ended it tells nothing: see ``at_work``."""
     run = order_of(history).run
     for event in history:
-        at = _time_of(event.event_time)
+        at = time_of(event.event_time)
         match event.event_type:
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                 run = replace(run, cancel_requested=True)
@@ -77,7 +88,7 @@ def at_work(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
     if not pending or not pending[0].HasField("last_started_time"):
         return run
     (beat,) = [decoded(sent, Beat) for sent in pending[0].heartbeat_details.payloads] or [
-        Beat(begun_at=_time_of(pending[0].last_started_time))
+        Beat(begun_at=time_of(pending[0].last_started_time))
     ]
     if run.started_at is None and beat.begun_at is not None:
         run = replace(run, status=RunStatus.RUNNING, started_at=beat.begun_at)
@@ -95,5 +106,40 @@ def _failed(run: Run, failure: Failure, at: datetime) -> Run:
     return replace(run, status=RunStatus.FAILED, completed_at=at, **changes)
 
 
-def _time_of(stamp: Timestamp) -> datetime:
+def time_of(stamp: Timestamp) -> datetime:
     return stamp.ToDatetime(UTC)
+
+
+# Items
+
+CANCELLED_BEFORE = End(RunStatus.CANCELLED, "The batch was cancelled before this item began.", "cancelled")
+GIVEN_UP = End(
+    RunStatus.FAILED, "The workers that had this item died or stopped, many of them. It may be the item.", INTERRUPTED
+)
+
+
+def left_of(order: ItemsOrder, done: ItemsDone) -> list[Part]:
+    """What of *order* is still to be done."""
+    gone = {ended.position for ended in done.ended}
+    return [
+        done.unfinished if done.unfinished is not None and done.unfinished.position == part.position else part
+        for part in order.parts
+        if part.position not in gone
+    ]
+
+
+def ended_by(order: ItemsOrder, beat: ItemsBeat | None, at: datetime) -> ItemsDone:
+    """What is taken for done where *order* is given up: whatever was at work fails, so that the rest can go on."""
+    beat = beat or ItemsBeat()
+    gone = {ended.position for ended in beat.ended}
+    culprit = beat.at_work or next(part for part in order.parts if part.position not in gone)
+    failed = Ended(
+        position=culprit.position,
+        status=GIVEN_UP.status,
+        error=GIVEN_UP.error,
+        error_type=GIVEN_UP.error_type,
+        started_at=culprit.started_at,
+        completed_at=at,
+        steps=culprit.steps,
+    )
+    return ItemsDone(ended=(*beat.ended, failed))

@@ -1,0 +1,584 @@
+"""Batches of a ``TemporalEngine``: accepted row by row, and read from the memos and histories of their workflows.
+
+Rows are kept in chunks before the batch is begun, so that it is accepted by the start of one workflow, or not at all.
+How far it is, is what that has counted, and what its chunks at work tell of themselves.
+"""
+
+import asyncio
+import bisect
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from datetime import UTC, timedelta
+from itertools import islice
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec.structs import replace
+from temporalio.api.common.v1 import Memo
+from temporalio.api.enums.v1 import EventType, WorkflowExecutionStatus
+from temporalio.api.workflow.v1 import WorkflowExecutionInfo
+from temporalio.client import WorkflowHandle
+from temporalio.common import (
+    SearchAttributePair,
+    TypedSearchAttributes,
+    WorkflowIDConflictPolicy,
+    WorkflowIDReusePolicy,
+)
+from temporalio.exceptions import WorkflowAlreadyStartedError
+from temporalio.service import RPCError
+
+from flock.agents import Agent
+from flock.batches import Intake
+from flock.ends import not_retried
+from flock.errors import BatchNotFound, Conflict, EngineFull, Replayed
+from flock.runs import (
+    Batch,
+    BatchFilter,
+    IdempotencyKey,
+    Items,
+    OnInvalid,
+    Run,
+    RunStatus,
+)
+from flock.temporal.batchflows import TASK_TIMEOUT
+from flock.temporal.chunks import read_chunk
+from flock.temporal.cluster import Cluster
+from flock.temporal.marks import Marks
+from flock.temporal.messages import (
+    AGENT,
+    BATCH_WORKFLOW,
+    FLOCK,
+    MAX_ITEMS,
+    PRINCIPAL,
+    ROWS_WORKFLOW,
+    BatchOrder,
+    ChunkEnded,
+    ItemRow,
+    Reopening,
+    RowsOrder,
+    batch_workflow_id,
+    chunk_workflow_id,
+    decoded,
+    item_id,
+    place_of_item,
+    rows_workflow_id,
+)
+from flock.temporal.search import ID, newest_first, own
+
+__all__ = ["TemporalBatches"]
+
+logger = logging.getLogger("flock.temporal")
+
+T = TypeVar("T")
+
+#: A chunk holds so many items: few of a short batch, so that workers can share it, and more of a long one. And about so
+#: many bytes, of the 2 MiB that the cluster takes at once.
+MIN_CHUNK, MAX_CHUNK = 20, 200
+CHUNK_BYTES = 500_000
+#: How many chunks are sent or read at the same time, and how long one may take, in seconds.
+SENT_AT_ONCE = 8
+READ_AT_ONCE = 5
+SEND_TIMEOUT_S = 10.0
+#: About how many bytes of items are given at once.
+PAGE_BYTES = 1024 * 1024
+#: How long rows are kept from when they are sent; after that, as long as the namespace keeps what has ended.
+KEEP_ROWS_FOR = timedelta(days=30)
+#: Of so many batches it is remembered where their chunks begin.
+ORDERS_KEPT = 100
+BATCHES_AT_ONCE = 20
+
+STATUS_OF_CLOSED = {WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_CANCELED: RunStatus.CANCELLED}
+
+
+class _Found:
+    """One attempt of a batch as it stands.
+
+    Attributes:
+        about: what it is about, and how far it is.
+        memo: what its workflow says of itself.
+    """
+
+    def __init__(self, batch: Batch, about: Reopening, memo: Memo) -> None:
+        self.batch = batch
+        self.about = about
+        self.memo = memo
+
+    def says(self, name: str, type_: type[T], default: T) -> T:
+        return decoded(self.memo.fields[name], type_) if name in self.memo.fields else default
+
+
+class TemporalBatches:
+    """The batches of one flock; ``TemporalEngine`` describes the arguments."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        marks: Marks,
+        flock: str,
+        task_queue: str,
+        *,
+        max_items: int,
+        max_open_items: int,
+        max_input_bytes: int,
+        max_timeout_s: float,
+        heartbeat_timeout_s: float,
+    ) -> None:
+        self._cluster = cluster
+        self._marks = marks
+        self._flock = flock
+        self._task_queue = task_queue
+        self._max_items = min(max_items, MAX_ITEMS)
+        self._max_open_items = max_open_items
+        self._max_input_bytes = max_input_bytes
+        self._max_timeout_s = max_timeout_s
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
+        self._drops: set[asyncio.Task[bool]] = set()
+
+    # Accepting
+
+    async def submit(
+        self,
+        agent: Agent,
+        items: Items,
+        batch: Batch,
+        *,
+        on_invalid: OnInvalid,
+        key: IdempotencyKey | None,
+        traceparent: str | None,
+    ) -> Batch:
+        """Accept *batch*, which has no items yet, with *items*; see ``Engine.submit_batch``.
+
+        Cancellation: what was sent of its rows is deleted by workers.
+        """
+        rows = _Rows(self._cluster, self._task_queue, batch, traceparent)
+        intake = Intake(
+            agent,
+            batch,
+            rows.send,
+            max_input_bytes=self._max_input_bytes,
+            traceparent=traceparent,
+            id_of=lambda position: item_id(batch.batch_id, position),
+            items_a_page=lambda total: min(MAX_CHUNK, max(MIN_CHUNK, total // 10)),
+            page_bytes=CHUNK_BYTES,
+        )
+        try:
+            whole = await intake.read(items, on_invalid, self._max_items)
+            if intake.page:
+                await rows.send(intake.page)
+            await rows.all_sent()
+            order = BatchOrder(
+                batch=whole,
+                starts=tuple(rows.starts),
+                timeout_s=min(batch.options.timeout_s or self._max_timeout_s, self._max_timeout_s),
+                heartbeat_timeout_s=self._heartbeat_timeout_s,
+                is_staged=key is not None,
+                invalid_items=whole.failed_items,
+                failed_in=f"{rows.failed_in:x}",
+                first_error=rows.first_error,
+                key_id=None if key is None else self._marks.key_id(key),
+            )
+            await self._accept(order, key)
+            return whole
+        except BaseException:
+            rows.stop()
+            if rows.starts:
+                drop = asyncio.create_task(self._marks.forget_batch(batch.batch_id, len(rows.starts)))
+                self._drops.add(drop)
+                drop.add_done_callback(self._drops.discard)
+            raise
+
+    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None) -> None:
+        """Raises Replayed, KeyReused, EngineFull."""
+        batch = order.batch
+        made_id = None if key is None else await self._marks.find(key)
+        if made_id is None:
+            await self._check_room(batch.total_items - batch.completed_items)
+            await self._start(order)
+            if key is None:
+                return
+            made_id = await self._marks.claim(key, batch.batch_id)
+        # Whoever claimed the key may have died before saying this; whoever comes next says it in its place.
+        with contextlib.suppress(RPCError):
+            async with self._cluster.asking():
+                await self._handle(made_id, 1).signal("accept")
+        if made_id != batch.batch_id:
+            raise Replayed(made_id)
+
+    async def _start(self, order: BatchOrder) -> None:
+        """Raises WorkflowAlreadyStartedError where this attempt was begun before."""
+        batch = order.batch
+        attributes = [SearchAttributePair(FLOCK, batch.flock), SearchAttributePair(AGENT, batch.agent_name)]
+        if batch.principal is not None:
+            attributes.append(SearchAttributePair(PRINCIPAL, batch.principal))
+        async with self._cluster.asking():
+            await self._cluster.client.start_workflow(
+                BATCH_WORKFLOW,
+                order,
+                id=batch_workflow_id(batch.batch_id, batch.attempt),
+                task_queue=self._task_queue,
+                task_timeout=TASK_TIMEOUT,
+                id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+                search_attributes=TypedSearchAttributes(attributes),
+                memo={"batch": batch, "about": order.attempts[-1], "is_staged": order.is_staged},
+            )
+
+    async def _check_room(self, more: int) -> None:
+        query = f"{own(BATCH_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
+        waiting = 0
+        async with self._cluster.asking():
+            async for found in self._cluster.client.list_workflows(query):
+                memo = found.raw_info.memo.fields
+                batch = decoded(memo["batch"], Batch)
+                waiting += batch.total_items - batch.completed_items
+        if waiting + more > self._max_open_items:
+            raise EngineFull(
+                f"{waiting} items of other batches have not ended, and {more} more would be over what this server "
+                f"takes ({self._max_open_items}, max_open_items)."
+            )
+
+    # Looking
+
+    async def get(self, batch_id: str) -> Batch:
+        return (await self._find(batch_id)).batch
+
+    async def _find(self, batch_id: str) -> _Found:
+        """The last attempt of a batch as it stands. Raises BatchNotFound."""
+        if ID.fullmatch(batch_id) is None or place_of_item(batch_id)[1] >= 0:
+            raise BatchNotFound(batch_id)
+        found = await self._attempt(batch_id, 1) or await self._attempt(batch_id, await self._last_attempt(batch_id))
+        if found is None or found.batch.flock != self._flock:
+            raise BatchNotFound(batch_id)
+        while found.batch.status.is_final:
+            later = await self._attempt(batch_id, found.batch.attempt + 1)
+            if later is None:
+                break
+            found = later
+        if found.says("is_staged", bool, False) and not await self._is_accepted(batch_id):
+            raise BatchNotFound(batch_id)
+        if found.batch.status.is_final and await self._marks.is_gone(batch_id):
+            raise BatchNotFound(batch_id)
+        return found
+
+    async def _attempt(self, batch_id: str, attempt: int) -> _Found | None:
+        if attempt == 0:
+            return None
+        try:
+            async with self._cluster.asking():
+                described = (await self._handle(batch_id, attempt).describe()).raw_description
+        except RPCError:
+            return None
+        info = described.workflow_execution_info
+        memo = info.memo
+        found = _Found(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Reopening), memo)
+        if found.batch.status.is_final:
+            return found
+        at_work = found.says("at_work", list[int], [])
+        ended = sum(
+            await asyncio.gather(*(self._ended_of(batch_id, chunk, attempt) for chunk in at_work)), ChunkEnded()
+        )
+        batch = found.batch
+        found.batch = replace(
+            batch,
+            completed_items=batch.completed_items + ended.total,
+            failed_items=batch.failed_items + ended.failed,
+            cancelled_items=batch.cancelled_items + ended.cancelled,
+        )
+        if info.HasField("close_time"):
+            _cut_off(found, info)
+        return found
+
+    async def _ended_of(self, batch_id: str, chunk: int, attempt: int) -> ChunkEnded:
+        """What a chunk at work has brought to its end by now."""
+        handle = self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, attempt))
+        try:
+            async with self._cluster.asking():
+                memo = (await handle.describe()).raw_description.workflow_execution_info.memo
+        except RPCError:  # it has not been started yet
+            return ChunkEnded()
+        return decoded(memo.fields["ended"], ChunkEnded) if "ended" in memo.fields else ChunkEnded()
+
+    async def _is_accepted(self, batch_id: str) -> bool:
+        async with self._cluster.asking():
+            history = await self._handle(batch_id, 1).fetch_history()
+        signaled = EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED
+        return any(
+            event.workflow_execution_signaled_event_attributes.signal_name == "accept"
+            for event in history.events
+            if event.event_type == signaled
+        )
+
+    async def _last_attempt(self, batch_id: str) -> int:
+        """0 where nothing is kept of it. The cluster forgets its first attempts before the last one."""
+        query = f"WorkflowType = '{BATCH_WORKFLOW}' AND WorkflowId STARTS_WITH 'batch:{batch_id}:'"
+        async with self._cluster.asking():
+            found = self._cluster.client.list_workflows(query)
+            return max([int(each.id.rpartition(":")[2]) async for each in found], default=0)
+
+    def _handle(self, batch_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
+        return self._cluster.client.get_workflow_handle(batch_workflow_id(batch_id, attempt))
+
+    def handle(self, batch: Batch) -> WorkflowHandle[Any, Any]:
+        """Of the workflow that ends with an attempt of a batch."""
+        return self._handle(batch.batch_id, batch.attempt)
+
+    def first_handle(self, batch_id: str) -> WorkflowHandle[Any, Any]:
+        """Of the workflow that ends with its first attempt, whether there is one or not."""
+        return self._handle(batch_id, 1)
+
+    async def _order(self, batch: Batch) -> BatchOrder:
+        """What an attempt was begun with: where its chunks begin, and what earlier attempts were about."""
+        key = (batch.batch_id, batch.attempt)
+        if key not in self._orders:
+            async with self._cluster.asking():
+                async for event in self._handle(*key).fetch_history_events(page_size=1):
+                    sent = event.workflow_execution_started_event_attributes.input.payloads[0]
+                    self._orders[key] = decoded(sent, BatchOrder)
+                    break
+        self._orders.move_to_end(key)
+        if len(self._orders) > ORDERS_KEPT:
+            self._orders.popitem(last=False)
+        return self._orders[key]
+
+    async def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> Sequence[Run]:
+        """As ``Engine.get_items``."""
+        try:
+            found = await self._find(batch_id)
+            order = await self._order(found.batch)
+            chunks = iter(self._chunks_with(found, order, max(0, after + 1), statuses))
+            page: list[Run] = []
+            length = 0
+            while wanted := list(islice(chunks, READ_AT_ONCE)):
+                read = await asyncio.gather(*(self._items_of(found, order, chunk) for chunk in wanted))
+                for item in (item for items in read for item in items.values()):
+                    if (item.position or 0) <= after or item.status not in statuses:
+                        continue
+                    page.append(replace(item, steps=()))
+                    length += len(bytes(item.inputs)) + len(bytes(item.result or b""))
+                    if len(page) == limit or length > PAGE_BYTES:
+                        return page
+            return page
+        except RPCError as exc:
+            raise BatchNotFound(batch_id) from exc  # the cluster has forgotten a part of it
+
+    def _chunks_with(
+        self, found: _Found, order: BatchOrder, position: int, statuses: Sequence[RunStatus]
+    ) -> Sequence[int]:
+        """Chunks from *position* on, but for those that have no such items for sure."""
+        first = bisect.bisect_right(order.starts, position) - 1
+        chunks = range(first, len(order.starts) if position < found.batch.total_items else first)
+        if not found.batch.status.is_final or not set(statuses) <= {RunStatus.FAILED, RunStatus.CANCELLED}:
+            return chunks
+        bits = 0
+        for status, name in ((RunStatus.FAILED, "failed_in"), (RunStatus.CANCELLED, "cancelled_in")):
+            if status in statuses:
+                bits |= int(found.says(name, str, "f" * (len(order.starts) // 4 + 1)), 16)
+        return [chunk for chunk in chunks if bits >> chunk & 1]
+
+    async def _items_of(self, found: _Found, order: BatchOrder, chunk: int) -> dict[int, Run]:
+        attempts = (*order.attempts[:-1], found.about)
+        async with self._cluster.asking(SEND_TIMEOUT_S):
+            return (await read_chunk(self._cluster.client, found.batch.batch_id, chunk, attempts)).items
+
+    async def item(self, run_id: str) -> Run | None:
+        """The item with that id, or None."""
+        batch_id, position = place_of_item(run_id)
+        if position < 0:
+            return None
+        try:
+            found = await self._find(batch_id)
+            order = await self._order(found.batch)
+            if position >= found.batch.total_items:
+                return None
+            chunk = bisect.bisect_right(order.starts, position) - 1
+            return (await self._items_of(found, order, chunk))[position]
+        except (BatchNotFound, RPCError):
+            return None
+
+    async def page(self, wanted: BatchFilter) -> Sequence[Batch]:
+        """As ``Engine.list_batches``."""
+        batches: list[Batch] = []
+        ids = newest_first(
+            self._cluster,
+            own(BATCH_WORKFLOW, self._flock),
+            "batch",
+            status=wanted.status,
+            agent_name=wanted.agent_name,
+            principal=wanted.principal,
+            after=wanted.after,
+        )
+        async for batch_ids in ids:
+            for start in range(0, len(batch_ids), BATCHES_AT_ONCE):
+                some = batch_ids[start : start + BATCHES_AT_ONCE]
+                found = await asyncio.gather(*map(self.get, some), return_exceptions=True)
+                for batch in found:
+                    if isinstance(batch, BaseException):
+                        if not isinstance(batch, BatchNotFound):
+                            raise batch
+                    elif wanted.status in (None, batch.status):
+                        batches.append(batch)
+                if len(batches) >= wanted.limit:
+                    return batches[: wanted.limit]
+        return batches
+
+    # What is asked of a batch
+
+    async def cancel(self, batch_id: str) -> Batch:
+        batch = await self.get(batch_id)
+        if not batch.status.is_final:
+            with contextlib.suppress(RPCError):  # it has ended in the meantime
+                async with self._cluster.asking():
+                    await self.handle(batch).cancel()
+            batch = await self.get(batch_id)
+        if batch.status.is_final and batch.status is not RunStatus.CANCELLED:
+            raise Conflict(f"The batch {batch_id} is {batch.status} and cannot be cancelled any more.")
+        return replace(batch, cancel_requested=True)
+
+    async def cancel_item(self, run: Run) -> None:
+        batch_id, position = place_of_item(run.run_id)
+        batch = await self.get(batch_id)
+        with contextlib.suppress(RPCError):  # it has ended in the meantime
+            async with self._cluster.asking():
+                await self.handle(batch).signal("cancel_item", position)
+
+    async def retry(self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None) -> Batch:
+        """Begin the next attempt of a batch that has ended, of *item* alone if there is one."""
+        found = await self._find(batch_id)
+        batch, wanted = found.batch, tuple(only or (RunStatus.FAILED, RunStatus.CANCELLED))
+        order = await self._order(batch)
+        failed = batch.failed_items - order.invalid_items if RunStatus.FAILED in wanted else 0
+        cancelled = batch.cancelled_items if RunStatus.CANCELLED in wanted else 0
+        if item is not None:
+            failed, cancelled = item.status is RunStatus.FAILED, item.status is RunStatus.CANCELLED
+        if not batch.status.is_final or not failed + cancelled:
+            raise not_retried(batch, wanted)
+        await self._check_room(failed + cancelled)
+        every = "f" * (len(order.starts) // 4 + 1)
+        again = replace(
+            order,
+            batch=replace(
+                batch,
+                status=RunStatus.STARTING,
+                attempt=batch.attempt + 1,
+                completed_items=batch.completed_items - failed - cancelled,
+                failed_items=batch.failed_items - failed,
+                cancelled_items=batch.cancelled_items - cancelled,
+                error=None,
+                completed_at=None,
+                resumed_at=None,
+                resumed_with=0,
+                cancel_requested=False,
+            ),
+            is_staged=False,
+            attempts=(
+                *order.attempts[:-1],
+                found.about,
+                Reopening(only=wanted, position=None if item is None else item.position),
+            ),
+            failed_in=found.says("failed_in", str, every),
+            cancelled_in=found.says("cancelled_in", str, every),
+            first_error=found.says("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
+        )
+        try:
+            await self._start(again)
+        except WorkflowAlreadyStartedError as exc:
+            raise Conflict(f"The batch {batch_id} is being tried again already.") from exc
+        return again.batch
+
+    async def delete(self, batch_id: str) -> None:
+        batch = await self.get(batch_id)
+        if not batch.status.is_final:
+            raise Conflict(f"The batch {batch_id} is still {batch.status}. Cancel it first, or wait for its end.")
+        order = await self._order(batch)
+        if not await self._marks.forget_batch(batch_id, len(order.starts)):
+            raise BatchNotFound(batch_id)
+        await self._marks.free(order.key_id)
+
+
+class _Rows:
+    """The rows of one batch on their way to the cluster.
+
+    Attributes:
+        starts: the position at which each chunk begins.
+        failed_in: in which chunks there are items that do not fit, a bit for each.
+        first_error: of the first of them.
+    """
+
+    def __init__(self, cluster: Cluster, task_queue: str, batch: Batch, traceparent: str | None) -> None:
+        self.starts: list[int] = []
+        self.failed_in = 0
+        self.first_error: tuple[int, str] | None = None
+        self._total = 0
+        self._cluster = cluster
+        self._task_queue = task_queue
+        self._item = Run(
+            run_id=batch.batch_id,
+            flock=batch.flock,
+            agent_name=batch.agent_name,
+            inputs=msgspec.Raw(b"{}"),
+            created_at=batch.created_at,
+            request_id=batch.request_id,
+            batch_id=batch.batch_id,
+            traceparent=traceparent,
+            principal=batch.principal,
+            is_async=True,
+            timeout_s=batch.options.timeout_s,
+        )
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def send(self, page: Sequence[Run]) -> None:
+        """Send the next chunk, at the same time as a few others. Raises StoreError where one of them failed."""
+        while len(self._sending) >= SENT_AT_ONCE:
+            await self._some_sent()
+        chunk = len(self.starts)
+        for position, item in enumerate(page, self._total):
+            if item.error is not None:
+                self.failed_in |= 1 << chunk
+                self.first_error = self.first_error or (position, item.error)
+        rows = tuple(ItemRow(item.inputs, item.error) for item in page)
+        order = RowsOrder(item=self._item, first=self._total, rows=rows)
+        self.starts.append(self._total)
+        self._total += len(page)
+        self._sending.add(asyncio.create_task(self._send(chunk, order)))
+
+    async def all_sent(self) -> None:
+        while self._sending:
+            await self._some_sent()
+
+    def stop(self) -> None:
+        for task in self._sending:
+            task.cancel()
+
+    async def _some_sent(self) -> None:
+        done, self._sending = await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+    async def _send(self, chunk: int, order: RowsOrder) -> None:
+        async with self._cluster.asking(SEND_TIMEOUT_S):
+            await self._cluster.client.start_workflow(
+                ROWS_WORKFLOW,
+                order,
+                id=rows_workflow_id(self._item.run_id, chunk),
+                task_queue=self._task_queue,
+                start_delay=KEEP_ROWS_FOR,
+            )
+
+
+def _cut_off(found: _Found, info: WorkflowExecutionInfo) -> None:
+    """A batch whose workflow was ended before it could say how it stands."""
+    batch = found.batch
+    at = info.close_time.ToDatetime(UTC)
+    status = STATUS_OF_CLOSED.get(info.status, RunStatus.FAILED)
+    found.batch = replace(
+        batch,
+        status=status,
+        error="The batch was cancelled." if status is RunStatus.CANCELLED else "The batch was ended on the cluster.",
+        completed_at=at,
+        completed_items=batch.total_items,
+        cancelled_items=batch.cancelled_items + batch.total_items - batch.completed_items,
+    )
+    found.about = replace(found.about, completed_at=at)

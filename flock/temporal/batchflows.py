@@ -1,0 +1,484 @@
+"""What the cluster keeps of a batch: a workflow that shares its places out to chunks, and one for each chunk at work.
+
+Rows are kept by workflows of their own, results by the histories of the chunks: a batch itself stays small however long
+it is, and goes on in a new history before that becomes long. As in ``flock.temporal.workflows``, what they do must be
+the same at each replay.
+"""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from itertools import islice
+
+import msgspec
+from msgspec.structs import replace
+from temporalio import workflow
+from temporalio.common import RetryPolicy
+from temporalio.exceptions import ActivityError, CancelledError, ChildWorkflowError, TimeoutError
+
+from flock.runs import RunStatus
+from flock.temporal.messages import (
+    BATCH_WORKFLOW,
+    CHUNK_WORKFLOW,
+    FIND_ACTIVITY,
+    FORGET_ACTIVITY,
+    FORGET_WORKFLOW,
+    ITEMS_ACTIVITY,
+    ROWS_WORKFLOW,
+    BatchOrder,
+    ChunkEnded,
+    ChunkOrder,
+    ForgetOrder,
+    ItemsBeat,
+    ItemsDone,
+    ItemsOrder,
+    Part,
+    RowsOrder,
+    chunk_workflow_id,
+    items_queue_of,
+    recoded,
+)
+from flock.temporal.records import CANCELLED_BEFORE, GIVEN_UP, ended_by, left_of
+from flock.temporal.workflows import NO_LIMIT, RETRIES
+
+__all__ = ["FlockBatch", "FlockChunk", "FlockForget", "FlockRows"]
+
+#: Chunks of one batch at work at the same time, so that whoever looks how far it is has so many to look at.
+CHUNKS_AT_ONCE = 20
+#: Items of one batch at work at the same time: the cluster takes 2,000 activities of one workflow.
+MAX_LANES = 1000
+#: A history goes on anew when it has so many events or bytes: a tenth of what the cluster takes.
+MAX_EVENTS = 5_000
+MAX_BYTES = 5_000_000
+#: How long a batch waits to be accepted, once all of its rows are there.
+ACCEPT_WITHIN = timedelta(minutes=10)
+#: After so many seconds a worker that died with a workflow's task is not waited for.
+TASK_TIMEOUT = timedelta(seconds=3)
+#: What is only looked up or cleared away is tried until it is done.
+UNTIL_DONE = RetryPolicy(maximum_interval=timedelta(seconds=30))
+
+
+class _Interruptible:
+    """A workflow that goes on when it is cancelled, to bring things to their end."""
+
+    is_cancelled = False
+
+    async def _until(self, is_enough: Callable[[], bool], within: timedelta | None = None) -> None:
+        """Wait until *is_enough*, or until somebody asks to cancel. Raises asyncio.TimeoutError."""
+        try:
+            await workflow.wait_condition(is_enough, timeout=within)
+        except asyncio.CancelledError:
+            self.is_cancelled = True
+
+
+@workflow.defn(name=BATCH_WORKFLOW)
+class FlockBatch(_Interruptible):
+    """One attempt of one batch. Its memo tells how it stands.
+
+    It fails where the batch does, and ends as cancelled once nothing is at work.
+    """
+
+    @workflow.init
+    def __init__(self, order: BatchOrder) -> None:
+        self._order = order
+        self._batch = order.batch
+        self._is_accepted = not order.is_staged
+        self._cancelled = set(order.attempts[-1].cancelled)
+        self._failed_in, self._cancelled_in = int(order.failed_in, 16), int(order.cancelled_in, 16)
+        self._first_error = order.first_error
+        self._next = order.attempts[-1].begun_to
+        #: by chunk: its places, and what becomes of it
+        self._lanes: dict[int, int] = {}
+        self._chunks: dict[int, asyncio.Task[ChunkEnded]] = {}
+        self._signals: set[asyncio.Task[None]] = set()
+
+    @workflow.signal(name="accept")
+    def accept(self) -> None:
+        """All of it is there, and whoever sent it is told so."""
+        self._is_accepted = True
+
+    @workflow.signal(name="cancel_item")
+    def cancel_item(self, position: int) -> None:
+        """Cancel one item."""
+        self._cancelled.add(position)
+        for chunk in self._chunks:
+            if self._order.first_of(chunk) <= position < self._order.first_of(chunk + 1):
+                self._tell(chunk, "cancel_item", position)
+
+    @workflow.run
+    async def run(self, order: BatchOrder) -> None:
+        if not self._is_accepted:
+            await self._until(lambda: self._is_accepted, ACCEPT_WITHIN)  # its TimeoutError ends it unseen
+        if self._batch.started_at is None or self._batch.resumed_at is None:
+            batch = self._batch
+            self._batch = replace(
+                batch,
+                status=RunStatus.RUNNING,
+                started_at=batch.started_at or workflow.now(),
+                resumed_at=workflow.now(),
+                resumed_with=batch.completed_items,
+            )
+        while True:
+            self._begin_chunks()
+            if not self._chunks:
+                break
+            self._show()
+            await self._until(lambda: any(chunk.done() for chunk in self._chunks.values()))
+            if self.is_cancelled and not self._batch.cancel_requested:
+                self._batch = replace(self._batch, cancel_requested=True)
+                for chunk in self._chunks.values():
+                    chunk.cancel()
+            self._take_in()
+        while self._signals:
+            await self._until(lambda: not self._signals)
+        if self._chunks_to_begin() and not self.is_cancelled:
+            workflow.continue_as_new(self._state())
+        self._end()
+
+    def _chunks_to_begin(self) -> Iterable[int]:
+        """Chunks with something to do that were not begun."""
+        chunks = range(self._next, len(self._order.starts))
+        about = self._order.attempts[-1]
+        if self._batch.attempt == 1:
+            return chunks
+        if about.position is not None:
+            at = about.position
+            return [k for k in chunks if self._order.first_of(k) <= at < self._order.first_of(k + 1)]
+        wanted = 0
+        if RunStatus.FAILED in about.only:
+            wanted |= int(self._order.failed_in, 16)
+        if RunStatus.CANCELLED in about.only:
+            wanted |= int(self._order.cancelled_in, 16)
+        return [k for k in chunks if wanted >> k & 1]
+
+    def _begin_chunks(self) -> None:
+        """Share the free places out: to chunks that are begun now, or else to those that are at work."""
+        options = self._batch.options
+        places = min(options.max_workers, MAX_LANES) if options.parallel else 1
+        free = places - sum(self._lanes.values())
+        room = min(places, CHUNKS_AT_ONCE) - len(self._chunks)
+        is_long = _is_long()
+        if not (self.is_cancelled or is_long) and free and room:
+            chunks = list(islice(self._chunks_to_begin(), room))
+            for place, chunk in enumerate(chunks):
+                lanes = math.ceil(free / (len(chunks) - place))
+                if lanes:
+                    free -= lanes
+                    self._begin(chunk, lanes)
+        while free > 0 and self._lanes and not self.is_cancelled:
+            chunk = min(self._lanes, key=lambda k: (self._lanes[k], k))
+            size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
+            if self._lanes[chunk] >= size:
+                break
+            share = math.ceil(free / len(self._lanes))
+            self._lanes[chunk] += share
+            free -= share
+            self._tell(chunk, "set_lanes", self._lanes[chunk])
+
+    def _begin(self, chunk: int, lanes: int) -> None:
+        first, end = self._order.first_of(chunk), self._order.first_of(chunk + 1)
+        order = ChunkOrder(
+            batch_id=self._batch.batch_id,
+            chunk=chunk,
+            attempt=self._batch.attempt,
+            attempts=self._order.attempts,
+            positions=(first, end),
+            lanes=lanes,
+            is_whole=self._batch.attempt == 1 and not self._order.invalid_items,
+            timeout_s=self._order.timeout_s,
+            heartbeat_timeout_s=self._order.heartbeat_timeout_s,
+            cancelled=tuple(sorted(position for position in self._cancelled if first <= position < end)),
+        )
+        self._lanes[chunk] = lanes
+        self._next = chunk + 1
+        self._chunks[chunk] = asyncio.create_task(
+            workflow.execute_child_workflow(
+                CHUNK_WORKFLOW,
+                order,
+                id=chunk_workflow_id(self._batch.batch_id, chunk, self._batch.attempt),
+                result_type=ChunkEnded,
+                task_timeout=TASK_TIMEOUT,
+                parent_close_policy=workflow.ParentClosePolicy.REQUEST_CANCEL,
+            )
+        )
+
+    def _tell(self, chunk: int, signal: str, what: int) -> None:
+        async def tell() -> None:
+            id_ = chunk_workflow_id(self._batch.batch_id, chunk, self._batch.attempt)
+            try:
+                await workflow.get_external_workflow_handle(id_).signal(signal, what)
+            except Exception:  # it has ended
+                workflow.logger.debug("the chunk %s cannot be told of %s", id_, signal)
+
+        task = asyncio.create_task(tell())
+        self._signals.add(task)
+        task.add_done_callback(self._signals.discard)
+
+    def _take_in(self) -> None:
+        """Count what has ended."""
+        for chunk, task in [(chunk, task) for chunk, task in self._chunks.items() if task.done()]:
+            del self._chunks[chunk], self._lanes[chunk]
+            try:
+                ended = task.result()
+            except (ChildWorkflowError, asyncio.CancelledError):
+                ended = ChunkEnded()  # it was cancelled before it began: what is left is counted at the end
+                if not self.is_cancelled:  # somebody ended it from outside
+                    size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
+                    size = min(size, self._batch.total_items - self._batch.completed_items)
+                    ended = ChunkEnded(failed=size, first_error=(self._order.first_of(chunk), GIVEN_UP.error))
+            batch = self._batch
+            self._batch = replace(
+                batch,
+                completed_items=batch.completed_items + ended.total,
+                failed_items=batch.failed_items + ended.failed,
+                cancelled_items=batch.cancelled_items + ended.cancelled,
+            )
+            self._failed_in |= bool(ended.failed) << chunk
+            self._cancelled_in |= bool(ended.cancelled) << chunk
+            self._first_error = min((e for e in (self._first_error, ended.first_error) if e), default=None)
+
+    def _state(self) -> BatchOrder:
+        about = replace(self._order.attempts[-1], begun_to=self._next, cancelled=tuple(sorted(self._cancelled)))
+        return replace(
+            self._order,
+            batch=self._batch,
+            is_staged=False,
+            attempts=(*self._order.attempts[:-1], about),
+            failed_in=f"{self._failed_in:x}",
+            cancelled_in=f"{self._cancelled_in:x}",
+            first_error=self._first_error,
+        )
+
+    def _show(self) -> None:
+        """Let it be read how the batch stands, without a worker."""
+        shown = {
+            "batch": self._batch,
+            "at_work": sorted(self._chunks),
+            "about": self._state().attempts[-1],
+            "is_staged": False,
+        }
+        workflow.upsert_memo({name: msgspec.to_builtins(value) for name, value in shown.items()})
+
+    def _end(self) -> None:
+        batch = self._batch
+        left = batch.total_items - batch.completed_items
+        for chunk in self._chunks_to_begin() if left else ():
+            self._cancelled_in |= 1 << chunk
+        cancelled = batch.cancelled_items + left
+        status, error = RunStatus.COMPLETED, None
+        if self.is_cancelled and cancelled:
+            status, error = RunStatus.CANCELLED, "The batch was cancelled."
+        elif batch.failed_items + cancelled == batch.total_items:
+            status = RunStatus.FAILED
+            first = self._first_error[1] if self._first_error else CANCELLED_BEFORE.error
+            error = f"None of the {batch.total_items} items completed. The first one: {first}"
+        self._batch = replace(
+            batch,
+            status=status,
+            error=error,
+            completed_at=workflow.now(),
+            completed_items=batch.total_items,
+            cancelled_items=cancelled,
+        )
+        state = self._state()
+        about = replace(state.attempts[-1], completed_at=workflow.now())
+        self._order = replace(state, attempts=(*state.attempts[:-1], about))
+        self._show()
+        workflow.upsert_memo(
+            {
+                "failed_in": f"{self._failed_in:x}",
+                "cancelled_in": f"{self._cancelled_in:x}",
+                "first_error": self._first_error,
+            }
+        )
+
+
+@workflow.defn(name=CHUNK_WORKFLOW)
+class FlockChunk(_Interruptible):
+    """One attempt of some items that stand together. Its history is their record, see ``flock.temporal.records``.
+
+    Returns: how many it brought to which end. When it is cancelled, what was not begun counts as cancelled.
+    """
+
+    @workflow.init
+    def __init__(self, order: ChunkOrder) -> None:
+        self._order = order
+        self._lanes = order.lanes
+        self._ended = order.before or ChunkEnded()
+        self._todo: deque[Part] = deque(order.parts or ())
+        #: those who are to be cancelled
+        self._cancelled = set(order.cancelled)
+        self._at_work: dict[asyncio.Task[ItemsDone], ItemsOrder] = {}
+
+    @workflow.signal(name="set_lanes")
+    def set_lanes(self, lanes: int) -> None:
+        """Do more at the same time, or less."""
+        self._lanes = lanes
+
+    @workflow.signal(name="cancel_item")
+    def cancel_item(self, position: int) -> None:
+        """Cancel one item."""
+        self._cancelled.add(position)
+        self._show()  # read by whoever works on it
+        for task, order in self._at_work.items():
+            if any(part.position == position for part in order.parts):
+                task.cancel()
+
+    @workflow.run
+    async def run(self, order: ChunkOrder) -> ChunkEnded:
+        if order.parts is None:
+            await self._find()
+        while True:
+            self._leave_out_cancelled()
+            if not (self._todo or self._at_work):
+                break
+            if not _is_long():
+                self._begin()
+            elif not self._at_work:
+                workflow.continue_as_new(self._state())
+            self._show()
+            lanes, cancelled = self._lanes, len(self._cancelled)
+            await self._until(
+                lambda: (
+                    any(task.done() for task in self._at_work)
+                    or (self._lanes, len(self._cancelled)) != (lanes, cancelled)  # noqa: B023 - waited for here
+                )
+            )
+            if self.is_cancelled:
+                self._show()
+                for task in self._at_work:
+                    task.cancel()
+            self._take_in()
+        self._show()
+        return self._ended
+
+    async def _find(self) -> None:
+        """Find out what there is to do."""
+        order = self._order
+        if order.is_whole:
+            self._todo.extend(Part(position=position) for position in range(*order.positions))
+            return
+        found = asyncio.create_task(
+            workflow.execute_activity(
+                FIND_ACTIVITY,
+                self._items_order(()),
+                result_type=list[int],
+                start_to_close_timeout=timedelta(seconds=30),
+                retry_policy=UNTIL_DONE,
+            )
+        )
+        while not found.done():
+            await self._until(found.done)
+        self._todo.extend(Part(position=position) for position in found.result())
+
+    def _items_order(self, parts: tuple[Part, ...]) -> ItemsOrder:
+        order = self._order
+        return ItemsOrder(
+            batch_id=order.batch_id,
+            chunk=order.chunk,
+            attempt=order.attempt,
+            attempts=order.attempts,
+            parts=parts,
+            timeout_s=order.timeout_s,
+            heartbeat_timeout_s=order.heartbeat_timeout_s,
+        )
+
+    def _begin(self) -> None:
+        """Share out what is to be done among the places that are free."""
+        while self._todo and len(self._at_work) < self._lanes:
+            share = math.ceil(len(self._todo) / (self._lanes - len(self._at_work)))
+            order = self._items_order(tuple(self._todo.popleft() for _ in range(share)))
+            doing = workflow.execute_activity(
+                ITEMS_ACTIVITY,
+                order,
+                result_type=ItemsDone,
+                task_queue=items_queue_of(workflow.info().task_queue),
+                start_to_close_timeout=NO_LIMIT,
+                heartbeat_timeout=timedelta(seconds=order.heartbeat_timeout_s),
+                retry_policy=RETRIES,
+                cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+            )
+            self._at_work[asyncio.create_task(doing)] = order
+
+    def _take_in(self) -> None:
+        """Count what was done, and put the rest back."""
+        for task, order in [(task, order) for task, order in self._at_work.items() if task.done()]:
+            del self._at_work[task]
+            done = _what_became_of(task, order)
+            for ended in done.ended:
+                self._count(ended.status, (ended.position, ended.error or ""))
+            self._todo.extendleft(reversed(left_of(order, done)))
+
+    def _leave_out_cancelled(self) -> None:
+        if not (self.is_cancelled or self._cancelled):
+            return
+        todo, self._todo = self._todo, deque()
+        for part in todo:
+            if self.is_cancelled or part.position in self._cancelled:
+                self._count(RunStatus.CANCELLED, (part.position, ""))
+            else:
+                self._todo.append(part)
+
+    def _count(self, status: RunStatus, error: tuple[int, str]) -> None:
+        self._ended += ChunkEnded(
+            completed=status is RunStatus.COMPLETED,
+            failed=status is RunStatus.FAILED,
+            cancelled=status is RunStatus.CANCELLED,
+            first_error=error if status is RunStatus.FAILED else None,
+        )
+
+    def _state(self) -> ChunkOrder:
+        return replace(
+            self._order,
+            lanes=self._lanes,
+            parts=tuple(self._todo),
+            cancelled=tuple(sorted(self._cancelled)),
+            before=self._ended,
+        )
+
+    def _show(self) -> None:
+        """Let the worker and others read it: how many have ended, and who is to stop."""
+        shown = {"ended": self._ended, "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
+        workflow.upsert_memo({name: msgspec.to_builtins(value) for name, value in shown.items()})
+
+
+def _what_became_of(task: asyncio.Task[ItemsDone], order: ItemsOrder) -> ItemsDone:
+    try:
+        return task.result()
+    except ActivityError as exc:
+        if isinstance(exc.cause, CancelledError):  # before it began
+            return ItemsDone()
+        beat = None
+        if isinstance(exc.cause, TimeoutError) and exc.cause.last_heartbeat_details:
+            beat = recoded(exc.cause.last_heartbeat_details[0], ItemsBeat)
+        return ended_by(order, beat, workflow.now())
+
+
+@workflow.defn(name=ROWS_WORKFLOW)
+class FlockRows:
+    """Holds the rows of one chunk in what it is started with, while it waits for its delayed start."""
+
+    @workflow.run
+    async def run(self, order: RowsOrder) -> None: ...
+
+
+@workflow.defn(name=FORGET_WORKFLOW)
+class FlockForget:
+    """Stands for a batch that was deleted, and has all deleted that is kept of it."""
+
+    @workflow.run
+    async def run(self, order: ForgetOrder) -> None:
+        await workflow.execute_activity(
+            FORGET_ACTIVITY,
+            order,
+            start_to_close_timeout=timedelta(minutes=10),
+            retry_policy=UNTIL_DONE,
+        )
+        await asyncio.sleep(order.keep_mark_s)
+
+
+def _is_long() -> bool:
+    info = workflow.info()
+    return info.get_current_history_length() > MAX_EVENTS or info.get_current_history_size() > MAX_BYTES

@@ -1,0 +1,246 @@
+"""From the histories of a batch's chunks to the records of its items: no worker is asked, and nothing is kept twice."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from msgspec.structs import replace
+from temporalio.api.enums.v1 import EventType
+from temporalio.api.history.v1 import HistoryEvent
+from temporalio.api.workflow.v1 import PendingActivityInfo
+from temporalio.client import Client, WorkflowHandle
+from temporalio.service import RPCError, RPCStatusCode
+
+from flock.runs import INVALID_INPUT, Run, RunStatus
+from flock.temporal.messages import (
+    ITEMS_ACTIVITY,
+    Ended,
+    ItemsBeat,
+    ItemsDone,
+    ItemsOrder,
+    Part,
+    Reopening,
+    RowsOrder,
+    chunk_workflow_id,
+    decoded,
+    item_id,
+    rows_workflow_id,
+)
+from flock.temporal.records import CANCELLED_BEFORE, ended_by, left_of, time_of
+
+__all__ = ["Chunk", "read_chunk", "reopens"]
+
+#: What closes the history of a chunk for good.
+CLOSED = (
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED,
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED,
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED,
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED,
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT,
+)
+
+E = EventType
+
+
+class Chunk:
+    """The items of one chunk, as its rows and histories tell of them.
+
+    Attributes:
+        items: by position.
+    """
+
+    def __init__(self, batch_id: str, rows: RowsOrder) -> None:
+        self.items: dict[int, Run] = {}
+        for position, row in enumerate(rows.rows, rows.first):
+            item = replace(
+                rows.item,
+                run_id=item_id(batch_id, position),
+                batch_id=batch_id,
+                position=position,
+                inputs=row.inputs,
+            )
+            if row.error is not None:
+                end = {"error": row.error, "error_type": INVALID_INPUT, "completed_at": item.created_at}
+                item = replace(item, status=RunStatus.FAILED, **end)
+            self.items[position] = item
+
+    def reopen(self, about: Reopening) -> None:
+        """What an attempt of the batch is about waits again."""
+        for position, item in self.items.items():
+            if reopens(about, item):
+                self.items[position] = replace(
+                    item,
+                    status=RunStatus.STARTING,
+                    attempt=item.attempt + 1,
+                    result=None,
+                    error=None,
+                    error_type=None,
+                    started_at=None,
+                    completed_at=None,
+                    progress=None,
+                    cancel_requested=False,
+                )
+
+    def fold(self, history: Iterable[HistoryEvent], pending: Sequence[PendingActivityInfo] = ()) -> None:
+        """Let what happened in one attempt happen to the items."""
+        orders: dict[int, ItemsOrder] = {}
+        for event in history:
+            at = time_of(event.event_time)
+            match event.event_type:
+                case E.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
+                    scheduled = event.activity_task_scheduled_event_attributes
+                    if scheduled.activity_type.name == ITEMS_ACTIVITY:
+                        orders[event.event_id] = decoded(scheduled.input.payloads[0], ItemsOrder)
+                case E.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
+                    completed = event.activity_task_completed_event_attributes
+                    if order := orders.pop(completed.scheduled_event_id, None):
+                        self._take_in(order, decoded(completed.result.payloads[0], ItemsDone), at)
+                case E.EVENT_TYPE_ACTIVITY_TASK_CANCELED:
+                    if order := orders.pop(event.activity_task_canceled_event_attributes.scheduled_event_id, None):
+                        self._take_in(order, ItemsDone(), at)
+                case E.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
+                    late = event.activity_task_timed_out_event_attributes
+                    if order := orders.pop(late.scheduled_event_id, None):
+                        told = late.failure.timeout_failure_info.last_heartbeat_details.payloads
+                        beat = decoded(told[0], ItemsBeat) if told else None
+                        self._take_in(order, ended_by(order, beat, at), at)
+                case E.EVENT_TYPE_ACTIVITY_TASK_FAILED:
+                    if order := orders.pop(event.activity_task_failed_event_attributes.scheduled_event_id, None):
+                        self._take_in(order, ended_by(order, None, at), at)
+                case E.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
+                    signal = event.workflow_execution_signaled_event_attributes
+                    if signal.signal_name == "cancel_item":
+                        position = decoded(signal.input.payloads[0], int)
+                        is_at_work = any(part.position == position for order in orders.values() for part in order.parts)
+                        self.cancel([position], None if is_at_work else at)
+                case E.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
+                    self.cancel(self.items, None)
+                case closed if closed in CLOSED:
+                    self.close(at)
+        for activity in pending:
+            if activity.HasField("heartbeat_details"):
+                self._look_at(decoded(activity.heartbeat_details.payloads[0], ItemsBeat))
+
+    def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
+        """Somebody asked to cancel items: those that wait have ended *at* that time, if one is given."""
+        for position in positions:
+            item = self.items.get(position)
+            if item is not None and not item.status.is_final:
+                item = replace(item, cancel_requested=True)
+                self.items[position] = item if at is None else _cancelled(item, at)
+
+    def close(self, at: datetime) -> None:
+        """Nothing more happens in this attempt: what has not ended was cancelled before it began."""
+        for position, item in self.items.items():
+            if not item.status.is_final:
+                self.items[position] = _cancelled(item, at)
+
+    def _take_in(self, order: ItemsOrder, done: ItemsDone, at: datetime) -> None:
+        for ended in done.ended:
+            self._end(ended)
+        for part in left_of(order, done):
+            item = self._begun(part)
+            if item.cancel_requested:
+                item = _cancelled(item, at)
+            self.items[part.position] = item
+
+    def _look_at(self, beat: ItemsBeat) -> None:
+        for ended in beat.ended:
+            self._end(ended)
+        if beat.at_work is not None and not self.items[beat.at_work.position].status.is_final:
+            self.items[beat.at_work.position] = self._begun(beat.at_work)
+
+    def _begun(self, part: Part) -> Run:
+        item = self.items[part.position]
+        if part.started_at is None:
+            return item
+        steps = part.steps or item.steps
+        return replace(item, status=RunStatus.RUNNING, started_at=part.started_at, steps=steps, progress=part.progress)
+
+    def _end(self, ended: Ended) -> None:
+        item = self.items[ended.position]
+        steps = ended.steps or item.steps
+        self.items[ended.position] = replace(
+            item,
+            status=ended.status,
+            result=steps[-1].result if ended.status is RunStatus.COMPLETED else None,
+            error=ended.error,
+            error_type=ended.error_type,
+            started_at=ended.started_at,
+            completed_at=ended.completed_at,
+            progress=ended.progress,
+            steps=steps,
+        )
+
+
+def _cancelled(item: Run, at: datetime) -> Run:
+    return replace(
+        item,
+        status=RunStatus.CANCELLED,
+        error=CANCELLED_BEFORE.error,
+        error_type=CANCELLED_BEFORE.error_type,
+        completed_at=at,
+    )
+
+
+def reopens(about: Reopening, item: Run) -> bool:
+    """Whether a retry is about *item*. One that does not fit would not fit again."""
+    is_meant = about.position in (None, item.position)
+    return item.status in about.only and is_meant and item.error_type != INVALID_INPUT
+
+
+async def read_chunk(client: Client, batch_id: str, chunk: int, attempts: Sequence[Reopening]) -> Chunk:
+    """A chunk as it stands, by all that *attempts* of its batch have done to it.
+
+    Raises: RPCError, NOT_FOUND where the cluster has forgotten its rows.
+    """
+    histories = asyncio.gather(
+        *(
+            _history(client, chunk_workflow_id(batch_id, chunk, number), is_last=number == len(attempts))
+            for number, about in enumerate(attempts, 1)
+            if chunk < about.begun_to
+        )
+    )
+    rows, begun = await _rows(client, batch_id, chunk), iter(await histories)
+    found = Chunk(batch_id, rows)
+    for number, about in enumerate(attempts, 1):
+        if number > 1:
+            found.reopen(about)
+        found.cancel(about.cancelled, about.completed_at)
+        if chunk < about.begun_to:
+            found.fold(*next(begun))
+        if about.completed_at is not None:
+            found.close(about.completed_at)
+    return found
+
+
+async def _rows(client: Client, batch_id: str, chunk: int) -> RowsOrder:
+    handle = client.get_workflow_handle(rows_workflow_id(batch_id, chunk))
+    async for event in handle.fetch_history_events(page_size=1):
+        return decoded(event.workflow_execution_started_event_attributes.input.payloads[0], RowsOrder)
+    raise AssertionError("every history has a first event")
+
+
+async def _history(
+    client: Client, workflow_id: str, *, is_last: bool
+) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
+    """All events of a chunk's attempt, also where it went on in a new history, and what is at work in it."""
+    events: list[HistoryEvent] = []
+    run_id: str | None = None
+    pending: Sequence[PendingActivityInfo] = ()
+    try:
+        while True:
+            handle: WorkflowHandle[Any, Any] = client.get_workflow_handle(workflow_id, run_id=run_id)
+            found = (await handle.fetch_history()).events
+            if not events and is_last and found[-1].event_type not in CLOSED:
+                described = (await handle.describe()).raw_description
+                pending = described.pending_activities
+            events = [*found, *events]
+            run_id = found[0].workflow_execution_started_event_attributes.continued_execution_run_id
+            if not run_id:
+                return events, pending
+    except RPCError as exc:
+        if exc.status is not RPCStatusCode.NOT_FOUND:
+            raise
+        return events, pending

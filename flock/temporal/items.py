@@ -1,0 +1,304 @@
+"""Items of batches in a worker: one after the other, as many as it gets done in a short time.
+
+For each await of an item: if its worker dies, another goes on behind the last step that a heartbeat told of, which is a
+tenth of a second old at most; if it is cancelled, it has stopped before that is said.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import OrderedDict
+from datetime import datetime
+
+from msgspec.structs import replace
+from temporalio import activity
+from temporalio.api.common.v1 import WorkflowExecution
+from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
+from temporalio.service import RPCError, RPCStatusCode
+
+from flock.ends import CANCELLED, End
+from flock.runs import Run, RunStatus, now
+from flock.temporal.chunks import Chunk, read_chunk, reopens
+from flock.temporal.cluster import Cluster
+from flock.temporal.messages import (
+    FIND_ACTIVITY,
+    FORGET_ACTIVITY,
+    ITEMS_ACTIVITY,
+    Ended,
+    ForgetOrder,
+    ItemsBeat,
+    ItemsDone,
+    ItemsOrder,
+    Part,
+    recoded,
+    rows_workflow_id,
+)
+from flock.temporal.turns import Turn, Turns
+
+__all__ = ["ItemActivities"]
+
+logger = logging.getLogger("flock.temporal")
+
+#: No item is begun so many seconds, or bytes of results, after the first: others have their turn, and what is done is
+#: in the history of its chunk.
+SLICE_S = 2.0
+SLICE_BYTES = 256 * 1024
+#: How often the cluster is told how far it is, while that changes, in seconds.
+BEAT_S = 0.1
+#: So many chunks' rows are kept in memory: of one chunk several places may ask, one after the other.
+CHUNKS_KEPT = 32
+MAX_ERROR_CHARS = 10_000
+DELETES_AT_ONCE = 8
+
+
+class _Job:
+    """One ``ItemsOrder`` that is at work here."""
+
+    def __init__(self, order: ItemsOrder, beat: ItemsBeat) -> None:
+        self.order = order
+        self.ended = list(beat.ended)
+        self.at_work = beat.at_work
+        self.bytes = sum(len(step.result) for ended in self.ended for step in ended.steps)
+        self.turn: Turn | None = None
+        self.has_taken_turns = False
+        #: items that are to be cancelled: all of them, or some
+        self.is_cancelled = False
+        self.cancelled: set[int] = set()
+        #: no further item is to be begun
+        self.is_to_return = False
+        self.news = asyncio.Event()
+
+    def parts_to_do(self) -> list[Part]:
+        gone = {ended.position for ended in self.ended}
+        at_work = self.at_work
+        return [
+            at_work if at_work is not None and at_work.position == part.position else part
+            for part in self.order.parts
+            if part.position not in gone
+        ]
+
+    def is_to_cancel(self, position: int) -> bool:
+        return self.is_cancelled or position in self.cancelled
+
+    def end(self, ended: Ended) -> None:
+        self.ended.append(ended)
+        self.at_work = None
+        self.bytes += sum(len(step.result) for step in ended.steps)
+        self.news.set()
+
+    def beat(self) -> ItemsBeat:
+        at_work = self.at_work
+        if at_work is not None and self.turn is not None:
+            at_work = replace(at_work, progress=self.turn.progress or at_work.progress)
+        return ItemsBeat(ended=tuple(self.ended), at_work=at_work)
+
+
+class ItemActivities:
+    """What a worker does for batches."""
+
+    def __init__(self, cluster: Cluster, turns: Turns) -> None:
+        self._cluster = cluster
+        self._turns = turns
+        self._chunks: OrderedDict[tuple[str, int, int], asyncio.Task[Chunk]] = OrderedDict()
+
+    @activity.defn(name=ITEMS_ACTIVITY)
+    async def run(self, order: ItemsOrder) -> ItemsDone:
+        """Take items to their ends. What is not among those that it returns is to be ordered anew.
+
+        Cancellation: who is to stop is read from the chunk's memo; when it has stopped, it returns as always.
+        """
+        info = activity.info()
+        told = [recoded(beat, ItemsBeat) for beat in info.heartbeat_details]
+        job = _Job(order, told[0] if told else ItemsBeat())
+        work = asyncio.create_task(self._work_through(job, is_again=info.attempt > 1))
+        beats, asking = asyncio.create_task(_tell_beats(job)), set[asyncio.Task[None]]()
+        try:
+            while not work.done():
+                try:
+                    await asyncio.wait([work])
+                except asyncio.CancelledError:
+                    job.is_to_return = True
+                    if activity.is_worker_shutdown():
+                        if job.turn is not None:
+                            self._turns.leave(job.turn)
+                    else:
+                        asking.add(asyncio.create_task(self._stop_cancelled(job)))
+        finally:
+            for task in (beats, *asking):
+                task.cancel()
+        work.result()
+        unfinished = job.at_work if job.at_work is not None and job.at_work.steps else None
+        return ItemsDone(ended=tuple(job.ended), unfinished=unfinished)
+
+    async def _work_through(self, job: _Job, *, is_again: bool) -> None:
+        items = (await self._chunk(job.order)).items
+        return_at = time.monotonic() + SLICE_S
+        for part in job.parts_to_do():
+            if job.is_to_cancel(part.position):
+                job.end(_ended(part, CANCELLED, part.started_at))
+                continue
+            run = items[part.position]
+            if part.started_at is not None:
+                run = replace(run, status=RunStatus.RUNNING, started_at=part.started_at)
+            run = replace(run, steps=part.steps or run.steps)
+            ended = await self._carry_out(job, run, is_again=is_again)
+            if ended is None:
+                return
+            job.end(ended)
+            is_again = False
+            if job.is_to_return or activity.is_worker_shutdown():
+                return
+            if time.monotonic() > return_at or job.bytes > SLICE_BYTES:
+                return
+
+    async def _carry_out(self, job: _Job, run: Run, *, is_again: bool) -> Ended | None:
+        """Take one item to its end; None where it is left for later."""
+        position = run.position or 0
+        while not run.steps or run.steps[-1].next_agent is not None:
+            if self._turns.may_be_begun_once(run) and job.has_taken_turns:
+                return None  # it begins an order of its own: whoever gets that a second time knows that it was begun
+            turn = job.turn = Turn(run, job.order.timeout_s, is_again=is_again)
+            job.has_taken_turns, is_again = True, False
+            job.at_work = _part(run)
+            # A task of its own takes with it whatever cancellation the agent's code leaves behind.
+            taking = asyncio.create_task(self._turns.take(turn))
+            while not taking.done():
+                await asyncio.wait([taking])
+            job.turn = None
+            if turn.done is not None:
+                started_at = run.started_at or turn.begun_at
+                progress = turn.progress or run.progress
+                run = replace(
+                    run,
+                    status=RunStatus.RUNNING,
+                    started_at=started_at,
+                    progress=progress,
+                    steps=(*run.steps, turn.done),
+                )
+                job.at_work = _part(run)
+                job.news.set()
+            elif turn.is_left:
+                return None
+            end = None
+            if turn.done is None and turn.is_late:
+                end = self._turns.end_of(turn)
+            elif job.is_to_cancel(position) and (turn.done is None or run.steps[-1].next_agent is not None):
+                end = CANCELLED
+            elif turn.done is None and turn.scope.cancel_called:
+                return None
+            elif turn.done is None:
+                end = self._turns.end_of(turn)
+            if end is not None:
+                run = replace(run, started_at=run.started_at or turn.begun_at, progress=turn.progress or run.progress)
+                return self._tell_end(run, _ended(_part(run), end, run.started_at))
+        ended = Ended(
+            position=position,
+            started_at=run.started_at or now(),
+            completed_at=now(),
+            progress=run.progress,
+            steps=run.steps,
+        )
+        return self._tell_end(run, ended)
+
+    def _tell_end(self, run: Run, ended: Ended) -> Ended:
+        result = ended.steps[-1].result if ended.status is RunStatus.COMPLETED else None
+        end = {"status": ended.status, "error": ended.error, "error_type": ended.error_type, "result": result}
+        self._turns.tell("run_ended", replace(run, completed_at=ended.completed_at, **end))
+        return ended
+
+    async def _stop_cancelled(self, job: _Job) -> None:
+        """Find out who is to stop. As long as nobody knows, what is at work goes on: it may be meant for another."""
+        handle = self._cluster.client.get_workflow_handle(activity.info().workflow_id or "")
+        memo = await (await handle.describe()).memo()
+        job.is_cancelled, job.cancelled = bool(memo["is_cancelled"]), set(memo["cancelled"])
+        if job.turn is not None and job.at_work is not None and job.is_to_cancel(job.at_work.position):
+            job.turn.stop()
+
+    async def _chunk(self, order: ItemsOrder) -> Chunk:
+        """The items of a chunk as they were when this attempt began. Raises RPCError."""
+        key = (order.batch_id, order.chunk, order.attempt)
+        if key in self._chunks:
+            self._chunks.move_to_end(key)
+        else:
+            self._chunks[key] = asyncio.create_task(self._read(order))
+        try:
+            found = await asyncio.shield(self._chunks[key])
+        except BaseException:
+            self._chunks.pop(key, None)
+            raise
+        while len(self._chunks) > CHUNKS_KEPT:
+            self._chunks.popitem(last=False)
+        return found
+
+    async def _read(self, order: ItemsOrder) -> Chunk:
+        *before, about = order.attempts
+        found = await read_chunk(self._cluster.client, order.batch_id, order.chunk, before)
+        if before:
+            found.reopen(about)
+        return found
+
+    @activity.defn(name=FIND_ACTIVITY)
+    async def find(self, order: ItemsOrder) -> list[int]:
+        """The positions of those items of a chunk that its attempt is about."""
+        *before, about = order.attempts
+        found = await read_chunk(self._cluster.client, order.batch_id, order.chunk, before)
+        if not before:
+            return [position for position, item in found.items.items() if not item.status.is_final]
+        return [position for position, item in found.items.items() if reopens(about, item)]
+
+    @activity.defn(name=FORGET_ACTIVITY)
+    async def forget(self, order: ForgetOrder) -> None:
+        """Delete all that is kept of a batch. It may be begun again."""
+        client, of_batch = self._cluster.client, order.batch_id
+        # The search may not know yet what was sent a moment ago.
+        ids = [(rows_workflow_id(of_batch, chunk), "") for chunk in range(order.chunks)]
+        for prefix in (f"batch:{of_batch}", f"chunk:{of_batch}:"):
+            found = client.list_workflows(f"WorkflowId STARTS_WITH '{prefix}'", page_size=1000)
+            ids += [(each.id, each.run_id) async for each in found]
+        left = iter(ids)
+
+        async def delete() -> None:
+            for workflow_id, run_id in left:
+                await self._delete(workflow_id, run_id)
+
+        await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))
+
+    async def _delete(self, workflow_id: str, run_id: str) -> None:
+        wanted = DeleteWorkflowExecutionRequest(
+            namespace=self._cluster.namespace,
+            workflow_execution=WorkflowExecution(workflow_id=workflow_id, run_id=run_id),
+        )
+        try:
+            await self._cluster.client.workflow_service.delete_workflow_execution(wanted)
+        except RPCError as exc:
+            if exc.status is not RPCStatusCode.NOT_FOUND:
+                raise
+
+
+def _part(run: Run) -> Part:
+    return Part(position=run.position or 0, started_at=run.started_at, steps=run.steps, progress=run.progress)
+
+
+def _ended(part: Part, end: End, started_at: datetime | None) -> Ended:
+    return Ended(
+        position=part.position,
+        status=end.status,
+        error=end.error[:MAX_ERROR_CHARS],
+        error_type=end.error_type,
+        started_at=started_at,
+        completed_at=now(),
+        progress=part.progress,
+        steps=part.steps,
+    )
+
+
+async def _tell_beats(job: _Job) -> None:
+    silent_s = job.order.heartbeat_timeout_s / 3
+    while True:
+        await asyncio.sleep(BEAT_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(silent_s - BEAT_S):
+                await job.news.wait()
+        job.news.clear()
+        activity.heartbeat(job.beat())

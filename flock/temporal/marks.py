@@ -1,0 +1,107 @@
+"""Workflows that only stand for something: an idempotency key, or what was deleted. They wait, and nobody needs to work
+for that; while one is there, no other has its id."""
+
+import hashlib
+from collections.abc import Mapping
+from datetime import timedelta
+
+from temporalio.common import WorkflowIDConflictPolicy
+from temporalio.exceptions import WorkflowAlreadyStartedError
+from temporalio.service import RPCError
+
+from flock.errors import KeyReused
+from flock.runs import IdempotencyKey
+from flock.temporal.cluster import Cluster
+from flock.temporal.messages import FORGET_WORKFLOW, MARK_WORKFLOW, ForgetOrder
+
+__all__ = ["Marks"]
+
+#: How long an idempotency key is kept.
+KEEP_KEYS_FOR = timedelta(hours=24)
+#: How long it is marked that something was deleted. The cluster takes half a minute to forget what has ended.
+KEEP_GONE_FOR = timedelta(hours=1)
+
+
+class Marks:
+    """The marks of one flock."""
+
+    def __init__(self, cluster: Cluster, flock: str, task_queue: str) -> None:
+        self._cluster = cluster
+        self._flock = flock
+        self._task_queue = task_queue
+
+    def key_id(self, key: IdempotencyKey) -> str:
+        digest = hashlib.sha256(f"{self._flock}\n{key.kept_as}".encode()).hexdigest()
+        return f"key:{digest}"
+
+    async def claim(self, key: IdempotencyKey, made_id: str) -> str:
+        """The id of what *key* stands for: *made_id*, unless somebody claimed it before. Raises KeyReused."""
+        mine = {"run_id": made_id, "fingerprint": key.digest.hex()}
+        if await self._mark(self.key_id(key), KEEP_KEYS_FOR, mine):
+            return made_id
+        return await self.find(key) or made_id
+
+    async def find(self, key: IdempotencyKey) -> str | None:
+        """The id of what *key* stands for, if anybody claimed it. Raises KeyReused."""
+        try:
+            async with self._cluster.asking():
+                kept = await (await self._cluster.client.get_workflow_handle(self.key_id(key)).describe()).memo()
+        except RPCError:
+            return None
+        if kept["fingerprint"] != key.digest.hex():
+            raise KeyReused(key.key)
+        made_id: str = kept["run_id"]
+        return made_id
+
+    async def free(self, key_id: str | None) -> None:
+        """Whoever deletes something may make it anew under the same key."""
+        if key_id is not None:
+            try:
+                async with self._cluster.asking():
+                    await self._cluster.client.get_workflow_handle(key_id).terminate()
+            except RPCError:  # it is gone by itself
+                return
+
+    async def note_gone(self, id_: str) -> bool:
+        """Mark something as deleted; False where it was before."""
+        return await self._mark(f"gone:{id_}", KEEP_GONE_FOR)
+
+    async def forget_batch(self, batch_id: str, chunks: int) -> bool:
+        """Mark a batch as deleted, and let workers delete what is kept of it; False where that was asked before."""
+        order = ForgetOrder(batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_GONE_FOR.total_seconds())
+        try:
+            async with self._cluster.asking():
+                await self._cluster.client.start_workflow(
+                    FORGET_WORKFLOW,
+                    order,
+                    id=f"gone:{batch_id}",
+                    task_queue=self._task_queue,
+                    id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+                )
+        except WorkflowAlreadyStartedError:
+            return False
+        return True
+
+    async def is_gone(self, id_: str) -> bool:
+        try:
+            async with self._cluster.asking():
+                await self._cluster.client.get_workflow_handle(f"gone:{id_}").describe()
+        except RPCError:
+            return False
+        return True
+
+    async def _mark(self, mark_id: str, keep_for: timedelta, memo: Mapping[str, str] | None = None) -> bool:
+        """Make a mark; False where there is one already."""
+        try:
+            async with self._cluster.asking():
+                await self._cluster.client.start_workflow(
+                    MARK_WORKFLOW,
+                    id=mark_id,
+                    task_queue=self._task_queue,
+                    start_delay=keep_for,
+                    id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+                    memo=memo,
+                )
+        except WorkflowAlreadyStartedError:
+            return False
+        return True

@@ -1,0 +1,100 @@
+"""Lists from the cluster's search.
+
+It tells of a change within moments, and cannot sort everywhere: what is wanted is read by ranges of ids, which are
+ordered by time, and each range is sorted here.
+"""
+
+import re
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+from flock.runs import RunStatus, now
+from flock.schema import id_at
+from flock.temporal.cluster import Cluster
+from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL
+
+__all__ = ["ID", "newest_first", "own"]
+
+#: How many workflows a range of a list may hold.
+WORKFLOWS_A_RANGE = 1000
+#: Ids may have been made by a clock that is ahead.
+MAX_CLOCK_LEAD = timedelta(days=7)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: Of runs and batches.
+ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+#: How the workflows stand of what may have a status.
+EXECUTION_STATUS = {
+    RunStatus.STARTING: "'Running'",
+    RunStatus.RUNNING: "'Running'",
+    RunStatus.COMPLETED: "'Completed'",
+    RunStatus.FAILED: "'Failed', 'Terminated', 'TimedOut'",
+    RunStatus.CANCELLED: "'Canceled'",
+}
+
+
+def own(workflow_type: str, flock: str) -> str:
+    """A query for what is *flock*'s own."""
+    return f"WorkflowType = '{workflow_type}' AND {FLOCK.name} = {_quoted(flock)}"
+
+
+async def newest_first(
+    cluster: Cluster,
+    query: str,
+    prefix: str,
+    *,
+    status: RunStatus | None = None,
+    agent_name: str | None = None,
+    principal: str | None = None,
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
+    after: str | None = None,
+) -> AsyncIterator[list[str]]:
+    """The ids of runs or batches that may be wanted, newest first, from one range of ids after the other.
+
+    Args:
+        query: what all of them fulfil.
+        prefix: of the ids of their workflows.
+        created_after, created_before: to the millisecond.
+        after: the last id of the page before.
+    """
+    conditions = [query]
+    if status is not None:
+        conditions.append(f"ExecutionStatus IN ({EXECUTION_STATUS[status]})")
+    if agent_name is not None:
+        conditions.append(f"{AGENT.name} = {_quoted(agent_name)}")
+    if principal is not None:
+        conditions.append(f"{PRINCIPAL.name} = {_quoted(principal)}")
+    bottom = 0 if created_after is None else _milliseconds(created_after) + 1
+    top = _milliseconds(now() + MAX_CLOCK_LEAD if created_before is None else created_before)
+    high = _id_at(top)
+    if after is not None and not ID.fullmatch(after):
+        return  # nothing is behind what is none
+    if after is not None and after < high:
+        high, top = after, int(after.replace("-", "")[:12], 16)
+    span = top - bottom
+    while top >= bottom:
+        low = max(bottom, top - span)
+        ranged = [*conditions, f"WorkflowId >= '{prefix}:{_id_at(low)}'", f"WorkflowId < '{prefix}:{high}'"]
+        wanted = " AND ".join(ranged)
+        async with cluster.asking():
+            if (await cluster.client.count_workflows(wanted)).count > WORKFLOWS_A_RANGE and span > 1:
+                span = max(1, span // 4)
+                continue
+            found = {found.id.split(":")[1] async for found in cluster.client.list_workflows(wanted, page_size=1000)}
+        yield sorted(found, reverse=True)
+        if low == bottom:
+            return
+        high, top, span = _id_at(low), low, span * 2
+
+
+def _milliseconds(time: datetime) -> int:
+    return max(0, (time - EPOCH) // timedelta(milliseconds=1))
+
+
+def _id_at(milliseconds: int) -> str:
+    return id_at(EPOCH + timedelta(milliseconds=milliseconds))
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
