@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from flock.core import Flock
 from flockapi import FlockAPI, create_app
-from tests.fakes import FakeModel, free_port, sample_flock, temporal_server
+from tests.fakes import FakeModel, Opened, free_port, on_temporal, sample_flock, temporal_server
 
 # A busy machine is slow, and that is no failure; where a red run blocks, the same cases are tried each time.
 settings.register_profile(
@@ -45,6 +45,16 @@ def temporal_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     with temporal_server(tmp_path_factory.mktemp("temporal") / "temporal.db", port):
         yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture(params=["memory", "disk", "temporal"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
+    """Each kind of engine. The cluster is a real one, the development server, with a worker in this process."""
+    if request.param == "temporal":
+        address = request.getfixturevalue("temporal_address")
+        return lambda flock, **options: on_temporal(address, flock, **options)
+    store = tmp_path / "flock.db" if request.param == "disk" else ":memory:"
+    return lambda flock, **options: flock.engine(store=store, **options)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A fake model server, raw sockets that misbehave, sample flocks, and real servers in processes of their own."""
+"""A fake model server, raw sockets that misbehave, sample flocks, engines of each kind, and real servers."""
 
 import contextlib
 import json
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -24,7 +25,9 @@ from starlette.routing import Route
 
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
-from flock.runs import RunContext
+from flock.llm import ModelClient
+from flock.runs import Batch, Engine, RunContext, new_id
+from flock.temporal import TemporalEngine, TemporalWorker
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -233,6 +236,75 @@ def free_port() -> int:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
         return port
+
+
+# Engines
+
+#: Opens an engine of the kind that is tested, for a flock, with options that all kinds have.
+Opened = Callable[..., AbstractAsyncContextManager[Engine]]
+
+#: What workers are told, and not the engine.
+OF_WORKERS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors")
+
+
+@contextlib.asynccontextmanager
+async def on_temporal(
+    address: str, flock: Flock, transport: httpx.AsyncBaseTransport | None = None, **options: Any
+) -> AsyncIterator[Engine]:
+    """An engine on a cluster, with a worker in this process."""
+    own: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
+    of_worker: dict[str, Any] = {name: options.pop(name) for name in OF_WORKERS if name in options}
+    of_worker = {"max_steps": flock.max_steps, "drain_timeout_s": 0, **of_worker}
+    models = ModelClient(flock.model, transport=transport)
+    async with (
+        TemporalWorker(flock.agents, models, address, **own, **of_worker),
+        TemporalEngine(flock.agents, address, **own, **options) as engine,
+    ):
+        yield engine
+
+
+# Batches
+
+
+class Work:
+    """A flock whose agent says what it does, and fails or waits as it is told."""
+
+    def __init__(self, name: str = "work") -> None:
+        self.flock, self.calls, self.fails = Flock(name), list[int](), set[int]()
+        self.holds, self.may_go, self.begun = False, anyio.Event(), anyio.Event()
+
+        @self.flock.agent
+        async def item(n: int) -> int:
+            self.calls.append(n)
+            if self.holds:
+                self.begun.set()
+                await self.may_go.wait()
+            if n in self.fails:
+                raise AgentError(f"no {n}")
+            return n
+
+
+def numbers(count: int) -> list[dict[str, int]]:
+    return [{"n": n} for n in range(count)]
+
+
+async def ended(engine: Engine, batch: Batch) -> Batch:
+    with anyio.fail_after(30):
+        return await engine.wait_batch(batch.batch_id)
+
+
+async def all_items(engine: Engine, batch: Batch) -> list[Any]:
+    items: list[Any] = []
+    while page := await engine.get_items(batch.batch_id, after=len(items) - 1, limit=700):
+        items += page
+    return items
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait for what happens in tasks of others."""
+    with anyio.fail_after(30):
+        while not is_so():  # noqa: ASYNC110 - nobody tells it
+            await anyio.sleep(0.01)
 
 
 # A real server

@@ -13,21 +13,17 @@ import pytest
 from flock import schema
 from flock.batchstore import BatchStore
 from flock.core import Flock
-from flock.embedded import EmbeddedEngine
 from flock.errors import (
-    AgentError,
     BatchNotFound,
-    Conflict,
-    DefinitionError,
-    EngineFull,
     EngineStopped,
     InvalidData,
     RunNotFound,
     StoreError,
     TooLarge,
 )
-from flock.runs import Batch, BatchFilter, BatchOptions, Event, Items, Row, RunStatus, new_id, now
+from flock.runs import Batch, BatchFilter, BatchOptions, RunStatus, new_id, now
 from flock.store import Store
+from tests.fakes import Work, ended, numbers
 
 pytestmark = pytest.mark.anyio
 
@@ -39,63 +35,12 @@ def store(request: pytest.FixtureRequest) -> str:
     return "flock.db" if request.param == "disk" else ":memory:"
 
 
-class Work:
-    """A flock whose agent says what it does, and fails or waits as it is told."""
-
-    def __init__(self, name: str = "work") -> None:
-        self.flock, self.calls, self.fails = Flock(name), list[int](), set[int]()
-        self.holds, self.may_go, self.begun = False, anyio.Event(), anyio.Event()
-
-        @self.flock.agent
-        async def item(n: int) -> int:
-            self.calls.append(n)
-            if self.holds:
-                self.begun.set()
-                await self.may_go.wait()
-            if n in self.fails:
-                raise AgentError(f"no {n}")
-            return n
-
-
-def numbers(count: int) -> list[dict[str, int]]:
-    return [{"n": n} for n in range(count)]
-
-
-async def ended(engine: EmbeddedEngine, batch: Batch) -> Batch:
-    with anyio.fail_after(30):
-        return await engine.wait_batch(batch.batch_id)
-
-
-async def all_items(engine: EmbeddedEngine, batch: Batch) -> list[Any]:
-    items: list[Any] = []
-    while page := await engine.get_items(batch.batch_id, after=len(items) - 1, limit=700):
-        items += page
-    return items
-
-
 def rows(store: str | Path, query: str) -> list[Any]:
     with contextlib.closing(sqlite3.connect(store)) as db:
         return db.execute(query).fetchall()
 
 
 # Accepting
-
-
-async def test_a_batch_of_many_pages_is_accepted_and_done_in_order(store: str) -> None:
-    """What is sent may be a list, or be made as it is read, in a loop or in an async one."""
-    work = Work()
-
-    async def later() -> AsyncIterator[Any]:
-        for item in numbers(1201):
-            yield item
-
-    async with work.flock.engine(store=store) as engine:
-        for items in (numbers(1201), iter(numbers(1201)), later()):
-            batch = await ended(engine, await engine.submit_batch("item", items, OPTIONS))
-            assert (batch.status, batch.total_items, batch.completed_items) == (RunStatus.COMPLETED, 1201, 1201)
-            found = await all_items(engine, batch)
-            assert [item.position for item in found] == list(range(1201))
-            assert [bytes(item.result) for item in found] == [b'{"result":%d}' % n for n in range(1201)]
 
 
 async def breaks_off(count: int) -> AsyncIterator[Any]:
@@ -211,57 +156,6 @@ async def test_an_upload_that_another_engine_dropped_is_not_accepted_in_part(
     assert work.calls == []
 
 
-async def test_there_is_room_for_so_many_items_of_all_batches_together(store: str) -> None:
-    work = Work()
-    work.holds = True
-    async with work.flock.engine(store=store, max_open_items=5) as engine:
-        first = await engine.submit_batch("item", numbers(3), OPTIONS)
-        with pytest.raises(EngineFull, match="3 items of other batches have not ended, and 3 more"):
-            await engine.submit_batch("item", numbers(3), OPTIONS)
-        second = await engine.submit_batch("item", numbers(2), OPTIONS)
-        work.may_go.set()
-        for batch in (first, second):
-            assert (await ended(engine, batch)).status is RunStatus.COMPLETED
-
-
-async def test_a_batch_without_workers_is_refused() -> None:
-    """It would wait for ever."""
-    async with Work().flock.engine() as engine:
-        with pytest.raises(DefinitionError, match="max_workers is at least 1, and not 0"):
-            await engine.submit_batch("item", numbers(1), BatchOptions(max_workers=0))
-
-
-async def test_items_that_do_not_fit_are_left_out_on_request(store: str) -> None:
-    """They have failed, at once and for good: a retry leaves them alone."""
-    work = Work()
-    work.fails = {2}
-    items: Items = [{"n": 0}, {"n": "x"}, {"n": 2}, {}, Row(inputs=msgspec.Raw(b'{"n":4}'), line=9)]
-    async with work.flock.engine(store=store) as engine:
-        batch = await engine.submit_batch("item", items, OPTIONS, on_invalid="skip")
-        assert (batch.total_items, batch.completed_items, batch.failed_items) == (5, 2, 2)
-        batch = await ended(engine, batch)
-        assert (batch.status, batch.completed_items, batch.failed_items) == (RunStatus.COMPLETED, 5, 3)
-        found = await all_items(engine, batch)
-        assert [item.error_type for item in found] == [None, "invalid_input", "agent_error", "invalid_input", None]
-        assert found[1].error == "/batch_inputs/1/n: Expected 'int', got 'str'."
-        work.fails = set()
-        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
-        assert (batch.attempt, batch.completed_items, batch.failed_items) == (2, 5, 2)
-        assert [item.attempt for item in await all_items(engine, batch)] == [1, 1, 2, 1, 1]
-    assert work.calls == [0, 2, 4, 2]
-
-
-async def test_a_batch_of_which_no_item_fits_fails_when_those_are_skipped(store: str) -> None:
-    async with Work().flock.engine(store=store) as engine:
-        batch = await ended(engine, await engine.submit_batch("item", [{}, {}], OPTIONS, on_invalid="skip"))
-        assert batch.status is RunStatus.FAILED
-        assert batch.error == (
-            "None of the 2 items completed. The first one: /batch_inputs/0/n: This field is required."
-        )
-        with pytest.raises(Conflict, match="no item that failed or was cancelled"):
-            await engine.retry_batch(batch.batch_id)
-
-
 async def test_what_just_goes_in_just_comes_out_however_deep_it_is_nested(store: str) -> None:
     """How deep is too deep depends on who asks; and the engine does not end of it."""
     flock, taken = Flock(), 0
@@ -281,28 +175,6 @@ async def test_what_just_goes_in_just_comes_out_however_deep_it_is_nested(store:
 
 
 # Whose turn it is
-
-
-async def test_without_parallel_items_go_one_by_one_in_order(store: str) -> None:
-    flock, at_work, most, order = Flock(), 0, 0, []
-
-    @flock.agent
-    async def item(n: int) -> None:
-        nonlocal at_work, most
-        at_work += 1
-        most = max(most, at_work)
-        order.append(n)
-        await anyio.lowlevel.checkpoint()
-        at_work -= 1
-
-    async with flock.engine(store=store) as engine:
-        for options, expected in ((BatchOptions(parallel=False, max_workers=9), 1), (BatchOptions(max_workers=3), 3)):
-            most = 0
-            order.clear()
-            await ended(engine, await engine.submit_batch("item", numbers(40), options))
-            assert most == expected
-            assert sorted(order) == list(range(40))
-            assert order == sorted(order) or not options.parallel
 
 
 async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_one(store: str) -> None:
@@ -338,188 +210,7 @@ async def test_few_more_items_are_held_than_there_are_places_for(store: str) -> 
         assert (await ended(engine, batch)).status is RunStatus.COMPLETED
 
 
-async def test_items_wait_for_each_other_as_long_as_that_takes(store: str) -> None:
-    """How long a run may wait for its first step is for those that somebody waits for."""
-    work = Work()
-    work.holds = True
-    async with work.flock.engine(store=store, max_concurrency=1, queue_timeout_s=0.05) as engine:
-        batch = await engine.submit_batch("item", numbers(3), OPTIONS)
-        await work.begun.wait()
-        run = await engine.submit("item", {"n": -1})
-        assert (await engine.wait(run.run_id)).error_type == "queue_timeout"
-        work.may_go.set()
-        assert (await ended(engine, batch)).failed_items == 0
-
-
 # Being asked
-
-
-async def test_a_cancelled_batch_begins_no_item_and_waits_for_those_at_work(store: str) -> None:
-    work = Work()
-    work.holds = True
-    async with work.flock.engine(store=store) as engine:
-        batch = await engine.submit_batch("item", numbers(3000), BatchOptions(max_workers=4))
-        await work.begun.wait()
-        await anyio.wait_all_tasks_blocked()
-        asked = await engine.cancel_batch(batch.batch_id)
-        assert (asked.status, asked.cancel_requested) == (RunStatus.RUNNING, True)
-        batch = await ended(engine, batch)
-        assert (batch.status, batch.cancelled_items, batch.error) == (
-            RunStatus.CANCELLED,
-            3000,
-            "The batch was cancelled.",
-        )
-        assert work.calls == [0, 1, 2, 3]
-        assert (await engine.cancel_batch(batch.batch_id)).status is RunStatus.CANCELLED
-        items = await engine.get_items(batch.batch_id, limit=3000)
-        assert {item.status for item in items} == {RunStatus.CANCELLED}
-        assert {item.error for item in items} == {
-            "The run was cancelled.",
-            "The batch was cancelled before this item began.",
-        }
-        work.holds = False
-        batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED]))
-        assert (batch.status, batch.attempt, batch.cancelled_items) == (RunStatus.COMPLETED, 2, 0)
-        with pytest.raises(Conflict, match="completed and cannot be cancelled"):
-            await engine.cancel_batch(batch.batch_id)
-        with pytest.raises(Conflict, match="no item that failed or was cancelled"):
-            await engine.retry_batch(batch.batch_id)
-
-
-async def test_only_what_has_ended_can_be_tried_again_or_deleted(store: str) -> None:
-    work = Work()
-    work.holds = True
-    async with work.flock.engine(store=store) as engine:
-        batch = await engine.submit_batch("item", numbers(2), OPTIONS)
-        await work.begun.wait()
-        with pytest.raises(Conflict, match="is running; only one that has ended"):
-            await engine.retry_batch(batch.batch_id)
-        with pytest.raises(Conflict, match="is still running"):
-            await engine.delete_batch(batch.batch_id)
-        work.may_go.set()
-        await ended(engine, batch)
-        (item, _) = await engine.get_items(batch.batch_id)
-        await engine.delete_batch(batch.batch_id)
-        for look in (engine.get_batch, engine.delete_batch, engine.retry_batch, engine.cancel_batch, engine.wait_batch):
-            with pytest.raises(BatchNotFound):
-                await look(batch.batch_id)
-        with pytest.raises(RunNotFound):
-            await engine.get_run(item.run_id)
-        with anyio.fail_after(20):
-            while engine.store.read(lambda db: db.execute("SELECT 1 FROM runs").fetchone()):  # noqa: ASYNC110
-                await anyio.sleep(0.01)
-
-
-async def test_a_retry_of_failed_items_leaves_the_cancelled_ones(store: str) -> None:
-    work = Work()
-    work.fails, work.holds = {0}, True
-    async with work.flock.engine(store=store) as engine:
-        batch = await engine.submit_batch("item", numbers(5), BatchOptions(max_workers=2))
-        await work.begun.wait()
-        await anyio.wait_all_tasks_blocked()
-        (_, second, *_) = await engine.get_items(batch.batch_id)
-        await engine.cancel_run(second.run_id)
-        work.may_go.set()
-        batch = await ended(engine, batch)
-        assert (batch.status, batch.failed_items, batch.cancelled_items) == (RunStatus.COMPLETED, 1, 1)
-        work.fails = set()
-        batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.FAILED]))
-        assert (batch.failed_items, batch.cancelled_items) == (0, 1)
-        with pytest.raises(Conflict, match="no item that failed"):
-            await engine.retry_batch(batch.batch_id, [RunStatus.FAILED])
-
-
-async def test_an_item_that_was_cancelled_before_its_batch_was_is_tried_again_with_it(store: str) -> None:
-    work = Work()
-    work.holds = True
-    async with work.flock.engine(store=store) as engine:
-        batch = await engine.submit_batch("item", numbers(5), BatchOptions(max_workers=1))
-        await work.begun.wait()
-        (*_, last) = await engine.get_items(batch.batch_id)
-        await engine.cancel_run(last.run_id)
-        await engine.cancel_batch(batch.batch_id)
-        assert (await ended(engine, batch)).cancelled_items == 5
-        work.holds = False
-        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
-        assert (batch.completed_items, batch.cancelled_items) == (5, 0)
-
-
-async def test_a_retry_goes_on_behind_the_steps_that_were_done(store: str) -> None:
-    """A step that was committed is not executed again, and is still told."""
-    flock, calls, fails = Flock(), list[str](), True
-
-    @flock.agent(next_agent="second")
-    async def first(n: int) -> int:
-        calls.append("first")
-        return n
-
-    @flock.agent
-    async def second(n: int) -> int:
-        calls.append("second")
-        if fails:
-            raise AgentError("not now")
-        return n
-
-    async with flock.engine(store=store) as engine:
-        batch = await ended(engine, await engine.submit_batch("first", numbers(1), OPTIONS))
-        fails = False
-        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
-        (item,) = await engine.get_items(batch.batch_id)
-        steps = (await engine.get_run(item.run_id)).steps
-    assert calls == ["first", "second", "second"]
-    assert [(step.agent_name, step.attempt) for step in steps] == [("first", 1), ("second", 2)]
-
-
-async def test_one_item_may_be_tried_again_once_its_batch_has_ended(store: str) -> None:
-    """That is the batch's next attempt; the others stay as they are."""
-    work = Work()
-    work.fails, work.holds = {0, 1}, True
-    async with work.flock.engine(store=store) as engine:
-        batch = await engine.submit_batch("item", [*numbers(3), {}], BatchOptions(max_workers=1), on_invalid="skip")
-        await work.begun.wait()
-        first, _, _, invalid = await engine.get_items(batch.batch_id)
-        work.holds = False
-        with pytest.raises(Conflict, match="failed, an item of a batch that is running"):
-            await engine.retry_run(invalid.run_id)
-        work.may_go.set()
-        batch = await ended(engine, batch)
-        assert (batch.status, batch.failed_items) == (RunStatus.COMPLETED, 3)
-        for item in (invalid, (await engine.get_items(batch.batch_id))[2]):
-            with pytest.raises(Conflict, match="unless its inputs do not fit"):
-                await engine.retry_run(item.run_id)
-        work.fails = set()
-        assert (await engine.retry_run(first.run_id)).attempt == 2
-        with anyio.fail_after(20):
-            assert (await engine.wait(first.run_id)).status is RunStatus.COMPLETED
-        batch = await ended(engine, batch)
-        assert (batch.attempt, batch.completed_items, batch.failed_items) == (2, 4, 2)
-        assert work.calls == [0, 1, 2, 0]
-
-
-async def test_how_far_it_is_is_told_a_few_times_a_second_and_then_its_end(store: str) -> None:
-    flock, ends = Flock(), anyio.Semaphore(0)
-
-    @flock.agent
-    async def item(n: int) -> int:
-        await ends.acquire()
-        return n
-
-    async with flock.engine(store=store) as engine:
-        batch = await engine.submit_batch("item", numbers(4), BatchOptions(max_workers=1))
-        told: list[Event] = []
-        async with contextlib.aclosing(engine.batch_events(batch.batch_id)) as events:
-            async for event in events:
-                assert event is not None
-                told.append(event)
-                for _ in range(2 if len(told) == 1 else 1):
-                    ends.release()
-        done = [event.data["completed_items"] for event in told]
-        assert done == sorted(set(done))
-        assert (done[0], done[-1]) == (0, 4)
-        assert [event.name for event in told] == ["batch.progress"] * (len(told) - 1) + ["batch.completed"]
-        assert [event.id for event in told] == [None] * (len(told) - 1) + [1]
-        assert told[1].data["eta_s"] > 0
-        assert [event async for event in engine.batch_events(batch.batch_id, after=1)] == []
 
 
 async def test_those_who_wait_for_it_are_woken_by_its_end_and_by_nothing_else(
@@ -546,32 +237,6 @@ async def test_those_who_wait_for_it_are_woken_by_its_end_and_by_nothing_else(
                 await anyio.sleep(0.1)
             work.may_go.set()
         assert looks <= 3 * 20
-
-
-async def test_lists_go_page_by_page_newest_first(store: str) -> None:
-    work = Work()
-
-    @work.flock.agent
-    async def other() -> int:
-        return 1
-
-    async with work.flock.engine(store=store) as engine:
-        made = [await engine.submit_batch("item", numbers(1), OPTIONS, principal="ann") for _ in range(3)]
-        made.append(await engine.submit_batch("other", [{}], OPTIONS))
-        for batch in made:
-            await ended(engine, batch)
-        ids = [batch.batch_id for batch in reversed(made)]
-
-        async def found(**wanted: Any) -> list[str]:
-            return [batch.batch_id for batch in await engine.list_batches(BatchFilter(**wanted))]
-
-        assert await found() == ids
-        assert await found(limit=2) == ids[:2]
-        assert await found(after=ids[1]) == ids[2:]
-        assert await found(agent_name="other") == ids[:1]
-        assert await found(principal="ann") == ids[1:]
-        assert await found(status=RunStatus.COMPLETED) == ids
-        assert await found(status=RunStatus.FAILED) == []
 
 
 # Several engines, and what is left behind

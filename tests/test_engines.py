@@ -6,13 +6,10 @@ The cluster is a real one, the development server, with a worker in this process
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import anyio
-import httpx
 import msgspec
 import pytest
 
@@ -29,44 +26,12 @@ from flock.errors import (
     RunNotFound,
     TooLarge,
 )
-from flock.llm import ModelClient
 from flock.runs import Engine, Event, IdempotencyKey, Principal, Run, RunFilter, RunStatus, Usage, new_id
-from flock.temporal import TemporalEngine, TemporalWorker
-from tests.fakes import FakeModel, Gate, answer, sample_flock
+from tests.fakes import FakeModel, Gate, Opened, answer, sample_flock
 
 pytestmark = pytest.mark.anyio
 
 EMPTY = msgspec.Raw(b"{}")
-
-#: Opens an engine of the kind that is tested, for a flock, with options that all kinds have.
-Opened = Callable[..., AbstractAsyncContextManager[Engine]]
-
-#: What workers are told, and not the engine.
-OF_WORKERS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors")
-
-
-@contextlib.asynccontextmanager
-async def on_temporal(
-    address: str, flock: Flock, transport: httpx.AsyncBaseTransport | None = None, **options: Any
-) -> AsyncIterator[Engine]:
-    own: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
-    of_worker: dict[str, Any] = {name: options.pop(name) for name in OF_WORKERS if name in options}
-    of_worker = {"max_steps": flock.max_steps, "drain_timeout_s": 0, **of_worker}
-    models = ModelClient(flock.model, transport=transport)
-    async with (
-        TemporalWorker(flock.agents, models, address, **own, **of_worker),
-        TemporalEngine(flock.agents, address, **own, **options) as engine,
-    ):
-        yield engine
-
-
-@pytest.fixture(params=["memory", "disk", "temporal"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
-    if request.param == "temporal":
-        address = request.getfixturevalue("temporal_address")
-        return lambda flock, **options: on_temporal(address, flock, **options)
-    store = tmp_path / "flock.db" if request.param == "disk" else ":memory:"
-    return lambda flock, **options: flock.engine(store=store, **options)
 
 
 @pytest.fixture

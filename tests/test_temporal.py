@@ -277,7 +277,7 @@ async def test_a_key_whose_server_died_before_it_started_the_run_makes_it(tempor
     gate.flock.name = new_id()
     key, run_id = IdempotencyKey("k", b"1"), new_id()
     async with open_pair(gate.flock, temporal_address) as engine:
-        assert await engine._claim(key, engine._key_id(key), run_id) == run_id
+        assert await engine._marks.claim(key, run_id) == run_id
         with pytest.raises(Exception, match=run_id):
             await engine.submit("nap", EMPTY, key=key)
         gate.may_go.set()

@@ -43,7 +43,7 @@ from flock.runs import (
     RunStatus,
 )
 from flock.temporal.batchflows import TASK_TIMEOUT
-from flock.temporal.chunks import read_chunk
+from flock.temporal.chunks import at_work_in, ended_in, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.marks import Marks
 from flock.temporal.messages import (
@@ -296,10 +296,18 @@ class TemporalBatches:
         handle = self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, attempt))
         try:
             async with self._cluster.asking():
-                memo = (await handle.describe()).raw_description.workflow_execution_info.memo
+                described = (await handle.describe()).raw_description
+                memo = described.workflow_execution_info.memo.fields
+                counted = decoded(memo["ended"], ChunkEnded) if "ended" in memo else ChunkEnded()
+                if not described.HasField("pending_workflow_task"):
+                    return counted + at_work_in(described.pending_activities)
+                # What was handed in is not counted yet, and must not be missed: nobody wants to see it go back.
+                history = (await handle.fetch_history()).events
         except RPCError:  # it has not been started yet
             return ChunkEnded()
-        return decoded(memo.fields["ended"], ChunkEnded) if "ended" in memo.fields else ChunkEnded()
+        return max(counted, ended_in(history), key=lambda ended: ended.total) + at_work_in(
+            described.pending_activities, but_for=history
+        )
 
     async def _is_accepted(self, batch_id: str) -> bool:
         async with self._cluster.asking():

@@ -40,7 +40,7 @@ from flock.temporal.messages import (
     items_queue_of,
     recoded,
 )
-from flock.temporal.records import CANCELLED_BEFORE, GIVEN_UP, ended_by, left_of
+from flock.temporal.records import CANCELLED_BEFORE, GIVEN_UP, counted, ended_by, left_of
 from flock.temporal.workflows import NO_LIMIT, RETRIES
 
 __all__ = ["FlockBatch", "FlockChunk", "FlockForget", "FlockRows"]
@@ -408,7 +408,7 @@ class FlockChunk(_Interruptible):
             del self._at_work[task]
             done = _what_became_of(task, order)
             for ended in done.ended:
-                self._count(ended.status, (ended.position, ended.error or ""))
+                self._ended += counted(ended)
             self._todo.extendleft(reversed(left_of(order, done)))
 
     def _leave_out_cancelled(self) -> None:
@@ -417,17 +417,9 @@ class FlockChunk(_Interruptible):
         todo, self._todo = self._todo, deque()
         for part in todo:
             if self.is_cancelled or part.position in self._cancelled:
-                self._count(RunStatus.CANCELLED, (part.position, ""))
+                self._ended += ChunkEnded(cancelled=1)
             else:
                 self._todo.append(part)
-
-    def _count(self, status: RunStatus, error: tuple[int, str]) -> None:
-        self._ended += ChunkEnded(
-            completed=status is RunStatus.COMPLETED,
-            failed=status is RunStatus.FAILED,
-            cancelled=status is RunStatus.CANCELLED,
-            first_error=error if status is RunStatus.FAILED else None,
-        )
 
     def _state(self) -> ChunkOrder:
         return replace(

@@ -15,6 +15,8 @@ from temporalio.service import RPCError, RPCStatusCode
 from flock.runs import INVALID_INPUT, Run, RunStatus
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,
+    ChunkEnded,
+    ChunkOrder,
     Ended,
     ItemsBeat,
     ItemsDone,
@@ -27,9 +29,9 @@ from flock.temporal.messages import (
     item_id,
     rows_workflow_id,
 )
-from flock.temporal.records import CANCELLED_BEFORE, ended_by, left_of, time_of
+from flock.temporal.records import CANCELLED_BEFORE, counted, ended_by, left_of, time_of
 
-__all__ = ["Chunk", "read_chunk", "reopens"]
+__all__ = ["Chunk", "at_work_in", "ended_in", "read_chunk", "reopens"]
 
 #: What closes the history of a chunk for good.
 CLOSED = (
@@ -188,6 +190,37 @@ def reopens(about: Reopening, item: Run) -> bool:
     """Whether a retry is about *item*. One that does not fit would not fit again."""
     is_meant = about.position in (None, item.position)
     return item.status in about.only and is_meant and item.error_type != INVALID_INPUT
+
+
+def at_work_in(pending: Sequence[PendingActivityInfo], but_for: Iterable[HistoryEvent] = ()) -> ChunkEnded:
+    """How many items have ended in what is at work, by its heartbeats; *but_for* what is handed in by now."""
+    handed_in = {
+        str(event.activity_task_completed_event_attributes.scheduled_event_id)
+        for event in but_for
+        if event.event_type == E.EVENT_TYPE_ACTIVITY_TASK_COMPLETED
+    }
+    ended = ChunkEnded()
+    for activity in pending:
+        if activity.activity_id not in handed_in and activity.HasField("heartbeat_details"):
+            beat = decoded(activity.heartbeat_details.payloads[0], ItemsBeat)
+            ended = sum((counted(each) for each in beat.ended), ended)
+    return ended
+
+
+def ended_in(history: Sequence[HistoryEvent]) -> ChunkEnded:
+    """How many items a chunk has brought to their ends, by what was handed in."""
+    order = decoded(history[0].workflow_execution_started_event_attributes.input.payloads[0], ChunkOrder)
+    ended, ids = order.before or ChunkEnded(), set[int]()
+    for event in history:
+        if event.event_type == E.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
+            if event.activity_task_scheduled_event_attributes.activity_type.name == ITEMS_ACTIVITY:
+                ids.add(event.event_id)
+        elif event.event_type == E.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
+            completed = event.activity_task_completed_event_attributes
+            if completed.scheduled_event_id in ids:
+                done = decoded(completed.result.payloads[0], ItemsDone)
+                ended = sum((counted(each) for each in done.ended), ended)
+    return ended
 
 
 async def read_chunk(client: Client, batch_id: str, chunk: int, attempts: Sequence[Reopening]) -> Chunk:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from asyncio import FIRST_COMPLETED
 from collections import OrderedDict
 from datetime import datetime
 
@@ -18,6 +19,7 @@ from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.ends import CANCELLED, End
+from flock.errors import StoreError
 from flock.runs import Run, RunStatus, now
 from flock.temporal.chunks import Chunk, read_chunk, reopens
 from flock.temporal.cluster import Cluster
@@ -34,7 +36,8 @@ from flock.temporal.messages import (
     recoded,
     rows_workflow_id,
 )
-from flock.temporal.turns import Turn, Turns
+from flock.temporal.records import CANCELLED_BEFORE
+from flock.temporal.turns import Turn, Turns, is_left, until_left
 
 __all__ = ["ItemActivities"]
 
@@ -48,6 +51,9 @@ SLICE_BYTES = 256 * 1024
 BEAT_S = 0.1
 #: So many chunks' rows are kept in memory: of one chunk several places may ask, one after the other.
 CHUNKS_KEPT = 32
+#: How long it may take to find out what is to be cancelled, and how often that is looked at, in seconds.
+LOOK_TIMEOUT_S = 10.0
+LOOK_INTERVAL_S = 1.0
 MAX_ERROR_CHARS = 10_000
 DELETES_AT_ONCE = 8
 
@@ -83,7 +89,8 @@ class _Job:
 
     def end(self, ended: Ended) -> None:
         self.ended.append(ended)
-        self.at_work = None
+        if self.at_work is not None and self.at_work.position == ended.position:
+            self.at_work = None
         self.bytes += sum(len(step.result) for step in ended.steps)
         self.news.set()
 
@@ -97,9 +104,10 @@ class _Job:
 class ItemActivities:
     """What a worker does for batches."""
 
-    def __init__(self, cluster: Cluster, turns: Turns) -> None:
+    def __init__(self, cluster: Cluster, turns: Turns, drain_timeout_s: float) -> None:
         self._cluster = cluster
         self._turns = turns
+        self._drain_timeout_s = drain_timeout_s
         self._chunks: OrderedDict[tuple[str, int, int], asyncio.Task[Chunk]] = OrderedDict()
 
     @activity.defn(name=ITEMS_ACTIVITY)
@@ -112,21 +120,25 @@ class ItemActivities:
         told = [recoded(beat, ItemsBeat) for beat in info.heartbeat_details]
         job = _Job(order, told[0] if told else ItemsBeat())
         work = asyncio.create_task(self._work_through(job, is_again=info.attempt > 1))
-        beats, asking = asyncio.create_task(_tell_beats(job)), set[asyncio.Task[None]]()
+        beats = asyncio.create_task(_tell_beats(job))
+        leaving = asyncio.create_task(until_left(self._drain_timeout_s))
+        asking: asyncio.Task[None] | None = None
         try:
             while not work.done():
                 try:
-                    await asyncio.wait([work])
+                    await asyncio.wait([work] if leaving.done() else [work, leaving], return_when=FIRST_COMPLETED)
+                    if leaving.done() and not work.done() and job.turn is not None:
+                        self._turns.leave(job.turn)
                 except asyncio.CancelledError:
                     job.is_to_return = True
-                    if activity.is_worker_shutdown():
-                        if job.turn is not None:
-                            self._turns.leave(job.turn)
-                    else:
-                        asking.add(asyncio.create_task(self._stop_cancelled(job)))
+                    if not is_left():
+                        asking = asking or asyncio.create_task(self._stop_cancelled(job))
+                    elif job.turn is not None:
+                        self._turns.leave(job.turn)
         finally:
-            for task in (beats, *asking):
-                task.cancel()
+            for task in (beats, leaving, asking):
+                if task is not None:
+                    task.cancel()
         work.result()
         unfinished = job.at_work if job.at_work is not None and job.at_work.steps else None
         return ItemsDone(ended=tuple(job.ended), unfinished=unfinished)
@@ -136,7 +148,6 @@ class ItemActivities:
         return_at = time.monotonic() + SLICE_S
         for part in job.parts_to_do():
             if job.is_to_cancel(part.position):
-                job.end(_ended(part, CANCELLED, part.started_at))
                 continue
             run = items[part.position]
             if part.started_at is not None:
@@ -208,12 +219,30 @@ class ItemActivities:
         return ended
 
     async def _stop_cancelled(self, job: _Job) -> None:
-        """Find out who is to stop. As long as nobody knows, what is at work goes on: it may be meant for another."""
+        """Stop whoever is to stop, as long as the job goes on: the cluster cancels an activity once only.
+
+        While nobody knows who is meant, what is at work goes on.
+        """
         handle = self._cluster.client.get_workflow_handle(activity.info().workflow_id or "")
-        memo = await (await handle.describe()).memo()
-        job.is_cancelled, job.cancelled = bool(memo["is_cancelled"]), set(memo["cancelled"])
-        if job.turn is not None and job.at_work is not None and job.is_to_cancel(job.at_work.position):
-            job.turn.stop()
+        while True:
+            try:
+                async with self._cluster.asking(LOOK_TIMEOUT_S):
+                    memo = await (await handle.describe()).memo()
+            except (StoreError, RPCError) as exc:
+                logger.warning("what is to be cancelled of %s cannot be found out: %s", handle.id, exc)
+            else:
+                # An empty list is none to the cluster.
+                job.is_cancelled, job.cancelled = bool(memo.get("is_cancelled")), set(memo.get("cancelled", ()))
+                self._cancel_parts(job)
+            await asyncio.sleep(LOOK_INTERVAL_S)
+
+    def _cancel_parts(self, job: _Job) -> None:
+        for part in job.parts_to_do():
+            is_at_work = job.at_work is not None and part.position == job.at_work.position
+            if is_at_work and job.turn is not None and job.is_to_cancel(part.position):
+                job.turn.stop()
+            elif not is_at_work and job.is_to_cancel(part.position):
+                job.end(_ended(part, CANCELLED_BEFORE, part.started_at))
 
     async def _chunk(self, order: ItemsOrder) -> Chunk:
         """The items of a chunk as they were when this attempt began. Raises RPCError."""

@@ -16,6 +16,7 @@ from flock.runs import Run, RunStatus
 from flock.temporal.messages import (
     INTERRUPTED,
     Beat,
+    ChunkEnded,
     Ended,
     ItemsBeat,
     ItemsDone,
@@ -26,7 +27,7 @@ from flock.temporal.messages import (
     decoded,
 )
 
-__all__ = ["CANCELLED_BEFORE", "GIVEN_UP", "at_work", "ended_by", "left_of", "order_of", "run_of", "time_of"]
+__all__ = ["CANCELLED_BEFORE", "GIVEN_UP", "at_work", "counted", "ended_by", "left_of", "order_of", "run_of", "time_of"]
 
 #: What ends a workflow that did not end by itself, in words.
 CUT_OFF = {
@@ -116,6 +117,16 @@ CANCELLED_BEFORE = End(RunStatus.CANCELLED, "The batch was cancelled before this
 GIVEN_UP = End(
     RunStatus.FAILED, "The workers that had this item died or stopped, many of them. It may be the item.", INTERRUPTED
 )
+
+
+def counted(ended: Ended) -> ChunkEnded:
+    status = ended.status
+    return ChunkEnded(
+        completed=status is RunStatus.COMPLETED,
+        failed=status is RunStatus.FAILED,
+        cancelled=status is RunStatus.CANCELLED,
+        first_error=(ended.position, ended.error or "") if status is RunStatus.FAILED else None,
+    )
 
 
 def left_of(order: ItemsOrder, done: ItemsDone) -> list[Part]:

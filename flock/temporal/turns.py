@@ -4,6 +4,7 @@ What is done to a turn here is what ``flock.runner`` does to a run: one cancel s
 raises, cancels or leaves behind ends that turn and touches no other.
 """
 
+import asyncio
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from datetime import datetime
 
 import anyio
 from msgspec.structs import replace
+from temporalio import activity
 
 from flock.agents import Agent, Resources
 from flock.ends import End, failure_of, interrupted_turn, queue_timeout, timeout_of
@@ -21,9 +23,24 @@ from flock.slots import Slots, acquire_all
 from flock.threads import Threads
 from flock.workflow import NextStep, next_step, run_step
 
-__all__ = ["Turn", "Turns"]
+__all__ = ["Turn", "Turns", "is_left", "until_left"]
 
 logger = logging.getLogger("flock.temporal")
+
+
+async def until_left(drain_timeout_s: float) -> None:
+    """Returns when the worker of this activity has waited for it for long enough, and stops without it.
+
+    The SDK then cancels it, but for one that was cancelled before.
+    """
+    await activity.wait_for_worker_shutdown()
+    await asyncio.sleep(drain_timeout_s)
+
+
+def is_left() -> bool:
+    """Whether this activity is cancelled since its worker stops."""
+    details = activity.cancellation_details()
+    return details is not None and details.worker_shutdown
 
 
 class Turn:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from asyncio import FIRST_COMPLETED
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -28,7 +29,7 @@ from flock.temporal.messages import (
     items_queue_of,
     task_queue_of,
 )
-from flock.temporal.turns import Turn, Turns
+from flock.temporal.turns import Turn, Turns, is_left, until_left
 from flock.temporal.workflows import FlockMark, FlockRun
 
 __all__ = ["TemporalWorker"]
@@ -102,7 +103,7 @@ class TemporalWorker:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._models)
             await self.cluster.connect(lazy=False)
-            client, items = self.cluster.client, ItemActivities(self.cluster, self._turns)
+            client, items = self.cluster.client, ItemActivities(self.cluster, self._turns, self._drain_timeout_s)
             drain_timeout = timedelta(seconds=self._drain_timeout_s)
             for_items = Worker(
                 client,
@@ -158,16 +159,20 @@ class TemporalWorker:
         # A task of its own takes with it whatever cancellation the agent's code leaves behind.
         work = asyncio.create_task(self._turns.take(turn))
         beats = asyncio.create_task(_tell_beats(turn, order.heartbeat_timeout_s))
+        leaving = asyncio.create_task(until_left(self._drain_timeout_s))
         try:
             while not work.done():
                 try:
-                    await asyncio.wait([work])
+                    await asyncio.wait([work] if leaving.done() else [work, leaving], return_when=FIRST_COMPLETED)
+                    if leaving.done() and not work.done():
+                        self._turns.leave(turn)
                 except asyncio.CancelledError:
-                    if activity.is_worker_shutdown():
+                    if is_left():
                         self._turns.leave(turn)
                     turn.stop()
         finally:
             beats.cancel()
+            leaving.cancel()
         if turn.done is not None and turn.begun_at is not None:
             return StepDone(step=turn.done, begun_at=turn.begun_at, progress=turn.progress)
         if turn.is_left:

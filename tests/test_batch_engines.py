@@ -1,0 +1,370 @@
+"""What every engine promises of batches: the same tests on each, by the protocol only."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from flock.core import Flock
+from flock.errors import (
+    AgentError,
+    BatchNotFound,
+    Conflict,
+    DefinitionError,
+    EngineFull,
+    InvalidData,
+    RunNotFound,
+    TooLarge,
+)
+from flock.runs import BatchFilter, BatchOptions, Engine, Event, Items, Row, RunStatus
+from tests.fakes import Opened, Work, all_items, ended, numbers, until
+
+pytestmark = pytest.mark.anyio
+
+OPTIONS = BatchOptions()
+
+
+async def listed(engine: Engine, count: int) -> None:
+    """Wait until a list has so many batches: a cluster's search is moments late."""
+    with anyio.fail_after(20):
+        while len(await engine.list_batches(BatchFilter())) < count:  # noqa: ASYNC110 - nobody tells it
+            await anyio.sleep(0.05)
+
+
+# Accepting
+
+
+async def breaks_off(count: int) -> AsyncIterator[Any]:
+    for item in numbers(count):
+        yield item
+    raise ConnectionError("gone")
+
+
+async def test_a_batch_is_accepted_whole_or_not_at_all(opened: Opened) -> None:
+    work, refused = Work(), list[str]()
+    cases: list[tuple[Any, type[Exception]]]
+    async with opened(work.flock, max_items=150, max_input_bytes=1000) as engine:
+        cases = [
+            (breaks_off(110), ConnectionError),
+            ([*numbers(110), {"n": "x"}], InvalidData),
+            ([{"n": "x"}, *numbers(110)], InvalidData),
+            (numbers(151), TooLarge),
+            ([*numbers(110), {"n": "x" * 2000}], TooLarge),
+            ([*numbers(110), {"n": object()}], InvalidData),
+            ([], InvalidData),
+        ]
+        for items, error in cases:
+            with pytest.raises(error) as raised:
+                await engine.submit_batch("item", items, OPTIONS)
+            refused.append(str(raised.value))
+        assert await engine.list_batches(BatchFilter()) == []
+    assert work.calls == []
+    assert len(set(refused)) == 7
+
+
+async def test_a_batch_of_many_pages_is_accepted_and_done_in_order(opened: Opened) -> None:
+    """What is sent may be a list, or be made as it is read, in a loop or in an async one."""
+    work = Work()
+
+    async def later() -> AsyncIterator[Any]:
+        for item in numbers(701):
+            yield item
+
+    async with opened(work.flock) as engine:
+        for count, items in ((701, numbers(701)), (21, iter(numbers(21))), (701, later())):
+            batch = await ended(engine, await engine.submit_batch("item", items, OPTIONS))
+            assert (batch.status, batch.total_items, batch.completed_items) == (RunStatus.COMPLETED, count, count)
+            found = await all_items(engine, batch)
+            assert [item.position for item in found] == list(range(count))
+            assert [bytes(item.result) for item in found] == [b'{"result":%d}' % n for n in range(count)]
+
+
+async def test_there_is_room_for_so_many_items_of_all_batches_together(opened: Opened) -> None:
+    work = Work()
+    work.holds = True
+    async with opened(work.flock, max_open_items=5) as engine:
+        first = await engine.submit_batch("item", numbers(3), OPTIONS)
+        await listed(engine, 1)
+        with pytest.raises(EngineFull, match="3 items of other batches have not ended, and 3 more"):
+            await engine.submit_batch("item", numbers(3), OPTIONS)
+        second = await engine.submit_batch("item", numbers(2), OPTIONS)
+        work.may_go.set()
+        for batch in (first, second):
+            assert (await ended(engine, batch)).status is RunStatus.COMPLETED
+
+
+async def test_a_batch_without_workers_is_refused(opened: Opened) -> None:
+    """It would wait for ever."""
+    async with opened(Work().flock) as engine:
+        with pytest.raises(DefinitionError, match="max_workers is at least 1, and not 0"):
+            await engine.submit_batch("item", numbers(1), BatchOptions(max_workers=0))
+
+
+async def test_items_that_do_not_fit_are_left_out_on_request(opened: Opened) -> None:
+    """They have failed, at once and for good: a retry leaves them alone."""
+    work = Work()
+    work.fails = {2}
+    items: Items = [{"n": 0}, {"n": "x"}, {"n": 2}, {}, Row(inputs=msgspec.Raw(b'{"n":4}'), line=9)]
+    async with opened(work.flock) as engine:
+        batch = await engine.submit_batch("item", items, OPTIONS, on_invalid="skip")
+        assert (batch.total_items, batch.completed_items, batch.failed_items) == (5, 2, 2)
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.completed_items, batch.failed_items) == (RunStatus.COMPLETED, 5, 3)
+        found = await all_items(engine, batch)
+        assert [item.error_type for item in found] == [None, "invalid_input", "agent_error", "invalid_input", None]
+        assert found[1].error == "/batch_inputs/1/n: Expected 'int', got 'str'."
+        work.fails = set()
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert (batch.attempt, batch.completed_items, batch.failed_items) == (2, 5, 2)
+        assert [item.attempt for item in await all_items(engine, batch)] == [1, 1, 2, 1, 1]
+    assert sorted(work.calls) == [0, 2, 2, 4]
+
+
+async def test_a_batch_of_which_no_item_fits_fails_when_those_are_skipped(opened: Opened) -> None:
+    async with opened(Work().flock) as engine:
+        batch = await ended(engine, await engine.submit_batch("item", [{}, {}], OPTIONS, on_invalid="skip"))
+        assert batch.status is RunStatus.FAILED
+        assert batch.error == (
+            "None of the 2 items completed. The first one: /batch_inputs/0/n: This field is required."
+        )
+        with pytest.raises(Conflict, match="no item that failed or was cancelled"):
+            await engine.retry_batch(batch.batch_id)
+
+
+async def test_without_parallel_items_go_one_by_one_in_order(opened: Opened) -> None:
+    flock, at_work, order = Flock(), 0, list[int]()
+
+    @flock.agent
+    async def item(n: int) -> None:
+        nonlocal at_work
+        at_work += 1
+        assert at_work == 1
+        order.append(n)
+        await anyio.lowlevel.checkpoint()
+        at_work -= 1
+
+    async with opened(flock) as engine:
+        options = BatchOptions(parallel=False, max_workers=9)
+        batch = await ended(engine, await engine.submit_batch("item", numbers(40), options))
+        assert (batch.failed_items, order) == (0, list(range(40)))
+
+
+async def test_so_many_items_are_at_work_as_there_are_workers(opened: Opened) -> None:
+    work = Work()
+    work.holds = True
+    async with opened(work.flock) as engine:
+        batch = await engine.submit_batch("item", numbers(70), BatchOptions(max_workers=13))
+        await until(lambda: len(work.calls) == 13)
+        await anyio.sleep(0.3)  # for one more to come
+        assert len(work.calls) == 13
+        work.may_go.set()
+        assert (await ended(engine, batch)).failed_items == 0
+    assert sorted(work.calls) == list(range(70))
+
+
+async def test_items_wait_for_each_other_as_long_as_that_takes(opened: Opened) -> None:
+    """How long a run may wait for its first step is for those that somebody waits for."""
+    work = Work()
+    work.holds = True
+    async with opened(work.flock, max_concurrency=1, queue_timeout_s=0.05) as engine:
+        batch = await engine.submit_batch("item", numbers(3), OPTIONS)
+        await work.begun.wait()
+        run = await engine.submit("item", {"n": -1})
+        assert (await engine.wait(run.run_id)).error_type == "queue_timeout"
+        work.may_go.set()
+        assert (await ended(engine, batch)).failed_items == 0
+
+
+async def test_a_cancelled_batch_begins_no_item_and_waits_for_those_at_work(opened: Opened) -> None:
+    work = Work()
+    work.holds = True
+    async with opened(work.flock) as engine:
+        batch = await engine.submit_batch("item", numbers(1000), BatchOptions(max_workers=4))
+        await until(lambda: len(work.calls) == 4)
+        asked = await engine.cancel_batch(batch.batch_id)
+        assert (asked.status, asked.cancel_requested) == (RunStatus.RUNNING, True)
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.cancelled_items, batch.error) == (
+            RunStatus.CANCELLED,
+            1000,
+            "The batch was cancelled.",
+        )
+        assert len(work.calls) == 4
+        assert (await engine.cancel_batch(batch.batch_id)).status is RunStatus.CANCELLED
+        items = await engine.get_items(batch.batch_id, limit=1000)
+        assert {item.status for item in items} == {RunStatus.CANCELLED}
+        assert {item.error for item in items} == {
+            "The run was cancelled.",
+            "The batch was cancelled before this item began.",
+        }
+        work.holds = False
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED]))
+        assert (batch.status, batch.attempt, batch.cancelled_items) == (RunStatus.COMPLETED, 2, 0)
+        with pytest.raises(Conflict, match="completed and cannot be cancelled"):
+            await engine.cancel_batch(batch.batch_id)
+        with pytest.raises(Conflict, match="no item that failed or was cancelled"):
+            await engine.retry_batch(batch.batch_id)
+
+
+async def test_only_what_has_ended_can_be_tried_again_or_deleted(opened: Opened) -> None:
+    work = Work()
+    work.holds = True
+    async with opened(work.flock) as engine:
+        batch = await engine.submit_batch("item", numbers(2), OPTIONS)
+        await work.begun.wait()
+        with pytest.raises(Conflict, match="is running; only one that has ended"):
+            await engine.retry_batch(batch.batch_id)
+        with pytest.raises(Conflict, match="is still running"):
+            await engine.delete_batch(batch.batch_id)
+        work.may_go.set()
+        await ended(engine, batch)
+        (item, _) = await engine.get_items(batch.batch_id)
+        await engine.delete_batch(batch.batch_id)
+        for look in (engine.get_batch, engine.delete_batch, engine.retry_batch, engine.cancel_batch, engine.wait_batch):
+            with pytest.raises(BatchNotFound):
+                await look(batch.batch_id)
+        with pytest.raises(RunNotFound):
+            await engine.get_run(item.run_id)
+
+
+async def test_a_retry_of_failed_items_leaves_the_cancelled_ones(opened: Opened) -> None:
+    work = Work()
+    work.fails, work.holds = {0}, True
+    async with opened(work.flock) as engine:
+        batch = await engine.submit_batch("item", numbers(5), BatchOptions(max_workers=2))
+        await until(lambda: len(work.calls) == 2)
+        (_, second, *_) = await engine.get_items(batch.batch_id)
+        await engine.cancel_run(second.run_id)
+        with anyio.fail_after(20):
+            assert (await engine.wait(second.run_id)).status is RunStatus.CANCELLED
+        work.may_go.set()
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.failed_items, batch.cancelled_items) == (RunStatus.COMPLETED, 1, 1)
+        work.fails = set()
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.FAILED]))
+        assert (batch.failed_items, batch.cancelled_items) == (0, 1)
+        with pytest.raises(Conflict, match="no item that failed"):
+            await engine.retry_batch(batch.batch_id, [RunStatus.FAILED])
+
+
+async def test_an_item_that_was_cancelled_before_its_batch_was_is_tried_again_with_it(opened: Opened) -> None:
+    work = Work()
+    work.holds = True
+    async with opened(work.flock) as engine:
+        batch = await engine.submit_batch("item", numbers(5), BatchOptions(max_workers=1))
+        await work.begun.wait()
+        (*_, last) = await engine.get_items(batch.batch_id)
+        await engine.cancel_run(last.run_id)
+        await engine.cancel_batch(batch.batch_id)
+        assert (await ended(engine, batch)).cancelled_items == 5
+        work.holds = False
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert (batch.completed_items, batch.cancelled_items) == (5, 0)
+
+
+async def test_a_retry_goes_on_behind_the_steps_that_were_done(opened: Opened) -> None:
+    """A step that was committed is not executed again, and is still told."""
+    flock, calls, fails = Flock(), list[str](), True
+
+    @flock.agent(next_agent="second")
+    async def first(n: int) -> int:
+        calls.append("first")
+        return n
+
+    @flock.agent
+    async def second(n: int) -> int:
+        calls.append("second")
+        if fails:
+            raise AgentError("not now")
+        return n
+
+    async with opened(flock) as engine:
+        batch = await ended(engine, await engine.submit_batch("first", numbers(1), OPTIONS))
+        fails = False
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        (item,) = await engine.get_items(batch.batch_id)
+        steps = (await engine.get_run(item.run_id)).steps
+    assert calls == ["first", "second", "second"]
+    assert [(step.agent_name, step.attempt) for step in steps] == [("first", 1), ("second", 2)]
+
+
+async def test_one_item_may_be_tried_again_once_its_batch_has_ended(opened: Opened) -> None:
+    """That is the batch's next attempt; the others stay as they are."""
+    work = Work()
+    work.fails, work.holds = {0, 1}, True
+    async with opened(work.flock) as engine:
+        batch = await engine.submit_batch("item", [*numbers(3), {}], BatchOptions(max_workers=1), on_invalid="skip")
+        await work.begun.wait()
+        first, _, _, invalid = await engine.get_items(batch.batch_id)
+        work.holds = False
+        with pytest.raises(Conflict, match="failed, an item of a batch that is running"):
+            await engine.retry_run(invalid.run_id)
+        work.may_go.set()
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.failed_items) == (RunStatus.COMPLETED, 3)
+        for item in (invalid, (await engine.get_items(batch.batch_id))[2]):
+            with pytest.raises(Conflict, match="unless its inputs do not fit"):
+                await engine.retry_run(item.run_id)
+        work.fails = set()
+        assert (await engine.retry_run(first.run_id)).attempt == 2
+        with anyio.fail_after(20):
+            assert (await engine.wait(first.run_id)).status is RunStatus.COMPLETED
+        batch = await ended(engine, batch)
+        assert (batch.attempt, batch.completed_items, batch.failed_items) == (2, 4, 2)
+        assert work.calls == [0, 1, 2, 0]
+
+
+async def test_how_far_it_is_is_told_a_few_times_a_second_and_then_its_end(opened: Opened) -> None:
+    flock, ends = Flock(), anyio.Semaphore(0)
+
+    @flock.agent
+    async def item(n: int) -> int:
+        await ends.acquire()
+        return n
+
+    async with opened(flock) as engine:
+        batch = await engine.submit_batch("item", numbers(4), BatchOptions(max_workers=1))
+        told: list[Event] = []
+        async with contextlib.aclosing(engine.batch_events(batch.batch_id)) as events:
+            async for event in events:
+                assert event is not None
+                told.append(event)
+                for _ in range(2 if len(told) == 1 else 1):
+                    ends.release()
+        done = [event.data["completed_items"] for event in told]
+        assert done == sorted(set(done))
+        assert (done[0], done[-1]) == (0, 4)
+        assert [event.name for event in told] == ["batch.progress"] * (len(told) - 1) + ["batch.completed"]
+        assert [event.id for event in told] == [None] * (len(told) - 1) + [1]
+        assert told[1].data["eta_s"] > 0
+        assert [event async for event in engine.batch_events(batch.batch_id, after=1)] == []
+
+
+async def test_lists_go_page_by_page_newest_first(opened: Opened) -> None:
+    work = Work()
+
+    @work.flock.agent
+    async def other() -> int:
+        return 1
+
+    async with opened(work.flock) as engine:
+        made = [await engine.submit_batch("item", numbers(1), OPTIONS, principal="ann") for _ in range(3)]
+        made.append(await engine.submit_batch("other", [{}], OPTIONS))
+        for batch in made:
+            await ended(engine, batch)
+        ids = [batch.batch_id for batch in reversed(made)]
+
+        async def found(**wanted: Any) -> list[str]:
+            return [batch.batch_id for batch in await engine.list_batches(BatchFilter(**wanted))]
+
+        await listed(engine, len(ids))
+        assert await found() == ids
+        assert await found(limit=2) == ids[:2]
+        assert await found(after=ids[1]) == ids[2:]
+        assert await found(agent_name="other") == ids[:1]
+        assert await found(principal="ann") == ids[1:]
+        assert await found(status=RunStatus.COMPLETED) == ids
+        assert await found(status=RunStatus.FAILED) == []
