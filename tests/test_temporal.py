@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,16 @@ async def once() -> int:
     note("-", "once")
     await asyncio.sleep(5)
     return 1
+
+@flock.agent
+async def item(n: int) -> int:
+    note(n, "item")
+    try:
+        await asyncio.sleep({item_s})
+    except asyncio.CancelledError:
+        note(n, "stopped")
+        raise
+    return 2 * n
 """
 
 
@@ -81,9 +92,9 @@ def begun(log: Path) -> list[Begun]:
 
 
 @contextlib.contextmanager
-def working(target: Path, address: str) -> Iterator[subprocess.Popen[str]]:
+def working(target: Path, address: str, places: int = 20) -> Iterator[subprocess.Popen[str]]:
     """A worker in a process of its own, until the block ends."""
-    command = flockapi_command("worker", str(target), "--temporal", address, "--max-concurrency", "20")
+    command = flockapi_command("worker", str(target), "--temporal", address, "--max-concurrency", str(places))
     process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     worker = Server(process)
     try:
@@ -100,6 +111,11 @@ async def until_begun(log: Path, count: int) -> list[Begun]:
         while len(found := begun(log)) < count:  # noqa: ASYNC110 - other processes tell it by a file
             await anyio.sleep(0.02)
     return found
+
+
+def _again(turns: list[Begun], seen: set[str], after: float) -> list[Begun]:
+    """Those that were begun before, and once more *after* that time."""
+    return [turn for turn in turns if turn.at > after and turn.run in seen]
 
 
 @contextlib.asynccontextmanager
@@ -120,7 +136,7 @@ async def open_pair(
 async def test_runs_of_a_worker_and_a_server_that_are_killed_go_on(temporal_address: str, tmp_path: Path) -> None:
     """All of them end, within seconds, and no step that was finished is begun again; other servers tell the same."""
     target, log = tmp_path / "noting.py", tmp_path / "log"
-    target.write_text(NOTING.format(name=new_id(), log=str(log)))
+    target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=0.2))
     serve = flockapi_command("serve", str(target), "--temporal", temporal_address, "--port", "0")
     with contextlib.ExitStack() as stack:
         doomed = stack.enter_context(working(target, temporal_address))
@@ -150,9 +166,97 @@ async def test_runs_of_a_worker_and_a_server_that_are_killed_go_on(temporal_addr
     assert all(turn.at < killed_at + 5 for turn in again), [turn.at - killed_at for turn in again]
 
 
+async def test_a_batch_survives_whatever_is_killed(tmp_path: Path) -> None:
+    """2,000 rows: of two workers one, of two API servers one, and the cluster are killed, one after the other.
+
+    All items end as they should, what was at work then is begun again within seconds, and nothing else is.
+    """
+    target, log, port = tmp_path / "noting.py", tmp_path / "log", free_port()
+    target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=0.2))
+    address = f"127.0.0.1:{port}"
+    serve = flockapi_command("serve", str(target), "--temporal", address, "--port", "0")
+    rows = b"n\n" + b"".join(b"%d\n" % n for n in range(2000))
+    wanted = {"agent_name": "item", "max_workers": "60"}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(temporal_server(tmp_path / "temporal.db", port))
+        doomed = stack.enter_context(working(target, address, 40))
+        here, there = stack.enter_context(running(*serve)), stack.enter_context(running(*serve))
+        async with httpx.AsyncClient(base_url=here.url, timeout=60) as client:
+            sent = await client.post("/run/batch", content=rows, params=wanted, headers={"Content-Type": "text/csv"})
+            assert sent.status_code == 202, sent.text
+            path = f"/batch/{sent.json()['batch_id']}"
+            await until_begun(log, 200)
+            stack.enter_context(working(target, address, 40))
+            ready, shared_to = len(begun(log)), len(begun(log)) + 500
+            await until_begun(log, shared_to)
+            both = begun(log)[ready:shared_to]
+            of_first = sum(turn.pid == doomed.pid for turn in both) / len(both)
+            assert 0.25 < of_first < 0.75, "who comes late takes half of what is left"
+            answers = [(await client.get(f"{each.url}{path}?results=false")).json() for each in (here, there)]
+            assert [answer["status"] for answer in answers] == ["running", "running"]
+            doomed.kill()
+            killed_at = time.time()
+            here.process.kill()
+            seen = {turn.run for turn in begun(log)}
+            with anyio.fail_after(60):
+                while not (resumed := _again(begun(log), seen, killed_at)):  # noqa: ASYNC110 - they tell it by a file
+                    await anyio.sleep(0.05)
+        async with httpx.AsyncClient(base_url=there.url, timeout=60) as client:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            with anyio.fail_after(10):
+                while (await client.get(path)).status_code != 503:  # noqa: ASYNC110 - as a client
+                    await anyio.sleep(0.05)
+            stack.enter_context(temporal_server(tmp_path / "temporal.db", port))
+            with anyio.fail_after(60):
+                while (await client.get(f"{path}?wait=30")).json().get("status") != "completed":  # noqa: ASYNC110
+                    await anyio.sleep(0.1)
+            batch = (await client.get(path)).json()
+            found = (await client.get(f"{path}/results", headers={"Accept": "application/x-ndjson"})).text
+            again = stack.enter_context(running(*serve))
+            assert (await client.get(f"{again.url}{path}")).json() == batch
+    assert (batch["completed_items"], batch["failed_items"]) == (2000, 0)
+    assert [json.loads(line)["result"] for line in found.splitlines()] == [{"result": 2 * n} for n in range(2000)]
+    turns = begun(log)
+    first = {turn.run: turn for turn in reversed(turns)}
+    twice = [turn for turn in turns if first[turn.run] is not turn]
+    assert len(first) == 2000
+    assert 0 < len(twice) <= 2 * 60, f"{len(twice)} items were begun again: those that were at work at a kill"
+    assert resumed[0].at - killed_at < 5
+
+
+async def test_a_batch_that_is_cancelled_stops_on_all_machines(temporal_address: str, tmp_path: Path) -> None:
+    """200 items at work, on two workers: none goes on two seconds after, and none begins."""
+    target, log = tmp_path / "noting.py", tmp_path / "log"
+    target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=60))
+    serve = flockapi_command("serve", str(target), "--temporal", temporal_address, "--port", "0")
+    with (
+        running(*serve) as here,
+        running(*serve) as there,
+        working(target, temporal_address, 120),
+        working(target, temporal_address, 120),
+    ):
+        async with httpx.AsyncClient(base_url=here.url, timeout=60) as client:
+            body = {"agent_name": "item", "batch_inputs": [{"n": n} for n in range(2000)], "max_workers": 200}
+            path = f"/batch/{(await client.post('/run/batch', json=body)).json()['batch_id']}"
+            await until_begun(log, 200)
+            asked_at = time.time()
+            asked = await client.post(f"{there.url}{path}/cancel?wait=20")
+            assert (asked.status_code, asked.json()["status"], asked.json()["cancelled_items"]) == (
+                200,
+                "cancelled",
+                2000,
+            )
+            turns = begun(log)
+            assert [turn.agent for turn in turns] == ["item"] * 200 + ["stopped"] * 200
+            assert turns[-1].at - asked_at < 2
+            told = [(await client.get(f"{each.url}{path}")).json() for each in (here, there)]
+            assert told[0] == told[1]
+
+
 async def test_a_worker_that_is_told_to_stop_leaves_its_runs_to_others(temporal_address: str, tmp_path: Path) -> None:
     target, log = tmp_path / "noting.py", tmp_path / "log"
-    target.write_text(NOTING.format(name=new_id(), log=str(log)))
+    target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=0.2))
     serve = flockapi_command("serve", str(target), "--temporal", temporal_address, "--port", "0")
     with running(*serve) as server, working(target, temporal_address) as leaving:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:

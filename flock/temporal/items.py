@@ -10,7 +10,9 @@ import logging
 import time
 from asyncio import FIRST_COMPLETED
 from collections import OrderedDict
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 from msgspec.structs import replace
 from temporalio import activity
@@ -108,6 +110,7 @@ class ItemActivities:
         self._cluster = cluster
         self._turns = turns
         self._drain_timeout_s = drain_timeout_s
+        self._looking: dict[str, asyncio.Task[Mapping[str, Any] | None]] = {}
         self._chunks: OrderedDict[tuple[str, int, int], asyncio.Task[Chunk]] = OrderedDict()
 
     @activity.defn(name=ITEMS_ACTIVITY)
@@ -223,18 +226,27 @@ class ItemActivities:
 
         While nobody knows who is meant, what is at work goes on.
         """
-        handle = self._cluster.client.get_workflow_handle(activity.info().workflow_id or "")
+        workflow_id = activity.info().workflow_id or ""
         while True:
-            try:
-                async with self._cluster.asking(LOOK_TIMEOUT_S):
-                    memo = await (await handle.describe()).memo()
-            except (StoreError, RPCError) as exc:
-                logger.warning("what is to be cancelled of %s cannot be found out: %s", handle.id, exc)
-            else:
+            looking = self._looking.get(workflow_id)
+            if looking is None:  # many jobs of a chunk are cancelled at the same time
+                looking = self._looking[workflow_id] = asyncio.create_task(self._memo_of(workflow_id))
+                looking.add_done_callback(lambda _: self._looking.pop(workflow_id))
+            memo = await asyncio.shield(looking)
+            if memo is not None:
                 # An empty list is none to the cluster.
                 job.is_cancelled, job.cancelled = bool(memo.get("is_cancelled")), set(memo.get("cancelled", ()))
                 self._cancel_parts(job)
             await asyncio.sleep(LOOK_INTERVAL_S)
+
+    async def _memo_of(self, workflow_id: str) -> Mapping[str, Any] | None:
+        handle = self._cluster.client.get_workflow_handle(workflow_id)
+        try:
+            async with self._cluster.asking(LOOK_TIMEOUT_S):
+                return await (await handle.describe()).memo()
+        except (StoreError, RPCError) as exc:
+            logger.warning("what is to be cancelled of %s cannot be found out: %s", workflow_id, exc)
+            return None
 
     def _cancel_parts(self, job: _Job) -> None:
         for part in job.parts_to_do():
