@@ -162,7 +162,7 @@ class ModelAgent(Agent):
         messages = [Message("system", self._system_prompt()), Message("user", self._user_prompt(inputs))]
         usage = Usage()
         problem = ""
-        for _ in range(self.max_retries + 1):
+        for call in range(self.max_retries + 1):
             context.check_tokens()
             completion = await models.complete(
                 self.model,
@@ -171,6 +171,8 @@ class ModelAgent(Agent):
                 max_tokens=self.max_tokens,
                 temperature=self.temperature,
                 traceparent=context.traceparent,
+                # Each call has its own, or a provider would give the answer that is to be repaired once more.
+                idempotency_key=context.step_key if call == 0 else f"{context.step_key}/{call + 1}",
             )
             usage += completion.usage
             context.spend(completion.usage)

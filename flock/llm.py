@@ -6,7 +6,8 @@ goes through litellm, if it is installed. ``transport=`` is the one seam: tests 
 
 The retry policy is the one that users of the providers' own clients expect: up to three attempts for 408, 409, 429,
 5xx, time-outs and lost connections, about 0.5 s and 1 s apart or as ``Retry-After`` asks, and none for what a retry
-cannot mend. One deadline is over all of it.
+cannot mend. One deadline is over all of it. All attempts carry the caller's ``Idempotency-Key``: a provider that heeds
+it does the work once, and others ignore it, as they do all headers that they do not know (RFC 9110, section 5.1).
 """
 
 import contextlib
@@ -158,11 +159,14 @@ class ModelClient:
         max_tokens: int | None = None,
         temperature: float | None = None,
         traceparent: str | None = None,
+        idempotency_key: str | None = None,
     ) -> Completion:
         """Ask *model* for one JSON object that matches *schema*. The answer is not checked against it here.
 
         Args:
             traceparent: a header of the request, by which a gateway or a provider can tell what it is part of.
+            idempotency_key: names this call, the same at each try of it. Where a server does not know strict JSON
+                Schema, what it is asked in its place has ``/json_object`` or ``/text`` behind it.
 
         Raises:
             ModelError: no usable answer; ``error_type`` says why.
@@ -172,11 +176,11 @@ class ModelClient:
         name = model or self.default_model
         if name is None:
             raise _not_configured("no model is named: pass model= to the agent or to Flock, or set FLOCK_MODEL")
+        headers = {} if traceparent is None else {"traceparent": traceparent}
         if name.partition("/")[0] not in (*PROVIDERS, "local"):
-            return await _complete_with_litellm(name, messages, schema, max_tokens, temperature, traceparent)
+            headers |= _key_header(idempotency_key)
+            return await _complete_with_litellm(name, messages, schema, max_tokens, temperature, headers)
         endpoint = await _endpoint(name)
-        if traceparent is not None:
-            endpoint = msgspec.structs.replace(endpoint, headers={**endpoint.headers, "traceparent": traceparent})
         settings = dict(endpoint.settings)
         if temperature is not None:
             settings["temperature"] = temperature
@@ -186,8 +190,9 @@ class ModelClient:
         first = FORMATS.index(self._formats.get(name, FORMATS[0]))
         for format_ in FORMATS[first:]:
             body = {"model": endpoint.model, "messages": messages, **settings}
+            body |= _format_of(format_, messages, schema, max_tokens, endpoint)
             try:
-                answer = await self._post(endpoint, body | _format_of(format_, messages, schema, max_tokens, endpoint))
+                answer = await self._post(endpoint, body, headers | _key_header(idempotency_key, format_))
             except ModelError as exc:
                 if format_ == FORMATS[-1] or not _is_about_format(exc):
                     raise
@@ -199,13 +204,13 @@ class ModelClient:
                 return _completion(answer, name)
         raise AssertionError("the last format returns or raises")
 
-    async def _post(self, endpoint: _Endpoint, body: Mapping[str, Any]) -> Any:
+    async def _post(self, endpoint: _Endpoint, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
         """One answer of the server as JSON, after up to three attempts."""
         # The local model answers one at a time: waiting for a turn is not its silence.
         async with self._local_turn if endpoint.is_local else contextlib.nullcontext():
             for pause_s in (self._backoff_s, 2 * self._backoff_s, None):
                 try:
-                    return await self._attempt(endpoint, body)
+                    return await self._attempt(endpoint, body, headers)
                 except _PassingFailure as failure:
                     if pause_s is None:
                         raise failure.error from failure
@@ -224,10 +229,10 @@ class ModelClient:
         self.on_retry()
         await anyio.sleep(pause_s)
 
-    async def _attempt(self, endpoint: _Endpoint, body: Mapping[str, Any]) -> Any:
+    async def _attempt(self, endpoint: _Endpoint, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
         try:
             response = await self._client().post(
-                endpoint.url, content=msgspec.json.encode(body), headers=endpoint.headers
+                endpoint.url, content=msgspec.json.encode(body), headers={**endpoint.headers, **headers}
             )
         except httpx.TimeoutException as exc:
             error = _error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
@@ -299,6 +304,13 @@ async def _endpoint(name: str) -> _Endpoint:
 
 def _headers(key: str) -> dict[str, str]:
     return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+
+def _key_header(key: str | None, format_: str = FORMATS[0]) -> dict[str, str]:
+    """A server that keeps answers by their key, refusals too, would give the first refusal for each format."""
+    if key is None:
+        return {}
+    return {"Idempotency-Key": key if format_ == FORMATS[0] else f"{key}/{format_}"}
 
 
 def _not_configured(reason: str) -> ModelError:
@@ -498,7 +510,7 @@ async def _complete_with_litellm(
     schema: Mapping[str, Any],
     max_tokens: int | None,
     temperature: float | None,
-    traceparent: str | None,
+    headers: Mapping[str, str],
 ) -> Completion:
     """The same call by litellm, whose own retries are used."""
     try:
@@ -522,7 +534,7 @@ async def _complete_with_litellm(
             num_retries=2,
             **({} if max_tokens is None else {"max_tokens": max_tokens}),
             **({} if temperature is None else {"temperature": temperature}),
-            **({} if traceparent is None else {"extra_headers": {"traceparent": traceparent}}),
+            **({"extra_headers": headers} if headers else {}),
         )
     except Exception as exc:  # litellm's errors carry a status, and share no root but Exception
         status = getattr(exc, "status_code", None) or 500

@@ -117,6 +117,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         principal: the name of whom it belongs to; None where nobody asked who it was.
         is_async: nobody waits for the answer, so it is taken up again after a crash.
         attempt: how often it was begun, by a retry or after a crash; from 1.
+        recoveries: how many of these attempts began after a crash or a stop, and not by a retry.
         timeout_s: wall-clock seconds for one attempt, from its first step on.
         owner: the engine that works on it; every write is fenced by it.
     """
@@ -139,6 +140,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     principal: str | None = None
     is_async: bool = False
     attempt: int = 1
+    recoveries: int = 0
     timeout_s: float | None = None
     owner: str | None = None
     cancel_requested: bool = False
@@ -153,6 +155,15 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     def usage(self) -> Usage | None:
         spent = [step.usage for step in self.steps if step.usage is not None]
         return sum(spent, Usage()) if spent else None
+
+    def step_key(self, position: int) -> str:
+        """What one step, from 0, is called where it must not be paid for twice: ``run:{run_id}/{position}``.
+
+        It is the same each time that the step is begun, also by another process after a crash. After a retry, which
+        somebody asked for since they want another answer, it is ``run:{run_id}:2/{position}``, and so on.
+        """
+        tries = self.attempt - self.recoveries
+        return f"run:{self.run_id}/{position}" if tries == 1 else f"run:{self.run_id}:{tries}/{position}"
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -409,6 +420,9 @@ class RunContext:
 
     Attributes:
         run_id, agent_name, attempt, request_id, traceparent: of the run.
+        step_key: names this step, ``run:{run_id}/{position}``, from 0. It stays the same where the step is begun again
+            after a crash, and is another after a retry: send it as ``Idempotency-Key`` to what costs money, with
+            something of your own behind it for each further call. Model agents do.
         cancel_requested: True once somebody asked to cancel the run. A synchronous function reads it now and then, and
             returns or raises; an async one is cancelled at its next await, and needs not look.
     """
@@ -426,6 +440,7 @@ class RunContext:
         self.attempt = run.attempt
         self.request_id = run.request_id
         self.traceparent = run.traceparent
+        self.step_key = run.step_key(len(run.steps))
         self.cancel_requested = False
         self._tell = tell
         self._tell_spent = tell_spent

@@ -166,11 +166,16 @@ def _widen_batches(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+def _add_recoveries(db: sqlite3.Connection) -> None:
+    db.execute("ALTER TABLE runs ADD COLUMN recoveries INTEGER NOT NULL DEFAULT 0")
+
+
 MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _create_tables,
     _add_traceparent,
     _add_principal,
     _widen_batches,
+    _add_recoveries,
 ]
 
 
@@ -178,11 +183,16 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
 
 FIELDS = (
     "run_id flock agent_name inputs status result error error_type created_at started_at completed_at request_id "
-    "batch_id position is_async attempt timeout_s owner cancel_requested progress traceparent principal last_step"
+    "batch_id position is_async attempt timeout_s owner cancel_requested progress traceparent principal "
+    "recoveries last_step"
 ).split()
 COLUMNS = ", ".join(FIELDS)
 #: What stands for a column that is not read.
-EMPTY = {"inputs": "x'7b7d'", "result": "NULL", "traceparent": "NULL", "principal": "NULL", "last_step": "NULL"}
+EMPTY = {
+    "inputs": "x'7b7d'",
+    "recoveries": "0",
+    **dict.fromkeys(("result", "traceparent", "principal", "last_step"), "NULL"),
+}
 # What a failed commit may have written all the same is written again.
 INSERT_RUN = f"INSERT OR REPLACE INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
 UPDATE = """UPDATE runs SET status = ?, result = ?, error = ?, error_type = ?, started_at = ?, completed_at = ?,
@@ -301,6 +311,7 @@ def run_values(run: Run, last_step: bytes | None = None) -> tuple[Any, ...]:
         run.progress and msgspec.json.encode(run.progress),
         run.traceparent,
         run.principal,
+        run.recoveries,
         last_step,
     )
 
@@ -390,12 +401,13 @@ INTERRUPT_SYNC = """UPDATE runs SET status = 'failed', error = ?, error_type = ?
     WHERE owner = ? AND batch_id IS NULL AND status IN ('starting', 'running') AND NOT is_async RETURNING run_id"""
 RUNS_OF = """SELECT run_id FROM runs
     WHERE owner = ? AND status IN ('starting', 'running') AND batch_id IS NULL ORDER BY run_id"""
-TAKE_RUNS = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'), status = 'starting'
+TAKE_RUNS = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'),
+    recoveries = recoveries + (status = 'running'), status = 'starting'
     WHERE owner = ? AND batch_id IS NULL AND status IN ('starting', 'running')"""
 BATCHES_OF = """SELECT batch_id FROM batches INDEXED BY batches_open
     WHERE owner = ? AND hidden IS NULL AND completed_at IS NULL ORDER BY batch_id"""
 TAKE_BATCH = "UPDATE batches SET owner = ? WHERE batch_id = ?"
-TAKE_ITEMS = """UPDATE runs SET attempt = attempt + 1, status = 'starting'
+TAKE_ITEMS = """UPDATE runs SET attempt = attempt + 1, recoveries = recoveries + 1, status = 'starting'
     WHERE batch_id = ? AND status = 'running'"""
 DROP_STAGED = "UPDATE batches SET hidden = 'dropped' WHERE owner = ? AND hidden = 'staged'"
 

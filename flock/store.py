@@ -435,7 +435,7 @@ class Store:
 
     def list_runs(self, flock: str, wanted: RunFilter) -> list[Run]:
         """One page of runs that are no items, newest first, without their steps."""
-        left_out = {"traceparent", "principal", "last_step"}  # they lie behind what is long
+        left_out = {"traceparent", "principal", "recoveries", "last_step"}  # they lie behind what is long
         left_out |= {
             name for name, asked in (("inputs", wanted.with_inputs), ("result", wanted.with_results)) if not asked
         }

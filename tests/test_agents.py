@@ -118,6 +118,7 @@ async def test_an_answer_that_does_not_fit_is_sent_back_with_the_reason(
     done = await turn(analyzer(), resources, text="x", limit=1)
     assert json.loads(bytes(done.result)) == {"sentiment": "good", "keywords": []}
     assert done.usage == Usage(input_tokens=20, output_tokens=10), "both answers are paid for"
+    assert [headers["idempotency-key"] for headers in model.headers] == ["run:r/0", "run:r/0/2"]
     *_, said, asked = model.requests[1]["messages"]
     assert said["role"] == "assistant"
     assert asked["role"] == "user"

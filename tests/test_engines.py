@@ -26,7 +26,7 @@ from flock.errors import (
     RunNotFound,
     TooLarge,
 )
-from flock.runs import Engine, Event, IdempotencyKey, Principal, Run, RunFilter, RunStatus, Usage, new_id
+from flock.runs import Engine, Event, IdempotencyKey, Principal, Run, RunContext, RunFilter, RunStatus, Usage, new_id
 from tests.fakes import FakeModel, Gate, Opened, answer, sample_flock
 
 pytestmark = pytest.mark.anyio
@@ -146,6 +146,30 @@ async def test_what_models_cost_is_kept_with_the_step(opened: Opened, model: Fak
         run = await finish(engine, "text_analyzer", {"text": "Hello"})
     assert result_of(run)["sentiment"] == "good"
     assert run.usage == Usage(input_tokens=10, output_tokens=5)
+
+
+async def test_each_step_of_each_try_has_a_key_of_its_own(opened: Opened, model: FakeModel) -> None:
+    """It goes to the model with each call, and is there for functions; a retry's is another, for it wants an answer."""
+    flock, keys = sample_flock(), []
+    flock.agents["text_analyzer"].next_agent = "note"
+
+    @flock.agent(output="text: str", next_agent=lambda result: "text_analyzer" if len(keys) == 1 else None)
+    def note(context: RunContext, sentiment: str = "") -> dict[str, str]:
+        keys.append(context.step_key)
+        if len(keys) == 2:
+            raise AgentError("not yet")
+        return {"text": "so"}
+
+    model.replies = [answer("no JSON"), answer({"sentiment": "good", "keywords": []})]
+    async with opened(flock, transport=model.transport) as engine:
+        run = await finish(engine, "note")
+        assert (run.status, len(run.steps)) == (RunStatus.FAILED, 2)
+        await engine.retry_run(run.run_id)
+        with anyio.fail_after(60):
+            assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+    id_ = f"run:{run.run_id}"
+    assert [headers["idempotency-key"] for headers in model.headers] == [f"{id_}/1", f"{id_}/1/2"]
+    assert keys == [f"{id_}/0", f"{id_}/2", f"{id_}:2/2"]
 
 
 # How agents fail

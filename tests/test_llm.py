@@ -167,6 +167,24 @@ async def test_one_schema_that_is_refused_does_not_change_how_others_are_asked(
     assert formats == ["json_schema", "json_object", "json_schema"]
 
 
+async def test_every_attempt_of_a_call_carries_its_key_and_another_format_another(
+    models: ModelClient, model: FakeModel
+) -> None:
+    """A server that keeps what it answered to a key would refuse the next format as it did the first."""
+    model.replies = [
+        error(500),
+        error(429),
+        error(400, message="response_format.type must be text or json_object"),
+        error(422, message="Unknown field: response_format"),
+        answer(GOOD),
+        answer(GOOD),
+    ]
+    await ask(models, idempotency_key="run:1/0")
+    await ask(models)
+    sent = [headers.get("idempotency-key") for headers in model.headers]
+    assert sent == ["run:1/0"] * 3 + ["run:1/0/json_object", "run:1/0/text", None]
+
+
 # What goes wrong: once, and for good
 
 
@@ -424,6 +442,7 @@ async def main():
             try:
                 messages = [Message("user", "hi")]
                 options = {"max_tokens": 9, "temperature": 0, "traceparent": "00-some-trace"}
+                options["idempotency_key"] = "run:1/0"
                 done = await models.complete("lm_studio/some-model", messages, schema, **options)
                 print("ANSWER", done.text, done.usage.output_tokens)
             except ModelError as exc:
@@ -446,6 +465,7 @@ async def test_litellm_itself_calls_a_provider_that_is_not_built_in() -> None:
         while b"some-model" not in received:
             received += await stream.receive()
         assert b"\r\ntraceparent: 00-some-trace\r\n" in received
+        assert b"\r\nidempotency-key: run:1/0\r\n" in received.lower()
         reply = bodies.pop(0)
         head = f"HTTP/1.1 {reply.status_code} X\r\nContent-Type: application/json\r\nConnection: close\r\n"
         await stream.send(f"{head}Content-Length: {len(reply.body)}\r\n\r\n".encode() + bytes(reply.body))

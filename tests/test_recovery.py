@@ -1,6 +1,7 @@
 """Accepted is kept: real servers and workers, killed with SIGKILL again and again, lose no run and repeat no step."""
 
 import contextlib
+import json
 import os
 import random
 import sqlite3
@@ -8,10 +9,12 @@ import threading
 import time
 from pathlib import Path
 
+import anyio
+import anyio.abc
 import httpx
 import pytest
 
-from tests.fakes import Server, flockapi_command, running
+from tests.fakes import EXAMPLES, Server, flockapi_command, running, socket_server
 
 RUNS = 200
 FLOCK = """
@@ -161,3 +164,65 @@ def test_a_killed_worker_loses_nothing_and_the_others_stay_up(tmp_path: Path) ->
     ledger.check_no_two_at_once()
     assert len({pid for _, _, pid, _ in ledger.lines()}) > 3, "they share the work"
     assert len(ledger.committed) >= 2 * RUNS
+
+
+# What is asked of a provider again
+
+
+class Provider:
+    """Says nothing until it may, then refuses the key once for each call that it heard before, then answers."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.may_answer = False
+
+    async def handle(self, stream: anyio.abc.SocketStream) -> None:
+        received = b""
+        while not received.endswith(b"}"):
+            received += await stream.receive()
+        head = received.partition(b"\r\n\r\n")[0].decode().lower()
+        self.keys += [line.partition(": ")[2] for line in head.split("\r\n") if line.startswith("idempotency-key")]
+        if not self.may_answer:
+            await anyio.sleep_forever()
+        is_second = self.keys.count(self.keys[-1]) == 2
+        message = {"role": "assistant", "content": json.dumps({"sentiment": "good", "keywords": []})}
+        body = json.dumps({"choices": [{"message": message}]})
+        status = "401 No" if is_second else "200 OK"
+        await stream.send(
+            f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+
+    async def until_asked(self, times: int) -> None:
+        with anyio.fail_after(60):
+            while len(self.keys) < times:  # noqa: ASYNC110 - another process asks
+                await anyio.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_a_step_that_was_at_work_at_the_crash_asks_under_the_same_key_and_a_retry_under_another(
+    tmp_path: Path,
+) -> None:
+    """A run and an item of a batch, whose server is killed while they wait for their model."""
+    provider, inputs = Provider(), {"text": "So."}
+    command = flockapi_command("serve", str(EXAMPLES / "text_analyzer.py"), "--port", "0", "--store", "keys.db")
+    async with socket_server(provider.handle) as (url, _):
+        with running(*command, OPENAI_BASE_URL=url) as server:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                body = {"agent_name": "text_analyzer", "inputs": inputs, "async_run": True}
+                run_id = (await client.post("/run/flock", json=body)).json()["run_id"]
+                await provider.until_asked(1)
+                many = {"agent_name": "text_analyzer", "batch_inputs": [inputs]}
+                batch_id = (await client.post("/run/batch", json=many)).json()["batch_id"]
+                await provider.until_asked(2)
+        before = list(provider.keys)
+        provider.may_answer = True
+        with running(*command, OPENAI_BASE_URL=url) as server:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                for path in (f"/run/{run_id}", f"/batch/{batch_id}"):
+                    assert (await client.get(path, params={"wait": 30})).json()["status"] == "failed"
+                assert before[0] == f"run:{run_id}/0"
+                assert sorted(provider.keys) == sorted(before * 2)
+                for path in (f"/run/{run_id}", f"/batch/{batch_id}"):
+                    assert (await client.post(f"{path}/retry")).status_code == 202
+                    assert (await client.get(path, params={"wait": 30})).json()["status"] == "completed"
+    assert provider.keys[4:] == [f"{key.removesuffix('/0')}:2/0" for key in before]

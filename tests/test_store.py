@@ -90,6 +90,7 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) ->
     ended, *to_go_on_with = runs
     assert (ended.run_id, ended.error_type) == (waited_for.run_id, "interrupted")
     assert [(run.run_id, run.attempt) for run in to_go_on_with] == [(running.run_id, 2), (waiting.run_id, 1)]
+    assert [run.recoveries for run in to_go_on_with] == [1, 0]
     assert await store.take_over("me", "late", now()) == ([], [])
     with pytest.raises(OwnershipLost):
         await store.save(replace(running, status=RunStatus.COMPLETED))

@@ -27,7 +27,7 @@ from flock.errors import EngineFull, StoreError
 from flock.llm import ModelClient
 from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker
-from flock.temporal.messages import CONVERTER
+from flock.temporal.messages import CONVERTER, run_workflow_id
 from flock.temporal.records import run_of
 from flock.temporal.workflows import FlockMark, FlockRun
 from flockapi import create_app
@@ -42,28 +42,29 @@ EMPTY = msgspec.Raw(b"{}")
 NOTING = """
 import asyncio, os, time
 from flock.core import Flock
+from flock.runs import RunContext
 
 flock = Flock("noting {name}")
 
-def note(run, agent):
+def note(run, agent, key):
     with open({log!r}, "a") as log:
-        log.write(f"{{run}} {{agent}} {{os.getpid()}} {{time.time()}}\\n")
+        log.write(f"{{run}} {{agent}} {{os.getpid()}} {{time.time()}} {{key}}\\n")
 
 @flock.agent(next_agent="second")
-async def first(n: int) -> int:
-    note(n, "first")
+async def first(n: int, context: RunContext) -> int:
+    note(n, "first", context.step_key)
     await asyncio.sleep(0.3)
     return n
 
 @flock.agent
-async def second(n: int) -> int:
-    note(n, "second")
+async def second(n: int, context: RunContext) -> int:
+    note(n, "second", context.step_key)
     await asyncio.sleep(1)
     return n + 1
 
 @flock.agent(on_interrupt="fail")
-async def once() -> int:
-    note("-", "once")
+async def once(context: RunContext) -> int:
+    note("-", "once", context.step_key)
     await asyncio.sleep(5)
     return 1
 
@@ -84,11 +85,12 @@ class Begun(msgspec.Struct):
     agent: str
     pid: int
     at: float
+    key: str
 
 
 def begun(log: Path) -> list[Begun]:
     lines = log.read_text().splitlines() if log.exists() else []
-    return [Begun(run, agent, int(pid), float(at)) for run, agent, pid, at in map(str.split, lines)]
+    return [Begun(run, agent, int(pid), float(at), key) for run, agent, pid, at, key in map(str.split, lines)]
 
 
 @contextlib.contextmanager
@@ -162,6 +164,7 @@ async def test_runs_of_a_worker_and_a_server_that_are_killed_go_on(temporal_addr
     assert [run["result"] for run in chains] == [{"result": n + 1} for n in range(10)]
     assert (once["status"], once["error_type"]) == ("failed", "interrupted")
     again = [turn for turn in begun(log) if turn.pid != doomed.pid]
+    assert {turn.key for turn in again} <= {f"{run_workflow_id(run_id, 1)}/1" for run_id in run_ids}
     assert {turn.agent for turn in again} <= {"second"}, "what was finished is not begun again"
     assert all(turn.at < killed_at + 5 for turn in again), [turn.at - killed_at for turn in again]
 
