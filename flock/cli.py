@@ -118,6 +118,13 @@ model_option = click.option(
     help="Model for the agents that name none, in place of the flock's own. local/smollm2-135m needs no key.",
 )
 
+payload_dir_option = click.option(
+    "--payload-dir",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Folder for what is too long for the Temporal cluster, the same one for the API and all workers.",
+)
+
 
 @main.command()
 @click.argument("target")
@@ -136,6 +143,7 @@ model_option = click.option(
     metavar="HOST:PORT",
     help="Keep the runs on this Temporal cluster, where processes of 'flockapi worker' carry them out. No batches yet.",
 )
+@payload_dir_option
 @click.option(
     "--store",
     default="flock.db",
@@ -300,6 +308,8 @@ def serve(
     load = functools.partial(_load_with_model, target, model)
     if options["temporal"]:
         _check_options_for_temporal(context)
+    elif options["payload_dir"]:
+        raise click.UsageError("--payload-dir goes with --temporal only: an SQLite file keeps what is long itself.")
     try:
         settings = ServerSettings(**options, api_keys=_keys(api_keys_file))
         if workers == 1:
@@ -352,6 +362,7 @@ def _keys(file: Path | None) -> dict[str, str] | None:
     metavar="HOST:PORT",
     help="The Temporal cluster; its namespace, TLS and API key are read from TEMPORAL_NAMESPACE and the like.",
 )
+@payload_dir_option
 @model_option
 @click.option(
     "--max-concurrency",

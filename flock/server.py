@@ -83,6 +83,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         store, durability, max_concurrency, max_queue, max_items, max_tokens, max_timeout_s, queue_timeout_s,
             keep_for_s, keep_runs, expose_errors: see ``Store`` and ``EmbeddedEngine``.
         temporal: ``host:port`` of a Temporal cluster that keeps the runs in place of a store, for workers to carry out.
+        payload_dir: a folder for what is too long for it; see ``TemporalEngine``.
         server_name, on_disconnect, metrics, api_keys, cors_origins, max_upload_bytes, csv_dir: see ``create_app``.
         max_connections: more at a time are answered with 503; those that were answered before go on.
         max_requests_per_minute, max_event_streams: see ``create_app``.
@@ -94,6 +95,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8344
     server_name: str = "Flock Server"
     temporal: str | None = None
+    payload_dir: str | None = None
     store: str = "flock.db"
     durability: Durability = "power"
     max_concurrency: int = 100
@@ -123,6 +125,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How a worker works; the options of ``flockapi worker`` have the same names. See ``TemporalWorker``."""
 
     temporal: str
+    payload_dir: str | None = None
     max_concurrency: int = 100
     max_tokens: int | None = None
     drain_timeout_s: float = 20
@@ -343,6 +346,7 @@ def _temporal_engine(flock: Flock, settings: ServerSettings) -> "TemporalEngine"
         max_queue=settings.max_queue,
         max_timeout_s=settings.max_timeout_s,
         queue_timeout_s=settings.queue_timeout_s,
+        payload_dir=settings.payload_dir,
     )
 
 
@@ -375,6 +379,7 @@ async def _work_until_told(flock: Flock, settings: WorkerSettings) -> None:
         max_tokens=settings.max_tokens,
         drain_timeout_s=settings.drain_timeout_s,
         expose_errors=settings.expose_errors,
+        payload_dir=settings.payload_dir,
     )
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with worker:

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,15 +21,18 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 from temporalio.client import WorkflowHistory
+from temporalio.converter import StorageDriverClaim, StorageDriverRetrieveContext
+from temporalio.exceptions import ApplicationError
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
 from flock.cli import main
 from flock.core import Flock
-from flock.errors import EngineFull, StoreError
+from flock.errors import DefinitionError, EngineFull, StoreError
 from flock.llm import ModelClient
-from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus, new_id
-from flock.temporal import TemporalEngine, TemporalWorker
+from flock.runs import IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id
+from flock.temporal import TemporalEngine, TemporalWorker, payloads
 from flock.temporal.messages import CONVERTER, run_workflow_id
+from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import run_of
 from flock.temporal.workflows import FlockMark, FlockRun
 from flockapi import create_app
@@ -126,8 +131,10 @@ async def open_pair(
 ) -> AsyncIterator[TemporalEngine]:
     async with contextlib.AsyncExitStack() as stack:
         if with_worker:
-            models = ModelClient(flock.model)
-            worker = TemporalWorker(flock.agents, models, address, flock=flock.name, drain_timeout_s=0)
+            models, folder = ModelClient(flock.model), options.get("payload_dir")
+            worker = TemporalWorker(
+                flock.agents, models, address, flock=flock.name, drain_timeout_s=0, payload_dir=folder
+            )
             await stack.enter_async_context(worker)
         yield await stack.enter_async_context(TemporalEngine(flock.agents, address, flock=flock.name, **options))
 
@@ -412,6 +419,133 @@ async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: 
     assert run.error == "The run was terminated on the cluster before it ended."
 
 
+# Long payloads
+
+
+@pytest.fixture
+def long_flock() -> Flock:
+    """Its first agent makes 5 MB, and the second is given them."""
+    flock = Flock(new_id())
+
+    @flock.agent(output="more: str", next_agent="measure")
+    def repeat(text: str, times: int) -> dict[str, str]:
+        return {"more": text * times}
+
+    @flock.agent
+    def measure(more: str) -> int:
+        return len(more)
+
+    @flock.agent
+    async def chat(context: RunContext) -> str:
+        context.progress(1, 2, "x" * 300_000)
+        await asyncio.sleep(1.5)
+        return "x" * 5_000_000
+
+    return flock
+
+
+LONG: dict[str, Any] = {"agent_name": "repeat", "inputs": {"text": "x" * 500_000, "times": 10}}
+
+
+async def test_what_is_too_long_for_the_cluster_goes_through_a_folder(
+    long_flock: Flock, temporal_address: str, tmp_path: Path
+) -> None:
+    """By an API and a worker: inputs, a step's result, and a run's; a deleted run leaves nothing in it."""
+    payload_dir = tmp_path / "payloads"
+    payload_dir.mkdir()
+    own: dict[str, Any] = {"flock": long_flock.name, "payload_dir": payload_dir}
+    app = create_app(long_flock, engine=TemporalEngine(long_flock.agents, temporal_address, **own))
+    async with TemporalWorker(long_flock.agents, ModelClient(), temporal_address, **own), app.lifespan():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t", timeout=60) as client:
+            run = (await client.post("/run/flock", json=LONG)).json()
+            assert (run["status"], run["result"]) == ("completed", {"result": 5_000_000})
+            assert len(run["steps"][0]["result"]["more"]) == 5_000_000
+            chat = await client.post("/run/flock", json={"agent_name": "chat", "async_run": True})
+            with anyio.fail_after(30):
+                while (  # noqa: ASYNC110 - as a client
+                    told := (await client.get(chat.headers["Location"])).json()
+                )["progress"] is None:
+                    await asyncio.sleep(0.05)
+            assert (told["status"], len(told["progress"]["message"])) == ("running", 300_000)
+            chat = await client.get(chat.headers["Location"], params={"wait": 30})
+            assert len(chat.json()["result"]["result"]) == 5_000_000
+            kept = {path.name for path in payload_dir.iterdir()}
+            assert kept == {f"run%3A{id_}" for id_ in (run["run_id"], chat.json()["run_id"])}
+            assert all(re.fullmatch("[0-9a-f]{64}", path.name) for path in payload_dir.glob("*/*"))
+            assert (await client.delete(f"/run/{run['run_id']}")).status_code == 204
+            (file,) = payload_dir.glob("*/*")
+            file.write_bytes(file.read_bytes()[:-1])
+            await said_of(chat.url, client, "its checksum is another one")
+            file.unlink()
+            await said_of(chat.url, client, "Do all processes have the same --payload-dir")
+            file.mkdir()
+            await said_of(chat.url, client, "cannot be read now")
+
+
+async def said_of(url: httpx.URL, client: httpx.AsyncClient, words: str) -> None:
+    answer = await client.get(url)
+    assert answer.status_code == 503
+    assert words in answer.json()["detail"]
+    assert "/payloads" not in answer.text, "where it lies, is not for clients"
+
+
+async def test_a_process_that_was_not_told_of_the_folder_says_which_option_it_lacks(
+    long_flock: Flock, temporal_address: str, tmp_path: Path
+) -> None:
+    """A worker fails the run, which can be tried again once it has the folder; an API answers 503."""
+    async with open_pair(long_flock, temporal_address, with_worker=False, payload_dir=tmp_path) as engine:
+        run = await engine.submit(LONG["agent_name"], LONG["inputs"])
+        async with open_pair(long_flock, temporal_address) as other:
+            with anyio.fail_after(60):
+                run = await engine.wait(run.run_id)
+            assert (run.status, run.error_type) == (RunStatus.FAILED, "payload_lost")
+            assert "Start it with --payload-dir" in (run.error or "")
+            with pytest.raises(StoreError, match="Start it with --payload-dir"):
+                await other.get_run(run.run_id)
+        await engine.retry_run(run.run_id)
+        async with open_pair(long_flock, temporal_address, payload_dir=tmp_path):
+            with anyio.fail_after(60):
+                assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+
+
+async def test_a_full_disk_is_waited_for_and_leaves_no_part_of_a_payload(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A result that was paid for is not given up. The disk is full as far as fsync says: none is at hand."""
+    errors = [OSError(errno.ENOSPC, "No space left on device")]
+
+    def fsync(descriptor: int) -> None:
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(payloads, "RETRY_AFTER_S", 0.01)
+    folder = PayloadFolder(tmp_path)
+    (tmp_path / "run%3A1").mkdir()
+    await folder.keep("run:1", "x" * 300_000)
+    (file,) = (tmp_path / "run%3A1").iterdir()
+    os.utime(file, (0, 0))
+    await folder.keep("run:1", "x" * 300_000)
+    assert file.stat().st_mtime > 0, "what is used again is as if it were new"
+    await folder.keep("run:1", "short")
+    assert [*(tmp_path / "run%3A1").iterdir()] == [file]
+
+
+async def test_no_claim_leads_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / ("0" * 64)).write_text("secret")
+    (tmp_path / "payloads").mkdir()
+    for file in (f"../{'0' * 64}", f"{tmp_path}/{'0' * 64}", ""):
+        claim = StorageDriverClaim({"file": file})
+        with pytest.raises(ApplicationError, match="is no name of one"):
+            await PayloadFolder(tmp_path / "payloads").retrieve(StorageDriverRetrieveContext(), [claim])
+
+
+async def test_a_folder_that_is_not_there_is_named_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(DefinitionError, match=r"gone' is not there.*make it, or name another one"):
+        async with TemporalEngine({}, "127.0.0.1:1", payload_dir=tmp_path / "gone"):
+            pass
+
+
 # Histories
 
 
@@ -447,6 +581,8 @@ def test_options_that_nobody_would_heed_are_refused(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, [*arguments, option])
         assert result.exit_code == 2
         assert words in result.output
+    result = CliRunner().invoke(main, ["serve", "x.py", "--payload-dir", str(tmp_path)])
+    assert (result.exit_code, "goes with --temporal only" in result.output) == (2, True)
 
 
 @pytest.mark.parametrize("command", [["serve", "--port", "0"], ["worker"]], ids=["serve", "worker"])

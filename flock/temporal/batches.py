@@ -303,6 +303,7 @@ class TemporalBatches:
                     return counted + at_work_in(described.pending_activities)
                 # What was handed in is not counted yet, and must not be missed: nobody wants to see it go back.
                 history = (await handle.fetch_history()).events
+                await self._cluster.payloads.bring_in(history)
         except RPCError:  # it has not been started yet
             return ChunkEnded()
         return max(counted, ended_in(history), key=lambda ended: ended.total) + at_work_in(
@@ -343,6 +344,7 @@ class TemporalBatches:
         if key not in self._orders:
             async with self._cluster.asking():
                 async for event in self._handle(*key).fetch_history_events(page_size=1):
+                    await self._cluster.payloads.bring_in([event])
                     sent = event.workflow_execution_started_event_attributes.input.payloads[0]
                     self._orders[key] = decoded(sent, BatchOrder)
                     break
@@ -389,7 +391,7 @@ class TemporalBatches:
     async def _items_of(self, found: _Found, order: BatchOrder, chunk: int) -> dict[int, Run]:
         attempts = (*order.attempts[:-1], found.about)
         async with self._cluster.asking(SEND_TIMEOUT_S):
-            return (await read_chunk(self._cluster.client, found.batch.batch_id, chunk, attempts)).items
+            return (await read_chunk(self._cluster, found.batch.batch_id, chunk, attempts)).items
 
     async def item(self, run_id: str) -> Run | None:
         """The item with that id, or None."""

@@ -9,10 +9,11 @@ from msgspec.structs import replace
 from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
-from temporalio.client import Client, WorkflowHandle
+from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.runs import INVALID_INPUT, Run, RunStatus
+from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,
     ChunkEnded,
@@ -223,19 +224,19 @@ def ended_in(history: Sequence[HistoryEvent]) -> ChunkEnded:
     return ended
 
 
-async def read_chunk(client: Client, batch_id: str, chunk: int, attempts: Sequence[Reopening]) -> Chunk:
+async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Reopening]) -> Chunk:
     """A chunk as it stands, by all that *attempts* of its batch have done to it.
 
     Raises: RPCError, NOT_FOUND where the cluster has forgotten its rows.
     """
     histories = asyncio.gather(
         *(
-            _history(client, chunk_workflow_id(batch_id, chunk, number), is_last=number == len(attempts))
+            _history(cluster, chunk_workflow_id(batch_id, chunk, number), is_last=number == len(attempts))
             for number, about in enumerate(attempts, 1)
             if chunk < about.begun_to
         )
     )
-    rows, begun = await _rows(client, batch_id, chunk), iter(await histories)
+    rows, begun = await _rows(cluster, batch_id, chunk), iter(await histories)
     found = Chunk(batch_id, rows)
     for number, about in enumerate(attempts, 1):
         if number > 1:
@@ -248,15 +249,16 @@ async def read_chunk(client: Client, batch_id: str, chunk: int, attempts: Sequen
     return found
 
 
-async def _rows(client: Client, batch_id: str, chunk: int) -> RowsOrder:
-    handle = client.get_workflow_handle(rows_workflow_id(batch_id, chunk))
+async def _rows(cluster: Cluster, batch_id: str, chunk: int) -> RowsOrder:
+    handle = cluster.client.get_workflow_handle(rows_workflow_id(batch_id, chunk))
     async for event in handle.fetch_history_events(page_size=1):
+        await cluster.payloads.bring_in([event])
         return decoded(event.workflow_execution_started_event_attributes.input.payloads[0], RowsOrder)
     raise AssertionError("every history has a first event")
 
 
 async def _history(
-    client: Client, workflow_id: str, *, is_last: bool
+    cluster: Cluster, workflow_id: str, *, is_last: bool
 ) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
     """All events of a chunk's attempt, also where it went on in a new history, and what is at work in it."""
     events: list[HistoryEvent] = []
@@ -264,8 +266,9 @@ async def _history(
     pending: Sequence[PendingActivityInfo] = ()
     try:
         while True:
-            handle: WorkflowHandle[Any, Any] = client.get_workflow_handle(workflow_id, run_id=run_id)
+            handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id, run_id=run_id)
             found = (await handle.fetch_history()).events
+            await cluster.payloads.bring_in(found)
             if not events and is_last and found[-1].event_type not in CLOSED:
                 described = (await handle.describe()).raw_description
                 pending = described.pending_activities

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
@@ -16,7 +17,8 @@ from temporalio.envconfig import ClientConfig
 from temporalio.service import RetryConfig, RPCError, RPCStatusCode
 
 from flock.errors import DefinitionError, EngineFull, StoreError
-from flock.temporal.messages import CONVERTER, SEARCH_ATTRIBUTES
+from flock.temporal.messages import SEARCH_ATTRIBUTES
+from flock.temporal.payloads import PayloadFolder
 
 __all__ = ["Cluster"]
 
@@ -43,12 +45,20 @@ class Cluster:
     Args:
         address: ``host:port``; if None, ``TEMPORAL_ADDRESS``.
         namespace: if None, ``TEMPORAL_NAMESPACE``, and "default" without that.
+        payload_dir: see ``PayloadFolder``.
 
     TLS, an API key and all else are read as Temporal's own tools read them (``temporalio.envconfig``): from
     ``TEMPORAL_TLS``, ``TEMPORAL_API_KEY`` and others, or from the file that ``TEMPORAL_CONFIG_FILE`` names.
     """
 
-    def __init__(self, address: str | None = None, *, namespace: str | None = None) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        namespace: str | None = None,
+        payload_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.payloads = PayloadFolder(payload_dir)
         named: dict[str, Any] = {"target_host": address, "namespace": namespace}
         found: dict[str, Any] = {**ClientConfig.load_client_connect_config()}
         self._config = found | {name: value for name, value in named.items() if value is not None}
@@ -73,6 +83,7 @@ class Cluster:
             StoreError: it does not answer.
             DefinitionError: something is missing that may not be made from here; it says how to make it.
         """
+        self.payloads.check()
         give_up_at = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -80,7 +91,7 @@ class Cluster:
                     self._client = await Client.connect(
                         **self._config,
                         lazy=lazy,
-                        data_converter=CONVERTER,
+                        data_converter=self.payloads.converter,
                         retry_config=RetryConfig(max_elapsed_time_millis=round(1000 * ANSWER_TIMEOUT_S)),
                     )
                     await self._need_namespace()

@@ -7,6 +7,7 @@ so on. What is done with batches is in ``flock.temporal.batches``.
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Self, TypeVar
@@ -15,7 +16,7 @@ import msgspec
 from google.protobuf.duration_pb2 import Duration
 from msgspec.structs import replace
 from temporalio.api.common.v1 import WorkflowExecution
-from temporalio.api.enums.v1 import TaskQueueType
+from temporalio.api.enums.v1 import EventType, TaskQueueType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest, DescribeTaskQueueRequest
@@ -93,6 +94,8 @@ WATCH_TIMEOUT_S = 0.7
 #: How often an event stream looks for news, in seconds, and how long it may be silent.
 POLL_INTERVAL_S = 0.25
 KEEP_ALIVE_S = 15.0
+#: Of one run, and of an item always, in what the cluster takes at once.
+MAX_INPUT_BYTES = 1_000_000
 #: How many runs of a list are read at the same time.
 READS_AT_ONCE = 20
 LEAVING = "The server is about to stop. Ask another one, or this one when it is back."
@@ -114,10 +117,12 @@ class TemporalEngine:
         max_items: items of one batch, 16,777,215 at most.
         max_open_items: items of all batches together that have not ended, as far as the cluster's search knows.
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
-        max_input_bytes: the longest inputs of one run, as JSON; the cluster takes 2 MiB, results included.
+        max_input_bytes: the longest inputs of one run, as JSON. If None, a million, since the cluster takes 2 MiB with
+            results included, and 16 MiB where there is a ``payload_dir``.
         queue_timeout_s: the longest that a run may wait for its first step; None is no limit.
         heartbeat_timeout_s: how long a worker may be silent before its steps are begun elsewhere. An async agent that
             blocks the event loop for longer than that is begun a second time.
+        payload_dir: a folder for what is too long for the cluster; the workers have the same one. See README.md.
 
     How long runs are kept after their end is the namespace's own setting.
     """
@@ -133,19 +138,22 @@ class TemporalEngine:
         max_timeout_s: float = 86_400,
         max_items: int = 1_000_000,
         max_open_items: int = 10_000_000,
-        max_input_bytes: int = 1_000_000,
+        max_input_bytes: int | None = None,
         queue_timeout_s: float | None = None,
         heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
+        payload_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.cluster = Cluster(address, namespace=namespace)
+        self.cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
         self._agents = agents
         self._flock = flock
         self._task_queue = task_queue_of(flock)
         self._max_queue = max_queue
         self._max_timeout_s = max_timeout_s
-        self._max_input_bytes = max_input_bytes
         self._queue_timeout_s = queue_timeout_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        if max_input_bytes is None:
+            max_input_bytes = MAX_INPUT_BYTES if payload_dir is None else 16 * 1024 * 1024
+        self._max_input_bytes = max_input_bytes
         self._marks = Marks(self.cluster, flock, self._task_queue)
         self._batches = TemporalBatches(
             self.cluster,
@@ -154,7 +162,7 @@ class TemporalEngine:
             self._task_queue,
             max_items=max_items,
             max_open_items=max_open_items,
-            max_input_bytes=max_input_bytes,
+            max_input_bytes=min(max_input_bytes, MAX_INPUT_BYTES),
             max_timeout_s=max_timeout_s,
             heartbeat_timeout_s=heartbeat_timeout_s,
         )
@@ -360,15 +368,22 @@ class TemporalEngine:
         handle = self._handle(run_id, attempt)
         try:
             async with self.cluster.asking():
-                run = run_of(await _history(handle))
+                run = run_of(await self._history(handle))
                 if run.status.is_final:
                     return run
                 described = (await handle.describe()).raw_description
                 if described.workflow_execution_info.HasField("close_time"):
-                    return run_of(await _history(handle))
+                    return run_of(await self._history(handle))
                 return at_work(run, described.pending_activities)
         except RPCError:
             return None
+
+    async def _history(self, handle: WorkflowHandle[Any, Any]) -> Sequence[HistoryEvent]:
+        events = (await handle.fetch_history()).events
+        # What turns were given is known from what came of those before.
+        scheduled = EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
+        await self.cluster.payloads.bring_in(event for event in events if event.event_type != scheduled)
+        return events
 
     async def _last_attempt(self, run_id: str) -> int:
         """0 where nothing is kept of a run. The cluster forgets its first attempts before the last one."""
@@ -490,7 +505,7 @@ class TemporalEngine:
 
     async def _kept_key(self, run: Run) -> str | None:
         async with self.cluster.asking():
-            return order_of(await _history(self._handle(run.run_id, run.attempt))).key_id
+            return order_of(await self._history(self._handle(run.run_id, run.attempt))).key_id
 
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
@@ -510,6 +525,7 @@ class TemporalEngine:
                             workflow_execution=WorkflowExecution(workflow_id=run_workflow_id(run_id, attempt)),
                         )
                     )
+                await self.cluster.payloads.forget(run_workflow_id(run_id, attempt))
 
     # Lists
 
@@ -647,10 +663,6 @@ class TemporalEngine:
 
     async def delete_batch(self, batch_id: str) -> None:
         await self._batches.delete(batch_id)
-
-
-async def _history(handle: WorkflowHandle[Any, Any]) -> Sequence[HistoryEvent]:
-    return (await handle.fetch_history()).events
 
 
 def _fits(run: Run, wanted: RunFilter) -> bool:

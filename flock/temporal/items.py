@@ -274,7 +274,7 @@ class ItemActivities:
 
     async def _read(self, order: ItemsOrder) -> Chunk:
         *before, about = order.attempts
-        found = await read_chunk(self._cluster.client, order.batch_id, order.chunk, before)
+        found = await read_chunk(self._cluster, order.batch_id, order.chunk, before)
         if before:
             found.reopen(about)
         return found
@@ -283,7 +283,7 @@ class ItemActivities:
     async def find(self, order: ItemsOrder) -> list[int]:
         """The positions of those items of a chunk that its attempt is about."""
         *before, about = order.attempts
-        found = await read_chunk(self._cluster.client, order.batch_id, order.chunk, before)
+        found = await read_chunk(self._cluster, order.batch_id, order.chunk, before)
         if not before:
             return [position for position, item in found.items.items() if not item.status.is_final]
         return [position for position, item in found.items.items() if reopens(about, item)]
@@ -315,6 +315,7 @@ class ItemActivities:
         except RPCError as exc:
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
+        await self._cluster.payloads.forget(workflow_id)
 
 
 def _part(run: Run) -> Part:

@@ -7,7 +7,7 @@ raises, cancels or leaves behind ends that turn and touches no other.
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 
 import anyio
@@ -23,9 +23,12 @@ from flock.slots import Slots, acquire_all
 from flock.threads import Threads
 from flock.workflow import NextStep, next_step, run_step
 
-__all__ = ["Turn", "Turns", "is_left", "until_left"]
+__all__ = ["MAX_RUN_BYTES", "Turn", "Turns", "is_left", "until_left"]
 
 logger = logging.getLogger("flock.temporal")
+
+#: Inputs and results of one run together, of the 2 MiB that the cluster takes at once.
+MAX_RUN_BYTES = 1_500_000
 
 
 async def until_left(drain_timeout_s: float) -> None:
@@ -51,9 +54,11 @@ class Turn:
         is_again: another worker may have begun it.
         waits_s: how long it may wait for its place, and the limit of which that is the rest.
         tell_waiting: called when it has to wait for its place.
+        keep: called with what it gave, while its heartbeats are sent.
 
     Attributes:
         begun_at: when it got its place.
+        progress_when_done: as it is told with what it gave: a thread may go on telling.
         done, failure: what came of it.
         is_left: the worker stops, and others are to begin it anew.
     """
@@ -66,16 +71,19 @@ class Turn:
         is_again: bool = False,
         waits_s: tuple[float, float] | None = None,
         tell_waiting: Callable[[], None] = lambda: None,
+        keep: Callable[[Step], Awaitable[None]] | None = None,
     ) -> None:
         self.run = run
         self.timeout_s = timeout_s
         self.is_again = is_again
         self.waits_s = waits_s
         self.tell_waiting = tell_waiting
+        self.keep = keep
         self.scope = anyio.CancelScope()
         self.context: RunContext | None = None
         self.begun_at: datetime | None = None
         self.progress: Progress | None = None
+        self.progress_when_done: Progress | None = None
         self.done: Step | None = None
         self.failure: BaseException | None = None
         self.is_left = False
@@ -179,6 +187,9 @@ class Turns:
             )
             done = await run_step(step, Resources(self._models, call_in_thread), turn.context)
             self._check_size(run, done)
+            turn.progress_when_done = turn.progress
+            if turn.keep is not None:  # here: a slow disk afterwards would look like a worker that died
+                await turn.keep(done)
             self.tell("step_completed", done)
             return done
         finally:
@@ -206,8 +217,11 @@ class Turns:
     def _check_size(self, run: Run, done: Step) -> None:
         """The cluster would refuse what is longer, and let the agent try again, who may have paid a model."""
         size = len(run.inputs) + sum(len(step.result) for step in (*run.steps, done))
-        if size > self._max_run_bytes:
+        limit = self._max_run_bytes
+        if run.batch_id is not None:
+            limit = min(limit, MAX_RUN_BYTES)  # heartbeats tell it, which go to the cluster always
+        if size > limit:
             raise ResultTooLarge(
                 f"What {done.agent_name!r} gave has {len(done.result)} bytes, and inputs and results of the run "
-                f"{size} together, more than the cluster keeps of one ({self._max_run_bytes}, max_run_bytes)."
+                f"{size} together, more than the cluster keeps of one ({limit}, max_run_bytes)."
             )

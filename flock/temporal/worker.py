@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from asyncio import FIRST_COMPLETED
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -15,7 +16,7 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from flock.agents import Agent
 from flock.ends import CANCELLED, End, timeout_of
 from flock.llm import ModelClient
-from flock.runs import Observer, now
+from flock.runs import Observer, Step, now
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
@@ -29,7 +30,7 @@ from flock.temporal.messages import (
     items_queue_of,
     task_queue_of,
 )
-from flock.temporal.turns import Turn, Turns, is_left, until_left
+from flock.temporal.turns import MAX_RUN_BYTES, Turn, Turns, is_left, until_left
 from flock.temporal.workflows import FlockMark, FlockRun
 
 __all__ = ["TemporalWorker"]
@@ -58,8 +59,10 @@ class TemporalWorker:
         max_concurrency: turns at work at the same time, in this process; items of batches leave a tenth of it to runs.
         max_threads: synchronous functions at work at the same time.
         max_steps, max_tokens, expose_errors: see ``EmbeddedEngine``.
-        max_run_bytes: inputs and all results of one run together, as JSON; a result beyond it fails its run.
+        max_run_bytes: inputs and all results of one run together, as JSON; a result beyond it fails its run. If None,
+            1.5 million, and 64 MiB where there is a ``payload_dir``.
         drain_timeout_s: how long turns may go on when the worker stops; what is left then goes on elsewhere.
+        payload_dir: a folder for what is too long for the cluster; the engine has the same one. See README.md.
 
     Raises, at entry: StoreError, DefinitionError; see ``Cluster.connect``.
     """
@@ -77,14 +80,17 @@ class TemporalWorker:
         max_threads: int = 40,
         max_steps: int = 32,
         max_tokens: int | None = None,
-        max_run_bytes: int = 1_500_000,
+        max_run_bytes: int | None = None,
         drain_timeout_s: float = 20,
         expose_errors: bool = False,
+        payload_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.cluster = Cluster(address, namespace=namespace)
+        self.cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
         self.task_queue = task_queue_of(flock)
         self._models = models
         self._max_concurrency = max_concurrency
+        if max_run_bytes is None:
+            max_run_bytes = MAX_RUN_BYTES if payload_dir is None else 64 * 1024 * 1024
         self._drain_timeout_s = drain_timeout_s
         self._turns = Turns(
             agents,
@@ -155,6 +161,7 @@ class TemporalWorker:
             waits_s=waits_s,
             # It has not begun, though the cluster has it as started.
             tell_waiting=lambda: activity.heartbeat(_beat_of(turn)),
+            keep=lambda step: self.cluster.payloads.keep(activity.info().workflow_id or "", _done(turn, step)),
         )
         # A task of its own takes with it whatever cancellation the agent's code leaves behind.
         work = asyncio.create_task(self._turns.take(turn))
@@ -173,8 +180,8 @@ class TemporalWorker:
         finally:
             beats.cancel()
             leaving.cancel()
-        if turn.done is not None and turn.begun_at is not None:
-            return StepDone(step=turn.done, begun_at=turn.begun_at, progress=turn.progress)
+        if turn.done is not None:
+            return _done(turn, turn.done)
         if turn.is_left:
             raise ApplicationError("The worker stopped while this turn was at work.", type=INTERRUPTED)
         if turn.is_late:
@@ -182,6 +189,11 @@ class TemporalWorker:
         if turn.scope.cancel_called:
             raise asyncio.CancelledError(CANCELLED.error)
         _end(turn, self._turns.end_of(turn))
+
+
+def _done(turn: Turn, step: Step) -> StepDone:
+    assert turn.begun_at is not None
+    return StepDone(step=step, begun_at=turn.begun_at, progress=turn.progress_when_done)
 
 
 def _beat_of(turn: Turn) -> Beat:
