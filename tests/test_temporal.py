@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import run_of
 from flock.temporal.workflows import FlockMark, FlockRun
 from flockapi import create_app
-from tests.fakes import Gate, Server, flockapi_command, free_port, running, sample_flock, temporal_server
+from tests.fakes import ROOT, Gate, Server, flockapi_command, free_port, running, sample_flock, temporal_server
 
 pytestmark = pytest.mark.anyio
 
@@ -573,6 +574,35 @@ async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
 
 
 # The command line
+
+
+def test_the_ten_lines_of_the_readme_work(temporal_address: str) -> None:
+    """As they stand, but for their addresses."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (lines,) = (block.splitlines() for block in re.findall(r"(?s)```bash\n(.*?)```", readme) if "# 10.0.0.1" in block)
+    assert len(lines) == 10
+    lines = [line.replace("10.0.0.1:7233", temporal_address).removesuffix(" &") for line in lines]
+    cluster, serve, work = (
+        next(line for line in lines if line.startswith(words))
+        for words in ("temporal server", "flockapi serve", "flockapi worker")
+    )
+    shown = subprocess.run(["bash", "-c", f"{Path(sys.executable).parent}/{cluster} --help"], capture_output=True)
+    assert shown.returncode == 0, "it knows the options"
+    ours = f"cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} -m flock.cli"
+    serve = serve.replace("--host 10.0.0.1", "--host 0.0.0.0 --port 0").replace("flockapi", ours)
+    keys = "alice=fk_a-key-of-the-tests-that-is-long-enough"
+    worker = subprocess.Popen(["bash", "-c", work.replace("flockapi", ours)], stderr=subprocess.DEVNULL)
+    try:
+        with running("bash", "-c", serve, FLOCK_API_KEYS=keys) as server:
+            port = server.url.rpartition(":")[2]
+            command = lines[-1].replace("10.0.0.1:8344", f"127.0.0.1:{port}").replace("curl", "curl -sS", 1)
+            done = subprocess.run(
+                ["bash", "-c", command], env=os.environ | {"FLOCK_API_KEYS": keys}, capture_output=True
+            )
+            assert msgspec.json.decode(done.stdout)["result"] == {"result": "Hello, Ann!"}
+    finally:
+        worker.kill()
+        worker.wait()
 
 
 def test_options_that_nobody_would_heed_are_refused(tmp_path: Path) -> None:
