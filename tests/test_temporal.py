@@ -20,6 +20,8 @@ import httpx
 import msgspec
 import pytest
 from click.testing import CliRunner
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
 from msgspec.structs import replace
 from temporalio.client import WorkflowHistory
 from temporalio.converter import StorageDriverClaim, StorageDriverRetrieveContext
@@ -366,6 +368,79 @@ async def test_a_namespace_that_is_not_there_is_made(temporal_address: str) -> N
     assert run.status is RunStatus.COMPLETED
 
 
+# A cluster that does not let us do what we may elsewhere
+
+
+@contextlib.asynccontextmanager
+async def cluster_that_says(**statuses: int) -> AsyncIterator[str]:
+    """Where something speaks gRPC and answers each method with its status, "0" with an empty message.
+
+    The development server refuses nothing. What counts is on the wire here as it would be there: HTTP/2, and a
+    ``grpc-status`` (the gRPC protocol, "Responses").
+    """
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        while (await receive()).get("more_body"):
+            pass
+        status = ({"GetSystemInfo": 0} | statuses).get(scope["path"].rpartition("/")[2], 12)  # UNIMPLEMENTED
+        headers = [(b"content-type", b"application/grpc"), (b"grpc-status", b"%d" % status), (b"grpc-message", b"No.")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if status else bytes(5)})
+
+    config, done = Config(), asyncio.Event()
+    config.bind = [f"127.0.0.1:{free_port()}"]
+    serving = asyncio.create_task(serve(app, config, shutdown_trigger=done.wait))
+    try:
+        yield config.bind[0]
+    finally:
+        done.set()
+        await serving
+
+
+PERMISSION_DENIED, NOT_FOUND = 7, 5
+
+
+@pytest.mark.parametrize(
+    ("statuses", "words"),
+    [
+        pytest.param(
+            {"DescribeNamespace": NOT_FOUND, "RegisterNamespace": PERMISSION_DENIED},
+            "has no namespace 'mine'.*temporal operator namespace create -n mine --retention 30d --address 127",
+            id="to make a namespace",
+        ),
+        pytest.param(
+            {"DescribeNamespace": 0, "ListSearchAttributes": 0, "AddSearchAttributes": PERMISSION_DENIED},
+            "attributes FlockName.*search-attribute create --name FlockName --type Keyword -n mine --address 127",
+            id="to make search attributes",
+        ),
+        pytest.param(
+            {"DescribeNamespace": 0, "ListSearchAttributes": 0}, "create --name FlockAgent", id="a method is not there"
+        ),
+        pytest.param(
+            {"DescribeNamespace": PERMISSION_DENIED}, "does not let us into.*No.*TEMPORAL_API_KEY", id="to come in"
+        ),
+    ],
+)
+async def test_what_a_cluster_does_not_let_us_do_is_said_with_the_command_for_it(
+    statuses: dict[str, int], words: str
+) -> None:
+    async with cluster_that_says(**statuses) as address:
+        with pytest.raises(DefinitionError, match=words):
+            async with TemporalEngine({}, address, namespace="mine"):
+                pass
+
+
+async def test_a_cluster_that_does_not_let_us_look_is_taken_at_its_word(caplog: pytest.LogCaptureFixture) -> None:
+    async with (
+        cluster_that_says(DescribeNamespace=0, ListSearchAttributes=PERMISSION_DENIED) as address,
+        TemporalEngine({}, address, namespace="mine") as engine,
+    ):
+        assert engine.health().engine == "running"
+    assert "search-attribute create --name FlockPrincipal --type Keyword -n mine" in caplog.text
+
+
 # Without workers
 
 
@@ -418,6 +493,22 @@ async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: 
         run = await engine.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.FAILED, "interrupted")
     assert run.error == "The run was terminated on the cluster before it ended."
+
+
+async def test_a_worker_that_does_not_know_an_agent_any_more_says_so(temporal_address: str) -> None:
+    """Of a run that was accepted before, and of one that is at its second step by then."""
+    before, after = sample_flock(), Flock()
+    before.name = after.name = new_id()
+    before.agents["add"].next_agent = "summarise"
+    after.add_agent(before.agents["add"])
+    async with open_pair(before, temporal_address, with_worker=False) as engine, open_pair(after, temporal_address):
+        with anyio.fail_after(60):
+            first = await engine.wait((await engine.submit("summarise", {"text": "x"})).run_id)
+            second = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
+    for run, path in ((first, "summarise"), (second, "add → summarise")):
+        assert (run.status, run.error_type) == (RunStatus.FAILED, "invalid_handoff")
+        assert run.error == f"There is no agent 'summarise' to hand on to ({path}). Known agents: add."
+    assert [step.agent_name for step in second.steps] == ["add"], "what was finished is kept"
 
 
 # Long payloads

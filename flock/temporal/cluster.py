@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -133,6 +133,12 @@ class Cluster:
         try:
             found = await self._retrying(self._describe_namespace)
         except RPCError as exc:
+            if exc.status in DENIED:
+                raise DefinitionError(
+                    f"The cluster at {self.address} does not let us into the namespace {self.namespace!r}: "
+                    f"{exc.message} Name one that we may use (TEMPORAL_NAMESPACE), and the key or the certificate for "
+                    "it (TEMPORAL_API_KEY, TEMPORAL_TLS_CLIENT_CERT_PATH)."
+                ) from exc
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
             await self._make_namespace()
@@ -164,7 +170,19 @@ class Cluster:
         await self._retrying(self._describe_namespace, is_new=True)
 
     async def _need_search_attributes(self) -> None:
-        missing = await self._retrying(self._missing_attributes, is_new=True)
+        try:
+            missing = await self._retrying(self._missing_attributes, is_new=True)
+        except RPCError as exc:
+            if exc.status not in DENIED:
+                raise
+            # Where only an administrator may look, somebody may have made them.
+            logger.warning(
+                "Whether the namespace %s has the search attributes by which runs are found cannot be seen from here. "
+                "If it has not, runs are refused; make them with: %s",
+                self.namespace,
+                self._commands_for(SEARCH_ATTRIBUTES),
+            )
+            return
         if not missing:
             return
         try:
@@ -175,18 +193,19 @@ class Cluster:
             )
         except RPCError as exc:
             if exc.status in DENIED:
-                commands = "; ".join(
-                    f"temporal operator search-attribute create --name {name} --type Keyword -n {self.namespace}"
-                    for name in missing
-                )
                 raise DefinitionError(
                     f"The namespace {self.namespace!r} has no search attributes {', '.join(missing)}, by which runs "
-                    f"are found, and none may be made from here. Make them with: {commands}"
+                    f"are found, and none may be made from here. Make them with: "
+                    f"{self._commands_for(missing)}"
                 ) from exc
             if exc.status is not RPCStatusCode.ALREADY_EXISTS:  # another process makes them too
                 raise
         while await self._missing_attributes():  # noqa: ASYNC110 - the cluster tells nobody
             await asyncio.sleep(0.1)
+
+    def _commands_for(self, names: Iterable[str]) -> str:
+        options = f"--type Keyword -n {self.namespace} --address {self.address}"
+        return "; ".join(f"temporal operator search-attribute create --name {name} {options}" for name in names)
 
     async def _missing_attributes(self) -> list[str]:
         wanted = ListSearchAttributesRequest(namespace=self.namespace)
