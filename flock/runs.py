@@ -360,8 +360,8 @@ def events_of(run: Run) -> list[Event]:
         events.append(event(step.attempt, 2 * position + 2, "step.completed", **about, **end))
     if run.started_at is not None:
         events += started
-    if run.status is RunStatus.RUNNING:
-        name = run.steps[-1].next_agent if run.steps else run.agent_name
+    name = run.steps[-1].next_agent if run.steps else run.agent_name
+    if run.status is RunStatus.RUNNING and name is not None:  # behind its last step a run may not have ended yet
         number = 2 * len(run.steps) + 1
         events.append(event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name))
     if run.progress is not None:

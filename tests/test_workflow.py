@@ -4,10 +4,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from flock.core import Flock, FlockFactory, agent
 from flock.errors import InvalidHandoff, RunFailed, TooManySteps
-from flock.runs import Run, RunStatus, Step, Usage, now
+from flock.runs import Run, RunStatus, Step, Usage, events_of, now
 from flock.workflow import next_step
 from tests.fakes import FakeModel, answer, sample_flock
 
@@ -56,6 +57,12 @@ def test_a_loop_is_stopped_with_its_path() -> None:
     steps = [step_of("add", "add", result=3)] * 4
     with pytest.raises(TooManySteps, match=r"after 4 steps.*add → add → add → add → add"):
         next_step(run_of("add", *steps, a=1), sample_flock().agents, 4)
+
+
+def test_behind_the_last_step_no_other_is_told_to_have_started() -> None:
+    """A cluster has a run as running for a moment after its last agent had its turn."""
+    run = replace(run_of("add", step_of("add", None, result=3), a=1), status=RunStatus.RUNNING, started_at=now())
+    assert [event.name for event in events_of(run)] == ["run.started", "step.started", "step.completed"]
 
 
 # Hand-offs
