@@ -77,12 +77,12 @@ async def once(context: RunContext) -> int:
     return 1
 
 @flock.agent
-async def item(n: int) -> int:
-    note(n, "item")
+async def item(n: int, context: RunContext) -> int:
+    note(n, "item", context.step_key)
     try:
         await asyncio.sleep({item_s})
     except asyncio.CancelledError:
-        note(n, "stopped")
+        note(n, "stopped", context.step_key)
         raise
     return 2 * n
 """
@@ -234,6 +234,7 @@ async def test_a_batch_survives_whatever_is_killed(tmp_path: Path) -> None:
     first = {turn.run: turn for turn in reversed(turns)}
     twice = [turn for turn in turns if first[turn.run] is not turn]
     assert len(first) == 2000
+    assert {turn.key for turn in twice} <= {turn.key for turn in first.values()}, "the provider gets the same key"
     assert 0 < len(twice) <= 2 * 60, f"{len(twice)} items were begun again: those that were at work at a kill"
     assert resumed[0].at - killed_at < 5
 
