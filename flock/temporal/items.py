@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from asyncio import FIRST_COMPLETED
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -110,6 +110,7 @@ class ItemActivities:
         self._cluster = cluster
         self._turns = turns
         self._drain_timeout_s = drain_timeout_s
+        self._jobs: defaultdict[str, set[_Job]] = defaultdict(set)
         self._looking: dict[str, asyncio.Task[Mapping[str, Any] | None]] = {}
         self._chunks: OrderedDict[tuple[str, int, int], asyncio.Task[Chunk]] = OrderedDict()
 
@@ -122,6 +123,8 @@ class ItemActivities:
         info = activity.info()
         told = [recoded(beat, ItemsBeat) for beat in info.heartbeat_details]
         job = _Job(order, told[0] if told else ItemsBeat())
+        chunk_id = info.workflow_id or ""
+        self._jobs[chunk_id].add(job)
         work = asyncio.create_task(self._work_through(job, is_again=info.attempt > 1))
         beats = asyncio.create_task(_tell_beats(job))
         leaving = asyncio.create_task(until_left(self._drain_timeout_s))
@@ -135,13 +138,16 @@ class ItemActivities:
                 except asyncio.CancelledError:
                     job.is_to_return = True
                     if not is_left():
-                        asking = asking or asyncio.create_task(self._stop_cancelled(job))
+                        asking = asking or asyncio.create_task(self._stop_cancelled(chunk_id))
                     elif job.turn is not None:
                         self._turns.leave(job.turn)
         finally:
             for task in (beats, leaving, asking):
                 if task is not None:
                     task.cancel()
+            self._jobs[chunk_id].discard(job)
+            if not self._jobs[chunk_id]:
+                del self._jobs[chunk_id]
         work.result()
         unfinished = job.at_work if job.at_work is not None and job.at_work.steps else None
         return ItemsDone(ended=tuple(job.ended), unfinished=unfinished)
@@ -221,22 +227,23 @@ class ItemActivities:
         self._turns.tell("run_ended", replace(run, completed_at=ended.completed_at, **end))
         return ended
 
-    async def _stop_cancelled(self, job: _Job) -> None:
-        """Stop whoever is to stop, as long as the job goes on: the cluster cancels an activity once only.
+    async def _stop_cancelled(self, chunk_id: str) -> None:
+        """Stop all of a chunk here that is to stop, as long as one job goes on that the cluster told to.
 
-        While nobody knows who is meant, what is at work goes on.
+        The cluster tells each job once only, with the answer to its next heartbeat: what is found out for one is for
+        all. While nobody knows who is meant, what is at work goes on.
         """
-        workflow_id = activity.info().workflow_id or ""
         while True:
-            looking = self._looking.get(workflow_id)
-            if looking is None:  # many jobs of a chunk are cancelled at the same time
-                looking = self._looking[workflow_id] = asyncio.create_task(self._memo_of(workflow_id))
-                looking.add_done_callback(lambda _: self._looking.pop(workflow_id))
+            looking = self._looking.get(chunk_id)
+            if looking is None:
+                looking = self._looking[chunk_id] = asyncio.create_task(self._memo_of(chunk_id))
+                looking.add_done_callback(lambda _: self._looking.pop(chunk_id))
             memo = await asyncio.shield(looking)
             if memo is not None:
-                # An empty list is none to the cluster.
-                job.is_cancelled, job.cancelled = bool(memo.get("is_cancelled")), set(memo.get("cancelled", ()))
-                self._cancel_parts(job)
+                for job in self._jobs[chunk_id]:
+                    # An empty list is none to the cluster.
+                    job.is_cancelled, job.cancelled = bool(memo.get("is_cancelled")), set(memo.get("cancelled", ()))
+                    self._cancel_parts(job)
             await asyncio.sleep(LOOK_INTERVAL_S)
 
     async def _memo_of(self, workflow_id: str) -> Mapping[str, Any] | None:
