@@ -262,6 +262,7 @@ async def test_a_batch_that_is_cancelled_stops_on_all_machines(temporal_address:
                 2000,
             )
             turns = begun(log)
+            print("DIST", sorted((round(t.at - asked_at, 1), t.run) for t in turns if t.agent == "stopped")[::8])
             assert [turn.agent for turn in turns] == ["item"] * 200 + ["stopped"] * 200
             assert turns[-1].at - asked_at < 2
             told = [(await client.get(f"{each.url}{path}")).json() for each in (here, there)]

@@ -347,12 +347,18 @@ class FlockChunk(_Interruptible):
                 )
             )
             if self.is_cancelled:
-                self._show()
-                for task in self._at_work:
-                    task.cancel()
+                await self._stop()
             self._take_in()
         self._show()
         return self._ended
+
+    async def _stop(self) -> None:
+        """Let all who are at work stop."""
+        self._show()  # read by whoever works on it
+        for task in self._at_work:
+            task.cancel()
+        while not all(task.done() for task in self._at_work):
+            await self._until(lambda: all(task.done() for task in self._at_work))
 
     async def _find(self) -> None:
         """Find out what there is to do."""

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from asyncio import FIRST_COMPLETED
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -35,6 +35,8 @@ from flock.temporal.messages import (
     ItemsDone,
     ItemsOrder,
     Part,
+    batch_workflow_id,
+    chunk_workflow_id,
     recoded,
     rows_workflow_id,
 )
@@ -110,8 +112,8 @@ class ItemActivities:
         self._cluster = cluster
         self._turns = turns
         self._drain_timeout_s = drain_timeout_s
-        self._jobs: defaultdict[str, set[_Job]] = defaultdict(set)
-        self._looking: dict[str, asyncio.Task[Mapping[str, Any] | None]] = {}
+        self._jobs: set[_Job] = set()
+        self._looking: dict[tuple[str, int, int], asyncio.Task[None]] = {}
         self._chunks: OrderedDict[tuple[str, int, int], asyncio.Task[Chunk]] = OrderedDict()
 
     @activity.defn(name=ITEMS_ACTIVITY)
@@ -123,8 +125,7 @@ class ItemActivities:
         info = activity.info()
         told = [recoded(beat, ItemsBeat) for beat in info.heartbeat_details]
         job = _Job(order, told[0] if told else ItemsBeat())
-        chunk_id = info.workflow_id or ""
-        self._jobs[chunk_id].add(job)
+        self._jobs.add(job)
         work = asyncio.create_task(self._work_through(job, is_again=info.attempt > 1))
         beats = asyncio.create_task(_tell_beats(job))
         leaving = asyncio.create_task(until_left(self._drain_timeout_s))
@@ -138,16 +139,14 @@ class ItemActivities:
                 except asyncio.CancelledError:
                     job.is_to_return = True
                     if not is_left():
-                        asking = asking or asyncio.create_task(self._stop_cancelled(chunk_id))
+                        asking = asking or asyncio.create_task(self._stop_cancelled(order))
                     elif job.turn is not None:
                         self._turns.leave(job.turn)
         finally:
             for task in (beats, leaving, asking):
                 if task is not None:
                     task.cancel()
-            self._jobs[chunk_id].discard(job)
-            if not self._jobs[chunk_id]:
-                del self._jobs[chunk_id]
+            self._jobs.discard(job)
         work.result()
         unfinished = job.at_work if job.at_work is not None and job.at_work.steps else None
         return ItemsDone(ended=tuple(job.ended), unfinished=unfinished)
@@ -227,33 +226,47 @@ class ItemActivities:
         self._turns.tell("run_ended", replace(run, completed_at=ended.completed_at, **end))
         return ended
 
-    async def _stop_cancelled(self, chunk_id: str) -> None:
-        """Stop all of a chunk here that is to stop, as long as one job goes on that the cluster told to.
+    async def _stop_cancelled(self, order: ItemsOrder) -> None:
+        """Stop whoever is to stop in the chunk of *order*, until told otherwise: the cluster says it once to each job.
 
-        The cluster tells each job once only, with the answer to its next heartbeat: what is found out for one is for
-        all. While nobody knows who is meant, what is at work goes on.
+        While nobody knows who is meant, what is at work goes on.
         """
+        key = (order.batch_id, order.chunk, order.attempt)
         while True:
-            looking = self._looking.get(chunk_id)
+            looking = self._looking.get(key)
             if looking is None:
-                looking = self._looking[chunk_id] = asyncio.create_task(self._memo_of(chunk_id))
-                looking.add_done_callback(lambda _: self._looking.pop(chunk_id))
-            memo = await asyncio.shield(looking)
-            if memo is not None:
-                for job in self._jobs[chunk_id]:
-                    # An empty list is none to the cluster.
-                    job.is_cancelled, job.cancelled = bool(memo.get("is_cancelled")), set(memo.get("cancelled", ()))
-                    self._cancel_parts(job)
+                looking = self._looking[key] = asyncio.create_task(self._look(order))
+                looking.add_done_callback(lambda _: self._looking.pop(key))
+            await asyncio.shield(looking)
             await asyncio.sleep(LOOK_INTERVAL_S)
 
-    async def _memo_of(self, workflow_id: str) -> Mapping[str, Any] | None:
+    async def _look(self, order: ItemsOrder) -> None:
+        """Find out who is to stop, and stop all of them here: some jobs are told only with their next heartbeat.
+
+        The batch knows before its chunks that all of it is to stop.
+        """
+        batch_id, chunk, attempt = order.batch_id, order.chunk, order.attempt
+        told = await self._memo_of(chunk_workflow_id(batch_id, chunk, attempt))
+        batch: Mapping[str, Any] = {}
+        if told.get("is_cancelled"):
+            batch = (await self._memo_of(batch_workflow_id(batch_id, attempt))).get("batch", {})
+        for job in self._jobs:
+            if (job.order.batch_id, job.order.attempt) != (batch_id, attempt):
+                continue
+            job.is_cancelled |= bool(batch.get("cancel_requested"))
+            if job.order.chunk == chunk:
+                job.is_cancelled |= bool(told.get("is_cancelled"))
+                job.cancelled.update(told.get("cancelled", ()))  # an empty list is none to the cluster
+            self._cancel_parts(job)
+
+    async def _memo_of(self, workflow_id: str) -> Mapping[str, Any]:
         handle = self._cluster.client.get_workflow_handle(workflow_id)
         try:
             async with self._cluster.asking(LOOK_TIMEOUT_S):
                 return await (await handle.describe()).memo()
         except (StoreError, RPCError) as exc:
             logger.warning("what is to be cancelled of %s cannot be found out: %s", workflow_id, exc)
-            return None
+            return {}
 
     def _cancel_parts(self, job: _Job) -> None:
         for part in job.parts_to_do():

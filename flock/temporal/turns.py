@@ -103,7 +103,10 @@ class Turn:
 
 
 class Turns:
-    """All turns of one worker; ``TemporalWorker`` describes the arguments."""
+    """All turns of one worker; ``TemporalWorker`` describes the arguments.
+
+    max_items: items of batches at work at the same time; the other places are kept for runs.
+    """
 
     def __init__(
         self,
@@ -126,7 +129,9 @@ class Turns:
         self._max_run_bytes = max_run_bytes
         self._expose_errors = expose_errors
         self._threads = Threads(max_threads)
-        self._slots = Slots(max_concurrency, reserved=max_concurrency // 10)
+        reserved = max_concurrency // 10
+        self.max_items = max_concurrency - reserved
+        self._slots = Slots(max_concurrency, reserved=reserved)
         self._agent_slots: dict[str, Slots] = {}
 
     async def take(self, turn: Turn) -> None:

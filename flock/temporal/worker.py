@@ -115,7 +115,7 @@ class TemporalWorker:
                 client,
                 task_queue=items_queue_of(self.task_queue),
                 activities=[items.run],
-                max_concurrent_activities=self._max_concurrency,
+                max_concurrent_activities=self._turns.max_items,  # what waits here may have a place elsewhere
                 max_heartbeat_throttle_interval=timedelta(seconds=ITEMS_BEAT_S),
                 graceful_shutdown_timeout=drain_timeout,
             )
