@@ -209,6 +209,22 @@ async def test_a_cancelled_batch_begins_no_item_and_waits_for_those_at_work(open
             await engine.retry_batch(batch.batch_id)
 
 
+async def test_whatever_a_cancel_met_is_tried_again(opened: Opened) -> None:
+    """Its items may be read, shared out, on their way to a worker, or at work."""
+    work = Work()
+    async with opened(work.flock) as engine:
+        for n in range(6):
+            batch = await engine.submit_batch("item", numbers(400), BatchOptions(max_workers=100))
+            await anyio.sleep(n / 40)
+            with contextlib.suppress(Conflict):
+                await engine.cancel_batch(batch.batch_id)
+            batch = await ended(engine, batch)
+            if batch.cancelled_items:
+                batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED]))
+            assert (batch.status, batch.completed_items, batch.cancelled_items) == (RunStatus.COMPLETED, 400, 0)
+            assert {item.status for item in await all_items(engine, batch)} == {RunStatus.COMPLETED}
+
+
 async def test_only_what_has_ended_can_be_tried_again_or_deleted(opened: Opened) -> None:
     work = Work()
     work.holds = True

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from itertools import islice
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -92,6 +93,7 @@ class FlockBatch(_Interruptible):
         #: by chunk: its places, and what becomes of it
         self._lanes: dict[int, int] = {}
         self._chunks: dict[int, asyncio.Task[ChunkEnded]] = {}
+        self._started: dict[int, workflow.ChildWorkflowHandle[Any, ChunkEnded]] = {}
         self._signals: set[asyncio.Task[None]] = set()
 
     @workflow.signal(name="accept")
@@ -126,11 +128,12 @@ class FlockBatch(_Interruptible):
                 break
             self._show()
             await self._until(lambda: any(chunk.done() for chunk in self._chunks.values()))
+            await _settled()
+            self._take_in()
             if self.is_cancelled and not self._batch.cancel_requested:
                 self._batch = replace(self._batch, cancel_requested=True)
-                for chunk in self._chunks.values():
-                    chunk.cancel()
-            self._take_in()
+                for started in self._started.values():
+                    started.cancel()
         while self._signals:
             await self._until(lambda: not self._signals)
         if self._chunks_to_begin() and not self.is_cancelled:
@@ -193,16 +196,22 @@ class FlockBatch(_Interruptible):
         )
         self._lanes[chunk] = lanes
         self._next = chunk + 1
-        self._chunks[chunk] = asyncio.create_task(
-            workflow.execute_child_workflow(
-                CHUNK_WORKFLOW,
-                order,
-                id=chunk_workflow_id(self._batch.batch_id, chunk, self._batch.attempt),
-                result_type=ChunkEnded,
-                task_timeout=TASK_TIMEOUT,
-                parent_close_policy=workflow.ParentClosePolicy.REQUEST_CANCEL,
-            )
+        self._chunks[chunk] = asyncio.create_task(self._run_chunk(order))
+
+    async def _run_chunk(self, order: ChunkOrder) -> ChunkEnded:
+        """Never cancelled: who cancels a start that is on its way is not told what becomes of it."""
+        started = self._started[order.chunk] = await workflow.start_child_workflow(
+            CHUNK_WORKFLOW,
+            order,
+            id=chunk_workflow_id(order.batch_id, order.chunk, order.attempt),
+            result_type=ChunkEnded,
+            task_timeout=TASK_TIMEOUT,
+            parent_close_policy=workflow.ParentClosePolicy.REQUEST_CANCEL,
         )
+        if self._batch.cancel_requested:
+            started.cancel()
+        ended: ChunkEnded = await started
+        return ended
 
     def _tell(self, chunk: int, signal: str, what: int) -> None:
         async def tell() -> None:
@@ -220,11 +229,14 @@ class FlockBatch(_Interruptible):
         """Count what has ended."""
         for chunk, task in [(chunk, task) for chunk, task in self._chunks.items() if task.done()]:
             del self._chunks[chunk], self._lanes[chunk]
+            self._started.pop(chunk, None)
             try:
                 ended = task.result()
-            except (ChildWorkflowError, asyncio.CancelledError):
-                ended = ChunkEnded()  # it was cancelled before it began: what is left is counted at the end
-                if not self.is_cancelled:  # somebody ended it from outside
+            except ChildWorkflowError:
+                ended = ChunkEnded()
+                if self.is_cancelled:  # before it began: what is left is counted at the end
+                    self._cancelled_in |= 1 << chunk
+                else:  # somebody ended it from outside
                     size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
                     size = min(size, self._batch.total_items - self._batch.completed_items)
                     ended = ChunkEnded(failed=size, first_error=(self._order.first_of(chunk), GIVEN_UP.error))
@@ -310,7 +322,7 @@ class FlockChunk(_Interruptible):
         self._todo: deque[Part] = deque(order.parts or ())
         #: those who are to be cancelled
         self._cancelled = set(order.cancelled)
-        self._at_work: dict[asyncio.Task[ItemsDone], ItemsOrder] = {}
+        self._at_work: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
 
     @workflow.signal(name="set_lanes")
     def set_lanes(self, lanes: int) -> None:
@@ -321,10 +333,6 @@ class FlockChunk(_Interruptible):
     def cancel_item(self, position: int) -> None:
         """Cancel one item."""
         self._cancelled.add(position)
-        self._show()  # read by whoever works on it
-        for task, order in self._at_work.items():
-            if any(part.position == position for part in order.parts):
-                task.cancel()
 
     @workflow.run
     async def run(self, order: ChunkOrder) -> ChunkEnded:
@@ -339,26 +347,30 @@ class FlockChunk(_Interruptible):
             elif not self._at_work:
                 workflow.continue_as_new(self._state())
             self._show()
-            lanes, cancelled = self._lanes, len(self._cancelled)
+            lanes, cancelled = self._lanes, set(self._cancelled)
             await self._until(
                 lambda: (
-                    any(task.done() for task in self._at_work)
-                    or (self._lanes, len(self._cancelled)) != (lanes, cancelled)  # noqa: B023 - waited for here
+                    any(task.done() for task in self._at_work) or (self._lanes, self._cancelled) != (lanes, cancelled)  # noqa: B023 - waited for here
                 )
             )
-            if self.is_cancelled:
-                await self._stop()
+            await _settled()
             self._take_in()
+            if self.is_cancelled:
+                self._stop(self._at_work)
+                while self._at_work:
+                    await self._until(lambda: all(task.done() for task in self._at_work))
+                    self._take_in()
+            elif newly := self._cancelled - cancelled:
+                self._stop(
+                    task for task, order in self._at_work.items() if newly & {part.position for part in order.parts}
+                )
         self._show()
         return self._ended
 
-    async def _stop(self) -> None:
-        """Let all who are at work stop."""
+    def _stop(self, at_work: Iterable[workflow.ActivityHandle[ItemsDone]]) -> None:
         self._show()  # read by whoever works on it
-        for task in self._at_work:
+        for task in at_work:
             task.cancel()
-        while not all(task.done() for task in self._at_work):
-            await self._until(lambda: all(task.done() for task in self._at_work))
 
     async def _find(self) -> None:
         """Find out what there is to do."""
@@ -396,7 +408,7 @@ class FlockChunk(_Interruptible):
         while self._todo and len(self._at_work) < self._lanes:
             share = math.ceil(len(self._todo) / (self._lanes - len(self._at_work)))
             order = self._items_order(tuple(self._todo.popleft() for _ in range(share)))
-            doing = workflow.execute_activity(
+            doing = workflow.start_activity(
                 ITEMS_ACTIVITY,
                 order,
                 result_type=ItemsDone,
@@ -406,7 +418,7 @@ class FlockChunk(_Interruptible):
                 retry_policy=RETRIES,
                 cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
             )
-            self._at_work[asyncio.create_task(doing)] = order
+            self._at_work[doing] = order
 
     def _take_in(self) -> None:
         """Count what was done, and put the rest back."""
@@ -442,7 +454,7 @@ class FlockChunk(_Interruptible):
         workflow.upsert_memo({name: msgspec.to_builtins(value) for name, value in shown.items()})
 
 
-def _what_became_of(task: asyncio.Task[ItemsDone], order: ItemsOrder) -> ItemsDone:
+def _what_became_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder) -> ItemsDone:
     try:
         return task.result()
     except ActivityError as exc:
@@ -475,6 +487,12 @@ class FlockForget:
             retry_policy=UNTIL_DONE,
         )
         await asyncio.sleep(order.keep_mark_s)
+
+
+async def _settled() -> None:
+    """Let whoever waits be told what the cluster has answered by now: a cancel would take the answer's place."""
+    for _ in range(8):  # turns of the workflow's event loop: more than an answer needs
+        await asyncio.sleep(0)
 
 
 def _is_long() -> bool:
