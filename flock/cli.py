@@ -141,7 +141,7 @@ payload_dir_option = click.option(
 @click.option(
     "--temporal",
     metavar="HOST:PORT",
-    help="Keep the runs on this Temporal cluster, where processes of 'flockapi worker' carry them out. No batches yet.",
+    help="Keep runs and batches on this Temporal cluster, where processes of 'flockapi worker' carry them out.",
 )
 @payload_dir_option
 @click.option(
@@ -390,7 +390,7 @@ def _keys(file: Path | None) -> dict[str, str] | None:
 @click.option("--expose-errors", is_flag=True, help="Show the text of any exception to clients; for development.")
 @click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
 def worker(target: str, model: str | None, **options: Any) -> None:
-    """Carry out runs of the flock that TARGET names, which 'flockapi serve --temporal' has accepted.
+    """Carry out runs and batches of the flock that TARGET names, which 'flockapi serve --temporal' has accepted.
 
     Start as many as there is work for, on as many machines; they need no port of their own.
     """

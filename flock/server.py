@@ -344,6 +344,7 @@ def _temporal_engine(flock: Flock, settings: ServerSettings) -> "TemporalEngine"
         settings.temporal,
         flock=flock.name,
         max_queue=settings.max_queue,
+        max_items=settings.max_items,
         max_timeout_s=settings.max_timeout_s,
         queue_timeout_s=settings.queue_timeout_s,
         payload_dir=settings.payload_dir,
