@@ -248,18 +248,21 @@ OF_WORKERS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors")
 
 
 @contextlib.asynccontextmanager
-async def on_temporal(
+async def beside_a_worker(
     address: str, flock: Flock, transport: httpx.AsyncBaseTransport | None = None, **options: Any
-) -> AsyncIterator[Engine]:
-    """An engine on a cluster, with a worker in this process."""
+) -> AsyncIterator[TemporalEngine]:
+    """An engine on a cluster, not opened yet, with a worker in this process."""
     own: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
     of_worker: dict[str, Any] = {name: options.pop(name) for name in OF_WORKERS if name in options}
     of_worker = {"max_steps": flock.max_steps, "drain_timeout_s": 0, **of_worker}
     models = ModelClient(flock.model, transport=transport)
-    async with (
-        TemporalWorker(flock.agents, models, address, **own, **of_worker),
-        TemporalEngine(flock.agents, address, **own, **options) as engine,
-    ):
+    async with TemporalWorker(flock.agents, models, address, **own, **of_worker):
+        yield TemporalEngine(flock.agents, address, **own, **options)
+
+
+@contextlib.asynccontextmanager
+async def on_temporal(address: str, flock: Flock, **options: Any) -> AsyncIterator[Engine]:
+    async with beside_a_worker(address, flock, **options) as engine, engine:
         yield engine
 
 

@@ -16,11 +16,9 @@ import uvicorn
 
 from flock.core import Flock, FlockFactory
 from flock.errors import StoreError
-from flock.llm import ModelClient
-from flock.runs import Engine, RunContext, new_id
-from flock.temporal import TemporalEngine, TemporalWorker
+from flock.runs import Engine, RunContext
 from flockapi import FlockAPI, create_app
-from tests.fakes import FakeModel, answer, socket_server
+from tests.fakes import FakeModel, answer, beside_a_worker, socket_server
 from tests.test_api import post_run, wait_until
 from tests.test_bad_input import check_problem
 
@@ -95,11 +93,8 @@ async def app(request: pytest.FixtureRequest, gate: Gate, model: FakeModel) -> A
     async with contextlib.AsyncExitStack() as stack:
         engine: Engine = gate.flock.engine(transport=model.transport)
         if request.param == "temporal":
-            address, own = request.getfixturevalue("temporal_address"), new_id()
-            models = ModelClient(gate.flock.model, transport=model.transport)
-            worker = TemporalWorker(gate.flock.agents, models, address, flock=own, drain_timeout_s=0)
-            await stack.enter_async_context(worker)
-            engine = TemporalEngine(gate.flock.agents, address, flock=own)
+            address = request.getfixturevalue("temporal_address")
+            engine = await stack.enter_async_context(beside_a_worker(address, gate.flock, model.transport))
         made = create_app(gate.flock, server_name="Sample", engine=engine)
         await stack.enter_async_context(made.lifespan())
         yield made
