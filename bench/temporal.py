@@ -1,9 +1,14 @@
-"""Runs a second on a Temporal server, next to a bare program on the same: python -m bench.temporal [--runs 500]
+"""Runs and items a second on a Temporal server, next to bare programs: python -m bench.temporal [--runs N] [--items N]
 
-The bare program has a workflow that calls one activity, which doubles a number, and waits for what it gives. It has no
-agents, no steps, no records that can be read while a run is open, no deadlines and no heartbeats: what those cost is
-the ratio. Both are one process with its client and its worker, and take turns on one development server, which must
-not be busy with anything else; what its CPU costs is told with theirs.
+Runs: the bare program has a workflow that calls one activity, which doubles a number, and waits for what it gives. It
+has no agents, no steps, no records that can be read while a run is open, no deadlines and no heartbeats: what those
+cost is the ratio.
+
+Items: one batch of ours, 100 at work, from its first row to its end, next to a program with one activity an item: its
+workflows take 200 items each, since a history has an end, and five of them have 20 activities at work.
+
+Both are one process with its client and its worker, and take turns on one development server, which must not be busy
+with anything else; what its CPU costs is told with theirs.
 """
 
 import argparse
@@ -18,17 +23,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 from temporalio import activity, workflow
 from temporalio.client import Client
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from flock.core import Flock
 from flock.llm import ModelClient
-from flock.runs import RunStatus, new_id
+from flock.runs import BatchOptions, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker
 from tests.fakes import free_port, temporal_server
 
 AT_ONCE = 50
+ITEMS_AT_ONCE = 100
+WORKFLOWS_AT_ONCE = 5
+ITEMS_A_WORKFLOW = 200
 
 Do = Callable[[int], Awaitable[None]]
 
@@ -78,13 +87,70 @@ async def bare(address: str) -> AsyncIterator[Do]:
         yield do
 
 
+@contextlib.asynccontextmanager
+async def our_items(address: str) -> AsyncIterator[Do]:
+    flock = Flock("bench")
+    flock.add_agent(double)
+    async with (
+        TemporalWorker(flock.agents, ModelClient(), address, flock=flock.name),
+        TemporalEngine(flock.agents, address, flock=flock.name) as engine,
+    ):
+
+        async def do(items: int) -> None:
+            rows = (msgspec.Raw(b'{"n":%d}' % n) for n in range(items))
+            batch = await engine.submit_batch("double", rows, BatchOptions(max_workers=ITEMS_AT_ONCE))
+            batch = await engine.wait_batch(batch.batch_id)
+            assert (batch.completed_items, batch.failed_items) == (items, 0)
+
+        yield do
+
+
+@workflow.defn(name="bare_items")
+class BareItems:
+    @workflow.run
+    async def run(self, numbers: list[int]) -> list[int]:
+        places = asyncio.Semaphore(ITEMS_AT_ONCE // WORKFLOWS_AT_ONCE)
+
+        async def one(n: int) -> int:
+            async with places:
+                return await workflow.execute_activity(bare_double, n, start_to_close_timeout=timedelta(seconds=60))
+
+        return await asyncio.gather(*map(one, numbers))
+
+
+@contextlib.asynccontextmanager
+async def bare_items(address: str) -> AsyncIterator[Do]:
+    client = await Client.connect(address)
+    async with Worker(
+        client,
+        task_queue="bare",
+        workflows=[BareItems],
+        activities=[bare_double],
+        workflow_runner=UnsandboxedWorkflowRunner(),
+        max_concurrent_activities=ITEMS_AT_ONCE,
+    ):
+
+        async def do(items: int) -> None:
+            places = asyncio.Semaphore(WORKFLOWS_AT_ONCE)
+
+            async def some(first: int) -> None:
+                numbers = list(range(first, min(first + ITEMS_A_WORKFLOW, items)))
+                async with places:
+                    doubled = await client.execute_workflow(BareItems.run, numbers, id=new_id(), task_queue="bare")
+                assert doubled == [2 * n for n in numbers]
+
+            await asyncio.gather(*map(some, range(0, items, ITEMS_A_WORKFLOW)))
+
+        yield do
+
+
 def cpu_of(server: subprocess.Popen[bytes]) -> float:
     """Seconds of the CPU that this process and *server* have had."""
     fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()
     return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def measure(do: Do, runs: int, server: subprocess.Popen[bytes]) -> tuple[float, float]:
+async def measure_runs(do: Do, runs: int, server: subprocess.Popen[bytes]) -> tuple[float, float]:
     """Runs a second, and milliseconds of the CPU for each."""
     places = asyncio.Semaphore(AT_ONCE)
 
@@ -98,24 +164,38 @@ async def measure(do: Do, runs: int, server: subprocess.Popen[bytes]) -> tuple[f
     return runs / (time.perf_counter() - began), 1000 * (cpu_of(server) - cpu_s) / runs
 
 
+async def measure_items(do: Do, items: int, server: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """Items a second, and milliseconds of the CPU for each."""
+    await do(ITEMS_A_WORKFLOW)
+    began, cpu_s = time.perf_counter(), cpu_of(server)
+    await do(items)
+    return items / (time.perf_counter() - began), 1000 * (cpu_of(server) - cpu_s) / items
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=500, metavar="N", help="0 leaves them out")
+    parser.add_argument("--items", type=int, default=5000, metavar="N", help="0 leaves them out")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
     options = parser.parse_args()
-    kinds = {"ours": ours, "bare": bare}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     port = free_port()
     with tempfile.TemporaryDirectory() as folder, temporal_server(Path(folder) / "temporal.db", port) as server:
-        for _ in range(options.rounds):
-            for name, kind in kinds.items():
-                async with kind(f"127.0.0.1:{port}") as do:
-                    found[name].append(await measure(do, options.runs, server))
-                    print(f"{name}: {found[name][-1][0]:.0f} runs/s, {found[name][-1][1]:.1f} ms CPU a run")
-    rates = {name: statistics.median(rate for rate, _ in measured) for name, measured in found.items()}
-    costs = {name: statistics.median(cost for _, cost in measured) for name, measured in found.items()}
-    print(f"runs a second, of the bare program's: {rates['ours'] / rates['bare']:.2f}")
-    print(f"CPU a run, of the bare program's: {costs['ours'] / costs['bare']:.2f}")
+        for what, count, measure, kinds in (
+            ("run", options.runs, measure_runs, {"ours": ours, "bare": bare}),
+            ("item", options.items, measure_items, {"ours": our_items, "bare": bare_items}),
+        ):
+            found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+            for _ in range(options.rounds if count else 0):
+                for name, kind in kinds.items():
+                    async with kind(f"127.0.0.1:{port}") as do:
+                        found[name].append(await measure(do, count, server))
+                        rate, cost = found[name][-1]
+                        print(f"{name}: {rate:.0f} {what}s/s, {cost:.2f} ms CPU for each")
+            if count:
+                rates = {name: statistics.median(rate for rate, _ in measured) for name, measured in found.items()}
+                costs = {name: statistics.median(cost for _, cost in measured) for name, measured in found.items()}
+                print(f"{what}s a second, of the bare program's: {rates['ours'] / rates['bare']:.2f}")
+                print(f"CPU for each {what}, of the bare program's: {costs['ours'] / costs['bare']:.2f}")
 
 
 if __name__ == "__main__":
