@@ -23,6 +23,8 @@ from click.testing import CliRunner
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 from msgspec.structs import replace
+from temporalio.api.common.v1 import WorkflowExecution
+from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
 from temporalio.client import WorkflowHistory
 from temporalio.converter import StorageDriverClaim, StorageDriverRetrieveContext
 from temporalio.exceptions import ApplicationError
@@ -30,16 +32,28 @@ from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
 from flock.cli import main
 from flock.core import Flock
-from flock.errors import DefinitionError, EngineFull, StoreError
+from flock.errors import BatchNotFound, DefinitionError, EngineFull, StoreError
 from flock.llm import ModelClient
-from flock.runs import IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id
+from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker, payloads
 from flock.temporal.messages import CONVERTER, run_workflow_id
 from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import run_of
 from flock.temporal.workflows import FlockMark, FlockRun
 from flockapi import create_app
-from tests.fakes import ROOT, Gate, Server, flockapi_command, free_port, running, sample_flock, temporal_server
+from tests.fakes import (
+    ROOT,
+    Gate,
+    Server,
+    Work,
+    ended,
+    flockapi_command,
+    free_port,
+    numbers,
+    running,
+    sample_flock,
+    temporal_server,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -444,6 +458,27 @@ async def test_a_cluster_that_does_not_let_us_look_is_taken_at_its_word(caplog: 
 
 
 # Without workers
+
+
+async def test_a_batch_of_which_the_cluster_has_forgotten_a_part_is_not_there(temporal_address: str) -> None:
+    """As when the retention is over, for its chunks before it: what they did must not look as if it was not done."""
+    work = Work()
+    work.holds = True
+    async with open_pair(work.flock, temporal_address) as engine:
+        batch = await engine.submit_batch("item", numbers(30), BatchOptions(max_workers=2))
+        await work.begun.wait()
+        chunk = WorkflowExecution(workflow_id=f"chunk:{batch.batch_id}:0")
+        await engine.cluster.client.workflow_service.delete_workflow_execution(
+            DeleteWorkflowExecutionRequest(namespace=engine.cluster.namespace, workflow_execution=chunk)
+        )
+        work.may_go.set()
+        batch = await ended(engine, batch)
+        assert (batch.completed_items, batch.failed_items) == (30, 20)
+        with pytest.raises(BatchNotFound):
+            await engine.get_items(batch.batch_id)
+        with pytest.raises(BatchNotFound):
+            await engine.retry_batch(batch.batch_id)
+        await engine.delete_batch(batch.batch_id)
 
 
 async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_told(temporal_address: str) -> None:

@@ -465,6 +465,10 @@ class TemporalBatches:
             failed, cancelled = item.status is RunStatus.FAILED, item.status is RunStatus.CANCELLED
         if not batch.status.is_final or not failed + cancelled:
             raise not_retried(batch, wanted)
+        try:
+            await self._items_of(found, order, 0)  # what ended first is forgotten first
+        except RPCError as exc:
+            raise BatchNotFound(batch_id) from exc
         await self._check_room(failed + cancelled)
         every = "f" * (len(order.starts) // 4 + 1)
         again = replace(

@@ -227,11 +227,16 @@ def ended_in(history: Sequence[HistoryEvent]) -> ChunkEnded:
 async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Reopening]) -> Chunk:
     """A chunk as it stands, by all that *attempts* of its batch have done to it.
 
-    Raises: RPCError, NOT_FOUND where the cluster has forgotten its rows.
+    Raises: RPCError, NOT_FOUND where the cluster has forgotten its rows, or what the first attempt did.
     """
+    # A retry begins those chunks only that have something to try again, and one may not have been started yet.
     histories = asyncio.gather(
         *(
-            _history(cluster, chunk_workflow_id(batch_id, chunk, number), is_last=number == len(attempts))
+            _history(
+                cluster,
+                chunk_workflow_id(batch_id, chunk, number),
+                may_be_none=number > 1 or about.completed_at is None,
+            )
             for number, about in enumerate(attempts, 1)
             if chunk < about.begun_to
         )
@@ -258,7 +263,7 @@ async def _rows(cluster: Cluster, batch_id: str, chunk: int) -> RowsOrder:
 
 
 async def _history(
-    cluster: Cluster, workflow_id: str, *, is_last: bool
+    cluster: Cluster, workflow_id: str, *, may_be_none: bool
 ) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
     """All events of a chunk's attempt, also where it went on in a new history, and what is at work in it."""
     events: list[HistoryEvent] = []
@@ -269,7 +274,7 @@ async def _history(
             handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id, run_id=run_id)
             found = (await handle.fetch_history()).events
             await cluster.payloads.bring_in(found)
-            if not events and is_last and found[-1].event_type not in CLOSED:
+            if not events and found[-1].event_type not in CLOSED:
                 described = (await handle.describe()).raw_description
                 pending = described.pending_activities
             events = [*found, *events]
@@ -277,6 +282,6 @@ async def _history(
             if not run_id:
                 return events, pending
     except RPCError as exc:
-        if exc.status is not RPCStatusCode.NOT_FOUND:
+        if exc.status is not RPCStatusCode.NOT_FOUND or not may_be_none:
             raise
         return events, pending

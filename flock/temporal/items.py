@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from temporalio import activity
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
+from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.ends import CANCELLED, End
@@ -294,16 +295,27 @@ class ItemActivities:
 
     async def _read(self, order: ItemsOrder) -> Chunk:
         *before, about = order.attempts
-        found = await read_chunk(self._cluster, order.batch_id, order.chunk, before)
+        found = await self._read_before(order)
         if before:
             found.reopen(about)
         return found
+
+    async def _read_before(self, order: ItemsOrder) -> Chunk:
+        try:
+            return await read_chunk(self._cluster, order.batch_id, order.chunk, order.attempts[:-1])
+        except RPCError as exc:
+            if exc.status is not RPCStatusCode.NOT_FOUND:
+                raise
+            forgotten = (
+                "The cluster has forgotten the rows of this chunk, or what was done before: its retention is over."
+            )
+            raise ApplicationError(forgotten, non_retryable=True) from exc
 
     @activity.defn(name=FIND_ACTIVITY)
     async def find(self, order: ItemsOrder) -> list[int]:
         """The positions of those items of a chunk that its attempt is about."""
         *before, about = order.attempts
-        found = await read_chunk(self._cluster, order.batch_id, order.chunk, before)
+        found = await self._read_before(order)
         if not before:
             return [position for position, item in found.items.items() if not item.status.is_final]
         return [position for position, item in found.items.items() if reopens(about, item)]
