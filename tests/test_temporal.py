@@ -34,9 +34,11 @@ from flock.cli import main
 from flock.core import Flock
 from flock.errors import BatchNotFound, DefinitionError, EngineFull, StoreError
 from flock.llm import ModelClient
-from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id
+from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker, payloads
-from flock.temporal.messages import CONVERTER, run_workflow_id
+from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
+from flock.temporal.chunks import ended_in
+from flock.temporal.messages import CONVERTER, decoded, run_workflow_id
 from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import run_of
 from flock.temporal.workflows import FlockMark, FlockRun
@@ -691,14 +693,22 @@ async def test_the_text_of_an_exception_is_not_in_the_history(temporal_address: 
 
 @pytest.mark.parametrize("path", sorted(HISTORIES.glob("*.json")), ids=lambda path: path.stem)
 async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
-    """A workflow that is at work while another version is deployed goes on as it began."""
+    """A workflow that is at work while another version is deployed goes on as it began, and is read as it was."""
     history = WorkflowHistory.from_json(path.stem, await anyio.Path(path).read_text())
-    replayer = Replayer(
-        workflows=[FlockRun, FlockMark], data_converter=CONVERTER, workflow_runner=UnsandboxedWorkflowRunner()
-    )
+    workflows = [FlockRun, FlockMark, FlockBatch, FlockChunk, FlockRows, FlockForget]
+    replayer = Replayer(workflows=workflows, data_converter=CONVERTER, workflow_runner=UnsandboxedWorkflowRunner())
     await replayer.replay_workflow(history)
-    run = run_of(history.events)
-    assert path.stem.startswith(run.status.value)
+    kind, _, rest = path.stem.partition("-")
+    if kind == "batch":
+        memos = [event.workflow_properties_modified_event_attributes.upserted_memo.fields for event in history.events]
+        (*_, last) = [decoded(memo["batch"], Batch) for memo in memos if "batch" in memo]
+        assert rest.startswith(last.status.value)
+    elif kind == "chunk":
+        found = ended_in(history.events)
+        counts = {"completed": found.completed, "failed": found.failed, "cancelled": found.cancelled}
+        assert rest == "-".join(f"{status}-{count}" for status, count in counts.items() if count)
+    else:
+        assert path.stem.startswith(run_of(history.events).status.value)
 
 
 # The command line

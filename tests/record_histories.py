@@ -1,0 +1,57 @@
+"""Record the histories that tests replay: python -m tests.record_histories [WORD ...]
+
+A development server carries out what is written here, and what its workflows did is put into ``tests/histories``. The
+histories of a version that people use stay there: a later one has to be able to go on with them. With words, only files
+whose names have one of them are written.
+"""
+
+import asyncio
+import sys
+import tempfile
+from pathlib import Path
+
+from flock.runs import BatchOptions, RunStatus
+from flock.temporal import TemporalEngine
+from flock.temporal.messages import batch_workflow_id, chunk_workflow_id
+from tests.fakes import Work, beside_a_worker, ended, free_port, numbers, temporal_server, until
+
+HISTORIES = Path(__file__).parent / "histories"
+
+
+async def record(engine: TemporalEngine, name: str, workflow_id: str) -> None:
+    if len(sys.argv) == 1 or any(word in name for word in sys.argv[1:]):
+        history = await engine.cluster.client.get_workflow_handle(workflow_id).fetch_history()
+        (HISTORIES / f"{name}.json").write_text(history.to_json() + "\n")
+
+
+async def record_batches(engine: TemporalEngine, work: Work) -> None:
+    work.fails.add(3)
+    batch = await ended(engine, await engine.submit_batch("item", numbers(45), BatchOptions(max_workers=4)))
+    await record(engine, "batch-completed", batch_workflow_id(batch.batch_id, 1))
+    await record(engine, "chunk-completed-19-failed-1", chunk_workflow_id(batch.batch_id, 0, 1))
+    work.fails.clear()
+    batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.FAILED]))
+    await record(engine, "batch-completed-by-a-retry", batch_workflow_id(batch.batch_id, 2))
+    await record(engine, "chunk-completed-1", chunk_workflow_id(batch.batch_id, 0, 2))
+
+    work.holds = True
+    batch = await engine.submit_batch("item", numbers(45), BatchOptions(max_workers=4))
+    await until(lambda: len(work.calls) == 50)
+    (item,) = await engine.get_items(batch.batch_id, limit=1)
+    await engine.cancel_run(item.run_id)
+    await until(lambda: len(work.calls) == 51)
+    await engine.cancel_batch(batch.batch_id)
+    batch = await ended(engine, batch)
+    await record(engine, "batch-cancelled", batch_workflow_id(batch.batch_id, 1))
+    await record(engine, "chunk-cancelled-20", chunk_workflow_id(batch.batch_id, 0, 1))
+
+
+async def main() -> None:
+    port, work = free_port(), Work("recorded")
+    with tempfile.TemporaryDirectory() as folder, temporal_server(Path(folder) / "temporal.db", port):
+        async with beside_a_worker(f"127.0.0.1:{port}", work.flock) as engine, engine:
+            await record_batches(engine, work)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
