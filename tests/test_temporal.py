@@ -348,7 +348,7 @@ async def test_a_cluster_that_is_away_is_said_within_two_seconds_and_heals(tmp_p
                 await asyncio.sleep(0.1)
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
-                for path in ("/readyz", "/runs", f"/run/{accepted.json()['run_id']}"):
+                for path in ("/readyz", "/runs", "/batches", f"/run/{accepted.json()['run_id']}"):
                     at = time.monotonic()
                     with anyio.fail_after(10):
                         while (answer := await client.get(path)).status_code == 200:  # noqa: ASYNC110 - as a client
@@ -356,10 +356,14 @@ async def test_a_cluster_that_is_away_is_said_within_two_seconds_and_heals(tmp_p
                     assert time.monotonic() - at < 3, path
                     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
                     assert str(port) not in answer.text, "where it is, is not for clients"
-                at = time.monotonic()
-                refused = await client.post("/run/flock", json={"agent_name": "nap"})
-                assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
-                assert time.monotonic() - at < 2.5
+                for path, body in (
+                    ("/run/flock", {"agent_name": "nap"}),
+                    ("/run/batch", {"agent_name": "nap", "batch_inputs": [{}] * 500}),
+                ):
+                    at = time.monotonic()
+                    refused = await client.post(path, json=body)
+                    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+                    assert time.monotonic() - at < 2.5
                 assert (await waiting).status_code == 503
                 with temporal_server(tmp_path / "temporal.db", port):
                     with anyio.fail_after(30):
