@@ -164,7 +164,7 @@ class TemporalBatches:
             items_a_page=lambda total: min(MAX_CHUNK, max(MIN_CHUNK, total // 10)),
             page_bytes=CHUNK_BYTES,
         )
-        await self._check_room(1)  # before all of it is sent in vain; a cluster that is away says so here, and soon
+        await self._check_room(0)  # a cluster that is away says so here, and soon: what is sent below may take longer
         try:
             whole = await intake.read(items, on_invalid, self._max_items)
             if intake.page:
