@@ -51,13 +51,19 @@ async def double(n: int) -> int:
 
 
 @contextlib.asynccontextmanager
-async def ours(address: str) -> AsyncIterator[Do]:
+async def open_engine(address: str) -> AsyncIterator[TemporalEngine]:
     flock = Flock("bench")
     flock.add_agent(double)
     async with (
         TemporalWorker(flock.agents, ModelClient(), address, flock=flock.name),
         TemporalEngine(flock.agents, address, flock=flock.name) as engine,
     ):
+        yield engine
+
+
+@contextlib.asynccontextmanager
+async def ours(address: str) -> AsyncIterator[Do]:
+    async with open_engine(address) as engine:
 
         async def do(n: int) -> None:
             run = await engine.submit("double", {"n": n})
@@ -93,12 +99,7 @@ async def bare(address: str) -> AsyncIterator[Do]:
 
 @contextlib.asynccontextmanager
 async def our_items(address: str) -> AsyncIterator[Do]:
-    flock = Flock("bench")
-    flock.add_agent(double)
-    async with (
-        TemporalWorker(flock.agents, ModelClient(), address, flock=flock.name),
-        TemporalEngine(flock.agents, address, flock=flock.name) as engine,
-    ):
+    async with open_engine(address) as engine:
 
         async def do(items: int) -> None:
             rows = (msgspec.Raw(b'{"n":%d}' % n) for n in range(items))
@@ -177,12 +178,7 @@ async def measure_items(do: Do, items: int, server: subprocess.Popen[bytes]) -> 
 
 
 async def do_a_million(address: str) -> None:
-    flock = Flock("bench")
-    flock.add_agent(double)
-    async with (
-        TemporalWorker(flock.agents, ModelClient(), address, flock=flock.name),
-        TemporalEngine(flock.agents, address, flock=flock.name) as engine,
-    ):
+    async with open_engine(address) as engine:
         began = time.perf_counter()
         rows = (msgspec.Raw(b'{"n":%d}' % n) for n in range(1_000_000))
         batch = await engine.submit_batch("double", rows, BatchOptions(max_workers=ITEMS_AT_ONCE))

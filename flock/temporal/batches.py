@@ -20,12 +20,6 @@ from temporalio.api.common.v1 import Memo
 from temporalio.api.enums.v1 import EventType, WorkflowExecutionStatus
 from temporalio.api.workflow.v1 import WorkflowExecutionInfo
 from temporalio.client import WorkflowHandle
-from temporalio.common import (
-    SearchAttributePair,
-    TypedSearchAttributes,
-    WorkflowIDConflictPolicy,
-    WorkflowIDReusePolicy,
-)
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
@@ -42,16 +36,12 @@ from flock.runs import (
     Run,
     RunStatus,
 )
-from flock.temporal.batchflows import TASK_TIMEOUT
 from flock.temporal.chunks import at_work_in, ended_in, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.marks import Marks
 from flock.temporal.messages import (
-    AGENT,
     BATCH_WORKFLOW,
-    FLOCK,
     MAX_ITEMS,
-    PRINCIPAL,
     ROWS_WORKFLOW,
     BatchOrder,
     ChunkEnded,
@@ -210,22 +200,14 @@ class TemporalBatches:
 
     async def _start(self, order: BatchOrder) -> None:
         """Raises WorkflowAlreadyStartedError where this attempt was begun before."""
-        batch = order.batch
-        attributes = [SearchAttributePair(FLOCK, batch.flock), SearchAttributePair(AGENT, batch.agent_name)]
-        if batch.principal is not None:
-            attributes.append(SearchAttributePair(PRINCIPAL, batch.principal))
-        async with self._cluster.asking():
-            await self._cluster.client.start_workflow(
-                BATCH_WORKFLOW,
-                order,
-                id=batch_workflow_id(batch.batch_id, batch.attempt),
-                task_queue=self._task_queue,
-                task_timeout=TASK_TIMEOUT,
-                id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
-                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                search_attributes=TypedSearchAttributes(attributes),
-                memo={"batch": batch, "about": order.attempts[-1], "is_staged": order.is_staged},
-            )
+        await self._cluster.start(
+            BATCH_WORKFLOW,
+            order,
+            order.batch,
+            id=batch_workflow_id(order.batch.batch_id, order.batch.attempt),
+            task_queue=self._task_queue,
+            memo={"batch": order.batch, "about": order.attempts[-1], "is_staged": order.is_staged},
+        )
 
     async def _check_room(self, more: int) -> None:
         query = f"{own(BATCH_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"

@@ -28,6 +28,7 @@ from flock.temporal.messages import (
     FORGET_WORKFLOW,
     ITEMS_ACTIVITY,
     ROWS_WORKFLOW,
+    TASK_TIMEOUT,
     BatchOrder,
     ChunkEnded,
     ChunkOrder,
@@ -55,8 +56,6 @@ MAX_EVENTS = 5_000
 MAX_BYTES = 5_000_000
 #: How long a batch waits to be accepted, once all of its rows are there.
 ACCEPT_WITHIN = timedelta(minutes=10)
-#: After so many seconds a worker that died with a workflow's task is not waited for.
-TASK_TIMEOUT = timedelta(seconds=3)
 #: What is only looked up or cleared away is tried until it is done.
 UNTIL_DONE = RetryPolicy(maximum_interval=timedelta(seconds=30))
 

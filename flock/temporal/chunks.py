@@ -30,7 +30,7 @@ from flock.temporal.messages import (
     item_id,
     rows_workflow_id,
 )
-from flock.temporal.records import CANCELLED_BEFORE, counted, ended_by, left_of, time_of
+from flock.temporal.records import CANCELLED_BEFORE, counted, ended_by, left_of, time_of, waiting_again
 
 __all__ = ["Chunk", "at_work_in", "ended_in", "read_chunk", "reopens"]
 
@@ -72,18 +72,7 @@ class Chunk:
         """What an attempt of the batch is about waits again."""
         for position, item in self.items.items():
             if reopens(about, item):
-                self.items[position] = replace(
-                    item,
-                    status=RunStatus.STARTING,
-                    attempt=item.attempt + 1,
-                    result=None,
-                    error=None,
-                    error_type=None,
-                    started_at=None,
-                    completed_at=None,
-                    progress=None,
-                    cancel_requested=False,
-                )
+                self.items[position] = waiting_again(item)
 
     def fold(self, history: Iterable[HistoryEvent], pending: Sequence[PendingActivityInfo] = ()) -> None:
         """Let what happened in one attempt happen to the items."""

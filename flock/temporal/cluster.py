@@ -13,11 +13,18 @@ from google.protobuf.duration_pb2 import Duration
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, RegisterNamespaceRequest
 from temporalio.client import Client
+from temporalio.common import (
+    SearchAttributePair,
+    TypedSearchAttributes,
+    WorkflowIDConflictPolicy,
+    WorkflowIDReusePolicy,
+)
 from temporalio.envconfig import ClientConfig
 from temporalio.service import RetryConfig, RPCError, RPCStatusCode
 
 from flock.errors import DefinitionError, EngineFull, StoreError
-from flock.temporal.messages import SEARCH_ATTRIBUTES
+from flock.runs import Batch, Run
+from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, SEARCH_ATTRIBUTES, TASK_TIMEOUT
 from flock.temporal.payloads import PayloadFolder
 
 __all__ = ["Cluster"]
@@ -128,6 +135,28 @@ class Cluster:
         except (TimeoutError, RuntimeError) as exc:  # a lazy client that finds nobody raises RuntimeError
             logger.warning("the Temporal cluster at %s does not answer: %r", self.address, exc)
             raise StoreError("The cluster does not answer now; the server's log says more.") from exc
+
+    async def start(self, workflow: str, order: Any, about: Run | Batch, *, id: str, **options: Any) -> None:
+        """Start *workflow*, one attempt of a run or a batch, with *order*, so that lists find it.
+
+        Raises:
+            WorkflowAlreadyStartedError: this attempt was begun before.
+            StoreError, EngineFull: see ``asking``.
+        """
+        attributes = [SearchAttributePair(FLOCK, about.flock), SearchAttributePair(AGENT, about.agent_name)]
+        if about.principal is not None:
+            attributes.append(SearchAttributePair(PRINCIPAL, about.principal))
+        async with self.asking():
+            await self.client.start_workflow(
+                workflow,
+                order,
+                id=id,
+                task_timeout=TASK_TIMEOUT,
+                id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+                search_attributes=TypedSearchAttributes(attributes),
+                **options,
+            )
 
     async def _need_namespace(self) -> None:
         try:

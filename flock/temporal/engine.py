@@ -23,10 +23,6 @@ from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest, De
 from temporalio.client import Client, WorkflowHandle, WorkflowHistoryEventFilterType
 from temporalio.common import (
     Priority,
-    SearchAttributePair,
-    TypedSearchAttributes,
-    WorkflowIDConflictPolicy,
-    WorkflowIDReusePolicy,
 )
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
@@ -67,21 +63,17 @@ from flock.runs import (
     valid_traceparent,
 )
 from flock.temporal.batches import TemporalBatches
-from flock.temporal.batchflows import TASK_TIMEOUT
 from flock.temporal.cluster import Cluster
 from flock.temporal.marks import Marks
 from flock.temporal.messages import (
-    AGENT,
-    FLOCK,
     HEARTBEAT_TIMEOUT_S,
-    PRINCIPAL,
     RUN_WORKFLOW,
     RunOrder,
     new_batch_id,
     run_workflow_id,
     task_queue_of,
 )
-from flock.temporal.records import at_work, order_of, run_of
+from flock.temporal.records import at_work, order_of, run_of, waiting_again
 from flock.temporal.search import ID, newest_first, own
 
 __all__ = ["TemporalEngine"]
@@ -320,22 +312,14 @@ class TemporalEngine:
 
     async def _start(self, order: RunOrder) -> None:
         """Raises WorkflowAlreadyStartedError where this attempt was begun before."""
-        run = order.run
-        attributes = [SearchAttributePair(FLOCK, run.flock), SearchAttributePair(AGENT, run.agent_name)]
-        if run.principal is not None:
-            attributes.append(SearchAttributePair(PRINCIPAL, run.principal))
-        async with self.cluster.asking():
-            await self._client.start_workflow(
-                RUN_WORKFLOW,
-                order,
-                id=run_workflow_id(run.run_id, run.attempt),
-                task_queue=self._task_queue,
-                task_timeout=TASK_TIMEOUT,
-                id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
-                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                search_attributes=TypedSearchAttributes(attributes),
-                priority=Priority(priority_key=1),
-            )
+        await self.cluster.start(
+            RUN_WORKFLOW,
+            order,
+            order.run,
+            id=run_workflow_id(order.run.run_id, order.run.attempt),
+            task_queue=self._task_queue,
+            priority=Priority(priority_key=1),
+        )
         self._open_runs += 1
 
     def _check_room(self) -> None:
@@ -485,18 +469,7 @@ class TemporalEngine:
         if run.batch_id is not None or run.status not in RETRIED:
             raise Conflict(f"The run {run_id} is {what}; {rule}.")
         self._check_room()
-        again = replace(
-            run,
-            status=RunStatus.STARTING,
-            attempt=run.attempt + 1,
-            is_async=True,
-            error=None,
-            error_type=None,
-            started_at=None,
-            completed_at=None,
-            progress=None,
-            cancel_requested=False,
-        )
+        again = waiting_again(replace(run, is_async=True))
         try:
             await self._start(replace(self._order(again), key_id=await self._kept_key(run)))
         except WorkflowAlreadyStartedError as exc:

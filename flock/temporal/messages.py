@@ -3,7 +3,7 @@
 All of it lies in histories, so a member may be added with a default, and none renamed or taken away.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
@@ -82,6 +82,8 @@ FORGET_ACTIVITY = "forget_batch"
 
 #: After so many seconds without a word of it, a worker is taken for dead, where nobody says another time.
 HEARTBEAT_TIMEOUT_S = 3.0
+#: How long a worker that died with a workflow's task is waited for.
+TASK_TIMEOUT = timedelta(seconds=3)
 
 #: ``error_type`` of a turn that its worker has left: the cluster gives it to another.
 INTERRUPTED = "interrupted"

@@ -27,13 +27,40 @@ from flock.temporal.messages import (
     decoded,
 )
 
-__all__ = ["CANCELLED_BEFORE", "GIVEN_UP", "at_work", "counted", "ended_by", "left_of", "order_of", "run_of", "time_of"]
+__all__ = [
+    "CANCELLED_BEFORE",
+    "GIVEN_UP",
+    "at_work",
+    "counted",
+    "ended_by",
+    "left_of",
+    "order_of",
+    "run_of",
+    "time_of",
+    "waiting_again",
+]
 
 #: What ends a workflow that did not end by itself, in words.
 CUT_OFF = {
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED: "terminated",
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT: "timed out",
 }
+
+
+def waiting_again(run: Run) -> Run:
+    """A run as its next attempt finds it, with the steps that it has."""
+    return replace(
+        run,
+        status=RunStatus.STARTING,
+        attempt=run.attempt + 1,
+        result=None,
+        error=None,
+        error_type=None,
+        started_at=None,
+        completed_at=None,
+        progress=None,
+        cancel_requested=False,
+    )
 
 
 def order_of(history: Sequence[HistoryEvent]) -> RunOrder:
