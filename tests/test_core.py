@@ -173,10 +173,10 @@ NDJSON = '{"a": 1, "b": 5}\n\n{"a": 40}\n'
     [
         ("rows.csv", CSV.encode()),
         ("ROWS.CSV", b"\xef\xbb\xbf" + CSV.replace("\r", "").encode()),
-        ("rows.csv.gz", gzip.compress(CSV.encode())),
+        ("rows.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
         ("rows.ndjson", NDJSON.encode()),
         ("rows.jsonl", NDJSON.encode()),
-        ("rows.jsonl.gz", gzip.compress(NDJSON.encode())),
+        ("rows.jsonl.gz", gzip.compress(NDJSON.encode(), mtime=0)),
     ],
 )
 def test_a_batch_is_read_from_a_file(name: str, content: bytes, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
         ("c.csv", b"a,c\n1,2\n", "There is no input 'c'"),
         ("d.csv", b"a\n\xff\n", "line 2: This is not UTF-8"),
         ("e.csv.gz", b"a\n1\n", "e.csv.gz is no gzip, as its name says"),
-        ("f.ndjson.gz", gzip.compress(b'{"a": 1}')[:-9], "f.ndjson.gz is no gzip, as its name says"),
+        ("f.ndjson.gz", gzip.compress(b'{"a": 1}', mtime=0)[:-9], "f.ndjson.gz is no gzip, as its name says"),
         ("g.ndjson", b'{"a": 1}\n[1]\n', "line 2: A line is one JSON object"),
     ):
         (tmp_path / name).write_bytes(content)
