@@ -167,6 +167,7 @@ class Gate:
 
         @flock.agent(max_concurrency=1)
         def block(context: RunContext) -> str:
+            self.context = context
             self.thread_begun.set()
             self.thread_may_go.wait(20)
             return "asked to stop" if context.cancel_requested else "never asked"
@@ -200,6 +201,7 @@ class Gate:
             return 3
 
     calls: list[str]
+    context: RunContext
 
 
 # A real Temporal server

@@ -28,6 +28,7 @@ from flock.errors import (
 )
 from flock.runs import Engine, Event, IdempotencyKey, Principal, Run, RunContext, RunFilter, RunStatus, Usage, new_id
 from tests.fakes import FakeModel, Gate, Opened, answer, sample_flock
+from tests.fakes import until as until_so
 
 pytestmark = pytest.mark.anyio
 
@@ -338,6 +339,7 @@ async def test_a_synchronous_function_is_asked_and_waited_for(engine: Engine, ga
     run = await submit(engine, "block")
     await anyio.to_thread.run_sync(gate.thread_begun.wait)
     await engine.cancel_run(run.run_id)
+    await until_so(lambda: gate.context.cancel_requested)
     assert (await engine.wait(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
     gate.thread_may_go.set()
     run = await engine.wait(run.run_id)
