@@ -1,5 +1,6 @@
 """What many tests need: a fake model, an app with its engine open, and a client for it."""
 
+import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, settings
 
+import tests.fakes
 from flock.core import Flock
 from flockapi import FlockAPI, create_app
 from tests.fakes import FakeModel, Opened, free_port, on_temporal, sample_flock, temporal_server
@@ -17,6 +19,28 @@ settings.register_profile(
     "flock", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
 )
 settings.load_profile("flock")
+
+
+# Tests run side by side, for most of them wait; those that measure have the machine for themselves.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is alone comes last, when there is nothing left that could run beside it."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # so that waiting for others is none of the time that a test may take
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hold a lock that is shared with the tests of other processes, or not; whoever asks for it first has it first."""
+    how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    with open(__file__, "rb") as turnstile, open(tests.fakes.__file__, "rb") as lock:
+        fcntl.flock(turnstile, fcntl.LOCK_EX)
+        fcntl.flock(lock, how)
+        fcntl.flock(turnstile, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # also where a forked child of a test still has it
 
 
 @pytest.fixture

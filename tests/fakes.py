@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -234,10 +235,12 @@ def temporal_server(store: Path, port: int) -> Iterator[subprocess.Popen[bytes]]
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+    """One that the system gives to nobody who asks for any, as other tests do meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 # Engines
@@ -363,6 +366,10 @@ class Server:
         code = self.process.wait(60)
         self._reader.join(60)
         return code
+
+
+#: For a process whose coverage is not watched: with very many requests, that would take half of the time.
+NOT_WATCHED = {"COVERAGE_PROCESS_CONFIG": ""}
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ the specification says, and none may be 5xx. ``test_fuzz`` does the same with fe
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from flock.auth import new_key
-from tests.fakes import ROOT, flockapi_command, running
+from tests.fakes import NOT_WATCHED, ROOT, flockapi_command, running
 
 SERVED = '''
 from typing import Any
@@ -116,11 +117,12 @@ def fuzz(max_examples: int, seed: int) -> tuple[str, int]:
         (Path(folder) / "hooks.py").write_text(HOOKS)
         (Path(folder) / "schemathesis.toml").write_text(CONFIG)
         serve = flockapi_command("serve", f"{folder}/served.py", "--port", "0", "--store", f"{folder}/flock.db")
-        with running(*serve, FLOCK_API_KEYS=f"fuzz:admin={key}") as server:
+        with running(*serve, FLOCK_API_KEYS=f"fuzz:admin={key}", timeout_s=60, **NOT_WATCHED) as server:
             command = [sys.executable, "-m", "schemathesis.cli", "run", str(ROOT / "openapi.yaml")]
             command += ["--url", server.url, "--header", f"Authorization: Bearer {key}", "--checks", "all"]
             command += ["--max-examples", str(max_examples), "--seed", str(seed), "--no-color"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            env = {**os.environ, **NOT_WATCHED}
+            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
             server.stop()
     report = done.stdout + done.stderr
     assert done.returncode == 0, report

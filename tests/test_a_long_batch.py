@@ -15,7 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes import Server, flockapi_command, running
+from tests.fakes import NOT_WATCHED, Server, flockapi_command, running
+
+pytestmark = pytest.mark.alone
 
 ROWS = 100_000
 #: How much more memory a server may use for a batch of any length, in kB.
@@ -44,7 +46,8 @@ def rows() -> Iterator[bytes]:
 @contextlib.contextmanager
 def served() -> Iterator[Server]:
     Path("served.py").write_text(SCRIPT)
-    with running(*flockapi_command("serve", "served.py", "--port", "0", "--store", "flock.db")) as server:
+    command = flockapi_command("serve", "served.py", "--port", "0", "--store", "flock.db")
+    with running(*command, timeout_s=60, **NOT_WATCHED) as server:
         yield server
 
 

@@ -304,6 +304,7 @@ def script(tmp_path: Path) -> Path:
 def test_where_others_can_connect_a_key_is_made_and_demanded(workers: str, script: Path) -> None:
     command = flockapi_command("serve", str(script), "--host", "0.0.0.0", "--port", "0", "--workers", workers)
     with running(*command, PYTHONPATH=str(ROOT)) as server:
+        server.wait_for_line("Application startup complete", times=int(workers))
         url = re.sub(r"//.*:", "//127.0.0.1:", server.url)
         (key,) = [line.split()[-1] for line in server.lines if "Authorization: Bearer fk_" in line]
         for _ in range(6):  # any of the workers

@@ -362,6 +362,7 @@ def test_servers_started_at_once_on_a_new_file_all_serve_it(flock_file: Path, tm
             assert server.process.poll() is None
 
 
+@pytest.mark.alone
 def test_what_a_killed_server_left_is_done_once_by_one_of_the_others(flock_file: Path, tmp_path: Path) -> None:
     """Three servers; each run has one of them, whoever asks; of the two that are left, one takes up each run."""
     store = tmp_path / "flock.db"

@@ -490,6 +490,7 @@ class Served:
             return await get(client, f"/run/{run['run_id']}", wait=10)
 
 
+@pytest.mark.alone
 async def test_a_caller_that_goes_away_takes_a_synchronous_run_along(gate: Gate) -> None:
     async with Served(create_app(gate.flock, store=":memory:")) as served:
         connection = await served.send({"agent_name": "nap"})
@@ -516,6 +517,7 @@ async def test_a_caller_that_goes_away_leaves_other_runs_alone(how: str, gate: G
         assert (await served.only_run())["status"] == "completed"
 
 
+@pytest.mark.alone
 async def test_a_caller_that_goes_away_aborts_the_model_call(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, aborted = anyio.Event(), anyio.Event()
 

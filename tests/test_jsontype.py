@@ -195,6 +195,7 @@ MIB = 1024 * 1024
         pytest.param(b"[" * 200 + b'"\\' * (MIB // 2), id="quotes and backslashes in turn"),
     ],
 )
+@pytest.mark.alone
 def test_depth_is_counted_in_no_time(raw: bytes) -> None:
     """A MiB takes less than a tenth of a second; what reads a part of it twice would take minutes."""
     took_s = []

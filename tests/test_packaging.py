@@ -19,9 +19,9 @@ import flock.core
 import flock.errors
 import flock.runs
 import flockapi
-from tests.fakes import EXAMPLES, ROOT, running
+from tests.fakes import EXAMPLES, NOT_WATCHED, ROOT, running
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("packaging")]  # what is built is built once
 
 #: The most packages that an installation may bring, besides this one.
 MAX_PACKAGES = 13
@@ -29,7 +29,7 @@ MAX_IMPORT_CPU_S = 0.25
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | NOT_WATCHED
     done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -161,6 +161,7 @@ async def open_pair(
 # Processes
 
 
+@pytest.mark.alone
 async def test_runs_of_a_worker_and_a_server_that_are_killed_go_on(temporal_address: str, tmp_path: Path) -> None:
     """All of them end, within seconds, and no step that was finished is begun again; other servers tell the same."""
     target, log = tmp_path / "noting.py", tmp_path / "log"
@@ -195,6 +196,7 @@ async def test_runs_of_a_worker_and_a_server_that_are_killed_go_on(temporal_addr
     assert all(turn.at < killed_at + 5 for turn in again), [turn.at - killed_at for turn in again]
 
 
+@pytest.mark.alone
 async def test_a_batch_survives_whatever_is_killed(tmp_path: Path) -> None:
     """2,000 rows: of two workers one, of two API servers one, and the cluster are killed, one after the other.
 
@@ -255,6 +257,7 @@ async def test_a_batch_survives_whatever_is_killed(tmp_path: Path) -> None:
     assert resumed[0].at - killed_at < 5
 
 
+@pytest.mark.alone
 async def test_a_batch_that_is_cancelled_stops_on_all_machines(temporal_address: str, tmp_path: Path) -> None:
     """200 items at work, on two workers: none goes on two seconds after, and none begins."""
     target, log = tmp_path / "noting.py", tmp_path / "log"
@@ -330,6 +333,7 @@ async def _read(engine: TemporalEngine, run_id: str) -> Run:
 # A cluster that goes away
 
 
+@pytest.mark.alone
 async def test_a_cluster_that_is_away_is_said_within_two_seconds_and_heals(tmp_path: Path) -> None:
     gate, port = Gate(), free_port()
     engine = TemporalEngine(gate.flock.agents, f"127.0.0.1:{port}", flock=gate.flock.name)

@@ -361,6 +361,7 @@ async def test_static_inputs_do_not_make_much_of_little(client: httpx.AsyncClien
 
 
 @pytest.mark.parametrize("media_type", [CSV, NDJSON])
+@pytest.mark.alone
 async def test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do(media_type: Any) -> None:
     """Nothing is read again for each of them."""
     row = b'"' + b"a\n" * 60_000 + b'"\n' if media_type is CSV else b'{"text": "' + b"a" * 120_000 + b'"}\n'
@@ -402,6 +403,7 @@ async def test_an_upload_that_stalls_is_dropped(client: httpx.AsyncClient) -> No
     assert (await client.get("/batches")).json()["batches"] == []
 
 
+@pytest.mark.alone
 def test_an_upload_that_breaks_off_leaves_nothing() -> None:
     """A real connection that ends in the middle; what was staged by then is deleted soon."""
 
