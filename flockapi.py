@@ -34,7 +34,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -84,6 +84,7 @@ from flock.runs import (
     events_of,
 )
 from flock.tables import EXPANSION, Fill, csv_rows, json_rows, ndjson_rows, read_file
+from flock.ui import takes_gzip, ui_files
 from flock.wire import (
     BATCH_REQUEST,
     BATCH_RETRY,
@@ -758,7 +759,7 @@ async def batch_results(request: Request) -> Response:
         return head_of_stream(RESULT_TYPES[format_], headers)
 
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
-    pages = item_pages(engine, batch_id, after=wanted.after, statuses=statuses)
+    pages = item_pages(engine, batch_id, after=wanted.after, limit=wanted.limit, statuses=statuses)
     stream = results_as(format_, pages, columns, wanted.escape_formulas)
     return StreamingResponse(stream, media_type=RESULT_TYPES[format_], headers=headers)
 
@@ -799,15 +800,31 @@ async def delete_batch(request: Request) -> Response:
 async def list_agents(request: Request) -> Response:
     """GET /agents"""
     agents = app_of(request).flock.agents.values()
-    return JSONResponse(AgentList(agents=[shown_as(AgentSummary, agent) for agent in agents]))
+    return JSONResponse(
+        AgentList(agents=[shown_as(AgentSummary, agent, next_agent=next_agent_of(agent)) for agent in agents])
+    )
 
 
 async def get_agent(request: Request) -> Response:
     """GET /agents/{name}"""
     agent = agent_of(request, request.path_params["name"])
     return JSONResponse(
-        shown_as(AgentDetail, agent, input_schema=agent.input.schema, output_schema=agent.output.schema)
+        shown_as(
+            AgentDetail,
+            agent,
+            next_agent=next_agent_of(agent),
+            input_schema=agent.input.schema,
+            output_schema=agent.output.schema,
+        )
     )
+
+
+def next_agent_of(agent: Agent) -> str | msgspec.UnsetType | None:
+    """Who goes on after *agent*: None where its result decides, and UNSET where nobody does."""
+    chosen = agent.next_agent
+    if isinstance(chosen, Agent):
+        return chosen.name
+    return msgspec.UNSET if chosen is None else chosen if isinstance(chosen, str) else None
 
 
 async def healthz(request: Request) -> Response:
@@ -859,6 +876,24 @@ async def redoc(request: Request) -> Response:
     return Response(app_of(request).contract.page("redoc.html"), media_type="text/html", headers=PAGE_HEADERS)
 
 
+async def ui(request: Request) -> Response:
+    """GET /ui and /ui/{file}: the web page. It holds no data: that comes over the API, with the key of who looks."""
+    file = app_of(request).ui_files.get(request.path_params.get("file", "index.html"))
+    if file is None:
+        raise HTTPException(404, "The web page has no such file.")
+    headers = {**PAGE_HEADERS, "Cache-Control": "no-cache", "ETag": file.etag, "Vary": "Accept-Encoding"}
+    if file.etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    if takes_gzip(request.headers.get("accept-encoding", "")):
+        return Response(file.gzipped, media_type=file.media_type, headers=headers | {"Content-Encoding": "gzip"})
+    return Response(file.plain, media_type=file.media_type, headers=headers)
+
+
+async def to_ui(request: Request) -> Response:
+    """GET /"""
+    return RedirectResponse(f"{root_path(request.scope)}/ui")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The route table, and the application
 # ---------------------------------------------------------------------------------------------------------------------
@@ -892,9 +927,19 @@ ROUTES: Sequence[Route | Mount] = [
     *DOCS,
 ]
 
+#: With ``create_ui``.
+UI: Sequence[Route] = [
+    Route("/", to_ui, include_in_schema=False),
+    Route("/ui", ui, include_in_schema=False),
+    Route("/ui/{file}", ui, include_in_schema=False),
+]
 
 #: What everybody may see; a route of the owner's that stands before one of these is not meant.
-OPEN = [*DOCS, *(route for route in ROUTES if route.path in ("/openapi.yaml", "/openapi.json", "/healthz", "/readyz"))]
+OPEN = [
+    *DOCS,
+    *UI,
+    *(route for route in ROUTES if route.path in ("/openapi.yaml", "/openapi.json", "/healthz", "/readyz")),
+]
 
 
 class FlockAPI(Starlette):
@@ -932,6 +977,8 @@ class FlockAPI(Starlette):
         middleware, exception_handlers: as Starlette has them; handlers come before the app's own.
         lifespan: entered with the app after the engine has started, and left before it stops.
         docs: False leaves out ``/docs`` and ``/redoc``.
+        create_ui: serve the web page at ``/ui``, and send who asks for ``/`` there. Everybody may load its files; what
+            it shows it asks of the API, with the key that its user enters.
         metrics: keep them for ``/metrics``, which needs the extra ``metrics``; None does where that is installed.
 
     Raises: DefinitionError where an option is none, or metrics cannot be kept.
@@ -972,6 +1019,7 @@ class FlockAPI(Starlette):
         exception_handlers: Mapping[Any, Any] | None = None,
         lifespan: Callable[[Any], AbstractAsyncContextManager[Any]] | None = None,
         docs: bool | None = True,
+        create_ui: bool = False,
         metrics: bool | None = None,
     ) -> None:
         if api_keys is None and auth is None:
@@ -982,7 +1030,7 @@ class FlockAPI(Starlette):
             auth = by_key(KeyRing(api_keys))
         own = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
         super().__init__(
-            routes=[*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)])],
+            routes=[*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)]), *(UI if create_ui else ())],
             middleware=[
                 *([Middleware(CORSMiddleware, allow_origins=cors_origins, **CORS)] if cors_origins else []),
                 *middleware,
@@ -1003,6 +1051,7 @@ class FlockAPI(Starlette):
         self.flock = flock
         self.engine = engine or flock.shared_engine(store=store, expose_errors=expose_errors)
         self.contract = Contract(server_name, openapi_paths)
+        self.ui_files = ui_files(server_name) if create_ui else {}
         self.max_body_bytes = max_body_bytes
         self.max_upload_bytes = max_upload_bytes
         self.max_json_depth = max_json_depth

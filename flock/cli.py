@@ -136,7 +136,8 @@ payload_dir_option = click.option(
     show_default=True,
     help="Port to listen on; 0 takes a free one.",
 )
-@click.option("--server-name", default="Flock Server", show_default=True, help="Title of the docs pages.")
+@click.option("--server-name", default="Flock Server", show_default=True, help="Title of the pages.")
+@click.option("--ui", "create_ui", is_flag=True, help="Serve the web page at /ui, too.")
 @model_option
 @click.option(
     "--temporal",

@@ -268,7 +268,7 @@ class Flock:
         Args:
             port: 0 takes a free one.
             server_name: the title of the docs pages and of the served specification.
-            create_ui: kept for scripts that pass it; there is no web page yet.
+            create_ui: serve the web page, too, at ``/ui``; see ``flockapi.create_app``.
             custom_endpoints: Starlette routes of your own; see ``routes`` of ``flockapi.create_app``.
             api_keys: by name; see ``flockapi.create_app``. If None, ``FLOCK_API_KEYS``.
             allow_anonymous: let everybody in who can connect.
@@ -277,9 +277,14 @@ class Flock:
         from flock.server import ServerSettings, serve_flock
 
         settings = ServerSettings(
-            host=host, port=port, server_name=server_name, api_keys=api_keys, allow_anonymous=allow_anonymous
+            host=host,
+            port=port,
+            server_name=server_name,
+            create_ui=create_ui,
+            api_keys=api_keys,
+            allow_anonymous=allow_anonymous,
         )
-        serve_flock(self, settings, create_ui=create_ui, routes=custom_endpoints)
+        serve_flock(self, settings, routes=custom_endpoints)
 
 
 class FlockFactory:

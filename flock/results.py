@@ -21,12 +21,19 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 async def item_pages(
-    engine: Engine, batch_id: str, *, after: int = -1, statuses: Sequence[RunStatus] = tuple(RunStatus)
+    engine: Engine,
+    batch_id: str,
+    *,
+    after: int = -1,
+    limit: int = 2**31,
+    statuses: Sequence[RunStatus] = tuple(RunStatus),
 ) -> AsyncIterator[Sequence[Run]]:
-    """The items of a batch behind a position, in order, as ``Engine.get_items`` gives them."""
-    while page := await engine.get_items(batch_id, after=after, limit=ITEMS_A_PAGE, statuses=statuses):
+    """The items of a batch behind a position, in order, *limit* at most, as ``Engine.get_items`` gives them."""
+    while page := await engine.get_items(batch_id, after=after, limit=min(limit, ITEMS_A_PAGE), statuses=statuses):
         yield page
-        after = page[-1].position or 0
+        after, limit = page[-1].position or 0, limit - len(page)
+        if not limit:
+            break
 
 
 class CSVWriter:

@@ -84,7 +84,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             keep_for_s, keep_runs, expose_errors: see ``Store`` and ``EmbeddedEngine``.
         temporal: ``host:port`` of a Temporal cluster that keeps the runs in place of a store, for workers to carry out.
         payload_dir: a folder for what is too long for it; see ``TemporalEngine``.
-        server_name, on_disconnect, metrics, api_keys, cors_origins, max_upload_bytes, csv_dir: see ``create_app``.
+        server_name, create_ui, on_disconnect, metrics, api_keys, cors_origins, max_upload_bytes, csv_dir: see
+            ``create_app``.
         max_connections: more at a time are answered with 503; those that were answered before go on.
         max_requests_per_minute, max_event_streams: see ``create_app``.
         allow_anonymous: where no key is named, make none to listen beyond this machine, and let ``Host`` say anything.
@@ -94,6 +95,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8344
     server_name: str = "Flock Server"
+    create_ui: bool = False
     temporal: str | None = None
     payload_dir: str | None = None
     store: str = "flock.db"
@@ -133,9 +135,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     log_json: bool = False
 
 
-def serve_flock(
-    flock: Flock, settings: ServerSettings, *, create_ui: bool = False, routes: Sequence[BaseRoute] = ()
-) -> None:
+def serve_flock(flock: Flock, settings: ServerSettings, *, routes: Sequence[BaseRoute] = ()) -> None:
     """Serve *flock*, and *routes* of its owner, until SIGINT or SIGTERM.
 
     It sets up logging, as only the program's owner should.
@@ -145,8 +145,6 @@ def serve_flock(
     settings = _closed(settings)
     config = _config(_app(flock, settings, routes), settings)
     anyio.run(_open_once, flock, settings)
-    if create_ui:
-        logger.warning("create_ui: this version has no web page yet; /docs can run agents from a browser.")
     _say_what_is_served(flock, settings)
     _serve(config, settings)
 
@@ -303,6 +301,7 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
     return create_app(
         flock,
         server_name=settings.server_name,
+        create_ui=settings.create_ui,
         engine=engine,
         max_upload_bytes=settings.max_upload_bytes,
         csv_dir=settings.csv_dir,
@@ -430,7 +429,8 @@ def _say_what_is_served(flock: Flock, settings: ServerSettings) -> None:
     kept = "in memory only" if settings.store == MEMORY else f"in {Path(settings.store).resolve()}"
     kept = f"on the Temporal cluster at {settings.temporal}" if settings.temporal else kept
     agents = ", ".join(flock.agents) or "no agents"
-    logger.info("%s serves %s. Docs: /docs and /redoc. Runs are kept %s.", settings.server_name, agents, kept)
+    pages = "UI: /ui. Docs: /docs and /redoc" if settings.create_ui else "Docs: /docs and /redoc"
+    logger.info("%s serves %s. %s. Runs are kept %s.", settings.server_name, agents, pages, kept)
 
 
 def settle_memory() -> None:

@@ -148,6 +148,7 @@ class ResultsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     status: Literal["completed", "failed", "cancelled"] | msgspec.UnsetType = msgspec.UNSET
     format: Literal["json", "ndjson", "csv"] | msgspec.UnsetType = msgspec.UNSET
     after: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
+    limit: Annotated[int, msgspec.Meta(ge=1, le=2**31)] = 2**31
     escape_formulas: bool = True
 
 
@@ -338,13 +339,16 @@ class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
     result: msgspec.Raw | None
     error: str | None
     error_type: str | None
+    started_at: Time | None
+    completed_at: Time | None
 
 
 class AgentSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of ``GET /agents``."""
+    """One line of ``GET /agents``. ``next_agent`` is null where the result decides who goes on."""
 
     name: str
     description: str
+    next_agent: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class AgentList(msgspec.Struct, frozen=True, kw_only=True):
@@ -358,6 +362,7 @@ class AgentDetail(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     description: str
+    next_agent: str | msgspec.UnsetType | None = msgspec.UNSET
     input_schema: dict[str, Any]
     output_schema: dict[str, Any]
 

@@ -152,7 +152,8 @@ def test_results_are_ndjson_as_over_http() -> None:
     Path("rows.jsonl").write_text('{"n": 1}\n{"n": 2, "word": "x"}\n')
     assert batch("work", "rows.jsonl", "-o", "results.ndjson").returncode == 0
     first, second = map(json.loads, Path("results.ndjson").read_text().splitlines())
-    assert list(first) == ["position", "run_id", "status", "inputs", "result", "error", "error_type"]
+    names = ["position", "run_id", "status", "inputs", "result", "error", "error_type", "started_at", "completed_at"]
+    assert list(first) == names
     assert (first["position"], first["result"], first["inputs"]) == (0, {"result": "w1"}, {"n": 1})
     assert (second["position"], second["result"], second["status"]) == (1, {"result": "x2"}, "completed")
 

@@ -267,7 +267,7 @@ def test_start_api_warns_of_what_its_owner_should_know(tmp_path: Path) -> None:
         assert httpx.get(f"http://127.0.0.1:{port}/runs", headers=headers).status_code == 200
     log = "\n".join(server.lines)
     assert "Listening on 0.0.0.0 without a key" in log
-    assert "no web page yet" in log
+    assert "UI: /ui." in log
     assert "This flock has no agents yet" in log
 
 

@@ -1,0 +1,221 @@
+// A form made from a JSON Schema.
+//
+// A field is {node, read(), errors(pointer)}: what is shown, what it holds (undefined where it is left out), and the
+// element beside which something that is wrong at a JSON pointer is told.
+
+import { button, fill, h, newId } from "./app.js";
+
+/** The fields of an object schema; `value` is what they begin with. `error(pointer, text)` is true if it found a place. */
+export function form(schema, value) {
+  const whole = members(schema, value ?? {}, "", schema);
+  return {
+    node: h("div", {}, whole.nodes),
+    read: whole.read,
+    clear: () => whole.each((field) => field.error?.("")),
+    error: (pointer, text) => {
+      // The nearest place around it: what is wrong in a list of numbers is told beside the list.
+      for (let at = pointer; at; at = at.slice(0, at.lastIndexOf("/"))) {
+        let found = null;
+        whole.each((field) => { if (field.pointer() === at && field.error) found = field; });
+        if (found) {
+          found.error(text);
+          return found.control;
+        }
+      }
+      return null;
+    },
+  };
+}
+
+/** A reference looked up, and null taken out of a union: what is left, and whether nothing is a value. */
+export function plain(schema, root) {
+  if (schema.$ref) return plain({ ...schema, ...at(root, schema.$ref), $ref: undefined }, root);
+  const union = schema.anyOf ?? schema.oneOf;
+  const some = union?.filter((member) => member.type !== "null");
+  if (union && some.length === 1) return { ...plain({ ...schema, anyOf: undefined, oneOf: undefined, ...some[0] }, root), isNullable: some.length < union.length };
+  if (Array.isArray(schema.type)) {
+    const types = schema.type.filter((type) => type !== "null");
+    if (types.length === 1) return { ...schema, type: types[0], isNullable: types.length < schema.type.length };
+  }
+  if (schema.enum?.includes(null)) return { ...schema, enum: schema.enum.filter((each) => each !== null), isNullable: true };
+  return schema;
+}
+
+const at = (root, reference) => reference.slice(2).split("/").reduce((place, name) => place?.[name.replace(/~1/g, "/").replace(/~0/g, "~")], root) ?? {};
+
+export const escapePointer = (name) => String(name).replace(/~/g, "~0").replace(/\//g, "~1");
+
+function members(schema, value, pointer, root) {
+  const required = new Set(schema.required ?? []);
+  const fields = Object.entries(schema.properties ?? {}).map(([name, its]) =>
+    [name, field(name, its, value?.[name], () => `${typeof pointer === "function" ? pointer() : pointer}/${escapePointer(name)}`, required.has(name), root)]);
+  return {
+    nodes: fields.length ? fields.map(([, each]) => each.node) : [h("p", { class: "quiet" }, "It takes no input.")],
+    read: () => Object.fromEntries(fields.map(([name, each]) => [name, each.read()]).filter(([, read]) => read !== undefined)),
+    each: (look) => fields.forEach(([, each]) => each.each(look)),
+  };
+}
+
+function field(name, schema, value, pointer, isRequired, root, isItem = false) {
+  const its = plain(schema, root);
+  const start = value !== undefined ? value : its.default;
+  const made = { name, its, start, pointer, isRequired, isItem, root, id: newId() };
+  if (its.enum || its.const !== undefined) return choice(made);
+  if (its.type === "boolean") return its.isNullable || (!isRequired && its.default === undefined) ? choice({ ...made, its: { ...its, enum: [true, false] } }) : checkbox(made);
+  if (its.type === "integer" || its.type === "number") return numeric(made);
+  if (its.type === "string") return text(made);
+  if (its.type === "array" && its.items && !its.prefixItems) return list(made);
+  if (its.type === "object" && its.properties && !its.isNullable) return nested(made);
+  return json(made);
+}
+
+const FORMATS = { date: "date", time: "time", "date-time": "datetime-local", email: "email", uri: "url" };
+
+/** What stands around one control: its label, what it is for, and what is wrong with it. */
+function around({ name, its, id, pointer, isRequired, isItem }, control, read, more = "") {
+  const wrong = h("p", { class: "error", id: `${id}-error`, hidden: true });
+  const shown = its.default === undefined || its.default === null || its.default === "" ? "" : `Default: ${typeof its.default === "string" ? its.default : JSON.stringify(its.default)}.`;
+  const hint = [its.description, more, shown].filter(Boolean).join(" ");
+  control.id = id;
+  control.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
+  const label = [name, isRequired && !isItem && h("span", { class: "quiet" }, " (required)")];
+  const isBox = control.type === "checkbox";
+  const made = {
+    control, pointer, read,
+    node: h("div", { class: "field" },
+      h("label", { for: id }, isBox ? [control, label] : label), h("p", { class: "hint", id: `${id}-hint`, hidden: !hint }, hint), isBox ? null : control, wrong),
+    error: (text) => {
+      fill(wrong, text).hidden = !text;
+      control.toggleAttribute("aria-invalid", Boolean(text));
+      if (text) control.setAttribute("aria-invalid", "true");
+    },
+    each: (look) => look(made),
+  };
+  return made;
+}
+
+/** What an empty control means. */
+const empty = ({ its, isRequired }) => (its.isNullable && (isRequired || its.default != null) ? null : undefined);
+
+function choice(made) {
+  const options = made.its.enum ?? [made.its.const];
+  const blank = !made.isRequired || made.its.isNullable || made.start === undefined;
+  const words = (option) => (option === true ? "yes" : option === false ? "no" : typeof option === "string" ? option : JSON.stringify(option));
+  const control = h("select", { required: made.isRequired && !made.its.isNullable },
+    blank && h("option", { value: "" }, made.isRequired && !made.its.isNullable ? "Choose …" : "–"),
+    options.map((option, index) => h("option", { value: String(index), selected: made.start !== undefined && JSON.stringify(option) === JSON.stringify(made.start) }, words(option))));
+  return around(made, control, () => (control.value === "" ? empty(made) : options[Number(control.value)]));
+}
+
+function checkbox(made) {
+  const control = h("input", { type: "checkbox", checked: made.start === true });
+  return around(made, control, () => control.checked);
+}
+
+function numeric(made) {
+  const { its, isRequired, start } = made;
+  const bound = (name, exclusive) => its[name] ?? its[exclusive];
+  const control = h("input", {
+    type: "number", step: its.type === "integer" ? 1 : "any", min: bound("minimum", "exclusiveMinimum"), max: bound("maximum", "exclusiveMaximum"),
+    required: isRequired && !its.isNullable, value: start === undefined || start === null ? "" : String(start.rawJSON ?? start),
+  });
+  const read = () => {
+    const number = control.valueAsNumber;
+    if (control.value === "") return empty(made);
+    return Number.isInteger(number) && !Number.isSafeInteger(number) && JSON.rawJSON ? JSON.rawJSON(control.value) : number;
+  };
+  return around(made, control, read, its.type === "integer" ? "A whole number." : "A number.");
+}
+
+function text(made) {
+  const { its, isRequired, start } = made;
+  const type = FORMATS[its.format];
+  const given = typeof start === "string" ? start : "";
+  const common = { required: isRequired && !its.isNullable, minlength: its.minLength, maxlength: its.maxLength };
+  if (!type) {
+    const control = h("textarea", { ...common, rows: 1, value: given, oninput: grow });
+    const more = its.format === "duration" ? "A duration such as PT90S." : its.format ? `Format: ${its.format}.` : its.contentEncoding ? `Encoded as ${its.contentEncoding}.` : "";
+    return around(made, control, () => (control.value === "" && (!isRequired || its.isNullable) && its.default !== "" ? empty(made) : control.value), more);
+  }
+  const control = h("input", { ...common, type, step: type === "date" ? undefined : "any", value: type === "datetime-local" && given ? localTime(given) : given });
+  return around(made, control, () => (control.value === "" ? empty(made) : type === "datetime-local" ? new Date(control.value).toISOString() : control.value),
+    type === "datetime-local" ? "In your own time zone." : "");
+}
+
+/** Where the browser does not let a text area grow by itself. */
+function grow({ target }) {
+  if (CSS.supports("field-sizing", "content")) return;
+  target.style.height = "auto";
+  target.style.height = `${target.scrollHeight + 2}px`;
+}
+
+export function localTime(time) {
+  const date = new Date(time);
+  return Number.isNaN(date.getTime()) ? "" : new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 16);
+}
+
+function list(made) {
+  const { name, its, start, pointer, isRequired, root, id } = made;
+  let number = 0;
+  const items = [], rows = h("ul", { class: "list" });
+  const wrong = h("p", { class: "error", hidden: true });
+  const add = (value) => {
+    const called = `${name} ${++number}`;
+    const item = field(called, its.items, value, () => `${pointer()}/${items.indexOf(item)}`, true, root, true);
+    const row = h("li", {}, item.node, button("Remove", () => {
+      items.splice(items.indexOf(item), 1);
+      row.remove();
+      more.focus();
+      more.dispatchEvent(new Event("input", { bubbles: true }));
+    }, { class: "small", "aria-label": `Remove ${called}` }));
+    items.push(item);
+    rows.append(row);
+    return item;
+  };
+  const more = button("Add", () => add().node.querySelector("input, select, textarea, button")?.focus(), { class: "small", "aria-label": `Add to ${name}` });
+  for (const value of Array.isArray(start) ? start : []) add(value);
+  const made_ = {
+    control: more, pointer,
+    node: h("fieldset", { "aria-describedby": `${id}-hint` }, h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
+      h("p", { class: "hint", id: `${id}-hint`, hidden: !its.description }, its.description), rows, more, wrong),
+    read: () => (items.length === 0 && !isRequired && its.default === undefined ? undefined : items.map((item) => item.read() ?? null)),
+    error: (text) => { fill(wrong, text).hidden = !text; },
+    each: (look) => { look(made_); items.forEach((item) => item.each(look)); },
+  };
+  return made_;
+}
+
+function nested(made) {
+  const { name, its, start, pointer, isRequired, root, id } = made;
+  const inner = members(its, start, pointer, root);
+  const wrong = h("p", { class: "error", tabindex: "-1", hidden: true });
+  const made_ = {
+    control: wrong, pointer,
+    node: h("fieldset", { "aria-describedby": `${id}-hint` }, h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
+      h("p", { class: "hint", id: `${id}-hint`, hidden: !its.description }, its.description), inner.nodes, wrong),
+    read: () => {
+      const read = inner.read();
+      return !isRequired && Object.keys(read).length === 0 ? undefined : read;
+    },
+    error: (text) => { fill(wrong, text).hidden = !text; },
+    each: (look) => { look(made_); inner.each(look); },
+  };
+  return made_;
+}
+
+/** Whatever has no form of its own is written as JSON; where text may be meant, what is no JSON is text. */
+function json(made) {
+  const { its, isRequired, start } = made;
+  const takesText = !its.type && (!its.anyOf || its.anyOf.some((member) => member.type === "string"));
+  const control = h("textarea", { rows: 1, class: "mono", required: isRequired && !its.isNullable, value: start === undefined || start === null ? "" : JSON.stringify(start), oninput: (event) => { control.setCustomValidity(""); grow(event); } });
+  const read = () => {
+    if (control.value.trim() === "") return empty(made);
+    try {
+      return JSON.parse(control.value);
+    } catch (error) {
+      if (takesText) return control.value;
+      throw Object.assign(new Error(`This is no JSON: ${error.message}.`), { pointer: made.pointer() });
+    }
+  };
+  return around(made, control, read, takesText ? "JSON, or text." : its.type === "array" ? "JSON, such as [1, 2]." : 'JSON, such as {"name": 1}.');
+}

@@ -1,0 +1,143 @@
+// One run: live while it works, and what came of it.
+
+import { badge, between, button, copy, count, doing, duration, events, fill, get, go, h, isFinal, link, post, session, title, when } from "./app.js";
+import { readable, result } from "./value.js";
+
+export async function show(main, { id, signal }) {
+  const path = `run/${encodeURIComponent(id)}`;
+  let run = await get(path, signal);
+  const steps = new Map();
+  const parts = { title: h("div"), facts: h("dl", { class: "facts" }), progress: h("div"), outcome: h("section"), steps: h("ol", { class: "steps", "aria-label": "Steps" }), inputs: h("section") };
+  const live = h("p", { role: "status", class: "quiet" });
+  main.append(parts.title, parts.facts, live, parts.progress, parts.outcome, h("section", {}, h("h2", {}, "Steps"), parts.steps), parts.inputs);
+  const clock = setInterval(() => { for (const step of steps.values()) if (!step.completed_at) tick(step); if (!isFinal(run.status)) facts(); }, 1000);
+  signal.addEventListener("abort", () => clearInterval(clock));
+
+  const follow = async () => {
+    run = await get(path, signal);
+    head();
+    outcome();
+    run.steps.forEach((step, position) => setStep(position, step));
+    if (!isFinal(run.status)) {
+      for await (const event of events(`${path}/events`, signal)) on(event);
+      run = await get(path, signal);
+      run.steps.forEach((step, position) => setStep(position, step));
+      for (const step of steps.values()) if (!step.completed_at) tick(step);
+      head();
+      outcome();
+      fill(live, `The run is ${run.status}.`);
+    }
+    if (!run.steps.length && !steps.size) fill(parts.steps, h("li", { class: "quiet" }, "None was finished."));
+  };
+
+  function on({ name, data }) {
+    if (name === "run.started") {
+      run = { ...run, status: "running", started_at: data.started_at ?? run.started_at };
+      head();
+    } else if (name.startsWith("step.")) {
+      setStep(data.position, data);
+      fill(live, name === "step.started" ? `Step ${data.position + 1}: ${data.agent_name} is at work.` : `Step ${data.position + 1}: ${data.agent_name} is done.`);
+    } else if (name === "run.progress") {
+      run = { ...run, progress: data };
+      progress();
+    }
+  }
+
+  function head() {
+    const again = doing(async () => { run = await post(`${path}/retry`, undefined, { signal }); go_(); });
+    const cancel = doing(async () => {
+      fill(live, "It was asked to stop …");
+      run = { ...(await post(`${path}/cancel`, undefined, { signal })) };
+      head();
+    });
+    // The buttons keep their places as long as they mean the same, so that the focus stays.
+    const kind = isFinal(run.status) ? run.status : "open";
+    if (parts.title.dataset.kind !== kind) {
+      parts.title.dataset.kind = kind;
+      fill(parts.title, title(run.agent_name, h("span", { id: "status" }), h("p", { class: "actions" },
+        kind === "open" && button("Cancel", cancel),
+        ["failed", "cancelled"].includes(kind) && button("Retry", again, { class: "primary" }),
+        button("Copy link", () => copy(location.href, "Link")),
+        h("a", { class: "button", href: link(`agent/${run.agent_name}`) }, "New run"))));
+    }
+    fill(parts.title.querySelector("#status"), badge(run.status));
+    facts();
+    progress();
+  }
+
+  function facts() {
+    const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
+    fill(parts.facts,
+      fact("Accepted", when(run.created_at)), fact("Took", run.started_at ? duration(between(run.started_at, run.completed_at)) : "not begun"),
+      run.attempt > 1 && fact("Attempt", run.attempt),
+      run.usage && fact("Tokens", `${count(run.usage.input_tokens)} in, ${count(run.usage.output_tokens)} out`),
+      run.batch_id && fact("Batch", h("a", { href: link(`batch/${run.batch_id}`, { row: run.position }) }, `row ${run.position + 1}`)),
+      fact("Run", h("code", {}, run.run_id)));
+  }
+
+  function progress() {
+    if (isFinal(run.status)) return fill(parts.progress);
+    const { done, total, message } = run.progress ?? {};
+    const words = done === undefined ? "At work" : `${message ? `${message}: ` : ""}${count(done)}${total ? ` of ${count(total)}` : ""}`;
+    return fill(parts.progress, h("label", {}, words, h("progress", total ? { max: total, value: Math.min(done, total) } : {})));
+  }
+
+  function setStep(position, data) {
+    const step = steps.get(position) ?? { node: h("li"), head: h("div"), result: h("div") };
+    if (!steps.has(position)) {
+      if (!steps.size) fill(parts.steps);
+      steps.set(position, step);
+      step.node.append(step.head, step.result);
+      parts.steps.append(step.node);
+    }
+    const isNew = data.completed_at && step.completed_at !== data.completed_at;
+    Object.assign(step, { agent_name: data.agent_name, started_at: data.started_at ?? step.started_at ?? new Date().toISOString(), completed_at: data.completed_at ?? null, usage: data.usage });
+    if (isNew) fill(step.result, h("details", {}, h("summary", {}, "Its result"), h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": `Result of step ${position + 1}` }, readable(data.result))));
+    tick(step);
+  }
+
+  function tick(step) {
+    const isOver = step.completed_at || isFinal(run.status);
+    step.node.className = step.completed_at ? "done" : isOver ? "" : "busy";
+    fill(step.head, h("strong", {}, step.agent_name), " ", h("span", { class: "quiet" }, step.completed_at ? "done, " : isOver ? "not finished" : "at work, ",
+      (step.completed_at || !isOver) && duration(between(step.started_at, step.completed_at)), step.started_at && [", from ", when(step.started_at)]));
+  }
+
+  function outcome() {
+    if (!isFinal(run.status)) return fill(parts.outcome);
+    if (run.status === "completed") return fill(parts.outcome, h("h2", {}, "Result"), result(run.result, `${run.run_id}.json`));
+    return fill(parts.outcome, h("div", { class: "problem" }, h("h2", {}, run.status === "failed" ? "The run failed" : "The run was cancelled"),
+      h("p", { class: "text" }, run.error),
+      h("p", { class: "quiet" }, "Type ", h("code", {}, run.error_type ?? "–"), run.request_id && [", request ", h("code", {}, run.request_id)])));
+  }
+
+  async function inputs() {
+    const found = await inputsOf(run, signal);
+    if (!found) return;
+    const use = () => { session.set(`draft ${run.agent_name}`, JSON.stringify(found)); go(`agent/${run.agent_name}`); };
+    fill(parts.inputs, h("h2", {}, "Inputs"), h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "Inputs" }, readable(found)), h("p", { class: "actions" }, button("Use these again", use)));
+  }
+
+  function go_() {
+    steps.clear();
+    fill(parts.steps);
+    follow().catch((error) => { if (!signal.aborted) fill(live, error.message); });
+  }
+
+  head();
+  outcome();
+  run.steps.forEach((step, position) => setStep(position, step));
+  inputs().catch(() => {});
+  go_();
+}
+
+/** A run does not tell what it was started with; the lists do. */
+async function inputsOf(run, signal) {
+  if (run.batch_id) {
+    const [item] = await get(`batch/${run.batch_id}/results?format=json&limit=1&after=${run.position - 1}`, signal);
+    return item?.run_id === run.run_id ? item.inputs : null;
+  }
+  const at = new Date(run.created_at).getTime(), time = (ms) => encodeURIComponent(new Date(at + ms).toISOString());
+  const { runs } = await get(`runs?include=inputs&agent_name=${encodeURIComponent(run.agent_name)}&created_after=${time(-1)}&created_before=${time(2)}`, signal);
+  return runs.find(({ run_id }) => run_id === run.run_id)?.inputs;
+}
