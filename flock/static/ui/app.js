@@ -41,8 +41,15 @@ export const isFinal = (status) => ["completed", "failed", "cancelled"].includes
 const WHEN = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 export const when = (time) => (time ? h("time", { datetime: time, title: time }, WHEN.format(new Date(time))) : "–");
 
+/** A time of the API as an input of type datetime-local has it. */
+export function localTime(time) {
+  const date = new Date(time);
+  return Number.isNaN(date.getTime()) ? "" : new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 19);
+}
+
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || Number.isNaN(seconds)) return "–";
+  if (seconds > 0 && seconds < 0.0095) return `${(seconds * 1000).toFixed(1)} ms`;
   if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 60) return `${seconds.toFixed(1)} s`;
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s`;
@@ -99,12 +106,12 @@ const AWAY = [502, 503, 504];
 /** A request until it is answered: one for a key, a busy server and one that is away are waited for.
  *
  * With `once`, what may not be sent twice fails where nobody can tell whether it arrived. */
-export async function send(path, { once = false, headers = {}, ...options } = {}) {
+export async function send(path, { once = false, headers = {}, by = fetch, ...options } = {}) {
   for (;;) {
     const key = session.get("key");
     let response;
     try {
-      response = await fetch(url(path), { ...options, cache: "no-store", headers: { ...headers, ...authorization() } });
+      response = await by(url(path), { ...options, cache: "no-store", headers: { ...headers, ...authorization() } });
     } catch (error) {
       if (options.signal?.aborted) throw error;
       if (once) throw new Error("The server cannot be reached, and may or may not have heard. Look before you try again.");
@@ -129,6 +136,19 @@ export async function post(path, body, options = {}) {
   const response = await send(path, { method: "POST", once: true, ...options, body: body === undefined ? undefined : JSON.stringify(body), headers: { ...headers, ...options.headers } });
   return parse(await response.text());
 }
+
+/** As `fetch`, which cannot tell how much of a body has been sent. */
+export const fetchTelling = (told) => (address, { method, headers, body, signal }) => new Promise((done, fail) => {
+  const request = new XMLHttpRequest(), stop = () => request.abort();
+  request.open(method, address);
+  for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
+  request.upload.onprogress = ({ loaded }) => told(loaded);
+  request.onload = () => done(new Response(request.responseText, { status: request.status, headers: { "Retry-After": request.getResponseHeader("Retry-After") ?? "" } }));
+  request.onerror = () => fail(new TypeError("The connection broke."));
+  request.onabort = () => fail(new DOMException("It was stopped.", "AbortError"));
+  signal?.addEventListener("abort", stop, { once: true });
+  request.send(body);
+});
 
 /** A key under which a request may be sent again. (`crypto.randomUUID` is not there on plain http.) */
 export const idempotencyKey = () => ({ "Idempotency-Key": Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("") });
@@ -355,7 +375,8 @@ async function show(isFirst) {
   main.setAttribute("aria-busy", "true");
   try {
     if (!VIEWS[view]) throw new Problem(404, { detail: "There is no such page." });
-    const module = await VIEWS[view]().catch(async () => {
+    const module = await VIEWS[view]().catch(async (error) => {
+      if (!(error instanceof TypeError)) throw error;
       await away("The server cannot be reached.", signal);
       return VIEWS[view]();
     });

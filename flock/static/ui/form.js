@@ -3,7 +3,7 @@
 // A field is {node, read(), errors(pointer)}: what is shown, what it holds (undefined where it is left out), and the
 // element beside which something that is wrong at a JSON pointer is told.
 
-import { button, fill, h, newId } from "./app.js";
+import { button, fill, h, localTime, newId } from "./app.js";
 
 /** The fields of an object schema; `value` is what they begin with. `error(pointer, text)` is true if it found a place. */
 export function form(schema, value) {
@@ -147,11 +147,6 @@ function grow({ target }) {
   if (CSS.supports("field-sizing", "content")) return;
   target.style.height = "auto";
   target.style.height = `${target.scrollHeight + 2}px`;
-}
-
-export function localTime(time) {
-  const date = new Date(time);
-  return Number.isNaN(date.getTime()) ? "" : new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 16);
 }
 
 function list(made) {
