@@ -18,8 +18,11 @@ export async function show(main, { params, signal }) {
   const who = h("select", { id: newId() }, agents.map(({ name }) => h("option", { value: name, selected: name === chosen }, name)));
   who.addEventListener("change", () => { keep("new-batch", { agent: who.value }); setAgent().catch(failed); });
   async function setAgent() {
-    session.set("batch agent", who.value);
-    agent = await get(`agents/${encodeURIComponent(who.value)}`, signal);
+    const name = who.value;
+    session.set("batch agent", name);
+    const its = await get(`agents/${encodeURIComponent(name)}`, signal);
+    if (who.value !== name) return; // another was chosen meanwhile
+    agent = its;
     schema = agent.input_schema;
     const inputs = Object.entries(schema.properties ?? {}).map(([name]) => `${name}${schema.required?.includes(name) ? "" : " (optional)"}`);
     fill(takes, `It takes: ${inputs.join(", ") || "nothing"}.`);
@@ -55,12 +58,17 @@ export async function show(main, { params, signal }) {
     ondrop: (event) => { event.preventDefault(); drop.classList.remove("over"); choose(event.dataTransfer.files[0]); },
   }, h("label", { for: file.id }, h("strong", {}, "Drop a file of CSV or NDJSON here"), " or choose one"), h("p", {}, file), named);
 
+  let turn = 0;
   async function setRows() {
+    const mine = ++turn;
+    if (!schema) return; // it comes here again once the agent is there
     rows = dropped ?? (pasted.value.trim() ? new Blob([pasted.value]) : null);
     fill(named, dropped && ["Chosen: ", dropped.name ?? "a file", ` (${size(dropped.size)}) `, button("Remove", () => { file.value = ""; choose(null); }, { class: "small" })]);
     if (!rows) { checking.abort(); fill(parts.columns); fill(parts.check); fill(parts.start); return; }
-    format = await sniff(rows);
-    const first = await preview(rows, format).catch((error) => ({ columns: [], rows: [], error }));
+    const its = await sniff(rows);
+    const first = await preview(rows, its).catch(() => ({ columns: [], rows: [] })); // the check tells why
+    if (mine !== turn) return;
+    format = its;
     columns = first.columns;
     const inputs = Object.keys(schema.properties ?? {});
     const before = JSON.parse(session.get("batch mapping") ?? "{}");
