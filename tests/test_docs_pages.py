@@ -95,10 +95,10 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 class Watch:
     """What a page asked for, and what it complained about."""
 
-    def __init__(self, page: Page, server: Server) -> None:
+    def __init__(self, page: Page, url: str) -> None:
         self.elsewhere: list[str] = []
         self.errors: list[str] = []
-        host = server.url.split("/")[2]
+        host = url.split("/")[2]
 
         def note(request: Request) -> None:
             """A request that the content policy stopped has left for nowhere."""
@@ -115,7 +115,7 @@ class Watch:
 @needs_browser
 def test_swagger_runs_an_agent_from_the_page(browser: Browser, served: Server) -> None:
     page = browser.new_page()
-    watch = Watch(page, served)
+    watch = Watch(page, served.url)
     page.goto(f"{served.url}/docs")
     expect(page).to_have_title('<b>Bold & "quoted"</b>')
     expect(page.locator(".info .title")).to_contain_text('<b>Bold & "quoted"</b>')
@@ -134,7 +134,7 @@ def test_swagger_runs_an_agent_from_the_page(browser: Browser, served: Server) -
 @needs_browser
 def test_redoc_shows_every_operation(browser: Browser, served: Server) -> None:
     page = browser.new_page()
-    watch = Watch(page, served)
+    watch = Watch(page, served.url)
     page.goto(f"{served.url}/redoc")
     for _, _, operation in operations():
         expect(page.locator("h2", has_text=operation["summary"]).first).to_be_attached()

@@ -1,19 +1,30 @@
 """The web page at ``/ui``: what is served, and what people do with it in a real browser."""
 
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from starlette.requests import Request
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, Response, expect, sync_playwright
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route, Router
 
 from flock.ui import ui_files
 from flockapi import create_app
-from tests.fakes import sample_flock
-
-pytestmark = pytest.mark.anyio
-
+from tests.fakes import ROOT, Server, free_port, running, sample_flock
+from tests.test_docs_pages import CHROMIUM, Watch
 
 # What is served
 
@@ -22,12 +33,14 @@ def client_of(app: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t")
 
 
+@pytest.mark.anyio
 async def test_it_is_there_only_if_it_is_asked_for() -> None:
     async with client_of(create_app(sample_flock())) as client:
         for path in ("/", "/ui", "/ui/app.js"):
             assert (await client.get(path)).status_code == 404
 
 
+@pytest.mark.anyio
 async def test_files_have_the_content_policy_and_are_asked_for_again_only_when_they_change() -> None:
     async with client_of(create_app(sample_flock(), create_ui=True, server_name="<b>Bold</b>")) as client:
         for name in ("", *(f"/{name}" for name in ui_files(""))):
@@ -52,9 +65,10 @@ async def test_files_have_the_content_policy_and_are_asked_for_again_only_when_t
         assert (missing.status_code, missing.headers["Content-Type"]) == (404, "application/problem+json")
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("prefix", ["", "/ai/v1"])
 async def test_the_root_leads_to_it_unless_it_is_somebodys_own(prefix: str) -> None:
-    async def mine(request: Request) -> PlainTextResponse:
+    async def mine(request: HTTPRequest) -> PlainTextResponse:
         return PlainTextResponse("mine")
 
     for routes, expected in (([], 307), ([Route("/", mine)], 200)):
@@ -67,6 +81,7 @@ async def test_the_root_leads_to_it_unless_it_is_somebodys_own(prefix: str) -> N
                 assert (await client.get(f"{prefix}/ui")).status_code == 200
 
 
+@pytest.mark.anyio
 async def test_everybody_may_load_its_files_and_nobody_its_data_without_a_key() -> None:
     async with client_of(create_app(sample_flock(), create_ui=True, api_keys={"ann": "k" * 32})) as client:
         for path, status in (("/", 307), ("/ui", 200), ("/ui/app.js", 200), ("/agents", 401), ("/runs", 401)):
@@ -77,3 +92,738 @@ def test_no_script_makes_html_of_data() -> None:
     for name, file in ui_files("").items():
         for word in (b"innerHTML", b"outerHTML", b"insertAdjacentHTML", b"document.write", b"eval(", b"new Function"):
             assert word not in file.plain, name
+
+
+# In a browser
+
+
+KEY = "k" * 32
+
+#: Both ways to be there: as a server of its own and open, and mounted in another app and closed.
+SITES = {"at the root": ("", None), "under a prefix, with a key": ("/ai/v1", KEY)}
+
+
+@dataclasses.dataclass
+class Site:
+    """A server, and what a test asks of it beside the page."""
+
+    folder: Path
+    url: str
+    prefix: str
+    key: str | None
+
+    def __post_init__(self) -> None:
+        self.headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+
+    def get(self, path: str) -> Any:
+        return httpx.get(self.url + path, headers=self.headers).raise_for_status().json()
+
+    def start(self, agent_name: str, **inputs: Any) -> str:
+        body = {"agent_name": agent_name, "inputs": inputs, "async_run": True}
+        response = httpx.post(f"{self.url}/run/flock", json=body, headers=self.headers)
+        return str(response.raise_for_status().json()["run_id"])
+
+    def run(self, agent_name: str, **inputs: Any) -> str:
+        run_id = self.start(agent_name, **inputs)
+        self.get(f"/run/{run_id}?wait=30")
+        return run_id
+
+    def batch(self, rows: int, wait: bool = True, **options: Any) -> str:
+        items = [{"n": n, "comment": f"row {n}"} for n in range(rows)]
+        body = {"agent_name": "count_up", "batch_inputs": items, "max_workers": 50, **options}
+        response = httpx.post(f"{self.url}/run/batch", json=body, headers=self.headers)
+        batch_id = str(response.raise_for_status().json()["batch_id"])
+        if wait:
+            self.get(f"/batch/{batch_id}?wait=60&results=false")
+        return batch_id
+
+    def delete(self, path: str) -> None:
+        httpx.delete(self.url + path, headers=self.headers).raise_for_status()
+
+    def open_gate(self, name: str) -> None:
+        (self.folder / name).touch()
+
+
+def served_by(folder: Path, prefix: str, key: str | None, port: int = 0) -> contextlib.AbstractContextManager[Server]:
+    command = [sys.executable, "-m", "tests.ui_host", str(folder), "--prefix", prefix, "--port", str(port)]
+    env = {"PYTHONPATH": str(ROOT), "OPENAI_API_KEY": "sk-test-key-of-the-tests"}
+    return running(*command, *(["--key", key] if key else []), **env)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not os.path.exists(CHROMIUM) and "CI" not in os.environ:
+        pytest.skip("there is no Chromium here (apt-get install chromium); .ci/run installs it")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module", params=list(SITES.values()), ids=list(SITES))
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    prefix, key = request.param
+    folder = tmp_path_factory.mktemp("ui")
+    with served_by(folder, prefix, key) as server:
+        yield Site(folder, server.url + prefix, prefix, key)
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """What is the same everywhere is tried once, where it is hardest."""
+    folder = tmp_path_factory.mktemp("closed")
+    with served_by(folder, "/ai/v1", KEY) as server:
+        yield Site(folder, f"{server.url}/ai/v1", "/ai/v1", KEY)
+
+
+@pytest.fixture
+def gate() -> str:
+    return uuid.uuid4().hex
+
+
+class Visit:
+    """A browser of somebody, and a watch over each of its pages: what it asks other hosts for, and complains about."""
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser = browser
+        self._contexts: list[BrowserContext] = []
+        self._watches: list[Watch] = []
+        #: complaints that a test provokes, as patterns
+        self.expected: list[str] = []
+
+    def context(self, site: Site, has_key: bool = True, **options: Any) -> BrowserContext:
+        options = {
+            "viewport": {"width": 1200, "height": 800},
+            "color_scheme": "dark" if site.prefix else "light",
+        } | options
+        context = self._browser.new_context(permissions=["clipboard-read", "clipboard-write"], **options)
+        context.set_default_timeout(15_000)
+        if site.key and has_key:
+            context.add_init_script(f"sessionStorage.setItem('flock:{site.prefix}/:key', '{site.key}')")
+        self._contexts.append(context)
+        return context
+
+    def page(self, site: Site, path: str = "", context: BrowserContext | None = None, **options: Any) -> Page:
+        page = (context or self.context(site, **options)).new_page()
+        self._watches.append(Watch(page, site.url))
+        page.goto(f"{site.url}/ui{path and '#/' + path}")
+        return page
+
+    def end(self) -> None:
+        for context in self._contexts:
+            context.close()
+        for watch in self._watches:
+            assert watch.elsewhere == []
+            left = [error for error in watch.errors if not any(re.search(each, error) for each in self.expected)]
+            assert left == []
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Visit]:
+    visit = Visit(browser)
+    yield visit
+    visit.end()
+
+
+def status_of(page: Page) -> Locator:
+    return page.locator("#status")
+
+
+def copied(page: Page) -> str:
+    return str(page.evaluate("navigator.clipboard.readText()"))
+
+
+# Agents
+
+
+def test_agents_are_cards_that_say_who_hands_on_to_whom(visit: Visit, site: Site) -> None:
+    page = visit.page(site)
+    expect(page).to_have_title("Agents · Sample agents")
+    card = page.locator(".card", has=page.get_by_role("heading", name="research"))
+    expect(card).to_contain_text("Reads what there is about a topic, page by page.")
+    expect(card).to_contain_text("Hands on to translate.")
+    expect(page.locator(".card", has_text="Says it in other words.")).to_contain_text("Its result decides who goes on.")
+    card.get_by_role("link", name="translate").click()
+    expect(page.get_by_role("heading", name="translate", exact=True)).to_be_focused()
+
+
+def fill_order(page: Page) -> None:
+    page.get_by_label("item (required)").fill("tea")
+    page.get_by_label("amount (required)").fill("3")
+    page.get_by_label("size (required)").select_option("large")
+    page.get_by_label("gift").check()
+    page.get_by_label("due (required)").fill("2026-12-24")
+    page.get_by_role("group", name="address").get_by_label("street").fill("Main Street")
+    page.get_by_role("group", name="address").get_by_label("number").fill("5")
+    page.get_by_role("button", name="Add to notes").click()
+    page.get_by_role("textbox", name="notes 1").fill('It\'s "fragile"')
+    page.get_by_label("code (required)").fill(str(uuid.UUID(int=7)))
+
+
+ORDER = {
+    "item": "tea",
+    "amount": 3,
+    "size": "large",
+    "gift": True,
+    "due": "2026-12-24",
+    "address": {"street": "Main Street", "number": 5},
+    "notes": ['It\'s "fragile"'],
+    "code": str(uuid.UUID(int=7)),
+}
+
+
+def test_a_form_has_a_control_for_each_kind_of_input_and_a_shell_says_the_same(visit: Visit, site: Site) -> None:
+    page = visit.page(site, "agent/order")
+    fill_order(page)
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.get_by_text("Command copied.")).to_be_visible()
+    command = copied(page)
+    assert KEY not in command
+    env = {**os.environ, "FLOCK_API_KEY": site.key or ""}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout)["status"] == "completed"
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(status_of(page)).to_contain_text("completed")
+    for run in site.get("/runs?include=inputs&limit=2")["runs"]:
+        assert run["inputs"] == ORDER
+
+
+def test_a_form_shows_defaults_and_leaves_out_what_is_empty(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "agent/defaults")
+    expect(page.get_by_label("times")).to_have_value("2")
+    expect(page.locator(".field", has=page.get_by_label("times"))).to_contain_text("Default: 2.")
+    expect(page.get_by_label("loud")).to_be_checked()
+    page.get_by_role("button", name="Run", exact=True).click()
+    assert page.get_by_label("name (required)").evaluate("control => control.validity.valueMissing")
+    name = page.get_by_label("name (required)")
+    height = name.bounding_box()
+    name.fill("a line\n" * 8)
+    grown = name.bounding_box()
+    assert height is not None
+    assert grown is not None
+    assert grown["height"] > height["height"] * 3
+    page.get_by_label("more").fill("[1, 2")
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(page.get_by_role("heading", name="Result")).to_be_visible()
+    inputs = closed.get("/runs?include=inputs&limit=1")["runs"][0]["inputs"]
+    assert inputs == {"name": "a line\n" * 8, "times": 2, "loud": True, "tags": [], "more": "[1, 2"}
+
+
+def test_what_the_server_says_against_an_input_stands_beside_its_field(visit: Visit, site: Site) -> None:
+    visit.expected.append("status of 422")
+    page = visit.page(site, "agent/order")
+    fill_order(page)
+    code = page.get_by_label("code (required)")
+    code.fill("not a uuid")
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(code).to_be_focused()
+    expect(code).to_have_attribute("aria-invalid", "true")
+    expect(page.locator(".field", has=code).locator(".error")).to_contain_text("UUID")
+    described = (code.get_attribute("aria-describedby") or "").split()
+    assert "UUID" in page.locator(f"#{described[-1]}").inner_text()
+    code.fill(ORDER["code"])  # type: ignore[arg-type]
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(status_of(page)).to_contain_text("completed")
+
+
+# A run
+
+
+def test_a_run_is_followed_live_and_its_result_is_read_copied_and_kept(visit: Visit, site: Site, gate: str) -> None:
+    page = visit.page(site, "agent/research")
+    page.get_by_label("topic (required)").fill("<b>tea</b>")
+    page.get_by_label("gate").fill(gate)
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(page.get_by_text("pages: 1 of 3")).to_be_visible()
+    expect(page.get_by_role("progressbar")).to_have_attribute("value", "1")
+    expect(status_of(page)).to_contain_text("running")
+    steps = page.get_by_role("list", name="Steps").locator("> li")
+    expect(steps).to_have_count(1)
+    site.open_gate(gate)
+    expect(steps).to_have_count(2)
+    expect(steps.nth(0)).to_contain_text(re.compile(r"research\s+done, [\d.]+ m?s, from"))
+    expect(steps.nth(1)).to_contain_text(re.compile(r"translate\s+at work, [\d.]+ m?s, from"))
+    site.open_gate(f"{gate}-2")
+    expect(status_of(page)).to_contain_text("completed")
+    result = page.get_by_role("group", name="Result")
+    expect(result.get_by_role("row", name="result")).to_contain_text("In other words: All about <b>tea</b>.")
+    page.get_by_role("button", name="JSON").click()
+    expected = {"result": "In other words: All about <b>tea</b>."}
+    assert json.loads(result.inner_text()) == expected
+    page.get_by_role("button", name="Copy", exact=True).click()
+    expect(page.get_by_text("Result copied.")).to_be_visible()
+    assert json.loads(copied(page)) == expected
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    assert json.loads(download.value.path().read_text()) == expected
+
+
+def test_a_run_is_cancelled(visit: Visit, site: Site, gate: str) -> None:
+    page = visit.page(site, f"run/{site.start('research', topic='tea', gate=gate)}")
+    page.get_by_role("button", name="Cancel").click()
+    expect(status_of(page)).to_contain_text("cancelled")
+    expect(page.get_by_role("heading", name="The run was cancelled")).to_be_visible()
+
+
+def test_a_run_that_failed_says_why_and_is_tried_again(visit: Visit, site: Site, gate: str) -> None:
+    run_id = site.run("deliver", parcel="cake", gate=gate)
+    run = site.get(f"/run/{run_id}")
+    page = visit.page(site, f"run/{run_id}")
+    problem = page.locator(".problem")
+    for text in ("Nobody opened the door for <b>cake</b>.", run["error_type"], run["request_id"]):
+        expect(problem).to_contain_text(text)
+    site.open_gate(gate)
+    page.get_by_role("button", name="Retry").click()
+    expect(status_of(page)).to_contain_text("completed")
+    expect(page.get_by_role("group", name="Result")).to_contain_text("cake is delivered.")
+    expect(page.locator(".facts")).to_contain_text(re.compile(r"Attempt\s*2"))
+
+
+def test_a_link_shows_others_the_same_run_and_its_inputs(visit: Visit, site: Site) -> None:
+    page = visit.page(site, f"run/{site.run('text_analyzer', text='I love this coffee.')}")
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.get_by_text("Link copied.")).to_be_visible()
+    other = visit.page(site)
+    other.goto(copied(page))
+    expect(other.get_by_role("group", name="Result")).to_contain_text("positive")
+    expect(other.get_by_role("group", name="Inputs")).to_contain_text("I love this coffee.")
+    other.get_by_role("button", name="Use these again").click()
+    expect(other.get_by_label("text (required)")).to_have_value("I love this coffee.")
+
+
+def test_a_result_is_shown_as_text_whatever_it_is(visit: Visit, site: Site) -> None:
+    run_id = site.run("quote")
+    page = visit.page(site, f"run/{run_id}")
+    result = page.get_by_role("group", name="Result", exact=True)
+    expect(result).to_contain_text("<script>document.title = 'pwned'</script>")
+    expect(result).to_contain_text("<img src=x onerror=\"document.title = 'pwned'\">")
+    page.get_by_role("button", name="JSON").click()
+    expect(result).to_contain_text("<img src=x")
+    assert page.locator("main img, main script").count() == 0
+    expect(page).to_have_title("quote · Sample agents")
+    page.goto(f"{site.url}/ui#/run/{site.run('quote', size='long')}")
+    expect(result).to_contain_text("… and 300 more, which are in the JSON.")
+    expect(result).to_contain_text(str(2**60))  # JavaScript alone would round it
+
+
+# Runs
+
+
+def test_runs_are_filtered_paged_and_refreshed(visit: Visit, site: Site, gate: str) -> None:
+    failed = site.run("deliver", parcel="cake", gate=gate)
+    for _ in range(120):
+        site.start("defaults", name="many")
+    page = visit.page(site, "runs")
+    rows = page.locator("tbody tr")
+    expect(rows).to_have_count(50)
+    newest = rows.first.inner_text()
+    page.get_by_role("button", name="Older").click()
+    expect(rows.first).not_to_have_text(newest)
+    page.get_by_role("button", name="Older").click()
+    expect(rows.filter(has_text=failed[-12:])).to_have_count(1)
+    page.reload()
+    expect(rows.filter(has_text=failed[-12:])).to_have_count(1)
+    page.get_by_role("button", name="Newer").click()
+    page.get_by_role("button", name="Newest").click()
+    expect(rows.first).to_contain_text(newest.split()[0])
+
+    page.get_by_label("Agent").select_option("deliver")
+    page.get_by_label("Status").select_option("failed")
+    expect(rows.first).to_contain_text(failed[-12:])
+    expect(page.locator("tbody .badge:not(.failed)")).to_have_count(0)
+    page.reload()
+    expect(page.get_by_label("Status")).to_have_value("failed")
+    expect(rows.first).to_contain_text(failed[-12:])
+    fresh = site.run("deliver", parcel="more cake", gate=gate)
+    expect(rows.first).to_contain_text(fresh[-12:])  # nobody asked for it
+    page.get_by_label("From").fill("2101-01-01T00:00:00")
+    expect(page.get_by_text("No run fits.")).to_be_visible()
+    page.get_by_role("button", name="Clear filters").click()
+    expect(rows).to_have_count(50)
+
+
+# Batches
+
+
+CSV = 'Number;comment;junk\n1;one;x\nzwei;two;x\n3;"three;\nand more";x\n4;four\n'
+
+
+def choose(page: Page, name: str, text: str) -> None:
+    page.locator("input[type=file]").set_input_files({"name": name, "mimeType": "text/csv", "buffer": text.encode()})
+
+
+def drop(page: Page, name: str, text: str) -> None:
+    data = page.evaluate_handle(
+        "([name, text]) => { const data = new DataTransfer(); data.items.add(new File([text], name)); return data; }",
+        [name, text],
+    )
+    page.dispatch_event(".drop", "drop", {"dataTransfer": data})
+
+
+def test_what_is_wrong_with_rows_is_said_by_line_before_they_start(visit: Visit, site: Site) -> None:
+    visit.expected.append("status of 422")
+    page = visit.page(site, "new-batch?agent=count_up")
+    drop(page, "rows.csv", CSV)
+    expect(page.get_by_text("separated by semicolons")).to_be_visible()
+    wrong = page.get_by_role("group", name="What is wrong").locator("tbody tr")
+    page.get_by_label("Column Number becomes").select_option("n")
+    expect(page.get_by_text("2 rows do not fit, of 4.")).to_be_visible()
+    expect(wrong.nth(0)).to_have_text(re.compile(r'3\s*Number\s*"zwei" is not a whole number\.'))
+    expect(wrong.nth(1)).to_have_text(re.compile(r"6\s*This row has 2 cells, and the header has 3\."))
+    start = page.get_by_role("button", name="Start the batch")
+    expect(start).to_be_disabled()
+    page.get_by_label("Column Number becomes").select_option("")
+    page.get_by_text("n (required)").wait_for()
+    page.get_by_label("n (required)").fill("5")
+    expect(page.get_by_text("1 row does not fit, of 4.")).to_be_visible()
+    page.get_by_label("Column Number becomes").select_option("n")
+    page.get_by_label("Rows that do not fit").select_option("skip")
+    start.click()
+    expect(status_of(page)).to_contain_text("completed")
+    expect(page.locator(".facts")).to_contain_text(re.compile(r"Failed\s*2"))
+    batch_id = page.url.rpartition("/")[2]
+    items = site.get(f"/batch/{batch_id}/results?format=json")
+    assert [item["inputs"] for item in items][::2] == [
+        {"n": 1, "comment": "one"},
+        {"n": 3, "comment": "three;\nand more"},
+    ]
+
+
+def test_what_only_the_server_finds_is_said_by_line_too(visit: Visit, closed: Site) -> None:
+    visit.expected.append("status of 422")
+    page = visit.page(closed, "new-batch?agent=order")
+    rows = [json.dumps(ORDER), json.dumps(ORDER | {"code": "none"})]
+    page.get_by_label("or paste rows").fill("\n".join(rows))
+    expect(page.get_by_text("All 2 rows fit.")).to_be_visible()
+    page.get_by_role("button", name="Start the batch").click()
+    expect(page.get_by_text("Nothing has started. What the server found:")).to_be_visible()
+    wrong = page.get_by_role("group", name="What is wrong").locator("tbody tr")
+    expect(wrong).to_have_text(re.compile(r"^\s*2\s*code.*UUID"))
+    page.reload()
+    expect(page.get_by_text("All 2 rows fit.")).to_be_visible()
+
+
+def test_a_file_that_is_no_table_says_what_to_do(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "new-batch?agent=count_up")
+    page.locator("input[type=file]").set_input_files(
+        {"name": "rows.csv", "mimeType": "text/csv", "buffer": "n,comment\n1,caf\u00e9\n".encode("latin-1")}
+    )
+    expect(page.get_by_text("Save the file as “CSV UTF-8” and choose it again.")).to_be_visible()
+    choose(page, "rows.csv", 'n,comment\n1,"open\n')
+    expect(page.get_by_text("A quote is opened here and never closed.")).to_be_visible()
+    choose(page, "rows.csv", "n,comment,N\n1,a,2\n")
+    expect(page.get_by_text("Two columns become the same input")).to_be_visible()
+    expect(page.get_by_role("button", name="Start the batch")).to_be_disabled()
+    page.get_by_label("Column N becomes").select_option("")
+    expect(page.get_by_text("All 1 row fits.")).to_be_visible()
+
+
+def test_a_batch_is_watched_mended_and_downloaded(visit: Visit, site: Site, gate: str) -> None:
+    (site.folder / "mend").unlink(missing_ok=True)
+    page = visit.page(site, "new-batch?agent=count_up")
+    choose(page, "rows.csv", "n,comment\n" + "".join(f"{n},row {n}\n" for n in range(300)))
+    expect(page.get_by_text("All 300 rows fit.")).to_be_visible()
+    page.get_by_text("The same in every row").click()
+    page.get_by_label("gate").fill(gate)
+    page.get_by_role("button", name="Start the batch").click()
+    expect(page.get_by_role("progressbar")).to_have_attribute("value", str(50 / 300))
+    facts = page.locator(".facts")
+    expect(facts).to_contain_text(re.compile(r"Failed\s*5"))
+    expect(facts).to_contain_text(re.compile(r"Rate\s*[\d,.]+ rows a second"))
+    expect(facts).to_contain_text(re.compile(r"Still takes\s*about"))
+    table = page.get_by_role("table", name="Results")
+    expect(table).to_contain_text("ROW 3")
+    site.open_gate(gate)
+    expect(status_of(page)).to_contain_text("completed")
+    expect(facts).to_contain_text(re.compile(r"Failed\s*30"))
+    chart = page.get_by_role("img")
+    expect(chart).to_have_accessible_name(re.compile(r"200 rows looked at: half took .* \d+ completed, \d+ failed\."))
+
+    page.get_by_label("Show").select_option("failed")
+    expect(table).to_have_attribute("aria-rowcount", "31")
+    expect(table.get_by_role("row").nth(2)).to_contain_text("17 is no number that I like.")
+    page.reload()
+    expect(table).to_have_attribute("aria-rowcount", "31")
+    page.get_by_label("Show").select_option("")
+    for kind in ("CSV", "NDJSON"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=f"Download {kind}", exact=True).click()
+        assert download.value.suggested_filename.endswith(f".{kind.lower()}")
+        lines = download.value.path().read_text().splitlines()
+        assert len(lines) == 300 + (kind == "CSV")
+    site.open_gate("mend")
+    page.get_by_role("button", name="Retry the failed").click()
+    expect(facts).to_contain_text(re.compile(r"Failed\s*0"))
+    expect(status_of(page)).to_contain_text("completed")
+    expect(table).not_to_contain_text("failed")
+    table.get_by_role("link", name="8", exact=True).click()
+    expect(page.get_by_role("group", name="Result")).to_contain_text("ROW 7")
+    page.get_by_role("link", name="row 8").click()
+    expect(table.get_by_role("link", name="8", exact=True)).to_be_visible()
+
+
+def test_a_batch_is_cancelled_and_gone_on_with(visit: Visit, site: Site, gate: str) -> None:
+    page = visit.page(site, f"batch/{site.batch(60, wait=False, static_inputs={'gate': gate})}")
+    expect(page.locator(".facts")).to_contain_text(re.compile(r"Failed\s*5"))
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("heading", name="The batch was cancelled")).to_be_visible()
+    page.goto(f"{site.url}/ui#/batches")
+    expect(page.locator("tbody tr").first).to_contain_text("cancelled")
+    page.locator("tbody tr").first.get_by_role("link").click()
+    site.open_gate(gate)
+    page.get_by_role("button", name="Go on with all").click()
+    expect(status_of(page)).to_contain_text("completed")
+
+
+def test_a_table_of_thousands_is_scrolled_to_its_end_by_pages(visit: Visit, closed: Site) -> None:
+    batch_id = closed.batch(6000)
+    page = visit.page(closed, f"batch/{batch_id}")
+    table = page.get_by_role("table", name="Results")
+    expect(table.get_by_role("link", name="1", exact=True)).to_be_visible()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    table.press("End")
+    last = table.get_by_role("row").last
+    expect(last).to_contain_text("ROW 5999")
+    expect(last).to_have_attribute("aria-rowindex", "6001")
+    assert len(asked) <= 2
+    assert table.get_by_role("row").count() < 40
+    table.press("PageUp")
+    table.press("ArrowUp")
+    page.get_by_label("Go to row").fill("3210")
+    page.get_by_role("button", name="Go", exact=True).click()
+    expect(table.get_by_role("row").nth(1)).to_contain_text("ROW 3209")
+    page.wait_for_url("**row=3210*")
+    page.reload()
+    expect(table.get_by_role("row").nth(1)).to_contain_text("ROW 3209")
+    table.evaluate("table => table.scrollTop = table.scrollHeight")
+    expect(table.get_by_role("row").last).to_contain_text("ROW 5999")
+
+
+def test_a_table_of_a_million_rows_reaches_each_of_them(visit: Visit, closed: Site) -> None:
+    """The server's answers for a batch of 1,000, as if it were a million: to run one would take the test minutes."""
+    million, batch_id = 1_000_000, closed.batch(1)
+    context = visit.context(closed)
+
+    def answer(route: Any, request: Request) -> None:
+        url = httpx.URL(request.url)
+        if url.path.endswith("/results"):
+            after, limit = int(url.params.get("after", -1)), int(url.params["limit"])
+            (item,) = closed.get(f"/batch/{batch_id}/results?format=json")
+            places = range(after + 1, min(million, after + 1 + limit))
+            route.fulfill(json=[item | {"position": n, "inputs": {"n": n, "comment": f"row {n}"}} for n in places])
+        else:
+            whole = closed.get(f"/batch/{batch_id}?results=false")
+            route.fulfill(json=whole | {"total_items": million, "completed_items": million})
+
+    context.route(f"**/batch/{batch_id}**", answer)
+    page = visit.page(closed, f"batch/{batch_id}", context)
+    table = page.get_by_role("table", name="Results")
+    rows = table.get_by_role("row")
+    expect(rows.nth(1)).to_contain_text("row 0")
+    table.press("End")
+    expect(rows.last).to_contain_text("row 999999")
+    table.press("ArrowUp")
+    expect(rows.filter(has_text="row 999998")).to_be_visible()
+    table.press("Home")
+    expect(rows.nth(1)).to_contain_text("row 0")
+    table.press("ArrowDown")
+    expect(rows.nth(1)).to_contain_text("row 1")
+    table.hover()
+    page.mouse.wheel(0, 72)
+    expect(rows.nth(1)).to_contain_text("row 3")
+    table.evaluate("table => table.scrollTop = table.scrollHeight")
+    expect(rows.last).to_contain_text("row 999999")
+    page.get_by_label("Go to row").fill("654321")
+    page.get_by_role("button", name="Go", exact=True).click()
+    expect(rows.nth(1)).to_contain_text("row 654320")
+    assert rows.count() < 40
+
+
+# Keys
+
+
+def test_a_key_is_asked_for_once_and_a_wrong_one_is_said(visit: Visit, closed: Site) -> None:
+    visit.expected.append("status of 401")
+    page = visit.page(closed, "new-batch", has_key=False)
+    dialog = page.get_by_role("dialog", name="This server needs a key")
+    key = dialog.get_by_label("API key")
+    expect(key).to_be_focused()
+    key.fill("wrong")
+    key.press("Enter")
+    expect(dialog).to_contain_text("The server does not know this key.")
+    key.fill(KEY)
+    key.press("Enter")
+    expect(page.get_by_role("heading", name="New batch")).to_be_visible()
+    expect(dialog).to_be_hidden()
+    page.reload()
+    expect(page.get_by_role("heading", name="New batch")).to_be_visible()
+    expect(dialog).to_be_hidden()
+    assert page.evaluate(f"sessionStorage.getItem('flock:{closed.prefix}/:key')") == KEY
+    assert KEY not in page.evaluate("JSON.stringify(localStorage) + location.href + document.cookie")
+    page.get_by_role("button", name="Forget key").click()
+    expect(dialog).to_be_visible()
+
+
+# Everywhere
+
+VIEWS = ("agents", "agent/order", "run", "runs", "new-batch?agent=count_up", "batch", "batches")
+
+
+def walk(page: Page, site: Site, ids: dict[str, str]) -> Iterator[str]:
+    """Each view in turn, with something in it."""
+    for view in VIEWS:
+        page.goto(f"{site.url}/ui#/{view}{'/' + ids[view] if view in ids else ''}")
+        page.locator("main:not([aria-busy]) h1").wait_for()
+        if view.startswith("new-batch"):
+            choose(page, "rows.csv", "n,comment\n1,one\nzwei,two\n")
+            page.get_by_text("1 row does not fit, of 2.").wait_for()
+        if view == "batch":
+            page.get_by_role("img").wait_for()
+            page.get_by_role("table", name="Results").get_by_role("link").first.wait_for()
+        yield view
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_and_narrow_screens_need_no_sideways_scrolling(
+    visit: Visit, closed: Site, theme: str, width: int
+) -> None:
+    """By the theme of the system where it is wide, and by the page's own switch where it is narrow."""
+    (closed.folder / "mend").unlink(missing_ok=True)
+    ids = {"run": closed.run("deliver", parcel="cake", gate="never"), "batch": closed.batch(20)}
+    scheme = theme if width > 400 else "light" if theme == "dark" else "dark"
+    page = visit.page(closed, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.get_by_label("Theme").select_option("" if width > 400 else theme)
+    for view in walk(page, closed, ids):
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (background == "rgb(22, 24, 27)") is (theme == "dark")
+        report = Axe().run(page)
+        assert report.violations_count == 0, f"{view}: {report.generate_report()}"
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= width, view
+
+
+def test_a_run_by_keyboard_alone(visit: Visit, site: Site) -> None:
+    page = visit.page(site)
+    page.get_by_role("heading", name="Agents").wait_for()
+    focused = page.locator(":focus")
+
+    def tab_to(target: Locator) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if target.evaluate("element => element === document.activeElement"):
+                outline = focused.evaluate("element => getComputedStyle(element).outlineStyle")
+                assert outline != "none", "the focus cannot be seen"
+                return
+        raise AssertionError(f"Tab never gets to {target}")
+
+    page.keyboard.press("Tab")
+    expect(focused).to_have_text("Skip to the content")
+    page.keyboard.press("Enter")
+    tab_to(page.get_by_role("link", name="Run text_analyzer"))
+    page.keyboard.press("Enter")
+    tab_to(page.get_by_label("text (required)"))
+    page.keyboard.type("I love this coffee.")
+    tab_to(page.get_by_role("button", name="Run", exact=True))
+    page.keyboard.press("Enter")
+    expect(status_of(page)).to_contain_text("completed")
+    expect(page.get_by_role("group", name="Result")).to_contain_text("positive")
+    expect(page.get_by_role("status").filter(has_text="The run is completed.")).to_be_attached()
+
+
+def test_who_wants_less_motion_gets_none(visit: Visit, closed: Site, gate: str) -> None:
+    run_id = closed.start("research", topic="tea", gate=gate)
+    for motion, animations in (("reduce", 0), ("no-preference", 1)):
+        page = visit.page(closed, f"run/{run_id}", reduced_motion=motion)
+        expect(status_of(page)).to_contain_text("running")
+        assert page.evaluate("document.getAnimations().length") == animations
+    closed.open_gate(gate)
+    closed.open_gate(f"{gate}-2")
+
+
+def test_a_reload_loses_nothing(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "agent/order")
+    page.get_by_label("Theme").select_option("light")
+    fill_order(page)
+    page.reload()
+    expect(page.get_by_label("item (required)")).to_have_value("tea")
+    expect(page.get_by_label("size (required)")).to_have_value("1")
+    expect(page.get_by_label("gift")).to_be_checked()
+    expect(page.get_by_role("textbox", name="notes 1")).to_have_value('It\'s "fragile"')
+    expect(page.get_by_label("Theme")).to_have_value("light")
+    page.goto(f"{closed.url}/ui#/new-batch?agent=count_up")
+    choose(page, "my rows.csv", "number,comment,step\n1,one,2\n")
+    page.get_by_label("Column number becomes").select_option("n")
+    page.get_by_label("Column step becomes").select_option("")
+    page.get_by_label("Rows at the same time").fill("7")
+    page.get_by_label("Rows at the same time").blur()
+    expect(page.get_by_text("All 1 row fits.")).to_be_visible()
+    page.reload()
+    expect(page.get_by_text("All 1 row fits.")).to_be_visible()
+    expect(page.get_by_text("Chosen: my rows.csv")).to_be_visible()
+    expect(page.get_by_label("Column step becomes")).to_have_value("")
+    expect(page.get_by_label("Rows at the same time")).to_have_value("7")
+
+
+def test_what_was_deleted_is_said_to_be_gone(visit: Visit, site: Site) -> None:
+    visit.expected.append("status of 404")
+    run_id, batch_id = site.run("defaults", name="x"), site.batch(2)
+    page = visit.page(site, f"run/{run_id}")
+    expect(status_of(page)).to_contain_text("completed")
+    site.delete(f"/run/{run_id}")
+    site.delete(f"/batch/{batch_id}")
+    page.reload()
+    expect(page.get_by_role("alert")).to_contain_text("This is not here any more")
+    page.goto(f"{site.url}/ui#/batch/{batch_id}")
+    expect(page.get_by_role("alert")).to_contain_text(batch_id)
+    expect(page.get_by_role("alert")).to_contain_text("It was deleted, or the link is not complete")
+
+
+def test_a_server_that_is_away_is_said_and_comes_back_by_itself(visit: Visit, tmp_path: Path, gate: str) -> None:
+    """Killed in the middle of a run that is watched, of a list, and of a form that is sent; started again."""
+    visit.expected += [
+        "ERR_CONNECTION_REFUSED",
+        "ERR_CONNECTION_RESET",
+        "ERR_INCOMPLETE_CHUNKED_ENCODING",
+        "status of 503",
+    ]
+    visit.expected += ["ERR_EMPTY_RESPONSE", "ERR_SOCKET_NOT_CONNECTED"]
+    port = free_port()
+    with served_by(tmp_path, "/ai", KEY, port) as server:
+        site = Site(tmp_path, f"{server.url}/ai", "/ai", KEY)
+        run_id = site.start("research", topic="tea", gate=gate)
+        context = visit.context(site)
+        run, runs, agent = (visit.page(site, path, context) for path in (f"run/{run_id}", "runs", "agent/defaults"))
+        expect(run.get_by_text("pages: 1 of 3")).to_be_visible()
+        expect(runs.locator("tbody tr")).to_have_count(1)
+        agent.get_by_label("name (required)").fill("later")
+        os.killpg(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+        agent.get_by_role("button", name="Run", exact=True).click()
+        for page in (run, runs, agent):
+            expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
+        expect(runs.locator("tbody tr")).to_have_count(1)
+    site.open_gate(gate)
+    site.open_gate(f"{gate}-2")
+    with served_by(tmp_path, "/ai", KEY, port):
+        expect(status_of(run)).to_contain_text("completed")
+        expect(agent.get_by_role("group", name="Result")).to_contain_text("later")
+        expect(runs.locator("tbody tr")).to_have_count(2)
+        for page in (run, runs, agent):
+            expect(page.locator("#away")).to_be_hidden()
+
+
+def test_first_paint_needs_five_requests_and_a_tenth_of_what_it_may(visit: Visit, site: Site) -> None:
+    context = visit.context(site)
+    page = context.new_page()
+    answers: list[Response] = []
+    page.on("response", answers.append)
+    page.goto(f"{site.url}/ui")
+    page.get_by_role("heading", name="Agents").wait_for()
+    page.wait_for_load_state("networkidle")
+    assert len(answers) <= 5, [answer.url for answer in answers]
+    sizes = [answer.request.sizes() for answer in answers]
+    received = sum(size["responseBodySize"] + size["responseHeadersSize"] for size in sizes)
+    assert received < 25_000
+    assert all(answer.header_value("content-encoding") == "gzip" for answer in answers[:4])
+    assert sum(len(file.gzipped) for file in ui_files("").values()) < 50_000  # all views together

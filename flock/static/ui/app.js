@@ -345,7 +345,7 @@ export const go = (path, params) => { location.hash = link(path, params); };
 export const keep = (path, params) => history.replaceState(history.state, "", link(path, params));
 
 export function title(text, ...beside) {
-  document.title = `${text} – ${name}`;
+  document.title = `${text} · ${name}`;
   return h("div", { class: "title" }, h("h1", { tabindex: "-1" }, text), beside);
 }
 

@@ -103,7 +103,7 @@ export async function show(main, { id, params, signal }) {
     const inputs = names("inputs", agent?.input_schema);
     hasResults = some.some((item) => item.result);
     const outputs = hasResults ? [...new Set(some.flatMap((item) => Object.keys(item.result ?? {})))].slice(0, 12) : names("result", agent?.output_schema);
-    const columns = [{ name: "Row", least: 5, most: "5rem" }, { name: "Status", least: 8.5, most: "8.5rem" }, ...[...inputs.map((name) => name), ...outputs.map((name) => (inputs.includes(name) ? `result.${name}` : name)), "Error"].map((name) => ({ name, least: 10, most: "1fr" }))];
+    const columns = [{ name: "Row", least: 5, most: "5rem" }, { name: "Status", least: 8.5, most: "8.5rem" }, ...[...inputs.map((name) => name), ...outputs.map((name) => (inputs.includes(name) ? `result.${name}` : name)), "Error"].map((name) => ({ name, least: name === "Error" ? 14 : 10, most: name === "Error" ? "2fr" : "1fr" }))];
     const cell = (value) => (value === undefined || value === null ? "" : typeof value === "string" ? value.slice(0, 200) : JSON.stringify(value).slice(0, 200));
     table = bigTable({
       label: "Results", columns, total: counts()[status], load, signal,

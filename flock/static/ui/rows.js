@@ -254,7 +254,8 @@ export async function without(blob, format, leftOut, signal) {
       while (line < record.line) { text += "\n"; line++; }
       if (format.kind === "csv") {
         if (!header) kept = (header = record.cells).map((name) => !leftOut.has(name.trim()));
-        const cells = record.cells.length === header.length ? record.cells.filter((_, index) => kept[index]) : record.cells;
+        let cells = record.cells.filter((_, index) => kept[index] ?? true);
+        if (record.cells.length !== header.length && cells.length === kept.filter(Boolean).length) cells = [...cells, ""]; // it stays wrong
         const row = cells.map(quote).join(format.delimiter);
         text += `${row}\n`;
         line += row.split(/\r\n|\r|\n/).length;

@@ -1,0 +1,150 @@
+"""A server for the tests of the web page, and for its screenshots: agents of every kind, and a fake model.
+
+python -m tests.ui_host FOLDER [--port PORT] [--prefix PREFIX] [--key KEY]
+
+FOLDER holds the store. An agent that waits, or fails, does so until a file of a certain name is there, so that whoever
+looks at the page says when it goes on.
+"""
+
+import argparse
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import anyio
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+
+from flock.core import Flock, FlockFactory
+from flock.errors import AgentError
+from flock.runs import RunContext
+from flockapi import create_app
+from tests.fakes import answer
+
+
+class Address(TypedDict):
+    street: str
+    number: int
+
+
+class Total(TypedDict):
+    total: int
+    note: str
+
+
+def ui_flock(folder: Path) -> Flock:
+    flock = Flock("ui", model="openai/gpt-4o")
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            name="text_analyzer",
+            description="Finds the sentiment and the keywords of a text.",
+            input="text: str | what to analyse",
+            output="sentiment: Literal['positive', 'negative', 'neutral'] | how it sounds, keywords: list[str]",
+        )
+    )
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            name="order",
+            description="Takes an order, and checks whether it can be delivered.",
+            input=(
+                "item: str | what is ordered, amount: int | at least one, size: Literal['small', 'large'], "
+                "gift: bool, due: date, address: Address | where it goes, notes: list[str], code: UUID"
+            ),
+            output="sentiment: str, keywords: list[str]",
+            types={"Address": Address},
+        )
+    )
+
+    async def until(name: str) -> None:
+        while not (folder / name).exists():  # noqa: ASYNC110 - another process makes it
+            await anyio.sleep(0.02)
+
+    @flock.agent(next_agent="translate")
+    async def research(topic: str, context: RunContext, gate: str = "", pages: int = 3) -> str:
+        """Reads what there is about a topic, page by page."""
+        for page in range(pages):
+            context.progress(page, pages, "pages")
+            if page == 1 and gate:
+                await until(gate)
+        return f"All about {topic}."
+
+    @flock.agent(next_agent=lambda result: None)
+    async def translate(result: str, gate: str = "") -> str:
+        """Says it in other words."""
+        if gate:
+            await until(f"{gate}-2")
+        return f"In other words: {result}"
+
+    @flock.agent
+    async def deliver(parcel: str, gate: str) -> str:
+        """Fails until its gate is open."""
+        if not (folder / gate).exists():
+            raise AgentError(f"Nobody opened the door for <b>{parcel}</b>.")
+        return f"{parcel} is delivered."
+
+    @flock.agent
+    def quote(size: Literal["script", "long"] = "script") -> dict[str, Any]:
+        """Gives back what a careless page would run."""
+        if size == "long":
+            return {"text": "word " * 2000, "numbers": list(range(500)), "big": 2**60}
+        script = "<script>document.title = 'pwned'</script>"
+        return {script: "<img src=x onerror=\"document.title = 'pwned'\">", "list": [{"<b>a</b>": script}]}
+
+    @flock.agent
+    def defaults(
+        name: str,
+        times: int = 2,
+        when: date | None = None,
+        loud: bool = True,
+        tags: list[str] = [],  # noqa: B006 - it is shown, and not changed
+        more: Any = None,
+    ) -> dict[str, Any]:
+        """Shows what it was given."""
+        return {"name": name, "times": times, "when": when, "loud": loud, "tags": tags, "more": more}
+
+    @flock.agent(max_concurrency=50)
+    async def count_up(n: int, comment: str, step: int = 1, gate: str = "") -> Total:
+        """Adds a step to a number; fails for some numbers until the gate "mend" is open."""
+        if gate and n >= 50:
+            await until(gate)
+        if n % 10 == 7 and not (folder / "mend").exists():
+            raise AgentError(f"{n} is no number that I like.")
+        return {"total": n + step, "note": comment.upper()}
+
+    return flock
+
+
+async def reply(request: Request) -> Response:
+    """What the fake model says: always the same, whatever it is asked."""
+    return answer({"sentiment": "positive", "keywords": ["coffee", "fast"]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--prefix", default="")
+    parser.add_argument("--key")
+    options = parser.parse_args()
+    flock = ui_flock(options.folder)
+    model = httpx.ASGITransport(Starlette(routes=[Route("/{path:path}", reply, methods=["POST"])]))
+    app = create_app(
+        flock,
+        server_name="Sample agents",
+        create_ui=True,
+        engine=flock.engine(store=options.folder / "flock.db", transport=model, durability="process"),
+        api_keys=options.key and {"ann": options.key},
+        metrics=False,
+    )
+    host = app
+    if options.prefix:
+        host = Starlette(routes=[Mount(options.prefix, app)], lifespan=lambda _: app.lifespan())  # type: ignore[assignment]
+    uvicorn.run(host, port=options.port, log_level="info", timeout_graceful_shutdown=1)
+
+
+if __name__ == "__main__":
+    main()
