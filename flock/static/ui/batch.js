@@ -11,10 +11,10 @@ export async function show(main, { id, params, signal }) {
   const path = `batch/${encodeURIComponent(id)}`;
   let batch = await get(`${path}?results=false`, signal), table = null, samples = [], refreshed = 0, told = 0;
   const agent = await get(`agents/${encodeURIComponent(batch.agent_name)}`, signal).catch((error) => { if (error instanceof Problem) return null; throw error; });
-  const parts = { title: h("div"), progress: h("section", { "aria-label": "Progress" }), facts: h("dl", { class: "facts" }), error: h("div"), chart: h("section", { "aria-label": "Durations" }), results: h("section", { "aria-label": "Results" }) };
+  const parts = { title: h("div"), progress: h("section", { "aria-label": "Progress" }), facts: h("dl", { class: "facts" }), error: h("div"), trouble: h("div"), chart: h("section", { "aria-label": "Durations" }), results: h("section", { "aria-label": "Results" }) };
   const live = h("p", { role: "status", class: "quiet" });
   const bar = h("progress", { max: 1 }), words = h("span");
-  main.append(parts.title, parts.progress, live, parts.facts, parts.error, parts.chart, parts.results);
+  main.append(parts.title, parts.progress, live, parts.facts, parts.error, parts.trouble, parts.chart, parts.results);
   fill(parts.progress, h("label", {}, words, bar));
 
   // --- How far it is ---
@@ -28,7 +28,6 @@ export async function show(main, { id, params, signal }) {
       for await (const { data } of events(`${path}/events`, signal)) {
         batch = { ...batch, ...data };
         samples.push([performance.now(), batch.completed_items]);
-        while (samples.length > 2 && samples[0][0] < performance.now() - RATE_OVER_MS) samples.shift();
         draw();
         refreshSoon();
       }
@@ -63,12 +62,12 @@ export async function show(main, { id, params, signal }) {
     if (!isFinal(batch.status) && performance.now() - told > 5000) tell(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
   }
 
-  /** Rows a second: of late while it runs, of all at its end. */
+  /** Rows a second: of late while it runs, of all where there is no more to go by. */
   function rateNow() {
-    if (isFinal(batch.status)) return batch.started_at && batch.attempt === 1 ? batch.completed_items / Math.max(0.001, between(batch.started_at, batch.completed_at)) : null;
-    if (samples.length < 2) return null;
-    const [[t0, n0], [t1, n1]] = [samples[0], samples[samples.length - 1]];
-    return t1 > t0 ? ((n1 - n0) / (t1 - t0)) * 1000 : null;
+    const now = performance.now();
+    while (samples.length > 1 && samples[0][0] < now - RATE_OVER_MS) samples.shift();
+    if (!isFinal(batch.status) && samples.length && now - samples[0][0] > 500) return ((batch.completed_items - samples[0][1]) / (now - samples[0][0])) * 1000;
+    return batch.started_at && batch.attempt === 1 ? batch.completed_items / Math.max(0.001, between(batch.started_at, batch.completed_at)) : null;
   }
 
   function tell(text) {
@@ -159,12 +158,14 @@ export async function show(main, { id, params, signal }) {
   const failed = (error) => {
     if (signal.aborted) return;
     if (error.status === 404) fill(main, problem(error));
-    else fill(parts.error, problem(error, run));
+    else fill(parts.trouble, problem(error, () => { fill(parts.trouble); run(); }));
   };
   function run() {
     table?.refresh(() => true).catch(() => {});
     follow().catch(failed);
   }
+  const clock = setInterval(() => { if (!isFinal(batch.status)) draw(); }, 1000); // where nothing happens the rate sinks
+  signal.addEventListener("abort", () => clearInterval(clock));
   draw();
   await drawTable();
   run();

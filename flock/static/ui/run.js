@@ -25,8 +25,8 @@ export async function show(main, { id, signal }) {
       for (const step of steps.values()) if (!step.completed_at) tick(step);
       head();
       outcome();
-      fill(live, `The run is ${run.status}.`);
     }
+    fill(live, `The run is ${run.status}.`);
     if (!run.steps.length && !steps.size) fill(parts.steps, h("li", { class: "quiet" }, "None was finished."));
   };
 
