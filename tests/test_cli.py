@@ -264,7 +264,8 @@ def test_start_api_warns_of_what_its_owner_should_know(tmp_path: Path) -> None:
     with running(sys.executable, str(path), PYTHONPATH=str(ROOT)) as server:
         port = server.url.rpartition(":")[2]
         headers = {"Host": "agents.example"}
-        assert httpx.get(f"http://127.0.0.1:{port}/runs", headers=headers).status_code == 200
+        for page in ("runs", "ui"):
+            assert httpx.get(f"http://127.0.0.1:{port}/{page}", headers=headers).status_code == 200
     log = "\n".join(server.lines)
     assert "Listening on 0.0.0.0 without a key" in log
     assert "UI: /ui." in log

@@ -60,13 +60,13 @@ def python(request: pytest.FixtureRequest, built: Path, tmp_path_factory: pytest
 def test_it_serves_the_contract_and_the_docs(python: Path, tmp_path: Path) -> None:
     """Started where no checkout is, with nothing but what was installed."""
     (tmp_path / "script.py").write_text((EXAMPLES / "text_analyzer.py").read_text())
-    command = [str(python.parent / "flockapi"), "serve", str(tmp_path / "script.py"), "--port", "0"]
+    command = [str(python.parent / "flockapi"), "serve", str(tmp_path / "script.py"), "--port", "0", "--ui"]
     with running(*command, "--server-name", "Installed", PYTHONPATH="", PYTHONSAFEPATH="1") as server:
         served = httpx.get(f"{server.url}/openapi.yaml")
         expected = (ROOT / "openapi.yaml").read_text("utf-8").replace("title: Flock Server", 'title: "Installed"')
         assert served.text == expected
         assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "Installed"
-        for path in ("/docs", "/static/docs.js", "/static/vendor/redoc/redoc.standalone.js"):
+        for path in ("/docs", "/static/docs.js", "/static/vendor/redoc/redoc.standalone.js", "/ui", "/ui/app.js"):
             assert httpx.get(server.url + path).status_code == 200
 
 
@@ -121,7 +121,9 @@ def test_what_is_in_the_archives(built: Path) -> None:
         "flock/static/openapi.json",
     } <= wheel
     assert "flock/static/vendor/SHA256SUMS" in wheel
-    assert not [name for name in wheel if name.startswith(("tests", "bench", "examples"))]
+    assert {f"flock/static/ui/{path.name}" for path in (ROOT / "flock/static/ui").iterdir()} <= wheel
+    assert not [name for name in wheel if name.startswith(("tests", "bench", "examples", "docs"))]
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert not [name for name in names if name.startswith("docs")]
     assert {"openapi.yaml", "flockapi.py", "README.md", "LICENSE", "tests/test_api.py"} <= names

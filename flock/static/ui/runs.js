@@ -29,7 +29,7 @@ export async function list(main, { kind, signal, params, filters, columns, empty
   const shown = Object.fromEntries(params);
   const body = h("tbody"), known = new Map();
   const none = h("p", { class: "empty", hidden: true }, empty);
-  const table = h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": `Table of ${kind}` }, h("table", {}, h("thead", {}, h("tr", {}, columns.map((text) => h("th", { scope: "col" }, text)))), body));
+  const table = h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": `Table of ${kind}` }, h("table", { class: "rows-list" }, h("thead", {}, h("tr", {}, columns.map((text) => h("th", { scope: "col" }, text)))), body));
   // The cursor leads forwards only, so the way back is kept.
   const back = () => JSON.parse(session.get(`pages ${kind}`) ?? "{}");
   let next = null, looking = null;
@@ -50,6 +50,7 @@ export async function list(main, { kind, signal, params, filters, columns, empty
       signal.removeEventListener("abort", onAbort);
     }
     older.disabled = !next;
+    clear.hidden = !filters.some(({ name }) => shown[name]);
     newer.disabled = newest.disabled = !shown.after;
   }
 
@@ -101,7 +102,7 @@ export async function list(main, { kind, signal, params, filters, columns, empty
     });
     return h("label", {}, label, control);
   });
-  const clear = button("Clear filters", () => { location.hash = link(kind); }, {});
+  const clear = button("Clear filters", () => { location.hash = link(kind); }, { hidden: true });
   const heading = title(kind[0].toUpperCase() + kind.slice(1), beside);
   main.append(heading, h("div", { class: "filters", role: "search", "aria-label": `Filter ${kind}` }, controls, clear), table, none,
     h("p", { class: "actions", role: "group", "aria-label": "Pages" }, newest, newer, older));
