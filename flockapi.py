@@ -1051,7 +1051,7 @@ class FlockAPI(Starlette):
         self.flock = flock
         self.engine = engine or flock.shared_engine(store=store, expose_errors=expose_errors)
         self.contract = Contract(server_name, openapi_paths)
-        self.ui_files = ui_files(server_name) if create_ui else {}
+        self.ui_files = ui_files(server_name, has_docs=bool(docs)) if create_ui else {}
         self.max_body_bytes = max_body_bytes
         self.max_upload_bytes = max_upload_bytes
         self.max_json_depth = max_json_depth

@@ -23,14 +23,15 @@ class UIFile(msgspec.Struct, frozen=True):
     gzipped: bytes
 
 
-def ui_files(title: str) -> Mapping[str, UIFile]:
-    """All files of the page by name, with *title* in it; read and compressed once."""
-    return {path.name: _file(path.name, path.read_bytes(), title) for path in sorted((STATIC / "ui").iterdir())}
+def ui_files(title: str, *, has_docs: bool = True) -> Mapping[str, UIFile]:
+    """All files of the page by name, with *title* in it, and a link to the docs pages; read and compressed once."""
+    files = {path.name: path.read_bytes() for path in sorted((STATIC / "ui").iterdir())}
+    page = files["index.html"] if has_docs else re.sub(rb' *<a href="docs">.*?</a>\n', b"", files["index.html"])
+    files["index.html"] = page.replace(b"{title}", html.escape(title).encode())
+    return {name: _file(name, plain) for name, plain in files.items()}
 
 
-def _file(name: str, plain: bytes, title: str) -> UIFile:
-    if name.endswith(".html"):
-        plain = plain.replace(b"{title}", html.escape(title).encode())
+def _file(name: str, plain: bytes) -> UIFile:
     media_type = "text/javascript" if name.endswith(".js") else mimetypes.guess_type(name)[0] or "text/plain"
     etag = f'W/"{hashlib.sha256(plain).hexdigest()[:32]}"'
     return UIFile(media_type, etag, plain, gzip.compress(plain, 9, mtime=0))

@@ -58,6 +58,7 @@ async def test_files_have_the_content_policy_and_are_asked_for_again_only_when_t
             plain = await client.get(f"/ui{name}", headers={"Accept-Encoding": "gzip;q=0"})
             assert "Content-Encoding" not in plain.headers
         page = (await client.get("/ui")).text
+        assert '<a href="docs">' in page
         assert "<title>&lt;b&gt;Bold&lt;/b&gt;</title>" in page
         assert "://" not in page
         assert (await client.get("/ui/app.js")).headers["Content-Type"] == "text/javascript; charset=utf-8"
@@ -79,6 +80,12 @@ async def test_the_root_leads_to_it_unless_it_is_somebodys_own(prefix: str) -> N
             if expected == 307:
                 assert response.headers["Location"] == f"{prefix}/ui"
                 assert (await client.get(f"{prefix}/ui")).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_without_docs_there_is_no_link_to_them() -> None:
+    async with client_of(create_app(sample_flock(), create_ui=True, docs=False)) as client:
+        assert "docs" not in (await client.get("/ui")).text
 
 
 @pytest.mark.anyio

@@ -153,18 +153,25 @@ export const fetchTelling = (told) => (address, { method, headers, body, signal 
 /** A key under which a request may be sent again. (`crypto.randomUUID` is not there on plain http.) */
 export const idempotencyKey = () => ({ "Idempotency-Key": Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("") });
 
-export const pause = (ms, signal) => new Promise((done, fail) => {
-  signal?.throwIfAborted();
-  const timer = setTimeout(done, ms);
-  signal?.addEventListener("abort", () => { clearTimeout(timer); fail(signal.reason); }, { once: true });
-});
+/** `promise`, or the reason why `signal` was aborted before; a view that is there for hours leaves no listeners behind. */
+function unlessAborted(promise, signal) {
+  let stop;
+  const aborted = new Promise((_, fail) => {
+    signal?.throwIfAborted();
+    stop = () => fail(signal.reason);
+    signal?.addEventListener("abort", stop);
+  });
+  return Promise.race([promise, aborted]).finally(() => signal?.removeEventListener("abort", stop));
+}
+
+export const pause = (ms, signal) => unlessAborted(new Promise((done) => setTimeout(done, ms)), signal);
 
 let return_ = null;
 
 /** Wait until the server answers again, and say so meanwhile. */
 async function away(why, signal) {
   return_ ??= lookOut(why);
-  await Promise.race([return_, new Promise((_, fail) => signal?.addEventListener("abort", () => fail(signal.reason), { once: true }))]);
+  await unlessAborted(return_, signal);
 }
 
 async function lookOut(why) {
@@ -259,11 +266,10 @@ async function* eventsOf(body) {
   }
 }
 
-export const visible = (signal) => new Promise((done, fail) => {
+export const visible = (signal) => unlessAborted(new Promise((done) => {
   if (!document.hidden) return done();
   document.addEventListener("visibilitychange", () => done(), { once: true, signal });
-  signal.addEventListener("abort", () => fail(signal.reason), { once: true });
-});
+}), signal);
 
 /** Call `look` now and every so often, as long as the view is there and the tab can be seen. */
 export async function every(ms, look, signal) {
@@ -331,6 +337,7 @@ export const doing = (work) => async (event) => {
   pressed.disabled = true;
   try { await work(event); } catch (error) { if (error.name !== "AbortError") say(error.message); }
   pressed.disabled = false;
+  if (document.activeElement === document.body) pressed.focus(); // what is disabled loses the focus
 };
 
 /** The way to a view: `#/runs?status=failed`. What is empty is left out. */
@@ -362,7 +369,6 @@ const name = document.title;
 let leaving = new AbortController();
 
 async function show(isFirst) {
-  if (!/^#?(\/|$)/.test(location.hash)) return; // the skip link
   leaving.abort(new DOMException("This view was left.", "AbortError"));
   const { signal } = (leaving = new AbortController());
   const main = document.getElementById("main");
@@ -400,6 +406,10 @@ const setTheme = () => { document.documentElement.dataset.theme = theme.value = 
 theme.addEventListener("change", () => { local.set("theme", theme.value); setTheme(); });
 document.getElementById("forget").addEventListener("click", () => { session.set("key", null); location.reload(); });
 addEventListener("hashchange", () => show(false));
+document.querySelector(".skip").addEventListener("click", (event) => { // its hash would be taken for a view
+  event.preventDefault();
+  document.getElementById("main").focus();
+});
 setTheme();
 showKey();
 show(true);

@@ -6,6 +6,7 @@ import { PAGE_ROWS, bigTable } from "./table.js";
 
 const RATE_OVER_MS = 10_000;
 const REFRESH_MS = 1000;
+const TOLD_EVERY_MS = 5000;
 
 export async function show(main, { id, params, signal }) {
   const path = `batch/${encodeURIComponent(id)}`;
@@ -28,6 +29,7 @@ export async function show(main, { id, params, signal }) {
       for await (const { data } of events(`${path}/events`, signal)) {
         batch = { ...batch, ...data };
         samples.push([performance.now(), batch.completed_items]);
+        isStale = true;
         draw();
         refreshSoon();
       }
@@ -39,6 +41,7 @@ export async function show(main, { id, params, signal }) {
   function draw() {
     const kind = isFinal(batch.status) ? `${batch.status} ${batch.failed_items} ${batch.cancelled_items}` : "open";
     if (parts.title.dataset.kind !== kind) {
+      const had = parts.title.contains(document.activeElement);
       parts.title.dataset.kind = kind;
       const again = (only, text) => button(text, doing(async () => { await post(`${path}/retry`, only ? { only } : {}, { signal }); run(); }), { class: "primary" });
       fill(parts.title, title(batch.agent_name, h("span", { id: "status" }), h("p", { class: "actions" },
@@ -47,6 +50,7 @@ export async function show(main, { id, params, signal }) {
         kind !== "open" && batch.cancelled_items > 0 && again(null, batch.failed_items ? "Go on with all" : "Go on"),
         ["CSV", "NDJSON"].map((format) => button(`Download ${format}`, doing(() => download(`${path}/results?format=${format.toLowerCase()}`, `${batch.batch_id}.${format.toLowerCase()}`)))),
         button("Copy link", () => copy(location.href, "Link")))));
+      if (had) parts.title.querySelector("h1").focus();
     }
     fill(parts.title.querySelector("#status"), badge(batch.status));
     const rate = rateNow();
@@ -59,7 +63,7 @@ export async function show(main, { id, params, signal }) {
       isFinal(batch.status) ? fact("Took", duration(between(batch.started_at, batch.completed_at))) : fact("Still takes", batch.eta_s === null ? "not known yet" : `about ${duration(batch.eta_s)}`),
       fact("Accepted", when(batch.created_at)), batch.attempt > 1 && fact("Attempt", batch.attempt), fact("Batch", h("code", {}, batch.batch_id)));
     fill(parts.error, batch.error && h("div", { class: "problem" }, h("h2", {}, batch.status === "cancelled" ? "The batch was cancelled" : "The batch failed"), h("p", { class: "text" }, batch.error), batch.request_id && h("p", { class: "quiet" }, "Request ", h("code", {}, batch.request_id))));
-    if (!isFinal(batch.status) && performance.now() - told > 5000) tell(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
+    if (!isFinal(batch.status) && performance.now() - told > TOLD_EVERY_MS) tell(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
   }
 
   /** Rows a second: of late while it runs, of all where there is no more to go by. */
@@ -109,7 +113,7 @@ export async function show(main, { id, params, signal }) {
       cells: (item, index) => (item
         ? [h("a", { href: link(`run/${item.run_id}`) }, count(item.position + 1)), badge(item.status), ...inputs.map((name) => cell(item.inputs[name])), ...outputs.map((name) => cell(item.result?.[name])), cell(item.error)]
         : [count(index + 1), h("span", { class: "quiet" }, status ? "…" : isFinal(batch.status) ? "…" : "waiting"), ...columns.slice(2).map(() => "")]),
-      moved: (row) => { first = row; clearTimeout(moving); moving = setTimeout(() => { if (!signal.aborted) keep(`batch/${id}`, { row: row ? row + 1 : "", status }); }, 200); },
+      moved: (row) => { first = row; clearTimeout(moving); moving = setTimeout(() => { if (!signal.aborted) keep(`batch/${id}`, { row: row ? row + 1 : "", status }); }, 400); },
     });
     const filter = h("select", { id: newId() }, [["", "All rows"], ["completed", "Completed"], ["failed", "Failed"], ["cancelled", "Cancelled"]].map(([value, text]) => h("option", { value, selected: value === status }, text)));
     filter.addEventListener("change", () => {
@@ -125,14 +129,15 @@ export async function show(main, { id, params, signal }) {
     fill(parts.results, h("h2", {}, "Results"), goTo, table.node);
     requestAnimationFrame(() => table.goTo(first, false));
   }
-  let moving, isRefreshing = false;
+  let moving, isRefreshing = false, isStale = false;
 
   function refreshSoon() {
-    if (performance.now() - refreshed > REFRESH_MS && !isRefreshing) refresh().catch((error) => { if (!signal.aborted) say(error.message); });
+    if (isStale && performance.now() - refreshed > REFRESH_MS && !isRefreshing) refresh().catch((error) => { if (!signal.aborted) say(error.message); });
   }
 
   async function refresh() {
     isRefreshing = true;
+    isStale = false; // what comes from now on is for the next time
     try {
       if (status) table?.resize(counts()[status]);
       cursors = [-1];
@@ -164,7 +169,7 @@ export async function show(main, { id, params, signal }) {
     table?.refresh(() => true).catch(() => {});
     follow().catch(failed);
   }
-  const clock = setInterval(() => { if (!isFinal(batch.status)) draw(); }, 1000); // where nothing happens the rate sinks
+  const clock = setInterval(() => { if (!isFinal(batch.status)) { draw(); refreshSoon(); } }, 1000); // where nothing happens the rate sinks
   signal.addEventListener("abort", () => clearInterval(clock));
   draw();
   await drawTable();

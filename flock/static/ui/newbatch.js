@@ -5,6 +5,9 @@ import { recall, remember } from "./files.js";
 import { form } from "./form.js";
 import { check, preview, sniff, without } from "./rows.js";
 
+/** What is pasted and longer is taken for a file: neither a text area nor `sessionStorage` is made for it. */
+const MAX_PASTED = 500_000;
+
 const KINDS = { csv: "text/csv", ndjson: "application/x-ndjson" };
 
 export async function show(main, { params, signal }) {
@@ -46,6 +49,7 @@ export async function show(main, { params, signal }) {
   pasted.addEventListener("input", () => {
     clearTimeout(typing);
     typing = setTimeout(() => {
+      if (pasted.value.length > MAX_PASTED) return choose(new File([pasted.value], "pasted rows"));
       session.set("batch text", pasted.value);
       if (pasted.value) { dropped = null; remember(null); file.value = ""; }
       setRows().catch(failed);

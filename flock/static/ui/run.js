@@ -1,12 +1,16 @@
 // One run: live while it works, and what came of it.
 
-import { badge, between, button, copy, count, doing, duration, events, fill, get, go, h, isFinal, link, post, session, title, when } from "./app.js";
+import { badge, between, button, copy, count, doing, duration, events, fill, get, go, h, isFinal, link, post, problem, session, title, when } from "./app.js";
 import { readable, result } from "./value.js";
+
+/** A screen reader is told no more often how far it is. */
+const TOLD_EVERY_MS = 5000;
 
 export async function show(main, { id, signal }) {
   const path = `run/${encodeURIComponent(id)}`;
   let run = await get(path, signal);
   const steps = new Map();
+  let told = 0;
   const parts = { title: h("div"), facts: h("dl", { class: "facts" }), progress: h("div"), outcome: h("section"), steps: h("ol", { class: "steps", "aria-label": "Steps" }), inputs: h("section") };
   const live = h("p", { role: "status", class: "quiet" });
   main.append(parts.title, parts.facts, live, parts.progress, parts.outcome, h("section", {}, h("h2", {}, "Steps"), parts.steps), parts.inputs);
@@ -26,7 +30,7 @@ export async function show(main, { id, signal }) {
       head();
       outcome();
     }
-    fill(live, `The run is ${run.status}.`);
+    tell(`The run is ${run.status}.`);
     if (!run.steps.length && !steps.size) fill(parts.steps, h("li", { class: "quiet" }, "None was finished."));
   };
 
@@ -36,29 +40,37 @@ export async function show(main, { id, signal }) {
       head();
     } else if (name.startsWith("step.")) {
       setStep(data.position, data);
-      fill(live, name === "step.started" ? `Step ${data.position + 1}: ${data.agent_name} is at work.` : `Step ${data.position + 1}: ${data.agent_name} is done.`);
+      tell(name === "step.started" ? `Step ${data.position + 1}: ${data.agent_name} is at work.` : `Step ${data.position + 1}: ${data.agent_name} is done.`);
     } else if (name === "run.progress") {
       run = { ...run, progress: data };
       progress();
+      if (performance.now() - told > TOLD_EVERY_MS) tell(parts.progress.textContent);
     }
+  }
+
+  function tell(text) {
+    told = performance.now();
+    fill(live, text);
   }
 
   function head() {
     const again = doing(async () => { run = await post(`${path}/retry`, undefined, { signal }); go_(); });
     const cancel = doing(async () => {
-      fill(live, "It was asked to stop …");
+      tell("It was asked to stop …");
       run = { ...(await post(`${path}/cancel`, undefined, { signal })) };
       head();
     });
     // The buttons keep their places as long as they mean the same, so that the focus stays.
     const kind = isFinal(run.status) ? run.status : "open";
     if (parts.title.dataset.kind !== kind) {
+      const had = parts.title.contains(document.activeElement);
       parts.title.dataset.kind = kind;
       fill(parts.title, title(run.agent_name, h("span", { id: "status" }), h("p", { class: "actions" },
         kind === "open" && button("Cancel", cancel),
         ["failed", "cancelled"].includes(kind) && button("Retry", again, { class: "primary" }),
         button("Copy link", () => copy(location.href, "Link")),
         h("a", { class: "button", href: link(`agent/${run.agent_name}`) }, "New run"))));
+      if (had) parts.title.querySelector("h1").focus();
     }
     fill(parts.title.querySelector("#status"), badge(run.status));
     facts();
@@ -78,7 +90,7 @@ export async function show(main, { id, signal }) {
   function progress() {
     if (isFinal(run.status)) return fill(parts.progress);
     const { done, total, message } = run.progress ?? {};
-    const words = done === undefined ? "At work" : `${message ? `${message}: ` : ""}${count(done)}${total ? ` of ${count(total)}` : ""}`;
+    const words = done === undefined ? (run.status === "starting" ? "Waits for its turn" : "At work") : `${message ? `${message}: ` : ""}${count(done)}${total ? ` of ${count(total)}` : ""}`;
     return fill(parts.progress, h("label", {}, words, h("progress", total ? { max: total, value: Math.min(done, total) } : {})));
   }
 
@@ -121,7 +133,11 @@ export async function show(main, { id, signal }) {
   function go_() {
     steps.clear();
     fill(parts.steps);
-    follow().catch((error) => { if (!signal.aborted) fill(live, error.message); });
+    follow().catch((error) => {
+      if (signal.aborted) return;
+      if (error.status === 404) fill(main, problem(error));
+      else tell(error.message);
+    });
   }
 
   head();

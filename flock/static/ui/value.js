@@ -2,20 +2,27 @@
 
 import { button, copy, fill, h, pretty, saveAs } from "./app.js";
 
-/** How many elements of an array are shown as a table; all of them are in the JSON. */
+/** How many elements, and characters, are shown in a table; all of them are in the JSON. */
 const MOST = 200;
+const LONGEST = 20_000;
+/** How much JSON is shown; all of it is copied and downloaded. */
+const LONGEST_JSON = 1_000_000;
 
 export function readable(value) {
   if (value === null || value === undefined) return h("span", { class: "quiet" }, "nothing");
   if (value.rawJSON) return value.rawJSON;
   if (Array.isArray(value)) return value.length ? many(value) : h("span", { class: "quiet" }, "none");
   if (typeof value === "object") return one(value);
-  return typeof value === "string" ? h("span", { class: "text" }, value) : String(value);
+  if (typeof value !== "string") return String(value);
+  const more = value.length > LONGEST ? h("span", { class: "quiet" }, ` … and ${value.length - LONGEST} characters more, which are in the JSON.`) : null;
+  return [h("span", { class: "text" }, value.slice(0, LONGEST)), more];
 }
 
 function one(value) {
-  const rows = Object.entries(value).map(([name, its]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, readable(its))));
-  return rows.length ? h("table", { class: "value" }, h("tbody", {}, rows)) : h("span", { class: "quiet" }, "nothing");
+  const entries = Object.entries(value), rest = entries.length - MOST;
+  const rows = entries.slice(0, MOST).map(([name, its]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, readable(its))));
+  if (!rows.length) return h("span", { class: "quiet" }, "nothing");
+  return [h("table", { class: "value" }, h("tbody", {}, rows)), rest > 0 ? h("p", { class: "quiet" }, `… and ${rest} more, which are in the JSON.`) : null];
 }
 
 const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value) && !value.rawJSON;
@@ -35,7 +42,8 @@ export function result(value, fileName) {
   const tabs = ["Table", "JSON"].map((name) => button(name, () => choose(name), { class: "small" }));
   const choose = (name) => {
     tabs.forEach((tab) => tab.setAttribute("aria-pressed", String(tab.textContent === name)));
-    fill(place, name === "Table" ? readable(value) : h("pre", {}, pretty(value)));
+    const text = name === "JSON" && pretty(value);
+    fill(place, text ? [h("pre", {}, text.slice(0, LONGEST_JSON)), text.length > LONGEST_JSON && h("p", { class: "quiet" }, "It goes on: download it to see all.")] : readable(value));
   };
   choose("Table");
   const save = () => {
