@@ -329,6 +329,12 @@ def test_what_the_server_says_against_an_input_stands_beside_its_field(visit: Vi
     described = (code.get_attribute("aria-describedby") or "").split()
     assert "UUID" in page.locator(f"#{described[-1]}").inner_text()
     code.fill(ORDER["code"])  # type: ignore[arg-type]
+    number = page.get_by_role("group", name="address").get_by_label("number")
+    number.fill("9" * 30)
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(number).to_be_focused()
+    expect(page.locator(".field", has=number).locator(".error")).not_to_be_empty()
+    number.fill("5")
     page.get_by_role("button", name="Run", exact=True).click()
     expect(status_of(page)).to_contain_text("completed")
 

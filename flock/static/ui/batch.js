@@ -62,7 +62,7 @@ export async function show(main, { id, params, signal }) {
       fact("Rate", rate === null ? "–" : `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} rows a second`),
       isFinal(batch.status) ? fact("Took", duration(between(batch.started_at, batch.completed_at))) : fact("Still takes", batch.eta_s === null ? "not known yet" : `about ${duration(batch.eta_s)}`),
       fact("Accepted", when(batch.created_at)), batch.attempt > 1 && fact("Attempt", batch.attempt), fact("Batch", h("code", {}, batch.batch_id)));
-    fill(parts.error, batch.error && h("div", { class: "problem" }, h("h2", {}, batch.status === "cancelled" ? "The batch was cancelled" : "The batch failed"), h("p", { class: "text" }, batch.error), batch.request_id && h("p", { class: "quiet" }, "Request ", h("code", {}, batch.request_id))));
+    fill(parts.error, batch.error && h("div", { class: `problem ${batch.status}` }, h("h2", {}, batch.status === "cancelled" ? "The batch was cancelled" : "The batch failed"), batch.status === "failed" && h("p", { class: "text" }, batch.error), batch.request_id && h("p", { class: "quiet" }, "Request ", h("code", {}, batch.request_id))));
     if (!isFinal(batch.status) && performance.now() - told > TOLD_EVERY_MS) tell(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
   }
 
@@ -71,7 +71,7 @@ export async function show(main, { id, params, signal }) {
     const now = performance.now();
     while (samples.length > 1 && samples[0][0] < now - RATE_OVER_MS) samples.shift();
     if (!isFinal(batch.status) && samples.length && now - samples[0][0] > 500) return ((batch.completed_items - samples[0][1]) / (now - samples[0][0])) * 1000;
-    return batch.started_at && batch.attempt === 1 ? batch.completed_items / Math.max(0.001, between(batch.started_at, batch.completed_at)) : null;
+    return batch.started_at && batch.attempt === 1 ? (batch.completed_items - batch.cancelled_items) / Math.max(0.001, between(batch.started_at, batch.completed_at)) : null;
   }
 
   function tell(text) {
@@ -106,7 +106,7 @@ export async function show(main, { id, params, signal }) {
     const inputs = names("inputs", agent?.input_schema);
     hasResults = some.some((item) => item.result);
     const outputs = hasResults ? [...new Set(some.flatMap((item) => Object.keys(item.result ?? {})))].slice(0, 12) : names("result", agent?.output_schema);
-    const columns = [{ name: "Row", least: 5, most: "5rem" }, { name: "Status", least: 8.5, most: "8.5rem" }, ...[...inputs.map((name) => name), ...outputs.map((name) => (inputs.includes(name) ? `result.${name}` : name)), "Error"].map((name) => ({ name, least: name === "Error" ? 14 : 10, most: name === "Error" ? "2fr" : "1fr" }))];
+    const columns = [{ name: "Row", least: 6.5, most: "6.5rem" }, { name: "Status", least: 8.5, most: "8.5rem" }, ...[...inputs.map((name) => name), ...outputs.map((name) => (inputs.includes(name) ? `result.${name}` : name)), "Error"].map((name) => ({ name, least: name === "Error" ? 14 : 10, most: name === "Error" ? "2fr" : "1fr" }))];
     const cell = (value) => (value === undefined || value === null ? "" : typeof value === "string" ? value.slice(0, 200) : JSON.stringify(value).slice(0, 200));
     table = bigTable({
       label: "Results", columns, total: counts()[status], load, signal,

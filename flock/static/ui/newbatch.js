@@ -166,10 +166,14 @@ export async function show(main, { params, signal }) {
     try { options = query(); } catch (error) { return void (error.pointer && statics.error(error.pointer, error.message)?.focus()); }
     const leftOut = new Set(columns.filter((name) => mapping[name] === ""));
     const body = leftOut.size ? await without(rows, format, leftOut, signal) : rows;
-    const bar = h("progress", { max: body.size, value: 0 });
-    fill(sent, h("label", {}, "Sending the rows", bar));
+    const bar = h("progress", { max: body.size, value: 0 }), words = h("span", { role: "status" }, "Sending the rows …");
+    fill(sent, h("label", {}, words, bar));
+    const tell = (bytes) => {
+      bar.value = bytes;
+      if (bytes >= body.size) fill(words, "The rows are sent. The server looks at each, and keeps it …");
+    };
     try {
-      const response = await send(`run/batch?${options}`, { method: "POST", body, signal, by: fetchTelling((bytes) => { bar.value = bytes; }), headers: { "Content-Type": KINDS[format.kind], ...idempotencyKey() } });
+      const response = await send(`run/batch?${options}`, { method: "POST", body, signal, by: fetchTelling(tell), headers: { "Content-Type": KINDS[format.kind], ...idempotencyKey() } });
       const batch = JSON.parse(await response.text());
       for (const name of ["batch text", "batch mapping"]) session.set(name, null);
       await remember(null);

@@ -118,7 +118,7 @@ export async function show(main, { id, signal }) {
   function outcome() {
     if (!isFinal(run.status)) return fill(parts.outcome);
     if (run.status === "completed") return fill(parts.outcome, h("h2", {}, "Result"), result(run.result, `${run.run_id}.json`));
-    return fill(parts.outcome, h("div", { class: "problem" }, h("h2", {}, run.status === "failed" ? "The run failed" : "The run was cancelled"),
+    return fill(parts.outcome, h("div", { class: `problem ${run.status}` }, h("h2", {}, run.status === "failed" ? "The run failed" : "The run was cancelled"),
       h("p", { class: "text" }, run.error),
       h("p", { class: "quiet" }, "Type ", h("code", {}, run.error_type ?? "–"), run.request_id && [", request ", h("code", {}, run.request_id)])));
   }
