@@ -9,10 +9,11 @@ looks at the page says when it goes on.
 import argparse
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import anyio
 import httpx
+import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -29,6 +30,7 @@ from tests.fakes import answer
 class Address(TypedDict):
     street: str
     number: int
+    zip: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}$")]
 
 
 class Total(TypedDict):
