@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -286,6 +287,35 @@ async def test_a_batch_that_is_cancelled_stops_on_all_machines(temporal_address:
             assert turns[-1].at - asked_at < 2
             told = [(await client.get(f"{each.url}{path}")).json() for each in (here, there)]
             assert told[0] == told[1]
+
+
+async def test_a_worker_that_is_killed_while_one_item_is_cancelled_harms_no_other(
+    temporal_address: str, tmp_path: Path
+) -> None:
+    """The cluster does not give what is to be cancelled to another worker, though most of it is to be done."""
+    target, log = tmp_path / "noting.py", tmp_path / "log"
+    target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=2))
+    flock: Flock = runpy.run_path(str(target))["flock"]
+    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+        with working(target, temporal_address) as doomed:
+            options = BatchOptions(max_workers=1)
+            batches = [
+                await engine.submit_batch("item", [{"n": n} for n in range(3)], options),
+                await engine.submit_batch("once", [{}] * 2, options),
+            ]
+            await until_begun(log, 2)
+            for batch in batches:
+                (*_, last) = await engine.get_items(batch.batch_id)
+                await engine.cancel_run(last.run_id)
+                assert (await engine.wait(last.run_id, 20)).status is RunStatus.CANCELLED
+            doomed.kill()
+        with working(target, temporal_address):
+            ended = [await engine.wait_batch(batch.batch_id, 30) for batch in batches]
+            items = [item for batch in batches for item in await engine.get_items(batch.batch_id)]
+    assert [item.status for item in items] == ["completed", "completed", "cancelled", "failed", "cancelled"]
+    assert items[3].error_type == "interrupted"
+    assert [(batch.failed_items, batch.cancelled_items) for batch in ended] == [(0, 1), (1, 1)]
+    assert sorted(turn.run for turn in begun(log)) == ["-", "0", "0", "1"]
 
 
 async def test_a_worker_that_is_told_to_stop_leaves_its_runs_to_others(temporal_address: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 from temporalio import workflow
 from temporalio.common import RetryPolicy
-from temporalio.exceptions import ActivityError, CancelledError, ChildWorkflowError, TimeoutError
+from temporalio.exceptions import ActivityError, CancelledError, ChildWorkflowError, RetryState, TimeoutError
 
 from flock.runs import RunStatus
 from flock.temporal.messages import (
@@ -462,7 +462,8 @@ def _what_became_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder)
         beat = None
         if isinstance(exc.cause, TimeoutError) and exc.cause.last_heartbeat_details:
             beat = recoded(exc.cause.last_heartbeat_details[0], ItemsBeat)
-        return ended_by(order, beat, workflow.now())
+        is_cancelled = exc.retry_state is RetryState.CANCEL_REQUESTED
+        return ended_by(order, beat, workflow.now(), is_cancelled=is_cancelled)
 
 
 @workflow.defn(name=ROWS_WORKFLOW)

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from msgspec.structs import replace
-from temporalio.api.enums.v1 import EventType
+from temporalio.api.enums.v1 import EventType, RetryState
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 from temporalio.client import WorkflowHandle
@@ -44,6 +44,8 @@ CLOSED = (
 )
 
 E = EventType
+#: An activity that was to be cancelled is not given to another worker.
+CANCEL_REQUESTED = RetryState.RETRY_STATE_CANCEL_REQUESTED
 
 
 class Chunk:
@@ -96,10 +98,13 @@ class Chunk:
                     if order := orders.pop(late.scheduled_event_id, None):
                         told = late.failure.timeout_failure_info.last_heartbeat_details.payloads
                         beat = decoded(told[0], ItemsBeat) if told else None
-                        self._take_in(order, ended_by(order, beat, at), at)
+                        is_cancelled = late.retry_state == CANCEL_REQUESTED
+                        self._take_in(order, ended_by(order, beat, at, is_cancelled=is_cancelled), at)
                 case E.EVENT_TYPE_ACTIVITY_TASK_FAILED:
-                    if order := orders.pop(event.activity_task_failed_event_attributes.scheduled_event_id, None):
-                        self._take_in(order, ended_by(order, None, at), at)
+                    failed = event.activity_task_failed_event_attributes
+                    if order := orders.pop(failed.scheduled_event_id, None):
+                        is_cancelled = failed.retry_state == CANCEL_REQUESTED
+                        self._take_in(order, ended_by(order, None, at, is_cancelled=is_cancelled), at)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
                     signal = event.workflow_execution_signaled_event_attributes
                     if signal.signal_name == "cancel_item":

@@ -162,7 +162,7 @@ class ItemActivities:
             if part.started_at is not None:
                 run = replace(run, status=RunStatus.RUNNING, started_at=part.started_at)
             run = replace(run, steps=part.steps or run.steps)
-            ended = await self._carry_out(job, run, is_again=is_again)
+            ended = await self._carry_out(job, run, is_again=is_again or part.is_again)
             if ended is None:
                 return
             job.end(ended)

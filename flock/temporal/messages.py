@@ -194,12 +194,16 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An item that is to be worked on: from the beginning, or behind the steps that this attempt has done."""
+    """An item that is to be worked on: from the beginning, or behind the steps that this attempt has done.
+
+    ``is_again``: a worker that died may have begun the next step.
+    """
 
     position: int
     started_at: datetime | None = None
     steps: tuple[Step, ...] = ()
     progress: Progress | None = None
+    is_again: bool = False
 
 
 class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

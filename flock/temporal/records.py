@@ -166,11 +166,20 @@ def left_of(order: ItemsOrder, done: ItemsDone) -> list[Part]:
     ]
 
 
-def ended_by(order: ItemsOrder, beat: ItemsBeat | None, at: datetime) -> ItemsDone:
-    """What is taken for done where *order* is given up: whatever was at work fails, so that the rest can go on."""
+def ended_by(order: ItemsOrder, beat: ItemsBeat | None, at: datetime, *, is_cancelled: bool) -> ItemsDone:
+    """What is taken for done where the cluster does not let *order* be tried again.
+
+    Many had it: whatever was at work fails, so that the rest can go on. Or some of it is to be cancelled, and its
+    worker died before it had: the rest is to be ordered anew.
+    """
     beat = beat or ItemsBeat()
+    if is_cancelled:
+        at_work = None if beat.at_work is None else replace(beat.at_work, is_again=True)
+        return ItemsDone(ended=beat.ended, unfinished=at_work)
     gone = {ended.position for ended in beat.ended}
-    culprit = beat.at_work or next(part for part in order.parts if part.position not in gone)
+    culprit = beat.at_work or next((part for part in order.parts if part.position not in gone), None)
+    if culprit is None:  # it died before it could say that it was done
+        return ItemsDone(ended=beat.ended)
     failed = Ended(
         position=culprit.position,
         status=GIVEN_UP.status,
