@@ -209,6 +209,40 @@ async def test_a_cancelled_batch_begins_no_item_and_waits_for_those_at_work(open
             await engine.retry_batch(batch.batch_id)
 
 
+async def test_what_has_ended_is_counted_while_a_cancel_waits_for_somebody(opened: Opened) -> None:
+    flock, calls, may_go = Flock(), list[int](), anyio.Event()
+
+    @flock.agent
+    async def item(n: int) -> int:
+        calls.append(n)
+        if n == 0:
+            with anyio.CancelScope(shield=True):
+                await may_go.wait()
+        elif n in (13, 19):
+            await anyio.sleep_forever()
+        return n
+
+    async with opened(flock) as engine:
+        batch = await engine.submit_batch("item", numbers(20), BatchOptions(max_workers=3))
+        await until(lambda: {0, 13, 19} <= set(calls))
+        done = 0
+        with anyio.fail_after(20):
+            while done < len(calls) - 3:
+                done = (await engine.get_batch(batch.batch_id)).completed_items
+        await engine.cancel_batch(batch.batch_id)
+        (last,) = await engine.get_items(batch.batch_id, after=18)
+        with anyio.fail_after(20):
+            assert (await engine.wait(last.run_id)).status is RunStatus.CANCELLED
+        told = []
+        for _ in range(10):
+            told.append((await engine.get_batch(batch.batch_id)).completed_items)
+            await anyio.sleep(0.05)
+        may_go.set()
+        batch = await ended(engine, batch)
+        assert [done, *told, 20] == sorted([done, *told, 20])
+        assert (batch.status, batch.completed_items) == (RunStatus.CANCELLED, 20)
+
+
 async def test_whatever_a_cancel_met_is_tried_again(opened: Opened) -> None:
     """Its items may be read, shared out, on their way to a worker, or at work."""
     work = Work()

@@ -36,7 +36,7 @@ from flock.core import Flock
 from flock.errors import BatchNotFound, DefinitionError, EngineFull, StoreError
 from flock.llm import ModelClient
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id
-from flock.temporal import TemporalEngine, TemporalWorker, payloads
+from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
 from flock.temporal.chunks import ended_in
 from flock.temporal.messages import CONVERTER, decoded, run_workflow_id
@@ -358,6 +358,36 @@ async def _read(engine: TemporalEngine, run_id: str) -> Run:
     while True:
         with contextlib.suppress(StoreError):
             return await engine.get_run(run_id)
+
+
+async def test_a_batch_that_goes_on_in_new_histories_is_told_of_as_if_it_was_one(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each look it is there, and what has ended never goes back, nor beyond what there is."""
+    monkeypatch.setattr(batchflows, "MAX_EVENTS", 12)
+    flock, told = Flock(new_id()), [0]
+
+    @flock.agent
+    async def item(n: int) -> int:
+        await asyncio.sleep(0.02)
+        return n
+
+    async with open_pair(flock, temporal_address) as engine:
+        key = IdempotencyKey(new_id(), b"1")
+        rows = [{"n": n} for n in range(120)]
+        batch = await engine.submit_batch("item", rows, BatchOptions(max_workers=3), key=key)
+        with anyio.fail_after(60):
+            while not batch.status.is_final:
+                batch = await engine.get_batch(batch.batch_id)
+                told.append(batch.completed_items)
+        items = await engine.get_items(batch.batch_id)
+        history = (await engine._batches.handle(batch).fetch_history()).events
+    at_first = history[0].workflow_execution_started_event_attributes.memo.fields
+    assert decoded(at_first["batch"], Batch).completed_items >= 20, "as soon as a new history is begun"
+    assert not decoded(at_first["is_staged"], bool)
+    assert told == sorted(told)
+    assert (batch.completed_items, batch.failed_items) == (120, 0)
+    assert {item.status for item in items} == {RunStatus.COMPLETED}
 
 
 # A cluster that goes away

@@ -36,7 +36,7 @@ from flock.runs import (
     Run,
     RunStatus,
 )
-from flock.temporal.chunks import at_work_in, ended_in, read_chunk
+from flock.temporal.chunks import beats_of, chunk_now, ended_by_now, ended_in, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.marks import Marks
 from flock.temporal.messages import (
@@ -283,15 +283,11 @@ class TemporalBatches:
                 memo = described.workflow_execution_info.memo.fields
                 counted = decoded(memo["ended"], ChunkEnded) if "ended" in memo else ChunkEnded()
                 if not described.HasField("pending_workflow_task"):
-                    return counted + at_work_in(described.pending_activities)
-                # What was handed in is not counted yet, and must not be missed: nobody wants to see it go back.
-                history = (await handle.fetch_history()).events
-                await self._cluster.payloads.bring_in(history)
+                    return counted + ended_by_now(beats_of(described.pending_activities))
+                # What was handed in is not counted yet, and must not be missed.
+                return ended_in(*await chunk_now(self._cluster, handle.id))
         except RPCError:  # it has not been started yet
             return ChunkEnded()
-        return max(counted, ended_in(history), key=lambda ended: ended.total) + at_work_in(
-            described.pending_activities, but_for=history
-        )
 
     async def _is_accepted(self, batch_id: str) -> bool:
         async with self._cluster.asking():

@@ -136,7 +136,7 @@ class FlockBatch(_Interruptible):
         while self._signals:
             await self._until(lambda: not self._signals)
         if self._chunks_to_begin() and not self.is_cancelled:
-            workflow.continue_as_new(self._state())
+            workflow.continue_as_new(self._state(), memo=self._shown())
         self._end()
 
     def _chunks_to_begin(self) -> Iterable[int]:
@@ -264,13 +264,16 @@ class FlockBatch(_Interruptible):
 
     def _show(self) -> None:
         """Let it be read how the batch stands, without a worker."""
+        workflow.upsert_memo(self._shown())
+
+    def _shown(self) -> dict[str, Any]:
         shown = {
             "batch": self._batch,
             "at_work": sorted(self._chunks),
             "about": self._state().attempts[-1],
             "is_staged": False,
         }
-        workflow.upsert_memo({name: msgspec.to_builtins(value) for name, value in shown.items()})
+        return {name: msgspec.to_builtins(value) for name, value in shown.items()}
 
     def _end(self) -> None:
         batch = self._batch
@@ -344,9 +347,9 @@ class FlockChunk(_Interruptible):
             if not _is_long():
                 self._begin()
             elif not self._at_work:
-                workflow.continue_as_new(self._state())
+                workflow.continue_as_new(self._state(), memo=self._shown())
             self._show()
-            lanes, cancelled = self._lanes, set(self._cancelled)
+            lanes, cancelled, was_cancelled = self._lanes, set(self._cancelled), self.is_cancelled
             await self._until(
                 lambda: (
                     any(task.done() for task in self._at_work) or (self._lanes, self._cancelled) != (lanes, cancelled)  # noqa: B023 - waited for here
@@ -354,11 +357,8 @@ class FlockChunk(_Interruptible):
             )
             await _settled()
             self._take_in()
-            if self.is_cancelled:
+            if self.is_cancelled and not was_cancelled:
                 self._stop(self._at_work)
-                while self._at_work:
-                    await self._until(lambda: all(task.done() for task in self._at_work))
-                    self._take_in()
             elif newly := self._cancelled - cancelled:
                 self._stop(
                     task for task, order in self._at_work.items() if newly & {part.position for part in order.parts}
@@ -449,8 +449,11 @@ class FlockChunk(_Interruptible):
 
     def _show(self) -> None:
         """Let the worker and others read it: how many have ended, and who is to stop."""
+        workflow.upsert_memo(self._shown())
+
+    def _shown(self) -> dict[str, Any]:
         shown = {"ended": self._ended, "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
-        workflow.upsert_memo({name: msgspec.to_builtins(value) for name, value in shown.items()})
+        return {name: msgspec.to_builtins(value) for name, value in shown.items()}
 
 
 def _what_became_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder) -> ItemsDone:

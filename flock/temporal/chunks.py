@@ -32,7 +32,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.records import CANCELLED_BEFORE, counted, ended_by, left_of, time_of, waiting_again
 
-__all__ = ["Chunk", "at_work_in", "ended_in", "read_chunk", "reopens"]
+__all__ = ["Chunk", "beats_of", "chunk_now", "ended_by_now", "ended_in", "read_chunk", "reopens"]
 
 #: What closes the history of a chunk for good.
 CLOSED = (
@@ -42,6 +42,8 @@ CLOSED = (
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED,
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT,
 )
+#: How long it is waited for what is on its way into a history, from one look to the next, in seconds.
+LOOK_AGAIN_AFTER_S = (0.02, 0.05, 0.1, 0.2, 0.4)
 
 E = EventType
 #: An activity that was to be cancelled is not given to another worker.
@@ -78,46 +80,23 @@ class Chunk:
 
     def fold(self, history: Iterable[HistoryEvent], pending: Sequence[PendingActivityInfo] = ()) -> None:
         """Let what happened in one attempt happen to the items."""
-        orders: dict[int, ItemsOrder] = {}
+        at_work = _AtWork()
         for event in history:
             at = time_of(event.event_time)
+            if handed_in := at_work.look(event):
+                self._take_in(*handed_in, at)
             match event.event_type:
-                case E.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
-                    scheduled = event.activity_task_scheduled_event_attributes
-                    if scheduled.activity_type.name == ITEMS_ACTIVITY:
-                        orders[event.event_id] = decoded(scheduled.input.payloads[0], ItemsOrder)
-                case E.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
-                    completed = event.activity_task_completed_event_attributes
-                    if order := orders.pop(completed.scheduled_event_id, None):
-                        self._take_in(order, decoded(completed.result.payloads[0], ItemsDone), at)
-                case E.EVENT_TYPE_ACTIVITY_TASK_CANCELED:
-                    if order := orders.pop(event.activity_task_canceled_event_attributes.scheduled_event_id, None):
-                        self._take_in(order, ItemsDone(), at)
-                case E.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
-                    late = event.activity_task_timed_out_event_attributes
-                    if order := orders.pop(late.scheduled_event_id, None):
-                        told = late.failure.timeout_failure_info.last_heartbeat_details.payloads
-                        beat = decoded(told[0], ItemsBeat) if told else None
-                        is_cancelled = late.retry_state == CANCEL_REQUESTED
-                        self._take_in(order, ended_by(order, beat, at, is_cancelled=is_cancelled), at)
-                case E.EVENT_TYPE_ACTIVITY_TASK_FAILED:
-                    failed = event.activity_task_failed_event_attributes
-                    if order := orders.pop(failed.scheduled_event_id, None):
-                        is_cancelled = failed.retry_state == CANCEL_REQUESTED
-                        self._take_in(order, ended_by(order, None, at, is_cancelled=is_cancelled), at)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
                     signal = event.workflow_execution_signaled_event_attributes
                     if signal.signal_name == "cancel_item":
                         position = decoded(signal.input.payloads[0], int)
-                        is_at_work = any(part.position == position for order in orders.values() for part in order.parts)
-                        self.cancel([position], None if is_at_work else at)
+                        self.cancel([position], None if at_work.has(position) else at)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                     self.cancel(self.items, None)
                 case closed if closed in CLOSED:
                     self.close(at)
-        for activity in pending:
-            if activity.HasField("heartbeat_details"):
-                self._look_at(decoded(activity.heartbeat_details.payloads[0], ItemsBeat))
+        for beat in at_work.beats(pending):
+            self._look_at(beat)
 
     def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
         """Somebody asked to cancel items: those that wait have ended *at* that time, if one is given."""
@@ -187,35 +166,103 @@ def reopens(about: Reopening, item: Run) -> bool:
     return item.status in about.only and is_meant and item.error_type != INVALID_INPUT
 
 
-def at_work_in(pending: Sequence[PendingActivityInfo], but_for: Iterable[HistoryEvent] = ()) -> ChunkEnded:
-    """How many items have ended in what is at work, by its heartbeats; *but_for* what is handed in by now."""
-    handed_in = {
-        str(event.activity_task_completed_event_attributes.scheduled_event_id)
-        for event in but_for
-        if event.event_type == E.EVENT_TYPE_ACTIVITY_TASK_COMPLETED
-    }
-    ended = ChunkEnded()
-    for activity in pending:
-        if activity.activity_id not in handed_in and activity.HasField("heartbeat_details"):
-            beat = decoded(activity.heartbeat_details.payloads[0], ItemsBeat)
-            ended = sum((counted(each) for each in beat.ended), ended)
-    return ended
+class _AtWork:
+    """The orders that are at work in a chunk, as its history tells."""
+
+    def __init__(self) -> None:
+        self._orders: dict[int, tuple[str, ItemsOrder]] = {}
+
+    def look(self, event: HistoryEvent) -> tuple[ItemsOrder, ItemsDone] | None:
+        """What came of an order by *event*, if anything did."""
+        at = time_of(event.event_time)
+        match event.event_type:
+            case E.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
+                scheduled = event.activity_task_scheduled_event_attributes
+                if scheduled.activity_type.name == ITEMS_ACTIVITY:
+                    order = decoded(scheduled.input.payloads[0], ItemsOrder)
+                    self._orders[event.event_id] = (scheduled.activity_id, order)
+            case E.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
+                completed = event.activity_task_completed_event_attributes
+                if taken := self._pop(completed.scheduled_event_id):
+                    return taken, decoded(completed.result.payloads[0], ItemsDone)
+            case E.EVENT_TYPE_ACTIVITY_TASK_CANCELED:
+                if taken := self._pop(event.activity_task_canceled_event_attributes.scheduled_event_id):
+                    return taken, ItemsDone()
+            case E.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
+                late = event.activity_task_timed_out_event_attributes
+                if taken := self._pop(late.scheduled_event_id):
+                    told = late.failure.timeout_failure_info.last_heartbeat_details.payloads
+                    beat = decoded(told[0], ItemsBeat) if told else None
+                    return taken, ended_by(taken, beat, at, is_cancelled=late.retry_state == CANCEL_REQUESTED)
+            case E.EVENT_TYPE_ACTIVITY_TASK_FAILED:
+                failed = event.activity_task_failed_event_attributes
+                if taken := self._pop(failed.scheduled_event_id):
+                    return taken, ended_by(taken, None, at, is_cancelled=failed.retry_state == CANCEL_REQUESTED)
+        return None
+
+    def _pop(self, event_id: int) -> ItemsOrder | None:
+        return self._orders.pop(event_id, ("", None))[1]
+
+    def has(self, position: int) -> bool:
+        return any(part.position == position for _, order in self._orders.values() for part in order.parts)
+
+    def beats(self, pending: Sequence[PendingActivityInfo]) -> list[ItemsBeat]:
+        """The last word of each of them."""
+        ids = {activity_id for activity_id, _ in self._orders.values()}
+        return beats_of(activity for activity in pending if activity.activity_id in ids)
+
+    def is_known(self, pending: Sequence[PendingActivityInfo], last_event: int) -> bool:
+        """Whether *pending* has all of them that had been scheduled when *last_event* was the last one."""
+        ids = {activity.activity_id for activity in pending}
+        return all(id_ in ids for event_id, (id_, _) in self._orders.items() if event_id <= last_event)
 
 
-def ended_in(history: Sequence[HistoryEvent]) -> ChunkEnded:
-    """How many items a chunk has brought to their ends, by what was handed in."""
+def beats_of(pending: Iterable[PendingActivityInfo]) -> list[ItemsBeat]:
+    return [
+        decoded(activity.heartbeat_details.payloads[0], ItemsBeat)
+        for activity in pending
+        if activity.HasField("heartbeat_details")
+    ]
+
+
+def ended_by_now(beats: Iterable[ItemsBeat]) -> ChunkEnded:
+    """How many items have ended in what is at work."""
+    return sum((counted(ended) for beat in beats for ended in beat.ended), ChunkEnded())
+
+
+def ended_in(history: Sequence[HistoryEvent], pending: Sequence[PendingActivityInfo]) -> ChunkEnded:
+    """How many items have ended: what a chunk has counted, what was handed in since then, and what is at work."""
     order = decoded(history[0].workflow_execution_started_event_attributes.input.payloads[0], ChunkOrder)
-    ended, ids = order.before or ChunkEnded(), set[int]()
+    ended, at_work = order.before or ChunkEnded(), _AtWork()
     for event in history:
-        if event.event_type == E.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
-            if event.activity_task_scheduled_event_attributes.activity_type.name == ITEMS_ACTIVITY:
-                ids.add(event.event_id)
-        elif event.event_type == E.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
-            completed = event.activity_task_completed_event_attributes
-            if completed.scheduled_event_id in ids:
-                done = decoded(completed.result.payloads[0], ItemsDone)
-                ended = sum((counted(each) for each in done.ended), ended)
-    return ended
+        if handed_in := at_work.look(event):
+            ended = sum((counted(each) for each in handed_in[1].ended), ended)
+        elif event.event_type == E.EVENT_TYPE_WORKFLOW_PROPERTIES_MODIFIED:
+            memo = event.workflow_properties_modified_event_attributes.upserted_memo.fields
+            ended = decoded(memo["ended"], ChunkEnded)
+    return ended + ended_by_now(at_work.beats(pending))
+
+
+async def chunk_now(cluster: Cluster, workflow_id: str) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
+    """The last history of an attempt of a chunk, and what is at work in it. Raises RPCError, NOT_FOUND where none is.
+
+    While a worker makes up its mind, what others hand in is no more at work, and not in the history yet; nobody wants
+    to see it go back, so that is waited for.
+    """
+    for pause_s in (*LOOK_AGAIN_AFTER_S, None):
+        handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id)
+        described = (await handle.describe()).raw_description
+        info = described.workflow_execution_info
+        handle = cluster.client.get_workflow_handle(workflow_id, run_id=info.execution.run_id)
+        history = (await handle.fetch_history()).events
+        await cluster.payloads.bring_in(history)
+        at_work = _AtWork()
+        for event in history:
+            at_work.look(event)
+        if pause_s is None or at_work.is_known(described.pending_activities, info.history_length):
+            break
+        await asyncio.sleep(pause_s)
+    return history, described.pending_activities
 
 
 async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Reopening]) -> Chunk:
@@ -261,6 +308,7 @@ async def _history(
 ) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
     """All events of a chunk's attempt, also where it went on in a new history, and what is at work in it."""
     events: list[HistoryEvent] = []
+    found: Sequence[HistoryEvent]
     run_id: str | None = None
     pending: Sequence[PendingActivityInfo] = ()
     try:
@@ -269,8 +317,7 @@ async def _history(
             found = (await handle.fetch_history()).events
             await cluster.payloads.bring_in(found)
             if not events and found[-1].event_type not in CLOSED:
-                described = (await handle.describe()).raw_description
-                pending = described.pending_activities
+                found, pending = await chunk_now(cluster, workflow_id)
             events = [*found, *events]
             run_id = found[0].workflow_execution_started_event_attributes.continued_execution_run_id
             if not run_id:
