@@ -33,7 +33,7 @@ from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
 from flock.cli import main
 from flock.core import Flock
-from flock.errors import BatchNotFound, DefinitionError, EngineFull, StoreError
+from flock.errors import AgentError, BatchNotFound, DefinitionError, EngineFull, StoreError
 from flock.llm import ModelClient
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
@@ -358,6 +358,30 @@ async def _read(engine: TemporalEngine, run_id: str) -> Run:
     while True:
         with contextlib.suppress(StoreError):
             return await engine.get_run(run_id)
+
+
+async def test_items_that_say_much_are_begun_once(temporal_address: str) -> None:
+    """What the cluster takes at once has a limit, and to whom it refuses the answer, it gives the work again."""
+    flock, calls = Flock(new_id()), list[int]()
+
+    @flock.agent
+    async def item(n: int, context: RunContext) -> int:
+        calls.append(n)
+        if n == 0:
+            context.progress(1, 2, "x" * 3_000_000)
+            await asyncio.sleep(0.3)
+        elif n >= 350:
+            context.progress(1, 2, "\U0001f986" * 10_000)
+            raise AgentError("\U0001f986" * 10_000)
+        return n
+
+    async with open_pair(flock, temporal_address) as engine:
+        rows = [{"n": n} for n in range(400)]
+        batch = await engine.submit_batch("item", rows, BatchOptions(max_workers=1))
+        with anyio.fail_after(40):
+            batch = await engine.wait_batch(batch.batch_id)
+        assert (batch.completed_items, batch.failed_items) == (400, 50)
+    assert sorted(calls) == list(range(400))
 
 
 async def test_a_batch_that_goes_on_in_new_histories_is_told_of_as_if_it_was_one(
@@ -772,7 +796,7 @@ async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
         (*_, last) = [decoded(memo["batch"], Batch) for memo in memos if "batch" in memo]
         assert rest.startswith(last.status.value)
     elif kind == "chunk":
-        found = ended_in(history.events)
+        found = ended_in(history.events, ())
         counts = {"completed": found.completed, "failed": found.failed, "cancelled": found.cancelled}
         assert rest == "-".join(f"{status}-{count}" for status, count in counts.items() if count)
     else:

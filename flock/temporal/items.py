@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 from temporalio import activity
 from temporalio.api.common.v1 import WorkflowExecution
@@ -48,8 +49,8 @@ __all__ = ["ItemActivities"]
 
 logger = logging.getLogger("flock.temporal")
 
-#: No item is begun so many seconds, or bytes of results, after the first: others have their turn, and what is done is
-#: in the history of its chunk.
+#: No item is begun so many seconds, or bytes to be kept, after the first: others have their turn, and what is done is in
+#: the history of its chunk.
 SLICE_S = 2.0
 SLICE_BYTES = 256 * 1024
 #: How often the cluster is told how far it is, while that changes, in seconds.
@@ -70,7 +71,7 @@ class _Job:
         self.order = order
         self.ended = list(beat.ended)
         self.at_work = beat.at_work
-        self.bytes = sum(len(step.result) for ended in self.ended for step in ended.steps)
+        self.bytes = sum(map(_bytes_of, self.ended))
         self.turn: Turn | None = None
         self.has_taken_turns = False
         #: items that are to be cancelled: all of them, or some
@@ -96,7 +97,7 @@ class _Job:
         self.ended.append(ended)
         if self.at_work is not None and self.at_work.position == ended.position:
             self.at_work = None
-        self.bytes += sum(len(step.result) for step in ended.steps)
+        self.bytes += _bytes_of(ended)
         self.news.set()
 
     def beat(self) -> ItemsBeat:
@@ -365,6 +366,10 @@ def _ended(part: Part, end: End, started_at: datetime | None) -> Ended:
         progress=part.progress,
         steps=part.steps,
     )
+
+
+def _bytes_of(ended: Ended) -> int:
+    return len(msgspec.json.encode(ended))
 
 
 async def _tell_beats(job: _Job) -> None:
