@@ -49,8 +49,8 @@ __all__ = ["ItemActivities"]
 
 logger = logging.getLogger("flock.temporal")
 
-#: No item is begun so many seconds, or bytes to be kept, after the first: others have their turn, and what is done is in
-#: the history of its chunk.
+#: No item is begun so many seconds, or bytes to be kept, after the first: others have their turn, and what is done is
+#: in the history of its chunk.
 SLICE_S = 2.0
 SLICE_BYTES = 256 * 1024
 #: How often the cluster is told how far it is, while that changes, in seconds.
