@@ -334,6 +334,26 @@ async def test_agents_are_listed_as_the_page_shows(client: httpx.AsyncClient) ->
     assert response.text.endswith("\n")
 
 
+async def test_an_agent_tells_who_goes_on_where_that_is_known() -> None:
+    flock = Flock()
+
+    @flock.agent
+    def ends(result: int) -> int:
+        return result
+
+    def begins() -> int:
+        return 1
+
+    chosen: dict[str, Any] = {"by_name": "ends", "by_agent": ends, "by_result": lambda result: "ends"}
+    for name, next_agent in chosen.items():
+        flock.agent(name=name, next_agent=next_agent)(begins)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(flock)), base_url="http://t") as client:
+        agents = (await client.get("/agents")).json()["agents"]
+        told = {agent["name"]: agent.get("next_agent", "absent") for agent in agents}
+        assert told == {"ends": "absent", "by_name": "ends", "by_agent": "ends", "by_result": None}
+        assert (await client.get("/agents/by_name")).json()["next_agent"] == "ends"
+
+
 async def test_an_agent_shows_both_schemas(client: httpx.AsyncClient) -> None:
     body = (await client.get("/agents/add")).json()
     assert body == {

@@ -579,7 +579,9 @@ async def test_results_are_downloaded_as_each_likes(client: httpx.AsyncClient) -
         "1,,failed,'=no 1"
     ]
     assert (await client.get(path, params={"status": "cancelled"})).json() == []
-    assert [item["position"] for item in (await client.get(path, params={"after": 0})).json()] == [1, 2]
+    for sent, positions in (({"after": 0}, [1, 2]), ({"after": 0, "limit": 1}, [1]), ({"limit": 2}, [0, 1])):
+        assert [item["position"] for item in (await client.get(path, params=sent)).json()] == positions
+    assert (await client.get(path, params={"limit": 0})).status_code == 422
     assert "\n1,,failed,=no 1" in (await client.get(path, params={"escape_formulas": "false", "format": "csv"})).text
 
 
