@@ -49,7 +49,7 @@ export async function show(main, { id, signal }) {
     button("Clear", () => { session.set(draft, null); show(fill(main), { id, signal }); })));
 
   main.append(
-    title(agent.name, h("p", { class: "actions" }, h("a", { class: "button", href: link("new-batch", { agent: agent.name }) }, "Batch"), h("a", { class: "button", href: link("runs", { agent_name: agent.name }) }, "Its runs"))),
+    title(agent.name, h("p", { class: "actions" }, h("a", { class: "button", href: link("new-batch", { agent: agent.name }) }, "New batch"), h("a", { class: "button", href: link("runs", { agent_name: agent.name }) }, "Runs"))),
     h("p", {}, agent.description), handOff(agent) ?? "",
     h("div", { class: "columns" },
       h("section", { class: "panel", "aria-labelledby": "inputs" }, h("h2", { id: "inputs" }, "Inputs"), node),
@@ -57,9 +57,10 @@ export async function show(main, { id, signal }) {
 }
 
 function outputs(schema) {
-  const rows = Object.entries(schema.properties ?? {}).map(([name, its]) =>
-    h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, typeOf(plain(its, schema), schema)), h("td", {}, its.description ?? "")));
-  return [h("div", { class: "wide", tabindex: "0", role: "group", "aria-labelledby": "gives" }, h("table", {}, h("thead", {}, h("tr", {}, ["Name", "Type", "Meaning"].map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, rows))),
+  const fields = Object.entries(schema.properties ?? {}), isDescribed = fields.some(([, its]) => its.description);
+  const rows = fields.map(([name, its]) =>
+    h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, typeOf(plain(its, schema), schema)), isDescribed && h("td", {}, its.description ?? "")));
+  return [h("div", { class: "wide", tabindex: "0", role: "group", "aria-labelledby": "gives" }, h("table", {}, h("thead", {}, h("tr", {}, ["Name", "Type", ...(isDescribed ? ["Meaning"] : [])].map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, rows))),
     h("details", {}, h("summary", {}, "As JSON Schema"), h("pre", { tabindex: "0" }, pretty(schema)))];
 }
 

@@ -35,6 +35,9 @@ const SIGNS = { starting: "○", running: "◐", completed: "✓", failed: "✕"
 /** A status by sign, word and colour. */
 export const badge = (status) => h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
 
+/** The same in a sentence. */
+export const ended = { completed: "is completed", failed: "has failed", cancelled: "was cancelled" };
+
 export const STATUSES = Object.keys(SIGNS);
 export const isFinal = (status) => ["completed", "failed", "cancelled"].includes(status);
 

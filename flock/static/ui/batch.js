@@ -1,6 +1,6 @@
 // One batch: how far it is, what came of its rows, and how long they took.
 
-import { Problem, badge, between, button, copy, count, doing, download, duration, events, fill, get, h, isFinal, keep, newId, post, problem, say, send, title, when, link } from "./app.js";
+import { Problem, badge, between, button, copy, count, doing, download, duration, ended, events, fill, get, h, isFinal, keep, newId, post, problem, say, send, title, when, link } from "./app.js";
 import { chart } from "./chart.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
 
@@ -34,7 +34,7 @@ export async function show(main, { id, params, signal }) {
         refreshSoon();
       }
     }
-    tell(`The batch is ${batch.status}: ${count(batch.completed_items - batch.failed_items - batch.cancelled_items)} completed, ${count(batch.failed_items)} failed, ${count(batch.cancelled_items)} cancelled.`);
+    tell(`The batch ${ended[batch.status]}: ${count(batch.completed_items - batch.failed_items - batch.cancelled_items)} completed, ${count(batch.failed_items)} failed, ${count(batch.cancelled_items)} cancelled.`);
     await refresh();
   }
 
@@ -157,7 +157,7 @@ export async function show(main, { id, params, signal }) {
     const places = batch.total_items <= 200 ? [-1] : [0, 1, 2, 3].map((quarter) => Math.floor((batch.total_items * quarter) / 4) - 1);
     const found = await Promise.all(places.map((after) => get(`${path}/results?format=json&after=${after}&limit=${places.length > 1 ? 50 : 200}`, signal)));
     const some = new Map(found.flat().map((item) => [item.position, item]));
-    fill(parts.chart, chart([...some.values()]));
+    fill(parts.chart, chart([...some.values()], parts.chart.clientWidth));
   }
 
   const failed = (error) => {

@@ -75,11 +75,11 @@ const FORMATS = { date: "date", time: "time", "date-time": "datetime-local", ema
 function around({ name, its, id, pointer, isRequired, isItem }, control, read, more = "") {
   const wrong = h("p", { class: "error", id: `${id}-error`, hidden: true });
   const shown = its.default === undefined || its.default === null || its.default === "" ? "" : `Default: ${typeof its.default === "string" ? its.default : JSON.stringify(its.default)}.`;
-  const hint = [its.description, more, shown].filter(Boolean).join(" ");
+  const hint = [its.description, more, shown].filter(Boolean).map((words) => (/[.!?]$/.test(words) ? words : `${words}.`)).join(" ");
   control.id = id;
   control.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
-  const label = [name, isRequired && !isItem && h("span", { class: "quiet" }, " (required)")];
   const isBox = control.type === "checkbox";
+  const label = [name, isRequired && !isItem && !isBox && h("span", { class: "quiet" }, " (required)")];
   const made = {
     control, pointer, read,
     node: h("div", { class: "field" },

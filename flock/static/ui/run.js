@@ -1,6 +1,6 @@
 // One run: live while it works, and what came of it.
 
-import { badge, between, button, copy, count, doing, duration, events, fill, get, go, h, isFinal, link, post, problem, session, title, when } from "./app.js";
+import { badge, between, button, copy, count, doing, duration, ended, events, fill, get, go, h, isFinal, link, post, problem, session, title, when } from "./app.js";
 import { readable, result } from "./value.js";
 
 /** A screen reader is told no more often how far it is. */
@@ -30,7 +30,7 @@ export async function show(main, { id, signal }) {
       head();
       outcome();
     }
-    tell(`The run is ${run.status}.`);
+    tell(`The run ${ended[run.status]}.`);
     if (!run.steps.length && !steps.size) fill(parts.steps, h("li", { class: "quiet" }, "None was finished."));
   };
 
