@@ -170,6 +170,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("closed")
     with served_by(folder, "/ai/v1", KEY) as server:
         yield Site(folder, f"{server.url}/ai/v1", "/ai/v1", KEY)
+        server.stop()
 
 
 @pytest.fixture(scope="module", params=["at the root", "under a prefix, with a key"])
@@ -179,6 +180,7 @@ def site(request: pytest.FixtureRequest, closed: Site, tmp_path_factory: pytest.
         folder = tmp_path_factory.mktemp("open")
         with served_by(folder, "", None) as server:
             yield Site(folder, server.url, "", None)
+            server.stop()
     else:
         yield closed
 

@@ -1,6 +1,24 @@
 // One agent: a form for its inputs.
 
-import { Problem, button, copy, doing, fill, get, go, h, hasKey, idempotencyKey, link, post, pretty, problem, session, title, url } from "./app.js";
+import {
+  Problem,
+  button,
+  copy,
+  doing,
+  fill,
+  get,
+  go,
+  h,
+  hasKey,
+  idempotencyKey,
+  link,
+  post,
+  pretty,
+  problem,
+  session,
+  title,
+  url,
+} from "./app.js";
 import { handOff } from "./agents.js";
 import { form, plain } from "./form.js";
 
@@ -8,7 +26,11 @@ export async function show(main, { id, signal }) {
   const agent = await get(`agents/${encodeURIComponent(id)}`, signal);
   const draft = `draft ${agent.name}`;
   let before;
-  try { before = JSON.parse(session.get(draft)); } catch { /* none */ }
+  try {
+    before = JSON.parse(session.get(draft));
+  } catch {
+    /* none */
+  }
   const fields = form(agent.input_schema, before);
   const wrong = h("div");
   const read = () => {
@@ -27,48 +49,131 @@ export async function show(main, { id, signal }) {
     if (inputs === undefined) return;
     try {
       // With its key it may be sent again where the server goes away in the middle of it.
-      const run = await post("run/flock", { agent_name: agent.name, inputs, async_run: true }, { once: false, headers: idempotencyKey(), signal });
+      const run = await post(
+        "run/flock",
+        { agent_name: agent.name, inputs, async_run: true },
+        { once: false, headers: idempotencyKey(), signal },
+      );
       go(`run/${run.run_id}`);
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
       const nowhere = error.errors.filter((each) => !place(each));
       const first = error.errors.map(place).find(Boolean);
-      if (!error.errors.length || nowhere.length) fill(wrong, problem({ ...error, title: error.title, message: error.message, errors: nowhere }));
+      if (!error.errors.length || nowhere.length)
+        fill(wrong, problem({ ...error, title: error.title, message: error.message, errors: nowhere }));
       first?.focus();
     }
   });
-  const place = ({ pointer, detail }) => (pointer.startsWith("/inputs/") ? fields.error(pointer.slice("/inputs".length), detail) : null);
+  const place = ({ pointer, detail }) =>
+    pointer.startsWith("/inputs/") ? fields.error(pointer.slice("/inputs".length), detail) : null;
 
-  const node = h("form", {
-    onsubmit: (event) => { event.preventDefault(); start({ currentTarget: go_ }); },
-    oninput: () => { try { session.set(draft, JSON.stringify(fields.read())); } catch { /* not yet JSON */ } },
-  }, fields.node, wrong);
+  const node = h(
+    "form",
+    {
+      onsubmit: (event) => {
+        event.preventDefault();
+        start({ currentTarget: go_ });
+      },
+      oninput: () => {
+        try {
+          session.set(draft, JSON.stringify(fields.read()));
+        } catch {
+          /* not yet JSON */
+        }
+      },
+    },
+    fields.node,
+    wrong,
+  );
   const go_ = h("button", { class: "primary" }, "Run");
-  node.append(h("p", { class: "actions" }, go_,
-    button("Copy as curl", () => { const inputs = read(); if (inputs !== undefined) copy(curl(agent.name, inputs), "Command"); }),
-    button("Clear", () => { session.set(draft, null); show(fill(main), { id, signal }); })));
+  node.append(
+    h(
+      "p",
+      { class: "actions" },
+      go_,
+      button("Copy as curl", () => {
+        const inputs = read();
+        if (inputs !== undefined) copy(curl(agent.name, inputs), "Command");
+      }),
+      button("Clear", () => {
+        session.set(draft, null);
+        show(fill(main), { id, signal });
+      }),
+    ),
+  );
 
   main.append(
-    title(agent.name, h("p", { class: "actions" }, h("a", { class: "button", href: link("new-batch", { agent: agent.name }) }, "New batch"), h("a", { class: "button", href: link("runs", { agent_name: agent.name }) }, "Runs"))),
-    h("p", {}, agent.description), handOff(agent) ?? "",
-    h("div", { class: "columns" },
+    title(
+      agent.name,
+      h(
+        "p",
+        { class: "actions" },
+        h("a", { class: "button", href: link("new-batch", { agent: agent.name }) }, "New batch"),
+        h("a", { class: "button", href: link("runs", { agent_name: agent.name }) }, "Runs"),
+      ),
+    ),
+    h("p", {}, agent.description),
+    handOff(agent) ?? "",
+    h(
+      "div",
+      { class: "columns" },
       h("section", { class: "panel", "aria-labelledby": "inputs" }, h("h2", { id: "inputs" }, "Inputs"), node),
-      h("section", { "aria-labelledby": "gives" }, h("h2", { id: "gives" }, "What it gives"), outputs(agent.output_schema))));
+      h(
+        "section",
+        { "aria-labelledby": "gives" },
+        h("h2", { id: "gives" }, "What it gives"),
+        outputs(agent.output_schema),
+      ),
+    ),
+  );
 }
 
 function outputs(schema) {
-  const fields = Object.entries(schema.properties ?? {}), isDescribed = fields.some(([, its]) => its.description);
+  const fields = Object.entries(schema.properties ?? {}),
+    isDescribed = fields.some(([, its]) => its.description);
   const rows = fields.map(([name, its]) =>
-    h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, typeOf(plain(its, schema), schema)), isDescribed && h("td", {}, its.description ?? "")));
-  return [h("div", { class: "wide", tabindex: "0", role: "group", "aria-labelledby": "gives" }, h("table", {}, h("thead", {}, h("tr", {}, ["Name", "Type", ...(isDescribed ? ["Meaning"] : [])].map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, rows))),
-    h("details", {}, h("summary", {}, "As JSON Schema"), h("pre", { tabindex: "0" }, pretty(schema)))];
+    h(
+      "tr",
+      {},
+      h("th", { scope: "row" }, name),
+      h("td", {}, typeOf(plain(its, schema), schema)),
+      isDescribed && h("td", {}, its.description ?? ""),
+    ),
+  );
+  return [
+    h(
+      "div",
+      { class: "wide", tabindex: "0", role: "group", "aria-labelledby": "gives" },
+      h(
+        "table",
+        {},
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            ["Name", "Type", ...(isDescribed ? ["Meaning"] : [])].map((text) => h("th", { scope: "col" }, text)),
+          ),
+        ),
+        h("tbody", {}, rows),
+      ),
+    ),
+    h("details", {}, h("summary", {}, "As JSON Schema"), h("pre", { tabindex: "0" }, pretty(schema))),
+  ];
 }
 
 function typeOf(its, root) {
   const none = its.isNullable ? " or nothing" : "";
-  if (its.enum) return its.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(" | ") + none;
+  if (its.enum)
+    return its.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(" | ") + none;
   if (its.type === "array" && its.items) return `list of ${typeOf(plain(its.items, root), root)}${none}`;
-  return (its.format ?? { string: "text", integer: "whole number", boolean: "yes or no" }[its.type] ?? its.type ?? "anything") + none;
+  return (
+    (its.format ??
+      { string: "text", integer: "whole number", boolean: "yes or no" }[its.type] ??
+      its.type ??
+      "anything") + none
+  );
 }
 
 /** What a shell says for the same run. The key itself does not get into a clipboard. */

@@ -8,17 +8,49 @@ export async function show(main, { signal }) {
     title("Agents"),
     agents.length === 0
       ? h("p", { class: "empty" }, "There are no agents yet. Whoever runs the server adds them, and starts it again.")
-      : h("ul", { class: "cards" }, agents.map((agent) => h("li", { class: "card" },
-        h("h2", {}, h("a", { href: link(`agent/${agent.name}`) }, agent.name)),
-        h("p", {}, agent.description || h("span", { class: "quiet" }, "No description.")),
-        handOff(agent),
-        h("p", { class: "actions" },
-          h("a", { class: "button", href: link(`agent/${agent.name}`), "aria-label": `Run ${agent.name}` }, "Run"),
-          h("a", { class: "button", href: link("new-batch", { agent: agent.name }), "aria-label": `Batch with ${agent.name}` }, "Batch"))))));
+      : h(
+          "ul",
+          { class: "cards" },
+          agents.map((agent) =>
+            h(
+              "li",
+              { class: "card" },
+              h("h2", {}, h("a", { href: link(`agent/${agent.name}`) }, agent.name)),
+              h("p", {}, agent.description || h("span", { class: "quiet" }, "No description.")),
+              handOff(agent),
+              h(
+                "p",
+                { class: "actions" },
+                h(
+                  "a",
+                  { class: "button", href: link(`agent/${agent.name}`), "aria-label": `Run ${agent.name}` },
+                  "Run",
+                ),
+                h(
+                  "a",
+                  {
+                    class: "button",
+                    href: link("new-batch", { agent: agent.name }),
+                    "aria-label": `Batch with ${agent.name}`,
+                  },
+                  "Batch",
+                ),
+              ),
+            ),
+          ),
+        ),
+  );
 }
 
 /** Who goes on. */
 export function handOff(agent) {
-  if (agent.next_agent) return h("p", { class: "quiet" }, "Hands on to ", h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent), ".");
+  if (agent.next_agent)
+    return h(
+      "p",
+      { class: "quiet" },
+      "Hands on to ",
+      h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent),
+      ".",
+    );
   return agent.next_agent === null ? h("p", { class: "quiet" }, "Its result decides who goes on.") : null;
 }

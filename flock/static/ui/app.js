@@ -7,7 +7,9 @@ const SVG = new Set(["svg", "rect", "line", "text", "g", "title"]);
 
 /** An element. Children that are no elements become text: data is never read as HTML. */
 export function h(tag, props = {}, ...children) {
-  const element = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const element = SVG.has(tag)
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
     if (value === undefined || value === null || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
@@ -19,7 +21,9 @@ export function h(tag, props = {}, ...children) {
 }
 
 export const fill = (element, ...children) => {
-  element.replaceChildren(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
+  element.replaceChildren(
+    ...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 };
 
@@ -33,7 +37,8 @@ export const newId = () => `e${++ids}`;
 const SIGNS = { starting: "○", running: "◐", completed: "✓", failed: "✕", cancelled: "⊘" };
 
 /** A status by sign, word and colour. */
-export const badge = (status) => h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
+export const badge = (status) =>
+  h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
 
 /** The same in a sentence. */
 export const ended = { completed: "is completed", failed: "has failed", cancelled: "was cancelled" };
@@ -47,7 +52,9 @@ export const when = (time) => (time ? h("time", { datetime: time, title: time },
 /** A time of the API as an input of type datetime-local has it. */
 export function localTime(time) {
   const date = new Date(time);
-  return Number.isNaN(date.getTime()) ? "" : new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 19);
+  return Number.isNaN(date.getTime())
+    ? ""
+    : new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 19);
 }
 
 export function duration(seconds) {
@@ -63,13 +70,20 @@ export function duration(seconds) {
 export const between = (from, to) => (from ? ((to ? new Date(to) : new Date()) - new Date(from)) / 1000 : null);
 
 const NUMBER = new Intl.NumberFormat();
-export const count = (number, one, many = `${one}s`) => `${NUMBER.format(number)}${one ? ` ${number === 1 ? one : many}` : ""}`;
+export const count = (number, one, many = `${one}s`) =>
+  `${NUMBER.format(number)}${one ? ` ${number === 1 ? one : many}` : ""}`;
 
 /** JSON, with integers that JavaScript would round kept as they were written, where the browser can. */
 export function parse(text) {
   if (!JSON.rawJSON || !/\d{16}/.test(text)) return JSON.parse(text);
   return JSON.parse(text, (_, value, context) =>
-    typeof value === "number" && Number.isInteger(value) && !Number.isSafeInteger(value) && /^-?\d+$/.test(context.source) ? JSON.rawJSON(context.source) : value);
+    typeof value === "number" &&
+    Number.isInteger(value) &&
+    !Number.isSafeInteger(value) &&
+    /^-?\d+$/.test(context.source)
+      ? JSON.rawJSON(context.source)
+      : value,
+  );
 }
 
 export const pretty = (value) => JSON.stringify(value, null, 2);
@@ -80,12 +94,20 @@ const HERE = new URL("..", import.meta.url);
 
 /** Storage that may be full or forbidden; a second flock under another prefix has its own. */
 const kept = (storage) => ({
-  get: (name) => { try { return storage().getItem(`flock:${HERE.pathname}:${name}`); } catch { return null; } },
+  get: (name) => {
+    try {
+      return storage().getItem(`flock:${HERE.pathname}:${name}`);
+    } catch {
+      return null;
+    }
+  },
   set: (name, value) => {
     try {
       if (value === null || value === "") storage().removeItem(`flock:${HERE.pathname}:${name}`);
       else storage().setItem(`flock:${HERE.pathname}:${name}`, value);
-    } catch { /* the page works without */ }
+    } catch {
+      /* the page works without */
+    }
   },
 });
 export const session = kept(() => sessionStorage);
@@ -97,7 +119,12 @@ const local = kept(() => localStorage);
 export class Problem extends Error {
   constructor(status, body) {
     super(body?.detail || `The server answered with status ${status}.`);
-    Object.assign(this, { status, title: body?.title || "Error", errors: body?.errors || [], requestId: body?.request_id });
+    Object.assign(this, {
+      status,
+      title: body?.title || "Error",
+      errors: body?.errors || [],
+      requestId: body?.request_id,
+    });
   }
 }
 
@@ -117,17 +144,24 @@ export async function send(path, { once = false, headers = {}, by = fetch, ...op
       response = await by(url(path), { ...options, cache: "no-store", headers: { ...headers, ...authorization() } });
     } catch (error) {
       if (options.signal?.aborted) throw error;
-      if (once) throw new Error("The server cannot be reached, and may or may not have heard. Look before you try again.");
+      if (once)
+        throw new Error("The server cannot be reached, and may or may not have heard. Look before you try again.");
       await away("The server cannot be reached.", options.signal);
       continue;
     }
     if (response.ok) return response;
     const text = await response.text();
     let body = null;
-    try { body = JSON.parse(text); } catch { /* a proxy may say what it likes */ }
+    try {
+      body = JSON.parse(text);
+    } catch {
+      /* a proxy may say what it likes */
+    }
     if (response.status === 401) await askForKey(key, body?.detail);
-    else if (AWAY.includes(response.status) && !once) await away(body?.detail || "The server is not ready.", options.signal);
-    else if (response.status === 429 && !once && !options.method) await pause((Number(response.headers.get("Retry-After")) || 1) * 1000, options.signal);
+    else if (AWAY.includes(response.status) && !once)
+      await away(body?.detail || "The server is not ready.", options.signal);
+    else if (response.status === 429 && !once && !options.method)
+      await pause((Number(response.headers.get("Retry-After")) || 1) * 1000, options.signal);
     else throw new Problem(response.status, body);
   }
 }
@@ -136,25 +170,45 @@ export const get = async (path, signal) => parse(await (await send(path, { signa
 
 export async function post(path, body, options = {}) {
   const headers = body === undefined ? {} : { "Content-Type": "application/json" };
-  const response = await send(path, { method: "POST", once: true, ...options, body: body === undefined ? undefined : JSON.stringify(body), headers: { ...headers, ...options.headers } });
+  const response = await send(path, {
+    method: "POST",
+    once: true,
+    ...options,
+    body: body === undefined ? undefined : JSON.stringify(body),
+    headers: { ...headers, ...options.headers },
+  });
   return parse(await response.text());
 }
 
 /** As `fetch`, which cannot tell how much of a body has been sent. */
-export const fetchTelling = (told) => (address, { method, headers, body, signal }) => new Promise((done, fail) => {
-  const request = new XMLHttpRequest(), stop = () => request.abort();
-  request.open(method, address);
-  for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
-  request.upload.onprogress = ({ loaded }) => told(loaded);
-  request.onload = () => done(new Response(request.responseText, { status: request.status, headers: { "Retry-After": request.getResponseHeader("Retry-After") ?? "" } }));
-  request.onerror = () => fail(new TypeError("The connection broke."));
-  request.onabort = () => fail(new DOMException("It was stopped.", "AbortError"));
-  signal?.addEventListener("abort", stop, { once: true });
-  request.send(body);
-});
+export const fetchTelling =
+  (told) =>
+  (address, { method, headers, body, signal }) =>
+    new Promise((done, fail) => {
+      const request = new XMLHttpRequest(),
+        stop = () => request.abort();
+      request.open(method, address);
+      for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
+      request.upload.onprogress = ({ loaded }) => told(loaded);
+      request.onload = () =>
+        done(
+          new Response(request.responseText, {
+            status: request.status,
+            headers: { "Retry-After": request.getResponseHeader("Retry-After") ?? "" },
+          }),
+        );
+      request.onerror = () => fail(new TypeError("The connection broke."));
+      request.onabort = () => fail(new DOMException("It was stopped.", "AbortError"));
+      signal?.addEventListener("abort", stop, { once: true });
+      request.send(body);
+    });
 
 /** A key under which a request may be sent again. (`crypto.randomUUID` is not there on plain http.) */
-export const idempotencyKey = () => ({ "Idempotency-Key": Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("") });
+export const idempotencyKey = () => ({
+  "Idempotency-Key": Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
+    byte.toString(16).padStart(2, "0"),
+  ).join(""),
+});
 
 /** `promise`, or the reason why `signal` was aborted before; a view that is there for hours leaves no listeners behind. */
 function unlessAborted(promise, signal) {
@@ -185,7 +239,9 @@ async function lookOut(why) {
     try {
       const { status } = await fetch(url("readyz"), { cache: "no-store" });
       if (!AWAY.includes(status)) break;
-    } catch { /* still away */ }
+    } catch {
+      /* still away */
+    }
   }
   banner.hidden = true;
   return_ = null;
@@ -198,10 +254,13 @@ let asking = null;
 function askForKey(refused, why) {
   if (session.get("key") !== refused) return asking;
   asking ??= new Promise((done) => {
-    const dialog = document.getElementById("ask"), input = document.getElementById("ask-key");
+    const dialog = document.getElementById("ask"),
+      input = document.getElementById("ask-key");
     const wrong = "The server does not know this key. Look whether all of it was copied.";
-    fill(document.getElementById("ask-why"), refused ? wrong : "Whoever runs the server has given you one. It is kept until this tab is closed.")
-      .classList.toggle("error", Boolean(refused));
+    fill(
+      document.getElementById("ask-why"),
+      refused ? wrong : "Whoever runs the server has given you one. It is kept until this tab is closed.",
+    ).classList.toggle("error", Boolean(refused));
     input.value = "";
     input.toggleAttribute("aria-invalid", Boolean(refused));
     dialog.oncancel = (event) => event.preventDefault();
@@ -225,7 +284,8 @@ export async function* events(path, signal) {
   let lastId = null;
   for (;;) {
     await visible(signal);
-    const connection = new AbortController(), stop = () => connection.abort();
+    const connection = new AbortController(),
+      stop = () => connection.abort();
     const hide = () => document.hidden && stop();
     signal.addEventListener("abort", stop, { once: true });
     document.addEventListener("visibilitychange", hide);
@@ -269,10 +329,14 @@ async function* eventsOf(body) {
   }
 }
 
-export const visible = (signal) => unlessAborted(new Promise((done) => {
-  if (!document.hidden) return done();
-  document.addEventListener("visibilitychange", () => done(), { once: true, signal });
-}), signal);
+export const visible = (signal) =>
+  unlessAborted(
+    new Promise((done) => {
+      if (!document.hidden) return done();
+      document.addEventListener("visibilitychange", () => done(), { once: true, signal });
+    }),
+    signal,
+  );
 
 /** Call `look` now and every so often, as long as the view is there and the tab can be seen. */
 export async function every(ms, look, signal) {
@@ -301,7 +365,8 @@ export function saveAs(href, name) {
 export async function copy(text, what) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // a page that came over plain http has no clipboard
+  } catch {
+    // a page that came over plain http has no clipboard
     const area = h("textarea", { value: text, "aria-label": what });
     document.body.append(area);
     area.select();
@@ -325,20 +390,32 @@ export function say(text) {
 /** What went wrong, and what to do about it. */
 export function problem(error, again) {
   const gone = error.status === 404;
-  return h("div", { class: "problem", role: "alert" },
+  return h(
+    "div",
+    { class: "problem", role: "alert" },
     h("h2", {}, gone ? "This is not here any more" : error.title || "This did not work"),
     h("p", {}, error.message),
     gone && h("p", {}, "It was deleted, or the link is not complete, or it belongs to somebody else."),
-    error.errors?.length > 0 && h("ul", {}, error.errors.map((each) => h("li", {}, each.line ? `Line ${each.line}: ` : "", each.detail))),
+    error.errors?.length > 0 &&
+      h(
+        "ul",
+        {},
+        error.errors.map((each) => h("li", {}, each.line ? `Line ${each.line}: ` : "", each.detail)),
+      ),
     error.requestId && h("p", { class: "quiet" }, "Request ", h("code", {}, error.requestId)),
-    again && h("p", {}, button("Try again", again)));
+    again && h("p", {}, button("Try again", again)),
+  );
 }
 
 /** Do what a button says, once, and tell what became of it. */
 export const doing = (work) => async (event) => {
   const pressed = event.currentTarget;
   pressed.disabled = true;
-  try { await work(event); } catch (error) { if (error.name !== "AbortError") say(error.message); }
+  try {
+    await work(event);
+  } catch (error) {
+    if (error.name !== "AbortError") say(error.message);
+  }
   pressed.disabled = false;
   if (document.activeElement === document.body) pressed.focus(); // what is disabled loses the focus
 };
@@ -349,7 +426,9 @@ export function link(path, params = {}) {
   return `#/${path}${query && `?${query}`}`;
 }
 
-export const go = (path, params) => { location.hash = link(path, params); };
+export const go = (path, params) => {
+  location.hash = link(path, params);
+};
 
 /** Keep in the address what a view shows, so that a reload or a link shows the same. */
 export const keep = (path, params) => history.replaceState(history.state, "", link(path, params));
@@ -405,11 +484,20 @@ function showKey() {
 }
 
 const theme = document.getElementById("theme");
-const setTheme = () => { document.documentElement.dataset.theme = theme.value = local.get("theme") || ""; };
-theme.addEventListener("change", () => { local.set("theme", theme.value); setTheme(); });
-document.getElementById("forget").addEventListener("click", () => { session.set("key", null); location.reload(); });
+const setTheme = () => {
+  document.documentElement.dataset.theme = theme.value = local.get("theme") || "";
+};
+theme.addEventListener("change", () => {
+  local.set("theme", theme.value);
+  setTheme();
+});
+document.getElementById("forget").addEventListener("click", () => {
+  session.set("key", null);
+  location.reload();
+});
 addEventListener("hashchange", () => show(false));
-document.querySelector(".skip").addEventListener("click", (event) => { // its hash would be taken for a view
+document.querySelector(".skip").addEventListener("click", (event) => {
+  // its hash would be taken for a view
   event.preventDefault();
   document.getElementById("main").focus();
 });

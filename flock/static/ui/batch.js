@@ -1,6 +1,31 @@
 // One batch: how far it is, what came of its rows, and how long they took.
 
-import { Problem, badge, between, button, copy, count, doing, download, duration, ended, events, fill, get, h, isFinal, keep, newId, post, problem, say, send, title, when, link } from "./app.js";
+import {
+  Problem,
+  badge,
+  between,
+  button,
+  copy,
+  count,
+  doing,
+  download,
+  duration,
+  ended,
+  events,
+  fill,
+  get,
+  h,
+  isFinal,
+  keep,
+  newId,
+  post,
+  problem,
+  say,
+  send,
+  title,
+  when,
+  link,
+} from "./app.js";
 import { chart } from "./chart.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
 
@@ -10,11 +35,27 @@ const TOLD_EVERY_MS = 5000;
 
 export async function show(main, { id, params, signal }) {
   const path = `batch/${encodeURIComponent(id)}`;
-  let batch = await get(`${path}?results=false`, signal), table = null, samples = [], refreshed = 0, told = 0;
-  const agent = await get(`agents/${encodeURIComponent(batch.agent_name)}`, signal).catch((error) => { if (error instanceof Problem) return null; throw error; });
-  const parts = { title: h("div"), progress: h("section", { "aria-label": "Progress" }), facts: h("dl", { class: "facts" }), error: h("div"), trouble: h("div"), chart: h("section", { "aria-label": "Durations" }), results: h("section", { "aria-label": "Results" }) };
+  let batch = await get(`${path}?results=false`, signal),
+    table = null,
+    samples = [],
+    refreshed = 0,
+    told = 0;
+  const agent = await get(`agents/${encodeURIComponent(batch.agent_name)}`, signal).catch((error) => {
+    if (error instanceof Problem) return null;
+    throw error;
+  });
+  const parts = {
+    title: h("div"),
+    progress: h("section", { "aria-label": "Progress" }),
+    facts: h("dl", { class: "facts" }),
+    error: h("div"),
+    trouble: h("div"),
+    chart: h("section", { "aria-label": "Durations" }),
+    results: h("section", { "aria-label": "Results" }),
+  };
   const live = h("p", { role: "status", class: "quiet" });
-  const bar = h("progress", { max: 1 }), words = h("span");
+  const bar = h("progress", { max: 1 }),
+    words = h("span");
   main.append(parts.title, parts.progress, live, parts.facts, parts.error, parts.trouble, parts.chart, parts.results);
   fill(parts.progress, h("label", {}, words, bar));
 
@@ -34,7 +75,9 @@ export async function show(main, { id, params, signal }) {
         refreshSoon();
       }
     }
-    tell(`The batch ${ended[batch.status]}: ${count(batch.completed_items - batch.failed_items - batch.cancelled_items)} completed, ${count(batch.failed_items)} failed, ${count(batch.cancelled_items)} cancelled.`);
+    tell(
+      `The batch ${ended[batch.status]}: ${count(batch.completed_items - batch.failed_items - batch.cancelled_items)} completed, ${count(batch.failed_items)} failed, ${count(batch.cancelled_items)} cancelled.`,
+    );
     await refresh();
   }
 
@@ -43,13 +86,50 @@ export async function show(main, { id, params, signal }) {
     if (parts.title.dataset.kind !== kind) {
       const had = parts.title.contains(document.activeElement);
       parts.title.dataset.kind = kind;
-      const again = (only, text) => button(text, doing(async () => { await post(`${path}/retry`, only ? { only } : {}, { signal }); run(); }), { class: "primary" });
-      fill(parts.title, title(batch.agent_name, h("span", { id: "status" }), h("p", { class: "actions" },
-        kind === "open" && button("Cancel", doing(async () => { tell("It was asked to stop …"); await post(`${path}/cancel`, undefined, { signal }); })),
-        kind !== "open" && batch.failed_items > 0 && again("failed", "Retry the failed"),
-        kind !== "open" && batch.cancelled_items > 0 && again(null, batch.failed_items ? "Go on with all" : "Go on"),
-        ["CSV", "NDJSON"].map((format) => button(`Download ${format}`, doing(() => download(`${path}/results?format=${format.toLowerCase()}`, `${batch.batch_id}.${format.toLowerCase()}`)))),
-        button("Copy link", () => copy(location.href, "Link")))));
+      const again = (only, text) =>
+        button(
+          text,
+          doing(async () => {
+            await post(`${path}/retry`, only ? { only } : {}, { signal });
+            run();
+          }),
+          { class: "primary" },
+        );
+      fill(
+        parts.title,
+        title(
+          batch.agent_name,
+          h("span", { id: "status" }),
+          h(
+            "p",
+            { class: "actions" },
+            kind === "open" &&
+              button(
+                "Cancel",
+                doing(async () => {
+                  tell("It was asked to stop …");
+                  await post(`${path}/cancel`, undefined, { signal });
+                }),
+              ),
+            kind !== "open" && batch.failed_items > 0 && again("failed", "Retry the failed"),
+            kind !== "open" &&
+              batch.cancelled_items > 0 &&
+              again(null, batch.failed_items ? "Go on with all" : "Go on"),
+            ["CSV", "NDJSON"].map((format) =>
+              button(
+                `Download ${format}`,
+                doing(() =>
+                  download(
+                    `${path}/results?format=${format.toLowerCase()}`,
+                    `${batch.batch_id}.${format.toLowerCase()}`,
+                  ),
+                ),
+              ),
+            ),
+            button("Copy link", () => copy(location.href, "Link")),
+          ),
+        ),
+      );
       if (had) parts.title.querySelector("h1").focus();
     }
     fill(parts.title.querySelector("#status"), badge(batch.status));
@@ -57,21 +137,42 @@ export async function show(main, { id, params, signal }) {
     fill(words, `${count(batch.completed_items)} of ${count(batch.total_items)} rows (${batch.progress_percentage} %)`);
     bar.value = batch.total_items ? batch.completed_items / batch.total_items : 1;
     const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
-    fill(parts.facts,
-      fact("Failed", count(batch.failed_items)), batch.cancelled_items > 0 && fact("Cancelled", count(batch.cancelled_items)),
+    fill(
+      parts.facts,
+      fact("Failed", count(batch.failed_items)),
+      batch.cancelled_items > 0 && fact("Cancelled", count(batch.cancelled_items)),
       fact("Rate", rate === null ? "–" : `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} rows a second`),
-      isFinal(batch.status) ? fact("Took", duration(between(batch.started_at, batch.completed_at))) : fact("Still takes", batch.eta_s === null ? "not known yet" : `about ${duration(batch.eta_s)}`),
-      fact("Accepted", when(batch.created_at)), batch.attempt > 1 && fact("Attempt", batch.attempt), fact("Batch", h("code", {}, batch.batch_id)));
-    fill(parts.error, batch.error && h("div", { class: `problem ${batch.status}` }, h("h2", {}, batch.status === "cancelled" ? "The batch was cancelled" : "The batch failed"), batch.status === "failed" && h("p", { class: "text" }, batch.error), batch.request_id && h("p", { class: "quiet" }, "Request ", h("code", {}, batch.request_id))));
-    if (!isFinal(batch.status) && performance.now() - told > TOLD_EVERY_MS) tell(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
+      isFinal(batch.status)
+        ? fact("Took", duration(between(batch.started_at, batch.completed_at)))
+        : fact("Still takes", batch.eta_s === null ? "not known yet" : `about ${duration(batch.eta_s)}`),
+      fact("Accepted", when(batch.created_at)),
+      batch.attempt > 1 && fact("Attempt", batch.attempt),
+      fact("Batch", h("code", {}, batch.batch_id)),
+    );
+    fill(
+      parts.error,
+      batch.error &&
+        h(
+          "div",
+          { class: `problem ${batch.status}` },
+          h("h2", {}, batch.status === "cancelled" ? "The batch was cancelled" : "The batch failed"),
+          batch.status === "failed" && h("p", { class: "text" }, batch.error),
+          batch.request_id && h("p", { class: "quiet" }, "Request ", h("code", {}, batch.request_id)),
+        ),
+    );
+    if (!isFinal(batch.status) && performance.now() - told > TOLD_EVERY_MS)
+      tell(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
   }
 
   /** Rows a second: of late while it runs, of all where there is no more to go by. */
   function rateNow() {
     const now = performance.now();
     while (samples.length > 1 && samples[0][0] < now - RATE_OVER_MS) samples.shift();
-    if (!isFinal(batch.status) && samples.length && now - samples[0][0] > 500) return ((batch.completed_items - samples[0][1]) / (now - samples[0][0])) * 1000;
-    return batch.started_at && batch.attempt === 1 ? (batch.completed_items - batch.cancelled_items) / Math.max(0.001, between(batch.started_at, batch.completed_at)) : null;
+    if (!isFinal(batch.status) && samples.length && now - samples[0][0] > 500)
+      return ((batch.completed_items - samples[0][1]) / (now - samples[0][0])) * 1000;
+    return batch.started_at && batch.attempt === 1
+      ? (batch.completed_items - batch.cancelled_items) / Math.max(0.001, between(batch.started_at, batch.completed_at))
+      : null;
   }
 
   function tell(text) {
@@ -81,19 +182,30 @@ export async function show(main, { id, params, signal }) {
 
   // --- What came of its rows ---
 
-  let status = params.get("status") ?? "", cursors = [-1], hasResults = false;
+  let status = params.get("status") ?? "",
+    cursors = [-1],
+    hasResults = false;
   let first = Math.max(0, Number(params.get("row") || 1) - 1);
-  const counts = () => ({ "": batch.total_items, completed: batch.completed_items - batch.failed_items - batch.cancelled_items, failed: batch.failed_items, cancelled: batch.cancelled_items });
+  const counts = () => ({
+    "": batch.total_items,
+    completed: batch.completed_items - batch.failed_items - batch.cancelled_items,
+    failed: batch.failed_items,
+    cancelled: batch.cancelled_items,
+  });
 
-  const items = (after, limit, itsSignal) => get(`${path}/results?format=json&after=${after}&limit=${limit}${status && `&status=${status}`}`, itsSignal);
+  const items = (after, limit, itsSignal) =>
+    get(`${path}/results?format=json&after=${after}&limit=${limit}${status && `&status=${status}`}`, itsSignal);
 
   async function load(page, itsSignal) {
-    if (!status) { // an item stands at its position, and one that has not ended is left out
+    if (!status) {
+      // an item stands at its position, and one that has not ended is left out
       const rows = [];
-      for (const item of await items(page * PAGE_ROWS - 1, PAGE_ROWS, itsSignal)) if (item.position < (page + 1) * PAGE_ROWS) rows[item.position - page * PAGE_ROWS] = item;
+      for (const item of await items(page * PAGE_ROWS - 1, PAGE_ROWS, itsSignal))
+        if (item.position < (page + 1) * PAGE_ROWS) rows[item.position - page * PAGE_ROWS] = item;
       return rows;
     }
-    for (let known = Math.min(page, cursors.length - 1); ; known++) { // the way to a page leads over those before it
+    for (let known = Math.min(page, cursors.length - 1); ; known++) {
+      // the way to a page leads over those before it
       const rows = await items(cursors[known], PAGE_ROWS, itsSignal);
       if (rows.length) cursors[known + 1] = rows[rows.length - 1].position;
       if (known === page || !rows.length) return rows;
@@ -102,20 +214,69 @@ export async function show(main, { id, params, signal }) {
 
   async function drawTable() {
     const some = await get(`${path}/results?format=json&limit=20`, signal);
-    const names = (of, schema) => [...new Set([...Object.keys(schema?.properties ?? {}), ...some.flatMap((item) => Object.keys(item[of] ?? {}))])].slice(0, 12);
+    const names = (of, schema) =>
+      [
+        ...new Set([...Object.keys(schema?.properties ?? {}), ...some.flatMap((item) => Object.keys(item[of] ?? {}))]),
+      ].slice(0, 12);
     const inputs = names("inputs", agent?.input_schema);
     hasResults = some.some((item) => item.result);
-    const outputs = hasResults ? [...new Set(some.flatMap((item) => Object.keys(item.result ?? {})))].slice(0, 12) : names("result", agent?.output_schema);
-    const columns = [{ name: "Row", least: 6.5, most: "6.5rem" }, { name: "Status", least: 8.5, most: "8.5rem" }, ...[...inputs.map((name) => name), ...outputs.map((name) => (inputs.includes(name) ? `result.${name}` : name)), "Error"].map((name) => ({ name, least: name === "Error" ? 14 : 10, most: name === "Error" ? "2fr" : "1fr" }))];
-    const cell = (value) => (value === undefined || value === null ? "" : typeof value === "string" ? value.slice(0, 200) : JSON.stringify(value).slice(0, 200));
+    const outputs = hasResults
+      ? [...new Set(some.flatMap((item) => Object.keys(item.result ?? {})))].slice(0, 12)
+      : names("result", agent?.output_schema);
+    const columns = [
+      { name: "Row", least: 6.5, most: "6.5rem" },
+      { name: "Status", least: 8.5, most: "8.5rem" },
+      ...[
+        ...inputs.map((name) => name),
+        ...outputs.map((name) => (inputs.includes(name) ? `result.${name}` : name)),
+        "Error",
+      ].map((name) => ({ name, least: name === "Error" ? 14 : 10, most: name === "Error" ? "2fr" : "1fr" })),
+    ];
+    const cell = (value) =>
+      value === undefined || value === null
+        ? ""
+        : typeof value === "string"
+          ? value.slice(0, 200)
+          : JSON.stringify(value).slice(0, 200);
     table = bigTable({
-      label: "Results", columns, total: counts()[status], load, signal,
-      cells: (item, index) => (item
-        ? [h("a", { href: link(`run/${item.run_id}`) }, count(item.position + 1)), badge(item.status), ...inputs.map((name) => cell(item.inputs[name])), ...outputs.map((name) => cell(item.result?.[name])), cell(item.error)]
-        : [count(index + 1), h("span", { class: "quiet" }, status ? "…" : isFinal(batch.status) ? "…" : "waiting"), ...columns.slice(2).map(() => "")]),
-      moved: (row) => { first = row; clearTimeout(moving); moving = setTimeout(() => { if (!signal.aborted) keep(`batch/${id}`, { row: row ? row + 1 : "", status }); }, 400); },
+      label: "Results",
+      columns,
+      total: counts()[status],
+      load,
+      signal,
+      cells: (item, index) =>
+        item
+          ? [
+              h("a", { href: link(`run/${item.run_id}`) }, count(item.position + 1)),
+              badge(item.status),
+              ...inputs.map((name) => cell(item.inputs[name])),
+              ...outputs.map((name) => cell(item.result?.[name])),
+              cell(item.error),
+            ]
+          : [
+              count(index + 1),
+              h("span", { class: "quiet" }, status ? "…" : isFinal(batch.status) ? "…" : "waiting"),
+              ...columns.slice(2).map(() => ""),
+            ],
+      failed,
+      moved: (row) => {
+        first = row;
+        clearTimeout(moving);
+        moving = setTimeout(() => {
+          if (!signal.aborted) keep(`batch/${id}`, { row: row ? row + 1 : "", status });
+        }, 400);
+      },
     });
-    const filter = h("select", { id: newId() }, [["", "All rows"], ["completed", "Completed"], ["failed", "Failed"], ["cancelled", "Cancelled"]].map(([value, text]) => h("option", { value, selected: value === status }, text)));
+    const filter = h(
+      "select",
+      { id: newId() },
+      [
+        ["", "All rows"],
+        ["completed", "Completed"],
+        ["failed", "Failed"],
+        ["cancelled", "Cancelled"],
+      ].map(([value, text]) => h("option", { value, selected: value === status }, text)),
+    );
     filter.addEventListener("change", () => {
       status = filter.value;
       cursors = [-1];
@@ -124,15 +285,31 @@ export async function show(main, { id, params, signal }) {
       drawTable().then(() => parts.results.querySelector("select").focus(), failed);
     });
     const number = h("input", { id: newId(), type: "number", min: 1, max: counts()[status], placeholder: "1" });
-    const goTo = h("form", { class: "filters", onsubmit: (event) => { event.preventDefault(); if (number.value) table.goTo(number.valueAsNumber - 1); } },
-      h("label", { for: filter.id }, "Show", filter), h("label", { for: number.id }, "Go to row", number), h("button", {}, "Go"));
+    const goTo = h(
+      "form",
+      {
+        class: "filters",
+        onsubmit: (event) => {
+          event.preventDefault();
+          if (number.value) table.goTo(number.valueAsNumber - 1);
+        },
+      },
+      h("label", { for: filter.id }, "Show", filter),
+      h("label", { for: number.id }, "Go to row", number),
+      h("button", {}, "Go"),
+    );
     fill(parts.results, h("h2", {}, "Results"), goTo, table.node);
     requestAnimationFrame(() => table.goTo(first, false));
   }
-  let moving, isRefreshing = false, isStale = false;
+  let moving,
+    isRefreshing = false,
+    isStale = false;
 
   function refreshSoon() {
-    if (isStale && performance.now() - refreshed > REFRESH_MS && !isRefreshing) refresh().catch((error) => { if (!signal.aborted) say(error.message); });
+    if (isStale && performance.now() - refreshed > REFRESH_MS && !isRefreshing)
+      refresh().catch((error) => {
+        if (!signal.aborted) say(error.message);
+      });
   }
 
   async function refresh() {
@@ -142,7 +319,10 @@ export async function show(main, { id, params, signal }) {
       if (status) table?.resize(counts()[status]);
       cursors = [-1];
       if (!hasResults && batch.completed_items > batch.failed_items + batch.cancelled_items) await drawTable();
-      else await table?.refresh((page) => Object.keys(page).length < PAGE_ROWS || page.some((item) => item.status !== "completed"));
+      else
+        await table?.refresh(
+          (page) => Object.keys(page).length < PAGE_ROWS || page.some((item) => item.status !== "completed"),
+        );
       await drawChart();
     } finally {
       refreshed = performance.now();
@@ -154,8 +334,15 @@ export async function show(main, { id, params, signal }) {
 
   /** Some items from all over the batch. */
   async function drawChart() {
-    const places = batch.total_items <= 200 ? [-1] : [0, 1, 2, 3].map((quarter) => Math.floor((batch.total_items * quarter) / 4) - 1);
-    const found = await Promise.all(places.map((after) => get(`${path}/results?format=json&after=${after}&limit=${places.length > 1 ? 50 : 200}`, signal)));
+    const places =
+      batch.total_items <= 200
+        ? [-1]
+        : [0, 1, 2, 3].map((quarter) => Math.floor((batch.total_items * quarter) / 4) - 1);
+    const found = await Promise.all(
+      places.map((after) =>
+        get(`${path}/results?format=json&after=${after}&limit=${places.length > 1 ? 50 : 200}`, signal),
+      ),
+    );
     const some = new Map(found.flat().map((item) => [item.position, item]));
     fill(parts.chart, chart([...some.values()], parts.chart.clientWidth));
   }
@@ -163,13 +350,25 @@ export async function show(main, { id, params, signal }) {
   const failed = (error) => {
     if (signal.aborted) return;
     if (error.status === 404) fill(main, problem(error));
-    else fill(parts.trouble, problem(error, () => { fill(parts.trouble); run(); }));
+    else
+      fill(
+        parts.trouble,
+        problem(error, () => {
+          fill(parts.trouble);
+          run();
+        }),
+      );
   };
   function run() {
     table?.refresh(() => true).catch(() => {});
     follow().catch(failed);
   }
-  const clock = setInterval(() => { if (!isFinal(batch.status)) { draw(); refreshSoon(); } }, 1000); // where nothing happens the rate sinks
+  const clock = setInterval(() => {
+    if (!isFinal(batch.status)) {
+      draw();
+      refreshSoon();
+    }
+  }, 1000); // where nothing happens the rate sinks
   signal.addEventListener("abort", () => clearInterval(clock));
   draw();
   await drawTable();

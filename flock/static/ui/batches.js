@@ -6,13 +6,28 @@ import { choice, list } from "./runs.js";
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
   await list(main, {
-    kind: "batches", signal, params,
-    filters: [choice("status", "Status", STATUSES), choice("agent_name", "Agent", agents.map(({ name }) => name))],
+    kind: "batches",
+    signal,
+    params,
+    filters: [
+      choice("status", "Status", STATUSES),
+      choice(
+        "agent_name",
+        "Agent",
+        agents.map(({ name }) => name),
+      ),
+    ],
     columns: ["Batch", "Agent", "Status", "Done", "Failed", "Still takes", "Accepted"],
     empty: ["No batch fits. ", h("a", { href: link("new-batch") }, "Start one from a file or from rows.")],
     row: (batch) => [
-      h("a", { href: link(`batch/${batch.batch_id}`), class: "mono" }, batch.batch_id.slice(-12)), batch.agent_name, badge(batch.status),
-      h("span", {}, `${batch.progress_percentage} % of ${count(batch.total_items)}`), count(batch.failed_items), duration(batch.eta_s), when(batch.created_at)],
+      h("a", { href: link(`batch/${batch.batch_id}`), class: "mono" }, batch.batch_id.slice(-12)),
+      batch.agent_name,
+      badge(batch.status),
+      h("span", {}, `${batch.progress_percentage} % of ${count(batch.total_items)}`),
+      count(batch.failed_items),
+      duration(batch.eta_s),
+      when(batch.created_at),
+    ],
     id: (batch) => batch.batch_id,
     beside: h("p", { class: "actions" }, h("a", { class: "button primary", href: link("new-batch") }, "New batch")),
   });

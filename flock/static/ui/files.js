@@ -17,10 +17,11 @@ async function within(mode, work) {
   }
 }
 
-const settled = (request) => new Promise((done, fail) => {
-  request.onsuccess = () => done(request.result);
-  request.onerror = () => fail(request.error);
-});
+const settled = (request) =>
+  new Promise((done, fail) => {
+    request.onsuccess = () => done(request.result);
+    request.onerror = () => fail(request.error);
+  });
 
 /** The file of this tab. Those of tabs that were closed are forgotten after a day, if not before.
  *
@@ -28,9 +29,12 @@ const settled = (request) => new Promise((done, fail) => {
 export async function recall() {
   try {
     const keys = await within("readonly", (files) => files.getAllKeys());
-    for (const key of keys) if (Number.parseInt(key, 10) < Date.now() - DAY_MS) await within("readwrite", (files) => files.delete(key));
+    for (const key of keys)
+      if (Number.parseInt(key, 10) < Date.now() - DAY_MS) await within("readwrite", (files) => files.delete(key));
     return session.get("batch file") && (await within("readonly", (files) => files.get(session.get("batch file"))));
-  } catch { return undefined; }
+  } catch {
+    return undefined;
+  }
 }
 
 export async function remember(file) {
@@ -41,5 +45,7 @@ export async function remember(file) {
     const key = `${Date.now()} ${Math.random()}`;
     await within("readwrite", (files) => files.put(file, key));
     session.set("batch file", key);
-  } catch { /* it has to be chosen again after a reload */ }
+  } catch {
+    /* it has to be chosen again after a reload */
+  }
 }

@@ -16,7 +16,9 @@ export function form(schema, value) {
       // The nearest place around it: what is wrong in a list of numbers is told beside the list.
       for (let at = pointer; at; at = at.slice(0, at.lastIndexOf("/"))) {
         let found = null;
-        whole.each((field) => { if (field.pointer() === at && field.error) found = field; });
+        whole.each((field) => {
+          if (field.pointer() === at && field.error) found = field;
+        });
         if (found) {
           found.error(text);
           return found.control;
@@ -32,26 +34,45 @@ export function plain(schema, root) {
   if (schema.$ref) return plain({ ...schema, ...at(root, schema.$ref), $ref: undefined }, root);
   const union = schema.anyOf ?? schema.oneOf;
   const some = union?.filter((member) => member.type !== "null");
-  if (union && some.length === 1) return { ...plain({ ...schema, anyOf: undefined, oneOf: undefined, ...some[0] }, root), isNullable: some.length < union.length };
+  if (union && some.length === 1)
+    return {
+      ...plain({ ...schema, anyOf: undefined, oneOf: undefined, ...some[0] }, root),
+      isNullable: some.length < union.length,
+    };
   if (Array.isArray(schema.type)) {
     const types = schema.type.filter((type) => type !== "null");
     if (types.length === 1) return { ...schema, type: types[0], isNullable: types.length < schema.type.length };
   }
-  if (schema.enum?.includes(null)) return { ...schema, enum: schema.enum.filter((each) => each !== null), isNullable: true };
+  if (schema.enum?.includes(null))
+    return { ...schema, enum: schema.enum.filter((each) => each !== null), isNullable: true };
   return schema;
 }
 
-const at = (root, reference) => reference.slice(2).split("/").reduce((place, name) => place?.[name.replace(/~1/g, "/").replace(/~0/g, "~")], root) ?? {};
+const at = (root, reference) =>
+  reference
+    .slice(2)
+    .split("/")
+    .reduce((place, name) => place?.[name.replace(/~1/g, "/").replace(/~0/g, "~")], root) ?? {};
 
 export const escapePointer = (name) => String(name).replace(/~/g, "~0").replace(/\//g, "~1");
 
 function members(schema, value, pointer, root) {
   const required = new Set(schema.required ?? []);
-  const fields = Object.entries(schema.properties ?? {}).map(([name, its]) =>
-    [name, field(name, its, value?.[name], () => `${typeof pointer === "function" ? pointer() : pointer}/${escapePointer(name)}`, required.has(name), root)]);
+  const fields = Object.entries(schema.properties ?? {}).map(([name, its]) => [
+    name,
+    field(
+      name,
+      its,
+      value?.[name],
+      () => `${typeof pointer === "function" ? pointer() : pointer}/${escapePointer(name)}`,
+      required.has(name),
+      root,
+    ),
+  ]);
   return {
     nodes: fields.length ? fields.map(([, each]) => each.node) : [h("p", { class: "quiet" }, "It takes no input.")],
-    read: () => Object.fromEntries(fields.map(([name, each]) => [name, each.read()]).filter(([, read]) => read !== undefined)),
+    read: () =>
+      Object.fromEntries(fields.map(([name, each]) => [name, each.read()]).filter(([, read]) => read !== undefined)),
     each: (look) => fields.forEach(([, each]) => each.each(look)),
   };
 }
@@ -61,7 +82,10 @@ function field(name, schema, value, pointer, isRequired, root, isItem = false) {
   const start = value !== undefined ? value : its.default;
   const made = { name, its, start, pointer, isRequired, isItem, root, id: newId() };
   if (its.enum || its.const !== undefined) return choice(made);
-  if (its.type === "boolean") return its.isNullable || (!isRequired && its.default === undefined) ? choice({ ...made, its: { ...its, enum: [true, false] } }) : checkbox(made);
+  if (its.type === "boolean")
+    return its.isNullable || (!isRequired && its.default === undefined)
+      ? choice({ ...made, its: { ...its, enum: [true, false] } })
+      : checkbox(made);
   if (its.type === "integer" || its.type === "number") return numeric(made);
   if (its.type === "string") return text(made);
   if (its.type === "array" && its.items && !its.prefixItems) return list(made);
@@ -74,16 +98,30 @@ const FORMATS = { date: "date", time: "time", "date-time": "datetime-local", ema
 /** What stands around one control: its label, what it is for, and what is wrong with it. */
 function around({ name, its, id, pointer, isRequired, isItem }, control, read, more = "") {
   const wrong = h("p", { class: "error", id: `${id}-error`, hidden: true });
-  const shown = its.default === undefined || its.default === null || its.default === "" ? "" : `Default: ${typeof its.default === "string" ? its.default : JSON.stringify(its.default)}.`;
-  const hint = [its.description, more, shown].filter(Boolean).map((words) => (/[.!?]$/.test(words) ? words : `${words}.`)).join(" ");
+  const shown =
+    its.default === undefined || its.default === null || its.default === ""
+      ? ""
+      : `Default: ${typeof its.default === "string" ? its.default : JSON.stringify(its.default)}.`;
+  const hint = [its.description, more, shown]
+    .filter(Boolean)
+    .map((words) => (/[.!?]$/.test(words) ? words : `${words}.`))
+    .join(" ");
   control.id = id;
   control.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
   const isBox = control.type === "checkbox";
   const label = [name, isRequired && !isItem && !isBox && h("span", { class: "quiet" }, " (required)")];
   const made = {
-    control, pointer, read,
-    node: h("div", { class: "field" },
-      h("label", { for: id }, isBox ? [control, label] : label), h("p", { class: "hint", id: `${id}-hint`, hidden: !hint }, hint), isBox ? null : control, wrong),
+    control,
+    pointer,
+    read,
+    node: h(
+      "div",
+      { class: "field" },
+      h("label", { for: id }, isBox ? [control, label] : label),
+      h("p", { class: "hint", id: `${id}-hint`, hidden: !hint }, hint),
+      isBox ? null : control,
+      wrong,
+    ),
     error: (text) => {
       fill(wrong, text).hidden = !text;
       control.toggleAttribute("aria-invalid", Boolean(text));
@@ -100,10 +138,23 @@ const empty = ({ its, isRequired }) => (its.isNullable && (isRequired || its.def
 function choice(made) {
   const options = made.its.enum ?? [made.its.const];
   const blank = !made.isRequired || made.its.isNullable || made.start === undefined;
-  const words = (option) => (option === true ? "yes" : option === false ? "no" : typeof option === "string" ? option : JSON.stringify(option));
-  const control = h("select", { required: made.isRequired && !made.its.isNullable },
+  const words = (option) =>
+    option === true ? "yes" : option === false ? "no" : typeof option === "string" ? option : JSON.stringify(option);
+  const control = h(
+    "select",
+    { required: made.isRequired && !made.its.isNullable },
     blank && h("option", { value: "" }, made.isRequired && !made.its.isNullable ? "Choose …" : "–"),
-    options.map((option, index) => h("option", { value: String(index), selected: made.start !== undefined && JSON.stringify(option) === JSON.stringify(made.start) }, words(option))));
+    options.map((option, index) =>
+      h(
+        "option",
+        {
+          value: String(index),
+          selected: made.start !== undefined && JSON.stringify(option) === JSON.stringify(made.start),
+        },
+        words(option),
+      ),
+    ),
+  );
   return around(made, control, () => (control.value === "" ? empty(made) : options[Number(control.value)]));
 }
 
@@ -116,13 +167,19 @@ function numeric(made) {
   const { its, isRequired, start } = made;
   const bound = (name, exclusive) => its[name] ?? its[exclusive];
   const control = h("input", {
-    type: "number", step: its.type === "integer" ? 1 : "any", min: bound("minimum", "exclusiveMinimum"), max: bound("maximum", "exclusiveMaximum"),
-    required: isRequired && !its.isNullable, value: start === undefined || start === null ? "" : String(start.rawJSON ?? start),
+    type: "number",
+    step: its.type === "integer" ? 1 : "any",
+    min: bound("minimum", "exclusiveMinimum"),
+    max: bound("maximum", "exclusiveMaximum"),
+    required: isRequired && !its.isNullable,
+    value: start === undefined || start === null ? "" : String(start.rawJSON ?? start),
   });
   const read = () => {
     const number = control.valueAsNumber;
     if (control.value === "") return empty(made);
-    return Number.isInteger(number) && !Number.isSafeInteger(number) && JSON.rawJSON ? JSON.rawJSON(control.value) : number;
+    return Number.isInteger(number) && !Number.isSafeInteger(number) && JSON.rawJSON
+      ? JSON.rawJSON(control.value)
+      : number;
   };
   return around(made, control, read, its.type === "integer" ? "A whole number." : "A number.");
 }
@@ -134,12 +191,39 @@ function text(made) {
   const common = { required: isRequired && !its.isNullable, minlength: its.minLength, maxlength: its.maxLength };
   if (!type) {
     const control = h("textarea", { ...common, rows: 1, value: given, oninput: grow });
-    const more = its.format === "duration" ? "A duration such as PT90S." : its.format ? `Format: ${its.format}.` : its.contentEncoding ? `Encoded as ${its.contentEncoding}.` : "";
-    return around(made, control, () => (control.value === "" && (!isRequired || its.isNullable) && its.default !== "" ? empty(made) : control.value), more);
+    const more =
+      its.format === "duration"
+        ? "A duration such as PT90S."
+        : its.format
+          ? `Format: ${its.format}.`
+          : its.contentEncoding
+            ? `Encoded as ${its.contentEncoding}.`
+            : "";
+    return around(
+      made,
+      control,
+      () =>
+        control.value === "" && (!isRequired || its.isNullable) && its.default !== "" ? empty(made) : control.value,
+      more,
+    );
   }
-  const control = h("input", { ...common, type, step: type === "date" ? undefined : "any", value: type === "datetime-local" && given ? localTime(given) : given });
-  return around(made, control, () => (control.value === "" ? empty(made) : type === "datetime-local" ? new Date(control.value).toISOString() : control.value),
-    type === "datetime-local" ? "In your own time zone." : "");
+  const control = h("input", {
+    ...common,
+    type,
+    step: type === "date" ? undefined : "any",
+    value: type === "datetime-local" && given ? localTime(given) : given,
+  });
+  return around(
+    made,
+    control,
+    () =>
+      control.value === ""
+        ? empty(made)
+        : type === "datetime-local"
+          ? new Date(control.value).toISOString()
+          : control.value,
+    type === "datetime-local" ? "In your own time zone." : "",
+  );
 }
 
 /** Where the browser does not let a text area grow by itself. */
@@ -152,30 +236,59 @@ function grow({ target }) {
 function list(made) {
   const { name, its, start, pointer, isRequired, root, id } = made;
   let number = 0;
-  const items = [], rows = h("ul", { class: "list" });
+  const items = [],
+    rows = h("ul", { class: "list" });
   const wrong = h("p", { class: "error", hidden: true });
   const add = (value) => {
     const called = `${name} ${++number}`;
     const item = field(called, its.items, value, () => `${pointer()}/${items.indexOf(item)}`, true, root, true);
-    const row = h("li", {}, item.node, button("Remove", () => {
-      items.splice(items.indexOf(item), 1);
-      row.remove();
-      more.focus();
-      more.dispatchEvent(new Event("input", { bubbles: true }));
-    }, { class: "small", "aria-label": `Remove ${called}` }));
+    const row = h(
+      "li",
+      {},
+      item.node,
+      button(
+        "Remove",
+        () => {
+          items.splice(items.indexOf(item), 1);
+          row.remove();
+          more.focus();
+          more.dispatchEvent(new Event("input", { bubbles: true }));
+        },
+        { class: "small", "aria-label": `Remove ${called}` },
+      ),
+    );
     items.push(item);
     rows.append(row);
     return item;
   };
-  const more = button("Add", () => add().node.querySelector("input, select, textarea, button")?.focus(), { class: "small", "aria-label": `Add to ${name}` });
+  const more = button("Add", () => add().node.querySelector("input, select, textarea, button")?.focus(), {
+    class: "small",
+    "aria-label": `Add to ${name}`,
+  });
   for (const value of Array.isArray(start) ? start : []) add(value);
   const made_ = {
-    control: more, pointer,
-    node: h("fieldset", { "aria-describedby": `${id}-hint` }, h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
-      h("p", { class: "hint", id: `${id}-hint`, hidden: !its.description }, its.description), rows, more, wrong),
-    read: () => (items.length === 0 && !isRequired && its.default === undefined ? undefined : items.map((item) => item.read() ?? null)),
-    error: (text) => { fill(wrong, text).hidden = !text; },
-    each: (look) => { look(made_); items.forEach((item) => item.each(look)); },
+    control: more,
+    pointer,
+    node: h(
+      "fieldset",
+      { "aria-describedby": `${id}-hint` },
+      h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
+      h("p", { class: "hint", id: `${id}-hint`, hidden: !its.description }, its.description),
+      rows,
+      more,
+      wrong,
+    ),
+    read: () =>
+      items.length === 0 && !isRequired && its.default === undefined
+        ? undefined
+        : items.map((item) => item.read() ?? null),
+    error: (text) => {
+      fill(wrong, text).hidden = !text;
+    },
+    each: (look) => {
+      look(made_);
+      items.forEach((item) => item.each(look));
+    },
   };
   return made_;
 }
@@ -185,15 +298,27 @@ function nested(made) {
   const inner = members(its, start, pointer, root);
   const wrong = h("p", { class: "error", tabindex: "-1", hidden: true });
   const made_ = {
-    control: wrong, pointer,
-    node: h("fieldset", { "aria-describedby": `${id}-hint` }, h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
-      h("p", { class: "hint", id: `${id}-hint`, hidden: !its.description }, its.description), inner.nodes, wrong),
+    control: wrong,
+    pointer,
+    node: h(
+      "fieldset",
+      { "aria-describedby": `${id}-hint` },
+      h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
+      h("p", { class: "hint", id: `${id}-hint`, hidden: !its.description }, its.description),
+      inner.nodes,
+      wrong,
+    ),
     read: () => {
       const read = inner.read();
       return !isRequired && Object.keys(read).length === 0 ? undefined : read;
     },
-    error: (text) => { fill(wrong, text).hidden = !text; },
-    each: (look) => { look(made_); inner.each(look); },
+    error: (text) => {
+      fill(wrong, text).hidden = !text;
+    },
+    each: (look) => {
+      look(made_);
+      inner.each(look);
+    },
   };
   return made_;
 }
@@ -202,7 +327,16 @@ function nested(made) {
 function json(made) {
   const { its, isRequired, start } = made;
   const takesText = !its.type && (!its.anyOf || its.anyOf.some((member) => member.type === "string"));
-  const control = h("textarea", { rows: 1, class: "mono", required: isRequired && !its.isNullable, value: start === undefined || start === null ? "" : JSON.stringify(start), oninput: (event) => { control.setCustomValidity(""); grow(event); } });
+  const control = h("textarea", {
+    rows: 1,
+    class: "mono",
+    required: isRequired && !its.isNullable,
+    value: start === undefined || start === null ? "" : JSON.stringify(start),
+    oninput: (event) => {
+      control.setCustomValidity("");
+      grow(event);
+    },
+  });
   const read = () => {
     if (control.value.trim() === "") return empty(made);
     try {
@@ -212,5 +346,10 @@ function json(made) {
       throw Object.assign(new Error(`This is no JSON: ${error.message}.`), { pointer: made.pointer() });
     }
   };
-  return around(made, control, read, takesText ? "JSON, or text." : its.type === "array" ? "JSON, such as [1, 2]." : 'JSON, such as {"name": 1}.');
+  return around(
+    made,
+    control,
+    read,
+    takesText ? "JSON, or text." : its.type === "array" ? "JSON, such as [1, 2]." : 'JSON, such as {"name": 1}.',
+  );
 }

@@ -1,6 +1,26 @@
 // A new batch: rows from a file or pasted, what their columns become, and what is wrong before anything starts.
 
-import { Problem, button, copy, count, doing, fetchTelling, fill, get, go, h, hasKey, idempotencyKey, keep, newId, problem, send, session, title, url } from "./app.js";
+import {
+  Problem,
+  button,
+  copy,
+  count,
+  doing,
+  fetchTelling,
+  fill,
+  get,
+  go,
+  h,
+  hasKey,
+  idempotencyKey,
+  keep,
+  newId,
+  problem,
+  send,
+  session,
+  title,
+  url,
+} from "./app.js";
 import { recall, remember } from "./files.js";
 import { form } from "./form.js";
 import { check, preview, sniff, without } from "./rows.js";
@@ -13,13 +33,28 @@ const KINDS = { csv: "text/csv", ndjson: "application/x-ndjson" };
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
   if (!agents.length) return fill(main, title("New batch"), h("p", { class: "empty" }, "There are no agents yet."));
-  let agent, schema, rows = null, format = null, columns = [], mapping = {}, statics = null, found = null, checking = new AbortController();
+  let agent,
+    schema,
+    rows = null,
+    format = null,
+    columns = [],
+    mapping = {},
+    statics = null,
+    found = null,
+    checking = new AbortController();
   signal.addEventListener("abort", () => checking.abort());
 
   // Step 1: who works on the rows
   const chosen = params.get("agent") ?? session.get("batch agent");
-  const who = h("select", { id: newId() }, agents.map(({ name }) => h("option", { value: name, selected: name === chosen }, name)));
-  who.addEventListener("change", () => { keep("new-batch", { agent: who.value }); setAgent().catch(failed); });
+  const who = h(
+    "select",
+    { id: newId() },
+    agents.map(({ name }) => h("option", { value: name, selected: name === chosen }, name)),
+  );
+  who.addEventListener("change", () => {
+    keep("new-batch", { agent: who.value });
+    setAgent().catch(failed);
+  });
   async function setAgent() {
     const name = who.value;
     session.set("batch agent", name);
@@ -27,20 +62,35 @@ export async function show(main, { params, signal }) {
     if (who.value !== name) return; // another was chosen meanwhile
     agent = its;
     schema = agent.input_schema;
-    const inputs = Object.entries(schema.properties ?? {}).map(([name]) => `${name}${schema.required?.includes(name) ? "" : " (optional)"}`);
+    const inputs = Object.entries(schema.properties ?? {}).map(
+      ([name]) => `${name}${schema.required?.includes(name) ? "" : " (optional)"}`,
+    );
     fill(takes, `It takes: ${inputs.join(", ") || "nothing"}.`);
     await setRows();
   }
   const takes = h("p", { class: "quiet" });
 
   // Step 2: the rows
-  const file = h("input", { type: "file", id: newId(), accept: ".csv,.tsv,.txt,.ndjson,.jsonl,text/csv,application/x-ndjson" });
-  const pasted = h("textarea", { id: newId(), rows: 6, class: "mono pasted", placeholder: "text\nThis is great!\nThis is terrible.", value: session.get("batch text") ?? "" });
+  const file = h("input", {
+    type: "file",
+    id: newId(),
+    accept: ".csv,.tsv,.txt,.ndjson,.jsonl,text/csv,application/x-ndjson",
+  });
+  const pasted = h("textarea", {
+    id: newId(),
+    rows: 6,
+    class: "mono pasted",
+    placeholder: "text\nThis is great!\nThis is terrible.",
+    value: session.get("batch text") ?? "",
+  });
   const named = h("p", { class: "quiet", role: "status" });
   let dropped = (await recall()) ?? null;
   const choose = (one) => {
     dropped = one ?? null;
-    if (dropped) { pasted.value = ""; session.set("batch text", null); }
+    if (dropped) {
+      pasted.value = "";
+      session.set("batch text", null);
+    }
     remember(dropped);
     setRows().catch(failed);
   };
@@ -51,24 +101,62 @@ export async function show(main, { params, signal }) {
     typing = setTimeout(() => {
       if (pasted.value.length > MAX_PASTED) return choose(new File([pasted.value], "pasted rows"));
       session.set("batch text", pasted.value);
-      if (pasted.value) { dropped = null; remember(null); file.value = ""; }
+      if (pasted.value) {
+        dropped = null;
+        remember(null);
+        file.value = "";
+      }
       setRows().catch(failed);
     }, 250);
   });
-  const drop = h("div", {
-    class: "drop",
-    ondragover: (event) => { event.preventDefault(); drop.classList.add("over"); },
-    ondragleave: () => drop.classList.remove("over"),
-    ondrop: (event) => { event.preventDefault(); drop.classList.remove("over"); choose(event.dataTransfer.files[0]); },
-  }, h("label", { for: file.id }, h("strong", {}, "Drop a file of CSV or NDJSON here"), " or choose one"), h("p", {}, file), named);
+  const drop = h(
+    "div",
+    {
+      class: "drop",
+      ondragover: (event) => {
+        event.preventDefault();
+        drop.classList.add("over");
+      },
+      ondragleave: () => drop.classList.remove("over"),
+      ondrop: (event) => {
+        event.preventDefault();
+        drop.classList.remove("over");
+        choose(event.dataTransfer.files[0]);
+      },
+    },
+    h("label", { for: file.id }, h("strong", {}, "Drop a file of CSV or NDJSON here"), " or choose one"),
+    h("p", {}, file),
+    named,
+  );
 
   let turn = 0;
   async function setRows() {
     const mine = ++turn;
     if (!schema) return; // it comes here again once the agent is there
     rows = dropped ?? (pasted.value.trim() ? new Blob([pasted.value]) : null);
-    fill(named, dropped && ["Chosen: ", dropped.name ?? "a file", ` (${size(dropped.size)}) `, button("Remove", () => { file.value = ""; choose(null); }, { class: "small" })]);
-    if (!rows) { checking.abort(); fill(parts.columns); fill(parts.check); fill(parts.start); return; }
+    fill(
+      named,
+      dropped && [
+        "Chosen: ",
+        dropped.name ?? "a file",
+        ` (${size(dropped.size)}) `,
+        button(
+          "Remove",
+          () => {
+            file.value = "";
+            choose(null);
+          },
+          { class: "small" },
+        ),
+      ],
+    );
+    if (!rows) {
+      checking.abort();
+      fill(parts.columns);
+      fill(parts.check);
+      fill(parts.start);
+      return;
+    }
     const its = await sniff(rows);
     const first = await preview(rows, its).catch(() => ({ columns: [], rows: [] })); // the check tells why
     if (mine !== turn) return;
@@ -76,37 +164,137 @@ export async function show(main, { params, signal }) {
     columns = first.columns;
     const inputs = Object.keys(schema.properties ?? {});
     const before = JSON.parse(session.get("batch mapping") ?? "{}");
-    const same = (name) => inputs.find((input) => input.toLowerCase().replace(/[\s_-]/g, "") === name.toLowerCase().replace(/[\s_-]/g, ""));
-    mapping = Object.fromEntries(columns.map((name) => [name, inputs.includes(before[name]) || before[name] === "" ? before[name] : inputs.includes(name) ? name : same(name) ?? ""]));
+    const same = (name) =>
+      inputs.find((input) => input.toLowerCase().replace(/[\s_-]/g, "") === name.toLowerCase().replace(/[\s_-]/g, ""));
+    mapping = Object.fromEntries(
+      columns.map((name) => [
+        name,
+        inputs.includes(before[name]) || before[name] === ""
+          ? before[name]
+          : inputs.includes(name)
+            ? name
+            : (same(name) ?? ""),
+      ]),
+    );
     drawColumns(first);
     drawStatics();
   }
 
   // Step 3: what the columns become
-  const parts = { columns: h("section"), statics: h("div"), check: h("section", { "aria-label": "Check" }), start: h("section") };
+  const parts = {
+    columns: h("section"),
+    statics: h("div"),
+    check: h("section", { "aria-label": "Check" }),
+    start: h("section"),
+  };
   function drawColumns(first) {
     const inputs = Object.keys(schema.properties ?? {});
-    const select = (name) => h("select", {
-      class: "small", "aria-label": `Column ${name} becomes`,
-      onchange: ({ target }) => { mapping[name] = target.value; session.set("batch mapping", JSON.stringify(mapping)); drawStatics(); },
-    }, h("option", { value: "" }, "(left out)"), inputs.map((input) => h("option", { value: input, selected: mapping[name] === input }, input)));
-    fill(parts.columns, h("h2", {}, "Columns"),
-      h("p", { class: "quiet" }, format.kind === "csv" ? `CSV, cells separated by ${{ ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" }[format.delimiter]}. ` : "NDJSON, an object a line. ", "The first rows, and which input each column becomes:"),
-      h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "The first rows" }, h("table", {},
-        h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col" }, name || "(no name)", h("br"), select(name))))),
-        h("tbody", {}, first.rows.map((row) => h("tr", {}, columns.map((_, index) => h("td", {}, short(row[index] ?? "")))))))),
-      parts.statics);
+    const select = (name) =>
+      h(
+        "select",
+        {
+          class: "small",
+          "aria-label": `Column ${name} becomes`,
+          onchange: ({ target }) => {
+            mapping[name] = target.value;
+            session.set("batch mapping", JSON.stringify(mapping));
+            drawStatics();
+          },
+        },
+        h("option", { value: "" }, "(left out)"),
+        inputs.map((input) => h("option", { value: input, selected: mapping[name] === input }, input)),
+      );
+    fill(
+      parts.columns,
+      h("h2", {}, "Columns"),
+      h(
+        "p",
+        { class: "quiet" },
+        format.kind === "csv"
+          ? `CSV, cells separated by ${{ ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" }[format.delimiter]}. `
+          : "NDJSON, an object a line. ",
+        "The first rows, and which input each column becomes:",
+      ),
+      h(
+        "div",
+        { class: "wide", tabindex: "0", role: "group", "aria-label": "The first rows" },
+        h(
+          "table",
+          {},
+          h(
+            "thead",
+            {},
+            h(
+              "tr",
+              {},
+              columns.map((name) => h("th", { scope: "col" }, name || "(no name)", h("br"), select(name))),
+            ),
+          ),
+          h(
+            "tbody",
+            {},
+            first.rows.map((row) =>
+              h(
+                "tr",
+                {},
+                columns.map((_, index) => h("td", {}, short(row[index] ?? ""))),
+              ),
+            ),
+          ),
+        ),
+      ),
+      parts.statics,
+    );
   }
 
   function drawStatics() {
-    const taken = new Set(Object.values(mapping)), required = (schema.required ?? []).filter((name) => !taken.has(name));
+    const taken = new Set(Object.values(mapping)),
+      required = (schema.required ?? []).filter((name) => !taken.has(name));
     const open = Object.fromEntries(Object.entries(schema.properties ?? {}).filter(([name, its]) => !taken.has(name)));
     let kept = {};
-    try { kept = JSON.parse(session.get(`statics ${agent.name}`) ?? "{}"); } catch { /* none */ }
-    const bare = Object.fromEntries(Object.entries(open).map(([name, its]) => [name, required.includes(name) ? its : { ...its, default: undefined, description: [its.description, "default" in its ? `Default: ${JSON.stringify(its.default)}.` : ""].filter(Boolean).join(" ") }]));
+    try {
+      kept = JSON.parse(session.get(`statics ${agent.name}`) ?? "{}");
+    } catch {
+      /* none */
+    }
+    const bare = Object.fromEntries(
+      Object.entries(open).map(([name, its]) => [
+        name,
+        required.includes(name)
+          ? its
+          : {
+              ...its,
+              default: undefined,
+              description: [its.description, "default" in its ? `Default: ${JSON.stringify(its.default)}.` : ""]
+                .filter(Boolean)
+                .join(" "),
+            },
+      ]),
+    );
     statics = form({ ...schema, properties: bare, required }, kept);
-    fill(parts.statics, Object.keys(bare).length > 0 && h("details", { open: required.length > 0 }, h("summary", {}, "The same in every row"),
-      h("div", { oninput: () => { try { session.set(`statics ${agent.name}`, JSON.stringify(sameInAll())); } catch { /* not yet JSON */ } recheck(); } }, statics.node)));
+    fill(
+      parts.statics,
+      Object.keys(bare).length > 0 &&
+        h(
+          "details",
+          { open: required.length > 0 },
+          h("summary", {}, "The same in every row"),
+          h(
+            "div",
+            {
+              oninput: () => {
+                try {
+                  session.set(`statics ${agent.name}`, JSON.stringify(sameInAll()));
+                } catch {
+                  /* not yet JSON */
+                }
+                recheck();
+              },
+            },
+            statics.node,
+          ),
+        ),
+    );
     recheck();
   }
 
@@ -115,35 +303,113 @@ export async function show(main, { params, signal }) {
     checking.abort();
     const { signal: its } = (checking = new AbortController());
     found = null;
-    const twice = columns.filter((name, index) => mapping[name] && columns.findIndex((other) => mapping[other] === mapping[name]) !== index);
+    const twice = columns.filter(
+      (name, index) => mapping[name] && columns.findIndex((other) => mapping[other] === mapping[name]) !== index,
+    );
     let given = {};
-    try { given = sameInAll(); } catch { /* told at the start */ }
+    try {
+      given = sameInAll();
+    } catch {
+      /* told at the start */
+    }
     drawStart();
-    if (twice.length) return fill(parts.check, problem({ title: "Two columns become the same input", message: `Change what ${twice.map((name) => `“${name}”`).join(", ")} becomes.` }));
-    check(rows, format, { schema, mapping, statics: given, signal: its, told: (now) => { found = now; drawCheck(); drawStart(); } })
-      .catch((error) => { if (!its.aborted) failed(error); });
+    if (twice.length)
+      return fill(
+        parts.check,
+        problem({
+          title: "Two columns become the same input",
+          message: `Change what ${twice.map((name) => `“${name}”`).join(", ")} becomes.`,
+        }),
+      );
+    check(rows, format, {
+      schema,
+      mapping,
+      statics: given,
+      signal: its,
+      told: (now) => {
+        found = now;
+        drawCheck();
+        drawStart();
+      },
+    }).catch((error) => {
+      if (!its.aborted) failed(error);
+    });
   }
 
   function drawCheck() {
     const { rows: read, wrong, errors, isDone } = found;
-    const summary = wrong || errors.length ? `${count(wrong, "row does", "rows do")} not fit, of ${count(read)}${isDone ? "" : " so far"}.` : `${isDone ? "All" : "So far all"} ${count(read, "row fits", "rows fit")}.`;
-    fill(parts.check, h("h2", {}, "Check"), h("p", { role: "status" }, h("span", { "aria-hidden": "true" }, wrong || errors.length ? "✕ " : isDone ? "✓ " : "… "), summary),
-      errors.length > 0 && lines(errors, wrong));
+    const summary =
+      wrong || errors.length
+        ? `${count(wrong, "row does", "rows do")} not fit, of ${count(read)}${isDone ? "" : " so far"}.`
+        : `${isDone ? "All" : "So far all"} ${count(read, "row fits", "rows fit")}.`;
+    fill(
+      parts.check,
+      h("h2", {}, "Check"),
+      h(
+        "p",
+        { role: "status" },
+        h("span", { "aria-hidden": "true" }, wrong || errors.length ? "✕ " : isDone ? "✓ " : "… "),
+        summary,
+      ),
+      errors.length > 0 && lines(errors, wrong),
+    );
   }
 
   // Step 5: start
-  const invalid = h("select", { id: newId() }, h("option", { value: "reject" }, "stop the batch before it starts"), h("option", { value: "skip" }, "fail, and the others run"));
+  const invalid = h(
+    "select",
+    { id: newId() },
+    h("option", { value: "reject" }, "stop the batch before it starts"),
+    h("option", { value: "skip" }, "fail, and the others run"),
+  );
   invalid.value = session.get("batch invalid") ?? "reject";
-  const workers = h("input", { id: newId(), type: "number", min: 1, max: 1000, value: session.get("batch workers") ?? "5" });
-  invalid.addEventListener("change", () => { session.set("batch invalid", invalid.value); drawStart(); });
+  const workers = h("input", {
+    id: newId(),
+    type: "number",
+    min: 1,
+    max: 1000,
+    value: session.get("batch workers") ?? "5",
+  });
+  invalid.addEventListener("change", () => {
+    session.set("batch invalid", invalid.value);
+    drawStart();
+  });
   workers.addEventListener("change", () => session.set("batch workers", workers.value));
-  const answer = h("div"), sent = h("div");
+  const answer = h("div"),
+    sent = h("div");
   const startButton = button("Start the batch", () => start({ currentTarget: startButton }), { class: "primary" });
   function drawStart() {
-    const isWrong = found && (found.wrong > 0 || found.errors.length > 0), isStopped = isWrong && (invalid.value === "reject" || found.isUnreadable);
+    const isWrong = found && (found.wrong > 0 || found.errors.length > 0),
+      isStopped = isWrong && (invalid.value === "reject" || found.isUnreadable);
     startButton.disabled = !found || isStopped || (found.isDone && found.rows === 0);
-    fill(why, isStopped ? "Mend the rows or the columns first, or let the rows that do not fit fail." : found && !found.isDone ? "You may start before all rows are checked: the server checks them, too." : "");
-    if (!parts.start.contains(startButton)) fill(parts.start, h("h2", {}, "Start"), h("div", { class: "filters" }, h("label", { for: invalid.id }, "Rows that do not fit", invalid), h("label", { for: workers.id }, "Rows at the same time", workers)), answer, sent, h("p", { class: "actions" }, startButton, button("Copy as curl", () => copy(curl(), "Command"))), why);
+    fill(
+      why,
+      isStopped
+        ? "Mend the rows or the columns first, or let the rows that do not fit fail."
+        : found && !found.isDone
+          ? "You may start before all rows are checked: the server checks them, too."
+          : "",
+    );
+    if (!parts.start.contains(startButton))
+      fill(
+        parts.start,
+        h("h2", {}, "Start"),
+        h(
+          "div",
+          { class: "filters" },
+          h("label", { for: invalid.id }, "Rows that do not fit", invalid),
+          h("label", { for: workers.id }, "Rows at the same time", workers),
+        ),
+        answer,
+        sent,
+        h(
+          "p",
+          { class: "actions" },
+          startButton,
+          button("Copy as curl", () => copy(curl(), "Command")),
+        ),
+        why,
+      );
   }
   const why = h("p", { class: "quiet" });
 
@@ -153,8 +419,11 @@ export async function show(main, { params, signal }) {
     const names = Object.fromEntries(Object.entries(mapping).filter(([name, input]) => input && input !== name));
     const given = sameInAll();
     return new URLSearchParams({
-      agent_name: agent.name, on_invalid: invalid.value, max_workers: workers.value || "5",
-      ...(Object.keys(names).length ? { input_mapping: JSON.stringify(names) } : {}), ...(Object.keys(given).length ? { static_inputs: JSON.stringify(given) } : {}),
+      agent_name: agent.name,
+      on_invalid: invalid.value,
+      max_workers: workers.value || "5",
+      ...(Object.keys(names).length ? { input_mapping: JSON.stringify(names) } : {}),
+      ...(Object.keys(given).length ? { static_inputs: JSON.stringify(given) } : {}),
       ...(format.kind === "csv" && format.delimiter !== "," ? { delimiter: format.delimiter } : {}),
     });
   }
@@ -163,17 +432,28 @@ export async function show(main, { params, signal }) {
     fill(answer);
     statics.clear();
     let options;
-    try { options = query(); } catch (error) { return void (error.pointer && statics.error(error.pointer, error.message)?.focus()); }
+    try {
+      options = query();
+    } catch (error) {
+      return void (error.pointer && statics.error(error.pointer, error.message)?.focus());
+    }
     const leftOut = new Set(columns.filter((name) => mapping[name] === ""));
     const body = leftOut.size ? await without(rows, format, leftOut, signal) : rows;
-    const bar = h("progress", { max: body.size, value: 0 }), words = h("span", { role: "status" }, "Sending the rows …");
+    const bar = h("progress", { max: body.size, value: 0 }),
+      words = h("span", { role: "status" }, "Sending the rows …");
     fill(sent, h("label", {}, words, bar));
     const tell = (bytes) => {
       bar.value = bytes;
       if (bytes >= body.size) fill(words, "The rows are sent. The server looks at each, and keeps it …");
     };
     try {
-      const response = await send(`run/batch?${options}`, { method: "POST", body, signal, by: fetchTelling(tell), headers: { "Content-Type": KINDS[format.kind], ...idempotencyKey() } });
+      const response = await send(`run/batch?${options}`, {
+        method: "POST",
+        body,
+        signal,
+        by: fetchTelling(tell),
+        headers: { "Content-Type": KINDS[format.kind], ...idempotencyKey() },
+      });
       const batch = JSON.parse(await response.text());
       for (const name of ["batch text", "batch mapping"]) session.set(name, null);
       await remember(null);
@@ -181,7 +461,20 @@ export async function show(main, { params, signal }) {
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
       const errors = error.errors.filter((each) => each.line);
-      fill(answer, problem({ title: error.title, message: errors.length ? "Nothing has started. What the server found:" : error.message, errors: error.errors.filter((each) => !each.line), requestId: error.requestId }), errors.length > 0 && lines(errors.map((each) => ({ ...each, column: each.pointer.slice(1) })), errors.length));
+      fill(
+        answer,
+        problem({
+          title: error.title,
+          message: errors.length ? "Nothing has started. What the server found:" : error.message,
+          errors: error.errors.filter((each) => !each.line),
+          requestId: error.requestId,
+        }),
+        errors.length > 0 &&
+          lines(
+            errors.map((each) => ({ ...each, column: each.pointer.slice(1) })),
+            errors.length,
+          ),
+      );
     } finally {
       fill(sent);
     }
@@ -193,24 +486,83 @@ export async function show(main, { params, signal }) {
     return `curl -X POST ${quoted(`${url("run/batch")}?${query()}`)} -H 'Content-Type: ${KINDS[format.kind]}'${hasKey() ? ' -H "Authorization: Bearer $FLOCK_API_KEY"' : ""} --data-binary ${quoted(`@${name}`)}`;
   }
 
-  const failed = (error) => { if (!signal.aborted) fill(parts.check, problem(error)); };
-  main.append(title("New batch"),
+  const failed = (error) => {
+    if (!signal.aborted) fill(parts.check, problem(error));
+  };
+  main.append(
+    title("New batch"),
     h("section", {}, h("div", { class: "field" }, h("label", { for: who.id }, "Agent"), who, takes)),
-    h("section", {}, h("h2", {}, "Rows"), h("div", { class: "columns" }, drop, h("div", { class: "field" }, h("label", { for: pasted.id }, "or paste rows"), h("p", { class: "hint" }, "CSV with a header, as a spreadsheet copies it, or a JSON object a line."), pasted))),
-    parts.columns, parts.check, parts.start);
+    h(
+      "section",
+      {},
+      h("h2", {}, "Rows"),
+      h(
+        "div",
+        { class: "columns" },
+        drop,
+        h(
+          "div",
+          { class: "field" },
+          h("label", { for: pasted.id }, "or paste rows"),
+          h("p", { class: "hint" }, "CSV with a header, as a spreadsheet copies it, or a JSON object a line."),
+          pasted,
+        ),
+      ),
+    ),
+    parts.columns,
+    parts.check,
+    parts.start,
+  );
   await setAgent();
 }
 
 /** What is wrong, by line. */
 function lines(errors, wrong) {
-  return [h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "What is wrong" }, h("table", {},
-    h("thead", {}, h("tr", {}, ["Line", "Column", "What is wrong"].map((text) => h("th", { scope: "col" }, text)))),
-    h("tbody", {}, errors.slice(0, 100).map((each) => h("tr", {}, h("td", { class: "number" }, each.line), h("td", {}, each.column ?? ""), h("td", {}, each.detail)))))),
-  wrong > 100 && h("p", { class: "quiet" }, "The first 100 are shown.")];
+  return [
+    h(
+      "div",
+      { class: "wide", tabindex: "0", role: "group", "aria-label": "What is wrong" },
+      h(
+        "table",
+        {},
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            ["Line", "Column", "What is wrong"].map((text) => h("th", { scope: "col" }, text)),
+          ),
+        ),
+        h(
+          "tbody",
+          {},
+          errors
+            .slice(0, 100)
+            .map((each) =>
+              h(
+                "tr",
+                {},
+                h("td", { class: "number" }, each.line),
+                h("td", {}, each.column ?? ""),
+                h("td", {}, each.detail),
+              ),
+            ),
+        ),
+      ),
+    ),
+    wrong > 100 && h("p", { class: "quiet" }, "The first 100 are shown."),
+  ];
 }
 
 const short = (text) => (text.length > 120 ? `${text.slice(0, 120)} …` : text);
 
 function size(bytes) {
-  return bytes < 1e3 ? `${bytes} bytes` : bytes < 1e6 ? `${(bytes / 1e3).toFixed(1)} kB` : bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
+  return bytes < 1e3
+    ? `${bytes} bytes`
+    : bytes < 1e6
+      ? `${(bytes / 1e3).toFixed(1)} kB`
+      : bytes < 1e9
+        ? `${(bytes / 1e6).toFixed(1)} MB`
+        : `${(bytes / 1e9).toFixed(2)} GB`;
 }

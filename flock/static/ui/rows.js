@@ -21,12 +21,17 @@ export class Unreadable extends Error {
 }
 
 async function* texts(blob, signal, at) {
-  const reader = blob.stream().pipeThrough(new TextDecoderStream("utf-8", { fatal: true })).getReader();
+  const reader = blob
+    .stream()
+    .pipeThrough(new TextDecoderStream("utf-8", { fatal: true }))
+    .getReader();
   try {
     for (;;) {
       signal?.throwIfAborted();
       const { value, done } = await reader.read().catch((error) => {
-        throw error instanceof TypeError ? new Unreadable("This is not UTF-8. Save the file as “CSV UTF-8” and choose it again.", at()) : error;
+        throw error instanceof TypeError
+          ? new Unreadable("This is not UTF-8. Save the file as “CSV UTF-8” and choose it again.", at())
+          : error;
       });
       if (done) return;
       yield value;
@@ -40,13 +45,19 @@ const [BEGIN, BARE, QUOTED, CLOSED] = [0, 1, 2, 3];
 
 /** Records of CSV (RFC 4180), many at once, as `{line, cells}`; empty lines are none. */
 async function* csvRecords(blob, delimiter, signal) {
-  let state = BEGIN, line = 1, begun = 1, cells = [], cell = "", wasCR = false;
+  let state = BEGIN,
+    line = 1,
+    begun = 1,
+    cells = [],
+    cell = "",
+    wasCR = false;
   for await (const text of texts(blob, signal, () => line)) {
     const records = [];
     let from = 0; // where what is not yet in `cell` begins
     for (let i = 0; i < text.length; i++) {
       const c = text[i];
-      if (wasCR && c === "\n") { // the second half of a line's end
+      if (wasCR && c === "\n") {
+        // the second half of a line's end
         wasCR = false;
         if (state === QUOTED) continue;
         from = i + 1;
@@ -95,18 +106,21 @@ async function* csvRecords(blob, delimiter, signal) {
 }
 
 async function* ndjsonRecords(blob, signal) {
-  let line = 0, rest = "";
-  const read = (lines) => lines.flatMap((text) => {
-    line++;
-    if (!text.trim()) return [];
-    try {
-      const members = parse(text);
-      if (members === null || typeof members !== "object" || Array.isArray(members)) return [{ line, error: "A line is one JSON object." }];
-      return [{ line, members }];
-    } catch (error) {
-      return [{ line, error: `This is no JSON: ${error.message}.` }];
-    }
-  });
+  let line = 0,
+    rest = "";
+  const read = (lines) =>
+    lines.flatMap((text) => {
+      line++;
+      if (!text.trim()) return [];
+      try {
+        const members = parse(text);
+        if (members === null || typeof members !== "object" || Array.isArray(members))
+          return [{ line, error: "A line is one JSON object." }];
+        return [{ line, members }];
+      } catch (error) {
+        return [{ line, error: `This is no JSON: ${error.message}.` }];
+      }
+    });
   for await (const text of texts(blob, signal, () => line + 1)) {
     const lines = (rest + text).split("\n");
     rest = lines.pop();
@@ -115,7 +129,8 @@ async function* ndjsonRecords(blob, signal) {
   if (rest) yield read([rest]);
 }
 
-export const records = (blob, format, signal) => (format.kind === "csv" ? csvRecords(blob, format.delimiter, signal) : ndjsonRecords(blob, signal));
+export const records = (blob, format, signal) =>
+  format.kind === "csv" ? csvRecords(blob, format.delimiter, signal) : ndjsonRecords(blob, signal);
 
 /** The columns, and the first rows as lists of texts in their order. */
 export async function preview(blob, format, rows = 5) {
@@ -130,23 +145,40 @@ export async function preview(blob, format, rows = 5) {
     if (found.length >= (format.kind === "csv" ? rows : 100)) break;
   }
   columns ??= [...new Set(found.flatMap(Object.keys))];
-  const cells = (row) => (Array.isArray(row) ? row : columns.map((name) => (row[name] === undefined ? "" : typeof row[name] === "string" ? row[name] : JSON.stringify(row[name]))));
+  const cells = (row) =>
+    Array.isArray(row)
+      ? row
+      : columns.map((name) =>
+          row[name] === undefined ? "" : typeof row[name] === "string" ? row[name] : JSON.stringify(row[name]),
+        );
   return { columns, rows: found.slice(0, rows).map(cells) };
 }
 
 // --- What is wrong with a row, as far as it is simple: the server has the last word --------------------------------
 
 export function describe(schema) {
-  if (schema.enum) return `one of ${schema.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(", ")}`;
-  const words = { string: "a text", integer: "a whole number", number: "a number", boolean: "true or false", array: "a list, as JSON", object: "an object, as JSON" };
+  if (schema.enum)
+    return `one of ${schema.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(", ")}`;
+  const words = {
+    string: "a text",
+    integer: "a whole number",
+    number: "a number",
+    boolean: "true or false",
+    array: "a list, as JSON",
+    object: "an object, as JSON",
+  };
   if (schema.format === "date") return "a date such as 2026-11-30";
   return words[schema.type] ?? "what the agent takes";
 }
 
 const TYPES = {
-  string: (value) => typeof value === "string", boolean: (value) => typeof value === "boolean", null: (value) => value === null,
-  integer: (value) => Number.isInteger(value) || Boolean(value?.rawJSON), number: (value) => typeof value === "number" || Boolean(value?.rawJSON),
-  array: Array.isArray, object: (value) => value !== null && typeof value === "object" && !Array.isArray(value) && !value.rawJSON,
+  string: (value) => typeof value === "string",
+  boolean: (value) => typeof value === "boolean",
+  null: (value) => value === null,
+  integer: (value) => Number.isInteger(value) || Boolean(value?.rawJSON),
+  number: (value) => typeof value === "number" || Boolean(value?.rawJSON),
+  array: Array.isArray,
+  object: (value) => value !== null && typeof value === "object" && !Array.isArray(value) && !value.rawJSON,
 };
 
 /** What is wrong with a value, or "". */
@@ -154,16 +186,26 @@ export function wrongWith(raw, value, root) {
   const schema = plain(raw, root);
   if (value === null && schema.isNullable) return "";
   const union = schema.anyOf ?? schema.oneOf;
-  if (union) return union.some((member) => !wrongWith(member, value, root)) ? "" : "It fits none of what the input may be.";
+  if (union)
+    return union.some((member) => !wrongWith(member, value, root)) ? "" : "It fits none of what the input may be.";
   const shown = JSON.stringify(value) ?? "nothing";
   const not = `${shown.length > 60 ? `${shown.slice(0, 60)}…` : shown} is not ${describe(schema)}.`;
   if (schema.enum) return schema.enum.includes(value) ? "" : not;
   if (schema.type && TYPES[schema.type] && !TYPES[schema.type](value)) return not;
   if (schema.format === "date" && !(/^\d{4}-\d\d-\d\d$/.test(value) && !Number.isNaN(Date.parse(value)))) return not;
-  if (value < schema.minimum || value <= schema.exclusiveMinimum || value > schema.maximum || value >= schema.exclusiveMaximum) return `${shown} is out of bounds.`;
-  if (typeof value === "string" && [...value].length < schema.minLength) return `It is shorter than ${schema.minLength} characters.`;
-  if (typeof value === "string" && [...value].length > schema.maxLength) return `It is longer than ${schema.maxLength} characters.`;
-  if (schema.type === "array" && schema.items) return value.map((each) => wrongWith(schema.items, each, root)).find(Boolean) ?? "";
+  if (
+    value < schema.minimum ||
+    value <= schema.exclusiveMinimum ||
+    value > schema.maximum ||
+    value >= schema.exclusiveMaximum
+  )
+    return `${shown} is out of bounds.`;
+  if (typeof value === "string" && [...value].length < schema.minLength)
+    return `It is shorter than ${schema.minLength} characters.`;
+  if (typeof value === "string" && [...value].length > schema.maxLength)
+    return `It is longer than ${schema.maxLength} characters.`;
+  if (schema.type === "array" && schema.items)
+    return value.map((each) => wrongWith(schema.items, each, root)).find(Boolean) ?? "";
   if (schema.type === "object" && schema.properties) return Object.values(wrongMembers(schema, value, root))[0] ?? "";
   return "";
 }
@@ -171,10 +213,15 @@ export function wrongWith(raw, value, root) {
 /** What is wrong with the members of an object, by name. */
 function wrongMembers(schema, members, root) {
   const found = {};
-  for (const name of schema.required ?? []) if (!Object.hasOwn(members, name)) found[name] = `The input '${name}' is required.`;
+  for (const name of schema.required ?? [])
+    if (!Object.hasOwn(members, name)) found[name] = `The input '${name}' is required.`;
   for (const [name, value] of Object.entries(members)) {
     const its = schema.properties?.[name];
-    const wrong = its ? wrongWith(its, value, root) : schema.additionalProperties === false ? `There is no input '${name}'.` : "";
+    const wrong = its
+      ? wrongWith(its, value, root)
+      : schema.additionalProperties === false
+        ? `There is no input '${name}'.`
+        : "";
     if (wrong) found[name] = wrong;
   }
   return found;
@@ -187,7 +234,11 @@ function valueOf(cell, schema, isRequired, hasStatic) {
   const text = cell.trim();
   if (schema.type === "boolean" && /^(true|false)$/i.test(text)) return text.toLowerCase() === "true";
   if (schema.enum?.includes(cell)) return cell;
-  try { return parse(text); } catch { return cell; }
+  try {
+    return parse(text);
+  } catch {
+    return cell;
+  }
 }
 
 /** Read all rows and tell what is wrong, line by line.
@@ -196,16 +247,31 @@ function valueOf(cell, schema, isRequired, hasStatic) {
 export async function check(blob, format, { schema, mapping, statics, told, signal }) {
   const found = { rows: 0, wrong: 0, bytes: 0, errors: [], isDone: false };
   const required = new Set(schema.required ?? []);
-  const columnOf = Object.fromEntries(Object.entries(mapping).filter(([, input]) => input).map(([name, input]) => [input, name]));
-  const error = (line, detail, input) => { if (found.errors.length < 100) found.errors.push({ line, detail, column: columnOf[input] ?? input }); };
-  let columns = null, last = 0;
+  const columnOf = Object.fromEntries(
+    Object.entries(mapping)
+      .filter(([, input]) => input)
+      .map(([name, input]) => [input, name]),
+  );
+  const error = (line, detail, input) => {
+    if (found.errors.length < 100) found.errors.push({ line, detail, column: columnOf[input] ?? input });
+  };
+  let columns = null,
+    last = 0;
   try {
     for await (const some of records(blob, format, signal)) {
       for (const record of some) {
         if (format.kind === "csv" && !columns) {
           columns = record.cells.map((name) => {
             const input = mapping[name.trim()];
-            return input && { column: name.trim(), input, schema: plain(schema.properties[input], schema), isRequired: required.has(input), hasStatic: input in statics };
+            return (
+              input && {
+                column: name.trim(),
+                input,
+                schema: plain(schema.properties[input], schema),
+                isRequired: required.has(input),
+                hasStatic: input in statics,
+              }
+            );
           });
           columns.length = record.cells.length;
           continue;
@@ -213,14 +279,20 @@ export async function check(blob, format, { schema, mapping, statics, told, sign
         found.rows++;
         let wrongs = {};
         if (record.error) wrongs[""] = record.error;
-        else if (format.kind === "csv" && record.cells.length !== columns.length) wrongs[""] = `This row has ${record.cells.length} cells, and the header has ${columns.length}.`;
+        else if (format.kind === "csv" && record.cells.length !== columns.length)
+          wrongs[""] = `This row has ${record.cells.length} cells, and the header has ${columns.length}.`;
         else {
           const inputs = { ...statics };
-          if (columns) columns.forEach((column, index) => {
-            const value = column ? valueOf(record.cells[index], column.schema, column.isRequired, column.hasStatic) : undefined;
-            if (value !== undefined) inputs[column.input] = value;
-          });
-          else for (const [name, value] of Object.entries(record.members)) if (mapping[name] !== "") inputs[mapping[name] ?? name] = value;
+          if (columns)
+            columns.forEach((column, index) => {
+              const value = column
+                ? valueOf(record.cells[index], column.schema, column.isRequired, column.hasStatic)
+                : undefined;
+              if (value !== undefined) inputs[column.input] = value;
+            });
+          else
+            for (const [name, value] of Object.entries(record.members))
+              if (mapping[name] !== "") inputs[mapping[name] ?? name] = value;
           wrongs = wrongMembers(schema, inputs, schema);
         }
         const places = Object.entries(wrongs);
@@ -239,23 +311,31 @@ export async function check(blob, format, { schema, mapping, statics, told, sign
     found.isUnreadable = true;
     error(failure.line, failure.message, "");
   }
-  if (format.kind === "csv" && !columns && !found.isUnreadable) error(1, "There is no header: the first line names the columns.", "");
+  if (format.kind === "csv" && !columns && !found.isUnreadable)
+    error(1, "There is no header: the first line names the columns.", "");
   told({ ...found, isDone: true });
 }
 
 /** The same rows without some columns, each in the line where it was: the API refuses what no input takes. */
 export async function without(blob, format, leftOut, signal) {
   const parts = [];
-  let line = 1, header = null, kept = null;
-  const quote = (cell) => (/["\r\n]/.test(cell) || cell.includes(format.delimiter) || cell === "" ? `"${cell.replaceAll('"', '""')}"` : cell);
+  let line = 1,
+    header = null,
+    kept = null;
+  const quote = (cell) =>
+    /["\r\n]/.test(cell) || cell.includes(format.delimiter) || cell === "" ? `"${cell.replaceAll('"', '""')}"` : cell;
   for await (const some of records(blob, format, signal)) {
     let text = "";
     for (const record of some) {
-      while (line < record.line) { text += "\n"; line++; }
+      while (line < record.line) {
+        text += "\n";
+        line++;
+      }
       if (format.kind === "csv") {
         if (!header) kept = (header = record.cells).map((name) => !leftOut.has(name.trim()));
         let cells = record.cells.filter((_, index) => kept[index] ?? true);
-        if (record.cells.length !== header.length && cells.length === kept.filter(Boolean).length) cells = [...cells, ""]; // it stays wrong
+        if (record.cells.length !== header.length && cells.length === kept.filter(Boolean).length)
+          cells = [...cells, ""]; // it stays wrong
         const row = cells.map(quote).join(format.delimiter);
         text += `${row}\n`;
         line += row.split(/\r\n|\r|\n/).length;

@@ -1,6 +1,27 @@
 // One run: live while it works, and what came of it.
 
-import { badge, between, button, copy, count, doing, duration, ended, events, fill, get, go, h, isFinal, link, post, problem, session, title, when } from "./app.js";
+import {
+  badge,
+  between,
+  button,
+  copy,
+  count,
+  doing,
+  duration,
+  ended,
+  events,
+  fill,
+  get,
+  go,
+  h,
+  isFinal,
+  link,
+  post,
+  problem,
+  session,
+  title,
+  when,
+} from "./app.js";
 import { readable, result } from "./value.js";
 
 /** A screen reader is told no more often how far it is. */
@@ -11,10 +32,28 @@ export async function show(main, { id, signal }) {
   let run = await get(path, signal);
   const steps = new Map();
   let told = 0;
-  const parts = { title: h("div"), facts: h("dl", { class: "facts" }), progress: h("div"), outcome: h("section"), steps: h("ol", { class: "steps", "aria-label": "Steps" }), inputs: h("section") };
+  const parts = {
+    title: h("div"),
+    facts: h("dl", { class: "facts" }),
+    progress: h("div"),
+    outcome: h("section"),
+    steps: h("ol", { class: "steps", "aria-label": "Steps" }),
+    inputs: h("section"),
+  };
   const live = h("p", { role: "status", class: "quiet" });
-  main.append(parts.title, parts.facts, live, parts.progress, parts.outcome, h("section", {}, h("h2", {}, "Steps"), parts.steps), parts.inputs);
-  const clock = setInterval(() => { for (const step of steps.values()) if (!step.completed_at) tick(step); if (!isFinal(run.status)) facts(); }, 1000);
+  main.append(
+    parts.title,
+    parts.facts,
+    live,
+    parts.progress,
+    parts.outcome,
+    h("section", {}, h("h2", {}, "Steps"), parts.steps),
+    parts.inputs,
+  );
+  const clock = setInterval(() => {
+    for (const step of steps.values()) if (!step.completed_at) tick(step);
+    if (!isFinal(run.status)) facts();
+  }, 1000);
   signal.addEventListener("abort", () => clearInterval(clock));
 
   const follow = async () => {
@@ -22,7 +61,7 @@ export async function show(main, { id, signal }) {
     head();
     outcome();
     run.steps.forEach((step, position) => setStep(position, step));
-    if (!isFinal(run.status)) {
+    while (!isFinal(run.status)) {
       for await (const event of events(`${path}/events`, signal)) on(event);
       run = await get(path, signal);
       run.steps.forEach((step, position) => setStep(position, step));
@@ -40,7 +79,11 @@ export async function show(main, { id, signal }) {
       head();
     } else if (name.startsWith("step.")) {
       setStep(data.position, data);
-      tell(name === "step.started" ? `Step ${data.position + 1}: ${data.agent_name} is at work.` : `Step ${data.position + 1}: ${data.agent_name} is done.`);
+      tell(
+        name === "step.started"
+          ? `Step ${data.position + 1}: ${data.agent_name} is at work.`
+          : `Step ${data.position + 1}: ${data.agent_name} is done.`,
+      );
     } else if (name === "run.progress") {
       run = { ...run, progress: data };
       progress();
@@ -54,7 +97,10 @@ export async function show(main, { id, signal }) {
   }
 
   function head() {
-    const again = doing(async () => { run = await post(`${path}/retry`, undefined, { signal }); go_(); });
+    const again = doing(async () => {
+      run = await post(`${path}/retry`, undefined, { signal });
+      go_();
+    });
     const cancel = doing(async () => {
       tell("It was asked to stop …");
       run = { ...(await post(`${path}/cancel`, undefined, { signal })) };
@@ -65,11 +111,21 @@ export async function show(main, { id, signal }) {
     if (parts.title.dataset.kind !== kind) {
       const had = parts.title.contains(document.activeElement);
       parts.title.dataset.kind = kind;
-      fill(parts.title, title(run.agent_name, h("span", { id: "status" }), h("p", { class: "actions" },
-        kind === "open" && button("Cancel", cancel),
-        ["failed", "cancelled"].includes(kind) && button("Retry", again, { class: "primary" }),
-        button("Copy link", () => copy(location.href, "Link")),
-        h("a", { class: "button", href: link(`agent/${run.agent_name}`) }, "New run"))));
+      fill(
+        parts.title,
+        title(
+          run.agent_name,
+          h("span", { id: "status" }),
+          h(
+            "p",
+            { class: "actions" },
+            kind === "open" && button("Cancel", cancel),
+            ["failed", "cancelled"].includes(kind) && button("Retry", again, { class: "primary" }),
+            button("Copy link", () => copy(location.href, "Link")),
+            h("a", { class: "button", href: link(`agent/${run.agent_name}`) }, "New run"),
+          ),
+        ),
+      );
       if (had) parts.title.querySelector("h1").focus();
     }
     fill(parts.title.querySelector("#status"), badge(run.status));
@@ -79,19 +135,34 @@ export async function show(main, { id, signal }) {
 
   function facts() {
     const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
-    fill(parts.facts,
-      fact("Accepted", when(run.created_at)), fact("Took", run.started_at ? duration(between(run.started_at, run.completed_at)) : "not begun"),
+    fill(
+      parts.facts,
+      fact("Accepted", when(run.created_at)),
+      fact("Took", run.started_at ? duration(between(run.started_at, run.completed_at)) : "not begun"),
       run.attempt > 1 && fact("Attempt", run.attempt),
       run.usage && fact("Tokens", `${count(run.usage.input_tokens)} in, ${count(run.usage.output_tokens)} out`),
-      run.batch_id && fact("Batch", h("a", { href: link(`batch/${run.batch_id}`, { row: run.position }) }, `row ${run.position + 1}`)),
-      fact("Run", h("code", {}, run.run_id)));
+      run.batch_id &&
+        fact(
+          "Batch",
+          h("a", { href: link(`batch/${run.batch_id}`, { row: run.position }) }, `row ${run.position + 1}`),
+        ),
+      fact("Run", h("code", {}, run.run_id)),
+    );
   }
 
   function progress() {
     if (isFinal(run.status)) return fill(parts.progress);
     const { done, total, message } = run.progress ?? {};
-    const words = done === undefined ? (run.status === "starting" ? "Waits for its turn" : "At work") : `${message ? `${message}: ` : ""}${count(done)}${total ? ` of ${count(total)}` : ""}`;
-    return fill(parts.progress, h("label", {}, words, h("progress", total ? { max: total, value: Math.min(done, total) } : {})));
+    const words =
+      done === undefined
+        ? run.status === "starting"
+          ? "Waits for its turn"
+          : "At work"
+        : `${message ? `${message}: ` : ""}${count(done)}${total ? ` of ${count(total)}` : ""}`;
+    return fill(
+      parts.progress,
+      h("label", {}, words, h("progress", total ? { max: total, value: Math.min(done, total) } : {})),
+    );
   }
 
   function setStep(position, data) {
@@ -103,31 +174,81 @@ export async function show(main, { id, signal }) {
       parts.steps.append(step.node);
     }
     const isNew = data.completed_at && step.completed_at !== data.completed_at;
-    Object.assign(step, { agent_name: data.agent_name, started_at: data.started_at ?? step.started_at ?? new Date().toISOString(), completed_at: data.completed_at ?? null, usage: data.usage });
-    if (isNew) fill(step.result, h("details", {}, h("summary", {}, "Its result"), h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": `Result of step ${position + 1}` }, readable(data.result))));
+    Object.assign(step, {
+      agent_name: data.agent_name,
+      started_at: data.started_at ?? step.started_at ?? new Date().toISOString(),
+      completed_at: data.completed_at ?? null,
+      usage: data.usage,
+    });
+    if (isNew)
+      fill(
+        step.result,
+        h(
+          "details",
+          {},
+          h("summary", {}, "Its result"),
+          h(
+            "div",
+            { class: "wide", tabindex: "0", role: "group", "aria-label": `Result of step ${position + 1}` },
+            readable(data.result),
+          ),
+        ),
+      );
     tick(step);
   }
 
   function tick(step) {
     const isOver = step.completed_at || isFinal(run.status);
     step.node.className = step.completed_at ? "done" : isOver ? "" : "busy";
-    fill(step.head, h("strong", {}, step.agent_name), " ", h("span", { class: "quiet" }, step.completed_at ? "done, " : isOver ? "not finished" : "at work, ",
-      (step.completed_at || !isOver) && duration(between(step.started_at, step.completed_at)), step.started_at && [", from ", when(step.started_at)]));
+    fill(
+      step.head,
+      h("strong", {}, step.agent_name),
+      " ",
+      h(
+        "span",
+        { class: "quiet" },
+        step.completed_at ? "done, " : isOver ? "not finished" : "at work, ",
+        (step.completed_at || !isOver) && duration(between(step.started_at, step.completed_at)),
+        step.started_at && [", from ", when(step.started_at)],
+      ),
+    );
   }
 
   function outcome() {
     if (!isFinal(run.status)) return fill(parts.outcome);
-    if (run.status === "completed") return fill(parts.outcome, h("h2", {}, "Result"), result(run.result, `${run.run_id}.json`));
-    return fill(parts.outcome, h("div", { class: `problem ${run.status}` }, h("h2", {}, run.status === "failed" ? "The run failed" : "The run was cancelled"),
-      h("p", { class: "text" }, run.error),
-      h("p", { class: "quiet" }, "Type ", h("code", {}, run.error_type ?? "–"), run.request_id && [", request ", h("code", {}, run.request_id)])));
+    if (run.status === "completed")
+      return fill(parts.outcome, h("h2", {}, "Result"), result(run.result, `${run.run_id}.json`));
+    return fill(
+      parts.outcome,
+      h(
+        "div",
+        { class: `problem ${run.status}` },
+        h("h2", {}, run.status === "failed" ? "The run failed" : "The run was cancelled"),
+        h("p", { class: "text" }, run.error),
+        h(
+          "p",
+          { class: "quiet" },
+          "Type ",
+          h("code", {}, run.error_type ?? "–"),
+          run.request_id && [", request ", h("code", {}, run.request_id)],
+        ),
+      ),
+    );
   }
 
   async function inputs() {
     const found = await inputsOf(run, signal);
     if (!found) return;
-    const use = () => { session.set(`draft ${run.agent_name}`, JSON.stringify(found)); go(`agent/${run.agent_name}`); };
-    fill(parts.inputs, h("h2", {}, "Inputs"), h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "Inputs" }, readable(found)), h("p", { class: "actions" }, button("Use these again", use)));
+    const use = () => {
+      session.set(`draft ${run.agent_name}`, JSON.stringify(found));
+      go(`agent/${run.agent_name}`);
+    };
+    fill(
+      parts.inputs,
+      h("h2", {}, "Inputs"),
+      h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "Inputs" }, readable(found)),
+      h("p", { class: "actions" }, button("Use these again", use)),
+    );
   }
 
   function go_() {
@@ -153,7 +274,11 @@ async function inputsOf(run, signal) {
     const [item] = await get(`batch/${run.batch_id}/results?format=json&limit=1&after=${run.position - 1}`, signal);
     return item?.run_id === run.run_id ? item.inputs : null;
   }
-  const at = new Date(run.created_at).getTime(), time = (ms) => encodeURIComponent(new Date(at + ms).toISOString());
-  const { runs } = await get(`runs?include=inputs&agent_name=${encodeURIComponent(run.agent_name)}&created_after=${time(-1)}&created_before=${time(2)}`, signal);
+  const at = new Date(run.created_at).getTime(),
+    time = (ms) => encodeURIComponent(new Date(at + ms).toISOString());
+  const { runs } = await get(
+    `runs?include=inputs&agent_name=${encodeURIComponent(run.agent_name)}&created_after=${time(-1)}&created_before=${time(2)}`,
+    signal,
+  );
   return runs.find(({ run_id }) => run_id === run.run_id)?.inputs;
 }

@@ -1,6 +1,22 @@
 // All runs that are no items of batches, a page at a time.
 
-import { STATUSES, badge, between, button, duration, every, fill, get, h, keep, link, localTime, session, title, when } from "./app.js";
+import {
+  STATUSES,
+  badge,
+  between,
+  button,
+  duration,
+  every,
+  fill,
+  get,
+  h,
+  keep,
+  link,
+  localTime,
+  session,
+  title,
+  when,
+} from "./app.js";
 
 const PAGE = 50;
 const REFRESH_MS = 2000;
@@ -10,37 +26,87 @@ export async function show(main, { params, signal }) {
   const names = agents.map(({ name }) => name);
   if (params.get("agent_name") && !names.includes(params.get("agent_name"))) names.push(params.get("agent_name"));
   await list(main, {
-    kind: "runs", signal, params,
-    filters: [choice("status", "Status", STATUSES), choice("agent_name", "Agent", names), time("created_after", "From"), time("created_before", "To")],
+    kind: "runs",
+    signal,
+    params,
+    filters: [
+      choice("status", "Status", STATUSES),
+      choice("agent_name", "Agent", names),
+      time("created_after", "From"),
+      time("created_before", "To"),
+    ],
     columns: ["Run", "Agent", "Status", "Accepted", "Took", "Error"],
     empty: ["No run fits. ", h("a", { href: link("agents") }, "Start one with an agent.")],
     row: (run) => [
-      h("a", { href: link(`run/${run.run_id}`), class: "mono" }, run.run_id.slice(-12)), run.agent_name, badge(run.status), when(run.created_at),
-      duration(run.started_at && between(run.started_at, run.completed_at)), h("span", {}, run.error ?? "")],
+      h("a", { href: link(`run/${run.run_id}`), class: "mono" }, run.run_id.slice(-12)),
+      run.agent_name,
+      badge(run.status),
+      when(run.created_at),
+      duration(run.started_at && between(run.started_at, run.completed_at)),
+      h("span", {}, run.error ?? ""),
+    ],
     id: (run) => run.run_id,
   });
 }
 
-export const choice = (name, label, options) => ({ name, label, make: (value) => h("select", {}, h("option", { value: "" }, "All"), options.map((option) => h("option", { value: option, selected: option === value }, option))) });
-const time = (name, label) => ({ name, label, make: (value) => h("input", { type: "datetime-local", step: 1, value: value ? localTime(value) : "" }), read: (text) => (text ? new Date(text).toISOString() : "") });
+export const choice = (name, label, options) => ({
+  name,
+  label,
+  make: (value) =>
+    h(
+      "select",
+      {},
+      h("option", { value: "" }, "All"),
+      options.map((option) => h("option", { value: option, selected: option === value }, option)),
+    ),
+});
+const time = (name, label) => ({
+  name,
+  label,
+  make: (value) => h("input", { type: "datetime-local", step: 1, value: value ? localTime(value) : "" }),
+  read: (text) => (text ? new Date(text).toISOString() : ""),
+});
 
 /** A list that is filtered, paged and refreshed; what it shows stands in the address. */
 export async function list(main, { kind, signal, params, filters, columns, empty, row, id, beside }) {
   const shown = Object.fromEntries(params);
-  const body = h("tbody"), known = new Map();
+  const body = h("tbody"),
+    known = new Map();
   const none = h("p", { class: "empty", hidden: true }, empty);
-  const table = h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": `Table of ${kind}` }, h("table", { class: "rows-list" }, h("thead", {}, h("tr", {}, columns.map((text) => h("th", { scope: "col" }, text)))), body));
+  const table = h(
+    "div",
+    { class: "wide", tabindex: "0", role: "group", "aria-label": `Table of ${kind}` },
+    h(
+      "table",
+      { class: "rows-list" },
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          columns.map((text) => h("th", { scope: "col" }, text)),
+        ),
+      ),
+      body,
+    ),
+  );
   // The cursor leads forwards only, so the way back is kept.
   const back = () => JSON.parse(session.get(`pages ${kind}`) ?? "{}");
-  let next = null, looking = null;
+  let next = null,
+    looking = null;
 
   async function look() {
     looking?.abort();
     looking = new AbortController();
-    const stop = looking, onAbort = () => stop.abort();
+    const stop = looking,
+      onAbort = () => stop.abort();
     signal.addEventListener("abort", onAbort, { once: true });
     try {
-      const query = new URLSearchParams({ limit: PAGE, ...Object.fromEntries(Object.entries(shown).filter(([, value]) => value)) });
+      const query = new URLSearchParams({
+        limit: PAGE,
+        ...Object.fromEntries(Object.entries(shown).filter(([, value]) => value)),
+      });
       const page = await get(`${kind}?${query}`, stop.signal);
       draw(page[kind]);
       next = page.next;
@@ -56,7 +122,8 @@ export async function list(main, { kind, signal, params, filters, columns, empty
 
   function draw(items) {
     const nodes = items.map((item) => {
-      const text = JSON.stringify(item), isOpen = !item.completed_at;
+      const text = JSON.stringify(item),
+        isOpen = !item.completed_at;
       const before = known.get(id(item));
       // A row that has not changed stays the same element, with its focus.
       if (before?.text === text && !isOpen) return before.node;
@@ -102,10 +169,23 @@ export async function list(main, { kind, signal, params, filters, columns, empty
     });
     return h("label", {}, label, control);
   });
-  const clear = button("Clear filters", () => { location.hash = link(kind); }, { hidden: true });
+  const clear = button(
+    "Clear filters",
+    () => {
+      location.hash = link(kind);
+    },
+    { hidden: true },
+  );
   const heading = title(kind[0].toUpperCase() + kind.slice(1), beside);
-  main.append(heading, h("div", { class: "filters", role: "search", "aria-label": `Filter ${kind}` }, controls, clear), table, none,
-    h("p", { class: "actions", role: "group", "aria-label": "Pages" }, newest, newer, older));
+  main.append(
+    heading,
+    h("div", { class: "filters", role: "search", "aria-label": `Filter ${kind}` }, controls, clear),
+    table,
+    none,
+    h("p", { class: "actions", role: "group", "aria-label": "Pages" }, newest, newer, older),
+  );
   await look();
-  every(REFRESH_MS, look, signal).catch((error) => { if (!signal.aborted) fill(none, error.message).hidden = false; });
+  every(REFRESH_MS, look, signal).catch((error) => {
+    if (!signal.aborted) fill(none, error.message).hidden = false;
+  });
 }

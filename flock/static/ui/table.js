@@ -13,16 +13,40 @@ const MAX_PX = 8_000_000;
  * @param load     (page, signal) => rows of the page, each at its place
  * @param cells    (row, index) => the cells of a row; the row is undefined while it is not there
  * @param moved    told the first row that can be seen
+ * @param failed   told why a page does not come
  */
-export function bigTable({ label, columns, total, load, cells, moved, signal }) {
+export function bigTable({ label, columns, total, load, cells, moved, failed, signal }) {
   const rows = h("div", { class: "rows" });
   const body = h("div", { class: "body", role: "rowgroup" }, rows);
-  const head = h("div", { role: "rowgroup", class: "head" }, h("div", { role: "row" }, columns.map(({ name }) => h("div", { role: "columnheader" }, name))));
-  const node = h("div", { class: "virtual", role: "table", tabindex: "0", "aria-label": label, "aria-colcount": columns.length, "aria-rowcount": total + 1 }, head, body);
+  const head = h(
+    "div",
+    { role: "rowgroup", class: "head" },
+    h(
+      "div",
+      { role: "row" },
+      columns.map(({ name }) => h("div", { role: "columnheader" }, name)),
+    ),
+  );
+  const node = h(
+    "div",
+    {
+      class: "virtual",
+      role: "table",
+      tabindex: "0",
+      "aria-label": label,
+      "aria-colcount": columns.length,
+      "aria-rowcount": total + 1,
+    },
+    head,
+    body,
+  );
   node.style.setProperty("--tracks", columns.map(({ least, most }) => `minmax(${least}rem, ${most})`).join(" "));
   node.style.setProperty("--least", `${columns.reduce((sum, { least }) => sum + least, 0)}rem`);
-  const pages = new Map(), asked = new Map();
-  let first = 0, drawn = "", isOurs = false;
+  const pages = new Map(),
+    asked = new Map();
+  let first = 0,
+    drawn = "",
+    isOurs = false;
 
   const height = () => Math.min(total * ROW_PX, MAX_PX);
   const seen = () => Math.max(1, Math.floor((node.clientHeight - ROW_PX) / ROW_PX) || 12);
@@ -32,7 +56,10 @@ export function bigTable({ label, columns, total, load, cells, moved, signal }) 
 
   /** Which row the scroll bar means; a scroll that we made ourselves means the row that we know. */
   function scrolled() {
-    if (!isOurs) first = isScaled() ? Math.round((node.scrollTop / room()) * last()) : Math.min(last(), Math.floor(node.scrollTop / ROW_PX));
+    if (!isOurs)
+      first = isScaled()
+        ? Math.round((node.scrollTop / room()) * last())
+        : Math.min(last(), Math.floor(node.scrollTop / ROW_PX));
     isOurs = false;
     draw();
   }
@@ -59,11 +86,19 @@ export function bigTable({ label, columns, total, load, cells, moved, signal }) 
   }
 
   function paint(until) {
-    const had = rows.contains(document.activeElement) && document.activeElement.closest("[role=row]")?.getAttribute("aria-rowindex");
+    const had =
+      rows.contains(document.activeElement) &&
+      document.activeElement.closest("[role=row]")?.getAttribute("aria-rowindex");
     const made = [];
     for (let index = first; index < until; index++) {
       const row = pages.get(Math.floor(index / PAGE))?.[index % PAGE];
-      made.push(h("div", { role: "row", "aria-rowindex": index + 2 }, cells(row, index).map((cell) => h("div", { role: "cell" }, cell))));
+      made.push(
+        h(
+          "div",
+          { role: "row", "aria-rowindex": index + 2 },
+          cells(row, index).map((cell) => h("div", { role: "cell" }, cell)),
+        ),
+      );
     }
     fill(rows, made);
     if (had) (rows.querySelector(`[aria-rowindex="${had}"] a`) ?? node).focus({ preventScroll: true });
@@ -71,12 +106,17 @@ export function bigTable({ label, columns, total, load, cells, moved, signal }) 
 
   /** Ask for the pages that can be seen, and for no other any more. */
   function want(from, to) {
-    for (const [page, asking] of asked) if (page < from || page > to) { asking.abort(); asked.delete(page); }
+    for (const [page, asking] of asked)
+      if (page < from || page > to) {
+        asking.abort();
+        asked.delete(page);
+      }
     for (let page = from; page <= to; page++) if (!pages.has(page) && !asked.has(page)) ask(page);
   }
 
   async function ask(page) {
-    const asking = new AbortController(), stop = () => asking.abort();
+    const asking = new AbortController(),
+      stop = () => asking.abort();
     asked.set(page, asking);
     signal.addEventListener("abort", stop, { once: true });
     try {
@@ -86,7 +126,9 @@ export function bigTable({ label, columns, total, load, cells, moved, signal }) 
       if (pages.size > PAGES_KEPT) pages.delete(pages.keys().next().value);
       drawn = "";
     } catch (error) {
-      if (!asking.signal.aborted) pages.set(page, Object.assign([], { error }));
+      if (asking.signal.aborted) return;
+      pages.set(page, []);
+      failed(error);
     } finally {
       if (asked.get(page) === asking) asked.delete(page);
       signal.removeEventListener("abort", stop);
@@ -94,22 +136,34 @@ export function bigTable({ label, columns, total, load, cells, moved, signal }) 
     if (!asking.signal.aborted) draw();
   }
 
-  const KEYS = { ArrowDown: () => first + 1, ArrowUp: () => first - 1, PageDown: () => first + seen(), PageUp: () => first - seen(), Home: () => 0, End: () => total };
+  const KEYS = {
+    ArrowDown: () => first + 1,
+    ArrowUp: () => first - 1,
+    PageDown: () => first + seen(),
+    PageUp: () => first - seen(),
+    Home: () => 0,
+    End: () => total,
+  };
   node.addEventListener("keydown", (event) => {
     if (!KEYS[event.key] || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     goTo(KEYS[event.key]());
   });
-  node.addEventListener("wheel", (event) => {
-    if (!isScaled() || Math.abs(event.deltaX) > Math.abs(event.deltaY)) return;
-    event.preventDefault();
-    goTo(first + Math.sign(event.deltaY) * Math.max(1, Math.round(Math.abs(event.deltaY) / ROW_PX)));
-  }, { passive: false });
+  node.addEventListener(
+    "wheel",
+    (event) => {
+      if (!isScaled() || Math.abs(event.deltaX) > Math.abs(event.deltaY)) return;
+      event.preventDefault();
+      goTo(first + Math.sign(event.deltaY) * Math.max(1, Math.round(Math.abs(event.deltaY) / ROW_PX)));
+    },
+    { passive: false },
+  );
   node.addEventListener("scroll", scrolled);
   new ResizeObserver(() => draw(false)).observe(node);
 
   return {
-    node, goTo,
+    node,
+    goTo,
     /** Ask again for what may have changed. What is shown stays until the answer is there. */
     async refresh(mayChange) {
       const visible = new Set([Math.floor(first / PAGE), Math.floor((first + seen()) / PAGE)]);
@@ -117,7 +171,11 @@ export function bigTable({ label, columns, total, load, cells, moved, signal }) 
       for (const page of visible) {
         const some = pages.get(page);
         if (some && mayChange(some, page)) {
-          try { pages.set(page, await load(page, signal)); } catch (error) { if (signal.aborted) return; }
+          try {
+            pages.set(page, await load(page, signal));
+          } catch (error) {
+            if (signal.aborted) return;
+          }
         }
       }
       drawn = "";
