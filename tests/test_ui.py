@@ -158,10 +158,12 @@ def served_by(folder: Path, prefix: str, key: str | None, port: int = 0) -> cont
 def browser() -> Iterator[Browser]:
     if not os.path.exists(CHROMIUM) and "CI" not in os.environ:
         pytest.skip("there is no Chromium here (apt-get install chromium); .ci/run installs it")
+    expect.set_options(timeout=15_000)  # a busy machine is slow, and that is no failure
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield chromium
         chromium.close()
+    expect.set_options(timeout=5_000)
 
 
 @pytest.fixture(scope="module")

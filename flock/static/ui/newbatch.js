@@ -16,17 +16,15 @@ import {
   keep,
   newId,
   problem,
+  say,
   send,
   session,
   title,
   url,
 } from "./app.js";
-import { recall, remember } from "./files.js";
+import { chooser } from "./files.js";
 import { form } from "./form.js";
 import { check, preview, sniff, without } from "./rows.js";
-
-/** What is pasted and longer is taken for a file: neither a text area nor `sessionStorage` is made for it. */
-const MAX_PASTED = 500_000;
 
 const KINDS = { csv: "text/csv", ndjson: "application/x-ndjson" };
 
@@ -45,11 +43,11 @@ export async function show(main, { params, signal }) {
   signal.addEventListener("abort", () => checking.abort());
 
   // Step 1: who works on the rows
-  const chosen = params.get("agent") ?? session.get("batch agent");
+  const first = params.get("agent") ?? session.get("batch agent");
   const who = h(
     "select",
     { id: newId() },
-    agents.map(({ name }) => h("option", { value: name, selected: name === chosen }, name)),
+    agents.map(({ name }) => h("option", { value: name, selected: name === first }, name)),
   );
   who.addEventListener("change", () => {
     keep("new-batch", { agent: who.value });
@@ -71,85 +69,12 @@ export async function show(main, { params, signal }) {
   const takes = h("p", { class: "quiet" });
 
   // Step 2: the rows
-  const file = h("input", {
-    type: "file",
-    id: newId(),
-    accept: ".csv,.tsv,.txt,.ndjson,.jsonl,text/csv,application/x-ndjson",
-  });
-  const pasted = h("textarea", {
-    id: newId(),
-    rows: 6,
-    class: "mono pasted",
-    placeholder: "text\nThis is great!\nThis is terrible.",
-    value: session.get("batch text") ?? "",
-  });
-  const named = h("p", { class: "quiet", role: "status" });
-  let dropped = (await recall()) ?? null;
-  const choose = (one) => {
-    dropped = one ?? null;
-    if (dropped) {
-      pasted.value = "";
-      session.set("batch text", null);
-    }
-    remember(dropped);
-    setRows().catch(failed);
-  };
-  file.addEventListener("change", () => choose(file.files[0]));
-  let typing;
-  pasted.addEventListener("input", () => {
-    clearTimeout(typing);
-    typing = setTimeout(() => {
-      if (pasted.value.length > MAX_PASTED) return choose(new File([pasted.value], "pasted rows"));
-      session.set("batch text", pasted.value);
-      if (pasted.value) {
-        dropped = null;
-        remember(null);
-        file.value = "";
-      }
-      setRows().catch(failed);
-    }, 250);
-  });
-  const drop = h(
-    "div",
-    {
-      class: "drop",
-      ondragover: (event) => {
-        event.preventDefault();
-        drop.classList.add("over");
-      },
-      ondragleave: () => drop.classList.remove("over"),
-      ondrop: (event) => {
-        event.preventDefault();
-        drop.classList.remove("over");
-        choose(event.dataTransfer.files[0]);
-      },
-    },
-    h("label", { for: file.id }, h("strong", {}, "Drop a file of CSV or NDJSON here"), " or choose one"),
-    h("p", {}, file),
-    named,
-  );
-
+  const chosen = await chooser(() => setRows().catch(failed));
   let turn = 0;
   async function setRows() {
     const mine = ++turn;
     if (!schema) return; // it comes here again once the agent is there
-    rows = dropped ?? (pasted.value.trim() ? new Blob([pasted.value]) : null);
-    fill(
-      named,
-      dropped && [
-        "Chosen: ",
-        dropped.name ?? "a file",
-        ` (${size(dropped.size)}) `,
-        button(
-          "Remove",
-          () => {
-            file.value = "";
-            choose(null);
-          },
-          { class: "small" },
-        ),
-      ],
-    );
+    rows = chosen.rows();
     if (!rows) {
       checking.abort();
       fill(parts.columns);
@@ -163,7 +88,7 @@ export async function show(main, { params, signal }) {
     format = its;
     columns = first.columns;
     const inputs = Object.keys(schema.properties ?? {});
-    const before = JSON.parse(session.get("batch mapping") ?? "{}");
+    const before = JSON.parse(session.get(`batch mapping ${agent.name}`) ?? "{}");
     const same = (name) =>
       inputs.find((input) => input.toLowerCase().replace(/[\s_-]/g, "") === name.toLowerCase().replace(/[\s_-]/g, ""));
     mapping = Object.fromEntries(
@@ -197,7 +122,7 @@ export async function show(main, { params, signal }) {
           "aria-label": `Column ${name} becomes`,
           onchange: ({ target }) => {
             mapping[name] = target.value;
-            session.set("batch mapping", JSON.stringify(mapping));
+            session.set(`batch mapping ${agent.name}`, JSON.stringify(mapping));
             drawStatics();
           },
         },
@@ -327,6 +252,7 @@ export async function show(main, { params, signal }) {
       statics: given,
       signal: its,
       told: (now) => {
+        if (its.aborted) return;
         found = now;
         drawCheck();
         drawStart();
@@ -402,18 +328,15 @@ export async function show(main, { params, signal }) {
         ),
         answer,
         sent,
-        h(
-          "p",
-          { class: "actions" },
-          startButton,
-          button("Copy as curl", () => copy(curl(), "Command")),
-        ),
+        h("p", { class: "actions" }, startButton, button("Copy as curl", copyCurl)),
         why,
       );
   }
   const why = h("p", { class: "quiet" });
 
   const sameInAll = () => Object.fromEntries(Object.entries(statics.read()).filter(([, value]) => value !== ""));
+
+  const leftOutNow = () => columns.filter((name) => mapping[name] === "");
 
   function query() {
     const names = Object.fromEntries(Object.entries(mapping).filter(([name, input]) => input && input !== name));
@@ -437,7 +360,7 @@ export async function show(main, { params, signal }) {
     } catch (error) {
       return void (error.pointer && statics.error(error.pointer, error.message)?.focus());
     }
-    const leftOut = new Set(columns.filter((name) => mapping[name] === ""));
+    const leftOut = new Set(leftOutNow());
     const body = leftOut.size ? await without(rows, format, leftOut, signal) : rows;
     const bar = h("progress", { max: body.size, value: 0 }),
       words = h("span", { role: "status" }, "Sending the rows …");
@@ -455,8 +378,8 @@ export async function show(main, { params, signal }) {
         headers: { "Content-Type": KINDS[format.kind], ...idempotencyKey() },
       });
       const batch = JSON.parse(await response.text());
-      for (const name of ["batch text", "batch mapping"]) session.set(name, null);
-      await remember(null);
+      session.set(`batch mapping ${agent.name}`, null);
+      await chosen.forget();
       go(`batch/${batch.batch_id}`);
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
@@ -480,8 +403,15 @@ export async function show(main, { params, signal }) {
     }
   });
 
+  async function copyCurl() {
+    await copy(curl(), "Command");
+    const leftOut = leftOutNow();
+    if (leftOut.length)
+      say(`Command copied. It does not leave out columns: take ${leftOut.join(", ")} out of the file.`);
+  }
+
   function curl() {
-    const name = dropped?.name ?? `rows.${format.kind}`;
+    const name = rows.name ?? `rows.${format.kind}`;
     const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
     return `curl -X POST ${quoted(`${url("run/batch")}?${query()}`)} -H 'Content-Type: ${KINDS[format.kind]}'${hasKey() ? ' -H "Authorization: Bearer $FLOCK_API_KEY"' : ""} --data-binary ${quoted(`@${name}`)}`;
   }
@@ -492,23 +422,7 @@ export async function show(main, { params, signal }) {
   main.append(
     title("New batch"),
     h("section", {}, h("div", { class: "field" }, h("label", { for: who.id }, "Agent"), who, takes)),
-    h(
-      "section",
-      {},
-      h("h2", {}, "Rows"),
-      h(
-        "div",
-        { class: "columns" },
-        drop,
-        h(
-          "div",
-          { class: "field" },
-          h("label", { for: pasted.id }, "or paste rows"),
-          h("p", { class: "hint" }, "CSV with a header, as a spreadsheet copies it, or a JSON object a line."),
-          pasted,
-        ),
-      ),
-    ),
+    h("section", {}, h("h2", {}, "Rows"), chosen.node),
     parts.columns,
     parts.check,
     parts.start,
@@ -556,13 +470,3 @@ function lines(errors, wrong) {
 }
 
 const short = (text) => (text.length > 120 ? `${text.slice(0, 120)} …` : text);
-
-function size(bytes) {
-  return bytes < 1e3
-    ? `${bytes} bytes`
-    : bytes < 1e6
-      ? `${(bytes / 1e3).toFixed(1)} kB`
-      : bytes < 1e9
-        ? `${(bytes / 1e6).toFixed(1)} MB`
-        : `${(bytes / 1e9).toFixed(2)} GB`;
-}
