@@ -335,6 +335,23 @@ async def test_a_worker_that_is_told_to_stop_leaves_its_runs_to_others(temporal_
     assert len(begun(log)) == 2
 
 
+async def test_a_worker_stops_though_its_library_does_not(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its core says at times that it has no more work, and never that it has ended."""
+
+    async def never_end(worker: object) -> None:
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr("temporalio.bridge.worker.Worker.finalize_shutdown", never_end)
+    monkeypatch.setattr("flock.temporal.worker.TIDYING_UP_S", 0.5)
+    with anyio.fail_after(30):
+        async with open_pair(sample_flock(), temporal_address) as engine:
+            run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
+    assert run.status is RunStatus.COMPLETED
+    assert "has not ended within 0.5 s" in caplog.text
+
+
 async def test_a_worker_may_be_given_more_time_to_be_silent(temporal_address: str) -> None:
     """An agent that blocks the event loop is not begun a second time meanwhile."""
     flock, calls = Flock(new_id()), []

@@ -7,6 +7,8 @@ from asyncio import FIRST_COMPLETED
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from functools import partial
+from types import TracebackType
 from typing import NoReturn, Self
 
 from temporalio import activity
@@ -44,6 +46,8 @@ STICKY_TIMEOUT_S = 2
 #: How often at most the cluster is told how far items are, in seconds: what was done since then is done again if the
 #: worker dies.
 ITEMS_BEAT_S = 0.1
+#: How much longer than its turns the library's own worker may take to stop, in seconds.
+TIDYING_UP_S = 5
 
 
 class TemporalWorker:
@@ -131,8 +135,9 @@ class TemporalWorker:
                 sticky_queue_schedule_to_start_timeout=timedelta(seconds=STICKY_TIMEOUT_S),
                 graceful_shutdown_timeout=drain_timeout,
             )
-            await stack.enter_async_context(for_runs)
-            await stack.enter_async_context(for_items)
+            for worker in (for_runs, for_items):
+                await worker.__aenter__()
+                stack.push_async_exit(partial(_leave, worker, self._drain_timeout_s + TIDYING_UP_S))
             self._exit = stack.pop_all()
         return self
 
@@ -189,6 +194,21 @@ class TemporalWorker:
         if turn.scope.cancel_called:
             raise asyncio.CancelledError(CANCELLED.error)
         _end(turn, self._turns.end_of(turn))
+
+
+async def _leave(
+    worker: Worker,
+    timeout_s: float,
+    exc_type: type[BaseException] | None,
+    exc: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    """Stop a worker of the library. Its turns have ended by then; at times its core never says that it has, too."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await worker.__aexit__(exc_type, exc, traceback)
+    except TimeoutError:
+        logger.warning("The worker of %s has not ended within %g s, and is left so.", worker.task_queue, timeout_s)
 
 
 def _done(turn: Turn, step: Step) -> StepDone:
