@@ -377,6 +377,26 @@ async def _read(engine: TemporalEngine, run_id: str) -> Run:
             return await engine.get_run(run_id)
 
 
+async def test_an_item_that_waits_is_cancelled_at_once(temporal_address: str) -> None:
+    """However far behind those at work it stands; it is counted when its turn would come, at the latest."""
+    work = Work(new_id())
+    work.holds = True
+    async with open_pair(work.flock, temporal_address) as engine:
+        batch = await engine.submit_batch("item", numbers(50), BatchOptions(max_workers=1))
+        await work.begun.wait()
+        waiting = [item for item in await engine.get_items(batch.batch_id) if item.position in (1, 30, 49)]
+        for item in waiting:
+            assert (await engine.cancel_run(item.run_id)).cancel_requested
+        with anyio.fail_after(20):
+            ends = [await engine.wait(item.run_id) for item in waiting]
+        assert {end.status for end in ends} == {RunStatus.CANCELLED}
+        assert work.calls == [0]
+        work.may_go.set()
+        assert (await ended(engine, batch)).cancelled_items == 3
+        assert [await engine.get_run(item.run_id) for item in waiting] == ends
+    assert sorted({*range(50)} - {*work.calls}) == [1, 30, 49]
+
+
 async def test_items_that_say_much_are_begun_once(temporal_address: str) -> None:
     """What the cluster takes at once has a limit, and to whom it refuses the answer, it gives the work again."""
     flock, calls = Flock(new_id()), list[int]()

@@ -6,6 +6,7 @@ the same at each replay.
 """
 
 import asyncio
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -56,6 +57,8 @@ MAX_EVENTS = 5_000
 MAX_BYTES = 5_000_000
 #: How long a batch waits to be accepted, once all of its rows are there.
 ACCEPT_WITHIN = timedelta(minutes=10)
+#: So soon it can be read who is cancelled of those that wait.
+SHOW_WITHIN = timedelta(seconds=0.5)
 #: What is only looked up or cleared away is tried until it is done.
 UNTIL_DONE = RetryPolicy(maximum_interval=timedelta(seconds=30))
 
@@ -85,7 +88,8 @@ class FlockBatch(_Interruptible):
         self._order = order
         self._batch = order.batch
         self._is_accepted = not order.is_staged
-        self._cancelled = set(order.attempts[-1].cancelled)
+        #: who is to be cancelled of those that wait for their chunk, and when that was asked for; until it has ended
+        self._cancelled = dict(order.attempts[-1].cancelled)
         self._failed_in, self._cancelled_in = int(order.failed_in, 16), int(order.cancelled_in, 16)
         self._first_error = order.first_error
         self._next = order.attempts[-1].begun_to
@@ -103,7 +107,8 @@ class FlockBatch(_Interruptible):
     @workflow.signal(name="cancel_item")
     def cancel_item(self, position: int) -> None:
         """Cancel one item."""
-        self._cancelled.add(position)
+        if position >= self._order.first_of(self._next):
+            self._cancelled[position] = workflow.now()
         for chunk in self._chunks:
             if self._order.first_of(chunk) <= position < self._order.first_of(chunk + 1):
                 self._tell(chunk, "cancel_item", position)
@@ -126,7 +131,11 @@ class FlockBatch(_Interruptible):
             if not self._chunks:
                 break
             self._show()
-            await self._until(lambda: any(chunk.done() for chunk in self._chunks.values()))
+            shown = len(self._cancelled)
+            await self._until(lambda: self._has_ended() or len(self._cancelled) != shown)  # noqa: B023 - waited for here
+            if len(self._cancelled) != shown and not self.is_cancelled:
+                with contextlib.suppress(asyncio.TimeoutError):  # there may be many of them
+                    await self._until(self._has_ended, SHOW_WITHIN)
             await _settled()
             self._take_in()
             if self.is_cancelled and not self._batch.cancel_requested:
@@ -138,6 +147,9 @@ class FlockBatch(_Interruptible):
         if self._chunks_to_begin() and not self.is_cancelled:
             workflow.continue_as_new(self._state(), memo=self._shown())
         self._end()
+
+    def _has_ended(self) -> bool:
+        return any(chunk.done() for chunk in self._chunks.values())
 
     def _chunks_to_begin(self) -> Iterable[int]:
         """Chunks with something to do that were not begun."""
@@ -185,13 +197,13 @@ class FlockBatch(_Interruptible):
             batch_id=self._batch.batch_id,
             chunk=chunk,
             attempt=self._batch.attempt,
-            attempts=self._order.attempts,
+            attempts=(*self._order.attempts[:-1], replace(self._order.attempts[-1], cancelled={})),
             positions=(first, end),
             lanes=lanes,
             is_whole=self._batch.attempt == 1 and not self._order.invalid_items,
             timeout_s=self._order.timeout_s,
             heartbeat_timeout_s=self._order.heartbeat_timeout_s,
-            cancelled=tuple(sorted(position for position in self._cancelled if first <= position < end)),
+            cancelled={at: when for at, when in self._cancelled.items() if first <= at < end},
         )
         self._lanes[chunk] = lanes
         self._next = chunk + 1
@@ -214,11 +226,12 @@ class FlockBatch(_Interruptible):
 
     def _tell(self, chunk: int, signal: str, what: int) -> None:
         async def tell() -> None:
-            id_ = chunk_workflow_id(self._batch.batch_id, chunk, self._batch.attempt)
-            try:
-                await workflow.get_external_workflow_handle(id_).signal(signal, what)
-            except Exception:  # it has ended
-                workflow.logger.debug("the chunk %s cannot be told of %s", id_, signal)
+            await workflow.wait_condition(lambda: chunk in self._started or chunk not in self._chunks)
+            if chunk in self._started:
+                try:
+                    await self._started[chunk].signal(signal, what)
+                except Exception:  # it has ended
+                    workflow.logger.debug("the chunk %s cannot be told of %s", chunk, signal)
 
         task = asyncio.create_task(tell())
         self._signals.add(task)
@@ -229,6 +242,9 @@ class FlockBatch(_Interruptible):
         for chunk, task in [(chunk, task) for chunk, task in self._chunks.items() if task.done()]:
             del self._chunks[chunk], self._lanes[chunk]
             self._started.pop(chunk, None)
+            behind = self._order.first_of(chunk + 1)
+            for position in [at for at in self._cancelled if self._order.first_of(chunk) <= at < behind]:
+                del self._cancelled[position]
             try:
                 ended = task.result()
             except ChildWorkflowError:
@@ -251,7 +267,7 @@ class FlockBatch(_Interruptible):
             self._first_error = min((e for e in (self._first_error, ended.first_error) if e), default=None)
 
     def _state(self) -> BatchOrder:
-        about = replace(self._order.attempts[-1], begun_to=self._next, cancelled=tuple(sorted(self._cancelled)))
+        about = replace(self._order.attempts[-1], begun_to=self._next, cancelled=dict(self._cancelled))
         return replace(
             self._order,
             batch=self._batch,
@@ -297,7 +313,7 @@ class FlockBatch(_Interruptible):
             cancelled_items=cancelled,
         )
         state = self._state()
-        about = replace(state.attempts[-1], completed_at=workflow.now())
+        about = replace(state.attempts[-1], completed_at=workflow.now(), cancelled={})
         self._order = replace(state, attempts=(*state.attempts[:-1], about))
         self._show()
         workflow.upsert_memo(
@@ -443,7 +459,7 @@ class FlockChunk(_Interruptible):
             self._order,
             lanes=self._lanes,
             parts=tuple(self._todo),
-            cancelled=tuple(sorted(self._cancelled)),
+            cancelled={position: workflow.now() for position in sorted(self._cancelled)},
             before=self._ended,
         )
 

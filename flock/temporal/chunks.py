@@ -86,6 +86,10 @@ class Chunk:
             if handed_in := at_work.look(event):
                 self._take_in(*handed_in, at)
             match event.event_type:
+                case E.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
+                    sent = event.workflow_execution_started_event_attributes.input.payloads[0]
+                    for position, asked_at in decoded(sent, ChunkOrder).cancelled.items():
+                        self.cancel([position], asked_at)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
                     signal = event.workflow_execution_signaled_event_attributes
                     if signal.signal_name == "cancel_item":
@@ -287,7 +291,8 @@ async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequ
     for number, about in enumerate(attempts, 1):
         if number > 1:
             found.reopen(about)
-        found.cancel(about.cancelled, about.completed_at)
+        for position, at in about.cancelled.items():
+            found.cancel([position], at)
         if chunk < about.begun_to:
             found.fold(*next(begun))
         if about.completed_at is not None:

@@ -453,7 +453,7 @@ class TemporalEngine:
         run = await self.get_run(run_id)
         if run.status.is_final and run.status is not RunStatus.CANCELLED:
             raise Conflict(f"The run {run_id} is {run.status} and cannot be cancelled any more.")
-        return run
+        return replace(run, cancel_requested=True)
 
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()

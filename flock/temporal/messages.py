@@ -151,14 +151,14 @@ class Reopening(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         position: the only item that it is about.
         begun_to: chunks before this one were begun.
         completed_at: when it ended.
-        cancelled: items that were cancelled before their chunk was begun.
+        cancelled: items that were cancelled before their chunk was begun, and when, until it has ended.
     """
 
     only: tuple[RunStatus, ...] = ()
     position: int | None = None
     begun_to: int = 0
     completed_at: datetime | None = None
-    cancelled: tuple[int, ...] = ()
+    cancelled: dict[int, datetime] = {}
 
 
 class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -214,6 +214,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         lanes: how many of its items are at work at the same time.
         is_whole: all of them are to be done.
         parts: what is left to do; None at the beginning.
+        cancelled: who is to be cancelled, and when that was asked for.
         before: what had ended before its history went on anew.
     """
 
@@ -227,7 +228,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     timeout_s: float
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
     parts: tuple[Part, ...] | None = None
-    cancelled: tuple[int, ...] = ()
+    cancelled: dict[int, datetime] = {}
     before: "ChunkEnded | None" = None
 
 
