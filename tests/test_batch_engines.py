@@ -16,10 +16,12 @@ from flock.errors import (
     DefinitionError,
     EngineFull,
     InvalidData,
+    KeyReused,
+    Replayed,
     RunNotFound,
     TooLarge,
 )
-from flock.runs import BatchFilter, BatchOptions, Engine, Event, Items, Row, RunStatus
+from flock.runs import BatchFilter, BatchOptions, Engine, Event, IdempotencyKey, Items, Row, RunStatus
 from tests.fakes import Opened, Work, all_items, ended, numbers, until
 
 pytestmark = pytest.mark.anyio
@@ -132,6 +134,23 @@ async def test_a_batch_of_which_no_item_fits_fails_when_those_are_skipped(opened
         )
         with pytest.raises(Conflict, match="no item that failed or was cancelled"):
             await engine.retry_batch(batch.batch_id)
+
+
+async def test_equal_batches_with_a_key_are_one(opened: Opened) -> None:
+    work, key = Work(), IdempotencyKey("k", b"1")
+    async with opened(work.flock) as engine:
+        batch = await engine.submit_batch("item", numbers(30), OPTIONS, key=key)
+        with pytest.raises(Replayed) as caught:
+            await engine.submit_batch("item", numbers(30), OPTIONS, key=key)
+        assert caught.value.made_id == batch.batch_id
+        with pytest.raises(KeyReused):
+            await engine.submit_batch("item", numbers(30), OPTIONS, key=IdempotencyKey("k", b"2"))
+        await ended(engine, batch)
+        await engine.delete_batch(batch.batch_id)
+        again = await engine.submit_batch("item", numbers(30), OPTIONS, key=key)
+        assert again.batch_id != batch.batch_id, "whoever deletes a batch may make it anew"
+        await ended(engine, again)
+    assert len(work.calls) == 60
 
 
 async def test_without_parallel_items_go_one_by_one_in_order(opened: Opened) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from hypercorn.config import Config
 from msgspec.structs import replace
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
-from temporalio.client import WorkflowHistory
+from temporalio.client import WorkflowFailureError, WorkflowHistory
 from temporalio.converter import StorageDriverClaim, StorageDriverRetrieveContext
 from temporalio.exceptions import ApplicationError
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
 from flock.cli import main
 from flock.core import Flock
-from flock.errors import AgentError, BatchNotFound, DefinitionError, EngineFull, StoreError
+from flock.errors import AgentError, BatchNotFound, DefinitionError, EngineFull, Replayed, StoreError
 from flock.llm import ModelClient
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
@@ -641,6 +642,62 @@ async def test_a_key_whose_server_died_before_it_started_the_run_makes_it(tempor
         gate.may_go.set()
         with anyio.fail_after(60):
             assert (await engine.wait(run_id)).status is RunStatus.COMPLETED
+
+
+async def test_a_key_whose_claim_was_not_answered_makes_its_batch_at_the_next_request(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was claimed, or it was not: nobody who asked was told."""
+    work = Work(new_id())
+    async with open_pair(work.flock, temporal_address) as engine:
+        claim = engine._marks.claim
+
+        async def is_taken(key: IdempotencyKey, made_id: str) -> str:
+            await claim(key, made_id)
+            raise StoreError("The cluster does not answer now.")
+
+        async def is_lost(key: IdempotencyKey, made_id: str) -> str:
+            raise StoreError("The cluster does not answer now.")
+
+        for number, lost in enumerate((is_taken, is_lost)):
+            key = IdempotencyKey(f"k{number}", b"1")
+            monkeypatch.setattr(engine._marks, "claim", lost)
+            with pytest.raises(StoreError):
+                await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
+            monkeypatch.undo()
+            while engine._batches._drops:
+                await asyncio.wait(engine._batches._drops)
+            try:
+                made_id = (await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)).batch_id
+            except Replayed as exc:
+                made_id = exc.made_id
+            with anyio.fail_after(20):
+                assert (await engine.wait_batch(made_id)).status is RunStatus.COMPLETED
+    assert len(work.calls) == 6
+
+
+async def test_a_key_whose_batch_was_not_accepted_in_time_makes_it_anew(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server died before it could say so."""
+    monkeypatch.setattr(batchflows, "ACCEPT_WITHIN", timedelta(seconds=0.1))
+    work, key = Work(new_id()), IdempotencyKey("k", b"1")
+    async with open_pair(work.flock, temporal_address) as engine:
+        claim = engine._marks.claim
+
+        async def dies(key: IdempotencyKey, made_id: str) -> str:
+            await claim(key, made_id)
+            with contextlib.suppress(WorkflowFailureError):
+                await engine._batches.first_handle(made_id).result()
+            raise StoreError("The cluster does not answer now.")
+
+        monkeypatch.setattr(engine._marks, "claim", dies)
+        with pytest.raises(StoreError):
+            await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
+        monkeypatch.undo()
+        batch = await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
+        assert (await ended(engine, batch)).status is RunStatus.COMPLETED
+    assert len(work.calls) == 3
 
 
 async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: str) -> None:

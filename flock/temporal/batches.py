@@ -26,7 +26,7 @@ from temporalio.service import RPCError
 from flock.agents import Agent
 from flock.batches import Intake
 from flock.ends import not_retried
-from flock.errors import BatchNotFound, Conflict, EngineFull, Replayed
+from flock.errors import BatchNotFound, Conflict, EngineFull, KeyReused, Replayed, StoreError
 from flock.runs import (
     Batch,
     BatchFilter,
@@ -125,7 +125,7 @@ class TemporalBatches:
         self._max_timeout_s = max_timeout_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
-        self._drops: set[asyncio.Task[bool]] = set()
+        self._drops: set[asyncio.Task[None]] = set()
 
     # Accepting
 
@@ -155,11 +155,13 @@ class TemporalBatches:
             page_bytes=CHUNK_BYTES,
         )
         await self._check_room(0)  # a cluster that is away says so here, and soon: what is sent below may take longer
+        is_whole = False
         try:
             whole = await intake.read(items, on_invalid, self._max_items)
             if intake.page:
                 await rows.send(intake.page)
             await rows.all_sent()
+            is_whole = True
             order = BatchOrder(
                 batch=whole,
                 starts=tuple(rows.starts),
@@ -176,15 +178,28 @@ class TemporalBatches:
         except BaseException:
             rows.stop()
             if rows.starts:
-                drop = asyncio.create_task(self._marks.forget_batch(batch.batch_id, len(rows.starts)))
+                drop = asyncio.create_task(self._drop(batch.batch_id, len(rows.starts), key if is_whole else None))
                 self._drops.add(drop)
                 drop.add_done_callback(self._drops.discard)
             raise
+
+    async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
+        """Let workers delete what was sent, unless the key stands for it by now: whoever comes next may accept it."""
+        try:
+            if key is None or await self._marks.find(key) != batch_id:
+                await self._marks.forget_batch(batch_id, chunks)
+        except KeyReused:
+            await self._marks.forget_batch(batch_id, chunks)
+        except StoreError as exc:
+            logger.warning("what was sent of the batch %s cannot be deleted: %s", batch_id, exc)
 
     async def _accept(self, order: BatchOrder, key: IdempotencyKey | None) -> None:
         """Raises Replayed, KeyReused, EngineFull."""
         batch = order.batch
         made_id = None if key is None else await self._marks.find(key)
+        if key is not None and made_id is not None and await self._is_void(made_id):
+            await self._marks.give_back(key, made_id)
+            made_id = None
         if made_id is None:
             await self._check_room(batch.total_items - batch.completed_items)
             await self._start(order)
@@ -197,6 +212,19 @@ class TemporalBatches:
                 await self._handle(made_id, 1).signal("accept")
         if made_id != batch.batch_id:
             raise Replayed(made_id)
+
+    async def _is_void(self, batch_id: str) -> bool:
+        """Whether nothing comes of a batch that a key stands for: it was deleted, or not accepted in time."""
+        if await self._marks.is_gone(batch_id):
+            return True
+        try:
+            async with self._cluster.asking():
+                described = (await self._handle(batch_id, 1).describe()).raw_description
+            info = described.workflow_execution_info
+            is_staged = "is_staged" in info.memo.fields and decoded(info.memo.fields["is_staged"], bool)
+            return info.HasField("close_time") and is_staged and not await self._is_accepted(batch_id)
+        except RPCError:  # the cluster has forgotten it
+            return False
 
     async def _start(self, order: BatchOrder) -> None:
         """Raises WorkflowAlreadyStartedError where this attempt was begun before."""

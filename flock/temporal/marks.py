@@ -1,10 +1,12 @@
 """Workflows that only stand for something: an idempotency key, or what was deleted. They wait, and nobody needs to work
 for that; while one is there, no other has its id."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from datetime import timedelta
 
+from temporalio.client import WorkflowExecutionStatus
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
@@ -45,13 +47,25 @@ class Marks:
         """The id of what *key* stands for, if anybody claimed it. Raises KeyReused."""
         try:
             async with self._cluster.asking():
-                kept = await (await self._cluster.client.get_workflow_handle(self.key_id(key)).describe()).memo()
+                described = await self._cluster.client.get_workflow_handle(self.key_id(key)).describe()
+                kept = await described.memo()
         except RPCError:
+            return None
+        if described.status is not WorkflowExecutionStatus.RUNNING:  # it is free again, or was kept for long enough
             return None
         if kept["fingerprint"] != key.digest.hex():
             raise KeyReused(key.key)
         made_id: str = kept["run_id"]
         return made_id
+
+    async def give_back(self, key: IdempotencyKey, made_id: str) -> None:
+        """Free *key*, if it still stands for *made_id*: others may do the same, and claim it at once."""
+        with contextlib.suppress(RPCError):  # it is gone by itself
+            async with self._cluster.asking():
+                described = await self._cluster.client.get_workflow_handle(self.key_id(key)).describe()
+                if (await described.memo())["run_id"] == made_id:
+                    handle = self._cluster.client.get_workflow_handle(described.id, run_id=described.run_id)
+                    await handle.terminate()
 
     async def free(self, key_id: str | None) -> None:
         """Whoever deletes something may make it anew under the same key."""
