@@ -267,14 +267,14 @@ async def test_whatever_a_cancel_met_is_tried_again(opened: Opened) -> None:
     work = Work()
     async with opened(work.flock) as engine:
         for n in range(6):
-            batch = await engine.submit_batch("item", numbers(400), BatchOptions(max_workers=100))
+            batch = await engine.submit_batch("item", numbers(200), BatchOptions(max_workers=40))
             await anyio.sleep(n / 40)
             with contextlib.suppress(Conflict):
                 await engine.cancel_batch(batch.batch_id)
             batch = await ended(engine, batch)
             if batch.cancelled_items:
                 batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED]))
-            assert (batch.status, batch.completed_items, batch.cancelled_items) == (RunStatus.COMPLETED, 400, 0)
+            assert (batch.status, batch.completed_items, batch.cancelled_items) == (RunStatus.COMPLETED, 200, 0)
             assert {item.status for item in await all_items(engine, batch)} == {RunStatus.COMPLETED}
 
 
