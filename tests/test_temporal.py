@@ -128,6 +128,9 @@ def working(target: Path, address: str, places: int = 20) -> Iterator[subprocess
     try:
         worker.wait_for_line("Working for")
         yield process
+        process.terminate()  # told so, it counts for the coverage
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
     finally:
         process.kill()
         process.wait()
