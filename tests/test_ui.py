@@ -89,6 +89,14 @@ async def test_without_docs_there_is_no_link_to_them() -> None:
 
 
 @pytest.mark.anyio
+async def test_behind_a_proxy_that_takes_its_prefix_away_the_root_leads_to_it_too() -> None:
+    transport = httpx.ASGITransport(create_app(sample_flock(), create_ui=True), root_path="/ai")
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+        assert (await client.get("/")).headers["Location"] == "/ai/ui"
+        assert (await client.get("/ui/")).headers["Location"].endswith("/ui")
+
+
+@pytest.mark.anyio
 async def test_everybody_may_load_its_files_and_nobody_its_data_without_a_key() -> None:
     async with client_of(create_app(sample_flock(), create_ui=True, api_keys={"ann": "k" * 32})) as client:
         for path, status in (("/", 307), ("/ui", 200), ("/ui/app.js", 200), ("/agents", 401), ("/runs", 401)):
@@ -376,6 +384,32 @@ def test_a_run_is_followed_live_and_its_result_is_read_copied_and_kept(visit: Vi
     assert json.loads(download.value.path().read_text()) == expected
 
 
+def test_a_hidden_tab_lets_go_of_its_stream_and_goes_on_after_what_it_knows(
+    visit: Visit, closed: Site, gate: str
+) -> None:
+    page = visit.page(closed, f"run/{closed.start('research', topic='tea', gate=gate)}")
+    expect(page.get_by_text("pages: 1 of 3")).to_be_visible()
+
+    def hide(is_hidden: bool) -> None:
+        page.evaluate(
+            """isHidden => {
+                Object.defineProperty(document, "hidden", {value: isHidden, configurable: true});
+                document.dispatchEvent(new Event("visibilitychange"));
+            }""",
+            is_hidden,
+        )
+
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/events")):
+        hide(True)
+    closed.open_gate(gate)
+    closed.open_gate(f"{gate}-2")
+    with page.expect_request(lambda request: request.url.endswith("/events")) as again:
+        hide(False)
+    assert int(again.value.headers["last-event-id"]) >= 1_000_000
+    expect(status_of(page)).to_contain_text("completed")
+    expect(page.get_by_role("list", name="Steps").locator("> li")).to_have_count(2)
+
+
 def test_a_run_is_cancelled(visit: Visit, closed: Site, gate: str) -> None:
     page = visit.page(closed, f"run/{closed.start('research', topic='tea', gate=gate)}")
     page.get_by_role("button", name="Cancel").click()
@@ -532,6 +566,29 @@ def test_a_file_that_is_no_table_says_what_to_do(visit: Visit, closed: Site) -> 
     expect(page.get_by_role("button", name="Start the batch")).to_be_disabled()
     page.get_by_label("Column N becomes", exact=True).select_option("")
     expect(page.get_by_text("All 1 row fits.")).to_be_visible()
+
+
+def test_a_shell_starts_the_same_batch(visit: Visit, closed: Site, tmp_path: Path) -> None:
+    rows = "number\tcomment\n1\tit's one\n2\ttwo\n"
+    (tmp_path / "my rows.tsv").write_text(rows)
+    page = visit.page(closed, "new-batch?agent=count_up")
+    choose(page, "my rows.tsv", rows)
+    page.get_by_label("Column number becomes").select_option("n")
+    page.get_by_text("The same in every row").click()
+    page.get_by_label("step").fill("5")
+    expect(page.get_by_text("All 2 rows fit.")).to_be_visible()
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.get_by_text("Command copied.")).to_be_visible()
+    env = {**os.environ, "FLOCK_API_KEY": KEY}
+    command = ["bash", "-c", copied(page)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    batch_id = json.loads(done.stdout)["batch_id"]
+    closed.get(f"/batch/{batch_id}?wait=30")
+    items = closed.get(f"/batch/{batch_id}/results?format=json")
+    assert [item["inputs"] for item in items] == [
+        {"step": 5, "n": 1, "comment": "it's one"},
+        {"step": 5, "n": 2, "comment": "two"},
+    ]
 
 
 def test_a_batch_is_watched_mended_and_downloaded(visit: Visit, site: Site, gate: str) -> None:

@@ -3,7 +3,7 @@
 
 // --- Elements --------------------------------------------------------------------------------------------------------
 
-const SVG = new Set(["svg", "rect", "line", "text", "g", "title"]);
+const SVG = new Set(["svg", "rect", "line", "text"]);
 
 /** An element. Children that are no elements become text: data is never read as HTML. */
 export function h(tag, props = {}, ...children) {
