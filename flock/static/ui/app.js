@@ -133,15 +133,15 @@ export const hasKey = () => session.get("key") !== null;
 export const authorization = () => (hasKey() ? { Authorization: `Bearer ${session.get("key")}` } : {});
 const AWAY = [502, 503, 504];
 
-/** A request until it is answered: one for a key, a busy server and one that is away are waited for.
- *
- * With `once`, what may not be sent twice fails where nobody can tell whether it arrived. */
-export async function send(path, { once = false, headers = {}, by = fetch, ...options } = {}) {
+/** The text of the answer to a request, or all of the answer with `isStream`. A key, a busy server, and one that is away
+ * are waited for. With `once`, what may not be sent twice fails where nobody can tell whether it arrived. */
+export async function send(path, { once = false, isStream = false, headers = {}, by = fetch, ...options } = {}) {
   for (;;) {
     const key = session.get("key");
-    let response;
+    let response, text;
     try {
       response = await by(url(path), { ...options, cache: "no-store", headers: { ...headers, ...authorization() } });
+      if (!isStream || !response.ok) text = await response.text();
     } catch (error) {
       if (options.signal?.aborted) throw error;
       if (once)
@@ -149,8 +149,7 @@ export async function send(path, { once = false, headers = {}, by = fetch, ...op
       await away("The server cannot be reached.", options.signal);
       continue;
     }
-    if (response.ok) return response;
-    const text = await response.text();
+    if (response.ok) return isStream ? response : text;
     let body = null;
     try {
       body = JSON.parse(text);
@@ -166,18 +165,18 @@ export async function send(path, { once = false, headers = {}, by = fetch, ...op
   }
 }
 
-export const get = async (path, signal) => parse(await (await send(path, { signal })).text());
+export const get = async (path, signal) => parse(await send(path, { signal }));
 
 export async function post(path, body, options = {}) {
   const headers = body === undefined ? {} : { "Content-Type": "application/json" };
-  const response = await send(path, {
+  const text = await send(path, {
     method: "POST",
     once: true,
     ...options,
     body: body === undefined ? undefined : JSON.stringify(body),
     headers: { ...headers, ...options.headers },
   });
-  return parse(await response.text());
+  return parse(text);
 }
 
 /** As `fetch`, which cannot tell how much of a body has been sent. */
@@ -265,7 +264,8 @@ function askForKey(refused, why) {
     input.toggleAttribute("aria-invalid", Boolean(refused));
     dialog.oncancel = (event) => event.preventDefault();
     dialog.onclose = () => {
-      session.set("key", input.value.trim());
+      // What no header can hold is no key, and the server shall say so.
+      session.set("key", input.value.trim().replace(/[^\x21-\x7e]/g, "?"));
       input.value = "";
       asking = null;
       showKey();
@@ -291,7 +291,7 @@ export async function* events(path, signal) {
     document.addEventListener("visibilitychange", hide);
     try {
       const headers = { Accept: "text/event-stream", ...(lastId === null ? {} : { "Last-Event-ID": lastId }) };
-      const response = await send(path, { headers, signal: connection.signal });
+      const response = await send(path, { headers, signal: connection.signal, isStream: true });
       if (response.status === 204) return;
       for await (const event of eventsOf(response.body)) {
         lastId = event.id ?? lastId;
@@ -350,7 +350,7 @@ export async function every(ms, look, signal) {
 /** Give a file to the person; with a key a link would not do. */
 export async function download(path, name) {
   if (!hasKey()) return saveAs(url(path), name);
-  const blob = URL.createObjectURL(await (await send(path)).blob());
+  const blob = URL.createObjectURL(await (await send(path, { isStream: true })).blob());
   saveAs(blob, name);
   setTimeout(() => URL.revokeObjectURL(blob), 60_000);
 }

@@ -370,14 +370,14 @@ export async function show(main, { params, signal }) {
       if (bytes >= body.size) fill(words, "The rows are sent. The server looks at each, and keeps it …");
     };
     try {
-      const response = await send(`run/batch?${options}`, {
+      const text = await send(`run/batch?${options}`, {
         method: "POST",
         body,
         signal,
         by: fetchTelling(tell),
         headers: { "Content-Type": KINDS[format.kind], ...idempotencyKey() },
       });
-      const batch = JSON.parse(await response.text());
+      const batch = JSON.parse(text);
       session.set(`batch mapping ${agent.name}`, null);
       await chosen.forget();
       go(`batch/${batch.batch_id}`);
