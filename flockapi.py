@@ -946,7 +946,7 @@ class FlockAPI(Starlette):
     """The agents of *flock* as an ASGI application: serve it with any server, or mount it in another app, as it is.
 
     Args:
-        server_name: the title of the docs pages and of the served specification.
+        server_name: the title of the pages and of the served specification.
         engine: what carries the runs; if None, an embedded one on *store*, shared by all apps on this flock and store.
         store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
         max_body_bytes: the longest body a client may send; a longer one is answered with 413.
@@ -970,8 +970,8 @@ class FlockAPI(Starlette):
             ``"ops:admin"`` sees what belongs to others, and ``/metrics``. If None, ``FLOCK_API_KEYS``, such as
             ``alice=...,ops:admin=...``; without that, and without *auth*, it is the host's business.
         auth: in place of keys, a function of the connection, sync or async, that gives a ``Principal``, or None, which
-            is answered with 401 before the body is read. It guards all but the docs pages, the specification,
-            ``/healthz`` and ``/readyz``, and runs behind *middleware*.
+            is answered with 401 before the body is read. It guards all but the docs pages, the files of the web
+            page, the specification, ``/healthz`` and ``/readyz``, and runs behind *middleware*.
         allowed_hosts: what ``Host`` may say, without the port; None is anything.
         cors_origins: pages of these origins may call the app from a browser. All others may not change anything.
         middleware, exception_handlers: as Starlette has them; handlers come before the app's own.

@@ -267,7 +267,7 @@ class Flock:
 
         Args:
             port: 0 takes a free one.
-            server_name: the title of the docs pages and of the served specification.
+            server_name: the title of the pages and of the served specification.
             create_ui: serve the web page, too, at ``/ui``; see ``flockapi.create_app``.
             custom_endpoints: Starlette routes of your own; see ``routes`` of ``flockapi.create_app``.
             api_keys: by name; see ``flockapi.create_app``. If None, ``FLOCK_API_KEYS``.
