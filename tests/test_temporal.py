@@ -39,8 +39,7 @@ from flock.llm import ModelClient
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
-from flock.temporal.chunks import ended_in
-from flock.temporal.messages import CONVERTER, decoded, run_workflow_id
+from flock.temporal.messages import CONVERTER, ChunkEnded, decoded, run_workflow_id
 from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import run_of
 from flock.temporal.workflows import FlockMark, FlockRun
@@ -453,6 +452,43 @@ async def test_a_batch_that_goes_on_in_new_histories_is_told_of_as_if_it_was_one
     assert told == sorted(told)
     assert (batch.completed_items, batch.failed_items) == (120, 0)
     assert {item.status for item in items} == {RunStatus.COMPLETED}
+
+
+async def test_what_is_told_to_a_batch_that_a_worker_has_just_then_can_be_read_at_once(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not in its history before the worker is done with it."""
+    until, take_in = batchflows.FlockBatch._until, batchflows.FlockChunk._take_in
+
+    async def slow_until(batch: Any, *args: Any) -> None:
+        if not batch._is_accepted:
+            time.sleep(0.5)  # noqa: ASYNC251 - a busy worker
+        await until(batch, *args)
+
+    def slow_take_in(chunk: Any) -> None:
+        time.sleep(0.2)
+        take_in(chunk)
+
+    monkeypatch.setattr(batchflows.FlockBatch, "_until", slow_until)
+    monkeypatch.setattr(batchflows.FlockChunk, "_take_in", slow_take_in)
+    flock, done, ends = Flock(new_id()), [0], set[int]()
+
+    @flock.agent
+    async def item(n: int) -> int:
+        await asyncio.sleep(0.02 + n % 5 / 50)
+        return n
+
+    async with open_pair(flock, temporal_address) as engine:
+        key = IdempotencyKey(new_id(), b"1")
+        batch = await engine.submit_batch("item", numbers(40), BatchOptions(max_workers=8), key=key)
+        with anyio.fail_after(60):
+            while not batch.status.is_final:
+                batch = await engine.get_batch(batch.batch_id)
+                done.append(batch.completed_items)
+                items = await engine.get_items(batch.batch_id, statuses=[RunStatus.COMPLETED])
+                assert ends <= (ends := {item.position or 0 for item in items})
+    assert done == sorted(done)
+    assert ends == {*range(40)}
 
 
 # A cluster that goes away
@@ -882,7 +918,7 @@ async def test_the_text_of_an_exception_is_not_in_the_history(temporal_address: 
 
 @pytest.mark.parametrize("path", sorted(HISTORIES.glob("*.json")), ids=lambda path: path.stem)
 async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
-    """A workflow that is at work while another version is deployed goes on as it began, and is read as it was."""
+    """A workflow that is at work while another version is deployed goes on as it began."""
     history = WorkflowHistory.from_json(path.stem, await anyio.Path(path).read_text())
     workflows = [FlockRun, FlockMark, FlockBatch, FlockChunk, FlockRows, FlockForget]
     replayer = Replayer(workflows=workflows, data_converter=CONVERTER, workflow_runner=UnsandboxedWorkflowRunner())
@@ -893,7 +929,8 @@ async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
         (*_, last) = [decoded(memo["batch"], Batch) for memo in memos if "batch" in memo]
         assert rest.startswith(last.status.value)
     elif kind == "chunk":
-        found = ended_in(history.events, ())
+        given = history.events[-1].workflow_execution_completed_event_attributes.result.payloads[0]
+        found = decoded(given, ChunkEnded)
         counts = {"completed": found.completed, "failed": found.failed, "cancelled": found.cancelled}
         assert rest == "-".join(f"{status}-{count}" for status, count in counts.items() if count)
     else:

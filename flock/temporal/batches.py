@@ -36,7 +36,7 @@ from flock.runs import (
     Run,
     RunStatus,
 )
-from flock.temporal.chunks import beats_of, chunk_now, ended_by_now, ended_in, read_chunk
+from flock.temporal.chunks import LOOK_AGAIN_AFTER_S, ended_by_now, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.marks import Marks
 from flock.temporal.messages import (
@@ -75,9 +75,11 @@ SEND_TIMEOUT_S = 10.0
 PAGE_BYTES = 1024 * 1024
 #: How long rows are kept from when they are sent; after that, as long as the namespace keeps what has ended.
 KEEP_ROWS_FOR = timedelta(days=30)
-#: Of so many batches it is remembered where their chunks begin.
-ORDERS_KEPT = 100
+#: Of so many batches it is remembered where their chunks begin, and what was told of them last.
+BATCHES_KEPT = 100
 BATCHES_AT_ONCE = 20
+#: How long a chunk may take to count what was handed in, in seconds; after that, less may be told than elsewhere.
+COUNT_AGAIN_AFTER_S = 0.03
 
 STATUS_OF_CLOSED = {WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_CANCELED: RunStatus.CANCELLED}
 
@@ -125,6 +127,8 @@ class TemporalBatches:
         self._max_timeout_s = max_timeout_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
+        #: by batch and attempt; what has ended is out of sight for a moment while it is handed in
+        self._told: OrderedDict[tuple[str, int], Batch] = OrderedDict()
         self._drops: set[asyncio.Task[None]] = set()
 
     # Accepting
@@ -210,6 +214,12 @@ class TemporalBatches:
         with contextlib.suppress(RPCError):
             async with self._cluster.asking():
                 await self._handle(made_id, 1).signal("accept")
+        for pause_s in LOOK_AGAIN_AFTER_S:  # while a worker begins with it, that is not in its history yet
+            try:
+                await self.get(made_id)
+                break
+            except BatchNotFound:
+                await asyncio.sleep(pause_s)
         if made_id != batch.batch_id:
             raise Replayed(made_id)
 
@@ -291,13 +301,15 @@ class TemporalBatches:
         ended = sum(
             await asyncio.gather(*(self._ended_of(batch_id, chunk, attempt) for chunk in at_work)), ChunkEnded()
         )
-        batch = found.batch
-        found.batch = replace(
+        batch, told = found.batch, self._told.pop((batch_id, attempt), found.batch)
+        found.batch = self._told[batch_id, attempt] = replace(
             batch,
-            completed_items=batch.completed_items + ended.total,
-            failed_items=batch.failed_items + ended.failed,
-            cancelled_items=batch.cancelled_items + ended.cancelled,
+            completed_items=max(batch.completed_items + ended.total, told.completed_items),
+            failed_items=max(batch.failed_items + ended.failed, told.failed_items),
+            cancelled_items=max(batch.cancelled_items + ended.cancelled, told.cancelled_items),
         )
+        if len(self._told) > BATCHES_KEPT:
+            self._told.popitem(last=False)
         if info.HasField("close_time"):
             _cut_off(found, info)
         return found
@@ -308,14 +320,14 @@ class TemporalBatches:
         try:
             async with self._cluster.asking():
                 described = (await handle.describe()).raw_description
-                memo = described.workflow_execution_info.memo.fields
-                counted = decoded(memo["ended"], ChunkEnded) if "ended" in memo else ChunkEnded()
-                if not described.HasField("pending_workflow_task"):
-                    return counted + ended_by_now(beats_of(described.pending_activities))
-                # What was handed in is not counted yet, and must not be missed.
-                return ended_in(*await chunk_now(self._cluster, handle.id))
+                if described.HasField("pending_workflow_task"):  # what was handed in is not counted yet
+                    await asyncio.sleep(COUNT_AGAIN_AFTER_S)
+                    described = (await handle.describe()).raw_description
         except RPCError:  # it has not been started yet
             return ChunkEnded()
+        memo = described.workflow_execution_info.memo.fields
+        counted = decoded(memo["ended"], ChunkEnded) if "ended" in memo else ChunkEnded()
+        return counted + ended_by_now(described.pending_activities)
 
     async def _is_accepted(self, batch_id: str) -> bool:
         async with self._cluster.asking():
@@ -356,7 +368,7 @@ class TemporalBatches:
                     self._orders[key] = decoded(sent, BatchOrder)
                     break
         self._orders.move_to_end(key)
-        if len(self._orders) > ORDERS_KEPT:
+        if len(self._orders) > BATCHES_KEPT:
             self._orders.popitem(last=False)
         return self._orders[key]
 
@@ -367,8 +379,9 @@ class TemporalBatches:
             order = await self._order(found.batch)
             chunks = iter(self._chunks_with(found, order, max(0, after + 1), statuses))
             page: list[Run] = []
-            length = 0
-            while wanted := list(islice(chunks, READ_AT_ONCE)):
+            length, at_once = 0, 1  # of long results, one is more than a page
+            while wanted := list(islice(chunks, at_once)):
+                at_once = READ_AT_ONCE
                 read = await asyncio.gather(*(self._items_of(found, order, chunk) for chunk in wanted))
                 for item in (item for items in read for item in items.values()):
                     if (item.position or 0) <= after or item.status not in statuses:

@@ -18,7 +18,13 @@ import msgspec
 from msgspec.structs import replace
 from temporalio import workflow
 from temporalio.common import RetryPolicy
-from temporalio.exceptions import ActivityError, CancelledError, ChildWorkflowError, RetryState, TimeoutError
+from temporalio.exceptions import (
+    ActivityError,
+    CancelledError,
+    ChildWorkflowError,
+    RetryState,
+    TimeoutError,
+)
 
 from flock.runs import RunStatus
 from flock.temporal.messages import (

@@ -32,7 +32,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.records import CANCELLED_BEFORE, counted, ended_by, left_of, time_of, waiting_again
 
-__all__ = ["Chunk", "beats_of", "chunk_now", "ended_by_now", "ended_in", "read_chunk", "reopens"]
+__all__ = ["LOOK_AGAIN_AFTER_S", "Chunk", "ended_by_now", "read_chunk", "reopens"]
 
 #: What closes the history of a chunk for good.
 CLOSED = (
@@ -43,7 +43,7 @@ CLOSED = (
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT,
 )
 #: How long it is waited for what is on its way into a history, from one look to the next, in seconds.
-LOOK_AGAIN_AFTER_S = (0.02, 0.05, 0.1, 0.2, 0.4)
+LOOK_AGAIN_AFTER_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 E = EventType
 #: An activity that was to be cancelled is not given to another worker.
@@ -213,7 +213,7 @@ class _AtWork:
     def beats(self, pending: Sequence[PendingActivityInfo]) -> list[ItemsBeat]:
         """The last word of each of them."""
         ids = {activity_id for activity_id, _ in self._orders.values()}
-        return beats_of(activity for activity in pending if activity.activity_id in ids)
+        return _beats_of(activity for activity in pending if activity.activity_id in ids)
 
     def is_known(self, pending: Sequence[PendingActivityInfo], last_event: int) -> bool:
         """Whether *pending* has all of them that had been scheduled when *last_event* was the last one."""
@@ -221,7 +221,7 @@ class _AtWork:
         return all(id_ in ids for event_id, (id_, _) in self._orders.items() if event_id <= last_event)
 
 
-def beats_of(pending: Iterable[PendingActivityInfo]) -> list[ItemsBeat]:
+def _beats_of(pending: Iterable[PendingActivityInfo]) -> list[ItemsBeat]:
     return [
         decoded(activity.heartbeat_details.payloads[0], ItemsBeat)
         for activity in pending
@@ -229,29 +229,16 @@ def beats_of(pending: Iterable[PendingActivityInfo]) -> list[ItemsBeat]:
     ]
 
 
-def ended_by_now(beats: Iterable[ItemsBeat]) -> ChunkEnded:
-    """How many items have ended in what is at work."""
-    return sum((counted(ended) for beat in beats for ended in beat.ended), ChunkEnded())
+def ended_by_now(pending: Iterable[PendingActivityInfo]) -> ChunkEnded:
+    """How many items have ended in what is at work, by its heartbeats."""
+    return sum((counted(ended) for beat in _beats_of(pending) for ended in beat.ended), ChunkEnded())
 
 
-def ended_in(history: Sequence[HistoryEvent], pending: Sequence[PendingActivityInfo]) -> ChunkEnded:
-    """How many items have ended: what a chunk has counted, what was handed in since then, and what is at work."""
-    order = decoded(history[0].workflow_execution_started_event_attributes.input.payloads[0], ChunkOrder)
-    ended, at_work = order.before or ChunkEnded(), _AtWork()
-    for event in history:
-        if handed_in := at_work.look(event):
-            ended = sum((counted(each) for each in handed_in[1].ended), ended)
-        elif event.event_type == E.EVENT_TYPE_WORKFLOW_PROPERTIES_MODIFIED:
-            memo = event.workflow_properties_modified_event_attributes.upserted_memo.fields
-            ended = decoded(memo["ended"], ChunkEnded)
-    return ended + ended_by_now(at_work.beats(pending))
-
-
-async def chunk_now(cluster: Cluster, workflow_id: str) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
+async def _now(cluster: Cluster, workflow_id: str) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
     """The last history of an attempt of a chunk, and what is at work in it. Raises RPCError, NOT_FOUND where none is.
 
     While a worker makes up its mind, what others hand in is no more at work, and not in the history yet; nobody wants
-    to see it go back, so that is waited for.
+    to see it go back, so that is waited for: for longer than for a worker that died.
     """
     for pause_s in (*LOOK_AGAIN_AFTER_S, None):
         handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id)
@@ -322,7 +309,7 @@ async def _history(
             found = (await handle.fetch_history()).events
             await cluster.payloads.bring_in(found)
             if not events and found[-1].event_type not in CLOSED:
-                found, pending = await chunk_now(cluster, workflow_id)
+                found, pending = await _now(cluster, workflow_id)
             events = [*found, *events]
             run_id = found[0].workflow_execution_started_event_attributes.continued_execution_run_id
             if not run_id:
