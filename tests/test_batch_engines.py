@@ -153,6 +153,21 @@ async def test_equal_batches_with_a_key_are_one(opened: Opened) -> None:
     assert len(work.calls) == 60
 
 
+async def test_a_batch_of_which_nothing_completed_says_what_went_wrong_at_last(opened: Opened) -> None:
+    flock, why = Flock(), "at first"
+
+    @flock.agent
+    async def item(n: int) -> int:
+        raise AgentError(f"{n} {why}")
+
+    async with opened(flock) as engine:
+        batch = await ended(engine, await engine.submit_batch("item", numbers(2), OPTIONS))
+        assert batch.error == "None of the 2 items completed. The first one: 0 at first"
+        why = "later"
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert batch.error == "None of the 2 items completed. The first one: 0 later"
+
+
 async def test_without_parallel_items_go_one_by_one_in_order(opened: Opened) -> None:
     flock, at_work, order = Flock(), 0, list[int]()
 

@@ -270,7 +270,8 @@ class FlockBatch(_Interruptible):
             )
             self._failed_in |= bool(ended.failed) << chunk
             self._cancelled_in |= bool(ended.cancelled) << chunk
-            self._first_error = min((e for e in (self._first_error, ended.first_error) if e), default=None)
+            errors = [error for error in (ended.first_error, self._first_error) if error]
+            self._first_error = min(errors, key=lambda error: error[0], default=None)  # of one item, the last attempt's
 
     def _state(self) -> BatchOrder:
         about = replace(self._order.attempts[-1], begun_to=self._next, cancelled=dict(self._cancelled))
