@@ -315,6 +315,6 @@ async def _history(
             if not run_id:
                 return events, pending
     except RPCError as exc:
-        if exc.status is not RPCStatusCode.NOT_FOUND or not may_be_none:
+        if exc.status is not RPCStatusCode.NOT_FOUND or events or not may_be_none:
             raise
         return events, pending
