@@ -56,6 +56,7 @@ from tests.fakes import (
     running,
     sample_flock,
     temporal_server,
+    until,
 )
 
 pytestmark = pytest.mark.anyio
@@ -398,6 +399,33 @@ async def test_an_item_that_waits_is_cancelled_at_once(temporal_address: str) ->
         assert (await ended(engine, batch)).cancelled_items == 3
         assert [await engine.get_run(item.run_id) for item in waiting] == ends
     assert sorted({*range(50)} - {*work.calls}) == [1, 30, 49]
+
+
+async def test_a_worker_that_stops_hands_on_more_than_the_cluster_takes_at_once(temporal_address: str) -> None:
+    """What was done of each item fits; that of all of them does not."""
+    flock, calls, holds = Flock(new_id()), list[str](), True
+
+    @flock.agent(next_agent="second")
+    async def first(n: int) -> str:
+        calls.append("first")
+        return "x" * 600_000
+
+    @flock.agent
+    async def second(result: str) -> int:
+        calls.append("second")
+        while holds:  # noqa: ASYNC110 - nobody tells it
+            await asyncio.sleep(0.05)
+        return 1
+
+    async with open_pair(flock, temporal_address, with_worker=False) as engine:
+        async with open_pair(flock, temporal_address):
+            batch = await engine.submit_batch("first", numbers(20), BatchOptions(max_workers=10))
+            await until(lambda: calls.count("second") == 10)
+        holds = False
+        async with open_pair(flock, temporal_address):
+            batch = await ended(engine, batch)
+    assert (batch.completed_items, batch.failed_items) == (20, 0)
+    assert calls.count("first") == 20
 
 
 async def test_items_that_say_much_are_begun_once(temporal_address: str) -> None:

@@ -61,6 +61,10 @@ MAX_LANES = 1000
 #: A history goes on anew when it has so many events or bytes: a tenth of what the cluster takes.
 MAX_EVENTS = 5_000
 MAX_BYTES = 5_000_000
+#: Bytes of steps that were done which are handed on, with orders or to a new history: the cluster takes 2 MiB at once,
+#: and 4 of all that is decided at one time. What is behind that is decided so much later.
+MAX_HANDED_ON = 1_600_000
+NEXT_DECISION = timedelta(milliseconds=10)
 #: How long a batch waits to be accepted, once all of its rows are there.
 ACCEPT_WITHIN = timedelta(minutes=10)
 #: So soon it can be read who is cancelled of those that wait.
@@ -367,17 +371,21 @@ class FlockChunk(_Interruptible):
             self._leave_out_cancelled()
             if not (self._todo or self._at_work):
                 break
-            if not _is_long():
-                self._begin()
+            is_held = False
+            if not _is_long() or sum(map(_bytes_of, self._todo)) > MAX_HANDED_ON:
+                is_held = self._begin()
             elif not self._at_work:
                 workflow.continue_as_new(self._state(), memo=self._shown())
             self._show()
             lanes, cancelled, was_cancelled = self._lanes, set(self._cancelled), self.is_cancelled
-            await self._until(
-                lambda: (
-                    any(task.done() for task in self._at_work) or (self._lanes, self._cancelled) != (lanes, cancelled)  # noqa: B023 - waited for here
+            with contextlib.suppress(asyncio.TimeoutError):
+                await self._until(
+                    lambda: (
+                        any(task.done() for task in self._at_work)
+                        or (self._lanes, self._cancelled) != (lanes, cancelled)  # noqa: B023 - waited for here
+                    ),
+                    NEXT_DECISION if is_held else None,
                 )
-            )
             await _settled()
             self._take_in()
             if self.is_cancelled and not was_cancelled:
@@ -425,11 +433,18 @@ class FlockChunk(_Interruptible):
             heartbeat_timeout_s=order.heartbeat_timeout_s,
         )
 
-    def _begin(self) -> None:
-        """Share out what is to be done among the places that are free."""
+    def _begin(self) -> bool:
+        """Share out what is to be done among the places that are free. Returns whether some of it is to wait."""
+        handed_on = 0
         while self._todo and len(self._at_work) < self._lanes:
             share = math.ceil(len(self._todo) / (self._lanes - len(self._at_work)))
-            order = self._items_order(tuple(self._todo.popleft() for _ in range(share)))
+            parts: list[Part] = []
+            while len(parts) < share and (not handed_on or handed_on + _bytes_of(self._todo[0]) <= MAX_HANDED_ON):
+                handed_on += _bytes_of(self._todo[0])
+                parts.append(self._todo.popleft())
+            if not parts:
+                return True
+            order = self._items_order(tuple(parts))
             doing = workflow.start_activity(
                 ITEMS_ACTIVITY,
                 order,
@@ -441,6 +456,7 @@ class FlockChunk(_Interruptible):
                 cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
             )
             self._at_work[doing] = order
+        return False
 
     def _take_in(self) -> None:
         """Count what was done, and put the rest back."""
@@ -513,6 +529,10 @@ class FlockForget:
             retry_policy=UNTIL_DONE,
         )
         await asyncio.sleep(order.keep_mark_s)
+
+
+def _bytes_of(part: Part) -> int:
+    return sum(len(step.result) for step in part.steps)
 
 
 async def _settled() -> None:
