@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import httpx
@@ -30,16 +31,28 @@ from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
 from temporalio.client import WorkflowFailureError, WorkflowHistory
 from temporalio.converter import StorageDriverClaim, StorageDriverRetrieveContext
 from temporalio.exceptions import ApplicationError
+from temporalio.testing import ActivityEnvironment
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
 from flock.cli import main
 from flock.core import Flock
 from flock.errors import AgentError, BatchNotFound, DefinitionError, EngineFull, Replayed, StoreError
 from flock.llm import ModelClient
-from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id
+from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id, now
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
-from flock.temporal.messages import CONVERTER, ChunkEnded, decoded, run_workflow_id
+from flock.temporal.cluster import Cluster
+from flock.temporal.items import ItemActivities
+from flock.temporal.messages import (
+    CONVERTER,
+    ChunkEnded,
+    Ended,
+    ItemsBeat,
+    ItemsOrder,
+    Part,
+    decoded,
+    run_workflow_id,
+)
 from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import run_of
 from flock.temporal.workflows import FlockMark, FlockRun
@@ -426,6 +439,27 @@ async def test_a_worker_that_stops_hands_on_more_than_the_cluster_takes_at_once(
             batch = await ended(engine, batch)
     assert (batch.completed_items, batch.failed_items) == (20, 0)
     assert calls.count("first") == 20
+
+
+async def test_what_a_worker_that_died_has_told_is_kept_where_the_next_one_fails() -> None:
+    """The cluster does not let it be tried again if an item of it is to be cancelled."""
+    cluster = Cluster("127.0.0.1:1")
+    items = ItemActivities(cluster, cast("Any", None), 0)  # it takes no turn
+    ended, at_work = Ended(position=0, completed_at=now()), Part(position=1)
+    order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), at_work, Part(position=2)), timeout_s=1)
+
+    async def fails(order: ItemsOrder) -> Any:
+        raise StoreError("The cluster does not answer now.")
+
+    items._chunk = fails  # type: ignore[method-assign]
+    environment = ActivityEnvironment()
+    beat = msgspec.to_builtins(ItemsBeat(ended=(ended,), at_work=at_work))
+    environment.info = dataclasses.replace(environment.info, heartbeat_details=[beat], attempt=2)
+    done = await environment.run(items.run, order)
+    assert (done.ended, done.unfinished) == ((ended,), replace(at_work, is_again=True))
+    environment.info = dataclasses.replace(environment.info, heartbeat_details=[])
+    with pytest.raises(StoreError):
+        await environment.run(items.run, order)
 
 
 async def test_items_that_say_much_are_begun_once(temporal_address: str) -> None:

@@ -149,6 +149,9 @@ class ItemActivities:
                 if task is not None:
                     task.cancel()
             self._jobs.discard(job)
+        if work.exception() is not None and job.ended:  # what a worker that died has told must not go with this try
+            at_work = None if job.at_work is None else replace(job.at_work, is_again=True)
+            return ItemsDone(ended=tuple(job.ended), unfinished=at_work)
         work.result()
         unfinished = job.at_work if job.at_work is not None and job.at_work.steps else None
         return ItemsDone(ended=tuple(job.ended), unfinished=unfinished)
