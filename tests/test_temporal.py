@@ -31,12 +31,13 @@ from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
 from temporalio.client import WorkflowFailureError, WorkflowHistory
 from temporalio.converter import StorageDriverClaim, StorageDriverRetrieveContext
 from temporalio.exceptions import ApplicationError
+from temporalio.service import RPCError
 from temporalio.testing import ActivityEnvironment
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
 from flock.cli import main
 from flock.core import Flock
-from flock.errors import AgentError, BatchNotFound, DefinitionError, EngineFull, Replayed, StoreError
+from flock.errors import AgentError, BatchNotFound, Conflict, DefinitionError, EngineFull, Replayed, StoreError
 from flock.llm import ModelClient
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id, now
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
@@ -712,6 +713,41 @@ async def test_a_batch_of_which_the_cluster_has_forgotten_a_part_is_not_there(te
         with pytest.raises(BatchNotFound):
             await engine.retry_batch(batch.batch_id)
         await engine.delete_batch(batch.batch_id)
+
+
+async def test_a_batch_whose_rows_the_cluster_has_forgotten_fails_and_says_so(temporal_address: str) -> None:
+    work = Work()
+    async with open_pair(work.flock, temporal_address, with_worker=False) as engine:
+        batch = await engine.submit_batch("item", numbers(3), BatchOptions())
+        rows = WorkflowExecution(workflow_id=f"rows:{batch.batch_id}:0")
+        await engine.cluster.client.workflow_service.delete_workflow_execution(
+            DeleteWorkflowExecutionRequest(namespace=engine.cluster.namespace, workflow_execution=rows)
+        )
+        with anyio.fail_after(20), contextlib.suppress(RPCError):
+            while await engine.cluster.client.get_workflow_handle(rows.workflow_id).describe():  # noqa: ASYNC110
+                await anyio.sleep(0.02)
+        async with TemporalWorker(work.flock.agents, ModelClient(), temporal_address, flock=work.flock.name):
+            batch = await ended(engine, batch)
+        assert (batch.status, batch.failed_items, work.calls) == (RunStatus.FAILED, 3, [])
+        assert batch.error is not None
+        assert "The cluster has forgotten the rows" in batch.error
+
+
+async def test_a_batch_that_was_ended_on_the_cluster_says_so(temporal_address: str) -> None:
+    """Before a worker could begin it, and while one of its items is at work: what has ended is kept."""
+    work = Work()
+    async with open_pair(work.flock, temporal_address, with_worker=False) as engine:
+        batch = await engine.submit_batch("item", numbers(3), BatchOptions())
+        await engine.cluster.client.get_workflow_handle(f"batch:{batch.batch_id}").terminate()
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.cancelled_items) == (RunStatus.FAILED, 3)
+        assert batch.error == "The batch was ended on the cluster."
+        assert {item.status for item in await engine.get_items(batch.batch_id)} == {RunStatus.CANCELLED}
+        with pytest.raises(Conflict, match="failed and cannot be cancelled"):
+            await engine.cancel_batch(batch.batch_id)
+        async with TemporalWorker(work.flock.agents, ModelClient(), temporal_address, flock=work.flock.name):
+            batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert (batch.status, batch.attempt, sorted(work.calls)) == (RunStatus.COMPLETED, 2, [0, 1, 2])
 
 
 async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_told(temporal_address: str) -> None:

@@ -20,6 +20,7 @@ from temporalio import workflow
 from temporalio.common import RetryPolicy
 from temporalio.exceptions import (
     ActivityError,
+    ApplicationError,
     CancelledError,
     ChildWorkflowError,
     RetryState,
@@ -49,7 +50,7 @@ from flock.temporal.messages import (
     items_queue_of,
     recoded,
 )
-from flock.temporal.records import CANCELLED_BEFORE, GIVEN_UP, counted, ended_by, left_of
+from flock.temporal.records import CANCELLED_BEFORE, GIVEN_UP, counted, end_for, ended_by, left_of
 from flock.temporal.workflows import NO_LIMIT, RETRIES
 
 __all__ = ["FlockBatch", "FlockChunk", "FlockForget", "FlockRows"]
@@ -505,7 +506,8 @@ def _what_became_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder)
         if isinstance(exc.cause, TimeoutError) and exc.cause.last_heartbeat_details:
             beat = recoded(exc.cause.last_heartbeat_details[0], ItemsBeat)
         is_cancelled = exc.retry_state is RetryState.CANCEL_REQUESTED
-        return ended_by(order, beat, workflow.now(), is_cancelled=is_cancelled)
+        end = end_for(exc.cause.type, exc.cause.message) if isinstance(exc.cause, ApplicationError) else GIVEN_UP
+        return ended_by(order, beat, workflow.now(), is_cancelled=is_cancelled, end=end)
 
 
 @workflow.defn(name=ROWS_WORKFLOW)

@@ -30,7 +30,7 @@ from flock.temporal.messages import (
     item_id,
     rows_workflow_id,
 )
-from flock.temporal.records import CANCELLED_BEFORE, counted, ended_by, left_of, time_of, waiting_again
+from flock.temporal.records import CANCELLED_BEFORE, counted, end_for, ended_by, left_of, time_of, waiting_again
 
 __all__ = ["LOOK_AGAIN_AFTER_S", "Chunk", "ended_by_now", "read_chunk", "reopens"]
 
@@ -201,7 +201,9 @@ class _AtWork:
             case E.EVENT_TYPE_ACTIVITY_TASK_FAILED:
                 failed = event.activity_task_failed_event_attributes
                 if taken := self._pop(failed.scheduled_event_id):
-                    return taken, ended_by(taken, None, at, is_cancelled=failed.retry_state == CANCEL_REQUESTED)
+                    is_cancelled = failed.retry_state == CANCEL_REQUESTED
+                    end = end_for(failed.failure.application_failure_info.type, failed.failure.message)
+                    return taken, ended_by(taken, None, at, is_cancelled=is_cancelled, end=end)
         return None
 
     def _pop(self, event_id: int) -> ItemsOrder | None:

@@ -42,6 +42,7 @@ from flock.temporal.messages import (
     recoded,
     rows_workflow_id,
 )
+from flock.temporal.payloads import PAYLOAD_LOST
 from flock.temporal.records import CANCELLED_BEFORE
 from flock.temporal.turns import Turn, Turns, is_left, until_left
 
@@ -313,7 +314,7 @@ class ItemActivities:
             forgotten = (
                 "The cluster has forgotten the rows of this chunk, or what was done before: its retention is over."
             )
-            raise ApplicationError(forgotten, non_retryable=True) from exc
+            raise ApplicationError(forgotten, type=PAYLOAD_LOST, non_retryable=True) from exc
 
     @activity.defn(name=FIND_ACTIVITY)
     async def find(self, order: ItemsOrder) -> list[int]:

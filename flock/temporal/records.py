@@ -26,12 +26,14 @@ from flock.temporal.messages import (
     StepDone,
     decoded,
 )
+from flock.temporal.payloads import PAYLOAD_LOST
 
 __all__ = [
     "CANCELLED_BEFORE",
     "GIVEN_UP",
     "at_work",
     "counted",
+    "end_for",
     "ended_by",
     "left_of",
     "order_of",
@@ -166,7 +168,14 @@ def left_of(order: ItemsOrder, done: ItemsDone) -> list[Part]:
     ]
 
 
-def ended_by(order: ItemsOrder, beat: ItemsBeat | None, at: datetime, *, is_cancelled: bool) -> ItemsDone:
+def end_for(error_type: str | None, error: str) -> End:
+    """How an item ends that cannot be worked on, by what its activity failed with."""
+    return End(RunStatus.FAILED, error, PAYLOAD_LOST) if error_type == PAYLOAD_LOST else GIVEN_UP
+
+
+def ended_by(
+    order: ItemsOrder, beat: ItemsBeat | None, at: datetime, *, is_cancelled: bool, end: End = GIVEN_UP
+) -> ItemsDone:
     """What is taken for done where the cluster does not let *order* be tried again.
 
     Many had it: whatever was at work fails, so that the rest can go on. Or some of it is to be cancelled, and its
@@ -182,9 +191,9 @@ def ended_by(order: ItemsOrder, beat: ItemsBeat | None, at: datetime, *, is_canc
         return ItemsDone(ended=beat.ended)
     failed = Ended(
         position=culprit.position,
-        status=GIVEN_UP.status,
-        error=GIVEN_UP.error,
-        error_type=GIVEN_UP.error_type,
+        status=end.status,
+        error=end.error,
+        error_type=end.error_type,
         started_at=culprit.started_at,
         completed_at=at,
         steps=culprit.steps,
