@@ -216,7 +216,7 @@ async def show_longest(engine: TemporalEngine, batch_id: str) -> None:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=500, metavar="N", help="0 leaves them out")
-    parser.add_argument("--items", type=int, default=5000, metavar="N", help="0 leaves them out")
+    parser.add_argument("--items", type=int, default=20_000, metavar="N", help="0 leaves them out")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--million", action="store_true", help="one batch of a million, and nothing else")
     options = parser.parse_args()
