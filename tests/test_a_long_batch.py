@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes import NOT_WATCHED, Server, flockapi_command, running
+from tests.fakes import Server, flockapi_command, running
 
 pytestmark = pytest.mark.alone
 
@@ -47,7 +47,7 @@ def rows() -> Iterator[bytes]:
 def served() -> Iterator[Server]:
     Path("served.py").write_text(SCRIPT)
     command = flockapi_command("serve", "served.py", "--port", "0", "--store", "flock.db")
-    with running(*command, timeout_s=60, **NOT_WATCHED) as server:
+    with running(*command, timeout_s=60) as server:
         yield server
 
 
