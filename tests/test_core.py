@@ -29,21 +29,28 @@ def test_run_gives_the_result() -> None:
     assert sample_flock().run("add", {"a": 40}) == {"result": 42}
 
 
-def test_run_raises_what_went_wrong() -> None:
-    flock = sample_flock()
-    with pytest.raises(RunFailed, match="more than I can do") as caught:
-        flock.run("refuse", {"text": "This"})
+@pytest.mark.parametrize(
+    ("agent_name", "inputs", "error", "words"),
+    [
+        ("refuse", {"text": "This"}, RunFailed, "more than I can do"),
+        # In one's own process nothing needs to be hidden.
+        ("explode", {"text": "x"}, RunFailed, "raised ValueError: a secret: x"),
+        ("nobody", None, AgentNotFound, "nobody"),
+        ("add", {"a": "1"}, InvalidData, "/inputs/a"),
+        ("add", {"a": ...}, InvalidData, "cannot be JSON"),
+        ("add", {"a": "\ud800"}, InvalidData, "cannot be JSON"),
+    ],
+    ids=["agent_error", "exception", "no_agent", "type", "object", "surrogate"],
+)
+def test_run_raises_what_went_wrong(agent_name: str, inputs: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        sample_flock().run(agent_name, inputs)
+
+
+def test_what_failed_is_told_to_programs_too() -> None:
+    with pytest.raises(RunFailed) as caught:
+        sample_flock().run("refuse", {"text": "This"})
     assert caught.value.error_type == "agent_error"
-    # In one's own process nothing needs to be hidden.
-    with pytest.raises(RunFailed, match="raised ValueError: a secret: x"):
-        flock.run("explode", {"text": "x"})
-    with pytest.raises(AgentNotFound):
-        flock.run("nobody")
-    with pytest.raises(InvalidData, match="/inputs/a"):
-        flock.run("add", {"a": "1"})
-    for odd in (object(), "\ud800"):
-        with pytest.raises(InvalidData, match="cannot be JSON"):
-            flock.run("add", {"a": odd})
 
 
 @pytest.mark.anyio
@@ -190,9 +197,9 @@ def test_cells_have_the_delimiter_that_is_named(tmp_path: Path) -> None:
     assert sample_flock().run_batch("add", tmp_path / "rows.csv", delimiter=";") == [{"result": 6}]
 
 
-def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
-    flock = sample_flock()
-    for name, content, words in (
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
         ("a.csv", b"", "There is no header"),
         ("b.csv", b"a\nx\n", "line 2 /a: Expected 'int', got 'str'"),
         ("c.csv", b"a,c\n1,2\n", "There is no input 'c'"),
@@ -200,15 +207,24 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
         ("e.csv.gz", b"a\n1\n", "e.csv.gz is no gzip, as its name says"),
         ("f.ndjson.gz", gzip.compress(b'{"a": 1}', mtime=0)[:-9], "f.ndjson.gz is no gzip, as its name says"),
         ("g.ndjson", b'{"a": 1}\n[1]\n', "line 2: A line is one JSON object"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InvalidData, match=re.escape(words)):
-            flock.run_batch("add", tmp_path / name)
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value and " " not in value else "",
+)
+def test_a_file_that_cannot_be_read_says_why(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidData, match=re.escape(words)):
+        sample_flock().run_batch("add", tmp_path / name)
+
+
+@pytest.mark.parametrize("unclear", ["rows.txt", "rows", "rows.gz", ".csv"])
+def test_a_file_whose_name_does_not_say_what_is_in_it_is_refused(unclear: str) -> None:
+    with pytest.raises(DefinitionError, match=r"What is in .* end in \.csv, \.ndjson or \.jsonl"):
+        sample_flock().run_batch("add", unclear)
+
+
+def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        flock.run_batch("add", tmp_path / "nowhere.csv")
-    for unclear in ("rows.txt", "rows", "rows.gz", ".csv"):
-        with pytest.raises(DefinitionError, match=r"What is in .* end in \.csv, \.ndjson or \.jsonl"):
-            flock.run_batch("add", unclear)
+        sample_flock().run_batch("add", tmp_path / "nowhere.csv")
 
 
 def test_names_are_mapped_and_gaps_are_filled(tmp_path: Path) -> None:
@@ -216,10 +232,16 @@ def test_names_are_mapped_and_gaps_are_filled(tmp_path: Path) -> None:
     for rows in ([{"first": 1}, {"first": 2}], tmp_path / "rows.csv"):
         results = sample_flock().run_batch("add", rows, input_mapping={"first": "a"}, static_inputs={"b": 10})
         assert results == [{"result": 11}, {"result": 12}]
-    with pytest.raises(InvalidData, match="/static_inputs/b: Expected 'int', got 'str'"):
-        sample_flock().run_batch("add", [{"a": 1}], static_inputs={"b": "x"})
-    with pytest.raises(InvalidData, match="/static_inputs: It cannot be JSON"):
-        sample_flock().run_batch("add", [{"a": 1}], static_inputs={"b": object()})
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [("x", "/static_inputs/b: Expected 'int', got 'str'"), (..., "/static_inputs: It cannot be JSON")],
+    ids=["type", "object"],
+)
+def test_what_cannot_fill_a_gap_is_refused(gap: Any, words: str) -> None:
+    with pytest.raises(InvalidData, match=words):
+        sample_flock().run_batch("add", [{"a": 1}], static_inputs={"b": gap})
 
 
 def test_what_failed_stands_in_its_place() -> None:
