@@ -76,6 +76,7 @@ def test_it_brings_few_packages(python: Path) -> None:
     assert len(names) <= MAX_PACKAGES, sorted(names)
 
 
+@pytest.mark.alone
 def test_it_imports_fast_and_without_the_extras(python: Path, tmp_path: Path) -> None:
     """The best of five: what other processes take is not its cost."""
     code = "import json, sys, time, flockapi; print(json.dumps([time.process_time(), sorted(sys.modules)]))"
