@@ -16,8 +16,6 @@ from flockapi import FlockAPI
 from tests.fakes import ROOT, Server, running
 from tests.test_contract import operations
 
-pytestmark = pytest.mark.xdist_group("docs pages")
-
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 VENDOR = STATIC / "vendor"
 

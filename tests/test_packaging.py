@@ -21,7 +21,7 @@ import flock.runs
 import flockapi
 from tests.fakes import EXAMPLES, NOT_WATCHED, ROOT, running
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("packaging")]  # what is built is built once
+pytestmark = pytest.mark.timeout(600)
 
 #: The most packages that an installation may bring, besides this one.
 MAX_PACKAGES = 13

@@ -23,8 +23,6 @@ from tests.fakes import EXAMPLES, ROOT, Server, flockapi_command, running
 README = (ROOT / "README.md").read_text("utf-8")
 (ON_BATCHES,) = re.findall(r"(?s)\n## Batches\n.*?(?=\n## )", README)
 
-pytestmark = pytest.mark.xdist_group("readme")
-
 
 def blocks_of(text: str) -> list[tuple[str, str]]:
     return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)

@@ -16,8 +16,6 @@ from tests.fakes import Server, flockapi_command, running
 from tests.test_http_lifecycle import events_in
 from tests.test_recovery import workers_of
 
-pytestmark = pytest.mark.xdist_group("server")
-
 WORKERS = 3
 FLOCK = """
 import multiprocessing, os, pathlib

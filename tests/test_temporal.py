@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -715,10 +715,15 @@ async def test_a_batch_of_which_the_cluster_has_forgotten_a_part_is_not_there(te
         await engine.delete_batch(batch.batch_id)
 
 
-async def test_a_batch_whose_rows_the_cluster_has_forgotten_fails_and_says_so(temporal_address: str) -> None:
+@pytest.mark.parametrize("misfits", [0, 1])
+async def test_a_batch_whose_rows_the_cluster_has_forgotten_fails_and_says_so(
+    misfits: int, temporal_address: str
+) -> None:
+    """With some that do not fit it has to be found out first which ones do."""
     work = Work()
     async with open_pair(work.flock, temporal_address, with_worker=False) as engine:
-        batch = await engine.submit_batch("item", numbers(3), BatchOptions())
+        sent: list[Mapping[str, Any]] = [*numbers(3), *[{"n": "x"}] * misfits]
+        batch = await engine.submit_batch("item", sent, BatchOptions(), on_invalid="skip")
         rows = WorkflowExecution(workflow_id=f"rows:{batch.batch_id}:0")
         await engine.cluster.client.workflow_service.delete_workflow_execution(
             DeleteWorkflowExecutionRequest(namespace=engine.cluster.namespace, workflow_execution=rows)
@@ -728,7 +733,7 @@ async def test_a_batch_whose_rows_the_cluster_has_forgotten_fails_and_says_so(te
                 await anyio.sleep(0.02)
         async with TemporalWorker(work.flock.agents, ModelClient(), temporal_address, flock=work.flock.name):
             batch = await ended(engine, batch)
-        assert (batch.status, batch.failed_items, work.calls) == (RunStatus.FAILED, 3, [])
+        assert (batch.status, batch.failed_items, work.calls) == (RunStatus.FAILED, 3 + misfits, [])
         assert batch.error is not None
         assert "The cluster has forgotten the rows" in batch.error
 

@@ -27,6 +27,7 @@ from temporalio.exceptions import (
     TimeoutError,
 )
 
+from flock.ends import End
 from flock.runs import RunStatus
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
@@ -258,14 +259,15 @@ class FlockBatch(_Interruptible):
                 del self._cancelled[position]
             try:
                 ended = task.result()
-            except ChildWorkflowError:
+            except ChildWorkflowError as exc:
                 ended = ChunkEnded()
                 if self.is_cancelled:  # before it began: what is left is counted at the end
                     self._cancelled_in |= 1 << chunk
-                else:  # somebody ended it from outside
+                else:  # somebody ended it from outside, or its rows are forgotten
                     size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
                     size = min(size, self._batch.total_items - self._batch.completed_items)
-                    ended = ChunkEnded(failed=size, first_error=(self._order.first_of(chunk), GIVEN_UP.error))
+                    end = _end_for(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
+                    ended = ChunkEnded(failed=size, first_error=(self._order.first_of(chunk), end.error))
             batch = self._batch
             self._batch = replace(
                 batch,
@@ -327,14 +329,12 @@ class FlockBatch(_Interruptible):
         state = self._state()
         about = replace(state.attempts[-1], completed_at=workflow.now(), cancelled={})
         self._order = replace(state, attempts=(*state.attempts[:-1], about))
-        self._show()
-        workflow.upsert_memo(
-            {
-                "failed_in": f"{self._failed_in:x}",
-                "cancelled_in": f"{self._cancelled_in:x}",
-                "first_error": self._first_error,
-            }
-        )
+        where = {
+            "failed_in": f"{self._failed_in:x}",
+            "cancelled_in": f"{self._cancelled_in:x}",
+            "first_error": self._first_error,
+        }
+        workflow.upsert_memo(self._shown() | where)
 
 
 @workflow.defn(name=CHUNK_WORKFLOW)
@@ -389,19 +389,12 @@ class FlockChunk(_Interruptible):
                 )
             await _settled()
             self._take_in()
-            if self.is_cancelled and not was_cancelled:
-                self._stop(self._at_work)
-            elif newly := self._cancelled - cancelled:
-                self._stop(
-                    task for task, order in self._at_work.items() if newly & {part.position for part in order.parts}
-                )
+            stops_all, newly = self.is_cancelled and not was_cancelled, self._cancelled - cancelled
+            for task, ordered in self._at_work.items() if stops_all or newly else ():
+                if stops_all or any(part.position in newly for part in ordered.parts):
+                    task.cancel()  # its worker reads who is meant in what is shown then
         self._show()
         return self._ended
-
-    def _stop(self, at_work: Iterable[workflow.ActivityHandle[ItemsDone]]) -> None:
-        self._show()  # read by whoever works on it
-        for task in at_work:
-            task.cancel()
 
     async def _find(self) -> None:
         """Find out what there is to do."""
@@ -506,8 +499,11 @@ def _what_became_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder)
         if isinstance(exc.cause, TimeoutError) and exc.cause.last_heartbeat_details:
             beat = recoded(exc.cause.last_heartbeat_details[0], ItemsBeat)
         is_cancelled = exc.retry_state is RetryState.CANCEL_REQUESTED
-        end = end_for(exc.cause.type, exc.cause.message) if isinstance(exc.cause, ApplicationError) else GIVEN_UP
-        return ended_by(order, beat, workflow.now(), is_cancelled=is_cancelled, end=end)
+        return ended_by(order, beat, workflow.now(), is_cancelled=is_cancelled, end=_end_for(exc.cause))
+
+
+def _end_for(cause: BaseException | None) -> End:
+    return end_for(cause.type, cause.message) if isinstance(cause, ApplicationError) else GIVEN_UP
 
 
 @workflow.defn(name=ROWS_WORKFLOW)

@@ -242,6 +242,7 @@ export async function show(main, { id, params, signal }) {
       label: "Results",
       columns,
       total: counts()[status],
+      start: first,
       load,
       signal,
       cells: (item, index) =>

@@ -1,7 +1,7 @@
 // All batches, a page at a time.
 
 import { STATUSES, badge, count, duration, get, h, link, when } from "./app.js";
-import { choice, list } from "./runs.js";
+import { agentChoice, choice, list } from "./runs.js";
 
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
@@ -9,14 +9,7 @@ export async function show(main, { params, signal }) {
     kind: "batches",
     signal,
     params,
-    filters: [
-      choice("status", "Status", STATUSES),
-      choice(
-        "agent_name",
-        "Agent",
-        agents.map(({ name }) => name),
-      ),
-    ],
+    filters: [choice("status", "Status", STATUSES), agentChoice(agents, params)],
     columns: ["Batch", "Agent", "Status", "Done", "Failed", "Still takes", "Accepted"],
     empty: ["No batch fits. ", h("a", { href: link("new-batch") }, "Start one from a file or from rows.")],
     row: (batch) => [

@@ -234,7 +234,7 @@ function grow({ target }) {
 }
 
 function list(made) {
-  const { name, its, start, pointer, isRequired, root, id } = made;
+  const { name, its, start, pointer, isRequired, root } = made;
   let number = 0;
   const items = [],
     rows = h("ul", { class: "list" });
@@ -269,15 +269,7 @@ function list(made) {
   const made_ = {
     control: more,
     pointer,
-    node: h(
-      "fieldset",
-      { "aria-describedby": `${id}-hint` },
-      h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
-      h("p", { class: "hint", id: `${id}-hint`, hidden: !its.description }, its.description),
-      rows,
-      more,
-      wrong,
-    ),
+    node: group(made, rows, more, wrong),
     read: () =>
       items.length === 0 && !isRequired && its.default === undefined
         ? undefined
@@ -293,21 +285,24 @@ function list(made) {
   return made_;
 }
 
+function group({ name, its, isRequired, id }, ...children) {
+  return h(
+    "fieldset",
+    { "aria-describedby": `${id}-hint` },
+    h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
+    h("p", { class: "hint", id: `${id}-hint`, hidden: !its.description }, its.description),
+    ...children,
+  );
+}
+
 function nested(made) {
-  const { name, its, start, pointer, isRequired, root, id } = made;
+  const { its, start, pointer, isRequired, root } = made;
   const inner = members(its, start, pointer, root);
   const wrong = h("p", { class: "error", tabindex: "-1", hidden: true });
   const made_ = {
     control: wrong,
     pointer,
-    node: h(
-      "fieldset",
-      { "aria-describedby": `${id}-hint` },
-      h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
-      h("p", { class: "hint", id: `${id}-hint`, hidden: !its.description }, its.description),
-      inner.nodes,
-      wrong,
-    ),
+    node: group(made, inner.nodes, wrong),
     read: () => {
       const read = inner.read();
       return !isRequired && Object.keys(read).length === 0 ? undefined : read;

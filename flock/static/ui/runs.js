@@ -23,15 +23,13 @@ const REFRESH_MS = 2000;
 
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
-  const names = agents.map(({ name }) => name);
-  if (params.get("agent_name") && !names.includes(params.get("agent_name"))) names.push(params.get("agent_name"));
   await list(main, {
     kind: "runs",
     signal,
     params,
     filters: [
       choice("status", "Status", STATUSES),
-      choice("agent_name", "Agent", names),
+      agentChoice(agents, params),
       time("created_after", "From"),
       time("created_before", "To"),
     ],
@@ -47,6 +45,13 @@ export async function show(main, { params, signal }) {
     ],
     id: (run) => run.run_id,
   });
+}
+
+/** Also an agent that is not there any more may be looked for. */
+export function agentChoice(agents, params) {
+  const names = new Set(agents.map(({ name }) => name));
+  if (params.get("agent_name")) names.add(params.get("agent_name"));
+  return choice("agent_name", "Agent", [...names]);
 }
 
 export const choice = (name, label, options) => ({

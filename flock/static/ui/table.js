@@ -10,12 +10,13 @@ const MAX_PX = 8_000_000;
 
 /**
  * @param columns  [{name, least, most}]: the width in rem, and as a grid has it
+ * @param start    the first row that is to be seen; goTo() scrolls there once the table is in the page
  * @param load     (page, signal) => rows of the page, each at its place
  * @param cells    (row, index) => the cells of a row; the row is undefined while it is not there
  * @param moved    told the first row that can be seen
  * @param failed   told why a page does not come
  */
-export function bigTable({ label, columns, total, load, cells, moved, failed, signal }) {
+export function bigTable({ label, columns, total, start, load, cells, moved, failed, signal }) {
   const rows = h("div", { class: "rows" });
   const body = h("div", { class: "body", role: "rowgroup" }, rows);
   const head = h(
@@ -44,7 +45,7 @@ export function bigTable({ label, columns, total, load, cells, moved, failed, si
   node.style.setProperty("--least", `${columns.reduce((sum, { least }) => sum + least, 0)}rem`);
   const pages = new Map(),
     asked = new Map();
-  let first = 0,
+  let first = start,
     drawn = "",
     isOurs = false;
 
@@ -67,8 +68,10 @@ export function bigTable({ label, columns, total, load, cells, moved, failed, si
   function goTo(row, isTold = true) {
     first = Math.max(0, Math.min(last(), row));
     const top = Math.round(isScaled() ? (first / Math.max(1, last())) * room() : first * ROW_PX);
-    isOurs = Math.abs(node.scrollTop - top) >= 1;
+    const before = node.scrollTop;
+    body.style.height = `${height()}px`; // nobody can scroll beyond what is there
     node.scrollTop = top;
+    isOurs = node.scrollTop !== before;
     draw(isTold);
   }
 
