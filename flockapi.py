@@ -35,7 +35,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute, Match, Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,7 +44,7 @@ from flock.auth import KeyRing, OwnEngine, Places, Rate, keys_of_environment
 from flock.body import Body, media_type_of
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
-from flock.door import CORS, Auth, Door, by_key, principal_of
+from flock.door import CORS, Auth, Door, Found, by_key, principal_of
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
@@ -934,8 +934,8 @@ UI: Sequence[Route] = [
     Route("/ui/{file}", ui, include_in_schema=False),
 ]
 
-#: What everybody may see; a route of the owner's that stands before one of these is not meant.
-OPEN = [
+#: The routes that need no key. No other is open, whatever its path.
+OPEN: Sequence[Route | Mount] = [
     *DOCS,
     *UI,
     *(route for route in ROUTES if route.path in ("/openapi.yaml", "/openapi.json", "/healthz", "/readyz")),
@@ -1029,23 +1029,16 @@ class FlockAPI(Starlette):
                 raise DefinitionError("Pass either auth= or api_keys=: only one of them can say who may come in.")
             auth = by_key(KeyRing(api_keys))
         own = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
-        super().__init__(
-            routes=[*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)]), *(UI if create_ui else ())],
-            middleware=[
-                *([Middleware(CORSMiddleware, allow_origins=cors_origins, **CORS)] if cors_origins else []),
-                *middleware,
-                Middleware(
-                    Door,
-                    is_open=lambda scope: _route_of(self, scope) in OPEN,
-                    refuse=on_error,
-                    auth=auth,
-                    hosts=allowed_hosts,
-                    origins=cors_origins,
-                    max_header_bytes=max_header_bytes,
-                    rate=None if max_requests_per_minute is None else Rate(max_requests_per_minute),
-                ),
-            ],
-            exception_handlers={**own, **(exception_handlers or {})},
+        cors = [Middleware(CORSMiddleware, allow_origins=cors_origins, **CORS)] if cors_origins else []
+        super().__init__(middleware=[*cors, *middleware], exception_handlers={**own, **(exception_handlers or {})})
+        self.router = Door(
+            [*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)]), *(UI if create_ui else ())],
+            open_routes=OPEN,
+            auth=auth,
+            hosts=allowed_hosts,
+            origins=cors_origins,
+            max_header_bytes=max_header_bytes,
+            rate=None if max_requests_per_minute is None else Rate(max_requests_per_minute),
             lifespan=lambda app: app.lifespan(),
         )
         self.flock = flock
@@ -1097,6 +1090,7 @@ class FlockAPI(Starlette):
             # ASGI has a proxy's path in ``path`` too. Hypercorn leaves it out, and nothing below a mount would match.
             scope = {**scope, "path": above + scope["path"]}
         scope["flock.request_id"] = request_id = request_id_for(scope)
+        scope["flock.found"] = found = Found()
         status_code, started_at = 0, time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
@@ -1104,17 +1098,16 @@ class FlockAPI(Starlette):
             if message["type"] == "http.response.start":
                 status_code = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-                for name, value in scope.get("flock.headers", {}).items():
+                for name, value in found.headers.items():
                     message["headers"].append((name.encode(), value.encode()))
             await send(message)
 
-        as_asked = {name: scope.get(name, "") for name in ("type", "method", "path", "root_path")}
         try:
             await super().__call__(scope, receive, send_with_id)
         finally:
             if self.metrics is not None and status_code:
                 took_s = time.perf_counter() - started_at
-                template = getattr(_route_of(self, as_asked), "path", "")
+                template = getattr(found.route, "path", "")
                 self.metrics.request_ended(scope["method"], template, status_code, took_s)
 
 
@@ -1128,11 +1121,6 @@ def _metrics(engine: Engine, flock: Flock) -> "Metrics":
         raise DefinitionError("metrics=True needs prometheus-client: pip install 'flockapi[metrics]'") from exc
     except OSError as exc:
         raise DefinitionError(f"PROMETHEUS_MULTIPROC_DIR names a folder that cannot be used: {exc}") from exc
-
-
-def _route_of(app: FlockAPI, scope: Scope) -> BaseRoute | None:
-    """What *scope* fits first, as the router looks for it."""
-    return next((route for route in app.routes if route.matches(scope)[0] is not Match.NONE), None)
 
 
 async def _send_lifespan(send: Send, message: Message) -> None:

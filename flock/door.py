@@ -1,20 +1,21 @@
-"""The door of an app, as ASGI middleware: what is asked of a request before anything of its body is read."""
+"""The door of an app, which is its router: what is asked of a request before anything of its body is read."""
 
 import inspect
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection, Request
-from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.websockets import WebSocketClose
+import msgspec
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException, WebSocketException
+from starlette.requests import HTTPConnection
+from starlette.routing import BaseRoute, Match, Router
+from starlette.types import Receive, Scope, Send
 
 from flock.auth import KeyRing, Rate, check_host, check_origin
 from flock.errors import FlockError, Unauthenticated
 from flock.runs import Principal
 
-__all__ = ["CORS", "Auth", "Door", "by_key", "principal_of"]
+__all__ = ["CORS", "Auth", "Door", "Found", "by_key", "principal_of"]
 
 #: Says who asks, or None where nobody may know; it reads headers, a session, a certificate, and never the body.
 Auth = Callable[[HTTPConnection], Awaitable[Principal | None] | Principal | None]
@@ -39,66 +40,107 @@ FROM_PAGES = (b"origin", b"sec-fetch-site")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-class Door:
-    """Is this server meant, may that page do it, who is it, and is it not too much?
+class Found(msgspec.Struct):
+    """What the door learned about a request; one object, so that middleware which copies the scope does not hide it.
+
+    Attributes:
+        route: the route that answers; None if no route matches.
+        headers: what the response says about the rate limit.
+    """
+
+    route: BaseRoute | None = None
+    headers: Mapping[str, str] = {}
+
+
+class Door(Router):
+    """A router that admits a request to the route that answers it, and to no other.
+
+    It finds the route once, as Starlette does: the first that matches path and method, otherwise the first that matches
+    the path. Only *open_routes* answer without authentication; all others need it, also those that a host adds later,
+    and so do unknown paths.
 
     Args:
-        is_open: whether a scope leads to what everybody may see.
-        refuse: makes the answer of an error.
-        auth: knows principals; None lets everybody in.
+        open_routes: these very objects are open to everybody, and not counted against *rate*.
+        auth: identifies principals; None lets everybody in.
         hosts: what ``Host`` may say, without the port; None is anything.
         origins: pages of other origins that may change something.
         rate: how much each principal may ask for; None is any.
+        options: see ``starlette.routing.Router``.
     """
 
     def __init__(
         self,
-        app: ASGIApp,
+        routes: Sequence[BaseRoute],
         *,
-        is_open: Callable[[Scope], bool],
-        refuse: Callable[[Request, Exception], Awaitable[Response]],
+        open_routes: Sequence[BaseRoute],
         auth: Auth | None,
         hosts: Collection[str] | None,
         origins: Collection[str],
         max_header_bytes: int,
         rate: Rate | None,
+        **options: Any,
     ) -> None:
-        self._app = app
-        self._is_open = is_open
-        self._refuse = refuse
-        self._max_header_bytes = max_header_bytes
-        self._rate = rate
+        super().__init__(routes, **options)
+        self._open_routes = open_routes
         self._auth = auth
         self._hosts = hosts
         self._origins = origins
+        self._max_header_bytes = max_header_bytes
+        self._rate = rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await super().__call__(scope, receive, send)
             return
-        connection, length, is_from_page = HTTPConnection(scope), 0, False
+        route, child_scope = self._match(scope)
+        found: Found = scope.setdefault("flock.found", Found())
+        found.route = route
+        try:
+            self._check_headers(scope)
+            if not any(route is open_route for open_route in self._open_routes):
+                await self._admit(scope, found)
+        except (HTTPException, FlockError) as exc:
+            if scope["type"] == "websocket":
+                raise WebSocketException(1008) from exc  # RFC 6455, 7.4.1: policy violation
+            raise
+        if route is None:
+            await super().__call__(scope, receive, send)  # redirects to the path with or without its last slash, or 404
+        else:
+            scope.setdefault("router", self)
+            scope["route"] = route
+            scope.update(child_scope)
+            await route.handle(scope, receive, send)
+
+    def _match(self, scope: Scope) -> tuple[BaseRoute | None, Scope]:
+        """The route that answers *scope*, and what it adds to the scope."""
+        partial: tuple[BaseRoute | None, Scope] = None, {}
+        for route in self.routes:
+            match, child_scope = route.matches(scope)
+            if match is Match.FULL:
+                return route, child_scope
+            if match is Match.PARTIAL and partial[0] is None:
+                partial = route, child_scope
+        return partial
+
+    def _check_headers(self, scope: Scope) -> None:
+        length, is_from_page = 0, False
         for name, value in scope["headers"]:  # once, since each look-up goes through all of them
             length += len(name) + len(value)
             is_from_page = is_from_page or name in FROM_PAGES
-        try:
-            if length > self._max_header_bytes:
-                raise HTTPException(431, f"The headers are longer than {self._max_header_bytes} bytes together.")
-            if self._hosts is not None:
-                check_host(connection.headers.get("host", ""), self._hosts)
-            if is_from_page and scope.get("method") not in SAFE_METHODS:
-                check_origin(connection.headers, self._origins)
-            if (self._auth is not None or self._rate is not None) and not self._is_open(scope):
-                if self._auth is not None:
-                    scope["flock.principal"] = await _identify(connection, self._auth)
-                if self._rate is not None:
-                    scope["flock.headers"] = self._rate.take(principal_of(connection))
-        except (HTTPException, FlockError) as exc:
-            if scope["type"] == "websocket":
-                await WebSocketClose(1008)(scope, receive, send)  # RFC 6455, 7.4.1: policy violation
-            else:
-                await (await self._refuse(Request(scope, receive), exc))(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+        if length > self._max_header_bytes:
+            raise HTTPException(431, f"The headers are longer than {self._max_header_bytes} bytes together.")
+        headers = Headers(scope=scope)
+        if self._hosts is not None:
+            check_host(headers.get("host", ""), self._hosts)
+        if is_from_page and scope.get("method") not in SAFE_METHODS:
+            check_origin(headers, self._origins)
+
+    async def _admit(self, scope: Scope, found: Found) -> None:
+        connection = HTTPConnection(scope)
+        if self._auth is not None:
+            scope["flock.principal"] = await _identify(connection, self._auth)
+        if self._rate is not None:
+            found.headers = self._rate.take(principal_of(connection))
 
 
 async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:

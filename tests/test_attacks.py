@@ -24,6 +24,8 @@ Where each line of attack is tried; what names no file is in this one:
     | post from a foreign page | test_a_page_of_another_origin_changes_nothing |
     | forged content type | test_what_a_form_could_send_is_refused |
     | | test_bad_input::test_another_content_type_is_415_that_says_what_to_send |
+    | routes and methods beside the guarded ones | test_customising::test_a_route_that_is_added_later_needs_a_key |
+    | | test_customising::test_any_method_of_an_open_route_is_open_and_nothing_else |
     | smuggling | test_what_two_servers_could_read_in_two_ways_is_refused |
     | | test_what_follows_an_unread_body_is_not_a_request |
     | slow head, slow body | test_our_server_waits_for_no_head_for_ever |
@@ -61,6 +63,8 @@ import anyio
 import anyio.to_thread
 import httpx
 import pytest
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flock.auth import KeyRing, OwnEngine, Rate, new_key, read_keys
 from flock.core import Flock
@@ -506,7 +510,16 @@ async def test_each_principal_has_its_share_of_event_streams() -> None:
 
 @pytest.mark.anyio
 async def test_each_principal_has_its_share_of_requests() -> None:
-    app = create_app(sample_flock(), store=":memory:", api_keys=KEYS, max_requests_per_minute=3)
+    """Also if middleware of the host copies the scope."""
+
+    def copying(app: ASGIApp) -> ASGIApp:
+        async def copy(scope: Scope, receive: Receive, send: Send) -> None:
+            await app({**scope}, receive, send)
+
+        return copy
+
+    middleware = [Middleware(copying)]
+    app = create_app(sample_flock(), store=":memory:", api_keys=KEYS, max_requests_per_minute=3, middleware=middleware)
     async with client_of(app, "ann") as ann, client_of(app, "bob") as bob:
         answers = [await ann.get("/agents") for _ in range(4)]
         assert [answer.status_code for answer in answers] == [200, 200, 200, 429]

@@ -16,13 +16,13 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.routing import Host, Mount, Route, Router, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from flock.errors import AgentNotFound
 from flock.runs import Principal
-from flockapi import FlockAPI, create_app, engine_of, principal_of
+from flockapi import FlockAPI, create_app, engine_of, healthz, principal_of
 from tests.fakes import ROOT, running, sample_flock
 
 pytestmark = pytest.mark.anyio
@@ -166,6 +166,72 @@ async def test_what_stands_before_an_open_page_is_not_open() -> None:
     async with client_of(create_app(sample_flock(), auth=by_key, docs=False, routes=routes)) as client:
         for path in ("/docs", "/static/docs.js", "/redoc", "/static/../runs", "//runs", "/runs/"):
             assert (await client.get(path)).status_code == 401
+
+
+ADDED_LATER: dict[str, tuple[str, str, Callable[[FlockAPI], object]]] = {
+    "a method that an open route does not take": (
+        *("POST", "/"),
+        lambda app: app.routes.append(Route("/", whoami, methods=["POST"])),
+    ),
+    "a method of an open page": ("PUT", "/docs", lambda app: app.add_route("/docs", whoami, methods=["PUT"])),
+    "before an open route": ("GET", "/docs", lambda app: app.router.routes.insert(0, Route("/docs", whoami))),
+    "equal to an open route": (
+        *("GET", "/healthz"),
+        lambda app: app.router.routes.insert(0, Route("/healthz", healthz, middleware=[Middleware(ReplacedByWhoami)])),
+    ),
+    "a mount": ("GET", "/more/whoami", lambda app: app.mount("/more", Starlette(routes=[Route("/whoami", whoami)]))),
+    "a mount around an open path": (
+        *("GET", "/static/whoami"),
+        lambda app: app.router.routes.insert(0, Mount("/static", routes=[Route("/whoami", whoami)])),
+    ),
+    "a host": (
+        "GET",
+        "/healthz",
+        lambda app: app.router.routes.insert(0, Host("t", Router([Route("/healthz", whoami)]))),
+    ),
+    "a path of its own": ("OPTIONS", "/new", lambda app: app.add_route("/new", whoami, methods=["OPTIONS"])),
+}
+
+
+class ReplacedByWhoami:
+    """Makes of any route another one that Starlette takes for equal."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        pass
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (await whoami(Request(scope)))(scope, receive, send)
+
+
+@pytest.mark.parametrize(("method", "path", "add"), ADDED_LATER.values(), ids=ADDED_LATER)
+async def test_a_route_that_is_added_later_needs_a_key(
+    method: str, path: str, add: Callable[[FlockAPI], object]
+) -> None:
+    """Access is decided for the route that answers, wherever it stands and whatever it resembles."""
+    app = create_app(sample_flock(), auth=by_key, create_ui=True)
+    add(app)
+    async with client_of(app) as client:
+        assert (await client.request(method, path)).status_code == 401
+        answer = await client.request(method, path, headers={"Authorization": "Bearer of-ann"})
+        assert (answer.status_code, answer.json()) == (200, {"name": "ann"})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        *(
+            ("HEAD", "/docs", 200),
+            ("PUT", "/docs", 405),
+            ("OPTIONS", "/healthz", 405),
+            ("POST", "/static/docs.js", 405),
+        ),
+        *(("HEAD", "/runs", 401), ("PUT", "/runs", 401), ("OPTIONS", "/run/flock", 401), ("OPTIONS", "/nowhere", 401)),
+        *(("HEAD", "/docs/", 401), ("GET", "/healthz/", 401), ("GET", "/", 401), ("GET", "//docs", 401)),
+    ],
+)
+async def test_any_method_of_an_open_route_is_open_and_nothing_else(method: str, path: str, status: int) -> None:
+    async with client_of(create_app(sample_flock(), auth=by_key)) as client:
+        assert (await client.request(method, path)).status_code == status
 
 
 @pytest.mark.parametrize("found", [False, None, 0, "ann", {"name": "ann"}])

@@ -333,13 +333,15 @@ async def test_a_route_is_labelled_by_its_template_whatever_middleware_does(floc
     app = create_app(
         flock,
         store=":memory:",
-        routes=[Route("/one/{x}", hello), Route("/two/{y}", hello)],
+        routes=[Route("/one/{x}", hello), Route("/two/{y}", hello), Route("/one/{of_post}", hello, methods=["POST"])],
         middleware=[Middleware(copying)],
     )
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         for path in ("/one/1", "/two/2", "/two/3", "/static/docs.js"):
             await client.get(path)
+        await client.post("/one/1")
         seen = await metrics_of(client)
+    assert seen["http_server_request_duration_seconds_count POST 200 /one/{of_post}"] == 1, "as the route that answered"
     requests = "http_server_request_duration_seconds_count GET 200"
     assert (seen[f"{requests} /one/{{x}}"], seen[f"{requests} /two/{{y}}"], seen[f"{requests} /static"]) == (1, 2, 1)
 
