@@ -40,7 +40,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flock.agents import Agent
-from flock.auth import KeyRing, OwnEngine, Places, Rate, keys_of_environment
+from flock.auth import KeyRing, OwnEngine, Places, Rate
 from flock.body import Body, media_type_of
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
@@ -941,6 +941,13 @@ OPEN: Sequence[Route | Mount] = [
     *(route for route in ROUTES if route.path in ("/openapi.yaml", "/openapi.json", "/healthz", "/readyz")),
 ]
 
+#: Logged once when an app starts that was given neither ``api_keys=`` nor ``auth=``.
+OPEN_TO_EVERYBODY = (
+    "%s is open to everybody who can reach it: they can run its agents, and read, cancel and delete all its runs and "
+    "batches. Dependencies of FastAPI and logins of Django do not protect a mounted app. Pass api_keys= or auth= to "
+    'create_app, or auth="host" if the host lets only its own users reach it.'
+)
+
 
 class FlockAPI(Starlette):
     """The agents of *flock* as an ASGI application: serve it with any server, or mount it in another app, as it is.
@@ -967,11 +974,12 @@ class FlockAPI(Starlette):
         routes: Starlette routes that come before the app's own. ``await engine_of(request)`` is the engine in them, and
             ``request.app.flock`` the flock; ``openapi_paths`` describes them in the served specification.
         api_keys: who may come in, by name, with the key that each sends as ``Authorization: Bearer`` or ``X-API-Key``;
-            ``"ops:admin"`` sees what belongs to others, and ``/metrics``. If None, ``FLOCK_API_KEYS``, such as
-            ``alice=...,ops:admin=...``; without that, and without *auth*, it is the host's business.
-        auth: in place of keys, a function of the connection, sync or async, that gives a ``Principal``, or None, which
-            is answered with 401 before the body is read. It guards all but the docs pages, the files of the web
-            page, the specification, ``/healthz`` and ``/readyz``, and runs behind *middleware*.
+            ``"ops:admin"`` sees what belongs to others, and ``/metrics``. The environment is not read.
+        auth: in place of keys, a function of the connection, sync or async, that returns a ``Principal``, or None,
+            which is answered with 401 before the body is read. It guards all but the docs pages, the files of the web
+            page, the specification, ``/healthz`` and ``/readyz``, and runs after *middleware*. ``"host"`` states that
+            the host lets only its own users reach the app; it identifies nobody. Without *auth* and *api_keys*
+            everybody may call the app, and a warning says so when it starts.
         allowed_hosts: what ``Host`` may say, without the port; None is anything.
         cors_origins: pages of these origins may call the app from a browser. All others may not change anything.
         middleware, exception_handlers: as Starlette has them; handlers come before the app's own.
@@ -1012,7 +1020,7 @@ class FlockAPI(Starlette):
         routes: Sequence[BaseRoute] = (),
         openapi_paths: Mapping[str, Any] | None = None,
         api_keys: Mapping[str, str] | None = None,
-        auth: Auth | None = None,
+        auth: Auth | Literal["host"] | None = None,
         allowed_hosts: Collection[str] | None = None,
         cors_origins: Sequence[str] = (),
         middleware: Sequence[Middleware] = (),
@@ -1022,8 +1030,7 @@ class FlockAPI(Starlette):
         create_ui: bool = False,
         metrics: bool | None = None,
     ) -> None:
-        if api_keys is None and auth is None:
-            api_keys = keys_of_environment()
+        self._is_open = api_keys is None and auth is None
         if api_keys is not None:
             if auth is not None:
                 raise DefinitionError("Pass either auth= or api_keys=: only one of them can say who may come in.")
@@ -1034,7 +1041,7 @@ class FlockAPI(Starlette):
         self.router = Door(
             [*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)]), *(UI if create_ui else ())],
             open_routes=OPEN,
-            auth=auth,
+            auth=None if auth == "host" else auth,
             hosts=allowed_hosts,
             origins=cors_origins,
             max_header_bytes=max_header_bytes,
@@ -1055,14 +1062,13 @@ class FlockAPI(Starlette):
         self.on_disconnect = on_disconnect
         self.has_ended = False
         self._more_lifespan = lifespan
-        self._is_open = auth is None and allowed_hosts is None
         wants_metrics = find_spec("prometheus_client") is not None if metrics is None else metrics
         self.metrics = _metrics(self.engine, flock) if wants_metrics else None
 
     def build_middleware_stack(self) -> ASGIApp:
         """Called once, when the app is about to answer for the first time."""
         if self._is_open:
-            logger.info("%s: no auth= and no api_keys=, so who may call it is its host's business", self.contract.title)
+            logger.warning(OPEN_TO_EVERYBODY, self.contract.title)
         return super().build_middleware_stack()
 
     @contextlib.asynccontextmanager

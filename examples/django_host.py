@@ -1,11 +1,30 @@
-"""An asgi.py: DJANGO_SETTINGS_MODULE=mysite.settings uvicorn examples.django_host:app, and POST /ai/run/flock."""
+"""An asgi.py: DJANGO_SETTINGS_MODULE=mysite.settings uvicorn examples.django_host:app; log in, POST /ai/run/flock."""
 
+from importlib import import_module
+
+from django.conf import settings
+from django.contrib.auth import aget_user
 from django.core.asgi import get_asgi_application
+from django.http import HttpRequest
 from starlette.applications import Starlette
+from starlette.requests import HTTPConnection
 from starlette.routing import Mount
 
 from examples.plain_function import flock
+from flock.runs import Principal
 from flockapi import create_app
 
-ai = create_app(flock)
-app = Starlette(routes=[Mount("/ai", ai), Mount("/", get_asgi_application())], lifespan=lambda _: ai.lifespan())
+django = get_asgi_application()
+
+
+async def user_of(connection: HTTPConnection) -> Principal | None:
+    """Who is logged in to the site: the flock is beside Django's middleware, so it reads the session itself."""
+    request = HttpRequest()
+    session_key = connection.cookies.get(settings.SESSION_COOKIE_NAME)
+    request.session = import_module(settings.SESSION_ENGINE).SessionStore(session_key)
+    user = await aget_user(request)
+    return Principal(name=user.get_username()) if user.is_authenticated else None
+
+
+ai = create_app(flock, auth=user_of)
+app = Starlette(routes=[Mount("/ai", ai), Mount("/", django)], lifespan=lambda _: ai.lifespan())

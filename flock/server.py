@@ -309,6 +309,7 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
         routes=routes,
         metrics=settings.metrics,
         api_keys=settings.api_keys,
+        auth="host" if settings.api_keys is None else None,  # what holds without keys is logged at the start
         allowed_hosts=_names(settings),
         cors_origins=settings.cors_origins,
         max_requests_per_minute=settings.max_requests_per_minute,
@@ -424,6 +425,8 @@ async def _open_once(flock: Flock, settings: ServerSettings) -> None:
 def _say_what_is_served(flock: Flock, settings: ServerSettings) -> None:
     if settings.api_keys is None and not _is_loopback(settings.host):
         logger.warning("Listening on %s without a key: whoever reaches this port can run these agents.", settings.host)
+    elif settings.api_keys is None:
+        logger.info("Programs on this machine need no key. Set %s to demand one.", KEYS_VARIABLE)
     if not flock.agents:
         logger.warning("This flock has no agents yet: add one with flock.add_agent(...).")
     kept = "in memory only" if settings.store == MEMORY else f"in {Path(settings.store).resolve()}"

@@ -64,6 +64,9 @@ import anyio.to_thread
 import httpx
 import pytest
 from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flock.auth import KeyRing, OwnEngine, Rate, new_key, read_keys
@@ -71,7 +74,7 @@ from flock.core import Flock
 from flock.errors import DefinitionError, TooManyRequests
 from flock.metrics import Metrics
 from flock.runs import Principal, Run
-from flockapi import FlockAPI, create_app
+from flockapi import FlockAPI, create_app, principal_of
 from tests.fakes import ROOT, flockapi_command, running, sample_flock
 from tests.test_api import wait_for
 from tests.test_contract import SPEC, check_described
@@ -190,6 +193,7 @@ def test_keys_are_read_from_text(text: str, keys: dict[str, str]) -> None:
         (lambda: KeyRing({"ann": KEYS["ann"], "ben": KEYS["ann"]}), "'ben' has the key of another name"),
         (lambda: KeyRing({}), "nobody could come in"),
         (lambda: create_app(Flock(), api_keys=KEYS, auth=lambda _: None), "either auth= or api_keys="),
+        (lambda: create_app(Flock(), api_keys=KEYS, auth="host"), "either auth= or api_keys="),
     ],
 )
 def test_keys_that_cannot_be_used_are_refused_and_not_shown(make: Any, words: str) -> None:
@@ -200,12 +204,22 @@ def test_keys_that_cannot_be_used_are_refused_and_not_shown(make: Any, words: st
 
 
 @pytest.mark.anyio
-async def test_keys_of_the_environment_close_any_app(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLOCK_API_KEYS", f"ann={KEYS['ann']}")
-    app = create_app(sample_flock(), store=":memory:")
-    async with client_of(app) as client, client_of(app, "ann") as ann:
-        assert (await client.get("/runs")).status_code == 401
-        assert (await ann.get("/runs")).status_code == 200
+async def test_an_app_in_a_host_does_not_read_the_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are for our own server, which a host may run beside itself."""
+    monkeypatch.setenv("FLOCK_API_KEYS", "not even of the right form")
+    async with client_of(create_app(sample_flock(), store=":memory:")) as client:
+        assert (await client.get("/runs")).status_code == 200
+    async with client_of(create_app(sample_flock(), store=":memory:", api_keys={"bob": KEYS["bob"]}), "ann") as ann:
+        assert (await ann.get("/runs")).status_code == 401
+
+
+def test_start_api_reads_the_keys_of_the_environment(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text("from tests.fakes import sample_flock\nsample_flock().start_api(port=0)\n")
+    keys = f"ann={KEYS['ann']}"
+    with running(sys.executable, str(path), PYTHONPATH=str(ROOT), FLOCK_API_KEYS=keys) as server:
+        assert httpx.get(f"{server.url}/runs").status_code == 401
+        assert httpx.get(f"{server.url}/runs", headers={"X-API-Key": KEYS["ann"]}).status_code == 200
 
 
 # Ownership
@@ -343,6 +357,8 @@ def test_on_the_loopback_only_its_own_names_are_answered(script: Path) -> None:
     """A page that had its own name lead here is none of ours, whatever it asks."""
     with running(*flockapi_command("serve", str(script), "--port", "0"), PYTHONPATH=str(ROOT)) as server:
         port = server.url.rpartition(":")[2]
+        assert any("Programs on this machine need no key. Set FLOCK_API_KEYS" in line for line in server.lines)
+        assert not any("WARNING" in line for line in server.lines), "it is closed to all others"
         for host in (f"127.0.0.1:{port}", f"localhost:{port}", "LOCALHOST", f"[::1]:{port}"):
             assert httpx.get(f"{server.url}/agents", headers={"Host": host}).status_code == 200
         for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil.example", ""):
@@ -416,16 +432,48 @@ async def test_what_a_form_could_send_is_refused(content_type: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_mounted_app_that_is_open_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="flock.api")
-    for api_keys in (None, KEYS):
-        app = create_app(sample_flock(), store=":memory:", api_keys=api_keys)
-        async with client_of(app) as client:
-            for _ in range(3):
-                await client.get("/agents")
-    assert [record.message for record in caplog.records] == [
-        "Flock Server: no auth= and no api_keys=, so who may call it is its host's business"
-    ]
+async def test_an_app_that_is_open_warns_once_when_it_starts(caplog: pytest.LogCaptureFixture) -> None:
+    """With what is open and how to close it. Names that ``Host`` may say close nothing, since anybody can send them."""
+    app = create_app(sample_flock(), store=":memory:", allowed_hosts=["t"])
+    assert caplog.records == []
+    for _ in range(2):
+        async with app.lifespan(), client_of(app) as client:
+            assert [(await client.get("/agents")).status_code for _ in range(2)] == [200, 200]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "Flock Server is open to everybody who can reach it: they can run its agents" in record.message
+    for remedy in ("api_keys=", "auth=", 'auth="host"'):
+        assert remedy in record.message
+
+
+CLOSED: dict[str, dict[str, Any]] = {
+    "by keys": {"api_keys": KEYS},
+    "by a function": {"auth": lambda connection: Principal(name="ann")},
+    "by the host": {"auth": "host"},
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("options", CLOSED.values(), ids=CLOSED)
+async def test_an_app_that_is_closed_does_not_warn(options: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async with client_of(create_app(sample_flock(), store=":memory:", **options), "ann") as client:
+        assert (await client.get("/agents")).status_code == 200
+    assert caplog.records == []
+
+
+@pytest.mark.anyio
+async def test_a_host_that_has_closed_the_app_identifies_nobody_to_it() -> None:
+    """So all its users share the runs, and its routes see no principal."""
+
+    async def whoami(request: Request) -> Response:
+        return Response(str(principal_of(request)))
+
+    app = create_app(sample_flock(), store=":memory:", auth="host", routes=[Route("/whoami", whoami)])
+    async with client_of(app) as client:
+        run_id = (await client.post("/run/flock", json=ADD)).json()["run_id"]
+        assert (await client.get("/whoami")).text == "None"
+        assert (await client.get(f"/run/{run_id}")).status_code == 200
+        assert (await client.get("/metrics")).status_code == 200
 
 
 # Bounds

@@ -204,7 +204,8 @@ async def test_what_the_server_knows_is_in_no_answer_and_no_record(
         return os.environ["OPENAI_API_KEY"]  # type: ignore[return-value]
 
     model.replies = [error(401, message=f"Incorrect API key provided: {model_key}")] * 2
-    app = create_app(flock, engine=flock.engine(store="kept.db", transport=model.transport))
+    engine = flock.engine(store="kept.db", transport=model.transport)
+    app = create_app(flock, engine=engine, api_keys={"ops:admin": api_key})
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"X-API-Key": api_key}
     async with app.lifespan(), httpx.AsyncClient(transport=transport, base_url="http://t", headers=headers) as client:

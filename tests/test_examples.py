@@ -1,7 +1,9 @@
 """The examples, each served as its first line says."""
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,19 +24,47 @@ from django.http import HttpResponse
 from django.urls import path
 
 SECRET_KEY, ROOT_URLCONF, ALLOWED_HOSTS = "x", __name__, ["*"]
-urlpatterns = [path("hello/<name>", lambda request, name: HttpResponse(f"Django greets {name}"))]
+INSTALLED_APPS = ["django.contrib.auth", "django.contrib.contenttypes", "django.contrib.sessions"]
+MIDDLEWARE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+]
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "site.db"}}
+DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
+
+def log_in(request, name):
+    from django.contrib.auth import authenticate, login
+    login(request, authenticate(request, username=name, password=request.GET["password"]))
+    return HttpResponse(f"Django greets {name}")
+
+urlpatterns = [path("login/<name>", log_in)]
+"""
+
+PREPARE_SITE = """
+import django
+django.setup()
+from django.core.management import call_command
+from django.contrib.auth.models import User
+call_command("migrate", verbosity=0)
+User.objects.create_user("ann", password="of-ann")
 """
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_has_under_ten_lines(path: Path) -> None:
-    """The page's own script is as the page prints it."""
+def test_an_example_is_short(path: Path) -> None:
+    """Under ten lines, and under thirty if it authenticates users. The page's own script is as the page prints it."""
     lines = [line for line in path.read_text("utf-8").splitlines() if line.strip() and '"""' not in line]
-    assert len(lines) < 10 or path.stem == "text_analyzer"
+    assert len(lines) < (30 if "auth=" in "".join(lines) else 10) or path.stem == "text_analyzer"
 
 
-def ask(url: str, body: Any) -> Any:
-    return httpx.post(f"{url}/run/flock", json=body, timeout=30).raise_for_status().json()
+def ask(url: str, body: Any, **headers: str) -> Any:
+    return httpx.post(f"{url}/run/flock", json=body, headers=headers, timeout=30).raise_for_status().json()
+
+
+def statuses_without_a_credential(url: str, **headers: str) -> set[int]:
+    """What a stranger gets from all that runs agents or shows runs."""
+    asked = [("POST", "/run/flock"), ("POST", "/run/batch"), ("GET", "/runs"), ("GET", "/agents"), ("GET", "/metrics")]
+    return {httpx.request(method, url + path, json=GREET, headers=headers).status_code for method, path in asked}
 
 
 @pytest.mark.parametrize(
@@ -58,22 +88,42 @@ def uvicorn(target: str) -> list[str]:
     return [sys.executable, "-m", "uvicorn", "--port", "0", target]
 
 
-def test_the_fastapi_host_serves_both() -> None:
-    with running(*uvicorn("examples.fastapi_host:app"), PYTHONPATH=str(ROOT)) as server:
-        assert ask(f"{server.url}/ai", GREET)["result"] == GREETED
+def test_the_fastapi_host_serves_both_to_its_users_only() -> None:
+    of_ann = {"Authorization": "Bearer of-ann"}
+    with running(*uvicorn("examples.fastapi_host:app"), PYTHONPATH=str(ROOT), ANN_TOKEN="of-ann") as server:
+        assert ask(f"{server.url}/ai", GREET, **of_ann)["result"] == GREETED
+        assert httpx.get(f"{server.url}/me", headers=of_ann).json() == "ann"
         assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "FastAPI"
+        for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer of-bob"}):
+            assert statuses_without_a_credential(f"{server.url}/ai", **headers) == {401}
+            assert httpx.get(f"{server.url}/me", headers=headers).status_code == 401
         assert server.stop() in (0, -15)
-    assert "Traceback" not in "\n".join(server.lines)
+    assert not re.search("Traceback|WARNING|open to everybody", "\n".join(server.lines))
 
 
-def test_the_django_host_serves_both(tmp_path: Path) -> None:
+def test_the_fastapi_host_without_a_token_lets_nobody_in() -> None:
+    with running(*uvicorn("examples.fastapi_host:app"), PYTHONPATH=str(ROOT), ANN_TOKEN="") as server:
+        for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer None"}):
+            assert statuses_without_a_credential(f"{server.url}/ai", **headers) == {401}
+
+
+def test_the_django_host_serves_both_to_its_users_only(tmp_path: Path) -> None:
+    """Whoever is logged in to the site is known to the flock, by the same session."""
     (tmp_path / "site_of_test.py").write_text(SITE)
     env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "DJANGO_SETTINGS_MODULE": "site_of_test"}
+    subprocess.run([sys.executable, "-c", PREPARE_SITE], env=os.environ | env, check=True)
     with running(*uvicorn("examples.django_host:app"), timeout_s=60, **env) as server:
-        assert ask(f"{server.url}/ai", GREET)["result"] == GREETED
-        assert httpx.get(f"{server.url}/hello/Ann").text == "Django greets Ann"
+        assert statuses_without_a_credential(f"{server.url}/ai") == {401}
+        assert statuses_without_a_credential(f"{server.url}/ai", Cookie="sessionid=made-up") == {401}
+        logged_in = httpx.get(f"{server.url}/login/ann?password=of-ann")
+        assert logged_in.text == "Django greets ann"
+        cookie = f"sessionid={logged_in.cookies['sessionid']}"
+        run = ask(f"{server.url}/ai", GREET, Cookie=cookie)
+        assert run["result"] == GREETED
+        foreign = {"Cookie": cookie, "Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
+        assert httpx.post(f"{server.url}/ai/run/flock", json=GREET, headers=foreign).status_code == 403
         assert server.stop() in (0, -15)
-    assert "Traceback" not in "\n".join(server.lines)
+    assert not re.search("Traceback|open to everybody", "\n".join(server.lines))
 
 
 # The compose file: nothing here can run it, so its form is checked, and that what it names is there
