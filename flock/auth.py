@@ -132,7 +132,10 @@ def check_host(host: str, allowed: Collection[str]) -> None:
     """Raise WrongHost where ``Host`` names none of *allowed*: by DNS rebinding a foreign page comes by its own name."""
     name = re.sub(r":\d*$", "", host).lower()
     if name not in allowed:
-        raise WrongHost(f"This server answers as {', '.join(sorted(allowed))}, and not as {name[:100]!r}.")
+        raise WrongHost(
+            f"This server answers as {', '.join(sorted(allowed))}, and not as {name[:100]!r}. If a proxy forwards that "
+            "name, start the server with --allowed-host NAME (allowed_hosts= in Python)."
+        )
 
 
 def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:

@@ -264,6 +264,25 @@ payload_dir_option = click.option(
 )
 @click.option("--allow-anonymous", is_flag=True, help="Ask nobody for a key, wherever it listens.")
 @click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="HOST",
+    help="Answer by this name too, if a proxy forwards it; may be given many times. Others are answered with 421.",
+)
+@click.option(
+    "--root-path",
+    default="",
+    metavar="PATH",
+    help="Path that a proxy cuts off before it forwards a request; links begin with it.",
+)
+@click.option(
+    "--forwarded-allow-ips",
+    metavar="ADDRESSES",
+    help="Proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted, separated by commas; * is all.  "
+    "[default: FORWARDED_ALLOW_IPS of the environment, or 127.0.0.1]",
+)
+@click.option(
     "--cors-origin",
     "cors_origins",
     multiple=True,
@@ -304,7 +323,8 @@ def serve(
 ) -> None:
     """Serve the flock that TARGET names over HTTP.
 
-    Where others can connect, every request needs a key. If none is named, one is made and printed at the start.
+    If others can connect, directly or by a proxy, every request needs a key. If none is named, one is made and printed
+    at the start. --allowed-host, --root-path and --forwarded-allow-ips say that a proxy forwards requests.
     """
     load = functools.partial(_load_with_model, target, model)
     if options["temporal"]:

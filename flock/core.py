@@ -260,10 +260,14 @@ class Flock:
         custom_endpoints: Sequence[Any] = (),
         api_keys: Mapping[str, str] | None = None,
         allow_anonymous: bool = False,
+        allowed_hosts: Sequence[str] = (),
+        root_path: str = "",
+        forwarded_allow_ips: str | None = None,
     ) -> None:
         """Serve the agents over HTTP until the process is told to stop. It blocks.
 
-        On an address that others can reach every request needs a key. Where none is named one is made, and printed.
+        If others can connect, directly or by a proxy, every request needs a key. If none is named, one is made and
+        printed.
 
         Args:
             port: 0 takes a free one.
@@ -272,6 +276,8 @@ class Flock:
             custom_endpoints: Starlette routes of your own; see ``routes`` of ``flockapi.create_app``.
             api_keys: by name; see ``flockapi.create_app``. If None, ``FLOCK_API_KEYS``.
             allow_anonymous: let everybody in who can connect.
+            allowed_hosts, root_path, forwarded_allow_ips: for a server behind a proxy; see
+                ``flock.server.ServerSettings``.
         """
         # The one import that points up: the user's script asks for the server here.
         from flock.server import ServerSettings, serve_flock
@@ -283,6 +289,9 @@ class Flock:
             create_ui=create_ui,
             api_keys=api_keys,
             allow_anonymous=allow_anonymous,
+            allowed_hosts=allowed_hosts,
+            root_path=root_path,
+            forwarded_allow_ips=forwarded_allow_ips,
         )
         serve_flock(self, settings, routes=custom_endpoints)
 

@@ -83,7 +83,7 @@ class Door(Router):
         super().__init__(routes, **options)
         self._open_routes = open_routes
         self._auth = auth
-        self._hosts = hosts
+        self._hosts = None if hosts is None else {host.lower() for host in hosts}
         self._origins = origins
         self._max_header_bytes = max_header_bytes
         self._rate = rate

@@ -88,7 +88,13 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             ``create_app``.
         max_connections: more at a time are answered with 503; those that were answered before go on.
         max_requests_per_minute, max_event_streams: see ``create_app``.
-        allow_anonymous: where no key is named, make none to listen beyond this machine, and let ``Host`` say anything.
+        allow_anonymous: make no key if none is named and others can connect, and let ``Host`` say anything.
+        allowed_hosts: names that ``Host`` may say beside those of this machine, if a proxy forwards them; others are
+            answered with 421. This, and each of the next two, says that others can connect, so a key is needed.
+        root_path: the path that a proxy cuts off before it forwards a request; links begin with it.
+        forwarded_allow_ips: addresses of proxies, separated by commas, whose ``X-Forwarded-For`` and
+            ``X-Forwarded-Proto`` are trusted; ``*`` is all. If None, uvicorn's default: ``FORWARDED_ALLOW_IPS`` of the
+            environment, or 127.0.0.1.
         log_json: write the log as JSON, one object a line.
     """
 
@@ -115,6 +121,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     expose_errors: bool = False
     api_keys: Mapping[str, str] | None = None
     allow_anonymous: bool = False
+    allowed_hosts: Sequence[str] = ()
+    root_path: str = ""
+    forwarded_allow_ips: str | None = None
     cors_origins: Sequence[str] = ()
     max_connections: int = 20_000
     max_requests_per_minute: int | None = None
@@ -269,11 +278,11 @@ def _closed(settings: ServerSettings) -> ServerSettings:
     """*settings* with the keys that are named, or with one that is made and printed where others can connect."""
     if settings.api_keys is None:
         settings = msgspec.structs.replace(settings, api_keys=keys_of_environment())
-    if settings.api_keys is not None or settings.allow_anonymous or _is_loopback(settings.host):
+    if settings.api_keys is not None or settings.allow_anonymous or _is_private(settings):
         return settings
     key = new_key()
     print(
-        f"Others can reach {settings.host}, and no key is named. Every request needs this one, made for this start:\n\n"
+        "Others can reach this server, and no key is named. Every request needs this one, made for this start:\n\n"
         f"    Authorization: Bearer {key}\n\n"
         f"Name your own with {KEYS_VARIABLE}='me=...' (flockapi key makes one), or let everybody in with "
         "--allow-anonymous.\n",
@@ -284,9 +293,16 @@ def _closed(settings: ServerSettings) -> ServerSettings:
 
 
 def _names(settings: ServerSettings) -> Collection[str] | None:
-    """What ``Host`` may say: where no key is needed, a foreign page must not get here by a name that leads here."""
+    """What ``Host`` may say: if no key is needed, a foreign page must not get here by a name that leads here."""
     is_open = settings.api_keys is None and not settings.allow_anonymous
-    return {*LOOPBACK, settings.host} if is_open else None
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return {*LOOPBACK, host, *settings.allowed_hosts} if is_open or settings.allowed_hosts else None
+
+
+def _is_private(settings: ServerSettings) -> bool:
+    """Whether only programs on this machine send requests: it listens to no other, and no proxy forwards any."""
+    is_proxied = settings.allowed_hosts or settings.root_path or settings.forwarded_allow_ips
+    return _is_loopback(settings.host) and not is_proxied
 
 
 def _is_loopback(host: str) -> bool:
@@ -392,6 +408,7 @@ async def _work_until_told(flock: Flock, settings: WorkerSettings) -> None:
 
 
 def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
+    root_path = settings.root_path.strip("/")
     return uvicorn.Config(
         app,
         host=settings.host,
@@ -399,6 +416,8 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
         log_config=_log_config(settings.log_json),
         server_header=False,
         http=_Protocol,
+        root_path=f"/{root_path}" if root_path else "",
+        forwarded_allow_ips=settings.forwarded_allow_ips,
         limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + ANSWER_TIMEOUT_S),
     )
@@ -423,7 +442,7 @@ async def _open_once(flock: Flock, settings: ServerSettings) -> None:
 
 
 def _say_what_is_served(flock: Flock, settings: ServerSettings) -> None:
-    if settings.api_keys is None and not _is_loopback(settings.host):
+    if settings.api_keys is None and not _is_private(settings):
         logger.warning("Listening on %s without a key: whoever reaches this port can run these agents.", settings.host)
     elif settings.api_keys is None:
         logger.info("Programs on this machine need no key. Set %s to demand one.", KEYS_VARIABLE)

@@ -365,6 +365,20 @@ def test_on_the_loopback_only_its_own_names_are_answered(script: Path) -> None:
             for method, path in (("GET", "/runs"), ("POST", "/run/flock"), ("GET", "/docs"), ("GET", "/healthz")):
                 answer = httpx.request(method, server.url + path, headers={"Host": host})
                 assert (answer.status_code, answer.json()["title"]) == (421, "Misdirected Request")
+                assert "start the server with --allowed-host NAME" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--allowed-host", "agents.example"], ["--root-path", "/ai"], ["--forwarded-allow-ips", "127.0.0.1"]],
+    ids=lambda options: options[0],
+)
+def test_behind_a_proxy_a_key_is_made_and_demanded(options: list[str], script: Path) -> None:
+    """On the loopback too, since the proxy lets others connect."""
+    with running(*flockapi_command("serve", str(script), "--port", "0", *options), PYTHONPATH=str(ROOT)) as server:
+        (key,) = [line.split()[-1] for line in server.lines if "Authorization: Bearer fk_" in line]
+        assert httpx.get(f"{server.url}/runs").status_code == 401
+        assert httpx.get(f"{server.url}/runs", headers={"X-API-Key": key}).status_code == 200
 
 
 # Pages of other origins

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
+from flock.auth import new_key
 from flock.cli import main
 from tests.fakes import EXAMPLES, ROOT, Server, flockapi_command, running
 
@@ -242,9 +243,34 @@ def test_the_tables_name_what_there_is() -> None:
 
 
 def test_the_server_of_the_readme_asks_for_its_keys() -> None:
-    (command,) = (code for code in BASH if code.startswith("FLOCK_API_KEYS="))
+    (command,) = (code for code in BASH if "--host 0.0.0.0" in code)
     command = command.replace("flockapi ", f"{shlex.quote(sys.executable)} -m flock.cli ")
     with running("bash", "-c", f"cd {shlex.quote(str(ROOT))} && {command} --port 0 --store :memory:") as server:
         url = re.sub(r"//.*:", "//127.0.0.1:", server.url)
         assert httpx.get(f"{url}/agents").status_code == 401
     assert not any("fk_" in line for line in server.lines)
+
+
+def test_the_server_of_the_readme_answers_behind_its_nginx() -> None:
+    """The client sends what the printed nginx would: the headers of its block, and the path without its location."""
+    (nginx,) = (code for language, code in BLOCKS if language == "nginx")
+    (command,) = (code for code in BASH if "--allowed-host" in code)
+    (prefix,) = re.findall(r"location (\S+)/ \{", nginx)
+    assert f"--root-path {prefix} " in command
+    assert re.search(r"proxy_pass http://127.0.0.1:8344/;", nginx), "the slash cuts the path off"
+    known = {
+        "$http_host": "agents.example",
+        "$proxy_add_x_forwarded_for": "203.0.113.7",
+        "$scheme": "https",
+    }
+    headers = {name: known[value] for name, value in re.findall(r"proxy_set_header (\S+) (\S+);", nginx)}
+    key = new_key()
+    command = command.replace("$(flockapi key)", key)
+    command = command.replace("flockapi ", f"{shlex.quote(sys.executable)} -m flock.cli ")
+    with running("bash", "-c", f"cd {shlex.quote(str(ROOT))} && {command} --port 0 --store :memory:") as server:
+        body = {"agent_name": "greet", "inputs": {"name": "Ann"}, "async_run": True}
+        assert httpx.post(f"{server.url}/run/flock", json=body, headers=headers).status_code == 401
+        headers["X-API-Key"] = key
+        accepted = httpx.post(f"{server.url}/run/flock", json=body, headers=headers)
+        assert accepted.headers["Location"].startswith(f"{prefix}/run/")
+        server.wait_for_line("203.0.113.7")

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes import Server, flockapi_command, running
+from flock.auth import new_key
+from tests.fakes import ROOT, Server, flockapi_command, running
 from tests.test_http_lifecycle import events_in
 from tests.test_recovery import workers_of
 
@@ -201,3 +203,42 @@ def test_an_event_stream_is_ended_with_a_hint_when_the_server_stops(flock_file: 
     log = "\n".join(server.lines)
     assert "ERROR" not in log
     assert f"run {run_id}: completed" in log
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("is_trusted", [True, False], ids=["a trusted proxy", "another proxy"])
+def test_behind_a_proxy_it_answers_by_the_public_name(
+    workers: str, is_trusted: bool, flock_file: Path, tmp_path: Path
+) -> None:
+    """Links have the path that the proxy cuts off; scheme and client are the proxy's word, if that is trusted."""
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(tmp_path / "proxied.db"))
+    command += ["--workers", workers, "--allow-anonymous", "--root-path", "ai/"]
+    command += ["--allowed-host", "Agents.example", "--allowed-host", "agents.test"]
+    command += ["--forwarded-allow-ips", "127.0.0.1" if is_trusted else "192.0.2.1"]
+    forwarded = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"}
+    with running(*command) as server:
+        server.wait_for_line("Application startup complete", times=int(workers))
+        for _ in range(6):  # any of the workers
+            for host in ("agents.example", "agents.test:8443", "localhost"):
+                answer = httpx.get(f"{server.url}/runs/", headers={"Host": host, **forwarded})
+                scheme = "https" if is_trusted else "http"
+                assert (answer.status_code, answer.headers["Location"]) == (307, f"{scheme}://{host}/ai/runs")
+            foreign = httpx.get(f"{server.url}/runs", headers={"Host": "evil.example", **forwarded})
+            assert foreign.status_code == 421
+            assert "--allowed-host" in foreign.json()["detail"]
+            run = {"agent_name": "who", "async_run": True}
+            accepted = httpx.post(f"{server.url}/run/flock", json=run, headers={"Host": "agents.test", **forwarded})
+            assert accepted.headers["Location"].startswith("/ai/run/")
+        server.stop()
+    logged = {line.split(" - ")[0].split()[-1].rpartition(":")[0] for line in server.lines if '"GET /' in line}
+    assert logged == {"203.0.113.7" if is_trusted else "127.0.0.1"}
+
+
+def test_start_api_may_be_behind_a_proxy(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    options = "port=0, allowed_hosts=['agents.example'], root_path='/ai', forwarded_allow_ips='127.0.0.1'"
+    script.write_text(f"{FLOCK}\nif __name__ == '__main__':\n    flock.start_api({options})\n")
+    headers = {"Host": "agents.example", "X-Forwarded-Proto": "https", "X-API-Key": (key := new_key())}
+    with running(sys.executable, str(script), PYTHONPATH=str(ROOT), FLOCK_API_KEYS=f"ann={key}") as server:
+        answer = httpx.get(f"{server.url}/runs/", headers=headers)
+        assert (answer.status_code, answer.headers["Location"]) == (307, "https://agents.example/ai/runs")
