@@ -69,6 +69,7 @@ from flock.errors import (
 )
 from flock.life import life_of
 from flock.negotiation import preferences, preferred
+from flock.options import check_options
 from flock.results import RESULT_TYPES, item_pages, results_as
 from flock.runs import (
     Batch,
@@ -894,6 +895,16 @@ async def to_ui(request: Request) -> Response:
     return RedirectResponse(f"{root_path(request.scope)}/ui")
 
 
+async def no_ui(scope: Scope, receive: Receive, send: Send) -> None:
+    """What no route matches: people who look for a page read where one is. Raises HTTPException 404."""
+    app: FlockAPI = scope["app"]
+    if scope["type"] == "http" and scope["path"].removeprefix(root_path(scope)).rstrip("/") in ("", "/ui"):
+        docs = f"The API is described at {root_path(scope)}/docs. " if app.has_docs else ""
+        detail = f"This server has no web page. {docs}It serves one at /ui if started with --ui (create_ui=True)."
+        raise HTTPException(404, detail)
+    await app.router.not_found(scope, receive, send)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The route table, and the application
 # ---------------------------------------------------------------------------------------------------------------------
@@ -989,7 +1000,7 @@ class FlockAPI(Starlette):
             it shows it asks of the API, with the key that its user enters.
         metrics: keep them for ``/metrics``, which needs the extra ``metrics``; None does where that is installed.
 
-    Raises: DefinitionError where an option is none, or metrics cannot be kept.
+    Raises: DefinitionError if an option is not valid, or metrics cannot be kept.
 
     Attributes:
         flock: whose agents are served.
@@ -1030,6 +1041,7 @@ class FlockAPI(Starlette):
         create_ui: bool = False,
         metrics: bool | None = None,
     ) -> None:
+        check_options(locals())
         self._is_open = api_keys is None and auth is None
         if api_keys is not None:
             if auth is not None:
@@ -1046,12 +1058,14 @@ class FlockAPI(Starlette):
             origins=cors_origins,
             max_header_bytes=max_header_bytes,
             rate=None if max_requests_per_minute is None else Rate(max_requests_per_minute),
+            default=no_ui,
             lifespan=lambda app: app.lifespan(),
         )
         self.flock = flock
         self.engine = engine or flock.shared_engine(store=store, expose_errors=expose_errors)
         self.contract = Contract(server_name, openapi_paths)
-        self.ui_files = ui_files(server_name, has_docs=bool(docs)) if create_ui else {}
+        self.has_docs = bool(docs)
+        self.ui_files = ui_files(server_name, has_docs=self.has_docs) if create_ui else {}
         self.max_body_bytes = max_body_bytes
         self.max_upload_bytes = max_upload_bytes
         self.max_json_depth = max_json_depth

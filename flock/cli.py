@@ -23,6 +23,7 @@ from flock.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.batchfile import BatchFile, run_batch_file
 from flock.core import Flock
 from flock.errors import DefinitionError, FlockError, InvalidData
+from flock.options import is_host_name
 from flock.runs import Batch, BatchOptions, OnInvalid
 from flock.server import (
     ServerSettings,
@@ -109,6 +110,14 @@ class Seconds(click.FloatRange):
 
 
 SECONDS = Seconds(0, 1e9)
+
+
+def _check_host_names(context: click.Context, param: click.Parameter, hosts: Sequence[str]) -> Sequence[str]:
+    for host in hosts:
+        if not is_host_name(host):
+            raise click.BadParameter(f"{host!r} is not a host name without scheme and port, such as agents.example.")
+    return hosts
+
 
 model_option = click.option(
     "--model",
@@ -267,6 +276,7 @@ payload_dir_option = click.option(
     "--allowed-host",
     "allowed_hosts",
     multiple=True,
+    callback=_check_host_names,
     metavar="HOST",
     help="Answer by this name too, if a proxy forwards it; may be given many times. Others are answered with 421.",
 )

@@ -207,11 +207,17 @@ def _listen(settings: ServerSettings, backlog: int) -> socket.socket:
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=backlog)
     except OSError as exc:
-        logger.error("Cannot listen on %s, port %d: %s.", settings.host, settings.port, exc.strerror or exc)
+        _say_that_it_cannot_listen(settings.host, settings.port, exc)
         sys.exit(1)
     host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
     logger.info("Running on http://%s:%d (Press CTRL+C to quit)", host, listener.getsockname()[1])
     return listener
+
+
+def _say_that_it_cannot_listen(host: str, port: int, exc: OSError) -> None:
+    reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror  # the resolver has its own numbers
+    remedy = "Choose another port with --port, or another address with --host (port= and host= of start_api)."
+    logger.error("Cannot listen on %s, port %d: %s. %s", host, port, reason, remedy)
 
 
 def _keep_running(
@@ -592,7 +598,12 @@ class _Server(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit as exc:
+            if isinstance(exc.__context__, OSError):  # uvicorn has logged it, without a remedy
+                _say_that_it_cannot_listen(self.config.host, self.config.port, exc.__context__)
+            raise
         # A forked child that outlives this process (a process pool's, say) must not keep its port.
         os.register_at_fork(after_in_child=self._close_listeners)
 

@@ -280,6 +280,16 @@ def test_a_port_that_is_taken_is_said(workers: str, flock_file: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, timeout=60, check=False)
     assert done.returncode != 0
     assert "address already in use" in done.stderr.lower()
+    assert f"Cannot listen on 127.0.0.1, port {port}" in done.stderr
+    assert "Choose another port with --port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_host_that_is_not_a_name_is_refused(flock_file: Path) -> None:
+    for host in ("https://agents.example", "agents.example:443", ""):
+        result = invoke("serve", str(flock_file), "--allowed-host", host)
+        assert result.exit_code == 2
+        assert f"{host!r} is not a host name without scheme and port" in " ".join(result.output.split())
 
 
 def test_inputs_as_json_from_the_shell(flock_file: Path) -> None:

@@ -1,6 +1,8 @@
 """Everything can be changed without a fork: routes, middleware, handlers, lifespan, docs, the specification."""
 
 import contextlib
+import inspect
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from starlette.routing import Host, Mount, Route, Router, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from flock.errors import AgentNotFound
+from flock.errors import AgentNotFound, DefinitionError
 from flock.runs import Principal
 from flockapi import FlockAPI, create_app, engine_of, healthz, principal_of
 from tests.fakes import ROOT, running, sample_flock
@@ -278,6 +280,98 @@ async def test_the_docs_pages_can_be_left_out(docs: bool | None) -> None:
         for path in ("/docs", "/redoc", "/static/docs.html"):
             assert (await client.get(path)).status_code == 404
         assert (await client.get("/openapi.json")).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/ui", "/ui/"])
+@pytest.mark.parametrize("prefix", ["", "/ai"])
+async def test_who_looks_for_a_page_that_is_not_served_reads_where_one_is(path: str, prefix: str) -> None:
+    app = create_app(sample_flock())
+    served: ASGIApp = Starlette(routes=[Mount(prefix, app)]) if prefix else app
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://t") as client:
+        missing = await client.get(prefix + path)
+        assert (missing.status_code, missing.json()["title"]) == (404, "Not Found")
+        assert f"The API is described at {prefix}/docs." in missing.json()["detail"]
+        assert "/ui if started with --ui (create_ui=True)" in missing.json()["detail"]
+        assert (await client.get(f"{prefix}/docs")).status_code == 200
+        assert (await client.get(f"{prefix}/uix")).json()["detail"] == "Not Found"
+
+
+async def test_a_hint_names_no_docs_that_are_left_out_and_hides_no_page_of_the_host() -> None:
+    app = create_app(sample_flock(), docs=False)
+    async with client_of(app) as client:
+        assert "docs" not in (await client.get("/ui")).json()["detail"]
+        app.add_route("/ui", lambda request: Response("my own"))
+        assert (await client.get("/ui")).text == "my own"
+    async with client_of(create_app(sample_flock(), create_ui=True)) as client:
+        assert (await client.get("/", follow_redirects=True)).headers["Content-Type"].startswith("text/html")
+
+
+MISTAKES: dict[str, Any] = {
+    "server_name": (None, "a text"),
+    "engine": (sample_flock(), "an engine, such as flock.engine(), or None, not a value of type Flock"),
+    "store": (None, "the path of a file or folder"),
+    "max_body_bytes": ("1MB", "a whole number of at least 1, not '1MB'"),
+    "max_upload_bytes": (1e9, "a whole number of at least 1, not 1000000000.0"),
+    "max_json_depth": (0, "a whole number of at least 1, not 0"),
+    "max_header_bytes": (True, "a whole number of at least 1, not True"),
+    "body_timeout_s": (float("nan"), "a number of seconds above 0, not nan"),
+    "csv_dir": (["uploads"], "the path of a file or folder, or None"),
+    "max_wait_s": (-1, "a whole number of at least 0, not -1"),
+    "max_event_streams": (-1, "a whole number of at least 0"),
+    "max_requests_per_minute": (0.5, "a whole number of at least 1, or None, not 0.5"),
+    "on_disconnect": ("stop", '"cancel" or "continue", not \'stop\''),
+    "expose_errors": ("no", "True or False"),
+    "routes": (["/double"], "a list of Starlette routes"),
+    "openapi_paths": (["/double"], "a mapping of paths, as in OpenAPI"),
+    "api_keys": ("ann=fk_secret", "a mapping of names to keys, all of them texts, or None, not a value of type str"),
+    "auth": ("x", 'a function of the connection that returns a Principal or None, or "host" if'),
+    "allowed_hosts": (["https://agents.example"], "a list of host names without scheme and port"),
+    "cors_origins": ("https://agents.example", "a list of origins"),
+    "middleware": ([BaseHTTPMiddleware], "a list of starlette.middleware.Middleware"),
+    "exception_handlers": ([whoami], "a mapping of exception classes or status codes to functions"),
+    "lifespan": (True, "a function of the app"),
+    "docs": ("/docs", "True or False, or None"),
+    "create_ui": (1, "True or False"),
+    "metrics": ("prometheus", "True or False"),
+}
+
+
+@pytest.mark.parametrize("name", inspect.signature(create_app).parameters)
+async def test_an_option_that_is_not_valid_is_refused_in_words_when_the_app_is_made(name: str) -> None:
+    """Each option has its sentence, which says what is valid; a key is not shown."""
+    if name == "flock":
+        with pytest.raises(DefinitionError, match="flock= must be a Flock, not 'my flock'"):
+            create_app("my flock")  # type: ignore[arg-type]
+        return
+    value, words = MISTAKES[name]
+    with pytest.raises(DefinitionError) as caught:
+        create_app(sample_flock(), **{name: value})
+    assert str(caught.value).startswith(f"create_app: {name}= must be {words}")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("api_keys", {"ann": None}), ("api_keys", {1: "fk_secret_of_sixteen"}), ("allowed_hosts", "agents.example")),
+        *(("allowed_hosts", ["agents.example:443"]), ("allowed_hosts", [""]), ("body_timeout_s", 0), ("docs", 1)),
+        *(
+            ("body_timeout_s", float("inf")),
+            ("auth", Principal(name="ann")),
+            ("middleware", {1}),
+            ("engine", "flock.db"),
+        ),
+    ],
+)
+async def test_what_almost_is_a_valid_option_is_refused_too(name: str, value: Any) -> None:
+    with pytest.raises(DefinitionError, match=f"create_app: {name}= must be "):
+        create_app(sample_flock(), **{name: value})
+
+
+async def test_the_bounds_of_options_are_valid() -> None:
+    lowest: dict[str, Any] = {name: 1 for name in MISTAKES if re.match("max_.*(bytes|depth|minute)", name)}
+    lowest |= {"max_wait_s": 0, "max_event_streams": 0, "body_timeout_s": 1e-9, "allowed_hosts": {"a", "[::1]"}}
+    create_app(sample_flock(), store=Path("x.db"), csv_dir=".", docs=None, metrics=None, **lowest)
 
 
 SCRIPT = """

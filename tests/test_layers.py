@@ -56,6 +56,7 @@ RANKS = {
     "flock.core": 8,
     "flock.body": 3,
     "flock.door": 7,
+    "flock.options": 2,
     "flockapi": 9,
     "flock.server": 10,
     "flock.batchfile": 9,
