@@ -95,7 +95,7 @@ def flock() -> Flock:
 
 @pytest.fixture
 async def app(flock: Flock, model: FakeModel) -> AsyncIterator[FlockAPI]:
-    made = create_app(flock, server_name="Sample", engine=flock.engine(transport=model.transport))
+    made = create_app(flock, server_name="Sample", engine=flock.engine(transport=model.transport), auth="host")
     async with made.lifespan():
         yield made
 
