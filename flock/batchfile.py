@@ -5,6 +5,7 @@ is removed once the output is there. A mark in the file tells it from all other 
 """
 
 import contextlib
+import errno
 import glob
 import gzip
 import hashlib
@@ -41,6 +42,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         output: where the results go; None is *stdout*.
         format: of the output.
+        force: replace an output that exists.
         state: where what is done is kept.
         escape_formulas: see ``CSVWriter``.
         others: see ``Flock.run_batch_async``.
@@ -52,6 +54,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     format: TableFormat
     state: Path
     options: BatchOptions
+    force: bool = False
     on_invalid: OnInvalid = "reject"
     input_mapping: Mapping[str, str] = {}
     static_inputs: Mapping[str, msgspec.Raw] = {}
@@ -71,7 +74,7 @@ async def run_batch_file(flock: Flock, wanted: BatchFile, stdout: IO[bytes], say
         BlockingIOError: another process is at work on this state.
         AgentNotFound, InvalidData, TooLarge, DefinitionError: nothing is begun; see ``Flock.run_batch_async``.
         StoreError: the state cannot be used, or is a file of something else.
-        OSError: a file cannot be read or written. The state is kept, for the next call.
+        OSError: a file cannot be read or written, or the output exists already. The state is kept, for the next call.
 
     Cancellation: what is done is kept, for the next call.
     """
@@ -80,6 +83,7 @@ async def run_batch_file(flock: Flock, wanted: BatchFile, stdout: IO[bytes], say
     state = _real(wanted.state)
     digest = _digest(flock, wanted)
     with hold_alone(f"{state}-batch"):
+        _check_free(wanted, state, digest)
         batch = await _left_before(flock, state, digest, wanted.options, say)
         try:
             async with flock.engine(store=state, **alone(wanted.options.max_workers)) as engine:
@@ -91,7 +95,7 @@ async def run_batch_file(flock: Flock, wanted: BatchFile, stdout: IO[bytes], say
                     columns_of(wanted.agent_name, flock.agents),
                     wanted.escape_formulas,
                 )
-                with _whole_file(wanted.output, state) if wanted.output else contextlib.nullcontext(stdout) as file:
+                with _output(wanted, state, digest) if wanted.output else contextlib.nullcontext(stdout) as file:
                     async for piece in pieces:
                         file.write(piece)
                     file.flush()
@@ -179,7 +183,8 @@ def _mark(state: str) -> None:
 
 def _remove_state(state: str) -> None:
     """And all that lies beside it, which comes first: a new file must not meet with the journal of the old one."""
-    for path in (f"{state}-wal", f"{state}-shm", f"{state}-lock", *glob.glob(f"{glob.escape(state)}-engine-*"), state):
+    engines = glob.glob(f"{glob.escape(state)}-engine-*")
+    for path in (f"{state}-wal", f"{state}-shm", f"{state}-lock", f"{state}-output", *engines, state):
         Path(path).unlink(missing_ok=True)
 
 
@@ -187,14 +192,15 @@ def _remove_state(state: str) -> None:
 
 
 @contextlib.contextmanager
-def _whole_file(path: Path, state: str) -> Iterator[IO[bytes]]:
-    """What is written becomes the file *path* as a whole, or not at all; packed where its name says so."""
-    asked_for, path = path, Path(_real(path))
+def _output(wanted: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
+    """What is written becomes the output as a whole, or not at all; packed where its name says so."""
+    assert wanted.output is not None
+    path = Path(_real(wanted.output))
     # Whoever has the state is alone with it, and finds what was left behind.
     part = path.with_name(f"{path.name}.{hashlib.sha256(state.encode()).hexdigest()[:8]}.part")
     part.unlink(missing_ok=True)
     try:
-        with _naming(asked_for):
+        with _naming(wanted.output):
             with open(part, "xb") as raw:
                 if is_packed(path):
                     with gzip.GzipFile(path.stem, "wb", fileobj=raw) as packed:
@@ -203,11 +209,30 @@ def _whole_file(path: Path, state: str) -> Iterator[IO[bytes]]:
                     yield raw
                 raw.flush()
                 os.fsync(raw.fileno())  # before the state goes
+            _check_free(wanted, state, digest)
+            Path(f"{state}-output").write_text(_identity(part, digest))
             os.replace(part, path)
             _sync_folder(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _check_free(wanted: BatchFile, state: str, digest: str) -> None:
+    """Raise FileExistsError if the output exists, unless a call for this batch wrote it and died before its end."""
+    if wanted.output is None or wanted.force or not wanted.output.is_file():
+        return
+    with contextlib.suppress(FileNotFoundError):
+        if Path(f"{state}-output").read_text() == _identity(wanted.output, digest):
+            return
+    reason = "It exists already. Name another output, or add --force to replace it"
+    raise FileExistsError(errno.EEXIST, reason, str(wanted.output))
+
+
+def _identity(path: Path, digest: str) -> str:
+    """Of a file that a batch has written: a rename keeps it; to write to the file, or to replace it, does not."""
+    found = os.stat(path)
+    return f"{digest} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -34,7 +34,7 @@ from flock.server import (
     serve_workers,
 )
 from flock.store import MEMORY
-from flock.tables import MAX_ROW_BYTES, TableFormat, table_format
+from flock.tables import MAX_ROW_BYTES, TableFormat, ending_of, table_format
 
 __all__ = ["Seconds", "load_flock", "main"]
 
@@ -499,8 +499,9 @@ EXIT_INTERRUPTED = 130
     "--format",
     "format_",
     type=click.Choice(["csv", "ndjson"]),
-    help="Of the results.  [default: by the ending of the output, or else of ROWS]",
+    help="Of the results.  [default: by the ending of the output, or of ROWS if the output has none]",
 )
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option(
     "--max-workers", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Rows at work at once."
 )
@@ -553,6 +554,7 @@ def batch(
     rows: Path,
     output: Path,
     format_: TableFormat | None,
+    force: bool,
     max_workers: int,
     model: str | None,
     mapped: Sequence[str],
@@ -579,7 +581,8 @@ def batch(
             agent_name=agent,
             rows=rows,
             output=None if output == STDOUT else output,
-            format=format_ or table_format(output) or table_format(rows) or "csv",
+            format=format_ or _format_of(output, rows),
+            force=force,
             state=state,
             options=BatchOptions(max_workers=max_workers, timeout_s=timeout_s),
             on_invalid=on_invalid,
@@ -636,6 +639,16 @@ def _check_places(rows: Path, output: Path, state: Path) -> None:
             )
         if place.exists() and not place.is_file():
             raise click.UsageError(f"{place} is no file that could be replaced. For a pipe, write -o -")
+
+
+def _format_of(output: Path, rows: Path) -> TableFormat:
+    """Raises UsageError if the output has the ending of another format."""
+    if ending_of(output) and table_format(output) is None:
+        raise click.UsageError(
+            f"{output.name} cannot be written: results are CSV or NDJSON. End its name in .csv, .ndjson or .jsonl, "
+            "also with .gz after it, or choose with --format."
+        )
+    return table_format(output) or table_format(rows) or "csv"
 
 
 def _delimiter(given: str) -> str:

@@ -8,6 +8,7 @@ the text looked at once more, field by field, so that a client reads all that is
 import dataclasses
 import itertools
 import json
+import math
 import operator
 import re
 import typing
@@ -195,6 +196,8 @@ def _field_error(exc: msgspec.ValidationError, at: str) -> FieldError:
     detail = str(exc).split(" - at ")[0].replace("`", "'")
     if detail.startswith(("Invalid enum value ", "Invalid value ")):  # it goes on with the value, however long that is
         detail = "This is none of the values that are possible here"
+    if detail == "Number out of range":
+        detail = "This number is out of range: the largest is about 1.8e308"
     return FieldError(detail=f"{detail}.", pointer=at)
 
 
@@ -210,7 +213,7 @@ def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
     except msgspec.ValidationError as exc:
         path = re.search(r" - at (?:`key` in )?`\$(.*)`$", str(exc))
         try:
-            pointer = _resolve(type_, json.loads(raw), path[1]) if path else ""
+            pointer = _resolve(type_, json.loads(raw, parse_float=_number), path[1]) if path else ""
         except (ValueError, LookupError, TypeError, RecursionError):  # a path that cannot be followed: name the field
             pointer = ""
         return [_field_error(exc, at + pointer)]
@@ -219,6 +222,12 @@ def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
     except Exception as exc:
         return [_foreign_error(exc, at)]
     return []
+
+
+def _number(text: str) -> Any:
+    """A float; the text itself if no float can hold it, since infinity would be encoded as null."""
+    number = float(text)
+    return number if math.isfinite(number) else msgspec.Raw(text.encode())
 
 
 def _resolve(type_: Any, value: Any, path: str) -> str:

@@ -355,7 +355,7 @@ def text_as_json(type_: Any, text: str) -> msgspec.Raw:
     if not explain(type_, quoted, ""):
         return msgspec.Raw(quoted)
     try:
-        msgspec.json.decode(text)
+        msgspec.json.decode(text, type=msgspec.Raw)  # 1e400 is JSON, although no float can hold it
     except (msgspec.DecodeError, RecursionError):
         return msgspec.Raw(quoted)
     return msgspec.Raw(text.encode())

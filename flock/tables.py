@@ -38,6 +38,7 @@ __all__ = [
     "Fill",
     "TableFormat",
     "csv_rows",
+    "ending_of",
     "file_rows",
     "is_packed",
     "json_rows",
@@ -333,8 +334,13 @@ def _cell_reader(field: Field, has_static: bool, max_depth: int) -> Callable[[st
 
 def table_format(path: Path) -> TableFormat | None:
     """What is in a file, by the ending of its name, before ``.gz``; None where that does not tell."""
-    ending = (path.with_suffix("") if is_packed(path) else path).suffix.lower()
+    ending = ending_of(path)
     return "csv" if ending == ".csv" else "ndjson" if ending in (".ndjson", ".jsonl") else None
+
+
+def ending_of(path: Path) -> str:
+    """The ending of a file's name in lower case, before ``.gz``, or ""."""
+    return (path.with_suffix("") if is_packed(path) else path).suffix.lower()
 
 
 def is_packed(path: Path) -> bool:
@@ -351,7 +357,7 @@ def file_rows(path: Path, signature: Signature, fill: Fill, *, delimiter: str = 
     if format_ is None:
         raise DefinitionError(
             f"What is in {path.name}? Rows are read from files whose names end in .csv, .ndjson or .jsonl, also with "
-            ".gz behind it."
+            '.gz after it. Save a spreadsheet as "CSV UTF-8".'
         )
     if format_ == "ndjson":
         return ndjson_rows(chunks, fill, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)

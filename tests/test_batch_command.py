@@ -33,6 +33,10 @@ flock = Flock("worker")
 LOG = os.open("log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 begun = 0
 
+if "DIE_AFTER_RENAME" in os.environ:
+    replace = os.replace
+    os.replace = lambda *paths: (replace(*paths), os.kill(os.getpid(), signal.SIGKILL))
+
 if "DIE_AT_RENAME" in os.environ:
     os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 
@@ -183,7 +187,7 @@ def test_columns_are_mapped_and_gaps_are_filled() -> None:
 def test_formulas_are_escaped_unless_it_is_asked_otherwise() -> None:
     Path("rows.csv").write_text("n,word\n1,=A1+\n")
     for options, cell in (((), "'=A1+1"), (("--no-escape-formulas",), "=A1+1")):
-        assert batch("work", "rows.csv", "-o", "results.csv", *options).returncode == 0
+        assert batch("work", "rows.csv", "-o", "results.csv", "--force", *options).returncode == 0
         assert rows_of("results.csv")[1][2] == cell
 
 
@@ -199,7 +203,7 @@ def test_a_cell_may_be_as_long_as_a_row() -> None:
 def test_rows_that_do_not_fit_are_listed_and_nothing_is_begun() -> None:
     Path("rows.csv").write_text("n\n" + "".join(f"{n}x\n" for n in range(30)))
     Path("results.csv").write_text("of before")
-    done = batch("work", "rows.csv", "-o", "results.csv")
+    done = batch("work", "rows.csv", "-o", "results.csv", "--force")
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert lines[0] == "Error: Nothing was begun, since rows.csv does not fit:"
@@ -207,7 +211,7 @@ def test_rows_that_do_not_fit_are_listed_and_nothing_is_begun() -> None:
     assert lines[21:] == ["  and 10 more, as far as it was read"]
     assert (files(), Path("results.csv").read_text()) == ({"rows.csv", "results.csv"}, "of before")
     Path("rows.csv").write_text("n\nx\n1\n")
-    assert batch("work", "rows.csv", "-o", "results.csv", "--on-invalid", "skip").returncode == 1
+    assert batch("work", "rows.csv", "-o", "results.csv", "--force", "--on-invalid", "skip").returncode == 1
     statuses = [row[2:] for row in rows_of("results.csv")[1:]]
     assert statuses == [["", "failed", "line 2 /n: Expected 'int', got 'str'."], ["w1", "completed", ""]]
 
@@ -269,6 +273,51 @@ def test_killed_before_the_rename_it_only_writes() -> None:
     assert "Going on: 50 of 50 rows were done before." in done.stderr
     assert set(in_log().values()) == {1}
     assert files() == {"rows.csv", "results.csv"}
+
+
+def test_killed_after_the_rename_it_replaces_what_it_wrote() -> None:
+    """The output is this batch's own; one of other rows or options is not, and neither is one that was edited since."""
+    write_numbers("rows.csv", 3)
+    assert batch("work", "rows.csv", "-o", "results.csv", DIE_AFTER_RENAME="1").returncode == -signal.SIGKILL
+    written = Path("results.csv").read_bytes()
+    refused = batch("work", "rows.csv", "-o", "results.csv", "--static", "word=x")
+    assert (refused.returncode, "results.csv: It exists already" in refused.stderr) == (1, True)
+    Path("results.csv").write_text("edited")
+    refused = batch("work", "rows.csv", "-o", "results.csv")
+    assert (refused.returncode, "results.csv: It exists already" in refused.stderr) == (1, True)
+    assert Path("results.csv").read_text() == "edited"
+    again = batch("work", "rows.csv", "-o", "results.csv", "--force", DIE_AFTER_RENAME="1")
+    assert (again.returncode, Path("results.csv").read_bytes()) == (-signal.SIGKILL, written)
+    done = batch("work", "rows.csv", "-o", "results.csv")
+    assert (done.returncode, Path("results.csv").read_bytes()) == (0, written)
+    assert set(in_log().values()) == {1}
+    assert files() == {"rows.csv", "results.csv"}
+
+
+def test_an_output_that_exists_is_not_replaced() -> None:
+    """Nothing is executed then, and with --force it is replaced."""
+    write_numbers("rows.csv", 1)
+    Path("results.csv").write_text("of somebody else")
+    refused = batch("work", "rows.csv", "-o", "results.csv")
+    reason = "Error: results.csv: It exists already. Name another output, or add --force to replace it.\n"
+    assert (refused.returncode, refused.stderr) == (1, reason)
+    assert (Path("results.csv").read_text(), Path("log").read_text()) == ("of somebody else", "")
+    assert files() == {"rows.csv", "results.csv"}
+    assert batch("work", "rows.csv", "-o", "results.csv", "--force").returncode == 0
+    assert len(rows_of("results.csv")) == 2
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced() -> None:
+    write_numbers("rows.csv", 2000)
+    with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="1") as process:
+        Path("results.csv").write_text("of somebody else")
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "results.csv: It exists already. Name another output, or add --force to replace it." in said
+    assert "What is done is kept in results.csv.flock.db: the same command goes on from there." in said
+    assert Path("results.csv").read_text() == "of somebody else"
+    assert batch("work", "rows.csv", "-o", "results.csv", "--force").returncode == 0
+    assert (len(rows_of("results.csv")), set(in_log().values())) == (2001, {1})
 
 
 @pytest.mark.parametrize(
@@ -388,6 +437,8 @@ def invoke(*arguments: str) -> Any:
         (["work", "rows.csv", "-o", "/dev/null"], "/dev/null is no file that could be replaced"),
         (["work", "rows.csv", "-o", "."], "is a directory"),
         (["work", "rows.txt", "-o", "x.csv"], "What is in rows.txt?"),
+        (["work", "rows.csv", "-o", "rows.xlsx"], "rows.xlsx cannot be written: results are CSV or NDJSON."),
+        (["work", "rows.csv", "-o", "rows.parquet.gz"], "End its name in .csv, .ndjson or .jsonl"),
         (["work", "rows.csv", "-o", "x.csv", "--map", "a"], "'a' is not COLUMN=INPUT"),
         (["work", "rows.csv", "-o", "x.csv", "--static", "a"], "'a' is not KEY=VALUE"),
         (["work", "rows.csv", "-o", "x.csv", "--delimiter", ";;"], "It is one character"),

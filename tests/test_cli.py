@@ -130,6 +130,7 @@ def test_run_prints_the_result_as_json(flock_file: Path) -> None:
         (["greet"], "Error: /inputs/person: This field is required."),
         (["greet", "-i", "person=Ann"], "/inputs/person: Expected 'object', got 'str'."),
         (["greet", "-i", "person"], "'person' is not KEY=VALUE"),
+        (["greet", "-i", "person={}", "-i", "loud=1e400"], "/inputs/loud: This number is out of range"),
         (["fail", "-i", "text=why"], "Error: The agent 'fail' raised ValueError: why"),
     ],
 )

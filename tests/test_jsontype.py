@@ -78,6 +78,18 @@ def test_a_number_out_of_range_is_invalid_not_malformed() -> None:
     assert list(errors_of('{"name": "", "pair": [' + "1" * 5000 + ', ""]}')) == ["/pair"]
 
 
+class Loose(msgspec.Struct):
+    anything: Any
+
+
+def test_a_number_out_of_range_is_found_where_any_value_would_do() -> None:
+    """Beside others in an object, and deep in it."""
+    for number in ("1e400", "-1E+999"):
+        raw = f'{{"anything": {{"a": 1.5, "b": {{"c": [1, {number}], "d": 2}}, "e": "x"}}}}'
+        with pytest.raises(InvalidData, match=r"^/anything/b/c/1: This number is out of range: the largest is"):
+            JSONType(Loose).decode(raw.encode())
+
+
 def test_another_kind_of_root_is_named() -> None:
     assert errors_of("[]", "/inputs") == {"/inputs": "Expected 'object', got 'array'."}
     assert errors_of("null") == {"": "Expected 'object', got 'null'."}
