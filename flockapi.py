@@ -44,6 +44,7 @@ from flock.auth import KeyRing, OwnEngine, Places, Rate
 from flock.body import Body, media_type_of
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
+from flock.dialect import CSVDialect
 from flock.door import CORS, Auth, Door, Found, by_key, principal_of
 from flock.errors import (
     AgentNotFound,
@@ -119,7 +120,7 @@ from flock.wire import (
     query_from,
     shown_as,
 )
-from flock.workflow import columns_of
+from flock.workflow import columns_of, result_names
 
 if TYPE_CHECKING:
     from flock.metrics import Metrics
@@ -199,14 +200,21 @@ def options_in_body(request: Request, sent: bytes) -> FlockBatchRequest:
     return BATCH_REQUEST.decode(sent)
 
 
-def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: Body, delimiter: str) -> Items:
+def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: Body) -> Items:
     """The rows of a batch, none of which is read yet. Raises InvalidData, AgentNotFound; reading them raises more."""
     app, chunks = app_of(request), body.upload()
 
     def max_static_bytes() -> int:
         return EXPANSION * max(app.max_body_bytes, body.total_bytes)
 
-    fill = Fill(wanted.static_inputs, wanted.input_mapping, max_static_bytes)
+    fill = Fill(
+        agent_of(request, wanted.agent_name).input,
+        wanted.static_inputs,
+        wanted.input_mapping,
+        max_static_bytes,
+        on_extra=wanted.on_extra,
+        result_names=result_names(wanted.agent_name, app.flock.agents),
+    )
     limits = {"max_row_bytes": app.max_body_bytes, "max_depth": app.max_json_depth}
     if media_type == "application/x-ndjson":
         return ndjson_rows(chunks, fill, **limits)
@@ -220,8 +228,11 @@ def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: 
             )
             raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
         chunks = read_file(app.csv_dir, wanted.batch_inputs)
-    signature = agent_of(request, wanted.agent_name).input
-    return csv_rows(chunks, signature, fill, delimiter=delimiter, **limits)
+    try:
+        dialect = CSVDialect(delimiter=wanted.delimiter, decimal=wanted.decimal, encoding=wanted.encoding)
+    except DefinitionError as exc:
+        raise InvalidData([FieldError(detail=str(exc), pointer="")]) from exc
+    return csv_rows(chunks, fill, dialect, **limits)
 
 
 def query_of(request: Request, type_: type[Query], **absent: Any) -> Query:
@@ -622,13 +633,12 @@ async def run_batch(request: Request) -> Response:
     engine, headers = await engine_of(request), {}
     try:
         if sent is None:
-            query = query_of(request, UploadQuery)
-            wanted, delimiter = batch_request_from(query, app.max_json_depth), query.delimiter
+            wanted = batch_request_from(query_of(request, UploadQuery), app.max_json_depth)
         else:
-            wanted, delimiter = options_in_body(request, sent), ","
+            wanted = options_in_body(request, sent)
         batch = await engine.submit_batch(
             wanted.agent_name,
-            rows_of(request, media_type, wanted, body, delimiter),
+            rows_of(request, media_type, wanted, body),
             batch_options(wanted),
             on_invalid=wanted.on_invalid,
             request_id=request_id_of(request),
@@ -761,7 +771,7 @@ async def batch_results(request: Request) -> Response:
 
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
     pages = item_pages(engine, batch_id, after=wanted.after, limit=wanted.limit, statuses=statuses)
-    stream = results_as(format_, pages, columns, wanted.escape_formulas)
+    stream = results_as(format_, pages, batch.extra_names, columns, wanted.escape_formulas)
     return StreamingResponse(stream, media_type=RESULT_TYPES[format_], headers=headers)
 
 

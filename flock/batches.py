@@ -13,6 +13,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Hashable,
     Iterable,
     Iterator,
     Mapping,
@@ -40,6 +41,8 @@ logger = logging.getLogger("flock.runs")
 
 #: How many errors of a batch's items are told at once.
 MAX_ITEM_ERRORS = 100
+#: How long the names of all kept columns of a batch may be together: they are kept with each state of the batch.
+MAX_EXTRA_NAMES_CHARS = 16 * 1024
 #: How many items are written or read at once, and about how many bytes of inputs are written.
 ITEMS_A_PAGE = 500
 PAGE_BYTES = 4 * 1024 * 1024
@@ -240,15 +243,19 @@ class Intake:
         self._id_of = id_of
         self._items_a_page = items_a_page
         self._max_page_bytes = page_bytes
-        #: each is told once: one of the static inputs is found in every row
-        self._errors: dict[FieldError, None] = {}
+        #: each is reported once: one of the static inputs, or of a column, is found in every row
+        self._errors: dict[Hashable, FieldError] = {}
+        self._rows_with_errors = 0
+        self._extra_names: dict[str, None] = {}
+        self._extra_names_chars = 0
         self._failed = 0
         self._page_bytes = 0
 
     async def read(self, items: Items, on_invalid: OnInvalid, max_items: int) -> Batch:
         """Read and check all items. Returns the batch with its numbers.
 
-        Raises: InvalidData, once there are as many errors as are told at once; TooLarge; DefinitionError.
+        Raises: InvalidData, once there are as many errors, or rows with errors, as are told at once; TooLarge;
+            DefinitionError.
         """
         options = self._batch.options
         if options.max_workers < 1:
@@ -260,24 +267,29 @@ class Intake:
         if not self._total:
             raise InvalidData([FieldError(detail="A batch has at least one item.", pointer="/batch_inputs")])
         if self._errors:
-            raise InvalidData(list(self._errors))
-        failed = self._failed
-        return replace(self._batch, total_items=self._total, completed_items=failed, failed_items=failed)
+            raise self._invalid()
+        return replace(
+            self._batch,
+            total_items=self._total,
+            completed_items=self._failed,
+            failed_items=self._failed,
+            extra_names=tuple(self._extra_names),
+        )
 
     async def _add(self, item: Inputs | Row, on_invalid: OnInvalid) -> None:
         if not isinstance(item, Row):
             at = f"/batch_inputs/{self._total}"
             item = Row(inputs=as_json(item, at, self._max_input_bytes), at=at)
-        elif len(bytes(item.inputs)) > self._max_input_bytes:
+        extra = self._extra_of(item)
+        length = len(bytes(item.inputs)) + len(bytes(extra or b""))
+        if length > self._max_input_bytes:
             raise TooLarge(f"A row is longer than {self._max_input_bytes} bytes, all that one item takes.")
         errors = self._errors_of(item)
         if errors and on_invalid == "reject":
-            self._errors |= dict.fromkeys(errors)
-            if len(self._errors) >= MAX_ITEM_ERRORS:
-                raise InvalidData(list(self._errors)[:MAX_ITEM_ERRORS])
+            self._add_errors(item, errors)
         if not self._errors:
-            self.page.append(self._run(item, errors))
-            self._page_bytes += len(bytes(item.inputs))
+            self.page.append(self._run(item, extra, errors))
+            self._page_bytes += length
             if len(self.page) >= self._items_a_page(self._total) or self._page_bytes > self._max_page_bytes:
                 await self._stage(self.page)
                 self.page, self._page_bytes = [], 0
@@ -285,18 +297,46 @@ class Intake:
         if self._total % ROWS_A_TURN == 0:
             await anyio.lowlevel.checkpoint()
 
+    def _add_errors(self, row: Row, errors: Sequence[FieldError]) -> None:
+        """Raises InvalidData."""
+        for error in errors:
+            member = error.pointer.removeprefix(row.at)
+            is_of_column = member and error in row.errors
+            self._errors.setdefault((error.detail, member) if is_of_column else error, error)
+        self._rows_with_errors += 1
+        if max(len(self._errors), self._rows_with_errors) >= MAX_ITEM_ERRORS:
+            raise self._invalid()
+
+    def _invalid(self) -> InvalidData:
+        return InvalidData(list(self._errors.values())[:MAX_ITEM_ERRORS])
+
+    def _extra_of(self, row: Row) -> msgspec.Raw | None:
+        """What is kept of a row, as it is stored. Raises TooLarge."""
+        for name in row.extra:
+            if name not in self._extra_names:
+                self._extra_names[name] = None
+                self._extra_names_chars += len(name)
+        if self._extra_names_chars > MAX_EXTRA_NAMES_CHARS:
+            raise TooLarge(
+                f"The names of the kept columns have more than {MAX_EXTRA_NAMES_CHARS:,} characters together. "
+                'Send fewer columns, or drop those that are no input with on_extra="ignore".'
+            )
+        return msgspec.Raw(msgspec.json.encode(row.extra)) if row.extra else None
+
     def _errors_of(self, row: Row) -> Sequence[FieldError]:
-        if row.errors:
+        places = {error.pointer for error in row.errors}
+        if row.at in places:  # the row itself could not be read
             return row.errors
+        found: Sequence[FieldError] = ()
         try:
             self._agent.input.decode(row.inputs, row.at)
         except InvalidData as exc:
-            return [_as_sent(error, row) for error in exc.errors]
+            found = [_as_sent(error, row) for error in exc.errors]
         except MalformedJSON as exc:
-            return [FieldError(detail=f"{exc}.", pointer=row.at)]
-        return ()
+            found = [FieldError(detail=f"{exc}.", pointer=row.at)]
+        return (*row.errors, *(error for error in found if error.pointer not in places))
 
-    def _run(self, row: Row, errors: Sequence[FieldError]) -> Run:
+    def _run(self, row: Row, extra: msgspec.Raw | None, errors: Sequence[FieldError]) -> Run:
         """An item, which has failed already where there are errors."""
         batch = self._batch
         end: dict[str, Any] = {}
@@ -322,6 +362,7 @@ class Intake:
             principal=batch.principal,
             is_async=True,
             timeout_s=batch.options.timeout_s,
+            extra=extra,
             **end,
         )
 

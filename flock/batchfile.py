@@ -20,15 +20,15 @@ import msgspec
 
 from flock.batchstore import BatchStore
 from flock.core import Flock
+from flock.dialect import CSVDialect
 from flock.embedded import alone
 from flock.errors import AgentNotFound, StoreError
 from flock.progress import follow_batch
 from flock.results import item_pages, results_as
-from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnInvalid
-from flock.signature import Signature
+from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid
 from flock.store import Store, hold_alone
 from flock.tables import Fill, TableFormat, file_rows, is_packed
-from flock.workflow import columns_of
+from flock.workflow import columns_of, result_names
 
 __all__ = ["BatchFile", "run_batch_file"]
 
@@ -45,7 +45,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
         force: replace an output that exists.
         state: where what is done is kept.
         escape_formulas: see ``CSVWriter``.
-        others: see ``Flock.run_batch_async``.
+        on_extra, input_mapping, static_inputs and others: see ``Flock.run_batch_async``.
     """
 
     agent_name: str
@@ -58,7 +58,8 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     on_invalid: OnInvalid = "reject"
     input_mapping: Mapping[str, str] = {}
     static_inputs: Mapping[str, msgspec.Raw] = {}
-    delimiter: str = ","
+    on_extra: OnExtra = "reject"
+    dialect: CSVDialect = CSVDialect()
     escape_formulas: bool = True
 
 
@@ -87,11 +88,12 @@ async def run_batch_file(flock: Flock, wanted: BatchFile, stdout: IO[bytes], say
         batch = await _left_before(flock, state, digest, wanted.options, say)
         try:
             async with flock.engine(store=state, **alone(wanted.options.max_workers)) as engine:
-                batch = batch or await _accept(engine, flock.agents[wanted.agent_name].input, wanted, digest)
+                batch = batch or await _accept(engine, flock, wanted, digest)
                 batch = await follow_batch(engine, batch.batch_id)
                 pieces = results_as(
                     wanted.format,
                     item_pages(engine, batch.batch_id),
+                    batch.extra_names,
                     columns_of(wanted.agent_name, flock.agents),
                     wanted.escape_formulas,
                 )
@@ -107,9 +109,16 @@ async def run_batch_file(flock: Flock, wanted: BatchFile, stdout: IO[bytes], say
     return batch
 
 
-async def _accept(engine: Engine, signature: Signature, wanted: BatchFile, digest: str) -> Batch:
-    fill = Fill(wanted.static_inputs, wanted.input_mapping, lambda: sys.maxsize)
-    async with contextlib.aclosing(file_rows(wanted.rows, signature, fill, delimiter=wanted.delimiter)) as rows:
+async def _accept(engine: Engine, flock: Flock, wanted: BatchFile, digest: str) -> Batch:
+    fill = Fill(
+        flock.agents[wanted.agent_name].input,
+        wanted.static_inputs,
+        wanted.input_mapping,
+        lambda: sys.maxsize,
+        on_extra=wanted.on_extra,
+        result_names=result_names(wanted.agent_name, flock.agents),
+    )
+    async with contextlib.aclosing(file_rows(wanted.rows, fill, wanted.dialect)) as rows:
         return await engine.submit_batch(
             wanted.agent_name, rows, wanted.options, on_invalid=wanted.on_invalid, request_id=digest
         )
@@ -122,9 +131,12 @@ def _digest(flock: Flock, wanted: BatchFile) -> str:
     """
     with _naming(wanted.rows), open(wanted.rows, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    options = (flock.name, flock.model, wanted.agent_name, wanted.on_invalid, wanted.delimiter)
+    options = (flock.name, flock.model, wanted.agent_name, wanted.on_invalid, wanted.dialect.delimiter)
     fills = (sorted(wanted.input_mapping.items()), sorted(wanted.static_inputs.items()), wanted.options.timeout_s)
     digest.update(msgspec.json.encode((options, fills)))
+    newer = (wanted.on_extra, wanted.dialect.decimal, wanted.dialect.encoding)
+    if newer != ("reject", ".", "utf-8"):  # a state of an older version is resumed
+        digest.update(msgspec.json.encode(newer))
     return digest.hexdigest()
 
 

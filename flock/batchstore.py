@@ -340,7 +340,7 @@ def _page(items: Iterable[Run]) -> list[Run]:
     page, length = [], 0
     for item in items:
         page.append(item)
-        length += len(bytes(item.inputs)) + len(bytes(item.result or b""))
+        length += len(bytes(item.inputs)) + len(bytes(item.result or b"")) + len(bytes(item.extra or b""))
         if length > PAGE_BYTES:
             break
     return page

@@ -22,9 +22,10 @@ from flock import __version__
 from flock.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.batchfile import BatchFile, run_batch_file
 from flock.core import Flock
+from flock.dialect import CSVDialect
 from flock.errors import DefinitionError, FlockError, InvalidData
 from flock.options import is_host_name
-from flock.runs import Batch, BatchOptions, OnInvalid
+from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid
 from flock.server import (
     ServerSettings,
     WorkerSettings,
@@ -527,7 +528,24 @@ EXIT_INTERRUPTED = 130
     show_default=True,
     help="Where a row does not fit: begin nothing, or let that row fail.",
 )
+@click.option(
+    "--on-extra",
+    type=click.Choice(["reject", "ignore", "keep"]),
+    default="reject",
+    show_default=True,
+    help="What becomes of columns that are no input: begin nothing, drop them, or carry them into the results.",
+)
 @click.option("--delimiter", default=",", show_default=True, metavar="CHAR", help="Between the cells of ROWS.")
+@click.option(
+    "--decimal", default=".", show_default=True, metavar="CHAR", help="Before the fraction of numbers in ROWS, . or ,"
+)
+@click.option(
+    "--encoding",
+    default="utf-8",
+    show_default=True,
+    metavar="NAME",
+    help="Of ROWS, if it is CSV; such as utf-16, or cp1252 for Western European files of Excel.",
+)
 @click.option(
     "--timeout",
     "timeout_s",
@@ -560,7 +578,10 @@ def batch(
     mapped: Sequence[str],
     static: Sequence[str],
     on_invalid: OnInvalid,
+    on_extra: OnExtra,
     delimiter: str,
+    decimal: str,
+    encoding: str,
     timeout_s: float | None,
     escape_formulas: bool,
     state: Path | None,
@@ -588,7 +609,8 @@ def batch(
             on_invalid=on_invalid,
             input_mapping=_pairs(mapped, "--map", "COLUMN=INPUT"),
             static_inputs=_static_inputs(flock, agent, _pairs(static, "--static", "KEY=VALUE")),
-            delimiter=_delimiter(delimiter),
+            on_extra=on_extra,
+            dialect=CSVDialect(delimiter=delimiter.replace(r"\t", "\t"), decimal=decimal, encoding=encoding),
             escape_formulas=escape_formulas,
         )
         with _process_for_rows():
@@ -649,13 +671,6 @@ def _format_of(output: Path, rows: Path) -> TableFormat:
             "also with .gz after it, or choose with --format."
         )
     return table_format(output) or table_format(rows) or "csv"
-
-
-def _delimiter(given: str) -> str:
-    given = "\t" if given == r"\t" else given
-    if len(given) != 1 or given in '"\r\n':
-        raise click.BadParameter("It is one character, such as ; or | or \\t.", param_hint="--delimiter")
-    return given
 
 
 def _static_inputs(flock: Flock, agent: str, texts: dict[str, str]) -> dict[str, msgspec.Raw]:

@@ -24,15 +24,17 @@ import msgspec
 
 from flock.agents import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, agent
 from flock.batches import as_json, mapping_rows
+from flock.dialect import CSVDialect
 from flock.embedded import EmbeddedEngine, alone
 from flock.errors import AgentNotFound, DefinitionError, RunFailed
 from flock.llm import ModelClient
 from flock.progress import follow_batch
 from flock.results import item_pages
-from flock.runs import BatchOptions, OnInvalid, Row, RunStatus
+from flock.runs import BatchOptions, OnExtra, OnInvalid, Row, RunStatus
 from flock.signature import Signature
 from flock.store import Durability, Store
 from flock.tables import MAX_ROW_BYTES, Fill, file_rows
+from flock.workflow import result_names
 
 __all__ = ["BatchInputs", "Flock", "FlockFactory", "agent"]
 
@@ -179,10 +181,13 @@ class Flock:
         parallel: bool = True,
         max_workers: int = 5,
         on_invalid: OnInvalid = "reject",
+        on_extra: OnExtra = "reject",
         timeout_s: float | None = None,
         return_errors: bool = True,
         box_results: bool = True,
         delimiter: str = ",",
+        decimal: str = ".",
+        encoding: str = "utf-8",
         progress: bool | None = None,
     ) -> list[Any]:
         """Run one agent over many inputs, without a server. All of it is kept in memory, and nothing after it.
@@ -194,8 +199,10 @@ class Flock:
             static_inputs: for all items that do not bring their own.
             parallel, max_workers, return_errors, box_results: see ``BatchOptions``.
             on_invalid: "reject" begins nothing where an item does not fit; "skip" lets that one fail.
+            on_extra: "reject" begins nothing if a column, or a member of a mapping, is no input; "ignore" drops it;
+                "keep" puts it, unchanged, before the outputs in the results. One with the name of an output is refused.
             timeout_s: wall-clock seconds for each item.
-            delimiter: between the cells of CSV.
+            delimiter, decimal, encoding: how a CSV file is written; see ``CSVDialect``.
             progress: show a line on stderr that says how far it is. If None, where that is a terminal.
 
         Returns:
@@ -219,10 +226,20 @@ class Flock:
             box_results=box_results,
             timeout_s=timeout_s,
         )
-        _check_choices(on_invalid, timeout_s)
-        fill = _fill(static_inputs, input_mapping)
+        _check_choices(on_invalid, on_extra, timeout_s)
+        if agent_name not in self.agents:
+            raise AgentNotFound(agent_name, list(self.agents))
+        fill = Fill(
+            self.agents[agent_name].input,
+            _static(static_inputs),
+            input_mapping,
+            lambda: sys.maxsize,
+            on_extra=on_extra,
+            result_names=result_names(agent_name, self.agents),
+        )
+        dialect = CSVDialect(delimiter=delimiter, decimal=decimal, encoding=encoding)
         results: list[Any] = []
-        async with contextlib.aclosing(self._rows(agent_name, batch_inputs, fill, delimiter)) as rows:
+        async with contextlib.aclosing(_rows(batch_inputs, fill, dialect)) as rows:
             first = await anext(rows, None)
             if first is None:
                 return results
@@ -240,15 +257,6 @@ class Flock:
 
     #: As ``run_batch_async``, for scripts: it blocks until all results are there.
     run_batch = _blocking(run_batch_async)
-
-    def _rows(
-        self, agent_name: str, batch_inputs: BatchInputs, fill: Fill, delimiter: str
-    ) -> AsyncGenerator[Row, None]:
-        if agent_name not in self.agents:
-            raise AgentNotFound(agent_name, list(self.agents))
-        if isinstance(batch_inputs, str | Path):
-            return file_rows(Path(batch_inputs), self.agents[agent_name].input, fill, delimiter=delimiter)
-        return mapping_rows(batch_inputs, fill, MAX_ROW_BYTES)
 
     def start_api(
         self,
@@ -355,17 +363,24 @@ def _check_no_loop(async_name: str) -> None:
     raise RuntimeError(f"An event loop is running here already: write 'await flock.{async_name}(...)' instead.")
 
 
-def _check_choices(on_invalid: str, timeout_s: float | None) -> None:
-    if on_invalid not in get_args(OnInvalid):
-        raise DefinitionError(f"on_invalid is one of {', '.join(get_args(OnInvalid))}, and not {on_invalid!r}.")
+def _check_choices(on_invalid: str, on_extra: str, timeout_s: float | None) -> None:
+    for name, given, choices in (("on_invalid", on_invalid, OnInvalid), ("on_extra", on_extra, OnExtra)):
+        if given not in get_args(choices):
+            raise DefinitionError(f"{name} is one of {', '.join(get_args(choices))}, and not {given!r}.")
     if timeout_s is not None and not timeout_s > 0:
         raise DefinitionError(f"timeout_s is a number of seconds above 0, and not {timeout_s}.")
 
 
-def _fill(static_inputs: Mapping[str, Any] | None, input_mapping: Mapping[str, str] | None) -> Fill:
+def _static(static_inputs: Mapping[str, Any] | None) -> dict[str, msgspec.Raw]:
     """Raises InvalidData where a static input cannot be JSON."""
     raw = as_json(static_inputs or {}, "/static_inputs", MAX_ROW_BYTES)
-    return Fill(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]), input_mapping, lambda: sys.maxsize)
+    return msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+
+
+def _rows(batch_inputs: BatchInputs, fill: Fill, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
+    if isinstance(batch_inputs, str | Path):
+        return file_rows(Path(batch_inputs), fill, dialect)
+    return mapping_rows(batch_inputs, fill, MAX_ROW_BYTES)
 
 
 async def _chain(first: Row, rows: AsyncIterator[Row]) -> AsyncIterator[Row]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 import msgspec
@@ -18,6 +19,8 @@ RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "c
 ITEMS_A_PAGE = 500
 #: What a spreadsheet takes for a formula, at the beginning of a cell.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
+#: What begins as a formula does, and is none.
+SIGNED_NUMBER = re.compile(r"[+-][0-9]+([.,][0-9]+)?")
 
 
 async def item_pages(
@@ -37,27 +40,35 @@ async def item_pages(
 
 
 class CSVWriter:
-    """Items of a batch as CSV: what went in, what came out, ``status`` and ``error``.
+    """Items of a batch as CSV: kept columns, what went in, what came out, ``status`` and ``error``.
 
     Args:
+        extra: the kept columns; see ``Batch.extra_names``.
         inputs, outputs: the columns. None for one column that holds all of it, as JSON.
         escape_formulas: put a ``'`` before text that a spreadsheet would run.
     """
 
     def __init__(
-        self, inputs: Sequence[str] | None, outputs: Sequence[str] | None, *, escape_formulas: bool = True
+        self,
+        extra: Sequence[str],
+        inputs: Sequence[str] | None,
+        outputs: Sequence[str] | None,
+        *,
+        escape_formulas: bool = True,
     ) -> None:
-        self._inputs, self._outputs, self._escape_formulas = inputs, outputs, escape_formulas
+        self._extra, self._inputs, self._outputs, self._escape_formulas = extra, inputs, outputs, escape_formulas
         self._buffer = io.StringIO()
         self._writer = csv.writer(self._buffer)  # RFC 4180 ends lines with CRLF, and so does it
 
     def header(self) -> bytes:
         """The first line. A name that stands there already is told apart by where it comes from."""
-        names = ["inputs"] if self._inputs is None else list(self._inputs)
-        for name in ["result"] if self._outputs is None else self._outputs:
-            names.append(f"result.{name}" if name in names else name)
-        for name in ("status", "error"):
-            names.append(f"run.{name}" if name in names else name)
+        names = list(self._extra)
+        for prefix, group in (
+            ("inputs", ["inputs"] if self._inputs is None else self._inputs),
+            ("result", ["result"] if self._outputs is None else self._outputs),
+            ("run", ["status", "error"]),
+        ):
+            names += [f"{prefix}.{name}" if name in names else name for name in group]
         return self._lines([[self._cell(name) for name in names]])
 
     def rows(self, items: Iterable[Run]) -> bytes:
@@ -65,6 +76,9 @@ class CSVWriter:
         return self._lines(self._row(item) for item in items)
 
     def _row(self, item: Run) -> Iterator[str]:
+        extra = {} if item.extra is None else msgspec.json.decode(item.extra, type=dict[str, msgspec.Raw])
+        for name in self._extra:
+            yield self._cell_of(extra.get(name), is_kept=True)
         for names, raw in ((self._inputs, item.inputs), (self._outputs, item.result)):
             if names is None:
                 yield "" if raw is None else bytes(raw).decode()
@@ -75,11 +89,12 @@ class CSVWriter:
         yield item.status.value
         yield self._cell(item.error or "")
 
-    def _cell_of(self, raw: msgspec.Raw | None) -> str:
+    def _cell_of(self, raw: msgspec.Raw | None, *, is_kept: bool = False) -> str:
         """Text as it is, an absent value and null as nothing, all else as JSON."""
         text = b"null" if raw is None else bytes(raw)
         if text.startswith(b'"'):
-            return self._cell(msgspec.json.decode(text, type=str))
+            cell = msgspec.json.decode(text, type=str)
+            return cell if is_kept and SIGNED_NUMBER.fullmatch(cell) else self._cell(cell)
         return "" if text == b"null" else text.decode()
 
     def _cell(self, text: str) -> str:
@@ -94,17 +109,21 @@ class CSVWriter:
 
 
 async def results_as(
-    format_: str, pages: AsyncIterator[Sequence[Run]], columns: Columns, escape_formulas: bool
+    format_: str,
+    pages: AsyncIterator[Sequence[Run]],
+    extra: Sequence[str],
+    columns: Columns,
+    escape_formulas: bool,
 ) -> AsyncIterator[bytes]:
     """The items of *pages* in a format of ``RESULT_TYPES``."""
-    table = CSVWriter(*columns, escape_formulas=escape_formulas)
+    table = CSVWriter(extra, *columns, escape_formulas=escape_formulas)
     encoder, separator = msgspec.json.Encoder(), b""
     yield {"json": b"[", "ndjson": b"", "csv": table.header()}[format_]
     async for page in pages:
         if format_ == "csv":
             yield table.rows(page)
             continue
-        items = [shown_as(BatchItem, item) for item in page]
+        items = [shown_as(BatchItem, item, extra=item.extra or msgspec.UNSET) for item in page]
         if format_ == "ndjson":
             yield encoder.encode_lines(items)
         else:

@@ -34,6 +34,7 @@ __all__ = [
     "Inputs",
     "Items",
     "Observer",
+    "OnExtra",
     "OnInvalid",
     "Principal",
     "Progress",
@@ -117,6 +118,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         principal: the name of whom it belongs to; None where nobody asked who it was.
         is_async: nobody waits for the answer, so it is taken up again after a crash.
         attempt: how often it was begun, by a retry or after a crash; from 1.
+        extra: what the row of an item had beside its inputs, as a JSON object, kept for the results; None if nothing.
         recoveries: how many of these attempts began after a crash or a stop, and not by a retry.
         timeout_s: wall-clock seconds for one attempt, from its first step on.
         owner: the engine that works on it; every write is fenced by it.
@@ -142,6 +144,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 1
     recoveries: int = 0
     timeout_s: float | None = None
+    extra: msgspec.Raw | None = None
     owner: str | None = None
     cancel_requested: bool = False
     progress: Progress | None = None
@@ -173,7 +176,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
         max_workers: items at work at the same time, at least 1.
         parallel: False is one at a time, in order, whatever ``max_workers`` says.
         return_errors: an item that failed is ``{"error", "error_type"}`` in the results; False: null.
-        box_results: False gives the bare value where the agent has one output field.
+        box_results: False gives the bare value if a result has one member; kept columns are members.
         timeout_s: wall-clock seconds for each item.
     """
 
@@ -190,6 +193,10 @@ INVALID_INPUT = "invalid_input"
 #: What becomes of a batch with an item that does not fit: "reject" starts nothing, "skip" lets that item fail.
 OnInvalid = Literal["reject", "skip"]
 
+#: What becomes of a column, or a member of a row, that is not an input: "reject" starts nothing, "ignore" drops it,
+#: "keep" carries it unchanged into the results.
+OnExtra = Literal["reject", "ignore", "keep"]
+
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """Many runs of one agent. ``completed_items`` counts those that ended, whatever way.
@@ -198,6 +205,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         attempt: how often it was begun, by a retry; from 1.
         reopening: the statuses of items that a retry has still to open, separated by commas.
         resumed_at, resumed_with: when an engine last began to work on it, and how many items had ended by then.
+        extra_names: the names in ``Run.extra`` of all its items, in the order in which they were met.
         owner: the engine that works on it; every write of it and of its items is fenced by it.
     """
 
@@ -221,6 +229,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     reopening: str | None = None
     resumed_at: datetime | None = None
     resumed_with: int = 0
+    extra_names: tuple[str, ...] = ()
     owner: str | None = None
 
     @property
@@ -237,14 +246,17 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         return round((self.total_items - self.completed_items) * took_s / ended, 3)
 
     def result_of(self, item: Run) -> Any:
-        """What stands for *item* among the results; None as long as there is nothing to say."""
+        """What stands for *item* among the results, kept columns first; None as long as there is nothing to say."""
+        extra = {} if item.extra is None else msgspec.json.decode(item.extra, type=dict[str, msgspec.Raw])
         if item.result is not None:
-            if self.options.box_results:
+            if self.options.box_results and not extra:
                 return item.result
-            members = msgspec.json.decode(item.result, type=dict[str, msgspec.Raw])
-            return next(iter(members.values())) if len(members) == 1 else item.result
+            members = extra | msgspec.json.decode(item.result, type=dict[str, msgspec.Raw])
+            if not self.options.box_results and len(members) == 1:
+                return next(iter(members.values()))
+            return members if extra else item.result
         if item.error is not None and self.options.return_errors:
-            return {"error": item.error, "error_type": item.error_type}
+            return {**extra, "error": item.error, "error_type": item.error_type}
         return None
 
 
@@ -256,13 +268,16 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         at: where the row stands in what was sent, as a JSON pointer; "" where that has lines.
         line: where it begins there, from 1.
         sources: where in what was sent an input stands that is not at ``{at}/{name}``.
-        errors: what is wrong with it, before anyone looks at its inputs.
+        extra: its members that are kept for the results, and are not inputs.
+        errors: what is wrong with it, before anyone looks at its inputs. An error of the same member in other rows is
+            reported once.
     """
 
     inputs: msgspec.Raw
     at: str = ""
     line: int | None = None
     sources: Mapping[str, str] = {}
+    extra: Mapping[str, msgspec.Raw] = {}
     errors: tuple[FieldError, ...] = ()
 
 

@@ -170,12 +170,18 @@ def _add_recoveries(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE runs ADD COLUMN recoveries INTEGER NOT NULL DEFAULT 0")
 
 
+def _add_extra(db: sqlite3.Connection) -> None:
+    db.execute("ALTER TABLE runs ADD COLUMN extra BLOB")
+    db.execute("ALTER TABLE batches ADD COLUMN extra_names BLOB")
+
+
 MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _create_tables,
     _add_traceparent,
     _add_principal,
     _widen_batches,
     _add_recoveries,
+    _add_extra,
 ]
 
 
@@ -184,14 +190,14 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
 FIELDS = (
     "run_id flock agent_name inputs status result error error_type created_at started_at completed_at request_id "
     "batch_id position is_async attempt timeout_s owner cancel_requested progress traceparent principal "
-    "recoveries last_step"
+    "recoveries extra last_step"
 ).split()
 COLUMNS = ", ".join(FIELDS)
 #: What stands for a column that is not read.
 EMPTY = {
     "inputs": "x'7b7d'",
     "recoveries": "0",
-    **dict.fromkeys(("result", "traceparent", "principal", "last_step"), "NULL"),
+    **dict.fromkeys(("result", "traceparent", "principal", "extra", "last_step"), "NULL"),
 }
 # What a failed commit may have written all the same is written again.
 INSERT_RUN = f"INSERT OR REPLACE INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
@@ -312,6 +318,7 @@ def run_values(run: Run, last_step: bytes | None = None) -> tuple[Any, ...]:
         run.traceparent,
         run.principal,
         run.recoveries,
+        bytes_or_none(run.extra),
         last_step,
     )
 
@@ -359,6 +366,7 @@ def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
             "is_async": bool(values["is_async"]),
             "cancel_requested": bool(values["cancel_requested"]),
             "progress": _progress(values["progress"]),
+            "extra": None if values["extra"] is None else _json(values["extra"]),
             "steps": steps,
         }
     )
@@ -393,7 +401,7 @@ def step_from(row: Sequence[Any]) -> Step:
 BATCH_FIELDS = (
     "batch_id flock agent_name options status total_items completed_items failed_items cancelled_items error "
     "created_at started_at completed_at request_id owner principal attempt cancel_requested reopening resumed_at "
-    "resumed_with"
+    "resumed_with extra_names"
 ).split()
 BATCH_COLUMNS = ", ".join(BATCH_FIELDS)
 INSERT_BATCH = f"INSERT INTO batches ({BATCH_COLUMNS}, hidden) VALUES ({', '.join('?' * (len(BATCH_FIELDS) + 1))})"
@@ -418,6 +426,7 @@ def batch_values(batch: Batch, hidden: str | None) -> tuple[Any, ...]:
         **msgspec.structs.asdict(batch),
         "options": msgspec.json.encode(batch.options),
         "status": batch.status.value,
+        "extra_names": msgspec.json.encode(batch.extra_names) if batch.extra_names else None,
         **{name: micros(getattr(batch, name)) for name in TIMES_OF_BATCH},
     }
     return (*(values[name] for name in BATCH_FIELDS), hidden)
@@ -441,6 +450,8 @@ def batch_from(row: Sequence[Any]) -> Batch:
     values["options"] = msgspec.json.decode(values["options"], type=BatchOptions)
     values["status"] = RunStatus(values["status"])
     values["cancel_requested"] = bool(values["cancel_requested"])
+    names = values["extra_names"]
+    values["extra_names"] = () if names is None else msgspec.json.decode(names, type=tuple[str, ...])
     return Batch(**values)
 
 

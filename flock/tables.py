@@ -4,32 +4,37 @@ What a reader finds wrong with one row goes with that row; what makes the whole 
 """
 
 import codecs
+import copy
 import csv
+import difflib
 import gzip
 import io
 import os
 import re
 import stat
 import zlib
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Callable,
+    Collection,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import anyio.to_thread
 import msgspec
 
-from flock.errors import DefinitionError, FieldError, InvalidData, MalformedJSON, TooLarge
+from flock.dialect import CSVDialect
+from flock.errors import MAX_ECHOED_CHARS, DefinitionError, FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.jsontype import Field, check_depth, escape_pointer, explain, malformed
-from flock.runs import Row
+from flock.runs import OnExtra, Row
 from flock.signature import Signature, text_as_json
 
 __all__ = [
@@ -61,46 +66,125 @@ MAX_ROW_BYTES = 16 * 1024 * 1024
 MAX_ROW_DEPTH = 100
 #: What a cell holds that JSON would call a number.
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+#: What the error of a type that takes numbers, and no text, says of text.
+NUMERIC = re.compile(r"\b(int|float|decimal)\b")
+#: How many errors of one row, or of the header, are reported.
+MAX_ROW_ERRORS = 100
+#: For how many names of one upload the nearest input is looked up: that takes time.
+MAX_NEAREST = 100
+#: What can be done about a column, or a member, that is no input.
+CURES_OF_EXTRA = 'on_extra="keep" (--on-extra keep) carries it into the results, and "ignore" drops it.'
 
 
 class Fill:
-    """What becomes of the members of a row: names mapped, gaps filled.
+    """What becomes of the members of a row: names mapped, gaps filled, and what is no input refused, dropped or kept.
 
     Args:
+        signature: the inputs.
         static: inputs that each row has which does not bring its own.
         names: what a member of a row is called as an input.
         max_static_bytes: how long those of all rows may be together by now, for they are sent once and kept often.
+        on_extra: what becomes of a member that is neither an input nor named in *names*.
+        result_names: what cannot be kept, since results have a member of that name.
     """
 
     def __init__(
         self,
+        signature: Signature,
         static: Mapping[str, msgspec.Raw] | None,
         names: Mapping[str, str] | None,
         max_static_bytes: Callable[[], int],
+        *,
+        on_extra: OnExtra = "reject",
+        result_names: Collection[str] = (),
     ) -> None:
+        self.fields = {field.name: field for field in signature.fields}
         self.static = static or {}
-        self.names = names or {}
-        self.is_idle = not self.static and not self.names
+        self.names = dict(names or {})
+        self.on_extra = on_extra
+        self._result_names = result_names
         self._max_static_bytes = max_static_bytes
         self._row_bytes = len(msgspec.json.encode(self.static)) if static else 0
         self._static_bytes = 0
+        self._nearest: dict[str, str] = {}
 
     def row(self, members: Mapping[str, msgspec.Raw], at: str = "", line: int | None = None) -> Row:
         """Raises TooLarge."""
-        if self.is_idle:
+        if not self.static and not self.names and members.keys() <= self.fields.keys():
             return Row(inputs=msgspec.Raw(msgspec.json.encode(members)), at=at, line=line)
         self._count()
         sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in self.static}
-        inputs, own, errors = dict(self.static), set(), []
+        inputs, own = dict(self.static), set[str]()
+        extra: dict[str, msgspec.Raw] = {}
+        kept: dict[str, msgspec.Raw] = {}
+        errors: list[FieldError] = []
         for key, value in members.items():
             name, pointer = self.names.get(key, key), f"{at}/{escape_pointer(key)}"
+            if self.is_extra(key):
+                extra[key] = value
+                continue
             if name in own:
-                detail = f"Another member becomes the input {name!r} too."
-                errors.append(FieldError(detail=detail, pointer=pointer, line=msgspec.UNSET if line is None else line))
+                errors.append(FieldError(detail=f"Another member becomes the input {name!r} too.", pointer=pointer))
             own.add(name)
             sources[name], inputs[name] = pointer, value
-        raw = msgspec.Raw(msgspec.json.encode(inputs))
-        return Row(inputs=raw, at=at, line=line, sources=sources, errors=tuple(errors))
+        missing = self.missing(inputs) if extra else set()
+        for key, value in extra.items():
+            pointer = f"{at}/{escape_pointer(key)}"
+            if (nearest := self.nearest(key)) in missing:
+                sources[nearest] = pointer  # its own error would say the same
+            if problem := self.problem_of(key, missing, inputs):
+                errors.append(FieldError(detail=problem, pointer=pointer))
+            elif self.on_extra == "keep":
+                if unreadable := explain(Any, bytes(value), pointer):
+                    errors += unreadable
+                else:
+                    kept[key] = value
+            if len(errors) >= MAX_ROW_ERRORS:
+                break
+        if line is not None:
+            errors = [msgspec.structs.replace(error, line=line) for error in errors]
+        return Row(
+            inputs=msgspec.Raw(msgspec.json.encode(inputs)),
+            at=at,
+            line=line,
+            sources=sources,
+            extra=kept,
+            errors=tuple(errors),
+        )
+
+    def renaming(self, names: Mapping[str, str]) -> "Fill":
+        """The same, with more *names*."""
+        made = copy.copy(self)
+        made.names = {**self.names, **names}
+        return made
+
+    def is_extra(self, key: str) -> bool:
+        """Whether a member or column is no input."""
+        return key not in self.fields and key not in self.names
+
+    def missing(self, inputs: Collection[str]) -> set[str]:
+        """The required inputs that are not there."""
+        return {name for name, field in self.fields.items() if field.required and name not in inputs}
+
+    def nearest(self, key: str) -> str:
+        """The input that *key* may be meant for, or ""."""
+        if key not in self._nearest:
+            if len(self._nearest) >= MAX_NEAREST or len(key) > MAX_ECHOED_CHARS:
+                return ""
+            by_name = {name.casefold(): name for name in self.fields}
+            found = difflib.get_close_matches(key.casefold(), by_name, n=1)
+            self._nearest[key] = by_name[found[0]] if found else ""
+        return self._nearest[key]
+
+    def problem_of(self, key: str, missing: Collection[str], inputs: Collection[str]) -> str:
+        """What is wrong with a member or column that is no input, in words; "" if nothing is."""
+        nearest, shown = self.nearest(key), key[:MAX_ECHOED_CHARS]
+        if self.on_extra == "reject" or nearest in missing:
+            cure = f"Did you mean {nearest!r}?" if nearest and nearest not in inputs else CURES_OF_EXTRA
+            return f"There is no input {shown!r}. {cure} The inputs are: {', '.join(self.fields) or 'none'}."
+        if self.on_extra == "keep" and key in self._result_names:
+            return f'{shown!r} cannot be kept: results have a member of that name. Rename it, or set on_extra="ignore".'
+        return ""
 
     def _count(self) -> None:
         self._static_bytes += self._row_bytes
@@ -184,24 +268,19 @@ def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int) -> Row:
 
 
 async def csv_rows(
-    chunks: AsyncIterable[bytes],
-    signature: Signature,
-    fill: Fill,
-    *,
-    delimiter: str,
-    max_row_bytes: int,
-    max_depth: int,
+    chunks: AsyncIterable[bytes], fill: Fill, dialect: CSVDialect, *, max_row_bytes: int, max_depth: int
 ) -> AsyncGenerator[Row, None]:
-    """Rows of CSV (RFC 4180) behind a header, their cells typed by *signature*; empty lines are none.
+    """Rows of CSV (RFC 4180) after a header, their cells typed by the signature of *fill*; empty lines are none.
 
     Raises:
-        InvalidData: the header does not fit the signature, or what follows is no CSV, or not UTF-8; with the line.
+        InvalidData: the header does not fit the signature, or what follows is no CSV, or of another encoding; with the
+            line.
         TooLarge: as ``ndjson_rows``.
     """
     columns: _Columns | None = None
-    async for line, cells in _records(chunks, delimiter, max_row_bytes):
+    async for line, cells in _records(chunks, dialect, max_row_bytes):
         if columns is None:
-            columns = _Columns(cells, signature, fill, line, max_depth)
+            columns = _Columns(cells, fill, dialect, line, max_depth)
         else:
             yield columns.row(cells, line)
     if columns is None:
@@ -209,21 +288,24 @@ async def csv_rows(
 
 
 async def _records(
-    chunks: AsyncIterable[bytes], delimiter: str, max_bytes: int
+    chunks: AsyncIterable[bytes], dialect: CSVDialect, max_bytes: int
 ) -> AsyncIterator[tuple[int, Sequence[str]]]:
     """Each record that is not empty, with the line in which it begins, as Python's own reader has it.
 
     That reader forgets an unfinished record at the end of what it was given, so those lines are kept for the next time.
     """
-    decoder, rest, number = codecs.getincrementaldecoder("utf-8-sig")(), "", 1
+    decoder, rest, number, has_begun = dialect.decoder(), "", 1, False
     new: list[str] = []
-    new_chars = 0
+    new_chars, first_bytes = 0, b""
     async for chunk in _with_end(chunks):
+        first_bytes = first_bytes or (chunk or b"")[:2]
         try:
             new.append(decoder.decode(chunk or b"", final=chunk is None))
-        except UnicodeDecodeError as exc:
-            line = number + "".join([rest, *new]).count("\n") + exc.object[: exc.start].count(b"\n")
-            raise _unreadable("This is not UTF-8.", line) from exc
+        except UnicodeError as exc:
+            line = number + "".join([rest, *new]).count("\n")
+            if isinstance(exc, UnicodeDecodeError):
+                line += exc.object[: exc.start].count(b"\n")
+            raise _unreadable(dialect.not_decoded(first_bytes), line) from exc
         new_chars += len(new[-1])
         if chunk is not None and new_chars < max(GATHERED_CHARS, len(rest)):
             continue  # what is unfinished is read anew each time, and must not be for each few bytes
@@ -231,17 +313,19 @@ async def _records(
         end = len(text) if chunk is None else max(text.rfind("\n"), text.rfind("\r", 0, -1)) + 1
         whole, rest = text[:end], text[end:]
         lines = list(io.StringIO(whole, newline=""))
-        reader, done = csv.reader(lines, delimiter=delimiter, strict=True), 0
+        reader, done = csv.reader(lines, delimiter=dialect.delimiter, strict=True), 0
         try:
             for cells in reader:
                 if sum(map(len, cells)) > max_bytes:
                     raise _row_too_long(number + done, max_bytes)
                 if cells:
+                    has_begun = True
                     yield number + done, cells
                 done = reader.line_num
         except csv.Error as exc:
             if chunk is None or str(exc) != "unexpected end of data":
-                reason = f"This is no CSV: {exc}."
+                reason = "" if has_begun else dialect.not_read(lines[done])
+                reason = reason or f"This is no CSV: {exc}."
                 if str(exc).startswith("field larger"):
                     reason = f"A cell has more than {csv.field_size_limit():,} characters; NDJSON takes longer ones."
                 raise _unreadable(reason, number + done) from exc
@@ -264,66 +348,135 @@ def _unreadable(detail: str, line: int, pointer: str = "") -> InvalidData:
 class _Columns:
     """What the header says, and how cells become inputs. Raises InvalidData where it does not fit the signature."""
 
-    def __init__(self, header: Sequence[str], signature: Signature, fill: Fill, line: int, max_depth: int) -> None:
-        self._header, self._fill = [name.strip() for name in header], fill
-        fields = {field.name: field for field in signature.fields}
-        names = [fill.names.get(column, column) for column in self._header]
-        errors = []
-        for place, (column, name) in enumerate(zip(self._header, names, strict=True), 1):
-            problem = ""
-            if not column:
-                problem = f"Column {place} has no name."
-            elif name in names[: place - 1]:
-                problem = f"Another column becomes the input {name!r} too."
-            elif name not in fields:
-                problem = f"There is no input {name!r}. The inputs are: {', '.join(fields) or 'none'}."
-            if problem:
-                errors.append(FieldError(detail=problem, pointer=f"/{escape_pointer(column)}", line=line))
-        for column in fill.names.keys() - set(self._header):
-            detail = f"input_mapping names the column {column!r}, and there is none."
-            errors.append(FieldError(detail=detail, pointer=f"/{escape_pointer(column)}", line=line))
-        for field in signature.fields:
-            if field.required and field.name not in names and field.name not in fill.static:
-                detail = f"The input {field.name!r} is required, and there is no column for it."
-                errors.append(FieldError(detail=detail, pointer=f"/{escape_pointer(field.name)}", line=line))
+    def __init__(self, header: Sequence[str], fill: Fill, dialect: CSVDialect, line: int, max_depth: int) -> None:
+        self._header = [name.removeprefix("\ufeff").strip() for name in header]
+        self._dialect = dialect
+        self._fill = fill = _in_any_case(fill, self._header)
+        if "\x00" in header[0]:
+            raise _unreadable(dialect.not_read(header[0]), line)
+        errors = [
+            FieldError(detail=problem, pointer=f"/{escape_pointer(column)}", line=line)
+            for column, problem in self._problems()
+        ]
+        if all(map(fill.is_extra, self._header)):
+            known = {name.casefold() for name in (*fill.fields, *fill.names)}
+            if problem := dialect.not_divided(self._header, known, is_refused=bool(errors)):
+                raise _unreadable(problem, line)
         if errors:
-            raise InvalidData(errors[:100])
-        self._cells = [_cell_reader(fields[name], name in fill.static, max_depth) for name in names]
+            raise InvalidData(errors[:MAX_ROW_ERRORS])
+        self._cells = [self._reader(column, max_depth) for column in self._header]
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        """What is wrong with the header: columns, and in words why."""
+        fill, met = self._fill, set[str]()
+        names = {column: fill.names.get(column, column) for column in self._header}
+        inputs = {*names.values(), *fill.static}
+        missing, meant = fill.missing(inputs), set[str]()
+        for place, column in enumerate(self._header, 1):
+            name, problem = names[column], ""
+            if fill.is_extra(column):
+                if fill.on_extra == "ignore" or column:
+                    problem = fill.problem_of(column, missing, inputs)
+                    meant.add(fill.nearest(column))
+                else:
+                    problem = f"Column {place} has no name."
+                if fill.on_extra == "keep" and column in met:
+                    problem = problem or f"Another column is called {column!r} too."
+            elif name in met:
+                problem = f"Another column becomes the input {name!r} too."
+            elif name not in fill.fields:
+                problem = f"There is no input {name!r}. The inputs are: {', '.join(fill.fields) or 'none'}."
+            met.add(name)
+            if problem:
+                yield column, problem
+        for column in fill.names.keys() - names.keys():
+            yield column, f"input_mapping names the column {column!r}, and there is none."
+        for name in sorted(missing - meant, key=list(fill.fields).index):
+            cure = f'Name one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
+            yield name, f"The input {name!r} is required, and there is no column for it. {cure}"
 
     def row(self, cells: Sequence[str], line: int) -> Row:
-        values = zip(self._header, self._cells, cells, strict=False)
-        row = self._fill.row(
-            {column: raw for column, read, cell in values if (raw := read(cell)) is not None}, line=line
-        )
-        if len(cells) == len(self._header):
-            return row
-        detail = f"This row has {len(cells)} cells, and the header has {len(self._header)}."
-        return msgspec.structs.replace(row, errors=(FieldError(detail=detail, pointer="", line=line),))
+        members: dict[str, msgspec.Raw] = {}
+        errors: list[FieldError] = []
+        for column, read, cell in zip(self._header, self._cells, cells, strict=False):
+            try:
+                raw = read(cell)
+            except ValueError as exc:
+                errors.append(FieldError(detail=str(exc), pointer=f"/{escape_pointer(column)}", line=line))
+                raw = msgspec.Raw(msgspec.json.encode(cell))
+            if raw is not None:
+                members[column] = raw
+        row = self._fill.row(members, line=line)
+        if len(cells) != len(self._header):
+            detail = f"This row has {len(cells)} cells, and the header has {len(self._header)}."
+            if len(cells) > len(self._header):
+                detail += f" A cell with {self._dialect.delimiter!r} in it is written in quotes."
+            errors = [FieldError(detail=detail, pointer="", line=line)]
+        return msgspec.structs.replace(row, errors=(*row.errors, *errors)) if errors else row
+
+    def _reader(self, column: str, max_depth: int) -> Callable[[str], msgspec.Raw | None]:
+        fill = self._fill
+        if not fill.is_extra(column):
+            name = fill.names.get(column, column)
+            return _cell_reader(fill.fields[name], name in fill.static, max_depth, self._dialect)
+        return _as_text if fill.on_extra == "keep" else _dropped
 
 
-def _cell_reader(field: Field, has_static: bool, max_depth: int) -> Callable[[str], msgspec.Raw | None]:
-    """How a cell becomes JSON; what does not fit is left as text, and found when the inputs are checked."""
+def _in_any_case(fill: Fill, header: Sequence[str]) -> Fill:
+    """*fill* with names for columns that are called as inputs but for upper and lower case, if that is unambiguous."""
+    exact = {fill.names.get(column, column) for column in header}
+    inputs = Counter(name.casefold() for name in fill.fields)
+    by_case = {name.casefold(): name for name in fill.fields if name not in exact and inputs[name.casefold()] == 1}
+    columns = Counter(column.casefold() for column in header)
+    return fill.renaming(
+        {
+            column: by_case[column.casefold()]
+            for column in header
+            if fill.is_extra(column) and column.casefold() in by_case and columns[column.casefold()] == 1
+        }
+    )
+
+
+def _as_text(cell: str) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(cell))
+
+
+def _dropped(cell: str) -> None:
+    return None
+
+
+def _cell_reader(
+    field: Field, has_static: bool, max_depth: int, dialect: CSVDialect
+) -> Callable[[str], msgspec.Raw | None]:
+    """How a cell becomes JSON; what does not fit is left as text, and found when the inputs are checked.
+
+    It raises ValueError, with what to do, if a number is written in another way than in *dialect*.
+    """
     empty: msgspec.Raw | None = msgspec.Raw(b'""')
     if has_static or not field.required:
         empty = None
     elif not explain(field.type, b"null", ""):
         empty = msgspec.Raw(b"null")
-    takes_bool = not explain(field.type, b"true", "") and bool(explain(field.type, b'"true"', ""))
+    not_text = explain(field.type, b'"true"', "")
+    takes_bool = not explain(field.type, b"true", "") and bool(not_text)
+    is_number = any(NUMERIC.search(error.detail.partition(", got ")[0]) for error in not_text)
 
     def read(cell: str) -> msgspec.Raw | None:
         if not cell:
             return empty
         if field.type is str:
-            return msgspec.Raw(msgspec.json.encode(cell))
+            return _as_text(cell)
         text = cell.strip()
         if takes_bool and text.lower() in ("true", "false"):  # spreadsheets write TRUE
             return msgspec.Raw(text.lower().encode())
+        if is_number:
+            cell = text = dialect.number(text)
         if field.type in (int, float) and NUMBER.fullmatch(text):
             return msgspec.Raw(text.encode())
         try:
             check_depth(cell.encode(), max_depth)
         except MalformedJSON:
-            return msgspec.Raw(msgspec.json.encode(cell))
+            return _as_text(cell)
         return text_as_json(field.type, cell)
 
     return read
@@ -347,7 +500,7 @@ def is_packed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def file_rows(path: Path, signature: Signature, fill: Fill, *, delimiter: str = ",") -> AsyncGenerator[Row, None]:
+def file_rows(path: Path, fill: Fill, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
     """The rows of a file of the program's own, of CSV or NDJSON, also packed by gzip.
 
     Raises: DefinitionError where its name does not tell what is in it. To read them raises OSError, InvalidData and
@@ -361,7 +514,7 @@ def file_rows(path: Path, signature: Signature, fill: Fill, *, delimiter: str = 
         )
     if format_ == "ndjson":
         return ndjson_rows(chunks, fill, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
-    return csv_rows(chunks, signature, fill, delimiter=delimiter, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
+    return csv_rows(chunks, fill, dialect, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
 
 
 async def _own_file(path: Path) -> AsyncIterator[bytes]:

@@ -11,7 +11,7 @@ import msgspec
 
 from flock.errors import FieldError, InvalidData, MalformedJSON
 from flock.jsontype import JSONType, check_depth
-from flock.runs import OnInvalid, Progress, RunStatus, Usage
+from flock.runs import OnExtra, OnInvalid, Progress, RunStatus, Usage
 
 __all__ = [
     "BATCH_REQUEST",
@@ -54,6 +54,10 @@ T = TypeVar("T")
 #: RFC 3339, in UTC.
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
+#: See ``CSVDialect``.
+Delimiter = Literal[",", ";", "\t", "|"]
+Decimal = Literal[".", ","]
+
 #: How many results one answer holds at most.
 MAX_PAGE = 1000
 
@@ -75,7 +79,10 @@ class FlockAPIRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /run/batch``. ``use_temporal`` and ``silent_mode`` are accepted, and mean nothing."""
+    """Body of ``POST /run/batch``. ``use_temporal`` and ``silent_mode`` are accepted, and mean nothing.
+
+    ``delimiter``, ``decimal`` and ``encoding`` are of a CSV file that ``batch_inputs`` names.
+    """
 
     agent_name: str
     batch_inputs: list[dict[str, msgspec.Raw]] | str
@@ -84,9 +91,13 @@ class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     parallel: bool = True
     max_workers: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
     on_invalid: OnInvalid = "reject"
+    on_extra: OnExtra = "reject"
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     return_errors: bool = True
     box_results: bool = True
+    delimiter: Delimiter = ","
+    decimal: Decimal = "."
+    encoding: str = "utf-8"
     write_to_csv: str | None = None
     use_temporal: Any = None
     silent_mode: Any = None
@@ -106,7 +117,7 @@ BATCH_RETRY = JSONType(FlockBatchRetry)
 class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What stands in the query of ``POST /run/batch`` where the body is rows only.
 
-    ``static_inputs`` and ``input_mapping`` are JSON; ``delimiter`` is for CSV.
+    ``static_inputs`` and ``input_mapping`` are JSON; ``delimiter``, ``decimal`` and ``encoding`` are for CSV.
     """
 
     agent_name: str
@@ -115,10 +126,13 @@ class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     parallel: bool = True
     max_workers: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
     on_invalid: OnInvalid = "reject"
+    on_extra: OnExtra = "reject"
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | msgspec.UnsetType = msgspec.UNSET
     return_errors: bool = True
     box_results: bool = True
-    delimiter: Literal[",", ";", "\t", "|"] = ","
+    delimiter: Delimiter = ","
+    decimal: Decimal = "."
+    encoding: str = "utf-8"
 
 
 class WaitQuery(msgspec.Struct, frozen=True):
@@ -206,7 +220,6 @@ def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **absent: Any) -
 def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
     """What the query says of an upload, in the form of a JSON body without rows. Raises InvalidData."""
     options = msgspec.structs.asdict(query)
-    del options["delimiter"]
     for name, type_ in (("static_inputs", dict[str, msgspec.Raw]), ("input_mapping", dict[str, str])):
         if options[name] is not msgspec.UNSET:
             try:
@@ -330,11 +343,15 @@ class BatchList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One item that has ended, as it is downloaded: an element of the JSON array, or a line of NDJSON."""
+    """One item that has ended, as it is downloaded: an element of the JSON array, or a line of NDJSON.
+
+    ``extra`` has the kept columns of its row, if there are any.
+    """
 
     position: int
     run_id: str
     status: RunStatus
+    extra: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     inputs: msgspec.Raw
     result: msgspec.Raw | None
     error: str | None

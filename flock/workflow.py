@@ -12,7 +12,7 @@ from flock.agents import Agent, Resources
 from flock.errors import InvalidData, InvalidHandoff, TooManySteps
 from flock.runs import Run, RunContext, Step, now
 
-__all__ = ["Columns", "NextStep", "columns_of", "next_step", "run_step"]
+__all__ = ["Columns", "NextStep", "columns_of", "next_step", "result_names", "run_step"]
 
 #: The names of a run's inputs and of its result's members; None where nobody knows them before.
 Columns = tuple[Sequence[str] | None, Sequence[str] | None]
@@ -87,3 +87,12 @@ def columns_of(agent_name: str, agents: Mapping[str, Agent]) -> Columns:
         last = agents.get(name) if isinstance(name, str) else None
     inputs = None if first is None else [field.name for field in first.input.fields]
     return inputs, None if last is None or last in met else list(last.output.schema.get("properties", {}))
+
+
+def result_names(agent_name: str, agents: Mapping[str, Agent]) -> set[str]:
+    """All names that the result of an item may have: the outputs, of any agent if the last one is decided on the way,
+    and what a failure has in their place."""
+    outputs = columns_of(agent_name, agents)[1]
+    if outputs is None:
+        outputs = [name for agent in agents.values() for name in agent.output.schema.get("properties", {})]
+    return {*outputs, "error", "error_type"}

@@ -263,6 +263,20 @@ def test_killed_in_the_middle_it_goes_on_and_repeats_nothing_that_was_committed(
     assert files() == {"rows.csv", "results.csv"}
 
 
+def test_kept_columns_are_there_after_a_kill() -> None:
+    """Of rows that were done before it, and of those that are done after it."""
+    Path("rows.csv").write_text("id,n\n" + "".join(f"{n:05},{n}\n" for n in range(1000)))
+    arguments = ("work", "rows.csv", "-o", "results.csv", "--on-extra", "keep")
+    with begun(*arguments, words="so far", TELL_AT="400") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    assert 300 < len(committed("results.csv.flock.db")) < 1000
+    done = batch(*arguments)
+    assert (done.returncode, "Going on:" in done.stderr) == (0, True)
+    assert rows_of("results.csv")[0] == ["id", "n", "word", "result", "status", "error"]
+    assert rows_of("results.csv")[1:] == [[f"{n:05}", str(n), "", f"w{n}", "completed", ""] for n in range(1000)]
+
+
 def test_killed_before_the_rename_it_only_writes() -> None:
     write_numbers("rows.csv", 50)
     assert batch("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
@@ -321,7 +335,15 @@ def test_an_output_that_appears_meanwhile_is_not_replaced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "options"), [("n\n1\n2\n", ()), ("n\n1\n", ("--static", "word=x")), ("n\n1\n", ("--timeout", "9"))]
+    ("rows", "options"),
+    [
+        ("n\n1\n2\n", ()),
+        ("n\n1\n", ("--static", "word=x")),
+        ("n\n1\n", ("--timeout", "9")),
+        ("n\n1\n", ("--on-extra", "keep")),
+        ("n\n1\n", ("--decimal", ",")),
+        ("n\n1\n", ("--encoding", "cp1252")),
+    ],
 )
 def test_other_rows_or_options_begin_a_new_batch(rows: str, options: Sequence[str]) -> None:
     """And none of the old one's is executed any more."""
@@ -441,7 +463,7 @@ def invoke(*arguments: str) -> Any:
         (["work", "rows.csv", "-o", "rows.parquet.gz"], "End its name in .csv, .ndjson or .jsonl"),
         (["work", "rows.csv", "-o", "x.csv", "--map", "a"], "'a' is not COLUMN=INPUT"),
         (["work", "rows.csv", "-o", "x.csv", "--static", "a"], "'a' is not KEY=VALUE"),
-        (["work", "rows.csv", "-o", "x.csv", "--delimiter", ";;"], "It is one character"),
+        (["work", "rows.csv", "-o", "x.csv", "--delimiter", ";;"], "delimiter is one character"),
         (["work", "rows.csv", "-o", "x.csv", "--timeout", "nan"], "'nan' is no number of seconds"),
         (["work", "rows.csv", "-o", "x.csv", "--max-workers", "0"], "0 is not in the range"),
     ],

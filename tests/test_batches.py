@@ -298,13 +298,14 @@ async def test_an_engine_that_was_taken_for_dead_begins_no_item_of_a_batch_that_
         assert len(work.calls) < 2000
 
 
-async def test_a_store_of_the_form_before_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", range(3, len(schema.MIGRATIONS)))
+async def test_a_store_of_a_form_before_goes_on(form: int, tmp_path: Path) -> None:
     """With a batch of which one item is done, its step in a row of its own, and one is not."""
     path, batch_id, work = tmp_path / "flock.db", new_id(), Work()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        for migrate in schema.MIGRATIONS[:3]:
+        for migrate in schema.MIGRATIONS[:form]:
             migrate(db)
-        db.execute("PRAGMA user_version = 3")
+        db.execute(f"PRAGMA user_version = {form}")
         db.execute("INSERT INTO engines VALUES ('dead', 'work', 0)")
         db.execute(
             "INSERT INTO batches (batch_id, flock, agent_name, options, status, total_items, completed_items, "

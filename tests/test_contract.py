@@ -193,6 +193,7 @@ RAW = {
     ("RunStep", "result"),
     ("RunSummary", "inputs"),
     ("RunSummary", "result"),
+    ("BatchItem", "extra"),
     ("BatchItem", "inputs"),
     ("BatchItem", "result"),
 }

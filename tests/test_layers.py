@@ -17,6 +17,7 @@ RANKS = {
     "flock.results": 5,
     "flock.wire": 2,
     "flock.contract": 1,
+    "flock.dialect": 1,
     "flock.ui": 2,
     "flock.jsontype": 1,
     "flock.runs": 1,

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from flock import tables
 from flock.auth import new_key
 from flock.core import Flock, FlockFactory
+from flock.dialect import CSVDialect
 from flock.errors import AgentError, FieldError, FlockError, InvalidData, TooLarge
 from flock.negotiation import preferred
 from flock.runs import Engine, Row
@@ -368,10 +369,10 @@ async def test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do(me
     content = (b"text\n" if media_type is CSV else b"") + row
 
     async def read() -> list[Row]:
-        fill = Fill(None, None, lambda: 0)
+        fill = Fill(Signature.of("text: str"), None, None, lambda: 0)
         pieces = _in_pieces(content, 1)
         if media_type is CSV:
-            rows = csv_rows(pieces, Signature.of("text: str"), fill, delimiter=",", max_row_bytes=10**6, max_depth=100)
+            rows = csv_rows(pieces, fill, CSVDialect(), max_row_bytes=10**6, max_depth=100)
         else:
             rows = ndjson_rows(pieces, fill, max_row_bytes=10**6, max_depth=50)
         return [row async for row in rows]
@@ -383,9 +384,9 @@ async def test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do(me
 
 async def test_a_cell_that_is_too_long_for_csv_may_be_sent_otherwise() -> None:
     """Python's reader has a bound, the same for a whole process."""
-    fill = Fill(None, None, lambda: 0)
+    fill = Fill(Signature.of("text: str"), None, None, lambda: 0)
     pieces = _in_pieces(b"text\n" + b"a" * 140_000, 10_000)
-    rows = csv_rows(pieces, Signature.of("text: str"), fill, delimiter=",", max_row_bytes=10**6, max_depth=50)
+    rows = csv_rows(pieces, fill, CSVDialect(), max_row_bytes=10**6, max_depth=50)
     with pytest.raises(InvalidData, match="line 2: A cell has more than 131,072 characters; NDJSON takes longer ones"):
         _ = [row async for row in rows]
 
@@ -839,12 +840,10 @@ def _as_csv(rows: Any) -> str:
 def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int) -> None:
     """Exactly its rows, cut anywhere on the way; or an error with a line."""
     content = text.encode("utf-8", "surrogatepass")
-    fill = Fill(None, None, lambda: 10**6)
+    fill = Fill(TWO_TEXTS, None, None, lambda: 10**6)
 
     async def read() -> Read:
-        return await _read(
-            csv_rows(_in_pieces(content, size), TWO_TEXTS, fill, delimiter=",", max_row_bytes=10_000, max_depth=100)
-        )
+        return await _read(csv_rows(_in_pieces(content, size), fill, CSVDialect(), max_row_bytes=10_000, max_depth=100))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "GATHERED_CHARS", size)
@@ -875,7 +874,7 @@ def test_any_ndjson_is_refused_or_read_as_python_reads_it(lines: list[str], end:
     content = end.join(lines).encode()
 
     async def read() -> Read:
-        fill = Fill(None, None, lambda: 10**6)
+        fill = Fill(TWO_TEXTS, None, None, lambda: 10**6, on_extra="keep")
         return await _read(ndjson_rows(_in_pieces(content, size), fill, max_row_bytes=10_000, max_depth=50))
 
     found = anyio.run(read)

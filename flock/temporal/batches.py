@@ -387,7 +387,7 @@ class TemporalBatches:
                     if (item.position or 0) <= after or item.status not in statuses:
                         continue
                     page.append(replace(item, steps=()))
-                    length += len(bytes(item.inputs)) + len(bytes(item.result or b""))
+                    length += len(bytes(item.inputs)) + len(bytes(item.result or b"")) + len(bytes(item.extra or b""))
                     if len(page) == limit or length > PAGE_BYTES:
                         return page
             return page
@@ -572,7 +572,7 @@ class _Rows:
             if item.error is not None:
                 self.failed_in |= 1 << chunk
                 self.first_error = self.first_error or (position, item.error)
-        rows = tuple(ItemRow(item.inputs, item.error) for item in page)
+        rows = tuple(ItemRow(item.inputs, item.error, item.extra or msgspec.UNSET) for item in page)
         order = RowsOrder(item=self._item, first=self._total, rows=rows)
         self.starts.append(self._total)
         self._total += len(page)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
+from msgspec import UnsetType
 from msgspec.structs import replace
 from temporalio.api.enums.v1 import EventType, RetryState
 from temporalio.api.history.v1 import HistoryEvent
@@ -66,6 +67,7 @@ class Chunk:
                 batch_id=batch_id,
                 position=position,
                 inputs=row.inputs,
+                extra=None if isinstance(row.extra, UnsetType) else row.extra,
             )
             if row.error is not None:
                 end = {"error": row.error, "error_type": INVALID_INPUT, "completed_at": item.created_at}

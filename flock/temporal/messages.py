@@ -128,10 +128,14 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ItemRow(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one item is given; ``error`` says why it does not fit, and is None where it does."""
+    """What one item is given; ``error`` says why it does not fit, and is None where it does. ``extra``: see ``Run``.
+
+    It is not None if there is none, since msgspec cannot decode a union of Raw and None.
+    """
 
     inputs: msgspec.Raw
     error: str | None = None
+    extra: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class RowsOrder(msgspec.Struct, frozen=True, kw_only=True):
