@@ -73,7 +73,7 @@ MAX_ROW_ERRORS = 100
 #: For how many names of one upload the nearest input is looked up: that takes time.
 MAX_NEAREST = 100
 #: What can be done about a column, or a member, that is no input.
-CURES_OF_EXTRA = 'on_extra="keep" (--on-extra keep) carries it into the results, and "ignore" drops it.'
+CURES_OF_EXTRA = ' on_extra="keep" (--on-extra keep) carries it into the results, and "ignore" drops it.'
 
 
 class Fill:
@@ -125,6 +125,8 @@ class Fill:
                 continue
             if name in own:
                 errors.append(FieldError(detail=f"Another member becomes the input {name!r} too.", pointer=pointer))
+            elif name not in self.fields:
+                errors.append(FieldError(detail=self.no_input(name, inputs), pointer=pointer))
             own.add(name)
             sources[name], inputs[name] = pointer, value
         missing = self.missing(inputs) if extra else set()
@@ -178,13 +180,20 @@ class Fill:
 
     def problem_of(self, key: str, missing: Collection[str], inputs: Collection[str]) -> str:
         """What is wrong with a member or column that is no input, in words; "" if nothing is."""
-        nearest, shown = self.nearest(key), key[:MAX_ECHOED_CHARS]
-        if self.on_extra == "reject" or nearest in missing:
-            cure = f"Did you mean {nearest!r}?" if nearest and nearest not in inputs else CURES_OF_EXTRA
-            return f"There is no input {shown!r}. {cure} The inputs are: {', '.join(self.fields) or 'none'}."
+        if self.on_extra == "reject" or self.nearest(key) in missing:
+            return self.no_input(key, inputs, CURES_OF_EXTRA)
         if self.on_extra == "keep" and key in self._result_names:
+            shown = key[:MAX_ECHOED_CHARS]
             return f'{shown!r} cannot be kept: results have a member of that name. Rename it, or set on_extra="ignore".'
         return ""
+
+    def no_input(self, name: str, inputs: Collection[str], cure: str = "") -> str:
+        """That there is no such input, in words, with the nearest one that is not among *inputs*, or else a *cure*."""
+        nearest = self.nearest(name)
+        if nearest and nearest not in inputs:
+            cure = f" Did you mean {nearest!r}?"
+        known = ", ".join(self.fields) or "none"
+        return f"There is no input {name[:MAX_ECHOED_CHARS]!r}.{cure} The inputs are: {known}."
 
     def _count(self) -> None:
         self._static_bytes += self._row_bytes
@@ -385,7 +394,7 @@ class _Columns:
             elif name in met:
                 problem = f"Another column becomes the input {name!r} too."
             elif name not in fill.fields:
-                problem = f"There is no input {name!r}. The inputs are: {', '.join(fill.fields) or 'none'}."
+                problem = fill.no_input(name, inputs)
             met.add(name)
             if problem:
                 yield column, problem

@@ -10,7 +10,7 @@ import re
 import socket
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -787,7 +787,12 @@ async def _read(rows: AsyncIterator[Row]) -> Read:
     except (InvalidData, TooLarge) as exc:
         return Read(rows=None, error=exc)
     errors: list[FieldError] = [error for row in read for error in row.errors]
-    return Read(rows=[msgspec.json.decode(row.inputs) for row in read], error=InvalidData(errors) if errors else None)
+    members = [{**msgspec.json.decode(row.inputs), **_decoded(row.extra)} for row in read]
+    return Read(rows=members, error=InvalidData(errors) if errors else None)
+
+
+def _decoded(extra: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
+    return {name: msgspec.json.decode(value) for name, value in extra.items()}
 
 
 TWO_TEXTS = Signature.of("a: str, b: str")
@@ -836,14 +841,22 @@ def _as_csv(rows: Any) -> str:
 
 
 @settings(max_examples=2000)
-@given(text=BODIES, size=PIECES)
-def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int) -> None:
+@given(
+    text=BODIES,
+    size=PIECES,
+    encoding=st.sampled_from(["utf-8", "utf-16", "cp1252", "gb18030"]),
+    on_extra=st.sampled_from(["reject", "keep"]),
+)
+def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int, encoding: str, on_extra: Any) -> None:
     """Exactly its rows, cut anywhere on the way; or an error with a line."""
-    content = text.encode("utf-8", "surrogatepass")
-    fill = Fill(TWO_TEXTS, None, None, lambda: 10**6)
+    if encoding == "cp1252":
+        text = text.encode(encoding, "ignore").decode(encoding)
+    content = text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
+    fill = Fill(TWO_TEXTS, None, None, lambda: 10**6, on_extra=on_extra)
+    dialect = CSVDialect(encoding=encoding)
 
     async def read() -> Read:
-        return await _read(csv_rows(_in_pieces(content, size), fill, CSVDialect(), max_row_bytes=10_000, max_depth=100))
+        return await _read(csv_rows(_in_pieces(content, size), fill, dialect, max_row_bytes=10_000, max_depth=100))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "GATHERED_CHARS", size)
@@ -852,8 +865,27 @@ def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int) -> 
         assert isinstance(found.error, InvalidData)
         assert all(isinstance(error.line, int) and error.line >= 1 for error in found.error.errors)
         return
-    header, *rows = [row for row in csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline="")) if row]
+    text = content.decode(encoding).removeprefix("\ufeff")
+    header, *rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     assert found.rows == [dict(zip([name.strip() for name in header], row, strict=True)) for row in rows]
+
+
+@given(
+    sign=st.sampled_from(["", "-"]),
+    whole=st.integers(0, 10**20),
+    fraction=st.from_regex(r"([0-9]{1,5})?", fullmatch=True),
+)
+def test_a_number_is_read_as_it_is_written_or_not_at_all(sign: str, whole: int, fraction: str) -> None:
+    """In neither dialect is a separator of thousands taken for a decimal sign, or the other way round."""
+    dot, comma = CSVDialect(), CSVDialect(decimal=",")
+    written = f"{sign}{whole}.{fraction}" if fraction else f"{sign}{whole}"
+    assert dot.number(written) == comma.number(written.replace(".", ",")) == written
+    grouped = f"{sign}{whole:,}" + (f".{fraction}" if fraction else "")
+    swapped = grouped.translate(str.maketrans(".,", ",."))
+    for dialect, text in ((dot, grouped), (dot, swapped), (comma, grouped), (comma, swapped)):
+        if {",", "."} & set(text) - {dialect.decimal} or text.count(dialect.decimal) > 1:
+            with pytest.raises(ValueError, match="[Ww]rite"):
+                dialect.number(text)
 
 
 VALUES = st.recursive(
@@ -874,7 +906,7 @@ def test_any_ndjson_is_refused_or_read_as_python_reads_it(lines: list[str], end:
     content = end.join(lines).encode()
 
     async def read() -> Read:
-        fill = Fill(TWO_TEXTS, None, None, lambda: 10**6, on_extra="keep")
+        fill = Fill(Signature.of(""), None, None, lambda: 10**6, on_extra="keep")
         return await _read(ndjson_rows(_in_pieces(content, size), fill, max_row_bytes=10_000, max_depth=50))
 
     found = anyio.run(read)
