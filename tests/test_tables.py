@@ -211,11 +211,8 @@ def test_a_wrong_member_of_many_rows_is_said_once(options: dict[str, str], way: 
     assert "There is no input 'txt'. Did you mean 'text'?" in error.detail
 
 
-@by_each_way
-def test_a_member_that_is_mapped_to_no_input_is_said_once(way: Way) -> None:
-    if way is by_command:
-        pytest.skip("--map takes its pairs one by one")
-    mapping: Any = {"line": "txt"} if way is by_program else '{"line": "txt"}'
+@pytest.mark.parametrize(("way", "mapping"), [(by_program, {"line": "txt"}), (over_http, '{"line": "txt"}')])
+def test_a_member_that_is_mapped_to_no_input_is_said_once(way: Way, mapping: Any) -> None:
     for name, content in (("rows.ndjson", b'{"line": "a"}\n' * MANY), ("rows.csv", b"line\n" + b"a\n" * MANY)):
         with pytest.raises(InvalidData) as raised:
             way(name, content, "optional", {"input_mapping": mapping, "on_extra": "keep"})

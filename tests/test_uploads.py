@@ -884,7 +884,7 @@ def test_a_number_is_read_as_it_is_written_or_not_at_all(sign: str, whole: int, 
     swapped = grouped.translate(str.maketrans(".,", ",."))
     for dialect, text in ((dot, grouped), (dot, swapped), (comma, grouped), (comma, swapped)):
         if {",", "."} & set(text) - {dialect.decimal} or text.count(dialect.decimal) > 1:
-            with pytest.raises(ValueError, match="[Ww]rite"):
+            with pytest.raises(ValueError, match=r"[Ww]rite"):
                 dialect.number(text)
 
 
