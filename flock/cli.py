@@ -309,6 +309,15 @@ payload_dir_option = click.option(
     help="Connections at the same time, in each process; new ones beyond them are answered with 503.",
 )
 @click.option(
+    "--write-timeout",
+    "write_timeout_s",
+    type=click.FloatRange(0, min_open=True),
+    default=30,
+    show_default=True,
+    metavar="SECONDS",
+    help="A client that reads nothing of its answer for so long loses its connection.",
+)
+@click.option(
     "--max-requests-per-minute",
     type=click.IntRange(1),
     metavar="N",

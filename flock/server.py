@@ -1,6 +1,5 @@
 """Our own server: uvicorn that stops in order, in one process or in several on one socket and one store."""
 
-import asyncio
 import contextlib
 import copy
 import functools
@@ -30,19 +29,16 @@ import msgspec
 import uvicorn
 import uvicorn.config
 import uvicorn.logging
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.routing import BaseRoute
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flock.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
+from flock.connection import Connection
 from flock.core import Flock
 from flock.errors import DefinitionError
 from flock.llm import ModelClient
 from flock.runs import Engine, one_line
 from flock.store import MEMORY, Durability, Store
-from flockapi import FlockAPI, OnDisconnect, create_app, on_error, request_id_for
+from flockapi import FlockAPI, OnDisconnect, create_app
 
 if TYPE_CHECKING:
     from flock.temporal import TemporalEngine
@@ -63,9 +59,6 @@ logger = logging.getLogger("flock.server")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 #: How long the answers to interrupted runs may take, in seconds; then uvicorn cuts them off.
 ANSWER_TIMEOUT_S = 5
-#: How long the head of a request may take to arrive, in seconds, and how long it may be; the app says 431 before.
-HEAD_TIMEOUT_S = 10
-MAX_HEAD_BYTES = 256 * 1024
 #: How many files and sockets a server may have open, where the system lets it.
 OPEN_FILES = 65_536
 #: How long a worker thread may take to end that has nothing to do, in seconds.
@@ -87,6 +80,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         server_name, create_ui, on_disconnect, metrics, api_keys, cors_origins, max_upload_bytes, csv_dir: see
             ``create_app``.
         max_connections: more at a time are answered with 503; those that were answered before go on.
+        write_timeout_s: a client that reads no answer for so long loses its connection; see ``flock.connection``.
         max_requests_per_minute, max_event_streams: see ``create_app``.
         allow_anonymous: make no key if none is named and others can connect, and let ``Host`` say anything.
         allowed_hosts: names that ``Host`` may say beside those of this machine, if a proxy forwards them; others are
@@ -126,6 +120,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     forwarded_allow_ips: str | None = None
     cors_origins: Sequence[str] = ()
     max_connections: int = 20_000
+    write_timeout_s: float = 30
     max_requests_per_minute: int | None = None
     max_event_streams: int = 1000
     log_json: bool = False
@@ -421,7 +416,7 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
         port=settings.port,
         log_config=_log_config(settings.log_json),
         server_header=False,
-        http=_Protocol,
+        http=functools.partial(Connection, write_timeout_s=settings.write_timeout_s),  # type: ignore[arg-type]
         root_path=f"/{root_path}" if root_path else "",
         forwarded_allow_ips=settings.forwarded_allow_ips,
         limit_concurrency=settings.max_connections,
@@ -501,93 +496,6 @@ class _TextFormatter(uvicorn.logging.DefaultFormatter):
 
     def formatException(self, ei: Any) -> str:
         return "\n".join(f"    {one_line(line)}" for line in super().formatException(ei).splitlines())
-
-
-async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers in place of the app where there are too many connections."""
-    scope["flock.request_id"] = request_id = request_id_for(scope)
-    headers = {"Retry-After": "1", "Connection": "close", "X-Request-ID": request_id}
-    detail = "This server has as many connections as it takes (--max-connections). Try again in 1 s."
-    response = await on_error(Request(scope), HTTPException(503, detail, headers))
-    await response(scope, receive, send)
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn alone waits for ever for the head of a request, however long it is, and for the first one.
-
-    Where there are too many connections it refuses all of them, in plain text; this one refuses those that are new. And
-    what uvicorn answers before it has the whole body is often lost: see ``_Answer``.
-    """
-
-    #: what comes is part of a body that was answered already, and is thrown away
-    is_deaf = False
-    _timer: asyncio.TimerHandle | None = None
-    _head_bytes = 0
-    _is_admitted = False
-
-    def __init__(self, config: uvicorn.Config, *args: Any, **options: Any) -> None:
-        super().__init__(config, *args, **options)
-        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._begin_head()
-
-    def data_received(self, data: bytes) -> None:
-        if self.is_deaf:
-            return
-        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
-            self._begin_head()
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self._timer is not None and self._head_bytes > MAX_HEAD_BYTES:
-            self.transport.close()
-
-    def on_headers_complete(self) -> None:
-        self._end_head()
-        if not self._is_admitted:
-            self._is_admitted = self._max_connections is None or len(self.connections) <= self._max_connections
-            self.app = self.config.loaded_app if self._is_admitted else _refuse
-        super().on_headers_complete()
-        if self.cycle is not None:
-            self.cycle.transport = _Answer(self)  # type: ignore[assignment]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end_head()
-        if self.cycle is not None:
-            self.cycle.transport = self.transport  # no circle is left to the garbage collector
-        super().connection_lost(exc)
-
-    def _begin_head(self) -> None:
-        self._head_bytes = 0
-        self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
-
-    def _end_head(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-class _Answer:
-    """What uvicorn writes one answer to. It is closed in stages where the client is still sending.
-
-    A socket that is closed with something unread resets its connection, and the client loses the answer, if it ever was
-    to read it (RFC 9112, section 9.6). So only our side is closed, and uvicorn's time-out for idle connections is left
-    to end the other, if the client does not.
-    """
-
-    def __init__(self, protocol: _Protocol) -> None:
-        self._protocol = protocol
-        self.write = protocol.transport.write
-        self.is_closing = protocol.transport.is_closing
-
-    def close(self) -> None:
-        protocol, transport = self._protocol, self._protocol.transport
-        if protocol.cycle.more_body and transport.can_write_eof() and not transport.is_closing():
-            protocol.is_deaf = True
-            transport.write_eof()
-        else:
-            transport.close()
 
 
 class _Server(uvicorn.Server):

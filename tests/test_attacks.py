@@ -736,9 +736,9 @@ def test_our_server_waits_for_no_head_for_ever(script: Path) -> None:
 
 IMPATIENT = """
 import sys
-from flock import server
+from flock import connection
 from flock.cli import main
-server.HEAD_TIMEOUT_S = 1
+connection.HEAD_TIMEOUT_S = 1
 main(["serve", sys.argv[1], "--port", "0", "--store", ":memory:"])
 """
 

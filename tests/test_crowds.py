@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flock.server import HEAD_TIMEOUT_S
+from flock.connection import HEAD_TIMEOUT_S
 from tests.fakes import ROOT, Server, flockapi_command, running
 
 pytestmark = pytest.mark.alone

@@ -1,0 +1,225 @@
+"""A client that sends without an end, or does not read, harms itself only; real servers and real sockets."""
+
+import contextlib
+import random
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.fakes import Server, flockapi_command, running
+
+#: Longer than what the sockets of both sides hold.
+LONG_BYTES = 64 * 1024 * 1024
+#: More than the kernel's buffers for one connection, and much less than LONG_BYTES.
+KERNEL_BYTES = 16 * 1024 * 1024
+#: A static file of 1.1 MB.
+LARGE = "/static/vendor/redoc/redoc.standalone.js"
+GET = "GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+FLOCK = """
+import anyio
+from flock.core import Flock
+
+flock = Flock("connections")
+
+@flock.agent
+async def nap(seconds: float) -> str:
+    await anyio.sleep(seconds)
+    return "awake"
+
+@flock.agent
+async def length(text: str) -> int:
+    return len(text)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("connections") / "connections.py"
+    path.write_text(FLOCK)
+    return path
+
+
+@contextlib.contextmanager
+def serving(script: Path, tmp_path: Path, *options: str, workers: int = 1) -> Iterator[Server]:
+    command = flockapi_command("serve", str(script), "--port", "0", "--store", str(tmp_path / "flock.db"), *options)
+    with running(*command, *(["--workers", str(workers)] if workers > 1 else [])) as server:
+        server.wait_for_line("Application startup complete", times=workers)
+        yield server
+
+
+@contextlib.contextmanager
+def connected(server: Server, request: str | bytes = b"", receive_bytes: int | None = None) -> Iterator[socket.socket]:
+    with socket.socket() as connection:
+        if receive_bytes is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.settimeout(30)
+        connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        connection.sendall(request.encode() if isinstance(request, str) else request)
+        yield connection
+
+
+def sent_before_refused(connection: socket.socket, piece: bytes, patience_s: float = 2) -> int:
+    """How many bytes the server takes of an endless repetition of *piece*: it closes, or reads nothing more."""
+    sent = 0
+    connection.settimeout(patience_s)
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        while sent < LONG_BYTES:
+            sent += connection.send(piece)
+    return sent
+
+
+def memory_kib(server: Server) -> int:
+    """Of the server's process and its workers."""
+    pids = [server.process.pid]
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+        pids += map(int, children.split())
+    texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+    return sum(int(found[1]) for text in texts if (found := re.search(r"^Pss: +(\d+) kB$", text, re.MULTILINE)))
+
+
+HEADS = [
+    pytest.param(3 * GET.format(LARGE), id="behind answers that are not read"),
+    pytest.param("", id="behind a run that is waited for"),
+]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("request_", HEADS)
+def test_a_head_without_an_end_is_not_read_during_an_answer(
+    request_: str, workers: int, script: Path, tmp_path: Path
+) -> None:
+    with serving(script, tmp_path, workers=workers) as server:
+        run = {"agent_name": "nap", "inputs": {"seconds": 60}, "async_run": True}
+        run_id = httpx.post(f"{server.url}/run/flock", json=run).json()["run_id"]
+        before_kib = memory_kib(server)
+        with connected(server, request_ or GET.format(f"/run/{run_id}?wait=60")) as connection:
+            sent = sent_before_refused(connection, b"GET / HTTP/1.1\r\n" + b"X: " + b"x" * 65_536)
+            grown_kib = memory_kib(server) - before_kib
+        assert sent < KERNEL_BYTES
+        assert grown_kib < KERNEL_BYTES // 1024
+
+
+def test_requests_behind_an_unread_answer_cost_no_memory(script: Path, tmp_path: Path) -> None:
+    """Each of them cost a few kilobytes: 40 connections with 200,000 requests each were 2 GB."""
+    with serving(script, tmp_path) as server, contextlib.ExitStack() as stack:
+        before_kib = memory_kib(server)
+        for _ in range(10):
+            connection = stack.enter_context(connected(server, 3 * GET.format(LARGE)))
+            sent_before_refused(connection, GET.format("/healthz").encode() * 1000, patience_s=0.5)
+        assert memory_kib(server) - before_kib < 10 * 1024 * 4
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_the_head_of_each_request_has_its_time(script: Path, tmp_path: Path) -> None:
+    """Also of one that began to arrive during the answer to another."""
+    with serving(script, tmp_path) as server:
+        run = '{"agent_name": "nap", "inputs": {"seconds": 0.5}}'
+        head = f"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(run)}\r\n"
+        with connected(server, f"{head}Content-Type: application/json\r\n\r\n{run}GET / HT") as connection:
+            received = read_to_end(connection)
+        assert received.startswith(b"HTTP/1.1 200")
+        assert received.count(b"HTTP/1.1") == 1
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65_536), b""))
+
+
+def test_pipelined_requests_are_answered_in_order_however_they_are_cut(script: Path, tmp_path: Path) -> None:
+    """With a body of a known length, a chunked one with empty lines in it, and none."""
+    texts = [f"{number}\n\n" + "x" * number for number in range(60)]
+    requests = []
+    for number, text in enumerate(texts):
+        body = b'{"agent_name": "length", "inputs": {"text": "%s"}}\r\n\r\n' % text.replace("\n", "\\n").encode()
+        head = "POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        if number % 3 == 0:
+            requests.append(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        elif number % 3 == 1:
+            chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:20], body[20:]))
+            requests.append(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks + b"0\r\nX: trailer\r\n\r\n")
+        else:
+            requests.append(GET.format(f"/agents/length?number={number}").encode())
+    whole = b"".join(requests) + GET.format("/healthz").replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n").encode()
+    cuts = random.Random(7)
+    with serving(script, tmp_path) as server:
+        for largest in (1, 7, 200, len(whole)):
+            with connected(server) as connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                start = 0
+                while start < len(whole):
+                    end = start + cuts.randint(1, largest)
+                    connection.sendall(whole[start:end])
+                    start = end
+                received = read_to_end(connection)
+            assert received.count(b"HTTP/1.1 200 OK") == len(texts) + 1
+            lengths = [
+                int(length) for length in re.findall(rb'"status":"completed","result":\{"result":(\d+)\}', received)
+            ]
+            assert lengths == [len(text) for number, text in enumerate(texts) if number % 3 != 2]
+
+
+def open_connections(server: Server, held: list[socket.socket]) -> int:
+    """How many of *held* the server still has open: a client that does not read cannot see it."""
+    port, ports = int(server.url.rpartition(":")[2]), {connection.getsockname()[1] for connection in held}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    ends = [(int(row[1].partition(":")[2], 16), int(row[2].partition(":")[2], 16)) for row in rows if row[3] == "01"]
+    return sum(local == port and remote in ports for local, remote in ends)
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only the kernel knows what the server has closed")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_clients_that_do_not_read_lose_their_places(workers: int, script: Path, tmp_path: Path) -> None:
+    options = ("--max-connections", "10", "--write-timeout", "1")
+    with serving(script, tmp_path, *options, workers=workers) as server, contextlib.ExitStack() as stack:
+        held = [stack.enter_context(connected(server, 9 * GET.format(LARGE), 4096)) for _ in range(10 * workers)]
+        deadline = time.monotonic() + 30
+        while open_connections(server, held):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_a_client_that_reads_slowly_is_left_alone(script: Path, tmp_path: Path) -> None:
+    with serving(script, tmp_path, "--write-timeout", "0.5") as server:
+        last = GET.format(LARGE).replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n")
+        with connected(server, GET.format(LARGE) + last, 4096) as connection:
+            began, received = time.monotonic(), 0
+            while part := connection.recv(16_384):
+                received += len(part)
+                time.sleep(0.02)
+        assert received > 2_000_000
+        assert time.monotonic() - began > 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_that_stops_does_not_wait_for_clients_that_do_not_read(
+    workers: int, script: Path, tmp_path: Path
+) -> None:
+    with serving(script, tmp_path, workers=workers) as server, contextlib.ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(connected(server, 9 * GET.format(LARGE), 4096))
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 10, "and not the 25 s that answers may take"
+
+
+def test_a_client_that_reads_gets_its_whole_answer_from_a_server_that_stops(script: Path, tmp_path: Path) -> None:
+    with serving(script, tmp_path) as server:
+        with connected(server, 2 * GET.format(LARGE), 65_536) as connection:
+            assert connection.recv(1024).startswith(b"HTTP/1.1 200")
+            server.process.terminate()
+            server.wait_for_line("Shutting down")
+            received = 0
+            while part := connection.recv(65_536):
+                received += len(part)
+                time.sleep(0.05)
+        assert received > 1_000_000
+        assert server.process.wait(30) in (0, -15)
