@@ -208,7 +208,7 @@ def test_a_server_that_stops_does_not_wait_for_clients_that_do_not_read(
         assert httpx.get(f"{server.url}/healthz").status_code == 200
         began = time.monotonic()
         server.stop()
-        assert time.monotonic() - began < 10, "and not the 25 s that answers may take"
+        assert time.monotonic() - began < 20, "and not the 25 s that answers may take"
 
 
 def test_a_client_that_reads_gets_its_whole_answer_from_a_server_that_stops(script: Path, tmp_path: Path) -> None:
