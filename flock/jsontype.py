@@ -18,7 +18,17 @@ import msgspec
 
 from flock.errors import FieldError, FlockError, InvalidData, MalformedJSON
 
-__all__ = ["Field", "JSONType", "check_depth", "escape_pointer", "explain", "fields_of", "has_fields", "malformed"]
+__all__ = [
+    "Field",
+    "JSONType",
+    "check_depth",
+    "escape_pointer",
+    "explain",
+    "fields_of",
+    "has_fields",
+    "hints_of",
+    "malformed",
+]
 
 T = TypeVar("T")
 
@@ -75,8 +85,16 @@ def fields_of(type_: Any) -> tuple[Field, ...]:
             for f in dataclasses.fields(type_)
             if f.init
         )
-    hints = typing.get_type_hints(type_)  # without Required[...] and NotRequired[...]
-    return tuple(Field.of(name, hints[name], required=name in type_.__required_keys__) for name in hints)
+    return tuple(
+        Field.of(name, hint, required=name in type_.__required_keys__) for name, hint in hints_of(type_).items()
+    )
+
+
+def hints_of(type_: Any) -> dict[str, Any]:
+    """The annotations of a class in the order of declaration, without ``Required[...]`` and ``NotRequired[...]``."""
+    hints = typing.get_type_hints(type_, include_extras=True)
+    wrappers = (typing.Required, typing.NotRequired)
+    return {name: hint.__args__[0] if typing.get_origin(hint) in wrappers else hint for name, hint in hints.items()}
 
 
 class JSONType(Generic[T]):

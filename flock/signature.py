@@ -25,12 +25,13 @@ import types as python_types
 import typing
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import msgspec
+import msgspec.inspect
 
 from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError
-from flock.jsontype import Field, JSONType, explain, fields_of, has_fields
+from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
 from flock.runs import RunContext
 
 __all__ = ["Signature", "context_parameter", "name_of", "text_as_json"]
@@ -65,6 +66,7 @@ NAMED_TYPES: Mapping[str, Any] = {
 # Built at run time, where a type checker cannot follow.
 UNION: Any = Union
 LITERAL: Any = Literal
+ANNOTATED: Any = Annotated
 
 #: How many types each generic takes: any number where it is None.
 TYPE_ARGUMENTS: Mapping[Any, int | None] = {list: 1, set: 1, frozenset: 1, dict: 2, tuple: None}
@@ -123,7 +125,7 @@ class _Parser:
             end = next_end
         self.position = end
         try:
-            type_ = UNION[tuple(alternatives)]
+            type_ = _union(alternatives)
             _check_json(type_)
         except (TypeError, ValueError, NotImplementedError) as exc:
             raise self._error(_reason(exc), start) from exc
@@ -156,13 +158,13 @@ class _Parser:
             case ast.Name(id=name) if name in self.types:
                 return self.types[name]
             case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-                return UNION[self._resolve(left, source, start), self._resolve(right, source, start)]
+                return _union([self._resolve(left, source, start), self._resolve(right, source, start)])
             case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
                 return LITERAL[tuple(self._literal(item, at) for item in _items(inner))]
             case ast.Subscript(value=ast.Name(id="Optional"), slice=inner):
-                return UNION[self._resolve(inner, source, start), None]
+                return _union([self._resolve(inner, source, start), None])
             case ast.Subscript(value=ast.Name(id="Union"), slice=inner):
-                return UNION[tuple(self._resolve(item, source, start) for item in _items(inner))]
+                return _union([self._resolve(item, source, start) for item in _items(inner)])
             case ast.Subscript(value=ast.Name(id=name), slice=inner) if self._takes_types(name):
                 return self._generic(self.types[name], _items(inner), source, start, at)
         name = ast.unparse(node)
@@ -209,6 +211,19 @@ class _Parser:
                 return self.text[start : comma.start()].strip()
         self.position = len(self.text)
         return self.text[start:].strip()
+
+
+def _union(types: Sequence[Any]) -> Any:
+    """The union of *types*, whose Literals are marked with their order: typing caches unions without regard to it."""
+    if len(types) == 1:
+        return types[0]
+    return UNION[tuple(map(_with_order, types))]
+
+
+def _with_order(type_: Any) -> Any:
+    if typing.get_origin(type_) is not Literal:
+        return type_
+    return ANNOTATED[type_, msgspec.Meta(extra={"choices": typing.get_args(type_)})]
 
 
 def _items(node: ast.expr) -> Sequence[ast.expr]:
@@ -408,9 +423,14 @@ def _checked(fields: Sequence[Field], owner: str) -> Sequence[Field]:
     return fields
 
 
+# JSON Schema
+
+REF = "#/$defs/"
+
+
 def _inlined_schema(type_: Any) -> dict[str, Any]:
-    """msgspec's schema with each ``$ref`` replaced by what it names; recursive types stay in ``$defs``."""
-    (root,), components = msgspec.json.schema_components([type_], ref_template="#/$defs/{name}")
+    """The schema of *type_* with each ``$ref`` replaced by what it names; recursive types stay in ``$defs``."""
+    root, components = _schema_components(type_)
     recursive: set[str] = set()
 
     def inline(node: Any, within: tuple[str, ...]) -> Any:
@@ -422,7 +442,7 @@ def _inlined_schema(type_: Any) -> dict[str, Any]:
         siblings = {key: inline(value, within) for key, value in node.items() if key not in ("$ref", "discriminator")}
         if "$ref" not in node:
             return siblings
-        name = node["$ref"].removeprefix("#/$defs/")
+        name = node["$ref"].removeprefix(REF)
         if name in within[1:]:
             recursive.add(name)
             return {**siblings, "$ref": node["$ref"]}
@@ -434,3 +454,70 @@ def _inlined_schema(type_: Any) -> dict[str, Any]:
         for name in missing:
             definitions[name] = inline(components[name], ("", name))
     return {**schema, "$defs": definitions} if definitions else schema
+
+
+def _schema_components(type_: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """msgspec's schema of *type_* and of each named type in it, all in the order of declaration.
+
+    msgspec alone sorts the members of a TypedDict and the choices of enums and Literals.
+    """
+    named = _named_types(msgspec.inspect.type_info(type_), {})
+    fields = [_as_declared(hint) for info in named.values() for hint in _field_types(info)]
+    # One call for all, so that a type has the same name in each schema.
+    (root, *others), components = msgspec.json.schema_components([type_, *named, *fields], ref_template=REF + "{name}")
+    refs, of_fields = others[: len(named)], iter(others[len(named) :])
+    for info, ref in zip(named.values(), refs, strict=True):
+        schema = components[ref["$ref"].removeprefix(REF)]
+        if isinstance(info, msgspec.inspect.EnumType):
+            schema["enum"] = [member.value for member in info.cls]
+            continue
+        for position, field in enumerate(info.fields, -len(info.fields)):
+            place = (
+                schema["properties"][field.encode_name] if "properties" in schema else schema["prefixItems"][position]
+            )
+            place.update(next(of_fields))
+        if isinstance(info, msgspec.inspect.TypedDictType):
+            names = list(hints_of(typing.get_origin(info.cls) or info.cls))
+            schema["properties"] = {name: schema["properties"][name] for name in names}
+            schema["required"] = [name for name in names if name in schema["required"]]
+    return root, components
+
+
+def _named_types(node: Any, found: dict[Any, Any]) -> dict[Any, Any]:
+    """*found* with the classes and enums below a node of ``msgspec.inspect``, each with its own node."""
+    if isinstance(node, tuple):
+        for item in node:
+            _named_types(item, found)
+    elif isinstance(node, msgspec.inspect.Type | msgspec.inspect.Field):
+        cls = getattr(node, "cls", None)
+        if cls is None or cls not in found:
+            found |= {} if cls is None else {cls: node}
+            for name in node.__struct_fields__:
+                _named_types(getattr(node, name), found)
+    return found
+
+
+def _field_types(info: Any) -> list[Any]:
+    """The annotations of the fields of a named type, in the order that ``msgspec.inspect`` has."""
+    fields = getattr(info, "fields", ())
+    hints = hints_of(typing.get_origin(info.cls) or info.cls) if fields else {}
+    return [hints.get(field.name, Any) for field in fields]
+
+
+def _as_declared(type_: Any) -> Any:
+    """*type_* for msgspec's schema, with the choices of its Literals as they stand."""
+    origin, arguments = typing.get_origin(type_), typing.get_args(type_)
+    if origin is Literal:
+        return ANNOTATED[Any, msgspec.Meta(extra_json_schema={"enum": list(arguments)})]
+    if origin is Annotated:
+        return ANNOTATED[(_as_declared(arguments[0]), *arguments[1:])]
+    if origin in (Union, python_types.UnionType):
+        return UNION[tuple(map(_as_declared, arguments))]
+    if origin is None or not arguments or has_fields(origin):
+        return _as_declared(inner) if (inner := _aliased(type_)) is not None else type_
+    return origin[tuple(map(_as_declared, arguments))]
+
+
+def _aliased(type_: Any) -> Any:
+    """What a NewType or a ``type`` statement stands for."""
+    return None if isinstance(type_, type) else getattr(type_, "__supertype__", getattr(type_, "__value__", None))

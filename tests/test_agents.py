@@ -76,7 +76,7 @@ async def test_the_prompt_says_all_that_the_signatures_say(model: FakeModel, res
     ("type_", "words"),
     [
         ("int", "integer"),
-        ("Literal['a', 'ü', 1]", 'one of 1, "a", "ü"'),
+        ("Literal['a', 'ü', 1]", 'one of "a", "ü", 1'),
         ("date | None", "string (date) or null"),
         ("list[list[int]]", "list of lists of integers"),
         ("list", "list of anything"),

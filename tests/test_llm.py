@@ -70,7 +70,7 @@ async def test_a_request_is_what_openai_documents(models: ModelClient, model: Fa
                         "title": "Fields",
                         "type": "object",
                         "properties": {
-                            "sentiment": {"enum": ["bad", "good"], "description": "how it sounds"},
+                            "sentiment": {"enum": ["good", "bad"], "description": "how it sounds"},
                             "words": {"type": "array", "items": {"type": "string"}},
                         },
                         "required": ["sentiment", "words"],
@@ -153,7 +153,7 @@ async def test_a_server_without_json_schema_is_asked_in_json_mode_then_in_words(
     formats = [request.get("response_format", {}).get("type") for request in model.requests]
     assert formats == ["json_schema", "json_object", None, None]
     for request in model.requests[1:]:
-        assert '"enum": ["bad", "good"]' in request["messages"][0]["content"]
+        assert '"enum": ["good", "bad"]' in request["messages"][0]["content"]
         assert len(request["messages"]) == 2
 
 

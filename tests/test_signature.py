@@ -7,7 +7,7 @@ import enum
 import json
 import uuid
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NotRequired, Optional, TypedDict
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, Optional, Required, TypedDict, TypeVar
 
 import msgspec
 import pytest
@@ -221,6 +221,101 @@ def test_a_type_in_place_of_the_text_refuses_unknown_members() -> None:
     ):
         with pytest.raises(InvalidData, match="Unknown field"):
             Signature.of(source).decode(text.encode())
+
+
+class Level(enum.IntEnum):
+    TOP = 9
+    LOW = 1
+
+
+class Line(TypedDict):
+    word: Literal["zinc", "iron", "gold"]
+    at: NotRequired[Annotated[int, msgspec.Meta(ge=1)]]
+
+
+class Page(TypedDict, total=False):
+    title: Required[str]
+    lines: list[Line]
+    colour: Colour
+    by_name: Required[dict[str, Line | None]]
+    level: Level | None
+
+
+class Place(NamedTuple):
+    side: Literal["right", "left"]
+    column: int = 1
+
+
+T = TypeVar("T")
+
+
+class Box(msgspec.Struct, Generic[T], tag="box"):
+    value: T
+    kind: Literal["wide", "tall"] = "wide"
+
+
+@dataclasses.dataclass
+class Book:
+    size: Literal["s", 3, "m", 1, None]
+    pages: tuple[Page, Literal["open", "closed"], Literal["closed", "open"]]
+    place: Place
+    box: Box[int]
+    mood: Annotated[Literal["sunny", "grey"] | None, msgspec.Meta(description="as it looks")] = None
+
+
+LINE_SCHEMA = {
+    "title": "Line",
+    "type": "object",
+    "properties": {"word": {"enum": ["zinc", "iron", "gold"]}, "at": {"type": "integer", "minimum": 1}},
+    "required": ["word"],
+}
+PAGE_SCHEMA = {
+    "title": "Page",
+    "type": "object",
+    "properties": {
+        "title": {"type": "string"},
+        "lines": {"type": "array", "items": LINE_SCHEMA},
+        "colour": {"title": "Colour", "enum": ["red", "blue"]},
+        "by_name": {"type": "object", "additionalProperties": {"anyOf": [LINE_SCHEMA, {"type": "null"}]}},
+        "level": {"anyOf": [{"title": "Level", "enum": [9, 1]}, {"type": "null"}]},
+    },
+    "required": ["title", "by_name"],
+}
+
+
+def test_a_schema_has_members_and_choices_in_the_order_of_declaration() -> None:
+    """In TypedDicts, dataclasses, named tuples, generic structs and enums, however deep they lie."""
+    properties = Signature.of(Book).schema["properties"]
+    assert properties["size"] == {"enum": ["s", 3, "m", 1, None]}
+    pages = properties["pages"]["prefixItems"]
+    assert json.dumps(pages) == json.dumps([PAGE_SCHEMA, {"enum": ["open", "closed"]}, {"enum": ["closed", "open"]}])
+    assert properties["place"]["prefixItems"] == [{"enum": ["right", "left"]}, {"type": "integer", "default": 1}]
+    assert properties["box"]["properties"]["value"] == {"type": "integer"}
+    assert properties["box"]["properties"]["kind"] == {"enum": ["wide", "tall"], "default": "wide"}
+    mood = {"anyOf": [{"enum": ["sunny", "grey"]}, {"type": "null"}], "description": "as it looks", "default": None}
+    assert properties["mood"] == mood
+
+
+def test_the_fields_of_a_typed_dict_are_in_the_order_of_declaration() -> None:
+    signature = Signature.of(Page)
+    assert [field.name for field in signature.fields] == list(signature.schema["properties"])
+    assert json.dumps(Signature.of("pages: list[Page]", {"Page": Page}).schema["properties"]["pages"]["items"]) == (
+        json.dumps(PAGE_SCHEMA)
+    )
+
+
+def test_equal_choices_of_a_text_keep_their_own_order() -> None:
+    """Also in unions, which Python's typing keeps by the choices, whatever their order."""
+    for choices in (["up", "down"], ["down", "up"]):
+        literal = f"Literal[{choices[0]!r}, {choices[1]!r}]"
+        for text in (literal, f"{literal} | None", f"Optional[{literal}]", f"Union[{literal}, None]"):
+            shown = Signature.of(f"a: {text}").schema["properties"]["a"]
+            assert shown.get("anyOf", [shown])[0] == {"enum": choices}
+
+
+def test_a_constraint_within_a_typed_dict_is_told_with_its_place() -> None:
+    with pytest.raises(InvalidData, match=r"^/at: Expected 'int' >= 1"):
+        Signature.of(Line).decode(b'{"word": "zinc", "at": 0}')
 
 
 class Row2(msgspec.Struct, array_like=True):

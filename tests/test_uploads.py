@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import anyio
 import httpx
@@ -648,6 +648,29 @@ async def test_columns_of_one_name_are_told_apart() -> None:
             ]
             path = await finished(client, "decides", b"text\na\n")
             assert (await client.get(path, params={"format": "csv"})).text.splitlines()[0] == "text,result,status,error"
+
+
+class Verdict(TypedDict):
+    verdict: Literal["yes", "no"]
+    because: str
+
+
+async def test_columns_are_in_the_order_of_declaration() -> None:
+    """Of a TypedDict too, whatever the order in which the function fills it."""
+    flock = Flock()
+
+    @flock.agent
+    def judge(text: str, count: int) -> Verdict:
+        return {"because": text, "verdict": "yes"}
+
+    app = create_app(flock, store=":memory:")
+    async with app.lifespan():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            path = await finished(client, "judge", b"text,count\na,3\n")
+            lines = (await client.get(path, params={"format": "csv"})).text.splitlines()
+            shown = (await client.get("/agents/judge")).json()["output_schema"]["properties"]
+    assert lines == ["text,count,verdict,because,status,error", "a,3,yes,a,completed,"]
+    assert list(shown) == ["verdict", "because"]
 
 
 async def test_results_are_there_while_the_batch_goes_on_and_nothing_pretends_to_be_whole() -> None:
