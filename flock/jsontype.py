@@ -23,6 +23,7 @@ __all__ = [
     "JSONType",
     "check_depth",
     "escape_pointer",
+    "example_for",
     "explain",
     "fields_of",
     "has_fields",
@@ -34,6 +35,19 @@ T = TypeVar("T")
 
 #: How many unknown fields are told at once.
 MAX_ERRORS = 100
+
+#: What values of these types look like, by msgspec's names for them.
+EXAMPLES = {
+    "datetime": "2026-11-30T14:30:00Z",
+    "date": "2026-11-30",
+    "time": "14:30:00Z",
+    "duration": "PT1H30M",
+}
+#: What msgspec says where one of them is wanted.
+WANTS_TIME = re.compile(
+    r"(?:Expected [`'][^`']*\b|Invalid RFC3339 encoded |Invalid ISO8601 |Only units .* ISO8601 )"
+    rf"({'|'.join(EXAMPLES)})s?\b"
+)
 
 #: A string of JSON, or one that never ends. Nothing in it is read twice, whatever it holds.
 STRING = rb'"(?:[^"\\]++|\\.)*+"?'
@@ -216,7 +230,16 @@ def _field_error(exc: msgspec.ValidationError, at: str) -> FieldError:
         detail = "This is none of the values that are possible here"
     if detail == "Number out of range":
         detail = "This number is out of range: the largest is about 1.8e308"
-    return FieldError(detail=f"{detail}.", pointer=at)
+    return FieldError(detail=f"{detail}.{example_for(detail)}", pointer=at)
+
+
+def example_for(message: str) -> str:
+    """A sentence that shows a valid value, if *message*, one of msgspec's, is about a time; or else nothing."""
+    wanted = WANTS_TIME.match(message)
+    if wanted is None:
+        return ""
+    example = EXAMPLES[wanted[1]].removesuffix("Z" if "no timezone" in message else "")
+    return f' Write a {wanted[1]} like "{example}".'
 
 
 def _foreign_error(exc: Exception, at: str) -> FieldError:

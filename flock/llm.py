@@ -340,6 +340,7 @@ def _format_of(
 STRICT_KEYWORDS = frozenset(
     "type properties required additionalProperties items enum const anyOf description title $ref $defs".split()
 )
+STRICT_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid".split())
 
 
 def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
@@ -352,6 +353,8 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
     def convert(node: Mapping[str, Any]) -> dict[str, Any]:
         nonlocal is_strict
         kept = {key: value for key, value in node.items() if key in STRICT_KEYWORDS}
+        if node.get("format") in STRICT_FORMATS:
+            kept["format"] = node["format"]
         is_open = {"object": "properties" not in kept, "array": not isinstance(kept.get("items"), Mapping)}
         if not kept.keys() & {"type", "enum", "const", "anyOf", "$ref"} or is_open.get(kept.get("type", "")):
             is_strict = False  # anything at all, an object with any keys, a list or tuple of anything

@@ -25,6 +25,9 @@ __all__ = ["SETTINGS", "LocalServer", "bounded_schema", "serve"]
 SETTINGS: Mapping[str, Any] = {"temperature": 0, "frequency_penalty": 0.6, "cache_prompt": False}
 #: The bound on an answer's length where the agent sets none.
 MAX_TOKENS = 512
+#: The formats that bound a string. The grammar has a rule for each but durations, so those get this pattern.
+BOUND_FORMATS = ("date", "date-time", "time", "duration", "uuid")
+DURATION_PATTERN = "^PT[0-9]{1,5}H[0-9]{1,2}M[0-9]{1,2}S$"
 #: How many elements a list may have that has no bound of its own.
 MAX_ITEMS = 5
 
@@ -133,6 +136,8 @@ def bounded_schema(schema: Mapping[str, Any], max_tokens: int = MAX_TOKENS) -> d
         bounded = dict(node)
         if _is_free_string(node):
             bounded["maxLength"] = share
+        if node.get("format") == "duration":
+            bounded["pattern"] = DURATION_PATTERN
         if node.get("type") == "array":
             bounded.setdefault("maxItems", MAX_ITEMS)
             if isinstance(node.get("items"), Mapping):
@@ -148,7 +153,9 @@ def bounded_schema(schema: Mapping[str, Any], max_tokens: int = MAX_TOKENS) -> d
 
 
 def _is_free_string(node: Mapping[str, Any]) -> bool:
-    return node.get("type") == "string" and not node.keys() & {"enum", "maxLength", "pattern", "format"}
+    if node.get("type") != "string" or node.get("format") in BOUND_FORMATS:
+        return False
+    return not node.keys() & {"enum", "maxLength", "pattern"}
 
 
 def _count_strings(node: Mapping[str, Any]) -> int:

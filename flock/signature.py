@@ -427,6 +427,9 @@ def _checked(fields: Sequence[Field], owner: str) -> Sequence[Field]:
 
 REF = "#/$defs/"
 
+#: The formats that msgspec leaves out, since a time without its zone is valid too.
+FORMATS: Mapping[Any, str] = {datetime.datetime: "date-time", datetime.time: "time"}
+
 
 def _inlined_schema(type_: Any) -> dict[str, Any]:
     """The schema of *type_* with each ``$ref`` replaced by what it names; recursive types stay in ``$defs``."""
@@ -459,7 +462,7 @@ def _inlined_schema(type_: Any) -> dict[str, Any]:
 def _schema_components(type_: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """msgspec's schema of *type_* and of each named type in it, all in the order of declaration.
 
-    msgspec alone sorts the members of a TypedDict and the choices of enums and Literals.
+    msgspec alone sorts the members of a TypedDict and the choices of enums and Literals, and most times have no format.
     """
     named = _named_types(msgspec.inspect.type_info(type_), {})
     fields = [_as_declared(hint) for info in named.values() for hint in _field_types(info)]
@@ -505,12 +508,15 @@ def _field_types(info: Any) -> list[Any]:
 
 
 def _as_declared(type_: Any) -> Any:
-    """*type_* for msgspec's schema, with the choices of its Literals as they stand."""
+    """*type_* for msgspec's schema, with the choices of its Literals as they stand, and the format of its times."""
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
+    if isinstance(type_, type) and type_ in FORMATS:
+        return ANNOTATED[type_, msgspec.Meta(extra_json_schema={"format": FORMATS[type_]})]
     if origin is Literal:
         return ANNOTATED[Any, msgspec.Meta(extra_json_schema={"enum": list(arguments)})]
     if origin is Annotated:
-        return ANNOTATED[(_as_declared(arguments[0]), *arguments[1:])]
+        has_no_zone = any(getattr(note, "tz", None) is False for note in arguments[1:])  # neither format allows that
+        return type_ if has_no_zone else ANNOTATED[(_as_declared(arguments[0]), *arguments[1:])]
     if origin in (Union, python_types.UnionType):
         return UNION[tuple(map(_as_declared, arguments))]
     if origin is None or not arguments or has_fields(origin):

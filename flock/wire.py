@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from flock.errors import FieldError, InvalidData, MalformedJSON
-from flock.jsontype import JSONType, check_depth
+from flock.jsontype import JSONType, check_depth, example_for
 from flock.runs import OnExtra, OnInvalid, Progress, RunStatus, Usage
 
 __all__ = [
@@ -214,7 +214,7 @@ def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **absent: Any) -
     except msgspec.ValidationError as exc:
         reason, _, place = str(exc).replace("`", "'").partition(" - at '$.")
         name = f"'{place[:-1]}' in the query" if place else "The query"
-        raise InvalidData([FieldError(detail=f"{name}: {reason}.", pointer="")]) from exc
+        raise InvalidData([FieldError(detail=f"{name}: {reason}.{example_for(reason)}", pointer="")]) from exc
 
 
 def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:

@@ -78,6 +78,9 @@ async def test_the_prompt_says_all_that_the_signatures_say(model: FakeModel, res
         ("int", "integer"),
         ("Literal['a', 'ü', 1]", 'one of "a", "ü", 1'),
         ("date | None", "string (date) or null"),
+        ("datetime", "string (date-time)"),
+        ("list[time]", "list of strings (time)"),
+        ("timedelta", "string (duration)"),
         ("list[list[int]]", "list of lists of integers"),
         ("list", "list of anything"),
         ("Any", "anything"),
@@ -123,6 +126,15 @@ async def test_an_answer_that_does_not_fit_is_sent_back_with_the_reason(
     assert said["role"] == "assistant"
     assert asked["role"] == "user"
     assert reason in asked["content"]
+
+
+async def test_an_answer_with_a_wrong_time_is_sent_back_with_a_right_one(
+    model: FakeModel, resources: Resources
+) -> None:
+    model.replies = [answer({"at": "noon"}), answer({"at": "2026-11-30T12:00:00Z"})]
+    await turn(FlockFactory.create_default_agent("x", output="at: datetime"), resources)
+    reason = '/at: Invalid RFC3339 encoded datetime. Write a datetime like "2026-11-30T14:30:00Z".'
+    assert reason in model.requests[1]["messages"][-1]["content"]
 
 
 @pytest.mark.parametrize("max_retries", [0, 1, 3])

@@ -83,6 +83,21 @@ async def test_a_request_is_what_openai_documents(models: ModelClient, model: Fa
     assert model.headers[0]["authorization"] == "Bearer sk-test-key-of-the-tests"
 
 
+async def test_strict_mode_is_told_the_formats_that_it_knows(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [answer(GOOD)]
+    schema = Signature.of("a: datetime, b: list[date], c: time | None, d: timedelta, e: Decimal").schema
+    await models.complete(None, MESSAGES, schema)
+    sent = model.requests[0]["response_format"]["json_schema"]
+    assert sent["strict"] is True
+    assert sent["schema"]["properties"] == {
+        "a": {"type": "string", "format": "date-time"},
+        "b": {"type": "array", "items": {"type": "string", "format": "date"}},
+        "c": {"anyOf": [{"type": "string", "format": "time"}, {"type": "null"}]},
+        "d": {"type": "string", "format": "duration"},
+        "e": {"type": "string"},
+    }
+
+
 @pytest.mark.parametrize("provider", sorted(PROVIDERS))
 async def test_every_provider_has_its_address_and_its_key(
     provider: str, models: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch

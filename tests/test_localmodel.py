@@ -62,6 +62,15 @@ def test_bounds_of_ones_own_are_kept() -> None:
     assert "maxLength" not in json.dumps(schema["properties"]["b"]), "the schema itself is not changed"
 
 
+def test_a_format_for_which_the_grammar_has_no_rule_gets_a_bound_too() -> None:
+    schema = bounded_schema(Signature.of("price: Decimal, took: timedelta, at: datetime").schema, 60)
+    assert schema["properties"] == {
+        "price": {"type": "string", "format": "decimal", "maxLength": 60},
+        "took": {"type": "string", "format": "duration", "pattern": localmodel.DURATION_PATTERN},
+        "at": {"type": "string", "format": "date-time"},
+    }
+
+
 def test_recursive_types_are_bounded_where_they_are_defined() -> None:
     schema = {
         "type": "object",
@@ -120,7 +129,7 @@ def test_a_model_is_loaded_once_and_needs_its_key() -> None:
 
 
 def test_a_path_is_a_model_too() -> None:
-    flock = flock_of("sentiment: Literal['positive', 'negative']", model=f"local/{weights()}")
+    flock = flock_of("sentiment: Literal['negative', 'positive']", model=f"local/{weights()}")
     assert flock.run("text_analyzer", {"text": "Awful."}) == {"sentiment": "negative"}
 
 
@@ -140,6 +149,13 @@ def test_plain_str_and_list_still_give_a_valid_answer(text: str) -> None:
     result = flock_of("sentiment: str, keywords: list[str]").run("text_analyzer", {"text": text})
     assert result.keys() == {"sentiment", "keywords"}
     assert result["sentiment"]
+
+
+def test_times_are_always_valid() -> None:
+    """The grammar has rules for dates and times, and a pattern of ours for durations."""
+    flock = flock_of("day: date, at: datetime, clock: time, took: timedelta", max_retries=0)
+    result = flock.run("text_analyzer", {"text": "On 3 May 2024 at 20:15 it began, and took two hours."})
+    assert result.keys() == {"day", "at", "clock", "took"}
 
 
 def test_equal_inputs_give_equal_answers() -> None:

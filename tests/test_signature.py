@@ -5,6 +5,7 @@ import datetime
 import decimal
 import enum
 import json
+import re
 import uuid
 from collections.abc import Callable
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, Optional, Required, TypedDict, TypeVar
@@ -316,6 +317,78 @@ def test_equal_choices_of_a_text_keep_their_own_order() -> None:
 def test_a_constraint_within_a_typed_dict_is_told_with_its_place() -> None:
     with pytest.raises(InvalidData, match=r"^/at: Expected 'int' >= 1"):
         Signature.of(Line).decode(b'{"word": "zinc", "at": 0}')
+
+
+class Trip(msgspec.Struct):
+    starts: datetime.datetime
+    zoned: Annotated[datetime.datetime, msgspec.Meta(tz=True, description="to the minute")]
+    naive: Annotated[datetime.datetime, msgspec.Meta(tz=False)]
+    stops: list[tuple[str, datetime.time | None]]
+    lasts: datetime.timedelta | None = None
+
+
+def test_times_have_their_format_in_the_schema() -> None:
+    """The formats of JSON Schema want a time zone, so a time that must have none has no format."""
+    assert Signature.of(Trip).schema["properties"] == {
+        "starts": {"type": "string", "format": "date-time"},
+        "zoned": {"type": "string", "format": "date-time", "description": "to the minute"},
+        "naive": {"type": "string"},
+        "stops": {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "minItems": 2,
+                "maxItems": 2,
+                "prefixItems": [
+                    {"type": "string"},
+                    {"anyOf": [{"type": "string", "format": "time"}, {"type": "null"}]},
+                ],
+                "items": False,
+            },
+        },
+        "lasts": {"anyOf": [{"type": "string", "format": "duration"}, {"type": "null"}], "default": None},
+    }
+    shown = Signature.of("a: datetime | when, b: date, c: time, d: timedelta").schema["properties"]
+    assert [schema["format"] for schema in shown.values()] == ["date-time", "date", "time", "duration"]
+    assert shown["a"]["description"] == "when"
+
+
+@pytest.mark.parametrize(
+    ("type_", "raw", "problem"),
+    [
+        ("datetime", '"tomorrow"', "Invalid RFC3339 encoded datetime."),
+        ("datetime", '"2026-11-30T14:30"', "Invalid RFC3339 encoded datetime."),
+        ("datetime | None", "5", "Expected 'datetime | null', got 'int'."),
+        ("date", '"30.11.2026"', "Invalid RFC3339 encoded date."),
+        ("int | date", "1.5", "Expected 'int | date', got 'float'."),
+        ("time", '"2 pm"', "Invalid RFC3339 encoded time."),
+        ("timedelta", '"two hours"', "Invalid ISO8601 duration."),
+        ("timedelta", '"P1W"', "Only units 'D', 'H', 'M', and 'S' are supported when parsing ISO8601 durations."),
+        ("Zoned", '"2026-11-30T14:30:00"', "Expected 'datetime' with a timezone component."),
+        ("Naive", '"2026-11-30T14:30:00Z"', "Expected 'datetime' with no timezone component."),
+    ],
+)
+def test_a_time_that_does_not_fit_is_answered_with_one_that_does(type_: str, raw: str, problem: str) -> None:
+    zones = {"Zoned": True, "Naive": False}
+    types = {name: Annotated[datetime.datetime, msgspec.Meta(tz=tz)] for name, tz in zones.items()}
+    signature = Signature.of(f"a: {type_}", types)
+    with pytest.raises(InvalidData) as caught:
+        signature.decode(f'{{"a": {raw}}}'.encode())
+    (error,) = caught.value.errors
+    found = re.fullmatch(re.escape(problem) + r' Write a \w+ like ("\S+")\.', error.detail)
+    assert found, error.detail
+    signature.decode(f'{{"a": {found[1]}}}'.encode())
+
+
+class Day(TypedDict):
+    date: str
+
+
+def test_an_example_of_a_time_is_given_only_for_a_time() -> None:
+    """And not for a field of such a name."""
+    with pytest.raises(InvalidData) as caught:
+        Signature.of("day: Day, n: int", {"Day": Day}).decode(b'{"day": {}, "n": "x"}')
+    assert not [error for error in caught.value.errors if "Write a" in error.detail]
 
 
 class Row2(msgspec.Struct, array_like=True):

@@ -11,7 +11,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from datetime import date
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -648,6 +648,27 @@ async def test_columns_of_one_name_are_told_apart() -> None:
             ]
             path = await finished(client, "decides", b"text\na\n")
             assert (await client.get(path, params={"format": "csv"})).text.splitlines()[0] == "text,result,status,error"
+
+
+async def test_a_time_that_does_not_fit_is_answered_with_one_that_does_in_json_and_in_csv() -> None:
+    flock = Flock()
+
+    @flock.agent
+    def remind(at: datetime, every: timedelta) -> None: ...
+
+    app = create_app(flock, store=":memory:")
+    errors = [
+        'Invalid RFC3339 encoded datetime. Write a datetime like "2026-11-30T14:30:00Z".',
+        "Expected 'duration', got 'int'. Write a duration like \"PT1H30M\".",
+    ]
+    async with app.lifespan():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            inputs = {"at": "tomorrow", "every": 5}
+            of_json = await client.post("/run/flock", json={"agent_name": "remind", "inputs": inputs})
+            of_csv = await send(client, "remind", b"at,every\ntomorrow,5\n")
+    for response in (of_json, of_csv):
+        assert response.status_code == 422
+        assert [error["detail"] for error in response.json()["errors"]] == errors
 
 
 class Verdict(TypedDict):
