@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, Union
 import msgspec
 import msgspec.inspect
 
-from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError
+from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError, did_you_mean
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
 from flock.runs import RunContext
 
@@ -88,8 +88,15 @@ class _Parser:
             type_ = self._type() if self._take(":") else str
             description = self._description() if self._take("|") else ""
             if not self._take(",") and self.text[self.position :].strip():
-                raise self._error(f"expected ',' behind the field {name!r}")
+                raise self._error(self._what_is_missing_after(name))
             yield Field(name=name, type=type_, description=description)
+
+    def _what_is_missing_after(self, name: str) -> str:
+        try:
+            end, _ = self._alternative(self.position)
+        except SignatureError:
+            return f"expected ':' or ',' after the field {name!r}"
+        return f"a colon is missing. Write '{name}: {self.text[self.position : end].strip()}'"
 
     def _error(self, message: str, position: int | None = None) -> SignatureError:
         at = self.position if position is None else position
@@ -167,9 +174,14 @@ class _Parser:
                 return _union([self._resolve(item, source, start) for item in _items(inner)])
             case ast.Subscript(value=ast.Name(id=name), slice=inner) if self._takes_types(name):
                 return self._generic(self.types[name], _items(inner), source, start, at)
-        name = ast.unparse(node)
-        known = ", ".join(sorted({*self.types, "Literal[...]", "Optional[...]", "Union[...]"}))
-        hint = "" if not name.isidentifier() else f" Pass it with types={{{name!r}: ...}}, or use one of: {known}."
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id not in self.types:
+            node = node.value  # with a name that is known, the brackets are what is wrong
+        name, generics = ast.unparse(node), ("Literal", "Optional", "Union")
+        hint = ""
+        if name.isidentifier():
+            known = ", ".join(sorted({*self.types, *(f"{generic}[...]" for generic in generics)}))
+            nearest = did_you_mean(name, [*generics, *reversed(self.types)])
+            hint = f"{nearest} Pass it with types={{{name!r}: ...}}, or use one of: {known}."
         raise self._error(f"{name!r} is not a type known here.{hint}", at)
 
     def _takes_types(self, name: str) -> bool:
