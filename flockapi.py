@@ -42,10 +42,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flock.agents import Agent
 from flock.auth import KeyRing, OwnEngine, Places, Rate
 from flock.body import Body, media_type_of
+from flock.checks import warn_of_problems
 from flock.contract import PAGE_HEADERS, STATIC, Contract
 from flock.core import Flock
 from flock.dialect import CSVDialect
 from flock.door import CORS, Auth, Door, Found, by_key, principal_of
+from flock.embedded import EmbeddedEngine
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
@@ -68,6 +70,7 @@ from flock.errors import (
     Unauthenticated,
     WrongHost,
 )
+from flock.extras import pip_install
 from flock.life import life_of
 from flock.negotiation import preferences, preferred
 from flock.options import check_options
@@ -858,7 +861,7 @@ async def metrics(request: Request) -> Response:
     """GET /metrics: for Prometheus; also while the engine or its store fails."""
     app, queue = app_of(request), None
     if app.metrics is None:
-        raise HTTPException(404, "This server keeps no metrics. It does with: pip install 'flockapi[metrics]'")
+        raise HTTPException(404, f"This server keeps no metrics. It does with: {pip_install('prometheus-client')}")
     principal = principal_of(request)
     if principal is not None and not principal.admin:
         raise Forbidden(f"Metrics tell of everybody's runs, and {principal.name!r} is no admin.")
@@ -1093,7 +1096,13 @@ class FlockAPI(Starlette):
         """Called once, when the app is about to answer for the first time."""
         if self._is_open:
             logger.warning(OPEN_TO_EVERYBODY, self.contract.title)
+        self.warn_of_problems()
         return super().build_middleware_stack()
+
+    def warn_of_problems(self) -> None:
+        """Log a WARNING for each reason for which runs would fail; see ``flock.checks``."""
+        calls_models = isinstance(self.engine, EmbeddedEngine)  # another engine has workers for that
+        warn_of_problems(self.flock.agents, self.flock.model, calls_models=calls_models)
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -1148,7 +1157,7 @@ def _metrics(engine: Engine, flock: Flock) -> "Metrics":
 
         return metrics_of(engine, flock.agents)
     except ImportError as exc:
-        raise DefinitionError("metrics=True needs prometheus-client: pip install 'flockapi[metrics]'") from exc
+        raise DefinitionError(f"metrics=True needs prometheus-client: {pip_install('prometheus-client')}") from exc
     except OSError as exc:
         raise DefinitionError(f"PROMETHEUS_MULTIPROC_DIR names a folder that cannot be used: {exc}") from exc
 

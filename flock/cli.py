@@ -9,6 +9,8 @@ import logging
 import math
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,7 @@ import msgspec
 from flock import __version__
 from flock.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.batchfile import BatchFile, run_batch_file
+from flock.checks import problems
 from flock.core import Flock
 from flock.dialect import CSVDialect
 from flock.errors import DefinitionError, FlockError, InvalidData
@@ -47,10 +50,16 @@ def load_flock(target: str) -> Flock:
     """The flock that *target* names: ``path/to/file.py[:name]`` or ``module[:name]``, and ``flock`` where no name is.
 
     Raises:
-        click.ClickException: there is no such file, module or flock; it says what there is.
+        click.ClickException: there is no such file, module or flock, and it says what there is; or the code there
+            fails, and it says where.
     """
     place, _, name = target.partition(":")
-    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    except click.ClickException:
+        raise
+    except Exception as exc:
+        raise click.ClickException(_place_and_reason(exc) or f"{place}: {_reason(exc)}") from exc
     flocks = {key: value for key, value in vars(module).items() if isinstance(value, Flock)}
     if name in flocks:
         return flocks[name]
@@ -84,6 +93,29 @@ def _load_module(name: str) -> ModuleType:
         if exc.name is None or not name.startswith(exc.name):
             raise
         raise click.ClickException(f"There is no module {name!r}. For a file, write its path with .py.") from exc
+
+
+#: Where code lies that is not the user's own.
+LIBRARIES: Sequence[str | Path] = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    Path(__file__).parent,
+    Path(__file__).parent.with_name("flockapi.py"),
+)
+
+
+def _place_and_reason(exc: Exception) -> str | None:
+    """``file:line: reason`` for the innermost line of the user's own code; None if none of it had begun."""
+    if isinstance(exc, SyntaxError) and exc.filename and os.path.isfile(exc.filename):
+        return f"{exc.filename}:{exc.lineno}: {type(exc).__name__}: {exc.msg}"
+    for frame in reversed(traceback.extract_tb(exc.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_file() and not any(path.is_relative_to(folder) for folder in LIBRARIES):
+            return f"{frame.filename}:{frame.lineno}: {_reason(exc)}"
+    return None
+
+
+def _reason(exc: Exception) -> str:
+    return str(exc) if isinstance(exc, FlockError) else "".join(traceback.format_exception_only(exc)).strip()
 
 
 # The commands
@@ -335,7 +367,7 @@ payload_dir_option = click.option(
 @click.option(
     "--metrics/--no-metrics",
     default=None,
-    help="Serve /metrics for Prometheus.  [default: where the extra is installed: pip install 'flockapi[metrics]']",
+    help="Serve /metrics for Prometheus.  [default: if prometheus-client is installed]",
 )
 @click.pass_context
 def serve(
@@ -445,6 +477,24 @@ def worker(target: str, model: str | None, **options: Any) -> None:
 def key() -> None:
     """Print a new API key: 256 random bits."""
     click.echo(new_key())
+
+
+@main.command()
+@click.argument("target")
+@model_option
+def check(target: str, model: str | None) -> None:
+    """Say what is missing for the agents of the flock that TARGET names to run, without a call over the network.
+
+    A key, a model, a provider, a package or an agent that another one hands on to: each is one line, as 'flockapi
+    serve' logs it at its start. The exit code is 0 if nothing is missing, and 1 otherwise.
+    """
+    flock = _load_with_model(target, model)
+    found = problems(flock.agents, flock.model)
+    for problem in found:
+        click.echo(problem)
+    if found:
+        sys.exit(1)
+    click.echo(f"{', '.join(flock.agents) or 'no agents'}: nothing is missing.")
 
 
 def _load_with_model(target: str, model: str | None) -> Flock:

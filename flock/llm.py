@@ -12,6 +12,7 @@ it does the work once, and others ignore it, as they do all headers that they do
 
 import contextlib
 import email.utils
+import importlib.util
 import json
 import logging
 import os
@@ -27,10 +28,11 @@ import httpx
 import msgspec
 
 from flock import localmodel
-from flock.errors import ModelError
+from flock.errors import ModelError, did_you_mean
+from flock.extras import pip_install
 from flock.runs import Usage
 
-__all__ = ["PROVIDERS", "Completion", "Message", "ModelClient", "Provider"]
+__all__ = ["PROVIDERS", "Completion", "Message", "ModelClient", "Provider", "check_model"]
 
 logger = logging.getLogger("flock.llm")
 
@@ -69,6 +71,8 @@ PROVIDERS: Mapping[str, Provider] = {
     "vllm": Provider(base_url="http://127.0.0.1:8000/v1"),
     "llamacpp": Provider(base_url="http://127.0.0.1:8080/v1"),
 }
+
+BUILT_IN = (*PROVIDERS, "local")
 
 #: Headers that name an organisation or a project to OpenAI, by the variable that holds the value.
 OPENAI_HEADERS = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "OpenAI-Project"}
@@ -173,11 +177,9 @@ class ModelClient:
 
         Cancellation: the request is aborted. A caller's deadline also cuts the pauses between attempts short.
         """
-        name = model or self.default_model
-        if name is None:
-            raise _not_configured("no model is named: pass model= to the agent or to Flock, or set FLOCK_MODEL")
+        name = _named(model or self.default_model)
         headers = {} if traceparent is None else {"traceparent": traceparent}
-        if name.partition("/")[0] not in (*PROVIDERS, "local"):
+        if name.partition("/")[0] not in BUILT_IN:
             headers |= _key_header(idempotency_key)
             return await _complete_with_litellm(name, messages, schema, max_tokens, temperature, headers)
         endpoint = await _endpoint(name)
@@ -265,10 +267,57 @@ class ModelClient:
 # The way to a model
 
 
-async def _endpoint(name: str) -> _Endpoint:
-    provider_name, _, model = name.partition("/")
+def check_model(name: str | None) -> None:
+    """Raise the ModelError with which each call of the model *name* would fail as this process is set up.
+
+    It asks no server, and loads no weights. With litellm, which alone knows the names of its providers, only one that
+    is nearly the name of a built-in provider counts as unknown.
+    """
+    name = _named(name)
+    provider = name.partition("/")[0]
+    if provider not in BUILT_IN:
+        if not _has_litellm() or did_you_mean(provider, BUILT_IN, NEARLY):
+            raise _unknown_provider(name)
+    elif provider == "local":
+        localmodel.check(_model_of(name))
+    else:
+        _model_of(name)
+        _key_of(name)
+
+
+#: How alike two names are if one is a misspelling of the other; litellm has no provider that is so near a built-in one.
+NEARLY = 0.88
+
+
+def _has_litellm() -> bool:
+    return importlib.util.find_spec("litellm") is not None
+
+
+def _named(name: str | None) -> str:
+    if not name:
+        raise _not_configured("no model is named: pass model= to the agent or to Flock, or set FLOCK_MODEL")
+    return name
+
+
+def _model_of(name: str) -> str:
+    """What follows the provider."""
+    model = name.partition("/")[2]
     if not model:
         raise _not_configured(f"{name!r} names no model: write provider/model, such as openai/gpt-4o")
+    return model
+
+
+def _key_of(name: str) -> str:
+    """The key for the model *name* of a provider that is built in; empty if it needs none."""
+    variable = PROVIDERS[name.partition("/")[0]].key_variable
+    key = os.environ.get(variable, "").strip() if variable else ""
+    if variable and not key:
+        raise _not_configured(f"{name!r} needs a key: set the environment variable {variable} where the server starts")
+    return key
+
+
+async def _endpoint(name: str) -> _Endpoint:
+    provider_name, model = name.partition("/")[0], _model_of(name)
     if provider_name == "local":
         # In a thread, since loading weights takes a while. Cancellation: the model is loaded to its end, for the next.
         server = await anyio.to_thread.run_sync(localmodel.serve, model, abandon_on_cancel=True)
@@ -281,15 +330,7 @@ async def _endpoint(name: str) -> _Endpoint:
             settings={**localmodel.SETTINGS, "max_tokens": localmodel.MAX_TOKENS},
             is_local=True,
         )
-    provider, key = PROVIDERS[provider_name], ""
-    if provider.key_variable is not None:
-        key = os.environ.get(provider.key_variable, "").strip()
-        if not key:
-            variable = provider.key_variable
-            raise _not_configured(
-                f"{name!r} needs a key: set the environment variable {variable} where the server starts"
-            )
-    headers = _headers(key)
+    provider, headers = PROVIDERS[provider_name], _headers(_key_of(name))
     if provider_name == "openai":
         headers |= {header: os.environ[name] for name, header in OPENAI_HEADERS.items() if os.environ.get(name)}
     base_url = os.environ.get(f"{provider_name.upper()}_BASE_URL") or provider.base_url
@@ -315,6 +356,16 @@ def _key_header(key: str | None, format_: str = FORMATS[0]) -> dict[str, str]:
 
 def _not_configured(reason: str) -> ModelError:
     return ModelError(f"The model cannot be called: {reason}.", "model_not_configured")
+
+
+def _unknown_provider(name: str) -> ModelError:
+    provider = name.partition("/")[0]
+    reason = f"the provider {provider!r} of {name!r} is not built in.{did_you_mean(provider, BUILT_IN)}"
+    if provider == name:
+        reason = f"{name!r} names no provider: write provider/model, such as openai/gpt-4o."
+    more = "" if _has_litellm() else f" For 100 more: {pip_install('litellm')}"
+    known = f"The built-in providers are {', '.join(BUILT_IN)}."
+    return ModelError(f"The model cannot be called: {reason} {known}{more}", "model_not_configured")
 
 
 # What is asked for
@@ -519,11 +570,7 @@ async def _complete_with_litellm(
     try:
         import litellm
     except ImportError as exc:
-        provider = name.partition("/")[0]
-        raise _not_configured(
-            f"the provider {provider!r} of {name!r} is not built in (those are {', '.join(PROVIDERS)} and local); "
-            "for 100 more: pip install 'flockapi[litellm]'"
-        ) from exc
+        raise _unknown_provider(name) from exc
     litellm.suppress_debug_info = True  # it prints advertisements otherwise
     is_strict, sent = _strict_schema(schema)
     try:

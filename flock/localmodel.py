@@ -18,8 +18,9 @@ from typing import Any
 import msgspec
 
 from flock.errors import ModelError
+from flock.extras import pip_install
 
-__all__ = ["SETTINGS", "LocalServer", "bounded_schema", "serve"]
+__all__ = ["SETTINGS", "LocalServer", "bounded_schema", "check", "serve"]
 
 #: What a request says unless the agent says otherwise. Without the prompt's cache equal inputs give equal answers.
 SETTINGS: Mapping[str, Any] = {"temperature": 0, "frequency_penalty": 0.6, "cache_prompt": False}
@@ -71,29 +72,29 @@ def serve(name: str) -> LocalServer:
     Raises:
         ModelError: ``model_not_configured``, with what to install or to check.
     """
-    weights = _PACKAGED.get(name)
-    path = _packaged_path(weights) if weights else Path(name).expanduser().resolve()
     with _lock:
-        if path not in _servers:
-            _servers[path] = _load(path, weights.context_tokens if weights else _FILE_CONTEXT_TOKENS)
+        path = _path_of(name)
+        if path is None or path not in _servers:
+            path = check(name)
+            _servers[path] = _load(path, _PACKAGED[name].context_tokens if name in _PACKAGED else _FILE_CONTEXT_TOKENS)
         return _servers[path]
 
 
-def _packaged_path(weights: _Weights) -> Path:
-    # Found without being imported: the package's code is not needed, and not installed whole.
-    spec = importlib.util.find_spec(weights.package)
-    folders = spec.submodule_search_locations if spec is not None else None
-    for folder in folders or ():
-        for path in sorted(Path(folder).glob(weights.pattern)):
-            return path
-    raise _not_configured(f"its weights are not installed: {weights.install}")
+def check(name: str) -> Path:
+    """The file that ``serve`` would load for *name*; nothing is loaded here.
 
-
-def _load(path: Path, context_tokens: int) -> LocalServer:
-    try:
-        import xllamacpp
-    except ImportError as exc:
-        raise _not_configured("xllamacpp is not installed: pip install 'flockapi[local]'") from exc
+    Raises:
+        ModelError: ``model_not_configured``, with everything that has to be installed.
+    """
+    path, missing = _path_of(name), {}
+    if importlib.util.find_spec("xllamacpp") is None:
+        missing["xllamacpp"] = pip_install("xllamacpp")
+    if path is None:
+        missing["its weights"] = _PACKAGED[name].install
+    if path is None or missing:
+        commands = " && ".join(missing.values())
+        text = f"The local model cannot be used without {' and '.join(missing)}. To install: {commands}"
+        raise ModelError(text, "model_not_configured")
     try:
         with path.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"
@@ -102,6 +103,23 @@ def _load(path: Path, context_tokens: int) -> LocalServer:
         raise _not_configured(f"there is no such model, nor a file of that path. Known models: {known}") from exc
     if not is_gguf:
         raise _not_configured("the file is not a model in GGUF form")
+    return path
+
+
+def _path_of(name: str) -> Path | None:
+    """Where the weights are, or would be; None if they are in a package that is not installed."""
+    weights = _PACKAGED.get(name)
+    if weights is None:
+        return Path(name).expanduser().resolve()
+    # Found without being imported: the package's code is not needed, and not installed whole.
+    spec = importlib.util.find_spec(weights.package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((path for folder in folders or () for path in sorted(Path(folder).glob(weights.pattern))), None)
+
+
+def _load(path: Path, context_tokens: int) -> LocalServer:
+    import xllamacpp
+
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
     parameters.n_ctx = context_tokens

@@ -32,6 +32,7 @@ import uvicorn.logging
 from starlette.routing import BaseRoute
 
 from flock.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
+from flock.checks import warn_of_problems
 from flock.connection import Connection
 from flock.core import Flock
 from flock.errors import DefinitionError
@@ -186,6 +187,7 @@ def _serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSett
     config = _config(app, settings)
     anyio.run(_open_once, flock, settings)
     _say_what_is_served(flock, settings)
+    app.warn_of_problems()
     listener = _listen(settings, config.backlog)
     told_to_stop, wakes = socket.socketpair()
     wakes.setblocking(False)
@@ -261,6 +263,7 @@ def _work(load: Callable[[], Flock], settings: ServerSettings, listener: socket.
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         config = _config(_app(load(), settings), settings)
+        logging.getLogger("flock.checks").disabled = True  # the parent process has said it, once for all
     except Exception:
         traceback.print_exc()
         sys.exit(uvicorn.config.STARTUP_FAILURE)
@@ -403,6 +406,7 @@ async def _work_until_told(flock: Flock, settings: WorkerSettings) -> None:
         async with worker:
             agents = ", ".join(flock.agents) or "no agents"
             logger.info("Working for %s: %s. Press CTRL+C to quit.", worker.cluster.address, agents)
+            warn_of_problems(flock.agents, flock.model)
             async for _ in signals:
                 logger.info("Stopping: turns at work have %g s to end.", settings.drain_timeout_s)
                 break

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from flock.agents import Agent, Resources
-from flock.errors import InvalidData, InvalidHandoff, TooManySteps
+from flock.errors import InvalidData, InvalidHandoff, TooManySteps, did_you_mean
 from flock.runs import Run, RunContext, Step, now
 
-__all__ = ["Columns", "NextStep", "columns_of", "next_step", "result_names", "run_step"]
+__all__ = ["Columns", "NextStep", "check_handoff", "columns_of", "next_step", "result_names", "run_step"]
 
 #: The names of a run's inputs and of its result's members; None where nobody knows them before.
 Columns = tuple[Sequence[str] | None, Sequence[str] | None]
@@ -45,7 +45,7 @@ def next_step(run: Run, agents: Mapping[str, Agent], max_steps: int) -> NextStep
         )
     agent = agents.get(name)
     if agent is None:
-        raise InvalidHandoff(f"There is no agent {name!r} to hand on to ({path}). Known agents: {', '.join(agents)}.")
+        raise _no_such_agent(name, path, agents)
     if not steps:
         return NextStep(agent, run.inputs)
     known: dict[str, msgspec.Raw] = {}
@@ -53,6 +53,21 @@ def next_step(run: Run, agents: Mapping[str, Agent], max_steps: int) -> NextStep
         known |= msgspec.json.decode(source, type=dict[str, msgspec.Raw])
     drawn = {field.name: known[field.name] for field in agent.input.fields if field.name in known}
     return NextStep(agent, msgspec.Raw(msgspec.json.encode(drawn)))
+
+
+def check_handoff(agent: Agent, agents: Mapping[str, Agent]) -> None:
+    """Raise the InvalidHandoff with which runs would fail after *agent*, if it names a next one that does not exist."""
+    chosen = agent.next_agent
+    name = chosen.name if isinstance(chosen, Agent) else chosen
+    if isinstance(name, str) and name not in agents:
+        raise _no_such_agent(name, f"{agent.name} → {name}", agents)
+
+
+def _no_such_agent(name: str, path: str, agents: Mapping[str, Agent]) -> InvalidHandoff:
+    known = ", ".join(agents)
+    return InvalidHandoff(
+        f"There is no agent {name!r} to hand on to ({path}).{did_you_mean(name, agents)} Known agents: {known}."
+    )
 
 
 async def run_step(step: NextStep, resources: Resources, context: RunContext) -> Step:

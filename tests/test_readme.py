@@ -209,6 +209,14 @@ def test_the_command_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None
     assert json.loads(result.output).keys() == {"sentiment", "keywords"}
 
 
+def test_the_check_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = (code for code in BASH if code.startswith("flockapi check"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    result = CliRunner().invoke(main, shlex.split(command)[1:])
+    assert (result.exit_code, result.output) == (0, "text_analyzer: nothing is missing.\n")
+
+
 def test_the_batch_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (command,) = (code for code in BASH if code.startswith("flockapi batch"))
     monkeypatch.chdir(ROOT)

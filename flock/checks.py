@@ -1,0 +1,45 @@
+"""What can be known before the first run: what is missing for agents to do their work."""
+
+import logging
+from collections.abc import Mapping
+
+from flock.agents import Agent, ModelAgent
+from flock.errors import InvalidHandoff, ModelError
+from flock.llm import check_model
+from flock.workflow import check_handoff
+
+__all__ = ["problems", "warn_of_problems"]
+
+logger = logging.getLogger("flock.checks")
+
+
+def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> list[str]:
+    """Why runs would fail, a sentence for each reason. It asks no server, and loads no weights.
+
+    Args:
+        default_model: for agents that name none.
+        calls_models: False if other processes call the models, where other keys and packages may be.
+    """
+    names_of: dict[str, list[str]] = {}
+    handoffs = []
+    for agent in agents.values():
+        try:
+            if calls_models and isinstance(agent, ModelAgent):
+                check_model(agent.model or default_model)
+        except ModelError as exc:
+            names_of.setdefault(str(exc), []).append(repr(agent.name))
+        try:
+            check_handoff(agent, agents)
+        except InvalidHandoff as exc:
+            handoffs.append(str(exc))
+    of_models = [
+        f"The agent{'s'[: len(names) - 1]} {', '.join(names)} cannot run. {reason}"
+        for reason, names in names_of.items()
+    ]
+    return of_models + handoffs
+
+
+def warn_of_problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> None:
+    """Log each of ``problems`` as a WARNING."""
+    for problem in problems(agents, default_model, calls_models=calls_models):
+        logger.warning("%s", problem)

