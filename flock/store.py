@@ -12,7 +12,6 @@ waiting is by sleeping, and stalls writers for up to 180 ms.
 """
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
@@ -32,6 +31,14 @@ import msgspec
 from flock import schema
 from flock.errors import OwnershipLost, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Queue, Run, RunFilter, RunStatus, Step
+
+try:
+    import fcntl
+except ImportError as exc:
+    raise ImportError(
+        "flockapi supports Linux and macOS, but not Windows: its store needs the kernel locks of fcntl. "
+        "Run it in WSL or in a container."
+    ) from exc
 
 __all__ = ["Durability", "Store", "hold_alone"]
 

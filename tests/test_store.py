@@ -3,6 +3,9 @@
 import contextlib
 import functools
 import sqlite3
+import subprocess
+import sys
+import tomllib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +20,7 @@ from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Re
 from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus, Step, Usage, new_id, now
 from flock.schema import COLUMNS, MIGRATIONS, listing
 from flock.store import Store
+from tests.fakes import ROOT
 
 pytestmark = pytest.mark.anyio
 
@@ -34,6 +38,20 @@ def step_of(**more: Any) -> Step:
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     async with Store(tmp_path / "flock.db" if request.param == "disk" else ":memory:") as made:
         yield made
+
+
+@pytest.mark.parametrize("module", ["flock.store", "flock.core", "flockapi", "flock.cli"])
+def test_where_there_is_no_fcntl_the_supported_systems_are_named(module: str) -> None:
+    """As on Windows; the project's classifiers and markers agree."""
+    code = f"import sys; sys.modules.update(fcntl=None, resource=None); import {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ImportError: flockapi supports Linux and macOS, but not Windows" in done.stderr.splitlines()[-1]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    systems = {each for each in project["classifiers"] if each.startswith("Operating System ::")}
+    assert systems == {"Operating System :: POSIX :: Linux", "Operating System :: MacOS"}
+    markers = [each for each in project["dependencies"] if "sys_platform" in each]
+    assert all("sys_platform != 'win32'" in each for each in markers)
 
 
 async def test_a_run_comes_back_as_it_was_written(store: Store) -> None:
