@@ -37,8 +37,7 @@
 answer, not an error of the request.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import msgspec
@@ -79,7 +78,6 @@ __all__ = [
     "Unauthenticated",
     "Unstorable",
     "WrongHost",
-    "did_you_mean",
 ]
 
 
@@ -87,13 +85,6 @@ __all__ = [
 MAX_TOLD_ERRORS = 10
 #: How much of what a client sent a message repeats.
 MAX_ECHOED_CHARS = 100
-
-
-def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`` Did you mean 'str'?`` with the nearest of the *known* names, whatever its case; or nothing if none is near."""
-    by_lower = {each.lower(): each for each in known}
-    nearest = difflib.get_close_matches(name.lower(), by_lower, 1, cutoff)
-    return f" Did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
 
 
 class FlockError(Exception):

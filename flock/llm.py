@@ -28,8 +28,9 @@ import httpx
 import msgspec
 
 from flock import localmodel
-from flock.errors import ModelError, did_you_mean
+from flock.errors import ModelError
 from flock.extras import pip_install
+from flock.nearest import did_you_mean
 from flock.runs import Usage
 
 __all__ = ["PROVIDERS", "Completion", "Message", "ModelClient", "Provider", "check_model"]

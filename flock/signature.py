@@ -30,8 +30,9 @@ from typing import Annotated, Any, Literal, Union
 import msgspec
 import msgspec.inspect
 
-from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError, did_you_mean
+from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
+from flock.nearest import did_you_mean
 from flock.runs import RunContext
 
 __all__ = ["Signature", "context_parameter", "name_of", "text_as_json"]

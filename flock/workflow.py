@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from flock.agents import Agent, Resources
-from flock.errors import InvalidData, InvalidHandoff, TooManySteps, did_you_mean
+from flock.errors import InvalidData, InvalidHandoff, TooManySteps
+from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext, Step, now
 
 __all__ = ["Columns", "NextStep", "check_handoff", "columns_of", "next_step", "result_names", "run_step"]

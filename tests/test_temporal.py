@@ -1082,6 +1082,23 @@ def test_options_that_nobody_would_heed_are_refused(tmp_path: Path) -> None:
     assert (result.exit_code, "goes with --temporal only" in result.output) == (2, True)
 
 
+def test_a_worker_warns_at_its_start_of_what_would_make_runs_fail(temporal_address: str, tmp_path: Path) -> None:
+    """It calls the models; the servers do not, and do not ask for their keys."""
+    target = tmp_path / "bare.py"
+    made = "flock.add_agent(FlockFactory.create_default_agent('bare', output='answer'))"
+    target.write_text(f"from flock.core import Flock, FlockFactory\nflock = Flock({new_id()!r})\n{made}\n")
+    command = flockapi_command("worker", str(target), "--temporal", temporal_address)
+    process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    worker = Server(process)
+    try:
+        worker.wait_for_line("WARNING:  The agent 'bare' cannot run. The model cannot be called: no model is named")
+        worker.stop()
+    finally:
+        process.kill()
+        process.wait()
+        worker.close()
+
+
 @pytest.mark.parametrize("command", [["serve", "--port", "0"], ["worker"]], ids=["serve", "worker"])
 def test_without_the_extra_it_is_named(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("from flock.core import Flock\nflock = Flock()\n")
