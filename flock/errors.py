@@ -27,7 +27,7 @@
         ├── AgentError           raised by an agent's own code
         ├── InvalidOutput        the result does not fit the output signature
         ├── InvalidHandoff       the next agent does not exist, or cannot be given its inputs
-        ├── Unstorable           what an agent gave cannot be kept
+        ├── Unstorable           a record has a value that the store does not take
         ├── ResultTooLarge       it is longer than ``max_result_bytes``
         ├── TooManySteps         the hand-offs go on beyond ``max_steps``
         ├── TooManyTokens        its models have cost ``max_tokens``, and it wants to ask one again
@@ -278,7 +278,7 @@ class InvalidHandoff(StepError):
 
 
 class Unstorable(StepError):
-    """A run's record cannot be written as it is, whatever the store does; all else can."""
+    """One record has a value that SQLite refuses (its type, range, size or encoding). Other records can be written."""
 
     error_type = "unstorable"
 

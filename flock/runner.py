@@ -340,6 +340,12 @@ class Runner:
             logger.warning("run %s: its end was not written: %s", run.run_id, exc)
             await self.leave(active)
             return
+        except Unstorable as exc:
+            if active.unsaved is not None:  # it may be possible without its last step
+                raise
+            logger.error("run %s: its end cannot be kept: %s %s", run.run_id, exc, exc.log_detail)
+            self._store.give_up(run.run_id)
+            active.tell(run)
         self._forget(active)
         self.tell_observers("run_ended", run)
         level = logging.INFO if run.batch_id is None else logging.DEBUG  # of a million items the batch tells

@@ -288,10 +288,24 @@ Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row]
 
 
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
-    """Who asks. An admin may see and do what belongs to others."""
+    """Who asks. An admin may see and do what belongs to others.
+
+    Raises: TypeError if the name is not a string; ValueError if it cannot be written as UTF-8.
+    """
 
     name: str
     admin: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(
+                f"The name of a Principal must be a str, not {type(self.name).__name__}. "
+                "Convert it: Principal(name=str(...))."
+            )
+        try:
+            self.name.encode()
+        except UnicodeEncodeError as exc:
+            raise ValueError(f"The name of a Principal must be valid Unicode, not {self.name!r}: {exc}.") from exc
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):

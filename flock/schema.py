@@ -19,6 +19,7 @@ from flock.runs import Batch, BatchOptions, IdempotencyKey, Progress, Run, RunSt
 __all__ = [
     "INTERRUPTED",
     "MIGRATIONS",
+    "Damaged",
     "Ended",
     "batch_from",
     "batch_values",
@@ -41,6 +42,7 @@ __all__ = [
     "run_from",
     "run_values",
     "step_from",
+    "steps_with_rows",
     "time_from",
     "write_run",
 ]
@@ -220,9 +222,8 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
 
     The last step of a run that completed is written with it: its result is the run's.
     """
-    last = len(run.steps) - 1
-    has_last = run.status is RunStatus.COMPLETED and last in steps
-    last_step = _LastStep.of(steps[last]).encoded() if has_last else None
+    own_rows = steps_with_rows(run, steps)
+    last_step = _LastStep.of(run.steps[-1]).encoded() if len(own_rows) < len(steps) else None
     if is_new:
         db.execute(INSERT_RUN, run_values(run, last_step))
     else:
@@ -242,11 +243,7 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
         )
         if db.execute(UPDATE_RUN if run.batch_id is None else UPDATE_ITEM, values).rowcount == 0:
             return False
-    if run.batch_id is not None and run.status.is_final:
-        ended[run.batch_id, run.status] += 1
-    for position, step in steps.items():
-        if position == last and has_last:
-            continue
+    for position, step in own_rows.items():
         values_of_step = (
             run.run_id,
             position,
@@ -259,7 +256,16 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
             micros(step.completed_at),
         )
         db.execute(INSERT_STEP, values_of_step)
+    if run.batch_id is not None and run.status.is_final:
+        ended[run.batch_id, run.status] += 1
     return True
+
+
+def steps_with_rows(run: Run, steps: Mapping[int, Step]) -> Mapping[int, Step]:
+    """Those of *steps*, by position, that are not written in the row of *run* itself."""
+    if run.status is not RunStatus.COMPLETED:
+        return steps
+    return {position: step for position, step in steps.items() if position != len(run.steps) - 1}
 
 
 class _LastStep(NamedTuple):
@@ -336,15 +342,18 @@ def find_steps(db: sqlite3.Connection, run_id: str) -> tuple[Step, ...]:
     return tuple(map(step_from, db.execute(query, (run_id,))))
 
 
+class Damaged(sqlite3.DatabaseError):
+    """A row holds what was never written to it: SQLite has no checksums, and gives what it finds."""
+
+
 def _refuse_damage(convert: Callable[..., T]) -> Callable[..., T]:
-    """A row that was never written so is an error of the store: SQLite has no checksums, and gives what it finds."""
 
     @functools.wraps(convert)
     def refuse_damage(*args: Any) -> T:
         try:
             return convert(*args)
         except (ArithmeticError, TypeError, ValueError) as exc:
-            raise sqlite3.DatabaseError(f"a row is damaged ({exc})") from exc
+            raise Damaged(f"a row is damaged ({exc})") from exc
 
     return refuse_damage
 

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal, Self, TypeVar
+from typing import IO, Any, Literal, NoReturn, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -29,7 +29,7 @@ import anyio.to_thread
 import msgspec
 
 from flock import schema
-from flock.errors import OwnershipLost, StoreError, Unstorable
+from flock.errors import FlockError, OwnershipLost, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Queue, Run, RunFilter, RunStatus, Step
 
 try:
@@ -86,11 +86,30 @@ class _Change:
         self.error: Exception | None = None
 
 
-class _UnstorableRun(Exception):
-    def __init__(self, run_id: str, reason: Exception) -> None:
-        super().__init__(run_id)
-        self.run_id = run_id
-        self.reason = reason
+#: What SQLite raises for the values of one record, or for one damaged row, however well the store works.
+OF_ONE_RECORD = (
+    sqlite3.InterfaceError,
+    sqlite3.DataError,
+    sqlite3.IntegrityError,
+    sqlite3.ProgrammingError,
+    schema.Damaged,
+)
+
+
+class _Refused(Exception):
+    """One record of a group cannot be written, for the reason that is the cause of this; the others can."""
+
+    @classmethod
+    def reraise(cls, exc: Exception) -> NoReturn:
+        """Raise *exc* itself if it is about the file or the disk, which fails the whole group."""
+        if isinstance(exc, sqlite3.Error) and not isinstance(exc, OF_ONE_RECORD):
+            raise exc
+        raise cls from exc
+
+    @property
+    def reason(self) -> Exception:
+        assert isinstance(self.__cause__, Exception)
+        return self.__cause__
 
 
 class _Group:
@@ -98,7 +117,7 @@ class _Group:
 
     def __init__(self) -> None:
         self.runs: dict[str, _PendingRun] = {}
-        self.unstorable: dict[str, Exception] = {}
+        self.refused: dict[str, Exception] = {}
         self.changes: list[_Change] = []
         self.lost: set[str] = set()
         self.error: Exception | None = None
@@ -106,6 +125,12 @@ class _Group:
     @functools.cached_property
     def is_written(self) -> anyio.Event:
         return anyio.Event()
+
+
+def _unstorable(reason: Exception) -> Unstorable:
+    error = Unstorable("This record has a value that cannot be kept.")
+    error.log_detail = str(reason)
+    return error
 
 
 class Store:
@@ -126,6 +151,8 @@ class Store:
         self.is_shared = self.path != MEMORY
         self._open = _Group()
         self._unawaited: dict[str, _PendingRun] = {}
+        #: runs whose first record was refused, so that they have no row
+        self._without_row: set[str] = set()
         self._has_work = anyio.Event()
         self._is_closing = False
         self._write_error: Exception | None = None
@@ -136,6 +163,7 @@ class Store:
     async def __aenter__(self) -> Self:
         self._open, self._has_work, self._is_closing, self._write_error = _Group(), anyio.Event(), False, None
         self._unawaited.clear()
+        self._without_row.clear()
         self._all_written = anyio.Event()
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
@@ -223,8 +251,13 @@ class Store:
         """
         pending = self._open.runs.get(run.run_id) or self._unawaited.get(run.run_id)
         if pending is None:
-            pending = self._unawaited[run.run_id] = _PendingRun(run, is_new)
+            pending = self._unawaited[run.run_id] = _PendingRun(run, is_new or run.run_id in self._without_row)
+            self._without_row.discard(run.run_id)
         pending.add(run, step)
+
+    def give_up(self, run_id: str) -> None:
+        """Forget a run that was refused and will not be saved again."""
+        self._without_row.discard(run_id)
 
     def flush_nowait(self) -> None:
         """Begin to write what ``save_nowait`` was given."""
@@ -250,13 +283,18 @@ class Store:
         await self._written(group)
         if run.run_id in group.lost:
             raise OwnershipLost(run.run_id)
-        if run.run_id in group.unstorable:
-            raise Unstorable("What the agent gave cannot be kept.") from group.unstorable[run.run_id]
+        if (reason := group.refused.get(run.run_id)) is not None:
+            raise _unstorable(reason) from reason
 
     async def change(self, apply: Callable[[sqlite3.Connection], T], then: Callable[[T], None] | None = None) -> T:
         """Call *apply* within the next transaction, in any thread; on return what it wrote is on disk.
 
-        What *apply* raises is raised here, and must be raised before it has written anything.
+        What *apply* raises is raised here. A FlockError must be raised before it has written anything; after any other
+        error what it wrote is undone, and it may be called a second time.
+
+        Raises:
+            StoreError: the transaction failed, or *apply* met a damaged row.
+            Unstorable: SQLite does not take one of the values.
 
         Cancellation: it is written all the same, and *then* is called with what *apply* returned once it is on disk.
         """
@@ -264,6 +302,10 @@ class Store:
         group, change = self._open, _Change(apply, then)
         group.changes.append(change)
         await self._written(group)
+        if isinstance(change.error, schema.Damaged):
+            raise self._unreadable(change.error) from change.error
+        if isinstance(change.error, sqlite3.Error | ArithmeticError | TypeError | ValueError):
+            raise _unstorable(change.error) from change.error
         if change.error is not None:
             raise change.error
         result: T = change.result
@@ -293,12 +335,7 @@ class Store:
     def _write_in_memory(self) -> None:
         """Nobody else writes, no disk is waited for, and nothing can break off: a group is written at once."""
         group, self._open = self._open, _Group()
-        for run_id, pending in group.runs.items():
-            try:
-                self._write_runs(group, {run_id: pending})
-            except _UnstorableRun as exc:
-                group.unstorable[run_id] = exc.reason
-        self._apply_changes(group)
+        self._write_apart(group)
         self._go_on(group)
 
     async def _write_until_closed(self) -> None:
@@ -351,21 +388,42 @@ class Store:
             await anyio.to_thread.run_sync(self._write, group, limiter=self._threads)
 
     def _write(self, group: _Group) -> None:
-        while True:
-            try:
-                self._write_once(group)
-                return
-            except _UnstorableRun as exc:  # all but this one
-                del group.runs[exc.run_id]
-                group.unstorable[exc.run_id] = exc.reason
+        """Write a group in one transaction, and once more without what is refused if something is."""
+        try:
+            self._write_once(group, self._write_together)
+        except _Refused:
+            self._write_once(group, self._write_apart)
 
-    def _write_once(self, group: _Group) -> None:
+    def _write_once(self, group: _Group, write: Callable[[_Group], None]) -> None:
         with self._transaction():
             if self._write_error is not None:  # an empty transaction would always succeed
                 self._db.execute("UPDATE engines SET started_at = started_at")
-            self._write_runs(group, group.runs)
-            self._apply_changes(group)
+            write(group)
             self._db.execute("COMMIT")
+
+    def _write_together(self, group: _Group) -> None:
+        """Raises _Refused if there is a record that SQLite refuses."""
+        self._write_runs(group, group.runs)
+        self._apply_changes(group)
+
+    def _write_apart(self, group: _Group) -> None:
+        """Write each record whole or not at all: what is refused fails only its own caller."""
+        for run_id, pending in list(group.runs.items()):
+            has_one_row = not schema.steps_with_rows(pending.run, pending.steps)
+            try:
+                with contextlib.nullcontext() if has_one_row else self._savepoint():
+                    self._write_runs(group, {run_id: pending})
+            except _Refused as exc:
+                group.refused[run_id] = exc.reason
+                del group.runs[run_id]
+                if pending.is_new:
+                    self._without_row.add(run_id)
+        for change in group.changes:
+            try:
+                with self._savepoint():
+                    self._apply(change)
+            except _Refused as exc:
+                change.error = exc.reason
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -378,24 +436,40 @@ class Store:
                 self._db.execute("ROLLBACK")
             raise
 
+    @contextlib.contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        """Whatever the block raises undoes what it wrote, and nothing else of the transaction."""
+        self._db.execute("SAVEPOINT record")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK TO record")
+            raise
+        finally:
+            self._db.execute("RELEASE record")
+
     def _write_runs(self, group: _Group, runs: Mapping[str, _PendingRun]) -> None:
         ended = schema.Ended()
         for run_id, pending in runs.items():
             try:
                 if not schema.write_run(self._db, pending.run, pending.is_new, pending.steps, ended):
                     group.lost.add(run_id)
-            except (sqlite3.DataError, sqlite3.ProgrammingError, ArithmeticError, TypeError, ValueError) as exc:
-                raise _UnstorableRun(run_id, exc) from exc
+            except Exception as exc:
+                _Refused.reraise(exc)
         schema.count_ended(self._db, ended)
 
     def _apply_changes(self, group: _Group) -> None:
         for change in group.changes:
-            try:
-                change.result = change.apply(self._db)
-            except sqlite3.Error:
-                raise
-            except Exception as exc:
-                change.error = exc
+            self._apply(change)
+
+    def _apply(self, change: _Change) -> None:
+        change.error = None
+        try:
+            change.result = change.apply(self._db)
+        except FlockError as exc:  # said on purpose, before anything is written
+            change.error = exc
+        except Exception as exc:
+            _Refused.reraise(exc)
 
     def _go_on(self, group: _Group) -> None:
         for change in group.changes:
@@ -429,8 +503,11 @@ class Store:
         try:
             return query(self._reader)
         except sqlite3.Error as exc:
-            logger.error("the store %s cannot be read: %s", self.path, exc)
-            raise StoreError("The store cannot be read now; the server's log says why.") from exc
+            raise self._unreadable(exc) from exc
+
+    def _unreadable(self, exc: sqlite3.Error) -> StoreError:
+        logger.error("the store %s cannot be read: %s", self.path, exc)
+        return StoreError("The store cannot be read now; the server's log says why.")
 
     def data_version(self) -> int:
         """A number that is another one after each commit, whichever process made it."""

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from flock.core import Flock
 from flock.embedded import EmbeddedEngine
-from flock.errors import AgentError, DefinitionError, StoreError
+from flock.errors import AgentError, DefinitionError, StoreError, Unstorable
 from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
 from tests.fakes import flockapi_command, running
 from tests.test_lifecycle import EMPTY, until
@@ -98,6 +99,33 @@ async def test_what_cannot_be_kept_or_said_fails_its_own_run_only(expose_errors:
         assert [run.status for run in runs] == [RunStatus.FAILED] * 3
         assert runs[0].error_type == "unstorable"
         assert (await end_of(engine, "fine")).status is RunStatus.COMPLETED
+        engine.check_ready()
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+async def test_a_run_with_a_value_that_can_never_be_kept_ends_for_who_waits_and_harms_no_other(
+    is_long: bool, store: str
+) -> None:
+    """Its own submission or its end says so, also if the run was saved along the way."""
+    flock = Flock()
+
+    @flock.agent
+    async def echo(n: int) -> int:
+        if n and is_long:
+            await anyio.sleep(0.12)  # longer than writes are gathered
+        return n
+
+    principal: Any = uuid.uuid4()
+    async with flock.engine(store=store) as engine:
+        run = await engine.submit("echo", {"n": 1}, principal=principal, is_async=False)
+        failed = await engine.wait(run.run_id)
+        assert (failed.status, failed.error_type) == (RunStatus.FAILED, "unstorable")
+        with pytest.raises(Unstorable):
+            await engine.submit("echo", {"n": 1}, principal=principal)
+        with pytest.raises(Unstorable):
+            await engine.submit_batch("echo", [{"n": 1}], BatchOptions(), principal=principal)
+        run = await engine.submit("echo", {"n": 0})
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
         engine.check_ready()
 
 

@@ -4,10 +4,12 @@ import contextlib
 import inspect
 import re
 import sys
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import msgspec
 import pytest
@@ -240,6 +242,31 @@ async def test_any_method_of_an_open_route_is_open_and_nothing_else(method: str,
 async def test_only_a_principal_lets_in(found: Any) -> None:
     async with client_of(create_app(sample_flock(), auth=lambda connection: found)) as client:
         assert (await client.get("/runs")).status_code == 401
+
+
+@pytest.mark.parametrize("name", [uuid.uuid4(), None, b"ann", "\ud800"], ids=["uuid", "none", "bytes", "surrogate"])
+async def test_a_principal_without_a_proper_name_fails_its_own_request_only(
+    name: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An ``auth=`` that makes one is a mistake of the host: 500 for that caller, and the log says what to change."""
+
+    def auth(connection: HTTPConnection) -> Principal:
+        return Principal(name="ann" if connection.headers.get("x-user") == "ann" else name)
+
+    body = {"agent_name": "add", "inputs": {"a": 1}, "async_run": True}
+    app = create_app(sample_flock(), store=tmp_path / "flock.db", auth=auth)
+    answers: dict[str, list[int]] = {"ann": [], "bob": []}
+    async with app.lifespan(), client_of(app) as client:
+
+        async def send(user: str) -> None:
+            answers[user].append((await client.post("/run/flock", json=body, headers={"X-User": user})).status_code)
+
+        async with anyio.create_task_group() as tasks:
+            for user in ("bob", "ann") * 20:
+                tasks.start_soon(send, user)
+        assert answers == {"ann": [202] * 20, "bob": [500] * 20}
+        assert (await client.get("/readyz")).status_code == 200
+    assert "The name of a Principal must be" in caplog.text
 
 
 @pytest.mark.parametrize(("server_name", "realm"), [("Агенты", ""), ("A\r\nX-Forged: 1", "AX-Forged: 1")])

@@ -6,7 +6,8 @@ import sqlite3
 import subprocess
 import sys
 import tomllib
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,21 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError
-from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus, Step, Usage, new_id, now
+from flock.batchstore import BatchStore
+from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError, Unstorable
+from flock.runs import (
+    Batch,
+    BatchOptions,
+    IdempotencyKey,
+    Progress,
+    Run,
+    RunFilter,
+    RunStatus,
+    Step,
+    Usage,
+    new_id,
+    now,
+)
 from flock.schema import COLUMNS, MIGRATIONS, listing
 from flock.store import Store
 from tests.fakes import ROOT
@@ -166,6 +180,110 @@ async def test_lists_are_filtered_newest_first(wanted: RunFilter, expected: list
     if len(expected) > 1 and wanted.limit > 2:
         rest = store.list_runs("f", replace(wanted, after=page[0].run_id))
         assert [ids.index(run.run_id) for run in rest] == expected[1:]
+
+
+# Values that SQLite refuses
+
+#: Of a type, a range and an encoding that it does not take.
+REFUSED: dict[str, Any] = {"type": uuid.uuid4(), "range": 10**30, "encoding": "\ud800"}
+
+
+async def refused_run(store: Store, run: Run, value: Any) -> None:
+    await store.save(run_of(principal=value), is_new=True)
+
+
+async def refused_end(store: Store, run: Run, value: Any) -> None:
+    await store.save(replace(run, status=RunStatus.FAILED, error=value))
+
+
+async def refused_step(store: Store, run: Run, value: Any) -> None:
+    step = step_of(next_agent=value)
+    await store.save(replace(run, status=RunStatus.RUNNING, steps=(step,)), step)
+
+
+async def refused_progress(store: Store, run: Run, value: Any) -> None:
+    progress = Progress(done=1, message=value if isinstance(value, str) else REFUSED["encoding"])
+    await store.save(replace(run, status=RunStatus.RUNNING, progress=progress))
+
+
+async def refused_acceptance(store: Store, run: Run, value: Any) -> None:
+    await store.accept(run_of(principal=value), 1000, None)
+
+
+async def refused_key(store: Store, run: Run, value: Any) -> None:
+    digest: Any = value if isinstance(value, uuid.UUID | int) else b""
+    await store.accept(run_of(), 1000, IdempotencyKey(value if isinstance(value, str) else "k", digest))
+
+
+def batch_of(**more: Any) -> Batch:
+    values = {"flock": "f", "agent_name": "a", "owner": "me", "total_items": 2, "options": BatchOptions(), **more}
+    return Batch(batch_id=new_id(), created_at=now(), **values)
+
+
+async def refused_batch(store: Store, run: Run, value: Any) -> None:
+    batch = batch_of(principal=value)
+    await BatchStore(store).accept(batch, [], 1000, None, then=lambda batch: None, is_staged=False)
+
+
+async def refused_item(store: Store, run: Run, value: Any) -> None:
+    batch = batch_of()
+    items = [run_of(batch_id=batch.batch_id, position=0), run_of(batch_id=batch.batch_id, position=1, error=value)]
+    await BatchStore(store).stage(batch, items, is_first=True)
+
+
+@pytest.mark.parametrize("value", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(
+    "write",
+    [
+        refused_run,
+        refused_end,
+        refused_step,
+        refused_progress,
+        refused_acceptance,
+        refused_key,
+        refused_batch,
+        refused_item,
+    ],
+)
+async def test_a_record_with_a_value_that_sqlite_refuses_fails_alone(
+    write: Callable[[Store, Run, Any], Awaitable[None]], value: Any, store: Store
+) -> None:
+    """What shares its transaction is written, and nothing of the record itself."""
+    run, others = run_of(), [run_of() for _ in range(4)]
+    await store.enter("me", "f")
+    await store.save(run, is_new=True)
+
+    async def fail() -> None:
+        with pytest.raises(Unstorable) as caught:
+            await write(store, run, value)
+        assert caught.value.log_detail
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(functools.partial(store.save, others[0], is_new=True))
+        tasks.start_soon(functools.partial(store.accept, others[1], 1000, None))
+        tasks.start_soon(fail)
+        tasks.start_soon(functools.partial(store.save, others[2], is_new=True))
+        tasks.start_soon(functools.partial(store.accept, others[3], 1000, None))
+    store.check_writable()
+    assert {kept.run_id for kept in store.list_runs("f", RunFilter())} == {kept.run_id for kept in (run, *others)}
+    assert store.get_run(run.run_id) == run
+    for table in ("steps", "batches", "idempotency_keys"):
+        assert store.read(lambda db: db.execute(f"SELECT count(*) FROM {table}").fetchone()) == (0,)  # noqa: B023
+    ended = replace(run, status=RunStatus.COMPLETED, completed_at=now())
+    await store.save(ended)
+    assert store.get_run(run.run_id) == ended
+    await store.leave("me")
+
+
+async def test_a_new_run_that_was_refused_can_be_saved_once_it_can_be_kept(store: Store) -> None:
+    """A short run is written once, when it ends: if its result is refused, its failure is its first record."""
+    run = run_of(is_async=False)
+    store.save_nowait(run, is_new=True)
+    with pytest.raises(Unstorable):
+        await store.save(replace(run, status=RunStatus.FAILED, error="\ud800"))
+    failed = replace(run, status=RunStatus.FAILED, error="unstorable")
+    await store.save(failed)
+    assert store.get_run(run.run_id) == failed
 
 
 # Files
