@@ -250,6 +250,7 @@ class EmbeddedEngine:
             await self._exit.aclose()
 
     async def drain(self, timeout_s: float) -> None:
+        self._check_entered()
         self._runner.is_leaving = True
         self._tell_store_changed()
         while self._awaited:
@@ -262,9 +263,12 @@ class EmbeddedEngine:
                     await next(iter(self._runner.active.values())).change.wait()
             self._runner.stop()
 
-    def _check_running(self) -> None:
+    def _check_entered(self) -> None:
         if self._tasks is None:
-            raise EngineStopped("The engine is not running: enter it with 'async with', or run the app's lifespan.")
+            raise EngineStopped()
+
+    def _check_running(self) -> None:
+        self._check_entered()
         if self.is_leaving:
             raise EngineStopped("The server is about to stop and takes no new work.")
 
@@ -281,6 +285,7 @@ class EmbeddedEngine:
         self._observers.append(observer)
 
     async def queue(self) -> Queue:
+        self._check_entered()
         return self.store.queue(self._flock)
 
     # Runs
@@ -329,6 +334,7 @@ class EmbeddedEngine:
     async def get_run(self, run_id: str) -> Run:
         if run_id in self._runner.active:
             return self._runner.active[run_id].run
+        self._check_entered()
         run = self.store.get_run(run_id)
         if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
@@ -404,6 +410,7 @@ class EmbeddedEngine:
             raise Conflict(f"The run {run_id} is {what} and cannot be deleted. Cancel it first, or wait for its end.")
 
     async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
+        self._check_entered()
         return self.store.list_runs(self._flock, wanted)
 
     async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
@@ -587,6 +594,7 @@ class EmbeddedEngine:
             self._tasks.start_soon(work, batch)
 
     async def get_batch(self, batch_id: str) -> Batch:
+        self._check_entered()
         batch = self.batch_store.get(batch_id)
         if batch is None or batch.flock != self._flock:
             raise BatchNotFound(batch_id)
@@ -607,6 +615,7 @@ class EmbeddedEngine:
         return self.batch_store.items(batch_id, after, limit, statuses)
 
     async def list_batches(self, wanted: BatchFilter) -> Sequence[Batch]:
+        self._check_entered()
         return self.batch_store.page(self._flock, wanted)
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:

@@ -194,6 +194,11 @@ class TooLarge(FlockError):
 class EngineStopped(FlockError):
     """The engine takes no work: it was not started, or is stopping."""
 
+    def __init__(
+        self, message: str = "The engine is not running: enter it with 'async with', or run the app's lifespan."
+    ) -> None:
+        super().__init__(message)
+
 
 class AccessDenied(FlockError):
     """The base of what is refused because of who asks, or from where."""

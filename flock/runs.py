@@ -504,7 +504,7 @@ class RunContext:
 class Engine(Protocol):
     """What takes runs and carries each to its end. One protocol, whatever machine or cluster is behind it.
 
-    Use it as an async context manager: work is taken inside it only.
+    Use it as an async context manager. Outside it, all methods raise EngineStopped but ``health`` and ``observe``.
     """
 
     @property

@@ -5,6 +5,7 @@ The cluster is a real one, the development server, with a worker in this process
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -26,7 +27,21 @@ from flock.errors import (
     RunNotFound,
     TooLarge,
 )
-from flock.runs import Engine, Event, IdempotencyKey, Principal, Run, RunContext, RunFilter, RunStatus, Usage, new_id
+from flock.runs import (
+    BatchFilter,
+    BatchOptions,
+    Engine,
+    Event,
+    IdempotencyKey,
+    Principal,
+    Run,
+    RunContext,
+    RunFilter,
+    RunStatus,
+    Usage,
+    new_id,
+)
+from flock.temporal import TemporalEngine
 from tests.fakes import FakeModel, Gate, Opened, answer, sample_flock
 from tests.fakes import until as until_so
 
@@ -632,6 +647,61 @@ async def test_what_belongs_to_others_is_not_there(engine: Engine, gate: Gate) -
 
 
 # The engine itself
+
+#: A call of each method that needs a running engine.
+CALLS: dict[str, Callable[[Engine], Any]] = {
+    "drain": lambda engine: engine.drain(0),
+    "check_ready": lambda engine: engine.check_ready(),
+    "queue": lambda engine: engine.queue(),
+    "submit": lambda engine: engine.submit("add", {"a": 1}),
+    "submit_batch": lambda engine: engine.submit_batch("add", [{"a": 1}], BatchOptions()),
+    "get_run": lambda engine: engine.get_run(new_id()),
+    "wait": lambda engine: engine.wait(new_id(), 0),
+    "cancel_run": lambda engine: engine.cancel_run(new_id()),
+    "retry_run": lambda engine: engine.retry_run(new_id()),
+    "delete_run": lambda engine: engine.delete_run(new_id()),
+    "list_runs": lambda engine: engine.list_runs(RunFilter()),
+    "events": lambda engine: anext(engine.events(new_id())),
+    "get_batch": lambda engine: engine.get_batch(new_id()),
+    "wait_batch": lambda engine: engine.wait_batch(new_id(), 0),
+    "get_items": lambda engine: engine.get_items(new_id()),
+    "list_batches": lambda engine: engine.list_batches(BatchFilter()),
+    "batch_events": lambda engine: anext(engine.batch_events(new_id())),
+    "cancel_batch": lambda engine: engine.cancel_batch(new_id()),
+    "retry_batch": lambda engine: engine.retry_batch(new_id()),
+    "delete_batch": lambda engine: engine.delete_batch(new_id()),
+}
+
+
+def test_each_method_that_needs_a_running_engine_is_called_below() -> None:
+    public = {name for name in vars(Engine) if not name.startswith("_")}
+    assert public - {"is_leaving", "health", "observe"} == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("kind", ["memory", "disk", "temporal"])
+async def test_an_engine_outside_its_context_says_that_it_is_not_running(
+    kind: str, name: str, request: pytest.FixtureRequest
+) -> None:
+    """Before it was entered, and after it was left."""
+    flock = sample_flock()
+    engine: Engine = flock.engine(store="flock.db" if kind == "disk" else ":memory:")
+    if kind == "temporal":
+        engine = TemporalEngine(flock.agents, request.getfixturevalue("temporal_address"), flock=new_id())
+
+    async def call() -> None:
+        if inspect.isawaitable(made := CALLS[name](engine)):
+            await made
+
+    async def check() -> None:
+        assert engine.health().engine == "stopped"
+        with pytest.raises(EngineStopped, match="enter it with 'async with', or run the app's lifespan"):
+            await call()
+
+    await check()
+    async with engine:
+        assert engine.health().engine == "running"
+    await check()
 
 
 async def test_an_engine_can_be_entered_again_and_not_twice(opened: Opened) -> None:

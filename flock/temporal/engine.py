@@ -194,6 +194,7 @@ class TemporalEngine:
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new work, and let those who wait go after *timeout_s*. Runs go on: workers have them."""
+        self._check_entered()
         self._is_leaving = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -202,9 +203,12 @@ class TemporalEngine:
                     await self._nobody_waits.wait()
         self._trouble.set()
 
-    def _check_running(self) -> None:
+    def _check_entered(self) -> None:
         if self._watch_task is None:
-            raise EngineStopped("The engine is not running: enter it with 'async with', or run the app's lifespan.")
+            raise EngineStopped()
+
+    def _check_running(self) -> None:
+        self._check_entered()
         if self._is_leaving:
             raise EngineStopped("The server is about to stop and takes no new work.")
 
@@ -224,6 +228,7 @@ class TemporalEngine:
 
     async def queue(self) -> Queue:
         """Steps that no worker has taken yet, first ones or later ones, as the cluster estimates them."""
+        self._check_entered()
         wanted = DescribeTaskQueueRequest(
             namespace=self.cluster.namespace,
             task_queue=TaskQueue(name=self._task_queue),
@@ -327,6 +332,7 @@ class TemporalEngine:
             raise EngineFull(f"{self._open_runs} runs are open already, all that this flock takes (max_queue).")
 
     async def get_run(self, run_id: str) -> Run:
+        self._check_entered()
         if ID.fullmatch(run_id) is None:
             raise RunNotFound(run_id)
         run = await self._attempt(run_id, 1) or await self._batches.item(run_id)
@@ -385,6 +391,7 @@ class TemporalEngine:
             run = await self.get_run(run_id)
             return run, None if run.batch_id is not None else self._handle(run_id, run.attempt)
 
+        self._check_entered()
         return await self._wait(look, self._handle(run_id, 1) if ID.fullmatch(run_id) else None, timeout_s)
 
     async def _wait(
@@ -504,6 +511,7 @@ class TemporalEngine:
 
     async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
         """As the cluster's search sees it, moments late. The records themselves are as they stand."""
+        self._check_entered()
         runs: list[Run] = []
         reads = asyncio.Semaphore(READS_AT_ONCE)
 
@@ -597,28 +605,32 @@ class TemporalEngine:
         )
 
     async def get_batch(self, batch_id: str) -> Batch:
+        self._check_entered()
         return await self._batches.get(batch_id)
 
     async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
         async def look() -> tuple[Batch, WorkflowHandle[Any, Any] | None]:
-            batch = await self._batches.get(batch_id)
+            batch = await self.get_batch(batch_id)
             return batch, self._batches.handle(batch)
 
+        self._check_entered()
         handle = None if ID.fullmatch(batch_id) is None else self._batches.first_handle(batch_id)
         return await self._wait(look, handle, timeout_s)
 
     async def get_items(
         self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
     ) -> Sequence[Run]:
+        self._check_entered()
         return await self._batches.items(batch_id, after, limit, statuses)
 
     async def list_batches(self, wanted: BatchFilter) -> Sequence[Batch]:
+        self._check_entered()
         return await self._batches.page(wanted)
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         told, told_at = -1, time.monotonic()
         while True:
-            batch = await self._batches.get(batch_id)
+            batch = await self.get_batch(batch_id)
             is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != told
             if is_new or time.monotonic() > told_at + KEEP_ALIVE_S:
                 told, told_at = batch.completed_items, time.monotonic()
@@ -628,6 +640,7 @@ class TemporalEngine:
             await asyncio.sleep(POLL_INTERVAL_S)
 
     async def cancel_batch(self, batch_id: str) -> Batch:
+        self._check_entered()
         return await self._batches.cancel(batch_id)
 
     async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
@@ -635,6 +648,7 @@ class TemporalEngine:
         return await self._batches.retry(batch_id, only)
 
     async def delete_batch(self, batch_id: str) -> None:
+        self._check_entered()
         await self._batches.delete(batch_id)
 
 
