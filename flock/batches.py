@@ -183,6 +183,8 @@ class Batches:
             pass
         if self._runner.is_leaving or self._store.items_to_do(batch, -1, 1):
             return batch
+        for item_id, reason in await self._store.fail_unreadable(batch, now()):
+            logger.error("batch %s: its item %s cannot be read, and has failed: %s", id_, item_id, reason)
         batch = await self._store.end(batch, now())
         counts = (batch.total_items, batch.failed_items, batch.cancelled_items)
         template = "batch %s: %s, agent %s, %d items, %d of them failed and %d cancelled (request %s)"

@@ -4,6 +4,7 @@ An item is a row of ``runs``; its batch says which engine works on it. What touc
 one transaction, so that others have their turn, and so that whoever goes on after a crash finds what is left to do.
 """
 
+import itertools
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
@@ -15,7 +16,7 @@ from msgspec.structs import replace
 
 from flock import schema
 from flock.errors import EngineFull, OwnershipLost, StoreError
-from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Run, RunStatus, Step
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Run, RunStatus
 from flock.store import Store
 
 __all__ = ["BatchStore"]
@@ -106,33 +107,37 @@ class BatchStore:
             f"ORDER BY batch_id DESC LIMIT {wanted.limit:d}"
         )
         values = tuple(conditions.values())
-        return self._store.read(lambda db: [schema.batch_from(row) for row in db.execute(query, values)])
+        return self._store.read(lambda db: [schema.batch_or_remains(row) for row in db.execute(query, values)])
 
     def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> list[Run]:
         """Up to *limit* items of a batch behind the position *after*, in order, without their steps.
 
         They are fewer where they are long; there is none left where none is given.
         """
-        query = schema.item_listing(COLUMNS_WITHOUT_STEPS, statuses)
         values = {"batch_id": batch_id, "after": after, "limit": limit}
-        return self._store.read(lambda db: _page(schema.run_from(row, ()) for *row, _ in db.execute(query, values)))
+
+        def find(db: sqlite3.Connection) -> list[Run]:
+            rows = schema.rows_of(
+                db, lambda columns: schema.item_listing(columns, statuses), values, COLUMNS_WITHOUT_STEPS
+            )
+            return _page(map(schema.run_or_remains, rows))
+
+        return self._store.read(find)
 
     def items_to_do(self, batch: Batch, after: int, limit: int) -> list[Run]:
         """Items that wait, as ``items`` gives them; those that were begun before come with the steps that they did.
 
-        None where the batch belongs to another engine by now.
+        Items that cannot be read are left out, for ``end``. None where the batch belongs to another engine by now.
         """
-        query = schema.item_listing(schema.COLUMNS, [RunStatus.STARTING])
-        values = {"batch_id": batch.batch_id, "after": after, "limit": limit}
+        values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
 
         def find(db: sqlite3.Connection) -> list[Run]:
             found = schema.find_batch(db, batch.batch_id)
             if found is None or found.owner != batch.owner:
                 return []
-            return _page(
-                replace(schema.run_from(row, _steps_of(db, row)), owner=batch.owner)
-                for *row, _ in db.execute(query, values)
-            )
+            rows = schema.rows_of(db, lambda columns: schema.item_listing(columns, [RunStatus.STARTING]), values)
+            readable = (item for row in rows if (item := _if_readable(db, row)) is not None)
+            return _page(replace(item, owner=batch.owner) for item in itertools.islice(readable, limit))
 
         return self._store.read(find)
 
@@ -146,21 +151,47 @@ class BatchStore:
         return await self._change_own(batch, lambda db: db.execute(query, values))
 
     async def end(self, batch: Batch, now: datetime) -> Batch:
-        """Write its final status, and an error where no item completed. Raises OwnershipLost."""
-        query = "UPDATE batches SET status = ?, error = ?, completed_at = ?, reopening = NULL WHERE batch_id = ?"
+        """Write its final status, and an error where no item completed; what has not ended has failed.
+
+        Raises OwnershipLost.
+        """
+        query = """UPDATE batches SET status = ?, error = ?, completed_at = ?, reopening = NULL,
+            failed_items = ?, completed_items = total_items WHERE batch_id = ?"""
 
         def apply(db: sqlite3.Connection) -> None:
             counted, status, error = schema.find_batch(db, batch.batch_id), RunStatus.COMPLETED, None
             assert counted is not None
+            failed = counted.failed_items + counted.total_items - counted.completed_items
             if counted.cancel_requested and counted.cancelled_items:
                 status, error = RunStatus.CANCELLED, "The batch was cancelled."
-            elif counted.failed_items + counted.cancelled_items == counted.total_items:
+            elif failed + counted.cancelled_items == counted.total_items:
                 status = RunStatus.FAILED
-                first = db.execute(FIRST_ERROR, {"batch_id": batch.batch_id, "after": -1, "limit": 1}).fetchone()[0]
-                error = f"None of the {counted.total_items} items completed. The first one: {first}"
-            db.execute(query, (status.value, error, schema.micros(now), batch.batch_id))
+                first = db.execute(FIRST_ERROR, {"batch_id": batch.batch_id, "after": -1, "limit": 1}).fetchone()
+                why = schema.DAMAGED_RUN if first is None else first[0]
+                error = f"None of the {counted.total_items} items completed. The first one: {why}"
+            db.execute(query, (status.value, error, schema.micros(now), failed, batch.batch_id))
 
         return await self._change_own(batch, apply)
+
+    async def fail_unreadable(self, batch: Batch, now: datetime) -> list[tuple[str, str]]:
+        """Let the items fail that have not ended once ``items_to_do`` gives none any more: they cannot be read.
+
+        Returns: the id of each, and what is wrong with it. Raises OwnershipLost.
+        """
+        found = self._store.read(lambda db: _unfinished(db, batch.batch_id))
+        row_ids = [row_id for row_id, _, _, is_writable in found if is_writable]
+        query = "UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ? WHERE rowid = ?"
+        end = (schema.DAMAGED_RUN, schema.UNREADABLE, schema.micros(now))
+        for start in range(0, len(row_ids), BITE):
+            bite = row_ids[start : start + BITE]
+
+            def apply(db: sqlite3.Connection) -> None:
+                _check_owner(db, batch)
+                db.executemany(query, [(*end, row_id) for row_id in bite])  # noqa: B023 - called before the next
+                schema.count_ended(db, schema.Ended({(batch.batch_id, RunStatus.FAILED): len(bite)}))  # noqa: B023
+
+            await self._store.change(apply)
+        return [(run_id, reason) for _, run_id, reason, _ in found]
 
     async def cancel_waiting(self, batch: Batch, now: datetime) -> bool:
         """Cancel some of the items that have not begun; False once there is none. Raises OwnershipLost."""
@@ -327,12 +358,40 @@ TO_REOPEN = """SELECT run_id FROM runs INDEXED BY items_by_status
     WHERE batch_id = ? AND status = ? AND error_type IS NOT ? LIMIT ?"""
 FIRST_ERROR = schema.item_listing("error", RunStatus)
 COLUMNS_WITHOUT_STEPS = ", ".join("NULL" if name == "last_step" else name for name in schema.FIELDS)
-STARTED_AT, ATTEMPT = schema.FIELDS.index("started_at"), schema.FIELDS.index("attempt")
+UNFINISHED = """SELECT rowid, CAST(run_id AS BLOB) FROM runs INDEXED BY items_by_status
+    WHERE batch_id = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
 
 
-def _steps_of(db: sqlite3.Connection, row: Sequence[Any]) -> tuple[Step, ...]:
-    """Most items were never begun: those are spared a query each. A retry forgets when an item was, not what it did."""
-    return schema.find_steps(db, row[0]) if row[STARTED_AT] is not None or row[ATTEMPT] > 1 else ()
+def _to_do(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
+    """An item with its steps. Raises Damaged.
+
+    Most items were never begun: those are spared a query each. A retry forgets when an item was, not what it did.
+    """
+    run = schema.run_from(row, ())
+    was_begun = run.started_at is not None or run.attempt > 1
+    return replace(run, steps=schema.find_steps(db, run.run_id)) if was_begun else run
+
+
+def _if_readable(db: sqlite3.Connection, row: Sequence[Any]) -> Run | None:
+    try:
+        return _to_do(db, row)
+    except schema.Damaged:
+        return None
+
+
+def _unfinished(db: sqlite3.Connection, batch_id: str) -> list[tuple[int, str, str, bool]]:
+    """The row id of each item that has not ended, its id, what is wrong with it, and whether it can be written."""
+    query, found = "SELECT completed_items < total_items FROM batches WHERE batch_id = ?", []
+    if not db.execute(query, (batch_id,)).fetchone()[0]:  # to look at all items would take long
+        return []
+    for row_id, run_id in db.execute(UNFINISHED, (batch_id,)).fetchall():
+        reason, is_writable = "it is neither waiting nor at its end", True
+        try:
+            _to_do(db, schema.read_row(db, schema.COLUMNS, "rowid", row_id))
+        except schema.Damaged as exc:
+            reason, is_writable = str(exc), exc.is_writable
+        found.append((row_id, (run_id or b"").decode("utf-8", "replace"), reason, is_writable))
+    return found
 
 
 def _page(items: Iterable[Run]) -> list[Run]:

@@ -5,9 +5,10 @@ All functions are called within a transaction of ``flock.store``, or on its conn
 
 import contextlib
 import functools
+import itertools
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,11 +18,15 @@ from flock.errors import EngineFull, EngineStopped, KeyReused, Replayed
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Progress, Run, RunStatus, Step, Usage
 
 __all__ = [
+    "DAMAGED_BATCH",
+    "DAMAGED_RUN",
     "INTERRUPTED",
     "MIGRATIONS",
+    "UNREADABLE",
     "Damaged",
     "Ended",
     "batch_from",
+    "batch_or_remains",
     "batch_values",
     "bytes_or_none",
     "check_engine",
@@ -39,7 +44,10 @@ __all__ = [
     "item_listing",
     "listing",
     "micros",
+    "read_row",
+    "rows_of",
     "run_from",
+    "run_or_remains",
     "run_values",
     "step_from",
     "steps_with_rows",
@@ -52,6 +60,10 @@ T = TypeVar("T")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: ``error`` and ``error_type`` of a run whose server went away while somebody waited for it.
 INTERRUPTED = ("The server stopped before this run ended.", "interrupted")
+#: ``error`` of a run or a batch whose row in the store is damaged, and ``error_type`` of the run.
+DAMAGED_RUN = "The record of this run is damaged and cannot be read."
+DAMAGED_BATCH = "The record of this batch is damaged and cannot be read."
+UNREADABLE = "unreadable"
 
 
 # Migrations: applied in order, each once; the file remembers how many. Never change one that was released.
@@ -189,11 +201,38 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
 
 # Rows
 
-FIELDS = (
-    "run_id flock agent_name inputs status result error error_type created_at started_at completed_at request_id "
-    "batch_id position is_async attempt timeout_s owner cancel_requested progress traceparent principal "
-    "recoveries extra last_step"
-).split()
+#: What SQLite gives for a column. It keeps any type in any column, so a damaged row may hold another one.
+TEXT, INTEGER, BLOB = {str}, {int}, {bytes}
+MAYBE_TEXT, MAYBE_INTEGER, MAYBE_REAL, MAYBE_BLOB = ({type_, type(None)} for type_ in (str, int, float, bytes))
+
+TYPES: Mapping[str, Collection[type]] = {
+    "run_id": TEXT,
+    "flock": TEXT,
+    "agent_name": TEXT,
+    "inputs": BLOB,
+    "status": TEXT,
+    "result": MAYBE_BLOB,
+    "error": MAYBE_TEXT,
+    "error_type": MAYBE_TEXT,
+    "created_at": INTEGER,
+    "started_at": MAYBE_INTEGER,
+    "completed_at": MAYBE_INTEGER,
+    "request_id": MAYBE_TEXT,
+    "batch_id": MAYBE_TEXT,
+    "position": MAYBE_INTEGER,
+    "is_async": INTEGER,
+    "attempt": INTEGER,
+    "timeout_s": MAYBE_REAL,
+    "owner": MAYBE_TEXT,
+    "cancel_requested": INTEGER,
+    "progress": MAYBE_BLOB,
+    "traceparent": MAYBE_TEXT,
+    "principal": MAYBE_TEXT,
+    "recoveries": INTEGER,
+    "extra": MAYBE_BLOB,
+    "last_step": MAYBE_BLOB,
+}
+FIELDS = tuple(TYPES)
 COLUMNS = ", ".join(FIELDS)
 #: What stands for a column that is not read.
 EMPTY = {
@@ -201,6 +240,10 @@ EMPTY = {
     "recoveries": "0",
     **dict.fromkeys(("result", "traceparent", "principal", "extra", "last_step"), "NULL"),
 }
+#: The columns of a row of which only the beginning can be read; a row without inputs counts as damaged.
+SHORT_COLUMNS = ", ".join(
+    {**EMPTY, "inputs": "x''", "error": "NULL", "progress": "NULL"}.get(name, name) for name in FIELDS
+)
 # What a failed commit may have written all the same is written again.
 INSERT_RUN = f"INSERT OR REPLACE INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
 UPDATE = """UPDATE runs SET status = ?, result = ?, error = ?, error_type = ?, started_at = ?, completed_at = ?,
@@ -330,8 +373,15 @@ def run_values(run: Run, last_step: bytes | None = None) -> tuple[Any, ...]:
 
 
 def find_run(db: sqlite3.Connection, run_id: str) -> Run | None:
-    row = db.execute(f"SELECT {COLUMNS} FROM runs WHERE run_id = ?", (run_id,)).fetchone()
-    return None if row is None else run_from(row, find_steps(db, run_id))
+    """Raises Damaged, unless the run has failed for that reason."""
+    try:
+        row = read_row(db, COLUMNS, "run_id", run_id)
+        return None if row is None else run_from(row, find_steps(db, run_id))
+    except Damaged:
+        row = _read_remains(db, run_id)
+        if _remains_of(row, TYPES, READERS).get("error_type") != UNREADABLE:
+            raise
+        return _remains_of_run(row)
 
 
 def find_steps(db: sqlite3.Connection, run_id: str) -> tuple[Step, ...]:
@@ -339,46 +389,132 @@ def find_steps(db: sqlite3.Connection, run_id: str) -> tuple[Step, ...]:
         "SELECT agent_name, result, next_agent, usage, attempt, started_at, completed_at FROM steps WHERE run_id = ? "
         "ORDER BY position"
     )
-    return tuple(map(step_from, db.execute(query, (run_id,))))
+    with _finding_damage():
+        return tuple(map(step_from, db.execute(query, (run_id,))))
+
+
+def read_row(db: sqlite3.Connection, columns: str, name: str, value: Any) -> Any:
+    """The row of ``runs`` with that *value*, or None. Raises Damaged."""
+    with _finding_damage():
+        return db.execute(f"SELECT {columns} FROM runs WHERE {name} = ?", (value,)).fetchone()
+
+
+def _read_remains(db: sqlite3.Connection, run_id: str) -> Any:
+    """A damaged row, or its beginning if that is all that SQLite can read; with text as bytes, since it may be none."""
+    db.text_factory = bytes
+    try:
+        return read_row(db, COLUMNS, "run_id", run_id)
+    except Damaged:
+        return read_row(db, SHORT_COLUMNS, "run_id", run_id)
+    finally:
+        db.text_factory = str
 
 
 class Damaged(sqlite3.DatabaseError):
-    """A row holds what was never written to it: SQLite has no checksums, and gives what it finds."""
+    """A row holds what was never written to it: SQLite has no checksums, and gives what it finds.
+
+    Attributes:
+        is_writable: False if SQLite itself cannot read all of it. To write it would fail the whole transaction.
+    """
+
+    def __init__(self, reason: Exception, *, is_writable: bool = True) -> None:
+        super().__init__(f"a row is damaged ({reason})")
+        self.is_writable = is_writable
+
+
+@contextlib.contextmanager
+def _finding_damage() -> Iterator[None]:
+    """Raise Damaged if SQLite or its driver cannot read one row; what else they raise is not about a row."""
+    try:
+        yield
+    except sqlite3.DatabaseError as exc:
+        if "Could not decode to UTF-8" in str(exc):
+            raise Damaged(exc) from exc
+        if type(exc) is sqlite3.DatabaseError:  # SQLITE_CORRUPT
+            raise Damaged(exc, is_writable=False) from exc
+        raise
+
+
+#: What is raised when what a damaged row holds is converted.
+DAMAGE = (ArithmeticError, TypeError, ValueError)
 
 
 def _refuse_damage(convert: Callable[..., T]) -> Callable[..., T]:
-
     @functools.wraps(convert)
     def refuse_damage(*args: Any) -> T:
         try:
             return convert(*args)
-        except (ArithmeticError, TypeError, ValueError) as exc:
-            raise Damaged(f"a row is damaged ({exc})") from exc
+        except DAMAGE as exc:
+            raise Damaged(exc) from exc
 
     return refuse_damage
 
 
+def _check_types(row: Sequence[Any], types: Mapping[str, Collection[type]]) -> None:
+    for value, (name, allowed) in zip(row, types.items(), strict=True):
+        if type(value) not in allowed:
+            raise TypeError(f"{name} is of the type {type(value).__name__}")
+
+
 @_refuse_damage
 def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
+    _check_types(row, TYPES)
     values = dict(zip(FIELDS, row, strict=True))
-    for name in ("created_at", "started_at", "completed_at"):
-        values[name] = time_from(values[name])
-    last_step, result = values.pop("last_step"), None if values["result"] is None else _json(values["result"])
+    for name, read in READERS.items():
+        values[name] = read(values[name])
+    last_step, result = values.pop("last_step"), values["result"]
     if last_step is not None and result is not None:
         steps = (*steps, _last_step_from(last_step, result))
-    return Run(
-        **values
-        | {
-            "inputs": _json(values["inputs"]),
-            "status": RunStatus(values["status"]),
-            "result": result,
-            "is_async": bool(values["is_async"]),
-            "cancel_requested": bool(values["cancel_requested"]),
-            "progress": _progress(values["progress"]),
-            "extra": None if values["extra"] is None else _json(values["extra"]),
-            "steps": steps,
-        }
-    )
+    return Run(**values, steps=steps)
+
+
+def run_or_remains(row: Sequence[Any]) -> Run:
+    """A run without its steps. One whose row is damaged says so in ``error``, and keeps what can be read."""
+    try:
+        return run_from(row, ())
+    except Damaged:
+        return _remains_of_run(row)
+
+
+def _remains_of_run(row: Sequence[Any]) -> Run:
+    values: dict[str, Any]
+    values = {"run_id": "", "flock": "", "agent_name": "", "inputs": msgspec.Raw(b"{}"), "status": RunStatus.FAILED}
+    values |= {"created_at": EPOCH, **_remains_of(row, TYPES, READERS), "error": DAMAGED_RUN, "error_type": UNREADABLE}
+    values.pop("last_step", None)
+    return Run(**values)
+
+
+def _remains_of(
+    row: Sequence[Any], types: Mapping[str, Collection[type]], readers: Mapping[str, Callable[[Any], Any]]
+) -> dict[str, Any]:
+    """Those values of a damaged row that are not."""
+    values: dict[str, Any] = {}
+    for value, (name, allowed) in zip(row, types.items(), strict=True):
+        with contextlib.suppress(*DAMAGE):
+            if type(value) is bytes and str in allowed:
+                value = value.decode()
+            _check_types([value], {name: allowed})
+            values[name] = readers[name](value) if name in readers else value
+    return values
+
+
+def rows_of(
+    db: sqlite3.Connection, query: Callable[[str], str], values: Mapping[str, Any], columns: str = COLUMNS
+) -> Iterator[Sequence[Any]]:
+    """The rows of *query*, a function of the columns; as much as can be read of those that SQLite cannot read whole."""
+    read = 0
+    try:
+        with _finding_damage():
+            for row in db.execute(query(columns), values):
+                yield row[: len(FIELDS)]
+                read += 1
+    except Damaged:
+        for run_id, *_ in itertools.islice(db.execute(query("run_id"), values), read, None):
+            try:
+                row = read_row(db, columns, "run_id", run_id)
+            except Damaged:
+                row = _read_remains(db, run_id)
+            yield row
 
 
 def _last_step_from(kept: bytes, result: msgspec.Raw) -> Step:
@@ -395,6 +531,7 @@ def _last_step_from(kept: bytes, result: msgspec.Raw) -> Step:
 
 @_refuse_damage
 def step_from(row: Sequence[Any]) -> Step:
+    _check_types(row, STEP_TYPES)
     agent_name, result, next_agent, usage, attempt, started_at, completed_at = row
     return Step(
         agent_name=agent_name,
@@ -407,11 +544,40 @@ def step_from(row: Sequence[Any]) -> Step:
     )
 
 
-BATCH_FIELDS = (
-    "batch_id flock agent_name options status total_items completed_items failed_items cancelled_items error "
-    "created_at started_at completed_at request_id owner principal attempt cancel_requested reopening resumed_at "
-    "resumed_with extra_names"
-).split()
+STEP_TYPES: Mapping[str, Collection[type]] = {
+    "agent_name": TEXT,
+    "result": BLOB,
+    "next_agent": MAYBE_TEXT,
+    "usage": MAYBE_BLOB,
+    "attempt": INTEGER,
+    "started_at": INTEGER,
+    "completed_at": INTEGER,
+}
+BATCH_TYPES: Mapping[str, Collection[type]] = {
+    "batch_id": TEXT,
+    "flock": TEXT,
+    "agent_name": TEXT,
+    "options": BLOB | TEXT,
+    "status": TEXT,
+    "total_items": INTEGER,
+    "completed_items": INTEGER,
+    "failed_items": INTEGER,
+    "cancelled_items": INTEGER,
+    "error": MAYBE_TEXT,
+    "created_at": INTEGER,
+    "started_at": MAYBE_INTEGER,
+    "completed_at": MAYBE_INTEGER,
+    "request_id": MAYBE_TEXT,
+    "owner": MAYBE_TEXT,
+    "principal": MAYBE_TEXT,
+    "attempt": INTEGER,
+    "cancel_requested": INTEGER,
+    "reopening": MAYBE_TEXT,
+    "resumed_at": MAYBE_INTEGER,
+    "resumed_with": INTEGER,
+    "extra_names": MAYBE_BLOB,
+}
+BATCH_FIELDS = tuple(BATCH_TYPES)
 BATCH_COLUMNS = ", ".join(BATCH_FIELDS)
 INSERT_BATCH = f"INSERT INTO batches ({BATCH_COLUMNS}, hidden) VALUES ({', '.join('?' * (len(BATCH_FIELDS) + 1))})"
 INTERRUPT_SYNC = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
@@ -445,23 +611,32 @@ TIMES_OF_BATCH = ("created_at", "started_at", "completed_at", "resumed_at")
 
 
 def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
-    """A batch that is not out of sight."""
+    """A batch that is not out of sight. Raises Damaged, unless it has failed for that reason."""
     query = f"SELECT {BATCH_COLUMNS} FROM batches WHERE batch_id = ? AND hidden IS NULL"
     row = db.execute(query, (batch_id,)).fetchone()
-    return None if row is None else batch_from(row)
+    if row is None:
+        return None
+    return batch_or_remains(row) if row[BATCH_FIELDS.index("error")] == DAMAGED_BATCH else batch_from(row)
 
 
 @_refuse_damage
 def batch_from(row: Sequence[Any]) -> Batch:
+    _check_types(row, BATCH_TYPES)
     values = dict(zip(BATCH_FIELDS, row, strict=True))
-    for name in TIMES_OF_BATCH:
-        values[name] = time_from(values[name])
-    values["options"] = msgspec.json.decode(values["options"], type=BatchOptions)
-    values["status"] = RunStatus(values["status"])
-    values["cancel_requested"] = bool(values["cancel_requested"])
-    names = values["extra_names"]
-    values["extra_names"] = () if names is None else msgspec.json.decode(names, type=tuple[str, ...])
+    for name, read in BATCH_READERS.items():
+        values[name] = read(values[name])
     return Batch(**values)
+
+
+def batch_or_remains(row: Sequence[Any]) -> Batch:
+    """A batch. One whose row is damaged says so in ``error``, and keeps what can be read."""
+    try:
+        return batch_from(row)
+    except Damaged:
+        values: dict[str, Any]
+        values = {"batch_id": "", "flock": "", "agent_name": "", "options": BatchOptions(), "total_items": 0}
+        values |= {"status": RunStatus.FAILED, "created_at": EPOCH, **_remains_of(row, BATCH_TYPES, BATCH_READERS)}
+        return Batch(**values | {"error": DAMAGED_BATCH})
 
 
 def check_room(db: sqlite3.Connection, flock: str, max_queue: int) -> None:
@@ -514,7 +689,7 @@ def item_listing(columns: str, statuses: Iterable[str]) -> str:
     """A query for up to :limit items of :batch_id behind :after, in order: SQLite merges the ranges as it reads."""
     ranges = (
         f"SELECT {columns}, position AS place FROM runs INDEXED BY items_by_status "
-        f"WHERE batch_id = :batch_id AND status = '{status}' AND position > :after"
+        f"WHERE batch_id = :batch_id AND status = '{status}' AND position > :after AND position <= {2**63 - 1}"
         for status in statuses
     )
     return f"{' UNION ALL '.join(ranges)} ORDER BY place LIMIT :limit"
@@ -570,6 +745,24 @@ def _progress(kept: bytes | None) -> Progress | None:
         return None if kept is None else msgspec.json.decode(kept, type=Progress)
     except msgspec.DecodeError:
         return None
+
+
+#: How the values of columns become those of records, if they are not the same.
+READERS: Mapping[str, Callable[[Any], Any]] = {
+    "inputs": _json,
+    "status": RunStatus,
+    **dict.fromkeys(("result", "extra"), lambda kept: None if kept is None else _json(kept)),
+    **dict.fromkeys(("created_at", "started_at", "completed_at"), time_from),
+    **dict.fromkeys(("is_async", "cancel_requested"), bool),
+    "progress": _progress,
+}
+BATCH_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "options": functools.partial(msgspec.json.decode, type=BatchOptions),
+    "status": RunStatus,
+    **dict.fromkeys(TIMES_OF_BATCH, time_from),
+    "cancel_requested": bool,
+    "extra_names": lambda kept: () if kept is None else msgspec.json.decode(kept, type=tuple[str, ...]),
+}
 
 
 def bytes_or_none(raw: msgspec.Raw | None) -> bytes | None:

@@ -518,7 +518,7 @@ class Store:
         return self.read(lambda db: schema.find_run(db, run_id))
 
     def list_runs(self, flock: str, wanted: RunFilter) -> list[Run]:
-        """One page of runs that are no items, newest first, without their steps."""
+        """One page of runs that are no items, newest first, without their steps. A damaged row has an error in it."""
         left_out = {"traceparent", "principal", "recoveries", "last_step"}  # they lie behind what is long
         left_out |= {
             name for name, asked in (("inputs", wanted.with_inputs), ("result", wanted.with_results)) if not asked
@@ -537,8 +537,11 @@ class Store:
                 conditions.append(condition)
                 values[condition.rpartition(":")[2]] = value
         statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
-        query = f"{schema.listing(columns, statuses, ' AND '.join(conditions))} LIMIT :limit"
-        return self.read(lambda db: [schema.run_from(row, ()) for row in db.execute(query, values)])
+
+        def query(columns: str) -> str:
+            return f"{schema.listing(columns, statuses, ' AND '.join(conditions))} LIMIT :limit"
+
+        return self.read(lambda db: list(map(schema.run_or_remains, schema.rows_of(db, query, values, columns))))
 
     def queue(self, flock: str) -> Queue:
         """What waits that is no item. When a run was opened anew is not kept, so its age is left out."""

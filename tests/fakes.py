@@ -291,6 +291,15 @@ class Work:
                 raise AgentError(f"no {n}")
             return n
 
+        @self.flock.agent
+        async def long(n: int, text: str) -> int:
+            """As ``item``, with inputs of many pages."""
+            self.calls.append(n)
+            if self.holds:
+                self.begun.set()
+                await self.may_go.wait()
+            return n
+
 
 def numbers(count: int) -> list[dict[str, int]]:
     return [{"n": n} for n in range(count)]

@@ -1,6 +1,7 @@
 """Batches in an engine: accepted whole or not at all, worked on in turns, cancelled, tried again, forgotten."""
 
 import contextlib
+import logging
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from flock.errors import (
     StoreError,
     TooLarge,
 )
+from flock.results import item_pages
 from flock.runs import Batch, BatchFilter, BatchOptions, RunStatus, new_id, now
 from flock.store import Store
 from tests.fakes import Work, ended, numbers
@@ -237,6 +239,105 @@ async def test_those_who_wait_for_it_are_woken_by_its_end_and_by_nothing_else(
                 await anyio.sleep(0.1)
             work.may_go.set()
         assert looks <= 3 * 20
+
+
+# Damaged rows
+
+#: What may be found in a row that nobody wrote so.
+DAMAGES = {
+    "inputs that are no JSON": "inputs = x'ff00'",
+    "inputs that are text": "inputs = '{}'",
+    "no inputs": "inputs = x''",
+    "an unknown status": "status = 'asleep'",
+    "an attempt that is text": "attempt = 'first'",
+    "a time that is text": "created_at = 'today'",
+    "a time beyond all calendars": "created_at = 9223372036854775807",
+    "a text that is not UTF-8": "agent_name = CAST(x'ff' AS TEXT)",
+    "a position that is text": "position = 'third'",
+    "steps that are no JSON": "started_at = 1",
+}
+
+
+@pytest.mark.parametrize("change", DAMAGES.values(), ids=DAMAGES)
+async def test_an_item_that_cannot_be_read_fails_alone_and_its_batch_ends(
+    change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others are carried out, the log has one line for it, and it is shown among the results."""
+    work, store = Work(), str(tmp_path / "flock.db")
+    work.holds = True
+    async with work.flock.engine(store=store) as engine:
+        batch = await engine.submit_batch("item", numbers(600), BatchOptions(max_workers=1))
+        await work.begun.wait()
+        ids = [item.run_id for item in await engine.get_items(batch.batch_id, limit=600)]
+    with contextlib.closing(sqlite3.connect(store)) as db, db:
+        assert db.execute(f"UPDATE runs SET {change} WHERE position = 3").rowcount == 1
+        step = (ids[3], 0, "item", b"{", None, None, 1, 1, 1)
+        db.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", step)
+    work.may_go.set()
+    async with work.flock.engine(store=store) as engine:
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.completed_items, batch.failed_items) == (RunStatus.COMPLETED, 600, 1)
+        item = await engine.get_run(ids[3])
+        assert (item.status, item.error_type) == (RunStatus.FAILED, "unreadable")
+        items = [item async for page in item_pages(engine, batch.batch_id) for item in page]
+        assert len(items) == (599 if "position" in change else 600)
+        failed = {item.run_id for item in items if item.status is not RunStatus.COMPLETED}
+        assert failed == (set() if "position" in change else {ids[3]})
+    assert sorted(set(work.calls)) == [n for n in range(600) if n != 3]
+    errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len([error for error in errors if ids[3] in error and "cannot be read, and has failed" in error]) == 1
+    assert len(errors) == 1
+
+
+async def test_a_batch_of_items_that_cannot_be_read_fails(tmp_path: Path) -> None:
+    work, store = Work(), str(tmp_path / "flock.db")
+    work.holds = True
+    async with work.flock.engine(store=store, max_concurrency=1) as engine:
+        batch = await engine.submit_batch("item", numbers(2500), BatchOptions(max_workers=1))
+        await work.begun.wait()
+    with contextlib.closing(sqlite3.connect(store)) as db, db:
+        db.execute("UPDATE runs SET inputs = x'ff'")
+    async with work.flock.engine(store=store) as engine:
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.failed_items, batch.completed_items) == (RunStatus.FAILED, 2500, 2500)
+        assert batch.error == f"None of the 2500 items completed. The first one: {schema.DAMAGED_RUN}"
+        retried = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert (retried.status, retried.failed_items) == (RunStatus.FAILED, 2500)
+
+
+async def test_an_item_of_which_pages_are_lost_does_not_keep_its_batch_from_ending(tmp_path: Path) -> None:
+    """SQLite can neither read nor write such a row."""
+    work, store = Work(), str(tmp_path / "flock.db")
+    work.holds = True
+    async with work.flock.engine(store=store) as engine:
+        rows_of_batch = [{"n": n, "text": chr(65 + n) * 30_000} for n in range(5)]
+        batch = await engine.submit_batch("long", rows_of_batch, BatchOptions(max_workers=1))
+        await work.begun.wait()
+        ids = [item.run_id for item in await engine.get_items(batch.batch_id)]
+    with contextlib.closing(sqlite3.connect(store)) as db:
+        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+    lose_pages(Path(store), b"D" * 1000)
+    work.may_go.set()
+    async with work.flock.engine(store=store) as engine:
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.completed_items, batch.failed_items) == (RunStatus.COMPLETED, 5, 1)
+        items = await engine.get_items(batch.batch_id)
+        assert [item.run_id for item in items] == ids
+        assert [item.error_type for item in items] == [None, None, None, "unreadable", None]
+        engine.check_ready()
+    assert sorted(set(work.calls)) == [0, 1, 2, 4]
+
+
+def lose_pages(store: Path, words: bytes) -> None:
+    """Overwrite the pages that hold nothing but *words*."""
+    whole = store.read_bytes()
+    pages = [whole[at : at + 4096] for at in range(0, len(whole), 4096)]
+    lost = [n for n, page in enumerate(pages) if words in page[: len(words) + 4]]
+    assert lost
+    for n in lost:
+        pages[n] = b"\xee" * 4096
+    with open(store, "r+b") as file:
+        file.write(b"".join(pages))
 
 
 # Several engines, and what is left behind
