@@ -76,7 +76,7 @@ class BatchStore:
         def apply(db: sqlite3.Connection) -> Batch:
             schema.check_key(db, batch.flock, key)
             schema.check_engine(db, batch.owner)
-            _check_room(db, batch.flock, batch.total_items - batch.completed_items, max_open_items)
+            self._check_room(db, batch.flock, batch.total_items - batch.completed_items, max_open_items)
             if is_staged:
                 _check_staged(db, batch)
                 db.execute("DELETE FROM batches WHERE batch_id = ?", (batch.batch_id,))
@@ -86,6 +86,17 @@ class BatchStore:
             return batch
 
         await self._store.change(apply, then)
+
+    def _check_room(self, db: sqlite3.Connection, flock: str, more: int, max_open_items: int) -> None:
+        query = """SELECT sum(total_items - completed_items) FROM batches INDEXED BY batches_open
+            WHERE flock = ? AND agent_name IN (SELECT value FROM json_each(?)) AND completed_at IS NULL
+            AND hidden IS NULL"""
+        waiting = db.execute(query, (flock, schema.names_json(self._store.agents))).fetchone()[0] or 0
+        if waiting + more > max_open_items:
+            raise EngineFull(
+                f"{waiting} items of other batches have not ended, and {more} more would be over what this server "
+                f"takes ({max_open_items}, max_open_items)."
+            )
 
     # Looking
 
@@ -274,7 +285,7 @@ class BatchStore:
             ]
             if not wanted:
                 return None
-            _check_room(db, found.flock, sum(counts[status] for status in wanted), max_open_items)
+            self._check_room(db, found.flock, sum(counts[status] for status in wanted), max_open_items)
             db.execute(REOPEN_BATCH, (owner, ",".join(wanted), batch_id))
             return schema.find_batch(db, batch_id)
 
@@ -403,14 +414,3 @@ def _page(items: Iterable[Run]) -> list[Run]:
         if length > PAGE_BYTES:
             break
     return page
-
-
-def _check_room(db: sqlite3.Connection, flock: str, more: int, max_open_items: int) -> None:
-    query = """SELECT sum(total_items - completed_items) FROM batches INDEXED BY batches_open
-        WHERE flock = ? AND completed_at IS NULL AND hidden IS NULL"""
-    waiting = db.execute(query, (flock,)).fetchone()[0] or 0
-    if waiting + more > max_open_items:
-        raise EngineFull(
-            f"{waiting} items of other batches have not ended, and {more} more would be over what this server takes "
-            f"({max_open_items}, max_open_items)."
-        )

@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
 from typing import Any, Literal, Self
@@ -105,11 +105,12 @@ class EmbeddedEngine:
         agents: by name; read at each submission, so agents added later are found.
         models: what model agents call; the engine closes it.
         store: where runs are kept; the engine opens and closes it.
-        flock: the name under which runs are kept; an engine takes up only those of its own.
+        flock: the name under which runs are kept; an engine sees and takes up only those of its own, and takes up none
+            whose agent it does not have.
         max_concurrency: steps at work at the same time, in this process.
-        max_queue: runs accepted and waiting, in all processes on the store.
+        max_queue: runs of these agents accepted and waiting, in all processes on the store.
         max_items: items of one batch.
-        max_open_items: items of all batches together that have not ended.
+        max_open_items: items of all batches of these agents together that have not ended.
         max_threads: synchronous functions at work at the same time.
         max_steps: how often one run may be handed on.
         max_tokens: what one run may spend on models, input and output together, as their providers count; None is no
@@ -186,6 +187,8 @@ class EmbeddedEngine:
         self._store_changed = anyio.Event()
         #: batches, and runs of others, that somebody waits for
         self._awaited: dict[str, anyio.Event] = {}
+        #: of engines that are gone, the agents that the runs wait for that were left to them
+        self._waiting_for: dict[str, Collection[str]] = {}
         self._tasks: anyio.abc.TaskGroup | None = None
 
     @property
@@ -198,13 +201,14 @@ class EmbeddedEngine:
         if self._tasks is not None:
             raise EngineStopped("This engine is running already.")
         self._engine_id = new_id()
+        self._waiting_for = {}
         self._runner = self._make_runner()
         self._batches = self._make_batches(self.batch_store, self._runner, self._start_batch)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
             with self._entering():
-                await self.store.enter(self._engine_id, self._flock)
+                self._say_who_shares(await self.store.enter(self._engine_id, self._flock, self._agents.keys()))
                 if (newest := self.store.last_id()) is not None:
                     with contextlib.suppress(ValueError):  # of a damaged file; what reads it says so
                         make_ids_after(newest)
@@ -220,6 +224,23 @@ class EmbeddedEngine:
         self._tasks.start_soon(self._watch)
         self._tasks.start_soon(self._retain)
         return self
+
+    def _say_who_shares(self, agents_before: Sequence[str]) -> None:
+        """Warn of other programs on the store, which may be there by accident: its default is in the working folder."""
+        missing = ", ".join(name for name in agents_before if name not in self._agents)
+        if missing:
+            logger.warning(
+                "The store %s was last used by a flock that is also called %r, with agents that this one does not "
+                "have: %s. If that is another program, each sees the runs of the other: give one of them another name, "
+                "Flock(name), or another store (store=, --store).",
+                *(self.store.path, self._flock, missing),
+            )
+        for name, count in self.store.unfinished_of_others(self._flock).items():
+            logger.warning(
+                "The store %s has %d unfinished runs and batches of the flock %r. This flock, %r, does not carry them "
+                "out. If it should have a store of its own, name one (store=, --store).",
+                *(self.store.path, count, name, self._flock),
+            )
 
     @contextlib.contextmanager
     def _entering(self) -> Iterator[None]:
@@ -372,6 +393,7 @@ class EmbeddedEngine:
                 at_work = run if run.batch_id is None else await self.get_batch(run.batch_id)
                 if at_work.owner == self._engine_id and run_id not in self._runner.active:
                     self._runner.cancelled_before[run_id] = run.attempt
+                await self._take_over_cancelled(at_work.owner)
                 return await self.get_run(run_id)
             run = await self.get_run(run_id)
             if run.status is not RunStatus.CANCELLED:
@@ -385,6 +407,7 @@ class EmbeddedEngine:
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
+        self._check_has(run.agent_name)
         reopened = None
         if run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
             if run.batch_id is None:
@@ -446,6 +469,12 @@ class EmbeddedEngine:
             return self._agents[name]
         except KeyError:
             raise AgentNotFound(name, list(self._agents)) from None
+
+    def _check_has(self, agent_name: str) -> None:
+        if agent_name not in self._agents:
+            raise Conflict(
+                f"This program does not have the agent {agent_name!r}, which it needs. Retry it in a program that does."
+            )
 
     def _start(self, run: Run | None) -> None:
         """What is accepted while the engine goes is for the next start."""
@@ -512,21 +541,46 @@ class EmbeddedEngine:
         changed, self._store_changed = self._store_changed, anyio.Event()
         changed.set()
 
+    def _dead_engines(self) -> Sequence[str]:
+        return self.store.dead_engines(self._flock, self._engine_id) if self.store.is_shared else ()
+
     async def _take_over(self) -> None:
-        """Go on with what engines left whose process is gone."""
-        for dead_id in self.store.dead_engines(self._flock, self._engine_id) if self.store.is_shared else ():
-            runs, batches = await self.store.take_over(dead_id, self._engine_id, now())
-            ended = [run for run in runs if run.status.is_final]
-            runs = [run for run in runs if not run.status.is_final]
-            if ended or runs or batches:
-                template = "going on with %d runs and %d batches of an engine that is gone; %d runs ended with it"
-                logger.info(template, len(runs), len(batches), len(ended))
-            for run in ended:
-                self._runner.tell_observers("run_ended", run)
-            for run in runs:
-                self._start(run)
-            for batch in batches:
-                self._batches.start(batch)
+        """Go on with what engines left whose process is gone, if its agents are here."""
+        dead = self._dead_engines()
+        self._waiting_for = {dead_id: names for dead_id, names in self._waiting_for.items() if dead_id in dead}
+        for dead_id in dead:
+            names = self._waiting_for.get(dead_id)
+            if names is None or any(name in self._agents for name in names):
+                await self._take_over_from(dead_id)
+
+    async def _take_over_cancelled(self, owner: str | None) -> None:
+        """End what is to be cancelled and belongs to an engine that is gone: it may be that nobody has its agent."""
+        if owner is not None and owner in self._dead_engines():
+            await self._take_over_from(owner)
+
+    async def _take_over_from(self, dead_id: str) -> None:
+        taken = await self.store.take_over(dead_id, self._engine_id, now())
+        ended = [run for run in taken.runs if run.status.is_final]
+        runs = [run for run in taken.runs if not run.status.is_final]
+        if ended or runs or taken.batches:
+            template = "going on with %d runs and %d batches of an engine that is gone; %d runs ended with it"
+            logger.info(template, len(runs), len(taken.batches), len(ended))
+        known = self._waiting_for.pop(dead_id, ())
+        if not taken.is_all:
+            self._waiting_for[dead_id] = taken.waiting.keys()
+        if not taken.waiting.keys() <= set(known):
+            logger.warning(
+                "The store %s has unfinished runs of agents that this program does not have: %s. They wait for a "
+                "program that has them; they can be cancelled.",
+                self.store.path,
+                ", ".join(f"{name} ({count})" for name, count in taken.waiting.items()),
+            )
+        for run in ended:
+            self._runner.tell_observers("run_ended", run)
+        for run in runs:
+            self._start(run)
+        for batch in taken.batches:
+            self._batches.start(batch)
 
     async def _retain(self) -> None:
         """Delete what is too old, in small bites."""
@@ -639,6 +693,7 @@ class EmbeddedEngine:
             if batch.owner == self._engine_id:
                 self._batches.cancel(batch_id)
             else:
+                await self._take_over_cancelled(batch.owner)
                 await anyio.sleep(SEEN_BY_ALL_S)  # its owner lets no item begin from then on
         batch = await self.get_batch(batch_id)
         if batch.status.is_final and batch.status is not RunStatus.CANCELLED:
@@ -647,7 +702,7 @@ class EmbeddedEngine:
 
     async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
         self._check_running()
-        await self.get_batch(batch_id)
+        self._check_has((await self.get_batch(batch_id)).agent_name)
         wanted = only or (RunStatus.FAILED, RunStatus.CANCELLED)
         reopened = await self._batches.retry(batch_id, self._engine_id, wanted)
         if reopened is None:

@@ -44,6 +44,7 @@ __all__ = [
     "item_listing",
     "listing",
     "micros",
+    "names_json",
     "read_row",
     "rows_of",
     "run_from",
@@ -189,6 +190,11 @@ def _add_extra(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE batches ADD COLUMN extra_names BLOB")
 
 
+def _add_flocks(db: sqlite3.Connection) -> None:
+    """Which agents a flock of a name had when it was last started."""
+    db.execute("CREATE TABLE flocks (flock TEXT PRIMARY KEY, agents TEXT NOT NULL) WITHOUT ROWID")
+
+
 MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _create_tables,
     _add_traceparent,
@@ -196,6 +202,7 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _widen_batches,
     _add_recoveries,
     _add_extra,
+    _add_flocks,
 ]
 
 
@@ -580,16 +587,19 @@ BATCH_TYPES: Mapping[str, Collection[type]] = {
 BATCH_FIELDS = tuple(BATCH_TYPES)
 BATCH_COLUMNS = ", ".join(BATCH_FIELDS)
 INSERT_BATCH = f"INSERT INTO batches ({BATCH_COLUMNS}, hidden) VALUES ({', '.join('?' * (len(BATCH_FIELDS) + 1))})"
-INTERRUPT_SYNC = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-    WHERE owner = ? AND batch_id IS NULL AND status IN ('starting', 'running') AND NOT is_async RETURNING run_id"""
+FAIL_RUN = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
+    WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
 RUNS_OF = """SELECT run_id FROM runs
     WHERE owner = ? AND status IN ('starting', 'running') AND batch_id IS NULL ORDER BY run_id"""
-TAKE_RUNS = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'),
+TAKE_RUN = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'),
     recoveries = recoveries + (status = 'running'), status = 'starting'
-    WHERE owner = ? AND batch_id IS NULL AND status IN ('starting', 'running')"""
+    WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
 BATCHES_OF = """SELECT batch_id FROM batches INDEXED BY batches_open
     WHERE owner = ? AND hidden IS NULL AND completed_at IS NULL ORDER BY batch_id"""
-TAKE_BATCH = "UPDATE batches SET owner = ? WHERE batch_id = ?"
+FAIL_BATCH = "UPDATE batches SET status = 'failed', error = ?, completed_at = ? WHERE batch_id = ? AND owner = ?"
+FAIL_ITEMS = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
+    WHERE batch_id = ? AND status IN ('starting', 'running')"""
+TAKE_BATCH = "UPDATE batches SET owner = ? WHERE batch_id = ? AND owner = ? AND completed_at IS NULL"
 TAKE_ITEMS = """UPDATE runs SET attempt = attempt + 1, recoveries = recoveries + 1, status = 'starting'
     WHERE batch_id = ? AND status = 'running'"""
 DROP_STAGED = "UPDATE batches SET hidden = 'dropped' WHERE owner = ? AND hidden = 'staged'"
@@ -639,9 +649,14 @@ def batch_or_remains(row: Sequence[Any]) -> Batch:
         return Batch(**values | {"error": DAMAGED_BATCH})
 
 
-def check_room(db: sqlite3.Connection, flock: str, max_queue: int) -> None:
-    query = "SELECT count(*) FROM runs INDEXED BY runs_by_status WHERE batch_id IS NULL AND flock = ? AND status = ?"
-    waiting = db.execute(query, (flock, "starting")).fetchone()[0]
+#: Runs of agents that no program has any more wait too, but not for a slot.
+WAITING = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock = ?
+    AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
+
+
+def check_room(db: sqlite3.Connection, flock: str, agents: Collection[str], max_queue: int) -> None:
+    """Raise EngineFull if as many runs of these agents wait."""
+    waiting = db.execute(f"SELECT count(*) {WAITING}", (flock, names_json(agents))).fetchone()[0]
     if waiting >= max_queue:
         raise EngineFull(f"{waiting} runs are waiting already, all that this server takes (max_queue).")
 
@@ -763,6 +778,10 @@ BATCH_READERS: Mapping[str, Callable[[Any], Any]] = {
     "cancel_requested": bool,
     "extra_names": lambda kept: () if kept is None else msgspec.json.decode(kept, type=tuple[str, ...]),
 }
+
+
+def names_json(names: Iterable[str]) -> str:
+    return msgspec.json.encode(sorted(names)).decode()
 
 
 def bytes_or_none(raw: msgspec.Raw | None) -> bytes | None:

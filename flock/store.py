@@ -16,11 +16,12 @@ import functools
 import logging
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn, Self, TypeVar
+from typing import IO, Any, Literal, NamedTuple, NoReturn, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -140,6 +141,9 @@ class Store:
         path: of the file, which is made if it does not exist; its folder must exist. ``":memory:"`` keeps nothing.
         durability: what a commit survives.
 
+    Attributes:
+        agents: names of those whose runs are taken up and counted; ``enter`` sets it.
+
     Raises:
         StoreError: at entry, where the file cannot be used; it says why and what to do.
     """
@@ -149,6 +153,7 @@ class Store:
         self.path = MEMORY if str(path) == MEMORY else os.path.realpath(path)
         self.durability = durability
         self.is_shared = self.path != MEMORY
+        self.agents: Collection[str] = ()
         self._open = _Group()
         self._unawaited: dict[str, _PendingRun] = {}
         #: runs whose first record was refused, so that they have no row
@@ -211,10 +216,13 @@ class Store:
         except sqlite3.Error as exc:
             if db is not None:
                 db.close()
-            raise StoreError(
-                f"The store {self.path!r} cannot be opened: {exc}. Name another file (store=, --store), in a folder "
-                "that can be written, or keep runs in memory only with ':memory:'."
-            ) from exc
+            remedy = "Restore it, or name another file (store=, --store)."
+            if isinstance(exc, sqlite3.OperationalError):
+                remedy = (
+                    "Name another file (store=, --store), in a folder that can be written, or keep runs in memory only "
+                    "with ':memory:'."
+                )
+            raise StoreError(f"The store {self.path!r} cannot be opened: {exc}. {remedy}") from exc
         return db
 
     def _open_lock_file(self, stack: AsyncExitStack) -> IO[bytes]:
@@ -544,12 +552,10 @@ class Store:
         return self.read(lambda db: list(map(schema.run_or_remains, schema.rows_of(db, query, values, columns))))
 
     def queue(self, flock: str) -> Queue:
-        """What waits that is no item. When a run was opened anew is not kept, so its age is left out."""
-        query = (
-            "SELECT count(*), min(CASE WHEN attempt = 1 THEN created_at END) FROM runs INDEXED BY runs_by_status "
-            "WHERE batch_id IS NULL AND flock = ? AND status = 'starting'"
-        )
-        depth, oldest = self.read(lambda db: db.execute(query, (flock,)).fetchone())
+        """What waits for one of ``agents`` and is no item. Runs that were opened anew have no age: it is not kept."""
+        query = f"SELECT count(*), min(CASE WHEN attempt = 1 THEN created_at END) {schema.WAITING}"
+        values = (flock, schema.names_json(self.agents))
+        depth, oldest = self.read(lambda db: db.execute(query, values).fetchone())
         return Queue(depth, schema.time_from(oldest))
 
     def last_id(self) -> str | None:
@@ -568,13 +574,13 @@ class Store:
             Replayed: a run was made under this key before; that comes before any limit.
             KeyReused: the key was used for another request.
             EngineStopped: its engine has left.
-            EngineFull: *max_queue* runs of this flock are waiting, in all processes together.
+            EngineFull: *max_queue* runs of these agents are waiting, in all processes together.
         """
 
         def apply(db: sqlite3.Connection) -> Run:
             schema.check_key(db, run.flock, key)
             schema.check_engine(db, run.owner)
-            schema.check_room(db, run.flock, max_queue)
+            schema.check_room(db, run.flock, self.agents, max_queue)
             schema.insert_runs(db, [run])
             schema.insert_key(db, run.flock, key, run.run_id, run.created_at)
             return run
@@ -596,7 +602,7 @@ class Store:
 
         def apply(db: sqlite3.Connection) -> Run | None:
             schema.check_engine(db, owner)
-            schema.check_room(db, flock, max_queue)
+            schema.check_room(db, flock, self.agents, max_queue)
             query = (
                 "UPDATE runs SET status = 'starting', attempt = attempt + 1, owner = ?, is_async = 1, result = NULL, "
                 "error = NULL, error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, "
@@ -662,11 +668,41 @@ class Store:
 
     # Engines
 
-    async def enter(self, engine_id: str, flock: str) -> None:
-        """Say that *engine_id* lives, for as long as this process does: the kernel frees the lock that it holds."""
+    async def enter(self, engine_id: str, flock: str, agents: Collection[str]) -> Sequence[str]:
+        """Say that *engine_id* lives, for as long as this process does: the kernel frees the lock that it holds.
+
+        Args:
+            agents: names of those that the engine has; later ones may be added to it.
+
+        Returns: those that the engine of this flock had that was started before.
+        """
+        self.agents = agents
         if self.is_shared:
             self._engine_lock = _hold(f"{self.path}-engine-{engine_id}")
+
+        def apply(db: sqlite3.Connection) -> Sequence[str]:
+            found = db.execute("SELECT agents FROM flocks WHERE flock = ?", (flock,)).fetchone()
+            db.execute("INSERT OR REPLACE INTO flocks VALUES (?, ?)", (flock, schema.names_json(agents)))
+            with contextlib.suppress(msgspec.DecodeError):
+                return [] if found is None else msgspec.json.decode(found[0], type=list[str])
+            return []
+
         await self._insert_engine(engine_id, flock)
+        return await self.change(apply)
+
+    def unfinished_of_others(self, flock: str) -> Mapping[str, int]:
+        """How many runs and batches of flocks of other names have not ended, by these names."""
+        names = "SELECT DISTINCT flock FROM engines WHERE flock != ?"  # what is not finished has an engine there
+        count = """SELECT (SELECT count(*) FROM runs INDEXED BY runs_by_status WHERE batch_id IS NULL
+            AND flock = :flock AND status IN ('starting', 'running')) + (SELECT count(*) FROM batches
+            INDEXED BY batches_open WHERE flock = :flock AND completed_at IS NULL AND hidden IS NULL)"""
+
+        def find(db: sqlite3.Connection) -> Mapping[str, int]:
+            others = [name for (name,) in db.execute(names, (flock,)).fetchall()]
+            counts = {name: db.execute(count, {"flock": name}).fetchone()[0] for name in others}
+            return {name: number for name, number in counts.items() if number}
+
+        return self.read(find)
 
     async def remain(self, engine_id: str, flock: str) -> bool:
         """Say again that *engine_id* lives, if anybody was told otherwise; False if its runs were taken over by then.
@@ -693,10 +729,10 @@ class Store:
 
         def apply(db: sqlite3.Connection) -> bool:
             db.execute(schema.DROP_STAGED, (engine_id,))
-            unfinished = any(db.execute(of, (engine_id,)).fetchone() for of in (schema.RUNS_OF, schema.BATCHES_OF))
-            if not unfinished:
-                db.execute("DELETE FROM engines WHERE engine_id = ?", (engine_id,))
-            return bool(unfinished)
+            if unfinished := _has_unfinished(db, engine_id):
+                return unfinished
+            db.execute("DELETE FROM engines WHERE engine_id = ?", (engine_id,))
+            return False
 
         try:
             if not await self.change(apply) and self.is_shared:
@@ -711,43 +747,107 @@ class Store:
         others = self.read(lambda db: [row[0] for row in db.execute(query, (flock, besides))])
         return [engine_id for engine_id in others if not _is_held(f"{self.path}-engine-{engine_id}")]
 
-    async def take_over(self, dead_id: str, owner: str, now: datetime) -> tuple[list[Run], list[Batch]]:
-        """Make *owner* the owner of what *dead_id* left unfinished.
+    async def take_over(self, dead_id: str, owner: str, now: datetime) -> "TakenOver":
+        """Make *owner* the owner of what *dead_id* left unfinished, as far as it is for one of ``agents``.
 
-        Runs that somebody waited for are ended, since nobody does any more.
-
-        Returns: those that ended and runs to go on with, and batches; nothing where another engine was faster.
+        What is to be cancelled needs no agent. Runs that somebody waited for are ended, since nobody does any more, and
+        so is what cannot be read. All else stays as it is, for a program that has its agent.
         """
+        left = self.read(lambda db: _left_by(db, dead_id, self.agents))
 
-        def apply(db: sqlite3.Connection) -> tuple[list[Run], list[Batch]]:
-            if db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,)).rowcount == 0:
-                return [], []
-            _remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
-            interrupted = (*schema.INTERRUPTED, schema.micros(now), dead_id)
-            run_ids = [run_id for (run_id,) in db.execute(schema.INTERRUPT_SYNC, interrupted)]
-            # By their ids: what the new owner has already is at work there.
-            run_ids += [run_id for (run_id,) in db.execute(schema.RUNS_OF, (dead_id,))]
-            batch_ids = [batch_id for (batch_id,) in db.execute(schema.BATCHES_OF, (dead_id,))]
-            db.execute(schema.TAKE_RUNS, (owner, dead_id))
-            db.execute(schema.DROP_STAGED, (dead_id,))
-            for batch_id in batch_ids:
-                db.execute(schema.TAKE_BATCH, (owner, batch_id))
+        def apply(db: sqlite3.Connection) -> TakenOver:
+            at = schema.micros(now)
+            ended = [id_ for id_, end in left.ends.items() if _changes(db, schema.FAIL_RUN, *end, at, id_, dead_id)]
+            runs = ended + [id_ for id_ in left.runs if _changes(db, schema.TAKE_RUN, owner, id_, dead_id)]
+            batches = [id_ for id_ in left.batches if _changes(db, schema.TAKE_BATCH, owner, id_, dead_id)]
+            for batch_id in batches:
                 db.execute(schema.TAKE_ITEMS, (batch_id,))
-            runs = [run for run_id in run_ids if (run := _if_readable(schema.find_run, db, run_id)) is not None]
-            return runs, [
-                b for batch_id in batch_ids if (b := _if_readable(schema.find_batch, db, batch_id)) is not None
-            ]
+            for batch_id in left.damaged_batches:
+                if _changes(db, schema.FAIL_BATCH, schema.DAMAGED_BATCH, at, batch_id, dead_id):
+                    db.execute(schema.FAIL_ITEMS, (schema.DAMAGED_BATCH, schema.UNREADABLE, at, batch_id))
+            db.execute(schema.DROP_STAGED, (dead_id,))
+            is_all = not _has_unfinished(db, dead_id)
+            if is_all:
+                db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,))
+                _remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
+            return TakenOver(
+                [run for run_id in runs if (run := schema.find_run(db, run_id)) is not None],
+                [batch for batch_id in batches if (batch := schema.find_batch(db, batch_id)) is not None],
+                left.waiting,
+                is_all,
+            )
 
         return await self.change(apply)
 
 
-def _if_readable(find: Callable[[sqlite3.Connection, str], T | None], db: sqlite3.Connection, id_: str) -> T | None:
-    """One that is damaged must not keep the others from going on."""
-    try:
-        return find(db, id_)
-    except sqlite3.DatabaseError as exc:
-        logger.error("%s is left out, since it cannot be read: %s", id_, exc)
-        return None
+class TakenOver(NamedTuple):
+    """What an engine took over from one that is gone.
+
+    Attributes:
+        runs: those that ended with it, and those to go on with.
+        batches: to go on with.
+        waiting: how many runs and batches were left, by the agent that they wait for.
+        is_all: nothing was left.
+    """
+
+    runs: Sequence[Run]
+    batches: Sequence[Batch]
+    waiting: Mapping[str, int]
+    is_all: bool
+
+
+class _Left:
+    """The ids of what an engine left unfinished, by what is to be done with it."""
+
+    def __init__(self) -> None:
+        self.runs: list[str] = []
+        self.batches: list[str] = []
+        self.damaged_batches: list[str] = []
+        #: runs that end as failed: with which ``error`` and ``error_type``
+        self.ends: dict[str, tuple[str, str]] = {}
+        self.waiting: Counter[str] = Counter()
+
+
+def _left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str]) -> _Left:
+    """Read outside a transaction for writing, which would fail if SQLite cannot read one of the rows."""
+    left = _Left()
+    for (run_id,) in db.execute(schema.RUNS_OF, (dead_id,)).fetchall():
+        try:
+            run = schema.find_run(db, run_id)
+        except schema.Damaged as exc:
+            logger.error("run %s was left unfinished, and cannot be read: %s", run_id, exc)
+            if exc.is_writable:
+                left.ends[run_id] = (schema.DAMAGED_RUN, schema.UNREADABLE)
+            continue
+        if run is None:
+            continue
+        agent_name = (run.steps[-1].next_agent if run.steps else None) or run.agent_name
+        if not run.is_async:
+            left.ends[run_id] = schema.INTERRUPTED
+        elif run.cancel_requested or agent_name in agents:
+            left.runs.append(run_id)
+        else:
+            left.waiting[agent_name] += 1
+    for (batch_id,) in db.execute(schema.BATCHES_OF, (dead_id,)).fetchall():
+        try:
+            batch = schema.find_batch(db, batch_id)
+        except schema.Damaged as exc:
+            logger.error("batch %s was left unfinished, and cannot be read: %s", batch_id, exc)
+            left.damaged_batches.append(batch_id)
+            continue
+        if batch is not None and (batch.cancel_requested or batch.agent_name in agents):
+            left.batches.append(batch_id)
+        elif batch is not None:
+            left.waiting[batch.agent_name] += 1
+    return left
+
+
+def _changes(db: sqlite3.Connection, query: str, *values: Any) -> bool:
+    return db.execute(query, values).rowcount > 0
+
+
+def _has_unfinished(db: sqlite3.Connection, engine_id: str) -> bool:
+    return any(db.execute(of, (engine_id,)).fetchone() for of in (schema.RUNS_OF, schema.BATCHES_OF))
 
 
 # Kernel locks: held as long as the process lives, whatever ends it

@@ -293,7 +293,7 @@ def test_a_file_that_is_no_store_any_more_is_refused_with_what_to_do(
             server.stop()
     if what.startswith("all"):
         damage(store, what)
-        words = f"The store {str(store)!r} cannot be used: database disk image is malformed."
+        words = f"The store {str(store)!r} cannot be opened: database disk image is malformed."
     else:
         store.write_bytes(random.Random(7).randbytes(100) + (store.read_bytes()[100:] if store.exists() else b""))
         words = f"The store {str(store)!r} cannot be opened: file is not a database."

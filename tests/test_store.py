@@ -116,14 +116,14 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) ->
     at_work_already = run_of(owner="successor")
     for run in (running, waiting, waited_for, at_work_already):
         await store.save(run, is_new=True)
-    await store.enter("me", "f")
-    runs, batches = await store.take_over("me", "successor", now())
-    assert batches == []
+    await store.enter("me", "f", {"a"})
+    runs, batches, waiting_for, is_all = await store.take_over("me", "successor", now())
+    assert (batches, waiting_for, is_all) == ([], {}, True)
     ended, *to_go_on_with = runs
     assert (ended.run_id, ended.error_type) == (waited_for.run_id, "interrupted")
     assert [(run.run_id, run.attempt) for run in to_go_on_with] == [(running.run_id, 2), (waiting.run_id, 1)]
     assert [run.recoveries for run in to_go_on_with] == [1, 0]
-    assert await store.take_over("me", "late", now()) == ([], [])
+    assert await store.take_over("me", "late", now()) == ([], [], {}, True)
     with pytest.raises(OwnershipLost):
         await store.save(replace(running, status=RunStatus.COMPLETED))
     interrupted = store.get_run(waited_for.run_id)
@@ -137,7 +137,7 @@ async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -
     first = run_of()
     with pytest.raises(EngineStopped):  # nobody would go on with it
         await store.accept(first, 2, key)
-    await store.enter("me", first.flock)
+    await store.enter("me", first.flock, {"a"})
     await store.accept(first, 2, key)
     await store.accept(run_of(), 2, None)
     with pytest.raises(EngineFull):
@@ -250,7 +250,7 @@ async def test_a_record_with_a_value_that_sqlite_refuses_fails_alone(
 ) -> None:
     """What shares its transaction is written, and nothing of the record itself."""
     run, others = run_of(), [run_of() for _ in range(4)]
-    await store.enter("me", "f")
+    await store.enter("me", "f", {"a"})
     await store.save(run, is_new=True)
 
     async def fail() -> None:

@@ -1,0 +1,308 @@
+"""Several programs on one store: each carries out the runs of its own agents, and says who else is there."""
+
+import contextlib
+import glob
+import logging
+import os
+import signal
+import sqlite3
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from flock.core import Flock
+from flock.embedded import EmbeddedEngine
+from flock.errors import Conflict, EngineFull, RunNotFound
+from flock.runs import BatchFilter, BatchOptions, RunFilter, RunStatus
+from tests.fakes import flockapi_command, running, until
+
+pytestmark = pytest.mark.anyio
+
+STORE = "flock.db"
+
+
+class Program:
+    """A flock with agents of these names; ``first`` hands on to ``second``, and all of them wait until they may go."""
+
+    def __init__(self, *agents: str, name: str = "flock") -> None:
+        self.flock, self.calls = Flock(name), list[str]()
+        self.begun, self.may_go = anyio.Event(), anyio.Event()
+        for agent_name in agents:
+            self.add(agent_name)
+
+    def add(self, agent_name: str) -> None:
+        @self.flock.agent(name=agent_name, next_agent="second" if agent_name == "first" else None)
+        async def work() -> str:
+            self.calls.append(agent_name)
+            self.begun.set()
+            if agent_name != "first":
+                await self.may_go.wait()
+            return agent_name
+
+    def engine(self, **options: Any) -> EmbeddedEngine:
+        return self.flock.engine(store=STORE, **options)
+
+
+async def leave(program: Program, *agents: str, batches: bool = False) -> list[str]:
+    """The ids of runs, or of batches, that were accepted and begun when their engine stopped."""
+    async with program.engine() as engine:
+        if batches:
+            ids = [(await engine.submit_batch(name, [{}] * 3, BatchOptions())).batch_id for name in agents]
+        else:
+            ids = [(await engine.submit(name, {})).run_id for name in agents]
+        await until(lambda: len(set(program.calls)) >= len(set(agents)))
+    return ids
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+async def status_of(engine: EmbeddedEngine, id_: str, *, is_batch: bool) -> RunStatus:
+    return (await engine.get_batch(id_) if is_batch else await engine.get_run(id_)).status
+
+
+@pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
+async def test_what_was_left_waits_for_a_program_that_has_its_agent(
+    batches: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A program without it takes up the others, names what waits, and shows it."""
+    both, other, same = Program("ours", "theirs"), Program("theirs"), Program("ours")
+    ours, theirs = await leave(both, "ours", "theirs", batches=batches)
+    other.may_go.set()
+    same.may_go.set()
+    async with other.engine() as engine:
+        wait = engine.wait_batch if batches else engine.wait
+        assert (await wait(theirs, timeout_s=20)).status is RunStatus.COMPLETED
+        assert not (await wait(ours, timeout_s=1.5)).status.is_final, "others are looked after each second"
+        listed = await (engine.list_batches(BatchFilter()) if batches else engine.list_runs(RunFilter()))
+        assert len(listed) == 2
+    assert set(other.calls) == {"theirs"}
+    waiting = [line for line in warnings_of(caplog) if "does not have: ours (1)" in line]
+    assert len(waiting) == 1
+    async with same.engine() as engine:
+        wait = engine.wait_batch if batches else engine.wait
+        assert (await wait(ours, timeout_s=20)).status is RunStatus.COMPLETED
+    assert set(same.calls) == {"ours"}
+    assert not glob.glob(f"{STORE}-engine-*"), "nobody is left to be looked after"
+
+
+async def test_a_run_that_was_handed_on_waits_for_the_agent_whose_turn_it_is() -> None:
+    whole = Program("first", "second")
+    async with whole.engine() as engine:
+        run_id = (await engine.submit("first", {})).run_id
+        await whole.begun.wait()
+    async with Program("first").engine() as engine:
+        assert not (await engine.wait(run_id, timeout_s=0.2)).status.is_final
+    second = Program("second")
+    second.may_go.set()
+    async with second.engine() as engine:
+        run = await engine.wait(run_id, timeout_s=20)
+        assert (run.status, [step.agent_name for step in run.steps]) == (RunStatus.COMPLETED, ["first", "second"])
+
+
+async def test_an_agent_that_is_added_later_takes_up_what_waits_for_it() -> None:
+    (run_id,) = await leave(Program("ours"), "ours")
+    program = Program("other")
+    program.may_go.set()
+    async with program.engine() as engine:
+        assert not (await engine.wait(run_id, timeout_s=0.2)).status.is_final
+        program.add("ours")
+        assert (await engine.wait(run_id, timeout_s=20)).status is RunStatus.COMPLETED
+
+
+@pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
+async def test_what_waits_for_an_agent_that_nobody_has_can_be_cancelled_and_deleted(batches: bool) -> None:
+    kept, gone = await leave(Program("ours"), "ours", "ours", batches=batches)
+    async with Program("other").engine() as engine:
+        cancel: Callable[[str], Awaitable[Any]] = engine.cancel_batch if batches else engine.cancel_run
+        delete: Callable[[str], Awaitable[Any]] = engine.delete_batch if batches else engine.delete_run
+        wait = engine.wait_batch if batches else engine.wait
+        with pytest.raises(Conflict, match="Cancel it first"):
+            await delete(gone)
+        await cancel(gone)
+        assert (await wait(gone, timeout_s=20)).status is RunStatus.CANCELLED
+        await delete(gone)
+        assert not (await wait(kept, timeout_s=0)).status.is_final
+    ours = Program("ours")
+    ours.may_go.set()
+    async with ours.engine() as engine:
+        wait = engine.wait_batch if batches else engine.wait
+        assert (await wait(kept, timeout_s=20)).status is RunStatus.COMPLETED
+
+
+async def test_what_waits_for_an_agent_that_nobody_has_takes_no_room() -> None:
+    """Otherwise a program would be full for as long as another one does not come back."""
+    await leave(Program("ours"), "ours", "ours", "ours")
+    await leave(Program("ours"), "ours", batches=True)
+    other = Program("other")
+    async with other.engine(max_queue=1, max_open_items=3, max_concurrency=1) as engine:
+        assert (await engine.queue()).depth == 0
+        await engine.submit("other", {})
+        await other.begun.wait()
+        await engine.submit("other", {})
+        with pytest.raises(EngineFull, match="1 runs are waiting"):
+            await engine.submit("other", {})
+        assert (await engine.queue()).depth == 1
+        await engine.submit_batch("other", [{}] * 3, BatchOptions())
+        with pytest.raises(EngineFull, match="max_open_items"):
+            await engine.submit_batch("other", [{}], BatchOptions())
+
+
+@pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
+async def test_only_a_program_that_has_the_agent_can_retry(batches: bool) -> None:
+    ours = Program("ours")
+    async with ours.engine() as engine:
+        id_ = (await engine.submit_batch("ours", [{}], BatchOptions())).batch_id if batches else ""
+        id_ = id_ or (await engine.submit("ours", {})).run_id
+        await ours.begun.wait()
+        await (engine.cancel_batch(id_) if batches else engine.cancel_run(id_))
+        await (engine.wait_batch(id_) if batches else engine.wait(id_))
+    async with Program("other").engine() as engine:
+        with pytest.raises(Conflict, match="does not have the agent 'ours'"):
+            await (engine.retry_batch(id_) if batches else engine.retry_run(id_))
+        assert await status_of(engine, id_, is_batch=batches) is RunStatus.CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "missing"),
+    [
+        pytest.param(["one"], ["two"], "one", id="others"),
+        pytest.param(["one", "two", "three"], ["two"], "one, three", id="more"),
+        pytest.param(["one"], ["one", "two"], None, id="fewer"),
+        pytest.param(["one"], ["one"], None, id="the same"),
+        pytest.param([], ["one"], None, id="none"),
+    ],
+)
+async def test_the_start_says_if_a_flock_of_this_name_had_agents_that_are_not_here(
+    before: list[str], now: list[str], missing: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A program that only got another agent is no reason to warn."""
+    async with Program(*before).engine(), Program(*before, name="another").engine():
+        pass
+    assert warnings_of(caplog) == []
+    async with Program(*now).engine():
+        pass
+    expected = f"last used by a flock that is also called 'flock', with agents that this one does not have: {missing}."
+    assert [expected in line for line in warnings_of(caplog)] == ([] if missing is None else [True])
+
+
+@pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
+async def test_the_start_says_if_flocks_of_other_names_have_unfinished_runs(
+    batches: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody else carries them out, and nobody else sees them."""
+    (id_,) = await leave(Program("ours", name="left"), "ours", batches=batches)
+    async with Program("ours", name="left").engine():
+        assert warnings_of(caplog) == []
+    async with Program("ours", name="mine").engine() as engine:
+        assert await engine.list_runs(RunFilter()) == []
+        with pytest.raises(RunNotFound):
+            await engine.get_run(id_)
+    (warning,) = warnings_of(caplog)
+    assert (
+        "has 1 unfinished runs and batches of the flock 'left'. This flock, 'mine', does not carry them out." in warning
+    )
+
+
+# What cannot be read
+
+
+async def test_a_run_that_cannot_be_read_fails_at_the_next_start_and_keeps_nothing_from_going_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Lists show it and the others."""
+    ids = await leave(Program("ours"), *["ours"] * 4)
+    batch_ids = await leave(Program("ours"), "ours", "ours", batches=True)
+    with contextlib.closing(sqlite3.connect(STORE)) as db, db:
+        db.execute("UPDATE runs SET inputs = x'ff' WHERE run_id = ?", ids[:1])
+        db.execute("UPDATE runs SET attempt = 'first', is_async = x'00' WHERE run_id = ?", ids[1:2])
+        db.execute("INSERT INTO steps VALUES (?, 0, 'ours', x'ff', 'ours', NULL, 1, 1, 1)", ids[2:3])
+        db.execute("UPDATE batches SET options = x'ff' WHERE batch_id = ?", batch_ids[:1])
+    ours = Program("ours")
+    ours.may_go.set()
+    async with ours.engine() as engine:
+        assert (await engine.wait(ids[3], timeout_s=20)).status is RunStatus.COMPLETED
+        assert (await engine.wait_batch(batch_ids[1], timeout_s=20)).status is RunStatus.COMPLETED
+        for run_id in ids[:3]:
+            run = await engine.get_run(run_id)
+            assert (run.status, run.error_type, run.agent_name) == (RunStatus.FAILED, "unreadable", "ours")
+        wanted = RunFilter(with_inputs=True, with_results=True)
+        assert [run.run_id for run in await engine.list_runs(wanted)] == ids[::-1]
+        batch = await engine.get_batch(batch_ids[0])
+        assert (batch.status, batch.error) == (
+            RunStatus.FAILED,
+            "The record of this batch is damaged and cannot be read.",
+        )
+        assert [each.batch_id for each in await engine.list_batches(BatchFilter())] == batch_ids[::-1]
+        assert {item.status for item in await engine.get_items(batch_ids[0])} == {RunStatus.FAILED}
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 4
+    for id_ in [*ids[:3], batch_ids[0]]:
+        assert len([line for line in errors if id_ in line and "cannot be read" in line]) == 1
+
+
+@pytest.mark.parametrize("what", ["inputs = x'ff'", "error = x'ff'", "created_at = 'today'"])
+async def test_a_run_that_was_damaged_after_its_end_is_shown_in_lists_with_what_can_be_read(what: str) -> None:
+    ours = Program("ours")
+    ours.may_go.set()
+    async with ours.engine() as engine:
+        ids = [(await engine.submit("ours", {})).run_id for _ in range(3)]
+        for run_id in ids:
+            await engine.wait(run_id)
+    with contextlib.closing(sqlite3.connect(STORE)) as db, db:
+        db.execute(f"UPDATE runs SET {what} WHERE run_id = ?", ids[1:2])
+    async with ours.engine() as engine:
+        runs = await engine.list_runs(RunFilter(with_inputs=True, with_results=True))
+        assert [run.run_id for run in runs] == ids[::-1]
+        assert [run.error_type for run in runs] == [None, "unreadable", None]
+        assert [run.status for run in runs] == [RunStatus.COMPLETED] * 3
+
+
+# Programs as people have them
+
+SCRIPT = """
+import time
+from pathlib import Path
+from flock.core import Flock
+
+flock = Flock()
+
+@flock.agent
+def {agent}() -> str:
+    Path("begun-{agent}").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
+    return "{agent}"
+"""
+
+
+def test_programs_in_one_folder_leave_the_queue_of_a_killed_one_to_its_own_next_start(tmp_path: Path) -> None:
+    """The README's own line, ``Flock()``, and the default store."""
+
+    def command(agent: str) -> list[str]:
+        (tmp_path / f"{agent}.py").write_text(SCRIPT.format(agent=agent))
+        return flockapi_command("serve", f"{agent}.py", "--port", "0")
+
+    body = {"agent_name": "reports", "inputs": {}, "async_run": True}
+    with running(*command("reports")) as server:
+        ids = [httpx.post(f"{server.url}/run/flock", json=body).json()["run_id"] for _ in range(3)]
+        server.wait_for_line("127.0.0.1")
+        anyio.run(until, (tmp_path / "begun-reports").exists)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+    with running(*command("mails")) as server:
+        server.wait_for_line("with agents that this one does not have: reports.")
+        server.wait_for_line("does not have: reports (3)")
+        statuses = [httpx.get(f"{server.url}/run/{run_id}").json()["status"] for run_id in ids]
+        assert set(statuses) <= {"starting", "running"}
+        assert httpx.post(f"{server.url}/run/{ids[0]}/cancel").status_code == 202
+        assert httpx.get(f"{server.url}/run/{ids[0]}?wait=20", timeout=30).json()["status"] == "cancelled"
+    (tmp_path / "go").touch()
+    with running(*command("reports")) as server:
+        ends = [httpx.get(f"{server.url}/run/{run_id}?wait=20", timeout=30).json() for run_id in ids]
+        assert [end["status"] for end in ends] == ["cancelled", "completed", "completed"]
