@@ -26,7 +26,7 @@ from flock.errors import AgentNotFound, StoreError
 from flock.progress import follow_batch
 from flock.results import item_pages, results_as
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid
-from flock.store import Store, hold_alone
+from flock.store import Store, create_private, hold_alone
 from flock.tables import Fill, TableFormat, file_rows, is_packed
 from flock.workflow import columns_of, result_names
 
@@ -182,12 +182,13 @@ async def _left_before(
 def _mark(state: str) -> None:
     """Make a file that is a state. Raises StoreError where there is one that is none."""
     try:
+        create_private(state)
         with contextlib.closing(sqlite3.connect(state)) as db:
             mark = db.execute("PRAGMA application_id").fetchone()[0]
             if mark == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 db.execute(f"PRAGMA application_id = {MARK}")
                 mark = MARK
-    except sqlite3.DatabaseError as exc:
+    except (sqlite3.DatabaseError, OSError) as exc:
         raise StoreError(f"{state} cannot keep the state of a batch: {exc}. Name another file with --store.") from exc
     if mark != MARK:
         raise StoreError(f"{state} keeps something else than the state of a batch. Name another file with --store.")

@@ -60,9 +60,9 @@ class Flock:
     """A set of agents that are served together.
 
     Args:
-        name: under which its runs are kept in a store. Every flock of this name on the same store lists them, and carries
-            them out after a crash if it has their agents; a flock of another name does not see them. So give each
-            program on one store a name of its own, or each a store of its own.
+        name: under which its runs are kept in a store. Every flock of this name on the same store lists them, and
+            carries them out after a crash if it has their agents; a flock of another name does not see them. Give each
+            program that shares a store a name of its own, unless they are copies of one program.
         model: ``provider/model`` for the agents that name none; see ``flock.llm.PROVIDERS``.
         max_steps: how often one run may be handed from agent to agent.
 

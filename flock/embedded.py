@@ -208,7 +208,7 @@ class EmbeddedEngine:
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
             with self._entering():
-                self._say_who_shares(await self.store.enter(self._engine_id, self._flock, self._agents.keys()))
+                self._warn_of_others(await self.store.enter(self._engine_id, self._flock, self._agents.keys()))
                 if (newest := self.store.last_id()) is not None:
                     with contextlib.suppress(ValueError):  # of a damaged file; what reads it says so
                         make_ids_after(newest)
@@ -225,8 +225,11 @@ class EmbeddedEngine:
         self._tasks.start_soon(self._retain)
         return self
 
-    def _say_who_shares(self, agents_before: Sequence[str]) -> None:
-        """Warn of other programs on the store, which may be there by accident: its default is in the working folder."""
+    def _warn_of_others(self, agents_before: Sequence[str]) -> None:
+        """Warn of other programs on the store, and of users who can read it. It may be so by accident."""
+        if self.store.is_public:
+            template = "The store %s can be read by every user of this machine. To change that: chmod go= %s*"
+            logger.warning(template, self.store.path, self.store.path)
         missing = ", ".join(name for name in agents_before if name not in self._agents)
         if missing:
             logger.warning(

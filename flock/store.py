@@ -41,7 +41,7 @@ except ImportError as exc:
         "Run it in WSL or in a container."
     ) from exc
 
-__all__ = ["Durability", "Store", "hold_alone"]
+__all__ = ["Durability", "Store", "create_private", "hold_alone"]
 
 T = TypeVar("T")
 
@@ -51,6 +51,8 @@ logger = logging.getLogger("flock.store")
 Durability = Literal["power", "process"]
 
 MEMORY = ":memory:"
+#: The permissions of files that are made here.
+PRIVATE = 0o600
 #: Later than any time that is kept, in microseconds.
 FOR_EVER = 2**63 - 1
 #: How long to wait for the transaction of another process, and how often to look for its end, in seconds.
@@ -210,14 +212,16 @@ class Store:
     def _connect(self) -> sqlite3.Connection:
         db = None
         try:
+            if self.is_shared:
+                create_private(self.path)
             db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA synchronous = {'FULL' if self.durability == 'power' else 'NORMAL'}")
-        except sqlite3.Error as exc:
+        except (sqlite3.Error, OSError) as exc:
             if db is not None:
                 db.close()
             remedy = "Restore it, or name another file (store=, --store)."
-            if isinstance(exc, sqlite3.OperationalError):
+            if isinstance(exc, sqlite3.OperationalError | OSError):
                 remedy = (
                     "Name another file (store=, --store), in a folder that can be written, or keep runs in memory only "
                     "with ':memory:'."
@@ -226,10 +230,20 @@ class Store:
         return db
 
     def _open_lock_file(self, stack: AsyncExitStack) -> IO[bytes]:
-        file = open(f"{self.path}-lock", "ab")
+        file = _open_lock(f"{self.path}-lock", self._mode)
         _held.add(file)
         stack.callback(_let_go, file)
         return file
+
+    @property
+    def _mode(self) -> int:
+        """The permissions of the file, which SQLite gives to its journal too."""
+        return os.stat(self.path).st_mode & 0o666 if self.is_shared else PRIVATE
+
+    @property
+    def is_public(self) -> bool:
+        """Whether every user of the machine can read the file; one that existed keeps the permissions it had."""
+        return bool(self._mode & 0o004)
 
     def _migrate(self) -> None:
         """Bring the file to this version's form, or refuse it untouched."""
@@ -678,7 +692,7 @@ class Store:
         """
         self.agents = agents
         if self.is_shared:
-            self._engine_lock = _hold(f"{self.path}-engine-{engine_id}")
+            self._engine_lock = _hold(f"{self.path}-engine-{engine_id}", self._mode)
 
         def apply(db: sqlite3.Connection) -> Sequence[str]:
             found = db.execute("SELECT agents FROM flocks WHERE flock = ?", (flock,)).fetchone()
@@ -715,7 +729,7 @@ class Store:
         path = f"{self.path}-engine-{engine_id}"
         if not is_known or not _is_held(path):
             _let_go(self._engine_lock)
-            self._engine_lock = _hold(path)
+            self._engine_lock = _hold(path, self._mode)
         if not is_known:
             await self._insert_engine(engine_id, flock)
         return is_known
@@ -850,6 +864,12 @@ def _has_unfinished(db: sqlite3.Connection, engine_id: str) -> bool:
     return any(db.execute(of, (engine_id,)).fetchone() for of in (schema.RUNS_OF, schema.BATCHES_OF))
 
 
+def create_private(path: str) -> None:
+    """Make an empty file that only its owner can read, unless there is one; SQLite would go by the umask."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE))
+
+
 # Kernel locks: held as long as the process lives, whatever ends it
 
 _held: set[IO[bytes]] = set()
@@ -862,7 +882,7 @@ def hold_alone(path: str) -> Iterator[None]:
     Raises BlockingIOError where another one does.
     """
     while True:
-        file = open(path, "ab")
+        file = _open_lock(path, PRIVATE)
         if not _try_lock(file):
             file.close()
             raise BlockingIOError(f"another process holds {path}")
@@ -878,11 +898,15 @@ def hold_alone(path: str) -> Iterator[None]:
         _let_go(file)
 
 
-def _hold(path: str) -> IO[bytes]:
-    file = open(path, "ab")
+def _hold(path: str, mode: int) -> IO[bytes]:
+    file = _open_lock(path, mode)
     fcntl.flock(file, fcntl.LOCK_EX)
     _held.add(file)
     return file
+
+
+def _open_lock(path: str, mode: int) -> IO[bytes]:
+    return open(path, "ab", opener=functools.partial(os.open, mode=mode))
 
 
 def _try_lock(file: IO[bytes]) -> bool:

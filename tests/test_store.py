@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import logging
+import os
 import sqlite3
 import subprocess
 import sys
 import tomllib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from flock.batchfile import _mark
 from flock.batchstore import BatchStore
+from flock.core import Flock
 from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError, Unstorable
 from flock.runs import (
     Batch,
@@ -322,6 +326,66 @@ async def test_what_is_no_store_is_refused_untouched(tmp_path: Path) -> None:
         async with Store(tmp_path / "nowhere" / "flock.db"):
             pytest.fail("it was opened")
     assert foreign.read_bytes()[200:] == before
+
+
+@contextlib.contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def modes_of(folder: Path) -> dict[str, str]:
+    """The permissions of each file, by what follows the name of the store."""
+    files = folder.glob("flock.db*")
+    return {file.name.removeprefix("flock.db")[:7]: oct(file.stat().st_mode & 0o777) for file in files}
+
+
+FILES = ("", "-wal", "-shm", "-lock", "-engine")
+
+
+async def test_only_its_owner_can_read_a_new_store_whatever_the_umask(tmp_path: Path) -> None:
+    with umask(0):
+        async with Store(tmp_path / "flock.db") as store:
+            await store.enter("1", "f", ())
+            assert modes_of(tmp_path) == dict.fromkeys(FILES, "0o600")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: Store(path)._connect().close(), _mark], ids=["store", "state of a batch"]
+)
+def test_a_new_store_is_private_before_sqlite_opens_it(
+    make: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no moment can others read it."""
+    modes = []
+
+    def connect(path: str, *args: Any, connect: Any = sqlite3.connect, **options: Any) -> sqlite3.Connection:
+        modes.append(modes_of(tmp_path))
+        made: sqlite3.Connection = connect(path, *args, **options)
+        return made
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    with umask(0):
+        make(str(tmp_path / "flock.db"))
+    assert modes == [{"": "0o600"}]
+
+
+@pytest.mark.parametrize(("mode", "is_public"), [(0o600, False), (0o660, False), (0o644, True)])
+async def test_a_store_that_exists_keeps_its_permissions_and_the_start_says_if_all_can_read_it(
+    mode: int, is_public: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is made beside it has the same ones, so that those who share it can."""
+    path = tmp_path / "flock.db"
+    with umask(0):
+        path.touch(mode)
+        async with Flock().engine(store=path):
+            assert modes_of(tmp_path) == dict.fromkeys(FILES, oct(mode))
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    expected = f"The store {path} can be read by every user of this machine. To change that: chmod go= {path}*"
+    assert warnings == [expected] * is_public
 
 
 @pytest.mark.parametrize("durability", ["power", "process"])
