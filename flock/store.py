@@ -541,7 +541,7 @@ class Store:
 
     def list_runs(self, flock: str, wanted: RunFilter) -> list[Run]:
         """One page of runs that are no items, newest first, without their steps. A damaged row has an error in it."""
-        left_out = {"traceparent", "principal", "recoveries", "last_step"}  # they lie behind what is long
+        left_out = {"traceparent", "principal", "recoveries", "extra", "last_step"}  # they lie behind what is long
         left_out |= {
             name for name, asked in (("inputs", wanted.with_inputs), ("result", wanted.with_results)) if not asked
         }
