@@ -170,7 +170,7 @@ Query = TypeVar("Query", bound=msgspec.Struct)
 #: What becomes of a synchronous run whose caller has gone.
 OnDisconnect = Literal["cancel", "continue"]
 
-#: A synchronous run may take so long before anyone looks whether its caller is still there, in seconds.
+#: How long a synchronous run may take before its connection is watched, in seconds.
 PATIENCE_S = 0.1
 
 #: When the reader of an event stream that was cut should come back, in milliseconds.
@@ -560,12 +560,12 @@ async def run_flock(request: Request) -> Response:
     except Replayed as exc:
         run, headers = await _replayed(engine.get_run(exc.made_id)), REPLAYED
     if not is_async:
-        run = await (_wait_with_caller(request, run) if key is None else engine.wait(run.run_id))
+        run = await _end_of(request, run)
     elif responds_async:
         applied = "respond-async"
         if re.fullmatch(r"\d{1,9}", prefer.get("wait", "")):
             wait_s = min(int(prefer["wait"]), app_of(request).max_wait_s)
-            run = await engine.wait(run.run_id, wait_s)
+            run = await _while_connected(request, engine.wait(run.run_id, wait_s))
             applied += f", wait={wait_s}"
         headers = {**headers, "Preference-Applied": applied}
     return run_response(request, run, 200 if run.status.is_final else 202, headers)
@@ -583,41 +583,47 @@ async def _replayed(found: Awaitable[T]) -> T:
         raise Conflict(f"A request with this Idempotency-Key was accepted, and what it made is gone. {exc}") from exc
 
 
-async def _wait_with_caller(request: Request, run: Run) -> Run:
-    """The run at its end. A caller that goes away before takes it along, if the app says so.
+async def _end_of(request: Request, run: Run) -> Run:
+    """The run at its end. If the client disconnects first, a run that only it can be waiting for is cancelled.
 
-    Cancellation: of the request, by its host, is a caller that goes away.
+    Raises: StoreError if the end cannot be known now. The run is not cancelled then, however soon that is.
+    Cancellation: the host cancels the request when its client is gone, so it counts as a disconnect.
     """
     app = app_of(request)
-    is_gone, failure = False, None
     try:
         run = await app.engine.wait(run.run_id, PATIENCE_S)
-        if run.status.is_final:
-            return run
-        async with anyio.create_task_group() as tasks:
-
-            async def look_out() -> None:
-                nonlocal is_gone
-                while (await request.receive())["type"] != "http.disconnect":
-                    pass
-                is_gone = True
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(look_out)
-            try:
-                run = await app.engine.wait(run.run_id)
-            except FlockError as exc:  # the group would wrap it
-                failure = exc
-            tasks.cancel_scope.cancel()
-    finally:
-        if not run.status.is_final and failure is None and app.on_disconnect == "cancel":
+        return run if run.status.is_final else await _while_connected(request, app.engine.wait(run.run_id))
+    except StoreError as exc:
+        path = f"{root_path(request.scope)}/run/{run.run_id}"
+        raise StoreError(f"{exc} The run was accepted and is not cancelled: GET {path} shows how it ends.") from exc
+    except (HTTPException, anyio.get_cancelled_exc_class()):
+        if not run.is_async and app.on_disconnect == "cancel":
             with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
                 await app.engine.cancel_run(run.run_id)
-    if failure is not None:
-        raise failure
-    if is_gone:  # nobody will read the answer
-        raise HTTPException(400, "The connection was closed before the run had ended.")
-    return run
+        raise
+
+
+async def _while_connected(request: Request, waiting: Awaitable[T]) -> T:
+    """What *waiting* returns. If the client disconnects first, *waiting* is cancelled.
+
+    Raises: what *waiting* raises; HTTPException 400 if the client disconnects, which nobody reads.
+    """
+    failure: Exception = HTTPException(400, "The client disconnected before it was answered.")
+
+    async def watch_connection() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch_connection)
+        try:
+            return await waiting
+        except Exception as exc:  # the group would wrap it
+            failure = exc
+        finally:
+            tasks.cancel_scope.cancel()
+    raise failure
 
 
 async def run_batch(request: Request) -> Response:
@@ -698,7 +704,9 @@ async def one_run(request: Request) -> Response:
 
 async def get_run(request: Request) -> Response:
     engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
-    return run_response(request, await (engine.wait(run_id, wait_s) if wait_s else engine.get_run(run_id)))
+    if wait_s:
+        return run_response(request, await _while_connected(request, engine.wait(run_id, wait_s)))
+    return run_response(request, await engine.get_run(run_id))
 
 
 async def cancel_run(request: Request) -> Response:
@@ -706,7 +714,7 @@ async def cancel_run(request: Request) -> Response:
     engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
     run = await engine.cancel_run(run_id)
     if wait_s and not run.status.is_final:
-        await engine.wait(run_id, wait_s)
+        await _while_connected(request, engine.wait(run_id, wait_s))
         run = await engine.cancel_run(run_id)  # says so if it ended otherwise
     return run_response(request, run, 200 if run.status.is_final else 202)
 
@@ -751,7 +759,7 @@ async def get_batch(request: Request) -> Response:
     wanted = query_of(request, BatchQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     if wait_s := wait_of(request, wanted):
-        await engine.wait_batch(batch_id, wait_s)
+        await _while_connected(request, engine.wait_batch(batch_id, wait_s))
     # The results first: then the counts are never behind them.
     items = await engine.get_items(batch_id, after=wanted.after, limit=wanted.limit) if wanted.results else None
     return batch_response(request, await engine.get_batch(batch_id), items, limit=wanted.limit)
@@ -792,7 +800,7 @@ async def cancel_batch(request: Request) -> Response:
     engine, batch_id, wait_s = await engine_of(request), request.path_params["batch_id"], wait_of(request)
     batch = await engine.cancel_batch(batch_id)
     if wait_s and not batch.status.is_final:
-        await engine.wait_batch(batch_id, wait_s)
+        await _while_connected(request, engine.wait_batch(batch_id, wait_s))
         batch = await engine.cancel_batch(batch_id)  # says so if it ended otherwise
     return batch_response(request, batch, [], 200 if batch.status.is_final else 202)
 

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -17,8 +19,8 @@ import uvicorn
 from flock.core import Flock, FlockFactory
 from flock.errors import StoreError
 from flock.runs import Engine, RunContext
-from flockapi import FlockAPI, create_app
-from tests.fakes import FakeModel, answer, beside_a_worker, socket_server
+from flockapi import PATIENCE_S, FlockAPI, create_app
+from tests.fakes import FakeModel, answer, beside_a_worker, socket_server, until
 from tests.test_api import post_run, wait_until
 from tests.test_bad_input import check_problem
 
@@ -451,6 +453,45 @@ async def test_it_says_whether_it_is_ready(app: FlockAPI, client: httpx.AsyncCli
     assert (await client.get("/healthz")).status_code == 200
 
 
+# Failures while a client waits
+
+
+@pytest.mark.parametrize("soon", [True, False])
+async def test_a_store_that_fails_does_not_cancel_the_run_that_a_client_waits_for(soon: bool, tmp_path: Path) -> None:
+    """Neither in the first moments nor later: the answer is 503 and says where the end can be seen."""
+    flock, begun, may_go = Flock(), anyio.Event(), anyio.Event()
+
+    @flock.agent(next_agent="measure")
+    async def lengthen() -> str:
+        begun.set()
+        await may_go.wait()
+        return "x" * 1_000_000
+
+    @flock.agent
+    def measure(result: str) -> int:
+        return len(result)
+
+    engine = flock.engine(store=tmp_path / "flock.db")
+    app = create_app(flock, engine=engine)
+    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        database = engine.store._db
+        database.execute(f"PRAGMA max_page_count = {database.execute('PRAGMA page_count').fetchone()[0]}")
+
+        async def let_go() -> None:
+            await begun.wait()
+            await anyio.sleep(0 if soon else 2 * PATIENCE_S)
+            may_go.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(let_go)
+            problem = check_problem(await client.post("/run/flock", json={"agent_name": "lengthen"}), 503)
+        database.execute("PRAGMA max_page_count = 1073741823")
+        found = re.search(r"not cancelled: GET (/run/\S+) shows how it ends", problem["detail"])
+        assert found
+        run = await wait_until(client, found[1], lambda run: run["status"] in ("completed", "failed", "cancelled"))
+        assert (run["status"], run["result"]) == ("completed", {"result": 1_000_000})
+
+
 # Callers that go away: over real sockets
 
 
@@ -475,11 +516,15 @@ class Served:
         self.server.should_exit = True
         await self.task
 
-    async def send(self, body: Any, **headers: str) -> anyio.abc.SocketStream:
+    @property
+    def requests_in_flight(self) -> int:
+        return len(self.server.server_state.tasks)
+
+    async def send(self, body: Any = None, request: str = "POST /run/flock", **headers: str) -> anyio.abc.SocketStream:
         """Send a request, and keep its connection."""
         stream = await anyio.connect_tcp("127.0.0.1", self.port)
-        content = json.dumps(body).encode()
-        lines = ["POST /run/flock HTTP/1.1", "Host: t", "Content-Type: application/json"]
+        content = b"" if body is None else json.dumps(body).encode()
+        lines = [f"{request} HTTP/1.1", "Host: t", "Content-Type: application/json"]
         lines += [f"Content-Length: {len(content)}", *(f"{name}: {value}" for name, value in headers.items())]
         await stream.send("\r\n".join([*lines, "", ""]).encode() + content)
         return stream
@@ -515,6 +560,46 @@ async def test_a_caller_that_goes_away_leaves_other_runs_alone(how: str, gate: G
         assert not gate.ended.is_set()
         gate.may_go.set()
         assert (await served.only_run())["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("request_line", "headers", "end"),
+    [
+        pytest.param("POST /run/flock", {}, "completed", id="key"),
+        pytest.param("POST /run/flock", {"Prefer": "respond-async, wait=60"}, "completed", id="prefer"),
+        pytest.param("GET /run/{run_id}?wait=60", {}, "completed", id="run"),
+        pytest.param("POST /run/{run_id}/cancel?wait=60", {}, "cancelled", id="cancelled run"),
+        pytest.param("GET /batch/{batch_id}?wait=60", {}, "completed", id="batch"),
+        pytest.param("POST /batch/{batch_id}/cancel?wait=60", {}, "completed", id="cancelled batch"),
+    ],
+)
+async def test_a_handler_that_waits_ends_when_its_client_disconnects(
+    request_line: str, headers: dict[str, str], end: str, gate: Gate
+) -> None:
+    """And the runs go on: those that are being cancelled too, for their function does not return."""
+    body, clients = {"agent_name": "block"}, 20
+    async with (
+        Served(create_app(gate.flock, store=":memory:")) as served,
+        httpx.AsyncClient(base_url=served.url) as client,
+    ):
+        run_id = await start(client, "block")
+        batch = (await client.post("/run/batch", json={**body, "batch_inputs": [{}]})).json()
+        await until(lambda: gate.blocked is not None)
+        request_line = request_line.format(run_id=run_id, batch_id=batch["batch_id"])
+        connections = [
+            await served.send(body, request_line, **headers, **{"Idempotency-Key": f"client-{n}"})
+            for n in range(clients)
+        ]
+        await until(lambda: served.requests_in_flight == clients)
+        for connection in connections:
+            await connection.aclose()
+        with anyio.fail_after(5):
+            await until(lambda: served.requests_in_flight == 0)
+        runs = (await get(client, "/runs"))["runs"]
+        assert len(runs) == (1 + clients if request_line == "POST /run/flock" else 1)
+        gate.thread_may_go.set()
+        ends = [await get(client, f"/run/{run['run_id']}", wait=30) for run in runs]
+        assert {run["status"] for run in ends} == {end}
 
 
 @pytest.mark.alone
