@@ -19,8 +19,8 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -323,24 +323,48 @@ def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mappi
     return path, {"Link": f'<{path}>; rel="next"'}
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events. *held* is entered before the response starts, and left however it ends.
+
+    Raises: when it is sent, what entering *held* raises, which is answered as any error of the handler.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, content: AsyncIterator[bytes], held: AbstractContextManager[Any], headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(content, headers=headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
 def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event | None]) -> Response:
-    """*events* as they happen. Raises TooManyRequests."""
+    """*events* as they happen, or 429 if the caller has as many streams as it may."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.method == "HEAD":
-        return head_of_stream("text/event-stream", headers)
-    place, kept = app_of(request).event_streams.take(principal_of(request)), app_of(request).metrics
+        return head_of_stream(EventStream.media_type, headers)
+    app = app_of(request)
+
+    @contextlib.contextmanager
+    def place() -> Iterator[None]:
+        counted = contextlib.nullcontext() if app.metrics is None else app.metrics.event_streams.track_inprogress()
+        with app.event_streams.take(principal_of(request)), counted:
+            yield
 
     async def stream() -> AsyncIterator[bytes]:
         try:
-            with place, contextlib.nullcontext() if kept is None else kept.event_streams.track_inprogress():
-                async for event in events:
-                    yield event_bytes(event)
+            async for event in events:
+                yield event_bytes(event)
         except FlockError as exc:
             logger.warning("request %s: its event stream is cut: %s", request_id_of(request), exc)
         if engine.is_leaving:
             yield b"retry: %d\n\n" % RECONNECT_MS
 
-    return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
+    return EventStream(stream(), place(), headers)
 
 
 def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:

@@ -13,7 +13,6 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -155,21 +154,18 @@ def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
 
 
 class Places:
-    """So many things that each principal may have at a time; anonymous callers share theirs."""
+    """Up to *limit* things that each principal may have at the same time; anonymous callers share theirs."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._taken: Counter[str | None] = Counter()
 
-    def take(self, principal: Principal | None) -> AbstractContextManager[None]:
-        """A place, from the context's begin to its end. Raises TooManyRequests where none is left."""
+    @contextlib.contextmanager
+    def take(self, principal: Principal | None) -> Iterator[None]:
+        """Hold one place within the block. Raises TooManyRequests if none is left."""
         name = None if principal is None else principal.name
         if self._taken[name] >= self._limit:
             raise TooManyRequests(f"{self._limit} event streams are open already, all that one caller may have.")
-        return self._keep(name)
-
-    @contextlib.contextmanager
-    def _keep(self, name: str | None) -> Iterator[None]:
         self._taken[name] += 1
         try:
             yield

@@ -34,6 +34,7 @@ Where each line of attack is tried; what names no file is in this one:
     | reader of events that never reads | test_http_lifecycle::test_a_reader_that_does_not_read_holds_up_nothing |
     | more connections, streams, requests than agreed | test_more_connections_than_agreed_are_refused |
     | | test_each_principal_has_its_share_of_event_streams |
+    | | test_of_event_streams_asked_for_at_once_no_more_than_the_limit_are_opened |
     | | test_each_principal_has_its_share_of_requests |
     | crowds that say nothing, or wait | test_crowds::test_those_who_say_nothing_hold_up_nobody_and_are_closed |
     | | test_crowds::test_those_who_wait_for_a_run_take_little_more_than_in_a_bare_app |
@@ -75,7 +76,7 @@ from flock.errors import DefinitionError, TooManyRequests
 from flock.metrics import Metrics
 from flock.runs import Principal, Run
 from flockapi import FlockAPI, create_app, principal_of
-from tests.fakes import ROOT, flockapi_command, running, sample_flock
+from tests.fakes import ROOT, flockapi_command, running, sample_flock, until
 from tests.test_api import wait_for
 from tests.test_contract import SPEC, check_described
 from tests.test_http_lifecycle import Served
@@ -568,6 +569,63 @@ async def test_each_principal_has_its_share_of_event_streams() -> None:
                     if stream.status_code == 200:
                         break
                 await anyio.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_of_event_streams_asked_for_at_once_no_more_than_the_limit_are_opened() -> None:
+    """All requests are there before the server reads the first."""
+    flock = Flock()
+
+    @flock.agent
+    async def nap() -> None:
+        await anyio.sleep(600)
+
+    async with (
+        Served(create_app(flock, store=":memory:", max_event_streams=1)) as served,
+        httpx.AsyncClient(base_url=served.url) as client,
+    ):
+        run_id = (await client.post("/run/flock", json={"agent_name": "nap", "async_run": True})).json()["run_id"]
+        with contextlib.ExitStack() as stack:
+            connections = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", served.port), 20)) for _ in range(20)
+            ]
+            await until(lambda: len(served.server.server_state.connections) > 20)
+            for connection in connections:
+                connection.sendall(f"GET /run/{run_id}/events HTTP/1.1\r\nHost: t\r\n\r\n".encode())
+            heads = [await anyio.to_thread.run_sync(connection.recv, 12) for connection in connections]
+        assert sorted(heads) == [b"HTTP/1.1 200", *[b"HTTP/1.1 429"] * 19]
+
+
+@pytest.mark.anyio
+async def test_a_place_for_an_event_stream_is_given_back_when_its_response_never_starts() -> None:
+    """Neither the answer to HEAD nor a request that is cancelled before its first byte keeps one."""
+    flock = Flock()
+
+    @flock.agent
+    async def nap() -> None:
+        await anyio.sleep(600)
+
+    app = create_app(flock, store=":memory:", max_event_streams=1)
+    async with client_of(app) as client:
+        run_id = (await client.post("/run/flock", json={"agent_name": "nap", "async_run": True})).json()["run_id"]
+        path, statuses = f"/run/{run_id}/events", list[int]()
+        assert [(await client.head(path)).status_code for _ in range(2)] == [200, 200]
+        scope: dict[str, Any] = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}
+
+        async def receive() -> Any:
+            await anyio.sleep_forever()
+
+        async def send(message: Any) -> None:
+            statuses.append(message["status"])
+            await anyio.sleep_forever()
+
+        for sent in ([200], [200, 200]):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(app, scope, receive, send)
+                await until(lambda: len(statuses) == len(sent))  # noqa: B023 - it is over before the next
+                assert (await client.get(path)).status_code == 429, "the place is taken at once"
+                tasks.cancel_scope.cancel()
+            assert statuses == sent
 
 
 @pytest.mark.anyio
