@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlencode
+from uuid import UUID
 
 import anyio
 import anyio.lowlevel
@@ -708,7 +709,7 @@ async def list_runs(request: Request) -> Response:
         agent_name=_or_none(wanted.agent_name),
         created_after=_or_none(wanted.created_after),
         created_before=_or_none(wanted.created_before),
-        after=_or_none(wanted.after),
+        after=_id_or_none(wanted.after),
         limit=wanted.limit + 1,
         with_inputs=wanted.includes("inputs"),
         with_results=wanted.includes("result"),
@@ -719,6 +720,11 @@ async def list_runs(request: Request) -> Response:
 def _or_none(value: T | msgspec.UnsetType) -> T | None:
     """A query has no null: ``?status=null`` is a status that is none."""
     return None if isinstance(value, msgspec.UnsetType) else value
+
+
+def _id_or_none(value: UUID | msgspec.UnsetType) -> str | None:
+    """As ids are kept: a UUID may be written in several ways."""
+    return None if isinstance(value, msgspec.UnsetType) else str(value)
 
 
 async def one_run(request: Request) -> Response:
@@ -768,7 +774,7 @@ async def list_batches(request: Request) -> Response:
     filter_ = BatchFilter(
         status=_or_none(wanted.status),
         agent_name=_or_none(wanted.agent_name),
-        after=_or_none(wanted.after),
+        after=_id_or_none(wanted.after),
         limit=wanted.limit + 1,
     )
     return batches_response(request, await (await engine_of(request)).list_batches(filter_), wanted)

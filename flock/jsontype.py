@@ -60,22 +60,33 @@ NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
 
 class Field(msgspec.Struct, frozen=True, kw_only=True):
-    """One named value. ``default`` is UNSET where the type's own code makes it, or there is none."""
+    """One named value. ``default`` is UNSET where the type's own code makes it, or there is none.
+
+    One that is *deprecated*, as JSON Schema has it, is accepted, and is not named among the known fields.
+    """
 
     name: str
     type: Any = str
     description: str = ""
     required: bool = True
     default: Any = msgspec.UNSET
+    deprecated: bool = False
 
     @classmethod
     def of(cls, name: str, annotation: Any, **more: Any) -> "Field":
         """A field whose description may stand in ``Annotated[T, "…"]`` or in msgspec's ``Meta``."""
         notes = getattr(annotation, "__metadata__", ())
         texts = [note if isinstance(note, str) else getattr(note, "description", None) for note in notes]
+        extras = [getattr(note, "extra_json_schema", None) or {} for note in notes]
         if notes and all(isinstance(note, str) for note in notes):
             annotation = annotation.__origin__
-        return cls(name=name, type=annotation, description=next((text for text in texts if text), ""), **more)
+        return cls(
+            name=name,
+            type=annotation,
+            description=next((text for text in texts if text), ""),
+            deprecated=any(extra.get("deprecated") for extra in extras),
+            **more,
+        )
 
 
 def has_fields(type_: Any) -> bool:
@@ -148,7 +159,7 @@ class JSONType(Generic[T]):
             raise InvalidData(self._explain(bytes(raw), at) or [_foreign_error(exc, at)]) from exc
 
     def _unknown(self, raw: bytes | msgspec.Raw, at: str) -> list[FieldError]:
-        known = ", ".join(field.name for field in self.fields) or "none"
+        known = ", ".join(field.name for field in self.fields if not field.deprecated) or "none"
         errors = (
             FieldError(detail=f"Unknown field. The fields here are: {known}.", pointer=f"{at}/{escape_pointer(key)}")
             for key in msgspec.json.decode(raw, type=dict[str, msgspec.Raw])

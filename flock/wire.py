@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
+from uuid import UUID
 
 import msgspec
 
@@ -51,6 +52,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+#: For fields that only older clients send. They are accepted, and never offered.
+DEPRECATED = msgspec.Meta(extra_json_schema={"deprecated": True})
+
 #: RFC 3339, in UTC.
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
@@ -75,7 +79,7 @@ class FlockAPIRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     inputs: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"{}"))
     async_run: bool = False
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    use_production_tools: Any = None
+    use_production_tools: Annotated[Any, DEPRECATED] = None
 
 
 class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,9 +102,9 @@ class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     delimiter: Delimiter = ","
     decimal: Decimal = "."
     encoding: str = "utf-8"
-    write_to_csv: str | None = None
-    use_temporal: Any = None
-    silent_mode: Any = None
+    write_to_csv: Annotated[str | None, DEPRECATED] = None
+    use_temporal: Annotated[Any, DEPRECATED] = None
+    silent_mode: Annotated[Any, DEPRECATED] = None
 
 
 class FlockBatchRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,7 +176,7 @@ class BatchesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     status: RunStatus | msgspec.UnsetType = msgspec.UNSET
     agent_name: str | msgspec.UnsetType = msgspec.UNSET
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
-    after: str | msgspec.UnsetType = msgspec.UNSET
+    after: UUID | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -183,7 +187,7 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created_after: Time | msgspec.UnsetType = msgspec.UNSET
     created_before: Time | msgspec.UnsetType = msgspec.UNSET
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
-    after: str | msgspec.UnsetType = msgspec.UNSET
+    after: UUID | msgspec.UnsetType = msgspec.UNSET
     include: Literal["inputs", "result", "inputs,result", "result,inputs"] | msgspec.UnsetType = msgspec.UNSET
 
     def includes(self, name: str) -> bool:
@@ -199,9 +203,14 @@ def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **absent: Any) -
     """A query as a struct, with what is *absent* if it is not sent. Raises InvalidData, which names the parameter."""
     if len({name for name, _ in sent}) < len(sent):
         raise InvalidData([FieldError(detail="A parameter of the query is there twice.", pointer="")])
-    # Only what is a number or a truth value is converted: a time, say, is no number of seconds.
-    defaults = {field.name: field.default for field in msgspec.structs.fields(type_)}  # type: ignore[arg-type]
+    fields = msgspec.structs.fields(type_)  # type: ignore[arg-type]
     read: dict[str, Any] = absent | dict(sent)
+    for field in fields:
+        if field.required and field.name not in read:
+            detail = f"{field.name!r} is missing in the query: add ?{field.name}="
+            raise InvalidData([FieldError(detail=detail, pointer="")])
+    # Only what is a number or a truth value is converted: a time, say, is no number of seconds.
+    defaults = {field.name: field.default for field in fields}
     for name, value in sent:
         if isinstance(defaults.get(name), bool):
             read[name] = BOOLEANS.get(value, value)

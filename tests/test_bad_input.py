@@ -129,8 +129,7 @@ async def test_a_body_may_say_that_it_is_not_compressed(encoding: str, client: h
         pytest.param(
             {"agent_name": 5, "async_run": "yes", "agent": 1},
             {
-                "/agent": "Unknown field. The fields here are: agent_name, inputs, async_run, timeout_s, "
-                "use_production_tools.",
+                "/agent": "Unknown field. The fields here are: agent_name, inputs, async_run, timeout_s.",
                 "/agent_name": "Expected 'str', got 'int'.",
                 "/async_run": "Expected 'bool', got 'str'.",
             },

@@ -184,6 +184,7 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
         if (name, field) not in RAW:
             assert _shape(ours_here) == _shape(theirs_here), field
             assert ours_here.get("default", ...) == theirs_here.get("default", ...), field
+            assert ours_here.get("deprecated") == theirs_here.get("deprecated"), field
 
 
 #: Kept as it was sent, so the struct says nothing about it.
@@ -211,8 +212,8 @@ def _shape(schema: Any) -> Any:
     kept = {key: schema[key] for key in ("type", *bounds) if key in schema}
     if "enum" in schema:
         kept["enum"] = sorted(schema["enum"])
-    if schema.get("format") == "date-time" and schema["type"] == "string":
-        kept["format"] = "date-time"
+    if schema.get("format") in ("date-time", "uuid") and schema["type"] == "string":
+        kept["format"] = schema["format"]
     if schema.get("type") == "array" and schema.get("items"):
         kept["items"] = _shape(schema["items"])
     return kept
@@ -420,7 +421,13 @@ gzipped = partial(gzip.compress, mtime=0)  # a test has the same name each time
         ("DELETE", "/batch/42", {}, None, 404),
         ("DELETE", "/batch/{busy}", {}, None, 409),
         ("GET", "/batches", {}, None, 200),
-        ("GET", "/batches?status=running&agent_name=nap&limit=1&after=f", {}, None, 200),
+        (
+            "GET",
+            "/batches?status=running&agent_name=nap&limit=1&after=ffffffff-ffff-ffff-ffff-ffffffffffff",
+            {},
+            None,
+            200,
+        ),
         ("GET", "/batches?limit=1", {}, None, 200),
         ("GET", "/batches?state=running", {}, None, 422),
     ],

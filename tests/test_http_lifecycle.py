@@ -198,7 +198,7 @@ async def test_a_filter_that_could_mean_something_else_is_refused(query: str, cl
 
 
 async def test_a_filter_may_be_any_text(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/runs?agent_name=null&after=7")).json() == {"runs": [], "next": None}
+    assert (await client.get("/runs?agent_name=null")).json() == {"runs": [], "next": None}
 
 
 @pytest.mark.parametrize("wait", ["3601", "-1", "x", "1.5", ""])
@@ -327,6 +327,20 @@ async def test_a_filter_that_is_not_understood_is_refused(
     query: dict[str, str], words: str, client: httpx.AsyncClient
 ) -> None:
     assert words in check_problem(await client.get("/runs", params=query), 422)["detail"]
+
+
+@pytest.mark.parametrize("app", ["embedded"], indirect=True)
+async def test_a_cursor_that_is_not_valid_is_refused(client: httpx.AsyncClient, gate: Gate) -> None:
+    """In every list; one that is a valid id in another spelling is the same cursor."""
+    runs = [await start(client, "steady") for _ in range(2)]
+    batch = (await client.post("/run/batch", json={"agent_name": "steady", "batch_inputs": [{}]})).json()
+    of_batch = f"/batch/{batch['batch_id']}"
+    for path in ("/runs", "/batches", of_batch, f"{of_batch}/results", f"{of_batch}/events", f"/run/{runs[0]}/events"):
+        for after in ("garbage", "", "-2", f"{runs[0]}0"):
+            problem = check_problem(await client.get(path, params={"after": after}), 422)
+            assert "'after' in the query" in problem["errors"][0]["detail"], path
+    for after in (runs[1], runs[1].upper(), runs[1].replace("-", "")):
+        assert [run["run_id"] for run in (await get(client, "/runs", after=after))["runs"]] == runs[:1]
 
 
 # Events

@@ -233,6 +233,12 @@ async def test_what_is_wrong_with_csv_is_told_with_its_line(
     assert (await client.get("/batches")).json()["batches"] == []
 
 
+async def test_an_upload_without_its_agent_is_told_what_to_add(client: httpx.AsyncClient) -> None:
+    response = await client.post("/run/batch", content=b"text\na\n", headers=CSV)
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["detail"] == "'agent_name' is missing in the query: add ?agent_name="
+
+
 async def test_of_many_errors_a_hundred_are_told(client: httpx.AsyncClient) -> None:
     response = await send(client, "show", b"text,n\n" + b"a,x\n" * 2000)
     assert response.status_code == 422
