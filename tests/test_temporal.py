@@ -755,6 +755,43 @@ async def test_a_batch_that_was_ended_on_the_cluster_says_so(temporal_address: s
         assert (batch.status, batch.attempt, sorted(work.calls)) == (RunStatus.COMPLETED, 2, [0, 1, 2])
 
 
+async def test_a_refused_request_is_refused_again_under_its_key_while_the_queue_is_full(temporal_address: str) -> None:
+    """A run that was accepted under its key is found all the same, and a refused request leaves its key free."""
+    flock = sample_flock()
+    flock.name = new_id()
+    async with open_pair(flock, temporal_address, with_worker=False, max_queue=2) as engine:
+        accepted_key, refused_key = IdempotencyKey("accepted", b"1"), IdempotencyKey("refused", b"1")
+        accepted = await engine.submit("add", {"a": 1}, key=accepted_key)
+        other = await engine.submit("add", {"a": 1})
+        for _ in range(3):
+            with pytest.raises(EngineFull, match="2 runs are open"):
+                await engine.submit("add", {"a": 1}, key=refused_key)
+            with pytest.raises(Replayed, match=accepted.run_id):
+                await engine.submit("add", {"a": 1}, key=accepted_key)
+        assert {run.run_id for run in await engine.list_runs(RunFilter())} <= {accepted.run_id, other.run_id}
+        # As a process does that dies when it has claimed a key.
+        claimed_key = IdempotencyKey("claimed", b"1")
+        await engine._marks.claim(claimed_key, new_id())
+        with pytest.raises(EngineFull):
+            await engine.submit("add", {"a": 1}, key=claimed_key)
+        await engine.cluster.client.get_workflow_handle(run_workflow_id(other.run_id, 1)).terminate()
+        with anyio.fail_after(20):
+            while True:  # it is counted twice a second
+                with contextlib.suppress(EngineFull):
+                    await engine.submit("add", {"a": 2}, key=IdempotencyKey("refused", b"another body"))
+                    break
+                await anyio.sleep(0.05)
+
+
+async def test_of_runs_submitted_at_once_no_more_than_the_limit_are_accepted(temporal_address: str) -> None:
+    flock = sample_flock()
+    flock.name = new_id()
+    async with open_pair(flock, temporal_address, with_worker=False, max_queue=2) as engine:
+        keys = [None if n % 2 else IdempotencyKey(f"k{n}", b"1") for n in range(10)]
+        ends = await asyncio.gather(*(engine.submit("add", {"a": 1}, key=key) for key in keys), return_exceptions=True)
+        assert [type(end) for end in ends] == [Run] * 2 + [EngineFull] * 8
+
+
 async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_told(temporal_address: str) -> None:
     flock = sample_flock()
     flock.name = new_id()

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, TypeVar
 
 import msgspec
@@ -105,7 +105,7 @@ class TemporalEngine:
         address, namespace: of the cluster; see ``Cluster``.
         flock: the name under which runs are kept; an engine sees only those of its own.
         max_queue: runs accepted that have not ended. They are counted twice a second, so that a crowd may go beyond it
-            by as many as the other API processes take in that time.
+            by as many as the other API processes take in that time. A request that was refused leaves its key free.
         max_items: items of one batch, 16,777,215 at most.
         max_open_items: items of all batches together that have not ended, as far as the cluster's search knows.
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
@@ -162,6 +162,8 @@ class TemporalEngine:
         self._is_leaving = False
         self._error: StoreError | None = None
         self._open_runs = 0
+        #: accepted, and on their way to the cluster
+        self._starting = 0
         self._waiting = 0
 
     @property
@@ -292,16 +294,17 @@ class TemporalEngine:
             timeout_s=timeout_s,
         )
         if key is None:
-            self._check_room()
-            await self._start(self._order(run))
+            with self._room():
+                await self._start(self._order(run))
             return run
-        made_id = await self._marks.claim(key, run.run_id)
-        if made_id == run.run_id:
-            self._check_room()
-        order = replace(self._order(replace(run, run_id=made_id)), key_id=self._marks.key_id(key))
-        # Whoever claimed the key may have died before it started the run; whoever comes next starts it in its place.
-        with contextlib.suppress(WorkflowAlreadyStartedError):
-            await self._start(order)
+        if self._is_full and (made_id := await self._started_under(key)) is not None:
+            raise Replayed(made_id)  # that comes before any limit
+        with self._room():
+            made_id = await self._marks.claim(key, run.run_id)
+            order = replace(self._order(replace(run, run_id=made_id)), key_id=self._marks.key_id(key))
+            # The process that claimed the key may have died before it started the run; the next one starts it.
+            with contextlib.suppress(WorkflowAlreadyStartedError):
+                await self._start(order)
         if made_id != run.run_id:
             raise Replayed(made_id)
         return run
@@ -327,9 +330,29 @@ class TemporalEngine:
         )
         self._open_runs += 1
 
-    def _check_room(self) -> None:
-        if self._open_runs >= self._max_queue:
-            raise EngineFull(f"{self._open_runs} runs are open already, all that this flock takes (max_queue).")
+    @property
+    def _is_full(self) -> bool:
+        return self._open_runs + self._starting >= self._max_queue
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Reserve room for a run that is started within the block. Raises EngineFull."""
+        if self._is_full:
+            count = self._open_runs + self._starting
+            raise EngineFull(f"{count} runs are open already, all that this flock takes (max_queue).")
+        self._starting += 1
+        try:
+            yield
+        finally:
+            self._starting -= 1
+
+    async def _started_under(self, key: IdempotencyKey) -> str | None:
+        """The id of the run that was started under *key*; None if it was only claimed. Raises KeyReused."""
+        made_id = await self._marks.find(key)
+        if made_id is not None:
+            with contextlib.suppress(RunNotFound):
+                return (await self.get_run(made_id)).run_id
+        return None
 
     async def get_run(self, run_id: str) -> Run:
         self._check_entered()
@@ -475,10 +498,10 @@ class TemporalEngine:
             rule += ", and an item once its batch has ended, unless its inputs do not fit"
         if run.batch_id is not None or run.status not in RETRIED:
             raise Conflict(f"The run {run_id} is {what}; {rule}.")
-        self._check_room()
         again = waiting_again(replace(run, is_async=True))
         try:
-            await self._start(replace(self._order(again), key_id=await self._kept_key(run)))
+            with self._room():
+                await self._start(replace(self._order(again), key_id=await self._kept_key(run)))
         except WorkflowAlreadyStartedError as exc:
             raise Conflict(f"The run {run_id} is being tried again already.") from exc
         return again
