@@ -179,17 +179,9 @@ class EmbeddedEngine:
         self._make_batches = functools.partial(
             Batches, max_items=max_items, max_open_items=max_open_items, max_input_bytes=max_input_bytes
         )
-        self.batch_store = BatchStore(store)
-        self._runner = self._make_runner()
-        self._batches = self._make_batches(self.batch_store, self._runner, self._start_batch)
         self._engine_id = ""
-        self._accepting: set[str] = set()
-        self._store_changed = anyio.Event()
-        #: batches, and runs of others, that somebody waits for
-        self._awaited: dict[str, anyio.Event] = {}
-        #: of engines that are gone, the agents that the runs wait for that were left to them
-        self._waiting_for: dict[str, Collection[str]] = {}
         self._tasks: anyio.abc.TaskGroup | None = None
+        self._begin_life()
 
     @property
     def is_leaving(self) -> bool:
@@ -197,13 +189,23 @@ class EmbeddedEngine:
 
     # Life
 
+    def _begin_life(self) -> None:
+        """Make what belongs to one event loop: an event is bound to the loop in which it is waited for."""
+        self.batch_store = BatchStore(self.store)
+        self._runner = self._make_runner()
+        self._batches = self._make_batches(self.batch_store, self._runner, self._start_batch)
+        self._accepting: set[str] = set()
+        self._store_changed = anyio.Event()
+        #: batches, and runs of others, that somebody waits for
+        self._awaited: dict[str, anyio.Event] = {}
+        #: of engines that are gone, the agents that the runs wait for that were left to them
+        self._waiting_for: dict[str, Collection[str]] = {}
+
     async def __aenter__(self) -> Self:
         if self._tasks is not None:
             raise EngineStopped("This engine is running already.")
         self._engine_id = new_id()
-        self._waiting_for = {}
-        self._runner = self._make_runner()
-        self._batches = self._make_batches(self.batch_store, self._runner, self._start_batch)
+        self._begin_life()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)

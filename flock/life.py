@@ -30,7 +30,8 @@ class Life:
         self._task: asyncio.Task[None] | None = None
         self._opened: asyncio.Future[None] | None = None
         self._all_left = anyio.Event()
-        self._opening = anyio.Lock()
+        #: set when the first one under trio has opened the engine, or has failed to
+        self._opening: anyio.Event | None = None
 
     @contextlib.asynccontextmanager
     async def span(self) -> AsyncIterator[None]:
@@ -51,16 +52,20 @@ class Life:
                     if not self._task.cancelled():
                         self._task.result()  # raises what went wrong at its end
             return
-        async with self._opening:  # of those who come at the same time only one is the first
-            is_first, self._holders = self._holders == 0, self._holders + 1
-            if is_first:
-                self._all_left = anyio.Event()
-                stack = contextlib.AsyncExitStack()
-                try:
-                    await stack.enter_async_context(engine)
-                except BaseException:
-                    self._holders -= 1
-                    raise
+        while self._opening is not None:  # of those who come at the same time only one is the first
+            await self._opening.wait()
+        is_first, self._holders = self._holders == 0, self._holders + 1
+        if is_first:
+            self._all_left, self._opening = anyio.Event(), anyio.Event()
+            stack = contextlib.AsyncExitStack()
+            try:
+                await stack.enter_async_context(engine)
+            except BaseException:
+                self._holders -= 1
+                raise
+            finally:
+                self._opening.set()
+                self._opening = None
         try:
             yield
         finally:
@@ -78,7 +83,7 @@ class Life:
         Raises: EngineStopped where that cannot be; StoreError where its store cannot be used.
         Cancellation: it is opened all the same.
         """
-        if self._holders and self._task is None:  # under trio
+        if self._holders and (self._task is None or self._task.done()):  # under trio
             return
         if _running_loop() is None:
             raise EngineStopped(

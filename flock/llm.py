@@ -148,6 +148,7 @@ class ModelClient:
         self.on_retry: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> Self:
+        self._local_turn = anyio.Lock()  # it may be another event loop than the last time
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

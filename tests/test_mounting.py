@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import locale
@@ -23,6 +24,9 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from flock.core import Flock
+from flock.llm import ModelClient
+from flock.runs import new_id
+from flock.temporal import TemporalEngine, TemporalWorker
 from flockapi import FlockAPI, create_app
 from tests.fakes import ROOT, running, sample_flock
 from tests.test_http_lifecycle import Served, events_in
@@ -336,6 +340,80 @@ def test_a_new_app_begins_anew_after_an_old_one_ended() -> None:
     assert old.engine is new.engine
     assert asyncio.run(live(old, with_lifespan=True)) == 200
     assert asyncio.run(live(new, with_lifespan=False)) == 200
+
+
+async def live_and_wait(app: FlockAPI, *, with_lifespan: bool = True) -> None:
+    """One life, in which whatever can wait has waited: for runs, batches, events, places, deletions and retention."""
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.lifespan() if with_lifespan else contextlib.nullcontext(),
+        httpx.AsyncClient(transport=transport, base_url="http://t", timeout=60) as client,
+    ):
+        nap = {"agent_name": "nap", "inputs": {"s": 0.3}}
+        accepted = (await client.post("/run/flock", json={**nap, "async_run": True})).json()
+        ends: list[Any] = []
+
+        async def follow(path: str) -> None:
+            ends.append(events_in((await client.get(path)).text)[-1]["event"])
+
+        async def run() -> None:
+            ends.append((await client.post("/run/flock", json=nap)).json()["status"])
+
+        async def wait(path: str) -> None:
+            ends.append((await client.get(f"{path}?wait=30")).json()["status"])
+
+        batch = (await client.post("/run/batch", json={"agent_name": "nap", "batch_inputs": [{"s": 0.1}] * 3})).json()
+        paths = f"/run/{accepted['run_id']}", f"/batch/{batch['batch_id']}"
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                for path in paths:
+                    tasks.start_soon(follow, f"{path}/events")
+                    tasks.start_soon(wait, path)
+                for _ in range(3):
+                    tasks.start_soon(run)
+        assert sorted(ends) == ["batch.completed", *["completed"] * 5, "run.completed"]
+        assert (await client.delete(paths[1])).status_code == 204
+        await run()  # meanwhile its items are swept, and the next deletion is waited for
+
+
+def napping() -> Flock:
+    flock = Flock(f"napping {new_id()}")
+
+    @flock.agent(max_concurrency=1)
+    async def nap(s: float) -> float:
+        await anyio.sleep(s)
+        return s
+
+    return flock
+
+
+@pytest.mark.parametrize("store", ["flock.db", ":memory:"])
+@pytest.mark.parametrize("backends", [["asyncio"] * 3, ["trio"] * 2, ["asyncio", "trio", "asyncio"]], ids="-".join)
+def test_an_app_lives_again_in_another_loop(store: str, backends: list[str]) -> None:
+    """As often as one likes, one life after the other, whatever waited in the last one."""
+    app = create_app(napping(), store=store)
+    for backend in backends:
+        anyio.run(live_and_wait, app, backend=backend)
+
+
+def test_an_app_lives_again_though_nobody_runs_its_lifespan() -> None:
+    app = create_app(napping())
+    for with_lifespan in (False, False, True, True):
+        anyio.run(functools.partial(live_and_wait, app, with_lifespan=with_lifespan))
+
+
+def test_an_app_on_a_cluster_lives_again_in_another_loop(temporal_address: str) -> None:
+    """And a worker does."""
+    flock = napping()
+    app = create_app(flock, engine=TemporalEngine(flock.agents, temporal_address, flock=flock.name))
+    worker = TemporalWorker(flock.agents, ModelClient(), temporal_address, flock=flock.name, drain_timeout_s=0)
+
+    async def live() -> None:
+        async with worker:
+            await live_and_wait(app)
+
+    for _ in range(3):
+        asyncio.run(live())
 
 
 def test_an_engine_is_in_one_loop_at_a_time() -> None:
