@@ -372,25 +372,30 @@ EVENTS_AN_ATTEMPT = 1_000_000
 
 
 def events_of(run: Run) -> list[Event]:
-    """All events of *run* up to now, in order. They are derived from its record, so that any process can tell them."""
+    """All events of *run* up to now, in order. They are derived from its record, so that any process can tell them.
+
+    An id has one content, whenever it is asked for: an event holds nothing that the record learns only later.
+    """
 
     def event(attempt: int, number: int | None, name: str, **data: Any) -> Event:
         id_ = None if number is None else attempt * EVENTS_AN_ATTEMPT + number
         return Event(id=id_, name=name, data={"run_id": run.run_id, "attempt": attempt, **data})
 
+    # A run that was interrupted and waits to be resumed still has the time at which its last attempt started.
+    has_started = run.started_at is not None and run.status is not RunStatus.STARTING
     started = [event(run.attempt, 0, "run.started", agent_name=run.agent_name, started_at=run.started_at)]
     events: list[Event] = []
     for position, step in enumerate(run.steps):
-        about = {"position": position, "agent_name": step.agent_name, "started_at": step.started_at}
+        about = {"position": position, "agent_name": step.agent_name}
         if step.attempt == run.attempt:
             events, started = events + started, []
         events.append(event(step.attempt, 2 * position + 1, "step.started", **about))
-        end = {"completed_at": step.completed_at, "result": step.result, "usage": step.usage}
+        end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result", "usage")}
         events.append(event(step.attempt, 2 * position + 2, "step.completed", **about, **end))
-    if run.started_at is not None:
+    if has_started:
         events += started
     name = run.steps[-1].next_agent if run.steps else run.agent_name
-    if run.status is RunStatus.RUNNING and name is not None:  # behind its last step a run may not have ended yet
+    if has_started and name is not None:  # a step that has not ended, or in which the run has failed
         number = 2 * len(run.steps) + 1
         events.append(event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name))
     if run.progress is not None:

@@ -6,7 +6,7 @@ The cluster is a real one, the development server, with a worker in this process
 import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -377,8 +377,7 @@ async def test_a_run_past_its_time_fails_and_keeps_its_place_until_its_thread_re
     assert (run.status, run.error_type) == (RunStatus.FAILED, "timeout")
     second = await submit(engine, "block")
     await engine.wait(second.run_id, timeout_s=0.1)
-    # The place is taken. A cluster has a turn as running until its worker has said that it waits, which takes a moment.
-    await until(engine, second.run_id, lambda run: run.status is RunStatus.STARTING)
+    assert (await engine.get_run(second.run_id)).status is RunStatus.STARTING, "the place is taken"
     gate.thread_may_go.set()
     assert (await engine.wait(second.run_id)).status is RunStatus.COMPLETED
 
@@ -514,8 +513,86 @@ async def test_events_of_a_retried_run_keep_the_steps_that_were_done(engine: Eng
     await engine.retry_run(run.run_id)
     await engine.wait(run.run_id)
     second = [event async for event in engine.events(run.run_id, after=first[-1].id or 0) if event]
-    assert [event.name for event in first] == ["run.started", "step.started", "step.completed", "run.failed"]
+    steps = ["step.started", "step.completed", "step.started"]
+    assert [event.name for event in first] == ["run.started", *steps, "run.failed"]
     assert [event.name for event in second] == ["run.started", "step.started", "step.completed", "run.completed"]
+
+
+def with_ids(events: Sequence[Event]) -> list[bytes]:
+    """What is kept of *events*: all but progress."""
+    return [msgspec.json.encode(event) for event in events if event.id is not None]
+
+
+@pytest.mark.parametrize("end", ["completed", "failed", "cancelled"])
+async def test_an_event_is_the_same_live_and_replayed(end: str, opened: Opened) -> None:
+    """Of each step that was begun, also the one in which the run ended, and of the next attempt."""
+    flock, may_go, is_again = Flock(), [anyio.Event() for _ in range(3)], False
+
+    @flock.agent(output="n: int", next_agent=lambda result: "count" if result["n"] < 3 else None)
+    async def count(n: int = 0) -> dict[str, int]:
+        await may_go[n].wait()
+        if n == 1 and end == "failed" and not is_again:
+            raise AgentError("no")
+        return {"n": n + 1}
+
+    async with opened(flock) as engine:
+        run, after, seen = await submit(engine, "count"), 0, dict[int | None, bytes]()
+
+        async def follow() -> list[Event]:
+            """Each step waits until its start was told."""
+            live: list[Event] = []
+            async for event in engine.events(run.run_id, after=after):
+                if event is not None:
+                    live.append(event)
+                    if event.name == "step.started":
+                        position = event.data["position"]
+                        if position == 1 and end == "cancelled" and not is_again:
+                            await engine.cancel_run(run.run_id)
+                        else:
+                            may_go[position].set()
+            return live
+
+        for is_again in (False, True):
+            with anyio.fail_after(60):
+                live = await follow()
+            assert with_ids(live) == with_ids(await events_of_run(engine, run.run_id, after))
+            started = [event.data["position"] for event in live if event.name == "step.started"]
+            assert started == ([1, 2] if is_again else [0, 1, 2] if end == "completed" else [0, 1])
+            for event in [*live, *await events_of_run(engine, run.run_id)]:
+                told = msgspec.json.encode(event)
+                assert event.id is None or seen.setdefault(event.id, told) == told, "one id, one content"
+            if end == "completed" or is_again:
+                break
+            after = live[-1].id or 0
+            await engine.retry_run(run.run_id)
+
+
+async def test_an_event_of_an_item_is_the_same_live_and_replayed(opened: Opened) -> None:
+    flock, may_go = Flock(), anyio.Event()
+
+    @flock.agent(next_agent="second")
+    async def first() -> int:
+        return 1
+
+    @flock.agent
+    async def second(result: int) -> int:
+        await may_go.wait()
+        return result + 1
+
+    async with opened(flock) as engine:
+        batch = await engine.submit_batch("first", [EMPTY], BatchOptions())
+        (item,) = await engine.get_items(batch.batch_id)
+        live: list[Event] = []
+        with anyio.fail_after(60):
+            async for event in engine.events(item.run_id):
+                if event is not None:
+                    live.append(event)
+                    if event.name == "step.started" and event.data["position"] == 1:
+                        may_go.set()
+        assert [event.name for event in live] == [
+            *("run.started", "step.started", "step.completed", "step.started", "step.completed", "run.completed"),
+        ]
+        assert with_ids(live) == with_ids(await events_of_run(engine, item.run_id))
 
 
 async def test_equal_requests_with_a_key_are_one_run(engine: Engine, gate: Gate) -> None:

@@ -16,6 +16,7 @@ from flock.errors import StoreError
 from flock.runs import (
     Batch,
     BatchOptions,
+    Event,
     Progress,
     Run,
     RunContext,
@@ -24,6 +25,7 @@ from flock.runs import (
     Step,
 )
 from tests.fakes import Gate
+from tests.fakes import until as until_so
 
 pytestmark = pytest.mark.anyio
 
@@ -200,7 +202,39 @@ async def test_one_engine_cancels_waits_and_streams_what_another_runs(gate: Gate
         with anyio.fail_after(5):
             assert (await there.wait(run.run_id)).status is RunStatus.CANCELLED
         names = [event.name async for event in there.events(run.run_id) if event]
-        assert names == ["run.started", "run.cancelled"]
+        assert names == ["run.started", "step.started", "run.cancelled"]
+
+
+async def test_a_run_that_is_to_be_resumed_has_not_started_before_it_does(tmp_path: Path) -> None:
+    """The event says when its new attempt started, and not when the interrupted one did."""
+    flock, begun, may_go = Flock("resumed"), list[str](), anyio.Event()
+
+    @flock.agent
+    async def nap(context: RunContext) -> None:
+        begun.append(context.run_id)
+        await may_go.wait()
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        runs = [await submit(engine, "nap") for _ in range(2)]
+        await until_so(lambda: len(begun) == 2)
+    async with flock.engine(store=tmp_path / "flock.db", max_concurrency=1) as engine:
+        await until_so(lambda: len(begun) == 3)
+        (waiting,) = {run.run_id for run in runs} - {begun[2]}
+        live: list[Event | None] = []
+
+        async def follow() -> None:
+            live.extend([event async for event in engine.events(waiting)])
+
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(follow)
+                await anyio.wait_all_tasks_blocked()
+                may_go.set()
+        run = await engine.get_run(waiting)
+        assert (run.attempt, run.status) == (2, RunStatus.COMPLETED)
+        assert live == [event async for event in engine.events(waiting)]
+        assert live[0]
+        assert live[0].data["started_at"] == run.started_at
 
 
 async def test_an_agent_may_ask_not_to_be_begun_again(gate: Gate, tmp_path: Path) -> None:

@@ -336,6 +336,23 @@ async def test_a_worker_that_is_killed_while_one_item_is_cancelled_harms_no_othe
     assert sorted(turn.run for turn in begun(log)) == ["-", "0", "0", "1"]
 
 
+async def test_when_a_run_started_stays_true_though_its_worker_is_killed(temporal_address: str, tmp_path: Path) -> None:
+    """Another worker begins the turn again, and the event is the one that was told."""
+    target, log = tmp_path / "noting.py", tmp_path / "log"
+    target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=2))
+    flock: Flock = runpy.run_path(str(target))["flock"]
+    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+        run = await engine.submit("item", {"n": 1})
+        with working(target, temporal_address) as doomed, anyio.fail_after(60):
+            live = await anext(event async for event in engine.events(run.run_id) if event is not None)
+            doomed.kill()
+        with working(target, temporal_address), anyio.fail_after(60):
+            assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+        assert len(begun(log)) == 2
+        replayed = await anext(event async for event in engine.events(run.run_id) if event is not None)
+    assert (live.name, replayed) == ("run.started", live)
+
+
 async def test_a_worker_that_is_told_to_stop_leaves_its_runs_to_others(temporal_address: str, tmp_path: Path) -> None:
     target, log = tmp_path / "noting.py", tmp_path / "log"
     target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=0.2))

@@ -1,11 +1,11 @@
 """From the history of a workflow to the record of its run: no worker is asked, and nothing is kept twice."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from msgspec.structs import replace
+from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import EventType
 from temporalio.api.failure.v1 import Failure
 from temporalio.api.history.v1 import HistoryEvent
@@ -89,6 +89,12 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
                 started_at = done.begun_at if is_first else run.started_at
                 progress = done.progress or run.progress
                 run = replace(run, steps=(*run.steps, done.step), started_at=started_at, progress=progress)
+            case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED:
+                failed = event.activity_task_failed_event_attributes.failure
+                run = _told(run, failed.application_failure_info.details.payloads)
+            case EventType.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
+                late = event.activity_task_timed_out_event_attributes.failure
+                run = _told(run, late.timeout_failure_info.last_heartbeat_details.payloads)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
                 run = replace(
                     run,
@@ -114,26 +120,26 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
 
 
 def at_work(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
-    """*run*, which is open, with what is known of its turn now."""
-    if not pending or not pending[0].HasField("last_started_time"):
-        return run
-    (beat,) = [decoded(sent, Beat) for sent in pending[0].heartbeat_details.payloads] or [
-        Beat(begun_at=time_of(pending[0].last_started_time))
-    ]
-    if run.started_at is None and beat.begun_at is not None:
-        run = replace(run, status=RunStatus.RUNNING, started_at=beat.begun_at)
-    return replace(run, progress=beat.progress or run.progress)
+    """*run*, which is open, with what the worker of its turn has told: until then the turn may wait for its place."""
+    run = _told(run, pending[0].heartbeat_details.payloads if pending else ())
+    has_started = run.started_at is not None and run.status is RunStatus.STARTING
+    return replace(run, status=RunStatus.RUNNING) if has_started else run
+
+
+def _told(run: Run, beats: Iterable[Payload]) -> Run:
+    """*run* with what a turn has told of itself; when the run started is known from the first one of its attempt."""
+    for beat in (decoded(sent, Beat) for sent in beats):
+        is_first = not any(step.attempt == run.attempt for step in run.steps)
+        started_at = beat.begun_at if is_first else run.started_at
+        run = replace(run, started_at=started_at, progress=beat.progress or run.progress)
+    return run
 
 
 def _failed(run: Run, failure: Failure, at: datetime) -> Run:
     about = failure.application_failure_info
-    changes: dict[str, Any] = {"error": failure.message, "error_type": about.type or INTERRUPTED}
-    for sent in about.details.payloads:
-        beat: Beat = decoded(sent, Beat)
-        if not any(step.attempt == run.attempt for step in run.steps):
-            changes["started_at"] = beat.begun_at
-        changes["progress"] = beat.progress or run.progress
-    return replace(run, status=RunStatus.FAILED, completed_at=at, **changes)
+    run = _told(run, about.details.payloads)
+    error_type = about.type or INTERRUPTED
+    return replace(run, status=RunStatus.FAILED, error=failure.message, error_type=error_type, completed_at=at)
 
 
 def time_of(stamp: Timestamp) -> datetime:

@@ -55,12 +55,13 @@ class Turn:
     Args:
         timeout_s: wall-clock seconds for the attempt, from its first turn on.
         is_again: another worker may have begun it.
+        begun_at: when another worker began it, if that was told.
         waits_s: how long it may wait for its place, and the limit of which that is the rest.
         tell_waiting: called when it has to wait for its place.
         keep: called with what it gave, while its heartbeats are sent.
 
     Attributes:
-        begun_at: when it got its place.
+        begun_at: when it got its place, the first time.
         progress_when_done: as it is told with what it gave: a thread may go on telling.
         done, failure: what came of it.
         is_left: the worker stops, and others are to begin it anew.
@@ -72,6 +73,7 @@ class Turn:
         timeout_s: float,
         *,
         is_again: bool = False,
+        begun_at: datetime | None = None,
         waits_s: tuple[float, float] | None = None,
         tell_waiting: Callable[[], None] = lambda: None,
         keep: Callable[[Step], Awaitable[None]] | None = None,
@@ -84,7 +86,7 @@ class Turn:
         self.keep = keep
         self.scope = anyio.CancelScope()
         self.context: RunContext | None = None
-        self.begun_at: datetime | None = None
+        self.begun_at = begun_at
         self.progress: Progress | None = None
         self.progress_when_done: Progress | None = None
         self.done: Step | None = None
@@ -180,13 +182,13 @@ class Turns:
             raise interrupted_turn(step.agent.name)
         release = await self._admit(turn, step)
         try:
-            turn.begun_at = begun_at = now()
+            turn.begun_at = turn.begun_at or now()
             left_s = turn.timeout_s
             if run.started_at is None:
-                run = replace(run, status=RunStatus.RUNNING, started_at=begun_at)
+                run = replace(run, status=RunStatus.RUNNING, started_at=turn.begun_at)
                 self.tell("run_started", run)
             else:
-                left_s -= (begun_at - run.started_at).total_seconds()
+                left_s -= (now() - run.started_at).total_seconds()
             turn.scope.deadline = anyio.current_time() + left_s
             spend = functools.partial(self.tell, "tokens_spent", step.agent.name)
             turn.context = RunContext(run, step.agent.name, turn.note_progress, spend, self._max_tokens)

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from temporalio import activity
-from temporalio.exceptions import ApplicationError
+from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from flock.agents import Agent
@@ -30,6 +30,7 @@ from flock.temporal.messages import (
     RunOrder,
     StepDone,
     items_queue_of,
+    recoded,
     task_queue_of,
 )
 from flock.temporal.turns import MAX_RUN_BYTES, Turn, Turns, is_left, until_left
@@ -46,6 +47,8 @@ STICKY_TIMEOUT_S = 2
 #: How often at most the cluster is told how far items are, in seconds: what was done since then is done again if the
 #: worker dies.
 ITEMS_BEAT_S = 0.1
+#: After so many seconds a turn tells that it has begun: shorter ones are spared the call.
+FIRST_BEAT_S = 0.2
 #: How much longer than its turns the library's own worker may take to stop, in seconds.
 TIDYING_UP_S = 5
 
@@ -152,10 +155,12 @@ class TemporalWorker:
         """Let the next agent of a run have its turn.
 
         Raises:
-            ApplicationError: how the run ends, and is not to be tried again; or the worker leaves, and it is.
-            CancelledError: it was to be cancelled, and has stopped.
+            ApplicationError: how the run ends, and is not to be tried again, also when it was to be cancelled and has
+                stopped; or the worker leaves, and it is.
         """
         run, waits_s = order.run, None
+        # What a worker that died has told of the beginning stays true.
+        told = [recoded(beat, Beat) for beat in activity.info().heartbeat_details]
         if order.queue_timeout_s is not None and run.started_at is None:
             waited_s = (now() - activity.info().scheduled_time).total_seconds()
             waits_s = (order.queue_timeout_s - waited_s, order.queue_timeout_s)
@@ -163,6 +168,7 @@ class TemporalWorker:
             run,
             order.timeout_s,
             is_again=activity.info().attempt > 1,
+            begun_at=told[0].begun_at if told else None,
             waits_s=waits_s,
             # It has not begun, though the cluster has it as started.
             tell_waiting=lambda: activity.heartbeat(_beat_of(turn)),
@@ -188,12 +194,11 @@ class TemporalWorker:
         if turn.done is not None:
             return _done(turn, turn.done)
         if turn.is_left:
-            raise ApplicationError("The worker stopped while this turn was at work.", type=INTERRUPTED)
+            raise ApplicationError("The worker stopped while this turn was at work.", _beat_of(turn), type=INTERRUPTED)
         if turn.is_late:
             _end(turn, timeout_of(order.timeout_s))
-        if turn.scope.cancel_called:
-            raise asyncio.CancelledError(CANCELLED.error)
-        _end(turn, self._turns.end_of(turn))
+        # A CancelledError could not say when the turn began. The workflow knows that it was asked to cancel.
+        _end(turn, CANCELLED if turn.scope.cancel_called else self._turns.end_of(turn))
 
 
 async def _leave(
@@ -221,12 +226,16 @@ def _beat_of(turn: Turn) -> Beat:
 
 
 async def _tell_beats(turn: Turn, heartbeat_timeout_s: float) -> None:
+    pause_s = min(FIRST_BEAT_S, heartbeat_timeout_s / 3)
     while True:
-        await asyncio.sleep(heartbeat_timeout_s / 3)
+        await asyncio.sleep(pause_s)
         activity.heartbeat(_beat_of(turn))
+        pause_s = heartbeat_timeout_s / 3
 
 
 def _end(turn: Turn, end: End) -> NoReturn:
+    # What was asked for is no failure for the library's log.
+    category = ApplicationErrorCategory.BENIGN if end is CANCELLED else ApplicationErrorCategory.UNSPECIFIED
     raise ApplicationError(
-        end.error[:MAX_ERROR_CHARS], _beat_of(turn), type=end.error_type, non_retryable=True
+        end.error[:MAX_ERROR_CHARS], _beat_of(turn), type=end.error_type, non_retryable=True, category=category
     ) from None  # what raised it is for the log only
