@@ -716,6 +716,81 @@ def test_a_table_of_a_million_rows_reaches_each_of_them(visit: Visit, closed: Si
     assert rows.count() < 40
 
 
+# Ways between views
+
+#: Tells the page of a new address only when the test says so, as a busy browser does.
+LATE_ADDRESS = """
+    const add = window.addEventListener;
+    window.addEventListener = (name, listener, ...options) => add.call(window, name, name === "hashchange"
+        ? (event) => { window.tellAddress = () => listener(event); }
+        : listener, ...options);
+"""
+#: Answers cannot be stopped, as if they had arrived already; while `isHeld` they wait for `release()`.
+LATE_ANSWERS = """
+    const hold = () => new Promise((done) => { window.release = done; console.debug("held"); });
+    const [fetchNow, openNow] = [fetch, IDBFactory.prototype.open];
+    window.fetch = async (address, { signal, ...options } = {}) => {
+        const answer = await fetchNow(address, options);
+        if (window.isHeld === "fetch") await hold();
+        return answer;
+    };
+    IDBFactory.prototype.open = function (...options) {
+        if (window.isHeld !== "storage") return openNow.apply(this, options);
+        const opening = {};
+        hold().then(() => opening.onerror());
+        return opening;
+    };
+"""
+
+
+def test_a_link_is_followed_when_the_old_view_writes_its_address_in_the_same_moment(visit: Visit, closed: Site) -> None:
+    """A table keeps its first row in the address 400 ms later; the event of the new address comes later still."""
+    context = visit.context(closed)
+    context.add_init_script(LATE_ADDRESS)
+    page = visit.page(closed, f"batch/{closed.batch(300)}", context)
+    table = page.get_by_role("table", name="Results")
+    expect(table).to_contain_text("ROW 3")
+    table.evaluate(
+        """table => {
+            table.dispatchEvent(new KeyboardEvent("keydown", {key: "End"}));
+            document.querySelector('nav a[href="#/batches"]').click();
+            return new Promise((done) => setTimeout(done, 500));
+        }"""
+    )
+    page.evaluate("tellAddress()")
+    expect(page.get_by_role("heading", name="Batches")).to_be_focused()
+    expect(page).to_have_url(re.compile("#/batches$"))
+
+
+@pytest.mark.parametrize(
+    ("view", "what"),
+    [
+        *((view, "fetch") for view in ("agents", "agent/order", "run", "runs", "batch", "batches", "new-batch")),
+        ("new-batch", "storage"),
+    ],
+)
+def test_a_view_that_is_left_while_it_loads_changes_nothing_later(
+    visit: Visit, closed: Site, view: str, what: str
+) -> None:
+    ids = {"run": closed.run("defaults", name="x"), "batch": closed.batch(2)}
+    context = visit.context(closed)
+    context.add_init_script(LATE_ANSWERS)
+    page = visit.page(closed, "agent/quote", context)
+    page.get_by_role("heading", name="quote").wait_for()
+    path = f"#/{view}{'/' + ids[view] if view in ids else ''}"
+    with page.expect_console_message(lambda message: message.text == "held"):
+        page.evaluate("([what, path]) => { window.isHeld = what; location.hash = path; }", [what, path])
+    page.evaluate("() => { window.isHeld = null; location.hash = '#/agent/deliver'; }")
+    heading = page.get_by_role("heading", level=1)
+    expect(heading).to_have_text("deliver")
+    page.get_by_label("parcel (required)").focus()
+    page.evaluate("async () => { release(); await fetch('healthz'); }")
+    expect(heading).to_have_text("deliver")
+    expect(page).to_have_title("deliver · Sample agents")
+    expect(page.get_by_label("parcel (required)")).to_be_focused()
+    expect(page).to_have_url(re.compile("#/agent/deliver$"))
+
+
 # Keys
 
 

@@ -426,17 +426,22 @@ export function link(path, params = {}) {
   return `#/${path}${query && `?${query}`}`;
 }
 
-export const go = (path, params) => {
-  location.hash = link(path, params);
-};
+/** The address of the view that is shown. A link changes `location.hash` at once, but its event comes later, and in
+ * between a timer or an answer of the old view may run: it must not write over the new address. */
+let shown = "";
+
+export function go(path, params) {
+  if (location.hash === shown) location.hash = link(path, params);
+}
 
 /** Keep in the address what a view shows, so that a reload or a link shows the same. */
-export const keep = (path, params) => history.replaceState(history.state, "", link(path, params));
-
-export function title(text, ...beside) {
-  document.title = `${text} · ${name}`;
-  return h("div", { class: "title" }, h("h1", { tabindex: "-1" }, text), beside);
+export function keep(path, params) {
+  if (location.hash !== shown) return;
+  history.replaceState(history.state, "", link(path, params));
+  shown = location.hash;
 }
+
+export const title = (text, ...beside) => h("div", { class: "title" }, h("h1", { tabindex: "-1" }, text), beside);
 
 const VIEWS = {
   agents: () => import("./agents.js"),
@@ -453,6 +458,7 @@ let leaving = new AbortController();
 async function show(isFirst) {
   leaving.abort(new DOMException("This view was left.", "AbortError"));
   const { signal } = (leaving = new AbortController());
+  shown = location.hash;
   const main = document.getElementById("main");
   const [path, query] = (location.hash.slice(2) || "agents").split("?");
   const [view, ...rest] = path.split("/").map(decodeURIComponent);
@@ -469,8 +475,14 @@ async function show(isFirst) {
       return VIEWS[view]();
     });
     signal.throwIfAborted();
-    await module.show(fill(main), { id: rest.join("/"), params: new URLSearchParams(query), signal });
-    if (!isFirst) main.querySelector("h1")?.focus();
+    // Each view draws into an element of its own, so one that was left can no longer change what is shown.
+    const place = h("div", { class: "view" });
+    fill(main, place);
+    await module.show(place, { id: rest.join("/"), params: new URLSearchParams(query), signal });
+    signal.throwIfAborted();
+    const heading = place.querySelector("h1");
+    document.title = `${heading.textContent} · ${name}`;
+    if (!isFirst) heading.focus();
   } catch (error) {
     if (signal.aborted) return;
     fill(main, problem(error, error.status === 404 ? null : () => show(false)));

@@ -70,6 +70,7 @@ export async function show(main, { params, signal }) {
 
   // Step 2: the rows
   const chosen = await chooser(() => setRows().catch(failed));
+  signal.throwIfAborted(); // reading what was chosen before cannot be stopped
   let turn = 0;
   async function setRows() {
     const mine = ++turn;
@@ -84,7 +85,7 @@ export async function show(main, { params, signal }) {
     }
     const its = await sniff(rows);
     const first = await preview(rows, its).catch(() => ({ columns: [], rows: [] })); // the check tells why
-    if (mine !== turn) return;
+    if (mine !== turn || signal.aborted) return;
     format = its;
     columns = first.columns;
     const inputs = Object.keys(schema.properties ?? {});
