@@ -329,6 +329,38 @@ def test_a_form_shows_defaults_and_leaves_out_what_is_empty(visit: Visit, closed
     assert inputs == {"name": "a line\n" * 8, "times": 2, "loud": True, "tags": [], "more": "[1, 2"}
 
 
+def test_a_number_is_taken_as_it_is_written_or_refused(visit: Visit, closed: Site) -> None:
+    """Typed key by key: a control of type "number" drops the comma of 119,50 without a word."""
+    page = visit.page(closed, "agent/book")
+    seat, price = page.get_by_label("seat (required)"), page.get_by_label("price (required)")
+    run = page.get_by_role("button", name="Run", exact=True)
+    seat.press_sequentially("12345678901234567890")
+    price.press_sequentially("119,50")
+    wrong = page.locator(".field", has=price).locator(".error")
+    expect(wrong).to_have_text(
+        "“119,50” is not a number. Use a point for decimals, as in 0.5, and no commas or spaces."
+    )
+    run.click()
+    expect(price).to_be_focused()
+    expect(price).to_have_attribute("aria-invalid", "true")
+    price.fill("119.50")
+    for text, words in (
+        ("0", "It must be at least 1."),
+        ("1,5", "“1,5” is not a whole number. Write digits only, as in 42."),
+    ):
+        seat.fill(text)
+        run.click()
+        expect(seat).to_be_focused()
+        expect(page.locator(".field", has=seat).locator(".error")).to_have_text(words)
+    seat.fill("+0012345678901234567890")
+    page.reload()  # the draft is exact too
+    expect(seat).to_have_value("12345678901234567890")
+    run.click()
+    expect(page.get_by_role("group", name="Result")).to_contain_text("12345678901234567890")
+    inputs = closed.get("/runs?include=inputs&limit=1")["runs"][0]["inputs"]
+    assert inputs == {"seat": 12345678901234567890, "price": 119.5}
+
+
 def test_what_the_server_says_against_an_input_stands_beside_its_field(visit: Visit, closed: Site) -> None:
     visit.expected.append("status of 422")
     page = visit.page(closed, "agent/order")
@@ -539,6 +571,53 @@ def test_what_is_wrong_with_rows_is_said_by_line_before_they_start(visit: Visit,
     ]
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param("seat,price\n12345678901234567,1\n-98765432109876543210,2\n", id="csv"),
+        pytest.param(
+            '{"seat": 12345678901234567, "price": 1}\n{"seat": -98765432109876543210, "price": 2}\n', id="ndjson"
+        ),
+    ],
+)
+def test_numbers_of_many_digits_in_a_file_are_exact(visit: Visit, closed: Site, rows: str) -> None:
+    page = visit.page(closed, "new-batch?agent=book")
+    choose(page, "rows", rows)
+    expect(page.get_by_text("1 row does not fit, of 2.")).to_be_visible()
+    wrong = page.get_by_role("group", name="What is wrong").locator("tbody tr")
+    expect(wrong).to_have_text(re.compile(r"seat\s*It must be at least 1\."))
+    choose(page, "rows", rows.replace("-", ""))
+    expect(page.get_by_text("All 2 rows fit.")).to_be_visible()
+    page.get_by_role("button", name="Start the batch").click()
+    expect(page.get_by_role("table", name="Results")).to_contain_text("98765432109876543210")
+    items = closed.get(f"/batch/{page.url.rpartition('/')[2]}/results?format=json")
+    assert [item["inputs"]["seat"] for item in items] == [12345678901234567, 98765432109876543210]
+    assert [item["result"]["result"]["seat"] for item in items] == [12345678901234567, 98765432109876543210]
+
+
+def test_a_number_for_every_row_is_taken_as_it_is_written_or_refused(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "new-batch?agent=book")
+    choose(page, "rows.csv", "seat\n1\n")
+    price = page.get_by_label("price (required)")
+    start = page.get_by_role("button", name="Start the batch")
+    price.press_sequentially("119,50")
+    expect(page.locator(".field", has=price).locator(".error")).to_contain_text("“119,50” is not a number.")
+    expect(start).to_be_hidden()
+    price.fill("119.50")
+    expect(page.locator(".field", has=price).locator(".error")).to_be_hidden()
+    workers = page.get_by_label("Rows at the same time")
+    workers.fill("")
+    workers.press_sequentially("2,5")
+    start.click()
+    expect(workers).to_be_focused()
+    expect(page.get_by_text("“2,5” is not a whole number.")).to_be_visible()
+    workers.fill("2")
+    start.click()
+    expect(status_of(page)).to_contain_text("completed")
+    (item,) = closed.get(f"/batch/{page.url.rpartition('/')[2]}/results?format=json")
+    assert item["inputs"] == {"seat": 1, "price": 119.5}
+
+
 def test_what_only_the_server_finds_is_said_by_line_too(visit: Visit, closed: Site) -> None:
     visit.expected.append("status of 422")
     page = visit.page(closed, "new-batch?agent=order")
@@ -551,6 +630,39 @@ def test_what_only_the_server_finds_is_said_by_line_too(visit: Visit, closed: Si
     expect(wrong).to_have_text(re.compile(r"^\s*2\s*code.*UUID"))
     page.reload()
     expect(page.get_by_text("All 2 rows fit.")).to_be_visible()
+
+
+def test_a_missing_column_is_said_once_with_the_choice_beside_it(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "new-batch?agent=count_up")
+    choose(page, "rows.csv", "id,comment\n" + "".join(f"{n},row {n}\n" for n in range(300)))
+    missing = page.get_by_role("region", name="Inputs without a column")
+    expect(missing.get_by_role("heading", name="There is no column for “n”")).to_be_visible()
+    expect(page.get_by_role("group", name="What is wrong")).to_be_hidden()
+    assert page.locator("main").inner_text().count("There is no column") == 1
+    start = page.get_by_role("button", name="Start the batch")
+    expect(start).to_be_hidden()
+    missing.get_by_label("n (required)").fill("5")
+    expect(page.get_by_text("All 300 rows fit.")).to_be_visible()
+    expect(missing.get_by_label("n (required)")).to_be_focused()
+    missing.get_by_label("n (required)").fill("")
+    expect(start).to_be_hidden()
+    missing.get_by_label("Column for n").select_option("id")
+    expect(page.get_by_text("All 300 rows fit.")).to_be_visible()
+    expect(page.get_by_label("Column id becomes")).to_have_value("n")
+    expect(page.get_by_label("Column id becomes")).to_be_focused()
+    expect(missing.get_by_role("heading")).to_be_hidden()
+    expect(start).to_be_enabled()
+
+
+def test_a_batch_without_rows_cannot_be_started(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "new-batch?agent=count_up")
+    for name, text, words in (
+        ("rows.csv", "n,comment\n", "There are no rows below the header."),
+        ("rows.ndjson", "\n\n", "There are no rows."),
+    ):
+        choose(page, name, text)
+        expect(page.get_by_role("region", name="Check").get_by_role("status")).to_have_text(f"✕ {words}")
+        expect(page.get_by_role("button", name="Start the batch")).to_be_disabled()
 
 
 def test_a_file_that_is_no_table_says_what_to_do(visit: Visit, closed: Site) -> None:

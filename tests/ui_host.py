@@ -7,7 +7,7 @@ looks at the page says when it goes on.
 """
 
 import argparse
-from datetime import date
+from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -107,6 +107,17 @@ def ui_flock(folder: Path) -> Flock:
     ) -> dict[str, Any]:
         """Shows what it was given."""
         return {"name": name, "times": times, "when": when, "loud": loud, "tags": tags, "more": more}
+
+    @flock.agent
+    def book(
+        seat: Annotated[int, msgspec.Meta(ge=1)],
+        price: float,
+        at: datetime | None = None,
+        opens: time | None = None,
+        lasts: timedelta | None = None,
+    ) -> dict[str, Any]:
+        """Books a seat, and returns what it was given."""
+        return {"seat": seat, "price": price, "at": at, "opens": opens, "lasts": lasts}
 
     @flock.agent(max_concurrency=50)
     async def count_up(n: int, comment: str, step: int = 1, gate: str = "") -> Total:

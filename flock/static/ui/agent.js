@@ -12,6 +12,7 @@ import {
   hasKey,
   idempotencyKey,
   link,
+  parse,
   post,
   pretty,
   problem,
@@ -27,7 +28,7 @@ export async function show(main, { id, signal }) {
   const draft = `draft ${agent.name}`;
   let before;
   try {
-    before = JSON.parse(session.get(draft));
+    before = parse(session.get(draft));
   } catch {
     /* none */
   }

@@ -86,6 +86,9 @@ export function parse(text) {
   );
 }
 
+/** Whether `parse` kept a value as it was written; it holds its digits in `rawJSON`. */
+export const isExact = (value) => Boolean(JSON.isRawJSON?.(value));
+
 export const pretty = (value) => JSON.stringify(value, null, 2);
 
 // --- What is kept in this browser ------------------------------------------------------------------------------------

@@ -344,6 +344,7 @@ export async function show(main, { id, params, signal }) {
         get(`${path}/results?format=json&after=${after}&limit=${places.length > 1 ? 50 : 200}`, signal),
       ),
     );
+    signal.throwIfAborted(); // what was left has no width
     const some = new Map(found.flat().map((item) => [item.position, item]));
     fill(parts.chart, chart([...some.values()], parts.chart.clientWidth));
   }

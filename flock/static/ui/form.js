@@ -3,7 +3,7 @@
 // A field is {node, read(), errors(pointer)}: what is shown, what it holds (undefined where it is left out), and the
 // element beside which something that is wrong at a JSON pointer is told.
 
-import { button, fill, h, localTime, newId } from "./app.js";
+import { button, fill, h, isExact, localTime, newId, parse } from "./app.js";
 
 /** The fields of an object schema; `value` is what they begin with. `error(pointer, text)` is true if it found a place. */
 export function form(schema, value) {
@@ -163,25 +163,79 @@ function checkbox(made) {
   return around(made, control, () => control.checked);
 }
 
+/** How a number is written, by its type in a schema. */
+export const NUMBER_RULES = {
+  integer: "Write digits only, as in 42.",
+  number: "Use a point for decimals, as in 0.5, and no commas or spaces.",
+};
+
+/** What may become a number while somebody types. */
+const MAY_BE_NUMBER = /^[+-]?\d*\.?\d*(e[+-]?\d*)?$/i;
+
+const notANumber = (text, type) =>
+  `“${text}” is not a ${type === "integer" ? "whole " : ""}number. ${NUMBER_RULES[type]}`;
+
+/** The number that `text` says, with all its digits. Throws an error for people if it says none. */
+export function numberOf(text, type) {
+  const plainText = text
+    .trim()
+    .replace(/^\+/, "")
+    .replace(/^(-?)0+(?=\d)/, "$1")
+    .replace(/^(-?)\./, (_, sign) => `${sign}0.`);
+  let number;
+  try {
+    number = parse(plainText);
+  } catch {
+    /* not a number */
+  }
+  const isWhole = isExact(number) || Number.isInteger(number);
+  if (!(isExact(number) || Number.isFinite(number)) || (type === "integer" && !isWhole))
+    throw new Error(notANumber(text, type));
+  if (typeof number === "number" && isWhole && !Number.isSafeInteger(number) && /^-?\d+$/.test(plainText))
+    throw new Error("This browser cannot keep so many digits. Use the API, or a newer browser.");
+  return number;
+}
+
+/** What is wrong with a number that its schema's bounds exclude, or "". */
+export function outOfBounds(schema, value) {
+  const [number, least, above, most, below] = [
+    value,
+    schema.minimum,
+    schema.exclusiveMinimum,
+    schema.maximum,
+    schema.exclusiveMaximum,
+  ].map((each) => (isExact(each) ? BigInt(each.rawJSON) : each));
+  if (number < least) return `It must be at least ${least}.`;
+  if (number <= above) return `It must be more than ${above}.`;
+  if (number > most) return `It must be at most ${most}.`;
+  if (number >= below) return `It must be less than ${below}.`;
+  return "";
+}
+
+/** A text input: one of type "number" drops what it does not know, so that 119,50 becomes 11950. */
 function numeric(made) {
-  const { its, isRequired, start } = made;
-  const bound = (name, exclusive) => its[name] ?? its[exclusive];
+  const { its, isRequired, start, pointer } = made;
   const control = h("input", {
-    type: "number",
-    step: its.type === "integer" ? 1 : "any",
-    min: bound("minimum", "exclusiveMinimum"),
-    max: bound("maximum", "exclusiveMaximum"),
+    inputmode: its.type === "integer" ? "numeric" : "decimal",
+    autocomplete: "off",
     required: isRequired && !its.isNullable,
-    value: start === undefined || start === null ? "" : String(start.rawJSON ?? start),
+    value: start === undefined || start === null ? "" : String(isExact(start) ? start.rawJSON : start),
+    // At once, and not when it is left: a page that moves between press and release loses the click on a button.
+    oninput: () => field.error(MAY_BE_NUMBER.test(control.value.trim()) ? "" : notANumber(control.value, its.type)),
   });
   const read = () => {
-    const number = control.valueAsNumber;
-    if (control.value === "") return empty(made);
-    return Number.isInteger(number) && !Number.isSafeInteger(number) && JSON.rawJSON
-      ? JSON.rawJSON(control.value)
-      : number;
+    if (control.value.trim() === "") return empty(made);
+    try {
+      const number = numberOf(control.value, its.type);
+      const wrong = outOfBounds(its, number);
+      if (wrong) throw new Error(wrong);
+      return number;
+    } catch (error) {
+      throw Object.assign(error, { pointer: pointer() });
+    }
   };
-  return around(made, control, read, its.type === "integer" ? "A whole number." : "A number.");
+  const field = around(made, control, read, its.type === "integer" ? "A whole number." : "A number.");
+  return field;
 }
 
 function text(made) {
@@ -335,10 +389,10 @@ function json(made) {
   const read = () => {
     if (control.value.trim() === "") return empty(made);
     try {
-      return JSON.parse(control.value);
+      return parse(control.value);
     } catch (error) {
       if (takesText) return control.value;
-      throw Object.assign(new Error(`This is no JSON: ${error.message}.`), { pointer: made.pointer() });
+      throw Object.assign(new Error(`This is not valid JSON: ${error.message}.`), { pointer: made.pointer() });
     }
   };
   return around(

@@ -15,6 +15,7 @@ import {
   idempotencyKey,
   keep,
   newId,
+  parse,
   problem,
   say,
   send,
@@ -35,9 +36,11 @@ export async function show(main, { params, signal }) {
     schema,
     rows = null,
     format = null,
+    sample = [],
     columns = [],
     mapping = {},
-    statics = null,
+    needed = null,
+    others = null,
     found = null,
     checking = new AbortController();
   signal.addEventListener("abort", () => checking.abort());
@@ -78,15 +81,15 @@ export async function show(main, { params, signal }) {
     rows = chosen.rows();
     if (!rows) {
       checking.abort();
-      fill(parts.columns);
-      fill(parts.check);
-      fill(parts.start);
+      for (const part of Object.values(parts)) fill(part);
+      parts.needed.classList.remove("problem");
       return;
     }
     const its = await sniff(rows);
     const first = await preview(rows, its).catch(() => ({ columns: [], rows: [] })); // the check tells why
     if (mine !== turn || signal.aborted) return;
     format = its;
+    sample = first.rows;
     columns = first.columns;
     const inputs = Object.keys(schema.properties ?? {});
     const before = JSON.parse(session.get(`batch mapping ${agent.name}`) ?? "{}");
@@ -102,18 +105,26 @@ export async function show(main, { params, signal }) {
             : (same(name) ?? ""),
       ]),
     );
-    drawColumns(first);
+    drawColumns();
+    drawStatics();
+  }
+
+  function map(name, input) {
+    mapping[name] = input;
+    session.set(`batch mapping ${agent.name}`, JSON.stringify(mapping));
     drawStatics();
   }
 
   // Step 3: what the columns become
   const parts = {
     columns: h("section"),
-    statics: h("div"),
+    needed: h("section", { "aria-label": "Inputs without a column" }),
+    others: h("section"),
     check: h("section", { "aria-label": "Check" }),
     start: h("section"),
   };
-  function drawColumns(first) {
+  function drawColumns() {
+    if (!columns.length) return fill(parts.columns); // the check says why
     const inputs = Object.keys(schema.properties ?? {});
     const select = (name) =>
       h(
@@ -121,16 +132,13 @@ export async function show(main, { params, signal }) {
         {
           class: "small",
           "aria-label": `Column ${name} becomes`,
-          onchange: ({ target }) => {
-            mapping[name] = target.value;
-            session.set(`batch mapping ${agent.name}`, JSON.stringify(mapping));
-            drawStatics();
-          },
+          "data-column": name,
+          onchange: ({ target }) => map(name, target.value),
         },
         h("option", { value: "" }, "(left out)"),
         inputs.map((input) => h("option", { value: input, selected: mapping[name] === input }, input)),
       );
-    fill(
+    return fill(
       parts.columns,
       h("h2", {}, "Columns"),
       h(
@@ -159,7 +167,7 @@ export async function show(main, { params, signal }) {
           h(
             "tbody",
             {},
-            first.rows.map((row) =>
+            sample.map((row) =>
               h(
                 "tr",
                 {},
@@ -169,58 +177,86 @@ export async function show(main, { params, signal }) {
           ),
         ),
       ),
-      parts.statics,
     );
   }
 
+  /** What no column holds: a place to choose one, or to give one value for every row. */
   function drawStatics() {
     const taken = new Set(Object.values(mapping)),
-      required = (schema.required ?? []).filter((name) => !taken.has(name));
-    const open = Object.fromEntries(Object.entries(schema.properties ?? {}).filter(([name, its]) => !taken.has(name)));
+      required = columns.length ? (schema.required ?? []).filter((name) => !taken.has(name)) : [];
     let kept = {};
     try {
-      kept = JSON.parse(session.get(`statics ${agent.name}`) ?? "{}");
+      kept = parse(session.get(`statics ${agent.name}`) ?? "{}");
     } catch {
       /* none */
     }
-    const bare = Object.fromEntries(
-      Object.entries(open).map(([name, its]) => [
-        name,
-        required.includes(name)
-          ? its
-          : {
-              ...its,
-              default: undefined,
-              description: [its.description, "default" in its ? `Default: ${JSON.stringify(its.default)}.` : ""]
-                .filter(Boolean)
-                .join(" "),
-            },
-      ]),
+    const open = Object.entries(schema.properties ?? {}).filter(([name]) => !taken.has(name));
+    const formOf = (properties, required) =>
+      form({ ...schema, properties: Object.fromEntries(properties), required }, kept);
+    needed = formOf(
+      open.filter(([name]) => required.includes(name)),
+      required,
     );
-    statics = form({ ...schema, properties: bare, required }, kept);
+    others = formOf(
+      open
+        .filter(([name]) => !required.includes(name))
+        .map(([name, its]) => {
+          const shown = "default" in its ? `Default: ${JSON.stringify(its.default)}.` : "";
+          return [name, { ...its, default: undefined, description: [its.description, shown].filter(Boolean).join(" ") }];
+        }),
+      [],
+    );
     fill(
-      parts.statics,
-      Object.keys(bare).length > 0 &&
+      parts.needed,
+      required.length > 0 && [
+        h("h2", {}, `There is no column for ${listed(required)}`),
+        h("p", {}, "Choose a column, or give one value for every row."),
+        h("div", { class: "columns" }, required.map(columnChoice), h("div", { oninput: changed }, needed.node)),
+      ],
+    );
+    fill(
+      parts.others,
+      columns.length > 0 &&
+        open.length > required.length &&
         h(
           "details",
-          { open: required.length > 0 },
+          {},
           h("summary", {}, "The same in every row"),
-          h(
-            "div",
-            {
-              oninput: () => {
-                try {
-                  session.set(`statics ${agent.name}`, JSON.stringify(sameInAll()));
-                } catch {
-                  /* not yet JSON */
-                }
-                recheck();
-              },
-            },
-            statics.node,
-          ),
+          h("div", { oninput: changed }, others.node),
         ),
     );
+    recheck();
+  }
+
+  /** A select of the columns that are not an input yet. */
+  function columnChoice(input) {
+    const free = columns.filter((name) => name && !mapping[name]),
+      id = newId();
+    const select = h(
+      "select",
+      {
+        id,
+        disabled: !free.length,
+        onchange: () => {
+          map(select.value, input);
+          drawColumns();
+          parts.columns.querySelector(`[data-column="${CSS.escape(select.value)}"]`).focus();
+        },
+      },
+      h("option", { value: "" }, free.length ? "Choose …" : "No column is left"),
+      free.map((name) => h("option", { value: name }, name)),
+    );
+    return h("div", { class: "field" }, h("label", { for: id }, `Column for ${input}`), select);
+  }
+
+  function changed() {
+    try {
+      session.set(`statics ${agent.name}`, JSON.stringify(sameInAll()));
+      needed.clear();
+      others.clear();
+    } catch {
+      /* its field says so */
+    }
     recheck();
   }
 
@@ -229,25 +265,33 @@ export async function show(main, { params, signal }) {
     checking.abort();
     const { signal: its } = (checking = new AbortController());
     found = null;
-    const twice = columns.filter(
-      (name, index) => mapping[name] && columns.findIndex((other) => mapping[other] === mapping[name]) !== index,
-    );
-    let given = {};
+    let given = null;
     try {
       given = sameInAll();
     } catch {
-      /* told at the start */
+      /* its field says so */
+    }
+    const taken = new Set(Object.values(mapping));
+    const missing = columns.length ? (schema.required ?? []).filter((name) => !taken.has(name) && !(name in (given ?? {}))) : [];
+    parts.needed.classList.toggle("problem", missing.length > 0);
+    if (missing.length) {
+      fill(parts.check);
+      return fill(parts.start);
     }
     drawStart();
+    const twice = columns.filter(
+      (name, index) => mapping[name] && columns.findIndex((other) => mapping[other] === mapping[name]) !== index,
+    );
     if (twice.length)
       return fill(
         parts.check,
         problem({
           title: "Two columns become the same input",
-          message: `Change what ${twice.map((name) => `“${name}”`).join(", ")} becomes.`,
+          message: `Change what ${listed(twice)} becomes.`,
         }),
       );
-    check(rows, format, {
+    if (!given) return fill(parts.check);
+    return check(rows, format, {
       schema,
       mapping,
       statics: given,
@@ -265,8 +309,10 @@ export async function show(main, { params, signal }) {
 
   function drawCheck() {
     const { rows: read, wrong, errors, isDone } = found;
-    const summary =
-      wrong || errors.length
+    const isEmpty = isDone && read === 0 && !errors.length;
+    const summary = isEmpty
+      ? `There are no rows${format.kind === "csv" ? " below the header" : ""}.`
+      : wrong || errors.length
         ? `${count(wrong, "row does", "rows do")} not fit, of ${count(read)}${isDone ? "" : " so far"}.`
         : `${isDone ? "All" : "So far all"} ${count(read, "row fits", "rows fit")}.`;
     fill(
@@ -275,7 +321,7 @@ export async function show(main, { params, signal }) {
       h(
         "p",
         { role: "status" },
-        h("span", { "aria-hidden": "true" }, wrong || errors.length ? "✕ " : isDone ? "✓ " : "… "),
+        h("span", { "aria-hidden": "true" }, isEmpty || wrong || errors.length ? "✕ " : isDone ? "✓ " : "… "),
         summary,
       ),
       errors.length > 0 && lines(errors, wrong),
@@ -286,66 +332,76 @@ export async function show(main, { params, signal }) {
   const invalid = h(
     "select",
     { id: newId() },
-    h("option", { value: "reject" }, "stop the batch before it starts"),
-    h("option", { value: "skip" }, "fail, and the others run"),
+    h("option", { value: "reject" }, "keep the batch from starting"),
+    h("option", { value: "skip" }, "fail, and the other rows run"),
   );
   invalid.value = session.get("batch invalid") ?? "reject";
-  const workers = h("input", {
-    id: newId(),
-    type: "number",
-    min: 1,
-    max: 1000,
-    value: session.get("batch workers") ?? "5",
-  });
   invalid.addEventListener("change", () => {
     session.set("batch invalid", invalid.value);
     drawStart();
   });
-  workers.addEventListener("change", () => session.set("batch workers", workers.value));
+  const WORKERS = "Rows at the same time";
+  const pace = form(
+    { properties: { [WORKERS]: { type: "integer", minimum: 1, maximum: 1000, default: 5 } } },
+    { [WORKERS]: Number(session.get("batch workers")) || undefined },
+  );
+  pace.node.addEventListener("change", () => {
+    try {
+      session.set("batch workers", pace.read()[WORKERS]);
+    } catch {
+      /* its field says so */
+    }
+  });
   const answer = h("div"),
-    sent = h("div");
+    sent = h("div"),
+    why = h("p", { class: "quiet" });
   const startButton = button("Start the batch", () => start({ currentTarget: startButton }), { class: "primary" });
   function drawStart() {
     const isWrong = found && (found.wrong > 0 || found.errors.length > 0),
       isStopped = isWrong && (invalid.value === "reject" || found.isUnreadable);
-    startButton.disabled = !found || isStopped || (found.isDone && found.rows === 0);
+    startButton.disabled = !found?.rows || isStopped;
     fill(
       why,
       isStopped
-        ? "Mend the rows or the columns first, or let the rows that do not fit fail."
-        : found && !found.isDone
-          ? "You may start before all rows are checked: the server checks them, too."
+        ? "Fix the rows or the columns first, or let the other rows run."
+        : found?.rows && !found.isDone
+          ? "You can start before all rows are checked: the server checks them too."
           : "",
     );
     if (!parts.start.contains(startButton))
       fill(
         parts.start,
         h("h2", {}, "Start"),
-        h(
-          "div",
-          { class: "filters" },
-          h("label", { for: invalid.id }, "Rows that do not fit", invalid),
-          h("label", { for: workers.id }, "Rows at the same time", workers),
-        ),
+        h("div", { class: "filters" }, h("label", { for: invalid.id }, "Rows that do not fit", invalid), pace.node),
         answer,
         sent,
         h("p", { class: "actions" }, startButton, button("Copy as curl", copyCurl)),
         why,
       );
   }
-  const why = h("p", { class: "quiet" });
 
-  const sameInAll = () => Object.fromEntries(Object.entries(statics.read()).filter(([, value]) => value !== ""));
+  const sameInAll = () =>
+    Object.fromEntries(Object.entries({ ...needed.read(), ...others.read() }).filter(([, value]) => value !== ""));
 
   const leftOutNow = () => columns.filter((name) => mapping[name] === "");
 
+  /** The options of the request, or null after the field that is wrong has said so. */
   function query() {
+    try {
+      return options();
+    } catch (error) {
+      [needed, others, pace].map((fields) => fields.error(error.pointer, error.message)).find(Boolean)?.focus();
+      return null;
+    }
+  }
+
+  function options() {
     const names = Object.fromEntries(Object.entries(mapping).filter(([name, input]) => input && input !== name));
     const given = sameInAll();
     return new URLSearchParams({
       agent_name: agent.name,
       on_invalid: invalid.value,
-      max_workers: workers.value || "5",
+      max_workers: pace.read()[WORKERS] ?? 5,
       ...(Object.keys(names).length ? { input_mapping: JSON.stringify(names) } : {}),
       ...(Object.keys(given).length ? { static_inputs: JSON.stringify(given) } : {}),
       ...(format.kind === "csv" && format.delimiter !== "," ? { delimiter: format.delimiter } : {}),
@@ -354,13 +410,8 @@ export async function show(main, { params, signal }) {
 
   const start = doing(async () => {
     fill(answer);
-    statics.clear();
-    let options;
-    try {
-      options = query();
-    } catch (error) {
-      return void (error.pointer && statics.error(error.pointer, error.message)?.focus());
-    }
+    const options = query();
+    if (!options) return;
     const leftOut = new Set(leftOutNow());
     const body = leftOut.size ? await without(rows, format, leftOut, signal) : rows;
     const bar = h("progress", { max: body.size, value: 0 }),
@@ -405,16 +456,18 @@ export async function show(main, { params, signal }) {
   });
 
   async function copyCurl() {
-    await copy(curl(), "Command");
+    const options = query();
+    if (!options) return;
+    await copy(curl(options), "Command");
     const leftOut = leftOutNow();
     if (leftOut.length)
       say(`Command copied. It does not leave out columns: take ${leftOut.join(", ")} out of the file.`);
   }
 
-  function curl() {
+  function curl(options) {
     const name = rows.name ?? `rows.${format.kind}`;
     const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-    return `curl -X POST ${quoted(`${url("run/batch")}?${query()}`)} -H 'Content-Type: ${KINDS[format.kind]}'${hasKey() ? ' -H "Authorization: Bearer $FLOCK_API_KEY"' : ""} --data-binary ${quoted(`@${name}`)}`;
+    return `curl -X POST ${quoted(`${url("run/batch")}?${options}`)} -H 'Content-Type: ${KINDS[format.kind]}'${hasKey() ? ' -H "Authorization: Bearer $FLOCK_API_KEY"' : ""} --data-binary ${quoted(`@${name}`)}`;
   }
 
   const failed = (error) => {
@@ -425,6 +478,8 @@ export async function show(main, { params, signal }) {
     h("section", {}, h("div", { class: "field" }, h("label", { for: who.id }, "Agent"), who, takes)),
     h("section", {}, h("h2", {}, "Rows"), chosen.node),
     parts.columns,
+    parts.needed,
+    parts.others,
     parts.check,
     parts.start,
   );
@@ -470,4 +525,5 @@ function lines(errors, wrong) {
   ];
 }
 
+const listed = (names) => names.map((name) => `“${name}”`).join(", ");
 const short = (text) => (text.length > 120 ? `${text.slice(0, 120)} …` : text);

@@ -1,7 +1,7 @@
 // Rows of CSV and NDJSON, read from a file a slice at a time: however long it is, little of it is held.
 
-import { parse } from "./app.js";
-import { plain } from "./form.js";
+import { isExact, parse } from "./app.js";
+import { NUMBER_RULES, outOfBounds, plain } from "./form.js";
 
 /** What a file or a text seems to be: `{kind: "csv", delimiter}` or `{kind: "ndjson"}`. */
 export async function sniff(blob) {
@@ -114,11 +114,10 @@ async function* ndjsonRecords(blob, signal) {
       if (!text.trim()) return [];
       try {
         const members = parse(text);
-        if (members === null || typeof members !== "object" || Array.isArray(members))
-          return [{ line, error: "A line is one JSON object." }];
+        if (!TYPES.object(members)) return [{ line, error: "A line must be one JSON object." }];
         return [{ line, members }];
       } catch (error) {
-        return [{ line, error: `This is no JSON: ${error.message}.` }];
+        return [{ line, error: `This is not valid JSON: ${error.message}.` }];
       }
     });
   for await (const text of texts(blob, signal, () => line + 1)) {
@@ -175,10 +174,10 @@ const TYPES = {
   string: (value) => typeof value === "string",
   boolean: (value) => typeof value === "boolean",
   null: (value) => value === null,
-  integer: (value) => Number.isInteger(value) || Boolean(value?.rawJSON),
-  number: (value) => typeof value === "number" || Boolean(value?.rawJSON),
+  integer: (value) => Number.isInteger(value) || isExact(value),
+  number: (value) => typeof value === "number" || isExact(value),
   array: Array.isArray,
-  object: (value) => value !== null && typeof value === "object" && !Array.isArray(value) && !value.rawJSON,
+  object: (value) => value !== null && typeof value === "object" && !Array.isArray(value) && !isExact(value),
 };
 
 /** What is wrong with a value, or "". */
@@ -189,17 +188,13 @@ export function wrongWith(raw, value, root) {
   if (union)
     return union.some((member) => !wrongWith(member, value, root)) ? "" : "It fits none of what the input may be.";
   const shown = JSON.stringify(value) ?? "nothing";
-  const not = `${shown.length > 60 ? `${shown.slice(0, 60)}…` : shown} is not ${describe(schema)}.`;
-  if (schema.enum) return schema.enum.includes(value) ? "" : not;
+  const rule = typeof value === "string" && /\d/.test(value) && NUMBER_RULES[schema.type];
+  const not = `${shown.length > 60 ? `${shown.slice(0, 60)}…` : shown} is not ${describe(schema)}.${rule ? ` ${rule}` : ""}`;
+  if (schema.enum) return schema.enum.some((each) => JSON.stringify(each) === shown) ? "" : not;
   if (schema.type && TYPES[schema.type] && !TYPES[schema.type](value)) return not;
   if (schema.format === "date" && !(/^\d{4}-\d\d-\d\d$/.test(value) && !Number.isNaN(Date.parse(value)))) return not;
-  if (
-    value < schema.minimum ||
-    value <= schema.exclusiveMinimum ||
-    value > schema.maximum ||
-    value >= schema.exclusiveMaximum
-  )
-    return `${shown} is out of bounds.`;
+  const bounds = outOfBounds(schema, value);
+  if (bounds) return bounds;
   if (typeof value === "string" && [...value].length < schema.minLength)
     return `It is shorter than ${schema.minLength} characters.`;
   if (typeof value === "string" && [...value].length > schema.maxLength)

@@ -1,6 +1,6 @@
 // A value of JSON, to be read.
 
-import { button, copy, fill, h, pretty, saveAs } from "./app.js";
+import { button, copy, fill, h, isExact, pretty, saveAs } from "./app.js";
 
 /** How many elements, and characters, are shown in a table; all of them are in the JSON. */
 const MOST = 200;
@@ -10,7 +10,7 @@ const LONGEST_JSON = 1_000_000;
 
 export function readable(value) {
   if (value === null || value === undefined) return h("span", { class: "quiet" }, "nothing");
-  if (value.rawJSON) return value.rawJSON;
+  if (isExact(value)) return value.rawJSON;
   if (Array.isArray(value)) return value.length ? many(value) : h("span", { class: "quiet" }, "none");
   if (typeof value === "object") return one(value);
   if (typeof value !== "string") return String(value);
@@ -34,7 +34,7 @@ function one(value) {
   ];
 }
 
-const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value) && !value.rawJSON;
+const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value) && !isExact(value);
 
 function many(value) {
   const shown = value.slice(0, MOST),
