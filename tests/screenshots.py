@@ -108,7 +108,7 @@ def show(page: Page, view: str, url: str, client: httpx.Client) -> None:
         body = {"agent_name": "rate_review", "batch_inputs": rows, "max_workers": 25}
         batch_id = client.post("/run/batch", json=body).json()["batch_id"]
         page.goto(f"{url}/ui#/batch/{batch_id}")
-        page.get_by_role("img", name=re.compile("1[5-9][0-9] rows looked at")).wait_for()
+        page.get_by_text(re.compile("Half of the 1[5-9][0-9] rows measured")).wait_for()
 
 
 def main() -> None:

@@ -108,6 +108,18 @@ def ui_flock(folder: Path) -> Flock:
         """Shows what it was given."""
         return {"name": name, "times": times, "when": when, "loud": loud, "tags": tags, "more": more}
 
+    @flock.agent(next_agent="grade")
+    async def taste(sample: str) -> str:
+        """Tastes a sample; fails if there is none."""
+        if sample == "none":
+            raise AgentError("There is nothing to taste.")
+        return f"{sample} is sweet."
+
+    @flock.agent
+    async def grade(result: str) -> Total:
+        """Grades what was tasted."""
+        return {"total": len(result), "note": result}
+
     @flock.agent
     def book(
         seat: Annotated[int, msgspec.Meta(ge=1)],

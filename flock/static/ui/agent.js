@@ -20,11 +20,12 @@ import {
   title,
   url,
 } from "./app.js";
-import { handOff } from "./agents.js";
+import { handOff, lastAgent } from "./agents.js";
 import { form, plain } from "./form.js";
 
 export async function show(main, { id, signal }) {
   const agent = await get(`agents/${encodeURIComponent(id)}`, signal);
+  const last = await lastAgent(agent, signal);
   const draft = `draft ${agent.name}`;
   let before;
   try {
@@ -122,8 +123,16 @@ export async function show(main, { id, signal }) {
       h(
         "section",
         { "aria-labelledby": "gives" },
-        h("h2", { id: "gives" }, "What it gives"),
-        outputs(agent.output_schema),
+        h("h2", { id: "gives" }, "Result"),
+        last !== agent &&
+          h(
+            "p",
+            { class: "quiet" },
+            "Returned by ",
+            h("a", { href: link(`agent/${last.name}`) }, last.name),
+            last.next_agent === null ? ", unless its result names another agent." : ", the last agent in the chain.",
+          ),
+        outputs(last.output_schema),
       ),
     ),
   );
@@ -170,14 +179,15 @@ function typeOf(its, root) {
     return its.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(" | ") + none;
   if (its.type === "array" && its.items) return `list of ${typeOf(plain(its.items, root), root)}${none}`;
   return (
-    (its.format ??
+    ({ "date-time": "date and time" }[its.format] ??
+      its.format ??
       { string: "text", integer: "whole number", boolean: "yes or no" }[its.type] ??
       its.type ??
       "anything") + none
   );
 }
 
-/** What a shell says for the same run. The key itself does not get into a clipboard. */
+/** The same run as a shell command. The key itself does not get into a clipboard. */
 function curl(name, inputs) {
   const body = pretty({ agent_name: name, inputs }).replaceAll("'", "'\\''");
   const key = hasKey() ? ` \\\n  -H "Authorization: Bearer $FLOCK_API_KEY"` : "";

@@ -1,13 +1,18 @@
 // All agents, as cards.
 
-import { get, h, link, title } from "./app.js";
+import { Problem, get, h, link, title } from "./app.js";
 
 export async function show(main, { signal }) {
   const { agents } = await get("agents", signal);
   main.append(
     title("Agents"),
+    h(
+      "p",
+      { class: "quiet" },
+      "An agent does one job, often with a language model: it takes inputs and returns a result.",
+    ),
     agents.length === 0
-      ? h("p", { class: "empty" }, "There are no agents yet. Whoever runs the server adds them, and starts it again.")
+      ? h("p", { class: "empty" }, "There are no agents yet. They are added in the server's program; start it again after that.")
       : h(
           "ul",
           { class: "cards" },
@@ -42,15 +47,30 @@ export async function show(main, { signal }) {
   );
 }
 
-/** Who goes on. */
+/** The agent whose outputs are the result of a run that starts with `agent`, as far as the hand-offs are known. */
+export async function lastAgent(agent, signal) {
+  const seen = new Set([agent.name]);
+  for (;;) {
+    if (!agent.next_agent || seen.has(agent.next_agent)) return agent;
+    seen.add(agent.next_agent);
+    try {
+      agent = await get(`agents/${encodeURIComponent(agent.next_agent)}`, signal);
+    } catch (error) {
+      if (error instanceof Problem) return agent;
+      throw error;
+    }
+  }
+}
+
+/** Which agent runs next. */
 export function handOff(agent) {
   if (agent.next_agent)
     return h(
       "p",
       { class: "quiet" },
-      "Hands on to ",
+      "Hands off to ",
       h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent),
       ".",
     );
-  return agent.next_agent === null ? h("p", { class: "quiet" }, "Its result decides who goes on.") : null;
+  return agent.next_agent === null ? h("p", { class: "quiet" }, "Its result decides which agent runs next.") : null;
 }

@@ -34,14 +34,14 @@ export const newId = () => `e${++ids}`;
 
 // --- Words -----------------------------------------------------------------------------------------------------------
 
-const SIGNS = { starting: "○", running: "◐", completed: "✓", failed: "✕", cancelled: "⊘" };
+export const SIGNS = { starting: "○", running: "◐", completed: "✓", failed: "✕", cancelled: "⊘" };
 
 /** A status by sign, word and colour. */
 export const badge = (status) =>
   h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
 
 /** The same in a sentence. */
-export const ended = { completed: "is completed", failed: "has failed", cancelled: "was cancelled" };
+export const ended = { completed: "is completed", failed: "failed", cancelled: "was cancelled" };
 
 export const STATUSES = Object.keys(SIGNS);
 export const isFinal = (status) => ["completed", "failed", "cancelled"].includes(status);
@@ -54,7 +54,7 @@ export function localTime(time) {
   const date = new Date(time);
   return Number.isNaN(date.getTime())
     ? ""
-    : new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 19);
+    : new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 23).replace(/\.000Z?$/, "");
 }
 
 export function duration(seconds) {
@@ -118,7 +118,7 @@ const local = kept(() => localStorage);
 
 // --- The API ---------------------------------------------------------------------------------------------------------
 
-/** What the server says against a request (RFC 9457). */
+/** Why the server refused a request (RFC 9457). */
 export class Problem extends Error {
   constructor(status, body) {
     super(body?.detail || `The server answered with status ${status}.`);
@@ -148,7 +148,7 @@ export async function send(path, { once = false, isStream = false, headers = {},
     } catch (error) {
       if (options.signal?.aborted) throw error;
       if (once)
-        throw new Error("The server cannot be reached, and may or may not have heard. Look before you try again.");
+        throw new Error("The server cannot be reached, and may or may not have received this. Check before you try again.");
       await away("The server cannot be reached.", options.signal);
       continue;
     }
@@ -182,29 +182,6 @@ export async function post(path, body, options = {}) {
   return parse(text);
 }
 
-/** As `fetch`, which cannot tell how much of a body has been sent. */
-export const fetchTelling =
-  (told) =>
-  (address, { method, headers, body, signal }) =>
-    new Promise((done, fail) => {
-      const request = new XMLHttpRequest(),
-        stop = () => request.abort();
-      request.open(method, address);
-      for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
-      request.upload.onprogress = ({ loaded }) => told(loaded);
-      request.onload = () =>
-        done(
-          new Response(request.responseText, {
-            status: request.status,
-            headers: { "Retry-After": request.getResponseHeader("Retry-After") ?? "" },
-          }),
-        );
-      request.onerror = () => fail(new TypeError("The connection broke."));
-      request.onabort = () => fail(new DOMException("It was stopped.", "AbortError"));
-      signal?.addEventListener("abort", stop, { once: true });
-      request.send(body);
-    });
-
 /** A key under which a request may be sent again. (`crypto.randomUUID` is not there on plain http.) */
 export const idempotencyKey = () => ({
   "Idempotency-Key": Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
@@ -235,7 +212,7 @@ async function away(why, signal) {
 
 async function lookOut(why) {
   const banner = document.getElementById("away");
-  fill(banner, `${why} This page goes on by itself as soon as it is back.`).hidden = false;
+  fill(banner, `${why} This page continues by itself when the server is back.`).hidden = false;
   for (let wait = 250; ; wait = Math.min(wait * 2, 4000)) {
     await pause(wait);
     try {
@@ -258,10 +235,10 @@ function askForKey(refused, why) {
   asking ??= new Promise((done) => {
     const dialog = document.getElementById("ask"),
       input = document.getElementById("ask-key");
-    const wrong = "The server does not know this key. Look whether all of it was copied.";
+    const wrong = "The server does not know this key. Check that you copied all of it.";
     fill(
       document.getElementById("ask-why"),
-      refused ? wrong : "Whoever runs the server has given you one. It is kept until this tab is closed.",
+      refused ? wrong : "The people who run the server can give you one. It is kept until you close this tab.",
     ).classList.toggle("error", Boolean(refused));
     input.value = "";
     input.toggleAttribute("aria-invalid", Boolean(refused));
@@ -350,14 +327,6 @@ export async function every(ms, look, signal) {
   }
 }
 
-/** Give a file to the person; with a key a link would not do. */
-export async function download(path, name) {
-  if (!hasKey()) return saveAs(url(path), name);
-  const blob = URL.createObjectURL(await (await send(path, { isStream: true })).blob());
-  saveAs(blob, name);
-  setTimeout(() => URL.revokeObjectURL(blob), 60_000);
-}
-
 export function saveAs(href, name) {
   const link = h("a", { href, download: name });
   document.body.append(link);
@@ -396,9 +365,9 @@ export function problem(error, again) {
   return h(
     "div",
     { class: "problem", role: "alert" },
-    h("h2", {}, gone ? "This is not here any more" : error.title || "This did not work"),
+    h("h2", {}, gone ? "This no longer exists" : error.title || "Something went wrong"),
     h("p", {}, error.message),
-    gone && h("p", {}, "It was deleted, or the link is not complete, or it belongs to somebody else."),
+    gone && h("p", {}, "It was deleted, or the link is incomplete, or it belongs to someone else."),
     error.errors?.length > 0 &&
       h(
         "ul",

@@ -1,4 +1,4 @@
-// One batch: how far it is, what came of its rows, and how long they took.
+// One batch: its progress, its results, and how long its rows took.
 
 import {
   Problem,
@@ -8,30 +8,35 @@ import {
   copy,
   count,
   doing,
-  download,
   duration,
   ended,
   events,
   fill,
   get,
   h,
+  hasKey,
   isFinal,
   keep,
   newId,
   post,
   problem,
+  saveAs,
   say,
   send,
   title,
+  url,
   when,
   link,
 } from "./app.js";
-import { chart } from "./chart.js";
+import { lastAgent } from "./agents.js";
+import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
 
 const RATE_OVER_MS = 10_000;
 const REFRESH_MS = 1000;
 const TOLD_EVERY_MS = 5000;
+/** So many rows can be seen at once. */
+const FEW = 10;
 
 export async function show(main, { id, params, signal }) {
   const path = `batch/${encodeURIComponent(id)}`;
@@ -44,6 +49,7 @@ export async function show(main, { id, params, signal }) {
     if (error instanceof Problem) return null;
     throw error;
   });
+  const last = agent && (await lastAgent(agent, signal));
   const parts = {
     title: h("div"),
     progress: h("section", { "aria-label": "Progress" }),
@@ -53,11 +59,11 @@ export async function show(main, { id, params, signal }) {
     chart: h("section", { "aria-label": "Durations" }),
     results: h("section", { "aria-label": "Results" }),
   };
-  const live = h("p", { role: "status", class: "quiet" });
-  const bar = h("progress", { max: 1 }),
-    words = h("span");
+  const live = h("p", { role: "status", class: "unseen" });
+  const bar = outcomeBar(),
+    words = h("p", { class: "outcomes" });
   main.append(parts.title, parts.progress, live, parts.facts, parts.error, parts.trouble, parts.chart, parts.results);
-  fill(parts.progress, h("label", {}, words, bar));
+  fill(parts.progress, bar, words);
 
   // --- How far it is ---
 
@@ -107,14 +113,14 @@ export async function show(main, { id, params, signal }) {
               button(
                 "Cancel",
                 doing(async () => {
-                  tell("It was asked to stop …");
+                  say("Cancelling …");
                   await post(`${path}/cancel`, undefined, { signal });
                 }),
               ),
-            kind !== "open" && batch.failed_items > 0 && again("failed", "Retry the failed"),
+            kind !== "open" && batch.failed_items > 0 && again("failed", "Retry failed rows"),
             kind !== "open" &&
               batch.cancelled_items > 0 &&
-              again(null, batch.failed_items ? "Go on with all" : "Go on"),
+              again(null, batch.failed_items ? "Resume all" : "Resume"),
             ["CSV", "NDJSON"].map((format) =>
               button(
                 `Download ${format}`,
@@ -134,29 +140,37 @@ export async function show(main, { id, params, signal }) {
     }
     fill(parts.title.querySelector("#status"), badge(batch.status));
     const rate = rateNow();
-    fill(words, `${count(batch.completed_items)} of ${count(batch.total_items)} rows (${batch.progress_percentage} %)`);
-    bar.value = batch.total_items ? batch.completed_items / batch.total_items : 1;
+    drawOutcomes(bar, batch);
+    fill(
+      words,
+      h(
+        "span",
+        {},
+        isFinal(batch.status)
+          ? count(batch.total_items, "row")
+          : `${count(batch.completed_items)} of ${count(batch.total_items, "row")} (${batch.progress_percentage} %)`,
+      ),
+      outcomeWords(batch),
+    );
     const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
     fill(
       parts.facts,
-      fact("Failed", count(batch.failed_items)),
-      batch.cancelled_items > 0 && fact("Cancelled", count(batch.cancelled_items)),
-      fact("Rate", rate === null ? "–" : `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} rows a second`),
+      fact("Rate", !rate ? "–" : `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} rows a second`),
       isFinal(batch.status)
         ? fact("Took", duration(between(batch.started_at, batch.completed_at)))
-        : fact("Still takes", batch.eta_s === null ? "not known yet" : `about ${duration(batch.eta_s)}`),
-      fact("Accepted", when(batch.created_at)),
+        : fact("Time left", batch.eta_s === null ? "not known yet" : `about ${duration(batch.eta_s)}`),
+      fact("Submitted", when(batch.created_at)),
       batch.attempt > 1 && fact("Attempt", batch.attempt),
       fact("Batch", h("code", {}, batch.batch_id)),
     );
     fill(
       parts.error,
-      batch.error &&
+      batch.status === "failed" &&
         h(
           "div",
-          { class: `problem ${batch.status}` },
-          h("h2", {}, batch.status === "cancelled" ? "The batch was cancelled" : "The batch failed"),
-          batch.status === "failed" && h("p", { class: "text" }, batch.error),
+          { class: "problem" },
+          h("h2", {}, "The batch failed"),
+          h("p", { class: "text" }, batch.error),
           batch.request_id && h("p", { class: "quiet" }, "Request ", h("code", {}, batch.request_id)),
         ),
     );
@@ -164,7 +178,7 @@ export async function show(main, { id, params, signal }) {
       tell(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
   }
 
-  /** Rows a second: of late while it runs, of all where there is no more to go by. */
+  /** Rows a second: lately while it runs, over all of it otherwise. */
   function rateNow() {
     const now = performance.now();
     while (samples.length > 1 && samples[0][0] < now - RATE_OVER_MS) samples.shift();
@@ -180,7 +194,7 @@ export async function show(main, { id, params, signal }) {
     fill(live, text);
   }
 
-  // --- What came of its rows ---
+  // --- Its results ---
 
   let status = params.get("status") ?? "",
     cursors = [-1],
@@ -198,14 +212,14 @@ export async function show(main, { id, params, signal }) {
 
   async function load(page, itsSignal) {
     if (!status) {
-      // an item stands at its position, and one that has not ended is left out
+      // an item stands at its position, and the answer leaves out those that have not ended
       const rows = [];
       for (const item of await items(page * PAGE_ROWS - 1, PAGE_ROWS, itsSignal))
         if (item.position < (page + 1) * PAGE_ROWS) rows[item.position - page * PAGE_ROWS] = item;
       return rows;
     }
     for (let known = Math.min(page, cursors.length - 1); ; known++) {
-      // the way to a page leads over those before it
+      // a page starts after the last item of the page before it
       const rows = await items(cursors[known], PAGE_ROWS, itsSignal);
       if (rows.length) cursors[known + 1] = rows[rows.length - 1].position;
       if (known === page || !rows.length) return rows;
@@ -222,7 +236,7 @@ export async function show(main, { id, params, signal }) {
     hasResults = some.some((item) => item.result);
     const outputs = hasResults
       ? [...new Set(some.flatMap((item) => Object.keys(item.result ?? {})))].slice(0, 12)
-      : names("result", agent?.output_schema);
+      : names("result", last?.output_schema);
     const columns = [
       { name: "Row", least: 6.5, most: "6.5rem" },
       { name: "Status", least: 8.5, most: "8.5rem" },
@@ -256,7 +270,7 @@ export async function show(main, { id, params, signal }) {
             ]
           : [
               count(index + 1),
-              h("span", { class: "quiet" }, status ? "…" : isFinal(batch.status) ? "…" : "waiting"),
+              h("span", { class: "quiet" }, status || isFinal(batch.status) ? "…" : "waiting"),
               ...columns.slice(2).map(() => ""),
             ],
       failed,
@@ -285,19 +299,24 @@ export async function show(main, { id, params, signal }) {
       keep(`batch/${id}`, { status });
       drawTable().then(() => parts.results.querySelector("select").focus(), failed);
     });
-    const number = h("input", { id: newId(), type: "number", min: 1, max: counts()[status], placeholder: "1" });
+    const number = h("input", {
+      id: newId(),
+      inputmode: "numeric",
+      pattern: "\\d+",
+      title: "The number of a row",
+      placeholder: "1",
+    });
     const goTo = h(
       "form",
       {
         class: "filters",
         onsubmit: (event) => {
           event.preventDefault();
-          if (number.value) table.goTo(number.valueAsNumber - 1);
+          if (number.value) table.goTo(Number(number.value) - 1);
         },
       },
       h("label", { for: filter.id }, "Show", filter),
-      h("label", { for: number.id }, "Go to row", number),
-      h("button", {}, "Go"),
+      batch.total_items > FEW && [h("label", { for: number.id }, "Go to row", number), h("button", {}, "Go")],
     );
     fill(parts.results, h("h2", {}, "Results"), goTo, table.node);
     requestAnimationFrame(() => table.goTo(first, false));
@@ -315,7 +334,7 @@ export async function show(main, { id, params, signal }) {
 
   async function refresh() {
     isRefreshing = true;
-    isStale = false; // what comes from now on is for the next time
+    isStale = false; // what comes from now on is for the next refresh
     try {
       if (status) table?.resize(counts()[status]);
       cursors = [-1];
@@ -346,7 +365,7 @@ export async function show(main, { id, params, signal }) {
     );
     signal.throwIfAborted(); // what was left has no width
     const some = new Map(found.flat().map((item) => [item.position, item]));
-    fill(parts.chart, chart([...some.values()], parts.chart.clientWidth));
+    fill(parts.chart, chart([...some.values()], main.clientWidth));
   }
 
   const failed = (error) => {
@@ -375,4 +394,12 @@ export async function show(main, { id, params, signal }) {
   draw();
   await drawTable();
   run();
+}
+
+/** Save a file from the server; a link cannot send a key. */
+async function download(path, name) {
+  if (!hasKey()) return saveAs(url(path), name);
+  const blob = URL.createObjectURL(await (await send(path, { isStream: true })).blob());
+  saveAs(blob, name);
+  setTimeout(() => URL.revokeObjectURL(blob), 60_000);
 }

@@ -1,7 +1,12 @@
 // All batches, a page at a time.
 
-import { STATUSES, badge, count, duration, get, h, link, when } from "./app.js";
+import { STATUSES, badge, duration, get, h, isFinal, link, when } from "./app.js";
+import { drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
 import { agentChoice, choice, list } from "./runs.js";
+
+/** What a batch is, in a sentence. */
+export const aboutBatches = () =>
+  h("p", { class: "quiet" }, "A batch runs one agent on every row of a table; each row is a run of its own.");
 
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
@@ -10,16 +15,17 @@ export async function show(main, { params, signal }) {
     signal,
     params,
     filters: [choice("status", "Status", STATUSES), agentChoice(agents, params)],
-    columns: ["Batch", "Agent", "Status", "Done", "Failed", "Still takes", "Accepted"],
-    empty: ["No batch fits. ", h("a", { href: link("new-batch") }, "Start one from a file or from rows.")],
+    columns: ["Batch", "Agent", "Status", "Time left", "Submitted", "Rows"],
+    about: aboutBatches(),
+    noneYet: ["There are no batches yet. ", h("a", { href: link("new-batch") }, "Start one from a file or from rows.")],
+    noMatch: "No batch matches these filters.",
     row: (batch) => [
       h("a", { href: link(`batch/${batch.batch_id}`), class: "mono" }, batch.batch_id.slice(-12)),
       batch.agent_name,
       badge(batch.status),
-      h("span", {}, `${batch.progress_percentage} % of ${count(batch.total_items)}`),
-      count(batch.failed_items),
-      duration(batch.eta_s),
+      isFinal(batch.status) ? "–" : duration(batch.eta_s),
       when(batch.created_at),
+      [drawOutcomes(outcomeBar(), batch), h("span", { class: "outcomes" }, outcomeWords(batch))],
     ],
     id: (batch) => batch.batch_id,
     beside: h("p", { class: "actions" }, h("a", { class: "button primary", href: link("new-batch") }, "New batch")),

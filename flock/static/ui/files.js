@@ -1,4 +1,4 @@
-// Rows that somebody chose, dropped or pasted, kept over a reload: a file in IndexedDB, for nothing else in a browser
+// Rows that somebody chose, dropped or pasted, kept over a reload: a file in IndexedDB, since nothing else in a browser
 // holds one.
 
 import { button, fill, h, newId, session, url } from "./app.js";
@@ -96,7 +96,7 @@ export async function chooser(changed) {
         choose(event.dataTransfer.files[0]);
       },
     },
-    h("label", { for: file.id }, h("strong", {}, "Drop a file of CSV or NDJSON here"), " or choose one"),
+    h("label", { for: file.id }, h("strong", {}, "Drop a CSV or NDJSON file here"), " or choose one"),
     h("p", {}, file),
     named,
   );
@@ -153,7 +153,7 @@ export async function chooser(changed) {
         "div",
         { class: "field" },
         h("label", { for: pasted.id }, "or paste rows"),
-        h("p", { class: "hint" }, "CSV with a header, as a spreadsheet copies it, or a JSON object a line."),
+        h("p", { class: "hint" }, "CSV with a header, cells copied from a spreadsheet, or one JSON object on each line."),
         pasted,
       ),
     ),

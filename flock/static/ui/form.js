@@ -93,7 +93,20 @@ function field(name, schema, value, pointer, isRequired, root, isItem = false) {
   return json(made);
 }
 
-const FORMATS = { date: "date", time: "time", "date-time": "datetime-local", email: "email", uri: "url" };
+/** The control for a format of JSON Schema, and how what it holds is written for the API where that differs. */
+const CONTROLS = { date: "date", time: "time", "date-time": "datetime-local", email: "email", uri: "url" };
+const WRITTEN = {
+  time: (value) => (value.length === 5 ? `${value}:00` : value),
+  "datetime-local": (value) => withOffset(new Date(value)),
+};
+const LATEST = { date: "9999-12-31", "datetime-local": "9999-12-31T23:59:59" };
+
+/** A moment as RFC 3339 has it, in the time zone of the browser. */
+function withOffset(date) {
+  const minutes = -date.getTimezoneOffset(),
+    two = (number) => String(Math.floor(Math.abs(number))).padStart(2, "0");
+  return `${localTime(date)}${minutes < 0 ? "-" : "+"}${two(minutes / 60)}:${two(minutes % 60)}`;
+}
 
 /** What stands around one control: its label, what it is for, and what is wrong with it. */
 function around({ name, its, id, pointer, isRequired, isItem }, control, read, more = "") {
@@ -240,14 +253,14 @@ function numeric(made) {
 
 function text(made) {
   const { its, isRequired, start } = made;
-  const type = FORMATS[its.format];
+  const type = CONTROLS[its.format];
   const given = typeof start === "string" ? start : "";
   const common = { required: isRequired && !its.isNullable, minlength: its.minLength, maxlength: its.maxLength };
   if (!type) {
     const control = h("textarea", { ...common, rows: 1, value: given, oninput: grow });
     const more =
       its.format === "duration"
-        ? "A duration such as PT90S."
+        ? "ISO 8601, such as PT1H30M for 1 hour and 30 minutes."
         : its.format
           ? `Format: ${its.format}.`
           : its.contentEncoding
@@ -265,19 +278,18 @@ function text(made) {
     ...common,
     type,
     step: type === "date" ? undefined : "any",
+    max: LATEST[type],
     value: type === "datetime-local" && given ? localTime(given) : given,
   });
-  return around(
-    made,
-    control,
-    () =>
-      control.value === ""
-        ? empty(made)
-        : type === "datetime-local"
-          ? new Date(control.value).toISOString()
-          : control.value,
-    type === "datetime-local" ? "In your own time zone." : "",
-  );
+  if (given && !control.value) Object.assign(control, { type: "text", value: given }); // the picker cannot show it
+  const before = control.value;
+  const read = () => {
+    if (control.value === "") return empty(made);
+    if (control.value === before) return given; // a picker has no microseconds, and no other time zone
+    return WRITTEN[control.type]?.(control.value) ?? control.value;
+  };
+  const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+  return around(made, control, read, control.type === "datetime-local" ? `In your time zone, ${zone}.` : "");
 }
 
 /** Where the browser does not let a text area grow by itself. */

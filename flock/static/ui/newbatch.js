@@ -1,4 +1,4 @@
-// A new batch: rows from a file or pasted, what their columns become, and what is wrong before anything starts.
+// A new batch: rows from a file or pasted, the input that each column becomes, and what is wrong before it starts.
 
 import {
   Problem,
@@ -6,7 +6,6 @@ import {
   copy,
   count,
   doing,
-  fetchTelling,
   fill,
   get,
   go,
@@ -23,6 +22,7 @@ import {
   title,
   url,
 } from "./app.js";
+import { aboutBatches } from "./batches.js";
 import { chooser } from "./files.js";
 import { form } from "./form.js";
 import { check, preview, sniff, without } from "./rows.js";
@@ -45,7 +45,7 @@ export async function show(main, { params, signal }) {
     checking = new AbortController();
   signal.addEventListener("abort", () => checking.abort());
 
-  // Step 1: who works on the rows
+  // Step 1: the agent
   const first = params.get("agent") ?? session.get("batch agent");
   const who = h(
     "select",
@@ -342,8 +342,8 @@ export async function show(main, { params, signal }) {
   });
   const WORKERS = "Rows at the same time";
   const pace = form(
-    { properties: { [WORKERS]: { type: "integer", minimum: 1, maximum: 1000, default: 5 } } },
-    { [WORKERS]: Number(session.get("batch workers")) || undefined },
+    { properties: { [WORKERS]: { type: "integer", minimum: 1, maximum: 1000 } } },
+    { [WORKERS]: Number(session.get("batch workers")) || 5 },
   );
   pace.node.addEventListener("change", () => {
     try {
@@ -372,7 +372,12 @@ export async function show(main, { params, signal }) {
       fill(
         parts.start,
         h("h2", {}, "Start"),
-        h("div", { class: "filters" }, h("label", { for: invalid.id }, "Rows that do not fit", invalid), pace.node),
+        h(
+          "div",
+          { class: "columns" },
+          h("div", { class: "field" }, h("label", { for: invalid.id }, "Rows that do not fit"), invalid),
+          pace.node,
+        ),
         answer,
         sent,
         h("p", { class: "actions" }, startButton, button("Copy as curl", copyCurl)),
@@ -419,7 +424,7 @@ export async function show(main, { params, signal }) {
     fill(sent, h("label", {}, words, bar));
     const tell = (bytes) => {
       bar.value = bytes;
-      if (bytes >= body.size) fill(words, "The rows are sent. The server looks at each, and keeps it …");
+      if (bytes >= body.size) fill(words, "The rows are sent. The server is checking and storing them …");
     };
     try {
       const text = await send(`run/batch?${options}`, {
@@ -440,7 +445,7 @@ export async function show(main, { params, signal }) {
         answer,
         problem({
           title: error.title,
-          message: errors.length ? "Nothing has started. What the server found:" : error.message,
+          message: errors.length ? "The batch has not started. The server found:" : error.message,
           errors: error.errors.filter((each) => !each.line),
           requestId: error.requestId,
         }),
@@ -461,7 +466,7 @@ export async function show(main, { params, signal }) {
     await copy(curl(options), "Command");
     const leftOut = leftOutNow();
     if (leftOut.length)
-      say(`Command copied. It does not leave out columns: take ${leftOut.join(", ")} out of the file.`);
+      say(`Command copied. It sends all columns: remove ${leftOut.join(", ")} from the file first.`);
   }
 
   function curl(options) {
@@ -475,6 +480,7 @@ export async function show(main, { params, signal }) {
   };
   main.append(
     title("New batch"),
+    aboutBatches(),
     h("section", {}, h("div", { class: "field" }, h("label", { for: who.id }, "Agent"), who, takes)),
     h("section", {}, h("h2", {}, "Rows"), chosen.node),
     parts.columns,
@@ -485,6 +491,29 @@ export async function show(main, { params, signal }) {
   );
   await setAgent();
 }
+
+/** As `fetch`, which cannot report how much of a body has been sent. */
+const fetchTelling =
+  (told) =>
+  (address, { method, headers, body, signal }) =>
+    new Promise((done, fail) => {
+      const request = new XMLHttpRequest(),
+        stop = () => request.abort();
+      request.open(method, address);
+      for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
+      request.upload.onprogress = ({ loaded }) => told(loaded);
+      request.onload = () =>
+        done(
+          new Response(request.responseText, {
+            status: request.status,
+            headers: { "Retry-After": request.getResponseHeader("Retry-After") ?? "" },
+          }),
+        );
+      request.onerror = () => fail(new TypeError("The connection broke."));
+      request.onabort = () => fail(new DOMException("It was stopped.", "AbortError"));
+      signal?.addEventListener("abort", stop, { once: true });
+      request.send(body);
+    });
 
 /** What is wrong, by line. */
 function lines(errors, wrong) {

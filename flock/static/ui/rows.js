@@ -166,9 +166,16 @@ export function describe(schema) {
     array: "a list, as JSON",
     object: "an object, as JSON",
   };
-  if (schema.format === "date") return "a date such as 2026-11-30";
+  if (FORMATS[schema.format]) return FORMATS[schema.format].words;
   return words[schema.type] ?? "what the agent takes";
 }
+
+const FORMATS = {
+  date: { words: "a date such as 2026-11-30", start: /^\d{4}-\d\d-\d\d$/ },
+  "date-time": { words: "a date and time such as 2026-11-30T09:00:00Z", start: /^\d{4}-\d\d-\d\d[Tt ]\d\d:/ },
+  time: { words: "a time such as 09:00:00", start: /^\d\d:\d\d/ },
+  duration: { words: "a duration such as PT1H30M", start: /^[+-]?P/i },
+};
 
 const TYPES = {
   string: (value) => typeof value === "string",
@@ -192,7 +199,9 @@ export function wrongWith(raw, value, root) {
   const not = `${shown.length > 60 ? `${shown.slice(0, 60)}…` : shown} is not ${describe(schema)}.${rule ? ` ${rule}` : ""}`;
   if (schema.enum) return schema.enum.some((each) => JSON.stringify(each) === shown) ? "" : not;
   if (schema.type && TYPES[schema.type] && !TYPES[schema.type](value)) return not;
-  if (schema.format === "date" && !(/^\d{4}-\d\d-\d\d$/.test(value) && !Number.isNaN(Date.parse(value)))) return not;
+  const format = FORMATS[schema.format];
+  if (format && !format.start.test(value)) return not;
+  if (schema.format === "date" && Number.isNaN(Date.parse(value))) return not;
   const bounds = outOfBounds(schema, value);
   if (bounds) return bounds;
   if (typeof value === "string" && [...value].length < schema.minLength)

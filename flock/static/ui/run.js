@@ -1,4 +1,4 @@
-// One run: live while it works, and what came of it.
+// One run: live while it works, then its result.
 
 import {
   badge,
@@ -18,13 +18,14 @@ import {
   link,
   post,
   problem,
+  say,
   session,
   title,
   when,
 } from "./app.js";
 import { readable, result } from "./value.js";
 
-/** A screen reader is told no more often how far it is. */
+/** How often a screen reader hears of progress, at most. */
 const TOLD_EVERY_MS = 5000;
 
 export async function show(main, { id, signal }) {
@@ -40,7 +41,7 @@ export async function show(main, { id, signal }) {
     steps: h("ol", { class: "steps", "aria-label": "Steps" }),
     inputs: h("section"),
   };
-  const live = h("p", { role: "status", class: "quiet" });
+  const live = h("p", { role: "status", class: "unseen" });
   main.append(
     parts.title,
     parts.facts,
@@ -70,7 +71,7 @@ export async function show(main, { id, signal }) {
       outcome();
     }
     tell(`The run ${ended[run.status]}.`);
-    if (!run.steps.length && !steps.size) fill(parts.steps, h("li", { class: "quiet" }, "None was finished."));
+    if (!run.steps.length && !steps.size) fill(parts.steps, h("li", { class: "quiet" }, "No step was finished."));
   };
 
   function on({ name, data }) {
@@ -81,7 +82,7 @@ export async function show(main, { id, signal }) {
       setStep(data.position, data);
       tell(
         name === "step.started"
-          ? `Step ${data.position + 1}: ${data.agent_name} is at work.`
+          ? `Step ${data.position + 1}: ${data.agent_name} is running.`
           : `Step ${data.position + 1}: ${data.agent_name} is done.`,
       );
     } else if (name === "run.progress") {
@@ -102,7 +103,7 @@ export async function show(main, { id, signal }) {
       go_();
     });
     const cancel = doing(async () => {
-      tell("It was asked to stop …");
+      say("Cancelling …");
       run = { ...(await post(`${path}/cancel`, undefined, { signal })) };
       head();
     });
@@ -137,8 +138,8 @@ export async function show(main, { id, signal }) {
     const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
     fill(
       parts.facts,
-      fact("Accepted", when(run.created_at)),
-      fact("Took", run.started_at ? duration(between(run.started_at, run.completed_at)) : "not begun"),
+      fact("Submitted", when(run.created_at)),
+      fact("Took", run.started_at ? duration(between(run.started_at, run.completed_at)) : "not started"),
       run.attempt > 1 && fact("Attempt", run.attempt),
       run.usage && fact("Tokens", `${count(run.usage.input_tokens)} in, ${count(run.usage.output_tokens)} out`),
       run.batch_id &&
@@ -156,8 +157,8 @@ export async function show(main, { id, signal }) {
     const words =
       done === undefined
         ? run.status === "starting"
-          ? "Waits for its turn"
-          : "At work"
+          ? "Waiting to start"
+          : "Running"
         : `${message ? `${message}: ` : ""}${count(done)}${total ? ` of ${count(total)}` : ""}`;
     return fill(
       parts.progress,
@@ -186,7 +187,7 @@ export async function show(main, { id, signal }) {
         h(
           "details",
           {},
-          h("summary", {}, "Its result"),
+          h("summary", {}, "Result"),
           h(
             "div",
             { class: "wide", tabindex: "0", role: "group", "aria-label": `Result of step ${position + 1}` },
@@ -207,9 +208,9 @@ export async function show(main, { id, signal }) {
       h(
         "span",
         { class: "quiet" },
-        step.completed_at ? "done, " : isOver ? "not finished" : "at work, ",
+        step.completed_at ? "done in " : isOver ? "not finished" : "running for ",
         (step.completed_at || !isOver) && duration(between(step.started_at, step.completed_at)),
-        step.started_at && [", from ", when(step.started_at)],
+        step.started_at && [", started ", when(step.started_at)],
       ),
     );
   }
@@ -218,13 +219,14 @@ export async function show(main, { id, signal }) {
     if (!isFinal(run.status)) return fill(parts.outcome);
     if (run.status === "completed")
       return fill(parts.outcome, h("h2", {}, "Result"), result(run.result, `${run.run_id}.json`));
+    const heading = run.status === "failed" ? "The run failed" : "The run was cancelled";
     return fill(
       parts.outcome,
       h(
         "div",
         { class: `problem ${run.status}` },
-        h("h2", {}, run.status === "failed" ? "The run failed" : "The run was cancelled"),
-        h("p", { class: "text" }, run.error),
+        h("h2", {}, heading),
+        run.error !== `${heading}.` && h("p", { class: "text" }, run.error),
         h(
           "p",
           { class: "quiet" },
@@ -247,7 +249,7 @@ export async function show(main, { id, signal }) {
       parts.inputs,
       h("h2", {}, "Inputs"),
       h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "Inputs" }, readable(found)),
-      h("p", { class: "actions" }, button("Use these again", use)),
+      h("p", { class: "actions" }, button("Use these inputs again", use)),
     );
   }
 
@@ -257,7 +259,7 @@ export async function show(main, { id, signal }) {
     follow().catch((error) => {
       if (signal.aborted) return;
       if (error.status === 404) fill(main, problem(error));
-      else tell(error.message);
+      else fill(parts.outcome, problem(error, go_));
     });
   }
 
@@ -268,7 +270,7 @@ export async function show(main, { id, signal }) {
   go_();
 }
 
-/** A run does not tell what it was started with; the lists do. */
+/** The answer for one run has no inputs; the lists have them. */
 async function inputsOf(run, signal) {
   if (run.batch_id) {
     const [item] = await get(`batch/${run.batch_id}/results?format=json&limit=1&after=${run.position - 1}`, signal);

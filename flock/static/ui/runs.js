@@ -1,4 +1,4 @@
-// All runs that are no items of batches, a page at a time.
+// All runs that are not items of batches, a page at a time.
 
 import {
   STATUSES,
@@ -10,6 +10,7 @@ import {
   fill,
   get,
   h,
+  isExact,
   keep,
   link,
   localTime,
@@ -20,6 +21,9 @@ import {
 
 const PAGE = 50;
 const REFRESH_MS = 2000;
+/** Inputs and results may be long, so they are asked for in small pages, and once for each state of a run. */
+const PREVIEWS = 10;
+const PREVIEW_CHARS = 200;
 
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
@@ -33,21 +37,35 @@ export async function show(main, { params, signal }) {
       time("created_after", "From"),
       time("created_before", "To"),
     ],
-    columns: ["Run", "Agent", "Status", "Accepted", "Took", "Error"],
-    empty: ["No run fits. ", h("a", { href: link("agents") }, "Start one with an agent.")],
+    columns: ["Run", "Inputs", "Result", "Agent", "Status", "Submitted", "Took"],
+    noneYet: ["There are no runs yet. ", h("a", { href: link("agents") }, "Start one with an agent.")],
+    noMatch: "No run matches these filters.",
     row: (run) => [
       h("a", { href: link(`run/${run.run_id}`), class: "mono" }, run.run_id.slice(-12)),
+      h("span", { class: "preview" }, run.inputs ?? ""),
+      h("span", { class: "preview" }, run.error ?? run.result ?? ""),
       run.agent_name,
       badge(run.status),
       when(run.created_at),
       duration(run.started_at && between(run.started_at, run.completed_at)),
-      h("span", {}, run.error ?? ""),
     ],
+    hasPreviews: true,
     id: (run) => run.run_id,
   });
 }
 
-/** Also an agent that is not there any more may be looked for. */
+/** The start of a value's text. */
+function previewOf(members) {
+  const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+  const entries = Object.entries(members ?? {});
+  const [[, only] = []] = entries;
+  if (entries.length === 1 && only !== null && typeof only === "object" && !Array.isArray(only) && !isExact(only))
+    return previewOf(only);
+  const words = entries.map(([name, value]) => (entries.length === 1 ? "" : `${name}: `) + text(value)).join(", ");
+  return words.length > PREVIEW_CHARS ? `${words.slice(0, PREVIEW_CHARS)} …` : words;
+}
+
+/** An agent that no longer exists may be asked for too. */
 export function agentChoice(agents, params) {
   const names = new Set(agents.map(({ name }) => name));
   if (params.get("agent_name")) names.add(params.get("agent_name"));
@@ -72,12 +90,15 @@ const time = (name, label) => ({
   read: (text) => (text ? new Date(text).toISOString() : ""),
 });
 
-/** A list that is filtered, paged and refreshed; what it shows stands in the address. */
-export async function list(main, { kind, signal, params, filters, columns, empty, row, id, beside }) {
+/** A list that is filtered, paged and refreshed; its filters and page are kept in the address. */
+export async function list(
+  main,
+  { kind, signal, params, filters, columns, noneYet, noMatch, row, id, about, beside, hasPreviews },
+) {
   const shown = Object.fromEntries(params);
   const body = h("tbody"),
     known = new Map();
-  const none = h("p", { class: "empty", hidden: true }, empty);
+  const none = h("p", { class: "empty", hidden: true });
   const table = h(
     "div",
     { class: "wide", tabindex: "0", role: "group", "aria-label": `Table of ${kind}` },
@@ -108,31 +129,53 @@ export async function list(main, { kind, signal, params, filters, columns, empty
       onAbort = () => stop.abort();
     signal.addEventListener("abort", onAbort, { once: true });
     try {
-      const query = new URLSearchParams({
-        limit: PAGE,
-        ...Object.fromEntries(Object.entries(shown).filter(([, value]) => value)),
-      });
-      const page = await get(`${kind}?${query}`, stop.signal);
-      draw(page[kind]);
+      const page = await get(`${kind}?${query({ limit: PAGE })}`, stop.signal);
       next = page.next;
+      draw(page[kind]);
+      drawPager();
+      if (hasPreviews) await preview(page[kind], stop.signal);
     } catch (error) {
       if (!stop.signal.aborted) throw error;
     } finally {
       signal.removeEventListener("abort", onAbort);
     }
+  }
+
+  const query = (more) =>
+    new URLSearchParams(Object.entries({ ...shown, ...more }).filter(([, value]) => value)).toString();
+
+  function drawPager() {
     older.disabled = !next;
-    clear.hidden = !filters.some(({ name }) => shown[name]);
     newer.disabled = newest.disabled = !shown.after;
+    pager.hidden = !next && !shown.after;
+    clear.hidden = !filters.some(({ name }) => shown[name]);
+  }
+
+  /** The start of inputs and result of each run, by its id. */
+  const previews = new Map();
+  async function preview(items, itsSignal) {
+    const stateOf = (item) => `${item.status} ${item.attempt}`;
+    const isKnown = (item) => previews.get(id(item))?.state === stateOf(item);
+    for (const key of previews.keys()) if (!items.some((item) => id(item) === key)) previews.delete(key);
+    for (const [index, item] of items.entries()) {
+      if (isKnown(item)) continue;
+      const after = index ? id(items[index - 1]) : shown.after;
+      const page = await get(`${kind}?${query({ limit: PREVIEWS, after, include: "inputs,result" })}`, itsSignal);
+      for (const each of page[kind])
+        previews.set(id(each), { state: stateOf(each), inputs: previewOf(each.inputs), result: previewOf(each.result) });
+      draw(items);
+    }
   }
 
   function draw(items) {
     const nodes = items.map((item) => {
-      const text = JSON.stringify(item),
+      const { inputs, result } = previews.get(id(item)) ?? {};
+      const text = JSON.stringify([item, inputs, result]),
         isOpen = !item.completed_at;
       const before = known.get(id(item));
       // A row that has not changed stays the same element, with its focus.
       if (before?.text === text && !isOpen) return before.node;
-      const cells = row(item).map((cell) => h("td", {}, cell));
+      const cells = row({ ...item, inputs, result }).map((cell) => h("td", {}, cell));
       if (before) {
         const had = before.node.contains(document.activeElement);
         fill(before.node, cells);
@@ -150,7 +193,7 @@ export async function list(main, { kind, signal, params, filters, columns, empty
       if (body.contains(had)) had.focus();
     }
     for (const key of known.keys()) if (!items.some((item) => id(item) === key)) known.delete(key);
-    none.hidden = items.length > 0;
+    fill(none, filters.some(({ name }) => shown[name]) ? noMatch : noneYet).hidden = items.length > 0;
     table.hidden = items.length === 0;
   }
 
@@ -182,12 +225,14 @@ export async function list(main, { kind, signal, params, filters, columns, empty
     { hidden: true },
   );
   const heading = title(kind[0].toUpperCase() + kind.slice(1), beside);
+  const pager = h("p", { class: "actions", role: "group", "aria-label": "Pages", hidden: true }, newest, newer, older);
   main.append(
     heading,
+    about ?? "",
     h("div", { class: "filters", role: "search", "aria-label": `Filter ${kind}` }, controls, clear),
     table,
     none,
-    h("p", { class: "actions", role: "group", "aria-label": "Pages" }, newest, newer, older),
+    pager,
   );
   await look();
   every(REFRESH_MS, look, signal).catch((error) => {

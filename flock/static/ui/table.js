@@ -43,13 +43,14 @@ export function bigTable({ label, columns, total, start, load, cells, moved, fai
   );
   node.style.setProperty("--tracks", columns.map(({ least, most }) => `minmax(${least}rem, ${most})`).join(" "));
   node.style.setProperty("--least", `${columns.reduce((sum, { least }) => sum + least, 0)}rem`);
+  const height = () => Math.min(total * ROW_PX, MAX_PX);
+  body.style.height = `${height()}px`; // an observer that changes it would observe itself
   const pages = new Map(),
     asked = new Map();
   let first = start,
     drawn = "",
     isOurs = false;
 
-  const height = () => Math.min(total * ROW_PX, MAX_PX);
   const seen = () => Math.max(1, Math.floor((node.clientHeight - ROW_PX) / ROW_PX) || 12);
   const last = () => Math.max(0, total - seen());
   const isScaled = () => total * ROW_PX > MAX_PX;
