@@ -70,7 +70,7 @@ function members(schema, value, pointer, root) {
     ),
   ]);
   return {
-    nodes: fields.length ? fields.map(([, each]) => each.node) : [h("p", { class: "quiet" }, "It takes no input.")],
+    nodes: fields.length ? fields.map(([, each]) => each.node) : [h("p", { class: "quiet" }, "It has no inputs.")],
     read: () =>
       Object.fromEntries(fields.map(([name, each]) => [name, each.read()]).filter(([, read]) => read !== undefined)),
     each: (look) => fields.forEach(([, each]) => each.each(look)),

@@ -66,7 +66,7 @@ export async function show(main, { params, signal }) {
     const inputs = Object.entries(schema.properties ?? {}).map(
       ([name]) => `${name}${schema.required?.includes(name) ? "" : " (optional)"}`,
     );
-    fill(takes, `It takes: ${inputs.join(", ") || "nothing"}.`);
+    fill(takes, `Inputs: ${inputs.join(", ") || "none"}.`);
     await setRows();
   }
   const takes = h("p", { class: "quiet" });

@@ -92,7 +92,7 @@ async function* csvRecords(blob, delimiter, signal) {
           begun = line;
         }
       } else if (state === CLOSED) {
-        throw new Unreadable("After a closing quote comes a delimiter. A quote within quotes is written twice.", begun);
+        throw new Unreadable("A closing quote must be followed by a delimiter. Write a quote inside quotes twice.", begun);
       } else if (state === BEGIN) {
         state = BARE;
         from = i;
@@ -159,7 +159,7 @@ export function describe(schema) {
   if (schema.enum)
     return `one of ${schema.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(", ")}`;
   const words = {
-    string: "a text",
+    string: "text",
     integer: "a whole number",
     number: "a number",
     boolean: "true or false",
@@ -167,7 +167,7 @@ export function describe(schema) {
     object: "an object, as JSON",
   };
   if (FORMATS[schema.format]) return FORMATS[schema.format].words;
-  return words[schema.type] ?? "what the agent takes";
+  return words[schema.type] ?? "a value that this input accepts";
 }
 
 const FORMATS = {
@@ -193,7 +193,7 @@ export function wrongWith(raw, value, root) {
   if (value === null && schema.isNullable) return "";
   const union = schema.anyOf ?? schema.oneOf;
   if (union)
-    return union.some((member) => !wrongWith(member, value, root)) ? "" : "It fits none of what the input may be.";
+    return union.some((member) => !wrongWith(member, value, root)) ? "" : "It is not a value that this input accepts.";
   const shown = JSON.stringify(value) ?? "nothing";
   const rule = typeof value === "string" && /\d/.test(value) && NUMBER_RULES[schema.type];
   const not = `${shown.length > 60 ? `${shown.slice(0, 60)}…` : shown} is not ${describe(schema)}.${rule ? ` ${rule}` : ""}`;
@@ -316,7 +316,7 @@ export async function check(blob, format, { schema, mapping, statics, told, sign
     error(failure.line, failure.message, "");
   }
   if (format.kind === "csv" && !columns && !found.isUnreadable)
-    error(1, "There is no header: the first line names the columns.", "");
+    error(1, "There is no header. The first line must name the columns.", "");
   told({ ...found, isDone: true });
 }
 

@@ -91,7 +91,7 @@ export function result(value, fileName) {
       text
         ? [
             h("pre", {}, text.slice(0, LONGEST_JSON)),
-            text.length > LONGEST_JSON && h("p", { class: "quiet" }, "It goes on: download it to see all."),
+            text.length > LONGEST_JSON && h("p", { class: "quiet" }, "Only the start is shown. Download it to see all."),
           ]
         : readable(value),
     );
