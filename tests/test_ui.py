@@ -1240,7 +1240,7 @@ def test_first_paint_needs_five_requests_and_a_tenth_of_what_it_may(visit: Visit
     assert len(answers) <= 5, [answer.url for answer in answers]
     sizes = [answer.request.sizes() for answer in answers]
     received = sum(size["responseBodySize"] + size["responseHeadersSize"] for size in sizes)
-    assert received < 15_000
+    assert received < 15_000, received
     assert "five requests and 15 KB" in (ROOT / "README.md").read_text("utf-8")
     assert all(answer.header_value("content-encoding") == "gzip" for answer in answers[:4])
     assert sum(len(file.gzipped) for file in ui_files("").values()) < 50_000  # all views together

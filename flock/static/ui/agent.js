@@ -20,7 +20,8 @@ import {
   title,
   url,
 } from "./app.js";
-import { handOff, lastAgent } from "./agents.js";
+import { handOff } from "./agents.js";
+import { lastAgent } from "./chain.js";
 import { form, plain } from "./form.js";
 
 export async function show(main, { id, signal }) {

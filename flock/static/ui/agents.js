@@ -1,6 +1,6 @@
 // All agents, as cards.
 
-import { Problem, get, h, link, title } from "./app.js";
+import { get, h, link, title } from "./app.js";
 
 export async function show(main, { signal }) {
   const { agents } = await get("agents", signal);
@@ -45,21 +45,6 @@ export async function show(main, { signal }) {
           ),
         ),
   );
-}
-
-/** The agent whose outputs are the result of a run that starts with `agent`, as far as the hand-offs are known. */
-export async function lastAgent(agent, signal) {
-  const seen = new Set([agent.name]);
-  for (;;) {
-    if (!agent.next_agent || seen.has(agent.next_agent)) return agent;
-    seen.add(agent.next_agent);
-    try {
-      agent = await get(`agents/${encodeURIComponent(agent.next_agent)}`, signal);
-    } catch (error) {
-      if (error instanceof Problem) return agent;
-      throw error;
-    }
-  }
 }
 
 /** Which agent runs next. */

@@ -28,7 +28,7 @@ import {
   when,
   link,
 } from "./app.js";
-import { lastAgent } from "./agents.js";
+import { lastAgent } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
 

@@ -1,0 +1,18 @@
+// Agents that hand off to each other.
+
+import { Problem, get } from "./app.js";
+
+/** The agent whose outputs are the result of a run that starts with `agent`, as far as the hand-offs are known. */
+export async function lastAgent(agent, signal) {
+  const seen = new Set([agent.name]);
+  for (;;) {
+    if (!agent.next_agent || seen.has(agent.next_agent)) return agent;
+    seen.add(agent.next_agent);
+    try {
+      agent = await get(`agents/${encodeURIComponent(agent.next_agent)}`, signal);
+    } catch (error) {
+      if (error instanceof Problem) return agent;
+      throw error;
+    }
+  }
+}
