@@ -771,6 +771,39 @@ def test_a_missing_column_is_said_once_with_the_choice_beside_it(visit: Visit, c
     expect(start).to_be_enabled()
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("rows.csv", "id,n,comment,total,Step\n0042,1,one,x,y\n0043,2,two,x,y\n"),
+        (
+            "rows.ndjson",
+            '{"id": "0042", "n": 1, "comment": "one", "total": "x", "Step": "y"}\n'
+            '{"id": "0043", "n": 2, "comment": "two", "total": "x", "Step": "y"}\n',
+        ),
+    ],
+)
+def test_a_column_that_is_not_an_input_is_kept_with_the_results(
+    visit: Visit, closed: Site, name: str, rows: str
+) -> None:
+    """Unless it has the name of an input or an output; then it can only be left out."""
+    page = visit.page(closed, "new-batch?agent=count_up")
+    choose(page, name, rows)
+    page.get_by_label("Column Step becomes").select_option(label="(left out)")
+    for column, options in (("id", ["(kept with the results)", "(left out)"]), ("total", ["(left out)"])):
+        select = page.get_by_label(f"Column {column} becomes")
+        expect(select.locator("option:checked")).to_have_text(options[0])
+        expect(select.locator("option")).to_have_text([*options, "n", "comment", "step", "gate"])
+    expect(page.get_by_text("All 2 rows fit.")).to_be_visible()
+    page.get_by_role("button", name="Start the batch").click()
+    expect(status_of(page)).to_contain_text("completed")
+    table = page.get_by_role("table", name="Results")
+    expect(table.get_by_role("columnheader").nth(2)).to_have_text("id")
+    expect(table.get_by_role("row").nth(1)).to_contain_text("0042")
+    items = closed.get(f"/batch/{page.url.rpartition('/')[2]}/results?format=json")
+    assert [item["extra"] for item in items] == [{"id": "0042"}, {"id": "0043"}]
+    assert [item["inputs"] for item in items] == [{"n": 1, "comment": "one"}, {"n": 2, "comment": "two"}]
+
+
 def test_a_batch_without_rows_cannot_be_started(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "new-batch?agent=count_up")
     for name, text, words in (

@@ -232,7 +232,8 @@ export async function show(main, { id, params, signal }) {
       [
         ...new Set([...Object.keys(schema?.properties ?? {}), ...some.flatMap((item) => Object.keys(item[of] ?? {}))]),
       ].slice(0, 12);
-    const inputs = names("inputs", agent?.input_schema);
+    const extras = names("extra"),
+      inputs = names("inputs", agent?.input_schema);
     hasResults = some.some((item) => item.result);
     const outputs = hasResults
       ? [...new Set(some.flatMap((item) => Object.keys(item.result ?? {})))].slice(0, 12)
@@ -241,7 +242,8 @@ export async function show(main, { id, params, signal }) {
       { name: "Row", least: 6.5, most: "6.5rem" },
       { name: "Status", least: 8.5, most: "8.5rem" },
       ...[
-        ...inputs.map((name) => name),
+        ...extras,
+        ...inputs,
         ...outputs.map((name) => (inputs.includes(name) ? `result.${name}` : name)),
         "Error",
       ].map((name) => ({ name, least: name === "Error" ? 14 : 10, most: name === "Error" ? "2fr" : "1fr" })),
@@ -264,6 +266,7 @@ export async function show(main, { id, params, signal }) {
           ? [
               h("a", { href: link(`run/${item.run_id}`) }, count(item.position + 1)),
               badge(item.status),
+              ...extras.map((name) => cell(item.extra?.[name])),
               ...inputs.map((name) => cell(item.inputs[name])),
               ...outputs.map((name) => cell(item.result?.[name])),
               cell(item.error),

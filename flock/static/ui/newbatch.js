@@ -23,10 +23,13 @@ import {
   url,
 } from "./app.js";
 import { aboutBatches } from "./batches.js";
+import { lastAgent } from "./chain.js";
 import { chooser } from "./files.js";
 import { form } from "./form.js";
 import { check, preview, sniff, without } from "./rows.js";
 
+/** What a column may become beside an input: left out of what is sent, or kept with the results. */
+const [LEFT_OUT, KEPT] = ["", "*"];
 const KINDS = { csv: "text/csv", ndjson: "application/x-ndjson" };
 
 export async function show(main, { params, signal }) {
@@ -34,6 +37,7 @@ export async function show(main, { params, signal }) {
   if (!agents.length) return fill(main, title("New batch"), h("p", { class: "empty" }, "There are no agents yet."));
   let agent,
     schema,
+    outputs,
     rows = null,
     format = null,
     sample = [],
@@ -59,9 +63,11 @@ export async function show(main, { params, signal }) {
   async function setAgent() {
     const name = who.value;
     session.set("batch agent", name);
-    const its = await get(`agents/${encodeURIComponent(name)}`, signal);
+    const its = await get(`agents/${encodeURIComponent(name)}`, signal),
+      last = await lastAgent(its, signal);
     if (who.value !== name) return; // another was chosen meanwhile
     agent = its;
+    outputs = Object.keys(last.output_schema.properties ?? {});
     schema = agent.input_schema;
     const inputs = Object.entries(schema.properties ?? {}).map(
       ([name]) => `${name}${schema.required?.includes(name) ? "" : " (optional)"}`,
@@ -91,23 +97,32 @@ export async function show(main, { params, signal }) {
     format = its;
     sample = first.rows;
     columns = first.columns;
-    const inputs = Object.keys(schema.properties ?? {});
     const before = JSON.parse(session.get(`batch mapping ${agent.name}`) ?? "{}");
-    const same = (name) =>
-      inputs.find((input) => input.toLowerCase().replace(/[\s_-]/g, "") === name.toLowerCase().replace(/[\s_-]/g, ""));
     mapping = Object.fromEntries(
       columns.map((name) => [
         name,
-        inputs.includes(before[name]) || before[name] === ""
+        choicesFor(name).includes(before[name])
           ? before[name]
-          : inputs.includes(name)
+          : isInput(name)
             ? name
-            : (same(name) ?? ""),
+            : (inputLike(name) ?? (mayBeKept(name) ? KEPT : LEFT_OUT)),
       ]),
     );
     drawColumns();
     drawStatics();
   }
+
+  const inputs = () => Object.keys(schema.properties ?? {});
+  const isInput = (name) => Object.hasOwn(schema.properties ?? {}, name);
+  const bare = (name) => name.toLowerCase().replace(/[\s_-]/g, "");
+  const inputLike = (name) => inputs().find((input) => bare(input) === bare(name));
+  /** The server takes a column that is called as an input for that input, and refuses names that a result has. */
+  const mayBeKept = (name) =>
+    name !== "" &&
+    !inputs().some((input) => input.toLowerCase() === name.toLowerCase()) &&
+    ![...outputs, "error", "error_type"].includes(name) &&
+    columns.indexOf(name) === columns.lastIndexOf(name);
+  const choicesFor = (name) => [...(mayBeKept(name) ? [KEPT] : []), LEFT_OUT, ...inputs()];
 
   function map(name, input) {
     mapping[name] = input;
@@ -125,7 +140,7 @@ export async function show(main, { params, signal }) {
   };
   function drawColumns() {
     if (!columns.length) return fill(parts.columns); // the check says why
-    const inputs = Object.keys(schema.properties ?? {});
+    const words = { [KEPT]: "(kept with the results)", [LEFT_OUT]: "(left out)" };
     const select = (name) =>
       h(
         "select",
@@ -135,8 +150,9 @@ export async function show(main, { params, signal }) {
           "data-column": name,
           onchange: ({ target }) => map(name, target.value),
         },
-        h("option", { value: "" }, "(left out)"),
-        inputs.map((input) => h("option", { value: input, selected: mapping[name] === input }, input)),
+        choicesFor(name).map((choice) =>
+          h("option", { value: choice, selected: mapping[name] === choice }, words[choice] ?? choice),
+        ),
       );
     return fill(
       parts.columns,
@@ -147,7 +163,7 @@ export async function show(main, { params, signal }) {
         format.kind === "csv"
           ? `CSV, cells separated by ${{ ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" }[format.delimiter]}. `
           : "NDJSON, an object a line. ",
-        "The first rows, and which input each column becomes:",
+        "The first rows, and what each column becomes:",
       ),
       h(
         "div",
@@ -230,7 +246,7 @@ export async function show(main, { params, signal }) {
 
   /** A select of the columns that are not an input yet. */
   function columnChoice(input) {
-    const free = columns.filter((name) => name && !mapping[name]),
+    const free = columns.filter((name) => name && !isInput(mapping[name])),
       id = newId();
     const select = h(
       "select",
@@ -280,7 +296,7 @@ export async function show(main, { params, signal }) {
     }
     drawStart();
     const twice = columns.filter(
-      (name, index) => mapping[name] && columns.findIndex((other) => mapping[other] === mapping[name]) !== index,
+      (name, index) => isInput(mapping[name]) && columns.findIndex((other) => mapping[other] === mapping[name]) !== index,
     );
     if (twice.length)
       return fill(
@@ -388,7 +404,7 @@ export async function show(main, { params, signal }) {
   const sameInAll = () =>
     Object.fromEntries(Object.entries({ ...needed.read(), ...others.read() }).filter(([, value]) => value !== ""));
 
-  const leftOutNow = () => columns.filter((name) => mapping[name] === "");
+  const leftOutNow = () => columns.filter((name) => mapping[name] === LEFT_OUT);
 
   /** The options of the request, or null after the field that is wrong has said so. */
   function query() {
@@ -401,11 +417,12 @@ export async function show(main, { params, signal }) {
   }
 
   function options() {
-    const names = Object.fromEntries(Object.entries(mapping).filter(([name, input]) => input && input !== name));
+    const names = Object.fromEntries(Object.entries(mapping).filter(([name, input]) => isInput(input) && input !== name));
     const given = sameInAll();
     return new URLSearchParams({
       agent_name: agent.name,
       on_invalid: invalid.value,
+      on_extra: "keep",
       max_workers: pace.read()[WORKERS] ?? 5,
       ...(Object.keys(names).length ? { input_mapping: JSON.stringify(names) } : {}),
       ...(Object.keys(given).length ? { static_inputs: JSON.stringify(given) } : {}),

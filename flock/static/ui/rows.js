@@ -250,10 +250,11 @@ function valueOf(cell, schema, isRequired, hasStatic) {
  * `told` is called now and then with {rows, wrong, bytes, errors}; of the errors 100 are kept. */
 export async function check(blob, format, { schema, mapping, statics, told, signal }) {
   const found = { rows: 0, wrong: 0, bytes: 0, errors: [], isDone: false };
-  const required = new Set(schema.required ?? []);
+  const required = new Set(schema.required ?? []),
+    isInput = (name) => Object.hasOwn(schema.properties ?? {}, name);
   const columnOf = Object.fromEntries(
     Object.entries(mapping)
-      .filter(([, input]) => input)
+      .filter(([, input]) => isInput(input))
       .map(([name, input]) => [input, name]),
   );
   const error = (line, detail, input) => {
@@ -268,7 +269,7 @@ export async function check(blob, format, { schema, mapping, statics, told, sign
           columns = record.cells.map((name) => {
             const input = mapping[name.trim()];
             return (
-              input && {
+              isInput(input) && {
                 column: name.trim(),
                 input,
                 schema: plain(schema.properties[input], schema),
@@ -296,7 +297,7 @@ export async function check(blob, format, { schema, mapping, statics, told, sign
             });
           else
             for (const [name, value] of Object.entries(record.members))
-              if (mapping[name] !== "") inputs[mapping[name] ?? name] = value;
+              if (isInput(mapping[name] ?? name)) inputs[mapping[name] ?? name] = value;
           wrongs = wrongMembers(schema, inputs, schema);
         }
         const places = Object.entries(wrongs);
@@ -320,7 +321,7 @@ export async function check(blob, format, { schema, mapping, statics, told, sign
   told({ ...found, isDone: true });
 }
 
-/** The same rows without some columns, each in the line where it was: the API refuses what no input takes. */
+/** The same rows without some columns, each in the line where it was: the API would keep them. */
 export async function without(blob, format, leftOut, signal) {
   const parts = [];
   let line = 1,
