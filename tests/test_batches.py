@@ -500,11 +500,12 @@ async def test_nothing_is_accepted_that_nobody_would_go_on_with(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last item arrives when the engine has just let go of all that it had."""
-    work, arrived, errors = Work(), anyio.Event(), list[BaseException]()
+    work, waiting, arrived, errors = Work(), anyio.Event(), anyio.Event(), list[BaseException]()
 
     async def items() -> AsyncIterator[Any]:
         for item in numbers(count - 1):
             yield item
+        waiting.set()
         await arrived.wait()
         yield {"n": 0}
 
@@ -523,6 +524,6 @@ async def test_nothing_is_accepted_that_nobody_would_go_on_with(
         async with work.flock.engine(store=tmp_path / "flock.db") as engine:
             monkeypatch.setattr(engine.store, "leave", leave)
             tasks.start_soon(submit, engine.submit_batch, "item", items(), OPTIONS)
-            await anyio.wait_all_tasks_blocked()
+            await waiting.wait()
     assert len(errors) == 1
     assert rows(tmp_path / "flock.db", "SELECT count(*) FROM batches WHERE hidden IS NULL") == [(0,)]
