@@ -324,7 +324,7 @@ def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mappi
     return path, {"Link": f'<{path}>; rel="next"'}
 
 
-class EventStream(StreamingResponse):
+class _EventStream(StreamingResponse):
     """Server-sent events. *held* is entered before the response starts, and left however it ends.
 
     Raises: when it is sent, what entering *held* raises, which is answered as any error of the handler.
@@ -347,7 +347,7 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
     """*events* as they happen, or 429 if the caller has as many streams as it may."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.method == "HEAD":
-        return head_of_stream(EventStream.media_type, headers)
+        return head_of_stream(_EventStream.media_type, headers)
     app = app_of(request)
 
     @contextlib.contextmanager
@@ -365,7 +365,7 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
         if engine.is_leaving:
             yield b"retry: %d\n\n" % RECONNECT_MS
 
-    return EventStream(stream(), place(), headers)
+    return _EventStream(stream(), place(), headers)
 
 
 def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
