@@ -1197,7 +1197,7 @@ def test_a_reload_loses_nothing(visit: Visit, closed: Site) -> None:
     fill_order(page)
     page.reload()
     expect(page.get_by_label("item (required)")).to_have_value("tea")
-    expect(page.get_by_label("size (required)")).to_have_value("0")  # large
+    expect(page.get_by_label("size (required)")).to_have_value("1")  # large
     expect(page.get_by_label("gift")).to_be_checked()
     expect(page.get_by_role("textbox", name="notes 1")).to_have_value('It\'s "fragile"')
     expect(page.get_by_label("Theme")).to_have_value("light")
