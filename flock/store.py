@@ -41,7 +41,7 @@ except ImportError as exc:
         "Run it in WSL or in a container."
     ) from exc
 
-__all__ = ["Durability", "Store", "create_private", "hold_alone"]
+__all__ = ["Durability", "Store", "TakenOver", "create_private", "hold_alone"]
 
 T = TypeVar("T")
 
