@@ -255,6 +255,7 @@ DAMAGES = {
     "a text that is not UTF-8": "agent_name = CAST(x'ff' AS TEXT)",
     "a position that is text": "position = 'third'",
     "steps that are no JSON": "started_at = 1",
+    "a last step that is text": "last_step = 'x'",
 }
 
 
