@@ -62,6 +62,7 @@ from flock.runs import (
     Inputs,
     Items,
     Observer,
+    OnExtra,
     OnInvalid,
     Principal,
     Progress,
@@ -233,6 +234,7 @@ async def more(app: FlockAPI) -> AsyncIterator[None]:
 
 auth: Auth = by_header
 on_disconnect: OnDisconnect = "continue"
+on_extra: OnExtra = "keep"
 ai = create_app(
     flock,
     server_name="Typed",
