@@ -27,7 +27,8 @@ pytestmark = pytest.mark.timeout(600)
 
 #: The most packages that an installation may bring, besides this one.
 MAX_PACKAGES = 13
-MAX_IMPORT_CPU_S = 0.25
+#: What an import may cost, as a multiple of what the libraries cost that it needs. It was 1.8, with 0.18 s for those.
+MAX_IMPORT_RATIO = 2.2
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
@@ -80,12 +81,17 @@ def test_it_brings_few_packages(python: Path) -> None:
 
 @pytest.mark.alone
 def test_it_imports_fast_and_without_the_extras(python: Path, tmp_path: Path) -> None:
-    """The best of five: what other processes take is not its cost."""
-    code = "import json, sys, time, flockapi; print(json.dumps([time.process_time(), sorted(sys.modules)]))"
-    outputs = [json.loads(run(python, "-c", code, cwd=tmp_path)) for _ in range(5)]
-    assert min(seconds for seconds, _ in outputs) < MAX_IMPORT_CPU_S
+    """As little slower than its libraries as agreed. The best of five of each, in turn: a busy machine is slow."""
+    libraries = "anyio, asyncio, httpx, msgspec, sqlite3, starlette.applications, starlette.middleware.cors"
+    code = "import json, sys, time, {}; print(json.dumps([time.process_time(), sorted(sys.modules)]))"
+    outputs = [
+        [json.loads(run(python, "-c", code.format(names), cwd=tmp_path)) for names in ("flockapi", libraries)]
+        for _ in range(5)
+    ]
+    ours_s, theirs_s = (min(seconds for seconds, _ in runs) for runs in zip(*outputs, strict=True))
+    assert ours_s < MAX_IMPORT_RATIO * theirs_s, f"{ours_s:.3f} s, and the libraries alone {theirs_s:.3f} s"
     extras = {"xllamacpp", "litellm", "temporalio", "prometheus_client", "yaml", "uvicorn", "pydantic", "opentelemetry"}
-    assert not extras & set(outputs[0][1])
+    assert not extras & set(outputs[0][0][1])
 
 
 def test_the_command_and_the_types_are_there(python: Path) -> None:

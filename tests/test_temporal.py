@@ -105,7 +105,7 @@ async def second(n: int, context: RunContext) -> int:
 @flock.agent(on_interrupt="fail")
 async def once(context: RunContext) -> int:
     note("-", "once", context.step_key)
-    await asyncio.sleep(5)
+    await asyncio.sleep(60)
     return 1
 
 @flock.agent
