@@ -4,7 +4,8 @@ uvicorn waits for ever for the head of a request, reads requests while it still 
 for a client that reads no answer, and loses an answer that it sends before it has the whole body. Not here:
 
 - A head has ``HEAD_TIMEOUT_S`` and ``MAX_HEAD_BYTES``.
-- What arrives during an answer waits for its end, up to one read of the socket. Then nothing more is read.
+- What arrives during an answer waits for its end, up to ``MAX_EARLY_BYTES``. Then nothing more is read, so a disconnect
+  is noticed only when something is written.
 - A client that reads too slowly loses its connection; see ``Connection.watch_writes``.
 - A connection is closed in stages; see ``_Answer``.
 """
@@ -22,7 +23,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flockapi import on_error, request_id_for
 
-__all__ = ["HEAD_TIMEOUT_S", "MAX_HEAD_BYTES", "MIN_READ_BYTES_PER_S", "STALL_AT_EXIT_S", "Connection"]
+__all__ = [
+    "HEAD_TIMEOUT_S",
+    "MAX_EARLY_BYTES",
+    "MAX_HEAD_BYTES",
+    "MIN_READ_BYTES_PER_S",
+    "STALL_AT_EXIT_S",
+    "Connection",
+]
 
 #: How long the head of a request may take to arrive, in seconds, and its size; the app answers 431 for less than that.
 HEAD_TIMEOUT_S = 10
@@ -31,10 +39,13 @@ MAX_HEAD_BYTES = 256 * 1024
 MIN_READ_BYTES_PER_S = 256
 #: At shutdown, a client that reads nothing for so long loses its connection, in seconds.
 STALL_AT_EXIT_S = 1.0
+#: What may arrive during an answer before reading is paused.
+MAX_EARLY_BYTES = 64 * 1024
 #: A message ends with an empty line, unless it has a body of a known length.
 EMPTY_LINE = re.compile(rb"\n\r?\n")
-#: A chunked body is parsed in pieces of at least so many bytes, since each call of the parser takes microseconds.
-MIN_PIECE_BYTES = 1024
+#: Each call of the parser takes microseconds, so only the first pieces of what was read may be as short as one line.
+MAX_SHORT_PIECES = 64
+LONG_PIECE_BYTES = 1024
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,6 +75,9 @@ class Connection(HttpToolsProtocol):
     _is_admitted = False
     #: What arrived during an answer.
     _early = b""
+    #: The last two bytes that were parsed.
+    _tail = b""
+    written_bytes = 0
 
     def __init__(self, config: uvicorn.Config, *args: Any, write_timeout_s: float = 30, **options: Any) -> None:
         super().__init__(config, *args, **options)
@@ -78,32 +92,37 @@ class Connection(HttpToolsProtocol):
         self._begin_head()
 
     def data_received(self, data: bytes) -> None:
-        data, start = self._early + data, 0
+        data, start, pieces = self._early + data, 0, 0
         self._early = b""
         while start < len(data) and not self.is_deaf and not self.transport.is_closing():
             if self._is_answering():
                 self._early = data[start:]
-                self.flow.pause_reading()
+                if len(self._early) > MAX_EARLY_BYTES:
+                    self.flow.pause_reading()
                 return
             if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
                 self._begin_head()
-            end = self._end_of_piece(data, start)
+            end = self._end_of_piece(data, start, 0 if pieces < MAX_SHORT_PIECES else LONG_PIECE_BYTES)
             self._head_bytes += end - start
             super().data_received(data[start:end])
-            start = end
+            if self.transport.get_protocol() is not self:  # it is a WebSocket now
+                self._cancel_timers()
+                return
+            start, pieces, self._tail = end, pieces + 1, data[max(start, end - 2) : end]
             if self._head_timer is not None and self._head_bytes > MAX_HEAD_BYTES:
-                self.transport.close()
+                self._close()
 
     def _is_answering(self) -> bool:
         """Whether a request has arrived whole and is not answered yet."""
-        cycle = self.cycle
-        return bool(self.pipeline) or (cycle is not None and not cycle.more_body and not cycle.response_complete)
+        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
 
-    def _end_of_piece(self, data: bytes, start: int) -> int:
-        """The parser cannot stop at the end of a message, so it never gets more than one."""
+    def _end_of_piece(self, data: bytes, start: int, least: int) -> int:
+        """Where the message may end: the parser cannot stop there by itself."""
         if self._body_bytes:
             return min(len(data), start + self._body_bytes)
-        found = EMPTY_LINE.search(data, start if self._is_in_head else start + MIN_PIECE_BYTES)
+        if start == 0 and (found := EMPTY_LINE.search(self._tail + data[:2])):  # it began with the last read
+            return found.end() - len(self._tail)
+        found = EMPTY_LINE.search(data, start + least)
         return found.end() if found else len(data)
 
     def on_message_begin(self) -> None:
@@ -115,6 +134,9 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._is_answering():  # a second message in one piece: its client sends it again on another connection
+            self.cycle.keep_alive, self.is_deaf = False, True
+            return
         self._end_head()
         self._is_in_head = False
         length = next((value for name, value in self.headers if name == b"content-length"), b"0")
@@ -127,12 +149,15 @@ class Connection(HttpToolsProtocol):
             self.cycle.transport = _Answer(self)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
+        if self.is_deaf:
+            return
         self._body_bytes = max(0, self._body_bytes - len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._is_in_head = True
-        super().on_message_complete()
+        if not self.is_deaf:
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -141,7 +166,7 @@ class Connection(HttpToolsProtocol):
 
     def _begin_head(self) -> None:
         self._head_bytes = 0
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._close)
 
     def _end_head(self) -> None:
         if self._head_timer is not None:
@@ -150,13 +175,22 @@ class Connection(HttpToolsProtocol):
 
     # Writing
 
+    def _close(self) -> None:
+        """A transport that closes waits until its client has read everything, so that has its time too."""
+        self.transport.close()
+        self.watch_writes(self.write_timeout_s)
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        self.watch_writes(self.write_timeout_s)
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self.watch_writes(self.write_timeout_s)
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self.watch_writes(self.write_timeout_s)  # a transport that closes waits until everything is read
+        self.watch_writes(self.write_timeout_s)
 
     def shutdown(self) -> None:
         super().shutdown()
@@ -170,20 +204,23 @@ class Connection(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
         unread = self.transport.get_write_buffer_size()
-        check = functools.partial(self._check_writes, unread, timeout_s)
+        check = functools.partial(self._check_writes, unread, self.written_bytes, timeout_s)
         self._write_timer = self.loop.call_later(timeout_s, check) if unread else None
 
-    def _check_writes(self, unread: int, timeout_s: float) -> None:
-        read = unread - self.transport.get_write_buffer_size()
+    def _check_writes(self, unread: int, written_bytes: int, timeout_s: float) -> None:
+        read = unread + self.written_bytes - written_bytes - self.transport.get_write_buffer_size()
         if read < min(unread, MIN_READ_BYTES_PER_S * timeout_s):
             self.transport.abort()
         else:
             self.watch_writes(timeout_s)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def _cancel_timers(self) -> None:
         self._end_head()
         if self._write_timer is not None:
             self._write_timer.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_timers()
         self._early = b""
         if self.cycle is not None:
             self.cycle.transport = self.transport  # no reference cycle is left to the garbage collector
@@ -200,12 +237,16 @@ class _Answer:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.write = connection.transport.write
         self.is_closing = connection.transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        self._connection.written_bytes += len(data)
+        self._connection.transport.write(data)
 
     def close(self) -> None:
         connection, transport = self._connection, self._connection.transport
-        if connection.cycle.more_body and transport.can_write_eof() and not transport.is_closing():
+        is_sending = connection.cycle.more_body or connection.is_deaf
+        if is_sending and transport.can_write_eof() and not transport.is_closing():
             connection.is_deaf = True
             transport.write_eof()
         else:

@@ -198,6 +198,50 @@ def test_a_client_that_reads_slowly_is_left_alone(script: Path, tmp_path: Path) 
         assert time.monotonic() - began > 1
 
 
+def test_a_client_that_reads_nothing_loses_its_place_though_its_answer_is_short(script: Path, tmp_path: Path) -> None:
+    """Also if it begins another request that never ends, or sends what is not one."""
+    short = GET.format("/openapi.yaml") * 60
+    with serving(script, tmp_path, "--write-timeout", "1") as server, contextlib.ExitStack() as stack:
+        held = [stack.enter_context(connected(server, short + more, 4096)) for more in ("", "G", "no request\r\n\r\n")]
+        deadline = time.monotonic() + 60
+        while open_connections(server, held):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_client_that_sends_something_and_disconnects_takes_its_run_along(script: Path, tmp_path: Path) -> None:
+    run = '{"agent_name": "nap", "inputs": {"seconds": 600}}'
+    head = f"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(run)}\r\n"
+    with serving(script, tmp_path) as server:
+        with connected(server, f"{head}Content-Type: application/json\r\n\r\n{run}") as connection:
+            server.wait_for_line("Application startup complete")
+            deadline = time.monotonic() + 30
+            while not (runs := httpx.get(f"{server.url}/runs?status=running").json()["runs"]):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            connection.sendall(b"\r\nGET /he")
+        ended = httpx.get(f"{server.url}/run/{runs[0]['run_id']}?wait=30", timeout=60).json()
+        assert ended["status"] == "cancelled"
+
+
+def test_a_second_request_within_a_chunked_one_is_not_begun_after_the_end_of_the_connection(
+    script: Path, tmp_path: Path
+) -> None:
+    """Neither its head nor its body is taken for a part of the first one."""
+    body = b'{"agent_name": "length", "inputs": {"text": "abc"}}'
+    head = b"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    # More empty lines than are looked at one by one, so that the parser gets the rest in one piece.
+    lines = b"1\r\n \r\n2\r\n\r\n\r\n" * 70
+    first = head + b"Transfer-Encoding: chunked\r\n\r\n" + lines + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    second = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with serving(script, tmp_path) as server:
+        with connected(server, first + second) as connection:
+            received = read_to_end(connection)
+        assert received.count(b"HTTP/1.1 200") == 1, "the second one is left to another connection"
+        runs = httpx.get(f"{server.url}/runs").json()["runs"]
+        assert len(runs) == received.count(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_server_that_stops_does_not_wait_for_clients_that_do_not_read(
     workers: int, script: Path, tmp_path: Path
