@@ -191,15 +191,17 @@ class BatchStore:
         """
         found = self._store.read(lambda db: _unfinished(db, batch.batch_id))
         row_ids = [row_id for row_id, _, _, is_writable in found if is_writable]
-        query = "UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ? WHERE rowid = ?"
+        query = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
+            WHERE rowid = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
         end = (schema.DAMAGED_RUN, schema.UNREADABLE, schema.micros(now))
         for start in range(0, len(row_ids), BITE):
             bite = row_ids[start : start + BITE]
 
             def apply(db: sqlite3.Connection) -> None:
                 _check_owner(db, batch)
-                db.executemany(query, [(*end, row_id) for row_id in bite])  # noqa: B023 - called before the next
-                schema.count_ended(db, schema.Ended({(batch.batch_id, RunStatus.FAILED): len(bite)}))  # noqa: B023
+                values = [(*end, row_id) for row_id in bite]  # noqa: B023 - called before the next
+                failed = db.executemany(query, values).rowcount
+                schema.count_ended(db, schema.Ended({(batch.batch_id, RunStatus.FAILED): failed}))
 
             await self._store.change(apply)
         return [(run_id, reason) for _, run_id, reason, _ in found]
