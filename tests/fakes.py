@@ -33,6 +33,11 @@ from flock.temporal import TemporalEngine, TemporalWorker
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
+#: How long a test waits for something that must happen, in seconds: a busy machine is slow, and that is not a failure.
+PATIENCE_S = 100
+#: How long a server may take to stop in order, before it is told to hurry.
+STOP_S = 2
+
 
 # The fake model server
 
@@ -306,7 +311,7 @@ def numbers(count: int) -> list[dict[str, int]]:
 
 
 async def ended(engine: Engine, batch: Batch) -> Batch:
-    with anyio.fail_after(30):
+    with anyio.fail_after(PATIENCE_S):
         return await engine.wait_batch(batch.batch_id)
 
 
@@ -319,7 +324,7 @@ async def all_items(engine: Engine, batch: Batch) -> list[Any]:
 
 async def until(is_so: Callable[[], bool]) -> None:
     """Wait for what happens in tasks of others."""
-    with anyio.fail_after(30):
+    with anyio.fail_after(PATIENCE_S):
         while not is_so():  # noqa: ASYNC110 - nobody tells it
             await anyio.sleep(0.01)
 
@@ -350,11 +355,11 @@ class Server:
                 self._is_up.set()
         self._is_up.set()
 
-    def wait_until_up(self, timeout_s: float = 60) -> None:
-        assert self._is_up.wait(timeout_s), f"the server did not start: {self.lines}"
+    def wait_until_up(self) -> None:
+        assert self._is_up.wait(3 * PATIENCE_S), f"the server did not start: {self.lines}"
         assert self.url, f"the server ended: {self.lines}"
 
-    def wait_for_line(self, words: str, timeout_s: float = 30, *, times: int = 1) -> None:
+    def wait_for_line(self, words: str, timeout_s: float = PATIENCE_S, *, times: int = 1) -> None:
         """Wait until the server has printed *times* lines with *words*."""
 
         def is_there() -> bool:
@@ -382,8 +387,8 @@ NOT_WATCHED = {"COVERAGE_PROCESS_CONFIG": ""}
 
 
 @contextlib.contextmanager
-def running(*command: str, timeout_s: float = 60, **env: str) -> Iterator[Server]:
-    """Run *command*, a server, until the block ends; within *timeout_s* it must be up."""
+def running(*command: str, **env: str) -> Iterator[Server]:
+    """Run *command*, a server, until the block ends."""
     process = subprocess.Popen(
         command,
         env={**os.environ, **env},
@@ -394,12 +399,14 @@ def running(*command: str, timeout_s: float = 60, **env: str) -> Iterator[Server
     )
     server = Server(process)
     try:
-        server.wait_until_up(timeout_s)
+        server.wait_until_up()
         yield server
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the shell that may have started it, and the server
-        process.wait()
+        for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):  # in order, at once, and by force
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, stop)  # the shell that may have started it, and the server
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_S)
         server.close()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes import Server, flockapi_command, running
+from tests.fakes import NOT_WATCHED, Server, flockapi_command, running
 
 pytestmark = pytest.mark.alone
 
@@ -47,7 +47,7 @@ def rows() -> Iterator[bytes]:
 def served() -> Iterator[Server]:
     Path("served.py").write_text(SCRIPT)
     command = flockapi_command("serve", "served.py", "--port", "0", "--store", "flock.db")
-    with running(*command, timeout_s=60) as server:
+    with running(*command, **NOT_WATCHED) as server:
         yield server
 
 
@@ -73,6 +73,13 @@ def wait_until_ended(client: httpx.Client, batch_id: str, items: int) -> None:
     """Ask as a client would, until so many items have ended."""
     while state(client, batch_id)["completed_items"] < items:
         time.sleep(0.02)
+
+
+def end_of(client: httpx.Client, batch_id: str) -> Any:
+    """The batch once it has ended, however long that takes."""
+    while (batch := state(client, batch_id, 30))["status"] == "running":
+        pass
+    return batch
 
 
 def committed() -> set[int]:
@@ -101,8 +108,7 @@ def test_a_hundred_thousand_rows_outlive_three_kills_in_little_memory(capsys: py
                 server.process.wait()
                 kills.append((committed(), Path("calls.log").stat().st_size))
                 continue
-            while (batch := state(client, batch_id, 30))["status"] == "running":
-                pass
+            batch = end_of(client, batch_id)
             with client.stream("GET", f"/batch/{batch_id}/results", headers={"Accept": "text/csv"}) as response:
                 text = b"".join(response.iter_bytes()).decode()
             growth_kb.append(memory_kb(server, "VmHWM") - idle_kb)
@@ -142,7 +148,7 @@ def test_a_long_batch_is_cancelled_at_once_and_no_item_starts_after_the_answer()
         assert client.post(f"/batch/{batch_id}/cancel").status_code == 200
         again = client.post(f"/batch/{batch_id}/retry", json={"only": "cancelled"})
         assert (again.status_code, again.json()["attempt"]) == (202, 2)
-        batch = state(client, batch_id, 60)
+        batch = end_of(client, batch_id)
         assert (batch["status"], batch["completed_items"], batch["cancelled_items"]) == ("completed", ROWS, 0)
         assert len(set(calls())) == ROWS
         assert client.delete(f"/batch/{batch_id}").status_code == 204

@@ -13,7 +13,7 @@ import pytest
 
 from flock.core import Flock
 from flockapi import FlockAPI, create_app
-from tests.fakes import FakeModel, answer, error, sample_flock
+from tests.fakes import PATIENCE_S, FakeModel, answer, error, sample_flock
 
 pytestmark = pytest.mark.anyio
 
@@ -23,7 +23,7 @@ async def post_run(client: httpx.AsyncClient, agent_name: str, inputs: Any = Non
 
 
 async def wait_until(
-    client: httpx.AsyncClient, path: str, is_enough: Callable[[Any], bool], timeout_s: float = 20
+    client: httpx.AsyncClient, path: str, is_enough: Callable[[Any], bool], timeout_s: float = PATIENCE_S
 ) -> Any:
     """The run or batch at *path* as soon as *is_enough*, seen as a client would see it: by asking again."""
     with anyio.fail_after(timeout_s):
@@ -32,7 +32,7 @@ async def wait_until(
     return body
 
 
-async def wait_for(client: httpx.AsyncClient, path: str, timeout_s: float = 20) -> Any:
+async def wait_for(client: httpx.AsyncClient, path: str, timeout_s: float = PATIENCE_S) -> Any:
     """The run or batch at *path* once it is final."""
     return await wait_until(client, path, lambda body: body["status"] not in ("starting", "running"), timeout_s)
 
@@ -299,7 +299,7 @@ async def test_results_come_in_pages(client: httpx.AsyncClient) -> None:
     rows = [{"a": i, "b": 0} for i in range(2500)]
     accepted = await client.post("/run/batch", json={"agent_name": "add", "batch_inputs": rows, "max_workers": 50})
     path = accepted.headers["Location"]
-    page = await wait_for(client, path, timeout_s=60)
+    page = await wait_for(client, path)
     assert len(page["results"]) == 1000
     pages = [page]
     while pages[-1]["next"]:

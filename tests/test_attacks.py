@@ -76,7 +76,7 @@ from flock.errors import DefinitionError, TooManyRequests
 from flock.metrics import Metrics
 from flock.runs import Principal, Run
 from flockapi import FlockAPI, create_app, principal_of
-from tests.fakes import ROOT, flockapi_command, running, sample_flock, until
+from tests.fakes import PATIENCE_S, ROOT, flockapi_command, running, sample_flock, until
 from tests.test_api import wait_for
 from tests.test_contract import SPEC, check_described
 from tests.test_http_lifecycle import Served
@@ -532,7 +532,7 @@ async def test_nobody_waits_longer_than_the_app_allows() -> None:
     async with client_of(create_app(flock, store=":memory:", max_wait_s=0)) as client:
         body = {"agent_name": "nap", "async_run": True}
         run_id = (await client.post("/run/flock", json=body)).json()["run_id"]
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE_S):
             assert (await client.get(f"/run/{run_id}?wait=60")).json()["status"] in ("starting", "running")
             waiting = await client.post("/run/flock", json=body, headers={"Prefer": "respond-async, wait=60"})
         assert waiting.headers["Preference-Applied"] == "respond-async, wait=0"
@@ -563,7 +563,7 @@ async def test_each_principal_has_its_share_of_event_streams() -> None:
             assert int(refused.headers["Retry-After"]) >= 1
             stream = await streams.enter_async_context(client.stream("GET", other, headers=of_bob))
             assert stream.status_code == 200
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE_S):
             while True:  # their places are free again
                 async with client.stream("GET", path, headers=of_ann) as stream:
                     if stream.status_code == 200:

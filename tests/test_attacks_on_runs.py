@@ -19,14 +19,14 @@ from flock.core import Flock
 from flock.embedded import EmbeddedEngine
 from flock.errors import AgentError, DefinitionError, StoreError, Unstorable
 from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
-from tests.fakes import flockapi_command, running
+from tests.fakes import PATIENCE_S, flockapi_command, running
 from tests.test_lifecycle import EMPTY, until
 
 pytestmark = pytest.mark.anyio
 
 
 async def end_of(engine: EmbeddedEngine, agent_name: str, **more: Any) -> Run:
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         return await engine.wait((await engine.submit(agent_name, EMPTY, **more)).run_id)
 
 
@@ -146,7 +146,7 @@ async def test_short_times_leave_no_slot_and_no_thread_taken(store: str) -> None
     async with flock.engine(store=store, max_concurrency=4, max_threads=4) as engine:
         ids = [(await engine.submit("holds_up", EMPTY)).run_id]
         ids += [(await engine.submit("quick", EMPTY, timeout_s=0.005)).run_id for _ in range(40)]
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             for run_id in ids:
                 await engine.wait(run_id)
         assert {(await end_of(engine, "quick")).status for _ in range(8)} == {RunStatus.COMPLETED}
@@ -187,7 +187,7 @@ async def test_a_cancel_that_was_accepted_outlives_the_process(tmp_path: Path) -
         await until(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING)
         assert not (await engine.cancel_run(run.run_id)).status.is_final
     async with flock.engine(store=tmp_path / "flock.db") as engine:
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
     may_go.set()
     assert len(calls) == 1
@@ -211,7 +211,7 @@ async def test_items_that_were_cancelled_before_they_began_do_not_begin(store: s
         for run in (await engine.get_items(batch.batch_id))[1:]:
             await engine.cancel_run(run.run_id)
         may_go.set()
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             while not (batch := await engine.get_batch(batch.batch_id)).status.is_final:  # noqa: ASYNC110 - as a client
                 await anyio.sleep(0.01)
     assert calls == [0]
@@ -237,7 +237,7 @@ async def test_a_watch_that_fails_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
             return data_version()
 
         monkeypatch.setattr(engine.store, "data_version", fail_first)
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             await seen.wait()
         assert (await end_of(engine, "one")).status is RunStatus.COMPLETED
         engine.check_ready()
@@ -259,7 +259,7 @@ async def test_an_engine_whose_host_is_cancelled_leaves_in_order(tmp_path: Path)
             host.cancel()
             await anyio.sleep(30)
     async with flock.engine(store=tmp_path / "flock.db") as engine:
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
 
 

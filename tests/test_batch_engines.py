@@ -22,7 +22,7 @@ from flock.errors import (
     TooLarge,
 )
 from flock.runs import BatchFilter, BatchOptions, Engine, Event, IdempotencyKey, Items, Row, RunStatus
-from tests.fakes import Opened, Work, all_items, ended, numbers, until
+from tests.fakes import PATIENCE_S, Opened, Work, all_items, ended, numbers, until
 
 pytestmark = pytest.mark.anyio
 
@@ -31,7 +31,7 @@ OPTIONS = BatchOptions()
 
 async def listed(engine: Engine, count: int) -> None:
     """Wait until a list has so many batches: a cluster's search is moments late."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while len(await engine.list_batches(BatchFilter())) < count:  # noqa: ASYNC110 - nobody tells it
             await anyio.sleep(0.05)
 
@@ -261,12 +261,12 @@ async def test_what_has_ended_is_counted_while_a_cancel_waits_for_somebody(opene
         batch = await engine.submit_batch("item", numbers(20), BatchOptions(max_workers=3))
         await until(lambda: {0, 13, 19} <= set(calls))
         done = 0
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             while done < len(calls) - 3:
                 done = (await engine.get_batch(batch.batch_id)).completed_items
         await engine.cancel_batch(batch.batch_id)
         (last,) = await engine.get_items(batch.batch_id, after=18)
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(last.run_id)).status is RunStatus.CANCELLED
         told = []
         for _ in range(10):
@@ -323,7 +323,7 @@ async def test_a_retry_of_failed_items_leaves_the_cancelled_ones(opened: Opened)
         await until(lambda: len(work.calls) == 2)
         (_, second, *_) = await engine.get_items(batch.batch_id)
         await engine.cancel_run(second.run_id)
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(second.run_id)).status is RunStatus.CANCELLED
         work.may_go.set()
         batch = await ended(engine, batch)
@@ -395,7 +395,7 @@ async def test_one_item_may_be_tried_again_once_its_batch_has_ended(opened: Open
                 await engine.retry_run(item.run_id)
         work.fails = set()
         assert (await engine.retry_run(first.run_id)).attempt == 2
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(first.run_id)).status is RunStatus.COMPLETED
         batch = await ended(engine, batch)
         assert (batch.attempt, batch.completed_items, batch.failed_items) == (2, 4, 2)
@@ -420,7 +420,7 @@ async def test_how_far_it_is_is_told_a_few_times_a_second_and_then_its_end(opene
                 for _ in range(2 if len(told) == 1 else 1):
                     ends.release()
         done = [event.data["completed_items"] for event in told]
-        assert done == sorted(set(done))
+        assert done[:-1] == sorted(set(done[:-1])), "no count is reported twice before the end"
         assert (done[0], done[-1]) == (0, 4)
         assert [event.name for event in told] == ["batch.progress"] * (len(told) - 1) + ["batch.completed"]
         assert [event.id for event in told] == [None] * (len(told) - 1) + [1]

@@ -25,7 +25,7 @@ from flock.errors import (
 from flock.results import item_pages
 from flock.runs import Batch, BatchFilter, BatchOptions, RunStatus, new_id, now
 from flock.store import Store
-from tests.fakes import Work, ended, numbers
+from tests.fakes import PATIENCE_S, Work, ended, numbers
 
 pytestmark = pytest.mark.anyio
 
@@ -126,7 +126,7 @@ async def test_what_a_dead_process_had_staged_is_dropped() -> None:
         )
         await engine.batch_store.stage(batch, [], is_first=True)
     async with work.flock.engine(store="flock.db") as engine:
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             while rows("flock.db", "SELECT * FROM batches"):
                 await anyio.sleep(0.02)
                 engine.batch_store.has_dropped.set()
@@ -393,7 +393,7 @@ async def test_an_engine_that_was_taken_for_dead_begins_no_item_of_a_batch_that_
         await engine.store.change(lambda db: db.execute("UPDATE batches SET owner = 'another'") and None)
         work.may_go.set()
         await anyio.wait_all_tasks_blocked()
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             while engine._runner.active:  # noqa: ASYNC110 - they end by themselves
                 await anyio.sleep(0.01)
         assert (await engine.get_batch(batch.batch_id)).completed_items == 0
@@ -426,7 +426,7 @@ async def test_a_store_of_a_form_before_goes_on(form: int, tmp_path: Path) -> No
             )
         db.execute("INSERT INTO steps VALUES (?, 0, 'item', ?, NULL, NULL, 1, 0, 0)", (ids[0], b'{"result":0}'))
     async with work.flock.engine(store=path) as engine:
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             batch = await engine.wait_batch(batch_id)
         assert (batch.status, batch.completed_items, batch.attempt) == (RunStatus.COMPLETED, 2, 1)
         first, second = [await engine.get_run(run_id) for run_id in ids]
@@ -491,7 +491,7 @@ async def test_what_was_staged_is_dropped_once_that_can_be_written(fails_once: A
         fails_once(engine.batch_store, "drop")
         with pytest.raises(ConnectionError):
             await engine.submit_batch("item", breaks_off(1100), OPTIONS)
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             while engine.store.read(lambda db: db.execute("SELECT 1 FROM runs").fetchone()):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
 

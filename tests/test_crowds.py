@@ -128,7 +128,7 @@ def read_until(words: bytes, connection: socket.socket) -> bytes:
 
 def flock_server(tmp_path: Path) -> contextlib.AbstractContextManager[Server]:
     (tmp_path / "crowd.py").write_text(FLOCK)
-    return running(*flockapi_command("serve", str(tmp_path / "crowd.py"), "--port", "0"), timeout_s=60)
+    return running(*flockapi_command("serve", str(tmp_path / "crowd.py"), "--port", "0"))
 
 
 # Those who say nothing
@@ -208,7 +208,7 @@ def test_those_who_wait_for_a_run_take_little_more_than_in_a_bare_app(
 ) -> None:
     number = affordable(WAITERS)
     (tmp_path / "bare.py").write_text(BARE)
-    with running(sys.executable, str(tmp_path / "bare.py"), PYTHONPATH=str(ROOT), timeout_s=60) as server:
+    with running(sys.executable, str(tmp_path / "bare.py"), PYTHONPATH=str(ROOT)) as server:
         with httpx.Client(base_url=server.url, timeout=30) as client:
 
             def get(name: str) -> Any:

@@ -13,6 +13,7 @@ from flock.core import Flock
 from flock.embedded import EmbeddedEngine
 from flock.errors import BatchNotFound, EngineStopped, RunNotFound, TooLarge
 from flock.runs import Batch, BatchOptions, Run, RunStatus, new_id
+from tests.fakes import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
 
@@ -20,7 +21,7 @@ EMPTY = msgspec.Raw(b"{}")
 
 
 async def batch_end(engine: EmbeddedEngine, batch_id: str) -> Batch:
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while not (batch := await engine.get_batch(batch_id)).status.is_final:  # noqa: ASYNC110 - no event tells it
             await anyio.sleep(0.01)
     return batch

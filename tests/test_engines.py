@@ -42,7 +42,7 @@ from flock.runs import (
     new_id,
 )
 from flock.temporal import TemporalEngine
-from tests.fakes import FakeModel, Gate, Opened, answer, sample_flock
+from tests.fakes import PATIENCE_S, FakeModel, Gate, Opened, answer, sample_flock
 from tests.fakes import until as until_so
 
 pytestmark = pytest.mark.anyio
@@ -63,7 +63,7 @@ async def engine(opened: Opened, gate: Gate) -> AsyncIterator[Engine]:
 
 
 async def until(engine: Engine, run_id: str, is_enough: Callable[[Run], bool]) -> Run:
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - seen as any client would
             await anyio.sleep(0.01)
     return run
@@ -81,7 +81,7 @@ async def fill(engine: Engine) -> list[Run]:
 
 async def finish(engine: Engine, agent_name: str, inputs: Mapping[str, Any] | None = None, **more: Any) -> Run:
     run = await engine.submit(agent_name, inputs or {}, **more)
-    with anyio.fail_after(60):
+    with anyio.fail_after(PATIENCE_S):
         return await engine.wait(run.run_id)
 
 
@@ -181,7 +181,7 @@ async def test_each_step_of_each_try_has_a_key_of_its_own(opened: Opened, model:
         run = await finish(engine, "note")
         assert (run.status, len(run.steps)) == (RunStatus.FAILED, 2)
         await engine.retry_run(run.run_id)
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
     id_ = f"run:{run.run_id}"
     assert [headers["idempotency-key"] for headers in model.headers] == [f"{id_}/1", f"{id_}/1/2"]
@@ -426,7 +426,7 @@ async def test_a_final_run_can_be_deleted_and_an_active_one_not(engine: Engine, 
 
 async def listed(engine: Engine, expected: int | None = None, **wanted: Any) -> list[str]:
     """The ids of a page; a cluster's search may be moments late, so *expected* many are waited for."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while True:
             found = [run.run_id for run in await engine.list_runs(RunFilter(**wanted))]
             if expected in (None, len(found)):
@@ -489,7 +489,7 @@ async def test_events_tell_a_run_once_and_resume_anywhere(engine: Engine, gate: 
     run = await submit(engine, "report")
     await gate.begun.wait()
     told: list[Event] = []
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         async for event in engine.events(run.run_id):
             if event is not None:
                 told.append(event)
@@ -553,7 +553,7 @@ async def test_an_event_is_the_same_live_and_replayed(end: str, opened: Opened) 
             return live
 
         for is_again in (False, True):
-            with anyio.fail_after(60):
+            with anyio.fail_after(PATIENCE_S):
                 live = await follow()
             assert with_ids(live) == with_ids(await events_of_run(engine, run.run_id, after))
             started = [event.data["position"] for event in live if event.name == "step.started"]
@@ -583,7 +583,7 @@ async def test_an_event_of_an_item_is_the_same_live_and_replayed(opened: Opened)
         batch = await engine.submit_batch("first", [EMPTY], BatchOptions())
         (item,) = await engine.get_items(batch.batch_id)
         live: list[Event] = []
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             async for event in engine.events(item.run_id):
                 if event is not None:
                     live.append(event)

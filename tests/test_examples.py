@@ -134,7 +134,7 @@ def test_the_django_host_serves_both_to_its_users_only(tmp_path: Path) -> None:
     (tmp_path / "site_of_test.py").write_text(SITE)
     env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "DJANGO_SETTINGS_MODULE": "site_of_test"}
     subprocess.run([sys.executable, "-c", PREPARE_SITE], env=os.environ | env, check=True)
-    with running(*uvicorn("examples.django_host:app"), timeout_s=60, **env) as server:
+    with running(*uvicorn("examples.django_host:app"), **env) as server:
         assert statuses_without_a_credential(f"{server.url}/ai") == {401}
         assert statuses_without_a_credential(f"{server.url}/ai", Cookie="sessionid=made-up") == {401}
         logged_in = httpx.get(f"{server.url}/login/ann?password=of-ann")

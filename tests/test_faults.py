@@ -29,7 +29,7 @@ from flock.core import Flock
 from flock.embedded import EmbeddedEngine
 from flock.errors import Replayed
 from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus
-from tests.fakes import Server, flockapi_command, running
+from tests.fakes import PATIENCE_S, Server, flockapi_command, running
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ def serving(flock_file: Path, store: Path, *wrapper: str) -> Iterator[tuple[Serv
     assert not any("Traceback" in line for line in server.lines), "\n".join(server.lines)
 
 
-def until(find: Callable[[], T], what: str, timeout_s: float = 20) -> T:
+def until(find: Callable[[], T], what: str, timeout_s: float = PATIENCE_S) -> T:
     """What *find* gives, once it gives something."""
     deadline = time.monotonic() + timeout_s
     while not (found := find()):
@@ -123,7 +123,7 @@ def accepted(client: httpx.Client, agent_name: str, **inputs: Any) -> str:
     return run_id
 
 
-def ended(client: httpx.Client, run_id: str, timeout_s: float = 20) -> Any:
+def ended(client: httpx.Client, run_id: str, timeout_s: float = PATIENCE_S) -> Any:
     """The run once it is final."""
 
     def look() -> Any:
@@ -565,13 +565,13 @@ def clocked_flock() -> Flock:
 
 
 async def done(engine: EmbeddedEngine, n: int, key: IdempotencyKey | None = None) -> Run:
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE_S):
         run = await engine.submit("first", msgspec.Raw(b'{"n": %d}' % n), key=key)
         return await engine.wait(run.run_id)
 
 
 async def events_are_whole(engine: EmbeddedEngine, run_id: str) -> bool:
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE_S):
         events = [event async for event in engine.events(run_id) if event]
     names = ["run.started", *["step.started", "step.completed"] * 2, "run.completed"]
     return [event.name for event in events] == names and sorted(e.id or 0 for e in events) == [e.id for e in events]
@@ -617,7 +617,7 @@ async def test_a_run_that_was_begun_before_the_clock_was_set_back_ends(clock: Cl
         run = await engine.submit("hang", msgspec.Raw(b"{}"))
         clock.ahead = -DAY
         await engine.cancel_run(run.run_id)
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE_S):
             run = await engine.wait(run.run_id)
         assert run.status is RunStatus.CANCELLED
         assert run.completed_at
@@ -675,7 +675,7 @@ async def test_waiting_does_not_go_by_the_wall_clock(jump: timedelta, clock: Clo
         began = anyio.current_time()
         run = await engine.submit("hang", msgspec.Raw(b"{}"), timeout_s=1)
         queued = await engine.submit("first", msgspec.Raw(b'{"n": 1}'))
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE_S):
             while (await engine.get_run(run.run_id)).status is RunStatus.STARTING:  # noqa: ASYNC110 - as a client
                 await anyio.sleep(0.01)
             clock.ahead = jump

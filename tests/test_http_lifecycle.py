@@ -231,7 +231,7 @@ async def test_a_function_is_asked_to_stop_and_cancelled_is_said_when_it_has(
     assert (response.status_code, response.json()["status"]) == (202, "running")
     assert response.headers["Location"] == f"/run/{run_id}"
     assert gate.blocked
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while not gate.blocked.cancel_requested:  # noqa: ASYNC110 - as the function looks
             await anyio.sleep(0.01)
     gate.thread_may_go.set()
@@ -521,7 +521,7 @@ class Served:
 
     async def __aenter__(self) -> "Served":
         self.task = asyncio.create_task(self.server._serve([self.socket]))
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             while not self.server.started:  # noqa: ASYNC110 - uvicorn has no event for it
                 await anyio.sleep(0.01)
         return self

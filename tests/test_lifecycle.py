@@ -24,7 +24,7 @@ from flock.runs import (
     RunStatus,
     Step,
 )
-from tests.fakes import Gate
+from tests.fakes import PATIENCE_S, Gate
 from tests.fakes import until as until_so
 
 pytestmark = pytest.mark.anyio
@@ -46,7 +46,7 @@ async def engine(request: pytest.FixtureRequest, gate: Gate, tmp_path: Path) -> 
 
 
 async def until(engine: EmbeddedEngine, run_id: str, is_enough: Callable[[Run], bool]) -> Run:
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - seen as any client would
             await anyio.sleep(0.01)
     return run
@@ -130,7 +130,7 @@ async def test_a_batch_outlives_a_store_that_fails_for_a_moment(
 
     monkeypatch.setattr(engine.batch_store, "items_to_do", fail_first)
     batch = await engine.submit_batch("steady", [EMPTY] * 3, BatchOptions())
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while not (batch := await engine.get_batch(batch.batch_id)).status.is_final:  # noqa: ASYNC110 - as a client
             await anyio.sleep(0.01)
     assert (batch.status, batch.completed_items, batch.failed_items) == (RunStatus.COMPLETED, 3, 0)
@@ -158,7 +158,7 @@ async def test_an_item_goes_on_after_its_last_step_at_the_next_start(tmp_path: P
         await begun.wait()
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         (item,) = await engine.get_items(batch.batch_id)
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             item = await engine.wait(item.run_id)
     assert (item.status, item.attempt, bytes(item.result or b"")) == (RunStatus.COMPLETED, 2, b'{"result":2}')
     assert calls == ["first", "second", "second"]
@@ -179,7 +179,7 @@ async def test_a_run_whose_caller_was_cancelled_goes_on_once_it_is_accepted(engi
     caller.cancel()
     await asyncio.wait([caller])
     assert caller.cancelled() is engine.store.is_shared, "in memory nothing is waited for"
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while not (runs := await engine.list_runs(RunFilter())):  # noqa: ASYNC110 - as a client
             await anyio.sleep(0.01)
     assert [(await engine.wait(run.run_id)).status for run in runs] == [RunStatus.FAILED]
@@ -225,7 +225,7 @@ async def test_a_run_that_is_to_be_resumed_has_not_started_before_it_does(tmp_pa
         async def follow() -> None:
             live.extend([event async for event in engine.events(waiting)])
 
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(follow)
                 await anyio.wait_all_tasks_blocked()

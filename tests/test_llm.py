@@ -23,7 +23,7 @@ from flock.errors import ModelError
 from flock.llm import PROVIDERS, Completion, Message, ModelClient, check_model
 from flock.runs import Usage
 from flock.signature import Signature
-from tests.fakes import FakeModel, answer, as_json, error, socket_server
+from tests.fakes import PATIENCE_S, FakeModel, answer, as_json, error, socket_server
 
 MESSAGES = [Message("system", "Do it."), Message("user", "text: hello")]
 SCHEMA = Signature.of("sentiment: Literal['good', 'bad'] | how it sounds, words: list[str]").schema
@@ -331,7 +331,7 @@ async def test_a_pause_beyond_the_deadline_is_not_begun(model: FakeModel) -> Non
     """The error that is known is better than the time-out that would follow."""
     model.replies = [error(503, retry_after="100")]
     async with ModelClient("openai/x", transport=model.transport) as models:
-        with anyio.fail_after(50):
+        with anyio.fail_after(PATIENCE_S):
             assert (await fail(models)).error_type == "model_unavailable"
 
 
@@ -415,7 +415,7 @@ async def test_cancelling_aborts_the_request(monkeypatch: pytest.MonkeyPatch) ->
             tasks.start_soon(ask, models, "vllm/x")
             await asked.wait()
             tasks.cancel_scope.cancel()
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE_S):
             await aborted.wait()
 
 

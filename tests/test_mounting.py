@@ -28,7 +28,7 @@ from flock.llm import ModelClient
 from flock.runs import new_id
 from flock.temporal import TemporalEngine, TemporalWorker
 from flockapi import FlockAPI, create_app
-from tests.fakes import ROOT, running, sample_flock
+from tests.fakes import PATIENCE_S, ROOT, running, sample_flock
 from tests.test_http_lifecycle import Served, events_in
 
 HOST = '''
@@ -140,7 +140,7 @@ def test_flocks_are_at_home(host: str, server: str, place: str, lifespan: str, t
         command += ["--root-path", proxied]
     env = {"HOST": host, "LIFESPAN": lifespan, "PREFIXES": ",".join(prefixes)}
     env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
-    with running(sys.executable, "-m", *command, "host:app", timeout_s=60, **env) as served:
+    with running(sys.executable, "-m", *command, "host:app", **env) as served:
         with httpx.Client(base_url=served.url, timeout=30) as client:
             for prefix in prefixes:
                 body = {"agent_name": "greet", "inputs": {"who": "Ann"}}
@@ -190,7 +190,7 @@ NAP = {"agent_name": "nap", "async_run": True}
 async def accept_and_see_it_begin(host: Starlette) -> str:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t") as client:
         run_id: str = (await client.post("/ai/run/flock", json=NAP)).json()["run_id"]
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             while (await client.get("/ai/runs?status=running")).json()["runs"] == []:  # noqa: ASYNC110
                 await anyio.sleep(0.01)
     return run_id
@@ -364,7 +364,7 @@ async def live_and_wait(app: FlockAPI, *, with_lifespan: bool = True) -> None:
 
         batch = (await client.post("/run/batch", json={"agent_name": "nap", "batch_inputs": [{"s": 0.1}] * 3})).json()
         paths = f"/run/{accepted['run_id']}", f"/batch/{batch['batch_id']}"
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             async with anyio.create_task_group() as tasks:
                 for path in paths:
                     tasks.start_soon(follow, f"{path}/events")

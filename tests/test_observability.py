@@ -31,7 +31,7 @@ from flock.metrics import Metrics
 from flock.runs import Run, RunContext, now
 from flock.store import Store
 from flockapi import create_app
-from tests.fakes import ROOT, FakeModel, answer, error, flockapi_command, running
+from tests.fakes import PATIENCE_S, ROOT, FakeModel, answer, error, flockapi_command, running
 from tests.test_api import wait_for, wait_until
 from tests.test_http_lifecycle import Served
 
@@ -284,7 +284,7 @@ async def test_metrics_tell_what_waits_and_which_streams_are_open(tmp_path: Path
             seen = await metrics_of(client)
         assert (seen["flock_event_streams"], seen["flock_queued_runs"]) == (1, 2)
         assert 0 < seen["flock_oldest_queued_run_age_seconds"] < 30
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE_S):
             while (await metrics_of(client))["flock_event_streams"]:  # noqa: ASYNC110 - HTTP has no event here
                 await anyio.sleep(0.01)
 

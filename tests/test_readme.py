@@ -49,7 +49,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(clone: Path) -> Iterator[Server]:
     """The first line of the README, in the fresh clone, but for the port, which may be taken here."""
-    with running("bash", "-c", f"cd {shlex.quote(str(clone))} && {SET_UP_AND_SERVE} --port 0", timeout_s=300) as server:
+    with running("bash", "-c", f"cd {shlex.quote(str(clone))} && {SET_UP_AND_SERVE} --port 0") as server:
         yield server
 
 

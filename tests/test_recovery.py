@@ -14,7 +14,7 @@ import anyio.abc
 import httpx
 import pytest
 
-from tests.fakes import EXAMPLES, Server, flockapi_command, running, socket_server
+from tests.fakes import EXAMPLES, PATIENCE_S, Server, flockapi_command, running, socket_server
 
 RUNS = 200
 FLOCK = """
@@ -193,7 +193,7 @@ class Provider:
         )
 
     async def until_asked(self, times: int) -> None:
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             while len(self.keys) < times:  # noqa: ASYNC110 - another process asks
                 await anyio.sleep(0.01)
 

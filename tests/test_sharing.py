@@ -18,7 +18,7 @@ from flock.core import Flock
 from flock.embedded import EmbeddedEngine
 from flock.errors import Conflict, EngineFull, RunNotFound
 from flock.runs import BatchFilter, BatchOptions, RunFilter, RunStatus
-from tests.fakes import flockapi_command, running, until
+from tests.fakes import PATIENCE_S, flockapi_command, running, until
 
 pytestmark = pytest.mark.anyio
 
@@ -77,7 +77,7 @@ async def test_what_was_left_waits_for_a_program_that_has_its_agent(
     same.may_go.set()
     async with other.engine() as engine:
         wait = engine.wait_batch if batches else engine.wait
-        assert (await wait(theirs, timeout_s=20)).status is RunStatus.COMPLETED
+        assert (await wait(theirs, timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
         assert not (await wait(ours, timeout_s=1.5)).status.is_final, "others are looked after each second"
         listed = await (engine.list_batches(BatchFilter()) if batches else engine.list_runs(RunFilter()))
         assert len(listed) == 2
@@ -86,7 +86,7 @@ async def test_what_was_left_waits_for_a_program_that_has_its_agent(
     assert len(waiting) == 1
     async with same.engine() as engine:
         wait = engine.wait_batch if batches else engine.wait
-        assert (await wait(ours, timeout_s=20)).status is RunStatus.COMPLETED
+        assert (await wait(ours, timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
     assert set(same.calls) == {"ours"}
     assert not glob.glob(f"{STORE}-engine-*"), "nobody is left to be looked after"
 
@@ -101,7 +101,7 @@ async def test_a_run_that_was_handed_on_waits_for_the_agent_whose_turn_it_is() -
     second = Program("second")
     second.may_go.set()
     async with second.engine() as engine:
-        run = await engine.wait(run_id, timeout_s=20)
+        run = await engine.wait(run_id, timeout_s=PATIENCE_S)
         assert (run.status, [step.agent_name for step in run.steps]) == (RunStatus.COMPLETED, ["first", "second"])
 
 
@@ -112,7 +112,7 @@ async def test_an_agent_that_is_added_later_takes_up_what_waits_for_it() -> None
     async with program.engine() as engine:
         assert not (await engine.wait(run_id, timeout_s=0.2)).status.is_final
         program.add("ours")
-        assert (await engine.wait(run_id, timeout_s=20)).status is RunStatus.COMPLETED
+        assert (await engine.wait(run_id, timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
 
 
 @pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
@@ -125,14 +125,14 @@ async def test_what_waits_for_an_agent_that_nobody_has_can_be_cancelled_and_dele
         with pytest.raises(Conflict, match="Cancel it first"):
             await delete(gone)
         await cancel(gone)
-        assert (await wait(gone, timeout_s=20)).status is RunStatus.CANCELLED
+        assert (await wait(gone, timeout_s=PATIENCE_S)).status is RunStatus.CANCELLED
         await delete(gone)
         assert not (await wait(kept, timeout_s=0)).status.is_final
     ours = Program("ours")
     ours.may_go.set()
     async with ours.engine() as engine:
         wait = engine.wait_batch if batches else engine.wait
-        assert (await wait(kept, timeout_s=20)).status is RunStatus.COMPLETED
+        assert (await wait(kept, timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
 
 
 async def test_what_waits_for_an_agent_that_nobody_has_takes_no_room() -> None:
@@ -226,8 +226,8 @@ async def test_a_run_that_cannot_be_read_fails_at_the_next_start_and_keeps_nothi
     ours = Program("ours")
     ours.may_go.set()
     async with ours.engine() as engine:
-        assert (await engine.wait(ids[3], timeout_s=20)).status is RunStatus.COMPLETED
-        assert (await engine.wait_batch(batch_ids[1], timeout_s=20)).status is RunStatus.COMPLETED
+        assert (await engine.wait(ids[3], timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
+        assert (await engine.wait_batch(batch_ids[1], timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
         for run_id in ids[:3]:
             run = await engine.get_run(run_id)
             assert (run.status, run.error_type, run.agent_name) == (RunStatus.FAILED, "unreadable", "ours")

@@ -59,6 +59,7 @@ from flock.temporal.records import run_of
 from flock.temporal.workflows import FlockMark, FlockRun
 from flockapi import create_app
 from tests.fakes import (
+    PATIENCE_S,
     ROOT,
     Gate,
     Server,
@@ -152,7 +153,7 @@ def working(target: Path, address: str, places: int = 20) -> Iterator[subprocess
 
 
 async def until_begun(log: Path, count: int) -> list[Begun]:
-    with anyio.fail_after(60):
+    with anyio.fail_after(PATIENCE_S):
         while len(found := begun(log)) < count:  # noqa: ASYNC110 - other processes tell it by a file
             await anyio.sleep(0.02)
     return found
@@ -248,17 +249,17 @@ async def test_a_batch_survives_whatever_is_killed(tmp_path: Path) -> None:
             killed_at = time.time()
             here.process.kill()
             seen = {turn.run for turn in begun(log)}
-            with anyio.fail_after(60):
+            with anyio.fail_after(PATIENCE_S):
                 while not (resumed := _again(begun(log), seen, killed_at)):  # noqa: ASYNC110 - they tell it by a file
                     await anyio.sleep(0.05)
         async with httpx.AsyncClient(base_url=there.url, timeout=60) as client:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
-            with anyio.fail_after(10):
+            with anyio.fail_after(PATIENCE_S):
                 while (await client.get(path)).status_code != 503:  # noqa: ASYNC110 - as a client
                     await anyio.sleep(0.05)
             stack.enter_context(temporal_server(tmp_path / "temporal.db", port))
-            with anyio.fail_after(60):
+            with anyio.fail_after(PATIENCE_S):
                 while (await client.get(f"{path}?wait=30")).json().get("status") != "completed":  # noqa: ASYNC110
                     await anyio.sleep(0.1)
             batch = (await client.get(path)).json()
@@ -343,10 +344,10 @@ async def test_when_a_run_started_stays_true_though_its_worker_is_killed(tempora
     flock: Flock = runpy.run_path(str(target))["flock"]
     async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
         run = await engine.submit("item", {"n": 1})
-        with working(target, temporal_address) as doomed, anyio.fail_after(60):
+        with working(target, temporal_address) as doomed, anyio.fail_after(PATIENCE_S):
             live = await anext(event async for event in engine.events(run.run_id) if event is not None)
             doomed.kill()
-        with working(target, temporal_address), anyio.fail_after(60):
+        with working(target, temporal_address), anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
         assert len(begun(log)) == 2
         replayed = await anext(event async for event in engine.events(run.run_id) if event is not None)
@@ -380,7 +381,7 @@ async def test_a_worker_stops_though_its_library_does_not(
 
     monkeypatch.setattr("temporalio.bridge.worker.Worker.finalize_shutdown", never_end)
     monkeypatch.setattr("flock.temporal.worker.TIDYING_UP_S", 0.5)
-    with anyio.fail_after(30):
+    with anyio.fail_after(PATIENCE_S):
         async with open_pair(sample_flock(), temporal_address) as engine:
             run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
     assert run.status is RunStatus.COMPLETED
@@ -399,7 +400,7 @@ async def test_a_worker_may_be_given_more_time_to_be_silent(temporal_address: st
 
     async with open_pair(flock, temporal_address, heartbeat_timeout_s=30) as engine:
         run = await engine.submit("block", EMPTY)
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             while not (run := await _read(engine, run.run_id)).status.is_final:  # noqa: ASYNC110 - it was blocked
                 await anyio.sleep(0.1)
     assert (run.status, len(calls)) == (RunStatus.COMPLETED, 1)
@@ -422,7 +423,7 @@ async def test_an_item_that_waits_is_cancelled_at_once(temporal_address: str) ->
         waiting = [item for item in await engine.get_items(batch.batch_id) if item.position in (1, 30, 49)]
         for item in waiting:
             assert (await engine.cancel_run(item.run_id)).cancel_requested
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             ends = [await engine.wait(item.run_id) for item in waiting]
         assert {end.status for end in ends} == {RunStatus.CANCELLED}
         assert work.calls == [0]
@@ -498,7 +499,7 @@ async def test_items_that_say_much_are_begun_once(temporal_address: str) -> None
     async with open_pair(flock, temporal_address) as engine:
         rows = [{"n": n} for n in range(400)]
         batch = await engine.submit_batch("item", rows, BatchOptions(max_workers=1))
-        with anyio.fail_after(40):
+        with anyio.fail_after(PATIENCE_S):
             batch = await engine.wait_batch(batch.batch_id)
         assert (batch.completed_items, batch.failed_items) == (400, 50)
     assert sorted(calls) == list(range(400))
@@ -520,7 +521,7 @@ async def test_a_batch_that_goes_on_in_new_histories_is_told_of_as_if_it_was_one
         key = IdempotencyKey(new_id(), b"1")
         rows = [{"n": n} for n in range(120)]
         batch = await engine.submit_batch("item", rows, BatchOptions(max_workers=3), key=key)
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             while not batch.status.is_final:
                 batch = await engine.get_batch(batch.batch_id)
                 told.append(batch.completed_items)
@@ -561,7 +562,7 @@ async def test_what_is_told_to_a_batch_that_a_worker_has_just_then_can_be_read_a
     async with open_pair(flock, temporal_address) as engine:
         key = IdempotencyKey(new_id(), b"1")
         batch = await engine.submit_batch("item", numbers(40), BatchOptions(max_workers=8), key=key)
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             while not batch.status.is_final:
                 batch = await engine.get_batch(batch.batch_id)
                 done.append(batch.completed_items)
@@ -595,7 +596,7 @@ async def test_a_cluster_that_is_away_is_said_within_two_seconds_and_heals(tmp_p
                 server.wait()
                 for path in ("/readyz", "/runs", "/batches", f"/run/{accepted.json()['run_id']}"):
                     at = time.monotonic()
-                    with anyio.fail_after(10):
+                    with anyio.fail_after(PATIENCE_S):
                         while (answer := await client.get(path)).status_code == 200:  # noqa: ASYNC110 - as a client
                             await asyncio.sleep(0.05)
                     assert time.monotonic() - at < 3, path
@@ -611,7 +612,7 @@ async def test_a_cluster_that_is_away_is_said_within_two_seconds_and_heals(tmp_p
                     assert time.monotonic() - at < 2.5
                 assert (await waiting).status_code == 503
                 with temporal_server(tmp_path / "temporal.db", port):
-                    with anyio.fail_after(30):
+                    with anyio.fail_after(PATIENCE_S):
                         while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - as a client
                             await asyncio.sleep(0.05)
                     gate.may_go.set()
@@ -630,7 +631,7 @@ async def test_a_namespace_that_is_not_there_is_made(temporal_address: str) -> N
     flock, namespace = sample_flock(), f"made-{new_id()}"
     worker = TemporalWorker(flock.agents, ModelClient(), temporal_address, namespace=namespace, drain_timeout_s=0)
     async with worker, TemporalEngine(flock.agents, temporal_address, namespace=namespace) as engine:
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
     assert run.status is RunStatus.COMPLETED
 
@@ -745,7 +746,7 @@ async def test_a_batch_whose_rows_the_cluster_has_forgotten_fails_and_says_so(
         await engine.cluster.client.workflow_service.delete_workflow_execution(
             DeleteWorkflowExecutionRequest(namespace=engine.cluster.namespace, workflow_execution=rows)
         )
-        with anyio.fail_after(20), contextlib.suppress(RPCError):
+        with anyio.fail_after(PATIENCE_S), contextlib.suppress(RPCError):
             while await engine.cluster.client.get_workflow_handle(rows.workflow_id).describe():  # noqa: ASYNC110
                 await anyio.sleep(0.02)
         async with TemporalWorker(work.flock.agents, ModelClient(), temporal_address, flock=work.flock.name):
@@ -792,7 +793,7 @@ async def test_a_refused_request_is_refused_again_under_its_key_while_the_queue_
         with pytest.raises(EngineFull):
             await engine.submit("add", {"a": 1}, key=claimed_key)
         await engine.cluster.client.get_workflow_handle(run_workflow_id(other.run_id, 1)).terminate()
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             while True:  # it is counted twice a second
                 with contextlib.suppress(EngineFull):
                     await engine.submit("add", {"a": 2}, key=IdempotencyKey("refused", b"another body"))
@@ -821,7 +822,7 @@ async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_told(tempo
         assert (await engine.get_run(first.run_id)).status is RunStatus.STARTING
         assert (await engine.cancel_run(first.run_id)).cancel_requested
     async with open_pair(flock, temporal_address) as engine:
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(first.run_id)).status is RunStatus.CANCELLED
             runs = await engine.list_runs(RunFilter())
             assert len(runs) == 2
@@ -836,7 +837,7 @@ async def test_a_key_whose_server_died_before_it_started_the_run_makes_it(tempor
         with pytest.raises(Exception, match=run_id):
             await engine.submit("nap", EMPTY, key=key)
         gate.may_go.set()
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run_id)).status is RunStatus.COMPLETED
 
 
@@ -867,7 +868,7 @@ async def test_a_key_whose_claim_was_not_answered_makes_its_batch_at_the_next_re
                 made_id = (await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)).batch_id
             except Replayed as exc:
                 made_id = exc.made_id
-            with anyio.fail_after(20):
+            with anyio.fail_after(PATIENCE_S):
                 assert (await engine.wait_batch(made_id)).status is RunStatus.COMPLETED
     assert len(work.calls) == 6
 
@@ -904,7 +905,7 @@ async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: 
         run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
         again = replace(run, run_id=new_id(), attempt=2, status=RunStatus.STARTING, steps=(), result=None)
         await engine._start(engine._order(again))
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             while not (await engine.list_runs(RunFilter()))[:1]:  # noqa: ASYNC110 - the search is moments late
                 await anyio.sleep(0.02)
             assert (await engine.wait(again.run_id)).attempt == 2
@@ -923,7 +924,7 @@ async def test_a_worker_that_does_not_know_an_agent_any_more_says_so(temporal_ad
     before.agents["add"].next_agent = "summarise"
     after.add_agent(before.agents["add"])
     async with open_pair(before, temporal_address, with_worker=False) as engine, open_pair(after, temporal_address):
-        with anyio.fail_after(60):
+        with anyio.fail_after(PATIENCE_S):
             first = await engine.wait((await engine.submit("summarise", {"text": "x"})).run_id)
             second = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
     for run, path in ((first, "summarise"), (second, "add → summarise")):
@@ -974,7 +975,7 @@ async def test_what_is_too_long_for_the_cluster_goes_through_a_folder(
             assert (run["status"], run["result"]) == ("completed", {"result": 5_000_000})
             assert len(run["steps"][0]["result"]["more"]) == 5_000_000
             chat = await client.post("/run/flock", json={"agent_name": "chat", "async_run": True})
-            with anyio.fail_after(30):
+            with anyio.fail_after(PATIENCE_S):
                 while (  # noqa: ASYNC110 - as a client
                     told := (await client.get(chat.headers["Location"])).json()
                 )["progress"] is None:
@@ -1009,7 +1010,7 @@ async def test_a_process_that_was_not_told_of_the_folder_says_which_option_it_la
     async with open_pair(long_flock, temporal_address, with_worker=False, payload_dir=tmp_path) as engine:
         run = await engine.submit(LONG["agent_name"], LONG["inputs"])
         async with open_pair(long_flock, temporal_address) as other:
-            with anyio.fail_after(60):
+            with anyio.fail_after(PATIENCE_S):
                 run = await engine.wait(run.run_id)
             assert (run.status, run.error_type) == (RunStatus.FAILED, "payload_lost")
             assert "Start it with --payload-dir" in (run.error or "")
@@ -1017,7 +1018,7 @@ async def test_a_process_that_was_not_told_of_the_folder_says_which_option_it_la
                 await other.get_run(run.run_id)
         await engine.retry_run(run.run_id)
         async with open_pair(long_flock, temporal_address, payload_dir=tmp_path):
-            with anyio.fail_after(60):
+            with anyio.fail_after(PATIENCE_S):
                 assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
 
 

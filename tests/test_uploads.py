@@ -32,7 +32,7 @@ from flock.runs import Engine, Row
 from flock.signature import Signature
 from flock.tables import Fill, csv_rows, ndjson_rows
 from flockapi import FlockAPI, create_app
-from tests.fakes import ROOT, beside_a_worker, flockapi_command, running
+from tests.fakes import PATIENCE_S, ROOT, beside_a_worker, flockapi_command, running
 
 pytestmark = pytest.mark.anyio
 
@@ -432,7 +432,7 @@ def test_an_upload_that_breaks_off_leaves_nothing() -> None:
         assert httpx.get(f"{server.url}/batches").json()["batches"] == []
 
 
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 30) -> None:
+def wait_until(is_so: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     give_up_at = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < give_up_at
@@ -716,7 +716,7 @@ async def test_results_are_there_while_the_batch_goes_on_and_nothing_pretends_to
             rows = b"n\n" + b"".join(b"%d\n" % n for n in range(1200))
             accepted = await send(client, "wait", rows)
             path = accepted.headers["Location"]
-            with anyio.fail_after(20):
+            with anyio.fail_after(PATIENCE_S):
                 query = {"results": "false"}
                 while (await client.get(path, params=query)).json()["completed_items"] < 1199:  # noqa: ASYNC110
                     await anyio.sleep(0.01)
@@ -776,7 +776,7 @@ async def test_what_belongs_to_others_is_not_there(app: FlockAPI) -> None:
 
 async def listed(client: httpx.AsyncClient, count: int) -> list[str]:
     """The batches of a list, once it has so many: a cluster's search is moments late."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while True:
             found = [each["batch_id"] for each in (await client.get("/batches")).json()["batches"]]
             if len(found) >= count:
