@@ -68,8 +68,8 @@ logger = logging.getLogger("flock.runs")
 WATCH_INTERVAL_S = 0.05
 #: After this time all others have seen what was committed, in seconds, if they are not busy.
 SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
-#: How often other engines are looked after, in seconds.
-TAKE_OVER_INTERVAL_S = 1.0
+#: How often the store's file and other engines are looked after, in seconds. The first may take that long to notice.
+LOOK_INTERVAL_S = 0.5
 #: How often old runs are deleted, in seconds, and how many in one transaction.
 RETENTION_INTERVAL_S = 10.0
 RETENTION_BITE = 500
@@ -278,9 +278,7 @@ class EmbeddedEngine:
     async def drain(self, timeout_s: float) -> None:
         self._check_entered()
         self._runner.is_leaving = True
-        self._tell_store_changed()
-        while self._awaited:
-            self._awaited.popitem()[1].set()
+        self._wake_all()
         for active in self._runner.active.values():
             active.tell(active.run)  # event streams end
         for seconds in (timeout_s, FINAL_WRITE_TIMEOUT_S):
@@ -297,6 +295,8 @@ class EmbeddedEngine:
         self._check_entered()
         if self.is_leaving:
             raise EngineStopped("The server is about to stop and takes no new work.")
+        if self.store.is_displaced:
+            self.store.check_writable()
 
     def check_ready(self) -> None:
         self._check_running()
@@ -505,7 +505,7 @@ class EmbeddedEngine:
     async def _watch(self) -> None:
         """Look for what others did, and for others that are gone; 20 times a second, at a cost of microseconds."""
         self._runner.companion = current_task()
-        version, look_after_others_at = -1, anyio.current_time() + TAKE_OVER_INTERVAL_S
+        version, look_at = -1, anyio.current_time() + LOOK_INTERVAL_S
         while True:
             await anyio.sleep(WATCH_INTERVAL_S)
             at = anyio.current_time()
@@ -519,6 +519,12 @@ class EmbeddedEngine:
                     active.wake()
             self.store.flush_nowait()
             try:
+                if is_time_to_look := self.store.is_shared and at >= look_at:
+                    look_at = at + LOOK_INTERVAL_S
+                    self.store.look()
+                if self.store.is_displaced:
+                    self._wake_all()  # what they read next raises StoreError
+                    continue
                 seen = self.store.data_version() if self.store.is_shared else version - 1
                 if seen != version:
                     version = seen
@@ -532,8 +538,7 @@ class EmbeddedEngine:
                         self._batches.cancel(batch_id)
                     for id_ in self.store.ended(self._awaited) if self._awaited else ():
                         self._awaited.pop(id_).set()
-                if self.store.is_shared and at >= look_after_others_at:
-                    look_after_others_at = at + TAKE_OVER_INTERVAL_S
+                if is_time_to_look:
                     if not await self.store.remain(self._engine_id, self._flock):
                         logger.warning("another engine has taken over what this one had; it goes on with new work")
                     await self._take_over()
@@ -545,6 +550,12 @@ class EmbeddedEngine:
     def _tell_store_changed(self) -> None:
         changed, self._store_changed = self._store_changed, anyio.Event()
         changed.set()
+
+    def _wake_all(self) -> None:
+        """Let all who wait for a run or a batch look again."""
+        self._tell_store_changed()
+        while self._awaited:
+            self._awaited.popitem()[1].set()
 
     def _dead_engines(self) -> Sequence[str]:
         return self.store.dead_engines(self._flock, self._engine_id) if self.store.is_shared else ()

@@ -12,6 +12,7 @@ waiting is by sleeping, and stalls writers for up to 180 ms.
 """
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -99,6 +100,10 @@ OF_ONE_RECORD = (
 )
 
 
+class _Displaced(OSError):
+    """The file is not the one that was opened, or not in a form that this version knows."""
+
+
 class _Refused(Exception):
     """One record of a group cannot be written, for the reason that is the cause of this; the others can."""
 
@@ -164,11 +169,15 @@ class Store:
         self._is_closing = False
         self._write_error: Exception | None = None
         self._lock_file: IO[bytes] | None = None
+        #: device and inode of the file and its journal, by path
+        self._identities: Mapping[str, tuple[int, int] | None] = {}
+        self._displaced: _Displaced | None = None
 
     # Life
 
     async def __aenter__(self) -> Self:
         self._open, self._has_work, self._is_closing, self._write_error = _Group(), anyio.Event(), False, None
+        self._displaced = None
         self._unawaited.clear()
         self._without_row.clear()
         self._all_written = anyio.Event()
@@ -195,6 +204,8 @@ class Store:
                 f"The store {self.path!r} cannot be used: {exc}. Let it go on, or end it, or name another file "
                 "(store=, --store)."
             ) from exc
+        self.data_version()  # SQLite makes the journal when it first reads
+        self._identities = {path: _identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}-shm")}
         self._threads = anyio.CapacityLimiter(1)
         tasks = await stack.enter_async_context(anyio.create_task_group())
         tasks.start_soon(self._write_until_closed)
@@ -230,7 +241,14 @@ class Store:
         return db
 
     def _open_lock_file(self, stack: AsyncExitStack) -> IO[bytes]:
-        file = _open_lock(f"{self.path}-lock", self._mode)
+        path = f"{self.path}-lock"
+        try:
+            file = _open_lock(path, self._mode)
+        except OSError as exc:
+            raise StoreError(
+                f"The lock file {path!r} cannot be opened: {exc.strerror}. Remove it, or name another store (store=, "
+                "--store)."
+            ) from exc
         _held.add(file)
         stack.callback(_let_go, file)
         return file
@@ -335,13 +353,52 @@ class Store:
 
     @property
     def is_writable(self) -> bool:
-        """Whether the last transaction was written."""
-        return self._write_error is None
+        """Whether the last transaction was written, and the file is in its place."""
+        return self._write_error is None and self._displaced is None
 
     def check_writable(self) -> None:
         """Raise StoreError if the last transaction failed; a failed one is tried again each second."""
-        if self._write_error is not None:
-            raise StoreError("The store cannot be written now; the server's log says why.") from self._write_error
+        if not self.is_writable:
+            error = self._write_error or self._displaced
+            raise StoreError("The store cannot be written now; the server's log says why.") from error
+
+    # The file
+
+    @property
+    def is_displaced(self) -> bool:
+        """Whether the file had been removed, replaced or upgraded when ``look`` was called last."""
+        return self._displaced is not None
+
+    def look(self) -> None:
+        """Check that the file is in its place; see ``_check_place``. Until it is, ``read`` raises StoreError."""
+        before, self._displaced = self._displaced, None
+        try:
+            self._check_place(self._reader)
+        except (sqlite3.Error, _Displaced) as exc:
+            self._displaced = exc if isinstance(exc, _Displaced) else _Displaced(str(exc))
+        if self._displaced is not None and before is None:
+            logger.error("%s Until then every request that needs the store is answered 503.", self._displaced)
+        elif self._displaced is None and before is not None:
+            logger.warning("The store %s is in its place again.", self.path)
+
+    def _check_place(self, db: sqlite3.Connection) -> None:
+        """Raise _Displaced if the file is not the one that was opened, or has a form that this version does not know.
+
+        SQLite notices neither: it goes on with a file that was removed, and what it commits is lost.
+        """
+        for path, identity in self._identities.items():
+            if (found := _identity(path)) != identity:
+                what = "removed" if found is None else "replaced"
+                raise _Displaced(
+                    f"{path!r} was {what} while this server was using it, and what is written now would be lost. "
+                    f"Stop this server, restore {self.path!r} with its -wal file, and start it again."
+                )
+        form = db.execute("PRAGMA user_version").fetchone()[0]
+        if self._identities and form != len(schema.MIGRATIONS):
+            raise _Displaced(
+                f"{self.path!r} was changed by another version of flockapi (form {form}; this one knows "
+                f"{len(schema.MIGRATIONS)}) while this server was using it. Stop this server, and start that version."
+            )
 
     async def _written(self, group: _Group) -> None:
         if self.is_shared:
@@ -382,7 +439,8 @@ class Store:
                 self._write_error = None
                 self._go_on(group)
             except (sqlite3.Error, OSError) as exc:
-                logger.error("the store %s cannot be written: %s", self.path, exc)
+                if str(exc) != str(self._write_error):  # it is tried each second, and logged once
+                    logger.error("The store %s cannot be written: %s", self.path, exc)
                 self._write_error = group.error = exc
             except BaseException:
                 group.error = OSError("the event loop has ended")
@@ -418,6 +476,7 @@ class Store:
 
     def _write_once(self, group: _Group, write: Callable[[_Group], None]) -> None:
         with self._transaction():
+            self._check_place(self._db)
             if self._write_error is not None:  # an empty transaction would always succeed
                 self._db.execute("UPDATE engines SET started_at = started_at")
             write(group)
@@ -522,6 +581,8 @@ class Store:
         if not self.is_shared and (self._unawaited or self._open.runs):
             self.flush_nowait()
             self._write_in_memory()
+        if self._displaced is not None:
+            raise StoreError("The store cannot be read now; the server's log says why.") from self._displaced
         try:
             return query(self._reader)
         except sqlite3.Error as exc:
@@ -864,6 +925,15 @@ def _has_unfinished(db: sqlite3.Connection, engine_id: str) -> bool:
     return any(db.execute(of, (engine_id,)).fetchone() for of in (schema.RUNS_OF, schema.BATCHES_OF))
 
 
+def _identity(path: str) -> tuple[int, int] | None:
+    """The device and inode of a file; None if there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def create_private(path: str) -> None:
     """Make an empty file that only its owner can read, unless there is one; SQLite would go by the umask."""
     with contextlib.suppress(FileExistsError):
@@ -906,6 +976,9 @@ def _hold(path: str, mode: int) -> IO[bytes]:
 
 
 def _open_lock(path: str, mode: int) -> IO[bytes]:
+    """Raises OSError, also if there is something else than a file, such as a pipe, which would never open."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileExistsError(errno.EEXIST, "it is not a file", path)
     return open(path, "ab", opener=functools.partial(os.open, mode=mode))
 
 

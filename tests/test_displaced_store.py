@@ -1,0 +1,107 @@
+"""The store's file is removed, replaced or upgraded under a server that uses it; real servers and real files."""
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from flock import schema
+from flock.core import Flock
+from flock.errors import StoreError
+from tests.fakes import Server, flockapi_command, running
+
+FLOCK = """
+from flock.core import Flock
+
+flock = Flock("displaced")
+
+@flock.agent
+def double(n: int) -> int:
+    return 2 * n
+"""
+BODY = {"agent_name": "double", "inputs": {"n": 1}}
+ASYNC = {"Prefer": "respond-async"}
+
+
+@pytest.fixture(params=[1, 2], ids=["one worker", "two workers"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "displaced.py").write_text(FLOCK)
+    options = ["--port", "0", "--store", str(tmp_path / "flock.db")]
+    options += ["--workers", "2"] if request.param == 2 else []
+    with running(*flockapi_command("serve", str(tmp_path / "displaced.py"), *options)) as server:
+        server.wait_for_line("Application startup complete", times=request.param)
+        yield server
+
+
+def workers_of(server: Server) -> int:
+    return sum("Application startup complete" in line for line in server.lines)
+
+
+def remove_all(store: Path) -> None:
+    for path in store.parent.glob("flock.db*"):
+        path.unlink()
+
+
+def remove_journal(store: Path) -> None:
+    Path(f"{store}-wal").unlink()
+    Path(f"{store}-shm").unlink()
+
+
+def replace(store: Path) -> None:
+    copy = store.with_name("copy")
+    copy.write_bytes(store.read_bytes())
+    copy.replace(store)
+
+
+def upgrade(store: Path) -> None:
+    db = sqlite3.connect(store, timeout=30)
+    db.execute(f"PRAGMA user_version = {len(schema.MIGRATIONS) + 1}")
+    db.close()
+
+
+@pytest.mark.parametrize("displace", [remove_all, remove_journal, replace, upgrade])
+def test_a_server_without_its_store_accepts_nothing(
+    server: Server, tmp_path: Path, displace: Callable[[Path], None]
+) -> None:
+    """What is sent after the change is refused at once; reads and readiness follow when a look has noticed it."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        accepted = client.post("/run/flock", json=BODY, headers=ASYNC)
+        assert client.get(f"{accepted.headers['Location']}?wait=60").json()["status"] == "completed"
+        displace(tmp_path / "flock.db")
+        for _ in range(4):
+            refused = client.post("/run/flock", json=BODY, headers=ASYNC)
+            assert (refused.status_code, refused.json()["title"]) == (503, "Store unavailable")
+    workers = workers_of(server)
+    server.wait_for_line("Until then every request that needs the store is answered 503.", times=workers)
+    for _ in range(4):  # each on a connection of its own, so that both workers get some
+        for path in ("/readyz", "/runs", accepted.headers["Location"]):
+            assert httpx.get(f"{server.url}{path}").status_code == 503
+        assert httpx.post(f"{server.url}/run/flock", json=BODY).status_code == 503
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+    assert sum("every request" in line for line in server.lines) == workers
+
+
+def test_a_store_that_comes_back_is_used_again(server: Server, tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    away.mkdir()
+    paths = [path.name for path in tmp_path.glob("flock.db*")]
+    for name in paths:
+        (tmp_path / name).rename(away / name)
+    workers = workers_of(server)
+    server.wait_for_line("Until then every request", times=workers)
+    for name in paths:
+        (away / name).rename(tmp_path / name)
+    server.wait_for_line("flock.db is in its place again.", times=workers)
+    assert httpx.post(f"{server.url}/run/flock", json=BODY).json()["result"] == {"result": 2}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+async def test_a_lock_file_that_is_not_a_file_is_an_error(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "flock.db-lock")
+    with pytest.raises(StoreError, match=r"flock\.db-lock' cannot be opened: it is not a file\. Remove it, or name"):
+        async with Flock().engine(store=tmp_path / "flock.db"):
+            pass
