@@ -225,6 +225,12 @@ payload_dir_option = click.option(
     help="Runs accepted and waiting; more are refused with 429.",
 )
 @click.option(
+    "--max-queue-per-principal",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Those of them that belong to one key or caller.  [default: half of --max-queue]",
+)
+@click.option(
     "--max-items",
     type=click.IntRange(1),
     default=1_000_000,

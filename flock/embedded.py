@@ -28,7 +28,6 @@ from flock.errors import (
     BatchNotFound,
     Conflict,
     DefinitionError,
-    EngineFull,
     EngineStopped,
     RunNotFound,
     StoreError,
@@ -48,6 +47,7 @@ from flock.runs import (
     OnInvalid,
     Progress,
     Queue,
+    QueueLimits,
     Run,
     RunFilter,
     RunStatus,
@@ -109,6 +109,7 @@ class EmbeddedEngine:
             whose agent it does not have.
         max_concurrency: steps at work at the same time, in this process.
         max_queue: runs of these agents accepted and waiting, in all processes on the store.
+        max_queue_per_principal: those of them that belong to one principal; None is half of them.
         max_items: items of one batch.
         max_open_items: items of all batches of these agents together that have not ended.
         max_threads: synchronous functions at work at the same time.
@@ -133,6 +134,7 @@ class EmbeddedEngine:
         flock: str = "flock",
         max_concurrency: int = 100,
         max_queue: int = 10_000,
+        max_queue_per_principal: int | None = None,
         max_items: int = 1_000_000,
         max_open_items: int = 10_000_000,
         max_threads: int = 40,
@@ -157,7 +159,7 @@ class EmbeddedEngine:
         self._flock = flock
         self._observers: list[Observer] = []
         self._max_concurrency = max_concurrency
-        self._max_queue = max_queue
+        self._queue_limits = QueueLimits.of(max_queue, max_queue_per_principal)
         self._max_input_bytes = max_input_bytes
         self._keep_for_s = keep_for_s
         self._keep_runs = keep_runs
@@ -346,16 +348,21 @@ class EmbeddedEngine:
         )
         if not is_async and key is None:
             # Its end is written and waited for; its start is worth nothing without a caller.
-            if len(self._runner.active) >= self._max_concurrency + self._max_queue:
-                raise EngineFull(
-                    f"{len(self._runner.active)} runs are waiting already, all that this server takes (max_queue)."
-                )
+            self._check_room(principal)
             self.store.save_nowait(run, is_new=True)
             self._start(run)
         else:
             with self._accepting_key(key):
-                await self.store.accept(run, self._max_queue, key, then=self._start)
+                await self.store.accept(run, self._queue_limits, key, then=self._start)
         return run
+
+    def _check_room(self, principal: str | None) -> None:
+        """As ``schema.check_room``, for a run that is not written before its end."""
+        waiting, limits = len(self._runner.active) - self._max_concurrency, self._queue_limits
+        limits.check(waiting)
+        if principal is not None and waiting >= limits.max_runs_per_principal:
+            runs = [active.run for active in self._runner.active.values()]
+            limits.check_share(sum(run.principal == principal and run.status is RunStatus.STARTING for run in runs))
 
     async def get_run(self, run_id: str) -> Run:
         if run_id in self._runner.active:
@@ -416,7 +423,7 @@ class EmbeddedEngine:
         reopened = None
         if run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
             if run.batch_id is None:
-                again = self.store.reopen(run_id, self._flock, self._engine_id, self._max_queue, then=self._start)
+                again = self.store.reopen(run, self._engine_id, self._queue_limits, then=self._start)
                 reopened = await again
             elif await self._batches.retry_item(run, self._engine_id):
                 reopened = await self.get_run(run_id)

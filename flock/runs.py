@@ -20,7 +20,7 @@ from uuid import UUID
 
 import msgspec
 
-from flock.errors import FieldError, TooManyTokens
+from flock.errors import EngineFull, FieldError, TooManyTokens
 
 __all__ = [
     "INVALID_INPUT",
@@ -39,6 +39,7 @@ __all__ = [
     "Principal",
     "Progress",
     "Queue",
+    "QueueLimits",
     "Row",
     "Run",
     "RunContext",
@@ -421,6 +422,31 @@ class Queue(msgspec.Struct, frozen=True):
 
     depth: int
     oldest_at: datetime | None
+
+
+class QueueLimits(msgspec.Struct, frozen=True):
+    """How many runs may wait: of all principals together, and of one."""
+
+    max_runs: int
+    max_runs_per_principal: int
+
+    @classmethod
+    def of(cls, max_queue: int, max_queue_per_principal: int | None) -> "QueueLimits":
+        """The options of an engine. One principal has half of the queue by default."""
+        return cls(max_queue, max(1, max_queue // 2) if max_queue_per_principal is None else max_queue_per_principal)
+
+    def check(self, waiting: int, state: str = "waiting") -> None:
+        """Raise EngineFull if *waiting* runs are all that may wait."""
+        if waiting >= self.max_runs:
+            raise EngineFull(f"{waiting} runs are {state} already, all that this server takes (max_queue).")
+
+    def check_share(self, waiting: int, state: str = "waiting") -> None:
+        """Raise EngineFull if *waiting* runs are all that one principal may have."""
+        if waiting >= self.max_runs_per_principal:
+            raise EngineFull(
+                f"{waiting} runs of this caller are {state} already, all that one caller may have "
+                "(max_queue_per_principal)."
+            )
 
 
 class EngineHealth(msgspec.Struct, frozen=True):

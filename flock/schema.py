@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from flock.errors import EngineFull, EngineStopped, KeyReused, Replayed
-from flock.runs import Batch, BatchOptions, IdempotencyKey, Progress, Run, RunStatus, Step, Usage
+from flock.errors import EngineStopped, KeyReused, Replayed
+from flock.runs import Batch, BatchOptions, IdempotencyKey, Progress, QueueLimits, Run, RunStatus, Step, Usage
 
 __all__ = [
     "DAMAGED_BATCH",
@@ -654,11 +654,18 @@ WAITING = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock 
     AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
 
 
-def check_room(db: sqlite3.Connection, flock: str, agents: Collection[str], max_queue: int) -> None:
-    """Raise EngineFull if as many runs of these agents wait."""
-    waiting = db.execute(f"SELECT count(*) {WAITING}", (flock, names_json(agents))).fetchone()[0]
-    if waiting >= max_queue:
-        raise EngineFull(f"{waiting} runs are waiting already, all that this server takes (max_queue).")
+#: Runs of one principal that wait.
+WAITING_OF = """SELECT count(*) FROM runs INDEXED BY runs_by_principal
+    WHERE batch_id IS NULL AND flock = ? AND principal = ? AND status = 'starting'"""
+
+
+def check_room(
+    db: sqlite3.Connection, flock: str, agents: Collection[str], principal: str | None, limits: QueueLimits
+) -> None:
+    """Raise EngineFull if no run of these agents, or none of *principal*, may wait beside those that do."""
+    limits.check(db.execute(f"SELECT count(*) {WAITING}", (flock, names_json(agents))).fetchone()[0])
+    if principal is not None:
+        limits.check_share(db.execute(WAITING_OF, (flock, principal)).fetchone()[0])
 
 
 def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> None:

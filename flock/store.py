@@ -32,7 +32,7 @@ import msgspec
 
 from flock import schema
 from flock.errors import FlockError, OwnershipLost, StoreError, Unstorable
-from flock.runs import Batch, IdempotencyKey, Queue, Run, RunFilter, RunStatus, Step
+from flock.runs import Batch, IdempotencyKey, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
 
 try:
     import fcntl
@@ -641,7 +641,7 @@ class Store:
     # What engines do with runs: each is one transaction
 
     async def accept(
-        self, run: Run, max_queue: int, key: IdempotencyKey | None, then: Callable[[Run], None] | None = None
+        self, run: Run, limits: QueueLimits, key: IdempotencyKey | None, then: Callable[[Run], None] | None = None
     ) -> None:
         """Write a new run, if there is room for it, and call *then* with it.
 
@@ -649,13 +649,13 @@ class Store:
             Replayed: a run was made under this key before; that comes before any limit.
             KeyReused: the key was used for another request.
             EngineStopped: its engine has left.
-            EngineFull: *max_queue* runs of these agents are waiting, in all processes together.
+            EngineFull: as many runs of these agents, or of its principal, are waiting, in all processes together.
         """
 
         def apply(db: sqlite3.Connection) -> Run:
             schema.check_key(db, run.flock, key)
             schema.check_engine(db, run.owner)
-            schema.check_room(db, run.flock, self.agents, max_queue)
+            schema.check_room(db, run.flock, self.agents, run.principal, limits)
             schema.insert_runs(db, [run])
             schema.insert_key(db, run.flock, key, run.run_id, run.created_at)
             return run
@@ -667,23 +667,21 @@ class Store:
         query = "UPDATE runs SET cancel_requested = 1 WHERE run_id = ? AND status IN ('starting', 'running')"
         return await self.change(lambda db: db.execute(query, (run_id,)).rowcount == 1)
 
-    async def reopen(
-        self, run_id: str, flock: str, owner: str, max_queue: int, then: Callable[[Run | None], None]
-    ) -> Run | None:
-        """Open the next attempt of a failed or cancelled run; None if it is neither.
+    async def reopen(self, run: Run, owner: str, limits: QueueLimits, then: Callable[[Run | None], None]) -> Run | None:
+        """Open the next attempt of *run* if it failed or was cancelled; None if it is neither.
 
         Raises EngineFull, EngineStopped.
         """
 
         def apply(db: sqlite3.Connection) -> Run | None:
             schema.check_engine(db, owner)
-            schema.check_room(db, flock, self.agents, max_queue)
+            schema.check_room(db, run.flock, self.agents, run.principal, limits)
             query = (
                 "UPDATE runs SET status = 'starting', attempt = attempt + 1, owner = ?, is_async = 1, result = NULL, "
                 "error = NULL, error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, "
                 "cancel_requested = 0 WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"
             )
-            return schema.find_run(db, run_id) if db.execute(query, (owner, run_id)).rowcount else None
+            return schema.find_run(db, run.run_id) if db.execute(query, (owner, run.run_id)).rowcount else None
 
         return await self.change(apply, then)
 

@@ -20,6 +20,7 @@ from flock.errors import (
     AgentError,
     AgentNotFound,
     Conflict,
+    EngineFull,
     EngineStopped,
     InvalidData,
     KeyReused,
@@ -398,6 +399,25 @@ async def test_waiting_for_the_first_step_has_its_own_limit(opened: Opened, gate
 
 
 # Retry, delete, list, events, keys
+
+
+async def test_a_principal_has_a_share_of_the_queue(opened: Opened, gate: Gate) -> None:
+    """Half of it by default, whether its runs are new or tried again; others are accepted beyond that."""
+    async with opened(gate.flock, max_concurrency=1, max_queue=6) as engine:
+        failed = await submit(engine, "steady", principal="ann")
+        await until(engine, failed.run_id, lambda run: run.status is RunStatus.FAILED)
+        await until(engine, (await submit(engine, "nap")).run_id, lambda run: run.status is RunStatus.RUNNING)
+        for _ in range(3):
+            await submit(engine, "nap", principal="ann")
+        for again in (
+            submit(engine, "nap", principal="ann"),
+            submit(engine, "nap", principal="ann", is_async=False),
+            engine.retry_run(failed.run_id),
+        ):
+            with pytest.raises(EngineFull, match=r"^3 runs of this caller are .* \(max_queue_per_principal"):
+                await again
+        await submit(engine, "nap", principal="bob")
+        await submit(engine, "nap")
 
 
 async def test_a_retry_goes_on_after_the_last_committed_step(engine: Engine, gate: Gate) -> None:

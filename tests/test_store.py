@@ -28,6 +28,7 @@ from flock.runs import (
     BatchOptions,
     IdempotencyKey,
     Progress,
+    QueueLimits,
     Run,
     RunFilter,
     RunStatus,
@@ -140,20 +141,20 @@ async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -
     key = IdempotencyKey("k", b"1")
     first = run_of()
     with pytest.raises(EngineStopped):  # nobody would go on with it
-        await store.accept(first, 2, key)
+        await store.accept(first, QueueLimits(2, 2), key)
     await store.enter("me", first.flock, {"a"})
-    await store.accept(first, 2, key)
-    await store.accept(run_of(), 2, None)
+    await store.accept(first, QueueLimits(2, 2), key)
+    await store.accept(run_of(), QueueLimits(2, 2), None)
     with pytest.raises(EngineFull):
-        await store.accept(run_of(), 2, None)
+        await store.accept(run_of(), QueueLimits(2, 2), None)
     with pytest.raises(Replayed) as caught:  # a replay comes before any limit
-        await store.accept(run_of(), 2, key)
+        await store.accept(run_of(), QueueLimits(2, 2), key)
     assert caught.value.made_id == first.run_id
     with pytest.raises(KeyReused):
-        await store.accept(run_of(), 2, IdempotencyKey("k", b"2"))
+        await store.accept(run_of(), QueueLimits(2, 2), IdempotencyKey("k", b"2"))
     await store.forget_keys(now() + timedelta(seconds=1))
     with pytest.raises(EngineFull):
-        await store.accept(run_of(), 2, key)
+        await store.accept(run_of(), QueueLimits(2, 2), key)
     await store.leave("me")
 
 
@@ -211,12 +212,14 @@ async def refused_progress(store: Store, run: Run, value: Any) -> None:
 
 
 async def refused_acceptance(store: Store, run: Run, value: Any) -> None:
-    await store.accept(run_of(principal=value), 1000, None)
+    await store.accept(run_of(principal=value), QueueLimits(1000, 1000), None)
 
 
 async def refused_key(store: Store, run: Run, value: Any) -> None:
     digest: Any = value if isinstance(value, uuid.UUID | int) else b""
-    await store.accept(run_of(), 1000, IdempotencyKey(value if isinstance(value, str) else "k", digest))
+    await store.accept(
+        run_of(), QueueLimits(1000, 1000), IdempotencyKey(value if isinstance(value, str) else "k", digest)
+    )
 
 
 def batch_of(**more: Any) -> Batch:
@@ -264,10 +267,10 @@ async def test_a_record_with_a_value_that_sqlite_refuses_fails_alone(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(functools.partial(store.save, others[0], is_new=True))
-        tasks.start_soon(functools.partial(store.accept, others[1], 1000, None))
+        tasks.start_soon(functools.partial(store.accept, others[1], QueueLimits(1000, 1000), None))
         tasks.start_soon(fail)
         tasks.start_soon(functools.partial(store.save, others[2], is_new=True))
-        tasks.start_soon(functools.partial(store.accept, others[3], 1000, None))
+        tasks.start_soon(functools.partial(store.accept, others[3], QueueLimits(1000, 1000), None))
     store.check_writable()
     assert {kept.run_id for kept in store.list_runs("f", RunFilter())} == {kept.run_id for kept in (run, *others)}
     assert store.get_run(run.run_id) == run

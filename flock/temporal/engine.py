@@ -53,6 +53,7 @@ from flock.runs import (
     OnInvalid,
     Progress,
     Queue,
+    QueueLimits,
     Run,
     RunFilter,
     RunStatus,
@@ -74,7 +75,7 @@ from flock.temporal.messages import (
     task_queue_of,
 )
 from flock.temporal.records import at_work, order_of, run_of, waiting_again
-from flock.temporal.search import ID, newest_first, own
+from flock.temporal.search import ID, newest_first, open_runs, own
 
 __all__ = ["TemporalEngine"]
 
@@ -106,6 +107,8 @@ class TemporalEngine:
         flock: the name under which runs are kept; an engine sees only those of its own.
         max_queue: runs accepted that have not ended. They are counted twice a second, so that a crowd may go beyond it
             by as many as the other API processes take in that time. A request that was refused leaves its key free.
+        max_queue_per_principal: those of them that belong to one principal, counted in the same way; None is half of
+            them.
         max_items: items of one batch, 16,777,215 at most.
         max_open_items: items of all batches together that have not ended, as far as the cluster's search knows.
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
@@ -127,6 +130,7 @@ class TemporalEngine:
         namespace: str | None = None,
         flock: str = "flock",
         max_queue: int = 10_000,
+        max_queue_per_principal: int | None = None,
         max_timeout_s: float = 86_400,
         max_items: int = 1_000_000,
         max_open_items: int = 10_000_000,
@@ -139,7 +143,7 @@ class TemporalEngine:
         self._agents = agents
         self._flock = flock
         self._task_queue = task_queue_of(flock)
-        self._max_queue = max_queue
+        self._queue_limits = QueueLimits.of(max_queue, max_queue_per_principal)
         self._max_timeout_s = max_timeout_s
         self._queue_timeout_s = queue_timeout_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
@@ -162,6 +166,8 @@ class TemporalEngine:
         self._is_leaving = False
         self._error: StoreError | None = None
         self._open_runs = 0
+        #: by principal, as far as it was asked since they were counted last
+        self._open_runs_of: dict[str, int] = {}
         #: accepted, and on their way to the cluster
         self._starting = 0
         self._waiting = 0
@@ -249,8 +255,9 @@ class TemporalEngine:
         while True:
             try:
                 async with self.cluster.asking(WATCH_TIMEOUT_S):
-                    query = f"{own(RUN_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
+                    query = open_runs(self._flock)
                     self._open_runs = (await self._client.count_workflows(query)).count
+                    self._open_runs_of.clear()
                 self._error, misses = None, 0
                 if not self._is_leaving:
                     self._trouble.clear()
@@ -293,13 +300,16 @@ class TemporalEngine:
             is_async=is_async,
             timeout_s=timeout_s,
         )
-        if key is None:
-            with self._room():
+        try:
+            await self._check_room(principal)
+        except EngineFull:
+            if key is not None and (made_id := await self._started_under(key)) is not None:
+                raise Replayed(made_id) from None  # that comes before any limit
+            raise
+        with self._being_started():
+            if key is None:
                 await self._start(self._order(run))
-            return run
-        if self._is_full and (made_id := await self._started_under(key)) is not None:
-            raise Replayed(made_id)  # that comes before any limit
-        with self._room():
+                return run
             made_id = await self._marks.claim(key, run.run_id)
             order = replace(self._order(replace(run, run_id=made_id)), key_id=self._marks.key_id(key))
             # The process that claimed the key may have died before it started the run; the next one starts it.
@@ -330,16 +340,21 @@ class TemporalEngine:
         )
         self._open_runs += 1
 
-    @property
-    def _is_full(self) -> bool:
-        return self._open_runs + self._starting >= self._max_queue
+    async def _check_room(self, principal: str | None) -> None:
+        """Raise EngineFull if as many runs, or as many of *principal*, are open. Nothing is awaited after the check."""
+        limits, counts = self._queue_limits, self._open_runs_of
+        if principal is not None and self._open_runs + self._starting >= limits.max_runs_per_principal:
+            if principal not in counts:
+                async with self.cluster.asking():
+                    count = (await self._client.count_workflows(open_runs(self._flock, principal))).count
+                counts.setdefault(principal, count)
+            limits.check_share(counts[principal], "open")
+            counts[principal] += 1
+        limits.check(self._open_runs + self._starting, "open")
 
     @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        """Reserve room for a run that is started within the block. Raises EngineFull."""
-        if self._is_full:
-            count = self._open_runs + self._starting
-            raise EngineFull(f"{count} runs are open already, all that this flock takes (max_queue).")
+    def _being_started(self) -> Iterator[None]:
+        """Count a run that is started within the block."""
         self._starting += 1
         try:
             yield
@@ -500,7 +515,8 @@ class TemporalEngine:
             raise Conflict(f"The run {run_id} is {what}; {rule}.")
         again = waiting_again(replace(run, is_async=True))
         try:
-            with self._room():
+            await self._check_room(run.principal)
+            with self._being_started():
                 await self._start(replace(self._order(again), key_id=await self._kept_key(run)))
         except WorkflowAlreadyStartedError as exc:
             raise Conflict(f"The run {run_id} is being tried again already.") from exc

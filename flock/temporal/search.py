@@ -11,9 +11,9 @@ from datetime import UTC, datetime, timedelta
 from flock.runs import RunStatus, now
 from flock.schema import id_at
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL
+from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW
 
-__all__ = ["ID", "newest_first", "own"]
+__all__ = ["ID", "newest_first", "open_runs", "own"]
 
 #: How many workflows a range of a list may hold.
 WORKFLOWS_A_RANGE = 1000
@@ -36,6 +36,12 @@ EXECUTION_STATUS = {
 def own(workflow_type: str, flock: str) -> str:
     """A query for what is *flock*'s own."""
     return f"WorkflowType = '{workflow_type}' AND {FLOCK.name} = {_quoted(flock)}"
+
+
+def open_runs(flock: str, principal: str | None = None) -> str:
+    """A query for runs of *flock*, or of one *principal*, that have not ended."""
+    of = "" if principal is None else f" AND {PRINCIPAL.name} = {_quoted(principal)}"
+    return f"{own(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running'{of}"
 
 
 async def newest_first(
