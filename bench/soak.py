@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -473,6 +474,7 @@ class Soak:
         self.tally: Counter[tuple[str, str]] = Counter()
         self.failures: list[str] = []
         self.memory_kib: list[int] = []
+        self.health_s: list[float] = []
         self.ledgers = {name: Ledger() for name in keys}
         self._url = url
         self._pid = pid
@@ -508,6 +510,7 @@ class Soak:
     async def _watch(self, until: float) -> None:
         while time.monotonic() < until:
             await asyncio.sleep(1)
+            self.health_s.append(await health_s(self._url))
             self.memory_kib.append(memory_kib(self._pid))
             if len(self.memory_kib) % 60 == 0:
                 print(f"{len(self.memory_kib) // 60:3} min {self._progress()}", flush=True)
@@ -571,6 +574,14 @@ async def faults(caller: Caller, shown: dict[str, list[Any]]) -> AsyncIterator[s
 # The server
 
 
+async def health_s(url: str) -> float:
+    """How long ``/healthz`` takes to answer, in seconds, as a process sees it that does nothing else."""
+    command = ["curl", "-s", "-o", os.devnull, "-w", "%{http_code} %{time_total}", "--max-time", "60", f"{url}/healthz"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    status, took_s = (await process.communicate())[0].split()
+    return float(took_s) if status == b"200" else math.inf
+
+
 def memory_kib(pid: int) -> int:
     """What the process has for itself, and its share of what it has together with others."""
     found = re.search(r"^Pss: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
@@ -579,11 +590,14 @@ def memory_kib(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, keys: dict[str, str]) -> Iterator[tuple[str, int]]:
+def started(
+    command: Sequence[str], env: dict[str, str], folder: Path, preexec: Callable[[], None] | None = None
+) -> Iterator[tuple[str, int]]:
     """``flockapi serve`` on a free port: its URL, and its process. Its log is in *folder*."""
-    command = [sys.executable, "-m", "flock.cli", "serve", __file__, "--port", "0", "--store", str(folder / "soak.db")]
-    env = {**os.environ, "FLOCK_API_KEYS": ",".join(f"{name}={key}" for name, key in keys.items())}
-    with (folder / "log").open("w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as process:
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=preexec) as process,
+    ):
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
             while (up := re.search(r"running on (http://\S+)", (folder / "log").read_text())) is None:
@@ -626,11 +640,18 @@ def memory_is_flat(memory: Sequence[int]) -> bool:
     return end <= MAX_GROWTH * settled
 
 
-async def soak(folder: Path, minutes: float, callers: int) -> Soak:
+async def soak(folder: Path, minutes: float, callers: int, *, hostile: bool) -> Soak:
     keys = {"ann": new_key(), "bob": new_key()}
-    with serve(folder, keys) as (url, pid):
+    hostile_key = new_key()
+    listed = ",".join(f"{name}={key}" for name, key in [*keys.items(), ("mallory", hostile_key)])
+    command = [sys.executable, "-m", "flock.cli", "serve", __file__, "--port", "0", "--store", str(folder / "soak.db")]
+    with started(command, {**os.environ, "FLOCK_API_KEYS": listed}, folder) as (url, pid):
         soaked = Soak(url, pid, keys)
+        attack = [sys.executable, "-m", "bench.hostile", "--url", url, "--key", hostile_key, "--minutes", str(minutes)]
+        attackers = await asyncio.create_subprocess_exec(*attack) if hostile else None
         await soaked.load(minutes, callers)
+        if attackers is not None:
+            await attackers.wait()
         await soaked.look_back()
     soaked.failures += log_faults(folder)
     return soaked
@@ -641,9 +662,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10, help="of load (default: 10)")
     parser.add_argument("--callers", type=int, default=16, help="at the same time (default: 16)")
     parser.add_argument("--folder", default=".", help="where the store is made, on a real disk (default: here)")
+    parser.add_argument("--hostile", action="store_true", help="ten hostile clients beside them; see bench/hostile.py")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-soak-") as made:
-        soaked = asyncio.run(soak(Path(made).resolve(), options.minutes, options.callers))
+        soaked = asyncio.run(soak(Path(made).resolve(), options.minutes, options.callers, hostile=options.hostile))
         size_mib = (Path(made) / "soak.db").stat().st_size / 2**20
     print_tally(soaked.tally)
     ledgers = soaked.ledgers.values()
@@ -652,6 +674,8 @@ def main() -> int:
     print(f"{runs} runs and {batches} batches were looked for, {deleted} runs deleted, {left} requests left")
     print(f"the store has {size_mib:.0f} MiB")
     is_flat = memory_is_flat(soaked.memory_kib)
+    p50, p99 = (statistics.quantiles(soaked.health_s, n=100)[n] for n in (49, 98))
+    print(f"/healthz: 50 % within {p50 * 1000:.0f} ms, 99 % within {p99 * 1000:.0f} ms, of {len(soaked.health_s)}")
     for failure in soaked.failures[:MAX_SHOWN]:
         print(failure[:MAX_LENGTH])
     are_met = is_flat and not soaked.failures
