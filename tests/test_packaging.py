@@ -23,7 +23,8 @@ import flockapi
 from flock.extras import pip_install
 from tests.fakes import EXAMPLES, NOT_WATCHED, ROOT, running
 
-pytestmark = pytest.mark.timeout(600)
+# One worker has all of them, so that each environment is made once.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("packaging")]
 
 #: The most packages that an installation may bring, besides this one.
 MAX_PACKAGES = 13

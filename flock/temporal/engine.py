@@ -166,6 +166,7 @@ class TemporalEngine:
         self._is_leaving = False
         self._error: StoreError | None = None
         self._open_runs = 0
+        self._started_runs = 0
         #: by principal, as far as it was asked since they were counted last
         self._open_runs_of: dict[str, int] = {}
         #: accepted, and on their way to the cluster
@@ -256,7 +257,9 @@ class TemporalEngine:
             try:
                 async with self.cluster.asking(WATCH_TIMEOUT_S):
                     query = open_runs(self._flock)
-                    self._open_runs = (await self._client.count_workflows(query)).count
+                    before = self._started_runs
+                    count = (await self._client.count_workflows(query)).count
+                    self._open_runs = count + self._started_runs - before  # the cluster may not have counted the latest
                     self._open_runs_of.clear()
                 self._error, misses = None, 0
                 if not self._is_leaving:
@@ -339,6 +342,7 @@ class TemporalEngine:
             priority=Priority(priority_key=1),
         )
         self._open_runs += 1
+        self._started_runs += 1
 
     async def _check_room(self, principal: str | None) -> None:
         """Raise EngineFull if as many runs, or as many of *principal*, are open. Nothing is awaited after the check."""
