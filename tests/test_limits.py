@@ -1,0 +1,48 @@
+"""The page of the limits is complete, and its defaults are those of the code."""
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+
+from flock.cli import serve
+from flock.embedded import EmbeddedEngine
+from flock.server import ServerSettings
+from flockapi import FlockAPI
+from tests.fakes import ROOT
+
+PAGE = (ROOT / "docs" / "limits.md").read_text("utf-8")
+BOUND = re.compile(r"max_\w+|\w+_timeout_s|keep_\w+")
+CELLS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
+#: Rows of tables that begin with a parameter: its option and its default.
+ROWS = {cells[0].strip("`"): (cells[1].strip("`"), cells[2]) for cells in CELLS if BOUND.fullmatch(cells[0].strip("`"))}
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "s": 1}
+
+
+def bounds_of(function: Any) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in parameters if BOUND.fullmatch(each.name)}
+
+
+BOUNDS = {**bounds_of(ServerSettings), **bounds_of(EmbeddedEngine), **bounds_of(FlockAPI)}
+
+
+def value_of(words: str) -> float | None:
+    number, _, unit = words.replace(",", "").partition(" ")
+    return float(number) * UNITS[unit or "s"] if number[0].isdigit() else None
+
+
+@pytest.mark.parametrize("name", sorted(BOUNDS))
+def test_a_bound_is_on_the_page_with_its_default(name: str) -> None:
+    assert value_of(ROWS[name][1]) == BOUNDS[name]
+
+
+def test_the_page_names_no_other_parameters() -> None:
+    assert ROWS.keys() == BOUNDS.keys()
+
+
+def test_the_options_of_the_bounds_are_those_of_the_command() -> None:
+    options = {name for option in serve.params for name in option.opts}
+    listed = {option for option, _ in ROWS.values() if option}
+    assert listed == {option for option in options if re.match("--(max|keep)-|--.*-timeout$", option)}
