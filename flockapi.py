@@ -70,6 +70,7 @@ from flock.errors import (
     TooManyRequests,
     Unauthenticated,
     WrongHost,
+    cut,
 )
 from flock.extras import pip_install
 from flock.life import life_of
@@ -84,6 +85,7 @@ from flock.runs import (
     Event,
     IdempotencyKey,
     Items,
+    Page,
     Run,
     RunFilter,
     RunStatus,
@@ -301,19 +303,17 @@ def run_response(
     return JSONResponse(body, status_code, headers | _accepted(request, f"/run/{run.run_id}", status_code))
 
 
-def runs_response(request: Request, runs: Sequence[Run], wanted: RunsQuery) -> Response:
-    """A page of *runs*, which are one more than were asked for if there is another page."""
+def runs_response(request: Request, page: Page[Run], wanted: RunsQuery) -> Response:
     left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not wanted.includes(name)}
-    page = [shown_as(RunSummary, run, **left_out) for run in runs[: wanted.limit]]
-    path, headers = _next_page(request, page[-1].run_id if len(runs) > wanted.limit else None)
-    return JSONResponse(RunList(runs=page, next=path), headers=headers)
+    runs = [shown_as(RunSummary, run, **left_out) for run in page]
+    path, headers = _next_page(request, page[-1].run_id if page.has_more else None)
+    return JSONResponse(RunList(runs=runs, next=path), headers=headers)
 
 
-def batches_response(request: Request, batches: Sequence[Batch], wanted: BatchesQuery) -> Response:
-    """A page of *batches*, as ``runs_response``."""
-    page = [shown_as(BatchSummary, batch) for batch in batches[: wanted.limit]]
-    path, headers = _next_page(request, page[-1].batch_id if len(batches) > wanted.limit else None)
-    return JSONResponse(BatchList(batches=page, next=path), headers=headers)
+def batches_response(request: Request, page: Page[Batch]) -> Response:
+    batches = [shown_as(BatchSummary, batch) for batch in page]
+    path, headers = _next_page(request, page[-1].batch_id if page.has_more else None)
+    return JSONResponse(BatchList(batches=batches, next=path), headers=headers)
 
 
 def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mapping[str, str]]:
@@ -500,7 +500,7 @@ def _problem(
         type=type_,
         title=title,
         status=status,
-        detail=detail,
+        detail=cut(detail),
         instance=request.url.path,
         request_id=request_id_of(request),
         **more,
@@ -710,7 +710,7 @@ async def list_runs(request: Request) -> Response:
         created_after=_or_none(wanted.created_after),
         created_before=_or_none(wanted.created_before),
         after=_id_or_none(wanted.after),
-        limit=wanted.limit + 1,
+        limit=wanted.limit,
         with_inputs=wanted.includes("inputs"),
         with_results=wanted.includes("result"),
     )
@@ -775,9 +775,9 @@ async def list_batches(request: Request) -> Response:
         status=_or_none(wanted.status),
         agent_name=_or_none(wanted.agent_name),
         after=_id_or_none(wanted.after),
-        limit=wanted.limit + 1,
+        limit=wanted.limit,
     )
-    return batches_response(request, await (await engine_of(request)).list_batches(filter_), wanted)
+    return batches_response(request, await (await engine_of(request)).list_batches(filter_))
 
 
 async def one_batch(request: Request) -> Response:

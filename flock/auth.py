@@ -30,6 +30,7 @@ from flock.runs import (
     Inputs,
     Items,
     Observer,
+    Page,
     Principal,
     Queue,
     Run,
@@ -279,7 +280,7 @@ class OwnEngine:
         await self.get_run(run_id)
         await self._engine.delete_run(run_id)
 
-    async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
+    async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         return await self._engine.list_runs(self._own_only(wanted))
 
     async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
@@ -304,7 +305,7 @@ class OwnEngine:
         await self.get_batch(batch_id)
         return await self._engine.get_items(batch_id, after=after, limit=limit, statuses=statuses)
 
-    async def list_batches(self, wanted: BatchFilter) -> Sequence[Batch]:
+    async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         return await self._engine.list_batches(self._own_only(wanted))
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:

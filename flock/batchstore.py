@@ -4,9 +4,8 @@ An item is a row of ``runs``; its batch says which engine works on it. What touc
 one transaction, so that others have their turn, and so that whoever goes on after a crash finds what is left to do.
 """
 
-import itertools
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,16 +14,14 @@ import msgspec
 from msgspec.structs import replace
 
 from flock import schema
-from flock.errors import EngineFull, OwnershipLost, StoreError
-from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Run, RunStatus
+from flock.errors import EngineFull, OwnershipLost, StoreError, cut
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus
 from flock.store import Store
 
 __all__ = ["BatchStore"]
 
 #: Items that one transaction changes at most: tens of milliseconds.
 BITE = 2000
-#: About how many bytes of items are read at once: each download that nobody reads holds them three times.
-PAGE_BYTES = 1024 * 1024
 #: What ``error`` and ``error_type`` say of items that a batch was cancelled before.
 CANCELLED = ("The batch was cancelled before this item began.", "cancelled")
 
@@ -103,7 +100,7 @@ class BatchStore:
     def get(self, batch_id: str) -> Batch | None:
         return self._store.read(lambda db: schema.find_batch(db, batch_id))
 
-    def page(self, flock: str, wanted: BatchFilter) -> list[Batch]:
+    def page(self, flock: str, wanted: BatchFilter) -> Page[Batch]:
         """One page, newest first."""
         conditions: dict[str, Any] = {
             "flock = ?": flock,
@@ -115,23 +112,30 @@ class BatchStore:
         conditions = {condition: value for condition, value in conditions.items() if value is not None}
         query = (
             f"SELECT {schema.BATCH_COLUMNS} FROM batches WHERE hidden IS NULL AND {' AND '.join(conditions)} "
-            f"ORDER BY batch_id DESC LIMIT {wanted.limit:d}"
+            f"ORDER BY batch_id DESC LIMIT {wanted.limit + 1:d}"
         )
-        values = tuple(conditions.values())
-        return self._store.read(lambda db: [schema.batch_or_remains(row) for row in db.execute(query, values)])
 
-    def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> list[Run]:
+        def find(db: sqlite3.Connection) -> Page[Batch]:
+            page = Page[Batch](wanted.limit)
+            for row in db.execute(query, tuple(conditions.values())):
+                if not page.add(schema.batch_or_remains(row)):
+                    break
+            return page
+
+        return self._store.read(find)
+
+    def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> Page[Run]:
         """Up to *limit* items of a batch behind the position *after*, in order, without their steps.
 
         They are fewer where they are long; there is none left where none is given.
         """
         values = {"batch_id": batch_id, "after": after, "limit": limit}
 
-        def find(db: sqlite3.Connection) -> list[Run]:
+        def find(db: sqlite3.Connection) -> Page[Run]:
             rows = schema.rows_of(
                 db, lambda columns: schema.item_listing(columns, statuses), values, COLUMNS_WITHOUT_STEPS
             )
-            return _page(map(schema.run_or_remains, rows))
+            return schema.page_of(limit, rows)
 
         return self._store.read(find)
 
@@ -147,8 +151,12 @@ class BatchStore:
             if found is None or found.owner != batch.owner:
                 return []
             rows = schema.rows_of(db, lambda columns: schema.item_listing(columns, [RunStatus.STARTING]), values)
-            readable = (item for row in rows if (item := _if_readable(db, row)) is not None)
-            return _page(replace(item, owner=batch.owner) for item in itertools.islice(readable, limit))
+            page = Page[Run](limit)
+            for row in rows:
+                item = _if_readable(db, row)
+                if item is not None and not page.add(replace(item, owner=batch.owner)):
+                    break
+            return page
 
         return self._store.read(find)
 
@@ -179,7 +187,7 @@ class BatchStore:
                 status = RunStatus.FAILED
                 first = db.execute(FIRST_ERROR, {"batch_id": batch.batch_id, "after": -1, "limit": 1}).fetchone()
                 why = schema.DAMAGED_RUN if first is None else first[0]
-                error = f"None of the {counted.total_items} items completed. The first one: {why}"
+                error = cut(f"None of the {counted.total_items} items completed. The first one: {why}")
             db.execute(query, (status.value, error, schema.micros(now), failed, batch.batch_id))
 
         return await self._change_own(batch, apply)
@@ -405,14 +413,3 @@ def _unfinished(db: sqlite3.Connection, batch_id: str) -> list[tuple[int, str, s
             reason, is_writable = str(exc), exc.is_writable
         found.append((row_id, (run_id or b"").decode("utf-8", "replace"), reason, is_writable))
     return found
-
-
-def _page(items: Iterable[Run]) -> list[Run]:
-    """As many as may be in memory together."""
-    page, length = [], 0
-    for item in items:
-        page.append(item)
-        length += len(bytes(item.inputs)) + len(bytes(item.result or b"")) + len(bytes(item.extra or b""))
-        if length > PAGE_BYTES:
-            break
-    return page

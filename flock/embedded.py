@@ -45,6 +45,7 @@ from flock.runs import (
     Items,
     Observer,
     OnInvalid,
+    Page,
     Progress,
     Queue,
     QueueLimits,
@@ -444,7 +445,7 @@ class EmbeddedEngine:
             what = "an item of a batch" if run.batch_id else f"still {(await self.get_run(run_id)).status}"
             raise Conflict(f"The run {run_id} is {what} and cannot be deleted. Cancel it first, or wait for its end.")
 
-    async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
+    async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         self._check_entered()
         return self.store.list_runs(self._flock, wanted)
 
@@ -691,7 +692,7 @@ class EmbeddedEngine:
         await self.get_batch(batch_id)
         return self.batch_store.items(batch_id, after, limit, statuses)
 
-    async def list_batches(self, wanted: BatchFilter) -> Sequence[Batch]:
+    async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
         return self.batch_store.page(self._flock, wanted)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from flock.errors import Conflict, Interrupted, QueueTimeout, StepError
+from flock.errors import Conflict, Interrupted, QueueTimeout, StepError, cut
 from flock.logs import fields_of_run
 from flock.runs import Batch, Run, RunStatus, one_line, sayable
 
@@ -46,14 +46,14 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> E
         text = sayable(exc)
         template, said = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())
         logger.warning(template, run.run_id, said, run.request_id, extra=fields_of_run(run))
-        return End(RunStatus.FAILED, text, exc.error_type)
+        return End(RunStatus.FAILED, cut(text), cut(sayable(exc.error_type)))
     agent_name = run.steps[-1].next_agent if run.steps else run.agent_name
     template = "run %s: agent %s raised (request %s)"
     logger.error(template, run.run_id, agent_name, run.request_id, exc_info=exc, extra=fields_of_run(run))
     error = f"The agent {agent_name!r} raised {type(exc).__name__}"
     where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
     error += f": {sayable(exc)}" if expose_errors else f"; the server's log has more under {where}."
-    return End(RunStatus.FAILED, error, "agent_exception")
+    return End(RunStatus.FAILED, cut(error), "agent_exception")
 
 
 def queue_timeout(limit_s: float) -> QueueTimeout:

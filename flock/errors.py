@@ -78,6 +78,7 @@ __all__ = [
     "Unauthenticated",
     "Unstorable",
     "WrongHost",
+    "cut",
 ]
 
 
@@ -85,6 +86,20 @@ __all__ = [
 MAX_TOLD_ERRORS = 10
 #: How much of what a client sent a message repeats.
 MAX_ECHOED_CHARS = 100
+#: The longest text that is kept or sent for people to read: an error, a pointer, a progress message; in bytes of UTF-8.
+MAX_TEXT_BYTES = 8 * 1024
+#: The end of a text that was longer.
+CUT = "… (cut)"
+
+
+def cut(text: str) -> str:
+    """*text*, or its beginning and a mark if it is longer than MAX_TEXT_BYTES."""
+    if len(text) * 4 <= MAX_TEXT_BYTES:
+        return text
+    start = text[:MAX_TEXT_BYTES].encode("utf-8", "replace")
+    if len(text) <= MAX_TEXT_BYTES and len(start) <= MAX_TEXT_BYTES:
+        return text
+    return start[: MAX_TEXT_BYTES - len(CUT.encode())].decode("utf-8", "ignore") + CUT
 
 
 class FlockError(Exception):
@@ -121,11 +136,18 @@ class MalformedJSON(FlockError):
 
 
 class FieldError(msgspec.Struct, frozen=True, kw_only=True):
-    """One place that is wrong: what, and where as a JSON pointer (RFC 6901); within its line where there are lines."""
+    """One place that is wrong: what, and where as a JSON pointer (RFC 6901); within its line where there are lines.
+
+    A long detail or pointer is cut.
+    """
 
     detail: str
     pointer: str
     line: int | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        for name in ("detail", "pointer"):
+            msgspec.structs.force_setattr(self, name, cut(getattr(self, name)))
 
     def __str__(self) -> str:
         line = "" if self.line is msgspec.UNSET else f"line {self.line}"
@@ -138,7 +160,7 @@ class InvalidData(FlockError):
     def __init__(self, errors: Sequence[FieldError]) -> None:
         told = [str(error) for error in errors[:MAX_TOLD_ERRORS]]
         more = [f"and {len(errors) - MAX_TOLD_ERRORS} more"] if len(errors) > MAX_TOLD_ERRORS else []
-        super().__init__("; ".join(told + more))
+        super().__init__(cut("; ".join(told + more)))
         self.errors = list(errors)
 
 

@@ -24,7 +24,7 @@ from flock.ends import CANCELLED, failure_of, interrupted_turn, queue_timeout, t
 from flock.errors import OwnershipLost, ResultTooLarge, StoreError, Unstorable
 from flock.llm import ModelClient
 from flock.logs import fields_of_run
-from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, sayable
+from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now
 from flock.schema import INTERRUPTED
 from flock.slots import Slots, acquire_all
 from flock.store import RETRY_AFTER_S, Store
@@ -328,8 +328,6 @@ class Runner:
     async def _finish(self, active: ActiveRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run
         step = run.steps[-1] if active.unsaved is not None else None
-        for name in ("error", "error_type"):
-            end = {**end, name: None if end.get(name) is None else sayable(end[name])}
         run = replace(run, **end, completed_at=now(), progress=active.progress)
         try:
             await self._save(active, run, step)

@@ -15,12 +15,12 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 from uuid import UUID
 
 import msgspec
 
-from flock.errors import EngineFull, FieldError, TooManyTokens
+from flock.errors import EngineFull, FieldError, TooManyTokens, cut
 
 __all__ = [
     "INVALID_INPUT",
@@ -36,6 +36,7 @@ __all__ = [
     "Observer",
     "OnExtra",
     "OnInvalid",
+    "Page",
     "Principal",
     "Progress",
     "Queue",
@@ -360,6 +361,41 @@ class BatchFilter(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = 100
 
 
+#: About how long one page of records is at most, in bytes of JSON.
+PAGE_BYTES = 1024 * 1024
+
+R = TypeVar("R", "Run", "Batch")
+
+
+class Page(list[R]):
+    """Records that are sent or held together: *limit* at most, about PAGE_BYTES, and always at least one.
+
+    Attributes:
+        has_more: there is another record, which was not added.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._bytes_left = PAGE_BYTES
+        self.has_more = False
+
+    def add(self, record: R) -> bool:
+        """Add *record*; False if the page is full."""
+        self._bytes_left -= _json_bytes(record)
+        self.has_more = bool(self) and (len(self) >= self._limit or self._bytes_left < 0)
+        if not self.has_more:
+            self.append(record)
+        return not self.has_more
+
+
+def _json_bytes(record: Run | Batch) -> int:
+    """How long those of its members are that may be long."""
+    length = 0 if record.error is None else len(msgspec.json.encode(record.error))
+    if isinstance(record, Run):
+        length += len(bytes(record.inputs)) + len(bytes(record.result or b"")) + len(bytes(record.extra or b""))
+    return length
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to a run. ``id`` grows with each; progress has none, since only the latest is kept."""
 
@@ -510,12 +546,14 @@ class RunContext:
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Say how far the work is. Of many calls in a short time only the last one is kept.
 
+        A message longer than 8 KiB is cut.
+
         Raises: TypeError or ValueError where a number is none, or not finite.
         """
         numbers = [None if number is None else float(number) for number in (done, total)]
         if numbers[0] is None or not all(math.isfinite(number) for number in numbers if number is not None):
             raise ValueError(f"Progress is told in finite numbers, not in {done!r} of {total!r}.")
-        self._tell(Progress(done=numbers[0], total=numbers[1], message=sayable(message)))
+        self._tell(Progress(done=numbers[0], total=numbers[1], message=cut(sayable(message))))
 
     def spend(self, usage: Usage) -> None:
         """Say what an answer of a model cost, usable or not."""
@@ -660,8 +698,8 @@ class Engine(Protocol):
     async def delete_run(self, run_id: str) -> None:
         """Forget a final run. Raises RunNotFound; Conflict while it is active or if it is an item of a batch."""
 
-    async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
-        """One page of runs that are no items, newest first, without their steps."""
+    async def list_runs(self, wanted: RunFilter) -> Page[Run]:
+        """One page of runs that are no items, newest first, without their steps; fewer where they are long."""
 
     def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """The events of a run behind the id *after*, as they happen, to its end; None after 15 s without one.
@@ -683,8 +721,8 @@ class Engine(Protocol):
         There is none left where none is given. Raises BatchNotFound.
         """
 
-    async def list_batches(self, wanted: BatchFilter) -> Sequence[Batch]:
-        """One page of batches, newest first."""
+    async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
+        """One page of batches, newest first; fewer where their errors are long."""
 
     def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """How far a batch is, at most 4 times a second, and its end; None after 15 s without one.

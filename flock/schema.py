@@ -13,9 +13,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
-from flock.errors import EngineStopped, KeyReused, Replayed
-from flock.runs import Batch, BatchOptions, IdempotencyKey, Progress, QueueLimits, Run, RunStatus, Step, Usage
+from flock.errors import EngineStopped, KeyReused, Replayed, cut
+from flock.runs import Batch, BatchOptions, IdempotencyKey, Page, Progress, QueueLimits, Run, RunStatus, Step, Usage
 
 __all__ = [
     "DAMAGED_BATCH",
@@ -45,6 +46,7 @@ __all__ = [
     "listing",
     "micros",
     "names_json",
+    "page_of",
     "read_row",
     "rows_of",
     "run_from",
@@ -524,6 +526,15 @@ def rows_of(
             yield row
 
 
+def page_of(limit: int, rows: Iterable[Sequence[Any]]) -> Page[Run]:
+    """The first of *rows* as runs without their steps; rows beyond the page are not read, but for one."""
+    page = Page[Run](limit)
+    for row in rows:
+        if not page.add(run_or_remains(row)):
+            break
+    return page
+
+
 def _last_step_from(kept: bytes, result: msgspec.Raw) -> Step:
     last = msgspec.json.decode(kept, type=_LastStep)
     return Step(
@@ -764,9 +775,15 @@ def _json(kept: bytes) -> msgspec.Raw:
 def _progress(kept: bytes | None) -> Progress | None:
     """A run is worth more than how far it said it was."""
     try:
-        return None if kept is None else msgspec.json.decode(kept, type=Progress)
+        progress = None if kept is None else msgspec.json.decode(kept, type=Progress)
     except msgspec.DecodeError:
         return None
+    return progress and replace(progress, message=cut(progress.message))
+
+
+def _text(kept: str | None) -> str | None:
+    """An earlier version kept texts of any length."""
+    return None if kept is None else cut(kept)
 
 
 #: How the values of columns become those of records, if they are not the same.
@@ -777,12 +794,14 @@ READERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("created_at", "started_at", "completed_at"), time_from),
     **dict.fromkeys(("is_async", "cancel_requested"), bool),
     "progress": _progress,
+    **dict.fromkeys(("error", "error_type"), _text),
 }
 BATCH_READERS: Mapping[str, Callable[[Any], Any]] = {
     "options": functools.partial(msgspec.json.decode, type=BatchOptions),
     "status": RunStatus,
     **dict.fromkeys(TIMES_OF_BATCH, time_from),
     "cancel_requested": bool,
+    "error": _text,
     "extra_names": lambda kept: () if kept is None else msgspec.json.decode(kept, type=tuple[str, ...]),
 }
 

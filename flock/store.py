@@ -32,7 +32,7 @@ import msgspec
 
 from flock import schema
 from flock.errors import FlockError, OwnershipLost, StoreError, Unstorable
-from flock.runs import Batch, IdempotencyKey, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
+from flock.runs import Batch, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
 
 try:
     import fcntl
@@ -600,7 +600,7 @@ class Store:
     def get_run(self, run_id: str) -> Run | None:
         return self.read(lambda db: schema.find_run(db, run_id))
 
-    def list_runs(self, flock: str, wanted: RunFilter) -> list[Run]:
+    def list_runs(self, flock: str, wanted: RunFilter) -> Page[Run]:
         """One page of runs that are no items, newest first, without their steps. A damaged row has an error in it."""
         left_out = {"traceparent", "principal", "recoveries", "extra", "last_step"}  # they lie behind what is long
         left_out |= {
@@ -608,7 +608,7 @@ class Store:
         }
         columns = ", ".join(schema.EMPTY[name] if name in left_out else name for name in schema.FIELDS)
         conditions = ["flock = :flock"]
-        values: dict[str, Any] = {"flock": flock, "limit": wanted.limit}
+        values: dict[str, Any] = {"flock": flock, "limit": wanted.limit + 1}
         for condition, value in (
             ("agent_name = :agent_name", wanted.agent_name),
             ("principal = :principal", wanted.principal),
@@ -624,7 +624,7 @@ class Store:
         def query(columns: str) -> str:
             return f"{schema.listing(columns, statuses, ' AND '.join(conditions))} LIMIT :limit"
 
-        return self.read(lambda db: list(map(schema.run_or_remains, schema.rows_of(db, query, values, columns))))
+        return self.read(lambda db: schema.page_of(wanted.limit, schema.rows_of(db, query, values, columns)))
 
     def queue(self, flock: str) -> Queue:
         """What waits for one of ``agents`` and is no item. Runs that were opened anew have no age: it is not kept."""

@@ -407,7 +407,7 @@ async def test_a_full_store_fails_writes_and_loses_nothing(tmp_path: Path, caplo
         await store.save(kept, is_new=True)
         pages = store._db.execute("PRAGMA page_count").fetchone()[0]
         store._db.execute(f"PRAGMA max_page_count = {pages}")
-        large = run_of(error="x" * 1_000_000)
+        large = replace(run_of(), inputs=msgspec.Raw(b'"%b"' % (b"x" * 1_000_000)))
         with pytest.raises(StoreError, match="cannot be written now"):
             await store.save(large, is_new=True)
         assert "full" in caplog.text

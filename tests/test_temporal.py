@@ -980,7 +980,7 @@ async def test_what_is_too_long_for_the_cluster_goes_through_a_folder(
                     told := (await client.get(chat.headers["Location"])).json()
                 )["progress"] is None:
                     await asyncio.sleep(0.05)
-            assert (told["status"], len(told["progress"]["message"])) == ("running", 300_000)
+            assert (told["status"], told["progress"]["message"][-7:]) == ("running", "… (cut)")
             chat = await client.get(chat.headers["Location"], params={"wait": 30})
             assert len(chat.json()["result"]["result"]) == 5_000_000
             kept = {path.name for path in payload_dir.iterdir()}

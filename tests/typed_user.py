@@ -64,6 +64,7 @@ from flock.runs import (
     Observer,
     OnExtra,
     OnInvalid,
+    Page,
     Principal,
     Progress,
     Queue,
@@ -184,7 +185,8 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
     async for event in engine.events(run.run_id):
         assert_type(event, Event | None)
     await batches(engine, [{"text": "a"}, Row(inputs=msgspec.Raw(b"{}"), line=2)], "skip")
-    for item in await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now())):
+    page: Page[Run] = await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now()))
+    for item in page:
         print(one_line(sayable(item.error)), [step.usage for step in item.steps], len(events_of(item)))
     make_ids_after(run.run_id)
     assert_type(valid_traceparent("00-"), str | None)

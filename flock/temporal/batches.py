@@ -26,13 +26,14 @@ from temporalio.service import RPCError
 from flock.agents import Agent
 from flock.batches import Intake
 from flock.ends import not_retried
-from flock.errors import BatchNotFound, Conflict, EngineFull, KeyReused, Replayed, StoreError
+from flock.errors import BatchNotFound, Conflict, EngineFull, KeyReused, Replayed, StoreError, cut
 from flock.runs import (
     Batch,
     BatchFilter,
     IdempotencyKey,
     Items,
     OnInvalid,
+    Page,
     Run,
     RunStatus,
 )
@@ -71,8 +72,6 @@ CHUNK_BYTES = 500_000
 SENT_AT_ONCE = 8
 READ_AT_ONCE = 5
 SEND_TIMEOUT_S = 10.0
-#: About how many bytes of items are given at once.
-PAGE_BYTES = 1024 * 1024
 #: How long rows are kept from when they are sent; after that, as long as the namespace keeps what has ended.
 KEEP_ROWS_FOR = timedelta(days=30)
 #: Of so many batches it is remembered where their chunks begin, and what was told of them last.
@@ -93,7 +92,7 @@ class _Found:
     """
 
     def __init__(self, batch: Batch, about: Reopening, memo: Memo) -> None:
-        self.batch = batch
+        self.batch = batch if batch.error is None else replace(batch, error=cut(batch.error))
         self.about = about
         self.memo = memo
 
@@ -378,17 +377,14 @@ class TemporalBatches:
             found = await self._find(batch_id)
             order = await self._order(found.batch)
             chunks = iter(self._chunks_with(found, order, max(0, after + 1), statuses))
-            page: list[Run] = []
-            length, at_once = 0, 1  # of long results, one is more than a page
+            page, at_once = Page[Run](limit), 1  # of long results, one chunk is more than a page
             while wanted := list(islice(chunks, at_once)):
                 at_once = READ_AT_ONCE
                 read = await asyncio.gather(*(self._items_of(found, order, chunk) for chunk in wanted))
                 for item in (item for items in read for item in items.values()):
                     if (item.position or 0) <= after or item.status not in statuses:
                         continue
-                    page.append(replace(item, steps=()))
-                    length += len(bytes(item.inputs)) + len(bytes(item.result or b"")) + len(bytes(item.extra or b""))
-                    if len(page) == limit or length > PAGE_BYTES:
+                    if not page.add(replace(item, steps=())):
                         return page
             return page
         except RPCError as exc:
@@ -428,9 +424,9 @@ class TemporalBatches:
         except (BatchNotFound, RPCError):
             return None
 
-    async def page(self, wanted: BatchFilter) -> Sequence[Batch]:
+    async def page(self, wanted: BatchFilter) -> Page[Batch]:
         """As ``Engine.list_batches``."""
-        batches: list[Batch] = []
+        page = Page[Batch](wanted.limit)
         ids = newest_first(
             self._cluster,
             own(BATCH_WORKFLOW, self._flock),
@@ -448,11 +444,9 @@ class TemporalBatches:
                     if isinstance(batch, BaseException):
                         if not isinstance(batch, BatchNotFound):
                             raise batch
-                    elif wanted.status in (None, batch.status):
-                        batches.append(batch)
-                if len(batches) >= wanted.limit:
-                    return batches[: wanted.limit]
-        return batches
+                    elif wanted.status in (None, batch.status) and not page.add(batch):
+                        return page
+        return page
 
     # What is asked of a batch
 

@@ -28,6 +28,7 @@ from temporalio.exceptions import (
 )
 
 from flock.ends import End
+from flock.errors import cut
 from flock.runs import RunStatus
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
@@ -317,7 +318,7 @@ class FlockBatch(_Interruptible):
         elif batch.failed_items + cancelled == batch.total_items:
             status = RunStatus.FAILED
             first = self._first_error[1] if self._first_error else CANCELLED_BEFORE.error
-            error = f"None of the {batch.total_items} items completed. The first one: {first}"
+            error = cut(f"None of the {batch.total_items} items completed. The first one: {first}")
         self._batch = replace(
             batch,
             status=status,

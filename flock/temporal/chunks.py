@@ -13,6 +13,7 @@ from temporalio.api.workflow.v1 import PendingActivityInfo
 from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
+from flock.errors import cut
 from flock.runs import INVALID_INPUT, Run, RunStatus
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
@@ -147,7 +148,7 @@ class Chunk:
             item,
             status=ended.status,
             result=steps[-1].result if ended.status is RunStatus.COMPLETED else None,
-            error=ended.error,
+            error=None if ended.error is None else cut(ended.error),
             error_type=ended.error_type,
             started_at=ended.started_at,
             completed_at=ended.completed_at,

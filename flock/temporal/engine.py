@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, Self, TypeVar
 
 import msgspec
@@ -51,6 +52,7 @@ from flock.runs import (
     Items,
     Observer,
     OnInvalid,
+    Page,
     Progress,
     Queue,
     QueueLimits,
@@ -552,16 +554,14 @@ class TemporalEngine:
 
     # Lists
 
-    async def list_runs(self, wanted: RunFilter) -> Sequence[Run]:
+    async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         """As the cluster's search sees it, moments late. The records themselves are as they stand."""
         self._check_entered()
-        runs: list[Run] = []
-        reads = asyncio.Semaphore(READS_AT_ONCE)
+        page, at_once = Page[Run](wanted.limit), 1  # of long records, one is more than a page
 
         async def read(run_id: str) -> Run | None:
-            async with reads:
-                with contextlib.suppress(RunNotFound):  # it was deleted in the meantime
-                    return await self.get_run(run_id)
+            with contextlib.suppress(RunNotFound):  # it was deleted in the meantime
+                return _listed(await self.get_run(run_id), wanted)
             return None
 
         ids = newest_first(
@@ -576,12 +576,13 @@ class TemporalEngine:
             after=wanted.after,
         )
         async for run_ids in ids:
-            for start in range(0, len(run_ids), wanted.limit):
-                found = await asyncio.gather(*map(read, run_ids[start : start + wanted.limit]))
-                runs += [run for run in found if run is not None and _fits(run, wanted)]
-                if len(runs) >= wanted.limit:
-                    return [_listed(run, wanted) for run in runs[: wanted.limit]]
-        return [_listed(run, wanted) for run in runs]
+            unread = iter(run_ids)
+            while some := list(islice(unread, at_once)):
+                at_once = min(READS_AT_ONCE, wanted.limit)
+                for run in await asyncio.gather(*map(read, some)):
+                    if run is not None and _fits(run, wanted) and not page.add(run):
+                        return page
+        return page
 
     # Events
 
@@ -666,7 +667,7 @@ class TemporalEngine:
         self._check_entered()
         return await self._batches.items(batch_id, after, limit, statuses)
 
-    async def list_batches(self, wanted: BatchFilter) -> Sequence[Batch]:
+    async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
         return await self._batches.page(wanted)
 

@@ -61,7 +61,6 @@ CHUNKS_KEPT = 32
 #: How long it may take to find out what is to be cancelled, and how often that is looked at, in seconds.
 LOOK_TIMEOUT_S = 10.0
 LOOK_INTERVAL_S = 1.0
-MAX_ERROR_CHARS = 10_000
 DELETES_AT_ONCE = 8
 
 
@@ -363,7 +362,7 @@ def _ended(part: Part, end: End, started_at: datetime | None) -> Ended:
     return Ended(
         position=part.position,
         status=end.status,
-        error=end.error[:MAX_ERROR_CHARS],
+        error=end.error,
         error_type=end.error_type,
         started_at=started_at,
         completed_at=now(),

@@ -12,6 +12,7 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 
 from flock.ends import CANCELLED, End
+from flock.errors import cut
 from flock.runs import Run, RunStatus
 from flock.temporal.messages import (
     INTERRUPTED,
@@ -139,7 +140,7 @@ def _failed(run: Run, failure: Failure, at: datetime) -> Run:
     about = failure.application_failure_info
     run = _told(run, about.details.payloads)
     error_type = about.type or INTERRUPTED
-    return replace(run, status=RunStatus.FAILED, error=failure.message, error_type=error_type, completed_at=at)
+    return replace(run, status=RunStatus.FAILED, error=cut(failure.message), error_type=error_type, completed_at=at)
 
 
 def time_of(stamp: Timestamp) -> datetime:

@@ -29,9 +29,6 @@ logger = logging.getLogger("flock.temporal")
 
 #: Inputs and results of one run together, of the 2 MiB that the cluster takes at once.
 MAX_RUN_BYTES = 1_500_000
-#: The longest message of a progress, in characters, of which the same is true; of an item, many stand together.
-MAX_MESSAGE_CHARS = 300_000
-MAX_ITEM_MESSAGE_CHARS = 10_000
 
 
 async def until_left(drain_timeout_s: float) -> None:
@@ -95,8 +92,7 @@ class Turn:
 
     def note_progress(self, progress: Progress) -> None:
         """Called from any thread; the next heartbeat tells it on."""
-        chars = MAX_MESSAGE_CHARS if self.run.batch_id is None else MAX_ITEM_MESSAGE_CHARS
-        self.progress = replace(progress, message=progress.message[:chars])
+        self.progress = progress
 
     def stop(self) -> None:
         if self.context is not None:

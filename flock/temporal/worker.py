@@ -40,8 +40,6 @@ __all__ = ["TemporalWorker"]
 
 logger = logging.getLogger("flock.temporal")
 
-#: The longest text of an error that the cluster is given, in characters.
-MAX_ERROR_CHARS = 100_000
 #: After so many seconds a worker that died is not waited for to go on with a workflow that it knew.
 STICKY_TIMEOUT_S = 2
 #: How often at most the cluster is told how far items are, in seconds: what was done since then is done again if the
@@ -237,5 +235,5 @@ def _end(turn: Turn, end: End) -> NoReturn:
     # What was asked for is no failure for the library's log.
     category = ApplicationErrorCategory.BENIGN if end is CANCELLED else ApplicationErrorCategory.UNSPECIFIED
     raise ApplicationError(
-        end.error[:MAX_ERROR_CHARS], _beat_of(turn), type=end.error_type, non_retryable=True, category=category
+        end.error, _beat_of(turn), type=end.error_type, non_retryable=True, category=category
     ) from None  # what raised it is for the log only

@@ -1,0 +1,250 @@
+"""Pages of a list are bounded, and a page of another site gets nothing; real servers, stores and engines."""
+
+import contextlib
+import json
+import sqlite3
+import tracemalloc
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from flock.batchstore import BatchStore
+from flock.core import Flock
+from flock.errors import CUT, MAX_TEXT_BYTES, AgentError, FieldError, cut
+from flock.runs import PAGE_BYTES, Engine, RunContext, RunFilter, RunStatus
+from flockapi import create_app
+from tests.fakes import PATIENCE_S, beside_a_worker
+
+#: A page of the bound, with what its records have beside what may be long.
+MAX_PAGE_BYTES = 1.5 * PAGE_BYTES
+
+
+def long_flock() -> Flock:
+    flock = Flock("long")
+
+    @flock.agent
+    def repeat(text: str, times: int) -> str:
+        return text * times
+
+    @flock.agent
+    def complain(times: int) -> str:
+        raise AgentError("é" * times)
+
+    @flock.agent
+    async def chat(context: RunContext) -> str:
+        context.progress(1, 2, "é" * 1_000_000)
+        await anyio.sleep_forever()
+        return ""
+
+    return flock
+
+
+@contextlib.asynccontextmanager
+async def client_of(flock: Flock, engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(flock, engine=engine, auth="host")
+    async with app.lifespan():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t", timeout=60) as client:
+            yield client
+
+
+@pytest.fixture(params=["memory", "disk", "temporal"])
+async def served(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an app on each kind of engine."""
+    flock = long_flock()
+    async with contextlib.AsyncExitStack() as stack:
+        if request.param == "temporal":
+            address = request.getfixturevalue("temporal_address")
+            engine: Engine = await stack.enter_async_context(beside_a_worker(address, flock))
+        else:
+            engine = flock.engine(store=tmp_path / "flock.db" if request.param == "disk" else ":memory:")
+        yield await stack.enter_async_context(client_of(flock, engine))
+
+
+async def run(client: httpx.AsyncClient, agent_name: str, **inputs: Any) -> Any:
+    return (await client.post("/run/flock", json={"agent_name": agent_name, "inputs": inputs})).json()
+
+
+async def pages_of(client: httpx.AsyncClient, path: str, name: str) -> list[list[Any]]:
+    """All pages from *path* on, none of which is longer than a page may be."""
+    pages = []
+    next_: str | None = path
+    while next_ is not None:
+        response = await client.get(next_)
+        assert response.status_code == 200
+        page = response.json()
+        assert len(response.content) < MAX_PAGE_BYTES or len(page[name]) == 1
+        pages.append(page[name])
+        next_ = page["next"]
+    return pages
+
+
+async def all_listed(client: httpx.AsyncClient, path: str, count: int) -> None:
+    """Wait until a list has so many records: a cluster's search is moments late."""
+    with anyio.fail_after(PATIENCE_S):
+        while len((await client.get(path)).json()[path.strip("/")]) < count:  # noqa: ASYNC110 - nobody tells it
+            await anyio.sleep(0.05)
+
+
+# Pages
+
+
+@pytest.mark.anyio
+async def test_a_page_of_long_runs_ends_at_a_mebibyte_and_names_the_next(served: httpx.AsyncClient) -> None:
+    ids = [(await run(served, "repeat", text="x" * 100_000, times=3))["run_id"] for _ in range(8)]
+    await all_listed(served, "/runs", len(ids))
+    pages = await pages_of(served, "/runs?limit=1000&include=inputs,result", "runs")
+    assert [each["run_id"] for page in pages for each in page] == ids[::-1]
+    assert [len(page) for page in pages] == [2, 2, 2, 2]
+    assert len(await pages_of(served, "/runs?limit=1000", "runs")) == 1, "what is not shown does not count"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("served", ["memory", "disk"], indirect=True)  # a cluster refuses so long a result
+async def test_a_page_holds_one_run_however_long_it_is(served: httpx.AsyncClient) -> None:
+    for _ in range(2):
+        await run(served, "repeat", text="x" * 100_000, times=20)
+    pages = await pages_of(served, "/runs?include=result", "runs")
+    assert [len(page[0]["result"]["result"]) for page in pages] == [2_000_000, 2_000_000]
+
+
+@pytest.mark.anyio
+async def test_a_page_of_results_counts_what_went_wrong(served: httpx.AsyncClient) -> None:
+    rows = [{"times": 10_000}] * 200
+    sent = {"agent_name": "complain", "batch_inputs": rows, "max_workers": 100}
+    batch_id = (await served.post("/run/batch", json=sent)).json()["batch_id"]
+    batch = (await served.get(f"/batch/{batch_id}", params={"wait": 60, "results": False})).json()
+    assert batch["status"] == "failed"
+    assert len(batch["error"].encode()) <= MAX_TEXT_BYTES
+    pages = await pages_of(served, f"/batch/{batch_id}?limit=1000", "results")
+    assert len(pages) > 1
+    assert sum(map(len, pages)) == 200
+    results = (await served.get(f"/batch/{batch_id}/results")).json()
+    assert [each["position"] for each in results] == list(range(200)), "a download has no pages"
+
+
+@pytest.mark.anyio
+async def test_a_page_of_batches_with_long_errors_ends_at_a_mebibyte(tmp_path: Path) -> None:
+    flock = long_flock()
+    async with client_of(flock, flock.engine(store=tmp_path / "flock.db")) as client:
+        sent = {"agent_name": "complain", "batch_inputs": [{"times": 10}]}
+        batch_id = (await client.post("/run/batch", json=sent)).json()["batch_id"]
+        assert (await client.get(f"/batch/{batch_id}?wait=60")).json()["status"] == "failed"
+        names = "flock, agent_name, options, status, total_items, created_at, error"
+        copies = f"""INSERT INTO batches (batch_id, {names})
+            SELECT printf('%s%03d', substr(batch_id, 1, 33), value), {names} FROM batches, json_each(?)"""
+        with sqlite3.connect(tmp_path / "flock.db") as db:
+            db.execute("UPDATE batches SET error = ?", ("x" * 9_000,))
+            db.execute(copies, (json.dumps(list(range(300))),))
+        db.close()
+        pages = await pages_of(client, "/batches?limit=1000", "batches")
+    assert sum(map(len, pages)) == 301
+    assert len(pages) == 3
+
+
+@pytest.mark.anyio
+async def test_a_page_is_read_row_by_row_and_not_the_whole_list(tmp_path: Path) -> None:
+    flock = long_flock()
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        for _ in range(50):
+            accepted = await engine.submit("repeat", {"text": "x" * 200_000, "times": 1})
+            assert (await engine.wait(accepted.run_id)).status is RunStatus.COMPLETED
+        tracemalloc.start()
+        try:
+            wanted = RunFilter(limit=1000, with_inputs=True, with_results=True)
+            page = await engine.list_runs(wanted)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert page.has_more
+        assert peak < 3 * PAGE_BYTES
+
+
+@pytest.mark.anyio
+async def test_a_download_is_read_in_pages_of_a_mebibyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, pages = long_flock(), list[int]()
+    items_of = BatchStore.items
+
+    def items(self: BatchStore, *args: Any) -> Any:
+        page = items_of(self, *args)
+        pages.append(sum(len(item.inputs) + len(item.result or b"") + len(item.error or "") for item in page))
+        return page
+
+    monkeypatch.setattr(BatchStore, "items", items)
+    async with client_of(flock, flock.engine(store=tmp_path / "flock.db")) as client:
+        rows = [{"text": "x" * 20_000, "times": 10}] * 20
+        sent = {"agent_name": "repeat", "batch_inputs": rows}
+        batch_id = (await client.post("/run/batch", json=sent)).json()["batch_id"]
+        await client.get(f"/batch/{batch_id}?wait=60&results=false")
+        for format_ in ("json", "ndjson", "csv"):
+            pages.clear()
+            body = (await client.get(f"/batch/{batch_id}/results?format={format_}")).text
+            assert body.count("x" * 200_000) == 20
+            assert len(pages) > 4
+            assert max(pages) <= PAGE_BYTES
+
+
+# Texts
+
+
+def test_a_long_text_is_cut_with_a_mark() -> None:
+    for char in ("x", "é", "\U0001f986", "\ud800"):
+        whole = char * (MAX_TEXT_BYTES // len(char.encode("utf-8", "replace")))
+        assert cut(whole) == whole
+        short = cut(whole + "y")
+        assert short.endswith(CUT)
+        assert len(short.encode()) <= MAX_TEXT_BYTES
+        assert len(short.encode()) > MAX_TEXT_BYTES - 4
+        assert cut(short) == short
+
+
+@pytest.mark.anyio
+async def test_what_an_agent_says_is_kept_up_to_a_bound(served: httpx.AsyncClient) -> None:
+    failed = await run(served, "complain", times=100_000)
+    assert failed["error"].endswith(CUT)
+    assert len(failed["error"].encode()) <= MAX_TEXT_BYTES
+    chat = {"agent_name": "chat", "async_run": True}
+    path = (await served.post("/run/flock", json=chat)).headers["Location"]
+    with anyio.fail_after(PATIENCE_S):
+        while (progress := (await served.get(path)).json()["progress"]) is None:  # noqa: ASYNC110 - as a client
+            await anyio.sleep(0.05)
+    await served.post(f"{path}/cancel", params={"wait": 30})
+    assert progress["message"].endswith(CUT)
+    assert len(progress["message"].encode()) <= MAX_TEXT_BYTES
+
+
+@pytest.mark.anyio
+async def test_the_name_of_a_member_is_repeated_up_to_a_bound(tmp_path: Path) -> None:
+    """In pointers and details of a problem, and in the error of an item that does not fit."""
+    flock = long_flock()
+    async with client_of(flock, flock.engine(store=tmp_path / "flock.db")) as client:
+        inputs = {str(number) * 40_000: 1 for number in range(10)}
+        refused = await client.post("/run/flock", json={"agent_name": "complain", "inputs": {"times": 1, **inputs}})
+        assert refused.status_code == 422
+        assert len(refused.content) < 20 * MAX_TEXT_BYTES
+        assert refused.json()["errors"][0]["pointer"].endswith(CUT)
+        skipped = {"agent_name": "complain", "batch_inputs": [inputs], "on_invalid": "skip"}
+        batch_id = (await client.post("/run/batch", json=skipped)).json()["batch_id"]
+        await client.get(f"/batch/{batch_id}?wait=60")
+        assert len((await client.get("/batches")).content) < 2 * MAX_TEXT_BYTES
+    assert FieldError(detail="d" * 10_000, pointer="p" * 10_000).pointer.endswith(CUT)
+
+
+@pytest.mark.anyio
+async def test_long_texts_of_an_older_store_are_cut_when_they_are_read(tmp_path: Path) -> None:
+    flock = long_flock()
+    async with client_of(flock, flock.engine(store=tmp_path / "flock.db")) as client:
+        ids = [(await run(client, "complain", times=1))["run_id"] for _ in range(5)]
+        with sqlite3.connect(tmp_path / "flock.db") as db:
+            progress = json.dumps({"done": 1, "total": 2, "message": "x" * 100_000}).encode()
+            db.execute("UPDATE runs SET error = ?, progress = ?", ("x" * 1_000_000, progress))
+        db.close()
+        response = await client.get("/runs")
+        assert [each["error"][-len(CUT) :] for each in response.json()["runs"]] == [CUT] * 5
+        assert len(response.content) < 6 * MAX_TEXT_BYTES
+        one = (await client.get(f"/run/{ids[0]}")).json()
+        assert one["error"].endswith(CUT)
+        assert one["progress"]["message"].endswith(CUT)
