@@ -1041,7 +1041,9 @@ class FlockAPI(Starlette):
             which is answered with 401 before the body is read. It guards all but the docs pages, the files of the web
             page, the specification, ``/healthz`` and ``/readyz``, and runs after *middleware*. ``"host"`` states that
             the host lets only its own users reach the app; it identifies nobody. Without *auth* and *api_keys*
-            everybody may call the app, and a warning says so when it starts.
+            everybody may call the app, and a warning says so when it starts; ``"anybody"`` states that this is meant,
+            without a warning. In both cases a browser's page of another origin cannot read either, but for what is
+            open.
         allowed_hosts: what ``Host`` may say, without the port; None is anything.
         cors_origins: pages of these origins may call the app from a browser. All others may not change anything.
         middleware, exception_handlers: as Starlette has them; handlers come before the app's own.
@@ -1082,7 +1084,7 @@ class FlockAPI(Starlette):
         routes: Sequence[BaseRoute] = (),
         openapi_paths: Mapping[str, Any] | None = None,
         api_keys: Mapping[str, str] | None = None,
-        auth: Auth | Literal["host"] | None = None,
+        auth: Auth | Literal["host", "anybody"] | None = None,
         allowed_hosts: Collection[str] | None = None,
         cors_origins: Sequence[str] = (),
         middleware: Sequence[Middleware] = (),
@@ -1104,7 +1106,8 @@ class FlockAPI(Starlette):
         self.router = Door(
             [*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)]), *(UI if create_ui else ())],
             open_routes=OPEN,
-            auth=None if auth == "host" else auth,
+            auth=None if isinstance(auth, str) else auth,
+            is_anonymous=auth in (None, "anybody"),
             hosts=allowed_hosts,
             origins=cors_origins,
             max_header_bytes=max_header_bytes,

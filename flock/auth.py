@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
@@ -139,7 +138,7 @@ def check_host(host: str, allowed: Collection[str]) -> None:
 
 
 def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
-    """Raise Forbidden where a browser's page of another origin sends what changes something: it could spend money.
+    """Raise Forbidden if a browser's page of another origin sends the request: it could spend money.
 
     Browsers say where a request comes from, by ``Sec-Fetch-Site``, and older ones by ``Origin``, which is compared with
     ``Host`` then. Other clients send neither.
@@ -148,10 +147,13 @@ def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
     if site:
         is_own = site in ("same-origin", "none")
     else:
-        is_own = origin is None or urlsplit(origin).netloc == headers.get("host")
+        # urlsplit raises an error for "http://[".
+        is_own = origin is None or origin.partition("://")[1:] == ("://", headers.get("host"))
     if not is_own and origin not in allowed:
         page = "A page of another origin" if origin is None else f"A page of {origin[:100]}"
-        raise Forbidden(f"{page} may not do this. The server's owner can let it: cors_origins=")
+        raise Forbidden(
+            f"{page} may not do this. Enter the address by hand, or let the page in with cors_origins= (--cors-origin)."
+        )
 
 
 class Places:

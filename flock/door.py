@@ -62,6 +62,8 @@ class Door(Router):
     Args:
         open_routes: these very objects are open to everybody, and not counted against *rate*.
         auth: identifies principals; None lets everybody in.
+        is_anonymous: nobody is identified, here or by a host. So what is not open is kept from pages of other origins,
+            also if it changes nothing: a page could make the browser of somebody who can connect ask for it.
         hosts: what ``Host`` may say, without the port; None is anything.
         origins: pages of other origins that may change something.
         rate: how much each principal may ask for; None is any.
@@ -74,6 +76,7 @@ class Door(Router):
         *,
         open_routes: Sequence[BaseRoute],
         auth: Auth | None,
+        is_anonymous: bool,
         hosts: Collection[str] | None,
         origins: Collection[str],
         max_header_bytes: int,
@@ -83,6 +86,7 @@ class Door(Router):
         super().__init__(routes, **options)
         self._open_routes = open_routes
         self._auth = auth
+        self._is_anonymous = is_anonymous
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
         self._origins = origins
         self._max_header_bytes = max_header_bytes
@@ -95,9 +99,10 @@ class Door(Router):
         route, child_scope = self._match(scope)
         found: Found = scope.setdefault("flock.found", Found())
         found.route = route
+        is_open = any(route is open_route for open_route in self._open_routes)
         try:
-            self._check_headers(scope)
-            if not any(route is open_route for open_route in self._open_routes):
+            self._check_headers(scope, is_kept=self._is_anonymous and route is not None and not is_open)
+            if not is_open:
                 await self._admit(scope, found)
         except (HTTPException, FlockError) as exc:
             if scope["type"] == "websocket":
@@ -122,7 +127,8 @@ class Door(Router):
                 partial = route, child_scope
         return partial
 
-    def _check_headers(self, scope: Scope) -> None:
+    def _check_headers(self, scope: Scope, *, is_kept: bool) -> None:
+        """*is_kept*: from pages of other origins, whatever the method."""
         length, is_from_page = 0, False
         for name, value in scope["headers"]:  # once, since each look-up goes through all of them
             length += len(name) + len(value)
@@ -132,7 +138,7 @@ class Door(Router):
         headers = Headers(scope=scope)
         if self._hosts is not None:
             check_host(headers.get("host", ""), self._hosts)
-        if is_from_page and scope.get("method") not in SAFE_METHODS:
+        if is_from_page and (is_kept or scope.get("method") not in SAFE_METHODS):
             check_origin(headers, self._origins)
 
     async def _admit(self, scope: Scope, found: Found) -> None:

@@ -75,8 +75,9 @@ OPTIONS: Mapping[str, Option] = {
     "openapi_paths": _or_none(*_of_type(Mapping, "a mapping of paths, as in OpenAPI")),
     "api_keys": _or_none(_names_keys, "a mapping of names to keys, all of them texts"),
     "auth": _or_none(
-        lambda value: callable(value) or value == "host",
-        'a function of the connection that returns a Principal or None, or "host" if the host lets only its users in',
+        lambda value: callable(value) or value in ("host", "anybody"),
+        'a function of the connection that returns a Principal or None, "host" if the host lets only its users in, or '
+        '"anybody" if everybody who can connect may call it',
     ),
     "allowed_hosts": _or_none(
         *_many(is_host_name, 'a list of host names without scheme and port, such as ["agents.example"]')

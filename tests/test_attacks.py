@@ -406,7 +406,7 @@ def test_behind_a_proxy_a_key_is_made_and_demanded(options: list[str], script: P
     ],
 )
 async def test_a_page_of_another_origin_changes_nothing(headers: dict[str, str], status: int) -> None:
-    app = create_app(sample_flock(), store=":memory:", cors_origins=["http://ours.example"])
+    app = create_app(sample_flock(), store=":memory:", auth="host", cors_origins=["http://ours.example"])
     async with client_of(app) as client:
         run_id = (await client.post("/run/flock", json=ADD)).json()["run_id"]
         assert (await client.post("/run/flock", json=ADD, headers=headers)).status_code == status

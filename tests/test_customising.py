@@ -351,7 +351,7 @@ MISTAKES: dict[str, Any] = {
     "routes": (["/double"], "a list of Starlette routes"),
     "openapi_paths": (["/double"], "a mapping of paths, as in OpenAPI"),
     "api_keys": ("ann=fk_secret", "a mapping of names to keys, all of them texts, or None, not a value of type str"),
-    "auth": ("x", 'a function of the connection that returns a Principal or None, or "host" if'),
+    "auth": ("x", 'a function of the connection that returns a Principal or None, "host" if'),
     "allowed_hosts": (["https://agents.example"], "a list of host names without scheme and port"),
     "cors_origins": ("https://agents.example", "a list of origins"),
     "middleware": ([BaseHTTPMiddleware], "a list of starlette.middleware.Middleware"),

@@ -1,23 +1,28 @@
 """Pages of a list are bounded, and a page of another site gets nothing; real servers, stores and engines."""
 
 import contextlib
+import functools
+import http.server
 import json
 import sqlite3
+import threading
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx
 import pytest
+from playwright.sync_api import sync_playwright
 
 from flock.batchstore import BatchStore
 from flock.core import Flock
 from flock.errors import CUT, MAX_TEXT_BYTES, AgentError, FieldError, cut
 from flock.runs import PAGE_BYTES, Engine, RunContext, RunFilter, RunStatus
 from flockapi import create_app
-from tests.fakes import PATIENCE_S, beside_a_worker
+from tests.fakes import PATIENCE_S, Server, beside_a_worker, flockapi_command, running
+from tests.test_docs_pages import CHROMIUM, needs_browser
 
 #: A page of the bound, with what its records have beside what may be long.
 MAX_PAGE_BYTES = 1.5 * PAGE_BYTES
@@ -62,6 +67,41 @@ async def served(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         else:
             engine = flock.engine(store=tmp_path / "flock.db" if request.param == "disk" else ":memory:")
         yield await stack.enter_async_context(client_of(flock, engine))
+
+
+SCRIPT = """
+from flock.core import Flock
+
+flock = Flock("pages")
+
+@flock.agent
+def add(a: int, b: int) -> int:
+    return a + b
+"""
+
+
+@contextlib.contextmanager
+def serving(tmp_path: Path, *options: str, workers: int = 1) -> Iterator[Server]:
+    """Our own server, without a key."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = flockapi_command("serve", str(tmp_path / "script.py"), "--port", "0", *options)
+    with running(*command, *(["--workers", str(workers)] if workers > 1 else [])) as server:
+        server.wait_for_line("Application startup complete", times=workers)
+        yield server
+
+
+@contextlib.contextmanager
+def serving_files(folder: Path) -> Iterator[int]:
+    """The port of a server of files."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        thread = threading.Thread(target=files.serve_forever)
+        thread.start()
+        try:
+            yield files.server_port
+        finally:
+            files.shutdown()
+            thread.join()
 
 
 async def run(client: httpx.AsyncClient, agent_name: str, **inputs: Any) -> Any:
@@ -248,3 +288,83 @@ async def test_long_texts_of_an_older_store_are_cut_when_they_are_read(tmp_path:
         one = (await client.get(f"/run/{ids[0]}")).json()
         assert one["error"].endswith(CUT)
         assert one["progress"]["message"].endswith(CUT)
+
+
+# Pages of other sites
+
+#: What a browser says of a request: that of a page elsewhere, of one on another port, of our own, of a typed address.
+SITES = [
+    pytest.param({"Sec-Fetch-Site": "cross-site"}, 403, id="cross-site"),
+    pytest.param({"Sec-Fetch-Site": "same-site"}, 403, id="same-site"),
+    pytest.param({"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, 403, id="cross-site with Origin"),
+    pytest.param({"Origin": "http://evil.example"}, 403, id="an older browser"),
+    pytest.param({"Origin": "http://["}, 403, id="an origin that cannot be parsed"),
+    pytest.param({"Sec-Fetch-Site": "cross-site", "Origin": "http://ours.example"}, 200, id="an origin let in"),
+    pytest.param({"Sec-Fetch-Site": "same-origin"}, 200, id="our own page"),
+    pytest.param({"Sec-Fetch-Site": "none"}, 200, id="typed"),
+    pytest.param({}, 200, id="no browser"),
+]
+KEY = "a key of twenty chars".replace(" ", "-")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("headers", "status"), SITES)
+async def test_a_page_of_another_site_reads_nothing_if_no_key_is_demanded(headers: dict[str, str], status: int) -> None:
+    auths: list[dict[str, Any]] = [{}, {"auth": "anybody"}, {"auth": "host"}, {"api_keys": {"ann": KEY}}]
+    for options in auths:
+        flock = long_flock()
+        app = create_app(flock, store=":memory:", cors_origins=["http://ours.example"], create_ui=True, **options)
+        async with app.lifespan():
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+                client.headers = httpx.Headers(headers | {"X-API-Key": KEY})
+                is_anonymous = options.get("auth", "anybody") == "anybody" and "api_keys" not in options
+                for path in ("/runs", "/agents", "/agents/chat", "/batches"):
+                    response = await client.get(path)
+                    assert response.status_code == (status if is_anonymous else 200), (options, path)
+                    if response.status_code == 403:
+                        assert response.json()["type"] == "urn:flockapi:problem:forbidden"
+                        assert "Enter the address by hand" in response.json()["detail"]
+                        assert (await client.head(path)).status_code == 403
+                for path in ("/", "/ui", "/ui/app.js", "/docs", "/redoc", "/openapi.json", "/healthz", "/readyz"):
+                    assert (await client.get(path)).status_code in (200, 307), path
+                assert (await client.get("/static/docs.js")).status_code == 200
+                assert (await client.get("/none")).status_code == 404
+                assert (await client.post("/run/flock", json={})).status_code == (status if status == 403 else 422)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_our_own_server_without_a_key_refuses_pages_of_other_sites(workers: int, tmp_path: Path) -> None:
+    with serving(tmp_path, workers=workers) as server:
+        for headers, status in (({}, 200), ({"Sec-Fetch-Site": "same-site"}, 403), ({"Origin": "http://["}, 403)):
+            for _ in range(4):
+                with httpx.Client(base_url=server.url, headers=headers) as client:
+                    assert client.get("/runs").status_code == status
+                    assert client.get("/docs").status_code == 200
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"], ids=["same-site", "cross-site"])
+def test_a_browser_shows_a_foreign_page_nothing(name: str, tmp_path: Path) -> None:
+    """Neither by fetch nor by a link; what is open can be reached by a link."""
+    with serving(tmp_path, "--ui") as server, sync_playwright() as playwright:
+        links = "".join(f'<a id="{name}" href="{server.url}/{name}">{name}</a>' for name in ("runs", "docs", "ui"))
+        (tmp_path / "evil.html").write_text(f"<!doctype html>{links}")
+        with serving_files(tmp_path) as port:
+            chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+            page = chromium.new_page()
+            statuses: dict[str, int] = {}
+            page.on("response", lambda response: statuses.update({response.url: response.status}))
+            evil = f"http://{name}:{port}/evil.html"
+            page.goto(evil)
+            page.evaluate("url => fetch(url, {mode: 'no-cors'}).catch(String)", f"{server.url}/agents?fetch")
+            assert statuses[f"{server.url}/agents?fetch"] == 403
+            for link, status in (("runs", 403), ("docs", 200), ("ui", 200)):
+                page.goto(evil)
+                page.locator(f"#{link}").click()
+                page.wait_for_url(f"{server.url}/{link}*")
+                assert statuses[f"{server.url}/{link}"] == status
+            page.goto("about:blank")
+            page.goto(f"{server.url}/runs")
+            assert statuses[f"{server.url}/runs"] == 200, "who types an address gets there"
+            chromium.close()
