@@ -24,7 +24,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 from uuid import UUID
 
 import anyio
@@ -36,7 +36,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -320,7 +320,7 @@ def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mappi
     """The path of the page behind *last_id*, and the headers that tell it."""
     if last_id is None:
         return None, {}
-    path = f"{request.url.path}?{urlencode({**request.query_params, 'after': last_id})}"
+    path = f"{path_of(request.scope)}?{urlencode({**request.query_params, 'after': last_id})}"
     return path, {"Link": f'<{path}>; rel="next"'}
 
 
@@ -434,6 +434,11 @@ def root_path(scope: Scope) -> str:
     return path.rstrip("/")
 
 
+def path_of(scope: Scope) -> str:
+    """The path of the request, as a link has it. ``Request.url`` fails if the query is not UTF-8."""
+    return quote(scope["path"], safe="/:@!$&'()*+,;=~")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors: RFC 9457
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,7 +506,7 @@ def _problem(
         title=title,
         status=status,
         detail=cut(detail),
-        instance=request.url.path,
+        instance=path_of(request.scope),
         request_id=request_id_of(request),
         **more,
     )
@@ -663,7 +668,7 @@ async def run_batch(request: Request) -> Response:
         key = idempotency_key(request, fingerprint_of(request, sent))
     else:
         body = Body(request, app.max_upload_bytes, app.body_timeout_s)
-        key = idempotency_key(request, lambda: fingerprint_of(request, request.url.query.encode() + body.digest()))
+        key = idempotency_key(request, lambda: fingerprint_of(request, request.scope["query_string"] + body.digest()))
     engine, headers = await engine_of(request), {}
     try:
         if sent is None:
@@ -949,7 +954,12 @@ async def to_ui(request: Request) -> Response:
 async def no_ui(scope: Scope, receive: Receive, send: Send) -> None:
     """What no route matches: people who look for a page read where one is. Raises HTTPException 404."""
     app: FlockAPI = scope["app"]
-    if scope["type"] == "http" and scope["path"].removeprefix(root_path(scope)).rstrip("/") in ("", "/ui"):
+    bare = {**scope, "path": scope["path"].rstrip("/")}
+    is_http, has_slash = scope["type"] == "http", bare["path"] != scope["path"]
+    if is_http and has_slash and any(route.matches(bare)[0] is not Match.NONE for route in app.routes):
+        path = root_path(scope) + path_of(bare).removeprefix(root_path(scope))
+        raise HTTPException(404, f"Paths of this server have no slash at the end. Ask for {path}")
+    if is_http and bare["path"].removeprefix(root_path(scope)) in ("", "/ui"):
         docs = f"The API is described at {root_path(scope)}/docs. " if app.has_docs else ""
         detail = f"This server has no web page. {docs}It serves one at /ui if started with --ui (create_ui=True)."
         raise HTTPException(404, detail)
@@ -960,10 +970,20 @@ async def no_ui(scope: Scope, receive: Receive, send: Send) -> None:
 # The route table, and the application
 # ---------------------------------------------------------------------------------------------------------------------
 
+
+class _Static(StaticFiles):
+    """Files with the policy of the pages that load them."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
 DOCS: Sequence[Route | Mount] = [
     Route("/docs", docs, include_in_schema=False),
     Route("/redoc", redoc, include_in_schema=False),
-    Mount("/static", StaticFiles(directory=STATIC)),
+    Mount("/static", _Static(directory=STATIC)),
 ]
 ROUTES: Sequence[Route | Mount] = [
     Route("/run/flock", run_flock, methods=["POST"]),
@@ -1161,7 +1181,10 @@ class FlockAPI(Starlette):
             self.has_ended = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Give each request an id, and its response the same in ``X-Request-ID``, whatever becomes of it."""
+        """Give each request an id, and its response the same in ``X-Request-ID``, whatever becomes of it.
+
+        No response is kept or guessed at by a browser, unless it says itself how long it may be kept.
+        """
         if scope["type"] != "http":
             await super().__call__(scope, receive, functools.partial(_send_lifespan, send))
             return
@@ -1177,7 +1200,12 @@ class FlockAPI(Starlette):
             nonlocal status_code
             if message["type"] == "http.response.start":
                 status_code = message["status"]
+                sent = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if b"x-content-type-options" not in sent:
+                    message["headers"].append((b"x-content-type-options", b"nosniff"))
+                if b"cache-control" not in sent and b"etag" not in sent:  # an ETag is there for caches
+                    message["headers"].append((b"cache-control", b"no-store"))
                 for name, value in found.headers.items():
                     message["headers"].append((name.encode(), value.encode()))
             await send(message)

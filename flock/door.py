@@ -83,7 +83,7 @@ class Door(Router):
         rate: Rate | None,
         **options: Any,
     ) -> None:
-        super().__init__(routes, **options)
+        super().__init__(routes, redirect_slashes=False, **options)  # to an address that ``Host`` names
         self._open_routes = open_routes
         self._auth = auth
         self._is_anonymous = is_anonymous
@@ -109,7 +109,7 @@ class Door(Router):
                 raise WebSocketException(1008) from exc  # RFC 6455, 7.4.1: policy violation
             raise
         if route is None:
-            await super().__call__(scope, receive, send)  # redirects to the path with or without its last slash, or 404
+            await super().__call__(scope, receive, send)
         else:
             scope.setdefault("router", self)
             scope["route"] = route

@@ -197,6 +197,13 @@ def _add_flocks(db: sqlite3.Connection) -> None:
     db.execute("CREATE TABLE flocks (flock TEXT PRIMARY KEY, agents TEXT NOT NULL) WITHOUT ROWID")
 
 
+def _index_agents_of_principals(db: sqlite3.Connection) -> None:
+    db.execute(
+        "CREATE INDEX runs_by_principal_and_agent ON runs (flock, principal, agent_name, status, run_id) "
+        "WHERE batch_id IS NULL AND principal IS NOT NULL"
+    )
+
+
 MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _create_tables,
     _add_traceparent,
@@ -205,6 +212,7 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _add_recoveries,
     _add_extra,
     _add_flocks,
+    _index_agents_of_principals,
 ]
 
 
@@ -708,9 +716,10 @@ def listing(columns: str, statuses: Iterable[str], conditions: str, also: str = 
     SQLite merges the ranges of the statuses as it reads them, so that no index without the status is needed: each one
     that there is takes its time at each write.
     """
-    index = "runs_by_both" if "agent_name = " in conditions else "runs_by_status"
+    is_of_agent = "agent_name = " in conditions
+    index = "runs_by_both" if is_of_agent else "runs_by_status"
     if "principal = " in conditions:
-        index = "runs_by_principal"
+        index = "runs_by_principal_and_agent" if is_of_agent else "runs_by_principal"
     ranges = [
         f"SELECT {columns} FROM runs INDEXED BY {index} WHERE batch_id IS NULL AND {conditions} AND status = '{status}'"
         for status in statuses

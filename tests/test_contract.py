@@ -120,11 +120,17 @@ def test_nothing_in_it_is_unused() -> None:
             assert used in text, f"{kind}/{name}"
 
 
+#: What the description of the document says once, for all answers.
+OF_EVERY_ANSWER = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+
+
 def check_described(operation: Any, response: httpx.Response) -> None:
     """Its status, its media type, its body, and its headers: those that must be there are, and no others are."""
     described = resolve(operation["responses"][str(response.status_code)])
     headers = {name.lower(): resolve(header) for name, header in described["headers"].items()}
     sent = set(response.headers) - {"content-type", "content-length", "connection", "date"}  # HTTP's own
+    assert {name: response.headers[name] for name in OF_EVERY_ANSWER} == OF_EVERY_ANSWER
+    sent -= OF_EVERY_ANSWER.keys() - headers.keys()
     assert {name for name, header in headers.items() if header.get("required")} <= sent <= headers.keys()
     if "content" not in described:
         assert response.content == b""

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import http.server
+import itertools
 import json
+import socket
 import sqlite3
 import threading
 import tracemalloc
@@ -13,13 +15,16 @@ from typing import Any
 
 import anyio
 import httpx
+import msgspec
 import pytest
+from msgspec.structs import replace
 from playwright.sync_api import sync_playwright
 
 from flock.batchstore import BatchStore
 from flock.core import Flock
 from flock.errors import CUT, MAX_TEXT_BYTES, AgentError, FieldError, cut
-from flock.runs import PAGE_BYTES, Engine, RunContext, RunFilter, RunStatus
+from flock.runs import PAGE_BYTES, Engine, Run, RunContext, RunFilter, RunStatus, new_id, now
+from flock.store import Store
 from flockapi import create_app
 from tests.fakes import PATIENCE_S, Server, beside_a_worker, flockapi_command, running
 from tests.test_docs_pages import CHROMIUM, needs_browser
@@ -368,3 +373,138 @@ def test_a_browser_shows_a_foreign_page_nothing(name: str, tmp_path: Path) -> No
             page.goto(f"{server.url}/runs")
             assert statuses[f"{server.url}/runs"] == 200, "who types an address gets there"
             chromium.close()
+
+
+# What a browser makes of an answer
+
+
+@pytest.fixture
+async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(long_flock(), store=":memory:", create_ui=True, auth="host")
+    async with app.lifespan():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as made:
+            yield made
+
+
+@pytest.mark.anyio
+async def test_no_answer_is_guessed_at_or_kept(client: httpx.AsyncClient) -> None:
+    """Also an error, a stream and a download; files have an ETag, and are asked for again."""
+    sent = {"agent_name": "repeat", "batch_inputs": [{"text": "x", "times": 1}]}
+    batch_id = (await client.post("/run/batch", json=sent)).json()["batch_id"]
+    await client.get(f"/batch/{batch_id}?wait=30")
+    run_id = (await run(client, "repeat", text="x", times=1))["run_id"]
+    paths = [f"/run/{run_id}/events", f"/batch/{batch_id}/results", f"/batch/{batch_id}/results?format=csv"]
+    for path in (*paths, "/runs", "/batches", "/agents", "/healthz", "/none", "/openapi.json", "/docs", "/static/none"):
+        response = await client.get(path)
+        assert response.headers.get_list("X-Content-Type-Options") == ["nosniff"], path
+        assert response.headers.get_list("Cache-Control") == ["no-store"], path
+    for path in ("/static/docs.js", "/static/vendor/redoc/redoc.standalone.js"):
+        response = await client.get(path)
+        assert response.headers.get_list("X-Content-Type-Options") == ["nosniff"]
+        assert response.headers["Content-Security-Policy"].startswith("default-src 'self'; ")
+        assert "no-store" not in response.headers.get("Cache-Control", "")
+        again = await client.get(path, headers={"If-None-Match": response.headers["ETag"]})
+        assert again.status_code == 304
+    assert (await client.get("/ui/app.js")).headers.get_list("Cache-Control") == ["no-cache"]
+
+
+@pytest.mark.anyio
+async def test_a_slash_at_the_end_leads_nowhere(client: httpx.AsyncClient) -> None:
+    """No redirect repeats what ``Host`` says."""
+    for path in ("/runs/", "/agents/", "/agents/chat/", "/run/x/", "/batches//", "/ui/", "/docs/", "/healthz/"):
+        response = await client.get(path, headers={"Host": "evil.example"})
+        assert response.status_code == 404
+        assert response.json()["detail"].endswith(f"Ask for {path.rstrip('/')}")
+        assert "Location" not in response.headers
+    for path in ("/none/", "/static", "/openapi.json/x/"):
+        response = await client.get(path, headers={"Host": "evil.example"})
+        assert (response.status_code, response.json()["detail"]) == (404, "Not Found")
+    assert (await client.post("/run/flock/", json={})).status_code == 404
+
+
+#: What parsers of these headers fail at.
+MALFORMED = {
+    "Host": [b"[", b"http://[", b"[::1]:x", b"t:99999999", "t:²".encode(), b"\xff"],
+    "Origin": [b"http://[", b"http://[::1", b"\xff"],
+    "Content-Length": [b"-1", "²".encode(), b"9" * 30, b"\xff", b""],
+    "Prefer": [b'"', b"wait=\xb2, respond-async", b",,;=", b"wait=" + b"9" * 30],
+    "Last-Event-ID": ["²".encode(), b"-1", b"9" * 30, b"\xb2"],
+    "traceparent": [b"00-\xff-\xff-01", b"["],
+    "Accept": [b"a/b;q=inf", b"*/*;q=1.", b"text/csv;q=\xb2", b",;"],
+    "If-None-Match": [b'W/"', b"\xff", b"*"],
+    "If-Modified-Since": [b"Thu, 99 Foo 99999999 99:99:99 GMT", b"Mon, 01 Jan 0000 00:00:00 +9999999"],
+    "Range": [b"bytes=--", b"bytes=9-1", b"bytes=\xb2-", b"bytes=" + b"9" * 30 + b"-"],
+    "Authorization": [b"Bearer \xff", b"["],
+    "Idempotency-Key": [b'"', b"\xff", b"x" * 300],
+    "Content-Type": [b"application/json;charset=\xff", b";", b"["],
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_no_header_makes_the_server_fail(name: str, client: httpx.AsyncClient) -> None:
+    sent = {"agent_name": "repeat", "batch_inputs": [{"text": "x", "times": 1}]}
+    batch_id = (await client.post("/run/batch", json=sent)).json()["batch_id"]
+    run_id = (await run(client, "repeat", text="x", times=1))["run_id"]
+    requests = [("GET", f"/run/{run_id}/events"), ("GET", f"/batch/{batch_id}/results"), ("GET", "/none/")]
+    requests += [("GET", "/runs?limit=1"), ("GET", "/static/docs.js"), ("POST", "/run/flock"), ("POST", "/run/batch")]
+    requests += [("GET", "/ui/app.js"), ("GET", "/runs/")]
+    for method, path in requests:
+        for value in MALFORMED[name]:
+            headers: list[tuple[bytes, bytes]] = [(name.encode(), value)]
+            headers += [] if name == "Content-Type" else [(b"Content-Type", b"application/json")]
+            response = await client.request(method, path, headers=headers, content=b"{}")
+            assert response.status_code < 500, (path, value, response.text)
+
+
+@pytest.mark.anyio
+async def test_a_query_that_is_not_utf_8_is_refused() -> None:
+    """Our own server refuses it before the app sees it; other servers do not."""
+    app = create_app(long_flock(), store=":memory:", auth="host")
+
+    async def with_bytes(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "query_string": b"limit=\xff"}, receive, send)
+
+    async with app.lifespan():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(with_bytes), base_url="http://t") as client:
+            for path, status in (("/runs", 422), ("/none", 404), ("/run/x/cancel", 404)):
+                response = await client.request("POST" if "cancel" in path else "GET", path)
+                assert (response.status_code, response.json()["instance"]) == (status, path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_our_own_server_does_not_fail_at_what_it_cannot_parse(workers: int, tmp_path: Path) -> None:
+    """Nor does it redirect to what ``Host`` says."""
+    answers = {
+        b"GET /runs/ HTTP/1.1\r\nHost: localhost": 404,
+        b"GET /runs HTTP/1.1\r\nHost: [": 421,
+        b"POST /run/flock HTTP/1.1\r\nContent-Length: 0\r\nHost: 127.0.0.1\r\nOrigin: http://[": 403,
+    }
+    with serving(tmp_path, workers=workers) as server:
+        for _ in range(2 * workers):
+            for request, status in answers.items():
+                with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), PATIENCE_S) as sent:
+                    sent.sendall(request + b"\r\nConnection: close\r\n\r\n")
+                    received = b"".join(iter(lambda sent=sent: sent.recv(65_536), b""))  # type: ignore[misc]
+                assert received.startswith(b"HTTP/1.1 %d" % status), (request, received)
+                assert b"\r\nx-content-type-options: nosniff\r\n" in received
+                assert b"\r\nlocation:" not in received.lower()
+
+
+@pytest.mark.anyio
+async def test_a_list_of_one_agent_looks_through_no_other_runs_of_a_principal(tmp_path: Path) -> None:
+    """Counted in steps of SQLite: of 5,000 runs of another agent, none is read."""
+    steps = []
+    for others in (0, 5_000):
+        async with Store(tmp_path / f"{others}.db") as store:
+            for name in ("rare", *["other"] * others, "rare"):
+                run = Run(run_id=new_id(), flock="f", agent_name=name, inputs=msgspec.Raw(b"{}"), created_at=now())
+                store.save_nowait(replace(run, principal="ann", status=RunStatus.COMPLETED), is_new=True)
+            store.flush_nowait()
+            await store.save(replace(run, run_id=new_id(), principal="ben"), is_new=True)
+            counted = itertools.count()
+            store.read(lambda db, counted=counted: db.set_progress_handler(lambda: next(counted) < 0, 1))  # type: ignore[misc]
+            assert len(store.list_runs("f", RunFilter(agent_name="rare", principal="ann"))) == 2
+            steps.append(next(counted))
+    assert steps[1] < 2 * steps[0]

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -298,19 +299,27 @@ async def test_a_new_run_that_was_refused_can_be_saved_once_it_can_be_kept(store
 
 @pytest.mark.parametrize(
     "conditions",
-    ["flock = :flock", "flock = :flock AND agent_name = :agent_name", "flock = :flock AND run_id < :after"],
+    [
+        "flock = :flock",
+        "flock = :flock AND agent_name = :agent_name",
+        "flock = :flock AND principal = :principal",
+        "flock = :flock AND agent_name = :agent_name AND principal = :principal",
+        "flock = :flock AND run_id < :after",
+    ],
 )
 @pytest.mark.parametrize("statuses", [list(RunStatus), [RunStatus.FAILED]], ids=["any", "one"])
 async def test_a_page_of_a_list_is_read_from_an_index_in_order(
     conditions: str, statuses: list[RunStatus], store: Store
 ) -> None:
     """Nothing is sorted or looked through, so its time does not grow with the store: bench/list_runs.py measures it."""
-    values = {"flock": "f", "agent_name": "a", "after": "x"}
+    values = {"flock": "f", "agent_name": "a", "principal": "p", "after": "x"}
     query = f"EXPLAIN QUERY PLAN {listing(COLUMNS, statuses, conditions)} LIMIT 10"
     plan = "\n".join(row[3] for row in store.read(lambda db: db.execute(query, values).fetchall()))
     assert "TEMP B-TREE" not in plan
     assert "SCAN" not in plan
     assert plan.count("SEARCH runs USING INDEX") == len(statuses)
+    for condition in re.findall(r"(\w+) = :", conditions):
+        assert plan.count(f"{condition}=?") == len(statuses), "each is looked for in the index"
 
 
 async def test_what_is_no_store_is_refused_untouched(tmp_path: Path) -> None:

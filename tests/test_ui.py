@@ -93,7 +93,7 @@ async def test_behind_a_proxy_that_takes_its_prefix_away_the_root_leads_to_it_to
     transport = httpx.ASGITransport(create_app(sample_flock(), create_ui=True), root_path="/ai")
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
         assert (await client.get("/")).headers["Location"] == "/ai/ui"
-        assert (await client.get("/ui/")).headers["Location"].endswith("/ui")
+        assert (await client.get("/ui/")).json()["detail"].endswith("Ask for /ai/ui")
 
 
 @pytest.mark.anyio
@@ -1112,6 +1112,34 @@ def test_a_key_is_asked_for_once_and_a_wrong_one_is_said(visit: Visit, closed: S
     assert KEY not in page.evaluate("JSON.stringify(localStorage) + location.href + document.cookie")
     page.get_by_role("button", name="Forget key").click()
     expect(dialog).to_be_visible()
+
+
+KEPT = """async () => [
+    ...Object.keys(sessionStorage), ...Object.keys(localStorage),
+    ...(await indexedDB.databases()).map((each) => each.name),
+]"""
+
+
+def test_who_forgets_the_key_leaves_nothing_in_the_browser(visit: Visit, closed: Site) -> None:
+    """Neither a draft, nor the rows that were chosen, nor what is being typed; what others keep there stays."""
+    visit.expected.append("status of 401")
+    page = visit.page(closed, "agent/count_up", has_key=False)
+    dialog = page.get_by_role("dialog", name="This server needs a key")
+    dialog.get_by_label("API key").fill(KEY)
+    dialog.get_by_label("API key").press("Enter")
+    page.get_by_label("n (required)").fill("7")
+    page.get_by_label("Theme").select_option("dark")
+    page.evaluate("localStorage.setItem('flock:/elsewhere/:theme', 'light')")
+    page.goto(f"{closed.url}/ui#/new-batch?agent=count_up")
+    choose(page, "rows.csv", "n\n1\n")
+    page.wait_for_function("Object.keys(sessionStorage).some((name) => name.endsWith('batch file'))")
+    kept = " ".join(page.evaluate(KEPT))
+    for name in ("key", "draft count_up", "batch file", "theme", f"flock:{closed.prefix}/"):
+        assert name in kept
+    page.get_by_label("or paste rows").fill("n\n2\n")
+    page.get_by_role("button", name="Forget key").click()
+    expect(dialog).to_be_visible()
+    assert page.evaluate(KEPT) == ["flock:/elsewhere/:theme"]
 
 
 # Everywhere

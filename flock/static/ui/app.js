@@ -1,5 +1,5 @@
-// What every view is made from, in the order in which it is needed: elements, words, the API, the shell. A view is a
-// module of its own, loaded when somebody goes there; so the first one needs five requests, with its data.
+// What views are made of: elements, words, the API, the shell. A view is a module, loaded on demand: the first one needs
+// five requests, with its data.
 
 // --- Elements --------------------------------------------------------------------------------------------------------
 
@@ -95,19 +95,21 @@ export const pretty = (value) => JSON.stringify(value, null, 2);
 
 const HERE = new URL("..", import.meta.url);
 
+const OURS = `flock:${HERE.pathname}`;
+
 /** Storage that may be full or forbidden; a second flock under another prefix has its own. */
 const kept = (storage) => ({
   get: (name) => {
     try {
-      return storage().getItem(`flock:${HERE.pathname}:${name}`);
+      return storage().getItem(`${OURS}:${name}`);
     } catch {
       return null;
     }
   },
   set: (name, value) => {
     try {
-      if (value === null || value === "") storage().removeItem(`flock:${HERE.pathname}:${name}`);
-      else storage().setItem(`flock:${HERE.pathname}:${name}`, value);
+      if (value === null || value === "") storage().removeItem(`${OURS}:${name}`);
+      else storage().setItem(`${OURS}:${name}`, value);
     } catch {
       /* the page works without */
     }
@@ -398,8 +400,8 @@ export function link(path, params = {}) {
   return `#/${path}${query && `?${query}`}`;
 }
 
-/** The address of the view that is shown. A link changes `location.hash` at once, but its event comes later, and in
- * between a timer or an answer of the old view may run: it must not write over the new address. */
+/** The address of the view. A link changes `location.hash` at once, but its event comes later: in between, a timer or an
+ * answer of the old view must not write over the new address. */
 let shown = "";
 
 export function go(path, params) {
@@ -475,9 +477,16 @@ theme.addEventListener("change", () => {
   local.set("theme", theme.value);
   setTheme();
 });
+/** Also drafts and the chosen file. */
+function forget() {
+  for (const storage of [sessionStorage, localStorage])
+    for (const name of Object.keys(storage)) if (name.startsWith(`${OURS}:`)) storage.removeItem(name);
+  return indexedDB.deleteDatabase(OURS);
+}
 document.getElementById("forget").addEventListener("click", () => {
-  session.set("key", null);
-  location.reload();
+  addEventListener("pagehide", forget); // the view may still write
+  const gone = forget();
+  gone.onsuccess = gone.onerror = () => location.reload();
 });
 addEventListener("hashchange", () => show(false));
 document.querySelector(".skip").addEventListener("click", (event) => {
