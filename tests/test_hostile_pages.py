@@ -338,6 +338,17 @@ async def test_a_page_of_another_site_reads_nothing_if_no_key_is_demanded(header
                 assert (await client.post("/run/flock", json={})).status_code == (status if status == 403 else 422)
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize(("auth", "warns"), [(None, True), ("anybody", False), ("host", False)])
+async def test_an_app_that_is_open_on_purpose_logs_no_warning(
+    auth: Any, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(long_flock(), store=":memory:", auth=auth)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        assert (await client.get("/healthz")).status_code == 200
+    assert ("open to everybody" in caplog.text) == warns
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_our_own_server_without_a_key_refuses_pages_of_other_sites(workers: int, tmp_path: Path) -> None:
     with serving(tmp_path, workers=workers) as server:
