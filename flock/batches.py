@@ -22,13 +22,13 @@ from collections.abc import (
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 import msgspec
 from msgspec.structs import replace
 
 from flock.agents import Agent
 from flock.batchstore import BatchStore
 from flock.errors import DefinitionError, FieldError, InvalidData, MalformedJSON, OwnershipLost, StoreError, TooLarge
+from flock.fair import FairShare
 from flock.jsontype import escape_pointer
 from flock.runner import Runner
 from flock.runs import INVALID_INPUT, Batch, IdempotencyKey, Inputs, Items, OnInvalid, Row, Run, RunStatus, new_id, now
@@ -48,8 +48,6 @@ ITEMS_A_PAGE = 500
 PAGE_BYTES = 4 * 1024 * 1024
 #: More workers would only hold items that wait: while one is at work, the end of another is written.
 WORKERS_A_PLACE = 2
-#: After so many rows others have their turn.
-ROWS_A_TURN = 50
 
 
 class Batches:
@@ -252,6 +250,7 @@ class Intake:
         self._extra_names_chars = 0
         self._failed = 0
         self._page_bytes = 0
+        self._share = FairShare()
 
     async def read(self, items: Items, on_invalid: OnInvalid, max_items: int) -> Batch:
         """Read and check all items. Returns the batch with its numbers.
@@ -282,6 +281,7 @@ class Intake:
         if not isinstance(item, Row):
             at = f"/batch_inputs/{self._total}"
             item = Row(inputs=as_json(item, at, self._max_input_bytes), at=at)
+        await self._share.checkpoint()
         extra = self._extra_of(item)
         length = len(bytes(item.inputs)) + len(bytes(extra or b""))
         if length > self._max_input_bytes:
@@ -296,8 +296,7 @@ class Intake:
                 await self._stage(self.page)
                 self.page, self._page_bytes = [], 0
         self._total += 1
-        if self._total % ROWS_A_TURN == 0:
-            await anyio.lowlevel.checkpoint()
+        await self._share.checkpoint()
 
     def _add_errors(self, row: Row, errors: Sequence[FieldError]) -> None:
         """Raises InvalidData."""
@@ -333,7 +332,8 @@ class Intake:
         try:
             self._agent.input.decode(row.inputs, row.at)
         except InvalidData as exc:
-            found = [_as_sent(error, row) for error in exc.errors]
+            sources = {escape_pointer(key): at for key, at in row.sources.items()}
+            found = [_as_sent(error, row, sources) for error in exc.errors]
         except MalformedJSON as exc:
             found = [FieldError(detail=f"{exc}.", pointer=row.at)]
         return (*row.errors, *(error for error in found if error.pointer not in places))
@@ -369,10 +369,13 @@ class Intake:
         )
 
 
-def _as_sent(error: FieldError, row: Row) -> FieldError:
-    """An error of inputs with a pointer into what the client sent: names not yet mapped, gaps not yet filled."""
+def _as_sent(error: FieldError, row: Row, sources: Mapping[str, str]) -> FieldError:
+    """An error of inputs with a pointer into what the client sent: names not yet mapped, gaps not yet filled.
+
+    *sources* are those of the row, by tokens of a pointer.
+    """
     name, slash, rest = error.pointer[len(row.at) + 1 :].partition("/")
-    place = {escape_pointer(key): at for key, at in row.sources.items()}.get(name)
+    place = sources.get(name)
     pointer = error.pointer if place is None else place + slash + rest
     line = None if (place or "").startswith("/static_inputs/") else row.line
     return FieldError(detail=error.detail, pointer=pointer, line=msgspec.UNSET if line is None else line)

@@ -10,14 +10,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from flock.errors import FieldError, InvalidData, MalformedJSON, TooLarge
-from flock.jsontype import check_depth, malformed
+from flock.fair import FairShare
+from flock.jsontype import depth_steps, malformed
 
 __all__ = ["Body", "media_type_of"]
 
 #: So much of an upload has to come within the time in which a short body has to come as a whole.
 PACE_BYTES = 64 * 1024
-#: How much is unpacked at once.
-UNPACKED_BYTES = 256 * 1024
+#: How much of an upload is given at once, and how much of gzip is looked at in one step.
+PIECE_BYTES = 64 * 1024
+PACKED_BYTES = 16 * 1024
 #: How much of a body that is refused is read all the same, and for how many seconds, since many clients read no answer
 #: before they have sent it.
 DRAINED_BYTES = 8 * 1024 * 1024
@@ -45,10 +47,13 @@ class Body:
 
     Attributes:
         total_bytes: how much of it has arrived, unpacked.
+        received_bytes: how much of it has arrived, as it was sent.
     """
 
     def __init__(self, request: Request, max_bytes: int, timeout_s: float) -> None:
         self.total_bytes = 0
+        self.received_bytes = 0
+        self._share = FairShare()
         self._request = request
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
@@ -76,6 +81,7 @@ class Body:
         with self._arriving(self._timeout_s):
             async for chunk in self._stream:
                 parts += self._counted(chunk)
+                await self._share.checkpoint()
         body = bytes(parts)
         if not body.strip():
             if default is not None:
@@ -85,7 +91,9 @@ class Body:
             body.decode()  # a decoder skips over what it does not look into, such as the inputs
         except UnicodeDecodeError as exc:
             raise malformed(body, exc) from exc
-        check_depth(body, max_depth)
+        for _ in depth_steps(body, max_depth):
+            await self._share.checkpoint()
+        await self._share.checkpoint()
         return body
 
     async def upload(self) -> AsyncIterator[bytes]:
@@ -109,9 +117,11 @@ class Body:
             paced += len(chunk)
             if paced >= PACE_BYTES:
                 left_s, paced = self._timeout_s, 0
-            for piece in (chunk,) if unpacked is None else unpacked.pieces(chunk):
-                self._hash.update(piece)
-                yield self._counted(piece)
+            for piece in _cut(chunk, PIECE_BYTES) if unpacked is None else unpacked.pieces(chunk):
+                await self._share.checkpoint()
+                if piece:
+                    self._hash.update(piece)
+                    yield self._counted(piece)
         if unpacked is not None:
             unpacked.check_end()
 
@@ -130,6 +140,7 @@ class Body:
 
     async def _read_on(self) -> AsyncIterator[bytes]:
         async for chunk in self._request.stream():
+            self.received_bytes += len(chunk)
             yield chunk
         self._request.scope["flock.is_unread"] = False
 
@@ -160,6 +171,11 @@ def _wrong_encoding(detail: str, accepted: str) -> HTTPException:
     return HTTPException(415, detail, headers={"Accept-Encoding": accepted})  # RFC 9110, section 12.5.3
 
 
+def _cut(data: bytes, length: int) -> Iterator[bytes]:
+    for start in range(0, len(data), length):
+        yield data[start : start + length]
+
+
 class _Gunzip:
     """Members of gzip one after the other (RFC 1952, section 2.2), in pieces of a bounded size."""
 
@@ -167,19 +183,19 @@ class _Gunzip:
         self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
         self._is_empty = True
 
-    def pieces(self, data: bytes) -> Iterator[bytes]:
-        """Raises InvalidData."""
-        while data:
-            if self._member.eof:
-                self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            self._is_empty = False
-            try:
-                piece = self._member.decompress(data, UNPACKED_BYTES)
-            except zlib.error as exc:
-                raise _not_gzip("it cannot be unpacked") from exc
-            if piece:
+    def pieces(self, packed: bytes) -> Iterator[bytes]:
+        """What each step unpacks, which may be nothing. Raises InvalidData."""
+        for data in _cut(packed, PACKED_BYTES):  # each member copies what follows it
+            while data:
+                if self._member.eof:
+                    self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+                self._is_empty = False
+                try:
+                    piece = self._member.decompress(data, PIECE_BYTES)
+                except zlib.error as exc:
+                    raise _not_gzip("it cannot be unpacked") from exc
                 yield piece
-            data = self._member.unused_data if self._member.eof else self._member.unconsumed_tail
+                data = self._member.unused_data if self._member.eof else self._member.unconsumed_tail
 
     def check_end(self) -> None:
         """Raise InvalidData where the end is missing."""

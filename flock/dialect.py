@@ -22,6 +22,9 @@ ENCODINGS = (
     *("shift_jis", "cp932", "euc_jp", "gbk", "gb18030", "big5", "euc_kr", "cp949"),
 )
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+#: How many cells of a header, and how many characters, are read with another delimiter.
+MAX_TRIED = 10_000
+MAX_TRIED_CHARS = 64 * 1024
 NO_DIGITS = str.maketrans("", "", "0123456789eE+-")
 #: Digits, and all that people put between them.
 LOOSE_NUMBER = re.compile(r"[+-]?[0-9][0-9.,'\u2019_\s]*([eE][+-]?[0-9]+)?")
@@ -76,7 +79,7 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
             return self._another_encoding("UTF-16", "utf-16-be" if line.startswith("\x00") else "utf-16-le")
         for delimiter in self._other_delimiters(line):
             try:
-                cells = next(csv.reader([line], delimiter=delimiter, strict=True), [])
+                cells = next(csv.reader([line[:MAX_TRIED_CHARS]], delimiter=delimiter, strict=True), [])
             except csv.Error:
                 continue
             if len(cells) > 1:
@@ -90,7 +93,8 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
         """
         text = self.delimiter.join(header)
         for delimiter in self._other_delimiters(text):
-            finds = any(cell.strip(' "').casefold() in known for cell in text.split(delimiter))
+            cells = text.split(delimiter, MAX_TRIED)[:MAX_TRIED]
+            finds = any(cell.strip(' "').casefold() in known for cell in cells)
             if finds or (is_refused and len(header) == 1):
                 return self._another_delimiter(delimiter)
         return ""

@@ -6,12 +6,15 @@ the text looked at once more, field by field, so that a client reads all that is
 """
 
 import dataclasses
+import functools
+import gc
 import itertools
 import json
 import math
 import operator
 import re
 import typing
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -22,6 +25,7 @@ __all__ = [
     "Field",
     "JSONType",
     "check_depth",
+    "depth_steps",
     "escape_pointer",
     "example_for",
     "explain",
@@ -35,6 +39,12 @@ T = TypeVar("T")
 
 #: How many unknown fields are told at once.
 MAX_ERRORS = 100
+#: How much of a text is checked for its depth in one step.
+STEP_BYTES = 64 * 1024
+#: In a longer value the entry of a dict that does not fit is not searched for: the pointer ends at the dict.
+MAX_SEARCHED_BYTES = 64 * 1024
+#: A text of this length may hold so many small lists that collecting garbage takes longer than decoding.
+MANY_BYTES = 64 * 1024
 
 #: What values of these types look like, by msgspec's names for them.
 EXAMPLES = {
@@ -43,20 +53,25 @@ EXAMPLES = {
     "time": "14:30:00Z",
     "duration": "PT1H30M",
 }
+#: The members of an object, none of which is read yet.
+MEMBERS = dict[str, msgspec.Raw]
+#: The end of msgspec's message on an item of a list, or of a list of lists, in a field.
+INDEXED = re.compile(r" - at `\$\.(\w+)((?:\[\d+\])+)`$")
 #: What msgspec says where one of them is wanted.
 WANTS_TIME = re.compile(
     r"(?:Expected [`'][^`']*\b|Invalid RFC3339 encoded |Invalid ISO8601 |Only units .* ISO8601 )"
     rf"({'|'.join(EXAMPLES)})s?\b"
 )
 
-#: A string of JSON, or one that never ends. Nothing in it is read twice, whatever it holds.
-STRING = rb'"(?:[^"\\]++|\\.)*+"?'
-STRINGS = re.compile(STRING, re.DOTALL)
+#: The rest of a string of JSON, or of one that never ends. Nothing in it is read twice, whatever it holds.
+STRING_END = rb'(?:[^"\\]++|\\.)*+"?'
+STRING = b'"' + STRING_END
 #: All up to a bracket that is in no string, and the bracket.
 TO_BRACKET = rb'(?:%s|[^"\[\]{}])*+[\[\]{}]' % STRING
 #: An opening bracket as 1 and a closing one as -1, in signed bytes; and what is neither.
 LEVELS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+NO_BACKSLASH = re.compile(rb"[^\\]")
 
 
 class Field(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,10 +160,10 @@ class JSONType(Generic[T]):
         """
         try:
             try:
-                value = self._decoder.decode(raw)
+                value = _decoded(self._decoder.decode, raw)
             except msgspec.ValidationError as exc:
-                raise InvalidData(self._explain(bytes(raw), at) or [_field_error(exc, at)]) from exc
-            if not self._is_closed and (unknown := self._unknown(raw, at)):
+                raise InvalidData(self._explain(bytes(raw), at, exc) or [_field_error(exc, at)]) from exc
+            if not self._is_closed and (unknown := self._unknown(msgspec.json.decode(raw, type=MEMBERS), at)):
                 raise InvalidData(unknown)
             return value
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -156,31 +171,45 @@ class JSONType(Generic[T]):
         except FlockError:
             raise
         except Exception as exc:  # a list within a set cannot be hashed; a type's own code may raise anything
-            raise InvalidData(self._explain(bytes(raw), at) or [_foreign_error(exc, at)]) from exc
+            raise InvalidData(self._explain(bytes(raw), at, exc) or [_foreign_error(exc, at)]) from exc
 
-    def _unknown(self, raw: bytes | msgspec.Raw, at: str) -> list[FieldError]:
+    def _unknown(self, members: Iterable[str], at: str) -> list[FieldError]:
         known = ", ".join(field.name for field in self.fields if not field.deprecated) or "none"
         errors = (
             FieldError(detail=f"Unknown field. The fields here are: {known}.", pointer=f"{at}/{escape_pointer(key)}")
-            for key in msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+            for key in members
             if key not in self._names
         )
         return list(itertools.islice(errors, MAX_ERRORS))
 
-    def _explain(self, raw: bytes, at: str) -> list[FieldError]:
-        """All that is wrong with *raw*, field by field: the decoder stops at the first."""
+    def _explain(self, raw: bytes, at: str, first: Exception) -> list[FieldError]:
+        """All that is wrong with *raw*, field by field: the decoder stopped with the *first* error."""
         try:
-            members = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+            members = msgspec.json.decode(raw, type=MEMBERS)
         except msgspec.ValidationError as exc:
             return [_field_error(exc, at)]
-        errors = self._unknown(raw, at)
+        errors = self._unknown(members, at)
+        known = INDEXED.search(str(first))
         for field in self.fields:
             pointer = f"{at}/{escape_pointer(field.name)}"
-            if field.name in members:
+            if known is not None and known[1] == field.name:  # a long list is not read a second time
+                errors.append(_field_error(first, pointer + known[2].replace("][", "/").replace("[", "/").strip("]")))
+            elif field.name in members:
                 errors += explain(field.type, bytes(members[field.name]), pointer)
             elif field.required:
                 errors.append(FieldError(detail="This field is required.", pointer=pointer))
         return errors
+
+
+def _decoded(decode: Callable[[bytes | msgspec.Raw], T], raw: bytes | msgspec.Raw) -> T:
+    """Decode *raw* without garbage collection if it is long: of very many small lists none is garbage yet."""
+    if len(raw) < MANY_BYTES or not gc.isenabled():
+        return decode(raw)
+    gc.disable()
+    try:
+        return decode(raw)
+    finally:
+        gc.enable()
 
 
 def malformed(raw: bytes, exc: Exception) -> MalformedJSON:
@@ -204,20 +233,46 @@ def _malformed_at(raw: bytes, reason: str, position: int) -> MalformedJSON:
 
 
 def check_depth(raw: bytes, max_depth: int) -> None:
-    """Raise MalformedJSON where arrays and objects of *raw* lie deeper in each other than *max_depth* levels.
+    """Raise MalformedJSON where arrays and objects of *raw* lie deeper in each other than *max_depth* levels."""
+    for _ in depth_steps(raw, max_depth):
+        pass
+
+
+def depth_steps(raw: bytes, max_depth: int) -> Iterator[None]:
+    """``check_depth`` in steps of about ``STEP_BYTES``, for a caller that lets others run between them.
 
     No text takes long, JSON or not: whatever goes from byte to byte here is not Python.
     """
     if raw.count(b"[") + raw.count(b"{") <= max_depth:
         return
-    levels = memoryview(STRINGS.sub(b"", raw).translate(LEVELS, NO_BRACKETS)).cast("b")
-    try:
-        brackets = 1 + operator.indexOf(itertools.accumulate(levels), max_depth + 1)
-    except ValueError:  # it is never reached
-        return
-    found = re.match(rb"(?:%s){%d}" % (TO_BRACKET, brackets), raw, re.DOTALL)
-    assert found is not None
-    raise _malformed_at(raw, f"nested deeper than {max_depth} levels", found.end() - 1)
+    start, level, is_string = 0, 0, False
+    while start < len(raw):
+        end = start + STEP_BYTES
+        if raw[end - 1 : end] == b"\\":  # an escape is not divided
+            found = NO_BACKSLASH.search(raw, end)
+            end = found.end() if found else len(raw)
+        without_escapes = raw[start:end].replace(rb"\\", b"").replace(rb"\"", b"")
+        parts = without_escapes.split(b'"')
+        outside = b"".join(parts[is_string::2])
+        levels = memoryview(outside.translate(LEVELS, NO_BRACKETS)).cast("b")
+        try:
+            number = operator.indexOf(itertools.accumulate(levels, initial=level), max_depth + 1)
+        except ValueError:  # it is not reached here
+            level += sum(levels)
+        else:
+            raise _malformed_at(raw, f"nested deeper than {max_depth} levels", _bracket(raw, start, is_string, number))
+        is_string ^= len(parts) % 2 == 0
+        start = end
+        yield
+
+
+def _bracket(raw: bytes, start: int, is_string: bool, number: int) -> int:
+    """Where the bracket of that *number* is, counted from *start*."""
+    if is_string:
+        found = re.compile(STRING_END, re.DOTALL).match(raw, start)
+        start = found.end() if found else start
+    found = re.compile(rb"(?:%s){%d}" % (TO_BRACKET, number), re.DOTALL).match(raw, start)
+    return found.end() - 1 if found else start  # there are backslashes outside of strings: it is not JSON at all
 
 
 def _first_bad_byte(raw: bytes) -> int:
@@ -234,7 +289,7 @@ def escape_pointer(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-def _field_error(exc: msgspec.ValidationError, at: str) -> FieldError:
+def _field_error(exc: Exception, at: str) -> FieldError:
     """msgspec's message without its path: ``Expected `int`, got `str` - at `$.a[0]` ``."""
     detail = str(exc).split(" - at ")[0].replace("`", "'")
     if detail.startswith(("Invalid enum value ", "Invalid value ")):  # it goes on with the value, however long that is
@@ -261,11 +316,11 @@ def _foreign_error(exc: Exception, at: str) -> FieldError:
 def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
     """What is wrong with *raw* as a *type_*: one error, or none. *raw* must be JSON."""
     try:
-        msgspec.json.decode(raw, type=type_)
+        _decoded(functools.partial(msgspec.json.decode, type=type_), raw)
     except msgspec.ValidationError as exc:
         path = re.search(r" - at (?:`key` in )?`\$(.*)`$", str(exc))
         try:
-            pointer = _resolve(type_, json.loads(raw, parse_float=_number), path[1]) if path else ""
+            pointer = _resolve(type_, raw, path[1]) if path else ""
         except (ValueError, LookupError, TypeError, RecursionError):  # a path that cannot be followed: name the field
             pointer = ""
         return [_field_error(exc, at + pointer)]
@@ -282,12 +337,16 @@ def _number(text: str) -> Any:
     return number if math.isfinite(number) else msgspec.Raw(text.encode())
 
 
-def _resolve(type_: Any, value: Any, path: str) -> str:
+def _resolve(type_: Any, raw: bytes, path: str) -> str:
     """msgspec's path as a JSON pointer. It writes ``[...]`` for a key of a dict: find that key by trying."""
-    whole = value = [value]  # a root that can be written to
+    steps, pointer = re.findall(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]", path), ""
+    if len(raw) > MAX_SEARCHED_BYTES:
+        found = itertools.takewhile(lambda step: step != ("", "..."), steps)
+        return "".join(f"/{escape_pointer(name or index)}" for name, index in found)
+    value: Any = [json.loads(raw, parse_float=_number)]
+    whole = value  # a root that can be written to
     key: Any = 0
-    pointer = ""
-    for name, index in re.findall(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]", path):
+    for name, index in steps:
         place = value[key]
         if index == "...":
             value[key] = place = _one_bad_entry(type_, whole, value, key, path)

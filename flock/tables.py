@@ -9,6 +9,7 @@ import csv
 import difflib
 import gzip
 import io
+import itertools
 import os
 import re
 import stat
@@ -33,7 +34,8 @@ import msgspec
 
 from flock.dialect import CSVDialect
 from flock.errors import MAX_ECHOED_CHARS, DefinitionError, FieldError, InvalidData, MalformedJSON, TooLarge
-from flock.jsontype import Field, check_depth, escape_pointer, explain, malformed
+from flock.fair import FairShare
+from flock.jsontype import Field, check_depth, depth_steps, escape_pointer, explain, malformed
 from flock.runs import OnExtra, Row
 from flock.signature import Signature, text_as_json
 
@@ -68,16 +70,24 @@ MAX_ROW_DEPTH = 100
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 #: What the error of a type that takes numbers, and no text, says of text.
 NUMERIC = re.compile(r"\b(int|float|decimal)\b")
+#: After so many lines, which may be empty, a reader lets others run if it has had its share.
+LINES_A_STEP = 256
+#: How many members a row, the static inputs and a mapping have at most, and how many columns a header.
+MAX_MEMBERS = 10_000
+#: How many lines one row of CSV has at most.
+MAX_ROW_LINES = 100_000
 #: How many errors of one row, or of the header, are reported.
 MAX_ROW_ERRORS = 100
-#: For how many names of one upload the nearest input is looked up: that takes time.
-MAX_NEAREST = 100
+#: How many names of inputs are compared with names of one upload to find the nearest: that takes time.
+MAX_COMPARED = 1000
 #: What can be done about a column, or a member, that is no input.
 CURES_OF_EXTRA = ' on_extra="keep" (--on-extra keep) carries it into the results, and "ignore" drops it.'
 
 
 class Fill:
     """What becomes of the members of a row: names mapped, gaps filled, and what is no input refused, dropped or kept.
+
+    Raises InvalidData if *static* or *names* have more than ``MAX_MEMBERS``.
 
     Args:
         signature: the inputs.
@@ -98,6 +108,9 @@ class Fill:
         on_extra: OnExtra = "reject",
         result_names: Collection[str] = (),
     ) -> None:
+        for name, given in (("static_inputs", static), ("input_mapping", names)):
+            if given is not None and len(given) > MAX_MEMBERS:
+                raise InvalidData([FieldError(detail=_too_many(len(given), "members"), pointer=f"/{name}")])
         self.fields = {field.name: field for field in signature.fields}
         self.static = static or {}
         self.names = dict(names or {})
@@ -112,6 +125,9 @@ class Fill:
         """Raises TooLarge."""
         if not self.static and not self.names and members.keys() <= self.fields.keys():
             return Row(inputs=msgspec.Raw(msgspec.json.encode(members)), at=at, line=line)
+        if len(members) > MAX_MEMBERS:
+            error = FieldError(detail=_too_many(len(members), "members"), pointer=at)
+            return _unreadable_row(msgspec.structs.replace(error, line=line) if line is not None else error, at, line)
         self._count()
         sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in self.static}
         inputs, own = dict(self.static), set[str]()
@@ -123,6 +139,8 @@ class Fill:
             if self.is_extra(key):
                 extra[key] = value
                 continue
+            if len(errors) >= MAX_ROW_ERRORS:
+                break
             if name in own:
                 errors.append(FieldError(detail=f"Another member becomes the input {name!r} too.", pointer=pointer))
             elif name not in self.fields:
@@ -171,7 +189,7 @@ class Fill:
     def nearest(self, key: str) -> str:
         """The input that *key* may be meant for, or ""."""
         if key not in self._nearest:
-            if len(self._nearest) >= MAX_NEAREST or len(key) > MAX_ECHOED_CHARS:
+            if len(self._nearest) * len(self.fields) >= MAX_COMPARED or len(key) > MAX_ECHOED_CHARS:
                 return ""
             by_name = {name.casefold(): name for name in self.fields}
             found = difflib.get_close_matches(key.casefold(), by_name, n=1)
@@ -204,6 +222,14 @@ class Fill:
             )
 
 
+def _too_many(number: int, what: str) -> str:
+    return f"There are {number:,} {what} here, and at most {MAX_MEMBERS:,} are read."
+
+
+def _unreadable_row(error: FieldError, at: str, line: int | None) -> Row:
+    return Row(inputs=msgspec.Raw(b"{}"), at=at, line=line, errors=(error,))
+
+
 # JSON
 
 
@@ -220,31 +246,31 @@ async def ndjson_rows(
 
     Raises: TooLarge where a line is longer than *max_row_bytes*, or all together with static inputs are too long.
     """
-    number = 0
+    number, share = 0, FairShare()
     async for lines in _lines(chunks, max_row_bytes):
         for line in lines:
             number += 1
+            if number % LINES_A_STEP == 0:
+                await share.checkpoint()
             if text := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
-                yield _ndjson_row(text, number, fill, max_depth)
+                yield await _ndjson_row(text, number, fill, max_depth, share)
 
 
 async def _lines(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterator[Sequence[bytes]]:
     """Lines, as many as a chunk ends. Raises TooLarge."""
-    rest: list[bytes] = []
-    number = length = 0
+    rest, number = bytearray(), 0
     async for chunk in chunks:
         head, newline, tail = chunk.rpartition(b"\n")
         if newline:
-            lines = b"".join([*rest, head]).split(b"\n")
+            lines = (bytes(rest) + head).split(b"\n")
             _check_lengths(lines, number, max_bytes)
             yield lines
-            number, rest, length = number + len(lines), [], 0
-        rest.append(tail)
-        length += len(tail)
-        if length > max_bytes:
+            number += len(lines)
+            rest.clear()
+        rest += tail
+        if len(rest) > max_bytes:
             raise _row_too_long(number + 1, max_bytes)
-    lines = [b"".join(rest)]
-    yield lines
+    yield [bytes(rest)]
 
 
 def _check_lengths(lines: Sequence[bytes], number: int, max_bytes: int) -> None:
@@ -257,9 +283,10 @@ def _row_too_long(line: int, max_bytes: int) -> TooLarge:
     return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, all that one row may have.")
 
 
-def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int) -> Row:
+async def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int, share: FairShare) -> Row:
     try:
-        check_depth(line, max_depth)
+        for _ in depth_steps(line, max_depth):
+            await share.checkpoint()
         line.decode()  # a decoder skips over what it does not look into
         members = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
@@ -268,9 +295,9 @@ def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int) -> Row:
         found = exc if isinstance(exc, MalformedJSON) else malformed(line, exc)
         detail = str(found).replace("line 1, ", "")  # its own line is told beside it
     else:
+        await share.checkpoint()
         return fill.row(members, line=number)
-    error = FieldError(detail=detail, pointer="", line=number)
-    return Row(inputs=msgspec.Raw(b"{}"), line=number, errors=(error,))
+    return _unreadable_row(FieldError(detail=detail, pointer="", line=number), "", number)
 
 
 # CSV
@@ -287,9 +314,13 @@ async def csv_rows(
         TooLarge: as ``ndjson_rows``.
     """
     columns: _Columns | None = None
+    share = FairShare()
     async for line, cells in _records(chunks, dialect, max_row_bytes):
         if columns is None:
+            if len(cells) > MAX_MEMBERS:
+                raise _unreadable(_too_many(len(cells), "columns"), line)
             columns = _Columns(cells, fill, dialect, line, max_depth)
+            await share.checkpoint()
         else:
             yield columns.row(cells, line)
     if columns is None:
@@ -305,7 +336,7 @@ async def _records(
     """
     decoder, rest, number, has_begun = dialect.decoder(), "", 1, False
     new: list[str] = []
-    new_chars, first_bytes = 0, b""
+    new_chars, first_bytes, share = 0, b"", FairShare()
     async for chunk in _with_end(chunks):
         first_bytes = first_bytes or (chunk or b"")[:2]
         try:
@@ -321,27 +352,41 @@ async def _records(
         text, new, new_chars = "".join([rest, *new]), [], 0
         end = len(text) if chunk is None else max(text.rfind("\n"), text.rfind("\r", 0, -1)) + 1
         whole, rest = text[:end], text[end:]
-        lines = list(io.StringIO(whole, newline=""))
-        reader, done = csv.reader(lines, delimiter=dialect.delimiter, strict=True), 0
+        lines: list[str] = []  # of a record that has begun
+        reader, done = csv.reader(_kept(whole, lines, number), delimiter=dialect.delimiter, strict=True), 0
         try:
             for cells in reader:
-                if sum(map(len, cells)) > max_bytes:
+                if reader.line_num % LINES_A_STEP == 0:
+                    await share.checkpoint()
+                if len("".join(cells)) > max_bytes:
                     raise _row_too_long(number + done, max_bytes)
                 if cells:
+                    await share.checkpoint()
                     has_begun = True
                     yield number + done, cells
                 done = reader.line_num
+                lines.clear()
         except csv.Error as exc:
             if chunk is None or str(exc) != "unexpected end of data":
-                reason = "" if has_begun else dialect.not_read(lines[done])
+                reason = "" if has_begun else dialect.not_read(lines[0])
                 reason = reason or f"This is no CSV: {exc}."
                 if str(exc).startswith("field larger"):
                     reason = f"A cell has more than {csv.field_size_limit():,} characters; NDJSON takes longer ones."
                 raise _unreadable(reason, number + done) from exc
-        rest = "".join(lines[done:]) + rest
+        rest = "".join(lines) + rest
         number += done
         if len(rest) > max_bytes:
             raise _row_too_long(number, max_bytes)
+
+
+def _kept(text: str, lines: list[str], number: int) -> Iterator[str]:
+    """The lines of *text*, which begins at the line *number*, each added to *lines*: the caller clears these."""
+    for read, line in enumerate(io.StringIO(text, newline="")):
+        lines.append(line)
+        if len(lines) > MAX_ROW_LINES:
+            detail = f"This row has more than {MAX_ROW_LINES:,} lines. The quote after a cell may be missing."
+            raise _unreadable(detail, number + read - MAX_ROW_LINES)
+        yield line
 
 
 async def _with_end(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes | None]:
@@ -365,14 +410,14 @@ class _Columns:
             raise _unreadable(dialect.not_read(header[0]), line)
         errors = [
             FieldError(detail=problem, pointer=f"/{escape_pointer(column)}", line=line)
-            for column, problem in self._problems()
+            for column, problem in itertools.islice(self._problems(), MAX_ROW_ERRORS)
         ]
         if all(map(fill.is_extra, self._header)):
             known = {name.casefold() for name in (*fill.fields, *fill.names)}
             if problem := dialect.not_divided(self._header, known, is_refused=bool(errors)):
                 raise _unreadable(problem, line)
         if errors:
-            raise InvalidData(errors[:MAX_ROW_ERRORS])
+            raise InvalidData(errors)
         self._cells = [self._reader(column, max_depth) for column in self._header]
 
     def _problems(self) -> Iterator[tuple[str, str]]:
@@ -398,9 +443,9 @@ class _Columns:
             met.add(name)
             if problem:
                 yield column, problem
-        for column in fill.names.keys() - names.keys():
+        for column in (each for each in fill.names if each not in names):
             yield column, f"input_mapping names the column {column!r}, and there is none."
-        for name in sorted(missing - meant, key=list(fill.fields).index):
+        for name in (each for each in fill.fields if each in missing and each not in meant):
             cure = f'Name one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
             yield name, f"The input {name!r} is required, and there is no column for it. {cure}"
 

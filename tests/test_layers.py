@@ -12,6 +12,7 @@ RANKS = {
     "flock": 0,  # the version, loaded before everything
     "flock.errors": 0,
     "flock.extras": 0,
+    "flock.fair": 0,
     "flock.nearest": 0,
     "flock.auth": 2,
     "flock.negotiation": 0,
