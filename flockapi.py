@@ -211,7 +211,7 @@ def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: 
     app, chunks = app_of(request), body.upload()
 
     def max_static_bytes() -> int:
-        return EXPANSION * max(app.max_body_bytes, body.total_bytes)
+        return EXPANSION * max(app.max_body_bytes, body.received_bytes)
 
     fill = Fill(
         agent_of(request, wanted.agent_name).input,
@@ -662,12 +662,14 @@ async def run_batch(request: Request) -> Response:
     A JSON body is read whole; rows of CSV and NDJSON are read as they arrive, and never held as a whole.
     """
     app, media_type, sent = app_of(request), media_type_of(request, *BATCH_TYPES), None
+    place: AbstractContextManager[None] = contextlib.nullcontext()
     if media_type == "application/json":
         body = Body(request, app.max_body_bytes, app.body_timeout_s)
         sent = await body.json(app.max_json_depth)
         key = idempotency_key(request, fingerprint_of(request, sent))
     else:
         body = Body(request, app.max_upload_bytes, app.body_timeout_s)
+        place = app.uploads.take(principal_of(request))
         key = idempotency_key(request, lambda: fingerprint_of(request, request.scope["query_string"] + body.digest()))
     engine, headers = await engine_of(request), {}
     try:
@@ -675,15 +677,16 @@ async def run_batch(request: Request) -> Response:
             wanted = batch_request_from(query_of(request, UploadQuery), app.max_json_depth)
         else:
             wanted = options_in_body(request, sent)
-        batch = await engine.submit_batch(
-            wanted.agent_name,
-            rows_of(request, media_type, wanted, body),
-            batch_options(wanted),
-            on_invalid=wanted.on_invalid,
-            request_id=request_id_of(request),
-            traceparent=traceparent_of(request),
-            key=key,
-        )
+        with place:
+            batch = await engine.submit_batch(
+                wanted.agent_name,
+                rows_of(request, media_type, wanted, body),
+                batch_options(wanted),
+                on_invalid=wanted.on_invalid,
+                request_id=request_id_of(request),
+                traceparent=traceparent_of(request),
+                key=key,
+            )
     except Replayed as exc:
         batch, headers = await _replayed(engine.get_batch(exc.made_id)), REPLAYED
     except FlockError:
@@ -1048,6 +1051,8 @@ class FlockAPI(Starlette):
         csv_dir: the folder below which a client may name a CSV file as ``batch_inputs``; None is no file at all.
         max_wait_s: the longest that one request may wait for a run; who asks for more waits so long.
         max_event_streams: how many each principal may have open, in one process; one more is answered with 429.
+        max_uploads_per_principal: bodies of CSV and NDJSON that each principal may send at the same time, in one
+            process; one more is answered with 429.
         max_requests_per_minute: how many each principal may send, in one process; None is no limit. Beyond it 429, with
             ``RateLimit``.
         on_disconnect: what becomes of a synchronous run whose caller goes away before it is answered.
@@ -1098,6 +1103,7 @@ class FlockAPI(Starlette):
         csv_dir: str | Path | None = None,
         max_wait_s: int = 60,
         max_event_streams: int = 1000,
+        max_uploads_per_principal: int = 8,
         max_requests_per_minute: int | None = None,
         on_disconnect: OnDisconnect = "cancel",
         expose_errors: bool = False,
@@ -1146,7 +1152,8 @@ class FlockAPI(Starlette):
         self.csv_dir = None if csv_dir is None else Path(csv_dir)
         self.body_timeout_s = body_timeout_s
         self.max_wait_s = max_wait_s
-        self.event_streams = Places(max_event_streams)
+        self.event_streams = Places(max_event_streams, "event streams")
+        self.uploads = Places(max_uploads_per_principal, "uploads")
         self.on_disconnect = on_disconnect
         self.has_ended = False
         self._more_lifespan = lifespan

@@ -157,10 +157,11 @@ def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
 
 
 class Places:
-    """Up to *limit* things that each principal may have at the same time; anonymous callers share theirs."""
+    """Up to *limit* of *what* that each principal may have at the same time; anonymous callers share theirs."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, what: str) -> None:
         self._limit = limit
+        self._what = what
         self._taken: Counter[str | None] = Counter()
 
     @contextlib.contextmanager
@@ -168,7 +169,7 @@ class Places:
         """Hold one place within the block. Raises TooManyRequests if none is left."""
         name = None if principal is None else principal.name
         if self._taken[name] >= self._limit:
-            raise TooManyRequests(f"{self._limit} event streams are open already, all that one caller may have.")
+            raise TooManyRequests(f"{self._limit} {self._what} are open already, all that one caller may have.")
         self._taken[name] += 1
         try:
             yield

@@ -96,7 +96,7 @@ class Batches:
         async def stage(page: Sequence[Run]) -> None:
             nonlocal is_staged
             is_first, is_staged = not is_staged, True
-            await self._store.stage(batch, page, is_first=is_first)
+            await self._store.stage(batch, page, self._max_open_items, key, is_first=is_first)
 
         intake = Intake(agent, batch, stage, max_input_bytes=self._max_input_bytes, traceparent=traceparent)
         try:

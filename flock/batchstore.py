@@ -39,14 +39,36 @@ class BatchStore:
 
     # Accepting
 
-    async def stage(self, batch: Batch, items: Sequence[Run], *, is_first: bool) -> None:
-        """Keep *items* of a batch out of sight, until it is accepted. Raises StoreError where it was dropped."""
+    async def stage(
+        self,
+        batch: Batch,
+        items: Sequence[Run],
+        max_open_items: int,
+        key: IdempotencyKey | None = None,
+        *,
+        is_first: bool,
+    ) -> None:
+        """Keep *items* of a batch out of sight, until it is accepted. They count as open from now on.
+
+        Nothing is kept if *key* was used before: the batch will be a replay, which comes before any limit, or refused.
+
+        Raises:
+            EngineFull: more than *max_open_items* items of all batches would not have ended.
+            StoreError: the batch was dropped.
+        """
+        count = sum(not item.status.is_final for item in items)
 
         def apply(db: sqlite3.Connection) -> None:
+            if schema.has_key(db, batch.flock, key):
+                return
+            if not is_first:
+                _check_staged(db, batch)
+            self._check_room(db, batch.flock, count, max_open_items)
             if is_first:
                 db.execute(schema.INSERT_BATCH, schema.batch_values(batch, "staged"))
-            _check_staged(db, batch)
             schema.insert_runs(db, items)
+            query = "UPDATE batches SET total_items = total_items + ? WHERE batch_id = ?"
+            db.execute(query, (count, batch.batch_id))
 
         await self._store.change(apply)
 
@@ -73,9 +95,11 @@ class BatchStore:
         def apply(db: sqlite3.Connection) -> Batch:
             schema.check_key(db, batch.flock, key)
             schema.check_engine(db, batch.owner)
-            self._check_room(db, batch.flock, batch.total_items - batch.completed_items, max_open_items)
             if is_staged:
                 _check_staged(db, batch)
+            count = batch.total_items - batch.completed_items
+            self._check_room(db, batch.flock, count, max_open_items, besides=batch.batch_id)
+            if is_staged:
                 db.execute("DELETE FROM batches WHERE batch_id = ?", (batch.batch_id,))
             db.execute(schema.INSERT_BATCH, schema.batch_values(batch, None))
             schema.insert_runs(db, items)
@@ -84,15 +108,18 @@ class BatchStore:
 
         await self._store.change(apply, then)
 
-    def _check_room(self, db: sqlite3.Connection, flock: str, more: int, max_open_items: int) -> None:
+    def _check_room(
+        self, db: sqlite3.Connection, flock: str, more: int, max_open_items: int, besides: str = ""
+    ) -> None:
+        """Raise EngineFull if there is no room for *more* items. Those of the batch *besides* are not counted."""
         query = """SELECT sum(total_items - completed_items) FROM batches INDEXED BY batches_open
             WHERE flock = ? AND agent_name IN (SELECT value FROM json_each(?)) AND completed_at IS NULL
-            AND hidden IS NULL"""
-        waiting = db.execute(query, (flock, schema.names_json(self._store.agents))).fetchone()[0] or 0
+            AND ifnull(hidden, 'staged') = 'staged' AND batch_id != ?"""
+        waiting = db.execute(query, (flock, schema.names_json(self._store.agents), besides)).fetchone()[0] or 0
         if waiting + more > max_open_items:
             raise EngineFull(
-                f"{waiting} items of other batches have not ended, and {more} more would be over what this server "
-                f"takes ({max_open_items}, max_open_items)."
+                f"{waiting} items of batches have not ended or are being uploaded, and {more} more would be over what "
+                f"this server takes ({max_open_items}, max_open_items)."
             )
 
     # Looking

@@ -369,6 +369,14 @@ payload_dir_option = click.option(
     metavar="N",
     help="Event streams that each key may have open, in each process.",
 )
+@click.option(
+    "--max-uploads-per-principal",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Bodies of CSV and NDJSON that each key may send at the same time, in each process.",
+)
 @click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
 @click.option(
     "--metrics/--no-metrics",

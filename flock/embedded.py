@@ -112,7 +112,8 @@ class EmbeddedEngine:
         max_queue: runs of these agents accepted and waiting, in all processes on the store.
         max_queue_per_principal: those of them that belong to one principal; None is half of them.
         max_items: items of one batch.
-        max_open_items: items of all batches of these agents together that have not ended.
+        max_open_items: items of all batches of these agents together that have not ended, also of those that are still
+            being uploaded.
         max_threads: synchronous functions at work at the same time.
         max_steps: how often one run may be handed on.
         max_tokens: what one run may spend on models, input and output together, as their providers count; None is no
@@ -584,6 +585,7 @@ class EmbeddedEngine:
 
     async def _take_over_from(self, dead_id: str) -> None:
         taken = await self.store.take_over(dead_id, self._engine_id, now())
+        self.batch_store.has_dropped.set()  # what it had staged is gone
         ended = [run for run in taken.runs if run.status.is_final]
         runs = [run for run in taken.runs if not run.status.is_final]
         if ended or runs or taken.batches:

@@ -696,6 +696,12 @@ def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) ->
         raise Replayed(found[1]) if found[0] == key.digest else KeyReused(key.key)
 
 
+def has_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> bool:
+    """Whether something was made under *key*, for whatever request."""
+    query = "SELECT 1 FROM idempotency_keys WHERE flock = ? AND key = ?"
+    return key is not None and db.execute(query, (flock, key.kept_as)).fetchone() is not None
+
+
 def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
     """Raise EngineStopped where an engine has let go of all that it had: nobody would go on with more."""
     if db.execute("SELECT 1 FROM engines WHERE engine_id = ?", (engine_id,)).fetchone() is None:

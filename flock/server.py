@@ -82,7 +82,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             ``create_app``.
         max_connections: more at a time are answered with 503; those that were answered before go on.
         write_timeout_s: a client that reads no answer for so long loses its connection; see ``flock.connection``.
-        max_requests_per_minute, max_event_streams: see ``create_app``.
+        max_requests_per_minute, max_event_streams, max_uploads_per_principal: see ``create_app``.
         allow_anonymous: make no key if none is named and others can connect, and let ``Host`` say anything.
         allowed_hosts: names that ``Host`` may say beside those of this machine, if a proxy forwards them; others are
             answered with 421. This, and each of the next two, says that others can connect, so a key is needed.
@@ -125,6 +125,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     write_timeout_s: float = 30
     max_requests_per_minute: int | None = None
     max_event_streams: int = 1000
+    max_uploads_per_principal: int = 8
     log_json: bool = False
     metrics: bool | None = None
 
@@ -335,6 +336,7 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
         cors_origins=settings.cors_origins,
         max_requests_per_minute=settings.max_requests_per_minute,
         max_event_streams=settings.max_event_streams,
+        max_uploads_per_principal=settings.max_uploads_per_principal,
     )
 
 

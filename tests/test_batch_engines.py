@@ -91,7 +91,7 @@ async def test_there_is_room_for_so_many_items_of_all_batches_together(opened: O
         first = await engine.submit_batch("item", numbers(3), OPTIONS)
         await listed(engine, 1)
         for key in (None, IdempotencyKey("k", b"1"), IdempotencyKey("k", b"1")):
-            with pytest.raises(EngineFull, match="3 items of other batches have not ended, and 3 more"):
+            with pytest.raises(EngineFull, match="3 items of batches have not ended or are being uploaded, and 3 more"):
                 await engine.submit_batch("item", numbers(3), OPTIONS, key=key)
         second = await engine.submit_batch("item", numbers(2), OPTIONS)
         work.may_go.set()

@@ -124,7 +124,7 @@ async def test_what_a_dead_process_had_staged_is_dropped() -> None:
         await engine.store.change(
             lambda db: db.execute("INSERT INTO engines VALUES (?, 'work', 0)", (dead_id,)) and None
         )
-        await engine.batch_store.stage(batch, [], is_first=True)
+        await engine.batch_store.stage(batch, [], 1000, is_first=True)
     async with work.flock.engine(store="flock.db") as engine:
         with anyio.fail_after(PATIENCE_S):
             while rows("flock.db", "SELECT * FROM batches"):

@@ -3,9 +3,14 @@
 import contextlib
 import gc
 import gzip
+import itertools
 import json
+import os
+import signal
+import socket
+import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -16,16 +21,20 @@ import httpx
 import pytest
 from starlette.types import Message, Scope
 
+from flock.auth import new_key
 from flock.core import Flock
 from flock.dialect import CSVDialect
-from flock.errors import InvalidData
+from flock.errors import EngineFull, InvalidData
+from flock.runs import BatchFilter, BatchOptions
 from flock.signature import Signature
 from flock.tables import MAX_MEMBERS, MAX_ROW_LINES, Fill, csv_rows
 from flockapi import FlockAPI, create_app
+from tests.fakes import PATIENCE_S, ROOT, Opened, Work, flockapi_command, numbers, running, until
 
 pytestmark = pytest.mark.anyio
 
 MIB = 1024 * 1024
+OPTIONS = BatchOptions()
 JSON = {"Content-Type": "application/json"}
 CSV = {"Content-Type": "text/csv"}
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -80,6 +89,8 @@ class Sender:
         }
         self._send_body, self._receive_body = anyio.create_memory_object_stream[bytes](10_000)
         self._is_over = anyio.Event()
+        self.is_waiting = self.has_ended = False
+        self._is_gone = False
         self.status = 0
         self.headers: dict[str, str] = {}
         self.body = b""
@@ -91,16 +102,24 @@ class Sender:
     def end(self) -> None:
         self._send_body.close()
 
+    def disconnect(self) -> None:
+        self._is_gone = True
+        self.end()
+
     async def run(self) -> None:
-        with self._receive_body:
-            await self._app(self._scope, self._receive, self._send)
+        try:
+            with self._receive_body, self._send_body:
+                await self._app(self._scope, self._receive, self._send)
+        finally:
+            self.has_ended = True
 
     async def _receive(self) -> Message:
+        self.is_waiting = True
         try:
             return {"type": "http.request", "body": await self._receive_body.receive(), "more_body": True}
         except anyio.EndOfStream:
             pass
-        if self._is_over.is_set():
+        if self._is_over.is_set() or self._is_gone:
             return {"type": "http.disconnect"}
         self._is_over.set()
         return {"type": "http.request", "body": b"", "more_body": False}
@@ -284,3 +303,198 @@ async def test_a_quote_that_is_missing_is_found_before_the_whole_file_is_one_row
     [error] = raised.value.errors
     assert error.line == 3
     assert error.detail == "This row has more than 100,000 lines. The quote after a cell may be missing."
+
+
+# The disk
+
+
+def stored(path: Path, query: str) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        count: int = db.execute(query).fetchone()[0] or 0
+        return count
+
+
+ROWS = "SELECT count(*) FROM runs"
+STAGED = "SELECT sum(total_items) FROM batches WHERE hidden = 'staged'"
+
+
+def lines(count: int) -> bytes:
+    return b'{"text": "a"}\n' * count
+
+
+async def test_static_inputs_grow_with_what_was_sent_and_not_with_what_was_unpacked(tmp_path: Path) -> None:
+    """6 KB of gzip became 202 MiB."""
+    app = create_app(hostile_flock(), store=tmp_path / "flock.db", auth="host", max_body_bytes=1_000)
+    path, rows = path_of(static_inputs=json.dumps({"text": "x" * 28})), b"{}\n" * 2_000
+    packed, plain = Sender(app, path, NDJSON | GZIP), Sender(app, path, NDJSON)
+    packed.feed(gzip.compress(rows))
+    plain.feed(rows)
+    async with app.lifespan():
+        for sender in (packed, plain):
+            sender.end()
+            await sender.run()
+    assert packed.status == 413
+    assert packed.problem["detail"].startswith("With the static inputs the rows become too long: those may have 16000 ")
+    assert plain.status == 202
+
+
+async def test_rows_of_an_upload_that_has_not_ended_count_as_open(tmp_path: Path) -> None:
+    """They count for others and for itself; a refusal comes during the upload, and removes what was staged."""
+    flock, path = hostile_flock(), tmp_path / "flock.db"
+    engine = flock.engine(store=path, max_open_items=2_000)
+    app = create_app(flock, engine=engine, auth="host", body_timeout_s=PATIENCE_S)
+    first, second, third = (Sender(app, path_of(), NDJSON) for _ in range(3))
+    async with app.lifespan(), anyio.create_task_group() as tasks:
+        tasks.start_soon(first.run)
+        first.feed(lines(1_600))
+        await until(lambda: stored(path, STAGED) == 1_500)
+
+        second.feed(lines(600))
+        second.end()
+        await second.run()
+        assert (second.status, second.headers["retry-after"]) == (429, "1")
+        assert second.problem["detail"] == (
+            "1500 items of batches have not ended or are being uploaded, and 600 more would be over what this server "
+            "takes (2000, max_open_items)."
+        )
+
+        first.feed(lines(1_000))
+        first.end()  # only what the server still reads for a while, since a client may read no answer before
+        await until(lambda: first.has_ended)
+        assert first.status == 429
+        await until(lambda: stored(path, ROWS) == 0)
+
+        third.feed(lines(1_900))
+        third.end()
+        await third.run()
+        assert third.status == 202
+
+
+async def test_what_is_sent_of_a_batch_counts_before_its_end(opened: Opened) -> None:
+    """On each kind of engine: an iterator that never ends has no more than its share, and others are told."""
+    work = Work()
+    has_stalled, may_go = anyio.Event(), anyio.Event()
+
+    async def endless() -> AsyncIterator[Any]:
+        for position in itertools.count():
+            if position == 1_000:
+                has_stalled.set()
+                await may_go.wait()
+            yield {"n": position}
+
+    async with opened(work.flock, max_open_items=1_200) as engine:
+
+        async def submit_endless() -> None:
+            with pytest.raises(EngineFull, match="have not ended or are being uploaded"):
+                await engine.submit_batch("item", endless(), OPTIONS)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(submit_endless)
+            await has_stalled.wait()
+            with pytest.raises(EngineFull, match="have not ended or are being uploaded"):
+                await engine.submit_batch("item", numbers(600), OPTIONS)
+            may_go.set()
+        batch = await engine.submit_batch("item", numbers(1_100), OPTIONS)
+        await engine.cancel_batch(batch.batch_id)
+
+
+async def test_an_upload_that_is_sent_again_under_its_key_needs_no_room(tmp_path: Path) -> None:
+    """A replay comes before any limit, also if its rows are staged while they arrive."""
+    flock, path = hostile_flock(), tmp_path / "flock.db"
+
+    @flock.agent
+    async def hold(text: str) -> str:
+        await anyio.sleep_forever()
+        return text
+
+    app = create_app(flock, engine=flock.engine(store=path, max_open_items=1_000), auth="host")
+    async with app.lifespan():
+        ids = set()
+        for _ in range(2):
+            sender = Sender(app, path_of("hold"), NDJSON | {"Idempotency-Key": "k"})
+            sender.feed(lines(900))
+            sender.end()
+            await sender.run()
+            assert sender.status == 202, sender.body
+            ids.add(json.loads(sender.body)["batch_id"])
+        assert len(ids) == 1
+        assert sender.headers["idempotency-replayed"] == "true"
+        assert stored(path, ROWS) == 900
+
+
+@pytest.mark.parametrize("how", ["ends", "is refused", "breaks off", "is cancelled"])
+async def test_a_principal_has_so_many_uploads_open_at_the_same_time(how: str, tmp_path: Path) -> None:
+    """One more is answered with 429 at once, and a place is free again however an upload ends."""
+    keys = {"ann": new_key(), "bob": new_key()}
+    app = create_app(
+        hostile_flock(), store=tmp_path / "flock.db", api_keys=keys, max_uploads_per_principal=2, body_timeout_s=60
+    )
+
+    def upload(name: str, content: bytes = b"") -> Sender:
+        sender = Sender(app, path_of(), NDJSON | {"X-API-Key": keys[name]})
+        sender.feed(content)
+        return sender
+
+    async def status_of(sender: Sender) -> int:
+        sender.end()
+        await sender.run()
+        return sender.status
+
+    async with app.lifespan(), anyio.create_task_group() as tasks:
+        held = [upload("ann"), upload("ann")]
+        scopes = [anyio.CancelScope() for _ in held]
+
+        async def run(sender: Sender, scope: anyio.CancelScope) -> None:
+            with scope:
+                await sender.run()
+
+        for sender, scope in zip(held, scopes, strict=True):
+            tasks.start_soon(run, sender, scope)
+        await until(lambda: all(sender.is_waiting for sender in held))
+        refused = upload("ann", lines(1))
+        assert await status_of(refused) == 429
+        assert refused.headers["retry-after"] == "1"
+        assert refused.problem["detail"] == "2 uploads are open already, all that one caller may have."
+        assert await status_of(upload("bob", lines(1))) == 202
+
+        if how == "ends":
+            held[0].feed(lines(1))
+            held[0].end()
+        elif how == "is refused":
+            held[0].feed(b"no JSON\n")
+            held[0].end()
+        elif how == "breaks off":
+            held[0].disconnect()
+        else:
+            scopes[0].cancel()
+        await until(lambda: held[0].has_ended)
+        assert await status_of(upload("ann", lines(1))) == 202
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_what_a_killed_server_had_staged_is_removed_at_the_next_start(workers: int, tmp_path: Path) -> None:
+    """A real connection whose upload has not ended when all processes are killed."""
+    script, path = tmp_path / "served.py", tmp_path / "flock.db"
+    script.write_text("from tests.test_hostile_uploads import hostile_flock\nflock = hostile_flock()\n")
+    options = ["--workers", str(workers)] if workers > 1 else []
+    serve = flockapi_command("serve", str(script), "--port", "0", "--store", str(path), *options)
+    with running(*serve, PYTHONPATH=str(ROOT)) as server:
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port or 0)) as connection:
+            head = "POST /run/batch?agent_name=echo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: text/csv\r\n"
+            connection.sendall(f"{head}Content-Length: 1000000\r\n\r\ntext\r\n".encode() + b"a\r\n" * 50_000)
+            wait_until(lambda: stored(path, ROWS) >= 500)
+            os.killpg(server.process.pid, signal.SIGKILL)
+            server.process.wait(PATIENCE_S)
+    assert stored(path, ROWS) >= 500
+    async with hostile_flock().engine(store=path) as engine:
+        await until(lambda: stored(path, ROWS) == 0)
+        assert await engine.list_batches(BatchFilter(limit=1)) == []
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)

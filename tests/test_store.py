@@ -236,7 +236,7 @@ async def refused_batch(store: Store, run: Run, value: Any) -> None:
 async def refused_item(store: Store, run: Run, value: Any) -> None:
     batch = batch_of()
     items = [run_of(batch_id=batch.batch_id, position=0), run_of(batch_id=batch.batch_id, position=1, error=value)]
-    await BatchStore(store).stage(batch, items, is_first=True)
+    await BatchStore(store).stage(batch, items, 1000, is_first=True)
 
 
 @pytest.mark.parametrize("value", REFUSED.values(), ids=REFUSED)

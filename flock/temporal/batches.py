@@ -129,6 +129,8 @@ class TemporalBatches:
         #: by batch and attempt; what has ended is out of sight for a moment while it is handed in
         self._told: OrderedDict[tuple[str, int], Batch] = OrderedDict()
         self._drops: set[asyncio.Task[None]] = set()
+        #: items of uploads that this process has sent and not yet accepted
+        self._staged = 0
 
     # Accepting
 
@@ -147,22 +149,34 @@ class TemporalBatches:
         Cancellation: what was sent of its rows is deleted by workers.
         """
         rows = _Rows(self._cluster, self._task_queue, batch, traceparent)
+        own = 0
+
+        async def stage(page: Sequence[Run]) -> None:
+            nonlocal own
+            count = sum(not item.status.is_final for item in page)
+            if not is_used:
+                self._refuse_above(waiting + self._staged, count)
+            own += count
+            self._staged += count
+            await rows.send(page)
+
         intake = Intake(
             agent,
             batch,
-            rows.send,
+            stage,
             max_input_bytes=self._max_input_bytes,
             traceparent=traceparent,
             id_of=lambda position: item_id(batch.batch_id, position),
             items_a_page=lambda total: min(MAX_CHUNK, max(MIN_CHUNK, total // 10)),
             page_bytes=CHUNK_BYTES,
         )
-        await self._check_room(0)  # a cluster that is away says so here, and soon: what is sent below may take longer
+        waiting = await self._check_room(0)  # a cluster that is away says so here, and soon
+        is_used = key is not None and await self._marks.is_used(key)  # a replay comes before any limit
         is_whole = False
         try:
             whole = await intake.read(items, on_invalid, self._max_items)
             if intake.page:
-                await rows.send(intake.page)
+                await stage(intake.page)
             await rows.all_sent()
             is_whole = True
             order = BatchOrder(
@@ -176,7 +190,7 @@ class TemporalBatches:
                 first_error=rows.first_error,
                 key_id=None if key is None else self._marks.key_id(key),
             )
-            await self._accept(order, key)
+            await self._accept(order, key, own)
             return whole
         except BaseException:
             rows.stop()
@@ -185,6 +199,8 @@ class TemporalBatches:
                 self._drops.add(drop)
                 drop.add_done_callback(self._drops.discard)
             raise
+        finally:
+            self._staged -= own
 
     async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
         """Let workers delete what was sent, unless the key stands for it by now: whoever comes next may accept it."""
@@ -196,15 +212,15 @@ class TemporalBatches:
         except StoreError as exc:
             logger.warning("what was sent of the batch %s cannot be deleted: %s", batch_id, exc)
 
-    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None) -> None:
-        """Raises Replayed, KeyReused, EngineFull."""
+    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int) -> None:
+        """Accept a batch of which *staged* open items were sent. Raises Replayed, KeyReused, EngineFull."""
         batch = order.batch
         made_id = None if key is None else await self._marks.find(key)
         if key is not None and made_id is not None and await self._is_void(made_id):
             await self._marks.give_back(key, made_id)
             made_id = None
         if made_id is None:
-            await self._check_room(batch.total_items - batch.completed_items)
+            await self._check_room(batch.total_items - batch.completed_items - staged)
             await self._start(order)
             if key is None:
                 return
@@ -246,7 +262,8 @@ class TemporalBatches:
             memo={"batch": order.batch, "about": order.attempts[-1], "is_staged": order.is_staged},
         )
 
-    async def _check_room(self, more: int) -> None:
+    async def _check_room(self, more: int) -> int:
+        """How many items of accepted batches have not ended, if there is room for *more*. Raises EngineFull."""
         query = f"{own(BATCH_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
         waiting = 0
         async with self._cluster.asking():
@@ -254,10 +271,14 @@ class TemporalBatches:
                 memo = found.raw_info.memo.fields
                 batch = decoded(memo["batch"], Batch)
                 waiting += batch.total_items - batch.completed_items
+        self._refuse_above(waiting + self._staged, more)
+        return waiting
+
+    def _refuse_above(self, waiting: int, more: int) -> None:
         if waiting + more > self._max_open_items:
             raise EngineFull(
-                f"{waiting} items of other batches have not ended, and {more} more would be over what this server "
-                f"takes ({self._max_open_items}, max_open_items)."
+                f"{waiting} items of batches have not ended or are being uploaded, and {more} more would be over what "
+                f"this server takes ({self._max_open_items}, max_open_items)."
             )
 
     # Looking

@@ -112,7 +112,8 @@ class TemporalEngine:
         max_queue_per_principal: those of them that belong to one principal, counted in the same way; None is half of
             them.
         max_items: items of one batch, 16,777,215 at most.
-        max_open_items: items of all batches together that have not ended, as far as the cluster's search knows.
+        max_open_items: items of all batches together that have not ended, as far as the cluster's search knows, and of
+            those that this process is still receiving.
         max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
         max_input_bytes: the longest inputs of one run, as JSON. If None, a million, since the cluster takes 2 MiB with
             results included, and 16 MiB where there is a ``payload_dir``.

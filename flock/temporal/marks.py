@@ -45,18 +45,26 @@ class Marks:
 
     async def find(self, key: IdempotencyKey) -> str | None:
         """The id of what *key* stands for, if anybody claimed it. Raises KeyReused."""
+        kept = await self._kept(key)
+        if kept is None:
+            return None
+        if kept["fingerprint"] != key.digest.hex():
+            raise KeyReused(key.key)
+        return kept["run_id"]
+
+    async def is_used(self, key: IdempotencyKey) -> bool:
+        """Whether *key* stands for anything, for whatever request."""
+        return await self._kept(key) is not None
+
+    async def _kept(self, key: IdempotencyKey) -> Mapping[str, str] | None:
         try:
             async with self._cluster.asking():
                 described = await self._cluster.client.get_workflow_handle(self.key_id(key)).describe()
                 kept = await described.memo()
         except RPCError:
             return None
-        if described.status is not WorkflowExecutionStatus.RUNNING:  # it is free again, or was kept for long enough
-            return None
-        if kept["fingerprint"] != key.digest.hex():
-            raise KeyReused(key.key)
-        made_id: str = kept["run_id"]
-        return made_id
+        # If it does not run, it is free again, or was kept for long enough.
+        return kept if described.status is WorkflowExecutionStatus.RUNNING else None
 
     async def give_back(self, key: IdempotencyKey, made_id: str) -> None:
         """Free *key*, if it still stands for *made_id*: others may do the same, and claim it at once."""
