@@ -233,7 +233,7 @@ def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: 
                 "server is read on a client's word, unless its owner names a folder for them (csv_dir=, --csv-dir)."
             )
             raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
-        chunks = read_file(app.csv_dir, wanted.batch_inputs)
+        chunks = read_file(app.csv_dir, wanted.batch_inputs, app.max_upload_bytes)
     try:
         dialect = CSVDialect(delimiter=wanted.delimiter, decimal=wanted.decimal, encoding=wanted.encoding)
     except DefinitionError as exc:
@@ -1042,7 +1042,8 @@ class FlockAPI(Starlette):
         engine: what carries the runs; if None, an embedded one on *store*, shared by all apps on this flock and store.
         store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
         max_body_bytes: the longest body a client may send; a longer one is answered with 413.
-        max_upload_bytes: the longest body of CSV or NDJSON, unpacked; a longer one is answered with 413.
+        max_upload_bytes: the longest body of CSV or NDJSON, unpacked, and the longest file that a client names below
+            *csv_dir*; a longer one is answered with 413.
         max_json_depth: how many levels of arrays and objects a body may have; a deeper one is answered with 400.
             ``flockapi serve`` has no option for it.
         max_header_bytes: all headers of a request together; longer ones are answered with 431.

@@ -244,7 +244,7 @@ payload_dir_option = click.option(
     default=1024 * 1024 * 1024,
     show_default=True,
     metavar="N",
-    help="The longest body of CSV or NDJSON, unpacked; a longer one is refused with 413.",
+    help="The longest body of CSV or NDJSON, unpacked, and file of --csv-dir; a longer one is refused with 413.",
 )
 @click.option(
     "--csv-dir",

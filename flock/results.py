@@ -17,8 +17,18 @@ __all__ = ["RESULT_TYPES", "CSVWriter", "item_pages", "results_as"]
 RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv"}
 #: How many items are read at once.
 ITEMS_A_PAGE = 500
-#: What a spreadsheet takes for a formula, at the beginning of a cell.
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+#: What a spreadsheet takes for the beginning of a formula, also in full width, and what it may skip before it: blanks,
+#: quotes, controls, and characters of no width, such as a byte order mark.
+SIGNS = "[=+\\-@\uff1d\uff0b\uff0d\uff20]"
+SKIPPED = (
+    r'["\x00-\x08\x0b\x0c\x0e-\x20\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f'
+    r"\u2028-\u202f\u205f-\u206f\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]*+"
+)
+FORMULA = re.compile(rf"[\t\r\n]|{SKIPPED}{SIGNS}")
+#: A formula within a cell: in many countries a semicolon divides cells, and then a newline ends the row.
+INNER_FORMULA = re.compile(rf"(?<=[;\t\r\n])(?={SKIPPED}{SIGNS})")
+#: The semicolon before one, which stands only in strings of JSON.
+JSON_FORMULA = re.compile(rf";(?={SKIPPED}{SIGNS})")
 #: What begins as a formula does, and is none.
 SIGNED_NUMBER = re.compile(r"[+-][0-9]+([.,][0-9]+)?")
 
@@ -45,7 +55,8 @@ class CSVWriter:
     Args:
         extra: the kept columns; see ``Batch.extra_names``.
         inputs, outputs: the columns. None for one column that holds all of it, as JSON.
-        escape_formulas: put a ``'`` before text that a spreadsheet would run.
+        escape_formulas: put a ``'`` before text that a spreadsheet would run, also if that follows a semicolon, a tab
+            or a newline. In JSON that semicolon is written as ``\\u003b``.
     """
 
     def __init__(
@@ -81,7 +92,7 @@ class CSVWriter:
             yield self._cell_of(extra.get(name), is_kept=True)
         for names, raw in ((self._inputs, item.inputs), (self._outputs, item.result)):
             if names is None:
-                yield "" if raw is None else bytes(raw).decode()
+                yield "" if raw is None else self._json(raw)
                 continue
             members = {} if raw is None else msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
             for name in names:
@@ -95,10 +106,17 @@ class CSVWriter:
         if text.startswith(b'"'):
             cell = msgspec.json.decode(text, type=str)
             return cell if is_kept and SIGNED_NUMBER.fullmatch(cell) else self._cell(cell)
-        return "" if text == b"null" else text.decode()
+        return "" if raw is None or text == b"null" else self._json(raw)
 
     def _cell(self, text: str) -> str:
-        return f"'{text}" if self._escape_formulas and text.startswith(FORMULA) else text
+        if not self._escape_formulas:
+            return text
+        text = INNER_FORMULA.sub("'", text)
+        return f"'{text}" if FORMULA.match(text) else text
+
+    def _json(self, raw: msgspec.Raw) -> str:
+        text = bytes(raw).decode()
+        return JSON_FORMULA.sub(r"\\u003b", text) if self._escape_formulas else text
 
     def _lines(self, rows: Iterable[Iterable[str]]) -> bytes:
         self._writer.writerows(rows)

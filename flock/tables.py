@@ -581,10 +581,12 @@ async def _own_file(path: Path) -> AsyncIterator[bytes]:
             raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
 
 
-async def read_file(folder: Path, name: str) -> AsyncIterator[bytes]:
+async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[bytes]:
     """The bytes of the file *name* below *folder*, read in a worker thread.
 
-    Raises InvalidData where it is none, or lies elsewhere once all links are followed; it never says which.
+    Raises:
+        InvalidData: there is none, or it lies elsewhere once all links are followed; it never says which.
+        TooLarge: it is longer than *max_bytes*.
     """
     refused = InvalidData(
         [
@@ -598,7 +600,11 @@ async def read_file(folder: Path, name: str) -> AsyncIterator[bytes]:
     except (OSError, ValueError) as exc:
         raise refused from exc
     with file:
+        left = max_bytes
         while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
+            left -= len(chunk)
+            if left < 0:
+                raise TooLarge(f"The file is longer than {max_bytes} bytes, all that this server takes at once.")
             yield chunk
 
 

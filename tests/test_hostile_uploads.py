@@ -1,16 +1,20 @@
 """Uploads that are made to stop the event loop, to fill the disk, or to run in a spreadsheet."""
 
 import contextlib
+import csv
 import gc
 import gzip
+import io
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -18,6 +22,7 @@ from urllib.parse import urlencode
 import anyio
 import anyio.lowlevel
 import httpx
+import msgspec
 import pytest
 from starlette.types import Message, Scope
 
@@ -25,7 +30,8 @@ from flock.auth import new_key
 from flock.core import Flock
 from flock.dialect import CSVDialect
 from flock.errors import EngineFull, InvalidData
-from flock.runs import BatchFilter, BatchOptions
+from flock.results import CSVWriter
+from flock.runs import BatchFilter, BatchOptions, Run
 from flock.signature import Signature
 from flock.tables import MAX_MEMBERS, MAX_ROW_LINES, Fill, csv_rows
 from flockapi import FlockAPI, create_app
@@ -498,3 +504,82 @@ def wait_until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < give_up_at
         time.sleep(0.02)
+
+
+# Spreadsheets
+
+
+FORMULAS = [
+    pytest.param("\uff1d1+1", "'\uff1d1+1", id="full width"),
+    pytest.param("\uff0b1", "'\uff0b1", id="full-width plus"),
+    pytest.param("\uff0d1", "'\uff0d1", id="full-width minus"),
+    pytest.param("\uff20x", "'\uff20x", id="full-width at"),
+    pytest.param("\ufeff=1+1", "'\ufeff=1+1", id="byte order mark"),
+    pytest.param("\u200b\xa0 =1+1", "'\u200b\xa0 =1+1", id="blanks and no width"),
+    pytest.param("\x00@x", "'\x00@x", id="control"),
+    pytest.param("\n=1+1", "'\n'=1+1", id="newline"),
+    pytest.param("a;=1+1", "a;'=1+1", id="semicolon"),
+    pytest.param('a; "=1+1"', 'a;\' "=1+1"', id="semicolon and quote"),
+    pytest.param("a\r\n-1;b", "a\r\n'-1;b", id="next line"),
+    pytest.param("a\t\ufeff\uff1d1", "a\t'\ufeff\uff1d1", id="tab"),
+    pytest.param("a=1; b-c\nd", "a=1; b-c\nd", id="no formula"),
+]
+
+
+@pytest.mark.parametrize(("text", "cell"), FORMULAS)
+def test_a_formula_is_text_wherever_a_spreadsheet_may_look_for_it(text: str, cell: str) -> None:
+    """Also in a column's name, in an error and in a kept column; a spreadsheet may divide cells by semicolons."""
+    item = Run(
+        run_id="1",
+        flock="hostile",
+        agent_name="echo",
+        inputs=msgspec.Raw(msgspec.json.encode({"text": text})),
+        created_at=datetime.now(UTC),
+        extra=msgspec.Raw(msgspec.json.encode({text: text})),
+        result=msgspec.Raw(msgspec.json.encode({"result": [text, -5]})),
+        error=text,
+    )
+
+    def table(*, escape_formulas: bool) -> list[list[str]]:
+        writer = CSVWriter([text], ["text"], ["result"], escape_formulas=escape_formulas)
+        lines = (writer.header() + writer.rows([item])).decode()
+        return list(csv.reader(io.StringIO(lines, newline="")))
+
+    header, row = table(escape_formulas=True)
+    assert [header[0], row[0], row[1], row[4]] == [cell] * 4
+    assert json.loads(row[2]) == [text, -5], "JSON has another way to write a character"
+    assert re.search(r';[\s"\ufeff]*[=+\-@\uff1d]', row[2]) is None
+    plain = table(escape_formulas=False)
+    assert [plain[0][0], plain[1][0], plain[1][1], plain[1][4]] == [text] * 4
+
+
+def test_a_long_cell_of_separators_takes_no_longer_than_a_long_text() -> None:
+    def took_s(text: str) -> float:
+        writer, began = CSVWriter([text], None, None), time.thread_time()
+        writer.header()
+        return time.thread_time() - began
+
+    plain_s = max(took_s("a;" * (MIB // 2)) for _ in range(3))
+    for text in (";" * MIB, "\n" * MIB, " " * MIB, "; " * (MIB // 2), ";" + '"' * MIB, ";=" * (MIB // 2)):
+        assert took_s(text) < 20 * plain_s
+
+
+async def test_a_named_file_is_no_longer_than_an_upload(tmp_path: Path) -> None:
+    """It is answered as a long upload is, and what was staged of it is removed."""
+    path, folder = tmp_path / "flock.db", tmp_path / "rows"
+    folder.mkdir()
+    (folder / "long.csv").write_bytes(b"text\n" + b"a\n" * 100_000)
+    (folder / "short.csv").write_bytes(b"text\na\n")
+    app = create_app(hostile_flock(), store=path, auth="host", csv_dir=folder, max_upload_bytes=150_000)
+    async with app.lifespan():
+        for name, status in (("long.csv", 413), ("short.csv", 202)):
+            sender = Sender(app, "/run/batch", JSON)
+            sender.feed(batch_of(batch_inputs=name))
+            sender.end()
+            await sender.run()
+            assert sender.status == status, sender.body
+            if status == 413:
+                assert sender.problem["detail"] == (
+                    "The file is longer than 150000 bytes, all that this server takes at once."
+                )
+                await until(lambda: stored(path, ROWS) == 0)
