@@ -39,6 +39,7 @@ __all__ = [
     "find_batch",
     "find_run",
     "find_steps",
+    "has_key",
     "id_at",
     "insert_key",
     "insert_runs",
