@@ -7,7 +7,7 @@ import anyio.lowlevel
 __all__ = ["FairShare"]
 
 #: How long a task may keep the event loop before it lets others run, in seconds.
-SHARE_S = 0.005
+SHARE_S = 0.002
 
 
 class FairShare:

@@ -370,7 +370,7 @@ gzipped = partial(gzip.compress, mtime=0)  # a test has the same name each time
         ("POST", "/run/batch?agent_name=nobody", CSV, "a\n1\n", 404),
         ("POST", "/run/batch?agent_name=nobody", LINES, '{"a": 1}', 404),
         ("POST", ADD, LINES, '{"a": "%s"}' % ("x" * 1024 * 1024), 413),
-        ("POST", ADD, CSV, "a\n" + "1," * 1024 * 513, 413),
+        ("POST", ADD, CSV, "a\n" + ("1" * 1023 + ",") * 1030, 413),
         ("POST", ADD, {"Content-Type": "text/plain"}, "a\n1\n", 415),
         ("POST", ADD, {}, "a\n1\n", 415),
         ("POST", ADD, CSV | {"Content-Encoding": "br"}, "a\n1\n", 415),

@@ -473,10 +473,10 @@ def folder() -> Path:
 
 
 async def test_a_long_file_of_the_named_folder_is_read(folder: Path, client: httpx.AsyncClient) -> None:
-    """However much longer it is than the body that names it."""
-    (folder / "long.csv").write_text("text\n" + f"{'x' * 19_000}\n" * 30)
+    """However much longer it is than the body that names it, up to ``max_upload_bytes``."""
+    (folder / "long.csv").write_text("text\n" + f"{'x' * 19_000}\n" * 20)
     response = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": "long.csv"})
-    assert len(await results(client, response)) == 30
+    assert len(await results(client, response)) == 20
 
 
 @pytest.mark.parametrize("name", ["good.csv", "./deep/../good.csv", "inside.csv"])
@@ -617,8 +617,9 @@ async def test_what_takes_nothing_has_no_column_for_it() -> None:
 
 
 @of_every_engine
-async def test_long_items_are_read_a_few_at_a_time(folder: Path, client: httpx.AsyncClient) -> None:
+async def test_long_items_are_read_a_few_at_a_time(folder: Path, app: FlockAPI, client: httpx.AsyncClient) -> None:
     """Of a download that nobody reads a page is held three times, and to write one as CSV keeps others waiting."""
+    app.max_upload_bytes = 2_000_000
     (folder / "long.csv").write_text("text\n" + f"{'x' * 18_000}\n" * 60)
     accepted = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": "long.csv"})
     page = (await client.get(accepted.headers["Location"], params={"wait": 30})).json()
