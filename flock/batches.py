@@ -201,8 +201,8 @@ class Batches:
 
     async def _work_through(self, items: Iterator[Run]) -> None:
         try:
-            for item in items:  # shared with the batch's other workers
-                await self._runner.carry_out(item)
+            for work in map(self._runner.carry_out, items):  # shared with the batch's other workers
+                await work
         except StoreError as exc:  # the next page cannot be read
             logger.error("items cannot be read: %s", exc)
 

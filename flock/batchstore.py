@@ -15,13 +15,17 @@ from msgspec.structs import replace
 
 from flock import schema
 from flock.errors import EngineFull, OwnershipLost, StoreError, cut
-from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus, stub_of
 from flock.store import Store
 
 __all__ = ["BatchStore"]
 
 #: Items that one transaction changes at most: tens of milliseconds.
 BITE = 2000
+#: About how many bytes of items to work on are read at once: each batch holds them, also while it waits. A record
+#: without its contents counts too.
+WORK_PAGE_BYTES = 64 * 1024
+RECORD_BYTES = 1024
 #: What ``error`` and ``error_type`` say of items that a batch was cancelled before.
 CANCELLED = ("The batch was cancelled before this item began.", "cancelled")
 
@@ -169,7 +173,7 @@ class BatchStore:
     def items_to_do(self, batch: Batch, after: int, limit: int) -> list[Run]:
         """Items that wait, as ``items`` gives them; those that were begun before come with the steps that they did.
 
-        Items that cannot be read are left out, for ``end``. None where the batch belongs to another engine by now.
+        They are fewer where they are long, and a long one is a stub. Items that cannot be read are left out, for ``end``. None where the batch belongs to another engine by now.
         """
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
 
@@ -178,10 +182,15 @@ class BatchStore:
             if found is None or found.owner != batch.owner:
                 return []
             rows = schema.rows_of(db, lambda columns: schema.item_listing(columns, [RunStatus.STARTING]), values)
-            page = Page[Run](limit)
+            page, bytes_left = list[Run](), WORK_PAGE_BYTES
             for row in rows:
                 item = _if_readable(db, row)
-                if item is not None and not page.add(replace(item, owner=batch.owner)):
+                if item is None:
+                    continue
+                bytes_left -= RECORD_BYTES + item.content_bytes
+                item = stub_of(item) if item.content_bytes > WORK_PAGE_BYTES else item
+                page.append(replace(item, owner=batch.owner))
+                if bytes_left < 0 or len(page) == limit:
                     break
             return page
 

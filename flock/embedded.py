@@ -33,7 +33,7 @@ from flock.errors import (
     StoreError,
 )
 from flock.llm import ModelClient
-from flock.runner import Runner, current_task
+from flock.runner import ActiveRun, Runner, current_task
 from flock.runs import (
     Batch,
     BatchFilter,
@@ -367,8 +367,9 @@ class EmbeddedEngine:
             limits.check_share(sum(run.principal == principal and run.status is RunStatus.STARTING for run in runs))
 
     async def get_run(self, run_id: str) -> Run:
-        if run_id in self._runner.active:
-            return self._runner.active[run_id].run
+        active = self._runner.active.get(run_id)
+        if active is not None and not active.run.is_stub:
+            return active.run
         self._check_entered()
         run = self.store.get_run(run_id)
         if run is None or run.flock != self._flock:
@@ -382,13 +383,13 @@ class EmbeddedEngine:
         active = self._runner.active.get(run_id)
         while active is not None and not active.is_lost:
             if active.run.status.is_final:
-                return active.run
+                return await self._whole(active)
             if active.store_error is not None:
                 raise active.store_error
             if active.is_left:
                 raise EngineStopped("The server stopped before this run ended; it goes on at the next start.")
             if timeout_s is not None and anyio.current_time() >= deadline:
-                return active.run
+                return await self._whole(active)
             active.wake_at = min(active.wake_at, deadline)  # the watch sees to it: a timer for each takes longer
             await active.end.wait()
         with anyio.CancelScope(deadline=deadline):
@@ -416,7 +417,11 @@ class EmbeddedEngine:
         self._runner.cancel(active)
         if active.run.is_async:
             await self.store.request_cancel(run_id)  # whoever goes on with it after a crash knows
-        return active.run
+        return await self._whole(active)
+
+    async def _whole(self, active: ActiveRun) -> Run:
+        """Its record. A stub that has ended stands for itself once the store is closed: it has no result."""
+        return active.run if not active.run.is_stub or self._tasks is None else await self.get_run(active.run.run_id)
 
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()

@@ -28,6 +28,7 @@
         ├── InvalidOutput        the result does not fit the output signature
         ├── InvalidHandoff       the next agent does not exist, or cannot be given its inputs
         ├── Unstorable           a record has a value that the store does not take
+        ├── Unreadable           the record of the run is damaged
         ├── ResultTooLarge       it is longer than ``max_result_bytes``
         ├── TooManySteps         the hand-offs go on beyond ``max_steps``
         ├── TooManyTokens        its models have cost ``max_tokens``, and it wants to ask one again
@@ -76,6 +77,7 @@ __all__ = [
     "TooManySteps",
     "TooManyTokens",
     "Unauthenticated",
+    "Unreadable",
     "Unstorable",
     "WrongHost",
     "cut",
@@ -308,6 +310,17 @@ class Unstorable(StepError):
     """One record has a value that SQLite refuses (its type, range, size or encoding). Other records can be written."""
 
     error_type = "unstorable"
+
+
+class Unreadable(StepError):
+    """The run was read again from the store when its turn came, and its record is damaged.
+
+    Attributes:
+        is_writable: False if its end cannot be written there either.
+    """
+
+    error_type = "unreadable"
+    is_writable = True
 
 
 class ResultTooLarge(StepError):

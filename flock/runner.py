@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -21,15 +21,15 @@ from msgspec.structs import asdict, replace
 
 from flock.agents import Agent, Resources
 from flock.ends import CANCELLED, failure_of, interrupted_turn, queue_timeout, timeout_of
-from flock.errors import OwnershipLost, ResultTooLarge, StoreError, Unstorable
+from flock.errors import OwnershipLost, ResultTooLarge, StoreError, Unreadable, Unstorable
 from flock.llm import ModelClient
 from flock.logs import fields_of_run
-from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now
-from flock.schema import INTERRUPTED
-from flock.slots import Slots, acquire_all
+from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, stub_of
+from flock.schema import DAMAGED_RUN, INTERRUPTED, Damaged
+from flock.slots import Slots, acquire_all, acquire_all_nowait
 from flock.store import RETRY_AFTER_S, Store
 from flock.threads import Threads
-from flock.workflow import NextStep, next_step, run_step
+from flock.workflow import NextStep, inputs_for, next_agent, run_step
 
 __all__ = ["ActiveRun", "Runner", "current_task"]
 
@@ -40,7 +40,11 @@ FINAL_WRITE_TIMEOUT_S = 5.0
 
 
 class ActiveRun:
-    """A run that is at work here, or waits for a slot."""
+    """A run that is at work here, or waits for a slot.
+
+    Attributes:
+        run: a stub while it waits, unless it is short.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -56,7 +60,7 @@ class ActiveRun:
         #: it was cancelled since the engine is leaving
         self.is_stopped = False
         self.is_left = False
-        #: another engine has it now
+        #: what becomes of it is said by the store only: another engine has it now, or its record is damaged
         self.is_lost = False
         # Made only where somebody waits: an event takes longer than a step's record.
         self._change: anyio.Event | None = None
@@ -149,9 +153,12 @@ class Runner:
         """Take a run to its end in a task of its own."""
         tasks.start_soon(self._carry_out, self._admitted(run))
 
-    async def carry_out(self, run: Run) -> None:
-        """Take a run to its end. Only a cancellation of the engine comes out of here."""
-        await self._carry_out(self._admitted(run))
+    def carry_out(self, run: Run) -> Coroutine[Any, Any, None]:
+        """Take a run to its end. Only a cancellation of the engine comes out of here.
+
+        The coroutine does not hold *run*.
+        """
+        return self._carry_out(self._admitted(run))
 
     def _admitted(self, run: Run) -> ActiveRun:
         if self.cancelled_before.pop(run.run_id, None) == run.attempt:
@@ -218,6 +225,9 @@ class Runner:
             else:
                 end = asdict(failure_of(active.run, failure, expose_errors=self._expose_errors))
         await _absorb_cancellation()
+        if isinstance(failure, Unreadable) and not failure.is_writable:  # to write it would fail all of its group
+            self._let_go(active)
+            return
         try:
             await self._finish(active, end)
         except Unstorable as exc:
@@ -226,30 +236,36 @@ class Runner:
 
     async def _steps(self, active: ActiveRun) -> msgspec.Raw:
         """Let one agent after the other have its turn. The last step is written together with the run's end."""
-        run = active.run
-        if run.started_at is not None:  # it was at work when its process died
-            self._check_interrupted(run)
-        while (step := next_step(run, self._agents, self._max_steps)) is not None:
-            run = await self._turn(active, run, step)
-            await _absorb_cancellation()
-            if run.steps[-1].next_agent is None:
-                active.unsaved = run
-            else:
-                await self._save(active, run, run.steps[-1])
+        if active.run.started_at is not None:  # it was at work when its process died
+            self._check_interrupted(active.run)
+        while (agent := next_agent(active.unsaved or active.run, self._agents, self._max_steps)) is not None:
+            await self._step(active, agent)
             if active.cancel_requested:
                 raise anyio.get_cancelled_exc_class()
+        run = active.unsaved or await self._whole(active)
         if run.started_at is None:  # tried again, and there was nothing left to do
             active.tell(replace(run, status=RunStatus.RUNNING, started_at=now()))
         return run.steps[-1].result
 
-    async def _turn(self, active: ActiveRun, run: Run, step: NextStep) -> Run:
+    async def _step(self, active: ActiveRun, agent: Agent) -> None:
+        """Let *agent* have its turn, and write what came of it."""
+        run = await self._turn(active, agent)
+        await _absorb_cancellation()
+        if run.steps[-1].next_agent is None:
+            active.unsaved = run
+        else:
+            await self._save(active, run, run.steps[-1])
+
+    async def _turn(self, active: ActiveRun, agent: Agent) -> Run:
         """One agent's turn, within a slot of the engine and of the agent; a thread that hangs keeps both."""
-        release = await self._admit(active, step.agent)
+        release = await self._admit(active, agent)
         try:
+            run = await self._whole(active)
+            step = NextStep(agent, inputs_for(agent, run))
             if run.status is RunStatus.STARTING:
                 active.scope.deadline = anyio.current_time() + self._timeout_s(run)
                 run = replace(run, status=RunStatus.RUNNING, started_at=now())
-                if run.is_async and step.agent.on_interrupt == "fail":
+                if run.is_async and agent.on_interrupt == "fail":
                     await self._save(active, run, None)  # who begins it a second time must know that it was begun
                 else:
                     self._store.save_nowait(run)
@@ -277,7 +293,7 @@ class Runner:
             self._threads.when_free(active, release)
 
     async def _admit(self, active: ActiveRun, agent: Agent) -> Callable[[], None]:
-        """Wait for a place of the engine, and for one of the agent.
+        """Wait for a place of the engine, and for one of the agent; meanwhile hold no more than a stub of the run.
 
         Returns: what gives both back. Raises QueueTimeout.
         """
@@ -291,14 +307,48 @@ class Runner:
 
         if active.scope.cancel_called or self.is_leaving:  # to ask for more takes as long as a short step
             await anyio.lowlevel.checkpoint_if_cancelled()
+        if acquire_all_nowait(slots, batch_id):
+            return release
         # Of a long batch most items wait for others of it: nobody is kept waiting by that.
-        if self._queue_timeout_s is None or active.run.status is not RunStatus.STARTING or batch_id is not None:
+        is_limited = active.run.status is RunStatus.STARTING and batch_id is None
+        with anyio.move_on_after(self._queue_timeout_s if is_limited else None):
+            await self._leave_in_store(active)
             await acquire_all(slots, batch_id)
             return release
-        with anyio.move_on_after(self._queue_timeout_s):
-            await acquire_all(slots, batch_id)
-            return release
+        assert self._queue_timeout_s is not None
         raise queue_timeout(self._queue_timeout_s)
+
+    async def _leave_in_store(self, active: ActiveRun) -> None:
+        """Hold only a stub of a run that has to wait."""
+        is_in_store = active.run.is_async or active.run.status is not RunStatus.STARTING
+        if not is_in_store and stub_of(active.run).is_stub:
+            await self._save(active, active.run, None)
+            is_in_store = True
+        if is_in_store:
+            active.run = stub_of(active.run)
+
+    async def _whole(self, active: ActiveRun) -> Run:
+        """The run with what was left in the store, trying again as long as that cannot be read.
+
+        Raises: OwnershipLost; Unreadable if its record is damaged.
+        """
+        while active.run.is_stub:
+            try:
+                found = self._store.get_run(active.run.run_id)
+            except StoreError as exc:
+                if isinstance(exc.__cause__, Damaged):
+                    raise _unreadable(exc.__cause__) from exc
+                active.store_error = exc
+                active.wake()
+                await anyio.sleep(RETRY_AFTER_S)
+                continue
+            active.store_error = None
+            if found is None or found.status.is_final or found.attempt != active.run.attempt:
+                raise OwnershipLost(active.run.run_id)
+            if found.batch_id is None and found.owner != active.run.owner:
+                raise OwnershipLost(active.run.run_id)
+            active.run = replace(found, owner=active.run.owner, progress=active.progress)
+        return active.run
 
     def _check_interrupted(self, run: Run) -> None:
         name = (run.steps[-1].next_agent if run.steps else None) or run.agent_name
@@ -368,10 +418,19 @@ class Runner:
     def _lose(self, active: ActiveRun) -> None:
         """Those who wait for the run hear of it from the store from now on."""
         logger.warning("run %s: another engine has taken it over", active.run.run_id)
+        self._let_go(active)
+
+    def _let_go(self, active: ActiveRun) -> None:
         active.is_lost = True
         self._forget(active)
         active.tell(active.run)
         active.wake()
+
+
+def _unreadable(damage: Damaged) -> Unreadable:
+    error = Unreadable(DAMAGED_RUN)
+    error.is_writable, error.log_detail = damage.is_writable, str(damage)
+    return error
 
 
 def current_task() -> "asyncio.Task[Any] | None":

@@ -55,6 +55,7 @@ __all__ = [
     "now",
     "one_line",
     "sayable",
+    "stub_of",
     "valid_traceparent",
 ]
 
@@ -111,6 +112,12 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
 
 
+#: The inputs of a stub.
+LEFT_IN_STORE = msgspec.Raw(b"{}")
+#: A run whose inputs and results are shorter is never a stub: to read them again would take longer than to hold them.
+STUB_BYTES = 1024
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One request and all that is known of it. Ids are UUIDs of version 7, times are in UTC.
 
@@ -153,6 +160,17 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[Step, ...] = ()
 
     @property
+    def is_stub(self) -> bool:
+        """Whether its inputs and results are in the store only; see ``stub_of``."""
+        return self.inputs is LEFT_IN_STORE
+
+    @property
+    def content_bytes(self) -> int:
+        """How long its inputs and results are together."""
+        own = len(self.inputs) + len(self.result or b"") + len(self.extra or b"")
+        return own + sum(len(step.result) for step in self.steps)
+
+    @property
     def trace_id(self) -> str | None:
         return self.traceparent and self.traceparent[3:35]
 
@@ -169,6 +187,17 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         """
         tries = self.attempt - self.recoveries
         return f"run:{self.run_id}/{position}" if tries == 1 else f"run:{self.run_id}:{tries}/{position}"
+
+
+def stub_of(run: Run) -> Run:
+    """What to hold of a run that is in the store and waits: all but its inputs and results, if they are long.
+
+    Its steps keep their names, times and usage.
+    """
+    if run.is_stub or run.content_bytes < STUB_BYTES:
+        return run
+    steps = tuple(msgspec.structs.replace(step, result=LEFT_IN_STORE) for step in run.steps)
+    return msgspec.structs.replace(run, inputs=LEFT_IN_STORE, result=None, extra=None, steps=steps)
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):

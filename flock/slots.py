@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import anyio
 
-__all__ = ["Slots", "acquire_all"]
+__all__ = ["Slots", "acquire_all", "acquire_all_nowait"]
 
 
 class Slots:
@@ -64,6 +64,16 @@ class Slots:
     def _take(self, batch_id: str | None) -> None:
         self._free -= 1
         self._free_for_items -= batch_id is not None
+
+
+def acquire_all_nowait(slots: Sequence[Slots], batch_id: str | None) -> bool:
+    """Take a place of each of *slots* if all of them have one."""
+    for taken, each in enumerate(slots):
+        if not each.acquire_nowait(batch_id):
+            for other in slots[:taken]:
+                other.release(batch_id)
+            return False
+    return True
 
 
 async def acquire_all(slots: Sequence[Slots], batch_id: str | None) -> None:

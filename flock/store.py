@@ -32,7 +32,7 @@ import msgspec
 
 from flock import schema
 from flock.errors import FlockError, OwnershipLost, StoreError, Unstorable
-from flock.runs import Batch, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
+from flock.runs import Batch, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, stub_of
 
 try:
     import fcntl
@@ -844,7 +844,7 @@ class Store:
                 db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,))
                 _remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
             return TakenOver(
-                [run for run_id in runs if (run := schema.find_run(db, run_id)) is not None],
+                [stub_of(run) for run_id in runs if (run := schema.find_run(db, run_id)) is not None],
                 [batch for batch_id in batches if (batch := schema.find_batch(db, batch_id)) is not None],
                 left.waiting,
                 is_all,
@@ -857,7 +857,7 @@ class TakenOver(NamedTuple):
     """What an engine took over from one that is gone.
 
     Attributes:
-        runs: those that ended with it, and those to go on with.
+        runs: those that ended with it, and those to go on with; stubs, unless they are short.
         batches: to go on with.
         waiting: how many runs and batches were left, by the agent that they wait for.
         is_all: nothing was left.

@@ -13,7 +13,17 @@ from flock.errors import InvalidData, InvalidHandoff, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext, Step, now
 
-__all__ = ["Columns", "NextStep", "check_handoff", "columns_of", "next_step", "result_names", "run_step"]
+__all__ = [
+    "Columns",
+    "NextStep",
+    "check_handoff",
+    "columns_of",
+    "inputs_for",
+    "next_agent",
+    "next_step",
+    "result_names",
+    "run_step",
+]
 
 #: The names of a run's inputs and of its result's members; None where nobody knows them before.
 Columns = tuple[Sequence[str] | None, Sequence[str] | None]
@@ -27,9 +37,13 @@ class NextStep(msgspec.Struct, frozen=True):
 
 
 def next_step(run: Run, agents: Mapping[str, Agent], max_steps: int) -> NextStep | None:
-    """What *run* does next after its steps, or None when it is at its end.
+    """What *run* does next after its steps, or None when it is at its end. Raises as ``next_agent``."""
+    agent = next_agent(run, agents, max_steps)
+    return None if agent is None else NextStep(agent, inputs_for(agent, run))
 
-    The inputs of the next agent are drawn from all that is known: the run's inputs, then each result; later wins.
+
+def next_agent(run: Run, agents: Mapping[str, Agent], max_steps: int) -> Agent | None:
+    """The agent that has its turn after the steps of *run*, which may be a stub; None when it is at its end.
 
     Raises:
         InvalidHandoff: the next agent does not exist.
@@ -47,13 +61,18 @@ def next_step(run: Run, agents: Mapping[str, Agent], max_steps: int) -> NextStep
     agent = agents.get(name)
     if agent is None:
         raise _no_such_agent(name, path, agents)
-    if not steps:
-        return NextStep(agent, run.inputs)
+    return agent
+
+
+def inputs_for(agent: Agent, run: Run) -> msgspec.Raw:
+    """The inputs of the next agent of *run*: drawn from all that is known, its inputs, then each result; later wins."""
+    if not run.steps:
+        return run.inputs
     known: dict[str, msgspec.Raw] = {}
-    for source in (run.inputs, *(step.result for step in steps)):
+    for source in (run.inputs, *(step.result for step in run.steps)):
         known |= msgspec.json.decode(source, type=dict[str, msgspec.Raw])
     drawn = {field.name: known[field.name] for field in agent.input.fields if field.name in known}
-    return NextStep(agent, msgspec.Raw(msgspec.json.encode(drawn)))
+    return msgspec.Raw(msgspec.json.encode(drawn))
 
 
 def check_handoff(agent: Agent, agents: Mapping[str, Agent]) -> None:
