@@ -76,8 +76,10 @@ from flock.extras import pip_install
 from flock.life import life_of
 from flock.negotiation import preferences, preferred
 from flock.options import check_options
+from flock.pieces import LongResponse, cut, long_parts, pieces
 from flock.results import RESULT_TYPES, item_pages, results_as
 from flock.runs import (
+    LONG_BYTES,
     Batch,
     BatchFilter,
     BatchOptions,
@@ -85,6 +87,7 @@ from flock.runs import (
     Event,
     IdempotencyKey,
     Items,
+    LongJSON,
     Page,
     Run,
     RunFilter,
@@ -292,15 +295,26 @@ class JSONResponse(Response):
 def run_response(
     request: Request, run: Run, status_code: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
+    engine = app_of(request).engine
+    long: dict[int | None, LongJSON] = {}
+    if isinstance(engine, EmbeddedEngine):  # what another one keeps is held until it is sent
+        results: dict[int | None, msgspec.Raw | None] = {None: run.result}
+        results |= {at: step.result for at, step in enumerate(run.steps)}
+        long = {at: engine.long_result(run, at) for at, result in results.items() if len(result or b"") > LONG_BYTES}
+    steps = [shown_as(RunStep, step, result=long.get(at, step.result)) for at, step in enumerate(run.steps)]
     body = shown_as(
         FlockAPIResponse,
         run,
-        steps=[shown_as(RunStep, step) for step in run.steps],
+        result=long.get(None, run.result),
+        steps=steps,
         batch_id=msgspec.UNSET if run.batch_id is None else run.batch_id,
         position=msgspec.UNSET if run.position is None else run.position,
     )
     headers = {"Flock-Run-Status": run.status.value, **(headers or {})}
-    return JSONResponse(body, status_code, headers | _accepted(request, f"/run/{run.run_id}", status_code))
+    headers |= _accepted(request, f"/run/{run.run_id}", status_code)
+    if long:
+        return LongResponse(body, status_code, headers, is_head=request.method == "HEAD")
+    return JSONResponse(body, status_code, headers)
 
 
 def runs_response(request: Request, page: Page[Run], wanted: RunsQuery) -> Response:
@@ -359,7 +373,8 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
     async def stream() -> AsyncIterator[bytes]:
         try:
             async for event in events:
-                yield event_bytes(event)
+                async for piece in pieces(event_parts(event)):
+                    yield piece
         except FlockError as exc:
             logger.warning("request %s: its event stream is cut: %s", request_id_of(request), exc)
         if engine.is_leaving:
@@ -384,12 +399,12 @@ def last_event_of(request: Request) -> int:
     return int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query.after
 
 
-def event_bytes(event: Event | None) -> bytes:
+def event_parts(event: Event | None) -> list[bytes | LongJSON]:
     """One event as ``text/event-stream`` has it; None is a comment, which keeps the connection open."""
     if event is None:
-        return b": still here\n\n"
+        return [b": still here\n\n"]
     id_ = b"" if event.id is None else b"id: %d\n" % event.id
-    return b"%sevent: %s\ndata: %s\n\n" % (id_, event.name.encode(), msgspec.json.encode(event.data))
+    return long_parts(event.data, b"%sevent: %s\ndata: " % (id_, event.name.encode()), b"\n\n")
 
 
 def batch_response(
@@ -571,12 +586,32 @@ async def run_flock(request: Request) -> Response:
     A synchronous request with an idempotency key may be sent again by a client whose connection broke. So its run is
     kept as an asynchronous one is, and does not end with its caller.
     """
+    prefer = preferences(request.headers.getlist("prefer"))
+    responds_async = "respond-async" in prefer
+    run, is_async, headers = await _accepted_run(request, responds_async)
+    if not is_async:
+        run_id, outlives_client = run.run_id, run.is_async
+        del run  # its inputs may be long, and so may the wait
+        run = await _end_of(request, run_id, outlives_client)
+    elif responds_async:
+        applied = "respond-async"
+        if re.fullmatch(r"\d{1,9}", prefer.get("wait", "")):
+            wait_s = min(int(prefer["wait"]), app_of(request).max_wait_s)
+            waiting = (await engine_of(request)).wait(run.run_id, wait_s)
+            del run
+            run = await _while_connected(request, waiting)
+            applied += f", wait={wait_s}"
+        headers = {**headers, "Preference-Applied": applied}
+    return run_response(request, run, 200 if run.status.is_final else 202, headers)
+
+
+async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bool, Mapping[str, str]]:
+    """The run that the body asks for, whether nobody waits for its end, and headers. Holds the body no longer."""
     body = await read_json(request)
     key = idempotency_key(request, fingerprint_of(request, body))
-    wanted, prefer = RUN_REQUEST.decode(body), preferences(request.headers.getlist("prefer"))
-    responds_async = "respond-async" in prefer
+    wanted = RUN_REQUEST.decode(body)
     is_async = wanted.async_run or responds_async
-    engine, headers = await engine_of(request), {}
+    engine = await engine_of(request)
     try:
         run = await engine.submit(
             wanted.agent_name,
@@ -588,17 +623,8 @@ async def run_flock(request: Request) -> Response:
             key=key,
         )
     except Replayed as exc:
-        run, headers = await _replayed(engine.get_run(exc.made_id)), REPLAYED
-    if not is_async:
-        run = await _end_of(request, run)
-    elif responds_async:
-        applied = "respond-async"
-        if re.fullmatch(r"\d{1,9}", prefer.get("wait", "")):
-            wait_s = min(int(prefer["wait"]), app_of(request).max_wait_s)
-            run = await _while_connected(request, engine.wait(run.run_id, wait_s))
-            applied += f", wait={wait_s}"
-        headers = {**headers, "Preference-Applied": applied}
-    return run_response(request, run, 200 if run.status.is_final else 202, headers)
+        return await _replayed(engine.get_run(exc.made_id)), is_async, REPLAYED
+    return run, is_async, {}
 
 
 #: The draft on Idempotency-Key names no header for it; this one is widely used.
@@ -613,23 +639,26 @@ async def _replayed(found: Awaitable[T]) -> T:
         raise Conflict(f"A request with this Idempotency-Key was accepted, and what it made is gone. {exc}") from exc
 
 
-async def _end_of(request: Request, run: Run) -> Run:
-    """The run at its end. If the client disconnects first, a run that only it can be waiting for is cancelled.
+async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
+    """A run at its end. If the client disconnects first, a run that only it can be waiting for is cancelled.
 
     Raises: StoreError if the end cannot be known now. The run is not cancelled then, however soon that is.
     Cancellation: the host cancels the request when its client is gone, so it counts as a disconnect.
     """
     app = app_of(request)
     try:
-        run = await app.engine.wait(run.run_id, PATIENCE_S)
-        return run if run.status.is_final else await _while_connected(request, app.engine.wait(run.run_id))
+        run = await app.engine.wait(run_id, PATIENCE_S)
+        if run.status.is_final:
+            return run
+        del run  # its inputs may be long, and so may the wait
+        return await _while_connected(request, app.engine.wait(run_id))
     except StoreError as exc:
-        path = f"{root_path(request.scope)}/run/{run.run_id}"
+        path = f"{root_path(request.scope)}/run/{run_id}"
         raise StoreError(f"{exc} The run was accepted and is not cancelled: GET {path} shows how it ends.") from exc
     except (HTTPException, anyio.get_cancelled_exc_class()):
-        if not run.is_async and app.on_disconnect == "cancel":
+        if not outlives_client and app.on_disconnect == "cancel":
             with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
-                await app.engine.cancel_run(run.run_id)
+                await app.engine.cancel_run(run_id)
         raise
 
 
@@ -1216,7 +1245,8 @@ class FlockAPI(Starlette):
                     message["headers"].append((b"cache-control", b"no-store"))
                 for name, value in found.headers.items():
                     message["headers"].append((name.encode(), value.encode()))
-            await send(message)
+            for part in cut(message):
+                await send(part)
 
         try:
             await super().__call__(scope, receive, send_with_id)

@@ -173,7 +173,8 @@ class BatchStore:
     def items_to_do(self, batch: Batch, after: int, limit: int) -> list[Run]:
         """Items that wait, as ``items`` gives them; those that were begun before come with the steps that they did.
 
-        They are fewer where they are long, and a long one is a stub. Items that cannot be read are left out, for ``end``. None where the batch belongs to another engine by now.
+        They are fewer where they are long, and a long one is a stub. Items that cannot be read are left out, for
+        ``end``. None where the batch belongs to another engine by now.
         """
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
 

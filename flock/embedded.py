@@ -35,6 +35,7 @@ from flock.errors import (
 from flock.llm import ModelClient
 from flock.runner import ActiveRun, Runner, current_task
 from flock.runs import (
+    LONG_BYTES,
     Batch,
     BatchFilter,
     BatchOptions,
@@ -43,6 +44,7 @@ from flock.runs import (
     IdempotencyKey,
     Inputs,
     Items,
+    LongJSON,
     Observer,
     OnInvalid,
     Page,
@@ -394,6 +396,7 @@ class EmbeddedEngine:
             await active.end.wait()
         with anyio.CancelScope(deadline=deadline):
             while not (run := await self.get_run(run_id)).status.is_final:
+                del run  # it may be long, and so may the wait
                 if self.is_leaving:
                     raise EngineStopped("The server is about to stop. Ask another one, or this one when it is back.")
                 await self._awaited.setdefault(run_id, anyio.Event()).wait()
@@ -460,23 +463,37 @@ class EmbeddedEngine:
         while True:
             active = self._runner.active.get(run_id)
             changed = active.change if active else self._store_changed
-            run = active.run if active else await self.get_run(run_id)
+            run = await self.get_run(run_id)
+            progress, is_last = run.progress, run.status.is_final or self.is_leaving
             for event in events_of(run):
-                if event.id is None:
-                    if run.progress != told:
-                        told = run.progress
-                        yield event
-                elif event.id > after:
-                    after = event.id
-                    yield event
-            if run.status.is_final or self.is_leaving:
-                return
-            if changed.is_set():
+                if progress != told if event.id is None else event.id > after:
+                    event = self._with_long_result(event, run)
+                    break
+            else:
+                event = None
+            del run  # a slow reader holds one event, and goes on from the record
+            if event is not None:
+                after, told = (after, progress) if event.id is None else (event.id, told)
+                yield event
                 continue
+            if is_last:
+                return
             with anyio.move_on_after(KEEP_ALIVE_S) as silence:
                 await changed.wait()
             if silence.cancelled_caught:
                 yield None
+
+    def long_result(self, run: Run, position: int | None = None) -> LongJSON:
+        """The result of *run*, or of its step at *position*, to be read in pieces. It does not hold the run."""
+        if run.status is RunStatus.COMPLETED and position == len(run.steps) - 1:
+            position = None  # it is kept once
+        result = run.result if position is None else run.steps[position].result
+        return LongJSON(len(result or b""), functools.partial(self.store.read_result, run.run_id, position))
+
+    def _with_long_result(self, event: Event, run: Run) -> Event:
+        if len(event.data.get("result") or b"") <= LONG_BYTES:
+            return event
+        return replace(event, data={**event.data, "result": self.long_result(run, event.data.get("position"))})
 
     async def _be_seen(self, completed_at: datetime) -> None:
         """Let those who follow something elsewhere hear of its end, before it is gone."""

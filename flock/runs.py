@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -33,6 +33,7 @@ __all__ = [
     "IdempotencyKey",
     "Inputs",
     "Items",
+    "LongJSON",
     "Observer",
     "OnExtra",
     "OnInvalid",
@@ -425,8 +426,35 @@ def _json_bytes(record: Run | Batch) -> int:
     return length
 
 
+#: A longer result is read in pieces while it is sent.
+LONG_BYTES = 64 * 1024
+#: How much of it at once: the store finds a place in it in a time that grows with what is before that.
+READ_BYTES = 128 * 1024
+
+
+class LongJSON:
+    """A long text of JSON that is read when it is sent, so that a slow reader does not hold all of it in memory.
+
+    Attributes:
+        length: in bytes.
+        read: returns up to so many bytes of it from a position on. Raises RunNotFound, StoreError.
+    """
+
+    def __init__(self, length: int, read: Callable[[int, int], bytes]) -> None:
+        self.length = length
+        self.read = read
+
+    def pieces(self) -> Iterator[bytes]:
+        """All of it, in order. Raises RunNotFound, StoreError."""
+        for start in range(0, self.length, READ_BYTES):
+            yield self.read(start, READ_BYTES)
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a run. ``id`` grows with each; progress has none, since only the latest is kept."""
+    """Something that happened to a run. ``id`` grows with each; progress has none, since only the latest is kept.
+
+    In *data*, ``result`` is a ``LongJSON`` if it is long and the engine can read it again.
+    """
 
     id: int | None
     name: str

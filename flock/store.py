@@ -31,7 +31,7 @@ import anyio.to_thread
 import msgspec
 
 from flock import schema
-from flock.errors import FlockError, OwnershipLost, StoreError, Unstorable
+from flock.errors import FlockError, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, stub_of
 
 try:
@@ -453,6 +453,8 @@ class Store:
                 self._put_back(group)
                 self._has_work.set()  # also where nothing is put back: so it is found out when it can be written again
                 await anyio.sleep(RETRY_AFTER_S)
+            group.runs.clear()  # the thread that has written them refers to the group until the next one
+            group.changes.clear()
 
     def _put_back(self, group: _Group) -> None:
         """Keep the runs of a group that could not be written for the next; what is known since wins."""
@@ -599,6 +601,22 @@ class Store:
 
     def get_run(self, run_id: str) -> Run | None:
         return self.read(lambda db: schema.find_run(db, run_id))
+
+    def read_result(self, run_id: str, position: int | None, start: int, length: int) -> bytes:
+        """Up to *length* bytes of the result of a run, or of its step at *position*. Raises RunNotFound, StoreError."""
+        table, where, values = "runs", "run_id = ?", (run_id,) if position is None else (run_id, position)
+        if position is not None:
+            table, where = "steps", "run_id = ? AND position = ?"
+
+        def find(db: sqlite3.Connection) -> bytes:
+            row = db.execute(f"SELECT rowid FROM {table} WHERE {where}", values).fetchone()
+            if row is None:
+                raise RunNotFound(run_id)
+            with db.blobopen(table, "result", row[0], readonly=True) as blob:
+                blob.seek(start)
+                return blob.read(length)
+
+        return self.read(find)
 
     def list_runs(self, flock: str, wanted: RunFilter) -> Page[Run]:
         """One page of runs that are no items, newest first, without their steps. A damaged row has an error in it."""

@@ -17,6 +17,7 @@ RANKS = {
     "flock.auth": 2,
     "flock.negotiation": 0,
     "flock.tables": 3,
+    "flock.pieces": 3,
     "flock.results": 5,
     "flock.wire": 2,
     "flock.contract": 1,
