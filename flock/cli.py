@@ -231,6 +231,14 @@ payload_dir_option = click.option(
     help="Those of them that belong to one key or caller.  [default: half of --max-queue]",
 )
 @click.option(
+    "--max-queue-bytes",
+    type=click.IntRange(1),
+    default=256 * 1024 * 1024,
+    show_default=True,
+    metavar="N",
+    help="Inputs of waiting runs in each process; more are refused with 429.",
+)
+@click.option(
     "--max-items",
     type=click.IntRange(1),
     default=1_000_000,
@@ -417,6 +425,7 @@ NOT_WITH_TEMPORAL = {
     "durability": "the cluster keeps the runs",
     "keep_for_s": "how long runs are kept is the namespace's own setting",
     "keep_runs": "how long runs are kept is the namespace's own setting",
+    "max_queue_bytes": "the cluster keeps the runs",
     "max_concurrency": "give it to flockapi worker",
     "max_tokens": "give it to flockapi worker",
     "expose_errors": "give it to flockapi worker",

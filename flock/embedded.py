@@ -28,6 +28,7 @@ from flock.errors import (
     BatchNotFound,
     Conflict,
     DefinitionError,
+    EngineFull,
     EngineStopped,
     RunNotFound,
     StoreError,
@@ -113,6 +114,9 @@ class EmbeddedEngine:
         max_concurrency: steps at work at the same time, in this process.
         max_queue: runs of these agents accepted and waiting, in all processes on the store.
         max_queue_per_principal: those of them that belong to one principal; None is half of them.
+        max_queue_bytes: inputs, as JSON, of runs that wait for their first step in this process, together; no more are
+            accepted then. They are in memory if the store is, and otherwise on disk. One principal may have half of
+            it. Neither items of batches count nor what was taken over after a crash.
         max_items: items of one batch.
         max_open_items: items of all batches of these agents together that have not ended, also of those that are still
             being uploaded.
@@ -139,6 +143,7 @@ class EmbeddedEngine:
         max_concurrency: int = 100,
         max_queue: int = 10_000,
         max_queue_per_principal: int | None = None,
+        max_queue_bytes: int = 256 * 1024 * 1024,
         max_items: int = 1_000_000,
         max_open_items: int = 10_000_000,
         max_threads: int = 40,
@@ -164,6 +169,7 @@ class EmbeddedEngine:
         self._observers: list[Observer] = []
         self._max_concurrency = max_concurrency
         self._queue_limits = QueueLimits.of(max_queue, max_queue_per_principal)
+        self._max_queue_bytes = max_queue_bytes
         self._max_input_bytes = max_input_bytes
         self._keep_for_s = keep_for_s
         self._keep_runs = keep_runs
@@ -350,14 +356,21 @@ class EmbeddedEngine:
             timeout_s=timeout_s,
             owner=self._engine_id,
         )
+        full = self._full(principal)
         if not is_async and key is None:
+            if full is not None:
+                raise full
             # Its end is written and waited for; its start is worth nothing without a caller.
             self._check_room(principal)
             self.store.save_nowait(run, is_new=True)
             self._start(run)
         else:
             with self._accepting_key(key):
-                await self.store.accept(run, self._queue_limits, key, then=self._start)
+                self._runner.count_queued(principal, len(raw))  # until it is started, and counted there
+                try:
+                    await self.store.accept(run, self._queue_limits, key, then=self._start, full=full)
+                finally:
+                    self._runner.count_queued(principal, -len(raw))
         return run
 
     def _check_room(self, principal: str | None) -> None:
@@ -367,6 +380,17 @@ class EmbeddedEngine:
         if principal is not None and waiting >= limits.max_runs_per_principal:
             runs = [active.run for active in self._runner.active.values()]
             limits.check_share(sum(run.principal == principal and run.status is RunStatus.STARTING for run in runs))
+
+    def _full(self, principal: str | None) -> EngineFull | None:
+        """What new runs are refused with if the inputs of those that wait are as long as may be."""
+        queued, limit = self._runner.queued_bytes, self._max_queue_bytes
+        if queued.total() >= limit:
+            whose, words = "waiting runs", "that this server takes (max_queue_bytes)"
+        elif principal is not None and queued[principal] >= limit / 2:
+            whose, words = "waiting runs of this caller", "that one caller may have (half of max_queue_bytes)"
+        else:
+            return None
+        return EngineFull(f"The inputs of {whose} are as long as all {words}. Try again when some of them have begun.")
 
     async def get_run(self, run_id: str) -> Run:
         active = self._runner.active.get(run_id)
@@ -433,6 +457,8 @@ class EmbeddedEngine:
         reopened = None
         if run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
             if run.batch_id is None:
+                if (full := self._full(run.principal)) is not None:
+                    raise full
                 again = self.store.reopen(run, self._engine_id, self._queue_limits, then=self._start)
                 reopened = await again
             elif await self._batches.retry_item(run, self._engine_id):

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,8 @@ class ActiveRun:
         self.scope = anyio.CancelScope()
         self.context: RunContext | None = None
         self.cancel_requested = run.cancel_requested
+        #: how much of ``Runner.queued_bytes`` is its inputs
+        self.queued_bytes = 0
         self.store_error: StoreError | None = None
         #: the run with its last step, which is not written yet
         self.unsaved: Run | None = None
@@ -110,6 +113,8 @@ class Runner:
         cancelled_before: the attempts of items that were cancelled before they began, by id.
         companion: a task of the engine that only the end of the event loop, or of the engine, cancels.
         is_leaving: what cannot be written now is not tried again.
+        queued_bytes: how long the inputs of runs are that wait for their first step, by their principal. Neither items
+            of batches count nor what was taken over after a crash.
         max_concurrency: how many steps are at work at the same time.
     """
 
@@ -144,6 +149,7 @@ class Runner:
         self.cancelled_before: dict[str, int] = {}
         self.companion: asyncio.Task[Any] | None = None
         self.is_leaving = False
+        self.queued_bytes: Counter[str | None] = Counter()
         self.max_concurrency = max_concurrency
         self._threads = Threads(max_threads)
         self._slots = Slots(max_concurrency, reserved=max_concurrency // 10)
@@ -164,7 +170,20 @@ class Runner:
         if self.cancelled_before.pop(run.run_id, None) == run.attempt:
             run = replace(run, cancel_requested=True)
         active = self.active[run.run_id] = ActiveRun(run)
+        if run.batch_id is None and not run.is_stub:
+            active.queued_bytes = len(run.inputs)
+            self.count_queued(run.principal, active.queued_bytes)
         return active
+
+    def count_queued(self, principal: str | None, more_bytes: int) -> None:
+        """Add to ``queued_bytes``."""
+        self.queued_bytes[principal] += more_bytes
+        if not self.queued_bytes[principal]:
+            del self.queued_bytes[principal]
+
+    def _leave_queue(self, active: ActiveRun) -> None:
+        self.count_queued(active.run.principal, -active.queued_bytes)
+        active.queued_bytes = 0
 
     def cancel(self, active: ActiveRun) -> None:
         """Ask a run to stop."""
@@ -259,6 +278,7 @@ class Runner:
     async def _turn(self, active: ActiveRun, agent: Agent) -> Run:
         """One agent's turn, within a slot of the engine and of the agent; a thread that hangs keeps both."""
         release = await self._admit(active, agent)
+        self._leave_queue(active)
         try:
             run = await self._whole(active)
             step = NextStep(agent, inputs_for(agent, run))
@@ -412,6 +432,7 @@ class Runner:
                 logger.exception("an observer failed at %s", event)
 
     def _forget(self, active: ActiveRun) -> None:
+        self._leave_queue(active)
         if self.active.get(active.run.run_id) is active:
             del self.active[active.run.run_id]
 

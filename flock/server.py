@@ -74,8 +74,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         drain_timeout_s: how long runs may go on when the server is told to stop. After it, asynchronous ones are left
             for the next start, and the others end as interrupted.
-        store, durability, max_concurrency, max_queue, max_queue_per_principal, max_items, max_tokens, max_timeout_s,
-            queue_timeout_s, keep_for_s, keep_runs, expose_errors: see ``Store`` and ``EmbeddedEngine``.
+        store, durability, max_concurrency, max_queue, max_queue_per_principal, max_queue_bytes, max_items, max_tokens,
+            max_timeout_s, queue_timeout_s, keep_for_s, keep_runs, expose_errors: see ``Store`` and ``EmbeddedEngine``.
         temporal: ``host:port`` of a Temporal cluster that keeps the runs in place of a store, for workers to carry out.
         payload_dir: a folder for what is too long for it; see ``TemporalEngine``.
         server_name, create_ui, on_disconnect, metrics, api_keys, cors_origins, max_upload_bytes, csv_dir: see
@@ -104,6 +104,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_concurrency: int = 100
     max_queue: int = 10_000
     max_queue_per_principal: int | None = None
+    max_queue_bytes: int = 256 * 1024 * 1024
     max_items: int = 1_000_000
     max_upload_bytes: int = 1024 * 1024 * 1024
     csv_dir: str | None = None
@@ -347,6 +348,7 @@ def _embedded_engine(flock: Flock, settings: ServerSettings) -> Engine:
         max_concurrency=settings.max_concurrency,
         max_queue=settings.max_queue,
         max_queue_per_principal=settings.max_queue_per_principal,
+        max_queue_bytes=settings.max_queue_bytes,
         max_items=settings.max_items,
         max_tokens=settings.max_tokens,
         max_timeout_s=settings.max_timeout_s,

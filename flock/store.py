@@ -31,7 +31,7 @@ import anyio.to_thread
 import msgspec
 
 from flock import schema
-from flock.errors import FlockError, OwnershipLost, RunNotFound, StoreError, Unstorable
+from flock.errors import EngineFull, FlockError, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, stub_of
 
 try:
@@ -659,9 +659,18 @@ class Store:
     # What engines do with runs: each is one transaction
 
     async def accept(
-        self, run: Run, limits: QueueLimits, key: IdempotencyKey | None, then: Callable[[Run], None] | None = None
+        self,
+        run: Run,
+        limits: QueueLimits,
+        key: IdempotencyKey | None,
+        then: Callable[[Run], None] | None = None,
+        *,
+        full: EngineFull | None = None,
     ) -> None:
         """Write a new run, if there is room for it, and call *then* with it.
+
+        Args:
+            full: raised if it is not a replay.
 
         Raises:
             Replayed: a run was made under this key before; that comes before any limit.
@@ -673,6 +682,8 @@ class Store:
         def apply(db: sqlite3.Connection) -> Run:
             schema.check_key(db, run.flock, key)
             schema.check_engine(db, run.owner)
+            if full is not None:
+                raise full
             schema.check_room(db, run.flock, self.agents, run.principal, limits)
             schema.insert_runs(db, [run])
             schema.insert_key(db, run.flock, key, run.run_id, run.created_at)
