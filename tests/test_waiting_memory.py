@@ -1,0 +1,471 @@
+"""What waits, and what is not read, is in the store and not in memory; real servers, sockets and files."""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from anyio.lowlevel import checkpoint
+
+from flock.core import Flock
+from flock.embedded import EmbeddedEngine
+from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
+from flock.runs import LONG_BYTES, BatchOptions, IdempotencyKey, LongJSON, Run, RunStatus
+from tests.fakes import PATIENCE_S, Server, ended, until
+from tests.test_connection import connected, memory_kib, read_to_end, serving
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells the memory")
+
+FLOCK = """
+import anyio
+from flock.core import Flock
+
+flock = Flock("waiting")
+
+@flock.agent
+async def nap(seconds: float, text: str = "") -> str:
+    await anyio.sleep(seconds)
+    return "awake"
+
+@flock.agent
+async def long(n: int) -> str:
+    return "x" * n
+"""
+RUNS = 40
+RUN_BYTES = 1_000_000
+#: Much less than RUNS * RUN_BYTES, and more than what a server needs for the requests themselves.
+MAX_GROWTH_KIB = 20 * 1024
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("waiting") / "waiting.py"
+    path.write_text(FLOCK)
+    return path
+
+
+def nap(seconds: float = 3000, length: int = RUN_BYTES) -> dict[str, Any]:
+    return {"seconds": seconds, "text": "x" * length}
+
+
+def occupy(server: Server, workers: int) -> None:
+    """Take the one slot of each worker."""
+    running = 0
+    while running < workers:
+        run = {"agent_name": "nap", "inputs": nap(length=0), "async_run": True}
+        assert httpx.post(f"{server.url}/run/flock", json=run).status_code == 202
+        running = len(httpx.get(f"{server.url}/runs?status=running").json()["runs"])
+
+
+def waiting(server: Server) -> int:
+    return len(httpx.get(f"{server.url}/runs?status=starting&limit=1000").json()["runs"])
+
+
+def submit_run(client: httpx.Client) -> httpx.Response:
+    return client.post("/run/flock", json={"agent_name": "nap", "inputs": nap(), "async_run": True})
+
+
+def submit_batch(client: httpx.Client) -> httpx.Response:
+    items = [{"seconds": 3000}, nap()]
+    return client.post("/run/batch", json={"agent_name": "nap", "batch_inputs": items, "parallel": False})
+
+
+@needs_proc
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("submit", [submit_run, submit_batch])
+def test_runs_that_wait_are_not_in_memory_neither_before_nor_after_a_crash(
+    submit: Callable[[httpx.Client], httpx.Response], workers: int, script: Path, tmp_path: Path
+) -> None:
+    """250 of them with 1 MB each took 344 MB, and as much again after a restart."""
+    with serving(script, tmp_path, "--max-concurrency", "1", workers=workers) as server:
+        occupy(server, workers)
+        idle_kib = memory_kib(server)
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            for _ in range(RUNS):
+                assert submit(client).status_code == 202
+        grown_kib = [memory_kib(server) - idle_kib]
+        os.killpg(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+    with serving(script, tmp_path, "--max-concurrency", "1", workers=workers) as server:
+        server.wait_for_line("going on with", times=workers)
+        grown_kib.append(memory_kib(server) - idle_kib)
+    assert max(grown_kib) < MAX_GROWTH_KIB, grown_kib
+
+
+@needs_proc
+def test_a_synchronous_request_that_waits_does_not_hold_its_body(script: Path, tmp_path: Path) -> None:
+    body = json.dumps({"agent_name": "nap", "inputs": nap()}).encode()
+    head = (
+        b"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    with serving(script, tmp_path, "--max-concurrency", "1") as server, contextlib.ExitStack() as stack:
+        occupy(server, 1)
+        idle_kib = memory_kib(server)
+        for number in range(RUNS):
+            stack.enter_context(connected(server, head % len(body) + body))
+            while waiting(server) <= number:
+                pass
+        assert memory_kib(server) - idle_kib < MAX_GROWTH_KIB
+
+
+LONG_RESULT = 8_000_000
+
+
+def ask(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()
+
+
+def long_run(server: Server) -> str:
+    """The path of a run with a long result."""
+    run = {"agent_name": "long", "inputs": {"n": LONG_RESULT}, "async_run": True}
+    path = f"/run/{httpx.post(f'{server.url}/run/flock', json=run).json()['run_id']}"
+    assert httpx.head(f"{server.url}{path}?wait=60", timeout=60).headers["flock-run-status"] == "completed"
+    return path
+
+
+@needs_proc
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("suffix", ["/events", ""])
+def test_readers_who_do_not_read_do_not_hold_a_long_result(
+    suffix: str, workers: int, script: Path, tmp_path: Path
+) -> None:
+    """20 of them took 485 MB for a result of 8 MB, which is there twice: of the run, and of its step."""
+    with serving(script, tmp_path, workers=workers) as server, contextlib.ExitStack() as stack:
+        path = long_run(server) + suffix
+        idle_kib = memory_kib(server)
+        unread = [stack.enter_context(connected(server, ask(path), size)) for size in (None, *[4096] * 19)]
+        for connection in unread:
+            assert connection.recv(1) == b"H"
+        grown_kib = memory_kib(server) - idle_kib
+        assert grown_kib < len(unread) * LONG_RESULT // 1024 // 2, "less than half of the results themselves"
+        head, _, body = read_to_end(unread[0]).partition(b"\r\n\r\n")
+        assert body.count(b"x") == 2 * LONG_RESULT
+        if not suffix:
+            assert b"content-length: %d" % len(body) in head
+            assert httpx.head(server.url + path).headers["content-length"] == str(len(body))
+            assert json.loads(body)["result"] == json.loads(body)["steps"][0]["result"]
+
+
+# One engine
+
+
+class Work:
+    """A flock with an agent that keeps its slot, and others that say what they were given."""
+
+    def __init__(self) -> None:
+        self.flock, self.calls, self.may_go, self.begun = Flock(), list[str](), anyio.Event(), anyio.Event()
+
+        @self.flock.agent
+        async def hold() -> int:
+            self.begun.set()
+            await self.may_go.wait()
+            return 1
+
+        @self.flock.agent(next_agent="last")
+        async def first(text: str) -> str:
+            self.calls.append("first")
+            await checkpoint()
+            return text[::-1]
+
+        @self.flock.agent
+        async def last(text: str, result: str) -> str:
+            self.calls.append("last")
+            return text + result
+
+        @self.flock.agent
+        async def read(text: str) -> int:
+            self.calls.append("read")
+            return len(text)
+
+        @self.flock.agent(max_concurrency=1)
+        async def lane(text: str) -> int:
+            self.calls.append("lane")
+            self.begun.set()
+            await self.may_go.wait()
+            return len(text)
+
+    @contextlib.asynccontextmanager
+    async def busy(self, **options: Any) -> AsyncIterator[EmbeddedEngine]:
+        """An engine whose only slot is taken until ``may_go`` is set."""
+        async with self.flock.engine(**{"max_concurrency": 1, **options}) as engine:
+            await engine.submit("hold", {})
+            await self.begun.wait()
+            yield engine
+            self.may_go.set()
+
+
+TEXT = {"text": "ab" * 1000}
+
+
+@pytest.fixture(params=["memory", "disk"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return ":memory:" if request.param == "memory" else str(tmp_path / "flock.db")
+
+
+async def end_of(engine: EmbeddedEngine, run: Run) -> Run:
+    with anyio.fail_after(PATIENCE_S):
+        return await engine.wait(run.run_id)
+
+
+def held(engine: EmbeddedEngine, run: Run) -> Run:
+    """What the engine has in memory of a run."""
+    return engine._runner.active[run.run_id].run
+
+
+async def left_in_store(engine: EmbeddedEngine, run: Run) -> None:
+    await until(lambda: held(engine, run).is_stub)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_run_that_waited_is_given_its_inputs_and_results_at_each_step(is_async: bool, store: str) -> None:
+    """Between two steps it waits again, behind those who came meanwhile."""
+    work = Work()
+    async with work.busy(store=store) as engine:
+        runs = [await engine.submit("first", TEXT, is_async=is_async) for _ in range(3)]
+        for run in runs:
+            await left_in_store(engine, run)
+        work.may_go.set()
+        for run in runs:
+            whole = await end_of(engine, run)
+            assert (whole.status, whole.error) == (RunStatus.COMPLETED, None)
+            assert bytes(whole.inputs) == json.dumps(TEXT, separators=(",", ":")).encode()
+            assert json.loads(bytes(whole.result or b"")) == {"result": TEXT["text"] + TEXT["text"][::-1]}
+            assert [step.agent_name for step in whole.steps] == ["first", "last"]
+        assert work.calls == ["first"] * 3 + ["last"] * 3
+
+
+@pytest.mark.anyio
+async def test_a_run_that_waits_can_be_looked_at(store: str) -> None:
+    """Its record, and its events, are whole."""
+    work = Work()
+    async with work.flock.engine(store=store, max_concurrency=2) as engine:
+        holders = [await engine.submit("lane", TEXT)]
+        await work.begun.wait()
+        run = await engine.submit("lane", TEXT)
+        await left_in_store(engine, run)
+        assert json.loads(bytes((await engine.get_run(run.run_id)).inputs)) == TEXT
+        assert json.loads(bytes((await engine.wait(run.run_id, 0)).inputs)) == TEXT
+        events = engine.events(run.run_id)
+        work.may_go.set()
+        names = [event.name async for event in events if event]
+        assert names == ["run.started", "step.started", "step.completed", "run.completed"]
+        assert (await end_of(engine, holders[0])).status is RunStatus.COMPLETED
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_run_that_waits_can_be_cancelled(is_async: bool, store: str) -> None:
+    work = Work()
+    async with work.busy(store=store) as engine:
+        run = await engine.submit("read", TEXT, is_async=is_async)
+        await left_in_store(engine, run)
+        await engine.cancel_run(run.run_id)
+        cancelled = await end_of(engine, run)
+        assert cancelled.status is RunStatus.CANCELLED
+        assert json.loads(bytes(cancelled.inputs)) == TEXT
+        again = await engine.retry_run(run.run_id)
+        work.may_go.set()
+        assert (await end_of(engine, again)).status is RunStatus.COMPLETED
+        assert work.calls == ["read"]
+
+
+@pytest.mark.anyio
+async def test_a_run_that_waits_too_long_ends(store: str) -> None:
+    work = Work()
+    async with work.busy(store=store, queue_timeout_s=0.05) as engine:
+        failed = await end_of(engine, await engine.submit("read", TEXT))
+        assert (failed.status, failed.error_type) == (RunStatus.FAILED, "queue_timeout")
+        assert json.loads(bytes(failed.inputs)) == TEXT
+
+
+@pytest.mark.anyio
+async def test_a_run_that_has_a_slot_at_once_is_not_read(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work()
+    async with work.flock.engine(store=store) as engine:
+        read: list[str] = []
+        monkeypatch.setattr(engine.store, "get_run", read.append)
+        for is_async in (True, False):
+            assert (await end_of(engine, await engine.submit("first", TEXT, is_async=is_async))).result is not None
+        assert read == []
+
+
+@pytest.mark.anyio
+async def test_a_run_is_not_lost_when_the_store_cannot_be_read_at_its_turn(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for it is told meanwhile, and it goes on when the store can be read again."""
+    work = Work()
+    async with work.busy(store=store) as engine:
+        run = await engine.submit("read", TEXT, is_async=False)
+        await left_in_store(engine, run)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.store, "get_run", failing)
+            work.may_go.set()
+            with pytest.raises(StoreError):
+                await end_of(engine, run)
+            assert work.calls == []
+        await until(lambda: run.run_id not in engine._runner.active)
+        assert (await end_of(engine, run)).status is RunStatus.COMPLETED
+
+
+def failing(run_id: str) -> Run:
+    raise StoreError("The store cannot be read now.")
+
+
+def write(path: str, query: str, *values: Any) -> None:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10)) as db:
+        assert db.execute(query, values).rowcount == 1
+
+
+@pytest.mark.anyio
+async def test_a_run_whose_record_is_damaged_while_it_waits_fails_as_unreadable(tmp_path: Path) -> None:
+    work, path = Work(), str(tmp_path / "flock.db")
+    async with work.busy(store=path) as engine:
+        run = await engine.submit("read", TEXT)
+        await left_in_store(engine, run)
+        write(path, "UPDATE runs SET inputs = x'ff' WHERE run_id = ?", run.run_id)
+        work.may_go.set()
+        failed = await end_of(engine, run)
+        assert (failed.status, failed.error_type) == (RunStatus.FAILED, "unreadable")
+        assert work.calls == []
+
+
+@pytest.mark.anyio
+async def test_a_run_that_another_engine_took_over_while_it_waited_is_not_begun(tmp_path: Path) -> None:
+    work, path = Work(), str(tmp_path / "flock.db")
+    async with work.busy(store=path) as engine:
+        run = await engine.submit("read", TEXT)
+        await left_in_store(engine, run)
+        write(path, "UPDATE runs SET owner = 'another' WHERE run_id = ?", run.run_id)
+        work.may_go.set()
+        await until(lambda: run.run_id not in engine._runner.active)
+        assert work.calls == []
+        assert (await engine.get_run(run.run_id)).status is RunStatus.STARTING
+
+
+@pytest.mark.anyio
+async def test_a_drain_leaves_what_waits_to_the_next_start(tmp_path: Path) -> None:
+    work, path = Work(), str(tmp_path / "flock.db")
+    async with work.busy(store=path) as engine:
+        run, at_once = await engine.submit("read", TEXT), await engine.submit("read", TEXT, is_async=False)
+        await left_in_store(engine, run)
+        await left_in_store(engine, at_once)
+        await engine.drain(0)
+        assert (await engine.wait(at_once.run_id)).error_type == "interrupted"
+    async with work.flock.engine(store=path) as engine:
+        assert (await end_of(engine, run)).status is RunStatus.COMPLETED
+        assert (await engine.get_run(at_once.run_id)).error_type == "interrupted"
+    assert work.calls == ["read"]
+
+
+@pytest.mark.anyio
+async def test_long_items_of_a_batch_are_read_when_their_turn_comes(store: str) -> None:
+    work = Work()
+    texts = [{"text": "x" * length} for length in (1, 2 * LONG_BYTES, 2000, 3 * LONG_BYTES)]
+    async with work.busy(store=store, max_concurrency=2) as engine:
+        batch = await engine.submit_batch("read", texts, BatchOptions(max_workers=4))
+        assert (await ended(engine, batch)).failed_items == 0
+        items = await engine.get_items(batch.batch_id)
+        assert [json.loads(bytes(item.result or b"")) for item in items] == [
+            {"result": len(item["text"])} for item in texts
+        ]
+
+
+# Long results
+
+
+@pytest.mark.anyio
+async def test_events_hold_no_long_result_and_read_it_from_the_record(store: str) -> None:
+    work = Work()
+    text = "é" * LONG_BYTES
+    async with work.flock.engine(store=store) as engine:
+        run = await end_of(engine, await engine.submit("first", {"text": text}))
+        results = {
+            event.name + str(event.data.get("position", "")): event.data["result"]
+            async for event in engine.events(run.run_id)
+            if event and "result" in event.data
+        }
+        expected = {"step.completed0": text, "step.completed1": 2 * text, "run.completed": 2 * text}
+        assert results.keys() == expected.keys()
+        for name, long in results.items():
+            assert isinstance(long, LongJSON)
+            pieces = list(long.pieces())
+            assert max(map(len, pieces)) <= 2 * LONG_BYTES
+            assert len(b"".join(pieces)) == long.length
+            assert json.loads(b"".join(pieces)) == {"result": expected[name]}
+        await engine.delete_run(run.run_id)
+        with pytest.raises(RunNotFound):
+            next(long.pieces())
+
+
+def test_an_answer_whose_run_is_deleted_while_it_is_read_is_cut(script: Path, tmp_path: Path) -> None:
+    """It ends before its announced length, so that nobody takes it for whole."""
+    with serving(script, tmp_path) as server:
+        path = long_run(server)
+        with connected(server, ask(path), 4096) as connection:
+            assert connection.recv(1)
+            assert httpx.delete(server.url + path).status_code == 204
+            received = 0
+            with contextlib.suppress(ConnectionError):
+                while part := connection.recv(1_000_000):
+                    received += len(part)
+            assert received < 2 * LONG_RESULT
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+# The queue in bytes
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_queue_that_is_full_in_bytes_takes_no_more_until_a_run_begins(is_async: bool, store: str) -> None:
+    """A request that was accepted before is still a replay."""
+    work = Work()
+    async with work.busy(store=store, max_queue_bytes=5000) as engine:
+        key = IdempotencyKey("key", b"")
+        runs = [await engine.submit("read", TEXT, key=key)]
+        runs += [await engine.submit("read", TEXT, is_async=is_async) for _ in range(2)]
+        with pytest.raises(EngineFull, match="max_queue_bytes"):
+            await engine.submit("read", {"text": ""}, is_async=is_async)
+        with pytest.raises(Replayed):
+            await engine.submit("read", TEXT, key=key)
+        await engine.cancel_run(runs.pop().run_id)
+        await until(lambda: engine._runner.queued_bytes.total() < 5000)
+        runs.append(await engine.submit("read", TEXT, is_async=is_async))
+        work.may_go.set()
+        for run in runs:
+            assert (await end_of(engine, run)).status is RunStatus.COMPLETED
+        assert engine._runner.queued_bytes.total() == 0
+
+
+@pytest.mark.anyio
+async def test_one_principal_has_half_of_the_bytes_of_the_queue(store: str) -> None:
+    work = Work()
+    async with work.busy(store=store, max_queue_bytes=5000) as engine:
+        for _ in range(2):
+            await engine.submit("read", TEXT, principal="ann")
+        with pytest.raises(EngineFull, match="this caller"):
+            await engine.submit("read", TEXT, principal="ann")
+        await engine.submit("read", TEXT, principal="bob")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_whose_queue_is_full_in_bytes_answers_429(workers: int, script: Path, tmp_path: Path) -> None:
+    options = ("--max-concurrency", "1", "--max-queue-bytes", "1000000")
+    with serving(script, tmp_path, *options, workers=workers) as server:
+        occupy(server, workers)
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            answers = (submit_run(client) for _ in itertools.count())
+            refused = next(answer for answer in answers if answer.status_code != 202)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert "max_queue_bytes" in refused.json()["detail"]
+        assert waiting(server) <= 2 * workers
