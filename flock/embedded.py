@@ -447,8 +447,11 @@ class EmbeddedEngine:
         return await self._whole(active)
 
     async def _whole(self, active: ActiveRun) -> Run:
-        """Its record. A stub that has ended stands for itself once the store is closed: it has no result."""
-        return active.run if not active.run.is_stub or self._tasks is None else await self.get_run(active.run.run_id)
+        """Its record. A stub that has ended has no result, and stands for itself if its record is gone."""
+        if active.run.is_stub and self._tasks is not None:
+            with contextlib.suppress(RunNotFound):
+                return await self.get_run(active.run.run_id)
+        return active.run
 
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()

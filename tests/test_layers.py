@@ -74,7 +74,7 @@ RANKS = {
 EXCEPTIONS = {("flock.core", "flock.server")}
 
 #: What may import Starlette and uvicorn.
-WEB = ("flockapi", "flock.body", "flock.door", "flock.connection", "flock.server", "flock.cli")
+WEB = ("flockapi", "flock.body", "flock.door", "flock.connection", "flock.pieces", "flock.server", "flock.cli")
 
 FILES = sorted([*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"])
 

@@ -19,6 +19,7 @@ from flock.core import Flock
 from flock.embedded import EmbeddedEngine
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
 from flock.runs import LONG_BYTES, BatchOptions, IdempotencyKey, LongJSON, Run, RunStatus
+from flock.schema import Damaged
 from tests.fakes import PATIENCE_S, Server, ended, until
 from tests.test_connection import connected, memory_kib, read_to_end, serving
 
@@ -336,6 +337,29 @@ async def test_a_run_whose_record_is_damaged_while_it_waits_fails_as_unreadable(
         work.may_go.set()
         failed = await end_of(engine, run)
         assert (failed.status, failed.error_type) == (RunStatus.FAILED, "unreadable")
+        assert work.calls == []
+
+
+@pytest.mark.anyio
+async def test_a_run_whose_record_cannot_be_written_either_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To write it would fail what others write at the same time."""
+    work = Work()
+
+    def damaged(run_id: str) -> Run:
+        raise StoreError("The store cannot be read now.") from Damaged(sqlite3.DatabaseError(), is_writable=False)
+
+    async with work.busy(store=tmp_path / "flock.db") as engine:
+        run = await engine.submit("read", TEXT)
+        await left_in_store(engine, run)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.store, "get_run", damaged)
+            work.may_go.set()
+            await until(lambda: run.run_id not in engine._runner.active)
+            with pytest.raises(StoreError):
+                await engine.wait(run.run_id)
+        assert (await engine.get_run(run.run_id)).status is RunStatus.STARTING
         assert work.calls == []
 
 
