@@ -111,7 +111,7 @@ def test_every_exception_is_needed() -> None:
 
 
 def test_engine_knows_no_web_framework() -> None:
-    """Nothing in ``flock/`` but the door, the body, the server and the command line imports Starlette or uvicorn.
+    """Only the door, the body, the pieces of answers, the server and the command line import Starlette or uvicorn.
 
     And but for the command line, and for the line on a terminal that says how far a batch is, nothing imports click.
     """
