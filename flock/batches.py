@@ -5,6 +5,7 @@ do is what its rows say, and whoever goes on reads it from there.
 """
 
 import contextlib
+import itertools
 import logging
 from collections.abc import (
     AsyncGenerator,
@@ -174,9 +175,15 @@ class Batches:
             workers = min(batch.options.max_workers, batch.total_items, WORKERS_A_PLACE * self._runner.max_concurrency)
             workers = workers if batch.options.parallel else 1
             items = self._items_to_do(batch)
+            left = iter(range(workers))
             async with anyio.create_task_group() as tasks:
-                for _ in range(workers):
-                    tasks.start_soon(self._work_through, items)
+
+                def start_worker() -> None:
+                    """Each starts the next when its first item begins: more than one would only wait."""
+                    if next(left, None) is not None:
+                        tasks.start_soon(self._work_through, items, start_worker)
+
+                start_worker()
         while id_ in self._cancelled and await self._store.cancel_waiting(batch, now()):
             pass
         if self._runner.is_leaving or self._store.items_to_do(batch, -1, 1):
@@ -199,9 +206,9 @@ class Batches:
                 yield item
             after = page[-1].position or 0
 
-    async def _work_through(self, items: Iterator[Run]) -> None:
+    async def _work_through(self, items: Iterator[Run], start_worker: Callable[[], None]) -> None:
         try:
-            for work in map(self._runner.carry_out, items):  # shared with the batch's other workers
+            for work in map(self._runner.carry_out, items, itertools.repeat(start_worker)):  # shared by the workers
                 await work
         except StoreError as exc:  # the next page cannot be read
             logger.error("items cannot be read: %s", exc)

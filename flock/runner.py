@@ -52,6 +52,8 @@ class ActiveRun:
         self.scope = anyio.CancelScope()
         self.context: RunContext | None = None
         self.cancel_requested = run.cancel_requested
+        #: called once it has a slot
+        self.when_begun: Callable[[], None] | None = None
         #: how much of ``Runner.queued_bytes`` is its inputs
         self.queued_bytes = 0
         self.store_error: StoreError | None = None
@@ -159,12 +161,14 @@ class Runner:
         """Take a run to its end in a task of its own."""
         tasks.start_soon(self._carry_out, self._admitted(run))
 
-    def carry_out(self, run: Run) -> Coroutine[Any, Any, None]:
-        """Take a run to its end. Only a cancellation of the engine comes out of here.
+    def carry_out(self, run: Run, when_begun: Callable[[], None]) -> Coroutine[Any, Any, None]:
+        """Take a run to its end, and call *when_begun* when it has a slot. Raises if the engine is cancelled only.
 
         The coroutine does not hold *run*.
         """
-        return self._carry_out(self._admitted(run))
+        active = self._admitted(run)
+        active.when_begun = when_begun
+        return self._carry_out(active)
 
     def _admitted(self, run: Run) -> ActiveRun:
         if self.cancelled_before.pop(run.run_id, None) == run.attempt:
@@ -279,6 +283,9 @@ class Runner:
         """One agent's turn, within a slot of the engine and of the agent; a thread that hangs keeps both."""
         release = await self._admit(active, agent)
         self._leave_queue(active)
+        when_begun, active.when_begun = active.when_begun, None
+        if when_begun is not None:
+            when_begun()
         try:
             run = await self._whole(active)
             step = NextStep(agent, inputs_for(agent, run))
