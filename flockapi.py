@@ -76,7 +76,7 @@ from flock.extras import pip_install
 from flock.life import life_of
 from flock.negotiation import preferences, preferred
 from flock.options import check_options
-from flock.pieces import LongResponse, cut, long_parts, pieces
+from flock.pieces import LongResponse, cut_message, long_parts, pieces
 from flock.results import RESULT_TYPES, item_pages, results_as
 from flock.runs import (
     LONG_BYTES,
@@ -1245,7 +1245,7 @@ class FlockAPI(Starlette):
                     message["headers"].append((b"cache-control", b"no-store"))
                 for name, value in found.headers.items():
                     message["headers"].append((name.encode(), value.encode()))
-            for part in cut(message):
+            for part in cut_message(message):
                 await send(part)
 
         try:

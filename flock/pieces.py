@@ -9,13 +9,13 @@ from starlette.types import Message
 
 from flock.runs import LongJSON
 
-__all__ = ["PIECE_BYTES", "LongResponse", "cut", "long_parts", "pieces"]
+__all__ = ["PIECE_BYTES", "LongResponse", "cut_message", "long_parts", "pieces"]
 
 #: A server copies what it is given to send, until the client has read it; so it is given so much at a time.
 PIECE_BYTES = 64 * 1024
 
 
-def cut(message: Message) -> Iterator[Message]:
+def cut_message(message: Message) -> Iterator[Message]:
     """A message of ASGI as several, if its body is long."""
     body: bytes = message.get("body", b"")
     if len(body) <= PIECE_BYTES:
