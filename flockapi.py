@@ -77,7 +77,7 @@ from flock.life import life_of
 from flock.negotiation import preferences, preferred
 from flock.options import check_options
 from flock.pieces import LongResponse, cut_message, long_parts, pieces
-from flock.results import RESULT_TYPES, item_pages, results_as
+from flock.results import RESULT_TYPES, BatchItem, item_pages, results_as
 from flock.runs import (
     LONG_BYTES,
     Batch,
@@ -105,7 +105,6 @@ from flock.wire import (
     AgentList,
     AgentSummary,
     BatchesQuery,
-    BatchItem,
     BatchList,
     BatchQuery,
     BatchSummary,

@@ -7,11 +7,10 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 import msgspec
 
-from flock.runs import Engine, Run, RunStatus
-from flock.wire import BatchItem, shown_as
+from flock.runs import Engine, Run, RunStatus, Time
 from flock.workflow import Columns
 
-__all__ = ["RESULT_TYPES", "CSVWriter", "item_pages", "results_as"]
+__all__ = ["RESULT_TYPES", "BatchItem", "CSVWriter", "item_pages", "results_as"]
 
 #: The media types of a download, by the names that ``?format=`` has for them.
 RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv"}
@@ -31,6 +30,24 @@ INNER_FORMULA = re.compile(rf"(?<=[;\t\r\n])(?={SKIPPED}{SIGNS})")
 JSON_FORMULA = re.compile(rf";(?={SKIPPED}{SIGNS})")
 #: What begins as a formula does, and is none.
 SIGNED_NUMBER = re.compile(r"[+-][0-9]+([.,][0-9]+)?")
+
+
+class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
+    """One item that has ended, as it is downloaded: an element of the JSON array, or a line of NDJSON.
+
+    ``extra`` has the kept columns of its row, if there are any.
+    """
+
+    position: int
+    run_id: str
+    status: RunStatus
+    extra: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    inputs: msgspec.Raw
+    result: msgspec.Raw | None
+    error: str | None
+    error_type: str | None
+    started_at: Time | None
+    completed_at: Time | None
 
 
 async def item_pages(
@@ -141,10 +158,25 @@ async def results_as(
         if format_ == "csv":
             yield table.rows(page)
             continue
-        items = [shown_as(BatchItem, item, extra=item.extra or msgspec.UNSET) for item in page]
+        items = [_downloaded(item) for item in page]
         if format_ == "ndjson":
             yield encoder.encode_lines(items)
         else:
             yield separator + encoder.encode(items)[1:-1]
             separator = b","
     yield b"]\n" if format_ == "json" else b""
+
+
+def _downloaded(item: Run) -> BatchItem:
+    return BatchItem(
+        position=item.position or 0,
+        run_id=item.run_id,
+        status=item.status,
+        extra=item.extra or msgspec.UNSET,
+        inputs=item.inputs,
+        result=item.result,
+        error=item.error,
+        error_type=item.error_type,
+        started_at=item.started_at,
+        completed_at=item.completed_at,
+    )

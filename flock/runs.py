@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -48,6 +48,7 @@ __all__ = [
     "RunFilter",
     "RunStatus",
     "Step",
+    "Time",
     "Usage",
     "event_of_batch",
     "events_of",
@@ -59,6 +60,10 @@ __all__ = [
     "stub_of",
     "valid_traceparent",
 ]
+
+
+#: RFC 3339, in UTC, where it is sent.
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class RunStatus(StrEnum):

@@ -4,7 +4,6 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
@@ -12,7 +11,7 @@ import msgspec
 
 from flock.errors import FieldError, InvalidData, MalformedJSON
 from flock.jsontype import JSONType, check_depth, example_for
-from flock.runs import OnExtra, OnInvalid, Progress, RunStatus, Usage
+from flock.runs import OnExtra, OnInvalid, Progress, RunStatus, Time, Usage
 
 __all__ = [
     "BATCH_REQUEST",
@@ -23,7 +22,6 @@ __all__ = [
     "AgentDetail",
     "AgentList",
     "AgentSummary",
-    "BatchItem",
     "BatchList",
     "BatchQuery",
     "BatchSummary",
@@ -42,7 +40,6 @@ __all__ = [
     "RunStep",
     "RunSummary",
     "RunsQuery",
-    "Time",
     "UploadQuery",
     "WaitQuery",
     "batch_request_from",
@@ -54,9 +51,6 @@ T = TypeVar("T")
 
 #: For fields that only older clients send. They are accepted, and never offered.
 DEPRECATED = msgspec.Meta(extra_json_schema={"deprecated": True})
-
-#: RFC 3339, in UTC.
-Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 #: See ``CSVDialect``.
 Delimiter = Literal[",", ";", "\t", "|"]
@@ -349,24 +343,6 @@ class BatchList(msgspec.Struct, frozen=True, kw_only=True):
 
     batches: list[BatchSummary]
     next: str | None
-
-
-class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One item that has ended, as it is downloaded: an element of the JSON array, or a line of NDJSON.
-
-    ``extra`` has the kept columns of its row, if there are any.
-    """
-
-    position: int
-    run_id: str
-    status: RunStatus
-    extra: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    inputs: msgspec.Raw
-    result: msgspec.Raw | None
-    error: str | None
-    error_type: str | None
-    started_at: Time | None
-    completed_at: Time | None
 
 
 class AgentSummary(msgspec.Struct, frozen=True, kw_only=True):
