@@ -45,7 +45,7 @@ from flock.auth import KeyRing, OwnEngine, Places, Rate
 from flock.body import Body, media_type_of
 from flock.checks import warn_of_problems
 from flock.contract import PAGE_HEADERS, STATIC, Contract
-from flock.core import Flock
+from flock.declared import DeclaredFlock
 from flock.dialect import CSVDialect
 from flock.door import CORS, Auth, Door, Found, by_key, principal_of
 from flock.embedded import EmbeddedEngine
@@ -1119,7 +1119,7 @@ class FlockAPI(Starlette):
 
     def __init__(
         self,
-        flock: Flock,
+        flock: DeclaredFlock,
         *,
         server_name: str = "Flock Server",
         engine: Engine | None = None,
@@ -1256,7 +1256,7 @@ class FlockAPI(Starlette):
                 self.metrics.request_ended(scope["method"], template, status_code, took_s)
 
 
-def _metrics(engine: Engine, flock: Flock) -> "Metrics":
+def _metrics(engine: Engine, flock: DeclaredFlock) -> "Metrics":
     """Raises DefinitionError where the extra is not installed, or its folder cannot be written."""
     try:
         from flock.metrics import metrics_of

@@ -19,7 +19,7 @@ from typing import IO, cast
 import msgspec
 
 from flock.batchstore import BatchStore
-from flock.core import Flock
+from flock.declared import DeclaredFlock
 from flock.dialect import CSVDialect
 from flock.embedded import alone
 from flock.errors import AgentNotFound, StoreError
@@ -63,7 +63,9 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     escape_formulas: bool = True
 
 
-async def run_batch_file(flock: Flock, wanted: BatchFile, stdout: IO[bytes], say: Callable[[str], None]) -> Batch:
+async def run_batch_file(
+    flock: DeclaredFlock, wanted: BatchFile, stdout: IO[bytes], say: Callable[[str], None]
+) -> Batch:
     """Run a batch to its end, and write its results in the order of the rows.
 
     What an earlier call with the same rows and options has committed is not run again. One with others is dropped.
@@ -109,7 +111,7 @@ async def run_batch_file(flock: Flock, wanted: BatchFile, stdout: IO[bytes], say
     return batch
 
 
-async def _accept(engine: Engine, flock: Flock, wanted: BatchFile, digest: str) -> Batch:
+async def _accept(engine: Engine, flock: DeclaredFlock, wanted: BatchFile, digest: str) -> Batch:
     fill = Fill(
         flock.agents[wanted.agent_name].input,
         wanted.static_inputs,
@@ -124,7 +126,7 @@ async def _accept(engine: Engine, flock: Flock, wanted: BatchFile, digest: str) 
         )
 
 
-def _digest(flock: Flock, wanted: BatchFile) -> str:
+def _digest(flock: DeclaredFlock, wanted: BatchFile) -> str:
     """What makes two calls the same. How many workers there are, and where the results go, may change in between.
 
     It is kept as the batch's request id, and not as an idempotency key, since those are forgotten after a day.
@@ -158,7 +160,7 @@ def _real(path: Path) -> str:
 
 
 async def _left_before(
-    flock: Flock, state: str, digest: str, options: BatchOptions, say: Callable[[str], None]
+    flock: DeclaredFlock, state: str, digest: str, options: BatchOptions, say: Callable[[str], None]
 ) -> Batch | None:
     """The batch of an earlier call that is to go on. What is left of another one is dropped, before it can go on."""
     _mark(state)

@@ -24,7 +24,7 @@ from flock import __version__
 from flock.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.batchfile import BatchFile, run_batch_file
 from flock.checks import problems
-from flock.core import Flock
+from flock.declared import DeclaredFlock
 from flock.dialect import CSVDialect
 from flock.errors import DefinitionError, FlockError, InvalidData
 from flock.options import is_host_name
@@ -46,7 +46,7 @@ __all__ = ["Seconds", "load_flock", "main"]
 # The flock that a command is about
 
 
-def load_flock(target: str) -> Flock:
+def load_flock(target: str) -> DeclaredFlock:
     """The flock that *target* names: ``path/to/file.py[:name]`` or ``module[:name]``, and ``flock`` where no name is.
 
     Raises:
@@ -60,7 +60,7 @@ def load_flock(target: str) -> Flock:
         raise
     except Exception as exc:
         raise click.ClickException(_place_and_reason(exc) or f"{place}: {_reason(exc)}") from exc
-    flocks = {key: value for key, value in vars(module).items() if isinstance(value, Flock)}
+    flocks = {key: value for key, value in vars(module).items() if isinstance(value, DeclaredFlock)}
     if name in flocks:
         return flocks[name]
     if not name and ("flock" in flocks or len(flocks) == 1):
@@ -520,7 +520,7 @@ def check(target: str, model: str | None) -> None:
     click.echo(f"{', '.join(flock.agents) or 'no agents'}: nothing is missing.")
 
 
-def _load_with_model(target: str, model: str | None) -> Flock:
+def _load_with_model(target: str, model: str | None) -> DeclaredFlock:
     flock = load_flock(target)
     flock.model = model or flock.model
     return flock
@@ -755,7 +755,7 @@ def _format_of(output: Path, rows: Path) -> TableFormat:
     return table_format(output) or table_format(rows) or "csv"
 
 
-def _static_inputs(flock: Flock, agent: str, texts: dict[str, str]) -> dict[str, msgspec.Raw]:
+def _static_inputs(flock: DeclaredFlock, agent: str, texts: dict[str, str]) -> dict[str, msgspec.Raw]:
     return flock.agents[agent].input.from_text(texts) if agent in flock.agents else {}
 
 

@@ -34,7 +34,7 @@ from starlette.routing import BaseRoute
 from flock.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
 from flock.checks import warn_of_problems
 from flock.connection import Connection
-from flock.core import Flock
+from flock.declared import DeclaredFlock
 from flock.errors import DefinitionError
 from flock.llm import ModelClient
 from flock.runs import Engine, one_line
@@ -143,7 +143,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     log_json: bool = False
 
 
-def serve_flock(flock: Flock, settings: ServerSettings, *, routes: Sequence[BaseRoute] = ()) -> None:
+def serve_flock(flock: DeclaredFlock, settings: ServerSettings, *, routes: Sequence[BaseRoute] = ()) -> None:
     """Serve *flock*, and *routes* of its owner, until SIGINT or SIGTERM.
 
     It sets up logging, as only the program's owner should.
@@ -157,7 +157,7 @@ def serve_flock(flock: Flock, settings: ServerSettings, *, routes: Sequence[Base
     _serve(config, settings)
 
 
-def serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSettings) -> None:
+def serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: ServerSettings) -> None:
     """Serve in *workers* processes until SIGINT or SIGTERM. One that dies is replaced; its runs go on in the others.
 
     Args:
@@ -183,7 +183,7 @@ def _metrics_folder() -> Iterator[None]:
                 del os.environ["PROMETHEUS_MULTIPROC_DIR"]
 
 
-def _serve_workers(load: Callable[[], Flock], workers: int, settings: ServerSettings) -> int:
+def _serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: ServerSettings) -> int:
     """As ``serve_workers``; the exit code."""
     flock, settings = load(), _closed(settings)
     app = _app(flock, settings)
@@ -255,13 +255,13 @@ def _keep_running(
     return exit_code
 
 
-def _start_worker(load: Callable[[], Flock], settings: ServerSettings, listener: socket.socket) -> SpawnProcess:
+def _start_worker(load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket) -> SpawnProcess:
     process = multiprocessing.get_context("spawn").Process(target=_work, args=(load, settings, listener))
     process.start()
     return process
 
 
-def _work(load: Callable[[], Flock], settings: ServerSettings, listener: socket.socket) -> None:
+def _work(load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket) -> None:
     """What a worker process does."""
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
@@ -319,7 +319,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = ()) -> FlockAPI:
+def _app(flock: DeclaredFlock, settings: ServerSettings, routes: Sequence[BaseRoute] = ()) -> FlockAPI:
     engine = _temporal_engine(flock, settings) if settings.temporal else _embedded_engine(flock, settings)
     return create_app(
         flock,
@@ -341,7 +341,7 @@ def _app(flock: Flock, settings: ServerSettings, routes: Sequence[BaseRoute] = (
     )
 
 
-def _embedded_engine(flock: Flock, settings: ServerSettings) -> Engine:
+def _embedded_engine(flock: DeclaredFlock, settings: ServerSettings) -> Engine:
     return flock.engine(
         store=settings.store,
         durability=settings.durability,
@@ -359,7 +359,7 @@ def _embedded_engine(flock: Flock, settings: ServerSettings) -> Engine:
     )
 
 
-def _temporal_engine(flock: Flock, settings: ServerSettings) -> "TemporalEngine":
+def _temporal_engine(flock: DeclaredFlock, settings: ServerSettings) -> "TemporalEngine":
     """Raises DefinitionError where the extra is not installed."""
     try:
         from flock.temporal import TemporalEngine
@@ -378,7 +378,7 @@ def _temporal_engine(flock: Flock, settings: ServerSettings) -> "TemporalEngine"
     )
 
 
-def serve_turns(flock: Flock, settings: WorkerSettings) -> None:
+def serve_turns(flock: DeclaredFlock, settings: WorkerSettings) -> None:
     """Carry out runs of *flock* that servers have accepted on a Temporal cluster, until SIGINT or SIGTERM.
 
     It sets up logging, as only the program's owner should.
@@ -392,7 +392,7 @@ def serve_turns(flock: Flock, settings: WorkerSettings) -> None:
     _end_process()  # threads of temporalio's core call Python now and then, also while it is being torn down
 
 
-async def _work_until_told(flock: Flock, settings: WorkerSettings) -> None:
+async def _work_until_told(flock: DeclaredFlock, settings: WorkerSettings) -> None:
     try:
         from flock.temporal import TemporalWorker
     except ImportError as exc:
@@ -444,7 +444,7 @@ def _log_config(as_json: bool) -> dict[str, Any]:
     return log_config
 
 
-async def _open_once(flock: Flock, settings: ServerSettings) -> None:
+async def _open_once(flock: DeclaredFlock, settings: ServerSettings) -> None:
     """Bring the store or the cluster into form, or say why it cannot be used, before anything listens."""
     if settings.temporal:
         await _temporal_engine(flock, settings).cluster.connect()
@@ -453,7 +453,7 @@ async def _open_once(flock: Flock, settings: ServerSettings) -> None:
         pass
 
 
-def _say_what_is_served(flock: Flock, settings: ServerSettings) -> None:
+def _say_what_is_served(flock: DeclaredFlock, settings: ServerSettings) -> None:
     if settings.api_keys is None and not _is_private(settings):
         logger.warning("Listening on %s without a key: whoever reaches this port can run these agents.", settings.host)
     elif settings.api_keys is None:
