@@ -5,9 +5,9 @@
     app = create_app(flock)              # an ASGI application
     host.mount("/ai", app)               # under any path of another one
 
-The structs of the wire are in ``flock.wire``, the way of a request in the order of this file: what comes in, what goes
-out, errors, handlers, the route table, and the application that holds them. ``openapi.yaml`` is the contract; tests
-hold the two together.
+The structs of the wire are in ``flock.web.wire``, the way of a request in the order of this file: what comes in, what
+goes out, errors, handlers, the route table, and the application that holds them. ``openapi.yaml`` is the contract;
+tests hold the two together.
 """
 
 import contextlib
@@ -40,15 +40,11 @@ from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flock.agents import Agent
-from flock.auth import KeyRing, OwnEngine, Places, Rate
-from flock.body import Body, media_type_of
-from flock.checks import warn_of_problems
-from flock.contract import PAGE_HEADERS, STATIC, Contract
+from flock.agents.agent import Agent
+from flock.agents.checks import warn_of_problems
+from flock.agents.workflow import columns_of, result_names
 from flock.declared import DeclaredFlock
-from flock.dialect import CSVDialect
-from flock.door import CORS, Auth, Door, Found, by_key, principal_of
-from flock.embedded import EmbeddedEngine
+from flock.engine.embedded import EmbeddedEngine
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
@@ -73,11 +69,9 @@ from flock.errors import (
     cut,
 )
 from flock.extras import pip_install
-from flock.life import life_of
-from flock.negotiation import preferences, preferred
-from flock.options import check_options
-from flock.pieces import LongResponse, cut_message, long_parts, pieces
-from flock.results import RESULT_TYPES, BatchItem, item_pages, results_as
+from flock.rows.dialect import CSVDialect
+from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
+from flock.rows.tables import EXPANSION, Fill, csv_rows, json_rows, ndjson_rows, read_file
 from flock.runs import (
     LONG_BYTES,
     Batch,
@@ -94,9 +88,16 @@ from flock.runs import (
     RunStatus,
     events_of,
 )
-from flock.tables import EXPANSION, Fill, csv_rows, json_rows, ndjson_rows, read_file
-from flock.ui import takes_gzip, ui_files
-from flock.wire import (
+from flock.web.auth import KeyRing, OwnEngine, Places, Rate
+from flock.web.body import Body, media_type_of
+from flock.web.contract import PAGE_HEADERS, STATIC, Contract
+from flock.web.door import CORS, Auth, Door, Found, by_key, principal_of
+from flock.web.life import life_of
+from flock.web.negotiation import preferences, preferred
+from flock.web.options import check_options
+from flock.web.pieces import LongResponse, cut_message, long_parts, pieces
+from flock.web.ui import takes_gzip, ui_files
+from flock.web.wire import (
     BATCH_REQUEST,
     BATCH_RETRY,
     MAX_PAGE,
@@ -128,10 +129,9 @@ from flock.wire import (
     query_from,
     shown_as,
 )
-from flock.workflow import columns_of, result_names
 
 if TYPE_CHECKING:
-    from flock.metrics import Metrics
+    from flock.web.metrics import Metrics
 
 __all__ = [
     "AgentDetail",
@@ -1197,7 +1197,7 @@ class FlockAPI(Starlette):
         return super().build_middleware_stack()
 
     def warn_of_problems(self) -> None:
-        """Log a WARNING for each reason for which runs would fail; see ``flock.checks``."""
+        """Log a WARNING for each reason for which runs would fail; see ``flock.agents.checks``."""
         calls_models = isinstance(self.engine, EmbeddedEngine)  # another engine has workers for that
         warn_of_problems(self.flock.agents, self.flock.model, calls_models=calls_models)
 
@@ -1259,7 +1259,7 @@ class FlockAPI(Starlette):
 def _metrics(engine: Engine, flock: DeclaredFlock) -> "Metrics":
     """Raises DefinitionError where the extra is not installed, or its folder cannot be written."""
     try:
-        from flock.metrics import metrics_of
+        from flock.web.metrics import metrics_of
 
         return metrics_of(engine, flock.agents)
     except ImportError as exc:

@@ -25,9 +25,9 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from flock.command.server import settle_memory
 from flock.core import Flock
 from flock.runs import BatchOptions
-from flock.server import settle_memory
 
 WORKERS = 100
 

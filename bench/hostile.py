@@ -29,7 +29,7 @@ from pathlib import Path
 import httpx
 
 from bench.soak import log_faults, memory_kib, started
-from flock.auth import new_key
+from flock.web.auth import new_key
 
 MEMORY_BYTES = 512 * 1024 * 1024
 #: How long one attack may take, in seconds, and how much it sends at most.
@@ -293,7 +293,7 @@ async def serve_attacked(folder: Path, minutes: float, clients: int) -> list[str
     """What went wrong."""
     key, faults = new_key(), list[str]()
     took_s: list[float] = []
-    command = [sys.executable, "-m", "flock.cli", "serve", "bench/soak.py", "--port", "0"]
+    command = [sys.executable, "-m", "flock", "serve", "bench/soak.py", "--port", "0"]
     env = {**os.environ, "FLOCK_API_KEYS": f"ann={key}", "MALLOC_ARENA_MAX": "2"}
 
     def bound_memory() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench.runs import fill
 from flock.core import Flock
-from flock.embedded import EmbeddedEngine
+from flock.engine.embedded import EmbeddedEngine
 from flock.runs import RunFilter, RunStatus, now
 
 AGENTS = ("add", "multiply", "rare")

@@ -41,11 +41,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from flock import schema
+from flock.command.server import settle_memory
 from flock.core import Flock
+from flock.engine import schema
+from flock.engine.store import Durability
 from flock.runs import Run, RunStatus, Step, new_id, now
-from flock.server import settle_memory
-from flock.store import Durability
 from flockapi import FlockAPIRequest, FlockAPIResponse, JSONResponse, RunStep, create_app
 
 PATH = "/run/flock"

@@ -35,10 +35,10 @@ from uuid import uuid4
 import anyio
 import httpx
 
-from flock.auth import new_key
 from flock.core import Flock
 from flock.errors import AgentError
 from flock.runs import RunContext
+from flock.web.auth import new_key
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 60
@@ -644,7 +644,7 @@ async def soak(folder: Path, minutes: float, callers: int, *, hostile: bool) -> 
     keys = {"ann": new_key(), "bob": new_key()}
     hostile_key = new_key()
     listed = ",".join(f"{name}={key}" for name, key in [*keys.items(), ("mallory", hostile_key)])
-    command = [sys.executable, "-m", "flock.cli", "serve", __file__, "--port", "0", "--store", str(folder / "soak.db")]
+    command = [sys.executable, "-m", "flock", "serve", __file__, "--port", "0", "--store", str(folder / "soak.db")]
     with started(command, {**os.environ, "FLOCK_API_KEYS": listed}, folder) as (url, pid):
         soaked = Soak(url, pid, keys)
         attack = [sys.executable, "-m", "bench.hostile", "--url", url, "--key", hostile_key, "--minutes", str(minutes)]

@@ -32,8 +32,8 @@ from temporalio import activity, workflow
 from temporalio.client import Client
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
+from flock.agents.llm import ModelClient
 from flock.core import Flock
-from flock.llm import ModelClient
 from flock.runs import BatchOptions, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker
 from tests.fakes import free_port, temporal_server

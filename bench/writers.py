@@ -22,8 +22,8 @@ import msgspec
 import uvloop
 from msgspec.structs import replace
 
+from flock.engine.store import Durability, Store, _Group
 from flock.runs import Run, RunStatus, Step, new_id, now
-from flock.store import Durability, Store, _Group
 
 BEAT_S = 0.001
 

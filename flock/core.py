@@ -38,10 +38,10 @@ class Flock(DeclaredFlock):
             api_keys: by name; see ``flockapi.create_app``. If None, ``FLOCK_API_KEYS``.
             allow_anonymous: let everybody in who can connect.
             allowed_hosts, root_path, forwarded_allow_ips: for a server behind a proxy; see
-                ``flock.server.ServerSettings``.
+                ``flock.command.server.ServerSettings``.
         """
         # Imported here, so that a program that serves nothing does not load a server.
-        from flock.server import ServerSettings, serve_flock
+        from flock.command.server import ServerSettings, serve_flock
 
         settings = ServerSettings(
             host=host,

@@ -21,19 +21,19 @@ import anyio
 import httpx
 import msgspec
 
-from flock.agents import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, agent
-from flock.batches import as_json, mapping_rows
-from flock.dialect import CSVDialect
-from flock.embedded import EmbeddedEngine, alone
+from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, agent
+from flock.agents.llm import ModelClient
+from flock.agents.signature import Signature
+from flock.agents.workflow import result_names
+from flock.engine.batches import as_json, mapping_rows
+from flock.engine.embedded import EmbeddedEngine, alone
+from flock.engine.progress import follow_batch
+from flock.engine.store import Durability, Store
 from flock.errors import AgentNotFound, DefinitionError, RunFailed
-from flock.llm import ModelClient
-from flock.progress import follow_batch
-from flock.results import item_pages
+from flock.rows.dialect import CSVDialect
+from flock.rows.results import item_pages
+from flock.rows.tables import MAX_ROW_BYTES, Fill, file_rows
 from flock.runs import BatchOptions, OnExtra, OnInvalid, Row, RunStatus
-from flock.signature import Signature
-from flock.store import Durability, Store
-from flock.tables import MAX_ROW_BYTES, Fill, file_rows
-from flock.workflow import result_names
 
 __all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent"]
 
@@ -62,7 +62,7 @@ class DeclaredFlock:
         name: under which its runs are kept in a store. Every flock of this name on the same store lists them, and
             carries them out after a crash if it has their agents; a flock of another name does not see them. Give each
             program that shares a store a name of its own, unless they are copies of one program.
-        model: ``provider/model`` for the agents that name none; see ``flock.llm.PROVIDERS``.
+        model: ``provider/model`` for the agents that name none; see ``flock.agents.llm.PROVIDERS``.
         max_steps: how often one run may be handed from agent to agent.
 
     Attributes:

@@ -24,9 +24,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from flock.agents.llm import ModelClient
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
-from flock.llm import ModelClient
 from flock.runs import Batch, Engine, RunContext, new_id
 from flock.temporal import TemporalEngine, TemporalWorker
 
@@ -411,4 +411,4 @@ def running(*command: str, **env: str) -> Iterator[Server]:
 
 
 def flockapi_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "flock.cli", *arguments]
+    return [sys.executable, "-m", "flock", *arguments]

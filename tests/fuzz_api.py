@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flock.auth import new_key
+from flock.web.auth import new_key
 from tests.fakes import NOT_WATCHED, ROOT, flockapi_command, running
 
 SERVED = '''

@@ -13,12 +13,12 @@ import anyio.to_thread
 import msgspec
 import pytest
 
-from flock.agents import Agent, FunctionAgent, ModelAgent, Resources, agent
+from flock.agents.agent import Agent, FunctionAgent, ModelAgent, Resources, agent
+from flock.agents.llm import ModelClient
+from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError, InvalidOutput, ModelError, SignatureError
-from flock.llm import ModelClient
 from flock.runs import Run, RunContext, Usage, now
-from flock.signature import Signature
 from tests.fakes import FakeModel, answer, error
 
 pytestmark = pytest.mark.anyio

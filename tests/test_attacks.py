@@ -70,11 +70,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flock.auth import KeyRing, OwnEngine, Rate, new_key, read_keys
 from flock.core import Flock
 from flock.errors import DefinitionError, TooManyRequests
-from flock.metrics import Metrics
 from flock.runs import Principal, Run
+from flock.web.auth import KeyRing, OwnEngine, Rate, new_key, read_keys
+from flock.web.metrics import Metrics
 from flockapi import FlockAPI, create_app, principal_of
 from tests.fakes import PATIENCE_S, ROOT, flockapi_command, running, sample_flock, until
 from tests.test_api import wait_for
@@ -157,7 +157,7 @@ def test_keys_are_hashed_and_compared_in_constant_time(monkeypatch: pytest.Monke
         return one == other
 
     ring = KeyRing(KEYS)
-    monkeypatch.setattr("flock.auth.hmac.compare_digest", compare_digest)
+    monkeypatch.setattr("flock.web.auth.hmac.compare_digest", compare_digest)
     assert ring.find(KEYS["ann"]) == Principal(name="ann")
     assert ring.find(KEYS["ops:admin"]) == Principal(name="ops", admin=True)
     assert ring.find("wrong") is None
@@ -654,7 +654,7 @@ async def test_each_principal_has_its_share_of_requests() -> None:
 
 def test_a_share_grows_again_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     at = 1000.0
-    monkeypatch.setattr("flock.auth.time.monotonic", lambda: at)
+    monkeypatch.setattr("flock.web.auth.time.monotonic", lambda: at)
     rate = Rate(2)
     for later, left in ((0, 1), (0, 0), (30, 0), (3000, 1)):
         at += later
@@ -794,8 +794,8 @@ def test_our_server_waits_for_no_head_for_ever(script: Path) -> None:
 
 IMPATIENT = """
 import sys
-from flock import connection
-from flock.cli import main
+from flock.command import connection
+from flock.command.cli import main
 connection.HEAD_TIMEOUT_S = 1
 main(["serve", sys.argv[1], "--port", "0", "--store", ":memory:"])
 """

@@ -12,8 +12,8 @@ import anyio.abc
 import httpx
 import pytest
 
-from flock.auth import new_key
 from flock.core import Flock
+from flock.web.auth import new_key
 from flockapi import create_app
 from tests.fakes import FakeModel, error, sample_flock, socket_server
 from tests.test_api import wait_for

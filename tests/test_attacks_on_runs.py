@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from flock.core import Flock
-from flock.embedded import EmbeddedEngine
+from flock.engine.embedded import EmbeddedEngine
 from flock.errors import AgentError, DefinitionError, StoreError, Unstorable
 from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
 from tests.fakes import PATIENCE_S, flockapi_command, running

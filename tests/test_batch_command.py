@@ -20,7 +20,7 @@ import anyio
 import pytest
 from click.testing import CliRunner
 
-from flock.cli import main
+from flock.command.cli import main
 from flock.core import Flock
 from tests.fakes import flockapi_command
 

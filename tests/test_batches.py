@@ -11,9 +11,10 @@ import anyio
 import msgspec
 import pytest
 
-from flock import schema
-from flock.batchstore import BatchStore
 from flock.core import Flock
+from flock.engine import schema
+from flock.engine.batchstore import BatchStore
+from flock.engine.store import Store
 from flock.errors import (
     BatchNotFound,
     EngineStopped,
@@ -22,9 +23,8 @@ from flock.errors import (
     StoreError,
     TooLarge,
 )
-from flock.results import item_pages
+from flock.rows.results import item_pages
 from flock.runs import Batch, BatchFilter, BatchOptions, RunStatus, new_id, now
-from flock.store import Store
 from tests.fakes import PATIENCE_S, Work, ended, numbers
 
 pytestmark = pytest.mark.anyio

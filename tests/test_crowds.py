@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flock.connection import HEAD_TIMEOUT_S
+from flock.command.connection import HEAD_TIMEOUT_S
 from tests.fakes import ROOT, Server, flockapi_command, running
 
 pytestmark = pytest.mark.alone
@@ -61,7 +61,7 @@ BARE = """
 import asyncio
 import anyio
 import uvicorn
-from flock.server import ServerSettings, settle_memory
+from flock.command.server import ServerSettings, settle_memory
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse

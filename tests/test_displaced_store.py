@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flock import schema
 from flock.core import Flock
+from flock.engine import schema
 from flock.errors import StoreError
 from tests.fakes import Server, flockapi_command, running
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
-from flock.contract import STATIC
+from flock.web.contract import STATIC
 from flockapi import FlockAPI
 from tests.fakes import ROOT, Server, running
 from tests.test_contract import operations

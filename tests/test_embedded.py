@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from flock.core import Flock
-from flock.embedded import EmbeddedEngine
+from flock.engine.embedded import EmbeddedEngine
 from flock.errors import BatchNotFound, EngineStopped, RunNotFound, TooLarge
 from flock.runs import Batch, BatchOptions, Run, RunStatus, new_id
 from tests.fakes import PATIENCE_S

@@ -14,7 +14,6 @@ import anyio
 import msgspec
 import pytest
 
-from flock.auth import OwnEngine
 from flock.core import Flock
 from flock.errors import (
     AgentError,
@@ -43,6 +42,7 @@ from flock.runs import (
     new_id,
 )
 from flock.temporal import TemporalEngine
+from flock.web.auth import OwnEngine
 from tests.fakes import PATIENCE_S, FakeModel, Gate, Opened, answer, sample_flock
 from tests.fakes import until as until_so
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from flock.cli import main
+from flock.command.cli import main
 from tests.fakes import EXAMPLES, ROOT, flockapi_command, running
 
 GREET = {"agent_name": "greet", "inputs": {"name": "Ann", "times": 2}}

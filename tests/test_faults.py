@@ -23,10 +23,10 @@ import httpx
 import msgspec
 import pytest
 
+import flock.engine.store
 import flock.runs
-import flock.store
 from flock.core import Flock
-from flock.embedded import EmbeddedEngine
+from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Replayed
 from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus
 from tests.fakes import PATIENCE_S, Server, flockapi_command, running
@@ -406,7 +406,7 @@ def suspend(pid: int, store: Path) -> None:
     def is_suspended() -> bool:
         os.kill(pid, signal.SIGSTOP)
         until(lambda: state_of(pid) == "T", "stop")
-        if flock.store._is_held(f"{store}-lock"):
+        if flock.engine.store._is_held(f"{store}-lock"):
             os.kill(pid, signal.SIGCONT)
             return False
         return True
@@ -433,7 +433,7 @@ def test_a_server_that_wakes_after_its_runs_were_taken_over_overwrites_nothing_a
         until(lambda: len(begun(tmp_path)) == 3, "beginning of each run")
         until(lambda: len(rows(store, "SELECT run_id FROM runs")) == 5, "record of the run that is waited for")
         suspend(pid, store)
-        assert flock.store._is_held(str(lock_file)), "a stopped process keeps its lock"
+        assert flock.engine.store._is_held(str(lock_file)), "a stopped process keeps its lock"
         lock_file.unlink()
         until(lambda: (1, other_pid) in begun(tmp_path), "take-over")
         (tmp_path / f"go-{other_pid}").touch()
@@ -476,7 +476,7 @@ def test_a_process_that_keeps_the_store_locked_does_not_hold_up_the_others_for_e
         run_id = accepted(client, "length", text="abc")
         told = ended(client, run_id)
         with open(f"{store}-lock", "ab") as file:
-            until(lambda: flock.store._try_lock(file), "moment between two transactions")
+            until(lambda: flock.engine.store._try_lock(file), "moment between two transactions")
             late = pool.submit(
                 subprocess.run, serve_command(flock_file, store), capture_output=True, text=True, timeout=30
             )
@@ -534,7 +534,7 @@ class Clock:
         monkeypatch.setattr(flock.runs, "_last_id_time", flock.runs._last_id_time)  # restored at the end
         monkeypatch.setattr(time, "time", lambda: seconds() + clock.ahead.total_seconds())
         monkeypatch.setattr(time, "time_ns", lambda: time_ns() + int(clock.ahead.total_seconds()) * 1_000_000_000)
-        for module in (flock.runs, flock.store):
+        for module in (flock.runs, flock.engine.store):
             monkeypatch.setattr(module, "datetime", Settable)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flock.auth import new_key
+from flock.web.auth import new_key
 from tests.fakes import ROOT, flockapi_command, running
 
 SERVED = """

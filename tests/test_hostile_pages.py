@@ -20,11 +20,11 @@ import pytest
 from msgspec.structs import replace
 from playwright.sync_api import sync_playwright
 
-from flock.batchstore import BatchStore
 from flock.core import Flock
+from flock.engine.batchstore import BatchStore
+from flock.engine.store import Store
 from flock.errors import CUT, MAX_TEXT_BYTES, AgentError, FieldError, cut
 from flock.runs import PAGE_BYTES, Engine, Run, RunContext, RunFilter, RunStatus, new_id, now
-from flock.store import Store
 from flockapi import create_app
 from tests.fakes import PATIENCE_S, Server, beside_a_worker, flockapi_command, running
 from tests.test_docs_pages import CHROMIUM, needs_browser

@@ -26,14 +26,14 @@ import msgspec
 import pytest
 from starlette.types import Message, Scope
 
-from flock.auth import new_key
+from flock.agents.signature import Signature
 from flock.core import Flock
-from flock.dialect import CSVDialect
 from flock.errors import EngineFull, InvalidData
-from flock.results import CSVWriter
+from flock.rows.dialect import CSVDialect
+from flock.rows.results import CSVWriter
+from flock.rows.tables import MAX_MEMBERS, MAX_ROW_LINES, Fill, csv_rows
 from flock.runs import BatchFilter, BatchOptions, Run
-from flock.signature import Signature
-from flock.tables import MAX_MEMBERS, MAX_ROW_LINES, Fill, csv_rows
+from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
 from tests.fakes import PATIENCE_S, ROOT, Opened, Work, flockapi_command, numbers, running, until
 

@@ -1,6 +1,7 @@
-"""Imports point down, and every file has a rank."""
+"""Imports point down from folder to folder, and never in a circle."""
 
 import ast
+import graphlib
 import importlib
 from pathlib import Path
 
@@ -8,71 +9,26 @@ import pytest
 
 from tests.fakes import ROOT
 
+#: The folders and top-level modules; each imports from its own rank's folder, and from lower ranks.
 RANKS = {
-    "flock": 0,  # the version, loaded before everything
+    "flock": 0,  # the version
     "flock.errors": 0,
     "flock.extras": 0,
     "flock.fair": 0,
+    "flock.jsontype": 0,
     "flock.nearest": 0,
-    "flock.auth": 2,
-    "flock.negotiation": 0,
-    "flock.tables": 3,
-    "flock.pieces": 3,
-    "flock.results": 5,
-    "flock.wire": 2,
-    "flock.contract": 1,
-    "flock.dialect": 1,
-    "flock.ui": 2,
-    "flock.jsontype": 1,
-    "flock.runs": 1,
-    "flock.slots": 0,
-    "flock.threads": 1,
-    "flock.localmodel": 1,
-    "flock.life": 2,
-    "flock.logs": 2,
-    "flock.metrics": 2,
-    "flock.progress": 2,
-    "flock.signature": 2,
-    "flock.llm": 2,
-    "flock.schema": 2,
-    "flock.store": 3,
-    "flock.agents": 3,
-    "flock.batchstore": 4,
-    "flock.workflow": 4,
-    "flock.ends": 4,
-    "flock.runner": 5,
-    "flock.checks": 5,
-    "flock.batches": 6,
-    "flock.embedded": 7,
-    "flock.temporal.messages": 2,
-    "flock.temporal.payloads": 3,
-    "flock.temporal.cluster": 4,
-    "flock.temporal.marks": 5,
-    "flock.temporal.search": 5,
-    "flock.temporal.records": 5,
-    "flock.temporal.turns": 5,
-    "flock.temporal.workflows": 5,
-    "flock.temporal.batchflows": 6,
-    "flock.temporal.chunks": 6,
-    "flock.temporal.items": 7,
-    "flock.temporal.batches": 7,
-    "flock.temporal.worker": 8,
-    "flock.temporal.engine": 8,
-    "flock.temporal": 9,
-    "flock.declared": 8,
-    "flock.body": 3,
-    "flock.door": 7,
-    "flock.options": 2,
-    "flockapi": 9,
-    "flock.connection": 10,
-    "flock.server": 11,
-    "flock.batchfile": 9,
-    "flock.cli": 12,
-    "flock.core": 12,
+    "flock.runs": 0,
+    "flock.agents": 1,
+    "flock.rows": 2,
+    "flock.engine": 3,
+    "flock.temporal": 4,
+    "flock.declared": 5,
+    "flock.web": 6,
+    "flockapi": 7,
+    "flock.command": 8,
+    "flock.core": 9,
+    "flock.__main__": 9,
 }
-
-#: What may import Starlette and uvicorn.
-WEB = ("flockapi", "flock.body", "flock.door", "flock.connection", "flock.pieces", "flock.server", "flock.cli")
 
 FILES = sorted([*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"])
 
@@ -81,23 +37,43 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+MODULES = {module_of(path): path for path in FILES}
+
+
 def imports_of(path: Path) -> set[str]:
+    """The modules of ours that a file imports, at its top or later."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} has a relative import"
-            whole = {f"{node.module}.{alias.name}" for alias in node.names} & RANKS.keys()
+            whole = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
             found |= whole or {str(node.module)}
-    return {name for name in found if name.partition(".")[0] in ("flock", "flockapi")}
+    return found & MODULES.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_imports_point_down(path: Path) -> None:
-    module = module_of(path)
-    upward = {name for name in imports_of(path) if RANKS[name] >= RANKS[module] and name != "flock"}
-    assert not upward
+def layer_of(module: str) -> str:
+    """The folder of a module, or the module itself if it lies in none."""
+    return module if module in RANKS else module.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    own = layer_of(module)
+    for imported in imports_of(MODULES[module]):
+        layer = layer_of(imported)
+        assert RANKS[layer] < RANKS[own] or layer == own or RANKS[own] == RANKS[layer] == 0, imported
+
+
+def test_there_are_no_import_cycles() -> None:
+    graph = {module: imports_of(path) for module, path in MODULES.items()}
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("module", ["flock.core", "flock.errors", "flock.runs", "flockapi"])
+def test_what_programs_import_has_kept_its_name(module: str) -> None:
+    assert importlib.import_module(module)
 
 
 def test_engine_knows_no_web_framework() -> None:
@@ -116,21 +92,21 @@ def test_engine_knows_no_web_framework() -> None:
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.ImportFrom)
         }
-        if module_of(path) not in WEB:
+        if layer_of(module_of(path)) not in ("flock.web", "flockapi", "flock.command"):
             assert not roots & {"starlette", "uvicorn"}
-        if module_of(path) not in ("flock.progress", "flock.cli"):
+        if module_of(path) not in ("flock.engine.progress", "flock.command.cli"):
             assert "click" not in roots
     face = ROOT / "flockapi.py"
     assert "httpx" not in face.read_text()
     assert "sqlite3" not in face.read_text()
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=module_of)
+@pytest.mark.parametrize("path", [path for path in FILES if not path.name.startswith("__")], ids=module_of)
 def test_all_is_what_the_module_offers(path: Path) -> None:
     """``__all__`` names things that exist, and every public class; outside the face every public function too."""
     module = importlib.import_module(module_of(path))
     assert all(hasattr(module, name) for name in module.__all__)
     kinds = ast.ClassDef if module_of(path) == "flockapi" else ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     defined = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds)}
-    commands = {"serve", "worker", "run", "batch", "key", "check"} if module_of(path) == "flock.cli" else set()
+    commands = {"serve", "worker", "run", "batch", "key", "check"} if module_of(path) == "flock.command.cli" else set()
     assert {name for name in defined if not name.startswith("_")} - commands <= set(module.__all__)

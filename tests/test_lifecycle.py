@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from flock.core import Flock
-from flock.embedded import WATCH_INTERVAL_S, EmbeddedEngine
+from flock.engine.embedded import WATCH_INTERVAL_S, EmbeddedEngine
 from flock.errors import StoreError
 from flock.runs import (
     Batch,

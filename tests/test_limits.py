@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from flock.cli import serve
-from flock.embedded import EmbeddedEngine
-from flock.server import ServerSettings
+from flock.command.cli import serve
+from flock.command.server import ServerSettings
+from flock.engine.embedded import EmbeddedEngine
 from flockapi import FlockAPI
 from tests.fakes import ROOT
 

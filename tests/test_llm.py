@@ -19,10 +19,10 @@ import msgspec
 import pytest
 from starlette.responses import Response
 
+from flock.agents.llm import PROVIDERS, Completion, Message, ModelClient, check_model
+from flock.agents.signature import Signature
 from flock.errors import ModelError
-from flock.llm import PROVIDERS, Completion, Message, ModelClient, check_model
 from flock.runs import Usage
-from flock.signature import Signature
 from tests.fakes import PATIENCE_S, FakeModel, answer, as_json, error, socket_server
 
 MESSAGES = [Message("system", "Do it."), Message("user", "text: hello")]
@@ -471,7 +471,7 @@ def test_with_litellm_only_a_near_miss_is_an_unknown_provider(monkeypatch: pytes
 LITELLM = """
 import asyncio, json, sys
 from flock.errors import ModelError
-from flock.llm import Message, ModelClient
+from flock.agents.llm import Message, ModelClient
 
 async def main():
     async with ModelClient() as models:

@@ -23,8 +23,8 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
+from flock.agents.llm import ModelClient
 from flock.core import Flock
-from flock.llm import ModelClient
 from flock.runs import new_id
 from flock.temporal import TemporalEngine, TemporalWorker
 from flockapi import FlockAPI, create_app

@@ -23,13 +23,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flock import schema
 from flock.core import Flock
+from flock.engine import schema
+from flock.engine.logs import JSONFormatter
+from flock.engine.store import Store
 from flock.errors import DefinitionError
-from flock.logs import JSONFormatter
-from flock.metrics import Metrics
 from flock.runs import Run, RunContext, now
-from flock.store import Store
+from flock.web.metrics import Metrics
 from flockapi import create_app
 from tests.fakes import PATIENCE_S, ROOT, FakeModel, answer, error, flockapi_command, running
 from tests.test_api import wait_for, wait_until
@@ -395,7 +395,7 @@ async def test_metrics_can_be_left_out_and_are_refused_where_they_cannot_be_kept
         problem = (await client.get("/metrics")).json()
     assert problem["status"] == 404
     assert re.search(r"pip install 'prometheus-client>=[\d.]+'$", problem["detail"])
-    monkeypatch.delitem(sys.modules, "flock.metrics", raising=False)
+    monkeypatch.delitem(sys.modules, "flock.web.metrics", raising=False)
     monkeypatch.setitem(sys.modules, "prometheus_client", None)  # as where it is not installed
     with pytest.raises(DefinitionError, match=r"pip install 'prometheus-client>=[\d.]+'$"):
         create_app(flock, store=":memory:", metrics=True)

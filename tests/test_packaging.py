@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-import flock.agents
+import flock.agents.agent
 import flock.core
 import flock.errors
 import flock.runs

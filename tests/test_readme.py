@@ -17,8 +17,8 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from flock.auth import new_key
-from flock.cli import main
+from flock.command.cli import main
+from flock.web.auth import new_key
 from tests.fakes import EXAMPLES, ROOT, Server, flockapi_command, running
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -236,7 +236,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 
 def test_the_tables_name_what_there_is() -> None:
-    from flock.llm import PROVIDERS
+    from flock.agents.llm import PROVIDERS
     from flockapi import PROBLEMS, ROUTES, UploadQuery
 
     for provider in PROVIDERS:
@@ -252,7 +252,7 @@ def test_the_tables_name_what_there_is() -> None:
 
 def test_the_server_of_the_readme_asks_for_its_keys() -> None:
     (command,) = (code for code in BASH if "--host 0.0.0.0" in code)
-    command = command.replace("flockapi ", f"{shlex.quote(sys.executable)} -m flock.cli ")
+    command = command.replace("flockapi ", f"{shlex.quote(sys.executable)} -m flock ")
     with running("bash", "-c", f"cd {shlex.quote(str(ROOT))} && {command} --port 0 --store :memory:") as server:
         url = re.sub(r"//.*:", "//127.0.0.1:", server.url)
         assert httpx.get(f"{url}/agents").status_code == 401
@@ -274,7 +274,7 @@ def test_the_server_of_the_readme_answers_behind_its_nginx() -> None:
     headers = {name: known[value] for name, value in re.findall(r"proxy_set_header (\S+) (\S+);", nginx)}
     key = new_key()
     command = command.replace("$(flockapi key)", key)
-    command = command.replace("flockapi ", f"{shlex.quote(sys.executable)} -m flock.cli ")
+    command = command.replace("flockapi ", f"{shlex.quote(sys.executable)} -m flock ")
     with running("bash", "-c", f"cd {shlex.quote(str(ROOT))} && {command} --port 0 --store :memory:") as server:
         body = {"agent_name": "greet", "inputs": {"name": "Ann"}, "async_run": True}
         assert httpx.post(f"{server.url}/run/flock", json=body, headers=headers).status_code == 401

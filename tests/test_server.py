@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flock.auth import new_key
+from flock.web.auth import new_key
 from tests.fakes import ROOT, Server, flockapi_command, running
 from tests.test_http_lifecycle import events_in
 from tests.test_recovery import workers_of

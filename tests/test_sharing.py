@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from flock.core import Flock
-from flock.embedded import EmbeddedEngine
+from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Conflict, EngineFull, RunNotFound
 from flock.runs import BatchFilter, BatchOptions, RunFilter, RunStatus
 from tests.fakes import PATIENCE_S, flockapi_command, running, until

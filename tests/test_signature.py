@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flock.agents.signature import Signature
 from flock.errors import InvalidData, SignatureError
-from flock.signature import Signature
 
 
 class Invoice(msgspec.Struct):

@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from flock.slots import Slots, acquire_all
+from flock.engine.slots import Slots, acquire_all
 
 pytestmark = pytest.mark.anyio
 

@@ -20,9 +20,11 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from flock.batchfile import _mark
-from flock.batchstore import BatchStore
+from flock.command.batchfile import _mark
 from flock.core import Flock
+from flock.engine.batchstore import BatchStore
+from flock.engine.schema import COLUMNS, MIGRATIONS, listing
+from flock.engine.store import Store
 from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError, Unstorable
 from flock.runs import (
     Batch,
@@ -38,8 +40,6 @@ from flock.runs import (
     new_id,
     now,
 )
-from flock.schema import COLUMNS, MIGRATIONS, listing
-from flock.store import Store
 from tests.fakes import ROOT
 
 pytestmark = pytest.mark.anyio
@@ -60,7 +60,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         yield made
 
 
-@pytest.mark.parametrize("module", ["flock.store", "flock.core", "flockapi", "flock.cli"])
+@pytest.mark.parametrize("module", ["flock.engine.store", "flock.core", "flockapi", "flock.command.cli"])
 def test_where_there_is_no_fcntl_the_supported_systems_are_named(module: str) -> None:
     """As on Windows; the project's classifiers and markers agree."""
     code = f"import sys; sys.modules.update(fcntl=None, resource=None); import {module}"

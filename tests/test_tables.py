@@ -14,13 +14,13 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from flock.cli import main
+from flock.agents.signature import Signature
+from flock.command.cli import main
 from flock.core import Flock
-from flock.dialect import ENCODINGS, CSVDialect
 from flock.errors import AgentError, DefinitionError, FieldError, InvalidData
+from flock.rows.dialect import ENCODINGS, CSVDialect
+from flock.rows.tables import Fill, csv_rows
 from flock.runs import Engine
-from flock.signature import Signature
-from flock.tables import Fill, csv_rows
 from flockapi import FlockAPI, create_app
 from tests.fakes import ROOT, beside_a_worker
 

@@ -35,10 +35,10 @@ from temporalio.service import RPCError
 from temporalio.testing import ActivityEnvironment
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
-from flock.cli import main
+from flock.agents.llm import ModelClient
+from flock.command.cli import main
 from flock.core import Flock
 from flock.errors import AgentError, BatchNotFound, Conflict, DefinitionError, EngineFull, Replayed, StoreError
-from flock.llm import ModelClient
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id, now
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
@@ -1110,7 +1110,7 @@ def test_the_ten_lines_of_the_readme_work(temporal_address: str) -> None:
     )
     shown = subprocess.run(["bash", "-c", f"{Path(sys.executable).parent}/{cluster} --help"], capture_output=True)
     assert shown.returncode == 0, "it knows the options"
-    ours = f"cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} -m flock.cli"
+    ours = f"cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} -m flock"
     serve = serve.replace("--host 10.0.0.1", "--host 0.0.0.0 --port 0").replace("flockapi", ours)
     keys = "alice=fk_a-key-of-the-tests-that-is-long-enough"
     worker = subprocess.Popen(["bash", "-c", work.replace("flockapi", ours)], stderr=subprocess.DEVNULL)
@@ -1157,7 +1157,7 @@ def test_a_worker_warns_at_its_start_of_what_would_make_runs_fail(temporal_addre
 @pytest.mark.parametrize("command", [["serve", "--port", "0"], ["worker"]], ids=["serve", "worker"])
 def test_without_the_extra_it_is_named(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("from flock.core import Flock\nflock = Flock()\n")
-    hide = "import sys; sys.modules['temporalio'] = None; from flock.cli import main; main()"
+    hide = "import sys; sys.modules['temporalio'] = None; from flock.command.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", hide, *command, str(tmp_path / "empty.py"), "--temporal", "127.0.0.1:1"],
         capture_output=True,

@@ -21,7 +21,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route, Router
 
-from flock.ui import ui_files
+from flock.web.ui import ui_files
 from flockapi import create_app
 from tests.fakes import ROOT, Server, free_port, running, sample_flock
 from tests.test_docs_pages import CHROMIUM, Watch

@@ -22,15 +22,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flock import tables
-from flock.auth import new_key
+from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory
-from flock.dialect import CSVDialect
 from flock.errors import AgentError, FieldError, FlockError, InvalidData, TooLarge
-from flock.negotiation import preferred
+from flock.rows import tables
+from flock.rows.dialect import CSVDialect
+from flock.rows.tables import Fill, csv_rows, ndjson_rows
 from flock.runs import Engine, Row
-from flock.signature import Signature
-from flock.tables import Fill, csv_rows, ndjson_rows
+from flock.web.auth import new_key
+from flock.web.negotiation import preferred
 from flockapi import FlockAPI, create_app
 from tests.fakes import PATIENCE_S, ROOT, beside_a_worker, flockapi_command, running
 
@@ -519,7 +519,7 @@ async def test_a_link_that_is_put_there_meanwhile_is_not_followed(
         opened: int = open_(*args, **options)
         return opened
 
-    monkeypatch.setattr("flock.tables.os.open", swap)
+    monkeypatch.setattr("flock.rows.tables.os.open", swap)
     response = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": "deep/good.csv"})
     assert (folder / "deep").is_symlink()
     assert response.status_code == 422

@@ -16,10 +16,10 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from flock.core import Flock
-from flock.embedded import EmbeddedEngine
+from flock.engine.embedded import EmbeddedEngine
+from flock.engine.schema import Damaged
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
 from flock.runs import LONG_BYTES, BatchOptions, IdempotencyKey, LongJSON, Run, RunStatus
-from flock.schema import Damaged
 from tests.fakes import PATIENCE_S, Server, ended, until
 from tests.test_connection import connected, memory_kib, read_to_end, serving
 

@@ -6,10 +6,10 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from flock.agents.workflow import next_step
 from flock.core import Flock, FlockFactory, agent
 from flock.errors import InvalidHandoff, RunFailed, TooManySteps
 from flock.runs import Run, RunStatus, Step, Usage, events_of, now
-from flock.workflow import next_step
 from tests.fakes import FakeModel, answer, sample_flock
 
 pytestmark = pytest.mark.anyio

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from flock import __version__
-from flock.agents import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, Resources, Turn
+from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, Resources, Turn
 from flock.core import BatchInputs, Flock, FlockFactory, agent
 from flock.errors import (
     AccessDenied,

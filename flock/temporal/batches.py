@@ -23,9 +23,9 @@ from temporalio.client import WorkflowHandle
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
-from flock.agents import Agent
-from flock.batches import Intake
-from flock.ends import not_retried
+from flock.agents.agent import Agent
+from flock.engine.batches import Intake
+from flock.engine.ends import not_retried
 from flock.errors import BatchNotFound, Conflict, EngineFull, KeyReused, Replayed, StoreError, cut
 from flock.runs import (
     Batch,

@@ -27,7 +27,7 @@ from temporalio.exceptions import (
     TimeoutError,
 )
 
-from flock.ends import End
+from flock.engine.ends import End
 from flock.errors import cut
 from flock.runs import RunStatus
 from flock.temporal.messages import (

@@ -28,9 +28,9 @@ from temporalio.common import (
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
-from flock.agents import Agent
-from flock.batches import as_json
-from flock.ends import RETRIED
+from flock.agents.agent import Agent
+from flock.engine.batches import as_json
+from flock.engine.ends import RETRIED
 from flock.errors import (
     AgentNotFound,
     Conflict,

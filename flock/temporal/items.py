@@ -22,7 +22,7 @@ from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.ends import CANCELLED, End
+from flock.engine.ends import CANCELLED, End
 from flock.errors import StoreError
 from flock.runs import Run, RunStatus, now
 from flock.temporal.chunks import Chunk, read_chunk, reopens

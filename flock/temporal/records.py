@@ -11,7 +11,7 @@ from temporalio.api.failure.v1 import Failure
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 
-from flock.ends import CANCELLED, End
+from flock.engine.ends import CANCELLED, End
 from flock.errors import cut
 from flock.runs import Run, RunStatus
 from flock.temporal.messages import (

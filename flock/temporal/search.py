@@ -8,8 +8,8 @@ import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
+from flock.engine.schema import id_at
 from flock.runs import RunStatus, now
-from flock.schema import id_at
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW
 

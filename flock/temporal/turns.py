@@ -1,7 +1,7 @@
 """One agent's turn in a worker, whether it is of a run or of an item of a batch.
 
-What is done to a turn here is what ``flock.runner`` does to a run: one cancel scope, within which whatever an agent
-raises, cancels or leaves behind ends that turn and touches no other.
+What is done to a turn here is what ``flock.engine.runner`` does to a run: one cancel scope, within which whatever an
+agent raises, cancels or leaves behind ends that turn and touches no other.
 """
 
 import asyncio
@@ -14,14 +14,14 @@ import anyio
 from msgspec.structs import replace
 from temporalio import activity
 
-from flock.agents import Agent, Resources
-from flock.ends import End, failure_of, interrupted_turn, queue_timeout, timeout_of
+from flock.agents.agent import Agent, Resources
+from flock.agents.llm import ModelClient
+from flock.agents.workflow import NextStep, next_step, run_step
+from flock.engine.ends import End, failure_of, interrupted_turn, queue_timeout, timeout_of
+from flock.engine.slots import Slots, acquire_all
+from flock.engine.threads import Threads
 from flock.errors import ResultTooLarge
-from flock.llm import ModelClient
 from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now
-from flock.slots import Slots, acquire_all
-from flock.threads import Threads
-from flock.workflow import NextStep, next_step, run_step
 
 __all__ = ["MAX_RUN_BYTES", "Turn", "Turns", "is_left", "until_left"]
 

@@ -15,9 +15,9 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-from flock.agents import Agent
-from flock.ends import CANCELLED, End, timeout_of
-from flock.llm import ModelClient
+from flock.agents.agent import Agent
+from flock.agents.llm import ModelClient
+from flock.engine.ends import CANCELLED, End, timeout_of
 from flock.runs import Observer, Step, now
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
 from flock.temporal.cluster import Cluster

@@ -18,17 +18,17 @@ from typing import IO, cast
 
 import msgspec
 
-from flock.batchstore import BatchStore
+from flock.agents.workflow import columns_of, result_names
 from flock.declared import DeclaredFlock
-from flock.dialect import CSVDialect
-from flock.embedded import alone
+from flock.engine.batchstore import BatchStore
+from flock.engine.embedded import alone
+from flock.engine.progress import follow_batch
+from flock.engine.store import Store, create_private, hold_alone
 from flock.errors import AgentNotFound, StoreError
-from flock.progress import follow_batch
-from flock.results import item_pages, results_as
+from flock.rows.dialect import CSVDialect
+from flock.rows.results import item_pages, results_as
+from flock.rows.tables import Fill, TableFormat, file_rows, is_packed
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid
-from flock.store import Store, create_private, hold_alone
-from flock.tables import Fill, TableFormat, file_rows, is_packed
-from flock.workflow import columns_of, result_names
 
 __all__ = ["BatchFile", "run_batch_file"]
 

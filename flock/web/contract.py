@@ -11,7 +11,7 @@ import msgspec
 
 __all__ = ["PAGE_HEADERS", "STATIC", "Contract"]
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 STATIC = PACKAGE / "static"
 
 #: What the pages may load: files of this server. ReDoc would fetch a logo from elsewhere.

@@ -20,17 +20,17 @@ import anyio.lowlevel
 import msgspec
 from msgspec.structs import asdict, replace
 
-from flock.agents import Agent, Resources
-from flock.ends import CANCELLED, failure_of, interrupted_turn, queue_timeout, timeout_of
+from flock.agents.agent import Agent, Resources
+from flock.agents.llm import ModelClient
+from flock.agents.workflow import NextStep, inputs_for, next_agent, run_step
+from flock.engine.ends import CANCELLED, failure_of, interrupted_turn, queue_timeout, timeout_of
+from flock.engine.logs import fields_of_run
+from flock.engine.schema import DAMAGED_RUN, INTERRUPTED, Damaged
+from flock.engine.slots import Slots, acquire_all, acquire_all_nowait
+from flock.engine.store import RETRY_AFTER_S, Store
+from flock.engine.threads import Threads
 from flock.errors import OwnershipLost, ResultTooLarge, StoreError, Unreadable, Unstorable
-from flock.llm import ModelClient
-from flock.logs import fields_of_run
 from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, stub_of
-from flock.schema import DAMAGED_RUN, INTERRUPTED, Damaged
-from flock.slots import Slots, acquire_all, acquire_all_nowait
-from flock.store import RETRY_AFTER_S, Store
-from flock.threads import Threads
-from flock.workflow import NextStep, inputs_for, next_agent, run_step
 
 __all__ = ["ActiveRun", "Runner", "current_task"]
 

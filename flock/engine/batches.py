@@ -26,15 +26,15 @@ import anyio
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents import Agent
-from flock.batchstore import BatchStore
+from flock.agents.agent import Agent
+from flock.engine.batchstore import BatchStore
+from flock.engine.runner import Runner
+from flock.engine.store import RETRY_AFTER_S
 from flock.errors import DefinitionError, FieldError, InvalidData, MalformedJSON, OwnershipLost, StoreError, TooLarge
 from flock.fair import FairShare
 from flock.jsontype import escape_pointer
-from flock.runner import Runner
+from flock.rows.tables import Fill
 from flock.runs import INVALID_INPUT, Batch, IdempotencyKey, Inputs, Items, OnInvalid, Row, Run, RunStatus, new_id, now
-from flock.store import RETRY_AFTER_S
-from flock.tables import Fill
 
 __all__ = ["Batches", "Intake", "as_json", "mapping_rows"]
 

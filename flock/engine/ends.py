@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from flock.engine.logs import fields_of_run
 from flock.errors import Conflict, Interrupted, QueueTimeout, StepError, cut
-from flock.logs import fields_of_run
 from flock.runs import Batch, Run, RunStatus, one_line, sayable
 
 __all__ = [

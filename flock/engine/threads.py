@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from flock.slots import Slots
+from flock.engine.slots import Slots
 
 __all__ = ["Threads"]
 

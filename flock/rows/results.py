@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 import msgspec
 
+from flock.agents.workflow import Columns
 from flock.runs import Engine, Run, RunStatus, Time
-from flock.workflow import Columns
 
 __all__ = ["RESULT_TYPES", "BatchItem", "CSVWriter", "item_pages", "results_as"]
 

@@ -32,12 +32,12 @@ from typing import Any, Literal
 import anyio.to_thread
 import msgspec
 
-from flock.dialect import CSVDialect
+from flock.agents.signature import Signature, text_as_json
 from flock.errors import MAX_ECHOED_CHARS, DefinitionError, FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.fair import FairShare
 from flock.jsontype import Field, check_depth, depth_steps, escape_pointer, explain, malformed
+from flock.rows.dialect import CSVDialect
 from flock.runs import OnExtra, Row
-from flock.signature import Signature, text_as_json
 
 __all__ = [
     "EXPANSION",

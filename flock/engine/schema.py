@@ -1,6 +1,6 @@
 """The tables of the store: how they are made, and how records become rows and rows records.
 
-All functions are called within a transaction of ``flock.store``, or on its connection for reading.
+All functions are called within a transaction of ``flock.engine.store``, or on its connection for reading.
 """
 
 import contextlib

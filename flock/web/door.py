@@ -11,9 +11,9 @@ from starlette.requests import HTTPConnection
 from starlette.routing import BaseRoute, Match, Router
 from starlette.types import Receive, Scope, Send
 
-from flock.auth import KeyRing, Rate, check_host, check_origin
 from flock.errors import FlockError, Unauthenticated
 from flock.runs import Principal
+from flock.web.auth import KeyRing, Rate, check_host, check_origin
 
 __all__ = ["CORS", "Auth", "Door", "Found", "by_key", "principal_of"]
 

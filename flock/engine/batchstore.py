@@ -13,10 +13,10 @@ import anyio
 import msgspec
 from msgspec.structs import replace
 
-from flock import schema
+from flock.engine import schema
+from flock.engine.store import Store
 from flock.errors import EngineFull, OwnershipLost, StoreError, cut
 from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus, stub_of
-from flock.store import Store
 
 __all__ = ["BatchStore"]
 

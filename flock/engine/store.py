@@ -1,4 +1,4 @@
-"""Runs, steps, engines and idempotency keys in one SQLite file; ``flock.batchstore`` has batches and their items.
+"""Runs, steps, engines and idempotency keys in one SQLite file; ``BatchStore`` has batches and their items.
 
 Writes are gathered into groups, and a group is one transaction: what arrives while one is being written goes into the
 next. A thread writes them, which is as fast as writing in the event loop, and blocks it least (bench/writers.py). An
@@ -30,7 +30,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from flock import schema
+from flock.engine import schema
 from flock.errors import EngineFull, FlockError, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, stub_of
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from flock.contract import STATIC
+from flock.web.contract import STATIC
 
 __all__ = ["UIFile", "takes_gzip", "ui_files"]
 

@@ -21,15 +21,9 @@ import click
 import msgspec
 
 from flock import __version__
-from flock.auth import KEYS_VARIABLE, new_key, read_keys
-from flock.batchfile import BatchFile, run_batch_file
-from flock.checks import problems
-from flock.declared import DeclaredFlock
-from flock.dialect import CSVDialect
-from flock.errors import DefinitionError, FlockError, InvalidData
-from flock.options import is_host_name
-from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid
-from flock.server import (
+from flock.agents.checks import problems
+from flock.command.batchfile import BatchFile, run_batch_file
+from flock.command.server import (
     ServerSettings,
     WorkerSettings,
     leave_busy_threads,
@@ -37,8 +31,14 @@ from flock.server import (
     serve_turns,
     serve_workers,
 )
-from flock.store import MEMORY
-from flock.tables import MAX_ROW_BYTES, TableFormat, ending_of, table_format
+from flock.declared import DeclaredFlock
+from flock.engine.store import MEMORY
+from flock.errors import DefinitionError, FlockError, InvalidData
+from flock.rows.dialect import CSVDialect
+from flock.rows.tables import MAX_ROW_BYTES, TableFormat, ending_of, table_format
+from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid
+from flock.web.auth import KEYS_VARIABLE, new_key, read_keys
+from flock.web.options import is_host_name
 
 __all__ = ["Seconds", "load_flock", "main"]
 
@@ -95,11 +95,12 @@ def _load_module(name: str) -> ModuleType:
         raise click.ClickException(f"There is no module {name!r}. For a file, write its path with .py.") from exc
 
 
+PACKAGE = Path(__file__).parent.parent
 #: Where code lies that is not the user's own.
 LIBRARIES: Sequence[str | Path] = (
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-    Path(__file__).parent,
-    Path(__file__).parent.with_name("flockapi.py"),
+    PACKAGE,
+    PACKAGE.with_name("flockapi.py"),
 )
 
 

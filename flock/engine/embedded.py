@@ -19,10 +19,13 @@ import anyio.abc
 import anyio.lowlevel
 from msgspec.structs import replace
 
-from flock.agents import Agent
-from flock.batches import Batches, as_json
-from flock.batchstore import BatchStore
-from flock.ends import not_retried
+from flock.agents.agent import Agent
+from flock.agents.llm import ModelClient
+from flock.engine.batches import Batches, as_json
+from flock.engine.batchstore import BatchStore
+from flock.engine.ends import not_retried
+from flock.engine.runner import ActiveRun, Runner, current_task
+from flock.engine.store import Store
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
@@ -33,8 +36,6 @@ from flock.errors import (
     RunNotFound,
     StoreError,
 )
-from flock.llm import ModelClient
-from flock.runner import ActiveRun, Runner, current_task
 from flock.runs import (
     LONG_BYTES,
     Batch,
@@ -62,7 +63,6 @@ from flock.runs import (
     now,
     valid_traceparent,
 )
-from flock.store import Store
 
 __all__ = ["EmbeddedEngine", "alone"]
 

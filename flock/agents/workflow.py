@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from flock.agents import Agent, Resources
+from flock.agents.agent import Agent, Resources
 from flock.errors import InvalidData, InvalidHandoff, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext, Step, now

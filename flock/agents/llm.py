@@ -27,7 +27,7 @@ import anyio.to_thread
 import httpx
 import msgspec
 
-from flock import localmodel
+from flock.agents import localmodel
 from flock.errors import ModelError
 from flock.extras import pip_install
 from flock.nearest import did_you_mean

@@ -14,10 +14,10 @@ from typing import Any, Literal, overload
 import anyio
 import msgspec
 
+from flock.agents.llm import Message, ModelClient
+from flock.agents.signature import Signature, context_parameter, name_of
 from flock.errors import DefinitionError, InvalidData, InvalidHandoff, InvalidOutput, MalformedJSON, ModelError
-from flock.llm import Message, ModelClient
 from flock.runs import RunContext, Usage
-from flock.signature import Signature, context_parameter, name_of
 
 __all__ = ["Agent", "FunctionAgent", "ModelAgent", "NextAgent", "OnInterrupt", "Resources", "Turn", "agent"]
 

@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Mapping
 
-from flock.agents import Agent, ModelAgent
+from flock.agents.agent import Agent, ModelAgent
+from flock.agents.llm import check_model
+from flock.agents.workflow import check_handoff
 from flock.errors import InvalidHandoff, ModelError
-from flock.llm import check_model
-from flock.workflow import check_handoff
 
 __all__ = ["problems", "warn_of_problems"]
 

@@ -31,14 +31,14 @@ import uvicorn.config
 import uvicorn.logging
 from starlette.routing import BaseRoute
 
-from flock.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
-from flock.checks import warn_of_problems
-from flock.connection import Connection
+from flock.agents.checks import warn_of_problems
+from flock.agents.llm import ModelClient
+from flock.command.connection import Connection
 from flock.declared import DeclaredFlock
+from flock.engine.store import MEMORY, Durability, Store
 from flock.errors import DefinitionError
-from flock.llm import ModelClient
 from flock.runs import Engine, one_line
-from flock.store import MEMORY, Durability, Store
+from flock.web.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
 from flockapi import FlockAPI, OnDisconnect, create_app
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         server_name, create_ui, on_disconnect, metrics, api_keys, cors_origins, max_upload_bytes, csv_dir: see
             ``create_app``.
         max_connections: more at a time are answered with 503; those that were answered before go on.
-        write_timeout_s: a client that reads no answer for so long loses its connection; see ``flock.connection``.
+        write_timeout_s: a client that reads no answer for so long loses its connection; see ``Connection``.
         max_requests_per_minute, max_event_streams, max_uploads_per_principal: see ``create_app``.
         allow_anonymous: make no key if none is named and others can connect, and let ``Host`` say anything.
         allowed_hosts: names that ``Host`` may say beside those of this machine, if a proxy forwards them; others are
@@ -439,7 +439,7 @@ def _log_config(as_json: bool) -> dict[str, Any]:
     log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     log_config["formatters"]["default"]["()"] = _TextFormatter
     if as_json:
-        log_config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in log_config["formatters"]}
+        log_config["formatters"] = {key: {"()": "flock.engine.logs.JSONFormatter"} for key in log_config["formatters"]}
     log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
     return log_config
 

@@ -1,0 +1,1 @@
+"""Agents: what they take and give, and the models that they call."""

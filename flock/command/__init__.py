@@ -1,0 +1,1 @@
+"""The ``flockapi`` command, and our own server."""

@@ -1,0 +1,1 @@
+"""The embedded engine: runs and batches in this process, kept in SQLite."""

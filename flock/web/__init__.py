@@ -1,0 +1,1 @@
+"""What HTTP needs beside the routes of ``flockapi``."""
