@@ -52,6 +52,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer in place of the app when there are too many connections."""
     scope["flock.request_id"] = request_id = request_id_for(scope)
     headers = {"Retry-After": "1", "Connection": "close", "X-Request-ID": request_id}
+    headers |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}  # as every answer of the app
     detail = "This server has as many connections as it takes (--max-connections). Try again in 1 s."
     response = await on_error(Request(scope), HTTPException(503, detail, headers))
     await response(scope, receive, send)

@@ -25,7 +25,7 @@ from flock.engine.batches import Batches, as_json
 from flock.engine.batchstore import BatchStore
 from flock.engine.ends import not_retried
 from flock.engine.runner import ActiveRun, Runner, current_task
-from flock.engine.store import Store
+from flock.engine.store import Store, TakenOver
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
@@ -435,7 +435,7 @@ class EmbeddedEngine:
                 at_work = run if run.batch_id is None else await self.get_batch(run.batch_id)
                 if at_work.owner == self._engine_id and run_id not in self._runner.active:
                     self._runner.cancelled_before[run_id] = run.attempt
-                await self._take_over_cancelled(at_work.owner)
+                await self._take_over_cancelled(run_id, at_work.owner)
                 return await self.get_run(run_id)
             run = await self.get_run(run_id)
             if run.status is not RunStatus.CANCELLED:
@@ -629,19 +629,15 @@ class EmbeddedEngine:
             if names is None or any(name in self._agents for name in names):
                 await self._take_over_from(dead_id)
 
-    async def _take_over_cancelled(self, owner: str | None) -> None:
-        """End what is to be cancelled and belongs to an engine that is gone: it may be that nobody has its agent."""
+    async def _take_over_cancelled(self, id_: str, owner: str | None) -> None:
+        """End a cancelled run or batch of an engine that is gone; no program may have its agent."""
         if owner is not None and owner in self._dead_engines():
-            await self._take_over_from(owner)
+            self._go_on_with(await self.store.take_over(owner, self._engine_id, now(), only=id_))
 
     async def _take_over_from(self, dead_id: str) -> None:
         taken = await self.store.take_over(dead_id, self._engine_id, now())
         self.batch_store.has_dropped.set()  # what it had staged is gone
-        ended = [run for run in taken.runs if run.status.is_final]
-        runs = [run for run in taken.runs if not run.status.is_final]
-        if ended or runs or taken.batches:
-            template = "going on with %d runs and %d batches of an engine that is gone; %d runs ended with it"
-            logger.info(template, len(runs), len(taken.batches), len(ended))
+        self._go_on_with(taken)
         known = self._waiting_for.pop(dead_id, ())
         if not taken.is_all:
             self._waiting_for[dead_id] = taken.waiting.keys()
@@ -652,6 +648,13 @@ class EmbeddedEngine:
                 self.store.path,
                 ", ".join(f"{name} ({count})" for name, count in taken.waiting.items()),
             )
+
+    def _go_on_with(self, taken: TakenOver) -> None:
+        ended = [run for run in taken.runs if run.status.is_final]
+        runs = [run for run in taken.runs if not run.status.is_final]
+        if ended or runs or taken.batches:
+            template = "going on with %d runs and %d batches of an engine that is gone; %d runs ended with it"
+            logger.info(template, len(runs), len(taken.batches), len(ended))
         for run in ended:
             self._runner.tell_observers("run_ended", run)
         for run in runs:
@@ -770,7 +773,7 @@ class EmbeddedEngine:
             if batch.owner == self._engine_id:
                 self._batches.cancel(batch_id)
             else:
-                await self._take_over_cancelled(batch.owner)
+                await self._take_over_cancelled(batch_id, batch.owner)
                 await anyio.sleep(SEEN_BY_ALL_S)  # its owner lets no item begin from then on
         batch = await self.get_batch(batch_id)
         if batch.status.is_final and batch.status is not RunStatus.CANCELLED:

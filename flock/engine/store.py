@@ -849,13 +849,16 @@ class Store:
         others = self.read(lambda db: [row[0] for row in db.execute(query, (flock, besides))])
         return [engine_id for engine_id in others if not _is_held(f"{self.path}-engine-{engine_id}")]
 
-    async def take_over(self, dead_id: str, owner: str, now: datetime) -> "TakenOver":
+    async def take_over(self, dead_id: str, owner: str, now: datetime, only: str | None = None) -> "TakenOver":
         """Make *owner* the owner of what *dead_id* left unfinished, as far as it is for one of ``agents``.
+
+        Args:
+            only: the id of a run or a batch; nothing else is looked at then.
 
         What is to be cancelled needs no agent. Runs that somebody waited for are ended, since nobody does any more, and
         so is what cannot be read. All else stays as it is, for a program that has its agent.
         """
-        left = self.read(lambda db: _left_by(db, dead_id, self.agents))
+        left = self.read(lambda db: _left_by(db, dead_id, self.agents, only))
 
         def apply(db: sqlite3.Connection) -> TakenOver:
             at = schema.micros(now)
@@ -910,10 +913,12 @@ class _Left:
         self.waiting: Counter[str] = Counter()
 
 
-def _left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str]) -> _Left:
+def _left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only: str | None) -> _Left:
     """Read outside a transaction for writing, which would fail if SQLite cannot read one of the rows."""
     left = _Left()
     for (run_id,) in db.execute(schema.RUNS_OF, (dead_id,)).fetchall():
+        if only not in (None, run_id):
+            continue
         try:
             run = schema.find_run(db, run_id)
         except schema.Damaged as exc:
@@ -931,6 +936,8 @@ def _left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str]) -> _
         else:
             left.waiting[agent_name] += 1
     for (batch_id,) in db.execute(schema.BATCHES_OF, (dead_id,)).fetchall():
+        if only not in (None, batch_id):
+            continue
         try:
             batch = schema.find_batch(db, batch_id)
         except schema.Damaged as exc:
