@@ -13,10 +13,8 @@ tests hold the two together.
 import contextlib
 import functools
 import hashlib
-import http
 import logging
 import re
-import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
@@ -24,7 +22,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 from uuid import UUID
 
 import anyio
@@ -35,9 +33,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Match, Mount, Route
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flock.agents.agent import Agent
@@ -47,26 +44,15 @@ from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import (
     AgentNotFound,
-    BatchNotFound,
     Conflict,
     DefinitionError,
-    EngineFull,
-    EngineStopped,
     FieldError,
     FlockError,
     Forbidden,
     InvalidData,
-    KeyReused,
-    MalformedJSON,
     NotFound,
     Replayed,
-    RunNotFound,
     StoreError,
-    TooLarge,
-    TooManyRequests,
-    Unauthenticated,
-    WrongHost,
-    cut,
 )
 from flock.extras import pip_install
 from flock.rows.dialect import CSVDialect
@@ -90,13 +76,24 @@ from flock.runs import (
 )
 from flock.web.auth import KeyRing, OwnEngine, Places, Rate
 from flock.web.body import Body, media_type_of
-from flock.web.contract import PAGE_HEADERS, STATIC, Contract
+from flock.web.contract import Contract
 from flock.web.door import CORS, Auth, Door, Found, by_key, principal_of
 from flock.web.life import life_of
 from flock.web.negotiation import preferences, preferred
 from flock.web.options import check_options
-from flock.web.pieces import LongResponse, cut_message, long_parts, pieces
-from flock.web.ui import takes_gzip, ui_files
+from flock.web.pages import DOCS, SPECIFICATION, UI
+from flock.web.problems import on_error
+from flock.web.requests import path_of, request_id_for, request_id_of, root_path
+from flock.web.responses import (
+    EventStream,
+    JSONResponse,
+    LongResponse,
+    cut_message,
+    event_parts,
+    head_of_stream,
+    pieces,
+)
+from flock.web.ui import ui_files
 from flock.web.wire import (
     BATCH_REQUEST,
     BATCH_RETRY,
@@ -282,15 +279,6 @@ def fingerprint_of(request: Request, body: bytes) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class JSONResponse(Response):
-    """A struct as JSON. A newline ends it, so that a shell's prompt starts on its own line."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return msgspec.json.encode(content) + b"\n"
-
-
 def run_response(
     request: Request, run: Run, status_code: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
@@ -337,30 +325,11 @@ def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mappi
     return path, {"Link": f'<{path}>; rel="next"'}
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events. *held* is entered before the response starts, and left however it ends.
-
-    Raises: when it is sent, what entering *held* raises, which is answered as any error of the handler.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, content: AsyncIterator[bytes], held: AbstractContextManager[Any], headers: Mapping[str, str]
-    ) -> None:
-        super().__init__(content, headers=headers)
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
-            await super().__call__(scope, receive, send)
-
-
 def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event | None]) -> Response:
     """*events* as they happen, or 429 if the caller has as many streams as it may."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.method == "HEAD":
-        return head_of_stream(_EventStream.media_type, headers)
+        return head_of_stream(EventStream.media_type, headers)
     app = app_of(request)
 
     @contextlib.contextmanager
@@ -379,14 +348,7 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
         if engine.is_leaving:
             yield b"retry: %d\n\n" % RECONNECT_MS
 
-    return _EventStream(stream(), place(), headers)
-
-
-def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
-    """The answer to HEAD where GET would stream: how long that is nobody can say (RFC 9110, section 8.6)."""
-    response = Response(media_type=media_type, headers=headers)
-    del response.headers["Content-Length"]
-    return response
+    return EventStream(stream(), place(), headers)
 
 
 def last_event_of(request: Request) -> int:
@@ -396,14 +358,6 @@ def last_event_of(request: Request) -> int:
     """
     last_id, query = request.headers.get("last-event-id", ""), query_of(request, EventsQuery)
     return int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query.after
-
-
-def event_parts(event: Event | None) -> list[bytes | LongJSON]:
-    """One event as ``text/event-stream`` has it; None is a comment, which keeps the connection open."""
-    if event is None:
-        return [b": still here\n\n"]
-    id_ = b"" if event.id is None else b"id: %d\n" % event.id
-    return long_parts(event.data, b"%sevent: %s\ndata: " % (id_, event.name.encode()), b"\n\n")
 
 
 def batch_response(
@@ -442,101 +396,6 @@ def _accepted(request: Request, path: str, status_code: int) -> dict[str, str]:
     return {"Location": root_path(request.scope) + path, "Retry-After": "1"} if status_code == 202 else {}
 
 
-def root_path(scope: Scope) -> str:
-    """The path under which this app is mounted or proxied; links begin with it."""
-    path: str = scope.get("root_path", "")
-    return path.rstrip("/")
-
-
-def path_of(scope: Scope) -> str:
-    """The path of the request, as a link has it. ``Request.url`` fails if the query is not UTF-8."""
-    return quote(scope["path"], safe="/:@!$&'()*+,;=~")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors: RFC 9457
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-#: Class of error → status and title. A class that is not here is found by its bases.
-PROBLEMS: Mapping[type[Exception], tuple[int, str]] = {
-    MalformedJSON: (400, "Malformed JSON"),
-    InvalidData: (422, "Invalid input"),
-    AgentNotFound: (404, "Unknown agent"),
-    RunNotFound: (404, "Unknown run"),
-    BatchNotFound: (404, "Unknown batch"),
-    Unauthenticated: (401, "Unauthorized"),
-    Forbidden: (403, "Forbidden"),
-    WrongHost: (421, "Misdirected Request"),
-    Conflict: (409, "Conflict"),
-    KeyReused: (422, "Idempotency key reused"),
-    TooLarge: (413, "Content too large"),
-    EngineFull: (429, "Too many runs"),
-    TooManyRequests: (429, "Too many requests"),
-    EngineStopped: (503, "Not running"),
-    StoreError: (503, "Store unavailable"),
-    Exception: (500, "Internal error"),
-}
-
-
-async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
-    """Any exception as a problem, with *more* members."""
-    if isinstance(exc, HTTPException):
-        # What HTTP itself says has no type of its own, and HTTP's words for a title (RFC 9457, section 4.2.1).
-        return _problem(request, exc.status_code, "about:blank", _phrase(exc.status_code), exc.detail, exc.headers)
-    status, title = next(PROBLEMS[cls] for cls in type(exc).__mro__ if cls in PROBLEMS)
-    detail, headers = str(exc), {}
-    if status == 500:
-        logger.error("request %s failed", request_id_of(request), exc_info=exc)
-        detail = f"The server failed; its log has more under request {request_id_of(request)}."
-    if status == 401:
-        realm = "".join(c for c in app_of(request).contract.title if c.isascii() and c.isprintable() and c not in '"\\')
-        headers["WWW-Authenticate"] = f'Bearer realm="{realm}"'
-    if isinstance(exc, TooManyRequests):
-        headers |= exc.headers
-    if status in (429, 503):
-        headers["Retry-After"] = str(getattr(exc, "retry_after_s", 1))
-    type_ = f"urn:flockapi:problem:{title.lower().replace(' ', '-')}"
-    if isinstance(exc, InvalidData):
-        more["errors"] = exc.errors
-    return _problem(request, status, type_, title, detail, headers, **more)
-
-
-#: What may be said before the body was read: its rest must not be taken for the next request on the connection.
-UNREAD = (401, 403, 408, 413, 415, 421, 431)
-
-
-def _problem(
-    request: Request,
-    status: int,
-    type_: str,
-    title: str,
-    detail: str,
-    headers: Mapping[str, str] | None = None,
-    **more: Any,
-) -> Response:
-    body = Problem(
-        type=type_,
-        title=title,
-        status=status,
-        detail=cut(detail),
-        instance=path_of(request.scope),
-        request_id=request_id_of(request),
-        **more,
-    )
-    is_unread = status in UNREAD or request.scope.get("flock.is_unread", False)
-    if is_unread and request.scope.get("http_version", "1.1").startswith("1"):
-        headers = {**(headers or {}), "Connection": "close"}
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
-
-
-def _phrase(status: int) -> str:
-    try:
-        return http.HTTPStatus(status).phrase
-    except ValueError:
-        return f"Status {status}"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Handlers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -566,17 +425,6 @@ async def engine_of(request: Request) -> Engine:
             raise StoreError("The store cannot be opened now; the server's log says why.") from exc
     principal = principal_of(request)
     return engine if principal is None else OwnEngine(engine, principal)
-
-
-def request_id_of(request: Request) -> str:
-    request_id: str = request.scope["flock.request_id"]
-    return request_id
-
-
-def request_id_for(scope: Scope) -> str:
-    """The id that the client sent, or a new one."""
-    sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-    return sent if re.fullmatch(r"[\w.:-]{1,128}", sent, re.ASCII) else secrets.token_hex(16)
 
 
 async def run_flock(request: Request) -> Response:
@@ -944,44 +792,6 @@ async def metrics(request: Request) -> Response:
     return Response(app.metrics.page(queue), media_type=app.metrics.media_type)
 
 
-async def openapi_yaml(request: Request) -> Response:
-    """GET /openapi.yaml"""
-    return Response(app_of(request).contract.as_yaml(), media_type="application/yaml")
-
-
-async def openapi_json(request: Request) -> Response:
-    """GET /openapi.json"""
-    return Response(app_of(request).contract.as_json(), media_type="application/json")
-
-
-async def docs(request: Request) -> Response:
-    """GET /docs: Swagger UI"""
-    return Response(app_of(request).contract.page("docs.html"), media_type="text/html", headers=PAGE_HEADERS)
-
-
-async def redoc(request: Request) -> Response:
-    """GET /redoc"""
-    return Response(app_of(request).contract.page("redoc.html"), media_type="text/html", headers=PAGE_HEADERS)
-
-
-async def ui(request: Request) -> Response:
-    """GET /ui and /ui/{file}: the web page. It holds no data: that comes over the API, with the key of who looks."""
-    file = app_of(request).ui_files.get(request.path_params.get("file", "index.html"))
-    if file is None:
-        raise HTTPException(404, "The web page has no such file.")
-    headers = {**PAGE_HEADERS, "Cache-Control": "no-cache", "ETag": file.etag, "Vary": "Accept-Encoding"}
-    if file.etag in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers=headers)
-    if takes_gzip(request.headers.get("accept-encoding", "")):
-        return Response(file.gzipped, media_type=file.media_type, headers=headers | {"Content-Encoding": "gzip"})
-    return Response(file.plain, media_type=file.media_type, headers=headers)
-
-
-async def to_ui(request: Request) -> Response:
-    """GET /"""
-    return RedirectResponse(f"{root_path(request.scope)}/ui")
-
-
 async def no_ui(scope: Scope, receive: Receive, send: Send) -> None:
     """What no route matches: people who look for a page read where one is. Raises HTTPException 404."""
     app: FlockAPI = scope["app"]
@@ -1002,20 +812,6 @@ async def no_ui(scope: Scope, receive: Receive, send: Send) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Static(StaticFiles):
-    """Files with the policy of the pages that load them."""
-
-    def file_response(self, *args: Any, **options: Any) -> Response:
-        response = super().file_response(*args, **options)
-        response.headers.update(PAGE_HEADERS)
-        return response
-
-
-DOCS: Sequence[Route | Mount] = [
-    Route("/docs", docs, include_in_schema=False),
-    Route("/redoc", redoc, include_in_schema=False),
-    Mount("/static", _Static(directory=STATIC)),
-]
 ROUTES: Sequence[Route | Mount] = [
     Route("/run/flock", run_flock, methods=["POST"]),
     Route("/run/batch", run_batch, methods=["POST"]),
@@ -1035,23 +831,16 @@ ROUTES: Sequence[Route | Mount] = [
     Route("/healthz", healthz),
     Route("/readyz", readyz),
     Route("/metrics", metrics),
-    Route("/openapi.yaml", openapi_yaml),
-    Route("/openapi.json", openapi_json),
+    *SPECIFICATION,
     *DOCS,
-]
-
-#: With ``create_ui``.
-UI: Sequence[Route] = [
-    Route("/", to_ui, include_in_schema=False),
-    Route("/ui", ui, include_in_schema=False),
-    Route("/ui/{file}", ui, include_in_schema=False),
 ]
 
 #: The routes that need no key. No other is open, whatever its path.
 OPEN: Sequence[Route | Mount] = [
     *DOCS,
     *UI,
-    *(route for route in ROUTES if route.path in ("/openapi.yaml", "/openapi.json", "/healthz", "/readyz")),
+    *SPECIFICATION,
+    *(route for route in ROUTES if route.path in ("/healthz", "/readyz")),
 ]
 
 #: Logged once when an app starts that was given neither ``api_keys=`` nor ``auth=``.

@@ -28,7 +28,8 @@ import flockapi
 from flock.core import Flock
 from flock.errors import FieldError
 from flock.runs import Progress, RunStatus, Usage
-from flockapi import PROBLEMS, ROUTES, FlockAPI, create_app
+from flock.web.problems import PROBLEMS
+from flockapi import ROUTES, FlockAPI, create_app
 from tests.fakes import ROOT, FakeModel, answer
 from tests.openapi_twin import TWIN, source
 from tests.test_api import wait_for

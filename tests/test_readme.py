@@ -237,7 +237,8 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 def test_the_tables_name_what_there_is() -> None:
     from flock.agents.llm import PROVIDERS
-    from flockapi import PROBLEMS, ROUTES, UploadQuery
+    from flock.web.problems import PROBLEMS
+    from flockapi import ROUTES, UploadQuery
 
     for provider in PROVIDERS:
         assert f"`{provider}/" in README

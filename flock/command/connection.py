@@ -21,7 +21,8 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from flockapi import on_error, request_id_for
+from flock.web.problems import on_error
+from flock.web.requests import request_id_for
 
 __all__ = [
     "HEAD_TIMEOUT_S",

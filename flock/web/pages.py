@@ -1,0 +1,81 @@
+"""The docs pages, the web page, and the specification as it is served. None of them needs a key."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from flock.web.contract import PAGE_HEADERS, STATIC
+from flock.web.requests import root_path
+from flock.web.ui import takes_gzip
+
+__all__ = ["DOCS", "SPECIFICATION", "UI", "docs", "openapi_json", "openapi_yaml", "redoc", "to_ui", "ui"]
+
+
+async def openapi_yaml(request: Request) -> Response:
+    """GET /openapi.yaml"""
+    return Response(request.app.contract.as_yaml(), media_type="application/yaml")
+
+
+async def openapi_json(request: Request) -> Response:
+    """GET /openapi.json"""
+    return Response(request.app.contract.as_json(), media_type="application/json")
+
+
+async def docs(request: Request) -> Response:
+    """GET /docs: Swagger UI"""
+    return Response(request.app.contract.page("docs.html"), media_type="text/html", headers=PAGE_HEADERS)
+
+
+async def redoc(request: Request) -> Response:
+    """GET /redoc"""
+    return Response(request.app.contract.page("redoc.html"), media_type="text/html", headers=PAGE_HEADERS)
+
+
+async def ui(request: Request) -> Response:
+    """GET /ui and /ui/{file}: the web page. It holds no data: that comes over the API, with the key of who looks."""
+    file = request.app.ui_files.get(request.path_params.get("file", "index.html"))
+    if file is None:
+        raise HTTPException(404, "The web page has no such file.")
+    headers = {**PAGE_HEADERS, "Cache-Control": "no-cache", "ETag": file.etag, "Vary": "Accept-Encoding"}
+    if file.etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    if takes_gzip(request.headers.get("accept-encoding", "")):
+        return Response(file.gzipped, media_type=file.media_type, headers=headers | {"Content-Encoding": "gzip"})
+    return Response(file.plain, media_type=file.media_type, headers=headers)
+
+
+async def to_ui(request: Request) -> Response:
+    """GET /"""
+    return RedirectResponse(f"{root_path(request.scope)}/ui")
+
+
+class _Static(StaticFiles):
+    """Files with the policy of the pages that load them."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
+SPECIFICATION: Sequence[Route] = [
+    Route("/openapi.yaml", openapi_yaml),
+    Route("/openapi.json", openapi_json),
+]
+DOCS: Sequence[Route | Mount] = [
+    Route("/docs", docs, include_in_schema=False),
+    Route("/redoc", redoc, include_in_schema=False),
+    Mount("/static", _Static(directory=STATIC)),
+]
+
+#: With ``create_ui``.
+UI: Sequence[Route] = [
+    Route("/", to_ui, include_in_schema=False),
+    Route("/ui", ui, include_in_schema=False),
+    Route("/ui/{file}", ui, include_in_schema=False),
+]

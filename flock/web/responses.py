@@ -1,0 +1,111 @@
+"""Responses: JSON, server-sent events, and long ones in pieces, of which an unread one holds one in memory."""
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import msgspec
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from flock.runs import Event, LongJSON
+
+__all__ = [
+    "PIECE_BYTES",
+    "EventStream",
+    "JSONResponse",
+    "LongResponse",
+    "cut_message",
+    "event_parts",
+    "head_of_stream",
+    "long_parts",
+    "pieces",
+]
+
+#: A server copies what it is given to send, until the client has read it; so it is given so much at a time.
+PIECE_BYTES = 64 * 1024
+
+
+class JSONResponse(Response):
+    """A struct as JSON. A newline ends it, so that a shell's prompt starts on its own line."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content) + b"\n"
+
+
+def cut_message(message: Message) -> Iterator[Message]:
+    """A message of ASGI as several, if its body is long."""
+    body: bytes = message.get("body", b"")
+    if len(body) <= PIECE_BYTES:
+        yield message
+        return
+    for start in range(0, len(body), PIECE_BYTES):
+        end = start + PIECE_BYTES
+        yield {**message, "body": body[start:end], "more_body": end < len(body) or message.get("more_body", False)}
+
+
+def long_parts(content: Any, before: bytes, after: bytes) -> list[bytes | LongJSON]:
+    """The JSON of *content* between other text, with each ``LongJSON`` in it as a part of its own."""
+    long: list[LongJSON] = []
+
+    def mark(value: LongJSON) -> msgspec.Raw:
+        long.append(value)
+        return msgspec.Raw(b"\0")
+
+    text = b"%b%b%b" % (before, msgspec.json.encode(content, enc_hook=mark), after)
+    first, *others = text.split(b"\0")  # JSON has no such character
+    return [first, *(part for pair in zip(long, others, strict=True) for part in pair)]
+
+
+async def pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[bytes]:
+    """All of *parts*; a long one is read as it is asked for. Raises RunNotFound, StoreError."""
+    for part in parts:
+        for piece in part.pieces() if isinstance(part, LongJSON) else (part,):
+            yield piece
+
+
+class LongResponse(StreamingResponse):
+    """JSON with each ``LongJSON`` in it, and a newline at its end. Its length is known, so it is not chunked."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: Any, status_code: int, headers: Mapping[str, str], *, is_head: bool) -> None:
+        parts = long_parts(content, b"", b"\n")
+        length = sum(part.length if isinstance(part, LongJSON) else len(part) for part in parts)
+        super().__init__(pieces([] if is_head else parts), status_code, {**headers, "Content-Length": str(length)})
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. *held* is entered before the response starts, and left however it ends.
+
+    Raises: when it is sent, what entering *held* raises, which is answered as any error of the handler.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, content: AsyncIterator[bytes], held: AbstractContextManager[Any], headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(content, headers=headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
+    """The answer to HEAD where GET would stream: how long that is nobody can say (RFC 9110, section 8.6)."""
+    response = Response(media_type=media_type, headers=headers)
+    del response.headers["Content-Length"]
+    return response
+
+
+def event_parts(event: Event | None) -> list[bytes | LongJSON]:
+    """One event as ``text/event-stream`` has it; None is a comment, which keeps the connection open."""
+    if event is None:
+        return [b": still here\n\n"]
+    id_ = b"" if event.id is None else b"id: %d\n" % event.id
+    return long_parts(event.data, b"%sevent: %s\ndata: " % (id_, event.name.encode()), b"\n\n")
