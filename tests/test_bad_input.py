@@ -197,9 +197,14 @@ async def test_a_number_out_of_range_is_422(client: httpx.AsyncClient) -> None:
             id="a static input with a name to be escaped",
         ),
         pytest.param(
-            {"agent_name": "add", "batch_inputs": [{"n/~": 1, "a": 1}], "input_mapping": {"n/~": "z/~"}},
+            {"agent_name": "add", "batch_inputs": [{"n/~": "x"}], "input_mapping": {"n/~": "a"}},
             ["/batch_inputs/0/n~1~0"],
             id="a mapped name to be escaped",
+        ),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"a": 1}, {"n/~": 1}], "input_mapping": {"n/~": "z", "m": "b"}},
+            ["/input_mapping/n~1~0"],
+            id="a name that is mapped to no input",
         ),
         pytest.param(
             {"agent_name": "add", "batch_inputs": [{"x": 1, "a": "bad"}], "input_mapping": {"x": "a"}},

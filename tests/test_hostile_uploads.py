@@ -344,6 +344,41 @@ async def test_static_inputs_grow_with_what_was_sent_and_not_with_what_was_unpac
     assert plain.status == 202
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "content"),
+    [
+        pytest.param(
+            "/run/batch",
+            JSON,
+            batch_of(on_invalid="skip", input_mapping={"a": "x" * 500_000}, batch_inputs=[{"a": 1}] * 2_000),
+            id="JSON",
+        ),
+        pytest.param(
+            path_of(on_invalid="skip", input_mapping=json.dumps({"a": "x" * 30_000})),
+            NDJSON,
+            b'{"a": 1}\n',
+            id="NDJSON",
+        ),
+        pytest.param(path_of(on_invalid="skip", input_mapping='{"a": "txet"}'), CSV, b"a\n1\n", id="CSV"),
+    ],
+)
+async def test_a_mapping_to_what_is_not_an_input_is_refused_before_any_row(
+    path: str, headers: dict[str, str], content: bytes, app: FlockAPI, tmp_path: Path
+) -> None:
+    """Each row that failed kept the name: 1 MiB of JSON became 25 GB."""
+    sender = Sender(app, path, headers)
+    sender.feed(content)
+    sender.end()
+    await sender.run()
+    assert sender.status == 422, sender.body[:500]
+    [error] = sender.problem["errors"]
+    assert error["pointer"] == "/input_mapping/a"
+    assert error["detail"].startswith("There is no input '")
+    assert error["detail"].endswith("The inputs are: text.")
+    assert ("Did you mean 'text'?" in error["detail"]) == (headers == CSV)
+    assert stored(tmp_path / "flock.db", ROWS) == 0
+
+
 async def test_rows_of_an_upload_that_has_not_ended_count_as_open(tmp_path: Path) -> None:
     """They count for others and for itself; a refusal comes during the upload, and removes what was staged."""
     flock, path = hostile_flock(), tmp_path / "flock.db"

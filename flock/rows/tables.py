@@ -87,7 +87,7 @@ CURES_OF_EXTRA = ' on_extra="keep" (--on-extra keep) carries it into the results
 class Fill:
     """What becomes of the members of a row: names mapped, gaps filled, and what is no input refused, dropped or kept.
 
-    Raises InvalidData if *static* or *names* have more than ``MAX_MEMBERS``.
+    Raises InvalidData if *static* or *names* have more than ``MAX_MEMBERS``, or if *names* maps to what is not an input.
 
     Args:
         signature: the inputs.
@@ -120,6 +120,14 @@ class Fill:
         self._row_bytes = len(msgspec.json.encode(self.static)) if static else 0
         self._static_bytes = 0
         self._nearest: dict[str, str] = {}
+        unknown = [(key, name) for key, name in self.names.items() if name not in self.fields]
+        if unknown:  # here and not in each row, since a row that failed would keep the name
+            raise InvalidData(
+                [
+                    FieldError(detail=self.no_input(name, ()), pointer=f"/input_mapping/{escape_pointer(key)}")
+                    for key, name in unknown[:MAX_ROW_ERRORS]
+                ]
+            )
 
     def row(self, members: Mapping[str, msgspec.Raw], at: str = "", line: int | None = None) -> Row:
         """Raises TooLarge."""
@@ -143,8 +151,6 @@ class Fill:
                 break
             if name in own:
                 errors.append(FieldError(detail=f"Another member becomes the input {name!r} too.", pointer=pointer))
-            elif name not in self.fields:
-                errors.append(FieldError(detail=self.no_input(name, inputs), pointer=pointer))
             own.add(name)
             sources[name], inputs[name] = pointer, value
         missing = self.missing(inputs) if extra else set()
@@ -438,8 +444,6 @@ class _Columns:
                     problem = problem or f"Another column is called {column!r} too."
             elif name in met:
                 problem = f"Another column becomes the input {name!r} too."
-            elif name not in fill.fields:
-                problem = fill.no_input(name, inputs)
             met.add(name)
             if problem:
                 yield column, problem
