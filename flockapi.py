@@ -237,7 +237,8 @@ def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: 
         dialect = CSVDialect(delimiter=wanted.delimiter, decimal=wanted.decimal, encoding=wanted.encoding)
     except DefinitionError as exc:
         raise InvalidData([FieldError(detail=str(exc), pointer="")]) from exc
-    return csv_rows(chunks, fill, dialect, **limits)
+    # A file below csv_dir is not what the client sent, so its names are not measured by that.
+    return csv_rows(chunks, fill, dialect, **limits, are_names_counted=media_type == "text/csv")
 
 
 def query_of(request: Request, type_: type[Query], **absent: Any) -> Query:

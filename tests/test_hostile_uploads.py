@@ -55,6 +55,10 @@ def hostile_flock() -> Flock:
         return text
 
     @flock.agent
+    async def counted(text: str, n: int) -> int:
+        return n
+
+    @flock.agent
     async def nested(items: list[list[str]]) -> int:
         return len(items)
 
@@ -342,6 +346,46 @@ async def test_static_inputs_grow_with_what_was_sent_and_not_with_what_was_unpac
     assert packed.status == 413
     assert packed.problem["detail"].startswith("With the static inputs the rows become too long: those may have 16000 ")
     assert plain.status == 202
+
+
+@pytest.mark.parametrize(
+    ("query", "header"),
+    [
+        pytest.param({"on_extra": "keep"}, "text," + "x" * 16_000, id="a kept column"),
+        pytest.param(
+            {"on_invalid": "skip", "agent_name": "counted", "input_mapping": json.dumps({"x" * 8_000: "n"})},
+            "text," + "x" * 8_000,
+            id="a mapped column of rows that do not fit",
+        ),
+    ],
+)
+async def test_names_of_columns_grow_with_what_was_sent(query: dict[str, str], header: str, tmp_path: Path) -> None:
+    """Each row keeps them: 4 bytes that were sent became 16,020."""
+    path, folder = tmp_path / "flock.db", tmp_path / "rows"
+    folder.mkdir()
+    (folder / "own.csv").write_bytes(header.encode() + b"\n" + b"a,b\n" * 50)
+    app = create_app(hostile_flock(), store=path, auth="host", max_body_bytes=20_000, csv_dir=folder)
+    async with app.lifespan():
+        for rows, status in ((15, 202), (50, 413)):
+            sender = Sender(app, path_of(**query), CSV)
+            sender.feed(header.encode() + b"\n" + b"a,b\n" * rows)
+            sender.end()
+            await sender.run()
+            assert sender.status == status, sender.body[:500]
+        assert sender.problem["detail"] == (
+            "With the names of the columns the rows become too long: those may have 320000 bytes together, 16 times "
+            "what may be sent at once or was sent. Send shorter ones, or fewer rows at once."
+        )
+        await until(lambda: stored(path, ROWS) == 15)
+
+        options: dict[str, Any] = {"agent_name": "echo", **query}
+        if "input_mapping" in options:
+            options["input_mapping"] = json.loads(options["input_mapping"])
+        sender = Sender(app, "/run/batch", JSON)
+        sender.feed(json.dumps(options | {"batch_inputs": "own.csv"}).encode())
+        sender.end()
+        await sender.run()
+        assert sender.status == 202, "a file of the server's own is not what was sent"
 
 
 @pytest.mark.parametrize(

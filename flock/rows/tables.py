@@ -57,7 +57,7 @@ __all__ = [
 #: How rows lie in a file.
 TableFormat = Literal["csv", "ndjson"]
 
-#: How many times as long as what was sent the static inputs of all its rows may become.
+#: How many times as long as what was sent the static inputs and the names of columns of all its rows may become.
 EXPANSION = 16
 #: How much of a file is read at once.
 CHUNK_BYTES = 64 * 1024
@@ -87,13 +87,14 @@ CURES_OF_EXTRA = ' on_extra="keep" (--on-extra keep) carries it into the results
 class Fill:
     """What becomes of the members of a row: names mapped, gaps filled, and what is no input refused, dropped or kept.
 
-    Raises InvalidData if *static* or *names* have more than ``MAX_MEMBERS``, or if *names* maps to what is not an input.
+    Raises InvalidData if *static* or *names* have more than ``MAX_MEMBERS``, or if a value of *names* is not an input.
 
     Args:
         signature: the inputs.
         static: inputs that each row has which does not bring its own.
         names: what a member of a row is called as an input.
-        max_static_bytes: how long those of all rows may be together by now, for they are sent once and kept often.
+        max_static_bytes: how long those of all rows may be by now, together with the names of columns that rows keep:
+            they are sent once and kept often.
         on_extra: what becomes of a member that is neither an input nor named in *names*.
         result_names: what cannot be kept, since results have a member of that name.
     """
@@ -136,7 +137,7 @@ class Fill:
         if len(members) > MAX_MEMBERS:
             error = FieldError(detail=_too_many(len(members), "members"), pointer=at)
             return _unreadable_row(msgspec.structs.replace(error, line=line) if line is not None else error, at, line)
-        self._count()
+        self.count(self._row_bytes)
         sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in self.static}
         inputs, own = dict(self.static), set[str]()
         extra: dict[str, msgspec.Raw] = {}
@@ -219,12 +220,13 @@ class Fill:
         known = ", ".join(self.fields) or "none"
         return f"There is no input {name[:MAX_ECHOED_CHARS]!r}.{cure} The inputs are: {known}."
 
-    def _count(self) -> None:
-        self._static_bytes += self._row_bytes
+    def count(self, row_bytes: int, what: str = "static inputs") -> None:
+        """Count what is sent once and kept in one more row. Raises TooLarge."""
+        self._static_bytes += row_bytes
         if self._static_bytes > (allowed := self._max_static_bytes()):
             raise TooLarge(
-                f"With the static inputs the rows become too long: those may have {allowed} bytes together, "
-                f"{EXPANSION} times what may be sent at once or was sent."
+                f"With the {what} the rows become too long: those may have {allowed} bytes together, "
+                f"{EXPANSION} times what may be sent at once or was sent. Send shorter ones, or fewer rows at once."
             )
 
 
@@ -310,9 +312,17 @@ async def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int, shar
 
 
 async def csv_rows(
-    chunks: AsyncIterable[bytes], fill: Fill, dialect: CSVDialect, *, max_row_bytes: int, max_depth: int
+    chunks: AsyncIterable[bytes],
+    fill: Fill,
+    dialect: CSVDialect,
+    *,
+    max_row_bytes: int,
+    max_depth: int,
+    are_names_counted: bool = True,
 ) -> AsyncGenerator[Row, None]:
     """Rows of CSV (RFC 4180) after a header, their cells typed by the signature of *fill*; empty lines are none.
+
+    *are_names_counted*: whether the names of columns that rows keep count as static inputs do.
 
     Raises:
         InvalidData: the header does not fit the signature, or what follows is no CSV, or of another encoding; with the
@@ -320,14 +330,16 @@ async def csv_rows(
         TooLarge: as ``ndjson_rows``.
     """
     columns: _Columns | None = None
-    share = FairShare()
+    names_bytes, share = 0, FairShare()
     async for line, cells in _records(chunks, dialect, max_row_bytes):
         if columns is None:
             if len(cells) > MAX_MEMBERS:
                 raise _unreadable(_too_many(len(cells), "columns"), line)
             columns = _Columns(cells, fill, dialect, line, max_depth)
+            names_bytes = columns.names_bytes if are_names_counted else 0
             await share.checkpoint()
         else:
+            fill.count(names_bytes, "names of the columns")
             yield columns.row(cells, line)
     if columns is None:
         raise _unreadable("There is no header: the first line names the columns.", 1)
@@ -406,10 +418,16 @@ def _unreadable(detail: str, line: int, pointer: str = "") -> InvalidData:
 
 
 class _Columns:
-    """What the header says, and how cells become inputs. Raises InvalidData where it does not fit the signature."""
+    """What the header says, and how cells become inputs. Raises InvalidData where it does not fit the signature.
+
+    Attributes:
+        names_bytes: how long the names are, as JSON, that each row may keep: those of kept columns, and of mapped ones,
+            which are in the error of a row. Others are as long as the names of inputs, or are not kept.
+    """
 
     def __init__(self, header: Sequence[str], fill: Fill, dialect: CSVDialect, line: int, max_depth: int) -> None:
         self._header = [name.removeprefix("\ufeff").strip() for name in header]
+        mapped = fill.names
         self._dialect = dialect
         self._fill = fill = _in_any_case(fill, self._header)
         if "\x00" in header[0]:
@@ -425,6 +443,8 @@ class _Columns:
         if errors:
             raise InvalidData(errors)
         self._cells = [self._reader(column, max_depth) for column in self._header]
+        kept = [name for name in self._header if name in mapped or (fill.on_extra == "keep" and fill.is_extra(name))]
+        self.names_bytes = len(msgspec.json.encode(dict.fromkeys(kept, ""))) if kept else 0
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         """What is wrong with the header: columns, and in words why."""
