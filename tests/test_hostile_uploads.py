@@ -423,6 +423,30 @@ async def test_a_mapping_to_what_is_not_an_input_is_refused_before_any_row(
     assert stored(tmp_path / "flock.db", ROWS) == 0
 
 
+async def test_rows_grow_with_what_was_sent_and_not_with_what_was_unpacked(app: FlockAPI, tmp_path: Path) -> None:
+    """1 MB of gzip wrote 1 GiB; the same rows without gzip are taken, and so is gzip of ordinary rows."""
+    hostile = b'{"text": "%b"}\n' % (b"x" * 500_000) * 35
+    ordinary = b"".join(b'{"text": "%b%b"}\n' % (b"x" * 96_000, os.urandom(2_000).hex().encode()) for _ in range(175))
+    packed = gzip.compress(ordinary)
+    assert 20 < len(ordinary) / len(packed) < 100
+    for headers, content, status in (
+        (NDJSON | GZIP, gzip.compress(hostile), 413),
+        (NDJSON, hostile, 202),
+        (NDJSON | GZIP, packed, 202),
+    ):
+        sender = Sender(app, path_of(), headers)
+        sender.feed(content)
+        sender.end()
+        await sender.run()
+        assert sender.status == status, sender.body[:500]
+        if status == 413:
+            assert sender.problem["detail"] == (
+                "The body is more than 100 times as long when it is unpacked, which only 16777216 bytes may be. "
+                "Send it without Content-Encoding."
+            )
+            await until(lambda: stored(tmp_path / "flock.db", ROWS) == 0)
+
+
 async def test_rows_of_an_upload_that_has_not_ended_count_as_open(tmp_path: Path) -> None:
     """They count for others and for itself; a refusal comes during the upload, and removes what was staged."""
     flock, path = hostile_flock(), tmp_path / "flock.db"

@@ -20,6 +20,9 @@ PACE_BYTES = 64 * 1024
 #: How much of an upload is given at once, and how much of gzip is looked at in one step.
 PIECE_BYTES = 64 * 1024
 PACKED_BYTES = 16 * 1024
+#: How many times as long as what was received an upload may become when it is unpacked, and what it may have anyway.
+MAX_UNPACKED_RATIO = 100
+MIN_UNPACKED_BYTES = 16 * 1024 * 1024
 #: How much of a body that is refused is read all the same, and for how many seconds, since many clients read no answer
 #: before they have sent it.
 DRAINED_BYTES = 8 * 1024 * 1024
@@ -161,6 +164,11 @@ class Body:
         self.total_bytes += len(piece)
         if self.total_bytes > self._max_bytes:
             raise self._too_long()
+        if self.total_bytes > max(MIN_UNPACKED_BYTES, MAX_UNPACKED_RATIO * self.received_bytes):
+            raise TooLarge(
+                f"The body is more than {MAX_UNPACKED_RATIO} times as long when it is unpacked, which only "
+                f"{MIN_UNPACKED_BYTES} bytes may be. Send it without Content-Encoding."
+            )
         return piece
 
     def _too_long(self) -> TooLarge:
