@@ -77,7 +77,7 @@ from flock.runs import (
 from flock.web.auth import KeyRing, OwnEngine, Places, Rate
 from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
-from flock.web.door import CORS, Auth, Door, Found, by_key, principal_of
+from flock.web.door import CORS, Auth, Door, Found, by_key, caller_of, principal_of
 from flock.web.life import life_of
 from flock.web.negotiation import preferences, preferred
 from flock.web.options import check_options
@@ -336,7 +336,7 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
     @contextlib.contextmanager
     def place() -> Iterator[None]:
         counted = contextlib.nullcontext() if app.metrics is None else app.metrics.event_streams.track_inprogress()
-        with app.event_streams.take(principal_of(request)), counted:
+        with app.event_streams.take(caller_of(request)), counted:
             yield
 
     async def stream() -> AsyncIterator[bytes]:
@@ -546,7 +546,7 @@ async def run_batch(request: Request) -> Response:
         key = idempotency_key(request, fingerprint_of(request, sent))
     else:
         body = Body(request, app.max_upload_bytes, app.body_timeout_s)
-        place = app.uploads.take(principal_of(request))
+        place = app.uploads.take(caller_of(request))
         key = idempotency_key(request, lambda: fingerprint_of(request, request.scope["query_string"] + body.digest()))
     engine, headers = await engine_of(request), {}
     try:
@@ -869,9 +869,10 @@ class FlockAPI(Starlette):
             with 408.
         csv_dir: the folder below which a client may name a CSV file as ``batch_inputs``; None is no file at all.
         max_wait_s: the longest that one request may wait for a run; who asks for more waits so long.
-        max_event_streams: how many each principal may have open, in one process; one more is answered with 429.
-        max_uploads_per_principal: bodies of CSV and NDJSON that each principal may send at the same time, in one
-            process; one more is answered with 429.
+        max_event_streams: how many each principal may have open, in one process; one more is answered with 429. Where
+            nobody has a key, each address has its own share (of IPv6, each network of 64 bits).
+        max_uploads_per_principal: bodies of CSV and NDJSON that each principal, or else each address, may send at the
+            same time, in one process; one more is answered with 429.
         max_requests_per_minute: how many each principal may send, in one process; None is no limit. Beyond it 429, with
             ``RateLimit``.
         on_disconnect: what becomes of a synchronous run whose caller goes away before it is answered.

@@ -611,6 +611,7 @@ async def test_a_place_for_an_event_stream_is_given_back_when_its_response_never
         path, statuses = f"/run/{run_id}/events", list[int]()
         assert [(await client.head(path)).status_code for _ in range(2)] == [200, 200]
         scope: dict[str, Any] = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}
+        scope["client"] = ("127.0.0.1", 1)
 
         async def receive() -> Any:
             await anyio.sleep_forever()

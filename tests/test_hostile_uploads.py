@@ -79,7 +79,16 @@ async def app(tmp_path: Path) -> AsyncIterator[FlockAPI]:
 class Sender:
     """A request to an ASGI app whose body arrives in pieces, at once or when the test lets it go on."""
 
-    def __init__(self, app: FlockAPI, path: str, headers: Mapping[str, str], *, piece_bytes: int = 64 * 1024) -> None:
+    def __init__(
+        self,
+        app: FlockAPI,
+        path: str,
+        headers: Mapping[str, str],
+        *,
+        piece_bytes: int = 64 * 1024,
+        method: str = "POST",
+        host: str = "127.0.0.1",
+    ) -> None:
         url = httpx.URL("http://testserver" + path)
         self._app = app
         self._piece_bytes = piece_bytes
@@ -87,7 +96,7 @@ class Sender:
             "type": "http",
             "asgi": {"version": "3.0"},
             "http_version": "1.1",
-            "method": "POST",
+            "method": method,
             "scheme": "http",
             "path": url.path,
             "raw_path": url.raw_path,
@@ -95,7 +104,7 @@ class Sender:
             "root_path": "",
             "headers": [(b"host", b"testserver"), *((k.lower().encode(), v.encode()) for k, v in headers.items())],
             "server": ("testserver", 80),
-            "client": ("127.0.0.1", 1),
+            "client": (host, 1),
         }
         self._send_body, self._receive_body = anyio.create_memory_object_stream[bytes](10_000)
         self._is_over = anyio.Event()
@@ -578,6 +587,57 @@ async def test_a_principal_has_so_many_uploads_open_at_the_same_time(how: str, t
             scopes[0].cancel()
         await until(lambda: held[0].has_ended)
         assert await status_of(upload("ann", lines(1))) == 202
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("what", ["uploads", "event streams"])
+@pytest.mark.parametrize(
+    ("taker", "same", "other"),
+    [
+        pytest.param("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.2", id="IPv4"),
+        pytest.param("::ffff:192.0.2.1", "192.0.2.1", "::ffff:192.0.2.2", id="IPv4 in IPv6"),
+        pytest.param("2001:db8::1", "2001:db8::ffff:0:0:2", "2001:db8:0:1::1", id="IPv6"),
+    ],
+)
+async def test_without_keys_each_address_has_its_own_places(
+    what: str, taker: str, same: str, other: str, tmp_path: Path
+) -> None:
+    """Eight slow uploads of one client closed uploads for all."""
+    flock = hostile_flock()
+
+    @flock.agent
+    async def hold() -> None:
+        await anyio.sleep_forever()
+
+    app = create_app(
+        flock,
+        store=tmp_path / "flock.db",
+        auth="anybody",
+        allowed_hosts=["testserver"],
+        max_uploads_per_principal=1,
+        max_event_streams=1,
+        body_timeout_s=PATIENCE_S,
+    )
+    async with app.lifespan(), anyio.create_task_group() as tasks:
+        run = await app.engine.submit("hold", {})
+
+        def sender_of(host: str) -> Sender:
+            if what == "uploads":
+                return Sender(app, path_of(), NDJSON, host=host)
+            return Sender(app, f"/run/{run.run_id}/events", {}, host=host, method="GET")
+
+        holder, refused, taken = map(sender_of, (taker, same, other))
+        tasks.start_soon(holder.run)
+        await until(lambda: holder.is_waiting if what == "uploads" else holder.status == 200)
+        refused.end()
+        await refused.run()
+        assert refused.status == 429
+        taken.feed(lines(1) if what == "uploads" else b"")
+        if what == "uploads":
+            taken.end()
+        tasks.start_soon(taken.run)
+        await until(lambda: taken.status != 0)
+        assert taken.status == (202 if what == "uploads" else 200), taken.body
         tasks.cancel_scope.cancel()
 
 

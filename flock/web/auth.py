@@ -38,6 +38,7 @@ from flock.runs import (
 )
 
 __all__ = [
+    "Caller",
     "KeyRing",
     "OwnEngine",
     "Places",
@@ -50,6 +51,9 @@ __all__ = [
 ]
 
 Filter = TypeVar("Filter", RunFilter, BatchFilter)
+
+#: Who has a share of its own: "principal" and its name, or "address" or "network" and that of an anonymous client.
+Caller = tuple[str, str]
 
 #: The environment's variable for keys.
 KEYS_VARIABLE = "FLOCK_API_KEYS"
@@ -157,26 +161,25 @@ def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
 
 
 class Places:
-    """Up to *limit* of *what* that each principal may have at the same time; anonymous callers share theirs."""
+    """Up to *limit* of *what* that each caller may have at the same time."""
 
     def __init__(self, limit: int, what: str) -> None:
         self._limit = limit
         self._what = what
-        self._taken: Counter[str | None] = Counter()
+        self._taken: Counter[Caller] = Counter()
 
     @contextlib.contextmanager
-    def take(self, principal: Principal | None) -> Iterator[None]:
+    def take(self, caller: Caller) -> Iterator[None]:
         """Hold one place within the block. Raises TooManyRequests if none is left."""
-        name = None if principal is None else principal.name
-        if self._taken[name] >= self._limit:
+        if self._taken[caller] >= self._limit:
             raise TooManyRequests(f"{self._limit} {self._what} are open already, all that one caller may have.")
-        self._taken[name] += 1
+        self._taken[caller] += 1
         try:
             yield
         finally:
-            self._taken[name] -= 1
-            if not self._taken[name]:
-                del self._taken[name]
+            self._taken[caller] -= 1
+            if not self._taken[caller]:
+                del self._taken[caller]
 
 
 class Rate:

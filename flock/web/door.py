@@ -1,6 +1,7 @@
 """The door of an app, which is its router: what is asked of a request before anything of its body is read."""
 
 import inspect
+import ipaddress
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from flock.errors import FlockError, Unauthenticated
 from flock.runs import Principal
-from flock.web.auth import KeyRing, Rate, check_host, check_origin
+from flock.web.auth import Caller, KeyRing, Rate, check_host, check_origin
 
-__all__ = ["CORS", "Auth", "Door", "Found", "by_key", "principal_of"]
+__all__ = ["CORS", "Auth", "Door", "Found", "by_key", "caller_of", "principal_of"]
 
 #: Says who asks, or None where nobody may know; it reads headers, a session, a certificate, and never the body.
 Auth = Callable[[HTTPConnection], Awaitable[Principal | None] | Principal | None]
@@ -173,3 +174,20 @@ def principal_of(request: HTTPConnection) -> Principal | None:
     """Who asks, as ``auth`` said; None where the app has none."""
     principal: Principal | None = request.scope.get("flock.principal")
     return principal
+
+
+def caller_of(request: HTTPConnection) -> Caller:
+    """Whose share the request counts for: that of its principal, or else of the address that it comes from.
+
+    All addresses of an IPv6 network of 64 bits are one caller, since one machine can use each of them.
+    """
+    principal, host = principal_of(request), request.client.host if request.client else ""
+    if principal is not None:
+        return "principal", principal.name
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a Unix socket has no address
+        return "address", host
+    if isinstance(address, ipaddress.IPv4Address):
+        return "address", str(address)
+    return ("address", str(address.ipv4_mapped)) if address.ipv4_mapped else ("network", str(int(address) >> 64))
