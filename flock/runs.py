@@ -567,7 +567,7 @@ class Observer(Protocol):
         """A model has answered an agent, whatever came of it."""
 
     def run_ended(self, run: Run) -> None:
-        """A run is in its final state."""
+        """A run is in its final state. If it ended while it waited, it may be a stub, without its inputs."""
 
     def model_call_retried(self) -> None:
         """A call to a model failed, and is tried again."""

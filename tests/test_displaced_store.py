@@ -10,6 +10,7 @@ import pytest
 
 from flock.core import Flock
 from flock.engine import schema
+from flock.engine.store import Store
 from flock.errors import StoreError
 from tests.fakes import Server, flockapi_command, running
 
@@ -96,6 +97,28 @@ def test_a_store_that_comes_back_is_used_again(server: Server, tmp_path: Path) -
         (away / name).rename(tmp_path / name)
     server.wait_for_line("flock.db is in its place again.", times=workers)
     assert httpx.post(f"{server.url}/run/flock", json=BODY).json()["result"] == {"result": 2}
+
+
+@pytest.mark.anyio
+async def test_what_is_committed_to_a_file_that_was_just_removed_is_not_acknowledged(tmp_path: Path) -> None:
+    async with Store(tmp_path / "flock.db") as store:
+        with pytest.raises(StoreError):
+            await store.change(lambda db: remove_all(tmp_path / "flock.db"))
+
+
+@pytest.mark.anyio
+async def test_a_folder_that_is_no_folder_any_more_has_no_store(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    async with Store(folder / "flock.db") as store:
+        folder.rename(tmp_path / "away")
+        folder.touch()
+        store.look()
+        assert store.is_displaced
+        folder.unlink()
+        (tmp_path / "away").rename(folder)
+        store.look()
+        assert not store.is_displaced
 
 
 @pytest.mark.anyio

@@ -339,6 +339,25 @@ async def test_a_page_of_another_site_reads_nothing_if_no_key_is_demanded(header
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("origins", "headers", "status"),
+    [
+        (["*"], {"Sec-Fetch-Site": "cross-site", "Origin": "http://anybody.example"}, 200),
+        (["*"], {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image"}, 200),
+        (["http://ours.example"], {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"}, 200),
+        (["http://ours.example"], {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image"}, 403),
+        ([], {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"}, 403),
+    ],
+)
+async def test_pages_that_are_let_in_can_read_and_link(
+    origins: list[str], headers: dict[str, str], status: int
+) -> None:
+    app = create_app(long_flock(), store=":memory:", cors_origins=origins)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        assert (await client.get("/runs", headers=headers)).status_code == status
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(("auth", "warns"), [(None, True), ("anybody", False), ("host", False)])
 async def test_an_app_that_is_open_on_purpose_logs_no_warning(
     auth: Any, warns: bool, caplog: pytest.LogCaptureFixture

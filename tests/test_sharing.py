@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sqlite3
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from flock.core import Flock
+from flock.engine import schema
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Conflict, EngineFull, RunNotFound
 from flock.runs import BatchFilter, BatchOptions, RunFilter, RunStatus
@@ -306,3 +308,40 @@ def test_programs_in_one_folder_leave_the_queue_of_a_killed_one_to_its_own_next_
     with running(*command("reports")) as server:
         ends = [httpx.get(f"{server.url}/run/{run_id}?wait=20", timeout=30).json() for run_id in ids]
         assert [end["status"] for end in ends] == ["cancelled", "completed", "completed"]
+
+
+async def test_a_principal_has_its_share_beside_runs_that_no_program_here_carries_out() -> None:
+    gone, here = Program("theirs"), Program("ours")
+    async with gone.engine(max_concurrency=1, max_queue=6) as engine:
+        for _ in range(4):
+            await engine.submit("theirs", {}, principal="ann")
+        await gone.begun.wait()
+    async with here.engine(max_concurrency=1, max_queue=6) as engine:
+        for _ in range(4):
+            await engine.submit("ours", {}, principal="ann")
+            await here.begun.wait()
+        with pytest.raises(EngineFull, match="max_queue_per_principal"):
+            await engine.submit("ours", {}, principal="ann")
+
+
+async def test_other_tasks_run_while_what_a_dead_engine_left_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be gigabytes. A thread reads it: here it waits for what a task does meanwhile."""
+    await leave(Program("ours"), "ours")
+    is_reading, may_go_on, find_run = threading.Event(), threading.Event(), schema.find_run
+
+    def find_later(db: sqlite3.Connection, run_id: str) -> Any:
+        is_reading.set()
+        assert may_go_on.wait(PATIENCE_S)
+        return find_run(db, run_id)
+
+    async def run_meanwhile() -> None:
+        await until(is_reading.is_set)
+        may_go_on.set()
+
+    monkeypatch.setattr(schema, "find_run", find_later)
+    program = Program("ours")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run_meanwhile)
+        async with program.engine():
+            await program.begun.wait()
+            program.may_go.set()

@@ -1,5 +1,6 @@
 """What waits, and what is not read, is in the store and not in memory; real servers, sockets and files."""
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -12,6 +13,7 @@ from typing import Any
 
 import anyio
 import httpx
+import msgspec
 import pytest
 from anyio.lowlevel import checkpoint
 
@@ -480,6 +482,43 @@ async def test_one_principal_has_half_of_the_bytes_of_the_queue(store: str) -> N
         with pytest.raises(EngineFull, match="this caller"):
             await engine.submit("read", TEXT, principal="ann")
         await engine.submit("read", TEXT, principal="bob")
+
+
+@pytest.mark.anyio
+async def test_runs_that_are_tried_again_at_the_same_time_count_for_the_bytes_of_the_queue(store: str) -> None:
+    work = Work()
+    async with work.busy(store=store, max_queue_bytes=5000) as engine:
+        ids = []
+        for _ in range(10):
+            run = await engine.submit("read", TEXT)
+            await engine.cancel_run(run.run_id)
+            ids.append((await end_of(engine, run)).run_id)
+        ends = await asyncio.gather(*map(engine.retry_run, ids), return_exceptions=True)
+        assert [type(end) for end in ends] == [Run] * 3 + [EngineFull] * 7
+        work.may_go.set()
+
+
+@pytest.mark.anyio
+async def test_a_host_that_stops_answers_a_run_that_waits_for_its_second_step_with_its_first(store: str) -> None:
+    work, ended = Work(), list[Run]()
+
+    @work.flock.agent(next_agent="lane")
+    async def before(text: str) -> str:
+        return text[::-1]
+
+    async with anyio.create_task_group() as tasks:
+
+        async def wait(run_id: str) -> None:
+            ended.append(await engine.wait(run_id))
+
+        async with work.flock.engine(store=store) as engine:
+            await engine.submit("lane", {"text": ""})
+            await work.begun.wait()
+            run = await engine.submit("before", TEXT, is_async=False)
+            tasks.start_soon(wait, run.run_id)
+            await left_in_store(engine, run)
+    assert [(end.status, end.error_type) for end in ended] == [(RunStatus.FAILED, "interrupted")]
+    assert [msgspec.json.decode(step.result) for step in ended[0].steps] == [{"result": TEXT["text"][::-1]}]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -366,12 +366,18 @@ class EmbeddedEngine:
             self._start(run)
         else:
             with self._accepting_key(key):
-                self._runner.count_queued(principal, len(raw))  # until it is started, and counted there
-                try:
+                with self._counted(run):
                     await self.store.accept(run, self._queue_limits, key, then=self._start, full=full)
-                finally:
-                    self._runner.count_queued(principal, -len(raw))
         return run
+
+    @contextlib.contextmanager
+    def _counted(self, run: Run) -> Iterator[None]:
+        """Count its inputs as waiting until it is started, and counted there."""
+        self._runner.count_queued(run.principal, len(run.inputs))
+        try:
+            yield
+        finally:
+            self._runner.count_queued(run.principal, -len(run.inputs))
 
     def _check_room(self, principal: str | None) -> None:
         """As ``schema.check_room``, for a run that is not written before its end."""
@@ -447,11 +453,12 @@ class EmbeddedEngine:
         return await self._whole(active)
 
     async def _whole(self, active: ActiveRun) -> Run:
-        """Its record. A stub that has ended has no result, and stands for itself if its record is gone."""
-        if active.run.is_stub and self._tasks is not None:
-            with contextlib.suppress(RunNotFound):
-                return await self.get_run(active.run.run_id)
-        return active.run
+        """Its record. If that is gone or cannot be read, what is known without its inputs and its steps' results."""
+        run = active.run
+        if run.is_stub:
+            with contextlib.suppress(StoreError):
+                run = self.store.get_run(run.run_id) or run
+        return replace(run, steps=()) if run.is_stub else run
 
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()
@@ -462,8 +469,8 @@ class EmbeddedEngine:
             if run.batch_id is None:
                 if (full := self._full(run.principal)) is not None:
                     raise full
-                again = self.store.reopen(run, self._engine_id, self._queue_limits, then=self._start)
-                reopened = await again
+                with self._counted(run):
+                    reopened = await self.store.reopen(run, self._engine_id, self._queue_limits, then=self._start)
             elif await self._batches.retry_item(run, self._engine_id):
                 reopened = await self.get_run(run_id)
         if reopened is None:

@@ -674,18 +674,19 @@ WAITING = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock 
     AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
 
 
-#: Runs of one principal that wait.
-WAITING_OF = """SELECT count(*) FROM runs INDEXED BY runs_by_principal
-    WHERE batch_id IS NULL AND flock = ? AND principal = ? AND status = 'starting'"""
+#: The same of one principal.
+WAITING_OF = """SELECT count(*) FROM runs INDEXED BY runs_by_principal_and_agent WHERE batch_id IS NULL AND flock = ?
+    AND principal = ? AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
 
 
 def check_room(
     db: sqlite3.Connection, flock: str, agents: Collection[str], principal: str | None, limits: QueueLimits
 ) -> None:
     """Raise EngineFull if no run of these agents, or none of *principal*, may wait beside those that do."""
-    limits.check(db.execute(f"SELECT count(*) {WAITING}", (flock, names_json(agents))).fetchone()[0])
+    names = names_json(agents)
+    limits.check(db.execute(f"SELECT count(*) {WAITING}", (flock, names)).fetchone()[0])
     if principal is not None:
-        limits.check_share(db.execute(WAITING_OF, (flock, principal)).fetchone()[0])
+        limits.check_share(db.execute(WAITING_OF, (flock, principal, names)).fetchone()[0])
 
 
 def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> None:

@@ -371,11 +371,12 @@ class Store:
 
     def look(self) -> None:
         """Check that the file is in its place; see ``_check_place``. Until it is, ``read`` raises StoreError."""
-        before, self._displaced = self._displaced, None
+        found: _Displaced | None = None
         try:
             self._check_place(self._reader)
         except (sqlite3.Error, _Displaced) as exc:
-            self._displaced = exc if isinstance(exc, _Displaced) else _Displaced(str(exc))
+            found = exc if isinstance(exc, _Displaced) else _Displaced(str(exc))
+        before, self._displaced = self._displaced, found
         if self._displaced is not None and before is None:
             logger.error("%s Until then every request that needs the store is answered 503.", self._displaced)
         elif self._displaced is None and before is not None:
@@ -387,7 +388,11 @@ class Store:
         SQLite notices neither: it goes on with a file that was removed, and what it commits is lost.
         """
         for path, identity in self._identities.items():
-            if (found := _identity(path)) != identity:
+            try:
+                found = _identity(path)
+            except OSError:  # its folder cannot be looked at now, which says nothing of the file
+                continue
+            if found != identity:
                 what = "removed" if found is None else "replaced"
                 raise _Displaced(
                     f"{path!r} was {what} while this server was using it, and what is written now would be lost. "
@@ -483,6 +488,7 @@ class Store:
                 self._db.execute("UPDATE engines SET started_at = started_at")
             write(group)
             self._db.execute("COMMIT")
+        self._check_place(self._db)  # or what was committed is lost already
 
     def _write_together(self, group: _Group) -> None:
         """Raises _Refused if there is a record that SQLite refuses."""
@@ -858,7 +864,8 @@ class Store:
         What is to be cancelled needs no agent. Runs that somebody waited for are ended, since nobody does any more, and
         so is what cannot be read. All else stays as it is, for a program that has its agent.
         """
-        left = self.read(lambda db: _left_by(db, dead_id, self.agents, only))
+        # In a thread, for there may be many, and long ones.
+        left = await anyio.to_thread.run_sync(self.read, lambda db: _left_by(db, dead_id, self.agents, only))
 
         def apply(db: sqlite3.Connection) -> TakenOver:
             at = schema.micros(now)
@@ -963,7 +970,7 @@ def _identity(path: str) -> tuple[int, int] | None:
     """The device and inode of a file; None if there is none."""
     try:
         found = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_dev, found.st_ino
 

@@ -145,7 +145,8 @@ def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
     """Raise Forbidden if a browser's page of another origin sends the request: it could spend money.
 
     Browsers say where a request comes from, by ``Sec-Fetch-Site``, and older ones by ``Origin``, which is compared with
-    ``Host`` then. Other clients send neither.
+    ``Host`` then. Other clients send neither. A link on a page of another origin says nothing of that page; it is
+    followed if any page is *allowed*.
     """
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if site:
@@ -153,7 +154,8 @@ def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
     else:
         # urlsplit raises an error for "http://[".
         is_own = origin is None or origin.partition("://")[1:] == ("://", headers.get("host"))
-    if not is_own and origin not in allowed:
+    is_link = origin is None and headers.get("sec-fetch-dest") == "document" and bool(allowed)
+    if not is_own and not is_link and origin not in allowed and "*" not in allowed:
         page = "A page of another origin" if origin is None else f"A page of {origin[:100]}"
         raise Forbidden(
             f"{page} may not do this. Enter the address by hand, or let the page in with cors_origins= (--cors-origin)."
