@@ -47,8 +47,10 @@ from flock.errors import (
     TooManySteps,
     TooManyTokens,
     Unauthenticated,
+    Unreadable,
     Unstorable,
     WrongHost,
+    cut,
 )
 from flock.runs import (
     INVALID_INPUT,
@@ -61,6 +63,7 @@ from flock.runs import (
     IdempotencyKey,
     Inputs,
     Items,
+    LongJSON,
     Observer,
     OnExtra,
     OnInvalid,
@@ -68,12 +71,14 @@ from flock.runs import (
     Principal,
     Progress,
     Queue,
+    QueueLimits,
     Row,
     Run,
     RunContext,
     RunFilter,
     RunStatus,
     Step,
+    Time,
     Usage,
     event_of_batch,
     events_of,
@@ -82,6 +87,7 @@ from flock.runs import (
     now,
     one_line,
     sayable,
+    stub_of,
     valid_traceparent,
 )
 from flockapi import (
@@ -260,6 +266,13 @@ def lifespan(host: Starlette) -> AbstractAsyncContextManager[None]:
 host = Starlette(lifespan=lifespan)
 host.mount("/ai", ai)
 
+
+def look_at(run: Run, limits: QueueLimits, at: Time) -> LongJSON:
+    assert_type(stub_of(run), Run)
+    assert_type(limits.max_runs, int)
+    return LongJSON(len(run.inputs), lambda start, length: bytes(run.inputs)[start : start + length])
+
+
 # The wire, and what may go wrong
 
 REQUESTS: tuple[type, ...] = (
@@ -275,4 +288,6 @@ ERRORS: tuple[type[FlockError], ...] = (
     *(DefinitionError, SignatureError, EngineFull, EngineStopped, StoreError, OwnershipLost, Unstorable, RunFailed),
     *(AccessDenied, Unauthenticated, Forbidden, WrongHost, TooLarge, TooManyRequests, ResultTooLarge),
     *(StepError, ModelError, InvalidOutput, InvalidHandoff, TooManySteps, TooManyTokens, QueueTimeout, Interrupted),
+    Unreadable,
 )
+assert_type(cut("text"), str)
