@@ -1,6 +1,7 @@
 """What many tests need: a fake model, an app with its engine open, and a client for it."""
 
 import fcntl
+import inspect
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -12,13 +13,17 @@ from hypothesis import HealthCheck, settings
 import tests.fakes
 from flock.core import Flock
 from flockapi import FlockAPI, create_app
-from tests.fakes import FakeModel, Opened, free_port, on_temporal, sample_flock, temporal_server
+from tests.fakes import PATIENCE_S, FakeModel, Opened, free_port, on_temporal, sample_flock, temporal_server
 
 # A busy machine is slow, and that is no failure; where a red run blocks, the same cases are tried each time.
 settings.register_profile(
     "flock", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
 )
 settings.load_profile("flock")
+
+# httpx waits for five seconds by default, which a busy machine may need for an answer.
+TIMEOUT = inspect.signature(httpx.get).parameters["timeout"].default
+TIMEOUT.connect = TIMEOUT.read = TIMEOUT.write = TIMEOUT.pool = PATIENCE_S
 
 
 # Tests run side by side, for most of them wait; those that measure have the machine for themselves.

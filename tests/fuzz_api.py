@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from flock.web.auth import new_key
-from tests.fakes import NOT_WATCHED, ROOT, flockapi_command, running
+from tests.fakes import NOT_WATCHED, PATIENCE_S, ROOT, flockapi_command, running
 
 SERVED = '''
 from typing import Any
@@ -121,6 +121,7 @@ def fuzz(max_examples: int, seed: int) -> tuple[str, int]:
             command = [sys.executable, "-m", "schemathesis.cli", "run", str(ROOT / "openapi.yaml")]
             command += ["--url", server.url, "--header", f"Authorization: Bearer {key}", "--checks", "all"]
             command += ["--max-examples", str(max_examples), "--seed", str(seed), "--no-color"]
+            command += ["--request-timeout", str(PATIENCE_S)]
             env = {**os.environ, **NOT_WATCHED}
             done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
             server.stop()

@@ -227,6 +227,7 @@ async def test_a_function_is_asked_to_stop_and_cancelled_is_said_when_it_has(
 ) -> None:
     run_id = await start(client, "block")
     await wait_until(client, f"/run/{run_id}", lambda body: body["status"] == "running")
+    await until(lambda: gate.blocked is not None)  # its function begins in a thread
     response = await client.post(f"/run/{run_id}/cancel")
     assert (response.status_code, response.json()["status"]) == (202, "running")
     assert response.headers["Location"] == f"/run/{run_id}"
