@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -431,6 +432,53 @@ async def test_events_hold_no_long_result_and_read_it_from_the_record(store: str
         await engine.delete_run(run.run_id)
         with pytest.raises(RunNotFound):
             next(long.pieces())
+
+
+@pytest.mark.anyio
+async def test_the_events_of_a_run_take_no_longer_than_a_few_reads_of_it(store: str) -> None:
+    """For 20 steps they took as long as 42 reads."""
+    flock = Flock()
+
+    @flock.agent(output="n: int, text: str", next_agent=lambda result: "again" if result["n"] < 20 else None)
+    async def again(n: int) -> dict[str, Any]:
+        return {"n": n + 1, "text": "x" * 300_000}
+
+    async with flock.engine(store=store) as engine:
+        run = await end_of(engine, await engine.submit("again", {"n": 0}))
+        assert len(run.steps) == 20
+        started_s = time.process_time()
+        for _ in range(10):
+            await engine.get_run(run.run_id)
+        read_at_s = time.process_time()
+        events = [event async for event in engine.events(run.run_id)]
+        assert time.process_time() - read_at_s < read_at_s - started_s
+        assert len(events) == 42
+
+
+@pytest.mark.anyio
+async def test_events_read_a_record_again_only_if_it_has_changed(tmp_path: Path) -> None:
+    """Also after a commit of another process, which may be about anything."""
+    work, path, names = Work(), str(tmp_path / "flock.db"), list[str]()
+    async with work.busy(store=path) as engine, work.flock.engine(store=path) as other:
+        run = await engine.submit("read", TEXT)
+        statements: list[str] = []
+        other.store._reader.set_trace_callback(statements.append)
+
+        def about_run() -> list[str]:
+            return [statement for statement in statements if run.run_id in statement]
+
+        async def follow() -> None:
+            names.extend([event.name async for event in other.events(run.run_id) if event])
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(follow)
+            for _ in range(3):
+                seen = len(about_run())
+                await until(lambda seen=seen: len(about_run()) > seen)  # type: ignore[misc]
+                write(path, "UPDATE flocks SET agents = agents")
+            assert sum("created_at" in statement for statement in about_run()) == 1
+            work.may_go.set()
+        assert names == ["run.started", "step.started", "step.completed", "run.completed"]
 
 
 def test_an_answer_whose_run_is_deleted_while_it_is_read_is_cut(script: Path, tmp_path: Path) -> None:

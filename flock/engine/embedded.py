@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 import anyio
 import anyio.abc
 import anyio.lowlevel
+import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent
@@ -403,7 +404,10 @@ class EmbeddedEngine:
         if active is not None and not active.run.is_stub:
             return active.run
         self._check_entered()
-        run = self.store.get_run(run_id)
+        return self._visible(run_id, self.store.get_run(run_id))
+
+    def _visible(self, run_id: str, run: Run | None) -> Run:
+        """Raises RunNotFound."""
         if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
         if run.batch_id is not None and self.batch_store.get(run.batch_id) is None:  # its batch is out of sight
@@ -496,18 +500,27 @@ class EmbeddedEngine:
 
     async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         told: Progress | None = None
+        version: Any = None
+        outline: Run | None = None
         while True:
             active = self._runner.active.get(run_id)
             changed = active.change if active else self._store_changed
-            run = await self.get_run(run_id)
+            if active is not None and not active.run.is_stub:
+                run = active.run
+            else:
+                self._check_entered()
+                newest = self.store.version(run_id)
+                if outline is None or newest != version:
+                    version, outline = newest, self._visible(run_id, self.store.outline(run_id))
+                run = outline
             progress, is_last = run.progress, run.status.is_final or self.is_leaving
             for event in events_of(run):
                 if progress != told if event.id is None else event.id > after:
-                    event = self._with_long_result(event, run)
+                    event = self._with_result(event, run, is_outline=run is outline)
                     break
             else:
                 event = None
-            del run  # a slow reader holds one event, and goes on from the record
+            del run  # a slow reader holds one event, and reads on from the record
             if event is not None:
                 after, told = (after, progress) if event.id is None else (event.id, told)
                 yield event
@@ -519,17 +532,28 @@ class EmbeddedEngine:
             if silence.cancelled_caught:
                 yield None
 
-    def long_result(self, run: Run, position: int | None = None) -> LongJSON:
-        """The result of *run*, or of its step at *position*, to be read in pieces. It does not hold the run."""
+    def long_result(self, run: Run, position: int | None = None, *, is_outline: bool = False) -> LongJSON:
+        """The result of *run*, or of its step at *position*, to be read in pieces. It does not hold the run.
+
+        Raises: RunNotFound, StoreError if *run* is an outline, whose results are in the store only.
+        """
         if run.status is RunStatus.COMPLETED and position == len(run.steps) - 1:
             position = None  # it is kept once
         result = run.result if position is None else run.steps[position].result
-        return LongJSON(len(result or b""), functools.partial(self.store.read_result, run.run_id, position))
+        length = self.store.result_bytes(run.run_id, position) if is_outline else len(result or b"")
+        return LongJSON(length, functools.partial(self.store.read_result, run.run_id, position))
 
-    def _with_long_result(self, event: Event, run: Run) -> Event:
-        if len(event.data.get("result") or b"") <= LONG_BYTES:
+    def _with_result(self, event: Event, run: Run, *, is_outline: bool) -> Event:
+        """*event* with its result, or a ``LongJSON`` if that is long. Raises RunNotFound, StoreError."""
+        if event.data.get("result") is None:
             return event
-        return replace(event, data={**event.data, "result": self.long_result(run, event.data.get("position"))})
+        result = self.long_result(run, event.data.get("position"), is_outline=is_outline)
+        if result.length > LONG_BYTES:
+            return replace(event, data={**event.data, "result": result})
+        if is_outline:
+            short = msgspec.Raw(b"".join(result.pieces()))
+            return replace(event, data={**event.data, "result": short})
+        return event
 
     async def _be_seen(self, completed_at: datetime) -> None:
         """Let those who follow something elsewhere hear of its end, before it is gone."""

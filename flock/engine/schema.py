@@ -262,6 +262,11 @@ EMPTY = {
 SHORT_COLUMNS = ", ".join(
     {**EMPTY, "inputs": "x''", "error": "NULL", "progress": "NULL"}.get(name, name) for name in FIELDS
 )
+#: What stands for a result that is not read, if there is one.
+OUTLINED = "CASE typeof(result) WHEN 'blob' THEN x'7b7d' ELSE result END"
+OUTLINE_COLUMNS = ", ".join(
+    {"inputs": EMPTY["inputs"], "extra": "NULL", "result": OUTLINED}.get(name, name) for name in FIELDS
+)
 # What a failed commit may have written all the same is written again.
 INSERT_RUN = f"INSERT OR REPLACE INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
 UPDATE = """UPDATE runs SET status = ?, result = ?, error = ?, error_type = ?, started_at = ?, completed_at = ?,
@@ -390,11 +395,14 @@ def run_values(run: Run, last_step: bytes | None = None) -> tuple[Any, ...]:
     )
 
 
-def find_run(db: sqlite3.Connection, run_id: str) -> Run | None:
-    """Raises Damaged, unless the run has failed for that reason."""
+def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -> Run | None:
+    """A run; in its outline ``{}`` stands for its inputs and for each result, which are not read.
+
+    Raises Damaged, unless the run has failed for that reason.
+    """
     try:
-        row = read_row(db, COLUMNS, "run_id", run_id)
-        return None if row is None else run_from(row, find_steps(db, run_id))
+        row = read_row(db, OUTLINE_COLUMNS if is_outline else COLUMNS, "run_id", run_id)
+        return None if row is None else run_from(row, find_steps(db, run_id, OUTLINED if is_outline else "result"))
     except Damaged:
         row = _read_remains(db, run_id)
         if _remains_of(row, TYPES, READERS).get("error_type") != UNREADABLE:
@@ -402,9 +410,9 @@ def find_run(db: sqlite3.Connection, run_id: str) -> Run | None:
         return _remains_of_run(row)
 
 
-def find_steps(db: sqlite3.Connection, run_id: str) -> tuple[Step, ...]:
+def find_steps(db: sqlite3.Connection, run_id: str, result: str = "result") -> tuple[Step, ...]:
     query = (
-        "SELECT agent_name, result, next_agent, usage, attempt, started_at, completed_at FROM steps WHERE run_id = ? "
+        f"SELECT agent_name, {result}, next_agent, usage, attempt, started_at, completed_at FROM steps WHERE run_id = ? "
         "ORDER BY position"
     )
     with _finding_damage():

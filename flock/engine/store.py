@@ -608,19 +608,41 @@ class Store:
     def get_run(self, run_id: str) -> Run | None:
         return self.read(lambda db: schema.find_run(db, run_id))
 
+    def outline(self, run_id: str) -> Run | None:
+        """A run with ``{}`` for its inputs and for each of its results, which are not read."""
+        return self.read(lambda db: schema.find_run(db, run_id, is_outline=True))
+
+    def version(self, run_id: str) -> tuple[Any, ...] | None:
+        """A value that changes with what ``outline`` returns, and is read in a few microseconds."""
+        query = """SELECT status, attempt, progress, (SELECT count(*) FROM steps WHERE steps.run_id = runs.run_id)
+            FROM runs WHERE run_id = ?"""
+        version: tuple[Any, ...] | None = self.read(lambda db: db.execute(query, (run_id,)).fetchone())
+        return version
+
+    def result_bytes(self, run_id: str, position: int | None) -> int:
+        """How long the result of a run is, or that of its step at *position*. Raises RunNotFound, StoreError."""
+        return self._with_result(run_id, position, len)
+
     def read_result(self, run_id: str, position: int | None, start: int, length: int) -> bytes:
         """Up to *length* bytes of the result of a run, or of its step at *position*. Raises RunNotFound, StoreError."""
+
+        def read(result: sqlite3.Blob) -> bytes:
+            result.seek(start)
+            return result.read(length)
+
+        return self._with_result(run_id, position, read)
+
+    def _with_result(self, run_id: str, position: int | None, use: Callable[[sqlite3.Blob], T]) -> T:
         table, where, values = "runs", "run_id = ?", (run_id,) if position is None else (run_id, position)
         if position is not None:
             table, where = "steps", "run_id = ? AND position = ?"
 
-        def find(db: sqlite3.Connection) -> bytes:
+        def find(db: sqlite3.Connection) -> T:
             row = db.execute(f"SELECT rowid FROM {table} WHERE {where}", values).fetchone()
             if row is None:
                 raise RunNotFound(run_id)
             with db.blobopen(table, "result", row[0], readonly=True) as blob:
-                blob.seek(start)
-                return blob.read(length)
+                return use(blob)
 
         return self.read(find)
 
