@@ -340,13 +340,16 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
             yield
 
     async def stream() -> AsyncIterator[bytes]:
+        is_event_whole = True
         try:
             async for event in events:
+                is_event_whole = False
                 async for piece in pieces(event_parts(event)):
                     yield piece
+                is_event_whole = True
         except FlockError as exc:
             logger.warning("request %s: its event stream is cut: %s", request_id_of(request), exc)
-        if engine.is_leaving:
+        if engine.is_leaving and is_event_whole:  # an empty line would make an event of what was sent of the last one
             yield b"retry: %d\n\n" % RECONNECT_MS
 
     return EventStream(stream(), place(), headers)

@@ -23,6 +23,7 @@ from flock.engine.embedded import EmbeddedEngine
 from flock.engine.schema import Damaged
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
 from flock.runs import LONG_BYTES, BatchOptions, IdempotencyKey, LongJSON, Run, RunStatus
+from flockapi import create_app
 from tests.fakes import PATIENCE_S, Server, ended, until
 from tests.test_connection import connected, memory_kib, read_to_end, serving
 
@@ -479,6 +480,31 @@ async def test_events_read_a_record_again_only_if_it_has_changed(tmp_path: Path)
             assert sum("created_at" in statement for statement in about_run()) == 1
             work.may_go.set()
         assert names == ["run.started", "step.started", "step.completed", "run.completed"]
+
+
+@pytest.mark.anyio
+async def test_an_event_that_cannot_be_read_to_its_end_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser ignores an event without an empty line after it, and asks for it again."""
+    work = Work()
+    engine = work.flock.engine()
+    app = create_app(work.flock, engine=engine, auth="anybody")
+    async with app.lifespan():
+        run = await end_of(engine, await engine.submit("first", {"text": "x" * 3 * LONG_BYTES}))
+        read_result = engine.store.read_result
+
+        def leave(run_id: str, position: int | None, start: int, length: int) -> bytes:
+            if start == 0:
+                return read_result(run_id, position, start, length)
+            engine._runner.is_leaving = True
+            raise StoreError("The store cannot be read now.")
+
+        monkeypatch.setattr(engine.store, "read_result", leave)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            text = (await client.get(f"/run/{run.run_id}/events")).text
+        *events, last = text.split("\n\n")
+        assert [event.partition("event: ")[2].partition("\n")[0] for event in events] == ["run.started", "step.started"]
+        assert "step.completed" in last
+        assert not last.endswith("\n")
 
 
 def test_an_answer_whose_run_is_deleted_while_it_is_read_is_cut(script: Path, tmp_path: Path) -> None:

@@ -412,8 +412,8 @@ def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -
 
 def find_steps(db: sqlite3.Connection, run_id: str, result: str = "result") -> tuple[Step, ...]:
     query = (
-        f"SELECT agent_name, {result}, next_agent, usage, attempt, started_at, completed_at FROM steps WHERE run_id = ? "
-        "ORDER BY position"
+        f"SELECT agent_name, {result}, next_agent, usage, attempt, started_at, completed_at FROM steps "
+        "WHERE run_id = ? ORDER BY position"
     )
     with _finding_damage():
         return tuple(map(step_from, db.execute(query, (run_id,))))
