@@ -17,7 +17,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +91,7 @@ from flock.web.responses import (
     cut_message,
     event_parts,
     head_of_stream,
+    kept,
     pieces,
 )
 from flock.web.ui import ui_files
@@ -339,13 +340,15 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
         with app.event_streams.take(caller_of(request)), counted:
             yield
 
-    async def stream() -> AsyncIterator[bytes]:
+    async def stream() -> AsyncGenerator[bytes, None]:
         is_event_whole = True
         try:
             async for event in events:
                 is_event_whole = False
-                async for piece in pieces(event_parts(event)):
-                    yield piece
+                parts = event_parts(event)
+                with kept(parts):
+                    async for piece in pieces(parts):
+                        yield piece
                 is_event_whole = True
         except FlockError as exc:
             logger.warning("request %s: its event stream is cut: %s", request_id_of(request), exc)

@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
@@ -443,11 +444,15 @@ class LongJSON:
     Attributes:
         length: in bytes.
         read: returns up to so many bytes of it from a position on. Raises RunNotFound, StoreError.
+        kept: returns a context within which retention does not delete it.
     """
 
-    def __init__(self, length: int, read: Callable[[int, int], bytes]) -> None:
+    def __init__(
+        self, length: int, read: Callable[[int, int], bytes], kept: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self.length = length
         self.read = read
+        self.kept = kept
 
     def pieces(self) -> Iterator[bytes]:
         """All of it, in order. Raises RunNotFound, StoreError."""

@@ -17,6 +17,8 @@ import httpx
 import msgspec
 import pytest
 from anyio.lowlevel import checkpoint
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
@@ -519,7 +521,37 @@ def test_an_answer_whose_run_is_deleted_while_it_is_read_is_cut(script: Path, tm
                 while part := connection.recv(1_000_000):
                     received += len(part)
             assert received < 2 * LONG_RESULT
+        server.wait_for_line("its answer is cut")
         assert httpx.get(f"{server.url}/healthz").status_code == 200
+        assert sum("is cut" in line or "Traceback" in line for line in server.lines) == 1
+
+
+@pytest.mark.anyio
+async def test_retention_deletes_no_run_whose_result_is_being_sent(store: str) -> None:
+    work = Work()
+    engine = work.flock.engine(store=store, keep_for_s=0)
+
+    def retaining(app: ASGIApp) -> ASGIApp:
+        """Delete what is old before each part of an answer."""
+
+        async def with_retention(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_later(message: Message) -> None:
+                await engine.delete_old()
+                await send(message)
+
+            await app(scope, receive, send_later)
+
+        return with_retention
+
+    app = create_app(work.flock, engine=engine, auth="anybody", middleware=[Middleware(retaining)])
+    async with app.lifespan():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+            run = {"agent_name": "last", "inputs": {"text": "x" * 5 * LONG_BYTES, "result": ""}}
+            answer = await client.post("/run/flock", json=run)
+        assert answer.json()["result"] == {"result": "x" * 5 * LONG_BYTES}
+        await engine.delete_old()
+        with pytest.raises(RunNotFound):
+            await engine.get_run(answer.json()["run_id"])
 
 
 # The queue in bytes

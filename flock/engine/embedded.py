@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
@@ -211,6 +212,8 @@ class EmbeddedEngine:
         self._store_changed = anyio.Event()
         #: batches, and runs of others, that somebody waits for
         self._awaited: dict[str, anyio.Event] = {}
+        #: runs and batches of which a long result is being sent, and how often
+        self._being_sent: Counter[str] = Counter()
         #: of engines that are gone, the agents that the runs wait for that were left to them
         self._waiting_for: dict[str, Collection[str]] = {}
 
@@ -541,7 +544,20 @@ class EmbeddedEngine:
             position = None  # it is kept once
         result = run.result if position is None else run.steps[position].result
         length = self.store.result_bytes(run.run_id, position) if is_outline else len(result or b"")
-        return LongJSON(length, functools.partial(self.store.read_result, run.run_id, position))
+        kept = functools.partial(self._kept, run.batch_id or run.run_id)
+        return LongJSON(length, functools.partial(self.store.read_result, run.run_id, position), kept)
+
+    @contextlib.contextmanager
+    def _kept(self, id_: str) -> Iterator[None]:
+        """Keep a run or batch from the retention of this engine within the block."""
+        being_sent = self._being_sent
+        being_sent[id_] += 1
+        try:
+            yield
+        finally:
+            being_sent[id_] -= 1
+            if not being_sent[id_]:
+                del being_sent[id_]
 
     def _with_result(self, event: Event, run: Run, *, is_outline: bool) -> Event:
         """*event* with its result, or a ``LongJSON`` if that is long. Raises RunNotFound, StoreError."""
@@ -710,11 +726,15 @@ class EmbeddedEngine:
                 logger.exception("old runs cannot be deleted")
 
     async def delete_old(self) -> None:
-        """Delete final runs that are older than ``keep_for_s`` or beyond the newest ``keep_runs``."""
+        """Delete final runs that are older than ``keep_for_s`` or beyond the newest ``keep_runs``.
+
+        Those of which this process is sending a long result are deleted later.
+        """
         before = None if self._keep_for_s is None else now() - timedelta(seconds=self._keep_for_s)
         if before is None and self._keep_runs is None:
             return
-        while await self.store.delete_old(self._flock, before, self._keep_runs, RETENTION_BITE):
+        bounds = (self._flock, before, self._keep_runs, RETENTION_BITE)
+        while await self.store.delete_old(*bounds, self._being_sent.keys()):
             await anyio.lowlevel.checkpoint()
 
     # Batches

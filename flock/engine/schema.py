@@ -274,7 +274,8 @@ UPDATE = """UPDATE runs SET status = ?, result = ?, error = ?, error_type = ?, s
 UPDATE_RUN = f"{UPDATE} AND owner = ?"
 UPDATE_ITEM = f"{UPDATE} AND EXISTS (SELECT 1 FROM batches WHERE batch_id = ? AND owner = ?)"
 DROP_OLD_BATCHES = """UPDATE batches SET hidden = 'dropped' WHERE batch_id IN (SELECT batch_id FROM batches
-    WHERE flock = :flock AND hidden IS NULL AND batch_id < :bound AND completed_at <= :latest LIMIT :limit)"""
+    WHERE flock = :flock AND hidden IS NULL AND batch_id < :bound AND completed_at <= :latest
+    AND batch_id NOT IN (SELECT value FROM json_each(:kept)) LIMIT :limit)"""
 COUNT_ITEMS = """UPDATE batches SET completed_items = completed_items + ?, failed_items = failed_items + ?,
     cancelled_items = cancelled_items + ? WHERE batch_id = ?"""
 INSERT_STEP = "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -756,7 +757,8 @@ def item_listing(columns: str, statuses: Iterable[str]) -> str:
 BATCHES = "SELECT batch_id FROM batches WHERE flock = :flock AND hidden IS NULL"
 NEWEST = f"{listing('run_id', RunStatus, 'flock = :flock', BATCHES)} LIMIT 1 OFFSET :offset"
 FINAL = [status for status in RunStatus if status.is_final]
-OLD = "flock = :flock AND run_id < :bound AND completed_at <= :latest"
+OLD = """flock = :flock AND run_id < :bound AND completed_at <= :latest
+    AND run_id NOT IN (SELECT value FROM json_each(:kept))"""
 OLD_RUNS = f"{listing('run_id', FINAL, OLD, order='ASC')} LIMIT :limit"
 
 

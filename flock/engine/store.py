@@ -753,10 +753,15 @@ class Store:
 
         return await self.change(apply)
 
-    async def delete_old(self, flock: str, before: datetime | None, keep_runs: int | None, limit: int) -> int:
+    async def delete_old(
+        self, flock: str, before: datetime | None, keep_runs: int | None, limit: int, kept: Collection[str] = ()
+    ) -> int:
         """Delete up to *limit* final runs that ended before *before*, or are beyond the newest *keep_runs*.
 
         A batch counts as one, and goes as one: it is dropped, and its items are swept later.
+
+        Args:
+            kept: ids of runs and batches that are not deleted; read when the transaction is written.
         """
 
         def apply(db: sqlite3.Connection) -> int:
@@ -766,7 +771,10 @@ class Store:
                 bounds += [(row[0], FOR_EVER)] if row is not None else []
             deleted = 0
             for bound, latest in bounds:
-                values = {"flock": flock, "bound": bound, "latest": latest, "limit": limit}
+                values = {
+                    **{"flock": flock, "bound": bound, "latest": latest, "limit": limit},
+                    "kept": schema.names_json(kept),
+                }
                 deleted += schema.delete_runs(db, [run_id for (run_id,) in db.execute(schema.OLD_RUNS, values)])
                 deleted += db.execute(schema.DROP_OLD_BATCHES, values).rowcount
             return deleted

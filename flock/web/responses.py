@@ -1,13 +1,15 @@
 """Responses: JSON, server-sent events, and long ones in pieces, of which an unread one holds one in memory."""
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from typing import Any
 
 import msgspec
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from flock.errors import FlockError
 from flock.runs import Event, LongJSON
 
 __all__ = [
@@ -18,9 +20,12 @@ __all__ = [
     "cut_message",
     "event_parts",
     "head_of_stream",
+    "kept",
     "long_parts",
     "pieces",
 ]
+
+logger = logging.getLogger("flock.api")
 
 #: A server copies what it is given to send, until the client has read it; so it is given so much at a time.
 PIECE_BYTES = 64 * 1024
@@ -59,6 +64,16 @@ def long_parts(content: Any, before: bytes, after: bytes) -> list[bytes | LongJS
     return [first, *(part for pair in zip(long, others, strict=True) for part in pair)]
 
 
+@contextmanager
+def kept(parts: Sequence[bytes | LongJSON]) -> Iterator[None]:
+    """Keep what is read as it is sent from retention within the block."""
+    with ExitStack() as stack:
+        for part in parts:
+            if isinstance(part, LongJSON):
+                stack.enter_context(part.kept())
+        yield
+
+
 async def pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[bytes]:
     """All of *parts*; a long one is read as it is asked for. Raises RunNotFound, StoreError."""
     for part in parts:
@@ -67,18 +82,29 @@ async def pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[bytes]:
 
 
 class LongResponse(StreamingResponse):
-    """JSON with each ``LongJSON`` in it, and a newline at its end. Its length is known, so it is not chunked."""
+    """JSON with each ``LongJSON`` in it, and a newline at its end. Its length is known, so it is not chunked.
+
+    If it cannot be read to its end, a WARNING is logged, and the server closes the connection.
+    """
 
     media_type = "application/json"
 
     def __init__(self, content: Any, status_code: int, headers: Mapping[str, str], *, is_head: bool) -> None:
         parts = long_parts(content, b"", b"\n")
         length = sum(part.length if isinstance(part, LongJSON) else len(part) for part in parts)
-        super().__init__(pieces([] if is_head else parts), status_code, {**headers, "Content-Length": str(length)})
+        self._parts: Sequence[bytes | LongJSON] = [] if is_head else parts
+        super().__init__(pieces(self._parts), status_code, {**headers, "Content-Length": str(length)})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with kept(self._parts):
+            try:
+                await super().__call__(scope, receive, send)
+            except FlockError as exc:
+                logger.warning("request %s: its answer is cut: %s", scope["flock.request_id"], exc)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. *held* is entered before the response starts, and left however it ends.
+    """Server-sent events. *held* is entered before the response starts, and left however it ends; so is *content*.
 
     Raises: when it is sent, what entering *held* raises, which is answered as any error of the handler.
     """
@@ -86,14 +112,15 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(
-        self, content: AsyncIterator[bytes], held: AbstractContextManager[Any], headers: Mapping[str, str]
+        self, content: AsyncGenerator[bytes, None], held: AbstractContextManager[Any], headers: Mapping[str, str]
     ) -> None:
         super().__init__(content, headers=headers)
-        self._held = held
+        self._content, self._held = content, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
-            await super().__call__(scope, receive, send)
+            async with aclosing(self._content):
+                await super().__call__(scope, receive, send)
 
 
 def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
