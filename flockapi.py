@@ -33,7 +33,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -86,8 +86,10 @@ from flock.web.problems import on_error
 from flock.web.requests import path_of, request_id_for, request_id_of, root_path
 from flock.web.responses import (
     EventStream,
+    HeldStream,
     JSONResponse,
     LongResponse,
+    PageResponse,
     cut_message,
     event_parts,
     head_of_stream,
@@ -310,7 +312,7 @@ def runs_response(request: Request, page: Page[Run], wanted: RunsQuery) -> Respo
     left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not wanted.includes(name)}
     runs = [shown_as(RunSummary, run, **left_out) for run in page]
     path, headers = _next_page(request, page[-1].run_id if page.has_more else None)
-    return JSONResponse(RunList(runs=runs, next=path), headers=headers)
+    return PageResponse(RunList(runs=runs, next=path), download_place(request), headers=headers)
 
 
 def batches_response(request: Request, page: Page[Batch]) -> Response:
@@ -358,6 +360,11 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
     return EventStream(stream(), place(), headers)
 
 
+def download_place(request: Request) -> AbstractContextManager[None]:
+    """What is held while a long page or a download is sent. Raises TooManyRequests when it is entered."""
+    return app_of(request).downloads.take(caller_of(request))
+
+
 def last_event_of(request: Request) -> int:
     """The id of the last event that a reader knows. A browser that connects again sends the query as it was, too.
 
@@ -386,7 +393,8 @@ def batch_response(
         next=f"{path}?after={last}&limit={limit}" if more else None,
     )
     headers = {"Flock-Run-Status": batch.status.value, **(headers or {})}
-    return JSONResponse(body, status_code, headers | _accepted(request, f"/batch/{batch.batch_id}", status_code))
+    headers |= _accepted(request, f"/batch/{batch.batch_id}", status_code)
+    return PageResponse(body, download_place(request), status_code, headers)
 
 
 def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
@@ -704,7 +712,7 @@ async def batch_results(request: Request) -> Response:
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
     pages = item_pages(engine, batch_id, after=wanted.after, limit=wanted.limit, statuses=statuses)
     stream = results_as(format_, pages, batch.extra_names, columns, wanted.escape_formulas)
-    return StreamingResponse(stream, media_type=RESULT_TYPES[format_], headers=headers)
+    return HeldStream(stream, download_place(request), headers, RESULT_TYPES[format_])
 
 
 async def batch_events(request: Request) -> Response:
@@ -879,6 +887,8 @@ class FlockAPI(Starlette):
             nobody has a key, each address has its own share (of IPv6, each network of 64 bits).
         max_uploads_per_principal: bodies of CSV and NDJSON that each principal, or else each address, may send at the
             same time, in one process; one more is answered with 429.
+        max_downloads_per_principal: downloads of results, and pages of runs or results over 64 KiB, that may be sent to
+            each principal, or else each address, at the same time, in one process; one more is answered with 429.
         max_requests_per_minute: how many each principal may send, in one process; None is no limit. Beyond it 429, with
             ``RateLimit``.
         on_disconnect: what becomes of a synchronous run whose caller goes away before it is answered.
@@ -930,6 +940,7 @@ class FlockAPI(Starlette):
         max_wait_s: int = 60,
         max_event_streams: int = 1000,
         max_uploads_per_principal: int = 8,
+        max_downloads_per_principal: int = 32,
         max_requests_per_minute: int | None = None,
         on_disconnect: OnDisconnect = "cancel",
         expose_errors: bool = False,
@@ -980,6 +991,7 @@ class FlockAPI(Starlette):
         self.max_wait_s = max_wait_s
         self.event_streams = Places(max_event_streams, "event streams")
         self.uploads = Places(max_uploads_per_principal, "uploads")
+        self.downloads = Places(max_downloads_per_principal, "downloads")
         self.on_disconnect = on_disconnect
         self.has_ended = False
         self._more_lifespan = lifespan

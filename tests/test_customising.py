@@ -346,6 +346,7 @@ MISTAKES: dict[str, Any] = {
     "max_wait_s": (-1, "a whole number of at least 0, not -1"),
     "max_event_streams": (-1, "a whole number of at least 0"),
     "max_uploads_per_principal": (-1, "a whole number of at least 0"),
+    "max_downloads_per_principal": (-1, "a whole number of at least 0"),
     "max_requests_per_minute": (0.5, "a whole number of at least 1, or None, not 0.5"),
     "on_disconnect": ("stop", '"cancel" or "continue", not \'stop\''),
     "expose_errors": ("no", "True or False"),

@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.schema import Damaged
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
-from flock.runs import LONG_BYTES, BatchOptions, IdempotencyKey, LongJSON, Run, RunStatus
+from flock.rows.results import RESULT_TYPES, item_pages, results_as
+from flock.runs import LONG_BYTES, BatchOptions, IdempotencyKey, LongJSON, Page, Run, RunStatus
 from flockapi import create_app
 from tests.fakes import PATIENCE_S, Server, ended, until
 from tests.test_connection import connected, memory_kib, read_to_end, serving
+from tests.test_customising import client_of
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells the memory")
 
@@ -639,3 +642,66 @@ def test_a_server_whose_queue_is_full_in_bytes_answers_429(workers: int, script:
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert "max_queue_bytes" in refused.json()["detail"]
         assert waiting(server) - short <= workers
+
+
+# Downloads and pages
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("format_", RESULT_TYPES)
+async def test_a_download_that_is_not_read_does_not_hold_the_records_of_its_page(format_: str) -> None:
+    """It holds the text that is being sent, and held its records beside that."""
+    work, read = Work(), list[weakref.ref[Page[Run]]]()
+    async with work.flock.engine() as engine:
+        batch = await ended(engine, await engine.submit_batch("read", [TEXT] * 2, BatchOptions()))
+        get_items = engine.get_items
+
+        async def weak_items(*args: Any, **options: Any) -> Page[Run]:
+            page = Page[Run](1)
+            page += await get_items(*args, **options)
+            read.append(weakref.ref(page))
+            return page
+
+        engine.get_items = weak_items  # type: ignore[method-assign]
+        stream = results_as(format_, item_pages(engine, batch.batch_id), (), (None, None), True)
+        await anext(stream)
+        assert TEXT["text"].encode() in await anext(stream)
+        assert [page() for page in read] == [None]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("suffix", ["/results", "?limit=1000"])
+async def test_a_principal_is_sent_so_many_long_answers_at_the_same_time(suffix: str) -> None:
+    """A short page is always sent, and a place is free again when a client has gone."""
+    work = Work()
+    app = create_app(work.flock, store=":memory:", auth="anybody", max_downloads_per_principal=2)
+    statuses: list[int] = []
+
+    async def receive() -> Message:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def never_read(message: Message) -> None:
+        statuses.append(message["status"])
+        await anyio.sleep_forever()
+
+    async with app.lifespan(), client_of(app) as client:
+        assert isinstance(app.engine, EmbeddedEngine)
+        inputs = {"text": "x" * 2 * LONG_BYTES, "result": ""}
+        batch = await ended(app.engine, await app.engine.submit_batch("last", [inputs], BatchOptions()))
+        path = f"/batch/{batch.batch_id}"
+        for _ in range(2):
+            statuses.clear()
+            scope: Scope = {"type": "http", "method": "GET", "headers": [], "query_string": b"limit=1000"}
+            scope["path"] = path + suffix.partition("?")[0]
+            async with anyio.create_task_group() as tasks:
+                for _ in range(2):
+                    tasks.start_soon(app, {**scope}, receive, never_read)
+                await until(lambda: len(statuses) == 2)
+                assert statuses == [200, 200]
+                refused = await client.get(path + suffix)
+                assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+                assert refused.json()["detail"] == "2 downloads are open already, all that one caller may have."
+                assert (await client.get(f"{path}?results=false")).status_code == 200
+                tasks.cancel_scope.cancel()
+        assert (await client.get(path + suffix)).status_code == 200

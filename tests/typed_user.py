@@ -1,7 +1,7 @@
 """A program of a user that names everything that is public; checked by mypy and pyright against the built wheel."""
 
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, assert_type
 
 import msgspec
@@ -270,7 +270,7 @@ host.mount("/ai", ai)
 def look_at(run: Run, limits: QueueLimits, at: Time) -> LongJSON:
     assert_type(stub_of(run), Run)
     assert_type(limits.max_runs, int)
-    return LongJSON(len(run.inputs), lambda start, length: bytes(run.inputs)[start : start + length])
+    return LongJSON(len(run.inputs), lambda start, length: bytes(run.inputs)[start : start + length], nullcontext)
 
 
 # The wire, and what may go wrong

@@ -386,6 +386,14 @@ payload_dir_option = click.option(
     metavar="N",
     help="Bodies of CSV and NDJSON that each key may send at the same time, in each process.",
 )
+@click.option(
+    "--max-downloads-per-principal",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    metavar="N",
+    help="Downloads of results, and pages over 64 KiB, that may be sent to each key at the same time, in each process.",
+)
 @click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
 @click.option(
     "--metrics/--no-metrics",

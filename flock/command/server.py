@@ -82,7 +82,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             ``create_app``.
         max_connections: more at a time are answered with 503; those that were answered before go on.
         write_timeout_s: a client that reads no answer for so long loses its connection; see ``Connection``.
-        max_requests_per_minute, max_event_streams, max_uploads_per_principal: see ``create_app``.
+        max_requests_per_minute, max_event_streams, max_uploads_per_principal, max_downloads_per_principal: see
+            ``create_app``.
         allow_anonymous: make no key if none is named and others can connect, and let ``Host`` say anything.
         allowed_hosts: names that ``Host`` may say beside those of this machine, if a proxy forwards them; others are
             answered with 421. This, and each of the next two, says that others can connect, so a key is needed.
@@ -127,6 +128,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_requests_per_minute: int | None = None
     max_event_streams: int = 1000
     max_uploads_per_principal: int = 8
+    max_downloads_per_principal: int = 32
     log_json: bool = False
     metrics: bool | None = None
 
@@ -338,6 +340,7 @@ def _app(flock: DeclaredFlock, settings: ServerSettings, routes: Sequence[BaseRo
         max_requests_per_minute=settings.max_requests_per_minute,
         max_event_streams=settings.max_event_streams,
         max_uploads_per_principal=settings.max_uploads_per_principal,
+        max_downloads_per_principal=settings.max_downloads_per_principal,
     )
 
 

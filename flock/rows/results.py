@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -59,11 +59,12 @@ async def item_pages(
     statuses: Sequence[RunStatus] = tuple(RunStatus),
 ) -> AsyncIterator[Sequence[Run]]:
     """The items of a batch behind a position, in order, *limit* at most, as ``Engine.get_items`` gives them."""
-    while page := await engine.get_items(batch_id, after=after, limit=min(limit, ITEMS_A_PAGE), statuses=statuses):
-        yield page
-        after, limit = page[-1].position or 0, limit - len(page)
-        if not limit:
+    while limit:
+        pages = [await engine.get_items(batch_id, after=after, limit=min(limit, ITEMS_A_PAGE), statuses=statuses)]
+        if not pages[0]:
             break
+        after, limit = pages[0][-1].position or 0, limit - len(pages[0])
+        yield pages.pop()  # it is not held here while a client reads
 
 
 class CSVWriter:
@@ -149,21 +150,21 @@ async def results_as(
     extra: Sequence[str],
     columns: Columns,
     escape_formulas: bool,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The items of *pages* in a format of ``RESULT_TYPES``."""
     table = CSVWriter(extra, *columns, escape_formulas=escape_formulas)
     encoder, separator = msgspec.json.Encoder(), b""
     yield {"json": b"[", "ndjson": b"", "csv": table.header()}[format_]
     async for page in pages:
         if format_ == "csv":
-            yield table.rows(page)
-            continue
-        items = [_downloaded(item) for item in page]
-        if format_ == "ndjson":
-            yield encoder.encode_lines(items)
+            text = table.rows(page)
+        elif format_ == "ndjson":
+            text = encoder.encode_lines([_downloaded(item) for item in page])
         else:
-            yield separator + encoder.encode(items)[1:-1]
+            text = separator + encoder.encode([_downloaded(item) for item in page])[1:-1]
             separator = b","
+        del page  # a client that does not read holds the text only
+        yield text
     yield b"]\n" if format_ == "json" else b""
 
 

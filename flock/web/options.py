@@ -69,6 +69,7 @@ OPTIONS: Mapping[str, Option] = {
     "max_wait_s": _whole(0),
     "max_event_streams": _whole(0),
     "max_uploads_per_principal": _whole(0),
+    "max_downloads_per_principal": _whole(0),
     "max_requests_per_minute": _or_none(*_whole(1)),
     "on_disconnect": (lambda value: value in ("cancel", "continue"), '"cancel" or "continue"'),
     "expose_errors": FLAG,

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext
 from typing import Any
 
 import msgspec
@@ -15,8 +15,10 @@ from flock.runs import Event, LongJSON
 __all__ = [
     "PIECE_BYTES",
     "EventStream",
+    "HeldStream",
     "JSONResponse",
     "LongResponse",
+    "PageResponse",
     "cut_message",
     "event_parts",
     "head_of_stream",
@@ -103,24 +105,50 @@ class LongResponse(StreamingResponse):
                 logger.warning("request %s: its answer is cut: %s", scope["flock.request_id"], exc)
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events. *held* is entered before the response starts, and left however it ends; so is *content*.
+class PageResponse(JSONResponse):
+    """A page of records. If it is long, *held* is entered before it is sent, and left however that ends."""
+
+    def __init__(
+        self,
+        content: Any,
+        held: AbstractContextManager[None],
+        status_code: int = 200,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(content, status_code, headers)
+        self._held = held if len(self.body) > PIECE_BYTES else nullcontext()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+class HeldStream(StreamingResponse):
+    """A stream of unknown length. *held* is entered before it starts, and left, with *content* closed, however it ends.
 
     Raises: when it is sent, what entering *held* raises, which is answered as any error of the handler.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
-        self, content: AsyncGenerator[bytes, None], held: AbstractContextManager[Any], headers: Mapping[str, str]
+        self,
+        content: AsyncGenerator[bytes, None],
+        held: AbstractContextManager[None],
+        headers: Mapping[str, str],
+        media_type: str | None = None,
     ) -> None:
-        super().__init__(content, headers=headers)
+        super().__init__(content, headers=headers, media_type=media_type)
         self._content, self._held = content, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
             async with aclosing(self._content):
                 await super().__call__(scope, receive, send)
+
+
+class EventStream(HeldStream):
+    """Server-sent events."""
+
+    media_type = "text/event-stream"
 
 
 def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
