@@ -692,8 +692,8 @@ async def test_a_principal_is_sent_so_many_long_answers_at_the_same_time(suffix:
         path = f"/batch/{batch.batch_id}"
         for _ in range(2):
             statuses.clear()
-            scope: Scope = {"type": "http", "method": "GET", "headers": [], "query_string": b"limit=1000"}
-            scope["path"] = path + suffix.partition("?")[0]
+            scope: dict[str, Any] = {"type": "http", "method": "GET", "headers": [], "query_string": b"limit=1000"}
+            scope |= {"path": path + suffix.partition("?")[0], "client": ("127.0.0.1", 1)}  # that of httpx
             async with anyio.create_task_group() as tasks:
                 for _ in range(2):
                     tasks.start_soon(app, {**scope}, receive, never_read)
