@@ -117,7 +117,7 @@ def fuzz(max_examples: int, seed: int) -> tuple[str, int]:
         (Path(folder) / "hooks.py").write_text(HOOKS)
         (Path(folder) / "schemathesis.toml").write_text(CONFIG)
         serve = flockapi_command("serve", f"{folder}/served.py", "--port", "0", "--store", f"{folder}/flock.db")
-        with running(*serve, FLOCK_API_KEYS=f"fuzz:admin={key}") as server:
+        with running(*serve, FLOCK_API_KEYS=f"fuzz:admin={key}", **NOT_WATCHED) as server:
             command = [sys.executable, "-m", "schemathesis.cli", "run", str(ROOT / "openapi.yaml")]
             command += ["--url", server.url, "--header", f"Authorization: Bearer {key}", "--checks", "all"]
             command += ["--max-examples", str(max_examples), "--seed", str(seed), "--no-color"]
