@@ -456,6 +456,7 @@ def test_a_server_that_wakes_after_its_runs_were_taken_over_overwrites_nothing_a
         assert at_sleeper.get(f"/run/{run_id}").json() == told
         assert not any("completed" in line and run_id in line for line in sleeper.lines)
 
+        sleeper.wait_for_line("another engine has taken over what this one had; it goes on with new work")
         assert ended(at_sleeper, accepted(at_sleeper, "work", n=3))["result"] == {"result": pid}
         (tmp_path / f"go-{pid}").unlink()
         last = accepted(at_sleeper, "work", n=4)
