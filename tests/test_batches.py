@@ -528,3 +528,19 @@ async def test_nothing_is_accepted_that_nobody_would_go_on_with(
             await waiting.wait()
     assert len(errors) == 1
     assert rows(tmp_path / "flock.db", "SELECT count(*) FROM batches WHERE hidden IS NULL") == [(0,)]
+
+
+async def test_an_upload_does_not_hold_up_a_drain(tmp_path: Path) -> None:
+    """It is refused at its next page, and what was staged of it is dropped."""
+    work = Work()
+    async with work.flock.engine(store=tmp_path / "flock.db") as engine:
+
+        async def rows() -> AsyncIterator[dict[str, int]]:
+            for n in range(5000):
+                if n == 1000:
+                    await engine.drain(0)
+                yield {"n": n}
+
+        with pytest.raises(EngineStopped, match="Send the upload again"):
+            await engine.submit_batch("item", rows(), BatchOptions())
+        assert await engine.list_batches(BatchFilter()) == []

@@ -30,7 +30,16 @@ from flock.agents.agent import Agent
 from flock.engine.batchstore import BatchStore
 from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
-from flock.errors import DefinitionError, FieldError, InvalidData, MalformedJSON, OwnershipLost, StoreError, TooLarge
+from flock.errors import (
+    DefinitionError,
+    EngineStopped,
+    FieldError,
+    InvalidData,
+    MalformedJSON,
+    OwnershipLost,
+    StoreError,
+    TooLarge,
+)
 from flock.fair import FairShare
 from flock.jsontype import escape_pointer
 from flock.rows.tables import Fill
@@ -96,6 +105,8 @@ class Batches:
 
         async def stage(page: Sequence[Run]) -> None:
             nonlocal is_staged
+            if self._runner.is_leaving:  # it would hold up the stop for as long as its client likes
+                raise EngineStopped("The server is about to stop and takes no new work. Send the upload again.")
             is_first, is_staged = not is_staged, True
             await self._store.stage(batch, page, self._max_open_items, key, is_first=is_first)
 
