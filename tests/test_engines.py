@@ -34,6 +34,7 @@ from flock.runs import (
     Event,
     IdempotencyKey,
     Principal,
+    QueueLimits,
     Run,
     RunContext,
     RunFilter,
@@ -403,7 +404,8 @@ async def test_waiting_for_the_first_step_has_its_own_limit(opened: Opened, gate
 
 async def test_a_principal_has_a_share_of_the_queue(opened: Opened, gate: Gate) -> None:
     """Half of it by default, whether its runs are new or tried again; others are accepted beyond that."""
-    async with opened(gate.flock, max_concurrency=1, max_queue=6) as engine:
+    assert QueueLimits.of(6, None) == QueueLimits(6, 3)
+    async with opened(gate.flock, max_concurrency=1, max_queue=20, max_queue_per_principal=3) as engine:
         failed = await submit(engine, "steady", principal="ann")
         await until(engine, failed.run_id, lambda run: run.status is RunStatus.FAILED)
         await until(engine, (await submit(engine, "nap")).run_id, lambda run: run.status is RunStatus.RUNNING)
