@@ -177,6 +177,14 @@ def test_an_input_longer_than_the_context_is_said() -> None:
     assert caught.value.error_type == "model_context_length"
 
 
+def test_a_model_has_its_own_context_though_its_file_was_loaded_by_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localmodel, "_servers", {})
+    by_path = serve(str(weights()))
+    with pytest.raises(RunFailed, match="cannot take so long an input"):
+        flock_of("sentiment: str").run("text_analyzer", {"text": "word " * 5000})
+    assert serve(str(weights())) is by_path
+
+
 def test_nested_outputs_fit_too() -> None:
     flock = flock_of("people: list[Person]", types={"Person": Signature.of("name: str, age: int").type})
     result = flock.run("text_analyzer", {"text": "Ann is 30 and Bob is 40."})

@@ -60,7 +60,8 @@ _PACKAGED: Mapping[str, _Weights] = {
 _FILE_CONTEXT_TOKENS = 8192
 
 _lock = threading.Lock()
-_servers: dict[Path, LocalServer] = {}
+#: By file and context: a file that a package carries may be loaded by its path, too, with another context.
+_servers: dict[tuple[Path, int], LocalServer] = {}
 
 
 def serve(name: str) -> LocalServer:
@@ -73,11 +74,12 @@ def serve(name: str) -> LocalServer:
         ModelError: ``model_not_configured``, with what to install or to check.
     """
     with _lock:
+        context_tokens = _PACKAGED[name].context_tokens if name in _PACKAGED else _FILE_CONTEXT_TOKENS
         path = _path_of(name)
-        if path is None or path not in _servers:
+        if path is None or (path, context_tokens) not in _servers:
             path = check(name)
-            _servers[path] = _load(path, _PACKAGED[name].context_tokens if name in _PACKAGED else _FILE_CONTEXT_TOKENS)
-        return _servers[path]
+            _servers[path, context_tokens] = _load(path, context_tokens)
+        return _servers[path, context_tokens]
 
 
 def check(name: str) -> Path:
