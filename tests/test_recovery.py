@@ -134,8 +134,12 @@ def test_no_run_is_lost_and_no_committed_step_repeated_by_kill_minus_nine(tmp_pa
 
 def workers_of(server: Server) -> list[int]:
     """The processes of the server but for its parent and the helper that multiprocessing starts."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = []
+    for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended since the list was read
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                workers.append(int(pid))
+    return workers
 
 
 @pytest.mark.timeout(300)

@@ -155,7 +155,7 @@ export async function show(main, { id, params, signal }) {
     const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
     fill(
       parts.facts,
-      fact("Rate", !rate ? "–" : `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} rows a second`),
+      fact("Rate", rate === null ? "–" : `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} rows a second`),
       isFinal(batch.status)
         ? fact("Took", duration(between(batch.started_at, batch.completed_at)))
         : fact("Time left", batch.eta_s === null ? "not known yet" : `about ${duration(batch.eta_s)}`),
