@@ -36,7 +36,8 @@ from flock.agents.llm import ModelClient
 from flock.core import Flock
 from flock.runs import BatchOptions, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker
-from tests.fakes import free_port, temporal_server
+from tests.support.cluster import temporal_server
+from tests.support.servers import free_port
 
 AT_ONCE = 50
 ITEMS_AT_ONCE = 100

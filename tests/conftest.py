@@ -10,10 +10,15 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, settings
 
-import tests.fakes
+import tests
 from flock.core import Flock
 from flockapi import FlockAPI, create_app
-from tests.fakes import PATIENCE_S, FakeModel, Opened, free_port, on_temporal, sample_flock, temporal_server
+from tests.support import PATIENCE_S
+from tests.support.cluster import on_temporal, temporal_server
+from tests.support.engines import Opened
+from tests.support.flocks import sample_flock
+from tests.support.models import FakeModel
+from tests.support.servers import free_port
 
 # A busy machine is slow, and that is no failure; where a red run blocks, the same cases are tried each time.
 settings.register_profile(
@@ -38,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Hold a lock that is shared with the tests of other processes, or not; whoever asks for it first has it first."""
     how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
-    with open(__file__, "rb") as turnstile, open(tests.fakes.__file__, "rb") as lock:
+    with open(__file__, "rb") as turnstile, open(tests.__file__, "rb") as lock:
         fcntl.flock(turnstile, fcntl.LOCK_EX)
         fcntl.flock(lock, how)
         fcntl.flock(turnstile, fcntl.LOCK_UN)

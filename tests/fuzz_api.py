@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 from flock.web.auth import new_key
-from tests.fakes import NOT_WATCHED, PATIENCE_S, ROOT, flockapi_command, running
+from tests.support import PATIENCE_S, ROOT
+from tests.support.servers import NOT_WATCHED, flockapi_command, running
 
 SERVED = '''
 from typing import Any

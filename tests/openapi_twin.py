@@ -4,18 +4,8 @@ python -m tests.openapi_twin
 """
 
 import json
-from typing import Any
 
-import yaml
-
-from tests.fakes import ROOT
-
-TWIN = ROOT / "flock" / "static" / "openapi.json"
-
-
-def source() -> Any:
-    return yaml.safe_load((ROOT / "openapi.yaml").read_text("utf-8"))
-
+from tests.support.spec import TWIN, source
 
 if __name__ == "__main__":
     TWIN.write_text(json.dumps(source(), indent=1, ensure_ascii=False) + "\n", "utf-8")

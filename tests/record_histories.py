@@ -13,7 +13,10 @@ from pathlib import Path
 from flock.runs import BatchOptions, RunStatus
 from flock.temporal import TemporalEngine
 from flock.temporal.messages import batch_workflow_id, chunk_workflow_id
-from tests.fakes import Work, beside_a_worker, ended, free_port, numbers, temporal_server, until
+from tests.support.cluster import beside_a_worker, temporal_server
+from tests.support.engines import ended, until
+from tests.support.flocks import Work, numbers
+from tests.support.servers import free_port
 
 HISTORIES = Path(__file__).parent / "histories"
 

@@ -18,8 +18,9 @@ from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import RunContext
 from flockapi import create_app
-from tests.fakes import ROOT, running
-from tests.test_docs_pages import CHROMIUM
+from tests.support import ROOT
+from tests.support.browser import CHROMIUM
+from tests.support.servers import running
 from tests.ui_host import reply
 
 PICTURES = ROOT / "docs"

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes import NOT_WATCHED, Server, flockapi_command, running
+from tests.support.servers import NOT_WATCHED, Server, flockapi_command, running
 
 pytestmark = pytest.mark.alone
 

@@ -19,7 +19,7 @@ from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError, InvalidOutput, ModelError, SignatureError
 from flock.runs import Run, RunContext, Usage, now
-from tests.fakes import FakeModel, answer, error
+from tests.support.models import FakeModel, answer, error
 
 pytestmark = pytest.mark.anyio
 

@@ -4,7 +4,6 @@ import datetime
 import json
 import logging
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -13,28 +12,11 @@ import pytest
 
 from flock.core import Flock
 from flockapi import FlockAPI, create_app
-from tests.fakes import PATIENCE_S, FakeModel, answer, error, sample_flock
+from tests.support.flocks import sample_flock
+from tests.support.http import post_run, wait_for, wait_until
+from tests.support.models import FakeModel, answer, error
 
 pytestmark = pytest.mark.anyio
-
-
-async def post_run(client: httpx.AsyncClient, agent_name: str, inputs: Any = None, **more: Any) -> httpx.Response:
-    return await client.post("/run/flock", json={"agent_name": agent_name, "inputs": inputs or {}, **more})
-
-
-async def wait_until(
-    client: httpx.AsyncClient, path: str, is_enough: Callable[[Any], bool], timeout_s: float = PATIENCE_S
-) -> Any:
-    """The run or batch at *path* as soon as *is_enough*, seen as a client would see it: by asking again."""
-    with anyio.fail_after(timeout_s):
-        while not is_enough(body := (await client.get(path)).json()):  # noqa: ASYNC110 - HTTP has no event here
-            await anyio.sleep(0.01)
-    return body
-
-
-async def wait_for(client: httpx.AsyncClient, path: str, timeout_s: float = PATIENCE_S) -> Any:
-    """The run or batch at *path* once it is final."""
-    return await wait_until(client, path, lambda body: body["status"] not in ("starting", "running"), timeout_s)
 
 
 # Runs

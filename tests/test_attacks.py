@@ -76,10 +76,12 @@ from flock.runs import Principal, Run
 from flock.web.auth import KeyRing, OwnEngine, Rate, new_key, read_keys
 from flock.web.metrics import Metrics
 from flockapi import FlockAPI, create_app, principal_of
-from tests.fakes import PATIENCE_S, ROOT, flockapi_command, running, sample_flock, until
-from tests.test_api import wait_for
-from tests.test_contract import SPEC, check_described
-from tests.test_http_lifecycle import Served
+from tests.support import PATIENCE_S, ROOT
+from tests.support.engines import until
+from tests.support.flocks import sample_flock
+from tests.support.http import wait_for
+from tests.support.servers import Served, flockapi_command, running
+from tests.support.spec import SPEC, check_described
 
 KEYS = {"ann": new_key(), "bob": new_key(), "ops:admin": new_key()}
 ADD = {"agent_name": "add", "inputs": {"a": 1}}
@@ -216,7 +218,7 @@ async def test_an_app_in_a_host_does_not_read_the_keys_of_the_environment(monkey
 
 def test_start_api_reads_the_keys_of_the_environment(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
-    path.write_text("from tests.fakes import sample_flock\nsample_flock().start_api(port=0)\n")
+    path.write_text("from tests.support.flocks import sample_flock\nsample_flock().start_api(port=0)\n")
     keys = f"ann={KEYS['ann']}"
     with running(sys.executable, str(path), PYTHONPATH=str(ROOT), FLOCK_API_KEYS=keys) as server:
         assert httpx.get(f"{server.url}/runs").status_code == 401
@@ -315,7 +317,7 @@ async def test_a_program_may_use_the_view_of_a_principal_as_an_engine() -> None:
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "script.py"
-    path.write_text("from tests.fakes import sample_flock\nflock = sample_flock()\n")
+    path.write_text("from tests.support.flocks import sample_flock\nflock = sample_flock()\n")
     return path
 
 

@@ -15,8 +15,9 @@ import pytest
 from flock.core import Flock
 from flock.web.auth import new_key
 from flockapi import create_app
-from tests.fakes import FakeModel, error, sample_flock, socket_server
-from tests.test_api import wait_for
+from tests.support.flocks import sample_flock
+from tests.support.http import wait_for
+from tests.support.models import FakeModel, error, socket_server
 
 pytestmark = pytest.mark.anyio
 

@@ -19,8 +19,10 @@ from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import AgentError, DefinitionError, StoreError, Unstorable
 from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
-from tests.fakes import PATIENCE_S, flockapi_command, running
-from tests.test_lifecycle import EMPTY, until
+from tests.support import PATIENCE_S
+from tests.support.engines import until_run
+from tests.support.servers import flockapi_command, running
+from tests.test_lifecycle import EMPTY
 
 pytestmark = pytest.mark.anyio
 
@@ -184,7 +186,7 @@ async def test_a_cancel_that_was_accepted_outlives_the_process(tmp_path: Path) -
 
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         run = await engine.submit("block", EMPTY)
-        await until(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING)
+        await until_run(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING)
         assert not (await engine.cancel_run(run.run_id)).status.is_final
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         with anyio.fail_after(PATIENCE_S):
@@ -299,7 +301,7 @@ async def test_a_waiter_at_another_engine_is_told_when_that_one_leaves(tmp_path:
     async with flock.engine(store=tmp_path / "flock.db") as one, flock.engine(store=tmp_path / "flock.db") as other:
         run = await one.submit("nap", EMPTY)
         waiter = asyncio.create_task(other.wait(run.run_id, 60))
-        await until(other, run.run_id, lambda run: run.status is RunStatus.RUNNING)
+        await until_run(other, run.run_id, lambda run: run.status is RunStatus.RUNNING)
         await other.drain(5)
         done, _ = await asyncio.wait([waiter], timeout=5)
         assert done

@@ -11,8 +11,9 @@ import pytest
 
 from flock.core import Flock
 from flockapi import FlockAPI
-from tests.fakes import FakeModel
-from tests.test_contract import SPEC, check_described
+from tests.support.http import check_problem
+from tests.support.models import FakeModel
+from tests.support.spec import SPEC, check_described
 
 pytestmark = pytest.mark.anyio
 
@@ -22,18 +23,6 @@ JSON = {"Content-Type": "application/json"}
 async def post(client: httpx.AsyncClient, body: Any, path: str = "/run/flock", **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes | str) else json.dumps(body)
     return await client.post(path, content=content, headers={**JSON, **headers})
-
-
-def check_problem(response: httpx.Response, status: int) -> Any:
-    assert response.status_code == status
-    assert response.headers["Content-Type"] == "application/problem+json"
-    assert response.text.endswith("}\n")
-    body = response.json()
-    assert body["status"] == status
-    assert body["request_id"] == response.headers["X-Request-ID"]
-    assert body["instance"] == response.request.url.path
-    assert body.keys() >= {"type", "title", "detail"}
-    return body
 
 
 # Not JSON

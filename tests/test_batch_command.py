@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from flock.command.cli import main
 from flock.core import Flock
-from tests.fakes import flockapi_command
+from tests.support.servers import flockapi_command
 
 TARGET = """
 import os, signal, sys, threading, time

@@ -22,7 +22,9 @@ from flock.errors import (
     TooLarge,
 )
 from flock.runs import BatchFilter, BatchOptions, Engine, Event, IdempotencyKey, Items, Row, RunStatus
-from tests.fakes import PATIENCE_S, Opened, Work, all_items, ended, numbers, until
+from tests.support import PATIENCE_S
+from tests.support.engines import Opened, all_items, ended, until
+from tests.support.flocks import Work, numbers
 
 pytestmark = pytest.mark.anyio
 

@@ -25,7 +25,9 @@ from flock.errors import (
 )
 from flock.rows.results import item_pages
 from flock.runs import Batch, BatchFilter, BatchOptions, RunStatus, new_id, now
-from tests.fakes import PATIENCE_S, Work, ended, numbers
+from tests.support import PATIENCE_S
+from tests.support.engines import ended
+from tests.support.flocks import Work, numbers
 
 pytestmark = pytest.mark.anyio
 

@@ -17,7 +17,7 @@ from flock.core import Flock, FlockFactory
 from flock.errors import RunFailed
 from flock.temporal import TemporalEngine
 from flockapi import create_app
-from tests.fakes import flockapi_command, running
+from tests.support.servers import flockapi_command, running
 
 pytestmark = pytest.mark.anyio
 

@@ -19,7 +19,8 @@ from flock import __version__
 from flock.command.cli import load_flock, main, serve
 from flock.command.server import ServerSettings
 from flock.core import Flock
-from tests.fakes import EXAMPLES, ROOT, flockapi_command, running
+from tests.support import EXAMPLES, ROOT
+from tests.support.servers import flockapi_command, running
 
 FLOCK_FILE = """
 from dataclasses import dataclass

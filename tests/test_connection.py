@@ -5,18 +5,14 @@ import random
 import re
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.fakes import Server, flockapi_command, running
+from tests.support.servers import Server, memory_kib, serving
+from tests.support.sockets import KERNEL_BYTES, connected, read_to_end, sent_before_refused
 
-#: Longer than what the sockets of both sides hold.
-LONG_BYTES = 64 * 1024 * 1024
-#: More than the kernel's buffers for one connection, and much less than LONG_BYTES.
-KERNEL_BYTES = 16 * 1024 * 1024
 #: A static file of 1.1 MB.
 LARGE = "/static/vendor/redoc/redoc.standalone.js"
 GET = "GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
@@ -43,45 +39,6 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("connections") / "connections.py"
     path.write_text(FLOCK)
     return path
-
-
-@contextlib.contextmanager
-def serving(script: Path, tmp_path: Path, *options: str, workers: int = 1) -> Iterator[Server]:
-    command = flockapi_command("serve", str(script), "--port", "0", "--store", str(tmp_path / "flock.db"), *options)
-    with running(*command, *(["--workers", str(workers)] if workers > 1 else [])) as server:
-        server.wait_for_line("Application startup complete", times=workers)
-        yield server
-
-
-@contextlib.contextmanager
-def connected(server: Server, request: str | bytes = b"", receive_bytes: int | None = None) -> Iterator[socket.socket]:
-    with socket.socket() as connection:
-        if receive_bytes is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        connection.settimeout(30)
-        connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-        connection.sendall(request.encode() if isinstance(request, str) else request)
-        yield connection
-
-
-def sent_before_refused(connection: socket.socket, piece: bytes, patience_s: float = 2) -> int:
-    """How many bytes the server takes of an endless repetition of *piece*: it closes, or reads nothing more."""
-    sent = 0
-    connection.settimeout(patience_s)
-    with contextlib.suppress(TimeoutError, ConnectionError):
-        while sent < LONG_BYTES:
-            sent += connection.send(piece)
-    return sent
-
-
-def memory_kib(server: Server) -> int:
-    """Of the server's process and its workers."""
-    pids = [server.process.pid]
-    with contextlib.suppress(OSError):
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
-        pids += map(int, children.split())
-    texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
-    return sum(int(found[1]) for text in texts if (found := re.search(r"^Pss: +(\d+) kB$", text, re.MULTILINE)))
 
 
 HEADS = [
@@ -126,10 +83,6 @@ def test_the_head_of_each_request_has_its_time(script: Path, tmp_path: Path) -> 
             received = read_to_end(connection)
         assert received.startswith(b"HTTP/1.1 200")
         assert received.count(b"HTTP/1.1") == 1
-
-
-def read_to_end(connection: socket.socket) -> bytes:
-    return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
 def test_pipelined_requests_are_answered_in_order_however_they_are_cut(script: Path, tmp_path: Path) -> None:

@@ -16,10 +16,7 @@ import httpx
 import msgspec
 import pytest
 import yaml
-from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
-from referencing import Registry
-from referencing.jsonschema import DRAFT202012
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
@@ -30,13 +27,11 @@ from flock.errors import FieldError
 from flock.runs import Progress, RunStatus, Usage
 from flock.web.problems import PROBLEMS
 from flockapi import ROUTES, FlockAPI, create_app
-from tests.fakes import ROOT, FakeModel, answer
-from tests.openapi_twin import TWIN, source
-from tests.test_api import wait_for
+from tests.support import ROOT
+from tests.support.http import wait_for
+from tests.support.models import FakeModel, answer
+from tests.support.spec import NDJSON, SPEC, TWIN, check_described, operations, resolve, validator
 
-NDJSON = "application/x-ndjson"
-
-SPEC = source()
 SCHEMAS = SPEC["components"]["schemas"]
 
 #: Which struct stands behind which schema.
@@ -55,28 +50,6 @@ QUERIES = {
     "ResultsQuery": ["getBatchResults"],
     "BatchesQuery": ["listBatches"],
 }
-
-
-def operations() -> Iterator[tuple[str, str, Any]]:
-    for path, item in SPEC["paths"].items():
-        for method, operation in item.items():
-            yield method.upper(), path, operation
-
-
-def resolve(node: Any) -> Any:
-    while isinstance(node, dict) and "$ref" in node:
-        target = SPEC
-        for token in node["$ref"].removeprefix("#/").split("/"):
-            target = target[token]
-        node = target
-    return node
-
-
-def validator(schema: Any) -> Draft202012Validator:
-    """A validator of *schema* within the document, where its references lead."""
-    registry: Any = Registry().with_resource("urn:spec", DRAFT202012.create_resource(SPEC))
-    outside = json.loads(json.dumps(schema).replace('"#/components/', '"urn:spec#/components/'))
-    return Draft202012Validator(outside, registry=registry, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
 
 # The document
@@ -119,30 +92,6 @@ def test_nothing_in_it_is_unused() -> None:
         for name in members:
             used = f"- {name}: []" if kind == "securitySchemes" else f"#/components/{kind}/{name}"
             assert used in text, f"{kind}/{name}"
-
-
-#: What the description of the document says once, for all answers.
-OF_EVERY_ANSWER = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
-
-
-def check_described(operation: Any, response: httpx.Response) -> None:
-    """Its status, its media type, its body, and its headers: those that must be there are, and no others are."""
-    described = resolve(operation["responses"][str(response.status_code)])
-    headers = {name.lower(): resolve(header) for name, header in described["headers"].items()}
-    sent = set(response.headers) - {"content-type", "content-length", "connection", "date"}  # HTTP's own
-    assert {name: response.headers[name] for name in OF_EVERY_ANSWER} == OF_EVERY_ANSWER
-    sent -= OF_EVERY_ANSWER.keys() - headers.keys()
-    assert {name for name, header in headers.items() if header.get("required")} <= sent <= headers.keys()
-    if "content" not in described:
-        assert response.content == b""
-        return
-    media_type = response.headers["Content-Type"].partition(";")[0]
-    schema = described["content"][media_type]["schema"]
-    body = response.json() if media_type.endswith("json") and media_type != NDJSON else response.text
-    assert list(validator(schema).iter_errors(body)) == []
-    if media_type == NDJSON:
-        lines = [json.loads(line) for line in response.text.splitlines()]
-        assert list(validator(described["content"]["application/json"]["schema"]).iter_errors(lines)) == []
 
 
 # Routes, both ways

@@ -22,7 +22,8 @@ import pytest
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentNotFound, DefinitionError, InvalidData, RunFailed, SignatureError
 from flock.runs import RunContext
-from tests.fakes import ROOT, sample_flock
+from tests.support import ROOT
+from tests.support.flocks import sample_flock
 
 
 def test_run_gives_the_result() -> None:

@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from flock.command.connection import HEAD_TIMEOUT_S
-from tests.fakes import ROOT, Server, flockapi_command, running
+from tests.support import ROOT
+from tests.support.servers import Server, flockapi_command, running
 
 pytestmark = pytest.mark.alone
 

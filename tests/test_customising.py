@@ -27,7 +27,10 @@ from starlette.websockets import WebSocket
 from flock.errors import AgentNotFound, DefinitionError
 from flock.runs import Principal
 from flockapi import FlockAPI, create_app, engine_of, healthz, principal_of
-from tests.fakes import ROOT, running, sample_flock
+from tests.support import ROOT
+from tests.support.flocks import sample_flock
+from tests.support.http import client_of
+from tests.support.servers import running
 
 pytestmark = pytest.mark.anyio
 
@@ -43,10 +46,6 @@ async def double(request: Request) -> Response:
 
 
 PATHS = {"/double": {"get": {"operationId": "double", "responses": {"200": {"description": "Twice the number."}}}}}
-
-
-def client_of(app: FlockAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://t")
 
 
 async def test_a_route_of_the_host_runs_agents_and_is_described() -> None:

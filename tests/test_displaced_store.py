@@ -12,7 +12,7 @@ from flock.core import Flock
 from flock.engine import schema
 from flock.engine.store import Store
 from flock.errors import StoreError
-from tests.fakes import Server, flockapi_command, running
+from tests.support.servers import Server, flockapi_command, running
 
 FLOCK = """
 from flock.core import Flock

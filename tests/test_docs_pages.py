@@ -2,21 +2,21 @@
 
 import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from flock.web.contract import STATIC
 from flockapi import FlockAPI
-from tests.fakes import ROOT, Server, running
-from tests.test_contract import operations
+from tests.support import ROOT
+from tests.support.browser import CHROMIUM, Watch
+from tests.support.servers import Server, running
+from tests.support.spec import operations
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 VENDOR = STATIC / "vendor"
 
 needs_browser = pytest.mark.skipif(
@@ -32,7 +32,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from flockapi import create_app
-from tests.fakes import sample_flock
+from tests.support.flocks import sample_flock
 
 app = create_app(sample_flock(), server_name='<b>Bold & "quoted"</b>')
 if sys.argv[1:]:
@@ -88,26 +88,6 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with running(sys.executable, str(script), *arguments, PYTHONPATH=str(ROOT)) as server:
         server.url += request.param
         yield server
-
-
-class Watch:
-    """What a page asked for, and what it complained about."""
-
-    def __init__(self, page: Page, url: str) -> None:
-        self.elsewhere: list[str] = []
-        self.errors: list[str] = []
-        host = url.split("/")[2]
-
-        def note(request: Request) -> None:
-            """A request that the content policy stopped has left for nowhere."""
-            at_home = request.url.startswith((f"http://{host}/", "data:", f"blob:http://{host}/"))
-            if not at_home and "csp" not in (request.failure or "").lower():
-                self.elsewhere.append(f"{request.url} {request.failure}")
-
-        page.on("requestfinished", note)
-        page.on("requestfailed", note)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda message: self.errors.append(f"{message.text}") if message.type == "error" else None)
 
 
 @needs_browser

@@ -13,7 +13,7 @@ from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import BatchNotFound, EngineStopped, RunNotFound, TooLarge
 from flock.runs import Batch, BatchOptions, Run, RunStatus, new_id
-from tests.fakes import PATIENCE_S
+from tests.support import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
 

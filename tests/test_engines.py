@@ -44,8 +44,10 @@ from flock.runs import (
 )
 from flock.temporal import TemporalEngine
 from flock.web.auth import OwnEngine
-from tests.fakes import PATIENCE_S, FakeModel, Gate, Opened, answer, sample_flock
-from tests.fakes import until as until_so
+from tests.support import PATIENCE_S
+from tests.support.engines import Opened, until, until_run
+from tests.support.flocks import Gate, sample_flock
+from tests.support.models import FakeModel, answer
 
 pytestmark = pytest.mark.anyio
 
@@ -64,13 +66,6 @@ async def engine(opened: Opened, gate: Gate) -> AsyncIterator[Engine]:
         gate.thread_may_go.set()
 
 
-async def until(engine: Engine, run_id: str, is_enough: Callable[[Run], bool]) -> Run:
-    with anyio.fail_after(PATIENCE_S):
-        while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - seen as any client would
-            await anyio.sleep(0.01)
-    return run
-
-
 async def submit(engine: Engine, agent_name: str, **more: Any) -> Run:
     return await engine.submit(agent_name, EMPTY, **more)
 
@@ -78,7 +73,7 @@ async def submit(engine: Engine, agent_name: str, **more: Any) -> Run:
 async def fill(engine: Engine) -> list[Run]:
     """Two runs that are at work: all that there is room for. On a cluster those that wait are not taken in order."""
     runs = [await submit(engine, "nap") for _ in range(2)]
-    return [await until(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING) for run in runs]
+    return [await until_run(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING) for run in runs]
 
 
 async def finish(engine: Engine, agent_name: str, inputs: Mapping[str, Any] | None = None, **more: Any) -> Run:
@@ -120,7 +115,7 @@ async def test_a_run_is_known_from_the_moment_that_it_is_accepted(engine: Engine
     run = await submit(engine, "nap")
     assert (await engine.get_run(run.run_id)).status in (RunStatus.STARTING, RunStatus.RUNNING)
     await gate.begun.wait()
-    run = await until(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING)
+    run = await until_run(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING)
     assert run.started_at
     assert (await engine.wait(run.run_id, timeout_s=0)).status is RunStatus.RUNNING
     assert (await engine.wait(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
@@ -356,7 +351,7 @@ async def test_a_synchronous_function_is_asked_and_waited_for(engine: Engine, ga
     run = await submit(engine, "block")
     await anyio.to_thread.run_sync(gate.thread_begun.wait)
     await engine.cancel_run(run.run_id)
-    await until_so(lambda: gate.context.cancel_requested)
+    await until(lambda: gate.context.cancel_requested)
     assert not (await engine.wait(run.run_id, timeout_s=0.05)).status.is_final
     gate.thread_may_go.set()
     run = await engine.wait(run.run_id)
@@ -407,8 +402,8 @@ async def test_a_principal_has_a_share_of_the_queue(opened: Opened, gate: Gate) 
     assert QueueLimits.of(6, None) == QueueLimits(6, 3)
     async with opened(gate.flock, max_concurrency=1, max_queue=20, max_queue_per_principal=3) as engine:
         failed = await submit(engine, "steady", principal="ann")
-        await until(engine, failed.run_id, lambda run: run.status is RunStatus.FAILED)
-        await until(engine, (await submit(engine, "nap")).run_id, lambda run: run.status is RunStatus.RUNNING)
+        await until_run(engine, failed.run_id, lambda run: run.status is RunStatus.FAILED)
+        await until_run(engine, (await submit(engine, "nap")).run_id, lambda run: run.status is RunStatus.RUNNING)
         for _ in range(3):
             await submit(engine, "nap", principal="ann")
         if isinstance(engine, TemporalEngine):  # it counts twice a second, and the cluster's search is moments late

@@ -14,7 +14,8 @@ import yaml
 from click.testing import CliRunner
 
 from flock.command.cli import main
-from tests.fakes import EXAMPLES, ROOT, flockapi_command, running
+from tests.support import EXAMPLES, ROOT
+from tests.support.servers import flockapi_command, running
 
 GREET = {"agent_name": "greet", "inputs": {"name": "Ann", "times": 2}}
 TRANSLATE = {"agent_name": "translate", "inputs": {"text": "hi"}}

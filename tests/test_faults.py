@@ -29,7 +29,8 @@ from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Replayed
 from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus
-from tests.fakes import PATIENCE_S, Server, flockapi_command, running
+from tests.support import PATIENCE_S
+from tests.support.servers import Server, flockapi_command, running
 
 T = TypeVar("T")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from flock.web.auth import new_key
-from tests.fakes import ROOT, flockapi_command, running
+from tests.support import ROOT
+from tests.support.servers import flockapi_command, running
 
 SERVED = """
 import anyio

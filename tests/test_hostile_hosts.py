@@ -8,8 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.fakes import ROOT, Server, free_port, running
-from tests.test_connection import KERNEL_BYTES, connected, sent_before_refused
+from tests.support import ROOT
+from tests.support.servers import Server, free_port, running
+from tests.support.sockets import KERNEL_BYTES, connected, sent_before_refused
 
 HOST = """
 from flock.core import Flock

@@ -26,8 +26,11 @@ from flock.engine.store import Store
 from flock.errors import CUT, MAX_TEXT_BYTES, AgentError, FieldError, cut
 from flock.runs import PAGE_BYTES, Engine, Run, RunContext, RunFilter, RunStatus, new_id, now
 from flockapi import create_app
-from tests.fakes import PATIENCE_S, Server, beside_a_worker, flockapi_command, running
-from tests.test_docs_pages import CHROMIUM, needs_browser
+from tests.support import PATIENCE_S
+from tests.support.browser import CHROMIUM
+from tests.support.cluster import beside_a_worker
+from tests.support.servers import Server, flockapi_command, running
+from tests.test_docs_pages import needs_browser
 
 #: A page of the bound, with what its records have beside what may be long.
 MAX_PAGE_BYTES = 1.5 * PAGE_BYTES

@@ -35,7 +35,10 @@ from flock.rows.tables import MAX_MEMBERS, MAX_ROW_LINES, Fill, csv_rows
 from flock.runs import BatchFilter, BatchOptions, Run
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
-from tests.fakes import PATIENCE_S, ROOT, Opened, Work, flockapi_command, numbers, running, until
+from tests.support import PATIENCE_S, ROOT
+from tests.support.engines import Opened, until
+from tests.support.flocks import Work, numbers
+from tests.support.servers import flockapi_command, running
 
 pytestmark = pytest.mark.anyio
 

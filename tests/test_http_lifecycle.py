@@ -1,10 +1,7 @@
 """The life of a run over HTTP: prefer, wait, cancel, retry, delete, list, events, keys, disconnects, readiness."""
 
-import asyncio
 import contextlib
-import json
 import re
-import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,15 +11,16 @@ import anyio
 import anyio.abc
 import httpx
 import pytest
-import uvicorn
 
 from flock.core import Flock, FlockFactory
 from flock.errors import StoreError
 from flock.runs import Engine, RunContext
 from flockapi import PATIENCE_S, FlockAPI, create_app
-from tests.fakes import FakeModel, answer, beside_a_worker, socket_server, until
-from tests.test_api import post_run, wait_until
-from tests.test_bad_input import check_problem
+from tests.support.cluster import beside_a_worker
+from tests.support.engines import until
+from tests.support.http import check_problem, events_in, get, post_run, wait_until
+from tests.support.models import FakeModel, answer, socket_server
+from tests.support.servers import Served
 
 pytestmark = pytest.mark.anyio
 
@@ -100,12 +98,6 @@ async def app(request: pytest.FixtureRequest, gate: Gate, model: FakeModel) -> A
         made = create_app(gate.flock, server_name="Sample", engine=engine)
         await stack.enter_async_context(made.lifespan())
         yield made
-
-
-async def get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:
-    response = await client.get(path, params=query)
-    assert response.status_code == 200, response.text
-    return response.json()
 
 
 async def start(client: httpx.AsyncClient, agent_name: str, inputs: Any = None, **more: Any) -> str:
@@ -347,16 +339,6 @@ async def test_a_cursor_that_is_not_valid_is_refused(client: httpx.AsyncClient, 
 # Events
 
 
-def events_in(text: str) -> list[dict[str, Any]]:
-    """As the HTML standard has it: fields by line, an empty line ends an event, a colon begins a comment."""
-    events = []
-    for block in text.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
-        if "data" in fields:
-            events.append({**fields, "data": json.loads(fields["data"])})
-    return events
-
-
 async def test_events_are_streamed_to_the_end(client: httpx.AsyncClient, gate: Gate) -> None:
     gate.fails = False
     run_id = await start(client, "steady")
@@ -508,46 +490,6 @@ async def test_a_store_that_fails_does_not_cancel_the_run_that_a_client_waits_fo
 
 
 # Callers that go away: over real sockets
-
-
-class Served:
-    """An app under a real uvicorn in this loop."""
-
-    def __init__(self, app: FlockAPI) -> None:
-        self.app = app
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", ws="none"))
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    async def __aenter__(self) -> "Served":
-        self.task = asyncio.create_task(self.server._serve([self.socket]))
-        with anyio.fail_after(PATIENCE_S):
-            while not self.server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-                await anyio.sleep(0.01)
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self.server.should_exit = True
-        await self.task
-
-    @property
-    def requests_in_flight(self) -> int:
-        return len(self.server.server_state.tasks)
-
-    async def send(self, body: Any = None, request: str = "POST /run/flock", **headers: str) -> anyio.abc.SocketStream:
-        """Send a request, and keep its connection."""
-        stream = await anyio.connect_tcp("127.0.0.1", self.port)
-        content = b"" if body is None else json.dumps(body).encode()
-        lines = [f"{request} HTTP/1.1", "Host: t", "Content-Type: application/json"]
-        lines += [f"Content-Length: {len(content)}", *(f"{name}: {value}" for name, value in headers.items())]
-        await stream.send("\r\n".join([*lines, "", ""]).encode() + content)
-        return stream
-
-    async def only_run(self) -> Any:
-        async with httpx.AsyncClient(base_url=self.url) as client:
-            (run,) = (await get(client, "/runs"))["runs"]
-            return await get(client, f"/run/{run['run_id']}", wait=10)
 
 
 @pytest.mark.alone

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import ROOT
+from tests.support import ROOT
 
 #: The folders and top-level modules; each imports from its own rank's folder, and from lower ranks.
 RANKS = {

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from flock.runs import (
     RunStatus,
     Step,
 )
-from tests.fakes import PATIENCE_S, Gate
-from tests.fakes import until as until_so
+from tests.support import PATIENCE_S
+from tests.support.engines import until, until_run
+from tests.support.flocks import Gate
 
 pytestmark = pytest.mark.anyio
 
@@ -43,13 +44,6 @@ async def engine(request: pytest.FixtureRequest, gate: Gate, tmp_path: Path) -> 
     async with gate.flock.engine(store=store, max_concurrency=2) as made:
         yield made
         gate.thread_may_go.set()
-
-
-async def until(engine: EmbeddedEngine, run_id: str, is_enough: Callable[[Run], bool]) -> Run:
-    with anyio.fail_after(PATIENCE_S):
-        while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - seen as any client would
-            await anyio.sleep(0.01)
-    return run
 
 
 async def submit(engine: EmbeddedEngine, agent_name: str, **more: Any) -> Run:
@@ -196,7 +190,7 @@ async def test_one_engine_cancels_waits_and_streams_what_another_runs(gate: Gate
     ):
         run = await submit(here, "nap")
         await gate.begun.wait()
-        await until(there, run.run_id, lambda run: run.status is RunStatus.RUNNING)
+        await until_run(there, run.run_id, lambda run: run.status is RunStatus.RUNNING)
         assert (await there.wait(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
         await there.cancel_run(run.run_id)
         with anyio.fail_after(5):
@@ -216,9 +210,9 @@ async def test_a_run_that_is_to_be_resumed_has_not_started_before_it_does(tmp_pa
 
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         runs = [await submit(engine, "nap") for _ in range(2)]
-        await until_so(lambda: len(begun) == 2)
+        await until(lambda: len(begun) == 2)
     async with flock.engine(store=tmp_path / "flock.db", max_concurrency=1) as engine:
-        await until_so(lambda: len(begun) == 3)
+        await until(lambda: len(begun) == 3)
         (waiting,) = {run.run_id for run in runs} - {begun[2]}
         live: list[Event | None] = []
 

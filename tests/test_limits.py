@@ -10,7 +10,7 @@ from flock.command.cli import serve
 from flock.command.server import ServerSettings
 from flock.engine.embedded import EmbeddedEngine
 from flockapi import FlockAPI
-from tests.fakes import ROOT
+from tests.support import ROOT
 
 PAGE = (ROOT / "docs" / "limits.md").read_text("utf-8")
 BOUND = re.compile(r"max_\w+|\w+_timeout_s|keep_\w+")

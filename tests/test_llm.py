@@ -23,7 +23,8 @@ from flock.agents.llm import PROVIDERS, Completion, Message, ModelClient, check_
 from flock.agents.signature import Signature
 from flock.errors import ModelError
 from flock.runs import Usage
-from tests.fakes import PATIENCE_S, FakeModel, answer, as_json, error, socket_server
+from tests.support import PATIENCE_S
+from tests.support.models import FakeModel, answer, as_json, error, socket_server
 
 MESSAGES = [Message("system", "Do it."), Message("user", "text: hello")]
 SCHEMA = Signature.of("sentiment: Literal['good', 'bad'] | how it sounds, words: list[str]").schema

@@ -28,8 +28,10 @@ from flock.core import Flock
 from flock.runs import new_id
 from flock.temporal import TemporalEngine, TemporalWorker
 from flockapi import FlockAPI, create_app
-from tests.fakes import PATIENCE_S, ROOT, running, sample_flock
-from tests.test_http_lifecycle import Served, events_in
+from tests.support import PATIENCE_S, ROOT
+from tests.support.flocks import sample_flock
+from tests.support.http import events_in
+from tests.support.servers import Served, running
 
 HOST = '''
 import contextlib, os

@@ -31,9 +31,10 @@ from flock.errors import DefinitionError
 from flock.runs import Run, RunContext, now
 from flock.web.metrics import Metrics
 from flockapi import create_app
-from tests.fakes import PATIENCE_S, ROOT, FakeModel, answer, error, flockapi_command, running
-from tests.test_api import wait_for, wait_until
-from tests.test_http_lifecycle import Served
+from tests.support import PATIENCE_S, ROOT
+from tests.support.http import wait_for, wait_until
+from tests.support.models import FakeModel, answer, error
+from tests.support.servers import Served, flockapi_command, running
 
 pytestmark = pytest.mark.anyio
 

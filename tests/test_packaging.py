@@ -21,7 +21,8 @@ import flock.errors
 import flock.runs
 import flockapi
 from flock.extras import pip_install
-from tests.fakes import EXAMPLES, NOT_WATCHED, ROOT, running
+from tests.support import EXAMPLES, ROOT
+from tests.support.servers import NOT_WATCHED, running
 
 # One worker has all of them, so that each environment is made once.
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("packaging")]

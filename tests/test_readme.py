@@ -19,7 +19,8 @@ from click.testing import CliRunner
 
 from flock.command.cli import main
 from flock.web.auth import new_key
-from tests.fakes import EXAMPLES, ROOT, Server, flockapi_command, running
+from tests.support import EXAMPLES, ROOT
+from tests.support.servers import Server, flockapi_command, running
 
 README = (ROOT / "README.md").read_text("utf-8")
 (ON_BATCHES,) = re.findall(r"(?s)\n## Batches\n.*?(?=\n## )", README)

@@ -14,7 +14,9 @@ import anyio.abc
 import httpx
 import pytest
 
-from tests.fakes import EXAMPLES, PATIENCE_S, Server, flockapi_command, running, socket_server
+from tests.support import EXAMPLES, PATIENCE_S
+from tests.support.models import socket_server
+from tests.support.servers import flockapi_command, running, workers_of
 
 RUNS = 200
 FLOCK = """
@@ -130,16 +132,6 @@ def test_no_run_is_lost_and_no_committed_step_repeated_by_kill_minus_nine(tmp_pa
         ledger.look()
     ledger.check_no_two_at_once()
     assert len(ledger.committed) >= 2 * RUNS
-
-
-def workers_of(server: Server) -> list[int]:
-    """The processes of the server but for its parent and the helper that multiprocessing starts."""
-    workers = []
-    for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended since the list was read
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                workers.append(int(pid))
-    return workers
 
 
 @pytest.mark.timeout(300)

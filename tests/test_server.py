@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from flock.web.auth import new_key
-from tests.fakes import ROOT, Server, flockapi_command, running
-from tests.test_http_lifecycle import events_in
-from tests.test_recovery import workers_of
+from tests.support import ROOT
+from tests.support.http import events_in
+from tests.support.servers import Server, flockapi_command, running, workers_of
 
 WORKERS = 3
 FLOCK = """

@@ -20,7 +20,9 @@ from flock.engine import schema
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Conflict, EngineFull, RunNotFound
 from flock.runs import BatchFilter, BatchOptions, RunFilter, RunStatus
-from tests.fakes import PATIENCE_S, flockapi_command, running, until
+from tests.support import PATIENCE_S
+from tests.support.engines import until
+from tests.support.servers import flockapi_command, running
 
 pytestmark = pytest.mark.anyio
 

@@ -40,7 +40,7 @@ from flock.runs import (
     new_id,
     now,
 )
-from tests.fakes import ROOT
+from tests.support import ROOT
 
 pytestmark = pytest.mark.anyio
 

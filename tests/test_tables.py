@@ -22,7 +22,8 @@ from flock.rows.dialect import ENCODINGS, CSVDialect
 from flock.rows.tables import Fill, csv_rows
 from flock.runs import Engine
 from flockapi import FlockAPI, create_app
-from tests.fakes import ROOT, beside_a_worker
+from tests.support import ROOT
+from tests.support.cluster import beside_a_worker
 
 TARGET = "from tests.test_tables import table_flock\nflock = table_flock()\n"
 

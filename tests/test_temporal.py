@@ -58,21 +58,11 @@ from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import run_of
 from flock.temporal.workflows import FlockMark, FlockRun
 from flockapi import create_app
-from tests.fakes import (
-    PATIENCE_S,
-    ROOT,
-    Gate,
-    Server,
-    Work,
-    ended,
-    flockapi_command,
-    free_port,
-    numbers,
-    running,
-    sample_flock,
-    temporal_server,
-    until,
-)
+from tests.support import PATIENCE_S, ROOT
+from tests.support.cluster import temporal_server
+from tests.support.engines import ended, until
+from tests.support.flocks import Gate, Work, numbers, sample_flock
+from tests.support.servers import Server, flockapi_command, free_port, running
 
 pytestmark = pytest.mark.anyio
 

@@ -23,8 +23,10 @@ from starlette.routing import Mount, Route, Router
 
 from flock.web.ui import ui_files
 from flockapi import create_app
-from tests.fakes import ROOT, Server, free_port, running, sample_flock
-from tests.test_docs_pages import CHROMIUM, Watch
+from tests.support import ROOT
+from tests.support.browser import CHROMIUM, Watch
+from tests.support.flocks import sample_flock
+from tests.support.servers import Server, free_port, running
 
 # What is served
 

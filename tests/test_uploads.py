@@ -32,7 +32,9 @@ from flock.runs import Engine, Row
 from flock.web.auth import new_key
 from flock.web.negotiation import preferred
 from flockapi import FlockAPI, create_app
-from tests.fakes import PATIENCE_S, ROOT, beside_a_worker, flockapi_command, running
+from tests.support import PATIENCE_S, ROOT
+from tests.support.cluster import beside_a_worker
+from tests.support.servers import flockapi_command, running
 
 pytestmark = pytest.mark.anyio
 

@@ -28,9 +28,11 @@ from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
 from flock.rows.results import RESULT_TYPES, item_pages, results_as
 from flock.runs import LONG_BYTES, BatchOptions, IdempotencyKey, LongJSON, Page, Run, RunStatus
 from flockapi import create_app
-from tests.fakes import PATIENCE_S, Server, ended, until
-from tests.test_connection import connected, memory_kib, read_to_end, serving
-from tests.test_customising import client_of
+from tests.support import PATIENCE_S
+from tests.support.engines import ended, until
+from tests.support.http import client_of
+from tests.support.servers import Server, memory_kib, serving
+from tests.support.sockets import connected, read_to_end
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells the memory")
 

@@ -10,7 +10,8 @@ from flock.agents.workflow import next_step
 from flock.core import Flock, FlockFactory, agent
 from flock.errors import InvalidHandoff, RunFailed, TooManySteps
 from flock.runs import Run, RunStatus, Step, Usage, events_of, now
-from tests.fakes import FakeModel, answer, sample_flock
+from tests.support.flocks import sample_flock
+from tests.support.models import FakeModel, answer
 
 pytestmark = pytest.mark.anyio
 

@@ -24,7 +24,7 @@ from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import RunContext
 from flockapi import create_app
-from tests.fakes import answer
+from tests.support.models import answer
 
 
 class Address(TypedDict):

@@ -1,0 +1,8 @@
+"""What many tests share. Nothing here imports temporalio, Playwright or hypothesis but ``cluster`` and ``browser``."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = ROOT / "examples"
+#: How long a test waits for something that must happen, in seconds: a busy machine is slow, and that is not a failure.
+PATIENCE_S = 100

@@ -1,0 +1,27 @@
+"""A real Chromium."""
+
+import shutil
+
+from playwright.sync_api import Page, Request
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+
+
+class Watch:
+    """What a page asked for, and what it complained about."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.elsewhere: list[str] = []
+        self.errors: list[str] = []
+        host = url.split("/")[2]
+
+        def note(request: Request) -> None:
+            """A request that the content policy stopped has left for nowhere."""
+            at_home = request.url.startswith((f"http://{host}/", "data:", f"blob:http://{host}/"))
+            if not at_home and "csp" not in (request.failure or "").lower():
+                self.elsewhere.append(f"{request.url} {request.failure}")
+
+        page.on("requestfinished", note)
+        page.on("requestfailed", note)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda message: self.errors.append(f"{message.text}") if message.type == "error" else None)

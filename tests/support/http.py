@@ -1,0 +1,62 @@
+"""What tests ask over HTTP, again and again."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import httpx
+
+from flockapi import FlockAPI
+from tests.support import PATIENCE_S
+
+
+def client_of(app: FlockAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://t")
+
+
+async def get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:
+    response = await client.get(path, params=query)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def post_run(client: httpx.AsyncClient, agent_name: str, inputs: Any = None, **more: Any) -> httpx.Response:
+    return await client.post("/run/flock", json={"agent_name": agent_name, "inputs": inputs or {}, **more})
+
+
+async def wait_until(
+    client: httpx.AsyncClient, path: str, is_enough: Callable[[Any], bool], timeout_s: float = PATIENCE_S
+) -> Any:
+    """The run or batch at *path* as soon as *is_enough*, seen as a client would see it: by asking again."""
+    with anyio.fail_after(timeout_s):
+        while not is_enough(body := (await client.get(path)).json()):  # noqa: ASYNC110 - HTTP has no event here
+            await anyio.sleep(0.01)
+    return body
+
+
+async def wait_for(client: httpx.AsyncClient, path: str, timeout_s: float = PATIENCE_S) -> Any:
+    """The run or batch at *path* once it is final."""
+    return await wait_until(client, path, lambda body: body["status"] not in ("starting", "running"), timeout_s)
+
+
+def events_in(text: str) -> list[dict[str, Any]]:
+    """As the HTML standard has it: fields by line, an empty line ends an event, a colon begins a comment."""
+    events = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
+        if "data" in fields:
+            events.append({**fields, "data": json.loads(fields["data"])})
+    return events
+
+
+def check_problem(response: httpx.Response, status: int) -> Any:
+    assert response.status_code == status
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert response.text.endswith("}\n")
+    body = response.json()
+    assert body["status"] == status
+    assert body["request_id"] == response.headers["X-Request-ID"]
+    assert body["instance"] == response.request.url.path
+    assert body.keys() >= {"type", "title", "detail"}
+    return body

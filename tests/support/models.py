@@ -1,0 +1,78 @@
+"""A fake model server, and raw sockets that misbehave."""
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import anyio.abc
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+
+def answer(content: Any, *, finish_reason: str = "stop", refusal: str | None = None) -> Response:
+    """A chat completion whose text is *content*, as JSON unless it is text already."""
+    text = content if isinstance(content, str | None) else json.dumps(content)
+    return as_json(
+        {
+            "id": "chatcmpl-1",
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text, "refusal": refusal},
+                    "finish_reason": finish_reason,
+                }
+            ],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
+        }
+    )
+
+
+def as_json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json.dumps(body), status, headers, media_type="application/json")
+
+
+def error(status: int, code: Any = None, message: str = "no", **headers: str) -> Response:
+    """An error as OpenAI writes it; ``_`` in a header's name stands for ``-``."""
+    body = {"error": {"message": message, "type": "some_error", "code": code}}
+    return as_json(body, status, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+class FakeModel:
+    """Gives ``replies`` in turn, and keeps what was asked in ``requests``."""
+
+    def __init__(self) -> None:
+        self.replies: list[Response | Callable[[Any], Awaitable[Response]]] = []
+        self.requests: list[Any] = []
+        self.headers: list[Mapping[str, str]] = []
+        self.transport = httpx.ASGITransport(Starlette(routes=[Route("/{path:path}", self._reply, methods=["POST"])]))
+
+    async def _reply(self, request: Request) -> Response:
+        self.requests.append(await request.json())
+        self.headers.append(dict(request.headers))
+        reply = self.replies.pop(0)
+        return reply if isinstance(reply, Response) else await reply(self.requests[-1])
+
+
+@contextlib.asynccontextmanager
+async def socket_server(
+    handle: Callable[[anyio.abc.SocketStream], Awaitable[None]],
+) -> AsyncIterator[tuple[str, list[int]]]:
+    """A real socket that lets *handle* do as it likes with each connection; its address, and one entry for each."""
+    connections: list[int] = []
+
+    async def count(stream: anyio.abc.SocketStream) -> None:
+        connections.append(1)
+        async with stream:
+            with contextlib.suppress(anyio.BrokenResourceError, anyio.EndOfStream):
+                await handle(stream)
+
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    port = listener.extra(anyio.abc.SocketAttribute.local_port)
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, count)
+        yield f"http://127.0.0.1:{port}/v1", connections
+        tasks.cancel_scope.cancel()

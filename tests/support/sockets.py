@@ -1,0 +1,37 @@
+"""Raw connections to a server."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+from tests.support.servers import Server
+
+#: Longer than what the sockets of both sides hold.
+LONG_BYTES = 64 * 1024 * 1024
+#: More than the kernel's buffers for one connection, and much less than LONG_BYTES.
+KERNEL_BYTES = 16 * 1024 * 1024
+
+
+@contextlib.contextmanager
+def connected(server: Server, request: str | bytes = b"", receive_bytes: int | None = None) -> Iterator[socket.socket]:
+    with socket.socket() as connection:
+        if receive_bytes is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.settimeout(30)
+        connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        connection.sendall(request.encode() if isinstance(request, str) else request)
+        yield connection
+
+
+def sent_before_refused(connection: socket.socket, piece: bytes, patience_s: float = 2) -> int:
+    """How many bytes the server takes of an endless repetition of *piece*: it closes, or reads nothing more."""
+    sent = 0
+    connection.settimeout(patience_s)
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        while sent < LONG_BYTES:
+            sent += connection.send(piece)
+    return sent
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65_536), b""))
