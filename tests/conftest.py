@@ -1,8 +1,10 @@
 """What many tests need: a fake model, an app with its engine open, and a client for it."""
 
 import fcntl
+import importlib.util
 import inspect
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -31,12 +33,61 @@ TIMEOUT = inspect.signature(httpx.get).parameters["timeout"].default
 TIMEOUT.connect = TIMEOUT.read = TIMEOUT.write = TIMEOUT.pool = PATIENCE_S
 
 
-# Tests run side by side, for most of them wait; those that measure have the machine for themselves.
+# Lanes. Plain ``pytest`` runs what has no lane: it is quick, and needs only ``.[test]``.
+
+#: Modules that belong to one lane as a whole, and the package that they import, if ``.[test]`` does not bring it.
+LANES = {
+    "test_a_long_batch.py": ("slow", None),
+    "test_attacks.py": ("slow", None),
+    "test_attacks_on_runs.py": ("slow", None),
+    "test_batch_command.py": ("slow", None),
+    "test_connection.py": ("slow", None),
+    "test_crowds.py": ("slow", None),
+    "test_docs_pages.py": ("browser", "playwright"),
+    "test_displaced_store.py": ("slow", None),
+    "test_examples.py": ("slow", None),
+    "test_faults.py": ("slow", None),
+    "test_fuzz.py": ("slow", None),
+    "test_generated_client.py": ("slow", None),
+    "test_hostile_hosts.py": ("slow", None),
+    "test_hostile_uploads.py": ("slow", None),
+    "test_localmodel.py": ("slow", "xllamacpp"),
+    "test_mounting.py": ("slow", None),
+    "test_packaging.py": ("slow", None),
+    "test_readme.py": ("slow", None),
+    "test_recovery.py": ("slow", None),
+    "test_server.py": ("slow", None),
+    "test_sharing.py": ("slow", None),
+    "test_temporal.py": ("cluster", "temporalio"),
+    "test_ui.py": ("browser", "playwright"),
+    "test_waiting_memory.py": ("slow", None),
+}
+
+collect_ignore = [name for name, (_, package) in LANES.items() if package and importlib.util.find_spec(package) is None]
 
 
+def needs_cluster(item: pytest.Item) -> bool:
+    parameters = (
+        item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    )
+    return "temporal" in parameters or "temporal_address" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is alone comes last, when there is nothing left that could run beside it."""
+    """Give each test its lane. What measures comes last, when no other test is left that could run beside it."""
+    has_chromium = shutil.which("chromium") is not None or "CI" in os.environ
+    for item in items:
+        if item.path.name in LANES:
+            item.add_marker(LANES[item.path.name][0])
+        elif needs_cluster(item):
+            item.add_marker("cluster")
+        if item.get_closest_marker("browser") and not has_chromium:
+            item.add_marker(pytest.mark.skip(reason="there is no Chromium here: apt-get install chromium"))
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
+# Tests run side by side, for most of them wait; those that measure have the machine for themselves.
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # so that waiting for others is none of the time that a test may take

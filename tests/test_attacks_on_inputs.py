@@ -75,6 +75,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("field", ["integer", "number", "anything", "decimal", "duration", "either", "integers"])
+@pytest.mark.slow
 async def test_no_number_is_too_big_to_be_answered(
     field: str, number: str, flock: Flock, client: httpx.AsyncClient
 ) -> None:

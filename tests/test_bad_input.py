@@ -89,6 +89,7 @@ async def test_json_with_a_charset_is_json(client: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("path", ["/run/flock", "/run/batch"])
 @pytest.mark.parametrize("encoding", ["gzip", "GZip", "identity, gzip", "br", "deflate", "compress", "x" * 500])
+@pytest.mark.slow
 async def test_a_compressed_body_is_415_and_is_not_read(encoding: str, path: str, client: httpx.AsyncClient) -> None:
     async def never() -> AsyncIterator[bytes]:
         pytest.fail("the body was read")
@@ -217,6 +218,7 @@ async def test_a_number_out_of_range_is_422(client: httpx.AsyncClient) -> None:
         ),
     ],
 )
+@pytest.mark.slow
 async def test_a_batch_that_does_not_fit_is_refused_whole(
     body: Any, pointers: list[str], client: httpx.AsyncClient, app: FlockAPI
 ) -> None:

@@ -69,6 +69,7 @@ async def test_a_batch_is_accepted_whole_or_not_at_all(opened: Opened) -> None:
     assert len(set(refused)) == 7
 
 
+@pytest.mark.slow
 async def test_a_batch_of_many_pages_is_accepted_and_done_in_order(opened: Opened) -> None:
     """What is sent may be a list, or be made as it is read, in a loop or in an async one."""
     work = Work()
@@ -215,6 +216,7 @@ async def test_items_wait_for_each_other_as_long_as_that_takes(opened: Opened) -
         assert (await ended(engine, batch)).failed_items == 0
 
 
+@pytest.mark.slow
 async def test_a_cancelled_batch_begins_no_item_and_waits_for_those_at_work(opened: Opened) -> None:
     work = Work()
     work.holds = True
@@ -280,6 +282,7 @@ async def test_what_has_ended_is_counted_while_a_cancel_waits_for_somebody(opene
         assert (batch.status, batch.completed_items) == (RunStatus.CANCELLED, 20)
 
 
+@pytest.mark.slow
 async def test_whatever_a_cancel_met_is_tried_again(opened: Opened) -> None:
     """Its items may be read, shared out, on their way to a worker, or at work."""
     work = Work()

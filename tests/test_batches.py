@@ -65,6 +65,7 @@ async def breaks_off(count: int) -> AsyncIterator[Any]:
         pytest.param(lambda: [], InvalidData, id="there is none"),
     ],
 )
+@pytest.mark.slow
 async def test_a_batch_is_accepted_whole_or_not_at_all(items: Any, error: type[Exception], store: str) -> None:
     work = Work()
     async with work.flock.engine(store=store, max_items=1500, max_input_bytes=1000) as engine:
@@ -160,6 +161,7 @@ async def test_an_upload_that_another_engine_dropped_is_not_accepted_in_part(
     assert work.calls == []
 
 
+@pytest.mark.slow
 async def test_what_just_goes_in_just_comes_out_however_deep_it_is_nested(store: str) -> None:
     """How deep is too deep depends on who asks; and the engine does not end of it."""
     flock, taken = Flock(), 0
@@ -262,6 +264,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("change", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.slow
 async def test_an_item_that_cannot_be_read_fails_alone_and_its_batch_ends(
     change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -292,6 +295,7 @@ async def test_an_item_that_cannot_be_read_fails_alone_and_its_batch_ends(
     assert len(errors) == 1
 
 
+@pytest.mark.slow
 async def test_a_batch_of_items_that_cannot_be_read_fails(tmp_path: Path) -> None:
     work, store = Work(), str(tmp_path / "flock.db")
     work.holds = True
@@ -468,6 +472,7 @@ def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
 
 
 @pytest.mark.parametrize("name", ["begin", "end", "cancel_waiting", "reopen_some"])
+@pytest.mark.slow
 async def test_a_batch_goes_on_after_a_write_that_failed(name: str, fails_once: Any, store: str) -> None:
     work = Work()
     work.holds, work.fails = name == "cancel_waiting", {1}

@@ -15,7 +15,6 @@ from flock.agents.checks import problems
 from flock.command.cli import main
 from flock.core import Flock, FlockFactory
 from flock.errors import RunFailed
-from flock.temporal import TemporalEngine
 from flockapi import create_app
 from tests.support.servers import flockapi_command, running
 
@@ -117,15 +116,19 @@ async def test_a_complete_flock_is_served_without_a_warning(flock: Flock, caplog
     assert not warnings_in(caplog)
 
 
+@pytest.mark.cluster
 async def test_where_workers_call_the_models_their_keys_are_not_missed(
     incomplete: Flock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    from flock.temporal import TemporalEngine
+
     create_app(incomplete, engine=TemporalEngine(incomplete.agents, "127.0.0.1:1")).warn_of_problems()
     (only,) = warnings_in(caplog)
     assert "There is no agent 'compleet' to hand on to" in only
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.slow
 def test_serve_warns_once_before_it_is_up(workers: str, target: Path) -> None:
     command = flockapi_command("serve", str(target), "--port", "0", "--workers", workers)
     with running(sys.executable, "-c", BARE, *command[3:]) as server:

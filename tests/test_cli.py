@@ -260,6 +260,7 @@ def block() -> None:
 
 @pytest.mark.parametrize("agent", ["nap", "block"])
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.slow
 def test_told_to_stop_it_answers_who_waits_and_leaves(agent: str, signal_: signal.Signals, tmp_path: Path) -> None:
     """Runs get their time, then their callers an answer; a function that does not return holds up nothing."""
     path = tmp_path / "slow.py"
@@ -320,6 +321,7 @@ def test_start_api_warns_of_what_its_owner_should_know(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_said(workers: str, flock_file: Path) -> None:
     with running(*flockapi_command("serve", str(flock_file), "--port", "0")) as server:
         port = server.url.rpartition(":")[2]

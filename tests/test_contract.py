@@ -463,6 +463,7 @@ async def test_headers_that_are_asked_for_are_described(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("title", ["Sample", 'A "quoted": title # with \\ and é', "yes"])
+@pytest.mark.slow
 async def test_it_is_served_with_the_name_of_the_server(title: str) -> None:
     app: FlockAPI = create_app(Flock(), server_name=title)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:

@@ -153,6 +153,7 @@ async def _each(items: Iterable[dict[str, Any]]) -> AsyncIterator[dict[str, Any]
 @pytest.mark.parametrize(
     "make", [list, tuple, iter, lambda items: (item for item in items), _each], ids="list tuple iter gen async".split()
 )
+@pytest.mark.slow
 def test_a_batch_is_made_of_whatever_can_be_read_item_by_item(make: Callable[[Any], Any]) -> None:
     """1,200 are more than are written at once."""
     results = sample_flock().run_batch("add", make([{"a": n, "b": n} for n in range(1200)]))

@@ -1,28 +1,22 @@
 """The docs pages: vendored files as they were published, and both pages at work in a real browser."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
 from flock.web.contract import STATIC
 from flockapi import FlockAPI
 from tests.support import ROOT
-from tests.support.browser import CHROMIUM, Watch
+from tests.support.browser import Watch, chromium
 from tests.support.servers import Server, running
 from tests.support.spec import operations
 
 VENDOR = STATIC / "vendor"
-
-needs_browser = pytest.mark.skipif(
-    not os.path.exists(CHROMIUM) and "CI" not in os.environ,
-    reason="there is no Chromium here (apt-get install chromium); .ci/run installs it",
-)
 
 HOST = """
 import sys
@@ -74,10 +68,8 @@ async def test_pages_have_a_content_policy_and_name_no_other_host(app: FlockAPI)
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module", params=["", "/ai/v1"], ids=["at the root", "under a prefix"])
@@ -90,7 +82,6 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield server
 
 
-@needs_browser
 def test_swagger_runs_an_agent_from_the_page(browser: Browser, served: Server) -> None:
     page = browser.new_page()
     watch = Watch(page, served.url)
@@ -109,7 +100,6 @@ def test_swagger_runs_an_agent_from_the_page(browser: Browser, served: Server) -
     page.close()
 
 
-@needs_browser
 def test_redoc_shows_every_operation(browser: Browser, served: Server) -> None:
     page = browser.new_page()
     watch = Watch(page, served.url)

@@ -6,6 +6,7 @@ from tests.fuzz_api import fuzz
 
 
 @pytest.mark.timeout(1200)
-def test_two_thousand_generated_requests_are_answered_as_specified() -> None:
-    report, cases = fuzz(max_examples=90, seed=1)
-    assert cases >= 2000, report
+@pytest.mark.parametrize("at_least", [400, pytest.param(2000, marks=pytest.mark.nightly)])
+def test_generated_requests_are_answered_as_specified(at_least: int) -> None:
+    report, cases = fuzz(max_examples=at_least // 22, seed=1)
+    assert cases >= at_least, report

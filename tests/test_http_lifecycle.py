@@ -504,6 +504,7 @@ async def test_a_caller_that_goes_away_takes_a_synchronous_run_along(gate: Gate)
 
 
 @pytest.mark.parametrize("how", ["on_disconnect", "async_run", "Idempotency-Key"])
+@pytest.mark.slow
 async def test_a_caller_that_goes_away_leaves_other_runs_alone(how: str, gate: Gate) -> None:
     """An asynchronous run, one that its owner wants to go on, and one that the caller may ask for again."""
     on_disconnect: Any = "continue" if how == "on_disconnect" else "cancel"
@@ -530,6 +531,7 @@ async def test_a_caller_that_goes_away_leaves_other_runs_alone(how: str, gate: G
         pytest.param("POST /batch/{batch_id}/cancel?wait=60", {}, "completed", id="cancelled batch"),
     ],
 )
+@pytest.mark.slow
 async def test_a_handler_that_waits_ends_when_its_client_disconnects(
     request_line: str, headers: dict[str, str], end: str, gate: Gate
 ) -> None:

@@ -491,10 +491,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("litellm") is None and "CI" not in os.environ,
-    reason="the extra litellm (355 MB) is not installed; .ci/run installs it",
-)
+@pytest.mark.slow
 async def test_litellm_itself_calls_a_provider_that_is_not_built_in() -> None:
     """The real package, in a process of its own, against a socket: one answer, then an error."""
     bodies = [answer({"a": 1}), error(401)]

@@ -9,7 +9,6 @@ import locale
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,12 +25,11 @@ from starlette.routing import Mount
 from flock.agents.llm import ModelClient
 from flock.core import Flock
 from flock.runs import new_id
-from flock.temporal import TemporalEngine, TemporalWorker
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S, ROOT
 from tests.support.flocks import sample_flock
 from tests.support.http import events_in
-from tests.support.servers import Served, running
+from tests.support.servers import Served, free_port, running
 
 HOST = '''
 import contextlib, os
@@ -109,12 +107,6 @@ SERVERS = {
 }
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
-
-
 PLACES = {
     "two prefixes": (("/one", "/two"), ""),
     "the root": (("",), ""),
@@ -122,7 +114,14 @@ PLACES = {
 }
 
 MATRIX = [
-    pytest.param(host, server, place, lifespan, id=f"{host}, {server}, {place}, lifespan {lifespan}")
+    pytest.param(
+        host,
+        server,
+        place,
+        lifespan,
+        id=f"{host}, {server}, {place}, lifespan {lifespan}",
+        marks=() if place == "two prefixes" or (host, server) == ("starlette", "uvicorn") else pytest.mark.nightly,
+    )
     for host in ("starlette", "fastapi", "django", "bare")
     for server in SERVERS
     for place in PLACES
@@ -406,6 +405,8 @@ def test_an_app_lives_again_though_nobody_runs_its_lifespan() -> None:
 
 def test_an_app_on_a_cluster_lives_again_in_another_loop(temporal_address: str) -> None:
     """And a worker does."""
+    from flock.temporal import TemporalEngine, TemporalWorker
+
     flock = napping()
     app = create_app(flock, engine=TemporalEngine(flock.agents, temporal_address, flock=flock.name))
     worker = TemporalWorker(flock.agents, ModelClient(), temporal_address, flock=flock.name, drain_timeout_s=0)

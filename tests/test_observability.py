@@ -369,6 +369,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_two_apps_in_a_process_that_shares_its_folder_are_one_sum(tmp_path: Path) -> None:
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", TWO_APPS], env=env, capture_output=True, text=True, check=True)
@@ -414,6 +415,7 @@ async def test_an_observer_that_fails_harms_no_run(flock: Flock, caplog: pytest.
     assert "an observer failed at run_ended" in caplog.text
 
 
+@pytest.mark.slow
 def test_workers_show_one_sum(tmp_path: Path) -> None:
     """Whichever answers; also after one of them was killed, whose streams are forgotten and whose runs are not."""
     with running(*served_with(tmp_path, "--workers", "2")) as server:

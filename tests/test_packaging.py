@@ -48,7 +48,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["wheel", "sdist", "editable"])
+@pytest.fixture(
+    scope="module", params=["wheel", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("sdist", "editable"))]
+)
 def python(request: pytest.FixtureRequest, built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a new environment with the package in it."""
     folder = tmp_path_factory.mktemp(request.param)

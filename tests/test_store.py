@@ -61,6 +61,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 @pytest.mark.parametrize("module", ["flock.engine.store", "flock.core", "flockapi", "flock.command.cli"])
+@pytest.mark.slow
 def test_where_there_is_no_fcntl_the_supported_systems_are_named(module: str) -> None:
     """As on Windows; the project's classifiers and markers agree."""
     code = f"import sys; sys.modules.update(fcntl=None, resource=None); import {module}"
@@ -253,6 +254,7 @@ async def refused_item(store: Store, run: Run, value: Any) -> None:
         refused_item,
     ],
 )
+@pytest.mark.slow
 async def test_a_record_with_a_value_that_sqlite_refuses_fails_alone(
     write: Callable[[Store, Run, Any], Awaitable[None]], value: Any, store: Store
 ) -> None:

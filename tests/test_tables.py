@@ -135,6 +135,7 @@ def client_of(app: FlockAPI) -> httpx.AsyncClient:
         pytest.param(b"TEXT,price,Price\na,1,2\n", {"on_extra": "ignore"}, "a 1.0 None", id="the exact one wins"),
     ],
 )
+@pytest.mark.slow
 def test_a_table_is_read_as_it_is_said_to_be_written(
     content: bytes, options: dict[str, str], expected: str, way: Way
 ) -> None:
@@ -193,6 +194,7 @@ MANY = 50
         pytest.param(b"text,Price,PRICE\na,1,2\n", {}, "no input 'Price'. Did you mean 'price'?", id="ambiguous"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_written_in_another_way_is_said_once_with_its_cure(
     content: bytes, options: dict[str, str], words: str, way: Way
 ) -> None:
@@ -243,6 +245,7 @@ def test_only_codecs_of_text_are_used_and_no_other_is_looked_up(encoding: str, w
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("size", [1, 7, 10**6])
+@pytest.mark.slow
 def test_each_encoding_is_read_in_pieces(encoding: str, size: int) -> None:
     text = "text\r\n" + "".join(f'"{n}\nhello, world"\r\n' for n in range(300))
     content = text.encode(encoding)
@@ -369,6 +372,7 @@ def test_kept_members_of_ndjson_stay_as_they_are(way: Way) -> None:
 
 @by_each_way
 @pytest.mark.parametrize("name", ["title", "score", "error", "error_type"])
+@pytest.mark.slow
 def test_a_column_with_the_name_of_an_output_is_refused(name: str, way: Way) -> None:
     for file, content in (
         ("rows.csv", f"text,{name}\na,1\n".encode()),

@@ -16,15 +16,15 @@ from typing import Any
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, Response, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, Response, expect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route, Router
 
 from flock.web.ui import ui_files
 from flockapi import create_app
-from tests.support import ROOT
-from tests.support.browser import CHROMIUM, Watch
+from tests.support import PATIENCE_S, ROOT
+from tests.support.browser import Watch, chromium
 from tests.support.flocks import sample_flock
 from tests.support.servers import Server, free_port, running
 
@@ -166,13 +166,9 @@ def served_by(folder: Path, prefix: str, key: str | None, port: int = 0) -> cont
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if not os.path.exists(CHROMIUM) and "CI" not in os.environ:
-        pytest.skip("there is no Chromium here (apt-get install chromium); .ci/run installs it")
-    expect.set_options(timeout=15_000)  # a busy machine is slow, and that is no failure
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
+    expect.set_options(timeout=1000 * PATIENCE_S)
+    with chromium() as browser:
+        yield browser
     expect.set_options(timeout=5_000)
 
 
@@ -185,7 +181,9 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         server.stop()
 
 
-@pytest.fixture(scope="module", params=["at the root", "under a prefix, with a key"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("at the root", marks=pytest.mark.nightly), "under a prefix, with a key"]
+)
 def site(request: pytest.FixtureRequest, closed: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """There, and as a server of its own that asks nobody for a key, in the light."""
     if request.param == "at the root":
@@ -218,7 +216,7 @@ class Visit:
             "color_scheme": "dark" if site.prefix else "light",
         } | options
         context = self._browser.new_context(permissions=["clipboard-read", "clipboard-write"], **options)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(1000 * PATIENCE_S)
         if site.key and has_key:
             context.add_init_script(f"sessionStorage.setItem('flock:{site.prefix}/:key', '{site.key}')")
         self._contexts.append(context)

@@ -223,6 +223,7 @@ async def test_columns_are_renamed_and_gaps_filled(client: httpx.AsyncClient) ->
         pytest.param("show", b"text\na\n", {"timeout_s": "-1"}, [("", None, "'timeout_s' in the query")], id="a time"),
     ],
 )
+@pytest.mark.slow
 async def test_what_is_wrong_with_csv_is_told_with_its_line(
     agent_name: str, content: bytes, query: Any, errors: Any, client: httpx.AsyncClient
 ) -> None:
@@ -413,6 +414,7 @@ async def test_an_upload_that_stalls_is_dropped(client: httpx.AsyncClient) -> No
 
 
 @pytest.mark.alone
+@pytest.mark.slow
 def test_an_upload_that_breaks_off_leaves_nothing() -> None:
     """A real connection that ends in the middle; what was staged by then is deleted soon."""
 
@@ -495,6 +497,7 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.slow
 async def test_no_other_file_is_and_nobody_learns_which_there_are(
     name: str, folder: Path, client: httpx.AsyncClient
 ) -> None:
@@ -703,6 +706,7 @@ async def test_columns_are_in_the_order_of_declaration() -> None:
     assert list(shown) == ["verdict", "because"]
 
 
+@pytest.mark.slow
 async def test_results_are_there_while_the_batch_goes_on_and_nothing_pretends_to_be_whole() -> None:
     """What has ended by now is given; where the batch is deleted on the way, the download breaks off."""
     flock, may_go = Flock(), anyio.Event()
@@ -900,6 +904,7 @@ def _as_csv(rows: Any) -> str:
     encoding=st.sampled_from(["utf-8", "utf-16", "cp1252", "gb18030"]),
     on_extra=st.sampled_from(["reject", "keep"]),
 )
+@pytest.mark.slow
 def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int, encoding: str, on_extra: Any) -> None:
     """Exactly its rows, cut anywhere on the way; or an error with a line."""
     if encoding == "cp1252":
@@ -953,6 +958,7 @@ LINES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=2000)
 @given(lines=st.lists(LINES, max_size=6), end=st.sampled_from(["\n", "\r\n", "\n\n"]), size=PIECES)
 def test_any_ndjson_is_refused_or_read_as_python_reads_it(lines: list[str], end: str, size: int) -> None:

@@ -1,4 +1,4 @@
-"""What many tests share. Nothing here imports temporalio, Playwright or hypothesis but ``cluster`` and ``browser``."""
+"""What many tests share. Only ``browser`` imports Playwright; ``cluster`` imports temporalio when it is called."""
 
 from pathlib import Path
 

@@ -9,14 +9,16 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from flock.agents.llm import ModelClient
 from flock.core import Flock
 from flock.runs import Engine, new_id
-from flock.temporal import TemporalEngine, TemporalWorker
+
+if TYPE_CHECKING:
+    from flock.temporal import TemporalEngine
 
 
 @contextlib.contextmanager
@@ -52,8 +54,10 @@ OF_WORKERS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors")
 @contextlib.asynccontextmanager
 async def beside_a_worker(
     address: str, flock: Flock, transport: httpx.AsyncBaseTransport | None = None, **options: Any
-) -> AsyncIterator[TemporalEngine]:
+) -> AsyncIterator["TemporalEngine"]:
     """An engine on a cluster, not opened yet, with a worker in this process."""
+    from flock.temporal import TemporalEngine, TemporalWorker
+
     own: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
     of_worker: dict[str, Any] = {name: options.pop(name) for name in OF_WORKERS if name in options}
     of_worker = {"max_steps": flock.max_steps, "drain_timeout_s": 0, **of_worker}
