@@ -221,3 +221,49 @@ def test_a_client_that_reads_gets_its_whole_answer_from_a_server_that_stops(scri
                 time.sleep(0.05)
         assert received > 1_000_000
         assert server.process.wait(30) in (0, -15)
+
+
+# The loop of a server that is busy
+
+SPIN = """
+import time
+from pathlib import Path
+import anyio
+from flock.core import Flock
+
+flock = Flock("busy")
+
+@flock.agent
+async def spin(folder: str) -> int:
+    hold, held, begin, end = (Path(folder) / name for name in ("hold", "held", "begin", "end"))
+    while not hold.exists():
+        await anyio.sleep(0.01)
+    held.touch()
+    while not begin.exists():  # the event loop does nothing else
+        time.sleep(0.01)
+    turns = 0
+    while not end.exists():
+        turns += 1
+        time.sleep(0.02)
+        await anyio.sleep(0)
+    return turns
+"""
+
+
+def test_a_burst_of_connections_does_not_hold_up_those_of_others(tmp_path: Path) -> None:
+    """The event loop takes one connection of each listening socket in a turn; a burst of 400 took 400 turns."""
+    (tmp_path / "busy.py").write_text(SPIN)
+    with serving(tmp_path / "busy.py", tmp_path) as server, contextlib.ExitStack() as burst:
+        body = {"agent_name": "spin", "inputs": {"folder": str(tmp_path)}, "async_run": True}
+        run_id = httpx.post(f"{server.url}/run/flock", json=body).json()["run_id"]
+        (tmp_path / "hold").touch()
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        for _ in range(400):
+            burst.enter_context(connected(server))
+        with connected(server, "GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n") as other:
+            (tmp_path / "begin").touch()
+            assert read_to_end(other).startswith(b"HTTP/1.1 200")
+            (tmp_path / "end").touch()
+        turns = httpx.get(f"{server.url}/run/{run_id}?wait=60").json()["result"]["result"]
+    assert turns < 200

@@ -1,5 +1,6 @@
 """Our own server: uvicorn that stops in order, in one process or in several on one socket and one store."""
 
+import asyncio
 import contextlib
 import copy
 import functools
@@ -60,6 +61,8 @@ logger = logging.getLogger("flock.server")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 #: How long the answers to interrupted runs may take, in seconds; then uvicorn cuts them off.
 ANSWER_TIMEOUT_S = 5
+#: How many connections are accepted in one turn of the event loop.
+ACCEPTED_IN_A_TURN = 16
 #: How many files and sockets a server may have open, where the system lets it.
 OPEN_FILES = 65_536
 #: How long a worker thread may take to end that has nothing to do, in seconds.
@@ -526,8 +529,26 @@ class _Server(uvicorn.Server):
             if isinstance(exc.__context__, OSError):  # uvicorn has logged it, without a remedy
                 _say_that_it_cannot_listen(self.config.host, self.config.port, exc.__context__)
             raise
+        await self._accept_faster()
         # A forked child that outlives this process (a process pool's, say) must not keep its port.
         os.register_at_fork(after_in_child=self._close_listeners)
+
+    async def _accept_faster(self) -> None:
+        """Listen on copies of each socket: libuv accepts one connection from each of them in a turn of the loop.
+
+        With one socket, a client that opens many connections would keep those of others waiting for seconds.
+        """
+        loop = asyncio.get_running_loop()
+        make_protocol = functools.partial(
+            self.config.http_protocol_class,  # as uvicorn calls it
+            config=self.config,  # type: ignore[call-arg]
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        for listener in [listener for server in self.servers for listener in server.sockets]:
+            for _ in range(ACCEPTED_IN_A_TURN - 1):
+                copied = socket.socket(fileno=os.dup(listener.fileno()))
+                self.servers.append(await loop.create_server(make_protocol, sock=copied, backlog=self.config.backlog))
 
     def _close_listeners(self) -> None:
         for listener in itertools.chain.from_iterable(server.sockets for server in self.servers):

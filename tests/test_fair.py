@@ -1,0 +1,52 @@
+"""Loops over what clients sent share the event loop with everything else."""
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from flock import fair
+from flock.fair import SHARERS, FairShare
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_however_many_loops_there_are_a_few_continue_in_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each of them as often as the others."""
+    monkeypatch.setattr(fair, "SHARE_S", 0)
+    steps, most = [0] * 40, 0
+
+    async def loop(number: int) -> None:
+        share = FairShare()
+        while True:
+            await share.checkpoint()
+            steps[number] += 1
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(len(steps)):
+            tasks.start_soon(loop, number)
+        for _ in range(10):  # each of them begins with a step
+            await anyio.lowlevel.checkpoint()
+        for _ in range(500):
+            before = sum(steps)
+            await anyio.lowlevel.checkpoint()
+            most = max(most, sum(steps) - before)
+        tasks.cancel_scope.cancel()
+    assert most == SHARERS
+    assert max(steps) - min(steps) <= 1
+    assert min(steps) > 10
+
+
+async def test_a_loop_alone_waits_for_nobody() -> None:
+    share, turns = FairShare(), 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(count)
+        await share.checkpoint()
+        tasks.cancel_scope.cancel()
+    assert turns == 1
