@@ -30,6 +30,7 @@ from flock.engine.embedded import EmbeddedEngine, alone
 from flock.engine.progress import follow_batch
 from flock.engine.store import Durability, Store
 from flock.errors import AgentNotFound, DefinitionError, RunFailed
+from flock.limits import Limits
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, Fill, file_rows
@@ -127,6 +128,7 @@ class DeclaredFlock:
         store: str | Path = ":memory:",
         durability: Durability = "power",
         transport: httpx.AsyncBaseTransport | None = None,
+        limits: Limits | None = None,
         **options: Any,
     ) -> EmbeddedEngine:
         """An engine for these agents; enter it with ``async with``.
@@ -135,11 +137,14 @@ class DeclaredFlock:
             store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the engine runs.
             durability: "power" survives a power cut, "process" any crash of the process; see ``Store``.
             transport: what model calls go through in place of the network.
+            limits: its bounds; each field of ``Limits`` is also an option by its own name.
             options: see ``EmbeddedEngine``.
+
+        Raises: DefinitionError if an option is not valid.
         """
         models = ModelClient(self.model, transport=transport)
         options = {"flock": self.name, "max_steps": self.max_steps, **options}
-        return EmbeddedEngine(self.agents, models, Store(store, durability=durability), **options)
+        return EmbeddedEngine(self.agents, models, Store(store, durability=durability), limits=limits, **options)
 
     def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> EmbeddedEngine:
         """As ``engine``, but one and the same for all who ask for it, as long as somebody has it."""
@@ -244,7 +249,7 @@ class DeclaredFlock:
             first = await anext(rows, None)
             if first is None:
                 return results
-            async with self.engine(**alone(max_workers)) as engine:
+            async with self.engine(limits=alone(max_workers), expose_errors=True) as engine:
                 batch = await engine.submit_batch(agent_name, _chain(first, rows), options, on_invalid=on_invalid)
                 try:
                     await follow_batch(engine, batch.batch_id, is_shown=progress)

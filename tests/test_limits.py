@@ -9,6 +9,7 @@ import pytest
 from flock.command.cli import serve
 from flock.command.server import ServerSettings
 from flock.engine.embedded import EmbeddedEngine
+from flock.limits import Limits
 from flockapi import FlockAPI
 from tests.support import ROOT
 
@@ -25,7 +26,8 @@ def bounds_of(function: Any) -> dict[str, Any]:
     return {each.name: each.default for each in parameters if BOUND.fullmatch(each.name)}
 
 
-BOUNDS = {**bounds_of(ServerSettings), **bounds_of(EmbeddedEngine), **bounds_of(FlockAPI)}
+STRUCTS = (ServerSettings, Limits, EmbeddedEngine, FlockAPI)
+BOUNDS = {name: default for each in STRUCTS for name, default in bounds_of(each).items()}
 
 
 def value_of(words: str) -> float | None:

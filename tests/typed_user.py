@@ -52,6 +52,7 @@ from flock.errors import (
     WrongHost,
     cut,
 )
+from flock.limits import Limits
 from flock.runs import (
     INVALID_INPUT,
     Batch,
@@ -217,6 +218,9 @@ async def batches(engine: Engine, items: Items, on_invalid: OnInvalid) -> None:
 async def main() -> None:
     async with flock.engine(store="runs.db", keep_runs=1000) as engine:
         await use(engine, {"text": "hi"})
+    limits = Limits(max_queue=100, keep_for_s=None)
+    assert_type(limits.max_queue_per_principal, int | None)
+    flock.engine(limits=limits, max_items=10)
     assert_type(await flock.run_async("measure", {"text": "hi"}), dict[str, Any])
     assert_type(await flock.run_batch_async("measure", [{"text": "hi"}], on_invalid="skip"), list[Any])
 

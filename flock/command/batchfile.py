@@ -89,7 +89,9 @@ async def run_batch_file(
         _check_free(wanted, state, digest)
         batch = await _left_before(flock, state, digest, wanted.options, say)
         try:
-            async with flock.engine(store=state, **alone(wanted.options.max_workers)) as engine:
+            async with flock.engine(
+                store=state, limits=alone(wanted.options.max_workers), expose_errors=True
+            ) as engine:
                 batch = batch or await _accept(engine, flock, wanted, digest)
                 batch = await follow_batch(engine, batch.batch_id)
                 pieces = results_as(

@@ -42,6 +42,7 @@ from flock.errors import (
 )
 from flock.fair import FairShare
 from flock.jsontype import escape_pointer
+from flock.limits import Limits
 from flock.rows.tables import Fill
 from flock.runs import INVALID_INPUT, Batch, IdempotencyKey, Inputs, Items, OnInvalid, Row, Run, RunStatus, new_id, now
 
@@ -65,7 +66,6 @@ class Batches:
 
     Args:
         start: lets the engine call a function with a batch, in a task of its own, unless it is leaving.
-        max_items, max_open_items, max_input_bytes: see ``EmbeddedEngine``.
     """
 
     def __init__(
@@ -73,17 +73,12 @@ class Batches:
         store: BatchStore,
         runner: Runner,
         start: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], None],
-        *,
-        max_items: int,
-        max_open_items: int,
-        max_input_bytes: int,
+        limits: Limits,
     ) -> None:
         self._store = store
         self._runner = runner
         self._start = start
-        self._max_items = max_items
-        self._max_open_items = max_open_items
-        self._max_input_bytes = max_input_bytes
+        self._limits = limits
         #: batches that are worked on here and are to stop
         self._cancelled: set[str] = set()
 
@@ -108,13 +103,13 @@ class Batches:
             if self._runner.is_leaving:  # it would hold up the stop for as long as its client likes
                 raise EngineStopped("The server is about to stop and takes no new work. Send the upload again.")
             is_first, is_staged = not is_staged, True
-            await self._store.stage(batch, page, self._max_open_items, key, is_first=is_first)
+            await self._store.stage(batch, page, self._limits.max_open_items, key, is_first=is_first)
 
-        intake = Intake(agent, batch, stage, max_input_bytes=self._max_input_bytes, traceparent=traceparent)
+        intake = Intake(agent, batch, stage, max_input_bytes=self._limits.max_input_bytes, traceparent=traceparent)
         try:
-            whole = await intake.read(items, on_invalid, self._max_items)
+            whole = await intake.read(items, on_invalid, self._limits.max_items)
             await self._store.accept(
-                whole, intake.page, self._max_open_items, key, then=self.start, is_staged=is_staged
+                whole, intake.page, self._limits.max_open_items, key, then=self.start, is_staged=is_staged
             )
             return whole
         except BaseException:
@@ -149,7 +144,7 @@ class Batches:
 
     async def retry(self, batch_id: str, owner: str, only: Sequence[RunStatus]) -> Batch | None:
         """As ``BatchStore.reopen``."""
-        return await self._store.reopen(batch_id, owner, only, self._max_open_items, then=self.start)
+        return await self._store.reopen(batch_id, owner, only, self._limits.max_open_items, then=self.start)
 
     async def retry_item(self, run: Run, owner: str) -> bool:
         """As ``BatchStore.reopen_item``; whether it was opened."""
@@ -183,7 +178,7 @@ class Batches:
             batch = await self._store.reopen_some(batch)
         batch = await self._store.begin(batch, now())
         if id_ not in self._cancelled:
-            workers = min(batch.options.max_workers, batch.total_items, WORKERS_A_PLACE * self._runner.max_concurrency)
+            workers = min(batch.options.max_workers, batch.total_items, WORKERS_A_PLACE * self._limits.max_concurrency)
             workers = workers if batch.options.parallel else 1
             items = self._items_to_do(batch)
             left = iter(range(workers))

@@ -32,12 +32,13 @@ from flock.errors import (
     AgentNotFound,
     BatchNotFound,
     Conflict,
-    DefinitionError,
     EngineFull,
     EngineStopped,
     RunNotFound,
     StoreError,
 )
+from flock.limits import Limits
+from flock.options import replaced
 from flock.runs import (
     LONG_BYTES,
     Batch,
@@ -54,7 +55,6 @@ from flock.runs import (
     Page,
     Progress,
     Queue,
-    QueueLimits,
     Run,
     RunFilter,
     RunStatus,
@@ -79,8 +79,6 @@ LOOK_INTERVAL_S = 0.5
 #: How often old runs are deleted, in seconds, and how many in one transaction.
 RETENTION_INTERVAL_S = 10.0
 RETENTION_BITE = 500
-#: The longest time that an option may name, in seconds: about 30 years.
-MAX_SECONDS = 1e9
 #: How long an event stream may be silent, in seconds.
 KEEP_ALIVE_S = 15.0
 #: How often at most it is told how far a batch is, in seconds.
@@ -91,17 +89,11 @@ KEEP_KEYS_FOR = timedelta(hours=24)
 FINAL_WRITE_TIMEOUT_S = 5.0
 
 
-def alone(max_workers: int) -> dict[str, Any]:
-    """The options of an engine for one batch of the program's own, and nothing else: no bounds but its workers."""
+def alone(max_workers: int) -> Limits:
+    """The limits of an engine for one batch of the program's own, and nothing else: only its workers are bounded."""
     max_workers = max(1, max_workers)  # ``submit_batch`` says what is wrong with fewer
     places = max_workers + max_workers // 5 + 1  # a tenth of them is left to runs that are no items
-    return {
-        "max_concurrency": places,
-        "max_threads": places,
-        "max_items": sys.maxsize,
-        "max_open_items": sys.maxsize,
-        "expose_errors": True,
-    }
+    return Limits(max_concurrency=places, max_threads=places, max_items=sys.maxsize, max_open_items=sys.maxsize)
 
 
 class EmbeddedEngine:
@@ -113,26 +105,9 @@ class EmbeddedEngine:
         store: where runs are kept; the engine opens and closes it.
         flock: the name under which runs are kept; an engine sees and takes up only those of its own, and takes up none
             whose agent it does not have.
-        max_concurrency: steps at work at the same time, in this process.
-        max_queue: runs of these agents accepted and waiting, in all processes on the store.
-        max_queue_per_principal: those of them that belong to one principal; None is half of them.
-        max_queue_bytes: inputs, as JSON, of runs that wait for their first step in this process, together; no more are
-            accepted then. They are in memory if the store is, and otherwise on disk. One principal may have half of
-            it. Neither items of batches count nor what was taken over after a crash.
-        max_items: items of one batch.
-        max_open_items: items of all batches of these agents together that have not ended, also of those that are still
-            being uploaded.
-        max_threads: synchronous functions at work at the same time.
         max_steps: how often one run may be handed on.
-        max_tokens: what one run may spend on models, input and output together, as their providers count; None is no
-            limit. It is looked at before each call, so the last answer may go beyond it.
-        max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
-        max_input_bytes: the longest inputs of one run, as JSON.
-        max_result_bytes: the longest result of one step, as JSON; a longer one fails its run.
-        queue_timeout_s: the longest that a run may wait for its first step, unless it is an item; None is no limit.
-        keep_for_s, keep_runs: final runs that are older, or beyond the newest so many, are deleted; None keeps them. A
-            batch counts as one.
         expose_errors: put the text of any exception into a run's ``error``; for development.
+        limits, bounds: its bounds, as one value, or as keyword arguments that come before it; see ``Limits``.
     """
 
     def __init__(
@@ -142,56 +117,27 @@ class EmbeddedEngine:
         store: Store,
         *,
         flock: str = "flock",
-        max_concurrency: int = 100,
-        max_queue: int = 10_000,
-        max_queue_per_principal: int | None = None,
-        max_queue_bytes: int = 256 * 1024 * 1024,
-        max_items: int = 1_000_000,
-        max_open_items: int = 10_000_000,
-        max_threads: int = 40,
         max_steps: int = 32,
-        max_tokens: int | None = None,
-        max_timeout_s: float = 86_400,
-        max_input_bytes: int = 16 * 1024 * 1024,
-        max_result_bytes: int = 16 * 1024 * 1024,
-        queue_timeout_s: float | None = None,
-        keep_for_s: float | None = None,
-        keep_runs: int | None = None,
         expose_errors: bool = False,
+        limits: Limits | None = None,
+        **bounds: Any,
     ) -> None:
-        times = {"max_timeout_s": max_timeout_s, "queue_timeout_s": queue_timeout_s, "keep_for_s": keep_for_s}
-        for name, value in times.items():
-            if value is not None and not 0 <= value <= MAX_SECONDS:
-                raise DefinitionError(f"{name} is a number of seconds from 0 to {MAX_SECONDS:g}, not {value}.")
         self.store = store
         self._agents = agents
         self._models = models
         models.on_retry = lambda: self._runner.tell_observers("model_call_retried")
         self._flock = flock
         self._observers: list[Observer] = []
-        self._max_concurrency = max_concurrency
-        self._queue_limits = QueueLimits.of(max_queue, max_queue_per_principal)
-        self._max_queue_bytes = max_queue_bytes
-        self._max_input_bytes = max_input_bytes
-        self._keep_for_s = keep_for_s
-        self._keep_runs = keep_runs
+        self._limits = replaced(limits or Limits(), bounds)
         self._make_runner = functools.partial(
             Runner,
             agents,
             models,
             store,
             self._observers,
-            max_concurrency=max_concurrency,
-            max_threads=max_threads,
+            limits=self._limits,
             max_steps=max_steps,
-            max_tokens=max_tokens,
-            max_timeout_s=max_timeout_s,
-            max_result_bytes=max_result_bytes,
-            queue_timeout_s=queue_timeout_s,
             expose_errors=expose_errors,
-        )
-        self._make_batches = functools.partial(
-            Batches, max_items=max_items, max_open_items=max_open_items, max_input_bytes=max_input_bytes
         )
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -207,7 +153,7 @@ class EmbeddedEngine:
         """Make what belongs to one event loop: an event is bound to the loop in which it is waited for."""
         self.batch_store = BatchStore(self.store)
         self._runner = self._make_runner()
-        self._batches = self._make_batches(self.batch_store, self._runner, self._start_batch)
+        self._batches = Batches(self.batch_store, self._runner, self._start_batch, self._limits)
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
         #: batches, and runs of others, that somebody waits for
@@ -345,7 +291,7 @@ class EmbeddedEngine:
         key: IdempotencyKey | None = None,
     ) -> Run:
         self._check_running()
-        raw = as_json(inputs, "/inputs", self._max_input_bytes)
+        raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
         self._agent(agent_name).input.decode(raw, "/inputs")
         run = Run(
             run_id=new_id(),
@@ -371,7 +317,7 @@ class EmbeddedEngine:
         else:
             with self._accepting_key(key):
                 with self._counted(run):
-                    await self.store.accept(run, self._queue_limits, key, then=self._start, full=full)
+                    await self.store.accept(run, self._limits.queue, key, then=self._start, full=full)
         return run
 
     @contextlib.contextmanager
@@ -385,7 +331,7 @@ class EmbeddedEngine:
 
     def _check_room(self, principal: str | None) -> None:
         """As ``schema.check_room``, for a run that is not written before its end."""
-        waiting, limits = len(self._runner.active) - self._max_concurrency, self._queue_limits
+        waiting, limits = len(self._runner.active) - self._limits.max_concurrency, self._limits.queue
         limits.check(waiting)
         if principal is not None and waiting >= limits.max_runs_per_principal:
             runs = [active.run for active in self._runner.active.values()]
@@ -393,7 +339,7 @@ class EmbeddedEngine:
 
     def _full(self, principal: str | None) -> EngineFull | None:
         """What new runs are refused with if the inputs of those that wait are as long as may be."""
-        queued, limit = self._runner.queued_bytes, self._max_queue_bytes
+        queued, limit = self._runner.queued_bytes, self._limits.max_queue_bytes
         if queued.total() >= limit:
             whose, words = "waiting runs", "that this server takes (max_queue_bytes)"
         elif principal is not None and queued[principal] >= limit / 2:
@@ -477,7 +423,7 @@ class EmbeddedEngine:
                 if (full := self._full(run.principal)) is not None:
                     raise full
                 with self._counted(run):
-                    reopened = await self.store.reopen(run, self._engine_id, self._queue_limits, then=self._start)
+                    reopened = await self.store.reopen(run, self._engine_id, self._limits.queue, then=self._start)
             elif await self._batches.retry_item(run, self._engine_id):
                 reopened = await self.get_run(run_id)
         if reopened is None:
@@ -730,10 +676,10 @@ class EmbeddedEngine:
 
         Those of which this process is sending a long result are deleted later.
         """
-        before = None if self._keep_for_s is None else now() - timedelta(seconds=self._keep_for_s)
-        if before is None and self._keep_runs is None:
+        before = None if self._limits.keep_for_s is None else now() - timedelta(seconds=self._limits.keep_for_s)
+        if before is None and self._limits.keep_runs is None:
             return
-        bounds = (self._flock, before, self._keep_runs, RETENTION_BITE)
+        bounds = (self._flock, before, self._limits.keep_runs, RETENTION_BITE)
         while await self.store.delete_old(*bounds, self._being_sent.keys()):
             await anyio.lowlevel.checkpoint()
 

@@ -30,6 +30,7 @@ from flock.engine.slots import Slots, acquire_all, acquire_all_nowait
 from flock.engine.store import RETRY_AFTER_S, Store
 from flock.engine.threads import Threads
 from flock.errors import OwnershipLost, ResultTooLarge, StoreError, Unreadable, Unstorable
+from flock.limits import Limits
 from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, stub_of
 
 __all__ = ["ActiveRun", "Runner", "current_task"]
@@ -117,7 +118,6 @@ class Runner:
         is_leaving: what cannot be written now is not tried again.
         queued_bytes: how long the inputs of runs are that wait for their first step, by their principal. Neither items
             of batches count nor what was taken over after a crash.
-        max_concurrency: how many steps are at work at the same time.
     """
 
     def __init__(
@@ -127,24 +127,16 @@ class Runner:
         store: Store,
         observers: Sequence[Observer],
         *,
-        max_concurrency: int,
-        max_threads: int,
+        limits: Limits,
         max_steps: int,
-        max_tokens: int | None,
-        max_timeout_s: float,
-        max_result_bytes: int,
-        queue_timeout_s: float | None,
         expose_errors: bool,
     ) -> None:
         self._agents = agents
         self._models = models
         self._store = store
         self._observers = observers
+        self._limits = limits
         self._max_steps = max_steps
-        self._max_tokens = max_tokens
-        self._max_timeout_s = max_timeout_s
-        self._max_result_bytes = max_result_bytes
-        self._queue_timeout_s = queue_timeout_s
         self._expose_errors = expose_errors
 
         self.active: dict[str, ActiveRun] = {}
@@ -152,9 +144,8 @@ class Runner:
         self.companion: asyncio.Task[Any] | None = None
         self.is_leaving = False
         self.queued_bytes: Counter[str | None] = Counter()
-        self.max_concurrency = max_concurrency
-        self._threads = Threads(max_threads)
-        self._slots = Slots(max_concurrency, reserved=max_concurrency // 10)
+        self._threads = Threads(limits.max_threads)
+        self._slots = Slots(limits.max_concurrency, reserved=limits.max_concurrency // 10)
         self._agent_slots: dict[str, Slots] = {}
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
@@ -301,17 +292,17 @@ class Runner:
                     self._store.flush_nowait()
                 self.tell_observers("run_started", run)
             spend = functools.partial(self.tell_observers, "tokens_spent", step.agent.name)
-            context = RunContext(run, step.agent.name, active.note_progress, spend, self._max_tokens)
+            context = RunContext(run, step.agent.name, active.note_progress, spend, self._limits.max_tokens)
             active.context = context
             context.cancel_requested = active.cancel_requested
             call_in_thread = functools.partial(
                 self._threads.call, owner=active, batch_id=run.batch_id, deadline=active.scope.deadline
             )
             done = await run_step(step, Resources(self._models, call_in_thread), context)
-            if len(done.result) > self._max_result_bytes:
+            if len(done.result) > self._limits.max_result_bytes:
                 raise ResultTooLarge(
                     f"What {step.agent.name!r} gave has {len(done.result)} bytes, more than are kept "
-                    f"({self._max_result_bytes}, max_result_bytes)."
+                    f"({self._limits.max_result_bytes}, max_result_bytes)."
                 )
             self.tell_observers("step_completed", done)
             return replace(run, steps=(*run.steps, done))
@@ -338,12 +329,12 @@ class Runner:
             return release
         # Of a long batch most items wait for others of it: nobody is kept waiting by that.
         is_limited = active.run.status is RunStatus.STARTING and batch_id is None
-        with anyio.move_on_after(self._queue_timeout_s if is_limited else None):
+        with anyio.move_on_after(self._limits.queue_timeout_s if is_limited else None):
             await self._leave_in_store(active)
             await acquire_all(slots, batch_id)
             return release
-        assert self._queue_timeout_s is not None
-        raise queue_timeout(self._queue_timeout_s)
+        assert self._limits.queue_timeout_s is not None
+        raise queue_timeout(self._limits.queue_timeout_s)
 
     async def _leave_in_store(self, active: ActiveRun) -> None:
         """Hold only a stub of a run that has to wait."""
@@ -384,7 +375,7 @@ class Runner:
             raise interrupted_turn(name)
 
     def _timeout_s(self, run: Run) -> float:
-        return min(run.timeout_s or self._max_timeout_s, self._max_timeout_s)
+        return min(run.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s)
 
     async def _save(self, active: ActiveRun, run: Run, step: Step | None) -> None:
         """Write *run* and tell those who wait, trying again as long as the store cannot be written."""

@@ -27,6 +27,7 @@ from flock.agents.agent import Agent
 from flock.engine.batches import Intake
 from flock.engine.ends import not_retried
 from flock.errors import BatchNotFound, Conflict, EngineFull, KeyReused, Replayed, StoreError, cut
+from flock.limits import Limits
 from flock.runs import (
     Batch,
     BatchFilter,
@@ -110,20 +111,14 @@ class TemporalBatches:
         flock: str,
         task_queue: str,
         *,
-        max_items: int,
-        max_open_items: int,
-        max_input_bytes: int,
-        max_timeout_s: float,
+        limits: Limits,
         heartbeat_timeout_s: float,
     ) -> None:
         self._cluster = cluster
         self._marks = marks
         self._flock = flock
         self._task_queue = task_queue
-        self._max_items = min(max_items, MAX_ITEMS)
-        self._max_open_items = max_open_items
-        self._max_input_bytes = max_input_bytes
-        self._max_timeout_s = max_timeout_s
+        self._limits = limits
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
         #: by batch and attempt; what has ended is out of sight for a moment while it is handed in
@@ -164,7 +159,7 @@ class TemporalBatches:
             agent,
             batch,
             stage,
-            max_input_bytes=self._max_input_bytes,
+            max_input_bytes=self._limits.max_input_bytes,
             traceparent=traceparent,
             id_of=lambda position: item_id(batch.batch_id, position),
             items_a_page=lambda total: min(MAX_CHUNK, max(MIN_CHUNK, total // 10)),
@@ -174,7 +169,7 @@ class TemporalBatches:
         is_used = key is not None and await self._marks.is_used(key)  # a replay comes before any limit
         is_whole = False
         try:
-            whole = await intake.read(items, on_invalid, self._max_items)
+            whole = await intake.read(items, on_invalid, min(self._limits.max_items, MAX_ITEMS))
             if intake.page:
                 await stage(intake.page)
             await rows.all_sent()
@@ -182,7 +177,7 @@ class TemporalBatches:
             order = BatchOrder(
                 batch=whole,
                 starts=tuple(rows.starts),
-                timeout_s=min(batch.options.timeout_s or self._max_timeout_s, self._max_timeout_s),
+                timeout_s=min(batch.options.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s),
                 heartbeat_timeout_s=self._heartbeat_timeout_s,
                 is_staged=key is not None,
                 invalid_items=whole.failed_items,
@@ -275,10 +270,10 @@ class TemporalBatches:
         return waiting
 
     def _refuse_above(self, waiting: int, more: int) -> None:
-        if waiting + more > self._max_open_items:
+        if waiting + more > self._limits.max_open_items:
             raise EngineFull(
                 f"{waiting} items of batches have not ended or are being uploaded, and {more} more would be over what "
-                f"this server takes ({self._max_open_items}, max_open_items)."
+                f"this server takes ({self._limits.max_open_items}, max_open_items)."
             )
 
     # Looking

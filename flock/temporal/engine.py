@@ -40,6 +40,8 @@ from flock.errors import (
     RunNotFound,
     StoreError,
 )
+from flock.limits import Limits, enforced_by
+from flock.options import replaced
 from flock.runs import (
     INVALID_INPUT,
     Batch,
@@ -55,7 +57,6 @@ from flock.runs import (
     Page,
     Progress,
     Queue,
-    QueueLimits,
     Run,
     RunFilter,
     RunStatus,
@@ -107,20 +108,12 @@ class TemporalEngine:
         agents: by name; read at each submission. Workers have them too.
         address, namespace: of the cluster; see ``Cluster``.
         flock: the name under which runs are kept; an engine sees only those of its own.
-        max_queue: runs accepted that have not ended. They are counted twice a second, so that a crowd may go beyond it
-            by as many as the other API processes take in that time. A request that was refused leaves its key free.
-        max_queue_per_principal: those of them that belong to one principal, counted in the same way; None is half of
-            them.
-        max_items: items of one batch, 16,777,215 at most.
-        max_open_items: items of all batches together that have not ended, as far as the cluster's search knows, and of
-            those that this process is still receiving.
-        max_timeout_s: the longest that one attempt of a run may take, and what it may take where nobody says less.
-        max_input_bytes: the longest inputs of one run, as JSON. If None, a million, since the cluster takes 2 MiB with
-            results included, and 16 MiB where there is a ``payload_dir``.
-        queue_timeout_s: the longest that a run may wait for its first step; None is no limit.
         heartbeat_timeout_s: how long a worker may be silent before its steps are begun elsewhere. An async agent that
             blocks the event loop for longer than that is begun a second time.
         payload_dir: a folder for what is too long for the cluster; the workers have the same one. See README.md.
+        limits, bounds: its bounds, as one value, or as keyword arguments that come before it; see ``Limits``.
+
+    Raises: DefinitionError if a bound is not valid.
 
     How long runs are kept after their end is the namespace's own setting.
     """
@@ -132,37 +125,27 @@ class TemporalEngine:
         *,
         namespace: str | None = None,
         flock: str = "flock",
-        max_queue: int = 10_000,
-        max_queue_per_principal: int | None = None,
-        max_timeout_s: float = 86_400,
-        max_items: int = 1_000_000,
-        max_open_items: int = 10_000_000,
-        max_input_bytes: int | None = None,
-        queue_timeout_s: float | None = None,
         heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
         payload_dir: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
+        **bounds: Any,
     ) -> None:
         self.cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
         self._agents = agents
         self._flock = flock
         self._task_queue = task_queue_of(flock)
-        self._queue_limits = QueueLimits.of(max_queue, max_queue_per_principal)
-        self._max_timeout_s = max_timeout_s
-        self._queue_timeout_s = queue_timeout_s
+        limits = replaced(limits or Limits(), bounds, enforced_by("server"))
+        if payload_dir is None:
+            limits = replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
+        self._limits = limits
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        if max_input_bytes is None:
-            max_input_bytes = MAX_INPUT_BYTES if payload_dir is None else 16 * 1024 * 1024
-        self._max_input_bytes = max_input_bytes
         self._marks = Marks(self.cluster, flock, self._task_queue)
         self._batches = TemporalBatches(
             self.cluster,
             self._marks,
             flock,
             self._task_queue,
-            max_items=max_items,
-            max_open_items=max_open_items,
-            max_input_bytes=min(max_input_bytes, MAX_INPUT_BYTES),
-            max_timeout_s=max_timeout_s,
+            limits=replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES)),
             heartbeat_timeout_s=heartbeat_timeout_s,
         )
         self._watch_task: asyncio.Task[None] | None = None
@@ -292,7 +275,7 @@ class TemporalEngine:
         key: IdempotencyKey | None = None,
     ) -> Run:
         self._check_running()
-        raw = as_json(inputs, "/inputs", self._max_input_bytes)
+        raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
         self._agent(agent_name).input.decode(raw, "/inputs")
         run = Run(
             run_id=new_id(),
@@ -326,11 +309,11 @@ class TemporalEngine:
         return run
 
     def _order(self, run: Run) -> RunOrder:
-        timeout_s = min(run.timeout_s or self._max_timeout_s, self._max_timeout_s)
+        timeout_s = min(run.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s)
         return RunOrder(
             run=run,
             timeout_s=timeout_s,
-            queue_timeout_s=self._queue_timeout_s,
+            queue_timeout_s=self._limits.queue_timeout_s,
             heartbeat_timeout_s=self._heartbeat_timeout_s,
         )
 
@@ -349,7 +332,7 @@ class TemporalEngine:
 
     async def _check_room(self, principal: str | None) -> None:
         """Raise EngineFull if as many runs, or as many of *principal*, are open. Nothing is awaited after the check."""
-        limits, counts = self._queue_limits, self._open_runs_of
+        limits, counts = self._limits.queue, self._open_runs_of
         if principal is not None and self._open_runs + self._starting >= limits.max_runs_per_principal:
             if principal not in counts:
                 async with self.cluster.asking():

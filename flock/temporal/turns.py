@@ -21,6 +21,7 @@ from flock.engine.ends import End, failure_of, interrupted_turn, queue_timeout, 
 from flock.engine.slots import Slots, acquire_all
 from flock.engine.threads import Threads
 from flock.errors import ResultTooLarge
+from flock.limits import Limits
 from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now
 
 __all__ = ["MAX_RUN_BYTES", "Turn", "Turns", "is_left", "until_left"]
@@ -116,10 +117,8 @@ class Turns:
         models: ModelClient,
         observers: Sequence[Observer],
         *,
-        max_concurrency: int,
-        max_threads: int,
+        limits: Limits,
         max_steps: int,
-        max_tokens: int | None,
         max_run_bytes: int,
         expose_errors: bool,
     ) -> None:
@@ -127,13 +126,13 @@ class Turns:
         self._models = models
         self._observers = observers
         self._max_steps = max_steps
-        self._max_tokens = max_tokens
+        self._max_tokens = limits.max_tokens
         self._max_run_bytes = max_run_bytes
         self._expose_errors = expose_errors
-        self._threads = Threads(max_threads)
-        reserved = max_concurrency // 10
-        self.max_items = max_concurrency - reserved
-        self._slots = Slots(max_concurrency, reserved=reserved)
+        self._threads = Threads(limits.max_threads)
+        reserved = limits.max_concurrency // 10
+        self.max_items = limits.max_concurrency - reserved
+        self._slots = Slots(limits.max_concurrency, reserved=reserved)
         self._agent_slots: dict[str, Slots] = {}
 
     async def take(self, turn: Turn) -> None:

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from temporalio import activity
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
@@ -18,6 +18,8 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
 from flock.engine.ends import CANCELLED, End, timeout_of
+from flock.limits import Limits, enforced_by
+from flock.options import replaced
 from flock.runs import Observer, Step, now
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
 from flock.temporal.cluster import Cluster
@@ -61,13 +63,15 @@ class TemporalWorker:
         address, namespace: of the cluster; see ``Cluster``.
         flock: the name under which runs are kept.
         observers: hear of what happens here; not of ends, which are the cluster's.
-        max_concurrency: turns at work at the same time, in this process; items of batches leave a tenth of it to runs.
-        max_threads: synchronous functions at work at the same time.
-        max_steps, max_tokens, expose_errors: see ``EmbeddedEngine``.
+        max_steps, expose_errors: see ``EmbeddedEngine``.
         max_run_bytes: inputs and all results of one run together, as JSON; a result beyond it fails its run. If None,
             1.5 million, and 64 MiB where there is a ``payload_dir``.
         drain_timeout_s: how long turns may go on when the worker stops; what is left then goes on elsewhere.
         payload_dir: a folder for what is too long for the cluster; the engine has the same one. See README.md.
+        limits, bounds: its bounds, as one value, or as keyword arguments that come before it; see ``Limits``. Items of
+            batches leave a tenth of ``max_concurrency`` to runs.
+
+    Raises: DefinitionError if a bound is not valid.
 
     Raises, at entry: StoreError, DefinitionError; see ``Cluster.connect``.
     """
@@ -81,19 +85,18 @@ class TemporalWorker:
         namespace: str | None = None,
         flock: str = "flock",
         observers: Sequence[Observer] = (),
-        max_concurrency: int = 100,
-        max_threads: int = 40,
         max_steps: int = 32,
-        max_tokens: int | None = None,
         max_run_bytes: int | None = None,
         drain_timeout_s: float = 20,
         expose_errors: bool = False,
         payload_dir: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
+        **bounds: Any,
     ) -> None:
         self.cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
         self.task_queue = task_queue_of(flock)
         self._models = models
-        self._max_concurrency = max_concurrency
+        self._limits = replaced(limits or Limits(), bounds, enforced_by("worker"))
         if max_run_bytes is None:
             max_run_bytes = MAX_RUN_BYTES if payload_dir is None else 64 * 1024 * 1024
         self._drain_timeout_s = drain_timeout_s
@@ -101,10 +104,8 @@ class TemporalWorker:
             agents,
             models,
             observers,
-            max_concurrency=max_concurrency,
-            max_threads=max_threads,
+            limits=self._limits,
             max_steps=max_steps,
-            max_tokens=max_tokens,
             max_run_bytes=max_run_bytes,
             expose_errors=expose_errors,
         )
@@ -130,8 +131,8 @@ class TemporalWorker:
                 workflows=[FlockRun, FlockMark, FlockBatch, FlockChunk, FlockRows, FlockForget],
                 activities=[self._run_agent, items.find, items.forget],
                 workflow_runner=UnsandboxedWorkflowRunner(),  # all of their code is ours, and replays are tested
-                max_concurrent_activities=self._max_concurrency,
-                max_eager_activity_reservations_per_workflow_task=min(100, self._max_concurrency),
+                max_concurrent_activities=self._limits.max_concurrency,
+                max_eager_activity_reservations_per_workflow_task=min(100, self._limits.max_concurrency),
                 max_heartbeat_throttle_interval=timedelta(seconds=HEARTBEAT_TIMEOUT_S / 3),
                 sticky_queue_schedule_to_start_timeout=timedelta(seconds=STICKY_TIMEOUT_S),
                 graceful_shutdown_timeout=drain_timeout,

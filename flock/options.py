@@ -1,0 +1,123 @@
+"""Structs of options: each field says what is valid, and how the command line offers it."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from types import NoneType
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import msgspec
+from msgspec.structs import replace
+
+from flock.errors import MAX_ECHOED_CHARS, DefinitionError
+from flock.nearest import did_you_mean
+
+__all__ = ["MAX_SECONDS", "Option", "Options", "check", "many", "of_type", "option_of", "replaced", "seconds", "whole"]
+
+#: The longest time that an option may name, in seconds: about 30 years.
+MAX_SECONDS = 1e9
+
+
+class Option(msgspec.Struct, frozen=True, kw_only=True):
+    """What a field of ``Options`` may be; it stands in the field's type, as ``Annotated[int, whole(1)]``.
+
+    Attributes:
+        words: what is valid, as an error says it.
+        help: text of the option on the command line; without it, the command line has no such option.
+        unit: of a number: a count, or seconds.
+        least: the smallest count that is valid.
+        on_cluster: who enforces a bound if the runs are kept on a Temporal cluster.
+        is_secret: errors do not show the value.
+    """
+
+    is_valid: Callable[[Any], bool]
+    words: str
+    help: str = ""
+    unit: Literal["", "N", "SECONDS"] = ""
+    least: int = 0
+    on_cluster: Literal["server", "worker", "cluster", "namespace"] = "server"
+    is_secret: bool = False
+
+
+def whole(least: int, help: str = "", **more: Any) -> Option:
+    return Option(
+        is_valid=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        words=f"a whole number of at least {least}",
+        help=help,
+        unit="N",
+        least=least,
+        **more,
+    )
+
+
+def seconds(help: str = "", *, may_be_0: bool = False, **more: Any) -> Option:
+    def is_valid(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        return is_number and (0 < value <= MAX_SECONDS or (may_be_0 and value == 0))
+
+    words = f"a number of seconds {'from 0 to' if may_be_0 else 'above 0 and up to'} {MAX_SECONDS:g}"
+    return Option(is_valid=is_valid, words=words, help=help, unit="SECONDS", **more)
+
+
+def of_type(type_: Any, words: str) -> Option:
+    return Option(is_valid=lambda value: isinstance(value, type_), words=words)
+
+
+def many(is_valid: Callable[[Any], bool], words: str) -> Option:
+    """A list or the like, but not a string, which is a collection of letters."""
+
+    def are_valid(value: Any) -> bool:
+        return isinstance(value, Collection) and not isinstance(value, str) and all(map(is_valid, value))
+
+    return Option(is_valid=are_valid, words=words)
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """A struct that checks its fields when it is made, also by ``replace``.
+
+    Raises: DefinitionError for the first field that is not valid.
+    """
+
+    #: The function that takes these options, as errors name it.
+    TAKEN_BY: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(self):
+            if (option := option_of(field)) is not None:
+                check(self.TAKEN_BY, field.name, getattr(self, field.name), option)
+
+
+def option_of(field: msgspec.structs.FieldInfo) -> Option | None:
+    """What *field* may be; None if its type does not say so. If the type allows None, so does the option."""
+    type_, *metadata = get_args(field.type) or (field.type,)
+    option = next((each for each in metadata if isinstance(each, Option)), None)
+    if option is None or NoneType not in get_args(type_):
+        return option
+    is_valid = option.is_valid
+    return replace(option, is_valid=lambda value: value is None or is_valid(value), words=f"{option.words}, or None")
+
+
+def check(taken_by: str, name: str, value: Any, option: Option) -> None:
+    """Raise DefinitionError if *value* is not valid."""
+    if not option.is_valid(value):
+        is_shown = isinstance(value, str | int | float) and not option.is_secret
+        got = repr(value)[:MAX_ECHOED_CHARS] if is_shown else f"a value of type {type(value).__name__}"
+        raise DefinitionError(f"{taken_by}: {name}= must be {option.words}, not {got}.")
+
+
+T = TypeVar("T", bound=Options)
+
+
+def replaced(options: T, given: Mapping[str, Any], names: Collection[str] | None = None) -> T:
+    """*options* with the keyword arguments that a function was given in place of its own.
+
+    Args:
+        names: of the options that the function takes; None is all of them.
+
+    Raises: TypeError if it takes no such option; DefinitionError if one is not valid.
+    """
+    names = options.__struct_fields__ if names is None else names
+    for name in given:
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise TypeError(f"{options.TAKEN_BY} got an unexpected keyword argument {name!r}.{hint}")
+    return replace(options, **given)

@@ -1,0 +1,59 @@
+"""Options are checked in one place, and may be given one by one or as one value."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from flock.agents.llm import ModelClient
+from flock.core import Flock
+from flock.errors import DefinitionError
+from flock.limits import Limits, enforced_by
+from flock.temporal import TemporalEngine, TemporalWorker
+
+
+def engine_with(**options: Any) -> Limits:
+    return Flock().engine(**options)._limits
+
+
+@pytest.mark.parametrize("name", Limits.__struct_fields__)
+def test_a_bound_that_is_not_valid_is_refused_in_words(name: str) -> None:
+    """By the struct itself, and as a keyword argument of an engine."""
+    made: Any = Limits
+    for make in (made, engine_with):
+        for value in (-1, "10", True, float("nan")):
+            with pytest.raises(DefinitionError, match=rf"^engine: {name}= must be a .*number.*, not "):
+                make(**{name: value})
+
+
+def test_only_a_bound_that_may_be_missing_takes_none() -> None:
+    for field in msgspec.structs.fields(Limits):
+        if field.default is None:
+            engine_with(**{field.name: None})
+        else:
+            with pytest.raises(DefinitionError, match=f"{field.name}= must be "):
+                engine_with(**{field.name: None})
+
+
+def test_bounds_may_be_given_as_one_value_and_a_keyword_argument_comes_before_it() -> None:
+    limits = Limits(max_queue=5, max_items=7)
+    assert engine_with(limits=limits) == limits
+    assert engine_with(limits=limits, max_items=8) == Limits(max_queue=5, max_items=8)
+    assert engine_with() == Limits()
+
+
+def test_a_bound_that_does_not_exist_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'max_queues'\. Did you mean 'max_queue'\?"):
+        engine_with(max_queues=5)
+
+
+def test_on_a_cluster_each_side_takes_the_bounds_that_it_enforces() -> None:
+    assert set(Limits.__struct_fields__) == {
+        name for who in ("server", "worker", "cluster", "namespace") for name in enforced_by(who)
+    }
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_concurrency'"):
+        TemporalEngine({}, "127.0.0.1:1", max_concurrency=5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_queue'"):
+        TemporalWorker({}, ModelClient(), "127.0.0.1:1", max_queue=5)
+    with pytest.raises(DefinitionError, match="max_concurrency= must be"):
+        TemporalWorker({}, ModelClient(), "127.0.0.1:1", max_concurrency=0)
