@@ -11,10 +11,10 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import click
@@ -34,13 +34,15 @@ from flock.command.server import (
 from flock.declared import DeclaredFlock
 from flock.engine.store import MEMORY
 from flock.errors import DefinitionError, FlockError, InvalidData
+from flock.limits import Limits, enforced_by
+from flock.options import MAX_SECONDS, Options, option_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, ending_of, table_format
 from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid
 from flock.web.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.web.options import is_host_name
 
-__all__ = ["Seconds", "load_flock", "main"]
+__all__ = ["Seconds", "load_flock", "main", "options_of"]
 
 
 # The flock that a command is about
@@ -143,7 +145,40 @@ class Seconds(click.FloatRange):
         return seconds
 
 
-SECONDS = Seconds(0, 1e9)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def options_of(struct: type[Options], names: Collection[str] | None = None) -> Callable[[F], F]:
+    """Add an option to a command for each field of *struct* with a help text, or for those of *names* only."""
+
+    def add(command: F) -> F:
+        for field in reversed(msgspec.structs.fields(struct)):
+            option = option_of(field)
+            if option is not None and option.help and (names is None or field.name in names):
+                name = field.name.removesuffix("_s").replace("_", "-")
+                is_count = option.unit == "N"
+                type_ = (
+                    click.IntRange(option.least)
+                    if is_count
+                    else Seconds(0, MAX_SECONDS, min_open=not option.is_valid(0))
+                )
+                command = click.option(
+                    f"--{name}",
+                    field.name,
+                    type=type_,
+                    default=field.default,
+                    show_default=True,
+                    metavar=option.unit,
+                    help=option.help,
+                )(command)
+        return command
+
+    return add
+
+
+def _taken(options: dict[str, Any], struct: type[Options]) -> dict[str, Any]:
+    """Take the fields of *struct* out of *options*."""
+    return {name: options.pop(name) for name in struct.__struct_fields__ if name in options}
 
 
 def _check_host_names(context: click.Context, param: click.Parameter, hosts: Sequence[str]) -> Sequence[str]:
@@ -160,6 +195,12 @@ model_option = click.option(
     metavar="PROVIDER/MODEL",
     help="Model for the agents that name none, in place of the flock's own. local/smollm2-135m needs no key.",
 )
+
+expose_errors_option = click.option(
+    "--expose-errors", is_flag=True, help="Show the text of any exception to clients; for development."
+)
+
+log_json_option = click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
 
 payload_dir_option = click.option(
     "--payload-dir",
@@ -209,44 +250,7 @@ payload_dir_option = click.option(
     show_default=True,
     help="Processes that share the port and the store.",
 )
-@click.option(
-    "--max-concurrency",
-    type=click.IntRange(1),
-    default=100,
-    show_default=True,
-    metavar="N",
-    help="Runs at work at the same time, in each process.",
-)
-@click.option(
-    "--max-queue",
-    type=click.IntRange(1),
-    default=10_000,
-    show_default=True,
-    metavar="N",
-    help="Runs accepted and waiting; more are refused with 429.",
-)
-@click.option(
-    "--max-queue-per-principal",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Those of them that belong to one key or caller.  [default: half of --max-queue]",
-)
-@click.option(
-    "--max-queue-bytes",
-    type=click.IntRange(1),
-    default=256 * 1024 * 1024,
-    show_default=True,
-    metavar="N",
-    help="Inputs of waiting runs in each process; more are refused with 429.",
-)
-@click.option(
-    "--max-items",
-    type=click.IntRange(1),
-    default=1_000_000,
-    show_default=True,
-    metavar="N",
-    help="Items of one batch; more are refused with 413.",
-)
+@options_of(Limits)
 @click.option(
     "--max-upload-bytes",
     type=click.IntRange(1),
@@ -262,57 +266,13 @@ payload_dir_option = click.option(
     help="Folder below which a client may name a CSV file as a batch.  [default: no file is read on a client's word]",
 )
 @click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Tokens that a run may spend before it asks its model once more, input and output.  [default: no limit]",
-)
-@click.option(
-    "--max-timeout",
-    "max_timeout_s",
-    type=Seconds(0, 1e9, min_open=True),
-    default=86_400,
-    show_default=True,
-    metavar="SECONDS",
-    help="The longest that one attempt of a run may take.",
-)
-@click.option(
-    "--queue-timeout",
-    "queue_timeout_s",
-    type=SECONDS,
-    metavar="SECONDS",
-    help="The longest that a run may wait for its first step.  [default: no limit]",
-)
-@click.option(
-    "--keep-for",
-    "keep_for_s",
-    type=SECONDS,
-    metavar="SECONDS",
-    help="Delete runs that ended longer ago.  [default: keep them]",
-)
-@click.option(
-    "--keep-runs",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Delete ended runs beyond the newest so many.  [default: keep them]",
-)
-@click.option(
     "--on-disconnect",
     type=click.Choice(["cancel", "continue"]),
     default="cancel",
     show_default=True,
     help="What becomes of a synchronous run whose caller goes away.",
 )
-@click.option("--expose-errors", is_flag=True, help="Show the text of any exception to clients; for development.")
-@click.option(
-    "--drain-timeout",
-    "drain_timeout_s",
-    type=SECONDS,
-    default=20,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long runs that somebody waits for may go on when the server is told to stop.",
-)
+@expose_errors_option
 @click.option(
     "--api-keys-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -347,23 +307,7 @@ payload_dir_option = click.option(
     metavar="ORIGIN",
     help="Let pages of this origin call the server from a browser; may be given many times.",
 )
-@click.option(
-    "--max-connections",
-    type=click.IntRange(1),
-    default=20_000,
-    show_default=True,
-    metavar="N",
-    help="Connections at the same time, in each process; new ones beyond them are answered with 503.",
-)
-@click.option(
-    "--write-timeout",
-    "write_timeout_s",
-    type=click.FloatRange(0, min_open=True),
-    default=30,
-    show_default=True,
-    metavar="SECONDS",
-    help="A client that reads nothing of its answer for so long loses its connection.",
-)
+@options_of(ServerSettings)
 @click.option(
     "--max-requests-per-minute",
     type=click.IntRange(1),
@@ -394,7 +338,7 @@ payload_dir_option = click.option(
     metavar="N",
     help="Downloads of results, and pages over 64 KiB, that may be sent to each key at the same time, in each process.",
 )
-@click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
+@log_json_option
 @click.option(
     "--metrics/--no-metrics",
     default=None,
@@ -415,7 +359,7 @@ def serve(
     elif options["payload_dir"]:
         raise click.UsageError("--payload-dir goes with --temporal only: an SQLite file keeps what is long itself.")
     try:
-        settings = ServerSettings(**options, api_keys=_keys(api_keys_file))
+        settings = ServerSettings(limits=Limits(**_taken(options, Limits)), api_keys=_keys(api_keys_file), **options)
         if workers == 1:
             serve_flock(load(), settings)
         elif settings.store == MEMORY and not settings.temporal:
@@ -428,16 +372,16 @@ def serve(
         raise click.ClickException(str(exc)) from exc
 
 
-#: What the cluster's namespace, or its workers, are told in place of the server.
-NOT_WITH_TEMPORAL = {
-    "store": "the cluster keeps the runs",
-    "durability": "the cluster keeps the runs",
-    "keep_for_s": "how long runs are kept is the namespace's own setting",
-    "keep_runs": "how long runs are kept is the namespace's own setting",
-    "max_queue_bytes": "the cluster keeps the runs",
-    "max_concurrency": "give it to flockapi worker",
-    "max_tokens": "give it to flockapi worker",
-    "expose_errors": "give it to flockapi worker",
+#: Why an option of ``serve`` has no effect on a cluster, by who takes the server's place.
+IN_PLACE_OF_THE_SERVER = {
+    "cluster": "the cluster keeps the runs",
+    "namespace": "how long runs are kept is the namespace's own setting",
+    "worker": "give it to flockapi worker",
+}
+NOT_WITH_TEMPORAL = {name: why for who, why in IN_PLACE_OF_THE_SERVER.items() for name in enforced_by(who)} | {
+    "store": IN_PLACE_OF_THE_SERVER["cluster"],
+    "durability": IN_PLACE_OF_THE_SERVER["cluster"],
+    "expose_errors": IN_PLACE_OF_THE_SERVER["worker"],
 }
 
 
@@ -469,38 +413,18 @@ def _keys(file: Path | None) -> dict[str, str] | None:
 )
 @payload_dir_option
 @model_option
-@click.option(
-    "--max-concurrency",
-    type=click.IntRange(1),
-    default=100,
-    show_default=True,
-    metavar="N",
-    help="Steps at work at the same time, in this process.",
-)
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Tokens that a run may spend before it asks its model once more, input and output.  [default: no limit]",
-)
-@click.option(
-    "--drain-timeout",
-    "drain_timeout_s",
-    type=SECONDS,
-    default=20,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long steps may go on when the worker is told to stop; then another one begins them anew.",
-)
-@click.option("--expose-errors", is_flag=True, help="Show the text of any exception to clients; for development.")
-@click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
+@options_of(Limits, enforced_by("worker"))
+@options_of(WorkerSettings)
+@expose_errors_option
+@log_json_option
 def worker(target: str, model: str | None, **options: Any) -> None:
     """Carry out runs and batches of the flock that TARGET names, which 'flockapi serve --temporal' has accepted.
 
     Start as many as there is work for, on as many machines; they need no port of their own.
     """
     try:
-        serve_turns(_load_with_model(target, model), WorkerSettings(**options))
+        settings = WorkerSettings(limits=Limits(**_taken(options, Limits)), **options)
+        serve_turns(_load_with_model(target, model), settings)
     except FlockError as exc:
         raise click.ClickException(str(exc)) from exc
 
@@ -640,7 +564,7 @@ EXIT_INTERRUPTED = 130
 @click.option(
     "--timeout",
     "timeout_s",
-    type=Seconds(0, 1e9, min_open=True),
+    type=Seconds(0, MAX_SECONDS, min_open=True),
     metavar="SECONDS",
     help="The longest that one row may take.  [default: a day]",
 )

@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn
 
 import anyio
 import msgspec
@@ -38,6 +38,8 @@ from flock.command.connection import Connection
 from flock.declared import DeclaredFlock
 from flock.engine.store import MEMORY, Durability, Store
 from flock.errors import DefinitionError
+from flock.limits import Limits
+from flock.options import Options, seconds, whole
 from flock.runs import Engine, one_line
 from flock.web.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
 from flockapi import FlockAPI, OnDisconnect, create_app
@@ -71,20 +73,16 @@ THREAD_TIMEOUT_S = 1
 RESTART_INTERVAL_S = 1
 
 
-class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
+class ServerSettings(Options, frozen=True, kw_only=True):
     """How a flock is served; the options of ``flockapi serve`` have the same names.
 
     Attributes:
-        drain_timeout_s: how long runs may go on when the server is told to stop. After it, asynchronous ones are left
-            for the next start, and the others end as interrupted.
-        store, durability, max_concurrency, max_queue, max_queue_per_principal, max_queue_bytes, max_items, max_tokens,
-            max_timeout_s, queue_timeout_s, keep_for_s, keep_runs, expose_errors: see ``Store`` and ``EmbeddedEngine``.
+        limits: the bounds of the engine.
+        store, durability, expose_errors: see ``Store`` and ``EmbeddedEngine``.
         temporal: ``host:port`` of a Temporal cluster that keeps the runs in place of a store, for workers to carry out.
         payload_dir: a folder for what is too long for it; see ``TemporalEngine``.
         server_name, create_ui, on_disconnect, metrics, api_keys, cors_origins, max_upload_bytes, csv_dir: see
             ``create_app``.
-        max_connections: more at a time are answered with 503; those that were answered before go on.
-        write_timeout_s: a client that reads no answer for so long loses its connection; see ``Connection``.
         max_requests_per_minute, max_event_streams, max_uploads_per_principal, max_downloads_per_principal: see
             ``create_app``.
         allow_anonymous: make no key if none is named and others can connect, and let ``Host`` say anything.
@@ -97,28 +95,26 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         log_json: write the log as JSON, one object a line.
     """
 
+    TAKEN_BY: ClassVar[str] = "server"
+
     host: str = "127.0.0.1"
     port: int = 8344
+    limits: Limits = Limits()
     server_name: str = "Flock Server"
     create_ui: bool = False
     temporal: str | None = None
     payload_dir: str | None = None
     store: str = "flock.db"
     durability: Durability = "power"
-    max_concurrency: int = 100
-    max_queue: int = 10_000
-    max_queue_per_principal: int | None = None
-    max_queue_bytes: int = 256 * 1024 * 1024
-    max_items: int = 1_000_000
     max_upload_bytes: int = 1024 * 1024 * 1024
     csv_dir: str | None = None
-    max_tokens: int | None = None
-    max_timeout_s: float = 86_400
-    queue_timeout_s: float | None = None
-    keep_for_s: float | None = None
-    keep_runs: int | None = None
     on_disconnect: OnDisconnect = "cancel"
-    drain_timeout_s: float = 20
+    #: How long runs may continue when the server is told to stop. After that, asynchronous ones are left for the next
+    #: start, and the others end as interrupted.
+    drain_timeout_s: Annotated[
+        float,
+        seconds("How long runs that somebody waits for may go on when the server is told to stop.", may_be_0=True),
+    ] = 20
     expose_errors: bool = False
     api_keys: Mapping[str, str] | None = None
     allow_anonymous: bool = False
@@ -126,8 +122,15 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     root_path: str = ""
     forwarded_allow_ips: str | None = None
     cors_origins: Sequence[str] = ()
-    max_connections: int = 20_000
-    write_timeout_s: float = 30
+    #: More at a time are answered with 503; connections that were admitted before continue.
+    max_connections: Annotated[
+        int,
+        whole(1, "Connections at the same time, in each process; new ones beyond them are answered with 503."),
+    ] = 20_000
+    #: See ``Connection``.
+    write_timeout_s: Annotated[
+        float, seconds("A client that reads nothing of its answer for so long loses its connection.")
+    ] = 30
     max_requests_per_minute: int | None = None
     max_event_streams: int = 1000
     max_uploads_per_principal: int = 8
@@ -136,14 +139,21 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     metrics: bool | None = None
 
 
-class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerSettings(Options, frozen=True, kw_only=True):
     """How a worker works; the options of ``flockapi worker`` have the same names. See ``TemporalWorker``."""
+
+    TAKEN_BY: ClassVar[str] = "worker"
 
     temporal: str
     payload_dir: str | None = None
-    max_concurrency: int = 100
-    max_tokens: int | None = None
-    drain_timeout_s: float = 20
+    limits: Limits = Limits()
+    drain_timeout_s: Annotated[
+        float,
+        seconds(
+            "How long steps may go on when the worker is told to stop; then another worker starts them again.",
+            may_be_0=True,
+        ),
+    ] = 20
     expose_errors: bool = False
     log_json: bool = False
 
@@ -351,16 +361,7 @@ def _embedded_engine(flock: DeclaredFlock, settings: ServerSettings) -> Engine:
     return flock.engine(
         store=settings.store,
         durability=settings.durability,
-        max_concurrency=settings.max_concurrency,
-        max_queue=settings.max_queue,
-        max_queue_per_principal=settings.max_queue_per_principal,
-        max_queue_bytes=settings.max_queue_bytes,
-        max_items=settings.max_items,
-        max_tokens=settings.max_tokens,
-        max_timeout_s=settings.max_timeout_s,
-        queue_timeout_s=settings.queue_timeout_s,
-        keep_for_s=settings.keep_for_s,
-        keep_runs=settings.keep_runs,
+        limits=settings.limits,
         expose_errors=settings.expose_errors,
     )
 
@@ -375,11 +376,7 @@ def _temporal_engine(flock: DeclaredFlock, settings: ServerSettings) -> "Tempora
         flock.agents,
         settings.temporal,
         flock=flock.name,
-        max_queue=settings.max_queue,
-        max_queue_per_principal=settings.max_queue_per_principal,
-        max_items=settings.max_items,
-        max_timeout_s=settings.max_timeout_s,
-        queue_timeout_s=settings.queue_timeout_s,
+        limits=settings.limits,
         payload_dir=settings.payload_dir,
     )
 
@@ -408,9 +405,8 @@ async def _work_until_told(flock: DeclaredFlock, settings: WorkerSettings) -> No
         ModelClient(flock.model),
         settings.temporal,
         flock=flock.name,
-        max_concurrency=settings.max_concurrency,
+        limits=settings.limits,
         max_steps=flock.max_steps,
-        max_tokens=settings.max_tokens,
         drain_timeout_s=settings.drain_timeout_s,
         expose_errors=settings.expose_errors,
         payload_dir=settings.payload_dir,
