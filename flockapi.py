@@ -17,11 +17,11 @@ import logging
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -34,7 +34,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match, Mount, Route
+from starlette.routing import Match, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flock.agents.agent import Agent
@@ -55,6 +55,7 @@ from flock.errors import (
     StoreError,
 )
 from flock.extras import pip_install
+from flock.options import Option, check, replaced
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
 from flock.rows.tables import EXPANSION, Fill, csv_rows, json_rows, ndjson_rows, read_file
@@ -80,7 +81,7 @@ from flock.web.contract import Contract
 from flock.web.door import CORS, Auth, Door, Found, by_key, caller_of, principal_of
 from flock.web.life import life_of
 from flock.web.negotiation import preferences, preferred
-from flock.web.options import check_options
+from flock.web.options import AppOptions, OnDisconnect
 from flock.web.pages import DOCS, SPECIFICATION, UI
 from flock.web.problems import on_error
 from flock.web.requests import path_of, request_id_for, request_id_of, root_path
@@ -137,6 +138,7 @@ __all__ = [
     "AgentDetail",
     "AgentList",
     "AgentSummary",
+    "AppOptions",
     "Auth",
     "BatchItem",
     "BatchList",
@@ -170,10 +172,8 @@ __all__ = [
 logger = logging.getLogger("flock.api")
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Query = TypeVar("Query", bound=msgspec.Struct)
-
-#: What becomes of a synchronous run whose caller has gone.
-OnDisconnect = Literal["cancel", "continue"]
 
 #: How long a synchronous run may take before its connection is watched, in seconds.
 PATIENCE_S = 0.1
@@ -190,7 +190,9 @@ async def read_json(request: Request, default: bytes | None = None) -> bytes:
     """The body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type."""
     media_type_of(request, "application/json")
     app = app_of(request)
-    return await Body(request, app.max_body_bytes, app.body_timeout_s).json(app.max_json_depth, default)
+    return await Body(request, app.options.max_body_bytes, app.options.body_timeout_s).json(
+        app.options.max_json_depth, default
+    )
 
 
 #: What the body of ``POST /run/batch`` may be.
@@ -213,7 +215,7 @@ def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: 
     app, chunks = app_of(request), body.upload()
 
     def max_static_bytes() -> int:
-        return EXPANSION * max(app.max_body_bytes, body.received_bytes)
+        return EXPANSION * max(app.options.max_body_bytes, body.received_bytes)
 
     fill = Fill(
         agent_of(request, wanted.agent_name).input,
@@ -223,19 +225,19 @@ def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: 
         on_extra=wanted.on_extra,
         result_names=result_names(wanted.agent_name, app.flock.agents),
     )
-    limits = {"max_row_bytes": app.max_body_bytes, "max_depth": app.max_json_depth}
+    limits = {"max_row_bytes": app.options.max_body_bytes, "max_depth": app.options.max_json_depth}
     if media_type == "application/x-ndjson":
         return ndjson_rows(chunks, fill, **limits)
     if media_type == "application/json":
         if not isinstance(wanted.batch_inputs, str):
             return json_rows(wanted.batch_inputs, fill)
-        if app.csv_dir is None:
+        if app.options.csv_dir is None:
             detail = (
                 "Send the rows themselves: a list of objects here, or the file as a body of text/csv. No file of the "
                 "server is read on a client's word, unless its owner names a folder for them (csv_dir=, --csv-dir)."
             )
             raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
-        chunks = read_file(app.csv_dir, wanted.batch_inputs, app.max_upload_bytes)
+        chunks = read_file(Path(app.options.csv_dir), wanted.batch_inputs, app.options.max_upload_bytes)
     try:
         dialect = CSVDialect(delimiter=wanted.delimiter, decimal=wanted.decimal, encoding=wanted.encoding)
     except DefinitionError as exc:
@@ -251,7 +253,7 @@ def query_of(request: Request, type_: type[Query], **absent: Any) -> Query:
 
 def wait_of(request: Request, query: WaitQuery | BatchQuery | None = None) -> int:
     """How many seconds to wait: what is asked for, up to what the app allows. Raises InvalidData."""
-    return min((query or query_of(request, WaitQuery)).wait, app_of(request).max_wait_s)
+    return min((query or query_of(request, WaitQuery)).wait, app_of(request).options.max_wait_s)
 
 
 def traceparent_of(request: Request) -> str | None:
@@ -458,7 +460,7 @@ async def run_flock(request: Request) -> Response:
     elif responds_async:
         applied = "respond-async"
         if re.fullmatch(r"\d{1,9}", prefer.get("wait", "")):
-            wait_s = min(int(prefer["wait"]), app_of(request).max_wait_s)
+            wait_s = min(int(prefer["wait"]), app_of(request).options.max_wait_s)
             waiting = (await engine_of(request)).wait(run.run_id, wait_s)
             del run
             run = await _while_connected(request, waiting)
@@ -518,7 +520,7 @@ async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
         path = f"{root_path(request.scope)}/run/{run_id}"
         raise StoreError(f"{exc} The run was accepted and is not cancelled: GET {path} shows how it ends.") from exc
     except (HTTPException, anyio.get_cancelled_exc_class()):
-        if not outlives_client and app.on_disconnect == "cancel":
+        if not outlives_client and app.options.on_disconnect == "cancel":
             with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
                 await app.engine.cancel_run(run_id)
         raise
@@ -555,17 +557,17 @@ async def run_batch(request: Request) -> Response:
     app, media_type, sent = app_of(request), media_type_of(request, *BATCH_TYPES), None
     place: AbstractContextManager[None] = contextlib.nullcontext()
     if media_type == "application/json":
-        body = Body(request, app.max_body_bytes, app.body_timeout_s)
-        sent = await body.json(app.max_json_depth)
+        body = Body(request, app.options.max_body_bytes, app.options.body_timeout_s)
+        sent = await body.json(app.options.max_json_depth)
         key = idempotency_key(request, fingerprint_of(request, sent))
     else:
-        body = Body(request, app.max_upload_bytes, app.body_timeout_s)
+        body = Body(request, app.options.max_upload_bytes, app.options.body_timeout_s)
         place = app.uploads.take(caller_of(request))
         key = idempotency_key(request, lambda: fingerprint_of(request, request.scope["query_string"] + body.digest()))
     engine, headers = await engine_of(request), {}
     try:
         if sent is None:
-            wanted = batch_request_from(query_of(request, UploadQuery), app.max_json_depth)
+            wanted = batch_request_from(query_of(request, UploadQuery), app.options.max_json_depth)
         else:
             wanted = options_in_body(request, sent)
         with place:
@@ -816,7 +818,7 @@ async def no_ui(scope: Scope, receive: Receive, send: Send) -> None:
         path = root_path(scope) + path_of(bare).removeprefix(root_path(scope))
         raise HTTPException(404, f"Paths of this server have no slash at the end. Ask for {path}")
     if is_http and bare["path"].removeprefix(root_path(scope)) in ("", "/ui"):
-        docs = f"The API is described at {root_path(scope)}/docs. " if app.has_docs else ""
+        docs = f"The API is described at {root_path(scope)}/docs. " if app.options.docs else ""
         detail = f"This server has no web page. {docs}It serves one at /ui if started with --ui (create_ui=True)."
         raise HTTPException(404, detail)
     await app.router.not_found(scope, receive, send)
@@ -858,6 +860,8 @@ OPEN: Sequence[Route | Mount] = [
     *(route for route in ROUTES if route.path in ("/healthz", "/readyz")),
 ]
 
+FLOCK = Option(is_valid=lambda value: hasattr(value, "shared_engine"), words="a Flock")
+
 #: Logged once when an app starts that was given neither ``api_keys=`` nor ``auth=``.
 OPEN_TO_EVERYBODY = (
     "%s is open to everybody who can reach it: they can run its agents, and read, cancel and delete all its runs and "
@@ -870,49 +874,7 @@ class FlockAPI(Starlette):
     """The agents of *flock* as an ASGI application: serve it with any server, or mount it in another app, as it is.
 
     Args:
-        server_name: the title of the pages and of the served specification.
-        engine: what carries the runs; if None, an embedded one on *store*, shared by all apps on this flock and store.
-        store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
-        max_body_bytes: the longest body a client may send; a longer one is answered with 413.
-        max_upload_bytes: the longest body of CSV or NDJSON, unpacked, and the longest file that a client names below
-            *csv_dir*; a longer one is answered with 413.
-        max_json_depth: how many levels of arrays and objects a body may have; a deeper one is answered with 400.
-            ``flockapi serve`` has no option for it.
-        max_header_bytes: all headers of a request together; longer ones are answered with 431.
-        body_timeout_s: how long a body, or each 64 KiB of CSV or NDJSON, may take to arrive; a slower one is answered
-            with 408.
-        csv_dir: the folder below which a client may name a CSV file as ``batch_inputs``; None is no file at all.
-        max_wait_s: the longest that one request may wait for a run; who asks for more waits so long.
-        max_event_streams: how many each principal may have open, in one process; one more is answered with 429. Where
-            nobody has a key, each address has its own share (of IPv6, each network of 64 bits).
-        max_uploads_per_principal: bodies of CSV and NDJSON that each principal, or else each address, may send at the
-            same time, in one process; one more is answered with 429.
-        max_downloads_per_principal: downloads of results, and pages of runs or results over 64 KiB, that may be sent to
-            each principal, or else each address, at the same time, in one process; one more is answered with 429.
-        max_requests_per_minute: how many each principal may send, in one process; None is no limit. Beyond it 429, with
-            ``RateLimit``.
-        on_disconnect: what becomes of a synchronous run whose caller goes away before it is answered.
-        expose_errors: show the text of any exception to clients; for development. Not beside ``engine``, which has
-            the same switch.
-        routes: Starlette routes that come before the app's own. ``await engine_of(request)`` is the engine in them, and
-            ``request.app.flock`` the flock; ``openapi_paths`` describes them in the served specification.
-        api_keys: who may come in, by name, with the key that each sends as ``Authorization: Bearer`` or ``X-API-Key``;
-            ``"ops:admin"`` sees what belongs to others, and ``/metrics``. The environment is not read.
-        auth: in place of keys, a function of the connection, sync or async, that returns a ``Principal``, or None,
-            which is answered with 401 before the body is read. It guards all but the docs pages, the files of the web
-            page, the specification, ``/healthz`` and ``/readyz``, and runs after *middleware*. ``"host"`` states that
-            the host lets only its own users reach the app; it identifies nobody. Without *auth* and *api_keys*
-            everybody may call the app, and a warning says so when it starts; ``"anybody"`` states that this is meant,
-            without a warning. In both cases a browser's page of another origin cannot read either, but for what is
-            open.
-        allowed_hosts: what ``Host`` may say, without the port; None is anything.
-        cors_origins: pages of these origins may call the app from a browser. All others may not change anything.
-        middleware, exception_handlers: as Starlette has them; handlers come before the app's own.
-        lifespan: entered with the app after the engine has started, and left before it stops.
-        docs: False leaves out ``/docs`` and ``/redoc``.
-        create_ui: serve the web page at ``/ui``, and send who asks for ``/`` there. Everybody may load its files; what
-            it shows it asks of the API, with the key that its user enters.
-        metrics: keep them for ``/metrics``, which needs the extra ``metrics``; None does where that is installed.
+        options, given: as one value, or as keyword arguments that come before it; see ``AppOptions``.
 
     Raises: DefinitionError if an option is not valid, or metrics cannot be kept.
 
@@ -924,83 +886,42 @@ class FlockAPI(Starlette):
         has_ended: the lifespan is over, so no request opens the engine any more.
     """
 
-    def __init__(
-        self,
-        flock: DeclaredFlock,
-        *,
-        server_name: str = "Flock Server",
-        engine: Engine | None = None,
-        store: str | Path = "flock.db",
-        max_body_bytes: int = 1024 * 1024,
-        max_upload_bytes: int = 1024 * 1024 * 1024,
-        max_json_depth: int = 100,
-        max_header_bytes: int = 64 * 1024,
-        body_timeout_s: float = 30,
-        csv_dir: str | Path | None = None,
-        max_wait_s: int = 60,
-        max_event_streams: int = 1000,
-        max_uploads_per_principal: int = 8,
-        max_downloads_per_principal: int = 32,
-        max_requests_per_minute: int | None = None,
-        on_disconnect: OnDisconnect = "cancel",
-        expose_errors: bool = False,
-        routes: Sequence[BaseRoute] = (),
-        openapi_paths: Mapping[str, Any] | None = None,
-        api_keys: Mapping[str, str] | None = None,
-        auth: Auth | Literal["host", "anybody"] | None = None,
-        allowed_hosts: Collection[str] | None = None,
-        cors_origins: Sequence[str] = (),
-        middleware: Sequence[Middleware] = (),
-        exception_handlers: Mapping[Any, Any] | None = None,
-        lifespan: Callable[[Any], AbstractAsyncContextManager[Any]] | None = None,
-        docs: bool | None = True,
-        create_ui: bool = False,
-        metrics: bool | None = None,
-    ) -> None:
-        check_options(locals())
-        self._is_open = api_keys is None and auth is None
-        if api_keys is not None:
-            if auth is not None:
-                raise DefinitionError("Pass either auth= or api_keys=: only one of them can say who may come in.")
-            auth = by_key(KeyRing(api_keys))
+    def __init__(self, flock: DeclaredFlock, options: AppOptions | None = None, **given: Any) -> None:
+        check("create_app", "flock", flock, FLOCK)
+        self.options = options = replaced(options or AppOptions(), given)
         own = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
-        cors = [Middleware(CORSMiddleware, allow_origins=cors_origins, **CORS)] if cors_origins else []
-        super().__init__(middleware=[*cors, *middleware], exception_handlers={**own, **(exception_handlers or {})})
+        origins = options.cors_origins
+        cors = [Middleware(CORSMiddleware, allow_origins=origins, **CORS)] if origins else []
+        super().__init__(
+            middleware=[*cors, *options.middleware], exception_handlers={**own, **(options.exception_handlers or {})}
+        )
+        per_minute = options.max_requests_per_minute
         self.router = Door(
-            [*routes, *(ROUTES if docs else ROUTES[: -len(DOCS)]), *(UI if create_ui else ())],
+            [*options.routes, *(ROUTES if options.docs else ROUTES[: -len(DOCS)]), *(UI if options.create_ui else ())],
             open_routes=OPEN,
-            auth=None if isinstance(auth, str) else auth,
-            is_anonymous=auth in (None, "anybody"),
-            hosts=allowed_hosts,
-            origins=cors_origins,
-            max_header_bytes=max_header_bytes,
-            rate=None if max_requests_per_minute is None else Rate(max_requests_per_minute),
+            auth=_auth_of(options),
+            is_anonymous=options.api_keys is None and options.auth in (None, "anybody"),
+            hosts=options.allowed_hosts,
+            origins=origins,
+            max_header_bytes=options.max_header_bytes,
+            rate=None if per_minute is None else Rate(per_minute),
             default=no_ui,
             lifespan=lambda app: app.lifespan(),
         )
         self.flock = flock
-        self.engine = engine or flock.shared_engine(store=store, expose_errors=expose_errors)
-        self.contract = Contract(server_name, openapi_paths)
-        self.has_docs = bool(docs)
-        self.ui_files = ui_files(server_name, has_docs=self.has_docs) if create_ui else {}
-        self.max_body_bytes = max_body_bytes
-        self.max_upload_bytes = max_upload_bytes
-        self.max_json_depth = max_json_depth
-        self.csv_dir = None if csv_dir is None else Path(csv_dir)
-        self.body_timeout_s = body_timeout_s
-        self.max_wait_s = max_wait_s
-        self.event_streams = Places(max_event_streams, "event streams")
-        self.uploads = Places(max_uploads_per_principal, "uploads")
-        self.downloads = Places(max_downloads_per_principal, "downloads")
-        self.on_disconnect = on_disconnect
+        self.engine = options.engine or flock.shared_engine(store=options.store, expose_errors=options.expose_errors)
+        self.contract = Contract(options.server_name, options.openapi_paths)
+        self.ui_files = ui_files(options.server_name, has_docs=bool(options.docs)) if options.create_ui else {}
+        self.event_streams = Places(options.max_event_streams, "event streams")
+        self.uploads = Places(options.max_uploads_per_principal, "uploads")
+        self.downloads = Places(options.max_downloads_per_principal, "downloads")
         self.has_ended = False
-        self._more_lifespan = lifespan
-        wants_metrics = find_spec("prometheus_client") is not None if metrics is None else metrics
+        wants_metrics = find_spec("prometheus_client") is not None if options.metrics is None else options.metrics
         self.metrics = _metrics(self.engine, flock) if wants_metrics else None
 
     def build_middleware_stack(self) -> ASGIApp:
         """Called once, when the app is about to answer for the first time."""
-        if self._is_open:
+        if self.options.api_keys is None and self.options.auth is None:
             logger.warning(OPEN_TO_EVERYBODY, self.contract.title)
         self.warn_of_problems()
         return super().build_middleware_stack()
@@ -1017,7 +938,7 @@ class FlockAPI(Starlette):
         It may be entered several times, and by several apps on one engine: that is one start, and the last who leaves
         ends it. Where nobody enters it, the engine opens at the first request, and closes with the event loop.
         """
-        more = contextlib.nullcontext() if self._more_lifespan is None else self._more_lifespan(self)
+        more = contextlib.nullcontext() if self.options.lifespan is None else self.options.lifespan(self)
         try:
             async with life_of(self.engine).span(), more:
                 self.has_ended = False
@@ -1065,6 +986,15 @@ class FlockAPI(Starlette):
                 self.metrics.request_ended(scope["method"], template, status_code, took_s)
 
 
+def _auth_of(options: AppOptions) -> Auth | None:
+    """Raises DefinitionError if both ways to identify principals are used, or keys are not valid."""
+    if options.api_keys is None:
+        return None if isinstance(options.auth, str) else options.auth
+    if options.auth is not None:
+        raise DefinitionError("Pass either auth= or api_keys=: only one of them can say who may come in.")
+    return by_key(KeyRing(options.api_keys))
+
+
 def _metrics(engine: Engine, flock: DeclaredFlock) -> "Metrics":
     """Raises DefinitionError where the extra is not installed, or its folder cannot be written."""
     try:
@@ -1085,5 +1015,10 @@ async def _send_lifespan(send: Send, message: Message) -> None:
     await send(message)
 
 
+def _typed(make: Callable[..., T], options: Callable[P, object]) -> Callable[Concatenate[DeclaredFlock, P], T]:
+    """*make*, but type checkers know its keyword arguments: those of *options*."""
+    return make
+
+
 #: The name by which people call it.
-create_app = FlockAPI
+create_app = _typed(FlockAPI, AppOptions)

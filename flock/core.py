@@ -42,16 +42,15 @@ class Flock(DeclaredFlock):
         """
         # Imported here, so that a program that serves nothing does not load a server.
         from flock.command.server import ServerSettings, serve_flock
+        from flock.web.options import AppOptions
 
         settings = ServerSettings(
             host=host,
             port=port,
-            server_name=server_name,
-            create_ui=create_ui,
-            api_keys=api_keys,
+            app=AppOptions(server_name=server_name, create_ui=create_ui, routes=custom_endpoints, api_keys=api_keys),
             allow_anonymous=allow_anonymous,
             allowed_hosts=allowed_hosts,
             root_path=root_path,
             forwarded_allow_ips=forwarded_allow_ips,
         )
-        serve_flock(self, settings, routes=custom_endpoints)
+        serve_flock(self, settings)

@@ -291,11 +291,11 @@ async def test_an_unknown_path_or_method_is_a_problem_too(client: httpx.AsyncCli
 
 async def test_a_body_that_is_too_long_is_413(client: httpx.AsyncClient, app: FlockAPI) -> None:
     body = json.dumps({"agent_name": "summarise", "inputs": {"text": ""}})
-    fitting = body.replace('""', '"' + "x" * (app.max_body_bytes - len(body)) + '"')
-    assert len(fitting) == app.max_body_bytes
+    fitting = body.replace('""', '"' + "x" * (app.options.max_body_bytes - len(body)) + '"')
+    assert len(fitting) == app.options.max_body_bytes
     assert (await post(client, fitting)).status_code == 200
     problem = check_problem(await post(client, fitting + " "), 413)
-    assert str(app.max_body_bytes) in problem["detail"]
+    assert str(app.options.max_body_bytes) in problem["detail"]
 
 
 async def test_an_announced_length_is_refused_before_the_body_comes(client: httpx.AsyncClient) -> None:

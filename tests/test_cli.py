@@ -352,9 +352,11 @@ def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
     """And both say the same defaults."""
     options = serve.make_context("serve", ["target.py"]).params
     settings = msgspec.structs.asdict(ServerSettings())
-    limits = msgspec.structs.asdict(settings.pop("limits"))
-    assert options.pop("api_keys_file") is settings.pop("api_keys")
+    app, limits = (msgspec.structs.asdict(settings.pop(name)) for name in ("app", "limits"))
+    assert options.pop("api_keys_file") is app["api_keys"]
+    shared = ("store", "expose_errors", "allowed_hosts")  # the server has its own
     settings |= {name: limits[name] for name in limits.keys() & options.keys()}
+    settings |= {name: app[name] for name in app.keys() & options.keys() if name not in shared}
     assert {name: options[name] for name in options.keys() - {"target", "model", "workers"}} == settings
     help_text = "".join(invoke(command, "--help").output for command in ("serve", "run", "batch", "check"))
     readme = (ROOT / "README.md").read_text("utf-8")

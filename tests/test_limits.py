@@ -10,7 +10,7 @@ from flock.command.cli import serve
 from flock.command.server import ServerSettings
 from flock.engine.embedded import EmbeddedEngine
 from flock.limits import Limits
-from flockapi import FlockAPI
+from flock.web.options import AppOptions
 from tests.support import ROOT
 
 PAGE = (ROOT / "docs" / "limits.md").read_text("utf-8")
@@ -26,7 +26,7 @@ def bounds_of(function: Any) -> dict[str, Any]:
     return {each.name: each.default for each in parameters if BOUND.fullmatch(each.name)}
 
 
-STRUCTS = (ServerSettings, Limits, EmbeddedEngine, FlockAPI)
+STRUCTS = (ServerSettings, Limits, EmbeddedEngine, AppOptions)
 BOUNDS = {name: default for each in STRUCTS for name, default in bounds_of(each).items()}
 
 

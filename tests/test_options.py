@@ -10,6 +10,7 @@ from flock.core import Flock
 from flock.errors import DefinitionError
 from flock.limits import Limits, enforced_by
 from flock.temporal import TemporalEngine, TemporalWorker
+from flockapi import AppOptions, FlockAPI, create_app
 
 
 def engine_with(**options: Any) -> Limits:
@@ -57,3 +58,16 @@ def test_on_a_cluster_each_side_takes_the_bounds_that_it_enforces() -> None:
         TemporalWorker({}, ModelClient(), "127.0.0.1:1", max_queue=5)
     with pytest.raises(DefinitionError, match="max_concurrency= must be"):
         TemporalWorker({}, ModelClient(), "127.0.0.1:1", max_concurrency=0)
+
+
+def test_the_options_of_an_app_may_be_given_as_one_value() -> None:
+    options = AppOptions(store=":memory:", max_wait_s=5)
+    assert FlockAPI(Flock(), options).options == options
+    assert FlockAPI(Flock(), options, docs=False).options == msgspec.structs.replace(options, docs=False)
+    assert create_app(Flock(), store=":memory:", max_wait_s=5).options == options
+
+
+def test_an_option_of_an_app_that_does_not_exist_is_refused_with_the_nearest_one() -> None:
+    made: Any = create_app
+    with pytest.raises(TypeError, match=r"create_app got an unexpected keyword argument 'doc'\. Did you mean 'docs'\?"):
+        made(Flock(), doc=False)

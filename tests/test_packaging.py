@@ -114,6 +114,7 @@ def test_the_program_of_a_user_is_typed(python: Path, tmp_path: Path) -> None:
     for module in (flock.agents.agent, flock.core, flock.errors, flock.runs, flockapi):
         assert set(module.__all__) <= named
     mistaken = "import flock.core, flockapi\nflockapi.create_app(flock.core.Flock(1))\nflockapi.create_app(doc=1)\n"
+    mistaken += "flockapi.create_app(flock.core.Flock(), doc=1)\n"
     for name, text in (("typed.py", program), ("mistaken.py", mistaken)):
         (tmp_path / name).write_text(text)
     for tool, option in (("mypy", "--python-executable"), ("pyright", "--pythonpath")):
@@ -121,7 +122,9 @@ def test_the_program_of_a_user_is_typed(python: Path, tmp_path: Path) -> None:
         run(*command, "typed.py", cwd=tmp_path)
         found = subprocess.run([*command, "mistaken.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert found.returncode == 1
-        assert {int(line) for line in re.findall(r"mistaken\.py:(\d+):.*error", found.stdout)} == {2, 3}, found.stdout
+        assert {int(line) for line in re.findall(r"mistaken\.py:(\d+):.*error", found.stdout)} == {2, 3, 4}, (
+            found.stdout
+        )
 
 
 def install_commands() -> set[str]:

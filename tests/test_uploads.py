@@ -624,7 +624,7 @@ async def test_what_takes_nothing_has_no_column_for_it() -> None:
 @of_every_engine
 async def test_long_items_are_read_a_few_at_a_time(folder: Path, app: FlockAPI, client: httpx.AsyncClient) -> None:
     """Of a download that nobody reads a page is held three times, and to write one as CSV keeps others waiting."""
-    app.max_upload_bytes = 2_000_000
+    app.options = msgspec.structs.replace(app.options, max_upload_bytes=2_000_000)
     (folder / "long.csv").write_text("text\n" + f"{'x' * 18_000}\n" * 60)
     accepted = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": "long.csv"})
     page = (await client.get(accepted.headers["Location"], params={"wait": 30})).json()

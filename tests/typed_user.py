@@ -95,6 +95,7 @@ from flockapi import (
     AgentDetail,
     AgentList,
     AgentSummary,
+    AppOptions,
     Auth,
     BatchesQuery,
     BatchItem,
@@ -261,6 +262,7 @@ ai = create_app(
     max_upload_bytes=2**30,
 )
 assert_type(ai, FlockAPI)
+assert_type(FlockAPI(flock, AppOptions(server_name="Typed", max_wait_s=5)).options, AppOptions)
 
 
 def lifespan(host: Starlette) -> AbstractAsyncContextManager[None]:

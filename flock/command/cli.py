@@ -40,7 +40,7 @@ from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, ending_of, table_format
 from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid
 from flock.web.auth import KEYS_VARIABLE, new_key, read_keys
-from flock.web.options import is_host_name
+from flock.web.options import AppOptions, is_host_name
 
 __all__ = ["Seconds", "load_flock", "main", "options_of"]
 
@@ -252,14 +252,6 @@ payload_dir_option = click.option(
 )
 @options_of(Limits)
 @click.option(
-    "--max-upload-bytes",
-    type=click.IntRange(1),
-    default=1024 * 1024 * 1024,
-    show_default=True,
-    metavar="N",
-    help="The longest body of CSV or NDJSON, unpacked, and file of --csv-dir; a longer one is refused with 413.",
-)
-@click.option(
     "--csv-dir",
     type=click.Path(exists=True, file_okay=False),
     metavar="DIR",
@@ -308,36 +300,7 @@ payload_dir_option = click.option(
     help="Let pages of this origin call the server from a browser; may be given many times.",
 )
 @options_of(ServerSettings)
-@click.option(
-    "--max-requests-per-minute",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Requests that each key may send, in each process; more are answered with 429.  [default: no limit]",
-)
-@click.option(
-    "--max-event-streams",
-    type=click.IntRange(1),
-    default=1000,
-    show_default=True,
-    metavar="N",
-    help="Event streams that each key may have open, in each process.",
-)
-@click.option(
-    "--max-uploads-per-principal",
-    type=click.IntRange(1),
-    default=8,
-    show_default=True,
-    metavar="N",
-    help="Bodies of CSV and NDJSON that each key may send at the same time, in each process.",
-)
-@click.option(
-    "--max-downloads-per-principal",
-    type=click.IntRange(1),
-    default=32,
-    show_default=True,
-    metavar="N",
-    help="Downloads of results, and pages over 64 KiB, that may be sent to each key at the same time, in each process.",
-)
+@options_of(AppOptions)
 @log_json_option
 @click.option(
     "--metrics/--no-metrics",
@@ -359,7 +322,9 @@ def serve(
     elif options["payload_dir"]:
         raise click.UsageError("--payload-dir goes with --temporal only: an SQLite file keeps what is long itself.")
     try:
-        settings = ServerSettings(limits=Limits(**_taken(options, Limits)), api_keys=_keys(api_keys_file), **options)
+        own, limits = _taken(options, ServerSettings), Limits(**_taken(options, Limits))
+        app = AppOptions(api_keys=_keys(api_keys_file), **options)
+        settings = ServerSettings(app=app, limits=limits, **own)
         if workers == 1:
             serve_flock(load(), settings)
         elif settings.store == MEMORY and not settings.temporal:

@@ -30,7 +30,6 @@ import msgspec
 import uvicorn
 import uvicorn.config
 import uvicorn.logging
-from starlette.routing import BaseRoute
 
 from flock.agents.checks import warn_of_problems
 from flock.agents.llm import ModelClient
@@ -42,7 +41,8 @@ from flock.limits import Limits
 from flock.options import Options, seconds, whole
 from flock.runs import Engine, one_line
 from flock.web.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
-from flockapi import FlockAPI, OnDisconnect, create_app
+from flock.web.options import AppOptions
+from flockapi import FlockAPI
 
 if TYPE_CHECKING:
     from flock.temporal import TemporalEngine
@@ -78,13 +78,11 @@ class ServerSettings(Options, frozen=True, kw_only=True):
 
     Attributes:
         limits: the bounds of the engine.
+        app: the options of ``create_app``, but for those that the server sets itself: ``engine``, ``auth`` and
+            ``allowed_hosts``.
         store, durability, expose_errors: see ``Store`` and ``EmbeddedEngine``.
         temporal: ``host:port`` of a Temporal cluster that keeps the runs in place of a store, for workers to carry out.
         payload_dir: a folder for what is too long for it; see ``TemporalEngine``.
-        server_name, create_ui, on_disconnect, metrics, api_keys, cors_origins, max_upload_bytes, csv_dir: see
-            ``create_app``.
-        max_requests_per_minute, max_event_streams, max_uploads_per_principal, max_downloads_per_principal: see
-            ``create_app``.
         allow_anonymous: make no key if none is named and others can connect, and let ``Host`` say anything.
         allowed_hosts: names that ``Host`` may say beside those of this machine, if a proxy forwards them; others are
             answered with 421. This, and each of the next two, says that others can connect, so a key is needed.
@@ -99,16 +97,12 @@ class ServerSettings(Options, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 8344
+    app: AppOptions = AppOptions()
     limits: Limits = Limits()
-    server_name: str = "Flock Server"
-    create_ui: bool = False
     temporal: str | None = None
     payload_dir: str | None = None
     store: str = "flock.db"
     durability: Durability = "power"
-    max_upload_bytes: int = 1024 * 1024 * 1024
-    csv_dir: str | None = None
-    on_disconnect: OnDisconnect = "cancel"
     #: How long runs may continue when the server is told to stop. After that, asynchronous ones are left for the next
     #: start, and the others end as interrupted.
     drain_timeout_s: Annotated[
@@ -116,12 +110,10 @@ class ServerSettings(Options, frozen=True, kw_only=True):
         seconds("How long runs that somebody waits for may go on when the server is told to stop.", may_be_0=True),
     ] = 20
     expose_errors: bool = False
-    api_keys: Mapping[str, str] | None = None
     allow_anonymous: bool = False
     allowed_hosts: Sequence[str] = ()
     root_path: str = ""
     forwarded_allow_ips: str | None = None
-    cors_origins: Sequence[str] = ()
     #: More at a time are answered with 503; connections that were admitted before continue.
     max_connections: Annotated[
         int,
@@ -131,12 +123,7 @@ class ServerSettings(Options, frozen=True, kw_only=True):
     write_timeout_s: Annotated[
         float, seconds("A client that reads nothing of its answer for so long loses its connection.")
     ] = 30
-    max_requests_per_minute: int | None = None
-    max_event_streams: int = 1000
-    max_uploads_per_principal: int = 8
-    max_downloads_per_principal: int = 32
     log_json: bool = False
-    metrics: bool | None = None
 
 
 class WorkerSettings(Options, frozen=True, kw_only=True):
@@ -158,15 +145,15 @@ class WorkerSettings(Options, frozen=True, kw_only=True):
     log_json: bool = False
 
 
-def serve_flock(flock: DeclaredFlock, settings: ServerSettings, *, routes: Sequence[BaseRoute] = ()) -> None:
-    """Serve *flock*, and *routes* of its owner, until SIGINT or SIGTERM.
+def serve_flock(flock: DeclaredFlock, settings: ServerSettings) -> None:
+    """Serve *flock* until SIGINT or SIGTERM.
 
     It sets up logging, as only the program's owner should.
 
     Raises: StoreError where the store cannot be used.
     """
     settings = _closed(settings)
-    config = _config(_app(flock, settings, routes), settings)
+    config = _config(_app(flock, settings), settings)
     anyio.run(_open_once, flock, settings)
     _say_what_is_served(flock, settings)
     _serve(config, settings)
@@ -298,9 +285,9 @@ def _stop_with_parent() -> None:
 
 def _closed(settings: ServerSettings) -> ServerSettings:
     """*settings* with the keys that are named, or with one that is made and printed where others can connect."""
-    if settings.api_keys is None:
-        settings = msgspec.structs.replace(settings, api_keys=keys_of_environment())
-    if settings.api_keys is not None or settings.allow_anonymous or _is_private(settings):
+    if settings.app.api_keys is None:
+        settings = _with_keys(settings, keys_of_environment())
+    if settings.app.api_keys is not None or settings.allow_anonymous or _is_private(settings):
         return settings
     key = new_key()
     print(
@@ -311,12 +298,16 @@ def _closed(settings: ServerSettings) -> ServerSettings:
         file=sys.stderr,
         flush=True,
     )
-    return msgspec.structs.replace(settings, api_keys={f"owner{ADMIN}": key})
+    return _with_keys(settings, {f"owner{ADMIN}": key})
+
+
+def _with_keys(settings: ServerSettings, api_keys: Mapping[str, str] | None) -> ServerSettings:
+    return msgspec.structs.replace(settings, app=msgspec.structs.replace(settings.app, api_keys=api_keys))
 
 
 def _names(settings: ServerSettings) -> Collection[str] | None:
     """What ``Host`` may say: if no key is needed, a foreign page must not get here by a name that leads here."""
-    is_open = settings.api_keys is None and not settings.allow_anonymous
+    is_open = settings.app.api_keys is None and not settings.allow_anonymous
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return {*LOOPBACK, host, *settings.allowed_hosts} if is_open or settings.allowed_hosts else None
 
@@ -334,27 +325,15 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _app(flock: DeclaredFlock, settings: ServerSettings, routes: Sequence[BaseRoute] = ()) -> FlockAPI:
+def _app(flock: DeclaredFlock, settings: ServerSettings) -> FlockAPI:
     engine = _temporal_engine(flock, settings) if settings.temporal else _embedded_engine(flock, settings)
-    return create_app(
-        flock,
-        server_name=settings.server_name,
-        create_ui=settings.create_ui,
+    options = msgspec.structs.replace(
+        settings.app,
         engine=engine,
-        max_upload_bytes=settings.max_upload_bytes,
-        csv_dir=settings.csv_dir,
-        on_disconnect=settings.on_disconnect,
-        routes=routes,
-        metrics=settings.metrics,
-        api_keys=settings.api_keys,
-        auth="anybody" if settings.api_keys is None else None,  # what holds without keys is logged at the start
+        auth="anybody" if settings.app.api_keys is None else None,  # what holds without keys is logged at the start
         allowed_hosts=_names(settings),
-        cors_origins=settings.cors_origins,
-        max_requests_per_minute=settings.max_requests_per_minute,
-        max_event_streams=settings.max_event_streams,
-        max_uploads_per_principal=settings.max_uploads_per_principal,
-        max_downloads_per_principal=settings.max_downloads_per_principal,
     )
+    return FlockAPI(flock, options)
 
 
 def _embedded_engine(flock: DeclaredFlock, settings: ServerSettings) -> Engine:
@@ -456,17 +435,17 @@ async def _open_once(flock: DeclaredFlock, settings: ServerSettings) -> None:
 
 
 def _say_what_is_served(flock: DeclaredFlock, settings: ServerSettings) -> None:
-    if settings.api_keys is None and not _is_private(settings):
+    if settings.app.api_keys is None and not _is_private(settings):
         logger.warning("Listening on %s without a key: whoever reaches this port can run these agents.", settings.host)
-    elif settings.api_keys is None:
+    elif settings.app.api_keys is None:
         logger.info("Programs on this machine need no key. Set %s to demand one.", KEYS_VARIABLE)
     if not flock.agents:
         logger.warning("This flock has no agents yet: add one with flock.add_agent(...).")
     kept = "in memory only" if settings.store == MEMORY else f"in {Path(settings.store).resolve()}"
     kept = f"on the Temporal cluster at {settings.temporal}" if settings.temporal else kept
     agents = ", ".join(flock.agents) or "no agents"
-    pages = "UI: /ui. Docs: /docs and /redoc" if settings.create_ui else "Docs: /docs and /redoc"
-    logger.info("%s serves %s. %s. Runs are kept %s.", settings.server_name, agents, pages, kept)
+    pages = "UI: /ui. Docs: /docs and /redoc" if settings.app.create_ui else "Docs: /docs and /redoc"
+    logger.info("%s serves %s. %s. Runs are kept %s.", settings.app.server_name, agents, pages, kept)
 
 
 def settle_memory() -> None:
