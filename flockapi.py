@@ -34,7 +34,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match, Mount, Route
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flock.agents.agent import Agent
@@ -48,7 +48,6 @@ from flock.errors import (
     DefinitionError,
     FieldError,
     FlockError,
-    Forbidden,
     InvalidData,
     NotFound,
     Replayed,
@@ -78,7 +77,7 @@ from flock.runs import (
 from flock.web.auth import KeyRing, OwnEngine, Places, Rate
 from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
-from flock.web.door import CORS, Auth, Door, Found, by_key, caller_of, principal_of
+from flock.web.door import CORS, AppRoute, Auth, Door, Found, OpenMount, by_key, caller_of, principal_of
 from flock.web.life import life_of
 from flock.web.negotiation import preferences, preferred
 from flock.web.options import AppOptions, OnDisconnect
@@ -801,9 +800,6 @@ async def metrics(request: Request) -> Response:
     app, queue = app_of(request), None
     if app.metrics is None:
         raise HTTPException(404, f"This server keeps no metrics. It does with: {pip_install('prometheus-client')}")
-    principal = principal_of(request)
-    if principal is not None and not principal.admin:
-        raise Forbidden(f"Metrics tell of everybody's runs, and {principal.name!r} is no admin.")
     with contextlib.suppress(FlockError):
         queue = await (await engine_of(request)).queue()
     return Response(app.metrics.page(queue), media_type=app.metrics.media_type)
@@ -829,35 +825,28 @@ async def no_ui(scope: Scope, receive: Receive, send: Send) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-ROUTES: Sequence[Route | Mount] = [
-    Route("/run/flock", run_flock, methods=["POST"]),
-    Route("/run/batch", run_batch, methods=["POST"]),
-    Route("/runs", list_runs),
-    Route("/run/{run_id}", one_run, methods=["GET", "DELETE"]),
-    Route("/run/{run_id}/cancel", cancel_run, methods=["POST"]),
-    Route("/run/{run_id}/retry", retry_run, methods=["POST"]),
-    Route("/run/{run_id}/events", run_events),
-    Route("/batches", list_batches),
-    Route("/batch/{batch_id}", one_batch, methods=["GET", "DELETE"]),
-    Route("/batch/{batch_id}/results", batch_results),
-    Route("/batch/{batch_id}/events", batch_events),
-    Route("/batch/{batch_id}/cancel", cancel_batch, methods=["POST"]),
-    Route("/batch/{batch_id}/retry", retry_batch, methods=["POST"]),
-    Route("/agents", list_agents),
-    Route("/agents/{name}", get_agent),
-    Route("/healthz", healthz),
-    Route("/readyz", readyz),
-    Route("/metrics", metrics),
-    *SPECIFICATION,
-    *DOCS,
-]
-
-#: The routes that need no key. No other is open, whatever its path.
-OPEN: Sequence[Route | Mount] = [
-    *DOCS,
-    *UI,
-    *SPECIFICATION,
-    *(route for route in ROUTES if route.path in ("/healthz", "/readyz")),
+#: What each route needs, the methods that it takes, its path, and its handler.
+ROUTES: Sequence[AppRoute | OpenMount] = [
+    AppRoute("access", "POST", "/run/flock", run_flock),
+    AppRoute("access", "POST", "/run/batch", run_batch),
+    AppRoute("access", "GET", "/runs", list_runs),
+    AppRoute("access", "GET DELETE", "/run/{run_id}", one_run),
+    AppRoute("access", "POST", "/run/{run_id}/cancel", cancel_run),
+    AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
+    AppRoute("access", "GET", "/run/{run_id}/events", run_events),
+    AppRoute("access", "GET", "/batches", list_batches),
+    AppRoute("access", "GET DELETE", "/batch/{batch_id}", one_batch),
+    AppRoute("access", "GET", "/batch/{batch_id}/results", batch_results),
+    AppRoute("access", "GET", "/batch/{batch_id}/events", batch_events),
+    AppRoute("access", "POST", "/batch/{batch_id}/cancel", cancel_batch),
+    AppRoute("access", "POST", "/batch/{batch_id}/retry", retry_batch),
+    AppRoute("access", "GET", "/agents", list_agents),
+    AppRoute("access", "GET", "/agents/{name}", get_agent),
+    AppRoute("nothing", "GET", "/healthz", healthz),
+    AppRoute("nothing", "GET", "/readyz", readyz),
+    AppRoute("admin", "GET", "/metrics", metrics),
+    *SPECIFICATION,  # nothing
+    *DOCS,  # nothing
 ]
 
 FLOCK = Option(is_valid=lambda value: hasattr(value, "shared_engine"), words="a Flock")
@@ -898,7 +887,6 @@ class FlockAPI(Starlette):
         per_minute = options.max_requests_per_minute
         self.router = Door(
             [*options.routes, *(ROUTES if options.docs else ROUTES[: -len(DOCS)]), *(UI if options.create_ui else ())],
-            open_routes=OPEN,
             auth=_auth_of(options),
             is_anonymous=options.api_keys is None and options.auth in (None, "anybody"),
             hosts=options.allowed_hosts,

@@ -3,20 +3,20 @@
 import inspect
 import ipaddress
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
-from starlette.routing import BaseRoute, Match, Router
+from starlette.routing import BaseRoute, Match, Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
-from flock.errors import FlockError, Unauthenticated
+from flock.errors import FlockError, Forbidden, Unauthenticated
 from flock.runs import Principal
 from flock.web.auth import Caller, KeyRing, Rate, check_host, check_origin
 
-__all__ = ["CORS", "Auth", "Door", "Found", "by_key", "caller_of", "principal_of"]
+__all__ = ["CORS", "AppRoute", "Auth", "Door", "Found", "Needs", "OpenMount", "by_key", "caller_of", "principal_of"]
 
 #: Says who asks, or None where nobody may know; it reads headers, a session, a certificate, and never the body.
 Auth = Callable[[HTTPConnection], Awaitable[Principal | None] | Principal | None]
@@ -41,6 +41,25 @@ FROM_PAGES = (b"origin", b"sec-fetch-site")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
+#: What a route needs of a request: nothing, to be admitted by ``auth``, or that the principal is an admin, if there is
+#: one.
+Needs = Literal["nothing", "access", "admin"]
+
+
+class AppRoute(Route):
+    """A route that declares what it needs. A route of Starlette's own needs access."""
+
+    def __init__(self, needs: Needs, methods: str, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, methods=methods.split(), **options)
+        self.needs = needs
+
+
+class OpenMount(Mount):
+    """A mount that needs nothing."""
+
+    needs: Needs = "nothing"
+
+
 class Found(msgspec.Struct):
     """What the door learned about a request; one object, so that middleware which copies the scope does not hide it.
 
@@ -57,11 +76,10 @@ class Door(Router):
     """A router that admits a request to the route that answers it, and to no other.
 
     It finds the route once, as Starlette does: the first that matches path and method, otherwise the first that matches
-    the path. Only *open_routes* answer without authentication; all others need it, also those that a host adds later,
-    and so do unknown paths.
+    the path. Only a route that declares that it needs nothing answers without authentication, and is not counted
+    against *rate*. All others need it, also those that a host adds later, and so do unknown paths.
 
     Args:
-        open_routes: these very objects are open to everybody, and not counted against *rate*.
         auth: identifies principals; None lets everybody in.
         is_anonymous: nobody is identified, here or by a host. So what is not open is kept from pages of other origins,
             also if it changes nothing: a page could make the browser of somebody who can connect ask for it.
@@ -75,7 +93,6 @@ class Door(Router):
         self,
         routes: Sequence[BaseRoute],
         *,
-        open_routes: Sequence[BaseRoute],
         auth: Auth | None,
         is_anonymous: bool,
         hosts: Collection[str] | None,
@@ -85,7 +102,6 @@ class Door(Router):
         **options: Any,
     ) -> None:
         super().__init__(routes, redirect_slashes=False, **options)  # to an address that ``Host`` names
-        self._open_routes = open_routes
         self._auth = auth
         self._is_anonymous = is_anonymous
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
@@ -100,11 +116,11 @@ class Door(Router):
         route, child_scope = self._match(scope)
         found: Found = scope.setdefault("flock.found", Found())
         found.route = route
-        is_open = any(route is open_route for open_route in self._open_routes)
+        needs: Needs = getattr(route, "needs", "access")
         try:
-            self._check_headers(scope, is_kept=self._is_anonymous and route is not None and not is_open)
-            if not is_open:
-                await self._admit(scope, found)
+            self._check_headers(scope, is_kept=self._is_anonymous and route is not None and needs != "nothing")
+            if needs != "nothing":
+                await self._admit(scope, found, needs)
         except (HTTPException, FlockError) as exc:
             if scope["type"] == "websocket":
                 raise WebSocketException(1008) from exc  # RFC 6455, 7.4.1: policy violation
@@ -142,12 +158,15 @@ class Door(Router):
         if is_from_page and (is_kept or scope.get("method") not in SAFE_METHODS):
             check_origin(headers, self._origins)
 
-    async def _admit(self, scope: Scope, found: Found) -> None:
+    async def _admit(self, scope: Scope, found: Found, needs: Needs) -> None:
         connection = HTTPConnection(scope)
         if self._auth is not None:
             scope["flock.principal"] = await _identify(connection, self._auth)
         if self._rate is not None:
             found.headers = self._rate.take(principal_of(connection))
+        principal = principal_of(connection)
+        if needs == "admin" and principal is not None and not principal.admin:
+            raise Forbidden(f"{scope['path']} shows what belongs to everybody, and {principal.name!r} is not an admin.")
 
 
 async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:

@@ -6,10 +6,10 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from flock.web.contract import PAGE_HEADERS, STATIC
+from flock.web.door import AppRoute, OpenMount
 from flock.web.requests import root_path
 from flock.web.ui import takes_gzip
 
@@ -63,19 +63,19 @@ class _Static(StaticFiles):
         return response
 
 
-SPECIFICATION: Sequence[Route] = [
-    Route("/openapi.yaml", openapi_yaml),
-    Route("/openapi.json", openapi_json),
+SPECIFICATION: Sequence[AppRoute] = [
+    AppRoute("nothing", "GET", "/openapi.yaml", openapi_yaml),
+    AppRoute("nothing", "GET", "/openapi.json", openapi_json),
 ]
-DOCS: Sequence[Route | Mount] = [
-    Route("/docs", docs, include_in_schema=False),
-    Route("/redoc", redoc, include_in_schema=False),
-    Mount("/static", _Static(directory=STATIC)),
+DOCS: Sequence[AppRoute | OpenMount] = [
+    AppRoute("nothing", "GET", "/docs", docs, include_in_schema=False),
+    AppRoute("nothing", "GET", "/redoc", redoc, include_in_schema=False),
+    OpenMount("/static", _Static(directory=STATIC)),
 ]
 
 #: With ``create_ui``.
-UI: Sequence[Route] = [
-    Route("/", to_ui, include_in_schema=False),
-    Route("/ui", ui, include_in_schema=False),
-    Route("/ui/{file}", ui, include_in_schema=False),
+UI: Sequence[AppRoute] = [
+    AppRoute("nothing", "GET", "/", to_ui, include_in_schema=False),
+    AppRoute("nothing", "GET", "/ui", ui, include_in_schema=False),
+    AppRoute("nothing", "GET", "/ui/{file}", ui, include_in_schema=False),
 ]
