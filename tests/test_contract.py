@@ -108,6 +108,16 @@ def test_every_route_is_in_it_and_every_path_is_a_route() -> None:
     assert routed == {(method, path) for method, path, _ in operations()}
 
 
+def test_a_route_needs_what_the_document_says() -> None:
+    """A route is open if its operation has no security; only the metrics need an admin."""
+    needs = {route.path: route.needs for route in ROUTES}
+    described = {path: operation.get("security", SPEC["security"]) for _, path, operation in operations()}
+    assert {path for path in described if needs[path] == "nothing"} == {
+        path for path in described if not described[path]
+    }
+    assert [path for path in needs if needs[path] == "admin"] == ["/metrics"]
+
+
 def test_only_the_docs_pages_are_left_out() -> None:
     hidden = {route.path for route in ROUTES if isinstance(route, Route) and not route.include_in_schema}
     assert hidden == {"/docs", "/redoc"}
