@@ -12,15 +12,13 @@ tests hold the two together.
 
 import contextlib
 import functools
-import hashlib
 import logging
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlencode
 from uuid import UUID
@@ -34,39 +32,30 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flock.agents.agent import Agent
 from flock.agents.checks import warn_of_problems
-from flock.agents.workflow import columns_of, result_names
+from flock.agents.workflow import columns_of
 from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import (
-    AgentNotFound,
     Conflict,
     DefinitionError,
-    FieldError,
     FlockError,
-    InvalidData,
     NotFound,
     Replayed,
     StoreError,
 )
 from flock.extras import pip_install
 from flock.options import Option, check, replaced
-from flock.rows.dialect import CSVDialect
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
-from flock.rows.tables import EXPANSION, Fill, csv_rows, json_rows, ndjson_rows, read_file
 from flock.runs import (
     LONG_BYTES,
     Batch,
     BatchFilter,
-    BatchOptions,
     Engine,
     Event,
-    IdempotencyKey,
-    Items,
     LongJSON,
     Page,
     Run,
@@ -75,30 +64,40 @@ from flock.runs import (
     events_of,
 )
 from flock.web.auth import KeyRing, OwnEngine, Places, Rate
+from flock.web.batches import BATCH_TYPES, agent_of, batch_options, options_in_body, rows_of
 from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
 from flock.web.door import CORS, AppRoute, Auth, Door, Found, OpenMount, by_key, caller_of, principal_of
 from flock.web.life import life_of
 from flock.web.negotiation import preferences, preferred
 from flock.web.options import AppOptions, OnDisconnect
-from flock.web.pages import DOCS, SPECIFICATION, UI
+from flock.web.pages import DOCS, SPECIFICATION, UI, no_ui
 from flock.web.problems import on_error
-from flock.web.requests import path_of, request_id_for, request_id_of, root_path
+from flock.web.requests import (
+    fingerprint_of,
+    idempotency_key,
+    last_event_of,
+    path_of,
+    query_of,
+    request_id_for,
+    request_id_of,
+    root_path,
+    traceparent_of,
+    while_connected,
+)
 from flock.web.responses import (
     EventStream,
     HeldStream,
     JSONResponse,
     LongResponse,
     PageResponse,
+    add_headers,
     cut_message,
-    event_parts,
+    event_text,
     head_of_stream,
-    kept,
-    pieces,
 )
 from flock.web.ui import ui_files
 from flock.web.wire import (
-    BATCH_REQUEST,
     BATCH_RETRY,
     MAX_PAGE,
     RUN_REQUEST,
@@ -126,7 +125,6 @@ from flock.web.wire import (
     UploadQuery,
     WaitQuery,
     batch_request_from,
-    query_from,
     shown_as,
 )
 
@@ -177,9 +175,6 @@ Query = TypeVar("Query", bound=msgspec.Struct)
 #: How long a synchronous run may take before its connection is watched, in seconds.
 PATIENCE_S = 0.1
 
-#: When the reader of an event stream that was cut should come back, in milliseconds.
-RECONNECT_MS = 1000
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes in
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,89 +189,9 @@ async def read_json(request: Request, default: bytes | None = None) -> bytes:
     )
 
 
-#: What the body of ``POST /run/batch`` may be.
-BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
-
-
-def options_in_body(request: Request, sent: bytes) -> FlockBatchRequest:
-    """What a JSON body says. Raises InvalidData, also where the query says something, which nobody would heed.
-
-    Clients that are generated from the specification send its defaults.
-    """
-    if query_of(request, UploadQuery, agent_name="") != UploadQuery(agent_name=""):
-        detail = "A JSON body says itself how it is meant; the query does so for text/csv and application/x-ndjson."
-        raise InvalidData([FieldError(detail=detail, pointer="")])
-    return BATCH_REQUEST.decode(sent)
-
-
-def rows_of(request: Request, media_type: str, wanted: FlockBatchRequest, body: Body) -> Items:
-    """The rows of a batch, none of which is read yet. Raises InvalidData, AgentNotFound; reading them raises more."""
-    app, chunks = app_of(request), body.upload()
-
-    def max_static_bytes() -> int:
-        return EXPANSION * max(app.options.max_body_bytes, body.received_bytes)
-
-    fill = Fill(
-        agent_of(request, wanted.agent_name).input,
-        wanted.static_inputs,
-        wanted.input_mapping,
-        max_static_bytes,
-        on_extra=wanted.on_extra,
-        result_names=result_names(wanted.agent_name, app.flock.agents),
-    )
-    limits = {"max_row_bytes": app.options.max_body_bytes, "max_depth": app.options.max_json_depth}
-    if media_type == "application/x-ndjson":
-        return ndjson_rows(chunks, fill, **limits)
-    if media_type == "application/json":
-        if not isinstance(wanted.batch_inputs, str):
-            return json_rows(wanted.batch_inputs, fill)
-        if app.options.csv_dir is None:
-            detail = (
-                "Send the rows themselves: a list of objects here, or the file as a body of text/csv. No file of the "
-                "server is read on a client's word, unless its owner names a folder for them (csv_dir=, --csv-dir)."
-            )
-            raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
-        chunks = read_file(Path(app.options.csv_dir), wanted.batch_inputs, app.options.max_upload_bytes)
-    try:
-        dialect = CSVDialect(delimiter=wanted.delimiter, decimal=wanted.decimal, encoding=wanted.encoding)
-    except DefinitionError as exc:
-        raise InvalidData([FieldError(detail=str(exc), pointer="")]) from exc
-    # A file below csv_dir is not what the client sent, so its names are not measured by that.
-    return csv_rows(chunks, fill, dialect, **limits, are_names_counted=media_type == "text/csv")
-
-
-def query_of(request: Request, type_: type[Query], **absent: Any) -> Query:
-    """The query as a struct, with what is *absent* if it is not sent. Raises InvalidData, which names the parameter."""
-    return query_from(request.query_params.multi_items(), type_, **absent)
-
-
 def wait_of(request: Request, query: WaitQuery | BatchQuery | None = None) -> int:
     """How many seconds to wait: what is asked for, up to what the app allows. Raises InvalidData."""
     return min((query or query_of(request, WaitQuery)).wait, app_of(request).options.max_wait_s)
-
-
-def traceparent_of(request: Request) -> str | None:
-    """The trace that the request is part of; two of them are none."""
-    sent = request.headers.getlist("traceparent")
-    return sent[0] if len(sent) == 1 else None
-
-
-def idempotency_key(request: Request, fingerprint: bytes | Callable[[], bytes]) -> IdempotencyKey | None:
-    """The key of the request, if it has one: a string of structured fields, or the same without its quotes.
-
-    Raises HTTPException 400 where it is neither.
-    """
-    sent = request.headers.get("idempotency-key")
-    if sent is None:
-        return None
-    key = re.fullmatch(r'"?([\x21\x23-\x7e]{1,255})"?', sent)
-    if key is None:
-        raise HTTPException(400, "An Idempotency-Key has 1 to 255 visible ASCII characters, as a UUID has.")
-    return IdempotencyKey(key[1], fingerprint)
-
-
-def fingerprint_of(request: Request, body: bytes) -> bytes:
-    return hashlib.sha256(request.scope["endpoint"].__name__.encode() + b" " + body).digest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,36 +258,12 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
         with app.event_streams.take(caller_of(request)), counted:
             yield
 
-    async def stream() -> AsyncGenerator[bytes, None]:
-        is_event_whole = True
-        try:
-            async for event in events:
-                is_event_whole = False
-                parts = event_parts(event)
-                with kept(parts):
-                    async for piece in pieces(parts):
-                        yield piece
-                is_event_whole = True
-        except FlockError as exc:
-            logger.warning("request %s: its event stream is cut: %s", request_id_of(request), exc)
-        if engine.is_leaving and is_event_whole:  # an empty line would make an event of what was sent of the last one
-            yield b"retry: %d\n\n" % RECONNECT_MS
-
-    return EventStream(stream(), place(), headers)
+    return EventStream(event_text(events, engine, request_id_of(request)), place(), headers)
 
 
 def download_place(request: Request) -> AbstractContextManager[None]:
     """What is held while a long page or a download is sent. Raises TooManyRequests when it is entered."""
     return app_of(request).downloads.take(caller_of(request))
-
-
-def last_event_of(request: Request) -> int:
-    """The id of the last event that a reader knows. A browser that connects again sends the query as it was, too.
-
-    Raises InvalidData, whether or not the query is what counts.
-    """
-    last_id, query = request.headers.get("last-event-id", ""), query_of(request, EventsQuery)
-    return int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query.after
 
 
 def batch_response(
@@ -422,14 +313,6 @@ def app_of(request: Request) -> "FlockAPI":
     return app
 
 
-def agent_of(request: Request, name: str) -> Agent:
-    """Raises AgentNotFound."""
-    agents = app_of(request).flock.agents
-    if name not in agents:
-        raise AgentNotFound(name, list(agents))
-    return agents[name]
-
-
 async def engine_of(request: Request) -> Engine:
     """The engine as the caller may see it. It is opened now if nobody ran the app's lifespan."""
     engine = app_of(request).engine
@@ -462,7 +345,7 @@ async def run_flock(request: Request) -> Response:
             wait_s = min(int(prefer["wait"]), app_of(request).options.max_wait_s)
             waiting = (await engine_of(request)).wait(run.run_id, wait_s)
             del run
-            run = await _while_connected(request, waiting)
+            run = await while_connected(request, waiting)
             applied += f", wait={wait_s}"
         headers = {**headers, "Preference-Applied": applied}
     return run_response(request, run, 200 if run.status.is_final else 202, headers)
@@ -514,7 +397,7 @@ async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
         if run.status.is_final:
             return run
         del run  # its inputs may be long, and so may the wait
-        return await _while_connected(request, app.engine.wait(run_id))
+        return await while_connected(request, app.engine.wait(run_id))
     except StoreError as exc:
         path = f"{root_path(request.scope)}/run/{run_id}"
         raise StoreError(f"{exc} The run was accepted and is not cancelled: GET {path} shows how it ends.") from exc
@@ -523,29 +406,6 @@ async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
             with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
                 await app.engine.cancel_run(run_id)
         raise
-
-
-async def _while_connected(request: Request, waiting: Awaitable[T]) -> T:
-    """What *waiting* returns. If the client disconnects first, *waiting* is cancelled.
-
-    Raises: what *waiting* raises; HTTPException 400 if the client disconnects, which nobody reads.
-    """
-    failure: Exception = HTTPException(400, "The client disconnected before it was answered.")
-
-    async def watch_connection() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        tasks.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watch_connection)
-        try:
-            return await waiting
-        except Exception as exc:  # the group would wrap it
-            failure = exc
-        finally:
-            tasks.cancel_scope.cancel()
-    raise failure
 
 
 async def run_batch(request: Request) -> Response:
@@ -572,7 +432,7 @@ async def run_batch(request: Request) -> Response:
         with place:
             batch = await engine.submit_batch(
                 wanted.agent_name,
-                rows_of(request, media_type, wanted, body),
+                rows_of(app.flock.agents, app.options, media_type, wanted, body),
                 batch_options(wanted),
                 on_invalid=wanted.on_invalid,
                 request_id=request_id_of(request),
@@ -585,20 +445,6 @@ async def run_batch(request: Request) -> Response:
         await body.drain()
         raise
     return batch_response(request, batch, [], 202, headers)
-
-
-def batch_options(wanted: FlockBatchRequest) -> BatchOptions:
-    """Raises InvalidData."""
-    if wanted.write_to_csv is not None:
-        detail = "No file of the server is written on a client's word. Leave it out, and read the results over HTTP."
-        raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])
-    return BatchOptions(
-        max_workers=wanted.max_workers,
-        parallel=wanted.parallel,
-        return_errors=wanted.return_errors,
-        box_results=wanted.box_results,
-        timeout_s=wanted.timeout_s,
-    )
 
 
 async def list_runs(request: Request) -> Response:
@@ -635,7 +481,7 @@ async def one_run(request: Request) -> Response:
 async def get_run(request: Request) -> Response:
     engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
     if wait_s:
-        return run_response(request, await _while_connected(request, engine.wait(run_id, wait_s)))
+        return run_response(request, await while_connected(request, engine.wait(run_id, wait_s)))
     return run_response(request, await engine.get_run(run_id))
 
 
@@ -644,7 +490,7 @@ async def cancel_run(request: Request) -> Response:
     engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
     run = await engine.cancel_run(run_id)
     if wait_s and not run.status.is_final:
-        await _while_connected(request, engine.wait(run_id, wait_s))
+        await while_connected(request, engine.wait(run_id, wait_s))
         run = await engine.cancel_run(run_id)  # says so if it ended otherwise
     return run_response(request, run, 200 if run.status.is_final else 202)
 
@@ -689,7 +535,7 @@ async def get_batch(request: Request) -> Response:
     wanted = query_of(request, BatchQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     if wait_s := wait_of(request, wanted):
-        await _while_connected(request, engine.wait_batch(batch_id, wait_s))
+        await while_connected(request, engine.wait_batch(batch_id, wait_s))
     # The results first: then the counts are never behind them.
     items = await engine.get_items(batch_id, after=wanted.after, limit=wanted.limit) if wanted.results else None
     return batch_response(request, await engine.get_batch(batch_id), items, limit=wanted.limit)
@@ -730,7 +576,7 @@ async def cancel_batch(request: Request) -> Response:
     engine, batch_id, wait_s = await engine_of(request), request.path_params["batch_id"], wait_of(request)
     batch = await engine.cancel_batch(batch_id)
     if wait_s and not batch.status.is_final:
-        await _while_connected(request, engine.wait_batch(batch_id, wait_s))
+        await while_connected(request, engine.wait_batch(batch_id, wait_s))
         batch = await engine.cancel_batch(batch_id)  # says so if it ended otherwise
     return batch_response(request, batch, [], 200 if batch.status.is_final else 202)
 
@@ -759,7 +605,7 @@ async def list_agents(request: Request) -> Response:
 
 async def get_agent(request: Request) -> Response:
     """GET /agents/{name}"""
-    agent = agent_of(request, request.path_params["name"])
+    agent = agent_of(app_of(request).flock.agents, request.path_params["name"])
     return JSONResponse(
         shown_as(
             AgentDetail,
@@ -803,21 +649,6 @@ async def metrics(request: Request) -> Response:
     with contextlib.suppress(FlockError):
         queue = await (await engine_of(request)).queue()
     return Response(app.metrics.page(queue), media_type=app.metrics.media_type)
-
-
-async def no_ui(scope: Scope, receive: Receive, send: Send) -> None:
-    """What no route matches: people who look for a page read where one is. Raises HTTPException 404."""
-    app: FlockAPI = scope["app"]
-    bare = {**scope, "path": scope["path"].rstrip("/")}
-    is_http, has_slash = scope["type"] == "http", bare["path"] != scope["path"]
-    if is_http and has_slash and any(route.matches(bare)[0] is not Match.NONE for route in app.routes):
-        path = root_path(scope) + path_of(bare).removeprefix(root_path(scope))
-        raise HTTPException(404, f"Paths of this server have no slash at the end. Ask for {path}")
-    if is_http and bare["path"].removeprefix(root_path(scope)) in ("", "/ui"):
-        docs = f"The API is described at {root_path(scope)}/docs. " if app.options.docs else ""
-        detail = f"This server has no web page. {docs}It serves one at /ui if started with --ui (create_ui=True)."
-        raise HTTPException(404, detail)
-    await app.router.not_found(scope, receive, send)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -954,14 +785,7 @@ class FlockAPI(Starlette):
             nonlocal status_code
             if message["type"] == "http.response.start":
                 status_code = message["status"]
-                sent = {name.lower() for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-                if b"x-content-type-options" not in sent:
-                    message["headers"].append((b"x-content-type-options", b"nosniff"))
-                if b"cache-control" not in sent and b"etag" not in sent:  # an ETag is there for caches
-                    message["headers"].append((b"cache-control", b"no-store"))
-                for name, value in found.headers.items():
-                    message["headers"].append((name.encode(), value.encode()))
+                add_headers(message, request_id, found.headers)
             for part in cut_message(message):
                 await send(part)
 

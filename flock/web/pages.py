@@ -6,14 +6,16 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from flock.web.contract import PAGE_HEADERS, STATIC
 from flock.web.door import AppRoute, OpenMount
-from flock.web.requests import root_path
+from flock.web.requests import path_of, root_path
 from flock.web.ui import takes_gzip
 
-__all__ = ["DOCS", "SPECIFICATION", "UI", "docs", "openapi_json", "openapi_yaml", "redoc", "to_ui", "ui"]
+__all__ = ["DOCS", "SPECIFICATION", "UI", "docs", "no_ui", "openapi_json", "openapi_yaml", "redoc", "to_ui", "ui"]
 
 
 async def openapi_yaml(request: Request) -> Response:
@@ -52,6 +54,21 @@ async def ui(request: Request) -> Response:
 async def to_ui(request: Request) -> Response:
     """GET /"""
     return RedirectResponse(f"{root_path(request.scope)}/ui")
+
+
+async def no_ui(scope: Scope, receive: Receive, send: Send) -> None:
+    """What no route matches: people who look for a page read where one is. Raises HTTPException 404."""
+    app = scope["app"]
+    bare = {**scope, "path": scope["path"].rstrip("/")}
+    is_http, has_slash = scope["type"] == "http", bare["path"] != scope["path"]
+    if is_http and has_slash and any(route.matches(bare)[0] is not Match.NONE for route in app.routes):
+        path = root_path(scope) + path_of(bare).removeprefix(root_path(scope))
+        raise HTTPException(404, f"Paths of this server have no slash at the end. Ask for {path}")
+    if is_http and bare["path"].removeprefix(root_path(scope)) in ("", "/ui"):
+        docs = f"The API is described at {root_path(scope)}/docs. " if app.options.docs else ""
+        detail = f"This server has no web page. {docs}It serves one at /ui if started with --ui (create_ui=True)."
+        raise HTTPException(404, detail)
+    await app.router.not_found(scope, receive, send)
 
 
 class _Static(StaticFiles):

@@ -10,7 +10,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from flock.errors import FlockError
-from flock.runs import Event, LongJSON
+from flock.runs import Engine, Event, LongJSON
 
 __all__ = [
     "PIECE_BYTES",
@@ -19,8 +19,10 @@ __all__ = [
     "JSONResponse",
     "LongResponse",
     "PageResponse",
+    "add_headers",
     "cut_message",
     "event_parts",
+    "event_text",
     "head_of_stream",
     "kept",
     "long_parts",
@@ -33,6 +35,10 @@ logger = logging.getLogger("flock.api")
 PIECE_BYTES = 64 * 1024
 
 
+#: When the reader of an event stream that was cut should connect again, in milliseconds.
+RECONNECT_MS = 1000
+
+
 class JSONResponse(Response):
     """A struct as JSON. A newline ends it, so that a shell's prompt starts on its own line."""
 
@@ -40,6 +46,17 @@ class JSONResponse(Response):
 
     def render(self, content: Any) -> bytes:
         return msgspec.json.encode(content) + b"\n"
+
+
+def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> None:
+    """Give the start of a response its id, *more* headers, and those that keep it out of caches and guesses."""
+    names = {name.lower() for name, _ in start["headers"]}
+    added = {"x-request-id": request_id, **more}
+    if b"x-content-type-options" not in names:
+        added["x-content-type-options"] = "nosniff"
+    if b"cache-control" not in names and b"etag" not in names:  # an ETag is there for caches
+        added["cache-control"] = "no-store"
+    start["headers"] = [*start["headers"], *((name.encode(), value.encode()) for name, value in added.items())]
 
 
 def cut_message(message: Message) -> Iterator[Message]:
@@ -51,6 +68,25 @@ def cut_message(message: Message) -> Iterator[Message]:
     for start in range(0, len(body), PIECE_BYTES):
         end = start + PIECE_BYTES
         yield {**message, "body": body[start:end], "more_body": end < len(body) or message.get("more_body", False)}
+
+
+async def event_text(
+    events: AsyncIterator[Event | None], engine: Engine, request_id: str
+) -> AsyncGenerator[bytes, None]:
+    """The body of a stream of *events*. If the engine is about to stop, it ends with when to connect again."""
+    is_event_whole = True
+    try:
+        async for event in events:
+            is_event_whole = False
+            parts = event_parts(event)
+            with kept(parts):
+                async for piece in pieces(parts):
+                    yield piece
+            is_event_whole = True
+    except FlockError as exc:
+        logger.warning("request %s: its event stream is cut: %s", request_id, exc)
+    if engine.is_leaving and is_event_whole:  # an empty line would make an event of what was sent of the last one
+        yield b"retry: %d\n\n" % RECONNECT_MS
 
 
 def long_parts(content: Any, before: bytes, after: bytes) -> list[bytes | LongJSON]:
