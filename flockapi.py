@@ -63,6 +63,7 @@ from flock.runs import (
     RunStatus,
     events_of,
 )
+from flock.web import wire
 from flock.web.auth import KeyRing, OwnEngine, Places, Rate
 from flock.web.batches import BATCH_TYPES, agent_of, batch_options, options_in_body, rows_of
 from flock.web.body import Body, media_type_of
@@ -97,70 +98,18 @@ from flock.web.responses import (
     head_of_stream,
 )
 from flock.web.ui import ui_files
-from flock.web.wire import (
-    BATCH_RETRY,
-    MAX_PAGE,
-    RUN_REQUEST,
-    AgentDetail,
-    AgentList,
-    AgentSummary,
-    BatchesQuery,
-    BatchList,
-    BatchQuery,
-    BatchSummary,
-    EventsQuery,
-    FlockAPIRequest,
-    FlockAPIResponse,
-    FlockBatchRequest,
-    FlockBatchResponse,
-    FlockBatchRetry,
-    Health,
-    Problem,
-    Readiness,
-    ResultsQuery,
-    RunList,
-    RunsQuery,
-    RunStep,
-    RunSummary,
-    UploadQuery,
-    WaitQuery,
-    batch_request_from,
-    shown_as,
-)
+from flock.web.wire import *  # noqa: F403 - programs import the structs of the API from here
 
 if TYPE_CHECKING:
     from flock.web.metrics import Metrics
 
 __all__ = [
-    "AgentDetail",
-    "AgentList",
-    "AgentSummary",
     "AppOptions",
     "Auth",
     "BatchItem",
-    "BatchList",
-    "BatchQuery",
-    "BatchSummary",
-    "BatchesQuery",
-    "EventsQuery",
     "FlockAPI",
-    "FlockAPIRequest",
-    "FlockAPIResponse",
-    "FlockBatchRequest",
-    "FlockBatchResponse",
-    "FlockBatchRetry",
-    "Health",
     "JSONResponse",
     "OnDisconnect",
-    "Problem",
-    "Readiness",
-    "ResultsQuery",
-    "RunList",
-    "RunStep",
-    "RunSummary",
-    "RunsQuery",
-    "UploadQuery",
-    "WaitQuery",
     "create_app",
     "engine_of",
     "principal_of",
@@ -170,7 +119,6 @@ logger = logging.getLogger("flock.api")
 
 T = TypeVar("T")
 P = ParamSpec("P")
-Query = TypeVar("Query", bound=msgspec.Struct)
 
 #: How long a synchronous run may take before its connection is watched, in seconds.
 PATIENCE_S = 0.1
@@ -189,9 +137,9 @@ async def read_json(request: Request, default: bytes | None = None) -> bytes:
     )
 
 
-def wait_of(request: Request, query: WaitQuery | BatchQuery | None = None) -> int:
+def wait_of(request: Request, query: wire.WaitQuery | wire.BatchQuery | None = None) -> int:
     """How many seconds to wait: what is asked for, up to what the app allows. Raises InvalidData."""
-    return min((query or query_of(request, WaitQuery)).wait, app_of(request).options.max_wait_s)
+    return min((query or query_of(request, wire.WaitQuery)).wait, app_of(request).options.max_wait_s)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,9 +156,9 @@ def run_response(
         results: dict[int | None, msgspec.Raw | None] = {None: run.result}
         results |= {at: step.result for at, step in enumerate(run.steps)}
         long = {at: engine.long_result(run, at) for at, result in results.items() if len(result or b"") > LONG_BYTES}
-    steps = [shown_as(RunStep, step, result=long.get(at, step.result)) for at, step in enumerate(run.steps)]
-    body = shown_as(
-        FlockAPIResponse,
+    steps = [wire.shown_as(wire.RunStep, step, result=long.get(at, step.result)) for at, step in enumerate(run.steps)]
+    body = wire.shown_as(
+        wire.FlockAPIResponse,
         run,
         result=long.get(None, run.result),
         steps=steps,
@@ -224,17 +172,17 @@ def run_response(
     return JSONResponse(body, status_code, headers)
 
 
-def runs_response(request: Request, page: Page[Run], wanted: RunsQuery) -> Response:
+def runs_response(request: Request, page: Page[Run], wanted: wire.RunsQuery) -> Response:
     left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not wanted.includes(name)}
-    runs = [shown_as(RunSummary, run, **left_out) for run in page]
+    runs = [wire.shown_as(wire.RunSummary, run, **left_out) for run in page]
     path, headers = _next_page(request, page[-1].run_id if page.has_more else None)
-    return PageResponse(RunList(runs=runs, next=path), download_place(request), headers=headers)
+    return PageResponse(wire.RunList(runs=runs, next=path), download_place(request), headers=headers)
 
 
 def batches_response(request: Request, page: Page[Batch]) -> Response:
-    batches = [shown_as(BatchSummary, batch) for batch in page]
+    batches = [wire.shown_as(wire.BatchSummary, batch) for batch in page]
     path, headers = _next_page(request, page[-1].batch_id if page.has_more else None)
-    return JSONResponse(BatchList(batches=batches, next=path), headers=headers)
+    return JSONResponse(wire.BatchList(batches=batches, next=path), headers=headers)
 
 
 def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mapping[str, str]]:
@@ -272,14 +220,14 @@ def batch_response(
     items: Sequence[Run] | None,
     status_code: int = 200,
     headers: Mapping[str, str] | None = None,
-    limit: int = MAX_PAGE,
+    limit: int = wire.MAX_PAGE,
 ) -> Response:
     """A batch with a page of its results, or without any."""
     last = items[-1].position if items else None
     more = last is not None and last + 1 < batch.total_items
     path = f"{root_path(request.scope)}/batch/{batch.batch_id}"
-    body = shown_as(
-        FlockBatchResponse,
+    body = wire.shown_as(
+        wire.FlockBatchResponse,
         batch,
         results=msgspec.UNSET if items is None else [batch.result_of(run) for run in items],
         next=f"{path}?after={last}&limit={limit}" if more else None,
@@ -355,7 +303,7 @@ async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bo
     """The run that the body asks for, whether nobody waits for its end, and headers. Holds the body no longer."""
     body = await read_json(request)
     key = idempotency_key(request, fingerprint_of(request, body))
-    wanted = RUN_REQUEST.decode(body)
+    wanted = wire.RUN_REQUEST.decode(body)
     is_async = wanted.async_run or responds_async
     engine = await engine_of(request)
     try:
@@ -426,7 +374,7 @@ async def run_batch(request: Request) -> Response:
     engine, headers = await engine_of(request), {}
     try:
         if sent is None:
-            wanted = batch_request_from(query_of(request, UploadQuery), app.options.max_json_depth)
+            wanted = wire.batch_request_from(query_of(request, wire.UploadQuery), app.options.max_json_depth)
         else:
             wanted = options_in_body(request, sent)
         with place:
@@ -449,7 +397,7 @@ async def run_batch(request: Request) -> Response:
 
 async def list_runs(request: Request) -> Response:
     """GET /runs"""
-    wanted = query_of(request, RunsQuery)
+    wanted = query_of(request, wire.RunsQuery)
     filter_ = RunFilter(
         status=_or_none(wanted.status),
         agent_name=_or_none(wanted.agent_name),
@@ -516,7 +464,7 @@ async def run_events(request: Request) -> Response:
 
 async def list_batches(request: Request) -> Response:
     """GET /batches"""
-    wanted = query_of(request, BatchesQuery)
+    wanted = query_of(request, wire.BatchesQuery)
     filter_ = BatchFilter(
         status=_or_none(wanted.status),
         agent_name=_or_none(wanted.agent_name),
@@ -532,7 +480,7 @@ async def one_batch(request: Request) -> Response:
 
 
 async def get_batch(request: Request) -> Response:
-    wanted = query_of(request, BatchQuery)
+    wanted = query_of(request, wire.BatchQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     if wait_s := wait_of(request, wanted):
         await while_connected(request, engine.wait_batch(batch_id, wait_s))
@@ -543,7 +491,7 @@ async def get_batch(request: Request) -> Response:
 
 async def batch_results(request: Request) -> Response:
     """GET /batch/{batch_id}/results: what has ended by now, in order, in constant memory."""
-    wanted = query_of(request, ResultsQuery)
+    wanted = query_of(request, wire.ResultsQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     batch, format_ = await engine.get_batch(batch_id), results_format(request, wanted.format)
     status = _or_none(wanted.status)
@@ -584,7 +532,7 @@ async def cancel_batch(request: Request) -> Response:
 async def retry_batch(request: Request) -> Response:
     """POST /batch/{batch_id}/retry; the body may be left out. Generated clients announce it all the same."""
     sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
-    wanted = BATCH_RETRY.decode(sent)
+    wanted = wire.BATCH_RETRY.decode(sent)
     only = () if wanted.only is None else (RunStatus(wanted.only),)
     batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only)
     return batch_response(request, batch, [], 202)
@@ -599,7 +547,9 @@ async def list_agents(request: Request) -> Response:
     """GET /agents"""
     agents = app_of(request).flock.agents.values()
     return JSONResponse(
-        AgentList(agents=[shown_as(AgentSummary, agent, next_agent=next_agent_of(agent)) for agent in agents])
+        wire.AgentList(
+            agents=[wire.shown_as(wire.AgentSummary, agent, next_agent=next_agent_of(agent)) for agent in agents]
+        )
     )
 
 
@@ -607,8 +557,8 @@ async def get_agent(request: Request) -> Response:
     """GET /agents/{name}"""
     agent = agent_of(app_of(request).flock.agents, request.path_params["name"])
     return JSONResponse(
-        shown_as(
-            AgentDetail,
+        wire.shown_as(
+            wire.AgentDetail,
             agent,
             next_agent=next_agent_of(agent),
             input_schema=agent.input.schema,
@@ -627,7 +577,7 @@ def next_agent_of(agent: Agent) -> str | msgspec.UnsetType | None:
 
 async def healthz(request: Request) -> Response:
     """GET /healthz: the process answers."""
-    return JSONResponse(Health())
+    return JSONResponse(wire.Health())
 
 
 async def readyz(request: Request) -> Response:
@@ -638,7 +588,7 @@ async def readyz(request: Request) -> Response:
         health = app_of(request).engine.health()
         store = "failing" if isinstance(exc, StoreError) else health.store
         return await on_error(request, exc, engine=health.engine, store=store)
-    return JSONResponse(Readiness())
+    return JSONResponse(wire.Readiness())
 
 
 async def metrics(request: Request) -> Response:

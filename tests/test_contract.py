@@ -25,6 +25,7 @@ import flockapi
 from flock.core import Flock
 from flock.errors import FieldError
 from flock.runs import Progress, RunStatus, Usage
+from flock.web import wire
 from flock.web.problems import PROBLEMS
 from flockapi import ROUTES, FlockAPI, create_app
 from tests.support import ROOT
@@ -34,10 +35,15 @@ from tests.support.spec import NDJSON, SPEC, TWIN, check_described, operations, 
 
 SCHEMAS = SPEC["components"]["schemas"]
 
+#: What programs import from ``flockapi``.
+PUBLIC = {*flockapi.__all__, *wire.__all__}
+
 #: Which struct stands behind which schema.
-STRUCTS: dict[str, type[msgspec.Struct]] = {
-    name: getattr(flockapi, name) for name in SCHEMAS if name in flockapi.__all__
-} | {"Usage": Usage, "Progress": Progress, "FieldError": FieldError}
+STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for name in SCHEMAS if name in PUBLIC} | {
+    "Usage": Usage,
+    "Progress": Progress,
+    "FieldError": FieldError,
+}
 
 
 #: Which struct stands behind the query of which operations.
@@ -132,7 +138,7 @@ def test_every_status_of_the_error_table_is_in_it() -> None:
 
 
 def test_every_public_struct_has_a_schema() -> None:
-    public = {name for name in flockapi.__all__ if isinstance(getattr(flockapi, name), type)} - {*QUERIES, "AppOptions"}
+    public = {name for name in PUBLIC if isinstance(getattr(flockapi, name), type)} - {*QUERIES, "AppOptions"}
     structs = {name for name in public if issubclass(getattr(flockapi, name), msgspec.Struct)}
     assert structs <= SCHEMAS.keys()
     assert SCHEMAS.keys() - STRUCTS.keys() == {"RunStatus"}
