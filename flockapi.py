@@ -5,9 +5,8 @@
     app = create_app(flock)              # an ASGI application
     host.mount("/ai", app)               # under any path of another one
 
-The structs of the wire are in ``flock.web.wire``, the way of a request in the order of this file: what comes in, what
-goes out, errors, handlers, the route table, and the application that holds them. ``openapi.yaml`` is the contract;
-tests hold the two together.
+It reads in the order that a request meets it: the application, the route table, the handlers, and their answers. The
+structs of the API are in ``flock.web.wire``. ``openapi.yaml`` is the contract; tests keep it equal to the code.
 """
 
 import contextlib
@@ -120,516 +119,6 @@ logger = logging.getLogger("flock.api")
 T = TypeVar("T")
 P = ParamSpec("P")
 
-#: How long a synchronous run may take before its connection is watched, in seconds.
-PATIENCE_S = 0.1
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What comes in
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-async def read_json(request: Request, default: bytes | None = None) -> bytes:
-    """The body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type."""
-    media_type_of(request, "application/json")
-    app = app_of(request)
-    return await Body(request, app.options.max_body_bytes, app.options.body_timeout_s).json(
-        app.options.max_json_depth, default
-    )
-
-
-def wait_of(request: Request, query: wire.WaitQuery | wire.BatchQuery | None = None) -> int:
-    """How many seconds to wait: what is asked for, up to what the app allows. Raises InvalidData."""
-    return min((query or query_of(request, wire.WaitQuery)).wait, app_of(request).options.max_wait_s)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What goes out
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def run_response(
-    request: Request, run: Run, status_code: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
-    engine = app_of(request).engine
-    long: dict[int | None, LongJSON] = {}
-    if isinstance(engine, EmbeddedEngine):  # what another one keeps is held until it is sent
-        results: dict[int | None, msgspec.Raw | None] = {None: run.result}
-        results |= {at: step.result for at, step in enumerate(run.steps)}
-        long = {at: engine.long_result(run, at) for at, result in results.items() if len(result or b"") > LONG_BYTES}
-    steps = [wire.shown_as(wire.RunStep, step, result=long.get(at, step.result)) for at, step in enumerate(run.steps)]
-    body = wire.shown_as(
-        wire.FlockAPIResponse,
-        run,
-        result=long.get(None, run.result),
-        steps=steps,
-        batch_id=msgspec.UNSET if run.batch_id is None else run.batch_id,
-        position=msgspec.UNSET if run.position is None else run.position,
-    )
-    headers = {"Flock-Run-Status": run.status.value, **(headers or {})}
-    headers |= _accepted(request, f"/run/{run.run_id}", status_code)
-    if long:
-        return LongResponse(body, status_code, headers, is_head=request.method == "HEAD")
-    return JSONResponse(body, status_code, headers)
-
-
-def runs_response(request: Request, page: Page[Run], wanted: wire.RunsQuery) -> Response:
-    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not wanted.includes(name)}
-    runs = [wire.shown_as(wire.RunSummary, run, **left_out) for run in page]
-    path, headers = _next_page(request, page[-1].run_id if page.has_more else None)
-    return PageResponse(wire.RunList(runs=runs, next=path), download_place(request), headers=headers)
-
-
-def batches_response(request: Request, page: Page[Batch]) -> Response:
-    batches = [wire.shown_as(wire.BatchSummary, batch) for batch in page]
-    path, headers = _next_page(request, page[-1].batch_id if page.has_more else None)
-    return JSONResponse(wire.BatchList(batches=batches, next=path), headers=headers)
-
-
-def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mapping[str, str]]:
-    """The path of the page behind *last_id*, and the headers that tell it."""
-    if last_id is None:
-        return None, {}
-    path = f"{path_of(request.scope)}?{urlencode({**request.query_params, 'after': last_id})}"
-    return path, {"Link": f'<{path}>; rel="next"'}
-
-
-def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event | None]) -> Response:
-    """*events* as they happen, or 429 if the caller has as many streams as it may."""
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    if request.method == "HEAD":
-        return head_of_stream(EventStream.media_type, headers)
-    app = app_of(request)
-
-    @contextlib.contextmanager
-    def place() -> Iterator[None]:
-        counted = contextlib.nullcontext() if app.metrics is None else app.metrics.event_streams.track_inprogress()
-        with app.event_streams.take(caller_of(request)), counted:
-            yield
-
-    return EventStream(event_text(events, engine, request_id_of(request)), place(), headers)
-
-
-def download_place(request: Request) -> AbstractContextManager[None]:
-    """What is held while a long page or a download is sent. Raises TooManyRequests when it is entered."""
-    return app_of(request).downloads.take(caller_of(request))
-
-
-def batch_response(
-    request: Request,
-    batch: Batch,
-    items: Sequence[Run] | None,
-    status_code: int = 200,
-    headers: Mapping[str, str] | None = None,
-    limit: int = wire.MAX_PAGE,
-) -> Response:
-    """A batch with a page of its results, or without any."""
-    last = items[-1].position if items else None
-    more = last is not None and last + 1 < batch.total_items
-    path = f"{root_path(request.scope)}/batch/{batch.batch_id}"
-    body = wire.shown_as(
-        wire.FlockBatchResponse,
-        batch,
-        results=msgspec.UNSET if items is None else [batch.result_of(run) for run in items],
-        next=f"{path}?after={last}&limit={limit}" if more else None,
-    )
-    headers = {"Flock-Run-Status": batch.status.value, **(headers or {})}
-    headers |= _accepted(request, f"/batch/{batch.batch_id}", status_code)
-    return PageResponse(body, download_place(request), status_code, headers)
-
-
-def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
-    """The format of a download: what ``?format=`` names, or what ``Accept`` prefers. Raises HTTPException 406."""
-    if not isinstance(named, msgspec.UnsetType):
-        return named
-    best = preferred(request.headers.get("accept", ""), list(RESULT_TYPES.values()))
-    if best is None:
-        raise HTTPException(406, f"Results are given as {', '.join(RESULT_TYPES.values())}; say so in Accept.")
-    return next(name for name, media_type in RESULT_TYPES.items() if media_type == best)
-
-
-def _accepted(request: Request, path: str, status_code: int) -> dict[str, str]:
-    return {"Location": root_path(request.scope) + path, "Retry-After": "1"} if status_code == 202 else {}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Handlers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def app_of(request: Request) -> "FlockAPI":
-    app: FlockAPI = request.app
-    return app
-
-
-async def engine_of(request: Request) -> Engine:
-    """The engine as the caller may see it. It is opened now if nobody ran the app's lifespan."""
-    engine = app_of(request).engine
-    if not app_of(request).has_ended:
-        try:
-            await life_of(engine).begin()
-        except StoreError as exc:  # where it lies is for those who serve it
-            logger.error("request %s: %s", request_id_of(request), exc)
-            raise StoreError("The store cannot be opened now; the server's log says why.") from exc
-    principal = principal_of(request)
-    return engine if principal is None else OwnEngine(engine, principal)
-
-
-async def run_flock(request: Request) -> Response:
-    """POST /run/flock
-
-    A synchronous request with an idempotency key may be sent again by a client whose connection broke. So its run is
-    kept as an asynchronous one is, and does not end with its caller.
-    """
-    prefer = preferences(request.headers.getlist("prefer"))
-    responds_async = "respond-async" in prefer
-    run, is_async, headers = await _accepted_run(request, responds_async)
-    if not is_async:
-        run_id, outlives_client = run.run_id, run.is_async
-        del run  # its inputs may be long, and so may the wait
-        run = await _end_of(request, run_id, outlives_client)
-    elif responds_async:
-        applied = "respond-async"
-        if re.fullmatch(r"\d{1,9}", prefer.get("wait", "")):
-            wait_s = min(int(prefer["wait"]), app_of(request).options.max_wait_s)
-            waiting = (await engine_of(request)).wait(run.run_id, wait_s)
-            del run
-            run = await while_connected(request, waiting)
-            applied += f", wait={wait_s}"
-        headers = {**headers, "Preference-Applied": applied}
-    return run_response(request, run, 200 if run.status.is_final else 202, headers)
-
-
-async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bool, Mapping[str, str]]:
-    """The run that the body asks for, whether nobody waits for its end, and headers. Holds the body no longer."""
-    body = await read_json(request)
-    key = idempotency_key(request, fingerprint_of(request, body))
-    wanted = wire.RUN_REQUEST.decode(body)
-    is_async = wanted.async_run or responds_async
-    engine = await engine_of(request)
-    try:
-        run = await engine.submit(
-            wanted.agent_name,
-            wanted.inputs,
-            request_id=request_id_of(request),
-            traceparent=traceparent_of(request),
-            is_async=is_async or key is not None,
-            timeout_s=wanted.timeout_s,
-            key=key,
-        )
-    except Replayed as exc:
-        return await _replayed(engine.get_run(exc.made_id)), is_async, REPLAYED
-    return run, is_async, {}
-
-
-#: The draft on Idempotency-Key names no header for it; this one is widely used.
-REPLAYED = {"Idempotency-Replayed": "true"}
-
-
-async def _replayed(found: Awaitable[T]) -> T:
-    """What an earlier request made under the same key. Raises Conflict where it is no longer kept."""
-    try:
-        return await found
-    except NotFound as exc:
-        raise Conflict(f"A request with this Idempotency-Key was accepted, and what it made is gone. {exc}") from exc
-
-
-async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
-    """A run at its end. If the client disconnects first, a run that only it can be waiting for is cancelled.
-
-    Raises: StoreError if the end cannot be known now. The run is not cancelled then, however soon that is.
-    Cancellation: the host cancels the request when its client is gone, so it counts as a disconnect.
-    """
-    app = app_of(request)
-    try:
-        run = await app.engine.wait(run_id, PATIENCE_S)
-        if run.status.is_final:
-            return run
-        del run  # its inputs may be long, and so may the wait
-        return await while_connected(request, app.engine.wait(run_id))
-    except StoreError as exc:
-        path = f"{root_path(request.scope)}/run/{run_id}"
-        raise StoreError(f"{exc} The run was accepted and is not cancelled: GET {path} shows how it ends.") from exc
-    except (HTTPException, anyio.get_cancelled_exc_class()):
-        if not outlives_client and app.options.on_disconnect == "cancel":
-            with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
-                await app.engine.cancel_run(run_id)
-        raise
-
-
-async def run_batch(request: Request) -> Response:
-    """POST /run/batch
-
-    A JSON body is read whole; rows of CSV and NDJSON are read as they arrive, and never held as a whole.
-    """
-    app, media_type, sent = app_of(request), media_type_of(request, *BATCH_TYPES), None
-    place: AbstractContextManager[None] = contextlib.nullcontext()
-    if media_type == "application/json":
-        body = Body(request, app.options.max_body_bytes, app.options.body_timeout_s)
-        sent = await body.json(app.options.max_json_depth)
-        key = idempotency_key(request, fingerprint_of(request, sent))
-    else:
-        body = Body(request, app.options.max_upload_bytes, app.options.body_timeout_s)
-        place = app.uploads.take(caller_of(request))
-        key = idempotency_key(request, lambda: fingerprint_of(request, request.scope["query_string"] + body.digest()))
-    engine, headers = await engine_of(request), {}
-    try:
-        if sent is None:
-            wanted = wire.batch_request_from(query_of(request, wire.UploadQuery), app.options.max_json_depth)
-        else:
-            wanted = options_in_body(request, sent)
-        with place:
-            batch = await engine.submit_batch(
-                wanted.agent_name,
-                rows_of(app.flock.agents, app.options, media_type, wanted, body),
-                batch_options(wanted),
-                on_invalid=wanted.on_invalid,
-                request_id=request_id_of(request),
-                traceparent=traceparent_of(request),
-                key=key,
-            )
-    except Replayed as exc:
-        batch, headers = await _replayed(engine.get_batch(exc.made_id)), REPLAYED
-    except FlockError:
-        await body.drain()
-        raise
-    return batch_response(request, batch, [], 202, headers)
-
-
-async def list_runs(request: Request) -> Response:
-    """GET /runs"""
-    wanted = query_of(request, wire.RunsQuery)
-    filter_ = RunFilter(
-        status=_or_none(wanted.status),
-        agent_name=_or_none(wanted.agent_name),
-        created_after=_or_none(wanted.created_after),
-        created_before=_or_none(wanted.created_before),
-        after=_id_or_none(wanted.after),
-        limit=wanted.limit,
-        with_inputs=wanted.includes("inputs"),
-        with_results=wanted.includes("result"),
-    )
-    return runs_response(request, await (await engine_of(request)).list_runs(filter_), wanted)
-
-
-def _or_none(value: T | msgspec.UnsetType) -> T | None:
-    """A query has no null: ``?status=null`` is a status that is none."""
-    return None if isinstance(value, msgspec.UnsetType) else value
-
-
-def _id_or_none(value: UUID | msgspec.UnsetType) -> str | None:
-    """As ids are kept: a UUID may be written in several ways."""
-    return None if isinstance(value, msgspec.UnsetType) else str(value)
-
-
-async def one_run(request: Request) -> Response:
-    """GET and DELETE /run/{run_id}"""
-    return await (delete_run if request.method == "DELETE" else get_run)(request)
-
-
-async def get_run(request: Request) -> Response:
-    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
-    if wait_s:
-        return run_response(request, await while_connected(request, engine.wait(run_id, wait_s)))
-    return run_response(request, await engine.get_run(run_id))
-
-
-async def cancel_run(request: Request) -> Response:
-    """POST /run/{run_id}/cancel"""
-    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
-    run = await engine.cancel_run(run_id)
-    if wait_s and not run.status.is_final:
-        await while_connected(request, engine.wait(run_id, wait_s))
-        run = await engine.cancel_run(run_id)  # says so if it ended otherwise
-    return run_response(request, run, 200 if run.status.is_final else 202)
-
-
-async def retry_run(request: Request) -> Response:
-    """POST /run/{run_id}/retry"""
-    return run_response(request, await (await engine_of(request)).retry_run(request.path_params["run_id"]), 202)
-
-
-async def delete_run(request: Request) -> Response:
-    await (await engine_of(request)).delete_run(request.path_params["run_id"])
-    return Response(status_code=204)
-
-
-async def run_events(request: Request) -> Response:
-    """GET /run/{run_id}/events"""
-    engine, run_id = await engine_of(request), request.path_params["run_id"]
-    run, after = await engine.get_run(run_id), last_event_of(request)
-    if run.status.is_final and (events_of(run)[-1].id or 0) <= after:
-        return Response(status_code=204)  # a browser would ask for ever
-    return event_stream(request, engine, engine.events(run_id, after))
-
-
-async def list_batches(request: Request) -> Response:
-    """GET /batches"""
-    wanted = query_of(request, wire.BatchesQuery)
-    filter_ = BatchFilter(
-        status=_or_none(wanted.status),
-        agent_name=_or_none(wanted.agent_name),
-        after=_id_or_none(wanted.after),
-        limit=wanted.limit,
-    )
-    return batches_response(request, await (await engine_of(request)).list_batches(filter_))
-
-
-async def one_batch(request: Request) -> Response:
-    """GET and DELETE /batch/{batch_id}"""
-    return await (delete_batch if request.method == "DELETE" else get_batch)(request)
-
-
-async def get_batch(request: Request) -> Response:
-    wanted = query_of(request, wire.BatchQuery)
-    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
-    if wait_s := wait_of(request, wanted):
-        await while_connected(request, engine.wait_batch(batch_id, wait_s))
-    # The results first: then the counts are never behind them.
-    items = await engine.get_items(batch_id, after=wanted.after, limit=wanted.limit) if wanted.results else None
-    return batch_response(request, await engine.get_batch(batch_id), items, limit=wanted.limit)
-
-
-async def batch_results(request: Request) -> Response:
-    """GET /batch/{batch_id}/results: what has ended by now, in order, in constant memory."""
-    wanted = query_of(request, wire.ResultsQuery)
-    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
-    batch, format_ = await engine.get_batch(batch_id), results_format(request, wanted.format)
-    status = _or_none(wanted.status)
-    statuses = [each for each in RunStatus if each.is_final and status in (None, each.value)]
-    headers = {
-        "Flock-Run-Status": batch.status.value,
-        "Vary": "Accept",
-        "Content-Disposition": f'attachment; filename="{batch_id}.{format_}"',
-    }
-    if request.method == "HEAD":
-        return head_of_stream(RESULT_TYPES[format_], headers)
-
-    columns = columns_of(batch.agent_name, app_of(request).flock.agents)
-    pages = item_pages(engine, batch_id, after=wanted.after, limit=wanted.limit, statuses=statuses)
-    stream = results_as(format_, pages, batch.extra_names, columns, wanted.escape_formulas)
-    return HeldStream(stream, download_place(request), headers, RESULT_TYPES[format_])
-
-
-async def batch_events(request: Request) -> Response:
-    """GET /batch/{batch_id}/events"""
-    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
-    batch, after = await engine.get_batch(batch_id), last_event_of(request)
-    if batch.status.is_final and batch.attempt <= after:
-        return Response(status_code=204)
-    return event_stream(request, engine, engine.batch_events(batch_id, after))
-
-
-async def cancel_batch(request: Request) -> Response:
-    """POST /batch/{batch_id}/cancel"""
-    engine, batch_id, wait_s = await engine_of(request), request.path_params["batch_id"], wait_of(request)
-    batch = await engine.cancel_batch(batch_id)
-    if wait_s and not batch.status.is_final:
-        await while_connected(request, engine.wait_batch(batch_id, wait_s))
-        batch = await engine.cancel_batch(batch_id)  # says so if it ended otherwise
-    return batch_response(request, batch, [], 200 if batch.status.is_final else 202)
-
-
-async def retry_batch(request: Request) -> Response:
-    """POST /batch/{batch_id}/retry; the body may be left out. Generated clients announce it all the same."""
-    sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
-    wanted = wire.BATCH_RETRY.decode(sent)
-    only = () if wanted.only is None else (RunStatus(wanted.only),)
-    batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only)
-    return batch_response(request, batch, [], 202)
-
-
-async def delete_batch(request: Request) -> Response:
-    await (await engine_of(request)).delete_batch(request.path_params["batch_id"])
-    return Response(status_code=204)
-
-
-async def list_agents(request: Request) -> Response:
-    """GET /agents"""
-    agents = app_of(request).flock.agents.values()
-    return JSONResponse(
-        wire.AgentList(
-            agents=[wire.shown_as(wire.AgentSummary, agent, next_agent=next_agent_of(agent)) for agent in agents]
-        )
-    )
-
-
-async def get_agent(request: Request) -> Response:
-    """GET /agents/{name}"""
-    agent = agent_of(app_of(request).flock.agents, request.path_params["name"])
-    return JSONResponse(
-        wire.shown_as(
-            wire.AgentDetail,
-            agent,
-            next_agent=next_agent_of(agent),
-            input_schema=agent.input.schema,
-            output_schema=agent.output.schema,
-        )
-    )
-
-
-def next_agent_of(agent: Agent) -> str | msgspec.UnsetType | None:
-    """Who goes on after *agent*: None where its result decides, and UNSET where nobody does."""
-    chosen = agent.next_agent
-    if isinstance(chosen, Agent):
-        return chosen.name
-    return msgspec.UNSET if chosen is None else chosen if isinstance(chosen, str) else None
-
-
-async def healthz(request: Request) -> Response:
-    """GET /healthz: the process answers."""
-    return JSONResponse(wire.Health())
-
-
-async def readyz(request: Request) -> Response:
-    """GET /readyz: new work is taken, or what keeps it from that."""
-    try:
-        (await engine_of(request)).check_ready()
-    except FlockError as exc:
-        health = app_of(request).engine.health()
-        store = "failing" if isinstance(exc, StoreError) else health.store
-        return await on_error(request, exc, engine=health.engine, store=store)
-    return JSONResponse(wire.Readiness())
-
-
-async def metrics(request: Request) -> Response:
-    """GET /metrics: for Prometheus; also while the engine or its store fails."""
-    app, queue = app_of(request), None
-    if app.metrics is None:
-        raise HTTPException(404, f"This server keeps no metrics. It does with: {pip_install('prometheus-client')}")
-    with contextlib.suppress(FlockError):
-        queue = await (await engine_of(request)).queue()
-    return Response(app.metrics.page(queue), media_type=app.metrics.media_type)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The route table, and the application
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-#: What each route needs, the methods that it takes, its path, and its handler.
-ROUTES: Sequence[AppRoute | OpenMount] = [
-    AppRoute("access", "POST", "/run/flock", run_flock),
-    AppRoute("access", "POST", "/run/batch", run_batch),
-    AppRoute("access", "GET", "/runs", list_runs),
-    AppRoute("access", "GET DELETE", "/run/{run_id}", one_run),
-    AppRoute("access", "POST", "/run/{run_id}/cancel", cancel_run),
-    AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
-    AppRoute("access", "GET", "/run/{run_id}/events", run_events),
-    AppRoute("access", "GET", "/batches", list_batches),
-    AppRoute("access", "GET DELETE", "/batch/{batch_id}", one_batch),
-    AppRoute("access", "GET", "/batch/{batch_id}/results", batch_results),
-    AppRoute("access", "GET", "/batch/{batch_id}/events", batch_events),
-    AppRoute("access", "POST", "/batch/{batch_id}/cancel", cancel_batch),
-    AppRoute("access", "POST", "/batch/{batch_id}/retry", retry_batch),
-    AppRoute("access", "GET", "/agents", list_agents),
-    AppRoute("access", "GET", "/agents/{name}", get_agent),
-    AppRoute("nothing", "GET", "/healthz", healthz),
-    AppRoute("nothing", "GET", "/readyz", readyz),
-    AppRoute("admin", "GET", "/metrics", metrics),
-    *SPECIFICATION,  # nothing
-    *DOCS,  # nothing
-]
-
 FLOCK = Option(is_valid=lambda value: hasattr(value, "shared_engine"), words="a Flock")
 
 #: Logged once when an app starts that was given neither ``api_keys=`` nor ``auth=``.
@@ -638,6 +127,16 @@ OPEN_TO_EVERYBODY = (
     "batches. Dependencies of FastAPI and logins of Django do not protect a mounted app. Pass api_keys= or auth= to "
     'create_app, or auth="host" if the host lets only its own users reach it.'
 )
+
+#: How long a synchronous run may take before its connection is watched, in seconds.
+PATIENCE_S = 0.1
+
+#: The draft on Idempotency-Key names no header for it; this one is widely used.
+REPLAYED = {"Idempotency-Replayed": "true"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The application
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class FlockAPI(Starlette):
@@ -784,3 +283,522 @@ def _typed(make: Callable[..., T], options: Callable[P, object]) -> Callable[Con
 
 #: The name by which people call it.
 create_app = _typed(FlockAPI, AppOptions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The route table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def route_table() -> Sequence[AppRoute | OpenMount]:
+    """Return every route: what it needs, the methods that it takes, its path, and its handler."""
+    return [
+        AppRoute("access", "POST", "/run/flock", run_flock),
+        AppRoute("access", "POST", "/run/batch", run_batch),
+        AppRoute("access", "GET", "/runs", list_runs),
+        AppRoute("access", "GET DELETE", "/run/{run_id}", one_run),
+        AppRoute("access", "POST", "/run/{run_id}/cancel", cancel_run),
+        AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
+        AppRoute("access", "GET", "/run/{run_id}/events", run_events),
+        AppRoute("access", "GET", "/batches", list_batches),
+        AppRoute("access", "GET DELETE", "/batch/{batch_id}", one_batch),
+        AppRoute("access", "GET", "/batch/{batch_id}/results", batch_results),
+        AppRoute("access", "GET", "/batch/{batch_id}/events", batch_events),
+        AppRoute("access", "POST", "/batch/{batch_id}/cancel", cancel_batch),
+        AppRoute("access", "POST", "/batch/{batch_id}/retry", retry_batch),
+        AppRoute("access", "GET", "/agents", list_agents),
+        AppRoute("access", "GET", "/agents/{name}", get_agent),
+        AppRoute("nothing", "GET", "/healthz", healthz),
+        AppRoute("nothing", "GET", "/readyz", readyz),
+        AppRoute("admin", "GET", "/metrics", metrics),
+        *SPECIFICATION,  # nothing
+        *DOCS,  # nothing
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all handlers use
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def app_of(request: Request) -> "FlockAPI":
+    app: FlockAPI = request.app
+    return app
+
+
+async def engine_of(request: Request) -> Engine:
+    """The engine as the caller may see it. It is opened now if nobody ran the app's lifespan."""
+    engine = app_of(request).engine
+    if not app_of(request).has_ended:
+        try:
+            await life_of(engine).begin()
+        except StoreError as exc:  # where it lies is for those who serve it
+            logger.error("request %s: %s", request_id_of(request), exc)
+            raise StoreError("The store cannot be opened now; the server's log says why.") from exc
+    principal = principal_of(request)
+    return engine if principal is None else OwnEngine(engine, principal)
+
+
+async def read_json(request: Request, default: bytes | None = None) -> bytes:
+    """The body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type."""
+    media_type_of(request, "application/json")
+    app = app_of(request)
+    return await Body(request, app.options.max_body_bytes, app.options.body_timeout_s).json(
+        app.options.max_json_depth, default
+    )
+
+
+def wait_of(request: Request, query: wire.WaitQuery | wire.BatchQuery | None = None) -> int:
+    """How many seconds to wait: what is asked for, up to what the app allows. Raises InvalidData."""
+    return min((query or query_of(request, wire.WaitQuery)).wait, app_of(request).options.max_wait_s)
+
+
+def _or_none(value: T | msgspec.UnsetType) -> T | None:
+    """A query has no null: ``?status=null`` is a status that is none."""
+    return None if isinstance(value, msgspec.UnsetType) else value
+
+
+def _id_or_none(value: UUID | msgspec.UnsetType) -> str | None:
+    """As ids are kept: a UUID may be written in several ways."""
+    return None if isinstance(value, msgspec.UnsetType) else str(value)
+
+
+async def _replayed(found: Awaitable[T]) -> T:
+    """What an earlier request made under the same key. Raises Conflict where it is no longer kept."""
+    try:
+        return await found
+    except NotFound as exc:
+        raise Conflict(f"A request with this Idempotency-Key was accepted, and what it made is gone. {exc}") from exc
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+async def run_flock(request: Request) -> Response:
+    """POST /run/flock
+
+    A synchronous request with an idempotency key may be sent again by a client whose connection broke. So its run is
+    kept as an asynchronous one is, and does not end with its caller.
+    """
+    prefer = preferences(request.headers.getlist("prefer"))
+    responds_async = "respond-async" in prefer
+    run, is_async, headers = await _accepted_run(request, responds_async)
+    if not is_async:
+        run_id, outlives_client = run.run_id, run.is_async
+        del run  # its inputs may be long, and so may the wait
+        run = await _end_of(request, run_id, outlives_client)
+    elif responds_async:
+        applied = "respond-async"
+        if re.fullmatch(r"\d{1,9}", prefer.get("wait", "")):
+            wait_s = min(int(prefer["wait"]), app_of(request).options.max_wait_s)
+            waiting = (await engine_of(request)).wait(run.run_id, wait_s)
+            del run
+            run = await while_connected(request, waiting)
+            applied += f", wait={wait_s}"
+        headers = {**headers, "Preference-Applied": applied}
+    return run_response(request, run, 200 if run.status.is_final else 202, headers)
+
+
+async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bool, Mapping[str, str]]:
+    """The run that the body asks for, whether nobody waits for its end, and headers. Holds the body no longer."""
+    body = await read_json(request)
+    key = idempotency_key(request, fingerprint_of(request, body))
+    wanted = wire.RUN_REQUEST.decode(body)
+    is_async = wanted.async_run or responds_async
+    engine = await engine_of(request)
+    try:
+        run = await engine.submit(
+            wanted.agent_name,
+            wanted.inputs,
+            request_id=request_id_of(request),
+            traceparent=traceparent_of(request),
+            is_async=is_async or key is not None,
+            timeout_s=wanted.timeout_s,
+            key=key,
+        )
+    except Replayed as exc:
+        return await _replayed(engine.get_run(exc.made_id)), is_async, REPLAYED
+    return run, is_async, {}
+
+
+async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
+    """A run at its end. If the client disconnects first, a run that only it can be waiting for is cancelled.
+
+    Raises: StoreError if the end cannot be known now. The run is not cancelled then, however soon that is.
+    Cancellation: the host cancels the request when its client is gone, so it counts as a disconnect.
+    """
+    app = app_of(request)
+    try:
+        run = await app.engine.wait(run_id, PATIENCE_S)
+        if run.status.is_final:
+            return run
+        del run  # its inputs may be long, and so may the wait
+        return await while_connected(request, app.engine.wait(run_id))
+    except StoreError as exc:
+        path = f"{root_path(request.scope)}/run/{run_id}"
+        raise StoreError(f"{exc} The run was accepted and is not cancelled: GET {path} shows how it ends.") from exc
+    except (HTTPException, anyio.get_cancelled_exc_class()):
+        if not outlives_client and app.options.on_disconnect == "cancel":
+            with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
+                await app.engine.cancel_run(run_id)
+        raise
+
+
+async def list_runs(request: Request) -> Response:
+    """GET /runs"""
+    wanted = query_of(request, wire.RunsQuery)
+    filter_ = RunFilter(
+        status=_or_none(wanted.status),
+        agent_name=_or_none(wanted.agent_name),
+        created_after=_or_none(wanted.created_after),
+        created_before=_or_none(wanted.created_before),
+        after=_id_or_none(wanted.after),
+        limit=wanted.limit,
+        with_inputs=wanted.includes("inputs"),
+        with_results=wanted.includes("result"),
+    )
+    return runs_response(request, await (await engine_of(request)).list_runs(filter_), wanted)
+
+
+async def one_run(request: Request) -> Response:
+    """GET and DELETE /run/{run_id}"""
+    return await (delete_run if request.method == "DELETE" else get_run)(request)
+
+
+async def get_run(request: Request) -> Response:
+    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
+    if wait_s:
+        return run_response(request, await while_connected(request, engine.wait(run_id, wait_s)))
+    return run_response(request, await engine.get_run(run_id))
+
+
+async def cancel_run(request: Request) -> Response:
+    """POST /run/{run_id}/cancel"""
+    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
+    run = await engine.cancel_run(run_id)
+    if wait_s and not run.status.is_final:
+        await while_connected(request, engine.wait(run_id, wait_s))
+        run = await engine.cancel_run(run_id)  # says so if it ended otherwise
+    return run_response(request, run, 200 if run.status.is_final else 202)
+
+
+async def retry_run(request: Request) -> Response:
+    """POST /run/{run_id}/retry"""
+    return run_response(request, await (await engine_of(request)).retry_run(request.path_params["run_id"]), 202)
+
+
+async def delete_run(request: Request) -> Response:
+    await (await engine_of(request)).delete_run(request.path_params["run_id"])
+    return Response(status_code=204)
+
+
+async def run_events(request: Request) -> Response:
+    """GET /run/{run_id}/events"""
+    engine, run_id = await engine_of(request), request.path_params["run_id"]
+    run, after = await engine.get_run(run_id), last_event_of(request)
+    if run.status.is_final and (events_of(run)[-1].id or 0) <= after:
+        return Response(status_code=204)  # a browser would ask for ever
+    return event_stream(request, engine, engine.events(run_id, after))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+async def run_batch(request: Request) -> Response:
+    """POST /run/batch
+
+    A JSON body is read whole; rows of CSV and NDJSON are read as they arrive, and never held as a whole.
+    """
+    app, media_type, sent = app_of(request), media_type_of(request, *BATCH_TYPES), None
+    place: AbstractContextManager[None] = contextlib.nullcontext()
+    if media_type == "application/json":
+        body = Body(request, app.options.max_body_bytes, app.options.body_timeout_s)
+        sent = await body.json(app.options.max_json_depth)
+        key = idempotency_key(request, fingerprint_of(request, sent))
+    else:
+        body = Body(request, app.options.max_upload_bytes, app.options.body_timeout_s)
+        place = app.uploads.take(caller_of(request))
+        key = idempotency_key(request, lambda: fingerprint_of(request, request.scope["query_string"] + body.digest()))
+    engine, headers = await engine_of(request), {}
+    try:
+        if sent is None:
+            wanted = wire.batch_request_from(query_of(request, wire.UploadQuery), app.options.max_json_depth)
+        else:
+            wanted = options_in_body(request, sent)
+        with place:
+            batch = await engine.submit_batch(
+                wanted.agent_name,
+                rows_of(app.flock.agents, app.options, media_type, wanted, body),
+                batch_options(wanted),
+                on_invalid=wanted.on_invalid,
+                request_id=request_id_of(request),
+                traceparent=traceparent_of(request),
+                key=key,
+            )
+    except Replayed as exc:
+        batch, headers = await _replayed(engine.get_batch(exc.made_id)), REPLAYED
+    except FlockError:
+        await body.drain()
+        raise
+    return batch_response(request, batch, [], 202, headers)
+
+
+async def list_batches(request: Request) -> Response:
+    """GET /batches"""
+    wanted = query_of(request, wire.BatchesQuery)
+    filter_ = BatchFilter(
+        status=_or_none(wanted.status),
+        agent_name=_or_none(wanted.agent_name),
+        after=_id_or_none(wanted.after),
+        limit=wanted.limit,
+    )
+    return batches_response(request, await (await engine_of(request)).list_batches(filter_))
+
+
+async def one_batch(request: Request) -> Response:
+    """GET and DELETE /batch/{batch_id}"""
+    return await (delete_batch if request.method == "DELETE" else get_batch)(request)
+
+
+async def get_batch(request: Request) -> Response:
+    wanted = query_of(request, wire.BatchQuery)
+    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
+    if wait_s := wait_of(request, wanted):
+        await while_connected(request, engine.wait_batch(batch_id, wait_s))
+    # The results first: then the counts are never behind them.
+    items = await engine.get_items(batch_id, after=wanted.after, limit=wanted.limit) if wanted.results else None
+    return batch_response(request, await engine.get_batch(batch_id), items, limit=wanted.limit)
+
+
+async def batch_results(request: Request) -> Response:
+    """GET /batch/{batch_id}/results: what has ended by now, in order, in constant memory."""
+    wanted = query_of(request, wire.ResultsQuery)
+    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
+    batch, format_ = await engine.get_batch(batch_id), results_format(request, wanted.format)
+    status = _or_none(wanted.status)
+    statuses = [each for each in RunStatus if each.is_final and status in (None, each.value)]
+    headers = {
+        "Flock-Run-Status": batch.status.value,
+        "Vary": "Accept",
+        "Content-Disposition": f'attachment; filename="{batch_id}.{format_}"',
+    }
+    if request.method == "HEAD":
+        return head_of_stream(RESULT_TYPES[format_], headers)
+
+    columns = columns_of(batch.agent_name, app_of(request).flock.agents)
+    pages = item_pages(engine, batch_id, after=wanted.after, limit=wanted.limit, statuses=statuses)
+    stream = results_as(format_, pages, batch.extra_names, columns, wanted.escape_formulas)
+    return HeldStream(stream, download_place(request), headers, RESULT_TYPES[format_])
+
+
+def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
+    """The format of a download: what ``?format=`` names, or what ``Accept`` prefers. Raises HTTPException 406."""
+    if not isinstance(named, msgspec.UnsetType):
+        return named
+    best = preferred(request.headers.get("accept", ""), list(RESULT_TYPES.values()))
+    if best is None:
+        raise HTTPException(406, f"Results are given as {', '.join(RESULT_TYPES.values())}; say so in Accept.")
+    return next(name for name, media_type in RESULT_TYPES.items() if media_type == best)
+
+
+async def batch_events(request: Request) -> Response:
+    """GET /batch/{batch_id}/events"""
+    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
+    batch, after = await engine.get_batch(batch_id), last_event_of(request)
+    if batch.status.is_final and batch.attempt <= after:
+        return Response(status_code=204)
+    return event_stream(request, engine, engine.batch_events(batch_id, after))
+
+
+async def cancel_batch(request: Request) -> Response:
+    """POST /batch/{batch_id}/cancel"""
+    engine, batch_id, wait_s = await engine_of(request), request.path_params["batch_id"], wait_of(request)
+    batch = await engine.cancel_batch(batch_id)
+    if wait_s and not batch.status.is_final:
+        await while_connected(request, engine.wait_batch(batch_id, wait_s))
+        batch = await engine.cancel_batch(batch_id)  # says so if it ended otherwise
+    return batch_response(request, batch, [], 200 if batch.status.is_final else 202)
+
+
+async def retry_batch(request: Request) -> Response:
+    """POST /batch/{batch_id}/retry; the body may be left out. Generated clients announce it all the same."""
+    sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
+    wanted = wire.BATCH_RETRY.decode(sent)
+    only = () if wanted.only is None else (RunStatus(wanted.only),)
+    batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only)
+    return batch_response(request, batch, [], 202)
+
+
+async def delete_batch(request: Request) -> Response:
+    await (await engine_of(request)).delete_batch(request.path_params["batch_id"])
+    return Response(status_code=204)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agents, health and metrics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+async def list_agents(request: Request) -> Response:
+    """GET /agents"""
+    agents = app_of(request).flock.agents.values()
+    return JSONResponse(
+        wire.AgentList(
+            agents=[wire.shown_as(wire.AgentSummary, agent, next_agent=next_agent_of(agent)) for agent in agents]
+        )
+    )
+
+
+async def get_agent(request: Request) -> Response:
+    """GET /agents/{name}"""
+    agent = agent_of(app_of(request).flock.agents, request.path_params["name"])
+    return JSONResponse(
+        wire.shown_as(
+            wire.AgentDetail,
+            agent,
+            next_agent=next_agent_of(agent),
+            input_schema=agent.input.schema,
+            output_schema=agent.output.schema,
+        )
+    )
+
+
+def next_agent_of(agent: Agent) -> str | msgspec.UnsetType | None:
+    """Who goes on after *agent*: None where its result decides, and UNSET where nobody does."""
+    chosen = agent.next_agent
+    if isinstance(chosen, Agent):
+        return chosen.name
+    return msgspec.UNSET if chosen is None else chosen if isinstance(chosen, str) else None
+
+
+async def healthz(request: Request) -> Response:
+    """GET /healthz: the process answers."""
+    return JSONResponse(wire.Health())
+
+
+async def readyz(request: Request) -> Response:
+    """GET /readyz: new work is taken, or what keeps it from that."""
+    try:
+        (await engine_of(request)).check_ready()
+    except FlockError as exc:
+        health = app_of(request).engine.health()
+        store = "failing" if isinstance(exc, StoreError) else health.store
+        return await on_error(request, exc, engine=health.engine, store=store)
+    return JSONResponse(wire.Readiness())
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics: for Prometheus; also while the engine or its store fails."""
+    app, queue = app_of(request), None
+    if app.metrics is None:
+        raise HTTPException(404, f"This server keeps no metrics. It does with: {pip_install('prometheus-client')}")
+    with contextlib.suppress(FlockError):
+        queue = await (await engine_of(request)).queue()
+    return Response(app.metrics.page(queue), media_type=app.metrics.media_type)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_response(
+    request: Request, run: Run, status_code: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    engine = app_of(request).engine
+    long: dict[int | None, LongJSON] = {}
+    if isinstance(engine, EmbeddedEngine):  # what another one keeps is held until it is sent
+        results: dict[int | None, msgspec.Raw | None] = {None: run.result}
+        results |= {at: step.result for at, step in enumerate(run.steps)}
+        long = {at: engine.long_result(run, at) for at, result in results.items() if len(result or b"") > LONG_BYTES}
+    steps = [wire.shown_as(wire.RunStep, step, result=long.get(at, step.result)) for at, step in enumerate(run.steps)]
+    body = wire.shown_as(
+        wire.FlockAPIResponse,
+        run,
+        result=long.get(None, run.result),
+        steps=steps,
+        batch_id=msgspec.UNSET if run.batch_id is None else run.batch_id,
+        position=msgspec.UNSET if run.position is None else run.position,
+    )
+    headers = {"Flock-Run-Status": run.status.value, **(headers or {})}
+    headers |= _accepted(request, f"/run/{run.run_id}", status_code)
+    if long:
+        return LongResponse(body, status_code, headers, is_head=request.method == "HEAD")
+    return JSONResponse(body, status_code, headers)
+
+
+def runs_response(request: Request, page: Page[Run], wanted: wire.RunsQuery) -> Response:
+    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not wanted.includes(name)}
+    runs = [wire.shown_as(wire.RunSummary, run, **left_out) for run in page]
+    path, headers = _next_page(request, page[-1].run_id if page.has_more else None)
+    return PageResponse(wire.RunList(runs=runs, next=path), download_place(request), headers=headers)
+
+
+def batch_response(
+    request: Request,
+    batch: Batch,
+    items: Sequence[Run] | None,
+    status_code: int = 200,
+    headers: Mapping[str, str] | None = None,
+    limit: int = wire.MAX_PAGE,
+) -> Response:
+    """A batch with a page of its results, or without any."""
+    last = items[-1].position if items else None
+    more = last is not None and last + 1 < batch.total_items
+    path = f"{root_path(request.scope)}/batch/{batch.batch_id}"
+    body = wire.shown_as(
+        wire.FlockBatchResponse,
+        batch,
+        results=msgspec.UNSET if items is None else [batch.result_of(run) for run in items],
+        next=f"{path}?after={last}&limit={limit}" if more else None,
+    )
+    headers = {"Flock-Run-Status": batch.status.value, **(headers or {})}
+    headers |= _accepted(request, f"/batch/{batch.batch_id}", status_code)
+    return PageResponse(body, download_place(request), status_code, headers)
+
+
+def batches_response(request: Request, page: Page[Batch]) -> Response:
+    batches = [wire.shown_as(wire.BatchSummary, batch) for batch in page]
+    path, headers = _next_page(request, page[-1].batch_id if page.has_more else None)
+    return JSONResponse(wire.BatchList(batches=batches, next=path), headers=headers)
+
+
+def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mapping[str, str]]:
+    """The path of the page behind *last_id*, and the headers that tell it."""
+    if last_id is None:
+        return None, {}
+    path = f"{path_of(request.scope)}?{urlencode({**request.query_params, 'after': last_id})}"
+    return path, {"Link": f'<{path}>; rel="next"'}
+
+
+def _accepted(request: Request, path: str, status_code: int) -> dict[str, str]:
+    return {"Location": root_path(request.scope) + path, "Retry-After": "1"} if status_code == 202 else {}
+
+
+def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event | None]) -> Response:
+    """*events* as they happen, or 429 if the caller has as many streams as it may."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    if request.method == "HEAD":
+        return head_of_stream(EventStream.media_type, headers)
+    app = app_of(request)
+
+    @contextlib.contextmanager
+    def place() -> Iterator[None]:
+        counted = contextlib.nullcontext() if app.metrics is None else app.metrics.event_streams.track_inprogress()
+        with app.event_streams.take(caller_of(request)), counted:
+            yield
+
+    return EventStream(event_text(events, engine, request_id_of(request)), place(), headers)
+
+
+def download_place(request: Request) -> AbstractContextManager[None]:
+    """What is held while a long page or a download is sent. Raises TooManyRequests when it is entered."""
+    return app_of(request).downloads.take(caller_of(request))
+
+
+#: One table for all apps.
+ROUTES = route_table()
