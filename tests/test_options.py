@@ -9,7 +9,6 @@ from flock.agents.llm import ModelClient
 from flock.core import Flock
 from flock.errors import DefinitionError
 from flock.limits import Limits, enforced_by
-from flock.temporal import TemporalEngine, TemporalWorker
 from flockapi import AppOptions, FlockAPI, create_app
 
 
@@ -48,7 +47,10 @@ def test_a_bound_that_does_not_exist_is_refused_with_the_nearest_one() -> None:
         engine_with(max_queues=5)
 
 
+@pytest.mark.cluster
 def test_on_a_cluster_each_side_takes_the_bounds_that_it_enforces() -> None:
+    from flock.temporal import TemporalEngine, TemporalWorker
+
     assert set(Limits.__struct_fields__) == {
         name for who in ("server", "worker", "cluster", "namespace") for name in enforced_by(who)
     }
@@ -58,6 +60,8 @@ def test_on_a_cluster_each_side_takes_the_bounds_that_it_enforces() -> None:
         TemporalWorker({}, ModelClient(), "127.0.0.1:1", max_queue=5)
     with pytest.raises(DefinitionError, match="max_concurrency= must be"):
         TemporalWorker({}, ModelClient(), "127.0.0.1:1", max_concurrency=0)
+    with pytest.raises(DefinitionError, match="max_items= must be"):
+        TemporalEngine({}, "127.0.0.1:1", max_items=0)
 
 
 def test_the_options_of_an_app_may_be_given_as_one_value() -> None:

@@ -35,7 +35,7 @@ from flock.declared import DeclaredFlock
 from flock.engine.store import MEMORY
 from flock.errors import DefinitionError, FlockError, InvalidData
 from flock.limits import Limits, enforced_by
-from flock.options import MAX_SECONDS, Options, option_of
+from flock.options import MAX_SECONDS, Option, Options, option_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, ending_of, table_format
 from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid
@@ -155,25 +155,28 @@ def options_of(struct: type[Options], names: Collection[str] | None = None) -> C
         for field in reversed(msgspec.structs.fields(struct)):
             option = option_of(field)
             if option is not None and option.help and (names is None or field.name in names):
-                name = field.name.removesuffix("_s").replace("_", "-")
-                is_count = option.unit == "N"
-                type_ = (
-                    click.IntRange(option.least)
-                    if is_count
-                    else Seconds(0, MAX_SECONDS, min_open=not option.is_valid(0))
-                )
-                command = click.option(
-                    f"--{name}",
-                    field.name,
-                    type=type_,
-                    default=field.default,
-                    show_default=True,
-                    metavar=option.unit,
-                    help=option.help,
-                )(command)
+                command = _option(field.name, field.default, option)(command)
         return command
 
     return add
+
+
+def _option(name: str, default: Any, option: Option) -> Callable[[F], F]:
+    return click.option(
+        f"--{name.removesuffix('_s').replace('_', '-')}",
+        name,
+        type=_type_of(option),
+        default=default,
+        show_default=True,
+        metavar=option.unit,
+        help=option.help,
+    )
+
+
+def _type_of(option: Option) -> click.IntRange | Seconds:
+    if option.unit == "N":
+        return click.IntRange(option.least)
+    return Seconds(0, MAX_SECONDS, min_open=not option.is_valid(0))
 
 
 def _taken(options: dict[str, Any], struct: type[Options]) -> dict[str, Any]:
