@@ -291,7 +291,7 @@ create_app = _typed(FlockAPI, AppOptions)
 
 
 def route_table() -> Sequence[AppRoute | OpenMount]:
-    """Return every route: what it needs, the methods that it takes, its path, and its handler."""
+    """Return every route: what it needs (see ``Needs``), the methods that it takes, its path, and its handler."""
     return [
         AppRoute("access", "POST", "/run/flock", run_flock),
         AppRoute("access", "POST", "/run/batch", run_batch),
@@ -311,8 +311,8 @@ def route_table() -> Sequence[AppRoute | OpenMount]:
         AppRoute("nothing", "GET", "/healthz", healthz),
         AppRoute("nothing", "GET", "/readyz", readyz),
         AppRoute("admin", "GET", "/metrics", metrics),
-        *SPECIFICATION,  # nothing
-        *DOCS,  # nothing
+        *SPECIFICATION,  # /openapi.yaml and /openapi.json need nothing
+        *DOCS,  # /docs, /redoc and /static need nothing
     ]
 
 

@@ -1,14 +1,19 @@
 """Options are checked in one place, and may be given one by one or as one value."""
 
-from typing import Any
+import re
+from typing import Annotated, Any
 
+import click
 import msgspec
 import pytest
+from click.testing import CliRunner
 
 from flock.agents.llm import ModelClient
+from flock.command.cli import options_of
 from flock.core import Flock
 from flock.errors import DefinitionError
 from flock.limits import Limits, enforced_by
+from flock.options import whole
 from flockapi import AppOptions, FlockAPI, create_app
 
 
@@ -75,3 +80,21 @@ def test_an_option_of_an_app_that_does_not_exist_is_refused_with_the_nearest_one
     made: Any = create_app
     with pytest.raises(TypeError, match=r"create_app got an unexpected keyword argument 'doc'\. Did you mean 'docs'\?"):
         made(Flock(), doc=False)
+
+
+class More(Limits, frozen=True, kw_only=True):
+    """A bound that is new: this is all that is written for it, but for the code that enforces it."""
+
+    max_things: Annotated[int, whole(1, "Things of one run; more are refused.")] = 3
+
+
+def test_a_new_bound_is_checked_and_is_an_option_of_the_command_line() -> None:
+    with pytest.raises(DefinitionError, match="engine: max_things= must be a whole number of at least 1, not 0"):
+        More(max_things=0)
+    command = options_of(More)(click.command()(lambda max_things, **others: click.echo(max_things)))
+    assert re.search(
+        r"--max-things N +Things of one run; more are refused", CliRunner().invoke(command, ["--help"]).output
+    )
+    assert CliRunner().invoke(command, []).output == "3\n"
+    assert CliRunner().invoke(command, ["--max-things", "5"]).output == "5\n"
+    assert "0 is not in the range x>=1" in CliRunner().invoke(command, ["--max-things", "0"]).output
