@@ -103,7 +103,14 @@ def test_engine_knows_no_web_framework() -> None:
     assert "sqlite3" not in face.read_text()
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if not path.name.startswith("__")], ids=module_of)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=module_of(path), marks=pytest.mark.cluster if path.parent.name == "temporal" else ())
+        for path in FILES
+        if not path.name.startswith("__")
+    ],
+)
 def test_all_is_what_the_module_offers(path: Path) -> None:
     """``__all__`` names things that exist, and every public class; outside the face every public function too."""
     module = importlib.import_module(module_of(path))

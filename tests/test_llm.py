@@ -287,6 +287,7 @@ async def test_what_has_passed_is_no_error(
     assert (await ask(models)).text
 
 
+@pytest.mark.slow
 async def test_the_local_model_is_called_in_the_same_way(models: ModelClient, model: FakeModel) -> None:
     model.replies = [error(500), error(500), answer(GOOD), error(500), error(500), error(500)]
     await ask(models, "local/smollm2-135m")
@@ -451,7 +452,10 @@ async def test_what_is_not_configured_says_what_to_do(
         check_model(name)
 
 
-@pytest.mark.parametrize("name", ["openai/gpt-4o", "ollama/x", "vllm/vendor/model:1", "local/smollm2-135m"])
+@pytest.mark.parametrize(
+    "name",
+    ["openai/gpt-4o", "ollama/x", "vllm/vendor/model:1", pytest.param("local/smollm2-135m", marks=pytest.mark.slow)],
+)
 def test_what_is_configured_passes_the_check(name: str) -> None:
     check_model(name)
 
