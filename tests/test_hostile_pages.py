@@ -333,7 +333,7 @@ async def test_a_page_of_another_site_reads_nothing_if_no_key_is_demanded(header
                         assert response.json()["type"] == "urn:flockapi:problem:forbidden"
                         assert "Enter the address by hand" in response.json()["detail"]
                         assert (await client.head(path)).status_code == 403
-                for path in ("/", "/ui", "/ui/app.js", "/docs", "/redoc", "/openapi.json", "/healthz", "/readyz"):
+                for path in ("/", "/ui", "/ui/main.js", "/docs", "/redoc", "/openapi.json", "/healthz", "/readyz"):
                     assert (await client.get(path)).status_code in (200, 307), path
                 assert (await client.get("/static/docs.js")).status_code == 200
                 assert (await client.get("/none")).status_code == 404
@@ -439,7 +439,7 @@ async def test_no_answer_is_guessed_at_or_kept(client: httpx.AsyncClient) -> Non
         assert "no-store" not in response.headers.get("Cache-Control", "")
         again = await client.get(path, headers={"If-None-Match": response.headers["ETag"]})
         assert again.status_code == 304
-    assert (await client.get("/ui/app.js")).headers.get_list("Cache-Control") == ["no-cache"]
+    assert (await client.get("/ui/main.js")).headers.get_list("Cache-Control") == ["no-cache"]
 
 
 @pytest.mark.anyio
@@ -483,7 +483,7 @@ async def test_no_header_makes_the_server_fail(name: str, client: httpx.AsyncCli
     run_id = (await run(client, "repeat", text="x", times=1))["run_id"]
     requests = [("GET", f"/run/{run_id}/events"), ("GET", f"/batch/{batch_id}/results"), ("GET", "/none/")]
     requests += [("GET", "/runs?limit=1"), ("GET", "/static/docs.js"), ("POST", "/run/flock"), ("POST", "/run/batch")]
-    requests += [("GET", "/ui/app.js"), ("GET", "/runs/")]
+    requests += [("GET", "/ui/main.js"), ("GET", "/runs/")]
     for method, path in requests:
         for value in MALFORMED[name]:
             headers: list[tuple[bytes, bytes]] = [(name.encode(), value)]

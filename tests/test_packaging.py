@@ -73,7 +73,7 @@ def test_it_serves_the_contract_and_the_docs(python: Path, tmp_path: Path) -> No
         expected = (ROOT / "openapi.yaml").read_text("utf-8").replace("title: Flock Server", 'title: "Installed"')
         assert served.text == expected
         assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "Installed"
-        for path in ("/docs", "/static/docs.js", "/static/vendor/redoc/redoc.standalone.js", "/ui", "/ui/app.js"):
+        for path in ("/docs", "/static/docs.js", "/static/vendor/redoc/redoc.standalone.js", "/ui", "/ui/main.js"):
             assert httpx.get(server.url + path).status_code == 200
 
 

@@ -38,7 +38,7 @@ def client_of(app: Any) -> httpx.AsyncClient:
 @pytest.mark.anyio
 async def test_it_is_there_only_if_it_is_asked_for() -> None:
     async with client_of(create_app(sample_flock())) as client:
-        for path in ("/", "/ui", "/ui/app.js"):
+        for path in ("/", "/ui", "/ui/main.js"):
             assert (await client.get(path)).status_code == 404
 
 
@@ -63,7 +63,7 @@ async def test_files_have_the_content_policy_and_are_asked_for_again_only_when_t
         assert '<a href="docs">' in page
         assert "<title>&lt;b&gt;Bold&lt;/b&gt;</title>" in page
         assert "://" not in page
-        assert (await client.get("/ui/app.js")).headers["Content-Type"] == "text/javascript; charset=utf-8"
+        assert (await client.get("/ui/main.js")).headers["Content-Type"] == "text/javascript; charset=utf-8"
         missing = await client.get("/ui/none.js")
         assert (missing.status_code, missing.headers["Content-Type"]) == (404, "application/problem+json")
 
@@ -101,7 +101,7 @@ async def test_behind_a_proxy_that_takes_its_prefix_away_the_root_leads_to_it_to
 @pytest.mark.anyio
 async def test_everybody_may_load_its_files_and_nobody_its_data_without_a_key() -> None:
     async with client_of(create_app(sample_flock(), create_ui=True, api_keys={"ann": "k" * 32})) as client:
-        for path, status in (("/", 307), ("/ui", 200), ("/ui/app.js", 200), ("/agents", 401), ("/runs", 401)):
+        for path, status in (("/", 307), ("/ui", 200), ("/ui/main.js", 200), ("/agents", 401), ("/runs", 401)):
             assert (await client.get(path)).status_code == status
 
 

@@ -1,17 +1,23 @@
 """The web page at ``/ui``: files of the package, in the form in which they are sent."""
 
+import graphlib
 import gzip
 import hashlib
 import html
 import mimetypes
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 
 from flock.web.contract import STATIC
 
 __all__ = ["UIFile", "takes_gzip", "ui_files"]
+
+#: The script that loads the views, and the view that is shown first.
+ENTRY, FIRST_VIEW = "main.js", "agents.js"
+#: A static import, as all our scripts write it: it never renames what it imports.
+IMPORT = re.compile(rb'^import \{(?P<names>[^}]*)\} from "\./(?P<module>[\w.]+)";\n', re.MULTILINE)
 
 
 class UIFile(msgspec.Struct, frozen=True):
@@ -28,7 +34,32 @@ def ui_files(title: str, *, has_docs: bool = True) -> Mapping[str, UIFile]:
     files = {path.name: path.read_bytes() for path in sorted((STATIC / "ui").iterdir())}
     page = files["index.html"] if has_docs else re.sub(rb' *<a href="docs">.*?</a>\n', b"", files["index.html"])
     files["index.html"] = page.replace(b"{title}", html.escape(title).encode())
-    return {name: _file(name, plain) for name, plain in files.items()}
+    return {name: _file(name, plain) for name, plain in _bundled(files).items()}
+
+
+def _bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """*files* with one script in place of all modules that the first paint needs: a request for each would be slower.
+
+    The other scripts import from it what they import from those modules.
+    """
+    imports: dict[str, list[str]] = {}
+    wanted = [ENTRY, FIRST_VIEW]
+    while wanted:
+        name = wanted.pop()
+        if name not in imports:
+            imports[name] = [found["module"].decode() for found in IMPORT.finditer(files[name])]
+            wanted += imports[name]
+    order = [name for name in graphlib.TopologicalSorter(imports).static_order() if name != FIRST_VIEW]
+    rest = {name: _from_entry(plain, order) for name, plain in files.items() if name not in order}
+    return {**rest, ENTRY: b"\n".join(IMPORT.sub(b"", files[name]) for name in order)}
+
+
+def _from_entry(script: bytes, bundled: Collection[str]) -> bytes:
+    found = [each for each in IMPORT.finditer(script) if each["module"].decode() in bundled]
+    for each in found:
+        script = script.replace(each[0], b"")
+    names = b", ".join(each["names"].strip(b" ,\n") for each in found)
+    return b'import { %s } from "./%s";\n' % (names, ENTRY.encode()) + script if names else script
 
 
 def _file(name: str, plain: bytes) -> UIFile:

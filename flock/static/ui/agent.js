@@ -1,28 +1,15 @@
 // One agent: a form for its inputs.
 
-import {
-  Problem,
-  button,
-  copy,
-  doing,
-  fill,
-  get,
-  go,
-  h,
-  hasKey,
-  idempotencyKey,
-  link,
-  parse,
-  post,
-  pretty,
-  problem,
-  session,
-  title,
-  url,
-} from "./app.js";
-import { handOff } from "./agents.js";
+import { go, link, url } from "./address.js";
+import { Problem, get, idempotencyKey, post } from "./api.js";
 import { lastAgent } from "./chain.js";
+import { button, fill, h, title } from "./dom.js";
 import { form, plain } from "./form.js";
+import { parse, pretty } from "./json.js";
+import { hasKey } from "./key.js";
+import { copy, doing, problem } from "./notices.js";
+import { session } from "./storage.js";
+import { handOff } from "./words.js";
 
 export async function show(main, { id, signal }) {
   const agent = await get(`agents/${encodeURIComponent(id)}`, signal);

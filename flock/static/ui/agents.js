@@ -1,6 +1,9 @@
 // All agents, as cards.
 
-import { get, h, link, title } from "./app.js";
+import { link } from "./address.js";
+import { get } from "./api.js";
+import { h, title } from "./dom.js";
+import { handOff } from "./words.js";
 
 export async function show(main, { signal }) {
   const { agents } = await get("agents", signal);
@@ -45,17 +48,4 @@ export async function show(main, { signal }) {
           ),
         ),
   );
-}
-
-/** Which agent runs next. */
-export function handOff(agent) {
-  if (agent.next_agent)
-    return h(
-      "p",
-      { class: "quiet" },
-      "Hands off to ",
-      h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent),
-      ".",
-    );
-  return agent.next_agent === null ? h("p", { class: "quiet" }, "Its result decides which agent runs next.") : null;
 }

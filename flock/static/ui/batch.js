@@ -1,36 +1,15 @@
 // One batch: its progress, its results, and how long its rows took.
 
-import {
-  Problem,
-  badge,
-  between,
-  button,
-  copy,
-  count,
-  doing,
-  duration,
-  ended,
-  events,
-  fill,
-  get,
-  h,
-  hasKey,
-  isFinal,
-  keep,
-  newId,
-  post,
-  problem,
-  saveAs,
-  say,
-  send,
-  title,
-  url,
-  when,
-  link,
-} from "./app.js";
+import { keep, link, url } from "./address.js";
+import { Problem, get, post, send } from "./api.js";
 import { lastAgent } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
+import { button, fill, h, newId, saveAs, title } from "./dom.js";
+import { events } from "./events.js";
+import { hasKey } from "./key.js";
+import { copy, doing, problem, say } from "./notices.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
+import { badge, between, count, duration, ended, isFinal, when } from "./words.js";
 
 const RATE_OVER_MS = 10_000;
 const REFRESH_MS = 1000;

@@ -1,12 +1,11 @@
 // All batches, a page at a time.
 
-import { STATUSES, badge, duration, get, h, isFinal, link, when } from "./app.js";
+import { link } from "./address.js";
+import { get } from "./api.js";
 import { drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
-import { agentChoice, choice, list } from "./runs.js";
-
-/** What a batch is, in a sentence. */
-export const aboutBatches = () =>
-  h("p", { class: "quiet" }, "A batch runs one agent on every row of a table; each row is a run of its own.");
+import { h } from "./dom.js";
+import { agentChoice, choice, list } from "./list.js";
+import { STATUSES, aboutBatches, badge, duration, isFinal, when } from "./words.js";
 
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);

@@ -1,6 +1,6 @@
 // Agents that hand off to each other.
 
-import { Problem, get } from "./app.js";
+import { Problem, get } from "./api.js";
 
 /** The agent whose outputs are the result of a run that starts with `agent`, as far as the hand-offs are known. */
 export async function lastAgent(agent, signal) {

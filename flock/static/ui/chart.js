@@ -1,6 +1,7 @@
 // How the rows of a batch ended, as a bar, and how long they took, as bars over a logarithmic axis of time.
 
-import { SIGNS, between, count, duration, fill, h, isFinal, newId } from "./app.js";
+import { fill, h, newId } from "./dom.js";
+import { SIGNS, between, count, duration, isFinal } from "./words.js";
 
 const [HEIGHT, BARS] = [130, 24];
 /** With fewer rows a distribution says less than the rows themselves. */

@@ -1,7 +1,9 @@
 // Rows that somebody chose, dropped or pasted, kept over a reload: a file in IndexedDB, since nothing else in a browser
 // holds one.
 
-import { button, fill, h, newId, session, url } from "./app.js";
+import { url } from "./address.js";
+import { button, fill, h, newId } from "./dom.js";
+import { session } from "./storage.js";
 
 /** A longer one would be copied for too long; it is asked for again. */
 const MAX_BYTES = 64 * 1024 * 1024;

@@ -3,7 +3,9 @@
 // A field is {node, read(), errors(pointer)}: what is shown, what it holds (undefined where it is left out), and the
 // element beside which something that is wrong at a JSON pointer is told.
 
-import { button, fill, h, isExact, localTime, newId, parse } from "./app.js";
+import { button, fill, h, newId } from "./dom.js";
+import { isExact, parse } from "./json.js";
+import { localTime } from "./words.js";
 
 /** The fields of an object schema; `value` is what they begin with. `error(pointer, text)` is true if it found a place. */
 export function form(schema, value) {

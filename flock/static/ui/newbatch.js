@@ -1,32 +1,17 @@
 // A new batch: rows from a file or pasted, the input that each column becomes, and what is wrong before it starts.
 
-import {
-  Problem,
-  button,
-  copy,
-  count,
-  doing,
-  fill,
-  get,
-  go,
-  h,
-  hasKey,
-  idempotencyKey,
-  keep,
-  newId,
-  parse,
-  problem,
-  say,
-  send,
-  session,
-  title,
-  url,
-} from "./app.js";
-import { aboutBatches } from "./batches.js";
+import { go, keep, url } from "./address.js";
+import { Problem, get, idempotencyKey, send } from "./api.js";
 import { lastAgent } from "./chain.js";
+import { button, fill, h, newId, title } from "./dom.js";
 import { chooser } from "./files.js";
 import { form } from "./form.js";
+import { parse } from "./json.js";
+import { hasKey } from "./key.js";
+import { copy, doing, problem, say } from "./notices.js";
 import { check, preview, sniff, without } from "./rows.js";
+import { session } from "./storage.js";
+import { aboutBatches, count } from "./words.js";
 
 /** What a column may become beside an input: left out of what is sent, or kept with the results. */
 const [LEFT_OUT, KEPT] = ["", "*"];

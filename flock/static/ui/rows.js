@@ -1,7 +1,7 @@
 // Rows of CSV and NDJSON, read from a file a slice at a time: however long it is, little of it is held.
 
-import { isExact, parse } from "./app.js";
 import { NUMBER_RULES, outOfBounds, plain } from "./form.js";
+import { isExact, parse } from "./json.js";
 
 /** What a file or a text seems to be: `{kind: "csv", delimiter}` or `{kind: "ndjson"}`. */
 export async function sniff(blob) {
@@ -13,7 +13,7 @@ export async function sniff(blob) {
 }
 
 /** A row that cannot be read. */
-export class Unreadable extends Error {
+class Unreadable extends Error {
   constructor(message, line) {
     super(message);
     this.line = line;
@@ -128,7 +128,7 @@ async function* ndjsonRecords(blob, signal) {
   if (rest) yield read([rest]);
 }
 
-export const records = (blob, format, signal) =>
+const records = (blob, format, signal) =>
   format.kind === "csv" ? csvRecords(blob, format.delimiter, signal) : ndjsonRecords(blob, signal);
 
 /** The columns, and the first rows as lists of texts in their order. */
@@ -155,7 +155,7 @@ export async function preview(blob, format, rows = 5) {
 
 // --- What is wrong with a row, as far as it is simple: the server has the last word --------------------------------
 
-export function describe(schema) {
+function describe(schema) {
   if (schema.enum)
     return `one of ${schema.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(", ")}`;
   const words = {
@@ -188,7 +188,7 @@ const TYPES = {
 };
 
 /** What is wrong with a value, or "". */
-export function wrongWith(raw, value, root) {
+function wrongWith(raw, value, root) {
   const schema = plain(raw, root);
   if (value === null && schema.isNullable) return "";
   const union = schema.anyOf ?? schema.oneOf;

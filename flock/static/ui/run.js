@@ -1,29 +1,13 @@
 // One run: live while it works, then its result.
 
-import {
-  badge,
-  between,
-  button,
-  copy,
-  count,
-  doing,
-  duration,
-  ended,
-  events,
-  fill,
-  get,
-  go,
-  h,
-  isFinal,
-  link,
-  post,
-  problem,
-  say,
-  session,
-  title,
-  when,
-} from "./app.js";
+import { go, link } from "./address.js";
+import { get, post } from "./api.js";
+import { button, fill, h, title } from "./dom.js";
+import { events } from "./events.js";
+import { copy, doing, problem, say } from "./notices.js";
+import { session } from "./storage.js";
 import { readable, result } from "./value.js";
+import { badge, between, count, duration, ended, isFinal, when } from "./words.js";
 
 /** How often a screen reader hears of progress, at most. */
 const TOLD_EVERY_MS = 5000;

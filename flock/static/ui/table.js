@@ -1,6 +1,6 @@
 // A table of a million rows: only those that can be seen are elements, and only their pages are asked for.
 
-import { fill, h } from "./app.js";
+import { fill, h } from "./dom.js";
 
 const ROW_PX = 36;
 const PAGE = 100;

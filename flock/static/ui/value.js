@@ -1,6 +1,8 @@
 // A value of JSON, to be read.
 
-import { button, copy, fill, h, isExact, pretty, saveAs } from "./app.js";
+import { button, fill, h, saveAs } from "./dom.js";
+import { isExact, pretty } from "./json.js";
+import { copy } from "./notices.js";
 
 /** How many elements, and characters, are shown in a table; all of them are in the JSON. */
 const MOST = 200;

@@ -1,0 +1,57 @@
+// Server-sent events of a run or a batch.
+
+import { Problem, send } from "./api.js";
+import { parse } from "./json.js";
+import { pause, visible } from "./wait.js";
+
+/** Server-sent events of `path`, until its last one. `EventSource` cannot send a key.
+ *
+ * A hidden tab lets go of its connection, for a browser has only six of them, and goes on after what it knows. */
+export async function* events(path, signal) {
+  let lastId = null;
+  for (;;) {
+    await visible(signal);
+    const connection = new AbortController(),
+      stop = () => connection.abort();
+    const hide = () => document.hidden && stop();
+    signal.addEventListener("abort", stop, { once: true });
+    document.addEventListener("visibilitychange", hide);
+    try {
+      const headers = { Accept: "text/event-stream", ...(lastId === null ? {} : { "Last-Event-ID": lastId }) };
+      const response = await send(path, { headers, signal: connection.signal, isStream: true });
+      if (response.status === 204) return;
+      for await (const event of eventsOf(response.body)) {
+        lastId = event.id ?? lastId;
+        yield event;
+        if (/\.(completed|failed|cancelled)$/.test(event.name) && !event.name.startsWith("step")) return;
+      }
+    } catch (error) {
+      if (signal.aborted || error instanceof Problem) throw error;
+    } finally {
+      connection.abort();
+      signal.removeEventListener("abort", stop);
+      document.removeEventListener("visibilitychange", hide);
+    }
+    await pause(500, signal);
+  }
+}
+
+async function* eventsOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const event = { id: null, name: "message", data: "" };
+      for (const line of block.split("\n")) {
+        const [, field, text] = /^(\w*):? ?(.*)$/.exec(line) || [];
+        if (field === "id") event.id = text;
+        else if (field === "event") event.name = text;
+        else if (field === "data") event.data += text;
+      }
+      if (event.data) yield { ...event, data: parse(event.data) };
+    }
+  }
+}

@@ -1,0 +1,194 @@
+// A list of runs or batches.
+
+import { keep, link } from "./address.js";
+import { get } from "./api.js";
+import { button, fill, h, title } from "./dom.js";
+import { isExact } from "./json.js";
+import { session } from "./storage.js";
+import { every } from "./wait.js";
+
+const PAGE = 50;
+const REFRESH_MS = 2000;
+/** Inputs and results may be long, so they are asked for in small pages, and once for each state of a run. */
+const PREVIEWS = 10;
+const PREVIEW_CHARS = 200;
+
+/** The start of a value's text. */
+function previewOf(members) {
+  const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+  const entries = Object.entries(members ?? {});
+  const [[, only] = []] = entries;
+  if (entries.length === 1 && only !== null && typeof only === "object" && !Array.isArray(only) && !isExact(only))
+    return previewOf(only);
+  const words = entries.map(([name, value]) => (entries.length === 1 ? "" : `${name}: `) + text(value)).join(", ");
+  return words.length > PREVIEW_CHARS ? `${words.slice(0, PREVIEW_CHARS)} …` : words;
+}
+
+/** An agent that no longer exists may be asked for too. */
+export function agentChoice(agents, params) {
+  const names = new Set(agents.map(({ name }) => name));
+  if (params.get("agent_name")) names.add(params.get("agent_name"));
+  return choice("agent_name", "Agent", [...names]);
+}
+
+export const choice = (name, label, options) => ({
+  name,
+  label,
+  make: (value) =>
+    h(
+      "select",
+      {},
+      h("option", { value: "" }, "All"),
+      options.map((option) => h("option", { value: option, selected: option === value }, option)),
+    ),
+});
+
+/** A list that is filtered, paged and refreshed; its filters and page are kept in the address. */
+export async function list(
+  main,
+  { kind, signal, params, filters, columns, noneYet, noMatch, row, id, about, beside, hasPreviews },
+) {
+  const shown = Object.fromEntries(params);
+  const body = h("tbody"),
+    known = new Map();
+  const none = h("p", { class: "empty", hidden: true });
+  const table = h(
+    "div",
+    { class: "wide", tabindex: "0", role: "group", "aria-label": `Table of ${kind}` },
+    h(
+      "table",
+      { class: "rows-list" },
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          columns.map((text) => h("th", { scope: "col" }, text)),
+        ),
+      ),
+      body,
+    ),
+  );
+  // The cursor leads forwards only, so the way back is kept.
+  const back = () => JSON.parse(session.get(`pages ${kind}`) ?? "{}");
+  let next = null,
+    looking = null;
+
+  async function look() {
+    looking?.abort();
+    looking = new AbortController();
+    const stop = looking,
+      onAbort = () => stop.abort();
+    signal.addEventListener("abort", onAbort, { once: true });
+    try {
+      const page = await get(`${kind}?${query({ limit: PAGE })}`, stop.signal);
+      next = page.next;
+      draw(page[kind]);
+      drawPager();
+      if (hasPreviews) await preview(page[kind], stop.signal);
+    } catch (error) {
+      if (!stop.signal.aborted) throw error;
+    } finally {
+      signal.removeEventListener("abort", onAbort);
+    }
+  }
+
+  const query = (more) =>
+    new URLSearchParams(Object.entries({ ...shown, ...more }).filter(([, value]) => value)).toString();
+
+  function drawPager() {
+    older.disabled = !next;
+    newer.disabled = newest.disabled = !shown.after;
+    pager.hidden = !next && !shown.after;
+    clear.hidden = !filters.some(({ name }) => shown[name]);
+  }
+
+  /** The start of inputs and result of each run, by its id. */
+  const previews = new Map();
+  async function preview(items, itsSignal) {
+    const stateOf = (item) => `${item.status} ${item.attempt}`;
+    const isKnown = (item) => previews.get(id(item))?.state === stateOf(item);
+    for (const key of previews.keys()) if (!items.some((item) => id(item) === key)) previews.delete(key);
+    for (const [index, item] of items.entries()) {
+      if (isKnown(item)) continue;
+      const after = index ? id(items[index - 1]) : shown.after;
+      const page = await get(`${kind}?${query({ limit: PREVIEWS, after, include: "inputs,result" })}`, itsSignal);
+      for (const each of page[kind])
+        previews.set(id(each), { state: stateOf(each), inputs: previewOf(each.inputs), result: previewOf(each.result) });
+      draw(items);
+    }
+  }
+
+  function draw(items) {
+    const nodes = items.map((item) => {
+      const { inputs, result } = previews.get(id(item)) ?? {};
+      const text = JSON.stringify([item, inputs, result]),
+        isOpen = !item.completed_at;
+      const before = known.get(id(item));
+      // A row that has not changed stays the same element, with its focus.
+      if (before?.text === text && !isOpen) return before.node;
+      const cells = row({ ...item, inputs, result }).map((cell) => h("td", {}, cell));
+      if (before) {
+        const had = before.node.contains(document.activeElement);
+        fill(before.node, cells);
+        if (had) before.node.querySelector("a")?.focus();
+        before.text = text;
+        return before.node;
+      }
+      const node = h("tr", {}, cells);
+      known.set(id(item), { text, node });
+      return node;
+    });
+    if (nodes.length !== body.children.length || nodes.some((node, index) => body.children[index] !== node)) {
+      const had = document.activeElement;
+      body.replaceChildren(...nodes);
+      if (body.contains(had)) had.focus();
+    }
+    for (const key of known.keys()) if (!items.some((item) => id(item) === key)) known.delete(key);
+    fill(none, filters.some(({ name }) => shown[name]) ? noMatch : noneYet).hidden = items.length > 0;
+    table.hidden = items.length === 0;
+  }
+
+  const turn = async (after) => {
+    shown.after = after;
+    keep(kind, shown);
+    await look();
+  };
+  const newest = button("Newest", () => turn(""));
+  const newer = button("Newer", () => turn(back()[shown.after] ?? ""));
+  const older = button("Older", () => {
+    const after = new URLSearchParams(next.split("?")[1]).get("after");
+    session.set(`pages ${kind}`, JSON.stringify({ ...back(), [after]: shown.after ?? "" }));
+    return turn(after);
+  });
+  const controls = filters.map(({ name, label, make, read = (text) => text }) => {
+    const control = make(shown[name]);
+    control.addEventListener("change", () => {
+      shown[name] = read(control.value);
+      turn("");
+    });
+    return h("label", {}, label, control);
+  });
+  const clear = button(
+    "Clear filters",
+    () => {
+      location.hash = link(kind);
+    },
+    { hidden: true },
+  );
+  const heading = title(kind[0].toUpperCase() + kind.slice(1), beside);
+  const pager = h("p", { class: "actions", role: "group", "aria-label": "Pages", hidden: true }, newest, newer, older);
+  main.append(
+    heading,
+    about ?? "",
+    h("div", { class: "filters", role: "search", "aria-label": `Filter ${kind}` }, controls, clear),
+    table,
+    none,
+    pager,
+  );
+  await look();
+  every(REFRESH_MS, look, signal).catch((error) => {
+    if (!signal.aborted) fill(none, error.message).hidden = false;
+  });
+}

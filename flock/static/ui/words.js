@@ -1,0 +1,60 @@
+// Statuses, times, numbers, batches and hand-offs, in words.
+
+import { link } from "./address.js";
+import { h } from "./dom.js";
+
+export const SIGNS = { starting: "○", running: "◐", completed: "✓", failed: "✕", cancelled: "⊘" };
+
+/** A status by sign, word and colour. */
+export const badge = (status) =>
+  h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
+
+/** The same in a sentence. */
+export const ended = { completed: "is completed", failed: "failed", cancelled: "was cancelled" };
+
+export const STATUSES = Object.keys(SIGNS);
+export const isFinal = (status) => ["completed", "failed", "cancelled"].includes(status);
+
+const WHEN = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+export const when = (time) => (time ? h("time", { datetime: time, title: time }, WHEN.format(new Date(time))) : "–");
+
+/** A time of the API as an input of type datetime-local has it. */
+export function localTime(time) {
+  const date = new Date(time);
+  return Number.isNaN(date.getTime())
+    ? ""
+    : new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 23).replace(/\.000Z?$/, "");
+}
+
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined || Number.isNaN(seconds)) return "–";
+  if (seconds > 0 && seconds < 0.0095) return `${(seconds * 1000).toFixed(1)} ms`;
+  if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 60) return `${seconds.toFixed(1)} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s`;
+  return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
+}
+
+/** Seconds from one time of the API to another, or to now. */
+export const between = (from, to) => (from ? ((to ? new Date(to) : new Date()) - new Date(from)) / 1000 : null);
+
+const NUMBER = new Intl.NumberFormat();
+export const count = (number, one, many = `${one}s`) =>
+  `${NUMBER.format(number)}${one ? ` ${number === 1 ? one : many}` : ""}`;
+
+/** What a batch is, in a sentence. */
+export const aboutBatches = () =>
+  h("p", { class: "quiet" }, "A batch runs one agent on every row of a table; each row is a run of its own.");
+
+/** Which agent runs next. */
+export function handOff(agent) {
+  if (agent.next_agent)
+    return h(
+      "p",
+      { class: "quiet" },
+      "Hands off to ",
+      h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent),
+      ".",
+    );
+  return agent.next_agent === null ? h("p", { class: "quiet" }, "Its result decides which agent runs next.") : null;
+}
