@@ -38,6 +38,7 @@ from flock.agents.checks import warn_of_problems
 from flock.agents.workflow import columns_of
 from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
+from flock.engine.rowchecks import BatchCheck, check_batch
 from flock.errors import (
     Conflict,
     DefinitionError,
@@ -49,6 +50,7 @@ from flock.errors import (
 from flock.extras import pip_install
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
+from flock.rows.tables import Fill
 from flock.runs import (
     LONG_BYTES,
     Batch,
@@ -64,7 +66,7 @@ from flock.runs import (
 )
 from flock.web import wire
 from flock.web.auth import KeyRing, OwnEngine, Places, Rate
-from flock.web.batches import BATCH_TYPES, agent_of, batch_options, options_in_body, rows_of
+from flock.web.batches import BATCH_TYPES, agent_of, batch_options, fill_of, options_in_body, rows_of
 from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
 from flock.web.door import CORS, AppRoute, Auth, Door, Found, OpenMount, by_key, caller_of, principal_of
@@ -511,7 +513,8 @@ async def run_events(request: Request) -> Response:
 async def run_batch(request: Request) -> Response:
     """POST /run/batch
 
-    A JSON body is read whole; rows of CSV and NDJSON are read as they arrive, and never held as a whole.
+    A JSON body is read whole; rows of CSV and NDJSON are read as they arrive, and never held as a whole. With
+    ``?dry_run=true`` they are read and checked in the same way, and nothing is kept.
     """
     app, media_type, sent = app_of(request), media_type_of(request, *BATCH_TYPES), None
     place: AbstractContextManager[None] = contextlib.nullcontext()
@@ -530,10 +533,15 @@ async def run_batch(request: Request) -> Response:
         else:
             wanted = options_in_body(request, sent)
         with place:
+            fill = fill_of(app.flock.agents, app.options, wanted, body)
+            rows, options = rows_of(app.options, media_type, wanted, body, fill), batch_options(wanted)
+            if query_of(request, wire.UploadQuery, agent_name="").dry_run:
+                agent = app.flock.agents[wanted.agent_name]
+                return check_response(await check_batch(engine, agent, rows, fill, wanted.on_invalid), fill)
             batch = await engine.submit_batch(
                 wanted.agent_name,
-                rows_of(app.flock.agents, app.options, media_type, wanted, body),
-                batch_options(wanted),
+                rows,
+                options,
                 on_invalid=wanted.on_invalid,
                 request_id=request_id_of(request),
                 traceparent=traceparent_of(request),
@@ -759,6 +767,17 @@ def batch_response(
     headers = {"Flock-Run-Status": batch.status.value, **(headers or {})}
     headers |= _accepted(request, f"/batch/{batch.batch_id}", status_code)
     return PageResponse(body, download_place(request), status_code, headers)
+
+
+def check_response(check: BatchCheck, fill: Fill) -> Response:
+    """What a batch would be refused for, or its first rows as they would be kept."""
+    rows = [
+        wire.FlockBatchCheckRow(
+            line=msgspec.UNSET if row.line is None else row.line, inputs=row.inputs, extra=extra or msgspec.UNSET
+        )
+        for row, extra, _ in check.rows
+    ]
+    return JSONResponse(wire.shown_as(wire.FlockBatchCheck, check, columns=list(fill.columns), rows=rows))
 
 
 def batches_response(request: Request, page: Page[Batch]) -> Response:

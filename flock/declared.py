@@ -182,7 +182,7 @@ class DeclaredFlock:
         agent_name: str,
         batch_inputs: BatchInputs,
         *,
-        input_mapping: Mapping[str, str] | None = None,
+        input_mapping: Mapping[str, str | None] | None = None,
         static_inputs: Mapping[str, Any] | None = None,
         parallel: bool = True,
         max_workers: int = 5,
@@ -201,7 +201,7 @@ class DeclaredFlock:
         Args:
             batch_inputs: mappings, read once and one by one, or the path of a file whose name ends in ``.csv``,
                 ``.ndjson`` or ``.jsonl``, also with ``.gz`` behind it. Cells of CSV are typed by the agent's signature.
-            input_mapping: what a member of a mapping, or a column, is called as an input.
+            input_mapping: what a member of a mapping, or a column, is called as an input; None drops it.
             static_inputs: for all items that do not bring their own.
             parallel, max_workers, return_errors, box_results: see ``BatchOptions``.
             on_invalid: "reject" begins nothing where an item does not fit; "skip" lets that one fail.

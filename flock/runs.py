@@ -33,6 +33,7 @@ __all__ = [
     "Event",
     "IdempotencyKey",
     "Inputs",
+    "ItemLimits",
     "Items",
     "LongJSON",
     "Observer",
@@ -317,6 +318,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     sources: Mapping[str, str] = {}
     extra: Mapping[str, msgspec.Raw] = {}
     errors: tuple[FieldError, ...] = ()
+
+
+class ItemLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """The most items of one batch, and the longest inputs of one item with its kept columns, in bytes of JSON."""
+
+    max_items: int
+    max_input_bytes: int
 
 
 #: What a run is given: a mapping, or the text of a JSON object.
@@ -642,6 +650,10 @@ class Engine(Protocol):
 
     Use it as an async context manager. Outside it, all methods raise EngineStopped but ``health`` and ``observe``.
     """
+
+    @property
+    def item_limits(self) -> ItemLimits:
+        """How many items a batch has at most, and how long each of them is at most."""
 
     @property
     def is_leaving(self) -> bool:

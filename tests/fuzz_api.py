@@ -104,6 +104,14 @@ hooks = "hooks.py"
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "401", "403", "404", "409", "413", "422", "429"]
+
+# A dry run of rows that do not fit is answered with 200; a batch that is accepted is 202.
+[[operations]]
+include-operation-id = "runBatch"
+[operations.checks.negative_data_rejection]
+expected-statuses = [
+    "200", "400", "401", "403", "404", "405", "406", "409", "415", "422", "428", "429", "5xx"
+]
 """
 
 

@@ -166,6 +166,8 @@ RAW = {
     ("RunStep", "result"),
     ("RunSummary", "inputs"),
     ("RunSummary", "result"),
+    ("FlockBatchCheckRow", "inputs"),
+    ("FlockBatchCheckRow", "extra"),
     ("BatchItem", "extra"),
     ("BatchItem", "inputs"),
     ("BatchItem", "result"),

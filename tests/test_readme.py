@@ -145,7 +145,7 @@ def test_the_lines_on_batches_work(tmp_path: Path) -> None:
     """In their order; a function stands in for the model, and a batch that goes on for what is done to one."""
     blocks = [(language, code.strip()) for language, code in blocks_of(ON_BATCHES)]
     commands = [code for language, code in blocks if language == "bash"]
-    start, follow, wait, download, packed, mapped, cancel, retry, delete = commands
+    start, follow, wait, download, packed, mapped, checked, cancel, retry, delete = commands
     (events,) = (code for language, code in blocks if language == "text")
     (table,) = (code for language, code in blocks if language == "csv")
     expected_start, expected_end = (json.loads(code) for language, code in blocks if language == "json")
@@ -173,6 +173,7 @@ def test_the_lines_on_batches_work(tmp_path: Path) -> None:
         assert curl(server, packed)["total_items"] == 2
         mapped_id = curl(server, mapped)["batch_id"]
         assert curl(server, wait, batch_id=mapped_id)["failed_items"] == 1
+        assert curl(server, checked)["rows"] == [{"line": 2, "inputs": {"text": "This is great!"}}]
         nap = {"agent_name": "nap", "batch_inputs": [{"text": "a"}]}
         napping = {"batch_id": httpx.post(f"{server.url}/run/batch", json=nap).json()["batch_id"]}
         assert curl(server, cancel, **napping)["status"] == "cancelled"

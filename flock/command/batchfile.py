@@ -56,7 +56,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     options: BatchOptions
     force: bool = False
     on_invalid: OnInvalid = "reject"
-    input_mapping: Mapping[str, str] = {}
+    input_mapping: Mapping[str, str | None] = {}
     static_inputs: Mapping[str, msgspec.Raw] = {}
     on_extra: OnExtra = "reject"
     dialect: CSVDialect = CSVDialect()

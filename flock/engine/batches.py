@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent
 from flock.engine.batchstore import BatchStore
-from flock.engine.rowchecks import CheckedRow, RowChecks, RowErrors, as_json, each
+from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, each
 from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
 from flock.errors import (
@@ -39,7 +39,19 @@ from flock.errors import (
 )
 from flock.limits import Limits
 from flock.rows.tables import Fill
-from flock.runs import INVALID_INPUT, Batch, IdempotencyKey, Items, OnInvalid, Row, Run, RunStatus, new_id, now
+from flock.runs import (
+    INVALID_INPUT,
+    Batch,
+    IdempotencyKey,
+    ItemLimits,
+    Items,
+    OnInvalid,
+    Row,
+    Run,
+    RunStatus,
+    new_id,
+    now,
+)
 
 __all__ = ["Batches", "Intake", "as_json", "mapping_rows"]
 
@@ -258,7 +270,8 @@ class Intake:
         options = self._batch.options
         if options.max_workers < 1:
             raise DefinitionError(f"max_workers is at least 1, and not {options.max_workers}.")
-        checks = RowChecks(self._agent, max_items=max_items, max_input_bytes=self._max_input_bytes)
+        limits = ItemLimits(max_items=max_items, max_input_bytes=self._max_input_bytes)
+        checks = RowChecks(self._agent, limits)
         found = RowErrors()
         async for checked in checks.rows(items):
             if checked.errors and on_invalid == "reject":
@@ -267,8 +280,8 @@ class Intake:
                     break
             if not found:
                 await self._add(checks.total, checked)
-        if found:
-            raise InvalidData(found.first())
+        if found or not checks.total:
+            raise InvalidData(found.first() or [NO_ROWS])
         return replace(
             self._batch,
             total_items=checks.total,

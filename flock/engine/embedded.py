@@ -48,6 +48,7 @@ from flock.runs import (
     Event,
     IdempotencyKey,
     Inputs,
+    ItemLimits,
     Items,
     LongJSON,
     Observer,
@@ -129,6 +130,7 @@ class EmbeddedEngine:
         self._flock = flock
         self._observers: list[Observer] = []
         self._limits = replaced(limits or Limits(), bounds)
+        self.item_limits = ItemLimits(max_items=self._limits.max_items, max_input_bytes=self._limits.max_input_bytes)
         self._make_runner = functools.partial(
             Runner,
             agents,

@@ -6,17 +6,23 @@ from typing import NamedTuple
 import msgspec
 
 from flock.agents.agent import Agent
-from flock.errors import FieldError, InvalidData, MalformedJSON, TooLarge
+from flock.errors import EngineStopped, FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.fair import FairShare
 from flock.jsontype import escape_pointer
-from flock.runs import Inputs, Items, Row
+from flock.rows.tables import Fill
+from flock.runs import Engine, Inputs, ItemLimits, Items, OnInvalid, Row
 
-__all__ = ["CheckedRow", "RowChecks", "RowErrors", "as_json", "each"]
+__all__ = ["NO_ROWS", "BatchCheck", "CheckedRow", "RowChecks", "RowErrors", "as_json", "check_batch", "each"]
 
 #: How many errors of a batch's items are reported at once.
 MAX_ITEM_ERRORS = 100
 #: How long the names of all kept columns of a batch may be together: they are kept with each state of the batch.
 MAX_EXTRA_NAMES_CHARS = 16 * 1024
+#: How many rows a check shows, and how long they are together: fewer of them if they are long.
+MAX_SHOWN_ROWS = 20
+MAX_SHOWN_BYTES = 64 * 1024
+#: What is wrong with a batch without rows.
+NO_ROWS = FieldError(detail="A batch has at least one item.", pointer="/batch_inputs")
 
 
 class CheckedRow(NamedTuple):
@@ -30,44 +36,37 @@ class CheckedRow(NamedTuple):
 class RowChecks:
     """The checks of the rows of one batch.
 
-    Args:
-        max_items: rows at most.
-        max_input_bytes: the longest row, as JSON.
-
     Attributes:
         total: how many rows were checked.
         extra_names: the names of the columns that are kept.
     """
 
-    def __init__(self, agent: Agent, *, max_items: int, max_input_bytes: int) -> None:
+    def __init__(self, agent: Agent, limits: ItemLimits) -> None:
         self.total = 0
         self.extra_names: dict[str, None] = {}
         self._agent = agent
-        self._max_items = max_items
-        self._max_input_bytes = max_input_bytes
+        self._limits = limits
         self._extra_names_chars = 0
 
     async def rows(self, items: Items) -> AsyncGenerator[CheckedRow, None]:
         """Each row of *items*, checked.
 
-        Raises: TooLarge; InvalidData if there is no row; whatever *items* raises.
+        Raises: TooLarge, and whatever *items* raises.
         """
-        share = FairShare()
+        max_items, max_bytes, share = self._limits.max_items, self._limits.max_input_bytes, FairShare()
         async for item in each(items):
-            if self.total == self._max_items:
-                raise TooLarge(f"A batch has at most {self._max_items} items on this server (max_items).")
+            if self.total == max_items:
+                raise TooLarge(f"A batch has at most {max_items} items on this server (max_items).")
             if not isinstance(item, Row):
                 at = f"/batch_inputs/{self.total}"
-                item = Row(inputs=as_json(item, at, self._max_input_bytes), at=at)
+                item = Row(inputs=as_json(item, at, max_bytes), at=at)
             await share.checkpoint()
             extra = self._extra_of(item)
-            if len(bytes(item.inputs)) + len(bytes(extra or b"")) > self._max_input_bytes:
-                raise TooLarge(f"A row is longer than {self._max_input_bytes} bytes, all that one item takes.")
+            if len(bytes(item.inputs)) + len(bytes(extra or b"")) > max_bytes:
+                raise TooLarge(f"A row is longer than {max_bytes} bytes, all that one item takes.")
             yield CheckedRow(item, extra, self._errors_of(item))
             self.total += 1
             await share.checkpoint()
-        if not self.total:
-            raise InvalidData([FieldError(detail="A batch has at least one item.", pointer="/batch_inputs")])
 
     def _extra_of(self, row: Row) -> msgspec.Raw | None:
         """What is kept of a row, as it is stored. Raises TooLarge."""
@@ -127,6 +126,63 @@ class RowErrors:
 
     def first(self) -> list[FieldError]:
         return list(self._found.values())[:MAX_ITEM_ERRORS]
+
+
+class BatchCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """What would become of a batch.
+
+    Attributes:
+        ok: it would be accepted.
+        total_items: rows that were read; all of them, unless what follows cannot be read.
+        invalid_items: rows that do not fit.
+        rows: the first rows, as they would be kept.
+        errors: what is wrong, 100 at most. They begin with the errors for which the batch would be refused.
+    """
+
+    ok: bool
+    total_items: int
+    invalid_items: int
+    rows: Sequence[CheckedRow]
+    errors: Sequence[FieldError]
+
+
+async def check_batch(engine: Engine, agent: Agent, items: Items, fill: Fill, on_invalid: OnInvalid) -> BatchCheck:
+    """Read and check rows as ``Engine.submit_batch`` of *engine* would, and keep nothing.
+
+    Args:
+        fill: what made the rows of *items*.
+
+    Raises:
+        InvalidData: no row can be read, and no header.
+        TooLarge: as ``Engine.submit_batch``.
+        EngineStopped: the engine is leaving: reading on would delay its stop.
+    """
+    checks, found, rows, shown_bytes = RowChecks(agent, engine.item_limits), RowErrors(), list[CheckedRow](), 0
+    refused: Sequence[FieldError] = ()
+    try:
+        async for checked in checks.rows(items):
+            if engine.is_leaving:
+                raise EngineStopped("The server is about to stop. Send the rows again when it is back.")
+            if checked.errors:
+                found.add(checked.row, checked.errors)
+            shown_bytes += len(bytes(checked.row.inputs)) + len(bytes(checked.extra or b""))
+            if len(rows) < MAX_SHOWN_ROWS and shown_bytes <= MAX_SHOWN_BYTES:
+                rows.append(checked)
+    except InvalidData as exc:
+        if not fill.columns:
+            raise
+        refused = exc.errors
+    if not (refused or checks.total):
+        refused = [NO_ROWS]
+    is_refused_before = found.is_full and on_invalid == "reject"  # a batch is refused before it is read on
+    errors = [*found.first(), *refused] if is_refused_before else [*refused, *found.first()]
+    return BatchCheck(
+        ok=not refused and (not found or on_invalid == "skip"),
+        total_items=checks.total,
+        invalid_items=found.rows,
+        rows=rows,
+        errors=errors[:MAX_ITEM_ERRORS],
+    )
 
 
 def _as_sent(error: FieldError, row: Row, sources: Mapping[str, str]) -> FieldError:

@@ -74,6 +74,8 @@ NUMERIC = re.compile(r"\b(int|float|decimal)\b")
 LINES_A_STEP = 256
 #: How many members a row, the static inputs and a mapping have at most, and how many columns a header.
 MAX_MEMBERS = 10_000
+#: How long the names of columns that a reader remembers are together.
+MAX_COLUMNS_CHARS = 1024 * 1024
 #: How many lines one row of CSV has at most.
 MAX_ROW_LINES = 100_000
 #: How many errors of one row, or of the header, are reported.
@@ -92,18 +94,21 @@ class Fill:
     Args:
         signature: the inputs.
         static: inputs that each row has which does not bring its own.
-        names: what a member of a row is called as an input.
+        names: what a member of a row is called as an input; None drops the member.
         max_static_bytes: how long those of all rows may be by now, together with the names of columns that rows keep:
             they are sent once and kept often.
         on_extra: what becomes of a member that is neither an input nor named in *names*.
         result_names: what cannot be kept, since results have a member of that name.
+
+    Attributes:
+        columns: the names of the columns, or of the members of rows, that were met, in this order.
     """
 
     def __init__(
         self,
         signature: Signature,
         static: Mapping[str, msgspec.Raw] | None,
-        names: Mapping[str, str] | None,
+        names: Mapping[str, str | None] | None,
         max_static_bytes: Callable[[], int],
         *,
         on_extra: OnExtra = "reject",
@@ -114,7 +119,10 @@ class Fill:
                 raise InvalidData([FieldError(detail=_too_many(len(given), "members"), pointer=f"/{name}")])
         self.fields = {field.name: field for field in signature.fields}
         self.static = static or {}
-        self.names = dict(names or {})
+        self.names = {key: name for key, name in (names or {}).items() if name is not None}
+        self.dropped = {key: None for key, name in (names or {}).items() if name is None}
+        self.columns: dict[str, None] = {}
+        self._columns_chars = 0
         self.on_extra = on_extra
         self._result_names = result_names
         self._max_static_bytes = max_static_bytes
@@ -130,9 +138,18 @@ class Fill:
                 ]
             )
 
+    def meet(self, names: Collection[str]) -> None:
+        """Add *names* to the columns, up to ``MAX_MEMBERS`` names and ``MAX_COLUMNS_CHARS`` characters."""
+        for name in names:
+            if name not in self.columns:
+                self._columns_chars += len(name)
+                if len(self.columns) >= MAX_MEMBERS or self._columns_chars > MAX_COLUMNS_CHARS:
+                    return
+                self.columns[name] = None
+
     def row(self, members: Mapping[str, msgspec.Raw], at: str = "", line: int | None = None) -> Row:
         """Raises TooLarge."""
-        if not self.static and not self.names and members.keys() <= self.fields.keys():
+        if not (self.static or self.names or self.dropped) and members.keys() <= self.fields.keys():
             return Row(inputs=msgspec.Raw(msgspec.json.encode(members)), at=at, line=line)
         if len(members) > MAX_MEMBERS:
             error = FieldError(detail=_too_many(len(members), "members"), pointer=at)
@@ -144,6 +161,8 @@ class Fill:
         kept: dict[str, msgspec.Raw] = {}
         errors: list[FieldError] = []
         for key, value in members.items():
+            if key in self.dropped:
+                continue
             name, pointer = self.names.get(key, key), f"{at}/{escape_pointer(key)}"
             if self.is_extra(key):
                 extra[key] = value
@@ -187,7 +206,7 @@ class Fill:
 
     def is_extra(self, key: str) -> bool:
         """Whether a member or column is no input."""
-        return key not in self.fields and key not in self.names
+        return key not in self.fields and key not in self.names and key not in self.dropped
 
     def missing(self, inputs: Collection[str]) -> set[str]:
         """The required inputs that are not there."""
@@ -244,6 +263,7 @@ def _unreadable_row(error: FieldError, at: str, line: int | None) -> Row:
 def json_rows(rows: Iterable[Mapping[str, msgspec.Raw]], fill: Fill) -> Iterator[Row]:
     """The rows of a JSON body's ``batch_inputs``. Raises TooLarge."""
     for position, members in enumerate(rows):
+        fill.meet(members)
         yield fill.row(members, at=f"/batch_inputs/{position}")
 
 
@@ -304,6 +324,7 @@ async def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int, shar
         detail = str(found).replace("line 1, ", "")  # its own line is told beside it
     else:
         await share.checkpoint()
+        fill.meet(members)
         return fill.row(members, line=number)
     return _unreadable_row(FieldError(detail=detail, pointer="", line=number), "", number)
 
@@ -432,12 +453,13 @@ class _Columns:
         self._fill = fill = _in_any_case(fill, self._header)
         if "\x00" in header[0]:
             raise _unreadable(dialect.not_read(header[0]), line)
+        fill.meet(self._header)
         errors = [
             FieldError(detail=problem, pointer=f"/{escape_pointer(column)}", line=line)
             for column, problem in itertools.islice(self._problems(), MAX_ROW_ERRORS)
         ]
         if all(map(fill.is_extra, self._header)):
-            known = {name.casefold() for name in (*fill.fields, *fill.names)}
+            known = {name.casefold() for name in (*fill.fields, *fill.names, *fill.dropped)}
             if problem := dialect.not_divided(self._header, known, is_refused=bool(errors)):
                 raise _unreadable(problem, line)
         if errors:
@@ -449,10 +471,12 @@ class _Columns:
     def _problems(self) -> Iterator[tuple[str, str]]:
         """What is wrong with the header: columns, and in words why."""
         fill, met = self._fill, set[str]()
-        names = {column: fill.names.get(column, column) for column in self._header}
+        names = {each: fill.names.get(each, each) for each in self._header if each not in fill.dropped}
         inputs = {*names.values(), *fill.static}
         missing, meant = fill.missing(inputs), set[str]()
         for place, column in enumerate(self._header, 1):
+            if column in fill.dropped:
+                continue
             name, problem = names[column], ""
             if fill.is_extra(column):
                 if fill.on_extra == "ignore" or column:
@@ -467,7 +491,8 @@ class _Columns:
             met.add(name)
             if problem:
                 yield column, problem
-        for column in (each for each in fill.names if each not in names):
+        header = set(self._header)
+        for column in (each for each in (*fill.names, *fill.dropped) if each not in header):
             yield column, f"input_mapping names the column {column!r}, and there is none."
         for name in (each for each in fill.fields if each in missing and each not in meant):
             cure = f'Name one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
@@ -494,6 +519,8 @@ class _Columns:
 
     def _reader(self, column: str, max_depth: int) -> Callable[[str], msgspec.Raw | None]:
         fill = self._fill
+        if column in fill.dropped:
+            return _dropped
         if not fill.is_extra(column):
             name = fill.names.get(column, column)
             return _cell_reader(fill.fields[name], name in fill.static, max_depth, self._dialect)
@@ -502,7 +529,7 @@ class _Columns:
 
 def _in_any_case(fill: Fill, header: Sequence[str]) -> Fill:
     """*fill* with names for columns that are called as inputs but for upper and lower case, if that is unambiguous."""
-    exact = {fill.names.get(column, column) for column in header}
+    exact = {fill.names.get(column, column) for column in header if column not in fill.dropped}
     inputs = Counter(name.casefold() for name in fill.fields)
     by_case = {name.casefold(): name for name in fill.fields if name not in exact and inputs[name.casefold()] == 1}
     columns = Counter(column.casefold() for column in header)

@@ -51,6 +51,7 @@ from flock.runs import (
     Event,
     IdempotencyKey,
     Inputs,
+    ItemLimits,
     Items,
     Observer,
     OnInvalid,
@@ -71,6 +72,7 @@ from flock.temporal.cluster import Cluster
 from flock.temporal.marks import Marks
 from flock.temporal.messages import (
     HEARTBEAT_TIMEOUT_S,
+    MAX_ITEMS,
     RUN_WORKFLOW,
     RunOrder,
     new_batch_id,
@@ -138,6 +140,10 @@ class TemporalEngine:
         if payload_dir is None:
             limits = replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
         self._limits = limits
+        of_items = replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
+        self.item_limits = ItemLimits(
+            max_items=min(limits.max_items, MAX_ITEMS), max_input_bytes=of_items.max_input_bytes
+        )
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._marks = Marks(self.cluster, flock, self._task_queue)
         self._batches = TemporalBatches(
@@ -145,7 +151,7 @@ class TemporalEngine:
             self._marks,
             flock,
             self._task_queue,
-            limits=replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES)),
+            limits=of_items,
             heartbeat_timeout_s=heartbeat_timeout_s,
         )
         self._watch_task: asyncio.Task[None] | None = None

@@ -27,6 +27,7 @@ from flock.runs import (
     Event,
     IdempotencyKey,
     Inputs,
+    ItemLimits,
     Items,
     Observer,
     Page,
@@ -221,6 +222,10 @@ class OwnEngine:
     def __init__(self, engine: Engine, principal: Principal) -> None:
         self._engine = engine
         self._principal = principal
+
+    @property
+    def item_limits(self) -> ItemLimits:
+        return self._engine.item_limits
 
     @property
     def is_leaving(self) -> bool:

@@ -16,18 +16,19 @@ from flock.web.options import AppOptions
 from flock.web.requests import query_of
 from flock.web.wire import BATCH_REQUEST, FlockBatchRequest, UploadQuery
 
-__all__ = ["BATCH_TYPES", "agent_of", "batch_options", "options_in_body", "rows_of"]
+__all__ = ["BATCH_TYPES", "agent_of", "batch_options", "fill_of", "options_in_body", "rows_of"]
 
 #: What the body of ``POST /run/batch`` may be.
 BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
 
 
 def options_in_body(request: Request, sent: bytes) -> FlockBatchRequest:
-    """What a JSON body says. Raises InvalidData, also where the query says something, which nobody would heed.
+    """What a JSON body says. Raises InvalidData, also if the query has options, which would be ignored.
 
     Clients that are generated from the specification send its defaults.
     """
-    if query_of(request, UploadQuery, agent_name="") != UploadQuery(agent_name=""):
+    query = query_of(request, UploadQuery, agent_name="")
+    if query != UploadQuery(agent_name="", dry_run=query.dry_run):
         detail = "A JSON body says itself how it is meant; the query does so for text/csv and application/x-ndjson."
         raise InvalidData([FieldError(detail=detail, pointer="")])
     return BATCH_REQUEST.decode(sent)
@@ -40,16 +41,13 @@ def agent_of(agents: Mapping[str, Agent], name: str) -> Agent:
     return agents[name]
 
 
-def rows_of(
-    agents: Mapping[str, Agent], options: AppOptions, media_type: str, wanted: FlockBatchRequest, body: Body
-) -> Items:
-    """The rows of a batch, none of which is read yet. Raises InvalidData, AgentNotFound; reading them raises more."""
-    chunks = body.upload()
+def fill_of(agents: Mapping[str, Agent], options: AppOptions, wanted: FlockBatchRequest, body: Body) -> Fill:
+    """How the rows of a batch become inputs. Raises InvalidData, AgentNotFound."""
 
     def max_static_bytes() -> int:
         return EXPANSION * max(options.max_body_bytes, body.received_bytes)
 
-    fill = Fill(
+    return Fill(
         agent_of(agents, wanted.agent_name).input,
         wanted.static_inputs,
         wanted.input_mapping,
@@ -57,6 +55,11 @@ def rows_of(
         on_extra=wanted.on_extra,
         result_names=result_names(wanted.agent_name, agents),
     )
+
+
+def rows_of(options: AppOptions, media_type: str, wanted: FlockBatchRequest, body: Body, fill: Fill) -> Items:
+    """The rows of a batch, none of which is read yet. Raises InvalidData; reading them raises more."""
+    chunks = body.upload()
     limits = {"max_row_bytes": options.max_body_bytes, "max_depth": options.max_json_depth}
     if media_type == "application/x-ndjson":
         return ndjson_rows(chunks, fill, **limits)

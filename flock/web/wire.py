@@ -29,6 +29,8 @@ __all__ = [
     "EventsQuery",
     "FlockAPIRequest",
     "FlockAPIResponse",
+    "FlockBatchCheck",
+    "FlockBatchCheckRow",
     "FlockBatchRequest",
     "FlockBatchResponse",
     "FlockBatchRetry",
@@ -85,7 +87,7 @@ class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     agent_name: str
     batch_inputs: list[dict[str, msgspec.Raw]] | str
     static_inputs: dict[str, msgspec.Raw] | None = None
-    input_mapping: dict[str, str] | None = None
+    input_mapping: dict[str, str | None] | None = None
     parallel: bool = True
     max_workers: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
     on_invalid: OnInvalid = "reject"
@@ -113,12 +115,13 @@ BATCH_RETRY = JSONType(FlockBatchRetry)
 
 
 class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What stands in the query of ``POST /run/batch`` where the body is rows only.
+    """The query of ``POST /run/batch``. Beside a JSON body it has ``dry_run`` only.
 
     ``static_inputs`` and ``input_mapping`` are JSON; ``delimiter``, ``decimal`` and ``encoding`` are for CSV.
     """
 
     agent_name: str
+    dry_run: bool = False
     static_inputs: str | msgspec.UnsetType = msgspec.UNSET
     input_mapping: str | msgspec.UnsetType = msgspec.UNSET
     parallel: bool = True
@@ -223,7 +226,8 @@ def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **absent: Any) -
 def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
     """What the query says of an upload, in the form of a JSON body without rows. Raises InvalidData."""
     options = msgspec.structs.asdict(query)
-    for name, type_ in (("static_inputs", dict[str, msgspec.Raw]), ("input_mapping", dict[str, str])):
+    del options["dry_run"]
+    for name, type_ in (("static_inputs", dict[str, msgspec.Raw]), ("input_mapping", dict[str, str | None])):
         if options[name] is not msgspec.UNSET:
             try:
                 check_depth(options[name].encode(), max_depth)
@@ -316,6 +320,25 @@ class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: Time | None
     request_id: str | None
     attempt: int
+
+
+class FlockBatchCheckRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A row as it would be kept. ``line`` is where it begins in CSV or NDJSON; ``extra`` are its kept columns."""
+
+    line: int | msgspec.UnsetType = msgspec.UNSET
+    inputs: msgspec.Raw
+    extra: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class FlockBatchCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``POST /run/batch?dry_run=true``: whether the batch would be accepted, and what is wrong with it."""
+
+    ok: bool
+    total_items: int
+    invalid_items: int
+    columns: list[str]
+    rows: list[FlockBatchCheckRow]
+    errors: list[FieldError]
 
 
 class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
