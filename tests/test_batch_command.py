@@ -236,6 +236,66 @@ def test_a_file_that_gives_no_batch_leaves_nothing_behind(name: str, content: by
     assert files() == {name}
 
 
+# Checked only
+
+
+def test_a_dry_run_prints_rows_and_errors_and_runs_and_writes_nothing() -> None:
+    Path("rows.csv").write_text("n,id\n1,0042\nx,7\n12345678901234567890,8\n")
+    mapped = ["--map", "id="]
+    done = batch("work", "rows.csv", "--dry-run", *mapped)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines() == [
+        'line 2: {"n":1}',
+        'line 3: {"n":"x"}',
+        'line 4: {"n":12345678901234567890}',
+        "2 of 3 rows in rows.csv fit.",
+        "  line 3 /n: Expected 'int', got 'str'.",
+    ]
+    real = batch("work", "rows.csv", "-o", "results.csv", *mapped)
+    assert (real.returncode, real.stderr.splitlines()[1:]) == (1, done.stdout.splitlines()[4:])
+    done = batch("work", "rows.csv", "--dry-run", "-o", "results.csv", "--on-invalid", "skip", "--on-extra", "keep")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, 'line 2: {"n":1} keeps {"id":"0042"}')
+    assert files() == {"rows.csv"}
+    assert not Path("log").read_text()
+
+
+def test_a_dry_run_counts_all_rows_and_shows_the_first() -> None:
+    """No key of a model is needed."""
+    Path("rows.ndjson").write_text('{"text": "a"}\n' * 1500)
+    Path("target.py").write_text(
+        'from flock.core import Flock, FlockFactory\nflock = Flock("m", model="openai/gpt-4o")\n'
+        'flock.add_agent(FlockFactory.create_default_agent("ask", input="text", output="answer"))\n'
+    )
+    done = batch("ask", "rows.ndjson", "--dry-run", OPENAI_API_KEY="")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[19:] == [
+        'line 20: {"text": "a"}'.replace(': "a', ':"a'),
+        "…",
+        "1,500 of 1,500 rows in rows.ndjson fit.",
+    ]
+    assert files() == {"rows.ndjson"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.csv", b"", "line 1: There is no header"),
+        ("header.csv", b"n,word\r\n", "A batch has at least one item."),
+        ("wrong.csv", b"m\n1\n", "There is no input 'm'"),
+        ("latin.csv", b"n,word\n1,\xe9\n", "line 2: This is not UTF-8"),
+        ("broken.csv.gz", b"n\n1\n", "broken.csv.gz is no gzip"),
+    ],
+)
+def test_a_dry_run_of_a_file_that_gives_no_batch_has_the_code_of_one_that_is_refused(
+    name: str, content: bytes, words: str
+) -> None:
+    Path(name).write_bytes(content)
+    result = invoke("work", name, "--dry-run")
+    assert (result.exit_code, files()) == (1, {name})
+    assert words in result.output
+
+
 # Killed, stopped, and gone on with
 
 

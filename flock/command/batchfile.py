@@ -23,6 +23,7 @@ from flock.declared import DeclaredFlock
 from flock.engine.batchstore import BatchStore
 from flock.engine.embedded import alone
 from flock.engine.progress import follow_batch
+from flock.engine.rowchecks import BatchCheck, check_batch
 from flock.engine.store import Store, create_private, hold_alone
 from flock.errors import AgentNotFound, StoreError
 from flock.rows.dialect import CSVDialect
@@ -30,7 +31,7 @@ from flock.rows.results import item_pages, results_as
 from flock.rows.tables import Fill, TableFormat, file_rows, is_packed
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid
 
-__all__ = ["BatchFile", "run_batch_file"]
+__all__ = ["BatchFile", "check_batch_file", "run_batch_file"]
 
 #: ``PRAGMA application_id`` of a state: "Floc" in ASCII.
 MARK = 0x466C6F63
@@ -113,8 +114,20 @@ async def run_batch_file(
     return batch
 
 
-async def _accept(engine: Engine, flock: DeclaredFlock, wanted: BatchFile, digest: str) -> Batch:
-    fill = Fill(
+async def check_batch_file(flock: DeclaredFlock, wanted: BatchFile) -> BatchCheck:
+    """Read and check all rows as ``run_batch_file`` would. Nothing is run or written, and no state is looked at.
+
+    Raises: AgentNotFound, TooLarge, OSError; InvalidData if neither a row nor a header can be read.
+    """
+    if wanted.agent_name not in flock.agents:
+        raise AgentNotFound(wanted.agent_name, list(flock.agents))
+    engine, agent, fill = flock.engine(limits=alone(1)), flock.agents[wanted.agent_name], _fill(flock, wanted)
+    async with contextlib.aclosing(file_rows(wanted.rows, fill, wanted.dialect)) as rows:
+        return await check_batch(engine, agent, rows, fill, wanted.on_invalid)
+
+
+def _fill(flock: DeclaredFlock, wanted: BatchFile) -> Fill:
+    return Fill(
         flock.agents[wanted.agent_name].input,
         wanted.static_inputs,
         wanted.input_mapping,
@@ -122,7 +135,10 @@ async def _accept(engine: Engine, flock: DeclaredFlock, wanted: BatchFile, diges
         on_extra=wanted.on_extra,
         result_names=result_names(wanted.agent_name, flock.agents),
     )
-    async with contextlib.aclosing(file_rows(wanted.rows, fill, wanted.dialect)) as rows:
+
+
+async def _accept(engine: Engine, flock: DeclaredFlock, wanted: BatchFile, digest: str) -> Batch:
+    async with contextlib.aclosing(file_rows(wanted.rows, _fill(flock, wanted), wanted.dialect)) as rows:
         return await engine.submit_batch(
             wanted.agent_name, rows, wanted.options, on_invalid=wanted.on_invalid, request_id=digest
         )

@@ -22,7 +22,7 @@ import msgspec
 
 from flock import __version__
 from flock.agents.checks import problems
-from flock.command.batchfile import BatchFile, run_batch_file
+from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
 from flock.command.server import (
     ServerSettings,
     WorkerSettings,
@@ -32,8 +32,9 @@ from flock.command.server import (
     serve_workers,
 )
 from flock.declared import DeclaredFlock
+from flock.engine.rowchecks import BatchCheck
 from flock.engine.store import MEMORY
-from flock.errors import DefinitionError, FlockError, InvalidData
+from flock.errors import DefinitionError, FieldError, FlockError, InvalidData
 from flock.limits import Limits, enforced_by
 from flock.options import MAX_SECONDS, Option, Options, option_of
 from flock.rows.dialect import CSVDialect
@@ -474,10 +475,15 @@ EXIT_INTERRUPTED = 130
 @click.option(
     "-o",
     "--output",
-    required=True,
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     metavar="FILE",
-    help="Where the results go, in the order of the rows; - is stdout.",
+    help="Where the results go, in the order of the rows; - is stdout. It is required without --dry-run.",
+)
+@click.option(
+    "--dry-run",
+    "is_dry_run",
+    is_flag=True,
+    help="Read and check all rows, and print the first of them and what is wrong. Run and write nothing.",
 )
 @click.option(
     "--format",
@@ -495,7 +501,7 @@ EXIT_INTERRUPTED = 130
     "mapped",
     multiple=True,
     metavar="COLUMN=INPUT",
-    help="What a column is called as an input; may be given many times.",
+    help="What a column is called as an input; may be given many times. COLUMN= drops the column.",
 )
 @click.option(
     "--static",
@@ -553,7 +559,8 @@ def batch(
     target: str,
     agent: str,
     rows: Path,
-    output: Path,
+    output: Path | None,
+    is_dry_run: bool,
     format_: TableFormat | None,
     force: bool,
     max_workers: int,
@@ -575,8 +582,13 @@ def batch(
     with .gz behind it. The results are CSV with the inputs, the outputs, status and error, or NDJSON.
 
     It may be stopped, or killed: the same command goes on where it was, and nothing that was done is done again. The
-    exit code is 0 if all rows completed, and 1 if some failed; the column "error" says why.
+    exit code is 0 if all rows completed, and 1 if some failed; the column "error" says why. With --dry-run it is 0 if
+    the rows would be accepted, and 1 if not.
     """
+    if output is None:
+        if not is_dry_run:
+            raise click.MissingParameter(param_hint="'-o' / '--output'", param_type="option")
+        output = STDOUT
     state = state or Path(f"{rows.name if output == STDOUT else output}.flock.db")
     _check_places(rows, output, state)
     flock = _load_with_model(target, model)
@@ -590,12 +602,17 @@ def batch(
             state=state,
             options=BatchOptions(max_workers=max_workers, timeout_s=timeout_s),
             on_invalid=on_invalid,
-            input_mapping=_pairs(mapped, "--map", "COLUMN=INPUT"),
+            input_mapping={key: name or None for key, name in _pairs(mapped, "--map", "COLUMN=INPUT").items()},
             static_inputs=_static_inputs(flock, agent, _pairs(static, "--static", "KEY=VALUE")),
             on_extra=on_extra,
             dialect=CSVDialect(delimiter=delimiter.replace(r"\t", "\t"), decimal=decimal, encoding=encoding),
             escape_formulas=escape_formulas,
         )
+        if is_dry_run:
+            with _process_for_rows():
+                check = anyio.run(check_batch_file, flock, wanted)
+            _print_check(check, rows)
+            sys.exit(0 if check.ok else 1)
         with _process_for_rows():
             done = anyio.run(run_batch_file, flock, wanted, sys.stdout.buffer, _say)
         _say(_summary(done, output))
@@ -688,13 +705,28 @@ def _summary(done: Batch, output: Path) -> str:
     return f"{completed:,} of {done.total_items:,} rows completed, and {done.failed_items:,} failed. {where} why."
 
 
+def _print_check(check: BatchCheck, rows: Path) -> None:
+    for row, extra, _ in check.rows:
+        kept = f" keeps {bytes(extra).decode()}" if extra else ""
+        click.echo(f"line {row.line}: {bytes(row.inputs).decode()}{kept}")
+    if check.total_items > len(check.rows):
+        click.echo("…")
+    fitting = check.total_items - check.invalid_items
+    click.echo(f"{fitting:,} of {check.total_items:,} rows in {rows} fit.")
+    click.echo("".join(f"{line}\n" for line in _error_lines(check.errors)), nl=False)
+
+
 def _listed(exc: InvalidData, rows: Path) -> str:
     if exc.errors[0].pointer == "/batch_inputs":
         return f"{rows} has no rows, so nothing was begun."
-    told = [f"  {error}" for error in exc.errors[:MAX_LISTED_ERRORS]]
-    if len(exc.errors) > len(told):
-        told.append(f"  and {len(exc.errors) - len(told)} more, as far as it was read")
-    return "\n".join([f"Nothing was begun, since {rows} does not fit:", *told])
+    return "\n".join([f"Nothing was begun, since {rows} does not fit:", *_error_lines(exc.errors)])
+
+
+def _error_lines(errors: Sequence[FieldError]) -> list[str]:
+    lines = [f"  {error}" for error in errors[:MAX_LISTED_ERRORS]]
+    if len(errors) > len(lines):
+        lines.append(f"  and {len(errors) - len(lines)} more, as far as it was read")
+    return lines
 
 
 if __name__ == "__main__":
