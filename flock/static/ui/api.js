@@ -23,9 +23,10 @@ export class Problem extends Error {
 
 const AWAY = [502, 503, 504];
 
-/** The text of the answer to a request, or all of the answer with `isStream`. A key, a busy server, and one that is away
- * are waited for. With `once`, what may not be sent twice fails where nobody can tell whether it arrived. */
-export async function send(path, { once = false, isStream = false, headers = {}, by = fetch, ...options } = {}) {
+/** The text of the answer to a request, or all of the answer with `isStream`. A key, a server that is away, and one that
+ * is busy for a request without effects (`isSafe`) are waited for. With `once`, a request that may not be sent twice fails
+ * if it may or may not have arrived. */
+export async function send(path, { once, isStream, isSafe, headers, by = fetch, ...options } = {}) {
   for (;;) {
     const key = session.get("key");
     let response, text;
@@ -33,7 +34,7 @@ export async function send(path, { once = false, isStream = false, headers = {},
       response = await by(url(path), { ...options, cache: "no-store", headers: { ...headers, ...authorization() } });
       if (!isStream || !response.ok) text = await response.text();
     } catch (error) {
-      if (options.signal?.aborted) throw error;
+      if (options.signal?.aborted || error.isFinal) throw error;
       if (once)
         throw new Error("The server cannot be reached, and may or may not have received this. Check before you try again.");
       await away("The server cannot be reached.", options.signal);
@@ -49,7 +50,7 @@ export async function send(path, { once = false, isStream = false, headers = {},
     if (response.status === 401) await askForKey(key);
     else if (AWAY.includes(response.status) && !once)
       await away(body?.detail || "The server is not ready.", options.signal);
-    else if (response.status === 429 && !once && !options.method)
+    else if (response.status === 429 && !once && (isSafe || !options.method))
       await pause((Number(response.headers.get("Retry-After")) || 1) * 1000, options.signal);
     else throw new Problem(response.status, body);
   }

@@ -179,7 +179,7 @@ function checkbox(made) {
 }
 
 /** How a number is written, by its type in a schema. */
-export const NUMBER_RULES = {
+const NUMBER_RULES = {
   integer: "Write digits only, as in 42.",
   number: "Use a point for decimals, as in 0.5, and no commas or spaces.",
 };
@@ -191,7 +191,7 @@ const notANumber = (text, type) =>
   `“${text}” is not a ${type === "integer" ? "whole " : ""}number. ${NUMBER_RULES[type]}`;
 
 /** The number that `text` says, with all its digits. Throws an error for people if it says none. */
-export function numberOf(text, type) {
+function numberOf(text, type) {
   const plainText = text
     .trim()
     .replace(/^\+/, "")
@@ -212,7 +212,7 @@ export function numberOf(text, type) {
 }
 
 /** What is wrong with a number that its schema's bounds exclude, or "". */
-export function outOfBounds(schema, value) {
+function outOfBounds(schema, value) {
   const [number, least, above, most, below] = [
     value,
     schema.minimum,

@@ -1,15 +1,13 @@
 // JSON as the API writes it.
 
-/** JSON, with integers that JavaScript would round kept as they were written, where the browser can. */
-export function parse(text) {
-  if (!JSON.rawJSON || !/\d{16}/.test(text)) return JSON.parse(text);
-  return JSON.parse(text, (_, value, context) =>
-    typeof value === "number" &&
-    Number.isInteger(value) &&
-    !Number.isSafeInteger(value) &&
-    /^-?\d+$/.test(context.source)
-      ? JSON.rawJSON(context.source)
-      : value,
+const isRounded = (value, source) => Number.isInteger(value) && !Number.isSafeInteger(value) && /^-?\d+$/.test(source);
+
+/** JSON, with numbers kept as they were written where the browser can: integers that JavaScript would round, or those
+ * that `isKept` chooses by value and text. */
+export function parse(text, isKept = isRounded) {
+  if (!JSON.rawJSON || (isKept === isRounded && !/\d{16}/.test(text))) return JSON.parse(text);
+  return JSON.parse(text, (_, value, { source }) =>
+    typeof value === "number" && isKept(value, source) ? JSON.rawJSON(source) : value,
   );
 }
 

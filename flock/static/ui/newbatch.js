@@ -1,560 +1,463 @@
 // A new batch: rows from a file or pasted, the input that each column becomes, and what is wrong before it starts.
 
 import { go, keep, url } from "./address.js";
-import { Problem, get, idempotencyKey, send } from "./api.js";
+import { Problem, get, idempotencyKey } from "./api.js";
 import { lastAgent } from "./chain.js";
+import { errorTable, summary } from "./check.js";
 import { button, fill, h, newId, title } from "./dom.js";
 import { chooser } from "./files.js";
 import { form } from "./form.js";
-import { parse } from "./json.js";
+import { isExact, parse } from "./json.js";
 import { hasKey } from "./key.js";
-import { copy, doing, problem, say } from "./notices.js";
-import { check, preview, sniff, without } from "./rows.js";
+import { KEPT, LEFT_OUT, Mapping } from "./mapping.js";
+import { copy, doing, problem } from "./notices.js";
 import { session } from "./storage.js";
-import { aboutBatches, count } from "./words.js";
+import { MEDIA_TYPES, checkRows, formatOf, headOf, sendRows } from "./upload.js";
+import { pause } from "./wait.js";
+import { aboutBatches } from "./words.js";
 
-/** What a column may become beside an input: left out of what is sent, or kept with the results. */
-const [LEFT_OUT, KEPT] = ["", "*"];
-const KINDS = { csv: "text/csv", ndjson: "application/x-ndjson" };
+/** A check begins so long after the last change: somebody may be typing. */
+const CHANGING_MS = 200;
+const SHOWN_ROWS = 5;
+const DELIMITERS = { ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" };
+const WORKERS = "Rows at the same time";
 
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
   if (!agents.length) return fill(main, title("New batch"), h("p", { class: "empty" }, "There are no agents yet."));
-  let agent,
-    schema,
-    outputs,
-    rows = null,
-    format = null,
-    sample = [],
-    columns = [],
-    mapping = {},
-    needed = null,
-    others = null,
-    found = null,
-    checking = new AbortController();
-  signal.addEventListener("abort", () => checking.abort());
+  const view = new NewBatch(agents, params.get("agent") ?? session.get("batch agent"), signal);
+  view.chosen = await chooser(() => view.report(view.setRows()));
+  signal.throwIfAborted(); // reading what was chosen before cannot be stopped
+  main.append(...view.nodes());
+  await view.setAgent();
+}
+
+class NewBatch {
+  constructor(agents, first, signal) {
+    this.signal = signal;
+    this.loading = this.checking = new AbortController();
+    signal.addEventListener("abort", () => {
+      this.loading.abort();
+      this.checking.abort();
+    });
+    const option = ({ name }) => h("option", { value: name, selected: name === first }, name);
+    this.agentChoice = h("select", { id: newId(), onchange: () => this.changeAgent() }, agents.map(option));
+    this.takes = h("p", { class: "quiet" });
+    this.columns = h("section");
+    this.sample = h("tbody");
+    this.needed = h("section", { "aria-label": "Inputs without a column" });
+    this.others = h("section");
+    this.check = h("section", { "aria-label": "Check" });
+    this.start = h("section");
+    this.makeStart();
+  }
+
+  nodes() {
+    const agent = h("div", { class: "field" }, h("label", { for: this.agentChoice.id }, "Agent"), this.agentChoice, this.takes);
+    return [
+      title("New batch"),
+      aboutBatches(),
+      h("section", {}, agent),
+      h("section", {}, h("h2", {}, "Rows"), this.chosen.node),
+      this.columns,
+      this.needed,
+      this.others,
+      this.check,
+      this.start,
+    ];
+  }
+
+  /** Show the error of work that no caller awaits. */
+  report(work) {
+    work.catch((error) => {
+      if (error.name !== "AbortError" && !this.signal.aborted) fill(this.check, problem(error));
+    });
+  }
 
   // Step 1: the agent
-  const first = params.get("agent") ?? session.get("batch agent");
-  const who = h(
-    "select",
-    { id: newId() },
-    agents.map(({ name }) => h("option", { value: name, selected: name === first }, name)),
-  );
-  who.addEventListener("change", () => {
-    keep("new-batch", { agent: who.value });
-    setAgent().catch(failed);
-  });
-  async function setAgent() {
-    const name = who.value;
-    session.set("batch agent", name);
-    const its = await get(`agents/${encodeURIComponent(name)}`, signal),
-      last = await lastAgent(its, signal);
-    if (who.value !== name) return; // another was chosen meanwhile
-    agent = its;
-    outputs = Object.keys(last.output_schema.properties ?? {});
-    schema = agent.input_schema;
-    const inputs = Object.entries(schema.properties ?? {}).map(
-      ([name]) => `${name}${schema.required?.includes(name) ? "" : " (optional)"}`,
-    );
-    fill(takes, `Inputs: ${inputs.join(", ") || "none"}.`);
-    await setRows();
+
+  changeAgent() {
+    keep("new-batch", { agent: this.agentChoice.value });
+    this.report(this.setAgent());
   }
-  const takes = h("p", { class: "quiet" });
+
+  async setAgent() {
+    const name = this.agentChoice.value;
+    session.set("batch agent", name);
+    const agent = await get(`agents/${encodeURIComponent(name)}`, this.signal),
+      last = await lastAgent(agent, this.signal);
+    if (this.agentChoice.value !== name) return; // another was chosen meanwhile
+    this.agent = agent;
+    this.schema = agent.input_schema;
+    this.outputs = Object.keys(last.output_schema.properties ?? {});
+    const inputs = Object.keys(this.schema.properties ?? {}).map(
+      (input) => `${input}${this.schema.required?.includes(input) ? "" : " (optional)"}`,
+    );
+    fill(this.takes, `Inputs: ${inputs.join(", ") || "none"}.`);
+    await this.setRows();
+  }
 
   // Step 2: the rows
-  const chosen = await chooser(() => setRows().catch(failed));
-  signal.throwIfAborted(); // reading what was chosen before cannot be stopped
-  let turn = 0;
-  async function setRows() {
-    const mine = ++turn;
-    if (!schema) return; // it comes here again once the agent is there
-    rows = chosen.rows();
-    if (!rows) {
-      checking.abort();
-      for (const part of Object.values(parts)) fill(part);
-      parts.needed.classList.remove("problem");
-      return;
-    }
-    const its = await sniff(rows);
-    const first = await preview(rows, its).catch(() => ({ columns: [], rows: [] })); // the check tells why
-    if (mine !== turn || signal.aborted) return;
-    format = its;
-    sample = first.rows;
-    columns = first.columns;
-    const before = JSON.parse(session.get(`batch mapping ${agent.name}`) ?? "{}");
-    mapping = Object.fromEntries(
-      columns.map((name) => [
-        name,
-        choicesFor(name).includes(before[name])
-          ? before[name]
-          : isInput(name)
-            ? name
-            : (inputLike(name) ?? (mayBeKept(name) ? KEPT : LEFT_OUT)),
-      ]),
-    );
-    drawColumns();
-    drawStatics();
+
+  async setRows() {
+    this.loading.abort();
+    const { signal } = (this.loading = new AbortController());
+    if (!this.schema) return; // it comes here again once the agent is there
+    const rows = this.chosen.rows();
+    if (!rows) return this.clear();
+    this.checking.abort();
+    this.startButton.disabled = this.isLoading = true; // it would start the rows of before
+    const format = await formatOf(rows),
+      head = await headOf(rows);
+    signal.throwIfAborted();
+    const columns = await this.columnsOf(head, format, signal);
+    Object.assign(this, { rows, format, head, isLoading: false });
+    const before = JSON.parse(session.get(`batch mapping ${this.agent.name}`) ?? "{}");
+    this.mapping = new Mapping(columns, this.schema, this.outputs, before);
+    this.drawColumns();
+    this.drawFields();
   }
 
-  const inputs = () => Object.keys(schema.properties ?? {});
-  const isInput = (name) => Object.hasOwn(schema.properties ?? {}, name);
-  const bare = (name) => name.toLowerCase().replace(/[\s_-]/g, "");
-  const inputLike = (name) => inputs().find((input) => bare(input) === bare(name));
-  /** The server takes a column that is called as an input for that input, and refuses names that a result has. */
-  const mayBeKept = (name) =>
-    name !== "" &&
-    !inputs().some((input) => input.toLowerCase() === name.toLowerCase()) &&
-    ![...outputs, "error", "error_type"].includes(name) &&
-    columns.indexOf(name) === columns.lastIndexOf(name);
-  const choicesFor = (name) => [...(mayBeKept(name) ? [KEPT] : []), LEFT_OUT, ...inputs()];
+  async columnsOf(head, format, signal) {
+    const options = { agent_name: this.agent.name, on_extra: "ignore", ...delimiterOf(format) };
+    try {
+      return (await checkRows(head, format, options, { signal })).columns;
+    } catch (error) {
+      if (!(error instanceof Problem)) throw error;
+      return []; // the check of all rows says why
+    }
+  }
 
-  function map(name, input) {
-    mapping[name] = input;
-    session.set(`batch mapping ${agent.name}`, JSON.stringify(mapping));
-    drawStatics();
+  clear() {
+    this.checking.abort();
+    for (const part of [this.columns, this.needed, this.others, this.check, this.start]) fill(part);
+    this.needed.classList.remove("problem");
   }
 
   // Step 3: what the columns become
-  const parts = {
-    columns: h("section"),
-    needed: h("section", { "aria-label": "Inputs without a column" }),
-    others: h("section"),
-    check: h("section", { "aria-label": "Check" }),
-    start: h("section"),
-  };
-  function drawColumns() {
-    if (!columns.length) return fill(parts.columns); // the check says why
-    const words = { [KEPT]: "(kept with the results)", [LEFT_OUT]: "(left out)" };
-    const select = (name) =>
-      h(
-        "select",
-        {
-          class: "small",
-          "aria-label": `Column ${name} becomes`,
-          "data-column": name,
-          onchange: ({ target }) => map(name, target.value),
-        },
-        choicesFor(name).map((choice) =>
-          h("option", { value: choice, selected: mapping[name] === choice }, words[choice] ?? choice),
-        ),
-      );
+
+  drawColumns() {
+    fill(this.sample);
+    const { columns } = this.mapping;
+    if (!columns.length) return fill(this.columns);
+    const head = (name) => h("th", { scope: "col" }, name || "(no name)", h("br"), this.choiceOf(name));
+    const form =
+      this.format.kind === "csv"
+        ? `CSV, cells separated by ${DELIMITERS[this.format.delimiter]}. `
+        : "NDJSON, an object a line. ";
     return fill(
-      parts.columns,
+      this.columns,
       h("h2", {}, "Columns"),
-      h(
-        "p",
-        { class: "quiet" },
-        format.kind === "csv"
-          ? `CSV, cells separated by ${{ ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" }[format.delimiter]}. `
-          : "NDJSON, an object a line. ",
-        "The first rows, and what each column becomes:",
-      ),
+      h("p", { class: "quiet" }, form, "The first rows, and what each column becomes:"),
       h(
         "div",
         { class: "wide", tabindex: "0", role: "group", "aria-label": "The first rows" },
-        h(
-          "table",
-          {},
-          h(
-            "thead",
-            {},
-            h(
-              "tr",
-              {},
-              columns.map((name) => h("th", { scope: "col" }, name || "(no name)", h("br"), select(name))),
-            ),
-          ),
-          h(
-            "tbody",
-            {},
-            sample.map((row) =>
-              h(
-                "tr",
-                {},
-                columns.map((_, index) => h("td", {}, short(row[index] ?? ""))),
-              ),
-            ),
-          ),
-        ),
+        h("table", {}, h("thead", {}, h("tr", {}, columns.map(head))), this.sample),
       ),
     );
   }
 
+  choiceOf(name) {
+    const words = { [KEPT]: "(kept with the results)", [LEFT_OUT]: "(left out)" };
+    const option = (choice) =>
+      h("option", { value: choice, selected: this.mapping.chosen[name] === choice }, words[choice] ?? choice);
+    return h(
+      "select",
+      {
+        class: "small",
+        "aria-label": `Column ${name} becomes`,
+        "data-column": name,
+        onchange: ({ target }) => this.map(name, target.value),
+      },
+      this.mapping.choices(name).map(option),
+    );
+  }
+
+  map(name, input) {
+    this.mapping.chosen[name] = input;
+    session.set(`batch mapping ${this.agent.name}`, JSON.stringify(this.mapping.chosen));
+    this.drawFields();
+  }
+
+  drawSample(rows) {
+    const row = (each) => h("tr", {}, this.mapping.cells(each).map((value) => h("td", {}, short(value))));
+    fill(this.sample, rows.slice(0, SHOWN_ROWS).map(row));
+  }
+
   /** What no column holds: a place to choose one, or to give one value for every row. */
-  function drawStatics() {
-    const taken = new Set(Object.values(mapping)),
-      required = columns.length ? (schema.required ?? []).filter((name) => !taken.has(name)) : [];
-    let kept = {};
-    try {
-      kept = parse(session.get(`statics ${agent.name}`) ?? "{}");
-    } catch {
-      /* none */
-    }
-    const open = Object.entries(schema.properties ?? {}).filter(([name]) => !taken.has(name));
-    const formOf = (properties, required) =>
-      form({ ...schema, properties: Object.fromEntries(properties), required }, kept);
-    needed = formOf(
-      open.filter(([name]) => required.includes(name)),
-      required,
-    );
-    others = formOf(
-      open
-        .filter(([name]) => !required.includes(name))
-        .map(([name, its]) => {
-          const shown = "default" in its ? `Default: ${JSON.stringify(its.default)}.` : "";
-          return [name, { ...its, default: undefined, description: [its.description, shown].filter(Boolean).join(" ") }];
-        }),
-      [],
-    );
+  drawFields() {
+    const open = this.mapping.open(),
+      missing = this.mapping.missing();
+    this.fields = [this.formOf(missing, true), this.formOf(open.filter((name) => !missing.includes(name)), false)];
+    const [needed, others] = this.fields.map(({ node }) => h("div", { oninput: () => this.changed() }, node));
     fill(
-      parts.needed,
-      required.length > 0 && [
-        h("h2", {}, `There is no column for ${listed(required)}`),
+      this.needed,
+      missing.length > 0 && [
+        h("h2", {}, `There is no column for ${listed(missing)}`),
         h("p", {}, "Choose a column, or give one value for every row."),
-        h("div", { class: "columns" }, required.map(columnChoice), h("div", { oninput: changed }, needed.node)),
+        h("div", { class: "columns" }, missing.map((input) => this.columnFor(input)), needed),
       ],
     );
     fill(
-      parts.others,
-      columns.length > 0 &&
-        open.length > required.length &&
-        h(
-          "details",
-          {},
-          h("summary", {}, "The same in every row"),
-          h("div", { oninput: changed }, others.node),
-        ),
+      this.others,
+      this.mapping.columns.length > 0 &&
+        open.length > missing.length &&
+        h("details", {}, h("summary", {}, "The same in every row"), others),
     );
-    recheck();
+    this.recheck();
+  }
+
+  formOf(names, isRequired) {
+    const properties = names.map((name) => {
+      const its = this.schema.properties[name];
+      if (isRequired) return [name, its];
+      const shown = "default" in its ? `Default: ${JSON.stringify(its.default)}.` : "";
+      return [name, { ...its, default: undefined, description: [its.description, shown].filter(Boolean).join(" ") }];
+    });
+    let before = {};
+    try {
+      before = parse(session.get(`statics ${this.agent.name}`) ?? "{}");
+    } catch {
+      /* none */
+    }
+    const schema = { ...this.schema, properties: Object.fromEntries(properties), required: isRequired ? names : [] };
+    return form(schema, before);
   }
 
   /** A select of the columns that are not an input yet. */
-  function columnChoice(input) {
-    const free = columns.filter((name) => name && !isInput(mapping[name])),
+  columnFor(input) {
+    const free = this.mapping.free(),
       id = newId();
+    const choose = ({ target }) => {
+      this.map(target.value, input);
+      const select = this.columns.querySelector(`[data-column="${CSS.escape(target.value)}"]`);
+      select.value = input;
+      select.focus();
+    };
     const select = h(
       "select",
-      {
-        id,
-        disabled: !free.length,
-        onchange: () => {
-          map(select.value, input);
-          drawColumns();
-          parts.columns.querySelector(`[data-column="${CSS.escape(select.value)}"]`).focus();
-        },
-      },
+      { id, disabled: !free.length, onchange: choose },
       h("option", { value: "" }, free.length ? "Choose …" : "No column is left"),
       free.map((name) => h("option", { value: name }, name)),
     );
     return h("div", { class: "field" }, h("label", { for: id }, `Column for ${input}`), select);
   }
 
-  function changed() {
+  changed() {
+    const given = this.statics();
+    if (given) {
+      session.set(`statics ${this.agent.name}`, JSON.stringify(given));
+      for (const fields of this.fields) fields.clear();
+    }
+    this.recheck();
+  }
+
+  /** The inputs that are the same in every row, or null if a field is wrong, which says so itself. */
+  statics() {
     try {
-      session.set(`statics ${agent.name}`, JSON.stringify(sameInAll()));
-      needed.clear();
-      others.clear();
+      const read = Object.assign({}, ...this.fields.map((fields) => fields.read()));
+      return Object.fromEntries(Object.entries(read).filter(([, value]) => value !== ""));
     } catch {
-      /* its field says so */
-    }
-    recheck();
-  }
-
-  // Step 4: what is wrong
-  function recheck() {
-    checking.abort();
-    const { signal: its } = (checking = new AbortController());
-    found = null;
-    let given = null;
-    try {
-      given = sameInAll();
-    } catch {
-      /* its field says so */
-    }
-    const taken = new Set(Object.values(mapping));
-    const missing = columns.length ? (schema.required ?? []).filter((name) => !taken.has(name) && !(name in (given ?? {}))) : [];
-    parts.needed.classList.toggle("problem", missing.length > 0);
-    if (missing.length) {
-      fill(parts.check);
-      return fill(parts.start);
-    }
-    drawStart();
-    const twice = columns.filter(
-      (name, index) => isInput(mapping[name]) && columns.findIndex((other) => mapping[other] === mapping[name]) !== index,
-    );
-    if (twice.length)
-      return fill(
-        parts.check,
-        problem({
-          title: "Two columns become the same input",
-          message: `Change what ${listed(twice)} becomes.`,
-        }),
-      );
-    if (!given) return fill(parts.check);
-    return check(rows, format, {
-      schema,
-      mapping,
-      statics: given,
-      signal: its,
-      told: (now) => {
-        if (its.aborted) return;
-        found = now;
-        drawCheck();
-        drawStart();
-      },
-    }).catch((error) => {
-      if (!its.aborted) failed(error);
-    });
-  }
-
-  function drawCheck() {
-    const { rows: read, wrong, errors, isDone } = found;
-    const isEmpty = isDone && read === 0 && !errors.length;
-    const summary = isEmpty
-      ? `There are no rows${format.kind === "csv" ? " below the header" : ""}.`
-      : wrong || errors.length
-        ? `${count(wrong, "row does", "rows do")} not fit, of ${count(read)}${isDone ? "" : " so far"}.`
-        : `${isDone ? "All" : "So far all"} ${count(read, "row fits", "rows fit")}.`;
-    fill(
-      parts.check,
-      h("h2", {}, "Check"),
-      h(
-        "p",
-        { role: "status" },
-        h("span", { "aria-hidden": "true" }, isEmpty || wrong || errors.length ? "✕ " : isDone ? "✓ " : "… "),
-        summary,
-      ),
-      errors.length > 0 && lines(errors, wrong),
-    );
-  }
-
-  // Step 5: start
-  const invalid = h(
-    "select",
-    { id: newId() },
-    h("option", { value: "reject" }, "keep the batch from starting"),
-    h("option", { value: "skip" }, "fail, and the other rows run"),
-  );
-  invalid.value = session.get("batch invalid") ?? "reject";
-  invalid.addEventListener("change", () => {
-    session.set("batch invalid", invalid.value);
-    drawStart();
-  });
-  const WORKERS = "Rows at the same time";
-  const pace = form(
-    { properties: { [WORKERS]: { type: "integer", minimum: 1, maximum: 1000 } } },
-    { [WORKERS]: Number(session.get("batch workers")) || 5 },
-  );
-  pace.node.addEventListener("change", () => {
-    try {
-      session.set("batch workers", pace.read()[WORKERS]);
-    } catch {
-      /* its field says so */
-    }
-  });
-  const answer = h("div"),
-    sent = h("div"),
-    why = h("p", { class: "quiet" });
-  const startButton = button("Start the batch", () => start({ currentTarget: startButton }), { class: "primary" });
-  function drawStart() {
-    const isWrong = found && (found.wrong > 0 || found.errors.length > 0),
-      isStopped = isWrong && (invalid.value === "reject" || found.isUnreadable);
-    startButton.disabled = !found?.rows || isStopped;
-    fill(
-      why,
-      isStopped
-        ? "Fix the rows or the columns first, or let the other rows run."
-        : found?.rows && !found.isDone
-          ? "You can start before all rows are checked: the server checks them too."
-          : "",
-    );
-    if (!parts.start.contains(startButton))
-      fill(
-        parts.start,
-        h("h2", {}, "Start"),
-        h(
-          "div",
-          { class: "columns" },
-          h("div", { class: "field" }, h("label", { for: invalid.id }, "Rows that do not fit"), invalid),
-          pace.node,
-        ),
-        answer,
-        sent,
-        h("p", { class: "actions" }, startButton, button("Copy as curl", copyCurl)),
-        why,
-      );
-  }
-
-  const sameInAll = () =>
-    Object.fromEntries(Object.entries({ ...needed.read(), ...others.read() }).filter(([, value]) => value !== ""));
-
-  const leftOutNow = () => columns.filter((name) => mapping[name] === LEFT_OUT);
-
-  /** The options of the request, or null after the field that is wrong has said so. */
-  function query() {
-    try {
-      return options();
-    } catch (error) {
-      [needed, others, pace].map((fields) => fields.error(error.pointer, error.message)).find(Boolean)?.focus();
       return null;
     }
   }
 
-  function options() {
-    const names = Object.fromEntries(Object.entries(mapping).filter(([name, input]) => isInput(input) && input !== name));
-    const given = sameInAll();
-    return new URLSearchParams({
-      agent_name: agent.name,
-      on_invalid: invalid.value,
-      on_extra: "keep",
-      max_workers: pace.read()[WORKERS] ?? 5,
-      ...(Object.keys(names).length ? { input_mapping: JSON.stringify(names) } : {}),
-      ...(Object.keys(given).length ? { static_inputs: JSON.stringify(given) } : {}),
-      ...(format.kind === "csv" && format.delimiter !== "," ? { delimiter: format.delimiter } : {}),
+  // Step 4: what is wrong
+
+  /** Check all rows anew, or only show the first ones while an input is missing. */
+  recheck() {
+    this.checking.abort();
+    const { signal } = (this.checking = new AbortController());
+    this.found = null;
+    this.canStart = false;
+    const given = this.statics();
+    const missing = this.mapping.missing().filter((name) => !(name in (given ?? {})));
+    this.needed.classList.toggle("problem", missing.length > 0);
+    fill(this.check);
+    if (missing.length) fill(this.start);
+    else this.drawStart();
+    const isWhole = given !== null && !missing.length;
+    const statics = { ...Object.fromEntries(missing.map((name) => [name, null])), ...given };
+    this.report(this.checkAll(this.options(statics), isWhole, signal));
+  }
+
+  async checkAll(options, isWhole, signal) {
+    await pause(CHANGING_MS, signal);
+    if (!isWhole || this.head !== this.rows) {
+      const { rows } = await checkRows(this.head, this.format, options, { signal });
+      this.drawSample(rows);
+      this.canStart = isWhole && rows.length > 0;
+      if (!isWhole) return;
+      this.drawStart();
+    }
+    const onProgress = this.drawProgress();
+    try {
+      this.found = await checkRows(this.rows, this.format, options, { signal, onProgress });
+      this.drawSample(this.found.rows);
+      this.drawCheck();
+    } catch (error) {
+      if (!(error instanceof Problem)) throw error;
+      this.canStart = false;
+      this.drawRefusal(this.check, error, "The rows cannot be read:");
+    }
+    this.drawStart();
+  }
+
+  drawProgress() {
+    const bar = h("progress", { max: this.rows.size, value: 0 }),
+      words = h("span", { role: "status" }, "… Checking the rows");
+    fill(this.check, h("h2", {}, "Check"), h("label", {}, words, " ", bar));
+    return (bytes) => {
+      bar.value = bytes;
+    };
+  }
+
+  drawCheck() {
+    const [isRight, words] = summary(this.found, this.format.kind);
+    const sign = h("span", { "aria-hidden": "true" }, isRight ? "✓ " : "✕ ");
+    fill(this.check, h("h2", {}, "Check"), h("p", { role: "status" }, sign, words), errorTable(this.found.errors));
+  }
+
+  /** Why the server refuses the rows, with its own words. */
+  drawRefusal(place, { title, message, errors, requestId }, words) {
+    const ofRows = errors.filter((error) => error.line);
+    const others = errors.filter((error) => !error.line);
+    const shown = problem({ title, message: ofRows.length ? words : message, errors: others, requestId });
+    fill(place, shown, errorTable(ofRows));
+  }
+
+  // Step 5: start
+
+  makeStart() {
+    this.invalid = h(
+      "select",
+      { id: newId() },
+      h("option", { value: "reject" }, "keep the batch from starting"),
+      h("option", { value: "skip" }, "fail, and the other rows run"),
+    );
+    this.invalid.value = session.get("batch invalid") ?? "reject";
+    this.invalid.addEventListener("change", () => {
+      session.set("batch invalid", this.invalid.value);
+      this.drawStart();
+    });
+    this.pace = form(
+      { properties: { [WORKERS]: { type: "integer", minimum: 1, maximum: 1000 } } },
+      { [WORKERS]: Number(session.get("batch workers")) || 5 },
+    );
+    this.pace.node.addEventListener("change", () => {
+      try {
+        session.set("batch workers", this.pace.read()[WORKERS]);
+      } catch {
+        /* its field says so */
+      }
+    });
+    this.answer = h("div");
+    this.sent = h("div");
+    this.why = h("p", { class: "quiet" });
+    const startNow = doing(() => this.startBatch());
+    this.startButton = button("Start the batch", () => startNow({ currentTarget: this.startButton }), {
+      class: "primary",
     });
   }
 
-  const start = doing(async () => {
-    fill(answer);
-    const options = query();
+  drawStart() {
+    const { found } = this;
+    const isStopped = found && (!found.ok || (found.invalid_items > 0 && this.invalid.value === "reject"));
+    this.startButton.disabled = this.isLoading || (found ? isStopped : !this.canStart);
+    fill(
+      this.why,
+      isStopped
+        ? "Fix the rows or the columns first, or let the other rows run."
+        : !found && this.canStart
+          ? "You can start before all rows are checked: the server checks them too."
+          : "",
+    );
+    if (this.start.contains(this.startButton)) return;
+    const invalid = h("label", { for: this.invalid.id }, "Rows that do not fit");
+    fill(
+      this.start,
+      h("h2", {}, "Start"),
+      h("div", { class: "columns" }, h("div", { class: "field" }, invalid, this.invalid), this.pace.node),
+      this.answer,
+      this.sent,
+      h("p", { class: "actions" }, this.startButton, button("Copy as curl", () => this.copyCurl())),
+      this.why,
+    );
+  }
+
+  /** The options of a check. It counts rows that do not fit, whether or not they keep the batch from starting. */
+  options(statics) {
+    const mapping = this.mapping.asOption();
+    return {
+      agent_name: this.agent.name,
+      on_invalid: "skip",
+      on_extra: "keep",
+      ...(Object.keys(mapping).length ? { input_mapping: JSON.stringify(mapping) } : {}),
+      ...(Object.keys(statics).length ? { static_inputs: JSON.stringify(statics) } : {}),
+      ...delimiterOf(this.format),
+    };
+  }
+
+  /** The options of the batch, or null after the field that is wrong has said so. */
+  startOptions() {
+    try {
+      for (const fields of this.fields) fields.read();
+      const workers = this.pace.read()[WORKERS] ?? 5;
+      return { ...this.options(this.statics()), on_invalid: this.invalid.value, max_workers: workers };
+    } catch (error) {
+      const all = [...this.fields, this.pace];
+      all.map((fields) => fields.error(error.pointer, error.message)).find(Boolean)?.focus();
+      return null;
+    }
+  }
+
+  async startBatch() {
+    fill(this.answer);
+    const options = this.startOptions();
     if (!options) return;
-    const leftOut = new Set(leftOutNow());
-    const body = leftOut.size ? await without(rows, format, leftOut, signal) : rows;
-    const bar = h("progress", { max: body.size, value: 0 }),
+    if (!this.found) {
+      this.checking.abort(); // the server checks the rows that it is sent now
+      fill(this.check);
+    }
+    const { size } = this.rows;
+    const bar = h("progress", { max: size, value: 0 }),
       words = h("span", { role: "status" }, "Sending the rows …");
-    fill(sent, h("label", {}, words, bar));
-    const tell = (bytes) => {
+    fill(this.sent, h("label", {}, words, bar));
+    const onProgress = (bytes) => {
       bar.value = bytes;
-      if (bytes >= body.size) fill(words, "The rows are sent. The server is checking and storing them …");
+      if (bytes >= size) fill(words, "The rows are sent. The server is checking and storing them …");
     };
     try {
-      const text = await send(`run/batch?${options}`, {
-        method: "POST",
-        body,
-        signal,
-        by: fetchTelling(tell),
-        headers: { "Content-Type": KINDS[format.kind], ...idempotencyKey() },
-      });
-      const batch = JSON.parse(text);
-      session.set(`batch mapping ${agent.name}`, null);
-      await chosen.forget();
+      const more = { signal: this.signal, onProgress, headers: idempotencyKey() };
+      const batch = JSON.parse(await sendRows(this.rows, this.format, options, more));
+      session.set(`batch mapping ${this.agent.name}`, null);
+      await this.chosen.forget();
       go(`batch/${batch.batch_id}`);
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
-      const errors = error.errors.filter((each) => each.line);
-      fill(
-        answer,
-        problem({
-          title: error.title,
-          message: errors.length ? "The batch has not started. The server found:" : error.message,
-          errors: error.errors.filter((each) => !each.line),
-          requestId: error.requestId,
-        }),
-        errors.length > 0 &&
-          lines(
-            errors.map((each) => ({ ...each, column: each.pointer.slice(1) })),
-            errors.length,
-          ),
-      );
+      this.drawRefusal(this.answer, error, "The batch has not started. The server found:");
     } finally {
-      fill(sent);
+      fill(this.sent);
     }
-  });
+  }
 
-  async function copyCurl() {
-    const options = query();
+  async copyCurl() {
+    const options = this.startOptions();
     if (!options) return;
-    await copy(curl(options), "Command");
-    const leftOut = leftOutNow();
-    if (leftOut.length)
-      say(`Command copied. It sends all columns: remove ${leftOut.join(", ")} from the file first.`);
-  }
-
-  function curl(options) {
-    const name = rows.name ?? `rows.${format.kind}`;
     const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-    return `curl -X POST ${quoted(`${url("run/batch")}?${options}`)} -H 'Content-Type: ${KINDS[format.kind]}'${hasKey() ? ' -H "Authorization: Bearer $FLOCK_API_KEY"' : ""} --data-binary ${quoted(`@${name}`)}`;
+    const address = quoted(`${url("run/batch")}?${new URLSearchParams(options)}`),
+      key = hasKey() ? ' -H "Authorization: Bearer $FLOCK_API_KEY"' : "",
+      file = quoted(`@${this.rows.name ?? `rows.${this.format.kind}`}`);
+    const type = MEDIA_TYPES[this.format.kind];
+    await copy(`curl -X POST ${address} -H 'Content-Type: ${type}'${key} --data-binary ${file}`, "Command");
   }
-
-  const failed = (error) => {
-    if (!signal.aborted) fill(parts.check, problem(error));
-  };
-  main.append(
-    title("New batch"),
-    aboutBatches(),
-    h("section", {}, h("div", { class: "field" }, h("label", { for: who.id }, "Agent"), who, takes)),
-    h("section", {}, h("h2", {}, "Rows"), chosen.node),
-    parts.columns,
-    parts.needed,
-    parts.others,
-    parts.check,
-    parts.start,
-  );
-  await setAgent();
 }
 
-/** As `fetch`, which cannot report how much of a body has been sent. */
-const fetchTelling =
-  (told) =>
-  (address, { method, headers, body, signal }) =>
-    new Promise((done, fail) => {
-      const request = new XMLHttpRequest(),
-        stop = () => request.abort();
-      request.open(method, address);
-      for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
-      request.upload.onprogress = ({ loaded }) => told(loaded);
-      request.onload = () =>
-        done(
-          new Response(request.responseText, {
-            status: request.status,
-            headers: { "Retry-After": request.getResponseHeader("Retry-After") ?? "" },
-          }),
-        );
-      request.onerror = () => fail(new TypeError("The connection broke."));
-      request.onabort = () => fail(new DOMException("It was stopped.", "AbortError"));
-      signal?.addEventListener("abort", stop, { once: true });
-      request.send(body);
-    });
-
-/** What is wrong, by line. */
-function lines(errors, wrong) {
-  return [
-    h(
-      "div",
-      { class: "wide", tabindex: "0", role: "group", "aria-label": "What is wrong" },
-      h(
-        "table",
-        {},
-        h(
-          "thead",
-          {},
-          h(
-            "tr",
-            {},
-            ["Line", "Column", "What is wrong"].map((text) => h("th", { scope: "col" }, text)),
-          ),
-        ),
-        h(
-          "tbody",
-          {},
-          errors
-            .slice(0, 100)
-            .map((each) =>
-              h(
-                "tr",
-                {},
-                h("td", { class: "number" }, each.line),
-                h("td", {}, each.column ?? ""),
-                h("td", {}, each.detail),
-              ),
-            ),
-        ),
-      ),
-    ),
-    wrong > 100 && h("p", { class: "quiet" }, "The first 100 are shown."),
-  ];
-}
-
+const delimiterOf = ({ kind, delimiter }) => (kind === "csv" && delimiter !== "," ? { delimiter } : {});
 const listed = (names) => names.map((name) => `“${name}”`).join(", ");
-const short = (text) => (text.length > 120 ? `${text.slice(0, 120)} …` : text);
+
+/** The start of a value's text. */
+function short(value) {
+  const text = isExact(value) ? value.rawJSON : typeof value === "string" ? value : (JSON.stringify(value) ?? "");
+  return text.length > 120 ? `${text.slice(0, 120)} …` : text;
+}
