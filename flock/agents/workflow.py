@@ -49,8 +49,7 @@ def next_agent(run: Run, agents: Mapping[str, Agent], max_steps: int) -> Agent |
         InvalidHandoff: the next agent does not exist.
         TooManySteps: it would be more than *max_steps*.
     """
-    steps = run.steps
-    name = steps[-1].next_agent if steps else run.agent_name
+    steps, name = run.steps, run.next_agent_name
     if name is None:
         return None
     path = " → ".join([*(step.agent_name for step in steps), name])

@@ -47,7 +47,7 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> E
         template, said = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())
         logger.warning(template, run.run_id, said, run.request_id, extra=fields_of_run(run))
         return End(RunStatus.FAILED, cut(text), cut(sayable(exc.error_type)))
-    agent_name = run.steps[-1].next_agent if run.steps else run.agent_name
+    agent_name = run.next_agent_name
     template = "run %s: agent %s raised (request %s)"
     logger.error(template, run.run_id, agent_name, run.request_id, exc_info=exc, extra=fields_of_run(run))
     error = f"The agent {agent_name!r} raised {type(exc).__name__}"
