@@ -140,7 +140,7 @@ class Batches:
         self._cancelled.add(batch_id)
         for active in list(self._runner.active.values()):
             if active.run.batch_id == batch_id:
-                self._runner.cancel(active)
+                active.cancel()
 
     async def retry(self, batch_id: str, owner: str, only: Sequence[RunStatus]) -> Batch | None:
         """As ``BatchStore.reopen``."""

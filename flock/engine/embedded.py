@@ -26,7 +26,7 @@ from flock.agents.llm import ModelClient
 from flock.engine.batches import Batches, as_json
 from flock.engine.batchstore import BatchStore
 from flock.engine.ends import not_retried
-from flock.engine.runner import ActiveRun, Runner, current_task
+from flock.engine.runner import Runner, StoredRun, current_task
 from flock.engine.store import Store, TakenOver
 from flock.errors import (
     AgentNotFound,
@@ -125,7 +125,7 @@ class EmbeddedEngine:
         self.store = store
         self._agents = agents
         self._models = models
-        models.on_retry = lambda: self._runner.tell_observers("model_call_retried")
+        models.on_retry = lambda: self._runner.turns.tell("model_call_retried")
         self._flock = flock
         self._observers: list[Observer] = []
         self._limits = replaced(limits or Limits(), bounds)
@@ -400,12 +400,12 @@ class EmbeddedEngine:
             if run.status is not RunStatus.CANCELLED:
                 raise Conflict(f"The run {run_id} is {run.status} and cannot be cancelled any more.")
             return run
-        self._runner.cancel(active)
+        active.cancel()
         if active.run.is_async:
             await self.store.request_cancel(run_id)  # whoever goes on with it after a crash knows
         return await self._whole(active)
 
-    async def _whole(self, active: ActiveRun) -> Run:
+    async def _whole(self, active: StoredRun) -> Run:
         """Its record. If that is gone or cannot be read, what is known without its inputs and its steps' results."""
         run = active.run
         if run.is_stub:
@@ -584,7 +584,7 @@ class EmbeddedEngine:
                     self._tell_store_changed()
                     for run_id, attempt in self.store.cancels_for(self._engine_id):
                         if run_id in self._runner.active:
-                            self._runner.cancel(self._runner.active[run_id])
+                            self._runner.active[run_id].cancel()
                         else:
                             self._runner.cancelled_before[run_id] = attempt
                     for batch_id in self.batch_store.cancels_for(self._engine_id):
@@ -649,7 +649,7 @@ class EmbeddedEngine:
             template = "going on with %d runs and %d batches of an engine that is gone; %d runs ended with it"
             logger.info(template, len(runs), len(taken.batches), len(ended))
         for run in ended:
-            self._runner.tell_observers("run_ended", run)
+            self._runner.turns.tell("run_ended", run)
         for run in runs:
             self._start(run)
         for batch in taken.batches:

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from asyncio import FIRST_COMPLETED
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime
@@ -23,8 +22,9 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.ends import CANCELLED, End
+from flock.engine.turns import Turns
 from flock.errors import StoreError
-from flock.runs import Run, RunStatus, now
+from flock.runs import Run, RunStatus, Step, now
 from flock.temporal.chunks import Chunk, read_chunk, reopens
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
@@ -44,7 +44,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.payloads import PAYLOAD_LOST
 from flock.temporal.records import CANCELLED_BEFORE
-from flock.temporal.turns import Turn, Turns, is_left, until_left
+from flock.temporal.turns import ActivityTurn, until_done
 
 __all__ = ["ItemActivities"]
 
@@ -72,7 +72,7 @@ class _Job:
         self.ended = list(beat.ended)
         self.at_work = beat.at_work
         self.bytes = sum(map(_bytes_of, self.ended))
-        self.turn: Turn | None = None
+        self.turn: ActivityTurn | None = None
         self.has_taken_turns = False
         #: items that are to be cancelled: all of them, or some
         self.is_cancelled = False
@@ -103,7 +103,7 @@ class _Job:
     def beat(self) -> ItemsBeat:
         at_work = self.at_work
         if at_work is not None and self.turn is not None:
-            at_work = replace(at_work, progress=self.turn.progress or at_work.progress)
+            at_work = replace(at_work, progress=self.turn.progress)
         return ItemsBeat(ended=tuple(self.ended), at_work=at_work)
 
 
@@ -130,24 +130,23 @@ class ItemActivities:
         self._jobs.add(job)
         work = asyncio.create_task(self._work_through(job, is_again=info.attempt > 1))
         beats = asyncio.create_task(_tell_beats(job))
-        leaving = asyncio.create_task(until_left(self._drain_timeout_s))
-        asking: asyncio.Task[None] | None = None
+        asking: list[asyncio.Task[None]] = []
+
+        def stop() -> None:
+            job.is_to_return = True
+            if job.turn is not None:
+                job.turn.stop(self._turns)
+
+        def cancel() -> None:
+            job.is_to_return = True
+            if not asking:
+                asking.append(asyncio.create_task(self._stop_cancelled(order)))
+
         try:
-            while not work.done():
-                try:
-                    await asyncio.wait([work] if leaving.done() else [work, leaving], return_when=FIRST_COMPLETED)
-                    if leaving.done() and not work.done() and job.turn is not None:
-                        self._turns.leave(job.turn)
-                except asyncio.CancelledError:
-                    job.is_to_return = True
-                    if not is_left():
-                        asking = asking or asyncio.create_task(self._stop_cancelled(order))
-                    elif job.turn is not None:
-                        self._turns.leave(job.turn)
+            await until_done(work, drain_timeout_s=self._drain_timeout_s, stop=stop, cancel=cancel)
         finally:
-            for task in (beats, leaving, asking):
-                if task is not None:
-                    task.cancel()
+            for task in (beats, *asking):
+                task.cancel()
             self._jobs.discard(job)
         if work.exception() is not None and job.ended:  # what a worker that died has told must not go with this try
             at_work = None if job.at_work is None else replace(job.at_work, is_again=True)
@@ -179,42 +178,27 @@ class ItemActivities:
     async def _carry_out(self, job: _Job, run: Run, *, is_again: bool) -> Ended | None:
         """Take one item to its end; None where it is left for later."""
         position = run.position or 0
-        while not run.steps or run.steps[-1].next_agent is not None:
-            if self._turns.may_be_begun_once(run) and job.has_taken_turns:
+        while run.next_agent_name is not None:
+            if self._turns.is_once(run) and job.has_taken_turns:
                 return None  # it begins an order of its own: whoever gets that a second time knows that it was begun
-            turn = job.turn = Turn(run, job.order.timeout_s, is_again=is_again)
+            turn = job.turn = ActivityTurn(run, job.order.timeout_s, is_again=is_again)
             job.has_taken_turns, is_again = True, False
             job.at_work = _part(run)
-            # A task of its own takes with it whatever cancellation the agent's code leaves behind.
-            taking = asyncio.create_task(self._turns.take(turn))
+            taking = asyncio.create_task(turn.take(self._turns))
             while not taking.done():
                 await asyncio.wait([taking])
             job.turn = None
-            if turn.done is not None:
-                started_at = run.started_at or turn.begun_at
-                progress = turn.progress or run.progress
-                run = replace(
-                    run,
-                    status=RunStatus.RUNNING,
-                    started_at=started_at,
-                    progress=progress,
-                    steps=(*run.steps, turn.done),
-                )
+            if turn.outcome is None:
+                return None
+            run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress)
+            end = turn.outcome if isinstance(turn.outcome, End) else None
+            if isinstance(turn.outcome, Step):
+                run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
                 job.at_work = _part(run)
                 job.news.set()
-            elif turn.is_left:
-                return None
-            end = None
-            if turn.done is None and turn.is_late:
-                end = self._turns.end_of(turn)
-            elif job.is_to_cancel(position) and (turn.done is None or run.steps[-1].next_agent is not None):
-                end = CANCELLED
-            elif turn.done is None and turn.scope.cancel_called:
-                return None
-            elif turn.done is None:
-                end = self._turns.end_of(turn)
+                if run.next_agent_name is not None and job.is_to_cancel(position):
+                    end = CANCELLED
             if end is not None:
-                run = replace(run, started_at=run.started_at or turn.begun_at, progress=turn.progress or run.progress)
                 return self._tell_end(run, _ended(_part(run), end, run.started_at))
         ended = Ended(
             position=position,
@@ -277,7 +261,7 @@ class ItemActivities:
         for part in job.parts_to_do():
             is_at_work = job.at_work is not None and part.position == job.at_work.position
             if is_at_work and job.turn is not None and job.is_to_cancel(part.position):
-                job.turn.stop()
+                job.turn.cancel()
             elif not is_at_work and job.is_to_cancel(part.position):
                 job.end(_ended(part, CANCELLED_BEFORE, part.started_at))
 
