@@ -23,9 +23,10 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
-from flock.engine.batches import Batches, as_json
+from flock.engine.batches import Batches
 from flock.engine.batchstore import BatchStore
 from flock.engine.ends import not_retried
+from flock.engine.intake import as_json
 from flock.engine.runner import Runner, StoredRun, current_task
 from flock.engine.store import Store, TakenOver
 from flock.errors import (

@@ -24,8 +24,8 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
-from flock.engine.batches import Intake
 from flock.engine.ends import not_retried
+from flock.engine.intake import Intake
 from flock.errors import BatchNotFound, Conflict, EngineFull, KeyReused, Replayed, StoreError, cut
 from flock.limits import Limits
 from flock.runs import (

@@ -22,24 +22,14 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest, DescribeTaskQueueRequest
 from temporalio.client import Client, WorkflowHandle, WorkflowHistoryEventFilterType
-from temporalio.common import (
-    Priority,
-)
+from temporalio.common import Priority
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
-from flock.engine.batches import as_json
 from flock.engine.ends import RETRIED
-from flock.errors import (
-    AgentNotFound,
-    Conflict,
-    EngineFull,
-    EngineStopped,
-    Replayed,
-    RunNotFound,
-    StoreError,
-)
+from flock.engine.intake import as_json
+from flock.errors import AgentNotFound, Conflict, EngineFull, EngineStopped, Replayed, RunNotFound, StoreError
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
 from flock.runs import (
