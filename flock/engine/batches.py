@@ -15,9 +15,10 @@ import anyio
 from flock.agents.agent import Agent
 from flock.engine.batchstore import BatchStore
 from flock.engine.intake import ITEMS_A_PAGE, Intake
+from flock.engine.refusals import stopping
 from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
-from flock.errors import EngineStopped, OwnershipLost, StoreError
+from flock.errors import OwnershipLost, StoreError
 from flock.limits import Limits
 from flock.runs import Batch, IdempotencyKey, Items, OnInvalid, Run, RunStatus, now
 
@@ -69,7 +70,7 @@ class Batches:
         async def stage(page: Sequence[Run]) -> None:
             nonlocal is_staged
             if self._runner.is_leaving:  # it would hold up the stop for as long as its client likes
-                raise EngineStopped("The server is about to stop and takes no new work. Send the upload again.")
+                raise stopping(" Send the upload again.")
             is_first, is_staged = not is_staged, True
             await self._store.stage(batch, page, self._limits.max_open_items, key, is_first=is_first)
 

@@ -24,8 +24,8 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
-from flock.engine.ends import not_retried
 from flock.engine.intake import Intake
+from flock.engine.refusals import not_cancelled, not_deleted, not_retried
 from flock.errors import BatchNotFound, Conflict, EngineFull, KeyReused, Replayed, StoreError, cut
 from flock.limits import Limits
 from flock.runs import (
@@ -473,8 +473,8 @@ class TemporalBatches:
                 async with self._cluster.asking():
                     await self.handle(batch).cancel()
             batch = await self.get(batch_id)
-        if batch.status.is_final and batch.status is not RunStatus.CANCELLED:
-            raise Conflict(f"The batch {batch_id} is {batch.status} and cannot be cancelled any more.")
+        if conflict := not_cancelled(batch):
+            raise conflict
         return replace(batch, cancel_requested=True)
 
     async def cancel_item(self, run: Run) -> None:
@@ -535,7 +535,7 @@ class TemporalBatches:
     async def delete(self, batch_id: str) -> None:
         batch = await self.get(batch_id)
         if not batch.status.is_final:
-            raise Conflict(f"The batch {batch_id} is still {batch.status}. Cancel it first, or wait for its end.")
+            raise not_deleted(batch)
         order = await self._order(batch)
         if not await self._marks.forget_batch(batch_id, len(order.starts)):
             raise BatchNotFound(batch_id)

@@ -11,6 +11,7 @@ from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
+from flock.engine.base import KEEP_KEYS_FOR
 from flock.errors import KeyReused
 from flock.runs import IdempotencyKey
 from flock.temporal.cluster import Cluster
@@ -18,8 +19,6 @@ from flock.temporal.messages import FORGET_WORKFLOW, MARK_WORKFLOW, ForgetOrder
 
 __all__ = ["Marks"]
 
-#: How long an idempotency key is kept.
-KEEP_KEYS_FOR = timedelta(hours=24)
 #: How long it is marked that something was deleted. The cluster takes half a minute to forget what has ended.
 KEEP_GONE_FOR = timedelta(hours=1)
 
