@@ -143,7 +143,7 @@ class TemporalBatches:
 
         Cancellation: what was sent of its rows is deleted by workers.
         """
-        rows = _Rows(self._cluster, self._task_queue, batch, traceparent)
+        rows = _Rows(self._cluster, self._task_queue, batch.batch_id)
         own = 0
 
         async def stage(page: Sequence[Run]) -> None:
@@ -212,7 +212,7 @@ class TemporalBatches:
         batch = order.batch
         made_id = None if key is None else await self._marks.find(key)
         if key is not None and made_id is not None and await self._is_void(made_id):
-            await self._marks.give_back(key, made_id)
+            await self._marks.free(self._marks.key_id(key), made_id)
             made_id = None
         if made_id is None:
             await self._check_room(batch.total_items - batch.completed_items - staged)
@@ -285,7 +285,9 @@ class TemporalBatches:
         """The last attempt of a batch as it stands. Raises BatchNotFound."""
         if ID.fullmatch(batch_id) is None or place_of_item(batch_id)[1] >= 0:
             raise BatchNotFound(batch_id)
-        found = await self._attempt(batch_id, 1) or await self._attempt(batch_id, await self._last_attempt(batch_id))
+        found = await self._attempt(batch_id, 1) or await self._attempt(
+            batch_id, await self._cluster.last_attempt(BATCH_WORKFLOW, batch_workflow_id(batch_id, 1))
+        )
         if found is None or found.batch.flock != self._flock:
             raise BatchNotFound(batch_id)
         while found.batch.status.is_final:
@@ -354,13 +356,6 @@ class TemporalBatches:
             if event.event_type == signaled
         )
 
-    async def _last_attempt(self, batch_id: str) -> int:
-        """0 where nothing is kept of it. The cluster forgets its first attempts before the last one."""
-        query = f"WorkflowType = '{BATCH_WORKFLOW}' AND WorkflowId STARTS_WITH 'batch:{batch_id}:'"
-        async with self._cluster.asking():
-            found = self._cluster.client.list_workflows(query)
-            return max([int(each.id.rpartition(":")[2]) async for each in found], default=0)
-
     def _handle(self, batch_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
         return self._cluster.client.get_workflow_handle(batch_workflow_id(batch_id, attempt))
 
@@ -377,11 +372,7 @@ class TemporalBatches:
         key = (batch.batch_id, batch.attempt)
         if key not in self._orders:
             async with self._cluster.asking():
-                async for event in self._handle(*key).fetch_history_events(page_size=1):
-                    await self._cluster.payloads.bring_in([event])
-                    sent = event.workflow_execution_started_event_attributes.input.payloads[0]
-                    self._orders[key] = decoded(sent, BatchOrder)
-                    break
+                self._orders[key] = await self._cluster.input_of(batch_workflow_id(*key), BatchOrder)
         self._orders.move_to_end(key)
         if len(self._orders) > BATCHES_KEPT:
             self._orders.popitem(last=False)
@@ -539,7 +530,7 @@ class TemporalBatches:
         order = await self._order(batch)
         if not await self._marks.forget_batch(batch_id, len(order.starts)):
             raise BatchNotFound(batch_id)
-        await self._marks.free(order.key_id)
+        await self._marks.free(order.key_id, batch_id)
 
 
 class _Rows:
@@ -551,26 +542,14 @@ class _Rows:
         first_error: of the first of them.
     """
 
-    def __init__(self, cluster: Cluster, task_queue: str, batch: Batch, traceparent: str | None) -> None:
+    def __init__(self, cluster: Cluster, task_queue: str, batch_id: str) -> None:
         self.starts: list[int] = []
         self.failed_in = 0
         self.first_error: tuple[int, str] | None = None
         self._total = 0
         self._cluster = cluster
         self._task_queue = task_queue
-        self._item = Run(
-            run_id=batch.batch_id,
-            flock=batch.flock,
-            agent_name=batch.agent_name,
-            inputs=msgspec.Raw(b"{}"),
-            created_at=batch.created_at,
-            request_id=batch.request_id,
-            batch_id=batch.batch_id,
-            traceparent=traceparent,
-            principal=batch.principal,
-            is_async=True,
-            timeout_s=batch.options.timeout_s,
-        )
+        self._batch_id = batch_id
         self._sending: set[asyncio.Task[None]] = set()
 
     async def send(self, page: Sequence[Run]) -> None:
@@ -583,7 +562,7 @@ class _Rows:
                 self.failed_in |= 1 << chunk
                 self.first_error = self.first_error or (position, item.error)
         rows = tuple(ItemRow(item.inputs, item.error, item.extra or msgspec.UNSET) for item in page)
-        order = RowsOrder(item=self._item, first=self._total, rows=rows)
+        order = RowsOrder(item=_common_of(page[0]), first=self._total, rows=rows)
         self.starts.append(self._total)
         self._total += len(page)
         self._sending.add(asyncio.create_task(self._send(chunk, order)))
@@ -606,10 +585,25 @@ class _Rows:
             await self._cluster.client.start_workflow(
                 ROWS_WORKFLOW,
                 order,
-                id=rows_workflow_id(self._item.run_id, chunk),
+                id=rows_workflow_id(self._batch_id, chunk),
                 task_queue=self._task_queue,
                 start_delay=KEEP_ROWS_FOR,
             )
+
+
+def _common_of(item: Run) -> Run:
+    """What all items of the batch have in common."""
+    return replace(
+        item,
+        run_id=item.batch_id or "",
+        inputs=msgspec.Raw(b"{}"),
+        status=RunStatus.STARTING,
+        error=None,
+        error_type=None,
+        completed_at=None,
+        position=None,
+        extra=None,
+    )
 
 
 def _cut_off(found: _Found, info: WorkflowExecutionInfo) -> None:

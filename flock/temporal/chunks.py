@@ -278,7 +278,8 @@ async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequ
             if chunk < about.begun_to
         )
     )
-    rows, begun = await _rows(cluster, batch_id, chunk), iter(await histories)
+    rows = await cluster.input_of(rows_workflow_id(batch_id, chunk), RowsOrder)
+    begun = iter(await histories)
     found = Chunk(batch_id, rows)
     for number, about in enumerate(attempts, 1):
         if number > 1:
@@ -290,14 +291,6 @@ async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequ
         if about.completed_at is not None:
             found.close(about.completed_at)
     return found
-
-
-async def _rows(cluster: Cluster, batch_id: str, chunk: int) -> RowsOrder:
-    handle = cluster.client.get_workflow_handle(rows_workflow_id(batch_id, chunk))
-    async for event in handle.fetch_history_events(page_size=1):
-        await cluster.payloads.bring_in([event])
-        return decoded(event.workflow_execution_started_event_attributes.input.payloads[0], RowsOrder)
-    raise AssertionError("every history has a first event")
 
 
 async def _history(

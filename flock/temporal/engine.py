@@ -16,11 +16,10 @@ from typing import Any, Self, TypeVar
 import msgspec
 from google.protobuf.duration_pb2 import Duration
 from msgspec.structs import replace
-from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.enums.v1 import EventType, TaskQueueType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.taskqueue.v1 import TaskQueue
-from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest, DescribeTaskQueueRequest
+from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import Client, WorkflowHandle, WorkflowHistoryEventFilterType
 from temporalio.common import Priority
 from temporalio.exceptions import WorkflowAlreadyStartedError
@@ -59,7 +58,7 @@ from flock.temporal.messages import (
     run_workflow_id,
     task_queue_of,
 )
-from flock.temporal.records import at_work, order_of, run_of, waiting_again
+from flock.temporal.records import at_work, run_of, waiting_again
 from flock.temporal.search import ID, newest_first, open_runs, own
 
 __all__ = ["TemporalEngine"]
@@ -308,7 +307,7 @@ class TemporalEngine(EngineBase):
             raise RunNotFound(run_id)
         run = await self._attempt(run_id, 1) or await self._batches.item(run_id)
         if run is None:
-            run = await self._attempt(run_id, await self._last_attempt(run_id))
+            run = await self._attempt(run_id, await self.cluster.last_attempt(RUN_WORKFLOW, run_workflow_id(run_id, 1)))
         if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
         if run.batch_id is not None:
@@ -345,14 +344,6 @@ class TemporalEngine(EngineBase):
         scheduled = EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
         await self.cluster.payloads.bring_in(event for event in events if event.event_type != scheduled)
         return events
-
-    async def _last_attempt(self, run_id: str) -> int:
-        """0 where nothing is kept of a run. The cluster forgets its first attempts before the last one."""
-        query = f"WorkflowType = '{RUN_WORKFLOW}' AND WorkflowId STARTS_WITH 'run:{run_id}:'"
-        async with self.cluster.asking():
-            return max(
-                [int(found.id.rpartition(":")[2]) async for found in self._client.list_workflows(query)], default=0
-            )
 
     def _handle(self, run_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
         return self._client.get_workflow_handle(run_workflow_id(run_id, attempt))
@@ -454,7 +445,7 @@ class TemporalEngine(EngineBase):
 
     async def _kept_key(self, run: Run) -> str | None:
         async with self.cluster.asking():
-            return order_of(await self._history(self._handle(run.run_id, run.attempt))).key_id
+            return (await self.cluster.input_of(run_workflow_id(run.run_id, run.attempt), RunOrder)).key_id
 
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
@@ -463,17 +454,10 @@ class TemporalEngine(EngineBase):
         key_id = await self._kept_key(run)
         if not await self._marks.note_gone(run_id):
             raise RunNotFound(run_id)
-        await self._marks.free(key_id)
+        await self._marks.free(key_id, run_id)
         async with self.cluster.asking():
             for attempt in range(1, run.attempt + 1):
-                with contextlib.suppress(RPCError):  # the cluster has forgotten it before
-                    await self._client.workflow_service.delete_workflow_execution(
-                        DeleteWorkflowExecutionRequest(
-                            namespace=self.cluster.namespace,
-                            workflow_execution=WorkflowExecution(workflow_id=run_workflow_id(run_id, attempt)),
-                        )
-                    )
-                await self.cluster.payloads.forget(run_workflow_id(run_id, attempt))
+                await self.cluster.delete(run_workflow_id(run_id, attempt))
 
     # Lists
 

@@ -16,8 +16,6 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 from temporalio import activity
-from temporalio.api.common.v1 import WorkflowExecution
-from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -321,21 +319,9 @@ class ItemActivities:
 
         async def delete() -> None:
             for workflow_id, run_id in left:
-                await self._delete(workflow_id, run_id)
+                await self._cluster.delete(workflow_id, run_id)
 
         await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))
-
-    async def _delete(self, workflow_id: str, run_id: str) -> None:
-        wanted = DeleteWorkflowExecutionRequest(
-            namespace=self._cluster.namespace,
-            workflow_execution=WorkflowExecution(workflow_id=workflow_id, run_id=run_id),
-        )
-        try:
-            await self._cluster.client.workflow_service.delete_workflow_execution(wanted)
-        except RPCError as exc:
-            if exc.status is not RPCStatusCode.NOT_FOUND:
-                raise
-        await self._cluster.payloads.forget(workflow_id)
 
 
 def _part(run: Run) -> Part:

@@ -65,23 +65,16 @@ class Marks:
         # If it does not run, it is free again, or was kept for long enough.
         return kept if described.status is WorkflowExecutionStatus.RUNNING else None
 
-    async def give_back(self, key: IdempotencyKey, made_id: str) -> None:
-        """Free *key*, if it still stands for *made_id*: others may do the same, and claim it at once."""
+    async def free(self, key_id: str | None, made_id: str) -> None:
+        """Free the key that stands for *made_id*. It may stand for something else by now."""
+        if key_id is None:
+            return
         with contextlib.suppress(RPCError):  # it is gone by itself
             async with self._cluster.asking():
-                described = await self._cluster.client.get_workflow_handle(self.key_id(key)).describe()
+                described = await self._cluster.client.get_workflow_handle(key_id).describe()
                 if (await described.memo())["run_id"] == made_id:
-                    handle = self._cluster.client.get_workflow_handle(described.id, run_id=described.run_id)
+                    handle = self._cluster.client.get_workflow_handle(key_id, run_id=described.run_id)
                     await handle.terminate()
-
-    async def free(self, key_id: str | None) -> None:
-        """Whoever deletes something may make it anew under the same key."""
-        if key_id is not None:
-            try:
-                async with self._cluster.asking():
-                    await self._cluster.client.get_workflow_handle(key_id).terminate()
-            except RPCError:  # it is gone by itself
-                return
 
     async def note_gone(self, id_: str) -> bool:
         """Mark something as deleted; False where it was before."""
