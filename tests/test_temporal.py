@@ -46,9 +46,9 @@ from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
 from flock.temporal.messages import (
     CONVERTER,
-    ChunkEnded,
-    Ended,
-    ItemsBeat,
+    Counts,
+    ItemEnd,
+    ItemsDone,
     ItemsOrder,
     Part,
     decoded,
@@ -454,7 +454,7 @@ async def test_what_a_worker_that_died_has_told_is_kept_where_the_next_one_fails
     """The cluster does not let it be tried again if an item of it is to be cancelled."""
     cluster = Cluster("127.0.0.1:1")
     items = ItemActivities(cluster, cast("Any", None), 0)  # it takes no turn
-    ended, at_work = Ended(position=0, completed_at=now()), Part(position=1)
+    ended, at_work = ItemEnd(position=0, completed_at=now()), Part(position=1)
     order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), at_work, Part(position=2)), timeout_s=1)
 
     async def fails(order: ItemsOrder) -> Any:
@@ -462,7 +462,7 @@ async def test_what_a_worker_that_died_has_told_is_kept_where_the_next_one_fails
 
     items._chunk = fails  # type: ignore[method-assign]
     environment = ActivityEnvironment()
-    beat = msgspec.to_builtins(ItemsBeat(ended=(ended,), at_work=at_work))
+    beat = msgspec.to_builtins(ItemsDone(ended=(ended,), unfinished=at_work))
     environment.info = dataclasses.replace(environment.info, heartbeat_details=[beat], attempt=2)
     done = await environment.run(items.run, order)
     assert (done.ended, done.unfinished) == ((ended,), replace(at_work, is_again=True))
@@ -1078,7 +1078,7 @@ async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
         assert rest.startswith(last.status.value)
     elif kind == "chunk":
         given = history.events[-1].workflow_execution_completed_event_attributes.result.payloads[0]
-        found = decoded(given, ChunkEnded)
+        found = decoded(given, Counts)
         counts = {"completed": found.completed, "failed": found.failed, "cancelled": found.cancelled}
         assert rest == "-".join(f"{status}-{count}" for status, count in counts.items() if count)
     else:

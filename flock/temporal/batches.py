@@ -45,10 +45,10 @@ from flock.temporal.messages import (
     BATCH_WORKFLOW,
     MAX_ITEMS,
     ROWS_WORKFLOW,
+    Attempt,
     BatchOrder,
-    ChunkEnded,
+    Counts,
     ItemRow,
-    Reopening,
     RowsOrder,
     batch_workflow_id,
     chunk_workflow_id,
@@ -92,7 +92,7 @@ class _Found:
         memo: what its workflow says of itself.
     """
 
-    def __init__(self, batch: Batch, about: Reopening, memo: Memo) -> None:
+    def __init__(self, batch: Batch, about: Attempt, memo: Memo) -> None:
         self.batch = batch if batch.error is None else replace(batch, error=cut(batch.error))
         self.about = about
         self.memo = memo
@@ -311,13 +311,11 @@ class TemporalBatches:
             return None
         info = described.workflow_execution_info
         memo = info.memo
-        found = _Found(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Reopening), memo)
+        found = _Found(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Attempt), memo)
         if found.batch.status.is_final:
             return found
         at_work = found.says("at_work", list[int], [])
-        ended = sum(
-            await asyncio.gather(*(self._ended_of(batch_id, chunk, attempt) for chunk in at_work)), ChunkEnded()
-        )
+        ended = sum(await asyncio.gather(*(self._ended_of(batch_id, chunk, attempt) for chunk in at_work)), Counts())
         batch, told = found.batch, self._told.pop((batch_id, attempt), found.batch)
         found.batch = self._told[batch_id, attempt] = replace(
             batch,
@@ -331,7 +329,7 @@ class TemporalBatches:
             _cut_off(found, info)
         return found
 
-    async def _ended_of(self, batch_id: str, chunk: int, attempt: int) -> ChunkEnded:
+    async def _ended_of(self, batch_id: str, chunk: int, attempt: int) -> Counts:
         """What a chunk at work has brought to its end by now."""
         handle = self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, attempt))
         try:
@@ -341,9 +339,9 @@ class TemporalBatches:
                     await asyncio.sleep(COUNT_AGAIN_AFTER_S)
                     described = (await handle.describe()).raw_description
         except RPCError:  # it has not been started yet
-            return ChunkEnded()
+            return Counts()
         memo = described.workflow_execution_info.memo.fields
-        counted = decoded(memo["ended"], ChunkEnded) if "ended" in memo else ChunkEnded()
+        counted = decoded(memo["ended"], Counts) if "ended" in memo else Counts()
         return counted + ended_by_now(described.pending_activities)
 
     async def _is_accepted(self, batch_id: str) -> bool:
@@ -511,7 +509,7 @@ class TemporalBatches:
             attempts=(
                 *order.attempts[:-1],
                 found.about,
-                Reopening(only=wanted, position=None if item is None else item.position),
+                Attempt(only=wanted, position=None if item is None else item.position),
             ),
             failed_in=found.says("failed_in", str, every),
             cancelled_in=found.says("cancelled_in", str, every),

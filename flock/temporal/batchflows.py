@@ -40,10 +40,9 @@ from flock.temporal.messages import (
     ROWS_WORKFLOW,
     TASK_TIMEOUT,
     BatchOrder,
-    ChunkEnded,
     ChunkOrder,
+    Counts,
     ForgetOrder,
-    ItemsBeat,
     ItemsDone,
     ItemsOrder,
     Part,
@@ -52,7 +51,7 @@ from flock.temporal.messages import (
     items_queue_of,
     recoded,
 )
-from flock.temporal.records import CANCELLED_BEFORE, GIVEN_UP, counted, end_for, ended_by, left_of
+from flock.temporal.records import CANCELLED_BEFORE, GIVEN_UP, end_for, ended_by
 from flock.temporal.workflows import NO_LIMIT, RETRIES
 
 __all__ = ["FlockBatch", "FlockChunk", "FlockForget", "FlockRows"]
@@ -108,8 +107,8 @@ class FlockBatch(_Interruptible):
         self._next = order.attempts[-1].begun_to
         #: by chunk: its places, and what becomes of it
         self._lanes: dict[int, int] = {}
-        self._chunks: dict[int, asyncio.Task[ChunkEnded]] = {}
-        self._started: dict[int, workflow.ChildWorkflowHandle[Any, ChunkEnded]] = {}
+        self._chunks: dict[int, asyncio.Task[Counts]] = {}
+        self._started: dict[int, workflow.ChildWorkflowHandle[Any, Counts]] = {}
         self._signals: set[asyncio.Task[None]] = set()
 
     @workflow.signal(name="accept")
@@ -222,19 +221,19 @@ class FlockBatch(_Interruptible):
         self._next = chunk + 1
         self._chunks[chunk] = asyncio.create_task(self._run_chunk(order))
 
-    async def _run_chunk(self, order: ChunkOrder) -> ChunkEnded:
+    async def _run_chunk(self, order: ChunkOrder) -> Counts:
         """Never cancelled: who cancels a start that is on its way is not told what becomes of it."""
         started = self._started[order.chunk] = await workflow.start_child_workflow(
             CHUNK_WORKFLOW,
             order,
             id=chunk_workflow_id(order.batch_id, order.chunk, order.attempt),
-            result_type=ChunkEnded,
+            result_type=Counts,
             task_timeout=TASK_TIMEOUT,
             parent_close_policy=workflow.ParentClosePolicy.REQUEST_CANCEL,
         )
         if self._batch.cancel_requested:
             started.cancel()
-        ended: ChunkEnded = await started
+        ended: Counts = await started
         return ended
 
     def _tell(self, chunk: int, signal: str, what: int) -> None:
@@ -261,14 +260,14 @@ class FlockBatch(_Interruptible):
             try:
                 ended = task.result()
             except ChildWorkflowError as exc:
-                ended = ChunkEnded()
+                ended = Counts()
                 if self.is_cancelled:  # before it began: what is left is counted at the end
                     self._cancelled_in |= 1 << chunk
                 else:  # somebody ended it from outside, or its rows are forgotten
                     size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
                     size = min(size, self._batch.total_items - self._batch.completed_items)
                     end = _end_for(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
-                    ended = ChunkEnded(failed=size, first_error=(self._order.first_of(chunk), end.error))
+                    ended = Counts(failed=size, first_error=(self._order.first_of(chunk), end.error))
             batch = self._batch
             self._batch = replace(
                 batch,
@@ -349,7 +348,7 @@ class FlockChunk(_Interruptible):
     def __init__(self, order: ChunkOrder) -> None:
         self._order = order
         self._lanes = order.lanes
-        self._ended = order.before or ChunkEnded()
+        self._ended = order.before or Counts()
         self._todo: deque[Part] = deque(order.parts or ())
         #: those who are to be cancelled
         self._cancelled = set(order.cancelled)
@@ -366,7 +365,7 @@ class FlockChunk(_Interruptible):
         self._cancelled.add(position)
 
     @workflow.run
-    async def run(self, order: ChunkOrder) -> ChunkEnded:
+    async def run(self, order: ChunkOrder) -> Counts:
         if order.parts is None:
             await self._find()
         while True:
@@ -459,8 +458,8 @@ class FlockChunk(_Interruptible):
             del self._at_work[task]
             done = _what_became_of(task, order)
             for ended in done.ended:
-                self._ended += counted(ended)
-            self._todo.extendleft(reversed(left_of(order, done)))
+                self._ended += ended.counts
+            self._todo.extendleft(reversed(order.left_after(done)))
 
     def _leave_out_cancelled(self) -> None:
         if not (self.is_cancelled or self._cancelled):
@@ -468,7 +467,7 @@ class FlockChunk(_Interruptible):
         todo, self._todo = self._todo, deque()
         for part in todo:
             if self.is_cancelled or part.position in self._cancelled:
-                self._ended += ChunkEnded(cancelled=1)
+                self._ended += Counts(cancelled=1)
             else:
                 self._todo.append(part)
 
@@ -498,7 +497,7 @@ def _what_became_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder)
             return ItemsDone()
         beat = None
         if isinstance(exc.cause, TimeoutError) and exc.cause.last_heartbeat_details:
-            beat = recoded(exc.cause.last_heartbeat_details[0], ItemsBeat)
+            beat = recoded(exc.cause.last_heartbeat_details[0], ItemsDone)
         is_cancelled = exc.retry_state is RetryState.CANCEL_REQUESTED
         return ended_by(order, beat, workflow.now(), is_cancelled=is_cancelled, end=_end_for(exc.cause))
 

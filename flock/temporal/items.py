@@ -29,9 +29,8 @@ from flock.temporal.messages import (
     FIND_ACTIVITY,
     FORGET_ACTIVITY,
     ITEMS_ACTIVITY,
-    Ended,
     ForgetOrder,
-    ItemsBeat,
+    ItemEnd,
     ItemsDone,
     ItemsOrder,
     Part,
@@ -65,10 +64,10 @@ DELETES_AT_ONCE = 8
 class _Job:
     """One ``ItemsOrder`` that is at work here."""
 
-    def __init__(self, order: ItemsOrder, beat: ItemsBeat) -> None:
+    def __init__(self, order: ItemsOrder, done: ItemsDone) -> None:
         self.order = order
-        self.ended = list(beat.ended)
-        self.at_work = beat.at_work
+        self.ended = list(done.ended)
+        self.at_work = done.unfinished
         self.bytes = sum(map(_bytes_of, self.ended))
         self.turn: ActivityTurn | None = None
         self.has_taken_turns = False
@@ -80,29 +79,23 @@ class _Job:
         self.news = asyncio.Event()
 
     def parts_to_do(self) -> list[Part]:
-        gone = {ended.position for ended in self.ended}
-        at_work = self.at_work
-        return [
-            at_work if at_work is not None and at_work.position == part.position else part
-            for part in self.order.parts
-            if part.position not in gone
-        ]
+        return self.order.left_after(self.done())
 
     def is_to_cancel(self, position: int) -> bool:
         return self.is_cancelled or position in self.cancelled
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: ItemEnd) -> None:
         self.ended.append(ended)
         if self.at_work is not None and self.at_work.position == ended.position:
             self.at_work = None
         self.bytes += _bytes_of(ended)
         self.news.set()
 
-    def beat(self) -> ItemsBeat:
+    def done(self) -> ItemsDone:
         at_work = self.at_work
         if at_work is not None and self.turn is not None:
             at_work = replace(at_work, progress=self.turn.progress)
-        return ItemsBeat(ended=tuple(self.ended), at_work=at_work)
+        return ItemsDone(ended=tuple(self.ended), unfinished=at_work)
 
 
 class ItemActivities:
@@ -123,8 +116,8 @@ class ItemActivities:
         Cancellation: who is to stop is read from the chunk's memo; when it has stopped, it returns as always.
         """
         info = activity.info()
-        told = [recoded(beat, ItemsBeat) for beat in info.heartbeat_details]
-        job = _Job(order, told[0] if told else ItemsBeat())
+        told = [recoded(beat, ItemsDone) for beat in info.heartbeat_details]
+        job = _Job(order, told[0] if told else ItemsDone())
         self._jobs.add(job)
         work = asyncio.create_task(self._work_through(job, is_again=info.attempt > 1))
         beats = asyncio.create_task(_tell_beats(job))
@@ -147,11 +140,10 @@ class ItemActivities:
                 task.cancel()
             self._jobs.discard(job)
         if work.exception() is not None and job.ended:  # what a worker that died has told must not go with this try
-            at_work = None if job.at_work is None else replace(job.at_work, is_again=True)
-            return ItemsDone(ended=tuple(job.ended), unfinished=at_work)
+            return job.done().tried_again()
         work.result()
-        unfinished = job.at_work if job.at_work is not None and job.at_work.steps else None
-        return ItemsDone(ended=tuple(job.ended), unfinished=unfinished)
+        done = job.done()
+        return done if done.unfinished is None or done.unfinished.steps else replace(done, unfinished=None)
 
     async def _work_through(self, job: _Job, *, is_again: bool) -> None:
         items = (await self._chunk(job.order)).items
@@ -173,7 +165,7 @@ class ItemActivities:
             if time.monotonic() > return_at or job.bytes > SLICE_BYTES:
                 return
 
-    async def _carry_out(self, job: _Job, run: Run, *, is_again: bool) -> Ended | None:
+    async def _carry_out(self, job: _Job, run: Run, *, is_again: bool) -> ItemEnd | None:
         """Take one item to its end; None where it is left for later."""
         position = run.position or 0
         while run.next_agent_name is not None:
@@ -198,7 +190,7 @@ class ItemActivities:
                     end = CANCELLED
             if end is not None:
                 return self._tell_end(run, _ended(_part(run), end, run.started_at))
-        ended = Ended(
+        ended = ItemEnd(
             position=position,
             started_at=run.started_at or now(),
             completed_at=now(),
@@ -207,7 +199,7 @@ class ItemActivities:
         )
         return self._tell_end(run, ended)
 
-    def _tell_end(self, run: Run, ended: Ended) -> Ended:
+    def _tell_end(self, run: Run, ended: ItemEnd) -> ItemEnd:
         result = ended.steps[-1].result if ended.status is RunStatus.COMPLETED else None
         end = {"status": ended.status, "error": ended.error, "error_type": ended.error_type, "result": result}
         self._turns.tell("run_ended", replace(run, completed_at=ended.completed_at, **end))
@@ -328,8 +320,8 @@ def _part(run: Run) -> Part:
     return Part(position=run.position or 0, started_at=run.started_at, steps=run.steps, progress=run.progress)
 
 
-def _ended(part: Part, end: End, started_at: datetime | None) -> Ended:
-    return Ended(
+def _ended(part: Part, end: End, started_at: datetime | None) -> ItemEnd:
+    return ItemEnd(
         position=part.position,
         status=end.status,
         error=end.error,
@@ -341,7 +333,7 @@ def _ended(part: Part, end: End, started_at: datetime | None) -> Ended:
     )
 
 
-def _bytes_of(ended: Ended) -> int:
+def _bytes_of(ended: ItemEnd) -> int:
     return len(msgspec.json.encode(ended))
 
 
@@ -353,4 +345,4 @@ async def _tell_beats(job: _Job) -> None:
             async with asyncio.timeout(silent_s - BEAT_S):
                 await job.news.wait()
         job.news.clear()
-        activity.heartbeat(job.beat())
+        activity.heartbeat(job.done())
