@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,7 @@ from hypercorn.config import Config
 from msgspec.structs import replace
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
-from temporalio.client import WorkflowFailureError, WorkflowHistory
+from temporalio.client import WorkflowHistory
 from temporalio.converter import StorageDriverClaim, StorageDriverRetrieveContext
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError
@@ -52,6 +51,8 @@ from flock.temporal.messages import (
     ItemsOrder,
     Part,
     decoded,
+    item_id,
+    new_batch_id,
     run_workflow_id,
 )
 from flock.temporal.payloads import PayloadFolder
@@ -519,7 +520,6 @@ async def test_a_batch_that_goes_on_in_new_histories_is_told_of_as_if_it_was_one
         history = (await engine._batches.handle(batch).fetch_history()).events
     at_first = history[0].workflow_execution_started_event_attributes.memo.fields
     assert decoded(at_first["batch"], Batch).completed_items >= 20, "as soon as a new history is begun"
-    assert not decoded(at_first["is_staged"], bool)
     assert told == sorted(told)
     assert (batch.completed_items, batch.failed_items) == (120, 0)
     assert {item.status for item in items} == {RunStatus.COMPLETED}
@@ -532,7 +532,7 @@ async def test_what_is_told_to_a_batch_that_a_worker_has_just_then_can_be_read_a
     until, take_in = batchflows.FlockBatch._until, batchflows.FlockChunk._take_in
 
     async def slow_until(batch: Any, *args: Any) -> None:
-        if not batch._is_accepted:
+        if not batch._started:
             time.sleep(0.5)  # noqa: ASYNC251 - a busy worker
         await until(batch, *args)
 
@@ -863,28 +863,32 @@ async def test_a_key_whose_claim_was_not_answered_makes_its_batch_at_the_next_re
     assert len(work.calls) == 6
 
 
-async def test_a_key_whose_batch_was_not_accepted_in_time_makes_it_anew(
-    temporal_address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its server died before it could say so."""
-    monkeypatch.setattr(batchflows, "ACCEPT_WITHIN", timedelta(seconds=0.1))
-    work, key = Work(new_id()), IdempotencyKey("k", b"1")
+async def test_a_key_whose_server_died_before_it_started_the_batch_makes_it(temporal_address: str) -> None:
+    """The batch has the id that was claimed, and the rows of the request that started it."""
+    work, key, batch_id = Work(new_id()), IdempotencyKey("k", b"1"), new_batch_id()
     async with open_pair(work.flock, temporal_address) as engine:
-        claim = engine._marks.claim
-
-        async def dies(key: IdempotencyKey, made_id: str) -> str:
-            await claim(key, made_id)
-            with contextlib.suppress(WorkflowFailureError):
-                await engine._batches.first_handle(made_id).result()
-            raise StoreError("The cluster does not answer now.")
-
-        monkeypatch.setattr(engine._marks, "claim", dies)
-        with pytest.raises(StoreError):
-            await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
-        monkeypatch.undo()
-        batch = await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
-        assert (await ended(engine, batch)).status is RunStatus.COMPLETED
-    assert len(work.calls) == 3
+        assert await engine._marks.claim(key, batch_id) == batch_id
+        work.fails.add(1)
+        for _ in range(2):
+            with pytest.raises(Replayed) as caught:
+                await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
+            assert caught.value.made_id == batch_id
+        batch = await ended(engine, await engine.get_batch(batch_id))
+        assert (batch.completed_items, batch.failed_items) == (3, 1)
+        items = await engine.get_items(batch_id)
+        assert [item.run_id for item in items] == [item_id(batch_id, position) for position in range(3)]
+        work.fails.clear()
+        batch = await ended(engine, await engine.retry_batch(batch_id))
+        assert (batch.completed_items, batch.failed_items) == (3, 0)
+        rows_of = (await engine._batches._order(batch)).attempts[0].rows_of
+        assert rows_of not in (None, batch_id)
+        rows = engine.cluster.client.get_workflow_handle(f"rows:{rows_of}:0")
+        await rows.describe()
+        await engine.delete_batch(batch_id)
+        with anyio.fail_after(PATIENCE_S), contextlib.suppress(RPCError):  # once it is gone
+            while await rows.describe():  # noqa: ASYNC110 - the cluster reports nothing
+                await asyncio.sleep(0.1)
+    assert len(work.calls) == 4
 
 
 async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: str) -> None:

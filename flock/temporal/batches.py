@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import replace
 from temporalio.api.common.v1 import Memo
-from temporalio.api.enums.v1 import EventType, WorkflowExecutionStatus
+from temporalio.api.enums.v1 import WorkflowExecutionStatus
 from temporalio.api.workflow.v1 import WorkflowExecutionInfo
 from temporalio.client import WorkflowHandle
 from temporalio.exceptions import WorkflowAlreadyStartedError
@@ -38,7 +38,7 @@ from flock.runs import (
     Run,
     RunStatus,
 )
-from flock.temporal.chunks import LOOK_AGAIN_AFTER_S, ended_by_now, read_chunk
+from flock.temporal.chunks import ended_by_now, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.marks import Marks
 from flock.temporal.messages import (
@@ -179,14 +179,12 @@ class TemporalBatches:
                 starts=tuple(rows.starts),
                 timeout_s=min(batch.options.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s),
                 heartbeat_timeout_s=self._heartbeat_timeout_s,
-                is_staged=key is not None,
                 invalid_items=whole.failed_items,
                 failed_in=f"{rows.failed_in:x}",
                 first_error=rows.first_error,
                 key_id=None if key is None else self._marks.key_id(key),
             )
-            await self._accept(order, key, own)
-            return whole
+            accepted = await self._accept(order, key, own)
         except BaseException:
             rows.stop()
             if rows.starts:
@@ -196,9 +194,12 @@ class TemporalBatches:
             raise
         finally:
             self._staged -= own
+        if accepted.batch_id != batch.batch_id:
+            raise Replayed(accepted.batch_id)
+        return accepted
 
     async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
-        """Let workers delete what was sent, unless the key stands for it by now: whoever comes next may accept it."""
+        """Let workers delete what was sent, unless the key stands for it by now: it may have been started."""
         try:
             if key is None or await self._marks.find(key) != batch_id:
                 await self._marks.forget_batch(batch_id, chunks)
@@ -207,44 +208,31 @@ class TemporalBatches:
         except StoreError as exc:
             logger.warning("what was sent of the batch %s cannot be deleted: %s", batch_id, exc)
 
-    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int) -> None:
-        """Accept a batch of which *staged* open items were sent. Raises Replayed, KeyReused, EngineFull."""
+    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int) -> Batch:
+        """Start a batch of which *staged* open items were sent, under the id that its key stands for.
+
+        Raises: Replayed, KeyReused, EngineFull.
+        """
         batch = order.batch
         made_id = None if key is None else await self._marks.find(key)
-        if key is not None and made_id is not None and await self._is_void(made_id):
-            await self._marks.free(self._marks.key_id(key), made_id)
-            made_id = None
-        if made_id is None:
-            await self._check_room(batch.total_items - batch.completed_items - staged)
-            await self._start(order)
-            if key is None:
-                return
+        if key is not None and made_id is not None:
+            if await self._marks.is_gone(made_id):
+                await self._marks.free(self._marks.key_id(key), made_id)
+            with contextlib.suppress(BatchNotFound):
+                raise Replayed((await self.get(made_id)).batch_id)
+        await self._check_room(batch.total_items - batch.completed_items - staged)
+        if key is not None:
+            # The process that claimed the key may have died before it started the batch; the next one starts it.
             made_id = await self._marks.claim(key, batch.batch_id)
-        # Whoever claimed the key may have died before saying this; whoever comes next says it in its place.
-        with contextlib.suppress(RPCError):
-            async with self._cluster.asking():
-                await self._handle(made_id, 1).signal("accept")
-        for pause_s in LOOK_AGAIN_AFTER_S:  # while a worker begins with it, that is not in its history yet
-            try:
-                await self.get(made_id)
-                break
-            except BatchNotFound:
-                await asyncio.sleep(pause_s)
-        if made_id != batch.batch_id:
-            raise Replayed(made_id)
-
-    async def _is_void(self, batch_id: str) -> bool:
-        """Whether nothing comes of a batch that a key stands for: it was deleted, or not accepted in time."""
-        if await self._marks.is_gone(batch_id):
-            return True
+            if made_id != batch.batch_id:
+                order = replace(
+                    order, batch=replace(batch, batch_id=made_id), attempts=(Attempt(rows_of=batch.batch_id),)
+                )
         try:
-            async with self._cluster.asking():
-                described = (await self._handle(batch_id, 1).describe()).raw_description
-            info = described.workflow_execution_info
-            is_staged = "is_staged" in info.memo.fields and decoded(info.memo.fields["is_staged"], bool)
-            return info.HasField("close_time") and is_staged and not await self._is_accepted(batch_id)
-        except RPCError:  # the cluster has forgotten it
-            return False
+            await self._start(order)
+        except WorkflowAlreadyStartedError:
+            raise Replayed(order.batch.batch_id) from None
+        return order.batch
 
     async def _start(self, order: BatchOrder) -> None:
         """Raises WorkflowAlreadyStartedError where this attempt was begun before."""
@@ -254,7 +242,7 @@ class TemporalBatches:
             order.batch,
             id=batch_workflow_id(order.batch.batch_id, order.batch.attempt),
             task_queue=self._task_queue,
-            memo={"batch": order.batch, "about": order.attempts[-1], "is_staged": order.is_staged},
+            memo={"batch": order.batch, "about": order.attempts[-1]},
         )
 
     async def _check_room(self, more: int) -> int:
@@ -295,8 +283,6 @@ class TemporalBatches:
             if later is None:
                 break
             found = later
-        if found.says("is_staged", bool, False) and not await self._is_accepted(batch_id):
-            raise BatchNotFound(batch_id)
         if found.batch.status.is_final and await self._marks.is_gone(batch_id):
             raise BatchNotFound(batch_id)
         return found
@@ -343,16 +329,6 @@ class TemporalBatches:
         memo = described.workflow_execution_info.memo.fields
         counted = decoded(memo["ended"], Counts) if "ended" in memo else Counts()
         return counted + ended_by_now(described.pending_activities)
-
-    async def _is_accepted(self, batch_id: str) -> bool:
-        async with self._cluster.asking():
-            history = await self._handle(batch_id, 1).fetch_history()
-        signaled = EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED
-        return any(
-            event.workflow_execution_signaled_event_attributes.signal_name == "accept"
-            for event in history.events
-            if event.event_type == signaled
-        )
 
     def _handle(self, batch_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
         return self._cluster.client.get_workflow_handle(batch_workflow_id(batch_id, attempt))
@@ -412,7 +388,8 @@ class TemporalBatches:
     async def _items_of(self, found: _Found, order: BatchOrder, chunk: int) -> dict[int, Run]:
         attempts = (*order.attempts[:-1], found.about)
         async with self._cluster.asking(SEND_TIMEOUT_S):
-            return (await read_chunk(self._cluster, found.batch.batch_id, chunk, attempts)).items
+            read = await read_chunk(self._cluster, found.batch.batch_id, chunk, attempts, attempts[0].rows_of)
+            return read.items
 
     async def item(self, run_id: str) -> Run | None:
         """The item with that id, or None."""
@@ -505,7 +482,6 @@ class TemporalBatches:
                 resumed_with=0,
                 cancel_requested=False,
             ),
-            is_staged=False,
             attempts=(
                 *order.attempts[:-1],
                 found.about,
@@ -526,7 +502,7 @@ class TemporalBatches:
         if not batch.status.is_final:
             raise not_deleted(batch)
         order = await self._order(batch)
-        if not await self._marks.forget_batch(batch_id, len(order.starts)):
+        if not await self._marks.forget_batch(batch_id, len(order.starts), order.attempts[0].rows_of):
             raise BatchNotFound(batch_id)
         await self._marks.free(order.key_id, batch_id)
 

@@ -67,8 +67,6 @@ MAX_BYTES = 5_000_000
 #: and 4 of all that is decided at one time. What is behind that is decided so much later.
 MAX_HANDED_ON = 1_600_000
 NEXT_DECISION = timedelta(milliseconds=10)
-#: How long a batch waits to be accepted, once all of its rows are there.
-ACCEPT_WITHIN = timedelta(minutes=10)
 #: So soon it can be read who is cancelled of those that wait.
 SHOW_WITHIN = timedelta(seconds=0.5)
 #: What is only looked up or cleared away is tried until it is done.
@@ -99,7 +97,6 @@ class FlockBatch(_Interruptible):
     def __init__(self, order: BatchOrder) -> None:
         self._order = order
         self._batch = order.batch
-        self._is_accepted = not order.is_staged
         #: who is to be cancelled of those that wait for their chunk, and when that was asked for; until it has ended
         self._cancelled = dict(order.attempts[-1].cancelled)
         self._failed_in, self._cancelled_in = int(order.failed_in, 16), int(order.cancelled_in, 16)
@@ -110,11 +107,6 @@ class FlockBatch(_Interruptible):
         self._chunks: dict[int, asyncio.Task[Counts]] = {}
         self._started: dict[int, workflow.ChildWorkflowHandle[Any, Counts]] = {}
         self._signals: set[asyncio.Task[None]] = set()
-
-    @workflow.signal(name="accept")
-    def accept(self) -> None:
-        """All of it is there, and whoever sent it is told so."""
-        self._is_accepted = True
 
     @workflow.signal(name="cancel_item")
     def cancel_item(self, position: int) -> None:
@@ -127,8 +119,6 @@ class FlockBatch(_Interruptible):
 
     @workflow.run
     async def run(self, order: BatchOrder) -> None:
-        if not self._is_accepted:
-            await self._until(lambda: self._is_accepted, ACCEPT_WITHIN)  # its TimeoutError ends it unseen
         if self._batch.started_at is None or self._batch.resumed_at is None:
             batch = self._batch
             self._batch = replace(
@@ -285,7 +275,6 @@ class FlockBatch(_Interruptible):
         return replace(
             self._order,
             batch=self._batch,
-            is_staged=False,
             attempts=(*self._order.attempts[:-1], about),
             failed_in=f"{self._failed_in:x}",
             cancelled_in=f"{self._cancelled_in:x}",
@@ -301,7 +290,6 @@ class FlockBatch(_Interruptible):
             "batch": self._batch,
             "at_work": sorted(self._chunks),
             "about": self._state().attempts[-1],
-            "is_staged": False,
         }
         return {name: msgspec.to_builtins(value) for name, value in shown.items()}
 

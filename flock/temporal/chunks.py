@@ -255,8 +255,10 @@ async def _now(cluster: Cluster, workflow_id: str) -> tuple[Sequence[HistoryEven
     return history, described.pending_activities
 
 
-async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Attempt]) -> Chunk:
-    """A chunk as it stands, by all that *attempts* of its batch have done to it.
+async def read_chunk(
+    cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Attempt], rows_of: str | None
+) -> Chunk:
+    """A chunk as it stands, by all that *attempts* of its batch have done to it. *rows_of*: see ``Attempt``.
 
     Raises: RPCError, NOT_FOUND where the cluster has forgotten its rows, or what the first attempt did.
     """
@@ -272,7 +274,7 @@ async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequ
             if chunk < about.begun_to
         )
     )
-    rows = await cluster.input_of(rows_workflow_id(batch_id, chunk), RowsOrder)
+    rows = await cluster.input_of(rows_workflow_id(rows_of or batch_id, chunk), RowsOrder)
     begun = iter(await histories)
     found = Chunk(batch_id, rows)
     for number, about in enumerate(attempts, 1):

@@ -280,7 +280,8 @@ class ItemActivities:
 
     async def _read_before(self, order: ItemsOrder) -> Chunk:
         try:
-            return await read_chunk(self._cluster, order.batch_id, order.chunk, order.attempts[:-1])
+            *before, _ = order.attempts
+            return await read_chunk(self._cluster, order.batch_id, order.chunk, before, order.attempts[0].rows_of)
         except RPCError as exc:
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
@@ -303,7 +304,7 @@ class ItemActivities:
         """Delete all that is kept of a batch. It may be begun again."""
         client, of_batch = self._cluster.client, order.batch_id
         # The search may not know yet what was sent a moment ago.
-        ids = [(rows_workflow_id(of_batch, chunk), "") for chunk in range(order.chunks)]
+        ids = [(rows_workflow_id(order.rows_of or of_batch, chunk), "") for chunk in range(order.chunks)]
         for prefix in (f"batch:{of_batch}", f"chunk:{of_batch}:"):
             found = client.list_workflows(f"WorkflowId STARTS_WITH '{prefix}'", page_size=1000)
             ids += [(each.id, each.run_id) async for each in found]

@@ -80,9 +80,11 @@ class Marks:
         """Mark something as deleted; False where it was before."""
         return await self._mark(f"gone:{id_}", KEEP_GONE_FOR)
 
-    async def forget_batch(self, batch_id: str, chunks: int) -> bool:
+    async def forget_batch(self, batch_id: str, chunks: int, rows_of: str | None = None) -> bool:
         """Mark a batch as deleted, and let workers delete what is kept of it; False where that was asked before."""
-        order = ForgetOrder(batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_GONE_FOR.total_seconds())
+        order = ForgetOrder(
+            batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_GONE_FOR.total_seconds(), rows_of=rows_of
+        )
         try:
             async with self._cluster.asking():
                 await self._cluster.client.start_workflow(

@@ -156,6 +156,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         begun_to: chunks before this one were begun.
         completed_at: when it ended.
         cancelled: items that were cancelled before their chunk was begun, and when, until it has ended.
+        rows_of: under which batch's id the rows were sent; None is its own. Known of the first attempt.
     """
 
     only: tuple[RunStatus, ...] = ()
@@ -163,6 +164,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     begun_to: int = 0
     completed_at: datetime | None = None
     cancelled: dict[int, datetime] = {}
+    rows_of: str | None = None
 
 
 class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -172,7 +174,6 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         batch: as it stands, but for the chunks at work.
         starts: the position at which each chunk begins.
         timeout_s: wall-clock seconds for each item.
-        is_staged: it begins when it is accepted, and never if it is not.
         invalid_items: items that do not fit, and are not tried again.
         attempts: this one is the last.
         failed_in, cancelled_in: in which chunks such items are, a bit for each, as a hexadecimal number.
@@ -184,7 +185,6 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     starts: tuple[int, ...]
     timeout_s: float
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
-    is_staged: bool = False
     invalid_items: int = 0
     attempts: tuple[Attempt, ...] = (Attempt(),)
     failed_in: str = "0"
@@ -316,11 +316,15 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ForgetOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch that was deleted, or was not accepted, and how many chunks of rows were sent of it."""
+    """A batch that was deleted, or was not accepted, and how many chunks of rows were sent of it.
+
+    ``rows_of``: see ``Attempt``.
+    """
 
     batch_id: str
     chunks: int
     keep_mark_s: float
+    rows_of: str | None = None
 
 
 def run_workflow_id(run_id: str, attempt: int) -> str:
