@@ -77,8 +77,8 @@ RETENTION_BITE = 500
 def alone(max_workers: int) -> Limits:
     """The limits of an engine for one batch of the program's own, and nothing else: only its workers are bounded."""
     max_workers = max(1, max_workers)  # ``submit_batch`` says what is wrong with fewer
-    places = max_workers + max_workers // 5 + 1  # a tenth of them is left to runs that are no items
-    return Limits(max_concurrency=places, max_threads=places, max_items=sys.maxsize, max_open_items=sys.maxsize)
+    slots = max_workers + max_workers // 5 + 1  # a tenth of them is left to runs that are no items
+    return Limits(max_concurrency=slots, max_threads=slots, max_items=sys.maxsize, max_open_items=sys.maxsize)
 
 
 class EmbeddedEngine(EngineBase):

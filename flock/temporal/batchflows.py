@@ -1,4 +1,4 @@
-"""What the cluster keeps of a batch: a workflow that shares its places out to chunks, and one for each chunk at work.
+"""What the cluster keeps of a batch: a workflow that shares its lanes out to chunks, and one for each chunk at work.
 
 Rows are kept by workflows of their own, results by the histories of the chunks: a batch itself stays small however long
 it is, and goes on in a new history before that becomes long. As in ``flock.temporal.workflows``, what they do must be
@@ -102,7 +102,7 @@ class FlockBatch(_Interruptible):
         self._failed_in, self._cancelled_in = int(order.failed_in, 16), int(order.cancelled_in, 16)
         self._first_error = order.first_error
         self._next = order.attempts[-1].begun_to
-        #: by chunk: its places, and what becomes of it
+        #: by chunk: its lanes, and what becomes of it
         self._lanes: dict[int, int] = {}
         self._chunks: dict[int, asyncio.Task[Counts]] = {}
         self._started: dict[int, workflow.ChildWorkflowHandle[Any, Counts]] = {}
@@ -170,19 +170,19 @@ class FlockBatch(_Interruptible):
         return [k for k in chunks if wanted >> k & 1]
 
     def _begin_chunks(self) -> None:
-        """Share the free places out: to chunks that are begun now, or else to those that are at work."""
+        """Share the free lanes out: to chunks that start now, or else to those that are at work."""
         options = self._batch.options
-        places = min(options.max_workers, MAX_LANES) if options.parallel else 1
-        free = places - sum(self._lanes.values())
-        room = min(places, CHUNKS_AT_ONCE) - len(self._chunks)
+        lanes = min(options.max_workers, MAX_LANES) if options.parallel else 1
+        free = lanes - sum(self._lanes.values())
+        room = min(lanes, CHUNKS_AT_ONCE) - len(self._chunks)
         is_long = _is_long()
         if not (self.is_cancelled or is_long) and free and room:
             chunks = list(islice(self._chunks_to_begin(), room))
-            for place, chunk in enumerate(chunks):
-                lanes = math.ceil(free / (len(chunks) - place))
-                if lanes:
-                    free -= lanes
-                    self._begin(chunk, lanes)
+            for index, chunk in enumerate(chunks):
+                share = math.ceil(free / (len(chunks) - index))
+                if share:
+                    free -= share
+                    self._begin(chunk, share)
         while free > 0 and self._lanes and not self.is_cancelled:
             chunk = min(self._lanes, key=lambda k: (self._lanes[k], k))
             size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
@@ -416,7 +416,7 @@ class FlockChunk(_Interruptible):
         )
 
     def _begin(self) -> bool:
-        """Share out what is to be done among the places that are free. Returns whether some of it is to wait."""
+        """Share out what is to be done among the lanes that are free. Returns whether some of it is to wait."""
         handed_on = 0
         while self._todo and len(self._at_work) < self._lanes:
             share = math.ceil(len(self._todo) / (self._lanes - len(self._at_work)))

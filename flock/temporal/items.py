@@ -53,7 +53,7 @@ SLICE_S = 2.0
 SLICE_BYTES = 256 * 1024
 #: How often the cluster is told how far it is, while that changes, in seconds.
 BEAT_S = 0.1
-#: So many chunks' rows are kept in memory: of one chunk several places may ask, one after the other.
+#: So many chunks' rows are kept in memory: several lanes of one chunk ask, one after the other.
 CHUNKS_KEPT = 32
 #: How long it may take to find out what is to be cancelled, and how often that is looked at, in seconds.
 LOOK_TIMEOUT_S = 10.0

@@ -113,7 +113,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one turn. ``begun_at`` is when it got its place, by the worker's clock."""
+    """What came of one turn. ``begun_at`` is when it got its slot, by the worker's clock."""
 
     step: Step
     begun_at: datetime
@@ -121,7 +121,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a turn is that has not ended, or how far it was. ``begun_at`` is None while it waits for its place."""
+    """How far a turn is that has not ended, or how far it was. ``begun_at`` is None while it waits for its slot."""
 
     begun_at: datetime | None = None
     progress: Progress | None = None

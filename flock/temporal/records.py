@@ -116,7 +116,7 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
 
 
 def at_work(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
-    """*run*, which is open, with what the worker of its turn has told: until then the turn may wait for its place."""
+    """*run*, which is open, with what the worker of its turn has told: until then the turn may wait for its slot."""
     run = _told(run, pending[0].heartbeat_details.payloads if pending else ())
     has_started = run.started_at is not None and run.status is RunStatus.STARTING
     return replace(run, status=RunStatus.RUNNING) if has_started else run

@@ -123,7 +123,7 @@ class TemporalWorker:
                 client,
                 task_queue=items_queue_of(self.task_queue),
                 activities=[items.run],
-                max_concurrent_activities=self._turns.item_slots,  # what waits here may have a place elsewhere
+                max_concurrent_activities=self._turns.item_slots,  # what waits here may have a slot elsewhere
                 max_heartbeat_throttle_interval=timedelta(seconds=ITEMS_BEAT_S),
                 graceful_shutdown_timeout=drain_timeout,
             )
