@@ -1,5 +1,6 @@
 """What both engines do in the same way: check new work, report how it goes, and say how they stand themselves."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from datetime import timedelta
@@ -9,7 +10,7 @@ import anyio
 import anyio.lowlevel
 
 from flock.agents.agent import Agent
-from flock.engine.intake import as_json
+from flock.engine.intake import Intake, as_json
 from flock.engine.refusals import stopping
 from flock.errors import AgentNotFound, EngineStopped
 from flock.limits import Limits
@@ -71,6 +72,8 @@ class EngineBase(ABC):
 
     #: The engine that owns new work, if engines own work.
     _owner: str | None = None
+    #: The longest inputs of one item, if an item may have less than a run.
+    _max_item_bytes: int = sys.maxsize
     _new_batch_id: Callable[[], str] = staticmethod(new_id)
 
     @property
@@ -91,17 +94,8 @@ class EngineBase(ABC):
         """Keep *run* and start it. Raises as ``Engine.submit``."""
 
     @abstractmethod
-    async def _accept_batch(
-        self,
-        agent: Agent,
-        items: Items,
-        batch: Batch,
-        *,
-        on_invalid: OnInvalid,
-        key: IdempotencyKey | None,
-        traceparent: str | None,
-    ) -> Batch:
-        """Keep *batch*, which has no items yet, with *items*, and start it. Raises as ``Engine.submit_batch``."""
+    async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
+        """Keep a batch with its items and start it. Raises as ``Engine.submit_batch``."""
 
     @abstractmethod
     async def get_batch(self, batch_id: str) -> Batch:
@@ -201,14 +195,16 @@ class EngineBase(ABC):
             principal=principal,
             owner=self._owner,
         )
-        return await self._accept_batch(
+        intake = Intake(
             self._agent(agent_name),
             items,
             batch,
             on_invalid=on_invalid,
-            key=key,
             traceparent=valid_traceparent(traceparent),
+            max_items=self._limits.max_items,
+            max_input_bytes=min(self._limits.max_input_bytes, self._max_item_bytes),
         )
+        return await self._accept_batch(intake, key)
 
     # How it goes
 

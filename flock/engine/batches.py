@@ -12,7 +12,6 @@ from typing import Any
 
 import anyio
 
-from flock.agents.agent import Agent
 from flock.engine.batchstore import BatchStore
 from flock.engine.intake import ITEMS_A_PAGE, Intake
 from flock.engine.refusals import stopping
@@ -20,7 +19,7 @@ from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
 from flock.errors import OwnershipLost, StoreError
 from flock.limits import Limits
-from flock.runs import Batch, IdempotencyKey, Items, OnInvalid, Run, RunStatus, now
+from flock.runs import Batch, IdempotencyKey, Run, RunStatus, now
 
 __all__ = ["Batches"]
 
@@ -51,21 +50,12 @@ class Batches:
         #: batches that are worked on here and are to stop
         self._cancelled: set[str] = set()
 
-    async def submit(
-        self,
-        agent: Agent,
-        items: Items,
-        batch: Batch,
-        *,
-        on_invalid: OnInvalid,
-        key: IdempotencyKey | None,
-        traceparent: str | None,
-    ) -> Batch:
-        """Accept *batch*, which has no items yet, with *items*; see ``Engine.submit_batch``.
+    async def submit(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
+        """Accept a batch; see ``Engine.submit_batch``.
 
         Cancellation: what was staged is dropped.
         """
-        is_staged = False
+        batch, is_staged = intake.batch, False
 
         async def stage(page: Sequence[Run]) -> None:
             nonlocal is_staged
@@ -74,9 +64,8 @@ class Batches:
             is_first, is_staged = not is_staged, True
             await self._store.stage(batch, page, self._limits.max_open_items, key, is_first=is_first)
 
-        intake = Intake(agent, batch, stage, max_input_bytes=self._limits.max_input_bytes, traceparent=traceparent)
         try:
-            whole = await intake.read(items, on_invalid, self._limits.max_items)
+            whole = await intake.read(stage)
             await self._store.accept(
                 whole, intake.page, self._limits.max_open_items, key, then=self.start, is_staged=is_staged
             )

@@ -26,6 +26,7 @@ from flock.agents.llm import ModelClient
 from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
 from flock.engine.batches import Batches
 from flock.engine.batchstore import BatchStore
+from flock.engine.intake import Intake
 from flock.engine.refusals import asked_to_leave, not_cancelled, not_deleted, not_retried, run_not_retried
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, current_task
 from flock.engine.store import Store, TakenOver
@@ -45,10 +46,8 @@ from flock.runs import (
     BatchFilter,
     Event,
     IdempotencyKey,
-    Items,
     LongJSON,
     Observer,
-    OnInvalid,
     Page,
     Queue,
     Run,
@@ -598,20 +597,9 @@ class EmbeddedEngine(EngineBase):
 
     # Batches
 
-    async def _accept_batch(
-        self,
-        agent: Agent,
-        items: Items,
-        batch: Batch,
-        *,
-        on_invalid: OnInvalid,
-        key: IdempotencyKey | None,
-        traceparent: str | None,
-    ) -> Batch:
+    async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
         with self._accepting_key(key):
-            return await self._batches.submit(
-                agent, items, batch, on_invalid=on_invalid, key=key, traceparent=traceparent
-            )
+            return await self._batches.submit(intake, key)
 
     def _start_batch(self, work: Callable[[Batch], Coroutine[Any, Any, None]], batch: Batch) -> None:
         """What is accepted while the engine goes is for the next start."""

@@ -38,11 +38,10 @@ class Intake:
     """One batch on its way in: rows become items, and pages of them are staged.
 
     Args:
+        items: see ``Engine.submit_batch``.
         batch: as it is to be accepted, without its numbers.
-        stage: keeps the page before the next one is begun.
-        id_of: names the item at a position.
-        items_a_page: how many items one page holds, where so many have been read.
-        page_bytes: about how many bytes of inputs one holds at most.
+        max_items: how many items it may have.
+        max_input_bytes: the longest inputs of one item, as JSON.
 
     Attributes:
         page: what is not staged.
@@ -51,25 +50,23 @@ class Intake:
     def __init__(
         self,
         agent: Agent,
+        items: Items,
         batch: Batch,
-        stage: Callable[[Sequence[Run]], Awaitable[None]],
         *,
-        max_input_bytes: int,
+        on_invalid: OnInvalid,
         traceparent: str | None,
-        id_of: Callable[[int], str] = lambda position: new_id(),
-        items_a_page: Callable[[int], int] = lambda total: ITEMS_A_PAGE,
-        page_bytes: int = PAGE_BYTES,
+        max_items: int,
+        max_input_bytes: int,
     ) -> None:
+        self.batch = batch
         self.page: list[Run] = []
         self._total = 0
         self._agent = agent
-        self._batch = batch
-        self._stage = stage
-        self._max_input_bytes = max_input_bytes
+        self._items = items
+        self._on_invalid = on_invalid
         self._traceparent = traceparent
-        self._id_of = id_of
-        self._items_a_page = items_a_page
-        self._max_page_bytes = page_bytes
+        self._max_items = max_items
+        self._max_input_bytes = max_input_bytes
         #: each is reported once: one of the static inputs, or of a column, is found in every row
         self._errors: dict[Hashable, FieldError] = {}
         self._rows_with_errors = 0
@@ -79,32 +76,49 @@ class Intake:
         self._page_bytes = 0
         self._share = FairShare()
 
-    async def read(self, items: Items, on_invalid: OnInvalid, max_items: int) -> Batch:
+    async def read(
+        self,
+        stage: Callable[[Sequence[Run]], Awaitable[None]],
+        *,
+        id_of: Callable[[int], str] = lambda position: new_id(),
+        items_a_page: Callable[[int], int] = lambda total: ITEMS_A_PAGE,
+        page_bytes: int = PAGE_BYTES,
+    ) -> Batch:
         """Read and check all items. Returns the batch with its numbers.
+
+        Args:
+            stage: keeps a page before the next one is read; the last page is left to the caller.
+            id_of: names the item at a position.
+            items_a_page: how many items one page holds after so many have been read.
+            page_bytes: about how many bytes of inputs one page holds at most.
 
         Raises: InvalidData, once there are as many errors, or rows with errors, as are told at once; TooLarge;
             DefinitionError.
         """
-        options = self._batch.options
+        options = self.batch.options
         if options.max_workers < 1:
             raise DefinitionError(f"max_workers is at least 1, and not {options.max_workers}.")
-        async for item in _each(items):
-            if self._total == max_items:
-                raise TooLarge(f"A batch has at most {max_items} items on this server (max_items).")
-            await self._add(item, on_invalid)
+        async for item in _each(self._items):
+            if self._total == self._max_items:
+                raise TooLarge(f"A batch has at most {self._max_items} items on this server (max_items).")
+            await self._add(item, id_of)
+            if len(self.page) >= items_a_page(self._total - 1) or self._page_bytes > page_bytes:
+                await stage(self.page)
+                self.page, self._page_bytes = [], 0
+            await self._share.checkpoint()
         if not self._total:
             raise InvalidData([FieldError(detail="A batch has at least one item.", pointer="/batch_inputs")])
         if self._errors:
             raise self._invalid()
         return replace(
-            self._batch,
+            self.batch,
             total_items=self._total,
             completed_items=self._failed,
             failed_items=self._failed,
             extra_names=tuple(self._extra_names),
         )
 
-    async def _add(self, item: Inputs | Row, on_invalid: OnInvalid) -> None:
+    async def _add(self, item: Inputs | Row, id_of: Callable[[int], str]) -> None:
         if not isinstance(item, Row):
             at = f"/batch_inputs/{self._total}"
             item = Row(inputs=as_json(item, at, self._max_input_bytes), at=at)
@@ -114,16 +128,12 @@ class Intake:
         if length > self._max_input_bytes:
             raise TooLarge(f"A row is longer than {self._max_input_bytes} bytes, all that one item takes.")
         errors = self._errors_of(item)
-        if errors and on_invalid == "reject":
+        if errors and self._on_invalid == "reject":
             self._add_errors(item, errors)
         if not self._errors:
-            self.page.append(self._run(item, extra, errors))
+            self.page.append(self._run(item, extra, errors, id_of(self._total)))
             self._page_bytes += length
-            if len(self.page) >= self._items_a_page(self._total) or self._page_bytes > self._max_page_bytes:
-                await self._stage(self.page)
-                self.page, self._page_bytes = [], 0
         self._total += 1
-        await self._share.checkpoint()
 
     def _add_errors(self, row: Row, errors: Sequence[FieldError]) -> None:
         """Raises InvalidData."""
@@ -165,9 +175,9 @@ class Intake:
             found = [FieldError(detail=f"{exc}.", pointer=row.at)]
         return (*row.errors, *(error for error in found if error.pointer not in places))
 
-    def _run(self, row: Row, extra: msgspec.Raw | None, errors: Sequence[FieldError]) -> Run:
+    def _run(self, row: Row, extra: msgspec.Raw | None, errors: Sequence[FieldError], run_id: str) -> Run:
         """An item, which has failed already where there are errors."""
-        batch = self._batch
+        batch = self.batch
         end: dict[str, Any] = {}
         if errors:
             self._failed += 1
@@ -179,7 +189,7 @@ class Intake:
                 "completed_at": batch.created_at,
             }
         return Run(
-            run_id=self._id_of(self._total),
+            run_id=run_id,
             flock=batch.flock,
             agent_name=batch.agent_name,
             inputs=row.inputs,

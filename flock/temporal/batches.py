@@ -23,7 +23,6 @@ from temporalio.client import WorkflowHandle
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
-from flock.agents.agent import Agent
 from flock.engine.intake import Intake
 from flock.engine.refusals import not_cancelled, not_deleted, not_retried
 from flock.errors import BatchNotFound, Conflict, EngineFull, KeyReused, Replayed, StoreError, cut
@@ -32,8 +31,6 @@ from flock.runs import (
     Batch,
     BatchFilter,
     IdempotencyKey,
-    Items,
-    OnInvalid,
     Page,
     Run,
     RunStatus,
@@ -43,7 +40,6 @@ from flock.temporal.cluster import Cluster
 from flock.temporal.marks import Marks
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
-    MAX_ITEMS,
     ROWS_WORKFLOW,
     Attempt,
     BatchOrder,
@@ -129,20 +125,12 @@ class TemporalBatches:
 
     # Accepting
 
-    async def submit(
-        self,
-        agent: Agent,
-        items: Items,
-        batch: Batch,
-        *,
-        on_invalid: OnInvalid,
-        key: IdempotencyKey | None,
-        traceparent: str | None,
-    ) -> Batch:
-        """Accept *batch*, which has no items yet, with *items*; see ``Engine.submit_batch``.
+    async def submit(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
+        """Accept a batch; see ``Engine.submit_batch``.
 
         Cancellation: what was sent of its rows is deleted by workers.
         """
+        batch = intake.batch
         rows = _Rows(self._cluster, self._task_queue, batch.batch_id)
         own = 0
 
@@ -155,21 +143,16 @@ class TemporalBatches:
             self._staged += count
             await rows.send(page)
 
-        intake = Intake(
-            agent,
-            batch,
-            stage,
-            max_input_bytes=self._limits.max_input_bytes,
-            traceparent=traceparent,
-            id_of=lambda position: item_id(batch.batch_id, position),
-            items_a_page=lambda total: min(MAX_CHUNK, max(MIN_CHUNK, total // 10)),
-            page_bytes=CHUNK_BYTES,
-        )
         waiting = await self._check_room(0)  # a cluster that is away says so here, and soon
         is_used = key is not None and await self._marks.is_used(key)  # a replay comes before any limit
         is_whole = False
         try:
-            whole = await intake.read(items, on_invalid, min(self._limits.max_items, MAX_ITEMS))
+            whole = await intake.read(
+                stage,
+                id_of=lambda position: item_id(batch.batch_id, position),
+                items_a_page=lambda total: min(MAX_CHUNK, max(MIN_CHUNK, total // 10)),
+                page_bytes=CHUNK_BYTES,
+            )
             if intake.page:
                 await stage(intake.page)
             await rows.all_sent()

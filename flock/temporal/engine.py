@@ -27,6 +27,7 @@ from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
 from flock.engine.base import EngineBase, RunReader
+from flock.engine.intake import Intake
 from flock.engine.refusals import RETRIED, asked_to_leave, not_cancelled, not_deleted, run_not_retried
 from flock.errors import Conflict, EngineFull, Replayed, RunNotFound, StoreError
 from flock.limits import Limits, enforced_by
@@ -37,9 +38,7 @@ from flock.runs import (
     BatchFilter,
     Event,
     IdempotencyKey,
-    Items,
     Observer,
-    OnInvalid,
     Page,
     Queue,
     Run,
@@ -52,6 +51,7 @@ from flock.temporal.cluster import Cluster
 from flock.temporal.marks import Marks
 from flock.temporal.messages import (
     HEARTBEAT_TIMEOUT_S,
+    MAX_ITEMS,
     RUN_WORKFLOW,
     RunOrder,
     new_batch_id,
@@ -111,6 +111,7 @@ class TemporalEngine(EngineBase):
     ) -> None:
         self.cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
         limits = replaced(limits or Limits(), bounds, enforced_by("server"))
+        limits = replace(limits, max_items=min(limits.max_items, MAX_ITEMS))
         if payload_dir is None:
             limits = replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
         super().__init__(agents, flock, limits)
@@ -122,7 +123,7 @@ class TemporalEngine(EngineBase):
             self._marks,
             flock,
             self._task_queue,
-            limits=replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES)),
+            limits=limits,
             heartbeat_timeout_s=heartbeat_timeout_s,
         )
         self._watch_task: asyncio.Task[None] | None = None
@@ -499,18 +500,10 @@ class TemporalEngine(EngineBase):
     # Batches
 
     _new_batch_id = staticmethod(new_batch_id)
+    _max_item_bytes = MAX_INPUT_BYTES
 
-    async def _accept_batch(
-        self,
-        agent: Agent,
-        items: Items,
-        batch: Batch,
-        *,
-        on_invalid: OnInvalid,
-        key: IdempotencyKey | None,
-        traceparent: str | None,
-    ) -> Batch:
-        return await self._batches.submit(agent, items, batch, on_invalid=on_invalid, key=key, traceparent=traceparent)
+    async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
+        return await self._batches.submit(intake, key)
 
     async def get_batch(self, batch_id: str) -> Batch:
         self._check_entered()
