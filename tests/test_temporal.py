@@ -517,7 +517,7 @@ async def test_a_batch_that_goes_on_in_new_histories_is_told_of_as_if_it_was_one
                 batch = await engine.get_batch(batch.batch_id)
                 told.append(batch.completed_items)
         items = await engine.get_items(batch.batch_id)
-        history = (await engine._batches.handle(batch).fetch_history()).events
+        history = (await engine._batches.handle(batch.batch_id).fetch_history()).events
     at_first = history[0].workflow_execution_started_event_attributes.memo.fields
     assert decoded(at_first["batch"], Batch).completed_items >= 20, "as soon as a new history is begun"
     assert told == sorted(told)

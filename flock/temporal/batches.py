@@ -275,7 +275,7 @@ class TemporalBatches:
             return None
         try:
             async with self._cluster.asking():
-                described = (await self._handle(batch_id, attempt).describe()).raw_description
+                described = (await self.handle(batch_id, attempt).describe()).raw_description
         except RPCError:
             return None
         info = described.workflow_execution_info
@@ -313,16 +313,9 @@ class TemporalBatches:
         counted = decoded(memo["ended"], Counts) if "ended" in memo else Counts()
         return counted + ended_by_now(described.pending_activities)
 
-    def _handle(self, batch_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
+    def handle(self, batch_id: str, attempt: int = 1) -> WorkflowHandle[Any, Any]:
+        """Of the workflow that ends with an attempt of a batch, whether there is one or not."""
         return self._cluster.client.get_workflow_handle(batch_workflow_id(batch_id, attempt))
-
-    def handle(self, batch: Batch) -> WorkflowHandle[Any, Any]:
-        """Of the workflow that ends with an attempt of a batch."""
-        return self._handle(batch.batch_id, batch.attempt)
-
-    def first_handle(self, batch_id: str) -> WorkflowHandle[Any, Any]:
-        """Of the workflow that ends with its first attempt, whether there is one or not."""
-        return self._handle(batch_id, 1)
 
     async def _order(self, batch: Batch) -> BatchOrder:
         """What an attempt was begun with: where its chunks begin, and what earlier attempts were about."""
@@ -392,15 +385,7 @@ class TemporalBatches:
     async def page(self, wanted: BatchFilter) -> Page[Batch]:
         """As ``Engine.list_batches``."""
         page = Page[Batch](wanted.limit)
-        ids = newest_first(
-            self._cluster,
-            own(BATCH_WORKFLOW, self._flock),
-            "batch",
-            status=wanted.status,
-            agent_name=wanted.agent_name,
-            principal=wanted.principal,
-            after=wanted.after,
-        )
+        ids = newest_first(self._cluster, own(BATCH_WORKFLOW, self._flock), "batch", wanted)
         async for batch_ids in ids:
             for start in range(0, len(batch_ids), BATCHES_AT_ONCE):
                 some = batch_ids[start : start + BATCHES_AT_ONCE]
@@ -420,7 +405,7 @@ class TemporalBatches:
         if not batch.status.is_final:
             with contextlib.suppress(RPCError):  # it has ended in the meantime
                 async with self._cluster.asking():
-                    await self.handle(batch).cancel()
+                    await self.handle(batch_id, batch.attempt).cancel()
             batch = await self.get(batch_id)
         if conflict := not_cancelled(batch):
             raise conflict
@@ -431,7 +416,7 @@ class TemporalBatches:
         batch = await self.get(batch_id)
         with contextlib.suppress(RPCError):  # it has ended in the meantime
             async with self._cluster.asking():
-                await self.handle(batch).signal("cancel_item", position)
+                await self.handle(batch_id, batch.attempt).signal("cancel_item", position)
 
     async def retry(self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None) -> Batch:
         """Begin the next attempt of a batch that has ended, of *item* alone if there is one."""

@@ -33,7 +33,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.records import CANCELLED_BEFORE, end_for, ended_by, time_of, waiting_again
 
-__all__ = ["LOOK_AGAIN_AFTER_S", "Chunk", "ended_by_now", "read_chunk", "reopens"]
+__all__ = ["Chunk", "ended_by_now", "read_chunk", "reopens"]
 
 #: What closes the history of a chunk for good.
 CLOSED = (

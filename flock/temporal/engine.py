@@ -472,17 +472,7 @@ class TemporalEngine(EngineBase):
                 return _listed(await self.get_run(run_id), wanted)
             return None
 
-        ids = newest_first(
-            self.cluster,
-            own(RUN_WORKFLOW, self._flock),
-            "run",
-            status=wanted.status,
-            agent_name=wanted.agent_name,
-            principal=wanted.principal,
-            created_after=wanted.created_after,
-            created_before=wanted.created_before,
-            after=wanted.after,
-        )
+        ids = newest_first(self.cluster, own(RUN_WORKFLOW, self._flock), "run", wanted)
         async for run_ids in ids:
             unread = iter(run_ids)
             while some := list(islice(unread, at_once)):
@@ -512,10 +502,10 @@ class TemporalEngine(EngineBase):
     async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
         async def look() -> tuple[Batch, WorkflowHandle[Any, Any] | None]:
             batch = await self.get_batch(batch_id)
-            return batch, self._batches.handle(batch)
+            return batch, self._batches.handle(batch_id, batch.attempt)
 
         self._check_entered()
-        handle = None if ID.fullmatch(batch_id) is None else self._batches.first_handle(batch_id)
+        handle = None if ID.fullmatch(batch_id) is None else self._batches.handle(batch_id)
         return await self._wait(look, handle, timeout_s)
 
     async def get_items(
