@@ -891,6 +891,21 @@ async def test_a_key_whose_server_died_before_it_started_the_batch_makes_it(temp
     assert len(work.calls) == 4
 
 
+async def test_deleting_a_run_leaves_its_key_to_what_it_stands_for_now(temporal_address: str) -> None:
+    """A key is kept for a day, and a run for longer."""
+    gate, key, other_id = Gate(), IdempotencyKey("k", b"1"), new_id()
+    gate.flock.name = new_id()
+    gate.may_go.set()
+    async with open_pair(gate.flock, temporal_address) as engine:
+        run = await engine.submit("nap", EMPTY, key=key)
+        with anyio.fail_after(PATIENCE_S):
+            assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+        await engine._marks.free(engine._marks.key_id(key), run.run_id)  # as after a day
+        assert await engine._marks.claim(key, other_id) == other_id
+        await engine.delete_run(run.run_id)
+        assert await engine._marks.find(key) == other_id
+
+
 async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: str) -> None:
     """Somebody terminates a workflow; and the cluster forgets a first attempt before the second."""
     flock = sample_flock()
