@@ -891,6 +891,32 @@ async def test_a_key_whose_server_died_before_it_started_the_batch_makes_it(temp
     assert len(work.calls) == 4
 
 
+async def test_a_batch_whose_start_was_not_answered_keeps_its_rows(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was started under the id that a server claimed before it died, and nobody was told."""
+    work, key, batch_id = Work(new_id()), IdempotencyKey("k", b"1"), new_batch_id()
+    async with open_pair(work.flock, temporal_address) as engine:
+        await engine._marks.claim(key, batch_id)
+        start = engine.cluster.start
+
+        async def is_lost(*args: Any, **options: Any) -> None:
+            await start(*args, **options)
+            raise StoreError("The cluster does not answer now.")
+
+        monkeypatch.setattr(engine.cluster, "start", is_lost)
+        with pytest.raises(StoreError):
+            await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
+        monkeypatch.undo()
+        assert not engine._batches._drops
+        with pytest.raises(Replayed, match=batch_id):
+            await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
+        batch = await ended(engine, await engine.get_batch(batch_id))
+        assert (batch.completed_items, batch.failed_items) == (3, 0)
+        assert len(await engine.get_items(batch_id)) == 3
+    assert len(work.calls) == 3
+
+
 async def test_deleting_a_run_leaves_its_key_to_what_it_stands_for_now(temporal_address: str) -> None:
     """A key is kept for a day, and a run for longer."""
     gate, key, other_id = Gate(), IdempotencyKey("k", b"1"), new_id()

@@ -167,10 +167,10 @@ class TemporalBatches:
                 first_error=rows.first_error,
                 key_id=None if key is None else self._marks.key_id(key),
             )
-            accepted = await self._accept(order, key, own)
+            accepted = await self._accept(order, key, own, rows)
         except BaseException:
             rows.stop()
-            if rows.starts:
+            if rows.starts and not rows.is_taken:
                 drop = asyncio.create_task(self._drop(batch.batch_id, len(rows.starts), key if is_whole else None))
                 self._drops.add(drop)
                 drop.add_done_callback(self._drops.discard)
@@ -191,8 +191,8 @@ class TemporalBatches:
         except StoreError as exc:
             logger.warning("what was sent of the batch %s cannot be deleted: %s", batch_id, exc)
 
-    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int) -> Batch:
-        """Start a batch of which *staged* open items were sent, under the id that its key stands for.
+    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int, rows: "_Rows") -> Batch:
+        """Start a batch of which *rows* with *staged* open items were sent, under the id that its key stands for.
 
         Raises: Replayed, KeyReused, EngineFull.
         """
@@ -211,9 +211,11 @@ class TemporalBatches:
                 order = replace(
                     order, batch=replace(batch, batch_id=made_id), attempts=(Attempt(rows_of=batch.batch_id),)
                 )
+        rows.is_taken = key is not None  # also if no answer comes: whoever asks again may find it started
         try:
             await self._start(order)
         except WorkflowAlreadyStartedError:
+            rows.is_taken = False
             raise Replayed(order.batch.batch_id) from None
         return order.batch
 
@@ -482,12 +484,14 @@ class _Rows:
         starts: the position at which each chunk begins.
         failed_in: in which chunks there are items that do not fit, a bit for each.
         first_error: of the first of them.
+        is_taken: a batch may have been started with them.
     """
 
     def __init__(self, cluster: Cluster, task_queue: str, batch_id: str) -> None:
         self.starts: list[int] = []
         self.failed_in = 0
         self.first_error: tuple[int, str] | None = None
+        self.is_taken = False
         self._total = 0
         self._cluster = cluster
         self._task_queue = task_queue
