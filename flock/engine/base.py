@@ -4,7 +4,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from datetime import timedelta
-from typing import Literal, Protocol
+from typing import Literal
 
 import anyio
 import anyio.lowlevel
@@ -36,23 +36,34 @@ __all__ = ["KEEP_KEYS_FOR", "EngineBase", "RunReader"]
 
 #: How long an event stream may be silent, in seconds.
 KEEP_ALIVE_S = 15.0
-#: The shortest time between two events about the progress of a batch, in seconds.
+#: The shortest time between two events about the progress of a batch, in seconds, and between two looks at a run.
 PROGRESS_INTERVAL_S = 0.25
 #: How long an idempotency key is kept.
 KEEP_KEYS_FOR = timedelta(hours=24)
 
 
-class RunReader(Protocol):
-    """Reads the record of one run again and again."""
+class RunReader:
+    """Reads the record of one run again and again: after a pause, if nothing reports a change."""
+
+    def __init__(self, get_run: Callable[[str], Awaitable[Run]], run_id: str) -> None:
+        self._get_run = get_run
+        self._run_id = run_id
+        self._run: Run | None = None
 
     async def read(self) -> Run:
         """The record. Raises EngineStopped, RunNotFound, StoreError."""
+        if self._run is None:
+            self._run = await self._get_run(self._run_id)
+        return self._run
 
     async def changed(self) -> None:
         """Wait until the record that was read last may have changed."""
+        self._run = None
+        await anyio.sleep(PROGRESS_INTERVAL_S)
 
     def present(self, event: Event, run: Run) -> Event:
         """*event* of *run* with its result."""
+        return event
 
 
 class EngineBase(ABC):
@@ -102,7 +113,11 @@ class EngineBase(ABC):
         """See ``Engine.get_batch``."""
 
     @abstractmethod
-    def _reader(self, run_id: str) -> RunReader: ...
+    async def get_run(self, run_id: str) -> Run:
+        """See ``Engine.get_run``."""
+
+    def _reader(self, run_id: str) -> RunReader:
+        return RunReader(self.get_run, run_id)
 
     def _next_change(self) -> Callable[[], Awaitable[None]]:
         """Returns what waits for the next change of any record, from now on. Without news, it is looked at once."""

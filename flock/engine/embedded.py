@@ -662,12 +662,12 @@ class EmbeddedEngine(EngineBase):
             raise not_deleted(batch)
 
 
-class _StoreReader:
+class _StoreReader(RunReader):
     """Reads a run that is in memory while it is at work here, and an outline of it from the store otherwise."""
 
     def __init__(self, engine: EmbeddedEngine, run_id: str) -> None:
+        super().__init__(engine.get_run, run_id)
         self._engine = engine
-        self._run_id = run_id
         self._version: Any = None
         self._outline: Run | None = None
         self._change = anyio.Event()

@@ -26,7 +26,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
-from flock.engine.base import EngineBase, RunReader
+from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
 from flock.engine.refusals import RETRIED, asked_to_leave, not_cancelled, not_deleted, run_not_retried
 from flock.errors import Conflict, EngineFull, Replayed, RunNotFound, StoreError
@@ -36,7 +36,6 @@ from flock.runs import (
     INVALID_INPUT,
     Batch,
     BatchFilter,
-    Event,
     IdempotencyKey,
     Observer,
     Page,
@@ -68,7 +67,7 @@ logger = logging.getLogger("flock.temporal")
 #: How often the cluster is asked whether it is there, and how much is open, and how long it may take, in seconds.
 WATCH_INTERVAL_S = 0.5
 WATCH_TIMEOUT_S = 0.7
-#: How often an event stream looks for news, in seconds.
+#: How often a waiting client looks for the end of an item, in seconds.
 POLL_INTERVAL_S = 0.25
 #: Of one run, and of an item always, in what the cluster takes at once.
 MAX_INPUT_BYTES = 1_000_000
@@ -482,11 +481,6 @@ class TemporalEngine(EngineBase):
                         return page
         return page
 
-    # Events
-
-    def _reader(self, run_id: str) -> RunReader:
-        return _ClusterReader(self, run_id)
-
     # Batches
 
     _new_batch_id = staticmethod(new_batch_id)
@@ -529,27 +523,6 @@ class TemporalEngine(EngineBase):
     async def delete_batch(self, batch_id: str) -> None:
         self._check_entered()
         await self._batches.delete(batch_id)
-
-
-class _ClusterReader:
-    """Reads a run from the cluster, and again after a pause: nothing reports a change."""
-
-    def __init__(self, engine: TemporalEngine, run_id: str) -> None:
-        self._engine = engine
-        self._run_id = run_id
-        self._run: Run | None = None
-
-    async def read(self) -> Run:
-        if self._run is None:
-            self._run = await self._engine.get_run(self._run_id)
-        return self._run
-
-    async def changed(self) -> None:
-        self._run = None
-        await asyncio.sleep(POLL_INTERVAL_S)
-
-    def present(self, event: Event, run: Run) -> Event:
-        return event
 
 
 def _fits(run: Run, wanted: RunFilter) -> bool:
