@@ -25,9 +25,10 @@ from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnIn
 from flock.agents.llm import ModelClient
 from flock.agents.signature import Signature
 from flock.agents.workflow import result_names
-from flock.engine.batches import as_json, mapping_rows
 from flock.engine.embedded import EmbeddedEngine, alone
+from flock.engine.intake import mapping_rows
 from flock.engine.progress import follow_batch
+from flock.engine.rowchecks import as_json
 from flock.engine.store import Durability, Store
 from flock.errors import AgentNotFound, DefinitionError, RunFailed
 from flock.limits import Limits

@@ -187,6 +187,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         spent = [step.usage for step in self.steps if step.usage is not None]
         return sum(spent, Usage()) if spent else None
 
+    @property
+    def next_agent_name(self) -> str | None:
+        """The agent that has the next turn; None if all turns are done."""
+        return self.steps[-1].next_agent if self.steps else self.agent_name
+
     def step_key(self, position: int) -> str:
         """What one step, from 0, is called where it must not be paid for twice: ``run:{run_id}/{position}``.
 
@@ -506,7 +511,7 @@ def events_of(run: Run) -> list[Event]:
         events.append(event(step.attempt, 2 * position + 2, "step.completed", **about, **end))
     if has_started:
         events += started
-    name = run.steps[-1].next_agent if run.steps else run.agent_name
+    name = run.next_agent_name
     if has_started and name is not None:  # a step that has not ended, or in which the run has failed
         number = 2 * len(run.steps) + 1
         events.append(event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name))

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from flock.core import Flock
-from flock.engine import schema
+from flock.engine import base, schema
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Conflict, EngineFull, RunNotFound
 from flock.runs import BatchFilter, BatchOptions, RunFilter, RunStatus
@@ -347,3 +347,25 @@ async def test_other_tasks_run_while_what_a_dead_engine_left_is_read(monkeypatch
         async with program.engine():
             await program.begun.wait()
             program.may_go.set()
+
+
+async def test_a_silent_event_stream_is_kept_alive_while_another_engine_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base, "KEEP_ALIVE_S", 1)
+    program = Program("ours", "first", "second")
+    async with program.engine() as there, program.engine() as here, anyio.create_task_group() as tasks:
+        run = await there.submit("ours", {})
+        await program.begun.wait()
+
+        async def stay_busy() -> None:
+            while True:
+                await there.submit("first", {})
+                await anyio.sleep(0.02)
+
+        tasks.start_soon(stay_busy)
+        with anyio.fail_after(PATIENCE_S):
+            async for event in here.events(run.run_id):
+                if event is None:
+                    break
+        tasks.cancel_scope.cancel()

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,7 @@ from hypercorn.config import Config
 from msgspec.structs import replace
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
-from temporalio.client import WorkflowFailureError, WorkflowHistory
+from temporalio.client import WorkflowHistory
 from temporalio.converter import StorageDriverClaim, StorageDriverRetrieveContext
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError
@@ -46,12 +45,14 @@ from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
 from flock.temporal.messages import (
     CONVERTER,
-    ChunkEnded,
-    Ended,
-    ItemsBeat,
+    Counts,
+    ItemEnd,
+    ItemsDone,
     ItemsOrder,
     Part,
     decoded,
+    item_id,
+    new_batch_id,
     run_workflow_id,
 )
 from flock.temporal.payloads import PayloadFolder
@@ -454,7 +455,7 @@ async def test_what_a_worker_that_died_has_told_is_kept_where_the_next_one_fails
     """The cluster does not let it be tried again if an item of it is to be cancelled."""
     cluster = Cluster("127.0.0.1:1")
     items = ItemActivities(cluster, cast("Any", None), 0)  # it takes no turn
-    ended, at_work = Ended(position=0, completed_at=now()), Part(position=1)
+    ended, at_work = ItemEnd(position=0, completed_at=now()), Part(position=1)
     order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), at_work, Part(position=2)), timeout_s=1)
 
     async def fails(order: ItemsOrder) -> Any:
@@ -462,7 +463,7 @@ async def test_what_a_worker_that_died_has_told_is_kept_where_the_next_one_fails
 
     items._chunk = fails  # type: ignore[method-assign]
     environment = ActivityEnvironment()
-    beat = msgspec.to_builtins(ItemsBeat(ended=(ended,), at_work=at_work))
+    beat = msgspec.to_builtins(ItemsDone(ended=(ended,), unfinished=at_work))
     environment.info = dataclasses.replace(environment.info, heartbeat_details=[beat], attempt=2)
     done = await environment.run(items.run, order)
     assert (done.ended, done.unfinished) == ((ended,), replace(at_work, is_again=True))
@@ -516,10 +517,9 @@ async def test_a_batch_that_goes_on_in_new_histories_is_told_of_as_if_it_was_one
                 batch = await engine.get_batch(batch.batch_id)
                 told.append(batch.completed_items)
         items = await engine.get_items(batch.batch_id)
-        history = (await engine._batches.handle(batch).fetch_history()).events
+        history = (await engine._batches.handle(batch.batch_id).fetch_history()).events
     at_first = history[0].workflow_execution_started_event_attributes.memo.fields
     assert decoded(at_first["batch"], Batch).completed_items >= 20, "as soon as a new history is begun"
-    assert not decoded(at_first["is_staged"], bool)
     assert told == sorted(told)
     assert (batch.completed_items, batch.failed_items) == (120, 0)
     assert {item.status for item in items} == {RunStatus.COMPLETED}
@@ -532,7 +532,7 @@ async def test_what_is_told_to_a_batch_that_a_worker_has_just_then_can_be_read_a
     until, take_in = batchflows.FlockBatch._until, batchflows.FlockChunk._take_in
 
     async def slow_until(batch: Any, *args: Any) -> None:
-        if not batch._is_accepted:
+        if not batch._started:
             time.sleep(0.5)  # noqa: ASYNC251 - a busy worker
         await until(batch, *args)
 
@@ -863,28 +863,73 @@ async def test_a_key_whose_claim_was_not_answered_makes_its_batch_at_the_next_re
     assert len(work.calls) == 6
 
 
-async def test_a_key_whose_batch_was_not_accepted_in_time_makes_it_anew(
+async def test_a_key_whose_server_died_before_it_started_the_batch_makes_it(temporal_address: str) -> None:
+    """The batch has the id that was claimed, and the rows of the request that started it."""
+    work, key, batch_id = Work(new_id()), IdempotencyKey("k", b"1"), new_batch_id()
+    async with open_pair(work.flock, temporal_address) as engine:
+        assert await engine._marks.claim(key, batch_id) == batch_id
+        work.fails.add(1)
+        for _ in range(2):
+            with pytest.raises(Replayed) as caught:
+                await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
+            assert caught.value.made_id == batch_id
+        batch = await ended(engine, await engine.get_batch(batch_id))
+        assert (batch.completed_items, batch.failed_items) == (3, 1)
+        items = await engine.get_items(batch_id)
+        assert [item.run_id for item in items] == [item_id(batch_id, position) for position in range(3)]
+        work.fails.clear()
+        batch = await ended(engine, await engine.retry_batch(batch_id))
+        assert (batch.completed_items, batch.failed_items) == (3, 0)
+        rows_of = (await engine._batches._order(batch)).attempts[0].rows_of
+        assert rows_of not in (None, batch_id)
+        rows = engine.cluster.client.get_workflow_handle(f"rows:{rows_of}:0")
+        await rows.describe()
+        await engine.delete_batch(batch_id)
+        with anyio.fail_after(PATIENCE_S), contextlib.suppress(RPCError):  # once it is gone
+            while await rows.describe():  # noqa: ASYNC110 - the cluster reports nothing
+                await asyncio.sleep(0.1)
+    assert len(work.calls) == 4
+
+
+async def test_a_batch_whose_start_was_not_answered_keeps_its_rows(
     temporal_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its server died before it could say so."""
-    monkeypatch.setattr(batchflows, "ACCEPT_WITHIN", timedelta(seconds=0.1))
-    work, key = Work(new_id()), IdempotencyKey("k", b"1")
+    """It was started under the id that a server claimed before it died, and nobody was told."""
+    work, key, batch_id = Work(new_id()), IdempotencyKey("k", b"1"), new_batch_id()
     async with open_pair(work.flock, temporal_address) as engine:
-        claim = engine._marks.claim
+        await engine._marks.claim(key, batch_id)
+        start = engine.cluster.start
 
-        async def dies(key: IdempotencyKey, made_id: str) -> str:
-            await claim(key, made_id)
-            with contextlib.suppress(WorkflowFailureError):
-                await engine._batches.first_handle(made_id).result()
+        async def is_lost(*args: Any, **options: Any) -> None:
+            await start(*args, **options)
             raise StoreError("The cluster does not answer now.")
 
-        monkeypatch.setattr(engine._marks, "claim", dies)
+        monkeypatch.setattr(engine.cluster, "start", is_lost)
         with pytest.raises(StoreError):
             await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
         monkeypatch.undo()
-        batch = await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
-        assert (await ended(engine, batch)).status is RunStatus.COMPLETED
+        assert not engine._batches._drops
+        with pytest.raises(Replayed, match=batch_id):
+            await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
+        batch = await ended(engine, await engine.get_batch(batch_id))
+        assert (batch.completed_items, batch.failed_items) == (3, 0)
+        assert len(await engine.get_items(batch_id)) == 3
     assert len(work.calls) == 3
+
+
+async def test_deleting_a_run_leaves_its_key_to_what_it_stands_for_now(temporal_address: str) -> None:
+    """A key is kept for a day, and a run for longer."""
+    gate, key, other_id = Gate(), IdempotencyKey("k", b"1"), new_id()
+    gate.flock.name = new_id()
+    gate.may_go.set()
+    async with open_pair(gate.flock, temporal_address) as engine:
+        run = await engine.submit("nap", EMPTY, key=key)
+        with anyio.fail_after(PATIENCE_S):
+            assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+        await engine._marks.free(engine._marks.key_id(key), run.run_id)  # as after a day
+        assert await engine._marks.claim(key, other_id) == other_id
+        await engine.delete_run(run.run_id)
+        assert await engine._marks.find(key) == other_id
 
 
 async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: str) -> None:
@@ -1078,7 +1123,7 @@ async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
         assert rest.startswith(last.status.value)
     elif kind == "chunk":
         given = history.events[-1].workflow_execution_completed_event_attributes.result.payloads[0]
-        found = decoded(given, ChunkEnded)
+        found = decoded(given, Counts)
         counts = {"completed": found.completed, "failed": found.failed, "cancelled": found.cancelled}
         assert rest == "-".join(f"{status}-{count}" for status, count in counts.items() if count)
     else:

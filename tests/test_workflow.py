@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from flock.agents.workflow import next_step
+from flock.agents.workflow import inputs_for, next_agent
 from flock.core import Flock, FlockFactory, agent
 from flock.errors import InvalidHandoff, RunFailed, TooManySteps
 from flock.runs import Run, RunStatus, Step, Usage, events_of, now
@@ -32,32 +32,34 @@ def raw(value: Any) -> msgspec.Raw:
 
 
 def test_the_first_step_has_the_inputs_of_the_run() -> None:
-    step = next_step(run_of("add", a=1), sample_flock().agents, 32)
-    assert step is not None
-    assert step.agent.name == "add"
-    assert msgspec.json.decode(step.inputs) == {"a": 1}
+    run = run_of("add", a=1)
+    agent = next_agent(run, sample_flock().agents, 32)
+    assert agent is not None
+    assert agent.name == "add"
+    assert msgspec.json.decode(inputs_for(agent, run)) == {"a": 1}
 
 
 def test_a_step_without_a_next_agent_is_the_end() -> None:
-    assert next_step(run_of("add", step_of("add", None, result=3), a=1), sample_flock().agents, 32) is None
+    assert next_agent(run_of("add", step_of("add", None, result=3), a=1), sample_flock().agents, 32) is None
 
 
 def test_inputs_are_drawn_from_all_that_is_known_and_later_wins() -> None:
     steps = [step_of("x", "y", a=2, other=1), step_of("y", "add", a=3, unrelated=1)]
-    step = next_step(run_of("x", *steps, a=1, b=10), sample_flock().agents, 32)
-    assert step is not None
-    assert msgspec.json.decode(step.inputs) == {"a": 3, "b": 10}
+    run = run_of("x", *steps, a=1, b=10)
+    agent = next_agent(run, sample_flock().agents, 32)
+    assert agent is not None
+    assert msgspec.json.decode(inputs_for(agent, run)) == {"a": 3, "b": 10}
 
 
 def test_a_dangling_name_is_said_with_its_path() -> None:
     with pytest.raises(InvalidHandoff, match=r"no agent 'gone' to hand on to \(add → gone\). Known agents: text_a"):
-        next_step(run_of("add", step_of("add", "gone", result=3), a=1), sample_flock().agents, 32)
+        next_agent(run_of("add", step_of("add", "gone", result=3), a=1), sample_flock().agents, 32)
 
 
 def test_a_loop_is_stopped_with_its_path() -> None:
     steps = [step_of("add", "add", result=3)] * 4
     with pytest.raises(TooManySteps, match=r"after 4 steps.*add → add → add → add → add"):
-        next_step(run_of("add", *steps, a=1), sample_flock().agents, 4)
+        next_agent(run_of("add", *steps, a=1), sample_flock().agents, 4)
 
 
 def test_behind_the_last_step_no_other_is_told_to_have_started() -> None:

@@ -1,7 +1,7 @@
 """Workflows: which agent goes on with what, and one step of it.
 
-``next_step`` is a pure function of a run's record, and ``run_step`` does what it says; they know nothing of stores, so
-that every engine can use them: it keeps the step that it gets, and asks again.
+``next_agent`` and ``inputs_for`` are pure functions of a run's record, and ``run_step`` is one step. They know nothing
+of stores, so that every engine can use them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,31 +15,16 @@ from flock.runs import Run, RunContext, Step, now
 
 __all__ = [
     "Columns",
-    "NextStep",
     "check_handoff",
     "columns_of",
     "inputs_for",
     "next_agent",
-    "next_step",
     "result_names",
     "run_step",
 ]
 
 #: The names of a run's inputs and of its result's members; None where nobody knows them before.
 Columns = tuple[Sequence[str] | None, Sequence[str] | None]
-
-
-class NextStep(msgspec.Struct, frozen=True):
-    """Who goes on, and with what."""
-
-    agent: Agent
-    inputs: msgspec.Raw
-
-
-def next_step(run: Run, agents: Mapping[str, Agent], max_steps: int) -> NextStep | None:
-    """What *run* does next after its steps, or None when it is at its end. Raises as ``next_agent``."""
-    agent = next_agent(run, agents, max_steps)
-    return None if agent is None else NextStep(agent, inputs_for(agent, run))
 
 
 def next_agent(run: Run, agents: Mapping[str, Agent], max_steps: int) -> Agent | None:
@@ -49,8 +34,7 @@ def next_agent(run: Run, agents: Mapping[str, Agent], max_steps: int) -> Agent |
         InvalidHandoff: the next agent does not exist.
         TooManySteps: it would be more than *max_steps*.
     """
-    steps = run.steps
-    name = steps[-1].next_agent if steps else run.agent_name
+    steps, name = run.steps, run.next_agent_name
     if name is None:
         return None
     path = " → ".join([*(step.agent_name for step in steps), name])
@@ -90,21 +74,21 @@ def _no_such_agent(name: str, path: str, agents: Mapping[str, Agent]) -> Invalid
     )
 
 
-async def run_step(step: NextStep, resources: Resources, context: RunContext) -> Step:
-    """Let one agent have its turn. Raises what the agent raises, and InvalidHandoff where its inputs do not fit.
+async def run_step(agent: Agent, inputs: msgspec.Raw, resources: Resources, context: RunContext) -> Step:
+    """Let *agent* have its turn. Raises what the agent raises, and InvalidHandoff where its inputs do not fit.
 
     Cancellation: the step is lost.
     """
     started_at = now()
     try:
-        inputs = step.agent.input.decode(step.inputs)
+        decoded = agent.input.decode(inputs)
     except InvalidData as exc:
-        raise InvalidHandoff(f"The agent {step.agent.name!r} cannot go on with what is known. {exc}") from exc
-    turn = await step.agent.take_turn(inputs, resources, context)
+        raise InvalidHandoff(f"The agent {agent.name!r} cannot go on with what is known. {exc}") from exc
+    turn = await agent.take_turn(decoded, resources, context)
     return Step(
-        agent_name=step.agent.name,
+        agent_name=agent.name,
         result=turn.result,
-        next_agent=await step.agent.choose_next(turn.result),
+        next_agent=await agent.choose_next(turn.result),
         usage=turn.usage,
         attempt=context.attempt,
         started_at=started_at,

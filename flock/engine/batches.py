@@ -7,59 +7,24 @@ do is what its rows say, and whoever goes on reads it from there.
 import contextlib
 import itertools
 import logging
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import anyio
-import msgspec
-from msgspec.structs import replace
 
-from flock.agents.agent import Agent
 from flock.engine.batchstore import BatchStore
-from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, each
+from flock.engine.intake import ITEMS_A_PAGE, Intake
+from flock.engine.refusals import stopping
 from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
-from flock.errors import (
-    DefinitionError,
-    EngineStopped,
-    FieldError,
-    InvalidData,
-    OwnershipLost,
-    StoreError,
-)
+from flock.errors import OwnershipLost, StoreError
 from flock.limits import Limits
-from flock.rows.tables import Fill
-from flock.runs import (
-    INVALID_INPUT,
-    Batch,
-    IdempotencyKey,
-    ItemLimits,
-    Items,
-    OnInvalid,
-    Row,
-    Run,
-    RunStatus,
-    new_id,
-    now,
-)
+from flock.runs import Batch, IdempotencyKey, Run, RunStatus, now
 
-__all__ = ["Batches", "Intake", "as_json", "mapping_rows"]
+__all__ = ["Batches"]
 
 logger = logging.getLogger("flock.runs")
 
-#: How many items are written or read at once, and about how many bytes of inputs are written.
-ITEMS_A_PAGE = 500
-PAGE_BYTES = 4 * 1024 * 1024
 #: More workers would only hold items that wait: while one is at work, the end of another is written.
 WORKERS_A_PLACE = 2
 
@@ -85,32 +50,22 @@ class Batches:
         #: batches that are worked on here and are to stop
         self._cancelled: set[str] = set()
 
-    async def submit(
-        self,
-        agent: Agent,
-        items: Items,
-        batch: Batch,
-        *,
-        on_invalid: OnInvalid,
-        key: IdempotencyKey | None,
-        traceparent: str | None,
-    ) -> Batch:
-        """Accept *batch*, which has no items yet, with *items*; see ``Engine.submit_batch``.
+    async def submit(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
+        """Accept a batch; see ``Engine.submit_batch``.
 
         Cancellation: what was staged is dropped.
         """
-        is_staged = False
+        batch, is_staged = intake.batch, False
 
         async def stage(page: Sequence[Run]) -> None:
             nonlocal is_staged
             if self._runner.is_leaving:  # it would hold up the stop for as long as its client likes
-                raise EngineStopped("The server is about to stop and takes no new work. Send the upload again.")
+                raise stopping(" Send the upload again.")
             is_first, is_staged = not is_staged, True
             await self._store.stage(batch, page, self._limits.max_open_items, key, is_first=is_first)
 
-        intake = Intake(agent, batch, stage, max_input_bytes=self._limits.max_input_bytes, traceparent=traceparent)
         try:
-            whole = await intake.read(items, on_invalid, self._limits.max_items)
+            whole = await intake.read(stage)
             await self._store.accept(
                 whole, intake.page, self._limits.max_open_items, key, then=self.start, is_staged=is_staged
             )
@@ -143,7 +98,7 @@ class Batches:
         self._cancelled.add(batch_id)
         for active in list(self._runner.active.values()):
             if active.run.batch_id == batch_id:
-                self._runner.cancel(active)
+                active.cancel()
 
     async def retry(self, batch_id: str, owner: str, only: Sequence[RunStatus]) -> Batch | None:
         """As ``BatchStore.reopen``."""
@@ -221,122 +176,3 @@ class Batches:
                 await work
         except StoreError as exc:  # the next page cannot be read
             logger.error("items cannot be read: %s", exc)
-
-
-class Intake:
-    """One batch on its way in: rows become items, and pages of them are staged.
-
-    Args:
-        batch: as it is to be accepted, without its numbers.
-        stage: keeps the page before the next one is begun.
-        id_of: names the item at a position.
-        items_a_page: how many items one page holds, where so many have been read.
-        page_bytes: about how many bytes of inputs one holds at most.
-
-    Attributes:
-        page: what is not staged.
-    """
-
-    def __init__(
-        self,
-        agent: Agent,
-        batch: Batch,
-        stage: Callable[[Sequence[Run]], Awaitable[None]],
-        *,
-        max_input_bytes: int,
-        traceparent: str | None,
-        id_of: Callable[[int], str] = lambda position: new_id(),
-        items_a_page: Callable[[int], int] = lambda total: ITEMS_A_PAGE,
-        page_bytes: int = PAGE_BYTES,
-    ) -> None:
-        self.page: list[Run] = []
-        self._agent = agent
-        self._batch = batch
-        self._stage = stage
-        self._max_input_bytes = max_input_bytes
-        self._traceparent = traceparent
-        self._id_of = id_of
-        self._items_a_page = items_a_page
-        self._max_page_bytes = page_bytes
-        self._failed = 0
-        self._page_bytes = 0
-
-    async def read(self, items: Items, on_invalid: OnInvalid, max_items: int) -> Batch:
-        """Read and check all items. Returns the batch with its numbers.
-
-        Raises: InvalidData, once there are as many errors, or rows with errors, as are told at once; TooLarge;
-            DefinitionError.
-        """
-        options = self._batch.options
-        if options.max_workers < 1:
-            raise DefinitionError(f"max_workers is at least 1, and not {options.max_workers}.")
-        limits = ItemLimits(max_items=max_items, max_input_bytes=self._max_input_bytes)
-        checks = RowChecks(self._agent, limits)
-        found = RowErrors()
-        async for checked in checks.rows(items):
-            if checked.errors and on_invalid == "reject":
-                found.add(checked.row, checked.errors)
-                if found.is_full:
-                    break
-            if not found:
-                await self._add(checks.total, checked)
-        if found or not checks.total:
-            raise InvalidData(found.first() or [NO_ROWS])
-        return replace(
-            self._batch,
-            total_items=checks.total,
-            completed_items=self._failed,
-            failed_items=self._failed,
-            extra_names=tuple(checks.extra_names),
-        )
-
-    async def _add(self, position: int, checked: CheckedRow) -> None:
-        self.page.append(self._run(position, checked))
-        self._page_bytes += len(bytes(checked.row.inputs)) + len(bytes(checked.extra or b""))
-        if len(self.page) >= self._items_a_page(position) or self._page_bytes > self._max_page_bytes:
-            await self._stage(self.page)
-            self.page, self._page_bytes = [], 0
-
-    def _run(self, position: int, checked: CheckedRow) -> Run:
-        """An item, which has failed already where there are errors."""
-        batch, (row, extra, errors) = self._batch, checked
-        end: dict[str, Any] = {}
-        if errors:
-            self._failed += 1
-            error = str(InvalidData(errors))
-            end = {
-                "status": RunStatus.FAILED,
-                "error": error,
-                "error_type": INVALID_INPUT,
-                "completed_at": batch.created_at,
-            }
-        return Run(
-            run_id=self._id_of(position),
-            flock=batch.flock,
-            agent_name=batch.agent_name,
-            inputs=row.inputs,
-            created_at=batch.created_at,
-            request_id=batch.request_id,
-            batch_id=batch.batch_id,
-            position=position,
-            traceparent=self._traceparent,
-            principal=batch.principal,
-            is_async=True,
-            timeout_s=batch.options.timeout_s,
-            extra=extra,
-            **end,
-        )
-
-
-async def mapping_rows(
-    items: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]], fill: Fill, max_bytes: int
-) -> AsyncGenerator[Row, None]:
-    """What a program has as mappings, none of them longer than *max_bytes*. Raises InvalidData, TooLarge."""
-    position = 0
-    async for item in each(items):
-        at = f"/batch_inputs/{position}"
-        if not isinstance(item, Mapping):
-            detail = f"An item is a mapping of inputs by name, and not of the type {type(item).__name__!r}."
-            raise InvalidData([FieldError(detail=detail, pointer=at)])
-        yield fill.row(msgspec.json.decode(as_json(item, at, max_bytes), type=dict[str, msgspec.Raw]), at)
-        position += 1

@@ -10,10 +10,10 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import anyio
 import anyio.abc
@@ -23,13 +23,14 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
-from flock.engine.batches import Batches, as_json
+from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
+from flock.engine.batches import Batches
 from flock.engine.batchstore import BatchStore
-from flock.engine.ends import not_retried
-from flock.engine.runner import ActiveRun, Runner, current_task
+from flock.engine.intake import Intake
+from flock.engine.refusals import asked_to_leave, not_cancelled, not_deleted, not_retried, run_not_retried
+from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, current_task
 from flock.engine.store import Store, TakenOver
 from flock.errors import (
-    AgentNotFound,
     BatchNotFound,
     Conflict,
     EngineFull,
@@ -43,28 +44,18 @@ from flock.runs import (
     LONG_BYTES,
     Batch,
     BatchFilter,
-    BatchOptions,
-    EngineHealth,
     Event,
     IdempotencyKey,
-    Inputs,
-    ItemLimits,
-    Items,
     LongJSON,
     Observer,
-    OnInvalid,
     Page,
-    Progress,
     Queue,
     Run,
     RunFilter,
     RunStatus,
-    event_of_batch,
-    events_of,
     make_ids_after,
     new_id,
     now,
-    valid_traceparent,
 )
 
 __all__ = ["EmbeddedEngine", "alone"]
@@ -80,24 +71,16 @@ LOOK_INTERVAL_S = 0.5
 #: How often old runs are deleted, in seconds, and how many in one transaction.
 RETENTION_INTERVAL_S = 10.0
 RETENTION_BITE = 500
-#: How long an event stream may be silent, in seconds.
-KEEP_ALIVE_S = 15.0
-#: How often at most it is told how far a batch is, in seconds.
-PROGRESS_INTERVAL_S = 0.25
-#: How long an idempotency key is kept.
-KEEP_KEYS_FOR = timedelta(hours=24)
-#: How long the last write of a run may take when the engine is leaving, in seconds.
-FINAL_WRITE_TIMEOUT_S = 5.0
 
 
 def alone(max_workers: int) -> Limits:
     """The limits of an engine for one batch of the program's own, and nothing else: only its workers are bounded."""
     max_workers = max(1, max_workers)  # ``submit_batch`` says what is wrong with fewer
-    places = max_workers + max_workers // 5 + 1  # a tenth of them is left to runs that are no items
-    return Limits(max_concurrency=places, max_threads=places, max_items=sys.maxsize, max_open_items=sys.maxsize)
+    slots = max_workers + max_workers // 5 + 1  # a tenth of them is left to runs that are no items
+    return Limits(max_concurrency=slots, max_threads=slots, max_items=sys.maxsize, max_open_items=sys.maxsize)
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(EngineBase):
     """``Engine`` on anyio task groups over a ``Store``.
 
     Args:
@@ -123,14 +106,11 @@ class EmbeddedEngine:
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
+        super().__init__(agents, flock, replaced(limits or Limits(), bounds))
         self.store = store
-        self._agents = agents
         self._models = models
-        models.on_retry = lambda: self._runner.tell_observers("model_call_retried")
-        self._flock = flock
+        models.on_retry = lambda: self._runner.turns.tell("model_call_retried")
         self._observers: list[Observer] = []
-        self._limits = replaced(limits or Limits(), bounds)
-        self.item_limits = ItemLimits(max_items=self._limits.max_items, max_input_bytes=self._limits.max_input_bytes)
         self._make_runner = functools.partial(
             Runner,
             agents,
@@ -149,6 +129,14 @@ class EmbeddedEngine:
     def is_leaving(self) -> bool:
         return self._runner.is_leaving
 
+    @property
+    def _is_entered(self) -> bool:
+        return self._tasks is not None
+
+    @property
+    def _is_store_ok(self) -> bool:
+        return self.store.is_writable
+
     # Life
 
     def _begin_life(self) -> None:
@@ -166,9 +154,8 @@ class EmbeddedEngine:
         self._waiting_for: dict[str, Collection[str]] = {}
 
     async def __aenter__(self) -> Self:
-        if self._tasks is not None:
-            raise EngineStopped("This engine is running already.")
-        self._engine_id = new_id()
+        self._check_not_entered()
+        self._engine_id = self._owner = new_id()
         self._begin_life()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.store)
@@ -251,14 +238,8 @@ class EmbeddedEngine:
                     await next(iter(self._runner.active.values())).change.wait()
             self._runner.stop()
 
-    def _check_entered(self) -> None:
-        if self._tasks is None:
-            raise EngineStopped()
-
     def _check_running(self) -> None:
-        self._check_entered()
-        if self.is_leaving:
-            raise EngineStopped("The server is about to stop and takes no new work.")
+        super()._check_running()
         if self.store.is_displaced:
             self.store.check_writable()
 
@@ -266,10 +247,6 @@ class EmbeddedEngine:
         self._check_running()
         self.store.check_writable()
         self.store.queue(self._flock)  # it can be read
-
-    def health(self) -> EngineHealth:
-        state: Literal["running", "stopping"] = "stopping" if self.is_leaving else "running"
-        return EngineHealth("stopped" if self._tasks is None else state, "ok" if self.store.is_writable else "failing")
 
     def observe(self, observer: Observer) -> None:
         self._observers.append(observer)
@@ -280,47 +257,19 @@ class EmbeddedEngine:
 
     # Runs
 
-    async def submit(
-        self,
-        agent_name: str,
-        inputs: Inputs,
-        *,
-        request_id: str | None = None,
-        traceparent: str | None = None,
-        principal: str | None = None,
-        is_async: bool = True,
-        timeout_s: float | None = None,
-        key: IdempotencyKey | None = None,
-    ) -> Run:
-        self._check_running()
-        raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
-        self._agent(agent_name).input.decode(raw, "/inputs")
-        run = Run(
-            run_id=new_id(),
-            flock=self._flock,
-            agent_name=agent_name,
-            inputs=raw,
-            created_at=now(),
-            request_id=request_id,
-            traceparent=valid_traceparent(traceparent),
-            principal=principal,
-            is_async=is_async,
-            timeout_s=timeout_s,
-            owner=self._engine_id,
-        )
-        full = self._full(principal)
-        if not is_async and key is None:
+    async def _accept(self, run: Run, key: IdempotencyKey | None) -> None:
+        full = self._full(run.principal)
+        if not run.is_async and key is None:
             if full is not None:
                 raise full
             # Its end is written and waited for; its start is worth nothing without a caller.
-            self._check_room(principal)
+            self._check_room(run.principal)
             self.store.save_nowait(run, is_new=True)
             self._start(run)
         else:
             with self._accepting_key(key):
                 with self._counted(run):
                     await self.store.accept(run, self._limits.queue, key, then=self._start, full=full)
-        return run
 
     @contextlib.contextmanager
     def _counted(self, run: Run) -> Iterator[None]:
@@ -383,7 +332,7 @@ class EmbeddedEngine:
             while not (run := await self.get_run(run_id)).status.is_final:
                 del run  # it may be long, and so may the wait
                 if self.is_leaving:
-                    raise EngineStopped("The server is about to stop. Ask another one, or this one when it is back.")
+                    raise asked_to_leave()
                 await self._awaited.setdefault(run_id, anyio.Event()).wait()
             return run
         return await self.get_run(run_id)
@@ -399,15 +348,15 @@ class EmbeddedEngine:
                 await self._take_over_cancelled(run_id, at_work.owner)
                 return await self.get_run(run_id)
             run = await self.get_run(run_id)
-            if run.status is not RunStatus.CANCELLED:
-                raise Conflict(f"The run {run_id} is {run.status} and cannot be cancelled any more.")
+            if conflict := not_cancelled(run):
+                raise conflict
             return run
-        self._runner.cancel(active)
+        active.cancel()
         if active.run.is_async:
             await self.store.request_cancel(run_id)  # whoever goes on with it after a crash knows
         return await self._whole(active)
 
-    async def _whole(self, active: ActiveRun) -> Run:
+    async def _whole(self, active: StoredRun) -> Run:
         """Its record. If that is gone or cannot be read, what is known without its inputs and its steps' results."""
         run = active.run
         if run.is_stub:
@@ -429,12 +378,8 @@ class EmbeddedEngine:
             elif await self._batches.retry_item(run, self._engine_id):
                 reopened = await self.get_run(run_id)
         if reopened is None:
-            what = str((await self.get_run(run_id)).status)
-            rule = "only a run that failed or was cancelled can be tried again"
-            if run.batch_id is not None:
-                what += f", an item of a batch that is {(await self.get_batch(run.batch_id)).status}"
-                rule += ", and an item once its batch has ended, unless its inputs do not fit"
-            raise Conflict(f"The run {run_id} is {what}; {rule}.")
+            batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
+            raise run_not_retried(await self.get_run(run_id), batch)
         return reopened
 
     async def delete_run(self, run_id: str) -> None:
@@ -442,46 +387,17 @@ class EmbeddedEngine:
         if run.completed_at is not None:
             await self._be_seen(run.completed_at)
         if run.batch_id is not None or not await self.store.delete_run(run_id):
-            what = "an item of a batch" if run.batch_id else f"still {(await self.get_run(run_id)).status}"
-            raise Conflict(f"The run {run_id} is {what} and cannot be deleted. Cancel it first, or wait for its end.")
+            raise not_deleted(await self.get_run(run_id))
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         self._check_entered()
         return self.store.list_runs(self._flock, wanted)
 
-    async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
-        told: Progress | None = None
-        version: Any = None
-        outline: Run | None = None
-        while True:
-            active = self._runner.active.get(run_id)
-            changed = active.change if active else self._store_changed
-            if active is not None and not active.run.is_stub:
-                run = active.run
-            else:
-                self._check_entered()
-                newest = self.store.version(run_id)
-                if outline is None or newest != version:
-                    version, outline = newest, self._visible(run_id, self.store.outline(run_id))
-                run = outline
-            progress, is_last = run.progress, run.status.is_final or self.is_leaving
-            for event in events_of(run):
-                if progress != told if event.id is None else event.id > after:
-                    event = self._with_result(event, run, is_outline=run is outline)
-                    break
-            else:
-                event = None
-            del run  # a slow reader holds one event, and reads on from the record
-            if event is not None:
-                after, told = (after, progress) if event.id is None else (event.id, told)
-                yield event
-                continue
-            if is_last:
-                return
-            with anyio.move_on_after(KEEP_ALIVE_S) as silence:
-                await changed.wait()
-            if silence.cancelled_caught:
-                yield None
+    def _reader(self, run_id: str) -> RunReader:
+        return _StoreReader(self, run_id)
+
+    def _next_change(self) -> Callable[[], Awaitable[None]]:
+        return self._store_changed.wait
 
     def long_result(self, run: Run, position: int | None = None, *, is_outline: bool = False) -> LongJSON:
         """The result of *run*, or of its step at *position*, to be read in pieces. It does not hold the run.
@@ -523,12 +439,6 @@ class EmbeddedEngine:
         """Let those who follow something elsewhere hear of its end, before it is gone."""
         if self.store.is_shared:
             await anyio.sleep(max(0, min(SEEN_BY_ALL_S, SEEN_BY_ALL_S - (now() - completed_at).total_seconds())))
-
-    def _agent(self, name: str) -> Agent:
-        try:
-            return self._agents[name]
-        except KeyError:
-            raise AgentNotFound(name, list(self._agents)) from None
 
     def _check_has(self, agent_name: str) -> None:
         if agent_name not in self._agents:
@@ -586,7 +496,7 @@ class EmbeddedEngine:
                     self._tell_store_changed()
                     for run_id, attempt in self.store.cancels_for(self._engine_id):
                         if run_id in self._runner.active:
-                            self._runner.cancel(self._runner.active[run_id])
+                            self._runner.active[run_id].cancel()
                         else:
                             self._runner.cancelled_before[run_id] = attempt
                     for batch_id in self.batch_store.cancels_for(self._engine_id):
@@ -651,7 +561,7 @@ class EmbeddedEngine:
             template = "going on with %d runs and %d batches of an engine that is gone; %d runs ended with it"
             logger.info(template, len(runs), len(taken.batches), len(ended))
         for run in ended:
-            self._runner.tell_observers("run_ended", run)
+            self._runner.turns.tell("run_ended", run)
         for run in runs:
             self._start(run)
         for batch in taken.batches:
@@ -687,39 +597,9 @@ class EmbeddedEngine:
 
     # Batches
 
-    async def submit_batch(
-        self,
-        agent_name: str,
-        items: Items,
-        options: BatchOptions,
-        *,
-        on_invalid: OnInvalid = "reject",
-        request_id: str | None = None,
-        traceparent: str | None = None,
-        principal: str | None = None,
-        key: IdempotencyKey | None = None,
-    ) -> Batch:
-        self._check_running()
-        batch = Batch(
-            batch_id=new_id(),
-            flock=self._flock,
-            agent_name=agent_name,
-            options=options,
-            total_items=0,
-            created_at=now(),
-            request_id=request_id,
-            principal=principal,
-            owner=self._engine_id,
-        )
+    async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
         with self._accepting_key(key):
-            return await self._batches.submit(
-                self._agent(agent_name),
-                items,
-                batch,
-                on_invalid=on_invalid,
-                key=key,
-                traceparent=valid_traceparent(traceparent),
-            )
+            return await self._batches.submit(intake, key)
 
     def _start_batch(self, work: Callable[[Batch], Coroutine[Any, Any, None]], batch: Batch) -> None:
         """What is accepted while the engine goes is for the next start."""
@@ -737,7 +617,7 @@ class EmbeddedEngine:
         with anyio.move_on_after(timeout_s):
             while not (await self.get_batch(batch_id)).status.is_final:
                 if self.is_leaving:
-                    raise EngineStopped("The server is about to stop. Ask another one, or this one when it is back.")
+                    raise asked_to_leave()
                 await self._awaited.setdefault(batch_id, anyio.Event()).wait()
         return await self.get_batch(batch_id)
 
@@ -751,20 +631,6 @@ class EmbeddedEngine:
         self._check_entered()
         return self.batch_store.page(self._flock, wanted)
 
-    async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
-        told, told_at = -1, anyio.current_time()
-        while True:
-            changed, batch = self._store_changed, await self.get_batch(batch_id)
-            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != told
-            if is_new or anyio.current_time() >= told_at + KEEP_ALIVE_S:
-                told, told_at = batch.completed_items, anyio.current_time()
-                yield event_of_batch(batch) if is_new else None
-            if batch.status.is_final or self.is_leaving:
-                return
-            await anyio.sleep(PROGRESS_INTERVAL_S)
-            with anyio.move_on_after(KEEP_ALIVE_S):
-                await changed.wait()
-
     async def cancel_batch(self, batch_id: str) -> Batch:
         await self.get_batch(batch_id)
         if await self.batch_store.request_cancel(batch_id):
@@ -775,8 +641,8 @@ class EmbeddedEngine:
                 await self._take_over_cancelled(batch_id, batch.owner)
                 await anyio.sleep(SEEN_BY_ALL_S)  # its owner lets no item begin from then on
         batch = await self.get_batch(batch_id)
-        if batch.status.is_final and batch.status is not RunStatus.CANCELLED:
-            raise Conflict(f"The batch {batch_id} is {batch.status} and cannot be cancelled any more.")
+        if conflict := not_cancelled(batch):
+            raise conflict
         return batch
 
     async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
@@ -793,4 +659,33 @@ class EmbeddedEngine:
         if batch.completed_at is not None:
             await self._be_seen(batch.completed_at)
         if not await self.batch_store.drop(batch_id):
-            raise Conflict(f"The batch {batch_id} is still {batch.status}. Cancel it first, or wait for its end.")
+            raise not_deleted(batch)
+
+
+class _StoreReader(RunReader):
+    """Reads a run that is in memory while it is at work here, and an outline of it from the store otherwise."""
+
+    def __init__(self, engine: EmbeddedEngine, run_id: str) -> None:
+        super().__init__(engine.get_run, run_id)
+        self._engine = engine
+        self._version: Any = None
+        self._outline: Run | None = None
+        self._change = anyio.Event()
+
+    async def read(self) -> Run:
+        engine, run_id = self._engine, self._run_id
+        active = engine._runner.active.get(run_id)
+        self._change = active.change if active else engine._store_changed
+        if active is not None and not active.run.is_stub:
+            return active.run
+        engine._check_entered()
+        newest = engine.store.version(run_id)
+        if self._outline is None or newest != self._version:
+            self._version, self._outline = newest, engine._visible(run_id, engine.store.outline(run_id))
+        return self._outline
+
+    async def changed(self) -> None:
+        await self._change.wait()
+
+    def present(self, event: Event, run: Run) -> Event:
+        return self._engine._with_result(event, run, is_outline=run is self._outline)

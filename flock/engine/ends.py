@@ -1,21 +1,18 @@
 """How runs end that do not complete: what is said of it, whichever engine carries them."""
 
 import logging
-from collections.abc import Sequence
 
 import msgspec
 
 from flock.engine.logs import fields_of_run
-from flock.errors import Conflict, Interrupted, QueueTimeout, StepError, cut
-from flock.runs import Batch, Run, RunStatus, one_line, sayable
+from flock.errors import Interrupted, QueueTimeout, StepError, cut
+from flock.runs import Run, RunStatus, one_line, sayable
 
 __all__ = [
     "CANCELLED",
-    "RETRIED",
     "End",
     "failure_of",
     "interrupted_turn",
-    "not_retried",
     "queue_timeout",
     "timeout_of",
 ]
@@ -47,7 +44,7 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> E
         template, said = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())
         logger.warning(template, run.run_id, said, run.request_id, extra=fields_of_run(run))
         return End(RunStatus.FAILED, cut(text), cut(sayable(exc.error_type)))
-    agent_name = run.steps[-1].next_agent if run.steps else run.agent_name
+    agent_name = run.next_agent_name
     template = "run %s: agent %s raised (request %s)"
     logger.error(template, run.run_id, agent_name, run.request_id, exc_info=exc, extra=fields_of_run(run))
     error = f"The agent {agent_name!r} raised {type(exc).__name__}"
@@ -62,15 +59,3 @@ def queue_timeout(limit_s: float) -> QueueTimeout:
 
 def interrupted_turn(agent_name: str) -> Interrupted:
     return Interrupted(f"The server stopped while {agent_name!r} was at work, which asks not to be begun again.")
-
-
-#: What may be tried again of a batch, in words.
-RETRIED = {RunStatus.FAILED: "failed", RunStatus.CANCELLED: "was cancelled"}
-
-
-def not_retried(batch: Batch, wanted: Sequence[RunStatus]) -> Conflict:
-    """Why *wanted* items of a batch cannot be tried again."""
-    what = f"has no item that {' or '.join(RETRIED[status] for status in wanted)}"
-    if not batch.status.is_final:
-        what = f"is {batch.status}; only one that has ended can be tried again"
-    return Conflict(f"The batch {batch.batch_id} {what}.")

@@ -1,4 +1,4 @@
-"""Takes runs to their end: slots, deadlines, steps, and what is written when.
+"""Takes runs to their end: one turn after the other, and what is written when.
 
 Only what is at work here is in memory, so that those who wait are told without asking the disk. For each await below:
 if it is cancelled, the run ends in ``_finish``, which is shielded; if the process dies before a commit, the run goes on
@@ -7,7 +7,6 @@ after the last committed step at the next start; if it dies after one, that step
 
 import asyncio
 import contextlib
-import functools
 import logging
 import math
 from collections import Counter
@@ -20,20 +19,18 @@ import anyio.lowlevel
 import msgspec
 from msgspec.structs import asdict, replace
 
-from flock.agents.agent import Agent, Resources
+from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
-from flock.agents.workflow import NextStep, inputs_for, next_agent, run_step
-from flock.engine.ends import CANCELLED, failure_of, interrupted_turn, queue_timeout, timeout_of
+from flock.engine.ends import failure_of
 from flock.engine.logs import fields_of_run
 from flock.engine.schema import DAMAGED_RUN, INTERRUPTED, Damaged
-from flock.engine.slots import Slots, acquire_all, acquire_all_nowait
 from flock.engine.store import RETRY_AFTER_S, Store
-from flock.engine.threads import Threads
-from flock.errors import OwnershipLost, ResultTooLarge, StoreError, Unreadable, Unstorable
+from flock.engine.turns import ActiveRun, Turns
+from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.limits import Limits
-from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now, stub_of
+from flock.runs import Observer, Run, RunStatus, Step, now, stub_of
 
-__all__ = ["ActiveRun", "Runner", "current_task"]
+__all__ = ["Runner", "StoredRun", "current_task"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -41,18 +38,22 @@ logger = logging.getLogger("flock.runs")
 FINAL_WRITE_TIMEOUT_S = 5.0
 
 
-class ActiveRun:
-    """A run that is at work here, or waits for a slot.
+class StoredRun(ActiveRun):
+    """An active run whose record is in the store, and those who wait for it.
 
     Attributes:
         run: a stub while it waits, unless it is short.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.scope = anyio.CancelScope()
-        self.context: RunContext | None = None
-        self.cancel_requested = run.cancel_requested
+    def __init__(self, run: Run, runner: "Runner") -> None:
+        queue_timeout_s = runner.limits.queue_timeout_s if run.batch_id is None else None  # items wait for each other
+        super().__init__(
+            run,
+            runner.timeout_s_of(run),
+            is_again=run.started_at is not None,  # it was at work when its process died
+            queue_timeout_s=queue_timeout_s,
+        )
+        self._runner = runner
         #: called once it has a slot
         self.when_begun: Callable[[], None] | None = None
         #: how much of ``Runner.queued_bytes`` is its inputs
@@ -60,11 +61,8 @@ class ActiveRun:
         self.store_error: StoreError | None = None
         #: the run with its last step, which is not written yet
         self.unsaved: Run | None = None
-        self.progress: Progress | None = run.progress
         #: when the first of those who wait wants to be woken, by the loop's clock
         self.wake_at = math.inf
-        #: it was cancelled since the engine is leaving
-        self.is_stopped = False
         self.is_left = False
         #: what becomes of it is said by the store only: another engine has it now, or its record is damaged
         self.is_lost = False
@@ -72,7 +70,7 @@ class ActiveRun:
         self._change: anyio.Event | None = None
         self._end: anyio.Event | None = None
         if run.cancel_requested:
-            self.scope.cancel()
+            self.cancel()
 
     @property
     def change(self) -> anyio.Event:
@@ -88,9 +86,14 @@ class ActiveRun:
             self._end = anyio.Event()
         return self._end
 
-    def note_progress(self, progress: Progress) -> None:
-        """Called from any thread; the watch tells it on."""
-        self.progress = progress
+    async def wait_begins(self) -> None:
+        await self._runner.leave_in_store(self)
+
+    async def begin(self) -> Run:
+        return await self._runner.begin(self)
+
+    async def started(self, run: Run, agent: Agent) -> None:
+        await self._runner.save_start(self, run, agent)
 
     def tell(self, run: Run) -> None:
         """The run is now *run*; wake those who wait for a change, and at its end all."""
@@ -118,6 +121,7 @@ class Runner:
         is_leaving: what cannot be written now is not tried again.
         queued_bytes: how long the inputs of runs are that wait for their first step, by their principal. Neither items
             of batches count nor what was taken over after a crash.
+        turns: takes their turns.
     """
 
     def __init__(
@@ -131,22 +135,24 @@ class Runner:
         max_steps: int,
         expose_errors: bool,
     ) -> None:
-        self._agents = agents
-        self._models = models
         self._store = store
-        self._observers = observers
-        self._limits = limits
-        self._max_steps = max_steps
+        self.limits = limits
         self._expose_errors = expose_errors
 
-        self.active: dict[str, ActiveRun] = {}
+        self.active: dict[str, StoredRun] = {}
         self.cancelled_before: dict[str, int] = {}
         self.companion: asyncio.Task[Any] | None = None
         self.is_leaving = False
         self.queued_bytes: Counter[str | None] = Counter()
-        self._threads = Threads(limits.max_threads)
-        self._slots = Slots(limits.max_concurrency, reserved=limits.max_concurrency // 10)
-        self._agent_slots: dict[str, Slots] = {}
+        self.turns = Turns(
+            agents,
+            models,
+            observers,
+            limits=limits,
+            max_steps=max_steps,
+            expose_errors=expose_errors,
+            max_result_bytes=limits.max_result_bytes,
+        )
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
         """Take a run to its end in a task of its own."""
@@ -161,10 +167,10 @@ class Runner:
         active.when_begun = when_begun
         return self._carry_out(active)
 
-    def _admitted(self, run: Run) -> ActiveRun:
+    def _admitted(self, run: Run) -> StoredRun:
         if self.cancelled_before.pop(run.run_id, None) == run.attempt:
             run = replace(run, cancel_requested=True)
-        active = self.active[run.run_id] = ActiveRun(run)
+        active = self.active[run.run_id] = StoredRun(run, self)
         if run.batch_id is None and not run.is_stub:
             active.queued_bytes = len(run.inputs)
             self.count_queued(run.principal, active.queued_bytes)
@@ -176,25 +182,16 @@ class Runner:
         if not self.queued_bytes[principal]:
             del self.queued_bytes[principal]
 
-    def _leave_queue(self, active: ActiveRun) -> None:
+    def _leave_queue(self, active: StoredRun) -> None:
         self.count_queued(active.run.principal, -active.queued_bytes)
         active.queued_bytes = 0
-
-    def cancel(self, active: ActiveRun) -> None:
-        """Ask a run to stop."""
-        active.cancel_requested = True
-        if active.context is not None:
-            active.context.cancel_requested = True
-        active.scope.cancel()
 
     def stop(self) -> None:
         """Stop all that is at work, since the engine is leaving."""
         for active in list(self.active.values()):
-            active.is_stopped = True
-            self._threads.abandon(active)
-            active.scope.cancel()
+            self.turns.stop(active)
 
-    async def leave(self, active: ActiveRun) -> None:
+    async def leave(self, active: StoredRun) -> None:
         """The engine is going: what nobody waits for goes on at the next start, and all else ends here."""
         run = active.unsaved or active.run
         if not run.is_async or not self._store.is_shared:
@@ -202,14 +199,14 @@ class Runner:
             ended = replace(run, status=RunStatus.FAILED, error=error, error_type=error_type, completed_at=now())
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
                 await self._store.save(ended, run.steps[-1] if active.unsaved is not None else None)
-                self.tell_observers("run_ended", ended)
+                self.turns.tell("run_ended", ended)
             active.run = ended
         active.is_left = True
         active.tell(active.run)
         active.wake()
         self._forget(active)
 
-    async def _carry_out(self, active: ActiveRun) -> None:
+    async def _carry_out(self, active: StoredRun) -> None:
         end: dict[str, Any] | None = None
         failure: BaseException | None = None
         try:
@@ -232,12 +229,7 @@ class Runner:
             if active.is_stopped:
                 await self.leave(active)
                 return
-            if anyio.current_time() >= active.scope.deadline:
-                end = asdict(timeout_of(self._timeout_s(active.run)))
-            elif active.cancel_requested:
-                end = asdict(CANCELLED)
-            else:
-                end = asdict(failure_of(active.run, failure, expose_errors=self._expose_errors))
+            end = asdict(self.turns.end_of(active, failure))
         await _absorb_cancellation()
         if isinstance(failure, Unreadable) and not failure.is_writable:  # to write it would fail all of its group
             self._let_go(active)
@@ -248,12 +240,10 @@ class Runner:
             active.unsaved = None
             await self._finish(active, asdict(failure_of(active.run, exc, expose_errors=self._expose_errors)))
 
-    async def _steps(self, active: ActiveRun) -> msgspec.Raw:
+    async def _steps(self, active: StoredRun) -> msgspec.Raw:
         """Let one agent after the other have its turn. The last step is written together with the run's end."""
-        if active.run.started_at is not None:  # it was at work when its process died
-            self._check_interrupted(active.run)
-        while (agent := next_agent(active.unsaved or active.run, self._agents, self._max_steps)) is not None:
-            await self._step(active, agent)
+        while (active.unsaved or active.run).next_agent_name is not None:
+            await self._step(active)
             if active.cancel_requested:
                 raise anyio.get_cancelled_exc_class()
         run = active.unsaved or await self._whole(active)
@@ -261,83 +251,38 @@ class Runner:
             active.tell(replace(run, status=RunStatus.RUNNING, started_at=now()))
         return run.steps[-1].result
 
-    async def _step(self, active: ActiveRun, agent: Agent) -> None:
-        """Let *agent* have its turn, and write what came of it."""
-        run = await self._turn(active, agent)
+    async def _step(self, active: StoredRun) -> None:
+        """Let the next agent have its turn, and write what came of it."""
+        if self.is_leaving:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+        step = await self.turns.take(active)
+        run = replace(active.run, steps=(*active.run.steps, step))
         await _absorb_cancellation()
-        if run.steps[-1].next_agent is None:
+        if step.next_agent is None:
             active.unsaved = run
         else:
-            await self._save(active, run, run.steps[-1])
+            await self._save(active, run, step)
 
-    async def _turn(self, active: ActiveRun, agent: Agent) -> Run:
-        """One agent's turn, within a slot of the engine and of the agent; a thread that hangs keeps both."""
-        release = await self._admit(active, agent)
+    async def begin(self, active: StoredRun) -> Run:
+        """See ``ActiveRun.begin``. Raises: OwnershipLost, Unreadable."""
         self._leave_queue(active)
         when_begun, active.when_begun = active.when_begun, None
         if when_begun is not None:
             when_begun()
-        try:
-            run = await self._whole(active)
-            step = NextStep(agent, inputs_for(agent, run))
-            if run.status is RunStatus.STARTING:
-                active.scope.deadline = anyio.current_time() + self._timeout_s(run)
-                run = replace(run, status=RunStatus.RUNNING, started_at=now())
-                if run.is_async and agent.on_interrupt == "fail":
-                    await self._save(active, run, None)  # who begins it a second time must know that it was begun
-                else:
-                    self._store.save_nowait(run)
-                    active.tell(run)
-                if run.is_async and run.batch_id is None:
-                    self._store.flush_nowait()
-                self.tell_observers("run_started", run)
-            spend = functools.partial(self.tell_observers, "tokens_spent", step.agent.name)
-            context = RunContext(run, step.agent.name, active.note_progress, spend, self._limits.max_tokens)
-            active.context = context
-            context.cancel_requested = active.cancel_requested
-            call_in_thread = functools.partial(
-                self._threads.call, owner=active, batch_id=run.batch_id, deadline=active.scope.deadline
-            )
-            done = await run_step(step, Resources(self._models, call_in_thread), context)
-            if len(done.result) > self._limits.max_result_bytes:
-                raise ResultTooLarge(
-                    f"What {step.agent.name!r} gave has {len(done.result)} bytes, more than are kept "
-                    f"({self._limits.max_result_bytes}, max_result_bytes)."
-                )
-            self.tell_observers("step_completed", done)
-            return replace(run, steps=(*run.steps, done))
-        finally:
-            active.context = None
-            self._threads.when_free(active, release)
+        return await self._whole(active)
 
-    async def _admit(self, active: ActiveRun, agent: Agent) -> Callable[[], None]:
-        """Wait for a place of the engine, and for one of the agent; meanwhile hold no more than a stub of the run.
+    async def save_start(self, active: StoredRun, run: Run, agent: Agent) -> None:
+        """See ``ActiveRun.started``."""
+        if run.is_async and agent.on_interrupt == "fail":
+            await self._save(active, run, None)  # who begins it a second time must know that it was begun
+        else:
+            self._store.save_nowait(run)
+            active.tell(run)
+        if run.is_async and run.batch_id is None:
+            self._store.flush_nowait()
 
-        Returns: what gives both back. Raises QueueTimeout.
-        """
-        slots, batch_id = [self._slots], active.run.batch_id
-        if agent.max_concurrency is not None:
-            slots.append(self._agent_slots.setdefault(agent.name, Slots(agent.max_concurrency)))
-
-        def release() -> None:
-            for each in slots:
-                each.release(batch_id)
-
-        if active.scope.cancel_called or self.is_leaving:  # to ask for more takes as long as a short step
-            await anyio.lowlevel.checkpoint_if_cancelled()
-        if acquire_all_nowait(slots, batch_id):
-            return release
-        # Of a long batch most items wait for others of it: nobody is kept waiting by that.
-        is_limited = active.run.status is RunStatus.STARTING and batch_id is None
-        with anyio.move_on_after(self._limits.queue_timeout_s if is_limited else None):
-            await self._leave_in_store(active)
-            await acquire_all(slots, batch_id)
-            return release
-        assert self._limits.queue_timeout_s is not None
-        raise queue_timeout(self._limits.queue_timeout_s)
-
-    async def _leave_in_store(self, active: ActiveRun) -> None:
-        """Hold only a stub of a run that has to wait."""
+    async def leave_in_store(self, active: StoredRun) -> None:
+        """Hold only a stub of a run that waits for a slot."""
         is_in_store = active.run.is_async or active.run.status is not RunStatus.STARTING
         if not is_in_store and stub_of(active.run).is_stub:
             await self._save(active, active.run, None)
@@ -345,7 +290,7 @@ class Runner:
         if is_in_store:
             active.run = stub_of(active.run)
 
-    async def _whole(self, active: ActiveRun) -> Run:
+    async def _whole(self, active: StoredRun) -> Run:
         """The run with what was left in the store, trying again as long as that cannot be read.
 
         Raises: OwnershipLost; Unreadable if its record is damaged.
@@ -368,16 +313,11 @@ class Runner:
             active.run = replace(found, owner=active.run.owner, progress=active.progress)
         return active.run
 
-    def _check_interrupted(self, run: Run) -> None:
-        name = (run.steps[-1].next_agent if run.steps else None) or run.agent_name
-        agent = self._agents.get(name)
-        if agent is not None and agent.on_interrupt == "fail":
-            raise interrupted_turn(name)
+    def timeout_s_of(self, run: Run) -> float:
+        """How long one attempt may take, in seconds."""
+        return min(run.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
 
-    def _timeout_s(self, run: Run) -> float:
-        return min(run.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s)
-
-    async def _save(self, active: ActiveRun, run: Run, step: Step | None) -> None:
+    async def _save(self, active: StoredRun, run: Run, step: Step | None) -> None:
         """Write *run* and tell those who wait, trying again as long as the store cannot be written."""
         with anyio.CancelScope(shield=True) if self._store.is_shared else contextlib.nullcontext():
             while True:
@@ -393,7 +333,7 @@ class Runner:
         active.store_error = None
         active.tell(run)
 
-    async def _finish(self, active: ActiveRun, end: Mapping[str, Any]) -> None:
+    async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run
         step = run.steps[-1] if active.unsaved is not None else None
         run = replace(run, **end, completed_at=now(), progress=active.progress)
@@ -413,7 +353,7 @@ class Runner:
             self._store.give_up(run.run_id)
             active.tell(run)
         self._forget(active)
-        self.tell_observers("run_ended", run)
+        self.turns.tell("run_ended", run)
         level = logging.INFO if run.batch_id is None else logging.DEBUG  # of a million items the batch tells
         if logger.isEnabledFor(level):
             took_ms = round((now() - run.created_at).total_seconds() * 1000)
@@ -421,25 +361,17 @@ class Runner:
             extra = fields_of_run(run) | {"status": run.status.value, "duration_ms": took_ms}
             logger.log(level, template, run.run_id, run.status, run.agent_name, took_ms, run.request_id, extra=extra)
 
-    def tell_observers(self, event: str, *about: Run | Step | Usage | str) -> None:
-        """Call the method *event* of each; what one of them gets wrong harms no run."""
-        for observer in self._observers:
-            try:
-                getattr(observer, event)(*about)
-            except Exception:
-                logger.exception("an observer failed at %s", event)
-
-    def _forget(self, active: ActiveRun) -> None:
+    def _forget(self, active: StoredRun) -> None:
         self._leave_queue(active)
         if self.active.get(active.run.run_id) is active:
             del self.active[active.run.run_id]
 
-    def _lose(self, active: ActiveRun) -> None:
+    def _lose(self, active: StoredRun) -> None:
         """Those who wait for the run hear of it from the store from now on."""
         logger.warning("run %s: another engine has taken it over", active.run.run_id)
         self._let_go(active)
 
-    def _let_go(self, active: ActiveRun) -> None:
+    def _let_go(self, active: StoredRun) -> None:
         active.is_lost = True
         self._forget(active)
         active.tell(active.run)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from flock.errors import EngineStopped, KeyReused, Replayed, cut
+from flock.engine.refusals import stopping
+from flock.errors import KeyReused, Replayed, cut
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Page, Progress, QueueLimits, Run, RunStatus, Step, Usage
 
 __all__ = [
@@ -716,7 +717,7 @@ def has_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> b
 def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
     """Raise EngineStopped where an engine has let go of all that it had: nobody would go on with more."""
     if db.execute("SELECT 1 FROM engines WHERE engine_id = ?", (engine_id,)).fetchone() is None:
-        raise EngineStopped("The server is about to stop and takes no new work.")
+        raise stopping()
 
 
 def insert_key(

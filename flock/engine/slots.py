@@ -1,4 +1,4 @@
-"""Places that runs and items of batches take in turn."""
+"""Slots that runs and items of batches take in turn."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ __all__ = ["Slots", "acquire_all", "acquire_all_nowait"]
 
 
 class Slots:
-    """So many *places*, of which items of batches leave *reserved* to the runs that somebody may wait for.
+    """*count* slots, of which items of batches leave *reserved* to runs, whose clients may wait for them.
 
     Runs are served first, in the order in which they came; then one item of each batch after the other, so that a long
     batch does not keep a short one waiting.
     """
 
-    def __init__(self, places: int, *, reserved: int = 0) -> None:
-        self._free = places
-        self._free_for_items = places - reserved
+    def __init__(self, count: int, *, reserved: int = 0) -> None:
+        self._free = count
+        self._free_for_items = count - reserved
         self._runs: deque[anyio.Event] = deque()
         self._items: dict[str, deque[anyio.Event]] = {}
 
     def acquire_nowait(self, batch_id: str | None) -> bool:
-        """Take a place for a run, or for an item of a batch, if there is one."""
+        """Take a slot for a run, or for an item of a batch, if one is free."""
         # Whoever could be served has been, so nobody is overtaken.
         is_free = self._free > 0 and (batch_id is None or self._free_for_items > 0)
         if is_free:
@@ -47,7 +47,7 @@ class Slots:
             raise
 
     def release(self, batch_id: str | None) -> None:
-        """Give a place back that was taken for the same."""
+        """Release a slot that was taken for the same."""
         self._free += 1
         self._free_for_items += batch_id is not None
         while self._free and (self._runs or (self._items and self._free_for_items)):
@@ -67,7 +67,7 @@ class Slots:
 
 
 def acquire_all_nowait(slots: Sequence[Slots], batch_id: str | None) -> bool:
-    """Take a place of each of *slots* if all of them have one."""
+    """Take one of each of *slots* if all of them have a free one."""
     for taken, each in enumerate(slots):
         if not each.acquire_nowait(batch_id):
             for other in slots[:taken]:
@@ -77,7 +77,7 @@ def acquire_all_nowait(slots: Sequence[Slots], batch_id: str | None) -> bool:
 
 
 async def acquire_all(slots: Sequence[Slots], batch_id: str | None) -> None:
-    """Take a place of each of *slots*, and hold none while another one is waited for: it may be what a run waits for.
+    """Take one of each of *slots*, and hold none while it waits for another: a run may wait for that one.
 
     Cancellation: none is taken.
     """
@@ -85,11 +85,11 @@ async def acquire_all(slots: Sequence[Slots], batch_id: str | None) -> None:
     while True:
         await slots[waits_for].acquire(batch_id)
         taken = [slots[waits_for]]
-        for place, each in enumerate(slots):
-            if place == waits_for:
+        for index, each in enumerate(slots):
+            if index == waits_for:
                 continue
             if not each.acquire_nowait(batch_id):
-                waits_for = place
+                waits_for = index
                 break
             taken.append(each)
         else:

@@ -965,7 +965,7 @@ def _left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only
             continue
         if run is None:
             continue
-        agent_name = (run.steps[-1].next_agent if run.steps else None) or run.agent_name
+        agent_name = run.next_agent_name or run.agent_name
         if not run.is_async:
             left.ends[run_id] = schema.INTERRUPTED
         elif run.cancel_requested or agent_name in agents:

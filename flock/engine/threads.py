@@ -1,7 +1,7 @@
 """Worker threads for synchronous functions.
 
 A thread cannot be cancelled, so a call in one is waited for even when its run is cancelled: nothing is said to have
-stopped that has not. Only at its deadline, or when the engine leaves, is it left alone; its place stays taken until the
+stopped that has not. Only at its deadline, or when the engine leaves, is it left alone; its slot stays taken until the
 function returns, so that functions that hang cannot pile up.
 """
 
@@ -36,7 +36,7 @@ class Threads:
     """At most *max_threads* calls at the same time; each has an *owner*, one call an owner."""
 
     def __init__(self, max_threads: int) -> None:
-        self._places = Slots(max_threads, reserved=max_threads // 10)
+        self._slots = Slots(max_threads, reserved=max_threads // 10)
         self._calls: dict[object, _Call] = {}
 
     async def call(self, function: Callable[[], T], owner: object, batch_id: str | None, deadline: float) -> T:
@@ -45,10 +45,10 @@ class Threads:
         *batch_id* is of the batch of which *owner* is an item.
 
         Raises: what *function* raises; TimeoutError if it is left alone.
-        Cancellation: while it waits for a place, at once; then only when the function has returned.
+        Cancellation: while it waits for a slot, at once; then only when the function has returned.
         """
         call, tell_loop = _Call(batch_id, deadline), _teller()
-        await self._places.acquire(batch_id)
+        await self._slots.acquire(batch_id)
         self._calls[owner] = call
 
         def run() -> T:
@@ -66,7 +66,7 @@ class Threads:
 
         try:
             with call.scope:
-                # A limiter of its own, since the place is given back later than this one would be.
+                # A limiter of its own, since the slot is released later than this one would be.
                 return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         finally:
             # The thread looks at this after it has set is_begun and is_over, and we the other way round.
@@ -80,7 +80,7 @@ class Threads:
         if call.is_free:
             return
         call.is_free = True
-        self._places.release(call.batch_id)
+        self._slots.release(call.batch_id)
         if self._calls.get(owner) is call:
             del self._calls[owner]
         for callback in call.when_free:

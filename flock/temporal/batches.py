@@ -17,38 +17,34 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import replace
 from temporalio.api.common.v1 import Memo
-from temporalio.api.enums.v1 import EventType, WorkflowExecutionStatus
+from temporalio.api.enums.v1 import WorkflowExecutionStatus
 from temporalio.api.workflow.v1 import WorkflowExecutionInfo
 from temporalio.client import WorkflowHandle
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
-from flock.agents.agent import Agent
-from flock.engine.batches import Intake
-from flock.engine.ends import not_retried
+from flock.engine.intake import Intake
+from flock.engine.refusals import not_cancelled, not_deleted, not_retried
 from flock.errors import BatchNotFound, Conflict, EngineFull, KeyReused, Replayed, StoreError, cut
 from flock.limits import Limits
 from flock.runs import (
     Batch,
     BatchFilter,
     IdempotencyKey,
-    Items,
-    OnInvalid,
     Page,
     Run,
     RunStatus,
 )
-from flock.temporal.chunks import LOOK_AGAIN_AFTER_S, ended_by_now, read_chunk
+from flock.temporal.chunks import ended_by_now, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.marks import Marks
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
-    MAX_ITEMS,
     ROWS_WORKFLOW,
+    Attempt,
     BatchOrder,
-    ChunkEnded,
+    Counts,
     ItemRow,
-    Reopening,
     RowsOrder,
     batch_workflow_id,
     chunk_workflow_id,
@@ -92,7 +88,7 @@ class _Found:
         memo: what its workflow says of itself.
     """
 
-    def __init__(self, batch: Batch, about: Reopening, memo: Memo) -> None:
+    def __init__(self, batch: Batch, about: Attempt, memo: Memo) -> None:
         self.batch = batch if batch.error is None else replace(batch, error=cut(batch.error))
         self.about = about
         self.memo = memo
@@ -129,21 +125,13 @@ class TemporalBatches:
 
     # Accepting
 
-    async def submit(
-        self,
-        agent: Agent,
-        items: Items,
-        batch: Batch,
-        *,
-        on_invalid: OnInvalid,
-        key: IdempotencyKey | None,
-        traceparent: str | None,
-    ) -> Batch:
-        """Accept *batch*, which has no items yet, with *items*; see ``Engine.submit_batch``.
+    async def submit(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
+        """Accept a batch; see ``Engine.submit_batch``.
 
         Cancellation: what was sent of its rows is deleted by workers.
         """
-        rows = _Rows(self._cluster, self._task_queue, batch, traceparent)
+        batch = intake.batch
+        rows = _Rows(self._cluster, self._task_queue, batch.batch_id)
         own = 0
 
         async def stage(page: Sequence[Run]) -> None:
@@ -155,21 +143,16 @@ class TemporalBatches:
             self._staged += count
             await rows.send(page)
 
-        intake = Intake(
-            agent,
-            batch,
-            stage,
-            max_input_bytes=self._limits.max_input_bytes,
-            traceparent=traceparent,
-            id_of=lambda position: item_id(batch.batch_id, position),
-            items_a_page=lambda total: min(MAX_CHUNK, max(MIN_CHUNK, total // 10)),
-            page_bytes=CHUNK_BYTES,
-        )
         waiting = await self._check_room(0)  # a cluster that is away says so here, and soon
         is_used = key is not None and await self._marks.is_used(key)  # a replay comes before any limit
         is_whole = False
         try:
-            whole = await intake.read(items, on_invalid, min(self._limits.max_items, MAX_ITEMS))
+            whole = await intake.read(
+                stage,
+                id_of=lambda position: item_id(batch.batch_id, position),
+                items_a_page=lambda total: min(MAX_CHUNK, max(MIN_CHUNK, total // 10)),
+                page_bytes=CHUNK_BYTES,
+            )
             if intake.page:
                 await stage(intake.page)
             await rows.all_sent()
@@ -179,26 +162,27 @@ class TemporalBatches:
                 starts=tuple(rows.starts),
                 timeout_s=min(batch.options.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s),
                 heartbeat_timeout_s=self._heartbeat_timeout_s,
-                is_staged=key is not None,
                 invalid_items=whole.failed_items,
                 failed_in=f"{rows.failed_in:x}",
                 first_error=rows.first_error,
                 key_id=None if key is None else self._marks.key_id(key),
             )
-            await self._accept(order, key, own)
-            return whole
+            accepted = await self._accept(order, key, own, rows)
         except BaseException:
             rows.stop()
-            if rows.starts:
+            if rows.starts and not rows.is_taken:
                 drop = asyncio.create_task(self._drop(batch.batch_id, len(rows.starts), key if is_whole else None))
                 self._drops.add(drop)
                 drop.add_done_callback(self._drops.discard)
             raise
         finally:
             self._staged -= own
+        if accepted.batch_id != batch.batch_id:
+            raise Replayed(accepted.batch_id)
+        return accepted
 
     async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
-        """Let workers delete what was sent, unless the key stands for it by now: whoever comes next may accept it."""
+        """Let workers delete what was sent, unless the key stands for it by now: it may have been started."""
         try:
             if key is None or await self._marks.find(key) != batch_id:
                 await self._marks.forget_batch(batch_id, chunks)
@@ -207,44 +191,33 @@ class TemporalBatches:
         except StoreError as exc:
             logger.warning("what was sent of the batch %s cannot be deleted: %s", batch_id, exc)
 
-    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int) -> None:
-        """Accept a batch of which *staged* open items were sent. Raises Replayed, KeyReused, EngineFull."""
+    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int, rows: "_Rows") -> Batch:
+        """Start a batch of which *rows* with *staged* open items were sent, under the id that its key stands for.
+
+        Raises: Replayed, KeyReused, EngineFull.
+        """
         batch = order.batch
         made_id = None if key is None else await self._marks.find(key)
-        if key is not None and made_id is not None and await self._is_void(made_id):
-            await self._marks.give_back(key, made_id)
-            made_id = None
-        if made_id is None:
-            await self._check_room(batch.total_items - batch.completed_items - staged)
-            await self._start(order)
-            if key is None:
-                return
+        if key is not None and made_id is not None:
+            if await self._marks.is_gone(made_id):
+                await self._marks.free(self._marks.key_id(key), made_id)
+            with contextlib.suppress(BatchNotFound):
+                raise Replayed((await self.get(made_id)).batch_id)
+        await self._check_room(batch.total_items - batch.completed_items - staged)
+        if key is not None:
+            # The process that claimed the key may have died before it started the batch; the next one starts it.
             made_id = await self._marks.claim(key, batch.batch_id)
-        # Whoever claimed the key may have died before saying this; whoever comes next says it in its place.
-        with contextlib.suppress(RPCError):
-            async with self._cluster.asking():
-                await self._handle(made_id, 1).signal("accept")
-        for pause_s in LOOK_AGAIN_AFTER_S:  # while a worker begins with it, that is not in its history yet
-            try:
-                await self.get(made_id)
-                break
-            except BatchNotFound:
-                await asyncio.sleep(pause_s)
-        if made_id != batch.batch_id:
-            raise Replayed(made_id)
-
-    async def _is_void(self, batch_id: str) -> bool:
-        """Whether nothing comes of a batch that a key stands for: it was deleted, or not accepted in time."""
-        if await self._marks.is_gone(batch_id):
-            return True
+            if made_id != batch.batch_id:
+                order = replace(
+                    order, batch=replace(batch, batch_id=made_id), attempts=(Attempt(rows_of=batch.batch_id),)
+                )
+        rows.is_taken = key is not None  # also if no answer comes: whoever asks again may find it started
         try:
-            async with self._cluster.asking():
-                described = (await self._handle(batch_id, 1).describe()).raw_description
-            info = described.workflow_execution_info
-            is_staged = "is_staged" in info.memo.fields and decoded(info.memo.fields["is_staged"], bool)
-            return info.HasField("close_time") and is_staged and not await self._is_accepted(batch_id)
-        except RPCError:  # the cluster has forgotten it
-            return False
+            await self._start(order)
+        except WorkflowAlreadyStartedError:
+            rows.is_taken = False
+            raise Replayed(order.batch.batch_id) from None
+        return order.batch
 
     async def _start(self, order: BatchOrder) -> None:
         """Raises WorkflowAlreadyStartedError where this attempt was begun before."""
@@ -254,7 +227,7 @@ class TemporalBatches:
             order.batch,
             id=batch_workflow_id(order.batch.batch_id, order.batch.attempt),
             task_queue=self._task_queue,
-            memo={"batch": order.batch, "about": order.attempts[-1], "is_staged": order.is_staged},
+            memo={"batch": order.batch, "about": order.attempts[-1]},
         )
 
     async def _check_room(self, more: int) -> int:
@@ -285,7 +258,9 @@ class TemporalBatches:
         """The last attempt of a batch as it stands. Raises BatchNotFound."""
         if ID.fullmatch(batch_id) is None or place_of_item(batch_id)[1] >= 0:
             raise BatchNotFound(batch_id)
-        found = await self._attempt(batch_id, 1) or await self._attempt(batch_id, await self._last_attempt(batch_id))
+        found = await self._attempt(batch_id, 1) or await self._attempt(
+            batch_id, await self._cluster.last_attempt(BATCH_WORKFLOW, batch_workflow_id(batch_id, 1))
+        )
         if found is None or found.batch.flock != self._flock:
             raise BatchNotFound(batch_id)
         while found.batch.status.is_final:
@@ -293,8 +268,6 @@ class TemporalBatches:
             if later is None:
                 break
             found = later
-        if found.says("is_staged", bool, False) and not await self._is_accepted(batch_id):
-            raise BatchNotFound(batch_id)
         if found.batch.status.is_final and await self._marks.is_gone(batch_id):
             raise BatchNotFound(batch_id)
         return found
@@ -304,18 +277,16 @@ class TemporalBatches:
             return None
         try:
             async with self._cluster.asking():
-                described = (await self._handle(batch_id, attempt).describe()).raw_description
+                described = (await self.handle(batch_id, attempt).describe()).raw_description
         except RPCError:
             return None
         info = described.workflow_execution_info
         memo = info.memo
-        found = _Found(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Reopening), memo)
+        found = _Found(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Attempt), memo)
         if found.batch.status.is_final:
             return found
         at_work = found.says("at_work", list[int], [])
-        ended = sum(
-            await asyncio.gather(*(self._ended_of(batch_id, chunk, attempt) for chunk in at_work)), ChunkEnded()
-        )
+        ended = sum(await asyncio.gather(*(self._ended_of(batch_id, chunk, attempt) for chunk in at_work)), Counts())
         batch, told = found.batch, self._told.pop((batch_id, attempt), found.batch)
         found.batch = self._told[batch_id, attempt] = replace(
             batch,
@@ -329,7 +300,7 @@ class TemporalBatches:
             _cut_off(found, info)
         return found
 
-    async def _ended_of(self, batch_id: str, chunk: int, attempt: int) -> ChunkEnded:
+    async def _ended_of(self, batch_id: str, chunk: int, attempt: int) -> Counts:
         """What a chunk at work has brought to its end by now."""
         handle = self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, attempt))
         try:
@@ -339,49 +310,21 @@ class TemporalBatches:
                     await asyncio.sleep(COUNT_AGAIN_AFTER_S)
                     described = (await handle.describe()).raw_description
         except RPCError:  # it has not been started yet
-            return ChunkEnded()
+            return Counts()
         memo = described.workflow_execution_info.memo.fields
-        counted = decoded(memo["ended"], ChunkEnded) if "ended" in memo else ChunkEnded()
+        counted = decoded(memo["ended"], Counts) if "ended" in memo else Counts()
         return counted + ended_by_now(described.pending_activities)
 
-    async def _is_accepted(self, batch_id: str) -> bool:
-        async with self._cluster.asking():
-            history = await self._handle(batch_id, 1).fetch_history()
-        signaled = EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED
-        return any(
-            event.workflow_execution_signaled_event_attributes.signal_name == "accept"
-            for event in history.events
-            if event.event_type == signaled
-        )
-
-    async def _last_attempt(self, batch_id: str) -> int:
-        """0 where nothing is kept of it. The cluster forgets its first attempts before the last one."""
-        query = f"WorkflowType = '{BATCH_WORKFLOW}' AND WorkflowId STARTS_WITH 'batch:{batch_id}:'"
-        async with self._cluster.asking():
-            found = self._cluster.client.list_workflows(query)
-            return max([int(each.id.rpartition(":")[2]) async for each in found], default=0)
-
-    def _handle(self, batch_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
+    def handle(self, batch_id: str, attempt: int = 1) -> WorkflowHandle[Any, Any]:
+        """Of the workflow that ends with an attempt of a batch, whether there is one or not."""
         return self._cluster.client.get_workflow_handle(batch_workflow_id(batch_id, attempt))
-
-    def handle(self, batch: Batch) -> WorkflowHandle[Any, Any]:
-        """Of the workflow that ends with an attempt of a batch."""
-        return self._handle(batch.batch_id, batch.attempt)
-
-    def first_handle(self, batch_id: str) -> WorkflowHandle[Any, Any]:
-        """Of the workflow that ends with its first attempt, whether there is one or not."""
-        return self._handle(batch_id, 1)
 
     async def _order(self, batch: Batch) -> BatchOrder:
         """What an attempt was begun with: where its chunks begin, and what earlier attempts were about."""
         key = (batch.batch_id, batch.attempt)
         if key not in self._orders:
             async with self._cluster.asking():
-                async for event in self._handle(*key).fetch_history_events(page_size=1):
-                    await self._cluster.payloads.bring_in([event])
-                    sent = event.workflow_execution_started_event_attributes.input.payloads[0]
-                    self._orders[key] = decoded(sent, BatchOrder)
-                    break
+                self._orders[key] = await self._cluster.input_of(batch_workflow_id(*key), BatchOrder)
         self._orders.move_to_end(key)
         if len(self._orders) > BATCHES_KEPT:
             self._orders.popitem(last=False)
@@ -423,7 +366,8 @@ class TemporalBatches:
     async def _items_of(self, found: _Found, order: BatchOrder, chunk: int) -> dict[int, Run]:
         attempts = (*order.attempts[:-1], found.about)
         async with self._cluster.asking(SEND_TIMEOUT_S):
-            return (await read_chunk(self._cluster, found.batch.batch_id, chunk, attempts)).items
+            read = await read_chunk(self._cluster, found.batch.batch_id, chunk, attempts, attempts[0].rows_of)
+            return read.items
 
     async def item(self, run_id: str) -> Run | None:
         """The item with that id, or None."""
@@ -443,15 +387,7 @@ class TemporalBatches:
     async def page(self, wanted: BatchFilter) -> Page[Batch]:
         """As ``Engine.list_batches``."""
         page = Page[Batch](wanted.limit)
-        ids = newest_first(
-            self._cluster,
-            own(BATCH_WORKFLOW, self._flock),
-            "batch",
-            status=wanted.status,
-            agent_name=wanted.agent_name,
-            principal=wanted.principal,
-            after=wanted.after,
-        )
+        ids = newest_first(self._cluster, own(BATCH_WORKFLOW, self._flock), "batch", wanted)
         async for batch_ids in ids:
             for start in range(0, len(batch_ids), BATCHES_AT_ONCE):
                 some = batch_ids[start : start + BATCHES_AT_ONCE]
@@ -471,10 +407,10 @@ class TemporalBatches:
         if not batch.status.is_final:
             with contextlib.suppress(RPCError):  # it has ended in the meantime
                 async with self._cluster.asking():
-                    await self.handle(batch).cancel()
+                    await self.handle(batch_id, batch.attempt).cancel()
             batch = await self.get(batch_id)
-        if batch.status.is_final and batch.status is not RunStatus.CANCELLED:
-            raise Conflict(f"The batch {batch_id} is {batch.status} and cannot be cancelled any more.")
+        if conflict := not_cancelled(batch):
+            raise conflict
         return replace(batch, cancel_requested=True)
 
     async def cancel_item(self, run: Run) -> None:
@@ -482,7 +418,7 @@ class TemporalBatches:
         batch = await self.get(batch_id)
         with contextlib.suppress(RPCError):  # it has ended in the meantime
             async with self._cluster.asking():
-                await self.handle(batch).signal("cancel_item", position)
+                await self.handle(batch_id, batch.attempt).signal("cancel_item", position)
 
     async def retry(self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None) -> Batch:
         """Begin the next attempt of a batch that has ended, of *item* alone if there is one."""
@@ -516,11 +452,10 @@ class TemporalBatches:
                 resumed_with=0,
                 cancel_requested=False,
             ),
-            is_staged=False,
             attempts=(
                 *order.attempts[:-1],
                 found.about,
-                Reopening(only=wanted, position=None if item is None else item.position),
+                Attempt(only=wanted, position=None if item is None else item.position),
             ),
             failed_in=found.says("failed_in", str, every),
             cancelled_in=found.says("cancelled_in", str, every),
@@ -535,11 +470,11 @@ class TemporalBatches:
     async def delete(self, batch_id: str) -> None:
         batch = await self.get(batch_id)
         if not batch.status.is_final:
-            raise Conflict(f"The batch {batch_id} is still {batch.status}. Cancel it first, or wait for its end.")
+            raise not_deleted(batch)
         order = await self._order(batch)
-        if not await self._marks.forget_batch(batch_id, len(order.starts)):
+        if not await self._marks.forget_batch(batch_id, len(order.starts), order.attempts[0].rows_of):
             raise BatchNotFound(batch_id)
-        await self._marks.free(order.key_id)
+        await self._marks.free(order.key_id, batch_id)
 
 
 class _Rows:
@@ -549,28 +484,18 @@ class _Rows:
         starts: the position at which each chunk begins.
         failed_in: in which chunks there are items that do not fit, a bit for each.
         first_error: of the first of them.
+        is_taken: a batch may have been started with them.
     """
 
-    def __init__(self, cluster: Cluster, task_queue: str, batch: Batch, traceparent: str | None) -> None:
+    def __init__(self, cluster: Cluster, task_queue: str, batch_id: str) -> None:
         self.starts: list[int] = []
         self.failed_in = 0
         self.first_error: tuple[int, str] | None = None
+        self.is_taken = False
         self._total = 0
         self._cluster = cluster
         self._task_queue = task_queue
-        self._item = Run(
-            run_id=batch.batch_id,
-            flock=batch.flock,
-            agent_name=batch.agent_name,
-            inputs=msgspec.Raw(b"{}"),
-            created_at=batch.created_at,
-            request_id=batch.request_id,
-            batch_id=batch.batch_id,
-            traceparent=traceparent,
-            principal=batch.principal,
-            is_async=True,
-            timeout_s=batch.options.timeout_s,
-        )
+        self._batch_id = batch_id
         self._sending: set[asyncio.Task[None]] = set()
 
     async def send(self, page: Sequence[Run]) -> None:
@@ -583,7 +508,7 @@ class _Rows:
                 self.failed_in |= 1 << chunk
                 self.first_error = self.first_error or (position, item.error)
         rows = tuple(ItemRow(item.inputs, item.error, item.extra or msgspec.UNSET) for item in page)
-        order = RowsOrder(item=self._item, first=self._total, rows=rows)
+        order = RowsOrder(item=_common_of(page[0]), first=self._total, rows=rows)
         self.starts.append(self._total)
         self._total += len(page)
         self._sending.add(asyncio.create_task(self._send(chunk, order)))
@@ -606,10 +531,25 @@ class _Rows:
             await self._cluster.client.start_workflow(
                 ROWS_WORKFLOW,
                 order,
-                id=rows_workflow_id(self._item.run_id, chunk),
+                id=rows_workflow_id(self._batch_id, chunk),
                 task_queue=self._task_queue,
                 start_delay=KEEP_ROWS_FOR,
             )
+
+
+def _common_of(item: Run) -> Run:
+    """What all items of the batch have in common."""
+    return replace(
+        item,
+        run_id=item.batch_id or "",
+        inputs=msgspec.Raw(b"{}"),
+        status=RunStatus.STARTING,
+        error=None,
+        error_type=None,
+        completed_at=None,
+        position=None,
+        extra=None,
+    )
 
 
 def _cut_off(found: _Found, info: WorkflowExecutionInfo) -> None:

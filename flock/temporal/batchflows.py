@@ -1,4 +1,4 @@
-"""What the cluster keeps of a batch: a workflow that shares its places out to chunks, and one for each chunk at work.
+"""What the cluster keeps of a batch: a workflow that shares its lanes out to chunks, and one for each chunk at work.
 
 Rows are kept by workflows of their own, results by the histories of the chunks: a batch itself stays small however long
 it is, and goes on in a new history before that becomes long. As in ``flock.temporal.workflows``, what they do must be
@@ -40,10 +40,9 @@ from flock.temporal.messages import (
     ROWS_WORKFLOW,
     TASK_TIMEOUT,
     BatchOrder,
-    ChunkEnded,
     ChunkOrder,
+    Counts,
     ForgetOrder,
-    ItemsBeat,
     ItemsDone,
     ItemsOrder,
     Part,
@@ -52,7 +51,7 @@ from flock.temporal.messages import (
     items_queue_of,
     recoded,
 )
-from flock.temporal.records import CANCELLED_BEFORE, GIVEN_UP, counted, end_for, ended_by, left_of
+from flock.temporal.records import CANCELLED_BEFORE, GIVEN_UP, end_for, ended_by
 from flock.temporal.workflows import NO_LIMIT, RETRIES
 
 __all__ = ["FlockBatch", "FlockChunk", "FlockForget", "FlockRows"]
@@ -68,8 +67,6 @@ MAX_BYTES = 5_000_000
 #: and 4 of all that is decided at one time. What is behind that is decided so much later.
 MAX_HANDED_ON = 1_600_000
 NEXT_DECISION = timedelta(milliseconds=10)
-#: How long a batch waits to be accepted, once all of its rows are there.
-ACCEPT_WITHIN = timedelta(minutes=10)
 #: So soon it can be read who is cancelled of those that wait.
 SHOW_WITHIN = timedelta(seconds=0.5)
 #: What is only looked up or cleared away is tried until it is done.
@@ -100,22 +97,16 @@ class FlockBatch(_Interruptible):
     def __init__(self, order: BatchOrder) -> None:
         self._order = order
         self._batch = order.batch
-        self._is_accepted = not order.is_staged
         #: who is to be cancelled of those that wait for their chunk, and when that was asked for; until it has ended
         self._cancelled = dict(order.attempts[-1].cancelled)
         self._failed_in, self._cancelled_in = int(order.failed_in, 16), int(order.cancelled_in, 16)
         self._first_error = order.first_error
         self._next = order.attempts[-1].begun_to
-        #: by chunk: its places, and what becomes of it
+        #: by chunk: its lanes, and what becomes of it
         self._lanes: dict[int, int] = {}
-        self._chunks: dict[int, asyncio.Task[ChunkEnded]] = {}
-        self._started: dict[int, workflow.ChildWorkflowHandle[Any, ChunkEnded]] = {}
+        self._chunks: dict[int, asyncio.Task[Counts]] = {}
+        self._started: dict[int, workflow.ChildWorkflowHandle[Any, Counts]] = {}
         self._signals: set[asyncio.Task[None]] = set()
-
-    @workflow.signal(name="accept")
-    def accept(self) -> None:
-        """All of it is there, and whoever sent it is told so."""
-        self._is_accepted = True
 
     @workflow.signal(name="cancel_item")
     def cancel_item(self, position: int) -> None:
@@ -128,8 +119,6 @@ class FlockBatch(_Interruptible):
 
     @workflow.run
     async def run(self, order: BatchOrder) -> None:
-        if not self._is_accepted:
-            await self._until(lambda: self._is_accepted, ACCEPT_WITHIN)  # its TimeoutError ends it unseen
         if self._batch.started_at is None or self._batch.resumed_at is None:
             batch = self._batch
             self._batch = replace(
@@ -181,19 +170,19 @@ class FlockBatch(_Interruptible):
         return [k for k in chunks if wanted >> k & 1]
 
     def _begin_chunks(self) -> None:
-        """Share the free places out: to chunks that are begun now, or else to those that are at work."""
+        """Share the free lanes out: to chunks that start now, or else to those that are at work."""
         options = self._batch.options
-        places = min(options.max_workers, MAX_LANES) if options.parallel else 1
-        free = places - sum(self._lanes.values())
-        room = min(places, CHUNKS_AT_ONCE) - len(self._chunks)
+        lanes = min(options.max_workers, MAX_LANES) if options.parallel else 1
+        free = lanes - sum(self._lanes.values())
+        room = min(lanes, CHUNKS_AT_ONCE) - len(self._chunks)
         is_long = _is_long()
         if not (self.is_cancelled or is_long) and free and room:
             chunks = list(islice(self._chunks_to_begin(), room))
-            for place, chunk in enumerate(chunks):
-                lanes = math.ceil(free / (len(chunks) - place))
-                if lanes:
-                    free -= lanes
-                    self._begin(chunk, lanes)
+            for index, chunk in enumerate(chunks):
+                share = math.ceil(free / (len(chunks) - index))
+                if share:
+                    free -= share
+                    self._begin(chunk, share)
         while free > 0 and self._lanes and not self.is_cancelled:
             chunk = min(self._lanes, key=lambda k: (self._lanes[k], k))
             size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
@@ -222,19 +211,19 @@ class FlockBatch(_Interruptible):
         self._next = chunk + 1
         self._chunks[chunk] = asyncio.create_task(self._run_chunk(order))
 
-    async def _run_chunk(self, order: ChunkOrder) -> ChunkEnded:
+    async def _run_chunk(self, order: ChunkOrder) -> Counts:
         """Never cancelled: who cancels a start that is on its way is not told what becomes of it."""
         started = self._started[order.chunk] = await workflow.start_child_workflow(
             CHUNK_WORKFLOW,
             order,
             id=chunk_workflow_id(order.batch_id, order.chunk, order.attempt),
-            result_type=ChunkEnded,
+            result_type=Counts,
             task_timeout=TASK_TIMEOUT,
             parent_close_policy=workflow.ParentClosePolicy.REQUEST_CANCEL,
         )
         if self._batch.cancel_requested:
             started.cancel()
-        ended: ChunkEnded = await started
+        ended: Counts = await started
         return ended
 
     def _tell(self, chunk: int, signal: str, what: int) -> None:
@@ -261,14 +250,14 @@ class FlockBatch(_Interruptible):
             try:
                 ended = task.result()
             except ChildWorkflowError as exc:
-                ended = ChunkEnded()
+                ended = Counts()
                 if self.is_cancelled:  # before it began: what is left is counted at the end
                     self._cancelled_in |= 1 << chunk
                 else:  # somebody ended it from outside, or its rows are forgotten
                     size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
                     size = min(size, self._batch.total_items - self._batch.completed_items)
                     end = _end_for(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
-                    ended = ChunkEnded(failed=size, first_error=(self._order.first_of(chunk), end.error))
+                    ended = Counts(failed=size, first_error=(self._order.first_of(chunk), end.error))
             batch = self._batch
             self._batch = replace(
                 batch,
@@ -286,7 +275,6 @@ class FlockBatch(_Interruptible):
         return replace(
             self._order,
             batch=self._batch,
-            is_staged=False,
             attempts=(*self._order.attempts[:-1], about),
             failed_in=f"{self._failed_in:x}",
             cancelled_in=f"{self._cancelled_in:x}",
@@ -302,7 +290,6 @@ class FlockBatch(_Interruptible):
             "batch": self._batch,
             "at_work": sorted(self._chunks),
             "about": self._state().attempts[-1],
-            "is_staged": False,
         }
         return {name: msgspec.to_builtins(value) for name, value in shown.items()}
 
@@ -349,7 +336,7 @@ class FlockChunk(_Interruptible):
     def __init__(self, order: ChunkOrder) -> None:
         self._order = order
         self._lanes = order.lanes
-        self._ended = order.before or ChunkEnded()
+        self._ended = order.before or Counts()
         self._todo: deque[Part] = deque(order.parts or ())
         #: those who are to be cancelled
         self._cancelled = set(order.cancelled)
@@ -366,7 +353,7 @@ class FlockChunk(_Interruptible):
         self._cancelled.add(position)
 
     @workflow.run
-    async def run(self, order: ChunkOrder) -> ChunkEnded:
+    async def run(self, order: ChunkOrder) -> Counts:
         if order.parts is None:
             await self._find()
         while True:
@@ -429,7 +416,7 @@ class FlockChunk(_Interruptible):
         )
 
     def _begin(self) -> bool:
-        """Share out what is to be done among the places that are free. Returns whether some of it is to wait."""
+        """Share out what is to be done among the lanes that are free. Returns whether some of it is to wait."""
         handed_on = 0
         while self._todo and len(self._at_work) < self._lanes:
             share = math.ceil(len(self._todo) / (self._lanes - len(self._at_work)))
@@ -459,8 +446,8 @@ class FlockChunk(_Interruptible):
             del self._at_work[task]
             done = _what_became_of(task, order)
             for ended in done.ended:
-                self._ended += counted(ended)
-            self._todo.extendleft(reversed(left_of(order, done)))
+                self._ended += ended.counts
+            self._todo.extendleft(reversed(order.left_after(done)))
 
     def _leave_out_cancelled(self) -> None:
         if not (self.is_cancelled or self._cancelled):
@@ -468,7 +455,7 @@ class FlockChunk(_Interruptible):
         todo, self._todo = self._todo, deque()
         for part in todo:
             if self.is_cancelled or part.position in self._cancelled:
-                self._ended += ChunkEnded(cancelled=1)
+                self._ended += Counts(cancelled=1)
             else:
                 self._todo.append(part)
 
@@ -498,7 +485,7 @@ def _what_became_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder)
             return ItemsDone()
         beat = None
         if isinstance(exc.cause, TimeoutError) and exc.cause.last_heartbeat_details:
-            beat = recoded(exc.cause.last_heartbeat_details[0], ItemsBeat)
+            beat = recoded(exc.cause.last_heartbeat_details[0], ItemsDone)
         is_cancelled = exc.retry_state is RetryState.CANCEL_REQUESTED
         return ended_by(order, beat, workflow.now(), is_cancelled=is_cancelled, end=_end_for(exc.cause))
 

@@ -18,23 +18,22 @@ from flock.runs import INVALID_INPUT, Run, RunStatus
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,
-    ChunkEnded,
+    Attempt,
     ChunkOrder,
-    Ended,
-    ItemsBeat,
+    Counts,
+    ItemEnd,
     ItemsDone,
     ItemsOrder,
     Part,
-    Reopening,
     RowsOrder,
     chunk_workflow_id,
     decoded,
     item_id,
     rows_workflow_id,
 )
-from flock.temporal.records import CANCELLED_BEFORE, counted, end_for, ended_by, left_of, time_of, waiting_again
+from flock.temporal.records import CANCELLED_BEFORE, end_for, ended_by, time_of, waiting_again
 
-__all__ = ["LOOK_AGAIN_AFTER_S", "Chunk", "ended_by_now", "read_chunk", "reopens"]
+__all__ = ["Chunk", "ended_by_now", "read_chunk", "reopens"]
 
 #: What closes the history of a chunk for good.
 CLOSED = (
@@ -75,7 +74,7 @@ class Chunk:
                 item = replace(item, status=RunStatus.FAILED, **end)
             self.items[position] = item
 
-    def reopen(self, about: Reopening) -> None:
+    def reopen(self, about: Attempt) -> None:
         """What an attempt of the batch is about waits again."""
         for position, item in self.items.items():
             if reopens(about, item):
@@ -83,10 +82,10 @@ class Chunk:
 
     def fold(self, history: Iterable[HistoryEvent], pending: Sequence[PendingActivityInfo] = ()) -> None:
         """Let what happened in one attempt happen to the items."""
-        at_work = _AtWork()
+        orders = _Orders()
         for event in history:
             at = time_of(event.event_time)
-            if handed_in := at_work.look(event):
+            if handed_in := orders.look(event):
                 self._take_in(*handed_in, at)
             match event.event_type:
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
@@ -97,13 +96,13 @@ class Chunk:
                     signal = event.workflow_execution_signaled_event_attributes
                     if signal.signal_name == "cancel_item":
                         position = decoded(signal.input.payloads[0], int)
-                        self.cancel([position], None if at_work.has(position) else at)
+                        self.cancel([position], None if orders.has(position) else at)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                     self.cancel(self.items, None)
                 case closed if closed in CLOSED:
                     self.close(at)
-        for beat in at_work.beats(pending):
-            self._look_at(beat)
+        for order, done in orders.beats(pending):
+            self._take_in(order, done, None)
 
     def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
         """Somebody asked to cancel items: those that wait have ended *at* that time, if one is given."""
@@ -119,29 +118,24 @@ class Chunk:
             if not item.status.is_final:
                 self.items[position] = _cancelled(item, at)
 
-    def _take_in(self, order: ItemsOrder, done: ItemsDone, at: datetime) -> None:
+    def _take_in(self, order: ItemsOrder, done: ItemsDone, at: datetime | None) -> None:
+        """Apply what has come of *order*: *at* a time, if it is not at work any more."""
         for ended in done.ended:
             self._end(ended)
-        for part in left_of(order, done):
+        for part in order.left_after(done):
             item = self._begun(part)
-            if item.cancel_requested:
+            if item.cancel_requested and at is not None:
                 item = _cancelled(item, at)
             self.items[part.position] = item
 
-    def _look_at(self, beat: ItemsBeat) -> None:
-        for ended in beat.ended:
-            self._end(ended)
-        if beat.at_work is not None and not self.items[beat.at_work.position].status.is_final:
-            self.items[beat.at_work.position] = self._begun(beat.at_work)
-
     def _begun(self, part: Part) -> Run:
         item = self.items[part.position]
-        if part.started_at is None:
+        if part.started_at is None or item.status.is_final:
             return item
         steps = part.steps or item.steps
         return replace(item, status=RunStatus.RUNNING, started_at=part.started_at, steps=steps, progress=part.progress)
 
-    def _end(self, ended: Ended) -> None:
+    def _end(self, ended: ItemEnd) -> None:
         item = self.items[ended.position]
         steps = ended.steps or item.steps
         self.items[ended.position] = replace(
@@ -167,13 +161,13 @@ def _cancelled(item: Run, at: datetime) -> Run:
     )
 
 
-def reopens(about: Reopening, item: Run) -> bool:
+def reopens(about: Attempt, item: Run) -> bool:
     """Whether a retry is about *item*. One that does not fit would not fit again."""
     is_meant = about.position in (None, item.position)
     return item.status in about.only and is_meant and item.error_type != INVALID_INPUT
 
 
-class _AtWork:
+class _Orders:
     """The orders that are at work in a chunk, as its history tells."""
 
     def __init__(self) -> None:
@@ -199,7 +193,7 @@ class _AtWork:
                 late = event.activity_task_timed_out_event_attributes
                 if taken := self._pop(late.scheduled_event_id):
                     told = late.failure.timeout_failure_info.last_heartbeat_details.payloads
-                    beat = decoded(told[0], ItemsBeat) if told else None
+                    beat = decoded(told[0], ItemsDone) if told else None
                     return taken, ended_by(taken, beat, at, is_cancelled=late.retry_state == CANCEL_REQUESTED)
             case E.EVENT_TYPE_ACTIVITY_TASK_FAILED:
                 failed = event.activity_task_failed_event_attributes
@@ -215,10 +209,10 @@ class _AtWork:
     def has(self, position: int) -> bool:
         return any(part.position == position for _, order in self._orders.values() for part in order.parts)
 
-    def beats(self, pending: Sequence[PendingActivityInfo]) -> list[ItemsBeat]:
-        """The last word of each of them."""
-        ids = {activity_id for activity_id, _ in self._orders.values()}
-        return _beats_of(activity for activity in pending if activity.activity_id in ids)
+    def beats(self, pending: Sequence[PendingActivityInfo]) -> list[tuple[ItemsOrder, ItemsDone]]:
+        """Each of them with its last heartbeat."""
+        orders = dict(self._orders.values())
+        return [(orders[id_], done) for id_, done in _beats_of(pending) if id_ in orders]
 
     def is_known(self, pending: Sequence[PendingActivityInfo], last_event: int) -> bool:
         """Whether *pending* has all of them that had been scheduled when *last_event* was the last one."""
@@ -226,17 +220,17 @@ class _AtWork:
         return all(id_ in ids for event_id, (id_, _) in self._orders.items() if event_id <= last_event)
 
 
-def _beats_of(pending: Iterable[PendingActivityInfo]) -> list[ItemsBeat]:
+def _beats_of(pending: Iterable[PendingActivityInfo]) -> list[tuple[str, ItemsDone]]:
     return [
-        decoded(activity.heartbeat_details.payloads[0], ItemsBeat)
+        (activity.activity_id, decoded(activity.heartbeat_details.payloads[0], ItemsDone))
         for activity in pending
         if activity.HasField("heartbeat_details")
     ]
 
 
-def ended_by_now(pending: Iterable[PendingActivityInfo]) -> ChunkEnded:
+def ended_by_now(pending: Iterable[PendingActivityInfo]) -> Counts:
     """How many items have ended in what is at work, by its heartbeats."""
-    return sum((counted(ended) for beat in _beats_of(pending) for ended in beat.ended), ChunkEnded())
+    return sum((ended.counts for _, done in _beats_of(pending) for ended in done.ended), Counts())
 
 
 async def _now(cluster: Cluster, workflow_id: str) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
@@ -252,17 +246,19 @@ async def _now(cluster: Cluster, workflow_id: str) -> tuple[Sequence[HistoryEven
         handle = cluster.client.get_workflow_handle(workflow_id, run_id=info.execution.run_id)
         history = (await handle.fetch_history()).events
         await cluster.payloads.bring_in(history)
-        at_work = _AtWork()
+        orders = _Orders()
         for event in history:
-            at_work.look(event)
-        if pause_s is None or at_work.is_known(described.pending_activities, info.history_length):
+            orders.look(event)
+        if pause_s is None or orders.is_known(described.pending_activities, info.history_length):
             break
         await asyncio.sleep(pause_s)
     return history, described.pending_activities
 
 
-async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Reopening]) -> Chunk:
-    """A chunk as it stands, by all that *attempts* of its batch have done to it.
+async def read_chunk(
+    cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Attempt], rows_of: str | None
+) -> Chunk:
+    """A chunk as it stands, by all that *attempts* of its batch have done to it. *rows_of*: see ``Attempt``.
 
     Raises: RPCError, NOT_FOUND where the cluster has forgotten its rows, or what the first attempt did.
     """
@@ -278,7 +274,8 @@ async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequ
             if chunk < about.begun_to
         )
     )
-    rows, begun = await _rows(cluster, batch_id, chunk), iter(await histories)
+    rows = await cluster.input_of(rows_workflow_id(rows_of or batch_id, chunk), RowsOrder)
+    begun = iter(await histories)
     found = Chunk(batch_id, rows)
     for number, about in enumerate(attempts, 1):
         if number > 1:
@@ -290,14 +287,6 @@ async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequ
         if about.completed_at is not None:
             found.close(about.completed_at)
     return found
-
-
-async def _rows(cluster: Cluster, batch_id: str, chunk: int) -> RowsOrder:
-    handle = cluster.client.get_workflow_handle(rows_workflow_id(batch_id, chunk))
-    async for event in handle.fetch_history_events(page_size=1):
-        await cluster.payloads.bring_in([event])
-        return decoded(event.workflow_execution_started_event_attributes.input.payloads[0], RowsOrder)
-    raise AssertionError("every history has a first event")
 
 
 async def _history(

@@ -7,11 +7,16 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
+from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
-from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, RegisterNamespaceRequest
+from temporalio.api.workflowservice.v1 import (
+    DeleteWorkflowExecutionRequest,
+    DescribeNamespaceRequest,
+    RegisterNamespaceRequest,
+)
 from temporalio.client import Client
 from temporalio.common import (
     SearchAttributePair,
@@ -24,12 +29,14 @@ from temporalio.service import RetryConfig, RPCError, RPCStatusCode
 
 from flock.errors import DefinitionError, EngineFull, StoreError
 from flock.runs import Batch, Run
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, SEARCH_ATTRIBUTES, TASK_TIMEOUT
+from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, SEARCH_ATTRIBUTES, TASK_TIMEOUT, decoded
 from flock.temporal.payloads import PayloadFolder
 
 __all__ = ["Cluster"]
 
 logger = logging.getLogger("flock.temporal")
+
+T = TypeVar("T")
 
 #: How long the cluster may take for an answer, in seconds: a caller is told within two.
 ANSWER_TIMEOUT_S = 1.8
@@ -135,6 +142,35 @@ class Cluster:
         except (TimeoutError, RuntimeError) as exc:  # a lazy client that finds nobody raises RuntimeError
             logger.warning("the Temporal cluster at %s does not answer: %r", self.address, exc)
             raise StoreError("The cluster does not answer now; the server's log says more.") from exc
+
+    async def input_of(self, workflow_id: str, type_: type[T]) -> T:
+        """What a workflow was started with. Raises RPCError, NOT_FOUND if the cluster has forgotten it."""
+        async for event in self.client.get_workflow_handle(workflow_id).fetch_history_events(page_size=1):
+            await self.payloads.bring_in([event])
+            return decoded(event.workflow_execution_started_event_attributes.input.payloads[0], type_)
+        raise AssertionError("every history has a first event")
+
+    async def last_attempt(self, workflow: str, first_id: str) -> int:
+        """The number of the last attempt that is kept of what began as *first_id*, above 1; 0 if there is none.
+
+        The cluster forgets first attempts before the last one.
+        """
+        query = f"WorkflowType = '{workflow}' AND WorkflowId STARTS_WITH '{first_id}:'"
+        async with self.asking():
+            found = self.client.list_workflows(query)
+            return max([int(each.id.rpartition(":")[2]) async for each in found], default=0)
+
+    async def delete(self, workflow_id: str, run_id: str = "") -> None:
+        """Delete a workflow, one execution or the last one, and its long payloads. It may be gone already."""
+        wanted = DeleteWorkflowExecutionRequest(
+            namespace=self.namespace, workflow_execution=WorkflowExecution(workflow_id=workflow_id, run_id=run_id)
+        )
+        try:
+            await self.client.workflow_service.delete_workflow_execution(wanted)
+        except RPCError as exc:
+            if exc.status is not RPCStatusCode.NOT_FOUND:
+                raise
+        await self.payloads.forget(workflow_id)
 
     async def start(self, workflow: str, order: Any, about: Run | Batch, *, id: str, **options: Any) -> None:
         """Start *workflow*, one attempt of a run or a batch, with *order*, so that lists find it.

@@ -9,63 +9,41 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 from google.protobuf.duration_pb2 import Duration
 from msgspec.structs import replace
-from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.enums.v1 import EventType, TaskQueueType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.taskqueue.v1 import TaskQueue
-from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest, DescribeTaskQueueRequest
+from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import Client, WorkflowHandle, WorkflowHistoryEventFilterType
-from temporalio.common import (
-    Priority,
-)
+from temporalio.common import Priority
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
-from flock.engine.batches import as_json
-from flock.engine.ends import RETRIED
-from flock.errors import (
-    AgentNotFound,
-    Conflict,
-    EngineFull,
-    EngineStopped,
-    Replayed,
-    RunNotFound,
-    StoreError,
-)
+from flock.engine.base import EngineBase
+from flock.engine.intake import Intake
+from flock.engine.refusals import RETRIED, asked_to_leave, not_cancelled, not_deleted, run_not_retried
+from flock.errors import Conflict, EngineFull, Replayed, RunNotFound, StoreError
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
 from flock.runs import (
     INVALID_INPUT,
     Batch,
     BatchFilter,
-    BatchOptions,
-    EngineHealth,
-    Event,
     IdempotencyKey,
-    Inputs,
-    ItemLimits,
-    Items,
     Observer,
-    OnInvalid,
     Page,
-    Progress,
     Queue,
     Run,
     RunFilter,
     RunStatus,
-    event_of_batch,
-    events_of,
-    new_id,
     now,
-    valid_traceparent,
 )
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster
@@ -79,7 +57,7 @@ from flock.temporal.messages import (
     run_workflow_id,
     task_queue_of,
 )
-from flock.temporal.records import at_work, order_of, run_of, waiting_again
+from flock.temporal.records import at_work, run_of, waiting_again
 from flock.temporal.search import ID, newest_first, open_runs, own
 
 __all__ = ["TemporalEngine"]
@@ -89,19 +67,17 @@ logger = logging.getLogger("flock.temporal")
 #: How often the cluster is asked whether it is there, and how much is open, and how long it may take, in seconds.
 WATCH_INTERVAL_S = 0.5
 WATCH_TIMEOUT_S = 0.7
-#: How often an event stream looks for news, in seconds, and how long it may be silent.
+#: How often a waiting client looks for the end of an item, in seconds.
 POLL_INTERVAL_S = 0.25
-KEEP_ALIVE_S = 15.0
 #: Of one run, and of an item always, in what the cluster takes at once.
 MAX_INPUT_BYTES = 1_000_000
 #: How many runs of a list are read at the same time.
 READS_AT_ONCE = 20
-LEAVING = "The server is about to stop. Ask another one, or this one when it is back."
 
 Ends = TypeVar("Ends", Run, Batch)
 
 
-class TemporalEngine:
+class TemporalEngine(EngineBase):
     """``Engine`` on a Temporal cluster. It needs a ``TemporalWorker`` of the same flock, there or elsewhere.
 
     Every run is kept as an asynchronous one is: it outlives this process, also where its caller waits for the answer.
@@ -133,17 +109,12 @@ class TemporalEngine:
         **bounds: Any,
     ) -> None:
         self.cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
-        self._agents = agents
-        self._flock = flock
-        self._task_queue = task_queue_of(flock)
         limits = replaced(limits or Limits(), bounds, enforced_by("server"))
+        limits = replace(limits, max_items=min(limits.max_items, MAX_ITEMS))
         if payload_dir is None:
             limits = replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
-        self._limits = limits
-        of_items = replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
-        self.item_limits = ItemLimits(
-            max_items=min(limits.max_items, MAX_ITEMS), max_input_bytes=of_items.max_input_bytes
-        )
+        super().__init__(agents, flock, limits)
+        self._task_queue = task_queue_of(flock)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._marks = Marks(self.cluster, flock, self._task_queue)
         self._batches = TemporalBatches(
@@ -151,7 +122,7 @@ class TemporalEngine:
             self._marks,
             flock,
             self._task_queue,
-            limits=of_items,
+            limits=limits,
             heartbeat_timeout_s=heartbeat_timeout_s,
         )
         self._watch_task: asyncio.Task[None] | None = None
@@ -170,14 +141,21 @@ class TemporalEngine:
         return self._is_leaving
 
     @property
+    def _is_entered(self) -> bool:
+        return self._watch_task is not None
+
+    @property
+    def _is_store_ok(self) -> bool:
+        return self._error is None
+
+    @property
     def _client(self) -> Client:
         return self.cluster.client
 
     # Life
 
     async def __aenter__(self) -> Self:
-        if self._watch_task is not None:
-            raise EngineStopped("This engine is running already.")
+        self._check_not_entered()
         await self.cluster.connect()
         self._is_leaving, self._error = False, None
         #: set while those who wait must look what is the matter
@@ -204,25 +182,10 @@ class TemporalEngine:
                     await self._nobody_waits.wait()
         self._trouble.set()
 
-    def _check_entered(self) -> None:
-        if self._watch_task is None:
-            raise EngineStopped()
-
-    def _check_running(self) -> None:
-        self._check_entered()
-        if self._is_leaving:
-            raise EngineStopped("The server is about to stop and takes no new work.")
-
     def check_ready(self) -> None:
         self._check_running()
         if self._error is not None:
             raise self._error
-
-    def health(self) -> EngineHealth:
-        state: Literal["running", "stopping"] = "stopping" if self._is_leaving else "running"
-        return EngineHealth(
-            "stopped" if self._watch_task is None else state, "ok" if self._error is None else "failing"
-        )
 
     def observe(self, observer: Observer) -> None:
         """Nothing is told: what happens to runs happens in workers, which have observers of their own."""
@@ -268,35 +231,9 @@ class TemporalEngine:
 
     # Runs
 
-    async def submit(
-        self,
-        agent_name: str,
-        inputs: Inputs,
-        *,
-        request_id: str | None = None,
-        traceparent: str | None = None,
-        principal: str | None = None,
-        is_async: bool = True,
-        timeout_s: float | None = None,
-        key: IdempotencyKey | None = None,
-    ) -> Run:
-        self._check_running()
-        raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
-        self._agent(agent_name).input.decode(raw, "/inputs")
-        run = Run(
-            run_id=new_id(),
-            flock=self._flock,
-            agent_name=agent_name,
-            inputs=raw,
-            created_at=now(),
-            request_id=request_id,
-            traceparent=valid_traceparent(traceparent),
-            principal=principal,
-            is_async=is_async,
-            timeout_s=timeout_s,
-        )
+    async def _accept(self, run: Run, key: IdempotencyKey | None) -> None:
         try:
-            await self._check_room(principal)
+            await self._check_room(run.principal)
         except EngineFull:
             if key is not None and (made_id := await self._started_under(key)) is not None:
                 raise Replayed(made_id) from None  # that comes before any limit
@@ -304,7 +241,7 @@ class TemporalEngine:
         with self._being_started():
             if key is None:
                 await self._start(self._order(run))
-                return run
+                return
             made_id = await self._marks.claim(key, run.run_id)
             order = replace(self._order(replace(run, run_id=made_id)), key_id=self._marks.key_id(key))
             # The process that claimed the key may have died before it started the run; the next one starts it.
@@ -312,7 +249,6 @@ class TemporalEngine:
                 await self._start(order)
         if made_id != run.run_id:
             raise Replayed(made_id)
-        return run
 
     def _order(self, run: Run) -> RunOrder:
         timeout_s = min(run.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s)
@@ -371,7 +307,7 @@ class TemporalEngine:
             raise RunNotFound(run_id)
         run = await self._attempt(run_id, 1) or await self._batches.item(run_id)
         if run is None:
-            run = await self._attempt(run_id, await self._last_attempt(run_id))
+            run = await self._attempt(run_id, await self.cluster.last_attempt(RUN_WORKFLOW, run_workflow_id(run_id, 1)))
         if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
         if run.batch_id is not None:
@@ -409,14 +345,6 @@ class TemporalEngine:
         await self.cluster.payloads.bring_in(event for event in events if event.event_type != scheduled)
         return events
 
-    async def _last_attempt(self, run_id: str) -> int:
-        """0 where nothing is kept of a run. The cluster forgets its first attempts before the last one."""
-        query = f"WorkflowType = '{RUN_WORKFLOW}' AND WorkflowId STARTS_WITH 'run:{run_id}:'"
-        async with self.cluster.asking():
-            return max(
-                [int(found.id.rpartition(":")[2]) async for found in self._client.list_workflows(query)], default=0
-            )
-
     def _handle(self, run_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
         return self._client.get_workflow_handle(run_workflow_id(run_id, attempt))
 
@@ -451,7 +379,7 @@ class TemporalEngine:
                 elif found is not None:  # an item has no workflow of its own
                     await asyncio.sleep(POLL_INTERVAL_S if left_s is None else min(left_s, POLL_INTERVAL_S))
                     if self._is_leaving:
-                        raise EngineStopped(LEAVING)
+                        raise asked_to_leave()
                 found, handle = await look()
                 if found.status.is_final:
                     return found
@@ -476,7 +404,7 @@ class TemporalEngine:
             if following.done():
                 following.result()
             elif self._is_leaving and trouble.done():
-                raise EngineStopped(LEAVING)
+                raise asked_to_leave()
             elif trouble.done():
                 raise self._error or StoreError("The cluster did not answer for a moment. Ask again.")
         finally:
@@ -492,23 +420,20 @@ class TemporalEngine:
                 async with self.cluster.asking():
                     await self._handle(run_id, run.attempt).cancel()
         run = await self.get_run(run_id)
-        if run.status.is_final and run.status is not RunStatus.CANCELLED:
-            raise Conflict(f"The run {run_id} is {run.status} and cannot be cancelled any more.")
+        if conflict := not_cancelled(run):
+            raise conflict
         return replace(run, cancel_requested=True)
 
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
-        what, rule = str(run.status), "only a run that failed or was cancelled can be tried again"
-        if run.batch_id is not None:
-            batch = await self._batches.get(run.batch_id)
+        batch = None if run.batch_id is None else await self._batches.get(run.batch_id)
+        if batch is not None:
             if batch.status.is_final and run.status in RETRIED and run.error_type != INVALID_INPUT:
-                await self._batches.retry(run.batch_id, (run.status,), run)
+                await self._batches.retry(batch.batch_id, (run.status,), run)
                 return await self.get_run(run_id)
-            what += f", an item of a batch that is {batch.status}"
-            rule += ", and an item once its batch has ended, unless its inputs do not fit"
-        if run.batch_id is not None or run.status not in RETRIED:
-            raise Conflict(f"The run {run_id} is {what}; {rule}.")
+        if batch is not None or run.status not in RETRIED:
+            raise run_not_retried(run, batch)
         again = waiting_again(replace(run, is_async=True))
         try:
             await self._check_room(run.principal)
@@ -520,27 +445,19 @@ class TemporalEngine:
 
     async def _kept_key(self, run: Run) -> str | None:
         async with self.cluster.asking():
-            return order_of(await self._history(self._handle(run.run_id, run.attempt))).key_id
+            return (await self.cluster.input_of(run_workflow_id(run.run_id, run.attempt), RunOrder)).key_id
 
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
         if run.batch_id is not None or not run.status.is_final:
-            what = "an item of a batch" if run.batch_id else f"still {run.status}"
-            raise Conflict(f"The run {run_id} is {what} and cannot be deleted. Cancel it first, or wait for its end.")
+            raise not_deleted(run)
         key_id = await self._kept_key(run)
         if not await self._marks.note_gone(run_id):
             raise RunNotFound(run_id)
-        await self._marks.free(key_id)
+        await self._marks.free(key_id, run_id)
         async with self.cluster.asking():
             for attempt in range(1, run.attempt + 1):
-                with contextlib.suppress(RPCError):  # the cluster has forgotten it before
-                    await self._client.workflow_service.delete_workflow_execution(
-                        DeleteWorkflowExecutionRequest(
-                            namespace=self.cluster.namespace,
-                            workflow_execution=WorkflowExecution(workflow_id=run_workflow_id(run_id, attempt)),
-                        )
-                    )
-                await self.cluster.payloads.forget(run_workflow_id(run_id, attempt))
+                await self.cluster.delete(run_workflow_id(run_id, attempt))
 
     # Lists
 
@@ -554,17 +471,7 @@ class TemporalEngine:
                 return _listed(await self.get_run(run_id), wanted)
             return None
 
-        ids = newest_first(
-            self.cluster,
-            own(RUN_WORKFLOW, self._flock),
-            "run",
-            status=wanted.status,
-            agent_name=wanted.agent_name,
-            principal=wanted.principal,
-            created_after=wanted.created_after,
-            created_before=wanted.created_before,
-            after=wanted.after,
-        )
+        ids = newest_first(self.cluster, own(RUN_WORKFLOW, self._flock), "run", wanted)
         async for run_ids in ids:
             unread = iter(run_ids)
             while some := list(islice(unread, at_once)):
@@ -574,69 +481,13 @@ class TemporalEngine:
                         return page
         return page
 
-    # Events
-
-    async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
-        told: Progress | None = None
-        told_at = time.monotonic()
-        while True:
-            run = await self.get_run(run_id)
-            for event in events_of(run):
-                is_new = run.progress != told if event.id is None else event.id > after
-                if not is_new:
-                    continue
-                if event.id is None:
-                    told = run.progress
-                else:
-                    after = event.id
-                told_at = time.monotonic()
-                yield event
-            if run.status.is_final or self._is_leaving:
-                return
-            if time.monotonic() > told_at + KEEP_ALIVE_S:
-                told_at = time.monotonic()
-                yield None
-            await asyncio.sleep(POLL_INTERVAL_S)
-
-    def _agent(self, name: str) -> Agent:
-        try:
-            return self._agents[name]
-        except KeyError:
-            raise AgentNotFound(name, list(self._agents)) from None
-
     # Batches
 
-    async def submit_batch(
-        self,
-        agent_name: str,
-        items: Items,
-        options: BatchOptions,
-        *,
-        on_invalid: OnInvalid = "reject",
-        request_id: str | None = None,
-        traceparent: str | None = None,
-        principal: str | None = None,
-        key: IdempotencyKey | None = None,
-    ) -> Batch:
-        self._check_running()
-        batch = Batch(
-            batch_id=new_batch_id(),
-            flock=self._flock,
-            agent_name=agent_name,
-            options=options,
-            total_items=0,
-            created_at=now(),
-            request_id=request_id,
-            principal=principal,
-        )
-        return await self._batches.submit(
-            self._agent(agent_name),
-            items,
-            batch,
-            on_invalid=on_invalid,
-            key=key,
-            traceparent=valid_traceparent(traceparent),
-        )
+    _new_batch_id = staticmethod(new_batch_id)
+    _max_item_bytes = MAX_INPUT_BYTES
+
+    async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
+        return await self._batches.submit(intake, key)
 
     async def get_batch(self, batch_id: str) -> Batch:
         self._check_entered()
@@ -645,10 +496,10 @@ class TemporalEngine:
     async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
         async def look() -> tuple[Batch, WorkflowHandle[Any, Any] | None]:
             batch = await self.get_batch(batch_id)
-            return batch, self._batches.handle(batch)
+            return batch, self._batches.handle(batch_id, batch.attempt)
 
         self._check_entered()
-        handle = None if ID.fullmatch(batch_id) is None else self._batches.first_handle(batch_id)
+        handle = None if ID.fullmatch(batch_id) is None else self._batches.handle(batch_id)
         return await self._wait(look, handle, timeout_s)
 
     async def get_items(
@@ -660,18 +511,6 @@ class TemporalEngine:
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
         return await self._batches.page(wanted)
-
-    async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
-        told, told_at = -1, time.monotonic()
-        while True:
-            batch = await self.get_batch(batch_id)
-            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != told
-            if is_new or time.monotonic() > told_at + KEEP_ALIVE_S:
-                told, told_at = batch.completed_items, time.monotonic()
-                yield event_of_batch(batch) if is_new else None
-            if batch.status.is_final or self._is_leaving:
-                return
-            await asyncio.sleep(POLL_INTERVAL_S)
 
     async def cancel_batch(self, batch_id: str) -> Batch:
         self._check_entered()

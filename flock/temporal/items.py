@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from asyncio import FIRST_COMPLETED
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime
@@ -17,23 +16,21 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 from temporalio import activity
-from temporalio.api.common.v1 import WorkflowExecution
-from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.ends import CANCELLED, End
+from flock.engine.turns import Turns
 from flock.errors import StoreError
-from flock.runs import Run, RunStatus, now
+from flock.runs import Run, RunStatus, Step, now
 from flock.temporal.chunks import Chunk, read_chunk, reopens
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     FIND_ACTIVITY,
     FORGET_ACTIVITY,
     ITEMS_ACTIVITY,
-    Ended,
     ForgetOrder,
-    ItemsBeat,
+    ItemEnd,
     ItemsDone,
     ItemsOrder,
     Part,
@@ -44,7 +41,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.payloads import PAYLOAD_LOST
 from flock.temporal.records import CANCELLED_BEFORE
-from flock.temporal.turns import Turn, Turns, is_left, until_left
+from flock.temporal.turns import ActivityTurn, until_done
 
 __all__ = ["ItemActivities"]
 
@@ -56,7 +53,7 @@ SLICE_S = 2.0
 SLICE_BYTES = 256 * 1024
 #: How often the cluster is told how far it is, while that changes, in seconds.
 BEAT_S = 0.1
-#: So many chunks' rows are kept in memory: of one chunk several places may ask, one after the other.
+#: So many chunks' rows are kept in memory: several lanes of one chunk ask, one after the other.
 CHUNKS_KEPT = 32
 #: How long it may take to find out what is to be cancelled, and how often that is looked at, in seconds.
 LOOK_TIMEOUT_S = 10.0
@@ -67,12 +64,12 @@ DELETES_AT_ONCE = 8
 class _Job:
     """One ``ItemsOrder`` that is at work here."""
 
-    def __init__(self, order: ItemsOrder, beat: ItemsBeat) -> None:
+    def __init__(self, order: ItemsOrder, done: ItemsDone) -> None:
         self.order = order
-        self.ended = list(beat.ended)
-        self.at_work = beat.at_work
+        self.ended = list(done.ended)
+        self.at_work = done.unfinished
         self.bytes = sum(map(_bytes_of, self.ended))
-        self.turn: Turn | None = None
+        self.turn: ActivityTurn | None = None
         self.has_taken_turns = False
         #: items that are to be cancelled: all of them, or some
         self.is_cancelled = False
@@ -82,29 +79,23 @@ class _Job:
         self.news = asyncio.Event()
 
     def parts_to_do(self) -> list[Part]:
-        gone = {ended.position for ended in self.ended}
-        at_work = self.at_work
-        return [
-            at_work if at_work is not None and at_work.position == part.position else part
-            for part in self.order.parts
-            if part.position not in gone
-        ]
+        return self.order.left_after(self.done())
 
     def is_to_cancel(self, position: int) -> bool:
         return self.is_cancelled or position in self.cancelled
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: ItemEnd) -> None:
         self.ended.append(ended)
         if self.at_work is not None and self.at_work.position == ended.position:
             self.at_work = None
         self.bytes += _bytes_of(ended)
         self.news.set()
 
-    def beat(self) -> ItemsBeat:
+    def done(self) -> ItemsDone:
         at_work = self.at_work
         if at_work is not None and self.turn is not None:
-            at_work = replace(at_work, progress=self.turn.progress or at_work.progress)
-        return ItemsBeat(ended=tuple(self.ended), at_work=at_work)
+            at_work = replace(at_work, progress=self.turn.progress)
+        return ItemsDone(ended=tuple(self.ended), unfinished=at_work)
 
 
 class ItemActivities:
@@ -125,36 +116,34 @@ class ItemActivities:
         Cancellation: who is to stop is read from the chunk's memo; when it has stopped, it returns as always.
         """
         info = activity.info()
-        told = [recoded(beat, ItemsBeat) for beat in info.heartbeat_details]
-        job = _Job(order, told[0] if told else ItemsBeat())
+        told = [recoded(beat, ItemsDone) for beat in info.heartbeat_details]
+        job = _Job(order, told[0] if told else ItemsDone())
         self._jobs.add(job)
         work = asyncio.create_task(self._work_through(job, is_again=info.attempt > 1))
         beats = asyncio.create_task(_tell_beats(job))
-        leaving = asyncio.create_task(until_left(self._drain_timeout_s))
-        asking: asyncio.Task[None] | None = None
+        asking: list[asyncio.Task[None]] = []
+
+        def stop() -> None:
+            job.is_to_return = True
+            if job.turn is not None:
+                job.turn.stop(self._turns)
+
+        def cancel() -> None:
+            job.is_to_return = True
+            if not asking:
+                asking.append(asyncio.create_task(self._stop_cancelled(order)))
+
         try:
-            while not work.done():
-                try:
-                    await asyncio.wait([work] if leaving.done() else [work, leaving], return_when=FIRST_COMPLETED)
-                    if leaving.done() and not work.done() and job.turn is not None:
-                        self._turns.leave(job.turn)
-                except asyncio.CancelledError:
-                    job.is_to_return = True
-                    if not is_left():
-                        asking = asking or asyncio.create_task(self._stop_cancelled(order))
-                    elif job.turn is not None:
-                        self._turns.leave(job.turn)
+            await until_done(work, drain_timeout_s=self._drain_timeout_s, stop=stop, cancel=cancel)
         finally:
-            for task in (beats, leaving, asking):
-                if task is not None:
-                    task.cancel()
+            for task in (beats, *asking):
+                task.cancel()
             self._jobs.discard(job)
         if work.exception() is not None and job.ended:  # what a worker that died has told must not go with this try
-            at_work = None if job.at_work is None else replace(job.at_work, is_again=True)
-            return ItemsDone(ended=tuple(job.ended), unfinished=at_work)
+            return job.done().tried_again()
         work.result()
-        unfinished = job.at_work if job.at_work is not None and job.at_work.steps else None
-        return ItemsDone(ended=tuple(job.ended), unfinished=unfinished)
+        done = job.done()
+        return done if done.unfinished is None or done.unfinished.steps else replace(done, unfinished=None)
 
     async def _work_through(self, job: _Job, *, is_again: bool) -> None:
         items = (await self._chunk(job.order)).items
@@ -176,47 +165,32 @@ class ItemActivities:
             if time.monotonic() > return_at or job.bytes > SLICE_BYTES:
                 return
 
-    async def _carry_out(self, job: _Job, run: Run, *, is_again: bool) -> Ended | None:
+    async def _carry_out(self, job: _Job, run: Run, *, is_again: bool) -> ItemEnd | None:
         """Take one item to its end; None where it is left for later."""
         position = run.position or 0
-        while not run.steps or run.steps[-1].next_agent is not None:
-            if self._turns.may_be_begun_once(run) and job.has_taken_turns:
+        while run.next_agent_name is not None:
+            if self._turns.is_once(run) and job.has_taken_turns:
                 return None  # it begins an order of its own: whoever gets that a second time knows that it was begun
-            turn = job.turn = Turn(run, job.order.timeout_s, is_again=is_again)
+            turn = job.turn = ActivityTurn(run, job.order.timeout_s, is_again=is_again)
             job.has_taken_turns, is_again = True, False
             job.at_work = _part(run)
-            # A task of its own takes with it whatever cancellation the agent's code leaves behind.
-            taking = asyncio.create_task(self._turns.take(turn))
+            taking = asyncio.create_task(turn.take(self._turns))
             while not taking.done():
                 await asyncio.wait([taking])
             job.turn = None
-            if turn.done is not None:
-                started_at = run.started_at or turn.begun_at
-                progress = turn.progress or run.progress
-                run = replace(
-                    run,
-                    status=RunStatus.RUNNING,
-                    started_at=started_at,
-                    progress=progress,
-                    steps=(*run.steps, turn.done),
-                )
+            if turn.outcome is None:
+                return None
+            run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress)
+            end = turn.outcome if isinstance(turn.outcome, End) else None
+            if isinstance(turn.outcome, Step):
+                run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
                 job.at_work = _part(run)
                 job.news.set()
-            elif turn.is_left:
-                return None
-            end = None
-            if turn.done is None and turn.is_late:
-                end = self._turns.end_of(turn)
-            elif job.is_to_cancel(position) and (turn.done is None or run.steps[-1].next_agent is not None):
-                end = CANCELLED
-            elif turn.done is None and turn.scope.cancel_called:
-                return None
-            elif turn.done is None:
-                end = self._turns.end_of(turn)
+                if run.next_agent_name is not None and job.is_to_cancel(position):
+                    end = CANCELLED
             if end is not None:
-                run = replace(run, started_at=run.started_at or turn.begun_at, progress=turn.progress or run.progress)
                 return self._tell_end(run, _ended(_part(run), end, run.started_at))
-        ended = Ended(
+        ended = ItemEnd(
             position=position,
             started_at=run.started_at or now(),
             completed_at=now(),
@@ -225,7 +199,7 @@ class ItemActivities:
         )
         return self._tell_end(run, ended)
 
-    def _tell_end(self, run: Run, ended: Ended) -> Ended:
+    def _tell_end(self, run: Run, ended: ItemEnd) -> ItemEnd:
         result = ended.steps[-1].result if ended.status is RunStatus.COMPLETED else None
         end = {"status": ended.status, "error": ended.error, "error_type": ended.error_type, "result": result}
         self._turns.tell("run_ended", replace(run, completed_at=ended.completed_at, **end))
@@ -277,7 +251,7 @@ class ItemActivities:
         for part in job.parts_to_do():
             is_at_work = job.at_work is not None and part.position == job.at_work.position
             if is_at_work and job.turn is not None and job.is_to_cancel(part.position):
-                job.turn.stop()
+                job.turn.cancel()
             elif not is_at_work and job.is_to_cancel(part.position):
                 job.end(_ended(part, CANCELLED_BEFORE, part.started_at))
 
@@ -306,7 +280,8 @@ class ItemActivities:
 
     async def _read_before(self, order: ItemsOrder) -> Chunk:
         try:
-            return await read_chunk(self._cluster, order.batch_id, order.chunk, order.attempts[:-1])
+            *before, _ = order.attempts
+            return await read_chunk(self._cluster, order.batch_id, order.chunk, before, order.attempts[0].rows_of)
         except RPCError as exc:
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
@@ -329,7 +304,7 @@ class ItemActivities:
         """Delete all that is kept of a batch. It may be begun again."""
         client, of_batch = self._cluster.client, order.batch_id
         # The search may not know yet what was sent a moment ago.
-        ids = [(rows_workflow_id(of_batch, chunk), "") for chunk in range(order.chunks)]
+        ids = [(rows_workflow_id(order.rows_of or of_batch, chunk), "") for chunk in range(order.chunks)]
         for prefix in (f"batch:{of_batch}", f"chunk:{of_batch}:"):
             found = client.list_workflows(f"WorkflowId STARTS_WITH '{prefix}'", page_size=1000)
             ids += [(each.id, each.run_id) async for each in found]
@@ -337,29 +312,17 @@ class ItemActivities:
 
         async def delete() -> None:
             for workflow_id, run_id in left:
-                await self._delete(workflow_id, run_id)
+                await self._cluster.delete(workflow_id, run_id)
 
         await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))
-
-    async def _delete(self, workflow_id: str, run_id: str) -> None:
-        wanted = DeleteWorkflowExecutionRequest(
-            namespace=self._cluster.namespace,
-            workflow_execution=WorkflowExecution(workflow_id=workflow_id, run_id=run_id),
-        )
-        try:
-            await self._cluster.client.workflow_service.delete_workflow_execution(wanted)
-        except RPCError as exc:
-            if exc.status is not RPCStatusCode.NOT_FOUND:
-                raise
-        await self._cluster.payloads.forget(workflow_id)
 
 
 def _part(run: Run) -> Part:
     return Part(position=run.position or 0, started_at=run.started_at, steps=run.steps, progress=run.progress)
 
 
-def _ended(part: Part, end: End, started_at: datetime | None) -> Ended:
-    return Ended(
+def _ended(part: Part, end: End, started_at: datetime | None) -> ItemEnd:
+    return ItemEnd(
         position=part.position,
         status=end.status,
         error=end.error,
@@ -371,7 +334,7 @@ def _ended(part: Part, end: End, started_at: datetime | None) -> Ended:
     )
 
 
-def _bytes_of(ended: Ended) -> int:
+def _bytes_of(ended: ItemEnd) -> int:
     return len(msgspec.json.encode(ended))
 
 
@@ -383,4 +346,4 @@ async def _tell_beats(job: _Job) -> None:
             async with asyncio.timeout(silent_s - BEAT_S):
                 await job.news.wait()
         job.news.clear()
-        activity.heartbeat(job.beat())
+        activity.heartbeat(job.done())

@@ -11,6 +11,7 @@ from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
+from flock.engine.base import KEEP_KEYS_FOR
 from flock.errors import KeyReused
 from flock.runs import IdempotencyKey
 from flock.temporal.cluster import Cluster
@@ -18,8 +19,6 @@ from flock.temporal.messages import FORGET_WORKFLOW, MARK_WORKFLOW, ForgetOrder
 
 __all__ = ["Marks"]
 
-#: How long an idempotency key is kept.
-KEEP_KEYS_FOR = timedelta(hours=24)
 #: How long it is marked that something was deleted. The cluster takes half a minute to forget what has ended.
 KEEP_GONE_FOR = timedelta(hours=1)
 
@@ -66,31 +65,26 @@ class Marks:
         # If it does not run, it is free again, or was kept for long enough.
         return kept if described.status is WorkflowExecutionStatus.RUNNING else None
 
-    async def give_back(self, key: IdempotencyKey, made_id: str) -> None:
-        """Free *key*, if it still stands for *made_id*: others may do the same, and claim it at once."""
+    async def free(self, key_id: str | None, made_id: str) -> None:
+        """Free the key that stands for *made_id*. It may stand for something else by now."""
+        if key_id is None:
+            return
         with contextlib.suppress(RPCError):  # it is gone by itself
             async with self._cluster.asking():
-                described = await self._cluster.client.get_workflow_handle(self.key_id(key)).describe()
+                described = await self._cluster.client.get_workflow_handle(key_id).describe()
                 if (await described.memo())["run_id"] == made_id:
-                    handle = self._cluster.client.get_workflow_handle(described.id, run_id=described.run_id)
+                    handle = self._cluster.client.get_workflow_handle(key_id, run_id=described.run_id)
                     await handle.terminate()
-
-    async def free(self, key_id: str | None) -> None:
-        """Whoever deletes something may make it anew under the same key."""
-        if key_id is not None:
-            try:
-                async with self._cluster.asking():
-                    await self._cluster.client.get_workflow_handle(key_id).terminate()
-            except RPCError:  # it is gone by itself
-                return
 
     async def note_gone(self, id_: str) -> bool:
         """Mark something as deleted; False where it was before."""
         return await self._mark(f"gone:{id_}", KEEP_GONE_FOR)
 
-    async def forget_batch(self, batch_id: str, chunks: int) -> bool:
+    async def forget_batch(self, batch_id: str, chunks: int, rows_of: str | None = None) -> bool:
         """Mark a batch as deleted, and let workers delete what is kept of it; False where that was asked before."""
-        order = ForgetOrder(batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_GONE_FOR.total_seconds())
+        order = ForgetOrder(
+            batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_GONE_FOR.total_seconds(), rows_of=rows_of
+        )
         try:
             async with self._cluster.asking():
                 await self._cluster.client.start_workflow(

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.common import SearchAttributeKey
@@ -39,18 +40,17 @@ __all__ = [
     "ROWS_WORKFLOW",
     "RUN_WORKFLOW",
     "SEARCH_ATTRIBUTES",
+    "Attempt",
     "BatchOrder",
     "Beat",
-    "ChunkEnded",
     "ChunkOrder",
-    "Ended",
+    "Counts",
     "ForgetOrder",
+    "ItemEnd",
     "ItemRow",
-    "ItemsBeat",
     "ItemsDone",
     "ItemsOrder",
     "Part",
-    "Reopening",
     "RowsOrder",
     "RunOrder",
     "StepDone",
@@ -113,7 +113,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one turn. ``begun_at`` is when it got its place, by the worker's clock."""
+    """What came of one turn. ``begun_at`` is when it got its slot, by the worker's clock."""
 
     step: Step
     begun_at: datetime
@@ -121,7 +121,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a turn is that has not ended, or how far it was. ``begun_at`` is None while it waits for its place."""
+    """How far a turn is that has not ended, or how far it was. ``begun_at`` is None while it waits for its slot."""
 
     begun_at: datetime | None = None
     progress: Progress | None = None
@@ -147,7 +147,7 @@ class RowsOrder(msgspec.Struct, frozen=True, kw_only=True):
     rows: tuple[ItemRow, ...]
 
 
-class Reopening(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one attempt of a batch was about, and how far it came.
 
     Attributes:
@@ -156,6 +156,7 @@ class Reopening(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         begun_to: chunks before this one were begun.
         completed_at: when it ended.
         cancelled: items that were cancelled before their chunk was begun, and when, until it has ended.
+        rows_of: under which batch's id the rows were sent; None is its own. Known of the first attempt.
     """
 
     only: tuple[RunStatus, ...] = ()
@@ -163,6 +164,7 @@ class Reopening(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     begun_to: int = 0
     completed_at: datetime | None = None
     cancelled: dict[int, datetime] = {}
+    rows_of: str | None = None
 
 
 class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -172,7 +174,6 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         batch: as it stands, but for the chunks at work.
         starts: the position at which each chunk begins.
         timeout_s: wall-clock seconds for each item.
-        is_staged: it begins when it is accepted, and never if it is not.
         invalid_items: items that do not fit, and are not tried again.
         attempts: this one is the last.
         failed_in, cancelled_in: in which chunks such items are, a bit for each, as a hexadecimal number.
@@ -184,9 +185,8 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     starts: tuple[int, ...]
     timeout_s: float
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
-    is_staged: bool = False
     invalid_items: int = 0
-    attempts: tuple[Reopening, ...] = (Reopening(),)
+    attempts: tuple[Attempt, ...] = (Attempt(),)
     failed_in: str = "0"
     cancelled_in: str = "0"
     first_error: tuple[int, str] | None = None
@@ -225,7 +225,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     batch_id: str
     chunk: int
     attempt: int = 1
-    attempts: tuple[Reopening, ...] = (Reopening(),)
+    attempts: tuple[Attempt, ...] = (Attempt(),)
     positions: tuple[int, int]
     lanes: int
     is_whole: bool = False
@@ -233,7 +233,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
     parts: tuple[Part, ...] | None = None
     cancelled: dict[int, datetime] = {}
-    before: "ChunkEnded | None" = None
+    before: "Counts | None" = None
 
 
 class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -242,13 +242,22 @@ class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     batch_id: str
     chunk: int
     attempt: int = 1
-    attempts: tuple[Reopening, ...] = (Reopening(),)
+    attempts: tuple[Attempt, ...] = (Attempt(),)
     parts: tuple[Part, ...]
     timeout_s: float
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
 
+    def left_after(self, done: "ItemsDone") -> list[Part]:
+        """What is still to be done."""
+        gone, unfinished = {ended.position for ended in done.ended}, done.unfinished
+        return [
+            unfinished if unfinished is not None and unfinished.position == part.position else part
+            for part in self.parts
+            if part.position not in gone
+        ]
 
-class Ended(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+
+class ItemEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one item ended. Its result is that of its last step."""
 
     position: int
@@ -260,22 +269,32 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     progress: Progress | None = None
     steps: tuple[Step, ...] = ()
 
+    @property
+    def counts(self) -> "Counts":
+        status = self.status
+        return Counts(
+            completed=status is RunStatus.COMPLETED,
+            failed=status is RunStatus.FAILED,
+            cancelled=status is RunStatus.CANCELLED,
+            first_error=(self.position, self.error or "") if status is RunStatus.FAILED else None,
+        )
+
 
 class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What came of an ``ItemsOrder``. The rest of it is to be ordered anew; ``unfinished`` has steps behind it."""
+    """What has come of an ``ItemsOrder``, in its result and in its heartbeats: whoever takes it over starts from here.
 
-    ended: tuple[Ended, ...] = ()
+    ``unfinished`` was started and has not ended. What is not named here is to be ordered again.
+    """
+
+    ended: tuple[ItemEnd, ...] = ()
     unfinished: Part | None = None
 
-
-class ItemsBeat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How far an ``ItemsOrder`` is: whoever takes it over goes on from here."""
-
-    ended: tuple[Ended, ...] = ()
-    at_work: Part | None = None
+    def tried_again(self) -> "ItemsDone":
+        """By a worker that died: the next one may start the turn that was at work a second time."""
+        return self if self.unfinished is None else replace(self, unfinished=replace(self.unfinished, is_again=True))
 
 
-class ChunkEnded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How many items of a chunk an attempt brought to which end."""
 
     completed: int = 0
@@ -287,8 +306,8 @@ class ChunkEnded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def total(self) -> int:
         return self.completed + self.failed + self.cancelled
 
-    def __add__(self, other: "ChunkEnded") -> "ChunkEnded":
-        return ChunkEnded(
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
             completed=self.completed + other.completed,
             failed=self.failed + other.failed,
             cancelled=self.cancelled + other.cancelled,
@@ -297,11 +316,15 @@ class ChunkEnded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ForgetOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch that was deleted, or was not accepted, and how many chunks of rows were sent of it."""
+    """A batch that was deleted, or was not accepted, and how many chunks of rows were sent of it.
+
+    ``rows_of``: see ``Attempt``.
+    """
 
     batch_id: str
     chunks: int
     keep_mark_s: float
+    rows_of: str | None = None
 
 
 def run_workflow_id(run_id: str, attempt: int) -> str:

@@ -17,12 +17,9 @@ from flock.runs import Run, RunStatus
 from flock.temporal.messages import (
     INTERRUPTED,
     Beat,
-    ChunkEnded,
-    Ended,
-    ItemsBeat,
+    ItemEnd,
     ItemsDone,
     ItemsOrder,
-    Part,
     RunOrder,
     StepDone,
     decoded,
@@ -33,10 +30,8 @@ __all__ = [
     "CANCELLED_BEFORE",
     "GIVEN_UP",
     "at_work",
-    "counted",
     "end_for",
     "ended_by",
-    "left_of",
     "order_of",
     "run_of",
     "time_of",
@@ -121,7 +116,7 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
 
 
 def at_work(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
-    """*run*, which is open, with what the worker of its turn has told: until then the turn may wait for its place."""
+    """*run*, which is open, with what the worker of its turn has told: until then the turn may wait for its slot."""
     run = _told(run, pending[0].heartbeat_details.payloads if pending else ())
     has_started = run.started_at is not None and run.status is RunStatus.STARTING
     return replace(run, status=RunStatus.RUNNING) if has_started else run
@@ -155,48 +150,27 @@ GIVEN_UP = End(
 )
 
 
-def counted(ended: Ended) -> ChunkEnded:
-    status = ended.status
-    return ChunkEnded(
-        completed=status is RunStatus.COMPLETED,
-        failed=status is RunStatus.FAILED,
-        cancelled=status is RunStatus.CANCELLED,
-        first_error=(ended.position, ended.error or "") if status is RunStatus.FAILED else None,
-    )
-
-
-def left_of(order: ItemsOrder, done: ItemsDone) -> list[Part]:
-    """What of *order* is still to be done."""
-    gone = {ended.position for ended in done.ended}
-    return [
-        done.unfinished if done.unfinished is not None and done.unfinished.position == part.position else part
-        for part in order.parts
-        if part.position not in gone
-    ]
-
-
 def end_for(error_type: str | None, error: str) -> End:
     """How an item ends that cannot be worked on, by what its activity failed with."""
     return End(RunStatus.FAILED, error, PAYLOAD_LOST) if error_type == PAYLOAD_LOST else GIVEN_UP
 
 
 def ended_by(
-    order: ItemsOrder, beat: ItemsBeat | None, at: datetime, *, is_cancelled: bool, end: End = GIVEN_UP
+    order: ItemsOrder, beat: ItemsDone | None, at: datetime, *, is_cancelled: bool, end: End = GIVEN_UP
 ) -> ItemsDone:
     """What is taken for done where the cluster does not let *order* be tried again.
 
     Many had it: whatever was at work fails, so that the rest can go on. Or some of it is to be cancelled, and its
     worker died before it had: the rest is to be ordered anew.
     """
-    beat = beat or ItemsBeat()
+    beat = beat or ItemsDone()
     if is_cancelled:
-        at_work = None if beat.at_work is None else replace(beat.at_work, is_again=True)
-        return ItemsDone(ended=beat.ended, unfinished=at_work)
+        return beat.tried_again()
     gone = {ended.position for ended in beat.ended}
-    culprit = beat.at_work or next((part for part in order.parts if part.position not in gone), None)
+    culprit = beat.unfinished or next((part for part in order.parts if part.position not in gone), None)
     if culprit is None:  # it died before it could say that it was done
         return ItemsDone(ended=beat.ended)
-    failed = Ended(
+    failed = ItemEnd(
         position=culprit.position,
         status=end.status,
         error=end.error,

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 from flock.engine.schema import id_at
-from flock.runs import RunStatus, now
+from flock.runs import BatchFilter, RunFilter, RunStatus, now
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW
 
@@ -45,32 +45,23 @@ def open_runs(flock: str, principal: str | None = None) -> str:
 
 
 async def newest_first(
-    cluster: Cluster,
-    query: str,
-    prefix: str,
-    *,
-    status: RunStatus | None = None,
-    agent_name: str | None = None,
-    principal: str | None = None,
-    created_after: datetime | None = None,
-    created_before: datetime | None = None,
-    after: str | None = None,
+    cluster: Cluster, query: str, prefix: str, wanted: RunFilter | BatchFilter
 ) -> AsyncIterator[list[str]]:
     """The ids of runs or batches that may be wanted, newest first, from one range of ids after the other.
 
     Args:
         query: what all of them fulfil.
         prefix: of the ids of their workflows.
-        created_after, created_before: to the millisecond.
-        after: the last id of the page before.
     """
-    conditions = [query]
-    if status is not None:
-        conditions.append(f"ExecutionStatus IN ({EXECUTION_STATUS[status]})")
-    if agent_name is not None:
-        conditions.append(f"{AGENT.name} = {_quoted(agent_name)}")
-    if principal is not None:
-        conditions.append(f"{PRINCIPAL.name} = {_quoted(principal)}")
+    conditions, after = [query], wanted.after
+    if wanted.status is not None:
+        conditions.append(f"ExecutionStatus IN ({EXECUTION_STATUS[wanted.status]})")
+    if wanted.agent_name is not None:
+        conditions.append(f"{AGENT.name} = {_quoted(wanted.agent_name)}")
+    if wanted.principal is not None:
+        conditions.append(f"{PRINCIPAL.name} = {_quoted(wanted.principal)}")
+    created_after = wanted.created_after if isinstance(wanted, RunFilter) else None
+    created_before = wanted.created_before if isinstance(wanted, RunFilter) else None
     bottom = 0 if created_after is None else _milliseconds(created_after) + 1
     top = _milliseconds(now() + MAX_CLOCK_LEAD if created_before is None else created_before)
     high = _id_at(top)
@@ -82,12 +73,12 @@ async def newest_first(
     while top >= bottom:
         low = max(bottom, top - span)
         ranged = [*conditions, f"WorkflowId >= '{prefix}:{_id_at(low)}'", f"WorkflowId < '{prefix}:{high}'"]
-        wanted = " AND ".join(ranged)
+        within = " AND ".join(ranged)
         async with cluster.asking():
-            if (await cluster.client.count_workflows(wanted)).count > WORKFLOWS_A_RANGE and span > 1:
+            if (await cluster.client.count_workflows(within)).count > WORKFLOWS_A_RANGE and span > 1:
                 span = max(1, span // 4)
                 continue
-            found = {found.id.split(":")[1] async for found in cluster.client.list_workflows(wanted, page_size=1000)}
+            found = {found.id.split(":")[1] async for found in cluster.client.list_workflows(within, page_size=1000)}
         yield sorted(found, reverse=True)
         if low == bottom:
             return

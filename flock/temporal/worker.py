@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-from asyncio import FIRST_COMPLETED
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -17,10 +16,11 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
-from flock.engine.ends import CANCELLED, End, timeout_of
+from flock.engine.ends import CANCELLED, End
+from flock.engine.turns import Turns
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
-from flock.runs import Observer, Step, now
+from flock.runs import Observer, Progress, Step, now
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
@@ -35,7 +35,8 @@ from flock.temporal.messages import (
     recoded,
     task_queue_of,
 )
-from flock.temporal.turns import MAX_RUN_BYTES, Turn, Turns, is_left, until_left
+from flock.temporal.payloads import PayloadFolder
+from flock.temporal.turns import MAX_RUN_BYTES, ActivityTurn, until_done
 from flock.temporal.workflows import FlockMark, FlockRun
 
 __all__ = ["TemporalWorker"]
@@ -106,8 +107,9 @@ class TemporalWorker:
             observers,
             limits=self._limits,
             max_steps=max_steps,
-            max_run_bytes=max_run_bytes,
             expose_errors=expose_errors,
+            max_run_bytes=max_run_bytes,
+            max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats report it, which go to the cluster always
         )
         models.on_retry = lambda: self._turns.tell("model_call_retried")
 
@@ -121,7 +123,7 @@ class TemporalWorker:
                 client,
                 task_queue=items_queue_of(self.task_queue),
                 activities=[items.run],
-                max_concurrent_activities=self._turns.max_items,  # what waits here may have a place elsewhere
+                max_concurrent_activities=self._turns.item_slots,  # what waits here may have a slot elsewhere
                 max_heartbeat_throttle_interval=timedelta(seconds=ITEMS_BEAT_S),
                 graceful_shutdown_timeout=drain_timeout,
             )
@@ -157,47 +159,51 @@ class TemporalWorker:
             ApplicationError: how the run ends, and is not to be tried again, also when it was to be cancelled and has
                 stopped; or the worker leaves, and it is.
         """
-        run, waits_s = order.run, None
-        # What a worker that died has told of the beginning stays true.
-        told = [recoded(beat, Beat) for beat in activity.info().heartbeat_details]
-        if order.queue_timeout_s is not None and run.started_at is None:
-            waited_s = (now() - activity.info().scheduled_time).total_seconds()
-            waits_s = (order.queue_timeout_s - waited_s, order.queue_timeout_s)
-        turn = Turn(
-            run,
-            order.timeout_s,
-            is_again=activity.info().attempt > 1,
-            begun_at=told[0].begun_at if told else None,
-            waits_s=waits_s,
-            # It has not begun, though the cluster has it as started.
-            tell_waiting=lambda: activity.heartbeat(_beat_of(turn)),
-            keep=lambda step: self.cluster.payloads.keep(activity.info().workflow_id or "", _done(turn, step)),
-        )
-        # A task of its own takes with it whatever cancellation the agent's code leaves behind.
-        work = asyncio.create_task(self._turns.take(turn))
+        turn = _RunTurn(order, self.cluster.payloads)
+        work = asyncio.create_task(turn.take(self._turns))
         beats = asyncio.create_task(_tell_beats(turn, order.heartbeat_timeout_s))
-        leaving = asyncio.create_task(until_left(self._drain_timeout_s))
         try:
-            while not work.done():
-                try:
-                    await asyncio.wait([work] if leaving.done() else [work, leaving], return_when=FIRST_COMPLETED)
-                    if leaving.done() and not work.done():
-                        self._turns.leave(turn)
-                except asyncio.CancelledError:
-                    if is_left():
-                        self._turns.leave(turn)
-                    turn.stop()
+            await until_done(
+                work,
+                drain_timeout_s=self._drain_timeout_s,
+                stop=lambda: turn.stop(self._turns),
+                cancel=turn.cancel,
+            )
         finally:
             beats.cancel()
-            leaving.cancel()
-        if turn.done is not None:
-            return _done(turn, turn.done)
-        if turn.is_left:
-            raise ApplicationError("The worker stopped while this turn was at work.", _beat_of(turn), type=INTERRUPTED)
-        if turn.is_late:
-            _end(turn, timeout_of(order.timeout_s))
-        # A CancelledError could not say when the turn began. The workflow knows that it was asked to cancel.
-        _end(turn, CANCELLED if turn.scope.cancel_called else self._turns.end_of(turn))
+        if isinstance(turn.outcome, Step):
+            return turn.done(turn.outcome)
+        if turn.outcome is None:
+            raise ApplicationError("The worker stopped while this turn was at work.", turn.beat(), type=INTERRUPTED)
+        _end(turn, turn.outcome)
+
+
+class _RunTurn(ActivityTurn):
+    """The next turn of a run. Its heartbeats say when it started, and how far it is."""
+
+    def __init__(self, order: RunOrder, payloads: PayloadFolder) -> None:
+        info = activity.info()
+        super().__init__(order.run, order.timeout_s, is_again=info.attempt > 1, queue_timeout_s=order.queue_timeout_s)
+        self.queued_s = (now() - info.scheduled_time).total_seconds()
+        for beat in info.heartbeat_details:  # what a worker that died has told of the beginning stays true
+            self.started_at = recoded(beat, Beat).begun_at
+        self._payloads = payloads
+        self._progress_when_done: Progress | None = None
+
+    async def wait_begins(self) -> None:
+        activity.heartbeat(self.beat())  # it has not begun, though the cluster has it as started
+
+    async def keep(self, step: Step) -> None:
+        """Write a long result while heartbeats are sent: later, a slow disk would look like a worker that died."""
+        self._progress_when_done = self.progress  # a thread may go on reporting
+        await self._payloads.keep(activity.info().workflow_id or "", self.done(step))
+
+    def done(self, step: Step) -> StepDone:
+        assert self.started_at is not None
+        return StepDone(step=step, begun_at=self.started_at, progress=self._progress_when_done)
+
+    def beat(self) -> Beat:
+        return Beat(begun_at=self.started_at, progress=self.progress)
 
 
 async def _leave(
@@ -215,26 +221,18 @@ async def _leave(
         logger.warning("The worker of %s has not ended within %g s, and is left so.", worker.task_queue, timeout_s)
 
 
-def _done(turn: Turn, step: Step) -> StepDone:
-    assert turn.begun_at is not None
-    return StepDone(step=step, begun_at=turn.begun_at, progress=turn.progress_when_done)
-
-
-def _beat_of(turn: Turn) -> Beat:
-    return Beat(begun_at=turn.begun_at, progress=turn.progress)
-
-
-async def _tell_beats(turn: Turn, heartbeat_timeout_s: float) -> None:
+async def _tell_beats(turn: _RunTurn, heartbeat_timeout_s: float) -> None:
     pause_s = min(FIRST_BEAT_S, heartbeat_timeout_s / 3)
     while True:
         await asyncio.sleep(pause_s)
-        activity.heartbeat(_beat_of(turn))
+        activity.heartbeat(turn.beat())
         pause_s = heartbeat_timeout_s / 3
 
 
-def _end(turn: Turn, end: End) -> NoReturn:
+def _end(turn: _RunTurn, end: End) -> NoReturn:
+    # A CancelledError could not say when the turn began. The workflow knows that it was asked to cancel.
     # What was asked for is no failure for the library's log.
     category = ApplicationErrorCategory.BENIGN if end is CANCELLED else ApplicationErrorCategory.UNSPECIFIED
     raise ApplicationError(
-        end.error, _beat_of(turn), type=end.error_type, non_retryable=True, category=category
+        end.error, turn.beat(), type=end.error_type, non_retryable=True, category=category
     ) from None  # what raised it is for the log only

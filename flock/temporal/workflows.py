@@ -49,7 +49,7 @@ class FlockRun:
 
     @workflow.run
     async def run(self, order: RunOrder) -> None:
-        while not order.run.steps or order.run.steps[-1].next_agent is not None:
+        while order.run.next_agent_name is not None:
             done = await self._turn(order)
             run = order.run
             order = replace(

@@ -1,0 +1,267 @@
+"""What both engines do in the same way: check new work, report how it goes, and say how they stand themselves."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from datetime import timedelta
+from typing import Literal
+
+import anyio
+import anyio.lowlevel
+
+from flock.agents.agent import Agent
+from flock.engine.intake import Intake
+from flock.engine.refusals import stopping
+from flock.engine.rowchecks import as_json
+from flock.errors import AgentNotFound, EngineStopped
+from flock.limits import Limits
+from flock.runs import (
+    Batch,
+    BatchOptions,
+    EngineHealth,
+    Event,
+    IdempotencyKey,
+    Inputs,
+    ItemLimits,
+    Items,
+    OnInvalid,
+    Progress,
+    Run,
+    event_of_batch,
+    events_of,
+    new_id,
+    now,
+    valid_traceparent,
+)
+
+__all__ = ["KEEP_KEYS_FOR", "EngineBase", "RunReader"]
+
+#: How long an event stream may be silent, in seconds.
+KEEP_ALIVE_S = 15.0
+#: The shortest time between two events about the progress of a batch, in seconds, and between two looks at a run.
+PROGRESS_INTERVAL_S = 0.25
+#: How long an idempotency key is kept.
+KEEP_KEYS_FOR = timedelta(hours=24)
+
+
+class RunReader:
+    """Reads the record of one run again and again: after a pause, if nothing reports a change."""
+
+    def __init__(self, get_run: Callable[[str], Awaitable[Run]], run_id: str) -> None:
+        self._get_run = get_run
+        self._run_id = run_id
+        self._run: Run | None = None
+
+    async def read(self) -> Run:
+        """The record. Raises EngineStopped, RunNotFound, StoreError."""
+        if self._run is None:
+            self._run = await self._get_run(self._run_id)
+        return self._run
+
+    async def changed(self) -> None:
+        """Wait until the record that was read last may have changed."""
+        self._run = None
+        await anyio.sleep(PROGRESS_INTERVAL_S)
+
+    def present(self, event: Event, run: Run) -> Event:
+        """*event* of *run* with its result."""
+        return event
+
+
+class EngineBase(ABC):
+    """The part of ``flock.runs.Engine`` that does not depend on where records are kept.
+
+    Args:
+        agents: by name; read at each submission, so agents added later are found.
+        flock: the name under which runs are kept.
+    """
+
+    def __init__(self, agents: Mapping[str, Agent], flock: str, limits: Limits) -> None:
+        self._agents = agents
+        self._flock = flock
+        self._limits = limits
+        self.item_limits = ItemLimits(
+            max_items=limits.max_items, max_input_bytes=min(limits.max_input_bytes, self._max_item_bytes)
+        )
+
+    # What an engine adds
+
+    #: The engine that owns new work, if engines own work.
+    _owner: str | None = None
+    #: The longest inputs of one item, if an item may have less than a run.
+    _max_item_bytes: int = sys.maxsize
+    _new_batch_id: Callable[[], str] = staticmethod(new_id)
+
+    @property
+    @abstractmethod
+    def is_leaving(self) -> bool:
+        """See ``Engine.is_leaving``."""
+
+    @property
+    @abstractmethod
+    def _is_entered(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def _is_store_ok(self) -> bool: ...
+
+    @abstractmethod
+    async def _accept(self, run: Run, key: IdempotencyKey | None) -> None:
+        """Keep *run* and start it. Raises as ``Engine.submit``."""
+
+    @abstractmethod
+    async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
+        """Keep a batch with its items and start it. Raises as ``Engine.submit_batch``."""
+
+    @abstractmethod
+    async def get_batch(self, batch_id: str) -> Batch:
+        """See ``Engine.get_batch``."""
+
+    @abstractmethod
+    async def get_run(self, run_id: str) -> Run:
+        """See ``Engine.get_run``."""
+
+    def _reader(self, run_id: str) -> RunReader:
+        return RunReader(self.get_run, run_id)
+
+    def _next_change(self) -> Callable[[], Awaitable[None]]:
+        """Returns what waits for the next change of any record, from now on. Without news, it is looked at once."""
+        return anyio.lowlevel.checkpoint
+
+    # How it stands
+
+    def _check_entered(self) -> None:
+        if not self._is_entered:
+            raise EngineStopped()
+
+    def _check_not_entered(self) -> None:
+        if self._is_entered:
+            raise EngineStopped("This engine is running already.")
+
+    def _check_running(self) -> None:
+        self._check_entered()
+        if self.is_leaving:
+            raise stopping()
+
+    def health(self) -> EngineHealth:
+        """See ``Engine.health``."""
+        store: Literal["ok", "failing"] = "ok" if self._is_store_ok else "failing"
+        if not self._is_entered:
+            return EngineHealth("stopped", store)
+        return EngineHealth("stopping" if self.is_leaving else "running", store)
+
+    # New work
+
+    def _agent(self, name: str) -> Agent:
+        try:
+            return self._agents[name]
+        except KeyError:
+            raise AgentNotFound(name, list(self._agents)) from None
+
+    async def submit(
+        self,
+        agent_name: str,
+        inputs: Inputs,
+        *,
+        request_id: str | None = None,
+        traceparent: str | None = None,
+        principal: str | None = None,
+        is_async: bool = True,
+        timeout_s: float | None = None,
+        key: IdempotencyKey | None = None,
+    ) -> Run:
+        """See ``Engine.submit``."""
+        self._check_running()
+        raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
+        self._agent(agent_name).input.decode(raw, "/inputs")
+        run = Run(
+            run_id=new_id(),
+            flock=self._flock,
+            agent_name=agent_name,
+            inputs=raw,
+            created_at=now(),
+            request_id=request_id,
+            traceparent=valid_traceparent(traceparent),
+            principal=principal,
+            is_async=is_async,
+            timeout_s=timeout_s,
+            owner=self._owner,
+        )
+        await self._accept(run, key)
+        return run
+
+    async def submit_batch(
+        self,
+        agent_name: str,
+        items: Items,
+        options: BatchOptions,
+        *,
+        on_invalid: OnInvalid = "reject",
+        request_id: str | None = None,
+        traceparent: str | None = None,
+        principal: str | None = None,
+        key: IdempotencyKey | None = None,
+    ) -> Batch:
+        """See ``Engine.submit_batch``."""
+        self._check_running()
+        batch = Batch(
+            batch_id=self._new_batch_id(),
+            flock=self._flock,
+            agent_name=agent_name,
+            options=options,
+            total_items=0,
+            created_at=now(),
+            request_id=request_id,
+            principal=principal,
+            owner=self._owner,
+        )
+        intake = Intake(
+            self._agent(agent_name),
+            items,
+            batch,
+            on_invalid=on_invalid,
+            traceparent=valid_traceparent(traceparent),
+            limits=self.item_limits,
+        )
+        return await self._accept_batch(intake, key)
+
+    # How it goes
+
+    async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+        """See ``Engine.events``."""
+        reader, told_at = self._reader(run_id), anyio.current_time()
+        progress: Progress | None = None
+        while True:
+            run = await reader.read()
+            is_last = run.status.is_final or self.is_leaving
+            for event in events_of(run):
+                if run.progress != progress if event.id is None else event.id > after:
+                    after, progress = (after, run.progress) if event.id is None else (event.id, progress)
+                    event = reader.present(event, run)
+                    break
+            else:
+                event = None
+            del run  # a slow client holds one event, and the rest is read again
+            if event is None and is_last:
+                return
+            if event is not None or anyio.current_time() >= told_at + KEEP_ALIVE_S:
+                yield event
+                told_at = anyio.current_time()
+                continue
+            with anyio.CancelScope(deadline=told_at + KEEP_ALIVE_S):
+                await reader.changed()
+
+    async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+        """See ``Engine.batch_events``."""
+        told, told_at = -1, anyio.current_time()
+        while True:
+            changed, batch = self._next_change(), await self.get_batch(batch_id)
+            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != told
+            if is_new or anyio.current_time() >= told_at + KEEP_ALIVE_S:
+                told, told_at = batch.completed_items, anyio.current_time()
+                yield event_of_batch(batch) if is_new else None
+            if batch.status.is_final or self.is_leaving:
+                return
+            await anyio.sleep(PROGRESS_INTERVAL_S)
+            with anyio.move_on_after(KEEP_ALIVE_S):
+                await changed()

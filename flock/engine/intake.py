@@ -1,0 +1,139 @@
+"""Work on its way in: what both engines do with rows before they accept them."""
+
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from flock.agents.agent import Agent
+from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, each
+from flock.errors import DefinitionError, FieldError, InvalidData
+from flock.rows.tables import Fill
+from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Row, Run, RunStatus, new_id
+
+__all__ = ["ITEMS_A_PAGE", "Intake", "mapping_rows"]
+
+#: How many items are written or read at once, and about how many bytes of inputs are written.
+ITEMS_A_PAGE = 500
+PAGE_BYTES = 4 * 1024 * 1024
+
+
+class Intake:
+    """One batch on its way in: rows become items, and pages of them are staged.
+
+    Args:
+        items: see ``Engine.submit_batch``.
+        batch: as it is to be accepted, without its numbers.
+
+    Attributes:
+        page: what is not staged.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        items: Items,
+        batch: Batch,
+        *,
+        on_invalid: OnInvalid,
+        traceparent: str | None,
+        limits: ItemLimits,
+    ) -> None:
+        self.batch = batch
+        self.page: list[Run] = []
+        self._items = items
+        self._on_invalid = on_invalid
+        self._traceparent = traceparent
+        self._checks = RowChecks(agent, limits)
+        self._failed = 0
+        self._page_bytes = 0
+
+    async def read(
+        self,
+        stage: Callable[[Sequence[Run]], Awaitable[None]],
+        *,
+        id_of: Callable[[int], str] = lambda position: new_id(),
+        items_a_page: Callable[[int], int] = lambda total: ITEMS_A_PAGE,
+        page_bytes: int = PAGE_BYTES,
+    ) -> Batch:
+        """Read and check all items. Returns the batch with its numbers.
+
+        Args:
+            stage: keeps a page before the next one is read; the last page is left to the caller.
+            id_of: names the item at a position.
+            items_a_page: how many items one page holds after so many have been read.
+            page_bytes: about how many bytes of inputs one page holds at most.
+
+        Raises: InvalidData, once there are as many errors, or rows with errors, as are reported at once; TooLarge;
+            DefinitionError.
+        """
+        options = self.batch.options
+        if options.max_workers < 1:
+            raise DefinitionError(f"max_workers is at least 1, and not {options.max_workers}.")
+        checks, found = self._checks, RowErrors()
+        async for checked in checks.rows(self._items):
+            if checked.errors and self._on_invalid == "reject":
+                found.add(checked.row, checked.errors)
+                if found.is_full:
+                    break
+            if found:
+                continue
+            self._add(checks.total, checked, id_of)
+            if len(self.page) >= items_a_page(checks.total) or self._page_bytes > page_bytes:
+                await stage(self.page)
+                self.page, self._page_bytes = [], 0
+        if found or not checks.total:
+            raise InvalidData(found.first() or [NO_ROWS])
+        return replace(
+            self.batch,
+            total_items=checks.total,
+            completed_items=self._failed,
+            failed_items=self._failed,
+            extra_names=tuple(checks.extra_names),
+        )
+
+    def _add(self, position: int, checked: CheckedRow, id_of: Callable[[int], str]) -> None:
+        """Add an item to the page; it has failed already if its row has errors."""
+        batch, (row, extra, errors) = self.batch, checked
+        end: dict[str, Any] = {}
+        if errors:
+            self._failed += 1
+            end = {
+                "status": RunStatus.FAILED,
+                "error": str(InvalidData(errors)),
+                "error_type": INVALID_INPUT,
+                "completed_at": batch.created_at,
+            }
+        item = Run(
+            run_id=id_of(position),
+            flock=batch.flock,
+            agent_name=batch.agent_name,
+            inputs=row.inputs,
+            created_at=batch.created_at,
+            request_id=batch.request_id,
+            batch_id=batch.batch_id,
+            position=position,
+            traceparent=self._traceparent,
+            principal=batch.principal,
+            is_async=True,
+            timeout_s=batch.options.timeout_s,
+            extra=extra,
+            **end,
+        )
+        self.page.append(item)
+        self._page_bytes += len(bytes(row.inputs)) + len(bytes(extra or b""))
+
+
+async def mapping_rows(
+    items: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]], fill: Fill, max_bytes: int
+) -> AsyncGenerator[Row, None]:
+    """What a program has as mappings, none of them longer than *max_bytes*. Raises InvalidData, TooLarge."""
+    position = 0
+    async for item in each(items):
+        at = f"/batch_inputs/{position}"
+        if not isinstance(item, Mapping):
+            detail = f"An item is a mapping of inputs by name, and not of the type {type(item).__name__!r}."
+            raise InvalidData([FieldError(detail=detail, pointer=at)])
+        yield fill.row(msgspec.json.decode(as_json(item, at, max_bytes), type=dict[str, msgspec.Raw]), at)
+        position += 1

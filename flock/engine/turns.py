@@ -1,0 +1,238 @@
+"""One agent's turn, taken in the same way by the embedded engine and by the workers of a cluster.
+
+Slots, deadline, threads, interruption, size check, observers and the step itself are here. An engine adds where records
+are kept and who is woken: it overrides methods of ``ActiveRun``.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+import anyio
+import anyio.lowlevel
+from msgspec.structs import replace
+
+from flock.agents.agent import Agent, Resources
+from flock.agents.llm import ModelClient
+from flock.agents.workflow import inputs_for, next_agent, run_step
+from flock.engine.ends import CANCELLED, End, failure_of, interrupted_turn, queue_timeout, timeout_of
+from flock.engine.slots import Slots, acquire_all, acquire_all_nowait
+from flock.engine.threads import Threads
+from flock.errors import ResultTooLarge
+from flock.limits import Limits
+from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now
+
+__all__ = ["ActiveRun", "Turns"]
+
+logger = logging.getLogger("flock.runs")
+
+
+class ActiveRun:
+    """A run that is at work in this process, or waits for a slot.
+
+    Args:
+        timeout_s: wall-clock seconds for the attempt, from the start of its first turn.
+        is_again: its next turn may have been started before, by a process that died.
+        queue_timeout_s: the longest that it may wait for its first turn; None is no limit.
+
+    Attributes:
+        run: the record. It may be a stub while the run waits.
+        scope: cancels its turns. The deadline is set when the first turn in this process gets its slot.
+        context: of the turn that is at work.
+        started_at: when its first turn in this process got its slot.
+        cancel_requested: a client asked to cancel it.
+        is_stopped: it was cancelled because the engine stops; it is resumed later or elsewhere.
+        progress: the latest that an agent has reported.
+    """
+
+    #: Seconds of ``queue_timeout_s`` that have passed elsewhere.
+    queued_s = 0.0
+
+    def __init__(
+        self, run: Run, timeout_s: float, *, is_again: bool = False, queue_timeout_s: float | None = None
+    ) -> None:
+        self.run = run
+        self.timeout_s = timeout_s
+        self.is_again = is_again
+        self.queue_timeout_s = queue_timeout_s
+        self.scope = anyio.CancelScope()
+        self.context: RunContext | None = None
+        self.started_at: datetime | None = None
+        self.cancel_requested = False
+        self.is_stopped = False
+        self.progress = run.progress
+
+    def note_progress(self, progress: Progress) -> None:
+        """Called from any thread."""
+        self.progress = progress
+
+    def cancel(self) -> None:
+        """Ask the run to stop."""
+        self.cancel_requested = True
+        if self.context is not None:
+            self.context.cancel_requested = True
+        self.scope.cancel()
+
+    # What an engine overrides
+
+    async def wait_begins(self) -> None:
+        """Called if no slot is free, before the run waits for one."""
+
+    async def begin(self) -> Run:
+        """Called when a turn has its slot. Returns the whole record."""
+        return self.run
+
+    async def started(self, run: Run, agent: Agent) -> None:
+        """Called when the attempt starts, with its new record and the agent of its first turn."""
+
+    async def keep(self, step: Step) -> None:
+        """Called with the step of a turn, while the turn still has its slot."""
+
+
+class Turns:
+    """All turns of one engine or worker.
+
+    Args:
+        limits: ``max_concurrency``, a tenth of it for runs that are no items; ``max_threads``; ``max_tokens``.
+        max_steps, expose_errors: see ``EmbeddedEngine``.
+        max_result_bytes: the longest result of one step, as JSON.
+        max_run_bytes, max_item_bytes: the longest inputs and results together, as JSON, of a run and of an item.
+
+    Attributes:
+        item_slots: how many items of batches are at work at the same time, at most.
+    """
+
+    def __init__(
+        self,
+        agents: Mapping[str, Agent],
+        models: ModelClient,
+        observers: Sequence[Observer],
+        *,
+        limits: Limits,
+        max_steps: int,
+        expose_errors: bool,
+        max_result_bytes: float = math.inf,
+        max_run_bytes: float = math.inf,
+        max_item_bytes: float = math.inf,
+    ) -> None:
+        self._agents = agents
+        self._models = models
+        self._observers = observers
+        self._max_steps = max_steps
+        self._max_tokens = limits.max_tokens
+        self._expose_errors = expose_errors
+        self._max_result_bytes = max_result_bytes
+        self._max_run_bytes = max_run_bytes
+        self._max_item_bytes = max_item_bytes
+        self._threads = Threads(limits.max_threads)
+        reserved = limits.max_concurrency // 10
+        self.item_slots = limits.max_concurrency - reserved
+        self._slots = Slots(limits.max_concurrency, reserved=reserved)
+        self._agent_slots: dict[str, Slots] = {}
+
+    async def take(self, active: ActiveRun) -> Step:
+        """Let the next agent of a run have its turn, in a slot of the engine and of the agent.
+
+        Raises: what the agent raises; Interrupted, InvalidHandoff, QueueTimeout, ResultTooLarge, TooManySteps.
+        Cancellation: the step is lost. The slots are taken until no thread works for the run.
+        """
+        agent = next_agent(active.run, self._agents, self._max_steps)
+        assert agent is not None, "all turns are done"
+        is_again, active.is_again = active.is_again, False
+        if is_again and agent.on_interrupt == "fail":
+            raise interrupted_turn(agent.name)
+        release = await self._acquire(active, agent)
+        try:
+            run = await active.begin()
+            inputs = inputs_for(agent, run)
+            active.started_at = active.started_at or now()
+            is_start, spent_s = run.status is RunStatus.STARTING, 0.0
+            if is_start:
+                run = replace(run, status=RunStatus.RUNNING, started_at=active.started_at)
+            elif run.started_at is not None:
+                spent_s = (now() - run.started_at).total_seconds()
+            if active.scope.deadline == math.inf:
+                active.scope.deadline = anyio.current_time() + active.timeout_s - spent_s
+            if is_start:
+                await active.started(run, agent)
+                self.tell("run_started", run)
+            spend = functools.partial(self.tell, "tokens_spent", agent.name)
+            active.context = context = RunContext(run, agent.name, active.note_progress, spend, self._max_tokens)
+            context.cancel_requested = active.cancel_requested
+            call_in_thread = functools.partial(
+                self._threads.call, owner=active, batch_id=run.batch_id, deadline=active.scope.deadline
+            )
+            step = await run_step(agent, inputs, Resources(self._models, call_in_thread), context)
+            self._check_size(run, step)
+            await active.keep(step)
+            self.tell("step_completed", step)
+            return step
+        finally:
+            active.context = None
+            self._threads.when_free(active, release)
+
+    def stop(self, active: ActiveRun) -> None:
+        """Stop a run because the engine stops. A function in a thread is no longer waited for."""
+        active.is_stopped = True
+        self._threads.abandon(active)
+        active.scope.cancel()
+
+    def end_of(self, active: ActiveRun, exc: BaseException | None) -> End:
+        """How a run ends whose turn gave no step: it was cancelled, or raised *exc*."""
+        if anyio.current_time() >= active.scope.deadline:
+            return timeout_of(active.timeout_s)
+        if active.cancel_requested:
+            return CANCELLED
+        return failure_of(active.run, exc, expose_errors=self._expose_errors)
+
+    def is_once(self, run: Run) -> bool:
+        """Whether the next turn of *run* must not be started a second time."""
+        agent = self._agents.get(run.next_agent_name or "")
+        return agent is not None and agent.on_interrupt == "fail"
+
+    def tell(self, event: str, *about: Run | Step | Usage | str) -> None:
+        """Call the method *event* of each observer. An exception of one of them is logged."""
+        for observer in self._observers:
+            try:
+                getattr(observer, event)(*about)
+            except Exception:
+                logger.exception("an observer failed at %s", event)
+
+    async def _acquire(self, active: ActiveRun, agent: Agent) -> Callable[[], None]:
+        """Wait for a slot of the engine and one of the agent. Returns what releases both. Raises QueueTimeout."""
+        slots, batch_id = [self._slots], active.run.batch_id
+        if agent.max_concurrency is not None:
+            slots.append(self._agent_slots.setdefault(agent.name, Slots(agent.max_concurrency)))
+
+        def release() -> None:
+            for each in slots:
+                each.release(batch_id)
+
+        if active.scope.cancel_called:  # asking in any case would take as long as a short step
+            await anyio.lowlevel.checkpoint_if_cancelled()
+        if acquire_all_nowait(slots, batch_id):
+            return release
+        limit_s = active.queue_timeout_s if active.run.status is RunStatus.STARTING else None
+        with anyio.move_on_after(None if limit_s is None else limit_s - active.queued_s):
+            await active.wait_begins()
+            await acquire_all(slots, batch_id)
+            return release
+        assert limit_s is not None
+        raise queue_timeout(limit_s)
+
+    def _check_size(self, run: Run, step: Step) -> None:
+        """Raise ResultTooLarge now: what cannot be kept would fail later, after another turn that costs money."""
+        gave, length = f"What {step.agent_name!r} gave has", len(step.result)
+        if length > self._max_result_bytes:
+            raise ResultTooLarge(
+                f"{gave} {length} bytes, more than are kept ({self._max_result_bytes}, max_result_bytes)."
+            )
+        size = len(run.inputs) + sum(len(each.result) for each in (*run.steps, step))
+        limit = self._max_run_bytes if run.batch_id is None else self._max_item_bytes
+        if size > limit:
+            raise ResultTooLarge(
+                f"{gave} {length} bytes, and inputs and results of the run {size} together, more than the cluster "
+                f"keeps of one ({limit}, max_run_bytes)."
+            )
