@@ -4,13 +4,14 @@ import contextlib
 import random
 import re
 import socket
+import sys
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.servers import Server, memory_kib, serving
+from tests.support.servers import Server, free_port, memory_kib, running, serving
 from tests.support.sockets import KERNEL_BYTES, connected, read_to_end, sent_before_refused
 
 #: A static file of 1.1 MB.
@@ -207,6 +208,37 @@ def test_a_server_that_stops_does_not_wait_for_clients_that_do_not_read(
         began = time.monotonic()
         server.stop()
         assert time.monotonic() - began < 20, "and not the 25 s that answers may take"
+
+
+LATE = """
+import socket, sys
+import anyio
+from starlette.responses import Response
+from starlette.routing import Route
+from flock.core import Flock
+
+async def late(request):
+    '''Answers once the server is stopping and has closed its port.'''
+    print("asked", flush=True)
+    while True:
+        with socket.socket() as attempt:
+            if attempt.connect_ex(request.scope["server"]):
+                return Response(bytes(64 * 1024 * 1024))
+        await anyio.sleep(0.1)
+
+Flock("late").start_api(port=int(sys.argv[1]), custom_endpoints=[Route("/late", late)])
+"""
+
+
+def test_an_answer_that_begins_after_the_stop_and_is_not_read_does_not_hold_it_up(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    with running(sys.executable, str(tmp_path / "late.py"), str(free_port())) as server:
+        with connected(server, GET.format("/late"), 4096) as connection:
+            server.wait_for_line("asked")
+            began = time.monotonic()
+            server.stop()
+            assert time.monotonic() - began < 20, "and not the 25 s that answers may take"
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
 
 
 def test_a_client_that_reads_gets_its_whole_answer_from_a_server_that_stops(script: Path, tmp_path: Path) -> None:

@@ -196,7 +196,8 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         super().shutdown()
-        self.watch_writes(STALL_AT_EXIT_S)
+        self.write_timeout_s = min(self.write_timeout_s, STALL_AT_EXIT_S)  # also for an answer that begins later
+        self.watch_writes(self.write_timeout_s)
 
     def watch_writes(self, timeout_s: float) -> None:
         """End the connection if its client reads less than ``MIN_READ_BYTES_PER_S`` on average over *timeout_s*.
