@@ -23,6 +23,7 @@ import httpx
 import msgspec
 import pytest
 
+import flock.engine.files
 import flock.engine.store
 import flock.runs
 from flock.core import Flock
@@ -407,7 +408,7 @@ def suspend(pid: int, store: Path) -> None:
     def is_suspended() -> bool:
         os.kill(pid, signal.SIGSTOP)
         until(lambda: state_of(pid) == "T", "stop")
-        if flock.engine.store._is_held(f"{store}-lock"):
+        if flock.engine.files.is_held(f"{store}-lock"):
             os.kill(pid, signal.SIGCONT)
             return False
         return True
@@ -434,7 +435,7 @@ def test_a_server_that_wakes_after_its_runs_were_taken_over_overwrites_nothing_a
         until(lambda: len(begun(tmp_path)) == 3, "beginning of each run")
         until(lambda: len(rows(store, "SELECT run_id FROM runs")) == 5, "record of the run that is waited for")
         suspend(pid, store)
-        assert flock.engine.store._is_held(str(lock_file)), "a stopped process keeps its lock"
+        assert flock.engine.files.is_held(str(lock_file)), "a stopped process keeps its lock"
         lock_file.unlink()
         until(lambda: (1, other_pid) in begun(tmp_path), "take-over")
         (tmp_path / f"go-{other_pid}").touch()
@@ -478,7 +479,7 @@ def test_a_process_that_keeps_the_store_locked_does_not_hold_up_the_others_for_e
         run_id = accepted(client, "length", text="abc")
         told = ended(client, run_id)
         with open(f"{store}-lock", "ab") as file:
-            until(lambda: flock.engine.store._try_lock(file), "moment between two transactions")
+            until(lambda: flock.engine.files.try_lock(file), "moment between two transactions")
             late = pool.submit(
                 subprocess.run, serve_command(flock_file, store), capture_output=True, text=True, timeout=30
             )

@@ -22,9 +22,10 @@ from flock.agents.workflow import columns_of, result_names
 from flock.declared import DeclaredFlock
 from flock.engine.batchstore import BatchStore
 from flock.engine.embedded import alone
+from flock.engine.files import create_private, hold_alone
 from flock.engine.progress import follow_batch
 from flock.engine.rowchecks import BatchCheck, check_batch
-from flock.engine.store import Store, create_private, hold_alone
+from flock.engine.store import Store
 from flock.errors import AgentNotFound, StoreError
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages, results_as

@@ -12,7 +12,6 @@ waiting is by sleeping, and stalls writers for up to 180 ms.
 """
 
 import contextlib
-import errno
 import functools
 import logging
 import os
@@ -30,19 +29,11 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from flock.engine import schema
+from flock.engine import files, schema
 from flock.errors import EngineFull, FlockError, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, stub_of
 
-try:
-    import fcntl
-except ImportError as exc:
-    raise ImportError(
-        "flockapi supports Linux and macOS, but not Windows: its store needs the kernel locks of fcntl. "
-        "Run it in WSL or in a container."
-    ) from exc
-
-__all__ = ["Durability", "Store", "TakenOver", "create_private", "hold_alone"]
+__all__ = ["Durability", "Store", "TakenOver"]
 
 T = TypeVar("T")
 
@@ -52,8 +43,6 @@ logger = logging.getLogger("flock.store")
 Durability = Literal["power", "process"]
 
 MEMORY = ":memory:"
-#: The permissions of files that are made here.
-PRIVATE = 0o600
 #: Later than any time that is kept, in microseconds.
 FOR_EVER = 2**63 - 1
 #: How long to wait for the transaction of another process, and how often to look for its end, in seconds.
@@ -205,7 +194,7 @@ class Store:
                 "(store=, --store)."
             ) from exc
         self.data_version()  # SQLite makes the journal when it first reads
-        self._identities = {path: _identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}-shm")}
+        self._identities = {path: files.identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}-shm")}
         self._threads = anyio.CapacityLimiter(1)
         tasks = await stack.enter_async_context(anyio.create_task_group())
         tasks.start_soon(self._write_until_closed)
@@ -224,7 +213,7 @@ class Store:
         db = None
         try:
             if self.is_shared:
-                create_private(self.path)
+                files.create_private(self.path)
             db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA synchronous = {'FULL' if self.durability == 'power' else 'NORMAL'}")
@@ -243,20 +232,19 @@ class Store:
     def _open_lock_file(self, stack: AsyncExitStack) -> IO[bytes]:
         path = f"{self.path}-lock"
         try:
-            file = _open_lock(path, self._mode)
+            file = files.open_lock(path, self._mode)
         except OSError as exc:
             raise StoreError(
                 f"The lock file {path!r} cannot be opened: {exc.strerror}. Remove it, or name another store (store=, "
                 "--store)."
             ) from exc
-        _held.add(file)
-        stack.callback(_let_go, file)
+        stack.callback(files.let_go, file)
         return file
 
     @property
     def _mode(self) -> int:
         """The permissions of the file, which SQLite gives to its journal too."""
-        return os.stat(self.path).st_mode & 0o666 if self.is_shared else PRIVATE
+        return os.stat(self.path).st_mode & 0o666 if self.is_shared else files.PRIVATE
 
     @property
     def is_public(self) -> bool:
@@ -389,7 +377,7 @@ class Store:
         """
         for path, identity in self._identities.items():
             try:
-                found = _identity(path)
+                found = files.identity(path)
             except OSError:  # its folder cannot be looked at now, which says nothing of the file
                 continue
             if found != identity:
@@ -573,14 +561,14 @@ class Store:
         """Wait for the other processes by looking: a thread that waits in the kernel could not be called back."""
         assert self._lock_file is not None
         give_up_at = anyio.current_time() + LOCK_TIMEOUT_S
-        while not _try_lock(self._lock_file):  # another process is at it
+        while not files.try_lock(self._lock_file):  # another process is at it
             if anyio.current_time() > give_up_at:
                 raise TimeoutError(f"another process has kept {self._lock_file.name} locked for {LOCK_TIMEOUT_S:g} s")
             await anyio.sleep(LOCK_INTERVAL_S)
         try:
             yield
         finally:
-            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+            files.unlock(self._lock_file)
 
     # Reading
 
@@ -816,7 +804,7 @@ class Store:
         """
         self.agents = agents
         if self.is_shared:
-            self._engine_lock = _hold(f"{self.path}-engine-{engine_id}", self._mode)
+            self._engine_lock = files.hold(f"{self.path}-engine-{engine_id}", self._mode)
 
         def apply(db: sqlite3.Connection) -> Sequence[str]:
             found = db.execute("SELECT agents FROM flocks WHERE flock = ?", (flock,)).fetchone()
@@ -851,9 +839,9 @@ class Store:
         query = "SELECT EXISTS (SELECT 1 FROM engines WHERE engine_id = ?)"
         is_known = bool(self.read(lambda db: db.execute(query, (engine_id,)).fetchone()[0]))
         path = f"{self.path}-engine-{engine_id}"
-        if not is_known or not _is_held(path):
-            _let_go(self._engine_lock)
-            self._engine_lock = _hold(path, self._mode)
+        if not is_known or not files.is_held(path):
+            files.let_go(self._engine_lock)
+            self._engine_lock = files.hold(path, self._mode)
         if not is_known:
             await self._insert_engine(engine_id, flock)
         return is_known
@@ -874,16 +862,16 @@ class Store:
 
         try:
             if not await self.change(apply) and self.is_shared:
-                _remove(f"{self.path}-engine-{engine_id}")
+                files.remove(f"{self.path}-engine-{engine_id}")
         finally:
             if self.is_shared:
-                _let_go(self._engine_lock)
+                files.let_go(self._engine_lock)
 
     def dead_engines(self, flock: str, besides: str) -> list[str]:
         """Engines of this flock whose process is gone."""
         query = "SELECT engine_id FROM engines WHERE flock = ? AND engine_id != ?"
         others = self.read(lambda db: [row[0] for row in db.execute(query, (flock, besides))])
-        return [engine_id for engine_id in others if not _is_held(f"{self.path}-engine-{engine_id}")]
+        return [engine_id for engine_id in others if not files.is_held(f"{self.path}-engine-{engine_id}")]
 
     async def take_over(self, dead_id: str, owner: str, now: datetime, only: str | None = None) -> "TakenOver":
         """Make *owner* the owner of what *dead_id* left unfinished, as far as it is for one of ``agents``.
@@ -911,7 +899,7 @@ class Store:
             is_all = not _has_unfinished(db, dead_id)
             if is_all:
                 db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,))
-                _remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
+                files.remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
             return TakenOver(
                 [stub_of(run) for run_id in runs if (run := schema.find_run(db, run_id)) is not None],
                 [batch for batch_id in batches if (batch := schema.find_batch(db, batch_id)) is not None],
@@ -994,98 +982,3 @@ def _changes(db: sqlite3.Connection, query: str, *values: Any) -> bool:
 
 def _has_unfinished(db: sqlite3.Connection, engine_id: str) -> bool:
     return any(db.execute(of, (engine_id,)).fetchone() for of in (schema.RUNS_OF, schema.BATCHES_OF))
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """The device and inode of a file; None if there is none."""
-    try:
-        found = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return found.st_dev, found.st_ino
-
-
-def create_private(path: str) -> None:
-    """Make an empty file that only its owner can read, unless there is one; SQLite would go by the umask."""
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE))
-
-
-# Kernel locks: held as long as the process lives, whatever ends it
-
-_held: set[IO[bytes]] = set()
-
-
-@contextlib.contextmanager
-def hold_alone(path: str) -> Iterator[None]:
-    """Be the one process that holds the lock file *path*, which is removed at the end.
-
-    Raises BlockingIOError where another one does.
-    """
-    while True:
-        file = _open_lock(path, PRIVATE)
-        if not _try_lock(file):
-            file.close()
-            raise BlockingIOError(f"another process holds {path}")
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-        file.close()  # its last holder has removed it in the meantime
-    _held.add(file)
-    try:
-        yield
-    finally:
-        _remove(path)
-        _let_go(file)
-
-
-def _hold(path: str, mode: int) -> IO[bytes]:
-    file = _open_lock(path, mode)
-    fcntl.flock(file, fcntl.LOCK_EX)
-    _held.add(file)
-    return file
-
-
-def _open_lock(path: str, mode: int) -> IO[bytes]:
-    """Raises OSError, also if there is something else than a file, such as a pipe, which would never open."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise FileExistsError(errno.EEXIST, "it is not a file", path)
-    return open(path, "ab", opener=functools.partial(os.open, mode=mode))
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _let_go(file: IO[bytes]) -> None:
-    _held.discard(file)
-    file.close()
-
-
-def _remove(path: str) -> None:
-    Path(path).unlink(missing_ok=True)
-
-
-def _is_held(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:  # it is, or nobody can tell: no take-over in doubt
-        return True
-    return False
-
-
-def _close_in_child() -> None:
-    """A forked child (a process pool's, say) must not keep the locks of a parent that dies."""
-    for file in _held:
-        file.close()
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)

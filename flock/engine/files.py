@@ -1,0 +1,133 @@
+"""Files beside a store, and kernel locks on them: a process holds one as long as it lives, whatever ends it."""
+
+import contextlib
+import errno
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError as exc:
+    raise ImportError(
+        "flockapi supports Linux and macOS, but not Windows: its store needs the kernel locks of fcntl. "
+        "Run it in WSL or in a container."
+    ) from exc
+
+__all__ = [
+    "PRIVATE",
+    "create_private",
+    "hold",
+    "hold_alone",
+    "identity",
+    "is_held",
+    "let_go",
+    "open_lock",
+    "remove",
+    "try_lock",
+    "unlock",
+]
+
+#: The permissions of files that are made here.
+PRIVATE = 0o600
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    """The device and inode of a file; None if there is none."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def create_private(path: str) -> None:
+    """Make an empty file that only its owner can read, unless there is one; SQLite would go by the umask."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE))
+
+
+#: Files that are locked, or may be soon.
+_held: set[IO[bytes]] = set()
+
+
+@contextlib.contextmanager
+def hold_alone(path: str) -> Iterator[None]:
+    """Be the one process that holds the lock file *path*, which is removed at the end.
+
+    Raises BlockingIOError where another one does.
+    """
+    while True:
+        file = open_lock(path, PRIVATE)
+        if not try_lock(file):
+            let_go(file)
+            raise BlockingIOError(f"another process holds {path}")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        let_go(file)  # its last holder has removed it in the meantime
+    try:
+        yield
+    finally:
+        remove(path)
+        let_go(file)
+
+
+def hold(path: str, mode: int) -> IO[bytes]:
+    """Wait for the lock file *path*, which is held until ``let_go``."""
+    file = open_lock(path, mode)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def open_lock(path: str, mode: int) -> IO[bytes]:
+    """Raises OSError, also if there is something else than a file, such as a pipe, which would never open."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileExistsError(errno.EEXIST, "it is not a file", path)
+    file = open(path, "ab", opener=functools.partial(os.open, mode=mode))
+    _held.add(file)
+    return file
+
+
+def try_lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(file: IO[bytes]) -> None:
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def let_go(file: IO[bytes]) -> None:
+    _held.discard(file)
+    file.close()
+
+
+def remove(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
+
+
+def is_held(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # it is, or nobody can tell: no take-over in doubt
+        return True
+    return False
+
+
+def _close_in_child() -> None:
+    """A forked child (a process pool's, say) must not keep the locks of a parent that dies."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
