@@ -44,6 +44,7 @@ from starlette.routing import Route
 from flock.command.server import settle_memory
 from flock.core import Flock
 from flock.engine import schema
+from flock.engine.migrations import MIGRATIONS
 from flock.engine.store import Durability
 from flock.runs import Run, RunStatus, Step, new_id, now
 from flockapi import FlockAPIRequest, FlockAPIResponse, JSONResponse, RunStep, create_app
@@ -307,9 +308,9 @@ def fill(path: Path, runs: int) -> None:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = OFF")
         db.execute("PRAGMA synchronous = OFF")
-        for migrate in schema.MIGRATIONS:
+        for migrate in MIGRATIONS:
             migrate(db)
-        db.execute(f"PRAGMA user_version = {len(schema.MIGRATIONS)}")
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         db.execute("BEGIN")
         schema.write_run(db, first, True, {0: step}, schema.Ended())
         # The others are copies of it, made by SQLite itself: that takes seconds, and a call for each a minute.

@@ -14,6 +14,7 @@ import pytest
 from flock.core import Flock
 from flock.engine import schema
 from flock.engine.batchstore import BatchStore
+from flock.engine.migrations import MIGRATIONS
 from flock.engine.store import Store
 from flock.errors import (
     BatchNotFound,
@@ -406,12 +407,12 @@ async def test_an_engine_that_was_taken_for_dead_begins_no_item_of_a_batch_that_
         assert len(work.calls) < 2000
 
 
-@pytest.mark.parametrize("form", range(3, len(schema.MIGRATIONS)))
+@pytest.mark.parametrize("form", range(3, len(MIGRATIONS)))
 async def test_a_store_of_a_form_before_goes_on(form: int, tmp_path: Path) -> None:
     """With a batch of which one item is done, its step in a row of its own, and one is not."""
     path, batch_id, work = tmp_path / "flock.db", new_id(), Work()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        for migrate in schema.MIGRATIONS[:form]:
+        for migrate in MIGRATIONS[:form]:
             migrate(db)
         db.execute(f"PRAGMA user_version = {form}")
         db.execute("INSERT INTO engines VALUES ('dead', 'work', 0)")

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from flock.core import Flock
-from flock.engine import schema
+from flock.engine.migrations import MIGRATIONS
 from flock.engine.store import Store
 from flock.errors import StoreError
 from tests.support.servers import Server, flockapi_command, running
@@ -59,7 +59,7 @@ def replace(store: Path) -> None:
 
 def upgrade(store: Path) -> None:
     db = sqlite3.connect(store, timeout=30)
-    db.execute(f"PRAGMA user_version = {len(schema.MIGRATIONS) + 1}")
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
     db.close()
 
 

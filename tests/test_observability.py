@@ -24,8 +24,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flock.core import Flock
-from flock.engine import schema
 from flock.engine.logs import JSONFormatter
+from flock.engine.migrations import MIGRATIONS
 from flock.engine.store import Store
 from flock.errors import DefinitionError
 from flock.runs import Run, RunContext, now
@@ -108,7 +108,7 @@ async def test_a_trace_that_a_program_passes_on_is_checked_too(flock: Flock) -> 
 async def test_a_store_of_the_version_before_traces_is_brought_into_form(flock: Flock, tmp_path: Path) -> None:
     path = tmp_path / "old.db"
     with contextlib.closing(sqlite3.connect(path)) as db:
-        schema.MIGRATIONS[0](db)
+        MIGRATIONS[0](db)
         db.execute("PRAGMA user_version = 1")
         columns = "run_id, flock, agent_name, status, created_at, is_async, attempt, inputs, result"
         values = ("0190-old", "sample", "add", "completed", 1, 1, 1, b"{}", b'{"result":3}')

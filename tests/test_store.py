@@ -23,7 +23,8 @@ from msgspec.structs import replace
 from flock.command.batchfile import _mark
 from flock.core import Flock
 from flock.engine.batchstore import BatchStore
-from flock.engine.schema import COLUMNS, MIGRATIONS, listing
+from flock.engine.migrations import MIGRATIONS
+from flock.engine.schema import COLUMNS, listing
 from flock.engine.store import Store
 from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError, Unstorable
 from flock.runs import (
@@ -365,6 +366,7 @@ async def test_only_its_owner_can_read_a_new_store_whatever_the_umask(tmp_path: 
         async with Store(tmp_path / "flock.db") as store:
             await store.enter("1", "f", ())
             assert modes_of(tmp_path) == dict.fromkeys(FILES, "0o600")
+            await store.leave("1")
 
 
 @pytest.mark.parametrize(

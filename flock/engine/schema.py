@@ -1,4 +1,4 @@
-"""The tables of the store: how they are made, and how records become rows and rows records.
+"""How records become rows of the store, and rows records.
 
 All functions are called within a transaction of ``flock.engine.store``, or on its connection for reading.
 """
@@ -23,7 +23,6 @@ __all__ = [
     "DAMAGED_BATCH",
     "DAMAGED_RUN",
     "INTERRUPTED",
-    "MIGRATIONS",
     "UNREADABLE",
     "Damaged",
     "Ended",
@@ -69,153 +68,6 @@ INTERRUPTED = ("The server stopped before this run ended.", "interrupted")
 DAMAGED_RUN = "The record of this run is damaged and cannot be read."
 DAMAGED_BATCH = "The record of this batch is damaged and cannot be read."
 UNREADABLE = "unreadable"
-
-
-# Migrations: applied in order, each once; the file remembers how many. Never change one that was released.
-
-
-def _create_tables(db: sqlite3.Connection) -> None:
-    for statement in (
-        """CREATE TABLE runs (
-            run_id TEXT PRIMARY KEY,
-            flock TEXT NOT NULL,
-            agent_name TEXT NOT NULL,
-            status TEXT NOT NULL,
-            error_type TEXT,
-            created_at INTEGER NOT NULL,
-            started_at INTEGER,
-            completed_at INTEGER,
-            request_id TEXT,
-            batch_id TEXT,
-            position INTEGER,
-            is_async INTEGER NOT NULL,
-            attempt INTEGER NOT NULL,
-            timeout_s REAL,
-            owner TEXT,
-            cancel_requested INTEGER NOT NULL DEFAULT 0,
-            progress BLOB,
-            error TEXT,
-            inputs BLOB NOT NULL, -- what is long comes last: what lies behind it takes longer to read
-            result BLOB
-        )""",
-        # A page of GET /runs is one range of one of these for each status, whatever its filter; see listing.
-        "CREATE INDEX runs_by_status ON runs (flock, status, run_id) WHERE batch_id IS NULL",
-        "CREATE INDEX runs_by_both ON runs (flock, agent_name, status, run_id) WHERE batch_id IS NULL",
-        "CREATE UNIQUE INDEX items ON runs (batch_id, position) WHERE batch_id IS NOT NULL",
-        "CREATE INDEX cancels ON runs (owner) WHERE cancel_requested = 1 AND status IN ('starting', 'running')",
-        "CREATE INDEX runs_active ON runs (owner) WHERE status IN ('starting', 'running')",
-        """CREATE TABLE steps (
-            run_id TEXT NOT NULL,
-            position INTEGER NOT NULL,
-            agent_name TEXT NOT NULL,
-            result BLOB NOT NULL,
-            next_agent TEXT,
-            usage BLOB,
-            attempt INTEGER NOT NULL,
-            started_at INTEGER NOT NULL,
-            completed_at INTEGER NOT NULL,
-            PRIMARY KEY (run_id, position)
-        )""",
-        """CREATE TABLE batches (
-            batch_id TEXT PRIMARY KEY,
-            flock TEXT NOT NULL,
-            agent_name TEXT NOT NULL,
-            options BLOB NOT NULL,
-            status TEXT NOT NULL,
-            total_items INTEGER NOT NULL,
-            completed_items INTEGER NOT NULL DEFAULT 0,
-            failed_items INTEGER NOT NULL DEFAULT 0,
-            cancelled_items INTEGER NOT NULL DEFAULT 0,
-            error TEXT,
-            created_at INTEGER NOT NULL,
-            started_at INTEGER,
-            completed_at INTEGER,
-            request_id TEXT,
-            owner TEXT
-        )""",
-        "CREATE TABLE engines (engine_id TEXT PRIMARY KEY, flock TEXT NOT NULL, started_at INTEGER NOT NULL)",
-        """CREATE TABLE idempotency_keys (
-            flock TEXT NOT NULL,
-            key TEXT NOT NULL,
-            fingerprint BLOB NOT NULL,
-            made_id TEXT NOT NULL,
-            created_at INTEGER NOT NULL,
-            PRIMARY KEY (flock, key)
-        ) WITHOUT ROWID""",
-        "CREATE INDEX keys_by_what_they_made ON idempotency_keys (made_id)",
-    ):
-        db.execute(statement)
-
-
-def _add_traceparent(db: sqlite3.Connection) -> None:
-    db.execute("ALTER TABLE runs ADD COLUMN traceparent TEXT")
-
-
-def _add_principal(db: sqlite3.Connection) -> None:
-    for statement in (
-        "ALTER TABLE runs ADD COLUMN principal TEXT",
-        "ALTER TABLE batches ADD COLUMN principal TEXT",
-        # Only those who have keys pay for it.
-        "CREATE INDEX runs_by_principal ON runs (flock, principal, status, run_id) "
-        "WHERE batch_id IS NULL AND principal IS NOT NULL",
-    ):
-        db.execute(statement)
-
-
-def _widen_batches(db: sqlite3.Connection) -> None:
-    """Items are fenced by the owner of their batch, so that a million of them need not be taken over one by one."""
-    for statement in (
-        "ALTER TABLE runs ADD COLUMN last_step BLOB",
-        "ALTER TABLE batches ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1",
-        "ALTER TABLE batches ADD COLUMN cancel_requested INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE batches ADD COLUMN reopening TEXT",
-        "ALTER TABLE batches ADD COLUMN resumed_at INTEGER",
-        "ALTER TABLE batches ADD COLUMN resumed_with INTEGER NOT NULL DEFAULT 0",
-        # Why it is out of sight: "staged" until its last item is there, "dropped" until the last one is deleted.
-        "ALTER TABLE batches ADD COLUMN hidden TEXT",
-        "CREATE INDEX batches_hidden ON batches (hidden) WHERE hidden IS NOT NULL",
-        # Few are: whoever asks 20 times a second for what is to be cancelled reads no others.
-        "CREATE INDEX batches_open ON batches (flock, owner) WHERE completed_at IS NULL",
-        # A page of items is one range of it for each status; see item_listing.
-        "CREATE INDEX items_by_status ON runs (batch_id, status, position) WHERE batch_id IS NOT NULL",
-        "DROP INDEX items",
-        "DROP INDEX runs_active",
-        "CREATE INDEX runs_active ON runs (owner) WHERE batch_id IS NULL AND status IN ('starting', 'running')",
-    ):
-        db.execute(statement)
-
-
-def _add_recoveries(db: sqlite3.Connection) -> None:
-    db.execute("ALTER TABLE runs ADD COLUMN recoveries INTEGER NOT NULL DEFAULT 0")
-
-
-def _add_extra(db: sqlite3.Connection) -> None:
-    db.execute("ALTER TABLE runs ADD COLUMN extra BLOB")
-    db.execute("ALTER TABLE batches ADD COLUMN extra_names BLOB")
-
-
-def _add_flocks(db: sqlite3.Connection) -> None:
-    """Which agents a flock of a name had when it was last started."""
-    db.execute("CREATE TABLE flocks (flock TEXT PRIMARY KEY, agents TEXT NOT NULL) WITHOUT ROWID")
-
-
-def _index_agents_of_principals(db: sqlite3.Connection) -> None:
-    db.execute(
-        "CREATE INDEX runs_by_principal_and_agent ON runs (flock, principal, agent_name, status, run_id) "
-        "WHERE batch_id IS NULL AND principal IS NOT NULL"
-    )
-
-
-MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
-    _create_tables,
-    _add_traceparent,
-    _add_principal,
-    _widen_batches,
-    _add_recoveries,
-    _add_extra,
-    _add_flocks,
-    _index_agents_of_principals,
-]
 
 
 # Rows

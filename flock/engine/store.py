@@ -30,6 +30,7 @@ import anyio.to_thread
 import msgspec
 
 from flock.engine import files, schema
+from flock.engine.migrations import MIGRATIONS, migrate
 from flock.errors import EngineFull, FlockError, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, stub_of
 
@@ -176,7 +177,7 @@ class Store:
                 await self._share(stack)
             else:
                 self._reader = self._db
-                self._migrate()
+                migrate(self._db, self.path)
                 self._db.execute("BEGIN")  # for ever: nobody else reads it, and SQLite need not copy what it changes
             self._exit = stack.pop_all()
         return self
@@ -187,7 +188,7 @@ class Store:
         self._reader = stack.enter_context(contextlib.closing(self._connect()))
         try:
             async with self._file_lock():
-                self._migrate()
+                migrate(self._db, self.path)
         except TimeoutError as exc:
             raise StoreError(
                 f"The store {self.path!r} cannot be used: {exc}. Let it go on, or end it, or name another file "
@@ -250,25 +251,6 @@ class Store:
     def is_public(self) -> bool:
         """Whether every user of the machine can read the file; one that existed keeps the permissions it had."""
         return bool(self._mode & 0o004)
-
-    def _migrate(self) -> None:
-        """Bring the file to this version's form, or refuse it untouched."""
-        try:
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version > len(schema.MIGRATIONS):
-                raise StoreError(
-                    f"The store {self.path!r} was made by a newer version of flockapi (form {version}; this one "
-                    f"knows {len(schema.MIGRATIONS)}). Use that version, or name another file."
-                )
-            if version == 0 and self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise StoreError(f"{self.path!r} is a database of something else. Name another file (store=).")
-            for number, migrate in enumerate(schema.MIGRATIONS[version:], version + 1):
-                self._db.execute("BEGIN IMMEDIATE")
-                migrate(self._db)
-                self._db.execute(f"PRAGMA user_version = {number}")
-                self._db.execute("COMMIT")
-        except sqlite3.Error as exc:
-            raise StoreError(f"The store {self.path!r} cannot be read: {exc}. Restore it, or name another.") from exc
 
     # Writing
 
@@ -387,10 +369,10 @@ class Store:
                     f"Stop this server, restore {self.path!r} with its -wal file, and start it again."
                 )
         form = db.execute("PRAGMA user_version").fetchone()[0]
-        if self._identities and form != len(schema.MIGRATIONS):
+        if self._identities and form != len(MIGRATIONS):
             raise _Displaced(
                 f"{self.path!r} was changed by another version of flockapi (form {form}; this one knows "
-                f"{len(schema.MIGRATIONS)}) while this server was using it. Stop this server, and start that version."
+                f"{len(MIGRATIONS)}) while this server was using it. Stop this server, and start that version."
             )
 
     async def _written(self, group: _Group) -> None:
