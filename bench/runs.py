@@ -43,7 +43,7 @@ from starlette.routing import Route
 
 from flock.command.server import settle_memory
 from flock.core import Flock
-from flock.engine import schema
+from flock.engine import queries
 from flock.engine.migrations import MIGRATIONS
 from flock.engine.store import Durability
 from flock.runs import Run, RunStatus, Step, new_id, now
@@ -312,7 +312,7 @@ def fill(path: Path, runs: int) -> None:
             migrate(db)
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         db.execute("BEGIN")
-        schema.write_run(db, first, True, {0: step}, schema.Ended())
+        queries.write_run(db, first, True, {0: step}, queries.Ended())
         # The others are copies of it, made by SQLite itself: that takes seconds, and a call for each a minute.
         db.create_function("new_id", 0, new_id)
         db.execute("CREATE TEMP TABLE ids AS SELECT run_id FROM runs WHERE false")

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from flock.core import Flock
-from flock.engine import schema
 from flock.engine.batchstore import BatchStore
 from flock.engine.migrations import MIGRATIONS
+from flock.engine.rows import DAMAGED_RUN
 from flock.engine.store import Store
 from flock.errors import (
     BatchNotFound,
@@ -308,7 +308,7 @@ async def test_a_batch_of_items_that_cannot_be_read_fails(tmp_path: Path) -> Non
     async with work.flock.engine(store=store) as engine:
         batch = await ended(engine, batch)
         assert (batch.status, batch.failed_items, batch.completed_items) == (RunStatus.FAILED, 2500, 2500)
-        assert batch.error == f"None of the 2500 items completed. The first one: {schema.DAMAGED_RUN}"
+        assert batch.error == f"None of the 2500 items completed. The first one: {DAMAGED_RUN}"
         retried = await ended(engine, await engine.retry_batch(batch.batch_id))
         assert (retried.status, retried.failed_items) == (RunStatus.FAILED, 2500)
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from flock.core import Flock
-from flock.engine import base, schema
+from flock.engine import base, queries
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Conflict, EngineFull, RunNotFound
 from flock.runs import BatchFilter, BatchOptions, RunFilter, RunStatus
@@ -329,7 +329,7 @@ async def test_a_principal_has_its_share_beside_runs_that_no_program_here_carrie
 async def test_other_tasks_run_while_what_a_dead_engine_left_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be gigabytes. A thread reads it: here it waits for what a task does meanwhile."""
     await leave(Program("ours"), "ours")
-    is_reading, may_go_on, find_run = threading.Event(), threading.Event(), schema.find_run
+    is_reading, may_go_on, find_run = threading.Event(), threading.Event(), queries.find_run
 
     def find_later(db: sqlite3.Connection, run_id: str) -> Any:
         is_reading.set()
@@ -340,7 +340,7 @@ async def test_other_tasks_run_while_what_a_dead_engine_left_is_read(monkeypatch
         await until(is_reading.is_set)
         may_go_on.set()
 
-    monkeypatch.setattr(schema, "find_run", find_later)
+    monkeypatch.setattr(queries, "find_run", find_later)
     program = Program("ours")
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run_meanwhile)

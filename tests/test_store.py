@@ -24,7 +24,7 @@ from flock.command.batchfile import _mark
 from flock.core import Flock
 from flock.engine.batchstore import BatchStore
 from flock.engine.migrations import MIGRATIONS
-from flock.engine.schema import COLUMNS, listing
+from flock.engine.statements import COLUMNS, listing
 from flock.engine.store import Store
 from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError, Unstorable
 from flock.runs import (

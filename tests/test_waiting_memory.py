@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
-from flock.engine.schema import Damaged
+from flock.engine.rows import Damaged
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
 from flock.rows.results import RESULT_TYPES, item_pages, results_as
 from flock.runs import LONG_BYTES, BatchOptions, IdempotencyKey, LongJSON, Page, Run, RunStatus

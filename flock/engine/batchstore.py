@@ -13,7 +13,18 @@ import anyio
 import msgspec
 from msgspec.structs import replace
 
-from flock.engine import schema
+from flock.engine import queries, statements
+from flock.engine.rows import (
+    DAMAGED_RUN,
+    FIELDS,
+    UNREADABLE,
+    Damaged,
+    batch_or_remains,
+    batch_values,
+    micros,
+    names_json,
+    run_from,
+)
 from flock.engine.store import Store
 from flock.errors import EngineFull, OwnershipLost, StoreError, cut
 from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus, stub_of
@@ -63,14 +74,14 @@ class BatchStore:
         count = sum(not item.status.is_final for item in items)
 
         def apply(db: sqlite3.Connection) -> None:
-            if schema.has_key(db, batch.flock, key):
+            if queries.has_key(db, batch.flock, key):
                 return
             if not is_first:
                 _check_staged(db, batch)
             self._check_room(db, batch.flock, count, max_open_items)
             if is_first:
-                db.execute(schema.INSERT_BATCH, schema.batch_values(batch, "staged"))
-            schema.insert_runs(db, items)
+                db.execute(statements.INSERT_BATCH, batch_values(batch, "staged"))
+            queries.insert_runs(db, items)
             query = "UPDATE batches SET total_items = total_items + ? WHERE batch_id = ?"
             db.execute(query, (count, batch.batch_id))
 
@@ -97,17 +108,17 @@ class BatchStore:
         """
 
         def apply(db: sqlite3.Connection) -> Batch:
-            schema.check_key(db, batch.flock, key)
-            schema.check_engine(db, batch.owner)
+            queries.check_key(db, batch.flock, key)
+            queries.check_engine(db, batch.owner)
             if is_staged:
                 _check_staged(db, batch)
             count = batch.total_items - batch.completed_items
             self._check_room(db, batch.flock, count, max_open_items, besides=batch.batch_id)
             if is_staged:
                 db.execute("DELETE FROM batches WHERE batch_id = ?", (batch.batch_id,))
-            db.execute(schema.INSERT_BATCH, schema.batch_values(batch, None))
-            schema.insert_runs(db, items)
-            schema.insert_key(db, batch.flock, key, batch.batch_id, batch.created_at)
+            db.execute(statements.INSERT_BATCH, batch_values(batch, None))
+            queries.insert_runs(db, items)
+            queries.insert_key(db, batch.flock, key, batch.batch_id, batch.created_at)
             return batch
 
         await self._store.change(apply, then)
@@ -119,7 +130,7 @@ class BatchStore:
         query = """SELECT sum(total_items - completed_items) FROM batches INDEXED BY batches_open
             WHERE flock = ? AND agent_name IN (SELECT value FROM json_each(?)) AND completed_at IS NULL
             AND ifnull(hidden, 'staged') = 'staged' AND batch_id != ?"""
-        waiting = db.execute(query, (flock, schema.names_json(self._store.agents), besides)).fetchone()[0] or 0
+        waiting = db.execute(query, (flock, names_json(self._store.agents), besides)).fetchone()[0] or 0
         if waiting + more > max_open_items:
             raise EngineFull(
                 f"{waiting} items of batches have not ended or are being uploaded, and {more} more would be over what "
@@ -129,7 +140,7 @@ class BatchStore:
     # Looking
 
     def get(self, batch_id: str) -> Batch | None:
-        return self._store.read(lambda db: schema.find_batch(db, batch_id))
+        return self._store.read(lambda db: queries.find_batch(db, batch_id))
 
     def page(self, flock: str, wanted: BatchFilter) -> Page[Batch]:
         """One page, newest first."""
@@ -142,14 +153,14 @@ class BatchStore:
         }
         conditions = {condition: value for condition, value in conditions.items() if value is not None}
         query = (
-            f"SELECT {schema.BATCH_COLUMNS} FROM batches WHERE hidden IS NULL AND {' AND '.join(conditions)} "
+            f"SELECT {statements.BATCH_COLUMNS} FROM batches WHERE hidden IS NULL AND {' AND '.join(conditions)} "
             f"ORDER BY batch_id DESC LIMIT {wanted.limit + 1:d}"
         )
 
         def find(db: sqlite3.Connection) -> Page[Batch]:
             page = Page[Batch](wanted.limit)
             for row in db.execute(query, tuple(conditions.values())):
-                if not page.add(schema.batch_or_remains(row)):
+                if not page.add(batch_or_remains(row)):
                     break
             return page
 
@@ -163,10 +174,10 @@ class BatchStore:
         values = {"batch_id": batch_id, "after": after, "limit": limit}
 
         def find(db: sqlite3.Connection) -> Page[Run]:
-            rows = schema.rows_of(
-                db, lambda columns: schema.item_listing(columns, statuses), values, COLUMNS_WITHOUT_STEPS
+            rows = queries.rows_of(
+                db, lambda columns: statements.item_listing(columns, statuses), values, COLUMNS_WITHOUT_STEPS
             )
-            return schema.page_of(limit, rows)
+            return queries.page_of(limit, rows)
 
         return self._store.read(find)
 
@@ -179,10 +190,10 @@ class BatchStore:
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
 
         def find(db: sqlite3.Connection) -> list[Run]:
-            found = schema.find_batch(db, batch.batch_id)
+            found = queries.find_batch(db, batch.batch_id)
             if found is None or found.owner != batch.owner:
                 return []
-            rows = schema.rows_of(db, lambda columns: schema.item_listing(columns, [RunStatus.STARTING]), values)
+            rows = queries.rows_of(db, lambda columns: statements.item_listing(columns, [RunStatus.STARTING]), values)
             page, bytes_left = list[Run](), WORK_PAGE_BYTES
             for row in rows:
                 item = _if_readable(db, row)
@@ -203,7 +214,7 @@ class BatchStore:
         """Say that it is being worked on from now on, and give it as it stands. Raises OwnershipLost."""
         query = """UPDATE batches SET status = 'running', started_at = ifnull(started_at, :now), resumed_at = :now,
             resumed_with = completed_items WHERE batch_id = :batch_id"""
-        values = {"now": schema.micros(now), "batch_id": batch.batch_id}
+        values = {"now": micros(now), "batch_id": batch.batch_id}
         return await self._change_own(batch, lambda db: db.execute(query, values))
 
     async def end(self, batch: Batch, now: datetime) -> Batch:
@@ -215,7 +226,7 @@ class BatchStore:
             failed_items = ?, completed_items = total_items WHERE batch_id = ?"""
 
         def apply(db: sqlite3.Connection) -> None:
-            counted, status, error = schema.find_batch(db, batch.batch_id), RunStatus.COMPLETED, None
+            counted, status, error = queries.find_batch(db, batch.batch_id), RunStatus.COMPLETED, None
             assert counted is not None
             failed = counted.failed_items + counted.total_items - counted.completed_items
             if counted.cancel_requested and counted.cancelled_items:
@@ -223,9 +234,9 @@ class BatchStore:
             elif failed + counted.cancelled_items == counted.total_items:
                 status = RunStatus.FAILED
                 first = db.execute(FIRST_ERROR, {"batch_id": batch.batch_id, "after": -1, "limit": 1}).fetchone()
-                why = schema.DAMAGED_RUN if first is None else first[0]
+                why = DAMAGED_RUN if first is None else first[0]
                 error = cut(f"None of the {counted.total_items} items completed. The first one: {why}")
-            db.execute(query, (status.value, error, schema.micros(now), failed, batch.batch_id))
+            db.execute(query, (status.value, error, micros(now), failed, batch.batch_id))
 
         return await self._change_own(batch, apply)
 
@@ -238,7 +249,7 @@ class BatchStore:
         row_ids = [row_id for row_id, _, _, is_writable in found if is_writable]
         query = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
             WHERE rowid = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
-        end = (schema.DAMAGED_RUN, schema.UNREADABLE, schema.micros(now))
+        end = (DAMAGED_RUN, UNREADABLE, micros(now))
         for start in range(0, len(row_ids), BITE):
             bite = row_ids[start : start + BITE]
 
@@ -246,7 +257,7 @@ class BatchStore:
                 _check_owner(db, batch)
                 values = [(*end, row_id) for row_id in bite]  # noqa: B023 - called before the next
                 failed = db.executemany(query, values).rowcount
-                schema.count_ended(db, schema.Ended({(batch.batch_id, RunStatus.FAILED): failed}))
+                queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.FAILED): failed}))
 
             await self._store.change(apply)
         return [(run_id, reason) for _, run_id, reason, _ in found]
@@ -258,8 +269,8 @@ class BatchStore:
 
         def apply(db: sqlite3.Connection) -> bool:
             _check_owner(db, batch)
-            changed = db.execute(query, (*CANCELLED, schema.micros(now), batch.batch_id, BITE)).rowcount
-            schema.count_ended(db, schema.Ended({(batch.batch_id, RunStatus.CANCELLED): changed}))
+            changed = db.execute(query, (*CANCELLED, micros(now), batch.batch_id, BITE)).rowcount
+            queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): changed}))
             return changed == BITE
 
         return await self._store.change(apply)
@@ -271,7 +282,7 @@ class BatchStore:
 
         def apply(db: sqlite3.Connection) -> None:
             changed = db.execute(query, (batch.batch_id, status.value, INVALID_INPUT, BITE)).rowcount
-            schema.count_ended(db, schema.Ended({(batch.batch_id, status): -changed}))
+            queries.count_ended(db, queries.Ended({(batch.batch_id, status): -changed}))
             if changed < BITE:
                 values = (",".join(others) or None, batch.batch_id)
                 db.execute("UPDATE batches SET reopening = ? WHERE batch_id = ?", values)
@@ -322,8 +333,8 @@ class BatchStore:
         """
 
         def apply(db: sqlite3.Connection) -> Batch | None:
-            schema.check_engine(db, owner)
-            found = schema.find_batch(db, batch_id)
+            queries.check_engine(db, owner)
+            found = queries.find_batch(db, batch_id)
             if found is None or not found.status.is_final:
                 return None
             counts = {RunStatus.FAILED: found.failed_items, RunStatus.CANCELLED: found.cancelled_items}
@@ -334,7 +345,7 @@ class BatchStore:
                 return None
             self._check_room(db, found.flock, sum(counts[status] for status in wanted), max_open_items)
             db.execute(REOPEN_BATCH, (owner, ",".join(wanted), batch_id))
-            return schema.find_batch(db, batch_id)
+            return queries.find_batch(db, batch_id)
 
         return await self._store.change(apply, then)
 
@@ -343,15 +354,15 @@ class BatchStore:
         query = f"{REOPEN_ITEMS} WHERE run_id = ? AND status = ? AND error_type IS NOT ?"
 
         def apply(db: sqlite3.Connection) -> Batch | None:
-            found = schema.find_batch(db, run.batch_id or "")
-            schema.check_engine(db, owner)
+            found = queries.find_batch(db, run.batch_id or "")
+            queries.check_engine(db, owner)
             if found is None or not found.status.is_final:
                 return None
             if not db.execute(query, (run.run_id, run.status.value, INVALID_INPUT)).rowcount:
                 return None
-            schema.count_ended(db, schema.Ended({(found.batch_id, run.status): -1}))
+            queries.count_ended(db, queries.Ended({(found.batch_id, run.status): -1}))
             db.execute(REOPEN_BATCH, (owner, None, found.batch_id))
-            return schema.find_batch(db, found.batch_id)
+            return queries.find_batch(db, found.batch_id)
 
         return await self._store.change(apply, then)
 
@@ -386,7 +397,7 @@ class BatchStore:
 
         def apply(db: sqlite3.Connection) -> bool:
             found = db.execute(query).fetchone()
-            return found is not None and schema.delete_items(db, found[0], BITE) > 0
+            return found is not None and queries.delete_items(db, found[0], BITE) > 0
 
         return await self._store.change(apply)
 
@@ -402,7 +413,7 @@ def _check_staged(db: sqlite3.Connection, batch: Batch) -> None:
 
 def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:
     """The batch as it stands. Raises OwnershipLost."""
-    found = schema.find_batch(db, batch.batch_id)
+    found = queries.find_batch(db, batch.batch_id)
     if found is None or found.owner != batch.owner:
         raise OwnershipLost(batch.batch_id)
     return found
@@ -414,8 +425,8 @@ REOPEN_ITEMS = """UPDATE runs SET status = 'starting', attempt = attempt + 1, re
     error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0"""
 TO_REOPEN = """SELECT run_id FROM runs INDEXED BY items_by_status
     WHERE batch_id = ? AND status = ? AND error_type IS NOT ? LIMIT ?"""
-FIRST_ERROR = schema.item_listing("error", RunStatus)
-COLUMNS_WITHOUT_STEPS = ", ".join("NULL" if name == "last_step" else name for name in schema.FIELDS)
+FIRST_ERROR = statements.item_listing("error", RunStatus)
+COLUMNS_WITHOUT_STEPS = ", ".join("NULL" if name == "last_step" else name for name in FIELDS)
 UNFINISHED = """SELECT rowid, CAST(run_id AS BLOB) FROM runs INDEXED BY items_by_status
     WHERE batch_id = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
 
@@ -425,15 +436,15 @@ def _to_do(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
 
     Most items were never begun: those are spared a query each. A retry forgets when an item was, not what it did.
     """
-    run = schema.run_from(row, ())
+    run = run_from(row, ())
     was_begun = run.started_at is not None or run.attempt > 1
-    return replace(run, steps=schema.find_steps(db, run.run_id)) if was_begun else run
+    return replace(run, steps=queries.find_steps(db, run.run_id)) if was_begun else run
 
 
 def _if_readable(db: sqlite3.Connection, row: Sequence[Any]) -> Run | None:
     try:
         return _to_do(db, row)
-    except schema.Damaged:
+    except Damaged:
         return None
 
 
@@ -445,8 +456,8 @@ def _unfinished(db: sqlite3.Connection, batch_id: str) -> list[tuple[int, str, s
     for row_id, run_id in db.execute(UNFINISHED, (batch_id,)).fetchall():
         reason, is_writable = "it is neither waiting nor at its end", True
         try:
-            _to_do(db, schema.read_row(db, schema.COLUMNS, "rowid", row_id))
-        except schema.Damaged as exc:
+            _to_do(db, queries.read_row(db, statements.COLUMNS, "rowid", row_id))
+        except Damaged as exc:
             reason, is_writable = str(exc), exc.is_writable
         found.append((row_id, (run_id or b"").decode("utf-8", "replace"), reason, is_writable))
     return found

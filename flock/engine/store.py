@@ -29,12 +29,24 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from flock.engine import files, schema
+from flock.engine import files, queries, statements
 from flock.engine.migrations import MIGRATIONS, migrate
+from flock.engine.rows import (
+    DAMAGED_BATCH,
+    DAMAGED_RUN,
+    FIELDS,
+    UNREADABLE,
+    Damaged,
+    id_at,
+    micros,
+    names_json,
+    steps_with_rows,
+    time_from,
+)
 from flock.errors import EngineFull, FlockError, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import Batch, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, stub_of
 
-__all__ = ["Durability", "Store", "TakenOver"]
+__all__ = ["INTERRUPTED", "Durability", "Store", "TakenOver"]
 
 T = TypeVar("T")
 
@@ -51,6 +63,9 @@ LOCK_TIMEOUT_S = 5.0
 LOCK_INTERVAL_S = 0.001
 #: How long to wait before a failed transaction is tried again, in seconds.
 RETRY_AFTER_S = 1.0
+
+#: ``error`` and ``error_type`` of a run whose server went away while somebody waited for it.
+INTERRUPTED = ("The server stopped before this run ended.", "interrupted")
 
 
 # Groups
@@ -86,7 +101,7 @@ OF_ONE_RECORD = (
     sqlite3.DataError,
     sqlite3.IntegrityError,
     sqlite3.ProgrammingError,
-    schema.Damaged,
+    Damaged,
 )
 
 
@@ -312,7 +327,7 @@ class Store:
         group, change = self._open, _Change(apply, then)
         group.changes.append(change)
         await self._written(group)
-        if isinstance(change.error, schema.Damaged):
+        if isinstance(change.error, Damaged):
             raise self._unreadable(change.error) from change.error
         if isinstance(change.error, sqlite3.Error | ArithmeticError | TypeError | ValueError):
             raise _unstorable(change.error) from change.error
@@ -468,7 +483,7 @@ class Store:
     def _write_apart(self, group: _Group) -> None:
         """Write each record whole or not at all: what is refused fails only its own caller."""
         for run_id, pending in list(group.runs.items()):
-            has_one_row = not schema.steps_with_rows(pending.run, pending.steps)
+            has_one_row = not steps_with_rows(pending.run, pending.steps)
             try:
                 with contextlib.nullcontext() if has_one_row else self._savepoint():
                     self._write_runs(group, {run_id: pending})
@@ -508,14 +523,14 @@ class Store:
             self._db.execute("RELEASE record")
 
     def _write_runs(self, group: _Group, runs: Mapping[str, _PendingRun]) -> None:
-        ended = schema.Ended()
+        ended = queries.Ended()
         for run_id, pending in runs.items():
             try:
-                if not schema.write_run(self._db, pending.run, pending.is_new, pending.steps, ended):
+                if not queries.write_run(self._db, pending.run, pending.is_new, pending.steps, ended):
                     group.lost.add(run_id)
             except Exception as exc:
                 _Refused.reraise(exc)
-        schema.count_ended(self._db, ended)
+        queries.count_ended(self._db, ended)
 
     def _apply_changes(self, group: _Group) -> None:
         for change in group.changes:
@@ -576,11 +591,11 @@ class Store:
         return version
 
     def get_run(self, run_id: str) -> Run | None:
-        return self.read(lambda db: schema.find_run(db, run_id))
+        return self.read(lambda db: queries.find_run(db, run_id))
 
     def outline(self, run_id: str) -> Run | None:
         """A run with ``{}`` for its inputs and for each of its results, which are not read."""
-        return self.read(lambda db: schema.find_run(db, run_id, is_outline=True))
+        return self.read(lambda db: queries.find_run(db, run_id, is_outline=True))
 
     def version(self, run_id: str) -> tuple[Any, ...] | None:
         """A value that changes with what ``outline`` returns, and is read in a few microseconds."""
@@ -622,15 +637,15 @@ class Store:
         left_out |= {
             name for name, asked in (("inputs", wanted.with_inputs), ("result", wanted.with_results)) if not asked
         }
-        columns = ", ".join(schema.EMPTY[name] if name in left_out else name for name in schema.FIELDS)
+        columns = ", ".join(statements.EMPTY[name] if name in left_out else name for name in FIELDS)
         conditions = ["flock = :flock"]
         values: dict[str, Any] = {"flock": flock, "limit": wanted.limit + 1}
         for condition, value in (
             ("agent_name = :agent_name", wanted.agent_name),
             ("principal = :principal", wanted.principal),
             ("run_id < :after", wanted.after),
-            ("run_id > :low", None if wanted.created_after is None else schema.id_at(wanted.created_after, 1)),
-            ("run_id < :high", None if wanted.created_before is None else schema.id_at(wanted.created_before)),
+            ("run_id > :low", None if wanted.created_after is None else id_at(wanted.created_after, 1)),
+            ("run_id < :high", None if wanted.created_before is None else id_at(wanted.created_before)),
         ):
             if value is not None:
                 conditions.append(condition)
@@ -638,16 +653,16 @@ class Store:
         statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
 
         def query(columns: str) -> str:
-            return f"{schema.listing(columns, statuses, ' AND '.join(conditions))} LIMIT :limit"
+            return f"{statements.listing(columns, statuses, ' AND '.join(conditions))} LIMIT :limit"
 
-        return self.read(lambda db: schema.page_of(wanted.limit, schema.rows_of(db, query, values, columns)))
+        return self.read(lambda db: queries.page_of(wanted.limit, queries.rows_of(db, query, values, columns)))
 
     def queue(self, flock: str) -> Queue:
         """What waits for one of ``agents`` and is no item. Runs that were opened anew have no age: it is not kept."""
-        query = f"SELECT count(*), min(CASE WHEN attempt = 1 THEN created_at END) {schema.WAITING}"
-        values = (flock, schema.names_json(self.agents))
+        query = f"SELECT count(*), min(CASE WHEN attempt = 1 THEN created_at END) {statements.WAITING}"
+        values = (flock, names_json(self.agents))
         depth, oldest = self.read(lambda db: db.execute(query, values).fetchone())
-        return Queue(depth, schema.time_from(oldest))
+        return Queue(depth, time_from(oldest))
 
     def last_id(self) -> str | None:
         """The id of the newest run."""
@@ -678,13 +693,13 @@ class Store:
         """
 
         def apply(db: sqlite3.Connection) -> Run:
-            schema.check_key(db, run.flock, key)
-            schema.check_engine(db, run.owner)
+            queries.check_key(db, run.flock, key)
+            queries.check_engine(db, run.owner)
             if full is not None:
                 raise full
-            schema.check_room(db, run.flock, self.agents, run.principal, limits)
-            schema.insert_runs(db, [run])
-            schema.insert_key(db, run.flock, key, run.run_id, run.created_at)
+            queries.check_room(db, run.flock, self.agents, run.principal, limits)
+            queries.insert_runs(db, [run])
+            queries.insert_key(db, run.flock, key, run.run_id, run.created_at)
             return run
 
         await self.change(apply, then)
@@ -701,14 +716,14 @@ class Store:
         """
 
         def apply(db: sqlite3.Connection) -> Run | None:
-            schema.check_engine(db, owner)
-            schema.check_room(db, run.flock, self.agents, run.principal, limits)
+            queries.check_engine(db, owner)
+            queries.check_room(db, run.flock, self.agents, run.principal, limits)
             query = (
                 "UPDATE runs SET status = 'starting', attempt = attempt + 1, owner = ?, is_async = 1, result = NULL, "
                 "error = NULL, error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, "
                 "cancel_requested = 0 WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"
             )
-            return schema.find_run(db, run.run_id) if db.execute(query, (owner, run.run_id)).rowcount else None
+            return queries.find_run(db, run.run_id) if db.execute(query, (owner, run.run_id)).rowcount else None
 
         return await self.change(apply, then)
 
@@ -716,7 +731,7 @@ class Store:
         """Delete a final run that is no item; False if there is none."""
 
         def apply(db: sqlite3.Connection) -> bool:
-            is_deleted = schema.delete_runs(db, [run_id]) == 1
+            is_deleted = queries.delete_runs(db, [run_id]) == 1
             if is_deleted:  # whoever deletes a run may make it anew under the same key
                 db.execute("DELETE FROM idempotency_keys WHERE made_id = ?", (run_id,))
             return is_deleted
@@ -735,25 +750,25 @@ class Store:
         """
 
         def apply(db: sqlite3.Connection) -> int:
-            bounds = [(schema.id_at(before), schema.micros(before))] if before is not None else []
+            bounds = [(id_at(before), micros(before))] if before is not None else []
             if keep_runs is not None:
-                row = db.execute(schema.NEWEST, {"flock": flock, "offset": max(0, keep_runs - 1)}).fetchone()
+                row = db.execute(statements.NEWEST, {"flock": flock, "offset": max(0, keep_runs - 1)}).fetchone()
                 bounds += [(row[0], FOR_EVER)] if row is not None else []
             deleted = 0
             for bound, latest in bounds:
                 values = {
                     **{"flock": flock, "bound": bound, "latest": latest, "limit": limit},
-                    "kept": schema.names_json(kept),
+                    "kept": names_json(kept),
                 }
-                deleted += schema.delete_runs(db, [run_id for (run_id,) in db.execute(schema.OLD_RUNS, values)])
-                deleted += db.execute(schema.DROP_OLD_BATCHES, values).rowcount
+                deleted += queries.delete_runs(db, [run_id for (run_id,) in db.execute(statements.OLD_RUNS, values)])
+                deleted += db.execute(statements.DROP_OLD_BATCHES, values).rowcount
             return deleted
 
         return await self.change(apply)
 
     async def forget_keys(self, before: datetime) -> None:
         query = "DELETE FROM idempotency_keys WHERE created_at < ?"
-        await self.change(lambda db: db.execute(query, (schema.micros(before),)) and None)
+        await self.change(lambda db: db.execute(query, (micros(before),)) and None)
 
     def cancels_for(self, owner: str) -> list[tuple[str, int]]:
         """Runs of *owner*, and items of its batches, that somebody asked to cancel, and in which attempt."""
@@ -790,7 +805,7 @@ class Store:
 
         def apply(db: sqlite3.Connection) -> Sequence[str]:
             found = db.execute("SELECT agents FROM flocks WHERE flock = ?", (flock,)).fetchone()
-            db.execute("INSERT OR REPLACE INTO flocks VALUES (?, ?)", (flock, schema.names_json(agents)))
+            db.execute("INSERT OR REPLACE INTO flocks VALUES (?, ?)", (flock, names_json(agents)))
             with contextlib.suppress(msgspec.DecodeError):
                 return [] if found is None else msgspec.json.decode(found[0], type=list[str])
             return []
@@ -830,13 +845,13 @@ class Store:
 
     async def _insert_engine(self, engine_id: str, flock: str) -> None:
         query = "INSERT INTO engines VALUES (?, ?, ?)"
-        await self.change(lambda db: db.execute(query, (engine_id, flock, schema.micros(datetime.now(UTC)))) and None)
+        await self.change(lambda db: db.execute(query, (engine_id, flock, micros(datetime.now(UTC)))) and None)
 
     async def leave(self, engine_id: str) -> None:
         """Let go of what *engine_id* holds. What is unfinished is for the next engine that looks."""
 
         def apply(db: sqlite3.Connection) -> bool:
-            db.execute(schema.DROP_STAGED, (engine_id,))
+            db.execute(statements.DROP_STAGED, (engine_id,))
             if unfinished := _has_unfinished(db, engine_id):
                 return unfinished
             db.execute("DELETE FROM engines WHERE engine_id = ?", (engine_id,))
@@ -868,23 +883,23 @@ class Store:
         left = await anyio.to_thread.run_sync(self.read, lambda db: _left_by(db, dead_id, self.agents, only))
 
         def apply(db: sqlite3.Connection) -> TakenOver:
-            at = schema.micros(now)
-            ended = [id_ for id_, end in left.ends.items() if _changes(db, schema.FAIL_RUN, *end, at, id_, dead_id)]
-            runs = ended + [id_ for id_ in left.runs if _changes(db, schema.TAKE_RUN, owner, id_, dead_id)]
-            batches = [id_ for id_ in left.batches if _changes(db, schema.TAKE_BATCH, owner, id_, dead_id)]
+            at = micros(now)
+            ended = [id_ for id_, end in left.ends.items() if _changes(db, statements.FAIL_RUN, *end, at, id_, dead_id)]
+            runs = ended + [id_ for id_ in left.runs if _changes(db, statements.TAKE_RUN, owner, id_, dead_id)]
+            batches = [id_ for id_ in left.batches if _changes(db, statements.TAKE_BATCH, owner, id_, dead_id)]
             for batch_id in batches:
-                db.execute(schema.TAKE_ITEMS, (batch_id,))
+                db.execute(statements.TAKE_ITEMS, (batch_id,))
             for batch_id in left.damaged_batches:
-                if _changes(db, schema.FAIL_BATCH, schema.DAMAGED_BATCH, at, batch_id, dead_id):
-                    db.execute(schema.FAIL_ITEMS, (schema.DAMAGED_BATCH, schema.UNREADABLE, at, batch_id))
-            db.execute(schema.DROP_STAGED, (dead_id,))
+                if _changes(db, statements.FAIL_BATCH, DAMAGED_BATCH, at, batch_id, dead_id):
+                    db.execute(statements.FAIL_ITEMS, (DAMAGED_BATCH, UNREADABLE, at, batch_id))
+            db.execute(statements.DROP_STAGED, (dead_id,))
             is_all = not _has_unfinished(db, dead_id)
             if is_all:
                 db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,))
                 files.remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
             return TakenOver(
-                [stub_of(run) for run_id in runs if (run := schema.find_run(db, run_id)) is not None],
-                [batch for batch_id in batches if (batch := schema.find_batch(db, batch_id)) is not None],
+                [stub_of(run) for run_id in runs if (run := queries.find_run(db, run_id)) is not None],
+                [batch for batch_id in batches if (batch := queries.find_batch(db, batch_id)) is not None],
                 left.waiting,
                 is_all,
             )
@@ -923,31 +938,31 @@ class _Left:
 def _left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only: str | None) -> _Left:
     """Read outside a transaction for writing, which would fail if SQLite cannot read one of the rows."""
     left = _Left()
-    for (run_id,) in db.execute(schema.RUNS_OF, (dead_id,)).fetchall():
+    for (run_id,) in db.execute(statements.RUNS_OF, (dead_id,)).fetchall():
         if only not in (None, run_id):
             continue
         try:
-            run = schema.find_run(db, run_id)
-        except schema.Damaged as exc:
+            run = queries.find_run(db, run_id)
+        except Damaged as exc:
             logger.error("run %s was left unfinished, and cannot be read: %s", run_id, exc)
             if exc.is_writable:
-                left.ends[run_id] = (schema.DAMAGED_RUN, schema.UNREADABLE)
+                left.ends[run_id] = (DAMAGED_RUN, UNREADABLE)
             continue
         if run is None:
             continue
         agent_name = run.next_agent_name or run.agent_name
         if not run.is_async:
-            left.ends[run_id] = schema.INTERRUPTED
+            left.ends[run_id] = INTERRUPTED
         elif run.cancel_requested or agent_name in agents:
             left.runs.append(run_id)
         else:
             left.waiting[agent_name] += 1
-    for (batch_id,) in db.execute(schema.BATCHES_OF, (dead_id,)).fetchall():
+    for (batch_id,) in db.execute(statements.BATCHES_OF, (dead_id,)).fetchall():
         if only not in (None, batch_id):
             continue
         try:
-            batch = schema.find_batch(db, batch_id)
-        except schema.Damaged as exc:
+            batch = queries.find_batch(db, batch_id)
+        except Damaged as exc:
             logger.error("batch %s was left unfinished, and cannot be read: %s", batch_id, exc)
             left.damaged_batches.append(batch_id)
             continue
@@ -963,4 +978,4 @@ def _changes(db: sqlite3.Connection, query: str, *values: Any) -> bool:
 
 
 def _has_unfinished(db: sqlite3.Connection, engine_id: str) -> bool:
-    return any(db.execute(of, (engine_id,)).fetchone() for of in (schema.RUNS_OF, schema.BATCHES_OF))
+    return any(db.execute(of, (engine_id,)).fetchone() for of in (statements.RUNS_OF, statements.BATCHES_OF))

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
-from flock.engine.schema import id_at
+from flock.engine.rows import id_at
 from flock.runs import BatchFilter, RunFilter, RunStatus, now
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW

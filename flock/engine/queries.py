@@ -1,0 +1,273 @@
+"""What is read and written in one transaction, by the store and by its batches.
+
+All functions are called within a transaction of ``flock.engine.store``, or on its connection for reading.
+"""
+
+import contextlib
+import itertools
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from flock.engine import statements
+from flock.engine.refusals import stopping
+from flock.engine.rows import (
+    BATCH_FIELDS,
+    DAMAGED_BATCH,
+    FIELDS,
+    READERS,
+    TYPES,
+    UNREADABLE,
+    Damaged,
+    LastStep,
+    batch_from,
+    batch_or_remains,
+    bytes_or_none,
+    micros,
+    names_json,
+    remains_of,
+    remains_of_run,
+    run_from,
+    run_or_remains,
+    run_values,
+    step_from,
+    steps_with_rows,
+)
+from flock.errors import KeyReused, Replayed
+from flock.runs import Batch, IdempotencyKey, Page, QueueLimits, Run, RunStatus, Step
+
+__all__ = [
+    "Ended",
+    "check_engine",
+    "check_key",
+    "check_room",
+    "count_ended",
+    "delete_items",
+    "delete_runs",
+    "find_batch",
+    "find_run",
+    "find_steps",
+    "has_key",
+    "insert_key",
+    "insert_runs",
+    "page_of",
+    "read_row",
+    "rows_of",
+    "write_run",
+]
+
+#: Items of batches that ended, by batch and status.
+Ended = Counter[tuple[str, RunStatus]]
+
+
+def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int, Step], ended: Ended) -> bool:
+    """Write one run and its new steps, and count it in *ended*; False if it is not this engine's any more.
+
+    The last step of a run that completed is written with it: its result is the run's.
+    """
+    own_rows = steps_with_rows(run, steps)
+    last_step = LastStep.of(run.steps[-1]).encoded() if len(own_rows) < len(steps) else None
+    if is_new:
+        db.execute(statements.INSERT_RUN, run_values(run, last_step))
+    else:
+        fence = (run.owner,) if run.batch_id is None else (run.batch_id, run.owner)
+        values = (
+            run.status.value,
+            bytes_or_none(run.result),
+            run.error,
+            run.error_type,
+            micros(run.started_at),
+            micros(run.completed_at),
+            run.progress and msgspec.json.encode(run.progress),
+            last_step,
+            run.run_id,
+            run.attempt,
+            *fence,
+        )
+        if db.execute(statements.UPDATE_RUN if run.batch_id is None else statements.UPDATE_ITEM, values).rowcount == 0:
+            return False
+    for position, step in own_rows.items():
+        values_of_step = (
+            run.run_id,
+            position,
+            step.agent_name,
+            bytes(step.result),
+            step.next_agent,
+            step.usage and msgspec.json.encode(step.usage),
+            step.attempt,
+            micros(step.started_at),
+            micros(step.completed_at),
+        )
+        db.execute(statements.INSERT_STEP, values_of_step)
+    if run.batch_id is not None and run.status.is_final:
+        ended[run.batch_id, run.status] += 1
+    return True
+
+
+def count_ended(db: sqlite3.Connection, ended: Ended) -> None:
+    """Add the items of *ended* to the counts of their batches."""
+    for batch_id in {batch_id for batch_id, _ in ended}:
+        failed, cancelled = ended[batch_id, RunStatus.FAILED], ended[batch_id, RunStatus.CANCELLED]
+        total = ended[batch_id, RunStatus.COMPLETED] + failed + cancelled
+        db.execute(statements.COUNT_ITEMS, (total, failed, cancelled, batch_id))
+
+
+def insert_runs(db: sqlite3.Connection, runs: Iterable[Run]) -> None:
+    """Write new runs that have no steps yet."""
+    db.executemany(statements.INSERT_RUN, map(run_values, runs))
+
+
+def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -> Run | None:
+    """A run; in its outline ``{}`` stands for its inputs and for each result, which are not read.
+
+    Raises Damaged, unless the run has failed for that reason.
+    """
+    try:
+        row = read_row(db, statements.OUTLINE_COLUMNS if is_outline else statements.COLUMNS, "run_id", run_id)
+        return (
+            None
+            if row is None
+            else run_from(row, find_steps(db, run_id, statements.OUTLINED if is_outline else "result"))
+        )
+    except Damaged:
+        row = _read_remains(db, run_id)
+        if remains_of(row, TYPES, READERS).get("error_type") != UNREADABLE:
+            raise
+        return remains_of_run(row)
+
+
+def find_steps(db: sqlite3.Connection, run_id: str, result: str = "result") -> tuple[Step, ...]:
+    query = (
+        f"SELECT agent_name, {result}, next_agent, usage, attempt, started_at, completed_at FROM steps "
+        "WHERE run_id = ? ORDER BY position"
+    )
+    with _finding_damage():
+        return tuple(map(step_from, db.execute(query, (run_id,))))
+
+
+def read_row(db: sqlite3.Connection, columns: str, name: str, value: Any) -> Any:
+    """The row of ``runs`` with that *value*, or None. Raises Damaged."""
+    with _finding_damage():
+        return db.execute(f"SELECT {columns} FROM runs WHERE {name} = ?", (value,)).fetchone()
+
+
+def _read_remains(db: sqlite3.Connection, run_id: str) -> Any:
+    """A damaged row, or its beginning if that is all that SQLite can read; with text as bytes, since it may be none."""
+    db.text_factory = bytes
+    try:
+        return read_row(db, statements.COLUMNS, "run_id", run_id)
+    except Damaged:
+        return read_row(db, statements.SHORT_COLUMNS, "run_id", run_id)
+    finally:
+        db.text_factory = str
+
+
+@contextlib.contextmanager
+def _finding_damage() -> Iterator[None]:
+    """Raise Damaged if SQLite or its driver cannot read one row; what else they raise is not about a row."""
+    try:
+        yield
+    except sqlite3.DatabaseError as exc:
+        if "Could not decode to UTF-8" in str(exc):
+            raise Damaged(exc) from exc
+        if type(exc) is sqlite3.DatabaseError:  # SQLITE_CORRUPT
+            raise Damaged(exc, is_writable=False) from exc
+        raise
+
+
+def rows_of(
+    db: sqlite3.Connection, query: Callable[[str], str], values: Mapping[str, Any], columns: str = statements.COLUMNS
+) -> Iterator[Sequence[Any]]:
+    """The rows of *query*, a function of the columns; as much as can be read of those that SQLite cannot read whole."""
+    read = 0
+    try:
+        with _finding_damage():
+            for row in db.execute(query(columns), values):
+                yield row[: len(FIELDS)]
+                read += 1
+    except Damaged:
+        for run_id, *_ in itertools.islice(db.execute(query("run_id"), values), read, None):
+            try:
+                row = read_row(db, columns, "run_id", run_id)
+            except Damaged:
+                row = _read_remains(db, run_id)
+            yield row
+
+
+def page_of(limit: int, rows: Iterable[Sequence[Any]]) -> Page[Run]:
+    """The first of *rows* as runs without their steps; rows beyond the page are not read, but for one."""
+    page = Page[Run](limit)
+    for row in rows:
+        if not page.add(run_or_remains(row)):
+            break
+    return page
+
+
+def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
+    """A batch that is not out of sight. Raises Damaged, unless it has failed for that reason."""
+    query = f"SELECT {statements.BATCH_COLUMNS} FROM batches WHERE batch_id = ? AND hidden IS NULL"
+    row = db.execute(query, (batch_id,)).fetchone()
+    if row is None:
+        return None
+    return batch_or_remains(row) if row[BATCH_FIELDS.index("error")] == DAMAGED_BATCH else batch_from(row)
+
+
+def check_room(
+    db: sqlite3.Connection, flock: str, agents: Collection[str], principal: str | None, limits: QueueLimits
+) -> None:
+    """Raise EngineFull if no run of these agents, or none of *principal*, may wait beside those that do."""
+    names = names_json(agents)
+    limits.check(db.execute(f"SELECT count(*) {statements.WAITING}", (flock, names)).fetchone()[0])
+    if principal is not None:
+        limits.check_share(db.execute(statements.WAITING_OF, (flock, principal, names)).fetchone()[0])
+
+
+def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> None:
+    if key is None:
+        return
+    query = "SELECT fingerprint, made_id FROM idempotency_keys WHERE flock = ? AND key = ?"
+    found = db.execute(query, (flock, key.kept_as)).fetchone()
+    if found is not None:
+        raise Replayed(found[1]) if found[0] == key.digest else KeyReused(key.key)
+
+
+def has_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> bool:
+    """Whether something was made under *key*, for whatever request."""
+    query = "SELECT 1 FROM idempotency_keys WHERE flock = ? AND key = ?"
+    return key is not None and db.execute(query, (flock, key.kept_as)).fetchone() is not None
+
+
+def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
+    """Raise EngineStopped where an engine has let go of all that it had: nobody would go on with more."""
+    if db.execute("SELECT 1 FROM engines WHERE engine_id = ?", (engine_id,)).fetchone() is None:
+        raise stopping()
+
+
+def insert_key(
+    db: sqlite3.Connection, flock: str, key: IdempotencyKey | None, made_id: str, created_at: datetime
+) -> None:
+    if key is not None:
+        values = (flock, key.kept_as, key.digest, made_id, micros(created_at))
+        db.execute("INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)", values)
+
+
+def delete_runs(db: sqlite3.Connection, run_ids: Sequence[str]) -> int:
+    query = "DELETE FROM runs WHERE run_id = ? AND batch_id IS NULL AND status NOT IN ('starting', 'running')"
+    deleted = [run_id for run_id in run_ids if db.execute(query, (run_id,)).rowcount]
+    db.executemany("DELETE FROM steps WHERE run_id = ?", [(run_id,) for run_id in deleted])
+    return len(deleted)
+
+
+def delete_items(db: sqlite3.Connection, batch_id: str, limit: int) -> int:
+    """Delete up to *limit* items of a final batch, and the batch with the last of them."""
+    query = "SELECT run_id FROM runs WHERE batch_id = ? LIMIT ?"
+    ids = [(row[0],) for row in db.execute(query, (batch_id, limit))]
+    db.executemany("DELETE FROM steps WHERE run_id = ?", ids)
+    db.executemany("DELETE FROM runs WHERE run_id = ?", ids)
+    if len(ids) < limit:
+        db.execute("DELETE FROM batches WHERE batch_id = ?", (batch_id,))
+    return len(ids) + 1
