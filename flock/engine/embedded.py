@@ -29,7 +29,8 @@ from flock.engine.batchstore import BatchStore
 from flock.engine.intake import Intake
 from flock.engine.refusals import asked_to_leave, not_cancelled, not_deleted, not_retried, run_not_retried
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, current_task
-from flock.engine.store import Store, TakenOver
+from flock.engine.store import Store
+from flock.engine.takeover import TakenOver
 from flock.errors import (
     BatchNotFound,
     Conflict,

@@ -24,7 +24,8 @@ from flock.agents.llm import ModelClient
 from flock.engine.ends import failure_of
 from flock.engine.logs import fields_of_run
 from flock.engine.rows import DAMAGED_RUN, Damaged
-from flock.engine.store import INTERRUPTED, RETRY_AFTER_S, Store
+from flock.engine.store import RETRY_AFTER_S, Store
+from flock.engine.takeover import INTERRUPTED
 from flock.engine.turns import ActiveRun, Turns
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.limits import Limits

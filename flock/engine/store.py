@@ -16,12 +16,11 @@ import functools
 import logging
 import os
 import sqlite3
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, NoReturn, Self, TypeVar
+from typing import IO, Any, Literal, NoReturn, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -29,13 +28,10 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from flock.engine import files, queries, statements
+from flock.engine import files, queries, statements, takeover
 from flock.engine.migrations import MIGRATIONS, migrate
 from flock.engine.rows import (
-    DAMAGED_BATCH,
-    DAMAGED_RUN,
     FIELDS,
-    UNREADABLE,
     Damaged,
     id_at,
     micros,
@@ -43,10 +39,11 @@ from flock.engine.rows import (
     steps_with_rows,
     time_from,
 )
+from flock.engine.takeover import TakenOver
 from flock.errors import EngineFull, FlockError, OwnershipLost, RunNotFound, StoreError, Unstorable
-from flock.runs import Batch, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, stub_of
+from flock.runs import IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
 
-__all__ = ["INTERRUPTED", "Durability", "Store", "TakenOver"]
+__all__ = ["Durability", "Store"]
 
 T = TypeVar("T")
 
@@ -63,9 +60,6 @@ LOCK_TIMEOUT_S = 5.0
 LOCK_INTERVAL_S = 0.001
 #: How long to wait before a failed transaction is tried again, in seconds.
 RETRY_AFTER_S = 1.0
-
-#: ``error`` and ``error_type`` of a run whose server went away while somebody waited for it.
-INTERRUPTED = ("The server stopped before this run ended.", "interrupted")
 
 
 # Groups
@@ -852,7 +846,7 @@ class Store:
 
         def apply(db: sqlite3.Connection) -> bool:
             db.execute(statements.DROP_STAGED, (engine_id,))
-            if unfinished := _has_unfinished(db, engine_id):
+            if unfinished := takeover.has_unfinished(db, engine_id):
                 return unfinished
             db.execute("DELETE FROM engines WHERE engine_id = ?", (engine_id,))
             return False
@@ -870,7 +864,7 @@ class Store:
         others = self.read(lambda db: [row[0] for row in db.execute(query, (flock, besides))])
         return [engine_id for engine_id in others if not files.is_held(f"{self.path}-engine-{engine_id}")]
 
-    async def take_over(self, dead_id: str, owner: str, now: datetime, only: str | None = None) -> "TakenOver":
+    async def take_over(self, dead_id: str, owner: str, now: datetime, only: str | None = None) -> TakenOver:
         """Make *owner* the owner of what *dead_id* left unfinished, as far as it is for one of ``agents``.
 
         Args:
@@ -880,102 +874,12 @@ class Store:
         so is what cannot be read. All else stays as it is, for a program that has its agent.
         """
         # In a thread, for there may be many, and long ones.
-        left = await anyio.to_thread.run_sync(self.read, lambda db: _left_by(db, dead_id, self.agents, only))
+        left = await anyio.to_thread.run_sync(self.read, lambda db: takeover.left_by(db, dead_id, self.agents, only))
 
         def apply(db: sqlite3.Connection) -> TakenOver:
-            at = micros(now)
-            ended = [id_ for id_, end in left.ends.items() if _changes(db, statements.FAIL_RUN, *end, at, id_, dead_id)]
-            runs = ended + [id_ for id_ in left.runs if _changes(db, statements.TAKE_RUN, owner, id_, dead_id)]
-            batches = [id_ for id_ in left.batches if _changes(db, statements.TAKE_BATCH, owner, id_, dead_id)]
-            for batch_id in batches:
-                db.execute(statements.TAKE_ITEMS, (batch_id,))
-            for batch_id in left.damaged_batches:
-                if _changes(db, statements.FAIL_BATCH, DAMAGED_BATCH, at, batch_id, dead_id):
-                    db.execute(statements.FAIL_ITEMS, (DAMAGED_BATCH, UNREADABLE, at, batch_id))
-            db.execute(statements.DROP_STAGED, (dead_id,))
-            is_all = not _has_unfinished(db, dead_id)
-            if is_all:
-                db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,))
+            taken = takeover.take_over(db, left, dead_id, owner, now)
+            if taken.is_all:
                 files.remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
-            return TakenOver(
-                [stub_of(run) for run_id in runs if (run := queries.find_run(db, run_id)) is not None],
-                [batch for batch_id in batches if (batch := queries.find_batch(db, batch_id)) is not None],
-                left.waiting,
-                is_all,
-            )
+            return taken
 
         return await self.change(apply)
-
-
-class TakenOver(NamedTuple):
-    """What an engine took over from one that is gone.
-
-    Attributes:
-        runs: those that ended with it, and those to go on with; stubs, unless they are short.
-        batches: to go on with.
-        waiting: how many runs and batches were left, by the agent that they wait for.
-        is_all: nothing was left.
-    """
-
-    runs: Sequence[Run]
-    batches: Sequence[Batch]
-    waiting: Mapping[str, int]
-    is_all: bool
-
-
-class _Left:
-    """The ids of what an engine left unfinished, by what is to be done with it."""
-
-    def __init__(self) -> None:
-        self.runs: list[str] = []
-        self.batches: list[str] = []
-        self.damaged_batches: list[str] = []
-        #: runs that end as failed: with which ``error`` and ``error_type``
-        self.ends: dict[str, tuple[str, str]] = {}
-        self.waiting: Counter[str] = Counter()
-
-
-def _left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only: str | None) -> _Left:
-    """Read outside a transaction for writing, which would fail if SQLite cannot read one of the rows."""
-    left = _Left()
-    for (run_id,) in db.execute(statements.RUNS_OF, (dead_id,)).fetchall():
-        if only not in (None, run_id):
-            continue
-        try:
-            run = queries.find_run(db, run_id)
-        except Damaged as exc:
-            logger.error("run %s was left unfinished, and cannot be read: %s", run_id, exc)
-            if exc.is_writable:
-                left.ends[run_id] = (DAMAGED_RUN, UNREADABLE)
-            continue
-        if run is None:
-            continue
-        agent_name = run.next_agent_name or run.agent_name
-        if not run.is_async:
-            left.ends[run_id] = INTERRUPTED
-        elif run.cancel_requested or agent_name in agents:
-            left.runs.append(run_id)
-        else:
-            left.waiting[agent_name] += 1
-    for (batch_id,) in db.execute(statements.BATCHES_OF, (dead_id,)).fetchall():
-        if only not in (None, batch_id):
-            continue
-        try:
-            batch = queries.find_batch(db, batch_id)
-        except Damaged as exc:
-            logger.error("batch %s was left unfinished, and cannot be read: %s", batch_id, exc)
-            left.damaged_batches.append(batch_id)
-            continue
-        if batch is not None and (batch.cancel_requested or batch.agent_name in agents):
-            left.batches.append(batch_id)
-        elif batch is not None:
-            left.waiting[batch.agent_name] += 1
-    return left
-
-
-def _changes(db: sqlite3.Connection, query: str, *values: Any) -> bool:
-    return db.execute(query, values).rowcount > 0
-
-
-def _has_unfinished(db: sqlite3.Connection, engine_id: str) -> bool:
-    return any(db.execute(of, (engine_id,)).fetchone() for of in (statements.RUNS_OF, statements.BATCHES_OF))
