@@ -22,7 +22,8 @@ import msgspec
 import uvloop
 from msgspec.structs import replace
 
-from flock.engine.store import Durability, Store, _Group
+from flock.engine.groups import Group
+from flock.engine.store import Durability, Store
 from flock.runs import Run, RunStatus, Step, new_id, now
 
 BEAT_S = 0.001
@@ -35,18 +36,17 @@ class AllInThread(Store):
 class CommitInThread(Store):
     """rows in the loop, COMMIT in a thread"""
 
-    async def _transact(self, group: _Group) -> None:
+    async def _transact(self, group: Group) -> None:
         async with self._file_lock():
             with self._transaction():
-                self._write_runs(group, group.runs)
-                self._apply_changes(group)
+                group.write_together(self._db)
                 await anyio.to_thread.run_sync(self._db.execute, "COMMIT", limiter=self._threads)
 
 
 class AllInLoop(Store):
     """all of it in the loop"""
 
-    async def _transact(self, group: _Group) -> None:
+    async def _transact(self, group: Group) -> None:
         async with self._file_lock():
             self._write(group)
 

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Itera
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn, Self, TypeVar
+from typing import IO, Any, Literal, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -29,6 +29,7 @@ import anyio.to_thread
 import msgspec
 
 from flock.engine import files, queries, statements, takeover
+from flock.engine.groups import Change, Group, PendingRun, Refused
 from flock.engine.migrations import MIGRATIONS, migrate
 from flock.engine.rows import (
     FIELDS,
@@ -36,11 +37,10 @@ from flock.engine.rows import (
     id_at,
     micros,
     names_json,
-    steps_with_rows,
     time_from,
 )
 from flock.engine.takeover import TakenOver
-from flock.errors import EngineFull, FlockError, OwnershipLost, RunNotFound, StoreError, Unstorable
+from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
 
 __all__ = ["Durability", "Store"]
@@ -62,76 +62,8 @@ LOCK_INTERVAL_S = 0.001
 RETRY_AFTER_S = 1.0
 
 
-# Groups
-
-
-class _PendingRun:
-    """The latest record of one run, and the steps that came since it was written last."""
-
-    def __init__(self, run: Run, is_new: bool) -> None:
-        self.run = run
-        self.is_new = is_new
-        self.steps: dict[int, Step] = {}
-
-    def add(self, run: Run, step: Step | None) -> None:
-        self.run = run
-        if step is not None:
-            self.steps[len(run.steps) - 1] = step
-
-
-class _Change:
-    """A function that is called within the transaction, what came of it, and one that is called after it."""
-
-    def __init__(self, apply: Callable[[sqlite3.Connection], Any], then: Callable[[Any], None] | None) -> None:
-        self.apply = apply
-        self.then = then
-        self.result: Any = None
-        self.error: Exception | None = None
-
-
-#: What SQLite raises for the values of one record, or for one damaged row, however well the store works.
-OF_ONE_RECORD = (
-    sqlite3.InterfaceError,
-    sqlite3.DataError,
-    sqlite3.IntegrityError,
-    sqlite3.ProgrammingError,
-    Damaged,
-)
-
-
 class _Displaced(OSError):
     """The file is not the one that was opened, or not in a form that this version knows."""
-
-
-class _Refused(Exception):
-    """One record of a group cannot be written, for the reason that is the cause of this; the others can."""
-
-    @classmethod
-    def reraise(cls, exc: Exception) -> NoReturn:
-        """Raise *exc* itself if it is about the file or the disk, which fails the whole group."""
-        if isinstance(exc, sqlite3.Error) and not isinstance(exc, OF_ONE_RECORD):
-            raise exc
-        raise cls from exc
-
-    @property
-    def reason(self) -> Exception:
-        assert isinstance(self.__cause__, Exception)
-        return self.__cause__
-
-
-class _Group:
-    """Writes that share one transaction."""
-
-    def __init__(self) -> None:
-        self.runs: dict[str, _PendingRun] = {}
-        self.refused: dict[str, Exception] = {}
-        self.changes: list[_Change] = []
-        self.lost: set[str] = set()
-        self.error: Exception | None = None
-
-    @functools.cached_property
-    def is_written(self) -> anyio.Event:
-        return anyio.Event()
 
 
 def _unstorable(reason: Exception) -> Unstorable:
@@ -160,8 +92,8 @@ class Store:
         self.durability = durability
         self.is_shared = self.path != MEMORY
         self.agents: Collection[str] = ()
-        self._open = _Group()
-        self._unawaited: dict[str, _PendingRun] = {}
+        self._open = Group()
+        self._unawaited: dict[str, PendingRun] = {}
         #: runs whose first record was refused, so that they have no row
         self._without_row: set[str] = set()
         self._has_work = anyio.Event()
@@ -175,7 +107,7 @@ class Store:
     # Life
 
     async def __aenter__(self) -> Self:
-        self._open, self._has_work, self._is_closing, self._write_error = _Group(), anyio.Event(), False, None
+        self._open, self._has_work, self._is_closing, self._write_error = Group(), anyio.Event(), False, None
         self._displaced = None
         self._unawaited.clear()
         self._without_row.clear()
@@ -270,7 +202,7 @@ class Store:
         """
         pending = self._open.runs.get(run.run_id) or self._unawaited.get(run.run_id)
         if pending is None:
-            pending = self._unawaited[run.run_id] = _PendingRun(run, is_new or run.run_id in self._without_row)
+            pending = self._unawaited[run.run_id] = PendingRun(run, is_new or run.run_id in self._without_row)
             self._without_row.discard(run.run_id)
         pending.add(run, step)
 
@@ -318,7 +250,7 @@ class Store:
         Cancellation: it is written all the same, and *then* is called with what *apply* returned once it is on disk.
         """
         self.flush_nowait()  # it may count them
-        group, change = self._open, _Change(apply, then)
+        group, change = self._open, Change(apply, then)
         group.changes.append(change)
         await self._written(group)
         if isinstance(change.error, Damaged):
@@ -384,7 +316,7 @@ class Store:
                 f"{len(MIGRATIONS)}) while this server was using it. Stop this server, and start that version."
             )
 
-    async def _written(self, group: _Group) -> None:
+    async def _written(self, group: Group) -> None:
         if self.is_shared:
             if self._all_written.is_set():  # the event loop is ending, and the writer was cancelled with it
                 raise StoreError("The store is closed.")
@@ -397,9 +329,9 @@ class Store:
 
     def _write_in_memory(self) -> None:
         """Nobody else writes, no disk is waited for, and nothing can break off: a group is written at once."""
-        group, self._open = self._open, _Group()
+        group, self._open = self._open, Group()
         self._write_apart(group)
-        self._go_on(group)
+        group.go_on()
 
     async def _write_until_closed(self) -> None:
         """Cancellation of the host does not reach it: what was accepted is written before the store closes."""
@@ -415,13 +347,13 @@ class Store:
         while True:
             await self._has_work.wait()
             await anyio.lowlevel.checkpoint()  # who is about to write comes along
-            group, self._open, self._has_work = self._open, _Group(), anyio.Event()
+            group, self._open, self._has_work = self._open, Group(), anyio.Event()
             if self._is_closing and not group.runs and not group.changes:
                 return
             try:
                 await self._transact(group)
                 self._write_error = None
-                self._go_on(group)
+                group.go_on()
             except (sqlite3.Error, OSError) as exc:
                 if str(exc) != str(self._write_error):  # it is tried each second, and logged once
                     logger.error("The store %s cannot be written: %s", self.path, exc)
@@ -440,7 +372,7 @@ class Store:
             group.runs.clear()  # the thread that has written them refers to the group until the next one
             group.changes.clear()
 
-    def _put_back(self, group: _Group) -> None:
+    def _put_back(self, group: Group) -> None:
         """Keep the runs of a group that could not be written for the next; what is known since wins."""
         for run_id, pending in group.runs.items():
             newer = self._unawaited.pop(run_id, None) or self._open.runs.get(run_id)
@@ -449,49 +381,31 @@ class Store:
                 pending.steps |= newer.steps
             self._open.runs[run_id] = pending
 
-    async def _transact(self, group: _Group) -> None:
+    async def _transact(self, group: Group) -> None:
         async with self._file_lock():
             await anyio.to_thread.run_sync(self._write, group, limiter=self._threads)
 
-    def _write(self, group: _Group) -> None:
+    def _write(self, group: Group) -> None:
         """Write a group in one transaction, and once more without what is refused if something is."""
         try:
-            self._write_once(group, self._write_together)
-        except _Refused:
-            self._write_once(group, self._write_apart)
+            self._write_once(functools.partial(group.write_together, self._db))
+        except Refused:
+            self._write_once(functools.partial(self._write_apart, group))
 
-    def _write_once(self, group: _Group, write: Callable[[_Group], None]) -> None:
+    def _write_once(self, write: Callable[[], None]) -> None:
         with self._transaction():
             self._check_place(self._db)
             if self._write_error is not None:  # an empty transaction would always succeed
                 self._db.execute("UPDATE engines SET started_at = started_at")
-            write(group)
+            write()
             self._db.execute("COMMIT")
         self._check_place(self._db)  # or what was committed is lost already
 
-    def _write_together(self, group: _Group) -> None:
-        """Raises _Refused if there is a record that SQLite refuses."""
-        self._write_runs(group, group.runs)
-        self._apply_changes(group)
-
-    def _write_apart(self, group: _Group) -> None:
-        """Write each record whole or not at all: what is refused fails only its own caller."""
-        for run_id, pending in list(group.runs.items()):
-            has_one_row = not steps_with_rows(pending.run, pending.steps)
-            try:
-                with contextlib.nullcontext() if has_one_row else self._savepoint():
-                    self._write_runs(group, {run_id: pending})
-            except _Refused as exc:
-                group.refused[run_id] = exc.reason
-                del group.runs[run_id]
-                if pending.is_new:
-                    self._without_row.add(run_id)
-        for change in group.changes:
-            try:
-                with self._savepoint():
-                    self._apply(change)
-            except _Refused as exc:
-                change.error = exc.reason
+    def _write_apart(self, group: Group) -> None:
+        try:
+            group.write_apart(self._db)
+        finally:
+            self._without_row |= group.without_row
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -503,49 +417,6 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             raise
-
-    @contextlib.contextmanager
-    def _savepoint(self) -> Iterator[None]:
-        """Whatever the block raises undoes what it wrote, and nothing else of the transaction."""
-        self._db.execute("SAVEPOINT record")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK TO record")
-            raise
-        finally:
-            self._db.execute("RELEASE record")
-
-    def _write_runs(self, group: _Group, runs: Mapping[str, _PendingRun]) -> None:
-        ended = queries.Ended()
-        for run_id, pending in runs.items():
-            try:
-                if not queries.write_run(self._db, pending.run, pending.is_new, pending.steps, ended):
-                    group.lost.add(run_id)
-            except Exception as exc:
-                _Refused.reraise(exc)
-        queries.count_ended(self._db, ended)
-
-    def _apply_changes(self, group: _Group) -> None:
-        for change in group.changes:
-            self._apply(change)
-
-    def _apply(self, change: _Change) -> None:
-        change.error = None
-        try:
-            change.result = change.apply(self._db)
-        except FlockError as exc:  # said on purpose, before anything is written
-            change.error = exc
-        except Exception as exc:
-            _Refused.reraise(exc)
-
-    def _go_on(self, group: _Group) -> None:
-        for change in group.changes:
-            if change.then is not None and change.error is None:
-                try:
-                    change.then(change.result)
-                except Exception:  # the next group is not to suffer from it
-                    logger.exception("what was written cannot be gone on with now")
 
     @contextlib.asynccontextmanager
     async def _file_lock(self) -> AsyncIterator[None]:

@@ -1,0 +1,152 @@
+"""Writes of the store that share one transaction."""
+
+import contextlib
+import functools
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import anyio
+
+from flock.engine import queries
+from flock.engine.rows import Damaged, steps_with_rows
+from flock.errors import FlockError
+from flock.runs import Run, Step
+
+__all__ = ["Change", "Group", "PendingRun", "Refused"]
+
+logger = logging.getLogger("flock.store")
+
+
+class PendingRun:
+    """The latest record of one run, and the steps that came since it was written last."""
+
+    def __init__(self, run: Run, is_new: bool) -> None:
+        self.run = run
+        self.is_new = is_new
+        self.steps: dict[int, Step] = {}
+
+    def add(self, run: Run, step: Step | None) -> None:
+        self.run = run
+        if step is not None:
+            self.steps[len(run.steps) - 1] = step
+
+
+class Change:
+    """A function that is called within the transaction, what came of it, and one that is called after it."""
+
+    def __init__(self, apply: Callable[[sqlite3.Connection], Any], then: Callable[[Any], None] | None) -> None:
+        self.apply = apply
+        self.then = then
+        self.result: Any = None
+        self.error: Exception | None = None
+
+
+#: What SQLite raises for the values of one record, or for one damaged row, however well the store works.
+OF_ONE_RECORD = (
+    sqlite3.InterfaceError,
+    sqlite3.DataError,
+    sqlite3.IntegrityError,
+    sqlite3.ProgrammingError,
+    Damaged,
+)
+
+
+class Refused(Exception):
+    """One record of a group cannot be written, for the reason that is the cause of this; the others can."""
+
+    @classmethod
+    def reraise(cls, exc: Exception) -> NoReturn:
+        """Raise *exc* itself if it is about the file or the disk, which fails the whole group."""
+        if isinstance(exc, sqlite3.Error) and not isinstance(exc, OF_ONE_RECORD):
+            raise exc
+        raise cls from exc
+
+    @property
+    def reason(self) -> Exception:
+        assert isinstance(self.__cause__, Exception)
+        return self.__cause__
+
+
+class Group:
+    """Writes that share one transaction."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, PendingRun] = {}
+        self.refused: dict[str, Exception] = {}
+        #: new runs that were refused, so that they have no row
+        self.without_row: set[str] = set()
+        self.changes: list[Change] = []
+        self.lost: set[str] = set()
+        self.error: Exception | None = None
+
+    @functools.cached_property
+    def is_written(self) -> anyio.Event:
+        return anyio.Event()
+
+    def write_together(self, db: sqlite3.Connection) -> None:
+        """Raises Refused if there is a record that SQLite refuses."""
+        self._write_runs(db, self.runs)
+        for change in self.changes:
+            self._apply(db, change)
+
+    def write_apart(self, db: sqlite3.Connection) -> None:
+        """Write each record whole or not at all: what is refused fails only its own caller."""
+        for run_id, pending in list(self.runs.items()):
+            has_one_row = not steps_with_rows(pending.run, pending.steps)
+            try:
+                with contextlib.nullcontext() if has_one_row else _savepoint(db):
+                    self._write_runs(db, {run_id: pending})
+            except Refused as exc:
+                self.refused[run_id] = exc.reason
+                del self.runs[run_id]
+                if pending.is_new:
+                    self.without_row.add(run_id)
+        for change in self.changes:
+            try:
+                with _savepoint(db):
+                    self._apply(db, change)
+            except Refused as exc:
+                change.error = exc.reason
+
+    def _write_runs(self, db: sqlite3.Connection, runs: Mapping[str, PendingRun]) -> None:
+        ended = queries.Ended()
+        for run_id, pending in runs.items():
+            try:
+                if not queries.write_run(db, pending.run, pending.is_new, pending.steps, ended):
+                    self.lost.add(run_id)
+            except Exception as exc:
+                Refused.reraise(exc)
+        queries.count_ended(db, ended)
+
+    def _apply(self, db: sqlite3.Connection, change: Change) -> None:
+        change.error = None
+        try:
+            change.result = change.apply(db)
+        except FlockError as exc:  # said on purpose, before anything is written
+            change.error = exc
+        except Exception as exc:
+            Refused.reraise(exc)
+
+    def go_on(self) -> None:
+        """Call what follows each change that was written."""
+        for change in self.changes:
+            if change.then is not None and change.error is None:
+                try:
+                    change.then(change.result)
+                except Exception:  # the next group is not to suffer from it
+                    logger.exception("what was written cannot be gone on with now")
+
+
+@contextlib.contextmanager
+def _savepoint(db: sqlite3.Connection) -> Iterator[None]:
+    """Whatever the block raises undoes what it wrote, and nothing else of the transaction."""
+    db.execute("SAVEPOINT record")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK TO record")
+        raise
+    finally:
+        db.execute("RELEASE record")
