@@ -1,5 +1,6 @@
 """The store: groups, fences, migrations, refusals, and what a full disk does."""
 
+import ast
 import contextlib
 import functools
 import logging
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,9 +24,10 @@ from msgspec.structs import replace
 
 from flock.command.batchfile import _mark
 from flock.core import Flock
+from flock.engine import statements
 from flock.engine.batchstore import BatchStore
 from flock.engine.migrations import MIGRATIONS
-from flock.engine.statements import COLUMNS, listing
+from flock.engine.statements import RUN_COLUMNS, merged
 from flock.engine.store import Store
 from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError, Unstorable
 from flock.runs import (
@@ -316,13 +319,32 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
 ) -> None:
     """Nothing is sorted or looked through, so its time does not grow with the store: bench/list_runs.py measures it."""
     values = {"flock": "f", "agent_name": "a", "principal": "p", "after": "x"}
-    query = f"EXPLAIN QUERY PLAN {listing(COLUMNS, statuses, conditions)} LIMIT 10"
+    query = f"EXPLAIN QUERY PLAN {merged(RUN_COLUMNS, statuses, conditions)} LIMIT 10"
     plan = "\n".join(row[3] for row in store.read(lambda db: db.execute(query, values).fetchall()))
     assert "TEMP B-TREE" not in plan
     assert "SCAN" not in plan
     assert plan.count("SEARCH runs USING INDEX") == len(statuses)
     for condition in re.findall(r"(\w+) = :", conditions):
         assert plan.count(f"{condition}=?") == len(statuses), "each is looked for in the index"
+
+
+def test_every_statement_is_in_one_place() -> None:
+    """Only migrations have theirs apart."""
+    verbs, words = "SELECT|INSERT|UPDATE|DELETE|CREATE|ALTER|DROP", "FROM|INTO|SET|TABLE|INDEX"
+    is_sql = re.compile(rf"\s*({verbs})\b.*\b({words})\b", re.DOTALL)
+    for path in (ROOT / "flock").rglob("*.py"):
+        constants = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        found = [value for value in constants if isinstance(value, str) and is_sql.match(value)]
+        assert not found or path.stem in ("statements", "migrations"), path
+
+
+async def test_every_statement_fits_the_tables(store: Store) -> None:
+    found = [text for text in vars(statements).values() if isinstance(text, str) and re.match("[A-Z]+ ", text)]
+    queries = [text for text in found if text.split()[0] in ("SELECT", "INSERT", "UPDATE", "DELETE")]
+    assert len(queries) > 50
+    for query in queries:
+        values = [None] * query.count("?") or defaultdict(str)
+        store._db.execute(f"EXPLAIN {query}", values)
 
 
 async def test_what_is_no_store_is_refused_untouched(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from flock.engine.embedded import alone
 from flock.engine.files import create_private, hold_alone
 from flock.engine.progress import follow_batch
 from flock.engine.rowchecks import BatchCheck, check_batch
+from flock.engine.statements import COUNT_TABLES
 from flock.engine.store import Store
 from flock.errors import AgentNotFound, StoreError
 from flock.rows.dialect import CSVDialect
@@ -206,7 +207,7 @@ def _mark(state: str) -> None:
         create_private(state)
         with contextlib.closing(sqlite3.connect(state)) as db:
             mark = db.execute("PRAGMA application_id").fetchone()[0]
-            if mark == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            if mark == 0 and not db.execute(COUNT_TABLES).fetchone()[0]:
                 db.execute(f"PRAGMA application_id = {MARK}")
                 mark = MARK
     except (sqlite3.DatabaseError, OSError) as exc:

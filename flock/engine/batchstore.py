@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from flock.engine import queries, statements
 from flock.engine.rows import (
     DAMAGED_RUN,
-    FIELDS,
     UNREADABLE,
     Damaged,
     batch_or_remains,
@@ -82,8 +81,7 @@ class BatchStore:
             if is_first:
                 db.execute(statements.INSERT_BATCH, batch_values(batch, "staged"))
             queries.insert_runs(db, items)
-            query = "UPDATE batches SET total_items = total_items + ? WHERE batch_id = ?"
-            db.execute(query, (count, batch.batch_id))
+            db.execute(statements.COUNT_STAGED_ITEMS, (count, batch.batch_id))
 
         await self._store.change(apply)
 
@@ -115,7 +113,7 @@ class BatchStore:
             count = batch.total_items - batch.completed_items
             self._check_room(db, batch.flock, count, max_open_items, besides=batch.batch_id)
             if is_staged:
-                db.execute("DELETE FROM batches WHERE batch_id = ?", (batch.batch_id,))
+                db.execute(statements.DELETE_BATCH, (batch.batch_id,))
             db.execute(statements.INSERT_BATCH, batch_values(batch, None))
             queries.insert_runs(db, items)
             queries.insert_key(db, batch.flock, key, batch.batch_id, batch.created_at)
@@ -127,10 +125,8 @@ class BatchStore:
         self, db: sqlite3.Connection, flock: str, more: int, max_open_items: int, besides: str = ""
     ) -> None:
         """Raise EngineFull if there is no room for *more* items. Those of the batch *besides* are not counted."""
-        query = """SELECT sum(total_items - completed_items) FROM batches INDEXED BY batches_open
-            WHERE flock = ? AND agent_name IN (SELECT value FROM json_each(?)) AND completed_at IS NULL
-            AND ifnull(hidden, 'staged') = 'staged' AND batch_id != ?"""
-        waiting = db.execute(query, (flock, names_json(self._store.agents), besides)).fetchone()[0] or 0
+        values = (flock, names_json(self._store.agents), besides)
+        waiting = db.execute(statements.OPEN_ITEMS, values).fetchone()[0] or 0
         if waiting + more > max_open_items:
             raise EngineFull(
                 f"{waiting} items of batches have not ended or are being uploaded, and {more} more would be over what "
@@ -144,22 +140,19 @@ class BatchStore:
 
     def page(self, flock: str, wanted: BatchFilter) -> Page[Batch]:
         """One page, newest first."""
-        conditions: dict[str, Any] = {
-            "flock = ?": flock,
-            "status = ?": wanted.status,
-            "agent_name = ?": wanted.agent_name,
-            "principal = ?": wanted.principal,
-            "batch_id < ?": wanted.after,
+        values = {
+            "flock": flock,
+            "status": wanted.status,
+            "agent_name": wanted.agent_name,
+            "principal": wanted.principal,
+            "after": wanted.after,
         }
-        conditions = {condition: value for condition, value in conditions.items() if value is not None}
-        query = (
-            f"SELECT {statements.BATCH_COLUMNS} FROM batches WHERE hidden IS NULL AND {' AND '.join(conditions)} "
-            f"ORDER BY batch_id DESC LIMIT {wanted.limit + 1:d}"
-        )
+        values = {name: value for name, value in values.items() if value is not None}
+        query = statements.batch_page(values, wanted.limit + 1)
 
         def find(db: sqlite3.Connection) -> Page[Batch]:
             page = Page[Batch](wanted.limit)
-            for row in db.execute(query, tuple(conditions.values())):
+            for row in db.execute(query, values):
                 if not page.add(batch_or_remains(row)):
                     break
             return page
@@ -175,7 +168,7 @@ class BatchStore:
 
         def find(db: sqlite3.Connection) -> Page[Run]:
             rows = queries.rows_of(
-                db, lambda columns: statements.item_listing(columns, statuses), values, COLUMNS_WITHOUT_STEPS
+                db, lambda columns: statements.item_page(columns, statuses), values, statements.ITEM_COLUMNS
             )
             return queries.page_of(limit, rows)
 
@@ -193,7 +186,7 @@ class BatchStore:
             found = queries.find_batch(db, batch.batch_id)
             if found is None or found.owner != batch.owner:
                 return []
-            rows = queries.rows_of(db, lambda columns: statements.item_listing(columns, [RunStatus.STARTING]), values)
+            rows = queries.rows_of(db, lambda columns: statements.item_page(columns, [RunStatus.STARTING]), values)
             page, bytes_left = list[Run](), WORK_PAGE_BYTES
             for row in rows:
                 item = _if_readable(db, row)
@@ -212,18 +205,14 @@ class BatchStore:
 
     async def begin(self, batch: Batch, now: datetime) -> Batch:
         """Say that it is being worked on from now on, and give it as it stands. Raises OwnershipLost."""
-        query = """UPDATE batches SET status = 'running', started_at = ifnull(started_at, :now), resumed_at = :now,
-            resumed_with = completed_items WHERE batch_id = :batch_id"""
         values = {"now": micros(now), "batch_id": batch.batch_id}
-        return await self._change_own(batch, lambda db: db.execute(query, values))
+        return await self._change_own(batch, lambda db: db.execute(statements.BEGIN_BATCH, values))
 
     async def end(self, batch: Batch, now: datetime) -> Batch:
         """Write its final status, and an error where no item completed; what has not ended has failed.
 
         Raises OwnershipLost.
         """
-        query = """UPDATE batches SET status = ?, error = ?, completed_at = ?, reopening = NULL,
-            failed_items = ?, completed_items = total_items WHERE batch_id = ?"""
 
         def apply(db: sqlite3.Connection) -> None:
             counted, status, error = queries.find_batch(db, batch.batch_id), RunStatus.COMPLETED, None
@@ -233,10 +222,11 @@ class BatchStore:
                 status, error = RunStatus.CANCELLED, "The batch was cancelled."
             elif failed + counted.cancelled_items == counted.total_items:
                 status = RunStatus.FAILED
-                first = db.execute(FIRST_ERROR, {"batch_id": batch.batch_id, "after": -1, "limit": 1}).fetchone()
+                values = {"batch_id": batch.batch_id, "after": -1, "limit": 1}
+                first = db.execute(statements.FIRST_ERROR, values).fetchone()
                 why = DAMAGED_RUN if first is None else first[0]
                 error = cut(f"None of the {counted.total_items} items completed. The first one: {why}")
-            db.execute(query, (status.value, error, micros(now), failed, batch.batch_id))
+            db.execute(statements.END_BATCH, (status.value, error, micros(now), failed, batch.batch_id))
 
         return await self._change_own(batch, apply)
 
@@ -247,8 +237,6 @@ class BatchStore:
         """
         found = self._store.read(lambda db: _unfinished(db, batch.batch_id))
         row_ids = [row_id for row_id, _, _, is_writable in found if is_writable]
-        query = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-            WHERE rowid = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
         end = (DAMAGED_RUN, UNREADABLE, micros(now))
         for start in range(0, len(row_ids), BITE):
             bite = row_ids[start : start + BITE]
@@ -256,7 +244,7 @@ class BatchStore:
             def apply(db: sqlite3.Connection) -> None:
                 _check_owner(db, batch)
                 values = [(*end, row_id) for row_id in bite]  # noqa: B023 - called before the next
-                failed = db.executemany(query, values).rowcount
+                failed = db.executemany(statements.FAIL_ITEM, values).rowcount
                 queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.FAILED): failed}))
 
             await self._store.change(apply)
@@ -264,12 +252,11 @@ class BatchStore:
 
     async def cancel_waiting(self, batch: Batch, now: datetime) -> bool:
         """Cancel some of the items that have not begun; False once there is none. Raises OwnershipLost."""
-        query = """UPDATE runs SET status = 'cancelled', error = ?, error_type = ?, completed_at = ? WHERE run_id IN
-            (SELECT run_id FROM runs INDEXED BY items_by_status WHERE batch_id = ? AND status = 'starting' LIMIT ?)"""
 
         def apply(db: sqlite3.Connection) -> bool:
             _check_owner(db, batch)
-            changed = db.execute(query, (*CANCELLED, micros(now), batch.batch_id, BITE)).rowcount
+            values = (*CANCELLED, micros(now), batch.batch_id, BITE)
+            changed = db.execute(statements.CANCEL_WAITING_ITEMS, values).rowcount
             queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): changed}))
             return changed == BITE
 
@@ -278,14 +265,14 @@ class BatchStore:
     async def reopen_some(self, batch: Batch) -> Batch:
         """Open some of the items that a retry is about; ``reopening`` is None with the last. Raises OwnershipLost."""
         status, *others = map(RunStatus, (batch.reopening or "").split(","))
-        query = f"{REOPEN_ITEMS} WHERE run_id IN ({TO_REOPEN})"
 
         def apply(db: sqlite3.Connection) -> None:
-            changed = db.execute(query, (batch.batch_id, status.value, INVALID_INPUT, BITE)).rowcount
+            about = (batch.batch_id, status.value, INVALID_INPUT, BITE)
+            changed = db.execute(statements.REOPEN_ITEMS, about).rowcount
             queries.count_ended(db, queries.Ended({(batch.batch_id, status): -changed}))
             if changed < BITE:
                 values = (",".join(others) or None, batch.batch_id)
-                db.execute("UPDATE batches SET reopening = ? WHERE batch_id = ?", values)
+                db.execute(statements.SET_REOPENING, values)
 
         return await self._change_own(batch, apply)
 
@@ -304,20 +291,15 @@ class BatchStore:
     async def set_options(self, batch_id: str, options: BatchOptions) -> None:
         """They count from when the work on it is begun, or gone on with; but for the time-out, which its items have."""
         values = (msgspec.json.encode(options), batch_id)
-        query = "UPDATE batches SET options = ? WHERE batch_id = ?"
-        await self._store.change(lambda db: db.execute(query, values) and None)
+        await self._store.change(lambda db: db.execute(statements.SET_OPTIONS, values) and None)
 
     async def request_cancel(self, batch_id: str) -> bool:
         """Ask whoever owns a batch to cancel it; False if it is not active."""
-        query = """UPDATE batches SET cancel_requested = 1
-            WHERE batch_id = ? AND hidden IS NULL AND status IN ('starting', 'running')"""
-        return await self._store.change(lambda db: db.execute(query, (batch_id,)).rowcount == 1)
+        return await self._store.change(lambda db: db.execute(statements.CANCEL_BATCH, (batch_id,)).rowcount == 1)
 
     def cancels_for(self, owner: str) -> Sequence[str]:
         """Batches of *owner* that somebody asked to cancel."""
-        query = """SELECT batch_id FROM batches INDEXED BY batches_open
-            WHERE owner = ? AND cancel_requested = 1 AND completed_at IS NULL"""
-        return self._store.read(lambda db: [row[0] for row in db.execute(query, (owner,))])
+        return self._store.read(lambda db: [row[0] for row in db.execute(statements.BATCHES_TO_CANCEL, (owner,))])
 
     async def reopen(
         self,
@@ -339,29 +321,30 @@ class BatchStore:
                 return None
             counts = {RunStatus.FAILED: found.failed_items, RunStatus.CANCELLED: found.cancelled_items}
             wanted = [
-                status for status in only if db.execute(TO_REOPEN, (batch_id, status, INVALID_INPUT, 1)).fetchone()
+                status
+                for status in only
+                if db.execute(statements.ITEMS_TO_REOPEN, (batch_id, status, INVALID_INPUT, 1)).fetchone()
             ]
             if not wanted:
                 return None
             self._check_room(db, found.flock, sum(counts[status] for status in wanted), max_open_items)
-            db.execute(REOPEN_BATCH, (owner, ",".join(wanted), batch_id))
+            db.execute(statements.REOPEN_BATCH, (owner, ",".join(wanted), batch_id))
             return queries.find_batch(db, batch_id)
 
         return await self._store.change(apply, then)
 
     async def reopen_item(self, run: Run, owner: str, then: Callable[[Batch | None], None]) -> Batch | None:
         """As ``reopen``, for one item that failed or was cancelled."""
-        query = f"{REOPEN_ITEMS} WHERE run_id = ? AND status = ? AND error_type IS NOT ?"
 
         def apply(db: sqlite3.Connection) -> Batch | None:
             found = queries.find_batch(db, run.batch_id or "")
             queries.check_engine(db, owner)
             if found is None or not found.status.is_final:
                 return None
-            if not db.execute(query, (run.run_id, run.status.value, INVALID_INPUT)).rowcount:
+            if not db.execute(statements.REOPEN_ITEM, (run.run_id, run.status.value, INVALID_INPUT)).rowcount:
                 return None
             queries.count_ended(db, queries.Ended({(found.batch_id, run.status): -1}))
-            db.execute(REOPEN_BATCH, (owner, None, found.batch_id))
+            db.execute(statements.REOPEN_BATCH, (owner, None, found.batch_id))
             return queries.find_batch(db, found.batch_id)
 
         return await self._store.change(apply, then)
@@ -370,18 +353,15 @@ class BatchStore:
 
     async def drop_staged(self, batch_id: str) -> None:
         """Give up a batch that was not accepted."""
-        query = "UPDATE batches SET hidden = 'dropped' WHERE batch_id = ? AND hidden = 'staged'"
-        await self._drop(lambda db: db.execute(query, (batch_id,)).rowcount == 1)
+        await self._drop(lambda db: db.execute(statements.DROP_STAGED_BATCH, (batch_id,)).rowcount == 1)
 
     async def drop(self, batch_id: str) -> bool:
         """Put a batch out of sight for good, unless it is active; its items are deleted by ``sweep``."""
-        query = """UPDATE batches SET hidden = 'dropped'
-            WHERE batch_id = ? AND hidden IS NULL AND status NOT IN ('starting', 'running')"""
 
         def apply(db: sqlite3.Connection) -> bool:
-            is_dropped = db.execute(query, (batch_id,)).rowcount == 1
+            is_dropped = db.execute(statements.DROP_BATCH, (batch_id,)).rowcount == 1
             if is_dropped:  # whoever deletes a batch may make it anew under the same key
-                db.execute("DELETE FROM idempotency_keys WHERE made_id = ?", (batch_id,))
+                db.execute(statements.DELETE_KEYS_OF, (batch_id,))
             return is_dropped
 
         return await self._drop(apply)
@@ -391,12 +371,11 @@ class BatchStore:
 
     async def sweep(self) -> bool:
         """Delete some items of what was dropped; False once there is nothing left."""
-        query = "SELECT batch_id FROM batches INDEXED BY batches_hidden WHERE hidden = 'dropped' LIMIT 1"
-        if self._store.read(lambda db: db.execute(query).fetchone()) is None:
+        if self._store.read(lambda db: db.execute(statements.DROPPED_BATCH).fetchone()) is None:
             return False
 
         def apply(db: sqlite3.Connection) -> bool:
-            found = db.execute(query).fetchone()
+            found = db.execute(statements.DROPPED_BATCH).fetchone()
             return found is not None and queries.delete_items(db, found[0], BITE) > 0
 
         return await self._store.change(apply)
@@ -404,8 +383,7 @@ class BatchStore:
 
 def _check_staged(db: sqlite3.Connection, batch: Batch) -> None:
     """Another engine drops what one had staged that it takes for dead."""
-    query = "SELECT 1 FROM batches WHERE batch_id = ? AND hidden = 'staged'"
-    if db.execute(query, (batch.batch_id,)).fetchone() is None:
+    if db.execute(statements.FIND_STAGED_BATCH, (batch.batch_id,)).fetchone() is None:
         raise StoreError(
             "What had arrived of this batch is gone, since this server stood still for a while. Send it again."
         )
@@ -417,18 +395,6 @@ def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:
     if found is None or found.owner != batch.owner:
         raise OwnershipLost(batch.batch_id)
     return found
-
-
-REOPEN_BATCH = """UPDATE batches SET status = 'starting', attempt = attempt + 1, owner = ?, reopening = ?,
-    error = NULL, completed_at = NULL, resumed_at = NULL, cancel_requested = 0 WHERE batch_id = ?"""
-REOPEN_ITEMS = """UPDATE runs SET status = 'starting', attempt = attempt + 1, result = NULL, error = NULL,
-    error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0"""
-TO_REOPEN = """SELECT run_id FROM runs INDEXED BY items_by_status
-    WHERE batch_id = ? AND status = ? AND error_type IS NOT ? LIMIT ?"""
-FIRST_ERROR = statements.item_listing("error", RunStatus)
-COLUMNS_WITHOUT_STEPS = ", ".join("NULL" if name == "last_step" else name for name in FIELDS)
-UNFINISHED = """SELECT rowid, CAST(run_id AS BLOB) FROM runs INDEXED BY items_by_status
-    WHERE batch_id = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
 
 
 def _to_do(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
@@ -450,13 +416,15 @@ def _if_readable(db: sqlite3.Connection, row: Sequence[Any]) -> Run | None:
 
 def _unfinished(db: sqlite3.Connection, batch_id: str) -> list[tuple[int, str, str, bool]]:
     """The row id of each item that has not ended, its id, what is wrong with it, and whether it can be written."""
-    query, found = "SELECT completed_items < total_items FROM batches WHERE batch_id = ?", []
-    if not db.execute(query, (batch_id,)).fetchone()[0]:  # to look at all items would take long
-        return []
-    for row_id, run_id in db.execute(UNFINISHED, (batch_id,)).fetchall():
+    found: list[tuple[int, str, str, bool]] = []
+    if not db.execute(statements.HAS_UNFINISHED_ITEMS, (batch_id,)).fetchone()[
+        0
+    ]:  # to look at all items would take long
+        return found
+    for row_id, run_id in db.execute(statements.UNFINISHED_ITEMS, (batch_id,)).fetchall():
         reason, is_writable = "it is neither waiting nor at its end", True
         try:
-            _to_do(db, queries.read_row(db, statements.COLUMNS, "rowid", row_id))
+            _to_do(db, queries.read_row(db, statements.RUN_COLUMNS, "rowid", row_id))
         except Damaged as exc:
             reason, is_writable = str(exc), exc.is_writable
         found.append((row_id, (run_id or b"").decode("utf-8", "replace"), reason, is_writable))

@@ -6,6 +6,7 @@ Migrations are applied in order, each once; the file remembers how many. Never c
 import sqlite3
 from collections.abc import Callable, Sequence
 
+from flock.engine import statements
 from flock.errors import StoreError
 
 __all__ = ["MIGRATIONS", "migrate"]
@@ -35,7 +36,7 @@ def _create_tables(db: sqlite3.Connection) -> None:
             inputs BLOB NOT NULL, -- what is long comes last: what lies behind it takes longer to read
             result BLOB
         )""",
-        # A page of GET /runs is one range of one of these for each status, whatever its filter; see statements.listing.
+        # A page of GET /runs is one range of one of these for each status, whatever its filter; see run_page.
         "CREATE INDEX runs_by_status ON runs (flock, status, run_id) WHERE batch_id IS NULL",
         "CREATE INDEX runs_by_both ON runs (flock, agent_name, status, run_id) WHERE batch_id IS NULL",
         "CREATE UNIQUE INDEX items ON runs (batch_id, position) WHERE batch_id IS NOT NULL",
@@ -113,7 +114,7 @@ def _widen_batches(db: sqlite3.Connection) -> None:
         "CREATE INDEX batches_hidden ON batches (hidden) WHERE hidden IS NOT NULL",
         # Few are: whoever asks 20 times a second for what is to be cancelled reads no others.
         "CREATE INDEX batches_open ON batches (flock, owner) WHERE completed_at IS NULL",
-        # A page of items is one range of it for each status; see statements.item_listing.
+        # A page of items is one range of it for each status; see item_page.
         "CREATE INDEX items_by_status ON runs (batch_id, status, position) WHERE batch_id IS NOT NULL",
         "DROP INDEX items",
         "DROP INDEX runs_active",
@@ -164,7 +165,7 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
                 f"The store {path!r} was made by a newer version of flockapi (form {version}; this one "
                 f"knows {len(MIGRATIONS)}). Use that version, or name another file."
             )
-        if version == 0 and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        if version == 0 and db.execute(statements.COUNT_TABLES).fetchone()[0]:
             raise StoreError(f"{path!r} is a database of something else. Name another file (store=).")
         for number, apply in enumerate(MIGRATIONS[version:], version + 1):
             db.execute("BEGIN IMMEDIATE")

@@ -113,7 +113,7 @@ def count_ended(db: sqlite3.Connection, ended: Ended) -> None:
     for batch_id in {batch_id for batch_id, _ in ended}:
         failed, cancelled = ended[batch_id, RunStatus.FAILED], ended[batch_id, RunStatus.CANCELLED]
         total = ended[batch_id, RunStatus.COMPLETED] + failed + cancelled
-        db.execute(statements.COUNT_ITEMS, (total, failed, cancelled, batch_id))
+        db.execute(statements.COUNT_ENDED_ITEMS, (total, failed, cancelled, batch_id))
 
 
 def insert_runs(db: sqlite3.Connection, runs: Iterable[Run]) -> None:
@@ -127,7 +127,7 @@ def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -
     Raises Damaged, unless the run has failed for that reason.
     """
     try:
-        row = read_row(db, statements.OUTLINE_COLUMNS if is_outline else statements.COLUMNS, "run_id", run_id)
+        row = read_row(db, statements.OUTLINE_COLUMNS if is_outline else statements.RUN_COLUMNS, "run_id", run_id)
         return (
             None
             if row is None
@@ -141,25 +141,21 @@ def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -
 
 
 def find_steps(db: sqlite3.Connection, run_id: str, result: str = "result") -> tuple[Step, ...]:
-    query = (
-        f"SELECT agent_name, {result}, next_agent, usage, attempt, started_at, completed_at FROM steps "
-        "WHERE run_id = ? ORDER BY position"
-    )
     with _finding_damage():
-        return tuple(map(step_from, db.execute(query, (run_id,))))
+        return tuple(map(step_from, db.execute(statements.steps_of(result), (run_id,))))
 
 
 def read_row(db: sqlite3.Connection, columns: str, name: str, value: Any) -> Any:
     """The row of ``runs`` with that *value*, or None. Raises Damaged."""
     with _finding_damage():
-        return db.execute(f"SELECT {columns} FROM runs WHERE {name} = ?", (value,)).fetchone()
+        return db.execute(statements.find_run(columns, name), (value,)).fetchone()
 
 
 def _read_remains(db: sqlite3.Connection, run_id: str) -> Any:
     """A damaged row, or its beginning if that is all that SQLite can read; with text as bytes, since it may be none."""
     db.text_factory = bytes
     try:
-        return read_row(db, statements.COLUMNS, "run_id", run_id)
+        return read_row(db, statements.RUN_COLUMNS, "run_id", run_id)
     except Damaged:
         return read_row(db, statements.SHORT_COLUMNS, "run_id", run_id)
     finally:
@@ -180,7 +176,10 @@ def _finding_damage() -> Iterator[None]:
 
 
 def rows_of(
-    db: sqlite3.Connection, query: Callable[[str], str], values: Mapping[str, Any], columns: str = statements.COLUMNS
+    db: sqlite3.Connection,
+    query: Callable[[str], str],
+    values: Mapping[str, Any],
+    columns: str = statements.RUN_COLUMNS,
 ) -> Iterator[Sequence[Any]]:
     """The rows of *query*, a function of the columns; as much as can be read of those that SQLite cannot read whole."""
     read = 0
@@ -209,8 +208,7 @@ def page_of(limit: int, rows: Iterable[Sequence[Any]]) -> Page[Run]:
 
 def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
     """A batch that is not out of sight. Raises Damaged, unless it has failed for that reason."""
-    query = f"SELECT {statements.BATCH_COLUMNS} FROM batches WHERE batch_id = ? AND hidden IS NULL"
-    row = db.execute(query, (batch_id,)).fetchone()
+    row = db.execute(statements.FIND_BATCH, (batch_id,)).fetchone()
     if row is None:
         return None
     return batch_or_remains(row) if row[BATCH_FIELDS.index("error")] == DAMAGED_BATCH else batch_from(row)
@@ -221,29 +219,27 @@ def check_room(
 ) -> None:
     """Raise EngineFull if no run of these agents, or none of *principal*, may wait beside those that do."""
     names = names_json(agents)
-    limits.check(db.execute(f"SELECT count(*) {statements.WAITING}", (flock, names)).fetchone()[0])
+    limits.check(db.execute(statements.COUNT_WAITING, (flock, names)).fetchone()[0])
     if principal is not None:
-        limits.check_share(db.execute(statements.WAITING_OF, (flock, principal, names)).fetchone()[0])
+        limits.check_share(db.execute(statements.COUNT_WAITING_OF_PRINCIPAL, (flock, principal, names)).fetchone()[0])
 
 
 def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> None:
     if key is None:
         return
-    query = "SELECT fingerprint, made_id FROM idempotency_keys WHERE flock = ? AND key = ?"
-    found = db.execute(query, (flock, key.kept_as)).fetchone()
+    found = db.execute(statements.FIND_KEY, (flock, key.kept_as)).fetchone()
     if found is not None:
         raise Replayed(found[1]) if found[0] == key.digest else KeyReused(key.key)
 
 
 def has_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> bool:
     """Whether something was made under *key*, for whatever request."""
-    query = "SELECT 1 FROM idempotency_keys WHERE flock = ? AND key = ?"
-    return key is not None and db.execute(query, (flock, key.kept_as)).fetchone() is not None
+    return key is not None and db.execute(statements.FIND_KEY, (flock, key.kept_as)).fetchone() is not None
 
 
 def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
     """Raise EngineStopped where an engine has let go of all that it had: nobody would go on with more."""
-    if db.execute("SELECT 1 FROM engines WHERE engine_id = ?", (engine_id,)).fetchone() is None:
+    if db.execute(statements.FIND_ENGINE, (engine_id,)).fetchone() is None:
         raise stopping()
 
 
@@ -252,22 +248,20 @@ def insert_key(
 ) -> None:
     if key is not None:
         values = (flock, key.kept_as, key.digest, made_id, micros(created_at))
-        db.execute("INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)", values)
+        db.execute(statements.INSERT_KEY, values)
 
 
 def delete_runs(db: sqlite3.Connection, run_ids: Sequence[str]) -> int:
-    query = "DELETE FROM runs WHERE run_id = ? AND batch_id IS NULL AND status NOT IN ('starting', 'running')"
-    deleted = [run_id for run_id in run_ids if db.execute(query, (run_id,)).rowcount]
-    db.executemany("DELETE FROM steps WHERE run_id = ?", [(run_id,) for run_id in deleted])
+    deleted = [run_id for run_id in run_ids if db.execute(statements.DELETE_FINAL_RUN, (run_id,)).rowcount]
+    db.executemany(statements.DELETE_STEPS, [(run_id,) for run_id in deleted])
     return len(deleted)
 
 
 def delete_items(db: sqlite3.Connection, batch_id: str, limit: int) -> int:
     """Delete up to *limit* items of a final batch, and the batch with the last of them."""
-    query = "SELECT run_id FROM runs WHERE batch_id = ? LIMIT ?"
-    ids = [(row[0],) for row in db.execute(query, (batch_id, limit))]
-    db.executemany("DELETE FROM steps WHERE run_id = ?", ids)
-    db.executemany("DELETE FROM runs WHERE run_id = ?", ids)
+    ids = [(row[0],) for row in db.execute(statements.ITEMS_OF, (batch_id, limit))]
+    db.executemany(statements.DELETE_STEPS, ids)
+    db.executemany(statements.DELETE_RUN, ids)
     if len(ids) < limit:
-        db.execute("DELETE FROM batches WHERE batch_id = ?", (batch_id,))
+        db.execute(statements.DELETE_BATCH, (batch_id,))
     return len(ids) + 1

@@ -1,6 +1,7 @@
 """The SQL statements of the store, by name, except for migrations, pragmas and what begins or ends a transaction.
 
-Each has its values in the order of its question marks, or by name.
+Each takes its values in the order of its question marks, or by name. Those that depend on more than values are
+functions.
 """
 
 from collections.abc import Iterable
@@ -8,42 +9,12 @@ from collections.abc import Iterable
 from flock.engine.rows import BATCH_FIELDS, FIELDS
 from flock.runs import RunStatus
 
-__all__ = [
-    "BATCHES",
-    "BATCHES_OF",
-    "BATCH_COLUMNS",
-    "COLUMNS",
-    "COUNT_ITEMS",
-    "DROP_OLD_BATCHES",
-    "DROP_STAGED",
-    "EMPTY",
-    "FAIL_BATCH",
-    "FAIL_ITEMS",
-    "FAIL_RUN",
-    "FINAL",
-    "INSERT_BATCH",
-    "INSERT_RUN",
-    "INSERT_STEP",
-    "NEWEST",
-    "OLD",
-    "OLD_RUNS",
-    "OUTLINED",
-    "OUTLINE_COLUMNS",
-    "RUNS_OF",
-    "SHORT_COLUMNS",
-    "TAKE_BATCH",
-    "TAKE_ITEMS",
-    "TAKE_RUN",
-    "UPDATE",
-    "UPDATE_ITEM",
-    "UPDATE_RUN",
-    "WAITING",
-    "WAITING_OF",
-    "item_listing",
-    "listing",
-]
+# Every statement is public; only functions are listed here.
+__all__ = ["batch_page", "find_run", "item_page", "list_columns", "merged", "run_page", "steps_of"]
 
-COLUMNS = ", ".join(FIELDS)
+COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
+
+RUN_COLUMNS = ", ".join(FIELDS)
 #: What stands for a column that is not read.
 EMPTY = {
     "inputs": "x'7b7d'",
@@ -56,37 +27,78 @@ SHORT_COLUMNS = ", ".join(
 )
 #: What stands for a result that is not read, if there is one.
 OUTLINED = "CASE typeof(result) WHEN 'blob' THEN x'7b7d' ELSE result END"
-
 OUTLINE_COLUMNS = ", ".join(
     {"inputs": EMPTY["inputs"], "extra": "NULL", "result": OUTLINED}.get(name, name) for name in FIELDS
 )
-# What a failed commit may have written all the same is written again.
-INSERT_RUN = f"INSERT OR REPLACE INTO runs ({COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
+ITEM_COLUMNS = ", ".join("NULL" if name == "last_step" else name for name in FIELDS)
+
+
+def list_columns(with_inputs: bool, with_results: bool) -> str:
+    """The columns of a run in a list."""
+    left_out = {"traceparent", "principal", "recoveries", "extra", "last_step"}  # they lie behind what is long
+    left_out |= {name for name, is_asked in (("inputs", with_inputs), ("result", with_results)) if not is_asked}
+    return ", ".join(EMPTY[name] if name in left_out else name for name in FIELDS)
+
+
+def find_run(columns: str, name: str = "run_id") -> str:
+    return f"SELECT {columns} FROM runs WHERE {name} = ?"
+
+
+# A failed commit may have written the row anyway; it is written again.
+INSERT_RUN = f"INSERT OR REPLACE INTO runs ({RUN_COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
 UPDATE = """UPDATE runs SET status = ?, result = ?, error = ?, error_type = ?, started_at = ?, completed_at = ?,
     progress = ?, last_step = ? WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
 UPDATE_RUN = f"{UPDATE} AND owner = ?"
 UPDATE_ITEM = f"{UPDATE} AND EXISTS (SELECT 1 FROM batches WHERE batch_id = ? AND owner = ?)"
-INSERT_STEP = "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+CANCEL_RUN = "UPDATE runs SET cancel_requested = 1 WHERE run_id = ? AND status IN ('starting', 'running')"
 FAIL_RUN = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
     WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
-RUNS_OF = """SELECT run_id FROM runs
-    WHERE owner = ? AND status IN ('starting', 'running') AND batch_id IS NULL ORDER BY run_id"""
 TAKE_RUN = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'),
     recoveries = recoveries + (status = 'running'), status = 'starting'
     WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
+REOPENED = """status = 'starting', attempt = attempt + 1, result = NULL, error = NULL, error_type = NULL,
+    started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0"""
+REOPEN_RUN = f"""UPDATE runs SET {REOPENED}, owner = ?, is_async = 1
+    WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"""
+DELETE_RUN = "DELETE FROM runs WHERE run_id = ?"
+DELETE_FINAL_RUN = f"{DELETE_RUN} AND batch_id IS NULL AND status NOT IN ('starting', 'running')"
+ROW_OF_RUN = "SELECT rowid FROM runs WHERE run_id = ?"
+NEWEST_ID = "SELECT max(run_id) FROM runs"
+#: A value that changes with what is read with OUTLINE_COLUMNS.
+VERSION = """SELECT status, attempt, progress, (SELECT count(*) FROM steps WHERE steps.run_id = runs.run_id)
+    FROM runs WHERE run_id = ?"""
+UNFINISHED_RUNS = """SELECT run_id FROM runs
+    WHERE owner = ? AND status IN ('starting', 'running') AND batch_id IS NULL ORDER BY run_id"""
+RUNS_TO_CANCEL = """SELECT run_id, attempt FROM runs INDEXED BY cancels WHERE cancel_requested = 1
+    AND status IN ('starting', 'running') AND (owner = ? OR EXISTS
+    (SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.owner = ?))"""
+ENDED = """SELECT value FROM json_each(?) WHERE NOT EXISTS
+    (SELECT 1 FROM runs WHERE run_id = value AND status IN ('starting', 'running')) AND NOT EXISTS
+    (SELECT 1 FROM batches WHERE batch_id = value AND status IN ('starting', 'running'))"""
 #: Runs of agents that no program has any more wait too, but not for a slot.
 WAITING = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock = ?
     AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
-#: The same of one principal.
-WAITING_OF = """SELECT count(*) FROM runs INDEXED BY runs_by_principal_and_agent WHERE batch_id IS NULL AND flock = ?
-    AND principal = ? AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
+QUEUE = f"SELECT count(*), min(CASE WHEN attempt = 1 THEN created_at END) {WAITING}"
+COUNT_WAITING = f"SELECT count(*) {WAITING}"
+COUNT_WAITING_OF_PRINCIPAL = """SELECT count(*) FROM runs INDEXED BY runs_by_principal_and_agent
+    WHERE batch_id IS NULL AND flock = ? AND principal = ? AND agent_name IN (SELECT value FROM json_each(?))
+    AND status = 'starting'"""
+#: The conditions of a list of runs, by the name of their value.
+RUN_CONDITIONS = {
+    "flock": "flock = :flock",
+    "agent_name": "agent_name = :agent_name",
+    "principal": "principal = :principal",
+    "after": "run_id < :after",
+    "low": "run_id > :low",
+    "high": "run_id < :high",
+}
 
 
-def listing(columns: str, statuses: Iterable[str], conditions: str, also: str = "", order: str = "DESC") -> str:
-    """A query for runs that are no items, in the order of their ids, and *also* what another query gives.
+def merged(columns: str, statuses: Iterable[str], conditions: str, also: str = "", order: str = "DESC") -> str:
+    """A query for runs that are not items, in the order of their ids, and *also* what another query returns.
 
-    SQLite merges the ranges of the statuses as it reads them, so that no index without the status is needed: each one
-    that there is takes its time at each write.
+    SQLite merges the ranges of the statuses as it reads them, so it needs no index without the status: each index
+    makes each write slower.
     """
     is_of_agent = "agent_name = " in conditions
     index = "runs_by_both" if is_of_agent else "runs_by_status"
@@ -99,26 +111,30 @@ def listing(columns: str, statuses: Iterable[str], conditions: str, also: str = 
     return f"{' UNION ALL '.join([*ranges, also] if also else ranges)} ORDER BY 1 {order}"
 
 
-BATCH_COLUMNS = ", ".join(BATCH_FIELDS)
-INSERT_BATCH = f"INSERT INTO batches ({BATCH_COLUMNS}, hidden) VALUES ({', '.join('?' * (len(BATCH_FIELDS) + 1))})"
-COUNT_ITEMS = """UPDATE batches SET completed_items = completed_items + ?, failed_items = failed_items + ?,
-    cancelled_items = cancelled_items + ? WHERE batch_id = ?"""
-BATCHES_OF = """SELECT batch_id FROM batches INDEXED BY batches_open
-    WHERE owner = ? AND hidden IS NULL AND completed_at IS NULL ORDER BY batch_id"""
-FAIL_BATCH = "UPDATE batches SET status = 'failed', error = ?, completed_at = ? WHERE batch_id = ? AND owner = ?"
-FAIL_ITEMS = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-    WHERE batch_id = ? AND status IN ('starting', 'running')"""
-TAKE_BATCH = "UPDATE batches SET owner = ? WHERE batch_id = ? AND owner = ? AND completed_at IS NULL"
-TAKE_ITEMS = """UPDATE runs SET attempt = attempt + 1, recoveries = recoveries + 1, status = 'starting'
-    WHERE batch_id = ? AND status = 'running'"""
-DROP_STAGED = "UPDATE batches SET hidden = 'dropped' WHERE owner = ? AND hidden = 'staged'"
-DROP_OLD_BATCHES = """UPDATE batches SET hidden = 'dropped' WHERE batch_id IN (SELECT batch_id FROM batches
-    WHERE flock = :flock AND hidden IS NULL AND batch_id < :bound AND completed_at <= :latest
-    AND batch_id NOT IN (SELECT value FROM json_each(:kept)) LIMIT :limit)"""
+def run_page(columns: str, statuses: Iterable[str], names: Iterable[str]) -> str:
+    """A query for up to :limit runs, newest first; *names* are those of its values."""
+    return f"{merged(columns, statuses, ' AND '.join(RUN_CONDITIONS[name] for name in names))} LIMIT :limit"
 
 
-def item_listing(columns: str, statuses: Iterable[str]) -> str:
-    """A query for up to :limit items of :batch_id behind :after, in order: SQLite merges the ranges as it reads."""
+BATCH_IDS = "SELECT batch_id FROM batches WHERE flock = :flock AND hidden IS NULL"
+NTH_NEWEST = f"{merged('run_id', RunStatus, 'flock = :flock', BATCH_IDS)} LIMIT 1 OFFSET :offset"
+FINAL = [status for status in RunStatus if status.is_final]
+OLD = """flock = :flock AND run_id < :bound AND completed_at <= :latest
+    AND run_id NOT IN (SELECT value FROM json_each(:kept))"""
+OLD_RUNS = f"{merged('run_id', FINAL, OLD, order='ASC')} LIMIT :limit"
+
+INSERT_STEP = "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+DELETE_STEPS = "DELETE FROM steps WHERE run_id = ?"
+ROW_OF_STEP = "SELECT rowid FROM steps WHERE run_id = ? AND position = ?"
+
+
+def steps_of(result: str) -> str:
+    return f"""SELECT agent_name, {result}, next_agent, usage, attempt, started_at, completed_at FROM steps
+        WHERE run_id = ? ORDER BY position"""
+
+
+def item_page(columns: str, statuses: Iterable[str]) -> str:
+    """A query for up to :limit items of :batch_id after :after, in order. SQLite merges the ranges as it reads."""
     ranges = (
         f"SELECT {columns}, position AS place FROM runs INDEXED BY items_by_status "
         f"WHERE batch_id = :batch_id AND status = '{status}' AND position > :after AND position <= {2**63 - 1}"
@@ -127,9 +143,94 @@ def item_listing(columns: str, statuses: Iterable[str]) -> str:
     return f"{' UNION ALL '.join(ranges)} ORDER BY place LIMIT :limit"
 
 
-BATCHES = "SELECT batch_id FROM batches WHERE flock = :flock AND hidden IS NULL"
-NEWEST = f"{listing('run_id', RunStatus, 'flock = :flock', BATCHES)} LIMIT 1 OFFSET :offset"
-FINAL = [status for status in RunStatus if status.is_final]
-OLD = """flock = :flock AND run_id < :bound AND completed_at <= :latest
-    AND run_id NOT IN (SELECT value FROM json_each(:kept))"""
-OLD_RUNS = f"{listing('run_id', FINAL, OLD, order='ASC')} LIMIT :limit"
+FIRST_ERROR = item_page("error", RunStatus)
+ITEMS_OF = "SELECT run_id FROM runs WHERE batch_id = ? LIMIT ?"
+ITEMS_TO_REOPEN = """SELECT run_id FROM runs INDEXED BY items_by_status
+    WHERE batch_id = ? AND status = ? AND error_type IS NOT ? LIMIT ?"""
+REOPEN_ITEMS = f"UPDATE runs SET {REOPENED} WHERE run_id IN ({ITEMS_TO_REOPEN})"
+REOPEN_ITEM = f"UPDATE runs SET {REOPENED} WHERE run_id = ? AND status = ? AND error_type IS NOT ?"
+TAKE_ITEMS = """UPDATE runs SET attempt = attempt + 1, recoveries = recoveries + 1, status = 'starting'
+    WHERE batch_id = ? AND status = 'running'"""
+FAIL_ITEMS = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
+    WHERE batch_id = ? AND status IN ('starting', 'running')"""
+#: An item whose status is damaged fails too.
+FAIL_ITEM = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
+    WHERE rowid = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
+CANCEL_WAITING_ITEMS = """UPDATE runs SET status = 'cancelled', error = ?, error_type = ?, completed_at = ?
+    WHERE run_id IN
+    (SELECT run_id FROM runs INDEXED BY items_by_status WHERE batch_id = ? AND status = 'starting' LIMIT ?)"""
+UNFINISHED_ITEMS = """SELECT rowid, CAST(run_id AS BLOB) FROM runs INDEXED BY items_by_status
+    WHERE batch_id = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
+HAS_UNFINISHED_ITEMS = "SELECT completed_items < total_items FROM batches WHERE batch_id = ?"
+#: How many items of all batches have not ended or are being uploaded, besides those of one batch.
+OPEN_ITEMS = """SELECT sum(total_items - completed_items) FROM batches INDEXED BY batches_open
+    WHERE flock = ? AND agent_name IN (SELECT value FROM json_each(?)) AND completed_at IS NULL
+    AND ifnull(hidden, 'staged') = 'staged' AND batch_id != ?"""
+
+BATCH_COLUMNS = ", ".join(BATCH_FIELDS)
+INSERT_BATCH = f"INSERT INTO batches ({BATCH_COLUMNS}, hidden) VALUES ({', '.join('?' * (len(BATCH_FIELDS) + 1))})"
+FIND_BATCH = f"SELECT {BATCH_COLUMNS} FROM batches WHERE batch_id = ? AND hidden IS NULL"
+FIND_STAGED_BATCH = "SELECT 1 FROM batches WHERE batch_id = ? AND hidden = 'staged'"
+DELETE_BATCH = "DELETE FROM batches WHERE batch_id = ?"
+COUNT_STAGED_ITEMS = "UPDATE batches SET total_items = total_items + ? WHERE batch_id = ?"
+COUNT_ENDED_ITEMS = """UPDATE batches SET completed_items = completed_items + ?, failed_items = failed_items + ?,
+    cancelled_items = cancelled_items + ? WHERE batch_id = ?"""
+BEGIN_BATCH = """UPDATE batches SET status = 'running', started_at = ifnull(started_at, :now), resumed_at = :now,
+    resumed_with = completed_items WHERE batch_id = :batch_id"""
+END_BATCH = """UPDATE batches SET status = ?, error = ?, completed_at = ?, reopening = NULL,
+    failed_items = ?, completed_items = total_items WHERE batch_id = ?"""
+FAIL_BATCH = "UPDATE batches SET status = 'failed', error = ?, completed_at = ? WHERE batch_id = ? AND owner = ?"
+TAKE_BATCH = "UPDATE batches SET owner = ? WHERE batch_id = ? AND owner = ? AND completed_at IS NULL"
+REOPEN_BATCH = """UPDATE batches SET status = 'starting', attempt = attempt + 1, owner = ?, reopening = ?,
+    error = NULL, completed_at = NULL, resumed_at = NULL, cancel_requested = 0 WHERE batch_id = ?"""
+SET_REOPENING = "UPDATE batches SET reopening = ? WHERE batch_id = ?"
+SET_OPTIONS = "UPDATE batches SET options = ? WHERE batch_id = ?"
+CANCEL_BATCH = """UPDATE batches SET cancel_requested = 1
+    WHERE batch_id = ? AND hidden IS NULL AND status IN ('starting', 'running')"""
+BATCHES_TO_CANCEL = """SELECT batch_id FROM batches INDEXED BY batches_open
+    WHERE owner = ? AND cancel_requested = 1 AND completed_at IS NULL"""
+UNFINISHED_BATCHES = """SELECT batch_id FROM batches INDEXED BY batches_open
+    WHERE owner = ? AND hidden IS NULL AND completed_at IS NULL ORDER BY batch_id"""
+DROP_BATCH = """UPDATE batches SET hidden = 'dropped'
+    WHERE batch_id = ? AND hidden IS NULL AND status NOT IN ('starting', 'running')"""
+DROP_STAGED_BATCH = "UPDATE batches SET hidden = 'dropped' WHERE batch_id = ? AND hidden = 'staged'"
+DROP_STAGED_BATCHES = "UPDATE batches SET hidden = 'dropped' WHERE owner = ? AND hidden = 'staged'"
+DROP_OLD_BATCHES = """UPDATE batches SET hidden = 'dropped' WHERE batch_id IN (SELECT batch_id FROM batches
+    WHERE flock = :flock AND hidden IS NULL AND batch_id < :bound AND completed_at <= :latest
+    AND batch_id NOT IN (SELECT value FROM json_each(:kept)) LIMIT :limit)"""
+DROPPED_BATCH = "SELECT batch_id FROM batches INDEXED BY batches_hidden WHERE hidden = 'dropped' LIMIT 1"
+#: The conditions of a list of batches, by the name of their value.
+BATCH_CONDITIONS = {
+    "flock": "flock = :flock",
+    "status": "status = :status",
+    "agent_name": "agent_name = :agent_name",
+    "principal": "principal = :principal",
+    "after": "batch_id < :after",
+}
+
+
+def batch_page(names: Iterable[str], limit: int) -> str:
+    """A query for up to *limit* batches, newest first; *names* are those of its values."""
+    conditions = " AND ".join(BATCH_CONDITIONS[name] for name in names)
+    return f"""SELECT {BATCH_COLUMNS} FROM batches WHERE hidden IS NULL AND {conditions}
+        ORDER BY batch_id DESC LIMIT {limit:d}"""
+
+
+FIND_KEY = "SELECT fingerprint, made_id FROM idempotency_keys WHERE flock = ? AND key = ?"
+INSERT_KEY = "INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)"
+DELETE_KEYS_OF = "DELETE FROM idempotency_keys WHERE made_id = ?"
+DELETE_OLD_KEYS = "DELETE FROM idempotency_keys WHERE created_at < ?"
+
+FIND_ENGINE = "SELECT 1 FROM engines WHERE engine_id = ?"
+OTHER_ENGINES = "SELECT engine_id FROM engines WHERE flock = ? AND engine_id != ?"
+INSERT_ENGINE = "INSERT INTO engines VALUES (?, ?, ?)"
+DELETE_ENGINE = "DELETE FROM engines WHERE engine_id = ?"
+#: A write that changes nothing.
+TOUCH_ENGINES = "UPDATE engines SET started_at = started_at"
+#: Flocks of other names with something unfinished, which always has an engine.
+OTHER_FLOCKS = "SELECT DISTINCT flock FROM engines WHERE flock != ?"
+COUNT_UNFINISHED = """SELECT (SELECT count(*) FROM runs INDEXED BY runs_by_status WHERE batch_id IS NULL
+    AND flock = :flock AND status IN ('starting', 'running')) + (SELECT count(*) FROM batches
+    INDEXED BY batches_open WHERE flock = :flock AND completed_at IS NULL AND hidden IS NULL)"""
+AGENTS_OF_FLOCK = "SELECT agents FROM flocks WHERE flock = ?"
+SET_AGENTS_OF_FLOCK = "INSERT OR REPLACE INTO flocks VALUES (?, ?)"

@@ -32,7 +32,6 @@ from flock.engine import files, queries, statements, takeover
 from flock.engine.groups import Change, Group, PendingRun, Refused
 from flock.engine.migrations import MIGRATIONS, migrate
 from flock.engine.rows import (
-    FIELDS,
     Damaged,
     id_at,
     micros,
@@ -396,7 +395,7 @@ class Store:
         with self._transaction():
             self._check_place(self._db)
             if self._write_error is not None:  # an empty transaction would always succeed
-                self._db.execute("UPDATE engines SET started_at = started_at")
+                self._db.execute(statements.TOUCH_ENGINES)
             write()
             self._db.execute("COMMIT")
         self._check_place(self._db)  # or what was committed is lost already
@@ -464,9 +463,8 @@ class Store:
 
     def version(self, run_id: str) -> tuple[Any, ...] | None:
         """A value that changes with what ``outline`` returns, and is read in a few microseconds."""
-        query = """SELECT status, attempt, progress, (SELECT count(*) FROM steps WHERE steps.run_id = runs.run_id)
-            FROM runs WHERE run_id = ?"""
-        version: tuple[Any, ...] | None = self.read(lambda db: db.execute(query, (run_id,)).fetchone())
+        version: tuple[Any, ...] | None
+        version = self.read(lambda db: db.execute(statements.VERSION, (run_id,)).fetchone())
         return version
 
     def result_bytes(self, run_id: str, position: int | None) -> int:
@@ -483,12 +481,12 @@ class Store:
         return self._with_result(run_id, position, read)
 
     def _with_result(self, run_id: str, position: int | None, use: Callable[[sqlite3.Blob], T]) -> T:
-        table, where, values = "runs", "run_id = ?", (run_id,) if position is None else (run_id, position)
+        table, query, values = "runs", statements.ROW_OF_RUN, (run_id,) if position is None else (run_id, position)
         if position is not None:
-            table, where = "steps", "run_id = ? AND position = ?"
+            table, query = "steps", statements.ROW_OF_STEP
 
         def find(db: sqlite3.Connection) -> T:
-            row = db.execute(f"SELECT rowid FROM {table} WHERE {where}", values).fetchone()
+            row = db.execute(query, values).fetchone()
             if row is None:
                 raise RunNotFound(run_id)
             with db.blobopen(table, "result", row[0], readonly=True) as blob:
@@ -498,40 +496,38 @@ class Store:
 
     def list_runs(self, flock: str, wanted: RunFilter) -> Page[Run]:
         """One page of runs that are no items, newest first, without their steps. A damaged row has an error in it."""
-        left_out = {"traceparent", "principal", "recoveries", "extra", "last_step"}  # they lie behind what is long
-        left_out |= {
-            name for name, asked in (("inputs", wanted.with_inputs), ("result", wanted.with_results)) if not asked
-        }
-        columns = ", ".join(statements.EMPTY[name] if name in left_out else name for name in FIELDS)
-        conditions = ["flock = :flock"]
-        values: dict[str, Any] = {"flock": flock, "limit": wanted.limit + 1}
-        for condition, value in (
-            ("agent_name = :agent_name", wanted.agent_name),
-            ("principal = :principal", wanted.principal),
-            ("run_id < :after", wanted.after),
-            ("run_id > :low", None if wanted.created_after is None else id_at(wanted.created_after, 1)),
-            ("run_id < :high", None if wanted.created_before is None else id_at(wanted.created_before)),
-        ):
-            if value is not None:
-                conditions.append(condition)
-                values[condition.rpartition(":")[2]] = value
+        columns = statements.list_columns(wanted.with_inputs, wanted.with_results)
         statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
+        values = {
+            "flock": flock,
+            "agent_name": wanted.agent_name,
+            "principal": wanted.principal,
+            "after": wanted.after,
+            "low": None if wanted.created_after is None else id_at(wanted.created_after, 1),
+            "high": None if wanted.created_before is None else id_at(wanted.created_before),
+        }
+        values = {name: value for name, value in values.items() if value is not None}
 
-        def query(columns: str) -> str:
-            return f"{statements.listing(columns, statuses, ' AND '.join(conditions))} LIMIT :limit"
+        def find(db: sqlite3.Connection) -> Page[Run]:
+            rows = queries.rows_of(
+                db,
+                lambda columns: statements.run_page(columns, statuses, values),
+                {**values, "limit": wanted.limit + 1},
+                columns,
+            )
+            return queries.page_of(wanted.limit, rows)
 
-        return self.read(lambda db: queries.page_of(wanted.limit, queries.rows_of(db, query, values, columns)))
+        return self.read(find)
 
     def queue(self, flock: str) -> Queue:
         """What waits for one of ``agents`` and is no item. Runs that were opened anew have no age: it is not kept."""
-        query = f"SELECT count(*), min(CASE WHEN attempt = 1 THEN created_at END) {statements.WAITING}"
         values = (flock, names_json(self.agents))
-        depth, oldest = self.read(lambda db: db.execute(query, values).fetchone())
+        depth, oldest = self.read(lambda db: db.execute(statements.QUEUE, values).fetchone())
         return Queue(depth, time_from(oldest))
 
     def last_id(self) -> str | None:
         """The id of the newest run."""
-        newest: str | None = self.read(lambda db: db.execute("SELECT max(run_id) FROM runs").fetchone()[0])
+        newest: str | None = self.read(lambda db: db.execute(statements.NEWEST_ID).fetchone()[0])
         return newest
 
     # What engines do with runs: each is one transaction
@@ -571,8 +567,7 @@ class Store:
 
     async def request_cancel(self, run_id: str) -> bool:
         """Ask whoever owns a run to cancel it; False if it is not active."""
-        query = "UPDATE runs SET cancel_requested = 1 WHERE run_id = ? AND status IN ('starting', 'running')"
-        return await self.change(lambda db: db.execute(query, (run_id,)).rowcount == 1)
+        return await self.change(lambda db: db.execute(statements.CANCEL_RUN, (run_id,)).rowcount == 1)
 
     async def reopen(self, run: Run, owner: str, limits: QueueLimits, then: Callable[[Run | None], None]) -> Run | None:
         """Open the next attempt of *run* if it failed or was cancelled; None if it is neither.
@@ -583,12 +578,8 @@ class Store:
         def apply(db: sqlite3.Connection) -> Run | None:
             queries.check_engine(db, owner)
             queries.check_room(db, run.flock, self.agents, run.principal, limits)
-            query = (
-                "UPDATE runs SET status = 'starting', attempt = attempt + 1, owner = ?, is_async = 1, result = NULL, "
-                "error = NULL, error_type = NULL, started_at = NULL, completed_at = NULL, progress = NULL, "
-                "cancel_requested = 0 WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"
-            )
-            return queries.find_run(db, run.run_id) if db.execute(query, (owner, run.run_id)).rowcount else None
+            is_reopened = db.execute(statements.REOPEN_RUN, (owner, run.run_id)).rowcount == 1
+            return queries.find_run(db, run.run_id) if is_reopened else None
 
         return await self.change(apply, then)
 
@@ -598,7 +589,7 @@ class Store:
         def apply(db: sqlite3.Connection) -> bool:
             is_deleted = queries.delete_runs(db, [run_id]) == 1
             if is_deleted:  # whoever deletes a run may make it anew under the same key
-                db.execute("DELETE FROM idempotency_keys WHERE made_id = ?", (run_id,))
+                db.execute(statements.DELETE_KEYS_OF, (run_id,))
             return is_deleted
 
         return await self.change(apply)
@@ -617,7 +608,7 @@ class Store:
         def apply(db: sqlite3.Connection) -> int:
             bounds = [(id_at(before), micros(before))] if before is not None else []
             if keep_runs is not None:
-                row = db.execute(statements.NEWEST, {"flock": flock, "offset": max(0, keep_runs - 1)}).fetchone()
+                row = db.execute(statements.NTH_NEWEST, {"flock": flock, "offset": max(0, keep_runs - 1)}).fetchone()
                 bounds += [(row[0], FOR_EVER)] if row is not None else []
             deleted = 0
             for bound, latest in bounds:
@@ -632,27 +623,16 @@ class Store:
         return await self.change(apply)
 
     async def forget_keys(self, before: datetime) -> None:
-        query = "DELETE FROM idempotency_keys WHERE created_at < ?"
-        await self.change(lambda db: db.execute(query, (micros(before),)) and None)
+        await self.change(lambda db: db.execute(statements.DELETE_OLD_KEYS, (micros(before),)) and None)
 
     def cancels_for(self, owner: str) -> list[tuple[str, int]]:
         """Runs of *owner*, and items of its batches, that somebody asked to cancel, and in which attempt."""
-        query = (
-            "SELECT run_id, attempt FROM runs INDEXED BY cancels WHERE cancel_requested = 1 "
-            "AND status IN ('starting', 'running') AND (owner = ? OR EXISTS "
-            "(SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.owner = ?))"
-        )
-        return self.read(lambda db: db.execute(query, (owner, owner)).fetchall())
+        return self.read(lambda db: db.execute(statements.RUNS_TO_CANCEL, (owner, owner)).fetchall())
 
     def ended(self, ids: Iterable[str]) -> list[str]:
         """Which of these runs and batches are final, or not there any more."""
-        query = (
-            "SELECT value FROM json_each(?) WHERE NOT EXISTS "
-            "(SELECT 1 FROM runs WHERE run_id = value AND status IN ('starting', 'running')) AND NOT EXISTS "
-            "(SELECT 1 FROM batches WHERE batch_id = value AND status IN ('starting', 'running'))"
-        )
         sent = msgspec.json.encode(list(ids)).decode()
-        return self.read(lambda db: [row[0] for row in db.execute(query, (sent,))])
+        return self.read(lambda db: [row[0] for row in db.execute(statements.ENDED, (sent,))])
 
     # Engines
 
@@ -669,8 +649,8 @@ class Store:
             self._engine_lock = files.hold(f"{self.path}-engine-{engine_id}", self._mode)
 
         def apply(db: sqlite3.Connection) -> Sequence[str]:
-            found = db.execute("SELECT agents FROM flocks WHERE flock = ?", (flock,)).fetchone()
-            db.execute("INSERT OR REPLACE INTO flocks VALUES (?, ?)", (flock, names_json(agents)))
+            found = db.execute(statements.AGENTS_OF_FLOCK, (flock,)).fetchone()
+            db.execute(statements.SET_AGENTS_OF_FLOCK, (flock, names_json(agents)))
             with contextlib.suppress(msgspec.DecodeError):
                 return [] if found is None else msgspec.json.decode(found[0], type=list[str])
             return []
@@ -680,14 +660,10 @@ class Store:
 
     def unfinished_of_others(self, flock: str) -> Mapping[str, int]:
         """How many runs and batches of flocks of other names have not ended, by these names."""
-        names = "SELECT DISTINCT flock FROM engines WHERE flock != ?"  # what is not finished has an engine there
-        count = """SELECT (SELECT count(*) FROM runs INDEXED BY runs_by_status WHERE batch_id IS NULL
-            AND flock = :flock AND status IN ('starting', 'running')) + (SELECT count(*) FROM batches
-            INDEXED BY batches_open WHERE flock = :flock AND completed_at IS NULL AND hidden IS NULL)"""
 
         def find(db: sqlite3.Connection) -> Mapping[str, int]:
-            others = [name for (name,) in db.execute(names, (flock,)).fetchall()]
-            counts = {name: db.execute(count, {"flock": name}).fetchone()[0] for name in others}
+            others = [name for (name,) in db.execute(statements.OTHER_FLOCKS, (flock,)).fetchall()]
+            counts = {name: db.execute(statements.COUNT_UNFINISHED, {"flock": name}).fetchone()[0] for name in others}
             return {name: number for name, number in counts.items() if number}
 
         return self.read(find)
@@ -698,8 +674,7 @@ class Store:
         That is so where its lock file was removed. Whoever takes over removes the file first and the row then, so a
         file that is made after the row was found missing stays.
         """
-        query = "SELECT EXISTS (SELECT 1 FROM engines WHERE engine_id = ?)"
-        is_known = bool(self.read(lambda db: db.execute(query, (engine_id,)).fetchone()[0]))
+        is_known = self.read(lambda db: db.execute(statements.FIND_ENGINE, (engine_id,)).fetchone()) is not None
         path = f"{self.path}-engine-{engine_id}"
         if not is_known or not files.is_held(path):
             files.let_go(self._engine_lock)
@@ -709,17 +684,17 @@ class Store:
         return is_known
 
     async def _insert_engine(self, engine_id: str, flock: str) -> None:
-        query = "INSERT INTO engines VALUES (?, ?, ?)"
-        await self.change(lambda db: db.execute(query, (engine_id, flock, micros(datetime.now(UTC)))) and None)
+        values = (engine_id, flock, micros(datetime.now(UTC)))
+        await self.change(lambda db: db.execute(statements.INSERT_ENGINE, values) and None)
 
     async def leave(self, engine_id: str) -> None:
         """Let go of what *engine_id* holds. What is unfinished is for the next engine that looks."""
 
         def apply(db: sqlite3.Connection) -> bool:
-            db.execute(statements.DROP_STAGED, (engine_id,))
+            db.execute(statements.DROP_STAGED_BATCHES, (engine_id,))
             if unfinished := takeover.has_unfinished(db, engine_id):
                 return unfinished
-            db.execute("DELETE FROM engines WHERE engine_id = ?", (engine_id,))
+            db.execute(statements.DELETE_ENGINE, (engine_id,))
             return False
 
         try:
@@ -731,8 +706,7 @@ class Store:
 
     def dead_engines(self, flock: str, besides: str) -> list[str]:
         """Engines of this flock whose process is gone."""
-        query = "SELECT engine_id FROM engines WHERE flock = ? AND engine_id != ?"
-        others = self.read(lambda db: [row[0] for row in db.execute(query, (flock, besides))])
+        others = self.read(lambda db: [row[0] for row in db.execute(statements.OTHER_ENGINES, (flock, besides))])
         return [engine_id for engine_id in others if not files.is_held(f"{self.path}-engine-{engine_id}")]
 
     async def take_over(self, dead_id: str, owner: str, now: datetime, only: str | None = None) -> TakenOver:

@@ -53,7 +53,7 @@ class Left:
 def left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only: str | None) -> Left:
     """Read outside a transaction for writing, which would fail if SQLite cannot read one of the rows."""
     left = Left()
-    for (run_id,) in db.execute(statements.RUNS_OF, (dead_id,)).fetchall():
+    for (run_id,) in db.execute(statements.UNFINISHED_RUNS, (dead_id,)).fetchall():
         if only not in (None, run_id):
             continue
         try:
@@ -72,7 +72,7 @@ def left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only:
             left.runs.append(run_id)
         else:
             left.waiting[agent_name] += 1
-    for (batch_id,) in db.execute(statements.BATCHES_OF, (dead_id,)).fetchall():
+    for (batch_id,) in db.execute(statements.UNFINISHED_BATCHES, (dead_id,)).fetchall():
         if only not in (None, batch_id):
             continue
         try:
@@ -99,10 +99,10 @@ def take_over(db: sqlite3.Connection, left: Left, dead_id: str, owner: str, now:
     for batch_id in left.damaged_batches:
         if _changes(db, statements.FAIL_BATCH, DAMAGED_BATCH, at, batch_id, dead_id):
             db.execute(statements.FAIL_ITEMS, (DAMAGED_BATCH, UNREADABLE, at, batch_id))
-    db.execute(statements.DROP_STAGED, (dead_id,))
+    db.execute(statements.DROP_STAGED_BATCHES, (dead_id,))
     is_all = not has_unfinished(db, dead_id)
     if is_all:
-        db.execute("DELETE FROM engines WHERE engine_id = ?", (dead_id,))
+        db.execute(statements.DELETE_ENGINE, (dead_id,))
     return TakenOver(
         [stub_of(run) for run_id in runs if (run := queries.find_run(db, run_id)) is not None],
         [batch for batch_id in batches if (batch := queries.find_batch(db, batch_id)) is not None],
@@ -116,4 +116,6 @@ def _changes(db: sqlite3.Connection, query: str, *values: Any) -> bool:
 
 
 def has_unfinished(db: sqlite3.Connection, engine_id: str) -> bool:
-    return any(db.execute(of, (engine_id,)).fetchone() for of in (statements.RUNS_OF, statements.BATCHES_OF))
+    return any(
+        db.execute(of, (engine_id,)).fetchone() for of in (statements.UNFINISHED_RUNS, statements.UNFINISHED_BATCHES)
+    )
