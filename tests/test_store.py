@@ -12,7 +12,7 @@ import sys
 import tomllib
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from flock.core import Flock
 from flock.engine import statements
 from flock.engine.batchstore import BatchStore
 from flock.engine.migrations import MIGRATIONS
+from flock.engine.rows import BATCH_TABLE, RUN_TABLE, STEP_TABLE, Column
 from flock.engine.statements import RUN_COLUMNS, merged
 from flock.engine.store import Store
 from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError, Unstorable
@@ -328,6 +329,25 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
         assert plan.count(f"{condition}=?") == len(statuses), "each is looked for in the index"
 
 
+@pytest.mark.parametrize(
+    ("table", "columns", "others"),
+    [("runs", RUN_TABLE, ()), ("steps", STEP_TABLE, ("run_id", "position")), ("batches", BATCH_TABLE, ("hidden",))],
+)
+async def test_each_field_of_a_record_has_a_column(
+    table: str, columns: Mapping[str, Column], others: tuple[str, ...], store: Store
+) -> None:
+    """Of its type: what a new field lacks is a migration, and its name stands nowhere else in the store."""
+    kept_as = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
+    found = {row[1]: row for row in store._db.execute(f"PRAGMA table_info({table})")}
+    assert found.keys() == {*columns, *others}
+    for name, column in columns.items():
+        _, _, type_, is_required, _, is_key = found[name]
+        assert kept_as[type_] in column.types
+        assert (type(None) in column.types) is not bool(is_required or is_key), name
+        (stand_in,) = store._db.execute(f"SELECT {column.unread}").fetchone()
+        assert type(stand_in) in column.types
+
+
 def test_every_statement_is_in_one_place() -> None:
     """Only migrations have theirs apart."""
     verbs, words = "SELECT|INSERT|UPDATE|DELETE|CREATE|ALTER|DROP", "FROM|INTO|SET|TABLE|INDEX"
@@ -343,7 +363,7 @@ async def test_every_statement_fits_the_tables(store: Store) -> None:
     queries = [text for text in found if text.split()[0] in ("SELECT", "INSERT", "UPDATE", "DELETE")]
     assert len(queries) > 50
     for query in queries:
-        values = [None] * query.count("?") or defaultdict(str)
+        values: Any = [None] * query.count("?") or defaultdict(str)
         store._db.execute(f"EXPLAIN {query}", values)
 
 

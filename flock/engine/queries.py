@@ -11,31 +11,27 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from datetime import datetime
 from typing import Any
 
-import msgspec
-
 from flock.engine import statements
 from flock.engine.refusals import stopping
 from flock.engine.rows import (
-    BATCH_FIELDS,
+    BATCH_TABLE,
     DAMAGED_BATCH,
-    FIELDS,
-    READERS,
-    TYPES,
-    UNREADABLE,
+    RUN_TABLE,
     Damaged,
-    LastStep,
     batch_from,
     batch_or_remains,
-    bytes_or_none,
+    is_known_damage,
+    last_step_of,
     micros,
     names_json,
-    remains_of,
     remains_of_run,
     run_from,
     run_or_remains,
     run_values,
     step_from,
+    step_values,
     steps_with_rows,
+    updated_values,
 )
 from flock.errors import KeyReused, Replayed
 from flock.runs import Batch, IdempotencyKey, Page, QueueLimits, Run, RunStatus, Step
@@ -70,39 +66,16 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
     The last step of a run that completed is written with it: its result is the run's.
     """
     own_rows = steps_with_rows(run, steps)
-    last_step = LastStep.of(run.steps[-1]).encoded() if len(own_rows) < len(steps) else None
+    last_step = last_step_of(run) if len(own_rows) < len(steps) else None
     if is_new:
         db.execute(statements.INSERT_RUN, run_values(run, last_step))
     else:
+        update = statements.UPDATE_RUN if run.batch_id is None else statements.UPDATE_ITEM
         fence = (run.owner,) if run.batch_id is None else (run.batch_id, run.owner)
-        values = (
-            run.status.value,
-            bytes_or_none(run.result),
-            run.error,
-            run.error_type,
-            micros(run.started_at),
-            micros(run.completed_at),
-            run.progress and msgspec.json.encode(run.progress),
-            last_step,
-            run.run_id,
-            run.attempt,
-            *fence,
-        )
-        if db.execute(statements.UPDATE_RUN if run.batch_id is None else statements.UPDATE_ITEM, values).rowcount == 0:
+        if db.execute(update, (*updated_values(run, last_step), run.run_id, run.attempt, *fence)).rowcount == 0:
             return False
     for position, step in own_rows.items():
-        values_of_step = (
-            run.run_id,
-            position,
-            step.agent_name,
-            bytes(step.result),
-            step.next_agent,
-            step.usage and msgspec.json.encode(step.usage),
-            step.attempt,
-            micros(step.started_at),
-            micros(step.completed_at),
-        )
-        db.execute(statements.INSERT_STEP, values_of_step)
+        db.execute(statements.INSERT_STEP, step_values(run.run_id, position, step))
     if run.batch_id is not None and run.status.is_final:
         ended[run.batch_id, run.status] += 1
     return True
@@ -128,21 +101,18 @@ def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -
     """
     try:
         row = read_row(db, statements.OUTLINE_COLUMNS if is_outline else statements.RUN_COLUMNS, "run_id", run_id)
-        return (
-            None
-            if row is None
-            else run_from(row, find_steps(db, run_id, statements.OUTLINED if is_outline else "result"))
-        )
+        steps = statements.OUTLINED_STEPS if is_outline else statements.STEPS
+        return None if row is None else run_from(row, find_steps(db, run_id, steps))
     except Damaged:
         row = _read_remains(db, run_id)
-        if remains_of(row, TYPES, READERS).get("error_type") != UNREADABLE:
+        if not is_known_damage(row):
             raise
         return remains_of_run(row)
 
 
-def find_steps(db: sqlite3.Connection, run_id: str, result: str = "result") -> tuple[Step, ...]:
+def find_steps(db: sqlite3.Connection, run_id: str, query: str = statements.STEPS) -> tuple[Step, ...]:
     with _finding_damage():
-        return tuple(map(step_from, db.execute(statements.steps_of(result), (run_id,))))
+        return tuple(map(step_from, db.execute(query, (run_id,))))
 
 
 def read_row(db: sqlite3.Connection, columns: str, name: str, value: Any) -> Any:
@@ -186,7 +156,7 @@ def rows_of(
     try:
         with _finding_damage():
             for row in db.execute(query(columns), values):
-                yield row[: len(FIELDS)]
+                yield row[: len(RUN_TABLE)]
                 read += 1
     except Damaged:
         for run_id, *_ in itertools.islice(db.execute(query("run_id"), values), read, None):
@@ -211,7 +181,7 @@ def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
     row = db.execute(statements.FIND_BATCH, (batch_id,)).fetchone()
     if row is None:
         return None
-    return batch_or_remains(row) if row[BATCH_FIELDS.index("error")] == DAMAGED_BATCH else batch_from(row)
+    return batch_or_remains(row) if row[list(BATCH_TABLE).index("error")] == DAMAGED_BATCH else batch_from(row)
 
 
 def check_room(

@@ -1,11 +1,17 @@
-"""How records become rows of the store, and rows records. A row may be damaged."""
+"""How records become rows of the store, and rows records. A row may be damaged.
+
+Each field of a record has a column of the same name, and its type says how a value is kept there. So a new field needs
+a migration, and nothing here unless its type is new.
+"""
 
 import contextlib
 import functools
+import operator
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, TypeVar
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import msgspec
 from msgspec.structs import replace
@@ -14,36 +20,33 @@ from flock.errors import cut
 from flock.runs import Batch, BatchOptions, Progress, Run, RunStatus, Step, Usage
 
 __all__ = [
-    "BATCH_FIELDS",
-    "BATCH_READERS",
-    "BATCH_TYPES",
-    "DAMAGE",
+    "BATCH_TABLE",
     "DAMAGED_BATCH",
     "DAMAGED_RUN",
     "EPOCH",
-    "FIELDS",
-    "READERS",
-    "STEP_TYPES",
-    "TIMES_OF_BATCH",
-    "TYPES",
+    "RUN_TABLE",
+    "STEP_TABLE",
     "UNREADABLE",
+    "UPDATED",
+    "Column",
     "Damaged",
-    "LastStep",
     "batch_from",
     "batch_or_remains",
     "batch_values",
-    "bytes_or_none",
     "id_at",
+    "is_known_damage",
+    "last_step_of",
     "micros",
     "names_json",
-    "remains_of",
     "remains_of_run",
     "run_from",
     "run_or_remains",
     "run_values",
     "step_from",
+    "step_values",
     "steps_with_rows",
     "time_from",
+    "updated_values",
 ]
 
 T = TypeVar("T")
@@ -52,75 +55,6 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DAMAGED_RUN = "The record of this run is damaged and cannot be read."
 DAMAGED_BATCH = "The record of this batch is damaged and cannot be read."
 UNREADABLE = "unreadable"
-#: What SQLite gives for a column. It keeps any type in any column, so a damaged row may hold another one.
-TEXT, INTEGER, BLOB = {str}, {int}, {bytes}
-MAYBE_TEXT, MAYBE_INTEGER, MAYBE_REAL, MAYBE_BLOB = ({type_, type(None)} for type_ in (str, int, float, bytes))
-
-TYPES: Mapping[str, Collection[type]] = {
-    "run_id": TEXT,
-    "flock": TEXT,
-    "agent_name": TEXT,
-    "inputs": BLOB,
-    "status": TEXT,
-    "result": MAYBE_BLOB,
-    "error": MAYBE_TEXT,
-    "error_type": MAYBE_TEXT,
-    "created_at": INTEGER,
-    "started_at": MAYBE_INTEGER,
-    "completed_at": MAYBE_INTEGER,
-    "request_id": MAYBE_TEXT,
-    "batch_id": MAYBE_TEXT,
-    "position": MAYBE_INTEGER,
-    "is_async": INTEGER,
-    "attempt": INTEGER,
-    "timeout_s": MAYBE_REAL,
-    "owner": MAYBE_TEXT,
-    "cancel_requested": INTEGER,
-    "progress": MAYBE_BLOB,
-    "traceparent": MAYBE_TEXT,
-    "principal": MAYBE_TEXT,
-    "recoveries": INTEGER,
-    "extra": MAYBE_BLOB,
-    "last_step": MAYBE_BLOB,
-}
-FIELDS = tuple(TYPES)
-
-STEP_TYPES: Mapping[str, Collection[type]] = {
-    "agent_name": TEXT,
-    "result": BLOB,
-    "next_agent": MAYBE_TEXT,
-    "usage": MAYBE_BLOB,
-    "attempt": INTEGER,
-    "started_at": INTEGER,
-    "completed_at": INTEGER,
-}
-
-BATCH_TYPES: Mapping[str, Collection[type]] = {
-    "batch_id": TEXT,
-    "flock": TEXT,
-    "agent_name": TEXT,
-    "options": BLOB | TEXT,
-    "status": TEXT,
-    "total_items": INTEGER,
-    "completed_items": INTEGER,
-    "failed_items": INTEGER,
-    "cancelled_items": INTEGER,
-    "error": MAYBE_TEXT,
-    "created_at": INTEGER,
-    "started_at": MAYBE_INTEGER,
-    "completed_at": MAYBE_INTEGER,
-    "request_id": MAYBE_TEXT,
-    "owner": MAYBE_TEXT,
-    "principal": MAYBE_TEXT,
-    "attempt": INTEGER,
-    "cancel_requested": INTEGER,
-    "reopening": MAYBE_TEXT,
-    "resumed_at": MAYBE_INTEGER,
-    "resumed_with": INTEGER,
-    "extra_names": MAYBE_BLOB,
-}
-BATCH_FIELDS = tuple(BATCH_TYPES)
-TIMES_OF_BATCH = ("created_at", "started_at", "completed_at", "resumed_at")
 
 
 def micros(time: datetime | None) -> int | None:
@@ -131,34 +65,8 @@ def time_from(micros: int | None) -> datetime | None:
     return None if micros is None else EPOCH + timedelta(microseconds=micros)
 
 
-def _json(kept: bytes) -> msgspec.Raw:
-    """What was kept, looked through at a microsecond for 3 kB. Raises ValueError where it is no JSON."""
-    kept.decode()
-    with contextlib.suppress(RecursionError):  # nested as deep as just went in is no damage
-        msgspec.json.decode(kept, type=msgspec.Raw)
-    return msgspec.Raw(kept)
-
-
-def _progress(kept: bytes | None) -> Progress | None:
-    """A run is worth more than how far it said it was."""
-    try:
-        progress = None if kept is None else msgspec.json.decode(kept, type=Progress)
-    except msgspec.DecodeError:
-        return None
-    return progress and replace(progress, message=cut(progress.message))
-
-
-def _text(kept: str | None) -> str | None:
-    """An earlier version kept texts of any length."""
-    return None if kept is None else cut(kept)
-
-
 def names_json(names: Iterable[str]) -> str:
     return msgspec.json.encode(sorted(names)).decode()
-
-
-def bytes_or_none(raw: msgspec.Raw | None) -> bytes | None:
-    return None if raw is None else bytes(raw)
 
 
 def id_at(time: datetime, milliseconds_later: int = 0) -> str:
@@ -167,25 +75,92 @@ def id_at(time: datetime, milliseconds_later: int = 0) -> str:
     return f"{digits[:8]}-{digits[8:]}"
 
 
-#: How the values of columns become those of records, if they are not the same.
-READERS: Mapping[str, Callable[[Any], Any]] = {
-    "inputs": _json,
-    "status": RunStatus,
-    **dict.fromkeys(("result", "extra"), lambda kept: None if kept is None else _json(kept)),
-    **dict.fromkeys(("created_at", "started_at", "completed_at"), time_from),
-    **dict.fromkeys(("is_async", "cancel_requested"), bool),
-    "progress": _progress,
-    **dict.fromkeys(("error", "error_type"), _text),
+def _json(kept: bytes) -> msgspec.Raw:
+    """What was kept, looked through at a microsecond for 3 kB. Raises ValueError where it is no JSON."""
+    kept.decode()
+    with contextlib.suppress(RecursionError):  # nested as deep as just went in is no damage
+        msgspec.json.decode(kept, type=msgspec.Raw)
+    return msgspec.Raw(kept)
+
+
+def _progress(kept: bytes) -> Progress | None:
+    """A run is worth more than how far it said it was."""
+    try:
+        progress = msgspec.json.decode(kept, type=Progress)
+    except msgspec.DecodeError:
+        return None
+    return replace(progress, message=cut(progress.message))
+
+
+class Column(NamedTuple):
+    """How the values of a field are kept.
+
+    Attributes:
+        types: what SQLite returns. It keeps any type in any column, so a damaged row may hold another one.
+        unread: the SQL that stands for a value that is not read.
+        write: converts a value that is not None; None if it is kept as it is.
+        read: converts what SQLite returns; None if that is the value.
+    """
+
+    types: Collection[type]
+    unread: str
+    write: Callable[[Any], Any] | None = None
+    read: Callable[[Any], Any] | None = None
+
+
+#: By the type of the field. A field that may also be None has a column that may also be NULL.
+COLUMNS: Mapping[Any, Column] = {
+    str: Column({str}, "''"),
+    bool: Column({int}, "0", read=bool),
+    int: Column({int}, "0"),
+    float: Column({float}, "0.0"),
+    datetime: Column({int}, "0", micros, time_from),
+    # As ``value``, which takes three times as long.
+    RunStatus: Column({str}, "''", operator.attrgetter("_value_"), RunStatus),
+    msgspec.Raw: Column({bytes}, "x'7b7d'", bytes, _json),
+    Progress: Column({bytes}, "x'7b7d'", msgspec.json.encode, _progress),
+    Usage: Column({bytes}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=Usage)),
+    BatchOptions: Column(
+        {bytes, str}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=BatchOptions)
+    ),
+    tuple[str, ...]: Column(
+        {bytes, NoneType},
+        "NULL",
+        lambda names: msgspec.json.encode(names) if names else None,
+        lambda kept: () if kept is None else msgspec.json.decode(kept, type=tuple[str, ...]),
+    ),
+    # Steps have rows of their own, except for the last one of a run that completed.
+    tuple[Step, ...]: Column({bytes, NoneType}, "NULL"),
 }
 
-BATCH_READERS: Mapping[str, Callable[[Any], Any]] = {
-    "options": functools.partial(msgspec.json.decode, type=BatchOptions),
-    "status": RunStatus,
-    **dict.fromkeys(TIMES_OF_BATCH, time_from),
-    "cancel_requested": bool,
-    "error": _text,
-    "extra_names": lambda kept: () if kept is None else msgspec.json.decode(kept, type=tuple[str, ...]),
-}
+
+def _columns_of(record: type[msgspec.Struct]) -> Mapping[str, Column]:
+    """The column of each field of *record*, in their order."""
+    columns = {}
+    for field in msgspec.structs.fields(record):
+        may_be_null = isinstance(field.type, UnionType)
+        (kept,) = set(get_args(field.type)) - {NoneType} if may_be_null else {field.type}
+        column = COLUMNS[kept]
+        if field.name in ("error", "error_type"):
+            column = column._replace(read=cut)  # an earlier version kept texts of any length
+        if may_be_null:
+            column = column._replace(types={*column.types, NoneType}, unread="NULL", read=_or_none(column.read))
+        columns[field.name] = column
+    return columns
+
+
+def _or_none(read: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    return read and (lambda kept: None if kept is None else read(kept))
+
+
+#: The columns of ``runs``, in the order in which they are written and read.
+RUN_TABLE = {"last_step" if name == "steps" else name: column for name, column in _columns_of(Run).items()}
+#: Those of ``steps``, after ``run_id`` and ``position``.
+STEP_TABLE = _columns_of(Step)
+#: Those of ``batches``, before ``hidden``.
+BATCH_TABLE = _columns_of(Batch)
+#: The fields of a run that change while it is carried out. Its last step is written with them.
+UPDATED = ("status", "result", "error", "error_type", "started_at", "completed_at", "progress")
 
 
 class Damaged(sqlite3.DatabaseError):
@@ -215,63 +190,75 @@ def _refuse_damage(convert: Callable[..., T]) -> Callable[..., T]:
     return refuse_damage
 
 
-def _check_types(row: Sequence[Any], types: Mapping[str, Collection[type]]) -> None:
-    for value, (name, allowed) in zip(row, types.items(), strict=True):
-        if type(value) not in allowed:
+def _values_from(row: Sequence[Any], table: Mapping[str, Column]) -> dict[str, Any]:
+    """The fields of a record. Raises what ``DAMAGE`` lists."""
+    values = {}
+    for value, (name, (types, _, _, read)) in zip(row, table.items(), strict=True):
+        if type(value) not in types:
             raise TypeError(f"{name} is of the type {type(value).__name__}")
-
-
-def remains_of(
-    row: Sequence[Any], types: Mapping[str, Collection[type]], readers: Mapping[str, Callable[[Any], Any]]
-) -> dict[str, Any]:
-    """Those values of a damaged row that are not."""
-    values: dict[str, Any] = {}
-    for value, (name, allowed) in zip(row, types.items(), strict=True):
-        with contextlib.suppress(*DAMAGE):
-            if type(value) is bytes and str in allowed:
-                value = value.decode()
-            _check_types([value], {name: allowed})
-            values[name] = readers[name](value) if name in readers else value
+        values[name] = value if read is None else read(value)
     return values
 
 
-def run_values(run: Run, last_step: bytes | None = None) -> tuple[Any, ...]:
-    """A row of ``runs``, in the order of ``FIELDS``."""
-    return (
-        run.run_id,
-        run.flock,
-        run.agent_name,
-        bytes(run.inputs),
-        run.status.value,
-        bytes_or_none(run.result),
-        run.error,
-        run.error_type,
-        micros(run.created_at),
-        micros(run.started_at),
-        micros(run.completed_at),
-        run.request_id,
-        run.batch_id,
-        run.position,
-        run.is_async,
-        run.attempt,
-        run.timeout_s,
-        run.owner,
-        run.cancel_requested,
-        run.progress and msgspec.json.encode(run.progress),
-        run.traceparent,
-        run.principal,
-        run.recoveries,
-        bytes_or_none(run.extra),
-        last_step,
-    )
+def _remains_of(row: Sequence[Any], table: Mapping[str, Column]) -> dict[str, Any]:
+    """The fields of a damaged row that can be read."""
+    values: dict[str, Any] = {}
+    for value, (name, column) in zip(row, table.items(), strict=True):
+        with contextlib.suppress(*DAMAGE):
+            if type(value) is bytes and str in column.types:
+                value = value.decode()
+            values |= _values_from([value], {name: column})
+    return values
+
+
+def _writer(
+    columns: Iterable[Column], fields: Callable[[Any], Iterable[Any]] = msgspec.structs.astuple
+) -> Callable[[Any], list[Any]]:
+    """A function that returns what to write in *columns* for a record, of which *fields* returns the values."""
+    writes = [(index, column.write) for index, column in enumerate(columns) if column.write is not None]
+
+    def values_of(record: Any) -> list[Any]:
+        values = [*fields(record)]
+        for index, write in writes:
+            if (value := values[index]) is not None:
+                values[index] = write(value)
+        return values
+
+    return values_of
+
+
+_fields_of_run = _writer(RUN_TABLE.values())
+_updated_fields_of_run = _writer((RUN_TABLE[name] for name in UPDATED), operator.attrgetter(*UPDATED))
+_fields_of_step = _writer(STEP_TABLE.values())
+_fields_of_batch = _writer(BATCH_TABLE.values())
+LAST_STEP = list(RUN_TABLE).index("last_step")
+
+
+def run_values(run: Run, last_step: bytes | None = None) -> list[Any]:
+    """A row of ``runs``, in the order of ``RUN_TABLE``."""
+    values = _fields_of_run(run)
+    values[LAST_STEP] = last_step
+    return values
+
+
+def updated_values(run: Run, last_step: bytes | None) -> list[Any]:
+    """What to write in the columns ``UPDATED`` and ``last_step``."""
+    return [*_updated_fields_of_run(run), last_step]
+
+
+def step_values(run_id: str, position: int, step: Step) -> list[Any]:
+    """A row of ``steps``."""
+    return [run_id, position, *_fields_of_step(step)]
+
+
+def batch_values(batch: Batch, hidden: str | None) -> list[Any]:
+    """A row of ``batches``, in the order of ``BATCH_TABLE``, and why it is out of sight."""
+    return [*_fields_of_batch(batch), hidden]
 
 
 @_refuse_damage
 def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
-    _check_types(row, TYPES)
-    values = dict(zip(FIELDS, row, strict=True))
-    for name, read in READERS.items():
-        values[name] = read(values[name])
+    values = _values_from(row, RUN_TABLE)
     last_step, result = values.pop("last_step"), values["result"]
     if last_step is not None and result is not None:
         steps = (*steps, _last_step_from(last_step, result))
@@ -289,9 +276,14 @@ def run_or_remains(row: Sequence[Any]) -> Run:
 def remains_of_run(row: Sequence[Any]) -> Run:
     values: dict[str, Any]
     values = {"run_id": "", "flock": "", "agent_name": "", "inputs": msgspec.Raw(b"{}"), "status": RunStatus.FAILED}
-    values |= {"created_at": EPOCH, **remains_of(row, TYPES, READERS), "error": DAMAGED_RUN, "error_type": UNREADABLE}
+    values |= {"created_at": EPOCH, **_remains_of(row, RUN_TABLE), "error": DAMAGED_RUN, "error_type": UNREADABLE}
     values.pop("last_step", None)
     return Run(**values)
+
+
+def is_known_damage(row: Sequence[Any]) -> bool:
+    """Whether the run of a damaged row has failed for that reason."""
+    return _remains_of(row, RUN_TABLE).get("error_type") == UNREADABLE
 
 
 def steps_with_rows(run: Run, steps: Mapping[int, Step]) -> Mapping[int, Step]:
@@ -301,7 +293,7 @@ def steps_with_rows(run: Run, steps: Mapping[int, Step]) -> Mapping[int, Step]:
     return {position: step for position, step in steps.items() if position != len(run.steps) - 1}
 
 
-class LastStep(NamedTuple):
+class _LastStep(NamedTuple):
     """What of the last step of a completed run is not in its row already."""
 
     agent_name: str
@@ -310,16 +302,15 @@ class LastStep(NamedTuple):
     started_at: int | None
     completed_at: int | None
 
-    @classmethod
-    def of(cls, step: Step) -> "LastStep":
-        return cls(step.agent_name, step.usage, step.attempt, micros(step.started_at), micros(step.completed_at))
 
-    def encoded(self) -> bytes:
-        return msgspec.json.encode(self)
+def last_step_of(run: Run) -> bytes:
+    step = run.steps[-1]
+    last = _LastStep(step.agent_name, step.usage, step.attempt, micros(step.started_at), micros(step.completed_at))
+    return msgspec.json.encode(last)
 
 
 def _last_step_from(kept: bytes, result: msgspec.Raw) -> Step:
-    last = msgspec.json.decode(kept, type=LastStep)
+    last = msgspec.json.decode(kept, type=_LastStep)
     return Step(
         agent_name=last.agent_name,
         result=result,
@@ -332,38 +323,12 @@ def _last_step_from(kept: bytes, result: msgspec.Raw) -> Step:
 
 @_refuse_damage
 def step_from(row: Sequence[Any]) -> Step:
-    _check_types(row, STEP_TYPES)
-    agent_name, result, next_agent, usage, attempt, started_at, completed_at = row
-    return Step(
-        agent_name=agent_name,
-        result=_json(result),
-        next_agent=next_agent,
-        usage=usage and msgspec.json.decode(usage, type=Usage),
-        attempt=attempt,
-        started_at=EPOCH + timedelta(microseconds=started_at),
-        completed_at=EPOCH + timedelta(microseconds=completed_at),
-    )
-
-
-def batch_values(batch: Batch, hidden: str | None) -> tuple[Any, ...]:
-    """A row of ``batches``, in the order of ``BATCH_FIELDS``, and why it is out of sight."""
-    values = {
-        **msgspec.structs.asdict(batch),
-        "options": msgspec.json.encode(batch.options),
-        "status": batch.status.value,
-        "extra_names": msgspec.json.encode(batch.extra_names) if batch.extra_names else None,
-        **{name: micros(getattr(batch, name)) for name in TIMES_OF_BATCH},
-    }
-    return (*(values[name] for name in BATCH_FIELDS), hidden)
+    return Step(**_values_from(row, STEP_TABLE))
 
 
 @_refuse_damage
 def batch_from(row: Sequence[Any]) -> Batch:
-    _check_types(row, BATCH_TYPES)
-    values = dict(zip(BATCH_FIELDS, row, strict=True))
-    for name, read in BATCH_READERS.items():
-        values[name] = read(values[name])
-    return Batch(**values)
+    return Batch(**_values_from(row, BATCH_TABLE))
 
 
 def batch_or_remains(row: Sequence[Any]) -> Batch:
@@ -373,5 +338,5 @@ def batch_or_remains(row: Sequence[Any]) -> Batch:
     except Damaged:
         values: dict[str, Any]
         values = {"batch_id": "", "flock": "", "agent_name": "", "options": BatchOptions(), "total_items": 0}
-        values |= {"status": RunStatus.FAILED, "created_at": EPOCH, **remains_of(row, BATCH_TYPES, BATCH_READERS)}
+        values |= {"status": RunStatus.FAILED, "created_at": EPOCH, **_remains_of(row, BATCH_TABLE)}
         return Batch(**values | {"error": DAMAGED_BATCH})

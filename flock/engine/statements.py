@@ -4,40 +4,48 @@ Each takes its values in the order of its question marks, or by name. Those that
 functions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-from flock.engine.rows import BATCH_FIELDS, FIELDS
+from flock.engine.rows import BATCH_TABLE, RUN_TABLE, STEP_TABLE, UPDATED
 from flock.runs import RunStatus
 
 # Every statement is public; only functions are listed here.
-__all__ = ["batch_page", "find_run", "item_page", "list_columns", "merged", "run_page", "steps_of"]
+__all__ = ["batch_page", "find_run", "item_page", "list_columns", "merged", "run_page"]
+
+
+def _marks(columns: Collection[str]) -> str:
+    return ", ".join("?" * len(columns))
+
 
 COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
 
-RUN_COLUMNS = ", ".join(FIELDS)
-#: What stands for a column that is not read.
-EMPTY = {
-    "inputs": "x'7b7d'",
-    "recoveries": "0",
-    **dict.fromkeys(("result", "traceparent", "principal", "extra", "last_step"), "NULL"),
-}
+#: Columns at the beginning of a row, which are read quickly however long the rest of it is. Columns that were added
+#: later are at its end.
+HEAD = (
+    "run_id flock agent_name status error_type created_at started_at completed_at request_id "
+    "batch_id position is_async attempt timeout_s owner cancel_requested"
+).split()
+
+
+def _columns_of_run(read: Collection[str], **instead: str) -> str:
+    """The columns of a run, with something that stands for those that are not among *read*."""
+    columns = {name: name if name in read else column.unread for name, column in RUN_TABLE.items()}
+    return ", ".join((columns | instead).values())
+
+
+RUN_COLUMNS = ", ".join(RUN_TABLE)
 #: The columns of a row of which only the beginning can be read; a row without inputs counts as damaged.
-SHORT_COLUMNS = ", ".join(
-    {**EMPTY, "inputs": "x''", "error": "NULL", "progress": "NULL"}.get(name, name) for name in FIELDS
-)
+SHORT_COLUMNS = _columns_of_run(HEAD, inputs="x''")
 #: What stands for a result that is not read, if there is one.
 OUTLINED = "CASE typeof(result) WHEN 'blob' THEN x'7b7d' ELSE result END"
-OUTLINE_COLUMNS = ", ".join(
-    {"inputs": EMPTY["inputs"], "extra": "NULL", "result": OUTLINED}.get(name, name) for name in FIELDS
-)
-ITEM_COLUMNS = ", ".join("NULL" if name == "last_step" else name for name in FIELDS)
+OUTLINE_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"inputs", "extra"}, result=OUTLINED)
+ITEM_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"last_step"})
 
 
 def list_columns(with_inputs: bool, with_results: bool) -> str:
     """The columns of a run in a list."""
-    left_out = {"traceparent", "principal", "recoveries", "extra", "last_step"}  # they lie behind what is long
-    left_out |= {name for name, is_asked in (("inputs", with_inputs), ("result", with_results)) if not is_asked}
-    return ", ".join(EMPTY[name] if name in left_out else name for name in FIELDS)
+    long = {"inputs": with_inputs, "result": with_results}
+    return _columns_of_run({*HEAD, "progress", "error", *(name for name, is_read in long.items() if is_read)})
 
 
 def find_run(columns: str, name: str = "run_id") -> str:
@@ -45,9 +53,9 @@ def find_run(columns: str, name: str = "run_id") -> str:
 
 
 # A failed commit may have written the row anyway; it is written again.
-INSERT_RUN = f"INSERT OR REPLACE INTO runs ({RUN_COLUMNS}) VALUES ({', '.join('?' * len(FIELDS))})"
-UPDATE = """UPDATE runs SET status = ?, result = ?, error = ?, error_type = ?, started_at = ?, completed_at = ?,
-    progress = ?, last_step = ? WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
+INSERT_RUN = f"INSERT OR REPLACE INTO runs ({RUN_COLUMNS}) VALUES ({_marks(RUN_TABLE)})"
+UPDATE = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in UPDATED)}, last_step = ?
+    WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
 UPDATE_RUN = f"{UPDATE} AND owner = ?"
 UPDATE_ITEM = f"{UPDATE} AND EXISTS (SELECT 1 FROM batches WHERE batch_id = ? AND owner = ?)"
 CANCEL_RUN = "UPDATE runs SET cancel_requested = 1 WHERE run_id = ? AND status IN ('starting', 'running')"
@@ -123,14 +131,12 @@ OLD = """flock = :flock AND run_id < :bound AND completed_at <= :latest
     AND run_id NOT IN (SELECT value FROM json_each(:kept))"""
 OLD_RUNS = f"{merged('run_id', FINAL, OLD, order='ASC')} LIMIT :limit"
 
-INSERT_STEP = "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+INSERT_STEP = f"""INSERT OR REPLACE INTO steps (run_id, position, {", ".join(STEP_TABLE)})
+    VALUES (?, ?, {_marks(STEP_TABLE)})"""
 DELETE_STEPS = "DELETE FROM steps WHERE run_id = ?"
 ROW_OF_STEP = "SELECT rowid FROM steps WHERE run_id = ? AND position = ?"
-
-
-def steps_of(result: str) -> str:
-    return f"""SELECT agent_name, {result}, next_agent, usage, attempt, started_at, completed_at FROM steps
-        WHERE run_id = ? ORDER BY position"""
+STEPS = f"SELECT {', '.join(STEP_TABLE)} FROM steps WHERE run_id = ? ORDER BY position"
+OUTLINED_STEPS = STEPS.replace("result", OUTLINED)
 
 
 def item_page(columns: str, statuses: Iterable[str]) -> str:
@@ -167,8 +173,8 @@ OPEN_ITEMS = """SELECT sum(total_items - completed_items) FROM batches INDEXED B
     WHERE flock = ? AND agent_name IN (SELECT value FROM json_each(?)) AND completed_at IS NULL
     AND ifnull(hidden, 'staged') = 'staged' AND batch_id != ?"""
 
-BATCH_COLUMNS = ", ".join(BATCH_FIELDS)
-INSERT_BATCH = f"INSERT INTO batches ({BATCH_COLUMNS}, hidden) VALUES ({', '.join('?' * (len(BATCH_FIELDS) + 1))})"
+BATCH_COLUMNS = ", ".join(BATCH_TABLE)
+INSERT_BATCH = f"INSERT INTO batches ({BATCH_COLUMNS}, hidden) VALUES ({_marks(BATCH_TABLE)}, ?)"
 FIND_BATCH = f"SELECT {BATCH_COLUMNS} FROM batches WHERE batch_id = ? AND hidden IS NULL"
 FIND_STAGED_BATCH = "SELECT 1 FROM batches WHERE batch_id = ? AND hidden = 'staged'"
 DELETE_BATCH = "DELETE FROM batches WHERE batch_id = ?"
