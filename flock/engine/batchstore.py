@@ -417,9 +417,8 @@ def _if_readable(db: sqlite3.Connection, row: Sequence[Any]) -> Run | None:
 def _unfinished(db: sqlite3.Connection, batch_id: str) -> list[tuple[int, str, str, bool]]:
     """The row id of each item that has not ended, its id, what is wrong with it, and whether it can be written."""
     found: list[tuple[int, str, str, bool]] = []
-    if not db.execute(statements.HAS_UNFINISHED_ITEMS, (batch_id,)).fetchone()[
-        0
-    ]:  # to look at all items would take long
+    (has_unfinished,) = db.execute(statements.HAS_UNFINISHED_ITEMS, (batch_id,)).fetchone()
+    if not has_unfinished:  # to look at all items would take long
         return found
     for row_id, run_id in db.execute(statements.UNFINISHED_ITEMS, (batch_id,)).fetchall():
         reason, is_writable = "it is neither waiting nor at its end", True

@@ -31,13 +31,7 @@ import msgspec
 from flock.engine import files, queries, statements, takeover
 from flock.engine.groups import Change, Group, PendingRun, Refused
 from flock.engine.migrations import MIGRATIONS, migrate
-from flock.engine.rows import (
-    Damaged,
-    id_at,
-    micros,
-    names_json,
-    time_from,
-)
+from flock.engine.rows import Damaged, id_at, micros, names_json, time_from
 from flock.engine.takeover import TakenOver
 from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
