@@ -247,8 +247,8 @@ HOSTILE = [
     pytest.param(
         path_of(dry_run="true"),
         CSV | GZIP,
-        gzip.compress(b"text\n" + b"a\n" * MIB),
-        413,
+        gzip.compress(b"text\n" + b"a\n" * 60_000),
+        200,
         id="many rows that are checked",
     ),
     pytest.param(path_of(), CSV | GZIP, gzip.compress(b"text\n" + b"\n" * 4 * MIB + b"a\n"), 202, id="empty CSV lines"),

@@ -38,6 +38,9 @@ from tests.support.servers import flockapi_command, running
 
 pytestmark = pytest.mark.anyio
 
+#: How many files are made up for each format; .ci/nightly has 2,000 of them.
+EXAMPLES = int(os.environ.get("UPLOAD_EXAMPLES", "300"))
+
 CSV = {"Content-Type": "text/csv"}
 NDJSON = {"Content-Type": "application/x-ndjson"}
 KEYS = {"ann": new_key(), "bob": new_key()}
@@ -897,7 +900,7 @@ def _as_csv(rows: Any) -> str:
     return out.getvalue()
 
 
-@settings(max_examples=2000)
+@settings(max_examples=EXAMPLES)
 @given(
     text=BODIES,
     size=PIECES,
@@ -959,7 +962,7 @@ LINES = st.one_of(
 
 
 @pytest.mark.slow
-@settings(max_examples=2000)
+@settings(max_examples=EXAMPLES)
 @given(lines=st.lists(LINES, max_size=6), end=st.sampled_from(["\n", "\r\n", "\n\n"]), size=PIECES)
 def test_any_ndjson_is_refused_or_read_as_python_reads_it(lines: list[str], end: str, size: int) -> None:
     content = end.join(lines).encode()

@@ -63,6 +63,7 @@ from flock.runs import (
     Event,
     IdempotencyKey,
     Inputs,
+    ItemLimits,
     Items,
     LongJSON,
     Observer,
@@ -187,6 +188,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
     observer: Observer = Counter()
     engine.observe(observer)
     assert_type(engine.health(), EngineHealth)
+    assert_type(engine.item_limits, ItemLimits)
     assert_type(await engine.queue(), Queue)
     run = await engine.submit("measure", inputs, timeout_s=3, key=IdempotencyKey("k", b"f"), request_id=new_id())
     assert_type(await engine.wait(run.run_id, 2.5), Run)
