@@ -813,7 +813,8 @@ def test_many_rows_are_checked_and_little_of_them_is_held(
 
     page.get_by_text("Inputs:").wait_for()
     before = heap_bytes()
-    (tmp_path / "rows.csv").write_text("n,comment\n" + "1,a comment\n" * (count - 1) + "x,a comment\n")
+    comment = "a comment of some length, so that all rows together are longer than what may be held"
+    (tmp_path / "rows.csv").write_text("n,comment\n" + f'1,"{comment}"\n' * (count - 1) + "x,a comment\n")
     page.locator("input[type=file]").set_input_files(tmp_path / "rows.csv")
     expect(page.get_by_text(f"1 row does not fit, of {count:,}.")).to_be_visible(timeout=120_000)
     expect(page.get_by_role("group", name="What is wrong").locator("tbody tr")).to_contain_text(str(count + 1))
