@@ -206,7 +206,7 @@ def test_rows_that_do_not_fit_are_listed_and_nothing_is_begun() -> None:
     done = batch("work", "rows.csv", "-o", "results.csv", "--force")
     assert done.returncode == 1
     lines = done.stderr.splitlines()
-    assert lines[0] == "Error: Nothing was begun, since rows.csv does not fit:"
+    assert lines[0] == "Error: Nothing was started: rows.csv does not fit:"
     assert lines[1:21] == [f"  line {n + 2} /n: Expected 'int', got 'str'." for n in range(20)]
     assert lines[21:] == ["  and 10 more, as far as it was read"]
     assert (files(), Path("results.csv").read_text()) == ({"rows.csv", "results.csv"}, "of before")

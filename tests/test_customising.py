@@ -399,7 +399,8 @@ async def test_what_almost_is_a_valid_option_is_refused_too(name: str, value: An
 async def test_the_bounds_of_options_are_valid() -> None:
     lowest: dict[str, Any] = {name: 1 for name in MISTAKES if re.match("max_.*(bytes|depth|minute)", name)}
     lowest |= {"max_wait_s": 0, "max_event_streams": 0, "body_timeout_s": 1e-9, "allowed_hosts": {"a", "[::1]"}}
-    create_app(sample_flock(), store=Path("x.db"), csv_dir=".", docs=None, metrics=None, **lowest)
+    app = create_app(sample_flock(), store=Path("x.db"), csv_dir=".", docs=None, metrics=None, **lowest)
+    assert {name: getattr(app.options, name) for name in lowest} == lowest
 
 
 SCRIPT = """

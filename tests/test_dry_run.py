@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flock.core import Flock
 from flock.runs import Engine
 from flockapi import FlockAPI, create_app
-from tests.support.cluster import beside_a_worker
+from tests.support.cluster import engine_for
 
 CSV = {"Content-Type": "text/csv"}
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -42,12 +42,8 @@ def _named_file() -> None:
 
 @pytest.fixture
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
-    flock = checked_flock()
-    if getattr(request, "param", "embedded") == "embedded":
-        yield flock.engine(store="flock.db", max_items=3000)
-    else:
-        async with beside_a_worker(request.getfixturevalue("temporal_address"), flock, max_items=3000) as engine:
-            yield engine
+    async with engine_for(request, checked_flock(), store="flock.db", max_items=3000) as engine:
+        yield engine
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from flock.errors import CUT, MAX_TEXT_BYTES, AgentError, FieldError, cut
 from flock.runs import PAGE_BYTES, Engine, Run, RunContext, RunFilter, RunStatus, new_id, now
 from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.cluster import beside_a_worker
+from tests.support.cluster import engine_for
 from tests.support.servers import Server, flockapi_command, running
 
 #: A page of the bound, with what its records have beside what may be long.
@@ -65,13 +65,9 @@ async def client_of(flock: Flock, engine: Engine) -> AsyncIterator[httpx.AsyncCl
 async def served(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an app on each kind of engine."""
     flock = long_flock()
-    async with contextlib.AsyncExitStack() as stack:
-        if request.param == "temporal":
-            address = request.getfixturevalue("temporal_address")
-            engine: Engine = await stack.enter_async_context(beside_a_worker(address, flock))
-        else:
-            engine = flock.engine(store=tmp_path / "flock.db" if request.param == "disk" else ":memory:")
-        yield await stack.enter_async_context(client_of(flock, engine))
+    store = tmp_path / "flock.db" if request.param == "disk" else ":memory:"
+    async with engine_for(request, flock, store=store) as engine, client_of(flock, engine) as client:
+        yield client
 
 
 SCRIPT = """

@@ -14,9 +14,9 @@ import pytest
 
 from flock.core import Flock, FlockFactory
 from flock.errors import StoreError
-from flock.runs import Engine, RunContext
+from flock.runs import RunContext
 from flockapi import PATIENCE_S, FlockAPI, create_app
-from tests.support.cluster import beside_a_worker
+from tests.support.cluster import engine_for
 from tests.support.engines import until
 from tests.support.http import check_problem, events_in, get, post_run, wait_until
 from tests.support.models import FakeModel, answer, socket_server
@@ -91,10 +91,7 @@ def flock(gate: Gate) -> Flock:
 async def app(request: pytest.FixtureRequest, gate: Gate, model: FakeModel) -> AsyncIterator[FlockAPI]:
     """A client cannot tell which engine answers."""
     async with contextlib.AsyncExitStack() as stack:
-        engine: Engine = gate.flock.engine(transport=model.transport)
-        if request.param == "temporal":
-            address = request.getfixturevalue("temporal_address")
-            engine = await stack.enter_async_context(beside_a_worker(address, gate.flock, model.transport))
+        engine = await stack.enter_async_context(engine_for(request, gate.flock, transport=model.transport))
         made = create_app(gate.flock, server_name="Sample", engine=engine)
         await stack.enter_async_context(made.lifespan())
         yield made

@@ -368,4 +368,6 @@ async def test_a_silent_event_stream_is_kept_alive_while_another_engine_is_busy(
             async for event in here.events(run.run_id):
                 if event is None:
                     break
+            else:
+                raise AssertionError("the stream ended")
         tasks.cancel_scope.cancel()

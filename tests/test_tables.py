@@ -23,7 +23,7 @@ from flock.rows.tables import Fill, csv_rows
 from flock.runs import Engine
 from flockapi import FlockAPI, create_app
 from tests.support import ROOT
-from tests.support.cluster import beside_a_worker
+from tests.support.cluster import engine_for
 
 TARGET = "from tests.test_tables import table_flock\nflock = table_flock()\n"
 
@@ -67,7 +67,7 @@ def by_command(name: str, content: bytes, agent: str, options: dict[str, Any]) -
     if result.exit_code == 2:
         raise DefinitionError(result.output)
     lines = result.output.splitlines()
-    assert lines[0] == f"Error: Nothing was begun, since {name} does not fit:"
+    assert lines[0] == f"Error: Nothing was started: {name} does not fit:"
     raise InvalidData([FieldError(detail=line, pointer="") for line in lines[1:]])
 
 
@@ -427,12 +427,8 @@ of_every_engine = pytest.mark.parametrize("engine", ["embedded", "temporal"], in
 
 @pytest.fixture
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
-    if request.param == "embedded":
-        yield table_flock().engine(store="flock.db", max_input_bytes=1_000_000)
-    else:
-        address = request.getfixturevalue("temporal_address")
-        async with beside_a_worker(address, table_flock(), max_input_bytes=1_000_000) as engine:
-            yield engine
+    async with engine_for(request, table_flock(), store="flock.db", max_input_bytes=1_000_000) as engine:
+        yield engine
 
 
 @pytest.mark.anyio

@@ -33,7 +33,7 @@ from flock.web.auth import new_key
 from flock.web.negotiation import preferred
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S, ROOT
-from tests.support.cluster import beside_a_worker
+from tests.support.cluster import engine_for
 from tests.support.servers import flockapi_command, running
 
 pytestmark = pytest.mark.anyio
@@ -85,12 +85,8 @@ of_every_engine = pytest.mark.parametrize("engine", ["embedded", "temporal"], in
 
 @pytest.fixture
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
-    flock = upload_flock()
-    if getattr(request, "param", "embedded") == "embedded":
-        yield flock.engine(max_items=3000)
-    else:
-        async with beside_a_worker(request.getfixturevalue("temporal_address"), flock, max_items=3000) as engine:
-            yield engine
+    async with engine_for(request, upload_flock(), max_items=3000) as engine:
+        yield engine
 
 
 @pytest.fixture

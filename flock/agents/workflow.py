@@ -83,7 +83,7 @@ async def run_step(agent: Agent, inputs: msgspec.Raw, resources: Resources, cont
     try:
         decoded = agent.input.decode(inputs)
     except InvalidData as exc:
-        raise InvalidHandoff(f"The agent {agent.name!r} cannot go on with what is known. {exc}") from exc
+        raise InvalidHandoff(f"The agent {agent.name!r} does not get the inputs that it needs. {exc}") from exc
     turn = await agent.take_turn(decoded, resources, context)
     return Step(
         agent_name=agent.name,

@@ -719,7 +719,7 @@ def _print_check(check: BatchCheck, rows: Path) -> None:
 def _listed(exc: InvalidData, rows: Path) -> str:
     if exc.errors[0].pointer == "/batch_inputs":
         return f"{rows} has no rows, so nothing was begun."
-    return "\n".join([f"Nothing was begun, since {rows} does not fit:", *_error_lines(exc.errors)])
+    return "\n".join([f"Nothing was started: {rows} does not fit:", *_error_lines(exc.errors)])
 
 
 def _error_lines(errors: Sequence[FieldError]) -> list[str]:

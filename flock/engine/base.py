@@ -86,11 +86,14 @@ class EngineBase(ABC):
 
     # What an engine adds
 
-    #: The engine that owns new work, if engines own work.
-    _owner: str | None = None
     #: The longest inputs of one item, if an item may have less than a run.
     _max_item_bytes: int = sys.maxsize
     _new_batch_id: Callable[[], str] = staticmethod(new_id)
+
+    @property
+    def _owner(self) -> str | None:
+        """The engine that owns new work, if engines own work."""
+        return None
 
     @property
     @abstractmethod

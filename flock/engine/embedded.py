@@ -131,6 +131,10 @@ class EmbeddedEngine(EngineBase):
         return self._runner.is_leaving
 
     @property
+    def _owner(self) -> str:
+        return self._engine_id
+
+    @property
     def _is_entered(self) -> bool:
         return self._tasks is not None
 
@@ -156,7 +160,7 @@ class EmbeddedEngine(EngineBase):
 
     async def __aenter__(self) -> Self:
         self._check_not_entered()
-        self._engine_id = self._owner = new_id()
+        self._engine_id = new_id()
         self._begin_life()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.store)

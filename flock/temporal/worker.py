@@ -67,7 +67,7 @@ class TemporalWorker:
         max_steps, expose_errors: see ``EmbeddedEngine``.
         max_run_bytes: inputs and all results of one run together, as JSON; a result beyond it fails its run. If None,
             1.5 million, and 64 MiB where there is a ``payload_dir``.
-        drain_timeout_s: how long turns may go on when the worker stops; what is left then goes on elsewhere.
+        drain_timeout_s: how long turns may continue when the worker stops; another worker takes what is left.
         payload_dir: a folder for what is too long for the cluster; the engine has the same one. See README.md.
         limits, bounds: its bounds, as one value, or as keyword arguments that come before it; see ``Limits``. Items of
             batches leave a tenth of ``max_concurrency`` to runs.

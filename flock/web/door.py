@@ -162,9 +162,9 @@ class Door(Router):
         connection = HTTPConnection(scope)
         if self._auth is not None:
             scope["flock.principal"] = await _identify(connection, self._auth)
-        if self._rate is not None:
-            found.headers = self._rate.take(principal_of(connection))
         principal = principal_of(connection)
+        if self._rate is not None:
+            found.headers = self._rate.take(principal)
         if needs == "admin" and principal is not None and not principal.admin:
             raise Forbidden(f"{scope['path']} shows what belongs to everybody, and {principal.name!r} is not an admin.")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import pytest
 
 from flock.agents.llm import ModelClient
 from flock.core import Flock
@@ -64,6 +65,23 @@ async def beside_a_worker(
     models = ModelClient(flock.model, transport=transport)
     async with TemporalWorker(flock.agents, models, address, **own, **of_worker):
         yield TemporalEngine(flock.agents, address, **own, **options)
+
+
+@contextlib.asynccontextmanager
+async def engine_for(
+    request: pytest.FixtureRequest,
+    flock: Flock,
+    *,
+    store: str | Path = ":memory:",
+    transport: httpx.AsyncBaseTransport | None = None,
+    **options: Any,
+) -> AsyncIterator[Engine]:
+    """An engine, not opened yet: on a cluster if the parameter of the fixture is "temporal", otherwise embedded."""
+    if getattr(request, "param", None) == "temporal":
+        async with beside_a_worker(request.getfixturevalue("temporal_address"), flock, transport, **options) as engine:
+            yield engine
+    else:
+        yield flock.engine(store=store, transport=transport, **options)
 
 
 @contextlib.asynccontextmanager
