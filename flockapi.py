@@ -50,7 +50,7 @@ from flock.errors import (
 from flock.extras import pip_install
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
-from flock.rows.tables import Fill
+from flock.rows.tables import RowMapping
 from flock.runs import (
     LONG_BYTES,
     Batch,
@@ -65,12 +65,11 @@ from flock.runs import (
     events_of,
 )
 from flock.web import wire
-from flock.web.auth import KeyRing, OwnEngine, Places, Rate
-from flock.web.batches import BATCH_TYPES, agent_of, batch_options, fill_of, options_in_body, rows_of
+from flock.web.auth import ConcurrencyLimit, KeyRing, RateLimit, ScopedEngine
+from flock.web.batches import BATCH_TYPES, agent_of, batch_options, options_in_body, row_mapping_of, rows_of
 from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
-from flock.web.door import CORS, AppRoute, Auth, Door, Found, OpenMount, by_key, caller_of, principal_of
-from flock.web.life import life_of
+from flock.web.lifespan import lifespan_of
 from flock.web.negotiation import preferences, preferred
 from flock.web.options import AppOptions, OnDisconnect
 from flock.web.pages import DOCS, SPECIFICATION, UI, no_ui
@@ -97,6 +96,17 @@ from flock.web.responses import (
     cut_message,
     event_text,
     head_of_stream,
+)
+from flock.web.routing import (
+    CORS,
+    AppRoute,
+    AppRouter,
+    Auth,
+    PublicMount,
+    RouteMatch,
+    api_key_auth,
+    caller_of,
+    principal_of,
 )
 from flock.web.ui import ui_files
 from flock.web.wire import *  # noqa: F403 - programs import the structs of the API from here
@@ -167,14 +177,14 @@ class FlockAPI(Starlette):
             middleware=[*cors, *options.middleware], exception_handlers={**own, **(options.exception_handlers or {})}
         )
         per_minute = options.max_requests_per_minute
-        self.router = Door(
+        self.router = AppRouter(
             [*options.routes, *(ROUTES if options.docs else ROUTES[: -len(DOCS)]), *(UI if options.create_ui else ())],
             auth=_auth_of(options),
             is_anonymous=options.api_keys is None and options.auth in (None, "anybody"),
             hosts=options.allowed_hosts,
             origins=origins,
             max_header_bytes=options.max_header_bytes,
-            rate=None if per_minute is None else Rate(per_minute),
+            rate=None if per_minute is None else RateLimit(per_minute),
             default=no_ui,
             lifespan=lambda app: app.lifespan(),
         )
@@ -182,9 +192,9 @@ class FlockAPI(Starlette):
         self.engine = options.engine or flock.shared_engine(store=options.store, expose_errors=options.expose_errors)
         self.contract = Contract(options.server_name, options.openapi_paths)
         self.ui_files = ui_files(options.server_name, has_docs=bool(options.docs)) if options.create_ui else {}
-        self.event_streams = Places(options.max_event_streams, "event streams")
-        self.uploads = Places(options.max_uploads_per_principal, "uploads")
-        self.downloads = Places(options.max_downloads_per_principal, "downloads")
+        self.event_streams = ConcurrencyLimit(options.max_event_streams, "event streams")
+        self.uploads = ConcurrencyLimit(options.max_uploads_per_principal, "uploads")
+        self.downloads = ConcurrencyLimit(options.max_downloads_per_principal, "downloads")
         self.has_ended = False
         wants_metrics = find_spec("prometheus_client") is not None if options.metrics is None else options.metrics
         self.metrics = _metrics(self.engine, flock) if wants_metrics else None
@@ -210,7 +220,7 @@ class FlockAPI(Starlette):
         """
         more = contextlib.nullcontext() if self.options.lifespan is None else self.options.lifespan(self)
         try:
-            async with life_of(self.engine).span(), more:
+            async with lifespan_of(self.engine).span(), more:
                 self.has_ended = False
                 yield
         finally:
@@ -229,7 +239,7 @@ class FlockAPI(Starlette):
             # ASGI has a proxy's path in ``path`` too. Hypercorn leaves it out, and nothing below a mount would match.
             scope = {**scope, "path": above + scope["path"]}
         scope["flock.request_id"] = request_id = request_id_for(scope)
-        scope["flock.found"] = found = Found()
+        scope["flock.found"] = found = RouteMatch()
         status_code, started_at = 0, time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
@@ -255,7 +265,7 @@ def _auth_of(options: AppOptions) -> Auth | None:
         return None if isinstance(options.auth, str) else options.auth
     if options.auth is not None:
         raise DefinitionError("Pass either auth= or api_keys=: only one of them can say who may come in.")
-    return by_key(KeyRing(options.api_keys))
+    return api_key_auth(KeyRing(options.api_keys))
 
 
 def _metrics(engine: Engine, flock: DeclaredFlock) -> "Metrics":
@@ -292,7 +302,7 @@ create_app = _typed(FlockAPI, AppOptions)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def route_table() -> Sequence[AppRoute | OpenMount]:
+def route_table() -> Sequence[AppRoute | PublicMount]:
     """Return every route: what it needs (see ``Needs``), the methods that it takes, its path, and its handler."""
     return [
         AppRoute("access", "POST", "/run/flock", run_flock),
@@ -333,12 +343,12 @@ async def engine_of(request: Request) -> Engine:
     engine = app_of(request).engine
     if not app_of(request).has_ended:
         try:
-            await life_of(engine).begin()
+            await lifespan_of(engine).begin()
         except StoreError as exc:  # where it lies is for those who serve it
             logger.error("request %s: %s", request_id_of(request), exc)
             raise StoreError("The store cannot be opened now; the server's log says why.") from exc
     principal = principal_of(request)
-    return engine if principal is None else OwnEngine(engine, principal)
+    return engine if principal is None else ScopedEngine(engine, principal)
 
 
 async def read_json(request: Request, default: bytes | None = None) -> bytes:
@@ -533,11 +543,13 @@ async def run_batch(request: Request) -> Response:
         else:
             wanted = options_in_body(request, sent)
         with place:
-            fill = fill_of(app.flock.agents, app.options, wanted, body)
-            rows, options = rows_of(app.options, media_type, wanted, body, fill), batch_options(wanted)
+            row_mapping = row_mapping_of(app.flock.agents, app.options, wanted, body)
+            rows, options = rows_of(app.options, media_type, wanted, body, row_mapping), batch_options(wanted)
             if query_of(request, wire.UploadQuery, agent_name="").dry_run:
                 agent = app.flock.agents[wanted.agent_name]
-                return check_response(await check_batch(engine, agent, rows, fill, wanted.on_invalid), fill)
+                return check_response(
+                    await check_batch(engine, agent, rows, row_mapping, wanted.on_invalid), row_mapping
+                )
             batch = await engine.submit_batch(
                 wanted.agent_name,
                 rows,
@@ -769,7 +781,7 @@ def batch_response(
     return PageResponse(body, download_place(request), status_code, headers)
 
 
-def check_response(check: BatchCheck, fill: Fill) -> Response:
+def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:
     """What a batch would be refused for, or its first rows as they would be kept."""
     rows = [
         wire.FlockBatchCheckRow(
@@ -777,7 +789,7 @@ def check_response(check: BatchCheck, fill: Fill) -> Response:
         )
         for row, extra, _ in check.rows
     ]
-    return JSONResponse(wire.shown_as(wire.FlockBatchCheck, check, columns=list(fill.columns), rows=rows))
+    return JSONResponse(wire.shown_as(wire.FlockBatchCheck, check, columns=list(row_mapping.columns), rows=rows))
 
 
 def batches_response(request: Request, page: Page[Batch]) -> Response:

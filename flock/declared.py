@@ -34,7 +34,7 @@ from flock.errors import AgentNotFound, DefinitionError, RunFailed
 from flock.limits import Limits
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
-from flock.rows.tables import MAX_ROW_BYTES, Fill, file_rows
+from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
 from flock.runs import BatchOptions, OnExtra, OnInvalid, Row, RunStatus
 
 __all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent"]
@@ -236,7 +236,7 @@ class DeclaredFlock:
         _check_choices(on_invalid, on_extra, timeout_s)
         if agent_name not in self.agents:
             raise AgentNotFound(agent_name, list(self.agents))
-        fill = Fill(
+        row_mapping = RowMapping(
             self.agents[agent_name].input,
             _static(static_inputs),
             input_mapping,
@@ -246,7 +246,7 @@ class DeclaredFlock:
         )
         dialect = CSVDialect(delimiter=delimiter, decimal=decimal, encoding=encoding)
         results: list[Any] = []
-        async with contextlib.aclosing(_rows(batch_inputs, fill, dialect)) as rows:
+        async with contextlib.aclosing(_rows(batch_inputs, row_mapping, dialect)) as rows:
             first = await anext(rows, None)
             if first is None:
                 return results
@@ -339,10 +339,10 @@ def _static(static_inputs: Mapping[str, Any] | None) -> dict[str, msgspec.Raw]:
     return msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
 
 
-def _rows(batch_inputs: BatchInputs, fill: Fill, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
+def _rows(batch_inputs: BatchInputs, row_mapping: RowMapping, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
     if isinstance(batch_inputs, str | Path):
-        return file_rows(Path(batch_inputs), fill, dialect)
-    return mapping_rows(batch_inputs, fill, MAX_ROW_BYTES)
+        return file_rows(Path(batch_inputs), row_mapping, dialect)
+    return mapping_rows(batch_inputs, row_mapping, MAX_ROW_BYTES)
 
 
 async def _chain(first: Row, rows: AsyncIterator[Row]) -> AsyncIterator[Row]:

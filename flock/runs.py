@@ -58,7 +58,7 @@ __all__ = [
     "new_id",
     "now",
     "one_line",
-    "sayable",
+    "safe_text",
     "stub_of",
     "valid_traceparent",
 ]
@@ -374,7 +374,7 @@ class IdempotencyKey(msgspec.Struct, frozen=True):
         return self.fingerprint if isinstance(self.fingerprint, bytes) else self.fingerprint()
 
     @property
-    def kept_as(self) -> str:
+    def scoped_key(self) -> str:
         """The same key of two principals is two keys; neither part has a space in it."""
         return self.key if self.principal is None else f"{self.principal} {self.key}"
 
@@ -633,7 +633,7 @@ class RunContext:
         numbers = [None if number is None else float(number) for number in (done, total)]
         if numbers[0] is None or not all(math.isfinite(number) for number in numbers if number is not None):
             raise ValueError(f"Progress is told in finite numbers, not in {done!r} of {total!r}.")
-        self._tell(Progress(done=numbers[0], total=numbers[1], message=cut(sayable(message))))
+        self._tell(Progress(done=numbers[0], total=numbers[1], message=cut(safe_text(message))))
 
     def spend(self, usage: Usage) -> None:
         """Say what an answer of a model cost, usable or not."""
@@ -661,7 +661,7 @@ class Engine(Protocol):
         """How many items a batch has at most, and how long each of them is at most."""
 
     @property
-    def is_leaving(self) -> bool:
+    def is_draining(self) -> bool:
         """True once no new work is taken, since the server is about to stop."""
 
     async def __aenter__(self) -> Self: ...
@@ -837,7 +837,7 @@ def valid_traceparent(sent: str | None) -> str | None:
     return None if found is None or (found[1] == "00" and found[3]) else f"00{found[2]}"
 
 
-def sayable(value: object) -> str:
+def safe_text(value: object) -> str:
     """A text that can be kept and sent. Agents may put anything into theirs: lone surrogates, or a str() that fails."""
     try:
         return str(value).encode("utf-8", "replace").decode()

@@ -73,7 +73,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from flock.core import Flock
 from flock.errors import DefinitionError, TooManyRequests
 from flock.runs import Principal, Run
-from flock.web.auth import KeyRing, OwnEngine, Rate, new_key, read_keys
+from flock.web.auth import KeyRing, RateLimit, ScopedEngine, new_key, read_keys
 from flock.web.metrics import Metrics
 from flockapi import FlockAPI, create_app, principal_of
 from tests.support import PATIENCE_S, ROOT
@@ -300,7 +300,7 @@ async def test_a_program_may_use_the_view_of_a_principal_as_an_engine() -> None:
         def run_ended(self, run: Run) -> None:
             seen.append(run.principal)
 
-    async with OwnEngine(flock.engine(), Principal(name="ann")) as ann:
+    async with ScopedEngine(flock.engine(), Principal(name="ann")) as ann:
         ann.check_ready()
         observer = Counter([])
         ann.observe(observer)
@@ -308,7 +308,7 @@ async def test_a_program_may_use_the_view_of_a_principal_as_an_engine() -> None:
         assert [event.name async for event in ann.events(run.run_id) if event] != []
         assert (ann.health().engine, (await ann.queue()).depth, seen) == ("running", 0, ["ann"])
         await ann.drain(0)
-        assert ann.is_leaving
+        assert ann.is_draining
 
 
 # Protected by default: our own server
@@ -658,7 +658,7 @@ async def test_each_principal_has_its_share_of_requests() -> None:
 def test_a_share_grows_again_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     at = 1000.0
     monkeypatch.setattr("flock.web.auth.time.monotonic", lambda: at)
-    rate = Rate(2)
+    rate = RateLimit(2)
     for later, left in ((0, 1), (0, 0), (30, 0), (3000, 1)):
         at += later
         assert rate.take(None)["RateLimit"].startswith(f'"minute";r={left};')
@@ -670,7 +670,7 @@ def test_a_share_grows_again_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
         rate.take(Principal(name=str(number)))
     assert len(rate._full_at) <= 10_001, "it does not grow with all who ever asked"
     with pytest.raises(DefinitionError):
-        Rate(0)
+        RateLimit(0)
 
 
 # Over real sockets

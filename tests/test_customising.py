@@ -108,7 +108,7 @@ async def test_a_lifespan_of_the_host_is_composed_and_not_replaced() -> None:
     assert seen == ["in", "out"]
 
 
-async def by_key(connection: HTTPConnection) -> Principal | None:
+async def api_key_auth(connection: HTTPConnection) -> Principal | None:
     names = {"Bearer of-ann": "ann"}
     name = names.get(connection.headers.get("authorization", ""))
     return None if name is None else Principal(name=name)
@@ -122,7 +122,7 @@ async def whoami(request: Request) -> Response:
 
 async def test_auth_guards_all_but_what_describes_the_app() -> None:
     routes = [Route("/whoami", whoami)]
-    app = create_app(sample_flock(), store=":memory:", server_name='A "name"', auth=by_key, routes=routes)
+    app = create_app(sample_flock(), store=":memory:", server_name='A "name"', auth=api_key_auth, routes=routes)
     body = {"agent_name": "add", "inputs": {"a": 1}}
     async with client_of(app) as client:
         for method, path in (("POST", "/run/flock"), ("GET", "/runs"), ("GET", "/whoami"), ("GET", "/nowhere")):
@@ -166,7 +166,7 @@ async def test_auth_sees_what_middleware_of_the_host_knows_and_may_refuse_in_its
 
 async def test_what_stands_before_an_open_page_is_not_open() -> None:
     routes = [Route("/docs", whoami), Route("/static/{path:path}", whoami)]
-    async with client_of(create_app(sample_flock(), auth=by_key, docs=False, routes=routes)) as client:
+    async with client_of(create_app(sample_flock(), auth=api_key_auth, docs=False, routes=routes)) as client:
         for path in ("/docs", "/static/docs.js", "/redoc", "/static/../runs", "//runs", "/runs/"):
             assert (await client.get(path)).status_code == 401
 
@@ -211,7 +211,7 @@ async def test_a_route_that_is_added_later_needs_a_key(
     method: str, path: str, add: Callable[[FlockAPI], object]
 ) -> None:
     """Access is decided for the route that answers, wherever it stands and whatever it resembles."""
-    app = create_app(sample_flock(), auth=by_key, create_ui=True)
+    app = create_app(sample_flock(), auth=api_key_auth, create_ui=True)
     add(app)
     async with client_of(app) as client:
         assert (await client.request(method, path)).status_code == 401
@@ -233,7 +233,7 @@ async def test_a_route_that_is_added_later_needs_a_key(
     ],
 )
 async def test_any_method_of_an_open_route_is_open_and_nothing_else(method: str, path: str, status: int) -> None:
-    async with client_of(create_app(sample_flock(), auth=by_key)) as client:
+    async with client_of(create_app(sample_flock(), auth=api_key_auth)) as client:
         assert (await client.request(method, path)).status_code == status
 
 
@@ -295,7 +295,7 @@ async def test_a_websocket_without_a_principal_is_closed() -> None:
     async def receive() -> Message:
         return {"type": "websocket.connect"}
 
-    app = create_app(sample_flock(), auth=by_key, routes=[WebSocketRoute("/ws", never)])
+    app = create_app(sample_flock(), auth=api_key_auth, routes=[WebSocketRoute("/ws", never)])
     await app({"type": "websocket", "path": "/ws", "headers": [], "query_string": b""}, receive, send)
     assert [(message["type"], message["code"]) for message in sent] == [("websocket.close", 1008)]
 

@@ -42,7 +42,7 @@ from flock.runs import (
     Usage,
     new_id,
 )
-from flock.web.auth import OwnEngine
+from flock.web.auth import ScopedEngine
 from tests.support import PATIENCE_S
 from tests.support.engines import Opened, until, until_run
 from tests.support.flocks import Gate, sample_flock
@@ -725,7 +725,7 @@ async def test_the_deadline_is_for_all_steps_together(opened: Opened) -> None:
 
 
 async def test_what_belongs_to_others_is_not_there(engine: Engine, gate: Gate) -> None:
-    ann, ben = (OwnEngine(engine, Principal(name=name)) for name in ("ann", "o'ben"))
+    ann, ben = (ScopedEngine(engine, Principal(name=name)) for name in ("ann", "o'ben"))
     run = await ann.submit("steady", EMPTY)
     with pytest.raises(RunNotFound):
         await ben.get_run(run.run_id)
@@ -734,7 +734,7 @@ async def test_what_belongs_to_others_is_not_there(engine: Engine, gate: Gate) -
     other = await ben.submit("steady", EMPTY, key=IdempotencyKey("k", b"1"))
     assert (await ann.submit("steady", EMPTY, key=IdempotencyKey("k", b"2"))).run_id != other.run_id
     assert [found.run_id for found in await ben.list_runs(RunFilter())] == [other.run_id]
-    admin = OwnEngine(engine, Principal(name="ops", admin=True))
+    admin = ScopedEngine(engine, Principal(name="ops", admin=True))
     assert len(await admin.list_runs(RunFilter())) == 3
     assert (await admin.get_run(run.run_id)).principal == "ann"
 
@@ -768,7 +768,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
 
 def test_each_method_that_needs_a_running_engine_is_called_below() -> None:
     public = {name for name in vars(Engine) if not name.startswith("_")}
-    assert public - {"item_limits", "is_leaving", "health", "observe"} == set(CALLS)
+    assert public - {"item_limits", "is_draining", "health", "observe"} == set(CALLS)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -818,7 +818,7 @@ async def test_an_engine_that_drains_takes_no_new_work_and_lets_those_who_wait_g
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(engine.drain, 20)
         assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
-    assert engine.is_leaving
+    assert engine.is_draining
     with pytest.raises(EngineStopped, match="about to stop"):
         await submit(engine, "nap")
     with pytest.raises(EngineStopped):

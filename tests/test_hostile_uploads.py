@@ -31,7 +31,7 @@ from flock.core import Flock
 from flock.errors import EngineFull, InvalidData
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import CSVWriter
-from flock.rows.tables import MAX_MEMBERS, MAX_ROW_LINES, Fill, csv_rows
+from flock.rows.tables import MAX_MEMBERS, MAX_ROW_LINES, RowMapping, csv_rows
 from flock.runs import BatchFilter, BatchOptions, Run
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
@@ -332,7 +332,11 @@ async def test_a_quote_that_is_missing_is_found_before_the_whole_file_is_one_row
             yield b"\n" * (MAX_ROW_LINES // 4)
 
     rows = csv_rows(
-        chunks(), Fill(Signature.of("text: str"), None, None, lambda: 0), CSVDialect(), max_row_bytes=MIB, max_depth=9
+        chunks(),
+        RowMapping(Signature.of("text: str"), None, None, lambda: 0),
+        CSVDialect(),
+        max_row_bytes=MIB,
+        max_depth=9,
     )
     with pytest.raises(InvalidData) as raised:
         [row async for row in rows]

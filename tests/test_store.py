@@ -337,12 +337,12 @@ async def test_each_field_of_a_record_has_a_column(
     table: str, columns: Mapping[str, Column], others: tuple[str, ...], store: Store
 ) -> None:
     """Of its type: what a new field lacks is a migration, and its name stands nowhere else in the store."""
-    kept_as = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
+    scoped_key = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
     found = {row[1]: row for row in store._db.execute(f"PRAGMA table_info({table})")}
     assert found.keys() == {*columns, *others}
     for name, column in columns.items():
         _, _, type_, is_required, _, is_key = found[name]
-        assert kept_as[type_] in column.types
+        assert scoped_key[type_] in column.types
         assert (type(None) in column.types) is not bool(is_required or is_key), name
         (stand_in,) = store._db.execute(f"SELECT {column.unread}").fetchone()
         assert type(stand_in) in column.types

@@ -19,7 +19,7 @@ from flock.command.cli import main
 from flock.core import Flock
 from flock.errors import AgentError, DefinitionError, FieldError, InvalidData
 from flock.rows.dialect import ENCODINGS, CSVDialect
-from flock.rows.tables import Fill, csv_rows
+from flock.rows.tables import RowMapping, csv_rows
 from flock.runs import Engine
 from flockapi import FlockAPI, create_app
 from tests.support import ROOT
@@ -255,9 +255,9 @@ def test_each_encoding_is_read_in_pieces(encoding: str, size: int) -> None:
             for begin in range(0, len(content), size):
                 yield content[begin : begin + size]
 
-        fill = Fill(Signature.of("text: str"), None, None, lambda: 0)
+        row_mapping = RowMapping(Signature.of("text: str"), None, None, lambda: 0)
         dialect = CSVDialect(encoding=encoding)
-        rows = csv_rows(pieces(), fill, dialect, max_row_bytes=1000, max_depth=10)
+        rows = csv_rows(pieces(), row_mapping, dialect, max_row_bytes=1000, max_depth=10)
         return [(row.line, json.loads(bytes(row.inputs))["text"]) async for row in rows]
 
     assert anyio.run(read) == [(2 + 2 * n, f"{n}\nhello, world") for n in range(300)]
@@ -305,8 +305,8 @@ def test_many_columns_that_are_no_input_take_no_longer_than_they_are() -> None:
         async def pieces() -> AsyncIterator[bytes]:
             yield ",".join(names).encode() + b"\n"
 
-        fill = Fill(Signature.of("text: str"), None, None, lambda: 0, on_extra=on_extra)
-        async for _ in csv_rows(pieces(), fill, CSVDialect(), max_row_bytes=10**7, max_depth=10):
+        row_mapping = RowMapping(Signature.of("text: str"), None, None, lambda: 0, on_extra=on_extra)
+        async for _ in csv_rows(pieces(), row_mapping, CSVDialect(), max_row_bytes=10**7, max_depth=10):
             pass
 
     for on_extra in ("reject", "ignore", "keep"):

@@ -779,7 +779,7 @@ async def test_a_refused_request_is_refused_again_under_its_key_while_the_queue_
         assert {run.run_id for run in await engine.list_runs(RunFilter())} <= {accepted.run_id, other.run_id}
         # As a process does that dies when it has claimed a key.
         claimed_key = IdempotencyKey("claimed", b"1")
-        await engine._marks.claim(claimed_key, new_id())
+        await engine._reservations.claim(claimed_key, new_id())
         with pytest.raises(EngineFull):
             await engine.submit("add", {"a": 1}, key=claimed_key)
         await engine.cluster.client.get_workflow_handle(run_workflow_id(other.run_id, 1)).terminate()
@@ -823,7 +823,7 @@ async def test_a_key_whose_server_died_before_it_started_the_run_makes_it(tempor
     gate.flock.name = new_id()
     key, run_id = IdempotencyKey("k", b"1"), new_id()
     async with open_pair(gate.flock, temporal_address) as engine:
-        assert await engine._marks.claim(key, run_id) == run_id
+        assert await engine._reservations.claim(key, run_id) == run_id
         with pytest.raises(Exception, match=run_id):
             await engine.submit("nap", EMPTY, key=key)
         gate.may_go.set()
@@ -837,7 +837,7 @@ async def test_a_key_whose_claim_was_not_answered_makes_its_batch_at_the_next_re
     """It was claimed, or it was not: nobody who asked was told."""
     work = Work(new_id())
     async with open_pair(work.flock, temporal_address) as engine:
-        claim = engine._marks.claim
+        claim = engine._reservations.claim
 
         async def is_taken(key: IdempotencyKey, made_id: str) -> str:
             await claim(key, made_id)
@@ -848,7 +848,7 @@ async def test_a_key_whose_claim_was_not_answered_makes_its_batch_at_the_next_re
 
         for number, lost in enumerate((is_taken, is_lost)):
             key = IdempotencyKey(f"k{number}", b"1")
-            monkeypatch.setattr(engine._marks, "claim", lost)
+            monkeypatch.setattr(engine._reservations, "claim", lost)
             with pytest.raises(StoreError):
                 await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
             monkeypatch.undo()
@@ -867,7 +867,7 @@ async def test_a_key_whose_server_died_before_it_started_the_batch_makes_it(temp
     """The batch has the id that was claimed, and the rows of the request that started it."""
     work, key, batch_id = Work(new_id()), IdempotencyKey("k", b"1"), new_batch_id()
     async with open_pair(work.flock, temporal_address) as engine:
-        assert await engine._marks.claim(key, batch_id) == batch_id
+        assert await engine._reservations.claim(key, batch_id) == batch_id
         work.fails.add(1)
         for _ in range(2):
             with pytest.raises(Replayed) as caught:
@@ -897,7 +897,7 @@ async def test_a_batch_whose_start_was_not_answered_keeps_its_rows(
     """It was started under the id that a server claimed before it died, and nobody was told."""
     work, key, batch_id = Work(new_id()), IdempotencyKey("k", b"1"), new_batch_id()
     async with open_pair(work.flock, temporal_address) as engine:
-        await engine._marks.claim(key, batch_id)
+        await engine._reservations.claim(key, batch_id)
         start = engine.cluster.start
 
         async def is_lost(*args: Any, **options: Any) -> None:
@@ -926,10 +926,10 @@ async def test_deleting_a_run_leaves_its_key_to_what_it_stands_for_now(temporal_
         run = await engine.submit("nap", EMPTY, key=key)
         with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
-        await engine._marks.free(engine._marks.key_id(key), run.run_id)  # as after a day
-        assert await engine._marks.claim(key, other_id) == other_id
+        await engine._reservations.free(engine._reservations.key_id(key), run.run_id)  # as after a day
+        assert await engine._reservations.claim(key, other_id) == other_id
         await engine.delete_run(run.run_id)
-        assert await engine._marks.find(key) == other_id
+        assert await engine._reservations.find(key) == other_id
 
 
 async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: str) -> None:

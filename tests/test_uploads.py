@@ -27,7 +27,7 @@ from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError, FlockError, InvalidData, TooLarge
 from flock.rows import tables
 from flock.rows.dialect import CSVDialect
-from flock.rows.tables import Fill, csv_rows, ndjson_rows
+from flock.rows.tables import RowMapping, csv_rows, ndjson_rows
 from flock.runs import Engine, Row
 from flock.web.auth import new_key
 from flock.web.negotiation import preferred
@@ -377,12 +377,12 @@ async def test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do(me
     content = (b"text\n" if media_type is CSV else b"") + row
 
     async def read() -> list[Row]:
-        fill = Fill(Signature.of("text: str"), None, None, lambda: 0)
+        row_mapping = RowMapping(Signature.of("text: str"), None, None, lambda: 0)
         pieces = _in_pieces(content, 1)
         if media_type is CSV:
-            rows = csv_rows(pieces, fill, CSVDialect(), max_row_bytes=10**6, max_depth=100)
+            rows = csv_rows(pieces, row_mapping, CSVDialect(), max_row_bytes=10**6, max_depth=100)
         else:
-            rows = ndjson_rows(pieces, fill, max_row_bytes=10**6, max_depth=50)
+            rows = ndjson_rows(pieces, row_mapping, max_row_bytes=10**6, max_depth=50)
         return [row async for row in rows]
 
     began = time.thread_time()
@@ -392,9 +392,9 @@ async def test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do(me
 
 async def test_a_cell_that_is_too_long_for_csv_may_be_sent_otherwise() -> None:
     """Python's reader has a bound, the same for a whole process."""
-    fill = Fill(Signature.of("text: str"), None, None, lambda: 0)
+    row_mapping = RowMapping(Signature.of("text: str"), None, None, lambda: 0)
     pieces = _in_pieces(b"text\n" + b"a" * 140_000, 10_000)
-    rows = csv_rows(pieces, fill, CSVDialect(), max_row_bytes=10**6, max_depth=50)
+    rows = csv_rows(pieces, row_mapping, CSVDialect(), max_row_bytes=10**6, max_depth=50)
     with pytest.raises(InvalidData, match="line 2: A cell has more than 131,072 characters; NDJSON takes longer ones"):
         _ = [row async for row in rows]
 
@@ -909,11 +909,13 @@ def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int, enc
     if encoding == "cp1252":
         text = text.encode(encoding, "ignore").decode(encoding)
     content = text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
-    fill = Fill(TWO_TEXTS, None, None, lambda: 10**6, on_extra=on_extra)
+    row_mapping = RowMapping(TWO_TEXTS, None, None, lambda: 10**6, on_extra=on_extra)
     dialect = CSVDialect(encoding=encoding)
 
     async def read() -> Read:
-        return await _read(csv_rows(_in_pieces(content, size), fill, dialect, max_row_bytes=10_000, max_depth=100))
+        return await _read(
+            csv_rows(_in_pieces(content, size), row_mapping, dialect, max_row_bytes=10_000, max_depth=100)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "GATHERED_CHARS", size)
@@ -964,8 +966,8 @@ def test_any_ndjson_is_refused_or_read_as_python_reads_it(lines: list[str], end:
     content = end.join(lines).encode()
 
     async def read() -> Read:
-        fill = Fill(Signature.of(""), None, None, lambda: 10**6, on_extra="keep")
-        return await _read(ndjson_rows(_in_pieces(content, size), fill, max_row_bytes=10_000, max_depth=50))
+        row_mapping = RowMapping(Signature.of(""), None, None, lambda: 10**6, on_extra="keep")
+        return await _read(ndjson_rows(_in_pieces(content, size), row_mapping, max_row_bytes=10_000, max_depth=50))
 
     found = anyio.run(read)
     texts = [line for line in lines if line.strip()]

@@ -502,7 +502,7 @@ async def test_an_event_that_cannot_be_read_to_its_end_is_not_taken_for_whole(mo
         def leave(run_id: str, position: int | None, start: int, length: int) -> bytes:
             if start == 0:
                 return read_result(run_id, position, start, length)
-            engine._runner.is_leaving = True
+            engine._runner.is_draining = True
             raise StoreError("The store cannot be read now.")
 
         monkeypatch.setattr(engine.store, "read_result", leave)

@@ -88,7 +88,7 @@ from flock.runs import (
     new_id,
     now,
     one_line,
-    sayable,
+    safe_text,
     stub_of,
     valid_traceparent,
 )
@@ -197,7 +197,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
     await batches(engine, [{"text": "a"}, Row(inputs=msgspec.Raw(b"{}"), line=2)], "skip")
     page: Page[Run] = await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now()))
     for item in page:
-        print(one_line(sayable(item.error)), [step.usage for step in item.steps], len(events_of(item)))
+        print(one_line(safe_text(item.error)), [step.usage for step in item.steps], len(events_of(item)))
     make_ids_after(run.run_id)
     assert_type(valid_traceparent("00-"), str | None)
     return run.progress

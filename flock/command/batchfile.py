@@ -30,7 +30,7 @@ from flock.engine.store import Store
 from flock.errors import AgentNotFound, StoreError
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages, results_as
-from flock.rows.tables import Fill, TableFormat, file_rows, is_packed
+from flock.rows.tables import RowMapping, TableFormat, file_rows, is_packed
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid
 
 __all__ = ["BatchFile", "check_batch_file", "run_batch_file"]
@@ -123,13 +123,17 @@ async def check_batch_file(flock: DeclaredFlock, wanted: BatchFile) -> BatchChec
     """
     if wanted.agent_name not in flock.agents:
         raise AgentNotFound(wanted.agent_name, list(flock.agents))
-    engine, agent, fill = flock.engine(limits=alone(1)), flock.agents[wanted.agent_name], _fill(flock, wanted)
-    async with contextlib.aclosing(file_rows(wanted.rows, fill, wanted.dialect)) as rows:
-        return await check_batch(engine, agent, rows, fill, wanted.on_invalid)
+    engine, agent, row_mapping = (
+        flock.engine(limits=alone(1)),
+        flock.agents[wanted.agent_name],
+        _row_mapping(flock, wanted),
+    )
+    async with contextlib.aclosing(file_rows(wanted.rows, row_mapping, wanted.dialect)) as rows:
+        return await check_batch(engine, agent, rows, row_mapping, wanted.on_invalid)
 
 
-def _fill(flock: DeclaredFlock, wanted: BatchFile) -> Fill:
-    return Fill(
+def _row_mapping(flock: DeclaredFlock, wanted: BatchFile) -> RowMapping:
+    return RowMapping(
         flock.agents[wanted.agent_name].input,
         wanted.static_inputs,
         wanted.input_mapping,
@@ -140,7 +144,7 @@ def _fill(flock: DeclaredFlock, wanted: BatchFile) -> Fill:
 
 
 async def _accept(engine: Engine, flock: DeclaredFlock, wanted: BatchFile, digest: str) -> Batch:
-    async with contextlib.aclosing(file_rows(wanted.rows, _fill(flock, wanted), wanted.dialect)) as rows:
+    async with contextlib.aclosing(file_rows(wanted.rows, _row_mapping(flock, wanted), wanted.dialect)) as rows:
         return await engine.submit_batch(
             wanted.agent_name, rows, wanted.options, on_invalid=wanted.on_invalid, request_id=digest
         )

@@ -97,8 +97,8 @@ class EngineBase(ABC):
 
     @property
     @abstractmethod
-    def is_leaving(self) -> bool:
-        """See ``Engine.is_leaving``."""
+    def is_draining(self) -> bool:
+        """See ``Engine.is_draining``."""
 
     @property
     @abstractmethod
@@ -143,7 +143,7 @@ class EngineBase(ABC):
 
     def _check_running(self) -> None:
         self._check_entered()
-        if self.is_leaving:
+        if self.is_draining:
             raise stopping()
 
     def health(self) -> EngineHealth:
@@ -151,7 +151,7 @@ class EngineBase(ABC):
         store: Literal["ok", "failing"] = "ok" if self._is_store_ok else "failing"
         if not self._is_entered:
             return EngineHealth("stopped", store)
-        return EngineHealth("stopping" if self.is_leaving else "running", store)
+        return EngineHealth("stopping" if self.is_draining else "running", store)
 
     # New work
 
@@ -236,7 +236,7 @@ class EngineBase(ABC):
         progress: Progress | None = None
         while True:
             run = await reader.read()
-            is_last = run.status.is_final or self.is_leaving
+            is_last = run.status.is_final or self.is_draining
             for event in events_of(run):
                 if run.progress != progress if event.id is None else event.id > after:
                     after, progress = (after, run.progress) if event.id is None else (event.id, progress)
@@ -263,7 +263,7 @@ class EngineBase(ABC):
             if is_new or anyio.current_time() >= told_at + KEEP_ALIVE_S:
                 told, told_at = batch.completed_items, anyio.current_time()
                 yield event_of_batch(batch) if is_new else None
-            if batch.status.is_final or self.is_leaving:
+            if batch.status.is_final or self.is_draining:
                 return
             await anyio.sleep(PROGRESS_INTERVAL_S)
             with anyio.move_on_after(KEEP_ALIVE_S):

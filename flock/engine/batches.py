@@ -59,7 +59,7 @@ class Batches:
 
         async def stage(page: Sequence[Run]) -> None:
             nonlocal is_staged
-            if self._runner.is_leaving:  # it would hold up the stop for as long as its client likes
+            if self._runner.is_draining:  # it would hold up the stop for as long as its client likes
                 raise stopping(" Send the upload again.")
             is_first, is_staged = not is_staged, True
             await self._store.stage(batch, page, self._limits.max_open_items, key, is_first=is_first)
@@ -81,7 +81,7 @@ class Batches:
 
     async def _drop(self, batch: Batch) -> None:
         """Drop what was staged of a batch, beginning again as long as the store fails."""
-        while not self._runner.is_leaving:
+        while not self._runner.is_draining:
             await anyio.sleep(RETRY_AFTER_S)
             with contextlib.suppress(StoreError):
                 await self._store.drop_staged(batch.batch_id)
@@ -113,7 +113,7 @@ class Batches:
         if batch.cancel_requested:
             self._cancelled.add(batch.batch_id)
         try:
-            while not self._runner.is_leaving and not batch.status.is_final:
+            while not self._runner.is_draining and not batch.status.is_final:
                 try:
                     batch = await self._go_on(batch)
                 except OwnershipLost:
@@ -150,7 +150,7 @@ class Batches:
                 start_worker()
         while id_ in self._cancelled and await self._store.cancel_waiting(batch, now()):
             pass
-        if self._runner.is_leaving or self._store.items_to_do(batch, -1, 1):
+        if self._runner.is_draining or self._store.items_to_do(batch, -1, 1):
             return batch
         for item_id, reason in await self._store.fail_unreadable(batch, now()):
             logger.error("batch %s: its item %s cannot be read, and has failed: %s", id_, item_id, reason)
@@ -165,7 +165,7 @@ class Batches:
         after = -1
         while page := self._store.items_to_do(batch, after, ITEMS_A_PAGE):
             for item in page:
-                if self._runner.is_leaving or batch.batch_id in self._cancelled:
+                if self._runner.is_draining or batch.batch_id in self._cancelled:
                     return
                 yield item
             after = page[-1].position or 0

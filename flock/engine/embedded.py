@@ -127,8 +127,8 @@ class EmbeddedEngine(EngineBase):
         self._begin_life()
 
     @property
-    def is_leaving(self) -> bool:
-        return self._runner.is_leaving
+    def is_draining(self) -> bool:
+        return self._runner.is_draining
 
     @property
     def _owner(self) -> str:
@@ -142,7 +142,7 @@ class EmbeddedEngine(EngineBase):
     def _is_store_ok(self) -> bool:
         return self.store.is_writable
 
-    # Life
+    # Lifecycle
 
     def _begin_life(self) -> None:
         """Make what belongs to one event loop: an event is bound to the loop in which it is waited for."""
@@ -217,7 +217,7 @@ class EmbeddedEngine(EngineBase):
         """Stop what is at work; asynchronous runs go on at the next start, the others end as interrupted."""
         tasks, self._tasks = self._tasks, None
         assert tasks is not None
-        self._runner.is_leaving = True
+        self._runner.is_draining = True
         tasks.cancel_scope.cancel()
         self._runner.stop()
         try:
@@ -233,7 +233,7 @@ class EmbeddedEngine(EngineBase):
 
     async def drain(self, timeout_s: float) -> None:
         self._check_entered()
-        self._runner.is_leaving = True
+        self._runner.is_draining = True
         self._wake_all()
         for active in self._runner.active.values():
             active.tell(active.run)  # event streams end
@@ -336,7 +336,7 @@ class EmbeddedEngine(EngineBase):
         with anyio.CancelScope(deadline=deadline):
             while not (run := await self.get_run(run_id)).status.is_final:
                 del run  # it may be long, and so may the wait
-                if self.is_leaving:
+                if self.is_draining:
                     raise asked_to_leave()
                 await self._awaited.setdefault(run_id, anyio.Event()).wait()
             return run
@@ -453,7 +453,7 @@ class EmbeddedEngine(EngineBase):
 
     def _start(self, run: Run | None) -> None:
         """What is accepted while the engine goes is for the next start."""
-        if run is not None and self._tasks is not None and not self.is_leaving:
+        if run is not None and self._tasks is not None and not self.is_draining:
             self._runner.start(self._tasks, run)
 
     @contextlib.contextmanager
@@ -462,13 +462,13 @@ class EmbeddedEngine(EngineBase):
         if key is None:
             yield
             return
-        if key.kept_as in self._accepting:
+        if key.scoped_key in self._accepting:
             raise Conflict(f"A request with the idempotency key {key.key!r} is being accepted at this moment.")
-        self._accepting.add(key.kept_as)
+        self._accepting.add(key.scoped_key)
         try:
             yield
         finally:
-            self._accepting.discard(key.kept_as)
+            self._accepting.discard(key.scoped_key)
 
     # What goes on beside the runs
 
@@ -608,7 +608,7 @@ class EmbeddedEngine(EngineBase):
 
     def _start_batch(self, work: Callable[[Batch], Coroutine[Any, Any, None]], batch: Batch) -> None:
         """What is accepted while the engine goes is for the next start."""
-        if self._tasks is not None and not self.is_leaving:
+        if self._tasks is not None and not self.is_draining:
             self._tasks.start_soon(work, batch)
 
     async def get_batch(self, batch_id: str) -> Batch:
@@ -621,7 +621,7 @@ class EmbeddedEngine(EngineBase):
     async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
         with anyio.move_on_after(timeout_s):
             while not (await self.get_batch(batch_id)).status.is_final:
-                if self.is_leaving:
+                if self.is_draining:
                     raise asked_to_leave()
                 await self._awaited.setdefault(batch_id, anyio.Event()).wait()
         return await self.get_batch(batch_id)

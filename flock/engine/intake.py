@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from flock.agents.agent import Agent
 from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, each
 from flock.errors import DefinitionError, FieldError, InvalidData
-from flock.rows.tables import Fill
+from flock.rows.tables import RowMapping
 from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Row, Run, RunStatus, new_id
 
 __all__ = ["ITEMS_A_PAGE", "Intake", "mapping_rows"]
@@ -126,7 +126,7 @@ class Intake:
 
 
 async def mapping_rows(
-    items: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]], fill: Fill, max_bytes: int
+    items: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]], row_mapping: RowMapping, max_bytes: int
 ) -> AsyncGenerator[Row, None]:
     """What a program has as mappings, none of them longer than *max_bytes*. Raises InvalidData, TooLarge."""
     position = 0
@@ -135,5 +135,5 @@ async def mapping_rows(
         if not isinstance(item, Mapping):
             detail = f"An item is a mapping of inputs by name, and not of the type {type(item).__name__!r}."
             raise InvalidData([FieldError(detail=detail, pointer=at)])
-        yield fill.row(msgspec.json.decode(as_json(item, at, max_bytes), type=dict[str, msgspec.Raw]), at)
+        yield row_mapping.row(msgspec.json.decode(as_json(item, at, max_bytes), type=dict[str, msgspec.Raw]), at)
         position += 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from flock.runs import Run, sayable
+from flock.runs import Run, safe_text
 
 __all__ = ["JSONFormatter", "fields_of_run"]
 
@@ -35,9 +35,9 @@ class JSONFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname,
             "logger": record.name,
-            "message": sayable(record.getMessage()),
+            "message": safe_text(record.getMessage()),
         }
         line |= {name: value for name in EXTRA if (value := getattr(record, name, None)) is not None}
         if record.exc_info:
-            line["exception"] = sayable(self.formatException(record.exc_info))
+            line["exception"] = safe_text(self.formatException(record.exc_info))
         return msgspec.json.encode(line).decode()

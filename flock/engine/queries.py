@@ -197,14 +197,14 @@ def check_room(
 def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> None:
     if key is None:
         return
-    found = db.execute(statements.FIND_KEY, (flock, key.kept_as)).fetchone()
+    found = db.execute(statements.FIND_KEY, (flock, key.scoped_key)).fetchone()
     if found is not None:
         raise Replayed(found[1]) if found[0] == key.digest else KeyReused(key.key)
 
 
 def has_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> bool:
     """Whether something was made under *key*, for whatever request."""
-    return key is not None and db.execute(statements.FIND_KEY, (flock, key.kept_as)).fetchone() is not None
+    return key is not None and db.execute(statements.FIND_KEY, (flock, key.scoped_key)).fetchone() is not None
 
 
 def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
@@ -217,7 +217,7 @@ def insert_key(
     db: sqlite3.Connection, flock: str, key: IdempotencyKey | None, made_id: str, created_at: datetime
 ) -> None:
     if key is not None:
-        values = (flock, key.kept_as, key.digest, made_id, micros(created_at))
+        values = (flock, key.scoped_key, key.digest, made_id, micros(created_at))
         db.execute(statements.INSERT_KEY, values)
 
 

@@ -9,7 +9,7 @@ from flock.agents.agent import Agent
 from flock.errors import EngineStopped, FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.fair import FairShare
 from flock.jsontype import escape_pointer
-from flock.rows.tables import Fill
+from flock.rows.tables import RowMapping
 from flock.runs import Engine, Inputs, ItemLimits, Items, OnInvalid, Row
 
 __all__ = ["NO_ROWS", "BatchCheck", "CheckedRow", "RowChecks", "RowErrors", "as_json", "check_batch", "each"]
@@ -146,11 +146,13 @@ class BatchCheck(msgspec.Struct, frozen=True, kw_only=True):
     errors: Sequence[FieldError]
 
 
-async def check_batch(engine: Engine, agent: Agent, items: Items, fill: Fill, on_invalid: OnInvalid) -> BatchCheck:
+async def check_batch(
+    engine: Engine, agent: Agent, items: Items, row_mapping: RowMapping, on_invalid: OnInvalid
+) -> BatchCheck:
     """Read and check rows as ``Engine.submit_batch`` of *engine* would, and keep nothing.
 
     Args:
-        fill: what made the rows of *items*.
+        row_mapping: what made the rows of *items*.
 
     Raises:
         InvalidData: no row can be read, and no header.
@@ -161,7 +163,7 @@ async def check_batch(engine: Engine, agent: Agent, items: Items, fill: Fill, on
     refused: Sequence[FieldError] = ()
     try:
         async for checked in checks.rows(items):
-            if engine.is_leaving:
+            if engine.is_draining:
                 raise EngineStopped("The server is about to stop. Send the rows again when it is back.")
             if checked.errors:
                 found.add(checked.row, checked.errors)
@@ -169,7 +171,7 @@ async def check_batch(engine: Engine, agent: Agent, items: Items, fill: Fill, on
             if len(rows) < MAX_SHOWN_ROWS and shown_bytes <= MAX_SHOWN_BYTES:
                 rows.append(checked)
     except InvalidData as exc:
-        if not fill.columns:
+        if not row_mapping.columns:
             raise
         refused = exc.errors
     if not (refused or checks.total):

@@ -33,7 +33,7 @@ __all__ = [
     "batch_from",
     "batch_or_remains",
     "batch_values",
-    "id_at",
+    "first_id_at",
     "is_known_damage",
     "last_step_of",
     "micros",
@@ -69,7 +69,7 @@ def names_json(names: Iterable[str]) -> str:
     return msgspec.json.encode(sorted(names)).decode()
 
 
-def id_at(time: datetime, milliseconds_later: int = 0) -> str:
+def first_id_at(time: datetime, milliseconds_later: int = 0) -> str:
     """Where the ids that were made at *time* begin (RFC 9562: their first 48 bits are milliseconds)."""
     digits = f"{max(0, (micros(time) or 0) // 1000 + milliseconds_later):012x}"
     return f"{digits[:8]}-{digits[8:]}"

@@ -21,8 +21,8 @@ from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
-from flock.engine.ends import failure_of
 from flock.engine.logs import fields_of_run
+from flock.engine.outcomes import failure_of
 from flock.engine.rows import DAMAGED_RUN, Damaged
 from flock.engine.store import RETRY_AFTER_S, Store
 from flock.engine.takeover import INTERRUPTED
@@ -119,7 +119,7 @@ class Runner:
         active: all that are at work here or wait for it, by id.
         cancelled_before: the attempts of items that were cancelled before they began, by id.
         companion: a task of the engine that only the end of the event loop, or of the engine, cancels.
-        is_leaving: what cannot be written now is not tried again.
+        is_draining: what cannot be written now is not tried again.
         queued_bytes: how long the inputs of runs are that wait for their first step, by their principal. Neither items
             of batches count nor what was taken over after a crash.
         turns: takes their turns.
@@ -143,7 +143,7 @@ class Runner:
         self.active: dict[str, StoredRun] = {}
         self.cancelled_before: dict[str, int] = {}
         self.companion: asyncio.Task[Any] | None = None
-        self.is_leaving = False
+        self.is_draining = False
         self.queued_bytes: Counter[str | None] = Counter()
         self.turns = Turns(
             agents,
@@ -230,7 +230,7 @@ class Runner:
             if active.is_stopped:
                 await self.leave(active)
                 return
-            end = asdict(self.turns.end_of(active, failure))
+            end = asdict(self.turns.outcome_of(active, failure))
         await _absorb_cancellation()
         if isinstance(failure, Unreadable) and not failure.is_writable:  # to write it would fail all of its group
             self._let_go(active)
@@ -254,7 +254,7 @@ class Runner:
 
     async def _step(self, active: StoredRun) -> None:
         """Let the next agent have its turn, and write what came of it."""
-        if self.is_leaving:
+        if self.is_draining:
             await anyio.lowlevel.checkpoint_if_cancelled()
         step = await self.turns.take(active)
         run = replace(active.run, steps=(*active.run.steps, step))
@@ -326,7 +326,7 @@ class Runner:
                     await self._store.save(run, step)
                     break
                 except StoreError as exc:
-                    if self.is_leaving:
+                    if self.is_draining:
                         raise
                     active.store_error = exc
                     active.wake()

@@ -31,7 +31,7 @@ import msgspec
 from flock.engine import files, queries, statements, takeover
 from flock.engine.groups import Change, Group, PendingRun, Refused
 from flock.engine.migrations import MIGRATIONS, migrate
-from flock.engine.rows import Damaged, id_at, micros, names_json, time_from
+from flock.engine.rows import Damaged, first_id_at, micros, names_json, time_from
 from flock.engine.takeover import TakenOver
 from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
@@ -97,7 +97,7 @@ class Store:
         self._identities: Mapping[str, tuple[int, int] | None] = {}
         self._displaced: _Displaced | None = None
 
-    # Life
+    # Lifecycle
 
     async def __aenter__(self) -> Self:
         self._open, self._has_work, self._is_closing, self._write_error = Group(), anyio.Event(), False, None
@@ -497,8 +497,8 @@ class Store:
             "agent_name": wanted.agent_name,
             "principal": wanted.principal,
             "after": wanted.after,
-            "low": None if wanted.created_after is None else id_at(wanted.created_after, 1),
-            "high": None if wanted.created_before is None else id_at(wanted.created_before),
+            "low": None if wanted.created_after is None else first_id_at(wanted.created_after, 1),
+            "high": None if wanted.created_before is None else first_id_at(wanted.created_before),
         }
         values = {name: value for name, value in values.items() if value is not None}
 
@@ -600,7 +600,7 @@ class Store:
         """
 
         def apply(db: sqlite3.Connection) -> int:
-            bounds = [(id_at(before), micros(before))] if before is not None else []
+            bounds = [(first_id_at(before), micros(before))] if before is not None else []
             if keep_runs is not None:
                 row = db.execute(statements.NTH_NEWEST, {"flock": flock, "offset": max(0, keep_runs - 1)}).fetchone()
                 bounds += [(row[0], FOR_EVER)] if row is not None else []

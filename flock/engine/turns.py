@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from flock.agents.agent import Agent, Resources
 from flock.agents.llm import ModelClient
 from flock.agents.workflow import inputs_for, next_agent, run_step
-from flock.engine.ends import CANCELLED, End, failure_of, interrupted_turn, queue_timeout, timeout_of
+from flock.engine.outcomes import CANCELLED, Outcome, failure_of, interrupted_turn, queue_timeout, timeout_of
 from flock.engine.slots import Slots, acquire_all, acquire_all_nowait
 from flock.engine.threads import Threads
 from flock.errors import ResultTooLarge
@@ -179,7 +179,7 @@ class Turns:
         self._threads.abandon(active)
         active.scope.cancel()
 
-    def end_of(self, active: ActiveRun, exc: BaseException | None) -> End:
+    def outcome_of(self, active: ActiveRun, exc: BaseException | None) -> Outcome:
         """How a run ends whose turn gave no step: it was cancelled, or raised *exc*."""
         if anyio.current_time() >= active.scope.deadline:
             return timeout_of(active.timeout_s)

@@ -42,7 +42,7 @@ from flock.runs import OnExtra, Row
 __all__ = [
     "EXPANSION",
     "MAX_ROW_BYTES",
-    "Fill",
+    "RowMapping",
     "TableFormat",
     "csv_rows",
     "ending_of",
@@ -86,7 +86,7 @@ MAX_COMPARED = 1000
 CURES_OF_EXTRA = ' on_extra="keep" (--on-extra keep) carries it into the results, and "ignore" drops it.'
 
 
-class Fill:
+class RowMapping:
     """What becomes of the members of a row: names mapped, gaps filled, and what is no input refused, dropped or kept.
 
     Raises InvalidData if *static* or *names* have more than ``MAX_MEMBERS``, or if a value of *names* is not an input.
@@ -198,7 +198,7 @@ class Fill:
             errors=tuple(errors),
         )
 
-    def renaming(self, names: Mapping[str, str]) -> "Fill":
+    def renaming(self, names: Mapping[str, str]) -> "RowMapping":
         """The same, with more *names*."""
         made = copy.copy(self)
         made.names = {**self.names, **names}
@@ -260,15 +260,15 @@ def _unreadable_row(error: FieldError, at: str, line: int | None) -> Row:
 # JSON
 
 
-def json_rows(rows: Iterable[Mapping[str, msgspec.Raw]], fill: Fill) -> Iterator[Row]:
+def json_rows(rows: Iterable[Mapping[str, msgspec.Raw]], row_mapping: RowMapping) -> Iterator[Row]:
     """The rows of a JSON body's ``batch_inputs``. Raises TooLarge."""
     for position, members in enumerate(rows):
-        fill.meet(members)
-        yield fill.row(members, at=f"/batch_inputs/{position}")
+        row_mapping.meet(members)
+        yield row_mapping.row(members, at=f"/batch_inputs/{position}")
 
 
 async def ndjson_rows(
-    chunks: AsyncIterable[bytes], fill: Fill, *, max_row_bytes: int, max_depth: int
+    chunks: AsyncIterable[bytes], row_mapping: RowMapping, *, max_row_bytes: int, max_depth: int
 ) -> AsyncGenerator[Row, None]:
     """One object a line; empty lines are none.
 
@@ -281,7 +281,7 @@ async def ndjson_rows(
             if number % LINES_A_STEP == 0:
                 await share.checkpoint()
             if text := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
-                yield await _ndjson_row(text, number, fill, max_depth, share)
+                yield await _ndjson_row(text, number, row_mapping, max_depth, share)
 
 
 async def _lines(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterator[Sequence[bytes]]:
@@ -311,7 +311,7 @@ def _row_too_long(line: int, max_bytes: int) -> TooLarge:
     return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, all that one row may have.")
 
 
-async def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int, share: FairShare) -> Row:
+async def _ndjson_row(line: bytes, number: int, row_mapping: RowMapping, max_depth: int, share: FairShare) -> Row:
     try:
         for _ in depth_steps(line, max_depth):
             await share.checkpoint()
@@ -324,8 +324,8 @@ async def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int, shar
         detail = str(found).replace("line 1, ", "")  # its own line is told beside it
     else:
         await share.checkpoint()
-        fill.meet(members)
-        return fill.row(members, line=number)
+        row_mapping.meet(members)
+        return row_mapping.row(members, line=number)
     return _unreadable_row(FieldError(detail=detail, pointer="", line=number), "", number)
 
 
@@ -334,14 +334,14 @@ async def _ndjson_row(line: bytes, number: int, fill: Fill, max_depth: int, shar
 
 async def csv_rows(
     chunks: AsyncIterable[bytes],
-    fill: Fill,
+    row_mapping: RowMapping,
     dialect: CSVDialect,
     *,
     max_row_bytes: int,
     max_depth: int,
     are_names_counted: bool = True,
 ) -> AsyncGenerator[Row, None]:
-    """Rows of CSV (RFC 4180) after a header, their cells typed by the signature of *fill*; empty lines are none.
+    """Rows of CSV (RFC 4180) after a header, their cells typed by the signature of *row_mapping*; empty lines are none.
 
     *are_names_counted*: whether the names of columns that rows keep count as static inputs do.
 
@@ -356,11 +356,11 @@ async def csv_rows(
         if columns is None:
             if len(cells) > MAX_MEMBERS:
                 raise _unreadable(_too_many(len(cells), "columns"), line)
-            columns = _Columns(cells, fill, dialect, line, max_depth)
+            columns = _Columns(cells, row_mapping, dialect, line, max_depth)
             names_bytes = columns.names_bytes if are_names_counted else 0
             await share.checkpoint()
         else:
-            fill.count(names_bytes, "names of the columns")
+            row_mapping.count(names_bytes, "names of the columns")
             yield columns.row(cells, line)
     if columns is None:
         raise _unreadable("There is no header: the first line names the columns.", 1)
@@ -446,45 +446,51 @@ class _Columns:
             which are in the error of a row. Others are as long as the names of inputs, or are not kept.
     """
 
-    def __init__(self, header: Sequence[str], fill: Fill, dialect: CSVDialect, line: int, max_depth: int) -> None:
+    def __init__(
+        self, header: Sequence[str], row_mapping: RowMapping, dialect: CSVDialect, line: int, max_depth: int
+    ) -> None:
         self._header = [name.removeprefix("\ufeff").strip() for name in header]
-        mapped = fill.names
+        mapped = row_mapping.names
         self._dialect = dialect
-        self._fill = fill = _in_any_case(fill, self._header)
+        self._row_mapping = row_mapping = _in_any_case(row_mapping, self._header)
         if "\x00" in header[0]:
             raise _unreadable(dialect.not_read(header[0]), line)
-        fill.meet(self._header)
+        row_mapping.meet(self._header)
         errors = [
             FieldError(detail=problem, pointer=f"/{escape_pointer(column)}", line=line)
             for column, problem in itertools.islice(self._problems(), MAX_ROW_ERRORS)
         ]
-        if all(map(fill.is_extra, self._header)):
-            known = {name.casefold() for name in (*fill.fields, *fill.names, *fill.dropped)}
+        if all(map(row_mapping.is_extra, self._header)):
+            known = {name.casefold() for name in (*row_mapping.fields, *row_mapping.names, *row_mapping.dropped)}
             if problem := dialect.not_divided(self._header, known, is_refused=bool(errors)):
                 raise _unreadable(problem, line)
         if errors:
             raise InvalidData(errors)
         self._cells = [self._reader(column, max_depth) for column in self._header]
-        kept = [name for name in self._header if name in mapped or (fill.on_extra == "keep" and fill.is_extra(name))]
+        kept = [
+            name
+            for name in self._header
+            if name in mapped or (row_mapping.on_extra == "keep" and row_mapping.is_extra(name))
+        ]
         self.names_bytes = len(msgspec.json.encode(dict.fromkeys(kept, ""))) if kept else 0
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         """What is wrong with the header: columns, and in words why."""
-        fill, met = self._fill, set[str]()
-        names = {each: fill.names.get(each, each) for each in self._header if each not in fill.dropped}
-        inputs = {*names.values(), *fill.static}
-        missing, meant = fill.missing(inputs), set[str]()
+        row_mapping, met = self._row_mapping, set[str]()
+        names = {each: row_mapping.names.get(each, each) for each in self._header if each not in row_mapping.dropped}
+        inputs = {*names.values(), *row_mapping.static}
+        missing, meant = row_mapping.missing(inputs), set[str]()
         for place, column in enumerate(self._header, 1):
-            if column in fill.dropped:
+            if column in row_mapping.dropped:
                 continue
             name, problem = names[column], ""
-            if fill.is_extra(column):
-                if fill.on_extra == "ignore" or column:
-                    problem = fill.problem_of(column, missing, inputs)
-                    meant.add(fill.nearest(column))
+            if row_mapping.is_extra(column):
+                if row_mapping.on_extra == "ignore" or column:
+                    problem = row_mapping.problem_of(column, missing, inputs)
+                    meant.add(row_mapping.nearest(column))
                 else:
                     problem = f"Column {place} has no name."
-                if fill.on_extra == "keep" and column in met:
+                if row_mapping.on_extra == "keep" and column in met:
                     problem = problem or f"Another column is called {column!r} too."
             elif name in met:
                 problem = f"Another column becomes the input {name!r} too."
@@ -492,9 +498,9 @@ class _Columns:
             if problem:
                 yield column, problem
         header = set(self._header)
-        for column in (each for each in (*fill.names, *fill.dropped) if each not in header):
+        for column in (each for each in (*row_mapping.names, *row_mapping.dropped) if each not in header):
             yield column, f"input_mapping names the column {column!r}, and there is none."
-        for name in (each for each in fill.fields if each in missing and each not in meant):
+        for name in (each for each in row_mapping.fields if each in missing and each not in meant):
             cure = f'Name one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
             yield name, f"The input {name!r} is required, and there is no column for it. {cure}"
 
@@ -509,7 +515,7 @@ class _Columns:
                 raw = msgspec.Raw(msgspec.json.encode(cell))
             if raw is not None:
                 members[column] = raw
-        row = self._fill.row(members, line=line)
+        row = self._row_mapping.row(members, line=line)
         if len(cells) != len(self._header):
             detail = f"This row has {len(cells)} cells, and the header has {len(self._header)}."
             if len(cells) > len(self._header):
@@ -518,26 +524,28 @@ class _Columns:
         return msgspec.structs.replace(row, errors=(*row.errors, *errors)) if errors else row
 
     def _reader(self, column: str, max_depth: int) -> Callable[[str], msgspec.Raw | None]:
-        fill = self._fill
-        if column in fill.dropped:
+        row_mapping = self._row_mapping
+        if column in row_mapping.dropped:
             return _dropped
-        if not fill.is_extra(column):
-            name = fill.names.get(column, column)
-            return _cell_reader(fill.fields[name], name in fill.static, max_depth, self._dialect)
-        return _as_text if fill.on_extra == "keep" else _dropped
+        if not row_mapping.is_extra(column):
+            name = row_mapping.names.get(column, column)
+            return _cell_reader(row_mapping.fields[name], name in row_mapping.static, max_depth, self._dialect)
+        return _as_text if row_mapping.on_extra == "keep" else _dropped
 
 
-def _in_any_case(fill: Fill, header: Sequence[str]) -> Fill:
-    """*fill* with names for columns that are called as inputs but for upper and lower case, if that is unambiguous."""
-    exact = {fill.names.get(column, column) for column in header if column not in fill.dropped}
-    inputs = Counter(name.casefold() for name in fill.fields)
-    by_case = {name.casefold(): name for name in fill.fields if name not in exact and inputs[name.casefold()] == 1}
+def _in_any_case(row_mapping: RowMapping, header: Sequence[str]) -> RowMapping:
+    """*row_mapping* that also matches columns to inputs without regard to case, where only one input matches."""
+    exact = {row_mapping.names.get(column, column) for column in header if column not in row_mapping.dropped}
+    inputs = Counter(name.casefold() for name in row_mapping.fields)
+    by_case = {
+        name.casefold(): name for name in row_mapping.fields if name not in exact and inputs[name.casefold()] == 1
+    }
     columns = Counter(column.casefold() for column in header)
-    return fill.renaming(
+    return row_mapping.renaming(
         {
             column: by_case[column.casefold()]
             for column in header
-            if fill.is_extra(column) and column.casefold() in by_case and columns[column.casefold()] == 1
+            if row_mapping.is_extra(column) and column.casefold() in by_case and columns[column.casefold()] == 1
         }
     )
 
@@ -605,7 +613,7 @@ def is_packed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def file_rows(path: Path, fill: Fill, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
+def file_rows(path: Path, row_mapping: RowMapping, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
     """The rows of a file of the program's own, of CSV or NDJSON, also packed by gzip.
 
     Raises: DefinitionError where its name does not tell what is in it. To read them raises OSError, InvalidData and
@@ -618,8 +626,8 @@ def file_rows(path: Path, fill: Fill, dialect: CSVDialect) -> AsyncGenerator[Row
             '.gz after it. Save a spreadsheet as "CSV UTF-8".'
         )
     if format_ == "ndjson":
-        return ndjson_rows(chunks, fill, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
-    return csv_rows(chunks, fill, dialect, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
+        return ndjson_rows(chunks, row_mapping, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
+    return csv_rows(chunks, row_mapping, dialect, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
 
 
 async def _own_file(path: Path) -> AsyncIterator[bytes]:

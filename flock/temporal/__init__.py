@@ -49,7 +49,7 @@ Where things are:
 - Counts: in the memo of the batch for chunks that have ended, and in the memo of each chunk at work. ``get_batch`` adds
   them up with the heartbeats. No worker is needed for that.
 - What each attempt was about: ``Attempt``, in orders and in the memo of the batch.
-- Idempotency keys and deleted runs: ``flock_mark`` workflows that never run (``flock.temporal.marks``).
+- Idempotency keys and deleted runs: ``flock_mark`` workflows that never run (``flock.temporal.reservations``).
 
 Who wakes whom:
 

@@ -37,7 +37,6 @@ from flock.runs import (
 )
 from flock.temporal.chunks import ended_by_now, read_chunk
 from flock.temporal.cluster import Cluster
-from flock.temporal.marks import Marks
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
     ROWS_WORKFLOW,
@@ -53,6 +52,7 @@ from flock.temporal.messages import (
     place_of_item,
     rows_workflow_id,
 )
+from flock.temporal.reservations import Reservations
 from flock.temporal.search import ID, newest_first, own
 
 __all__ = ["TemporalBatches"]
@@ -103,7 +103,7 @@ class TemporalBatches:
     def __init__(
         self,
         cluster: Cluster,
-        marks: Marks,
+        reservations: Reservations,
         flock: str,
         task_queue: str,
         *,
@@ -111,7 +111,7 @@ class TemporalBatches:
         heartbeat_timeout_s: float,
     ) -> None:
         self._cluster = cluster
-        self._marks = marks
+        self._reservations = reservations
         self._flock = flock
         self._task_queue = task_queue
         self._limits = limits
@@ -144,7 +144,7 @@ class TemporalBatches:
             await rows.send(page)
 
         waiting = await self._check_room(0)  # a cluster that is away says so here, and soon
-        is_used = key is not None and await self._marks.is_used(key)  # a replay comes before any limit
+        is_used = key is not None and await self._reservations.is_used(key)  # a replay comes before any limit
         is_whole = False
         try:
             whole = await intake.read(
@@ -165,7 +165,7 @@ class TemporalBatches:
                 invalid_items=whole.failed_items,
                 failed_in=f"{rows.failed_in:x}",
                 first_error=rows.first_error,
-                key_id=None if key is None else self._marks.key_id(key),
+                key_id=None if key is None else self._reservations.key_id(key),
             )
             accepted = await self._accept(order, key, own, rows)
         except BaseException:
@@ -184,10 +184,10 @@ class TemporalBatches:
     async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
         """Let workers delete what was sent, unless the key stands for it by now: it may have been started."""
         try:
-            if key is None or await self._marks.find(key) != batch_id:
-                await self._marks.forget_batch(batch_id, chunks)
+            if key is None or await self._reservations.find(key) != batch_id:
+                await self._reservations.forget_batch(batch_id, chunks)
         except KeyReused:
-            await self._marks.forget_batch(batch_id, chunks)
+            await self._reservations.forget_batch(batch_id, chunks)
         except StoreError as exc:
             logger.warning("what was sent of the batch %s cannot be deleted: %s", batch_id, exc)
 
@@ -197,16 +197,16 @@ class TemporalBatches:
         Raises: Replayed, KeyReused, EngineFull.
         """
         batch = order.batch
-        made_id = None if key is None else await self._marks.find(key)
+        made_id = None if key is None else await self._reservations.find(key)
         if key is not None and made_id is not None:
-            if await self._marks.is_gone(made_id):
-                await self._marks.free(self._marks.key_id(key), made_id)
+            if await self._reservations.is_gone(made_id):
+                await self._reservations.free(self._reservations.key_id(key), made_id)
             with contextlib.suppress(BatchNotFound):
                 raise Replayed((await self.get(made_id)).batch_id)
         await self._check_room(batch.total_items - batch.completed_items - staged)
         if key is not None:
             # The process that claimed the key may have died before it started the batch; the next one starts it.
-            made_id = await self._marks.claim(key, batch.batch_id)
+            made_id = await self._reservations.claim(key, batch.batch_id)
             if made_id != batch.batch_id:
                 order = replace(
                     order, batch=replace(batch, batch_id=made_id), attempts=(Attempt(rows_of=batch.batch_id),)
@@ -268,7 +268,7 @@ class TemporalBatches:
             if later is None:
                 break
             found = later
-        if found.batch.status.is_final and await self._marks.is_gone(batch_id):
+        if found.batch.status.is_final and await self._reservations.is_gone(batch_id):
             raise BatchNotFound(batch_id)
         return found
 
@@ -472,9 +472,9 @@ class TemporalBatches:
         if not batch.status.is_final:
             raise not_deleted(batch)
         order = await self._order(batch)
-        if not await self._marks.forget_batch(batch_id, len(order.starts), order.attempts[0].rows_of):
+        if not await self._reservations.forget_batch(batch_id, len(order.starts), order.attempts[0].rows_of):
             raise BatchNotFound(batch_id)
-        await self._marks.free(order.key_id, batch_id)
+        await self._reservations.free(order.key_id, batch_id)
 
 
 class _Rows:

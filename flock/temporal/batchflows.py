@@ -27,7 +27,7 @@ from temporalio.exceptions import (
     TimeoutError,
 )
 
-from flock.engine.ends import End
+from flock.engine.outcomes import Outcome
 from flock.errors import cut
 from flock.runs import RunStatus
 from flock.temporal.messages import (
@@ -490,7 +490,7 @@ def _what_became_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder)
         return ended_by(order, beat, workflow.now(), is_cancelled=is_cancelled, end=_end_for(exc.cause))
 
 
-def _end_for(cause: BaseException | None) -> End:
+def _end_for(cause: BaseException | None) -> Outcome:
     return end_for(cause.type, cause.message) if isinstance(cause, ApplicationError) else GIVEN_UP
 
 

@@ -47,7 +47,6 @@ from flock.runs import (
 )
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster
-from flock.temporal.marks import Marks
 from flock.temporal.messages import (
     HEARTBEAT_TIMEOUT_S,
     MAX_ITEMS,
@@ -58,6 +57,7 @@ from flock.temporal.messages import (
     task_queue_of,
 )
 from flock.temporal.records import at_work, run_of, waiting_again
+from flock.temporal.reservations import Reservations
 from flock.temporal.search import ID, newest_first, open_runs, own
 
 __all__ = ["TemporalEngine"]
@@ -116,10 +116,10 @@ class TemporalEngine(EngineBase):
         super().__init__(agents, flock, limits)
         self._task_queue = task_queue_of(flock)
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._marks = Marks(self.cluster, flock, self._task_queue)
+        self._reservations = Reservations(self.cluster, flock, self._task_queue)
         self._batches = TemporalBatches(
             self.cluster,
-            self._marks,
+            self._reservations,
             flock,
             self._task_queue,
             limits=limits,
@@ -137,7 +137,7 @@ class TemporalEngine(EngineBase):
         self._waiting = 0
 
     @property
-    def is_leaving(self) -> bool:
+    def is_draining(self) -> bool:
         return self._is_leaving
 
     @property
@@ -152,7 +152,7 @@ class TemporalEngine(EngineBase):
     def _client(self) -> Client:
         return self.cluster.client
 
-    # Life
+    # Lifecycle
 
     async def __aenter__(self) -> Self:
         self._check_not_entered()
@@ -242,8 +242,8 @@ class TemporalEngine(EngineBase):
             if key is None:
                 await self._start(self._order(run))
                 return
-            made_id = await self._marks.claim(key, run.run_id)
-            order = replace(self._order(replace(run, run_id=made_id)), key_id=self._marks.key_id(key))
+            made_id = await self._reservations.claim(key, run.run_id)
+            order = replace(self._order(replace(run, run_id=made_id)), key_id=self._reservations.key_id(key))
             # The process that claimed the key may have died before it started the run; the next one starts it.
             with contextlib.suppress(WorkflowAlreadyStartedError):
                 await self._start(order)
@@ -295,7 +295,7 @@ class TemporalEngine(EngineBase):
 
     async def _started_under(self, key: IdempotencyKey) -> str | None:
         """The id of the run that was started under *key*; None if it was only claimed. Raises KeyReused."""
-        made_id = await self._marks.find(key)
+        made_id = await self._reservations.find(key)
         if made_id is not None:
             with contextlib.suppress(RunNotFound):
                 return (await self.get_run(made_id)).run_id
@@ -317,7 +317,7 @@ class TemporalEngine(EngineBase):
             if later is None:
                 break
             run = later
-        if run.status.is_final and await self._marks.is_gone(run_id):
+        if run.status.is_final and await self._reservations.is_gone(run_id):
             raise RunNotFound(run_id)
         return run
 
@@ -452,9 +452,9 @@ class TemporalEngine(EngineBase):
         if run.batch_id is not None or not run.status.is_final:
             raise not_deleted(run)
         key_id = await self._kept_key(run)
-        if not await self._marks.note_gone(run_id):
+        if not await self._reservations.note_gone(run_id):
             raise RunNotFound(run_id)
-        await self._marks.free(key_id, run_id)
+        await self._reservations.free(key_id, run_id)
         async with self.cluster.asking():
             for attempt in range(1, run.attempt + 1):
                 await self.cluster.delete(run_workflow_id(run_id, attempt))

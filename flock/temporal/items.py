@@ -19,7 +19,7 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.engine.ends import CANCELLED, End
+from flock.engine.outcomes import CANCELLED, Outcome
 from flock.engine.turns import Turns
 from flock.errors import StoreError
 from flock.runs import Run, RunStatus, Step, now
@@ -181,7 +181,7 @@ class ItemActivities:
             if turn.outcome is None:
                 return None
             run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress)
-            end = turn.outcome if isinstance(turn.outcome, End) else None
+            end = turn.outcome if isinstance(turn.outcome, Outcome) else None
             if isinstance(turn.outcome, Step):
                 run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
                 job.at_work = _part(run)
@@ -321,7 +321,7 @@ def _part(run: Run) -> Part:
     return Part(position=run.position or 0, started_at=run.started_at, steps=run.steps, progress=run.progress)
 
 
-def _ended(part: Part, end: End, started_at: datetime | None) -> ItemEnd:
+def _ended(part: Part, end: Outcome, started_at: datetime | None) -> ItemEnd:
     return ItemEnd(
         position=part.position,
         status=end.status,

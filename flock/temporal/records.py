@@ -11,7 +11,7 @@ from temporalio.api.failure.v1 import Failure
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 
-from flock.engine.ends import CANCELLED, End
+from flock.engine.outcomes import CANCELLED, Outcome
 from flock.errors import cut
 from flock.runs import Run, RunStatus
 from flock.temporal.messages import (
@@ -144,19 +144,19 @@ def time_of(stamp: Timestamp) -> datetime:
 
 # Items
 
-CANCELLED_BEFORE = End(RunStatus.CANCELLED, "The batch was cancelled before this item began.", "cancelled")
-GIVEN_UP = End(
+CANCELLED_BEFORE = Outcome(RunStatus.CANCELLED, "The batch was cancelled before this item began.", "cancelled")
+GIVEN_UP = Outcome(
     RunStatus.FAILED, "The workers that had this item died or stopped, many of them. It may be the item.", INTERRUPTED
 )
 
 
-def end_for(error_type: str | None, error: str) -> End:
+def end_for(error_type: str | None, error: str) -> Outcome:
     """How an item ends that cannot be worked on, by what its activity failed with."""
-    return End(RunStatus.FAILED, error, PAYLOAD_LOST) if error_type == PAYLOAD_LOST else GIVEN_UP
+    return Outcome(RunStatus.FAILED, error, PAYLOAD_LOST) if error_type == PAYLOAD_LOST else GIVEN_UP
 
 
 def ended_by(
-    order: ItemsOrder, beat: ItemsDone | None, at: datetime, *, is_cancelled: bool, end: End = GIVEN_UP
+    order: ItemsOrder, beat: ItemsDone | None, at: datetime, *, is_cancelled: bool, end: Outcome = GIVEN_UP
 ) -> ItemsDone:
     """What is taken for done where the cluster does not let *order* be tried again.
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
-from flock.engine.rows import id_at
+from flock.engine.rows import first_id_at
 from flock.runs import BatchFilter, RunFilter, RunStatus, now
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW
@@ -90,7 +90,7 @@ def _milliseconds(time: datetime) -> int:
 
 
 def _id_at(milliseconds: int) -> str:
-    return id_at(EPOCH + timedelta(milliseconds=milliseconds))
+    return first_id_at(EPOCH + timedelta(milliseconds=milliseconds))
 
 
 def _quoted(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from temporalio import activity
 
-from flock.engine.ends import End
+from flock.engine.outcomes import Outcome
 from flock.engine.turns import ActiveRun, Turns
 from flock.runs import Step
 
@@ -27,7 +27,7 @@ class ActivityTurn(ActiveRun):
         outcome: its step, or how the run ends; None if the worker stops and leaves the turn to another one.
     """
 
-    outcome: Step | End | None = None
+    outcome: Step | Outcome | None = None
 
     async def take(self, turns: Turns) -> None:
         """Take the turn. A task's own result would be lost if an agent left a cancellation behind."""
@@ -39,7 +39,7 @@ class ActivityTurn(ActiveRun):
         except BaseException as exc:  # an agent's SystemExit would end the worker
             failure = exc
         if not self.is_stopped:
-            self.outcome = turns.end_of(self, failure)
+            self.outcome = turns.outcome_of(self, failure)
 
     def stop(self, turns: Turns) -> None:
         """Stop the turn because the worker stops. A function in a thread is told, since nothing waits for it now."""

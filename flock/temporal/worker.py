@@ -16,7 +16,7 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
-from flock.engine.ends import CANCELLED, End
+from flock.engine.outcomes import CANCELLED, Outcome
 from flock.engine.turns import Turns
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
@@ -229,7 +229,7 @@ async def _tell_beats(turn: _RunTurn, heartbeat_timeout_s: float) -> None:
         pause_s = heartbeat_timeout_s / 3
 
 
-def _end(turn: _RunTurn, end: End) -> NoReturn:
+def _end(turn: _RunTurn, end: Outcome) -> NoReturn:
     # A CancelledError could not say when the turn began. The workflow knows that it was asked to cancel.
     # What was asked for is no failure for the library's log.
     category = ApplicationErrorCategory.BENIGN if end is CANCELLED else ApplicationErrorCategory.UNSPECIFIED

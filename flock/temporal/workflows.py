@@ -12,7 +12,7 @@ from temporalio import workflow
 from temporalio.common import Priority, RetryPolicy
 from temporalio.exceptions import ActivityError, ApplicationError, TimeoutError, TimeoutType
 
-from flock.engine.ends import queue_timeout, timeout_of
+from flock.engine.outcomes import queue_timeout, timeout_of
 from flock.runs import RunStatus
 from flock.temporal.messages import (
     ACTIVITY,

@@ -40,10 +40,10 @@ from flock.runs import (
 
 __all__ = [
     "Caller",
+    "ConcurrencyLimit",
     "KeyRing",
-    "OwnEngine",
-    "Places",
-    "Rate",
+    "RateLimit",
+    "ScopedEngine",
     "check_host",
     "check_origin",
     "keys_of_environment",
@@ -163,7 +163,7 @@ def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
         )
 
 
-class Places:
+class ConcurrencyLimit:
     """Up to *limit* of *what* that each caller may have at the same time."""
 
     def __init__(self, limit: int, what: str) -> None:
@@ -185,7 +185,7 @@ class Places:
                 del self._taken[caller]
 
 
-class Rate:
+class RateLimit:
     """How many requests each principal may send in a minute: all at once, or as they come in again one by one."""
 
     def __init__(self, per_minute: int) -> None:
@@ -216,7 +216,7 @@ class Rate:
         return headers | {"RateLimit": f'"minute";r={left};t={math.ceil(each_s)}'}
 
 
-class OwnEngine:
+class ScopedEngine:
     """An ``Engine`` as one principal sees it: what belongs to others is not there, unless it is an admin's view."""
 
     def __init__(self, engine: Engine, principal: Principal) -> None:
@@ -228,8 +228,8 @@ class OwnEngine:
         return self._engine.item_limits
 
     @property
-    def is_leaving(self) -> bool:
-        return self._engine.is_leaving
+    def is_draining(self) -> bool:
+        return self._engine.is_draining
 
     async def __aenter__(self) -> Self:
         await self._engine.__aenter__()

@@ -9,14 +9,14 @@ from flock.agents.agent import Agent
 from flock.agents.workflow import result_names
 from flock.errors import AgentNotFound, DefinitionError, FieldError, InvalidData
 from flock.rows.dialect import CSVDialect
-from flock.rows.tables import EXPANSION, Fill, csv_rows, json_rows, ndjson_rows, read_file
+from flock.rows.tables import EXPANSION, RowMapping, csv_rows, json_rows, ndjson_rows, read_file
 from flock.runs import BatchOptions, Items
 from flock.web.body import Body
 from flock.web.options import AppOptions
 from flock.web.requests import query_of
 from flock.web.wire import BATCH_REQUEST, FlockBatchRequest, UploadQuery
 
-__all__ = ["BATCH_TYPES", "agent_of", "batch_options", "fill_of", "options_in_body", "rows_of"]
+__all__ = ["BATCH_TYPES", "agent_of", "batch_options", "options_in_body", "row_mapping_of", "rows_of"]
 
 #: What the body of ``POST /run/batch`` may be.
 BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
@@ -41,13 +41,15 @@ def agent_of(agents: Mapping[str, Agent], name: str) -> Agent:
     return agents[name]
 
 
-def fill_of(agents: Mapping[str, Agent], options: AppOptions, wanted: FlockBatchRequest, body: Body) -> Fill:
+def row_mapping_of(
+    agents: Mapping[str, Agent], options: AppOptions, wanted: FlockBatchRequest, body: Body
+) -> RowMapping:
     """How the rows of a batch become inputs. Raises InvalidData, AgentNotFound."""
 
     def max_static_bytes() -> int:
         return EXPANSION * max(options.max_body_bytes, body.received_bytes)
 
-    return Fill(
+    return RowMapping(
         agent_of(agents, wanted.agent_name).input,
         wanted.static_inputs,
         wanted.input_mapping,
@@ -57,15 +59,17 @@ def fill_of(agents: Mapping[str, Agent], options: AppOptions, wanted: FlockBatch
     )
 
 
-def rows_of(options: AppOptions, media_type: str, wanted: FlockBatchRequest, body: Body, fill: Fill) -> Items:
+def rows_of(
+    options: AppOptions, media_type: str, wanted: FlockBatchRequest, body: Body, row_mapping: RowMapping
+) -> Items:
     """The rows of a batch, none of which is read yet. Raises InvalidData; reading them raises more."""
     chunks = body.upload()
     limits = {"max_row_bytes": options.max_body_bytes, "max_depth": options.max_json_depth}
     if media_type == "application/x-ndjson":
-        return ndjson_rows(chunks, fill, **limits)
+        return ndjson_rows(chunks, row_mapping, **limits)
     if media_type == "application/json":
         if not isinstance(wanted.batch_inputs, str):
-            return json_rows(wanted.batch_inputs, fill)
+            return json_rows(wanted.batch_inputs, row_mapping)
         if options.csv_dir is None:
             detail = (
                 "Send the rows themselves: a list of objects here, or the file as a body of text/csv. No file of the "
@@ -78,7 +82,7 @@ def rows_of(options: AppOptions, media_type: str, wanted: FlockBatchRequest, bod
     except DefinitionError as exc:
         raise InvalidData([FieldError(detail=str(exc), pointer="")]) from exc
     # A file below csv_dir is not what the client sent, so its names are not measured by that.
-    return csv_rows(chunks, fill, dialect, **limits, are_names_counted=media_type == "text/csv")
+    return csv_rows(chunks, row_mapping, dialect, **limits, are_names_counted=media_type == "text/csv")
 
 
 def batch_options(wanted: FlockBatchRequest) -> BatchOptions:

@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute
 
 from flock.options import Option, Options, many, of_type, seconds, whole
 from flock.runs import Engine
-from flock.web.door import Auth
+from flock.web.routing import Auth
 
 __all__ = ["AppOptions", "OnDisconnect", "is_host_name"]
 

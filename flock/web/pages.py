@@ -11,8 +11,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from flock.web.contract import PAGE_HEADERS, STATIC
-from flock.web.door import AppRoute, OpenMount
 from flock.web.requests import path_of, root_path
+from flock.web.routing import AppRoute, PublicMount
 from flock.web.ui import takes_gzip
 
 __all__ = ["DOCS", "SPECIFICATION", "UI", "docs", "no_ui", "openapi_json", "openapi_yaml", "redoc", "to_ui", "ui"]
@@ -84,10 +84,10 @@ SPECIFICATION: Sequence[AppRoute] = [
     AppRoute("nothing", "GET", "/openapi.yaml", openapi_yaml),
     AppRoute("nothing", "GET", "/openapi.json", openapi_json),
 ]
-DOCS: Sequence[AppRoute | OpenMount] = [
+DOCS: Sequence[AppRoute | PublicMount] = [
     AppRoute("nothing", "GET", "/docs", docs, include_in_schema=False),
     AppRoute("nothing", "GET", "/redoc", redoc, include_in_schema=False),
-    OpenMount("/static", _Static(directory=STATIC)),
+    PublicMount("/static", _Static(directory=STATIC)),
 ]
 
 #: With ``create_ui``.

@@ -85,7 +85,7 @@ async def event_text(
             is_event_whole = True
     except FlockError as exc:
         logger.warning("request %s: its event stream is cut: %s", request_id, exc)
-    if engine.is_leaving and is_event_whole:  # an empty line would make an event of what was sent of the last one
+    if engine.is_draining and is_event_whole:  # an empty line would make an event of what was sent of the last one
         yield b"retry: %d\n\n" % RECONNECT_MS
 
 

@@ -18,11 +18,11 @@ import anyio
 from flock.errors import EngineStopped
 from flock.runs import Engine
 
-__all__ = ["Life", "life_of"]
+__all__ = ["EngineLifespan", "lifespan_of"]
 
 
-class Life:
-    """The life of one engine, whoever asks for it; see ``life_of``."""
+class EngineLifespan:
+    """The life of one engine, whoever asks for it; see ``lifespan_of``."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)
@@ -131,10 +131,10 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-_lives: "weakref.WeakKeyDictionary[Engine, Life]" = weakref.WeakKeyDictionary()
+_lives: "weakref.WeakKeyDictionary[Engine, EngineLifespan]" = weakref.WeakKeyDictionary()
 
 
-def life_of(engine: Engine) -> Life:
+def lifespan_of(engine: Engine) -> EngineLifespan:
     """The one life of *engine*, however many apps are on it."""
     life = _lives.get(engine)
-    return _lives.setdefault(engine, Life(engine)) if life is None else life
+    return _lives.setdefault(engine, EngineLifespan(engine)) if life is None else life

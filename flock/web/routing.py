@@ -1,4 +1,4 @@
-"""The door of an app, which is its router: what is asked of a request before anything of its body is read."""
+"""The router of an app: it checks access before anything of a request's body is read."""
 
 import inspect
 import ipaddress
@@ -14,9 +14,20 @@ from starlette.types import Receive, Scope, Send
 
 from flock.errors import FlockError, Forbidden, Unauthenticated
 from flock.runs import Principal
-from flock.web.auth import Caller, KeyRing, Rate, check_host, check_origin
+from flock.web.auth import Caller, KeyRing, RateLimit, check_host, check_origin
 
-__all__ = ["CORS", "AppRoute", "Auth", "Door", "Found", "Needs", "OpenMount", "by_key", "caller_of", "principal_of"]
+__all__ = [
+    "CORS",
+    "AppRoute",
+    "AppRouter",
+    "Auth",
+    "Needs",
+    "PublicMount",
+    "RouteMatch",
+    "api_key_auth",
+    "caller_of",
+    "principal_of",
+]
 
 #: Says who asks, or None where nobody may know; it reads headers, a session, a certificate, and never the body.
 Auth = Callable[[HTTPConnection], Awaitable[Principal | None] | Principal | None]
@@ -54,14 +65,14 @@ class AppRoute(Route):
         self.needs = needs
 
 
-class OpenMount(Mount):
+class PublicMount(Mount):
     """A mount that needs nothing."""
 
     needs: Needs = "nothing"
 
 
-class Found(msgspec.Struct):
-    """What the door learned about a request; one object, so that middleware which copies the scope does not hide it.
+class RouteMatch(msgspec.Struct):
+    """What the router found out about a request, in one object that middleware which copies the scope shares.
 
     Attributes:
         route: the route that answers; None if no route matches.
@@ -72,7 +83,7 @@ class Found(msgspec.Struct):
     headers: Mapping[str, str] = {}
 
 
-class Door(Router):
+class AppRouter(Router):
     """A router that admits a request to the route that answers it, and to no other.
 
     It finds the route once, as Starlette does: the first that matches path and method, otherwise the first that matches
@@ -98,7 +109,7 @@ class Door(Router):
         hosts: Collection[str] | None,
         origins: Collection[str],
         max_header_bytes: int,
-        rate: Rate | None,
+        rate: RateLimit | None,
         **options: Any,
     ) -> None:
         super().__init__(routes, redirect_slashes=False, **options)  # to an address that ``Host`` names
@@ -114,7 +125,7 @@ class Door(Router):
             await super().__call__(scope, receive, send)
             return
         route, child_scope = self._match(scope)
-        found: Found = scope.setdefault("flock.found", Found())
+        found: RouteMatch = scope.setdefault("flock.found", RouteMatch())
         found.route = route
         needs: Needs = getattr(route, "needs", "access")
         try:
@@ -158,7 +169,7 @@ class Door(Router):
         if is_from_page and (is_kept or scope.get("method") not in SAFE_METHODS):
             check_origin(headers, self._origins)
 
-    async def _admit(self, scope: Scope, found: Found, needs: Needs) -> None:
+    async def _admit(self, scope: Scope, found: RouteMatch, needs: Needs) -> None:
         connection = HTTPConnection(scope)
         if self._auth is not None:
             scope["flock.principal"] = await _identify(connection, self._auth)
@@ -177,7 +188,7 @@ async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:
     raise Unauthenticated("This needs a key that is known here. With curl: -H 'Authorization: Bearer YOUR_KEY'")
 
 
-def by_key(keys: KeyRing) -> Auth:
+def api_key_auth(keys: KeyRing) -> Auth:
     """``auth`` by ``Authorization: Bearer`` (RFC 6750) or ``X-API-Key``."""
 
     async def auth(connection: HTTPConnection) -> Principal | None:

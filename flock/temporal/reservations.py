@@ -17,14 +17,14 @@ from flock.runs import IdempotencyKey
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import FORGET_WORKFLOW, MARK_WORKFLOW, ForgetOrder
 
-__all__ = ["Marks"]
+__all__ = ["Reservations"]
 
 #: How long it is marked that something was deleted. The cluster takes half a minute to forget what has ended.
 KEEP_GONE_FOR = timedelta(hours=1)
 
 
-class Marks:
-    """The marks of one flock."""
+class Reservations:
+    """The reservations of one flock."""
 
     def __init__(self, cluster: Cluster, flock: str, task_queue: str) -> None:
         self._cluster = cluster
@@ -32,7 +32,7 @@ class Marks:
         self._task_queue = task_queue
 
     def key_id(self, key: IdempotencyKey) -> str:
-        digest = hashlib.sha256(f"{self._flock}\n{key.kept_as}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self._flock}\n{key.scoped_key}".encode()).hexdigest()
         return f"key:{digest}"
 
     async def claim(self, key: IdempotencyKey, made_id: str) -> str:

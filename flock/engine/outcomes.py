@@ -6,11 +6,11 @@ import msgspec
 
 from flock.engine.logs import fields_of_run
 from flock.errors import Interrupted, QueueTimeout, StepError, cut
-from flock.runs import Run, RunStatus, one_line, sayable
+from flock.runs import Run, RunStatus, one_line, safe_text
 
 __all__ = [
     "CANCELLED",
-    "End",
+    "Outcome",
     "failure_of",
     "interrupted_turn",
     "queue_timeout",
@@ -20,7 +20,7 @@ __all__ = [
 logger = logging.getLogger("flock.runs")
 
 
-class End(msgspec.Struct, frozen=True):
+class Outcome(msgspec.Struct, frozen=True):
     """The final status of a run, why it is that, and a stable word for programs."""
 
     status: RunStatus
@@ -28,29 +28,29 @@ class End(msgspec.Struct, frozen=True):
     error_type: str
 
 
-CANCELLED = End(RunStatus.CANCELLED, "The run was cancelled.", "cancelled")
+CANCELLED = Outcome(RunStatus.CANCELLED, "The run was cancelled.", "cancelled")
 
 
-def timeout_of(timeout_s: float) -> End:
-    return End(RunStatus.FAILED, f"The run did not end within {timeout_s:g} s (timeout_s).", "timeout")
+def timeout_of(timeout_s: float) -> Outcome:
+    return Outcome(RunStatus.FAILED, f"The run did not end within {timeout_s:g} s (timeout_s).", "timeout")
 
 
-def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> End:
+def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> Outcome:
     """The end of a run whose agent raised *exc*: what of it is for the client. The rest goes to the log, here."""
     while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
         exc = exc.exceptions[0]
     if isinstance(exc, StepError):
-        text = sayable(exc)
+        text = safe_text(exc)
         template, said = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())
         logger.warning(template, run.run_id, said, run.request_id, extra=fields_of_run(run))
-        return End(RunStatus.FAILED, cut(text), cut(sayable(exc.error_type)))
+        return Outcome(RunStatus.FAILED, cut(text), cut(safe_text(exc.error_type)))
     agent_name = run.next_agent_name
     template = "run %s: agent %s raised (request %s)"
     logger.error(template, run.run_id, agent_name, run.request_id, exc_info=exc, extra=fields_of_run(run))
     error = f"The agent {agent_name!r} raised {type(exc).__name__}"
     where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
-    error += f": {sayable(exc)}" if expose_errors else f"; the server's log has more under {where}."
-    return End(RunStatus.FAILED, cut(error), "agent_exception")
+    error += f": {safe_text(exc)}" if expose_errors else f"; the server's log has more under {where}."
+    return Outcome(RunStatus.FAILED, cut(error), "agent_exception")
 
 
 def queue_timeout(limit_s: float) -> QueueTimeout:
