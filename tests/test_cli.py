@@ -359,8 +359,9 @@ def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
     settings |= {name: app[name] for name in app.keys() & options.keys() if name not in shared}
     assert {name: options[name] for name in options.keys() - {"target", "model", "workers"}} == settings
     help_text = "".join(invoke(command, "--help").output for command in ("serve", "run", "batch", "check"))
-    readme = (ROOT / "README.md").read_text("utf-8")
-    for option in re.findall(r"`(--[a-z-]+)[` ]", readme):
+    pages = [(ROOT / "README.md"), *(ROOT / "docs").glob("*.md")]
+    text = "".join(page.read_text("utf-8") for page in pages)
+    for option in re.findall(r"`(--[a-z-]+)[` ]", text):
         assert option in help_text or option == "--no-deps", option
 
 

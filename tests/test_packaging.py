@@ -171,5 +171,7 @@ def test_what_is_in_the_archives(built: Path) -> None:
     assert not [name for name in wheel if name.startswith(("tests", "bench", "examples", "docs"))]
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {name for name in names if name.startswith("docs/")} == {"docs/limits.md"}, "and no screenshots"
+    assert {name for name in names if name.startswith("docs/")} == {
+        f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")
+    }, "no screenshots"
     assert {"openapi.yaml", "flockapi.py", "README.md", "LICENSE", "tests/test_api.py"} <= names

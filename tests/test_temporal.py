@@ -1135,8 +1135,8 @@ async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
 
 def test_the_ten_lines_of_the_readme_work(temporal_address: str) -> None:
     """As they stand, but for their addresses."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    (lines,) = (block.splitlines() for block in re.findall(r"(?s)```bash\n(.*?)```", readme) if "# 10.0.0.1" in block)
+    page = (ROOT / "docs" / "temporal.md").read_text("utf-8")
+    (lines,) = (block.splitlines() for block in re.findall(r"(?s)```bash\n(.*?)```", page) if "# 10.0.0.1" in block)
     assert len(lines) == 10
     lines = [line.replace("10.0.0.1:7233", temporal_address).removesuffix(" &") for line in lines]
     cluster, serve, work = (

@@ -1401,6 +1401,6 @@ def test_first_paint_needs_five_requests_and_a_tenth_of_what_it_may(visit: Visit
     sizes = [answer.request.sizes() for answer in answers]
     received = sum(size["responseBodySize"] + size["responseHeadersSize"] for size in sizes)
     assert received < 15_000, received
-    assert "five requests and 15 KB" in (ROOT / "README.md").read_text("utf-8")
+    assert "five requests and 15 KB" in (ROOT / "docs" / "web-page.md").read_text("utf-8")
     assert all(answer.header_value("content-encoding") == "gzip" for answer in answers[:4])
     assert sum(len(file.gzipped) for file in ui_files("").values()) < 50_000  # all views together

@@ -1,0 +1,148 @@
+"""The blocks of a documentation page, executed as a reader would."""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.support.servers import Server, running
+
+URL = "http://127.0.0.1:8344"
+
+#: Members that differ from run to run, or from model to model.
+VARYING = {
+    *("run_id", "batch_id", "created_at", "started_at", "completed_at", "request_id", "eta_s", "usage"),
+    *("result", "results", "steps", "sentiment", "keywords"),
+    *("completed_items", "cancelled_items", "progress_percentage"),
+}
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found = re.findall(r"(?m)^```(\w+)\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return [Block(language, text) for language, text in found]
+
+
+def commands_of(block: str) -> Iterator[str]:
+    """Each command of a block; a quoted text may have several lines."""
+    command = ""
+    for line in block.splitlines(keepends=True):
+        command += line
+        with contextlib.suppress(ValueError):  # a quotation is still open
+            shlex.split(command)
+            yield command.strip()
+            command = ""
+    assert not command, command
+
+
+def printed_by(code: str, page: Path, name: str = "page") -> tuple[list[str], dict[str, Any]]:
+    """What a block of Python prints, and its names. It stands alone."""
+    namespace: dict[str, Any] = {"__name__": name}
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(code, str(page), "exec"), namespace)
+    return output.getvalue().splitlines(), namespace
+
+
+def shown_output(code: str) -> list[str]:
+    """The output that comments show: after a print, or below the last line."""
+    after_print = re.findall(r"print\(.*\)(?:  |\n)# (.*)", code) or re.findall(r"anyio\.run\(.*\)  # (.*)", code)
+    lines = code.splitlines()
+    return after_print or [
+        line[2:] for i, line in enumerate(lines) if all(later.startswith("# ") for later in lines[i:])
+    ]
+
+
+class Reader:
+    """Someone who types the commands of a page into a shell, in *folder*, one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.server: Server | None = None
+        self._servers = contextlib.ExitStack()
+        self._ids: dict[str, str] = {}
+        self._env = {"PATH": f"{folder / '.venv' / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._servers.close()
+
+    def follow(self, blocks: list[Block]) -> None:
+        """Run all commands, and compare each shown output with the real one."""
+        for block, following in itertools.zip_longest(blocks, blocks[1:]):
+            if block.language == "bash":
+                output = [self.run(command) for command in commands_of(block.text)][-1]
+                if following is not None and following.language in ("json", "text", "csv"):
+                    check_output(following, output)
+
+    def run(self, command: str) -> str:
+        """Run one command and return its output. A server keeps running; other commands are for the last one."""
+        if "flockapi serve" in command:
+            self._servers.close()
+            line = f"cd {shlex.quote(str(self.folder))} && {command} --port 0 --store :memory:"
+            self.server = self._servers.enter_context(running("bash", "-c", line, **self._env))
+            return ""
+        if command.lstrip().startswith(("curl", "printf")):
+            assert self.server is not None, "no server was started"
+            url = re.sub(r"//.*:", "//127.0.0.1:", self.server.url)
+            command = command.replace(URL, url).replace("curl ", "curl -sS ", 1)
+            for name, value in self._ids.items():
+                command = command.replace(f"{{{name}}}", value)
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=os.environ | self._env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        with contextlib.suppress(ValueError, AttributeError):
+            answer = json.loads(done.stdout)
+            self._ids |= {name: answer[name] for name in ("run_id", "batch_id") if name in answer}
+        if file := re.search(r"-o (\S+)", command):
+            return (self.folder / file[1]).read_text("utf-8")
+        return done.stdout
+
+
+def check_output(shown: Block, output: str) -> None:
+    """Compare what a page shows with what a command returned, except for what varies."""
+    if shown.language == "json":
+        assert _stable(json.loads(output)) == _stable(json.loads(shown.text))
+    elif shown.language == "csv":
+        rows = list(csv.reader(io.StringIO(output)))
+        for row, expected in zip(rows, csv.reader(io.StringIO(shown.text)), strict=False):
+            assert (row[0], row[-2:]) == (expected[0], expected[-2:])
+        assert rows[0] == next(csv.reader(io.StringIO(shown.text)))
+    elif "event: " in shown.text:
+        assert _events(output) == _events(shown.text)
+    else:
+        assert output == shown.text
+
+
+def _stable(value: Any, name: str = "") -> Any:
+    """*value* without what varies; all names of members stay."""
+    if name in VARYING:
+        return ...
+    if isinstance(value, dict):
+        return {name: _stable(member, name) for name, member in value.items()}
+    if isinstance(value, str):
+        return re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "{id}", value)
+    return [_stable(each) for each in value] if isinstance(value, list) else value
+
+
+def _events(text: str) -> list[tuple[str, str, Any]]:
+    """Id, name and stable data of each event; only the last of several events with progress."""
+    events = re.findall(r"(?m)^(?:id: (.*)\n)?event: (.*)\ndata: (.*)$", text)
+    found = {(id_, name): _stable(json.loads(data)) for id_, name, data in events}
+    return [(id_, name, data) for (id_, name), data in found.items()]

@@ -1,0 +1,133 @@
+"""The pages in docs/ are true: their blocks are executed, and their links lead somewhere."""
+
+import re
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+
+from flock.agents.llm import PROVIDERS
+from flock.web.auth import new_key
+from flock.web.problems import PROBLEMS
+from flock.web.wire import UploadQuery
+from flockapi import ROUTES
+from tests.support import EXAMPLES, ROOT
+from tests.support.pages import Reader, blocks_of, printed_by, shown_output
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+PYTHON = [
+    pytest.param(page, block.text, id=f"{page.stem}-{number}")
+    for page in DOCS
+    for number, block in enumerate(blocks_of(page))
+    if block.language == "python"
+]
+#: Pages whose commands need two machines: ``test_temporal.py`` runs them.
+ELSEWHERE = {"temporal"}
+WITH_COMMANDS = [
+    page for page in DOCS if page.stem not in ELSEWHERE and any(block.language == "bash" for block in blocks_of(page))
+]
+
+#: Takes the place of the example's model: slow enough to be cancelled, and the same answers on every machine.
+ANALYZER = """
+import anyio
+from typing import TypedDict
+from flock.core import Flock
+
+flock = Flock()
+
+class Analysis(TypedDict):
+    sentiment: str
+    keywords: list[str]
+
+@flock.agent
+async def text_analyzer(text: str) -> Analysis:
+    await anyio.sleep(0.3)
+    return {"sentiment": "positive", "keywords": text.split()[:2]}
+"""
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON)
+def test_a_python_block_stands_alone_and_prints_what_it_shows(page: Path, code: str) -> None:
+    printed, _ = printed_by(code, page)
+    assert printed == shown_output(code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_return_what_it_shows(page: Path, tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    (tmp_path / "examples" / "text_analyzer.py").write_text(ANALYZER)
+    with Reader(tmp_path) as reader:
+        reader.follow(blocks_of(page))
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"(?m)^#+ (.*)$", page.read_text("utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text("utf-8"))
+    for path, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in _anchors(target), f"{path}#{anchor}"
+
+
+def test_every_page_is_in_the_map_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert [page.name for page in DOCS if f"(docs/{page.name})" not in readme] == []
+
+
+def test_tables_have_every_provider_route_status_and_option() -> None:
+    models, http_api, batches = (
+        (ROOT / "docs" / f"{name}.md").read_text() for name in ("models", "http-api", "batches")
+    )
+    assert [provider for provider in PROVIDERS if f"`{provider}/" not in models] == []
+    paths = [getattr(route, "path", "") for route in ROUTES]
+    assert [path for path in paths if path != "/static" and path not in http_api] == []
+    assert [status for status, _ in PROBLEMS.values() if status != 500 and f"| {status} " not in http_api] == []
+    assert [name for name in UploadQuery.__struct_fields__[1:] if f"| `{name}` |" not in batches] == []
+
+
+@pytest.mark.slow
+def test_the_server_of_the_security_page_demands_a_key(tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    (command,) = (block.text for block in blocks_of(ROOT / "docs" / "security.md") if "--host 0.0.0.0" in block.text)
+    with Reader(tmp_path) as reader:
+        reader.run(command.strip())
+        assert reader.server is not None
+        url = re.sub(r"//.*:", "//127.0.0.1:", reader.server.url)
+        assert httpx.get(f"{url}/agents").status_code == 401
+    assert not any("fk_" in line for line in reader.server.lines)
+
+
+@pytest.mark.slow
+def test_the_server_of_the_security_page_works_behind_its_nginx(tmp_path: Path) -> None:
+    """The client sends what the shown nginx would: the headers of its block, and the path without its location."""
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    blocks = blocks_of(ROOT / "docs" / "security.md")
+    (nginx,) = (block.text for block in blocks if block.language == "nginx")
+    (command,) = (block.text.strip() for block in blocks if "--allowed-host" in block.text)
+    (prefix,) = re.findall(r"location (\S+)/ \{", nginx)
+    assert f"--root-path {prefix} " in command
+    assert re.search(r"proxy_pass http://127.0.0.1:8344/;", nginx), "the slash removes the prefix"
+    known = {
+        "$http_host": "agents.example",
+        "$proxy_add_x_forwarded_for": "203.0.113.7",
+        "$scheme": "https",
+    }
+    headers = {name: known[value] for name, value in re.findall(r"proxy_set_header (\S+) (\S+);", nginx)}
+    key = new_key()
+    with Reader(tmp_path) as reader:
+        reader.run(command.replace("$(flockapi key)", key))
+        assert reader.server is not None
+        url = f"{reader.server.url}/run/flock"
+        body = {"agent_name": "greet", "inputs": {"name": "Ann"}, "async_run": True}
+        assert httpx.post(url, json=body, headers=headers).status_code == 401
+        accepted = httpx.post(url, json=body, headers=headers | {"X-API-Key": key})
+        assert accepted.headers["Location"].startswith(f"{prefix}/run/")
+        reader.server.wait_for_line("203.0.113.7")
