@@ -40,13 +40,13 @@ from flock.core import Flock
 from flock.errors import AgentError, BatchNotFound, Conflict, DefinitionError, EngineFull, Replayed, StoreError
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id, now
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
-from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
+from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
 from flock.temporal.messages import (
     CONVERTER,
     Counts,
-    ItemEnd,
+    ItemOutcome,
     ItemsDone,
     ItemsOrder,
     Part,
@@ -371,7 +371,7 @@ async def test_a_worker_stops_though_its_library_does_not(
         await anyio.sleep_forever()
 
     monkeypatch.setattr("temporalio.bridge.worker.Worker.finalize_shutdown", never_end)
-    monkeypatch.setattr("flock.temporal.worker.TIDYING_UP_S", 0.5)
+    monkeypatch.setattr("flock.temporal.worker.SHUTDOWN_GRACE_S", 0.5)
     with anyio.fail_after(PATIENCE_S):
         async with open_pair(sample_flock(), temporal_address) as engine:
             run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
@@ -455,7 +455,7 @@ async def test_what_a_worker_that_died_has_told_is_kept_where_the_next_one_fails
     """The cluster does not let it be tried again if an item of it is to be cancelled."""
     cluster = Cluster("127.0.0.1:1")
     items = ItemActivities(cluster, cast("Any", None), 0)  # it takes no turn
-    ended, at_work = ItemEnd(position=0, completed_at=now()), Part(position=1)
+    ended, at_work = ItemOutcome(position=0, completed_at=now()), Part(position=1)
     order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), at_work, Part(position=2)), timeout_s=1)
 
     async def fails(order: ItemsOrder) -> Any:
@@ -529,7 +529,7 @@ async def test_what_is_told_to_a_batch_that_a_worker_has_just_then_can_be_read_a
     temporal_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not in its history before the worker is done with it."""
-    until, take_in = batchflows.FlockBatch._until, batchflows.FlockChunk._take_in
+    until, take_in = batchflows.FlockBatch._until, batchflows.FlockChunk._collect
 
     async def slow_until(batch: Any, *args: Any) -> None:
         if not batch._started:
@@ -541,7 +541,7 @@ async def test_what_is_told_to_a_batch_that_a_worker_has_just_then_can_be_read_a
         take_in(chunk)
 
     monkeypatch.setattr(batchflows.FlockBatch, "_until", slow_until)
-    monkeypatch.setattr(batchflows.FlockChunk, "_take_in", slow_take_in)
+    monkeypatch.setattr(batchflows.FlockChunk, "_collect", slow_take_in)
     flock, done, ends = Flock(new_id()), [0], set[int]()
 
     @flock.agent
@@ -926,7 +926,7 @@ async def test_deleting_a_run_leaves_its_key_to_what_it_stands_for_now(temporal_
         run = await engine.submit("nap", EMPTY, key=key)
         with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
-        await engine._reservations.free(engine._reservations.key_id(key), run.run_id)  # as after a day
+        await engine._reservations.release(engine._reservations.key_id(key), run.run_id)  # as after a day
         assert await engine._reservations.claim(key, other_id) == other_id
         await engine.delete_run(run.run_id)
         assert await engine._reservations.find(key) == other_id
@@ -1071,12 +1071,12 @@ async def test_a_full_disk_is_waited_for_and_leaves_no_part_of_a_payload(
     monkeypatch.setattr(payloads, "RETRY_AFTER_S", 0.01)
     folder = PayloadFolder(tmp_path)
     (tmp_path / "run%3A1").mkdir()
-    await folder.keep("run:1", "x" * 300_000)
+    await folder.store_ahead("run:1", "x" * 300_000)
     (file,) = (tmp_path / "run%3A1").iterdir()
     os.utime(file, (0, 0))
-    await folder.keep("run:1", "x" * 300_000)
+    await folder.store_ahead("run:1", "x" * 300_000)
     assert file.stat().st_mtime > 0, "what is used again is as if it were new"
-    await folder.keep("run:1", "short")
+    await folder.store_ahead("run:1", "short")
     assert [*(tmp_path / "run%3A1").iterdir()] == [file]
 
 
@@ -1113,7 +1113,7 @@ async def test_the_text_of_an_exception_is_not_in_the_history(temporal_address: 
 async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
     """A workflow that is at work while another version is deployed goes on as it began."""
     history = WorkflowHistory.from_json(path.stem, await anyio.Path(path).read_text())
-    workflows = [FlockRun, FlockMark, FlockBatch, FlockChunk, FlockRows, FlockForget]
+    workflows = [FlockRun, FlockMark, FlockBatch, FlockChunk, FlockRows, FlockDelete]
     replayer = Replayer(workflows=workflows, data_converter=CONVERTER, workflow_runner=UnsandboxedWorkflowRunner())
     await replayer.replay_workflow(history)
     kind, _, rest = path.stem.partition("-")

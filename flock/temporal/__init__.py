@@ -10,7 +10,7 @@ A run is one workflow. Its history is the run's record::
 
     submit --- RunOrder -------> flock_run  run:{id}
                                      one turn at a time  -RunOrder->  run_agent
-                                                                          heartbeats: Beat
+                                                                          heartbeats: Heartbeat
                                      the next turn       <-StepDone-      one step
     wait  <--- close event ----- ends
 
@@ -34,7 +34,7 @@ A batch is one workflow. It starts a child for each chunk of 20 to 200 items, an
                                      orders the rest   <-ItemsDone--      after 2 s, or 256 KiB of results
     wait_batch < close event --- ends
 
-    delete_batch - ForgetOrder > flock_forget  gone:{id}  --------->  forget_batch
+    delete_batch - DeleteOrder > flock_forget  gone:{id}  --------->  forget_batch
 
 A batch has ``max_workers`` lanes and shares them out to its chunks. In each lane one ``ItemsOrder`` is at work, and its
 items are taken one after the other. Each retry of a run or batch has workflows of its own, with the number of the

@@ -35,7 +35,7 @@ from flock.runs import (
     Run,
     RunStatus,
 )
-from flock.temporal.chunks import ended_by_now, read_chunk
+from flock.temporal.chunks import ended_so_far, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
@@ -49,11 +49,11 @@ from flock.temporal.messages import (
     chunk_workflow_id,
     decoded,
     item_id,
-    place_of_item,
+    parse_item_id,
     rows_workflow_id,
 )
 from flock.temporal.reservations import Reservations
-from flock.temporal.search import ID, newest_first, own
+from flock.temporal.search import ID, newest_first, workflows_of
 
 __all__ = ["TemporalBatches"]
 
@@ -71,16 +71,16 @@ READ_AT_ONCE = 5
 SEND_TIMEOUT_S = 10.0
 #: How long rows are kept from when they are sent; after that, as long as the namespace keeps what has ended.
 KEEP_ROWS_FOR = timedelta(days=30)
-#: Of so many batches it is remembered where their chunks begin, and what was told of them last.
-BATCHES_KEPT = 100
+#: Of so many batches it is remembered where their chunks begin, and what was reported of them last.
+BATCH_CACHE_SIZE = 100
 BATCHES_AT_ONCE = 20
-#: How long a chunk may take to count what was handed in, in seconds; after that, less may be told than elsewhere.
+#: How long a chunk may take to count what was handed in, in seconds; after that, less may be reported than elsewhere.
 COUNT_AGAIN_AFTER_S = 0.03
 
 STATUS_OF_CLOSED = {WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_CANCELED: RunStatus.CANCELLED}
 
 
-class _Found:
+class _AttemptState:
     """One attempt of a batch as it stands.
 
     Attributes:
@@ -93,7 +93,7 @@ class _Found:
         self.about = about
         self.memo = memo
 
-    def says(self, name: str, type_: type[T], default: T) -> T:
+    def memo_value(self, name: str, type_: type[T], default: T) -> T:
         return decoded(self.memo.fields[name], type_) if name in self.memo.fields else default
 
 
@@ -118,7 +118,7 @@ class TemporalBatches:
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
         #: by batch and attempt; what has ended is out of sight for a moment while it is handed in
-        self._told: OrderedDict[tuple[str, int], Batch] = OrderedDict()
+        self._last_reported: OrderedDict[tuple[str, int], Batch] = OrderedDict()
         self._drops: set[asyncio.Task[None]] = set()
         #: items of uploads that this process has sent and not yet accepted
         self._staged = 0
@@ -131,15 +131,15 @@ class TemporalBatches:
         Cancellation: what was sent of its rows is deleted by workers.
         """
         batch = intake.batch
-        rows = _Rows(self._cluster, self._task_queue, batch.batch_id)
-        own = 0
+        rows = _RowSender(self._cluster, self._task_queue, batch.batch_id)
+        staged = 0
 
         async def stage(page: Sequence[Run]) -> None:
-            nonlocal own
+            nonlocal staged
             count = sum(not item.status.is_final for item in page)
             if not is_used:
                 self._refuse_above(waiting + self._staged, count)
-            own += count
+            staged += count
             self._staged += count
             await rows.send(page)
 
@@ -167,16 +167,16 @@ class TemporalBatches:
                 first_error=rows.first_error,
                 key_id=None if key is None else self._reservations.key_id(key),
             )
-            accepted = await self._accept(order, key, own, rows)
+            accepted = await self._accept(order, key, staged, rows)
         except BaseException:
             rows.stop()
-            if rows.starts and not rows.is_taken:
+            if rows.starts and not rows.may_be_in_use:
                 drop = asyncio.create_task(self._drop(batch.batch_id, len(rows.starts), key if is_whole else None))
                 self._drops.add(drop)
                 drop.add_done_callback(self._drops.discard)
             raise
         finally:
-            self._staged -= own
+            self._staged -= staged
         if accepted.batch_id != batch.batch_id:
             raise Replayed(accepted.batch_id)
         return accepted
@@ -185,13 +185,13 @@ class TemporalBatches:
         """Let workers delete what was sent, unless the key stands for it by now: it may have been started."""
         try:
             if key is None or await self._reservations.find(key) != batch_id:
-                await self._reservations.forget_batch(batch_id, chunks)
+                await self._reservations.delete_batch(batch_id, chunks)
         except KeyReused:
-            await self._reservations.forget_batch(batch_id, chunks)
+            await self._reservations.delete_batch(batch_id, chunks)
         except StoreError as exc:
             logger.warning("what was sent of the batch %s cannot be deleted: %s", batch_id, exc)
 
-    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int, rows: "_Rows") -> Batch:
+    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int, rows: "_RowSender") -> Batch:
         """Start a batch of which *rows* with *staged* open items were sent, under the id that its key stands for.
 
         Raises: Replayed, KeyReused, EngineFull.
@@ -199,8 +199,8 @@ class TemporalBatches:
         batch = order.batch
         made_id = None if key is None else await self._reservations.find(key)
         if key is not None and made_id is not None:
-            if await self._reservations.is_gone(made_id):
-                await self._reservations.free(self._reservations.key_id(key), made_id)
+            if await self._reservations.is_deleted(made_id):
+                await self._reservations.release(self._reservations.key_id(key), made_id)
             with contextlib.suppress(BatchNotFound):
                 raise Replayed((await self.get(made_id)).batch_id)
         await self._check_room(batch.total_items - batch.completed_items - staged)
@@ -211,11 +211,11 @@ class TemporalBatches:
                 order = replace(
                     order, batch=replace(batch, batch_id=made_id), attempts=(Attempt(rows_of=batch.batch_id),)
                 )
-        rows.is_taken = key is not None  # also if no answer comes: whoever asks again may find it started
+        rows.may_be_in_use = key is not None  # also if no answer comes: whoever asks again may find it started
         try:
             await self._start(order)
         except WorkflowAlreadyStartedError:
-            rows.is_taken = False
+            rows.may_be_in_use = False
             raise Replayed(order.batch.batch_id) from None
         return order.batch
 
@@ -232,9 +232,9 @@ class TemporalBatches:
 
     async def _check_room(self, more: int) -> int:
         """How many items of accepted batches have not ended, if there is room for *more*. Raises EngineFull."""
-        query = f"{own(BATCH_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
+        query = f"{workflows_of(BATCH_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
         waiting = 0
-        async with self._cluster.asking():
+        async with self._cluster.rpc_scope():
             async for found in self._cluster.client.list_workflows(query):
                 memo = found.raw_info.memo.fields
                 batch = decoded(memo["batch"], Batch)
@@ -254,9 +254,9 @@ class TemporalBatches:
     async def get(self, batch_id: str) -> Batch:
         return (await self._find(batch_id)).batch
 
-    async def _find(self, batch_id: str) -> _Found:
+    async def _find(self, batch_id: str) -> _AttemptState:
         """The last attempt of a batch as it stands. Raises BatchNotFound."""
-        if ID.fullmatch(batch_id) is None or place_of_item(batch_id)[1] >= 0:
+        if ID.fullmatch(batch_id) is None or parse_item_id(batch_id)[1] >= 0:
             raise BatchNotFound(batch_id)
         found = await self._attempt(batch_id, 1) or await self._attempt(
             batch_id, await self._cluster.last_attempt(BATCH_WORKFLOW, batch_workflow_id(batch_id, 1))
@@ -268,43 +268,43 @@ class TemporalBatches:
             if later is None:
                 break
             found = later
-        if found.batch.status.is_final and await self._reservations.is_gone(batch_id):
+        if found.batch.status.is_final and await self._reservations.is_deleted(batch_id):
             raise BatchNotFound(batch_id)
         return found
 
-    async def _attempt(self, batch_id: str, attempt: int) -> _Found | None:
+    async def _attempt(self, batch_id: str, attempt: int) -> _AttemptState | None:
         if attempt == 0:
             return None
         try:
-            async with self._cluster.asking():
+            async with self._cluster.rpc_scope():
                 described = (await self.handle(batch_id, attempt).describe()).raw_description
         except RPCError:
             return None
         info = described.workflow_execution_info
         memo = info.memo
-        found = _Found(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Attempt), memo)
+        found = _AttemptState(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Attempt), memo)
         if found.batch.status.is_final:
             return found
-        at_work = found.says("at_work", list[int], [])
+        at_work = found.memo_value("at_work", list[int], [])
         ended = sum(await asyncio.gather(*(self._ended_of(batch_id, chunk, attempt) for chunk in at_work)), Counts())
-        batch, told = found.batch, self._told.pop((batch_id, attempt), found.batch)
-        found.batch = self._told[batch_id, attempt] = replace(
+        batch, reported = found.batch, self._last_reported.pop((batch_id, attempt), found.batch)
+        found.batch = self._last_reported[batch_id, attempt] = replace(
             batch,
-            completed_items=max(batch.completed_items + ended.total, told.completed_items),
-            failed_items=max(batch.failed_items + ended.failed, told.failed_items),
-            cancelled_items=max(batch.cancelled_items + ended.cancelled, told.cancelled_items),
+            completed_items=max(batch.completed_items + ended.total, reported.completed_items),
+            failed_items=max(batch.failed_items + ended.failed, reported.failed_items),
+            cancelled_items=max(batch.cancelled_items + ended.cancelled, reported.cancelled_items),
         )
-        if len(self._told) > BATCHES_KEPT:
-            self._told.popitem(last=False)
+        if len(self._last_reported) > BATCH_CACHE_SIZE:
+            self._last_reported.popitem(last=False)
         if info.HasField("close_time"):
-            _cut_off(found, info)
+            _closed_from_outside(found, info)
         return found
 
     async def _ended_of(self, batch_id: str, chunk: int, attempt: int) -> Counts:
         """What a chunk at work has brought to its end by now."""
         handle = self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, attempt))
         try:
-            async with self._cluster.asking():
+            async with self._cluster.rpc_scope():
                 described = (await handle.describe()).raw_description
                 if described.HasField("pending_workflow_task"):  # what was handed in is not counted yet
                     await asyncio.sleep(COUNT_AGAIN_AFTER_S)
@@ -313,7 +313,7 @@ class TemporalBatches:
             return Counts()
         memo = described.workflow_execution_info.memo.fields
         counted = decoded(memo["ended"], Counts) if "ended" in memo else Counts()
-        return counted + ended_by_now(described.pending_activities)
+        return counted + ended_so_far(described.pending_activities)
 
     def handle(self, batch_id: str, attempt: int = 1) -> WorkflowHandle[Any, Any]:
         """Of the workflow that ends with an attempt of a batch, whether there is one or not."""
@@ -323,10 +323,10 @@ class TemporalBatches:
         """What an attempt was begun with: where its chunks begin, and what earlier attempts were about."""
         key = (batch.batch_id, batch.attempt)
         if key not in self._orders:
-            async with self._cluster.asking():
+            async with self._cluster.rpc_scope():
                 self._orders[key] = await self._cluster.input_of(batch_workflow_id(*key), BatchOrder)
         self._orders.move_to_end(key)
-        if len(self._orders) > BATCHES_KEPT:
+        if len(self._orders) > BATCH_CACHE_SIZE:
             self._orders.popitem(last=False)
         return self._orders[key]
 
@@ -350,7 +350,7 @@ class TemporalBatches:
             raise BatchNotFound(batch_id) from exc  # the cluster has forgotten a part of it
 
     def _chunks_with(
-        self, found: _Found, order: BatchOrder, position: int, statuses: Sequence[RunStatus]
+        self, found: _AttemptState, order: BatchOrder, position: int, statuses: Sequence[RunStatus]
     ) -> Sequence[int]:
         """Chunks from *position* on, but for those that have no such items for sure."""
         first = bisect.bisect_right(order.starts, position) - 1
@@ -360,18 +360,18 @@ class TemporalBatches:
         bits = 0
         for status, name in ((RunStatus.FAILED, "failed_in"), (RunStatus.CANCELLED, "cancelled_in")):
             if status in statuses:
-                bits |= int(found.says(name, str, "f" * (len(order.starts) // 4 + 1)), 16)
+                bits |= int(found.memo_value(name, str, "f" * (len(order.starts) // 4 + 1)), 16)
         return [chunk for chunk in chunks if bits >> chunk & 1]
 
-    async def _items_of(self, found: _Found, order: BatchOrder, chunk: int) -> dict[int, Run]:
+    async def _items_of(self, found: _AttemptState, order: BatchOrder, chunk: int) -> dict[int, Run]:
         attempts = (*order.attempts[:-1], found.about)
-        async with self._cluster.asking(SEND_TIMEOUT_S):
+        async with self._cluster.rpc_scope(SEND_TIMEOUT_S):
             read = await read_chunk(self._cluster, found.batch.batch_id, chunk, attempts, attempts[0].rows_of)
             return read.items
 
     async def item(self, run_id: str) -> Run | None:
         """The item with that id, or None."""
-        batch_id, position = place_of_item(run_id)
+        batch_id, position = parse_item_id(run_id)
         if position < 0:
             return None
         try:
@@ -387,7 +387,7 @@ class TemporalBatches:
     async def page(self, wanted: BatchFilter) -> Page[Batch]:
         """As ``Engine.list_batches``."""
         page = Page[Batch](wanted.limit)
-        ids = newest_first(self._cluster, own(BATCH_WORKFLOW, self._flock), "batch", wanted)
+        ids = newest_first(self._cluster, workflows_of(BATCH_WORKFLOW, self._flock), "batch", wanted)
         async for batch_ids in ids:
             for start in range(0, len(batch_ids), BATCHES_AT_ONCE):
                 some = batch_ids[start : start + BATCHES_AT_ONCE]
@@ -406,7 +406,7 @@ class TemporalBatches:
         batch = await self.get(batch_id)
         if not batch.status.is_final:
             with contextlib.suppress(RPCError):  # it has ended in the meantime
-                async with self._cluster.asking():
+                async with self._cluster.rpc_scope():
                     await self.handle(batch_id, batch.attempt).cancel()
             batch = await self.get(batch_id)
         if conflict := not_cancelled(batch):
@@ -414,10 +414,10 @@ class TemporalBatches:
         return replace(batch, cancel_requested=True)
 
     async def cancel_item(self, run: Run) -> None:
-        batch_id, position = place_of_item(run.run_id)
+        batch_id, position = parse_item_id(run.run_id)
         batch = await self.get(batch_id)
         with contextlib.suppress(RPCError):  # it has ended in the meantime
-            async with self._cluster.asking():
+            async with self._cluster.rpc_scope():
                 await self.handle(batch_id, batch.attempt).signal("cancel_item", position)
 
     async def retry(self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None) -> Batch:
@@ -457,9 +457,9 @@ class TemporalBatches:
                 found.about,
                 Attempt(only=wanted, position=None if item is None else item.position),
             ),
-            failed_in=found.says("failed_in", str, every),
-            cancelled_in=found.says("cancelled_in", str, every),
-            first_error=found.says("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
+            failed_in=found.memo_value("failed_in", str, every),
+            cancelled_in=found.memo_value("cancelled_in", str, every),
+            first_error=found.memo_value("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
         )
         try:
             await self._start(again)
@@ -472,26 +472,26 @@ class TemporalBatches:
         if not batch.status.is_final:
             raise not_deleted(batch)
         order = await self._order(batch)
-        if not await self._reservations.forget_batch(batch_id, len(order.starts), order.attempts[0].rows_of):
+        if not await self._reservations.delete_batch(batch_id, len(order.starts), order.attempts[0].rows_of):
             raise BatchNotFound(batch_id)
-        await self._reservations.free(order.key_id, batch_id)
+        await self._reservations.release(order.key_id, batch_id)
 
 
-class _Rows:
+class _RowSender:
     """The rows of one batch on their way to the cluster.
 
     Attributes:
         starts: the position at which each chunk begins.
         failed_in: in which chunks there are items that do not fit, a bit for each.
         first_error: of the first of them.
-        is_taken: a batch may have been started with them.
+        may_be_in_use: a batch may have been started with them.
     """
 
     def __init__(self, cluster: Cluster, task_queue: str, batch_id: str) -> None:
         self.starts: list[int] = []
         self.failed_in = 0
         self.first_error: tuple[int, str] | None = None
-        self.is_taken = False
+        self.may_be_in_use = False
         self._total = 0
         self._cluster = cluster
         self._task_queue = task_queue
@@ -527,7 +527,7 @@ class _Rows:
             task.result()
 
     async def _send(self, chunk: int, order: RowsOrder) -> None:
-        async with self._cluster.asking(SEND_TIMEOUT_S):
+        async with self._cluster.rpc_scope(SEND_TIMEOUT_S):
             await self._cluster.client.start_workflow(
                 ROWS_WORKFLOW,
                 order,
@@ -552,7 +552,7 @@ def _common_of(item: Run) -> Run:
     )
 
 
-def _cut_off(found: _Found, info: WorkflowExecutionInfo) -> None:
+def _closed_from_outside(found: _AttemptState, info: WorkflowExecutionInfo) -> None:
     """A batch whose workflow was ended before it could say how it stands."""
     batch = found.batch
     at = info.close_time.ToDatetime(UTC)

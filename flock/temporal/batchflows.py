@@ -33,16 +33,16 @@ from flock.runs import RunStatus
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
     CHUNK_WORKFLOW,
+    DELETE_ACTIVITY,
+    DELETE_WORKFLOW,
     FIND_ACTIVITY,
-    FORGET_ACTIVITY,
-    FORGET_WORKFLOW,
     ITEMS_ACTIVITY,
     ROWS_WORKFLOW,
     TASK_TIMEOUT,
     BatchOrder,
     ChunkOrder,
     Counts,
-    ForgetOrder,
+    DeleteOrder,
     ItemsDone,
     ItemsOrder,
     Part,
@@ -51,10 +51,10 @@ from flock.temporal.messages import (
     items_queue_of,
     recoded,
 )
-from flock.temporal.records import CANCELLED_BEFORE, GIVEN_UP, end_for, ended_by
+from flock.temporal.records import CANCELLED_BEFORE_START, GIVEN_UP, done_after_failure, outcome_of_failure
 from flock.temporal.workflows import NO_LIMIT, RETRIES
 
-__all__ = ["FlockBatch", "FlockChunk", "FlockForget", "FlockRows"]
+__all__ = ["FlockBatch", "FlockChunk", "FlockDelete", "FlockRows"]
 
 #: Chunks of one batch at work at the same time, so that whoever looks how far it is has so many to look at.
 CHUNKS_AT_ONCE = 20
@@ -64,13 +64,13 @@ MAX_LANES = 1000
 MAX_EVENTS = 5_000
 MAX_BYTES = 5_000_000
 #: Bytes of steps that were done which are handed on, with orders or to a new history: the cluster takes 2 MiB at once,
-#: and 4 of all that is decided at one time. What is behind that is decided so much later.
-MAX_HANDED_ON = 1_600_000
-NEXT_DECISION = timedelta(milliseconds=10)
+#: and 4 of all that is decided at one time. What is end that is decided so much later.
+MAX_STEP_BYTES = 1_600_000
+NEXT_TASK_DELAY = timedelta(milliseconds=10)
 #: So soon it can be read who is cancelled of those that wait.
-SHOW_WITHIN = timedelta(seconds=0.5)
+MEMO_DELAY = timedelta(seconds=0.5)
 #: What is only looked up or cleared away is tried until it is done.
-UNTIL_DONE = RetryPolicy(maximum_interval=timedelta(seconds=30))
+RETRY_FOREVER = RetryPolicy(maximum_interval=timedelta(seconds=30))
 
 
 class _Interruptible:
@@ -115,7 +115,7 @@ class FlockBatch(_Interruptible):
             self._cancelled[position] = workflow.now()
         for chunk in self._chunks:
             if self._order.first_of(chunk) <= position < self._order.first_of(chunk + 1):
-                self._tell(chunk, "cancel_item", position)
+                self._signal_chunk(chunk, "cancel_item", position)
 
     @workflow.run
     async def run(self, order: BatchOrder) -> None:
@@ -129,31 +129,31 @@ class FlockBatch(_Interruptible):
                 resumed_with=batch.completed_items,
             )
         while True:
-            self._begin_chunks()
+            self._start_chunks()
             if not self._chunks:
                 break
-            self._show()
-            shown = len(self._cancelled)
-            await self._until(lambda: self._has_ended() or len(self._cancelled) != shown)  # noqa: B023 - waited for here
-            if len(self._cancelled) != shown and not self.is_cancelled:
+            self._update_memo()
+            known = len(self._cancelled)
+            await self._until(lambda: self._has_ended() or len(self._cancelled) != known)  # noqa: B023 - waited for here
+            if len(self._cancelled) != known and not self.is_cancelled:
                 with contextlib.suppress(asyncio.TimeoutError):  # there may be many of them
-                    await self._until(self._has_ended, SHOW_WITHIN)
+                    await self._until(self._has_ended, MEMO_DELAY)
             await _settled()
-            self._take_in()
+            self._collect()
             if self.is_cancelled and not self._batch.cancel_requested:
                 self._batch = replace(self._batch, cancel_requested=True)
                 for started in self._started.values():
                     started.cancel()
         while self._signals:
             await self._until(lambda: not self._signals)
-        if self._chunks_to_begin() and not self.is_cancelled:
-            workflow.continue_as_new(self._state(), memo=self._shown())
+        if self._chunks_to_start() and not self.is_cancelled:
+            workflow.continue_as_new(self._state(), memo=self._memo())
         self._end()
 
     def _has_ended(self) -> bool:
         return any(chunk.done() for chunk in self._chunks.values())
 
-    def _chunks_to_begin(self) -> Iterable[int]:
+    def _chunks_to_start(self) -> Iterable[int]:
         """Chunks with something to do that were not begun."""
         chunks = range(self._next, len(self._order.starts))
         about = self._order.attempts[-1]
@@ -169,7 +169,7 @@ class FlockBatch(_Interruptible):
             wanted |= int(self._order.cancelled_in, 16)
         return [k for k in chunks if wanted >> k & 1]
 
-    def _begin_chunks(self) -> None:
+    def _start_chunks(self) -> None:
         """Share the free lanes out: to chunks that start now, or else to those that are at work."""
         options = self._batch.options
         lanes = min(options.max_workers, MAX_LANES) if options.parallel else 1
@@ -177,7 +177,7 @@ class FlockBatch(_Interruptible):
         room = min(lanes, CHUNKS_AT_ONCE) - len(self._chunks)
         is_long = _is_long()
         if not (self.is_cancelled or is_long) and free and room:
-            chunks = list(islice(self._chunks_to_begin(), room))
+            chunks = list(islice(self._chunks_to_start(), room))
             for index, chunk in enumerate(chunks):
                 share = math.ceil(free / (len(chunks) - index))
                 if share:
@@ -191,7 +191,7 @@ class FlockBatch(_Interruptible):
             share = math.ceil(free / len(self._lanes))
             self._lanes[chunk] += share
             free -= share
-            self._tell(chunk, "set_lanes", self._lanes[chunk])
+            self._signal_chunk(chunk, "set_lanes", self._lanes[chunk])
 
     def _begin(self, chunk: int, lanes: int) -> None:
         first, end = self._order.first_of(chunk), self._order.first_of(chunk + 1)
@@ -226,7 +226,7 @@ class FlockBatch(_Interruptible):
         ended: Counts = await started
         return ended
 
-    def _tell(self, chunk: int, signal: str, what: int) -> None:
+    def _signal_chunk(self, chunk: int, signal: str, what: int) -> None:
         async def tell() -> None:
             await workflow.wait_condition(lambda: chunk in self._started or chunk not in self._chunks)
             if chunk in self._started:
@@ -239,13 +239,13 @@ class FlockBatch(_Interruptible):
         self._signals.add(task)
         task.add_done_callback(self._signals.discard)
 
-    def _take_in(self) -> None:
+    def _collect(self) -> None:
         """Count what has ended."""
         for chunk, task in [(chunk, task) for chunk, task in self._chunks.items() if task.done()]:
             del self._chunks[chunk], self._lanes[chunk]
             self._started.pop(chunk, None)
-            behind = self._order.first_of(chunk + 1)
-            for position in [at for at in self._cancelled if self._order.first_of(chunk) <= at < behind]:
+            end = self._order.first_of(chunk + 1)
+            for position in [at for at in self._cancelled if self._order.first_of(chunk) <= at < end]:
                 del self._cancelled[position]
             try:
                 ended = task.result()
@@ -256,8 +256,8 @@ class FlockBatch(_Interruptible):
                 else:  # somebody ended it from outside, or its rows are forgotten
                     size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
                     size = min(size, self._batch.total_items - self._batch.completed_items)
-                    end = _end_for(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
-                    ended = Counts(failed=size, first_error=(self._order.first_of(chunk), end.error))
+                    outcome = _outcome_of(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
+                    ended = Counts(failed=size, first_error=(self._order.first_of(chunk), outcome.error))
             batch = self._batch
             self._batch = replace(
                 batch,
@@ -281,22 +281,22 @@ class FlockBatch(_Interruptible):
             first_error=self._first_error,
         )
 
-    def _show(self) -> None:
+    def _update_memo(self) -> None:
         """Let it be read how the batch stands, without a worker."""
-        workflow.upsert_memo(self._shown())
+        workflow.upsert_memo(self._memo())
 
-    def _shown(self) -> dict[str, Any]:
-        shown = {
+    def _memo(self) -> dict[str, Any]:
+        memo = {
             "batch": self._batch,
             "at_work": sorted(self._chunks),
             "about": self._state().attempts[-1],
         }
-        return {name: msgspec.to_builtins(value) for name, value in shown.items()}
+        return {name: msgspec.to_builtins(value) for name, value in memo.items()}
 
     def _end(self) -> None:
         batch = self._batch
         left = batch.total_items - batch.completed_items
-        for chunk in self._chunks_to_begin() if left else ():
+        for chunk in self._chunks_to_start() if left else ():
             self._cancelled_in |= 1 << chunk
         cancelled = batch.cancelled_items + left
         status, error = RunStatus.COMPLETED, None
@@ -304,7 +304,7 @@ class FlockBatch(_Interruptible):
             status, error = RunStatus.CANCELLED, "The batch was cancelled."
         elif batch.failed_items + cancelled == batch.total_items:
             status = RunStatus.FAILED
-            first = self._first_error[1] if self._first_error else CANCELLED_BEFORE.error
+            first = self._first_error[1] if self._first_error else CANCELLED_BEFORE_START.error
             error = cut(f"None of the {batch.total_items} items completed. The first one: {first}")
         self._batch = replace(
             batch,
@@ -322,7 +322,7 @@ class FlockBatch(_Interruptible):
             "cancelled_in": f"{self._cancelled_in:x}",
             "first_error": self._first_error,
         }
-        workflow.upsert_memo(self._shown() | where)
+        workflow.upsert_memo(self._memo() | where)
 
 
 @workflow.defn(name=CHUNK_WORKFLOW)
@@ -340,7 +340,7 @@ class FlockChunk(_Interruptible):
         self._todo: deque[Part] = deque(order.parts or ())
         #: those who are to be cancelled
         self._cancelled = set(order.cancelled)
-        self._at_work: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
+        self._running: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
 
     @workflow.signal(name="set_lanes")
     def set_lanes(self, lanes: int) -> None:
@@ -357,31 +357,31 @@ class FlockChunk(_Interruptible):
         if order.parts is None:
             await self._find()
         while True:
-            self._leave_out_cancelled()
-            if not (self._todo or self._at_work):
+            self._drop_cancelled()
+            if not (self._todo or self._running):
                 break
-            is_held = False
-            if not _is_long() or sum(map(_bytes_of, self._todo)) > MAX_HANDED_ON:
-                is_held = self._begin()
-            elif not self._at_work:
-                workflow.continue_as_new(self._state(), memo=self._shown())
-            self._show()
+            has_more = False
+            if not _is_long() or sum(map(_bytes_of, self._todo)) > MAX_STEP_BYTES:
+                has_more = self._begin()
+            elif not self._running:
+                workflow.continue_as_new(self._state(), memo=self._memo())
+            self._update_memo()
             lanes, cancelled, was_cancelled = self._lanes, set(self._cancelled), self.is_cancelled
             with contextlib.suppress(asyncio.TimeoutError):
                 await self._until(
                     lambda: (
-                        any(task.done() for task in self._at_work)
+                        any(task.done() for task in self._running)
                         or (self._lanes, self._cancelled) != (lanes, cancelled)  # noqa: B023 - waited for here
                     ),
-                    NEXT_DECISION if is_held else None,
+                    NEXT_TASK_DELAY if has_more else None,
                 )
             await _settled()
-            self._take_in()
+            self._collect()
             stops_all, newly = self.is_cancelled and not was_cancelled, self._cancelled - cancelled
-            for task, ordered in self._at_work.items() if stops_all or newly else ():
+            for task, ordered in self._running.items() if stops_all or newly else ():
                 if stops_all or any(part.position in newly for part in ordered.parts):
-                    task.cancel()  # its worker reads who is meant in what is shown then
-        self._show()
+                    task.cancel()  # its worker reads who is meant in what is memo then
+        self._update_memo()
         return self._ended
 
     async def _find(self) -> None:
@@ -396,7 +396,7 @@ class FlockChunk(_Interruptible):
                 self._items_order(()),
                 result_type=list[int],
                 start_to_close_timeout=timedelta(seconds=30),
-                retry_policy=UNTIL_DONE,
+                retry_policy=RETRY_FOREVER,
             )
         )
         while not found.done():
@@ -417,12 +417,12 @@ class FlockChunk(_Interruptible):
 
     def _begin(self) -> bool:
         """Share out what is to be done among the lanes that are free. Returns whether some of it is to wait."""
-        handed_on = 0
-        while self._todo and len(self._at_work) < self._lanes:
-            share = math.ceil(len(self._todo) / (self._lanes - len(self._at_work)))
+        step_bytes = 0
+        while self._todo and len(self._running) < self._lanes:
+            share = math.ceil(len(self._todo) / (self._lanes - len(self._running)))
             parts: list[Part] = []
-            while len(parts) < share and (not handed_on or handed_on + _bytes_of(self._todo[0]) <= MAX_HANDED_ON):
-                handed_on += _bytes_of(self._todo[0])
+            while len(parts) < share and (not step_bytes or step_bytes + _bytes_of(self._todo[0]) <= MAX_STEP_BYTES):
+                step_bytes += _bytes_of(self._todo[0])
                 parts.append(self._todo.popleft())
             if not parts:
                 return True
@@ -437,19 +437,19 @@ class FlockChunk(_Interruptible):
                 retry_policy=RETRIES,
                 cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
             )
-            self._at_work[doing] = order
+            self._running[doing] = order
         return False
 
-    def _take_in(self) -> None:
+    def _collect(self) -> None:
         """Count what was done, and put the rest back."""
-        for task, order in [(task, order) for task, order in self._at_work.items() if task.done()]:
-            del self._at_work[task]
-            done = _what_became_of(task, order)
+        for task, order in [(task, order) for task, order in self._running.items() if task.done()]:
+            del self._running[task]
+            done = _result_of(task, order)
             for ended in done.ended:
                 self._ended += ended.counts
             self._todo.extendleft(reversed(order.left_after(done)))
 
-    def _leave_out_cancelled(self) -> None:
+    def _drop_cancelled(self) -> None:
         if not (self.is_cancelled or self._cancelled):
             return
         todo, self._todo = self._todo, deque()
@@ -468,30 +468,32 @@ class FlockChunk(_Interruptible):
             before=self._ended,
         )
 
-    def _show(self) -> None:
+    def _update_memo(self) -> None:
         """Let the worker and others read it: how many have ended, and who is to stop."""
-        workflow.upsert_memo(self._shown())
+        workflow.upsert_memo(self._memo())
 
-    def _shown(self) -> dict[str, Any]:
-        shown = {"ended": self._ended, "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
-        return {name: msgspec.to_builtins(value) for name, value in shown.items()}
+    def _memo(self) -> dict[str, Any]:
+        memo = {"ended": self._ended, "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
+        return {name: msgspec.to_builtins(value) for name, value in memo.items()}
 
 
-def _what_became_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder) -> ItemsDone:
+def _result_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder) -> ItemsDone:
     try:
         return task.result()
     except ActivityError as exc:
         if isinstance(exc.cause, CancelledError):  # before it began
             return ItemsDone()
-        beat = None
+        heartbeat = None
         if isinstance(exc.cause, TimeoutError) and exc.cause.last_heartbeat_details:
-            beat = recoded(exc.cause.last_heartbeat_details[0], ItemsDone)
+            heartbeat = recoded(exc.cause.last_heartbeat_details[0], ItemsDone)
         is_cancelled = exc.retry_state is RetryState.CANCEL_REQUESTED
-        return ended_by(order, beat, workflow.now(), is_cancelled=is_cancelled, end=_end_for(exc.cause))
+        return done_after_failure(
+            order, heartbeat, workflow.now(), is_cancelled=is_cancelled, end=_outcome_of(exc.cause)
+        )
 
 
-def _end_for(cause: BaseException | None) -> Outcome:
-    return end_for(cause.type, cause.message) if isinstance(cause, ApplicationError) else GIVEN_UP
+def _outcome_of(cause: BaseException | None) -> Outcome:
+    return outcome_of_failure(cause.type, cause.message) if isinstance(cause, ApplicationError) else GIVEN_UP
 
 
 @workflow.defn(name=ROWS_WORKFLOW)
@@ -502,17 +504,17 @@ class FlockRows:
     async def run(self, order: RowsOrder) -> None: ...
 
 
-@workflow.defn(name=FORGET_WORKFLOW)
-class FlockForget:
+@workflow.defn(name=DELETE_WORKFLOW)
+class FlockDelete:
     """Stands for a batch that was deleted, and has all deleted that is kept of it."""
 
     @workflow.run
-    async def run(self, order: ForgetOrder) -> None:
+    async def run(self, order: DeleteOrder) -> None:
         await workflow.execute_activity(
-            FORGET_ACTIVITY,
+            DELETE_ACTIVITY,
             order,
             start_to_close_timeout=timedelta(minutes=10),
-            retry_policy=UNTIL_DONE,
+            retry_policy=RETRY_FOREVER,
         )
         await asyncio.sleep(order.keep_mark_s)
 

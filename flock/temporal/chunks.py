@@ -21,7 +21,7 @@ from flock.temporal.messages import (
     Attempt,
     ChunkOrder,
     Counts,
-    ItemEnd,
+    ItemOutcome,
     ItemsDone,
     ItemsOrder,
     Part,
@@ -31,9 +31,15 @@ from flock.temporal.messages import (
     item_id,
     rows_workflow_id,
 )
-from flock.temporal.records import CANCELLED_BEFORE, end_for, ended_by, time_of, waiting_again
+from flock.temporal.records import (
+    CANCELLED_BEFORE_START,
+    done_after_failure,
+    outcome_of_failure,
+    reset_for_retry,
+    time_of,
+)
 
-__all__ = ["Chunk", "ended_by_now", "read_chunk", "reopens"]
+__all__ = ["Chunk", "ended_so_far", "read_chunk", "reopens"]
 
 #: What closes the history of a chunk for good.
 CLOSED = (
@@ -43,8 +49,8 @@ CLOSED = (
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED,
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT,
 )
-#: How long it is waited for what is on its way into a history, from one look to the next, in seconds.
-LOOK_AGAIN_AFTER_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+#: How long it is waited for what is on its way into a history, from one apply to the next, in seconds.
+REREAD_DELAYS_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 E = EventType
 #: An activity that was to be cancelled is not given to another worker.
@@ -78,15 +84,15 @@ class Chunk:
         """What an attempt of the batch is about waits again."""
         for position, item in self.items.items():
             if reopens(about, item):
-                self.items[position] = waiting_again(item)
+                self.items[position] = reset_for_retry(item)
 
     def fold(self, history: Iterable[HistoryEvent], pending: Sequence[PendingActivityInfo] = ()) -> None:
         """Let what happened in one attempt happen to the items."""
-        orders = _Orders()
+        orders = _OpenOrders()
         for event in history:
             at = time_of(event.event_time)
-            if handed_in := orders.look(event):
-                self._take_in(*handed_in, at)
+            if handed_in := orders.apply(event):
+                self._apply(*handed_in, at)
             match event.event_type:
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
                     sent = event.workflow_execution_started_event_attributes.input.payloads[0]
@@ -101,8 +107,8 @@ class Chunk:
                     self.cancel(self.items, None)
                 case closed if closed in CLOSED:
                     self.close(at)
-        for order, done in orders.beats(pending):
-            self._take_in(order, done, None)
+        for order, done in orders.heartbeats(pending):
+            self._apply(order, done, None)
 
     def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
         """Somebody asked to cancel items: those that wait have ended *at* that time, if one is given."""
@@ -118,24 +124,24 @@ class Chunk:
             if not item.status.is_final:
                 self.items[position] = _cancelled(item, at)
 
-    def _take_in(self, order: ItemsOrder, done: ItemsDone, at: datetime | None) -> None:
+    def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None) -> None:
         """Apply what has come of *order*: *at* a time, if it is not at work any more."""
         for ended in done.ended:
-            self._end(ended)
+            self._apply_end(ended)
         for part in order.left_after(done):
-            item = self._begun(part)
+            item = self._started(part)
             if item.cancel_requested and at is not None:
                 item = _cancelled(item, at)
             self.items[part.position] = item
 
-    def _begun(self, part: Part) -> Run:
+    def _started(self, part: Part) -> Run:
         item = self.items[part.position]
         if part.started_at is None or item.status.is_final:
             return item
         steps = part.steps or item.steps
         return replace(item, status=RunStatus.RUNNING, started_at=part.started_at, steps=steps, progress=part.progress)
 
-    def _end(self, ended: ItemEnd) -> None:
+    def _apply_end(self, ended: ItemOutcome) -> None:
         item = self.items[ended.position]
         steps = ended.steps or item.steps
         self.items[ended.position] = replace(
@@ -155,8 +161,8 @@ def _cancelled(item: Run, at: datetime) -> Run:
     return replace(
         item,
         status=RunStatus.CANCELLED,
-        error=CANCELLED_BEFORE.error,
-        error_type=CANCELLED_BEFORE.error_type,
+        error=CANCELLED_BEFORE_START.error,
+        error_type=CANCELLED_BEFORE_START.error_type,
         completed_at=at,
     )
 
@@ -167,13 +173,13 @@ def reopens(about: Attempt, item: Run) -> bool:
     return item.status in about.only and is_meant and item.error_type != INVALID_INPUT
 
 
-class _Orders:
+class _OpenOrders:
     """The orders that are at work in a chunk, as its history tells."""
 
     def __init__(self) -> None:
         self._orders: dict[int, tuple[str, ItemsOrder]] = {}
 
-    def look(self, event: HistoryEvent) -> tuple[ItemsOrder, ItemsDone] | None:
+    def apply(self, event: HistoryEvent) -> tuple[ItemsOrder, ItemsDone] | None:
         """What came of an order by *event*, if anything did."""
         at = time_of(event.event_time)
         match event.event_type:
@@ -192,15 +198,17 @@ class _Orders:
             case E.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
                 late = event.activity_task_timed_out_event_attributes
                 if taken := self._pop(late.scheduled_event_id):
-                    told = late.failure.timeout_failure_info.last_heartbeat_details.payloads
-                    beat = decoded(told[0], ItemsDone) if told else None
-                    return taken, ended_by(taken, beat, at, is_cancelled=late.retry_state == CANCEL_REQUESTED)
+                    details = late.failure.timeout_failure_info.last_heartbeat_details.payloads
+                    heartbeat = decoded(details[0], ItemsDone) if details else None
+                    return taken, done_after_failure(
+                        taken, heartbeat, at, is_cancelled=late.retry_state == CANCEL_REQUESTED
+                    )
             case E.EVENT_TYPE_ACTIVITY_TASK_FAILED:
                 failed = event.activity_task_failed_event_attributes
                 if taken := self._pop(failed.scheduled_event_id):
                     is_cancelled = failed.retry_state == CANCEL_REQUESTED
-                    end = end_for(failed.failure.application_failure_info.type, failed.failure.message)
-                    return taken, ended_by(taken, None, at, is_cancelled=is_cancelled, end=end)
+                    end = outcome_of_failure(failed.failure.application_failure_info.type, failed.failure.message)
+                    return taken, done_after_failure(taken, None, at, is_cancelled=is_cancelled, end=end)
         return None
 
     def _pop(self, event_id: int) -> ItemsOrder | None:
@@ -209,18 +217,18 @@ class _Orders:
     def has(self, position: int) -> bool:
         return any(part.position == position for _, order in self._orders.values() for part in order.parts)
 
-    def beats(self, pending: Sequence[PendingActivityInfo]) -> list[tuple[ItemsOrder, ItemsDone]]:
+    def heartbeats(self, pending: Sequence[PendingActivityInfo]) -> list[tuple[ItemsOrder, ItemsDone]]:
         """Each of them with its last heartbeat."""
         orders = dict(self._orders.values())
-        return [(orders[id_], done) for id_, done in _beats_of(pending) if id_ in orders]
+        return [(orders[id_], done) for id_, done in _heartbeats_of(pending) if id_ in orders]
 
-    def is_known(self, pending: Sequence[PendingActivityInfo], last_event: int) -> bool:
+    def are_all_in(self, pending: Sequence[PendingActivityInfo], last_event: int) -> bool:
         """Whether *pending* has all of them that had been scheduled when *last_event* was the last one."""
         ids = {activity.activity_id for activity in pending}
         return all(id_ in ids for event_id, (id_, _) in self._orders.items() if event_id <= last_event)
 
 
-def _beats_of(pending: Iterable[PendingActivityInfo]) -> list[tuple[str, ItemsDone]]:
+def _heartbeats_of(pending: Iterable[PendingActivityInfo]) -> list[tuple[str, ItemsDone]]:
     return [
         (activity.activity_id, decoded(activity.heartbeat_details.payloads[0], ItemsDone))
         for activity in pending
@@ -228,28 +236,30 @@ def _beats_of(pending: Iterable[PendingActivityInfo]) -> list[tuple[str, ItemsDo
     ]
 
 
-def ended_by_now(pending: Iterable[PendingActivityInfo]) -> Counts:
+def ended_so_far(pending: Iterable[PendingActivityInfo]) -> Counts:
     """How many items have ended in what is at work, by its heartbeats."""
-    return sum((ended.counts for _, done in _beats_of(pending) for ended in done.ended), Counts())
+    return sum((ended.counts for _, done in _heartbeats_of(pending) for ended in done.ended), Counts())
 
 
-async def _now(cluster: Cluster, workflow_id: str) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
+async def _latest_history(
+    cluster: Cluster, workflow_id: str
+) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
     """The last history of an attempt of a chunk, and what is at work in it. Raises RPCError, NOT_FOUND where none is.
 
     While a worker makes up its mind, what others hand in is no more at work, and not in the history yet; nobody wants
     to see it go back, so that is waited for: for longer than for a worker that died.
     """
-    for pause_s in (*LOOK_AGAIN_AFTER_S, None):
+    for pause_s in (*REREAD_DELAYS_S, None):
         handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id)
         described = (await handle.describe()).raw_description
         info = described.workflow_execution_info
         handle = cluster.client.get_workflow_handle(workflow_id, run_id=info.execution.run_id)
         history = (await handle.fetch_history()).events
-        await cluster.payloads.bring_in(history)
-        orders = _Orders()
+        await cluster.payloads.resolve(history)
+        orders = _OpenOrders()
         for event in history:
-            orders.look(event)
-        if pause_s is None or orders.is_known(described.pending_activities, info.history_length):
+            orders.apply(event)
+        if pause_s is None or orders.are_all_in(described.pending_activities, info.history_length):
             break
         await asyncio.sleep(pause_s)
     return history, described.pending_activities
@@ -265,10 +275,10 @@ async def read_chunk(
     # A retry begins those chunks only that have something to try again, and one may not have been started yet.
     histories = asyncio.gather(
         *(
-            _history(
+            _full_history(
                 cluster,
                 chunk_workflow_id(batch_id, chunk, number),
-                may_be_none=number > 1 or about.completed_at is None,
+                may_be_missing=number > 1 or about.completed_at is None,
             )
             for number, about in enumerate(attempts, 1)
             if chunk < about.begun_to
@@ -289,8 +299,8 @@ async def read_chunk(
     return found
 
 
-async def _history(
-    cluster: Cluster, workflow_id: str, *, may_be_none: bool
+async def _full_history(
+    cluster: Cluster, workflow_id: str, *, may_be_missing: bool
 ) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
     """All events of a chunk's attempt, also where it went on in a new history, and what is at work in it."""
     events: list[HistoryEvent] = []
@@ -301,14 +311,14 @@ async def _history(
         while True:
             handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id, run_id=run_id)
             found = (await handle.fetch_history()).events
-            await cluster.payloads.bring_in(found)
+            await cluster.payloads.resolve(found)
             if not events and found[-1].event_type not in CLOSED:
-                found, pending = await _now(cluster, workflow_id)
+                found, pending = await _latest_history(cluster, workflow_id)
             events = [*found, *events]
             run_id = found[0].workflow_execution_started_event_attributes.continued_execution_run_id
             if not run_id:
                 return events, pending
     except RPCError as exc:
-        if exc.status is not RPCStatusCode.NOT_FOUND or events or not may_be_none:
+        if exc.status is not RPCStatusCode.NOT_FOUND or events or not may_be_missing:
             raise
         return events, pending

@@ -101,15 +101,15 @@ class Cluster:
         give_up_at = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
-                async with self.asking(START_TIMEOUT_S):
+                async with self.rpc_scope(START_TIMEOUT_S):
                     self._client = await Client.connect(
                         **self._config,
                         lazy=lazy,
                         data_converter=self.payloads.converter,
                         retry_config=RetryConfig(max_elapsed_time_millis=round(1000 * ANSWER_TIMEOUT_S)),
                     )
-                    await self._need_namespace()
-                    await self._need_search_attributes()
+                    await self._ensure_namespace()
+                    await self._ensure_search_attributes()
                 return
             except StoreError as exc:  # it may be starting at the same time as we are
                 if time.monotonic() > give_up_at:
@@ -121,7 +121,7 @@ class Cluster:
             await asyncio.sleep(0.2)
 
     @contextlib.asynccontextmanager
-    async def asking(self, timeout_s: float | None = ANSWER_TIMEOUT_S) -> AsyncIterator[None]:
+    async def rpc_scope(self, timeout_s: float | None = ANSWER_TIMEOUT_S) -> AsyncIterator[None]:
         """Within it the client is called; *timeout_s* is for all of its calls together.
 
         Raises:
@@ -146,7 +146,7 @@ class Cluster:
     async def input_of(self, workflow_id: str, type_: type[T]) -> T:
         """What a workflow was started with. Raises RPCError, NOT_FOUND if the cluster has forgotten it."""
         async for event in self.client.get_workflow_handle(workflow_id).fetch_history_events(page_size=1):
-            await self.payloads.bring_in([event])
+            await self.payloads.resolve([event])
             return decoded(event.workflow_execution_started_event_attributes.input.payloads[0], type_)
         raise AssertionError("every history has a first event")
 
@@ -156,7 +156,7 @@ class Cluster:
         The cluster forgets first attempts before the last one.
         """
         query = f"WorkflowType = '{workflow}' AND WorkflowId STARTS_WITH '{first_id}:'"
-        async with self.asking():
+        async with self.rpc_scope():
             found = self.client.list_workflows(query)
             return max([int(each.id.rpartition(":")[2]) async for each in found], default=0)
 
@@ -170,19 +170,19 @@ class Cluster:
         except RPCError as exc:
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
-        await self.payloads.forget(workflow_id)
+        await self.payloads.delete(workflow_id)
 
     async def start(self, workflow: str, order: Any, about: Run | Batch, *, id: str, **options: Any) -> None:
         """Start *workflow*, one attempt of a run or a batch, with *order*, so that lists find it.
 
         Raises:
             WorkflowAlreadyStartedError: this attempt was begun before.
-            StoreError, EngineFull: see ``asking``.
+            StoreError, EngineFull: see ``rpc_scope``.
         """
         attributes = [SearchAttributePair(FLOCK, about.flock), SearchAttributePair(AGENT, about.agent_name)]
         if about.principal is not None:
             attributes.append(SearchAttributePair(PRINCIPAL, about.principal))
-        async with self.asking():
+        async with self.rpc_scope():
             await self.client.start_workflow(
                 workflow,
                 order,
@@ -194,7 +194,7 @@ class Cluster:
                 **options,
             )
 
-    async def _need_namespace(self) -> None:
+    async def _ensure_namespace(self) -> None:
         try:
             found = await self._retrying(self._describe_namespace)
         except RPCError as exc:
@@ -206,7 +206,7 @@ class Cluster:
                 ) from exc
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
-            await self._make_namespace()
+            await self._register_namespace()
             return
         kept_for = found.config.workflow_execution_retention_ttl.ToTimedelta()
         logger.info("The namespace %s of %s keeps runs for %s after their end.", self.namespace, self.address, kept_for)
@@ -214,7 +214,7 @@ class Cluster:
     async def _describe_namespace(self) -> Any:
         return await self.client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=self.namespace))
 
-    async def _make_namespace(self) -> None:
+    async def _register_namespace(self) -> None:
         command = (
             f"temporal operator namespace create -n {self.namespace} --retention {RETENTION.days}d "
             f"--address {self.address}"
@@ -234,7 +234,7 @@ class Cluster:
                 raise
         await self._retrying(self._describe_namespace, is_new=True)
 
-    async def _need_search_attributes(self) -> None:
+    async def _ensure_search_attributes(self) -> None:
         try:
             missing = await self._retrying(self._missing_attributes, is_new=True)
         except RPCError as exc:
@@ -277,11 +277,11 @@ class Cluster:
         found = await self.client.operator_service.list_search_attributes(wanted)
         return [name for name in SEARCH_ATTRIBUTES if name not in found.custom_attributes]
 
-    async def _retrying(self, ask: Callable[[], Any], *, is_new: bool = False) -> Any:
-        """What *ask* gives; a namespace that *is_new* may not be known everywhere for a few seconds."""
+    async def _retrying(self, call: Callable[[], Any], *, is_new: bool = False) -> Any:
+        """What *call* gives; a namespace that *is_new* may not be known everywhere for a few seconds."""
         while True:
             try:
-                return await ask()
+                return await call()
             except RPCError as exc:
                 if not is_new or exc.status is not RPCStatusCode.NOT_FOUND:
                     raise

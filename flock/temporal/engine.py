@@ -56,9 +56,9 @@ from flock.temporal.messages import (
     run_workflow_id,
     task_queue_of,
 )
-from flock.temporal.records import at_work, run_of, waiting_again
+from flock.temporal.records import reset_for_retry, run_of, with_pending_activity
 from flock.temporal.reservations import Reservations
-from flock.temporal.search import ID, newest_first, open_runs, own
+from flock.temporal.search import ID, newest_first, open_runs, workflows_of
 
 __all__ = ["TemporalEngine"]
 
@@ -74,7 +74,7 @@ MAX_INPUT_BYTES = 1_000_000
 #: How many runs of a list are read at the same time.
 READS_AT_ONCE = 20
 
-Ends = TypeVar("Ends", Run, Batch)
+Record = TypeVar("Record", Run, Batch)
 
 
 class TemporalEngine(EngineBase):
@@ -126,7 +126,7 @@ class TemporalEngine(EngineBase):
             heartbeat_timeout_s=heartbeat_timeout_s,
         )
         self._watch_task: asyncio.Task[None] | None = None
-        self._is_leaving = False
+        self._is_stopping = False
         self._error: StoreError | None = None
         self._open_runs = 0
         self._started_runs = 0
@@ -138,7 +138,7 @@ class TemporalEngine(EngineBase):
 
     @property
     def is_draining(self) -> bool:
-        return self._is_leaving
+        return self._is_stopping
 
     @property
     def _is_entered(self) -> bool:
@@ -157,30 +157,30 @@ class TemporalEngine(EngineBase):
     async def __aenter__(self) -> Self:
         self._check_not_entered()
         await self.cluster.connect()
-        self._is_leaving, self._error = False, None
+        self._is_stopping, self._error = False, None
         #: set while those who wait must look what is the matter
-        self._trouble, self._nobody_waits = asyncio.Event(), asyncio.Event()
+        self._wake_waiters, self._no_waiters = asyncio.Event(), asyncio.Event()
         self._watch_task = asyncio.create_task(self._watch())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         task, self._watch_task = self._watch_task, None
         assert task is not None
-        self._is_leaving = True
-        self._trouble.set()
+        self._is_stopping = True
+        self._wake_waiters.set()
         task.cancel()
         await asyncio.wait([task])
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new work, and let those who wait go after *timeout_s*. Runs go on: workers have them."""
         self._check_entered()
-        self._is_leaving = True
+        self._is_stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self._waiting:
-                    self._nobody_waits.clear()
-                    await self._nobody_waits.wait()
-        self._trouble.set()
+                    self._no_waiters.clear()
+                    await self._no_waiters.wait()
+        self._wake_waiters.set()
 
     def check_ready(self) -> None:
         self._check_running()
@@ -199,7 +199,7 @@ class TemporalEngine(EngineBase):
             task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY,
             report_stats=True,
         )
-        async with self.cluster.asking():
+        async with self.cluster.rpc_scope():
             stats = (await self._client.workflow_service.describe_task_queue(wanted)).stats
         age: Duration = stats.approximate_backlog_age
         depth = stats.approximate_backlog_count
@@ -210,21 +210,21 @@ class TemporalEngine(EngineBase):
         misses = 0
         while True:
             try:
-                async with self.cluster.asking(WATCH_TIMEOUT_S):
+                async with self.cluster.rpc_scope(WATCH_TIMEOUT_S):
                     query = open_runs(self._flock)
                     before = self._started_runs
                     count = (await self._client.count_workflows(query)).count
                     self._open_runs = count + self._started_runs - before  # the cluster may not have counted the latest
                     self._open_runs_of.clear()
                 self._error, misses = None, 0
-                if not self._is_leaving:
-                    self._trouble.clear()
+                if not self._is_stopping:
+                    self._wake_waiters.clear()
             except StoreError as exc:
                 misses += 1
                 if misses == 1:  # it may be a busy moment, here or there, and many would be told
                     continue
                 self._error = exc
-                self._trouble.set()
+                self._wake_waiters.set()
             except Exception:
                 logger.exception("the cluster cannot be watched")
             await asyncio.sleep(WATCH_INTERVAL_S)
@@ -238,7 +238,7 @@ class TemporalEngine(EngineBase):
             if key is not None and (made_id := await self._started_under(key)) is not None:
                 raise Replayed(made_id) from None  # that comes before any limit
             raise
-        with self._being_started():
+        with self._counted_as_starting():
             if key is None:
                 await self._start(self._order(run))
                 return
@@ -277,7 +277,7 @@ class TemporalEngine(EngineBase):
         limits, counts = self._limits.queue, self._open_runs_of
         if principal is not None and self._open_runs + self._starting >= limits.max_runs_per_principal:
             if principal not in counts:
-                async with self.cluster.asking():
+                async with self.cluster.rpc_scope():
                     count = (await self._client.count_workflows(open_runs(self._flock, principal))).count
                 counts.setdefault(principal, count)
             limits.check_share(counts[principal], "open")
@@ -285,7 +285,7 @@ class TemporalEngine(EngineBase):
         limits.check(self._open_runs + self._starting, "open")
 
     @contextlib.contextmanager
-    def _being_started(self) -> Iterator[None]:
+    def _counted_as_starting(self) -> Iterator[None]:
         """Count a run that is started within the block."""
         self._starting += 1
         try:
@@ -317,7 +317,7 @@ class TemporalEngine(EngineBase):
             if later is None:
                 break
             run = later
-        if run.status.is_final and await self._reservations.is_gone(run_id):
+        if run.status.is_final and await self._reservations.is_deleted(run_id):
             raise RunNotFound(run_id)
         return run
 
@@ -327,14 +327,14 @@ class TemporalEngine(EngineBase):
             return None
         handle = self._handle(run_id, attempt)
         try:
-            async with self.cluster.asking():
+            async with self.cluster.rpc_scope():
                 run = run_of(await self._history(handle))
                 if run.status.is_final:
                     return run
                 described = (await handle.describe()).raw_description
                 if described.workflow_execution_info.HasField("close_time"):
                     return run_of(await self._history(handle))
-                return at_work(run, described.pending_activities)
+                return with_pending_activity(run, described.pending_activities)
         except RPCError:
             return None
 
@@ -342,29 +342,29 @@ class TemporalEngine(EngineBase):
         events = (await handle.fetch_history()).events
         # What turns were given is known from what came of those before.
         scheduled = EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
-        await self.cluster.payloads.bring_in(event for event in events if event.event_type != scheduled)
+        await self.cluster.payloads.resolve(event for event in events if event.event_type != scheduled)
         return events
 
     def _handle(self, run_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
         return self._client.get_workflow_handle(run_workflow_id(run_id, attempt))
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
-        async def look() -> tuple[Run, WorkflowHandle[Any, Any] | None]:
+        async def read() -> tuple[Run, WorkflowHandle[Any, Any] | None]:
             run = await self.get_run(run_id)
             return run, None if run.batch_id is not None else self._handle(run_id, run.attempt)
 
         self._check_entered()
-        return await self._wait(look, self._handle(run_id, 1) if ID.fullmatch(run_id) else None, timeout_s)
+        return await self._wait(read, self._handle(run_id, 1) if ID.fullmatch(run_id) else None, timeout_s)
 
     async def _wait(
         self,
-        look: Callable[[], Awaitable[tuple[Ends, WorkflowHandle[Any, Any] | None]]],
+        read: Callable[[], Awaitable[tuple[Record, WorkflowHandle[Any, Any] | None]]],
         handle: WorkflowHandle[Any, Any] | None,
         timeout_s: float | None,
-    ) -> Ends:
-        """What *look* gives once it is final, or as it stands after *timeout_s*.
+    ) -> Record:
+        """What *read* gives once it is final, or as it stands after *timeout_s*.
 
-        *look* gives the workflow with it that will end; *handle* is the one before anybody has looked.
+        *read* gives the workflow with it that will end; *handle* is the one before anybody has looked.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         found = None
@@ -378,38 +378,38 @@ class TemporalEngine(EngineBase):
                     await self._until_closed(handle, left_s)
                 elif found is not None:  # an item has no workflow of its own
                     await asyncio.sleep(POLL_INTERVAL_S if left_s is None else min(left_s, POLL_INTERVAL_S))
-                    if self._is_leaving:
+                    if self._is_stopping:
                         raise asked_to_leave()
-                found, handle = await look()
+                found, handle = await read()
                 if found.status.is_final:
                     return found
         finally:
             self._waiting -= 1
             if not self._waiting:
-                self._nobody_waits.set()
+                self._no_waiters.set()
 
     async def _until_closed(self, handle: WorkflowHandle[Any, Any], timeout_s: float | None) -> None:
         """Wait for the end of a workflow, at most *timeout_s*. Raises EngineStopped, StoreError."""
 
         async def follow() -> None:
             with contextlib.suppress(RPCError):  # there is none: whoever reads it says so
-                async with self.cluster.asking(None):
+                async with self.cluster.rpc_scope(None):
                     end = WorkflowHistoryEventFilterType.CLOSE_EVENT
                     async for _ in handle.fetch_history_events(wait_new_event=True, event_filter_type=end):
                         return
 
-        following, trouble = asyncio.create_task(follow()), asyncio.create_task(self._trouble.wait())
+        following, woken = asyncio.create_task(follow()), asyncio.create_task(self._wake_waiters.wait())
         try:
-            await asyncio.wait([following, trouble], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([following, woken], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if following.done():
                 following.result()
-            elif self._is_leaving and trouble.done():
+            elif self._is_stopping and woken.done():
                 raise asked_to_leave()
-            elif trouble.done():
+            elif woken.done():
                 raise self._error or StoreError("The cluster did not answer for a moment. Ask again.")
         finally:
             following.cancel()
-            trouble.cancel()
+            woken.cancel()
 
     async def cancel_run(self, run_id: str) -> Run:
         run = await self.get_run(run_id)
@@ -417,7 +417,7 @@ class TemporalEngine(EngineBase):
             await self._batches.cancel_item(run)
         elif not run.status.is_final:
             with contextlib.suppress(RPCError):  # it has ended in the meantime
-                async with self.cluster.asking():
+                async with self.cluster.rpc_scope():
                     await self._handle(run_id, run.attempt).cancel()
         run = await self.get_run(run_id)
         if conflict := not_cancelled(run):
@@ -434,28 +434,28 @@ class TemporalEngine(EngineBase):
                 return await self.get_run(run_id)
         if batch is not None or run.status not in RETRIED:
             raise run_not_retried(run, batch)
-        again = waiting_again(replace(run, is_async=True))
+        again = reset_for_retry(replace(run, is_async=True))
         try:
             await self._check_room(run.principal)
-            with self._being_started():
-                await self._start(replace(self._order(again), key_id=await self._kept_key(run)))
+            with self._counted_as_starting():
+                await self._start(replace(self._order(again), key_id=await self._stored_key_id(run)))
         except WorkflowAlreadyStartedError as exc:
             raise Conflict(f"The run {run_id} is being tried again already.") from exc
         return again
 
-    async def _kept_key(self, run: Run) -> str | None:
-        async with self.cluster.asking():
+    async def _stored_key_id(self, run: Run) -> str | None:
+        async with self.cluster.rpc_scope():
             return (await self.cluster.input_of(run_workflow_id(run.run_id, run.attempt), RunOrder)).key_id
 
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
         if run.batch_id is not None or not run.status.is_final:
             raise not_deleted(run)
-        key_id = await self._kept_key(run)
-        if not await self._reservations.note_gone(run_id):
+        key_id = await self._stored_key_id(run)
+        if not await self._reservations.mark_deleted(run_id):
             raise RunNotFound(run_id)
-        await self._reservations.free(key_id, run_id)
-        async with self.cluster.asking():
+        await self._reservations.release(key_id, run_id)
+        async with self.cluster.rpc_scope():
             for attempt in range(1, run.attempt + 1):
                 await self.cluster.delete(run_workflow_id(run_id, attempt))
 
@@ -471,13 +471,13 @@ class TemporalEngine(EngineBase):
                 return _listed(await self.get_run(run_id), wanted)
             return None
 
-        ids = newest_first(self.cluster, own(RUN_WORKFLOW, self._flock), "run", wanted)
+        ids = newest_first(self.cluster, workflows_of(RUN_WORKFLOW, self._flock), "run", wanted)
         async for run_ids in ids:
             unread = iter(run_ids)
             while some := list(islice(unread, at_once)):
                 at_once = min(READS_AT_ONCE, wanted.limit)
                 for run in await asyncio.gather(*map(read, some)):
-                    if run is not None and _fits(run, wanted) and not page.add(run):
+                    if run is not None and _matches(run, wanted) and not page.add(run):
                         return page
         return page
 
@@ -494,13 +494,13 @@ class TemporalEngine(EngineBase):
         return await self._batches.get(batch_id)
 
     async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
-        async def look() -> tuple[Batch, WorkflowHandle[Any, Any] | None]:
+        async def read() -> tuple[Batch, WorkflowHandle[Any, Any] | None]:
             batch = await self.get_batch(batch_id)
             return batch, self._batches.handle(batch_id, batch.attempt)
 
         self._check_entered()
         handle = None if ID.fullmatch(batch_id) is None else self._batches.handle(batch_id)
-        return await self._wait(look, handle, timeout_s)
+        return await self._wait(read, handle, timeout_s)
 
     async def get_items(
         self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
@@ -525,7 +525,7 @@ class TemporalEngine(EngineBase):
         await self._batches.delete(batch_id)
 
 
-def _fits(run: Run, wanted: RunFilter) -> bool:
+def _matches(run: Run, wanted: RunFilter) -> bool:
     """The search knows each attempt, and what it knew a moment ago."""
     return wanted.status in (None, run.status)
 

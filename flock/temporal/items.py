@@ -26,11 +26,11 @@ from flock.runs import Run, RunStatus, Step, now
 from flock.temporal.chunks import Chunk, read_chunk, reopens
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
+    DELETE_ACTIVITY,
     FIND_ACTIVITY,
-    FORGET_ACTIVITY,
     ITEMS_ACTIVITY,
-    ForgetOrder,
-    ItemEnd,
+    DeleteOrder,
+    ItemOutcome,
     ItemsDone,
     ItemsOrder,
     Part,
@@ -40,7 +40,7 @@ from flock.temporal.messages import (
     rows_workflow_id,
 )
 from flock.temporal.payloads import PAYLOAD_LOST
-from flock.temporal.records import CANCELLED_BEFORE
+from flock.temporal.records import CANCELLED_BEFORE_START
 from flock.temporal.turns import ActivityTurn, until_done
 
 __all__ = ["ItemActivities"]
@@ -52,12 +52,12 @@ logger = logging.getLogger("flock.temporal")
 SLICE_S = 2.0
 SLICE_BYTES = 256 * 1024
 #: How often the cluster is told how far it is, while that changes, in seconds.
-BEAT_S = 0.1
+HEARTBEAT_INTERVAL_S = 0.1
 #: So many chunks' rows are kept in memory: several lanes of one chunk ask, one after the other.
-CHUNKS_KEPT = 32
+CHUNK_CACHE_SIZE = 32
 #: How long it may take to find out what is to be cancelled, and how often that is looked at, in seconds.
-LOOK_TIMEOUT_S = 10.0
-LOOK_INTERVAL_S = 1.0
+CANCEL_POLL_TIMEOUT_S = 10.0
+CANCEL_POLL_INTERVAL_S = 1.0
 DELETES_AT_ONCE = 8
 
 
@@ -67,7 +67,7 @@ class _Job:
     def __init__(self, order: ItemsOrder, done: ItemsDone) -> None:
         self.order = order
         self.ended = list(done.ended)
-        self.at_work = done.unfinished
+        self.current = done.unfinished
         self.bytes = sum(map(_bytes_of, self.ended))
         self.turn: ActivityTurn | None = None
         self.has_taken_turns = False
@@ -75,27 +75,27 @@ class _Job:
         self.is_cancelled = False
         self.cancelled: set[int] = set()
         #: no further item is to be begun
-        self.is_to_return = False
-        self.news = asyncio.Event()
+        self.should_return = False
+        self.changed = asyncio.Event()
 
-    def parts_to_do(self) -> list[Part]:
+    def remaining_parts(self) -> list[Part]:
         return self.order.left_after(self.done())
 
-    def is_to_cancel(self, position: int) -> bool:
+    def must_cancel(self, position: int) -> bool:
         return self.is_cancelled or position in self.cancelled
 
-    def end(self, ended: ItemEnd) -> None:
+    def end(self, ended: ItemOutcome) -> None:
         self.ended.append(ended)
-        if self.at_work is not None and self.at_work.position == ended.position:
-            self.at_work = None
+        if self.current is not None and self.current.position == ended.position:
+            self.current = None
         self.bytes += _bytes_of(ended)
-        self.news.set()
+        self.changed.set()
 
     def done(self) -> ItemsDone:
-        at_work = self.at_work
-        if at_work is not None and self.turn is not None:
-            at_work = replace(at_work, progress=self.turn.progress)
-        return ItemsDone(ended=tuple(self.ended), unfinished=at_work)
+        current = self.current
+        if current is not None and self.turn is not None:
+            current = replace(current, progress=self.turn.progress)
+        return ItemsDone(ended=tuple(self.ended), unfinished=current)
 
 
 class ItemActivities:
@@ -106,7 +106,7 @@ class ItemActivities:
         self._turns = turns
         self._drain_timeout_s = drain_timeout_s
         self._jobs: set[_Job] = set()
-        self._looking: dict[tuple[str, int, int], asyncio.Task[None]] = {}
+        self._lookups: dict[tuple[str, int, int], asyncio.Task[None]] = {}
         self._chunks: OrderedDict[tuple[str, int, int], asyncio.Task[Chunk]] = OrderedDict()
 
     @activity.defn(name=ITEMS_ACTIVITY)
@@ -116,56 +116,56 @@ class ItemActivities:
         Cancellation: who is to stop is read from the chunk's memo; when it has stopped, it returns as always.
         """
         info = activity.info()
-        told = [recoded(beat, ItemsDone) for beat in info.heartbeat_details]
-        job = _Job(order, told[0] if told else ItemsDone())
+        reported = [recoded(heartbeat, ItemsDone) for heartbeat in info.heartbeat_details]
+        job = _Job(order, reported[0] if reported else ItemsDone())
         self._jobs.add(job)
-        work = asyncio.create_task(self._work_through(job, is_again=info.attempt > 1))
-        beats = asyncio.create_task(_tell_beats(job))
-        asking: list[asyncio.Task[None]] = []
+        work = asyncio.create_task(self._run_items(job, is_again=info.attempt > 1))
+        heartbeats = asyncio.create_task(_send_heartbeats(job))
+        polls: list[asyncio.Task[None]] = []
 
         def stop() -> None:
-            job.is_to_return = True
+            job.should_return = True
             if job.turn is not None:
                 job.turn.stop(self._turns)
 
         def cancel() -> None:
-            job.is_to_return = True
-            if not asking:
-                asking.append(asyncio.create_task(self._stop_cancelled(order)))
+            job.should_return = True
+            if not polls:
+                polls.append(asyncio.create_task(self._stop_cancelled(order)))
 
         try:
             await until_done(work, drain_timeout_s=self._drain_timeout_s, stop=stop, cancel=cancel)
         finally:
-            for task in (beats, *asking):
+            for task in (heartbeats, *polls):
                 task.cancel()
             self._jobs.discard(job)
         if work.exception() is not None and job.ended:  # what a worker that died has told must not go with this try
-            return job.done().tried_again()
+            return job.done().for_retry()
         work.result()
         done = job.done()
         return done if done.unfinished is None or done.unfinished.steps else replace(done, unfinished=None)
 
-    async def _work_through(self, job: _Job, *, is_again: bool) -> None:
+    async def _run_items(self, job: _Job, *, is_again: bool) -> None:
         items = (await self._chunk(job.order)).items
         return_at = time.monotonic() + SLICE_S
-        for part in job.parts_to_do():
-            if job.is_to_cancel(part.position):
+        for part in job.remaining_parts():
+            if job.must_cancel(part.position):
                 continue
             run = items[part.position]
             if part.started_at is not None:
                 run = replace(run, status=RunStatus.RUNNING, started_at=part.started_at)
             run = replace(run, steps=part.steps or run.steps)
-            ended = await self._carry_out(job, run, is_again=is_again or part.is_again)
+            ended = await self._run_item(job, run, is_again=is_again or part.is_again)
             if ended is None:
                 return
             job.end(ended)
             is_again = False
-            if job.is_to_return or activity.is_worker_shutdown():
+            if job.should_return or activity.is_worker_shutdown():
                 return
             if time.monotonic() > return_at or job.bytes > SLICE_BYTES:
                 return
 
-    async def _carry_out(self, job: _Job, run: Run, *, is_again: bool) -> ItemEnd | None:
+    async def _run_item(self, job: _Job, run: Run, *, is_again: bool) -> ItemOutcome | None:
         """Take one item to its end; None where it is left for later."""
         position = run.position or 0
         while run.next_agent_name is not None:
@@ -173,7 +173,7 @@ class ItemActivities:
                 return None  # it begins an order of its own: whoever gets that a second time knows that it was begun
             turn = job.turn = ActivityTurn(run, job.order.timeout_s, is_again=is_again)
             job.has_taken_turns, is_again = True, False
-            job.at_work = _part(run)
+            job.current = _part(run)
             taking = asyncio.create_task(turn.take(self._turns))
             while not taking.done():
                 await asyncio.wait([taking])
@@ -184,22 +184,22 @@ class ItemActivities:
             end = turn.outcome if isinstance(turn.outcome, Outcome) else None
             if isinstance(turn.outcome, Step):
                 run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
-                job.at_work = _part(run)
-                job.news.set()
-                if run.next_agent_name is not None and job.is_to_cancel(position):
+                job.current = _part(run)
+                job.changed.set()
+                if run.next_agent_name is not None and job.must_cancel(position):
                     end = CANCELLED
             if end is not None:
-                return self._tell_end(run, _ended(_part(run), end, run.started_at))
-        ended = ItemEnd(
+                return self._report_end(run, _ended(_part(run), end, run.started_at))
+        ended = ItemOutcome(
             position=position,
             started_at=run.started_at or now(),
             completed_at=now(),
             progress=run.progress,
             steps=run.steps,
         )
-        return self._tell_end(run, ended)
+        return self._report_end(run, ended)
 
-    def _tell_end(self, run: Run, ended: ItemEnd) -> ItemEnd:
+    def _report_end(self, run: Run, ended: ItemOutcome) -> ItemOutcome:
         result = ended.steps[-1].result if ended.status is RunStatus.COMPLETED else None
         end = {"status": ended.status, "error": ended.error, "error_type": ended.error_type, "result": result}
         self._turns.tell("run_ended", replace(run, completed_at=ended.completed_at, **end))
@@ -212,48 +212,48 @@ class ItemActivities:
         """
         key = (order.batch_id, order.chunk, order.attempt)
         while True:
-            looking = self._looking.get(key)
-            if looking is None:
-                looking = self._looking[key] = asyncio.create_task(self._look(order))
-                looking.add_done_callback(lambda _: self._looking.pop(key))
-            await asyncio.shield(looking)
-            await asyncio.sleep(LOOK_INTERVAL_S)
+            lookup = self._lookups.get(key)
+            if lookup is None:
+                lookup = self._lookups[key] = asyncio.create_task(self._read_cancellations(order))
+                lookup.add_done_callback(lambda _: self._lookups.pop(key))
+            await asyncio.shield(lookup)
+            await asyncio.sleep(CANCEL_POLL_INTERVAL_S)
 
-    async def _look(self, order: ItemsOrder) -> None:
+    async def _read_cancellations(self, order: ItemsOrder) -> None:
         """Find out who is to stop, and stop all of them here: some jobs are told only with their next heartbeat.
 
         The batch knows before its chunks that all of it is to stop.
         """
         batch_id, chunk, attempt = order.batch_id, order.chunk, order.attempt
-        told = await self._memo_of(chunk_workflow_id(batch_id, chunk, attempt))
+        memo = await self._memo_of(chunk_workflow_id(batch_id, chunk, attempt))
         batch: Mapping[str, Any] = {}
-        if told.get("is_cancelled"):
+        if memo.get("is_cancelled"):
             batch = (await self._memo_of(batch_workflow_id(batch_id, attempt))).get("batch", {})
         for job in self._jobs:
             if (job.order.batch_id, job.order.attempt) != (batch_id, attempt):
                 continue
             job.is_cancelled |= bool(batch.get("cancel_requested"))
             if job.order.chunk == chunk:
-                job.is_cancelled |= bool(told.get("is_cancelled"))
-                job.cancelled.update(told.get("cancelled", ()))  # an empty list is none to the cluster
+                job.is_cancelled |= bool(memo.get("is_cancelled"))
+                job.cancelled.update(memo.get("cancelled", ()))  # an empty list is none to the cluster
             self._cancel_parts(job)
 
     async def _memo_of(self, workflow_id: str) -> Mapping[str, Any]:
         handle = self._cluster.client.get_workflow_handle(workflow_id)
         try:
-            async with self._cluster.asking(LOOK_TIMEOUT_S):
+            async with self._cluster.rpc_scope(CANCEL_POLL_TIMEOUT_S):
                 return await (await handle.describe()).memo()
         except (StoreError, RPCError) as exc:
             logger.warning("what is to be cancelled of %s cannot be found out: %s", workflow_id, exc)
             return {}
 
     def _cancel_parts(self, job: _Job) -> None:
-        for part in job.parts_to_do():
-            is_at_work = job.at_work is not None and part.position == job.at_work.position
-            if is_at_work and job.turn is not None and job.is_to_cancel(part.position):
+        for part in job.remaining_parts():
+            is_current = job.current is not None and part.position == job.current.position
+            if is_current and job.turn is not None and job.must_cancel(part.position):
                 job.turn.cancel()
-            elif not is_at_work and job.is_to_cancel(part.position):
-                job.end(_ended(part, CANCELLED_BEFORE, part.started_at))
+            elif not is_current and job.must_cancel(part.position):
+                job.end(_ended(part, CANCELLED_BEFORE_START, part.started_at))
 
     async def _chunk(self, order: ItemsOrder) -> Chunk:
         """The items of a chunk as they were when this attempt began. Raises RPCError."""
@@ -267,7 +267,7 @@ class ItemActivities:
         except BaseException:
             self._chunks.pop(key, None)
             raise
-        while len(self._chunks) > CHUNKS_KEPT:
+        while len(self._chunks) > CHUNK_CACHE_SIZE:
             self._chunks.popitem(last=False)
         return found
 
@@ -285,10 +285,10 @@ class ItemActivities:
         except RPCError as exc:
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
-            forgotten = (
+            message = (
                 "The cluster has forgotten the rows of this chunk, or what was done before: its retention is over."
             )
-            raise ApplicationError(forgotten, type=PAYLOAD_LOST, non_retryable=True) from exc
+            raise ApplicationError(message, type=PAYLOAD_LOST, non_retryable=True) from exc
 
     @activity.defn(name=FIND_ACTIVITY)
     async def find(self, order: ItemsOrder) -> list[int]:
@@ -299,8 +299,8 @@ class ItemActivities:
             return [position for position, item in found.items.items() if not item.status.is_final]
         return [position for position, item in found.items.items() if reopens(about, item)]
 
-    @activity.defn(name=FORGET_ACTIVITY)
-    async def forget(self, order: ForgetOrder) -> None:
+    @activity.defn(name=DELETE_ACTIVITY)
+    async def delete_batch(self, order: DeleteOrder) -> None:
         """Delete all that is kept of a batch. It may be begun again."""
         client, of_batch = self._cluster.client, order.batch_id
         # The search may not know yet what was sent a moment ago.
@@ -321,8 +321,8 @@ def _part(run: Run) -> Part:
     return Part(position=run.position or 0, started_at=run.started_at, steps=run.steps, progress=run.progress)
 
 
-def _ended(part: Part, end: Outcome, started_at: datetime | None) -> ItemEnd:
-    return ItemEnd(
+def _ended(part: Part, end: Outcome, started_at: datetime | None) -> ItemOutcome:
+    return ItemOutcome(
         position=part.position,
         status=end.status,
         error=end.error,
@@ -334,16 +334,16 @@ def _ended(part: Part, end: Outcome, started_at: datetime | None) -> ItemEnd:
     )
 
 
-def _bytes_of(ended: ItemEnd) -> int:
+def _bytes_of(ended: ItemOutcome) -> int:
     return len(msgspec.json.encode(ended))
 
 
-async def _tell_beats(job: _Job) -> None:
+async def _send_heartbeats(job: _Job) -> None:
     silent_s = job.order.heartbeat_timeout_s / 3
     while True:
-        await asyncio.sleep(BEAT_S)
+        await asyncio.sleep(HEARTBEAT_INTERVAL_S)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(silent_s - BEAT_S):
-                await job.news.wait()
-        job.news.clear()
+            async with asyncio.timeout(silent_s - HEARTBEAT_INTERVAL_S):
+                await job.changed.wait()
+        job.changed.clear()
         activity.heartbeat(job.done())

@@ -27,10 +27,10 @@ __all__ = [
     "BATCH_WORKFLOW",
     "CHUNK_WORKFLOW",
     "CONVERTER",
+    "DELETE_ACTIVITY",
+    "DELETE_WORKFLOW",
     "FIND_ACTIVITY",
     "FLOCK",
-    "FORGET_ACTIVITY",
-    "FORGET_WORKFLOW",
     "HEARTBEAT_TIMEOUT_S",
     "INTERRUPTED",
     "ITEMS_ACTIVITY",
@@ -42,11 +42,11 @@ __all__ = [
     "SEARCH_ATTRIBUTES",
     "Attempt",
     "BatchOrder",
-    "Beat",
     "ChunkOrder",
     "Counts",
-    "ForgetOrder",
-    "ItemEnd",
+    "DeleteOrder",
+    "Heartbeat",
+    "ItemOutcome",
     "ItemRow",
     "ItemsDone",
     "ItemsOrder",
@@ -60,7 +60,7 @@ __all__ = [
     "item_id",
     "items_queue_of",
     "new_batch_id",
-    "place_of_item",
+    "parse_item_id",
     "recoded",
     "rows_workflow_id",
     "run_workflow_id",
@@ -74,11 +74,11 @@ MARK_WORKFLOW = "flock_mark"
 BATCH_WORKFLOW = "flock_batch"
 CHUNK_WORKFLOW = "flock_batch_chunk"
 ROWS_WORKFLOW = "flock_batch_rows"
-FORGET_WORKFLOW = "flock_forget"
+DELETE_WORKFLOW = "flock_forget"
 ACTIVITY = "run_agent"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
-FORGET_ACTIVITY = "forget_batch"
+DELETE_ACTIVITY = "forget_batch"
 
 #: After so many seconds without a word of it, a worker is taken for dead, where nobody says another time.
 HEARTBEAT_TIMEOUT_S = 3.0
@@ -120,7 +120,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True):
     progress: Progress | None = None
 
 
-class Beat(msgspec.Struct, frozen=True, kw_only=True):
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """How far a turn is that has not ended, or how far it was. ``begun_at`` is None while it waits for its slot."""
 
     begun_at: datetime | None = None
@@ -257,7 +257,7 @@ class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         ]
 
 
-class ItemEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ItemOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one item ended. Its result is that of its last step."""
 
     position: int
@@ -286,10 +286,10 @@ class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``unfinished`` was started and has not ended. What is not named here is to be ordered again.
     """
 
-    ended: tuple[ItemEnd, ...] = ()
+    ended: tuple[ItemOutcome, ...] = ()
     unfinished: Part | None = None
 
-    def tried_again(self) -> "ItemsDone":
+    def for_retry(self) -> "ItemsDone":
         """By a worker that died: the next one may start the turn that was at work a second time."""
         return self if self.unfinished is None else replace(self, unfinished=replace(self.unfinished, is_again=True))
 
@@ -315,7 +315,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
-class ForgetOrder(msgspec.Struct, frozen=True, kw_only=True):
+class DeleteOrder(msgspec.Struct, frozen=True, kw_only=True):
     """A batch that was deleted, or was not accepted, and how many chunks of rows were sent of it.
 
     ``rows_of``: see ``Attempt``.
@@ -356,7 +356,7 @@ def item_id(batch_id: str, position: int) -> str:
     return f"{batch_id[:-POSITION_DIGITS]}{position + 1:0{POSITION_DIGITS}x}"
 
 
-def place_of_item(run_id: str) -> tuple[str, int]:
+def parse_item_id(run_id: str) -> tuple[str, int]:
     """The id of the batch, and the position, that an item with this id would have."""
     return run_id[:-POSITION_DIGITS] + "0" * POSITION_DIGITS, int(run_id[-POSITION_DIGITS:], 16) - 1
 

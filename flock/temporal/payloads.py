@@ -1,7 +1,7 @@
 """What is too long for the cluster lies in a folder that all processes share; histories have its checksum in its place.
 
 It is a driver of the SDK's external storage (``temporalio.converter.ExternalStorage``), which calls it for whatever is
-sent and received. Histories that are read as they are, outside of a workflow, are completed by ``bring_in``.
+sent and received. Histories that are read as they are, outside of a workflow, are completed by ``resolve``.
 
 ``{folder}/{workflow id}/{sha256}`` is one payload. Files are written whole or not at all, are on the disk before
 anything names them, and never change, so that whoever writes one a second time has nothing to do.
@@ -95,7 +95,7 @@ class PayloadFolder(StorageDriver):
         """Raises StoreError."""
         assert context.target is not None
         assert context.target.id is not None
-        return [await self._keep(context.target.id, payload) for payload in payloads]
+        return [await self._store(context.target.id, payload) for payload in payloads]
 
     async def retrieve(
         self, context: StorageDriverRetrieveContext, claims: Sequence[StorageDriverClaim]
@@ -105,7 +105,7 @@ class PayloadFolder(StorageDriver):
 
     # What the engine and the worker call
 
-    async def keep(self, workflow_id: str, value: Any) -> None:
+    async def store_ahead(self, workflow_id: str, value: Any) -> None:
         """Write what is about to be sent, if it is long, as long as that takes: afterwards it is sent at once.
 
         A full disk is waited for. Cancellation: the file is written whole or not at all.
@@ -113,13 +113,13 @@ class PayloadFolder(StorageDriver):
         (payload,) = self.converter.payload_converter.to_payloads([value])
         while self._folder is not None and payload.ByteSize() >= THRESHOLD_BYTES:
             try:
-                await self._keep(workflow_id, payload)
+                await self._store(workflow_id, payload)
                 return
             except StoreError as exc:
                 logger.warning("%s: %s Trying again.", workflow_id, exc)
                 await asyncio.sleep(RETRY_AFTER_S)
 
-    async def bring_in(self, messages: Iterable[Message]) -> None:
+    async def resolve(self, messages: Iterable[Message]) -> None:
         """Put what lies in the folder into *messages*, in its place. Raises StoreError."""
         payloads = [payload for message in messages for payload in _payloads_of(message) if payload.external_payloads]
         if not payloads:
@@ -133,14 +133,14 @@ class PayloadFolder(StorageDriver):
         for payload, raw in zip(payloads, found, strict=True):
             payload.CopyFrom(raw.payload)
 
-    async def forget(self, workflow_id: str) -> None:
+    async def delete(self, workflow_id: str) -> None:
         """Delete what is kept of a workflow that is deleted."""
         if self._folder is not None:
             await asyncio.to_thread(shutil.rmtree, self._folder / _name_of(workflow_id), ignore_errors=True)
 
     # Files
 
-    async def _keep(self, workflow_id: str, payload: Payload) -> StorageDriverClaim:
+    async def _store(self, workflow_id: str, payload: Payload) -> StorageDriverClaim:
         try:
             file = await asyncio.to_thread(self._write, _name_of(workflow_id), payload)
         except OSError as exc:
@@ -176,27 +176,27 @@ class PayloadFolder(StorageDriver):
 
     def _read(self, file: str) -> Payload:
         if self._folder is None:
-            raise _lost(
+            raise _payload_lost(
                 "A long payload lies in a folder that this process was not told of. Start it with --payload-dir "
                 "(payload_dir=), the same folder for the API and all workers."
             )
         if CLAIM.fullmatch(file) is None:
-            raise _lost("A long payload is claimed by what is no name of one.")
+            raise _payload_lost("A long payload is claimed by what is no name of one.")
         try:
             content = (self._folder / file).read_bytes()
         except FileNotFoundError as exc:
             logger.error("%s is not in %s", file, self._folder)
-            raise _lost(
+            raise _payload_lost(
                 "A long payload is not in its folder. Do all processes have the same --payload-dir, and is nothing "
                 "deleted from it before the cluster forgets the run?"
             ) from exc
         if hashlib.sha256(content).hexdigest() != file.rpartition("/")[2]:
             logger.error("%s in %s is damaged", file, self._folder)
-            raise _lost("A long payload is damaged: its checksum is another one.")
+            raise _payload_lost("A long payload is damaged: its checksum is another one.")
         return Payload.FromString(content)
 
 
-def _lost(message: str) -> ApplicationError:
+def _payload_lost(message: str) -> ApplicationError:
     return ApplicationError(message, type=PAYLOAD_LOST, non_retryable=True)
 
 

@@ -16,8 +16,8 @@ from flock.errors import cut
 from flock.runs import Run, RunStatus
 from flock.temporal.messages import (
     INTERRUPTED,
-    Beat,
-    ItemEnd,
+    Heartbeat,
+    ItemOutcome,
     ItemsDone,
     ItemsOrder,
     RunOrder,
@@ -27,25 +27,25 @@ from flock.temporal.messages import (
 from flock.temporal.payloads import PAYLOAD_LOST
 
 __all__ = [
-    "CANCELLED_BEFORE",
+    "CANCELLED_BEFORE_START",
     "GIVEN_UP",
-    "at_work",
-    "end_for",
-    "ended_by",
+    "done_after_failure",
     "order_of",
+    "outcome_of_failure",
+    "reset_for_retry",
     "run_of",
     "time_of",
-    "waiting_again",
+    "with_pending_activity",
 ]
 
 #: What ends a workflow that did not end by itself, in words.
-CUT_OFF = {
+CLOSED_FROM_OUTSIDE = {
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED: "terminated",
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT: "timed out",
 }
 
 
-def waiting_again(run: Run) -> Run:
+def reset_for_retry(run: Run) -> Run:
     """A run as its next attempt finds it, with the steps that it has."""
     return replace(
         run,
@@ -69,7 +69,7 @@ def order_of(history: Sequence[HistoryEvent]) -> RunOrder:
 
 
 def run_of(history: Sequence[HistoryEvent]) -> Run:
-    """The run as its history tells it. Of a turn that has not ended it tells nothing: see ``at_work``."""
+    """The run as its history tells it. Of a turn that has not ended it tells nothing: see ``with_pending_activity``."""
     run = order_of(history).run
     for event in history:
         at = time_of(event.event_time)
@@ -87,10 +87,10 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
                 run = replace(run, steps=(*run.steps, done.step), started_at=started_at, progress=progress)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED:
                 failed = event.activity_task_failed_event_attributes.failure
-                run = _told(run, failed.application_failure_info.details.payloads)
+                run = _with_heartbeats(run, failed.application_failure_info.details.payloads)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
                 late = event.activity_task_timed_out_event_attributes.failure
-                run = _told(run, late.timeout_failure_info.last_heartbeat_details.payloads)
+                run = _with_heartbeats(run, late.timeout_failure_info.last_heartbeat_details.payloads)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
                 run = replace(
                     run,
@@ -109,31 +109,31 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
                     error_type=CANCELLED.error_type,
                     completed_at=at,
                 )
-            case end if end in CUT_OFF:
-                error = f"The run was {CUT_OFF[end]} on the cluster before it ended."
+            case end if end in CLOSED_FROM_OUTSIDE:
+                error = f"The run was {CLOSED_FROM_OUTSIDE[end]} on the cluster before it ended."
                 run = replace(run, status=RunStatus.FAILED, error=error, error_type=INTERRUPTED, completed_at=at)
     return run
 
 
-def at_work(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
+def with_pending_activity(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
     """*run*, which is open, with what the worker of its turn has told: until then the turn may wait for its slot."""
-    run = _told(run, pending[0].heartbeat_details.payloads if pending else ())
+    run = _with_heartbeats(run, pending[0].heartbeat_details.payloads if pending else ())
     has_started = run.started_at is not None and run.status is RunStatus.STARTING
     return replace(run, status=RunStatus.RUNNING) if has_started else run
 
 
-def _told(run: Run, beats: Iterable[Payload]) -> Run:
+def _with_heartbeats(run: Run, payloads: Iterable[Payload]) -> Run:
     """*run* with what a turn has told of itself; when the run started is known from the first one of its attempt."""
-    for beat in (decoded(sent, Beat) for sent in beats):
+    for heartbeat in (decoded(sent, Heartbeat) for sent in payloads):
         is_first = not any(step.attempt == run.attempt for step in run.steps)
-        started_at = beat.begun_at if is_first else run.started_at
-        run = replace(run, started_at=started_at, progress=beat.progress or run.progress)
+        started_at = heartbeat.begun_at if is_first else run.started_at
+        run = replace(run, started_at=started_at, progress=heartbeat.progress or run.progress)
     return run
 
 
 def _failed(run: Run, failure: Failure, at: datetime) -> Run:
     about = failure.application_failure_info
-    run = _told(run, about.details.payloads)
+    run = _with_heartbeats(run, about.details.payloads)
     error_type = about.type or INTERRUPTED
     return replace(run, status=RunStatus.FAILED, error=cut(failure.message), error_type=error_type, completed_at=at)
 
@@ -144,33 +144,33 @@ def time_of(stamp: Timestamp) -> datetime:
 
 # Items
 
-CANCELLED_BEFORE = Outcome(RunStatus.CANCELLED, "The batch was cancelled before this item began.", "cancelled")
+CANCELLED_BEFORE_START = Outcome(RunStatus.CANCELLED, "The batch was cancelled before this item began.", "cancelled")
 GIVEN_UP = Outcome(
     RunStatus.FAILED, "The workers that had this item died or stopped, many of them. It may be the item.", INTERRUPTED
 )
 
 
-def end_for(error_type: str | None, error: str) -> Outcome:
+def outcome_of_failure(error_type: str | None, error: str) -> Outcome:
     """How an item ends that cannot be worked on, by what its activity failed with."""
     return Outcome(RunStatus.FAILED, error, PAYLOAD_LOST) if error_type == PAYLOAD_LOST else GIVEN_UP
 
 
-def ended_by(
-    order: ItemsOrder, beat: ItemsDone | None, at: datetime, *, is_cancelled: bool, end: Outcome = GIVEN_UP
+def done_after_failure(
+    order: ItemsOrder, heartbeat: ItemsDone | None, at: datetime, *, is_cancelled: bool, end: Outcome = GIVEN_UP
 ) -> ItemsDone:
     """What is taken for done where the cluster does not let *order* be tried again.
 
     Many had it: whatever was at work fails, so that the rest can go on. Or some of it is to be cancelled, and its
     worker died before it had: the rest is to be ordered anew.
     """
-    beat = beat or ItemsDone()
+    heartbeat = heartbeat or ItemsDone()
     if is_cancelled:
-        return beat.tried_again()
-    gone = {ended.position for ended in beat.ended}
-    culprit = beat.unfinished or next((part for part in order.parts if part.position not in gone), None)
+        return heartbeat.for_retry()
+    gone = {ended.position for ended in heartbeat.ended}
+    culprit = heartbeat.unfinished or next((part for part in order.parts if part.position not in gone), None)
     if culprit is None:  # it died before it could say that it was done
-        return ItemsDone(ended=beat.ended)
-    failed = ItemEnd(
+        return ItemsDone(ended=heartbeat.ended)
+    failed = ItemOutcome(
         position=culprit.position,
         status=end.status,
         error=end.error,
@@ -179,4 +179,4 @@ def ended_by(
         completed_at=at,
         steps=culprit.steps,
     )
-    return ItemsDone(ended=(*beat.ended, failed))
+    return ItemsDone(ended=(*heartbeat.ended, failed))

@@ -15,12 +15,12 @@ from flock.engine.base import KEEP_KEYS_FOR
 from flock.errors import KeyReused
 from flock.runs import IdempotencyKey
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import FORGET_WORKFLOW, MARK_WORKFLOW, ForgetOrder
+from flock.temporal.messages import DELETE_WORKFLOW, MARK_WORKFLOW, DeleteOrder
 
 __all__ = ["Reservations"]
 
 #: How long it is marked that something was deleted. The cluster takes half a minute to forget what has ended.
-KEEP_GONE_FOR = timedelta(hours=1)
+KEEP_TOMBSTONES_FOR = timedelta(hours=1)
 
 
 class Reservations:
@@ -44,51 +44,51 @@ class Reservations:
 
     async def find(self, key: IdempotencyKey) -> str | None:
         """The id of what *key* stands for, if anybody claimed it. Raises KeyReused."""
-        kept = await self._kept(key)
-        if kept is None:
+        memo = await self._memo_of(key)
+        if memo is None:
             return None
-        if kept["fingerprint"] != key.digest.hex():
+        if memo["fingerprint"] != key.digest.hex():
             raise KeyReused(key.key)
-        return kept["run_id"]
+        return memo["run_id"]
 
     async def is_used(self, key: IdempotencyKey) -> bool:
         """Whether *key* stands for anything, for whatever request."""
-        return await self._kept(key) is not None
+        return await self._memo_of(key) is not None
 
-    async def _kept(self, key: IdempotencyKey) -> Mapping[str, str] | None:
+    async def _memo_of(self, key: IdempotencyKey) -> Mapping[str, str] | None:
         try:
-            async with self._cluster.asking():
+            async with self._cluster.rpc_scope():
                 described = await self._cluster.client.get_workflow_handle(self.key_id(key)).describe()
-                kept = await described.memo()
+                memo = await described.memo()
         except RPCError:
             return None
         # If it does not run, it is free again, or was kept for long enough.
-        return kept if described.status is WorkflowExecutionStatus.RUNNING else None
+        return memo if described.status is WorkflowExecutionStatus.RUNNING else None
 
-    async def free(self, key_id: str | None, made_id: str) -> None:
+    async def release(self, key_id: str | None, made_id: str) -> None:
         """Free the key that stands for *made_id*. It may stand for something else by now."""
         if key_id is None:
             return
         with contextlib.suppress(RPCError):  # it is gone by itself
-            async with self._cluster.asking():
+            async with self._cluster.rpc_scope():
                 described = await self._cluster.client.get_workflow_handle(key_id).describe()
                 if (await described.memo())["run_id"] == made_id:
                     handle = self._cluster.client.get_workflow_handle(key_id, run_id=described.run_id)
                     await handle.terminate()
 
-    async def note_gone(self, id_: str) -> bool:
+    async def mark_deleted(self, id_: str) -> bool:
         """Mark something as deleted; False where it was before."""
-        return await self._mark(f"gone:{id_}", KEEP_GONE_FOR)
+        return await self._mark(f"gone:{id_}", KEEP_TOMBSTONES_FOR)
 
-    async def forget_batch(self, batch_id: str, chunks: int, rows_of: str | None = None) -> bool:
+    async def delete_batch(self, batch_id: str, chunks: int, rows_of: str | None = None) -> bool:
         """Mark a batch as deleted, and let workers delete what is kept of it; False where that was asked before."""
-        order = ForgetOrder(
-            batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_GONE_FOR.total_seconds(), rows_of=rows_of
+        order = DeleteOrder(
+            batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_TOMBSTONES_FOR.total_seconds(), rows_of=rows_of
         )
         try:
-            async with self._cluster.asking():
+            async with self._cluster.rpc_scope():
                 await self._cluster.client.start_workflow(
-                    FORGET_WORKFLOW,
+                    DELETE_WORKFLOW,
                     order,
                     id=f"gone:{batch_id}",
                     task_queue=self._task_queue,
@@ -98,9 +98,9 @@ class Reservations:
             return False
         return True
 
-    async def is_gone(self, id_: str) -> bool:
+    async def is_deleted(self, id_: str) -> bool:
         try:
-            async with self._cluster.asking():
+            async with self._cluster.rpc_scope():
                 await self._cluster.client.get_workflow_handle(f"gone:{id_}").describe()
         except RPCError:
             return False
@@ -109,7 +109,7 @@ class Reservations:
     async def _mark(self, mark_id: str, keep_for: timedelta, memo: Mapping[str, str] | None = None) -> bool:
         """Make a mark; False where there is one already."""
         try:
-            async with self._cluster.asking():
+            async with self._cluster.rpc_scope():
                 await self._cluster.client.start_workflow(
                     MARK_WORKFLOW,
                     id=mark_id,

@@ -13,7 +13,7 @@ from flock.runs import BatchFilter, RunFilter, RunStatus, now
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW
 
-__all__ = ["ID", "newest_first", "open_runs", "own"]
+__all__ = ["ID", "newest_first", "open_runs", "workflows_of"]
 
 #: How many workflows a range of a list may hold.
 WORKFLOWS_A_RANGE = 1000
@@ -33,7 +33,7 @@ EXECUTION_STATUS = {
 }
 
 
-def own(workflow_type: str, flock: str) -> str:
+def workflows_of(workflow_type: str, flock: str) -> str:
     """A query for what is *flock*'s own."""
     return f"WorkflowType = '{workflow_type}' AND {FLOCK.name} = {_quoted(flock)}"
 
@@ -41,7 +41,7 @@ def own(workflow_type: str, flock: str) -> str:
 def open_runs(flock: str, principal: str | None = None) -> str:
     """A query for runs of *flock*, or of one *principal*, that have not ended."""
     of = "" if principal is None else f" AND {PRINCIPAL.name} = {_quoted(principal)}"
-    return f"{own(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running'{of}"
+    return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running'{of}"
 
 
 async def newest_first(
@@ -74,7 +74,7 @@ async def newest_first(
         low = max(bottom, top - span)
         ranged = [*conditions, f"WorkflowId >= '{prefix}:{_id_at(low)}'", f"WorkflowId < '{prefix}:{high}'"]
         within = " AND ".join(ranged)
-        async with cluster.asking():
+        async with cluster.rpc_scope():
             if (await cluster.client.count_workflows(within)).count > WORKFLOWS_A_RANGE and span > 1:
                 span = max(1, span // 4)
                 continue

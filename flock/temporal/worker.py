@@ -21,14 +21,14 @@ from flock.engine.turns import Turns
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
 from flock.runs import Observer, Progress, Step, now
-from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockForget, FlockRows
+from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
 from flock.temporal.messages import (
     ACTIVITY,
     HEARTBEAT_TIMEOUT_S,
     INTERRUPTED,
-    Beat,
+    Heartbeat,
     RunOrder,
     StepDone,
     items_queue_of,
@@ -47,11 +47,11 @@ logger = logging.getLogger("flock.temporal")
 STICKY_TIMEOUT_S = 2
 #: How often at most the cluster is told how far items are, in seconds: what was done since then is done again if the
 #: worker dies.
-ITEMS_BEAT_S = 0.1
+ITEM_HEARTBEAT_INTERVAL_S = 0.1
 #: After so many seconds a turn tells that it has begun: shorter ones are spared the call.
-FIRST_BEAT_S = 0.2
+FIRST_HEARTBEAT_S = 0.2
 #: How much longer than its turns the library's own worker may take to stop, in seconds.
-TIDYING_UP_S = 5
+SHUTDOWN_GRACE_S = 5
 
 
 class TemporalWorker:
@@ -124,14 +124,14 @@ class TemporalWorker:
                 task_queue=items_queue_of(self.task_queue),
                 activities=[items.run],
                 max_concurrent_activities=self._turns.item_slots,  # what waits here may have a slot elsewhere
-                max_heartbeat_throttle_interval=timedelta(seconds=ITEMS_BEAT_S),
+                max_heartbeat_throttle_interval=timedelta(seconds=ITEM_HEARTBEAT_INTERVAL_S),
                 graceful_shutdown_timeout=drain_timeout,
             )
             for_runs = Worker(
                 client,
                 task_queue=self.task_queue,
-                workflows=[FlockRun, FlockMark, FlockBatch, FlockChunk, FlockRows, FlockForget],
-                activities=[self._run_agent, items.find, items.forget],
+                workflows=[FlockRun, FlockMark, FlockBatch, FlockChunk, FlockRows, FlockDelete],
+                activities=[self._run_agent, items.find, items.delete_batch],
                 workflow_runner=UnsandboxedWorkflowRunner(),  # all of their code is ours, and replays are tested
                 max_concurrent_activities=self._limits.max_concurrency,
                 max_eager_activity_reservations_per_workflow_task=min(100, self._limits.max_concurrency),
@@ -141,7 +141,7 @@ class TemporalWorker:
             )
             for worker in (for_runs, for_items):
                 await worker.__aenter__()
-                stack.push_async_exit(partial(_leave, worker, self._drain_timeout_s + TIDYING_UP_S))
+                stack.push_async_exit(partial(_shut_down, worker, self._drain_timeout_s + SHUTDOWN_GRACE_S))
             self._exit = stack.pop_all()
         return self
 
@@ -161,7 +161,7 @@ class TemporalWorker:
         """
         turn = _RunTurn(order, self.cluster.payloads)
         work = asyncio.create_task(turn.take(self._turns))
-        beats = asyncio.create_task(_tell_beats(turn, order.heartbeat_timeout_s))
+        heartbeats = asyncio.create_task(_send_heartbeats(turn, order.heartbeat_timeout_s))
         try:
             await until_done(
                 work,
@@ -170,12 +170,14 @@ class TemporalWorker:
                 cancel=turn.cancel,
             )
         finally:
-            beats.cancel()
+            heartbeats.cancel()
         if isinstance(turn.outcome, Step):
             return turn.done(turn.outcome)
         if turn.outcome is None:
-            raise ApplicationError("The worker stopped while this turn was at work.", turn.beat(), type=INTERRUPTED)
-        _end(turn, turn.outcome)
+            raise ApplicationError(
+                "The worker stopped while this turn was at work.", turn.heartbeat(), type=INTERRUPTED
+            )
+        _raise_outcome(turn, turn.outcome)
 
 
 class _RunTurn(ActivityTurn):
@@ -185,28 +187,28 @@ class _RunTurn(ActivityTurn):
         info = activity.info()
         super().__init__(order.run, order.timeout_s, is_again=info.attempt > 1, queue_timeout_s=order.queue_timeout_s)
         self.queued_s = (now() - info.scheduled_time).total_seconds()
-        for beat in info.heartbeat_details:  # what a worker that died has told of the beginning stays true
-            self.started_at = recoded(beat, Beat).begun_at
+        for heartbeat in info.heartbeat_details:  # what a worker that died has told of the beginning stays true
+            self.started_at = recoded(heartbeat, Heartbeat).begun_at
         self._payloads = payloads
         self._progress_when_done: Progress | None = None
 
     async def wait_begins(self) -> None:
-        activity.heartbeat(self.beat())  # it has not begun, though the cluster has it as started
+        activity.heartbeat(self.heartbeat())  # it has not begun, though the cluster has it as started
 
     async def keep(self, step: Step) -> None:
         """Write a long result while heartbeats are sent: later, a slow disk would look like a worker that died."""
         self._progress_when_done = self.progress  # a thread may go on reporting
-        await self._payloads.keep(activity.info().workflow_id or "", self.done(step))
+        await self._payloads.store_ahead(activity.info().workflow_id or "", self.done(step))
 
     def done(self, step: Step) -> StepDone:
         assert self.started_at is not None
         return StepDone(step=step, begun_at=self.started_at, progress=self._progress_when_done)
 
-    def beat(self) -> Beat:
-        return Beat(begun_at=self.started_at, progress=self.progress)
+    def heartbeat(self) -> Heartbeat:
+        return Heartbeat(begun_at=self.started_at, progress=self.progress)
 
 
-async def _leave(
+async def _shut_down(
     worker: Worker,
     timeout_s: float,
     exc_type: type[BaseException] | None,
@@ -221,18 +223,18 @@ async def _leave(
         logger.warning("The worker of %s has not ended within %g s, and is left so.", worker.task_queue, timeout_s)
 
 
-async def _tell_beats(turn: _RunTurn, heartbeat_timeout_s: float) -> None:
-    pause_s = min(FIRST_BEAT_S, heartbeat_timeout_s / 3)
+async def _send_heartbeats(turn: _RunTurn, heartbeat_timeout_s: float) -> None:
+    pause_s = min(FIRST_HEARTBEAT_S, heartbeat_timeout_s / 3)
     while True:
         await asyncio.sleep(pause_s)
-        activity.heartbeat(turn.beat())
+        activity.heartbeat(turn.heartbeat())
         pause_s = heartbeat_timeout_s / 3
 
 
-def _end(turn: _RunTurn, end: Outcome) -> NoReturn:
+def _raise_outcome(turn: _RunTurn, end: Outcome) -> NoReturn:
     # A CancelledError could not say when the turn began. The workflow knows that it was asked to cancel.
     # What was asked for is no failure for the library's log.
     category = ApplicationErrorCategory.BENIGN if end is CANCELLED else ApplicationErrorCategory.UNSPECIFIED
     raise ApplicationError(
-        end.error, turn.beat(), type=end.error_type, non_retryable=True, category=category
+        end.error, turn.heartbeat(), type=end.error_type, non_retryable=True, category=category
     ) from None  # what raised it is for the log only

@@ -64,16 +64,16 @@ class FlockRun:
             _check_cancelled()
 
     async def _turn(self, order: RunOrder) -> StepDone:
-        waits_s = order.queue_timeout_s
+        max_wait_s = order.queue_timeout_s
         if order.run.started_at is not None:
-            waits_s = max(0.001, order.timeout_s - (workflow.now() - order.run.started_at).total_seconds())
+            max_wait_s = max(0.001, order.timeout_s - (workflow.now() - order.run.started_at).total_seconds())
         try:
             done: StepDone = await workflow.execute_activity(
                 ACTIVITY,
                 order,
                 result_type=StepDone,
                 start_to_close_timeout=NO_LIMIT,
-                schedule_to_start_timeout=None if waits_s is None else timedelta(seconds=waits_s),
+                schedule_to_start_timeout=None if max_wait_s is None else timedelta(seconds=max_wait_s),
                 heartbeat_timeout=timedelta(seconds=order.heartbeat_timeout_s),
                 retry_policy=RETRIES,
                 cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
