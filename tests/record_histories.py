@@ -1,8 +1,8 @@
 """Record the histories that tests replay: python -m tests.record_histories [WORD ...]
 
-A development server carries out what is written here, and what its workflows did is put into ``tests/histories``. The
-histories of a version that people use stay there: a later one has to be able to go on with them. With words, only files
-whose names have one of them are written.
+The workflows run on a development server, and their histories are written to ``tests/histories``. Histories of released
+versions stay there, because later versions must replay them. With WORDs, only files with one of them in their names are
+written.
 """
 
 import asyncio

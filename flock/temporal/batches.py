@@ -1,7 +1,7 @@
-"""Batches of a ``TemporalEngine``: accepted row by row, and read from the memos and histories of their workflows.
+"""Batches of a ``TemporalEngine``: sent to the cluster in chunks of rows, and read from memos and histories.
 
-Rows are kept in chunks before the batch is begun, so that it is accepted by the start of one workflow, or not at all.
-How far it is, is what that has counted, and what its chunks at work tell of themselves.
+All rows are stored before the batch starts. So the start of one workflow accepts the whole batch. Its progress is what
+that workflow has counted, plus the counts of its running chunks.
 """
 
 import asyncio
@@ -61,31 +61,31 @@ logger = logging.getLogger("flock.temporal")
 
 T = TypeVar("T")
 
-#: A chunk holds so many items: few of a short batch, so that workers can share it, and more of a long one. And about so
-#: many bytes, of the 2 MiB that the cluster takes at once.
+#: Items in a chunk: few in a short batch, so that workers can share it, and more in a long one. CHUNK_BYTES is the
+#: approximate size of its rows. The cluster takes at most 2 MiB at once.
 MIN_CHUNK, MAX_CHUNK = 20, 200
 CHUNK_BYTES = 500_000
-#: How many chunks are sent or read at the same time, and how long one may take, in seconds.
+#: How many chunks are sent or read at the same time, and the timeout for one, in seconds.
 SENT_AT_ONCE = 8
 READ_AT_ONCE = 5
 SEND_TIMEOUT_S = 10.0
-#: How long rows are kept from when they are sent; after that, as long as the namespace keeps what has ended.
+#: The start delay of the workflows that store rows. After that, rows are kept for the retention of the namespace.
 KEEP_ROWS_FOR = timedelta(days=30)
-#: Of so many batches it is remembered where their chunks begin, and what was reported of them last.
+#: How many batches are cached: their orders, and their last reported records.
 BATCH_CACHE_SIZE = 100
 BATCHES_AT_ONCE = 20
-#: How long a chunk may take to count what was handed in, in seconds; after that, less may be reported than elsewhere.
+#: The pause before counts are read again if the chunk has a workflow task pending, in seconds.
 COUNT_AGAIN_AFTER_S = 0.03
 
 STATUS_OF_CLOSED = {WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_CANCELED: RunStatus.CANCELLED}
 
 
 class _AttemptState:
-    """One attempt of a batch as it stands.
+    """The current state of one attempt of a batch.
 
     Attributes:
-        about: what it is about, and how far it is.
-        memo: what its workflow says of itself.
+        about: the items that it covers, and its progress.
+        memo: of its workflow.
     """
 
     def __init__(self, batch: Batch, about: Attempt, memo: Memo) -> None:
@@ -98,7 +98,7 @@ class _AttemptState:
 
 
 class TemporalBatches:
-    """The batches of one flock; ``TemporalEngine`` describes the arguments."""
+    """The batches of one flock. For the arguments, see ``TemporalEngine``."""
 
     def __init__(
         self,
@@ -117,10 +117,10 @@ class TemporalBatches:
         self._limits = limits
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
-        #: by batch and attempt; what has ended is out of sight for a moment while it is handed in
+        #: by batch and attempt; needed since items that have just ended are missing from all counts for a moment
         self._last_reported: OrderedDict[tuple[str, int], Batch] = OrderedDict()
         self._drops: set[asyncio.Task[None]] = set()
-        #: items of uploads that this process has sent and not yet accepted
+        #: items of uploads that this process has sent but not accepted yet
         self._staged = 0
 
     # Accepting
@@ -128,7 +128,7 @@ class TemporalBatches:
     async def submit(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
         """Accept a batch; see ``Engine.submit_batch``.
 
-        Cancellation: what was sent of its rows is deleted by workers.
+        Cancellation: workers delete the rows that were sent.
         """
         batch = intake.batch
         rows = _RowSender(self._cluster, self._task_queue, batch.batch_id)
@@ -143,7 +143,7 @@ class TemporalBatches:
             self._staged += count
             await rows.send(page)
 
-        waiting = await self._check_room(0)  # a cluster that is away says so here, and soon
+        waiting = await self._check_room(0)  # also fails early if the cluster does not answer
         is_used = key is not None and await self._reservations.is_used(key)  # a replay comes before any limit
         is_whole = False
         try:
@@ -182,17 +182,17 @@ class TemporalBatches:
         return accepted
 
     async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
-        """Let workers delete what was sent, unless the key stands for it by now: it may have been started."""
+        """Have workers delete the rows that were sent, unless the key stands for the batch, which may have started."""
         try:
             if key is None or await self._reservations.find(key) != batch_id:
                 await self._reservations.delete_batch(batch_id, chunks)
         except KeyReused:
             await self._reservations.delete_batch(batch_id, chunks)
         except StoreError as exc:
-            logger.warning("what was sent of the batch %s cannot be deleted: %s", batch_id, exc)
+            logger.warning("the uploaded rows of the batch %s cannot be deleted: %s", batch_id, exc)
 
     async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int, rows: "_RowSender") -> Batch:
-        """Start a batch of which *rows* with *staged* open items were sent, under the id that its key stands for.
+        """Start a batch under the id that its key stands for. Its *rows*, with *staged* open items, have been sent.
 
         Raises: Replayed, KeyReused, EngineFull.
         """
@@ -211,7 +211,7 @@ class TemporalBatches:
                 order = replace(
                     order, batch=replace(batch, batch_id=made_id), attempts=(Attempt(rows_of=batch.batch_id),)
                 )
-        rows.may_be_in_use = key is not None  # also if no answer comes: whoever asks again may find it started
+        rows.may_be_in_use = key is not None  # even if the answer is lost: the batch may have started
         try:
             await self._start(order)
         except WorkflowAlreadyStartedError:
@@ -220,7 +220,7 @@ class TemporalBatches:
         return order.batch
 
     async def _start(self, order: BatchOrder) -> None:
-        """Raises WorkflowAlreadyStartedError where this attempt was begun before."""
+        """Start an attempt. Raises WorkflowAlreadyStartedError if it was started before."""
         await self._cluster.start(
             BATCH_WORKFLOW,
             order,
@@ -231,7 +231,7 @@ class TemporalBatches:
         )
 
     async def _check_room(self, more: int) -> int:
-        """How many items of accepted batches have not ended, if there is room for *more*. Raises EngineFull."""
+        """Return the number of open items in accepted batches. Raises EngineFull if there is no room for *more*."""
         query = f"{workflows_of(BATCH_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
         waiting = 0
         async with self._cluster.rpc_scope():
@@ -249,13 +249,13 @@ class TemporalBatches:
                 f"this server takes ({self._limits.max_open_items}, max_open_items)."
             )
 
-    # Looking
+    # Reading
 
     async def get(self, batch_id: str) -> Batch:
         return (await self._find(batch_id)).batch
 
     async def _find(self, batch_id: str) -> _AttemptState:
-        """The last attempt of a batch as it stands. Raises BatchNotFound."""
+        """Return the state of the last attempt of a batch. Raises BatchNotFound."""
         if ID.fullmatch(batch_id) is None or parse_item_id(batch_id)[1] >= 0:
             raise BatchNotFound(batch_id)
         found = await self._attempt(batch_id, 1) or await self._attempt(
@@ -301,26 +301,26 @@ class TemporalBatches:
         return found
 
     async def _ended_of(self, batch_id: str, chunk: int, attempt: int) -> Counts:
-        """What a chunk at work has brought to its end by now."""
+        """Count the items of a running chunk that have ended."""
         handle = self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, attempt))
         try:
             async with self._cluster.rpc_scope():
                 described = (await handle.describe()).raw_description
-                if described.HasField("pending_workflow_task"):  # what was handed in is not counted yet
+                if described.HasField("pending_workflow_task"):  # it may have results that are not counted yet
                     await asyncio.sleep(COUNT_AGAIN_AFTER_S)
                     described = (await handle.describe()).raw_description
-        except RPCError:  # it has not been started yet
+        except RPCError:  # it has not started yet
             return Counts()
         memo = described.workflow_execution_info.memo.fields
         counted = decoded(memo["ended"], Counts) if "ended" in memo else Counts()
         return counted + ended_so_far(described.pending_activities)
 
     def handle(self, batch_id: str, attempt: int = 1) -> WorkflowHandle[Any, Any]:
-        """Of the workflow that ends with an attempt of a batch, whether there is one or not."""
+        """Return the handle of the workflow of an attempt, even if it does not exist."""
         return self._cluster.client.get_workflow_handle(batch_workflow_id(batch_id, attempt))
 
     async def _order(self, batch: Batch) -> BatchOrder:
-        """What an attempt was begun with: where its chunks begin, and what earlier attempts were about."""
+        """Return the order of an attempt, with the positions of its chunks and the earlier attempts."""
         key = (batch.batch_id, batch.attempt)
         if key not in self._orders:
             async with self._cluster.rpc_scope():
@@ -331,12 +331,12 @@ class TemporalBatches:
         return self._orders[key]
 
     async def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> Sequence[Run]:
-        """As ``Engine.get_items``."""
+        """See ``Engine.get_items``."""
         try:
             found = await self._find(batch_id)
             order = await self._order(found.batch)
             chunks = iter(self._chunks_with(found, order, max(0, after + 1), statuses))
-            page, at_once = Page[Run](limit), 1  # of long results, one chunk is more than a page
+            page, at_once = Page[Run](limit), 1  # with long results, one chunk can exceed a page
             while wanted := list(islice(chunks, at_once)):
                 at_once = READ_AT_ONCE
                 read = await asyncio.gather(*(self._items_of(found, order, chunk) for chunk in wanted))
@@ -347,12 +347,12 @@ class TemporalBatches:
                         return page
             return page
         except RPCError as exc:
-            raise BatchNotFound(batch_id) from exc  # the cluster has forgotten a part of it
+            raise BatchNotFound(batch_id) from exc  # the retention of a part of it is over
 
     def _chunks_with(
         self, found: _AttemptState, order: BatchOrder, position: int, statuses: Sequence[RunStatus]
     ) -> Sequence[int]:
-        """Chunks from *position* on, but for those that have no such items for sure."""
+        """Return the chunks from *position* on that may have items with these *statuses*."""
         first = bisect.bisect_right(order.starts, position) - 1
         chunks = range(first, len(order.starts) if position < found.batch.total_items else first)
         if not found.batch.status.is_final or not set(statuses) <= {RunStatus.FAILED, RunStatus.CANCELLED}:
@@ -370,7 +370,7 @@ class TemporalBatches:
             return read.items
 
     async def item(self, run_id: str) -> Run | None:
-        """The item with that id, or None."""
+        """Return the item with this id, or None."""
         batch_id, position = parse_item_id(run_id)
         if position < 0:
             return None
@@ -385,7 +385,7 @@ class TemporalBatches:
             return None
 
     async def page(self, wanted: BatchFilter) -> Page[Batch]:
-        """As ``Engine.list_batches``."""
+        """See ``Engine.list_batches``."""
         page = Page[Batch](wanted.limit)
         ids = newest_first(self._cluster, workflows_of(BATCH_WORKFLOW, self._flock), "batch", wanted)
         async for batch_ids in ids:
@@ -400,7 +400,7 @@ class TemporalBatches:
                         return page
         return page
 
-    # What is asked of a batch
+    # Changing
 
     async def cancel(self, batch_id: str) -> Batch:
         batch = await self.get(batch_id)
@@ -421,7 +421,7 @@ class TemporalBatches:
                 await self.handle(batch_id, batch.attempt).signal("cancel_item", position)
 
     async def retry(self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None) -> Batch:
-        """Begin the next attempt of a batch that has ended, of *item* alone if there is one."""
+        """Start the next attempt of a batch that has ended, for *item* alone if it is given."""
         found = await self._find(batch_id)
         batch, wanted = found.batch, tuple(only or (RunStatus.FAILED, RunStatus.CANCELLED))
         order = await self._order(batch)
@@ -432,7 +432,7 @@ class TemporalBatches:
         if not batch.status.is_final or not failed + cancelled:
             raise not_retried(batch, wanted)
         try:
-            await self._items_of(found, order, 0)  # what ended first is forgotten first
+            await self._items_of(found, order, 0)  # the retention of the first chunk ends first
         except RPCError as exc:
             raise BatchNotFound(batch_id) from exc
         await self._check_room(failed + cancelled)
@@ -464,7 +464,7 @@ class TemporalBatches:
         try:
             await self._start(again)
         except WorkflowAlreadyStartedError as exc:
-            raise Conflict(f"The batch {batch_id} is being tried again already.") from exc
+            raise Conflict(f"The batch {batch_id} is being retried already.") from exc
         return again.batch
 
     async def delete(self, batch_id: str) -> None:
@@ -478,13 +478,13 @@ class TemporalBatches:
 
 
 class _RowSender:
-    """The rows of one batch on their way to the cluster.
+    """Sends the rows of one batch to the cluster, chunk by chunk.
 
     Attributes:
-        starts: the position at which each chunk begins.
-        failed_in: in which chunks there are items that do not fit, a bit for each.
-        first_error: of the first of them.
-        may_be_in_use: a batch may have been started with them.
+        starts: the first position of each chunk.
+        failed_in: the chunks that have items with invalid inputs, one bit for each chunk.
+        first_error: the position and the error of the first such item.
+        may_be_in_use: a batch may have started with these rows, so they must not be deleted.
     """
 
     def __init__(self, cluster: Cluster, task_queue: str, batch_id: str) -> None:
@@ -499,7 +499,7 @@ class _RowSender:
         self._sending: set[asyncio.Task[None]] = set()
 
     async def send(self, page: Sequence[Run]) -> None:
-        """Send the next chunk, at the same time as a few others. Raises StoreError where one of them failed."""
+        """Send the next chunk, concurrently with a few others. Raises StoreError if one of them failed."""
         while len(self._sending) >= SENT_AT_ONCE:
             await self._some_sent()
         chunk = len(self.starts)
@@ -538,7 +538,7 @@ class _RowSender:
 
 
 def _common_of(item: Run) -> Run:
-    """What all items of the batch have in common."""
+    """Return the fields that all items of the batch share."""
     return replace(
         item,
         run_id=item.batch_id or "",
@@ -553,14 +553,16 @@ def _common_of(item: Run) -> Run:
 
 
 def _closed_from_outside(found: _AttemptState, info: WorkflowExecutionInfo) -> None:
-    """A batch whose workflow was ended before it could say how it stands."""
+    """Set the final state of an attempt whose workflow was closed before it could write its own."""
     batch = found.batch
     at = info.close_time.ToDatetime(UTC)
     status = STATUS_OF_CLOSED.get(info.status, RunStatus.FAILED)
     found.batch = replace(
         batch,
         status=status,
-        error="The batch was cancelled." if status is RunStatus.CANCELLED else "The batch was ended on the cluster.",
+        error="The batch was cancelled."
+        if status is RunStatus.CANCELLED
+        else "The batch was ended on the cluster before it completed.",
         completed_at=at,
         completed_items=batch.total_items,
         cancelled_items=batch.cancelled_items + batch.total_items - batch.completed_items,

@@ -1,8 +1,8 @@
-"""What the cluster keeps of a batch: a workflow that shares its lanes out to chunks, and one for each chunk at work.
+"""The workflows of a batch: one that divides its lanes among chunks, and one for each running chunk.
 
-Rows are kept by workflows of their own, results by the histories of the chunks: a batch itself stays small however long
-it is, and goes on in a new history before that becomes long. As in ``flock.temporal.workflows``, what they do must be
-the same at each replay.
+Rows are stored by other workflows, and results in the histories of the chunks. So the workflow of a batch stays small,
+however many items it has, and it continues as new before its history gets long. As in ``flock.temporal.workflows``, the
+code must be deterministic.
 """
 
 import asyncio
@@ -56,30 +56,30 @@ from flock.temporal.workflows import NO_LIMIT, RETRIES
 
 __all__ = ["FlockBatch", "FlockChunk", "FlockDelete", "FlockRows"]
 
-#: Chunks of one batch at work at the same time, so that whoever looks how far it is has so many to look at.
+#: Chunks of one batch that run at the same time. Each one adds a request to ``get_batch``.
 CHUNKS_AT_ONCE = 20
-#: Items of one batch at work at the same time: the cluster takes 2,000 activities of one workflow.
+#: Items of one batch that run at the same time. The cluster takes 2,000 activities of one workflow.
 MAX_LANES = 1000
-#: A history goes on anew when it has so many events or bytes: a tenth of what the cluster takes.
+#: A workflow continues as new after this many events or bytes of history, a tenth of what the cluster takes.
 MAX_EVENTS = 5_000
 MAX_BYTES = 5_000_000
-#: Bytes of steps that were done which are handed on, with orders or to a new history: the cluster takes 2 MiB at once,
-#: and 4 of all that is decided at one time. What is end that is decided so much later.
+#: Bytes of completed steps in the orders of one workflow task, or in the state for continue-as-new. The cluster takes
+#: 2 MiB at once, and 4 MiB in one workflow task. The rest is scheduled after this delay.
 MAX_STEP_BYTES = 1_600_000
 NEXT_TASK_DELAY = timedelta(milliseconds=10)
-#: So soon it can be read who is cancelled of those that wait.
+#: The memo has cancellations of waiting items after this time.
 MEMO_DELAY = timedelta(seconds=0.5)
-#: What is only looked up or cleared away is tried until it is done.
+#: Activities that only read or delete are retried until they succeed.
 RETRY_FOREVER = RetryPolicy(maximum_interval=timedelta(seconds=30))
 
 
 class _Interruptible:
-    """A workflow that goes on when it is cancelled, to bring things to their end."""
+    """A workflow that continues when it is cancelled, until its work has ended."""
 
     is_cancelled = False
 
     async def _until(self, is_enough: Callable[[], bool], within: timedelta | None = None) -> None:
-        """Wait until *is_enough*, or until somebody asks to cancel. Raises asyncio.TimeoutError."""
+        """Wait until *is_enough*, or until the workflow is cancelled. Raises asyncio.TimeoutError."""
         try:
             await workflow.wait_condition(is_enough, timeout=within)
         except asyncio.CancelledError:
@@ -88,21 +88,21 @@ class _Interruptible:
 
 @workflow.defn(name=BATCH_WORKFLOW)
 class FlockBatch(_Interruptible):
-    """One attempt of one batch. Its memo tells how it stands.
+    """One attempt of one batch. Its memo has the record of the batch.
 
-    It fails where the batch does, and ends as cancelled once nothing is at work.
+    It always completes, also if the batch fails or is cancelled, when no chunk is running.
     """
 
     @workflow.init
     def __init__(self, order: BatchOrder) -> None:
         self._order = order
         self._batch = order.batch
-        #: who is to be cancelled of those that wait for their chunk, and when that was asked for; until it has ended
+        #: see ``Attempt.cancelled``
         self._cancelled = dict(order.attempts[-1].cancelled)
         self._failed_in, self._cancelled_in = int(order.failed_in, 16), int(order.cancelled_in, 16)
         self._first_error = order.first_error
         self._next = order.attempts[-1].begun_to
-        #: by chunk: its lanes, and what becomes of it
+        #: by chunk, for the running ones
         self._lanes: dict[int, int] = {}
         self._chunks: dict[int, asyncio.Task[Counts]] = {}
         self._started: dict[int, workflow.ChildWorkflowHandle[Any, Counts]] = {}
@@ -134,9 +134,9 @@ class FlockBatch(_Interruptible):
                 break
             self._update_memo()
             known = len(self._cancelled)
-            await self._until(lambda: self._has_ended() or len(self._cancelled) != known)  # noqa: B023 - waited for here
+            await self._until(lambda: self._has_ended() or len(self._cancelled) != known)  # noqa: B023 - awaited here
             if len(self._cancelled) != known and not self.is_cancelled:
-                with contextlib.suppress(asyncio.TimeoutError):  # there may be many of them
+                with contextlib.suppress(asyncio.TimeoutError):  # there may be more of them
                     await self._until(self._has_ended, MEMO_DELAY)
             await _settled()
             self._collect()
@@ -154,7 +154,7 @@ class FlockBatch(_Interruptible):
         return any(chunk.done() for chunk in self._chunks.values())
 
     def _chunks_to_start(self) -> Iterable[int]:
-        """Chunks with something to do that were not begun."""
+        """Return the chunks with items to run that have not started."""
         chunks = range(self._next, len(self._order.starts))
         about = self._order.attempts[-1]
         if self._batch.attempt == 1:
@@ -170,7 +170,7 @@ class FlockBatch(_Interruptible):
         return [k for k in chunks if wanted >> k & 1]
 
     def _start_chunks(self) -> None:
-        """Share the free lanes out: to chunks that start now, or else to those that are at work."""
+        """Divide the free lanes among chunks that start now, or else among running ones."""
         options = self._batch.options
         lanes = min(options.max_workers, MAX_LANES) if options.parallel else 1
         free = lanes - sum(self._lanes.values())
@@ -212,7 +212,7 @@ class FlockBatch(_Interruptible):
         self._chunks[chunk] = asyncio.create_task(self._run_chunk(order))
 
     async def _run_chunk(self, order: ChunkOrder) -> Counts:
-        """Never cancelled: who cancels a start that is on its way is not told what becomes of it."""
+        """Run a chunk. This task is never cancelled, because the outcome of a cancelled start is unknown."""
         started = self._started[order.chunk] = await workflow.start_child_workflow(
             CHUNK_WORKFLOW,
             order,
@@ -226,21 +226,21 @@ class FlockBatch(_Interruptible):
         ended: Counts = await started
         return ended
 
-    def _signal_chunk(self, chunk: int, signal: str, what: int) -> None:
-        async def tell() -> None:
+    def _signal_chunk(self, chunk: int, signal: str, value: int) -> None:
+        async def send() -> None:
             await workflow.wait_condition(lambda: chunk in self._started or chunk not in self._chunks)
             if chunk in self._started:
                 try:
-                    await self._started[chunk].signal(signal, what)
+                    await self._started[chunk].signal(signal, value)
                 except Exception:  # it has ended
-                    workflow.logger.debug("the chunk %s cannot be told of %s", chunk, signal)
+                    workflow.logger.debug("the chunk %s cannot get the signal %s", chunk, signal)
 
-        task = asyncio.create_task(tell())
+        task = asyncio.create_task(send())
         self._signals.add(task)
         task.add_done_callback(self._signals.discard)
 
     def _collect(self) -> None:
-        """Count what has ended."""
+        """Count the items of chunks that have ended."""
         for chunk, task in [(chunk, task) for chunk, task in self._chunks.items() if task.done()]:
             del self._chunks[chunk], self._lanes[chunk]
             self._started.pop(chunk, None)
@@ -251,9 +251,9 @@ class FlockBatch(_Interruptible):
                 ended = task.result()
             except ChildWorkflowError as exc:
                 ended = Counts()
-                if self.is_cancelled:  # before it began: what is left is counted at the end
+                if self.is_cancelled:  # before it started; its items are counted at the end
                     self._cancelled_in |= 1 << chunk
-                else:  # somebody ended it from outside, or its rows are forgotten
+                else:  # it was closed from outside, or the retention of its rows is over
                     size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
                     size = min(size, self._batch.total_items - self._batch.completed_items)
                     outcome = _outcome_of(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
@@ -268,7 +268,9 @@ class FlockBatch(_Interruptible):
             self._failed_in |= bool(ended.failed) << chunk
             self._cancelled_in |= bool(ended.cancelled) << chunk
             errors = [error for error in (ended.first_error, self._first_error) if error]
-            self._first_error = min(errors, key=lambda error: error[0], default=None)  # of one item, the last attempt's
+            self._first_error = min(
+                errors, key=lambda error: error[0], default=None
+            )  # the latest attempt's, for the same item
 
     def _state(self) -> BatchOrder:
         about = replace(self._order.attempts[-1], begun_to=self._next, cancelled=dict(self._cancelled))
@@ -282,7 +284,7 @@ class FlockBatch(_Interruptible):
         )
 
     def _update_memo(self) -> None:
-        """Let it be read how the batch stands, without a worker."""
+        """Update the record of the batch in the memo, where it can be read without a worker."""
         workflow.upsert_memo(self._memo())
 
     def _memo(self) -> dict[str, Any]:
@@ -317,19 +319,19 @@ class FlockBatch(_Interruptible):
         state = self._state()
         about = replace(state.attempts[-1], completed_at=workflow.now(), cancelled={})
         self._order = replace(state, attempts=(*state.attempts[:-1], about))
-        where = {
+        retry_state = {
             "failed_in": f"{self._failed_in:x}",
             "cancelled_in": f"{self._cancelled_in:x}",
             "first_error": self._first_error,
         }
-        workflow.upsert_memo(self._memo() | where)
+        workflow.upsert_memo(self._memo() | retry_state)
 
 
 @workflow.defn(name=CHUNK_WORKFLOW)
 class FlockChunk(_Interruptible):
-    """One attempt of some items that stand together. Its history is their record, see ``flock.temporal.records``.
+    """One attempt of a chunk of items. Its history is their record (``flock.temporal.chunks``).
 
-    Returns: how many it brought to which end. When it is cancelled, what was not begun counts as cancelled.
+    Returns: the counts of this attempt. If it is cancelled, items that have not started count as cancelled.
     """
 
     @workflow.init
@@ -338,13 +340,13 @@ class FlockChunk(_Interruptible):
         self._lanes = order.lanes
         self._ended = order.before or Counts()
         self._todo: deque[Part] = deque(order.parts or ())
-        #: those who are to be cancelled
+        #: positions of items to cancel
         self._cancelled = set(order.cancelled)
         self._running: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
 
     @workflow.signal(name="set_lanes")
     def set_lanes(self, lanes: int) -> None:
-        """Do more at the same time, or less."""
+        """Change how many items run at the same time."""
         self._lanes = lanes
 
     @workflow.signal(name="cancel_item")
@@ -371,7 +373,7 @@ class FlockChunk(_Interruptible):
                 await self._until(
                     lambda: (
                         any(task.done() for task in self._running)
-                        or (self._lanes, self._cancelled) != (lanes, cancelled)  # noqa: B023 - waited for here
+                        or (self._lanes, self._cancelled) != (lanes, cancelled)  # noqa: B023 - awaited here
                     ),
                     NEXT_TASK_DELAY if has_more else None,
                 )
@@ -380,12 +382,12 @@ class FlockChunk(_Interruptible):
             stops_all, newly = self.is_cancelled and not was_cancelled, self._cancelled - cancelled
             for task, ordered in self._running.items() if stops_all or newly else ():
                 if stops_all or any(part.position in newly for part in ordered.parts):
-                    task.cancel()  # its worker reads who is meant in what is memo then
+                    task.cancel()  # its worker reads in the memo which items to stop
         self._update_memo()
         return self._ended
 
     async def _find(self) -> None:
-        """Find out what there is to do."""
+        """Find the items to run."""
         order = self._order
         if order.is_whole:
             self._todo.extend(Part(position=position) for position in range(*order.positions))
@@ -416,7 +418,7 @@ class FlockChunk(_Interruptible):
         )
 
     def _begin(self) -> bool:
-        """Share out what is to be done among the lanes that are free. Returns whether some of it is to wait."""
+        """Divide the items among the free lanes. Returns whether some must wait for the next workflow task."""
         step_bytes = 0
         while self._todo and len(self._running) < self._lanes:
             share = math.ceil(len(self._todo) / (self._lanes - len(self._running)))
@@ -441,7 +443,7 @@ class FlockChunk(_Interruptible):
         return False
 
     def _collect(self) -> None:
-        """Count what was done, and put the rest back."""
+        """Count the items that have ended, and put the rest back."""
         for task, order in [(task, order) for task, order in self._running.items() if task.done()]:
             del self._running[task]
             done = _result_of(task, order)
@@ -469,7 +471,7 @@ class FlockChunk(_Interruptible):
         )
 
     def _update_memo(self) -> None:
-        """Let the worker and others read it: how many have ended, and who is to stop."""
+        """Update the counts and the items to cancel in the memo, for workers and API processes."""
         workflow.upsert_memo(self._memo())
 
     def _memo(self) -> dict[str, Any]:
@@ -481,14 +483,14 @@ def _result_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder) -> I
     try:
         return task.result()
     except ActivityError as exc:
-        if isinstance(exc.cause, CancelledError):  # before it began
+        if isinstance(exc.cause, CancelledError):  # before it started
             return ItemsDone()
         heartbeat = None
         if isinstance(exc.cause, TimeoutError) and exc.cause.last_heartbeat_details:
             heartbeat = recoded(exc.cause.last_heartbeat_details[0], ItemsDone)
         is_cancelled = exc.retry_state is RetryState.CANCEL_REQUESTED
         return done_after_failure(
-            order, heartbeat, workflow.now(), is_cancelled=is_cancelled, end=_outcome_of(exc.cause)
+            order, heartbeat, workflow.now(), is_cancelled=is_cancelled, outcome=_outcome_of(exc.cause)
         )
 
 
@@ -498,7 +500,7 @@ def _outcome_of(cause: BaseException | None) -> Outcome:
 
 @workflow.defn(name=ROWS_WORKFLOW)
 class FlockRows:
-    """Holds the rows of one chunk in what it is started with, while it waits for its delayed start."""
+    """Stores the rows of one chunk in its input, while it waits for its delayed start."""
 
     @workflow.run
     async def run(self, order: RowsOrder) -> None: ...
@@ -506,7 +508,7 @@ class FlockRows:
 
 @workflow.defn(name=DELETE_WORKFLOW)
 class FlockDelete:
-    """Stands for a batch that was deleted, and has all deleted that is kept of it."""
+    """Deletes the workflows of a batch, and marks it as deleted while it is open."""
 
     @workflow.run
     async def run(self, order: DeleteOrder) -> None:
@@ -524,8 +526,8 @@ def _bytes_of(part: Part) -> int:
 
 
 async def _settled() -> None:
-    """Let whoever waits be told what the cluster has answered by now: a cancel would take the answer's place."""
-    for _ in range(8):  # turns of the workflow's event loop: more than an answer needs
+    """Let tasks get the results that have arrived. A cancellation now would replace them."""
+    for _ in range(8):  # more iterations of the workflow's event loop than a result needs
         await asyncio.sleep(0)
 
 

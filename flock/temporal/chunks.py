@@ -1,4 +1,4 @@
-"""From the histories of a batch's chunks to the records of its items: no worker is asked, and nothing is kept twice."""
+"""Build the records of batch items from the histories of chunks. This needs no worker and no second copy."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -41,7 +41,7 @@ from flock.temporal.records import (
 
 __all__ = ["Chunk", "ended_so_far", "read_chunk", "reopens"]
 
-#: What closes the history of a chunk for good.
+#: The events that close a chunk. Continue-as-new is not one of them.
 CLOSED = (
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED,
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED,
@@ -49,16 +49,16 @@ CLOSED = (
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED,
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT,
 )
-#: How long it is waited for what is on its way into a history, from one apply to the next, in seconds.
+#: Pauses between reads of a history that does not have the latest results yet, in seconds.
 REREAD_DELAYS_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 E = EventType
-#: An activity that was to be cancelled is not given to another worker.
+#: The cluster does not retry an activity whose cancellation was requested.
 CANCEL_REQUESTED = RetryState.RETRY_STATE_CANCEL_REQUESTED
 
 
 class Chunk:
-    """The items of one chunk, as its rows and histories tell of them.
+    """The items of one chunk, from its rows and its histories.
 
     Attributes:
         items: by position.
@@ -76,23 +76,23 @@ class Chunk:
                 extra=None if isinstance(row.extra, UnsetType) else row.extra,
             )
             if row.error is not None:
-                end = {"error": row.error, "error_type": INVALID_INPUT, "completed_at": item.created_at}
-                item = replace(item, status=RunStatus.FAILED, **end)
+                failure = {"error": row.error, "error_type": INVALID_INPUT, "completed_at": item.created_at}
+                item = replace(item, status=RunStatus.FAILED, **failure)
             self.items[position] = item
 
     def reopen(self, about: Attempt) -> None:
-        """What an attempt of the batch is about waits again."""
+        """Reset the items that an attempt of the batch retries."""
         for position, item in self.items.items():
             if reopens(about, item):
                 self.items[position] = reset_for_retry(item)
 
     def fold(self, history: Iterable[HistoryEvent], pending: Sequence[PendingActivityInfo] = ()) -> None:
-        """Let what happened in one attempt happen to the items."""
+        """Apply the history of one attempt to the items."""
         orders = _OpenOrders()
         for event in history:
             at = time_of(event.event_time)
-            if handed_in := orders.apply(event):
-                self._apply(*handed_in, at)
+            if completed := orders.apply(event):
+                self._apply(*completed, at)
             match event.event_type:
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
                     sent = event.workflow_execution_started_event_attributes.input.payloads[0]
@@ -111,7 +111,7 @@ class Chunk:
             self._apply(order, done, None)
 
     def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
-        """Somebody asked to cancel items: those that wait have ended *at* that time, if one is given."""
+        """Mark items as cancel-requested. With a time *at*, they are waiting and have ended then."""
         for position in positions:
             item = self.items.get(position)
             if item is not None and not item.status.is_final:
@@ -119,13 +119,13 @@ class Chunk:
                 self.items[position] = item if at is None else _cancelled(item, at)
 
     def close(self, at: datetime) -> None:
-        """Nothing more happens in this attempt: what has not ended was cancelled before it began."""
+        """End the attempt. Items that have not ended were cancelled before they started."""
         for position, item in self.items.items():
             if not item.status.is_final:
                 self.items[position] = _cancelled(item, at)
 
     def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None) -> None:
-        """Apply what has come of *order*: *at* a time, if it is not at work any more."""
+        """Apply the progress of *order*, which ended *at* that time, or is running if None."""
         for ended in done.ended:
             self._apply_end(ended)
         for part in order.left_after(done):
@@ -168,19 +168,19 @@ def _cancelled(item: Run, at: datetime) -> Run:
 
 
 def reopens(about: Attempt, item: Run) -> bool:
-    """Whether a retry is about *item*. One that does not fit would not fit again."""
+    """Whether a retry covers *item*. Invalid inputs would fail again."""
     is_meant = about.position in (None, item.position)
     return item.status in about.only and is_meant and item.error_type != INVALID_INPUT
 
 
 class _OpenOrders:
-    """The orders that are at work in a chunk, as its history tells."""
+    """The ``run_items`` activities of a chunk that have not ended, from its history."""
 
     def __init__(self) -> None:
         self._orders: dict[int, tuple[str, ItemsOrder]] = {}
 
     def apply(self, event: HistoryEvent) -> tuple[ItemsOrder, ItemsDone] | None:
-        """What came of an order by *event*, if anything did."""
+        """Apply *event*. If it ends an order, return the order and its progress."""
         at = time_of(event.event_time)
         match event.event_type:
             case E.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
@@ -207,8 +207,8 @@ class _OpenOrders:
                 failed = event.activity_task_failed_event_attributes
                 if taken := self._pop(failed.scheduled_event_id):
                     is_cancelled = failed.retry_state == CANCEL_REQUESTED
-                    end = outcome_of_failure(failed.failure.application_failure_info.type, failed.failure.message)
-                    return taken, done_after_failure(taken, None, at, is_cancelled=is_cancelled, end=end)
+                    outcome = outcome_of_failure(failed.failure.application_failure_info.type, failed.failure.message)
+                    return taken, done_after_failure(taken, None, at, is_cancelled=is_cancelled, outcome=outcome)
         return None
 
     def _pop(self, event_id: int) -> ItemsOrder | None:
@@ -218,12 +218,12 @@ class _OpenOrders:
         return any(part.position == position for _, order in self._orders.values() for part in order.parts)
 
     def heartbeats(self, pending: Sequence[PendingActivityInfo]) -> list[tuple[ItemsOrder, ItemsDone]]:
-        """Each of them with its last heartbeat."""
+        """Return each open order that has a heartbeat, with the last one."""
         orders = dict(self._orders.values())
         return [(orders[id_], done) for id_, done in _heartbeats_of(pending) if id_ in orders]
 
     def are_all_in(self, pending: Sequence[PendingActivityInfo], last_event: int) -> bool:
-        """Whether *pending* has all of them that had been scheduled when *last_event* was the last one."""
+        """Whether *pending* has all open orders that were scheduled up to *last_event*."""
         ids = {activity.activity_id for activity in pending}
         return all(id_ in ids for event_id, (id_, _) in self._orders.items() if event_id <= last_event)
 
@@ -237,17 +237,17 @@ def _heartbeats_of(pending: Iterable[PendingActivityInfo]) -> list[tuple[str, It
 
 
 def ended_so_far(pending: Iterable[PendingActivityInfo]) -> Counts:
-    """How many items have ended in what is at work, by its heartbeats."""
+    """Count the items that have ended in running activities, from their heartbeats."""
     return sum((ended.counts for _, done in _heartbeats_of(pending) for ended in done.ended), Counts())
 
 
 async def _latest_history(
     cluster: Cluster, workflow_id: str
 ) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
-    """The last history of an attempt of a chunk, and what is at work in it. Raises RPCError, NOT_FOUND where none is.
+    """Return the latest history of a chunk's attempt and its pending activities. Raises RPCError, NOT_FOUND.
 
-    While a worker makes up its mind, what others hand in is no more at work, and not in the history yet; nobody wants
-    to see it go back, so that is waited for: for longer than for a worker that died.
+    While a workflow task is running, an activity that completes is no longer pending and not yet in the history. Its
+    items would seem to go back, so this waits for the history, for longer than the workflow task timeout.
     """
     for pause_s in (*REREAD_DELAYS_S, None):
         handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id)
@@ -268,11 +268,11 @@ async def _latest_history(
 async def read_chunk(
     cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Attempt], rows_of: str | None
 ) -> Chunk:
-    """A chunk as it stands, by all that *attempts* of its batch have done to it. *rows_of*: see ``Attempt``.
+    """Read the current state of a chunk from its rows and all *attempts*. *rows_of*: see ``Attempt``.
 
-    Raises: RPCError, NOT_FOUND where the cluster has forgotten its rows, or what the first attempt did.
+    Raises: RPCError, NOT_FOUND if the retention of its rows or of the first attempt is over.
     """
-    # A retry begins those chunks only that have something to try again, and one may not have been started yet.
+    # A retry starts only chunks that have items to retry, and the last one may not have started yet.
     histories = asyncio.gather(
         *(
             _full_history(
@@ -285,7 +285,7 @@ async def read_chunk(
         )
     )
     rows = await cluster.input_of(rows_workflow_id(rows_of or batch_id, chunk), RowsOrder)
-    begun = iter(await histories)
+    found_histories = iter(await histories)
     found = Chunk(batch_id, rows)
     for number, about in enumerate(attempts, 1):
         if number > 1:
@@ -293,7 +293,7 @@ async def read_chunk(
         for position, at in about.cancelled.items():
             found.cancel([position], at)
         if chunk < about.begun_to:
-            found.fold(*next(begun))
+            found.fold(*next(found_histories))
         if about.completed_at is not None:
             found.close(about.completed_at)
     return found
@@ -302,7 +302,7 @@ async def read_chunk(
 async def _full_history(
     cluster: Cluster, workflow_id: str, *, may_be_missing: bool
 ) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
-    """All events of a chunk's attempt, also where it went on in a new history, and what is at work in it."""
+    """Return all events of a chunk's attempt, across continue-as-new, and its pending activities."""
     events: list[HistoryEvent] = []
     found: Sequence[HistoryEvent]
     run_id: str | None = None

@@ -1,4 +1,4 @@
-"""A Temporal cluster: how it is reached, what must be there, and what its errors mean here."""
+"""The connection to a Temporal cluster: it checks the namespace and translates the cluster's errors."""
 
 import asyncio
 import contextlib
@@ -38,14 +38,14 @@ logger = logging.getLogger("flock.temporal")
 
 T = TypeVar("T")
 
-#: How long the cluster may take for an answer, in seconds: a caller is told within two.
+#: The timeout of a request to the cluster, in seconds, so that clients get an answer within two.
 ANSWER_TIMEOUT_S = 1.8
-#: How long it is waited for when a process starts, and how long it may take to learn of search attributes, in seconds.
+#: How long a starting process retries to connect, and the timeout of one attempt, in seconds.
 START_TIMEOUT_S = 5.0
-#: How long a namespace that is made here keeps what has ended.
+#: The retention of a namespace that is created here.
 RETENTION = timedelta(days=30)
 
-#: What the cluster says of a call that it does not let us make.
+#: The statuses of calls that are not permitted.
 DENIED = (
     RPCStatusCode.PERMISSION_DENIED,
     RPCStatusCode.UNAUTHENTICATED,
@@ -61,8 +61,8 @@ class Cluster:
         namespace: if None, ``TEMPORAL_NAMESPACE``, and "default" without that.
         payload_dir: see ``PayloadFolder``.
 
-    TLS, an API key and all else are read as Temporal's own tools read them (``temporalio.envconfig``): from
-    ``TEMPORAL_TLS``, ``TEMPORAL_API_KEY`` and others, or from the file that ``TEMPORAL_CONFIG_FILE`` names.
+    TLS, API key and other settings are read as Temporal's own tools read them (``temporalio.envconfig``): from
+    ``TEMPORAL_TLS``, ``TEMPORAL_API_KEY`` and others, or from the file in ``TEMPORAL_CONFIG_FILE``.
     """
 
     def __init__(
@@ -77,7 +77,9 @@ class Cluster:
         found: dict[str, Any] = {**ClientConfig.load_client_connect_config()}
         self._config = found | {name: value for name, value in named.items() if value is not None}
         if "target_host" not in self._config:
-            raise DefinitionError("No Temporal cluster is named: pass its host:port (--temporal), or TEMPORAL_ADDRESS.")
+            raise DefinitionError(
+                "The address of the Temporal cluster is missing. Pass host:port (--temporal), or set TEMPORAL_ADDRESS."
+            )
         self.address = str(self._config["target_host"])
         self.namespace = str(self._config.setdefault("namespace", "default"))
         self._client: Client | None = None
@@ -88,14 +90,14 @@ class Cluster:
         return self._client
 
     async def connect(self, *, lazy: bool = True) -> None:
-        """Reach the cluster and see that all is there which runs need; what may be made is made.
+        """Connect to the cluster. Create the namespace and the search attributes if they are missing.
 
         Args:
-            lazy: find out by each call whether the cluster is there; the SDK lets no worker do so.
+            lazy: connect at each call if needed, which the SDK does not support for workers.
 
         Raises:
-            StoreError: it does not answer.
-            DefinitionError: something is missing that may not be made from here; it says how to make it.
+            StoreError: the cluster does not answer.
+            DefinitionError: something is missing and cannot be created from here. The message has the command for it.
         """
         self.payloads.check()
         give_up_at = time.monotonic() + START_TIMEOUT_S
@@ -111,7 +113,7 @@ class Cluster:
                     await self._ensure_namespace()
                     await self._ensure_search_attributes()
                 return
-            except StoreError as exc:  # it may be starting at the same time as we are
+            except StoreError as exc:  # the cluster may be starting too
                 if time.monotonic() > give_up_at:
                     raise StoreError(
                         f"The Temporal cluster at {self.address} cannot be used: {exc.__cause__ or exc}. Start it, or "
@@ -122,12 +124,15 @@ class Cluster:
 
     @contextlib.asynccontextmanager
     async def rpc_scope(self, timeout_s: float | None = ANSWER_TIMEOUT_S) -> AsyncIterator[None]:
-        """Within it the client is called; *timeout_s* is for all of its calls together.
+        """Limit the time for the client's calls in the block, and translate their errors.
+
+        Args:
+            timeout_s: for all calls together; None is no limit.
 
         Raises:
-            StoreError: the cluster does not answer, or refuses.
-            EngineFull: it has more to do than it takes.
-            RPCError: NOT_FOUND and ALREADY_EXISTS, which are answers.
+            StoreError: the cluster does not answer, or a call fails.
+            EngineFull: the cluster is overloaded.
+            RPCError: only NOT_FOUND and ALREADY_EXISTS, which the caller handles.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -136,24 +141,24 @@ class Cluster:
             if exc.status in (RPCStatusCode.NOT_FOUND, RPCStatusCode.ALREADY_EXISTS):
                 raise
             if exc.status is RPCStatusCode.RESOURCE_EXHAUSTED:
-                raise EngineFull("The cluster takes no more at this moment.") from exc
+                raise EngineFull("The cluster is overloaded. Retry later.") from exc
             logger.warning("the Temporal cluster at %s: %s", self.address, exc)
-            raise StoreError("The cluster cannot be used now; the server's log says why.") from exc
-        except (TimeoutError, RuntimeError) as exc:  # a lazy client that finds nobody raises RuntimeError
+            raise StoreError("The cluster cannot be used now. The server's log has the reason.") from exc
+        except (TimeoutError, RuntimeError) as exc:  # a lazy client that cannot connect raises RuntimeError
             logger.warning("the Temporal cluster at %s does not answer: %r", self.address, exc)
-            raise StoreError("The cluster does not answer now; the server's log says more.") from exc
+            raise StoreError("The cluster does not answer. The server's log has more.") from exc
 
     async def input_of(self, workflow_id: str, type_: type[T]) -> T:
-        """What a workflow was started with. Raises RPCError, NOT_FOUND if the cluster has forgotten it."""
+        """Return the input of a workflow. Raises RPCError, NOT_FOUND if it does not exist or its retention is over."""
         async for event in self.client.get_workflow_handle(workflow_id).fetch_history_events(page_size=1):
             await self.payloads.resolve([event])
             return decoded(event.workflow_execution_started_event_attributes.input.payloads[0], type_)
         raise AssertionError("every history has a first event")
 
     async def last_attempt(self, workflow: str, first_id: str) -> int:
-        """The number of the last attempt that is kept of what began as *first_id*, above 1; 0 if there is none.
+        """Return the number of the last attempt after the first, whose workflow is *first_id*; 0 if there is none.
 
-        The cluster forgets first attempts before the last one.
+        The retention of first attempts is over before that of the last one.
         """
         query = f"WorkflowType = '{workflow}' AND WorkflowId STARTS_WITH '{first_id}:'"
         async with self.rpc_scope():
@@ -161,7 +166,7 @@ class Cluster:
             return max([int(each.id.rpartition(":")[2]) async for each in found], default=0)
 
     async def delete(self, workflow_id: str, run_id: str = "") -> None:
-        """Delete a workflow, one execution or the last one, and its long payloads. It may be gone already."""
+        """Delete one execution of a workflow, or the latest, and its long payloads. It may be deleted already."""
         wanted = DeleteWorkflowExecutionRequest(
             namespace=self.namespace, workflow_execution=WorkflowExecution(workflow_id=workflow_id, run_id=run_id)
         )
@@ -173,10 +178,10 @@ class Cluster:
         await self.payloads.delete(workflow_id)
 
     async def start(self, workflow: str, order: Any, about: Run | Batch, *, id: str, **options: Any) -> None:
-        """Start *workflow*, one attempt of a run or a batch, with *order*, so that lists find it.
+        """Start *workflow*, one attempt of a run or batch, with *order* and the search attributes for lists.
 
         Raises:
-            WorkflowAlreadyStartedError: this attempt was begun before.
+            WorkflowAlreadyStartedError: this attempt was started before.
             StoreError, EngineFull: see ``rpc_scope``.
         """
         attributes = [SearchAttributePair(FLOCK, about.flock), SearchAttributePair(AGENT, about.agent_name)]
@@ -200,16 +205,16 @@ class Cluster:
         except RPCError as exc:
             if exc.status in DENIED:
                 raise DefinitionError(
-                    f"The cluster at {self.address} does not let us into the namespace {self.namespace!r}: "
-                    f"{exc.message} Name one that we may use (TEMPORAL_NAMESPACE), and the key or the certificate for "
-                    "it (TEMPORAL_API_KEY, TEMPORAL_TLS_CLIENT_CERT_PATH)."
+                    f"The cluster at {self.address} denies access to the namespace {self.namespace!r}: {exc.message} "
+                    "Name a namespace with access (TEMPORAL_NAMESPACE), and its key or certificate (TEMPORAL_API_KEY, "
+                    "TEMPORAL_TLS_CLIENT_CERT_PATH)."
                 ) from exc
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
             await self._register_namespace()
             return
-        kept_for = found.config.workflow_execution_retention_ttl.ToTimedelta()
-        logger.info("The namespace %s of %s keeps runs for %s after their end.", self.namespace, self.address, kept_for)
+        retention = found.config.workflow_execution_retention_ttl.ToTimedelta()
+        logger.info("The namespace %s of %s keeps runs for %s after they end.", self.namespace, self.address, retention)
 
     async def _describe_namespace(self) -> Any:
         return await self.client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=self.namespace))
@@ -219,16 +224,16 @@ class Cluster:
             f"temporal operator namespace create -n {self.namespace} --retention {RETENTION.days}d "
             f"--address {self.address}"
         )
-        keeps = Duration()
-        keeps.FromTimedelta(RETENTION)
-        wanted = RegisterNamespaceRequest(namespace=self.namespace, workflow_execution_retention_period=keeps)
+        retention = Duration()
+        retention.FromTimedelta(RETENTION)
+        wanted = RegisterNamespaceRequest(namespace=self.namespace, workflow_execution_retention_period=retention)
         try:
             await self.client.workflow_service.register_namespace(wanted)
         except RPCError as exc:
             if exc.status in DENIED:
                 raise DefinitionError(
-                    f"The cluster at {self.address} has no namespace {self.namespace!r}, and none may be made from "
-                    f"here. Make it with: {command}"
+                    f"The cluster at {self.address} has no namespace {self.namespace!r}, and does not permit creating "
+                    f"it from here. Create it with: {command}"
                 ) from exc
             if exc.status is not RPCStatusCode.ALREADY_EXISTS:
                 raise
@@ -240,10 +245,10 @@ class Cluster:
         except RPCError as exc:
             if exc.status not in DENIED:
                 raise
-            # Where only an administrator may look, somebody may have made them.
+            # An administrator may have created them, so this is not an error.
             logger.warning(
-                "Whether the namespace %s has the search attributes by which runs are found cannot be seen from here. "
-                "If it has not, runs are refused; make them with: %s",
+                "Cannot check whether the namespace %s has the search attributes for lists of runs. Without them, runs "
+                "are refused. Create them with: %s",
                 self.namespace,
                 self._commands_for(SEARCH_ATTRIBUTES),
             )
@@ -259,13 +264,13 @@ class Cluster:
         except RPCError as exc:
             if exc.status in DENIED:
                 raise DefinitionError(
-                    f"The namespace {self.namespace!r} has no search attributes {', '.join(missing)}, by which runs "
-                    f"are found, and none may be made from here. Make them with: "
+                    f"The namespace {self.namespace!r} does not have the search attributes {', '.join(missing)}, which "
+                    "lists of runs need, and does not permit creating them from here. Create them with: "
                     f"{self._commands_for(missing)}"
                 ) from exc
-            if exc.status is not RPCStatusCode.ALREADY_EXISTS:  # another process makes them too
+            if exc.status is not RPCStatusCode.ALREADY_EXISTS:  # another process created them
                 raise
-        while await self._missing_attributes():  # noqa: ASYNC110 - the cluster tells nobody
+        while await self._missing_attributes():  # noqa: ASYNC110 - the cluster sends no event
             await asyncio.sleep(0.1)
 
     def _commands_for(self, names: Iterable[str]) -> str:
@@ -278,7 +283,7 @@ class Cluster:
         return [name for name in SEARCH_ATTRIBUTES if name not in found.custom_attributes]
 
     async def _retrying(self, call: Callable[[], Any], *, is_new: bool = False) -> Any:
-        """What *call* gives; a namespace that *is_new* may not be known everywhere for a few seconds."""
+        """Return the result of *call*. A namespace that *is_new* may be unknown to parts of the cluster for seconds."""
         while True:
             try:
                 return await call()

@@ -1,7 +1,7 @@
-"""The engine on a Temporal cluster: it keeps nothing itself, so that any number of them answer alike.
+"""The engine on a Temporal cluster. It stores nothing itself, so any number of engines give the same answers.
 
-A run's record is read from the history of its workflow, and its attempts are workflows ``run:{id}``, ``run:{id}:2`` and
-so on. What is done with batches is in ``flock.temporal.batches``.
+A run's record is read from the history of its workflow. Its attempts are the workflows ``run:{id}``, ``run:{id}:2`` and
+so on. Batches are in ``flock.temporal.batches``.
 """
 
 import asyncio
@@ -64,36 +64,36 @@ __all__ = ["TemporalEngine"]
 
 logger = logging.getLogger("flock.temporal")
 
-#: How often the cluster is asked whether it is there, and how much is open, and how long it may take, in seconds.
+#: The interval and the timeout of requests that check the cluster and count open runs, in seconds.
 WATCH_INTERVAL_S = 0.5
 WATCH_TIMEOUT_S = 0.7
-#: How often a waiting client looks for the end of an item, in seconds.
+#: How often an item is read while a client waits for it, in seconds.
 POLL_INTERVAL_S = 0.25
-#: Of one run, and of an item always, in what the cluster takes at once.
+#: The longest inputs of a run without a ``payload_dir``, and of any item.
 MAX_INPUT_BYTES = 1_000_000
-#: How many runs of a list are read at the same time.
+#: How many runs of a list are read concurrently.
 READS_AT_ONCE = 20
 
 Record = TypeVar("Record", Run, Batch)
 
 
 class TemporalEngine(EngineBase):
-    """``Engine`` on a Temporal cluster. It needs a ``TemporalWorker`` of the same flock, there or elsewhere.
+    """``Engine`` on a Temporal cluster. It needs a ``TemporalWorker`` of the same flock, on any machine.
 
-    Every run is kept as an asynchronous one is: it outlives this process, also where its caller waits for the answer.
+    Every run is stored like an asynchronous one. It outlives this process, even if its client waits for the result.
 
     Args:
         agents: by name; read at each submission. Workers have them too.
         address, namespace: of the cluster; see ``Cluster``.
-        flock: the name under which runs are kept; an engine sees only those of its own.
-        heartbeat_timeout_s: how long a worker may be silent before its steps are begun elsewhere. An async agent that
-            blocks the event loop for longer than that is begun a second time.
-        payload_dir: a folder for what is too long for the cluster; the workers have the same one. See README.md.
-        limits, bounds: its bounds, as one value, or as keyword arguments that come before it; see ``Limits``.
+        flock: the name under which runs are stored; an engine sees only its own.
+        heartbeat_timeout_s: seconds without a heartbeat after which a worker is considered dead and its steps are
+            retried elsewhere. An async agent that blocks the event loop for longer is started a second time.
+        payload_dir: the folder for payloads that are too long for the cluster, the same as the workers'. See README.md.
+        limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``.
 
-    Raises: DefinitionError if a bound is not valid.
+    Raises: DefinitionError if a limit is invalid.
 
-    How long runs are kept after their end is the namespace's own setting.
+    The retention of the namespace decides how long runs are kept after they end.
     """
 
     def __init__(
@@ -130,9 +130,9 @@ class TemporalEngine(EngineBase):
         self._error: StoreError | None = None
         self._open_runs = 0
         self._started_runs = 0
-        #: by principal, as far as it was asked since they were counted last
+        #: by principal, for those that were counted since the last check of the cluster
         self._open_runs_of: dict[str, int] = {}
-        #: accepted, and on their way to the cluster
+        #: runs that are being sent to the cluster
         self._starting = 0
         self._waiting = 0
 
@@ -158,7 +158,7 @@ class TemporalEngine(EngineBase):
         self._check_not_entered()
         await self.cluster.connect()
         self._is_stopping, self._error = False, None
-        #: set while those who wait must look what is the matter
+        #: the first is set when waiting clients must be answered, because the engine stops or the cluster is away
         self._wake_waiters, self._no_waiters = asyncio.Event(), asyncio.Event()
         self._watch_task = asyncio.create_task(self._watch())
         return self
@@ -172,7 +172,7 @@ class TemporalEngine(EngineBase):
         await asyncio.wait([task])
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new work, and let those who wait go after *timeout_s*. Runs go on: workers have them."""
+        """Take no new work, and stop waiting for runs after *timeout_s*. Runs continue in workers."""
         self._check_entered()
         self._is_stopping = True
         with contextlib.suppress(TimeoutError):
@@ -188,10 +188,10 @@ class TemporalEngine(EngineBase):
             raise self._error
 
     def observe(self, observer: Observer) -> None:
-        """Nothing is told: what happens to runs happens in workers, which have observers of their own."""
+        """No effect: runs are executed by workers, which have observers of their own."""
 
     async def queue(self) -> Queue:
-        """Steps that no worker has taken yet, first ones or later ones, as the cluster estimates them."""
+        """Return the steps that no worker has taken yet, first or later ones, by the cluster's estimate."""
         self._check_entered()
         wanted = DescribeTaskQueueRequest(
             namespace=self.cluster.namespace,
@@ -206,7 +206,7 @@ class TemporalEngine(EngineBase):
         return Queue(depth, now() - age.ToTimedelta() if depth else None)
 
     async def _watch(self) -> None:
-        """Know whether the cluster is there, and how much is open; tell those who wait when it goes away."""
+        """Check the cluster and count open runs. Wake waiting clients if the cluster does not answer."""
         misses = 0
         while True:
             try:
@@ -214,14 +214,14 @@ class TemporalEngine(EngineBase):
                     query = open_runs(self._flock)
                     before = self._started_runs
                     count = (await self._client.count_workflows(query)).count
-                    self._open_runs = count + self._started_runs - before  # the cluster may not have counted the latest
+                    self._open_runs = count + self._started_runs - before  # the search may lack the latest
                     self._open_runs_of.clear()
                 self._error, misses = None, 0
                 if not self._is_stopping:
                     self._wake_waiters.clear()
             except StoreError as exc:
                 misses += 1
-                if misses == 1:  # it may be a busy moment, here or there, and many would be told
+                if misses == 1:  # one miss may only be a busy moment, and an error would reach all waiting clients
                     continue
                 self._error = exc
                 self._wake_waiters.set()
@@ -236,7 +236,7 @@ class TemporalEngine(EngineBase):
             await self._check_room(run.principal)
         except EngineFull:
             if key is not None and (made_id := await self._started_under(key)) is not None:
-                raise Replayed(made_id) from None  # that comes before any limit
+                raise Replayed(made_id) from None  # a replay comes before any limit
             raise
         with self._counted_as_starting():
             if key is None:
@@ -260,7 +260,7 @@ class TemporalEngine(EngineBase):
         )
 
     async def _start(self, order: RunOrder) -> None:
-        """Raises WorkflowAlreadyStartedError where this attempt was begun before."""
+        """Start an attempt. Raises WorkflowAlreadyStartedError if it was started before."""
         await self.cluster.start(
             RUN_WORKFLOW,
             order,
@@ -273,7 +273,7 @@ class TemporalEngine(EngineBase):
         self._started_runs += 1
 
     async def _check_room(self, principal: str | None) -> None:
-        """Raise EngineFull if as many runs, or as many of *principal*, are open. Nothing is awaited after the check."""
+        """Raise EngineFull if too many runs are open, in all or of *principal*. Nothing is awaited after the check."""
         limits, counts = self._limits.queue, self._open_runs_of
         if principal is not None and self._open_runs + self._starting >= limits.max_runs_per_principal:
             if principal not in counts:
@@ -286,7 +286,7 @@ class TemporalEngine(EngineBase):
 
     @contextlib.contextmanager
     def _counted_as_starting(self) -> Iterator[None]:
-        """Count a run that is started within the block."""
+        """Count a run as open while it is being started in the block."""
         self._starting += 1
         try:
             yield
@@ -294,7 +294,7 @@ class TemporalEngine(EngineBase):
             self._starting -= 1
 
     async def _started_under(self, key: IdempotencyKey) -> str | None:
-        """The id of the run that was started under *key*; None if it was only claimed. Raises KeyReused."""
+        """Return the id of the run that was started under *key*, or None if there is none yet. Raises KeyReused."""
         made_id = await self._reservations.find(key)
         if made_id is not None:
             with contextlib.suppress(RunNotFound):
@@ -322,7 +322,7 @@ class TemporalEngine(EngineBase):
         return run
 
     async def _attempt(self, run_id: str, attempt: int) -> Run | None:
-        """One attempt of a run as it stands, or None where there is none."""
+        """Return the current record of one attempt of a run, or None."""
         if attempt == 0:
             return None
         handle = self._handle(run_id, attempt)
@@ -340,7 +340,7 @@ class TemporalEngine(EngineBase):
 
     async def _history(self, handle: WorkflowHandle[Any, Any]) -> Sequence[HistoryEvent]:
         events = (await handle.fetch_history()).events
-        # What turns were given is known from what came of those before.
+        # The inputs of turns are not needed: they follow from the results of earlier ones.
         scheduled = EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
         await self.cluster.payloads.resolve(event for event in events if event.event_type != scheduled)
         return events
@@ -362,9 +362,11 @@ class TemporalEngine(EngineBase):
         handle: WorkflowHandle[Any, Any] | None,
         timeout_s: float | None,
     ) -> Record:
-        """What *read* gives once it is final, or as it stands after *timeout_s*.
+        """Return the record from *read* when it is final, or the current one after *timeout_s*.
 
-        *read* gives the workflow with it that will end; *handle* is the one before anybody has looked.
+        Args:
+            read: returns the record, and the workflow to wait for.
+            handle: the workflow to wait for before the first call of *read*.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         found = None
@@ -389,10 +391,10 @@ class TemporalEngine(EngineBase):
                 self._no_waiters.set()
 
     async def _until_closed(self, handle: WorkflowHandle[Any, Any], timeout_s: float | None) -> None:
-        """Wait for the end of a workflow, at most *timeout_s*. Raises EngineStopped, StoreError."""
+        """Wait until a workflow is closed, at most *timeout_s*. Raises EngineStopped, StoreError."""
 
         async def follow() -> None:
-            with contextlib.suppress(RPCError):  # there is none: whoever reads it says so
+            with contextlib.suppress(RPCError):  # it does not exist, which the next read reports
                 async with self.cluster.rpc_scope(None):
                     end = WorkflowHistoryEventFilterType.CLOSE_EVENT
                     async for _ in handle.fetch_history_events(wait_new_event=True, event_filter_type=end):
@@ -406,7 +408,7 @@ class TemporalEngine(EngineBase):
             elif self._is_stopping and woken.done():
                 raise asked_to_leave()
             elif woken.done():
-                raise self._error or StoreError("The cluster did not answer for a moment. Ask again.")
+                raise self._error or StoreError("The cluster did not answer for a moment. Retry.")
         finally:
             following.cancel()
             woken.cancel()
@@ -440,7 +442,7 @@ class TemporalEngine(EngineBase):
             with self._counted_as_starting():
                 await self._start(replace(self._order(again), key_id=await self._stored_key_id(run)))
         except WorkflowAlreadyStartedError as exc:
-            raise Conflict(f"The run {run_id} is being tried again already.") from exc
+            raise Conflict(f"The run {run_id} is being retried already.") from exc
         return again
 
     async def _stored_key_id(self, run: Run) -> str | None:
@@ -462,9 +464,9 @@ class TemporalEngine(EngineBase):
     # Lists
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
-        """As the cluster's search sees it, moments late. The records themselves are as they stand."""
+        """List runs. The search of the cluster lags by moments, but the records are current."""
         self._check_entered()
-        page, at_once = Page[Run](wanted.limit), 1  # of long records, one is more than a page
+        page, at_once = Page[Run](wanted.limit), 1  # a long record can exceed a page
 
         async def read(run_id: str) -> Run | None:
             with contextlib.suppress(RunNotFound):  # it was deleted in the meantime
@@ -526,7 +528,7 @@ class TemporalEngine(EngineBase):
 
 
 def _matches(run: Run, wanted: RunFilter) -> bool:
-    """The search knows each attempt, and what it knew a moment ago."""
+    """Whether *run* still matches: the search also finds earlier attempts, and lags."""
     return wanted.status in (None, run.status)
 
 

@@ -1,7 +1,7 @@
-"""Items of batches in a worker: one after the other, as many as it gets done in a short time.
+"""Batch items in a worker: one activity runs items in sequence, for a short time.
 
-For each await of an item: if its worker dies, another goes on behind the last step that a heartbeat told of, which is a
-tenth of a second old at most; if it is cancelled, it has stopped before that is said.
+At each await of an item: if its worker dies, another one resumes after the last step in a heartbeat, which is at most a
+tenth of a second old. If the item is cancelled, it is reported as cancelled only after it has stopped.
 """
 
 import asyncio
@@ -47,22 +47,22 @@ __all__ = ["ItemActivities"]
 
 logger = logging.getLogger("flock.temporal")
 
-#: No item is begun so many seconds, or bytes to be kept, after the first: others have their turn, and what is done is
-#: in the history of its chunk.
+#: An activity starts no more items after this many seconds or bytes of results. Then its results are in the history of
+#: the chunk, and other work gets a slot.
 SLICE_S = 2.0
 SLICE_BYTES = 256 * 1024
-#: How often the cluster is told how far it is, while that changes, in seconds.
+#: The interval between heartbeats while there is progress, in seconds.
 HEARTBEAT_INTERVAL_S = 0.1
-#: So many chunks' rows are kept in memory: several lanes of one chunk ask, one after the other.
+#: How many chunks are cached, since several lanes of one chunk read its rows one after the other.
 CHUNK_CACHE_SIZE = 32
-#: How long it may take to find out what is to be cancelled, and how often that is looked at, in seconds.
+#: The timeout and the interval of requests for the items to cancel, in seconds.
 CANCEL_POLL_TIMEOUT_S = 10.0
 CANCEL_POLL_INTERVAL_S = 1.0
 DELETES_AT_ONCE = 8
 
 
 class _Job:
-    """One ``ItemsOrder`` that is at work here."""
+    """An ``ItemsOrder`` that is running in this worker."""
 
     def __init__(self, order: ItemsOrder, done: ItemsDone) -> None:
         self.order = order
@@ -71,10 +71,10 @@ class _Job:
         self.bytes = sum(map(_bytes_of, self.ended))
         self.turn: ActivityTurn | None = None
         self.has_taken_turns = False
-        #: items that are to be cancelled: all of them, or some
+        #: items to cancel: all of them, or these positions
         self.is_cancelled = False
         self.cancelled: set[int] = set()
-        #: no further item is to be begun
+        #: set if no more items may start
         self.should_return = False
         self.changed = asyncio.Event()
 
@@ -99,7 +99,7 @@ class _Job:
 
 
 class ItemActivities:
-    """What a worker does for batches."""
+    """The activities of a worker for batches."""
 
     def __init__(self, cluster: Cluster, turns: Turns, drain_timeout_s: float) -> None:
         self._cluster = cluster
@@ -111,9 +111,9 @@ class ItemActivities:
 
     @activity.defn(name=ITEMS_ACTIVITY)
     async def run(self, order: ItemsOrder) -> ItemsDone:
-        """Take items to their ends. What is not among those that it returns is to be ordered anew.
+        """Run items. Those that it does not return must be scheduled again.
 
-        Cancellation: who is to stop is read from the chunk's memo; when it has stopped, it returns as always.
+        Cancellation: the chunk's memo has the items to cancel. When they have stopped, it returns as usual.
         """
         info = activity.info()
         reported = [recoded(heartbeat, ItemsDone) for heartbeat in info.heartbeat_details]
@@ -139,7 +139,7 @@ class ItemActivities:
             for task in (heartbeats, *polls):
                 task.cancel()
             self._jobs.discard(job)
-        if work.exception() is not None and job.ended:  # what a worker that died has told must not go with this try
+        if work.exception() is not None and job.ended:  # keep the progress that a dead worker reported
             return job.done().for_retry()
         work.result()
         done = job.done()
@@ -166,11 +166,11 @@ class ItemActivities:
                 return
 
     async def _run_item(self, job: _Job, run: Run, *, is_again: bool) -> ItemOutcome | None:
-        """Take one item to its end; None where it is left for later."""
+        """Run one item to its end. Returns None if it is left for a later order."""
         position = run.position or 0
         while run.next_agent_name is not None:
             if self._turns.is_once(run) and job.has_taken_turns:
-                return None  # it begins an order of its own: whoever gets that a second time knows that it was begun
+                return None  # it needs an order of its own, so that a retry knows that it was started
             turn = job.turn = ActivityTurn(run, job.order.timeout_s, is_again=is_again)
             job.has_taken_turns, is_again = True, False
             job.current = _part(run)
@@ -206,9 +206,9 @@ class ItemActivities:
         return ended
 
     async def _stop_cancelled(self, order: ItemsOrder) -> None:
-        """Stop whoever is to stop in the chunk of *order*, until told otherwise: the cluster says it once to each job.
+        """Poll for cancelled items in the chunk of *order* and stop them, until this task is cancelled.
 
-        While nobody knows who is meant, what is at work goes on.
+        It must poll, because the cluster cancels an activity only once. While the memo cannot be read, items continue.
         """
         key = (order.batch_id, order.chunk, order.attempt)
         while True:
@@ -220,9 +220,9 @@ class ItemActivities:
             await asyncio.sleep(CANCEL_POLL_INTERVAL_S)
 
     async def _read_cancellations(self, order: ItemsOrder) -> None:
-        """Find out who is to stop, and stop all of them here: some jobs are told only with their next heartbeat.
+        """Read which items to cancel, and stop them in all jobs: some jobs are notified only at their next heartbeat.
 
-        The batch knows before its chunks that all of it is to stop.
+        The memo of the batch is read too, because it has a cancellation of the whole batch before its chunks do.
         """
         batch_id, chunk, attempt = order.batch_id, order.chunk, order.attempt
         memo = await self._memo_of(chunk_workflow_id(batch_id, chunk, attempt))
@@ -235,7 +235,7 @@ class ItemActivities:
             job.is_cancelled |= bool(batch.get("cancel_requested"))
             if job.order.chunk == chunk:
                 job.is_cancelled |= bool(memo.get("is_cancelled"))
-                job.cancelled.update(memo.get("cancelled", ()))  # an empty list is none to the cluster
+                job.cancelled.update(memo.get("cancelled", ()))  # the cluster drops empty lists from a memo
             self._cancel_parts(job)
 
     async def _memo_of(self, workflow_id: str) -> Mapping[str, Any]:
@@ -244,7 +244,7 @@ class ItemActivities:
             async with self._cluster.rpc_scope(CANCEL_POLL_TIMEOUT_S):
                 return await (await handle.describe()).memo()
         except (StoreError, RPCError) as exc:
-            logger.warning("what is to be cancelled of %s cannot be found out: %s", workflow_id, exc)
+            logger.warning("cannot read which items of %s to cancel: %s", workflow_id, exc)
             return {}
 
     def _cancel_parts(self, job: _Job) -> None:
@@ -256,7 +256,7 @@ class ItemActivities:
                 job.end(_ended(part, CANCELLED_BEFORE_START, part.started_at))
 
     async def _chunk(self, order: ItemsOrder) -> Chunk:
-        """The items of a chunk as they were when this attempt began. Raises RPCError."""
+        """Return the items of a chunk as they were at the start of this attempt. Raises RPCError, ApplicationError."""
         key = (order.batch_id, order.chunk, order.attempt)
         if key in self._chunks:
             self._chunks.move_to_end(key)
@@ -286,13 +286,13 @@ class ItemActivities:
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
             message = (
-                "The cluster has forgotten the rows of this chunk, or what was done before: its retention is over."
+                "The cluster has deleted the rows of this chunk or an earlier attempt, because their retention is over."
             )
             raise ApplicationError(message, type=PAYLOAD_LOST, non_retryable=True) from exc
 
     @activity.defn(name=FIND_ACTIVITY)
     async def find(self, order: ItemsOrder) -> list[int]:
-        """The positions of those items of a chunk that its attempt is about."""
+        """Return the positions of the items of a chunk that its attempt covers."""
         *before, about = order.attempts
         found = await self._read_before(order)
         if not before:
@@ -301,9 +301,9 @@ class ItemActivities:
 
     @activity.defn(name=DELETE_ACTIVITY)
     async def delete_batch(self, order: DeleteOrder) -> None:
-        """Delete all that is kept of a batch. It may be begun again."""
+        """Delete all workflows of a batch. It is idempotent, so it can be retried."""
         client, of_batch = self._cluster.client, order.batch_id
-        # The search may not know yet what was sent a moment ago.
+        # Not by search, which may not have rows that were sent a moment ago.
         ids = [(rows_workflow_id(order.rows_of or of_batch, chunk), "") for chunk in range(order.chunks)]
         for prefix in (f"batch:{of_batch}", f"chunk:{of_batch}:"):
             found = client.list_workflows(f"WorkflowId STARTS_WITH '{prefix}'", page_size=1000)

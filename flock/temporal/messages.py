@@ -1,6 +1,6 @@
-"""What API processes, the cluster and workers tell each other: JSON by msgspec, readable in Temporal's own tools.
+"""Messages between API processes, the cluster and workers: JSON by msgspec, readable in Temporal's own tools.
 
-All of it lies in histories, so a member may be added with a default, and none renamed or taken away.
+They are stored in histories. So a new field needs a default, and no field may be renamed or removed.
 """
 
 from datetime import datetime, timedelta
@@ -69,6 +69,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+# Registered names. Running workflows and recorded histories use them, so they must not change.
 RUN_WORKFLOW = "flock_run"
 MARK_WORKFLOW = "flock_mark"
 BATCH_WORKFLOW = "flock_batch"
@@ -80,15 +81,15 @@ ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
 
-#: After so many seconds without a word of it, a worker is taken for dead, where nobody says another time.
+#: Seconds without a heartbeat after which a worker is considered dead, unless the engine sets another time.
 HEARTBEAT_TIMEOUT_S = 3.0
-#: How long a worker that died with a workflow's task is waited for.
+#: How long a worker may take for a workflow task before the cluster gives the task to another worker.
 TASK_TIMEOUT = timedelta(seconds=3)
 
-#: ``error_type`` of a turn that its worker has left: the cluster gives it to another.
+#: ``error_type`` if a worker stops or dies before the end of its turn. The cluster retries the turn on another worker.
 INTERRUPTED = "interrupted"
 
-#: What runs are found by.
+# Search attributes, by which runs and batches are listed.
 FLOCK = SearchAttributeKey.for_keyword("FlockName")
 AGENT = SearchAttributeKey.for_keyword("FlockAgent")
 PRINCIPAL = SearchAttributeKey.for_keyword("FlockPrincipal")
@@ -96,13 +97,14 @@ SEARCH_ATTRIBUTES = {key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for k
 
 
 class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """One attempt of a run, as it is to be gone on with.
+    """One attempt of a run, with the steps that it has completed: the input of its workflow and of its activities.
 
     Attributes:
-        timeout_s: wall-clock seconds for the attempt, from its first step on.
-        queue_timeout_s: the longest that it may wait for its first step.
-        heartbeat_timeout_s: how long its worker may be silent; it says a word three times as often.
-        key_id: the mark of its idempotency key.
+        timeout_s: wall-clock seconds for the attempt, from the start of its first step.
+        queue_timeout_s: the longest wait for the first step.
+        heartbeat_timeout_s: seconds without a heartbeat after which the worker is considered dead. The worker sends
+            one after each third of that time.
+        key_id: the workflow id of the marker of its idempotency key.
     """
 
     run: Run
@@ -113,7 +115,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one turn. ``begun_at`` is when it got its slot, by the worker's clock."""
+    """The result of one turn. ``begun_at`` is when it got its slot, by the worker's clock."""
 
     step: Step
     begun_at: datetime
@@ -121,16 +123,16 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a turn is that has not ended, or how far it was. ``begun_at`` is None while it waits for its slot."""
+    """The progress of a turn, in its heartbeats and its failure. ``begun_at`` is None while it waits for its slot."""
 
     begun_at: datetime | None = None
     progress: Progress | None = None
 
 
 class ItemRow(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one item is given; ``error`` says why it does not fit, and is None where it does. ``extra``: see ``Run``.
+    """The inputs of one item. ``error`` says why they are invalid, or is None. ``extra``: see ``Run``.
 
-    It is not None if there is none, since msgspec cannot decode a union of Raw and None.
+    ``extra`` is UNSET instead of None, because msgspec cannot decode a union of Raw and None.
     """
 
     inputs: msgspec.Raw
@@ -139,8 +141,10 @@ class ItemRow(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class RowsOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """The rows of one chunk, on their own: they are kept before anything of the batch is begun, and read where they are
-    worked on. ``item`` is what all items of the batch have in common."""
+    """The rows of one chunk. They are stored before the batch starts, and read by the workers that run its items.
+
+    ``item`` has the fields that all items of the batch share.
+    """
 
     item: Run
     first: int
@@ -148,15 +152,16 @@ class RowsOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one attempt of a batch was about, and how far it came.
+    """The items that one attempt of a batch covers, and its progress.
 
     Attributes:
-        only: the statuses of items that it opened again; the first attempt opens all.
-        position: the only item that it is about.
-        begun_to: chunks before this one were begun.
+        only: a retry reopens the items with these statuses. Empty for the first attempt, which runs all items.
+        position: the only item that a retry reopens; None if it is not limited to one.
+        begun_to: chunks before this one have been started.
         completed_at: when it ended.
-        cancelled: items that were cancelled before their chunk was begun, and when, until it has ended.
-        rows_of: under which batch's id the rows were sent; None is its own. Known of the first attempt.
+        cancelled: items that were cancelled before their chunk started, with the time of the request. They are removed
+            when their chunk has ended.
+        rows_of: the batch id under which the rows were sent, if it is another one. Only set in the first attempt.
     """
 
     only: tuple[RunStatus, ...] = ()
@@ -168,17 +173,17 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One attempt of a batch, as it is to be gone on with.
+    """One attempt of a batch: the input of its workflow, and its state when it continues as new.
 
     Attributes:
-        batch: as it stands, but for the chunks at work.
-        starts: the position at which each chunk begins.
+        batch: the record, without the items that ended in running chunks.
+        starts: the first position of each chunk.
         timeout_s: wall-clock seconds for each item.
-        invalid_items: items that do not fit, and are not tried again.
-        attempts: this one is the last.
-        failed_in, cancelled_in: in which chunks such items are, a bit for each, as a hexadecimal number.
-        first_error: of the failed item that stands first, and its position.
-        key_id: the mark of its idempotency key.
+        invalid_items: the number of items whose inputs are invalid. They are never retried.
+        attempts: all attempts so far; this one is the last.
+        failed_in, cancelled_in: the chunks that have such items, as a hexadecimal number with one bit for each chunk.
+        first_error: the position and the error of the first failed item.
+        key_id: the workflow id of the marker of its idempotency key.
     """
 
     batch: Batch
@@ -193,14 +198,14 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     key_id: str | None = None
 
     def first_of(self, chunk: int) -> int:
-        """The position of the first item of a chunk, or behind the last one."""
+        """The first position of *chunk*, or ``total_items`` after the last chunk."""
         return self.starts[chunk] if chunk < len(self.starts) else self.batch.total_items
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An item that is to be worked on: from the beginning, or behind the steps that this attempt has done.
+    """An item to run: from its beginning, or after the steps that this attempt has completed.
 
-    ``is_again``: a worker that died may have begun the next step.
+    ``is_again``: a worker that died may have started the next step.
     """
 
     position: int
@@ -211,15 +216,15 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One attempt of a chunk, as it is to be gone on with.
+    """One attempt of a chunk: the input of its workflow, and its state when it continues as new.
 
     Attributes:
-        positions: where its items begin, and where they end.
-        lanes: how many of its items are at work at the same time.
-        is_whole: all of them are to be done.
-        parts: what is left to do; None at the beginning.
-        cancelled: who is to be cancelled, and when that was asked for.
-        before: what had ended before its history went on anew.
+        positions: its first position, and the one after its last.
+        lanes: how many of its items run at the same time.
+        is_whole: all of its items are to run, so none need to be looked up.
+        parts: the items that are left to run; None if they are not known yet.
+        cancelled: items to cancel, with the time of the request.
+        before: the counts from earlier histories of this attempt.
     """
 
     batch_id: str
@@ -237,7 +242,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Items that one worker does one after the other, as many as it gets done in a short time."""
+    """Items that one worker runs in sequence, as many as it completes in a short time: the input of ``run_items``."""
 
     batch_id: str
     chunk: int
@@ -248,17 +253,17 @@ class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
 
     def left_after(self, done: "ItemsDone") -> list[Part]:
-        """What is still to be done."""
-        gone, unfinished = {ended.position for ended in done.ended}, done.unfinished
+        """The items that are left to run after *done*."""
+        ended_positions, unfinished = {ended.position for ended in done.ended}, done.unfinished
         return [
             unfinished if unfinished is not None and unfinished.position == part.position else part
             for part in self.parts
-            if part.position not in gone
+            if part.position not in ended_positions
         ]
 
 
 class ItemOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How one item ended. Its result is that of its last step."""
+    """The end of one item. Its result is that of its last step."""
 
     position: int
     status: RunStatus = RunStatus.COMPLETED
@@ -281,21 +286,21 @@ class ItemOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What has come of an ``ItemsOrder``, in its result and in its heartbeats: whoever takes it over starts from here.
+    """The progress of an ``ItemsOrder``: the result of ``run_items``, and its heartbeats, from which a retry resumes.
 
-    ``unfinished`` was started and has not ended. What is not named here is to be ordered again.
+    ``unfinished`` was started and has not ended. Items that are not listed must be scheduled again.
     """
 
     ended: tuple[ItemOutcome, ...] = ()
     unfinished: Part | None = None
 
     def for_retry(self) -> "ItemsDone":
-        """By a worker that died: the next one may start the turn that was at work a second time."""
+        """A copy for the retry after a worker died: the next worker may start the unfinished turn a second time."""
         return self if self.unfinished is None else replace(self, unfinished=replace(self.unfinished, is_again=True))
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How many items of a chunk an attempt brought to which end."""
+    """How many items of a chunk ended in one attempt, by final status."""
 
     completed: int = 0
     failed: int = 0
@@ -316,9 +321,12 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class DeleteOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch that was deleted, or was not accepted, and how many chunks of rows were sent of it.
+    """A batch to delete, because a client deleted it or it was not accepted.
 
-    ``rows_of``: see ``Attempt``.
+    Attributes:
+        chunks: how many chunks of rows were sent.
+        keep_mark_s: how long the batch stays marked as deleted.
+        rows_of: see ``Attempt``.
     """
 
     batch_id: str
@@ -343,7 +351,7 @@ def chunk_workflow_id(batch_id: str, chunk: int, attempt: int) -> str:
     return f"chunk:{batch_id}:{chunk}" if attempt == 1 else f"chunk:{batch_id}:{chunk}:{attempt}"
 
 
-#: The last digits of an item's id are its position, from 1; those of its batch's id are zeros.
+#: The last digits of an item's id are its position, from 1. In its batch's id they are zeros.
 POSITION_DIGITS = 6
 MAX_ITEMS = 16**POSITION_DIGITS - 1
 
@@ -357,7 +365,7 @@ def item_id(batch_id: str, position: int) -> str:
 
 
 def parse_item_id(run_id: str) -> tuple[str, int]:
-    """The id of the batch, and the position, that an item with this id would have."""
+    """The batch id and the position of an item, from its id. The position is -1 if it is the id of a batch."""
     return run_id[:-POSITION_DIGITS] + "0" * POSITION_DIGITS, int(run_id[-POSITION_DIGITS:], 16) - 1
 
 
@@ -366,7 +374,7 @@ def task_queue_of(flock: str) -> str:
 
 
 def items_queue_of(task_queue: str) -> str:
-    """Where items wait, so that runs do not wait behind them."""
+    """The task queue of items. It is a separate one, so that runs do not wait for items."""
     return f"{task_queue}:items"
 
 
@@ -389,10 +397,10 @@ CONVERTER = DataConverter(payload_converter_class=_Converter)
 
 
 def decoded(payload: Payload, type_: type[T]) -> T:
-    """What *payload* of ours says, read outside of a workflow."""
+    """Decode one of our own payloads, outside of a workflow."""
     return msgspec.json.decode(payload.data, type=type_)
 
 
 def recoded(value: Any, type_: type[T]) -> T:
-    """*value*, which the SDK has decoded without knowing what it is."""
+    """Convert *value*, which the SDK decoded without a type hint."""
     return msgspec.json.decode(msgspec.json.encode(value), type=type_)

@@ -1,10 +1,10 @@
-"""What is too long for the cluster lies in a folder that all processes share; histories have its checksum in its place.
+"""Payloads that are too long for the cluster are files in a shared folder. Histories have their checksums instead.
 
-It is a driver of the SDK's external storage (``temporalio.converter.ExternalStorage``), which calls it for whatever is
-sent and received. Histories that are read as they are, outside of a workflow, are completed by ``resolve``.
+The folder is a driver of the SDK's external storage (``temporalio.converter.ExternalStorage``). The SDK calls it for
+all payloads that it sends and receives. For histories that are read outside of a workflow, ``resolve`` does the same.
 
-``{folder}/{workflow id}/{sha256}`` is one payload. Files are written whole or not at all, are on the disk before
-anything names them, and never change, so that whoever writes one a second time has nothing to do.
+``{folder}/{workflow id}/{sha256}`` is one payload. A file is written whole or not at all, is synced to disk before
+anything refers to it, and never changes. So a file that exists already is not written again.
 """
 
 import asyncio
@@ -42,23 +42,23 @@ __all__ = ["PAYLOAD_LOST", "PayloadFolder"]
 
 logger = logging.getLogger("flock.temporal")
 
-#: ``error_type`` of a run whose worker cannot read what it was to go on with.
+#: ``error_type`` of a run whose worker cannot read a long payload.
 PAYLOAD_LOST = "payload_lost"
-#: What is longer lies in the folder, in bytes.
+#: Payloads of at least this size, in bytes, are stored in the folder.
 THRESHOLD_BYTES = 256 * 1024
-#: How long a full disk, or one that is away, is left alone, in seconds.
+#: Seconds between attempts to write to a disk that is full or missing.
 RETRY_AFTER_S = 1.0
 
-#: Claims come from the cluster: none leads out of the folder.
+#: A valid claim. Claims come from the cluster, and none may lead out of the folder.
 CLAIM = re.compile(r"[\w%~-][\w%~.-]*/[0-9a-f]{64}", re.ASCII)
 
 
 class PayloadFolder(StorageDriver):
-    """Where long payloads are kept.
+    """The folder for long payloads.
 
     Args:
-        folder: the same one in all processes, API and workers, on one host or on a disk that all of them reach; None
-            keeps nothing there, and says so when something is met that another process did keep.
+        folder: the same one for all processes, API and workers, on one host or on a shared disk. With None, long
+            payloads are sent to the cluster, and one that another process stored in a folder cannot be read.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
@@ -68,7 +68,7 @@ class PayloadFolder(StorageDriver):
             driver_selector=self._select,
             payload_size_threshold=THRESHOLD_BYTES,
         )
-        #: in place of ``CONVERTER``
+        #: replaces ``CONVERTER``
         self.converter: DataConverter = dataclasses.replace(CONVERTER, external_storage=storage)
 
     def name(self) -> str:
@@ -78,17 +78,17 @@ class PayloadFolder(StorageDriver):
         return "flockapi.folder"
 
     def check(self) -> None:
-        """Raise DefinitionError where the folder cannot be used."""
+        """Raise DefinitionError if the folder is missing or not writable."""
         if self._folder is not None and not (self._folder.is_dir() and os.access(self._folder, os.W_OK | os.X_OK)):
             raise DefinitionError(
-                f"The folder for long payloads {str(self._folder)!r} is not there, or cannot be written: make it, or "
-                "name another one, the same for all processes (--payload-dir, payload_dir=)."
+                f"The payload folder {str(self._folder)!r} is missing or not writable. Create it, or name another one, "
+                "the same for all processes (--payload-dir, payload_dir=)."
             )
 
-    # What the SDK calls
+    # Called by the SDK
 
     def _select(self, context: StorageDriverSelectContext, payload: Payload) -> StorageDriver | None:
-        """Heartbeats, which come every second and are forgotten as often, are of no workflow."""
+        """Heartbeats stay out of the folder: their target is not a workflow, and the next one replaces them."""
         return self if self._folder is not None and isinstance(context.target, StorageDriverWorkflowInfo) else None
 
     async def store(self, context: StorageDriverStoreContext, payloads: Sequence[Payload]) -> list[StorageDriverClaim]:
@@ -100,15 +100,17 @@ class PayloadFolder(StorageDriver):
     async def retrieve(
         self, context: StorageDriverRetrieveContext, claims: Sequence[StorageDriverClaim]
     ) -> list[Payload]:
-        """Raises ApplicationError, by which a workflow fails: to try again would change nothing. And OSError."""
+        """Raises OSError, or ApplicationError, which fails the workflow because a retry would not help."""
         return [await asyncio.to_thread(self._read, claim.claim_data.get("file", "")) for claim in claims]
 
-    # What the engine and the worker call
+    # Called by the engine and the worker
 
     async def store_ahead(self, workflow_id: str, value: Any) -> None:
-        """Write what is about to be sent, if it is long, as long as that takes: afterwards it is sent at once.
+        """Write *value* to the folder before it is sent, if it is long. Nothing is left to write when it is sent.
 
-        A full disk is waited for. Cancellation: the file is written whole or not at all.
+        A failed write is retried until it succeeds, for example when the disk is full.
+
+        Cancellation: the file is written whole or not at all.
         """
         (payload,) = self.converter.payload_converter.to_payloads([value])
         while self._folder is not None and payload.ByteSize() >= THRESHOLD_BYTES:
@@ -116,11 +118,11 @@ class PayloadFolder(StorageDriver):
                 await self._store(workflow_id, payload)
                 return
             except StoreError as exc:
-                logger.warning("%s: %s Trying again.", workflow_id, exc)
+                logger.warning("%s: %s Retrying.", workflow_id, exc)
                 await asyncio.sleep(RETRY_AFTER_S)
 
     async def resolve(self, messages: Iterable[Message]) -> None:
-        """Put what lies in the folder into *messages*, in its place. Raises StoreError."""
+        """Replace the references in *messages* by the payloads in the folder. Raises StoreError."""
         payloads = [payload for message in messages for payload in _payloads_of(message) if payload.external_payloads]
         if not payloads:
             return
@@ -129,12 +131,12 @@ class PayloadFolder(StorageDriver):
         except ApplicationError as exc:
             raise StoreError(exc.message) from exc
         except OSError as exc:
-            raise StoreError(f"A long payload cannot be read now: {exc.strerror}.") from exc
+            raise StoreError(f"A long payload cannot be read: {exc.strerror}.") from exc
         for payload, raw in zip(payloads, found, strict=True):
             payload.CopyFrom(raw.payload)
 
     async def delete(self, workflow_id: str) -> None:
-        """Delete what is kept of a workflow that is deleted."""
+        """Delete the payloads of a workflow."""
         if self._folder is not None:
             await asyncio.to_thread(shutil.rmtree, self._folder / _name_of(workflow_id), ignore_errors=True)
 
@@ -154,7 +156,7 @@ class PayloadFolder(StorageDriver):
         path = place / hashlib.sha256(content).hexdigest()
         file = f"{name}/{path.name}"
         try:
-            os.utime(path)  # its age, by which the folder is cleaned up, is that of its last use
+            os.utime(path)  # the folder is cleaned up by age, which counts from the last use
             return file
         except FileNotFoundError:
             pass
@@ -177,22 +179,22 @@ class PayloadFolder(StorageDriver):
     def _read(self, file: str) -> Payload:
         if self._folder is None:
             raise _payload_lost(
-                "A long payload lies in a folder that this process was not told of. Start it with --payload-dir "
+                "A long payload is in a folder, and this process has no payload folder. Start it with --payload-dir "
                 "(payload_dir=), the same folder for the API and all workers."
             )
         if CLAIM.fullmatch(file) is None:
-            raise _payload_lost("A long payload is claimed by what is no name of one.")
+            raise _payload_lost("The reference to a long payload is not a valid file name.")
         try:
             content = (self._folder / file).read_bytes()
         except FileNotFoundError as exc:
             logger.error("%s is not in %s", file, self._folder)
             raise _payload_lost(
-                "A long payload is not in its folder. Do all processes have the same --payload-dir, and is nothing "
-                "deleted from it before the cluster forgets the run?"
+                "A long payload is missing from the payload folder. Check that all processes have the same "
+                "--payload-dir, and that no file is deleted from it before the cluster deletes the run."
             ) from exc
         if hashlib.sha256(content).hexdigest() != file.rpartition("/")[2]:
             logger.error("%s in %s is damaged", file, self._folder)
-            raise _payload_lost("A long payload is damaged: its checksum is another one.")
+            raise _payload_lost("A long payload is damaged: its checksum does not match.")
         return Payload.FromString(content)
 
 
@@ -205,7 +207,7 @@ def _name_of(workflow_id: str) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new name is on the disk once its folder is."""
+    """Make new names in *folder* durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""From the history of a workflow to the record of its run: no worker is asked, and nothing is kept twice."""
+"""Build the record of a run from the history of its workflow. This needs no worker and no second copy."""
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -38,7 +38,7 @@ __all__ = [
     "with_pending_activity",
 ]
 
-#: What ends a workflow that did not end by itself, in words.
+#: How a workflow was closed from outside, in words.
 CLOSED_FROM_OUTSIDE = {
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED: "terminated",
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT: "timed out",
@@ -46,7 +46,7 @@ CLOSED_FROM_OUTSIDE = {
 
 
 def reset_for_retry(run: Run) -> Run:
-    """A run as its next attempt finds it, with the steps that it has."""
+    """Return *run* as its next attempt starts. It keeps its steps."""
     return replace(
         run,
         status=RunStatus.STARTING,
@@ -62,14 +62,14 @@ def reset_for_retry(run: Run) -> Run:
 
 
 def order_of(history: Sequence[HistoryEvent]) -> RunOrder:
-    """What the workflow was started with."""
+    """Return the input of the workflow."""
     sent = history[0].workflow_execution_started_event_attributes.input.payloads[0]
     order: RunOrder = decoded(sent, RunOrder)
     return order
 
 
 def run_of(history: Sequence[HistoryEvent]) -> Run:
-    """The run as its history tells it. Of a turn that has not ended it tells nothing: see ``with_pending_activity``."""
+    """Build a run from its history. For the progress of a running turn, see ``with_pending_activity``."""
     run = order_of(history).run
     for event in history:
         at = time_of(event.event_time)
@@ -96,7 +96,7 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
                     run,
                     status=RunStatus.COMPLETED,
                     result=run.steps[-1].result,
-                    started_at=run.started_at or at,  # tried again, and there was nothing left to do
+                    started_at=run.started_at or at,  # a retry with no step left to run
                     completed_at=at,
                 )
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
@@ -116,14 +116,17 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
 
 
 def with_pending_activity(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
-    """*run*, which is open, with what the worker of its turn has told: until then the turn may wait for its slot."""
+    """Return *run*, which has not ended, with the last heartbeat of its turn.
+
+    Without a heartbeat, the turn may still wait for its slot.
+    """
     run = _with_heartbeats(run, pending[0].heartbeat_details.payloads if pending else ())
     has_started = run.started_at is not None and run.status is RunStatus.STARTING
     return replace(run, status=RunStatus.RUNNING) if has_started else run
 
 
 def _with_heartbeats(run: Run, payloads: Iterable[Payload]) -> Run:
-    """*run* with what a turn has told of itself; when the run started is known from the first one of its attempt."""
+    """Return *run* with what a turn has reported. The first turn of an attempt has the start of the run."""
     for heartbeat in (decoded(sent, Heartbeat) for sent in payloads):
         is_first = not any(step.attempt == run.attempt for step in run.steps)
         started_at = heartbeat.begun_at if is_first else run.started_at
@@ -146,35 +149,37 @@ def time_of(stamp: Timestamp) -> datetime:
 
 CANCELLED_BEFORE_START = Outcome(RunStatus.CANCELLED, "The batch was cancelled before this item began.", "cancelled")
 GIVEN_UP = Outcome(
-    RunStatus.FAILED, "The workers that had this item died or stopped, many of them. It may be the item.", INTERRUPTED
+    RunStatus.FAILED,
+    "The worker died or stopped in each attempt to run this item. The item may be the cause.",
+    INTERRUPTED,
 )
 
 
 def outcome_of_failure(error_type: str | None, error: str) -> Outcome:
-    """How an item ends that cannot be worked on, by what its activity failed with."""
+    """Return the outcome of an item whose activity failed with this error."""
     return Outcome(RunStatus.FAILED, error, PAYLOAD_LOST) if error_type == PAYLOAD_LOST else GIVEN_UP
 
 
 def done_after_failure(
-    order: ItemsOrder, heartbeat: ItemsDone | None, at: datetime, *, is_cancelled: bool, end: Outcome = GIVEN_UP
+    order: ItemsOrder, heartbeat: ItemsDone | None, at: datetime, *, is_cancelled: bool, outcome: Outcome = GIVEN_UP
 ) -> ItemsDone:
-    """What is taken for done where the cluster does not let *order* be tried again.
+    """Return the progress of an *order* that failed and that the cluster does not retry.
 
-    Many had it: whatever was at work fails, so that the rest can go on. Or some of it is to be cancelled, and its
-    worker died before it had: the rest is to be ordered anew.
+    After the last retry, the item that was running fails, so that the others can continue. If instead the worker died
+    while the order was being cancelled, no item fails, and all that have not ended are scheduled again.
     """
     heartbeat = heartbeat or ItemsDone()
     if is_cancelled:
         return heartbeat.for_retry()
-    gone = {ended.position for ended in heartbeat.ended}
-    culprit = heartbeat.unfinished or next((part for part in order.parts if part.position not in gone), None)
-    if culprit is None:  # it died before it could say that it was done
+    ended_positions = {ended.position for ended in heartbeat.ended}
+    culprit = heartbeat.unfinished or next((part for part in order.parts if part.position not in ended_positions), None)
+    if culprit is None:  # the worker died after the last item, before it returned
         return ItemsDone(ended=heartbeat.ended)
     failed = ItemOutcome(
         position=culprit.position,
-        status=end.status,
-        error=end.error,
-        error_type=end.error_type,
+        status=outcome.status,
+        error=outcome.error,
+        error_type=outcome.error_type,
         started_at=culprit.started_at,
         completed_at=at,
         steps=culprit.steps,

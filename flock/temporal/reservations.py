@@ -1,5 +1,7 @@
-"""Workflows that only stand for something: an idempotency key, or what was deleted. They wait, and nobody needs to work
-for that; while one is there, no other has its id."""
+"""Marker workflows, which reserve an id: that of an idempotency key, or of a deleted run or batch.
+
+While a marker is open, no other workflow can have its id. It only waits, which needs no worker.
+"""
 
 import contextlib
 import hashlib
@@ -19,12 +21,12 @@ from flock.temporal.messages import DELETE_WORKFLOW, MARK_WORKFLOW, DeleteOrder
 
 __all__ = ["Reservations"]
 
-#: How long it is marked that something was deleted. The cluster takes half a minute to forget what has ended.
+#: How long a deletion stays marked. The cluster takes half a minute to delete a closed workflow.
 KEEP_TOMBSTONES_FOR = timedelta(hours=1)
 
 
 class Reservations:
-    """The reservations of one flock."""
+    """The markers of one flock."""
 
     def __init__(self, cluster: Cluster, flock: str, task_queue: str) -> None:
         self._cluster = cluster
@@ -36,14 +38,14 @@ class Reservations:
         return f"key:{digest}"
 
     async def claim(self, key: IdempotencyKey, made_id: str) -> str:
-        """The id of what *key* stands for: *made_id*, unless somebody claimed it before. Raises KeyReused."""
+        """Return the id for *key*: *made_id*, or that of an earlier claim. Raises KeyReused."""
         mine = {"run_id": made_id, "fingerprint": key.digest.hex()}
         if await self._mark(self.key_id(key), KEEP_KEYS_FOR, mine):
             return made_id
         return await self.find(key) or made_id
 
     async def find(self, key: IdempotencyKey) -> str | None:
-        """The id of what *key* stands for, if anybody claimed it. Raises KeyReused."""
+        """Return the id for *key*, or None if the key is not claimed. Raises KeyReused."""
         memo = await self._memo_of(key)
         if memo is None:
             return None
@@ -52,7 +54,7 @@ class Reservations:
         return memo["run_id"]
 
     async def is_used(self, key: IdempotencyKey) -> bool:
-        """Whether *key* stands for anything, for whatever request."""
+        """Whether *key* is claimed, by this request or another one."""
         return await self._memo_of(key) is not None
 
     async def _memo_of(self, key: IdempotencyKey) -> Mapping[str, str] | None:
@@ -62,14 +64,14 @@ class Reservations:
                 memo = await described.memo()
         except RPCError:
             return None
-        # If it does not run, it is free again, or was kept for long enough.
+        # A closed marker was released or has expired.
         return memo if described.status is WorkflowExecutionStatus.RUNNING else None
 
     async def release(self, key_id: str | None, made_id: str) -> None:
-        """Free the key that stands for *made_id*. It may stand for something else by now."""
+        """Release a key, unless another id has claimed it since *made_id* did."""
         if key_id is None:
             return
-        with contextlib.suppress(RPCError):  # it is gone by itself
+        with contextlib.suppress(RPCError):  # it was released, or has expired
             async with self._cluster.rpc_scope():
                 described = await self._cluster.client.get_workflow_handle(key_id).describe()
                 if (await described.memo())["run_id"] == made_id:
@@ -77,11 +79,11 @@ class Reservations:
                     await handle.terminate()
 
     async def mark_deleted(self, id_: str) -> bool:
-        """Mark something as deleted; False where it was before."""
+        """Mark a run as deleted. Returns False if it was marked before."""
         return await self._mark(f"gone:{id_}", KEEP_TOMBSTONES_FOR)
 
     async def delete_batch(self, batch_id: str, chunks: int, rows_of: str | None = None) -> bool:
-        """Mark a batch as deleted, and let workers delete what is kept of it; False where that was asked before."""
+        """Mark a batch as deleted, and have workers delete its workflows. Returns False if it was marked before."""
         order = DeleteOrder(
             batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_TOMBSTONES_FOR.total_seconds(), rows_of=rows_of
         )
@@ -107,7 +109,7 @@ class Reservations:
         return True
 
     async def _mark(self, mark_id: str, keep_for: timedelta, memo: Mapping[str, str] | None = None) -> bool:
-        """Make a mark; False where there is one already."""
+        """Start a marker. Returns False if there is one with this id."""
         try:
             async with self._cluster.rpc_scope():
                 await self._cluster.client.start_workflow(

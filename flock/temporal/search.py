@@ -1,7 +1,7 @@
-"""Lists from the cluster's search.
+"""Lists of runs and batches, from the search of the cluster.
 
-It tells of a change within moments, and cannot sort everywhere: what is wanted is read by ranges of ids, which are
-ordered by time, and each range is sorted here.
+The search lags by moments, and not every cluster can sort. So lists are read in ranges of ids, which are ordered by
+time, and each range is sorted here.
 """
 
 import re
@@ -15,15 +15,15 @@ from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW
 
 __all__ = ["ID", "newest_first", "open_runs", "workflows_of"]
 
-#: How many workflows a range of a list may hold.
+#: The most workflows in one range.
 WORKFLOWS_A_RANGE = 1000
-#: Ids may have been made by a clock that is ahead.
+#: Ids may come from a clock that is ahead by up to this time.
 MAX_CLOCK_LEAD = timedelta(days=7)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-#: Of runs and batches.
+#: The id of a run or a batch.
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-#: How the workflows stand of what may have a status.
+#: The execution statuses that workflows of a run or batch with a status may have.
 EXECUTION_STATUS = {
     RunStatus.STARTING: "'Running'",
     RunStatus.RUNNING: "'Running'",
@@ -34,12 +34,12 @@ EXECUTION_STATUS = {
 
 
 def workflows_of(workflow_type: str, flock: str) -> str:
-    """A query for what is *flock*'s own."""
+    """A query for the workflows of *flock* that have this type."""
     return f"WorkflowType = '{workflow_type}' AND {FLOCK.name} = {_quoted(flock)}"
 
 
 def open_runs(flock: str, principal: str | None = None) -> str:
-    """A query for runs of *flock*, or of one *principal*, that have not ended."""
+    """A query for the runs of *flock*, or of one *principal* in it, that have not ended."""
     of = "" if principal is None else f" AND {PRINCIPAL.name} = {_quoted(principal)}"
     return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running'{of}"
 
@@ -47,11 +47,11 @@ def open_runs(flock: str, principal: str | None = None) -> str:
 async def newest_first(
     cluster: Cluster, query: str, prefix: str, wanted: RunFilter | BatchFilter
 ) -> AsyncIterator[list[str]]:
-    """The ids of runs or batches that may be wanted, newest first, from one range of ids after the other.
+    """Yield the ids of runs or batches that may match *wanted*, newest first, one list for each range of ids.
 
     Args:
-        query: what all of them fulfil.
-        prefix: of the ids of their workflows.
+        query: selects workflows of the right type and flock.
+        prefix: the start of their workflow ids.
     """
     conditions, after = [query], wanted.after
     if wanted.status is not None:
@@ -66,7 +66,7 @@ async def newest_first(
     top = _milliseconds(now() + MAX_CLOCK_LEAD if created_before is None else created_before)
     high = _id_at(top)
     if after is not None and not ID.fullmatch(after):
-        return  # nothing is behind what is none
+        return  # it is not an id, so no page follows it
     if after is not None and after < high:
         high, top = after, int(after.replace("-", "")[:12], 16)
     span = top - bottom

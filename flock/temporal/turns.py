@@ -1,7 +1,7 @@
-"""Turns in the activities of a worker, of runs and of items of batches.
+"""Turns of runs and of batch items, in the activities of a worker.
 
-``flock.engine.turns`` takes them. Here each has a task of its own, within which whatever an agent raises, cancels or
-leaves behind ends that turn and touches no other.
+``flock.engine.turns`` executes them. Here each turn has a task of its own, so that an exception or a stray cancellation
+ends only that turn.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from flock.runs import Step
 
 __all__ = ["MAX_RUN_BYTES", "ActivityTurn", "until_done"]
 
-#: Inputs and results of one run together, of the 2 MiB that the cluster takes at once.
+#: Inputs and results of one run together. The cluster takes at most 2 MiB at once.
 MAX_RUN_BYTES = 1_500_000
 
 
@@ -24,13 +24,13 @@ class ActivityTurn(ActiveRun):
     """The next turn of a run.
 
     Attributes:
-        outcome: its step, or how the run ends; None if the worker stops and leaves the turn to another one.
+        outcome: its step, or how the run ends; None if the worker shuts down and leaves the turn to another one.
     """
 
     outcome: Step | Outcome | None = None
 
     async def take(self, turns: Turns) -> None:
-        """Take the turn. A task's own result would be lost if an agent left a cancellation behind."""
+        """Execute the turn and set ``outcome``. A return value would be lost if an agent left a cancellation behind."""
         failure: BaseException | None = None
         try:
             with self.scope:
@@ -42,7 +42,7 @@ class ActivityTurn(ActiveRun):
             self.outcome = turns.outcome_of(self, failure)
 
     def stop(self, turns: Turns) -> None:
-        """Stop the turn because the worker stops. A function in a thread is told, since nothing waits for it now."""
+        """Stop the turn because the worker shuts down. A function in a thread sees ``cancel_requested``."""
         turns.stop(self)
         self.cancel()
 
@@ -50,10 +50,10 @@ class ActivityTurn(ActiveRun):
 async def until_done(
     work: asyncio.Task[None], *, drain_timeout_s: float, stop: Callable[[], None], cancel: Callable[[], None]
 ) -> None:
-    """Wait for *work*, which is done in this activity, whatever happens to the activity.
+    """Wait for *work* in an activity, even if the activity is cancelled.
 
     Args:
-        stop: called when the worker stops and has waited for *drain_timeout_s* seconds.
+        stop: called when the worker has been shutting down for *drain_timeout_s* seconds.
         cancel: called when the cluster cancels the activity.
     """
     stopping = asyncio.create_task(_until_stopped(drain_timeout_s))
@@ -74,6 +74,6 @@ async def until_done(
 
 
 async def _until_stopped(drain_timeout_s: float) -> None:
-    """The SDK cancels an activity after that time, but not one that was cancelled before."""
+    """Wait for the shutdown and the drain. The SDK cancels activities then, except those that were cancelled before."""
     await activity.wait_for_worker_shutdown()
     await asyncio.sleep(drain_timeout_s)

@@ -1,4 +1,4 @@
-"""A worker: takes turns of agents from the cluster, as many at a time as it may, and tells how they ended."""
+"""A worker: executes agents for the cluster, with a limit on concurrency, and reports the outcomes."""
 
 import asyncio
 import logging
@@ -43,36 +43,36 @@ __all__ = ["TemporalWorker"]
 
 logger = logging.getLogger("flock.temporal")
 
-#: After so many seconds a worker that died is not waited for to go on with a workflow that it knew.
+#: How long a workflow task waits for the worker that has the workflow in its cache, in seconds.
 STICKY_TIMEOUT_S = 2
-#: How often at most the cluster is told how far items are, in seconds: what was done since then is done again if the
-#: worker dies.
+#: The shortest interval between heartbeats of items, in seconds. If a worker dies, later work is repeated.
 ITEM_HEARTBEAT_INTERVAL_S = 0.1
-#: After so many seconds a turn tells that it has begun: shorter ones are spared the call.
+#: When a turn sends its first heartbeat, in seconds. Shorter turns need none.
 FIRST_HEARTBEAT_S = 0.2
-#: How much longer than its turns the library's own worker may take to stop, in seconds.
+#: How long the SDK's worker may take to shut down after the drain timeout, in seconds.
 SHUTDOWN_GRACE_S = 5
 
 
 class TemporalWorker:
-    """Carries out runs of *agents* that a ``TemporalEngine`` of the same flock has accepted. Use it as an async context
-    manager: it works inside it only. Any number of them, on any machines, share the work.
+    """Executes runs of *agents* that a ``TemporalEngine`` of the same flock has accepted.
+
+    It runs while its async context is open. Any number of workers, on any machines, share the work.
 
     Args:
         agents: by name.
-        models: what model agents call; the worker closes it.
+        models: the client for the model calls of agents; the worker closes it.
         address, namespace: of the cluster; see ``Cluster``.
-        flock: the name under which runs are kept.
-        observers: hear of what happens here; not of ends, which are the cluster's.
+        flock: the name under which runs are stored.
+        observers: are notified of what happens in this worker. The ends of items are reported, those of runs are not.
         max_steps, expose_errors: see ``EmbeddedEngine``.
-        max_run_bytes: inputs and all results of one run together, as JSON; a result beyond it fails its run. If None,
-            1.5 million, and 64 MiB where there is a ``payload_dir``.
-        drain_timeout_s: how long turns may continue when the worker stops; another worker takes what is left.
-        payload_dir: a folder for what is too long for the cluster; the engine has the same one. See README.md.
-        limits, bounds: its bounds, as one value, or as keyword arguments that come before it; see ``Limits``. Items of
-            batches leave a tenth of ``max_concurrency`` to runs.
+        max_run_bytes: the longest inputs and results of one run together, as JSON. A result beyond it fails its run.
+            The default is 1.5 million, or 64 MiB with a ``payload_dir``.
+        drain_timeout_s: how long turns may continue when the worker shuts down. Other workers retry the rest.
+        payload_dir: the folder for payloads that are too long for the cluster, the same as the engine's. See README.md.
+        limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``. Batch items
+            leave a tenth of ``max_concurrency`` to runs.
 
-    Raises: DefinitionError if a bound is not valid.
+    Raises: DefinitionError if a limit is invalid.
 
     Raises, at entry: StoreError, DefinitionError; see ``Cluster.connect``.
     """
@@ -109,7 +109,7 @@ class TemporalWorker:
             max_steps=max_steps,
             expose_errors=expose_errors,
             max_run_bytes=max_run_bytes,
-            max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats report it, which go to the cluster always
+            max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
         )
         models.on_retry = lambda: self._turns.tell("model_call_retried")
 
@@ -123,7 +123,7 @@ class TemporalWorker:
                 client,
                 task_queue=items_queue_of(self.task_queue),
                 activities=[items.run],
-                max_concurrent_activities=self._turns.item_slots,  # what waits here may have a slot elsewhere
+                max_concurrent_activities=self._turns.item_slots,  # an item that waits here could run elsewhere
                 max_heartbeat_throttle_interval=timedelta(seconds=ITEM_HEARTBEAT_INTERVAL_S),
                 graceful_shutdown_timeout=drain_timeout,
             )
@@ -132,7 +132,7 @@ class TemporalWorker:
                 task_queue=self.task_queue,
                 workflows=[FlockRun, FlockMark, FlockBatch, FlockChunk, FlockRows, FlockDelete],
                 activities=[self._run_agent, items.find, items.delete_batch],
-                workflow_runner=UnsandboxedWorkflowRunner(),  # all of their code is ours, and replays are tested
+                workflow_runner=UnsandboxedWorkflowRunner(),  # workflows contain no user code, and replays are tested
                 max_concurrent_activities=self._limits.max_concurrency,
                 max_eager_activity_reservations_per_workflow_task=min(100, self._limits.max_concurrency),
                 max_heartbeat_throttle_interval=timedelta(seconds=HEARTBEAT_TIMEOUT_S / 3),
@@ -146,18 +146,18 @@ class TemporalWorker:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Take no new turns, let those at work end, and leave the rest to other workers."""
+        """Take no new turns, drain the running ones, and leave the rest to other workers."""
         await self._exit.aclose()
 
     # One turn of a run
 
     @activity.defn(name=ACTIVITY)
     async def _run_agent(self, order: RunOrder) -> StepDone:
-        """Let the next agent of a run have its turn.
+        """Run the next agent of a run.
 
         Raises:
-            ApplicationError: how the run ends, and is not to be tried again, also when it was to be cancelled and has
-                stopped; or the worker leaves, and it is.
+            ApplicationError: the run failed or was cancelled (not retryable), or the worker shut down before the end of
+                the turn (retryable).
         """
         turn = _RunTurn(order, self.cluster.payloads)
         work = asyncio.create_task(turn.take(self._turns))
@@ -174,30 +174,28 @@ class TemporalWorker:
         if isinstance(turn.outcome, Step):
             return turn.done(turn.outcome)
         if turn.outcome is None:
-            raise ApplicationError(
-                "The worker stopped while this turn was at work.", turn.heartbeat(), type=INTERRUPTED
-            )
+            raise ApplicationError("The worker stopped before this turn ended.", turn.heartbeat(), type=INTERRUPTED)
         _raise_outcome(turn, turn.outcome)
 
 
 class _RunTurn(ActivityTurn):
-    """The next turn of a run. Its heartbeats say when it started, and how far it is."""
+    """The next turn of a run. Its heartbeats report its start and its progress."""
 
     def __init__(self, order: RunOrder, payloads: PayloadFolder) -> None:
         info = activity.info()
         super().__init__(order.run, order.timeout_s, is_again=info.attempt > 1, queue_timeout_s=order.queue_timeout_s)
         self.queued_s = (now() - info.scheduled_time).total_seconds()
-        for heartbeat in info.heartbeat_details:  # what a worker that died has told of the beginning stays true
+        for heartbeat in info.heartbeat_details:  # the start that a dead worker reported stays valid
             self.started_at = recoded(heartbeat, Heartbeat).begun_at
         self._payloads = payloads
         self._progress_when_done: Progress | None = None
 
     async def wait_begins(self) -> None:
-        activity.heartbeat(self.heartbeat())  # it has not begun, though the cluster has it as started
+        activity.heartbeat(self.heartbeat())  # to the cluster it has started, but it waits for a slot
 
     async def keep(self, step: Step) -> None:
-        """Write a long result while heartbeats are sent: later, a slow disk would look like a worker that died."""
-        self._progress_when_done = self.progress  # a thread may go on reporting
+        """Store a long result while heartbeats are sent. Later, a slow disk would look like a dead worker."""
+        self._progress_when_done = self.progress  # a thread may still report progress
         await self._payloads.store_ahead(activity.info().workflow_id or "", self.done(step))
 
     def done(self, step: Step) -> StepDone:
@@ -215,12 +213,12 @@ async def _shut_down(
     exc: BaseException | None,
     traceback: TracebackType | None,
 ) -> None:
-    """Stop a worker of the library. Its turns have ended by then; at times its core never says that it has, too."""
+    """Shut down a worker of the SDK. The time limit is needed because its core sometimes never reports the end."""
     try:
         async with asyncio.timeout(timeout_s):
             await worker.__aexit__(exc_type, exc, traceback)
     except TimeoutError:
-        logger.warning("The worker of %s has not ended within %g s, and is left so.", worker.task_queue, timeout_s)
+        logger.warning("The worker of %s did not shut down within %g s and is abandoned.", worker.task_queue, timeout_s)
 
 
 async def _send_heartbeats(turn: _RunTurn, heartbeat_timeout_s: float) -> None:
@@ -231,10 +229,10 @@ async def _send_heartbeats(turn: _RunTurn, heartbeat_timeout_s: float) -> None:
         pause_s = heartbeat_timeout_s / 3
 
 
-def _raise_outcome(turn: _RunTurn, end: Outcome) -> NoReturn:
-    # A CancelledError could not say when the turn began. The workflow knows that it was asked to cancel.
-    # What was asked for is no failure for the library's log.
-    category = ApplicationErrorCategory.BENIGN if end is CANCELLED else ApplicationErrorCategory.UNSPECIFIED
+def _raise_outcome(turn: _RunTurn, outcome: Outcome) -> NoReturn:
+    # A CancelledError could not carry the start of the turn. The workflow knows that it was cancelled.
+    # BENIGN keeps a requested cancellation out of the SDK's log.
+    category = ApplicationErrorCategory.BENIGN if outcome is CANCELLED else ApplicationErrorCategory.UNSPECIFIED
     raise ApplicationError(
-        end.error, turn.heartbeat(), type=end.error_type, non_retryable=True, category=category
-    ) from None  # what raised it is for the log only
+        outcome.error, turn.heartbeat(), type=outcome.error_type, non_retryable=True, category=category
+    ) from None  # its cause is for our log only

@@ -1,7 +1,7 @@
-"""What the cluster keeps of a run: a workflow that lets one agent after the other have its turn.
+"""The workflow of a run, which executes its agents in sequence.
 
-It is generic: agents are known to the activity only, so that runs at work survive a deploy of others. What it does must
-be the same at each replay: it knows no clock but the workflow's, and nothing but what it was given.
+It is generic: only the activity knows the agents, so running workflows survive a deployment with other agents. Replay
+requires it to be deterministic: it uses only the workflow's clock and its input.
 """
 
 import asyncio
@@ -25,26 +25,26 @@ from flock.temporal.messages import (
 
 __all__ = ["FlockMark", "FlockRun"]
 
-#: Only a turn that lost its worker is tried again, so often at most: one that kills its workers must end too.
+#: Only turns whose worker died or stopped are retried. The limit is for a turn that kills its workers.
 RETRIES = RetryPolicy(
     initial_interval=timedelta(seconds=0.5),
     backoff_coefficient=2,
     maximum_interval=timedelta(seconds=30),
     maximum_attempts=20,
 )
-#: The worker sees to the deadline, and heartbeats tell whether it still can: the cluster's own limit is none.
+#: The worker enforces the deadline, and heartbeats show that it is alive. So the cluster needs no limit of its own.
 NO_LIMIT = timedelta(days=365)
-#: Runs before items of batches.
+#: Runs have a higher priority than batch items.
 RUNS_FIRST = Priority(priority_key=1)
 
 
 @workflow.defn(name=RUN_WORKFLOW)
 class FlockRun:
-    """One attempt of one run. Its history is the run's record, see ``flock.temporal.records``; it returns nothing.
+    """One attempt of one run. Its history is the run's record (``flock.temporal.records``), so it returns nothing.
 
-    It fails with an ``ApplicationError`` whose message and type are the run's ``error`` and ``error_type``.
+    If the run fails, it raises an ``ApplicationError`` with the run's ``error`` and ``error_type``.
 
-    Cancellation: it ends as cancelled once its agent has stopped.
+    Cancellation: it closes as cancelled when its agent has stopped.
     """
 
     @workflow.run
@@ -89,15 +89,14 @@ class FlockRun:
 
 @workflow.defn(name=MARK_WORKFLOW)
 class FlockMark:
-    """Stands for an idempotency key, or for a run that was deleted: while it waits for its delayed start, no other has
-    its id, and nobody needs to work for that."""
+    """Reserves the id of an idempotency key or a deleted run, while it waits for its delayed start."""
 
     @workflow.run
     async def run(self) -> None: ...
 
 
 def _check_cancelled() -> None:
-    """Raise CancelledError where somebody asked for it: it was taken in while the agent came to its end."""
+    """Raise CancelledError if the run was cancelled while its agent completed."""
     if workflow.cancellation_reason() is not None:
         raise asyncio.CancelledError
 
@@ -111,5 +110,5 @@ def _failure(order: RunOrder, cause: BaseException | None) -> ApplicationError:
             return ApplicationError(end.error, type=end.error_type, non_retryable=True)
         late = queue_timeout(order.queue_timeout_s or 0)
         return ApplicationError(str(late), type=late.error_type, non_retryable=True)
-    message = f"The workers that had this run died or stopped, {RETRIES.maximum_attempts} of them. It may be the run."
+    message = f"The worker died or stopped in each of {RETRIES.maximum_attempts} attempts. The run may be the cause."
     return ApplicationError(message, type=INTERRUPTED, non_retryable=True)
