@@ -138,7 +138,7 @@ class FlockBatch(_Interruptible):
             if len(self._cancelled) != known and not self.is_cancelled:
                 with contextlib.suppress(asyncio.TimeoutError):  # there may be more of them
                     await self._until(self._has_ended, MEMO_DELAY)
-            await _settled()
+            await _settle()
             self._collect()
             if self.is_cancelled and not self._batch.cancel_requested:
                 self._batch = replace(self._batch, cancel_requested=True)
@@ -148,7 +148,7 @@ class FlockBatch(_Interruptible):
             await self._until(lambda: not self._signals)
         if self._chunks_to_start() and not self.is_cancelled:
             workflow.continue_as_new(self._state(), memo=self._memo())
-        self._end()
+        self._finish()
 
     def _has_ended(self) -> bool:
         return any(chunk.done() for chunk in self._chunks.values())
@@ -182,7 +182,7 @@ class FlockBatch(_Interruptible):
                 share = math.ceil(free / (len(chunks) - index))
                 if share:
                     free -= share
-                    self._begin(chunk, share)
+                    self._start_chunk(chunk, share)
         while free > 0 and self._lanes and not self.is_cancelled:
             chunk = min(self._lanes, key=lambda k: (self._lanes[k], k))
             size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
@@ -193,7 +193,7 @@ class FlockBatch(_Interruptible):
             free -= share
             self._signal_chunk(chunk, "set_lanes", self._lanes[chunk])
 
-    def _begin(self, chunk: int, lanes: int) -> None:
+    def _start_chunk(self, chunk: int, lanes: int) -> None:
         first, end = self._order.first_of(chunk), self._order.first_of(chunk + 1)
         order = ChunkOrder(
             batch_id=self._batch.batch_id,
@@ -295,7 +295,7 @@ class FlockBatch(_Interruptible):
         }
         return {name: msgspec.to_builtins(value) for name, value in memo.items()}
 
-    def _end(self) -> None:
+    def _finish(self) -> None:
         batch = self._batch
         left = batch.total_items - batch.completed_items
         for chunk in self._chunks_to_start() if left else ():
@@ -364,7 +364,7 @@ class FlockChunk(_Interruptible):
                 break
             has_more = False
             if not _is_long() or sum(map(_bytes_of, self._todo)) > MAX_STEP_BYTES:
-                has_more = self._begin()
+                has_more = self._start_activities()
             elif not self._running:
                 workflow.continue_as_new(self._state(), memo=self._memo())
             self._update_memo()
@@ -377,7 +377,7 @@ class FlockChunk(_Interruptible):
                     ),
                     NEXT_TASK_DELAY if has_more else None,
                 )
-            await _settled()
+            await _settle()
             self._collect()
             stops_all, newly = self.is_cancelled and not was_cancelled, self._cancelled - cancelled
             for task, ordered in self._running.items() if stops_all or newly else ():
@@ -417,7 +417,7 @@ class FlockChunk(_Interruptible):
             heartbeat_timeout_s=order.heartbeat_timeout_s,
         )
 
-    def _begin(self) -> bool:
+    def _start_activities(self) -> bool:
         """Divide the items among the free lanes. Returns whether some must wait for the next workflow task."""
         step_bytes = 0
         while self._todo and len(self._running) < self._lanes:
@@ -429,7 +429,7 @@ class FlockChunk(_Interruptible):
             if not parts:
                 return True
             order = self._items_order(tuple(parts))
-            doing = workflow.start_activity(
+            handle = workflow.start_activity(
                 ITEMS_ACTIVITY,
                 order,
                 result_type=ItemsDone,
@@ -439,7 +439,7 @@ class FlockChunk(_Interruptible):
                 retry_policy=RETRIES,
                 cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
             )
-            self._running[doing] = order
+            self._running[handle] = order
         return False
 
     def _collect(self) -> None:
@@ -525,7 +525,7 @@ def _bytes_of(part: Part) -> int:
     return sum(len(step.result) for step in part.steps)
 
 
-async def _settled() -> None:
+async def _settle() -> None:
     """Let tasks get the results that have arrived. A cancellation now would replace them."""
     for _ in range(8):  # more iterations of the workflow's event loop than a result needs
         await asyncio.sleep(0)

@@ -181,15 +181,15 @@ class ItemActivities:
             if turn.outcome is None:
                 return None
             run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress)
-            end = turn.outcome if isinstance(turn.outcome, Outcome) else None
+            outcome = turn.outcome if isinstance(turn.outcome, Outcome) else None
             if isinstance(turn.outcome, Step):
                 run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
                 job.current = _part(run)
                 job.changed.set()
                 if run.next_agent_name is not None and job.must_cancel(position):
-                    end = CANCELLED
-            if end is not None:
-                return self._report_end(run, _ended(_part(run), end, run.started_at))
+                    outcome = CANCELLED
+            if outcome is not None:
+                return self._report_end(run, _item_outcome(_part(run), outcome, run.started_at))
         ended = ItemOutcome(
             position=position,
             started_at=run.started_at or now(),
@@ -201,8 +201,8 @@ class ItemActivities:
 
     def _report_end(self, run: Run, ended: ItemOutcome) -> ItemOutcome:
         result = ended.steps[-1].result if ended.status is RunStatus.COMPLETED else None
-        end = {"status": ended.status, "error": ended.error, "error_type": ended.error_type, "result": result}
-        self._turns.tell("run_ended", replace(run, completed_at=ended.completed_at, **end))
+        final = {"status": ended.status, "error": ended.error, "error_type": ended.error_type, "result": result}
+        self._turns.tell("run_ended", replace(run, completed_at=ended.completed_at, **final))
         return ended
 
     async def _stop_cancelled(self, order: ItemsOrder) -> None:
@@ -253,7 +253,7 @@ class ItemActivities:
             if is_current and job.turn is not None and job.must_cancel(part.position):
                 job.turn.cancel()
             elif not is_current and job.must_cancel(part.position):
-                job.end(_ended(part, CANCELLED_BEFORE_START, part.started_at))
+                job.end(_item_outcome(part, CANCELLED_BEFORE_START, part.started_at))
 
     async def _chunk(self, order: ItemsOrder) -> Chunk:
         """Return the items of a chunk as they were at the start of this attempt. Raises RPCError, ApplicationError."""
@@ -321,12 +321,12 @@ def _part(run: Run) -> Part:
     return Part(position=run.position or 0, started_at=run.started_at, steps=run.steps, progress=run.progress)
 
 
-def _ended(part: Part, end: Outcome, started_at: datetime | None) -> ItemOutcome:
+def _item_outcome(part: Part, outcome: Outcome, started_at: datetime | None) -> ItemOutcome:
     return ItemOutcome(
         position=part.position,
-        status=end.status,
-        error=end.error,
-        error_type=end.error_type,
+        status=outcome.status,
+        error=outcome.error,
+        error_type=outcome.error_type,
         started_at=started_at,
         completed_at=now(),
         progress=part.progress,

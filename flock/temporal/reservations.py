@@ -22,7 +22,7 @@ from flock.temporal.messages import DELETE_WORKFLOW, MARK_WORKFLOW, DeleteOrder
 __all__ = ["Reservations"]
 
 #: How long a deletion stays marked. The cluster takes half a minute to delete a closed workflow.
-KEEP_TOMBSTONES_FOR = timedelta(hours=1)
+KEEP_DELETED_FOR = timedelta(hours=1)
 
 
 class Reservations:
@@ -80,12 +80,12 @@ class Reservations:
 
     async def mark_deleted(self, id_: str) -> bool:
         """Mark a run as deleted. Returns False if it was marked before."""
-        return await self._mark(f"gone:{id_}", KEEP_TOMBSTONES_FOR)
+        return await self._mark(f"gone:{id_}", KEEP_DELETED_FOR)
 
     async def delete_batch(self, batch_id: str, chunks: int, rows_of: str | None = None) -> bool:
         """Mark a batch as deleted, and have workers delete its workflows. Returns False if it was marked before."""
         order = DeleteOrder(
-            batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_TOMBSTONES_FOR.total_seconds(), rows_of=rows_of
+            batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_DELETED_FOR.total_seconds(), rows_of=rows_of
         )
         try:
             async with self._cluster.rpc_scope():
