@@ -74,7 +74,7 @@ KEEP_ROWS_FOR = timedelta(days=30)
 #: How many batches are cached: their orders, and their last reported records.
 BATCH_CACHE_SIZE = 100
 BATCHES_AT_ONCE = 20
-#: The pause before counts are read again if the chunk has a workflow task pending, in seconds.
+#: The pause before counts are read again if a chunk has a pending workflow task, in seconds.
 COUNT_AGAIN_AFTER_S = 0.03
 
 STATUS_OF_CLOSED = {WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_CANCELED: RunStatus.CANCELLED}
@@ -85,7 +85,7 @@ class _AttemptState:
 
     Attributes:
         about: the items that it covers, and its progress.
-        memo: of its workflow.
+        memo: the memo of its workflow.
     """
 
     def __init__(self, batch: Batch, about: Attempt, memo: Memo) -> None:
@@ -117,7 +117,7 @@ class TemporalBatches:
         self._limits = limits
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
-        #: by batch and attempt; needed since items that have just ended are missing from all counts for a moment
+        #: by batch and attempt; keeps counts from going back while an activity's results are on their way to the chunk
         self._last_reported: OrderedDict[tuple[str, int], Batch] = OrderedDict()
         self._drops: set[asyncio.Task[None]] = set()
         #: items of uploads that this process has sent but not accepted yet
@@ -182,7 +182,7 @@ class TemporalBatches:
         return accepted
 
     async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
-        """Have workers delete the rows that were sent, unless the key stands for the batch, which may have started."""
+        """Have workers delete the rows that were sent, unless *key* now has the id of the batch, which may have started."""
         try:
             if key is None or await self._reservations.find(key) != batch_id:
                 await self._reservations.delete_batch(batch_id, chunks)
@@ -192,7 +192,7 @@ class TemporalBatches:
             logger.warning("the uploaded rows of the batch %s cannot be deleted: %s", batch_id, exc)
 
     async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int, rows: "_RowSender") -> Batch:
-        """Start a batch under the id that its key stands for. Its *rows*, with *staged* open items, have been sent.
+        """Start a batch under the id that its key has. Its *rows*, with *staged* open items, have been sent.
 
         Raises: Replayed, KeyReused, EngineFull.
         """
@@ -205,13 +205,13 @@ class TemporalBatches:
                 raise Replayed((await self.get(made_id)).batch_id)
         await self._check_room(batch.total_items - batch.completed_items - staged)
         if key is not None:
-            # The process that claimed the key may have died before it started the batch; the next one starts it.
+            # If the process that claimed the key died before it started the batch, this one starts it.
             made_id = await self._reservations.claim(key, batch.batch_id)
             if made_id != batch.batch_id:
                 order = replace(
                     order, batch=replace(batch, batch_id=made_id), attempts=(Attempt(rows_of=batch.batch_id),)
                 )
-        rows.may_be_in_use = key is not None  # even if the answer is lost: the batch may have started
+        rows.may_be_in_use = key is not None  # if the answer is lost, the batch may have started
         try:
             await self._start(order)
         except WorkflowAlreadyStartedError:
@@ -557,12 +557,11 @@ def _closed_from_outside(found: _AttemptState, info: WorkflowExecutionInfo) -> N
     batch = found.batch
     at = info.close_time.ToDatetime(UTC)
     status = STATUS_OF_CLOSED.get(info.status, RunStatus.FAILED)
+    how = "cancelled" if status is RunStatus.CANCELLED else "ended on the cluster before it completed"
     found.batch = replace(
         batch,
         status=status,
-        error="The batch was cancelled."
-        if status is RunStatus.CANCELLED
-        else "The batch was ended on the cluster before it completed.",
+        error=f"The batch was {how}.",
         completed_at=at,
         completed_items=batch.total_items,
         cancelled_items=batch.cancelled_items + batch.total_items - batch.completed_items,

@@ -64,10 +64,10 @@ MAX_LANES = 1000
 MAX_EVENTS = 5_000
 MAX_BYTES = 5_000_000
 #: Bytes of completed steps in the orders of one workflow task, or in the state for continue-as-new. The cluster takes
-#: 2 MiB at once, and 4 MiB in one workflow task. The rest is scheduled after this delay.
+#: 2 MiB at once, and 4 MiB in one workflow task. The rest is scheduled after NEXT_TASK_DELAY.
 MAX_STEP_BYTES = 1_600_000
 NEXT_TASK_DELAY = timedelta(milliseconds=10)
-#: The memo has cancellations of waiting items after this time.
+#: The longest delay until the memo has the cancellation of a waiting item.
 MEMO_DELAY = timedelta(seconds=0.5)
 #: Activities that only read or delete are retried until they succeed.
 RETRY_FOREVER = RetryPolicy(maximum_interval=timedelta(seconds=30))
@@ -90,7 +90,7 @@ class _Interruptible:
 class FlockBatch(_Interruptible):
     """One attempt of one batch. Its memo has the record of the batch.
 
-    It always completes, also if the batch fails or is cancelled, when no chunk is running.
+    The workflow completes when no chunk is running, even if the batch failed or was cancelled.
     """
 
     @workflow.init
@@ -251,7 +251,7 @@ class FlockBatch(_Interruptible):
                 ended = task.result()
             except ChildWorkflowError as exc:
                 ended = Counts()
-                if self.is_cancelled:  # before it started; its items are counted at the end
+                if self.is_cancelled:  # it was cancelled before it started, and its items are counted at the end
                     self._cancelled_in |= 1 << chunk
                 else:  # it was closed from outside, or the retention of its rows is over
                     size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
@@ -268,9 +268,8 @@ class FlockBatch(_Interruptible):
             self._failed_in |= bool(ended.failed) << chunk
             self._cancelled_in |= bool(ended.cancelled) << chunk
             errors = [error for error in (ended.first_error, self._first_error) if error]
-            self._first_error = min(
-                errors, key=lambda error: error[0], default=None
-            )  # the latest attempt's, for the same item
+            # For the same item, the latest attempt's comes first.
+            self._first_error = min(errors, key=lambda error: error[0], default=None)
 
     def _state(self) -> BatchOrder:
         about = replace(self._order.attempts[-1], begun_to=self._next, cancelled=dict(self._cancelled))
@@ -483,7 +482,7 @@ def _result_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder) -> I
     try:
         return task.result()
     except ActivityError as exc:
-        if isinstance(exc.cause, CancelledError):  # before it started
+        if isinstance(exc.cause, CancelledError):  # it was cancelled before it started
             return ItemsDone()
         heartbeat = None
         if isinstance(exc.cause, TimeoutError) and exc.cause.last_heartbeat_details:

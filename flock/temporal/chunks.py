@@ -111,7 +111,7 @@ class Chunk:
             self._apply(order, done, None)
 
     def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
-        """Mark items as cancel-requested. With a time *at*, they are waiting and have ended then."""
+        """Note a request to cancel items. If *at* is given, they were waiting, and ended at that time."""
         for position in positions:
             item = self.items.get(position)
             if item is not None and not item.status.is_final:
@@ -125,7 +125,7 @@ class Chunk:
                 self.items[position] = _cancelled(item, at)
 
     def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None) -> None:
-        """Apply the progress of *order*, which ended *at* that time, or is running if None."""
+        """Apply the progress of *order*. *at* is when the order ended, or None if it is running."""
         for ended in done.ended:
             self._apply_end(ended)
         for part in order.left_after(done):
@@ -169,8 +169,8 @@ def _cancelled(item: Run, at: datetime) -> Run:
 
 def reopens(about: Attempt, item: Run) -> bool:
     """Whether a retry covers *item*. Invalid inputs would fail again."""
-    is_meant = about.position in (None, item.position)
-    return item.status in about.only and is_meant and item.error_type != INVALID_INPUT
+    is_covered = about.position in (None, item.position)
+    return item.status in about.only and is_covered and item.error_type != INVALID_INPUT
 
 
 class _OpenOrders:
@@ -247,7 +247,7 @@ async def _latest_history(
     """Return the latest history of a chunk's attempt and its pending activities. Raises RPCError, NOT_FOUND.
 
     While a workflow task is running, an activity that completes is no longer pending and not yet in the history. Its
-    items would seem to go back, so this waits for the history, for longer than the workflow task timeout.
+    items would seem to wait again. So this waits for the history, for longer than the workflow task timeout.
     """
     for pause_s in (*REREAD_DELAYS_S, None):
         handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id)
@@ -272,7 +272,7 @@ async def read_chunk(
 
     Raises: RPCError, NOT_FOUND if the retention of its rows or of the first attempt is over.
     """
-    # A retry starts only chunks that have items to retry, and the last one may not have started yet.
+    # A retry starts only chunks that have items to retry, and a running attempt may not have started this one yet.
     histories = asyncio.gather(
         *(
             _full_history(

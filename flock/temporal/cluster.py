@@ -86,14 +86,14 @@ class Cluster:
 
     @property
     def client(self) -> Client:
-        assert self._client is not None, "connect() comes first"
+        assert self._client is not None, "call connect() first"
         return self._client
 
     async def connect(self, *, lazy: bool = True) -> None:
         """Connect to the cluster. Create the namespace and the search attributes if they are missing.
 
         Args:
-            lazy: connect at each call if needed, which the SDK does not support for workers.
+            lazy: connect when a call needs it, which the SDK does not support for workers.
 
         Raises:
             StoreError: the cluster does not answer.
@@ -156,9 +156,9 @@ class Cluster:
         raise AssertionError("every history has a first event")
 
     async def last_attempt(self, workflow: str, first_id: str) -> int:
-        """Return the number of the last attempt after the first, whose workflow is *first_id*; 0 if there is none.
+        """Return the number of the last retry of the workflow *first_id*, from 2, or 0 if there is none.
 
-        The retention of first attempts is over before that of the last one.
+        This finds runs and batches whose first attempt is past its retention.
         """
         query = f"WorkflowType = '{workflow}' AND WorkflowId STARTS_WITH '{first_id}:'"
         async with self.rpc_scope():
@@ -166,7 +166,7 @@ class Cluster:
             return max([int(each.id.rpartition(":")[2]) async for each in found], default=0)
 
     async def delete(self, workflow_id: str, run_id: str = "") -> None:
-        """Delete one execution of a workflow, or the latest, and its long payloads. It may be deleted already."""
+        """Delete one execution of a workflow, or the latest, and its long payloads, if it exists."""
         wanted = DeleteWorkflowExecutionRequest(
             namespace=self.namespace, workflow_execution=WorkflowExecution(workflow_id=workflow_id, run_id=run_id)
         )

@@ -158,7 +158,7 @@ class TemporalEngine(EngineBase):
         self._check_not_entered()
         await self.cluster.connect()
         self._is_stopping, self._error = False, None
-        #: the first is set when waiting clients must be answered, because the engine stops or the cluster is away
+        #: _wake_waiters is set while no client may wait, because the engine stops or the cluster does not answer
         self._wake_waiters, self._no_waiters = asyncio.Event(), asyncio.Event()
         self._watch_task = asyncio.create_task(self._watch())
         return self
@@ -214,7 +214,7 @@ class TemporalEngine(EngineBase):
                     query = open_runs(self._flock)
                     before = self._started_runs
                     count = (await self._client.count_workflows(query)).count
-                    self._open_runs = count + self._started_runs - before  # the search may lack the latest
+                    self._open_runs = count + self._started_runs - before  # it may not have counted the latest
                     self._open_runs_of.clear()
                 self._error, misses = None, 0
                 if not self._is_stopping:
@@ -244,7 +244,7 @@ class TemporalEngine(EngineBase):
                 return
             made_id = await self._reservations.claim(key, run.run_id)
             order = replace(self._order(replace(run, run_id=made_id)), key_id=self._reservations.key_id(key))
-            # The process that claimed the key may have died before it started the run; the next one starts it.
+            # If the process that claimed the key died before it started the run, this one starts it.
             with contextlib.suppress(WorkflowAlreadyStartedError):
                 await self._start(order)
         if made_id != run.run_id:

@@ -152,18 +152,18 @@ class PayloadFolder(StorageDriver):
     def _write(self, name: str, payload: Payload) -> str:
         assert self._folder is not None
         content = payload.SerializeToString(deterministic=True)
-        place = self._folder / name
-        path = place / hashlib.sha256(content).hexdigest()
+        subfolder = self._folder / name
+        path = subfolder / hashlib.sha256(content).hexdigest()
         file = f"{name}/{path.name}"
         try:
             os.utime(path)  # the folder is cleaned up by age, which counts from the last use
             return file
         except FileNotFoundError:
             pass
-        if not place.is_dir():
-            place.mkdir(exist_ok=True)
+        if not subfolder.is_dir():
+            subfolder.mkdir(exist_ok=True)
             _sync_folder(self._folder)
-        new = place / f".{secrets.token_hex(8)}"
+        new = subfolder / f".{secrets.token_hex(8)}"
         try:
             with new.open("xb") as written:
                 written.write(content)
@@ -173,7 +173,7 @@ class PayloadFolder(StorageDriver):
         except OSError:
             new.unlink(missing_ok=True)
             raise
-        _sync_folder(place)
+        _sync_folder(subfolder)
         return file
 
     def _read(self, file: str) -> Payload:

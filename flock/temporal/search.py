@@ -23,7 +23,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The id of a run or a batch.
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-#: The execution statuses that workflows of a run or batch with a status may have.
+#: For each status of a run or batch, the execution statuses that its workflow may have.
 EXECUTION_STATUS = {
     RunStatus.STARTING: "'Running'",
     RunStatus.RUNNING: "'Running'",
