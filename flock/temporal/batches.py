@@ -182,7 +182,7 @@ class TemporalBatches:
         return accepted
 
     async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
-        """Have workers delete the rows that were sent, unless *key* now has the id of the batch, which may have started."""
+        """Have workers delete the rows that were sent, unless *key* has this id: then the batch may have started."""
         try:
             if key is None or await self._reservations.find(key) != batch_id:
                 await self._reservations.delete_batch(batch_id, chunks)
