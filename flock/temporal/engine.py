@@ -88,7 +88,7 @@ class TemporalEngine(EngineBase):
         flock: the name under which runs are stored; an engine sees only its own.
         heartbeat_timeout_s: seconds without a heartbeat after which a worker is considered dead and its steps are
             retried elsewhere. An async agent that blocks the event loop for longer is started a second time.
-        payload_dir: the folder for payloads that are too long for the cluster, the same as the workers'. See README.md.
+        payload_dir: the folder for payloads too long for the cluster, the same as the workers'; see docs/temporal.md.
         limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``.
 
     Raises: DefinitionError if a limit is invalid.

@@ -68,7 +68,7 @@ class TemporalWorker:
         max_run_bytes: the longest inputs and results of one run together, as JSON. A result beyond it fails its run.
             The default is 1.5 million, or 64 MiB with a ``payload_dir``.
         drain_timeout_s: how long turns may continue when the worker shuts down. Other workers retry the rest.
-        payload_dir: the folder for payloads that are too long for the cluster, the same as the engine's. See README.md.
+        payload_dir: the folder for payloads too long for the cluster, the same as the engine's; see docs/temporal.md.
         limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``. Batch items
             leave a tenth of ``max_concurrency`` to runs.
 
