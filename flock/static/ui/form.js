@@ -257,11 +257,11 @@ function numeric(spec) {
 function text(spec) {
   const { schema, isRequired, initial } = spec;
   const type = INPUT_TYPES[schema.format];
-  const given = typeof initial === "string" ? initial : "";
+  const initialText = typeof initial === "string" ? initial : "";
   const { minLength: minlength, maxLength: maxlength } = schema;
   const common = { required: isRequired && !schema.isNullable, minlength, maxlength };
   if (!type) {
-    const control = h("textarea", { ...common, rows: 1, value: given, oninput: grow });
+    const control = h("textarea", { ...common, rows: 1, value: initialText, oninput: grow });
     const details =
       schema.format === "duration"
         ? "ISO 8601, such as PT1H30M for 1 hour and 30 minutes."
@@ -285,13 +285,14 @@ function text(spec) {
     type,
     step: type === "date" ? undefined : "any",
     max: LATEST[type],
-    value: type === "datetime-local" && given ? localTime(given) : given,
+    value: type === "datetime-local" && initialText ? localTime(initialText) : initialText,
   });
-  if (given && !control.value) Object.assign(control, { type: "text", value: given }); // the picker cannot show it
+  // A value that the picker cannot show is edited as text.
+  if (initialText && !control.value) Object.assign(control, { type: "text", value: initialText });
   const before = control.value;
   const read = () => {
     if (control.value === "") return emptyValue(spec);
-    if (control.value === before) return given; // a picker would lose microseconds and the time zone
+    if (control.value === before) return initialText; // a picker would lose microseconds and the time zone
     return TO_API[control.type]?.(control.value) ?? control.value;
   };
   const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;

@@ -272,14 +272,14 @@ class NewBatch {
     const { signal } = (this.checking = new AbortController());
     this.found = null;
     this.canStart = false;
-    const given = this.statics();
-    const missing = this.mapping.missing().filter((name) => !(name in (given ?? {})));
+    const entered = this.statics();
+    const missing = this.mapping.missing().filter((name) => !(name in (entered ?? {})));
     this.needed.classList.toggle("problem", missing.length > 0);
     fill(this.check);
     if (missing.length) fill(this.start);
     else this.drawStart();
-    const isComplete = given !== null && !missing.length;
-    const statics = { ...Object.fromEntries(missing.map((name) => [name, null])), ...given };
+    const isComplete = entered !== null && !missing.length;
+    const statics = { ...Object.fromEntries(missing.map((name) => [name, null])), ...entered };
     this.report(this.checkAll(this.options(statics), isComplete, signal));
   }
 
