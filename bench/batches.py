@@ -1,11 +1,11 @@
-"""Items a second of batches of a trivial agent, next to a bare loop: python -m bench.batches [--million] [--rounds 3]
+"""Compare the throughput of a batch with a bare loop: python -m bench.batches [--million] [--rounds 3]
 
-The bare loop has the same number of workers, and calls the same function; each then waits until a transaction, which
-all that wait share, has updated the one row of its item in an SQLite file of the same durability. It has no agents,
-no steps, no deadlines, no cancellation, no limits and no recovery: what those cost is the ratio.
+The bare loop has the same number of workers and calls the same function. Each worker then waits for a shared
+transaction that updates the row of its item in an SQLite file of the same durability. The loop has no agents, steps,
+deadlines, cancellation, limits or recovery. The ratio shows their cost.
 
-Each measurement is a process of its own, and they take turns. Counted is the work on the batch, from the moment at
-which it is accepted to its last commit; what it takes to accept it is told beside it.
+Each measurement runs in its own process, alternately. It covers the work on the batch, from acceptance to the last
+commit. The time to accept the batch is printed separately.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def measure(kind: str, items: int, durability: str) -> dict[str, float]:
 
 
 def rounds_of(sizes: list[int], rounds: int) -> Iterator[tuple[int, int]]:
-    """The small ones more often: they are over in a moment."""
+    """Yield (round, size). Small sizes run more often, because they are fast."""
     for number in range(rounds * 3):
         for size in sizes:
             if size < 1_000_000 or number < rounds:
@@ -136,7 +136,7 @@ def rounds_of(sizes: list[int], rounds: int) -> Iterator[tuple[int, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--million", action="store_true", help="also a batch of a million items: some minutes a round")
+    parser.add_argument("--million", action="store_true", help="also a million items: some minutes per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--durability", choices=["power", "process"], default="power")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "ITEMS"), help=argparse.SUPPRESS)
@@ -153,8 +153,8 @@ def main() -> None:
     def median(kind: str, size: int, name: str) -> float:
         return statistics.median(each[name] for each in found[kind, size])
 
-    print(f"durability={arguments.durability}, {WORKERS} workers, medians; ratio is of items a second, ours to bare\n")
-    print("    items   ours/s   bare/s  ratio  µs an item  to accept, µs an item  peak over idle, MB")
+    print(f"durability={arguments.durability}, {WORKERS} workers, medians. Ratio: our items/s / bare items/s\n")
+    print("    items   ours/s   bare/s  ratio   µs/item        accept, µs/item  peak over idle, MB")
     for size in sizes:
         work_s, bare_s = median("ours", size, "work_s"), median("bare", size, "work_s")
         pairs = zip(found["ours", size], found["bare", size], strict=True)
@@ -167,7 +167,7 @@ def main() -> None:
         )
     first, last = sizes[0], sizes[-1]
     change = (median("ours", last, "work_s") / last) / (median("ours", first, "work_s") / first)
-    print(f"\ntime an item, {last:,} to {first:,}: {change:.2f}")
+    print(f"\ntime per item, {last:,} items compared with {first:,}: {change:.2f}")
 
 
 if __name__ == "__main__":

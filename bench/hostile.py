@@ -1,13 +1,13 @@
-"""Ten minutes of clients that try to stop the server: does it stay up, and answer a client that has a key?
+"""Attack a server for ten minutes: does it stay up and respond to a client with a key?
 
-    python -m bench.hostile                      # --minutes 1 to try it out
-    python -m bench.hostile --url URL --key KEY  # beside a load; see ``bench.soak --hostile``
+    python -m bench.hostile                      # --minutes 1 for a short try
+    python -m bench.hostile --url URL --key KEY  # during a load test; see ``bench.soak --hostile``
 
-Each client picks an attack at random, one after another: heads and bodies without an end, answers that are not read,
-floods, garbage. With ``--key`` also what takes one: wide tables, rows of unknown members, packed nothing, static inputs
-that grow, uploads and event streams that stay open, a queue that is filled. The server of its own may use 512 MiB of
-address space and asks for keys, which the clients do not have. Another client has one: each second it lets a run be
-carried out. Linux only. It ends with 1 if an answer was wrong or missing, or if the server has ended.
+Each client runs random attacks: endless heads and bodies, responses that are not read, floods, garbage. With ``--key``
+also attacks that need a key: wide tables, rows with unknown members, compressed blank lines, static inputs that grow,
+uploads and event streams that stay open, a full queue. Without ``--url``, a server is started with 512 MiB of address
+space. It requires a key, which the attackers do not have. Another client has a key and starts a run each second. Linux
+only. Exits with 1 if a response was wrong or missing, or if the server died.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from bench.soak import log_faults, memory_kib, started
 from flock.web.auth import new_key
 
 MEMORY_BYTES = 512 * 1024 * 1024
-#: How long one attack may take, in seconds, and how much it sends at most.
+#: The timeout of one attack, and how much it sends at most.
 ATTACK_TIMEOUT_S = 20
 ATTACK_BYTES = 64 * 1024 * 1024
 #: A static file of 1.1 MB.
@@ -41,7 +41,7 @@ PIECE = 64 * 1024
 
 
 class Target:
-    """A server, and the key that the client has for it, or ""."""
+    """A server and the client's key for it, or ""."""
 
     def __init__(self, url: str, key: str) -> None:
         self.port = int(url.rpartition(":")[2])
@@ -65,7 +65,7 @@ class Target:
         return self.head("POST", path, f"Content-Type: {media_type}", length, *headers) + body
 
     async def send_all(self, request: bytes) -> None:
-        """Send a request, and read the beginning of its answer."""
+        """Send a request and read the start of its response."""
         async with self.connected() as (reader, writer):
             writer.write(request)
             await writer.drain()
@@ -73,7 +73,7 @@ class Target:
 
 
 Attack = Callable[[Target], Awaitable[None]]
-#: Those that take no key, and those that do.
+#: Attacks without a key, and attacks that need one.
 KEYLESS: list[Attack] = []
 KEYED: list[Attack] = []
 
@@ -98,7 +98,7 @@ async def head_without_end(target: Target) -> None:
 
 
 @KEYLESS.append
-async def head_behind_answers(target: Target) -> None:
+async def head_after_responses(target: Target) -> None:
     async with target.connected() as (_, writer):
         writer.write(3 * target.head("GET", LARGE) + b"GET / HTTP/1.1\r\nX: ")
         await send_until_closed(writer, b"x" * PIECE)
@@ -111,14 +111,14 @@ async def head_by_the_byte(target: Target) -> None:
 
 
 @KEYLESS.append
-async def answers_that_are_not_read(target: Target) -> None:
+async def unread_responses(target: Target) -> None:
     async with target.connected() as (_, writer):
         writer.write(20 * target.head("GET", LARGE))
         await asyncio.sleep(ATTACK_TIMEOUT_S)
 
 
 @KEYLESS.append
-async def answer_by_the_byte(target: Target) -> None:
+async def response_by_the_byte(target: Target) -> None:
     async with target.connected() as (reader, writer):
         writer.write(target.head("GET", LARGE))
         for _ in range(10 * ATTACK_TIMEOUT_S):
@@ -127,7 +127,7 @@ async def answer_by_the_byte(target: Target) -> None:
 
 
 @KEYLESS.append
-async def requests_in_a_row(target: Target) -> None:
+async def pipelined_requests(target: Target) -> None:
     async with target.connected() as (_, writer):
         await send_until_closed(writer, 1000 * target.head("GET", "/healthz"))
 
@@ -206,7 +206,7 @@ async def unknown_members(target: Target) -> None:
 
 
 @KEYED.append
-async def packed_nothing(target: Target) -> None:
+async def compressed_blank_lines(target: Target) -> None:
     packed = gzip.compress(b"\n" * 32 * 1024 * 1024)
     request = target.request("/run/batch?agent_name=add", packed, "application/x-ndjson", "Content-Encoding: gzip")
     await target.send_all(request)
@@ -230,14 +230,14 @@ async def upload_without_end(target: Target) -> None:
 
 
 @KEYED.append
-async def events_that_are_not_read(target: Target) -> None:
+async def unread_events(target: Target) -> None:
     inputs = {"agent_name": "repeat", "inputs": {"text": "x" * 1000, "times": 1000}, "async_run": True}
     async with target.connected() as (reader, writer):
         writer.write(target.request("/run/flock", json.dumps(inputs).encode(), "application/json"))
-        answer = await reader.read(PIECE)
-        if b'"run_id": "' not in answer and b'"run_id":"' not in answer:
+        response = await reader.read(PIECE)
+        if b'"run_id": "' not in response and b'"run_id":"' not in response:
             return
-        run_id = answer.partition(b'"run_id"')[2].split(b'"')[1].decode()
+        run_id = response.partition(b'"run_id"')[2].split(b'"')[1].decode()
         writer.write(target.head("GET", f"/run/{run_id}/events"))
         await asyncio.sleep(ATTACK_TIMEOUT_S)
 
@@ -262,7 +262,7 @@ async def long_pages(target: Target) -> None:
 
 
 async def attack(target: Target, until: float, tally: Counter[str]) -> None:
-    """One client, until that time."""
+    """Run random attacks of one client until *until*."""
     attacks = [*KEYLESS, *(KEYED if target.key else [])]
     while time.monotonic() < until:
         chosen = random.choice(attacks)
@@ -281,7 +281,7 @@ async def attack_together(target: Target, minutes: float, clients: int) -> Count
     return tally
 
 
-# The server of its own, and a client that has a key
+# The server, and a client with a key
 
 
 def peak_kib(pid: int) -> int:
@@ -290,43 +290,43 @@ def peak_kib(pid: int) -> int:
 
 
 async def serve_attacked(folder: Path, minutes: float, clients: int) -> list[str]:
-    """What went wrong."""
+    """Start a server, attack it, and return what went wrong."""
     key, faults = new_key(), list[str]()
     took_s: list[float] = []
     command = [sys.executable, "-m", "flock", "serve", "bench/soak.py", "--port", "0"]
     env = {**os.environ, "FLOCK_API_KEYS": f"ann={key}", "MALLOC_ARENA_MAX": "2"}
 
-    def bound_memory() -> None:
+    def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
-    with started([*command, "--store", str(folder / "hostile.db")], env, folder, bound_memory) as (url, pid):
+    with started([*command, "--store", str(folder / "hostile.db")], env, folder, limit_memory) as (url, pid):
         attackers = asyncio.create_task(attack_together(Target(url, ""), minutes, clients))
         async with httpx.AsyncClient(base_url=url, timeout=30, headers={"X-API-Key": key}) as client:
             while not attackers.done():
                 began = time.monotonic()
                 try:
-                    answer = await client.post("/run/flock", json={"agent_name": "add", "inputs": {"a": 1}})
-                    if answer.json().get("result") != {"result": 3}:
-                        faults.append(f"{answer.status_code}: {answer.text[:300]}")
+                    response = await client.post("/run/flock", json={"agent_name": "add", "inputs": {"a": 1}})
+                    if response.json().get("result") != {"result": 3}:
+                        faults.append(f"{response.status_code}: {response.text[:300]}")
                 except httpx.HTTPError as exc:
                     faults.append(repr(exc))
                 took_s.append(time.monotonic() - began)
                 await asyncio.wait([attackers], timeout=1)
         for name, count in sorted(attackers.result().items()):
             print(f"{name:28} {count}")
-        print(f"memory at the end: {memory_kib(pid) / 1024:.1f} MiB; at most: {peak_kib(pid) / 1024:.1f} MiB")
+        print(f"memory: {memory_kib(pid) / 1024:.1f} MiB at the end, {peak_kib(pid) / 1024:.1f} MiB at the peak")
     p50, p99 = statistics.median(took_s), statistics.quantiles(took_s, n=100)[98]
-    print(f"{len(took_s)} runs with a key; 50 % within {p50 * 1000:.0f} ms, 99 % within {p99 * 1000:.0f} ms")
+    print(f"{len(took_s)} runs with a key, 50 % in {p50 * 1000:.0f} ms, 99 % in {p99 * 1000:.0f} ms")
     return [*faults, *log_faults(folder)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10, help="of attacks (default: 10)")
-    parser.add_argument("--clients", type=int, default=10, help="at the same time (default: 10)")
-    parser.add_argument("--url", help="of a server that runs; without it, one is started")
-    parser.add_argument("--key", default="", help="that the clients have for it")
-    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of what they choose")
+    parser.add_argument("--minutes", type=float, default=10, help="minutes of attacks (default: 10)")
+    parser.add_argument("--clients", type=int, default=10, help="concurrent clients (default: 10)")
+    parser.add_argument("--url", help="the URL of a running server (default: start one)")
+    parser.add_argument("--key", default="", help="the key of the attackers for it")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="the seed of their random choices")
     options = parser.parse_args()
     random.seed(options.seed)
     print(f"--seed {options.seed}", flush=True)

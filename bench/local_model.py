@@ -1,9 +1,9 @@
-"""How good is the page's own example on the small model in this process?
+"""How good is the first example with the small in-process model?
 
     python -m bench.local_model            # the twenty texts of examples/texts.csv
 
-Prints each answer, how many are valid by the agent's output signature, and how many name the sentiment that a person
-gave the text (by a list of words that mean the same, so it is a rough figure).
+Prints each result, how many results are valid by the output signature, and how many have the sentiment that a person
+assigned to the text. The last figure is rough, because sentiments are compared with a list of synonyms.
 """
 
 import csv
@@ -16,7 +16,7 @@ from flock.errors import RunFailed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-#: What a person says of the twenty texts: positive, negative or neutral.
+#: The sentiment of each text, assigned by a person: positive, negative or neutral.
 EXPECTED = "+-0+-0+-+-+-0+-0+-+-"
 
 WORDS = {

@@ -1,14 +1,14 @@
-"""What does a run cost beside the bare framework, with a record and without one?
+"""How expensive is a run compared with the bare framework, with and without a stored record?
 
-    python -m bench.runs                   # needs wrk; beside fastapi if that is installed
-    python -m bench.runs --million         # also on a store that holds a million runs
+    python -m bench.runs                   # needs wrk; also measures fastapi if it is installed
+    python -m bench.runs --million         # also with a million stored runs
 
-Each app answers ``POST /run/flock`` for a trivial async function, in a process of its own, under uvicorn with httptools
-and uvloop. All servers are up the whole time and one at a time is loaded, in turn, so that noise of the machine meets
-all of them: absolute figures say little, and ratios within one round much. (An idle engine wakes 20 times a second, for
-some microseconds.) Stores are not emptied in between, as in life. Linux only: CPU time is read from /proc.
+Each app serves ``POST /run/flock`` for a trivial async function, in its own process, under uvicorn with httptools and
+uvloop. All servers run the whole time, and the load is sent to one after the other, so that noise of the machine
+affects all of them. Compare the ratios in one round; absolute figures mean little. (An idle engine wakes up 20 times a
+second, for some microseconds.) Stores are not emptied in between. Linux only: CPU time is read from /proc.
 
-It ends with 1 if an aim is missed, and raises if any answer was not as it should be.
+Exits with 1 if a target is missed, and raises if a response is wrong.
 """
 
 import argparse
@@ -68,7 +68,7 @@ async def add(a: int, b: int = 2) -> int:
 
 
 class GroupCommit:
-    """The least that keeps a record: what arrives while a commit is under way goes into the next one."""
+    """The minimal durable store: rows that arrive during a commit are written by the next one."""
 
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -80,7 +80,7 @@ class GroupCommit:
         self._writing: asyncio.Task[None] | None = None
 
     async def save(self, run_id: str, inputs: bytes, answer: bytes) -> None:
-        """On return it is on disk."""
+        """Return when the row is on disk."""
         written = asyncio.get_running_loop().create_future()
         self._waiting.append(((run_id, inputs, answer), written))
         if self._writing is None:
@@ -101,7 +101,7 @@ class GroupCommit:
 
 
 def bare_app(records: GroupCommit | None = None) -> Starlette:
-    """What one would write by hand for this one thing: the same JSON in and out, and no engine."""
+    """Return a hand-written app for this one task: the same JSON in and out, without an engine."""
     requests = msgspec.json.Decoder(FlockAPIRequest)
     inputs = {name: msgspec.json.Decoder(agent.input.type) for name, agent in flock.agents.items()}
     functions = {"add": add.function}
@@ -152,8 +152,8 @@ def bare_app(records: GroupCommit | None = None) -> Starlette:
 
 
 def fastapi_app() -> Any:
-    """The same as ``bare_app`` as FastAPI's own pages would have it."""
-    # Neither is a dependency of this project, not even for its type checks.
+    """Return the same app as ``bare_app`` in the style of FastAPI's documentation."""
+    # These are not dependencies of this project, not even for type checks.
     import fastapi  # type: ignore[import-not-found, unused-ignore]
     import pydantic  # type: ignore[import-not-found, unused-ignore]
 
@@ -250,14 +250,14 @@ def fastapi_app() -> Any:
 
 
 def flock_app(store: Path, durability: Durability) -> Any:
-    # Without metrics, as the others.
+    # Without metrics, like the others.
     return create_app(flock, engine=flock.engine(store=store, durability=durability), metrics=False)
 
 
 BARE, COMMIT, FASTAPI, MEMORY = "bare", "bare + commit", "fastapi", "flock memory"
 POWER, PROCESS, POWER_1M = "flock power", "flock process", "flock power, 1M runs"
 
-#: Each is called with the folder for its store.
+#: Factories, called with the folder for the store.
 APPS: Mapping[str, Callable[[Path], Any]] = {
     BARE: lambda folder: bare_app(),
     COMMIT: lambda folder: bare_app(GroupCommit(folder / "commit.db")),
@@ -268,7 +268,7 @@ APPS: Mapping[str, Callable[[Path], Any]] = {
     POWER_1M: lambda folder: flock_app(folder / "million.db", "power"),
 }
 
-#: For each of these the columns of the table: what it is compared with.
+#: The apps that each app is compared with: the columns of the table.
 COMPARED: Mapping[str, Sequence[str]] = {
     BARE: (FASTAPI,),
     COMMIT: (BARE, FASTAPI),
@@ -279,8 +279,8 @@ COMPARED: Mapping[str, Sequence[str]] = {
     POWER_1M: (BARE, COMMIT, FASTAPI),
 }
 
-#: An app is to do at least so many times what another one does.
-AIMS: Sequence[tuple[str, str, float]] = [
+#: The minimum ratio of the throughput of two apps.
+TARGETS: Sequence[tuple[str, str, float]] = [
     (MEMORY, BARE, 0.6),
     (POWER, BARE, 0.4),
     (POWER, COMMIT, 0.6),
@@ -290,7 +290,7 @@ AIMS: Sequence[tuple[str, str, float]] = [
 
 
 def fill(path: Path, runs: int) -> None:
-    """Make a store that holds *runs* completed runs of one step each."""
+    """Create a store with *runs* completed runs of one step each."""
     done: dict[str, Any] = {"result": msgspec.Raw(b'{"result":3}'), "started_at": now(), "completed_at": now()}
     step = Step(agent_name="add", **done)
     first = Run(
@@ -313,7 +313,7 @@ def fill(path: Path, runs: int) -> None:
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         db.execute("BEGIN")
         queries.write_run(db, first, True, {0: step}, queries.Ended())
-        # The others are copies of it, made by SQLite itself: that takes seconds, and a call for each a minute.
+        # SQLite copies the first run. This takes seconds; one call for each run would take a minute.
         db.create_function("new_id", 0, new_id)
         db.execute("CREATE TEMP TABLE ids AS SELECT run_id FROM runs WHERE false")
         numbers = "WITH RECURSIVE numbers(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?)"
@@ -334,7 +334,7 @@ def fill(path: Path, runs: int) -> None:
 
 
 def serve(name: str, folder: Path, listener: socket.socket) -> None:
-    """The whole of a server's process. All of them treat the garbage collector as ``flockapi serve`` does."""
+    """Run a server. All servers configure the garbage collector like ``flockapi serve``."""
     config = uvicorn.Config(
         APPS[name](folder),
         http="httptools",
@@ -348,12 +348,12 @@ def serve(name: str, folder: Path, listener: socket.socket) -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
-#: The members of an answer: those of every run that is no item of a batch.
+#: The members of a response for a run that is not an item of a batch.
 MEMBERS = {field for field in FlockAPIResponse.__struct_fields__ if field not in ("batch_id", "position")}
 
 
 class Server:
-    """An app in a process of its own, on a free port."""
+    """An app in its own process, on a free port."""
 
     def __init__(self, name: str, process: BaseProcess, port: int) -> None:
         self.name = name
@@ -361,24 +361,24 @@ class Server:
         self._process = process
 
     def check(self) -> None:
-        """Raise if it does not answer as it should, within the time that a start may take."""
+        """Raise if the response is wrong, or does not arrive before the start timeout."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
-                answer = httpx.post(self.url, content=BODY, headers={"Content-Type": "application/json"})
+                response = httpx.post(self.url, content=BODY, headers={"Content-Type": "application/json"})
                 break
             except httpx.TransportError:
                 if time.monotonic() > deadline or not self._process.is_alive():
                     raise
                 time.sleep(0.05)
-        run = answer.json() if answer.status_code == 200 else {}
+        run = response.json() if response.status_code == 200 else {}
         is_right = run.get("status") == "completed" and run.get("result") == {"result": 3}
-        headers = answer.headers.get("flock-run-status"), answer.headers.get("x-request-id")
+        headers = response.headers.get("flock-run-status"), response.headers.get("x-request-id")
         if not is_right or headers != ("completed", run["request_id"]) or run.keys() != MEMBERS:
-            raise RuntimeError(f"{self.name} answers {answer.status_code}, {answer.headers}: {answer.text}")
+            raise RuntimeError(f"{self.name} responds {response.status_code}, {response.headers}: {response.text}")
 
     def cpu_s(self) -> float:
-        """CPU time of all its threads so far, in user mode and in the kernel."""
+        """Return the CPU time of all its threads so far, user and kernel."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -410,7 +410,7 @@ def servers(names: Sequence[str], folder: Path) -> Iterator[list[Server]]:
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of loading one server for some seconds."""
+    """The result of loading one server for some seconds."""
 
     requests_per_s: float
     cpu_us: float
@@ -432,7 +432,7 @@ end
 
 
 def load(server: Server, script: Path, connections: int, seconds: int) -> Sample:
-    """One run of wrk. Raises RuntimeError if any answer is not as it should be."""
+    """Run wrk once. Raises RuntimeError if a response is wrong."""
     server.check()
     cpu_before_s = server.cpu_s()
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), server.url]
@@ -451,22 +451,22 @@ def load(server: Server, script: Path, connections: int, seconds: int) -> Sample
 def measure(
     running: Sequence[Server], script: Path, connections: int, rounds: int, seconds: int
 ) -> dict[str, list[Sample]]:
-    """For each app a sample of each round."""
+    """Return one sample per app and round."""
     samples: dict[str, list[Sample]] = {server.name: [] for server in running}
     for server in running:
         load(server, script, connections, WARM_UP_S)
     for number in range(rounds):
-        first = number % len(running)  # another one each round: who comes first must not matter
+        first = number % len(running)  # rotate, so that the order does not matter
         for server in [*running[first:], *running[:first]]:
             samples[server.name].append(load(server, script, connections, seconds))
     return samples
 
 
-# What is printed
+# Output
 
 
 def ratios(samples: Mapping[str, Sequence[Sample]], name: str, base: str) -> list[float]:
-    """Requests a second as a multiple of another app's, in each round."""
+    """Return the ratio of requests per second of two apps, in each round."""
     pairs = zip(samples[name], samples[base], strict=True)
     return [one.requests_per_s / other.requests_per_s for one, other in pairs]
 
@@ -486,50 +486,48 @@ def print_table(samples: Mapping[str, Sequence[Sample]]) -> None:
         print(f"{name:22}{figures[0]:10.0f}{figures[1]:8.0f}{figures[2]:8.1f}{cells}".rstrip())
 
 
-def print_aims(samples: Mapping[str, Sequence[Sample]]) -> bool:
-    """Whether all are met."""
+def print_targets(samples: Mapping[str, Sequence[Sample]]) -> bool:
+    """Print the targets and return whether all are met."""
     are_met = True
-    for name, base, at_least in AIMS:
+    for name, base, at_least in TARGETS:
         if name in samples and base in samples:
             values = ratios(samples, name, base)
             is_met = statistics.median(values) >= at_least
             are_met &= is_met
-            print(f"{'met   ' if is_met else 'MISSED'}  {name} / {base}: {as_text(values)}, aim {at_least:.1f}")
+            print(f"{'met   ' if is_met else 'MISSED'}  {name} / {base}: {as_text(values)}, target {at_least:.1f}")
     return are_met
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=int, default=3, help="of each load (default: 3)")
+    parser.add_argument("--seconds", type=int, default=3, help="duration of each load in seconds (default: 3)")
     parser.add_argument("--rounds", type=int, default=5, help="loads of each app (default: 5)")
-    parser.add_argument(
-        "--connections", type=int, action="append", help="may be given many times (default: 32, then 128)"
-    )
-    parser.add_argument("--million", action="store_true", help="also measure a store that holds a million runs")
-    parser.add_argument("--folder", default=".", help="where stores are made, on a real disk (default: here)")
+    parser.add_argument("--connections", type=int, action="append", help="can be repeated (default: 32, then 128)")
+    parser.add_argument("--million", action="store_true", help="also measure with a million stored runs")
+    parser.add_argument("--folder", default=".", help="the folder for the stores, on a real disk (default: here)")
     options = parser.parse_args()
     if shutil.which("wrk") is None:
-        parser.exit(2, "wrk makes the load and is not here. On Debian: apt-get install wrk\n")
+        parser.exit(2, "wrk is not installed. On Debian: apt-get install wrk\n")
     names = [name for name in APPS if name != POWER_1M or options.million]
     if importlib.util.find_spec("fastapi") is None:
         names.remove(FASTAPI)
-        print("fastapi is not installed, so it is left out.")
+        print("Skipping fastapi, because it is not installed.")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-runs-") as made:
         folder = Path(made).resolve()
         (script := folder / "post.lua").write_text(LUA)
         if options.million:
             started = time.monotonic()
             fill(folder / "million.db", MILLION)
-            print(f"A million runs were written in {time.monotonic() - started:.0f} s.")
+            print(f"Wrote a million runs in {time.monotonic() - started:.0f} s.")
         are_met = True
         with servers(names, folder) as running:
             for connections in options.connections or [32, 128]:
                 samples = measure(running, script, connections, options.rounds, options.seconds)
                 print(f"\n{connections} connections: medians of {options.rounds} x {options.seconds} s")
-                print("CPU is the server's, for one request; ratios are of requests/s in one round (min-max)\n")
+                print("CPU is the server's time per request. Ratios compare requests/s in one round (min-max).\n")
                 print_table(samples)
                 print()
-                are_met &= print_aims(samples)
+                are_met &= print_targets(samples)
     return 0 if are_met else 1
 
 

@@ -1,16 +1,15 @@
-"""Ten minutes of everything at once: does the server fail, lose a run, show one to somebody else, or grow?
+"""Use everything at once for ten minutes: does the server fail, lose or leak a run, or grow?
 
-    python -m bench.soak                   # --minutes 1 to try it out
+    python -m bench.soak                   # --minutes 1 for a short try
 
-Callers of two principals do whatever the API offers to a ``flockapi serve`` in a process of its own, one thing after
-another, as fast as they are answered: runs, batches, uploads, downloads, waits, event streams, cancels, retries,
-deletes, lists, replays, connections that break, and bad input of each kind. The store keeps all runs, so it grows on
-disk; memory must not.
+Callers of two principals use the whole API of a ``flockapi serve`` in its own process, each as fast as it gets
+responses: runs, batches, uploads, downloads, waits, event streams, cancels, retries, deletes, lists, replays, broken
+connections, and all kinds of bad input. The store keeps all runs, so it grows on disk, but memory must not grow.
 
-Each answer must have the status that its request asks for, and at the end each run and batch that was acknowledged must
-be there once, in a final state, for its principal only. The server's memory at the end may be a fifth more than it was
-after a fifth of the time (minute two of ten), when all code had run and all caches were full. Linux only: memory is
-read from /proc. It ends with 1 where a check fails.
+Each response must have the expected status. At the end, each acknowledged run and batch must exist once, in a final
+state, and only for its principal. Memory at the end may be a fifth higher than after a fifth of the time (minute two of
+ten), when all code has run and all caches are full. Linux only: memory is read from /proc. Exits with 1 if a check
+fails.
 """
 
 import argparse
@@ -43,17 +42,18 @@ from flock.web.auth import new_key
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 60
 ANSWER_TIMEOUT_S = 60
-#: How long runs may go on when nobody sends any more, in seconds.
+#: How long runs may continue after the load has stopped, in seconds.
 SETTLE_S = 60
-#: Memory at the end, over so many seconds, may be so many times what it was after this share of the time.
+#: Memory is compared between this share of the time and the end. Each value is the median of a window, and the ratio
+#: has a limit.
 SETTLED_AFTER = 0.2
 WINDOW_S = 15
 MAX_GROWTH = 1.2
-#: How many failures are printed, and how much of each.
+#: How many failures are printed, and how many characters of each.
 MAX_SHOWN, MAX_LENGTH = 20, 600
 FINAL = ("completed", "failed", "cancelled")
 
-# The agents: ``flockapi serve`` loads this file for them
+# The agents. ``flockapi serve`` loads this file.
 
 flock = Flock("soak")
 
@@ -103,7 +103,7 @@ async def explode() -> str:
     raise ValueError("boom")
 
 
-#: What a quick run may be: agent, inputs, result.
+#: Quick runs: agent, inputs, result.
 QUICK: Sequence[tuple[str, dict[str, Any], Any]] = [
     ("add", {"a": 1}, 3),
     ("think", {"seconds": 0.005}, "thought"),
@@ -113,26 +113,26 @@ QUICK: Sequence[tuple[str, dict[str, Any], Any]] = [
 ]
 
 
-# Who asks
+# Callers
 
 
 class Unexpected(Exception):
-    """The server has not done what it should."""
+    """The server did not behave as expected."""
 
 
 class Ledger:
-    """What one principal must find at the end."""
+    """The runs and batches that one principal must find at the end."""
 
     def __init__(self) -> None:
         self.runs: set[str] = set()
         self.deleted: set[str] = set()
         self.batches: dict[str, int] = {}
-        #: requests whose answer nobody read: how the run ends, if there is one
-        self.left: dict[str, Sequence[str]] = {}
+        #: Requests whose response was not read, with the possible final statuses of their run, if it exists.
+        self.abandoned: dict[str, Sequence[str]] = {}
 
 
 class Caller:
-    """Does one thing after another, with runs of its own; its principal has others beside it."""
+    """A client that runs one operation after another. A principal has several callers."""
 
     def __init__(self, url: str, key: str, own: Ledger, foreign: Ledger, tally: Counter[tuple[str, str]]) -> None:
         self.own = own
@@ -142,39 +142,39 @@ class Caller:
         self.key = key
         self.port = int(url.rpartition(":")[2])
         self._tally = tally
-        # The server closes what was silent for 5 s, perhaps just when it is used again.
+        # The server closes idle connections after 5 s, possibly just when one is used again.
         limits = httpx.Limits(keepalive_expiry=2)
         self._client = httpx.AsyncClient(base_url=url, timeout=ANSWER_TIMEOUT_S, limits=limits)
 
-    async def ask(
+    async def request(
         self, method: str, path: str, *expected: int, headers: dict[str, str] | None = None, **more: Any
     ) -> httpx.Response:
-        """Raises Unexpected where the answer has another status than one of *expected*."""
+        """Send a request. Raises Unexpected unless the status is one of *expected*."""
         try:
-            answer = await self._client.request(
+            response = await self._client.request(
                 method, path, headers={"X-API-Key": self.key, **(headers or {})}, **more
             )
         except httpx.TransportError as exc:
             self.count(type(exc).__name__)
             raise Unexpected(f"{method} {path}: {exc!r}") from exc
-        self.count(str(answer.status_code))
-        if answer.status_code not in expected:
-            raise Unexpected(f"{method} {path}: {answer.status_code}, not {expected}: {answer.text[:500]}")
-        return answer
+        self.count(str(response.status_code))
+        if response.status_code not in expected:
+            raise Unexpected(f"{method} {path}: {response.status_code}, not {expected}: {response.text[:500]}")
+        return response
 
     def count(self, outcome: str) -> None:
         self._tally[self.operation, outcome] += 1
 
     async def start(self, agent_name: str, inputs: dict[str, Any]) -> str:
-        """An asynchronous run."""
+        """Start an asynchronous run."""
         body = {"agent_name": agent_name, "inputs": inputs, "async_run": True}
-        run_id: str = (await self.ask("POST", "/run/flock", 202, json=body)).json()["run_id"]
+        run_id: str = (await self.request("POST", "/run/flock", 202, json=body)).json()["run_id"]
         self.own.runs.add(run_id)
         return run_id
 
     async def end(self, run_id: str, *statuses: str) -> Any:
-        """The run at its end."""
-        run = (await self.ask("GET", f"/run/{run_id}?wait=30", 200)).json()
+        """Wait for the end of a run."""
+        run = (await self.request("GET", f"/run/{run_id}?wait=30", 200)).json()
         check(run["status"] in statuses, f"run {run_id} is {run['status']}, not {statuses}")
         self.final.append(run_id)
         return run
@@ -183,19 +183,19 @@ class Caller:
         await self._client.aclose()
 
 
-def check(is_right: bool, words: str) -> None:
-    if not is_right:
-        raise Unexpected(words)
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise Unexpected(message)
 
 
-# What they do
+# Operations
 
 Operation = Callable[[Caller], Awaitable[None]]
 OPERATIONS: dict[Operation, int] = {}
 
 
 def operation(weight: int) -> Callable[[Operation], Operation]:
-    """It is done *weight* times where another is done once."""
+    """Register an operation. An operation of weight 2 runs twice as often as one of weight 1."""
 
     def add_operation(function: Operation) -> Operation:
         OPERATIONS[function] = weight
@@ -207,10 +207,10 @@ def operation(weight: int) -> Callable[[Operation], Operation]:
 @operation(20)
 async def run(caller: Caller) -> None:
     agent_name, inputs, result = random.choice(QUICK)
-    answer = await caller.ask("POST", "/run/flock", 200, json={"agent_name": agent_name, "inputs": inputs})
-    caller.own.runs.add(answer.json()["run_id"])
-    check(answer.json()["result"] == (None if result is None else {"result": result}), answer.text[:500])
-    caller.final.append(answer.json()["run_id"])
+    response = await caller.request("POST", "/run/flock", 200, json={"agent_name": agent_name, "inputs": inputs})
+    caller.own.runs.add(response.json()["run_id"])
+    check(response.json()["result"] == (None if result is None else {"result": result}), response.text[:500])
+    caller.final.append(response.json()["run_id"])
 
 
 @operation(10)
@@ -221,7 +221,7 @@ async def start_and_wait(caller: Caller) -> None:
 
 
 @operation(5)
-async def start_and_forget(caller: Caller) -> None:
+async def start_without_waiting(caller: Caller) -> None:
     await caller.start("nap", {"seconds": random.uniform(0, 3)})
 
 
@@ -229,8 +229,8 @@ async def start_and_forget(caller: Caller) -> None:
 async def prefer(caller: Caller) -> None:
     body = {"agent_name": "nap", "inputs": {"seconds": random.uniform(0, 2)}}
     headers = {"Prefer": "respond-async, wait=1"}
-    answer = await caller.ask("POST", "/run/flock", 200, 202, json=body, headers=headers)
-    caller.own.runs.add(answer.json()["run_id"])
+    response = await caller.request("POST", "/run/flock", 200, 202, json=body, headers=headers)
+    caller.own.runs.add(response.json()["run_id"])
 
 
 @operation(5)
@@ -238,16 +238,16 @@ async def batch(caller: Caller) -> None:
     agent_name, item, _ = random.choice(QUICK)
     items = [item] * random.randint(1, 50)
     body = {"agent_name": agent_name, "batch_inputs": items}
-    batch_id = (await caller.ask("POST", "/run/batch", 202, json=body)).json()["batch_id"]
+    batch_id = (await caller.request("POST", "/run/batch", 202, json=body)).json()["batch_id"]
     caller.own.batches[batch_id] = len(items)
     for _ in range(random.randint(0, 3)):
-        found = (await caller.ask("GET", f"/batch/{batch_id}", 200)).json()
+        found = (await caller.request("GET", f"/batch/{batch_id}", 200)).json()
         check(found["completed_items"] <= found["total_items"] == len(items), str(found)[:500])
 
 
 @operation(3)
 async def upload(caller: Caller) -> None:
-    """Rows of CSV or NDJSON; downloaded, tried again where they failed, and some of them deleted."""
+    """Upload CSV or NDJSON rows, retry failed ones, download the results, and sometimes delete the batch."""
     count = random.randint(1, 300)
     csv_body = "a,b\r\n" + "".join(f"{n},{n}\r\n" for n in range(count))
     lines = "".join("{}\n" for _ in range(count))
@@ -255,86 +255,86 @@ async def upload(caller: Caller) -> None:
         [("add", csv_body, "text/csv"), ("shaky", lines, "application/x-ndjson")]
     )
     path = f"/run/batch?agent_name={agent_name}&max_workers=20"
-    accepted = await caller.ask("POST", path, 202, content=body, headers={"Content-Type": media_type})
+    accepted = await caller.request("POST", path, 202, content=body, headers={"Content-Type": media_type})
     batch_id = accepted.json()["batch_id"]
     caller.own.batches[batch_id] = count
-    ended = (await caller.ask("GET", f"/batch/{batch_id}?wait=30&results=false", 200)).json()
+    ended = (await caller.request("GET", f"/batch/{batch_id}?wait=30&results=false", 200)).json()
     check(ended["status"] == ("failed" if agent_name == "shaky" else "completed"), str(ended))
     if agent_name == "shaky":
-        await caller.ask("POST", f"/batch/{batch_id}/retry", 202, json={"only": "failed"})
-        ended = (await caller.ask("GET", f"/batch/{batch_id}?wait=30&results=false", 200)).json()
+        await caller.request("POST", f"/batch/{batch_id}/retry", 202, json={"only": "failed"})
+        ended = (await caller.request("GET", f"/batch/{batch_id}?wait=30&results=false", 200)).json()
         check((ended["status"], ended["attempt"], ended["failed_items"]) == ("completed", 2, 0), str(ended))
-    table = (await caller.ask("GET", f"/batch/{batch_id}/results", 200, headers={"Accept": "text/csv"})).text
+    table = (await caller.request("GET", f"/batch/{batch_id}/results", 200, headers={"Accept": "text/csv"})).text
     check(table.count("\r\n") == count + 1 and table.count(",completed,") == count, table[:500])
-    text = (await caller.ask("GET", f"/batch/{batch_id}/events", 200)).text
+    text = (await caller.request("GET", f"/batch/{batch_id}/events", 200)).text
     check(text.count("event: batch.completed") == 1, text)
     if random.random() < 0.5:
         del caller.own.batches[batch_id]
-        await caller.ask("DELETE", f"/batch/{batch_id}", 204)
-        await caller.ask("GET", f"/batch/{batch_id}", 404)
+        await caller.request("DELETE", f"/batch/{batch_id}", 204)
+        await caller.request("GET", f"/batch/{batch_id}", 404)
 
 
 @operation(2)
 async def cancel_batch(caller: Caller) -> None:
     body = {"agent_name": "nap", "batch_inputs": [{"seconds": 60}] * 100, "max_workers": 3}
-    batch_id = (await caller.ask("POST", "/run/batch", 202, json=body)).json()["batch_id"]
+    batch_id = (await caller.request("POST", "/run/batch", 202, json=body)).json()["batch_id"]
     caller.own.batches[batch_id] = 100
     await asyncio.sleep(random.uniform(0, 0.2))
-    await caller.ask("DELETE", f"/batch/{batch_id}", 409)
-    ended = (await caller.ask("POST", f"/batch/{batch_id}/cancel?wait=20", 200)).json()
+    await caller.request("DELETE", f"/batch/{batch_id}", 409)
+    ended = (await caller.request("POST", f"/batch/{batch_id}/cancel?wait=20", 200)).json()
     check((ended["status"], ended["cancelled_items"]) == ("cancelled", 100), str(ended))
 
 
 @operation(5)
 async def events(caller: Caller) -> None:
-    """Read to the end, and then a browser's second try."""
+    """Read a stream to its end, then reconnect as a browser does."""
     run_id = await caller.start("nap", {"seconds": random.uniform(0, 0.5)})
-    text = (await caller.ask("GET", f"/run/{run_id}/events", 200)).text
+    text = (await caller.request("GET", f"/run/{run_id}/events", 200)).text
     names, ids = re.findall(r"^event: (.*)$", text, re.MULTILINE), re.findall(r"^id: (\d+)$", text, re.MULTILINE)
     ends = [name for name in names if name.removeprefix("run.") in FINAL]
     check(ends == names[-1:] and ids == sorted(set(ids), key=int), text[:500])
-    await caller.ask("GET", f"/run/{run_id}/events", 204, headers={"Last-Event-ID": ids[-1]})
+    await caller.request("GET", f"/run/{run_id}/events", 204, headers={"Last-Event-ID": ids[-1]})
     caller.final.append(run_id)
 
 
 @operation(5)
 async def cancel(caller: Caller) -> None:
-    """While others wait for it and read its events."""
+    """Cancel a run while others wait for it and read its events."""
     run_id = await caller.start("nap", {"seconds": 60})
     async with asyncio.TaskGroup() as tasks:
         waiting = tasks.create_task(caller.end(run_id, "cancelled"))
-        reading = tasks.create_task(caller.ask("GET", f"/run/{run_id}/events", 200))
+        reading = tasks.create_task(caller.request("GET", f"/run/{run_id}/events", 200))
         await asyncio.sleep(random.uniform(0, 0.2))
-        await caller.ask("POST", f"/run/{run_id}/cancel", 200, 202)
+        await caller.request("POST", f"/run/{run_id}/cancel", 200, 202)
     check(waiting.result()["error_type"] == "cancelled", str(waiting.result()))
     check(reading.result().text.count("event: run.cancelled") == 1, reading.result().text)
-    await caller.ask("POST", f"/run/{run_id}/cancel?wait=10", 200)
+    await caller.request("POST", f"/run/{run_id}/cancel?wait=10", 200)
     finished = await caller.start("add", {"a": 1})
     await caller.end(finished, "completed")
-    await caller.ask("POST", f"/run/{finished}/cancel", 409)
+    await caller.request("POST", f"/run/{finished}/cancel", 409)
 
 
 @operation(5)
 async def retry(caller: Caller) -> None:
     run_id = await caller.start("shaky", {})
     await caller.end(run_id, "failed")
-    await caller.ask("POST", f"/run/{run_id}/retry", 202)
+    await caller.request("POST", f"/run/{run_id}/retry", 202)
     run = await caller.end(run_id, "completed")
     check(run["attempt"] == 2, str(run))
-    await caller.ask("POST", f"/run/{run_id}/retry", 409)
+    await caller.request("POST", f"/run/{run_id}/retry", 409)
 
 
 @operation(5)
 async def delete(caller: Caller) -> None:
-    working = await caller.start("nap", {"seconds": 60})
-    await caller.ask("DELETE", f"/run/{working}", 409)
-    await caller.ask("POST", f"/run/{working}/cancel?wait=10", 200)
-    for run_id in (working, *caller.final[:1]):
+    active = await caller.start("nap", {"seconds": 60})
+    await caller.request("DELETE", f"/run/{active}", 409)
+    await caller.request("POST", f"/run/{active}/cancel?wait=10", 200)
+    for run_id in (active, *caller.final[:1]):
         caller.own.runs.discard(run_id)
         caller.own.deleted.add(run_id)
         caller.final = [kept for kept in caller.final if kept != run_id]
-        await caller.ask("DELETE", f"/run/{run_id}", 204)
-        await caller.ask("GET", f"/run/{run_id}", 404)
+        await caller.request("DELETE", f"/run/{run_id}", 204)
+        await caller.request("GET", f"/run/{run_id}", 404)
 
 
 @operation(5)
@@ -342,7 +342,7 @@ async def list_runs(caller: Caller) -> None:
     filters = ["limit=50&status=completed", "status=running", "agent_name=add&include=result", "limit=1000"]
     path = f"/runs?{random.choice(filters)}"
     for _ in range(3):
-        page = (await caller.ask("GET", path, 200)).json()
+        page = (await caller.request("GET", path, 200)).json()
         foreign = [run["run_id"] for run in page["runs"] if run["run_id"] in caller.foreign.runs]
         check(not foreign, f"{path} shows runs of the other principal: {foreign[:3]}")
         if (path := page["next"]) is None:
@@ -356,20 +356,20 @@ async def replay(caller: Caller) -> None:
     if random.random() < 0.3:
         body, path, id_ = {"agent_name": "add", "batch_inputs": [{"a": 1}] * 3}, "/run/batch", "batch_id"
     headers = {"Idempotency-Key": str(uuid4())}
-    first = await caller.ask("POST", path, 200, 202, json=body, headers=headers)
-    made_id = first.json()[id_]
+    first = await caller.request("POST", path, 200, 202, json=body, headers=headers)
+    accepted_id = first.json()[id_]
     if id_ == "run_id":
-        caller.own.runs.add(made_id)
+        caller.own.runs.add(accepted_id)
     else:
-        caller.own.batches[made_id] = 3
-    again = await caller.ask("POST", path, 200, 202, json=body, headers=headers)
-    check(again.json()[id_] == made_id and again.headers.get("Idempotency-Replayed") == "true", again.text[:500])
-    await caller.ask("POST", path, 422, json={**body, "agent_name": "nap"}, headers=headers)
+        caller.own.batches[accepted_id] = 3
+    again = await caller.request("POST", path, 200, 202, json=body, headers=headers)
+    check(again.json()[id_] == accepted_id and again.headers.get("Idempotency-Replayed") == "true", again.text[:500])
+    await caller.request("POST", path, 422, json={**body, "agent_name": "nap"}, headers=headers)
 
 
 @operation(5)
-async def be_nosy(caller: Caller) -> None:
-    """Ask for what belongs to the other principal, in each way."""
+async def use_foreign_ids(caller: Caller) -> None:
+    """Request runs and batches of the other principal in every way."""
     runs, batches = list(caller.foreign.runs), list(caller.foreign.batches)
     if not runs or not batches:
         return
@@ -382,16 +382,16 @@ async def be_nosy(caller: Caller) -> None:
         ("POST", "/retry"),
         ("DELETE", ""),
     ):
-        await caller.ask(method, f"/run/{run_id}{path}", 404)
+        await caller.request(method, f"/run/{run_id}{path}", 404)
     batch_id = random.choice(batches)
     for below in ("", "/results", "/events"):
-        await caller.ask("GET", f"/batch/{batch_id}{below}", 404)
-    await caller.ask("DELETE", f"/batch/{batch_id}", 404)
+        await caller.request("GET", f"/batch/{batch_id}{below}", 404)
+    await caller.request("DELETE", f"/batch/{batch_id}", 404)
 
 
 @operation(10)
-async def leave(caller: Caller) -> None:
-    """Break the connection at some moment: within a body, before an answer, within one."""
+async def disconnect(caller: Caller) -> None:
+    """Disconnect at a random moment: during the request body, before the response, or during it."""
     request_id, is_async = uuid4().hex, random.random() < 0.5
     seconds = 1 if is_async else 60
     body = json.dumps({"agent_name": "nap", "inputs": {"seconds": seconds}, "async_run": is_async})
@@ -404,23 +404,23 @@ async def leave(caller: Caller) -> None:
             path, body, sent = f"/run/{run_id}" + ("?wait=30" if how == "wait" else "/events"), "", ""
     head = [f"{'POST' if body else 'GET'} {path} HTTP/1.1", "Host: localhost", f"X-API-Key: {caller.key}"]
     head += [f"X-Request-ID: {request_id}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
-    caller.own.left[request_id] = statuses
+    caller.own.abandoned[request_id] = statuses
     async with await anyio.connect_tcp("127.0.0.1", caller.port) as stream:
         await stream.send("\r\n".join([*head, "", sent]).encode())
         await asyncio.sleep(random.choice([0, random.uniform(0, 0.5)]))
-    caller.count("left")
+    caller.count("abandoned")
 
 
 @operation(3)
 async def look_around(caller: Caller) -> None:
     for path in ("/agents", "/agents/add", "/healthz", "/readyz", "/openapi.json", "/openapi.yaml", "/docs"):
-        await caller.ask("GET", path, 200)
+        await caller.request("GET", path, 200)
 
 
 JSON = {"Content-Type": "application/json"}
 ADD = {"agent_name": "add", "inputs": {"a": 1}}
 UNKNOWN = "/run/01a20e41-e4ec-74f9-8450-7dd74efe56ba"
-#: What is wrong with it, the status that says so, and the request.
+#: What is wrong, the expected status, and the request.
 BAD_INPUT: Sequence[tuple[str, int, str, str, dict[str, Any]]] = [
     ("malformed JSON", 400, "POST", "/run/flock", {"content": '{"agent_name": "add",}', "headers": JSON}),
     ("not UTF-8", 400, "POST", "/run/flock", {"content": b'{"agent_name": "\xff"}', "headers": JSON}),
@@ -431,7 +431,7 @@ BAD_INPUT: Sequence[tuple[str, int, str, str, dict[str, Any]]] = [
     ("field unknown", 422, "POST", "/run/flock", {"json": {**ADD, "color": "red"}}),
     ("item of a wrong type", 422, "POST", "/run/batch", {"json": {"agent_name": "add", "batch_inputs": [{"a": []}]}}),
     (
-        "rows that do not fit",
+        "invalid rows",
         422,
         "POST",
         "/run/batch?agent_name=add",
@@ -457,18 +457,18 @@ BAD_INPUT: Sequence[tuple[str, int, str, str, dict[str, Any]]] = [
 
 @operation(15)
 async def bad_input(caller: Caller) -> None:
-    words, status, method, path, request = random.choice(BAD_INPUT)
-    caller.operation = f"bad: {words}"
-    answer = await caller.ask(method, path, status, **request)
-    check(answer.headers["Content-Type"] == "application/problem+json", f"{words}: {answer.headers}")
-    check(answer.json()["status"] == status, answer.text)
+    error, status, method, path, request = random.choice(BAD_INPUT)
+    caller.operation = f"bad: {error}"
+    response = await caller.request(method, path, status, **request)
+    check(response.headers["Content-Type"] == "application/problem+json", f"{error}: {response.headers}")
+    check(response.json()["status"] == status, response.text)
 
 
 # The soak
 
 
 class Soak:
-    """What the callers did, what went wrong, and the server's memory in each second."""
+    """Counts of requests, failures, and the memory of the server at each second."""
 
     def __init__(self, url: str, pid: int, keys: dict[str, str]) -> None:
         self.tally: Counter[tuple[str, str]] = Counter()
@@ -518,13 +518,13 @@ class Soak:
     def _progress(self) -> str:
         return f"{self.tally.total():8} requests {self.memory_kib[-1] / 1024:7.1f} MiB {len(self.failures):3} failures"
 
-    async def look_back(self) -> None:
-        """Compare what is there at the end with what was acknowledged."""
+    async def verify(self) -> None:
+        """Compare the stored runs and batches with the acknowledged ones."""
         one, other = self.ledgers
         found = {}
         for name, foreign in ((one, other), (other, one)):
             async with self.caller(name, foreign) as caller:
-                caller.operation = "look back"
+                caller.operation = "verify"
                 try:
                     found[name] = await _find(caller)
                     self.failures += [f"{name}: {fault}" async for fault in faults(caller, found[name])]
@@ -535,16 +535,16 @@ class Soak:
 
 
 async def _find(caller: Caller) -> dict[str, list[Any]]:
-    """All that the list shows of each run, once none is at work any more."""
+    """Wait until no run is active, then return the list entries of each run."""
     deadline = time.monotonic() + SETTLE_S
     for status in ("starting", "running"):
-        while (await caller.ask("GET", f"/runs?status={status}&limit=1", 200)).json()["runs"]:
-            check(time.monotonic() < deadline, f"there are still runs that are {status}")
+        while (await caller.request("GET", f"/runs?status={status}&limit=1", 200)).json()["runs"]:
+            check(time.monotonic() < deadline, f"there are still {status} runs")
             await asyncio.sleep(0.2)
     shown: dict[str, list[Any]] = {}
     path = "/runs?limit=1000"
     while path is not None:
-        page = (await caller.ask("GET", path, 200)).json()
+        page = (await caller.request("GET", path, 200)).json()
         for run in page["runs"]:
             shown.setdefault(run["run_id"], []).append(run)
         path = page["next"]
@@ -552,19 +552,19 @@ async def _find(caller: Caller) -> dict[str, list[Any]]:
 
 
 async def faults(caller: Caller, shown: dict[str, list[Any]]) -> AsyncIterator[str]:
-    """What is wrong with the runs that a principal's list shows, and with its batches."""
+    """Yield the faults in the listed runs and the batches of a principal."""
     own = caller.own
     for run_id in own.runs - shown.keys():
-        yield f"run {run_id} was acknowledged, and is lost"
+        yield f"run {run_id} was acknowledged, but is lost"
     for run_id in own.deleted & shown.keys():
-        yield f"run {run_id} was deleted, and is there"
+        yield f"run {run_id} was deleted, but still exists"
     for run_id, runs in shown.items():
         if len(runs) > 1 or runs[0]["status"] not in FINAL:
-            yield f"run {run_id} is there {len(runs)} times, and {runs[0]['status']}"
-        if run_id not in own.runs and runs[0]["status"] not in own.left.get(runs[0]["request_id"], []):
-            yield f"run {run_id} is {runs[0]['status']}, and nobody's: {runs[0]}"
+            yield f"run {run_id} is listed {len(runs)} times, as {runs[0]['status']}"
+        if run_id not in own.runs and runs[0]["status"] not in own.abandoned.get(runs[0]["request_id"], []):
+            yield f"run {run_id} is {runs[0]['status']}, but was not acknowledged: {runs[0]}"
     for batch_id, items in own.batches.items():
-        batch = (await caller.ask("GET", f"/batch/{batch_id}", 200)).json()
+        batch = (await caller.request("GET", f"/batch/{batch_id}", 200)).json()
         results = [result for result in batch["results"] if result is not None]
         if batch["status"] not in FINAL or (batch["completed_items"], len(results)) != (items, items):
             counts = f"{batch['completed_items']} ended items and {len(results)} results"
@@ -575,7 +575,7 @@ async def faults(caller: Caller, shown: dict[str, list[Any]]) -> AsyncIterator[s
 
 
 async def health_s(url: str) -> float:
-    """How long ``/healthz`` takes to answer, in seconds, as a process sees it that does nothing else."""
+    """Return the response time of ``/healthz`` in seconds, measured by a separate idle process."""
     command = ["curl", "-s", "-o", os.devnull, "-w", "%{http_code} %{time_total}", "--max-time", "60", f"{url}/healthz"]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     status, took_s = (await process.communicate())[0].split()
@@ -583,7 +583,7 @@ async def health_s(url: str) -> float:
 
 
 def memory_kib(pid: int) -> int:
-    """What the process has for itself, and its share of what it has together with others."""
+    """Return the memory of a process, with its share of memory that it shares with others (PSS)."""
     found = re.search(r"^Pss: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1])
@@ -593,7 +593,7 @@ def memory_kib(pid: int) -> int:
 def started(
     command: Sequence[str], env: dict[str, str], folder: Path, preexec: Callable[[], None] | None = None
 ) -> Iterator[tuple[str, int]]:
-    """``flockapi serve`` on a free port: its URL, and its process. Its log is in *folder*."""
+    """Start ``flockapi serve`` on a free port and yield its URL and process id. Its log is in *folder*."""
     with (
         (folder / "log").open("w") as log,
         subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=preexec) as process,
@@ -613,14 +613,14 @@ def started(
 
 
 def log_faults(folder: Path) -> Iterator[str]:
-    """What the log says that nobody may have heard: answers with 5xx, and exceptions that no agent raised."""
+    """Yield log lines about responses with 5xx, and about exceptions that no agent raised."""
     with (folder / "log").open() as log:
         for line in log:
             if re.search(r'" 5\d\d|in ASGI application|request \w+ failed|never retrieved|cannot be watched', line):
                 yield f"log: {line.strip()}"
 
 
-# What is printed
+# Output
 
 
 def print_tally(tally: Counter[tuple[str, str]]) -> None:
@@ -636,7 +636,7 @@ def memory_is_flat(memory: Sequence[int]) -> bool:
     print(
         f"memory: {settled / 1024:.1f} MiB after {settled_at} s, {end / 1024:.1f} MiB at the end, after {len(memory)} s"
     )
-    print(f"{end / settled:.3f} times as much, may be {MAX_GROWTH:g}")
+    print(f"ratio {end / settled:.3f}, limit {MAX_GROWTH:g}")
     return end <= MAX_GROWTH * settled
 
 
@@ -652,17 +652,17 @@ async def soak(folder: Path, minutes: float, callers: int, *, hostile: bool) -> 
         await soaked.load(minutes, callers)
         if attackers is not None:
             await attackers.wait()
-        await soaked.look_back()
+        await soaked.verify()
     soaked.failures += log_faults(folder)
     return soaked
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10, help="of load (default: 10)")
-    parser.add_argument("--callers", type=int, default=16, help="at the same time (default: 16)")
-    parser.add_argument("--folder", default=".", help="where the store is made, on a real disk (default: here)")
-    parser.add_argument("--hostile", action="store_true", help="ten hostile clients beside them; see bench/hostile.py")
+    parser.add_argument("--minutes", type=float, default=10, help="minutes of load (default: 10)")
+    parser.add_argument("--callers", type=int, default=16, help="concurrent callers (default: 16)")
+    parser.add_argument("--folder", default=".", help="the folder for the store, on a real disk (default: here)")
+    parser.add_argument("--hostile", action="store_true", help="also run ten hostile clients; see bench/hostile.py")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-soak-") as made:
         soaked = asyncio.run(soak(Path(made).resolve(), options.minutes, options.callers, hostile=options.hostile))
@@ -670,12 +670,15 @@ def main() -> int:
     print_tally(soaked.tally)
     ledgers = soaked.ledgers.values()
     runs, batches = sum(len(ledger.runs) for ledger in ledgers), sum(len(ledger.batches) for ledger in ledgers)
-    deleted, left = sum(len(ledger.deleted) for ledger in ledgers), sum(len(ledger.left) for ledger in ledgers)
-    print(f"{runs} runs and {batches} batches were looked for, {deleted} runs deleted, {left} requests left")
+    deleted, abandoned = (
+        sum(len(ledger.deleted) for ledger in ledgers),
+        sum(len(ledger.abandoned) for ledger in ledgers),
+    )
+    print(f"{runs} runs and {batches} batches verified, {deleted} runs deleted, {abandoned} requests abandoned")
     print(f"the store has {size_mib:.0f} MiB")
     is_flat = memory_is_flat(soaked.memory_kib)
     p50, p99 = (statistics.quantiles(soaked.health_s, n=100)[n] for n in (49, 98))
-    print(f"/healthz: 50 % within {p50 * 1000:.0f} ms, 99 % within {p99 * 1000:.0f} ms, of {len(soaked.health_s)}")
+    print(f"/healthz: 50 % in {p50 * 1000:.0f} ms, 99 % in {p99 * 1000:.0f} ms, of {len(soaked.health_s)}")
     for failure in soaked.failures[:MAX_SHOWN]:
         print(failure[:MAX_LENGTH])
     are_met = is_flat and not soaked.failures

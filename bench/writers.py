@@ -1,9 +1,9 @@
-"""Where should a group be written: in the event loop, in a thread, or half and half, as the store does it?
+"""Should a group be written in the event loop, in a thread, or partly in both?
 
     python -m bench.writers
 
-Savers write a run of one step each, again and again, as an engine does. Each way has its turn in each round, on a file
-of its own; ratios are of saves a second in one round. A beat of a millisecond beside them tells how late the loop is.
+Savers write runs of one step each, repeatedly, as an engine does. Each strategy runs once in each round, with its own
+file. Ratios compare saves per second in one round. A timer of one millisecond measures the delay of the loop.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BEAT_S = 0.001
 
 
 class AllInThread(Store):
-    """all of it in a thread: the store's own way"""
+    """everything in a thread: the store's own strategy"""
 
 
 class CommitInThread(Store):
@@ -44,7 +44,7 @@ class CommitInThread(Store):
 
 
 class AllInLoop(Store):
-    """all of it in the loop"""
+    """everything in the loop"""
 
     async def _transact(self, group: Group) -> None:
         async with self._file_lock():
@@ -52,7 +52,7 @@ class AllInLoop(Store):
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of some seconds of saving."""
+    """The result of some seconds of saving."""
 
     saves_per_s: float
     save_ms: float
@@ -61,20 +61,20 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def work(seconds: float) -> None:
-    """What else a server does for a request, in Python."""
+    """Simulate the other work of a server for a request."""
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         pass
 
 
 async def sample(
-    way: type[Store], path: Path, durability: Durability, savers: int, seconds: float, work_s: float
+    strategy: type[Store], path: Path, durability: Durability, savers: int, seconds: float, work_s: float
 ) -> Sample:
     saves, beats = [], []
     until = time.perf_counter() + seconds
     owner = new_id()
 
-    async def save_again_and_again(store: Store) -> None:
+    async def save_repeatedly(store: Store) -> None:
         while time.perf_counter() < until:
             work(work_s)
             at, result = now(), msgspec.Raw(b'{"result":3}')
@@ -93,9 +93,9 @@ async def sample(
             await asyncio.sleep(BEAT_S)
             beats.append(time.perf_counter() - began - BEAT_S)
 
-    async with way(path, durability=durability) as store:
+    async with strategy(path, durability=durability) as store:
         began = time.perf_counter()
-        await asyncio.gather(beat(), *(save_again_and_again(store) for _ in range(savers)))
+        await asyncio.gather(beat(), *(save_repeatedly(store) for _ in range(savers)))
         took_s = time.perf_counter() - began
     return Sample(
         saves_per_s=len(saves) / took_s,
@@ -105,8 +105,8 @@ async def sample(
     )
 
 
-def print_samples(ways: Sequence[type[Store]], samples: Sequence[Sequence[Sample]]) -> None:
-    for way, taken in zip(ways, samples, strict=True):
+def print_samples(strategies: Sequence[type[Store]], samples: Sequence[Sequence[Sample]]) -> None:
+    for strategy, taken in zip(strategies, samples, strict=True):
         pairs = zip(taken, samples[0], strict=True)
         ratios = [one.saves_per_s / other.saves_per_s for one, other in pairs]
 
@@ -114,7 +114,7 @@ def print_samples(ways: Sequence[type[Store]], samples: Sequence[Sequence[Sample
             return float(statistics.median(getattr(sample, name) for sample in taken))
 
         print(
-            f"{(way.__doc__ or '').partition(':')[0]:36}{statistics.median(ratios):6.2f} "
+            f"{(strategy.__doc__ or '').partition(':')[0]:36}{statistics.median(ratios):6.2f} "
             f"({min(ratios):.2f}-{max(ratios):.2f}){median('save_ms'):9.1f}{median('late_mean_ms'):12.2f}"
             f"{max(sample.late_max_ms for sample in taken):10.1f}"
         )
@@ -123,23 +123,23 @@ def print_samples(ways: Sequence[type[Store]], samples: Sequence[Sequence[Sample
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each way in each round")
-    parser.add_argument("--work-us", type=float, default=150, help="of Python beside each save, as a server has it")
+    parser.add_argument("--seconds", type=float, default=1.0, help="duration of each strategy in each round")
+    parser.add_argument("--work-us", type=float, default=150, help="other Python work with each save, as in a server")
     options = parser.parse_args()
-    ways = [AllInThread, CommitInThread, AllInLoop]
+    strategies = [AllInThread, CommitInThread, AllInLoop]
     durabilities: Sequence[Durability] = ("power", "process")
     for durability in durabilities:
         for savers in (32, 128):
             print(f"\n{durability}, {savers} savers, {options.work_us:g} µs of work")
             print(f"{'':36}{'ratio':>18}{'save ms':>9}{'late, mean':>12}{'max ms':>10}")
             with tempfile.TemporaryDirectory(dir=".", prefix="bench-writers-") as folder:
-                taken: list[list[Sample]] = [[] for _ in ways]
+                taken: list[list[Sample]] = [[] for _ in strategies]
                 for _ in range(options.rounds):
-                    for way, samples in zip(ways, taken, strict=True):
-                        path = Path(folder) / f"{way.__name__}.db"
-                        run = functools.partial(sample, way, path, durability, savers, options.seconds)
+                    for strategy, samples in zip(strategies, taken, strict=True):
+                        path = Path(folder) / f"{strategy.__name__}.db"
+                        run = functools.partial(sample, strategy, path, durability, savers, options.seconds)
                         samples.append(uvloop.run(run(options.work_us / 1e6)))
-            print_samples(ways, taken)
+            print_samples(strategies, taken)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""An asgi.py: DJANGO_SETTINGS_MODULE=mysite.settings uvicorn examples.django_host:app; log in, POST /ai/run/flock."""
+"""Agents in a Django site. Log in to the site, then POST /ai/run/flock.
+
+DJANGO_SETTINGS_MODULE=mysite.settings uvicorn examples.django_host:app
+"""
 
 from importlib import import_module
 
@@ -18,7 +21,7 @@ django = get_asgi_application()
 
 
 async def user_of(connection: HTTPConnection) -> Principal | None:
-    """Who is logged in to the site: the flock is beside Django's middleware, so it reads the session itself."""
+    """Return the logged-in user. Django's middleware does not run for the mounted app, so read the session here."""
     request = HttpRequest()
     session_key = connection.cookies.get(settings.SESSION_COOKIE_NAME)
     request.session = import_module(settings.SESSION_ENGINE).SessionStore(session_key)

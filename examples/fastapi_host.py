@@ -1,4 +1,7 @@
-"""ANN_TOKEN=secret uvicorn examples.fastapi_host:app, and POST /ai/run/flock with "Authorization: Bearer secret"."""
+"""Agents in a FastAPI app. POST /ai/run/flock with the header "Authorization: Bearer secret".
+
+ANN_TOKEN=secret uvicorn examples.fastapi_host:app
+"""
 
 import os
 import secrets
@@ -15,14 +18,14 @@ TOKEN = os.environ.get("ANN_TOKEN") or secrets.token_urlsafe()
 
 
 def user_of(connection: HTTPConnection) -> Principal:
-    """Who sent a request: a dependency of the host's own routes, and ``auth=`` of the flock."""
+    """Return the user of a request. A dependency of the host's own routes, and ``auth=`` of the mounted app."""
     sent = connection.headers.get("authorization", "").encode()
     if not secrets.compare_digest(sent, f"Bearer {TOKEN}".encode()):
         raise HTTPException(401)
     return Principal(name="ann")
 
 
-ai = create_app(flock, auth=user_of)  # a dependency of FastAPI would not protect what is mounted
+ai = create_app(flock, auth=user_of)  # a FastAPI dependency would not protect a mounted app
 app = FastAPI(lifespan=lambda _: ai.lifespan())
 app.mount("/ai", ai)
 

@@ -1,4 +1,4 @@
-"""flockapi serve examples/plain_function.py"""
+"""A typed function as an agent: flockapi serve examples/plain_function.py"""
 
 from flock.core import Flock
 
@@ -7,5 +7,5 @@ flock = Flock("greeter")
 
 @flock.agent
 def greet(name: str, times: int = 1) -> str:
-    """Greets somebody."""
+    """Greet a person by name."""
     return " ".join([f"Hello, {name}!"] * times)

@@ -1,4 +1,4 @@
-"""An agent of another framework, as it is: flockapi serve examples/pydantic_ai_agent.py"""
+"""An agent of another framework, unchanged: flockapi serve examples/pydantic_ai_agent.py"""
 
 from pydantic_ai import Agent
 

@@ -160,7 +160,7 @@ def compose() -> Any:
 
 
 def test_the_compose_file_says_that_it_was_never_run() -> None:
-    assert "It was never run" in COMPOSE.partition("\nservices:")[0]
+    assert "has never been run" in COMPOSE.partition("\nservices:")[0]
 
 
 def test_the_services_of_the_compose_file_refer_to_what_there_is(compose: Any) -> None:

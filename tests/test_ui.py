@@ -364,7 +364,7 @@ def test_a_number_is_taken_as_it_is_written_or_refused(visit: Visit, closed: Sit
     price.press_sequentially("119,50")
     wrong = page.locator(".field", has=price).locator(".error")
     expect(wrong).to_have_text(
-        "“119,50” is not a number. Use a point for decimals, as in 0.5, and no commas or spaces."
+        "“119,50” is not a number. Use a point for decimals, such as 0.5, and no commas or spaces."
     )
     run.click()
     expect(price).to_be_focused()
@@ -372,7 +372,7 @@ def test_a_number_is_taken_as_it_is_written_or_refused(visit: Visit, closed: Sit
     price.fill("119.50")
     for text, words in (
         ("0", "It must be at least 1."),
-        ("1,5", "“1,5” is not a whole number. Write digits only, as in 42."),
+        ("1,5", "“1,5” is not a whole number. Use digits only, such as 42."),
     ):
         seat.fill(text)
         run.click()
@@ -557,7 +557,7 @@ def test_a_result_is_shown_as_text_whatever_it_is(visit: Visit, closed: Site) ->
     assert page.locator("main img, main script").count() == 0
     expect(page).to_have_title("quote · Sample agents")
     page.goto(f"{closed.url}/ui#/run/{closed.run('quote', size='long')}")
-    expect(result).to_contain_text("… and 300 more, which are in the JSON.")
+    expect(result).to_contain_text("… and 300 more. The JSON view shows all.")
     expect(result).to_contain_text(str(2**60))  # JavaScript alone would round it
 
 
@@ -636,10 +636,10 @@ def test_a_list_of_one_page_has_no_pager(visit: Visit, closed: Site) -> None:
     closed.run("taste", sample="tea")
     page = visit.page(closed, "runs?agent_name=taste")
     expect(page.locator("tbody tr").first).to_contain_text("tea is sweet.")
-    expect(page.get_by_role("group", name="Pages")).to_be_hidden()
+    expect(page.get_by_role("group", name="Pagination")).to_be_hidden()
     page.get_by_label("Status").select_option("cancelled")
     expect(page.get_by_text("No run matches these filters.")).to_be_visible()
-    expect(page.get_by_role("group", name="Pages")).to_be_hidden()
+    expect(page.get_by_role("group", name="Pagination")).to_be_hidden()
 
 
 # Batches
@@ -664,19 +664,19 @@ def test_what_is_wrong_with_rows_is_said_by_line_before_they_start(visit: Visit,
     page = visit.page(closed, "new-batch?agent=count_up")
     drop(page, "rows.csv", CSV)
     expect(page.get_by_text("separated by semicolons")).to_be_visible()
-    wrong = page.get_by_role("group", name="What is wrong").locator("tbody tr")
-    page.get_by_label("Column Number becomes").select_option("n")
-    expect(page.get_by_text("2 rows do not fit, of 4.")).to_be_visible()
+    wrong = page.get_by_role("group", name="Errors").locator("tbody tr")
+    page.get_by_label("Column Number maps to").select_option("n")
+    expect(page.get_by_text("2 of 4 rows are invalid.")).to_be_visible()
     expect(wrong.nth(0)).to_have_text(re.compile(r"3\s*Number\s*Expected 'int', got 'str'"))
     expect(wrong.nth(1)).to_have_text(re.compile(r"6\s*This row has 2 cells, and the header has 3\."))
     start = page.get_by_role("button", name="Start the batch")
     expect(start).to_be_disabled()
-    page.get_by_label("Column Number becomes").select_option("")
+    page.get_by_label("Column Number maps to").select_option("")
     page.get_by_text("n (required)").wait_for()
     page.get_by_label("n (required)").fill("5")
-    expect(page.get_by_text("1 row does not fit, of 4.")).to_be_visible()
-    page.get_by_label("Column Number becomes").select_option("n")
-    page.get_by_label("Rows that do not fit").select_option("skip")
+    expect(page.get_by_text("1 of 4 rows is invalid.")).to_be_visible()
+    page.get_by_label("Column Number maps to").select_option("n")
+    page.get_by_label("Invalid rows").select_option("skip")
     start.click()
     expect(status_of(page)).to_contain_text("completed")
     expect(page.locator(".outcomes")).to_contain_text("2 failed")
@@ -700,12 +700,12 @@ def test_what_is_wrong_with_rows_is_said_by_line_before_they_start(visit: Visit,
 def test_numbers_of_many_digits_in_a_file_are_exact(visit: Visit, closed: Site, rows: str) -> None:
     page = visit.page(closed, "new-batch?agent=book")
     choose(page, "rows", rows)
-    expect(page.get_by_text("1 row does not fit, of 2.")).to_be_visible()
-    wrong = page.get_by_role("group", name="What is wrong").locator("tbody tr")
+    expect(page.get_by_text("1 of 2 rows is invalid.")).to_be_visible()
+    wrong = page.get_by_role("group", name="Errors").locator("tbody tr")
     expect(wrong).to_have_text(re.compile(r"seat\s*Expected 'int' >= 1"))
     expect(page.get_by_role("group", name="The first rows")).to_contain_text("-98765432109876543210")
     choose(page, "rows", rows.replace("-", ""))
-    expect(page.get_by_text("All 2 rows fit.")).to_be_visible()
+    expect(page.get_by_text("All 2 rows are valid.")).to_be_visible()
     page.get_by_role("button", name="Start the batch").click()
     expect(page.get_by_role("table", name="Results")).to_contain_text("98765432109876543210")
     items = closed.get(f"/batch/{page.url.rpartition('/')[2]}/results?format=json")
@@ -723,7 +723,7 @@ def test_a_number_for_every_row_is_taken_as_it_is_written_or_refused(visit: Visi
     expect(start).to_be_hidden()
     price.fill("119.50")
     expect(page.locator(".field", has=price).locator(".error")).to_be_hidden()
-    workers = page.get_by_label("Rows at the same time")
+    workers = page.get_by_label("Rows in parallel")
     workers.fill("")
     workers.press_sequentially("2,5")
     start.click()
@@ -740,8 +740,8 @@ def test_what_the_type_of_an_input_refuses_is_said_by_line(visit: Visit, closed:
     page = visit.page(closed, "new-batch?agent=order")
     rows = [json.dumps(ORDER), json.dumps(ORDER | {"code": "none"})]
     page.get_by_label("or paste rows").fill("\n".join(rows))
-    expect(page.get_by_text("1 row does not fit, of 2.")).to_be_visible()
-    wrong = page.get_by_role("group", name="What is wrong").locator("tbody tr")
+    expect(page.get_by_text("1 of 2 rows is invalid.")).to_be_visible()
+    wrong = page.get_by_role("group", name="Errors").locator("tbody tr")
     expect(wrong).to_have_text(re.compile(r"^\s*2\s*code.*UUID"))
 
 
@@ -766,13 +766,13 @@ def test_a_batch_can_start_before_all_its_rows_are_checked(visit: Visit, closed:
     page = visit.page(closed, "new-batch?agent=count_up")
     hold_check_of_all(page)
     choose(page, "rows.csv", LONG + "zwei,two\n")
-    expect(page.get_by_text("You can start before all rows are checked")).to_be_visible()
+    expect(page.get_by_text("You can start before the check is complete")).to_be_visible()
     expect(page.get_by_role("group", name="The first rows").locator("tbody tr")).to_have_count(5)
     expect(page.get_by_text("Checking the rows")).to_be_visible()
     with page.expect_event("requestfailed", lambda request: "dry_run" in request.url):
         page.get_by_role("button", name="Start the batch").click()
-    expect(page.get_by_text("The batch has not started. The server found:")).to_be_visible()
-    wrong = page.get_by_role("group", name="What is wrong").locator("tbody tr")
+    expect(page.get_by_text("The batch has not started. The server found these errors:")).to_be_visible()
+    wrong = page.get_by_role("group", name="Errors").locator("tbody tr")
     expect(wrong).to_have_text(re.compile(r"^\s*20002\s*n\s*Expected 'int', got 'str'"))
 
 
@@ -783,7 +783,7 @@ def test_another_file_stops_the_check_of_the_one_before(visit: Visit, closed: Si
     expect(page.get_by_text("Checking the rows")).to_be_visible()
     with page.expect_event("requestfailed", lambda request: "dry_run" in request.url):
         choose(page, "other.csv", "n,comment\n1,a\n2,b\n")
-    expect(page.get_by_text("All 2 rows fit.")).to_be_visible()
+    expect(page.get_by_text("All 2 rows are valid.")).to_be_visible()
 
 
 def test_rows_that_are_replaced_cannot_start_while_the_new_ones_are_read(visit: Visit, closed: Site) -> None:
@@ -795,8 +795,8 @@ def test_rows_that_are_replaced_cannot_start_while_the_new_ones_are_read(visit: 
         page.route(re.compile("dry_run=true"), lambda route: None)
         choose(page, "other.csv", "n,comment\n2,b\n")
     expect(start).to_be_disabled()
-    page.get_by_label("Column comment becomes").select_option("step")
-    page.get_by_label("Column comment becomes").select_option("comment")
+    page.get_by_label("Column comment maps to").select_option("step")
+    page.get_by_label("Column comment maps to").select_option("comment")
     expect(start).to_be_disabled()
 
 
@@ -816,8 +816,8 @@ def test_many_rows_are_checked_and_little_of_them_is_held(
     comment = "a comment of some length, so that all rows together are longer than what may be held"
     (tmp_path / "rows.csv").write_text("n,comment\n" + f'1,"{comment}"\n' * (count - 1) + "x,a comment\n")
     page.locator("input[type=file]").set_input_files(tmp_path / "rows.csv")
-    expect(page.get_by_text(f"1 row does not fit, of {count:,}.")).to_be_visible(timeout=120_000)
-    expect(page.get_by_role("group", name="What is wrong").locator("tbody tr")).to_contain_text(str(count + 1))
+    expect(page.get_by_text(f"1 of {count:,} rows is invalid.")).to_be_visible(timeout=120_000)
+    expect(page.get_by_role("group", name="Errors").locator("tbody tr")).to_contain_text(str(count + 1))
     assert heap_bytes() - before < 1_000_000
 
 
@@ -832,10 +832,10 @@ def test_a_check_that_is_refused_or_cannot_be_sent_says_why(visit: Visit, closed
     file = tmp_path / "rows.csv"
     file.write_text("n,comment\n1,one\n")
     page.locator("input[type=file]").set_input_files(file)
-    expect(page.get_by_text("All 1 row fits.")).to_be_visible()
+    expect(page.get_by_text("The row is valid.")).to_be_visible()
     file.unlink()
-    page.get_by_label("Column comment becomes").select_option("")
-    expect(page.get_by_text("The file has changed or is gone. Choose it again.")).to_be_visible()
+    page.get_by_label("Column comment maps to").select_option("")
+    expect(page.get_by_text("The file was changed or deleted. Choose it again.")).to_be_visible()
 
 
 def test_a_missing_column_is_said_once_with_the_choice_beside_it(visit: Visit, closed: Site) -> None:
@@ -843,19 +843,19 @@ def test_a_missing_column_is_said_once_with_the_choice_beside_it(visit: Visit, c
     choose(page, "rows.csv", "id,comment\n" + "".join(f"{n},row {n}\n" for n in range(300)))
     missing = page.get_by_role("region", name="Inputs without a column")
     expect(missing.get_by_role("heading", name="There is no column for “n”")).to_be_visible()
-    expect(page.get_by_role("group", name="What is wrong")).to_be_hidden()
+    expect(page.get_by_role("group", name="Errors")).to_be_hidden()
     assert page.locator("main").inner_text().count("There is no column") == 1
     start = page.get_by_role("button", name="Start the batch")
     expect(start).to_be_hidden()
     missing.get_by_label("n (required)").fill("5")
-    expect(page.get_by_text("All 300 rows fit.")).to_be_visible()
+    expect(page.get_by_text("All 300 rows are valid.")).to_be_visible()
     expect(missing.get_by_label("n (required)")).to_be_focused()
     missing.get_by_label("n (required)").fill("")
     expect(start).to_be_hidden()
     missing.get_by_label("Column for n").select_option("id")
-    expect(page.get_by_text("All 300 rows fit.")).to_be_visible()
-    expect(page.get_by_label("Column id becomes")).to_have_value("n")
-    expect(page.get_by_label("Column id becomes")).to_be_focused()
+    expect(page.get_by_text("All 300 rows are valid.")).to_be_visible()
+    expect(page.get_by_label("Column id maps to")).to_have_value("n")
+    expect(page.get_by_label("Column id maps to")).to_be_focused()
     expect(missing.get_by_role("heading")).to_be_hidden()
     expect(start).to_be_enabled()
 
@@ -877,12 +877,12 @@ def test_a_column_that_is_not_an_input_is_kept_with_the_results(
     """Unless it has the name of an input or an output; then it can only be left out."""
     page = visit.page(closed, "new-batch?agent=count_up")
     choose(page, name, rows)
-    page.get_by_label("Column Step becomes").select_option(label="(left out)")
-    for column, options in (("id", ["(kept with the results)", "(left out)"]), ("total", ["(left out)"])):
-        select = page.get_by_label(f"Column {column} becomes")
+    page.get_by_label("Column Step maps to").select_option(label="(ignored)")
+    for column, options in (("id", ["(kept in the results)", "(ignored)"]), ("total", ["(ignored)"])):
+        select = page.get_by_label(f"Column {column} maps to")
         expect(select.locator("option:checked")).to_have_text(options[0])
         expect(select.locator("option")).to_have_text([*options, "n", "comment", "step", "gate"])
-    expect(page.get_by_text("All 2 rows fit.")).to_be_visible()
+    expect(page.get_by_text("All 2 rows are valid.")).to_be_visible()
     page.get_by_role("button", name="Start the batch").click()
     expect(status_of(page)).to_contain_text("completed")
     table = page.get_by_role("table", name="Results")
@@ -916,8 +916,8 @@ def test_a_file_that_is_no_table_says_what_to_do(visit: Visit, closed: Site) -> 
     choose(page, "rows.csv", "n,comment,N\n1,a,2\n")
     expect(page.get_by_text("Another column becomes the input 'n' too.")).to_be_visible()
     expect(page.get_by_role("button", name="Start the batch")).to_be_disabled()
-    page.get_by_label("Column N becomes", exact=True).select_option("")
-    expect(page.get_by_text("All 1 row fits.")).to_be_visible()
+    page.get_by_label("Column N maps to", exact=True).select_option("")
+    expect(page.get_by_text("The row is valid.")).to_be_visible()
 
 
 def test_a_shell_starts_the_same_batch(visit: Visit, closed: Site, tmp_path: Path) -> None:
@@ -925,10 +925,10 @@ def test_a_shell_starts_the_same_batch(visit: Visit, closed: Site, tmp_path: Pat
     (tmp_path / "my rows.tsv").write_text(rows)
     page = visit.page(closed, "new-batch?agent=count_up")
     choose(page, "my rows.tsv", rows)
-    page.get_by_label("Column number becomes").select_option("n")
-    page.get_by_text("The same in every row").click()
+    page.get_by_label("Column number maps to").select_option("n")
+    page.get_by_text("Same value for every row").click()
     page.get_by_label("step").fill("5")
-    expect(page.get_by_text("All 2 rows fit.")).to_be_visible()
+    expect(page.get_by_text("All 2 rows are valid.")).to_be_visible()
     page.get_by_role("button", name="Copy as curl").click()
     expect(page.get_by_text("Command copied.")).to_be_visible()
     env = {**os.environ, "FLOCK_API_KEY": KEY}
@@ -947,14 +947,14 @@ def test_a_batch_is_watched_mended_and_downloaded(visit: Visit, site: Site, gate
     (site.folder / "mend").unlink(missing_ok=True)
     page = visit.page(site, "new-batch?agent=count_up")
     choose(page, "rows.csv", "n,comment\n" + "".join(f"{n},row {n}\n" for n in range(300)))
-    expect(page.get_by_text("All 300 rows fit.")).to_be_visible()
-    page.get_by_text("The same in every row").click()
+    expect(page.get_by_text("All 300 rows are valid.")).to_be_visible()
+    page.get_by_text("Same value for every row").click()
     page.get_by_label("gate").fill(gate)
     page.get_by_role("button", name="Start the batch").click()
     bar, facts, outcomes = page.get_by_role("progressbar"), page.locator(".facts"), page.locator(".outcomes")
     expect(bar).to_have_attribute("aria-valuenow", "50")
     expect(outcomes).to_contain_text("5 failed")
-    expect(facts).to_contain_text(re.compile(r"Rate\s*[\d,.]+ rows a second"))
+    expect(facts).to_contain_text(re.compile(r"Rate\s*[\d,.]+ rows per second"))
     expect(facts).to_contain_text(re.compile(r"Time left\s*about"))
     table = page.get_by_role("table", name="Results")
     expect(table).to_contain_text("ROW 3")
@@ -963,7 +963,7 @@ def test_a_batch_is_watched_mended_and_downloaded(visit: Visit, site: Site, gate
     expect(outcomes).to_contain_text("30 failed")
     expect(page.get_by_role("img")).to_have_accessible_name("Durations")
     expect(
-        page.get_by_text(re.compile(r"^Half of the 200 rows measured took up to .*; the longest took "))
+        page.get_by_text(re.compile(r"^Half of the 200 rows measured took up to .*\. The longest took "))
     ).to_be_visible()
 
     page.get_by_label("Show").select_option("failed")
@@ -1015,7 +1015,7 @@ def test_a_few_rows_need_no_chart_and_no_way_to_a_row(visit: Visit, closed: Site
     page = visit.page(closed, f"batch/{closed.batch(2)}")
     table = page.get_by_role("table", name="Results")
     expect(table).to_contain_text("ROW 1")
-    expect(page.get_by_role("status").filter(has_text="The batch is completed")).to_be_attached()
+    expect(page.get_by_role("status").filter(has_text="The batch completed")).to_be_attached()
     expect(page.get_by_role("img")).to_have_count(0)
     expect(page.get_by_label("Go to row")).to_have_count(0)
     height = table.bounding_box()
@@ -1200,7 +1200,7 @@ def test_a_key_is_asked_for_once_and_a_wrong_one_is_said(visit: Visit, closed: S
     expect(dialog).to_be_hidden()
     assert page.evaluate(f"sessionStorage.getItem('flock:{closed.prefix}/:key')") == KEY
     assert KEY not in page.evaluate("JSON.stringify(localStorage) + location.href + document.cookie")
-    page.get_by_role("button", name="Forget key").click()
+    page.get_by_role("button", name="Remove key").click()
     expect(dialog).to_be_visible()
 
 
@@ -1235,7 +1235,7 @@ def test_who_forgets_the_key_leaves_nothing_in_the_browser(visit: Visit, closed:
     for name in ("key", "draft count_up", "batch file", "theme", f"flock:{closed.prefix}/"):
         assert name in kept
     page.get_by_label("or paste rows").fill("n\n2\n")
-    page.get_by_role("button", name="Forget key").click()
+    page.get_by_role("button", name="Remove key").click()
     expect(dialog).to_be_visible()
     assert page.evaluate(KEPT) == ["flock:/elsewhere/:theme"]
 
@@ -1252,7 +1252,7 @@ def walk(page: Page, site: Site, ids: dict[str, str]) -> Iterator[str]:
         page.locator("main:not([aria-busy]) h1").wait_for()
         if view.startswith("new-batch"):
             choose(page, "rows.csv", "n,comment\n1,one\nzwei,two\n")
-            problem = "1 row does not fit, of 2." if "count_up" in view else "There is no column for “seat”, “price”"
+            problem = "1 of 2 rows is invalid." if "count_up" in view else "There is no column for “seat”, “price”"
             page.get_by_text(problem).wait_for()
         if view == "batch":
             page.get_by_role("img").wait_for()
@@ -1304,7 +1304,7 @@ def test_a_run_by_keyboard_alone(visit: Visit, site: Site) -> None:
     page.keyboard.press("Enter")
     expect(status_of(page)).to_contain_text("completed")
     expect(page.get_by_role("group", name="Result")).to_contain_text("positive")
-    expect(page.get_by_role("status").filter(has_text="The run is completed.")).to_be_attached()
+    expect(page.get_by_role("status").filter(has_text="The run completed.")).to_be_attached()
 
 
 def test_who_wants_less_motion_gets_none(visit: Visit, closed: Site, gate: str) -> None:
@@ -1329,16 +1329,16 @@ def test_a_reload_loses_nothing(visit: Visit, closed: Site) -> None:
     expect(page.get_by_label("Theme")).to_have_value("light")
     page.goto(f"{closed.url}/ui#/new-batch?agent=count_up")
     choose(page, "my rows.csv", "number,comment,step\n1,one,2\n")
-    page.get_by_label("Column number becomes").select_option("n")
-    page.get_by_label("Column step becomes").select_option("")
-    page.get_by_label("Rows at the same time").fill("7")
-    page.get_by_label("Rows at the same time").blur()
-    expect(page.get_by_text("All 1 row fits.")).to_be_visible()
+    page.get_by_label("Column number maps to").select_option("n")
+    page.get_by_label("Column step maps to").select_option("")
+    page.get_by_label("Rows in parallel").fill("7")
+    page.get_by_label("Rows in parallel").blur()
+    expect(page.get_by_text("The row is valid.")).to_be_visible()
     page.reload()
-    expect(page.get_by_text("All 1 row fits.")).to_be_visible()
-    expect(page.get_by_text("Chosen: my rows.csv")).to_be_visible()
-    expect(page.get_by_label("Column step becomes")).to_have_value("")
-    expect(page.get_by_label("Rows at the same time")).to_have_value("7")
+    expect(page.get_by_text("The row is valid.")).to_be_visible()
+    expect(page.get_by_text("Selected: my rows.csv")).to_be_visible()
+    expect(page.get_by_label("Column step maps to")).to_have_value("")
+    expect(page.get_by_label("Rows in parallel")).to_have_value("7")
 
 
 def test_what_was_deleted_is_said_to_be_gone(visit: Visit, closed: Site) -> None:
@@ -1386,7 +1386,7 @@ def test_a_server_that_is_away_is_said_and_comes_back_by_itself(visit: Visit, tm
         expect(agent.get_by_role("group", name="Result")).to_contain_text("later")
         expect(runs.locator("tbody tr")).to_have_count(2)
         for page in (run, runs, agent):
-            expect(page.locator("#away")).to_be_hidden()
+            expect(page.locator("#unavailable")).to_be_hidden()
 
 
 def test_first_paint_needs_five_requests_and_a_tenth_of_what_it_may(visit: Visit, site: Site) -> None:

@@ -1,2 +1,2 @@
-// Beside the page and not in it, so that the content policy can forbid inline scripts.
+// In its own file, because the Content-Security-Policy forbids inline scripts.
 SwaggerUIBundle({ url: "openapi.yaml", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null });

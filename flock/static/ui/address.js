@@ -4,28 +4,28 @@ const HERE = new URL("..", import.meta.url);
 
 export const url = (path) => new URL(path, HERE);
 
-/** The way to a view: `#/runs?status=failed`. What is empty is left out. */
+/** Return the link to a view, such as `#/runs?status=failed`. Empty parameters are omitted. */
 export function link(path, params = {}) {
   const query = new URLSearchParams(Object.entries(params).filter(([, value]) => value)).toString();
   return `#/${path}${query && `?${query}`}`;
 }
 
-/** The address of the view. A link changes `location.hash` at once, but its event comes later: in between, a timer or an
- * answer of the old view must not write over the new address. */
-let shown = "";
+/** The hash of the current view. A link changes `location.hash` at once, but `hashchange` fires later. Until then, a
+ * timer or a response of the old view must not overwrite the new address. */
+let currentHash = "";
 
-/** Called when the view at the address is about to be shown. */
-export const arrive = () => {
-  shown = location.hash;
+/** Record that the view at the current address is now shown. */
+export const enterView = () => {
+  currentHash = location.hash;
 };
 
 export function go(path, params) {
-  if (location.hash === shown) location.hash = link(path, params);
+  if (location.hash === currentHash) location.hash = link(path, params);
 }
 
-/** Keep in the address what a view shows, so that a reload or a link shows the same. */
-export function keep(path, params) {
-  if (location.hash !== shown) return;
+/** Store the state of the view in the address, so that a reload or a link shows the same. */
+export function updateAddress(path, params) {
+  if (location.hash !== currentHash) return;
   history.replaceState(history.state, "", link(path, params));
-  shown = location.hash;
+  currentHash = location.hash;
 }

@@ -1,4 +1,4 @@
-// One agent: a form for its inputs.
+// The view of an agent: a form for its inputs, and its outputs.
 
 import { go, link, url } from "./address.js";
 import { Problem, get, idempotencyKey, post } from "./api.js";
@@ -7,7 +7,7 @@ import { button, fill, h, title } from "./dom.js";
 import { form, plain } from "./form.js";
 import { parse, pretty } from "./json.js";
 import { hasKey } from "./key.js";
-import { copy, doing, problem } from "./notices.js";
+import { copy, busyWhile, problem } from "./notices.js";
 import { session } from "./storage.js";
 import { handOff } from "./words.js";
 
@@ -19,7 +19,7 @@ export async function show(main, { id, signal }) {
   try {
     before = parse(session.get(draft));
   } catch {
-    /* none */
+    /* there is no draft */
   }
   const fields = form(agent.input_schema, before);
   const wrong = h("div");
@@ -34,27 +34,27 @@ export async function show(main, { id, signal }) {
     }
   };
 
-  const start = doing(async () => {
+  const start = busyWhile(async () => {
     const inputs = read();
     if (inputs === undefined) return;
     try {
-      // With its key it may be sent again where the server goes away in the middle of it.
+      // The key makes it safe to retry if the connection fails halfway.
       const run = await post(
         "run/flock",
         { agent_name: agent.name, inputs, async_run: true },
-        { once: false, headers: idempotencyKey(), signal },
+        { canRetry: true, headers: idempotencyKey(), signal },
       );
       go(`run/${run.run_id}`);
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
-      const nowhere = error.errors.filter((each) => !place(each));
-      const first = error.errors.map(place).find(Boolean);
-      if (!error.errors.length || nowhere.length)
-        fill(wrong, problem({ ...error, title: error.title, message: error.message, errors: nowhere }));
+      const withoutField = error.errors.filter((each) => !showAtField(each));
+      const first = error.errors.map(showAtField).find(Boolean);
+      if (!error.errors.length || withoutField.length)
+        fill(wrong, problem({ ...error, title: error.title, message: error.message, errors: withoutField }));
       first?.focus();
     }
   });
-  const place = ({ pointer, detail }) =>
+  const showAtField = ({ pointer, detail }) =>
     pointer.startsWith("/inputs/") ? fields.error(pointer.slice("/inputs".length), detail) : null;
 
   const node = h(
@@ -62,25 +62,25 @@ export async function show(main, { id, signal }) {
     {
       onsubmit: (event) => {
         event.preventDefault();
-        start({ currentTarget: go_ });
+        start({ currentTarget: runButton });
       },
       oninput: () => {
         try {
           session.set(draft, JSON.stringify(fields.read()));
         } catch {
-          /* not yet JSON */
+          /* not valid JSON yet */
         }
       },
     },
     fields.node,
     wrong,
   );
-  const go_ = h("button", { class: "primary" }, "Run");
+  const runButton = h("button", { class: "primary" }, "Run");
   node.append(
     h(
       "p",
       { class: "actions" },
-      go_,
+      runButton,
       button("Copy as curl", () => {
         const inputs = read();
         if (inputs !== undefined) copy(curl(agent.name, inputs), "Command");
@@ -110,8 +110,8 @@ export async function show(main, { id, signal }) {
       h("section", { class: "panel", "aria-labelledby": "inputs" }, h("h2", { id: "inputs" }, "Inputs"), node),
       h(
         "section",
-        { "aria-labelledby": "gives" },
-        h("h2", { id: "gives" }, "Result"),
+        { "aria-labelledby": "outputs" },
+        h("h2", { id: "outputs" }, "Result"),
         last !== agent &&
           h(
             "p",
@@ -128,20 +128,20 @@ export async function show(main, { id, signal }) {
 
 function outputs(schema) {
   const fields = Object.entries(schema.properties ?? {}),
-    isDescribed = fields.some(([, its]) => its.description);
-  const rows = fields.map(([name, its]) =>
+    isDescribed = fields.some(([, property]) => property.description);
+  const rows = fields.map(([name, property]) =>
     h(
       "tr",
       {},
       h("th", { scope: "row" }, name),
-      h("td", {}, typeOf(plain(its, schema), schema)),
-      isDescribed && h("td", {}, its.description ?? ""),
+      h("td", {}, typeOf(plain(property, schema), schema)),
+      isDescribed && h("td", {}, property.description ?? ""),
     ),
   );
   return [
     h(
       "div",
-      { class: "wide", tabindex: "0", role: "group", "aria-labelledby": "gives" },
+      { class: "wide", tabindex: "0", role: "group", "aria-labelledby": "outputs" },
       h(
         "table",
         {},
@@ -151,7 +151,7 @@ function outputs(schema) {
           h(
             "tr",
             {},
-            ["Name", "Type", ...(isDescribed ? ["Meaning"] : [])].map((text) => h("th", { scope: "col" }, text)),
+            ["Name", "Type", ...(isDescribed ? ["Description"] : [])].map((text) => h("th", { scope: "col" }, text)),
           ),
         ),
         h("tbody", {}, rows),
@@ -161,21 +161,21 @@ function outputs(schema) {
   ];
 }
 
-function typeOf(its, root) {
-  const none = its.isNullable ? " or nothing" : "";
-  if (its.enum)
-    return its.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(" | ") + none;
-  if (its.type === "array" && its.items) return `list of ${typeOf(plain(its.items, root), root)}${none}`;
+function typeOf(schema, root) {
+  const orNull = schema.isNullable ? " or null" : "";
+  if (schema.enum)
+    return schema.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(" | ") + orNull;
+  if (schema.type === "array" && schema.items) return `list of ${typeOf(plain(schema.items, root), root)}${orNull}`;
   return (
-    ({ "date-time": "date and time" }[its.format] ??
-      its.format ??
-      { string: "text", integer: "whole number", boolean: "yes or no" }[its.type] ??
-      its.type ??
-      "anything") + none
+    ({ "date-time": "date and time" }[schema.format] ??
+      schema.format ??
+      { string: "text", integer: "whole number", boolean: "yes or no" }[schema.type] ??
+      schema.type ??
+      "anything") + orNull
   );
 }
 
-/** The same run as a shell command. The key itself does not get into a clipboard. */
+/** Return the run as a shell command. It reads the key from a variable, to keep the key out of the clipboard. */
 function curl(name, inputs) {
   const body = pretty({ agent_name: name, inputs }).replaceAll("'", "'\\''");
   const key = hasKey() ? ` \\\n  -H "Authorization: Bearer $FLOCK_API_KEY"` : "";

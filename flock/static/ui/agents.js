@@ -1,4 +1,4 @@
-// All agents, as cards.
+// The list of agents, as cards.
 
 import { link } from "./address.js";
 import { get } from "./api.js";
@@ -15,7 +15,7 @@ export async function show(main, { signal }) {
       "An agent does one job, often with a language model: it takes inputs and returns a result.",
     ),
     agents.length === 0
-      ? h("p", { class: "empty" }, "There are no agents yet. They are added in the server's program; start it again after that.")
+      ? h("p", { class: "empty" }, "There are no agents yet. Add agents in the server's program and restart it.")
       : h(
           "ul",
           { class: "cards" },

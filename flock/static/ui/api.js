@@ -4,14 +4,14 @@ import { url } from "./address.js";
 import { fill } from "./dom.js";
 import { parse } from "./json.js";
 import { askForKey, authorization } from "./key.js";
-import { say } from "./notices.js";
+import { notify } from "./notices.js";
 import { session } from "./storage.js";
 import { pause, unlessAborted } from "./wait.js";
 
-/** Why the server refused a request (RFC 9457). */
+/** An error response of the server (RFC 9457). */
 export class Problem extends Error {
   constructor(status, body) {
-    super(body?.detail || `The server answered with status ${status}.`);
+    super(body?.detail || `The server responded with status ${status}.`);
     Object.assign(this, {
       status,
       title: body?.title || "Error",
@@ -21,23 +21,25 @@ export class Problem extends Error {
   }
 }
 
-const AWAY = [502, 503, 504];
+const UNAVAILABLE = [502, 503, 504];
 
-/** The text of the answer to a request, or all of the answer with `isStream`. A key, a server that is away, and one that
- * is busy for a request without effects (`isSafe`) are waited for. With `once`, a request that may not be sent twice fails
- * if it may or may not have arrived. */
-export async function send(path, { once, isStream, isSafe, headers, by = fetch, ...options } = {}) {
+/** Send a request and return the text of the response, or the response itself with `isStream`.
+ *
+ * Asks for a key if the server requires one. With `canRetry`, retries until the server is reachable and available. A GET
+ * request, or one with `isSafe` (no side effects), is also retried after 429. */
+export async function send(path, { canRetry = true, isStream, isSafe, headers, transport = fetch, ...options } = {}) {
   for (;;) {
     const key = session.get("key");
     let response, text;
     try {
-      response = await by(url(path), { ...options, cache: "no-store", headers: { ...headers, ...authorization() } });
+      const allHeaders = { ...headers, ...authorization() };
+      response = await transport(url(path), { ...options, cache: "no-store", headers: allHeaders });
       if (!isStream || !response.ok) text = await response.text();
     } catch (error) {
       if (options.signal?.aborted || error.isFinal) throw error;
-      if (once)
-        throw new Error("The server cannot be reached, and may or may not have received this. Check before you try again.");
-      await away("The server cannot be reached.", options.signal);
+      if (!canRetry)
+        throw new Error("The server cannot be reached. It may have received this request. Check before you try again.");
+      await waitForServer("The server cannot be reached.", options.signal);
       continue;
     }
     if (response.ok) return isStream ? response : text;
@@ -45,12 +47,12 @@ export async function send(path, { once, isStream, isSafe, headers, by = fetch, 
     try {
       body = JSON.parse(text);
     } catch {
-      /* a proxy may say what it likes */
+      /* a proxy may send anything */
     }
     if (response.status === 401) await askForKey(key);
-    else if (AWAY.includes(response.status) && !once)
-      await away(body?.detail || "The server is not ready.", options.signal);
-    else if (response.status === 429 && !once && (isSafe || !options.method))
+    else if (UNAVAILABLE.includes(response.status) && canRetry)
+      await waitForServer(body?.detail || "The server is not ready.", options.signal);
+    else if (response.status === 429 && canRetry && (isSafe || !options.method))
       await pause((Number(response.headers.get("Retry-After")) || 1) * 1000, options.signal);
     else throw new Problem(response.status, body);
   }
@@ -62,7 +64,7 @@ export async function post(path, body, options = {}) {
   const headers = body === undefined ? {} : { "Content-Type": "application/json" };
   const text = await send(path, {
     method: "POST",
-    once: true,
+    canRetry: false,
     ...options,
     body: body === undefined ? undefined : JSON.stringify(body),
     headers: { ...headers, ...options.headers },
@@ -70,34 +72,34 @@ export async function post(path, body, options = {}) {
   return parse(text);
 }
 
-/** A key under which a request may be sent again. (`crypto.randomUUID` is not there on plain http.) */
+/** A header that makes a request safe to retry. (`crypto.randomUUID` is unavailable on plain http.) */
 export const idempotencyKey = () => ({
   "Idempotency-Key": Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
     byte.toString(16).padStart(2, "0"),
   ).join(""),
 });
 
-let return_ = null;
+let recovery = null;
 
-/** Wait until the server answers again, and say so meanwhile. */
-export async function away(why, signal) {
-  return_ ??= lookOut(why);
-  await unlessAborted(return_, signal);
+/** Show a banner and wait until the server responds again. */
+export async function waitForServer(reason, signal) {
+  recovery ??= pollServer(reason);
+  await unlessAborted(recovery, signal);
 }
 
-async function lookOut(why) {
-  const banner = document.getElementById("away");
-  fill(banner, `${why} This page continues by itself when the server is back.`).hidden = false;
+async function pollServer(reason) {
+  const banner = document.getElementById("unavailable");
+  fill(banner, `${reason} This page continues automatically when the server is back.`).hidden = false;
   for (let wait = 250; ; wait = Math.min(wait * 2, 4000)) {
     await pause(wait);
     try {
       const { status } = await fetch(url("readyz"), { cache: "no-store" });
-      if (!AWAY.includes(status)) break;
+      if (!UNAVAILABLE.includes(status)) break;
     } catch {
-      /* still away */
+      /* still unavailable */
     }
   }
   banner.hidden = true;
-  return_ = null;
-  say("The server is back.");
+  recovery = null;
+  notify("The server is back.");
 }

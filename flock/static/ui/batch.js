@@ -1,29 +1,29 @@
-// One batch: its progress, its results, and how long its rows took.
+// The view of a batch: progress, results, and durations of its rows.
 
-import { keep, link, url } from "./address.js";
+import { link, updateAddress, url } from "./address.js";
 import { Problem, get, post, send } from "./api.js";
 import { lastAgent } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
 import { button, fill, h, newId, saveAs, title } from "./dom.js";
 import { events } from "./events.js";
 import { hasKey } from "./key.js";
-import { copy, doing, problem, say } from "./notices.js";
+import { busyWhile, copy, notify, problem } from "./notices.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
 import { badge, between, count, duration, ended, isFinal, when } from "./words.js";
 
 const RATE_OVER_MS = 10_000;
 const REFRESH_MS = 1000;
-const TOLD_EVERY_MS = 5000;
-/** So many rows can be seen at once. */
-const FEW = 10;
+const ANNOUNCE_EVERY_MS = 5000;
+/** Up to this number, all rows are visible without scrolling. */
+const FEW_ROWS = 10;
 
 export async function show(main, { id, params, signal }) {
   const path = `batch/${encodeURIComponent(id)}`;
   let batch = await get(`${path}?results=false`, signal),
     table = null,
     samples = [],
-    refreshed = 0,
-    told = 0;
+    refreshedAt = 0,
+    announcedAt = 0;
   const agent = await get(`agents/${encodeURIComponent(batch.agent_name)}`, signal).catch((error) => {
     if (error instanceof Problem) return null;
     throw error;
@@ -34,17 +34,17 @@ export async function show(main, { id, params, signal }) {
     progress: h("section", { "aria-label": "Progress" }),
     facts: h("dl", { class: "facts" }),
     error: h("div"),
-    trouble: h("div"),
+    failure: h("div"),
     chart: h("section", { "aria-label": "Durations" }),
     results: h("section", { "aria-label": "Results" }),
   };
-  const live = h("p", { role: "status", class: "unseen" });
+  const live = h("p", { role: "status", class: "visually-hidden" });
   const bar = outcomeBar(),
     words = h("p", { class: "outcomes" });
-  main.append(parts.title, parts.progress, live, parts.facts, parts.error, parts.trouble, parts.chart, parts.results);
+  main.append(parts.title, parts.progress, live, parts.facts, parts.error, parts.failure, parts.chart, parts.results);
   fill(parts.progress, bar, words);
 
-  // --- How far it is ---
+  // --- Progress ---
 
   async function follow() {
     samples = [];
@@ -60,7 +60,7 @@ export async function show(main, { id, params, signal }) {
         refreshSoon();
       }
     }
-    tell(
+    announce(
       `The batch ${ended[batch.status]}: ${count(batch.completed_items - batch.failed_items - batch.cancelled_items)} completed, ${count(batch.failed_items)} failed, ${count(batch.cancelled_items)} cancelled.`,
     );
     await refresh();
@@ -69,12 +69,12 @@ export async function show(main, { id, params, signal }) {
   function draw() {
     const kind = isFinal(batch.status) ? `${batch.status} ${batch.failed_items} ${batch.cancelled_items}` : "open";
     if (parts.title.dataset.kind !== kind) {
-      const had = parts.title.contains(document.activeElement);
+      const hadFocus = parts.title.contains(document.activeElement);
       parts.title.dataset.kind = kind;
-      const again = (only, text) =>
+      const retryButton = (only, text) =>
         button(
           text,
-          doing(async () => {
+          busyWhile(async () => {
             await post(`${path}/retry`, only ? { only } : {}, { signal });
             run();
           }),
@@ -91,19 +91,19 @@ export async function show(main, { id, params, signal }) {
             kind === "open" &&
               button(
                 "Cancel",
-                doing(async () => {
-                  say("Cancelling …");
+                busyWhile(async () => {
+                  notify("Cancelling …");
                   await post(`${path}/cancel`, undefined, { signal });
                 }),
               ),
-            kind !== "open" && batch.failed_items > 0 && again("failed", "Retry failed rows"),
+            kind !== "open" && batch.failed_items > 0 && retryButton("failed", "Retry failed rows"),
             kind !== "open" &&
               batch.cancelled_items > 0 &&
-              again(null, batch.failed_items ? "Resume all" : "Resume"),
+              retryButton(null, batch.failed_items ? "Resume all" : "Resume"),
             ["CSV", "NDJSON"].map((format) =>
               button(
                 `Download ${format}`,
-                doing(() =>
+                busyWhile(() =>
                   download(
                     `${path}/results?format=${format.toLowerCase()}`,
                     `${batch.batch_id}.${format.toLowerCase()}`,
@@ -115,10 +115,10 @@ export async function show(main, { id, params, signal }) {
           ),
         ),
       );
-      if (had) parts.title.querySelector("h1").focus();
+      if (hadFocus) parts.title.querySelector("h1").focus();
     }
     fill(parts.title.querySelector("#status"), badge(batch.status));
-    const rate = rateNow();
+    const rate = currentRate();
     drawOutcomes(bar, batch);
     fill(
       words,
@@ -134,10 +134,10 @@ export async function show(main, { id, params, signal }) {
     const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
     fill(
       parts.facts,
-      fact("Rate", rate === null ? "–" : `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} rows a second`),
+      fact("Rate", rate === null ? "–" : `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} rows per second`),
       isFinal(batch.status)
-        ? fact("Took", duration(between(batch.started_at, batch.completed_at)))
-        : fact("Time left", batch.eta_s === null ? "not known yet" : `about ${duration(batch.eta_s)}`),
+        ? fact("Duration", duration(between(batch.started_at, batch.completed_at)))
+        : fact("Time left", batch.eta_s === null ? "unknown" : `about ${duration(batch.eta_s)}`),
       fact("Submitted", when(batch.created_at)),
       batch.attempt > 1 && fact("Attempt", batch.attempt),
       fact("Batch", h("code", {}, batch.batch_id)),
@@ -153,12 +153,12 @@ export async function show(main, { id, params, signal }) {
           batch.request_id && h("p", { class: "quiet" }, "Request ", h("code", {}, batch.request_id)),
         ),
     );
-    if (!isFinal(batch.status) && performance.now() - told > TOLD_EVERY_MS)
-      tell(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
+    if (!isFinal(batch.status) && performance.now() - announcedAt > ANNOUNCE_EVERY_MS)
+      announce(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
   }
 
-  /** Rows a second: lately while it runs, over all of it otherwise. */
-  function rateNow() {
+  /** Rows per second: recently while the batch is running, otherwise over its whole duration. */
+  function currentRate() {
     const now = performance.now();
     while (samples.length > 1 && samples[0][0] < now - RATE_OVER_MS) samples.shift();
     if (!isFinal(batch.status) && samples.length && now - samples[0][0] > 500)
@@ -168,12 +168,12 @@ export async function show(main, { id, params, signal }) {
       : null;
   }
 
-  function tell(text) {
-    told = performance.now();
+  function announce(text) {
+    announcedAt = performance.now();
     fill(live, text);
   }
 
-  // --- Its results ---
+  // --- Results ---
 
   let status = params.get("status") ?? "",
     cursors = [-1],
@@ -186,46 +186,46 @@ export async function show(main, { id, params, signal }) {
     cancelled: batch.cancelled_items,
   });
 
-  const items = (after, limit, itsSignal) =>
-    get(`${path}/results?format=json&after=${after}&limit=${limit}${status && `&status=${status}`}`, itsSignal);
+  const items = (after, limit, signal) =>
+    get(`${path}/results?format=json&after=${after}&limit=${limit}${status && `&status=${status}`}`, signal);
 
-  async function load(page, itsSignal) {
+  async function load(page, signal) {
     if (!status) {
-      // an item stands at its position, and the answer leaves out those that have not ended
+      // place each item at its position, since the response omits items that have not ended
       const rows = [];
-      for (const item of await items(page * PAGE_ROWS - 1, PAGE_ROWS, itsSignal))
+      for (const item of await items(page * PAGE_ROWS - 1, PAGE_ROWS, signal))
         if (item.position < (page + 1) * PAGE_ROWS) rows[item.position - page * PAGE_ROWS] = item;
       return rows;
     }
-    for (let known = Math.min(page, cursors.length - 1); ; known++) {
-      // a page starts after the last item of the page before it
-      const rows = await items(cursors[known], PAGE_ROWS, itsSignal);
-      if (rows.length) cursors[known + 1] = rows[rows.length - 1].position;
-      if (known === page || !rows.length) return rows;
+    for (let current = Math.min(page, cursors.length - 1); ; current++) {
+      // each page starts after the last item of the previous page
+      const rows = await items(cursors[current], PAGE_ROWS, signal);
+      if (rows.length) cursors[current + 1] = rows[rows.length - 1].position;
+      if (current === page || !rows.length) return rows;
     }
   }
 
   async function drawTable() {
-    const some = await get(`${path}/results?format=json&limit=20`, signal);
-    const names = (of, schema) =>
+    const sample = await get(`${path}/results?format=json&limit=20`, signal);
+    const names = (member, schema) =>
       [
-        ...new Set([...Object.keys(schema?.properties ?? {}), ...some.flatMap((item) => Object.keys(item[of] ?? {}))]),
+        ...new Set([...Object.keys(schema?.properties ?? {}), ...sample.flatMap((item) => Object.keys(item[member] ?? {}))]),
       ].slice(0, 12);
     const extras = names("extra"),
       inputs = names("inputs", agent?.input_schema);
-    hasResults = some.some((item) => item.result);
+    hasResults = sample.some((item) => item.result);
     const outputs = hasResults
-      ? [...new Set(some.flatMap((item) => Object.keys(item.result ?? {})))].slice(0, 12)
+      ? [...new Set(sample.flatMap((item) => Object.keys(item.result ?? {})))].slice(0, 12)
       : names("result", last?.output_schema);
     const columns = [
-      { name: "Row", least: 6.5, most: "6.5rem" },
-      { name: "Status", least: 8.5, most: "8.5rem" },
+      { name: "Row", min: 6.5, max: "6.5rem" },
+      { name: "Status", min: 8.5, max: "8.5rem" },
       ...[
         ...extras,
         ...inputs,
         ...outputs.map((name) => (inputs.includes(name) ? `result.${name}` : name)),
         "Error",
-      ].map((name) => ({ name, least: name === "Error" ? 14 : 10, most: name === "Error" ? "2fr" : "1fr" })),
+      ].map((name) => ({ name, min: name === "Error" ? 14 : 10, max: name === "Error" ? "2fr" : "1fr" })),
     ];
     const cell = (value) =>
       value === undefined || value === null
@@ -255,12 +255,12 @@ export async function show(main, { id, params, signal }) {
               h("span", { class: "quiet" }, status || isFinal(batch.status) ? "…" : "waiting"),
               ...columns.slice(2).map(() => ""),
             ],
-      failed,
-      moved: (row) => {
+      onError: showError,
+      onScroll: (row) => {
         first = row;
-        clearTimeout(moving);
-        moving = setTimeout(() => {
-          if (!signal.aborted) keep(`batch/${id}`, { row: row ? row + 1 : "", status });
+        clearTimeout(scrolling);
+        scrolling = setTimeout(() => {
+          if (!signal.aborted) updateAddress(`batch/${id}`, { row: row ? row + 1 : "", status });
         }, 400);
       },
     });
@@ -278,14 +278,14 @@ export async function show(main, { id, params, signal }) {
       status = filter.value;
       cursors = [-1];
       first = 0;
-      keep(`batch/${id}`, { status });
-      drawTable().then(() => parts.results.querySelector("select").focus(), failed);
+      updateAddress(`batch/${id}`, { status });
+      drawTable().then(() => parts.results.querySelector("select").focus(), showError);
     });
     const number = h("input", {
       id: newId(),
       inputmode: "numeric",
       pattern: "\\d+",
-      title: "The number of a row",
+      title: "Row number",
       placeholder: "1",
     });
     const goTo = h(
@@ -298,25 +298,25 @@ export async function show(main, { id, params, signal }) {
         },
       },
       h("label", { for: filter.id }, "Show", filter),
-      batch.total_items > FEW && [h("label", { for: number.id }, "Go to row", number), h("button", {}, "Go")],
+      batch.total_items > FEW_ROWS && [h("label", { for: number.id }, "Go to row", number), h("button", {}, "Go")],
     );
     fill(parts.results, h("h2", {}, "Results"), goTo, table.node);
     requestAnimationFrame(() => table.goTo(first, false));
   }
-  let moving,
+  let scrolling,
     isRefreshing = false,
     isStale = false;
 
   function refreshSoon() {
-    if (isStale && performance.now() - refreshed > REFRESH_MS && !isRefreshing)
+    if (isStale && performance.now() - refreshedAt > REFRESH_MS && !isRefreshing)
       refresh().catch((error) => {
-        if (!signal.aborted) say(error.message);
+        if (!signal.aborted) notify(error.message);
       });
   }
 
   async function refresh() {
     isRefreshing = true;
-    isStale = false; // what comes from now on is for the next refresh
+    isStale = false; // later events belong to the next refresh
     try {
       if (status) table?.resize(counts()[status]);
       cursors = [-1];
@@ -327,58 +327,58 @@ export async function show(main, { id, params, signal }) {
         );
       await drawChart();
     } finally {
-      refreshed = performance.now();
+      refreshedAt = performance.now();
       isRefreshing = false;
     }
   }
 
-  // --- How long they took ---
+  // --- Durations ---
 
-  /** Some items from all over the batch. */
+  /** Draw the chart from a sample spread over the batch. */
   async function drawChart() {
-    const places =
+    const starts =
       batch.total_items <= 200
         ? [-1]
         : [0, 1, 2, 3].map((quarter) => Math.floor((batch.total_items * quarter) / 4) - 1);
     const found = await Promise.all(
-      places.map((after) =>
-        get(`${path}/results?format=json&after=${after}&limit=${places.length > 1 ? 50 : 200}`, signal),
+      starts.map((after) =>
+        get(`${path}/results?format=json&after=${after}&limit=${starts.length > 1 ? 50 : 200}`, signal),
       ),
     );
-    signal.throwIfAborted(); // what was left has no width
-    const some = new Map(found.flat().map((item) => [item.position, item]));
-    fill(parts.chart, chart([...some.values()], main.clientWidth));
+    signal.throwIfAborted(); // a view that was closed has no width
+    const sample = new Map(found.flat().map((item) => [item.position, item]));
+    fill(parts.chart, chart([...sample.values()], main.clientWidth));
   }
 
-  const failed = (error) => {
+  const showError = (error) => {
     if (signal.aborted) return;
     if (error.status === 404) fill(main, problem(error));
     else
       fill(
-        parts.trouble,
+        parts.failure,
         problem(error, () => {
-          fill(parts.trouble);
+          fill(parts.failure);
           run();
         }),
       );
   };
   function run() {
     table?.refresh(() => true).catch(() => {});
-    follow().catch(failed);
+    follow().catch(showError);
   }
   const clock = setInterval(() => {
     if (!isFinal(batch.status)) {
       draw();
       refreshSoon();
     }
-  }, 1000); // where nothing happens the rate sinks
+  }, 1000); // the rate drops even if no row ends
   signal.addEventListener("abort", () => clearInterval(clock));
   draw();
   await drawTable();
   run();
 }
 
-/** Save a file from the server; a link cannot send a key. */
+/** Download a file from the server. A plain link cannot send a key. */
 async function download(path, name) {
   if (!hasKey()) return saveAs(url(path), name);
   const blob = URL.createObjectURL(await (await send(path, { isStream: true })).blob());

@@ -1,4 +1,4 @@
-// All batches, a page at a time.
+// The list of batches.
 
 import { link } from "./address.js";
 import { get } from "./api.js";
@@ -27,6 +27,6 @@ export async function show(main, { params, signal }) {
       [drawOutcomes(outcomeBar(), batch), h("span", { class: "outcomes" }, outcomeWords(batch))],
     ],
     id: (batch) => batch.batch_id,
-    beside: h("p", { class: "actions" }, h("a", { class: "button primary", href: link("new-batch") }, "New batch")),
+    actions: h("p", { class: "actions" }, h("a", { class: "button primary", href: link("new-batch") }, "New batch")),
   });
 }

@@ -2,7 +2,7 @@
 
 import { Problem, get } from "./api.js";
 
-/** The agent whose outputs are the result of a run that starts with `agent`, as far as the hand-offs are known. */
+/** Return the last agent in the chain of hand-offs that starts with `agent`, as far as it is known. */
 export async function lastAgent(agent, signal) {
   const seen = new Set([agent.name]);
   for (;;) {

@@ -1,14 +1,14 @@
-// How the rows of a batch ended, as a bar, and how long they took, as bars over a logarithmic axis of time.
+// The outcomes of a batch as a bar, and the durations of its rows as a histogram with a logarithmic axis.
 
 import { fill, h, newId } from "./dom.js";
 import { SIGNS, between, count, duration, isFinal } from "./words.js";
 
 const [HEIGHT, BARS] = [130, 24];
-/** With fewer rows a distribution says less than the rows themselves. */
-const FEWEST = 10;
+/** With fewer rows, a distribution is not useful. */
+const MIN_MEASURED = 10;
 const OUTCOMES = ["completed", "failed", "cancelled"];
 
-/** How many rows of a batch ended in each way, and how many did not end: `[[name, number]]` without zeros. */
+/** Count the rows of a batch by outcome: `[[name, number]]`, without zeros. */
 function outcomes(batch) {
   const { total_items: total, completed_items: ended, failed_items: failed, cancelled_items: cancelled } = batch;
   return [
@@ -19,27 +19,27 @@ function outcomes(batch) {
   ].filter(([, number]) => number > 0);
 }
 
-/** A bar with a part for each outcome. */
+/** A bar with one segment for each outcome. */
 export const outcomeBar = () =>
   h("div", { class: "bar", role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0 });
 
 export function drawOutcomes(bar, batch) {
-  const some = outcomes(batch);
-  const words = some.map(([name, number]) => `${count(number)} ${name}`).join(", ");
+  const counts = outcomes(batch);
+  const words = counts.map(([name, number]) => `${count(number)} ${name}`).join(", ");
   bar.setAttribute("aria-valuemax", Math.max(1, batch.total_items));
   bar.setAttribute("aria-valuenow", batch.completed_items);
   bar.setAttribute("aria-valuetext", `${count(batch.total_items, "row")}${words && `: ${words}`}`);
   return fill(
     bar,
-    some.map(([name, number]) => {
-      const part = h("span", { class: name });
-      part.style.flexGrow = number;
-      return part;
+    counts.map(([name, number]) => {
+      const segment = h("span", { class: name });
+      segment.style.flexGrow = number;
+      return segment;
     }),
   );
 }
 
-/** The same in words, each with the sign of its outcome. */
+/** The outcomes in words, each with its sign. */
 export const outcomeWords = (batch) =>
   outcomes(batch).map(([name, number]) =>
     h(
@@ -50,14 +50,14 @@ export const outcomeWords = (batch) =>
     ),
   );
 
-/** `width` in pixels, so that its words are as large as others. */
+/** Draw the histogram. `width` is in pixels, so that its text has the same size as other text. */
 export function chart(items, width) {
   const timed = items
     .filter((item) => item.started_at && item.completed_at)
     .map((item) => ({ status: item.status, took: Math.max(0.0001, between(item.started_at, item.completed_at)) }));
-  if (timed.length < FEWEST) return null;
+  if (timed.length < MIN_MEASURED) return null;
   const sorted = timed.map(({ took }) => took).sort((a, b) => a - b);
-  const at = (part) => sorted[Math.min(sorted.length - 1, Math.floor(part * sorted.length))];
+  const quantile = (part) => sorted[Math.min(sorted.length - 1, Math.floor(part * sorted.length))];
   const low = Math.log(sorted[0]),
     span = Math.max(0.5, Math.log(sorted[sorted.length - 1]) - low);
   const bars = Array.from({ length: BARS }, () => ({ completed: 0, failed: 0, cancelled: 0 }));
@@ -93,7 +93,7 @@ export function chart(items, width) {
     h(
       "p",
       { class: "quiet" },
-      `Half of the ${count(timed.length)} rows measured took up to ${duration(at(0.5))}, 95 % up to ${duration(at(0.95))}; the longest took ${duration(at(1))}.`,
+      `Half of the ${count(timed.length)} rows measured took up to ${duration(quantile(0.5))}, 95 % up to ${duration(quantile(0.95))}. The longest took ${duration(quantile(1))}.`,
     ),
   ];
 }

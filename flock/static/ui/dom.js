@@ -2,7 +2,7 @@
 
 const SVG = new Set(["svg", "rect", "line", "text"]);
 
-/** An element. Children that are no elements become text: data is never read as HTML. */
+/** Create an element. Other values than elements are added as text, so data is never parsed as HTML. */
 export function h(tag, props = {}, ...children) {
   const element = SVG.has(tag)
     ? document.createElementNS("http://www.w3.org/2000/svg", tag)
@@ -36,4 +36,4 @@ export function saveAs(href, name) {
   link.remove();
 }
 
-export const title = (text, ...beside) => h("div", { class: "title" }, h("h1", { tabindex: "-1" }, text), beside);
+export const title = (text, ...more) => h("div", { class: "title" }, h("h1", { tabindex: "-1" }, text), more);

@@ -4,9 +4,9 @@ import { Problem, send } from "./api.js";
 import { parse } from "./json.js";
 import { pause, visible } from "./wait.js";
 
-/** Server-sent events of `path`, until its last one. `EventSource` cannot send a key.
+/** Yield the server-sent events of `path` up to the last one. (`EventSource` cannot send a key.)
  *
- * A hidden tab lets go of its connection, for a browser has only six of them, and goes on after what it knows. */
+ * A hidden tab closes its connection, because a browser has only six per host. It resumes after the last event. */
 export async function* events(path, signal) {
   let lastId = null;
   for (;;) {

@@ -1,18 +1,18 @@
-// Rows that somebody chose, dropped or pasted, kept over a reload: a file in IndexedDB, since nothing else in a browser
-// holds one.
+// Rows from a file or from pasted text. They survive a reload. Files are stored in IndexedDB, since no other storage of a
+// browser can hold one.
 
 import { url } from "./address.js";
 import { button, fill, h, newId } from "./dom.js";
 import { session } from "./storage.js";
 
-/** A longer one would be copied for too long; it is asked for again. */
-const MAX_BYTES = 64 * 1024 * 1024;
-/** What is pasted and longer is taken for a file: neither a text area nor `sessionStorage` is made for it. */
-const MAX_PASTED = 500_000;
+/** Larger files take too long to copy and are not stored. */
+const MAX_STORED_BYTES = 64 * 1024 * 1024;
+/** Longer pasted text is treated as a file: it is too long for a text area and for `sessionStorage`. */
+const MAX_PASTED_CHARS = 500_000;
 const TYPING_MS = 250;
 const DAY_MS = 24 * 3600 * 1000;
 
-async function within(mode, work) {
+async function inDatabase(mode, work) {
   const opening = indexedDB.open(`flock:${url("").pathname}`, 1);
   opening.onupgradeneeded = () => opening.result.createObjectStore("files");
   const database = await settled(opening);
@@ -29,41 +29,41 @@ const settled = (request) =>
     request.onerror = () => fail(request.error);
   });
 
-/** The file of this tab. Those of tabs that were closed are forgotten after a day, if not before.
+/** Return the stored file of this tab, and delete files that are older than a day.
  *
- * A private window may have none of this, and the page works without. */
-async function recall() {
+ * Private windows may have no IndexedDB. The page works without it. */
+async function storedFile() {
   try {
-    const keys = await within("readonly", (files) => files.getAllKeys());
+    const keys = await inDatabase("readonly", (files) => files.getAllKeys());
     for (const key of keys)
-      if (Number.parseInt(key, 10) < Date.now() - DAY_MS) await within("readwrite", (files) => files.delete(key));
-    return session.get("batch file") && (await within("readonly", (files) => files.get(session.get("batch file"))));
+      if (Number.parseInt(key, 10) < Date.now() - DAY_MS) await inDatabase("readwrite", (files) => files.delete(key));
+    return session.get("batch file") && (await inDatabase("readonly", (files) => files.get(session.get("batch file"))));
   } catch {
     return undefined;
   }
 }
 
-let remembering = Promise.resolve();
+let storing = Promise.resolve();
 
-/** One after the other, so that the last one stays. */
-const remember = (file) => (remembering = remembering.then(() => replace(file)));
+/** Store files one after the other, so that the last one is kept. */
+const storeFile = (file) => (storing = storing.then(() => replaceFile(file)));
 
-async function replace(file) {
+async function replaceFile(file) {
   try {
-    if (session.get("batch file")) await within("readwrite", (files) => files.delete(session.get("batch file")));
+    if (session.get("batch file")) await inDatabase("readwrite", (files) => files.delete(session.get("batch file")));
     session.set("batch file", null);
-    if (!file || file.size > MAX_BYTES) return;
+    if (!file || file.size > MAX_STORED_BYTES) return;
     const key = `${Date.now()} ${Math.random()}`;
-    await within("readwrite", (files) => files.put(file, key));
+    await inDatabase("readwrite", (files) => files.put(file, key));
     session.set("batch file", key);
   } catch {
-    /* it has to be chosen again after a reload */
+    /* the user must choose it again after a reload */
   }
 }
 
-/** A place to drop, choose or paste: {node, rows(), forget()}. `changed` is called when there are other rows. */
-export async function chooser(changed) {
-  let dropped = (await recall()) ?? null,
+/** Create the input for rows: {node, rows(), clear()}. `onChange` is called when the rows change. */
+export async function chooser(onChange) {
+  let chosen = (await storedFile()) ?? null,
     typing;
   const file = h("input", {
     type: "file",
@@ -82,7 +82,7 @@ export async function chooser(changed) {
       typing = setTimeout(paste, TYPING_MS);
     },
   });
-  const named = h("p", { class: "quiet", role: "status" });
+  const selected = h("p", { class: "quiet", role: "status" });
   const drop = h(
     "div",
     {
@@ -100,39 +100,39 @@ export async function chooser(changed) {
     },
     h("label", { for: file.id }, h("strong", {}, "Drop a CSV or NDJSON file here"), " or choose one"),
     h("p", {}, file),
-    named,
+    selected,
   );
 
-  function choose(one) {
-    dropped = one ?? null;
-    if (dropped) pasted.value = "";
+  function choose(newFile) {
+    chosen = newFile ?? null;
+    if (chosen) pasted.value = "";
     else file.value = "";
-    keep();
+    store();
   }
 
   function paste() {
-    if (pasted.value.length > MAX_PASTED) return choose(new File([pasted.value], "pasted rows"));
+    if (pasted.value.length > MAX_PASTED_CHARS) return choose(new File([pasted.value], "pasted rows"));
     if (pasted.value) {
-      dropped = null;
+      chosen = null;
       file.value = "";
     }
-    keep();
+    store();
   }
 
-  function keep() {
+  function store() {
     session.set("batch text", pasted.value);
-    remember(dropped);
+    storeFile(chosen);
     draw();
-    changed();
+    onChange();
   }
 
   function draw() {
     fill(
-      named,
-      dropped && [
-        "Chosen: ",
-        dropped.name,
-        ` (${size(dropped.size)}) `,
+      selected,
+      chosen && [
+        "Selected: ",
+        chosen.name,
+        ` (${size(chosen.size)}) `,
         button(
           "Remove",
           () => {
@@ -155,14 +155,14 @@ export async function chooser(changed) {
         "div",
         { class: "field" },
         h("label", { for: pasted.id }, "or paste rows"),
-        h("p", { class: "hint" }, "CSV with a header, cells copied from a spreadsheet, or one JSON object on each line."),
+        h("p", { class: "hint" }, "CSV with a header, cells copied from a spreadsheet, or one JSON object per line."),
         pasted,
       ),
     ),
-    rows: () => dropped ?? (pasted.value.trim() ? new Blob([pasted.value]) : null),
-    forget: () => {
+    rows: () => chosen ?? (pasted.value.trim() ? new Blob([pasted.value]) : null),
+    clear: () => {
       session.set("batch text", null);
-      return remember(null);
+      return storeFile(null);
     },
   };
 }

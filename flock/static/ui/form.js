@@ -1,24 +1,24 @@
 // A form made from a JSON Schema.
 //
-// A field is {node, read(), errors(pointer)}: what is shown, what it holds (undefined where it is left out), and the
-// element beside which something that is wrong at a JSON pointer is told.
+// A field is {node, control, pointer(), read(), error(text), each(visit)}. `read` returns the value, or undefined if it
+// is omitted. `error` shows an error at the field. `each` visits the field and the fields inside it.
 
 import { button, fill, h, newId } from "./dom.js";
 import { isExact, parse } from "./json.js";
 import { localTime } from "./words.js";
 
-/** The fields of an object schema; `value` is what they begin with. `error(pointer, text)` is true if it found a place. */
+/** Create the form of an object schema. `error(pointer, text)` shows an error and returns the control of its field. */
 export function form(schema, value) {
-  const whole = members(schema, value ?? {}, "", schema);
+  const root = members(schema, value ?? {}, "", schema);
   return {
-    node: h("div", {}, whole.nodes),
-    read: whole.read,
-    clear: () => whole.each((field) => field.error?.("")),
+    node: h("div", {}, root.nodes),
+    read: root.read,
+    clear: () => root.each((field) => field.error?.("")),
     error: (pointer, text) => {
-      // The nearest place around it: what is wrong in a list of numbers is told beside the list.
+      // If no field has this pointer, use the nearest parent: an error in a list of numbers is shown at the list.
       for (let at = pointer; at; at = at.slice(0, at.lastIndexOf("/"))) {
         let found = null;
-        whole.each((field) => {
+        root.each((field) => {
           if (field.pointer() === at && field.error) found = field;
         });
         if (found) {
@@ -31,7 +31,7 @@ export function form(schema, value) {
   };
 }
 
-/** A reference looked up, and null taken out of a union: what is left, and whether nothing is a value. */
+/** Resolve references and remove null from a union. Sets `isNullable` if null is allowed. */
 export function plain(schema, root) {
   if (schema.$ref) return plain({ ...schema, ...at(root, schema.$ref), $ref: undefined }, root);
   const union = schema.anyOf ?? schema.oneOf;
@@ -54,17 +54,17 @@ const at = (root, reference) =>
   reference
     .slice(2)
     .split("/")
-    .reduce((place, name) => place?.[name.replace(/~1/g, "/").replace(/~0/g, "~")], root) ?? {};
+    .reduce((node, name) => node?.[name.replace(/~1/g, "/").replace(/~0/g, "~")], root) ?? {};
 
 export const escapePointer = (name) => String(name).replace(/~/g, "~0").replace(/\//g, "~1");
 
 function members(schema, value, pointer, root) {
   const required = new Set(schema.required ?? []);
-  const fields = Object.entries(schema.properties ?? {}).map(([name, its]) => [
+  const fields = Object.entries(schema.properties ?? {}).map(([name, property]) => [
     name,
     field(
       name,
-      its,
+      property,
       value?.[name],
       () => `${typeof pointer === "function" ? pointer() : pointer}/${escapePointer(name)}`,
       required.has(name),
@@ -72,52 +72,52 @@ function members(schema, value, pointer, root) {
     ),
   ]);
   return {
-    nodes: fields.length ? fields.map(([, each]) => each.node) : [h("p", { class: "quiet" }, "It has no inputs.")],
+    nodes: fields.length ? fields.map(([, each]) => each.node) : [h("p", { class: "quiet" }, "No inputs.")],
     read: () =>
       Object.fromEntries(fields.map(([name, each]) => [name, each.read()]).filter(([, read]) => read !== undefined)),
-    each: (look) => fields.forEach(([, each]) => each.each(look)),
+    each: (visit) => fields.forEach(([, each]) => each.each(visit)),
   };
 }
 
-function field(name, schema, value, pointer, isRequired, root, isItem = false) {
-  const its = plain(schema, root);
-  const start = value !== undefined ? value : its.default;
-  const made = { name, its, start, pointer, isRequired, isItem, root, id: newId() };
-  if (its.enum || its.const !== undefined) return choice(made);
-  if (its.type === "boolean")
-    return its.isNullable || (!isRequired && its.default === undefined)
-      ? choice({ ...made, its: { ...its, enum: [true, false] } })
-      : checkbox(made);
-  if (its.type === "integer" || its.type === "number") return numeric(made);
-  if (its.type === "string") return text(made);
-  if (its.type === "array" && its.items && !its.prefixItems) return list(made);
-  if (its.type === "object" && its.properties && !its.isNullable) return nested(made);
-  return json(made);
+function field(name, rawSchema, value, pointer, isRequired, root, isItem = false) {
+  const schema = plain(rawSchema, root);
+  const initial = value !== undefined ? value : schema.default;
+  const spec = { name, schema, initial, pointer, isRequired, isItem, root, id: newId() };
+  if (schema.enum || schema.const !== undefined) return choice(spec);
+  if (schema.type === "boolean")
+    return schema.isNullable || (!isRequired && schema.default === undefined)
+      ? choice({ ...spec, schema: { ...schema, enum: [true, false] } })
+      : checkbox(spec);
+  if (schema.type === "integer" || schema.type === "number") return numeric(spec);
+  if (schema.type === "string") return text(spec);
+  if (schema.type === "array" && schema.items && !schema.prefixItems) return list(spec);
+  if (schema.type === "object" && schema.properties && !schema.isNullable) return nested(spec);
+  return json(spec);
 }
 
-/** The control for a format of JSON Schema, and how what it holds is written for the API where that differs. */
-const CONTROLS = { date: "date", time: "time", "date-time": "datetime-local", email: "email", uri: "url" };
-const WRITTEN = {
+/** The input type for a format of JSON Schema, and how its value is converted for the API. */
+const INPUT_TYPES = { date: "date", time: "time", "date-time": "datetime-local", email: "email", uri: "url" };
+const TO_API = {
   time: (value) => (value.length === 5 ? `${value}:00` : value),
   "datetime-local": (value) => withOffset(new Date(value)),
 };
 const LATEST = { date: "9999-12-31", "datetime-local": "9999-12-31T23:59:59" };
 
-/** A moment as RFC 3339 has it, in the time zone of the browser. */
+/** Format a time as RFC 3339, in the time zone of the browser. */
 function withOffset(date) {
   const minutes = -date.getTimezoneOffset(),
     two = (number) => String(Math.floor(Math.abs(number))).padStart(2, "0");
   return `${localTime(date)}${minutes < 0 ? "-" : "+"}${two(minutes / 60)}:${two(minutes % 60)}`;
 }
 
-/** What stands around one control: its label, what it is for, and what is wrong with it. */
-function around({ name, its, id, pointer, isRequired, isItem }, control, read, more = "") {
+/** Wrap a control with its label, hint and error. */
+function labelled({ name, schema, id, pointer, isRequired, isItem }, control, read, details = "") {
   const wrong = h("p", { class: "error", id: `${id}-error`, hidden: true });
   const shown =
-    its.default === undefined || its.default === null || its.default === ""
+    schema.default === undefined || schema.default === null || schema.default === ""
       ? ""
-      : `Default: ${typeof its.default === "string" ? its.default : JSON.stringify(its.default)}.`;
-  const hint = [its.description, more, shown]
+      : `Default: ${typeof schema.default === "string" ? schema.default : JSON.stringify(schema.default)}.`;
+  const hint = [schema.description, details, shown]
     .filter(Boolean)
     .map((words) => (/[.!?]$/.test(words) ? words : `${words}.`))
     .join(" ");
@@ -125,7 +125,7 @@ function around({ name, its, id, pointer, isRequired, isItem }, control, read, m
   control.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
   const isBox = control.type === "checkbox";
   const label = [name, isRequired && !isItem && !isBox && h("span", { class: "quiet" }, " (required)")];
-  const made = {
+  const self = {
     control,
     pointer,
     read,
@@ -142,56 +142,57 @@ function around({ name, its, id, pointer, isRequired, isItem }, control, read, m
       control.toggleAttribute("aria-invalid", Boolean(text));
       if (text) control.setAttribute("aria-invalid", "true");
     },
-    each: (look) => look(made),
+    each: (visit) => visit(self),
   };
-  return made;
+  return self;
 }
 
-/** What an empty control means. */
-const empty = ({ its, isRequired }) => (its.isNullable && (isRequired || its.default != null) ? null : undefined);
+/** The value of an empty control: null or omitted. */
+const emptyValue = ({ schema, isRequired }) =>
+  schema.isNullable && (isRequired || schema.default != null) ? null : undefined;
 
-function choice(made) {
-  const options = made.its.enum ?? [made.its.const];
-  const blank = !made.isRequired || made.its.isNullable || made.start === undefined;
+function choice(spec) {
+  const options = spec.schema.enum ?? [spec.schema.const];
+  const blank = !spec.isRequired || spec.schema.isNullable || spec.initial === undefined;
   const words = (option) =>
     option === true ? "yes" : option === false ? "no" : typeof option === "string" ? option : JSON.stringify(option);
   const control = h(
     "select",
-    { required: made.isRequired && !made.its.isNullable },
-    blank && h("option", { value: "" }, made.isRequired && !made.its.isNullable ? "Choose …" : "–"),
+    { required: spec.isRequired && !spec.schema.isNullable },
+    blank && h("option", { value: "" }, spec.isRequired && !spec.schema.isNullable ? "Choose …" : "–"),
     options.map((option, index) =>
       h(
         "option",
         {
           value: String(index),
-          selected: made.start !== undefined && JSON.stringify(option) === JSON.stringify(made.start),
+          selected: spec.initial !== undefined && JSON.stringify(option) === JSON.stringify(spec.initial),
         },
         words(option),
       ),
     ),
   );
-  return around(made, control, () => (control.value === "" ? empty(made) : options[Number(control.value)]));
+  return labelled(spec, control, () => (control.value === "" ? emptyValue(spec) : options[Number(control.value)]));
 }
 
-function checkbox(made) {
-  const control = h("input", { type: "checkbox", checked: made.start === true });
-  return around(made, control, () => control.checked);
+function checkbox(spec) {
+  const control = h("input", { type: "checkbox", checked: spec.initial === true });
+  return labelled(spec, control, () => control.checked);
 }
 
-/** How a number is written, by its type in a schema. */
+/** How to write a number, by its type in the schema. */
 const NUMBER_RULES = {
-  integer: "Write digits only, as in 42.",
-  number: "Use a point for decimals, as in 0.5, and no commas or spaces.",
+  integer: "Use digits only, such as 42.",
+  number: "Use a point for decimals, such as 0.5, and no commas or spaces.",
 };
 
-/** What may become a number while somebody types. */
-const MAY_BE_NUMBER = /^[+-]?\d*\.?\d*(e[+-]?\d*)?$/i;
+/** Matches an incomplete number while it is typed. */
+const PARTIAL_NUMBER = /^[+-]?\d*\.?\d*(e[+-]?\d*)?$/i;
 
 const notANumber = (text, type) =>
   `“${text}” is not a ${type === "integer" ? "whole " : ""}number. ${NUMBER_RULES[type]}`;
 
-/** The number that `text` says, with all its digits. Throws an error for people if it says none. */
-function numberOf(text, type) {
+/** Parse a number with all its digits. Throws an error for the user if `text` is not a number. */
+function parseNumber(text, type) {
   const plainText = text
     .trim()
     .replace(/^\+/, "")
@@ -207,73 +208,76 @@ function numberOf(text, type) {
   if (!(isExact(number) || Number.isFinite(number)) || (type === "integer" && !isWhole))
     throw new Error(notANumber(text, type));
   if (typeof number === "number" && isWhole && !Number.isSafeInteger(number) && /^-?\d+$/.test(plainText))
-    throw new Error("This browser cannot keep so many digits. Use the API, or a newer browser.");
+    throw new Error("This number has too many digits for this browser. Use the API or a newer browser.");
   return number;
 }
 
-/** What is wrong with a number that its schema's bounds exclude, or "". */
-function outOfBounds(schema, value) {
-  const [number, least, above, most, below] = [
+/** Return the error of a number outside the bounds of its schema, or "". */
+function boundsError(schema, value) {
+  const [number, minimum, above, maximum, below] = [
     value,
     schema.minimum,
     schema.exclusiveMinimum,
     schema.maximum,
     schema.exclusiveMaximum,
   ].map((each) => (isExact(each) ? BigInt(each.rawJSON) : each));
-  if (number < least) return `It must be at least ${least}.`;
+  if (number < minimum) return `It must be at least ${minimum}.`;
   if (number <= above) return `It must be more than ${above}.`;
-  if (number > most) return `It must be at most ${most}.`;
+  if (number > maximum) return `It must be at most ${maximum}.`;
   if (number >= below) return `It must be less than ${below}.`;
   return "";
 }
 
-/** A text input: one of type "number" drops what it does not know, so that 119,50 becomes 11950. */
-function numeric(made) {
-  const { its, isRequired, start, pointer } = made;
+/** Create a text input for a number. An input of type "number" drops unknown characters: 119,50 would become 11950. */
+function numeric(spec) {
+  const { schema, isRequired, initial, pointer } = spec;
   const control = h("input", {
-    inputmode: its.type === "integer" ? "numeric" : "decimal",
+    inputmode: schema.type === "integer" ? "numeric" : "decimal",
     autocomplete: "off",
-    required: isRequired && !its.isNullable,
-    value: start === undefined || start === null ? "" : String(isExact(start) ? start.rawJSON : start),
-    // At once, and not when it is left: a page that moves between press and release loses the click on a button.
-    oninput: () => field.error(MAY_BE_NUMBER.test(control.value.trim()) ? "" : notANumber(control.value, its.type)),
+    required: isRequired && !schema.isNullable,
+    value: initial === undefined || initial === null ? "" : String(isExact(initial) ? initial.rawJSON : initial),
+    // Not on blur: if the layout shifts between press and release, the click on a button is lost.
+    oninput: () => field.error(PARTIAL_NUMBER.test(control.value.trim()) ? "" : notANumber(control.value, schema.type)),
   });
   const read = () => {
-    if (control.value.trim() === "") return empty(made);
+    if (control.value.trim() === "") return emptyValue(spec);
     try {
-      const number = numberOf(control.value, its.type);
-      const wrong = outOfBounds(its, number);
+      const number = parseNumber(control.value, schema.type);
+      const wrong = boundsError(schema, number);
       if (wrong) throw new Error(wrong);
       return number;
     } catch (error) {
       throw Object.assign(error, { pointer: pointer() });
     }
   };
-  const field = around(made, control, read, its.type === "integer" ? "A whole number." : "A number.");
+  const field = labelled(spec, control, read, schema.type === "integer" ? "A whole number." : "A number.");
   return field;
 }
 
-function text(made) {
-  const { its, isRequired, start } = made;
-  const type = CONTROLS[its.format];
-  const given = typeof start === "string" ? start : "";
-  const common = { required: isRequired && !its.isNullable, minlength: its.minLength, maxlength: its.maxLength };
+function text(spec) {
+  const { schema, isRequired, initial } = spec;
+  const type = INPUT_TYPES[schema.format];
+  const initialText = typeof initial === "string" ? initial : "";
+  const { minLength: minlength, maxLength: maxlength } = schema;
+  const common = { required: isRequired && !schema.isNullable, minlength, maxlength };
   if (!type) {
-    const control = h("textarea", { ...common, rows: 1, value: given, oninput: grow });
-    const more =
-      its.format === "duration"
+    const control = h("textarea", { ...common, rows: 1, value: initialText, oninput: grow });
+    const details =
+      schema.format === "duration"
         ? "ISO 8601, such as PT1H30M for 1 hour and 30 minutes."
-        : its.format
-          ? `Format: ${its.format}.`
-          : its.contentEncoding
-            ? `Encoded as ${its.contentEncoding}.`
+        : schema.format
+          ? `Format: ${schema.format}.`
+          : schema.contentEncoding
+            ? `Encoded as ${schema.contentEncoding}.`
             : "";
-    return around(
-      made,
+    return labelled(
+      spec,
       control,
       () =>
-        control.value === "" && (!isRequired || its.isNullable) && its.default !== "" ? empty(made) : control.value,
-      more,
+        control.value === "" && (!isRequired || schema.isNullable) && schema.default !== ""
+          ? emptyValue(spec)
+          : control.value,
+      details,
     );
   }
   const control = h("input", {
@@ -281,35 +285,36 @@ function text(made) {
     type,
     step: type === "date" ? undefined : "any",
     max: LATEST[type],
-    value: type === "datetime-local" && given ? localTime(given) : given,
+    value: type === "datetime-local" && initialText ? localTime(initialText) : initialText,
   });
-  if (given && !control.value) Object.assign(control, { type: "text", value: given }); // the picker cannot show it
+  // A value that the picker cannot show is edited as text.
+  if (initialText && !control.value) Object.assign(control, { type: "text", value: initialText });
   const before = control.value;
   const read = () => {
-    if (control.value === "") return empty(made);
-    if (control.value === before) return given; // a picker has no microseconds, and no other time zone
-    return WRITTEN[control.type]?.(control.value) ?? control.value;
+    if (control.value === "") return emptyValue(spec);
+    if (control.value === before) return initialText; // a picker would lose microseconds and the time zone
+    return TO_API[control.type]?.(control.value) ?? control.value;
   };
   const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
-  return around(made, control, read, control.type === "datetime-local" ? `In your time zone, ${zone}.` : "");
+  return labelled(spec, control, read, control.type === "datetime-local" ? `In your time zone, ${zone}.` : "");
 }
 
-/** Where the browser does not let a text area grow by itself. */
+/** Grow a text area with its text, if the browser does not do it. */
 function grow({ target }) {
   if (CSS.supports("field-sizing", "content")) return;
   target.style.height = "auto";
   target.style.height = `${target.scrollHeight + 2}px`;
 }
 
-function list(made) {
-  const { name, its, start, pointer, isRequired, root } = made;
+function list(spec) {
+  const { name, schema, initial, pointer, isRequired, root } = spec;
   let number = 0;
   const items = [],
     rows = h("ul", { class: "list" });
   const wrong = h("p", { class: "error", hidden: true });
   const add = (value) => {
-    const called = `${name} ${++number}`;
-    const item = field(called, its.items, value, () => `${pointer()}/${items.indexOf(item)}`, true, root, true);
+    const label = `${name} ${++number}`;
+    const item = field(label, schema.items, value, () => `${pointer()}/${items.indexOf(item)}`, true, root, true);
     const row = h(
       "li",
       {},
@@ -319,58 +324,58 @@ function list(made) {
         () => {
           items.splice(items.indexOf(item), 1);
           row.remove();
-          more.focus();
-          more.dispatchEvent(new Event("input", { bubbles: true }));
+          addButton.focus();
+          addButton.dispatchEvent(new Event("input", { bubbles: true }));
         },
-        { class: "small", "aria-label": `Remove ${called}` },
+        { class: "small", "aria-label": `Remove ${label}` },
       ),
     );
     items.push(item);
     rows.append(row);
     return item;
   };
-  const more = button("Add", () => add().node.querySelector("input, select, textarea, button")?.focus(), {
+  const addButton = button("Add", () => add().node.querySelector("input, select, textarea, button")?.focus(), {
     class: "small",
     "aria-label": `Add to ${name}`,
   });
-  for (const value of Array.isArray(start) ? start : []) add(value);
-  const made_ = {
-    control: more,
+  for (const value of Array.isArray(initial) ? initial : []) add(value);
+  const self = {
+    control: addButton,
     pointer,
-    node: group(made, rows, more, wrong),
+    node: group(spec, rows, addButton, wrong),
     read: () =>
-      items.length === 0 && !isRequired && its.default === undefined
+      items.length === 0 && !isRequired && schema.default === undefined
         ? undefined
         : items.map((item) => item.read() ?? null),
     error: (text) => {
       fill(wrong, text).hidden = !text;
     },
-    each: (look) => {
-      look(made_);
-      items.forEach((item) => item.each(look));
+    each: (visit) => {
+      visit(self);
+      items.forEach((item) => item.each(visit));
     },
   };
-  return made_;
+  return self;
 }
 
-function group({ name, its, isRequired, id }, ...children) {
+function group({ name, schema, isRequired, id }, ...children) {
   return h(
     "fieldset",
     { "aria-describedby": `${id}-hint` },
     h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
-    h("p", { class: "hint", id: `${id}-hint`, hidden: !its.description }, its.description),
+    h("p", { class: "hint", id: `${id}-hint`, hidden: !schema.description }, schema.description),
     ...children,
   );
 }
 
-function nested(made) {
-  const { its, start, pointer, isRequired, root } = made;
-  const inner = members(its, start, pointer, root);
+function nested(spec) {
+  const { schema, initial, pointer, isRequired, root } = spec;
+  const inner = members(schema, initial, pointer, root);
   const wrong = h("p", { class: "error", tabindex: "-1", hidden: true });
-  const made_ = {
+  const self = {
     control: wrong,
     pointer,
-    node: group(made, inner.nodes, wrong),
+    node: group(spec, inner.nodes, wrong),
     read: () => {
       const read = inner.read();
       return !isRequired && Object.keys(read).length === 0 ? undefined : read;
@@ -378,41 +383,41 @@ function nested(made) {
     error: (text) => {
       fill(wrong, text).hidden = !text;
     },
-    each: (look) => {
-      look(made_);
-      inner.each(look);
+    each: (visit) => {
+      visit(self);
+      inner.each(visit);
     },
   };
-  return made_;
+  return self;
 }
 
-/** Whatever has no form of its own is written as JSON; where text may be meant, what is no JSON is text. */
-function json(made) {
-  const { its, isRequired, start } = made;
-  const takesText = !its.type && (!its.anyOf || its.anyOf.some((member) => member.type === "string"));
+/** Create a JSON input, for types without their own control. If the type allows text, invalid JSON is text. */
+function json(spec) {
+  const { schema, isRequired, initial } = spec;
+  const takesText = !schema.type && (!schema.anyOf || schema.anyOf.some((member) => member.type === "string"));
   const control = h("textarea", {
     rows: 1,
     class: "mono",
-    required: isRequired && !its.isNullable,
-    value: start === undefined || start === null ? "" : JSON.stringify(start),
+    required: isRequired && !schema.isNullable,
+    value: initial === undefined || initial === null ? "" : JSON.stringify(initial),
     oninput: (event) => {
       control.setCustomValidity("");
       grow(event);
     },
   });
   const read = () => {
-    if (control.value.trim() === "") return empty(made);
+    if (control.value.trim() === "") return emptyValue(spec);
     try {
       return parse(control.value);
     } catch (error) {
       if (takesText) return control.value;
-      throw Object.assign(new Error(`This is not valid JSON: ${error.message}.`), { pointer: made.pointer() });
+      throw Object.assign(new Error(`This is not valid JSON: ${error.message}.`), { pointer: spec.pointer() });
     }
   };
-  return around(
-    made,
+  return labelled(
+    spec,
     control,
     read,
-    takesText ? "JSON, or text." : its.type === "array" ? "JSON, such as [1, 2]." : 'JSON, such as {"name": 1}.',
+    takesText ? "JSON or text." : schema.type === "array" ? "JSON, such as [1, 2]." : 'JSON, such as {"name": 1}.',
   );
 }

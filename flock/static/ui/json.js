@@ -1,9 +1,9 @@
-// JSON as the API writes it.
+// JSON without loss of digits.
 
 const isRounded = (value, source) => Number.isInteger(value) && !Number.isSafeInteger(value) && /^-?\d+$/.test(source);
 
-/** JSON, with numbers kept as they were written where the browser can: integers that JavaScript would round, or those
- * that `isKept` chooses by value and text. */
+/** Parse JSON. If the browser can, keep numbers as they are written: integers that JavaScript would round, or numbers
+ * that `isKept` selects by value and text. */
 export function parse(text, isKept = isRounded) {
   if (!JSON.rawJSON || (isKept === isRounded && !/\d{16}/.test(text))) return JSON.parse(text);
   return JSON.parse(text, (_, value, { source }) =>
@@ -11,7 +11,7 @@ export function parse(text, isKept = isRounded) {
   );
 }
 
-/** Whether `parse` kept a value as it was written; it holds its digits in `rawJSON`. */
+/** Whether `parse` kept a number as it is written. Its digits are in `rawJSON`. */
 export const isExact = (value) => Boolean(JSON.isRawJSON?.(value));
 
 export const pretty = (value) => JSON.stringify(value, null, 2);

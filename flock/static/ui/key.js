@@ -1,4 +1,4 @@
-// The key that the server asks for.
+// The API key.
 
 import { fill } from "./dom.js";
 import { session } from "./storage.js";
@@ -6,36 +6,36 @@ import { session } from "./storage.js";
 export const hasKey = () => session.get("key") !== null;
 export const authorization = () => (hasKey() ? { Authorization: `Bearer ${session.get("key")}` } : {});
 
-let asking = null;
+let pendingDialog = null;
 
-/** Ask for a key once, however many requests need one. One that was replaced meanwhile is not asked for again. */
-export function askForKey(refused) {
-  if (session.get("key") !== refused) return asking;
-  asking ??= new Promise((done) => {
+/** Ask for a key, once for all requests that need it. Does not ask if `rejectedKey` was replaced in the meantime. */
+export function askForKey(rejectedKey) {
+  if (session.get("key") !== rejectedKey) return pendingDialog;
+  pendingDialog ??= new Promise((done) => {
     const dialog = document.getElementById("ask"),
       input = document.getElementById("ask-key");
-    const wrong = "The server does not know this key. Check that you copied all of it.";
+    const unknown = "The server does not know this key. Check that you copied all of it.";
     fill(
       document.getElementById("ask-why"),
-      refused ? wrong : "The people who run the server can give you one. It is kept until you close this tab.",
-    ).classList.toggle("error", Boolean(refused));
+      rejectedKey ? unknown : "Ask an administrator of the server for a key. It is stored until you close this tab.",
+    ).classList.toggle("error", Boolean(rejectedKey));
     input.value = "";
-    input.toggleAttribute("aria-invalid", Boolean(refused));
+    input.toggleAttribute("aria-invalid", Boolean(rejectedKey));
     dialog.oncancel = (event) => event.preventDefault();
     dialog.onclose = () => {
-      // What no header can hold is no key, and the server shall say so.
+      // A header cannot have other characters. With "?" instead, the server rejects the key.
       session.set("key", input.value.trim().replace(/[^\x21-\x7e]/g, "?"));
       input.value = "";
-      asking = null;
+      pendingDialog = null;
       showKey();
       done();
     };
     dialog.showModal();
     input.focus();
   });
-  return asking;
+  return pendingDialog;
 }
 
 export function showKey() {
-  document.getElementById("forget").hidden = !hasKey();
+  document.getElementById("remove-key").hidden = !hasKey();
 }

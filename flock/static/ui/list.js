@@ -1,19 +1,19 @@
 // A list of runs or batches.
 
-import { keep, link } from "./address.js";
+import { link, updateAddress } from "./address.js";
 import { get } from "./api.js";
 import { button, fill, h, title } from "./dom.js";
 import { isExact } from "./json.js";
 import { session } from "./storage.js";
 import { every } from "./wait.js";
 
-const PAGE = 50;
+const PAGE_SIZE = 50;
 const REFRESH_MS = 2000;
-/** Inputs and results may be long, so they are asked for in small pages, and once for each state of a run. */
-const PREVIEWS = 10;
+/** Inputs and results can be long, so they are loaded in small pages, and once for each state of a run. */
+const PREVIEWS_PER_PAGE = 10;
 const PREVIEW_CHARS = 200;
 
-/** The start of a value's text. */
+/** Return the start of the inputs or the result as text. */
 function previewOf(members) {
   const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
   const entries = Object.entries(members ?? {});
@@ -24,7 +24,7 @@ function previewOf(members) {
   return words.length > PREVIEW_CHARS ? `${words.slice(0, PREVIEW_CHARS)} …` : words;
 }
 
-/** An agent that no longer exists may be asked for too. */
+/** A filter by agent. An agent in the address is listed even if it no longer exists. */
 export function agentChoice(agents, params) {
   const names = new Set(agents.map(({ name }) => name));
   if (params.get("agent_name")) names.add(params.get("agent_name"));
@@ -43,10 +43,10 @@ export const choice = (name, label, options) => ({
     ),
 });
 
-/** A list that is filtered, paged and refreshed; its filters and page are kept in the address. */
+/** Show a list with filters and pages that refreshes itself. Its filters and page are stored in the address. */
 export async function list(
   main,
-  { kind, signal, params, filters, columns, noneYet, noMatch, row, id, about, beside, hasPreviews },
+  { kind, signal, params, filters, columns, noneYet, noMatch, row, id, about, actions, hasPreviews },
 ) {
   const shown = Object.fromEntries(params);
   const body = h("tbody"),
@@ -70,19 +70,19 @@ export async function list(
       body,
     ),
   );
-  // The cursor leads forwards only, so the way back is kept.
-  const back = () => JSON.parse(session.get(`pages ${kind}`) ?? "{}");
+  // The cursor only leads forwards, so the previous pages are stored.
+  const previousPages = () => JSON.parse(session.get(`pages ${kind}`) ?? "{}");
   let next = null,
-    looking = null;
+    request = null;
 
-  async function look() {
-    looking?.abort();
-    looking = new AbortController();
-    const stop = looking,
+  async function refresh() {
+    request?.abort();
+    request = new AbortController();
+    const stop = request,
       onAbort = () => stop.abort();
     signal.addEventListener("abort", onAbort, { once: true });
     try {
-      const page = await get(`${kind}?${query({ limit: PAGE })}`, stop.signal);
+      const page = await get(`${kind}?${query({ limit: PAGE_SIZE })}`, stop.signal);
       next = page.next;
       draw(page[kind]);
       drawPager();
@@ -104,16 +104,16 @@ export async function list(
     clear.hidden = !filters.some(({ name }) => shown[name]);
   }
 
-  /** The start of inputs and result of each run, by its id. */
+  /** The previews of the shown runs, by id. */
   const previews = new Map();
-  async function preview(items, itsSignal) {
+  async function preview(items, signal) {
     const stateOf = (item) => `${item.status} ${item.attempt}`;
     const isKnown = (item) => previews.get(id(item))?.state === stateOf(item);
     for (const key of previews.keys()) if (!items.some((item) => id(item) === key)) previews.delete(key);
     for (const [index, item] of items.entries()) {
       if (isKnown(item)) continue;
       const after = index ? id(items[index - 1]) : shown.after;
-      const page = await get(`${kind}?${query({ limit: PREVIEWS, after, include: "inputs,result" })}`, itsSignal);
+      const page = await get(`${kind}?${query({ limit: PREVIEWS_PER_PAGE, after, include: "inputs,result" })}`, signal);
       for (const each of page[kind])
         previews.set(id(each), { state: stateOf(each), inputs: previewOf(each.inputs), result: previewOf(each.result) });
       draw(items);
@@ -126,13 +126,13 @@ export async function list(
       const text = JSON.stringify([item, inputs, result]),
         isOpen = !item.completed_at;
       const before = known.get(id(item));
-      // A row that has not changed stays the same element, with its focus.
+      // Reuse the element of an unchanged row, so that it keeps the focus.
       if (before?.text === text && !isOpen) return before.node;
       const cells = row({ ...item, inputs, result }).map((cell) => h("td", {}, cell));
       if (before) {
-        const had = before.node.contains(document.activeElement);
+        const hadFocus = before.node.contains(document.activeElement);
         fill(before.node, cells);
-        if (had) before.node.querySelector("a")?.focus();
+        if (hadFocus) before.node.querySelector("a")?.focus();
         before.text = text;
         return before.node;
       }
@@ -141,32 +141,32 @@ export async function list(
       return node;
     });
     if (nodes.length !== body.children.length || nodes.some((node, index) => body.children[index] !== node)) {
-      const had = document.activeElement;
+      const focused = document.activeElement;
       body.replaceChildren(...nodes);
-      if (body.contains(had)) had.focus();
+      if (body.contains(focused)) focused.focus();
     }
     for (const key of known.keys()) if (!items.some((item) => id(item) === key)) known.delete(key);
     fill(none, filters.some(({ name }) => shown[name]) ? noMatch : noneYet).hidden = items.length > 0;
     table.hidden = items.length === 0;
   }
 
-  const turn = async (after) => {
+  const goToPage = async (after) => {
     shown.after = after;
-    keep(kind, shown);
-    await look();
+    updateAddress(kind, shown);
+    await refresh();
   };
-  const newest = button("Newest", () => turn(""));
-  const newer = button("Newer", () => turn(back()[shown.after] ?? ""));
+  const newest = button("Newest", () => goToPage(""));
+  const newer = button("Newer", () => goToPage(previousPages()[shown.after] ?? ""));
   const older = button("Older", () => {
     const after = new URLSearchParams(next.split("?")[1]).get("after");
-    session.set(`pages ${kind}`, JSON.stringify({ ...back(), [after]: shown.after ?? "" }));
-    return turn(after);
+    session.set(`pages ${kind}`, JSON.stringify({ ...previousPages(), [after]: shown.after ?? "" }));
+    return goToPage(after);
   });
   const controls = filters.map(({ name, label, make, read = (text) => text }) => {
     const control = make(shown[name]);
     control.addEventListener("change", () => {
       shown[name] = read(control.value);
-      turn("");
+      goToPage("");
     });
     return h("label", {}, label, control);
   });
@@ -177,8 +177,8 @@ export async function list(
     },
     { hidden: true },
   );
-  const heading = title(kind[0].toUpperCase() + kind.slice(1), beside);
-  const pager = h("p", { class: "actions", role: "group", "aria-label": "Pages", hidden: true }, newest, newer, older);
+  const heading = title(kind[0].toUpperCase() + kind.slice(1), actions);
+  const pager = h("p", { class: "actions", role: "group", "aria-label": "Pagination", hidden: true }, newest, newer, older);
   main.append(
     heading,
     about ?? "",
@@ -187,8 +187,8 @@ export async function list(
     none,
     pager,
   );
-  await look();
-  every(REFRESH_MS, look, signal).catch((error) => {
+  await refresh();
+  every(REFRESH_MS, refresh, signal).catch((error) => {
     if (!signal.aborted) fill(none, error.message).hidden = false;
   });
 }

@@ -1,33 +1,33 @@
-// What each column of a table becomes.
+// The mapping of columns to inputs.
 
-/** What a column may become beside an input: left out, or kept with the results. */
-export const [LEFT_OUT, KEPT] = ["", "*"];
+/** A column that is not mapped to an input is dropped, or kept in the results. */
+export const [DROPPED, KEPT] = ["", "*"];
 
-const bare = (name) => name.toLowerCase().replace(/[\s_-]/g, "");
+const normalized = (name) => name.toLowerCase().replace(/[\s_-]/g, "");
 
 export class Mapping {
-  /** `before` is what columns of these names became before; `outputs` are names that no column can keep. */
-  constructor(columns, schema, outputs, before = {}) {
+  /** `previous` is the last mapping of these column names. `outputs` are names that a kept column cannot have. */
+  constructor(columns, schema, outputs, previous = {}) {
     this.columns = columns;
     this.inputs = Object.keys(schema.properties ?? {});
     this.required = columns.length ? (schema.required ?? []) : [];
     this.outputs = outputs;
-    this.chosen = Object.fromEntries(columns.map((name) => [name, this.first(name, before[name])]));
+    this.chosen = Object.fromEntries(columns.map((name) => [name, this.initialChoice(name, previous[name])]));
   }
 
-  first(name, before) {
-    if (this.choices(name).includes(before)) return before;
+  initialChoice(name, previous) {
+    if (this.choices(name).includes(previous)) return previous;
     if (this.inputs.includes(name)) return name;
-    const like = this.inputs.find((input) => bare(input) === bare(name));
-    return like ?? (this.mayBeKept(name) ? KEPT : LEFT_OUT);
+    const similar = this.inputs.find((input) => normalized(input) === normalized(name));
+    return similar ?? (this.canKeep(name) ? KEPT : DROPPED);
   }
 
   choices(name) {
-    return [...(this.mayBeKept(name) ? [KEPT] : []), LEFT_OUT, ...this.inputs];
+    return [...(this.canKeep(name) ? [KEPT] : []), DROPPED, ...this.inputs];
   }
 
-  /** The server takes a column that is called as an input for that input, and refuses names that a result has. */
-  mayBeKept(name) {
+  /** The server maps a column with the name of an input to that input, and rejects the names of outputs. */
+  canKeep(name) {
     return (
       name !== "" &&
       !this.inputs.some((input) => input.toLowerCase() === name.toLowerCase()) &&
@@ -35,32 +35,32 @@ export class Mapping {
     );
   }
 
-  /** Names of inputs that no column becomes. */
-  open() {
+  /** The inputs without a column. */
+  unmapped() {
     const taken = new Set(Object.values(this.chosen));
     return this.inputs.filter((input) => !taken.has(input));
   }
 
-  /** Names of inputs that every row needs and no column becomes. */
+  /** The required inputs without a column. */
   missing() {
-    return this.open().filter((input) => this.required.includes(input));
+    return this.unmapped().filter((input) => this.required.includes(input));
   }
 
-  /** Names of columns that become no input. */
-  free() {
+  /** The columns that are not mapped to an input. */
+  unused() {
     return this.columns.filter((name) => name && !this.inputs.includes(this.chosen[name]));
   }
 
-  /** As `input_mapping` of the API: a column that is left out is null, and one that keeps its name is not there. */
+  /** Return `input_mapping` of the API. A dropped column is null, and one with the same name as its input is omitted. */
   asOption() {
     return Object.fromEntries(
       Object.entries(this.chosen)
         .filter(([name, choice]) => choice !== KEPT && choice !== name)
-        .map(([name, choice]) => [name, choice === LEFT_OUT ? null : choice]),
+        .map(([name, choice]) => [name, choice === DROPPED ? null : choice]),
     );
   }
 
-  /** What a row has of each column. */
+  /** Return the value of each column in a row. */
   cells({ inputs, extra }) {
     return this.columns.map((name) => (this.chosen[name] === KEPT ? extra?.[name] : inputs[this.chosen[name]]));
   }

@@ -1,6 +1,6 @@
-// A new batch: rows from a file or pasted, the input that each column becomes, and what is wrong before it starts.
+// The view to start a batch: choose rows, map columns to inputs, check the rows, and start.
 
-import { go, keep, url } from "./address.js";
+import { go, updateAddress, url } from "./address.js";
 import { Problem, get, idempotencyKey } from "./api.js";
 import { lastAgent } from "./chain.js";
 import { errorTable, summary } from "./check.js";
@@ -9,25 +9,25 @@ import { chooser } from "./files.js";
 import { form } from "./form.js";
 import { isExact, parse } from "./json.js";
 import { hasKey } from "./key.js";
-import { KEPT, LEFT_OUT, Mapping } from "./mapping.js";
-import { copy, doing, problem } from "./notices.js";
+import { DROPPED, KEPT, Mapping } from "./mapping.js";
+import { busyWhile, copy, problem } from "./notices.js";
 import { session } from "./storage.js";
 import { MEDIA_TYPES, checkRows, formatOf, headOf, sendRows } from "./upload.js";
 import { pause } from "./wait.js";
 import { aboutBatches } from "./words.js";
 
-/** A check begins so long after the last change: somebody may be typing. */
-const CHANGING_MS = 200;
+/** The delay of a check after a change, because the user may still be typing. */
+const CHECK_DELAY_MS = 200;
 const SHOWN_ROWS = 5;
 const DELIMITERS = { ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" };
-const WORKERS = "Rows at the same time";
+const WORKERS = "Rows in parallel";
 
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
   if (!agents.length) return fill(main, title("New batch"), h("p", { class: "empty" }, "There are no agents yet."));
   const view = new NewBatch(agents, params.get("agent") ?? session.get("batch agent"), signal);
-  view.chosen = await chooser(() => view.report(view.setRows()));
-  signal.throwIfAborted(); // reading what was chosen before cannot be stopped
+  view.source = await chooser(() => view.report(view.setRows()));
+  signal.throwIfAborted(); // reading the stored file cannot be cancelled
   main.append(...view.nodes());
   await view.setAgent();
 }
@@ -42,7 +42,7 @@ class NewBatch {
     });
     const option = ({ name }) => h("option", { value: name, selected: name === first }, name);
     this.agentChoice = h("select", { id: newId(), onchange: () => this.changeAgent() }, agents.map(option));
-    this.takes = h("p", { class: "quiet" });
+    this.inputNames = h("p", { class: "quiet" });
     this.columns = h("section");
     this.sample = h("tbody");
     this.needed = h("section", { "aria-label": "Inputs without a column" });
@@ -53,12 +53,13 @@ class NewBatch {
   }
 
   nodes() {
-    const agent = h("div", { class: "field" }, h("label", { for: this.agentChoice.id }, "Agent"), this.agentChoice, this.takes);
+    const label = h("label", { for: this.agentChoice.id }, "Agent"),
+      agent = h("div", { class: "field" }, label, this.agentChoice, this.inputNames);
     return [
       title("New batch"),
       aboutBatches(),
       h("section", {}, agent),
-      h("section", {}, h("h2", {}, "Rows"), this.chosen.node),
+      h("section", {}, h("h2", {}, "Rows"), this.source.node),
       this.columns,
       this.needed,
       this.others,
@@ -67,7 +68,7 @@ class NewBatch {
     ];
   }
 
-  /** Show the error of work that no caller awaits. */
+  /** Show the error of a promise that is not awaited. */
   report(work) {
     work.catch((error) => {
       if (error.name !== "AbortError" && !this.signal.aborted) fill(this.check, problem(error));
@@ -77,7 +78,7 @@ class NewBatch {
   // Step 1: the agent
 
   changeAgent() {
-    keep("new-batch", { agent: this.agentChoice.value });
+    updateAddress("new-batch", { agent: this.agentChoice.value });
     this.report(this.setAgent());
   }
 
@@ -86,14 +87,14 @@ class NewBatch {
     session.set("batch agent", name);
     const agent = await get(`agents/${encodeURIComponent(name)}`, this.signal),
       last = await lastAgent(agent, this.signal);
-    if (this.agentChoice.value !== name) return; // another was chosen meanwhile
+    if (this.agentChoice.value !== name) return; // another agent was chosen in the meantime
     this.agent = agent;
     this.schema = agent.input_schema;
     this.outputs = Object.keys(last.output_schema.properties ?? {});
     const inputs = Object.keys(this.schema.properties ?? {}).map(
       (input) => `${input}${this.schema.required?.includes(input) ? "" : " (optional)"}`,
     );
-    fill(this.takes, `Inputs: ${inputs.join(", ") || "none"}.`);
+    fill(this.inputNames, `Inputs: ${inputs.join(", ") || "none"}.`);
     await this.setRows();
   }
 
@@ -102,11 +103,11 @@ class NewBatch {
   async setRows() {
     this.loading.abort();
     const { signal } = (this.loading = new AbortController());
-    if (!this.schema) return; // it comes here again once the agent is there
-    const rows = this.chosen.rows();
+    if (!this.schema) return; // called again when the agent is loaded
+    const rows = this.source.rows();
     if (!rows) return this.clear();
     this.checking.abort();
-    this.startButton.disabled = this.isLoading = true; // it would start the rows of before
+    this.startButton.disabled = this.isLoading = true; // it would start the previous rows
     const format = await formatOf(rows),
       head = await headOf(rows);
     signal.throwIfAborted();
@@ -124,7 +125,7 @@ class NewBatch {
       return (await checkRows(head, format, options, { signal })).columns;
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
-      return []; // the check of all rows says why
+      return []; // the check of all rows shows why
     }
   }
 
@@ -134,7 +135,7 @@ class NewBatch {
     this.needed.classList.remove("problem");
   }
 
-  // Step 3: what the columns become
+  // Step 3: the columns
 
   drawColumns() {
     fill(this.sample);
@@ -144,11 +145,11 @@ class NewBatch {
     const form =
       this.format.kind === "csv"
         ? `CSV, cells separated by ${DELIMITERS[this.format.delimiter]}. `
-        : "NDJSON, an object a line. ";
+        : "NDJSON, one object per line. ";
     return fill(
       this.columns,
       h("h2", {}, "Columns"),
-      h("p", { class: "quiet" }, form, "The first rows, and what each column becomes:"),
+      h("p", { class: "quiet" }, form, "These are the first rows. Choose the input for each column:"),
       h(
         "div",
         { class: "wide", tabindex: "0", role: "group", "aria-label": "The first rows" },
@@ -158,14 +159,14 @@ class NewBatch {
   }
 
   choiceOf(name) {
-    const words = { [KEPT]: "(kept with the results)", [LEFT_OUT]: "(left out)" };
+    const words = { [KEPT]: "(kept in the results)", [DROPPED]: "(ignored)" };
     const option = (choice) =>
       h("option", { value: choice, selected: this.mapping.chosen[name] === choice }, words[choice] ?? choice);
     return h(
       "select",
       {
         class: "small",
-        "aria-label": `Column ${name} becomes`,
+        "aria-label": `Column ${name} maps to`,
         "data-column": name,
         onchange: ({ target }) => this.map(name, target.value),
       },
@@ -184,49 +185,50 @@ class NewBatch {
     fill(this.sample, rows.slice(0, SHOWN_ROWS).map(row));
   }
 
-  /** What no column holds: a place to choose one, or to give one value for every row. */
+  /** Draw the inputs without a column: choose a column, or enter one value for every row. */
   drawFields() {
-    const open = this.mapping.open(),
+    const unmapped = this.mapping.unmapped(),
       missing = this.mapping.missing();
-    this.fields = [this.formOf(missing, true), this.formOf(open.filter((name) => !missing.includes(name)), false)];
+    this.fields = [this.formOf(missing, true), this.formOf(unmapped.filter((name) => !missing.includes(name)), false)];
     const [needed, others] = this.fields.map(({ node }) => h("div", { oninput: () => this.changed() }, node));
     fill(
       this.needed,
       missing.length > 0 && [
         h("h2", {}, `There is no column for ${listed(missing)}`),
-        h("p", {}, "Choose a column, or give one value for every row."),
+        h("p", {}, "Choose a column, or enter one value for every row."),
         h("div", { class: "columns" }, missing.map((input) => this.columnFor(input)), needed),
       ],
     );
     fill(
       this.others,
       this.mapping.columns.length > 0 &&
-        open.length > missing.length &&
-        h("details", {}, h("summary", {}, "The same in every row"), others),
+        unmapped.length > missing.length &&
+        h("details", {}, h("summary", {}, "Same value for every row"), others),
     );
     this.recheck();
   }
 
   formOf(names, isRequired) {
     const properties = names.map((name) => {
-      const its = this.schema.properties[name];
-      if (isRequired) return [name, its];
-      const shown = "default" in its ? `Default: ${JSON.stringify(its.default)}.` : "";
-      return [name, { ...its, default: undefined, description: [its.description, shown].filter(Boolean).join(" ") }];
+      const property = this.schema.properties[name];
+      if (isRequired) return [name, property];
+      const shown = "default" in property ? `Default: ${JSON.stringify(property.default)}.` : "";
+      const description = [property.description, shown].filter(Boolean).join(" ");
+      return [name, { ...property, default: undefined, description }];
     });
     let before = {};
     try {
       before = parse(session.get(`statics ${this.agent.name}`) ?? "{}");
     } catch {
-      /* none */
+      /* there are none */
     }
     const schema = { ...this.schema, properties: Object.fromEntries(properties), required: isRequired ? names : [] };
     return form(schema, before);
   }
 
-  /** A select of the columns that are not an input yet. */
+  /** Create a select of the unused columns. */
   columnFor(input) {
-    const free = this.mapping.free(),
+    const unused = this.mapping.unused(),
       id = newId();
     const choose = ({ target }) => {
       this.map(target.value, input);
@@ -236,23 +238,23 @@ class NewBatch {
     };
     const select = h(
       "select",
-      { id, disabled: !free.length, onchange: choose },
-      h("option", { value: "" }, free.length ? "Choose …" : "No column is left"),
-      free.map((name) => h("option", { value: name }, name)),
+      { id, disabled: !unused.length, onchange: choose },
+      h("option", { value: "" }, unused.length ? "Choose …" : "No columns left"),
+      unused.map((name) => h("option", { value: name }, name)),
     );
     return h("div", { class: "field" }, h("label", { for: id }, `Column for ${input}`), select);
   }
 
   changed() {
-    const given = this.statics();
-    if (given) {
-      session.set(`statics ${this.agent.name}`, JSON.stringify(given));
+    const statics = this.statics();
+    if (statics) {
+      session.set(`statics ${this.agent.name}`, JSON.stringify(statics));
       for (const fields of this.fields) fields.clear();
     }
     this.recheck();
   }
 
-  /** The inputs that are the same in every row, or null if a field is wrong, which says so itself. */
+  /** Return the inputs with the same value in every row, or null if a field has an error (which it shows). */
   statics() {
     try {
       const read = Object.assign({}, ...this.fields.map((fields) => fields.read()));
@@ -262,32 +264,32 @@ class NewBatch {
     }
   }
 
-  // Step 4: what is wrong
+  // Step 4: the check
 
-  /** Check all rows anew, or only show the first ones while an input is missing. */
+  /** Check all rows again, or only show the first rows while an input is missing. */
   recheck() {
     this.checking.abort();
     const { signal } = (this.checking = new AbortController());
     this.found = null;
     this.canStart = false;
-    const given = this.statics();
-    const missing = this.mapping.missing().filter((name) => !(name in (given ?? {})));
+    const entered = this.statics();
+    const missing = this.mapping.missing().filter((name) => !(name in (entered ?? {})));
     this.needed.classList.toggle("problem", missing.length > 0);
     fill(this.check);
     if (missing.length) fill(this.start);
     else this.drawStart();
-    const isWhole = given !== null && !missing.length;
-    const statics = { ...Object.fromEntries(missing.map((name) => [name, null])), ...given };
-    this.report(this.checkAll(this.options(statics), isWhole, signal));
+    const isComplete = entered !== null && !missing.length;
+    const statics = { ...Object.fromEntries(missing.map((name) => [name, null])), ...entered };
+    this.report(this.checkAll(this.options(statics), isComplete, signal));
   }
 
-  async checkAll(options, isWhole, signal) {
-    await pause(CHANGING_MS, signal);
-    if (!isWhole || this.head !== this.rows) {
+  async checkAll(options, isComplete, signal) {
+    await pause(CHECK_DELAY_MS, signal);
+    if (!isComplete || this.head !== this.rows) {
       const { rows } = await checkRows(this.head, this.format, options, { signal });
       this.drawSample(rows);
-      this.canStart = isWhole && rows.length > 0;
-      if (!isWhole) return;
+      this.canStart = isComplete && rows.length > 0;
+      if (!isComplete) return;
       this.drawStart();
     }
     const onProgress = this.drawProgress();
@@ -298,14 +300,14 @@ class NewBatch {
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
       this.canStart = false;
-      this.drawRefusal(this.check, error, "The rows cannot be read:");
+      this.drawRejection(this.check, error, "The rows cannot be read:");
     }
     this.drawStart();
   }
 
   drawProgress() {
     const bar = h("progress", { max: this.rows.size, value: 0 }),
-      words = h("span", { role: "status" }, "… Checking the rows");
+      words = h("span", { role: "status" }, "Checking the rows …");
     fill(this.check, h("h2", {}, "Check"), h("label", {}, words, " ", bar));
     return (bytes) => {
       bar.value = bytes;
@@ -313,13 +315,13 @@ class NewBatch {
   }
 
   drawCheck() {
-    const [isRight, words] = summary(this.found, this.format.kind);
-    const sign = h("span", { "aria-hidden": "true" }, isRight ? "✓ " : "✕ ");
+    const [isValid, words] = summary(this.found, this.format.kind);
+    const sign = h("span", { "aria-hidden": "true" }, isValid ? "✓ " : "✕ ");
     fill(this.check, h("h2", {}, "Check"), h("p", { role: "status" }, sign, words), errorTable(this.found.errors));
   }
 
-  /** Why the server refuses the rows, with its own words. */
-  drawRefusal(place, { title, message, errors, requestId }, words) {
+  /** Show the server's error. */
+  drawRejection(place, { title, message, errors, requestId }, words) {
     const ofRows = errors.filter((error) => error.line);
     const others = errors.filter((error) => !error.line);
     const shown = problem({ title, message: ofRows.length ? words : message, errors: others, requestId });
@@ -332,29 +334,29 @@ class NewBatch {
     this.invalid = h(
       "select",
       { id: newId() },
-      h("option", { value: "reject" }, "keep the batch from starting"),
-      h("option", { value: "skip" }, "fail, and the other rows run"),
+      h("option", { value: "reject" }, "reject the batch"),
+      h("option", { value: "skip" }, "fail these rows and run the others"),
     );
     this.invalid.value = session.get("batch invalid") ?? "reject";
     this.invalid.addEventListener("change", () => {
       session.set("batch invalid", this.invalid.value);
       this.drawStart();
     });
-    this.pace = form(
+    this.workers = form(
       { properties: { [WORKERS]: { type: "integer", minimum: 1, maximum: 1000 } } },
       { [WORKERS]: Number(session.get("batch workers")) || 5 },
     );
-    this.pace.node.addEventListener("change", () => {
+    this.workers.node.addEventListener("change", () => {
       try {
-        session.set("batch workers", this.pace.read()[WORKERS]);
+        session.set("batch workers", this.workers.read()[WORKERS]);
       } catch {
-        /* its field says so */
+        /* the field shows the error */
       }
     });
-    this.answer = h("div");
-    this.sent = h("div");
-    this.why = h("p", { class: "quiet" });
-    const startNow = doing(() => this.startBatch());
+    this.startError = h("div");
+    this.upload = h("div");
+    this.startHint = h("p", { class: "quiet" });
+    const startNow = busyWhile(() => this.startBatch());
     this.startButton = button("Start the batch", () => startNow({ currentTarget: this.startButton }), {
       class: "primary",
     });
@@ -365,27 +367,27 @@ class NewBatch {
     const isStopped = found && (!found.ok || (found.invalid_items > 0 && this.invalid.value === "reject"));
     this.startButton.disabled = this.isLoading || (found ? isStopped : !this.canStart);
     fill(
-      this.why,
+      this.startHint,
       isStopped
-        ? "Fix the rows or the columns first, or let the other rows run."
+        ? "Fix the rows or the columns first, or run only the valid rows."
         : !found && this.canStart
-          ? "You can start before all rows are checked: the server checks them too."
+          ? "You can start before the check is complete. The server checks all rows again."
           : "",
     );
     if (this.start.contains(this.startButton)) return;
-    const invalid = h("label", { for: this.invalid.id }, "Rows that do not fit");
+    const invalid = h("label", { for: this.invalid.id }, "Invalid rows");
     fill(
       this.start,
       h("h2", {}, "Start"),
-      h("div", { class: "columns" }, h("div", { class: "field" }, invalid, this.invalid), this.pace.node),
-      this.answer,
-      this.sent,
+      h("div", { class: "columns" }, h("div", { class: "field" }, invalid, this.invalid), this.workers.node),
+      this.startError,
+      this.upload,
       h("p", { class: "actions" }, this.startButton, button("Copy as curl", () => this.copyCurl())),
-      this.why,
+      this.startHint,
     );
   }
 
-  /** The options of a check. It counts rows that do not fit, whether or not they keep the batch from starting. */
+  /** The options of a check. It always counts invalid rows, even if they reject the batch. */
   options(statics) {
     const mapping = this.mapping.asOption();
     return {
@@ -398,31 +400,31 @@ class NewBatch {
     };
   }
 
-  /** The options of the batch, or null after the field that is wrong has said so. */
+  /** Return the options of the batch. Or show the error of a field and return null. */
   startOptions() {
     try {
       for (const fields of this.fields) fields.read();
-      const workers = this.pace.read()[WORKERS] ?? 5;
+      const workers = this.workers.read()[WORKERS] ?? 5;
       return { ...this.options(this.statics()), on_invalid: this.invalid.value, max_workers: workers };
     } catch (error) {
-      const all = [...this.fields, this.pace];
-      all.map((fields) => fields.error(error.pointer, error.message)).find(Boolean)?.focus();
+      const forms = [...this.fields, this.workers];
+      forms.map((fields) => fields.error(error.pointer, error.message)).find(Boolean)?.focus();
       return null;
     }
   }
 
   async startBatch() {
-    fill(this.answer);
+    fill(this.startError);
     const options = this.startOptions();
     if (!options) return;
     if (!this.found) {
-      this.checking.abort(); // the server checks the rows that it is sent now
+      this.checking.abort(); // the server checks the rows during the upload
       fill(this.check);
     }
     const { size } = this.rows;
     const bar = h("progress", { max: size, value: 0 }),
       words = h("span", { role: "status" }, "Sending the rows …");
-    fill(this.sent, h("label", {}, words, bar));
+    fill(this.upload, h("label", {}, words, bar));
     const onProgress = (bytes) => {
       bar.value = bytes;
       if (bytes >= size) fill(words, "The rows are sent. The server is checking and storing them …");
@@ -431,13 +433,13 @@ class NewBatch {
       const more = { signal: this.signal, onProgress, headers: idempotencyKey() };
       const batch = JSON.parse(await sendRows(this.rows, this.format, options, more));
       session.set(`batch mapping ${this.agent.name}`, null);
-      await this.chosen.forget();
+      await this.source.clear();
       go(`batch/${batch.batch_id}`);
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
-      this.drawRefusal(this.answer, error, "The batch has not started. The server found:");
+      this.drawRejection(this.startError, error, "The batch has not started. The server found these errors:");
     } finally {
-      fill(this.sent);
+      fill(this.upload);
     }
   }
 
@@ -456,7 +458,7 @@ class NewBatch {
 const delimiterOf = ({ kind, delimiter }) => (kind === "csv" && delimiter !== "," ? { delimiter } : {});
 const listed = (names) => names.map((name) => `“${name}”`).join(", ");
 
-/** The start of a value's text. */
+/** Return the start of a value's text. */
 function short(value) {
   const text = isExact(value) ? value.rawJSON : typeof value === "string" ? value : (JSON.stringify(value) ?? "");
   return text.length > 120 ? `${text.slice(0, 120)} …` : text;

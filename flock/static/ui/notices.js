@@ -1,25 +1,25 @@
-// What happened, in words for people.
+// Messages for the user.
 
 import { button, fill, h } from "./dom.js";
 
-let saying;
+let hiding;
 
-/** Tell what happened, to the eye and to a screen reader. */
-export function say(text) {
-  clearTimeout(saying);
-  fill(document.getElementById("said"), text);
-  saying = setTimeout(() => fill(document.getElementById("said")), 6000);
+/** Show a message for a few seconds. Screen readers announce it. */
+export function notify(text) {
+  clearTimeout(hiding);
+  fill(document.getElementById("notice"), text);
+  hiding = setTimeout(() => fill(document.getElementById("notice")), 6000);
 }
 
-/** What went wrong, and what to do about it. */
-export function problem(error, again) {
-  const gone = error.status === 404;
+/** Show an error, with a button that calls `retry`. */
+export function problem(error, retry) {
+  const isGone = error.status === 404;
   return h(
     "div",
     { class: "problem", role: "alert" },
-    h("h2", {}, gone ? "This no longer exists" : error.title || "Something went wrong"),
+    h("h2", {}, isGone ? "This no longer exists" : error.title || "Something went wrong"),
     h("p", {}, error.message),
-    gone && h("p", {}, "It was deleted, or the link is incomplete, or it belongs to someone else."),
+    isGone && h("p", {}, "It was deleted, or the link is incomplete, or it belongs to someone else."),
     error.errors?.length > 0 &&
       h(
         "ul",
@@ -27,33 +27,33 @@ export function problem(error, again) {
         error.errors.map((each) => h("li", {}, each.line ? `Line ${each.line}: ` : "", each.detail)),
       ),
     error.requestId && h("p", { class: "quiet" }, "Request ", h("code", {}, error.requestId)),
-    again && h("p", {}, button("Try again", again)),
+    retry && h("p", {}, button("Try again", retry)),
   );
 }
 
-/** Do what a button says, once, and tell what became of it. */
-export const doing = (work) => async (event) => {
+/** Return a click handler that disables its button while `work` runs, and shows its error. */
+export const busyWhile = (work) => async (event) => {
   const pressed = event.currentTarget;
   pressed.disabled = true;
   try {
     await work(event);
   } catch (error) {
-    if (error.name !== "AbortError") say(error.message);
+    if (error.name !== "AbortError") notify(error.message);
   }
   pressed.disabled = false;
-  if (document.activeElement === document.body) pressed.focus(); // what is disabled loses the focus
+  if (document.activeElement === document.body) pressed.focus(); // a disabled button loses the focus
 };
 
 export async function copy(text, what) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // a page that came over plain http has no clipboard
+    // there is no clipboard API on plain http
     const area = h("textarea", { value: text, "aria-label": what });
     document.body.append(area);
     area.select();
     document.execCommand("copy");
     area.remove();
   }
-  say(`${what} copied.`);
+  notify(`${what} copied.`);
 }

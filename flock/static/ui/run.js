@@ -1,22 +1,22 @@
-// One run: live while it works, then its result.
+// The view of a run: live while it runs, then its result.
 
 import { go, link } from "./address.js";
 import { get, post } from "./api.js";
 import { button, fill, h, title } from "./dom.js";
 import { events } from "./events.js";
-import { copy, doing, problem, say } from "./notices.js";
+import { busyWhile, copy, notify, problem } from "./notices.js";
 import { session } from "./storage.js";
 import { readable, result } from "./value.js";
 import { badge, between, count, duration, ended, isFinal, when } from "./words.js";
 
-/** How often a screen reader hears of progress, at most. */
-const TOLD_EVERY_MS = 5000;
+/** The shortest time between two announcements of progress to a screen reader. */
+const PROGRESS_EVERY_MS = 5000;
 
 export async function show(main, { id, signal }) {
   const path = `run/${encodeURIComponent(id)}`;
   let run = await get(path, signal);
   const steps = new Map();
-  let told = 0;
+  let announcedAt = 0;
   const parts = {
     title: h("div"),
     facts: h("dl", { class: "facts" }),
@@ -25,7 +25,7 @@ export async function show(main, { id, signal }) {
     steps: h("ol", { class: "steps", "aria-label": "Steps" }),
     inputs: h("section"),
   };
-  const live = h("p", { role: "status", class: "unseen" });
+  const live = h("p", { role: "status", class: "visually-hidden" });
   main.append(
     parts.title,
     parts.facts,
@@ -54,8 +54,8 @@ export async function show(main, { id, signal }) {
       head();
       outcome();
     }
-    tell(`The run ${ended[run.status]}.`);
-    if (!run.steps.length && !steps.size) fill(parts.steps, h("li", { class: "quiet" }, "No step was finished."));
+    announce(`The run ${ended[run.status]}.`);
+    if (!run.steps.length && !steps.size) fill(parts.steps, h("li", { class: "quiet" }, "No steps finished."));
   };
 
   function on({ name, data }) {
@@ -64,7 +64,7 @@ export async function show(main, { id, signal }) {
       head();
     } else if (name.startsWith("step.")) {
       setStep(data.position, data);
-      tell(
+      announce(
         name === "step.started"
           ? `Step ${data.position + 1}: ${data.agent_name} is running.`
           : `Step ${data.position + 1}: ${data.agent_name} is done.`,
@@ -72,29 +72,29 @@ export async function show(main, { id, signal }) {
     } else if (name === "run.progress") {
       run = { ...run, progress: data };
       progress();
-      if (performance.now() - told > TOLD_EVERY_MS) tell(parts.progress.textContent);
+      if (performance.now() - announcedAt > PROGRESS_EVERY_MS) announce(parts.progress.textContent);
     }
   }
 
-  function tell(text) {
-    told = performance.now();
+  function announce(text) {
+    announcedAt = performance.now();
     fill(live, text);
   }
 
   function head() {
-    const again = doing(async () => {
+    const retry = busyWhile(async () => {
       run = await post(`${path}/retry`, undefined, { signal });
-      go_();
+      start();
     });
-    const cancel = doing(async () => {
-      say("Cancelling …");
+    const cancel = busyWhile(async () => {
+      notify("Cancelling …");
       run = { ...(await post(`${path}/cancel`, undefined, { signal })) };
       head();
     });
-    // The buttons keep their places as long as they mean the same, so that the focus stays.
+    // Redraw the buttons only if they change, so that they keep the focus.
     const kind = isFinal(run.status) ? run.status : "open";
     if (parts.title.dataset.kind !== kind) {
-      const had = parts.title.contains(document.activeElement);
+      const hadFocus = parts.title.contains(document.activeElement);
       parts.title.dataset.kind = kind;
       fill(
         parts.title,
@@ -105,13 +105,13 @@ export async function show(main, { id, signal }) {
             "p",
             { class: "actions" },
             kind === "open" && button("Cancel", cancel),
-            ["failed", "cancelled"].includes(kind) && button("Retry", again, { class: "primary" }),
+            ["failed", "cancelled"].includes(kind) && button("Retry", retry, { class: "primary" }),
             button("Copy link", () => copy(location.href, "Link")),
             h("a", { class: "button", href: link(`agent/${run.agent_name}`) }, "New run"),
           ),
         ),
       );
-      if (had) parts.title.querySelector("h1").focus();
+      if (hadFocus) parts.title.querySelector("h1").focus();
     }
     fill(parts.title.querySelector("#status"), badge(run.status));
     facts();
@@ -123,7 +123,7 @@ export async function show(main, { id, signal }) {
     fill(
       parts.facts,
       fact("Submitted", when(run.created_at)),
-      fact("Took", run.started_at ? duration(between(run.started_at, run.completed_at)) : "not started"),
+      fact("Duration", run.started_at ? duration(between(run.started_at, run.completed_at)) : "not started"),
       run.attempt > 1 && fact("Attempt", run.attempt),
       run.usage && fact("Tokens", `${count(run.usage.input_tokens)} in, ${count(run.usage.output_tokens)} out`),
       run.batch_id &&
@@ -237,13 +237,13 @@ export async function show(main, { id, signal }) {
     );
   }
 
-  function go_() {
+  function start() {
     steps.clear();
     fill(parts.steps);
     follow().catch((error) => {
       if (signal.aborted) return;
       if (error.status === 404) fill(main, problem(error));
-      else fill(parts.outcome, problem(error, go_));
+      else fill(parts.outcome, problem(error, start));
     });
   }
 
@@ -251,10 +251,10 @@ export async function show(main, { id, signal }) {
   outcome();
   run.steps.forEach((step, position) => setStep(position, step));
   inputs().catch(() => {});
-  go_();
+  start();
 }
 
-/** The answer for one run has no inputs; the lists have them. */
+/** Load the inputs from a list, because the response for a single run does not include them. */
 async function inputsOf(run, signal) {
   if (run.batch_id) {
     const [item] = await get(`batch/${run.batch_id}/results?format=json&limit=1&after=${run.position - 1}`, signal);

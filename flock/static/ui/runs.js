@@ -1,4 +1,4 @@
-// All runs that are not items of batches, a page at a time.
+// The list of runs that are not items of a batch.
 
 import { link } from "./address.js";
 import { get } from "./api.js";
@@ -18,7 +18,7 @@ export async function show(main, { params, signal }) {
       time("created_after", "From"),
       time("created_before", "To"),
     ],
-    columns: ["Run", "Inputs", "Result", "Agent", "Status", "Submitted", "Took"],
+    columns: ["Run", "Inputs", "Result", "Agent", "Status", "Submitted", "Duration"],
     noneYet: ["There are no runs yet. ", h("a", { href: link("agents") }, "Start one with an agent.")],
     noMatch: "No run matches these filters.",
     row: (run) => [

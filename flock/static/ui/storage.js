@@ -1,33 +1,33 @@
-// What is kept in this browser.
+// Storage in this browser.
 
 import { url } from "./address.js";
 
-const OURS = `flock:${url("").pathname}`;
+const PREFIX = `flock:${url("").pathname}`;
 
-/** Storage that may be full or forbidden; a second flock under another prefix has its own. */
-const kept = (storage) => ({
+/** Wrap a storage that may be full or blocked. Each path prefix of a server has its own names. */
+const safeStorage = (storage) => ({
   get: (name) => {
     try {
-      return storage().getItem(`${OURS}:${name}`);
+      return storage().getItem(`${PREFIX}:${name}`);
     } catch {
       return null;
     }
   },
   set: (name, value) => {
     try {
-      if (value === null || value === "") storage().removeItem(`${OURS}:${name}`);
-      else storage().setItem(`${OURS}:${name}`, value);
+      if (value === null || value === "") storage().removeItem(`${PREFIX}:${name}`);
+      else storage().setItem(`${PREFIX}:${name}`, value);
     } catch {
-      /* the page works without */
+      /* the page works without storage */
     }
   },
 });
-export const session = kept(() => sessionStorage);
-export const local = kept(() => localStorage);
+export const session = safeStorage(() => sessionStorage);
+export const local = safeStorage(() => localStorage);
 
-/** Also drafts and the chosen file. */
-export function forget() {
+/** Delete the key, drafts and the stored file. */
+export function clearStorage() {
   for (const storage of [sessionStorage, localStorage])
-    for (const name of Object.keys(storage)) if (name.startsWith(`${OURS}:`)) storage.removeItem(name);
-  return indexedDB.deleteDatabase(OURS);
+    for (const name of Object.keys(storage)) if (name.startsWith(`${PREFIX}:`)) storage.removeItem(name);
+  return indexedDB.deleteDatabase(PREFIX);
 }

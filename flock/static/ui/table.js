@@ -1,22 +1,22 @@
-// A table of a million rows: only those that can be seen are elements, and only their pages are asked for.
+// A table for a million rows. Only visible rows are elements, and only their pages are loaded.
 
 import { fill, h } from "./dom.js";
 
 const ROW_PX = 36;
 const PAGE = 100;
-const PAGES_KEPT = 40;
-/** Browsers draw nothing beyond some 16 million pixels. From here on the scroll bar stands for more than it is long. */
+const MAX_CACHED_PAGES = 40;
+/** Browsers cannot draw beyond about 16 million pixels. Above this height the scroll position is scaled. */
 const MAX_PX = 8_000_000;
 
 /**
- * @param columns  [{name, least, most}]: the width in rem, and as a grid has it
- * @param start    the first row that is to be seen; goTo() scrolls there once the table is in the page
- * @param load     (page, signal) => rows of the page, each at its place
- * @param cells    (row, index) => the cells of a row; the row is undefined while it is not there
- * @param moved    told the first row that can be seen
- * @param failed   told why a page does not come
+ * @param columns  [{name, min, max}]: the minimum width in rem, and the maximum as a grid track
+ * @param start    the first visible row; call goTo() to scroll to it when the table is in the page
+ * @param load     (page, signal) => the rows of the page, by their index in it
+ * @param cells    (row, index) => the cells of a row; the row is undefined until it is loaded
+ * @param onScroll called with the first visible row
+ * @param onError  called with the error if a page cannot be loaded
  */
-export function bigTable({ label, columns, total, start, load, cells, moved, failed, signal }) {
+export function bigTable({ label, columns, total, start, load, cells, onScroll, onError, signal }) {
   const rows = h("div", { class: "rows" });
   const body = h("div", { class: "body", role: "rowgroup" }, rows);
   const head = h(
@@ -41,62 +41,62 @@ export function bigTable({ label, columns, total, start, load, cells, moved, fai
     head,
     body,
   );
-  node.style.setProperty("--tracks", columns.map(({ least, most }) => `minmax(${least}rem, ${most})`).join(" "));
-  node.style.setProperty("--least", `${columns.reduce((sum, { least }) => sum + least, 0)}rem`);
+  node.style.setProperty("--tracks", columns.map(({ min, max }) => `minmax(${min}rem, ${max})`).join(" "));
+  node.style.setProperty("--min-width", `${columns.reduce((sum, { min }) => sum + min, 0)}rem`);
   const height = () => Math.min(total * ROW_PX, MAX_PX);
-  body.style.height = `${height()}px`; // an observer that changes it would observe itself
+  body.style.height = `${height()}px`; // set here, because a resize observer would observe its own change
   const pages = new Map(),
-    asked = new Map();
+    requests = new Map();
   let first = start,
     drawn = "",
-    isOurs = false;
+    isProgrammatic = false;
 
-  const seen = () => Math.max(1, Math.floor((node.clientHeight - ROW_PX) / ROW_PX) || 12);
-  const last = () => Math.max(0, total - seen());
+  const visibleRows = () => Math.max(1, Math.floor((node.clientHeight - ROW_PX) / ROW_PX) || 12);
+  const last = () => Math.max(0, total - visibleRows());
   const isScaled = () => total * ROW_PX > MAX_PX;
-  const room = () => Math.max(1, height() + ROW_PX - node.clientHeight);
+  const scrollRange = () => Math.max(1, height() + ROW_PX - node.clientHeight);
 
-  /** Which row the scroll bar means; a scroll that we made ourselves means the row that we know. */
-  function scrolled() {
-    if (!isOurs)
+  /** Set the first row from the scroll position, unless goTo() has set it. */
+  function handleScroll() {
+    if (!isProgrammatic)
       first = isScaled()
-        ? Math.round((node.scrollTop / room()) * last())
+        ? Math.round((node.scrollTop / scrollRange()) * last())
         : Math.min(last(), Math.floor(node.scrollTop / ROW_PX));
-    isOurs = false;
+    isProgrammatic = false;
     draw();
   }
 
-  function goTo(row, isTold = true) {
+  function goTo(row, isReported = true) {
     first = Math.max(0, Math.min(last(), row));
-    const top = Math.round(isScaled() ? (first / Math.max(1, last())) * room() : first * ROW_PX);
+    const top = Math.round(isScaled() ? (first / Math.max(1, last())) * scrollRange() : first * ROW_PX);
     const before = node.scrollTop;
-    body.style.height = `${height()}px`; // nobody can scroll beyond what is there
+    body.style.height = `${height()}px`; // the body limits how far it can scroll
     node.scrollTop = top;
-    isOurs = node.scrollTop !== before;
-    draw(isTold);
+    isProgrammatic = node.scrollTop !== before;
+    draw(isReported);
   }
 
-  function draw(isTold = true) {
-    const until = Math.min(total, first + seen() + 2);
+  function draw(isReported = true) {
+    const end = Math.min(total, first + visibleRows() + 2);
     body.style.height = `${height()}px`;
-    rows.style.transform = `translateY(${isScaled() ? Math.min(node.scrollTop, Math.max(0, height() - (until - first) * ROW_PX)) : first * ROW_PX}px)`;
-    const now = `${first} ${until}`;
+    rows.style.transform = `translateY(${isScaled() ? Math.min(node.scrollTop, Math.max(0, height() - (end - first) * ROW_PX)) : first * ROW_PX}px)`;
+    const now = `${first} ${end}`;
     if (now !== drawn) {
       drawn = now;
-      paint(until);
-      if (isTold) moved?.(first);
+      paint(end);
+      if (isReported) onScroll?.(first);
     }
-    want(Math.floor(first / PAGE), Math.floor(Math.max(first, until - 1) / PAGE));
+    loadPages(Math.floor(first / PAGE), Math.floor(Math.max(first, end - 1) / PAGE));
   }
 
-  function paint(until) {
-    const had =
+  function paint(end) {
+    const focusedRow =
       rows.contains(document.activeElement) &&
       document.activeElement.closest("[role=row]")?.getAttribute("aria-rowindex");
-    const made = [];
-    for (let index = first; index < until; index++) {
+    const elements = [];
+    for (let index = first; index < end; index++) {
       const row = pages.get(Math.floor(index / PAGE))?.[index % PAGE];
-      made.push(
+      elements.push(
         h(
           "div",
           { role: "row", "aria-rowindex": index + 2 },
@@ -104,47 +104,47 @@ export function bigTable({ label, columns, total, start, load, cells, moved, fai
         ),
       );
     }
-    fill(rows, made);
-    if (had) (rows.querySelector(`[aria-rowindex="${had}"] a`) ?? node).focus({ preventScroll: true });
+    fill(rows, elements);
+    if (focusedRow) (rows.querySelector(`[aria-rowindex="${focusedRow}"] a`) ?? node).focus({ preventScroll: true });
   }
 
-  /** Ask for the pages that can be seen, and for no other any more. */
-  function want(from, to) {
-    for (const [page, asking] of asked)
+  /** Load the visible pages, and cancel the requests for others. */
+  function loadPages(from, to) {
+    for (const [page, request] of requests)
       if (page < from || page > to) {
-        asking.abort();
-        asked.delete(page);
+        request.abort();
+        requests.delete(page);
       }
-    for (let page = from; page <= to; page++) if (!pages.has(page) && !asked.has(page)) ask(page);
+    for (let page = from; page <= to; page++) if (!pages.has(page) && !requests.has(page)) loadPage(page);
   }
 
-  async function ask(page) {
-    const asking = new AbortController(),
-      stop = () => asking.abort();
-    asked.set(page, asking);
+  async function loadPage(page) {
+    const request = new AbortController(),
+      stop = () => request.abort();
+    requests.set(page, request);
     signal.addEventListener("abort", stop, { once: true });
     try {
-      await new Promise((done) => setTimeout(done, pages.size ? 60 : 0)); // who scrolls past needs none of it
-      asking.signal.throwIfAborted();
-      pages.set(page, await load(page, asking.signal));
-      if (pages.size > PAGES_KEPT) pages.delete(pages.keys().next().value);
+      await new Promise((done) => setTimeout(done, pages.size ? 60 : 0)); // skip pages that are only scrolled past
+      request.signal.throwIfAborted();
+      pages.set(page, await load(page, request.signal));
+      if (pages.size > MAX_CACHED_PAGES) pages.delete(pages.keys().next().value);
       drawn = "";
     } catch (error) {
-      if (asking.signal.aborted) return;
+      if (request.signal.aborted) return;
       pages.set(page, []);
-      failed(error);
+      onError(error);
     } finally {
-      if (asked.get(page) === asking) asked.delete(page);
+      if (requests.get(page) === request) requests.delete(page);
       signal.removeEventListener("abort", stop);
     }
-    if (!asking.signal.aborted) draw();
+    if (!request.signal.aborted) draw();
   }
 
   const KEYS = {
     ArrowDown: () => first + 1,
     ArrowUp: () => first - 1,
-    PageDown: () => first + seen(),
-    PageUp: () => first - seen(),
+    PageDown: () => first + visibleRows(),
+    PageUp: () => first - visibleRows(),
     Home: () => 0,
     End: () => total,
   };
@@ -162,15 +162,15 @@ export function bigTable({ label, columns, total, start, load, cells, moved, fai
     },
     { passive: false },
   );
-  node.addEventListener("scroll", scrolled);
+  node.addEventListener("scroll", handleScroll);
   new ResizeObserver(() => draw(false)).observe(node);
 
   return {
     node,
     goTo,
-    /** Ask again for what may have changed. What is shown stays until the answer is there. */
+    /** Reload the pages that may have changed. The old rows stay until the new ones are loaded. */
     async refresh(mayChange) {
-      const visible = new Set([Math.floor(first / PAGE), Math.floor((first + seen()) / PAGE)]);
+      const visible = new Set([Math.floor(first / PAGE), Math.floor((first + visibleRows()) / PAGE)]);
       for (const [page, some] of pages) if (!visible.has(page) && mayChange(some, page)) pages.delete(page);
       for (const page of visible) {
         const some = pages.get(page);

@@ -1,46 +1,46 @@
-// Rows on their way to the server, to be checked or to start a batch.
+// Uploads of rows, to check them or to start a batch.
 
 import { send } from "./api.js";
 import { parse } from "./json.js";
 
 export const MEDIA_TYPES = { csv: "text/csv", ndjson: "application/x-ndjson" };
-/** How much of the rows is sent to learn their columns and to show the first of them. */
+/** The part of the rows that is sent to find the columns and to show the first rows. */
 const HEAD_BYTES = 64 * 1024;
 
-/** What a file or a text seems to be: `{kind: "csv", delimiter}` or `{kind: "ndjson"}`. */
+/** Guess the format of a file or text: `{kind: "csv", delimiter}` or `{kind: "ndjson"}`. */
 export async function formatOf(blob) {
   const head = (await blob.slice(0, HEAD_BYTES).text()).replace(/^\ufeff/, "");
   if (/\.(ndjson|jsonl)$/i.test(blob.name ?? "") || head.trimStart().startsWith("{")) return { kind: "ndjson" };
   const line = head.split(/[\r\n]/, 1)[0].replace(/"[^"]*"/g, "");
-  const often = [",", ";", "\t", "|"].map((delimiter) => [line.split(delimiter).length, delimiter]);
-  return { kind: "csv", delimiter: often.reduce((best, each) => (each[0] > best[0] ? each : best))[1] };
+  const counts = [",", ";", "\t", "|"].map((delimiter) => [line.split(delimiter).length, delimiter]);
+  return { kind: "csv", delimiter: counts.reduce((best, each) => (each[0] > best[0] ? each : best))[1] };
 }
 
-/** The first lines, or all of a short one. */
+/** Return the first lines, or all if the rows are short. */
 export async function headOf(blob) {
   if (blob.size <= HEAD_BYTES) return blob;
   const text = await blob.slice(0, HEAD_BYTES).text();
   return new Blob([text.slice(0, Math.max(text.lastIndexOf("\n"), text.lastIndexOf("\r")) + 1)]);
 }
 
-/** The text of the answer to `rows`. `onProgress` is called with the number of bytes that are sent. */
+/** Send the rows and return the text of the response. `onProgress` is called with the number of bytes sent. */
 export const sendRows = (rows, format, options, { headers, onProgress = () => {}, ...more }) =>
   send(`run/batch?${new URLSearchParams(options)}`, {
     method: "POST",
     body: rows,
-    by: fetchWithProgress(onProgress),
+    transport: fetchWithProgress(onProgress),
     headers: { "Content-Type": MEDIA_TYPES[format.kind], ...headers },
     ...more,
   });
 
-/** What a batch of these rows would be refused for; nothing is kept. Numbers in its rows are as they are written. */
+/** Check the rows with a dry run. Numbers in the returned rows are kept as they are written. */
 export async function checkRows(rows, format, options, more) {
   const text = await sendRows(rows, format, { ...options, dry_run: true }, { ...more, isSafe: true });
-  more.signal.throwIfAborted(); // an answer that came too late
+  more.signal.throwIfAborted(); // the response came too late
   return { ...JSON.parse(text), rows: parse(text, () => true).rows };
 }
 
-/** As `fetch`, which cannot report how much of a body has been sent. */
+/** A replacement for `fetch`, which cannot report upload progress. */
 const fetchWithProgress =
   (onProgress) =>
   (address, { method, headers, body, signal }) =>
@@ -57,18 +57,18 @@ const fetchWithProgress =
             headers: { "Retry-After": request.getResponseHeader("Retry-After") ?? "" },
           }),
         );
-      request.onerror = () => whyBroken(body).then(fail);
-      request.onabort = () => fail(new DOMException("It was stopped.", "AbortError"));
+      request.onerror = () => uploadError(body).then(fail);
+      request.onabort = () => fail(new DOMException("The upload was cancelled.", "AbortError"));
       signal.addEventListener("abort", () => request.abort(), { once: true });
       request.send(body);
     });
 
-/** A file that was saved again since it was chosen cannot be read, which looks like a broken connection. */
-const whyBroken = (body) =>
+/** Return the cause of a failed upload. A file that was changed since it was selected cannot be read any more. */
+const uploadError = (body) =>
   body
     .slice(0, 1)
     .arrayBuffer()
     .then(
-      () => new TypeError("The connection broke."),
-      () => Object.assign(new Error("The file has changed or is gone. Choose it again."), { isFinal: true }),
+      () => new TypeError("The connection failed."),
+      () => Object.assign(new Error("The file was changed or deleted. Choose it again."), { isFinal: true }),
     );

@@ -1,47 +1,47 @@
-// A value of JSON, to be read.
+// A JSON value, formatted for reading.
 
 import { button, fill, h, saveAs } from "./dom.js";
 import { isExact, pretty } from "./json.js";
 import { copy } from "./notices.js";
 
-/** How many elements, and characters, are shown in a table; all of them are in the JSON. */
-const MOST = 200;
-const LONGEST = 20_000;
-/** How much JSON is shown; all of it is copied and downloaded. */
-const LONGEST_JSON = 1_000_000;
+/** The limits of the table view. The JSON view has the rest. */
+const MAX_ELEMENTS = 200;
+const MAX_TEXT_CHARS = 20_000;
+/** The limit of the JSON view. Copies and downloads are complete. */
+const MAX_JSON_CHARS = 1_000_000;
 
 export function readable(value) {
   if (value === null || value === undefined) return h("span", { class: "quiet" }, "nothing");
   if (isExact(value)) return value.rawJSON;
-  if (Array.isArray(value)) return value.length ? many(value) : h("span", { class: "quiet" }, "none");
-  if (typeof value === "object") return one(value);
+  if (Array.isArray(value)) return value.length ? arrayTable(value) : h("span", { class: "quiet" }, "none");
+  if (typeof value === "object") return objectTable(value);
   if (typeof value !== "string") return String(value);
   const more =
-    value.length > LONGEST
-      ? h("span", { class: "quiet" }, ` … and ${value.length - LONGEST} characters more, which are in the JSON.`)
+    value.length > MAX_TEXT_CHARS
+      ? h("span", { class: "quiet" }, ` … and ${value.length - MAX_TEXT_CHARS} more characters. The JSON view shows all.`)
       : null;
-  return [h("span", { class: "text" }, value.slice(0, LONGEST)), more];
+  return [h("span", { class: "text" }, value.slice(0, MAX_TEXT_CHARS)), more];
 }
 
-function one(value) {
+function objectTable(value) {
   const entries = Object.entries(value),
-    rest = entries.length - MOST;
+    rest = entries.length - MAX_ELEMENTS;
   const rows = entries
-    .slice(0, MOST)
-    .map(([name, its]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, readable(its))));
+    .slice(0, MAX_ELEMENTS)
+    .map(([name, member]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, readable(member))));
   if (!rows.length) return h("span", { class: "quiet" }, "nothing");
   return [
     h("table", { class: "value" }, h("tbody", {}, rows)),
-    rest > 0 ? h("p", { class: "quiet" }, `… and ${rest} more, which are in the JSON.`) : null,
+    rest > 0 ? h("p", { class: "quiet" }, `… and ${rest} more. The JSON view shows all.`) : null,
   ];
 }
 
 const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value) && !isExact(value);
 
-function many(value) {
-  const shown = value.slice(0, MOST),
+function arrayTable(value) {
+  const shown = value.slice(0, MAX_ELEMENTS),
     rest = value.length - shown.length;
-  const more = rest > 0 ? h("p", { class: "quiet" }, `… and ${rest} more, which are in the JSON.`) : null;
+  const more = rest > 0 ? h("p", { class: "quiet" }, `… and ${rest} more. The JSON view shows all.`) : null;
   if (!shown.every(isObject))
     return [
       h(
@@ -81,19 +81,20 @@ function many(value) {
   ];
 }
 
-/** A value as a table or as JSON, to copy or to keep as a file. */
+/** Show a value as a table or as JSON, with buttons to copy and download it. */
 export function result(value, fileName) {
-  const place = h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "Result" });
+  const container = h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "Result" });
   const tabs = ["Table", "JSON"].map((name) => button(name, () => choose(name), { class: "small" }));
   const choose = (name) => {
     tabs.forEach((tab) => tab.setAttribute("aria-pressed", String(tab.textContent === name)));
     const text = name === "JSON" && pretty(value);
     fill(
-      place,
+      container,
       text
         ? [
-            h("pre", {}, text.slice(0, LONGEST_JSON)),
-            text.length > LONGEST_JSON && h("p", { class: "quiet" }, "Only the start is shown. Download it to see all."),
+            h("pre", {}, text.slice(0, MAX_JSON_CHARS)),
+            text.length > MAX_JSON_CHARS &&
+              h("p", { class: "quiet" }, "Only the start is shown. Download the result to see all of it."),
           ]
         : readable(value),
     );
@@ -112,6 +113,6 @@ export function result(value, fileName) {
       button("Copy", () => copy(pretty(value), "Result"), { class: "small" }),
       button("Download", save, { class: "small" }),
     ),
-    place,
+    container,
   ];
 }

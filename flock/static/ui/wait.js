@@ -1,6 +1,6 @@
-// Waiting that ends with the view.
+// Waits that end when the view is closed.
 
-/** `promise`, or the reason why `signal` was aborted before; a view that is there for hours leaves no listeners behind. */
+/** Await `promise`, or throw if `signal` is aborted first. Removes its listener: a view can stay open for hours. */
 export function unlessAborted(promise, signal) {
   let stop;
   const aborted = new Promise((_, fail) => {
@@ -22,11 +22,11 @@ export const visible = (signal) =>
     signal,
   );
 
-/** Call `look` now and every so often, as long as the view is there and the tab can be seen. */
-export async function every(ms, look, signal) {
+/** Call `work` now and then every `ms`, while the view is open and the tab is visible. */
+export async function every(ms, work, signal) {
   for (;;) {
     await visible(signal);
-    await look();
+    await work();
     await pause(ms, signal);
   }
 }

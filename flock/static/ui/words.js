@@ -1,16 +1,16 @@
-// Statuses, times, numbers, batches and hand-offs, in words.
+// Statuses, times, numbers, batches and hand-offs as text.
 
 import { link } from "./address.js";
 import { h } from "./dom.js";
 
 export const SIGNS = { starting: "○", running: "◐", completed: "✓", failed: "✕", cancelled: "⊘" };
 
-/** A status by sign, word and colour. */
+/** A status with its sign, word and colour. */
 export const badge = (status) =>
   h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
 
-/** The same in a sentence. */
-export const ended = { completed: "is completed", failed: "failed", cancelled: "was cancelled" };
+/** A final status as the verb of a sentence. */
+export const ended = { completed: "completed", failed: "failed", cancelled: "was cancelled" };
 
 export const STATUSES = Object.keys(SIGNS);
 export const isFinal = (status) => ["completed", "failed", "cancelled"].includes(status);
@@ -18,7 +18,7 @@ export const isFinal = (status) => ["completed", "failed", "cancelled"].includes
 const WHEN = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 export const when = (time) => (time ? h("time", { datetime: time, title: time }, WHEN.format(new Date(time))) : "–");
 
-/** A time of the API as an input of type datetime-local has it. */
+/** Convert a time of the API to the format of a datetime-local input. */
 export function localTime(time) {
   const date = new Date(time);
   return Number.isNaN(date.getTime())
@@ -35,18 +35,18 @@ export function duration(seconds) {
   return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
 }
 
-/** Seconds from one time of the API to another, or to now. */
+/** Return the seconds from one time of the API to another, or to now. */
 export const between = (from, to) => (from ? ((to ? new Date(to) : new Date()) - new Date(from)) / 1000 : null);
 
 const NUMBER = new Intl.NumberFormat();
 export const count = (number, one, many = `${one}s`) =>
   `${NUMBER.format(number)}${one ? ` ${number === 1 ? one : many}` : ""}`;
 
-/** What a batch is, in a sentence. */
+/** A description of batches. */
 export const aboutBatches = () =>
-  h("p", { class: "quiet" }, "A batch runs one agent on every row of a table; each row is a run of its own.");
+  h("p", { class: "quiet" }, "A batch runs one agent on every row of a table. Each row is a separate run.");
 
-/** Which agent runs next. */
+/** A description of which agent runs next. */
 export function handOff(agent) {
   if (agent.next_agent)
     return h(
