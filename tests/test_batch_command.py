@@ -550,7 +550,7 @@ def test_an_agent_that_there_is_not_is_said() -> None:
     write_numbers("rows.csv", 1)
     result = invoke("nobody", "rows.csv", "-o", "x.csv")
     assert result.exit_code == 1
-    assert "No agent is called 'nobody'. Known agents: work, hang, measure." in result.output
+    assert "There is no agent 'nobody'. Known agents: work, hang, measure." in result.output
 
 
 @pytest.mark.parametrize("kind", ["text", "server", "database"])

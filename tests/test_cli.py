@@ -170,7 +170,7 @@ def test_run_prints_the_result_as_json(flock_file: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nobody"], "Error: No agent is called 'nobody'. Known agents: greet, fail."),
+        (["nobody"], "Error: There is no agent 'nobody'. Known agents: greet, fail."),
         (["greet"], "Error: /inputs/person: This field is required."),
         (["greet", "-i", "person=Ann"], "/inputs/person: Expected 'object', got 'str'."),
         (["greet", "-i", "person"], "'person' is not KEY=VALUE"),
