@@ -105,7 +105,7 @@ async def test_the_agents_own_model_wins_over_the_flocks(model: FakeModel, resou
     ("bad", "reason"),
     [
         pytest.param("Good!", "Not valid JSON", id="no JSON"),
-        pytest.param('{"sentiment": "good", "keywords": ["a"', "it ends too early", id="cut off"),
+        pytest.param('{"sentiment": "good", "keywords": ["a"', "unexpected end", id="cut off"),
         pytest.param({"sentiment": 5, "keywords": []}, "/sentiment: Expected 'str', got 'int'", id="wrong type"),
         pytest.param({"sentiment": "good"}, "/keywords: This field is required", id="missing"),
         pytest.param({"sentiment": "", "keywords": [], "x": 1}, "/x: Unknown field", id="unknown"),

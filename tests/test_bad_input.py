@@ -39,7 +39,7 @@ async def post(client: httpx.AsyncClient, body: Any, path: str = "/run/flock", *
         pytest.param(b'{"agent_name": "add", "inputs": {"a": NaN}}', "line 1, column 39", id="NaN"),
         pytest.param(b'{"agent_name": "add", "inputs": {"\xff": 1}}', "not UTF-8 at line 1, column 35", id="not UTF-8"),
         pytest.param(gzip.compress(b'{"agent_name": "add"}'), "not UTF-8 at line 1, column 2", id="compressed"),
-        pytest.param(b'{"agent_name": "\\ud800"}', "half of a surrogate pair", id="lone surrogate"),
+        pytest.param(b'{"agent_name": "\\ud800"}', "unpaired surrogate", id="lone surrogate"),
         pytest.param(
             b'{"agent_name": "anything", "inputs": {"value": "\\udc00"}}',
             "surrogate",
@@ -119,7 +119,7 @@ async def test_a_body_may_say_that_it_is_not_compressed(encoding: str, client: h
         pytest.param(
             {"agent_name": 5, "async_run": "yes", "agent": 1},
             {
-                "/agent": "Unknown field. The fields here are: agent_name, inputs, async_run, timeout_s.",
+                "/agent": "Unknown field. Known fields: agent_name, inputs, async_run, timeout_s.",
                 "/agent_name": "Expected 'str', got 'int'.",
                 "/async_run": "Expected 'bool', got 'str'.",
             },
@@ -128,7 +128,7 @@ async def test_a_body_may_say_that_it_is_not_compressed(encoding: str, client: h
         pytest.param(
             {"agent_name": "add", "inputs": {"a": "1", "c": 3}},
             {
-                "/inputs/c": "Unknown field. The fields here are: a, b.",
+                "/inputs/c": "Unknown field. Known fields: a, b.",
                 "/inputs/a": "Expected 'int', got 'str'.",
             },
             id="inputs",

@@ -64,13 +64,13 @@ async def test_run_within_a_loop_says_what_to_call() -> None:
 
 def test_a_name_is_taken_once() -> None:
     flock = sample_flock()
-    with pytest.raises(DefinitionError, match="'add' is in this flock already"):
+    with pytest.raises(DefinitionError, match="already has an agent 'add'"):
         flock.add_agent(flock.agents["add"])
 
 
 def test_what_is_no_agent_is_refused() -> None:
     not_an_agent: Any = "print"
-    with pytest.raises(DefinitionError, match="is no agent"):
+    with pytest.raises(DefinitionError, match="is not an agent"):
         Flock().add_agent(not_an_agent)
     with pytest.raises(SignatureError, match="cannot be given by name"):
         Flock().add_agent(print)
@@ -278,9 +278,9 @@ def test_a_batch_of_nothing_has_no_results(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"max_workers": 0}, "max_workers is at least 1, and not 0"),
-        ({"on_invalid": "ignore"}, "on_invalid is one of reject, skip, and not 'ignore'"),
-        ({"timeout_s": 0}, "timeout_s is a number of seconds above 0"),
-        ({"timeout_s": float("nan")}, "timeout_s is a number of seconds above 0"),
+        ({"on_invalid": "ignore"}, "on_invalid= must be one of reject, skip, not 'ignore'"),
+        ({"timeout_s": 0}, "timeout_s= must be a number of seconds above 0"),
+        ({"timeout_s": float("nan")}, "timeout_s= must be a number of seconds above 0"),
     ],
 )
 def test_an_option_that_is_none_is_said(options: dict[str, Any], words: str) -> None:

@@ -268,7 +268,7 @@ def test_each_encoding_is_read_in_pieces(encoding: str, size: int) -> None:
     [
         ({"delimiter": ";;"}, "delimiter is one character"),
         ({"decimal": "'"}, 'decimal is "." or ","'),
-        ({"on_extra": "drop"}, "on_extra is one of reject, ignore, keep, and not 'drop'"),
+        ({"on_extra": "drop"}, "on_extra= must be one of reject, ignore, keep, not 'drop'"),
     ],
 )
 def test_an_option_that_is_not_valid_is_said(options: Any, words: str) -> None:

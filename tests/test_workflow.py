@@ -191,7 +191,9 @@ async def end_of_chain(model: FakeModel, max_tokens: int | None, *answers: Any) 
 async def test_answers_are_sent_back_until_the_tokens_are_spent(max_tokens: int, asked: int, model: FakeModel) -> None:
     run = await end_of_chain(model, max_tokens, *["no JSON"] * asked)
     assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "too_many_tokens", asked)
-    expected = f"Stopped after {15 * asked} tokens, before 'one' asked its model: one run may spend {max_tokens} (max_t"
+    expected = (
+        f"Stopped after {15 * asked} tokens, before 'one' called its model. One run may use {max_tokens} tokens ("
+    )
     assert run.error
     assert run.error.startswith(expected)
 
@@ -201,7 +203,7 @@ async def test_who_is_handed_on_to_spends_what_is_left(model: FakeModel) -> None
     run = await end_of_chain(model, 15, {"b": 1})
     assert (run.status, run.error_type) == (RunStatus.FAILED, "too_many_tokens")
     assert run.error
-    assert "before 'two' asked its model" in run.error
+    assert "before 'two' called its model" in run.error
     assert [step.agent_name for step in run.steps] == ["one", "count"]
     run = await end_of_chain(model, 16, {"b": 1}, "no JSON")
     assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "too_many_tokens", 3)
