@@ -964,7 +964,7 @@ async def test_a_worker_that_does_not_know_an_agent_any_more_says_so(temporal_ad
             second = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
     for run, path in ((first, "summarise"), (second, "add → summarise")):
         assert (run.status, run.error_type) == (RunStatus.FAILED, "invalid_handoff")
-        assert run.error == f"There is no agent 'summarise' to hand on to ({path}). Known agents: add."
+        assert run.error == f"There is no agent 'summarise' to hand off to ({path}). Known agents: add."
     assert [step.agent_name for step in second.steps] == ["add"], "what was finished is kept"
 
 
@@ -1181,7 +1181,7 @@ def test_a_worker_warns_at_its_start_of_what_would_make_runs_fail(temporal_addre
     process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     worker = Server(process)
     try:
-        worker.wait_for_line("WARNING:  The agent 'bare' cannot run. The model cannot be called: no model is named")
+        worker.wait_for_line("WARNING:  The agent 'bare' cannot run. The model cannot be called: no model is set")
         worker.stop()
     finally:
         process.kill()

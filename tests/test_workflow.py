@@ -52,7 +52,7 @@ def test_inputs_are_drawn_from_all_that_is_known_and_later_wins() -> None:
 
 
 def test_a_dangling_name_is_said_with_its_path() -> None:
-    with pytest.raises(InvalidHandoff, match=r"no agent 'gone' to hand on to \(add → gone\). Known agents: text_a"):
+    with pytest.raises(InvalidHandoff, match=r"no agent 'gone' to hand off to \(add → gone\). Known agents: text_a"):
         next_agent(run_of("add", step_of("add", "gone", result=3), a=1), sample_flock().agents, 32)
 
 
@@ -137,7 +137,7 @@ def raises(result: dict[str, Any]) -> str:
     ("next_agent", "error_type", "words"),
     [
         pytest.param("gone", "invalid_handoff", "no agent 'gone'", id="dangling"),
-        pytest.param(lambda result: 5, "invalid_handoff", "gave int", id="neither name nor agent"),
+        pytest.param(lambda result: 5, "invalid_handoff", "not int", id="neither name nor agent"),
         pytest.param(lambda result: loud, "invalid_handoff", "no agent 'loud'", id="an agent of no flock"),
         pytest.param("measure", "too_many_steps", "measure → measure", id="loop"),
         pytest.param("wants_more", "invalid_handoff", "/limit: This field is required", id="inputs are missing"),

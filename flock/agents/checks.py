@@ -1,4 +1,4 @@
-"""What can be known before the first run: what is missing for agents to do their work."""
+"""Checks at startup for problems that would make runs fail, such as a missing API key."""
 
 import logging
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ logger = logging.getLogger("flock.checks")
 
 
 def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> list[str]:
-    """Why runs would fail, a sentence for each reason. It asks no server, and loads no weights.
+    """Return the problems that would make runs fail, each as a text. It sends no requests and loads no weights.
 
     Args:
-        default_model: for agents that name none.
-        calls_models: False if other processes call the models, where other keys and packages may be.
+        default_model: the model of agents without one.
+        calls_models: False if other processes call the models, and may have other keys and packages.
     """
     names_of: dict[str, list[str]] = {}
     handoffs = []
@@ -40,6 +40,6 @@ def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_mo
 
 
 def warn_of_problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> None:
-    """Log each of ``problems`` as a WARNING."""
+    """Log each of the ``problems`` as a WARNING."""
     for problem in problems(agents, default_model, calls_models=calls_models):
         logger.warning("%s", problem)

@@ -1,6 +1,6 @@
-"""Rows in: JSON, CSV and NDJSON, read piece by piece.
+"""Streaming readers for rows of JSON, CSV and NDJSON.
 
-What a reader finds wrong with one row goes with that row; what makes the whole unreadable is raised.
+Errors in a single row are part of that row. Errors that make the whole input unreadable are raised.
 """
 
 import codecs
@@ -54,54 +54,54 @@ __all__ = [
     "table_format",
 ]
 
-#: How rows lie in a file.
+#: The format of a file with rows.
 TableFormat = Literal["csv", "ndjson"]
 
-#: How many times as long as what was sent the static inputs and the names of columns of all its rows may become.
+#: Max total size of the static inputs and column names of all rows, as a multiple of the request's size.
 EXPANSION = 16
-#: How much of a file is read at once.
+#: Size of one read from a file.
 CHUNK_BYTES = 64 * 1024
-#: How much of CSV is read at once, at least.
+#: Min size of the pieces in which CSV is parsed.
 GATHERED_CHARS = 64 * 1024
-#: How long one row of a program's own file may be, and how deep it may be nested.
+#: Max size and nesting depth of one row in a local file.
 MAX_ROW_BYTES = 16 * 1024 * 1024
 MAX_ROW_DEPTH = 100
-#: What a cell holds that JSON would call a number.
+#: A cell that is a valid JSON number.
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-#: What the error of a type that takes numbers, and no text, says of text.
+#: Matches the error for text of a type that accepts numbers, but not text.
 NUMERIC = re.compile(r"\b(int|float|decimal)\b")
-#: After so many lines, which may be empty, a reader lets others run if it has had its share.
+#: Number of lines, including empty ones, after which a reader yields to other tasks if its share of time is used.
 LINES_A_STEP = 256
-#: How many members a row, the static inputs and a mapping have at most, and how many columns a header.
+#: Max members of a row, of the static inputs and of a mapping, and max columns of a header.
 MAX_MEMBERS = 10_000
-#: How long the names of columns that a reader remembers are together.
+#: Max total length of the column names that a reader collects.
 MAX_COLUMNS_CHARS = 1024 * 1024
-#: How many lines one row of CSV has at most.
+#: Max lines in one row of CSV.
 MAX_ROW_LINES = 100_000
-#: How many errors of one row, or of the header, are reported.
+#: Max errors that are reported for one row or for the header.
 MAX_ROW_ERRORS = 100
-#: How many names of inputs are compared with names of one upload to find the nearest: that takes time.
+#: Max comparisons of names per upload to find the closest input. Each comparison is slow.
 MAX_COMPARED = 1000
-#: What can be done about a column, or a member, that is no input.
-CURES_OF_EXTRA = ' on_extra="keep" (--on-extra keep) carries it into the results, and "ignore" drops it.'
+#: What to do about a column, or a member, that is not an input.
+HINT_FOR_EXTRA = ' Set on_extra="keep" (--on-extra keep) to copy it to the results, or "ignore" to drop it.'
 
 
 class RowMapping:
-    """What becomes of the members of a row: names mapped, gaps filled, and what is no input refused, dropped or kept.
+    """Maps the members of rows to inputs, adds static inputs, and rejects, drops or keeps members that are not inputs.
 
     Raises InvalidData if *static* or *names* have more than ``MAX_MEMBERS``, or if a value of *names* is not an input.
 
     Args:
         signature: the inputs.
-        static: inputs that each row has which does not bring its own.
-        names: what a member of a row is called as an input; None drops the member.
-        max_static_bytes: how long those of all rows may be by now, together with the names of columns that rows keep:
-            they are sent once and kept often.
-        on_extra: what becomes of a member that is neither an input nor named in *names*.
-        result_names: what cannot be kept, since results have a member of that name.
+        static: default inputs for all rows.
+        names: maps members of rows to input names; None drops the member.
+        max_static_bytes: returns the max total size, at this time, of the static inputs and kept column names of all
+            rows. They are sent once, but stored with each row.
+        on_extra: what to do with a member that is neither an input nor in *names*.
+        result_names: names that cannot be kept, because results have members with these names.
 
     Attributes:
-        columns: the names of the columns, or of the members of rows, that were met, in this order.
+        columns: the names of all columns, or of all members of rows, in order of first appearance.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class RowMapping:
         self._static_bytes = 0
         self._nearest: dict[str, str] = {}
         unknown = [(key, name) for key, name in self.names.items() if name not in self.fields]
-        if unknown:  # here and not in each row, since a row that failed would keep the name
+        if unknown:  # not checked per row, because each failed row would store the name
             raise InvalidData(
                 [
                     FieldError(detail=self.no_input(name, ()), pointer=f"/input_mapping/{escape_pointer(key)}")
@@ -148,7 +148,7 @@ class RowMapping:
                 self.columns[name] = None
 
     def row(self, members: Mapping[str, msgspec.Raw], at: str = "", line: int | None = None) -> Row:
-        """Raises TooLarge."""
+        """Convert one row. Raises TooLarge."""
         if not (self.static or self.names or self.dropped) and members.keys() <= self.fields.keys():
             return Row(inputs=msgspec.Raw(msgspec.json.encode(members)), at=at, line=line)
         if len(members) > MAX_MEMBERS:
@@ -170,14 +170,14 @@ class RowMapping:
             if len(errors) >= MAX_ROW_ERRORS:
                 break
             if name in own:
-                errors.append(FieldError(detail=f"Another member becomes the input {name!r} too.", pointer=pointer))
+                errors.append(FieldError(detail=f"More than one member maps to the input {name!r}.", pointer=pointer))
             own.add(name)
             sources[name], inputs[name] = pointer, value
         missing = self.missing(inputs) if extra else set()
         for key, value in extra.items():
             pointer = f"{at}/{escape_pointer(key)}"
             if (nearest := self.nearest(key)) in missing:
-                sources[nearest] = pointer  # its own error would say the same
+                sources[nearest] = pointer  # the error for the missing input would repeat this one
             if problem := self.problem_of(key, missing, inputs):
                 errors.append(FieldError(detail=problem, pointer=pointer))
             elif self.on_extra == "keep":
@@ -199,21 +199,21 @@ class RowMapping:
         )
 
     def renaming(self, names: Mapping[str, str]) -> "RowMapping":
-        """The same, with more *names*."""
+        """Return a copy with additional *names*."""
         made = copy.copy(self)
         made.names = {**self.names, **names}
         return made
 
     def is_extra(self, key: str) -> bool:
-        """Whether a member or column is no input."""
+        """Whether a member or column is not an input."""
         return key not in self.fields and key not in self.names and key not in self.dropped
 
     def missing(self, inputs: Collection[str]) -> set[str]:
-        """The required inputs that are not there."""
+        """Return the required inputs that are missing."""
         return {name for name, field in self.fields.items() if field.required and name not in inputs}
 
     def nearest(self, key: str) -> str:
-        """The input that *key* may be meant for, or ""."""
+        """Return the input that *key* seems to be a misspelling of, or ""."""
         if key not in self._nearest:
             if len(self._nearest) * len(self.fields) >= MAX_COMPARED or len(key) > MAX_ECHOED_CHARS:
                 return ""
@@ -223,34 +223,34 @@ class RowMapping:
         return self._nearest[key]
 
     def problem_of(self, key: str, missing: Collection[str], inputs: Collection[str]) -> str:
-        """What is wrong with a member or column that is no input, in words; "" if nothing is."""
+        """Return an error message for a member or column that is not an input, or "" if it is accepted."""
         if self.on_extra == "reject" or self.nearest(key) in missing:
-            return self.no_input(key, inputs, CURES_OF_EXTRA)
+            return self.no_input(key, inputs, HINT_FOR_EXTRA)
         if self.on_extra == "keep" and key in self._result_names:
             shown = key[:MAX_ECHOED_CHARS]
             return f'{shown!r} cannot be kept: results have a member of that name. Rename it, or set on_extra="ignore".'
         return ""
 
-    def no_input(self, name: str, inputs: Collection[str], cure: str = "") -> str:
-        """That there is no such input, in words, with the nearest one that is not among *inputs*, or else a *cure*."""
+    def no_input(self, name: str, inputs: Collection[str], hint: str = "") -> str:
+        """Return the error message for an unknown input, with the closest input that is not in *inputs*, or *hint*."""
         nearest = self.nearest(name)
         if nearest and nearest not in inputs:
-            cure = f" Did you mean {nearest!r}?"
+            hint = f" Did you mean {nearest!r}?"
         known = ", ".join(self.fields) or "none"
-        return f"There is no input {name[:MAX_ECHOED_CHARS]!r}.{cure} The inputs are: {known}."
+        return f"There is no input {name[:MAX_ECHOED_CHARS]!r}.{hint} Known inputs: {known}."
 
     def count(self, row_bytes: int, what: str = "static inputs") -> None:
-        """Count what is sent once and kept in one more row. Raises TooLarge."""
+        """Count data that is sent once but stored with each row. Raises TooLarge."""
         self._static_bytes += row_bytes
         if self._static_bytes > (allowed := self._max_static_bytes()):
             raise TooLarge(
-                f"With the {what} the rows become too long: those may have {allowed} bytes together, "
-                f"{EXPANSION} times what may be sent at once or was sent. Send shorter ones, or fewer rows at once."
+                f"The {what} of all rows are longer than {allowed} bytes together, {EXPANSION} times the size of the "
+                "upload or of the largest JSON body. Send shorter ones, or fewer rows at once."
             )
 
 
 def _too_many(number: int, what: str) -> str:
-    return f"There are {number:,} {what} here, and at most {MAX_MEMBERS:,} are read."
+    return f"There are {number:,} {what} here, but the maximum is {MAX_MEMBERS:,}."
 
 
 def _unreadable_row(error: FieldError, at: str, line: int | None) -> Row:
@@ -261,7 +261,7 @@ def _unreadable_row(error: FieldError, at: str, line: int | None) -> Row:
 
 
 def json_rows(rows: Iterable[Mapping[str, msgspec.Raw]], row_mapping: RowMapping) -> Iterator[Row]:
-    """The rows of a JSON body's ``batch_inputs``. Raises TooLarge."""
+    """Yield the rows of ``batch_inputs`` in a JSON body. Raises TooLarge."""
     for position, members in enumerate(rows):
         row_mapping.meet(members)
         yield row_mapping.row(members, at=f"/batch_inputs/{position}")
@@ -270,9 +270,9 @@ def json_rows(rows: Iterable[Mapping[str, msgspec.Raw]], row_mapping: RowMapping
 async def ndjson_rows(
     chunks: AsyncIterable[bytes], row_mapping: RowMapping, *, max_row_bytes: int, max_depth: int
 ) -> AsyncGenerator[Row, None]:
-    """One object a line; empty lines are none.
+    """Yield one row for each line of NDJSON, without empty lines.
 
-    Raises: TooLarge where a line is longer than *max_row_bytes*, or all together with static inputs are too long.
+    Raises: TooLarge if a line is longer than *max_row_bytes*, or if the static inputs of all rows are too long.
     """
     number, share = 0, FairShare()
     async for lines in _lines(chunks, max_row_bytes):
@@ -285,7 +285,7 @@ async def ndjson_rows(
 
 
 async def _lines(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterator[Sequence[bytes]]:
-    """Lines, as many as a chunk ends. Raises TooLarge."""
+    """Yield, for each chunk, the lines that it completes. Raises TooLarge."""
     rest, number = bytearray(), 0
     async for chunk in chunks:
         head, newline, tail = chunk.rpartition(b"\n")
@@ -308,20 +308,20 @@ def _check_lengths(lines: Sequence[bytes], number: int, max_bytes: int) -> None:
 
 
 def _row_too_long(line: int, max_bytes: int) -> TooLarge:
-    return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, all that one row may have.")
+    return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, the maximum for one row.")
 
 
 async def _ndjson_row(line: bytes, number: int, row_mapping: RowMapping, max_depth: int, share: FairShare) -> Row:
     try:
         for _ in depth_steps(line, max_depth):
             await share.checkpoint()
-        line.decode()  # a decoder skips over what it does not look into
+        line.decode()  # the decoder does not validate skipped values
         members = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
-        detail = "A line is one JSON object."
+        detail = "Each line must be one JSON object."
     except (MalformedJSON, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         found = exc if isinstance(exc, MalformedJSON) else malformed(line, exc)
-        detail = str(found).replace("line 1, ", "")  # its own line is told beside it
+        detail = str(found).replace("line 1, ", "")  # the line in the file is reported separately
     else:
         await share.checkpoint()
         row_mapping.meet(members)
@@ -341,14 +341,17 @@ async def csv_rows(
     max_depth: int,
     are_names_counted: bool = True,
 ) -> AsyncGenerator[Row, None]:
-    """Rows of CSV (RFC 4180) after a header, their cells typed by the signature of *row_mapping*; empty lines are none.
+    """Yield the rows of CSV (RFC 4180) after the header, without empty lines.
 
-    *are_names_counted*: whether the names of columns that rows keep count as static inputs do.
+    Cells are converted to the types of the signature of *row_mapping*.
+
+    Args:
+        are_names_counted: whether the column names that rows store count like static inputs.
 
     Raises:
-        InvalidData: the header does not fit the signature, or what follows is no CSV, or of another encoding; with the
-            line.
-        TooLarge: as ``ndjson_rows``.
+        InvalidData: the header does not match the signature, or the text is not valid CSV or has another encoding; with
+            the line.
+        TooLarge: as in ``ndjson_rows``.
     """
     columns: _Columns | None = None
     names_bytes, share = 0, FairShare()
@@ -363,15 +366,15 @@ async def csv_rows(
             row_mapping.count(names_bytes, "names of the columns")
             yield columns.row(cells, line)
     if columns is None:
-        raise _unreadable("There is no header: the first line names the columns.", 1)
+        raise _unreadable("The header is missing. The first line must contain the column names.", 1)
 
 
 async def _records(
     chunks: AsyncIterable[bytes], dialect: CSVDialect, max_bytes: int
 ) -> AsyncIterator[tuple[int, Sequence[str]]]:
-    """Each record that is not empty, with the line in which it begins, as Python's own reader has it.
+    """Yield each record that is not empty, as parsed by Python's ``csv``, with its first line.
 
-    That reader forgets an unfinished record at the end of what it was given, so those lines are kept for the next time.
+    Python's reader drops an incomplete record at the end of its input, so these lines are parsed again with more input.
     """
     decoder, rest, number, has_begun = dialect.decoder(), "", 1, False
     new: list[str] = []
@@ -387,11 +390,11 @@ async def _records(
             raise _unreadable(dialect.not_decoded(first_bytes), line) from exc
         new_chars += len(new[-1])
         if chunk is not None and new_chars < max(GATHERED_CHARS, len(rest)):
-            continue  # what is unfinished is read anew each time, and must not be for each few bytes
+            continue  # an incomplete record is parsed again each time, so wait for enough input
         text, new, new_chars = "".join([rest, *new]), [], 0
         end = len(text) if chunk is None else max(text.rfind("\n"), text.rfind("\r", 0, -1)) + 1
         whole, rest = text[:end], text[end:]
-        lines: list[str] = []  # of a record that has begun
+        lines: list[str] = []  # of the current record
         reader, done = csv.reader(_kept(whole, lines, number), delimiter=dialect.delimiter, strict=True), 0
         try:
             for cells in reader:
@@ -408,9 +411,11 @@ async def _records(
         except csv.Error as exc:
             if chunk is None or str(exc) != "unexpected end of data":
                 reason = "" if has_begun else dialect.not_read(lines[0])
-                reason = reason or f"This is no CSV: {exc}."
+                reason = reason or f"This is not valid CSV: {exc}."
                 if str(exc).startswith("field larger"):
-                    reason = f"A cell has more than {csv.field_size_limit():,} characters; NDJSON takes longer ones."
+                    reason = (
+                        f"A cell has more than {csv.field_size_limit():,} characters. Use NDJSON for longer values."
+                    )
                 raise _unreadable(reason, number + done) from exc
         rest = "".join(lines) + rest
         number += done
@@ -419,11 +424,11 @@ async def _records(
 
 
 def _kept(text: str, lines: list[str], number: int) -> Iterator[str]:
-    """The lines of *text*, which begins at the line *number*, each added to *lines*: the caller clears these."""
+    """Yield the lines of *text*, which starts at line *number*, and add each to *lines*, which the caller clears."""
     for read, line in enumerate(io.StringIO(text, newline="")):
         lines.append(line)
         if len(lines) > MAX_ROW_LINES:
-            detail = f"This row has more than {MAX_ROW_LINES:,} lines. The quote after a cell may be missing."
+            detail = f"This row has more than {MAX_ROW_LINES:,} lines. A closing quote may be missing."
             raise _unreadable(detail, number + read - MAX_ROW_LINES)
         yield line
 
@@ -439,11 +444,11 @@ def _unreadable(detail: str, line: int, pointer: str = "") -> InvalidData:
 
 
 class _Columns:
-    """What the header says, and how cells become inputs. Raises InvalidData where it does not fit the signature.
+    """The header, and the conversion of cells to inputs. Raises InvalidData if it does not match the signature.
 
     Attributes:
-        names_bytes: how long the names are, as JSON, that each row may keep: those of kept columns, and of mapped ones,
-            which are in the error of a row. Others are as long as the names of inputs, or are not kept.
+        names_bytes: size, as JSON, of the column names that may be stored with each row: those of kept columns, and of
+            mapped columns, which may be in a row's error. Other names are no longer than input names, or not stored.
     """
 
     def __init__(
@@ -475,7 +480,7 @@ class _Columns:
         self.names_bytes = len(msgspec.json.encode(dict.fromkeys(kept, ""))) if kept else 0
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        """What is wrong with the header: columns, and in words why."""
+        """Yield each column of the header that has an error, with the message."""
         row_mapping, met = self._row_mapping, set[str]()
         names = {each: row_mapping.names.get(each, each) for each in self._header if each not in row_mapping.dropped}
         inputs = {*names.values(), *row_mapping.static}
@@ -491,18 +496,18 @@ class _Columns:
                 else:
                     problem = f"Column {place} has no name."
                 if row_mapping.on_extra == "keep" and column in met:
-                    problem = problem or f"Another column is called {column!r} too."
+                    problem = problem or f"More than one column is named {column!r}."
             elif name in met:
-                problem = f"Another column becomes the input {name!r} too."
+                problem = f"More than one column maps to the input {name!r}."
             met.add(name)
             if problem:
                 yield column, problem
         header = set(self._header)
         for column in (each for each in (*row_mapping.names, *row_mapping.dropped) if each not in header):
-            yield column, f"input_mapping names the column {column!r}, and there is none."
+            yield column, f"input_mapping contains the column {column!r}, but the header does not."
         for name in (each for each in row_mapping.fields if each in missing and each not in meant):
-            cure = f'Name one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
-            yield name, f"The input {name!r} is required, and there is no column for it. {cure}"
+            hint = f'Choose one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
+            yield name, f"The input {name!r} is required, but there is no column for it. {hint}"
 
     def row(self, cells: Sequence[str], line: int) -> Row:
         members: dict[str, msgspec.Raw] = {}
@@ -517,9 +522,9 @@ class _Columns:
                 members[column] = raw
         row = self._row_mapping.row(members, line=line)
         if len(cells) != len(self._header):
-            detail = f"This row has {len(cells)} cells, and the header has {len(self._header)}."
+            detail = f"This row has {len(cells)} cells, but the header has {len(self._header)}."
             if len(cells) > len(self._header):
-                detail += f" A cell with {self._dialect.delimiter!r} in it is written in quotes."
+                detail += f" Put a cell that contains {self._dialect.delimiter!r} in quotes."
             errors = [FieldError(detail=detail, pointer="", line=line)]
         return msgspec.structs.replace(row, errors=(*row.errors, *errors)) if errors else row
 
@@ -534,7 +539,7 @@ class _Columns:
 
 
 def _in_any_case(row_mapping: RowMapping, header: Sequence[str]) -> RowMapping:
-    """*row_mapping* that also matches columns to inputs without regard to case, where only one input matches."""
+    """Return *row_mapping* with case-insensitive matching of columns to inputs, if the match is unique."""
     exact = {row_mapping.names.get(column, column) for column in header if column not in row_mapping.dropped}
     inputs = Counter(name.casefold() for name in row_mapping.fields)
     by_case = {
@@ -561,9 +566,9 @@ def _dropped(cell: str) -> None:
 def _cell_reader(
     field: Field, has_static: bool, max_depth: int, dialect: CSVDialect
 ) -> Callable[[str], msgspec.Raw | None]:
-    """How a cell becomes JSON; what does not fit is left as text, and found when the inputs are checked.
+    """Return a function that converts a cell to JSON. It leaves an invalid cell as text, to be reported by validation.
 
-    It raises ValueError, with what to do, if a number is written in another way than in *dialect*.
+    It raises ValueError, with a hint for the user, if a number is not in the format of *dialect*.
     """
     empty: msgspec.Raw | None = msgspec.Raw(b'""')
     if has_static or not field.required:
@@ -580,7 +585,7 @@ def _cell_reader(
         if field.type is str:
             return _as_text(cell)
         text = cell.strip()
-        if takes_bool and text.lower() in ("true", "false"):  # spreadsheets write TRUE
+        if takes_bool and text.lower() in ("true", "false"):  # spreadsheets write TRUE and FALSE
             return msgspec.Raw(text.lower().encode())
         if is_number:
             cell = text = dialect.number(text)
@@ -599,13 +604,13 @@ def _cell_reader(
 
 
 def table_format(path: Path) -> TableFormat | None:
-    """What is in a file, by the ending of its name, before ``.gz``; None where that does not tell."""
+    """Return the format of a file, by the suffix of its name before ``.gz``, or None if it is unknown."""
     ending = ending_of(path)
     return "csv" if ending == ".csv" else "ndjson" if ending in (".ndjson", ".jsonl") else None
 
 
 def ending_of(path: Path) -> str:
-    """The ending of a file's name in lower case, before ``.gz``, or ""."""
+    """Return the suffix of a file name in lower case, before ``.gz``, or ""."""
     return (path.with_suffix("") if is_packed(path) else path).suffix.lower()
 
 
@@ -614,16 +619,16 @@ def is_packed(path: Path) -> bool:
 
 
 def file_rows(path: Path, row_mapping: RowMapping, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
-    """The rows of a file of the program's own, of CSV or NDJSON, also packed by gzip.
+    """Return the rows of a local file of CSV or NDJSON, optionally compressed with gzip.
 
-    Raises: DefinitionError where its name does not tell what is in it. To read them raises OSError, InvalidData and
+    Raises: DefinitionError if the format cannot be determined from its name. Iterating raises OSError, InvalidData and
         TooLarge; see ``csv_rows`` and ``ndjson_rows``.
     """
     format_, chunks = table_format(path), _own_file(path)
     if format_ is None:
         raise DefinitionError(
-            f"What is in {path.name}? Rows are read from files whose names end in .csv, .ndjson or .jsonl, also with "
-            '.gz after it. Save a spreadsheet as "CSV UTF-8".'
+            f"The format of {path.name} is unknown. The file name must end in .csv, .ndjson or .jsonl, optionally "
+            'followed by .gz. Save a spreadsheet as "CSV UTF-8".'
         )
     if format_ == "ndjson":
         return ndjson_rows(chunks, row_mapping, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
@@ -636,21 +641,21 @@ async def _own_file(path: Path) -> AsyncIterator[bytes]:
             while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
                 yield chunk
         except (gzip.BadGzipFile, EOFError, zlib.error) as exc:
-            detail = f"{path.name} is no gzip, as its name says: {exc}."
+            detail = f"{path.name} is not a valid gzip file: {exc}."
             raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
 
 
 async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[bytes]:
-    """The bytes of the file *name* below *folder*, read in a worker thread.
+    """Yield the bytes of the file *name* below *folder*, read in a worker thread.
 
     Raises:
-        InvalidData: there is none, or it lies elsewhere once all links are followed; it never says which.
+        InvalidData: the file does not exist, or is outside of *folder* after following links. The error is the same.
         TooLarge: it is longer than *max_bytes*.
     """
     refused = InvalidData(
         [
             FieldError(
-                detail="There is no file of that name in the folder that this server reads.", pointer="/batch_inputs"
+                detail="There is no file with that name in the folder that this server reads.", pointer="/batch_inputs"
             )
         ]
     )
@@ -663,19 +668,19 @@ async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[by
         while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
             left -= len(chunk)
             if left < 0:
-                raise TooLarge(f"The file is longer than {max_bytes} bytes, all that this server takes at once.")
+                raise TooLarge(f"The file is longer than {max_bytes} bytes, the maximum on this server.")
             yield chunk
 
 
 def _open_below(folder: Path, name: str) -> io.BufferedReader:
-    """Raises OSError or ValueError."""
+    """Open a regular file below *folder*. Raises OSError or ValueError."""
     root = folder.resolve(strict=True)
     path = (root / name).resolve(strict=True)
-    # What was resolved has no links, and one that was put there since, whoever did it, is not followed.
+    # The resolved path has no links. A link that was created since then is not followed.
     opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in path.relative_to(root).parts:
         parent = opened
-        try:  # O_NONBLOCK, for to open a pipe would wait for a writer
+        try:  # O_NONBLOCK, because opening a pipe would wait for a writer
             opened = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
         finally:
             os.close(parent)
