@@ -87,7 +87,7 @@ __all__ = [
 
 
 #: Max errors in the message of an ``InvalidData``; ``errors`` has all of them.
-MAX_TOLD_ERRORS = 10
+MAX_LISTED_ERRORS = 10
 #: Max characters of a client's text that a message repeats.
 MAX_ECHOED_CHARS = 100
 #: Max length, in bytes of UTF-8, of a text that is stored or sent: an error, a pointer, or a progress message.
@@ -163,8 +163,8 @@ class InvalidData(FlockError):
     """JSON does not match the expected type. ``errors`` has one entry per problem, at least one."""
 
     def __init__(self, errors: Sequence[FieldError]) -> None:
-        listed = [str(error) for error in errors[:MAX_TOLD_ERRORS]]
-        more = [f"and {len(errors) - MAX_TOLD_ERRORS} more"] if len(errors) > MAX_TOLD_ERRORS else []
+        listed = [str(error) for error in errors[:MAX_LISTED_ERRORS]]
+        more = [f"and {len(errors) - MAX_LISTED_ERRORS} more"] if len(errors) > MAX_LISTED_ERRORS else []
         super().__init__(cut("; ".join(listed + more)))
         self.errors = list(errors)
 

@@ -43,7 +43,7 @@ STEP_BYTES = 64 * 1024
 #: In longer values, the invalid entry of a dict is not searched for, and the pointer ends at the dict.
 MAX_SEARCHED_BYTES = 64 * 1024
 #: Texts of this size may contain so many small lists that garbage collection takes longer than decoding.
-MANY_BYTES = 64 * 1024
+GC_PAUSE_BYTES = 64 * 1024
 
 #: Example values for types, by msgspec's names for the types.
 EXAMPLES = {
@@ -159,7 +159,7 @@ class JSONType(Generic[T]):
         """
         try:
             try:
-                value = _decoded(self._decoder.decode, raw)
+                value = _decode(self._decoder.decode, raw)
             except msgspec.ValidationError as exc:
                 raise InvalidData(self._explain(bytes(raw), at, exc) or [_field_error(exc, at)]) from exc
             if not self._is_closed and (unknown := self._unknown(msgspec.json.decode(raw, type=MEMBERS), at)):
@@ -170,7 +170,7 @@ class JSONType(Generic[T]):
         except FlockError:
             raise
         except Exception as exc:  # a list in a set is not hashable, and a type's own code may raise anything
-            raise InvalidData(self._explain(bytes(raw), at, exc) or [_foreign_error(exc, at)]) from exc
+            raise InvalidData(self._explain(bytes(raw), at, exc) or [_unexpected_error(exc, at)]) from exc
 
     def _unknown(self, members: Iterable[str], at: str) -> list[FieldError]:
         known = ", ".join(field.name for field in self.fields if not field.deprecated) or "none"
@@ -200,9 +200,9 @@ class JSONType(Generic[T]):
         return errors
 
 
-def _decoded(decode: Callable[[bytes | msgspec.Raw], T], raw: bytes | msgspec.Raw) -> T:
+def _decode(decode: Callable[[bytes | msgspec.Raw], T], raw: bytes | msgspec.Raw) -> T:
     """Decode *raw*, without garbage collection if it is long: no value is garbage until decoding ends."""
-    if len(raw) < MANY_BYTES or not gc.isenabled():
+    if len(raw) < GC_PAUSE_BYTES or not gc.isenabled():
         return decode(raw)
     gc.disable()
     try:
@@ -217,7 +217,7 @@ def malformed(raw: bytes, exc: Exception) -> MalformedJSON:
         return MalformedJSON("nested too deeply", 1, 1)
     reason, position = "unexpected end", len(raw)
     if isinstance(exc, UnicodeDecodeError):
-        reason, position = "invalid UTF-8", _first_bad_byte(raw)
+        reason, position = "invalid UTF-8", _first_invalid_byte(raw)
     elif found := re.search(r"malformed: (.+) \(byte (\d+)\)", str(exc)):
         reason, position = found[1], int(found[2])
     elif lone := re.search(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-bA-B](?![0-9a-fA-F]{2}\\u[dD][c-fC-F])", raw):
@@ -274,7 +274,7 @@ def _bracket(raw: bytes, start: int, is_string: bool, number: int) -> int:
     return found.end() - 1 if found else start  # backslashes outside of strings: not valid JSON
 
 
-def _first_bad_byte(raw: bytes) -> int:
+def _first_invalid_byte(raw: bytes) -> int:
     """Return the position in the document; msgspec counts from the start of the string."""
     try:
         raw.decode()
@@ -307,7 +307,7 @@ def example_for(message: str) -> str:
     return f' Write a {wanted[1]} like "{example}".'
 
 
-def _foreign_error(exc: Exception, at: str) -> FieldError:
+def _unexpected_error(exc: Exception, at: str) -> FieldError:
     """Return an error for an exception of a type's own code, without its text, which is not meant for clients."""
     return FieldError(detail=f"This value is not valid here ({type(exc).__name__}).", pointer=at)
 
@@ -315,7 +315,7 @@ def _foreign_error(exc: Exception, at: str) -> FieldError:
 def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
     """Return the error of decoding *raw* as *type_*, or no errors if it is valid. *raw* must be JSON."""
     try:
-        _decoded(functools.partial(msgspec.json.decode, type=type_), raw)
+        _decode(functools.partial(msgspec.json.decode, type=type_), raw)
     except msgspec.ValidationError as exc:
         path = re.search(r" - at (?:`key` in )?`\$(.*)`$", str(exc))
         try:
@@ -326,7 +326,7 @@ def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
     except (ValueError, RecursionError):  # not valid JSON
         raise
     except Exception as exc:
-        return [_foreign_error(exc, at)]
+        return [_unexpected_error(exc, at)]
     return []
 
 
@@ -348,7 +348,7 @@ def _resolve(type_: Any, raw: bytes, path: str) -> str:
     for name, index in steps:
         place = value[key]
         if index == "...":
-            value[key] = place = _one_bad_entry(type_, whole, value, key, path)
+            value[key] = place = _one_invalid_entry(type_, whole, value, key, path)
             if len(place) > 1:  # smaller dicts fail for a different reason
                 return pointer
             step: Any = next(iter(place))
@@ -359,7 +359,7 @@ def _resolve(type_: Any, raw: bytes, path: str) -> str:
     return pointer
 
 
-def _one_bad_entry(type_: Any, whole: list[Any], parent: Any, key: Any, path: str) -> dict[str, Any]:
+def _one_invalid_entry(type_: Any, whole: list[Any], parent: Any, key: Any, path: str) -> dict[str, Any]:
     """Bisect the dict at ``parent[key]`` until a single entry that causes the same error is left."""
     entries: dict[str, Any] = parent[key]
     while len(entries) > 1:

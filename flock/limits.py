@@ -70,12 +70,12 @@ class Limits(Options, frozen=True, kw_only=True):
     max_result_bytes: Annotated[int, whole(1, on_cluster="cluster")] = 16 * 1024 * 1024
     #: Max seconds that a run may wait for its first step; None means no limit. Batch items are exempt.
     queue_timeout_s: Annotated[
-        float | None, seconds("Max time that a run may wait for its first step.  [default: no limit]", may_be_0=True)
+        float | None, seconds("Max time that a run may wait for its first step.  [default: no limit]", allow_zero=True)
     ] = None
     #: Delete runs this many seconds after they end; None keeps them. A batch counts as one run.
     keep_for_s: Annotated[
         float | None,
-        seconds("Delete runs this long after they end.  [default: keep them]", may_be_0=True, on_cluster="namespace"),
+        seconds("Delete runs this long after they end.  [default: keep them]", allow_zero=True, on_cluster="namespace"),
     ] = None
     #: Keep this many ended runs, the newest, and delete the others; None keeps all. A batch counts as one run.
     keep_runs: Annotated[

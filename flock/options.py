@@ -24,7 +24,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         words: the valid values, as described in an error.
         help: help text on the command line; without it, the command line does not offer the option.
         unit: the unit of a number: a count or seconds.
-        least: the smallest valid count.
+        minimum: the smallest valid count.
         on_cluster: which component enforces the limit if the runs are stored on a Temporal cluster.
         is_secret: whether errors hide the value.
     """
@@ -33,28 +33,28 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
     words: str
     help: str = ""
     unit: Literal["", "N", "SECONDS"] = ""
-    least: int = 0
+    minimum: int = 0
     on_cluster: Literal["server", "worker", "cluster", "namespace"] = "server"
     is_secret: bool = False
 
 
-def whole(least: int, help: str = "", **more: Any) -> Option:
+def whole(minimum: int, help: str = "", **more: Any) -> Option:
     return Option(
-        is_valid=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
-        words=f"a whole number of at least {least}",
+        is_valid=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= minimum,
+        words=f"a whole number of at least {minimum}",
         help=help,
         unit="N",
-        least=least,
+        minimum=minimum,
         **more,
     )
 
 
-def seconds(help: str = "", *, may_be_0: bool = False, **more: Any) -> Option:
+def seconds(help: str = "", *, allow_zero: bool = False, **more: Any) -> Option:
     def is_valid(value: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-        return is_number and (0 < value <= MAX_SECONDS or (may_be_0 and value == 0))
+        return is_number and (0 < value <= MAX_SECONDS or (allow_zero and value == 0))
 
-    words = f"a number of seconds {'from 0 to' if may_be_0 else 'above 0 and up to'} {MAX_SECONDS:g}"
+    words = f"a number of seconds {'from 0 to' if allow_zero else 'above 0 and up to'} {MAX_SECONDS:g}"
     return Option(is_valid=is_valid, words=words, help=help, unit="SECONDS", **more)
 
 

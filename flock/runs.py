@@ -121,9 +121,9 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 #: Placeholder for the inputs and step results of a stub.
-LEFT_IN_STORE = msgspec.Raw(b"{}")
+NOT_LOADED = msgspec.Raw(b"{}")
 #: A run with less content than this is never a stub, because reading it back costs more than keeping it.
-STUB_BYTES = 1024
+MIN_STUB_BYTES = 1024
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,7 +170,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_stub(self) -> bool:
         """Whether its inputs and results are only in the store; see ``stub_of``."""
-        return self.inputs is LEFT_IN_STORE
+        return self.inputs is NOT_LOADED
 
     @property
     def content_bytes(self) -> int:
@@ -207,10 +207,10 @@ def stub_of(run: Run) -> Run:
 
     Its steps keep their names, times and usage.
     """
-    if run.is_stub or run.content_bytes < STUB_BYTES:
+    if run.is_stub or run.content_bytes < MIN_STUB_BYTES:
         return run
-    steps = tuple(msgspec.structs.replace(step, result=LEFT_IN_STORE) for step in run.steps)
-    return msgspec.structs.replace(run, inputs=LEFT_IN_STORE, result=None, extra=None, steps=steps)
+    steps = tuple(msgspec.structs.replace(step, result=NOT_LOADED) for step in run.steps)
+    return msgspec.structs.replace(run, inputs=NOT_LOADED, result=None, extra=None, steps=steps)
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -448,7 +448,7 @@ def _json_bytes(record: Run | Batch) -> int:
 #: A result longer than this is read in pieces while it is sent.
 LONG_BYTES = 64 * 1024
 #: Size of one piece. It is large because the store has to skip everything before the piece on each read.
-READ_BYTES = 128 * 1024
+PIECE_BYTES = 128 * 1024
 
 
 class LongJSON:
@@ -469,8 +469,8 @@ class LongJSON:
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the whole text in pieces. Raises RunNotFound, StoreError."""
-        for start in range(0, self.length, READ_BYTES):
-            yield self.read(start, READ_BYTES)
+        for start in range(0, self.length, PIECE_BYTES):
+            yield self.read(start, PIECE_BYTES)
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -485,7 +485,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 #: Range of event ids that is reserved for each attempt.
-EVENTS_AN_ATTEMPT = 1_000_000
+EVENTS_PER_ATTEMPT = 1_000_000
 
 
 def events_of(run: Run) -> list[Event]:
@@ -495,7 +495,7 @@ def events_of(run: Run) -> list[Event]:
     """
 
     def event(attempt: int, number: int | None, name: str, **data: Any) -> Event:
-        id_ = None if number is None else attempt * EVENTS_AN_ATTEMPT + number
+        id_ = None if number is None else attempt * EVENTS_PER_ATTEMPT + number
         return Event(id=id_, name=name, data={"run_id": run.run_id, "attempt": attempt, **data})
 
     # An interrupted run that waits to be resumed still has the start time of its last attempt.
@@ -519,7 +519,7 @@ def events_of(run: Run) -> list[Event]:
         events.append(event(run.attempt, None, "run.progress", **msgspec.structs.asdict(run.progress)))
     if run.status.is_final:
         end = {name: getattr(run, name) for name in ("status", "result", "error", "error_type", "completed_at")}
-        events.append(event(run.attempt, EVENTS_AN_ATTEMPT - 1, f"run.{run.status}", **end))
+        events.append(event(run.attempt, EVENTS_PER_ATTEMPT - 1, f"run.{run.status}", **end))
     return events
 
 
@@ -609,8 +609,8 @@ class RunContext:
         self,
         run: Run,
         agent_name: str,
-        tell: Callable[[Progress], None],
-        tell_spent: Callable[[Usage], None] = lambda usage: None,
+        on_progress: Callable[[Progress], None],
+        on_usage: Callable[[Usage], None] = lambda usage: None,
         max_tokens: int | None = None,
     ) -> None:
         self.run_id = run.run_id
@@ -620,8 +620,8 @@ class RunContext:
         self.traceparent = run.traceparent
         self.step_key = run.step_key(len(run.steps))
         self.cancel_requested = False
-        self._tell = tell
-        self._tell_spent = tell_spent
+        self._on_progress = on_progress
+        self._on_usage = on_usage
         self._max_tokens = max_tokens
         self._spent = run.usage or Usage()
 
@@ -635,12 +635,12 @@ class RunContext:
         numbers = [None if number is None else float(number) for number in (done, total)]
         if numbers[0] is None or not all(math.isfinite(number) for number in numbers if number is not None):
             raise ValueError(f"Progress must be given in finite numbers, not as {done!r} of {total!r}.")
-        self._tell(Progress(done=numbers[0], total=numbers[1], message=cut(safe_text(message))))
+        self._on_progress(Progress(done=numbers[0], total=numbers[1], message=cut(safe_text(message))))
 
     def spend(self, usage: Usage) -> None:
         """Report the tokens of a model's answer, whether or not the answer is usable."""
         self._spent += usage
-        self._tell_spent(usage)
+        self._on_usage(usage)
 
     def check_tokens(self) -> None:
         """Raise TooManyTokens if the run has no tokens left. An agent must call this before each model call."""
@@ -865,7 +865,7 @@ def now() -> datetime:
 
 
 #: Max clock skew, in seconds: new ids do not follow existing ids that are further in the future than this.
-MAX_CLOCK_LEAD_S = 7 * 86_400
+MAX_CLOCK_SKEW_S = 7 * 86_400
 
 _id_lock = threading.Lock()
 _last_id_time = 0
@@ -888,6 +888,6 @@ def make_ids_after(id_: str) -> None:
     """Ensure that new ids sort after *id_*, unless it is far in the future: filters compare ids with times."""
     global _last_id_time
     value = UUID(id_).int
-    if value >> 80 < (time.time() + MAX_CLOCK_LEAD_S) * 1000:
+    if value >> 80 < (time.time() + MAX_CLOCK_SKEW_S) * 1000:
         with _id_lock:
             _last_id_time = max(_last_id_time, value >> 80 << 12 | value >> 64 & 0xFFF)

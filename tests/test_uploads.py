@@ -938,13 +938,13 @@ def test_a_number_is_read_as_it_is_written_or_not_at_all(sign: str, whole: int, 
     """In neither dialect is a separator of thousands taken for a decimal sign, or the other way round."""
     dot, comma = CSVDialect(), CSVDialect(decimal=",")
     written = f"{sign}{whole}.{fraction}" if fraction else f"{sign}{whole}"
-    assert dot.number(written) == comma.number(written.replace(".", ",")) == written
+    assert dot.json_number(written) == comma.json_number(written.replace(".", ",")) == written
     grouped = f"{sign}{whole:,}" + (f".{fraction}" if fraction else "")
     swapped = grouped.translate(str.maketrans(".,", ",."))
     for dialect, text in ((dot, grouped), (dot, swapped), (comma, grouped), (comma, swapped)):
         if {",", "."} & set(text) - {dialect.decimal} or text.count(dialect.decimal) > 1:
             with pytest.raises(ValueError, match=r"[Ww]rite"):
-                dialect.number(text)
+                dialect.json_number(text)
 
 
 VALUES = st.recursive(

@@ -21,7 +21,7 @@ def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_mo
         calls_models: False if other processes call the models, and may have other keys and packages.
     """
     names_of: dict[str, list[str]] = {}
-    handoffs = []
+    handoff_problems = []
     for agent in agents.values():
         try:
             if calls_models and isinstance(agent, ModelAgent):
@@ -31,12 +31,12 @@ def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_mo
         try:
             check_handoff(agent, agents)
         except InvalidHandoff as exc:
-            handoffs.append(str(exc))
-    of_models = [
+            handoff_problems.append(str(exc))
+    model_problems = [
         f"The agent{'s'[: len(names) - 1]} {', '.join(names)} cannot run. {reason}"
         for reason, names in names_of.items()
     ]
-    return of_models + handoffs
+    return model_problems + handoff_problems
 
 
 def warn_of_problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> None:

@@ -96,7 +96,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
 
 
-class _PassingFailure(Exception):
+class _TransientError(Exception):
     """A transient failure, for which a retry may succeed."""
 
     def __init__(self, error: ModelError, retry_after_s: float | None = None) -> None:
@@ -143,12 +143,12 @@ class ModelClient:
         self._timeout = httpx.Timeout(read_timeout_s, connect=10, pool=None)
         self._http: httpx.AsyncClient | None = None
         self._formats: dict[str, str] = {}
-        self._local_turn = anyio.Lock()
+        self._local_lock = anyio.Lock()
         #: called before each retry
         self.on_retry: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> Self:
-        self._local_turn = anyio.Lock()  # the event loop may be a different one than before
+        self._local_lock = anyio.Lock()  # the event loop may be a different one than before
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -179,7 +179,7 @@ class ModelClient:
 
         Cancellation: the request is aborted. There is no retry if it would start after the caller's deadline.
         """
-        name = _named(model or self.default_model)
+        name = _required_name(model or self.default_model)
         headers = {} if traceparent is None else {"traceparent": traceparent}
         if name.partition("/")[0] not in BUILT_IN:
             headers |= _key_header(idempotency_key)
@@ -190,7 +190,7 @@ class ModelClient:
             settings["temperature"] = temperature
         if max_tokens is not None:
             settings[endpoint.max_tokens_field] = max_tokens
-        about_schema = False
+        rejects_schema = False
         first = FORMATS.index(self._formats.get(name, FORMATS[0]))
         for format_ in FORMATS[first:]:
             body = {"model": endpoint.model, "messages": messages, **settings}
@@ -198,12 +198,12 @@ class ModelClient:
             try:
                 answer = await self._post(endpoint, body, headers | _key_header(idempotency_key, format_))
             except ModelError as exc:
-                if format_ == FORMATS[-1] or not _is_about_format(exc):
+                if format_ == FORMATS[-1] or not _rejects_format(exc):
                     raise
                 logger.info("%s does not support the response_format %s. Trying the next one.", name, format_)
-                about_schema = about_schema or "invalid schema" in exc.log_detail.lower()
+                rejects_schema = rejects_schema or "invalid schema" in exc.log_detail.lower()
             else:
-                if not about_schema:  # the server rejects the format itself, not just this schema
+                if not rejects_schema:  # the server rejects the format itself, not just this schema
                     self._formats[name] = format_
                 return _completion(answer, name)
         raise AssertionError("the last format returns or raises")
@@ -211,17 +211,17 @@ class ModelClient:
     async def _post(self, endpoint: _Endpoint, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
         """Return the server's response as JSON, after up to three attempts."""
         # The local model answers one request at a time. Waiting for the lock does not count as a timeout.
-        async with self._local_turn if endpoint.is_local else contextlib.nullcontext():
+        async with self._local_lock if endpoint.is_local else contextlib.nullcontext():
             for pause_s in (self._backoff_s, 2 * self._backoff_s, None):
                 try:
                     return await self._attempt(endpoint, body, headers)
-                except _PassingFailure as failure:
+                except _TransientError as failure:
                     if pause_s is None:
                         raise failure.error from failure
                     await self._pause(pause_s, failure)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _pause(self, pause_s: float, failure: _PassingFailure) -> None:
+    async def _pause(self, pause_s: float, failure: _TransientError) -> None:
         """Wait as long as the server requests, or about *pause_s*. Raise the error if that is too long."""
         pause_s = min(pause_s, 8) * (1 - 0.25 * random.random())
         if failure.retry_after_s is not None:
@@ -240,22 +240,22 @@ class ModelClient:
             )
         except httpx.TimeoutException as exc:
             error = _error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
-            raise _PassingFailure(error) from exc
+            raise _TransientError(error) from exc
         except httpx.TransportError as exc:
             error = _error(
                 endpoint.name, "model_unavailable", "could not be reached, or closed the connection", repr(exc)
             )
-            raise _PassingFailure(error) from exc
+            raise _TransientError(error) from exc
         if response.status_code != 200:
             error = _status_error(endpoint.name, response)
             if error.error_type in ("model_unavailable", "model_rate_limited"):
-                raise _PassingFailure(error, _retry_after_s(response.headers))
+                raise _TransientError(error, _retry_after_s(response.headers))
             raise error
         try:
             return json.loads(response.content)
         except (ValueError, RecursionError) as exc:
             reason = "returned status 200 with a body that is not JSON"
-            raise _error(endpoint.name, "model_bad_response", reason, _own_words(response)) from exc
+            raise _error(endpoint.name, "model_bad_response", reason, _provider_message(response)) from exc
 
     def _client(self) -> httpx.AsyncClient:
         if self._http is None:
@@ -277,10 +277,10 @@ def check_model(name: str | None) -> None:
     It sends no request and loads no weights. If litellm is installed, any other provider is accepted, unless its name
     looks like a misspelling of a built-in one, because only litellm knows its own providers.
     """
-    name = _named(name)
+    name = _required_name(name)
     provider = name.partition("/")[0]
     if provider not in BUILT_IN:
-        if not _has_litellm() or did_you_mean(provider, BUILT_IN, NEARLY):
+        if not _has_litellm() or did_you_mean(provider, BUILT_IN, MISSPELLING_CUTOFF):
             raise _unknown_provider(name)
     elif provider == "local":
         localmodel.check(_model_of(name))
@@ -290,14 +290,14 @@ def check_model(name: str | None) -> None:
 
 
 #: Min similarity of a misspelled name to the correct one. No provider of litellm is this similar to a built-in one.
-NEARLY = 0.88
+MISSPELLING_CUTOFF = 0.88
 
 
 def _has_litellm() -> bool:
     return importlib.util.find_spec("litellm") is not None
 
 
-def _named(name: str | None) -> str:
+def _required_name(name: str | None) -> str:
     if not name:
         raise _not_configured("no model is set. Pass model= to the agent or to Flock, or set FLOCK_MODEL")
     return name
@@ -434,7 +434,7 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
     return (True, strict) if is_strict else (False, dict(schema))
 
 
-def _is_about_format(error: ModelError) -> bool:
+def _rejects_format(error: ModelError) -> bool:
     return error.error_type == "model_bad_request" and bool(
         re.search(
             r"response_format|json.?schema|json_object|json mode|structured output|grammar", error.log_detail, re.I
@@ -529,7 +529,7 @@ _BODY_ERRORS: Mapping[str, tuple[str, str]] = {
 
 
 def _status_error(name: str, response: httpx.Response) -> ModelError:
-    words, status = _own_words(response), response.status_code
+    words, status = _provider_message(response), response.status_code
     default = ("model_unavailable", "failed") if status >= 500 else ("model_bad_request", "rejected the request")
     error_type, reason = _STATUS_ERRORS.get(status, default)
     for pattern, known in _BODY_ERRORS.items():
@@ -542,7 +542,7 @@ def _status_error(name: str, response: httpx.Response) -> ModelError:
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Return the requested wait: ``Retry-After`` in seconds or as a date (RFC 9110, section 10.2.3), or in ms."""
+    """Return the requested wait: ``Retry-After`` in seconds or as a date (RFC 9110, section 10.2.3), or its ms form."""
     value = headers.get("retry-after", "")
     try:
         if "retry-after-ms" in headers:
@@ -556,14 +556,14 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     return max(0.0, seconds)
 
 
-def _own_words(response: httpx.Response) -> str:
+def _provider_message(response: httpx.Response) -> str:
     """Return the provider's message for the log, without API keys."""
     words = f"x-request-id {response.headers.get('x-request-id', 'none')}: {response.text[:MAX_LOGGED_CHARS]!r}"
     return re.sub(r"\b(sk|gsk|fk)[-_][\w*.-]+", r"\1-…", words)
 
 
-def _error(name: str, error_type: str, reason: str, own_words: str = "") -> ModelError:
-    return ModelError(f"The model {name} {reason}.", error_type, own_words)
+def _error(name: str, error_type: str, reason: str, log_detail: str = "") -> ModelError:
+    return ModelError(f"The model {name} {reason}.", error_type, log_detail)
 
 
 # Other providers, through litellm

@@ -89,10 +89,10 @@ class _Parser:
             type_ = self._type() if self._take(":") else str
             description = self._description() if self._take("|") else ""
             if not self._take(",") and self.text[self.position :].strip():
-                raise self._error(self._what_is_missing_after(name))
+                raise self._error(self._problem_after(name))
             yield Field(name=name, type=type_, description=description)
 
-    def _what_is_missing_after(self, name: str) -> str:
+    def _problem_after(self, name: str) -> str:
         try:
             end, _ = self._alternative(self.position)
         except SignatureError:

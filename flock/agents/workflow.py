@@ -100,13 +100,13 @@ async def run_step(agent: Agent, inputs: msgspec.Raw, resources: Resources, cont
 def columns_of(agent_name: str, agents: Mapping[str, Agent]) -> Columns:
     """Return the names of the inputs and of the results of runs that start with an agent."""
     first = last = agents.get(agent_name)
-    met: list[Agent] = []
-    while last is not None and last.next_agent is not None and last not in met:
-        met.append(last)
+    visited: list[Agent] = []
+    while last is not None and last.next_agent is not None and last not in visited:
+        visited.append(last)
         name = last.next_agent.name if isinstance(last.next_agent, Agent) else last.next_agent
         last = agents.get(name) if isinstance(name, str) else None
     inputs = None if first is None else [field.name for field in first.input.fields]
-    return inputs, None if last is None or last in met else list(last.output.schema.get("properties", {}))
+    return inputs, None if last is None or last in visited else list(last.output.schema.get("properties", {}))
 
 
 def result_names(agent_name: str, agents: Mapping[str, Agent]) -> set[str]:

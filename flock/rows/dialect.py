@@ -23,7 +23,7 @@ ENCODINGS = (
 )
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 #: Max cells and characters of a header that are checked for another delimiter.
-MAX_TRIED = 10_000
+MAX_TRIED_CELLS = 10_000
 MAX_TRIED_CHARS = 64 * 1024
 NO_DIGITS = str.maketrans("", "", "0123456789eE+-")
 #: Digits with any separators that people use.
@@ -64,39 +64,39 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
     def decoder(self) -> codecs.IncrementalDecoder:
         return codecs.getincrementaldecoder("utf-8-sig" if self._codec == "utf_8" else self._codec)()
 
-    def not_decoded(self, first_bytes: bytes) -> str:
+    def decoding_problem(self, first_bytes: bytes) -> str:
         """Return an error message for a file that cannot be decoded, based on its first bytes."""
         if self._codec == "utf_8" and first_bytes.startswith((b"\xff", codecs.BOM_UTF16_BE)):
-            return self._another_encoding("UTF-16", "utf-16")
+            return self._wrong_encoding("UTF-16", "utf-16")
         if self._codec == "utf_8":
             hint = _option("encoding", "cp1252")
             return f'This is not UTF-8. Save the file as "CSV UTF-8", or set the encoding, such as {hint}.'
         return f'This is not {self.encoding}. Save the file as "CSV UTF-8", or set the encoding.'
 
-    def not_read(self, line: str) -> str:
+    def format_problem(self, line: str) -> str:
         """Return an error message if the header seems to have another encoding or delimiter, otherwise ""."""
         if "\x00" in line:
-            return self._another_encoding("UTF-16", "utf-16-be" if line.startswith("\x00") else "utf-16-le")
+            return self._wrong_encoding("UTF-16", "utf-16-be" if line.startswith("\x00") else "utf-16-le")
         for delimiter in self._other_delimiters(line):
             try:
                 cells = next(csv.reader([line[:MAX_TRIED_CHARS]], delimiter=delimiter, strict=True), [])
             except csv.Error:
                 continue
             if len(cells) > 1:
-                return self._another_delimiter(delimiter)
+                return self._wrong_delimiter(delimiter)
         return ""
 
-    def not_divided(self, header: Sequence[str], known: Collection[str], *, is_refused: bool) -> str:
+    def delimiter_problem(self, header: Sequence[str], known: Collection[str], *, is_refused: bool) -> str:
         """Return an error message for a header without a *known* name (casefolded) if another delimiter fits better.
 
         Otherwise return "". If the header is a single column and *is_refused* anyway, any delimiter in it counts.
         """
         text = self.delimiter.join(header)
         for delimiter in self._other_delimiters(text):
-            cells = text.split(delimiter, MAX_TRIED)[:MAX_TRIED]
+            cells = text.split(delimiter, MAX_TRIED_CELLS)[:MAX_TRIED_CELLS]
             finds = any(cell.strip(' "').casefold() in known for cell in cells)
             if finds or (is_refused and len(header) == 1):
-                return self._another_delimiter(delimiter)
+                return self._wrong_delimiter(delimiter)
         return ""
 
     def _other_delimiters(self, text: str) -> Sequence[str]:
@@ -104,19 +104,19 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
         found = {other: text.count(other) for other in DELIMITERS if other != self.delimiter}
         return sorted((other for other in found if found[other]), key=lambda other: -found[other])
 
-    def _another_delimiter(self, other: str) -> str:
+    def _wrong_delimiter(self, other: str) -> str:
         ours = DELIMITERS.get(self.delimiter, repr(self.delimiter))
         return (
             f"The header seems to be separated by {DELIMITERS[other]}, not {ours}. "
             f"Read it with {_option('delimiter', other)}."
         )
 
-    def _another_encoding(self, name: str, encoding: str) -> str:
+    def _wrong_encoding(self, name: str, encoding: str) -> str:
         hint = _option("encoding", encoding)
         label = "UTF-8" if self._codec == "utf_8" else self.encoding
         return f'This is not {label}: it looks like {name}. Save the file as "CSV UTF-8", or read it with {hint}.'
 
-    def number(self, text: str) -> str:
+    def json_number(self, text: str) -> str:
         """Convert a number in this dialect to JSON. Return *text* unchanged if it is not a number.
 
         Raises ValueError, with a hint for the user, if it is a number in another dialect.

@@ -15,7 +15,7 @@ __all__ = ["RESULT_TYPES", "BatchItem", "CSVWriter", "item_pages", "results_as"]
 #: The media types of downloads, by their names in ``?format=``.
 RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv"}
 #: Items per page.
-ITEMS_A_PAGE = 500
+ITEMS_PER_PAGE = 500
 #: Characters at which a spreadsheet starts a formula, also in full width, and characters that it may skip before them:
 #: blanks, quotes, control characters, and zero-width characters such as a byte order mark.
 SIGNS = "[=+\\-@\uff1d\uff0b\uff0d\uff20]"
@@ -60,7 +60,7 @@ async def item_pages(
 ) -> AsyncIterator[Sequence[Run]]:
     """Yield pages of up to *limit* items of a batch after the position *after*, in order; see ``Engine.get_items``."""
     while limit:
-        pages = [await engine.get_items(batch_id, after=after, limit=min(limit, ITEMS_A_PAGE), statuses=statuses)]
+        pages = [await engine.get_items(batch_id, after=after, limit=min(limit, ITEMS_PER_PAGE), statuses=statuses)]
         if not pages[0]:
             break
         after, limit = pages[0][-1].position or 0, limit - len(pages[0])
@@ -159,16 +159,16 @@ async def results_as(
         if format_ == "csv":
             text = table.rows(page)
         elif format_ == "ndjson":
-            text = encoder.encode_lines([_downloaded(item) for item in page])
+            text = encoder.encode_lines([_batch_item(item) for item in page])
         else:
-            text = separator + encoder.encode([_downloaded(item) for item in page])[1:-1]
+            text = separator + encoder.encode([_batch_item(item) for item in page])[1:-1]
             separator = b","
         del page  # if the client is slow, hold only the text
         yield text
     yield b"]\n" if format_ == "json" else b""
 
 
-def _downloaded(item: Run) -> BatchItem:
+def _batch_item(item: Run) -> BatchItem:
     return BatchItem(
         position=item.position or 0,
         run_id=item.run_id,

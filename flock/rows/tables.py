@@ -40,17 +40,17 @@ from flock.rows.dialect import CSVDialect
 from flock.runs import OnExtra, Row
 
 __all__ = [
-    "EXPANSION",
+    "MAX_EXPANSION",
     "MAX_ROW_BYTES",
     "RowMapping",
     "TableFormat",
     "csv_rows",
-    "ending_of",
     "file_rows",
-    "is_packed",
+    "is_gzipped",
     "json_rows",
     "ndjson_rows",
     "read_file",
+    "suffix_of",
     "table_format",
 ]
 
@@ -58,7 +58,7 @@ __all__ = [
 TableFormat = Literal["csv", "ndjson"]
 
 #: Max total size of the static inputs and column names of all rows, as a multiple of the request's size.
-EXPANSION = 16
+MAX_EXPANSION = 16
 #: Size of one read from a file.
 CHUNK_BYTES = 64 * 1024
 #: Min size of the pieces in which CSV is parsed.
@@ -71,7 +71,7 @@ NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 #: Matches the error for text of a type that accepts numbers, but not text.
 NUMERIC = re.compile(r"\b(int|float|decimal)\b")
 #: Number of lines, including empty ones, after which a reader yields to other tasks if its share of time is used.
-LINES_A_STEP = 256
+LINES_PER_STEP = 256
 #: Max members of a row, of the static inputs and of a mapping, and max columns of a header.
 MAX_MEMBERS = 10_000
 #: Max total length of the column names that a reader collects.
@@ -133,12 +133,12 @@ class RowMapping:
         if unknown:  # not checked per row, because each failed row would store the name
             raise InvalidData(
                 [
-                    FieldError(detail=self.no_input(name, ()), pointer=f"/input_mapping/{escape_pointer(key)}")
+                    FieldError(detail=self.unknown_input(name, ()), pointer=f"/input_mapping/{escape_pointer(key)}")
                     for key, name in unknown[:MAX_ROW_ERRORS]
                 ]
             )
 
-    def meet(self, names: Collection[str]) -> None:
+    def add_columns(self, names: Collection[str]) -> None:
         """Add *names* to the columns, up to ``MAX_MEMBERS`` names and ``MAX_COLUMNS_CHARS`` characters."""
         for name in names:
             if name not in self.columns:
@@ -154,7 +154,7 @@ class RowMapping:
         if len(members) > MAX_MEMBERS:
             error = FieldError(detail=_too_many(len(members), "members"), pointer=at)
             return _unreadable_row(msgspec.structs.replace(error, line=line) if line is not None else error, at, line)
-        self.count(self._row_bytes)
+        self.count_bytes(self._row_bytes)
         sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in self.static}
         inputs, own = dict(self.static), set[str]()
         extra: dict[str, msgspec.Raw] = {}
@@ -225,13 +225,13 @@ class RowMapping:
     def problem_of(self, key: str, missing: Collection[str], inputs: Collection[str]) -> str:
         """Return an error message for a member or column that is not an input, or "" if it is accepted."""
         if self.on_extra == "reject" or self.nearest(key) in missing:
-            return self.no_input(key, inputs, HINT_FOR_EXTRA)
+            return self.unknown_input(key, inputs, HINT_FOR_EXTRA)
         if self.on_extra == "keep" and key in self._result_names:
             shown = key[:MAX_ECHOED_CHARS]
             return f'{shown!r} cannot be kept: results have a member of that name. Rename it, or set on_extra="ignore".'
         return ""
 
-    def no_input(self, name: str, inputs: Collection[str], hint: str = "") -> str:
+    def unknown_input(self, name: str, inputs: Collection[str], hint: str = "") -> str:
         """Return the error message for an unknown input, with the closest input that is not in *inputs*, or *hint*."""
         nearest = self.nearest(name)
         if nearest and nearest not in inputs:
@@ -239,13 +239,13 @@ class RowMapping:
         known = ", ".join(self.fields) or "none"
         return f"There is no input {name[:MAX_ECHOED_CHARS]!r}.{hint} Known inputs: {known}."
 
-    def count(self, row_bytes: int, what: str = "static inputs") -> None:
+    def count_bytes(self, row_bytes: int, what: str = "static inputs") -> None:
         """Count data that is sent once but stored with each row. Raises TooLarge."""
         self._static_bytes += row_bytes
         if self._static_bytes > (allowed := self._max_static_bytes()):
             raise TooLarge(
-                f"The {what} of all rows are longer than {allowed} bytes together, {EXPANSION} times the size of the "
-                "upload or of the largest JSON body. Send shorter ones, or fewer rows at once."
+                f"The {what} of all rows are longer than {allowed} bytes together, {MAX_EXPANSION} times the size of "
+                "the upload or of the largest JSON body. Send shorter ones, or fewer rows at once."
             )
 
 
@@ -263,7 +263,7 @@ def _unreadable_row(error: FieldError, at: str, line: int | None) -> Row:
 def json_rows(rows: Iterable[Mapping[str, msgspec.Raw]], row_mapping: RowMapping) -> Iterator[Row]:
     """Yield the rows of ``batch_inputs`` in a JSON body. Raises TooLarge."""
     for position, members in enumerate(rows):
-        row_mapping.meet(members)
+        row_mapping.add_columns(members)
         yield row_mapping.row(members, at=f"/batch_inputs/{position}")
 
 
@@ -278,7 +278,7 @@ async def ndjson_rows(
     async for lines in _lines(chunks, max_row_bytes):
         for line in lines:
             number += 1
-            if number % LINES_A_STEP == 0:
+            if number % LINES_PER_STEP == 0:
                 await share.checkpoint()
             if text := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
                 yield await _ndjson_row(text, number, row_mapping, max_depth, share)
@@ -324,7 +324,7 @@ async def _ndjson_row(line: bytes, number: int, row_mapping: RowMapping, max_dep
         detail = str(found).replace("line 1, ", "")  # the line in the file is reported separately
     else:
         await share.checkpoint()
-        row_mapping.meet(members)
+        row_mapping.add_columns(members)
         return row_mapping.row(members, line=number)
     return _unreadable_row(FieldError(detail=detail, pointer="", line=number), "", number)
 
@@ -363,7 +363,7 @@ async def csv_rows(
             names_bytes = columns.names_bytes if are_names_counted else 0
             await share.checkpoint()
         else:
-            row_mapping.count(names_bytes, "names of the columns")
+            row_mapping.count_bytes(names_bytes, "names of the columns")
             yield columns.row(cells, line)
     if columns is None:
         raise _unreadable("The header is missing. The first line must contain the column names.", 1)
@@ -387,7 +387,7 @@ async def _records(
             line = number + "".join([rest, *new]).count("\n")
             if isinstance(exc, UnicodeDecodeError):
                 line += exc.object[: exc.start].count(b"\n")
-            raise _unreadable(dialect.not_decoded(first_bytes), line) from exc
+            raise _unreadable(dialect.decoding_problem(first_bytes), line) from exc
         new_chars += len(new[-1])
         if chunk is not None and new_chars < max(GATHERED_CHARS, len(rest)):
             continue  # an incomplete record is parsed again each time, so wait for enough input
@@ -395,10 +395,10 @@ async def _records(
         end = len(text) if chunk is None else max(text.rfind("\n"), text.rfind("\r", 0, -1)) + 1
         whole, rest = text[:end], text[end:]
         lines: list[str] = []  # of the current record
-        reader, done = csv.reader(_kept(whole, lines, number), delimiter=dialect.delimiter, strict=True), 0
+        reader, done = csv.reader(_recorded(whole, lines, number), delimiter=dialect.delimiter, strict=True), 0
         try:
             for cells in reader:
-                if reader.line_num % LINES_A_STEP == 0:
+                if reader.line_num % LINES_PER_STEP == 0:
                     await share.checkpoint()
                 if len("".join(cells)) > max_bytes:
                     raise _row_too_long(number + done, max_bytes)
@@ -410,7 +410,7 @@ async def _records(
                 lines.clear()
         except csv.Error as exc:
             if chunk is None or str(exc) != "unexpected end of data":
-                reason = "" if has_begun else dialect.not_read(lines[0])
+                reason = "" if has_begun else dialect.format_problem(lines[0])
                 reason = reason or f"This is not valid CSV: {exc}."
                 if str(exc).startswith("field larger"):
                     reason = (
@@ -423,7 +423,7 @@ async def _records(
             raise _row_too_long(number, max_bytes)
 
 
-def _kept(text: str, lines: list[str], number: int) -> Iterator[str]:
+def _recorded(text: str, lines: list[str], number: int) -> Iterator[str]:
     """Yield the lines of *text*, which starts at line *number*, and add each to *lines*, which the caller clears."""
     for read, line in enumerate(io.StringIO(text, newline="")):
         lines.append(line)
@@ -457,17 +457,17 @@ class _Columns:
         self._header = [name.removeprefix("\ufeff").strip() for name in header]
         mapped = row_mapping.names
         self._dialect = dialect
-        self._row_mapping = row_mapping = _in_any_case(row_mapping, self._header)
+        self._row_mapping = row_mapping = _ignoring_case(row_mapping, self._header)
         if "\x00" in header[0]:
-            raise _unreadable(dialect.not_read(header[0]), line)
-        row_mapping.meet(self._header)
+            raise _unreadable(dialect.format_problem(header[0]), line)
+        row_mapping.add_columns(self._header)
         errors = [
             FieldError(detail=problem, pointer=f"/{escape_pointer(column)}", line=line)
             for column, problem in itertools.islice(self._problems(), MAX_ROW_ERRORS)
         ]
         if all(map(row_mapping.is_extra, self._header)):
             known = {name.casefold() for name in (*row_mapping.fields, *row_mapping.names, *row_mapping.dropped)}
-            if problem := dialect.not_divided(self._header, known, is_refused=bool(errors)):
+            if problem := dialect.delimiter_problem(self._header, known, is_refused=bool(errors)):
                 raise _unreadable(problem, line)
         if errors:
             raise InvalidData(errors)
@@ -481,7 +481,7 @@ class _Columns:
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         """Yield each column of the header that has an error, with the message."""
-        row_mapping, met = self._row_mapping, set[str]()
+        row_mapping, seen = self._row_mapping, set[str]()
         names = {each: row_mapping.names.get(each, each) for each in self._header if each not in row_mapping.dropped}
         inputs = {*names.values(), *row_mapping.static}
         missing, meant = row_mapping.missing(inputs), set[str]()
@@ -495,11 +495,11 @@ class _Columns:
                     meant.add(row_mapping.nearest(column))
                 else:
                     problem = f"Column {place} has no name."
-                if row_mapping.on_extra == "keep" and column in met:
+                if row_mapping.on_extra == "keep" and column in seen:
                     problem = problem or f"More than one column is named {column!r}."
-            elif name in met:
+            elif name in seen:
                 problem = f"More than one column maps to the input {name!r}."
-            met.add(name)
+            seen.add(name)
             if problem:
                 yield column, problem
         header = set(self._header)
@@ -531,14 +531,14 @@ class _Columns:
     def _reader(self, column: str, max_depth: int) -> Callable[[str], msgspec.Raw | None]:
         row_mapping = self._row_mapping
         if column in row_mapping.dropped:
-            return _dropped
+            return _drop
         if not row_mapping.is_extra(column):
             name = row_mapping.names.get(column, column)
             return _cell_reader(row_mapping.fields[name], name in row_mapping.static, max_depth, self._dialect)
-        return _as_text if row_mapping.on_extra == "keep" else _dropped
+        return _as_text if row_mapping.on_extra == "keep" else _drop
 
 
-def _in_any_case(row_mapping: RowMapping, header: Sequence[str]) -> RowMapping:
+def _ignoring_case(row_mapping: RowMapping, header: Sequence[str]) -> RowMapping:
     """Return *row_mapping* with case-insensitive matching of columns to inputs, if the match is unique."""
     exact = {row_mapping.names.get(column, column) for column in header if column not in row_mapping.dropped}
     inputs = Counter(name.casefold() for name in row_mapping.fields)
@@ -559,7 +559,7 @@ def _as_text(cell: str) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(cell))
 
 
-def _dropped(cell: str) -> None:
+def _drop(cell: str) -> None:
     return None
 
 
@@ -588,7 +588,7 @@ def _cell_reader(
         if takes_bool and text.lower() in ("true", "false"):  # spreadsheets write TRUE and FALSE
             return msgspec.Raw(text.lower().encode())
         if is_number:
-            cell = text = dialect.number(text)
+            cell = text = dialect.json_number(text)
         if field.type in (int, float) and NUMBER.fullmatch(text):
             return msgspec.Raw(text.encode())
         try:
@@ -605,16 +605,16 @@ def _cell_reader(
 
 def table_format(path: Path) -> TableFormat | None:
     """Return the format of a file, by the suffix of its name before ``.gz``, or None if it is unknown."""
-    ending = ending_of(path)
-    return "csv" if ending == ".csv" else "ndjson" if ending in (".ndjson", ".jsonl") else None
+    suffix = suffix_of(path)
+    return "csv" if suffix == ".csv" else "ndjson" if suffix in (".ndjson", ".jsonl") else None
 
 
-def ending_of(path: Path) -> str:
+def suffix_of(path: Path) -> str:
     """Return the suffix of a file name in lower case, before ``.gz``, or ""."""
-    return (path.with_suffix("") if is_packed(path) else path).suffix.lower()
+    return (path.with_suffix("") if is_gzipped(path) else path).suffix.lower()
 
 
-def is_packed(path: Path) -> bool:
+def is_gzipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
@@ -624,7 +624,7 @@ def file_rows(path: Path, row_mapping: RowMapping, dialect: CSVDialect) -> Async
     Raises: DefinitionError if the format cannot be determined from its name. Iterating raises OSError, InvalidData and
         TooLarge; see ``csv_rows`` and ``ndjson_rows``.
     """
-    format_, chunks = table_format(path), _own_file(path)
+    format_, chunks = table_format(path), _local_file(path)
     if format_ is None:
         raise DefinitionError(
             f"The format of {path.name} is unknown. The file name must end in .csv, .ndjson or .jsonl, optionally "
@@ -635,8 +635,8 @@ def file_rows(path: Path, row_mapping: RowMapping, dialect: CSVDialect) -> Async
     return csv_rows(chunks, row_mapping, dialect, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
 
 
-async def _own_file(path: Path) -> AsyncIterator[bytes]:
-    with await anyio.to_thread.run_sync(gzip.open if is_packed(path) else open, path, "rb") as file:
+async def _local_file(path: Path) -> AsyncIterator[bytes]:
+    with await anyio.to_thread.run_sync(gzip.open if is_gzipped(path) else open, path, "rb") as file:
         try:
             while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
                 yield chunk
