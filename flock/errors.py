@@ -379,7 +379,7 @@ class ModelError(StepError):
             "model_quota",  # 429 because the quota is used up
             "model_unavailable",  # 408, 409, 5xx or connection lost, after retries
             "model_timeout",  # no answer in time
-            "model_truncated",  # the answer was cut at the token limit
+            "model_truncated",  # the answer was cut off at the token limit
             "model_bad_response",  # 200 without a usable answer
         }
     )

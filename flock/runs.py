@@ -872,7 +872,7 @@ _last_id_time = 0
 
 
 def new_id() -> str:
-    """A UUID of version 7 (RFC 9562, section 5.7).
+    """Return a UUID of version 7 (RFC 9562, section 5.7).
 
     Ids of one process sort in order of creation: the 12 bits after the milliseconds hold their fraction (method 3 of
     section 6.2), and the time in an id increases even if the clock does not.

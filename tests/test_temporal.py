@@ -772,7 +772,7 @@ async def test_a_refused_request_is_refused_again_under_its_key_while_the_queue_
         accepted = await engine.submit("add", {"a": 1}, key=accepted_key)
         other = await engine.submit("add", {"a": 1})
         for _ in range(3):
-            with pytest.raises(EngineFull, match="2 runs are open"):
+            with pytest.raises(EngineFull, match="2 runs are already open"):
                 await engine.submit("add", {"a": 1}, key=refused_key)
             with pytest.raises(Replayed, match=accepted.run_id):
                 await engine.submit("add", {"a": 1}, key=accepted_key)
@@ -807,7 +807,7 @@ async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_told(tempo
         key = IdempotencyKey("k", b"1")
         first = await engine.submit("add", {"a": 1}, key=key)
         await engine.submit("add", {"a": 1})
-        with pytest.raises(EngineFull, match="2 runs are open"):
+        with pytest.raises(EngineFull, match="2 runs are already open"):
             await engine.submit("add", {"a": 1})
         assert (await engine.get_run(first.run_id)).status is RunStatus.STARTING
         assert (await engine.cancel_run(first.run_id)).cancel_requested
