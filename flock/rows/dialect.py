@@ -107,7 +107,7 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
     def _wrong_delimiter(self, other: str) -> str:
         ours = DELIMITERS.get(self.delimiter, repr(self.delimiter))
         return (
-            f"The header seems to be separated by {DELIMITERS[other]}, not {ours}. "
+            f"The columns seem to be separated by {DELIMITERS[other]}, not {ours}. "
             f"Read it with {_option('delimiter', other)}."
         )
 
