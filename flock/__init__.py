@@ -1,3 +1,3 @@
-"""The engine of Flock API. Import from ``flock.core``."""
+"""The implementation of Flock API. Import from ``flock.core``."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""``python -m flock`` is the command ``flockapi``."""
+"""Run the ``flockapi`` command with ``python -m flock``."""
 
 from flock.command.cli import main
 

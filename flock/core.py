@@ -1,4 +1,4 @@
-"""What people import: ``Flock``, ``FlockFactory`` and ``agent``."""
+"""The names that programs import: ``Flock``, ``FlockFactory`` and ``agent``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,22 +25,22 @@ class Flock(DeclaredFlock):
         root_path: str = "",
         forwarded_allow_ips: str | None = None,
     ) -> None:
-        """Serve the agents over HTTP until the process is told to stop. It blocks.
+        """Serve the agents over HTTP and block until the process receives a stop signal.
 
-        If others can connect, directly or by a proxy, every request needs a key. If none is named, one is made and
-        printed.
+        If other machines can connect, directly or through a proxy, every request needs an API key. If there are no
+        keys, one is generated and printed.
 
         Args:
-            port: 0 takes a free one.
-            server_name: the title of the pages and of the served specification.
-            create_ui: serve the web page, too, at ``/ui``; see ``flockapi.create_app``.
-            custom_endpoints: Starlette routes of your own; see ``routes`` of ``flockapi.create_app``.
-            api_keys: by name; see ``flockapi.create_app``. If None, ``FLOCK_API_KEYS``.
-            allow_anonymous: let everybody in who can connect.
-            allowed_hosts, root_path, forwarded_allow_ips: for a server behind a proxy; see
+            port: the port to listen on; 0 picks a free one.
+            server_name: the title of the web pages and of the served specification.
+            create_ui: also serve the web page at ``/ui``; see ``flockapi.create_app``.
+            custom_endpoints: additional Starlette routes; see ``routes`` of ``flockapi.create_app``.
+            api_keys: API keys by name; see ``flockapi.create_app``. If None, they are read from ``FLOCK_API_KEYS``.
+            allow_anonymous: serve everyone who can connect, without a key.
+            allowed_hosts, root_path, forwarded_allow_ips: settings for a server behind a proxy; see
                 ``flock.command.server.ServerSettings``.
         """
-        # Imported here, so that a program that serves nothing does not load a server.
+        # Imported here so that a program that does not serve does not load the server.
         from flock.command.server import ServerSettings, serve_flock
         from flock.web.options import AppOptions
 

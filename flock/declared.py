@@ -1,4 +1,4 @@
-"""What a program declares: agents, and a flock of them that carries out runs and batches in this process."""
+"""The declarations of a program: agents, and a flock that runs them in this process."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ from flock.runs import BatchOptions, OnExtra, OnInvalid, Row, RunStatus
 
 __all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent"]
 
-#: What a program makes a batch of: mappings, which are read one by one, or the path of a file of CSV or NDJSON.
+#: Inputs of a batch: mappings, which are read one at a time, or the path of a CSV or NDJSON file.
 BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | str | Path
 
 P = ParamSpec("P")
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 def _blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
-    """*function* with the same parameters, for who has no event loop."""
+    """Return a blocking version of *function*, for callers without an event loop."""
 
     @functools.wraps(function, assigned=("__doc__",))
     def call(*args: P.args, **options: P.kwargs) -> T:
@@ -58,17 +58,17 @@ def _blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
 
 
 class DeclaredFlock:
-    """A set of agents that are served together. Programs make a ``flock.core.Flock``, which adds ``start_api``.
+    """A set of agents that are served together. Programs use ``flock.core.Flock``, which adds ``start_api``.
 
     Args:
-        name: under which its runs are kept in a store. Every flock of this name on the same store lists them, and
-            carries them out after a crash if it has their agents; a flock of another name does not see them. Give each
-            program that shares a store a name of its own, unless they are copies of one program.
-        model: ``provider/model`` for the agents that name none; see ``flock.agents.llm.PROVIDERS``.
-        max_steps: how often one run may be handed from agent to agent.
+        name: identifies its runs in a store. All flocks with this name on the same store list these runs, and resume
+            them after a crash if they have the agents. Flocks with another name do not see them. If several programs
+            share a store, give each its own name, unless they are copies of the same program.
+        model: default model, ``provider/model``, for agents without one; see ``flock.agents.llm.PROVIDERS``.
+        max_steps: max steps in one run.
 
     Attributes:
-        agents: by name. Add to it with ``add_agent``.
+        agents: the agents by name. Use ``add_agent`` to add one.
     """
 
     def __init__(self, name: str = "flock", *, model: str | None = None, max_steps: int = 32) -> None:
@@ -84,16 +84,18 @@ class DeclaredFlock:
         return f"<Flock {self.name!r}: {', '.join(self.agents) or 'no agents'}>"
 
     def add_agent(self, agent: Agent | Callable[..., Any]) -> Agent:
-        """Add an agent, or a callable with typed parameters as one, and return it.
+        """Add an agent and return it. A callable with typed parameters is converted to an agent.
 
-        Raises: DefinitionError if its name is taken; SignatureError where a parameter has no type.
+        Raises: DefinitionError if its name is taken; SignatureError if a parameter has no type.
         """
         if not isinstance(agent, Agent):
             if not callable(agent):
-                raise DefinitionError(f"{agent!r} is no agent: make one with FlockFactory, or pass a typed function.")
+                raise DefinitionError(
+                    f"{agent!r} is not an agent. Create one with FlockFactory, or pass a typed function."
+                )
             agent = FunctionAgent(agent)
         if agent.name in self.agents:
-            raise DefinitionError(f"An agent called {agent.name!r} is in this flock already.")
+            raise DefinitionError(f"This flock already has an agent {agent.name!r}. Choose another name.")
         self.agents[agent.name] = agent
         return agent
 
@@ -115,7 +117,7 @@ class DeclaredFlock:
     ) -> Callable[[Callable[..., Any]], FunctionAgent]: ...
 
     def agent(self, function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
-        """Make an agent of a typed function, as ``flock.core.agent`` does, and add it."""
+        """Convert a typed function to an agent, like ``flock.core.agent``, and add it."""
 
         def add(function: Callable[..., Any]) -> FunctionAgent:
             self.add_agent(made := FunctionAgent(function, **options))
@@ -132,36 +134,36 @@ class DeclaredFlock:
         limits: Limits | None = None,
         **options: Any,
     ) -> EmbeddedEngine:
-        """An engine for these agents; enter it with ``async with``.
+        """Create an engine for these agents. Enter it with ``async with``.
 
         Args:
-            store: the SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the engine runs.
-            durability: "power" survives a power cut, "process" any crash of the process; see ``Store``.
-            transport: what model calls go through in place of the network.
-            limits: its bounds; each field of ``Limits`` is also an option by its own name.
+            store: path of the SQLite file for the runs. ``":memory:"`` keeps them only while the engine is open.
+            durability: "power" survives a power cut, "process" survives a crash of the process; see ``Store``.
+            transport: replaces the network for model calls.
+            limits: the limits of the engine. Each field of ``Limits`` is also a keyword argument.
             options: see ``EmbeddedEngine``.
 
-        Raises: DefinitionError if an option is not valid.
+        Raises: DefinitionError if an option is invalid.
         """
         models = ModelClient(self.model, transport=transport)
         options = {"flock": self.name, "max_steps": self.max_steps, **options}
         return EmbeddedEngine(self.agents, models, Store(store, durability=durability), limits=limits, **options)
 
     def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> EmbeddedEngine:
-        """As ``engine``, but one and the same for all who ask for it, as long as somebody has it."""
+        """Like ``engine``, but return the same engine for equal arguments while it is in use."""
         engine = self.engine(store=store, expose_errors=expose_errors)
         return self._shared_engines.setdefault((engine.store.path, expose_errors), engine)
 
     async def run_async(self, agent_name: str, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Run one agent and what it hands on to, without a server.
+        """Run an agent, and the agents that it hands off to, without a server.
 
         Returns:
             dict: the last agent's result.
 
         Raises:
-            AgentNotFound: no agent has that name.
-            InvalidData: the inputs do not fit its signature.
-            RunFailed: the run ended as failed; ``error_type`` says how.
+            AgentNotFound: there is no agent with that name.
+            InvalidData: the inputs do not match its signature.
+            RunFailed: the run failed; ``error_type`` has the kind of failure.
 
         Cancellation: the run is cancelled.
         """
@@ -174,7 +176,7 @@ class DeclaredFlock:
         return result
 
     def run(self, agent_name: str, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """As ``run_async``, for scripts: it blocks until the result is there."""
+        """Run an agent and block until its result is available; see ``run_async``."""
         _check_no_loop("run_async")
         return anyio.run(self.run_async, agent_name, inputs)
 
@@ -197,32 +199,35 @@ class DeclaredFlock:
         encoding: str = "utf-8",
         progress: bool | None = None,
     ) -> list[Any]:
-        """Run one agent over many inputs, without a server. All of it is kept in memory, and nothing after it.
+        """Run an agent for many inputs, without a server. Everything is held in memory, and nothing is stored.
 
         Args:
-            batch_inputs: mappings, read once and one by one, or the path of a file whose name ends in ``.csv``,
-                ``.ndjson`` or ``.jsonl``, also with ``.gz`` behind it. Cells of CSV are typed by the agent's signature.
-            input_mapping: what a member of a mapping, or a column, is called as an input; None drops it.
-            static_inputs: for all items that do not bring their own.
+            batch_inputs: mappings, which are read once and one at a time, or the path of a file whose name ends in
+                ``.csv``, ``.ndjson`` or ``.jsonl``, optionally followed by ``.gz``. CSV cells are converted to the
+                types of the agent's signature.
+            input_mapping: maps columns, or members of a mapping, to input names; None drops the column.
+            static_inputs: default inputs for all items.
             parallel, max_workers, return_errors, box_results: see ``BatchOptions``.
-            on_invalid: "reject" begins nothing where an item does not fit; "skip" lets that one fail.
-            on_extra: "reject" begins nothing if a column, or a member of a mapping, is no input; "ignore" drops it;
-                "keep" puts it, unchanged, before the outputs in the results. One with the name of an output is refused.
+            on_invalid: "reject" runs nothing if an item is invalid; "skip" fails only that item.
+            on_extra: how to handle a column, or a member of a mapping, that is not an input. "reject" runs nothing,
+                "ignore" drops it, "keep" copies it unchanged to the results, before the outputs. A column with the name
+                of an output cannot be kept.
             timeout_s: wall-clock seconds for each item.
-            delimiter, decimal, encoding: how a CSV file is written; see ``CSVDialect``.
-            progress: show a line on stderr that says how far it is. If None, where that is a terminal.
+            delimiter, decimal, encoding: the format of a CSV file; see ``CSVDialect``.
+            progress: show a progress line on stderr. If None, only if stderr is a terminal.
 
         Returns:
-            list: in the order of the inputs, a result for each. For an item that failed ``{"error", "error_type"}``, or
-            None; that is so for all of them where all failed. Of no inputs, it is empty.
+            list: one result per item, in the order of the inputs. The result of a failed item is
+            ``{"error", "error_type"}``, or None without ``return_errors``, even if all items fail. Without inputs, the
+            list is empty.
 
         Raises:
-            AgentNotFound: no agent has that name.
-            InvalidData: items do not fit, at most 100 errors of them, with the line where there are lines; or the file
-                cannot be understood.
-            DefinitionError: an option is none, or the file's name does not tell what is in it.
+            AgentNotFound: there is no agent with that name.
+            InvalidData: items are invalid (up to 100 errors, with line numbers for files), or the file cannot be
+                parsed.
+            DefinitionError: an option is invalid, or the format cannot be determined from the file's name.
             OSError: the file cannot be read.
-            And whatever *batch_inputs* raises.
+            Any exception that *batch_inputs* raises.
 
         Cancellation: the batch is cancelled.
         """
@@ -262,12 +267,12 @@ class DeclaredFlock:
                     results += msgspec.json.decode(msgspec.json.encode([batch.result_of(item) for item in page]))
         return results
 
-    #: As ``run_batch_async``, for scripts: it blocks until all results are there.
+    #: ``run_batch_async`` for scripts: blocks until all results are available.
     run_batch = _blocking(run_batch_async)
 
 
 class FlockFactory:
-    """Makes agents from what a script declares."""
+    """Creates agents from signatures."""
 
     @staticmethod
     def create_default_agent(
@@ -287,18 +292,18 @@ class FlockFactory:
         max_concurrency: int | None = None,
         on_interrupt: OnInterrupt = "retry",
     ) -> ModelAgent:
-        """An agent that asks a language model.
+        """Create an agent that calls a language model.
 
         Args:
             input, output: a signature such as ``"text: str | what to analyse, limit: int"``, or a struct, dataclass or
                 TypedDict.
-            types: what the strings may name beyond the built-in types, by name.
+            types: additional types, by name, that the strings may use.
             model, instructions, temperature, max_tokens, max_retries, timeout_s: see ``ModelAgent``.
             next_agent, max_concurrency, on_interrupt: see ``Agent``.
 
         Raises:
-            SignatureError: a signature cannot be understood; with the column.
-            DefinitionError: the name is not one, or there is no output field.
+            SignatureError: a signature is invalid.
+            DefinitionError: the name is invalid, or there is no output field.
         """
         return ModelAgent(
             name,
@@ -322,19 +327,19 @@ def _check_no_loop(async_name: str) -> None:
         asyncio.get_running_loop()
     except RuntimeError:
         return
-    raise RuntimeError(f"An event loop is running here already: write 'await flock.{async_name}(...)' instead.")
+    raise RuntimeError(f"An event loop is already running. Use 'await flock.{async_name}(...)' instead.")
 
 
 def _check_choices(on_invalid: str, on_extra: str, timeout_s: float | None) -> None:
     for name, given, choices in (("on_invalid", on_invalid, OnInvalid), ("on_extra", on_extra, OnExtra)):
         if given not in get_args(choices):
-            raise DefinitionError(f"{name} is one of {', '.join(get_args(choices))}, and not {given!r}.")
+            raise DefinitionError(f"{name}= must be one of {', '.join(get_args(choices))}, not {given!r}.")
     if timeout_s is not None and not timeout_s > 0:
-        raise DefinitionError(f"timeout_s is a number of seconds above 0, and not {timeout_s}.")
+        raise DefinitionError(f"timeout_s= must be a number of seconds above 0, not {timeout_s}.")
 
 
 def _static(static_inputs: Mapping[str, Any] | None) -> dict[str, msgspec.Raw]:
-    """Raises InvalidData where a static input cannot be JSON."""
+    """Return *static_inputs* as JSON. Raises InvalidData if one cannot be encoded."""
     raw = as_json(static_inputs or {}, "/static_inputs", MAX_ROW_BYTES)
     return msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
 

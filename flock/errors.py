@@ -1,41 +1,43 @@
-"""Everything that can go wrong, as one tree.
+"""All errors of this package, in one tree.
 
     FlockError
-    ├── DefinitionError          what the author wrote cannot work; said where it is written
-    │   └── SignatureError       … in a signature, with the column
-    ├── MalformedJSON            the text is not JSON: line and column
-    ├── InvalidData              JSON that does not fit a type: one FieldError for each place
+    ├── DefinitionError          an agent or a flock is defined incorrectly; raised at the definition
+    │   └── SignatureError       a signature is invalid; has the column
+    ├── MalformedJSON            the text is not valid JSON; has line and column
+    ├── InvalidData              JSON does not match the expected type; has one FieldError per problem
     ├── NotFound
     │   ├── AgentNotFound
     │   ├── RunNotFound
     │   └── BatchNotFound
-    ├── AccessDenied             before anything is looked at
-    │   ├── Unauthenticated      nobody knows who asks
-    │   ├── Forbidden            somebody is known, or a page, and may not
-    │   └── WrongHost            another server is meant
-    ├── Conflict                 what is asked for does not go with how things stand
-    ├── KeyReused                an idempotency key was used for another request
-    ├── Replayed                 not an error: the request was accepted before, under the same key
-    ├── EngineFull               no room now; try again in ``retry_after_s``
-    ├── TooManyRequests          one caller asks for more than its share; in ``retry_after_s``
-    ├── TooLarge                 more was sent than is taken at once
-    ├── EngineStopped            the engine is not running, or is leaving
+    ├── AccessDenied             raised before the request is processed
+    │   ├── Unauthenticated      the API key is missing or unknown
+    │   ├── Forbidden            the caller, or its origin, lacks permission
+    │   └── WrongHost            the Host header does not name this server
+    ├── Conflict                 the request conflicts with the current state
+    ├── KeyReused                an idempotency key was already used for a different request
+    ├── Replayed                 not an error: the request was already accepted under the same key
+    ├── EngineFull               a queue is full; retry after ``retry_after_s``
+    ├── TooManyRequests          a caller exceeds its share; retry after ``retry_after_s``
+    ├── TooLarge                 the request exceeds a size limit
+    ├── EngineStopped            the engine is not running, or is shutting down
     ├── StoreError               the store cannot be opened, read or written
-    ├── OwnershipLost            another engine has taken the run over
-    ├── RunFailed                what ``flock.run`` raises for a run that ended as failed
-    └── StepError                ends its run as failed; its text is meant for the client
+    ├── OwnershipLost            another engine now owns the run
+    ├── RunFailed                raised by ``flock.run`` if the run fails
+    └── StepError                fails the run; its text is sent to the client
         ├── AgentError           raised by an agent's own code
-        ├── InvalidOutput        the result does not fit the output signature
-        ├── InvalidHandoff       the next agent does not exist, or cannot be given its inputs
-        ├── Unstorable           a record has a value that the store does not take
-        ├── Unreadable           the record of the run is damaged
-        ├── ResultTooLarge       it is longer than ``max_result_bytes``
-        ├── TooManySteps         the hand-offs go on beyond ``max_steps``
-        ├── TooManyTokens        its models have cost ``max_tokens``, and it wants to ask one again
-        └── ModelError           the model gave no usable answer; ``error_type`` says why
+        ├── InvalidOutput        the result does not match the output signature
+        ├── InvalidHandoff       the next agent does not exist, or its inputs are missing
+        ├── Unstorable           a record has a value that the store cannot write
+        ├── Unreadable           the run's record is damaged
+        ├── ResultTooLarge       the result exceeds ``max_result_bytes``
+        ├── TooManySteps         the run exceeds ``max_steps``
+        ├── TooManyTokens        the run has spent ``max_tokens``
+        ├── QueueTimeout         the run waited longer than ``queue_timeout_s`` for its first step
+        ├── Interrupted          the process died during a step that must not be repeated
+        └── ModelError           a model call failed; ``error_type`` has the reason
 
-``flockapi.py`` maps a class to an HTTP status by its MRO. A ``StepError`` never becomes one: a run that failed is an
-answer, not an error of the request.
+``flockapi.py`` maps each class to an HTTP status by its MRO. A ``StepError`` has no status: a failed run is a valid
+response, not a failed request.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,18 +86,18 @@ __all__ = [
 ]
 
 
-#: How many places a message names, of all that ``InvalidData.errors`` has.
-MAX_TOLD_ERRORS = 10
-#: How much of what a client sent a message repeats.
+#: Max errors in the message of an ``InvalidData``; ``errors`` has all of them.
+MAX_LISTED_ERRORS = 10
+#: Max characters of a client's text that a message repeats.
 MAX_ECHOED_CHARS = 100
-#: The longest text that is kept or sent for people to read: an error, a pointer, a progress message; in bytes of UTF-8.
+#: Max length, in bytes of UTF-8, of a text that is stored or sent: an error, a pointer, or a progress message.
 MAX_TEXT_BYTES = 8 * 1024
-#: The end of a text that was longer.
+#: Marks the end of a truncated text.
 CUT = "… (cut)"
 
 
 def cut(text: str) -> str:
-    """*text*, or its beginning and a mark if it is longer than MAX_TEXT_BYTES."""
+    """Return *text*, truncated and marked if it is longer than ``MAX_TEXT_BYTES``."""
     if len(text) * 4 <= MAX_TEXT_BYTES:
         return text
     start = text[:MAX_TEXT_BYTES].encode("utf-8", "replace")
@@ -105,18 +107,18 @@ def cut(text: str) -> str:
 
 
 class FlockError(Exception):
-    """The root: ``except FlockError`` catches all that this package raises on purpose."""
+    """The base class of all errors that this package raises on purpose."""
 
 
 class DefinitionError(FlockError):
-    """An agent or a flock is put together in a way that cannot work."""
+    """An agent or a flock is defined incorrectly."""
 
 
 class SignatureError(DefinitionError):
-    """A signature cannot be understood.
+    """A signature is invalid.
 
     Attributes:
-        column: where, counted from 1 in the signature's text; None where there is no text.
+        column: position of the error in the signature's text, from 1; None if the signature is not a text.
     """
 
     def __init__(self, message: str, column: int | None = None) -> None:
@@ -125,10 +127,10 @@ class SignatureError(DefinitionError):
 
 
 class MalformedJSON(FlockError):
-    """A text is not JSON.
+    """A text is not valid JSON.
 
     Attributes:
-        line, column: where, both counted from 1; the column counts characters.
+        line, column: position of the error, both from 1; the column counts characters.
     """
 
     def __init__(self, reason: str, line: int, column: int) -> None:
@@ -138,9 +140,10 @@ class MalformedJSON(FlockError):
 
 
 class FieldError(msgspec.Struct, frozen=True, kw_only=True):
-    """One place that is wrong: what, and where as a JSON pointer (RFC 6901); within its line where there are lines.
+    """One problem in JSON data: a description, and its location as a JSON pointer (RFC 6901).
 
-    A long detail or pointer is cut.
+    If the data has lines, ``line`` is the line, and the pointer is relative to it. A long detail or pointer is
+    truncated.
     """
 
     detail: str
@@ -157,45 +160,45 @@ class FieldError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InvalidData(FlockError):
-    """JSON that does not fit the type it is meant for. ``errors`` has every place, at least one."""
+    """JSON does not match the expected type. ``errors`` has one entry per problem, at least one."""
 
     def __init__(self, errors: Sequence[FieldError]) -> None:
-        told = [str(error) for error in errors[:MAX_TOLD_ERRORS]]
-        more = [f"and {len(errors) - MAX_TOLD_ERRORS} more"] if len(errors) > MAX_TOLD_ERRORS else []
-        super().__init__(cut("; ".join(told + more)))
+        listed = [str(error) for error in errors[:MAX_LISTED_ERRORS]]
+        more = [f"and {len(errors) - MAX_LISTED_ERRORS} more"] if len(errors) > MAX_LISTED_ERRORS else []
+        super().__init__(cut("; ".join(listed + more)))
         self.errors = list(errors)
 
 
 class NotFound(FlockError):
-    """Nothing here has that name or id."""
+    """There is nothing with the requested name or id."""
 
 
 class AgentNotFound(NotFound):
-    """No agent has that name; the message lists the known ones."""
+    """There is no agent with that name. The message lists the known agents."""
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
-        listed = ", ".join(known) or "none yet: add one with flock.add_agent(...)"
-        super().__init__(f"No agent is called {name[:MAX_ECHOED_CHARS]!r}. Known agents: {listed}.")
+        listed = ", ".join(known) or "none yet (add one with flock.add_agent(...))"
+        super().__init__(f"There is no agent {name[:MAX_ECHOED_CHARS]!r}. Known agents: {listed}.")
 
 
 class RunNotFound(NotFound):
-    """No run has that id, or it is no longer kept."""
+    """There is no run with that id, or it is no longer stored."""
 
     def __init__(self, run_id: str) -> None:
         echoed = run_id[:MAX_ECHOED_CHARS]
-        super().__init__(f"No run has the id {echoed!r}. It may never have been accepted, or is no longer kept.")
+        super().__init__(f"There is no run with the id {echoed!r}. It was never accepted, or is no longer stored.")
 
 
 class BatchNotFound(NotFound):
-    """No batch has that id, or it is no longer kept."""
+    """There is no batch with that id, or it is no longer stored."""
 
     def __init__(self, batch_id: str) -> None:
         echoed = batch_id[:MAX_ECHOED_CHARS]
-        super().__init__(f"No batch has the id {echoed!r}. It may never have been accepted, or is no longer kept.")
+        super().__init__(f"There is no batch with the id {echoed!r}. It was never accepted, or is no longer stored.")
 
 
 class EngineFull(FlockError):
-    """As much as was agreed is already accepted. Try again in ``retry_after_s`` seconds."""
+    """A queue is full. Retry after ``retry_after_s`` seconds."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -203,7 +206,7 @@ class EngineFull(FlockError):
 
 
 class TooManyRequests(FlockError):
-    """One caller asks for more than its share, which ``headers`` tell. Try again in ``retry_after_s`` seconds."""
+    """A caller exceeds its share; ``headers`` describe the limit. Retry after ``retry_after_s`` seconds."""
 
     def __init__(self, message: str, retry_after_s: int = 1, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -212,66 +215,68 @@ class TooManyRequests(FlockError):
 
 
 class TooLarge(FlockError):
-    """More was sent than is taken at once."""
+    """The request exceeds a size limit."""
 
 
 class EngineStopped(FlockError):
-    """The engine takes no work: it was not started, or is stopping."""
+    """The engine does not accept work: it is not running, or is shutting down."""
 
     def __init__(
-        self, message: str = "The engine is not running: enter it with 'async with', or run the app's lifespan."
+        self, message: str = "The engine is not running. Enter it with 'async with', or run the app's lifespan."
     ) -> None:
         super().__init__(message)
 
 
 class AccessDenied(FlockError):
-    """The base of what is refused because of who asks, or from where."""
+    """The base class of errors about the caller's identity or origin."""
 
 
 class Unauthenticated(AccessDenied):
-    """There is no key, or none that is known."""
+    """The API key is missing or unknown."""
 
 
 class Forbidden(AccessDenied):
-    """Whoever asks may not do this."""
+    """The caller does not have permission."""
 
 
 class WrongHost(AccessDenied):
-    """The request names a host that this server is not."""
+    """The request's Host header does not name this server."""
 
 
 class Conflict(FlockError):
-    """What is asked for does not go with how the run or batch stands."""
+    """The request conflicts with the current state of the run or batch."""
 
 
 class KeyReused(FlockError):
-    """An idempotency key stands for one request only."""
+    """An idempotency key was already used for a different request."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"The idempotency key {key!r} was used for another request. Send a new key for a new request.")
+        super().__init__(
+            f"The idempotency key {key!r} was already used for a different request. Send a new key for a new request."
+        )
 
 
 class Replayed(FlockError):
-    """The request was accepted before. ``made_id`` is the run or batch that came of it."""
+    """The request was already accepted. ``made_id`` is the id of the run or batch that it created."""
 
     def __init__(self, made_id: str) -> None:
-        super().__init__(f"This request was accepted before, as {made_id}.")
+        super().__init__(f"This request was already accepted as {made_id}.")
         self.made_id = made_id
 
 
 class StoreError(FlockError):
-    """The store cannot be opened, read or written now. Nothing that was acknowledged is lost."""
+    """The store cannot be opened, read or written at the moment. No acknowledged work is lost."""
 
 
 class OwnershipLost(FlockError):
-    """Another engine has taken the run over, so this one must not go on with it."""
+    """Another engine now owns the run, so this engine must stop working on it."""
 
     def __init__(self, run_id: str) -> None:
-        super().__init__(f"The run {run_id} belongs to another engine by now.")
+        super().__init__(f"The run {run_id} now belongs to another engine.")
 
 
 class RunFailed(FlockError):
-    """A run ended as failed. ``str()`` is its ``error``; ``error_type`` is a stable word for programs."""
+    """A run failed. ``str()`` is its ``error``; ``error_type`` is a stable identifier for programs."""
 
     def __init__(self, error: str, error_type: str) -> None:
         super().__init__(error)
@@ -279,44 +284,44 @@ class RunFailed(FlockError):
 
 
 class StepError(FlockError):
-    """Ends the run as failed. The text reaches the client; ``log_detail`` only the log."""
+    """An error that fails the run. Its text is sent to the client; ``log_detail`` is only logged."""
 
     error_type: str = "step_error"
     log_detail: str = ""
 
 
 class AgentError(StepError):
-    """Raise this in an agent to fail its run with a text that the client shall read.
+    """Raise this in an agent to fail its run with a message for the client.
 
-    The text of every other exception stays in the log. Subclasses may set an ``error_type`` of their own.
+    The text of any other exception is only logged. Subclasses may set their own ``error_type``.
     """
 
     error_type = "agent_error"
 
 
 class InvalidOutput(StepError):
-    """What an agent returned does not fit its output signature, or cannot be JSON."""
+    """An agent's result does not match its output signature, or cannot be encoded as JSON."""
 
     error_type = "invalid_output"
 
 
 class InvalidHandoff(StepError):
-    """The agent that should go on does not exist, or what is known does not give it its inputs."""
+    """The next agent does not exist, or the inputs and results so far do not match its inputs."""
 
     error_type = "invalid_handoff"
 
 
 class Unstorable(StepError):
-    """One record has a value that SQLite refuses (its type, range, size or encoding). Other records can be written."""
+    """SQLite rejects a value of one record: its type, range, size or encoding. Other records can be written."""
 
     error_type = "unstorable"
 
 
 class Unreadable(StepError):
-    """The run was read again from the store when its turn came, and its record is damaged.
+    """The run's record was found to be damaged when it was read back from the store.
 
     Attributes:
-        is_writable: False if its end cannot be written there either.
+        is_writable: False if its final status cannot be written either.
     """
 
     error_type = "unreadable"
@@ -324,58 +329,58 @@ class Unreadable(StepError):
 
 
 class ResultTooLarge(StepError):
-    """What an agent gave is longer than is kept. It is not cut: half of a JSON object is none."""
+    """An agent's result is too long. It is not truncated, because part of a JSON object is not valid JSON."""
 
     error_type = "result_too_large"
 
 
 class TooManySteps(StepError):
-    """The run was handed on more often than ``max_steps`` allows."""
+    """The run exceeds ``max_steps``."""
 
     error_type = "too_many_steps"
 
 
 class TooManyTokens(StepError):
-    """The run wants to ask a model after it has spent ``max_tokens``."""
+    """The run tried to call a model after it had spent ``max_tokens``."""
 
     error_type = "too_many_tokens"
 
 
 class QueueTimeout(StepError):
-    """The run waited longer for its first step than ``queue_timeout_s``."""
+    """The run waited longer than ``queue_timeout_s`` for its first step."""
 
     error_type = "queue_timeout"
 
 
 class Interrupted(StepError):
-    """The process died while an agent with ``on_interrupt="fail"`` was at work."""
+    """The process died while an agent with ``on_interrupt="fail"`` was running."""
 
     error_type = "interrupted"
 
 
 class ModelError(StepError):
-    """A model call failed for good.
+    """A model call failed, after its retries.
 
     Attributes:
         error_type: one of ``ERROR_TYPES``.
-        log_detail: the provider's own words and its request id: for the log, since they may hold anything.
+        log_detail: the provider's message and request id. They are only logged, because they may contain anything.
     """
 
     ERROR_TYPES: ClassVar = frozenset(
         {
-            "model_not_configured",  # no model, no key, an unknown provider, a missing extra
+            "model_not_configured",  # no model, no API key, an unknown provider, a missing package
             "model_authentication",  # 401, 403
             "model_not_found",  # 404
-            "model_bad_request",  # 400, 422 and what else no retry can mend
-            "model_context_length",  # the prompt is longer than the model takes
-            "model_content_filter",  # the provider's filter stopped the prompt or the answer
+            "model_bad_request",  # 400, 422 and other errors that a retry cannot fix
+            "model_context_length",  # the prompt is longer than the context window
+            "model_content_filter",  # the provider's filter blocked the prompt or the answer
             "model_refusal",  # the model declined to answer
-            "model_rate_limited",  # 429, after the retries
-            "model_quota",  # 429 that only money mends
-            "model_unavailable",  # 408, 409, 5xx, connection lost, after the retries
+            "model_rate_limited",  # 429, after retries
+            "model_quota",  # 429 because the quota is used up
+            "model_unavailable",  # 408, 409, 5xx or connection lost, after retries
             "model_timeout",  # no answer in time
-            "model_truncated",  # the answer was cut at the token limit
-            "model_bad_response",  # 200 with something else than an answer
+            "model_truncated",  # the answer was cut off at the token limit
+            "model_bad_response",  # 200 without a usable answer
         }
     )
 

@@ -1,4 +1,4 @@
-"""Optional packages, and the command that installs each."""
+"""Install commands for optional packages."""
 
 import re
 import shlex
@@ -7,16 +7,16 @@ __all__ = ["pip_install"]
 
 
 def pip_install(package: str) -> str:
-    """The command that installs *package* in the versions that this distribution declares for it.
+    """Return the command that installs *package* in the versions that this distribution declares.
 
-    It names the package and not an extra of ours, so it works however this distribution was installed.
+    It names the package instead of an extra, so it works however this distribution was installed.
     """
-    # Imported here, since it takes long, and is needed only when something is missing.
+    # Imported here because the import is slow, and only needed when a package is missing.
     from importlib.metadata import PackageNotFoundError, requires
 
     try:
         declared = requires("flockapi") or []
-    except PackageNotFoundError:  # it runs from a checkout that was never installed
+    except PackageNotFoundError:  # running from a checkout that is not installed
         declared = []
     requirements = (requirement.partition(";")[0].strip() for requirement in declared)
     found = next((each for each in requirements if re.split(r"[^\w.-]", each)[0] == package), package)

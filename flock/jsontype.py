@@ -1,8 +1,7 @@
-"""JSON in: one type's way from bytes to values, with every place that is wrong.
+"""JSON decoding that reports every error, each with a JSON pointer (RFC 6901).
 
-msgspec decodes fast, and stops at the first error, whose path has lost the keys of dicts. Only when it has failed is
-the text looked at once more, field by field, so that a client reads all that is wrong, each with a JSON pointer
-(RFC 6901).
+msgspec is fast, but stops at the first error, and its path does not contain the keys of dicts. So if it fails, the text
+is checked again field by field to find all errors.
 """
 
 import dataclasses
@@ -37,47 +36,47 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: How many unknown fields are told at once.
+#: Max unknown fields that are reported.
 MAX_ERRORS = 100
-#: How much of a text is checked for its depth in one step.
+#: Size of the piece of a text that ``depth_steps`` checks in one step.
 STEP_BYTES = 64 * 1024
-#: In a longer value the entry of a dict that does not fit is not searched for: the pointer ends at the dict.
+#: In longer values, the invalid entry of a dict is not searched for, and the pointer ends at the dict.
 MAX_SEARCHED_BYTES = 64 * 1024
-#: A text of this length may hold so many small lists that collecting garbage takes longer than decoding.
-MANY_BYTES = 64 * 1024
+#: Texts of this size may contain so many small lists that garbage collection takes longer than decoding.
+GC_PAUSE_BYTES = 64 * 1024
 
-#: What values of these types look like, by msgspec's names for them.
+#: Example values for types, by msgspec's names for the types.
 EXAMPLES = {
     "datetime": "2026-11-30T14:30:00Z",
     "date": "2026-11-30",
     "time": "14:30:00Z",
     "duration": "PT1H30M",
 }
-#: The members of an object, none of which is read yet.
+#: The undecoded members of an object.
 MEMBERS = dict[str, msgspec.Raw]
-#: The end of msgspec's message on an item of a list, or of a list of lists, in a field.
+#: The end of msgspec's message about an item of a list, or of nested lists, in a field.
 INDEXED = re.compile(r" - at `\$\.(\w+)((?:\[\d+\])+)`$")
-#: What msgspec says where one of them is wanted.
+#: msgspec's messages about values of these types.
 WANTS_TIME = re.compile(
     r"(?:Expected [`'][^`']*\b|Invalid RFC3339 encoded |Invalid ISO8601 |Only units .* ISO8601 )"
     rf"({'|'.join(EXAMPLES)})s?\b"
 )
 
-#: The rest of a string of JSON, or of one that never ends. Nothing in it is read twice, whatever it holds.
+#: The rest of a JSON string, or of an unterminated one. It matches in linear time.
 STRING_END = rb'(?:[^"\\]++|\\.)*+"?'
 STRING = b'"' + STRING_END
-#: All up to a bracket that is in no string, and the bracket.
+#: Everything up to and including the next bracket outside of strings.
 TO_BRACKET = rb'(?:%s|[^"\[\]{}])*+[\[\]{}]' % STRING
-#: An opening bracket as 1 and a closing one as -1, in signed bytes; and what is neither.
+#: Maps an opening bracket to 1 and a closing bracket to -1, as signed bytes.
 LEVELS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 NO_BACKSLASH = re.compile(rb"[^\\]")
 
 
 class Field(msgspec.Struct, frozen=True, kw_only=True):
-    """One named value. ``default`` is UNSET where the type's own code makes it, or there is none.
+    """One named value. ``default`` is UNSET if there is none, or if the type creates it itself.
 
-    One that is *deprecated*, as JSON Schema has it, is accepted, and is not named among the known fields.
+    A *deprecated* field (as in JSON Schema) is accepted, but not listed among the known fields.
     """
 
     name: str
@@ -89,7 +88,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, name: str, annotation: Any, **more: Any) -> "Field":
-        """A field whose description may stand in ``Annotated[T, "…"]`` or in msgspec's ``Meta``."""
+        """Return a field. Its description may be in ``Annotated[T, "…"]`` or in msgspec's ``Meta``."""
         notes = getattr(annotation, "__metadata__", ())
         texts = [note if isinstance(note, str) else getattr(note, "description", None) for note in notes]
         extras = [getattr(note, "extra_json_schema", None) or {} for note in notes]
@@ -105,7 +104,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def has_fields(type_: Any) -> bool:
-    """Whether *type_* is a struct, a dataclass or a TypedDict, and so a JSON object."""
+    """Whether *type_* is a struct, dataclass or TypedDict that is encoded as a JSON object."""
     if not isinstance(type_, type):
         return False
     if issubclass(type_, msgspec.Struct):
@@ -114,7 +113,7 @@ def has_fields(type_: Any) -> bool:
 
 
 def fields_of(type_: Any) -> tuple[Field, ...]:
-    """The fields of a struct, a dataclass or a TypedDict, under the names that JSON has for them."""
+    """Return the fields of a struct, dataclass or TypedDict, with their names in JSON."""
     if issubclass(type_, msgspec.Struct):
         return tuple(Field.of(f.encode_name, f.type, required=f.required) for f in msgspec.structs.fields(type_))
     if dataclasses.is_dataclass(type_):
@@ -131,14 +130,14 @@ def fields_of(type_: Any) -> tuple[Field, ...]:
 
 
 def hints_of(type_: Any) -> dict[str, Any]:
-    """The annotations of a class in the order of declaration, without ``Required[...]`` and ``NotRequired[...]``."""
+    """Return the annotations of a class in order of declaration, without ``Required`` and ``NotRequired``."""
     hints = typing.get_type_hints(type_, include_extras=True)
     wrappers = (typing.Required, typing.NotRequired)
     return {name: hint.__args__[0] if typing.get_origin(hint) in wrappers else hint for name, hint in hints.items()}
 
 
 class JSONType(Generic[T]):
-    """The way in from JSON for one type with named fields (struct, dataclass or TypedDict)."""
+    """Decodes JSON to a type with named fields (struct, dataclass or TypedDict)."""
 
     def __init__(self, type_: type[T]) -> None:
         self.type = type_
@@ -149,18 +148,18 @@ class JSONType(Generic[T]):
         self._names = {field.name for field in self.fields} | {getattr(config, "tag_field", None)}
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> T:
-        """Read *raw*.
+        """Decode *raw*.
 
         Args:
-            at: the JSON pointer of *raw* within what the client sent; all pointers begin with it.
+            at: JSON pointer to *raw* in the client's request. It is the prefix of all pointers in errors.
 
         Raises:
-            MalformedJSON: it is not JSON.
-            InvalidData: it is JSON, but does not fit.
+            MalformedJSON: *raw* is not valid JSON.
+            InvalidData: *raw* does not match the type.
         """
         try:
             try:
-                value = _decoded(self._decoder.decode, raw)
+                value = _decode(self._decoder.decode, raw)
             except msgspec.ValidationError as exc:
                 raise InvalidData(self._explain(bytes(raw), at, exc) or [_field_error(exc, at)]) from exc
             if not self._is_closed and (unknown := self._unknown(msgspec.json.decode(raw, type=MEMBERS), at)):
@@ -170,20 +169,20 @@ class JSONType(Generic[T]):
             raise malformed(bytes(raw), exc) from exc
         except FlockError:
             raise
-        except Exception as exc:  # a list within a set cannot be hashed; a type's own code may raise anything
-            raise InvalidData(self._explain(bytes(raw), at, exc) or [_foreign_error(exc, at)]) from exc
+        except Exception as exc:  # a list in a set is not hashable, and a type's own code may raise anything
+            raise InvalidData(self._explain(bytes(raw), at, exc) or [_unexpected_error(exc, at)]) from exc
 
     def _unknown(self, members: Iterable[str], at: str) -> list[FieldError]:
         known = ", ".join(field.name for field in self.fields if not field.deprecated) or "none"
         errors = (
-            FieldError(detail=f"Unknown field. The fields here are: {known}.", pointer=f"{at}/{escape_pointer(key)}")
+            FieldError(detail=f"Unknown field. Known fields: {known}.", pointer=f"{at}/{escape_pointer(key)}")
             for key in members
             if key not in self._names
         )
         return list(itertools.islice(errors, MAX_ERRORS))
 
     def _explain(self, raw: bytes, at: str, first: Exception) -> list[FieldError]:
-        """All that is wrong with *raw*, field by field: the decoder stopped with the *first* error."""
+        """Return all errors in *raw*, by checking each field; *first* is the error of the decoder."""
         try:
             members = msgspec.json.decode(raw, type=MEMBERS)
         except msgspec.ValidationError as exc:
@@ -192,7 +191,7 @@ class JSONType(Generic[T]):
         known = INDEXED.search(str(first))
         for field in self.fields:
             pointer = f"{at}/{escape_pointer(field.name)}"
-            if known is not None and known[1] == field.name:  # a long list is not read a second time
+            if known is not None and known[1] == field.name:  # do not decode a long list again
                 errors.append(_field_error(first, pointer + known[2].replace("][", "/").replace("[", "/").strip("]")))
             elif field.name in members:
                 errors += explain(field.type, bytes(members[field.name]), pointer)
@@ -201,9 +200,9 @@ class JSONType(Generic[T]):
         return errors
 
 
-def _decoded(decode: Callable[[bytes | msgspec.Raw], T], raw: bytes | msgspec.Raw) -> T:
-    """Decode *raw* without garbage collection if it is long: of very many small lists none is garbage yet."""
-    if len(raw) < MANY_BYTES or not gc.isenabled():
+def _decode(decode: Callable[[bytes | msgspec.Raw], T], raw: bytes | msgspec.Raw) -> T:
+    """Decode *raw*, without garbage collection if it is long: no value is garbage until decoding ends."""
+    if len(raw) < GC_PAUSE_BYTES or not gc.isenabled():
         return decode(raw)
     gc.disable()
     try:
@@ -213,16 +212,16 @@ def _decoded(decode: Callable[[bytes | msgspec.Raw], T], raw: bytes | msgspec.Ra
 
 
 def malformed(raw: bytes, exc: Exception) -> MalformedJSON:
-    """Say where *raw* stops being JSON. msgspec gives a byte, or says only that the text was truncated."""
+    """Return the error for *raw*, with its position. msgspec reports a byte offset, or only that *raw* is truncated."""
     if isinstance(exc, RecursionError):
-        return MalformedJSON("nested too deep", 1, 1)
-    reason, position = "it ends too early", len(raw)
+        return MalformedJSON("nested too deeply", 1, 1)
+    reason, position = "unexpected end", len(raw)
     if isinstance(exc, UnicodeDecodeError):
-        reason, position = "it is not UTF-8", _first_bad_byte(raw)
+        reason, position = "invalid UTF-8", _first_invalid_byte(raw)
     elif found := re.search(r"malformed: (.+) \(byte (\d+)\)", str(exc)):
         reason, position = found[1], int(found[2])
     elif lone := re.search(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-bA-B](?![0-9a-fA-F]{2}\\u[dD][c-fC-F])", raw):
-        reason, position = "half of a surrogate pair", lone.start()
+        reason, position = "unpaired surrogate", lone.start()
     return _malformed_at(raw, reason, position)
 
 
@@ -233,22 +232,22 @@ def _malformed_at(raw: bytes, reason: str, position: int) -> MalformedJSON:
 
 
 def check_depth(raw: bytes, max_depth: int) -> None:
-    """Raise MalformedJSON where arrays and objects of *raw* lie deeper in each other than *max_depth* levels."""
+    """Raise MalformedJSON if arrays and objects in *raw* are nested deeper than *max_depth* levels."""
     for _ in depth_steps(raw, max_depth):
         pass
 
 
 def depth_steps(raw: bytes, max_depth: int) -> Iterator[None]:
-    """``check_depth`` in steps of about ``STEP_BYTES``, for a caller that lets others run between them.
+    """Check the depth in steps of about ``STEP_BYTES``, so that the caller can yield to other tasks in between.
 
-    No text takes long, JSON or not: whatever goes from byte to byte here is not Python.
+    This is fast for any text, valid or not, because no Python code runs per byte.
     """
     if raw.count(b"[") + raw.count(b"{") <= max_depth:
         return
     start, level, is_string = 0, 0, False
     while start < len(raw):
         end = start + STEP_BYTES
-        if raw[end - 1 : end] == b"\\":  # an escape is not divided
+        if raw[end - 1 : end] == b"\\":  # do not split an escape sequence
             found = NO_BACKSLASH.search(raw, end)
             end = found.end() if found else len(raw)
         without_escapes = raw[start:end].replace(rb"\\", b"").replace(rb"\"", b"")
@@ -257,7 +256,7 @@ def depth_steps(raw: bytes, max_depth: int) -> Iterator[None]:
         levels = memoryview(outside.translate(LEVELS, NO_BRACKETS)).cast("b")
         try:
             number = operator.indexOf(itertools.accumulate(levels, initial=level), max_depth + 1)
-        except ValueError:  # it is not reached here
+        except ValueError:  # *max_depth* is not exceeded in this piece
             level += sum(levels)
         else:
             raise _malformed_at(raw, f"nested deeper than {max_depth} levels", _bracket(raw, start, is_string, number))
@@ -267,40 +266,40 @@ def depth_steps(raw: bytes, max_depth: int) -> Iterator[None]:
 
 
 def _bracket(raw: bytes, start: int, is_string: bool, number: int) -> int:
-    """Where the bracket of that *number* is, counted from *start*."""
+    """Return the position of the bracket with that *number*, counted from *start*."""
     if is_string:
         found = re.compile(STRING_END, re.DOTALL).match(raw, start)
         start = found.end() if found else start
     found = re.compile(rb"(?:%s){%d}" % (TO_BRACKET, number), re.DOTALL).match(raw, start)
-    return found.end() - 1 if found else start  # there are backslashes outside of strings: it is not JSON at all
+    return found.end() - 1 if found else start  # backslashes outside of strings: not valid JSON
 
 
-def _first_bad_byte(raw: bytes) -> int:
-    """msgspec counts from the start of a string, and not of the document."""
+def _first_invalid_byte(raw: bytes) -> int:
+    """Return the position in the document; msgspec counts from the start of the string."""
     try:
         raw.decode()
     except UnicodeDecodeError as exc:
         return exc.start
-    raise AssertionError("it was found not to be UTF-8")
+    raise AssertionError("invalid UTF-8 was reported before")
 
 
 def escape_pointer(name: str) -> str:
-    """One reference token of a JSON pointer (RFC 6901, section 3)."""
+    """Escape *name* as a reference token of a JSON pointer (RFC 6901, section 3)."""
     return name.replace("~", "~0").replace("/", "~1")
 
 
 def _field_error(exc: Exception, at: str) -> FieldError:
-    """msgspec's message without its path: ``Expected `int`, got `str` - at `$.a[0]` ``."""
+    """Convert msgspec's error. Its message ends with a path: ``Expected `int`, got `str` - at `$.a[0]` ``."""
     detail = str(exc).split(" - at ")[0].replace("`", "'")
-    if detail.startswith(("Invalid enum value ", "Invalid value ")):  # it goes on with the value, however long that is
-        detail = "This is none of the values that are possible here"
+    if detail.startswith(("Invalid enum value ", "Invalid value ")):  # the value follows, and may be long
+        detail = "This value is not one of the allowed values"
     if detail == "Number out of range":
         detail = "This number is out of range: the largest is about 1.8e308"
     return FieldError(detail=f"{detail}.{example_for(detail)}", pointer=at)
 
 
 def example_for(message: str) -> str:
-    """A sentence that shows a valid value, if *message*, one of msgspec's, is about a time; or else nothing."""
+    """Return a sentence with a valid example if *message* of msgspec is about a time; otherwise ""."""
     wanted = WANTS_TIME.match(message)
     if wanted is None:
         return ""
@@ -308,49 +307,49 @@ def example_for(message: str) -> str:
     return f' Write a {wanted[1]} like "{example}".'
 
 
-def _foreign_error(exc: Exception, at: str) -> FieldError:
-    """What is neither msgspec's nor meant for a client: its text stays here."""
-    return FieldError(detail=f"This value is not possible here ({type(exc).__name__}).", pointer=at)
+def _unexpected_error(exc: Exception, at: str) -> FieldError:
+    """Return an error for an exception of a type's own code, without its text, which is not meant for clients."""
+    return FieldError(detail=f"This value is not valid here ({type(exc).__name__}).", pointer=at)
 
 
 def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
-    """What is wrong with *raw* as a *type_*: one error, or none. *raw* must be JSON."""
+    """Return the error of decoding *raw* as *type_*, or no errors if it is valid. *raw* must be JSON."""
     try:
-        _decoded(functools.partial(msgspec.json.decode, type=type_), raw)
+        _decode(functools.partial(msgspec.json.decode, type=type_), raw)
     except msgspec.ValidationError as exc:
         path = re.search(r" - at (?:`key` in )?`\$(.*)`$", str(exc))
         try:
             pointer = _resolve(type_, raw, path[1]) if path else ""
-        except (ValueError, LookupError, TypeError, RecursionError):  # a path that cannot be followed: name the field
+        except (ValueError, LookupError, TypeError, RecursionError):  # the path cannot be resolved: report the field
             pointer = ""
         return [_field_error(exc, at + pointer)]
-    except (ValueError, RecursionError):  # not JSON after all
+    except (ValueError, RecursionError):  # not valid JSON
         raise
     except Exception as exc:
-        return [_foreign_error(exc, at)]
+        return [_unexpected_error(exc, at)]
     return []
 
 
 def _number(text: str) -> Any:
-    """A float; the text itself if no float can hold it, since infinity would be encoded as null."""
+    """Return a float, or the text itself if it is out of range, because infinity would be encoded as null."""
     number = float(text)
     return number if math.isfinite(number) else msgspec.Raw(text.encode())
 
 
 def _resolve(type_: Any, raw: bytes, path: str) -> str:
-    """msgspec's path as a JSON pointer. It writes ``[...]`` for a key of a dict: find that key by trying."""
+    """Convert msgspec's path to a JSON pointer. The path has ``[...]`` for dict keys, which are found by bisection."""
     steps, pointer = re.findall(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]", path), ""
     if len(raw) > MAX_SEARCHED_BYTES:
         found = itertools.takewhile(lambda step: step != ("", "..."), steps)
         return "".join(f"/{escape_pointer(name or index)}" for name, index in found)
     value: Any = [json.loads(raw, parse_float=_number)]
-    whole = value  # a root that can be written to
+    whole = value  # a root whose value can be replaced
     key: Any = 0
     for name, index in steps:
         place = value[key]
         if index == "...":
-            value[key] = place = _one_bad_entry(type_, whole, value, key, path)
-            if len(place) > 1:  # a dict with fewer entries fails for another reason
+            value[key] = place = _one_invalid_entry(type_, whole, value, key, path)
+            if len(place) > 1:  # smaller dicts fail for a different reason
                 return pointer
             step: Any = next(iter(place))
         else:
@@ -360,8 +359,8 @@ def _resolve(type_: Any, raw: bytes, path: str) -> str:
     return pointer
 
 
-def _one_bad_entry(type_: Any, whole: list[Any], parent: Any, key: Any, path: str) -> dict[str, Any]:
-    """Halve the dict at ``parent[key]`` until one entry is left that gives the same error."""
+def _one_invalid_entry(type_: Any, whole: list[Any], parent: Any, key: Any, path: str) -> dict[str, Any]:
+    """Bisect the dict at ``parent[key]`` until a single entry that causes the same error is left."""
     entries: dict[str, Any] = parent[key]
     while len(entries) > 1:
         names = list(entries)

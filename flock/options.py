@@ -1,4 +1,4 @@
-"""Structs of options: each field says what is valid, and how the command line offers it."""
+"""Option structs: each field declares its valid values and its option on the command line."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -13,48 +13,48 @@ from flock.nearest import did_you_mean
 
 __all__ = ["MAX_SECONDS", "Option", "Options", "check", "many", "of_type", "option_of", "replaced", "seconds", "whole"]
 
-#: The longest time that an option may name, in seconds: about 30 years.
+#: The longest time that an option accepts, in seconds: about 30 years.
 MAX_SECONDS = 1e9
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
-    """What a field of ``Options`` may be; it stands in the field's type, as ``Annotated[int, whole(1)]``.
+    """The constraints of one field of ``Options``. It is part of the field's type: ``Annotated[int, whole(1)]``.
 
     Attributes:
-        words: what is valid, as an error says it.
-        help: text of the option on the command line; without it, the command line has no such option.
-        unit: of a number: a count, or seconds.
-        least: the smallest count that is valid.
-        on_cluster: who enforces a bound if the runs are kept on a Temporal cluster.
-        is_secret: errors do not show the value.
+        words: the valid values, as described in an error.
+        help: help text on the command line; without it, the command line does not offer the option.
+        unit: the unit of a number: a count or seconds.
+        minimum: the smallest valid count.
+        on_cluster: which component enforces the limit if the runs are stored on a Temporal cluster.
+        is_secret: whether errors hide the value.
     """
 
     is_valid: Callable[[Any], bool]
     words: str
     help: str = ""
     unit: Literal["", "N", "SECONDS"] = ""
-    least: int = 0
+    minimum: int = 0
     on_cluster: Literal["server", "worker", "cluster", "namespace"] = "server"
     is_secret: bool = False
 
 
-def whole(least: int, help: str = "", **more: Any) -> Option:
+def whole(minimum: int, help: str = "", **more: Any) -> Option:
     return Option(
-        is_valid=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
-        words=f"a whole number of at least {least}",
+        is_valid=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= minimum,
+        words=f"a whole number of at least {minimum}",
         help=help,
         unit="N",
-        least=least,
+        minimum=minimum,
         **more,
     )
 
 
-def seconds(help: str = "", *, may_be_0: bool = False, **more: Any) -> Option:
+def seconds(help: str = "", *, allow_zero: bool = False, **more: Any) -> Option:
     def is_valid(value: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-        return is_number and (0 < value <= MAX_SECONDS or (may_be_0 and value == 0))
+        return is_number and (0 < value <= MAX_SECONDS or (allow_zero and value == 0))
 
-    words = f"a number of seconds {'from 0 to' if may_be_0 else 'above 0 and up to'} {MAX_SECONDS:g}"
+    words = f"a number of seconds {'from 0 to' if allow_zero else 'above 0 and up to'} {MAX_SECONDS:g}"
     return Option(is_valid=is_valid, words=words, help=help, unit="SECONDS", **more)
 
 
@@ -63,7 +63,7 @@ def of_type(type_: Any, words: str) -> Option:
 
 
 def many(is_valid: Callable[[Any], bool], words: str) -> Option:
-    """A list or the like, but not a string, which is a collection of letters."""
+    """Return an option for a collection of valid values. A string is not one, although it is a collection."""
 
     def are_valid(value: Any) -> bool:
         return isinstance(value, Collection) and not isinstance(value, str) and all(map(is_valid, value))
@@ -72,12 +72,12 @@ def many(is_valid: Callable[[Any], bool], words: str) -> Option:
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """A struct that checks its fields when it is made, also by ``replace``.
+    """A struct that validates its fields when it is created or copied with ``replace``.
 
-    Raises: DefinitionError for the first field that is not valid.
+    Raises: DefinitionError for the first invalid field.
     """
 
-    #: The function that takes these options, as errors name it.
+    #: The name of the function that takes these options, for errors.
     TAKEN_BY: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def option_of(field: msgspec.structs.FieldInfo) -> Option | None:
-    """What *field* may be; None if its type does not say so. If the type allows None, so does the option."""
+    """Return the constraints of *field*, or None if it has none. If its type allows None, so does the option."""
     type_, *metadata = get_args(field.type) or (field.type,)
     option = next((each for each in metadata if isinstance(each, Option)), None)
     if option is None or NoneType not in get_args(type_):
@@ -108,12 +108,12 @@ T = TypeVar("T", bound=Options)
 
 
 def replaced(options: T, given: Mapping[str, Any], names: Collection[str] | None = None) -> T:
-    """*options* with the keyword arguments that a function was given in place of its own.
+    """Return a copy of *options* with the *given* keyword arguments of a function applied.
 
     Args:
-        names: of the options that the function takes; None is all of them.
+        names: the options that the function accepts; None means all of them.
 
-    Raises: TypeError if it takes no such option; DefinitionError if one is not valid.
+    Raises: TypeError if an option is unknown; DefinitionError if a value is invalid.
     """
     names = options.__struct_fields__ if names is None else names
     for name in given:

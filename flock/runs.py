@@ -1,10 +1,10 @@
-"""What is kept of the work, and the shapes through which the rooms talk about it.
+"""The records of runs and batches, and the engine protocol.
 
-A ``Run`` is one request carried to one end; it is made of ``Step``s, one for each agent that had its turn. A ``Batch``
-is many runs over one agent: an item is a run with a ``batch_id`` and a ``position``. All of them are frozen: a change
-is a new record, so that whoever holds one sees one moment, whole.
+A ``Run`` is one request and its outcome. It consists of ``Step``s, one for each agent that ran. A ``Batch`` is many
+runs of one agent: an item is a run with a ``batch_id`` and a ``position``. All records are frozen. A change creates a
+new record, so each record is a consistent snapshot.
 
-JSON is kept as ``msgspec.Raw``: nothing mutable can pass from one run to another, and a store can write it as it is.
+JSON is stored as ``msgspec.Raw``, so runs cannot share mutable data, and a store can write it unchanged.
 """
 
 import math
@@ -64,22 +64,22 @@ __all__ = [
 ]
 
 
-#: RFC 3339, in UTC, where it is sent.
+#: Sent as RFC 3339, in UTC.
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class RunStatus(StrEnum):
-    """Where a run or a batch stands. The last three are final."""
+    """The status of a run or a batch. The last three are final."""
 
     #: accepted, not yet running
     STARTING = "starting"
-    #: an agent is at work
+    #: an agent is running
     RUNNING = "running"
-    #: the result is there
+    #: ended with a result
     COMPLETED = "completed"
-    #: it ended without a result; ``error`` says why
+    #: ended without a result; ``error`` has the reason
     FAILED = "failed"
-    #: it was stopped on request, and has stopped
+    #: stopped on request
     CANCELLED = "cancelled"
 
     @property
@@ -88,7 +88,7 @@ class RunStatus(StrEnum):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens, in the words of the GenAI conventions (``gen_ai.usage.input_tokens``)."""
+    """Token counts, named as in the GenAI semantic conventions (``gen_ai.usage.input_tokens``)."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -101,7 +101,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One agent's turn. ``next_agent`` is its decision who goes on; None ends the run."""
+    """One completed step of a run. ``next_agent`` is the agent to run next; None ends the run."""
 
     agent_name: str
     result: msgspec.Raw
@@ -113,32 +113,32 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far an agent says it is. ``total`` is None where nobody knows."""
+    """Progress reported by an agent. ``total`` is None if it is unknown."""
 
     done: float
     total: float | None = None
     message: str = ""
 
 
-#: The inputs of a stub.
-LEFT_IN_STORE = msgspec.Raw(b"{}")
-#: A run whose inputs and results are shorter is never a stub: to read them again would take longer than to hold them.
-STUB_BYTES = 1024
+#: Placeholder for the inputs and step results of a stub.
+NOT_LOADED = msgspec.Raw(b"{}")
+#: A run with less content than this is never a stub, because reading it back costs more than keeping it.
+MIN_STUB_BYTES = 1024
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One request and all that is known of it. Ids are UUIDs of version 7, times are in UTC.
+    """One request and its outcome. Ids are UUIDs of version 7, times are in UTC.
 
     Attributes:
-        flock: the name of the flock whose engine carries it.
-        traceparent: of the request that asked for it (W3C Trace Context, section 3.2).
-        principal: the name of whom it belongs to; None where nobody asked who it was.
-        is_async: nobody waits for the answer, so it is taken up again after a crash.
-        attempt: how often it was begun, by a retry or after a crash; from 1.
-        extra: what the row of an item had beside its inputs, as a JSON object, kept for the results; None if nothing.
-        recoveries: how many of these attempts began after a crash or a stop, and not by a retry.
-        timeout_s: wall-clock seconds for one attempt, from its first step on.
-        owner: the engine that works on it; every write is fenced by it.
+        flock: the name of the flock whose engine executes it.
+        traceparent: the trace context of its request (W3C Trace Context, section 3.2).
+        principal: the name of its owner; None if the request was not authenticated.
+        is_async: whether it runs without a waiting client. Such a run is resumed after a crash.
+        attempt: number of the current attempt, from 1. A retry or a recovery starts the next one.
+        extra: extra columns of an item's row, as a JSON object, stored for the results; None if there are none.
+        recoveries: number of attempts that were started by a recovery after a crash or a stop, not by a retry.
+        timeout_s: wall-clock seconds for one attempt, counted from the start of its first step.
+        owner: the engine that is working on it; only this engine may write it.
     """
 
     run_id: str
@@ -169,12 +169,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_stub(self) -> bool:
-        """Whether its inputs and results are in the store only; see ``stub_of``."""
-        return self.inputs is LEFT_IN_STORE
+        """Whether its inputs and results are only in the store; see ``stub_of``."""
+        return self.inputs is NOT_LOADED
 
     @property
     def content_bytes(self) -> int:
-        """How long its inputs and results are together."""
+        """The total size of its inputs, extra columns and results."""
         own = len(self.inputs) + len(self.result or b"") + len(self.extra or b"")
         return own + sum(len(step.result) for step in self.steps)
 
@@ -189,38 +189,38 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def next_agent_name(self) -> str | None:
-        """The agent that has the next turn; None if all turns are done."""
+        """The agent of the next step; None if there is no next step."""
         return self.steps[-1].next_agent if self.steps else self.agent_name
 
     def step_key(self, position: int) -> str:
-        """What one step, from 0, is called where it must not be paid for twice: ``run:{run_id}/{position}``.
+        """Return the idempotency key of the step at *position*, from 0: ``run:{run_id}/{position}``.
 
-        It is the same each time that the step is begun, also by another process after a crash. After a retry, which
-        somebody asked for since they want another answer, it is ``run:{run_id}:2/{position}``, and so on.
+        It stays the same if the step is repeated after a crash, also by another process. A retry is expected to give
+        a new answer, so the key changes to ``run:{run_id}:2/{position}``, and so on.
         """
         tries = self.attempt - self.recoveries
         return f"run:{self.run_id}/{position}" if tries == 1 else f"run:{self.run_id}:{tries}/{position}"
 
 
 def stub_of(run: Run) -> Run:
-    """What to hold of a run that is in the store and waits: all but its inputs and results, if they are long.
+    """Return *run* without its inputs and results if they are long, to save memory while it waits in the store.
 
     Its steps keep their names, times and usage.
     """
-    if run.is_stub or run.content_bytes < STUB_BYTES:
+    if run.is_stub or run.content_bytes < MIN_STUB_BYTES:
         return run
-    steps = tuple(msgspec.structs.replace(step, result=LEFT_IN_STORE) for step in run.steps)
-    return msgspec.structs.replace(run, inputs=LEFT_IN_STORE, result=None, extra=None, steps=steps)
+    steps = tuple(msgspec.structs.replace(step, result=NOT_LOADED) for step in run.steps)
+    return msgspec.structs.replace(run, inputs=NOT_LOADED, result=None, extra=None, steps=steps)
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a batch is worked on, and how its results are shown.
+    """How a batch is executed, and the form of its results.
 
     Attributes:
-        max_workers: items at work at the same time, at least 1.
-        parallel: False is one at a time, in order, whatever ``max_workers`` says.
-        return_errors: an item that failed is ``{"error", "error_type"}`` in the results; False: null.
-        box_results: False gives the bare value if a result has one member; kept columns are members.
+        max_workers: max items running at the same time, at least 1.
+        parallel: False runs the items one at a time, in order, and ignores ``max_workers``.
+        return_errors: True returns ``{"error", "error_type"}`` as the result of a failed item; False returns null.
+        box_results: False returns the bare value if a result has a single member. Kept columns count as members.
         timeout_s: wall-clock seconds for each item.
     """
 
@@ -231,26 +231,26 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float | None = None
 
 
-#: ``error_type`` of an item that does not fit its agent's signature: to try it again would change nothing.
+#: ``error_type`` of an item whose inputs do not match its agent's signature. Such an item is not retried.
 INVALID_INPUT = "invalid_input"
 
-#: What becomes of a batch with an item that does not fit: "reject" starts nothing, "skip" lets that item fail.
+#: What to do with a batch that has an invalid item: "reject" rejects the batch, "skip" fails only that item.
 OnInvalid = Literal["reject", "skip"]
 
-#: What becomes of a column, or a member of a row, that is not an input: "reject" starts nothing, "ignore" drops it,
-#: "keep" carries it unchanged into the results.
+#: What to do with a column, or a member of a row, that is not an input: "reject" rejects the batch, "ignore" drops the
+#: column, "keep" copies it unchanged to the results.
 OnExtra = Literal["reject", "ignore", "keep"]
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """Many runs of one agent. ``completed_items`` counts those that ended, whatever way.
+    """Many runs of one agent. ``completed_items`` counts all items that have ended, in any final status.
 
     Attributes:
-        attempt: how often it was begun, by a retry; from 1.
-        reopening: the statuses of items that a retry has still to open, separated by commas.
-        resumed_at, resumed_with: when an engine last began to work on it, and how many items had ended by then.
-        extra_names: the names in ``Run.extra`` of all its items, in the order in which they were met.
-        owner: the engine that works on it; every write of it and of its items is fenced by it.
+        attempt: number of the current attempt, from 1. A retry starts the next one.
+        reopening: statuses of the items that a retry still has to reopen, separated by commas.
+        resumed_at, resumed_with: when an engine last started working on it, and how many items had ended before that.
+        extra_names: the names in ``Run.extra`` of all its items, in order of first appearance.
+        owner: the engine that is working on it; only this engine may write the batch and its items.
     """
 
     batch_id: str
@@ -282,7 +282,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to its end, if it goes on as since it was resumed; None where nobody can tell."""
+        """Estimated seconds until it ends, at the rate since it was resumed; None if it cannot be estimated."""
         ended = self.completed_items - self.resumed_with
         if self.status.is_final or self.resumed_at is None or ended <= 0:
             return None
@@ -290,7 +290,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         return round((self.total_items - self.completed_items) * took_s / ended, 3)
 
     def result_of(self, item: Run) -> Any:
-        """What stands for *item* among the results, kept columns first; None as long as there is nothing to say."""
+        """Return the result of *item*, kept columns first. It is None if there is no result and no error to show."""
         extra = {} if item.extra is None else msgspec.json.decode(item.extra, type=dict[str, msgspec.Raw])
         if item.result is not None:
             if self.options.box_results and not extra:
@@ -305,15 +305,15 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """What becomes one item of a batch.
+    """One row of a table, from which one item of a batch is created.
 
     Attributes:
-        inputs: of the run, as the text of a JSON object.
-        at: where the row stands in what was sent, as a JSON pointer; "" where that has lines.
-        line: where it begins there, from 1.
-        sources: where in what was sent an input stands that is not at ``{at}/{name}``.
-        extra: its members that are kept for the results, and are not inputs.
-        errors: what is wrong with it, before anyone looks at its inputs. An error of the same member in other rows is
+        inputs: inputs of the run, as the text of a JSON object.
+        at: JSON pointer to the row in the request body; "" if the body consists of lines.
+        line: the line at which the row starts, from 1.
+        sources: JSON pointers to the inputs in the request, for inputs that are not at ``{at}/{name}``.
+        extra: members that are not inputs, and are kept for the results.
+        errors: errors found before the inputs are validated. An error that affects the same member in several rows is
             reported once.
     """
 
@@ -326,20 +326,20 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ItemLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """The most items of one batch, and the longest inputs of one item with its kept columns, in bytes of JSON."""
+    """Max items in one batch, and max size of one item's inputs and kept columns, in bytes of JSON."""
 
     max_items: int
     max_input_bytes: int
 
 
-#: What a run is given: a mapping, or the text of a JSON object.
+#: Inputs of a run: a mapping, or the text of a JSON object.
 Inputs = msgspec.Raw | Mapping[str, Any]
-#: What a batch is made of; it is read once, as far as needed, and never held as a whole.
+#: Items of a batch. They are read once and only as far as needed, and are never held in memory as a whole.
 Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row]
 
 
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
-    """Who asks. An admin may see and do what belongs to others.
+    """An authenticated caller. An admin can also access the runs and batches of others.
 
     Raises: TypeError if the name is not a string; ValueError if it cannot be written as UTF-8.
     """
@@ -360,9 +360,9 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):
-    """What makes two requests the same: the client's key, a fingerprint of what was asked for, and whose key it is.
+    """Identifies a request for replay detection: the client's key, a fingerprint of the request, and its principal.
 
-    The fingerprint of a streamed upload is a function, which knows it once the last item is read.
+    The fingerprint of a streamed upload is a function that returns it after the last item is read.
     """
 
     key: str
@@ -375,18 +375,18 @@ class IdempotencyKey(msgspec.Struct, frozen=True):
 
     @property
     def scoped_key(self) -> str:
-        """The same key of two principals is two keys; neither part has a space in it."""
+        """The key, made unique per principal. Neither part contains a space."""
         return self.key if self.principal is None else f"{self.principal} {self.key}"
 
 
 class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which runs a list holds; None is no condition.
+    """The filter of a list of runs. A field that is None matches all runs.
 
     Attributes:
-        created_after, created_before: to the millisecond.
-        after: the last id of the page before.
-        limit: runs a page.
-        with_inputs, with_results: read these too; otherwise they are empty and None.
+        created_after, created_before: with a precision of one millisecond.
+        after: the last id of the previous page.
+        limit: max runs per page.
+        with_inputs, with_results: also read inputs or results; otherwise they are empty or None.
     """
 
     status: RunStatus | None = None
@@ -401,7 +401,7 @@ class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which batches a list holds; None is no condition. ``after`` is the last id of the page before."""
+    """The filter of a list of batches. None matches all. ``after`` is the last id of the previous page."""
 
     status: RunStatus | None = None
     agent_name: str | None = None
@@ -410,17 +410,17 @@ class BatchFilter(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = 100
 
 
-#: About how long one page of records is at most, in bytes of JSON.
+#: Approximate max size of one page of records, in bytes of JSON.
 PAGE_BYTES = 1024 * 1024
 
 R = TypeVar("R", "Run", "Batch")
 
 
 class Page(list[R]):
-    """Records that are sent or held together: *limit* at most, about PAGE_BYTES, and always at least one.
+    """One page of records: at most *limit* records and about ``PAGE_BYTES``, but always at least one record.
 
     Attributes:
-        has_more: there is another record, which was not added.
+        has_more: whether there is another record that did not fit.
     """
 
     def __init__(self, limit: int) -> None:
@@ -429,7 +429,7 @@ class Page(list[R]):
         self.has_more = False
 
     def add(self, record: R) -> bool:
-        """Add *record*; False if the page is full."""
+        """Add *record*, or return False if the page is full."""
         self._bytes_left -= _json_bytes(record)
         self.has_more = bool(self) and (len(self) >= self._limit or self._bytes_left < 0)
         if not self.has_more:
@@ -438,26 +438,26 @@ class Page(list[R]):
 
 
 def _json_bytes(record: Run | Batch) -> int:
-    """How long those of its members are that may be long."""
+    """Return the size of the members that may be long."""
     length = 0 if record.error is None else len(msgspec.json.encode(record.error))
     if isinstance(record, Run):
         length += len(bytes(record.inputs)) + len(bytes(record.result or b"")) + len(bytes(record.extra or b""))
     return length
 
 
-#: A longer result is read in pieces while it is sent.
+#: A result longer than this is read in pieces while it is sent.
 LONG_BYTES = 64 * 1024
-#: How much of it at once: the store finds a place in it in a time that grows with what is before that.
-READ_BYTES = 128 * 1024
+#: Size of one piece. It is large because the store has to skip everything before the piece on each read.
+PIECE_BYTES = 128 * 1024
 
 
 class LongJSON:
-    """A long text of JSON that is read when it is sent, so that a slow reader does not hold all of it in memory.
+    """A long JSON text that is read from the store while it is sent, so that a slow client does not fill the memory.
 
     Attributes:
-        length: in bytes.
-        read: returns up to so many bytes of it from a position on. Raises RunNotFound, StoreError.
-        kept: returns a context within which retention does not delete it.
+        length: size in bytes.
+        read: called as ``read(start, size)``, returns up to *size* bytes from *start*. Raises RunNotFound, StoreError.
+        kept: returns a context manager that protects the text from retention while it is active.
     """
 
     def __init__(
@@ -468,15 +468,15 @@ class LongJSON:
         self.kept = kept
 
     def pieces(self) -> Iterator[bytes]:
-        """All of it, in order. Raises RunNotFound, StoreError."""
-        for start in range(0, self.length, READ_BYTES):
-            yield self.read(start, READ_BYTES)
+        """Yield the whole text in pieces. Raises RunNotFound, StoreError."""
+        for start in range(0, self.length, PIECE_BYTES):
+            yield self.read(start, PIECE_BYTES)
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a run. ``id`` grows with each; progress has none, since only the latest is kept.
+    """An event of a run or a batch. Ids increase; progress has no id, because only the latest progress is stored.
 
-    In *data*, ``result`` is a ``LongJSON`` if it is long and the engine can read it again.
+    In *data*, ``result`` is a ``LongJSON`` if it is long and the engine can read it from the store.
     """
 
     id: int | None
@@ -484,21 +484,21 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     data: dict[str, Any]
 
 
-#: The ids of one attempt's events lie within so many.
-EVENTS_AN_ATTEMPT = 1_000_000
+#: Range of event ids that is reserved for each attempt.
+EVENTS_PER_ATTEMPT = 1_000_000
 
 
 def events_of(run: Run) -> list[Event]:
-    """All events of *run* up to now, in order. They are derived from its record, so that any process can tell them.
+    """Return all events of *run* so far, in order. They are derived from its record, so any process can send them.
 
-    An id has one content, whenever it is asked for: an event holds nothing that the record learns only later.
+    The content of an id never changes: an event contains only data that was known when it happened.
     """
 
     def event(attempt: int, number: int | None, name: str, **data: Any) -> Event:
-        id_ = None if number is None else attempt * EVENTS_AN_ATTEMPT + number
+        id_ = None if number is None else attempt * EVENTS_PER_ATTEMPT + number
         return Event(id=id_, name=name, data={"run_id": run.run_id, "attempt": attempt, **data})
 
-    # A run that was interrupted and waits to be resumed still has the time at which its last attempt started.
+    # An interrupted run that waits to be resumed still has the start time of its last attempt.
     has_started = run.started_at is not None and run.status is not RunStatus.STARTING
     started = [event(run.attempt, 0, "run.started", agent_name=run.agent_name, started_at=run.started_at)]
     events: list[Event] = []
@@ -512,19 +512,19 @@ def events_of(run: Run) -> list[Event]:
     if has_started:
         events += started
     name = run.next_agent_name
-    if has_started and name is not None:  # a step that has not ended, or in which the run has failed
+    if has_started and name is not None:  # the step is running, or the run failed in it
         number = 2 * len(run.steps) + 1
         events.append(event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name))
     if run.progress is not None:
         events.append(event(run.attempt, None, "run.progress", **msgspec.structs.asdict(run.progress)))
     if run.status.is_final:
         end = {name: getattr(run, name) for name in ("status", "result", "error", "error_type", "completed_at")}
-        events.append(event(run.attempt, EVENTS_AN_ATTEMPT - 1, f"run.{run.status}", **end))
+        events.append(event(run.attempt, EVENTS_PER_ATTEMPT - 1, f"run.{run.status}", **end))
     return events
 
 
 def event_of_batch(batch: Batch) -> Event:
-    """How far *batch* is, or its end, whose id is its attempt."""
+    """Return the progress of *batch*, or its final event, whose id is the number of its attempt."""
     counts = ("total_items", "completed_items", "failed_items", "cancelled_items", "progress_percentage", "eta_s")
     names = ("batch_id", "attempt", "status", *counts, *(("error", "completed_at") if batch.status.is_final else ()))
     data = {name: getattr(batch, name) for name in names}
@@ -534,81 +534,83 @@ def event_of_batch(batch: Batch) -> Event:
 
 
 class Queue(msgspec.Struct, frozen=True):
-    """How many runs wait for their first step, and when the oldest of those was accepted that were never begun."""
+    """The number of runs that wait for their first step, and when the oldest one that never started was accepted."""
 
     depth: int
     oldest_at: datetime | None
 
 
 class QueueLimits(msgspec.Struct, frozen=True):
-    """How many runs may wait: of all principals together, and of one."""
+    """Max queued runs: of all principals together, and of one principal."""
 
     max_runs: int
     max_runs_per_principal: int
 
     @classmethod
     def of(cls, max_queue: int, max_queue_per_principal: int | None) -> "QueueLimits":
-        """The options of an engine. One principal has half of the queue by default."""
+        """Return the limits for these options of an engine. By default one principal may use half of the queue."""
         return cls(max_queue, max(1, max_queue // 2) if max_queue_per_principal is None else max_queue_per_principal)
 
     def check(self, waiting: int, state: str = "waiting") -> None:
-        """Raise EngineFull if *waiting* runs are all that may wait."""
+        """Raise EngineFull if *waiting* runs fill the queue."""
         if waiting >= self.max_runs:
-            raise EngineFull(f"{waiting} runs are {state} already, all that this server takes (max_queue).")
+            raise EngineFull(
+                f"{waiting} runs are already {state}, the maximum on this server (max_queue). Try again later."
+            )
 
     def check_share(self, waiting: int, state: str = "waiting") -> None:
-        """Raise EngineFull if *waiting* runs are all that one principal may have."""
+        """Raise EngineFull if *waiting* runs of one principal fill its share of the queue."""
         if waiting >= self.max_runs_per_principal:
             raise EngineFull(
-                f"{waiting} runs of this caller are {state} already, all that one caller may have "
-                "(max_queue_per_principal)."
+                f"{waiting} runs of this caller are already {state}, the maximum for one caller "
+                "(max_queue_per_principal). Try again later."
             )
 
 
 class EngineHealth(msgspec.Struct, frozen=True):
-    """How an engine stands. It takes new work where it is running and its store is ok."""
+    """The health of an engine. It accepts new work if it is running and its store is ok."""
 
     engine: Literal["running", "stopping", "stopped"] = "running"
     store: Literal["ok", "failing"] = "ok"
 
 
 class Observer(Protocol):
-    """Hears what an engine does. It is called in the event loop, so it must be quick."""
+    """Receives events of an engine. Its methods are called in the event loop, so they must be fast."""
 
     def run_started(self, run: Run) -> None:
-        """An attempt of a run has begun."""
+        """An attempt of a run has started."""
 
     def step_completed(self, step: Step) -> None:
-        """An agent has had its turn."""
+        """An agent has completed a step."""
 
     def tokens_spent(self, agent_name: str, usage: Usage) -> None:
-        """A model has answered an agent, whatever came of it."""
+        """A model has answered an agent; the answer may still be invalid."""
 
     def run_ended(self, run: Run) -> None:
-        """A run is in its final state. If it ended while it waited, it may be a stub, without its inputs."""
+        """A run has reached a final status. If it ended while it was waiting, it may be a stub without inputs."""
 
     def model_call_retried(self) -> None:
-        """A call to a model failed, and is tried again."""
+        """A model call failed and will be retried."""
 
 
 class RunContext:
-    """What an agent may ask and say while it works. A parameter annotated with it receives it; any thread may use it.
+    """The context of a running step. It is passed to the parameter annotated with this type, and is thread-safe.
 
     Attributes:
         run_id, agent_name, attempt, request_id, traceparent: of the run.
-        step_key: names this step, ``run:{run_id}/{position}``, from 0. It stays the same where the step is begun again
-            after a crash, and is another after a retry: send it as ``Idempotency-Key`` to what costs money, with
-            something of your own behind it for each further call. Model agents do.
-        cancel_requested: True once somebody asked to cancel the run. A synchronous function reads it now and then, and
-            returns or raises; an async one is cancelled at its next await, and needs not look.
+        step_key: idempotency key of this step, ``run:{run_id}/{position}``, from 0. It stays the same if the step is
+            repeated after a crash, and changes with each retry. Send it as ``Idempotency-Key`` to paid services. If a
+            step makes several calls, append a suffix of your own to each. Model agents do this.
+        cancel_requested: True after cancellation of the run was requested. A synchronous function should check it
+            regularly, and return or raise. An async function is cancelled at its next await, so it need not check.
     """
 
     def __init__(
         self,
         run: Run,
         agent_name: str,
-        tell: Callable[[Progress], None],
-        tell_spent: Callable[[Usage], None] = lambda usage: None,
+        on_progress: Callable[[Progress], None],
+        on_usage: Callable[[Usage], None] = lambda usage: None,
         max_tokens: int | None = None,
     ) -> None:
         self.run_id = run.run_id
@@ -618,73 +620,74 @@ class RunContext:
         self.traceparent = run.traceparent
         self.step_key = run.step_key(len(run.steps))
         self.cancel_requested = False
-        self._tell = tell
-        self._tell_spent = tell_spent
+        self._on_progress = on_progress
+        self._on_usage = on_usage
         self._max_tokens = max_tokens
         self._spent = run.usage or Usage()
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
-        """Say how far the work is. Of many calls in a short time only the last one is kept.
+        """Report the progress of the work. Of many calls in a short time, only the last one is stored.
 
-        A message longer than 8 KiB is cut.
+        A message longer than 8 KiB is truncated.
 
-        Raises: TypeError or ValueError where a number is none, or not finite.
+        Raises: TypeError or ValueError if *done* or *total* is not a finite number.
         """
         numbers = [None if number is None else float(number) for number in (done, total)]
         if numbers[0] is None or not all(math.isfinite(number) for number in numbers if number is not None):
-            raise ValueError(f"Progress is told in finite numbers, not in {done!r} of {total!r}.")
-        self._tell(Progress(done=numbers[0], total=numbers[1], message=cut(safe_text(message))))
+            raise ValueError(f"Progress must be given in finite numbers, not as {done!r} of {total!r}.")
+        self._on_progress(Progress(done=numbers[0], total=numbers[1], message=cut(safe_text(message))))
 
     def spend(self, usage: Usage) -> None:
-        """Say what an answer of a model cost, usable or not."""
+        """Report the tokens of a model's answer, whether or not the answer is usable."""
         self._spent += usage
-        self._tell_spent(usage)
+        self._on_usage(usage)
 
     def check_tokens(self) -> None:
-        """Raise TooManyTokens where the run has spent all that it may. An agent asks before it asks a model."""
+        """Raise TooManyTokens if the run has no tokens left. An agent must call this before each model call."""
         spent = self._spent.input_tokens + self._spent.output_tokens
         if self._max_tokens is not None and spent >= self._max_tokens:
             raise TooManyTokens(
-                f"Stopped after {spent} tokens, before {self.agent_name!r} asked its model: one run may spend "
-                f"{self._max_tokens} (max_tokens of the engine)."
+                f"Stopped after {spent} tokens, before {self.agent_name!r} called its model. One run may use "
+                f"{self._max_tokens} tokens (max_tokens of the engine)."
             )
 
 
 class Engine(Protocol):
-    """What takes runs and carries each to its end. One protocol, whatever machine or cluster is behind it.
+    """Accepts and executes runs and batches. The embedded engine and the Temporal engine both implement it.
 
-    Use it as an async context manager. Outside it, all methods raise EngineStopped but ``health`` and ``observe``.
+    Use it as an async context manager. Outside of the context, all methods except ``health`` and ``observe`` raise
+    EngineStopped.
     """
 
     @property
     def item_limits(self) -> ItemLimits:
-        """How many items a batch has at most, and how long each of them is at most."""
+        """The limits on the number of items in a batch and on the size of each."""
 
     @property
     def is_draining(self) -> bool:
-        """True once no new work is taken, since the server is about to stop."""
+        """Whether the engine rejects new work because the server is shutting down."""
 
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *exc_info: object) -> None: ...
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new work, give what is at work *timeout_s* seconds to end, and stop the rest.
+        """Stop accepting work, wait up to *timeout_s* seconds for running work to end, then stop the rest.
 
-        Asynchronous runs that are stopped go on at the next start; the others end as failed, "interrupted".
+        Asynchronous runs that are stopped are resumed at the next start. Other runs fail as "interrupted".
         """
 
     def check_ready(self) -> None:
-        """Raise EngineStopped or StoreError where a run would not be taken now."""
+        """Raise EngineStopped or StoreError if new runs cannot be accepted now."""
 
     def health(self) -> EngineHealth:
-        """The same as a record."""
+        """Return the state of the engine and its store."""
 
     def observe(self, observer: Observer) -> None:
-        """Tell *observer* of all that happens here from now on."""
+        """Notify *observer* of all events from now on."""
 
     async def queue(self) -> Queue:
-        """What waits, in all processes that share the work. Raises StoreError."""
+        """Return the state of the queue, over all processes that share it. Raises StoreError."""
 
     async def submit(
         self,
@@ -698,33 +701,33 @@ class Engine(Protocol):
         timeout_s: float | None = None,
         key: IdempotencyKey | None = None,
     ) -> Run:
-        """Accept one run and return at once.
+        """Accept a run and return without waiting for its result.
 
         Args:
-            inputs: a value for each field of the agent's input signature: a mapping, or the text of a JSON object.
-            request_id: the id under which the caller's request is logged.
-            traceparent: the trace that the caller's request is part of (W3C Trace Context), for model calls; one that
-                is not valid counts as none.
-            principal: whom it belongs to.
-            is_async: nobody waits for the answer. The run is on disk on return, and goes on after a crash. Otherwise it
-                is written on the way, and ends as interrupted if the process dies.
-            timeout_s: wall-clock seconds for each attempt, at most the engine's own limit.
-            key: makes equal requests one.
+            inputs: one value for each field of the agent's input signature: a mapping, or the text of a JSON object.
+            request_id: id of the caller's request in the log.
+            traceparent: trace context of the caller's request (W3C Trace Context), passed on to model calls. An invalid
+                one is ignored.
+            principal: name of the run's owner.
+            is_async: True for a run that does not need a waiting caller. It is on disk when this method returns, and is
+                resumed after a crash. Otherwise it is written as it runs, and fails as interrupted if the process dies.
+            timeout_s: wall-clock seconds for each attempt, capped at the engine's limit.
+            key: detects repeated requests.
 
         Returns:
             Run: status "starting".
 
         Raises:
-            AgentNotFound: no agent has that name.
-            InvalidData: the inputs do not fit; pointers begin with ``/inputs``.
-            Replayed: a run was made under this key before.
-            KeyReused: the key was used for another request.
-            Conflict: a request with this key is being accepted at this moment.
+            AgentNotFound: there is no agent with that name.
+            InvalidData: the inputs are invalid; pointers begin with ``/inputs``.
+            Replayed: a run was already created with this key.
+            KeyReused: the key was already used for a different request.
+            Conflict: another request with this key is being accepted at the same time.
             EngineFull: the queue is full.
-            EngineStopped: the engine is not running, or is leaving.
-            StoreError: it cannot be kept.
+            EngineStopped: the engine is not running, or is shutting down.
+            StoreError: the run cannot be stored.
 
-        Cancellation: the run is accepted whole or not at all.
+        Cancellation: the run is either accepted completely or not at all.
         """
 
     async def submit_batch(
@@ -739,106 +742,111 @@ class Engine(Protocol):
         principal: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
-        """Accept one batch, once its last item is read. Every item is checked first: all of them start, or none.
+        """Read and validate all items, then accept the batch. If an item is rejected, no item starts.
 
         Args:
-            items: read one by one; many of them are kept out of sight until the last one is there.
-            on_invalid: "skip" accepts items that do not fit, and lets them end as failed, "invalid_input".
+            items: read one at a time. They are staged, and not visible until the last one is read.
+            on_invalid: "skip" accepts invalid items and fails them as "invalid_input".
 
         Raises:
-            InvalidData: items do not fit, at most 100 errors of them; pointers begin with ``/batch_inputs/{position}``
-                where the item does not say where it stands. Or there is no item.
+            InvalidData: items are invalid (up to 100 errors), or there are no items. A pointer begins with
+                ``/batch_inputs/{position}`` if the item has no location of its own.
             TooLarge: there are more than ``max_items``.
-            DefinitionError: an option is none.
-            As ``submit``, and whatever *items* raises.
+            DefinitionError: an option is invalid.
+            The errors of ``submit``, and any exception that *items* raises.
 
-        Cancellation: the batch is accepted whole or not at all.
+        Cancellation: the batch is either accepted completely or not at all.
         """
 
     async def get_run(self, run_id: str) -> Run:
-        """The run as it stands. Raises RunNotFound."""
+        """Return the current state of the run. Raises RunNotFound."""
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
-        """The run once it is final, or as it stands after *timeout_s*.
+        """Wait until the run is final, at most *timeout_s* seconds, and return it.
 
-        Raises: RunNotFound; StoreError where its end cannot be written now; EngineStopped where it is left for later.
-        Cancellation: the run goes on.
+        Raises: RunNotFound; StoreError if its final status cannot be written now; EngineStopped if the engine stops and
+            leaves the run to be resumed later.
+        Cancellation: the run continues.
         """
 
     async def cancel_run(self, run_id: str) -> Run:
-        """Ask for a run to be stopped, and return at once. A run that was cancelled before is returned as it is.
+        """Request cancellation of a run and return without waiting. A run that is already cancelled is returned as is.
 
-        Raises: RunNotFound; Conflict where it ended otherwise.
+        Raises: RunNotFound; Conflict if it is completed or failed.
         """
 
     async def retry_run(self, run_id: str) -> Run:
-        """Begin the next attempt of a failed or cancelled run, after its last committed step.
+        """Start the next attempt of a failed or cancelled run after its last committed step.
 
-        That of an item is the next attempt of its batch, which must have ended, too.
+        Retrying an item starts the next attempt of its batch, which must have ended too.
 
         Raises: RunNotFound, Conflict, EngineFull, EngineStopped.
         """
 
     async def delete_run(self, run_id: str) -> None:
-        """Forget a final run. Raises RunNotFound; Conflict while it is active or if it is an item of a batch."""
+        """Delete a final run. Raises RunNotFound; Conflict if it is active or is an item of a batch."""
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
-        """One page of runs that are no items, newest first, without their steps; fewer where they are long."""
+        """Return one page of runs, newest first, without batch items and steps. Long runs make a page shorter."""
 
     def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
-        """The events of a run behind the id *after*, as they happen, to its end; None after 15 s without one.
+        """Yield the events of a run after the id *after* until it ends, and None after 15 s without an event.
 
-        Raises RunNotFound before the first. A reader that is slow misses progress, and nothing else.
+        Raises RunNotFound before the first event. A slow reader may miss progress events, but no others.
         """
 
     async def get_batch(self, batch_id: str) -> Batch:
-        """The batch as it stands. Raises BatchNotFound."""
+        """Return the current state of the batch. Raises BatchNotFound."""
 
     async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
-        """As ``wait``, for a batch."""
+        """Wait for a batch, like ``wait``."""
 
     async def get_items(
         self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
     ) -> Sequence[Run]:
-        """Up to *limit* items behind the position *after*, in order, without their steps; fewer where they are long.
+        """Return up to *limit* items after the position *after*, in order, without their steps.
 
-        There is none left where none is given. Raises BatchNotFound.
+        There may be fewer if they are long. An empty page means that there are no more items. Raises BatchNotFound.
         """
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
-        """One page of batches, newest first; fewer where their errors are long."""
+        """Return one page of batches, newest first. Long errors make a page shorter."""
 
     def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
-        """How far a batch is, at most 4 times a second, and its end; None after 15 s without one.
+        """Yield the progress of a batch, at most 4 times a second, and its end. Yield None after 15 s without an event.
 
-        Raises BatchNotFound before the first. The id of the end is the batch's attempt; progress has none.
+        Raises BatchNotFound before the first event. The id of the final event is the batch's attempt. Progress events
+        have no id.
         """
 
     async def cancel_batch(self, batch_id: str) -> Batch:
-        """As ``cancel_run``: no item starts from now on, and those at work are cancelled."""
+        """Cancel a batch, like ``cancel_run``: no more items start, and running items are cancelled."""
 
     async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
-        """Begin the next attempt of those items of a final batch that failed or were cancelled, or *only* of some.
+        """Start the next attempt of the failed and cancelled items of a final batch.
 
-        Raises: BatchNotFound; Conflict where it is not final, or has no such item; EngineFull, EngineStopped.
+        Args:
+            only: retry only items with these statuses.
+
+        Raises: BatchNotFound; Conflict if it is not final, or has no such item; EngineFull, EngineStopped.
         """
 
     async def delete_batch(self, batch_id: str) -> None:
-        """Forget a final batch and its items. Raises BatchNotFound; Conflict while it is active."""
+        """Delete a final batch and its items. Raises BatchNotFound; Conflict if it is active."""
 
 
-#: A later version may have more behind what version 00 has.
+#: A later version may append fields to those of version 00.
 TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(-.*)?")
 
 
 def valid_traceparent(sent: str | None) -> str | None:
-    """As version 00 has it; one that is not valid counts as none (W3C Trace Context, sections 3.2 and 4.3)."""
+    """Return *sent* as version 00, or None if it is invalid (W3C Trace Context, sections 3.2 and 4.3)."""
     found = TRACEPARENT.fullmatch(sent or "")
     return None if found is None or (found[1] == "00" and found[3]) else f"00{found[2]}"
 
 
 def safe_text(value: object) -> str:
-    """A text that can be kept and sent. Agents may put anything into theirs: lone surrogates, or a str() that fails."""
+    """Return *value* as text that can be stored and sent, even if it has lone surrogates or its ``str()`` fails."""
     try:
         return str(value).encode("utf-8", "replace").decode()
     except Exception:
@@ -846,7 +854,7 @@ def safe_text(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """*text* with what would break a line of a log, or colour it, written out."""
+    """Return *text* with line breaks, terminal escapes and other non-printable characters escaped, for the log."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
@@ -856,18 +864,18 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-#: How far the clock may have been ahead for ids to be made after those that it gave, in seconds.
-MAX_CLOCK_LEAD_S = 7 * 86_400
+#: Max clock skew, in seconds: new ids do not follow existing ids that are further in the future than this.
+MAX_CLOCK_SKEW_S = 7 * 86_400
 
 _id_lock = threading.Lock()
 _last_id_time = 0
 
 
 def new_id() -> str:
-    """A UUID of version 7 (RFC 9562, section 5.7).
+    """Return a UUID of version 7 (RFC 9562, section 5.7).
 
-    Ids of one process sort in the order in which they were made: the 12 bits behind the milliseconds hold its fraction
-    (method 3 of section 6.2), and a clock that stands still or goes back is stepped over.
+    Ids of one process sort in order of creation: the 12 bits after the milliseconds hold their fraction (method 3 of
+    section 6.2), and the time in an id increases even if the clock does not.
     """
     global _last_id_time
     with _id_lock:
@@ -877,9 +885,9 @@ def new_id() -> str:
 
 
 def make_ids_after(id_: str) -> None:
-    """Step over *id_*, which was made when the clock was ahead; but not if it was far ahead, for filters go by ids."""
+    """Ensure that new ids sort after *id_*, unless it is far in the future: filters compare ids with times."""
     global _last_id_time
     value = UUID(id_).int
-    if value >> 80 < (time.time() + MAX_CLOCK_LEAD_S) * 1000:
+    if value >> 80 < (time.time() + MAX_CLOCK_SKEW_S) * 1000:
         with _id_lock:
             _last_id_time = max(_last_id_time, value >> 80 << 12 | value >> 64 & 0xFFF)

@@ -105,7 +105,7 @@ async def test_the_agents_own_model_wins_over_the_flocks(model: FakeModel, resou
     ("bad", "reason"),
     [
         pytest.param("Good!", "Not valid JSON", id="no JSON"),
-        pytest.param('{"sentiment": "good", "keywords": ["a"', "it ends too early", id="cut off"),
+        pytest.param('{"sentiment": "good", "keywords": ["a"', "unexpected end", id="cut off"),
         pytest.param({"sentiment": 5, "keywords": []}, "/sentiment: Expected 'str', got 'int'", id="wrong type"),
         pytest.param({"sentiment": "good"}, "/keywords: This field is required", id="missing"),
         pytest.param({"sentiment": "", "keywords": [], "x": 1}, "/x: Unknown field", id="unknown"),
@@ -164,12 +164,12 @@ async def test_a_model_error_is_not_repaired(model: FakeModel, resources: Resour
 
 @pytest.mark.parametrize("name", ["", 5, "a b", "a/b", "ä", "..", "a\n"])
 def test_a_name_that_cannot_stand_in_a_url_is_refused(name: Any) -> None:
-    with pytest.raises(DefinitionError, match="use letters, digits"):
+    with pytest.raises(DefinitionError, match="Use letters, digits"):
         FlockFactory.create_default_agent(name, output="a")
 
 
 def test_a_model_agent_without_output_is_refused() -> None:
-    with pytest.raises(DefinitionError, match="no output field"):
+    with pytest.raises(DefinitionError, match="at least one output field"):
         FlockFactory.create_default_agent("x", input="a")
 
 
@@ -248,7 +248,7 @@ async def test_what_a_function_returns_is_checked(resources: Resources) -> None:
     def forget() -> dict[str, int]:
         return {}
 
-    with pytest.raises(InvalidOutput, match=r"What 'lie' returned does not fit its output. /result: Expected 'int'"):
+    with pytest.raises(InvalidOutput, match=r"'lie' does not match its output signature. /result: Expected 'int'"):
         await turn(lie, resources)
     with pytest.raises(InvalidOutput, match="/a: This field is required"):
         await turn(forget, resources)
@@ -318,7 +318,7 @@ def test_what_yields_is_no_agent() -> None:
     async def stream(text: str) -> AsyncIterator[str]:
         yield text
 
-    with pytest.raises(DefinitionError, match="returns its result whole"):
+    with pytest.raises(DefinitionError, match="must return its complete result"):
         agent(stream)
 
 

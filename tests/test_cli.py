@@ -170,7 +170,7 @@ def test_run_prints_the_result_as_json(flock_file: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nobody"], "Error: No agent is called 'nobody'. Known agents: greet, fail."),
+        (["nobody"], "Error: There is no agent 'nobody'. Known agents: greet, fail."),
         (["greet"], "Error: /inputs/person: This field is required."),
         (["greet", "-i", "person=Ann"], "/inputs/person: Expected 'object', got 'str'."),
         (["greet", "-i", "person"], "'person' is not KEY=VALUE"),
@@ -300,7 +300,7 @@ def test_the_printed_script_starts_without_a_key_and_a_run_names_the_variable(tm
         answer = httpx.post(f"{server.url}/run/flock", json=body).json()
         assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "My Flock Service API"
     assert (answer["status"], answer["error_type"]) == ("failed", "model_not_configured")
-    assert "set the environment variable OPENAI_API_KEY" in answer["error"]
+    assert "Set the environment variable OPENAI_API_KEY" in answer["error"]
     started = server.lines[: next(n for n, line in enumerate(server.lines) if "running on" in line)]
     assert [line for line in started if line == f"WARNING:  The agent 'text_analyzer' cannot run. {answer['error']}"]
 

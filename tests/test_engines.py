@@ -790,7 +790,7 @@ async def test_an_engine_outside_its_context_says_that_it_is_not_running(
 
     async def check() -> None:
         assert engine.health().engine == "stopped"
-        with pytest.raises(EngineStopped, match="enter it with 'async with', or run the app's lifespan"):
+        with pytest.raises(EngineStopped, match="Enter it with 'async with', or run the app's lifespan"):
             await call()
 
     await check()

@@ -104,7 +104,7 @@ def test_an_example_without_its_key_fails_the_check(monkeypatch: pytest.MonkeyPa
     assert result.output.startswith(
         "The agent 'text_analyzer' cannot run. The model cannot be called: 'openai/gpt-4o' "
     )
-    assert "set the environment variable OPENAI_API_KEY" in result.output
+    assert "Set the environment variable OPENAI_API_KEY" in result.output
 
 
 def uvicorn(target: str) -> list[str]:

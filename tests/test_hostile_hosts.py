@@ -49,7 +49,7 @@ def test_the_bounds_of_the_app_hold_under_any_server(server: Server, tmp_path: P
             assert b" 408 " in slow.recv(100)
         table = ",".join(f"c{n}" for n in range(10_001))
         wide = client.post("/run/batch?agent_name=double", content=table, headers={"Content-Type": "text/csv"})
-        assert (wide.status_code, "at most 10,000 are read" in wide.text) == (422, True)
+        assert (wide.status_code, "the maximum is 10,000" in wide.text) == (422, True)
         for path in tmp_path.glob("flock.db*"):
             path.unlink()
         assert client.post("/run/flock", json={**body, "async_run": True}).status_code == 503

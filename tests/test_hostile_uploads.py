@@ -310,7 +310,7 @@ async def test_more_members_than_are_read_are_refused_with_their_place(
     [error] = sender.problem["errors"]
     assert (error["pointer"], error.get("line")) == (pointer, line)
     assert error["detail"].startswith("There are 10,001 ")
-    assert error["detail"].endswith("at most 10,000 are read.")
+    assert error["detail"].endswith("the maximum is 10,000.")
 
 
 async def test_as_many_columns_and_members_as_are_allowed_are_read(app: FlockAPI) -> None:
@@ -342,7 +342,7 @@ async def test_a_quote_that_is_missing_is_found_before_the_whole_file_is_one_row
         [row async for row in rows]
     [error] = raised.value.errors
     assert error.line == 3
-    assert error.detail == "This row has more than 100,000 lines. The quote after a cell may be missing."
+    assert error.detail == "This row has more than 100,000 lines. A closing quote may be missing."
 
 
 # The disk
@@ -374,7 +374,7 @@ async def test_static_inputs_grow_with_what_was_sent_and_not_with_what_was_unpac
             sender.end()
             await sender.run()
     assert packed.status == 413
-    assert packed.problem["detail"].startswith("With the static inputs the rows become too long: those may have 16000 ")
+    assert packed.problem["detail"].startswith("The static inputs of all rows are longer than 16000 bytes ")
     assert plain.status == 202
 
 
@@ -403,8 +403,8 @@ async def test_names_of_columns_grow_with_what_was_sent(query: dict[str, str], h
             await sender.run()
             assert sender.status == status, sender.body[:500]
         assert sender.problem["detail"] == (
-            "With the names of the columns the rows become too long: those may have 320000 bytes together, 16 times "
-            "what may be sent at once or was sent. Send shorter ones, or fewer rows at once."
+            "The names of the columns of all rows are longer than 320000 bytes together, 16 times the size of the "
+            "upload or of the largest JSON body. Send shorter ones, or fewer rows at once."
         )
         await until(lambda: stored(path, ROWS) == 15)
 
@@ -448,7 +448,7 @@ async def test_a_mapping_to_what_is_not_an_input_is_refused_before_any_row(
     [error] = sender.problem["errors"]
     assert error["pointer"] == "/input_mapping/a"
     assert error["detail"].startswith("There is no input '")
-    assert error["detail"].endswith("The inputs are: text.")
+    assert error["detail"].endswith("Known inputs: text.")
     assert ("Did you mean 'text'?" in error["detail"]) == (headers == CSV)
     assert stored(tmp_path / "flock.db", ROWS) == 0
 
@@ -763,7 +763,5 @@ async def test_a_named_file_is_no_longer_than_an_upload(tmp_path: Path) -> None:
             await sender.run()
             assert sender.status == status, sender.body
             if status == 413:
-                assert sender.problem["detail"] == (
-                    "The file is longer than 150000 bytes, all that this server takes at once."
-                )
+                assert sender.problem["detail"] == ("The file is longer than 150000 bytes, the maximum on this server.")
                 await until(lambda: stored(path, ROWS) == 0)

@@ -39,7 +39,7 @@ def errors_of(raw: str | bytes, at: str = "") -> dict[str, str]:
 def test_every_place_is_named_at_once() -> None:
     raw = '{"nome": "", "inner": 5, "pair": [1, 2], "keys": {"x": 1}}'
     assert errors_of(raw, "/inputs") == {
-        "/inputs/nome": "Unknown field. The fields here are: name, inner, pair, keys, chosen.",
+        "/inputs/nome": "Unknown field. Known fields: name, inner, pair, keys, chosen.",
         "/inputs/name": "This field is required.",
         "/inputs/inner": "Expected 'object', got 'int'.",
         "/inputs/pair/1": "Expected 'str', got 'int'.",
@@ -99,15 +99,15 @@ def test_another_kind_of_root_is_named() -> None:
     ("raw", "reason", "line", "column"),
     [
         pytest.param(b'{"name":\n  x}', "invalid character", 2, 3, id="second line"),
-        pytest.param(b'{"name": "', "it ends too early", 1, 11, id="truncated"),
-        pytest.param(b"", "it ends too early", 1, 1, id="empty"),
+        pytest.param(b'{"name": "', "unexpected end", 1, 11, id="truncated"),
+        pytest.param(b"", "unexpected end", 1, 1, id="empty"),
         pytest.param('{"ä": é}'.encode(), "invalid character", 1, 7, id="columns count characters"),
-        pytest.param(b'{"name": "\xff"}', "it is not UTF-8", 1, 11, id="not UTF-8"),
-        pytest.param(b'{"name": "\\ud800"}', "half of a surrogate pair", 1, 11, id="lone surrogate"),
+        pytest.param(b'{"name": "\xff"}', "invalid UTF-8", 1, 11, id="not UTF-8"),
+        pytest.param(b'{"name": "\\ud800"}', "unpaired surrogate", 1, 11, id="lone surrogate"),
         pytest.param(b'{"name": ""} {}', "trailing characters", 1, 15, id="two values"),
         pytest.param(b'{"name": NaN}', "invalid character", 1, 10, id="NaN"),
         pytest.param(b'{"nome": 01}', "invalid number", 1, 11, id="behind an unknown field"),
-        pytest.param(b'{"name": ' + b"[" * 100_000, "nested too deep", 1, 1, id="deep"),
+        pytest.param(b'{"name": ' + b"[" * 100_000, "nested too deeply", 1, 1, id="deep"),
     ],
 )
 def test_what_is_not_json_is_said_with_line_and_column(raw: bytes, reason: str, line: int, column: int) -> None:

@@ -211,19 +211,19 @@ def html(status: int) -> Response:
 
 
 ONCE = [
-    pytest.param(error(400), "model_bad_request", "refused the request (HTTP 400)", id="400"),
-    pytest.param(error(401), "model_authentication", "refused the key in OPENAI_API_KEY (HTTP 401)", id="401"),
-    pytest.param(error(403), "model_authentication", "does not allow this key", id="403"),
+    pytest.param(error(400), "model_bad_request", "rejected the request (HTTP 400)", id="400"),
+    pytest.param(error(401), "model_authentication", "rejected the API key in OPENAI_API_KEY (HTTP 401)", id="401"),
+    pytest.param(error(403), "model_authentication", "not available to this API key", id="403"),
     pytest.param(error(404), "model_not_found", "does not exist at this provider", id="404"),
     pytest.param(error(422), "model_bad_request", "HTTP 422", id="422"),
     pytest.param(as_json({"detail": "no"}, 422), "model_bad_request", "HTTP 422", id="422 in another form"),
     pytest.param(Response("", 400), "model_bad_request", "HTTP 400", id="400 without a body"),
     pytest.param(Response("", 302), "model_bad_request", "HTTP 302", id="a redirect is not followed with the key"),
-    pytest.param(error(400, "context_length_exceeded"), "model_context_length", "so long an input", id="too long"),
+    pytest.param(error(400, "context_length_exceeded"), "model_context_length", "its context window", id="too long"),
     pytest.param(
         as_json({"error": {"code": 400, "message": "long", "type": "exceed_context_size_error"}}, 400),
         "model_context_length",
-        "so long an input",
+        "its context window",
         id="too long for llama.cpp",
     ),
     pytest.param(error(400, "content_filter"), "model_content_filter", "content filter", id="prompt filtered"),
@@ -233,8 +233,8 @@ ONCE = [
     pytest.param(answer("{", finish_reason="length"), "model_truncated", "cut off at its token limit", id="length"),
     pytest.param(answer(None, refusal="I can't"), "model_refusal", "declined to answer", id="refusal"),
     pytest.param(answer("", finish_reason="content_filter"), "model_content_filter", "filter", id="answer filtered"),
-    pytest.param(as_json({"choices": []}), "model_bad_response", "no choice at all", id="no choices"),
-    pytest.param(as_json({"error": {"message": "x"}}), "model_bad_response", "error inside", id="200 with an error"),
+    pytest.param(as_json({"choices": []}), "model_bad_response", "returned no choices", id="no choices"),
+    pytest.param(as_json({"error": {"message": "x"}}), "model_bad_response", "in the body", id="200 with an error"),
     pytest.param(html(200), "model_bad_response", "not JSON", id="200 with HTML"),
     pytest.param(Response("[" * 100_000), "model_bad_response", "not JSON", id="200 nested without end"),
     pytest.param(as_json({"hello": 1}), "model_bad_response", "chat completion", id="200 with another object"),
@@ -324,7 +324,7 @@ async def test_pauses_double_and_vary(model: FakeModel, caplog: pytest.LogCaptur
     model.replies = [error(500), error(500), error(500)]
     async with ModelClient("openai/x", transport=model.transport, backoff_s=0.4) as models:
         await fail(models)
-    first, second = (float(found) for found in re.findall(r"again in ([\d.]+) s", caplog.text))
+    first, second = (float(found) for found in re.findall(r"Retrying in ([\d.]+) s", caplog.text))
     assert 0.3 <= first <= 0.4
     assert 0.6 <= second <= 0.8
 
@@ -427,16 +427,16 @@ async def test_cancelling_aborts_the_request(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        pytest.param("openai/gpt-4o", "set the environment variable OPENAI_API_KEY", id="no key"),
+        pytest.param("openai/gpt-4o", "Set the environment variable OPENAI_API_KEY", id="no key"),
         pytest.param("groq/x", "GROQ_API_KEY", id="no key of another provider"),
-        pytest.param("openai/", "write provider/model", id="no model"),
-        pytest.param("openai", "write provider/model", id="no slash"),
-        pytest.param("local/", "write provider/model", id="no local model"),
+        pytest.param("openai/", "Write provider/model", id="no model"),
+        pytest.param("openai", "Write provider/model", id="no slash"),
+        pytest.param("local/", "Write provider/model", id="no local model"),
         pytest.param("nowhere/x", r"pip install 'litellm>=[\d.]+'$", id="unknown provider"),
         pytest.param("opnai/gpt-4o", "Did you mean 'openai'", id="misspelt provider"),
         pytest.param("OpenAI/gpt-4o", "Did you mean 'openai'", id="provider in other letters"),
-        pytest.param("gpt-4o", "names no provider: write provider/model", id="no provider"),
-        pytest.param(None, "pass model= to the agent or to Flock", id="no model at all"),
+        pytest.param("gpt-4o", "has no provider. Write provider/model", id="no provider"),
+        pytest.param(None, "Pass model= to the agent or to Flock", id="no model at all"),
     ],
 )
 async def test_what_is_not_configured_says_what_to_do(

@@ -100,9 +100,9 @@ def test_a_model_that_is_not_there_says_so(name: str, words: str) -> None:
 def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     (tmp_path / "half.gguf").write_bytes(weights().read_bytes()[:1_000_000])
-    with pytest.raises(ModelError, match="not a model in GGUF form"):
+    with pytest.raises(ModelError, match="not a GGUF model"):
         serve(str(tmp_path / "text.gguf"))
-    with pytest.raises(ModelError, match=r"cannot be loaded \(1000000 bytes; is it whole\?\)"):
+    with pytest.raises(ModelError, match=r"cannot be loaded \(1000000 bytes; is it complete\?\)"):
         serve(str(tmp_path / "half.gguf"))
 
 
@@ -172,7 +172,7 @@ def test_equal_inputs_give_equal_answers() -> None:
 
 
 def test_an_input_longer_than_the_context_is_said() -> None:
-    with pytest.raises(RunFailed, match="cannot take so long an input") as caught:
+    with pytest.raises(RunFailed, match="exceeds its context window") as caught:
         flock_of("sentiment: str").run("text_analyzer", {"text": "word " * 5000})
     assert caught.value.error_type == "model_context_length"
 
@@ -180,7 +180,7 @@ def test_an_input_longer_than_the_context_is_said() -> None:
 def test_a_model_has_its_own_context_though_its_file_was_loaded_by_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(localmodel, "_servers", {})
     by_path = serve(str(weights()))
-    with pytest.raises(RunFailed, match="cannot take so long an input"):
+    with pytest.raises(RunFailed, match="exceeds its context window"):
         flock_of("sentiment: str").run("text_analyzer", {"text": "word " * 5000})
     assert serve(str(weights())) is by_path
 

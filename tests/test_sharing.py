@@ -149,7 +149,7 @@ async def test_what_waits_for_an_agent_that_nobody_has_takes_no_room() -> None:
         await engine.submit("other", {})
         await other.begun.wait()
         await engine.submit("other", {})
-        with pytest.raises(EngineFull, match="1 runs are waiting"):
+        with pytest.raises(EngineFull, match="1 runs are already waiting"):
             await engine.submit("other", {})
         assert (await engine.queue()).depth == 1
         await engine.submit_batch("other", [{}] * 3, BatchOptions())

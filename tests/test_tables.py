@@ -150,10 +150,12 @@ MANY = 50
 @pytest.mark.parametrize(
     ("content", "options", "words"),
     [
-        pytest.param(b"text;price\na;1\n", {}, 'divided by semicolons, not commas. Read it with delimiter=";"', id=";"),
+        pytest.param(
+            b"text;price\na;1\n", {}, 'separated by semicolons, not commas. Read it with delimiter=";"', id=";"
+        ),
         pytest.param(b'"text";"price"\n"a";"1"\n', {}, 'delimiter=";" (--delimiter ";", ?delimiter=%3B)', id="quoted"),
         pytest.param(b"text\tprice\na\t1\n", {}, r'delimiter="\t" (--delimiter "\t", ?delimiter=%09)', id="tab"),
-        pytest.param(b"text|price\na|1\n", {}, 'divided by bars, not commas. Read it with delimiter="|"', id="|"),
+        pytest.param(b"text|price\na|1\n", {}, 'separated by bars, not commas. Read it with delimiter="|"', id="|"),
         pytest.param(b"text,price\na,1\n", {"delimiter": ";"}, 'by commas, not semicolons. Read it with delimiter=","'),
         pytest.param(b"Id;Text;a,b\n1;a;b\n", {"on_extra": "keep"}, 'Read it with delimiter=";"', id="also if kept"),
         pytest.param(b"text\n\xe9\n", {}, "This is not UTF-8. " + SAVE, id="latin-1"),
@@ -174,21 +176,21 @@ MANY = 50
         pytest.param(
             b"text,n\na," + b'"0,5"\n', {}, "This number has a decimal comma", id="decimal comma of an integer"
         ),
-        pytest.param(b'text,price\na,"1,234"\n', {}, "may be a decimal comma, or may separate thousands", id="1,234"),
-        pytest.param(b'text,price\na,"1,234.50"\n', {}, "separators of thousands. Write it without", id="1,234.50"),
-        pytest.param('text,price\na,"1\u202f234"\n'.encode(), {}, "separators of thousands", id="1 234"),
+        pytest.param(b'text,price\na,"1,234"\n', {}, "may be a decimal comma or a thousands separator", id="1,234"),
+        pytest.param(b'text,price\na,"1,234.50"\n', {}, "thousands separators. Write it without", id="1,234.50"),
+        pytest.param('text,price\na,"1\u202f234"\n'.encode(), {}, "thousands separators", id="1 234"),
         pytest.param(b"text;price\na;1.234,5\n", {"delimiter": ";", "decimal": ","}, "such as 1234,5", id="1.234,5"),
         pytest.param(
-            b"text;price\na;1.234\n", {"delimiter": ";", "decimal": ","}, "has a point, and decimal=", id="1.234"
+            b"text;price\na;1.234\n", {"delimiter": ";", "decimal": ","}, "has a point, but decimal=", id="1.234"
         ),
-        pytest.param(b"text;n\na;1.5\n", {"delimiter": ";", "decimal": ","}, "has a point, and decimal=", id="1.5"),
-        pytest.param(b"text,price\na,0,19\n", {}, "A cell with ',' in it is written in quotes.", id="no quotes"),
+        pytest.param(b"text;n\na;1.5\n", {"delimiter": ";", "decimal": ","}, "has a point, but decimal=", id="1.5"),
+        pytest.param(b"text,price\na,0,19\n", {}, "Put a cell that contains ',' in quotes.", id="no quotes"),
         pytest.param(b"txt\n" + b"a\n" * MANY, {}, "There is no input 'txt'. Did you mean 'text'?", id="a typo"),
         pytest.param(
             b"txt\n" + b"a\n" * MANY, {"on_extra": "keep"}, "Did you mean 'text'?", id="a typo of what is required"
         ),
         pytest.param(
-            b"text,id\na,1\n", {}, 'on_extra="keep" (--on-extra keep) carries it into the results', id="an id"
+            b"text,id\na,1\n", {}, 'Set on_extra="keep" (--on-extra keep) to copy it to the results', id="an id"
         ),
         pytest.param(b"review\na\n", {"on_extra": "ignore"}, "(--map COLUMN=text)", id="a column is missing"),
         pytest.param(b"text,Price,PRICE\na,1,2\n", {}, "no input 'Price'. Did you mean 'price'?", id="ambiguous"),
@@ -238,7 +240,7 @@ def test_other_errors_of_such_rows_are_said_beside_it() -> None:
 def test_only_codecs_of_text_are_used_and_no_other_is_looked_up(encoding: str, way: Way) -> None:
     """Python remembers each name that it is asked for, also those that there are not."""
     before = set(sys.modules)
-    with pytest.raises((DefinitionError, InvalidData), match="encoding is one of utf-8, utf-16, utf-16-le"):
+    with pytest.raises((DefinitionError, InvalidData), match="encoding must be one of utf-8, utf-16, utf-16-le"):
         way("rows.csv", b"text\na\n", "show", {"encoding": encoding})
     assert not {name for name in set(sys.modules) - before if name.startswith("encodings.")}
 
@@ -266,9 +268,9 @@ def test_each_encoding_is_read_in_pieces(encoding: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"delimiter": ";;"}, "delimiter is one character"),
-        ({"decimal": "'"}, 'decimal is "." or ","'),
-        ({"on_extra": "drop"}, "on_extra is one of reject, ignore, keep, and not 'drop'"),
+        ({"delimiter": ";;"}, "delimiter must be one character"),
+        ({"decimal": "'"}, 'decimal must be "." or ","'),
+        ({"on_extra": "drop"}, "on_extra= must be one of reject, ignore, keep, not 'drop'"),
     ],
 )
 def test_an_option_that_is_not_valid_is_said(options: Any, words: str) -> None:
@@ -399,7 +401,7 @@ def test_where_the_last_agent_is_decided_on_the_way_no_output_of_any_can_be_kept
     ("content", "words"),
     [
         (b"text,\na,1\n", "Column 2 has no name"),
-        (b"text,id,id\na,1,2\n", "Another column is called 'id' too"),
+        (b"text,id,id\na,1,2\n", "More than one column is named 'id'"),
     ],
 )
 def test_a_column_that_cannot_be_told_from_others_is_not_kept(content: bytes, words: str) -> None:

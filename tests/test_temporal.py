@@ -772,7 +772,7 @@ async def test_a_refused_request_is_refused_again_under_its_key_while_the_queue_
         accepted = await engine.submit("add", {"a": 1}, key=accepted_key)
         other = await engine.submit("add", {"a": 1})
         for _ in range(3):
-            with pytest.raises(EngineFull, match="2 runs are open"):
+            with pytest.raises(EngineFull, match="2 runs are already open"):
                 await engine.submit("add", {"a": 1}, key=refused_key)
             with pytest.raises(Replayed, match=accepted.run_id):
                 await engine.submit("add", {"a": 1}, key=accepted_key)
@@ -807,7 +807,7 @@ async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_told(tempo
         key = IdempotencyKey("k", b"1")
         first = await engine.submit("add", {"a": 1}, key=key)
         await engine.submit("add", {"a": 1})
-        with pytest.raises(EngineFull, match="2 runs are open"):
+        with pytest.raises(EngineFull, match="2 runs are already open"):
             await engine.submit("add", {"a": 1})
         assert (await engine.get_run(first.run_id)).status is RunStatus.STARTING
         assert (await engine.cancel_run(first.run_id)).cancel_requested
@@ -964,7 +964,7 @@ async def test_a_worker_that_does_not_know_an_agent_any_more_says_so(temporal_ad
             second = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
     for run, path in ((first, "summarise"), (second, "add → summarise")):
         assert (run.status, run.error_type) == (RunStatus.FAILED, "invalid_handoff")
-        assert run.error == f"There is no agent 'summarise' to hand on to ({path}). Known agents: add."
+        assert run.error == f"There is no agent 'summarise' to hand off to ({path}). Known agents: add."
     assert [step.agent_name for step in second.steps] == ["add"], "what was finished is kept"
 
 
@@ -1181,7 +1181,7 @@ def test_a_worker_warns_at_its_start_of_what_would_make_runs_fail(temporal_addre
     process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     worker = Server(process)
     try:
-        worker.wait_for_line("WARNING:  The agent 'bare' cannot run. The model cannot be called: no model is named")
+        worker.wait_for_line("WARNING:  The agent 'bare' cannot run. The model cannot be called: no model is set")
         worker.stop()
     finally:
         process.kill()

@@ -180,7 +180,7 @@ async def test_columns_are_renamed_and_gaps_filled(client: httpx.AsyncClient) ->
         pytest.param("need", b"\n\n", {}, [("", 1, "no header")], id="empty lines"),
         pytest.param("show", b"text\n", {}, [("/batch_inputs", None, "at least one item")], id="a header only"),
         pytest.param("show", b"text,x\na,1\n", {}, [("/x", 1, "no input 'x'")], id="an unknown column"),
-        pytest.param("show", b"text,text\na,1\n", {}, [("/text", 1, "Another column")], id="a column twice"),
+        pytest.param("show", b"text,text\na,1\n", {}, [("/text", 1, "More than one column")], id="a column twice"),
         pytest.param("show", b"text,\na,1\n", {}, [("/", 1, "Column 2 has no name")], id="a column without a name"),
         pytest.param("need", b"n,note\n1,a\n", {}, [("/text", 1, "no column for it")], id="a column is missing"),
         pytest.param(
@@ -366,7 +366,7 @@ async def test_static_inputs_do_not_make_much_of_little(client: httpx.AsyncClien
     static = {"text": "x" * 1000}
     response = await send(client, "show", b"n\n" + b"1\n" * 1000, static_inputs=static)
     assert response.status_code == 413
-    assert "With the static inputs" in response.json()["detail"]
+    assert "The static inputs of all rows" in response.json()["detail"]
 
 
 @pytest.mark.parametrize("media_type", [CSV, NDJSON])
@@ -395,7 +395,7 @@ async def test_a_cell_that_is_too_long_for_csv_may_be_sent_otherwise() -> None:
     row_mapping = RowMapping(Signature.of("text: str"), None, None, lambda: 0)
     pieces = _in_pieces(b"text\n" + b"a" * 140_000, 10_000)
     rows = csv_rows(pieces, row_mapping, CSVDialect(), max_row_bytes=10**6, max_depth=50)
-    with pytest.raises(InvalidData, match="line 2: A cell has more than 131,072 characters; NDJSON takes longer ones"):
+    with pytest.raises(InvalidData, match=r"line 2: A cell has more than 131,072 characters\. Use NDJSON for longer"):
         _ = [row async for row in rows]
 
 
@@ -507,7 +507,7 @@ async def test_no_other_file_is_and_nobody_learns_which_there_are(
         return
     assert response.status_code == 422
     (error,) = response.json()["errors"]
-    assert error["detail"] == "There is no file of that name in the folder that this server reads."
+    assert error["detail"] == "There is no file with that name in the folder that this server reads."
     assert "secret" not in response.text.replace(name, "")
 
 
@@ -938,13 +938,13 @@ def test_a_number_is_read_as_it_is_written_or_not_at_all(sign: str, whole: int, 
     """In neither dialect is a separator of thousands taken for a decimal sign, or the other way round."""
     dot, comma = CSVDialect(), CSVDialect(decimal=",")
     written = f"{sign}{whole}.{fraction}" if fraction else f"{sign}{whole}"
-    assert dot.number(written) == comma.number(written.replace(".", ",")) == written
+    assert dot.json_number(written) == comma.json_number(written.replace(".", ",")) == written
     grouped = f"{sign}{whole:,}" + (f".{fraction}" if fraction else "")
     swapped = grouped.translate(str.maketrans(".,", ",."))
     for dialect, text in ((dot, grouped), (dot, swapped), (comma, grouped), (comma, swapped)):
         if {",", "."} & set(text) - {dialect.decimal} or text.count(dialect.decimal) > 1:
             with pytest.raises(ValueError, match=r"[Ww]rite"):
-                dialect.number(text)
+                dialect.json_number(text)
 
 
 VALUES = st.recursive(

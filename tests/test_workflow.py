@@ -52,7 +52,7 @@ def test_inputs_are_drawn_from_all_that_is_known_and_later_wins() -> None:
 
 
 def test_a_dangling_name_is_said_with_its_path() -> None:
-    with pytest.raises(InvalidHandoff, match=r"no agent 'gone' to hand on to \(add → gone\). Known agents: text_a"):
+    with pytest.raises(InvalidHandoff, match=r"no agent 'gone' to hand off to \(add → gone\). Known agents: text_a"):
         next_agent(run_of("add", step_of("add", "gone", result=3), a=1), sample_flock().agents, 32)
 
 
@@ -137,7 +137,7 @@ def raises(result: dict[str, Any]) -> str:
     ("next_agent", "error_type", "words"),
     [
         pytest.param("gone", "invalid_handoff", "no agent 'gone'", id="dangling"),
-        pytest.param(lambda result: 5, "invalid_handoff", "gave int", id="neither name nor agent"),
+        pytest.param(lambda result: 5, "invalid_handoff", "not int", id="neither name nor agent"),
         pytest.param(lambda result: loud, "invalid_handoff", "no agent 'loud'", id="an agent of no flock"),
         pytest.param("measure", "too_many_steps", "measure → measure", id="loop"),
         pytest.param("wants_more", "invalid_handoff", "/limit: This field is required", id="inputs are missing"),
@@ -191,7 +191,9 @@ async def end_of_chain(model: FakeModel, max_tokens: int | None, *answers: Any) 
 async def test_answers_are_sent_back_until_the_tokens_are_spent(max_tokens: int, asked: int, model: FakeModel) -> None:
     run = await end_of_chain(model, max_tokens, *["no JSON"] * asked)
     assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "too_many_tokens", asked)
-    expected = f"Stopped after {15 * asked} tokens, before 'one' asked its model: one run may spend {max_tokens} (max_t"
+    expected = (
+        f"Stopped after {15 * asked} tokens, before 'one' called its model. One run may use {max_tokens} tokens ("
+    )
     assert run.error
     assert run.error.startswith(expected)
 
@@ -201,7 +203,7 @@ async def test_who_is_handed_on_to_spends_what_is_left(model: FakeModel) -> None
     run = await end_of_chain(model, 15, {"b": 1})
     assert (run.status, run.error_type) == (RunStatus.FAILED, "too_many_tokens")
     assert run.error
-    assert "before 'two' asked its model" in run.error
+    assert "before 'two' called its model" in run.error
     assert [step.agent_name for step in run.steps] == ["one", "count"]
     run = await end_of_chain(model, 16, {"b": 1}, "no JSON")
     assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "too_many_tokens", 3)

@@ -1,1 +1,1 @@
-"""Agents: what they take and give, and the models that they call."""
+"""Agents, their signatures, and the models that they call."""

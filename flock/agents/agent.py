@@ -1,7 +1,7 @@
-"""Agents: what does one step of a run.
+"""Agents. Each step of a run is executed by one agent.
 
-An agent has a name, an input and an output signature, and a way from one to the other: a model (``ModelAgent``) or a
-function (``FunctionAgent``, made by ``@agent``). ``next_agent`` says who goes on after it.
+An agent has a name, an input signature and an output signature. It calls a model (``ModelAgent``) or a function
+(``FunctionAgent``, created by ``@agent``). ``next_agent`` selects the agent for the next step.
 """
 
 import functools
@@ -23,12 +23,13 @@ __all__ = ["Agent", "FunctionAgent", "ModelAgent", "NextAgent", "OnInterrupt", "
 
 OnInterrupt = Literal["retry", "fail"]
 
-#: Who goes on: a name, or a function of the result that gives a name, an agent or None. It runs in the event loop.
+#: The next agent: a name, or a function of the result that returns a name, an agent or None. The function runs in the
+#: event loop.
 NextAgent = str | Callable[[dict[str, Any]], Any] | None
 
 
 class Resources(msgspec.Struct, frozen=True):
-    """What an engine lends to every step."""
+    """The resources that an engine provides to each step."""
 
     #: calls models
     models: ModelClient
@@ -37,22 +38,22 @@ class Resources(msgspec.Struct, frozen=True):
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """What came of one agent's turn: a JSON object that fits its output signature, and what it cost."""
+    """The outcome of one step: a JSON object that matches the output signature, and the tokens used."""
 
     result: msgspec.Raw
     usage: Usage | None = None
 
 
 class Agent:
-    """The base of both kinds. A subclass says how a turn is taken.
+    """The base class of all agents. Subclasses implement ``take_turn``.
 
     Args:
-        name: unique in its flock; letters, digits, ``_``, ``-`` and ``.``, since it stands in a URL.
-        description: for people, and part of a model's prompt.
-        next_agent: who goes on with the result; None ends the run.
-        max_concurrency: turns of this agent at the same time, in one process; None is no limit of its own.
-        on_interrupt: what becomes of a run whose process died in this agent's turn: "retry" lets it have its turn
-            again, "fail" ends the run, for what must not be done twice.
+        name: unique in its flock. It consists of letters, digits, ``_``, ``-`` and ``.``, because it is part of URLs.
+        description: shown to people, and part of a model's prompt.
+        next_agent: the agent that receives the result; None ends the run.
+        max_concurrency: max concurrent steps of this agent in one process; None means no separate limit.
+        on_interrupt: how to handle a run whose process died in a step of this agent. "retry" repeats the step. "fail"
+            fails the run; use it for work that must not be repeated.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Agent:
         on_interrupt: OnInterrupt = "retry",
     ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise DefinitionError(f"{name!r} cannot be an agent's name: use letters, digits, '_', '-' and '.'.")
+            raise DefinitionError(f"{name!r} is not a valid agent name. Use letters, digits, '_', '-' and '.'.")
         self.name = name
         self.description = description
         self.input = input
@@ -80,23 +81,23 @@ class Agent:
         return f"<{type(self).__name__} {self.name!r}>"
 
     async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
-        """Turn *inputs*, an instance of ``input.type``, into a result.
+        """Execute one step with *inputs*, an instance of ``input.type``, and return its result.
 
         Raises:
-            InvalidOutput: the result does not fit the output signature, or cannot be JSON.
-            ModelError: the model gave no usable answer.
-            TooManyTokens: the run may ask no model any more.
-            Exception: whatever the agent's own code raises.
+            InvalidOutput: the result does not match the output signature, or cannot be encoded as JSON.
+            ModelError: the model did not return a usable answer.
+            TooManyTokens: the run has no tokens left for a model call.
+            Exception: any exception that the agent's own code raises.
 
-        Cancellation: a model request is aborted, a coroutine is cancelled; a thread is waited for.
+        Cancellation: a model request is aborted and a coroutine is cancelled. A thread runs to its end first.
         """
         raise NotImplementedError
 
     async def choose_next(self, result: msgspec.Raw) -> str | None:
-        """The name of the agent that goes on with *result*, or None.
+        """Return the name of the agent that receives *result*, or None.
 
         Raises:
-            InvalidHandoff: ``next_agent`` gave something else than a name, an agent or None.
+            InvalidHandoff: ``next_agent`` is not a name, an agent or None, and does not return one of them.
         """
         chosen = self.next_agent
         if callable(chosen) and not isinstance(chosen, Agent):
@@ -108,20 +109,20 @@ class Agent:
         if chosen is None or isinstance(chosen, str):
             return chosen
         raise InvalidHandoff(
-            f"next_agent of {self.name!r} gave {type(chosen).__name__}; it gives a name, an agent or None."
+            f"next_agent of {self.name!r} must be or return a name, an agent or None, not {type(chosen).__name__}."
         )
 
 
 class ModelAgent(Agent):
-    """An agent that asks a language model.
+    """An agent that calls a language model.
 
     Args:
-        model: ``provider/model``; None takes the flock's.
-        instructions: what the model is told to do, beside what the signatures say.
-        temperature: None leaves it to the provider.
-        max_tokens: a bound on each answer's length; None leaves it to the provider.
-        max_retries: how often an answer that does not fit is sent back with the reason.
-        timeout_s: wall-clock seconds for the whole turn, attempts and repairs included.
+        model: ``provider/model``; None uses the model of the flock.
+        instructions: instructions for the model, in addition to the signatures.
+        temperature: sampling temperature; None uses the provider's default.
+        max_tokens: max tokens in each answer; None uses the provider's default.
+        max_retries: max times that an invalid answer is sent back to the model with the reason.
+        timeout_s: wall-clock seconds for the whole step, including all retries.
         options: see ``Agent``.
     """
 
@@ -142,7 +143,7 @@ class ModelAgent(Agent):
     ) -> None:
         super().__init__(name, input, output, description=description, **options)
         if not output.fields:
-            raise DefinitionError(f"The agent {name!r} has no output field, so there is nothing to ask a model for.")
+            raise DefinitionError(f"The agent {name!r} needs at least one output field for the model's answer.")
         self.model = model
         self.instructions = instructions
         self.temperature = temperature
@@ -155,7 +156,7 @@ class ModelAgent(Agent):
             with anyio.fail_after(self.timeout_s):
                 return await self._converse(inputs, resources.models, context)
         except TimeoutError as exc:
-            message = f"The model gave no answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
+            message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
             raise ModelError(message, "model_timeout") from exc
 
     async def _converse(self, inputs: Any, models: ModelClient, context: RunContext) -> Turn:
@@ -171,7 +172,7 @@ class ModelAgent(Agent):
                 max_tokens=self.max_tokens,
                 temperature=self.temperature,
                 traceparent=context.traceparent,
-                # Each call has its own, or a provider would give the answer that is to be repaired once more.
+                # Each call needs its own key, or a provider would return the invalid answer again.
                 idempotency_key=context.step_key if call == 0 else f"{context.step_key}/{call + 1}",
             )
             usage += completion.usage
@@ -183,7 +184,8 @@ class ModelAgent(Agent):
             reply = f"That answer cannot be used. {problem}\nAnswer again, with one JSON object and nothing else."
             messages += [Message("assistant", completion.text), Message("user", reply)]
         raise InvalidOutput(
-            f"The model's answer did not fit the output of {self.name!r} in {self.max_retries + 1} attempts: {problem}"
+            f"The model's answers did not match the output of {self.name!r} "
+            f"in {self.max_retries + 1} attempts: {problem}"
         )
 
     def _system_prompt(self) -> str:
@@ -191,7 +193,7 @@ class ModelAgent(Agent):
         return "\n".join(part for part in parts if part)
 
     def _user_prompt(self, inputs: Any) -> str:
-        """The inputs as JSON, and behind them what is wanted: small models heed best what they read last."""
+        """Return the inputs as JSON, then the task: small models follow best what they read last."""
         described = [f"- {field.name}: {field.description}" for field in self.input.fields if field.description]
         given = json.dumps(msgspec.to_builtins(inputs), ensure_ascii=False)
         meaning = "\n".join(["", "", "In it:", *described]) if described else ""
@@ -203,7 +205,7 @@ class ModelAgent(Agent):
 
 
 def _in_words(schema: Mapping[str, Any], plural: str = "") -> str:
-    """A JSON Schema as a model reads it: ``list of strings``, ``one of "a", "b"``, ``string (date) or null``."""
+    """Describe a JSON Schema in words: ``list of strings``, ``one of "a", "b"``, ``string (date) or null``."""
     if "enum" in schema:
         return "one of " + ", ".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
     if "anyOf" in schema:
@@ -217,9 +219,9 @@ def _in_words(schema: Mapping[str, Any], plural: str = "") -> str:
 
 
 class FunctionAgent(Agent):
-    """An agent that calls a typed function: in the event loop if it is async, in a worker thread otherwise.
+    """An agent that calls a typed function, in the event loop if it is async and in a worker thread otherwise.
 
-    It can still be called like the function it was made of.
+    The agent can be called like the function itself.
     """
 
     def __init__(
@@ -233,10 +235,10 @@ class FunctionAgent(Agent):
         **options: Any,
     ) -> None:
         if inspect.isclass(function):
-            raise DefinitionError(f"{function!r} is a class; pass a function, or an object that can be called.")
+            raise DefinitionError(f"{function!r} is a class. Pass a function or a callable object.")
         called = (function, type(function).__call__)
         if any(map(inspect.isgeneratorfunction, called)) or any(map(inspect.isasyncgenfunction, called)):
-            raise DefinitionError(f"{function!r} yields; an agent returns its result whole.")
+            raise DefinitionError(f"{function!r} is a generator. An agent must return its complete result.")
         if output is None:
             output_signature, self._is_boxed = Signature.of_result(function)
         else:
@@ -272,7 +274,7 @@ class FunctionAgent(Agent):
         try:
             return Turn(self.output.encode({"result": value} if self._is_boxed else value))
         except InvalidData as exc:
-            raise InvalidOutput(f"What {self.name!r} returned does not fit its output. {exc}") from exc
+            raise InvalidOutput(f"The result of {self.name!r} does not match its output signature. {exc}") from exc
 
 
 @overload
@@ -293,20 +295,20 @@ def agent(
 
 
 def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
-    """Make an agent of a typed function: ``@agent`` or ``@agent(next_agent="summarise")``.
+    """Convert a typed function to an agent: ``@agent`` or ``@agent(next_agent="summarise")``.
 
-    Its parameters are the input. What it returns is the output: the fields of a struct, dataclass or TypedDict, or
-    one field, ``result``, of any other type. The first line of the docstring is the description.
+    Its parameters are the inputs. Its return type is the output: the fields of a struct, dataclass or TypedDict, or a
+    single field ``result`` for any other type. The first line of the docstring is the description.
 
     Args:
-        name: the function's own name if None.
-        output: an output signature in place of the one that the return annotation gives, for functions that return a
-            plain dict: ``output="sentiment: str, keywords: list[str]"``.
-        types: what the string in ``output`` may name.
+        name: name of the agent; None uses the function's name.
+        output: the output signature, if not the return annotation. Use it for functions that return a plain dict:
+            ``output="sentiment: str, keywords: list[str]"``.
+        types: additional types, by name, for the string in ``output``.
         next_agent, max_concurrency, on_interrupt: see ``Agent``.
 
     Raises:
-        SignatureError: a parameter has no type, or one that cannot be read from JSON.
+        SignatureError: a parameter has no type, or its type cannot be read from JSON.
     """
     if function is None:
         return functools.partial(FunctionAgent, **options)

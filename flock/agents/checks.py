@@ -1,4 +1,4 @@
-"""What can be known before the first run: what is missing for agents to do their work."""
+"""Checks at startup for problems that would make runs fail, such as a missing API key."""
 
 import logging
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ logger = logging.getLogger("flock.checks")
 
 
 def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> list[str]:
-    """Why runs would fail, a sentence for each reason. It asks no server, and loads no weights.
+    """Return the problems that would make runs fail, each as a text. It sends no requests and loads no weights.
 
     Args:
-        default_model: for agents that name none.
-        calls_models: False if other processes call the models, where other keys and packages may be.
+        default_model: the model of agents without one.
+        calls_models: False if other processes call the models, and may have other keys and packages.
     """
     names_of: dict[str, list[str]] = {}
-    handoffs = []
+    handoff_problems = []
     for agent in agents.values():
         try:
             if calls_models and isinstance(agent, ModelAgent):
@@ -31,15 +31,15 @@ def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_mo
         try:
             check_handoff(agent, agents)
         except InvalidHandoff as exc:
-            handoffs.append(str(exc))
-    of_models = [
+            handoff_problems.append(str(exc))
+    model_problems = [
         f"The agent{'s'[: len(names) - 1]} {', '.join(names)} cannot run. {reason}"
         for reason, names in names_of.items()
     ]
-    return of_models + handoffs
+    return model_problems + handoff_problems
 
 
 def warn_of_problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> None:
-    """Log each of ``problems`` as a WARNING."""
+    """Log each of the ``problems`` as a WARNING."""
     for problem in problems(agents, default_model, calls_models=calls_models):
         logger.warning("%s", problem)

@@ -1,13 +1,13 @@
-"""Chat completions over HTTP: a model's name and messages in, one JSON answer and its cost out.
+"""A client for chat completions over HTTP: sends messages to a model, and returns one JSON answer with its token usage.
 
-``provider/model`` names the server; the table ``PROVIDERS`` knows where it is and which variable holds the key. All of
-them speak OpenAI's ``/chat/completions``, and so does the small model in this process. What the table does not know
-goes through litellm, if it is installed. ``transport=`` is the one seam: tests put a fake server there.
+A model is named ``provider/model``. The table ``PROVIDERS`` has the URL of each provider and the environment variable
+of its key. All of them support OpenAI's ``/chat/completions``, and so does the small model in this process. Other
+providers are called through litellm, if it is installed. Tests pass a fake server as ``transport=``.
 
-The retry policy is the one that users of the providers' own clients expect: up to three attempts for 408, 409, 429,
-5xx, time-outs and lost connections, about 0.5 s and 1 s apart or as ``Retry-After`` asks, and none for what a retry
-cannot mend. One deadline is over all of it. All attempts carry the caller's ``Idempotency-Key``: a provider that heeds
-it does the work once, and others ignore it, as they do all headers that they do not know (RFC 9110, section 5.1).
+The retry policy is the same as in the providers' own clients: up to three attempts for 408, 409, 429, 5xx, timeouts and
+lost connections, about 0.5 s and 1 s apart or as requested by ``Retry-After``. Other errors are not retried. One
+deadline covers all attempts. All attempts send the caller's ``Idempotency-Key``, so a provider that supports it does
+the work only once. Others ignore unknown headers (RFC 9110, section 5.1).
 """
 
 import contextlib
@@ -37,19 +37,19 @@ __all__ = ["PROVIDERS", "Completion", "Message", "ModelClient", "Provider", "che
 
 logger = logging.getLogger("flock.llm")
 
-#: Longer than this a server may not make a run wait between two attempts, in seconds.
+#: Max seconds that a server may make a run wait before a retry.
 MAX_RETRY_AFTER_S = 120
-#: How many characters of a provider's own words go to the log.
+#: Max characters of a provider's message in the log.
 MAX_LOGGED_CHARS = 500
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
-    """One server that speaks chat completions.
+    """A server that supports chat completions.
 
     Attributes:
-        base_url: up to and without ``/chat/completions``; the variable ``{NAME}_BASE_URL`` overrides it.
-        key_variable: the variable that holds the key; None where no key is needed.
-        max_tokens_field: what the request calls the bound on the answer's length.
+        base_url: the URL without ``/chat/completions``. The environment variable ``{NAME}_BASE_URL`` overrides it.
+        key_variable: the environment variable with the key; None if no key is needed.
+        max_tokens_field: the name of the request field that limits the answer's length.
     """
 
     base_url: str
@@ -75,29 +75,29 @@ PROVIDERS: Mapping[str, Provider] = {
 
 BUILT_IN = (*PROVIDERS, "local")
 
-#: Headers that name an organisation or a project to OpenAI, by the variable that holds the value.
+#: Headers for the organisation and project at OpenAI, by the environment variable with the value.
 OPENAI_HEADERS = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "OpenAI-Project"}
 
-#: How an answer is asked to be JSON, the strictest first. A server that does not know one is asked with the next.
+#: Ways to request JSON, the strictest first. If a server does not support one, the next one is tried.
 FORMATS = ("json_schema", "json_object", "text")
 
 
 class Message(msgspec.Struct, frozen=True):
-    """One turn of a conversation; ``role`` is system, user or assistant."""
+    """One message of a conversation; ``role`` is system, user or assistant."""
 
     role: str
     content: str
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """What the model said, and what it cost."""
+    """An answer of a model, and the tokens used."""
 
     text: str
     usage: Usage
 
 
-class _PassingFailure(Exception):
-    """A failure that may be gone at the next attempt."""
+class _TransientError(Exception):
+    """A transient failure, for which a retry may succeed."""
 
     def __init__(self, error: ModelError, retry_after_s: float | None = None) -> None:
         super().__init__(str(error))
@@ -106,7 +106,7 @@ class _PassingFailure(Exception):
 
 
 class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one model is, and how it is called there."""
+    """The URL of one model, and the settings for calling it."""
 
     name: str
     model: str
@@ -118,15 +118,15 @@ class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelClient:
-    """Calls models for all runs of one engine, over one pool of connections.
+    """Calls models for all runs of one engine, with one connection pool.
 
-    Use it as an async context manager; it opens nothing before the first call.
+    Use it as an async context manager. It opens no connection before the first call.
 
     Args:
-        default_model: for agents that name none.
-        transport: in place of the network, for tests and for gateways.
-        backoff_s: the pause after the first failed attempt; it doubles, up to 8 s.
-        read_timeout_s: how long a server may be silent before the attempt counts as timed out.
+        default_model: the model of agents without one.
+        transport: replaces the network, for tests and gateways.
+        backoff_s: the pause after the first failed attempt. It doubles with each attempt, up to 8 s.
+        read_timeout_s: max seconds without data from the server before an attempt times out.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class ModelClient:
         self._timeout = httpx.Timeout(read_timeout_s, connect=10, pool=None)
         self._http: httpx.AsyncClient | None = None
         self._formats: dict[str, str] = {}
-        self._local_turn = anyio.Lock()
-        #: called when a failed attempt is about to be tried again
+        self._local_lock = anyio.Lock()
+        #: called before each retry
         self.on_retry: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> Self:
-        self._local_turn = anyio.Lock()  # it may be another event loop than the last time
+        self._local_lock = anyio.Lock()  # the event loop may be a different one than before
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -167,19 +167,19 @@ class ModelClient:
         traceparent: str | None = None,
         idempotency_key: str | None = None,
     ) -> Completion:
-        """Ask *model* for one JSON object that matches *schema*. The answer is not checked against it here.
+        """Ask *model* for one JSON object that matches *schema*. The caller must validate the answer.
 
         Args:
-            traceparent: a header of the request, by which a gateway or a provider can tell what it is part of.
-            idempotency_key: names this call, the same at each try of it. Where a server does not know strict JSON
-                Schema, what it is asked in its place has ``/json_object`` or ``/text`` behind it.
+            traceparent: trace context, sent as a header so that gateways and providers can link the request to a trace.
+            idempotency_key: identifies this call in all attempts. If the server does not support strict JSON Schema,
+                the fallback requests append ``/json_object`` or ``/text`` to it.
 
         Raises:
-            ModelError: no usable answer; ``error_type`` says why.
+            ModelError: there is no usable answer; ``error_type`` has the reason.
 
-        Cancellation: the request is aborted. A caller's deadline also cuts the pauses between attempts short.
+        Cancellation: the request is aborted. There is no retry if it would start after the caller's deadline.
         """
-        name = _named(model or self.default_model)
+        name = _required_name(model or self.default_model)
         headers = {} if traceparent is None else {"traceparent": traceparent}
         if name.partition("/")[0] not in BUILT_IN:
             headers |= _key_header(idempotency_key)
@@ -190,7 +190,7 @@ class ModelClient:
             settings["temperature"] = temperature
         if max_tokens is not None:
             settings[endpoint.max_tokens_field] = max_tokens
-        about_schema = False
+        rejects_schema = False
         first = FORMATS.index(self._formats.get(name, FORMATS[0]))
         for format_ in FORMATS[first:]:
             body = {"model": endpoint.model, "messages": messages, **settings}
@@ -198,38 +198,38 @@ class ModelClient:
             try:
                 answer = await self._post(endpoint, body, headers | _key_header(idempotency_key, format_))
             except ModelError as exc:
-                if format_ == FORMATS[-1] or not _is_about_format(exc):
+                if format_ == FORMATS[-1] or not _rejects_format(exc):
                     raise
-                logger.info("%s does not take this response_format %s; asking without it", name, format_)
-                about_schema = about_schema or "invalid schema" in exc.log_detail.lower()
+                logger.info("%s does not support the response_format %s. Trying the next one.", name, format_)
+                rejects_schema = rejects_schema or "invalid schema" in exc.log_detail.lower()
             else:
-                if not about_schema:  # it is the server that does not know, and not this schema that it refuses
+                if not rejects_schema:  # the server rejects the format itself, not just this schema
                     self._formats[name] = format_
                 return _completion(answer, name)
         raise AssertionError("the last format returns or raises")
 
     async def _post(self, endpoint: _Endpoint, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
-        """One answer of the server as JSON, after up to three attempts."""
-        # The local model answers one at a time: waiting for a turn is not its silence.
-        async with self._local_turn if endpoint.is_local else contextlib.nullcontext():
+        """Return the server's response as JSON, after up to three attempts."""
+        # The local model answers one request at a time. Waiting for the lock does not count as a timeout.
+        async with self._local_lock if endpoint.is_local else contextlib.nullcontext():
             for pause_s in (self._backoff_s, 2 * self._backoff_s, None):
                 try:
                     return await self._attempt(endpoint, body, headers)
-                except _PassingFailure as failure:
+                except _TransientError as failure:
                     if pause_s is None:
                         raise failure.error from failure
                     await self._pause(pause_s, failure)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _pause(self, pause_s: float, failure: _PassingFailure) -> None:
-        """Wait as long as the server asks, or about *pause_s*; raise where that is too long."""
+    async def _pause(self, pause_s: float, failure: _TransientError) -> None:
+        """Wait as long as the server requests, or about *pause_s*. Raise the error if that is too long."""
         pause_s = min(pause_s, 8) * (1 - 0.25 * random.random())
         if failure.retry_after_s is not None:
             pause_s = failure.retry_after_s
         wakes_at = anyio.current_time() + pause_s
         if pause_s > MAX_RETRY_AFTER_S or wakes_at > anyio.current_effective_deadline():
             raise failure.error from failure
-        logger.info("%s Trying again in %.1f s.", failure.error, pause_s)
+        logger.info("%s Retrying in %.1f s.", failure.error, pause_s)
         self.on_retry()
         await anyio.sleep(pause_s)
 
@@ -240,45 +240,47 @@ class ModelClient:
             )
         except httpx.TimeoutException as exc:
             error = _error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
-            raise _PassingFailure(error) from exc
+            raise _TransientError(error) from exc
         except httpx.TransportError as exc:
-            error = _error(endpoint.name, "model_unavailable", "could not be reached, or broke off", repr(exc))
-            raise _PassingFailure(error) from exc
+            error = _error(
+                endpoint.name, "model_unavailable", "could not be reached, or closed the connection", repr(exc)
+            )
+            raise _TransientError(error) from exc
         if response.status_code != 200:
             error = _status_error(endpoint.name, response)
             if error.error_type in ("model_unavailable", "model_rate_limited"):
-                raise _PassingFailure(error, _retry_after_s(response.headers))
+                raise _TransientError(error, _retry_after_s(response.headers))
             raise error
         try:
             return json.loads(response.content)
         except (ValueError, RecursionError) as exc:
-            reason = "answered 200 with something that is not JSON"
-            raise _error(endpoint.name, "model_bad_response", reason, _own_words(response)) from exc
+            reason = "returned status 200 with a body that is not JSON"
+            raise _error(endpoint.name, "model_bad_response", reason, _provider_message(response)) from exc
 
     def _client(self) -> httpx.AsyncClient:
         if self._http is None:
             self._http = httpx.AsyncClient(
                 transport=self._transport,
                 timeout=self._timeout,
-                # The engine bounds how many runs call at the same time; a second bound here would only hide a wait.
+                # The engine limits concurrent calls. A second limit here would only hide the waiting.
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
             )
         return self._http
 
 
-# The way to a model
+# Finding a model
 
 
 def check_model(name: str | None) -> None:
-    """Raise the ModelError with which each call of the model *name* would fail as this process is set up.
+    """Raise the ModelError that each call of the model *name* would raise with the current setup of this process.
 
-    It asks no server, and loads no weights. With litellm, which alone knows the names of its providers, only one that
-    is nearly the name of a built-in provider counts as unknown.
+    It sends no request and loads no weights. If litellm is installed, any other provider is accepted, unless its name
+    looks like a misspelling of a built-in one, because only litellm knows its own providers.
     """
-    name = _named(name)
+    name = _required_name(name)
     provider = name.partition("/")[0]
     if provider not in BUILT_IN:
-        if not _has_litellm() or did_you_mean(provider, BUILT_IN, NEARLY):
+        if not _has_litellm() or did_you_mean(provider, BUILT_IN, MISSPELLING_CUTOFF):
             raise _unknown_provider(name)
     elif provider == "local":
         localmodel.check(_model_of(name))
@@ -287,41 +289,43 @@ def check_model(name: str | None) -> None:
         _key_of(name)
 
 
-#: How alike two names are if one is a misspelling of the other; litellm has no provider that is so near a built-in one.
-NEARLY = 0.88
+#: Min similarity of a misspelled name to the correct one. No provider of litellm is this similar to a built-in one.
+MISSPELLING_CUTOFF = 0.88
 
 
 def _has_litellm() -> bool:
     return importlib.util.find_spec("litellm") is not None
 
 
-def _named(name: str | None) -> str:
+def _required_name(name: str | None) -> str:
     if not name:
-        raise _not_configured("no model is named: pass model= to the agent or to Flock, or set FLOCK_MODEL")
+        raise _not_configured("no model is set. Pass model= to the agent or to Flock, or set FLOCK_MODEL")
     return name
 
 
 def _model_of(name: str) -> str:
-    """What follows the provider."""
+    """Return the part after the provider."""
     model = name.partition("/")[2]
     if not model:
-        raise _not_configured(f"{name!r} names no model: write provider/model, such as openai/gpt-4o")
+        raise _not_configured(f"{name!r} has no model name. Write provider/model, such as openai/gpt-4o")
     return model
 
 
 def _key_of(name: str) -> str:
-    """The key for the model *name* of a provider that is built in; empty if it needs none."""
+    """Return the API key for the model *name* of a built-in provider, or "" if it needs none."""
     variable = PROVIDERS[name.partition("/")[0]].key_variable
     key = os.environ.get(variable, "").strip() if variable else ""
     if variable and not key:
-        raise _not_configured(f"{name!r} needs a key: set the environment variable {variable} where the server starts")
+        raise _not_configured(
+            f"{name!r} needs an API key. Set the environment variable {variable} where the server starts"
+        )
     return key
 
 
 async def _endpoint(name: str) -> _Endpoint:
     provider_name, model = name.partition("/")[0], _model_of(name)
     if provider_name == "local":
-        # In a thread, since loading weights takes a while. Cancellation: the model is loaded to its end, for the next.
+        # In a thread, because loading weights is slow. If cancelled, loading continues for the next caller.
         server = await anyio.to_thread.run_sync(localmodel.serve, model, abandon_on_cancel=True)
         return _Endpoint(
             name=name,
@@ -350,7 +354,7 @@ def _headers(key: str) -> dict[str, str]:
 
 
 def _key_header(key: str | None, format_: str = FORMATS[0]) -> dict[str, str]:
-    """A server that keeps answers by their key, refusals too, would give the first refusal for each format."""
+    """Return the header, with a separate key per format: a server may store responses by key, rejections included."""
     if key is None:
         return {}
     return {"Idempotency-Key": key if format_ == FORMATS[0] else f"{key}/{format_}"}
@@ -364,19 +368,19 @@ def _unknown_provider(name: str) -> ModelError:
     provider = name.partition("/")[0]
     reason = f"the provider {provider!r} of {name!r} is not built in.{did_you_mean(provider, BUILT_IN)}"
     if provider == name:
-        reason = f"{name!r} names no provider: write provider/model, such as openai/gpt-4o."
-    more = "" if _has_litellm() else f" For 100 more: {pip_install('litellm')}"
+        reason = f"{name!r} has no provider. Write provider/model, such as openai/gpt-4o."
+    more = "" if _has_litellm() else f" For 100 more providers: {pip_install('litellm')}"
     known = f"The built-in providers are {', '.join(BUILT_IN)}."
     return ModelError(f"The model cannot be called: {reason} {known}{more}", "model_not_configured")
 
 
-# What is asked for
+# The request
 
 
 def _format_of(
     format_: str, messages: Sequence[Message], schema: Mapping[str, Any], max_tokens: int | None, endpoint: _Endpoint
 ) -> dict[str, Any]:
-    """The part of a request that asks for JSON."""
+    """Return the part of a request that requests JSON."""
     if format_ == "json_schema":
         is_strict, sent = _strict_schema(schema)
         if endpoint.is_local:
@@ -389,7 +393,7 @@ def _format_of(
     return part | {"response_format": {"type": "json_object"}} if format_ == "json_object" else part
 
 
-#: What strict mode allows in a schema. What it does not is left to the check of the answer.
+#: Keywords that strict mode supports. Other constraints are only checked in the answer.
 STRICT_KEYWORDS = frozenset(
     "type properties required additionalProperties items enum const anyOf description title $ref $defs".split()
 )
@@ -397,7 +401,7 @@ STRICT_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv
 
 
 def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
-    """*schema* as strict mode wants it: closed objects, every member required; and whether it can be so.
+    """Return whether *schema* can be used in strict mode, and the schema in that form: closed objects, all required.
 
     Source: OpenAI's guide to structured outputs, "Supported schemas".
     """
@@ -410,7 +414,7 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
             kept["format"] = node["format"]
         is_open = {"object": "properties" not in kept, "array": not isinstance(kept.get("items"), Mapping)}
         if not kept.keys() & {"type", "enum", "const", "anyOf", "$ref"} or is_open.get(kept.get("type", "")):
-            is_strict = False  # anything at all, an object with any keys, a list or tuple of anything
+            is_strict = False  # any value, an object with any keys, or a list or tuple of anything
             return dict(node)
         if "properties" in kept:
             kept |= {
@@ -430,7 +434,7 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
     return (True, strict) if is_strict else (False, dict(schema))
 
 
-def _is_about_format(error: ModelError) -> bool:
+def _rejects_format(error: ModelError) -> bool:
     return error.error_type == "model_bad_request" and bool(
         re.search(
             r"response_format|json.?schema|json_object|json mode|structured output|grammar", error.log_detail, re.I
@@ -438,7 +442,7 @@ def _is_about_format(error: ModelError) -> bool:
     )
 
 
-# What comes back
+# The response
 
 
 class _AnswerMessage(msgspec.Struct):
@@ -462,45 +466,50 @@ class _Answer(msgspec.Struct):
 
 
 def _completion(answer: Any, name: str) -> Completion:
-    """The text of a 200. What the providers' own clients hand back as success is told apart here."""
+    """Return the answer in a 200 response. Some of these are failures that the providers' clients return as success."""
     if isinstance(answer, dict) and answer.get("error"):
-        raise _error(name, "model_bad_response", "answered 200 with an error inside", str(answer["error"]))
+        raise _error(name, "model_bad_response", "returned status 200 with an error in the body", str(answer["error"]))
     try:
         read = msgspec.convert(answer, _Answer)
     except msgspec.ValidationError as exc:
-        raise _error(name, "model_bad_response", "answered 200 without what a chat completion has", str(exc)) from exc
+        raise _error(
+            name, "model_bad_response", "returned status 200 without a valid chat completion", str(exc)
+        ) from exc
     if not read.choices:
-        raise _error(name, "model_bad_response", "gave no choice at all", "choices: []")
+        raise _error(name, "model_bad_response", "returned no choices", "choices: []")
     choice = read.choices[0]
     if choice.finish_reason == "content_filter":
-        raise _error(name, "model_content_filter", "was stopped by its provider's content filter")
+        raise _error(name, "model_content_filter", "was blocked by its provider's content filter")
     if choice.message.refusal:
         raise _error(name, "model_refusal", "declined to answer", choice.message.refusal)
     if choice.finish_reason == "length":
         raise _error(
-            name, "model_truncated", "was cut off at its token limit; raise max_tokens or ask for less", "length"
+            name,
+            "model_truncated",
+            "was cut off at its token limit. Raise max_tokens, or ask for a shorter answer",
+            "length",
         )
     if not isinstance(choice.message.content, str) or not choice.message.content.strip():
-        raise _error(name, "model_bad_response", "gave an empty answer", f"finish_reason {choice.finish_reason}")
+        raise _error(name, "model_bad_response", "returned an empty answer", f"finish_reason {choice.finish_reason}")
     usage = read.usage or _AnswerUsage()
     return Completion(
-        # A lone surrogate, which JSON can escape, is no text that could be sent back or kept.
+        # JSON can contain an escaped lone surrogate, which cannot be sent or stored.
         text=_without_fence(choice.message.content.encode("utf-8", "replace").decode()),
         usage=Usage(input_tokens=usage.prompt_tokens or 0, output_tokens=usage.completion_tokens or 0),
     )
 
 
 def _without_fence(text: str) -> str:
-    """Models that are only asked for JSON like to put it between ```json and ```."""
+    """Remove a code fence. Models without a JSON mode often put JSON between ```json and ```."""
     found = re.fullmatch(r"\s*```\w*\s*\n(.*?)\s*```\s*", text, re.DOTALL)
     return found[1] if found else text
 
 
-# What went wrong
+# Errors
 
 _STATUS_ERRORS: Mapping[int, tuple[str, str]] = {
-    401: ("model_authentication", "refused the key"),
-    403: ("model_authentication", "does not allow this key to use it"),
+    401: ("model_authentication", "rejected the API key"),
+    403: ("model_authentication", "is not available to this API key"),
     404: ("model_not_found", "does not exist at this provider"),
     408: ("model_unavailable", "timed out at its provider"),
     409: ("model_unavailable", "was busy with a conflicting request"),
@@ -508,20 +517,20 @@ _STATUS_ERRORS: Mapping[int, tuple[str, str]] = {
 }
 
 
-#: The same said by the body, whatever the status: providers agree on these words more than on their place.
+#: Errors by the text of the body, for any status: providers use the same texts with different statuses.
 _BODY_ERRORS: Mapping[str, tuple[str, str]] = {
-    r"insufficient_quota": ("model_quota", "has no quota left; only its owner can mend that"),
+    r"insufficient_quota": ("model_quota", "has no quota left; check the plan and billing of this API key"),
     r"context_length_exceeded|exceed_context_size|maximum context length": (
         "model_context_length",
-        "cannot take so long an input",
+        "received an input that exceeds its context window",
     ),
-    r"content_filter|content_policy": ("model_content_filter", "was stopped by its provider's content filter"),
+    r"content_filter|content_policy": ("model_content_filter", "was blocked by its provider's content filter"),
 }
 
 
 def _status_error(name: str, response: httpx.Response) -> ModelError:
-    words, status = _own_words(response), response.status_code
-    default = ("model_unavailable", "failed") if status >= 500 else ("model_bad_request", "refused the request")
+    words, status = _provider_message(response), response.status_code
+    default = ("model_unavailable", "failed") if status >= 500 else ("model_bad_request", "rejected the request")
     error_type, reason = _STATUS_ERRORS.get(status, default)
     for pattern, known in _BODY_ERRORS.items():
         if re.search(pattern, response.text):
@@ -533,7 +542,7 @@ def _status_error(name: str, response: httpx.Response) -> ModelError:
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """What the server asks for: ``Retry-After`` in seconds or as a date (RFC 9110, section 10.2.3), or in ms."""
+    """Return the requested wait: ``Retry-After`` in seconds or as a date (RFC 9110, section 10.2.3), or its ms form."""
     value = headers.get("retry-after", "")
     try:
         if "retry-after-ms" in headers:
@@ -547,17 +556,17 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     return max(0.0, seconds)
 
 
-def _own_words(response: httpx.Response) -> str:
-    """What the provider said, for the log; never a key."""
+def _provider_message(response: httpx.Response) -> str:
+    """Return the provider's message for the log, without API keys."""
     words = f"x-request-id {response.headers.get('x-request-id', 'none')}: {response.text[:MAX_LOGGED_CHARS]!r}"
     return re.sub(r"\b(sk|gsk|fk)[-_][\w*.-]+", r"\1-…", words)
 
 
-def _error(name: str, error_type: str, reason: str, own_words: str = "") -> ModelError:
-    return ModelError(f"The model {name} {reason}.", error_type, own_words)
+def _error(name: str, error_type: str, reason: str, log_detail: str = "") -> ModelError:
+    return ModelError(f"The model {name} {reason}.", error_type, log_detail)
 
 
-# Everything else: litellm
+# Other providers, through litellm
 
 
 async def _complete_with_litellm(
@@ -568,12 +577,12 @@ async def _complete_with_litellm(
     temperature: float | None,
     headers: Mapping[str, str],
 ) -> Completion:
-    """The same call by litellm, whose own retries are used."""
+    """Call the model through litellm, which does its own retries."""
     try:
         import litellm
     except ImportError as exc:
         raise _unknown_provider(name) from exc
-    litellm.suppress_debug_info = True  # it prints advertisements otherwise
+    litellm.suppress_debug_info = True  # otherwise it prints advertisements
     is_strict, sent = _strict_schema(schema)
     try:
         answer = await litellm.acompletion(
@@ -588,7 +597,7 @@ async def _complete_with_litellm(
             **({} if temperature is None else {"temperature": temperature}),
             **({"extra_headers": headers} if headers else {}),
         )
-    except Exception as exc:  # litellm's errors carry a status, and share no root but Exception
+    except Exception as exc:  # litellm's errors have a status, but no common base class except Exception
         status = getattr(exc, "status_code", None) or 500
         raise _status_error(name, httpx.Response(status, text=str(exc))) from exc
     return _completion(answer.model_dump(), name)

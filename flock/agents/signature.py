@@ -1,16 +1,16 @@
 """Signatures: ``"text: str | what to analyse, limit: int"`` ⇄ a msgspec type ⇄ JSON Schema.
 
-A signature says what an agent takes or gives: named fields, each with a type and perhaps a description. It is written
-as a string, as a struct, dataclass or TypedDict, or is read from a function's annotations. The string's grammar:
+A signature describes an agent's inputs or outputs: named fields with types and optional descriptions. It is written as
+a string, or as a struct, dataclass or TypedDict, or derived from a function's annotations. The grammar of the string:
 
     signature   = [ field *( "," field ) [ "," ] ]
     field       = identifier [ ":" type ] [ "|" description ]
     type        = alternative *( "|" alternative )
     alternative = name [ "[" … "]" ]
 
-No type means ``str``. A bar goes on with the type when a type follows it, and starts the description otherwise. Inside
-a description a comma starts a new field only when ``identifier: type`` follows. Names of types come from a fixed table
-and from ``types=``; nothing is evaluated.
+The default type is ``str``. A bar continues the type if a type follows it; otherwise it starts the description. In a
+description, a comma starts a new field only if ``identifier: type`` follows. Type names are looked up in a fixed table
+and in ``types=``; nothing is evaluated.
 """
 
 import ast
@@ -56,7 +56,7 @@ NAMED_TYPES: Mapping[str, Any] = {
     "timedelta": datetime.timedelta,
     "UUID": uuid.UUID,
     "Decimal": decimal.Decimal,
-    # The capitalised names of the typing module, which older scripts use.
+    # The capitalised names of the typing module, for older scripts.
     "List": list,
     "Dict": dict,
     "Tuple": tuple,
@@ -64,17 +64,17 @@ NAMED_TYPES: Mapping[str, Any] = {
     "FrozenSet": frozenset,
 }
 
-# Built at run time, where a type checker cannot follow.
+# Typed as Any, because types are built from them at run time.
 UNION: Any = Union
 LITERAL: Any = Literal
 ANNOTATED: Any = Annotated
 
-#: How many types each generic takes: any number where it is None.
+#: Number of type arguments of each generic type; None means any number.
 TYPE_ARGUMENTS: Mapping[Any, int | None] = {list: 1, set: 1, frozenset: 1, dict: 2, tuple: None}
 
 
 class _Parser:
-    """Reads a signature's text from left to right. ``position`` is the next character to be read."""
+    """Parses a signature's text from left to right. ``position`` is the next character."""
 
     def __init__(self, text: str, types: Mapping[str, Any]) -> None:
         self.text = text
@@ -89,10 +89,10 @@ class _Parser:
             type_ = self._type() if self._take(":") else str
             description = self._description() if self._take("|") else ""
             if not self._take(",") and self.text[self.position :].strip():
-                raise self._error(self._what_is_missing_after(name))
+                raise self._error(self._problem_after(name))
             yield Field(name=name, type=type_, description=description)
 
-    def _what_is_missing_after(self, name: str) -> str:
+    def _problem_after(self, name: str) -> str:
         try:
             end, _ = self._alternative(self.position)
         except SignatureError:
@@ -116,7 +116,7 @@ class _Parser:
         if problem := _name_problem(name):
             raise self._error(problem)
         if name in seen:
-            raise self._error(f"the field {name!r} is there twice")
+            raise self._error(f"the field {name!r} is defined twice")
         self.position = found.end() if found else self.position
         return name
 
@@ -128,7 +128,7 @@ class _Parser:
             try:
                 next_end, alternative = self._alternative(end + 1)
             except SignatureError:
-                break  # no type follows the bar: the description starts
+                break  # no type follows the bar, so the description starts here
             alternatives.append(alternative)
             end = next_end
         self.position = end
@@ -140,7 +140,7 @@ class _Parser:
         return type_
 
     def _alternative(self, start: int) -> tuple[int, Any]:
-        """One type that begins at *start*: where it ends (at "," or "|" or the text's end), and what it is."""
+        """Parse the type at *start*, up to "," or "|" or the end. Return its end and the type."""
         end, depth = start, 0
         tokens = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|.", re.DOTALL)
         for token in tokens.finditer(self.text, start):
@@ -157,7 +157,7 @@ class _Parser:
         return end, self._resolve(node, source[lead:], start + lead)
 
     def _resolve(self, node: ast.expr, source: str, start: int) -> Any:
-        """The type that *node* names. Only names, brackets, bars and literals have a meaning here."""
+        """Return the type for *node*. Only names, brackets, bars and literals are supported."""
         line_bytes = source.encode()[: node.col_offset]
         at = start + len(line_bytes.decode(errors="ignore"))
         match node:
@@ -176,14 +176,14 @@ class _Parser:
             case ast.Subscript(value=ast.Name(id=name), slice=inner) if self._takes_types(name):
                 return self._generic(self.types[name], _items(inner), source, start, at)
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id not in self.types:
-            node = node.value  # with a name that is known, the brackets are what is wrong
+            node = node.value  # report just the name if it is unknown; otherwise the brackets are the error
         name, generics = ast.unparse(node), ("Literal", "Optional", "Union")
         hint = ""
         if name.isidentifier():
             known = ", ".join(sorted({*self.types, *(f"{generic}[...]" for generic in generics)}))
             nearest = did_you_mean(name, [*generics, *reversed(self.types)])
             hint = f"{nearest} Pass it with types={{{name!r}: ...}}, or use one of: {known}."
-        raise self._error(f"{name!r} is not a type known here.{hint}", at)
+        raise self._error(f"unknown type {name!r}.{hint}", at)
 
     def _takes_types(self, name: str) -> bool:
         return isinstance(self.types.get(name), type) and self.types[name] in TYPE_ARGUMENTS
@@ -200,7 +200,7 @@ class _Parser:
 
     def _literal(self, node: ast.expr, at: int) -> Any:
         try:
-            value = ast.literal_eval(node)  # a constant, or a sign before one: nothing is evaluated
+            value = ast.literal_eval(node)  # a constant, optionally with a sign; nothing is evaluated
         except ValueError:
             value = ...
         if not isinstance(value, str | int | None):
@@ -227,7 +227,7 @@ class _Parser:
 
 
 def _union(types: Sequence[Any]) -> Any:
-    """The union of *types*, whose Literals are marked with their order: typing caches unions without regard to it."""
+    """Return the union of *types*. Literals are marked with their order, which the cache of typing ignores."""
     if len(types) == 1:
         return types[0]
     return UNION[tuple(map(_with_order, types))]
@@ -245,34 +245,34 @@ def _items(node: ast.expr) -> Sequence[ast.expr]:
 
 def _name_problem(name: str) -> str | None:
     if not name:
-        return "a field's name is missing"
+        return "a field name is missing"
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
-        return f"{name!r} cannot be a field's name: use letters, digits and '_', no Python keyword, no '_' in front"
+        return f"{name!r} is not a valid field name. Use letters, digits and '_', no Python keyword, and no leading '_'"
     return None
 
 
 def _check_json(type_: Any) -> None:
-    """Raise TypeError where msgspec cannot read or describe *type_*."""
+    """Raise TypeError if msgspec cannot decode *type_* or create a schema for it."""
     msgspec.json.Decoder(type_)
     msgspec.json.schema_components([type_])
 
 
 def _reason(exc: Exception) -> str:
-    """What msgspec says, without its list of remedies."""
+    """Return msgspec's message without its list of suggestions."""
     first, *_, last = [*str(exc).split("\n"), ""] if "\n" not in str(exc) else str(exc).split("\n")
     return (last if first.endswith("requires either:") else first).replace("`", "'")
 
 
-# The signature itself
+# Signatures
 
 
 class Signature:
-    """What an agent takes or gives.
+    """The inputs or outputs of an agent.
 
     Attributes:
-        fields: in the order in which they were written.
-        type: the struct, dataclass or TypedDict to which JSON is converted.
-        schema: its JSON Schema (2020-12), an object at the root, with everything inlined that is not recursive.
+        fields: in order of declaration.
+        type: the struct, dataclass or TypedDict that JSON is decoded to.
+        schema: its JSON Schema (2020-12). The root is an object, and all types that are not recursive are inlined.
     """
 
     def __init__(self, fields: Sequence[Field], type_: Any = None, *, name: str = "Fields") -> None:
@@ -290,19 +290,20 @@ class Signature:
 
     @classmethod
     def of(cls, source: Any, types: Mapping[str, Any] | None = None, *, name: str = "Fields") -> "Signature":
-        """A signature from its text, or from a struct, dataclass or TypedDict.
+        """Create a signature from its text, or from a struct, dataclass or TypedDict.
 
         Args:
-            types: what the text may name beyond the built-in types, by name.
+            types: additional types, by name, that the text may use.
 
         Raises:
-            SignatureError: with the column where the text cannot be understood.
+            SignatureError: the signature is invalid; for a text, with the column.
         """
         if isinstance(source, str):
             return cls(list(_Parser(source, types or {}).fields()), name=name)
         if not has_fields(source):
             raise SignatureError(
-                f"A signature is a string such as 'text: str', or a struct, dataclass or TypedDict; not {source!r}."
+                "A signature must be a string such as 'text: str', or a struct, dataclass or TypedDict, "
+                f"not {source!r}."
             )
         try:
             _check_json(source)
@@ -312,18 +313,18 @@ class Signature:
 
     @classmethod
     def of_parameters(cls, function: Callable[..., Any]) -> "Signature":
-        """What *function* takes: one field for each parameter. Raises SignatureError."""
+        """Create the signature of a function's inputs: one field for each parameter. Raises SignatureError."""
         hints, name = _hints(function), name_of(function)
         try:
             parameters = inspect.signature(function).parameters
         except ValueError as exc:
-            raise SignatureError(f"{name}: Python does not know its parameters. Wrap it in a function.") from exc
+            raise SignatureError(f"{name}: Python cannot inspect its parameters. Wrap it in a typed function.") from exc
         fields = []
         for parameter in parameters.values():
             if hints.get(parameter.name) is RunContext:
                 continue
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                raise SignatureError(f"{name}: the parameter {parameter} cannot be given by name, as an input is.")
+                raise SignatureError(f"{name}: the parameter {parameter} cannot be passed by name, as inputs are.")
             if parameter.name not in hints:
                 raise SignatureError(f"{name}: the parameter {parameter.name!r} needs a type, such as ': str'.")
             if problem := _name_problem(parameter.name):
@@ -337,7 +338,7 @@ class Signature:
 
     @classmethod
     def of_result(cls, function: Callable[..., Any]) -> tuple["Signature", bool]:
-        """What *function* returns, and whether its bare value goes into one field, ``result``.
+        """Create the signature of a function's result, and return whether its value is wrapped in a field ``result``.
 
         Raises SignatureError.
         """
@@ -348,42 +349,44 @@ class Signature:
         return cls(_checked([Field.of("result", returned)], name), name=name), True
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
-        """Read a JSON object into ``type``. Raises MalformedJSON, InvalidData; see ``JSONType.decode``."""
+        """Decode a JSON object to ``type``. Raises MalformedJSON, InvalidData; see ``JSONType.decode``."""
         return self._json.decode(raw, at)
 
     def encode(self, value: Any) -> msgspec.Raw:
-        """Check *value* (an instance of ``type``, or a mapping) and write it as JSON.
+        """Validate *value* (an instance of ``type``, or a mapping) and encode it as JSON.
 
-        NaN and infinities become null. Raises InvalidData: it does not fit, or cannot be JSON.
+        NaN and infinities become null. Raises InvalidData if it is invalid, or cannot be encoded as JSON.
         """
         try:
-            # By way of plain values, since convert() takes an instance of the type itself unchecked.
+            # Convert to plain values first, because convert() does not validate an instance of the type itself.
             plain = msgspec.to_builtins(value, str_keys=True)
             try:
                 typed = msgspec.convert(plain, self.type, str_keys=True)
             except msgspec.ValidationError as exc:
-                self.decode(msgspec.json.encode(plain))  # raises with all that is wrong, and where
+                self.decode(msgspec.json.encode(plain))  # raises with all errors and their locations
                 raise InvalidData([FieldError(detail=str(exc), pointer="")]) from exc
             return msgspec.Raw(msgspec.json.encode(typed))
         except (RecursionError, MalformedJSON) as exc:
-            raise InvalidData([FieldError(detail="It is nested too deep to be JSON.", pointer="")]) from exc
+            raise InvalidData(
+                [FieldError(detail="It is nested too deeply to be encoded as JSON.", pointer="")]
+            ) from exc
         except (TypeError, ValueError, OverflowError) as exc:
-            raise InvalidData([FieldError(detail=f"It cannot be JSON: {exc}.", pointer="")]) from exc
+            raise InvalidData([FieldError(detail=f"It cannot be encoded as JSON: {exc}.", pointer="")]) from exc
 
     def from_text(self, values: Mapping[str, str]) -> dict[str, msgspec.Raw]:
-        """Values typed by a person, such as ``{"limit": "5"}``: text where the field takes text, JSON otherwise."""
+        """Convert text values, such as ``{"limit": "5"}``, to JSON: to strings if the field accepts them."""
         types = {field.name: field.type for field in self.fields}
         return {name: text_as_json(types.get(name, Any), text) for name, text in values.items()}
 
 
 def text_as_json(type_: Any, text: str) -> msgspec.Raw:
-    """*text* as a string where *type_* takes that or where it is no JSON, and as it is otherwise."""
-    text = text.encode("utf-8", "replace").decode()  # a shell may hand over bytes that are no text
+    """Return *text* as a JSON string if *type_* accepts that or if *text* is not valid JSON, otherwise unchanged."""
+    text = text.encode("utf-8", "replace").decode()  # a shell may pass bytes that are not valid text
     quoted = msgspec.json.encode(text)
     if not explain(type_, quoted, ""):
         return msgspec.Raw(quoted)
     try:
-        msgspec.json.decode(text, type=msgspec.Raw)  # 1e400 is JSON, although no float can hold it
+        msgspec.json.decode(text, type=msgspec.Raw)  # 1e400 is valid JSON, although it is out of range for a float
     except (msgspec.DecodeError, RecursionError):
         return msgspec.Raw(quoted)
     return msgspec.Raw(text.encode())
@@ -395,19 +398,19 @@ def _struct_field(field: Field) -> Any:
     )
     if field.required:
         return field.name, type_
-    # A default that can be changed must not pass from one run to the next.
+    # A mutable default must not be shared between runs.
     if isinstance(field.default, str | int | float | bool | None):
         return field.name, type_, field.default
     return field.name, type_, msgspec.field(default_factory=functools.partial(copy.deepcopy, field.default))
 
 
 def context_parameter(function: Callable[..., Any]) -> str | None:
-    """The parameter of *function* that takes a ``RunContext``; it is no input."""
+    """Return the parameter of *function* that receives the ``RunContext``, which is not an input, or None."""
     return next((name for name, hint in _hints(function).items() if hint is RunContext), None)
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """What people call it: the name of a function or method, or the class of an object that can be called."""
+    """Return the name of a function or method, or the class name of a callable object."""
     if isinstance(function, functools.partial):
         return name_of(function.func)
     return getattr(function, "__name__", type(function).__name__)
@@ -422,7 +425,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target, include_extras=True)
     except NameError as exc:
-        raise SignatureError(f"{name_of(function)}: the type {exc.name!r} is not known where it is defined.") from exc
+        raise SignatureError(f"{name_of(function)}: the type {exc.name!r} is not defined in its module.") from exc
 
 
 def _checked(fields: Sequence[Field], owner: str) -> Sequence[Field]:
@@ -440,12 +443,12 @@ def _checked(fields: Sequence[Field], owner: str) -> Sequence[Field]:
 
 REF = "#/$defs/"
 
-#: The formats that msgspec leaves out, since a time without its zone is valid too.
+#: Formats that msgspec omits, because it also accepts times without a time zone.
 FORMATS: Mapping[Any, str] = {datetime.datetime: "date-time", datetime.time: "time"}
 
 
 def _inlined_schema(type_: Any) -> dict[str, Any]:
-    """The schema of *type_* with each ``$ref`` replaced by what it names; recursive types stay in ``$defs``."""
+    """Return the schema of *type_* with each ``$ref`` inlined. Recursive types stay in ``$defs``."""
     root, components = _schema_components(type_)
     recursive: set[str] = set()
 
@@ -454,7 +457,7 @@ def _inlined_schema(type_: Any) -> dict[str, Any]:
             return [inline(item, within) for item in node]
         if not isinstance(node, dict):
             return node
-        # A discriminator names definitions that are gone once they are inlined; it only repeats the members' own tags.
+        # A discriminator refers to definitions that are inlined here, and only repeats the members' own tags.
         siblings = {key: inline(value, within) for key, value in node.items() if key not in ("$ref", "discriminator")}
         if "$ref" not in node:
             return siblings
@@ -473,13 +476,13 @@ def _inlined_schema(type_: Any) -> dict[str, Any]:
 
 
 def _schema_components(type_: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """msgspec's schema of *type_* and of each named type in it, all in the order of declaration.
+    """Return msgspec's schemas of *type_* and of each named type in it, in order of declaration.
 
-    msgspec alone sorts the members of a TypedDict and the choices of enums and Literals, and most times have no format.
+    msgspec itself sorts the members of a TypedDict and the choices of enums and Literals, and omits most time formats.
     """
     named = _named_types(msgspec.inspect.type_info(type_), {})
     fields = [_as_declared(hint) for info in named.values() for hint in _field_types(info)]
-    # One call for all, so that a type has the same name in each schema.
+    # A single call, so that a type has the same name in all schemas.
     (root, *others), components = msgspec.json.schema_components([type_, *named, *fields], ref_template=REF + "{name}")
     refs, of_fields = others[: len(named)], iter(others[len(named) :])
     for info, ref in zip(named.values(), refs, strict=True):
@@ -500,7 +503,7 @@ def _schema_components(type_: Any) -> tuple[dict[str, Any], dict[str, dict[str, 
 
 
 def _named_types(node: Any, found: dict[Any, Any]) -> dict[Any, Any]:
-    """*found* with the classes and enums below a node of ``msgspec.inspect``, each with its own node."""
+    """Add the classes and enums below a node of ``msgspec.inspect`` to *found*, each with its node, and return it."""
     if isinstance(node, tuple):
         for item in node:
             _named_types(item, found)
@@ -514,21 +517,21 @@ def _named_types(node: Any, found: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _field_types(info: Any) -> list[Any]:
-    """The annotations of the fields of a named type, in the order that ``msgspec.inspect`` has."""
+    """Return the annotations of the fields of a named type, in the order of ``msgspec.inspect``."""
     fields = getattr(info, "fields", ())
     hints = hints_of(typing.get_origin(info.cls) or info.cls) if fields else {}
     return [hints.get(field.name, Any) for field in fields]
 
 
 def _as_declared(type_: Any) -> Any:
-    """*type_* for msgspec's schema, with the choices of its Literals as they stand, and the format of its times."""
+    """Return *type_* for msgspec's schema, with Literal choices in order of declaration and formats of times."""
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if isinstance(type_, type) and type_ in FORMATS:
         return ANNOTATED[type_, msgspec.Meta(extra_json_schema={"format": FORMATS[type_]})]
     if origin is Literal:
         return ANNOTATED[Any, msgspec.Meta(extra_json_schema={"enum": list(arguments)})]
     if origin is Annotated:
-        has_no_zone = any(getattr(note, "tz", None) is False for note in arguments[1:])  # neither format allows that
+        has_no_zone = any(getattr(note, "tz", None) is False for note in arguments[1:])  # neither format allows this
         return type_ if has_no_zone else ANNOTATED[(_as_declared(arguments[0]), *arguments[1:])]
     if origin in (Union, python_types.UnionType):
         return UNION[tuple(map(_as_declared, arguments))]
@@ -538,5 +541,5 @@ def _as_declared(type_: Any) -> Any:
 
 
 def _aliased(type_: Any) -> Any:
-    """What a NewType or a ``type`` statement stands for."""
+    """Return the underlying type of a NewType or a ``type`` statement, or None."""
     return None if isinstance(type_, type) else getattr(type_, "__supertype__", getattr(type_, "__value__", None))

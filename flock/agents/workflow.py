@@ -1,7 +1,7 @@
-"""Workflows: which agent goes on with what, and one step of it.
+"""The steps of a run: which agent is next, its inputs, and its execution.
 
-``next_agent`` and ``inputs_for`` are pure functions of a run's record, and ``run_step`` is one step. They know nothing
-of stores, so that every engine can use them.
+``next_agent`` and ``inputs_for`` are pure functions of a run's record, and ``run_step`` executes one step. They do not
+depend on a store, so every engine can use them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,16 @@ __all__ = [
     "run_step",
 ]
 
-#: The names of a run's inputs and of its result's members; None where nobody knows them before.
+#: The names of a run's inputs and of its result's members. Each is None if it is not known in advance.
 Columns = tuple[Sequence[str] | None, Sequence[str] | None]
 
 
 def next_agent(run: Run, agents: Mapping[str, Agent], max_steps: int) -> Agent | None:
-    """The agent that has its turn after the steps of *run*, which may be a stub; None when it is at its end.
+    """Return the agent for the next step of *run*, or None if there are no more steps. *run* may be a stub.
 
     Raises:
         InvalidHandoff: the next agent does not exist.
-        TooManySteps: it would be more than *max_steps*.
+        TooManySteps: the run already has *max_steps* steps.
     """
     steps, name = run.steps, run.next_agent_name
     if name is None:
@@ -40,7 +40,7 @@ def next_agent(run: Run, agents: Mapping[str, Agent], max_steps: int) -> Agent |
     path = " → ".join([*(step.agent_name for step in steps), name])
     if len(steps) >= max_steps:
         raise TooManySteps(
-            f"Stopped after {max_steps} steps, the limit (max_steps): {path}. Do they hand on in a loop?"
+            f"Stopped after {max_steps} steps, the limit (max_steps): {path}. Check next_agent for a loop."
         )
     agent = agents.get(name)
     if agent is None:
@@ -49,7 +49,7 @@ def next_agent(run: Run, agents: Mapping[str, Agent], max_steps: int) -> Agent |
 
 
 def inputs_for(agent: Agent, run: Run) -> msgspec.Raw:
-    """The inputs of the next agent of *run*: drawn from all that is known, its inputs, then each result; later wins."""
+    """Return the inputs of the next agent of *run*: from its inputs and the results of all steps. Later values win."""
     if not run.steps:
         return run.inputs
     known: dict[str, msgspec.Raw] = {}
@@ -60,7 +60,7 @@ def inputs_for(agent: Agent, run: Run) -> msgspec.Raw:
 
 
 def check_handoff(agent: Agent, agents: Mapping[str, Agent]) -> None:
-    """Raise the InvalidHandoff with which runs would fail after *agent*, if it names a next one that does not exist."""
+    """Raise InvalidHandoff, as a run would, if the next agent of *agent* does not exist."""
     chosen = agent.next_agent
     name = chosen.name if isinstance(chosen, Agent) else chosen
     if isinstance(name, str) and name not in agents:
@@ -70,20 +70,21 @@ def check_handoff(agent: Agent, agents: Mapping[str, Agent]) -> None:
 def _no_such_agent(name: str, path: str, agents: Mapping[str, Agent]) -> InvalidHandoff:
     known = ", ".join(agents)
     return InvalidHandoff(
-        f"There is no agent {name!r} to hand on to ({path}).{did_you_mean(name, agents)} Known agents: {known}."
+        f"There is no agent {name!r} to hand off to ({path}).{did_you_mean(name, agents)} Known agents: {known}."
     )
 
 
 async def run_step(agent: Agent, inputs: msgspec.Raw, resources: Resources, context: RunContext) -> Step:
-    """Let *agent* have its turn. Raises what the agent raises, and InvalidHandoff where its inputs do not fit.
+    """Execute one step with *agent*.
 
+    Raises: InvalidHandoff if its inputs are missing or invalid; any exception of the agent.
     Cancellation: the step is lost.
     """
     started_at = now()
     try:
         decoded = agent.input.decode(inputs)
     except InvalidData as exc:
-        raise InvalidHandoff(f"The agent {agent.name!r} does not get the inputs that it needs. {exc}") from exc
+        raise InvalidHandoff(f"The inputs for the agent {agent.name!r} are missing or invalid. {exc}") from exc
     turn = await agent.take_turn(decoded, resources, context)
     return Step(
         agent_name=agent.name,
@@ -97,20 +98,22 @@ async def run_step(agent: Agent, inputs: msgspec.Raw, resources: Resources, cont
 
 
 def columns_of(agent_name: str, agents: Mapping[str, Agent]) -> Columns:
-    """What runs that begin with an agent are given, and what they give."""
+    """Return the names of the inputs and of the results of runs that start with an agent."""
     first = last = agents.get(agent_name)
-    met: list[Agent] = []
-    while last is not None and last.next_agent is not None and last not in met:
-        met.append(last)
+    visited: list[Agent] = []
+    while last is not None and last.next_agent is not None and last not in visited:
+        visited.append(last)
         name = last.next_agent.name if isinstance(last.next_agent, Agent) else last.next_agent
         last = agents.get(name) if isinstance(name, str) else None
     inputs = None if first is None else [field.name for field in first.input.fields]
-    return inputs, None if last is None or last in met else list(last.output.schema.get("properties", {}))
+    return inputs, None if last is None or last in visited else list(last.output.schema.get("properties", {}))
 
 
 def result_names(agent_name: str, agents: Mapping[str, Agent]) -> set[str]:
-    """All names that the result of an item may have: the outputs, of any agent if the last one is decided on the way,
-    and what a failure has in their place."""
+    """Return all possible member names of an item's result, including those of a failed item.
+
+    If the last agent is only known at run time, these are the outputs of all agents.
+    """
     outputs = columns_of(agent_name, agents)[1]
     if outputs is None:
         outputs = [name for agent in agents.values() for name in agent.output.schema.get("properties", {})]

@@ -30,7 +30,7 @@ from flock.engine.store import Store
 from flock.errors import AgentNotFound, StoreError
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages, results_as
-from flock.rows.tables import RowMapping, TableFormat, file_rows, is_packed
+from flock.rows.tables import RowMapping, TableFormat, file_rows, is_gzipped
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid
 
 __all__ = ["BatchFile", "check_batch_file", "run_batch_file"]
@@ -241,7 +241,7 @@ def _output(wanted: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
     try:
         with _naming(wanted.output):
             with open(part, "xb") as raw:
-                if is_packed(path):
+                if is_gzipped(path):
                     with gzip.GzipFile(path.stem, "wb", fileobj=raw) as packed:
                         yield cast(IO[bytes], packed)
                 else:

@@ -38,7 +38,7 @@ from flock.errors import DefinitionError, FieldError, FlockError, InvalidData
 from flock.limits import Limits, enforced_by
 from flock.options import MAX_SECONDS, Option, Options, option_of
 from flock.rows.dialect import CSVDialect
-from flock.rows.tables import MAX_ROW_BYTES, TableFormat, ending_of, table_format
+from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
 from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid
 from flock.web.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.web.options import AppOptions, is_host_name
@@ -176,7 +176,7 @@ def _option(name: str, default: Any, option: Option) -> Callable[[F], F]:
 
 def _type_of(option: Option) -> click.IntRange | Seconds:
     if option.unit == "N":
-        return click.IntRange(option.least)
+        return click.IntRange(option.minimum)
     return Seconds(0, MAX_SECONDS, min_open=not option.is_valid(0))
 
 
@@ -665,7 +665,7 @@ def _check_places(rows: Path, output: Path, state: Path) -> None:
 
 def _format_of(output: Path, rows: Path) -> TableFormat:
     """Raises UsageError if the output has the ending of another format."""
-    if ending_of(output) and table_format(output) is None:
+    if suffix_of(output) and table_format(output) is None:
         raise click.UsageError(
             f"{output.name} cannot be written: results are CSV or NDJSON. End its name in .csv, .ndjson or .jsonl, "
             "also with .gz after it, or choose with --format."

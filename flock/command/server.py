@@ -107,7 +107,7 @@ class ServerSettings(Options, frozen=True, kw_only=True):
     #: start, and the others end as interrupted.
     drain_timeout_s: Annotated[
         float,
-        seconds("How long runs may continue after the server is asked to stop.", may_be_0=True),
+        seconds("How long runs may continue after the server is asked to stop.", allow_zero=True),
     ] = 20
     expose_errors: bool = False
     allow_anonymous: bool = False
@@ -138,7 +138,7 @@ class WorkerSettings(Options, frozen=True, kw_only=True):
         float,
         seconds(
             "How long steps may continue after the worker is asked to stop; then another worker starts them again.",
-            may_be_0=True,
+            allow_zero=True,
         ),
     ] = 20
     expose_errors: bool = False

@@ -1,1 +1,1 @@
-"""Rows: tables in, results out."""
+"""Reading rows from tables, and writing the results of batches."""

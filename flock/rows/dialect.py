@@ -1,4 +1,4 @@
-"""How CSV is written: delimiter, decimal sign, encoding. And what to say about CSV that is written in another way."""
+"""The format of CSV files: delimiter, decimal separator and encoding, with hints for files in another format."""
 
 import codecs
 import csv
@@ -13,8 +13,8 @@ from flock.errors import DefinitionError
 
 __all__ = ["ENCODINGS", "CSVDialect"]
 
-#: Python's names of the encodings that can be read. Other codecs unpack, run away, or are no text; an unknown name is
-#: not even looked up, since Python remembers each one for ever.
+#: Supported encodings, by their names in Python. Other codecs decompress data, are slow, or are not for text. Unknown
+#: names are not looked up, because Python caches each of them without a limit.
 ENCODINGS = (
     *("utf_8", "utf_16", "utf_16_le", "utf_16_be", "latin_1", "iso8859_2", "iso8859_15"),
     *("cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258"),
@@ -22,25 +22,25 @@ ENCODINGS = (
     *("shift_jis", "cp932", "euc_jp", "gbk", "gb18030", "big5", "euc_kr", "cp949"),
 )
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-#: How many cells of a header, and how many characters, are read with another delimiter.
-MAX_TRIED = 10_000
+#: Max cells and characters of a header that are checked for another delimiter.
+MAX_TRIED_CELLS = 10_000
 MAX_TRIED_CHARS = 64 * 1024
 NO_DIGITS = str.maketrans("", "", "0123456789eE+-")
-#: Digits, and all that people put between them.
+#: Digits with any separators that people use.
 LOOSE_NUMBER = re.compile(r"[+-]?[0-9][0-9.,'\u2019_\s]*([eE][+-]?[0-9]+)?")
-#: What is 1,234 or 1.234 in one country, and 1234 in another.
+#: Numbers such as 1,234 and 1.234, whose meaning depends on the country.
 AMBIGUOUS = re.compile(r"[+-]?[1-9][0-9]{0,2}[.,][0-9]{3}")
 
 
 class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
-    """How a CSV file is written.
+    """The format of a CSV file.
 
     Args:
-        delimiter: one character, between the cells.
-        decimal: "." or ",", before the fraction of a number. Separators of thousands are never read.
-        encoding: a name of Python's for one of ``ENCODINGS``, such as "utf-8", "utf-16" or "windows-1252".
+        delimiter: the character between cells.
+        decimal: the decimal separator, "." or ",". Thousands separators are not supported.
+        encoding: any of Python's names for one of ``ENCODINGS``, such as "utf-8", "utf-16" or "windows-1252".
 
-    Raises: DefinitionError if one of them is not valid.
+    Raises: DefinitionError if one of them is invalid.
     """
 
     delimiter: str = ","
@@ -49,12 +49,12 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
-            raise DefinitionError(f"delimiter is one character, such as ; or | or a tab, and not {self.delimiter!r}.")
+            raise DefinitionError(f"delimiter must be one character, such as ; or | or a tab, not {self.delimiter!r}.")
         if self.decimal not in (".", ","):
-            raise DefinitionError(f'decimal is "." or ",", and not {self.decimal[:10]!r}.')
+            raise DefinitionError(f'decimal must be "." or ",", not {self.decimal[:10]!r}.')
         if self._codec not in ENCODINGS:
             known = ", ".join(name.replace("_", "-") for name in ENCODINGS)
-            raise DefinitionError(f"encoding is one of {known}, and not {self.encoding[:100]!r}.")
+            raise DefinitionError(f"encoding must be one of {known}, not {self.encoding[:100]!r}.")
 
     @property
     def _codec(self) -> str:
@@ -64,84 +64,83 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
     def decoder(self) -> codecs.IncrementalDecoder:
         return codecs.getincrementaldecoder("utf-8-sig" if self._codec == "utf_8" else self._codec)()
 
-    def not_decoded(self, first_bytes: bytes) -> str:
-        """What to say of bytes that are not of this encoding, by those with which the file begins."""
+    def decoding_problem(self, first_bytes: bytes) -> str:
+        """Return an error message for a file that cannot be decoded, based on its first bytes."""
         if self._codec == "utf_8" and first_bytes.startswith((b"\xff", codecs.BOM_UTF16_BE)):
-            return self._another_encoding("UTF-16", "utf-16")
+            return self._wrong_encoding("UTF-16", "utf-16")
         if self._codec == "utf_8":
-            cure = _option("encoding", "cp1252")
-            return f'This is not UTF-8. Save the file as "CSV UTF-8", or name its encoding, such as {cure}.'
-        return f'This is not {self.encoding}. Save the file as "CSV UTF-8", or name its encoding.'
+            hint = _option("encoding", "cp1252")
+            return f'This is not UTF-8. Save the file as "CSV UTF-8", or set the encoding, such as {hint}.'
+        return f'This is not {self.encoding}. Save the file as "CSV UTF-8", or set the encoding.'
 
-    def not_read(self, line: str) -> str:
-        """What to say of a header that looks as if it were of another encoding, or delimiter; "" if it does not."""
+    def format_problem(self, line: str) -> str:
+        """Return an error message if the header seems to have another encoding or delimiter, otherwise ""."""
         if "\x00" in line:
-            return self._another_encoding("UTF-16", "utf-16-be" if line.startswith("\x00") else "utf-16-le")
+            return self._wrong_encoding("UTF-16", "utf-16-be" if line.startswith("\x00") else "utf-16-le")
         for delimiter in self._other_delimiters(line):
             try:
                 cells = next(csv.reader([line[:MAX_TRIED_CHARS]], delimiter=delimiter, strict=True), [])
             except csv.Error:
                 continue
             if len(cells) > 1:
-                return self._another_delimiter(delimiter)
+                return self._wrong_delimiter(delimiter)
         return ""
 
-    def not_divided(self, header: Sequence[str], known: Collection[str], *, is_refused: bool) -> str:
-        """What to say of a header without any *known* name (casefolded) if another delimiter divides it better.
+    def delimiter_problem(self, header: Sequence[str], known: Collection[str], *, is_refused: bool) -> str:
+        """Return an error message for a header without a *known* name (casefolded) if another delimiter fits better.
 
-        Returns "" if none does. One column that *is_refused* anyway need not have known names in it.
+        Otherwise return "". If the header is a single column and *is_refused* anyway, any delimiter in it counts.
         """
         text = self.delimiter.join(header)
         for delimiter in self._other_delimiters(text):
-            cells = text.split(delimiter, MAX_TRIED)[:MAX_TRIED]
+            cells = text.split(delimiter, MAX_TRIED_CELLS)[:MAX_TRIED_CELLS]
             finds = any(cell.strip(' "').casefold() in known for cell in cells)
             if finds or (is_refused and len(header) == 1):
-                return self._another_delimiter(delimiter)
+                return self._wrong_delimiter(delimiter)
         return ""
 
     def _other_delimiters(self, text: str) -> Sequence[str]:
-        """Those that are in *text*, the most frequent one first."""
+        """Return the other delimiters in *text*, the most frequent one first."""
         found = {other: text.count(other) for other in DELIMITERS if other != self.delimiter}
         return sorted((other for other in found if found[other]), key=lambda other: -found[other])
 
-    def _another_delimiter(self, other: str) -> str:
+    def _wrong_delimiter(self, other: str) -> str:
         ours = DELIMITERS.get(self.delimiter, repr(self.delimiter))
         return (
-            f"The header looks divided by {DELIMITERS[other]}, not {ours}. Read it with {_option('delimiter', other)}."
+            f"The columns seem to be separated by {DELIMITERS[other]}, not {ours}. "
+            f"Read it with {_option('delimiter', other)}."
         )
 
-    def _another_encoding(self, name: str, encoding: str) -> str:
-        cure = _option("encoding", encoding)
+    def _wrong_encoding(self, name: str, encoding: str) -> str:
+        hint = _option("encoding", encoding)
         label = "UTF-8" if self._codec == "utf_8" else self.encoding
-        return f'This is not {label}: it looks like {name}. Save the file as "CSV UTF-8", or read it with {cure}.'
+        return f'This is not {label}: it looks like {name}. Save the file as "CSV UTF-8", or read it with {hint}.'
 
-    def number(self, text: str) -> str:
-        """*text* as JSON has it if it is a number in this dialect, and unchanged if it is not one at all.
+    def json_number(self, text: str) -> str:
+        """Convert a number in this dialect to JSON. Return *text* unchanged if it is not a number.
 
-        Raises ValueError, which says what to do, if it is a number of another dialect.
+        Raises ValueError, with a hint for the user, if it is a number in another dialect.
         """
         separators = text.translate(NO_DIGITS)
         if separators == self.decimal:
             return text.replace(",", ".")
         if not separators or LOOSE_NUMBER.fullmatch(text) is None:
             return text
-        without = "write the number without separators of thousands"
+        without = "write the number without thousands separators"
         if self.decimal == "." and separators == ",":
-            cure = f"read the file with {_option('decimal', ',')}"
+            hint = f"read the file with {_option('decimal', ',')}"
             if AMBIGUOUS.fullmatch(text):
                 raise ValueError(
-                    "The comma in this number may be a decimal comma, or may separate thousands. "
-                    f"If it is a decimal comma, {cure}; if not, {without}."
+                    "The comma in this number may be a decimal comma or a thousands separator. "
+                    f"If it is a decimal comma, {hint}. If not, {without}."
                 )
-            raise ValueError(f"This number has a decimal comma. Write it with a point, or {cure}.")
+            raise ValueError(f"This number has a decimal comma. Write it with a point, or {hint}.")
         if self.decimal == "," and separators == ".":
-            raise ValueError(f'This number has a point, and decimal="," is set. Write it with a comma, or {without}.')
-        raise ValueError(
-            f"This number has separators of thousands. Write it without them, such as 1234{self.decimal}5."
-        )
+            raise ValueError(f'This number has a point, but decimal="," is set. Write it with a comma, or {without}.')
+        raise ValueError(f"This number has thousands separators. Write it without them, such as 1234{self.decimal}5.")
 
 
 def _option(name: str, value: str) -> str:
-    """How to set an option in Python, in the command and over HTTP."""
+    """Return how to set an option in Python, on the command line and over HTTP."""
     shown = value.replace("\t", r"\t")
     return f'{name}="{shown}" (--{name} "{shown}", ?{name}={quote(value)})'

@@ -1,4 +1,4 @@
-"""The results of a batch, read and written in pages."""
+"""The results of a batch, in pages and as downloads."""
 
 import csv
 import io
@@ -12,30 +12,30 @@ from flock.runs import Engine, Run, RunStatus, Time
 
 __all__ = ["RESULT_TYPES", "BatchItem", "CSVWriter", "item_pages", "results_as"]
 
-#: The media types of a download, by the names that ``?format=`` has for them.
+#: The media types of downloads, by their names in ``?format=``.
 RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv"}
-#: How many items are read at once.
-ITEMS_A_PAGE = 500
-#: What a spreadsheet takes for the beginning of a formula, also in full width, and what it may skip before it: blanks,
-#: quotes, controls, and characters of no width, such as a byte order mark.
+#: Items per page.
+ITEMS_PER_PAGE = 500
+#: Characters at which a spreadsheet starts a formula, also in full width, and characters that it may skip before them:
+#: blanks, quotes, control characters, and zero-width characters such as a byte order mark.
 SIGNS = "[=+\\-@\uff1d\uff0b\uff0d\uff20]"
 SKIPPED = (
     r'["\x00-\x08\x0b\x0c\x0e-\x20\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f'
     r"\u2028-\u202f\u205f-\u206f\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]*+"
 )
 FORMULA = re.compile(rf"[\t\r\n]|{SKIPPED}{SIGNS}")
-#: A formula within a cell: in many countries a semicolon divides cells, and then a newline ends the row.
+#: A formula inside a cell. In many countries a semicolon separates cells, and then a newline ends the row.
 INNER_FORMULA = re.compile(rf"(?<=[;\t\r\n])(?={SKIPPED}{SIGNS})")
-#: The semicolon before one, which stands only in strings of JSON.
+#: The semicolon before such a formula. In JSON it only occurs in strings.
 JSON_FORMULA = re.compile(rf";(?={SKIPPED}{SIGNS})")
-#: What begins as a formula does, and is none.
+#: A number that looks like the start of a formula.
 SIGNED_NUMBER = re.compile(r"[+-][0-9]+([.,][0-9]+)?")
 
 
 class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One item that has ended, as it is downloaded: an element of the JSON array, or a line of NDJSON.
+    """One ended item in a download: an element of the JSON array, or a line of NDJSON.
 
-    ``extra`` has the kept columns of its row, if there are any.
+    ``extra`` contains the kept columns of its row, if there are any.
     """
 
     position: int
@@ -58,23 +58,23 @@ async def item_pages(
     limit: int = 2**31,
     statuses: Sequence[RunStatus] = tuple(RunStatus),
 ) -> AsyncIterator[Sequence[Run]]:
-    """The items of a batch behind a position, in order, *limit* at most, as ``Engine.get_items`` gives them."""
+    """Yield pages of up to *limit* items of a batch after the position *after*, in order; see ``Engine.get_items``."""
     while limit:
-        pages = [await engine.get_items(batch_id, after=after, limit=min(limit, ITEMS_A_PAGE), statuses=statuses)]
+        pages = [await engine.get_items(batch_id, after=after, limit=min(limit, ITEMS_PER_PAGE), statuses=statuses)]
         if not pages[0]:
             break
         after, limit = pages[0][-1].position or 0, limit - len(pages[0])
-        yield pages.pop()  # it is not held here while a client reads
+        yield pages.pop()  # do not hold the page while the client reads it
 
 
 class CSVWriter:
-    """Items of a batch as CSV: kept columns, what went in, what came out, ``status`` and ``error``.
+    """Writes items of a batch as CSV: kept columns, inputs, outputs, ``status`` and ``error``.
 
     Args:
-        extra: the kept columns; see ``Batch.extra_names``.
-        inputs, outputs: the columns. None for one column that holds all of it, as JSON.
-        escape_formulas: put a ``'`` before text that a spreadsheet would run, also if that follows a semicolon, a tab
-            or a newline. In JSON that semicolon is written as ``\\u003b``.
+        extra: names of the kept columns; see ``Batch.extra_names``.
+        inputs, outputs: names of the columns; None for a single column with all values as JSON.
+        escape_formulas: insert a ``'`` before text that a spreadsheet would execute, also after a semicolon, a tab or a
+            newline. In JSON, such a semicolon is written as ``\\u003b``.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class CSVWriter:
     ) -> None:
         self._extra, self._inputs, self._outputs, self._escape_formulas = extra, inputs, outputs, escape_formulas
         self._buffer = io.StringIO()
-        self._writer = csv.writer(self._buffer)  # RFC 4180 ends lines with CRLF, and so does it
+        self._writer = csv.writer(self._buffer)  # ends lines with CRLF, as in RFC 4180
 
     def header(self) -> bytes:
-        """The first line. A name that stands there already is told apart by where it comes from."""
+        """Return the first line. A duplicate name gets a prefix with its origin."""
         names = list(self._extra)
         for prefix, group in (
             ("inputs", ["inputs"] if self._inputs is None else self._inputs),
@@ -101,7 +101,7 @@ class CSVWriter:
         return self._lines([[self._cell(name) for name in names]])
 
     def rows(self, items: Iterable[Run]) -> bytes:
-        """One line for each of *items*."""
+        """Return one line for each item."""
         return self._lines(self._row(item) for item in items)
 
     def _row(self, item: Run) -> Iterator[str]:
@@ -119,7 +119,7 @@ class CSVWriter:
         yield self._cell(item.error or "")
 
     def _cell_of(self, raw: msgspec.Raw | None, *, is_kept: bool = False) -> str:
-        """Text as it is, an absent value and null as nothing, all else as JSON."""
+        """Return text unchanged, an absent value and null as "", and other values as JSON."""
         text = b"null" if raw is None else bytes(raw)
         if text.startswith(b'"'):
             cell = msgspec.json.decode(text, type=str)
@@ -151,7 +151,7 @@ async def results_as(
     columns: Columns,
     escape_formulas: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """The items of *pages* in a format of ``RESULT_TYPES``."""
+    """Yield the items of *pages* in a format of ``RESULT_TYPES``."""
     table = CSVWriter(extra, *columns, escape_formulas=escape_formulas)
     encoder, separator = msgspec.json.Encoder(), b""
     yield {"json": b"[", "ndjson": b"", "csv": table.header()}[format_]
@@ -159,16 +159,16 @@ async def results_as(
         if format_ == "csv":
             text = table.rows(page)
         elif format_ == "ndjson":
-            text = encoder.encode_lines([_downloaded(item) for item in page])
+            text = encoder.encode_lines([_batch_item(item) for item in page])
         else:
-            text = separator + encoder.encode([_downloaded(item) for item in page])[1:-1]
+            text = separator + encoder.encode([_batch_item(item) for item in page])[1:-1]
             separator = b","
-        del page  # a client that does not read holds the text only
+        del page  # if the client is slow, hold only the text
         yield text
     yield b"]\n" if format_ == "json" else b""
 
 
-def _downloaded(item: Run) -> BatchItem:
+def _batch_item(item: Run) -> BatchItem:
     return BatchItem(
         position=item.position or 0,
         run_id=item.run_id,

@@ -1,6 +1,6 @@
-"""Rows in: JSON, CSV and NDJSON, read piece by piece.
+"""Streaming readers for rows of JSON, CSV and NDJSON.
 
-What a reader finds wrong with one row goes with that row; what makes the whole unreadable is raised.
+Errors in a single row are part of that row. Errors that make the whole input unreadable are raised.
 """
 
 import codecs
@@ -40,68 +40,68 @@ from flock.rows.dialect import CSVDialect
 from flock.runs import OnExtra, Row
 
 __all__ = [
-    "EXPANSION",
+    "MAX_EXPANSION",
     "MAX_ROW_BYTES",
     "RowMapping",
     "TableFormat",
     "csv_rows",
-    "ending_of",
     "file_rows",
-    "is_packed",
+    "is_gzipped",
     "json_rows",
     "ndjson_rows",
     "read_file",
+    "suffix_of",
     "table_format",
 ]
 
-#: How rows lie in a file.
+#: The format of a file with rows.
 TableFormat = Literal["csv", "ndjson"]
 
-#: How many times as long as what was sent the static inputs and the names of columns of all its rows may become.
-EXPANSION = 16
-#: How much of a file is read at once.
+#: Max total size of the static inputs and column names of all rows, as a multiple of the request's size.
+MAX_EXPANSION = 16
+#: Size of one read from a file.
 CHUNK_BYTES = 64 * 1024
-#: How much of CSV is read at once, at least.
+#: Min size of the pieces in which CSV is parsed.
 GATHERED_CHARS = 64 * 1024
-#: How long one row of a program's own file may be, and how deep it may be nested.
+#: Max size and nesting depth of one row in a local file.
 MAX_ROW_BYTES = 16 * 1024 * 1024
 MAX_ROW_DEPTH = 100
-#: What a cell holds that JSON would call a number.
+#: A cell that is a valid JSON number.
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-#: What the error of a type that takes numbers, and no text, says of text.
+#: Matches the error for text of a type that accepts numbers, but not text.
 NUMERIC = re.compile(r"\b(int|float|decimal)\b")
-#: After so many lines, which may be empty, a reader lets others run if it has had its share.
-LINES_A_STEP = 256
-#: How many members a row, the static inputs and a mapping have at most, and how many columns a header.
+#: Number of lines, including empty ones, after which a reader yields to other tasks if its share of time is used.
+LINES_PER_STEP = 256
+#: Max members of a row, of the static inputs and of a mapping, and max columns of a header.
 MAX_MEMBERS = 10_000
-#: How long the names of columns that a reader remembers are together.
+#: Max total length of the column names that a reader collects.
 MAX_COLUMNS_CHARS = 1024 * 1024
-#: How many lines one row of CSV has at most.
+#: Max lines in one row of CSV.
 MAX_ROW_LINES = 100_000
-#: How many errors of one row, or of the header, are reported.
+#: Max errors that are reported for one row or for the header.
 MAX_ROW_ERRORS = 100
-#: How many names of inputs are compared with names of one upload to find the nearest: that takes time.
+#: Max comparisons of names per upload to find the closest input. Each comparison is slow.
 MAX_COMPARED = 1000
-#: What can be done about a column, or a member, that is no input.
-CURES_OF_EXTRA = ' on_extra="keep" (--on-extra keep) carries it into the results, and "ignore" drops it.'
+#: What to do about a column, or a member, that is not an input.
+HINT_FOR_EXTRA = ' Set on_extra="keep" (--on-extra keep) to copy it to the results, or "ignore" to drop it.'
 
 
 class RowMapping:
-    """What becomes of the members of a row: names mapped, gaps filled, and what is no input refused, dropped or kept.
+    """Maps the members of rows to inputs, adds static inputs, and rejects, drops or keeps members that are not inputs.
 
     Raises InvalidData if *static* or *names* have more than ``MAX_MEMBERS``, or if a value of *names* is not an input.
 
     Args:
         signature: the inputs.
-        static: inputs that each row has which does not bring its own.
-        names: what a member of a row is called as an input; None drops the member.
-        max_static_bytes: how long those of all rows may be by now, together with the names of columns that rows keep:
-            they are sent once and kept often.
-        on_extra: what becomes of a member that is neither an input nor named in *names*.
-        result_names: what cannot be kept, since results have a member of that name.
+        static: default inputs for all rows.
+        names: maps members of rows to input names; None drops the member.
+        max_static_bytes: returns the max total size, at this time, of the static inputs and kept column names of all
+            rows. They are sent once, but stored with each row.
+        on_extra: what to do with a member that is neither an input nor in *names*.
+        result_names: names that cannot be kept, because results have members with these names.
 
     Attributes:
-        columns: the names of the columns, or of the members of rows, that were met, in this order.
+        columns: the names of all columns, or of all members of rows, in order of first appearance.
     """
 
     def __init__(
@@ -130,15 +130,15 @@ class RowMapping:
         self._static_bytes = 0
         self._nearest: dict[str, str] = {}
         unknown = [(key, name) for key, name in self.names.items() if name not in self.fields]
-        if unknown:  # here and not in each row, since a row that failed would keep the name
+        if unknown:  # not checked per row, because each failed row would store the name
             raise InvalidData(
                 [
-                    FieldError(detail=self.no_input(name, ()), pointer=f"/input_mapping/{escape_pointer(key)}")
+                    FieldError(detail=self.unknown_input(name, ()), pointer=f"/input_mapping/{escape_pointer(key)}")
                     for key, name in unknown[:MAX_ROW_ERRORS]
                 ]
             )
 
-    def meet(self, names: Collection[str]) -> None:
+    def add_columns(self, names: Collection[str]) -> None:
         """Add *names* to the columns, up to ``MAX_MEMBERS`` names and ``MAX_COLUMNS_CHARS`` characters."""
         for name in names:
             if name not in self.columns:
@@ -148,13 +148,13 @@ class RowMapping:
                 self.columns[name] = None
 
     def row(self, members: Mapping[str, msgspec.Raw], at: str = "", line: int | None = None) -> Row:
-        """Raises TooLarge."""
+        """Convert one row. Raises TooLarge."""
         if not (self.static or self.names or self.dropped) and members.keys() <= self.fields.keys():
             return Row(inputs=msgspec.Raw(msgspec.json.encode(members)), at=at, line=line)
         if len(members) > MAX_MEMBERS:
             error = FieldError(detail=_too_many(len(members), "members"), pointer=at)
             return _unreadable_row(msgspec.structs.replace(error, line=line) if line is not None else error, at, line)
-        self.count(self._row_bytes)
+        self.count_bytes(self._row_bytes)
         sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in self.static}
         inputs, own = dict(self.static), set[str]()
         extra: dict[str, msgspec.Raw] = {}
@@ -170,14 +170,14 @@ class RowMapping:
             if len(errors) >= MAX_ROW_ERRORS:
                 break
             if name in own:
-                errors.append(FieldError(detail=f"Another member becomes the input {name!r} too.", pointer=pointer))
+                errors.append(FieldError(detail=f"More than one member maps to the input {name!r}.", pointer=pointer))
             own.add(name)
             sources[name], inputs[name] = pointer, value
         missing = self.missing(inputs) if extra else set()
         for key, value in extra.items():
             pointer = f"{at}/{escape_pointer(key)}"
             if (nearest := self.nearest(key)) in missing:
-                sources[nearest] = pointer  # its own error would say the same
+                sources[nearest] = pointer  # the error for the missing input would repeat this one
             if problem := self.problem_of(key, missing, inputs):
                 errors.append(FieldError(detail=problem, pointer=pointer))
             elif self.on_extra == "keep":
@@ -199,21 +199,21 @@ class RowMapping:
         )
 
     def renaming(self, names: Mapping[str, str]) -> "RowMapping":
-        """The same, with more *names*."""
+        """Return a copy with additional *names*."""
         made = copy.copy(self)
         made.names = {**self.names, **names}
         return made
 
     def is_extra(self, key: str) -> bool:
-        """Whether a member or column is no input."""
+        """Whether a member or column is not an input."""
         return key not in self.fields and key not in self.names and key not in self.dropped
 
     def missing(self, inputs: Collection[str]) -> set[str]:
-        """The required inputs that are not there."""
+        """Return the required inputs that are missing."""
         return {name for name, field in self.fields.items() if field.required and name not in inputs}
 
     def nearest(self, key: str) -> str:
-        """The input that *key* may be meant for, or ""."""
+        """Return the input that *key* seems to be a misspelling of, or ""."""
         if key not in self._nearest:
             if len(self._nearest) * len(self.fields) >= MAX_COMPARED or len(key) > MAX_ECHOED_CHARS:
                 return ""
@@ -223,34 +223,34 @@ class RowMapping:
         return self._nearest[key]
 
     def problem_of(self, key: str, missing: Collection[str], inputs: Collection[str]) -> str:
-        """What is wrong with a member or column that is no input, in words; "" if nothing is."""
+        """Return an error message for a member or column that is not an input, or "" if it is accepted."""
         if self.on_extra == "reject" or self.nearest(key) in missing:
-            return self.no_input(key, inputs, CURES_OF_EXTRA)
+            return self.unknown_input(key, inputs, HINT_FOR_EXTRA)
         if self.on_extra == "keep" and key in self._result_names:
             shown = key[:MAX_ECHOED_CHARS]
             return f'{shown!r} cannot be kept: results have a member of that name. Rename it, or set on_extra="ignore".'
         return ""
 
-    def no_input(self, name: str, inputs: Collection[str], cure: str = "") -> str:
-        """That there is no such input, in words, with the nearest one that is not among *inputs*, or else a *cure*."""
+    def unknown_input(self, name: str, inputs: Collection[str], hint: str = "") -> str:
+        """Return the error message for an unknown input, with the closest input that is not in *inputs*, or *hint*."""
         nearest = self.nearest(name)
         if nearest and nearest not in inputs:
-            cure = f" Did you mean {nearest!r}?"
+            hint = f" Did you mean {nearest!r}?"
         known = ", ".join(self.fields) or "none"
-        return f"There is no input {name[:MAX_ECHOED_CHARS]!r}.{cure} The inputs are: {known}."
+        return f"There is no input {name[:MAX_ECHOED_CHARS]!r}.{hint} Known inputs: {known}."
 
-    def count(self, row_bytes: int, what: str = "static inputs") -> None:
-        """Count what is sent once and kept in one more row. Raises TooLarge."""
+    def count_bytes(self, row_bytes: int, what: str = "static inputs") -> None:
+        """Count data that is sent once but stored with each row. Raises TooLarge."""
         self._static_bytes += row_bytes
         if self._static_bytes > (allowed := self._max_static_bytes()):
             raise TooLarge(
-                f"With the {what} the rows become too long: those may have {allowed} bytes together, "
-                f"{EXPANSION} times what may be sent at once or was sent. Send shorter ones, or fewer rows at once."
+                f"The {what} of all rows are longer than {allowed} bytes together, {MAX_EXPANSION} times the size of "
+                "the upload or of the largest JSON body. Send shorter ones, or fewer rows at once."
             )
 
 
 def _too_many(number: int, what: str) -> str:
-    return f"There are {number:,} {what} here, and at most {MAX_MEMBERS:,} are read."
+    return f"There are {number:,} {what} here, but the maximum is {MAX_MEMBERS:,}."
 
 
 def _unreadable_row(error: FieldError, at: str, line: int | None) -> Row:
@@ -261,31 +261,31 @@ def _unreadable_row(error: FieldError, at: str, line: int | None) -> Row:
 
 
 def json_rows(rows: Iterable[Mapping[str, msgspec.Raw]], row_mapping: RowMapping) -> Iterator[Row]:
-    """The rows of a JSON body's ``batch_inputs``. Raises TooLarge."""
+    """Yield the rows of ``batch_inputs`` in a JSON body. Raises TooLarge."""
     for position, members in enumerate(rows):
-        row_mapping.meet(members)
+        row_mapping.add_columns(members)
         yield row_mapping.row(members, at=f"/batch_inputs/{position}")
 
 
 async def ndjson_rows(
     chunks: AsyncIterable[bytes], row_mapping: RowMapping, *, max_row_bytes: int, max_depth: int
 ) -> AsyncGenerator[Row, None]:
-    """One object a line; empty lines are none.
+    """Yield one row for each line of NDJSON, without empty lines.
 
-    Raises: TooLarge where a line is longer than *max_row_bytes*, or all together with static inputs are too long.
+    Raises: TooLarge if a line is longer than *max_row_bytes*, or if the static inputs of all rows are too long.
     """
     number, share = 0, FairShare()
     async for lines in _lines(chunks, max_row_bytes):
         for line in lines:
             number += 1
-            if number % LINES_A_STEP == 0:
+            if number % LINES_PER_STEP == 0:
                 await share.checkpoint()
             if text := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
                 yield await _ndjson_row(text, number, row_mapping, max_depth, share)
 
 
 async def _lines(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterator[Sequence[bytes]]:
-    """Lines, as many as a chunk ends. Raises TooLarge."""
+    """Yield, for each chunk, the lines that it completes. Raises TooLarge."""
     rest, number = bytearray(), 0
     async for chunk in chunks:
         head, newline, tail = chunk.rpartition(b"\n")
@@ -308,23 +308,23 @@ def _check_lengths(lines: Sequence[bytes], number: int, max_bytes: int) -> None:
 
 
 def _row_too_long(line: int, max_bytes: int) -> TooLarge:
-    return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, all that one row may have.")
+    return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, the maximum for one row.")
 
 
 async def _ndjson_row(line: bytes, number: int, row_mapping: RowMapping, max_depth: int, share: FairShare) -> Row:
     try:
         for _ in depth_steps(line, max_depth):
             await share.checkpoint()
-        line.decode()  # a decoder skips over what it does not look into
+        line.decode()  # the decoder does not validate skipped values
         members = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
-        detail = "A line is one JSON object."
+        detail = "Each line must be one JSON object."
     except (MalformedJSON, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         found = exc if isinstance(exc, MalformedJSON) else malformed(line, exc)
-        detail = str(found).replace("line 1, ", "")  # its own line is told beside it
+        detail = str(found).replace("line 1, ", "")  # the line in the file is reported separately
     else:
         await share.checkpoint()
-        row_mapping.meet(members)
+        row_mapping.add_columns(members)
         return row_mapping.row(members, line=number)
     return _unreadable_row(FieldError(detail=detail, pointer="", line=number), "", number)
 
@@ -341,14 +341,17 @@ async def csv_rows(
     max_depth: int,
     are_names_counted: bool = True,
 ) -> AsyncGenerator[Row, None]:
-    """Rows of CSV (RFC 4180) after a header, their cells typed by the signature of *row_mapping*; empty lines are none.
+    """Yield the rows of CSV (RFC 4180) after the header, without empty lines.
 
-    *are_names_counted*: whether the names of columns that rows keep count as static inputs do.
+    Cells are converted to the types of the signature of *row_mapping*.
+
+    Args:
+        are_names_counted: whether the column names that rows store count like static inputs.
 
     Raises:
-        InvalidData: the header does not fit the signature, or what follows is no CSV, or of another encoding; with the
-            line.
-        TooLarge: as ``ndjson_rows``.
+        InvalidData: the header does not match the signature, or the text is not valid CSV or has another encoding; with
+            the line.
+        TooLarge: as in ``ndjson_rows``.
     """
     columns: _Columns | None = None
     names_bytes, share = 0, FairShare()
@@ -360,18 +363,18 @@ async def csv_rows(
             names_bytes = columns.names_bytes if are_names_counted else 0
             await share.checkpoint()
         else:
-            row_mapping.count(names_bytes, "names of the columns")
+            row_mapping.count_bytes(names_bytes, "names of the columns")
             yield columns.row(cells, line)
     if columns is None:
-        raise _unreadable("There is no header: the first line names the columns.", 1)
+        raise _unreadable("The header is missing. The first line must contain the column names.", 1)
 
 
 async def _records(
     chunks: AsyncIterable[bytes], dialect: CSVDialect, max_bytes: int
 ) -> AsyncIterator[tuple[int, Sequence[str]]]:
-    """Each record that is not empty, with the line in which it begins, as Python's own reader has it.
+    """Yield each record that is not empty, as parsed by Python's ``csv``, with its first line.
 
-    That reader forgets an unfinished record at the end of what it was given, so those lines are kept for the next time.
+    Python's reader drops an incomplete record at the end of its input, so these lines are parsed again with more input.
     """
     decoder, rest, number, has_begun = dialect.decoder(), "", 1, False
     new: list[str] = []
@@ -384,18 +387,18 @@ async def _records(
             line = number + "".join([rest, *new]).count("\n")
             if isinstance(exc, UnicodeDecodeError):
                 line += exc.object[: exc.start].count(b"\n")
-            raise _unreadable(dialect.not_decoded(first_bytes), line) from exc
+            raise _unreadable(dialect.decoding_problem(first_bytes), line) from exc
         new_chars += len(new[-1])
         if chunk is not None and new_chars < max(GATHERED_CHARS, len(rest)):
-            continue  # what is unfinished is read anew each time, and must not be for each few bytes
+            continue  # an incomplete record is parsed again each time, so wait for enough input
         text, new, new_chars = "".join([rest, *new]), [], 0
         end = len(text) if chunk is None else max(text.rfind("\n"), text.rfind("\r", 0, -1)) + 1
         whole, rest = text[:end], text[end:]
-        lines: list[str] = []  # of a record that has begun
-        reader, done = csv.reader(_kept(whole, lines, number), delimiter=dialect.delimiter, strict=True), 0
+        lines: list[str] = []  # of the current record
+        reader, done = csv.reader(_recorded(whole, lines, number), delimiter=dialect.delimiter, strict=True), 0
         try:
             for cells in reader:
-                if reader.line_num % LINES_A_STEP == 0:
+                if reader.line_num % LINES_PER_STEP == 0:
                     await share.checkpoint()
                 if len("".join(cells)) > max_bytes:
                     raise _row_too_long(number + done, max_bytes)
@@ -407,10 +410,12 @@ async def _records(
                 lines.clear()
         except csv.Error as exc:
             if chunk is None or str(exc) != "unexpected end of data":
-                reason = "" if has_begun else dialect.not_read(lines[0])
-                reason = reason or f"This is no CSV: {exc}."
+                reason = "" if has_begun else dialect.format_problem(lines[0])
+                reason = reason or f"This is not valid CSV: {exc}."
                 if str(exc).startswith("field larger"):
-                    reason = f"A cell has more than {csv.field_size_limit():,} characters; NDJSON takes longer ones."
+                    reason = (
+                        f"A cell has more than {csv.field_size_limit():,} characters. Use NDJSON for longer values."
+                    )
                 raise _unreadable(reason, number + done) from exc
         rest = "".join(lines) + rest
         number += done
@@ -418,12 +423,12 @@ async def _records(
             raise _row_too_long(number, max_bytes)
 
 
-def _kept(text: str, lines: list[str], number: int) -> Iterator[str]:
-    """The lines of *text*, which begins at the line *number*, each added to *lines*: the caller clears these."""
+def _recorded(text: str, lines: list[str], number: int) -> Iterator[str]:
+    """Yield the lines of *text*, which starts at line *number*, and add each to *lines*, which the caller clears."""
     for read, line in enumerate(io.StringIO(text, newline="")):
         lines.append(line)
         if len(lines) > MAX_ROW_LINES:
-            detail = f"This row has more than {MAX_ROW_LINES:,} lines. The quote after a cell may be missing."
+            detail = f"This row has more than {MAX_ROW_LINES:,} lines. A closing quote may be missing."
             raise _unreadable(detail, number + read - MAX_ROW_LINES)
         yield line
 
@@ -439,11 +444,11 @@ def _unreadable(detail: str, line: int, pointer: str = "") -> InvalidData:
 
 
 class _Columns:
-    """What the header says, and how cells become inputs. Raises InvalidData where it does not fit the signature.
+    """The header, and the conversion of cells to inputs. Raises InvalidData if it does not match the signature.
 
     Attributes:
-        names_bytes: how long the names are, as JSON, that each row may keep: those of kept columns, and of mapped ones,
-            which are in the error of a row. Others are as long as the names of inputs, or are not kept.
+        names_bytes: size, as JSON, of the column names that may be stored with each row: those of kept columns, and of
+            mapped columns, which may be in a row's error. Other names are no longer than input names, or not stored.
     """
 
     def __init__(
@@ -452,17 +457,17 @@ class _Columns:
         self._header = [name.removeprefix("\ufeff").strip() for name in header]
         mapped = row_mapping.names
         self._dialect = dialect
-        self._row_mapping = row_mapping = _in_any_case(row_mapping, self._header)
+        self._row_mapping = row_mapping = _ignoring_case(row_mapping, self._header)
         if "\x00" in header[0]:
-            raise _unreadable(dialect.not_read(header[0]), line)
-        row_mapping.meet(self._header)
+            raise _unreadable(dialect.format_problem(header[0]), line)
+        row_mapping.add_columns(self._header)
         errors = [
             FieldError(detail=problem, pointer=f"/{escape_pointer(column)}", line=line)
             for column, problem in itertools.islice(self._problems(), MAX_ROW_ERRORS)
         ]
         if all(map(row_mapping.is_extra, self._header)):
             known = {name.casefold() for name in (*row_mapping.fields, *row_mapping.names, *row_mapping.dropped)}
-            if problem := dialect.not_divided(self._header, known, is_refused=bool(errors)):
+            if problem := dialect.delimiter_problem(self._header, known, is_refused=bool(errors)):
                 raise _unreadable(problem, line)
         if errors:
             raise InvalidData(errors)
@@ -475,8 +480,8 @@ class _Columns:
         self.names_bytes = len(msgspec.json.encode(dict.fromkeys(kept, ""))) if kept else 0
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        """What is wrong with the header: columns, and in words why."""
-        row_mapping, met = self._row_mapping, set[str]()
+        """Yield each column of the header that has an error, with the message."""
+        row_mapping, seen = self._row_mapping, set[str]()
         names = {each: row_mapping.names.get(each, each) for each in self._header if each not in row_mapping.dropped}
         inputs = {*names.values(), *row_mapping.static}
         missing, meant = row_mapping.missing(inputs), set[str]()
@@ -490,19 +495,19 @@ class _Columns:
                     meant.add(row_mapping.nearest(column))
                 else:
                     problem = f"Column {place} has no name."
-                if row_mapping.on_extra == "keep" and column in met:
-                    problem = problem or f"Another column is called {column!r} too."
-            elif name in met:
-                problem = f"Another column becomes the input {name!r} too."
-            met.add(name)
+                if row_mapping.on_extra == "keep" and column in seen:
+                    problem = problem or f"More than one column is named {column!r}."
+            elif name in seen:
+                problem = f"More than one column maps to the input {name!r}."
+            seen.add(name)
             if problem:
                 yield column, problem
         header = set(self._header)
         for column in (each for each in (*row_mapping.names, *row_mapping.dropped) if each not in header):
-            yield column, f"input_mapping names the column {column!r}, and there is none."
+            yield column, f"input_mapping contains the column {column!r}, but the header does not."
         for name in (each for each in row_mapping.fields if each in missing and each not in meant):
-            cure = f'Name one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
-            yield name, f"The input {name!r} is required, and there is no column for it. {cure}"
+            hint = f'Choose one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
+            yield name, f"The input {name!r} is required, but there is no column for it. {hint}"
 
     def row(self, cells: Sequence[str], line: int) -> Row:
         members: dict[str, msgspec.Raw] = {}
@@ -517,24 +522,24 @@ class _Columns:
                 members[column] = raw
         row = self._row_mapping.row(members, line=line)
         if len(cells) != len(self._header):
-            detail = f"This row has {len(cells)} cells, and the header has {len(self._header)}."
+            detail = f"This row has {len(cells)} cells, but the header has {len(self._header)}."
             if len(cells) > len(self._header):
-                detail += f" A cell with {self._dialect.delimiter!r} in it is written in quotes."
+                detail += f" Put a cell that contains {self._dialect.delimiter!r} in quotes."
             errors = [FieldError(detail=detail, pointer="", line=line)]
         return msgspec.structs.replace(row, errors=(*row.errors, *errors)) if errors else row
 
     def _reader(self, column: str, max_depth: int) -> Callable[[str], msgspec.Raw | None]:
         row_mapping = self._row_mapping
         if column in row_mapping.dropped:
-            return _dropped
+            return _drop
         if not row_mapping.is_extra(column):
             name = row_mapping.names.get(column, column)
             return _cell_reader(row_mapping.fields[name], name in row_mapping.static, max_depth, self._dialect)
-        return _as_text if row_mapping.on_extra == "keep" else _dropped
+        return _as_text if row_mapping.on_extra == "keep" else _drop
 
 
-def _in_any_case(row_mapping: RowMapping, header: Sequence[str]) -> RowMapping:
-    """*row_mapping* that also matches columns to inputs without regard to case, where only one input matches."""
+def _ignoring_case(row_mapping: RowMapping, header: Sequence[str]) -> RowMapping:
+    """Return *row_mapping* with case-insensitive matching of columns to inputs, if the match is unique."""
     exact = {row_mapping.names.get(column, column) for column in header if column not in row_mapping.dropped}
     inputs = Counter(name.casefold() for name in row_mapping.fields)
     by_case = {
@@ -554,16 +559,16 @@ def _as_text(cell: str) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(cell))
 
 
-def _dropped(cell: str) -> None:
+def _drop(cell: str) -> None:
     return None
 
 
 def _cell_reader(
     field: Field, has_static: bool, max_depth: int, dialect: CSVDialect
 ) -> Callable[[str], msgspec.Raw | None]:
-    """How a cell becomes JSON; what does not fit is left as text, and found when the inputs are checked.
+    """Return a function that converts a cell to JSON. It leaves an invalid cell as text, to be reported by validation.
 
-    It raises ValueError, with what to do, if a number is written in another way than in *dialect*.
+    It raises ValueError, with a hint for the user, if a number is not in the format of *dialect*.
     """
     empty: msgspec.Raw | None = msgspec.Raw(b'""')
     if has_static or not field.required:
@@ -580,10 +585,10 @@ def _cell_reader(
         if field.type is str:
             return _as_text(cell)
         text = cell.strip()
-        if takes_bool and text.lower() in ("true", "false"):  # spreadsheets write TRUE
+        if takes_bool and text.lower() in ("true", "false"):  # spreadsheets write TRUE and FALSE
             return msgspec.Raw(text.lower().encode())
         if is_number:
-            cell = text = dialect.number(text)
+            cell = text = dialect.json_number(text)
         if field.type in (int, float) and NUMBER.fullmatch(text):
             return msgspec.Raw(text.encode())
         try:
@@ -599,58 +604,58 @@ def _cell_reader(
 
 
 def table_format(path: Path) -> TableFormat | None:
-    """What is in a file, by the ending of its name, before ``.gz``; None where that does not tell."""
-    ending = ending_of(path)
-    return "csv" if ending == ".csv" else "ndjson" if ending in (".ndjson", ".jsonl") else None
+    """Return the format of a file, by the suffix of its name before ``.gz``, or None if it is unknown."""
+    suffix = suffix_of(path)
+    return "csv" if suffix == ".csv" else "ndjson" if suffix in (".ndjson", ".jsonl") else None
 
 
-def ending_of(path: Path) -> str:
-    """The ending of a file's name in lower case, before ``.gz``, or ""."""
-    return (path.with_suffix("") if is_packed(path) else path).suffix.lower()
+def suffix_of(path: Path) -> str:
+    """Return the suffix of a file name in lower case, before ``.gz``, or ""."""
+    return (path.with_suffix("") if is_gzipped(path) else path).suffix.lower()
 
 
-def is_packed(path: Path) -> bool:
+def is_gzipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
 def file_rows(path: Path, row_mapping: RowMapping, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
-    """The rows of a file of the program's own, of CSV or NDJSON, also packed by gzip.
+    """Return the rows of a local file of CSV or NDJSON, optionally compressed with gzip.
 
-    Raises: DefinitionError where its name does not tell what is in it. To read them raises OSError, InvalidData and
+    Raises: DefinitionError if the format cannot be determined from its name. Iterating raises OSError, InvalidData and
         TooLarge; see ``csv_rows`` and ``ndjson_rows``.
     """
-    format_, chunks = table_format(path), _own_file(path)
+    format_, chunks = table_format(path), _local_file(path)
     if format_ is None:
         raise DefinitionError(
-            f"What is in {path.name}? Rows are read from files whose names end in .csv, .ndjson or .jsonl, also with "
-            '.gz after it. Save a spreadsheet as "CSV UTF-8".'
+            f"The format of {path.name} is unknown. The file name must end in .csv, .ndjson or .jsonl, optionally "
+            'followed by .gz. Save a spreadsheet as "CSV UTF-8".'
         )
     if format_ == "ndjson":
         return ndjson_rows(chunks, row_mapping, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
     return csv_rows(chunks, row_mapping, dialect, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
 
 
-async def _own_file(path: Path) -> AsyncIterator[bytes]:
-    with await anyio.to_thread.run_sync(gzip.open if is_packed(path) else open, path, "rb") as file:
+async def _local_file(path: Path) -> AsyncIterator[bytes]:
+    with await anyio.to_thread.run_sync(gzip.open if is_gzipped(path) else open, path, "rb") as file:
         try:
             while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
                 yield chunk
         except (gzip.BadGzipFile, EOFError, zlib.error) as exc:
-            detail = f"{path.name} is no gzip, as its name says: {exc}."
+            detail = f"{path.name} is not a valid gzip file: {exc}."
             raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
 
 
 async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[bytes]:
-    """The bytes of the file *name* below *folder*, read in a worker thread.
+    """Yield the bytes of the file *name* below *folder*, read in a worker thread.
 
     Raises:
-        InvalidData: there is none, or it lies elsewhere once all links are followed; it never says which.
+        InvalidData: the file does not exist, or is outside of *folder* after following links. The error is the same.
         TooLarge: it is longer than *max_bytes*.
     """
     refused = InvalidData(
         [
             FieldError(
-                detail="There is no file of that name in the folder that this server reads.", pointer="/batch_inputs"
+                detail="There is no file with that name in the folder that this server reads.", pointer="/batch_inputs"
             )
         ]
     )
@@ -663,19 +668,19 @@ async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[by
         while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
             left -= len(chunk)
             if left < 0:
-                raise TooLarge(f"The file is longer than {max_bytes} bytes, all that this server takes at once.")
+                raise TooLarge(f"The file is longer than {max_bytes} bytes, the maximum on this server.")
             yield chunk
 
 
 def _open_below(folder: Path, name: str) -> io.BufferedReader:
-    """Raises OSError or ValueError."""
+    """Open a regular file below *folder*. Raises OSError or ValueError."""
     root = folder.resolve(strict=True)
     path = (root / name).resolve(strict=True)
-    # What was resolved has no links, and one that was put there since, whoever did it, is not followed.
+    # The resolved path has no links. A link that was created since then is not followed.
     opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in path.relative_to(root).parts:
         parent = opened
-        try:  # O_NONBLOCK, for to open a pipe would wait for a writer
+        try:  # O_NONBLOCK, because opening a pipe would wait for a writer
             opened = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
         finally:
             os.close(parent)

@@ -9,7 +9,7 @@ from flock.agents.agent import Agent
 from flock.agents.workflow import result_names
 from flock.errors import AgentNotFound, DefinitionError, FieldError, InvalidData
 from flock.rows.dialect import CSVDialect
-from flock.rows.tables import EXPANSION, RowMapping, csv_rows, json_rows, ndjson_rows, read_file
+from flock.rows.tables import MAX_EXPANSION, RowMapping, csv_rows, json_rows, ndjson_rows, read_file
 from flock.runs import BatchOptions, Items
 from flock.web.body import Body
 from flock.web.options import AppOptions
@@ -47,7 +47,7 @@ def row_mapping_of(
     """How the rows of a batch become inputs. Raises InvalidData, AgentNotFound."""
 
     def max_static_bytes() -> int:
-        return EXPANSION * max(options.max_body_bytes, body.received_bytes)
+        return MAX_EXPANSION * max(options.max_body_bytes, body.received_bytes)
 
     return RowMapping(
         agent_of(agents, wanted.agent_name).input,
