@@ -24,8 +24,8 @@ The tests of each line of attack. A test without a module is in this one:
     | cross-site request forgery | test_a_page_of_another_origin_cannot_change_anything |
     | forged content type | test_content_types_that_a_form_can_send_are_refused |
     | | test_bad_input::test_another_content_type_is_415_and_the_error_says_what_to_send |
-    | unguarded routes and methods | test_customising::test_a_route_that_is_added_later_needs_a_key |
-    | | test_customising::test_any_method_of_an_open_route_is_open_and_nothing_else |
+    | unguarded routes and methods | test_customising::test_a_route_that_is_added_later_requires_a_key |
+    | | test_customising::test_only_open_routes_are_open_with_any_method |
     | smuggling | test_an_ambiguous_request_head_is_refused |
     | | test_bytes_after_an_unread_body_are_not_a_request |
     | slow head, slow body | test_our_server_does_not_wait_forever_for_a_request_head |
@@ -36,8 +36,8 @@ The tests of each line of attack. A test without a module is in this one:
     | | test_event_streams_are_limited_for_each_principal |
     | | test_simultaneous_requests_for_event_streams_do_not_exceed_the_limit |
     | | test_requests_are_rate_limited_for_each_principal |
-    | crowds of silent or waiting clients | test_crowds::test_those_who_say_nothing_hold_up_nobody_and_are_closed |
-    | | test_crowds::test_those_who_wait_for_a_run_take_little_more_than_in_a_bare_app |
+    | crowds of silent or waiting clients | test_crowds::test_silent_clients_delay_no_request_and_are_disconnected |
+    | | test_crowds::test_clients_that_wait_for_a_run_take_little_more_memory_than_in_a_bare_app |
     | ids of another principal | test_records_of_another_principal_are_not_found |
     | | test_uploads::test_what_belongs_to_others_is_not_there |
     | ``current_agent`` and the like in the inputs | test_attacks_on_inputs::test_inputs_cannot_choose_the_agent |
