@@ -16,7 +16,7 @@ The tests of each line of attack. A test without a module is in this one:
     | huge numbers | test_attacks_on_inputs::test_numbers_of_any_size_are_answered |
     | duplicate names | test_attacks_on_inputs::test_the_last_of_duplicate_names_counts |
     | header injection | test_api::test_a_request_id_with_invalid_characters_is_replaced |
-    | | test_http_lifecycle::test_a_key_that_is_none_is_refused |
+    | | test_http_lifecycle::test_an_invalid_idempotency_key_is_refused |
     | | test_an_ambiguous_request_head_is_refused |
     | log injection | test_log_lines_cannot_be_forged |
     | timing attack on keys | test_keys_are_hashed_and_compared_in_constant_time |
@@ -31,7 +31,7 @@ The tests of each line of attack. A test without a module is in this one:
     | slow head, slow body | test_our_server_does_not_wait_forever_for_a_request_head |
     | | test_a_body_that_trickles_is_answered_408 |
     | | test_uploads::test_an_upload_that_stalls_is_dropped |
-    | event stream that is never read | test_http_lifecycle::test_a_reader_that_does_not_read_holds_up_nothing |
+    | event stream that is never read | test_http_lifecycle::test_an_event_stream_that_is_not_read_blocks_nothing |
     | too many connections, streams, requests | test_connections_beyond_the_limit_are_refused |
     | | test_event_streams_are_limited_for_each_principal |
     | | test_simultaneous_requests_for_event_streams_do_not_exceed_the_limit |
