@@ -104,7 +104,7 @@ async def test_an_agents_own_model_overrides_the_flocks(model: FakeModel, resour
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        pytest.param("Good!", "Not valid JSON", id="no JSON"),
+        pytest.param("Good!", "Not valid JSON", id="not JSON"),
         pytest.param('{"sentiment": "good", "keywords": ["a"', "it ends too early", id="cut off"),
         pytest.param({"sentiment": 5, "keywords": []}, "/sentiment: Expected 'str', got 'int'", id="wrong type"),
         pytest.param({"sentiment": "good"}, "/keywords: This field is required", id="missing"),

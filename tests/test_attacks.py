@@ -1,4 +1,4 @@
-"""Access control and hostile requests, tried on real servers.
+"""Access control and hostile requests, many of them against real servers.
 
 The tests of each line of attack. A test without a module is in this one:
 

@@ -288,7 +288,7 @@ async def test_engines_of_two_flocks_start_on_a_busy_file(tmp_path: Path) -> Non
         tasks.cancel_scope.cancel()
 
 
-async def test_a_waiter_gets_an_error_when_the_engine_it_waits_at_drains(tmp_path: Path) -> None:
+async def test_a_waiter_gets_an_error_when_its_engine_drains(tmp_path: Path) -> None:
     flock = Flock()
 
     @flock.agent

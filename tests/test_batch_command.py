@@ -82,7 +82,7 @@ def batch(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextlib.contextmanager
-def begun(*arguments: str, words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: str, words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
     """Run the command in its own process, and yield it when it has printed *words* on stderr."""
     process = subprocess.Popen(
         command(*arguments),
@@ -302,7 +302,7 @@ def test_a_killed_batch_resumes_without_repeating_committed_rows() -> None:
     write_numbers("rows.csv", 2000)
     done: Counter[int] = Counter()
     for _ in range(2):
-        with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="700") as process:
+        with started("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="700") as process:
             process.send_signal(signal.SIGKILL)
             process.wait(60)
         assert not Path("results.csv").exists()
@@ -325,7 +325,7 @@ def test_kept_columns_survive_a_kill() -> None:
     """Rows have them whether they were done before the kill or after it."""
     Path("rows.csv").write_text("id,n\n" + "".join(f"{n:05},{n}\n" for n in range(1000)))
     arguments = ("work", "rows.csv", "-o", "results.csv", "--on-extra", "keep")
-    with begun(*arguments, words="so far", TELL_AT="400") as process:
+    with started(*arguments, words="so far", TELL_AT="400") as process:
         process.send_signal(signal.SIGKILL)
         process.wait(60)
     assert 300 < len(committed("results.csv.flock.db")) < 1000
@@ -381,7 +381,7 @@ def test_an_output_that_exists_is_not_replaced() -> None:
 
 def test_an_output_that_appears_meanwhile_is_not_replaced() -> None:
     write_numbers("rows.csv", 2000)
-    with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="1") as process:
+    with started("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="1") as process:
         Path("results.csv").write_text("of somebody else")
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -417,7 +417,7 @@ def test_other_rows_or_options_start_a_new_batch(rows: str, options: Sequence[st
 
 def test_an_unfinished_old_batch_does_not_run_beside_the_new_one() -> None:
     write_numbers("rows.csv", 2000)
-    with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="100") as process:
+    with started("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="100") as process:
         process.send_signal(signal.SIGKILL)
         process.wait(60)
     Path("log").write_text("")
@@ -428,7 +428,7 @@ def test_an_unfinished_old_batch_does_not_run_beside_the_new_one() -> None:
 
 def test_ctrl_c_stops_cleanly_and_the_same_command_resumes() -> None:
     write_numbers("rows.csv", 2000)
-    with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="300") as process:
+    with started("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="300") as process:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -444,7 +444,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_resumes() -> None:
 
 def test_ctrl_c_does_not_wait_for_a_function_that_does_not_return() -> None:
     write_numbers("rows.csv", 20)
-    with begun("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
+    with started("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -454,7 +454,7 @@ def test_ctrl_c_does_not_wait_for_a_function_that_does_not_return() -> None:
 
 def test_a_second_command_on_the_same_output_is_refused() -> None:
     write_numbers("rows.csv", 20)
-    with begun("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
+    with started("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
         done = batch("work", "rows.csv", "-o", "results.csv")
         assert done.returncode == 1
         assert "Another command is at work on results.csv.flock.db" in done.stderr
@@ -468,7 +468,7 @@ def test_finished_rows_are_kept_if_the_output_cannot_be_written() -> None:
     write_numbers("rows.csv", 2000)
     Path("out").mkdir()
     paths = ("-o", "out/results.csv", "--store", "s.db")
-    with begun("work", "rows.csv", *paths, words="so far", TELL_AT="1") as process:
+    with started("work", "rows.csv", *paths, words="so far", TELL_AT="1") as process:
         Path("out/results.csv").mkdir()
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1

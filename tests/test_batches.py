@@ -139,7 +139,7 @@ async def test_the_staged_items_of_a_dead_process_are_dropped() -> None:
 @pytest.mark.parametrize("swept", [False, True])
 @pytest.mark.parametrize("count", [600, 1100])
 async def test_an_upload_that_another_engine_dropped_is_refused(count: int, swept: bool, store: str) -> None:
-    """This happens if its process was suspended so long that it was accepted for dead. No item of it remains."""
+    """This happens if its process was suspended so long that it was taken for dead. No item of it remains."""
     work = Work()
 
     async def pauses() -> AsyncIterator[Any]:
@@ -534,7 +534,7 @@ async def test_an_engine_that_has_left_its_store_accepts_no_batch(
     assert rows(tmp_path / "flock.db", "SELECT count(*) FROM batches WHERE hidden IS NULL") == [(0,)]
 
 
-async def test_an_upload_does_not_hold_up_a_drain(tmp_path: Path) -> None:
+async def test_an_upload_does_not_delay_a_drain(tmp_path: Path) -> None:
     """The upload is refused at its next page, and its staged items are dropped."""
     work = Work()
     async with work.flock.engine(store=tmp_path / "flock.db") as engine:

@@ -292,8 +292,8 @@ def test_errors_are_exposed_on_request(flock_file: Path) -> None:
         assert "the reason" in httpx.post(f"{server.url}/run/flock", json=body).json()["error"]
 
 
-def test_the_first_script_starts_without_a_key_and_a_run_names_the_variable(tmp_path: Path) -> None:
-    """It is ``python text_analyzer.py`` as printed, except for the port, which may be in use here."""
+def test_the_example_starts_without_a_key_and_a_run_names_the_variable(tmp_path: Path) -> None:
+    """It is ``python text_analyzer.py``, except for the port, which may be in use here."""
     script = (EXAMPLES / "text_analyzer.py").read_text().replace("port=8344", "port=0")
     path = tmp_path / "text_analyzer.py"
     path.write_text(script)

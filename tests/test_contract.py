@@ -183,14 +183,14 @@ def _shape(schema: Any) -> Any:
     if isinstance(schema.get("type"), list):
         return {json.dumps(_shape({**schema, "type": type_}), default=sorted) for type_ in schema["type"]}
     bounds = ("minimum", "maximum", "exclusiveMinimum") if schema.get("type") in ("integer", "number") else ()
-    kept = {key: schema[key] for key in ("type", *bounds) if key in schema}
+    shape = {key: schema[key] for key in ("type", *bounds) if key in schema}
     if "enum" in schema:
-        kept["enum"] = sorted(schema["enum"])
+        shape["enum"] = sorted(schema["enum"])
     if schema.get("format") in ("date-time", "uuid") and schema["type"] == "string":
-        kept["format"] = schema["format"]
+        shape["format"] = schema["format"]
     if schema.get("type") == "array" and schema.get("items"):
-        kept["items"] = _shape(schema["items"])
-    return kept
+        shape["items"] = _shape(schema["items"])
+    return shape
 
 
 @pytest.mark.parametrize("name", QUERIES)
@@ -225,11 +225,11 @@ def test_the_statuses_of_a_run_are_the_same() -> None:
 
 def examples() -> Iterator[Any]:
     for method, path, operation in operations():
-        places = {"request": operation["requestBody"]} if "requestBody" in operation else {}
-        for place, holder in (places | operation["responses"]).items():
+        parts = {"request": operation["requestBody"]} if "requestBody" in operation else {}
+        for part, holder in (parts | operation["responses"]).items():
             for media_type, content in resolve(holder).get("content", {}).items():
                 for name, example in content.get("examples", {}).items():
-                    where = f"{method} {path} {place} {name}"
+                    where = f"{method} {path} {part} {name}"
                     yield pytest.param(media_type, content["schema"], resolve(example)["value"], id=where)
 
 
@@ -460,7 +460,7 @@ async def test_head_of_a_batch_has_the_headers_of_get_and_streams_nothing(
     async with httpx.AsyncClient(transport=httpx.ASGITransport(listened_to), base_url="http://t") as asking:
         head = await asking.head(path, headers=headers)
     assert (head.status_code, head.headers) == (200, got.headers)
-    # If GET has a length, the server leaves the body out, and not the app.
+    # If GET has a length, the server drops the body of HEAD, and the app does not.
     assert ("content-length" in got.headers) == bool(b"".join(parts))
 
 

@@ -88,7 +88,7 @@ def test_the_agent_decorator_takes_options() -> None:
     assert repr(Flock()) == "<Flock 'flock': no agents>"
 
 
-def test_the_factory_takes_the_arguments_of_the_first_script() -> None:
+def test_the_factory_takes_the_arguments_of_the_example() -> None:
     made = FlockFactory.create_default_agent(
         name="text_analyzer",
         description="Analyses.",
@@ -224,7 +224,7 @@ def test_a_file_name_without_a_known_extension_is_refused(unclear: str) -> None:
         sample_flock().run_batch("add", unclear)
 
 
-def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         sample_flock().run_batch("add", tmp_path / "nowhere.csv")
 

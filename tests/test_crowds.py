@@ -195,7 +195,7 @@ def memory_of_waiting_kib(
         waiting += [connect(server, crowd, path) for _ in range(min(WAVE, number - len(waiting)))]
         deadline = time.monotonic() + 30
         while call("count_tasks") - tasks_before < len(waiting):
-            assert time.monotonic() < deadline, f"not all of {len(waiting)} have come to wait"
+            assert time.monotonic() < deadline, f"not all of {len(waiting)} are waiting"
     grown_kib = memory_kib(server) - before_kib
     call("wake")
     for connection in waiting:

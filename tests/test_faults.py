@@ -151,7 +151,7 @@ def rows(store: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
         return db.execute(query, values).fetchall()
 
 
-def begun(folder: Path) -> list[tuple[int, int]]:
+def starts(folder: Path) -> list[tuple[int, int]]:
     """Return the n and the process id of each start of ``work``."""
     log = folder / "log"
     lines = log.read_text().splitlines() if log.exists() else []
@@ -257,7 +257,7 @@ def damage(store: Path, what: str) -> None:
     """Overwrite pages: all except the first, or those that contain only a part of every second run's long result."""
     chance = random.Random(7)
     with contextlib.closing(sqlite3.connect(store)) as db:
-        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0, "all is in the file itself"
+        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0, "the write-ahead log is empty"
         assert db.execute("PRAGMA page_size").fetchone()[0] == PAGE
     whole = store.read_bytes()
     pages = [whole[at : at + PAGE] for at in range(0, len(whole), PAGE)]
@@ -364,7 +364,7 @@ def test_servers_started_at_once_on_a_new_file_all_serve_it(flock_file: Path, tm
 
 @pytest.mark.alone
 def test_each_run_of_a_killed_server_is_recovered_by_one_other_server(flock_file: Path, tmp_path: Path) -> None:
-    """Any of the three servers reports any run, and one of the two that are left recovers each run."""
+    """Each of three servers reports every run. One of the two that are left recovers each run of the killed one."""
     store = tmp_path / "flock.db"
     with ExitStack() as stack:
         served = [stack.enter_context(serving(flock_file, store)) for _ in range(3)]
@@ -377,7 +377,7 @@ def test_each_run_of_a_killed_server_is_recovered_by_one_other_server(flock_file
             for client in (others[0][1], others[1][1], first):
                 assert ended(client, run_id)["result"] == {"result": pids[1 + n % 2]}
         left = {n: accepted(first, "work", n=n) for n in range(100, 110)}
-        until(lambda: len(begun(tmp_path)) == 30, "beginning of each run")
+        until(lambda: len(starts(tmp_path)) == 30, "beginning of each run")
         for run_id in left.values():
             path = f"/run/{run_id}"
             until(lambda: others[0][1].get(path).json()["status"] == "running", "news of it")  # noqa: B023 - called here
@@ -389,7 +389,7 @@ def test_each_run_of_a_killed_server_is_recovered_by_one_other_server(flock_file
             assert run["status"] == "completed"
             assert run["result"]["result"] in pids[1:]
         assert time.monotonic() - killed_at < 6, "two seconds are promised, and a busy machine may take longer"
-        assert sorted(n for n, _ in begun(tmp_path)) == sorted([*own, *left, *left]), "a recovered run starts twice"
+        assert sorted(n for n, _ in starts(tmp_path)) == sorted([*own, *left, *left]), "a recovered run starts twice"
         assert sum("going on with 10 runs" in line for server, _ in others for line in server.lines) == 1
 
 
@@ -430,12 +430,12 @@ def test_a_server_that_resumes_after_its_runs_were_taken_over_overwrites_nothing
         batch = {"agent_name": "work", "batch_inputs": [{"n": 10}, {"n": 11}, {"n": 12}], "parallel": False}
         batch_id = at_sleeper.post("/run/batch", json=batch).json()["batch_id"]
         waited_for = pool.submit(at_sleeper.post, "/run/flock", json={"agent_name": "work", "inputs": {"n": 2}})
-        until(lambda: len(begun(tmp_path)) == 3, "beginning of each run")
+        until(lambda: len(starts(tmp_path)) == 3, "beginning of each run")
         until(lambda: len(rows(store, "SELECT run_id FROM runs")) == 5, "record of the run that is waited for")
         suspend(pid, store)
         assert flock.engine.files.is_held(str(lock_file)), "a stopped process keeps its lock"
         lock_file.unlink()
-        until(lambda: (1, other_pid) in begun(tmp_path), "take-over")
+        until(lambda: (1, other_pid) in starts(tmp_path), "take-over")
         (tmp_path / f"go-{other_pid}").touch()
         assert ended(at_other, run_id)["result"] == {"result": other_pid}
         until(lambda: at_other.get(f"/batch/{batch_id}").json()["status"] == "completed", "end of the batch")
@@ -460,7 +460,7 @@ def test_a_server_that_resumes_after_its_runs_were_taken_over_overwrites_nothing
         assert ended(at_sleeper, accepted(at_sleeper, "work", n=3))["result"] == {"result": pid}
         (tmp_path / f"go-{pid}").unlink()
         last = accepted(at_sleeper, "work", n=4)
-        until(lambda: (4, pid) in begun(tmp_path), "beginning")
+        until(lambda: (4, pid) in starts(tmp_path), "beginning")
         os.kill(pid, signal.SIGKILL)
         assert ended(at_other, last)["result"] == {"result": other_pid}, "its runs are recovered again"
 
@@ -515,8 +515,8 @@ def test_a_child_process_of_an_agent_does_not_prevent_recovery(how: str, flock_f
 class Clock:
     """The wall clock of this process, which a test can set.
 
-    The machine's own clock cannot be set without harm to others, and no library that fakes it is everywhere. So this
-    replaces the two places where the package reads the time. Everything else has the real monotonic clock.
+    Setting the machine's own clock would harm others, and no library that fakes it works everywhere. So this replaces
+    the two places where the package reads the time. The monotonic clock is the real one.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

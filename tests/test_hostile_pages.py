@@ -490,7 +490,7 @@ async def test_no_malformed_header_causes_an_internal_error(name: str, client: h
 
 @pytest.mark.anyio
 async def test_a_query_that_is_not_utf_8_is_refused() -> None:
-    """Our own server refuses it before the app sees it; other servers do not."""
+    """Our own server refuses it before the app sees it, but other servers do not."""
     app = create_app(long_flock(), store=":memory:", auth="host")
 
     async def with_bytes(scope: Any, receive: Any, send: Any) -> None:

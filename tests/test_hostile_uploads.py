@@ -615,7 +615,7 @@ async def test_the_open_uploads_of_a_principal_are_limited(how: str, tmp_path: P
 
 @pytest.mark.parametrize("what", ["uploads", "event streams"])
 @pytest.mark.parametrize(
-    ("taker", "same", "other"),
+    ("first", "same", "other"),
     [
         pytest.param("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.2", id="IPv4"),
         pytest.param("::ffff:192.0.2.1", "192.0.2.1", "::ffff:192.0.2.2", id="IPv4 in IPv6"),
@@ -623,7 +623,7 @@ async def test_the_open_uploads_of_a_principal_are_limited(how: str, tmp_path: P
     ],
 )
 async def test_without_keys_each_address_has_its_own_slots(
-    what: str, taker: str, same: str, other: str, tmp_path: Path
+    what: str, first: str, same: str, other: str, tmp_path: Path
 ) -> None:
     """Eight slow uploads of one client once blocked uploads for everyone."""
     flock = hostile_flock()
@@ -649,18 +649,18 @@ async def test_without_keys_each_address_has_its_own_slots(
                 return Sender(app, path_of(), NDJSON, host=host)
             return Sender(app, f"/run/{run.run_id}/events", {}, host=host, method="GET")
 
-        holder, refused, taken = map(sender_of, (taker, same, other))
+        holder, refused, accepted = map(sender_of, (first, same, other))
         tasks.start_soon(holder.run)
         await until(lambda: holder.is_waiting if what == "uploads" else holder.status == 200)
         refused.end()
         await refused.run()
         assert refused.status == 429
-        taken.feed(lines(1) if what == "uploads" else b"")
+        accepted.feed(lines(1) if what == "uploads" else b"")
         if what == "uploads":
-            taken.end()
-        tasks.start_soon(taken.run)
-        await until(lambda: taken.status != 0)
-        assert taken.status == (202 if what == "uploads" else 200), taken.body
+            accepted.end()
+        tasks.start_soon(accepted.run)
+        await until(lambda: accepted.status != 0)
+        assert accepted.status == (202 if what == "uploads" else 200), accepted.body
         tasks.cancel_scope.cancel()
 
 
