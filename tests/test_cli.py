@@ -350,7 +350,7 @@ def test_run_takes_json_inputs_in_its_own_process(flock_file: Path) -> None:
 
 
 def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
-    """Both have the same defaults, and the README names only options that exist."""
+    """Both have the same defaults, and the pages name only options that exist."""
     options = serve.make_context("serve", ["target.py"]).params
     settings = msgspec.structs.asdict(ServerSettings())
     app, limits = (msgspec.structs.asdict(settings.pop(name)) for name in ("app", "limits"))
