@@ -1,4 +1,4 @@
-"""What many tests need: a fake model, an app with its engine open, and a client for it."""
+"""The lanes of the tests, and their common fixtures: a fake model, an app with its engine running, and a client."""
 
 import fcntl
 import importlib.util
@@ -17,25 +17,25 @@ from flock.core import Flock
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import on_temporal, temporal_server
-from tests.support.engines import Opened
+from tests.support.engines import OpenEngine
 from tests.support.flocks import sample_flock
 from tests.support.models import FakeModel
 from tests.support.servers import free_port
 
-# A busy machine is slow, and that is no failure; where a red run blocks, the same cases are tried each time.
+# A busy machine is slow, so there is no deadline. CI tries the same examples each time.
 settings.register_profile(
     "flock", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
 )
 settings.load_profile("flock")
 
-# httpx waits for five seconds by default, which a busy machine may need for an answer.
+# A busy machine may need longer than the default timeout of httpx, which is five seconds.
 TIMEOUT = inspect.signature(httpx.get).parameters["timeout"].default
 TIMEOUT.connect = TIMEOUT.read = TIMEOUT.write = TIMEOUT.pool = PATIENCE_S
 
 
-# Lanes. Plain ``pytest`` runs what has no lane: it is quick, and needs only ``.[test]``.
+# Lanes. Plain ``pytest`` runs the tests without a lane, which are quick and need only ``.[test]``.
 
-#: Modules that belong to one lane as a whole, and the package that they import, if ``.[test]`` does not bring it.
+#: Modules whose tests are all in one lane, with the package that they need if ``.[test]`` does not install it.
 LANES = {
     "test_a_long_batch.py": ("slow", None),
     "test_attacks.py": ("slow", None),
@@ -75,7 +75,7 @@ def needs_cluster(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test its lane. What measures comes last, when no other test is left that could run beside it."""
+    """Mark each test with its lane, and run tests that measure last, when no other test can run beside them."""
     has_chromium = shutil.which("chromium") is not None or "CI" in os.environ
     for item in items:
         if item.path.name in LANES:
@@ -83,25 +83,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif needs_cluster(item):
             item.add_marker("cluster")
         if item.get_closest_marker("browser") and not has_chromium:
-            item.add_marker(pytest.mark.skip(reason="there is no Chromium here: apt-get install chromium"))
+            item.add_marker(pytest.mark.skip(reason="Chromium is not installed: apt-get install chromium"))
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
 
 
-# Tests run side by side, for most of them wait; those that measure have the machine for themselves.
+# Tests run in parallel, because most of them wait. Tests that measure have the machine to themselves.
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # so that waiting for others is none of the time that a test may take
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outermost, so that a test's timeout excludes the lock
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Hold a lock that is shared with the tests of other processes, or not; whoever asks for it first has it first."""
-    how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    """Hold a lock during the test, exclusive if it measures and shared otherwise, first come, first served."""
+    mode = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
     with open(__file__, "rb") as turnstile, open(tests.__file__, "rb") as lock:
         fcntl.flock(turnstile, fcntl.LOCK_EX)
-        fcntl.flock(lock, how)
+        fcntl.flock(lock, mode)
         fcntl.flock(turnstile, fcntl.LOCK_UN)
         try:
             return (yield)
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # also where a forked child of a test still has it
+            fcntl.flock(lock, fcntl.LOCK_UN)  # even if a forked child of the test still has the file open
 
 
 @pytest.fixture
@@ -110,8 +110,8 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _no_model_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reaches a real provider by a key that happens to be set."""
+def _no_real_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tests from reaching a real provider with a key that happens to be set."""
     for name in list(os.environ):
         if name.endswith(("_API_KEY", "_BASE_URL")) or name.startswith(("OPENAI_", "FLOCK_", "TEMPORAL_")):
             monkeypatch.delenv(name)
@@ -120,21 +120,21 @@ def _no_model_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test has a working directory of its own, for stores have their default place there."""
+    """Give each test its own working directory, because stores are created there by default."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def temporal_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a real Temporal server listens; tests share it, each with a flock of another name."""
+    """Return the address of a real Temporal server, which tests share under different flock names."""
     port = free_port()
     with temporal_server(tmp_path_factory.mktemp("temporal") / "temporal.db", port):
         yield f"127.0.0.1:{port}"
 
 
 @pytest.fixture(params=["memory", "disk", "temporal"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
-    """Each kind of engine. The cluster is a real one, the development server, with a worker in this process."""
+def open_engine(request: pytest.FixtureRequest, tmp_path: Path) -> OpenEngine:
+    """Open an engine of each kind. Temporal is the real development server, with a worker in this process."""
     if request.param == "temporal":
         address = request.getfixturevalue("temporal_address")
         return lambda flock, **options: on_temporal(address, flock, **options)
@@ -146,7 +146,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
 def model() -> Iterator[FakeModel]:
     fake = FakeModel()
     yield fake
-    assert not fake.replies, f"{len(fake.replies)} replies of the fake model were not asked for"
+    assert not fake.replies, f"{len(fake.replies)} replies of the fake model were not used"
 
 
 @pytest.fixture

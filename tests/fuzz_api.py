@@ -1,7 +1,7 @@
-"""Generated requests against a real server with keys: python -m tests.fuzz_api --max-examples 1000
+"""Send generated requests to a real server with keys: python -m tests.fuzz_api --max-examples 1000
 
-schemathesis makes them from the specification, whole and broken, one by one and along its links. An answer must be as
-the specification says, and none may be 5xx. ``test_fuzz`` does the same with fewer.
+schemathesis generates valid and invalid requests from the specification, one by one and along its links. Each response
+must match the specification, and none may be 5xx. ``test_fuzz`` does the same with fewer requests.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flock.web.auth import new_key
 from tests.support import PATIENCE_S, ROOT
-from tests.support.servers import NOT_WATCHED, flockapi_command, running
+from tests.support.servers import NO_COVERAGE, flockapi_command, running
 
 SERVED = '''
 from typing import Any
@@ -41,8 +41,8 @@ async def nap(text: str = "") -> None:
     await anyio.sleep(len(text) / 10)
 '''
 
-# A generated text is seldom the name of an agent, and never a table that fits one; and most JSON bodies come with
-# options in the query, which are refused. So most whole requests to start something are made into one that may succeed.
+# A generated string is seldom the name of an agent and never a table for one, and most JSON bodies come with query
+# options, which are refused. So the hook changes most valid requests that start something into ones that may succeed.
 HOOKS = """
 import csv, io, json
 import schemathesis
@@ -80,7 +80,7 @@ def before_generate_case(context, strategy):
     return st.builds(made_likely, strategy.filter(may_be_wrong), st.none() | likely | likely | likely)
 
 def may_be_wrong(case):
-    # A list in the place of a text is sent as a text all the same, which says that its rows may be skipped.
+    # A list in place of a text is still sent as text, and its rows may be skipped.
     return case.media_type not in TYPES or not isinstance(case.body, (bool, int, float, list, dict, type(None)))
 
 def made_likely(case, likely):
@@ -98,14 +98,14 @@ def made_likely(case, likely):
     return case
 """
 
-# Which inputs an agent takes, and which keys were used before, a schema cannot say.
+# A schema cannot say which inputs an agent takes or which keys were used before.
 CONFIG = """
 hooks = "hooks.py"
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "401", "403", "404", "409", "413", "422", "429"]
 
-# A dry run of rows that do not fit is answered with 200; a batch that is accepted is 202.
+# A dry run of invalid rows is answered 200, and an accepted batch 202.
 [[operations]]
 include-operation-id = "runBatch"
 [operations.checks.negative_data_rejection]
@@ -116,9 +116,9 @@ expected-statuses = [
 
 
 def fuzz(max_examples: int, seed: int) -> tuple[str, int]:
-    """What schemathesis reports of about 25 cases for each example, and how many cases there were.
+    """Run schemathesis with about 25 cases for each example. Return its report and the number of cases.
 
-    Raises AssertionError with the report where a case failed, or the server wrote of an error.
+    Raises AssertionError with the report if a case failed, or with the errors that the server logged.
     """
     key = new_key()
     with tempfile.TemporaryDirectory() as folder:
@@ -126,12 +126,12 @@ def fuzz(max_examples: int, seed: int) -> tuple[str, int]:
         (Path(folder) / "hooks.py").write_text(HOOKS)
         (Path(folder) / "schemathesis.toml").write_text(CONFIG)
         serve = flockapi_command("serve", f"{folder}/served.py", "--port", "0", "--store", f"{folder}/flock.db")
-        with running(*serve, FLOCK_API_KEYS=f"fuzz:admin={key}", **NOT_WATCHED) as server:
+        with running(*serve, FLOCK_API_KEYS=f"fuzz:admin={key}", **NO_COVERAGE) as server:
             command = [sys.executable, "-m", "schemathesis.cli", "run", str(ROOT / "openapi.yaml")]
             command += ["--url", server.url, "--header", f"Authorization: Bearer {key}", "--checks", "all"]
             command += ["--max-examples", str(max_examples), "--seed", str(seed), "--no-color"]
             command += ["--request-timeout", str(PATIENCE_S)]
-            env = {**os.environ, **NOT_WATCHED}
+            env = {**os.environ, **NO_COVERAGE}
             done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
             server.stop()
     report = done.stdout + done.stderr
@@ -145,7 +145,7 @@ def fuzz(max_examples: int, seed: int) -> tuple[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--max-examples", type=int, default=1000, help="of each operation and phase")
+    parser.add_argument("--max-examples", type=int, default=1000, help="examples for each operation and phase")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     print(fuzz(arguments.max_examples, arguments.seed)[0])

@@ -1,4 +1,4 @@
-"""Makes ``flock/static/openapi.json`` from ``openapi.yaml``, so that no YAML parser is needed to serve it.
+"""Write ``flock/static/openapi.json`` from ``openapi.yaml``, so that serving it needs no YAML parser.
 
 python -m tests.openapi_twin
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 from flock.runs import BatchOptions, RunStatus
 from flock.temporal import TemporalEngine
 from flock.temporal.messages import batch_workflow_id, chunk_workflow_id
-from tests.support.cluster import beside_a_worker, temporal_server
+from tests.support.cluster import engine_with_worker, temporal_server
 from tests.support.engines import ended, until
 from tests.support.flocks import Work, numbers
 from tests.support.servers import free_port
@@ -52,7 +52,7 @@ async def record_batches(engine: TemporalEngine, work: Work) -> None:
 async def main() -> None:
     port, work = free_port(), Work("recorded")
     with tempfile.TemporaryDirectory() as folder, temporal_server(Path(folder) / "temporal.db", port):
-        async with beside_a_worker(f"127.0.0.1:{port}", work.flock) as engine, engine:
+        async with engine_with_worker(f"127.0.0.1:{port}", work.flock) as engine, engine:
             await record_batches(engine, work)
 
 

@@ -1,4 +1,4 @@
-"""A hundred thousand rows in, a hundred thousand rows out: a real server, killed on the way, and its memory."""
+"""A batch of 100,000 rows on a real server that is killed on the way: its results and its memory."""
 
 import contextlib
 import csv
@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.servers import NOT_WATCHED, Server, flockapi_command, running
+from tests.support.servers import NO_COVERAGE, Server, flockapi_command, running
 
 pytestmark = pytest.mark.alone
 
 ROWS = 100_000
-#: How much more memory a server may use for a batch of any length, in kB.
+#: How much a server's memory may grow during a batch of any length, in kB.
 MAX_GROWTH_KB = 80 * 1024
 
 SCRIPT = """
@@ -47,7 +47,7 @@ def rows() -> Iterator[bytes]:
 def served() -> Iterator[Server]:
     Path("served.py").write_text(SCRIPT)
     command = flockapi_command("serve", "served.py", "--port", "0", "--store", "flock.db")
-    with running(*command, **NOT_WATCHED) as server:
+    with running(*command, **NO_COVERAGE) as server:
         yield server
 
 
@@ -70,13 +70,13 @@ def state(client: httpx.Client, batch_id: str, wait_s: int = 0) -> Any:
 
 
 def wait_until_ended(client: httpx.Client, batch_id: str, items: int) -> None:
-    """Ask as a client would, until so many items have ended."""
+    """Poll like a client until *items* items have ended."""
     while state(client, batch_id)["completed_items"] < items:
         time.sleep(0.02)
 
 
 def end_of(client: httpx.Client, batch_id: str) -> Any:
-    """The batch once it has ended, however long that takes."""
+    """Wait for the batch to end, however long that takes, and return it."""
     while (batch := state(client, batch_id, 30))["status"] == "running":
         pass
     return batch
@@ -88,15 +88,15 @@ def committed() -> set[int]:
 
 
 def calls(begin: int = 0, end: int | None = None) -> list[int]:
-    """Which items were begun, between two lengths of the log."""
+    """Return the items that were started, from a part of the log."""
     return [int(line) for line in Path("calls.log").read_bytes()[begin:end].split()]
 
 
 @pytest.mark.timeout(300)
-def test_a_hundred_thousand_rows_outlive_three_kills_in_little_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    """No item that was committed is executed again; memory is flat; the results come back whole and in order."""
+def test_a_batch_of_100_000_rows_survives_three_kills_in_bounded_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """No committed item is executed again, memory stays flat, and the results are complete and in order."""
     batch_id, growth_kb = "", []
-    kills: list[tuple[set[int], int]] = []  # what was committed by then, and how long the log of calls was
+    kills: list[tuple[set[int], int]] = []  # the items committed before the kill, and the size of the log of calls
     while True:
         with served() as server, httpx.Client(base_url=server.url, timeout=120) as client:
             idle_kb = memory_kb(server, "VmRSS")
@@ -125,11 +125,11 @@ def test_a_hundred_thousand_rows_outlive_three_kills_in_little_memory(capsys: py
     assert all(grown < MAX_GROWTH_KB for grown in growth_kb), growth_kb
     with capsys.disabled():
         grown = ", ".join(f"{kb / 1024:.0f}" for kb in growth_kb)
-        print(f"\nin flight at a kill: {in_flight}; begun twice: {again}; memory above idle in MB: {grown}")
+        print(f"\nin flight at each kill: {in_flight}; executed again: {again}; memory above idle in MB: {grown}")
 
 
-def test_a_long_batch_is_cancelled_at_once_and_no_item_starts_after_the_answer() -> None:
-    """Answered within half a second, and all of it has stopped within two."""
+def test_a_long_batch_is_cancelled_at_once_and_starts_no_item_after_the_response() -> None:
+    """The response comes within half a second, and all items have stopped within two."""
     with served() as server, httpx.Client(base_url=server.url, timeout=60) as client:
         batch_id = submit(client)
         wait_until_ended(client, batch_id, ROWS // 20)

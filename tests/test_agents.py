@@ -1,4 +1,4 @@
-"""Agents: how a model is asked, how an answer is repaired, how a function is called."""
+"""Agents: prompts to a model, repair of invalid answers, and calls of functions."""
 
 import contextvars
 import dataclasses
@@ -51,7 +51,7 @@ async def turn(made: Agent, resources: Resources, **inputs: Any) -> Any:
 # Model agents
 
 
-async def test_the_prompt_says_all_that_the_signatures_say(model: FakeModel, resources: Resources) -> None:
+async def test_the_prompt_contains_everything_in_the_signatures(model: FakeModel, resources: Resources) -> None:
     made = analyzer(description="Finds the mood.", instructions="Be brief.", temperature=0.5, max_tokens=99)
     model.replies = [answer({"sentiment": "good", "keywords": ["a"]})]
     await turn(made, resources, text='Say "hi"\nnow', limit=3)
@@ -87,14 +87,14 @@ async def test_the_prompt_says_all_that_the_signatures_say(model: FakeModel, res
         ("dict[str, int]", "object"),
     ],
 )
-async def test_a_type_is_put_in_words(type_: str, words: str, model: FakeModel, resources: Resources) -> None:
+async def test_a_type_is_described_in_words(type_: str, words: str, model: FakeModel, resources: Resources) -> None:
     model.replies = [error(404)]
     with pytest.raises(ModelError):
         await turn(FlockFactory.create_default_agent("x", output=f"a: {type_}"), resources)
     assert f"Determine:\n- a ({words})\n" in model.requests[0]["messages"][1]["content"]
 
 
-async def test_the_agents_own_model_wins_over_the_flocks(model: FakeModel, resources: Resources) -> None:
+async def test_an_agents_own_model_overrides_the_flocks(model: FakeModel, resources: Resources) -> None:
     model.replies = [answer({"sentiment": "good", "keywords": []})] * 2
     await turn(analyzer(model="ollama/llama3"), resources, text="x", limit=1)
     await turn(analyzer(), resources, text="x", limit=1)
@@ -104,17 +104,17 @@ async def test_the_agents_own_model_wins_over_the_flocks(model: FakeModel, resou
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        pytest.param("Good!", "Not valid JSON", id="no JSON"),
+        pytest.param("Good!", "Not valid JSON", id="not JSON"),
         pytest.param('{"sentiment": "good", "keywords": ["a"', "unexpected end", id="cut off"),
         pytest.param({"sentiment": 5, "keywords": []}, "/sentiment: Expected 'str', got 'int'", id="wrong type"),
         pytest.param({"sentiment": "good"}, "/keywords: This field is required", id="missing"),
         pytest.param({"sentiment": "", "keywords": [], "x": 1}, "/x: Unknown field", id="unknown"),
         pytest.param('{"sentiment": "\\ud800", "keywords": []}', "surrogate", id="lone surrogate"),
         pytest.param("good \ud800", "Not valid JSON", id="a lone surrogate in the text itself"),
-        pytest.param("[" * 50_000, "Expected 'object'", id="nested without end"),
+        pytest.param("[" * 50_000, "Expected 'object'", id="endless nesting"),
     ],
 )
-async def test_an_answer_that_does_not_fit_is_sent_back_with_the_reason(
+async def test_an_invalid_answer_is_sent_back_with_the_reason(
     bad: Any, reason: str, model: FakeModel, resources: Resources
 ) -> None:
     model.replies = [answer(bad), answer({"sentiment": "good", "keywords": []})]
@@ -122,13 +122,13 @@ async def test_an_answer_that_does_not_fit_is_sent_back_with_the_reason(
     assert json.loads(bytes(done.result)) == {"sentiment": "good", "keywords": []}
     assert done.usage == Usage(input_tokens=20, output_tokens=10), "both answers are paid for"
     assert [headers["idempotency-key"] for headers in model.headers] == ["run:r/0", "run:r/0/2"]
-    *_, said, asked = model.requests[1]["messages"]
-    assert said["role"] == "assistant"
-    assert asked["role"] == "user"
-    assert reason in asked["content"]
+    *_, reply, correction = model.requests[1]["messages"]
+    assert reply["role"] == "assistant"
+    assert correction["role"] == "user"
+    assert reason in correction["content"]
 
 
-async def test_an_answer_with_a_wrong_time_is_sent_back_with_a_right_one(
+async def test_an_answer_with_an_invalid_time_is_sent_back_with_a_valid_example(
     model: FakeModel, resources: Resources
 ) -> None:
     model.replies = [answer({"at": "noon"}), answer({"at": "2026-11-30T12:00:00Z"})]
@@ -146,7 +146,7 @@ async def test_after_max_retries_the_reason_is_the_error(
         await turn(analyzer(max_retries=max_retries), resources, text="x", limit=1)
 
 
-async def test_one_deadline_is_over_all_of_it(model: FakeModel, resources: Resources) -> None:
+async def test_timeout_s_covers_the_whole_turn(model: FakeModel, resources: Resources) -> None:
     async def never(_: Any) -> Any:
         await anyio.sleep_forever()
 
@@ -163,7 +163,7 @@ async def test_a_model_error_is_not_repaired(model: FakeModel, resources: Resour
 
 
 @pytest.mark.parametrize("name", ["", 5, "a b", "a/b", "ä", "..", "a\n"])
-def test_a_name_that_cannot_stand_in_a_url_is_refused(name: Any) -> None:
+def test_a_name_that_cannot_be_part_of_a_url_is_refused(name: Any) -> None:
     with pytest.raises(DefinitionError, match="Use letters, digits"):
         FlockFactory.create_default_agent(name, output="a")
 
@@ -173,7 +173,7 @@ def test_a_model_agent_without_output_is_refused() -> None:
         FlockFactory.create_default_agent("x", input="a")
 
 
-def test_a_signature_error_comes_at_definition() -> None:
+def test_a_signature_error_is_raised_at_definition() -> None:
     with pytest.raises(SignatureError):
         FlockFactory.create_default_agent("x", input="a: Foo", output="b")
 
@@ -216,7 +216,7 @@ async def test_a_sync_function_runs_in_a_thread_and_an_async_one_in_the_loop(res
     assert bytes((await turn(here, resources)).result) == f'{{"result":{threading.get_ident()}}}'.encode()
 
 
-async def test_a_thread_sees_the_context(resources: Resources) -> None:
+async def test_a_thread_sees_context_variables(resources: Resources) -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
     variable.set("seen")
 
@@ -239,7 +239,7 @@ async def test_a_callable_object_is_an_agent(resources: Resources) -> None:
     assert bytes((await turn(made, resources, text="abc")).result) == b'{"result":3}'
 
 
-async def test_what_a_function_returns_is_checked(resources: Resources) -> None:
+async def test_the_return_value_of_a_function_is_validated(resources: Resources) -> None:
     @agent
     def lie() -> int:
         return "five"  # type: ignore[return-value]
@@ -255,16 +255,16 @@ async def test_what_a_function_returns_is_checked(resources: Resources) -> None:
 
 
 async def test_nothing_is_shared_between_two_runs() -> None:
-    """What an agent does to its inputs, or to what it returned, is not seen by the next run."""
+    """A run does not see what an earlier run did to its inputs or its result."""
     flock = Flock()
-    kept: dict[str, Any] = {"list": []}
+    shared: dict[str, Any] = {"list": []}
 
     @flock.agent(output="list: Any")
     def spoil(value: Any, tags: list[str] = ["new"]) -> dict[str, Any]:  # noqa: B006
         value.append("spoilt")
         tags.append("spoilt")
-        kept["list"] += tags
-        return kept
+        shared["list"] += tags
+        return shared
 
     inputs: dict[str, Any] = {"value": []}
     async with flock.engine() as engine:
@@ -272,10 +272,10 @@ async def test_nothing_is_shared_between_two_runs() -> None:
         runs = [await engine.wait((await engine.submit("spoil", raw)).run_id) for _ in range(2)]
     assert inputs == {"value": []}
     results = [json.loads(bytes(run.result or b"")) for run in runs]
-    assert results[0] == {"list": ["new", "spoilt"]}, "what was returned first has not changed since"
+    assert results[0] == {"list": ["new", "spoilt"]}, "the first result has not changed"
 
 
-def test_a_function_is_still_a_function() -> None:
+def test_an_agent_can_still_be_called_as_a_function() -> None:
     @agent(name="other", description="Adds.")
     def add(a: int, b: int) -> int:
         return a + b
@@ -285,7 +285,7 @@ def test_a_function_is_still_a_function() -> None:
     assert repr(add) == "<FunctionAgent 'other'>"
 
 
-def test_output_is_a_signature_with_types() -> None:
+def test_output_may_be_a_signature_with_types() -> None:
     @agent(output="box: Box", types={"Box": Box})
     def make() -> dict[str, Any]:
         return {}
@@ -314,7 +314,7 @@ async def test_partial_and_cached_functions_keep_their_types(resources: Resource
     assert bytes((await turn(cached, resources, a=1, b=2)).result) == b'{"result":3}'
 
 
-def test_what_yields_is_no_agent() -> None:
+def test_a_generator_cannot_be_an_agent() -> None:
     async def stream(text: str) -> AsyncIterator[str]:
         yield text
 
@@ -322,7 +322,7 @@ def test_what_yields_is_no_agent() -> None:
         agent(stream)
 
 
-async def test_the_base_class_takes_no_turn(resources: Resources) -> None:
+async def test_the_base_class_cannot_take_a_turn(resources: Resources) -> None:
     empty = Signature.of("")
     with pytest.raises(NotImplementedError):
         await Agent("x", empty, empty).take_turn(None, resources, context_of("x"))

@@ -1,4 +1,4 @@
-"""The API: what each endpoint answers when all goes well, and when an agent fails."""
+"""The API: the response of each endpoint when all goes well, and when an agent fails."""
 
 import datetime
 import json
@@ -67,12 +67,12 @@ async def test_an_asynchronous_run_is_accepted_at_once(client: httpx.AsyncClient
     assert done["result"] == {"sentiment": "fine", "keywords": []}
 
 
-async def test_fields_of_older_clients_mean_nothing(client: httpx.AsyncClient) -> None:
+async def test_fields_of_older_clients_are_ignored(client: httpx.AsyncClient) -> None:
     response = await post_run(client, "add", {"a": 1}, use_production_tools=True)
     assert response.json()["result"] == {"result": 3}
 
 
-async def test_inputs_may_be_left_out(flock: Flock, client: httpx.AsyncClient) -> None:
+async def test_inputs_may_be_omitted(flock: Flock, client: httpx.AsyncClient) -> None:
     @flock.agent
     def answer_all() -> int:
         return 42
@@ -84,8 +84,8 @@ async def test_inputs_may_be_left_out(flock: Flock, client: httpx.AsyncClient) -
 # Runs that fail
 
 
-async def test_a_run_that_failed_is_an_answer(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
-    """The client learns the class of the exception; its text and traceback are in the log under the request's id."""
+async def test_a_failed_run_is_not_an_http_error(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    """The client gets the class of the exception. Its text and traceback are in the log under the request id."""
     response = await client.post(
         "/run/flock",
         json={"agent_name": "explode", "inputs": {"text": "of the house"}},
@@ -106,7 +106,7 @@ async def test_a_run_that_failed_is_an_answer(client: httpx.AsyncClient, caplog:
     assert "a secret: of the house" in str(record.exc_info[1])
 
 
-async def test_the_text_of_an_agent_error_is_for_the_client(client: httpx.AsyncClient) -> None:
+async def test_the_text_of_an_agent_error_is_sent_to_the_client(client: httpx.AsyncClient) -> None:
     body = (await post_run(client, "refuse", {"text": "This"})).json()
     assert (body["error"], body["error_type"]) == ("This is more than I can do.", "agent_error")
 
@@ -118,14 +118,14 @@ async def test_errors_can_be_exposed_for_development(flock: Flock) -> None:
     assert body["error"] == "The agent 'explode' raised ValueError: a secret: x"
 
 
-async def test_a_missing_key_is_named(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_error_names_a_missing_model_key(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     body = (await post_run(client, "text_analyzer", {"text": "x"})).json()
     assert (body["status"], body["error_type"]) == ("failed", "model_not_configured")
     assert "OPENAI_API_KEY" in body["error"]
 
 
-async def test_a_model_that_fails_fails_the_run(client: httpx.AsyncClient, model: FakeModel) -> None:
+async def test_a_model_error_fails_the_run(client: httpx.AsyncClient, model: FakeModel) -> None:
     model.replies = [error(401, message="bad key sk-secret")]
     body = (await post_run(client, "text_analyzer", {"text": "x"})).json()
     assert (body["status"], body["error_type"]) == ("failed", "model_authentication")
@@ -138,10 +138,12 @@ async def test_a_model_that_fails_fails_the_run(client: httpx.AsyncClient, model
         pytest.param(object(), id="object"),
         pytest.param("\ud800", id="lone surrogate"),
         pytest.param(10**5000, id="integer of 5,000 digits"),
-        pytest.param({(1, 2): 3}, id="key that is no text"),
+        pytest.param({(1, 2): 3}, id="key that is not a string"),
     ],
 )
-async def test_a_result_that_cannot_be_json_fails_the_run(value: Any, flock: Flock, client: httpx.AsyncClient) -> None:
+async def test_a_result_that_is_not_valid_json_fails_the_run(
+    value: Any, flock: Flock, client: httpx.AsyncClient
+) -> None:
     @flock.agent
     def strange() -> Any:
         return value
@@ -158,7 +160,7 @@ async def test_nan_and_infinity_become_null(flock: Flock, client: httpx.AsyncCli
     assert (await post_run(client, "numbers")).json()["result"] == {"result": [1.5, None, None]}
 
 
-async def test_big_integers_pass_unharmed(client: httpx.AsyncClient) -> None:
+async def test_big_integers_are_not_changed(client: httpx.AsyncClient) -> None:
     text = '{"agent_name": "anything", "inputs": {"value": [18446744073709551616, 1234567890123456789012]}}'
     response = await client.post("/run/flock", content=text, headers={"Content-Type": "application/json"})
     assert response.json()["result"] == {"result": [18446744073709551616, 1234567890123456789012]}
@@ -184,7 +186,7 @@ async def test_a_batch_keeps_the_order_of_its_inputs(client: httpx.AsyncClient) 
     assert done["next"] is None
 
 
-async def test_the_item_wins_over_the_static_inputs_and_names_are_mapped(client: httpx.AsyncClient) -> None:
+async def test_an_item_overrides_static_inputs_and_names_are_mapped(client: httpx.AsyncClient) -> None:
     body = {
         "agent_name": "add",
         "batch_inputs": [{"left": 1}, {"left": 2, "b": 20}],
@@ -196,7 +198,7 @@ async def test_the_item_wins_over_the_static_inputs_and_names_are_mapped(client:
     assert done["results"] == [{"result": 11}, {"result": 22}]
 
 
-async def test_progress_is_live_and_what_has_not_ended_is_null(client: httpx.AsyncClient, model: FakeModel) -> None:
+async def test_progress_is_live_and_results_of_open_items_are_null(client: httpx.AsyncClient, model: FakeModel) -> None:
     may_answer = anyio.Event()
 
     async def reply(request: Any) -> Any:
@@ -224,7 +226,7 @@ async def test_progress_is_live_and_what_has_not_ended_is_null(client: httpx.Asy
         ({"max_workers": 1000}, 12),
     ],
 )
-async def test_max_workers_bounds_a_batch(options: Any, expected: int, flock: Flock, client: httpx.AsyncClient) -> None:
+async def test_max_workers_limits_a_batch(options: Any, expected: int, flock: Flock, client: httpx.AsyncClient) -> None:
     busy, most, order = 0, 0, []
 
     @flock.agent
@@ -246,7 +248,7 @@ async def test_max_workers_bounds_a_batch(options: Any, expected: int, flock: Fl
 
 
 @pytest.mark.parametrize(("return_errors", "expected"), [(True, {"error_type": "agent_error"}), (False, None)])
-async def test_a_failed_item_is_told_or_null(return_errors: bool, expected: Any, client: httpx.AsyncClient) -> None:
+async def test_a_failed_item_is_an_error_or_null(return_errors: bool, expected: Any, client: httpx.AsyncClient) -> None:
     body = {"agent_name": "refuse", "batch_inputs": [{"text": "That"}], "return_errors": return_errors}
     accepted = await client.post("/run/batch", json=body)
     done = await wait_for(client, accepted.headers["Location"])
@@ -267,7 +269,7 @@ async def test_a_batch_completes_if_one_item_does(flock: Flock, client: httpx.As
     assert done["results"][1] == {"result": 0.5}
 
 
-async def test_results_can_be_bare(client: httpx.AsyncClient) -> None:
+async def test_results_can_be_unboxed(client: httpx.AsyncClient) -> None:
     for agent, row, expected in (
         ("add", {"a": 1}, 3),
         ("summarise", {"text": "a b"}, {"words": 2, "shout": "A B"}),
@@ -278,7 +280,7 @@ async def test_results_can_be_bare(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.slow
-async def test_results_come_in_pages(client: httpx.AsyncClient) -> None:
+async def test_results_are_paginated(client: httpx.AsyncClient) -> None:
     rows = [{"a": i, "b": 0} for i in range(2500)]
     accepted = await client.post("/run/batch", json={"agent_name": "add", "batch_inputs": rows, "max_workers": 50})
     path = accepted.headers["Location"]
@@ -304,10 +306,10 @@ async def test_an_item_is_a_run(client: httpx.AsyncClient, app: FlockAPI) -> Non
     assert (body["batch_id"], body["position"], body["result"]) == (accepted["batch_id"], 1, {"result": 7})
 
 
-# Agents, and around them
+# Agents, request ids, mounts and limits
 
 
-async def test_agents_are_listed_as_the_page_shows(client: httpx.AsyncClient) -> None:
+async def test_agents_are_listed_with_name_and_description(client: httpx.AsyncClient) -> None:
     response = await client.get("/agents")
     assert response.json()["agents"][:3] == [
         {"name": "text_analyzer", "description": "Finds the sentiment and the keywords of a text."},
@@ -317,7 +319,7 @@ async def test_agents_are_listed_as_the_page_shows(client: httpx.AsyncClient) ->
     assert response.text.endswith("\n")
 
 
-async def test_an_agent_tells_who_goes_on_where_that_is_known() -> None:
+async def test_an_agent_shows_its_next_agent_if_that_is_fixed() -> None:
     flock = Flock()
 
     @flock.agent
@@ -332,8 +334,8 @@ async def test_an_agent_tells_who_goes_on_where_that_is_known() -> None:
         flock.agent(name=name, next_agent=next_agent)(begins)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(flock)), base_url="http://t") as client:
         agents = (await client.get("/agents")).json()["agents"]
-        told = {agent["name"]: agent.get("next_agent", "absent") for agent in agents}
-        assert told == {"ends": "absent", "by_name": "ends", "by_agent": "ends", "by_result": None}
+        next_agents = {agent["name"]: agent.get("next_agent", "absent") for agent in agents}
+        assert next_agents == {"ends": "absent", "by_name": "ends", "by_agent": "ends", "by_result": None}
         assert (await client.get("/agents/by_name")).json()["next_agent"] == "ends"
 
 
@@ -369,13 +371,13 @@ async def test_every_response_has_a_request_id(client: httpx.AsyncClient) -> Non
 
 
 @pytest.mark.parametrize("sent", ["a b", "a" * 129, "a\tb", "<script>", "", "a\r\nSet-Cookie: x=1"])
-async def test_a_request_id_with_odd_characters_is_replaced(sent: str, client: httpx.AsyncClient) -> None:
+async def test_a_request_id_with_invalid_characters_is_replaced(sent: str, client: httpx.AsyncClient) -> None:
     received = (await client.get("/agents", headers={"X-Request-ID": sent})).headers["X-Request-ID"]
     assert received != sent
     assert uuid.UUID(received)
 
 
-async def test_after_its_end_it_says_so() -> None:
+async def test_a_stopped_app_answers_503() -> None:
     app = create_app(sample_flock())
     async with app.lifespan():
         pass
@@ -387,7 +389,7 @@ async def test_after_its_end_it_says_so() -> None:
     assert "lifespan" in response.json()["detail"]
 
 
-async def test_under_a_mount_links_lead_back(flock: Flock, model: FakeModel) -> None:
+async def test_links_of_a_mounted_app_have_its_prefix(flock: Flock, model: FakeModel) -> None:
     from starlette.applications import Starlette
     from starlette.routing import Mount
 
@@ -404,8 +406,8 @@ async def test_under_a_mount_links_lead_back(flock: Flock, model: FakeModel) -> 
         assert (await client.get(page["next"])).json()["results"] == [{"result": 4}]
 
 
-async def test_full_is_said() -> None:
-    """Beyond ``max_queue`` runs and ``max_open_items`` items the answer is 429, and what was accepted goes on."""
+async def test_a_full_engine_answers_429() -> None:
+    """Runs beyond ``max_queue`` and items beyond ``max_open_items`` are refused, and accepted ones complete."""
     flock, may_go = Flock(), anyio.Event()
 
     @flock.agent

@@ -1,52 +1,52 @@
-"""Who gets in, who sees what, and what is kept from those who do not belong here: real servers and hostile requests.
+"""Access control and hostile requests, many of them against real servers.
 
-Where each line of attack is tried; what names no file is in this one:
+The tests of each line of attack. A test without a module is in this one:
 
     | attack | test |
     |-|-|
-    | traversal, symbolic link, URL in ``batch_inputs`` | test_attacks_on_inputs::test_no_file_and_no_address_is_read |
+    | path, link or URL in ``batch_inputs`` | test_attacks_on_inputs::test_no_file_is_read_and_no_url_is_fetched |
     | | test_uploads::test_no_other_file_is_and_nobody_learns_which_there_are |
     | decompression bomb | test_bad_input::test_a_compressed_body_is_415_and_is_not_read |
     | | test_uploads::test_what_is_too_much_or_cannot_be_unpacked_is_refused |
-    | much of little | test_uploads::test_static_inputs_do_not_make_much_of_little |
+    | amplification | test_uploads::test_static_inputs_do_not_make_much_of_little |
     | | test_uploads::test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do |
-    | formulas for the spreadsheet of whoever looks | test_uploads::test_what_a_spreadsheet_would_run_is_text |
+    | formulas in a spreadsheet | test_uploads::test_what_a_spreadsheet_would_run_is_text |
     | deep JSON | test_jsontype::test_depth_is_counted_in_no_time |
-    | | test_bad_input::test_what_is_not_json_is_400_with_line_and_column |
-    | numbers beyond all bounds | test_attacks_on_inputs::test_no_number_is_too_big_to_be_answered |
-    | names that are there twice | test_attacks_on_inputs::test_of_a_name_that_is_there_twice_one_counts |
-    | header injection | test_api::test_a_request_id_with_odd_characters_is_replaced |
-    | | test_http_lifecycle::test_a_key_that_is_none_is_refused |
-    | | test_what_two_servers_could_read_in_two_ways_is_refused |
-    | log injection | test_no_line_of_the_log_can_be_forged |
-    | keys guessed by the time that it takes | test_keys_are_hashed_and_compared_in_constant_time |
-    | DNS rebinding | test_on_the_loopback_only_its_own_names_are_answered |
-    | post from a foreign page | test_a_page_of_another_origin_changes_nothing |
-    | forged content type | test_what_a_form_could_send_is_refused |
-    | | test_bad_input::test_another_content_type_is_415_that_says_what_to_send |
-    | routes and methods beside the guarded ones | test_customising::test_a_route_that_is_added_later_needs_a_key |
-    | | test_customising::test_any_method_of_an_open_route_is_open_and_nothing_else |
-    | smuggling | test_what_two_servers_could_read_in_two_ways_is_refused |
-    | | test_what_follows_an_unread_body_is_not_a_request |
-    | slow head, slow body | test_our_server_waits_for_no_head_for_ever |
-    | | test_a_body_that_trickles_is_dropped |
+    | | test_bad_input::test_malformed_json_is_400_with_line_and_column |
+    | huge numbers | test_attacks_on_inputs::test_numbers_of_any_size_are_answered |
+    | duplicate names | test_attacks_on_inputs::test_the_last_of_duplicate_names_counts |
+    | header injection | test_api::test_a_request_id_with_invalid_characters_is_replaced |
+    | | test_http_lifecycle::test_an_invalid_idempotency_key_is_refused |
+    | | test_an_ambiguous_request_head_is_refused |
+    | log injection | test_log_lines_cannot_be_forged |
+    | timing attack on keys | test_keys_are_hashed_and_compared_in_constant_time |
+    | DNS rebinding | test_a_loopback_server_answers_only_to_its_own_names |
+    | cross-site request forgery | test_a_page_of_another_origin_cannot_change_anything |
+    | forged content type | test_content_types_that_a_form_can_send_are_refused |
+    | | test_bad_input::test_another_content_type_is_415_and_the_error_says_what_to_send |
+    | unguarded routes and methods | test_customising::test_a_route_that_is_added_later_requires_a_key |
+    | | test_customising::test_only_open_routes_are_open_with_any_method |
+    | smuggling | test_an_ambiguous_request_head_is_refused |
+    | | test_bytes_after_an_unread_body_are_not_a_request |
+    | slow head, slow body | test_our_server_does_not_wait_forever_for_a_request_head |
+    | | test_a_body_that_trickles_is_answered_408 |
     | | test_uploads::test_an_upload_that_stalls_is_dropped |
-    | reader of events that never reads | test_http_lifecycle::test_a_reader_that_does_not_read_holds_up_nothing |
-    | more connections, streams, requests than agreed | test_more_connections_than_agreed_are_refused |
-    | | test_each_principal_has_its_share_of_event_streams |
-    | | test_of_event_streams_asked_for_at_once_no_more_than_the_limit_are_opened |
-    | | test_each_principal_has_its_share_of_requests |
-    | crowds that say nothing, or wait | test_crowds::test_those_who_say_nothing_hold_up_nobody_and_are_closed |
-    | | test_crowds::test_those_who_wait_for_a_run_take_little_more_than_in_a_bare_app |
-    | ids of another principal | test_what_belongs_to_others_is_not_there |
+    | event stream that is never read | test_http_lifecycle::test_an_event_stream_that_is_not_read_blocks_nothing |
+    | too many connections, streams, requests | test_connections_beyond_the_limit_are_refused |
+    | | test_event_streams_are_limited_for_each_principal |
+    | | test_simultaneous_requests_for_event_streams_do_not_exceed_the_limit |
+    | | test_requests_are_rate_limited_for_each_principal |
+    | crowds of silent or waiting clients | test_crowds::test_silent_clients_delay_no_request_and_are_disconnected |
+    | | test_crowds::test_clients_that_wait_for_a_run_take_little_more_memory_than_in_a_bare_app |
+    | ids of another principal | test_records_of_another_principal_are_not_found |
     | | test_uploads::test_what_belongs_to_others_is_not_there |
-    | ``current_agent`` and its like in the inputs | test_attacks_on_inputs::test_no_input_says_which_agent_runs |
-    | secrets of the environment | test_attacks_on_inputs::test_what_the_server_knows_is_in_no_answer_and_no_record |
-    | | test_keys_and_inputs_are_in_no_line_of_the_log |
-    | texts of exceptions, paths | test_attacks_on_inputs::test_what_the_server_knows_is_in_no_answer_and_no_record |
-    | | test_attacks_on_inputs::test_where_the_store_lies_is_told_to_the_log_only |
+    | ``current_agent`` and the like in the inputs | test_attacks_on_inputs::test_inputs_cannot_choose_the_agent |
+    | secrets of the environment | test_attacks_on_inputs::test_server_secrets_are_in_no_response_and_no_record |
+    | | test_keys_and_inputs_are_not_logged |
+    | texts of exceptions, paths | test_attacks_on_inputs::test_server_secrets_are_in_no_response_and_no_record |
+    | | test_attacks_on_inputs::test_the_path_of_the_store_is_only_in_the_log |
     | | test_bad_input::test_a_bug_is_a_500_without_its_text |
-    | inputs | test_attacks_on_inputs::test_a_value_that_does_not_fit_is_not_repeated |
+    | inputs | test_attacks_on_inputs::test_an_invalid_value_is_not_repeated_in_the_error |
 """
 
 import contextlib
@@ -103,7 +103,7 @@ def guarded() -> FlockAPI:
 
 
 @pytest.mark.anyio
-async def test_a_key_comes_as_bearer_or_as_a_header_of_its_own(guarded: FlockAPI) -> None:
+async def test_a_key_may_be_a_bearer_token_or_in_its_own_header(guarded: FlockAPI) -> None:
     async with client_of(guarded) as client:
         for headers in (
             {"Authorization": f"Bearer {KEYS['ann']}"},
@@ -132,8 +132,8 @@ async def test_a_key_comes_as_bearer_or_as_a_header_of_its_own(guarded: FlockAPI
         {"X-API-Key": ""},
     ],
 )
-async def test_without_a_key_nothing_is_looked_at(headers: Any, guarded: FlockAPI) -> None:
-    """401 with the way to say it, before the body is read; so the connection ends with it."""
+async def test_a_request_without_a_valid_key_is_401_and_its_body_is_not_read(headers: Any, guarded: FlockAPI) -> None:
+    """The response says how to send a key, and the connection is closed after it."""
     was_read = False
 
     async def body() -> Any:
@@ -163,11 +163,11 @@ def test_keys_are_hashed_and_compared_in_constant_time(monkeypatch: pytest.Monke
     assert ring.find(KEYS["ann"]) == Principal(name="ann")
     assert ring.find(KEYS["ops:admin"]) == Principal(name="ops", admin=True)
     assert ring.find("wrong") is None
-    assert compared == [(32, 32)] * 9, "each with all of them, by their hashes"
+    assert compared == [(32, 32)] * 9, "each key is compared with every hash"
     assert not any(key in repr(vars(ring)) for key in KEYS.values())
 
 
-def test_a_new_key_is_random_and_its_command_prints_it() -> None:
+def test_the_key_command_prints_a_new_random_key() -> None:
     keys = {subprocess.run(flockapi_command("key"), capture_output=True, text=True, check=True).stdout for _ in "12"}
     assert len(keys) == 2
     assert all(re.fullmatch(r"fk_[\w-]{43}\n", key) for key in keys), "256 bits"
@@ -199,7 +199,7 @@ def test_keys_are_read_from_text(text: str, keys: dict[str, str]) -> None:
         (lambda: create_app(Flock(), api_keys=KEYS, auth="host"), "either auth= or api_keys="),
     ],
 )
-def test_keys_that_cannot_be_used_are_refused_and_not_shown(make: Any, words: str) -> None:
+def test_unusable_keys_are_refused_and_not_shown(make: Any, words: str) -> None:
     with pytest.raises(DefinitionError, match=words) as caught:
         make()
     assert "secret" not in str(caught.value)
@@ -207,8 +207,8 @@ def test_keys_that_cannot_be_used_are_refused_and_not_shown(make: Any, words: st
 
 
 @pytest.mark.anyio
-async def test_an_app_in_a_host_does_not_read_the_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are for our own server, which a host may run beside itself."""
+async def test_create_app_does_not_read_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those are for our own server, which may run beside the host."""
     monkeypatch.setenv("FLOCK_API_KEYS", "not even of the right form")
     async with client_of(create_app(sample_flock(), store=":memory:")) as client:
         assert (await client.get("/runs")).status_code == 200
@@ -216,7 +216,7 @@ async def test_an_app_in_a_host_does_not_read_the_keys_of_the_environment(monkey
         assert (await ann.get("/runs")).status_code == 401
 
 
-def test_start_api_reads_the_keys_of_the_environment(tmp_path: Path) -> None:
+def test_start_api_reads_keys_from_the_environment(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text("from tests.support.flocks import sample_flock\nsample_flock().start_api(port=0)\n")
     keys = f"ann={KEYS['ann']}"
@@ -229,8 +229,8 @@ def test_start_api_reads_the_keys_of_the_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_belongs_to_others_is_not_there(guarded: FlockAPI) -> None:
-    """Runs, items, batches, lists, events, keys, and all that can be done to them; an admin sees all."""
+async def test_records_of_another_principal_are_not_found(guarded: FlockAPI) -> None:
+    """Runs, items, batches, lists, events and idempotency keys are tried with every method. An admin sees them all."""
     async with (
         client_of(guarded, "ann") as ann,
         client_of(guarded, "bob") as bob,
@@ -254,13 +254,13 @@ async def test_what_belongs_to_others_is_not_there(guarded: FlockAPI) -> None:
             assert (foreign.status_code, missing.status_code) == (404, 404)
             assert foreign.text.replace(run_id, "").replace(foreign.json()["request_id"], "") == missing.text.replace(
                 unknown, ""
-            ).replace(missing.json()["request_id"], ""), "nobody can tell the one from the other"
+            ).replace(missing.json()["request_id"], ""), "the two responses are the same"
         assert (await bob.get(f"/batch/{batch['batch_id']}")).status_code == 404
         assert (await bob.get("/runs")).json()["runs"] == []
         assert [found["run_id"] for found in (await ann.get("/runs?agent_name=add")).json()["runs"]] == [run_id]
         assert [found["run_id"] for found in (await ops.get("/runs")).json()["runs"]] == [run_id]
         assert (await ops.get(f"/batch/{batch['batch_id']}")).status_code == 200
-        # The same key of another principal is another key.
+        # The same idempotency key of another principal is a different key.
         other = await bob.post("/run/flock", json={**ADD, "inputs": {"a": 5}}, headers={"Idempotency-Key": "k"})
         assert (other.status_code, other.json()["result"]) == (200, {"result": 7})
         again = await ann.post("/run/flock", json=ADD, headers={"Idempotency-Key": "k"})
@@ -271,18 +271,18 @@ async def test_what_belongs_to_others_is_not_there(guarded: FlockAPI) -> None:
 
 
 @pytest.mark.anyio
-async def test_metrics_need_an_admin(guarded: FlockAPI) -> None:
+async def test_metrics_require_an_admin(guarded: FlockAPI) -> None:
     async with client_of(guarded, "ann") as ann, client_of(guarded, "ops:admin") as ops:
         await ann.post("/run/flock", json=ADD)
         refused = await ann.get("/metrics")
         assert (refused.status_code, refused.json()["title"]) == (403, "Forbidden")
         shown = (await ops.get("/metrics")).text
         assert "flock_runs_total" in shown
-        assert "ann" not in re.findall(r'"(.*?)"', shown), "no principal is a label"
+        assert "ann" not in re.findall(r'"(.*?)"', shown), "principals are not labels"
 
 
 @pytest.mark.anyio
-async def test_runs_from_before_there_were_keys_are_for_admins(tmp_path: Path) -> None:
+async def test_runs_from_before_api_keys_are_visible_only_to_admins(tmp_path: Path) -> None:
     flock = sample_flock()
     async with client_of(create_app(flock, store="old.db")) as client:
         run_id = (await client.post("/run/flock", json=ADD)).json()["run_id"]
@@ -293,7 +293,7 @@ async def test_runs_from_before_there_were_keys_are_for_admins(tmp_path: Path) -
 
 
 @pytest.mark.anyio
-async def test_a_program_may_use_the_view_of_a_principal_as_an_engine() -> None:
+async def test_a_scoped_engine_can_be_used_as_an_engine() -> None:
     flock, seen = sample_flock(), []
 
     class Counter(Metrics):
@@ -322,24 +322,24 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_where_others_can_connect_a_key_is_made_and_demanded(workers: str, script: Path) -> None:
+def test_a_server_that_others_can_reach_creates_and_requires_a_key(workers: str, script: Path) -> None:
     command = flockapi_command("serve", str(script), "--host", "0.0.0.0", "--port", "0", "--workers", workers)
     with running(*command, PYTHONPATH=str(ROOT)) as server:
         server.wait_for_line("Application startup complete", times=int(workers))
         url = re.sub(r"//.*:", "//127.0.0.1:", server.url)
         (key,) = [line.split()[-1] for line in server.lines if "Authorization: Bearer fk_" in line]
-        for _ in range(6):  # any of the workers
+        for _ in range(6):  # any worker may answer
             assert httpx.post(f"{url}/run/flock", json=ADD).status_code == 401
             answer = httpx.post(f"{url}/run/flock", json=ADD, headers={"Authorization": f"Bearer {key}"})
             assert answer.status_code == 200
-        assert httpx.get(f"{url}/metrics", headers={"X-API-Key": key}).status_code == 200, "it is its owner's"
+        assert httpx.get(f"{url}/metrics", headers={"X-API-Key": key}).status_code == 200, "the new key is an admin's"
         assert httpx.get(f"{url}/docs").status_code == httpx.get(f"{url}/healthz").status_code == 200
         server.stop()
     assert "\n".join(server.lines).count(key) == 1
     assert not any("without a key" in line for line in server.lines)
 
 
-def test_keys_of_a_file_and_of_the_environment_count_together(script: Path, tmp_path: Path) -> None:
+def test_keys_from_a_file_and_from_the_environment_are_combined(script: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"# who may\nann={KEYS['ann']}\n")
     command = flockapi_command("serve", str(script), "--port", "0", "--api-keys-file", str(tmp_path / "keys"))
     with running(*command, PYTHONPATH=str(ROOT), FLOCK_API_KEYS=f"bob={KEYS['bob']}") as server:
@@ -349,19 +349,19 @@ def test_keys_of_a_file_and_of_the_environment_count_together(script: Path, tmp_
         ]
         assert statuses == [200, 200, 401]
         foreign = httpx.get(f"{server.url}/runs", headers={"X-API-Key": KEYS["ann"], "Host": "agents.example"})
-        assert foreign.status_code == 200, "who has a key may come by any name"
+        assert foreign.status_code == 200, "with a key any host name is accepted"
     (tmp_path / "keys").write_text("ann\n")
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=False)
     assert done.returncode == 1
     assert "Entry 1 of the API keys cannot be used" in done.stderr
 
 
-def test_on_the_loopback_only_its_own_names_are_answered(script: Path) -> None:
-    """A page that had its own name lead here is none of ours, whatever it asks."""
+def test_a_loopback_server_answers_only_to_its_own_names(script: Path) -> None:
+    """A page whose host name was made to resolve to this machine is refused, whatever it requests."""
     with running(*flockapi_command("serve", str(script), "--port", "0"), PYTHONPATH=str(ROOT)) as server:
         port = server.url.rpartition(":")[2]
         assert any("Programs on this machine need no key. Set FLOCK_API_KEYS" in line for line in server.lines)
-        assert not any("WARNING" in line for line in server.lines), "it is closed to all others"
+        assert not any("WARNING" in line for line in server.lines), "other machines cannot connect"
         for host in (f"127.0.0.1:{port}", f"localhost:{port}", "LOCALHOST", f"[::1]:{port}"):
             assert httpx.get(f"{server.url}/agents", headers={"Host": host}).status_code == 200
         for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil.example", ""):
@@ -376,8 +376,8 @@ def test_on_the_loopback_only_its_own_names_are_answered(script: Path) -> None:
     [["--allowed-host", "agents.example"], ["--root-path", "/ai"], ["--forwarded-allow-ips", "127.0.0.1"]],
     ids=lambda options: options[0],
 )
-def test_behind_a_proxy_a_key_is_made_and_demanded(options: list[str], script: Path) -> None:
-    """On the loopback too, since the proxy lets others connect."""
+def test_a_server_behind_a_proxy_creates_and_requires_a_key(options: list[str], script: Path) -> None:
+    """It does so on the loopback too, because the proxy lets others connect."""
     with running(*flockapi_command("serve", str(script), "--port", "0", *options), PYTHONPATH=str(ROOT)) as server:
         (key,) = [line.split()[-1] for line in server.lines if "Authorization: Bearer fk_" in line]
         assert httpx.get(f"{server.url}/runs").status_code == 401
@@ -407,7 +407,7 @@ def test_behind_a_proxy_a_key_is_made_and_demanded(options: list[str], script: P
         ({"Origin": "http://t:81"}, 403),
     ],
 )
-async def test_a_page_of_another_origin_changes_nothing(headers: dict[str, str], status: int) -> None:
+async def test_a_page_of_another_origin_cannot_change_anything(headers: dict[str, str], status: int) -> None:
     app = create_app(sample_flock(), store=":memory:", auth="host", cors_origins=["http://ours.example"])
     async with client_of(app) as client:
         run_id = (await client.post("/run/flock", json=ADD)).json()["run_id"]
@@ -419,13 +419,16 @@ async def test_a_page_of_another_origin_changes_nothing(headers: dict[str, str],
 
 
 @pytest.mark.anyio
-async def test_browsers_let_only_pages_of_allowed_origins_read() -> None:
+async def test_only_pages_of_allowed_origins_may_read_responses() -> None:
     app = create_app(sample_flock(), store=":memory:", api_keys=KEYS, cors_origins=["http://ours.example"])
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    preflight = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
     async with client_of(app) as client:
-        ours = await client.options("/run/flock", headers={"Origin": "http://ours.example", **asked})
+        ours = await client.options("/run/flock", headers={"Origin": "http://ours.example", **preflight})
         assert (ours.status_code, ours.headers["Access-Control-Allow-Origin"]) == (200, "http://ours.example")
-        theirs = await client.options("/run/flock", headers={"Origin": "http://evil.example", **asked})
+        theirs = await client.options("/run/flock", headers={"Origin": "http://evil.example", **preflight})
         assert "Access-Control-Allow-Origin" not in theirs.headers
         refused = await client.get("/runs", headers={"Origin": "http://ours.example"})
         assert (refused.status_code, refused.headers["Access-Control-Allow-Origin"]) == (401, "http://ours.example")
@@ -441,7 +444,7 @@ async def test_browsers_let_only_pages_of_allowed_origins_read() -> None:
         *("text/plain; application/json", "text/plain, application/json", "application/json+x", "application/json\\"),
     ],
 )
-async def test_what_a_form_could_send_is_refused(content_type: str) -> None:
+async def test_content_types_that_a_form_can_send_are_refused(content_type: str) -> None:
     async with client_of(create_app(sample_flock(), store=":memory:")) as client:
         for path in ("/run/flock", "/run/batch"):
             answer = await client.post(path, content=json.dumps(ADD), headers={"Content-Type": content_type})
@@ -449,8 +452,8 @@ async def test_what_a_form_could_send_is_refused(content_type: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_an_app_that_is_open_warns_once_when_it_starts(caplog: pytest.LogCaptureFixture) -> None:
-    """With what is open and how to close it. Names that ``Host`` may say close nothing, since anybody can send them."""
+async def test_an_open_app_warns_once_at_startup(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning says what is open and how to close it. Allowed hosts are no protection: clients choose ``Host``."""
     app = create_app(sample_flock(), store=":memory:", allowed_hosts=["t"])
     assert caplog.records == []
     for _ in range(2):
@@ -472,15 +475,15 @@ CLOSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("options", CLOSED.values(), ids=CLOSED)
-async def test_an_app_that_is_closed_does_not_warn(options: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_closed_app_does_not_warn(options: Any, caplog: pytest.LogCaptureFixture) -> None:
     async with client_of(create_app(sample_flock(), store=":memory:", **options), "ann") as client:
         assert (await client.get("/agents")).status_code == 200
     assert caplog.records == []
 
 
 @pytest.mark.anyio
-async def test_a_host_that_has_closed_the_app_identifies_nobody_to_it() -> None:
-    """So all its users share the runs, and its routes see no principal."""
+async def test_an_app_with_auth_host_has_no_principals() -> None:
+    """All users of the host share the runs, and routes see no principal."""
 
     async def whoami(request: Request) -> Response:
         return Response(str(principal_of(request)))
@@ -493,11 +496,11 @@ async def test_a_host_that_has_closed_the_app_identifies_nobody_to_it() -> None:
         assert (await client.get("/metrics")).status_code == 200
 
 
-# Bounds
+# Limits
 
 
 @pytest.mark.anyio
-async def test_headers_have_a_bound(guarded: FlockAPI) -> None:
+async def test_headers_are_limited_in_size(guarded: FlockAPI) -> None:
     async with client_of(guarded, "ann") as client:
         assert (await client.get("/agents", headers={"X-Long": "x" * 60_000})).status_code == 200
         refused = await client.get("/agents", headers={"X-Long": "x" * 70_000})
@@ -505,7 +508,7 @@ async def test_headers_have_a_bound(guarded: FlockAPI) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_result_that_is_too_long_fails_its_run_and_is_not_cut() -> None:
+async def test_a_result_that_is_too_long_fails_its_run_and_is_not_truncated() -> None:
     flock = Flock()
 
     @flock.agent
@@ -524,7 +527,7 @@ async def test_a_result_that_is_too_long_fails_its_run_and_is_not_cut() -> None:
 
 
 @pytest.mark.anyio
-async def test_nobody_waits_longer_than_the_app_allows() -> None:
+async def test_waits_are_capped_at_max_wait_s() -> None:
     flock = Flock()
 
     @flock.agent
@@ -541,7 +544,7 @@ async def test_nobody_waits_longer_than_the_app_allows() -> None:
 
 
 @pytest.mark.anyio
-async def test_each_principal_has_its_share_of_event_streams() -> None:
+async def test_event_streams_are_limited_for_each_principal() -> None:
     flock = Flock()
 
     @flock.agent
@@ -554,7 +557,7 @@ async def test_each_principal_has_its_share_of_event_streams() -> None:
         of_ann, of_bob = ({"X-API-Key": KEYS[name]} for name in ("ann", "bob"))
         path = f"/run/{(await client.post('/run/flock', json=body, headers=of_ann)).json()['run_id']}/events"
         other = f"/run/{(await client.post('/run/flock', json=body, headers=of_bob)).json()['run_id']}/events"
-        read = []  # an iterator that is dropped closes its stream
+        read = []  # holds the iterators, since one that is dropped closes its stream
         async with contextlib.AsyncExitStack() as streams:
             for _ in range(2):
                 stream = await streams.enter_async_context(client.stream("GET", path, headers=of_ann))
@@ -566,7 +569,7 @@ async def test_each_principal_has_its_share_of_event_streams() -> None:
             stream = await streams.enter_async_context(client.stream("GET", other, headers=of_bob))
             assert stream.status_code == 200
         with anyio.fail_after(PATIENCE_S):
-            while True:  # their places are free again
+            while True:  # until their slots are free again
                 async with client.stream("GET", path, headers=of_ann) as stream:
                     if stream.status_code == 200:
                         break
@@ -574,8 +577,8 @@ async def test_each_principal_has_its_share_of_event_streams() -> None:
 
 
 @pytest.mark.anyio
-async def test_of_event_streams_asked_for_at_once_no_more_than_the_limit_are_opened() -> None:
-    """All requests are there before the server reads the first."""
+async def test_simultaneous_requests_for_event_streams_do_not_exceed_the_limit() -> None:
+    """All requests arrive before the server reads the first."""
     flock = Flock()
 
     @flock.agent
@@ -599,8 +602,8 @@ async def test_of_event_streams_asked_for_at_once_no_more_than_the_limit_are_ope
 
 
 @pytest.mark.anyio
-async def test_a_place_for_an_event_stream_is_given_back_when_its_response_never_starts() -> None:
-    """Neither the answer to HEAD nor a request that is cancelled before its first byte keeps one."""
+async def test_the_slot_of_an_event_stream_is_freed_if_its_response_never_starts() -> None:
+    """Neither a response to HEAD nor a request that is cancelled before its first byte keeps a slot."""
     flock = Flock()
 
     @flock.agent
@@ -625,15 +628,15 @@ async def test_a_place_for_an_event_stream_is_given_back_when_its_response_never
         for sent in ([200], [200, 200]):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(app, scope, receive, send)
-                await until(lambda: len(statuses) == len(sent))  # noqa: B023 - it is over before the next
-                assert (await client.get(path)).status_code == 429, "the place is taken at once"
+                await until(lambda: len(statuses) == len(sent))  # noqa: B023 - called before the next round
+                assert (await client.get(path)).status_code == 429, "the slot is taken at once"
                 tasks.cancel_scope.cancel()
             assert statuses == sent
 
 
 @pytest.mark.anyio
-async def test_each_principal_has_its_share_of_requests() -> None:
-    """Also if middleware of the host copies the scope."""
+async def test_requests_are_rate_limited_for_each_principal() -> None:
+    """This also holds if middleware of the host copies the scope."""
 
     def copying(app: ASGIApp) -> ASGIApp:
         async def copy(scope: Scope, receive: Receive, send: Send) -> None:
@@ -651,11 +654,11 @@ async def test_each_principal_has_its_share_of_requests() -> None:
         assert {answer.headers["RateLimit-Policy"] for answer in answers} == {'"minute";q=3;w=60'}
         assert refused.headers["RateLimit"].startswith('"minute";r=0;t=')
         assert 15 <= int(refused.headers["Retry-After"]) <= 20
-        assert (await ann.get("/healthz")).status_code == 200, "what is open is not counted"
+        assert (await ann.get("/healthz")).status_code == 200, "open routes are not counted"
         assert (await bob.get("/agents")).status_code == 200
 
 
-def test_a_share_grows_again_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_limit_refills_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     at = 1000.0
     monkeypatch.setattr("flock.web.auth.time.monotonic", lambda: at)
     rate = RateLimit(2)
@@ -668,7 +671,7 @@ def test_a_share_grows_again_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20_000):
         at += 0.01
         rate.take(Principal(name=str(number)))
-    assert len(rate._full_at) <= 10_001, "it does not grow with all who ever asked"
+    assert len(rate._full_at) <= 10_001, "memory does not grow with the number of principals"
     with pytest.raises(DefinitionError):
         RateLimit(0)
 
@@ -677,7 +680,7 @@ def test_a_share_grows_again_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def answer_to(port: int, *chunks: bytes, pause_s: float = 0) -> bytes:
-    """What the server sends until it closes, or until it is silent for long."""
+    """Return what the server sends until it closes, or for 30 seconds."""
     async with await anyio.connect_tcp("127.0.0.1", port) as stream:
         received = b""
         with anyio.move_on_after(30), contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
@@ -693,7 +696,7 @@ HEAD = b"POST /run/flock HTTP/1.1\r\nHost: localhost\r\nContent-Type: applicatio
 
 
 @pytest.mark.anyio
-async def test_a_body_that_trickles_is_dropped() -> None:
+async def test_a_body_that_trickles_is_answered_408() -> None:
     app = create_app(sample_flock(), store=":memory:", body_timeout_s=0.2)
     async with Served(app) as served:
         answer = await answer_to(served.port, HEAD + b"Content-Length: 100\r\n\r\n{", b" ", b" ", pause_s=0.05)
@@ -703,8 +706,8 @@ async def test_a_body_that_trickles_is_dropped() -> None:
 
 
 @pytest.mark.anyio
-async def test_what_follows_an_unread_body_is_not_a_request() -> None:
-    """Smuggled behind a body that was refused by its length, or for want of a key."""
+async def test_bytes_after_an_unread_body_are_not_a_request() -> None:
+    """The smuggled request follows a body that was refused for its length or for a missing key."""
     smuggled = b"GET /agents HTTP/1.1\r\nHost: localhost\r\n\r\n"
     app = create_app(sample_flock(), store=":memory:", max_body_bytes=10, api_keys=KEYS)
     with_key = b"X-API-Key: " + KEYS["ann"].encode() + b"\r\n"
@@ -716,8 +719,8 @@ async def test_what_follows_an_unread_body_is_not_a_request() -> None:
             assert answer.startswith(b"HTTP/1.1 " + status)
 
 
-def test_who_is_answered_within_a_body_can_read_the_answer(script: Path) -> None:
-    """Its rest is taken and thrown away, whatever it looks like; the kernel would reset the connection otherwise."""
+def test_a_response_sent_during_the_request_body_can_be_read(script: Path) -> None:
+    """The server reads and discards the rest of the body, because the kernel would otherwise reset the connection."""
     command = flockapi_command("serve", str(script), "--port", "0", "--store", ":memory:")
     smuggled = b"GET /agents HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100_000
     head = HEAD + b"Content-Length: %d\r\n" % len(smuggled)
@@ -737,7 +740,7 @@ def test_who_is_answered_within_a_body_can_read_the_answer(script: Path) -> None
                 while time.monotonic() - began < 30:
                     connection.sendall(b"x")
                     time.sleep(0.1)
-            assert time.monotonic() - began < 10, "nor is the rest waited for"
+            assert time.monotonic() - began < 10, "the server does not wait for the rest"
 
 
 @pytest.mark.anyio
@@ -758,8 +761,8 @@ def test_who_is_answered_within_a_body_can_read_the_answer(script: Path) -> None
         pytest.param(b"Content-Length: 5\r\nX-Request-ID: a\0b", id="NUL"),
     ],
 )
-async def test_what_two_servers_could_read_in_two_ways_is_refused(headers: bytes) -> None:
-    """RFC 9112, sections 5 and 6: a proxy that reads it otherwise would take the rest for another request."""
+async def test_an_ambiguous_request_head_is_refused(headers: bytes) -> None:
+    """RFC 9112, sections 5 and 6: a proxy that reads it differently would take the rest for another request."""
     app = create_app(sample_flock(), store=":memory:")
     async with Served(app) as served:
         rest = b"0\r\n\r\nGET /agents HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -768,8 +771,8 @@ async def test_what_two_servers_could_read_in_two_ways_is_refused(headers: bytes
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
-def test_our_server_waits_for_no_head_for_ever(script: Path) -> None:
-    """Connections that say nothing, trickle, or never end their head are closed; others are answered meanwhile."""
+def test_our_server_does_not_wait_forever_for_a_request_head(script: Path) -> None:
+    """Connections that are silent, trickle or never end their head are closed. Others are answered meanwhile."""
     command = [sys.executable, "-c", IMPATIENT, str(script)]
     with running(*command, PYTHONPATH=str(ROOT)) as server:
         port = int(server.url.rpartition(":")[2])
@@ -804,8 +807,8 @@ main(["serve", sys.argv[1], "--port", "0", "--store", ":memory:"])
 """
 
 
-def test_more_connections_than_agreed_are_refused(script: Path) -> None:
-    """With a problem like any other; whoever was answered before is answered on."""
+def test_connections_beyond_the_limit_are_refused(script: Path) -> None:
+    """The response is a problem like any other, and earlier connections are still answered."""
     command = flockapi_command("serve", str(script), "--port", "0", "--max-connections", "5", "--store", ":memory:")
     with (
         running(*command, PYTHONPATH=str(ROOT)) as server,
@@ -826,7 +829,7 @@ def test_more_connections_than_agreed_are_refused(script: Path) -> None:
             connection.close()
         deadline = time.monotonic() + 20
         while httpx.get(f"{server.url}/agents").status_code == 503:
-            assert time.monotonic() < deadline, "their places are free again"
+            assert time.monotonic() < deadline, "their slots are not free again"
 
 
 # Logs
@@ -836,8 +839,8 @@ FORGED = "x\nINFO:     run 0000: completed, agent add, 1 ms (request 1)\r\n\x1b[
 
 
 @pytest.mark.parametrize("agent_name", ["refuse", "explode"])
-def test_no_line_of_the_log_can_be_forged(agent_name: str, script: Path) -> None:
-    """By a text that an agent puts into its error, or an exception into its own, or a name, or a path."""
+def test_log_lines_cannot_be_forged(agent_name: str, script: Path) -> None:
+    """Neither the error of an agent, an exception, a name nor a path can start a new line."""
     command = flockapi_command("serve", str(script), "--port", "0", "--store", ":memory:")
     with running(*command, PYTHONPATH=str(ROOT)) as server:
         httpx.post(f"{server.url}/run/flock", json={"agent_name": agent_name, "inputs": {"text": FORGED}})
@@ -850,7 +853,7 @@ def test_no_line_of_the_log_can_be_forged(agent_name: str, script: Path) -> None
     assert "\x1b[2J" not in "".join(server.lines)
 
 
-def test_keys_and_inputs_are_in_no_line_of_the_log(script: Path) -> None:
+def test_keys_and_inputs_are_not_logged(script: Path) -> None:
     command = flockapi_command("serve", str(script), "--port", "0", "--store", ":memory:")
     with running(*command, PYTHONPATH=str(ROOT), FLOCK_API_KEYS=f"ann={KEYS['ann']}") as server:
         for key in (KEYS["ann"], KEYS["bob"]):
@@ -869,7 +872,7 @@ def test_keys_and_inputs_are_in_no_line_of_the_log(script: Path) -> None:
 # The table above
 
 
-def test_every_line_of_the_table_leads_to_a_test() -> None:
+def test_every_test_in_the_table_exists() -> None:
     named = re.findall(r"(?:(\w+)::)?(test_\w+) \|$", __doc__ or "", re.MULTILINE)
     assert len(named) > 25
     for module, name in named:

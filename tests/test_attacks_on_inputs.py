@@ -1,4 +1,4 @@
-"""Hostile bodies: no file is read for them, what is checked is what runs, and no answer tells what the server knows."""
+"""Hostile bodies: no file is read for them, the validated value is what runs, and responses reveal no secrets."""
 
 import json
 import os
@@ -31,8 +31,8 @@ async def post(client: httpx.AsyncClient, path: str, body: Any, **headers: str) 
 
 
 @pytest.mark.parametrize("member", ["batch_inputs", "write_to_csv"])
-async def test_no_file_and_no_address_is_read(member: str, client: httpx.AsyncClient, tmp_path: Path) -> None:
-    """The answer is the same to the byte, whether there is something or not."""
+async def test_no_file_is_read_and_no_url_is_fetched(member: str, client: httpx.AsyncClient, tmp_path: Path) -> None:
+    """The response is byte for byte the same, whether the file or address exists or not."""
     (tmp_path / "there.csv").write_text("a\n4711\n")
     (tmp_path / "link.csv").symlink_to(tmp_path / "there.csv")
 
@@ -40,14 +40,14 @@ async def test_no_file_and_no_address_is_read(member: str, client: httpx.AsyncCl
         await stream.send(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\na\n4711\n")
 
     async with socket_server(serve) as (url, connections):
-        places = [
+        locations = [
             *("there.csv", "link.csv", f"../{tmp_path.name}/there.csv", str(tmp_path / "there.csv")),
             *("missing.csv", "../missing.csv", "/etc/passwd", "/proc/self/environ", "/", "", "-", "a\0b", "~/x"),
             *((tmp_path / "there.csv").as_uri(), url, f"{url}/there.csv", "ftp://127.0.0.1/x", "\\\\server\\x"),
         ]
         answers = set()
-        for place in places:
-            body = {"agent_name": "add", "batch_inputs": [{"a": 1}], member: place}
+        for location in locations:
+            body = {"agent_name": "add", "batch_inputs": [{"a": 1}], member: location}
             answer = await post(client, "/run/batch", body, **{"X-Request-ID": "same"})
             assert (answer.status_code, [e["pointer"] for e in answer.json()["errors"]]) == (422, [f"/{member}"])
             answers.add(answer.text)
@@ -76,10 +76,10 @@ NUMBERS = {
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("field", ["integer", "number", "anything", "decimal", "duration", "either", "integers"])
 @pytest.mark.slow
-async def test_no_number_is_too_big_to_be_answered(
+async def test_numbers_of_any_size_are_answered(
     field: str, number: str, flock: Flock, client: httpx.AsyncClient
 ) -> None:
-    """It is refused with its place, or it runs: as an input, an item, in a hand-off, and when it is looked at again."""
+    """The number is refused with its pointer, or it runs: as an input, in an item, in a hand-off, and in a list."""
 
     @flock.agent(output="value: Any", next_agent="anything")
     async def first(
@@ -106,7 +106,7 @@ async def test_no_number_is_too_big_to_be_answered(
 
 
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
-async def test_no_number_of_an_option_is_too_big_to_be_answered(number: str, client: httpx.AsyncClient) -> None:
+async def test_option_numbers_of_any_size_are_answered(number: str, client: httpx.AsyncClient) -> None:
     run = await post(client, "/run/flock", f'{{"agent_name": "add", "inputs": {{"a": 1}}, "timeout_s": {number}}}')
     assert run.status_code in (200, 422)
     items = f'{{"agent_name": "add", "batch_inputs": [{{"a": 1}}], "max_workers": {number}}}'
@@ -127,10 +127,10 @@ async def test_no_number_of_an_option_is_too_big_to_be_answered(number: str, cli
         ('{"current_agent": "x", "a": 2}', None),
     ],
 )
-async def test_of_a_name_that_is_there_twice_one_counts(
+async def test_the_last_of_duplicate_names_counts(
     inputs: str, expected: int | None, flock: Flock, client: httpx.AsyncClient
 ) -> None:
-    """The last, which is what was checked: for the first agent, for the next, and for an item. Or nothing runs."""
+    """The value that was validated is what runs, in the first agent, in the next and in an item. Or nothing runs."""
     seen: list[int] = []
 
     @flock.agent(output="c: int", next_agent="second")
@@ -161,7 +161,7 @@ async def test_of_a_name_that_is_there_twice_one_counts(
 @pytest.mark.parametrize(
     "name", ["current_agent", "agent_name", "next_agent", "flock.current_agent", "run_id", "context", "__class__"]
 )
-async def test_no_input_says_which_agent_runs(name: str, flock: Flock, client: httpx.AsyncClient) -> None:
+async def test_inputs_cannot_choose_the_agent(name: str, flock: Flock, client: httpx.AsyncClient) -> None:
     body = {"agent_name": "add", "inputs": {"a": 1, name: "explode"}}
     refused = await post(client, "/run/flock", body)
     assert (refused.status_code, [e["pointer"] for e in refused.json()["errors"]]) == (422, [f"/inputs/{name}"])
@@ -178,17 +178,17 @@ async def test_no_input_says_which_agent_runs(name: str, flock: Flock, client: h
     assert (run["result"], [step["agent_name"] for step in run["steps"]]) == (inputs, ["echo"]), "they are only data"
 
 
-# What an answer holds back
+# What responses must not reveal
 
 
 def texts_of(*names: str) -> str:
     return b"".join(Path(name).read_bytes() for name in names).decode("latin-1")
 
 
-async def test_what_the_server_knows_is_in_no_answer_and_no_record(
+async def test_server_secrets_are_in_no_response_and_no_record(
     monkeypatch: pytest.MonkeyPatch, model: FakeModel, tmp_path: Path
 ) -> None:
-    """Keys of the environment, texts of exceptions, paths, and what a provider said."""
+    """The secrets are keys of the environment, texts of exceptions, paths, and messages of a provider."""
     api_key, model_key = new_key(), "sk-test-key-of-the-tests"
     monkeypatch.setenv("FLOCK_API_KEYS", f"ops:admin={api_key}")
     flock = sample_flock()
@@ -223,15 +223,15 @@ async def test_what_the_server_knows_is_in_no_answer_and_no_record(
                 answers.append(await client.get(path))
         for path in ("/runs?include=inputs,result", "/agents", "/metrics", "/readyz", "/openapi.json", "/nowhere"):
             answers.append(await client.get(path))
-        told = "".join(f"{answer.headers} {answer.text}" for answer in answers)
-        kept = texts_of("kept.db", "kept.db-wal")
-    assert "tell_all" in kept
+        sent = "".join(f"{answer.headers} {answer.text}" for answer in answers)
+        stored = texts_of("kept.db", "kept.db-wal")
+    assert "tell_all" in stored
     for secret in (api_key, model_key, str(tmp_path), "Incorrect API key", "No such file", "Traceback"):
-        assert secret not in told
-        assert secret not in kept
+        assert secret not in sent
+        assert secret not in stored
 
 
-async def test_a_value_that_does_not_fit_is_not_repeated(flock: Flock, client: httpx.AsyncClient) -> None:
+async def test_an_invalid_value_is_not_repeated_in_the_error(flock: Flock, client: httpx.AsyncClient) -> None:
     @flock.agent
     def strict(
         colour: Literal["red", "blue"] = "red",
@@ -252,7 +252,7 @@ async def test_a_value_that_does_not_fit_is_not_repeated(flock: Flock, client: h
     assert "4711" not in refused.text
 
 
-async def test_where_the_store_lies_is_told_to_the_log_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_path_of_the_store_is_only_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     app = create_app(sample_flock(), store=tmp_path / "missing" / "flock.db")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         for path in ("/readyz", "/metrics", "/runs"):

@@ -1,4 +1,4 @@
-"""What agents and clients can do wrong, and what must not come of it: each was once a way to hurt the engine."""
+"""Mistakes of agents and clients, each of which once harmed the engine."""
 
 import asyncio
 import os
@@ -56,7 +56,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     ],
     ids=repr,
 )
-async def test_progress_that_is_none_fails_its_own_run_at_most(
+async def test_invalid_progress_fails_only_its_own_run(
     progress: tuple[Any, ...], status: RunStatus, store: str
 ) -> None:
     flock = Flock()
@@ -64,7 +64,7 @@ async def test_progress_that_is_none_fails_its_own_run_at_most(
     @flock.agent
     async def tell(context: RunContext) -> int:
         context.progress(*progress)
-        await anyio.sleep(0.12)  # longer than progress is gathered
+        await anyio.sleep(0.12)  # longer than progress is collected before a write
         return 1
 
     async with flock.engine(store=store) as engine:
@@ -75,7 +75,7 @@ async def test_progress_that_is_none_fails_its_own_run_at_most(
 
 
 @pytest.mark.parametrize("expose_errors", [False, True])
-async def test_what_cannot_be_kept_or_said_fails_its_own_run_only(expose_errors: bool, store: str) -> None:
+async def test_an_unstorable_value_or_error_fails_only_its_own_run(expose_errors: bool, store: str) -> None:
     flock = Flock()
 
     @flock.agent(next_agent=lambda result: "\ud800")
@@ -105,16 +105,14 @@ async def test_what_cannot_be_kept_or_said_fails_its_own_run_only(expose_errors:
 
 
 @pytest.mark.parametrize("is_long", [False, True])
-async def test_a_run_with_a_value_that_can_never_be_kept_ends_for_who_waits_and_harms_no_other(
-    is_long: bool, store: str
-) -> None:
-    """Its own submission or its end says so, also if the run was saved along the way."""
+async def test_a_run_with_an_unstorable_value_ends_and_harms_no_other(is_long: bool, store: str) -> None:
+    """Its submission or its end reports the error, even if the run was saved in between."""
     flock = Flock()
 
     @flock.agent
     async def echo(n: int) -> int:
         if n and is_long:
-            await anyio.sleep(0.12)  # longer than writes are gathered
+            await anyio.sleep(0.12)  # longer than writes are collected
         return n
 
     principal: Any = uuid.uuid4()
@@ -131,7 +129,7 @@ async def test_a_run_with_a_value_that_can_never_be_kept_ends_for_who_waits_and_
         engine.check_ready()
 
 
-async def test_short_times_leave_no_slot_and_no_thread_taken(store: str) -> None:
+async def test_short_timeouts_leave_no_slot_or_thread_occupied(store: str) -> None:
     flock = Flock()
 
     @flock.agent
@@ -141,7 +139,7 @@ async def test_short_times_leave_no_slot_and_no_thread_taken(store: str) -> None
     @flock.agent
     async def holds_up() -> int:
         for _ in range(10):
-            time.sleep(0.01)  # noqa: ASYNC251 - what a careless agent does
+            time.sleep(0.01)  # noqa: ASYNC251 - as a careless agent does
             await anyio.lowlevel.checkpoint()
         return 1
 
@@ -154,8 +152,8 @@ async def test_short_times_leave_no_slot_and_no_thread_taken(store: str) -> None
         assert {(await end_of(engine, "quick")).status for _ in range(8)} == {RunStatus.COMPLETED}
 
 
-async def test_a_store_has_one_name_whatever_it_is_called(tmp_path: Path) -> None:
-    """By a link, or after an agent has changed the folder, the locks are the same."""
+async def test_a_store_has_the_same_locks_under_every_path(tmp_path: Path) -> None:
+    """The path may be a symbolic link, and an agent may change the working directory."""
     (tmp_path / "folder").mkdir()
     begun: list[int] = []
     flock = Flock()
@@ -164,7 +162,7 @@ async def test_a_store_has_one_name_whatever_it_is_called(tmp_path: Path) -> Non
     async def wanders() -> int:
         begun.append(1)
         os.chdir(tmp_path / "folder")
-        await anyio.sleep(2.5)  # longer than engines look after each other
+        await anyio.sleep(2.5)  # longer than the interval at which engines check each other
         return 1
 
     async with flock.engine(store="real.db") as one:
@@ -174,7 +172,7 @@ async def test_a_store_has_one_name_whatever_it_is_called(tmp_path: Path) -> Non
     assert len(begun) == 1
 
 
-async def test_a_cancel_that_was_accepted_outlives_the_process(tmp_path: Path) -> None:
+async def test_an_accepted_cancellation_survives_a_restart(tmp_path: Path) -> None:
     may_go, calls = threading.Event(), []
     flock = Flock()
 
@@ -195,7 +193,7 @@ async def test_a_cancel_that_was_accepted_outlives_the_process(tmp_path: Path) -
     assert len(calls) == 1
 
 
-async def test_items_that_were_cancelled_before_they_began_do_not_begin(store: str) -> None:
+async def test_items_cancelled_before_they_start_never_start(store: str) -> None:
     begun, may_go, calls = anyio.Event(), anyio.Event(), []
     flock = Flock()
 
@@ -220,8 +218,8 @@ async def test_items_that_were_cancelled_before_they_began_do_not_begin(store: s
     assert (batch.completed_items, batch.cancelled_items) == (6, 5)
 
 
-async def test_a_watch_that_fails_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when no file can be opened for a moment."""
+async def test_the_watch_of_the_store_continues_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example, no file can be opened for a moment."""
     flock = Flock()
 
     @flock.agent
@@ -245,7 +243,7 @@ async def test_a_watch_that_fails_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         engine.check_ready()
 
 
-async def test_an_engine_whose_host_is_cancelled_leaves_in_order(tmp_path: Path) -> None:
+async def test_an_engine_whose_host_is_cancelled_shuts_down_cleanly(tmp_path: Path) -> None:
     flock, begun, naps_s = Flock(), anyio.Event(), [0, 600]
 
     @flock.agent
@@ -266,8 +264,8 @@ async def test_an_engine_whose_host_is_cancelled_leaves_in_order(tmp_path: Path)
 
 
 @pytest.mark.alone
-async def test_engines_of_two_flocks_start_on_a_file_that_is_busy(tmp_path: Path) -> None:
-    """In one process: waiting for the other must not keep the other from going on."""
+async def test_engines_of_two_flocks_start_on_a_busy_file(tmp_path: Path) -> None:
+    """Both are in one process, so an engine that waits for the lock must not block the one that holds it."""
     busy, other = Flock("busy"), Flock("other")
 
     async def one() -> int:
@@ -290,7 +288,7 @@ async def test_engines_of_two_flocks_start_on_a_file_that_is_busy(tmp_path: Path
         tasks.cancel_scope.cancel()
 
 
-async def test_a_waiter_at_another_engine_is_told_when_that_one_leaves(tmp_path: Path) -> None:
+async def test_a_waiter_gets_an_error_when_its_engine_drains(tmp_path: Path) -> None:
     flock = Flock()
 
     @flock.agent
@@ -308,7 +306,7 @@ async def test_a_waiter_at_another_engine_is_told_when_that_one_leaves(tmp_path:
         assert "about to stop" in str(waiter.exception())
 
 
-async def test_a_retry_with_nothing_left_to_do_begins_and_ends(store: str) -> None:
+async def test_a_retry_with_no_steps_left_starts_and_completes(store: str) -> None:
     flock, begun = Flock(), anyio.Event()
 
     @flock.agent
@@ -317,7 +315,7 @@ async def test_a_retry_with_nothing_left_to_do_begins_and_ends(store: str) -> No
         try:
             await anyio.sleep_forever()
         finally:
-            return 5  # noqa: B012 - what a careless agent does with its cancellation
+            return 5  # noqa: B012 - as a careless agent swallows its cancellation
 
     async with flock.engine(store=store) as engine:
         run = await engine.submit("swallow", EMPTY)
@@ -332,7 +330,7 @@ async def test_a_retry_with_nothing_left_to_do_begins_and_ends(store: str) -> No
         assert names == ["run.started", "run.completed"]
 
 
-async def test_a_run_that_its_client_deleted_may_be_made_again_under_its_key(store: str) -> None:
+async def test_the_idempotency_key_of_a_deleted_run_can_be_used_again(store: str) -> None:
     flock, key = Flock(), IdempotencyKey("k", b"1")
 
     @flock.agent
@@ -347,7 +345,7 @@ async def test_a_run_that_its_client_deleted_may_be_made_again_under_its_key(sto
 
 @pytest.mark.parametrize("option", ["max_timeout_s", "queue_timeout_s", "keep_for_s"])
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), 1e12])
-def test_times_that_are_none_are_refused(option: str, value: Any) -> None:
+def test_invalid_times_are_refused(option: str, value: Any) -> None:
     options: dict[str, Any] = {option: value}
     with pytest.raises(DefinitionError, match=option):
         Flock().engine(**options)
@@ -365,7 +363,7 @@ async def nap() -> None:
 """
 
 
-def test_a_second_interrupt_ends_the_patience_and_not_the_order(tmp_path: Path) -> None:
+def test_a_second_interrupt_skips_the_drain_but_still_shuts_down_cleanly(tmp_path: Path) -> None:
     (tmp_path / "nap.py").write_text(NAP)
     command = flockapi_command("serve", str(tmp_path / "nap.py"), "--port", "0", "--drain-timeout", "50")
     with running(*command) as server:

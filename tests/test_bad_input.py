@@ -1,4 +1,4 @@
-"""Bad input: each gets a clean answer that says what to do, and nothing runs."""
+"""Invalid input: each request gets a clear error that says what to do, and nothing runs."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ async def post(client: httpx.AsyncClient, body: Any, path: str = "/run/flock", *
         pytest.param(b" \n", "the body is empty", id="blank"),
         pytest.param(b'{"agent_name": "add", "inputs"', "line 1, column 31", id="cut off"),
         pytest.param(b'{\n  "agent_name": add\n}', "line 2, column 17", id="no quotes"),
-        pytest.param(b'{"agent_name": "add", "inputs": {"a": 01}}', "line 1, column 40", id="within the inputs"),
+        pytest.param(b'{"agent_name": "add", "inputs": {"a": 01}}', "line 1, column 40", id="in the inputs"),
         pytest.param(b'{"agent_name": "add", "inputs": {"a": NaN}}', "line 1, column 39", id="NaN"),
         pytest.param(
             b'{"agent_name": "add", "inputs": {"\xff": 1}}', "invalid UTF-8 at line 1, column 35", id="not UTF-8"
@@ -59,31 +59,31 @@ async def post(client: httpx.AsyncClient, body: Any, path: str = "/run/flock", *
         ),
     ],
 )
-async def test_what_is_not_json_is_400_with_line_and_column(body: bytes, words: str, client: httpx.AsyncClient) -> None:
+async def test_malformed_json_is_400_with_line_and_column(body: bytes, words: str, client: httpx.AsyncClient) -> None:
     problem = check_problem(await post(client, body), 400)
     assert problem["type"] == "urn:flockapi:problem:malformed-json"
     assert words in problem["detail"]
     check_problem(await post(client, body.replace(b"inputs", b"batch_inputs"), "/run/batch"), 400)
 
 
-# Not announced as JSON
+# Content types and encodings
 
 
 @pytest.mark.parametrize("path", ["/run/flock", "/run/batch"])
 @pytest.mark.parametrize(
     "content_type", ["application/x-www-form-urlencoded", "text/plain", "application/jsonp", "multipart/form-data", ""]
 )
-async def test_another_content_type_is_415_that_says_what_to_send(
+async def test_another_content_type_is_415_and_the_error_says_what_to_send(
     content_type: str, path: str, client: httpx.AsyncClient
 ) -> None:
-    """curl's ``-d`` alone sends a form; a foreign web page can post one without asking."""
+    """``curl -d`` sends a form by default, and a page of another site can post one without a preflight request."""
     response = await client.post(path, content=b'{"agent_name": "add"}', headers={"Content-Type": content_type})
     problem = check_problem(response, 415)
     assert "-H 'Content-Type: application/json'" in problem["detail"]
     assert response.headers["Accept"].split(", ")[0] == "application/json"
 
 
-async def test_json_with_a_charset_is_json(client: httpx.AsyncClient) -> None:
+async def test_json_with_a_charset_is_accepted(client: httpx.AsyncClient) -> None:
     body = {"agent_name": "add", "inputs": {"a": 1}}
     response = await post(client, body, **{"Content-Type": "Application/JSON; charset=utf-8"})
     assert response.status_code == 200
@@ -104,12 +104,12 @@ async def test_a_compressed_body_is_415_and_is_not_read(encoding: str, path: str
 
 
 @pytest.mark.parametrize("encoding", ["", "identity", " Identity "])
-async def test_a_body_may_say_that_it_is_not_compressed(encoding: str, client: httpx.AsyncClient) -> None:
+async def test_content_encoding_identity_is_accepted(encoding: str, client: httpx.AsyncClient) -> None:
     body = {"agent_name": "add", "inputs": {"a": 1}}
     assert (await post(client, body, **{"Content-Encoding": encoding})).status_code == 200
 
 
-# JSON that does not fit
+# JSON that does not match its schema
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ async def test_a_body_may_say_that_it_is_not_compressed(encoding: str, client: h
         ),
     ],
 )
-async def test_a_field_that_does_not_fit_is_422_with_its_pointer(
+async def test_an_invalid_field_is_422_with_its_pointer(
     body: Any, errors: dict[str, str], client: httpx.AsyncClient
 ) -> None:
     problem = check_problem(await post(client, body), 422)
@@ -181,36 +181,40 @@ async def test_a_number_out_of_range_is_422(client: httpx.AsyncClient) -> None:
         pytest.param(
             {"agent_name": "add", "batch_inputs": [{"a": 1}, {"a": 2}], "static_inputs": {"b": "x"}},
             ["/static_inputs/b"],
-            id="a static input is told once",
+            id="a static input is reported once",
         ),
         pytest.param(
             {"agent_name": "add", "batch_inputs": [{"a": 1}], "static_inputs": {"z/~": 1}},
             ["/static_inputs/z~1~0"],
-            id="a static input with a name to be escaped",
+            id="a static input whose name is escaped",
         ),
         pytest.param(
             {"agent_name": "add", "batch_inputs": [{"n/~": "x"}], "input_mapping": {"n/~": "a"}},
             ["/batch_inputs/0/n~1~0"],
-            id="a mapped name to be escaped",
+            id="a mapped name that is escaped",
         ),
         pytest.param(
             {"agent_name": "add", "batch_inputs": [{"a": 1}, {"n/~": 1}], "input_mapping": {"n/~": "z", "m": "b"}},
             ["/input_mapping/n~1~0"],
-            id="a name that is mapped to no input",
+            id="a name mapped to an unknown input",
         ),
         pytest.param(
             {"agent_name": "add", "batch_inputs": [{"x": 1, "a": "bad"}], "input_mapping": {"x": "a"}},
             ["/batch_inputs/0/a"],
-            id="two members become one input",
+            id="two members for one input",
         ),
         pytest.param(
             {"agent_name": "add", "batch_inputs": [{"x": 1}, {"x": "bad"}], "input_mapping": {"x": "a", "y": "a"}},
             ["/batch_inputs/1/x"],
             id="two names for one input, one at a time",
         ),
-        pytest.param({"agent_name": "add", "batch_inputs": [{"a": 1}], "max_workers": 0}, ["/max_workers"], id="none"),
         pytest.param(
-            {"agent_name": "add", "batch_inputs": [{"a": 1}], "max_workers": 1001}, ["/max_workers"], id="many"
+            {"agent_name": "add", "batch_inputs": [{"a": 1}], "max_workers": 0}, ["/max_workers"], id="no workers"
+        ),
+        pytest.param(
+            {"agent_name": "add", "batch_inputs": [{"a": 1}], "max_workers": 1001},
+            ["/max_workers"],
+            id="too many workers",
         ),
         pytest.param({"agent_name": "add", "batch_inputs": [{"a": 1}], "workers": 1}, ["/workers"], id="unknown"),
         pytest.param({"agent_name": "add", "batch_inputs": "/etc/passwd"}, ["/batch_inputs"], id="path"),
@@ -221,20 +225,20 @@ async def test_a_number_out_of_range_is_422(client: httpx.AsyncClient) -> None:
     ],
 )
 @pytest.mark.slow
-async def test_a_batch_that_does_not_fit_is_refused_whole(
+async def test_an_invalid_batch_is_refused_as_a_whole(
     body: Any, pointers: list[str], client: httpx.AsyncClient, app: FlockAPI
 ) -> None:
     problem = check_problem(await post(client, body, "/run/batch"), 422)
     assert [error["pointer"] for error in problem["errors"]] == pointers
 
 
-async def test_at_most_100_errors_are_told(client: httpx.AsyncClient) -> None:
+async def test_at_most_100_errors_are_reported(client: httpx.AsyncClient) -> None:
     body = {"agent_name": "add", "batch_inputs": [{}] * 5000}
     problem = check_problem(await post(client, body, "/run/batch"), 422)
     assert len(problem["errors"]) == 100
 
 
-async def test_what_older_clients_send_is_ignored(client: httpx.AsyncClient) -> None:
+async def test_batch_options_of_older_clients_are_ignored(client: httpx.AsyncClient) -> None:
     body = {
         "agent_name": "add",
         "batch_inputs": [{"a": 1}],
@@ -252,16 +256,16 @@ async def test_what_older_clients_send_is_ignored(client: httpx.AsyncClient) -> 
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "limit=", "after=-2", "after=" + "9" * 5000])
-async def test_a_query_that_does_not_fit_is_422(query: str, client: httpx.AsyncClient) -> None:
+async def test_an_invalid_query_is_422(query: str, client: httpx.AsyncClient) -> None:
     accepted = await post(client, {"agent_name": "add", "batch_inputs": [{"a": 1}]}, "/run/batch")
     problem = check_problem(await client.get(f"{accepted.headers['Location']}?{query}"), 422)
     assert query.partition("=")[0] in problem["detail"]
 
 
-# Not there
+# Not found
 
 
-async def test_an_unknown_agent_is_404_that_lists_the_known_ones(client: httpx.AsyncClient) -> None:
+async def test_an_unknown_agent_is_404_and_the_error_lists_the_known_ones(client: httpx.AsyncClient) -> None:
     responses = [
         await post(client, {"agent_name": "nobody"}),
         await post(client, {"agent_name": "nobody", "batch_inputs": [{}]}, "/run/batch"),
@@ -288,7 +292,7 @@ async def test_an_unknown_path_or_method_is_a_problem_too(client: httpx.AsyncCli
     assert "GET" in response.headers["Allow"]
 
 
-# Too much
+# Too large
 
 
 async def test_a_body_that_is_too_long_is_413(client: httpx.AsyncClient, app: FlockAPI) -> None:
@@ -300,7 +304,7 @@ async def test_a_body_that_is_too_long_is_413(client: httpx.AsyncClient, app: Fl
     assert str(app.options.max_body_bytes) in problem["detail"]
 
 
-async def test_an_announced_length_is_refused_before_the_body_comes(client: httpx.AsyncClient) -> None:
+async def test_a_content_length_over_the_limit_is_refused_before_the_body_is_read(client: httpx.AsyncClient) -> None:
     async def never() -> AsyncIterator[bytes]:
         pytest.fail("the body was read")
         yield b""
@@ -309,27 +313,27 @@ async def test_an_announced_length_is_refused_before_the_body_comes(client: http
     check_problem(await client.post("/run/flock", content=never(), headers=headers), 413)
 
 
-async def test_static_inputs_do_not_multiply_without_a_bound(client: httpx.AsyncClient) -> None:
-    """Sent once, they would be kept once for each of thousands of rows."""
+async def test_static_inputs_of_all_rows_are_limited_together(client: httpx.AsyncClient) -> None:
+    """They are sent once, but would be stored with each of thousands of rows."""
     body = {"agent_name": "summarise", "static_inputs": {"text": "x" * 500_000}, "batch_inputs": [{}] * 5000}
     problem = check_problem(await post(client, body, "/run/batch"), 413)
     assert "The static inputs of all rows" in problem["detail"]
 
 
-async def test_of_many_unknown_fields_a_hundred_are_told(client: httpx.AsyncClient) -> None:
+async def test_at_most_a_hundred_unknown_fields_are_reported(client: httpx.AsyncClient) -> None:
     body = {"agent_name": "add", "inputs": {f"k{i}": 1 for i in range(50_000)}}
     response = await post(client, body)
     problem = check_problem(response, 422)
-    assert len(problem["errors"]) == 101  # and the one that is missing
+    assert len(problem["errors"]) == 101  # and the missing one
     assert "and 91 more" in problem["detail"]
     assert len(response.content) < 20_000
 
 
-async def test_a_long_name_is_not_repeated_whole(client: httpx.AsyncClient) -> None:
+async def test_a_long_name_is_shortened_in_the_error(client: httpx.AsyncClient) -> None:
     assert len((await post(client, {"agent_name": "x" * 500_000})).content) < 1000
 
 
-async def test_what_cannot_be_hashed_or_is_refused_by_the_types_own_code_is_422(
+async def test_unhashable_values_and_errors_in_a_types_own_code_are_422(
     flock: Flock, client: httpx.AsyncClient
 ) -> None:
     class Picky(msgspec.Struct):
@@ -351,7 +355,7 @@ async def test_what_cannot_be_hashed_or_is_refused_by_the_types_own_code_is_422(
         assert "secret" not in json.dumps(problem)
 
 
-async def test_a_client_that_leaves_within_its_body_is_no_error(
+async def test_a_client_that_disconnects_during_its_body_logs_no_error(
     app: FlockAPI, caplog: pytest.LogCaptureFixture
 ) -> None:
     sent: list[Any] = []
@@ -378,8 +382,8 @@ async def test_a_client_that_leaves_within_its_body_is_no_error(
 # Batches
 
 
-async def test_options_in_the_query_are_refused_beside_a_json_body(client: httpx.AsyncClient) -> None:
-    """Nobody would heed them; the defaults, which generated clients send, change nothing."""
+async def test_query_options_are_refused_with_a_json_body(client: httpx.AsyncClient) -> None:
+    """They would have no effect. Defaults are accepted, because generated clients send them."""
     body = {"agent_name": "add", "batch_inputs": [{"a": 1}]}
     for query in (
         "max_workers=50",
@@ -394,8 +398,8 @@ async def test_options_in_the_query_are_refused_beside_a_json_body(client: httpx
     assert (await client.post("/run/batch?max_workers=5&delimiter=,", json=body)).status_code == 202
 
 
-async def test_an_upload_that_is_refused_before_it_was_read_ends_its_connection(client: httpx.AsyncClient) -> None:
-    """Or is read to its end, for a while, so that its sender sees why."""
+async def test_an_upload_that_is_refused_unread_closes_its_connection(client: httpx.AsyncClient) -> None:
+    """Otherwise the server reads the body for a while, so that its sender sees the error."""
     csv = {"Content-Type": "text/csv"}
     refused = await client.post("/run/batch?agent_name=add", content="a\n1", headers={**csv, "Idempotency-Key": ""})
     assert (refused.status_code, refused.headers["Connection"]) == (400, "close")
@@ -403,7 +407,7 @@ async def test_an_upload_that_is_refused_before_it_was_read_ends_its_connection(
     assert (read.status_code, read.headers.get("Connection")) == (422, None)
 
 
-# Our own mistakes
+# Internal errors
 
 
 async def test_a_bug_is_a_500_without_its_text(
@@ -419,8 +423,8 @@ async def test_a_bug_is_a_500_without_its_text(
     assert any(problem["request_id"] in record.getMessage() and record.exc_info for record in caplog.records)
 
 
-async def test_nothing_of_this_asked_a_model(client: httpx.AsyncClient, model: FakeModel) -> None:
-    """Inputs are checked before any model is paid."""
+async def test_invalid_inputs_reach_no_model(client: httpx.AsyncClient, model: FakeModel) -> None:
+    """Inputs are validated before any model call is paid for."""
     for inputs in ({}, {"text": 5}, {"text": "x", "y": 1}):
         check_problem(await post(client, {"agent_name": "text_analyzer", "inputs": inputs}), 422)
     assert model.requests == []

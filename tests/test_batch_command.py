@@ -1,4 +1,4 @@
-"""``flockapi batch``, in a process of its own: from a file to a file, stopped, killed, and gone on with."""
+"""``flockapi batch`` in its own process: from file to file, stopped, killed and resumed."""
 
 import contextlib
 import csv
@@ -65,7 +65,7 @@ def measure(text: str) -> int:
 
 @pytest.fixture(autouse=True)
 def _target(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the test's own folder, which is the working directory."""
+    """Write target.py into the test's own folder, which is the working directory."""
     Path("target.py").write_text(TARGET)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "target", raising=False)
@@ -82,25 +82,25 @@ def batch(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextlib.contextmanager
-def begun(*arguments: str, words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process of its own, once it has said *words* on stderr."""
+def started(*arguments: str, words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command in its own process, and yield it when it has printed *words* on stderr."""
     process = subprocess.Popen(
         command(*arguments),
         env={**os.environ, **env},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # What a shell starts in its background ignores SIGINT, and hands that on; tests may be run so.
+        # A shell's background jobs ignore SIGINT, and their children inherit that. Tests may run in one.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    told = threading.Timer(60, process.kill)
-    told.start()
+    timer = threading.Timer(60, process.kill)
+    timer.start()
     try:
         assert process.stderr is not None
-        assert any(words in line for line in process.stderr), "it has ended before"
+        assert any(words in line for line in process.stderr), "the process has ended"
         yield process
     finally:
-        told.cancel()
+        timer.cancel()
         process.kill()
         process.communicate()
 
@@ -131,8 +131,8 @@ def files() -> set[str]:
 # From a file to a file
 
 
-def test_the_results_stand_in_the_order_of_the_rows() -> None:
-    """And nothing else is left, or written to stdout."""
+def test_results_are_in_the_order_of_the_rows() -> None:
+    """No other file is left, and nothing is written to stdout."""
     Path("rows.csv").write_text('n,word\n3,"a, b"\n-1,x\n1,\n')
     done = batch("work", "rows.csv", "-o", "results.csv")
     assert rows_of("results.csv") == [
@@ -146,13 +146,13 @@ def test_the_results_stand_in_the_order_of_the_rows() -> None:
     assert files() == {"rows.csv", "results.csv"}
 
 
-def test_all_that_completed_is_a_success() -> None:
+def test_the_exit_code_is_0_if_all_rows_completed() -> None:
     write_numbers("rows.csv", 1)
     done = batch("work", "rows.csv", "-o", "results.csv")
     assert (done.returncode, done.stderr) == (0, "1 of 1 rows completed.\n")
 
 
-def test_results_are_ndjson_as_over_http() -> None:
+def test_ndjson_results_are_the_same_as_over_http() -> None:
     Path("rows.jsonl").write_text('{"n": 1}\n{"n": 2, "word": "x"}\n')
     assert batch("work", "rows.jsonl", "-o", "results.ndjson").returncode == 0
     first, second = map(json.loads, Path("results.ndjson").read_text().splitlines())
@@ -162,7 +162,7 @@ def test_results_are_ndjson_as_over_http() -> None:
     assert (second["position"], second["result"], second["status"]) == (1, {"result": "x2"}, "completed")
 
 
-def test_the_output_may_be_stdout_and_is_in_the_format_of_the_rows() -> None:
+def test_output_on_stdout_has_the_format_of_the_rows() -> None:
     write_numbers("rows.csv", 2)
     done = batch("work", "rows.csv", "-o", "-")
     assert done.stdout.splitlines()[1:] == ["0,,w0,completed,", "1,,w1,completed,"]
@@ -171,20 +171,20 @@ def test_the_output_may_be_stdout_and_is_in_the_format_of_the_rows() -> None:
     assert files() == {"rows.csv"}
 
 
-def test_files_may_be_packed() -> None:
+def test_files_may_be_gzipped() -> None:
     Path("rows.ndjson.gz").write_bytes(gzip.compress(b'{"n": 7}\n'))
     assert batch("work", "rows.ndjson.gz", "-o", "results.csv.gz").returncode == 0
     assert gzip.decompress(Path("results.csv.gz").read_bytes()).splitlines()[1] == b"7,,w7,completed,"
 
 
-def test_columns_are_mapped_and_gaps_are_filled() -> None:
+def test_columns_are_mapped_and_empty_cells_are_filled() -> None:
     Path("rows.csv").write_text("number;word\n1;a\n2;\n")
     options = ("--map", "number=n", "--static", "word=12", "--delimiter", ";")
     assert batch("work", "rows.csv", "-o", "results.csv", *options).returncode == 0
     assert rows_of("results.csv")[1:] == [["1", "a", "a1", "completed", ""], ["2", "12", "122", "completed", ""]]
 
 
-def test_formulas_are_escaped_unless_it_is_asked_otherwise() -> None:
+def test_formulas_are_escaped_unless_that_is_switched_off() -> None:
     Path("rows.csv").write_text("n,word\n1,=A1+\n")
     for options, cell in (((), "'=A1+1"), (("--no-escape-formulas",), "=A1+1")):
         assert batch("work", "rows.csv", "-o", "results.csv", "--force", *options).returncode == 0
@@ -192,7 +192,7 @@ def test_formulas_are_escaped_unless_it_is_asked_otherwise() -> None:
 
 
 def test_a_cell_may_be_as_long_as_a_row() -> None:
-    """Python alone reads 131,072 characters."""
+    """Python's csv module reads at most 131,072 characters by default."""
     Path("rows.csv").write_bytes(b"\xef\xbb\xbftext\r\n" + 5_000_000 * b"x" + b'\r\n"a\r\nb"\r\n')
     assert batch("measure", "rows.csv", "-o", "results.csv").returncode == 0
     lines = Path("results.csv").read_bytes().split(b"\r\n")
@@ -200,7 +200,7 @@ def test_a_cell_may_be_as_long_as_a_row() -> None:
     assert lines[2:4] == [b'"a', b'b",4,completed,']
 
 
-def test_rows_that_do_not_fit_are_listed_and_nothing_is_begun() -> None:
+def test_invalid_rows_are_listed_and_nothing_is_started() -> None:
     Path("rows.csv").write_text("n\n" + "".join(f"{n}x\n" for n in range(30)))
     Path("results.csv").write_text("of before")
     done = batch("work", "rows.csv", "-o", "results.csv", "--force")
@@ -227,7 +227,7 @@ def test_rows_that_do_not_fit_are_listed_and_nothing_is_begun() -> None:
         ("broken.csv.gz", b"n\n1\n", "broken.csv.gz is not a valid gzip file"),
     ],
 )
-def test_a_file_that_gives_no_batch_leaves_nothing_behind(name: str, content: bytes, words: str) -> None:
+def test_an_unusable_file_leaves_no_other_files(name: str, content: bytes, words: str) -> None:
     Path(name).write_bytes(content)
     done = batch("work", name, "-o", "results.csv")
     assert (done.returncode, done.stdout) == (1, "")
@@ -236,10 +236,10 @@ def test_a_file_that_gives_no_batch_leaves_nothing_behind(name: str, content: by
     assert files() == {name}
 
 
-# Checked only
+# Dry runs
 
 
-def test_a_dry_run_prints_rows_and_errors_and_runs_and_writes_nothing() -> None:
+def test_a_dry_run_prints_rows_and_errors_without_running_or_writing() -> None:
     Path("rows.csv").write_text("n,id\n1,0042\nx,7\n12345678901234567890,8\n")
     mapped = ["--map", "id="]
     done = batch("work", "rows.csv", "--dry-run", *mapped)
@@ -260,7 +260,7 @@ def test_a_dry_run_prints_rows_and_errors_and_runs_and_writes_nothing() -> None:
 
 
 def test_a_dry_run_counts_all_rows_and_shows_the_first() -> None:
-    """No key of a model is needed."""
+    """It needs no model key."""
     Path("rows.ndjson").write_text('{"text": "a"}\n' * 1500)
     Path("target.py").write_text(
         'from flock.core import Flock, FlockFactory\nflock = Flock("m", model="openai/gpt-4o")\n'
@@ -287,24 +287,22 @@ def test_a_dry_run_counts_all_rows_and_shows_the_first() -> None:
         ("broken.csv.gz", b"n\n1\n", "broken.csv.gz is not a valid gzip file"),
     ],
 )
-def test_a_dry_run_of_a_file_that_gives_no_batch_has_the_code_of_one_that_is_refused(
-    name: str, content: bytes, words: str
-) -> None:
+def test_a_dry_run_of_an_unusable_file_fails(name: str, content: bytes, words: str) -> None:
     Path(name).write_bytes(content)
     result = invoke("work", name, "--dry-run")
     assert (result.exit_code, files()) == (1, {name})
     assert words in result.output
 
 
-# Killed, stopped, and gone on with
+# Killed, stopped and resumed
 
 
-def test_killed_in_the_middle_it_goes_on_and_repeats_nothing_that_was_committed() -> None:
-    """Twice. What was at work at a kill may be executed again, and nothing else is."""
+def test_a_killed_batch_resumes_without_repeating_committed_rows() -> None:
+    """It is killed twice. Only rows that were running at a kill may be executed again."""
     write_numbers("rows.csv", 2000)
     done: Counter[int] = Counter()
     for _ in range(2):
-        with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="700") as process:
+        with started("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="700") as process:
             process.send_signal(signal.SIGKILL)
             process.wait(60)
         assert not Path("results.csv").exists()
@@ -319,15 +317,15 @@ def test_killed_in_the_middle_it_goes_on_and_repeats_nothing_that_was_committed(
     times = in_log()
     assert all(times[n] == count for n, count in done.items()), "a committed row was executed again"
     again = times.total() - 2000
-    assert again <= 2 * 5, "more than the workers had in hand"
+    assert again <= 2 * 5, "more rows than the workers were running"
     assert files() == {"rows.csv", "results.csv"}
 
 
-def test_kept_columns_are_there_after_a_kill() -> None:
-    """Of rows that were done before it, and of those that are done after it."""
+def test_kept_columns_survive_a_kill() -> None:
+    """Rows have them whether they were done before the kill or after it."""
     Path("rows.csv").write_text("id,n\n" + "".join(f"{n:05},{n}\n" for n in range(1000)))
     arguments = ("work", "rows.csv", "-o", "results.csv", "--on-extra", "keep")
-    with begun(*arguments, words="so far", TELL_AT="400") as process:
+    with started(*arguments, words="so far", TELL_AT="400") as process:
         process.send_signal(signal.SIGKILL)
         process.wait(60)
     assert 300 < len(committed("results.csv.flock.db")) < 1000
@@ -337,7 +335,7 @@ def test_kept_columns_are_there_after_a_kill() -> None:
     assert rows_of("results.csv")[1:] == [[f"{n:05}", str(n), "", f"w{n}", "completed", ""] for n in range(1000)]
 
 
-def test_killed_before_the_rename_it_only_writes() -> None:
+def test_a_batch_killed_before_the_rename_only_writes_its_results() -> None:
     write_numbers("rows.csv", 50)
     assert batch("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
     assert not Path("results.csv").exists()
@@ -349,8 +347,8 @@ def test_killed_before_the_rename_it_only_writes() -> None:
     assert files() == {"rows.csv", "results.csv"}
 
 
-def test_killed_after_the_rename_it_replaces_what_it_wrote() -> None:
-    """The output is this batch's own; one of other rows or options is not, and neither is one that was edited since."""
+def test_a_batch_killed_after_the_rename_replaces_its_own_output() -> None:
+    """An output of other rows or options is not replaced, nor one that was edited since."""
     write_numbers("rows.csv", 3)
     assert batch("work", "rows.csv", "-o", "results.csv", DIE_AFTER_RENAME="1").returncode == -signal.SIGKILL
     written = Path("results.csv").read_bytes()
@@ -369,7 +367,7 @@ def test_killed_after_the_rename_it_replaces_what_it_wrote() -> None:
 
 
 def test_an_output_that_exists_is_not_replaced() -> None:
-    """Nothing is executed then, and with --force it is replaced."""
+    """Nothing is executed. With ``--force`` the output is replaced."""
     write_numbers("rows.csv", 1)
     Path("results.csv").write_text("of somebody else")
     refused = batch("work", "rows.csv", "-o", "results.csv")
@@ -383,12 +381,12 @@ def test_an_output_that_exists_is_not_replaced() -> None:
 
 def test_an_output_that_appears_meanwhile_is_not_replaced() -> None:
     write_numbers("rows.csv", 2000)
-    with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="1") as process:
+    with started("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="1") as process:
         Path("results.csv").write_text("of somebody else")
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "results.csv: It exists already. Name another output, or add --force to replace it." in said
-    assert "What is done is kept in results.csv.flock.db: the same command goes on from there." in said
+    assert "results.csv: It exists already. Name another output, or add --force to replace it." in stderr
+    assert "What is done is kept in results.csv.flock.db: the same command goes on from there." in stderr
     assert Path("results.csv").read_text() == "of somebody else"
     assert batch("work", "rows.csv", "-o", "results.csv", "--force").returncode == 0
     assert (len(rows_of("results.csv")), set(in_log().values())) == (2001, {1})
@@ -405,8 +403,8 @@ def test_an_output_that_appears_meanwhile_is_not_replaced() -> None:
         ("n\n1\n", ("--encoding", "cp1252")),
     ],
 )
-def test_other_rows_or_options_begin_a_new_batch(rows: str, options: Sequence[str]) -> None:
-    """And none of the old one's is executed any more."""
+def test_other_rows_or_options_start_a_new_batch(rows: str, options: Sequence[str]) -> None:
+    """The old batch is dropped."""
     Path("rows.csv").write_text("n\n1\n")
     assert batch("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
     Path("rows.csv").write_text(rows)
@@ -417,9 +415,9 @@ def test_other_rows_or_options_begin_a_new_batch(rows: str, options: Sequence[st
     assert files() == {"rows.csv", "results.csv"}
 
 
-def test_an_old_batch_of_which_much_is_left_does_not_go_on_beside_the_new_one() -> None:
+def test_an_unfinished_old_batch_does_not_run_beside_the_new_one() -> None:
     write_numbers("rows.csv", 2000)
-    with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="100") as process:
+    with started("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="100") as process:
         process.send_signal(signal.SIGKILL)
         process.wait(60)
     Path("log").write_text("")
@@ -428,14 +426,14 @@ def test_an_old_batch_of_which_much_is_left_does_not_go_on_beside_the_new_one() 
     assert in_log() == {5000: 1}
 
 
-def test_ctrl_c_leaves_in_order_and_the_same_command_goes_on() -> None:
+def test_ctrl_c_stops_cleanly_and_the_same_command_resumes() -> None:
     write_numbers("rows.csv", 2000)
-    with begun("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="300") as process:
+    with started("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="300") as process:
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     expected = "Stopped. What is done is kept in results.csv.flock.db: the same command goes on from there.\n"
-    assert said == expected
+    assert stderr == expected
     done = committed("results.csv.flock.db")
     assert len(done) >= 290
     assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
@@ -446,17 +444,17 @@ def test_ctrl_c_leaves_in_order_and_the_same_command_goes_on() -> None:
 
 def test_ctrl_c_does_not_wait_for_a_function_that_does_not_return() -> None:
     write_numbers("rows.csv", 20)
-    with begun("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
+    with started("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Stopped. What is done is kept in results.csv.flock.db" in said
-    assert "Traceback" not in said
+    assert "Stopped. What is done is kept in results.csv.flock.db" in stderr
+    assert "Traceback" not in stderr
 
 
-def test_a_second_command_on_the_same_output_says_that_another_is_at_it() -> None:
+def test_a_second_command_on_the_same_output_is_refused() -> None:
     write_numbers("rows.csv", 20)
-    with begun("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
+    with started("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
         done = batch("work", "rows.csv", "-o", "results.csv")
         assert done.returncode == 1
         assert "Another command is at work on results.csv.flock.db" in done.stderr
@@ -465,40 +463,40 @@ def test_a_second_command_on_the_same_output_says_that_another_is_at_it() -> Non
     assert len(rows_of("results.csv")) == 21
 
 
-def test_an_output_that_cannot_be_written_keeps_what_is_done() -> None:
-    """Its place is taken by a folder while the rows are at work."""
+def test_finished_rows_are_kept_if_the_output_cannot_be_written() -> None:
+    """A folder takes the name of the output while the rows are running."""
     write_numbers("rows.csv", 2000)
     Path("out").mkdir()
-    places = ("-o", "out/results.csv", "--store", "s.db")
-    with begun("work", "rows.csv", *places, words="so far", TELL_AT="1") as process:
+    paths = ("-o", "out/results.csv", "--store", "s.db")
+    with started("work", "rows.csv", *paths, words="so far", TELL_AT="1") as process:
         Path("out/results.csv").mkdir()
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert (
         "Error: out/results.csv: Is a directory. What is done is kept in s.db: the same command goes on from there."
-        in said
+        in stderr
     )
     Path("out/results.csv").rmdir()
-    done = batch("work", "rows.csv", *places)
+    done = batch("work", "rows.csv", *paths)
     assert "Going on: 2,000 of 2,000 rows were done before." in done.stderr
     assert set(in_log().values()) == {1}
     assert files() == {"rows.csv", "out"}
 
 
-def test_a_reader_that_goes_away_loses_nothing() -> None:
+def test_nothing_is_lost_if_the_reader_closes_the_pipe() -> None:
     write_numbers("rows.csv", 2000)
     read, write = os.pipe()
     os.close(read)
     with subprocess.Popen(command("work", "rows.csv", "-o", "-"), stdout=write, stderr=subprocess.PIPE) as process:
         os.close(write)
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert b"Nobody read the results to their end. What is done is kept in rows.csv.flock.db" in said
+    assert b"Nobody read the results to their end. What is done is kept in rows.csv.flock.db" in stderr
     assert len(batch("work", "rows.csv", "-o", "-").stdout.splitlines()) == 2001
     assert set(in_log().values()) == {1}
 
 
-# What is refused
+# Errors
 
 
 def invoke(*arguments: str) -> Any:
@@ -528,7 +526,7 @@ def invoke(*arguments: str) -> Any:
         (["work", "rows.csv", "-o", "x.csv", "--max-workers", "0"], "0 is not in the range"),
     ],
 )
-def test_a_mistake_in_the_command_is_said(arguments: list[str], words: str) -> None:
+def test_an_invalid_command_line_is_reported(arguments: list[str], words: str) -> None:
     for name in ("rows.csv", "rows.txt"):
         write_numbers(name, 1)
     Path("link.csv").symlink_to("rows.csv")
@@ -538,15 +536,15 @@ def test_a_mistake_in_the_command_is_said(arguments: list[str], words: str) -> N
     assert files() == {"rows.csv", "rows.txt", "link.csv"}
 
 
-def test_rows_that_cannot_be_read_are_said() -> None:
-    """This file can be opened, also by root, and not be read."""
+def test_an_unreadable_file_is_reported() -> None:
+    """This file can be opened but not read, even by root."""
     Path("rows.csv").symlink_to("/proc/self/mem")
     result = invoke("work", "rows.csv", "-o", "x.csv")
     assert (result.exit_code, result.output) == (1, "Error: rows.csv: Input/output error.\n")
     assert files() == {"rows.csv"}
 
 
-def test_an_agent_that_there_is_not_is_said() -> None:
+def test_an_unknown_agent_is_reported() -> None:
     write_numbers("rows.csv", 1)
     result = invoke("nobody", "rows.csv", "-o", "x.csv")
     assert result.exit_code == 1
@@ -554,8 +552,8 @@ def test_an_agent_that_there_is_not_is_said() -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "server", "database"])
-def test_a_file_of_something_else_is_no_state_and_stays_as_it_is(kind: str) -> None:
-    """Also a server's store, whose runs would be gone at the end."""
+def test_a_store_that_is_not_of_this_command_is_refused_and_not_changed(kind: str) -> None:
+    """This includes a server's store, whose runs would be deleted at the end."""
     write_numbers("rows.csv", 1)
     if kind == "text":
         Path("s.db").write_text("these are my notes")
@@ -581,8 +579,8 @@ def _make_store(path: str) -> None:
 
 
 @pytest.mark.parametrize("folder", ["/proc", "/sys"])
-def test_a_folder_that_cannot_be_written_is_said(folder: str) -> None:
-    """These are so for root, too."""
+def test_an_unwritable_folder_is_reported(folder: str) -> None:
+    """Not even root can write to these."""
     write_numbers("rows.csv", 1)
     result = invoke("work", "rows.csv", "-o", f"{folder}/results.csv")
     assert result.exit_code == 1
@@ -590,7 +588,7 @@ def test_a_folder_that_cannot_be_written_is_said(folder: str) -> None:
     assert "Traceback" not in result.output
 
 
-def test_the_state_keeps_its_name_behind_a_link() -> None:
+def test_the_state_file_is_named_after_the_symbolic_link() -> None:
     Path("elsewhere").mkdir()
     Path("results.csv").symlink_to("elsewhere/results.csv")
     write_numbers("rows.csv", 2)

@@ -1,4 +1,4 @@
-"""What every engine promises of batches: the same tests on each, by the protocol only."""
+"""What every engine guarantees for batches, tested on each engine through the protocol only."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -23,7 +23,7 @@ from flock.errors import (
 )
 from flock.runs import BatchFilter, BatchOptions, Engine, Event, IdempotencyKey, Items, Row, RunStatus
 from tests.support import PATIENCE_S
-from tests.support.engines import Opened, all_items, ended, until
+from tests.support.engines import OpenEngine, all_items, ended, until
 from tests.support.flocks import Work, numbers
 
 pytestmark = pytest.mark.anyio
@@ -32,27 +32,27 @@ OPTIONS = BatchOptions()
 
 
 async def listed(engine: Engine, count: int) -> None:
-    """Wait until a list has so many batches: a cluster's search is moments late."""
+    """Wait until the list has *count* batches, because a cluster's search lags behind for a moment."""
     with anyio.fail_after(PATIENCE_S):
-        while len(await engine.list_batches(BatchFilter())) < count:  # noqa: ASYNC110 - nobody tells it
+        while len(await engine.list_batches(BatchFilter())) < count:  # noqa: ASYNC110 - there is no event for it
             await anyio.sleep(0.05)
 
 
-# Accepting
+# Submission
 
 
-async def breaks_off(count: int) -> AsyncIterator[Any]:
+async def numbers_then_error(count: int) -> AsyncIterator[Any]:
     for item in numbers(count):
         yield item
     raise ConnectionError("gone")
 
 
-async def test_a_batch_is_accepted_whole_or_not_at_all(opened: Opened) -> None:
+async def test_a_batch_is_accepted_whole_or_not_at_all(open_engine: OpenEngine) -> None:
     work, refused = Work(), list[str]()
     cases: list[tuple[Any, type[Exception]]]
-    async with opened(work.flock, max_items=150, max_input_bytes=1000) as engine:
+    async with open_engine(work.flock, max_items=150, max_input_bytes=1000) as engine:
         cases = [
-            (breaks_off(110), ConnectionError),
+            (numbers_then_error(110), ConnectionError),
             ([*numbers(110), {"n": "x"}], InvalidData),
             ([{"n": "x"}, *numbers(110)], InvalidData),
             (numbers(151), TooLarge),
@@ -70,15 +70,15 @@ async def test_a_batch_is_accepted_whole_or_not_at_all(opened: Opened) -> None:
 
 
 @pytest.mark.slow
-async def test_a_batch_of_many_pages_is_accepted_and_done_in_order(opened: Opened) -> None:
-    """What is sent may be a list, or be made as it is read, in a loop or in an async one."""
+async def test_a_batch_of_many_pages_is_accepted_and_completed_in_order(open_engine: OpenEngine) -> None:
+    """Its items may be a list, an iterator or an async iterator."""
     work = Work()
 
     async def later() -> AsyncIterator[Any]:
         for item in numbers(701):
             yield item
 
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         for count, items in ((701, numbers(701)), (21, iter(numbers(21))), (701, later())):
             batch = await ended(engine, await engine.submit_batch("item", items, OPTIONS))
             assert (batch.status, batch.total_items, batch.completed_items) == (RunStatus.COMPLETED, count, count)
@@ -87,10 +87,10 @@ async def test_a_batch_of_many_pages_is_accepted_and_done_in_order(opened: Opene
             assert [bytes(item.result) for item in found] == [b'{"result":%d}' % n for n in range(count)]
 
 
-async def test_there_is_room_for_so_many_items_of_all_batches_together(opened: Opened) -> None:
+async def test_max_open_items_limits_the_items_of_all_batches_together(open_engine: OpenEngine) -> None:
     work = Work()
     work.holds = True
-    async with opened(work.flock, max_open_items=5) as engine:
+    async with open_engine(work.flock, max_open_items=5) as engine:
         first = await engine.submit_batch("item", numbers(3), OPTIONS)
         await listed(engine, 1)
         for key in (None, IdempotencyKey("k", b"1"), IdempotencyKey("k", b"1")):
@@ -102,19 +102,19 @@ async def test_there_is_room_for_so_many_items_of_all_batches_together(opened: O
             assert (await ended(engine, batch)).status is RunStatus.COMPLETED
 
 
-async def test_a_batch_without_workers_is_refused(opened: Opened) -> None:
-    """It would wait for ever."""
-    async with opened(Work().flock) as engine:
+async def test_a_batch_without_workers_is_refused(open_engine: OpenEngine) -> None:
+    """It would wait forever."""
+    async with open_engine(Work().flock) as engine:
         with pytest.raises(DefinitionError, match="max_workers is at least 1, and not 0"):
             await engine.submit_batch("item", numbers(1), BatchOptions(max_workers=0))
 
 
-async def test_items_that_do_not_fit_are_left_out_on_request(opened: Opened) -> None:
-    """They have failed, at once and for good: a retry leaves them alone."""
+async def test_invalid_items_are_skipped_on_request(open_engine: OpenEngine) -> None:
+    """They fail at once and permanently, so a retry does not run them."""
     work = Work()
     work.fails = {2}
     items: Items = [{"n": 0}, {"n": "x"}, {"n": 2}, {}, Row(inputs=msgspec.Raw(b'{"n":4}'), line=9)]
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", items, OPTIONS, on_invalid="skip")
         assert (batch.total_items, batch.completed_items, batch.failed_items) == (5, 2, 2)
         batch = await ended(engine, batch)
@@ -129,8 +129,8 @@ async def test_items_that_do_not_fit_are_left_out_on_request(opened: Opened) -> 
     assert sorted(work.calls) == [0, 2, 2, 4]
 
 
-async def test_a_batch_of_which_no_item_fits_fails_when_those_are_skipped(opened: Opened) -> None:
-    async with opened(Work().flock) as engine:
+async def test_a_batch_fails_if_all_its_items_are_skipped(open_engine: OpenEngine) -> None:
+    async with open_engine(Work().flock) as engine:
         batch = await ended(engine, await engine.submit_batch("item", [{}, {}], OPTIONS, on_invalid="skip"))
         assert batch.status is RunStatus.FAILED
         assert batch.error == (
@@ -140,9 +140,9 @@ async def test_a_batch_of_which_no_item_fits_fails_when_those_are_skipped(opened
             await engine.retry_batch(batch.batch_id)
 
 
-async def test_equal_batches_with_a_key_are_one(opened: Opened) -> None:
+async def test_equal_batches_with_the_same_key_are_one_batch(open_engine: OpenEngine) -> None:
     work, key = Work(), IdempotencyKey("k", b"1")
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(30), OPTIONS, key=key)
         with pytest.raises(Replayed) as caught:
             await engine.submit_batch("item", numbers(30), OPTIONS, key=key)
@@ -152,19 +152,19 @@ async def test_equal_batches_with_a_key_are_one(opened: Opened) -> None:
         await ended(engine, batch)
         await engine.delete_batch(batch.batch_id)
         again = await engine.submit_batch("item", numbers(30), OPTIONS, key=key)
-        assert again.batch_id != batch.batch_id, "whoever deletes a batch may make it anew"
+        assert again.batch_id != batch.batch_id, "the key of a deleted batch can be used again"
         await ended(engine, again)
     assert len(work.calls) == 60
 
 
-async def test_a_batch_of_which_nothing_completed_says_what_went_wrong_at_last(opened: Opened) -> None:
+async def test_the_error_of_a_failed_batch_is_that_of_its_last_attempt(open_engine: OpenEngine) -> None:
     flock, why = Flock(), "at first"
 
     @flock.agent
     async def item(n: int) -> int:
         raise AgentError(f"{n} {why}")
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         batch = await ended(engine, await engine.submit_batch("item", numbers(2), OPTIONS))
         assert batch.error == "None of the 2 items completed. The first one: 0 at first"
         why = "later"
@@ -172,42 +172,42 @@ async def test_a_batch_of_which_nothing_completed_says_what_went_wrong_at_last(o
         assert batch.error == "None of the 2 items completed. The first one: 0 later"
 
 
-async def test_without_parallel_items_go_one_by_one_in_order(opened: Opened) -> None:
-    flock, at_work, order = Flock(), 0, list[int]()
+async def test_items_run_one_by_one_in_order_if_parallel_is_false(open_engine: OpenEngine) -> None:
+    flock, running, order = Flock(), 0, list[int]()
 
     @flock.agent
     async def item(n: int) -> None:
-        nonlocal at_work
-        at_work += 1
-        assert at_work == 1
+        nonlocal running
+        running += 1
+        assert running == 1
         order.append(n)
         await anyio.lowlevel.checkpoint()
-        at_work -= 1
+        running -= 1
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         options = BatchOptions(parallel=False, max_workers=9)
         batch = await ended(engine, await engine.submit_batch("item", numbers(40), options))
         assert (batch.failed_items, order) == (0, list(range(40)))
 
 
-async def test_so_many_items_are_at_work_as_there_are_workers(opened: Opened) -> None:
+async def test_as_many_items_run_at_once_as_there_are_workers(open_engine: OpenEngine) -> None:
     work = Work()
     work.holds = True
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(70), BatchOptions(max_workers=13))
         await until(lambda: len(work.calls) == 13)
-        await anyio.sleep(0.3)  # for one more to come
+        await anyio.sleep(0.3)  # time for one more to start
         assert len(work.calls) == 13
         work.may_go.set()
         assert (await ended(engine, batch)).failed_items == 0
     assert sorted(work.calls) == list(range(70))
 
 
-async def test_items_wait_for_each_other_as_long_as_that_takes(opened: Opened) -> None:
-    """How long a run may wait for its first step is for those that somebody waits for."""
+async def test_items_of_a_batch_have_no_queue_timeout(open_engine: OpenEngine) -> None:
+    """``queue_timeout_s`` applies only to runs outside batches."""
     work = Work()
     work.holds = True
-    async with opened(work.flock, max_concurrency=1, queue_timeout_s=0.05) as engine:
+    async with open_engine(work.flock, max_concurrency=1, queue_timeout_s=0.05) as engine:
         batch = await engine.submit_batch("item", numbers(3), OPTIONS)
         await work.begun.wait()
         run = await engine.submit("item", {"n": -1})
@@ -217,14 +217,14 @@ async def test_items_wait_for_each_other_as_long_as_that_takes(opened: Opened) -
 
 
 @pytest.mark.slow
-async def test_a_cancelled_batch_begins_no_item_and_waits_for_those_at_work(opened: Opened) -> None:
+async def test_a_cancelled_batch_starts_no_item_and_waits_for_running_ones(open_engine: OpenEngine) -> None:
     work = Work()
     work.holds = True
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(1000), BatchOptions(max_workers=4))
         await until(lambda: len(work.calls) == 4)
-        asked = await engine.cancel_batch(batch.batch_id)
-        assert (asked.status, asked.cancel_requested) == (RunStatus.RUNNING, True)
+        cancelling = await engine.cancel_batch(batch.batch_id)
+        assert (cancelling.status, cancelling.cancel_requested) == (RunStatus.RUNNING, True)
         batch = await ended(engine, batch)
         assert (batch.status, batch.cancelled_items, batch.error) == (
             RunStatus.CANCELLED,
@@ -248,7 +248,7 @@ async def test_a_cancelled_batch_begins_no_item_and_waits_for_those_at_work(open
             await engine.retry_batch(batch.batch_id)
 
 
-async def test_what_has_ended_is_counted_while_a_cancel_waits_for_somebody(opened: Opened) -> None:
+async def test_ended_items_are_counted_while_a_cancellation_waits(open_engine: OpenEngine) -> None:
     flock, calls, may_go = Flock(), list[int](), anyio.Event()
 
     @flock.agent
@@ -261,7 +261,7 @@ async def test_what_has_ended_is_counted_while_a_cancel_waits_for_somebody(opene
             await anyio.sleep_forever()
         return n
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         batch = await engine.submit_batch("item", numbers(20), BatchOptions(max_workers=3))
         await until(lambda: {0, 13, 19} <= set(calls))
         done = 0
@@ -272,21 +272,21 @@ async def test_what_has_ended_is_counted_while_a_cancel_waits_for_somebody(opene
         (last,) = await engine.get_items(batch.batch_id, after=18)
         with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(last.run_id)).status is RunStatus.CANCELLED
-        told = []
+        counts = []
         for _ in range(10):
-            told.append((await engine.get_batch(batch.batch_id)).completed_items)
+            counts.append((await engine.get_batch(batch.batch_id)).completed_items)
             await anyio.sleep(0.05)
         may_go.set()
         batch = await ended(engine, batch)
-        assert [done, *told, 20] == sorted([done, *told, 20])
+        assert [done, *counts, 20] == sorted([done, *counts, 20])
         assert (batch.status, batch.completed_items) == (RunStatus.CANCELLED, 20)
 
 
 @pytest.mark.slow
-async def test_whatever_a_cancel_met_is_tried_again(opened: Opened) -> None:
-    """Its items may be read, shared out, on their way to a worker, or at work."""
+async def test_a_batch_can_be_retried_whenever_it_was_cancelled(open_engine: OpenEngine) -> None:
+    """Its items may be in any state at that moment: being read, assigned, on their way to a worker, or running."""
     work = Work()
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         for n in range(6):
             batch = await engine.submit_batch("item", numbers(200), BatchOptions(max_workers=40))
             await anyio.sleep(n / 40)
@@ -299,10 +299,10 @@ async def test_whatever_a_cancel_met_is_tried_again(opened: Opened) -> None:
             assert {item.status for item in await all_items(engine, batch)} == {RunStatus.COMPLETED}
 
 
-async def test_only_what_has_ended_can_be_tried_again_or_deleted(opened: Opened) -> None:
+async def test_only_an_ended_batch_can_be_retried_or_deleted(open_engine: OpenEngine) -> None:
     work = Work()
     work.holds = True
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(2), OPTIONS)
         await work.begun.wait()
         with pytest.raises(Conflict, match="is running; only one that has ended"):
@@ -320,10 +320,10 @@ async def test_only_what_has_ended_can_be_tried_again_or_deleted(opened: Opened)
             await engine.get_run(item.run_id)
 
 
-async def test_a_retry_of_failed_items_leaves_the_cancelled_ones(opened: Opened) -> None:
+async def test_a_retry_of_failed_items_does_not_run_cancelled_ones(open_engine: OpenEngine) -> None:
     work = Work()
     work.fails, work.holds = {0}, True
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(5), BatchOptions(max_workers=2))
         await until(lambda: len(work.calls) == 2)
         (_, second, *_) = await engine.get_items(batch.batch_id)
@@ -340,10 +340,10 @@ async def test_a_retry_of_failed_items_leaves_the_cancelled_ones(opened: Opened)
             await engine.retry_batch(batch.batch_id, [RunStatus.FAILED])
 
 
-async def test_an_item_that_was_cancelled_before_its_batch_was_is_tried_again_with_it(opened: Opened) -> None:
+async def test_an_item_cancelled_before_its_batch_is_retried_with_it(open_engine: OpenEngine) -> None:
     work = Work()
     work.holds = True
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(5), BatchOptions(max_workers=1))
         await work.begun.wait()
         (*_, last) = await engine.get_items(batch.batch_id)
@@ -355,8 +355,8 @@ async def test_an_item_that_was_cancelled_before_its_batch_was_is_tried_again_wi
         assert (batch.completed_items, batch.cancelled_items) == (5, 0)
 
 
-async def test_a_retry_goes_on_behind_the_steps_that_were_done(opened: Opened) -> None:
-    """A step that was committed is not executed again, and is still told."""
+async def test_a_retry_resumes_after_the_last_committed_step(open_engine: OpenEngine) -> None:
+    """The committed step is not executed again, and is still listed."""
     flock, calls, fails = Flock(), list[str](), True
 
     @flock.agent(next_agent="second")
@@ -371,7 +371,7 @@ async def test_a_retry_goes_on_behind_the_steps_that_were_done(opened: Opened) -
             raise AgentError("not now")
         return n
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         batch = await ended(engine, await engine.submit_batch("first", numbers(1), OPTIONS))
         fails = False
         batch = await ended(engine, await engine.retry_batch(batch.batch_id))
@@ -381,11 +381,11 @@ async def test_a_retry_goes_on_behind_the_steps_that_were_done(opened: Opened) -
     assert [(step.agent_name, step.attempt) for step in steps] == [("first", 1), ("second", 2)]
 
 
-async def test_one_item_may_be_tried_again_once_its_batch_has_ended(opened: Opened) -> None:
-    """That is the batch's next attempt; the others stay as they are."""
+async def test_one_item_can_be_retried_after_its_batch_has_ended(open_engine: OpenEngine) -> None:
+    """The retry is the next attempt of the batch, and the other items do not change."""
     work = Work()
     work.fails, work.holds = {0, 1}, True
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", [*numbers(3), {}], BatchOptions(max_workers=1), on_invalid="skip")
         await work.begun.wait()
         first, _, _, invalid = await engine.get_items(batch.batch_id)
@@ -407,7 +407,7 @@ async def test_one_item_may_be_tried_again_once_its_batch_has_ended(opened: Open
         assert work.calls == [0, 1, 2, 0]
 
 
-async def test_how_far_it_is_is_told_a_few_times_a_second_and_then_its_end(opened: Opened) -> None:
+async def test_batch_events_report_progress_and_then_the_end(open_engine: OpenEngine) -> None:
     flock, ends = Flock(), anyio.Semaphore(0)
 
     @flock.agent
@@ -415,32 +415,32 @@ async def test_how_far_it_is_is_told_a_few_times_a_second_and_then_its_end(opene
         await ends.acquire()
         return n
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         batch = await engine.submit_batch("item", numbers(4), BatchOptions(max_workers=1))
-        told: list[Event] = []
+        received: list[Event] = []
         async with contextlib.aclosing(engine.batch_events(batch.batch_id)) as events:
             async for event in events:
                 assert event is not None
-                told.append(event)
-                for _ in range(2 if len(told) == 1 else 1):
+                received.append(event)
+                for _ in range(2 if len(received) == 1 else 1):
                     ends.release()
-        done = [event.data["completed_items"] for event in told]
+        done = [event.data["completed_items"] for event in received]
         assert done[:-1] == sorted(set(done[:-1])), "no count is reported twice before the end"
         assert (done[0], done[-1]) == (0, 4)
-        assert [event.name for event in told] == ["batch.progress"] * (len(told) - 1) + ["batch.completed"]
-        assert [event.id for event in told] == [None] * (len(told) - 1) + [1]
-        assert told[1].data["eta_s"] > 0
+        assert [event.name for event in received] == ["batch.progress"] * (len(received) - 1) + ["batch.completed"]
+        assert [event.id for event in received] == [None] * (len(received) - 1) + [1]
+        assert received[1].data["eta_s"] > 0
         assert [event async for event in engine.batch_events(batch.batch_id, after=1)] == []
 
 
-async def test_lists_go_page_by_page_newest_first(opened: Opened) -> None:
+async def test_batches_are_listed_in_pages_newest_first(open_engine: OpenEngine) -> None:
     work = Work()
 
     @work.flock.agent
     async def other() -> int:
         return 1
 
-    async with opened(work.flock) as engine:
+    async with open_engine(work.flock) as engine:
         made = [await engine.submit_batch("item", numbers(1), OPTIONS, principal="ann") for _ in range(3)]
         made.append(await engine.submit_batch("other", [{}], OPTIONS))
         for batch in made:

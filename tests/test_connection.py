@@ -1,4 +1,4 @@
-"""A client that sends without an end, or does not read, harms itself only; real servers and real sockets."""
+"""Clients that send without end or do not read harm only themselves, tested with real servers and sockets."""
 
 import contextlib
 import random
@@ -43,14 +43,14 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 HEADS = [
-    pytest.param(3 * GET.format(LARGE), id="behind answers that are not read"),
-    pytest.param("", id="behind a run that is waited for"),
+    pytest.param(3 * GET.format(LARGE), id="after responses that are not read"),
+    pytest.param("", id="during a wait for a run"),
 ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("request_", HEADS)
-def test_a_head_without_an_end_is_not_read_during_an_answer(
+def test_an_endless_head_is_not_read_during_a_response(
     request_: str, workers: int, script: Path, tmp_path: Path
 ) -> None:
     with serving(script, tmp_path, workers=workers) as server:
@@ -64,8 +64,8 @@ def test_a_head_without_an_end_is_not_read_during_an_answer(
         assert grown_kib < KERNEL_BYTES // 1024
 
 
-def test_requests_behind_an_unread_answer_cost_no_memory(script: Path, tmp_path: Path) -> None:
-    """Each of them cost a few kilobytes: 40 connections with 200,000 requests each were 2 GB."""
+def test_requests_after_an_unread_response_take_no_memory(script: Path, tmp_path: Path) -> None:
+    """Each of them once took a few kilobytes, so 40 connections with 200,000 requests each took 2 GB."""
     with serving(script, tmp_path) as server, contextlib.ExitStack() as stack:
         before_kib = memory_kib(server)
         for _ in range(10):
@@ -75,8 +75,8 @@ def test_requests_behind_an_unread_answer_cost_no_memory(script: Path, tmp_path:
         assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 
-def test_the_head_of_each_request_has_its_time(script: Path, tmp_path: Path) -> None:
-    """Also of one that began to arrive during the answer to another."""
+def test_the_head_timeout_applies_to_each_request(script: Path, tmp_path: Path) -> None:
+    """This includes a request that started to arrive during the response to another."""
     with serving(script, tmp_path) as server:
         run = '{"agent_name": "nap", "inputs": {"seconds": 0.5}}'
         head = f"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(run)}\r\n"
@@ -86,8 +86,8 @@ def test_the_head_of_each_request_has_its_time(script: Path, tmp_path: Path) -> 
         assert received.count(b"HTTP/1.1") == 1
 
 
-def test_pipelined_requests_are_answered_in_order_however_they_are_cut(script: Path, tmp_path: Path) -> None:
-    """With a body of a known length, a chunked one with empty lines in it, and none."""
+def test_pipelined_requests_are_answered_in_order_however_they_are_split(script: Path, tmp_path: Path) -> None:
+    """Some have a body of known length, some a chunked one with empty lines in it, and some none."""
     texts = [f"{number}\n\n" + "x" * number for number in range(60)]
     requests = []
     for number, text in enumerate(texts):
@@ -120,7 +120,7 @@ def test_pipelined_requests_are_answered_in_order_however_they_are_cut(script: P
 
 
 def open_connections(server: Server, held: list[socket.socket]) -> int:
-    """How many of *held* the server still has open: a client that does not read cannot see it."""
+    """Return how many of *held* the server still has open, which a client that does not read cannot see."""
     port, ports = int(server.url.rpartition(":")[2]), {connection.getsockname()[1] for connection in held}
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     ends = [(int(row[1].partition(":")[2], 16), int(row[2].partition(":")[2], 16)) for row in rows if row[3] == "01"]
@@ -129,7 +129,7 @@ def open_connections(server: Server, held: list[socket.socket]) -> int:
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only the kernel knows what the server has closed")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_clients_that_do_not_read_lose_their_places(workers: int, script: Path, tmp_path: Path) -> None:
+def test_clients_that_do_not_read_are_disconnected(workers: int, script: Path, tmp_path: Path) -> None:
     options = ("--max-connections", "10", "--write-timeout", "1")
     with serving(script, tmp_path, *options, workers=workers) as server, contextlib.ExitStack() as stack:
         held = [stack.enter_context(connected(server, 9 * GET.format(LARGE), 4096)) for _ in range(10 * workers)]
@@ -140,7 +140,7 @@ def test_clients_that_do_not_read_lose_their_places(workers: int, script: Path, 
         assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 
-def test_a_client_that_reads_slowly_is_left_alone(script: Path, tmp_path: Path) -> None:
+def test_a_client_that_reads_slowly_is_not_disconnected(script: Path, tmp_path: Path) -> None:
     with serving(script, tmp_path, "--write-timeout", "0.5") as server:
         last = GET.format(LARGE).replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n")
         with connected(server, GET.format(LARGE) + last, 4096) as connection:
@@ -153,8 +153,10 @@ def test_a_client_that_reads_slowly_is_left_alone(script: Path, tmp_path: Path) 
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only the kernel knows what the server has closed")
-def test_a_client_that_reads_nothing_loses_its_place_though_its_answer_is_short(script: Path, tmp_path: Path) -> None:
-    """Also if it begins another request that never ends, or sends what is not one."""
+def test_a_client_that_reads_nothing_is_disconnected_even_if_its_response_is_short(
+    script: Path, tmp_path: Path
+) -> None:
+    """This holds even if it starts another request that never ends, or sends something that is not a request."""
     short = GET.format("/openapi.yaml") * 60
     with serving(script, tmp_path, "--write-timeout", "1") as server, contextlib.ExitStack() as stack:
         held = [stack.enter_context(connected(server, short + more, 4096)) for more in ("", "G", "no request\r\n\r\n")]
@@ -164,7 +166,7 @@ def test_a_client_that_reads_nothing_loses_its_place_though_its_answer_is_short(
             time.sleep(0.05)
 
 
-def test_a_client_that_sends_something_and_disconnects_takes_its_run_along(script: Path, tmp_path: Path) -> None:
+def test_a_run_is_cancelled_if_its_client_sends_more_and_disconnects(script: Path, tmp_path: Path) -> None:
     run = '{"agent_name": "nap", "inputs": {"seconds": 600}}'
     head = f"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(run)}\r\n"
     with serving(script, tmp_path) as server:
@@ -179,26 +181,26 @@ def test_a_client_that_sends_something_and_disconnects_takes_its_run_along(scrip
         assert ended["status"] == "cancelled"
 
 
-def test_a_second_request_within_a_chunked_one_is_not_begun_after_the_end_of_the_connection(
+def test_a_request_pipelined_after_a_chunked_one_is_not_started_if_the_connection_closes(
     script: Path, tmp_path: Path
 ) -> None:
-    """Neither its head nor its body is taken for a part of the first one."""
+    """Neither its head nor its body is taken for a part of the first request."""
     body = b'{"agent_name": "length", "inputs": {"text": "abc"}}'
     head = b"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    # More empty lines than are looked at one by one, so that the parser gets the rest in one piece.
+    # More empty lines than are inspected one by one, so that the parser gets the rest in one piece.
     lines = b"1\r\n \r\n2\r\n\r\n\r\n" * 70
     first = head + b"Transfer-Encoding: chunked\r\n\r\n" + lines + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     second = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
     with serving(script, tmp_path) as server:
         with connected(server, first + second) as connection:
             received = read_to_end(connection)
-        assert received.count(b"HTTP/1.1 200") == 1, "the second one is left to another connection"
+        assert received.count(b"HTTP/1.1 200") == 1, "the second one needs another connection"
         runs = httpx.get(f"{server.url}/runs").json()["runs"]
         assert len(runs) == received.count(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_server_that_stops_does_not_wait_for_clients_that_do_not_read(
+def test_a_stopping_server_does_not_wait_for_clients_that_do_not_read(
     workers: int, script: Path, tmp_path: Path
 ) -> None:
     with serving(script, tmp_path, workers=workers) as server, contextlib.ExitStack() as stack:
@@ -207,7 +209,7 @@ def test_a_server_that_stops_does_not_wait_for_clients_that_do_not_read(
         assert httpx.get(f"{server.url}/healthz").status_code == 200
         began = time.monotonic()
         server.stop()
-        assert time.monotonic() - began < 20, "and not the 25 s that answers may take"
+        assert time.monotonic() - began < 20, "not the 25 s that responses may take"
 
 
 LATE = """
@@ -230,18 +232,18 @@ Flock("late").start_api(port=int(sys.argv[1]), custom_endpoints=[Route("/late", 
 """
 
 
-def test_an_answer_that_begins_after_the_stop_and_is_not_read_does_not_hold_it_up(tmp_path: Path) -> None:
+def test_an_unread_response_that_starts_after_the_stop_does_not_delay_it(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
     with running(sys.executable, str(tmp_path / "late.py"), str(free_port())) as server:
         with connected(server, GET.format("/late"), 4096) as connection:
             server.wait_for_line("asked")
             began = time.monotonic()
             server.stop()
-            assert time.monotonic() - began < 20, "and not the 25 s that answers may take"
+            assert time.monotonic() - began < 20, "not the 25 s that responses may take"
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
 
 
-def test_a_client_that_reads_gets_its_whole_answer_from_a_server_that_stops(script: Path, tmp_path: Path) -> None:
+def test_a_stopping_server_sends_the_whole_response_to_a_client_that_reads(script: Path, tmp_path: Path) -> None:
     with serving(script, tmp_path) as server:
         with connected(server, 2 * GET.format(LARGE), 65_536) as connection:
             assert connection.recv(1024).startswith(b"HTTP/1.1 200")
@@ -255,7 +257,7 @@ def test_a_client_that_reads_gets_its_whole_answer_from_a_server_that_stops(scri
         assert server.process.wait(30) in (0, -15)
 
 
-# The loop of a server that is busy
+# A busy event loop
 
 SPIN = """
 import time
@@ -282,8 +284,8 @@ async def spin(folder: str) -> int:
 """
 
 
-def test_a_burst_of_connections_does_not_hold_up_those_of_others(tmp_path: Path) -> None:
-    """The event loop takes one connection of each listening socket in a turn; a burst of 400 took 400 turns."""
+def test_a_burst_of_connections_does_not_delay_other_clients(tmp_path: Path) -> None:
+    """The event loop accepts one connection of each socket per turn, so a burst of 400 once took 400 turns."""
     (tmp_path / "busy.py").write_text(SPIN)
     with serving(tmp_path / "busy.py", tmp_path) as server, contextlib.ExitStack() as burst:
         body = {"agent_name": "spin", "inputs": {"folder": str(tmp_path)}, "async_run": True}

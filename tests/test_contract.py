@@ -1,4 +1,4 @@
-"""``openapi.yaml`` says exactly what the server does: routes, fields, statuses, examples."""
+"""``openapi.yaml`` describes exactly what the server does: routes, fields, statuses, examples."""
 
 import gzip
 import json
@@ -35,10 +35,10 @@ from tests.support.spec import NDJSON, SPEC, TWIN, check_described, operations, 
 
 SCHEMAS = SPEC["components"]["schemas"]
 
-#: What programs import from ``flockapi``.
+#: The names that programs import from ``flockapi``.
 PUBLIC = {*flockapi.__all__, *wire.__all__}
 
-#: Which struct stands behind which schema.
+#: The struct of each schema.
 STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for name in SCHEMAS if name in PUBLIC} | {
     "Usage": Usage,
     "Progress": Progress,
@@ -46,7 +46,7 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for na
 }
 
 
-#: Which struct stands behind the query of which operations.
+#: The operations that take the query of each struct.
 QUERIES = {
     "WaitQuery": ["getRun", "cancelRun", "cancelBatch"],
     "EventsQuery": ["getRunEvents", "getBatchEvents"],
@@ -61,16 +61,16 @@ QUERIES = {
 # The document
 
 
-def test_it_is_valid_openapi() -> None:
+def test_the_document_is_valid_openapi() -> None:
     validate(SPEC)
 
 
-def test_its_twin_is_equal() -> None:
-    """If not: python -m tests.openapi_twin"""
+def test_the_json_document_equals_the_yaml_document() -> None:
+    """If this fails, run ``python -m tests.openapi_twin``."""
     assert json.loads(TWIN.read_text("utf-8")) == SPEC
 
 
-def test_it_has_the_version_of_the_package() -> None:
+def test_the_document_has_the_version_of_the_package() -> None:
     assert SPEC["info"]["version"] == flock_package.__version__
 
 
@@ -92,7 +92,7 @@ def test_everything_is_described() -> None:
         assert schema["description"], name
 
 
-def test_nothing_in_it_is_unused() -> None:
+def test_no_component_is_unused() -> None:
     text = (ROOT / "openapi.yaml").read_text("utf-8")
     for kind, members in SPEC["components"].items():
         for name in members:
@@ -103,7 +103,7 @@ def test_nothing_in_it_is_unused() -> None:
 # Routes, both ways
 
 
-def test_every_route_is_in_it_and_every_path_is_a_route() -> None:
+def test_every_route_is_documented_and_every_path_is_a_route() -> None:
     routed = {
         (method, route.path)
         for route in ROUTES
@@ -114,8 +114,8 @@ def test_every_route_is_in_it_and_every_path_is_a_route() -> None:
     assert routed == {(method, path) for method, path, _ in operations()}
 
 
-def test_a_route_needs_what_the_document_says() -> None:
-    """A route is open if its operation has no security; only the metrics need an admin."""
+def test_a_route_requires_the_access_in_the_document() -> None:
+    """A route is open if its operation has no security. Only the metrics require an admin."""
     needs = {route.path: route.needs for route in ROUTES}
     described = {path: operation.get("security", SPEC["security"]) for _, path, operation in operations()}
     assert {path for path in described if needs[path] == "nothing"} == {
@@ -124,12 +124,12 @@ def test_a_route_needs_what_the_document_says() -> None:
     assert [path for path in needs if needs[path] == "admin"] == ["/metrics"]
 
 
-def test_only_the_docs_pages_are_left_out() -> None:
+def test_only_the_docs_pages_are_undocumented() -> None:
     hidden = {route.path for route in ROUTES if isinstance(route, Route) and not route.include_in_schema}
     assert hidden == {"/docs", "/redoc"}
 
 
-def test_every_status_of_the_error_table_is_in_it() -> None:
+def test_every_status_of_the_error_table_is_documented() -> None:
     statuses = {status for _, _, operation in operations() for status in operation["responses"]}
     assert {str(status) for status, _ in PROBLEMS.values()} <= statuses
 
@@ -159,7 +159,7 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
             assert ours_here.get("deprecated") == theirs_here.get("deprecated"), field
 
 
-#: Kept as it was sent, so the struct says nothing about it.
+#: JSON that is stored as it was sent, so the struct does not describe it.
 RAW = {
     ("FlockAPIRequest", "inputs"),
     ("FlockAPIResponse", "result"),
@@ -175,7 +175,7 @@ RAW = {
 
 
 def _shape(schema: Any) -> Any:
-    """What a schema allows, in one form for both spellings of a union."""
+    """Return what a schema allows, in the same form for both spellings of a union."""
     if "$ref" in schema:
         return schema["$ref"]
     if "anyOf" in schema:
@@ -183,19 +183,19 @@ def _shape(schema: Any) -> Any:
     if isinstance(schema.get("type"), list):
         return {json.dumps(_shape({**schema, "type": type_}), default=sorted) for type_ in schema["type"]}
     bounds = ("minimum", "maximum", "exclusiveMinimum") if schema.get("type") in ("integer", "number") else ()
-    kept = {key: schema[key] for key in ("type", *bounds) if key in schema}
+    shape = {key: schema[key] for key in ("type", *bounds) if key in schema}
     if "enum" in schema:
-        kept["enum"] = sorted(schema["enum"])
+        shape["enum"] = sorted(schema["enum"])
     if schema.get("format") in ("date-time", "uuid") and schema["type"] == "string":
-        kept["format"] = schema["format"]
+        shape["format"] = schema["format"]
     if schema.get("type") == "array" and schema.get("items"):
-        kept["items"] = _shape(schema["items"])
-    return kept
+        shape["items"] = _shape(schema["items"])
+    return shape
 
 
 @pytest.mark.parametrize("name", QUERIES)
-def test_a_query_and_its_parameters_are_the_same(name: str) -> None:
-    """But for ``include``, a list that is written with commas; what is JSON within a query is text for the struct."""
+def test_a_query_struct_and_its_parameters_are_the_same(name: str) -> None:
+    """``include``, a list with commas, is an exception. JSON in the query is a string in the struct."""
     _, components = msgspec.json.schema_components([getattr(flockapi, name)])
     ours = components[name]["properties"]
     found = {operation["operationId"]: operation["parameters"] for _, _, operation in operations()}
@@ -225,11 +225,11 @@ def test_the_statuses_of_a_run_are_the_same() -> None:
 
 def examples() -> Iterator[Any]:
     for method, path, operation in operations():
-        places = {"request": operation["requestBody"]} if "requestBody" in operation else {}
-        for place, holder in (places | operation["responses"]).items():
+        parts = {"request": operation["requestBody"]} if "requestBody" in operation else {}
+        for part, holder in (parts | operation["responses"]).items():
             for media_type, content in resolve(holder).get("content", {}).items():
                 for name, example in content.get("examples", {}).items():
-                    where = f"{method} {path} {place} {name}"
+                    where = f"{method} {path} {part} {name}"
                     yield pytest.param(media_type, content["schema"], resolve(example)["value"], id=where)
 
 
@@ -239,7 +239,7 @@ def test_an_example_fits_its_schema(media_type: str, schema: Any, value: Any) ->
 
 
 def examples_of_requests() -> Iterator[Any]:
-    """The query of one stands in its description."""
+    """Yield the examples of request bodies. The query of an example is in its description."""
     for method, path, operation in operations():
         for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
             for name, example in content["examples"].items():
@@ -251,7 +251,7 @@ def examples_of_requests() -> Iterator[Any]:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("operation", "method", "path", "media_type", "body"), list(examples_of_requests()))
-async def test_an_example_of_a_request_is_answered_as_it_says(
+async def test_an_example_of_a_request_gets_a_documented_response(
     operation: Any, method: str, path: str, media_type: str, body: str, client: httpx.AsyncClient, model: FakeModel
 ) -> None:
     path = path.format(batch_id=await ended_batch(client, "explode"))
@@ -266,7 +266,7 @@ async def test_an_example_of_a_request_is_answered_as_it_says(
 
 
 async def ended_batch(client: httpx.AsyncClient, agent_name: str) -> str:
-    """The id of a batch with one item for a text, which has ended."""
+    """Return the id of an ended batch of one item with a text."""
     body = {"agent_name": agent_name, "batch_inputs": [{"text": "=1+1"}]}
     batch_id: str = (await client.post("/run/batch", json=body)).json()["batch_id"]
     assert (await client.get(f"/batch/{batch_id}?wait=10")).json()["completed_items"] == 1
@@ -305,7 +305,7 @@ async def ended_batch(client: httpx.AsyncClient, agent_name: str) -> str:
         ("DELETE", "/run/42", None, "/run/{run_id}"),
     ],
 )
-async def test_an_answer_is_described(
+async def test_a_response_is_documented(
     method: str, path: str, content: str | None, template: str, client: httpx.AsyncClient
 ) -> None:
     for text in ("first", "second"):
@@ -319,7 +319,7 @@ CSV = {"Content-Type": "text/csv"}
 LINES = {"Content-Type": NDJSON}
 AS_JSON = {"Content-Type": "application/json"}
 ADD = "/run/batch?agent_name=add"
-gzipped = partial(gzip.compress, mtime=0)  # a test has the same name each time
+gzipped = partial(gzip.compress, mtime=0)  # so that a test id is the same each time
 
 
 @pytest.mark.anyio
@@ -406,7 +406,7 @@ gzipped = partial(gzip.compress, mtime=0)  # a test has the same name each time
         ("GET", "/batches?state=running", {}, None, 422),
     ],
 )
-async def test_an_answer_about_batches_is_described(
+async def test_a_response_about_batches_is_documented(
     method: str,
     path: str,
     headers: dict[str, str],
@@ -430,7 +430,7 @@ async def test_an_answer_about_batches_is_described(
 
 
 @pytest.mark.anyio
-async def test_a_batch_that_is_sent_again_is_described(client: httpx.AsyncClient) -> None:
+async def test_the_response_to_a_repeated_batch_is_documented(client: httpx.AsyncClient) -> None:
     headers = {"Idempotency-Key": "once", **CSV}
     sent = [await client.post(ADD, content=rows, headers=headers) for rows in ("a\n1\n", "a\n1\n", "a\n2\n")]
     for response in sent:
@@ -443,7 +443,7 @@ async def test_a_batch_that_is_sent_again_is_described(client: httpx.AsyncClient
 @pytest.mark.parametrize(
     "path", [path for method, path, _ in operations() if method == "GET" and path.startswith("/batch")]
 )
-async def test_head_of_a_batch_says_what_get_does_and_streams_nothing(
+async def test_head_of_a_batch_has_the_headers_of_get_and_streams_nothing(
     path: str, client: httpx.AsyncClient, app: FlockAPI
 ) -> None:
     parts: list[bytes] = []
@@ -460,13 +460,13 @@ async def test_head_of_a_batch_says_what_get_does_and_streams_nothing(
     async with httpx.AsyncClient(transport=httpx.ASGITransport(listened_to), base_url="http://t") as asking:
         head = await asking.head(path, headers=headers)
     assert (head.status_code, head.headers) == (200, got.headers)
-    # Where GET has a length, it is the server that leaves the body out.
+    # If GET has a length, the server drops the body of HEAD, and the app does not.
     assert ("content-length" in got.headers) == bool(b"".join(parts))
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("async_run", "prefer"), [(False, ""), (True, ""), (False, "respond-async, wait=5")])
-async def test_headers_that_are_asked_for_are_described(
+async def test_responses_to_key_and_prefer_headers_are_documented(
     async_run: bool, prefer: str, client: httpx.AsyncClient
 ) -> None:
     for key, body in (("1", {"agent_name": "add", "inputs": {"a": 1}}), ("2", {"agent_name": "refuse", "inputs": {}})):
@@ -476,13 +476,13 @@ async def test_headers_that_are_asked_for_are_described(
             check_described(SPEC["paths"]["/run/flock"]["post"], response)
 
 
-# As it is served
+# The served document
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("title", ["Sample", 'A "quoted": title # with \\ and é', "yes"])
 @pytest.mark.slow
-async def test_it_is_served_with_the_name_of_the_server(title: str) -> None:
+async def test_the_document_is_served_with_the_name_of_the_server(title: str) -> None:
     app: FlockAPI = create_app(Flock(), server_name=title)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         as_yaml = await client.get("/openapi.yaml")
@@ -497,10 +497,8 @@ async def test_it_is_served_with_the_name_of_the_server(title: str) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(
-    shutil.which("npx") is None and "CI" not in os.environ, reason="there is no npm here; the machine of .ci/run has it"
-)
-def test_it_is_clean_under_the_linter_of_redocly(tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("npx") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI")
+def test_the_redocly_linter_finds_no_problems(tmp_path: Path) -> None:
     command = ["npx", "--yes", "@redocly/cli@2", "lint", "--extends", "recommended", str(ROOT / "openapi.yaml")]
     env = {**os.environ, "REDOCLY_TELEMETRY": "off", "REDOCLY_SUPPRESS_UPDATE_NOTICE": "true"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What people import, used as a script would."""
+"""The public Python API, used as a script uses it."""
 
 import functools
 import gzip
@@ -26,7 +26,7 @@ from tests.support import ROOT
 from tests.support.flocks import sample_flock
 
 
-def test_run_gives_the_result() -> None:
+def test_run_returns_the_result() -> None:
     assert sample_flock().run("add", {"a": 40}) == {"result": 42}
 
 
@@ -34,7 +34,7 @@ def test_run_gives_the_result() -> None:
     ("agent_name", "inputs", "error", "words"),
     [
         ("refuse", {"text": "This"}, RunFailed, "more than I can do"),
-        # In one's own process nothing needs to be hidden.
+        # Nothing needs to be hidden in the caller's own process.
         ("explode", {"text": "x"}, RunFailed, "raised ValueError: a secret: x"),
         ("nobody", None, AgentNotFound, "nobody"),
         ("add", {"a": "1"}, InvalidData, "/inputs/a"),
@@ -48,27 +48,27 @@ def test_run_raises_what_went_wrong(agent_name: str, inputs: Any, error: type[Ex
         sample_flock().run(agent_name, inputs)
 
 
-def test_what_failed_is_told_to_programs_too() -> None:
+def test_run_failed_has_an_error_type() -> None:
     with pytest.raises(RunFailed) as caught:
         sample_flock().run("refuse", {"text": "This"})
     assert caught.value.error_type == "agent_error"
 
 
 @pytest.mark.anyio
-async def test_run_within_a_loop_says_what_to_call() -> None:
+async def test_run_in_an_event_loop_names_run_async() -> None:
     flock = sample_flock()
     with pytest.raises(RuntimeError, match=r"await flock\.run_async"):
         flock.run("add", {"a": 1})
     assert await flock.run_async("add", {"a": 1}) == {"result": 3}
 
 
-def test_a_name_is_taken_once() -> None:
+def test_the_names_of_agents_are_unique() -> None:
     flock = sample_flock()
     with pytest.raises(DefinitionError, match="already has an agent 'add'"):
         flock.add_agent(flock.agents["add"])
 
 
-def test_what_is_no_agent_is_refused() -> None:
+def test_an_invalid_agent_is_refused() -> None:
     not_an_agent: Any = "print"
     with pytest.raises(DefinitionError, match="is not an agent"):
         Flock().add_agent(not_an_agent)
@@ -76,7 +76,7 @@ def test_what_is_no_agent_is_refused() -> None:
         Flock().add_agent(print)
 
 
-def test_the_method_agent_takes_options() -> None:
+def test_the_agent_decorator_takes_options() -> None:
     flock = Flock("named")
 
     @flock.agent(name="other", description="Says it.")
@@ -88,7 +88,7 @@ def test_the_method_agent_takes_options() -> None:
     assert repr(Flock()) == "<Flock 'flock': no agents>"
 
 
-def test_the_factory_takes_what_the_page_gives_it() -> None:
+def test_the_factory_takes_the_arguments_of_the_example() -> None:
     made = FlockFactory.create_default_agent(
         name="text_analyzer",
         description="Analyses.",
@@ -100,13 +100,13 @@ def test_the_factory_takes_what_the_page_gives_it() -> None:
     assert list(made.output.schema["properties"]) == ["sentiment", "keywords"]
 
 
-def test_importing_pulls_in_no_server_and_no_extra() -> None:
+def test_importing_loads_no_server_and_no_extra() -> None:
     code = "import sys, json, flock.core; print(json.dumps(sorted(sys.modules)))"
     modules = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert not {"uvicorn", "starlette", "xllamacpp", "litellm", "temporalio", "prometheus_client"} & set(modules)
 
 
-def test_whatever_is_callable_with_typed_parameters_is_an_agent() -> None:
+def test_any_callable_with_typed_parameters_can_be_an_agent() -> None:
     class Counter:
         """Counts what it is asked for."""
 
@@ -127,7 +127,7 @@ def test_whatever_is_callable_with_typed_parameters_is_an_agent() -> None:
         flock.add_agent(Counter)
 
 
-def test_what_yields_or_has_no_parameters_known_to_python_is_refused() -> None:
+def test_generators_and_callables_without_a_signature_are_refused() -> None:
     class Yields:
         def __call__(self, text: str) -> Any:
             yield text
@@ -141,7 +141,7 @@ def test_what_yields_or_has_no_parameters_known_to_python_is_refused() -> None:
 # Batches
 
 
-def test_a_batch_gives_its_results_in_order() -> None:
+def test_run_batch_returns_results_in_order() -> None:
     assert sample_flock().run_batch("add", [{"a": 1}, {"a": 2, "b": 5}]) == [{"result": 3}, {"result": 7}]
 
 
@@ -154,13 +154,13 @@ async def _each(items: Iterable[dict[str, Any]]) -> AsyncIterator[dict[str, Any]
     "make", [list, tuple, iter, lambda items: (item for item in items), _each], ids="list tuple iter gen async".split()
 )
 @pytest.mark.slow
-def test_a_batch_is_made_of_whatever_can_be_read_item_by_item(make: Callable[[Any], Any]) -> None:
-    """1,200 are more than are written at once."""
+def test_run_batch_takes_any_iterable(make: Callable[[Any], Any]) -> None:
+    """1,200 items are more than are written at once."""
     results = sample_flock().run_batch("add", make([{"a": n, "b": n} for n in range(1200)]))
     assert results == [{"result": 2 * n} for n in range(1200)]
 
 
-def test_items_are_read_as_far_as_they_fit() -> None:
+def test_run_batch_stops_reading_after_a_hundred_invalid_items() -> None:
     read: list[int] = []
 
     def items() -> Iterator[dict[str, Any]]:
@@ -194,7 +194,7 @@ def test_a_batch_is_read_from_a_file(name: str, content: bytes, tmp_path: Path) 
     assert sample_flock().run_batch("add", str(tmp_path / name)) == [{"result": 6}, {"result": 42}]
 
 
-def test_cells_have_the_delimiter_that_is_named(tmp_path: Path) -> None:
+def test_run_batch_takes_a_delimiter(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("a;b\n1;5\n")
     assert sample_flock().run_batch("add", tmp_path / "rows.csv", delimiter=";") == [{"result": 6}]
 
@@ -212,24 +212,24 @@ def test_cells_have_the_delimiter_that_is_named(tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value and " " not in value else "",
 )
-def test_a_file_that_cannot_be_read_says_why(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+def test_the_error_for_an_unreadable_file_says_why(name: str, content: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidData, match=re.escape(words)):
         sample_flock().run_batch("add", tmp_path / name)
 
 
 @pytest.mark.parametrize("unclear", ["rows.txt", "rows", "rows.gz", ".csv"])
-def test_a_file_whose_name_does_not_say_what_is_in_it_is_refused(unclear: str) -> None:
+def test_a_file_name_without_a_known_extension_is_refused(unclear: str) -> None:
     with pytest.raises(DefinitionError, match=r"The format of .* is unknown.* end in \.csv, \.ndjson or \.jsonl"):
         sample_flock().run_batch("add", unclear)
 
 
-def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         sample_flock().run_batch("add", tmp_path / "nowhere.csv")
 
 
-def test_names_are_mapped_and_gaps_are_filled(tmp_path: Path) -> None:
+def test_run_batch_maps_names_and_fills_in_static_inputs(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("first\n1\n2\n")
     for rows in ([{"first": 1}, {"first": 2}], tmp_path / "rows.csv"):
         results = sample_flock().run_batch("add", rows, input_mapping={"first": "a"}, static_inputs={"b": 10})
@@ -237,17 +237,17 @@ def test_names_are_mapped_and_gaps_are_filled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gap", "words"),
+    ("value", "words"),
     [("x", "/static_inputs/b: Expected 'int', got 'str'"), (..., "/static_inputs: It cannot be JSON")],
     ids=["type", "object"],
 )
-def test_what_cannot_fill_a_gap_is_refused(gap: Any, words: str) -> None:
+def test_an_invalid_static_input_is_refused(value: Any, words: str) -> None:
     with pytest.raises(InvalidData, match=words):
-        sample_flock().run_batch("add", [{"a": 1}], static_inputs={"b": gap})
+        sample_flock().run_batch("add", [{"a": 1}], static_inputs={"b": value})
 
 
-def test_what_failed_stands_in_its_place() -> None:
-    """Also where nothing else happened: the list is the answer."""
+def test_a_failed_item_is_an_error_in_its_position() -> None:
+    """This holds even if all items fail, because the list is the result."""
     flock = sample_flock()
 
     @flock.agent
@@ -267,7 +267,7 @@ def test_what_failed_stands_in_its_place() -> None:
     assert skipped[1]["error_type"] == "invalid_input"
 
 
-def test_a_batch_of_nothing_has_no_results(tmp_path: Path) -> None:
+def test_an_empty_batch_has_no_results(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("a,b\n")
     assert sample_flock().run_batch("add", []) == sample_flock().run_batch("add", tmp_path / "rows.csv") == []
     with pytest.raises(AgentNotFound):
@@ -283,19 +283,19 @@ def test_a_batch_of_nothing_has_no_results(tmp_path: Path) -> None:
         ({"timeout_s": float("nan")}, "timeout_s= must be a number of seconds above 0"),
     ],
 )
-def test_an_option_that_is_none_is_said(options: dict[str, Any], words: str) -> None:
+def test_an_invalid_option_is_reported(options: dict[str, Any], words: str) -> None:
     with pytest.raises(DefinitionError, match=words):
         sample_flock().run_batch("add", [{"a": 1}], **options)
 
 
-def test_what_is_no_mapping_is_no_item() -> None:
-    """Whoever passes one mapping for many finds out."""
+def test_an_item_that_is_not_a_mapping_is_refused() -> None:
+    """A caller may pass one mapping instead of a list by mistake."""
     not_items: Any = {"a": 1}
     with pytest.raises(InvalidData, match="/batch_inputs/0: An item is a mapping of inputs by name"):
         sample_flock().run_batch("add", not_items)
 
 
-def test_what_the_iterable_raises_comes_through() -> None:
+def test_an_exception_of_the_iterable_is_raised() -> None:
     def items() -> Iterator[dict[str, Any]]:
         yield {"a": 1}
         raise LookupError("the table is gone")
@@ -306,19 +306,19 @@ def test_what_the_iterable_raises_comes_through() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("options", "most"), [({"max_workers": 130}, 130), ({"parallel": False}, 1)])
-async def test_as_many_items_are_at_work_as_there_are_workers(options: dict[str, Any], most: int) -> None:
-    """Also more than a server would have at work by default."""
-    flock, at_work, all_there, seen = Flock(), 0, anyio.Event(), []
+async def test_as_many_items_run_at_once_as_there_are_workers(options: dict[str, Any], most: int) -> None:
+    """They may be more than a server runs at once by default."""
+    flock, running, all_there, seen = Flock(), 0, anyio.Event(), []
 
     @flock.agent
     async def gather(n: int) -> int:
-        nonlocal at_work
-        at_work += 1
-        seen.append(at_work)
-        if at_work == most:
+        nonlocal running
+        running += 1
+        seen.append(running)
+        if running == most:
             all_there.set()
         await all_there.wait()
-        at_work -= 1
+        running -= 1
         return n
 
     results = await flock.run_batch_async("gather", [{"n": n} for n in range(130)], box_results=False, **options)
@@ -327,14 +327,14 @@ async def test_as_many_items_are_at_work_as_there_are_workers(options: dict[str,
 
 
 @pytest.mark.anyio
-async def test_a_cancelled_batch_stops_and_begins_nothing_more() -> None:
-    flock, begun, stopped, at_work = Flock(), [], [], anyio.Event()
+async def test_a_cancelled_batch_stops_and_starts_no_more_items() -> None:
+    flock, begun, stopped, running = Flock(), [], [], anyio.Event()
 
     @flock.agent
     async def hang(n: int) -> None:
         begun.append(n)
         if n == 4:
-            at_work.set()
+            running.set()
         try:
             await anyio.sleep_forever()
         finally:
@@ -342,40 +342,40 @@ async def test_a_cancelled_batch_stops_and_begins_nothing_more() -> None:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(flock.run_batch_async, "hang", [{"n": n} for n in range(100)])
-        await at_work.wait()
+        await running.wait()
         tasks.cancel_scope.cancel()
     assert begun == sorted(stopped) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.anyio
-async def test_a_cancelled_batch_tells_functions_in_threads() -> None:
-    flock, told, at_work = Flock(), threading.Event(), anyio.Event()
+async def test_a_cancelled_batch_asks_functions_in_threads_to_stop() -> None:
+    flock, asked, running = Flock(), threading.Event(), anyio.Event()
 
     @flock.agent
     def work(n: int, context: RunContext) -> None:
-        anyio.from_thread.run_sync(at_work.set)
+        anyio.from_thread.run_sync(running.set)
         for _ in range(10_000):
             if context.cancel_requested:
-                told.set()
+                asked.set()
                 return
             time.sleep(0.001)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(flock.run_batch_async, "work", [{"n": 1}])
-        await at_work.wait()
+        await running.wait()
         tasks.cancel_scope.cancel()
-    assert await anyio.to_thread.run_sync(told.wait, 30)
+    assert await anyio.to_thread.run_sync(asked.wait, 30)
 
 
 @pytest.mark.anyio
-async def test_a_batch_within_a_loop_says_what_to_call() -> None:
+async def test_run_batch_in_an_event_loop_names_run_batch_async() -> None:
     with pytest.raises(RuntimeError, match=r"await flock\.run_batch_async"):
         sample_flock().run_batch("add", [{"a": 1}])
     assert await sample_flock().run_batch_async("add", [{"a": 1}]) == [{"result": 3}]
 
 
 def test_progress_is_a_line_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    """The name, a bar, how many of how many, how fast, how long still, and what failed."""
+    """It shows the name, a bar, the count, the rate, the time left and the failures."""
     flock = Flock()
 
     @flock.agent
@@ -398,8 +398,8 @@ def test_progress_is_a_line_on_stderr(capfd: pytest.CaptureFixture[str]) -> None
     assert capfd.readouterr() == ("", "")
 
 
-def test_progress_is_shown_where_stderr_is_a_terminal(tmp_path: Path) -> None:
-    """A script in a process of its own, on a terminal that is one."""
+def test_progress_is_shown_if_stderr_is_a_terminal(tmp_path: Path) -> None:
+    """The script runs in its own process on a pseudo-terminal."""
     (tmp_path / "script.py").write_text(
         "from flock.core import Flock\nflock = Flock()\n@flock.agent\ndef twice(n: int) -> int:\n    return 2 * n\n"
         "print(flock.run_batch('twice', [{'n': 1}], box_results=False))\n"

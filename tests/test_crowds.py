@@ -1,4 +1,4 @@
-"""Thousands of connections at a time, to real servers: those who say nothing, and those who wait for one run."""
+"""Thousands of connections at once to real servers: silent ones, and ones that wait for the same run."""
 
 import contextlib
 import re
@@ -23,15 +23,15 @@ pytestmark = pytest.mark.alone
 SILENT = 5_000
 ANSWERED = 500
 WAITERS = 10_000
-#: How many come at a time; a server's backlog takes more.
+#: Connections that are opened before the next check, fewer than a server's backlog.
 WAVE = 1_000
-#: What else this process and a server have open, at the most.
+#: Other files that this process or a server may have open.
 OTHER_FILES = 200
-#: What each who waits may take, as a multiple of what a bare app takes for it.
+#: How much memory a waiting client may take, as a multiple of what it takes in a bare app.
 MAX_RATIO = 1.5
-#: How long an answer may take with a crowd there, in seconds.
+#: How long a response may take beside a crowd, in seconds.
 PROMPT_S = 2
-#: uvicorn's own limit for a connection that was answered, in seconds.
+#: uvicorn's own timeout of a connection after a response, in seconds.
 KEEP_ALIVE_S = 5
 #: How late a connection may be closed on a busy machine, and how early by the loop's own clock, in seconds.
 LATE_S, EARLY_S = 5, 0.5
@@ -57,7 +57,7 @@ async def count_tasks() -> int:
     return len(asyncio.all_tasks())
 """
 
-#: The least that waits, with the settings of ``flockapi serve``.
+#: A minimal app whose requests wait, with the settings of ``flockapi serve``.
 BARE = """
 import asyncio
 import anyio
@@ -90,7 +90,7 @@ uvicorn.run(app, port=0, http="httptools", server_header=False, limit_concurrenc
 
 @pytest.fixture(autouse=True)
 def _many_files() -> Iterator[None]:
-    """As many as the system lets a process have open, for this one and the servers that it starts."""
+    """Raise the limit of open files to its maximum, for this process and the servers that it starts."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield
@@ -99,19 +99,19 @@ def _many_files() -> Iterator[None]:
 
 @pytest.fixture
 def crowd() -> Iterator[contextlib.ExitStack]:
-    """Closes the connections that are pushed to it."""
+    """Yield a stack that closes the connections pushed to it."""
     with contextlib.ExitStack() as stack:
         yield stack
 
 
 def affordable(wanted: int) -> int:
-    """So many connections, or as many as the system lets a process have open."""
+    """Return *wanted*, or the number of connections that a process may have open if that is less."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard - OTHER_FILES)
 
 
 def connect(server: Server, crowd: contextlib.ExitStack, path: str = "") -> socket.socket:
-    """A connection that has asked for *path*, if there is one."""
+    """Open a connection, and request *path* if there is one."""
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     connection = crowd.enter_context(socket.create_connection(address, timeout=30))
     if path:
@@ -132,11 +132,11 @@ def flock_server(tmp_path: Path) -> contextlib.AbstractContextManager[Server]:
     return running(*flockapi_command("serve", str(tmp_path / "crowd.py"), "--port", "0"))
 
 
-# Those who say nothing
+# Silent clients
 
 
 def closed_after_s(silent_since: Mapping[socket.socket, float], timeout_s: float) -> dict[socket.socket, float]:
-    """After how many seconds of silence the server closed each of those that it closes within *timeout_s*."""
+    """Return after how many seconds of silence the server closed each connection, if it did within *timeout_s*."""
     closed: dict[socket.socket, float] = {}
     deadline = time.monotonic() + timeout_s
     with selectors.DefaultSelector() as selector:
@@ -144,14 +144,14 @@ def closed_after_s(silent_since: Mapping[socket.socket, float], timeout_s: float
             selector.register(connection, selectors.EVENT_READ, connection)
         while len(closed) < len(silent_since) and (left_s := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(left_s):
-                assert key.data.recv(1) == b"", "nothing is said to them"
+                assert key.data.recv(1) == b"", "the server sends them nothing"
                 selector.unregister(key.data)
                 closed[key.data] = time.monotonic() - silent_since[key.data]
     return closed
 
 
-def test_those_who_say_nothing_hold_up_nobody_and_are_closed(tmp_path: Path, crowd: contextlib.ExitStack) -> None:
-    """From the beginning, or since they were answered."""
+def test_silent_clients_delay_no_request_and_are_disconnected(tmp_path: Path, crowd: contextlib.ExitStack) -> None:
+    """They are silent from the start, or after a response."""
     number = affordable(SILENT + ANSWERED) - ANSWERED
     with flock_server(tmp_path) as server:
         silent = {connect(server, crowd): time.monotonic() for _ in range(number)}
@@ -172,11 +172,11 @@ def test_those_who_say_nothing_hold_up_nobody_and_are_closed(tmp_path: Path, cro
             assert limit_s - EARLY_S < min(times_s) <= max(times_s) < limit_s + LATE_S
 
 
-# Those who wait
+# Waiting clients
 
 
 def memory_kib(server: Server) -> int:
-    """What the server's process has for itself, and its share of what it has together with others."""
+    """Return the server's own memory, and its share of the memory that it shares with other processes."""
     found = re.search(r"^Pss: +(\d+) kB$", Path(f"/proc/{server.process.pid}/smaps_rollup").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1])
@@ -185,9 +185,9 @@ def memory_kib(server: Server) -> int:
 def memory_of_waiting_kib(
     server: Server, path: str, number: int, call: Callable[[str], Any], crowd: contextlib.ExitStack
 ) -> float:
-    """By how much the server grows for each of *number* requests for *path*, which end when it is called to wake.
+    """Return how much the server grows for each of *number* requests for *path*, which end when *call* wakes them.
 
-    A request is a task, and runs up to its wait before one behind it counts the tasks.
+    A request is a task, and waits before a later request counts the tasks.
     """
     tasks_before, before_kib = call("count_tasks"), memory_kib(server)
     waiting: list[socket.socket] = []
@@ -195,7 +195,7 @@ def memory_of_waiting_kib(
         waiting += [connect(server, crowd, path) for _ in range(min(WAVE, number - len(waiting)))]
         deadline = time.monotonic() + 30
         while call("count_tasks") - tasks_before < len(waiting):
-            assert time.monotonic() < deadline, f"not all of {len(waiting)} have come to wait"
+            assert time.monotonic() < deadline, f"not all of {len(waiting)} are waiting"
     grown_kib = memory_kib(server) - before_kib
     call("wake")
     for connection in waiting:
@@ -203,8 +203,8 @@ def memory_of_waiting_kib(
     return grown_kib / number
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the kernel does not tell")
-def test_those_who_wait_for_a_run_take_little_more_than_in_a_bare_app(
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the kernel has no smaps_rollup")
+def test_clients_that_wait_for_a_run_take_little_more_memory_than_in_a_bare_app(
     tmp_path: Path, crowd: contextlib.ExitStack
 ) -> None:
     number = affordable(WAITERS)
@@ -225,5 +225,5 @@ def test_those_who_wait_for_a_run_take_little_more_than_in_a_bare_app(
         body = {"agent_name": "sleeper", "async_run": True}
         run_id = client.post("/run/flock", json=body).json()["run_id"]
         flock_kib = memory_of_waiting_kib(server, f"/run/{run_id}?wait=60", number, call, crowd)
-    figures = f"{number} who wait take {flock_kib:.1f} KiB each, and {bare_kib:.1f} KiB in a bare app"
-    assert flock_kib < MAX_RATIO * bare_kib, f"{figures} ({WAITERS} where a process may have so many files open)"
+    figures = f"{number} waiting clients take {flock_kib:.1f} KiB each, and {bare_kib:.1f} KiB in a bare app"
+    assert flock_kib < MAX_RATIO * bare_kib, f"{figures} ({WAITERS} if a process may open that many files)"

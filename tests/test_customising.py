@@ -36,7 +36,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def double(request: Request) -> Response:
-    """A route of the host's own that runs an agent."""
+    """A route of the host that runs an agent."""
     number = int(request.query_params["of"])
     engine = await engine_of(request)
     run = await engine.submit("add", msgspec.Raw(b'{"a": %d, "b": %d}' % (number, number)), is_async=False)
@@ -50,7 +50,7 @@ PATHS = {"/double": {"get": {"operationId": "double", "responses": {"200": {"des
 
 async def test_a_route_of_the_host_runs_agents_and_is_described() -> None:
     app = create_app(sample_flock(), store=":memory:", routes=[Route("/double", double)], openapi_paths=PATHS)
-    async with client_of(app) as client:  # nobody ran the lifespan: the route starts the engine
+    async with client_of(app) as client:  # no lifespan ran, so the route starts the engine
         assert (await client.get("/double?of=21")).json() == {"double": 42, "agents": 6}
         spec = (await client.get("/openapi.json")).json()
         assert spec["paths"]["/double"] == PATHS["/double"]
@@ -58,7 +58,7 @@ async def test_a_route_of_the_host_runs_agents_and_is_described() -> None:
         assert yaml.safe_load((await client.get("/openapi.yaml")).text) == spec
 
 
-async def test_a_route_of_the_host_comes_before_the_apps_own() -> None:
+async def test_a_route_of_the_host_takes_precedence() -> None:
     async def agents(request: Request) -> Response:
         return Response("none of your business")
 
@@ -80,7 +80,7 @@ async def test_middleware_sees_each_request() -> None:
         assert (await client.get("/run/42")).headers["X-Stamp"] == "seen"
 
 
-async def test_a_handler_of_the_host_answers_for_its_errors() -> None:
+async def test_an_exception_handler_of_the_host_is_used() -> None:
     async def unknown(request: Request, exc: Exception) -> Response:
         return Response("who?", 418)
 
@@ -90,7 +90,7 @@ async def test_a_handler_of_the_host_answers_for_its_errors() -> None:
         assert (await client.get("/run/42")).json()["title"] == "Unknown run"
 
 
-async def test_a_lifespan_of_the_host_is_composed_and_not_replaced() -> None:
+async def test_a_lifespan_of_the_host_runs_inside_the_apps_own() -> None:
     seen: list[str] = []
 
     @contextlib.asynccontextmanager
@@ -120,7 +120,7 @@ async def whoami(request: Request) -> Response:
     return JSONResponse({"name": principal.name})
 
 
-async def test_auth_guards_all_but_what_describes_the_app() -> None:
+async def test_auth_guards_all_routes_except_docs_and_health() -> None:
     routes = [Route("/whoami", whoami)]
     app = create_app(sample_flock(), store=":memory:", server_name='A "name"', auth=api_key_auth, routes=routes)
     body = {"agent_name": "add", "inputs": {"a": 1}}
@@ -143,7 +143,7 @@ async def test_auth_guards_all_but_what_describes_the_app() -> None:
         assert (await client.get("/ai/runs")).status_code == 401
 
 
-async def test_auth_sees_what_middleware_of_the_host_knows_and_may_refuse_in_its_own_words() -> None:
+async def test_auth_sees_the_scope_of_host_middleware_and_may_raise_its_own_error() -> None:
     async def by_session(connection: HTTPConnection) -> Principal | None:
         if connection.scope["session"] == "expired":
             raise HTTPException(403, "Log in again.")
@@ -164,7 +164,7 @@ async def test_auth_sees_what_middleware_of_the_host_knows_and_may_refuse_in_its
         assert (refused["status"], refused["detail"]) == (403, "Log in again.")
 
 
-async def test_what_stands_before_an_open_page_is_not_open() -> None:
+async def test_a_host_route_that_shadows_an_open_page_is_not_open() -> None:
     routes = [Route("/docs", whoami), Route("/static/{path:path}", whoami)]
     async with client_of(create_app(sample_flock(), auth=api_key_auth, docs=False, routes=routes)) as client:
         for path in ("/docs", "/static/docs.js", "/redoc", "/static/../runs", "//runs", "/runs/"):
@@ -197,7 +197,7 @@ ADDED_LATER: dict[str, tuple[str, str, Callable[[FlockAPI], object]]] = {
 
 
 class ReplacedByWhoami:
-    """Makes of any route another one that Starlette takes for equal."""
+    """Middleware that replaces any route, while Starlette still considers the route equal."""
 
     def __init__(self, app: ASGIApp) -> None:
         pass
@@ -207,10 +207,10 @@ class ReplacedByWhoami:
 
 
 @pytest.mark.parametrize(("method", "path", "add"), ADDED_LATER.values(), ids=ADDED_LATER)
-async def test_a_route_that_is_added_later_needs_a_key(
+async def test_a_route_that_is_added_later_requires_a_key(
     method: str, path: str, add: Callable[[FlockAPI], object]
 ) -> None:
-    """Access is decided for the route that answers, wherever it stands and whatever it resembles."""
+    """Access is decided for the route that answers, wherever it is in the table and whatever it resembles."""
     app = create_app(sample_flock(), auth=api_key_auth, create_ui=True)
     add(app)
     async with client_of(app) as client:
@@ -232,22 +232,22 @@ async def test_a_route_that_is_added_later_needs_a_key(
         *(("HEAD", "/docs/", 401), ("GET", "/healthz/", 401), ("GET", "/", 401), ("GET", "//docs", 401)),
     ],
 )
-async def test_any_method_of_an_open_route_is_open_and_nothing_else(method: str, path: str, status: int) -> None:
+async def test_only_open_routes_are_open_with_any_method(method: str, path: str, status: int) -> None:
     async with client_of(create_app(sample_flock(), auth=api_key_auth)) as client:
         assert (await client.request(method, path)).status_code == status
 
 
 @pytest.mark.parametrize("found", [False, None, 0, "ann", {"name": "ann"}])
-async def test_only_a_principal_lets_in(found: Any) -> None:
+async def test_auth_grants_access_only_to_a_principal(found: Any) -> None:
     async with client_of(create_app(sample_flock(), auth=lambda connection: found)) as client:
         assert (await client.get("/runs")).status_code == 401
 
 
 @pytest.mark.parametrize("name", [uuid.uuid4(), None, b"ann", "\ud800"], ids=["uuid", "none", "bytes", "surrogate"])
-async def test_a_principal_without_a_proper_name_fails_its_own_request_only(
+async def test_a_principal_with_an_invalid_name_fails_only_its_own_request(
     name: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An ``auth=`` that makes one is a mistake of the host: 500 for that caller, and the log says what to change."""
+    """Such an ``auth=`` is a mistake of the host: that caller gets 500, and the log says what to change."""
 
     def auth(connection: HTTPConnection) -> Principal:
         return Principal(name="ann" if connection.headers.get("x-user") == "ann" else name)
@@ -269,13 +269,13 @@ async def test_a_principal_without_a_proper_name_fails_its_own_request_only(
 
 
 @pytest.mark.parametrize(("server_name", "realm"), [("Агенты", ""), ("A\r\nX-Forged: 1", "AX-Forged: 1")])
-async def test_any_name_of_the_server_may_be_its_realm(server_name: str, realm: str) -> None:
+async def test_any_server_name_can_be_the_realm(server_name: str, realm: str) -> None:
     async with client_of(create_app(sample_flock(), auth=lambda _: None, server_name=server_name)) as client:
         refused = await client.get("/runs")
         assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, f'Bearer realm="{realm}"')
 
 
-async def test_a_status_that_http_does_not_know_is_passed_on() -> None:
+async def test_an_unknown_http_status_is_passed_on() -> None:
     def teapot(connection: HTTPConnection) -> Principal:
         raise HTTPException(499, "Come back never.")
 
@@ -301,7 +301,7 @@ async def test_a_websocket_without_a_principal_is_closed() -> None:
 
 
 @pytest.mark.parametrize("docs", [False, None])
-async def test_the_docs_pages_can_be_left_out(docs: bool | None) -> None:
+async def test_the_docs_pages_can_be_switched_off(docs: bool | None) -> None:
     async with client_of(create_app(sample_flock(), docs=docs)) as client:
         for path in ("/docs", "/redoc", "/static/docs.html"):
             assert (await client.get(path)).status_code == 404
@@ -310,7 +310,7 @@ async def test_the_docs_pages_can_be_left_out(docs: bool | None) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/ui", "/ui/"])
 @pytest.mark.parametrize("prefix", ["", "/ai"])
-async def test_who_looks_for_a_page_that_is_not_served_reads_where_one_is(path: str, prefix: str) -> None:
+async def test_the_404_for_a_missing_page_names_the_pages_that_exist(path: str, prefix: str) -> None:
     app = create_app(sample_flock())
     served: ASGIApp = Starlette(routes=[Mount(prefix, app)]) if prefix else app
     async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://t") as client:
@@ -322,7 +322,7 @@ async def test_who_looks_for_a_page_that_is_not_served_reads_where_one_is(path: 
         assert (await client.get(f"{prefix}/uix")).json()["detail"] == "Not Found"
 
 
-async def test_a_hint_names_no_docs_that_are_left_out_and_hides_no_page_of_the_host() -> None:
+async def test_the_hint_names_no_disabled_docs_and_hides_no_page_of_the_host() -> None:
     app = create_app(sample_flock(), docs=False)
     async with client_of(app) as client:
         assert "docs" not in (await client.get("/ui")).json()["detail"]
@@ -365,8 +365,8 @@ MISTAKES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ["flock", *AppOptions.__struct_fields__])
-async def test_an_option_that_is_not_valid_is_refused_in_words_when_the_app_is_made(name: str) -> None:
-    """Each option has its sentence, which says what is valid; a key is not shown."""
+async def test_an_invalid_option_is_refused_when_the_app_is_created(name: str) -> None:
+    """The error of each option says what is valid, and never shows a key."""
     if name == "flock":
         with pytest.raises(DefinitionError, match="flock= must be a Flock, not 'my flock'"):
             create_app("my flock")  # type: ignore[arg-type]
@@ -391,12 +391,12 @@ async def test_an_option_that_is_not_valid_is_refused_in_words_when_the_app_is_m
         ),
     ],
 )
-async def test_what_almost_is_a_valid_option_is_refused_too(name: str, value: Any) -> None:
+async def test_an_almost_valid_option_is_refused_too(name: str, value: Any) -> None:
     with pytest.raises(DefinitionError, match=f"create_app: {name}= must be "):
         create_app(sample_flock(), **{name: value})
 
 
-async def test_the_bounds_of_options_are_valid() -> None:
+async def test_the_limits_of_options_are_valid() -> None:
     lowest: dict[str, Any] = {name: 1 for name in MISTAKES if re.match("max_.*(bytes|depth|minute)", name)}
     lowest |= {"max_wait_s": 0, "max_event_streams": 0, "body_timeout_s": 1e-9, "allowed_hosts": {"a", "[::1]"}}
     app = create_app(sample_flock(), store=Path("x.db"), csv_dir=".", docs=None, metrics=None, **lowest)
@@ -415,7 +415,7 @@ Flock("scripted").start_api(port=0, custom_endpoints=[Route("/hello", hello)])
 """
 
 
-def test_start_api_takes_endpoints_of_the_script(tmp_path: Path) -> None:
+def test_start_api_takes_custom_endpoints(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     with running(sys.executable, str(tmp_path / "script.py"), PYTHONPATH=str(ROOT)) as server:
         assert httpx.get(f"{server.url}/hello").text == "hello from scripted"

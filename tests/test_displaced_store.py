@@ -1,4 +1,4 @@
-"""The store's file is removed, replaced or upgraded under a server that uses it; real servers and real files."""
+"""The store's file is removed, replaced or upgraded under a running server, tested with real servers and files."""
 
 import os
 import sqlite3
@@ -67,7 +67,7 @@ def upgrade(store: Path) -> None:
 def test_a_server_without_its_store_accepts_nothing(
     server: Server, tmp_path: Path, displace: Callable[[Path], None]
 ) -> None:
-    """What is sent after the change is refused at once; reads and readiness follow when a look has noticed it."""
+    """Requests after the change are refused at once. Reads and readiness follow when the server notices it."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
         accepted = client.post("/run/flock", json=BODY, headers=ASYNC)
         assert client.get(f"{accepted.headers['Location']}?wait=60").json()["status"] == "completed"
@@ -77,7 +77,7 @@ def test_a_server_without_its_store_accepts_nothing(
             assert (refused.status_code, refused.json()["title"]) == (503, "Store unavailable")
     workers = workers_of(server)
     server.wait_for_line("Until then every request that needs the store is answered 503.", times=workers)
-    for _ in range(4):  # each on a connection of its own, so that both workers get some
+    for _ in range(4):  # each on its own connection, so that both workers get some
         for path in ("/readyz", "/runs", accepted.headers["Location"]):
             assert httpx.get(f"{server.url}{path}").status_code == 503
         assert httpx.post(f"{server.url}/run/flock", json=BODY).status_code == 503
@@ -100,14 +100,14 @@ def test_a_store_that_comes_back_is_used_again(server: Server, tmp_path: Path) -
 
 
 @pytest.mark.anyio
-async def test_what_is_committed_to_a_file_that_was_just_removed_is_not_acknowledged(tmp_path: Path) -> None:
+async def test_a_commit_to_a_file_that_was_just_removed_is_not_acknowledged(tmp_path: Path) -> None:
     async with Store(tmp_path / "flock.db") as store:
         with pytest.raises(StoreError):
             await store.change(lambda db: remove_all(tmp_path / "flock.db"))
 
 
 @pytest.mark.anyio
-async def test_a_folder_that_is_no_folder_any_more_has_no_store(tmp_path: Path) -> None:
+async def test_a_store_is_displaced_if_its_folder_becomes_a_file(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     async with Store(folder / "flock.db") as store:

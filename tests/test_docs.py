@@ -1,4 +1,4 @@
-"""The pages in docs/ are true: their blocks are executed, and their links lead somewhere."""
+"""The pages in docs/ are correct: their blocks are executed, and their links have targets."""
 
 import re
 import shutil
@@ -23,13 +23,13 @@ PYTHON = [
     for number, block in enumerate(blocks_of(page))
     if block.language == "python"
 ]
-#: Pages whose commands need two machines: ``test_temporal.py`` runs them.
+#: Pages whose commands need two machines. ``test_temporal.py`` runs them.
 ELSEWHERE = {"temporal"}
 WITH_COMMANDS = [
     page for page in DOCS if page.stem not in ELSEWHERE and any(block.language == "bash" for block in blocks_of(page))
 ]
 
-#: Takes the place of the example's model: slow enough to be cancelled, and the same answers on every machine.
+#: Replaces the example's model: slow enough to be cancelled, and with the same answers on every machine.
 ANALYZER = """
 import anyio
 from typing import TypedDict
@@ -49,7 +49,7 @@ async def text_analyzer(text: str) -> Analysis:
 
 
 @pytest.mark.parametrize(("page", "code"), PYTHON)
-def test_a_python_block_stands_alone_and_prints_what_it_shows(page: Path, code: str) -> None:
+def test_a_python_block_runs_by_itself_and_prints_what_it_shows(page: Path, code: str) -> None:
     printed, _ = printed_by(code, page)
     assert printed == shown_output(code)
 
@@ -69,7 +69,7 @@ def _anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text("utf-8"))
     for path, anchor in links:
         target = page.parent / path if path else page
@@ -94,7 +94,7 @@ def test_tables_have_every_provider_route_status_and_option() -> None:
 
 
 @pytest.mark.slow
-def test_the_server_of_the_security_page_demands_a_key(tmp_path: Path) -> None:
+def test_the_server_of_the_security_page_requires_a_key(tmp_path: Path) -> None:
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     (command,) = (block.text for block in blocks_of(ROOT / "docs" / "security.md") if "--host 0.0.0.0" in block.text)
     with Reader(tmp_path) as reader:
@@ -107,7 +107,7 @@ def test_the_server_of_the_security_page_demands_a_key(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_server_of_the_security_page_works_behind_its_nginx(tmp_path: Path) -> None:
-    """The client sends what the shown nginx would: the headers of its block, and the path without its location."""
+    """The client sends what nginx would send: the headers of the block, and the path without its location."""
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     blocks = blocks_of(ROOT / "docs" / "security.md")
     (nginx,) = (block.text for block in blocks if block.language == "nginx")

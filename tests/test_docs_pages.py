@@ -1,4 +1,4 @@
-"""The docs pages: vendored files as they were published, and both pages at work in a real browser."""
+"""The docs pages: vendored files as they were published, and both pages in a real browser."""
 
 import hashlib
 import sys
@@ -108,10 +108,10 @@ def test_redoc_shows_every_operation(browser: Browser, served: Server) -> None:
         expect(page.locator("h2", has_text=operation["summary"]).first).to_be_attached()
     expect(page.locator("h1").first).to_contain_text("Bold")
     assert watch.elsewhere == []
-    # The logo that ReDoc asks another host for is stopped by the content policy, which says so.
+    # The content policy blocks the logo that ReDoc loads from another host, and reports that.
     assert [error for error in watch.errors if "cdn.redoc.ly" not in error and "violates" not in error] == []
     page.close()
 
 
-def test_static_files_lie_below_their_folder_only() -> None:
+def test_static_files_are_only_html_js_and_json() -> None:
     assert {path.suffix for path in Path(STATIC).glob("*") if path.is_file()} == {".html", ".js", ".json"}

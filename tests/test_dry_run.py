@@ -1,4 +1,4 @@
-"""``POST /run/batch?dry_run=true``: what a real request would be refused for, without keeping anything."""
+"""``POST /run/batch?dry_run=true`` reports the errors of a real request and stores nothing."""
 
 import gzip
 import json
@@ -73,7 +73,7 @@ def client_of(app: FlockAPI) -> httpx.AsyncClient:
 
 
 async def send(client: httpx.AsyncClient, content: Any, headers: Any = CSV, **query: Any) -> httpx.Response:
-    """A request; a JSON body has its own options."""
+    """Send a batch. A JSON body contains its own options."""
     query = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in query.items()}
     query = query if headers is JSON else {"agent_name": "need", **query}
     content = json.dumps(content) if headers is JSON else content
@@ -86,13 +86,13 @@ async def check(client: httpx.AsyncClient, content: Any, headers: Any = CSV, **q
     return response.json()
 
 
-async def is_nothing_kept(client: httpx.AsyncClient) -> bool:
+async def is_nothing_stored(client: httpx.AsyncClient) -> bool:
     return bool((await client.get("/batches")).json()["batches"] == [])
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("engine", ["embedded", "temporal"], indirect=True)
-async def test_a_dry_run_counts_and_shows_rows_as_they_would_be_kept(client: httpx.AsyncClient) -> None:
+async def test_a_dry_run_counts_rows_and_shows_them_as_they_would_be_stored(client: httpx.AsyncClient) -> None:
     found = await check(client, "n,text,id\n1,a,0042\nzwei,b,x\n3,c,\n", on_extra="keep")
     (error,) = found.pop("errors")
     assert (error["line"], error["pointer"]) == (3, "/n")
@@ -109,22 +109,22 @@ async def test_a_dry_run_counts_and_shows_rows_as_they_would_be_kept(client: htt
     }
     found = await check(client, "n\n1\nzwei\n", on_invalid="skip")
     assert (found["ok"], found["invalid_items"], len(found["errors"])) == (True, 1, 1)
-    assert await is_nothing_kept(client)
+    assert await is_nothing_stored(client)
 
 
-def kept_bytes() -> dict[str, bytes]:
+def stored_files() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path.cwd().glob("flock.db*")}
 
 
 @pytest.mark.anyio
 async def test_nothing_is_written_while_rows_are_checked(client: httpx.AsyncClient) -> None:
-    """A store of an app that only checked rows is as it was: more rows than one page of a real batch has."""
+    """There are more rows than one page of a real batch has."""
     assert (await client.get("/batches")).status_code == 200
-    before = kept_bytes()
+    before = stored_files()
     assert before
     found = await check(client, "n\n" + "1\n" * 2000, static_inputs={"text": "a" * 10})
     assert (found["ok"], found["total_items"], len(found["rows"])) == (True, 2000, 20)
-    assert kept_bytes() == before
+    assert stored_files() == before
 
 
 @pytest.mark.anyio
@@ -141,7 +141,7 @@ async def test_nothing_is_written_while_rows_are_checked(client: httpx.AsyncClie
         pytest.param({"batch_inputs": "named.csv"}, JSON, {}, id="a named file"),
     ],
 )
-async def test_rows_of_each_form_are_checked_as_they_would_be_taken(
+async def test_rows_of_each_format_are_checked_like_those_of_a_real_batch(
     content: Any, headers: Any, options: Any, client: httpx.AsyncClient
 ) -> None:
     if headers is JSON:
@@ -173,11 +173,11 @@ async def test_numbers_are_shown_with_all_their_digits(client: httpx.AsyncClient
         pytest.param("n,N\n1,2\n", {"input_mapping": {"N": "n"}}, id="a column twice"),
         pytest.param("n;text\n1;2\n", {}, id="another delimiter"),
         pytest.param('n,text\n1,"open\n', {}, id="a quote that is not closed"),
-        pytest.param('n,text\nx,a\n1,"open\n', {}, id="a row that does not fit, and a quote that is not closed"),
+        pytest.param('n,text\nx,a\n1,"open\n', {}, id="an invalid row, and a quote that is not closed"),
         pytest.param("n,text\n", {}, id="no rows"),
     ],
 )
-async def test_a_table_that_does_not_fit_is_answered_with_its_columns_and_the_real_errors(
+async def test_the_response_to_an_invalid_table_has_its_columns_and_the_real_errors(
     content: str, options: Any, on_invalid: str, client: httpx.AsyncClient
 ) -> None:
     options = {**options, "on_invalid": on_invalid}
@@ -190,7 +190,7 @@ async def test_a_table_that_does_not_fit_is_answered_with_its_columns_and_the_re
 
 @pytest.mark.anyio
 async def test_all_rows_are_counted_and_a_hundred_errors_are_reported(client: httpx.AsyncClient) -> None:
-    """A real request stops at the hundredth. An error of the static inputs is there once."""
+    """A real request stops at the hundredth. An error in the static inputs is reported once."""
     content = "n\n" + "".join(f"a{number}\n" for number in range(250))
     real, found = await send(client, content), await check(client, content)
     assert (found["total_items"], found["invalid_items"], len(found["rows"])) == (250, 250, 20)
@@ -201,7 +201,7 @@ async def test_all_rows_are_counted_and_a_hundred_errors_are_reported(client: ht
 
 
 @pytest.mark.anyio
-async def test_few_long_rows_are_shown(client: httpx.AsyncClient) -> None:
+async def test_fewer_rows_are_shown_if_they_are_long(client: httpx.AsyncClient) -> None:
     text = "a" * 15_000
     found = await check(client, "n,text\n" + f"1,{text}\n" * 10)
     assert (found["ok"], found["total_items"], len(found["rows"])) == (True, 10, 4)
@@ -220,9 +220,9 @@ async def test_few_long_rows_are_shown(client: httpx.AsyncClient) -> None:
         pytest.param("n,text\n1," + "a" * 20_001, CSV, {}, 413, id="a row that is too long"),
         pytest.param("", CSV, {}, 422, id="no header"),
         pytest.param(b"n,text\n1,\xe4\n", CSV, {}, 422, id="not UTF-8"),
-        pytest.param(b"no gzip", CSV | {"Content-Encoding": "gzip"}, {}, 422, id="no gzip"),
+        pytest.param(b"no gzip", CSV | {"Content-Encoding": "gzip"}, {}, 422, id="not gzip"),
         pytest.param("n\n1\n", CSV, {"max_workers": 0}, 422, id="an option"),
-        pytest.param("n\n1\n", CSV, {"input_mapping": {"a": "b"}}, 422, id="a mapping to no input"),
+        pytest.param("n\n1\n", CSV, {"input_mapping": {"a": "b"}}, 422, id="a mapping to an unknown input"),
         pytest.param("n\n1\n", CSV | {"Idempotency-Key": ""}, {}, 400, id="an idempotency key"),
         pytest.param({"agent_name": "need"}, JSON, {}, 422, id="a body without rows"),
         pytest.param({"agent_name": "need", "batch_inputs": "none.csv"}, JSON, {}, 422, id="no such file"),
@@ -232,7 +232,7 @@ async def test_few_long_rows_are_shown(client: httpx.AsyncClient) -> None:
         pytest.param({"agent_name": "need", "batch_inputs": [{"n": 1}]}, JSON, {"on_invalid": "skip"}, 422, id="query"),
     ],
 )
-async def test_what_is_refused_before_rows_are_read_or_for_its_length_is_answered_as_the_real_one(
+async def test_a_dry_run_that_is_refused_early_or_for_its_length_gets_the_real_response(
     content: Any, headers: Any, query: Any, status: int, client: httpx.AsyncClient
 ) -> None:
     real = await send(client, content, headers, **query)
@@ -255,7 +255,7 @@ async def test_an_idempotency_key_has_no_effect(client: httpx.AsyncClient) -> No
 
 @pytest.mark.anyio
 async def test_a_column_that_is_mapped_to_null_is_dropped(client: httpx.AsyncClient) -> None:
-    """Also one with the name of an input, of an output, or of another column."""
+    """Its name may be that of an input, an output or another column."""
     mapping = {"price": None, "result": None, "x": None, "": None}
     options = {"on_extra": "keep", "input_mapping": mapping}
     table = "n,price,result,x,x,id,\n1,much,a,b,c,0042,d\n"
@@ -272,7 +272,7 @@ async def test_a_column_that_is_mapped_to_null_is_dropped(client: httpx.AsyncCli
 
 
 @pytest.mark.anyio
-async def test_it_is_an_upload_and_the_bound_on_uploads_holds(client: httpx.AsyncClient) -> None:
+async def test_a_dry_run_counts_towards_the_limit_of_uploads(client: httpx.AsyncClient) -> None:
     has_begun, may_end = anyio.Event(), anyio.Event()
 
     async def slowly() -> AsyncIterator[bytes]:
@@ -297,7 +297,7 @@ async def test_it_is_an_upload_and_the_bound_on_uploads_holds(client: httpx.Asyn
 
 
 @pytest.mark.anyio
-async def test_it_does_not_hold_up_a_stop(engine: Engine, client: httpx.AsyncClient) -> None:
+async def test_a_dry_run_does_not_delay_shutdown(engine: Engine, client: httpx.AsyncClient) -> None:
     async def rows() -> AsyncIterator[bytes]:
         for number in range(1000):
             if number == 10:
@@ -311,7 +311,7 @@ async def test_it_does_not_hold_up_a_stop(engine: Engine, client: httpx.AsyncCli
 
 @pytest.fixture(scope="module")
 def portal() -> Iterator[tuple[anyio.from_thread.BlockingPortal, httpx.AsyncClient]]:
-    """An event loop in a thread, and a client of an app there."""
+    """Yield an event loop in a thread, and a client of an app that runs in it."""
     app = create_app(checked_flock(), store=":memory:", api_keys={"ann": KEY}, max_body_bytes=1000)
     with (
         anyio.from_thread.start_blocking_portal() as portal,
@@ -326,9 +326,9 @@ CELLS = st.sampled_from(["1"] * 20 + HOSTILE)
 OTHERS = ["text", "price", "id", "N", "result", "", "n;text", "n"]
 HEADERS = st.lists(st.sampled_from(OTHERS), max_size=3, unique=True).map(lambda names: ["n", *names])
 ROWS = st.lists(st.lists(CELLS, min_size=4, max_size=4), min_size=1, max_size=4)
-#: And how many cells a row has too many.
+#: The header, the rows, and how many extra cells each row has.
 TABLES = st.tuples(HEADERS | st.just(["text"]), ROWS | ROWS | ROWS | st.just([]), st.sampled_from([0] * 9 + [1]))
-#: What each column becomes, in its order.
+#: The inputs to which the columns are mapped, in order.
 MAPPINGS = st.lists(st.sampled_from([None, "price", "text", "n"]), max_size=3)
 OPTIONS = st.fixed_dictionaries(
     {"on_extra": st.sampled_from(["ignore", "keep", "reject"])},
@@ -343,10 +343,10 @@ OPTIONS = st.fixed_dictionaries(
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(table=TABLES, options=OPTIONS, is_csv=st.booleans(), end=st.sampled_from(["\n", "\r\n"]))
-def test_any_table_is_ok_exactly_if_it_is_accepted(
+def test_a_dry_run_is_ok_exactly_if_the_table_is_accepted(
     table: Any, options: Any, is_csv: bool, end: str, portal: tuple[anyio.from_thread.BlockingPortal, Any]
 ) -> None:
-    """And its errors begin with those of the real request."""
+    """Its errors begin with those of the real request."""
     header, rows, more = table
     rows = [row[: len(header) + more] for row in rows]
     lines = [",".join(row) for row in [header, *rows]]

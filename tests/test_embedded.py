@@ -1,4 +1,4 @@
-"""The engine in this process: every run ends, in one way, and touches no other."""
+"""The embedded engine: every run ends in one way and does not affect others."""
 
 import asyncio
 import uuid
@@ -22,7 +22,7 @@ EMPTY = msgspec.Raw(b"{}")
 
 async def batch_end(engine: EmbeddedEngine, batch_id: str) -> Batch:
     with anyio.fail_after(PATIENCE_S):
-        while not (batch := await engine.get_batch(batch_id)).status.is_final:  # noqa: ASYNC110 - no event tells it
+        while not (batch := await engine.get_batch(batch_id)).status.is_final:  # noqa: ASYNC110 - no event for it
             await anyio.sleep(0.01)
     return batch
 
@@ -32,8 +32,8 @@ async def finish(flock: Flock, agent_name: str, **options: Any) -> Run:
         return await engine.wait((await engine.submit(agent_name, EMPTY)).run_id)
 
 
-async def test_a_cancellation_that_an_agent_leaves_behind_hits_nobody() -> None:
-    """It asks for its own task to be cancelled and returns before it is: its run, its batch and its engine go on."""
+async def test_a_pending_cancellation_of_an_agents_task_has_no_effect() -> None:
+    """The agent cancels its own task and returns first. Its run, its batch and its engine continue."""
     flock = Flock()
 
     @flock.agent
@@ -56,7 +56,7 @@ async def test_a_cancellation_that_an_agent_leaves_behind_hits_nobody() -> None:
         assert (await batch_end(engine, batch.batch_id)).status is RunStatus.COMPLETED
 
 
-async def test_a_batch_that_can_never_fit_is_too_large_and_not_told_to_come_again() -> None:
+async def test_a_batch_that_can_never_fit_raises_too_large() -> None:
     flock = Flock()
 
     @flock.agent
@@ -70,8 +70,8 @@ async def test_a_batch_that_can_never_fit_is_too_large_and_not_told_to_come_agai
 
 @pytest.mark.parametrize("is_async", [True, False])
 @pytest.mark.parametrize("on_disk", [True, False])
-async def test_leaving_the_engine_tells_those_who_wait(on_disk: bool, is_async: bool, tmp_path: Path) -> None:
-    """What will go on at the next start is said to be left; all else has ended as interrupted."""
+async def test_waiters_get_an_answer_when_the_engine_stops(on_disk: bool, is_async: bool, tmp_path: Path) -> None:
+    """Waits for runs that resume at the next start raise EngineStopped. All other runs have failed as interrupted."""
     flock, started = Flock(), anyio.Event()
 
     @flock.agent
@@ -79,13 +79,13 @@ async def test_leaving_the_engine_tells_those_who_wait(on_disk: bool, is_async: 
         started.set()
         await anyio.sleep_forever()
 
-    heard: list[Run | EngineStopped] = []
+    outcomes: list[Run | EngineStopped] = []
 
     async def wait(run_id: str) -> None:
         try:
-            heard.append(await engine.wait(run_id))
+            outcomes.append(await engine.wait(run_id))
         except EngineStopped as exc:
-            heard.append(exc)
+            outcomes.append(exc)
 
     store = tmp_path / "flock.db" if on_disk else ":memory:"
     async with anyio.create_task_group() as tasks:
@@ -97,8 +97,8 @@ async def test_leaving_the_engine_tells_those_who_wait(on_disk: bool, is_async: 
                 tasks.start_soon(wait, run.run_id)
             for _ in range(3):
                 await anyio.lowlevel.checkpoint()
-    assert len(heard) == 2
-    for each in heard:
+    assert len(outcomes) == 2
+    for each in outcomes:
         if on_disk and is_async:
             assert isinstance(each, EngineStopped)
         else:
@@ -110,8 +110,8 @@ async def test_leaving_the_engine_tells_those_who_wait(on_disk: bool, is_async: 
         await engine.submit_batch("sleep", [EMPTY], BatchOptions())
 
 
-async def test_a_cancellation_from_outside_leaves_the_runs_too(tmp_path: Path) -> None:
-    """The host's own scope is cancelled around the engine: nothing hangs, and the runs are on disk."""
+async def test_runs_resume_after_the_host_was_cancelled(tmp_path: Path) -> None:
+    """The host's scope around the engine is cancelled. Nothing hangs, and the runs are on disk."""
     flock, started, may_end = Flock(), anyio.Event(), anyio.Event()
 
     @flock.agent
@@ -132,7 +132,7 @@ async def test_a_cancellation_from_outside_leaves_the_runs_too(tmp_path: Path) -
     assert (run.status, run.attempt) == (RunStatus.COMPLETED, 2)
 
 
-async def test_an_engine_can_be_entered_again_and_not_twice(tmp_path: Path) -> None:
+async def test_an_engine_can_be_entered_again_but_not_twice(tmp_path: Path) -> None:
     flock = Flock()
 
     @flock.agent
@@ -149,7 +149,7 @@ async def test_an_engine_can_be_entered_again_and_not_twice(tmp_path: Path) -> N
         assert (await engine.wait((await engine.submit("one", EMPTY)).run_id)).status is RunStatus.COMPLETED
 
 
-async def test_max_concurrency_bounds_runs_and_items_together() -> None:
+async def test_max_concurrency_limits_runs_and_items_together() -> None:
     flock, busy, most = Flock(), 0, 0
 
     @flock.agent
@@ -185,7 +185,7 @@ async def test_the_oldest_final_runs_are_deleted() -> None:
         for run in runs[2:]:
             assert await engine.get_run(run.run_id)
 
-        # A batch counts as one, however many items it has.
+        # A batch counts as one run, however many items it has.
         batches = []
         for size in (2, 5, 5, 5, 5):
             batch = await engine.submit_batch("one", [EMPTY] * size, BatchOptions())
@@ -223,10 +223,8 @@ def test_ids_are_uuids_of_version_7_in_order() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("late"), SystemExit(3)])
-async def test_what_agents_raise_when_the_engine_leaves_does_not_come_out_of_it(
-    error: BaseException, tmp_path: Path
-) -> None:
-    """It leaves in peace, and the runs go on at the next start."""
+async def test_exceptions_of_agents_do_not_leave_a_stopping_engine(error: BaseException, tmp_path: Path) -> None:
+    """The engine stops cleanly, and the runs resume at the next start."""
     flock, begun, holds = Flock(), anyio.Semaphore(0), True
 
     @flock.agent

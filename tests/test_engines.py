@@ -1,6 +1,6 @@
-"""What every engine promises of runs: the same tests on each, by the protocol only.
+"""What every engine guarantees for runs, tested on each engine through the protocol only.
 
-The cluster is a real one, the development server, with a worker in this process.
+Temporal is the real development server, with a worker in this process.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ from flock.runs import (
 )
 from flock.web.auth import ScopedEngine
 from tests.support import PATIENCE_S
-from tests.support.engines import Opened, until, until_run
+from tests.support.engines import OpenEngine, until, until_run
 from tests.support.flocks import Gate, sample_flock
 from tests.support.models import FakeModel, answer
 
@@ -59,8 +59,8 @@ def gate() -> Gate:
 
 
 @pytest.fixture
-async def engine(opened: Opened, gate: Gate) -> AsyncIterator[Engine]:
-    async with opened(gate.flock, max_concurrency=2) as made:
+async def engine(open_engine: OpenEngine, gate: Gate) -> AsyncIterator[Engine]:
+    async with open_engine(gate.flock, max_concurrency=2) as made:
         yield made
         gate.thread_may_go.set()
 
@@ -70,7 +70,7 @@ async def submit(engine: Engine, agent_name: str, **more: Any) -> Run:
 
 
 async def fill(engine: Engine) -> list[Run]:
-    """Two runs that are at work: all that there is room for. On a cluster those that wait are not taken in order."""
+    """Start two runs, which take all slots. On a cluster, queued runs do not start in order."""
     runs = [await submit(engine, "nap") for _ in range(2)]
     return [await until_run(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING) for run in runs]
 
@@ -94,9 +94,9 @@ async def events_of_run(engine: Engine, run_id: str, after: int = 0) -> list[Eve
 # Submit and wait
 
 
-async def test_a_run_is_accepted_and_carried_to_its_end(opened: Opened) -> None:
+async def test_a_run_is_accepted_and_completed(open_engine: OpenEngine) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    async with opened(sample_flock()) as engine:
+    async with open_engine(sample_flock()) as engine:
         run = await engine.submit("add", {"a": 1}, request_id="r1", traceparent=trace, principal="ann", timeout_s=9)
         assert (run.status, run.attempt, run.started_at) == (RunStatus.STARTING, 1, None)
         run = await engine.wait(run.run_id)
@@ -110,7 +110,7 @@ async def test_a_run_is_accepted_and_carried_to_its_end(opened: Opened) -> None:
     assert [step.agent_name for step in run.steps] == ["add"]
 
 
-async def test_a_run_is_known_from_the_moment_that_it_is_accepted(engine: Engine, gate: Gate) -> None:
+async def test_a_run_can_be_read_as_soon_as_it_is_accepted(engine: Engine, gate: Gate) -> None:
     run = await submit(engine, "nap")
     assert (await engine.get_run(run.run_id)).status in (RunStatus.STARTING, RunStatus.RUNNING)
     await gate.begun.wait()
@@ -122,8 +122,8 @@ async def test_a_run_is_known_from_the_moment_that_it_is_accepted(engine: Engine
     assert result_of(await engine.wait(run.run_id)) == {"result": 1}
 
 
-async def test_what_cannot_be_run_is_refused_before_it_is_accepted(opened: Opened) -> None:
-    async with opened(sample_flock(), max_input_bytes=1000) as engine:
+async def test_an_invalid_run_is_refused(open_engine: OpenEngine) -> None:
+    async with open_engine(sample_flock(), max_input_bytes=1000) as engine:
         with pytest.raises(AgentNotFound, match="'nobody'"):
             await submit(engine, "nobody")
         with pytest.raises(InvalidData) as caught:
@@ -141,27 +141,27 @@ async def test_what_cannot_be_run_is_refused_before_it_is_accepted(opened: Opene
         assert await engine.list_runs(RunFilter()) == []
 
 
-async def test_numbers_that_json_has_not_become_null(opened: Opened) -> None:
+async def test_numbers_that_json_lacks_become_null(open_engine: OpenEngine) -> None:
     flock = Flock()
 
     @flock.agent
     def strange() -> list[Any]:
         return [float("nan"), float("inf"), "\u2028 \x00 \U0001f600"]
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         assert result_of(await finish(engine, "strange")) == {"result": [None, None, "\u2028 \x00 \U0001f600"]}
 
 
-async def test_what_models_cost_is_kept_with_the_step(opened: Opened, model: FakeModel) -> None:
+async def test_the_usage_of_models_is_stored(open_engine: OpenEngine, model: FakeModel) -> None:
     model.replies.append(answer({"sentiment": "good", "keywords": []}))
-    async with opened(sample_flock(), transport=model.transport) as engine:
+    async with open_engine(sample_flock(), transport=model.transport) as engine:
         run = await finish(engine, "text_analyzer", {"text": "Hello"})
     assert result_of(run)["sentiment"] == "good"
     assert run.usage == Usage(input_tokens=10, output_tokens=5)
 
 
-async def test_each_step_of_each_try_has_a_key_of_its_own(opened: Opened, model: FakeModel) -> None:
-    """It goes to the model with each call, and is there for functions; a retry's is another, for it wants an answer."""
+async def test_each_step_of_each_attempt_has_its_own_key(open_engine: OpenEngine, model: FakeModel) -> None:
+    """Model calls send it and functions can read it. A retry has another key, because it needs a new answer."""
     flock, keys = sample_flock(), []
     flock.agents["text_analyzer"].next_agent = "note"
 
@@ -173,7 +173,7 @@ async def test_each_step_of_each_try_has_a_key_of_its_own(opened: Opened, model:
         return {"text": "so"}
 
     model.replies = [answer("no JSON"), answer({"sentiment": "good", "keywords": []})]
-    async with opened(flock, transport=model.transport) as engine:
+    async with open_engine(flock, transport=model.transport) as engine:
         run = await finish(engine, "note")
         assert (run.status, len(run.steps)) == (RunStatus.FAILED, 2)
         await engine.retry_run(run.run_id)
@@ -218,7 +218,7 @@ async def raises_a_group_of_two() -> None:
     raise BaseExceptionGroup("both", [ValueError("a"), SystemExit(1)])
 
 
-async def cancels_itself_and_goes_on() -> None:
+async def cancels_itself_and_continues() -> None:
     task = asyncio.current_task()
     assert task
     task.cancel()
@@ -257,15 +257,15 @@ async def recurses() -> None:
         (raises_in_a_group, "agent_error", "told"),
         (raises_a_group_of_two, "agent_exception", "raised BaseExceptionGroup"),
         (recurses, "agent_exception", "raised RecursionError"),
-        (cancels_itself_and_goes_on, "agent_error", "told"),
+        (cancels_itself_and_continues, "agent_error", "told"),
         (raises_generator_exit, "agent_exception", "raised GeneratorExit"),
         (raises_keyboard_interrupt, "agent_exception", "raised KeyboardInterrupt"),
         (interrupts_in_a_thread, "agent_exception", "raised KeyboardInterrupt"),
         (raises_a_lone_surrogate, "agent_error", "told ?"),
     ],
 )
-async def test_an_agent_that_misbehaves_fails_its_own_run_only(
-    function: Any, error_type: str, words: str, opened: Opened
+async def test_an_agent_that_misbehaves_fails_only_its_own_run(
+    function: Any, error_type: str, words: str, open_engine: OpenEngine
 ) -> None:
     flock = Flock()
     may_go, bystander_runs = anyio.Event(), anyio.Event()
@@ -277,7 +277,7 @@ async def test_an_agent_that_misbehaves_fails_its_own_run_only(
         return "well"
 
     flock.agent(name="bad")(function)
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         other = await engine.submit("bystander", EMPTY)
         await bystander_runs.wait()
         run = await engine.wait((await engine.submit("bad", EMPTY)).run_id)
@@ -288,7 +288,7 @@ async def test_an_agent_that_misbehaves_fails_its_own_run_only(
         assert (await engine.wait(other.run_id)).status is RunStatus.COMPLETED
 
 
-async def test_an_agent_is_named_where_it_failed_not_where_the_run_began(opened: Opened) -> None:
+async def test_the_error_names_the_agent_that_failed(open_engine: OpenEngine) -> None:
     flock = Flock()
 
     @flock.agent(next_agent="second")
@@ -299,15 +299,15 @@ async def test_an_agent_is_named_where_it_failed_not_where_the_run_began(opened:
     def second() -> int:
         raise ValueError
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         run = await finish(engine, "first")
     assert (run.error or "").startswith("The agent 'second' raised ValueError")
-    assert len(run.steps) == 1, "what was finished stays readable"
+    assert len(run.steps) == 1, "finished steps stay readable"
 
 
-async def test_agents_added_later_are_found(opened: Opened) -> None:
+async def test_agents_added_later_are_found(open_engine: OpenEngine) -> None:
     flock = Flock()
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
 
         @flock.agent
         def late() -> int:
@@ -317,7 +317,7 @@ async def test_agents_added_later_are_found(opened: Opened) -> None:
     assert run.status is RunStatus.COMPLETED
 
 
-# Cancel and time
+# Cancellation and timeouts
 
 
 async def test_a_running_run_is_cancelled_at_its_await(engine: Engine, gate: Gate) -> None:
@@ -326,10 +326,10 @@ async def test_a_running_run_is_cancelled_at_its_await(engine: Engine, gate: Gat
     await engine.cancel_run(run.run_id)
     run = await engine.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.CANCELLED, "cancelled")
-    assert (await engine.cancel_run(run.run_id)).status is RunStatus.CANCELLED, "it can be said again"
+    assert (await engine.cancel_run(run.run_id)).status is RunStatus.CANCELLED, "it can be cancelled again"
 
 
-async def test_a_waiting_run_is_cancelled_before_it_begins(engine: Engine, gate: Gate) -> None:
+async def test_a_queued_run_is_cancelled_before_it_starts(engine: Engine, gate: Gate) -> None:
     await fill(engine)
     waiting = await submit(engine, "nap")
     await engine.cancel_run(waiting.run_id)
@@ -337,7 +337,7 @@ async def test_a_waiting_run_is_cancelled_before_it_begins(engine: Engine, gate:
     assert (run.status, run.started_at) == (RunStatus.CANCELLED, None)
 
 
-async def test_a_run_that_ended_otherwise_cannot_be_cancelled(engine: Engine, gate: Gate) -> None:
+async def test_a_failed_run_cannot_be_cancelled(engine: Engine, gate: Gate) -> None:
     run = await engine.wait((await submit(engine, "steady")).run_id)
     with pytest.raises(Conflict, match="is failed and cannot be cancelled"):
         await engine.cancel_run(run.run_id)
@@ -345,8 +345,8 @@ async def test_a_run_that_ended_otherwise_cannot_be_cancelled(engine: Engine, ga
         await engine.cancel_run("nobody")
 
 
-async def test_a_synchronous_function_is_asked_and_waited_for(engine: Engine, gate: Gate) -> None:
-    """``cancelled`` is said when the thread has returned, and not before."""
+async def test_a_synchronous_function_is_asked_to_stop_and_waited_for(engine: Engine, gate: Gate) -> None:
+    """The run is ``cancelled`` when the thread has returned, and not before."""
     run = await submit(engine, "block")
     await anyio.to_thread.run_sync(gate.thread_begun.wait)
     await engine.cancel_run(run.run_id)
@@ -355,7 +355,7 @@ async def test_a_synchronous_function_is_asked_and_waited_for(engine: Engine, ga
     gate.thread_may_go.set()
     run = await engine.wait(run.run_id)
     assert run.status is RunStatus.CANCELLED
-    assert b"asked to stop" in bytes(run.steps[0].result), "what it gave is kept"
+    assert b"asked to stop" in bytes(run.steps[0].result), "its result is stored"
 
 
 async def test_an_agent_that_swallows_its_cancellation_is_cancelled(engine: Engine, gate: Gate) -> None:
@@ -365,15 +365,13 @@ async def test_an_agent_that_swallows_its_cancellation_is_cancelled(engine: Engi
     assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
 
 
-async def test_a_run_past_its_time_fails_and_keeps_its_place_until_its_thread_returns(
-    engine: Engine, gate: Gate
-) -> None:
+async def test_a_run_that_times_out_keeps_its_slot_until_its_thread_returns(engine: Engine, gate: Gate) -> None:
     run = await submit(engine, "block", timeout_s=0.1)
     run = await engine.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.FAILED, "timeout")
     second = await submit(engine, "block")
     await engine.wait(second.run_id, timeout_s=0.1)
-    assert (await engine.get_run(second.run_id)).status is RunStatus.STARTING, "the place is taken"
+    assert (await engine.get_run(second.run_id)).status is RunStatus.STARTING, "the slot is taken"
     gate.thread_may_go.set()
     assert (await engine.wait(second.run_id)).status is RunStatus.COMPLETED
 
@@ -383,8 +381,8 @@ async def test_an_async_agent_is_cancelled_at_its_deadline(engine: Engine) -> No
     assert (run.error, run.error_type) == ("The run did not end within 0.05 s (timeout_s).", "timeout")
 
 
-async def test_waiting_for_the_first_step_has_its_own_limit(opened: Opened, gate: Gate) -> None:
-    async with opened(gate.flock, max_concurrency=1, queue_timeout_s=0.5, max_timeout_s=30) as engine:
+async def test_the_wait_for_the_first_step_has_its_own_timeout(open_engine: OpenEngine, gate: Gate) -> None:
+    async with open_engine(gate.flock, max_concurrency=1, queue_timeout_s=0.5, max_timeout_s=30) as engine:
         first = await submit(engine, "nap")
         await gate.begun.wait()
         run = await engine.wait((await submit(engine, "nap")).run_id)
@@ -396,16 +394,16 @@ async def test_waiting_for_the_first_step_has_its_own_limit(opened: Opened, gate
 # Retry, delete, list, events, keys
 
 
-async def test_a_principal_has_a_share_of_the_queue(opened: Opened, gate: Gate) -> None:
-    """Half of it by default, whether its runs are new or tried again; others are accepted beyond that."""
+async def test_each_principal_has_a_limited_share_of_the_queue(open_engine: OpenEngine, gate: Gate) -> None:
+    """It is half of the queue by default, for new runs and retries together. Runs of others are still accepted."""
     assert QueueLimits.of(6, None) == QueueLimits(6, 3)
-    async with opened(gate.flock, max_concurrency=1, max_queue=20, max_queue_per_principal=3) as engine:
+    async with open_engine(gate.flock, max_concurrency=1, max_queue=20, max_queue_per_principal=3) as engine:
         failed = await submit(engine, "steady", principal="ann")
         await until_run(engine, failed.run_id, lambda run: run.status is RunStatus.FAILED)
         await until_run(engine, (await submit(engine, "nap")).run_id, lambda run: run.status is RunStatus.RUNNING)
         for _ in range(3):
             await submit(engine, "nap", principal="ann")
-        if "temporal" in type(engine).__module__:  # it counts twice a second, and the cluster's search is moments late
+        if "temporal" in type(engine).__module__:  # it counts twice a second, and its search lags behind
             await listed(engine, 4, principal="ann")
             counting: Any = engine
             await until(lambda: counting._open_runs >= 4)
@@ -421,7 +419,7 @@ async def test_a_principal_has_a_share_of_the_queue(opened: Opened, gate: Gate) 
         await submit(engine, "nap")
 
 
-async def test_a_retry_goes_on_after_the_last_committed_step(engine: Engine, gate: Gate) -> None:
+async def test_a_retry_resumes_after_the_last_committed_step(engine: Engine, gate: Gate) -> None:
     run = await engine.wait((await submit(engine, "steady")).run_id)
     assert (run.status, len(run.steps)) == (RunStatus.FAILED, 1)
     gate.fails = False
@@ -434,7 +432,7 @@ async def test_a_retry_goes_on_after_the_last_committed_step(engine: Engine, gat
         await engine.retry_run(run.run_id)
 
 
-async def test_a_final_run_can_be_deleted_and_an_active_one_not(engine: Engine, gate: Gate) -> None:
+async def test_only_a_final_run_can_be_deleted(engine: Engine, gate: Gate) -> None:
     run = await submit(engine, "nap")
     with pytest.raises(Conflict, match="cannot be deleted"):
         await engine.delete_run(run.run_id)
@@ -446,7 +444,7 @@ async def test_a_final_run_can_be_deleted_and_an_active_one_not(engine: Engine, 
 
 
 async def listed(engine: Engine, expected: int | None = None, **wanted: Any) -> list[str]:
-    """The ids of a page; a cluster's search may be moments late, so *expected* many are waited for."""
+    """Return the ids of a page. Wait until there are *expected* of them, because a cluster's search lags behind."""
     with anyio.fail_after(PATIENCE_S):
         while True:
             found = [run.run_id for run in await engine.list_runs(RunFilter(**wanted))]
@@ -455,7 +453,7 @@ async def listed(engine: Engine, expected: int | None = None, **wanted: Any) -> 
             await anyio.sleep(0.02)
 
 
-async def test_runs_are_listed_by_how_they_stand(engine: Engine, gate: Gate) -> None:
+async def test_runs_are_listed_by_status(engine: Engine, gate: Gate) -> None:
     failed = await engine.wait((await submit(engine, "steady")).run_id)
     running, other = await fill(engine)
     waiting = await submit(engine, "nap")
@@ -474,13 +472,13 @@ async def test_runs_are_listed_by_how_they_stand(engine: Engine, gate: Gate) -> 
         await engine.wait(run.run_id)
     assert await listed(engine, 0, status=RunStatus.FAILED) == []
     assert await listed(engine, 3, status=RunStatus.COMPLETED) == [other.run_id, running.run_id, failed.run_id]
-    assert await listed(engine, 4) == everything, "a run that was tried again is one"
+    assert await listed(engine, 4) == everything, "a retried run is listed once"
     await engine.delete_run(other.run_id)
     assert await listed(engine, 3) == [waiting.run_id, running.run_id, failed.run_id]
 
 
-async def test_runs_are_listed_in_pages_newest_first(opened: Opened) -> None:
-    async with opened(sample_flock()) as engine:
+async def test_runs_are_listed_in_pages_newest_first(open_engine: OpenEngine) -> None:
+    async with open_engine(sample_flock()) as engine:
         runs = [await engine.submit("add", {"a": a}, principal="it's ann's" if a % 2 else None) for a in range(7)]
         runs += [await engine.submit("anything", {"value": "x"})]
         for run in runs:
@@ -506,22 +504,22 @@ async def test_runs_are_listed_in_pages_newest_first(opened: Opened) -> None:
         assert msgspec.json.decode(full.result or b"") == {"result": "x"}
 
 
-async def test_events_tell_a_run_once_and_resume_anywhere(engine: Engine, gate: Gate) -> None:
+async def test_events_are_sent_once_and_resume_anywhere(engine: Engine, gate: Gate) -> None:
     run = await submit(engine, "report")
     await gate.begun.wait()
-    told: list[Event] = []
+    received: list[Event] = []
     with anyio.fail_after(PATIENCE_S):
         async for event in engine.events(run.run_id):
             if event is not None:
-                told.append(event)
+                received.append(event)
                 if event.name == "run.progress":
                     gate.may_go.set()
-    names = [event.name for event in told]
+    names = [event.name for event in received]
     assert names == ["run.started", "step.started", "run.progress", "step.completed", "run.completed"] or names == [
         *("run.started", "step.started", "run.progress"),
         *("step.completed", "run.progress", "run.completed"),
     ]
-    ids = [event.id for event in told if event.id is not None]
+    ids = [event.id for event in received if event.id is not None]
     assert ids == sorted(set(ids))
     rest = [event async for event in engine.events(run.run_id, after=ids[1]) if event and event.id]
     assert [event.name for event in rest] == ["step.completed", "run.completed"]
@@ -540,13 +538,13 @@ async def test_events_of_a_retried_run_keep_the_steps_that_were_done(engine: Eng
 
 
 def with_ids(events: Sequence[Event]) -> list[bytes]:
-    """What is kept of *events*: all but progress."""
+    """Return the encoded events that are stored, which are all except progress."""
     return [msgspec.json.encode(event) for event in events if event.id is not None]
 
 
 @pytest.mark.parametrize("end", ["completed", "failed", "cancelled"])
-async def test_an_event_is_the_same_live_and_replayed(end: str, opened: Opened) -> None:
-    """Of each step that was begun, also the one in which the run ended, and of the next attempt."""
+async def test_an_event_is_the_same_live_and_replayed(end: str, open_engine: OpenEngine) -> None:
+    """This holds for every step that was started, for the one in which the run ended, and for the next attempt."""
     flock, may_go, is_again = Flock(), [anyio.Event() for _ in range(3)], False
 
     @flock.agent(output="n: int", next_agent=lambda result: "count" if result["n"] < 3 else None)
@@ -556,11 +554,11 @@ async def test_an_event_is_the_same_live_and_replayed(end: str, opened: Opened) 
             raise AgentError("no")
         return {"n": n + 1}
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         run, after, seen = await submit(engine, "count"), 0, dict[int | None, bytes]()
 
         async def follow() -> list[Event]:
-            """Each step waits until its start was told."""
+            """Read the events, and let each step continue after its start was received."""
             live: list[Event] = []
             async for event in engine.events(run.run_id, after=after):
                 if event is not None:
@@ -580,15 +578,15 @@ async def test_an_event_is_the_same_live_and_replayed(end: str, opened: Opened) 
             started = [event.data["position"] for event in live if event.name == "step.started"]
             assert started == ([1, 2] if is_again else [0, 1, 2] if end == "completed" else [0, 1])
             for event in [*live, *await events_of_run(engine, run.run_id)]:
-                told = msgspec.json.encode(event)
-                assert event.id is None or seen.setdefault(event.id, told) == told, "one id, one content"
+                encoded = msgspec.json.encode(event)
+                assert event.id is None or seen.setdefault(event.id, encoded) == encoded, "one id, one content"
             if end == "completed" or is_again:
                 break
             after = live[-1].id or 0
             await engine.retry_run(run.run_id)
 
 
-async def test_an_event_of_an_item_is_the_same_live_and_replayed(opened: Opened) -> None:
+async def test_an_event_of_an_item_is_the_same_live_and_replayed(open_engine: OpenEngine) -> None:
     flock, may_go = Flock(), anyio.Event()
 
     @flock.agent(next_agent="second")
@@ -600,7 +598,7 @@ async def test_an_event_of_an_item_is_the_same_live_and_replayed(opened: Opened)
         await may_go.wait()
         return result + 1
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         batch = await engine.submit_batch("first", [EMPTY], BatchOptions())
         (item,) = await engine.get_items(batch.batch_id)
         live: list[Event] = []
@@ -616,7 +614,7 @@ async def test_an_event_of_an_item_is_the_same_live_and_replayed(opened: Opened)
         assert with_ids(live) == with_ids(await events_of_run(engine, item.run_id))
 
 
-async def test_equal_requests_with_a_key_are_one_run(engine: Engine, gate: Gate) -> None:
+async def test_equal_requests_with_the_same_key_are_one_run(engine: Engine, gate: Gate) -> None:
     key = IdempotencyKey("k", b"1")
     run = await submit(engine, "nap", key=key)
     with pytest.raises(Replayed) as caught:
@@ -628,14 +626,14 @@ async def test_equal_requests_with_a_key_are_one_run(engine: Engine, gate: Gate)
     await engine.wait(run.run_id)
     await engine.delete_run(run.run_id)
     again = await submit(engine, "nap", key=key)
-    assert again.run_id != run.run_id, "whoever deletes a run may make it anew"
+    assert again.run_id != run.run_id, "the key of a deleted run can be used again"
 
 
-# Large things
+# Large results
 
 
-async def test_a_result_that_is_too_large_fails_its_run_once(opened: Opened) -> None:
-    """It is not tried again, for its model would be paid again."""
+async def test_a_result_that_is_too_large_fails_its_run_once(open_engine: OpenEngine) -> None:
+    """The run is not tried again, because its model would be paid again."""
     flock, calls = Flock(), []
 
     @flock.agent
@@ -643,32 +641,32 @@ async def test_a_result_that_is_too_large_fails_its_run_once(opened: Opened) -> 
         calls.append(1)
         return "x" * 17 * 1024 * 1024
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         run = await finish(engine, "long")
     assert (run.status, run.error_type, len(calls)) == (RunStatus.FAILED, "result_too_large", 1)
     assert "more than" in (run.error or "")
 
 
-async def test_a_large_result_is_kept_whole(opened: Opened) -> None:
+async def test_a_large_result_is_stored_whole(open_engine: OpenEngine) -> None:
     flock = Flock()
 
     @flock.agent
     def long() -> str:
         return "x" * 1_000_000
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         assert len(result_of(await finish(engine, "long"))["result"]) == 1_000_000
 
 
-async def test_a_large_run_of_many_steps_is_read_whole(opened: Opened) -> None:
-    """On a cluster each step is given all that is known, so what is kept of the run is a multiple of it."""
+async def test_a_large_run_of_many_steps_is_read_whole(open_engine: OpenEngine) -> None:
+    """On a cluster each step gets all earlier data, so the stored size of a run is a multiple of its data."""
     flock = Flock()
 
     @flock.agent(output="n: int, more: str", next_agent=lambda result: "grow" if result["n"] < 5 else None)
     def grow(text: str, n: int = 0) -> dict[str, Any]:
         return {"n": n + 1, "more": "x" * 100_000}
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         run = await finish(engine, "grow", {"text": "x" * 900_000})
         assert result_of(run)["n"] == 5
         assert [len(step.result) > 100_000 for step in (await engine.get_run(run.run_id)).steps] == [True] * 5
@@ -677,7 +675,7 @@ async def test_a_large_run_of_many_steps_is_read_whole(opened: Opened) -> None:
 # Hand-offs
 
 
-async def test_a_run_is_handed_on_within_its_limits(opened: Opened) -> None:
+async def test_hand_offs_are_limited(open_engine: OpenEngine) -> None:
     flock = Flock(max_steps=5)
 
     @flock.agent(next_agent="count")
@@ -692,7 +690,7 @@ async def test_a_run_is_handed_on_within_its_limits(opened: Opened) -> None:
     def lost() -> int:
         return 1
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         run = await finish(engine, "up", {"n": 0})
         assert result_of(run) == {"n": 3}
         assert [step.agent_name for step in run.steps] == ["up"] * 3
@@ -703,7 +701,7 @@ async def test_a_run_is_handed_on_within_its_limits(opened: Opened) -> None:
         assert "no agent 'gone'" in (run.error or "")
 
 
-async def test_the_deadline_is_for_all_steps_together(opened: Opened) -> None:
+async def test_the_deadline_covers_all_steps_together(open_engine: OpenEngine) -> None:
     flock = Flock()
 
     @flock.agent(next_agent="second")
@@ -716,15 +714,15 @@ async def test_the_deadline_is_for_all_steps_together(opened: Opened) -> None:
         await anyio.sleep(0.6)
         return 2
 
-    async with opened(flock) as engine:
+    async with open_engine(flock) as engine:
         run = await finish(engine, "first", timeout_s=1)
     assert (run.status, run.error_type, len(run.steps)) == (RunStatus.FAILED, "timeout", 1)
 
 
-# Whose runs they are
+# Ownership
 
 
-async def test_what_belongs_to_others_is_not_there(engine: Engine, gate: Gate) -> None:
+async def test_runs_of_another_principal_are_not_found(engine: Engine, gate: Gate) -> None:
     ann, ben = (ScopedEngine(engine, Principal(name=name)) for name in ("ann", "o'ben"))
     run = await ann.submit("steady", EMPTY)
     with pytest.raises(RunNotFound):
@@ -766,17 +764,17 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
 }
 
 
-def test_each_method_that_needs_a_running_engine_is_called_below() -> None:
+def test_each_method_that_needs_a_running_engine_is_in_the_table() -> None:
     public = {name for name in vars(Engine) if not name.startswith("_")}
     assert public - {"item_limits", "is_draining", "health", "observe"} == set(CALLS)
 
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("kind", ["memory", "disk", "temporal"])
-async def test_an_engine_outside_its_context_says_that_it_is_not_running(
+async def test_an_engine_outside_its_context_raises_engine_stopped(
     kind: str, name: str, request: pytest.FixtureRequest
 ) -> None:
-    """Before it was entered, and after it was left."""
+    """This holds before the engine is entered and after it is left."""
     flock = sample_flock()
     engine: Engine = flock.engine(store="flock.db" if kind == "disk" else ":memory:")
     if kind == "temporal":
@@ -799,8 +797,8 @@ async def test_an_engine_outside_its_context_says_that_it_is_not_running(
     await check()
 
 
-async def test_an_engine_can_be_entered_again_and_not_twice(opened: Opened) -> None:
-    async with opened(sample_flock()) as engine:
+async def test_an_engine_can_be_entered_again_but_not_twice(open_engine: OpenEngine) -> None:
+    async with open_engine(sample_flock()) as engine:
         engine.check_ready()
         assert (engine.health().engine, engine.health().store) == ("running", "ok")
         with pytest.raises(EngineStopped, match="running already"):
@@ -811,7 +809,7 @@ async def test_an_engine_can_be_entered_again_and_not_twice(opened: Opened) -> N
         await engine.submit("add", {"a": 1})
 
 
-async def test_an_engine_that_drains_takes_no_new_work_and_lets_those_who_wait_go(engine: Engine, gate: Gate) -> None:
+async def test_a_draining_engine_refuses_new_work_and_answers_waiters(engine: Engine, gate: Gate) -> None:
     run = await submit(engine, "nap")
     await gate.begun.wait()
     gate.may_go.set()

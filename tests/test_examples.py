@@ -54,7 +54,7 @@ User.objects.create_user("ann", password="of-ann")
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_short(path: Path) -> None:
-    """Under ten lines, and under thirty if it authenticates users. The page's own script is as the page prints it."""
+    """It has under ten lines, or under thirty if it authenticates users. ``text_analyzer.py`` may be longer."""
     lines = [line for line in path.read_text("utf-8").splitlines() if line.strip() and '"""' not in line]
     assert len(lines) < (30 if "auth=" in "".join(lines) else 10) or path.stem == "text_analyzer"
 
@@ -64,9 +64,15 @@ def ask(url: str, body: Any, **headers: str) -> Any:
 
 
 def statuses_without_a_credential(url: str, **headers: str) -> set[int]:
-    """What a stranger gets from all that runs agents or shows runs."""
-    asked = [("POST", "/run/flock"), ("POST", "/run/batch"), ("GET", "/runs"), ("GET", "/agents"), ("GET", "/metrics")]
-    return {httpx.request(method, url + path, json=GREET, headers=headers).status_code for method, path in asked}
+    """Return the statuses of all requests that run agents or show runs, if they have no credential."""
+    requests = [
+        ("POST", "/run/flock"),
+        ("POST", "/run/batch"),
+        ("GET", "/runs"),
+        ("GET", "/agents"),
+        ("GET", "/metrics"),
+    ]
+    return {httpx.request(method, url + path, json=GREET, headers=headers).status_code for method, path in requests}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,7 @@ def test_an_example_is_served(example: str, body: Any, result: Any) -> None:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_passes_the_check(path: Path, tmp_path: Path) -> None:
-    """With the key of its model, and the settings of a site for Django."""
+    """The environment has the key of its model, and the settings of a site for Django."""
     (tmp_path / "site_of_test.py").write_text(SITE)
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "DJANGO_SETTINGS_MODULE": "site_of_test"}
     command = flockapi_command("check", str(path))
@@ -111,7 +117,7 @@ def uvicorn(target: str) -> list[str]:
     return [sys.executable, "-m", "uvicorn", "--port", "0", target]
 
 
-def test_the_fastapi_host_serves_both_to_its_users_only() -> None:
+def test_the_fastapi_host_serves_agents_and_its_own_route_only_to_its_users() -> None:
     of_ann = {"Authorization": "Bearer of-ann"}
     with running(*uvicorn("examples.fastapi_host:app"), PYTHONPATH=str(ROOT), ANN_TOKEN="of-ann") as server:
         assert ask(f"{server.url}/ai", GREET, **of_ann)["result"] == GREETED
@@ -124,14 +130,14 @@ def test_the_fastapi_host_serves_both_to_its_users_only() -> None:
     assert not re.search("Traceback|WARNING|open to everybody", "\n".join(server.lines))
 
 
-def test_the_fastapi_host_without_a_token_lets_nobody_in() -> None:
+def test_the_fastapi_host_without_a_token_refuses_every_request() -> None:
     with running(*uvicorn("examples.fastapi_host:app"), PYTHONPATH=str(ROOT), ANN_TOKEN="") as server:
         for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer None"}):
             assert statuses_without_a_credential(f"{server.url}/ai", **headers) == {401}
 
 
-def test_the_django_host_serves_both_to_its_users_only(tmp_path: Path) -> None:
-    """Whoever is logged in to the site is known to the flock, by the same session."""
+def test_the_django_host_serves_agents_only_to_its_users(tmp_path: Path) -> None:
+    """A user who is logged in to the site is known to the flock by the same session."""
     (tmp_path / "site_of_test.py").write_text(SITE)
     env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "DJANGO_SETTINGS_MODULE": "site_of_test"}
     subprocess.run([sys.executable, "-c", PREPARE_SITE], env=os.environ | env, check=True)
@@ -149,7 +155,7 @@ def test_the_django_host_serves_both_to_its_users_only(tmp_path: Path) -> None:
     assert not re.search("Traceback|open to everybody", "\n".join(server.lines))
 
 
-# The compose file: nothing here can run it, so its form is checked, and that what it names is there
+# The compose file cannot be run here, so these tests check its form and its references
 
 COMPOSE = (EXAMPLES / "compose.yaml").read_text("utf-8")
 
@@ -163,46 +169,46 @@ def test_the_compose_file_says_that_it_was_never_run() -> None:
     assert "has never been run" in COMPOSE.partition("\nservices:")[0]
 
 
-def test_the_services_of_the_compose_file_refer_to_what_there_is(compose: Any) -> None:
+def test_the_services_of_the_compose_file_refer_to_what_exists(compose: Any) -> None:
     services = compose["services"]
     replicas = {name: service["deploy"]["replicas"] for name, service in services.items() if "deploy" in service}
     assert replicas == {"api": 2, "worker": 3}
     for name, service in services.items():
-        for other, how in service.get("depends_on", {}).items():
+        for other, dependency in service.get("depends_on", {}).items():
             assert other in services
-            assert how["condition"] != "service_healthy" or "healthcheck" in services[other]
+            assert dependency["condition"] != "service_healthy" or "healthcheck" in services[other]
             is_job = services[other].get("restart") == "on-failure"
-            assert is_job is (how["condition"] == "service_completed_successfully"), (name, other)
+            assert is_job is (dependency["condition"] == "service_completed_successfully"), (name, other)
         assert {volume.partition(":")[0] for volume in service.get("volumes", [])} <= compose.get("volumes", {}).keys()
         for config in service.get("configs", []):
             yaml.safe_load(compose["configs"][config["source"]]["content"])
-        assert "build" in service or re.fullmatch(r"[\w./-]+:\d[\d.]*", service["image"]), "the version is named"
+        assert "build" in service or re.fullmatch(r"[\w./-]+:\d[\d.]*", service["image"]), "the version is pinned"
     tags = {image.partition(":")[2] for image in re.findall("image: (temporalio/.*)", COMPOSE)}
-    assert len(tags) == 1, "the server and the tools that make its tables are of one version"
+    assert len(tags) == 1, "the server and the tools that create its tables have the same version"
     assert "/readyz" in services["api"]["healthcheck"]["test"][-1]
 
 
-def test_the_compose_file_holds_no_secret(compose: Any) -> None:
+def test_the_compose_file_contains_no_secret(compose: Any) -> None:
     for service in compose["services"].values():
         for name, value in service.get("environment", {}).items():
             if re.search("KEY|PASSWORD|PWD", name):
-                assert re.fullmatch(r"\$\{\w+:\?.+\}", value), "it is asked for"
+                assert re.fullmatch(r"\$\{\w+:\?.+\}", value), "it must come from the environment"
 
 
 @pytest.mark.parametrize("name", ["api", "worker"])
-def test_the_command_line_takes_what_the_compose_file_says(name: str, compose: Any) -> None:
+def test_the_commands_in_the_compose_file_are_valid(name: str, compose: Any) -> None:
     service = compose["services"][name]
     program, command, *arguments = shlex.split(service["command"])
     assert program == "flockapi"
     with main.commands[command].make_context(command, arguments) as context:
-        given = context.params
-    assert (ROOT / given["target"]).is_file()
-    host, port = given["temporal"].split(":")
+        options = context.params
+    assert (ROOT / options["target"]).is_file()
+    host, port = options["temporal"].split(":")
     assert host in compose["services"]
     assert port == "7233"
-    assert float(service["stop_grace_period"].removesuffix("s")) > given["drain_timeout_s"]
+    assert float(service["stop_grace_period"].removesuffix("s")) > options["drain_timeout_s"]
     if name == "api":
-        assert all(port.endswith(f":{given['port']}") for port in service["ports"])
+        assert all(port.endswith(f":{options['port']}") for port in service["ports"])
     lines = service["build"]["dockerfile_inline"].splitlines()
     for line in lines:
         if line.startswith("COPY"):

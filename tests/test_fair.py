@@ -1,4 +1,4 @@
-"""Loops over what clients sent share the event loop with everything else."""
+"""Loops over client data share the event loop with everything else."""
 
 import anyio
 import anyio.lowlevel
@@ -10,8 +10,8 @@ from flock.fair import SHARERS, FairShare
 pytestmark = pytest.mark.anyio
 
 
-async def test_however_many_loops_there_are_a_few_continue_in_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And each of them as often as the others."""
+async def test_only_a_few_loops_continue_in_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them continues as often as the others."""
     monkeypatch.setattr(fair, "SHARE_S", 0)
     steps, most = [0] * 40, 0
 
@@ -36,7 +36,7 @@ async def test_however_many_loops_there_are_a_few_continue_in_each_turn(monkeypa
     assert min(steps) > 10
 
 
-async def test_a_loop_alone_waits_for_nobody() -> None:
+async def test_a_single_loop_does_not_wait() -> None:
     share, turns = FairShare(), 0
 
     async def count() -> None:

@@ -1,4 +1,4 @@
-"""What a machine does to a server: full disks, damaged files, killed and suspended processes, clocks that jump."""
+"""Faults of a machine: full disks, damaged files, killed and suspended processes, and clocks that jump."""
 
 import contextlib
 import itertools
@@ -58,7 +58,7 @@ def repeat(text: str, times: int) -> str:
 
 @flock.agent
 async def work(n: int) -> int:
-    \"\"\"Says that it has begun, ends when its process may, and tells which one that was.\"\"\"
+    \"\"\"Logs its start, ends when its process may, and returns the process id.\"\"\"
     note(f"{n} {os.getpid()}")
     while not (HERE / f"go-{os.getpid()}").exists():
         await asyncio.sleep(0.01)
@@ -66,7 +66,7 @@ async def work(n: int) -> int:
 
 @flock.agent
 def have_child(how: str) -> int:
-    \"\"\"Leaves a child behind that lives longer than the server.\"\"\"
+    \"\"\"Starts a child that outlives the server.\"\"\"
     if (HERE / "log").exists():
         return os.getpid()
     if how == "fork":
@@ -98,7 +98,7 @@ def serve_command(flock_file: Path, store: Path) -> list[str]:
 
 @contextlib.contextmanager
 def serving(flock_file: Path, store: Path, *wrapper: str) -> Iterator[tuple[Server, httpx.Client]]:
-    """A server, run by *wrapper* if there is one, and a client for it. Whatever happens, its log has no traceback."""
+    """Run a server, under *wrapper* if there is one, with a client for it. Its log must have no traceback."""
     with running(*wrapper, *serve_command(flock_file, store)) as server:
         with httpx.Client(base_url=server.url, timeout=30) as client:
             yield server, client
@@ -106,7 +106,7 @@ def serving(flock_file: Path, store: Path, *wrapper: str) -> Iterator[tuple[Serv
 
 
 def until(find: Callable[[], T], what: str, timeout_s: float = PATIENCE_S) -> T:
-    """What *find* gives, once it gives something."""
+    """Poll *find* until it returns something true, and return that."""
     deadline = time.monotonic() + timeout_s
     while not (found := find()):
         assert time.monotonic() < deadline, f"after {timeout_s} s: no {what}"
@@ -126,7 +126,7 @@ def accepted(client: httpx.Client, agent_name: str, **inputs: Any) -> str:
 
 
 def ended(client: httpx.Client, run_id: str, timeout_s: float = PATIENCE_S) -> Any:
-    """The run once it is final."""
+    """Poll the run until it is final, and return it."""
 
     def look() -> Any:
         run = client.get(f"/run/{run_id}").raise_for_status().json()
@@ -136,7 +136,7 @@ def ended(client: httpx.Client, run_id: str, timeout_s: float = PATIENCE_S) -> A
 
 
 def is_unavailable(answer: httpx.Response) -> bool:
-    """It is a whole 503, which says that it is the store and when to come back."""
+    """Return whether the answer is a 503 of the store, after checking that the problem is complete."""
     if answer.status_code != 503:
         return False
     problem = answer.json()
@@ -151,8 +151,8 @@ def rows(store: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
         return db.execute(query, values).fetchall()
 
 
-def begun(folder: Path) -> list[tuple[int, int]]:
-    """Each beginning of ``work``: n, and the process."""
+def starts(folder: Path) -> list[tuple[int, int]]:
+    """Return the n and the process id of each start of ``work``."""
     log = folder / "log"
     lines = log.read_text().splitlines() if log.exists() else []
     return [(int(n), int(pid)) for n, pid in map(str.split, lines)]
@@ -163,7 +163,7 @@ def begun(folder: Path) -> list[tuple[int, int]]:
 
 @contextlib.contextmanager
 def files_that_may_not_grow(folder: Path) -> Iterator[tuple[list[str], Callable[[Server], None]]]:
-    """RLIMIT_FSIZE, which works wherever Linux does; a write beyond it fails with EFBIG."""
+    """Limit the size of files with RLIMIT_FSIZE, which works on any Linux. A write beyond it fails with EFBIG."""
     limit = 600_000
     set_limit = (
         f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); "
@@ -179,7 +179,7 @@ def files_that_may_not_grow(folder: Path) -> Iterator[tuple[list[str], Callable[
 
 @contextlib.contextmanager
 def a_full_disk(folder: Path) -> Iterator[tuple[list[str], Callable[[Server], None]]]:
-    """A file system of 1 MB; a write beyond it fails with ENOSPC."""
+    """Mount a file system of 1 MB. A write beyond it fails with ENOSPC."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
     (folder / "ballast").write_bytes(bytes(200_000))
 
@@ -196,18 +196,18 @@ def a_full_disk(folder: Path) -> Iterator[tuple[list[str], Callable[[Server], No
 def can_mount() -> bool:
     if os.geteuid() != 0 or not shutil.which("unshare"):
         return False
-    attempt = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]  # seen by nobody else
+    attempt = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]  # in a namespace of its own
     return subprocess.run(attempt, capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("small_place", [files_that_may_not_grow, *([a_full_disk] if can_mount() else [])])
-def test_a_full_disk_is_answered_with_503_and_loses_nothing_that_was_accepted(
-    small_place: Any, flock_file: Path, tmp_path: Path
+@pytest.mark.parametrize("limited_disk", [files_that_may_not_grow, *([a_full_disk] if can_mount() else [])])
+def test_a_full_disk_is_answered_503_and_loses_no_accepted_run(
+    limited_disk: Any, flock_file: Path, tmp_path: Path
 ) -> None:
-    """Inputs of 50 kB until there is no room; then there is room again, and the same process goes on."""
+    """Inputs of 50 kB fill the disk. When there is room again, the same process continues."""
     (tmp_path / "disk").mkdir()
     store = tmp_path / "disk" / "flock.db"
-    with small_place(tmp_path / "disk") as (wrapper, make_space), serving(flock_file, store, *wrapper) as at:
+    with limited_disk(tmp_path / "disk") as (wrapper, make_space), serving(flock_file, store, *wrapper) as at:
         server, client = at
         run_ids: list[str] = []
         for n in itertools.count():
@@ -217,7 +217,7 @@ def test_a_full_disk_is_answered_with_503_and_loses_nothing_that_was_accepted(
             assert answer.status_code == 202, answer.text
             run_ids.append(answer.json()["run_id"])
             assert n < 100
-        assert run_ids, "some were accepted before"
+        assert run_ids, "some runs were accepted first"
         server.wait_for_line("cannot be written")
         assert {run_id for (run_id,) in rows(store, "SELECT run_id FROM runs")} == set(run_ids)
         for run_id in run_ids:
@@ -242,7 +242,7 @@ PAGE = 4096
 
 
 def fill(client: httpx.Client) -> dict[str, str]:
-    """Runs whose results take from none to some overflow pages; they are answered from memory."""
+    """Create runs whose results take between zero and several overflow pages, and return the results by run id."""
     runs = {}
     for n in range(60):
         text, times = f"<{n:02}>", (1, 1, 100, 100, 1500, 1500, 5000, 5000)[n % 8]
@@ -254,10 +254,10 @@ def fill(client: httpx.Client) -> dict[str, str]:
 
 
 def damage(store: Path, what: str) -> None:
-    """Overwrite pages: all but the first, or those that hold nothing but a part of every second run's long result."""
+    """Overwrite pages: all except the first, or those that contain only a part of every second run's long result."""
     chance = random.Random(7)
     with contextlib.closing(sqlite3.connect(store)) as db:
-        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0, "all is in the file itself"
+        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0, "the write-ahead log is empty"
         assert db.execute("PRAGMA page_size").fetchone()[0] == PAGE
     whole = store.read_bytes()
     pages = [whole[at : at + PAGE] for at in range(0, len(whole), PAGE)]
@@ -271,7 +271,7 @@ def damage(store: Path, what: str) -> None:
 
 
 def check_answers(client: httpx.Client, runs: dict[str, str]) -> list[str]:
-    """Each run is answered rightly or with 503; the results of those with 503."""
+    """Check that each run is returned correctly or answered 503, and return the results of those with 503."""
     unavailable = []
     for run_id, result in runs.items():
         answer = client.get(f"/run/{run_id}")
@@ -284,10 +284,8 @@ def check_answers(client: httpx.Client, runs: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize("what", ["no database", "no header", "all noise", "all zeros"])
-def test_a_file_that_is_no_store_any_more_is_refused_with_what_to_do(
-    what: str, flock_file: Path, tmp_path: Path
-) -> None:
-    """An exit code and a message for people, without a traceback."""
+def test_a_file_that_is_not_a_store_any_more_is_refused(what: str, flock_file: Path, tmp_path: Path) -> None:
+    """The server exits with an error code and a message that says what to do, without a traceback."""
     store = tmp_path / "flock.db"
     if what != "no database":
         with serving(flock_file, store) as (server, client):
@@ -306,12 +304,12 @@ def test_a_file_that_is_no_store_any_more_is_refused_with_what_to_do(
     assert words in output
     assert "name another file (store=, --store)" in output.replace("Name", "name")
     assert "Traceback" not in output
-    assert store.read_bytes() == before, "what can be saved of it is still there"
+    assert store.read_bytes() == before, "the file is not changed, so its data may still be recovered"
 
 
 @pytest.mark.parametrize("what", ["some noise", "some zeros"])
-def test_a_damaged_file_gives_what_is_whole_and_503_for_the_rest(what: str, flock_file: Path, tmp_path: Path) -> None:
-    """SQLite has no checksums; all the same no answer is wrong, and none is a 500."""
+def test_a_damaged_file_returns_intact_runs_and_503_for_the_rest(what: str, flock_file: Path, tmp_path: Path) -> None:
+    """SQLite has no checksums, but still no response is wrong and none is a 500."""
     store = tmp_path / "flock.db"
     with serving(flock_file, store) as (server, client):
         runs = fill(client)
@@ -326,10 +324,10 @@ def test_a_damaged_file_gives_what_is_whole_and_503_for_the_rest(what: str, floc
 
 
 @pytest.mark.parametrize("what", ["all noise", "all zeros"])
-def test_a_file_damaged_under_a_running_server_gives_no_wrong_answer(
+def test_a_file_damaged_under_a_running_server_causes_no_wrong_response(
     what: str, flock_file: Path, tmp_path: Path
 ) -> None:
-    """The server lives, tells what it still has in its cache, and answers 503 to all else."""
+    """The server stays up, returns what is still in its cache, and answers 503 to everything else."""
     store = tmp_path / "flock.db"
     with serving(flock_file, store) as (server, client):
         runs = fill(client)
@@ -353,7 +351,7 @@ def test_a_file_damaged_under_a_running_server_gives_no_wrong_answer(
 
 
 def test_servers_started_at_once_on_a_new_file_all_serve_it(flock_file: Path, tmp_path: Path) -> None:
-    """Each of them may be the one that makes the tables."""
+    """Any of them may create the tables."""
     store = tmp_path / "flock.db"
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         served = list(pool.map(lambda _: stack.enter_context(serving(flock_file, store)), range(3)))
@@ -365,8 +363,8 @@ def test_servers_started_at_once_on_a_new_file_all_serve_it(flock_file: Path, tm
 
 
 @pytest.mark.alone
-def test_what_a_killed_server_left_is_done_once_by_one_of_the_others(flock_file: Path, tmp_path: Path) -> None:
-    """Three servers; each run has one of them, whoever asks; of the two that are left, one takes up each run."""
+def test_each_run_of_a_killed_server_is_recovered_by_one_other_server(flock_file: Path, tmp_path: Path) -> None:
+    """Each of three servers reports every run. One of the two that are left recovers each run of the killed one."""
     store = tmp_path / "flock.db"
     with ExitStack() as stack:
         served = [stack.enter_context(serving(flock_file, store)) for _ in range(3)]
@@ -379,7 +377,7 @@ def test_what_a_killed_server_left_is_done_once_by_one_of_the_others(flock_file:
             for client in (others[0][1], others[1][1], first):
                 assert ended(client, run_id)["result"] == {"result": pids[1 + n % 2]}
         left = {n: accepted(first, "work", n=n) for n in range(100, 110)}
-        until(lambda: len(begun(tmp_path)) == 30, "beginning of each run")
+        until(lambda: len(starts(tmp_path)) == 30, "beginning of each run")
         for run_id in left.values():
             path = f"/run/{run_id}"
             until(lambda: others[0][1].get(path).json()["status"] == "running", "news of it")  # noqa: B023 - called here
@@ -390,8 +388,8 @@ def test_what_a_killed_server_left_is_done_once_by_one_of_the_others(flock_file:
             run = ended(others[0][1], run_id)
             assert run["status"] == "completed"
             assert run["result"]["result"] in pids[1:]
-        assert time.monotonic() - killed_at < 6, "two seconds are promised; a busy machine has more"
-        assert sorted(n for n, _ in begun(tmp_path)) == sorted([*own, *left, *left]), "once, and once more"
+        assert time.monotonic() - killed_at < 6, "two seconds are promised, and a busy machine may take longer"
+        assert sorted(n for n, _ in starts(tmp_path)) == sorted([*own, *left, *left]), "a recovered run starts twice"
         assert sum("going on with 10 runs" in line for server, _ in others for line in server.lines) == 1
 
 
@@ -403,7 +401,7 @@ def state_of(pid: int) -> str:
 
 
 def suspend(pid: int, store: Path) -> None:
-    """SIGSTOP, at a moment at which the process does not keep all others from writing."""
+    """Send SIGSTOP at a moment when the process does not block the writes of all others."""
 
     def is_suspended() -> bool:
         os.kill(pid, signal.SIGSTOP)
@@ -416,10 +414,10 @@ def suspend(pid: int, store: Path) -> None:
     until(is_suspended, "moment between two transactions")
 
 
-def test_a_server_that_wakes_after_its_runs_were_taken_over_overwrites_nothing_and_goes_on(
+def test_a_server_that_resumes_after_its_runs_were_taken_over_overwrites_nothing(
     flock_file: Path, tmp_path: Path
 ) -> None:
-    """The kernel keeps the lock of a stopped process; here its lock file is removed, as one who tidies up might do."""
+    """The kernel keeps the lock of a stopped process, so the test removes the lock file, as a clean-up script might."""
     store = tmp_path / "flock.db"
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor())
@@ -432,12 +430,12 @@ def test_a_server_that_wakes_after_its_runs_were_taken_over_overwrites_nothing_a
         batch = {"agent_name": "work", "batch_inputs": [{"n": 10}, {"n": 11}, {"n": 12}], "parallel": False}
         batch_id = at_sleeper.post("/run/batch", json=batch).json()["batch_id"]
         waited_for = pool.submit(at_sleeper.post, "/run/flock", json={"agent_name": "work", "inputs": {"n": 2}})
-        until(lambda: len(begun(tmp_path)) == 3, "beginning of each run")
+        until(lambda: len(starts(tmp_path)) == 3, "beginning of each run")
         until(lambda: len(rows(store, "SELECT run_id FROM runs")) == 5, "record of the run that is waited for")
         suspend(pid, store)
         assert flock.engine.files.is_held(str(lock_file)), "a stopped process keeps its lock"
         lock_file.unlink()
-        until(lambda: (1, other_pid) in begun(tmp_path), "take-over")
+        until(lambda: (1, other_pid) in starts(tmp_path), "take-over")
         (tmp_path / f"go-{other_pid}").touch()
         assert ended(at_other, run_id)["result"] == {"result": other_pid}
         until(lambda: at_other.get(f"/batch/{batch_id}").json()["status"] == "completed", "end of the batch")
@@ -445,7 +443,7 @@ def test_a_server_that_wakes_after_its_runs_were_taken_over_overwrites_nothing_a
         def all_rows() -> list[list[tuple[Any, ...]]]:
             return [rows(store, f"SELECT * FROM {table} ORDER BY 1, 2") for table in ("runs", "steps", "batches")]
 
-        before, told = all_rows(), at_other.get(f"/run/{run_id}").json()
+        before, shown = all_rows(), at_other.get(f"/run/{run_id}").json()
         assert len(before[0]) == 5
         (tmp_path / f"go-{pid}").touch()
         os.kill(pid, signal.SIGCONT)
@@ -455,29 +453,27 @@ def test_a_server_that_wakes_after_its_runs_were_taken_over_overwrites_nothing_a
         sleeper.wait_for_line(f"run {answer['run_id']}: another engine has taken it over")
         sleeper.wait_for_line(f"batch {batch_id}: another engine has taken it over")
         assert all_rows() == before
-        assert at_sleeper.get(f"/run/{run_id}").json() == told
+        assert at_sleeper.get(f"/run/{run_id}").json() == shown
         assert not any("completed" in line and run_id in line for line in sleeper.lines)
 
         sleeper.wait_for_line("another engine has taken over what this one had; it goes on with new work")
         assert ended(at_sleeper, accepted(at_sleeper, "work", n=3))["result"] == {"result": pid}
         (tmp_path / f"go-{pid}").unlink()
         last = accepted(at_sleeper, "work", n=4)
-        until(lambda: (4, pid) in begun(tmp_path), "beginning")
+        until(lambda: (4, pid) in starts(tmp_path), "beginning")
         os.kill(pid, signal.SIGKILL)
-        assert ended(at_other, last)["result"] == {"result": other_pid}, "it is looked after as before"
+        assert ended(at_other, last)["result"] == {"result": other_pid}, "its runs are recovered again"
 
 
-def test_a_process_that_keeps_the_store_locked_does_not_hold_up_the_others_for_ever(
-    flock_file: Path, tmp_path: Path
-) -> None:
-    """As one that is suspended in its commit: until it goes on, the others read, answer 503, and can stop."""
+def test_a_process_that_keeps_the_store_locked_does_not_block_others_forever(flock_file: Path, tmp_path: Path) -> None:
+    """It may be suspended during a commit. Until it continues, the others read, answer 503 and can stop."""
     store = tmp_path / "flock.db"
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor())
         server, client = stack.enter_context(serving(flock_file, store))
         leaving, _ = stack.enter_context(serving(flock_file, store))
         run_id = accepted(client, "length", text="abc")
-        told = ended(client, run_id)
+        shown = ended(client, run_id)
         with open(f"{store}-lock", "ab") as file:
             until(lambda: flock.engine.files.try_lock(file), "moment between two transactions")
             late = pool.submit(
@@ -486,7 +482,7 @@ def test_a_process_that_keeps_the_store_locked_does_not_hold_up_the_others_for_e
             code = pool.submit(leaving.stop)
             assert is_unavailable(submit(client, "length", text="abc"))
             server.wait_for_line("another process has kept")
-            assert client.get(f"/run/{run_id}").json() == told
+            assert client.get(f"/run/{run_id}").json() == shown
             assert late.result().returncode not in (0, -signal.SIGTERM)
             assert f"The store {str(store)!r} cannot be used: another process has kept" in late.result().stderr
             assert "Traceback" not in late.result().stderr
@@ -498,10 +494,8 @@ def test_a_process_that_keeps_the_store_locked_does_not_hold_up_the_others_for_e
 
 
 @pytest.mark.parametrize("how", ["fork", "multiprocessing", "subprocess"])
-def test_a_child_of_an_agent_does_not_keep_the_runs_of_a_killed_server(
-    how: str, flock_file: Path, tmp_path: Path
-) -> None:
-    """The next server takes them up before it listens, while the child still lives."""
+def test_a_child_process_of_an_agent_does_not_prevent_recovery(how: str, flock_file: Path, tmp_path: Path) -> None:
+    """The next server recovers the runs before it listens, while the child is still alive."""
     store = tmp_path / "flock.db"
     with serving(flock_file, store) as (server, client):
         run_id = accepted(client, "have_child", how=how)
@@ -509,20 +503,20 @@ def test_a_child_of_an_agent_does_not_keep_the_runs_of_a_killed_server(
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
         with serving(flock_file, store) as (successor, client):
-            assert any("going on with 1 runs" in line for line in successor.lines), "before it said that it was up"
+            assert any("going on with 1 runs" in line for line in successor.lines), "it recovers before it listens"
             run = ended(client, run_id)
             assert (run["status"], run["result"]) == ("completed", {"result": successor.process.pid})
-            assert state_of(int(child)) in "SRD", "the child lives"
+            assert state_of(int(child)) in "SRD", "the child is alive"
 
 
 # A clock that jumps
 
 
 class Clock:
-    """The wall clock of this process, which may be set.
+    """The wall clock of this process, which a test can set.
 
-    The machine's own cannot be set without hurting others, and no library that would fake it is everywhere; so the two
-    places where this package asks for the time are led here. Everything else has the real monotonic clock.
+    Setting the machine's own clock would harm others, and no library that fakes it works everywhere. So this replaces
+    the two places where the package reads the time. The monotonic clock is the real one.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,7 +575,7 @@ async def events_are_whole(engine: EmbeddedEngine, run_id: str) -> bool:
 
 
 async def pages(engine: EmbeddedEngine) -> list[str]:
-    """All runs, read two at a time."""
+    """Return the ids of all runs, read two at a time."""
     found: list[str] = []
     while page := await engine.list_runs(RunFilter(limit=2, after=found[-1] if found else None)):
         found += [run.run_id for run in page]
@@ -591,7 +585,7 @@ async def pages(engine: EmbeddedEngine) -> list[str]:
 
 @pytest.mark.anyio
 async def test_runs_keep_their_order_when_the_clock_is_set_back(clock: Clock, tmp_path: Path) -> None:
-    """Lists, cursors, events and idempotency keys go by ids; only the times that are told go back."""
+    """Lists, cursors, events and idempotency keys go by ids. Only the reported times go back."""
     async with clocked_flock().engine(store=tmp_path / "flock.db") as engine:
         key, later_key = IdempotencyKey("before", b"1"), IdempotencyKey("after", b"1")
         runs = [await done(engine, 0, key), await done(engine, 1), await done(engine, 2)]
@@ -614,8 +608,8 @@ async def test_runs_keep_their_order_when_the_clock_is_set_back(clock: Clock, tm
 
 
 @pytest.mark.anyio
-async def test_a_run_that_was_begun_before_the_clock_was_set_back_ends(clock: Clock, tmp_path: Path) -> None:
-    """It ends before it began, by the clock; nothing minds."""
+async def test_a_run_ends_if_the_clock_is_set_back_during_it(clock: Clock, tmp_path: Path) -> None:
+    """By the clock it ends before it started, which has no other effect."""
     async with clocked_flock().engine(store=tmp_path / "flock.db") as engine:
         run = await engine.submit("hang", msgspec.Raw(b"{}"))
         clock.ahead = -DAY
@@ -630,7 +624,7 @@ async def test_a_run_that_was_begun_before_the_clock_was_set_back_ends(clock: Cl
 
 @pytest.mark.anyio
 async def test_the_newest_runs_are_kept_whatever_the_clock_says(clock: Clock, tmp_path: Path) -> None:
-    """``keep_runs`` counts; it holds at once, not only when the clock has caught up."""
+    """``keep_runs`` is a number of runs, so it applies at once and not only when the clock has caught up."""
     async with clocked_flock().engine(store=tmp_path / "flock.db", keep_runs=3) as engine:
         runs = [await done(engine, n) for n in range(3)]
         clock.ahead = -DAY
@@ -643,7 +637,7 @@ async def test_the_newest_runs_are_kept_whatever_the_clock_says(clock: Clock, tm
 async def test_the_newest_runs_are_kept_by_the_next_process_too(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A machine whose clock was ahead starts again with the right time: its new runs are not the oldest."""
+    """A machine whose clock was ahead restarts with the right time, and its new runs are not taken for the oldest."""
     clock.ahead = DAY
     monkeypatch.setattr(flock.runs, "_last_id_time", 0)
     async with clocked_flock().engine(store=tmp_path / "flock.db") as engine:
@@ -658,7 +652,7 @@ async def test_the_newest_runs_are_kept_by_the_next_process_too(
 
 @pytest.mark.anyio
 async def test_runs_are_kept_by_age_when_the_clock_is_set_back(clock: Clock, tmp_path: Path) -> None:
-    """None is deleted too early; all are once the clock says that they are old."""
+    """No run is deleted too early, and all are deleted when the clock says that they are old."""
     async with clocked_flock().engine(store=tmp_path / "flock.db", keep_for_s=3600) as engine:
         runs = [await done(engine, 0)]
         clock.ahead = -DAY
@@ -672,8 +666,8 @@ async def test_runs_are_kept_by_age_when_the_clock_is_set_back(clock: Clock, tmp
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("jump", [-DAY, DAY], ids=["back", "forward"])
-async def test_waiting_does_not_go_by_the_wall_clock(jump: timedelta, clock: Clock, tmp_path: Path) -> None:
-    """Time-outs of runs, of the queue and of those who wait are as long as they were, whatever the clock says."""
+async def test_timeouts_do_not_depend_on_the_wall_clock(jump: timedelta, clock: Clock, tmp_path: Path) -> None:
+    """This holds for timeouts of runs, of the queue and of waiting clients."""
     async with clocked_flock().engine(store=tmp_path / "flock.db", max_concurrency=1, queue_timeout_s=0.6) as engine:
         began = anyio.current_time()
         run = await engine.submit("hang", msgspec.Raw(b"{}"), timeout_s=1)

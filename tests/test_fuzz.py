@@ -1,4 +1,4 @@
-"""The answers to generated requests are as the specification says."""
+"""Responses to generated requests match the specification."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""A client that another project's generator makes of the specification runs, waits for, lists and cancels.
+"""A client that another project generates from the specification runs, waits, lists and cancels.
 
-It knows no bodies of CSV and NDJSON, and says so when it is made.
+The generator does not know CSV and NDJSON bodies, and says so when it runs.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""What docs/limits.md says of other servers: which attacks an app of ours withstands under them, and which they do."""
+"""Attacks on an app of ours under other servers, as docs/limits.md describes them."""
 
 import os
 import sys
@@ -40,8 +40,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def test_the_bounds_of_the_app_hold_under_any_server(server: Server, tmp_path: Path) -> None:
-    """A body that never ends, a table that is too wide, a store that is gone."""
+def test_the_limits_of_the_app_hold_under_any_server(server: Server, tmp_path: Path) -> None:
+    """The attacks are a body that never ends, a table that is too wide, and a store that was removed."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
         body = {"agent_name": "double", "inputs": {"n": 1}}
         assert client.post("/run/flock", json=body).json()["result"] == {"result": 2}
@@ -56,7 +56,7 @@ def test_the_bounds_of_the_app_hold_under_any_server(server: Server, tmp_path: P
 
 
 @pytest.mark.parametrize("server", ["uvicorn h11", "hypercorn"], indirect=True)
-def test_these_servers_bound_the_head_of_a_request(server: Server) -> None:
+def test_these_servers_limit_the_head_of_a_request(server: Server) -> None:
     with connected(server, "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n") as connection:
         assert sent_before_refused(connection, b"X-Long: " + b"x" * 65_536 + b"\r\n") < KERNEL_BYTES
     assert httpx.get(f"{server.url}/healthz").status_code == 200

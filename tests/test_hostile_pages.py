@@ -1,4 +1,4 @@
-"""Pages of a list are bounded, and a page of another site gets nothing; real servers, stores and engines."""
+"""Pages of lists are limited in size, and pages of other sites get no data. Servers, stores and engines are real."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
 from tests.support.servers import Server, flockapi_command, running
 
-#: A page of the bound, with what its records have beside what may be long.
+#: The limit of a page, and room for the short fields of its records.
 MAX_PAGE_BYTES = 1.5 * PAGE_BYTES
 
 
@@ -63,7 +63,7 @@ async def client_of(flock: Flock, engine: Engine) -> AsyncIterator[httpx.AsyncCl
 
 @pytest.fixture(params=["memory", "disk", "temporal"])
 async def served(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an app on each kind of engine."""
+    """Yield a client of an app on each kind of engine."""
     flock = long_flock()
     store = tmp_path / "flock.db" if request.param == "disk" else ":memory:"
     async with engine_for(request, flock, store=store) as engine, client_of(flock, engine) as client:
@@ -83,7 +83,7 @@ def add(a: int, b: int) -> int:
 
 @contextlib.contextmanager
 def serving(tmp_path: Path, *options: str, workers: int = 1) -> Iterator[Server]:
-    """Our own server, without a key."""
+    """Run our own server without a key."""
     (tmp_path / "script.py").write_text(SCRIPT)
     command = flockapi_command("serve", str(tmp_path / "script.py"), "--port", "0", *options)
     with running(*command, *(["--workers", str(workers)] if workers > 1 else [])) as server:
@@ -93,7 +93,7 @@ def serving(tmp_path: Path, *options: str, workers: int = 1) -> Iterator[Server]
 
 @contextlib.contextmanager
 def serving_files(folder: Path) -> Iterator[int]:
-    """The port of a server of files."""
+    """Serve the files of a folder, and yield the port."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
         thread = threading.Thread(target=files.serve_forever)
@@ -110,7 +110,7 @@ async def run(client: httpx.AsyncClient, agent_name: str, **inputs: Any) -> Any:
 
 
 async def pages_of(client: httpx.AsyncClient, path: str, name: str) -> list[list[Any]]:
-    """All pages from *path* on, none of which is longer than a page may be."""
+    """Return all pages from *path* on, after checking the length of each."""
     pages = []
     next_: str | None = path
     while next_ is not None:
@@ -124,9 +124,9 @@ async def pages_of(client: httpx.AsyncClient, path: str, name: str) -> list[list
 
 
 async def all_listed(client: httpx.AsyncClient, path: str, count: int) -> None:
-    """Wait until a list has so many records: a cluster's search is moments late."""
+    """Wait until a list has *count* records, because a cluster's search lags behind for a moment."""
     with anyio.fail_after(PATIENCE_S):
-        while len((await client.get(path)).json()[path.strip("/")]) < count:  # noqa: ASYNC110 - nobody tells it
+        while len((await client.get(path)).json()[path.strip("/")]) < count:  # noqa: ASYNC110 - no event for it
             await anyio.sleep(0.05)
 
 
@@ -140,12 +140,12 @@ async def test_a_page_of_long_runs_ends_at_a_mebibyte_and_names_the_next(served:
     pages = await pages_of(served, "/runs?limit=1000&include=inputs,result", "runs")
     assert [each["run_id"] for page in pages for each in page] == ids[::-1]
     assert [len(page) for page in pages] == [2, 2, 2, 2]
-    assert len(await pages_of(served, "/runs?limit=1000", "runs")) == 1, "what is not shown does not count"
+    assert len(await pages_of(served, "/runs?limit=1000", "runs")) == 1, "fields that are not shown do not count"
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("served", ["memory", "disk"], indirect=True)  # a cluster refuses so long a result
-async def test_a_page_holds_one_run_however_long_it_is(served: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize("served", ["memory", "disk"], indirect=True)  # a cluster refuses such a long result
+async def test_a_page_has_one_run_however_long_it_is(served: httpx.AsyncClient) -> None:
     for _ in range(2):
         await run(served, "repeat", text="x" * 100_000, times=20)
     pages = await pages_of(served, "/runs?include=result", "runs")
@@ -153,7 +153,7 @@ async def test_a_page_holds_one_run_however_long_it_is(served: httpx.AsyncClient
 
 
 @pytest.mark.anyio
-async def test_a_page_of_results_counts_what_went_wrong(served: httpx.AsyncClient) -> None:
+async def test_errors_count_towards_the_length_of_a_page_of_results(served: httpx.AsyncClient) -> None:
     rows = [{"times": 10_000}] * 200
     sent = {"agent_name": "complain", "batch_inputs": rows, "max_workers": 100}
     batch_id = (await served.post("/run/batch", json=sent)).json()["batch_id"]
@@ -188,7 +188,7 @@ async def test_a_page_of_batches_with_long_errors_ends_at_a_mebibyte(tmp_path: P
 
 
 @pytest.mark.anyio
-async def test_a_page_is_read_row_by_row_and_not_the_whole_list(tmp_path: Path) -> None:
+async def test_a_page_is_read_without_the_rest_of_the_list(tmp_path: Path) -> None:
     flock = long_flock()
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         for _ in range(50):
@@ -232,7 +232,7 @@ async def test_a_download_is_read_in_pages_of_a_mebibyte(tmp_path: Path, monkeyp
 # Texts
 
 
-def test_a_long_text_is_cut_with_a_mark() -> None:
+def test_a_long_text_is_truncated_with_a_mark() -> None:
     for char in ("x", "é", "\U0001f986", "\ud800"):
         whole = char * (MAX_TEXT_BYTES // len(char.encode("utf-8", "replace")))
         assert cut(whole) == whole
@@ -244,7 +244,7 @@ def test_a_long_text_is_cut_with_a_mark() -> None:
 
 
 @pytest.mark.anyio
-async def test_what_an_agent_says_is_kept_up_to_a_bound(served: httpx.AsyncClient) -> None:
+async def test_errors_and_progress_of_an_agent_are_truncated(served: httpx.AsyncClient) -> None:
     failed = await run(served, "complain", times=100_000)
     assert failed["error"].endswith(CUT)
     assert len(failed["error"].encode()) <= MAX_TEXT_BYTES
@@ -259,8 +259,8 @@ async def test_what_an_agent_says_is_kept_up_to_a_bound(served: httpx.AsyncClien
 
 
 @pytest.mark.anyio
-async def test_the_name_of_a_member_is_repeated_up_to_a_bound(tmp_path: Path) -> None:
-    """In pointers and details of a problem, and in the error of an item that does not fit."""
+async def test_long_names_of_members_are_truncated(tmp_path: Path) -> None:
+    """This holds for the pointers and details of a problem, and for the error of an invalid item."""
     flock = long_flock()
     async with client_of(flock, flock.engine(store=tmp_path / "flock.db")) as client:
         inputs = {str(number) * 40_000: 1 for number in range(10)}
@@ -276,7 +276,7 @@ async def test_the_name_of_a_member_is_repeated_up_to_a_bound(tmp_path: Path) ->
 
 
 @pytest.mark.anyio
-async def test_long_texts_of_an_older_store_are_cut_when_they_are_read(tmp_path: Path) -> None:
+async def test_long_texts_of_an_older_store_are_truncated_when_they_are_read(tmp_path: Path) -> None:
     flock = long_flock()
     async with client_of(flock, flock.engine(store=tmp_path / "flock.db")) as client:
         ids = [(await run(client, "complain", times=1))["run_id"] for _ in range(5)]
@@ -294,16 +294,16 @@ async def test_long_texts_of_an_older_store_are_cut_when_they_are_read(tmp_path:
 
 # Pages of other sites
 
-#: What a browser says of a request: that of a page elsewhere, of one on another port, of our own, of a typed address.
+#: The headers that a browser adds to requests of other sites, other ports, our own pages and typed addresses.
 SITES = [
     pytest.param({"Sec-Fetch-Site": "cross-site"}, 403, id="cross-site"),
     pytest.param({"Sec-Fetch-Site": "same-site"}, 403, id="same-site"),
     pytest.param({"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, 403, id="cross-site with Origin"),
     pytest.param({"Origin": "http://evil.example"}, 403, id="an older browser"),
     pytest.param({"Origin": "http://["}, 403, id="an origin that cannot be parsed"),
-    pytest.param({"Sec-Fetch-Site": "cross-site", "Origin": "http://ours.example"}, 200, id="an origin let in"),
+    pytest.param({"Sec-Fetch-Site": "cross-site", "Origin": "http://ours.example"}, 200, id="an allowed origin"),
     pytest.param({"Sec-Fetch-Site": "same-origin"}, 200, id="our own page"),
-    pytest.param({"Sec-Fetch-Site": "none"}, 200, id="typed"),
+    pytest.param({"Sec-Fetch-Site": "none"}, 200, id="a typed address"),
     pytest.param({}, 200, id="no browser"),
 ]
 KEY = "a key of twenty chars".replace(" ", "-")
@@ -312,7 +312,7 @@ KEY = "a key of twenty chars".replace(" ", "-")
 @pytest.mark.anyio
 @pytest.mark.parametrize(("headers", "status"), SITES)
 @pytest.mark.slow
-async def test_a_page_of_another_site_reads_nothing_if_no_key_is_demanded(headers: dict[str, str], status: int) -> None:
+async def test_a_page_of_another_site_reads_nothing_if_no_key_is_required(headers: dict[str, str], status: int) -> None:
     auths: list[dict[str, Any]] = [{}, {"auth": "anybody"}, {"auth": "host"}, {"api_keys": {"ann": KEY}}]
     for options in auths:
         flock = long_flock()
@@ -347,7 +347,7 @@ async def test_a_page_of_another_site_reads_nothing_if_no_key_is_demanded(header
         ([], {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"}, 403),
     ],
 )
-async def test_pages_that_are_let_in_can_read_and_link(
+async def test_pages_of_allowed_origins_can_read_and_link(
     origins: list[str], headers: dict[str, str], status: int
 ) -> None:
     app = create_app(long_flock(), store=":memory:", cors_origins=origins)
@@ -379,8 +379,8 @@ def test_our_own_server_without_a_key_refuses_pages_of_other_sites(workers: int,
 
 @pytest.mark.browser
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"], ids=["same-site", "cross-site"])
-def test_a_browser_shows_a_foreign_page_nothing(name: str, tmp_path: Path) -> None:
-    """Neither by fetch nor by a link; what is open can be reached by a link."""
+def test_a_page_of_another_site_reads_nothing_in_a_browser(name: str, tmp_path: Path) -> None:
+    """Neither fetch nor a link works, except a link to an open page."""
     from tests.support.browser import chromium
 
     with serving(tmp_path, "--ui") as server, chromium() as browser:
@@ -401,10 +401,10 @@ def test_a_browser_shows_a_foreign_page_nothing(name: str, tmp_path: Path) -> No
                 assert statuses[f"{server.url}/{link}"] == status
             page.goto("about:blank")
             page.goto(f"{server.url}/runs")
-            assert statuses[f"{server.url}/runs"] == 200, "who types an address gets there"
+            assert statuses[f"{server.url}/runs"] == 200, "a typed address works"
 
 
-# What a browser makes of an answer
+# How a browser treats a response
 
 
 @pytest.fixture
@@ -417,8 +417,8 @@ async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.mark.anyio
-async def test_no_answer_is_guessed_at_or_kept(client: httpx.AsyncClient) -> None:
-    """Also an error, a stream and a download; files have an ETag, and are asked for again."""
+async def test_no_response_is_sniffed_or_cached(client: httpx.AsyncClient) -> None:
+    """This includes errors, streams and downloads. Files have an ETag, and are revalidated."""
     sent = {"agent_name": "repeat", "batch_inputs": [{"text": "x", "times": 1}]}
     batch_id = (await client.post("/run/batch", json=sent)).json()["batch_id"]
     await client.get(f"/batch/{batch_id}?wait=30")
@@ -439,8 +439,8 @@ async def test_no_answer_is_guessed_at_or_kept(client: httpx.AsyncClient) -> Non
 
 
 @pytest.mark.anyio
-async def test_a_slash_at_the_end_leads_nowhere(client: httpx.AsyncClient) -> None:
-    """No redirect repeats what ``Host`` says."""
+async def test_a_trailing_slash_is_not_redirected(client: httpx.AsyncClient) -> None:
+    """Otherwise a redirect would repeat the value of ``Host``."""
     for path in ("/runs/", "/agents/", "/agents/chat/", "/run/x/", "/batches//", "/ui/", "/docs/", "/healthz/"):
         response = await client.get(path, headers={"Host": "evil.example"})
         assert response.status_code == 404
@@ -452,7 +452,7 @@ async def test_a_slash_at_the_end_leads_nowhere(client: httpx.AsyncClient) -> No
     assert (await client.post("/run/flock/", json={})).status_code == 404
 
 
-#: What parsers of these headers fail at.
+#: Values that may make a parser of these headers fail.
 MALFORMED = {
     "Host": [b"[", b"http://[", b"[::1]:x", b"t:99999999", "t:²".encode(), b"\xff"],
     "Origin": [b"http://[", b"http://[::1", b"\xff"],
@@ -473,7 +473,7 @@ MALFORMED = {
 @pytest.mark.anyio
 @pytest.mark.parametrize("name", MALFORMED)
 @pytest.mark.slow
-async def test_no_header_makes_the_server_fail(name: str, client: httpx.AsyncClient) -> None:
+async def test_no_malformed_header_causes_an_internal_error(name: str, client: httpx.AsyncClient) -> None:
     sent = {"agent_name": "repeat", "batch_inputs": [{"text": "x", "times": 1}]}
     batch_id = (await client.post("/run/batch", json=sent)).json()["batch_id"]
     run_id = (await run(client, "repeat", text="x", times=1))["run_id"]
@@ -490,7 +490,7 @@ async def test_no_header_makes_the_server_fail(name: str, client: httpx.AsyncCli
 
 @pytest.mark.anyio
 async def test_a_query_that_is_not_utf_8_is_refused() -> None:
-    """Our own server refuses it before the app sees it; other servers do not."""
+    """Our own server refuses it before the app sees it, but other servers do not."""
     app = create_app(long_flock(), store=":memory:", auth="host")
 
     async def with_bytes(scope: Any, receive: Any, send: Any) -> None:
@@ -505,8 +505,8 @@ async def test_a_query_that_is_not_utf_8_is_refused() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.slow
-def test_our_own_server_does_not_fail_at_what_it_cannot_parse(workers: int, tmp_path: Path) -> None:
-    """Nor does it redirect to what ``Host`` says."""
+def test_our_own_server_does_not_fail_on_malformed_requests(workers: int, tmp_path: Path) -> None:
+    """It does not redirect to the value of ``Host`` either."""
     answers = {
         b"GET /runs/ HTTP/1.1\r\nHost: localhost": 404,
         b"GET /runs HTTP/1.1\r\nHost: [": 421,
@@ -524,8 +524,8 @@ def test_our_own_server_does_not_fail_at_what_it_cannot_parse(workers: int, tmp_
 
 
 @pytest.mark.anyio
-async def test_a_list_of_one_agent_looks_through_no_other_runs_of_a_principal(tmp_path: Path) -> None:
-    """Counted in steps of SQLite: of 5,000 runs of another agent, none is read."""
+async def test_a_list_filtered_by_agent_reads_no_other_runs_of_a_principal(tmp_path: Path) -> None:
+    """SQLite's steps are counted: of 5,000 runs of another agent, none is read."""
     steps = []
     for others in (0, 5_000):
         async with Store(tmp_path / f"{others}.db") as store:

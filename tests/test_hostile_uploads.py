@@ -1,4 +1,4 @@
-"""Uploads that are made to stop the event loop, to fill the disk, or to run in a spreadsheet."""
+"""Uploads that are made to block the event loop, to fill the disk, or to run in a spreadsheet."""
 
 import contextlib
 import csv
@@ -36,7 +36,7 @@ from flock.runs import BatchFilter, BatchOptions, Run
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S, ROOT
-from tests.support.engines import Opened, until
+from tests.support.engines import OpenEngine, until
 from tests.support.flocks import Work, numbers
 from tests.support.servers import flockapi_command, running
 
@@ -80,7 +80,7 @@ async def app(tmp_path: Path) -> AsyncIterator[FlockAPI]:
 
 
 class Sender:
-    """A request to an ASGI app whose body arrives in pieces, at once or when the test lets it go on."""
+    """A request to an ASGI app whose body arrives in pieces, at once or when the test continues it."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ def path_of(agent_name: str = "echo", **query: str) -> str:
 
 @contextlib.contextmanager
 def without_old_garbage() -> Iterator[None]:
-    """What other tests left is not collected during a measurement."""
+    """Exclude objects of other tests from garbage collection during a measurement."""
     gc.collect()
     gc.freeze()
     try:
@@ -177,7 +177,7 @@ def without_old_garbage() -> Iterator[None]:
 
 
 def unit_s() -> float:
-    """The processor time of a fixed piece of work: about 20 ms."""
+    """Return the processor time of a fixed piece of work, about 20 ms."""
     began = time.thread_time()
     for _ in range(500_000):
         pass
@@ -185,7 +185,7 @@ def unit_s() -> float:
 
 
 async def longest_gap_s(sender: Sender, content: bytes) -> float:
-    """The most processor time that passes between two turns of a task beside the request."""
+    """Return the most processor time between two turns of a task that runs beside the request."""
     longest = 0.0
 
     async def tick() -> None:
@@ -242,45 +242,45 @@ HOSTILE = [
         NDJSON,
         (json.dumps({"text": "a", **members(60_000)}) + "\n").encode() * 12,
         200,
-        id="rows of 60,000 members that are only checked",
+        id="a dry run of rows of 60,000 members",
     ),
     pytest.param(
         path_of(dry_run="true"),
         CSV | GZIP,
         gzip.compress(b"text\n" + b"a\n" * 60_000),
         200,
-        id="many rows that are checked",
+        id="a dry run of many rows",
     ),
     pytest.param(path_of(), CSV | GZIP, gzip.compress(b"text\n" + b"\n" * 4 * MIB + b"a\n"), 202, id="empty CSV lines"),
     pytest.param(path_of(), NDJSON | GZIP, gzip.compress(b"\n" * 4 * MIB), 422, id="empty NDJSON lines"),
-    pytest.param(path_of(), NDJSON | GZIP, gzip.compress(b"") * 50_000, 422, id="gzip of nothing, many times"),
-    pytest.param(path_of("nested"), NDJSON, (NESTED + b"\n") * 3, 422, id="rows of lists whose last is wrong"),
+    pytest.param(path_of(), NDJSON | GZIP, gzip.compress(b"") * 50_000, 422, id="many empty gzip members"),
+    pytest.param(path_of("nested"), NDJSON, (NESTED + b"\n") * 3, 422, id="rows of lists whose last is invalid"),
     pytest.param(
         path_of("table"),
         NDJSON,
         (json.dumps({"items": {**members(40_000), "z": "a"}}) + "\n").encode() * 12,
         422,
-        id="rows of dicts whose last entry is wrong",
+        id="rows of dicts whose last entry is invalid",
     ),
     pytest.param(
         path_of(), CSV, b"text\n" + (b'"' + b"\n" * 130_000 + b'"\n') * 10, 422, id="CSV rows of 130,000 lines"
     ),
-    pytest.param("/run/flock", JSON, run_of("nested", NESTED), 422, id="a run with lists whose last is wrong"),
+    pytest.param("/run/flock", JSON, run_of("nested", NESTED), 422, id="a run with lists whose last is invalid"),
     pytest.param(
         "/run/flock",
         JSON,
         run_of("table", json.dumps({"items": {**members(60_000), "z": "a"}}).encode()),
         422,
-        id="a run with a dict whose last entry is wrong",
+        id="a run with a dict whose last entry is invalid",
     ),
 ]
 
 
 @pytest.mark.parametrize(("path", "headers", "content", "status"), HOSTILE)
-async def test_no_upload_keeps_the_event_loop_for_long(
+async def test_no_upload_blocks_the_event_loop_for_long(
     path: str, headers: dict[str, str], content: bytes, status: int, app: FlockAPI
 ) -> None:
-    """The unit is about 20 ms, and each of these took the loop for 200 ms to 10 s, or was accepted."""
+    """The unit is about 20 ms. Each of these uploads once blocked the loop for 200 ms to 10 s, or was accepted."""
     sender = Sender(app, path, headers, piece_bytes=MIB)
     with without_old_garbage():
         before, gap_s, after = unit_s(), await longest_gap_s(sender, content), unit_s()
@@ -299,7 +299,7 @@ async def test_no_upload_keeps_the_event_loop_for_long(
     ],
     ids=["static inputs", "mapping", "JSON row", "NDJSON row", "CSV header"],
 )
-async def test_more_members_than_are_read_are_refused_with_their_place(
+async def test_too_many_members_are_refused_with_pointer_and_line(
     path: str, headers: dict[str, str], content: bytes, pointer: str, line: int | None, app: FlockAPI
 ) -> None:
     sender = Sender(app, path, headers)
@@ -313,7 +313,7 @@ async def test_more_members_than_are_read_are_refused_with_their_place(
     assert error["detail"].endswith("the maximum is 10,000.")
 
 
-async def test_as_many_columns_and_members_as_are_allowed_are_read(app: FlockAPI) -> None:
+async def test_the_maximum_number_of_columns_and_members_is_accepted(app: FlockAPI) -> None:
     header = ",".join(["text", *map(str, range(MAX_MEMBERS - 1))])
     row = json.dumps({"text": "a", **{str(number): 1 for number in range(MAX_MEMBERS - 1)}})
     cells = "a" + "," * (MAX_MEMBERS - 1)
@@ -325,7 +325,7 @@ async def test_as_many_columns_and_members_as_are_allowed_are_read(app: FlockAPI
         assert sender.status == 202, sender.body[:500]
 
 
-async def test_a_quote_that_is_missing_is_found_before_the_whole_file_is_one_row() -> None:
+async def test_a_missing_quote_is_found_before_the_whole_file_is_one_row() -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield b'text\na\n"b\n'
         for _ in range(5):
@@ -362,8 +362,8 @@ def lines(count: int) -> bytes:
     return b'{"text": "a"}\n' * count
 
 
-async def test_static_inputs_grow_with_what_was_sent_and_not_with_what_was_unpacked(tmp_path: Path) -> None:
-    """6 KB of gzip became 202 MiB."""
+async def test_static_inputs_are_limited_by_the_compressed_size(tmp_path: Path) -> None:
+    """6 KB of gzip once became 202 MiB."""
     app = create_app(hostile_flock(), store=tmp_path / "flock.db", auth="host", max_body_bytes=1_000)
     path, rows = path_of(static_inputs=json.dumps({"text": "x" * 28})), b"{}\n" * 2_000
     packed, plain = Sender(app, path, NDJSON | GZIP), Sender(app, path, NDJSON)
@@ -385,12 +385,14 @@ async def test_static_inputs_grow_with_what_was_sent_and_not_with_what_was_unpac
         pytest.param(
             {"on_invalid": "skip", "agent_name": "counted", "input_mapping": json.dumps({"x" * 8_000: "n"})},
             "text," + "x" * 8_000,
-            id="a mapped column of rows that do not fit",
+            id="a mapped column of invalid rows",
         ),
     ],
 )
-async def test_names_of_columns_grow_with_what_was_sent(query: dict[str, str], header: str, tmp_path: Path) -> None:
-    """Each row keeps them: 4 bytes that were sent became 16,020."""
+async def test_stored_names_of_columns_are_limited_by_the_size_of_the_upload(
+    query: dict[str, str], header: str, tmp_path: Path
+) -> None:
+    """Each row stores them, so 4 bytes of an upload once became 16,020."""
     path, folder = tmp_path / "flock.db", tmp_path / "rows"
     folder.mkdir()
     (folder / "own.csv").write_bytes(header.encode() + b"\n" + b"a,b\n" * 50)
@@ -415,7 +417,7 @@ async def test_names_of_columns_grow_with_what_was_sent(query: dict[str, str], h
         sender.feed(json.dumps(options | {"batch_inputs": "own.csv"}).encode())
         sender.end()
         await sender.run()
-        assert sender.status == 202, "a file of the server's own is not what was sent"
+        assert sender.status == 202, "the server's own files are not uploads"
 
 
 @pytest.mark.parametrize(
@@ -436,10 +438,10 @@ async def test_names_of_columns_grow_with_what_was_sent(query: dict[str, str], h
         pytest.param(path_of(on_invalid="skip", input_mapping='{"a": "txet"}'), CSV, b"a\n1\n", id="CSV"),
     ],
 )
-async def test_a_mapping_to_what_is_not_an_input_is_refused_before_any_row(
+async def test_a_mapping_to_an_unknown_input_is_refused_before_any_row(
     path: str, headers: dict[str, str], content: bytes, app: FlockAPI, tmp_path: Path
 ) -> None:
-    """Each row that failed kept the name: 1 MiB of JSON became 25 GB."""
+    """Each failed row stored the name, so 1 MiB of JSON once became 25 GB."""
     sender = Sender(app, path, headers)
     sender.feed(content)
     sender.end()
@@ -453,8 +455,8 @@ async def test_a_mapping_to_what_is_not_an_input_is_refused_before_any_row(
     assert stored(tmp_path / "flock.db", ROWS) == 0
 
 
-async def test_rows_grow_with_what_was_sent_and_not_with_what_was_unpacked(app: FlockAPI, tmp_path: Path) -> None:
-    """1 MB of gzip wrote 1 GiB; the same rows without gzip are taken, and so is gzip of ordinary rows."""
+async def test_rows_are_limited_by_the_compressed_size(app: FlockAPI, tmp_path: Path) -> None:
+    """1 MB of gzip once wrote 1 GiB. The same rows without gzip are accepted, and so is gzip of ordinary rows."""
     hostile = b'{"text": "%b"}\n' % (b"x" * 500_000) * 35
     ordinary = b"".join(b'{"text": "%b%b"}\n' % (b"x" * 96_000, os.urandom(2_000).hex().encode()) for _ in range(175))
     packed = gzip.compress(ordinary)
@@ -477,8 +479,8 @@ async def test_rows_grow_with_what_was_sent_and_not_with_what_was_unpacked(app: 
             await until(lambda: stored(tmp_path / "flock.db", ROWS) == 0)
 
 
-async def test_rows_of_an_upload_that_has_not_ended_count_as_open(tmp_path: Path) -> None:
-    """They count for others and for itself; a refusal comes during the upload, and removes what was staged."""
+async def test_rows_of_an_unfinished_upload_count_as_open(tmp_path: Path) -> None:
+    """They count for this upload and for others. A refusal comes during the upload and removes the staged rows."""
     flock, path = hostile_flock(), tmp_path / "flock.db"
     engine = flock.engine(store=path, max_open_items=2_000)
     app = create_app(flock, engine=engine, auth="host", body_timeout_s=PATIENCE_S)
@@ -498,7 +500,7 @@ async def test_rows_of_an_upload_that_has_not_ended_count_as_open(tmp_path: Path
         )
 
         first.feed(lines(1_000))
-        first.end()  # only what the server still reads for a while, since a client may read no answer before
+        first.end()  # the server still reads this, because a client may not read a response earlier
         await until(lambda: first.has_ended)
         assert first.status == 429
         await until(lambda: stored(path, ROWS) == 0)
@@ -509,8 +511,8 @@ async def test_rows_of_an_upload_that_has_not_ended_count_as_open(tmp_path: Path
         assert third.status == 202
 
 
-async def test_what_is_sent_of_a_batch_counts_before_its_end(opened: Opened) -> None:
-    """On each kind of engine: an iterator that never ends has no more than its share, and others are told."""
+async def test_submitted_items_count_as_open_before_the_batch_is_complete(open_engine: OpenEngine) -> None:
+    """This holds for every engine: an endless iterator gets no more than its share, and others are refused."""
     work = Work()
     has_stalled, may_go = anyio.Event(), anyio.Event()
 
@@ -521,7 +523,7 @@ async def test_what_is_sent_of_a_batch_counts_before_its_end(opened: Opened) -> 
                 await may_go.wait()
             yield {"n": position}
 
-    async with opened(work.flock, max_open_items=1_200) as engine:
+    async with open_engine(work.flock, max_open_items=1_200) as engine:
 
         async def submit_endless() -> None:
             with pytest.raises(EngineFull, match="have not ended or are being uploaded"):
@@ -537,8 +539,8 @@ async def test_what_is_sent_of_a_batch_counts_before_its_end(opened: Opened) -> 
         await engine.cancel_batch(batch.batch_id)
 
 
-async def test_an_upload_that_is_sent_again_under_its_key_needs_no_room(tmp_path: Path) -> None:
-    """A replay comes before any limit, also if its rows are staged while they arrive."""
+async def test_a_replayed_upload_needs_no_room(tmp_path: Path) -> None:
+    """A replay is answered before any limit applies, even if its rows are staged as they arrive."""
     flock, path = hostile_flock(), tmp_path / "flock.db"
 
     @flock.agent
@@ -562,8 +564,8 @@ async def test_an_upload_that_is_sent_again_under_its_key_needs_no_room(tmp_path
 
 
 @pytest.mark.parametrize("how", ["ends", "is refused", "breaks off", "is cancelled"])
-async def test_a_principal_has_so_many_uploads_open_at_the_same_time(how: str, tmp_path: Path) -> None:
-    """One more is answered with 429 at once, and a place is free again however an upload ends."""
+async def test_the_open_uploads_of_a_principal_are_limited(how: str, tmp_path: Path) -> None:
+    """One more is answered 429 at once, and its slot is freed however an upload ends."""
     keys = {"ann": new_key(), "bob": new_key()}
     app = create_app(
         hostile_flock(), store=tmp_path / "flock.db", api_keys=keys, max_uploads_per_principal=2, body_timeout_s=60
@@ -613,17 +615,17 @@ async def test_a_principal_has_so_many_uploads_open_at_the_same_time(how: str, t
 
 @pytest.mark.parametrize("what", ["uploads", "event streams"])
 @pytest.mark.parametrize(
-    ("taker", "same", "other"),
+    ("first", "same", "other"),
     [
         pytest.param("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.2", id="IPv4"),
         pytest.param("::ffff:192.0.2.1", "192.0.2.1", "::ffff:192.0.2.2", id="IPv4 in IPv6"),
         pytest.param("2001:db8::1", "2001:db8::ffff:0:0:2", "2001:db8:0:1::1", id="IPv6"),
     ],
 )
-async def test_without_keys_each_address_has_its_own_places(
-    what: str, taker: str, same: str, other: str, tmp_path: Path
+async def test_without_keys_each_address_has_its_own_slots(
+    what: str, first: str, same: str, other: str, tmp_path: Path
 ) -> None:
-    """Eight slow uploads of one client closed uploads for all."""
+    """Eight slow uploads of one client once blocked uploads for everyone."""
     flock = hostile_flock()
 
     @flock.agent
@@ -647,24 +649,24 @@ async def test_without_keys_each_address_has_its_own_places(
                 return Sender(app, path_of(), NDJSON, host=host)
             return Sender(app, f"/run/{run.run_id}/events", {}, host=host, method="GET")
 
-        holder, refused, taken = map(sender_of, (taker, same, other))
+        holder, refused, accepted = map(sender_of, (first, same, other))
         tasks.start_soon(holder.run)
         await until(lambda: holder.is_waiting if what == "uploads" else holder.status == 200)
         refused.end()
         await refused.run()
         assert refused.status == 429
-        taken.feed(lines(1) if what == "uploads" else b"")
+        accepted.feed(lines(1) if what == "uploads" else b"")
         if what == "uploads":
-            taken.end()
-        tasks.start_soon(taken.run)
-        await until(lambda: taken.status != 0)
-        assert taken.status == (202 if what == "uploads" else 200), taken.body
+            accepted.end()
+        tasks.start_soon(accepted.run)
+        await until(lambda: accepted.status != 0)
+        assert accepted.status == (202 if what == "uploads" else 200), accepted.body
         tasks.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_what_a_killed_server_had_staged_is_removed_at_the_next_start(workers: int, tmp_path: Path) -> None:
-    """A real connection whose upload has not ended when all processes are killed."""
+async def test_the_staged_rows_of_a_killed_server_are_removed_at_the_next_start(workers: int, tmp_path: Path) -> None:
+    """A real connection is uploading when all processes are killed."""
     script, path = tmp_path / "served.py", tmp_path / "flock.db"
     script.write_text("from tests.test_hostile_uploads import hostile_flock\nflock = hostile_flock()\n")
     options = ["--workers", str(workers)] if workers > 1 else []
@@ -683,9 +685,9 @@ async def test_what_a_killed_server_had_staged_is_removed_at_the_next_start(work
         assert await engine.list_batches(BatchFilter(limit=1)) == []
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     give_up_at = time.monotonic() + PATIENCE_S
-    while not is_so():
+    while not condition():
         assert time.monotonic() < give_up_at
         time.sleep(0.02)
 
@@ -711,8 +713,8 @@ FORMULAS = [
 
 
 @pytest.mark.parametrize(("text", "cell"), FORMULAS)
-def test_a_formula_is_text_wherever_a_spreadsheet_may_look_for_it(text: str, cell: str) -> None:
-    """Also in a column's name, in an error and in a kept column; a spreadsheet may divide cells by semicolons."""
+def test_a_formula_is_text_wherever_a_spreadsheet_may_find_it(text: str, cell: str) -> None:
+    """This includes names of columns, errors and kept columns. A spreadsheet may split cells at semicolons."""
     item = Run(
         run_id="1",
         flock="hostile",
@@ -731,7 +733,7 @@ def test_a_formula_is_text_wherever_a_spreadsheet_may_look_for_it(text: str, cel
 
     header, row = table(escape_formulas=True)
     assert [header[0], row[0], row[1], row[4]] == [cell] * 4
-    assert json.loads(row[2]) == [text, -5], "JSON has another way to write a character"
+    assert json.loads(row[2]) == [text, -5], "JSON can escape a character"
     assert re.search(r';[\s"\ufeff]*[=+\-@\uff1d]', row[2]) is None
     plain = table(escape_formulas=False)
     assert [plain[0][0], plain[1][0], plain[1][1], plain[1][4]] == [text] * 4
@@ -748,8 +750,8 @@ def test_a_long_cell_of_separators_takes_no_longer_than_a_long_text() -> None:
         assert took_s(text) < 20 * plain_s
 
 
-async def test_a_named_file_is_no_longer_than_an_upload(tmp_path: Path) -> None:
-    """It is answered as a long upload is, and what was staged of it is removed."""
+async def test_a_named_file_has_the_size_limit_of_an_upload(tmp_path: Path) -> None:
+    """The response is the same as to a long upload, and the staged rows are removed."""
     path, folder = tmp_path / "flock.db", tmp_path / "rows"
     folder.mkdir()
     (folder / "long.csv").write_bytes(b"text\n" + b"a\n" * 100_000)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Gate:
-    """A flock whose agents go on when they may."""
+    """A flock whose agents continue when a test lets them."""
 
     def __init__(self) -> None:
         self.begun, self.may_go, self.ended = anyio.Event(), anyio.Event(), anyio.Event()
@@ -56,7 +56,7 @@ class Gate:
         async def chatter(context: RunContext) -> int:
             for n in range(30):
                 context.progress(n, 30, "x" * 300_000)
-                await anyio.sleep(0.06)  # longer than progress is gathered
+                await anyio.sleep(0.06)  # longer than progress is collected before a write
             return 1
 
         @flock.agent(next_agent="shaky")
@@ -83,13 +83,13 @@ def gate() -> Iterator[Gate]:
 
 @pytest.fixture
 def flock(gate: Gate) -> Flock:
-    """The app and the client of conftest are about this flock here."""
+    """Return the flock for the app and the client of conftest."""
     return gate.flock
 
 
 @pytest.fixture(params=["embedded", "temporal"])
 async def app(request: pytest.FixtureRequest, gate: Gate, model: FakeModel) -> AsyncIterator[FlockAPI]:
-    """A client cannot tell which engine answers."""
+    """Run an app on each engine, because a client cannot tell which one answers."""
     async with contextlib.AsyncExitStack() as stack:
         engine = await stack.enter_async_context(engine_for(request, gate.flock, transport=model.transport))
         made = create_app(gate.flock, server_name="Sample", engine=engine)
@@ -139,10 +139,10 @@ async def test_a_client_may_prefer_to_wait_for_a_while(client: httpx.AsyncClient
         (["", ",,"], None),
     ],
 )
-async def test_preferences_are_read_as_rfc_7240_has_them(
+async def test_preferences_are_parsed_as_in_rfc_7240(
     prefer: list[str], applied: str | None, client: httpx.AsyncClient, gate: Gate
 ) -> None:
-    """What is not understood is ignored (section 2)."""
+    """Unknown preferences are ignored (section 2)."""
     gate.fails = False
     headers = [("Prefer", value) for value in prefer]
     response = await client.post("/run/flock", json={"agent_name": "steady"}, headers=headers)
@@ -168,7 +168,7 @@ async def test_a_client_waits_for_the_end_of_a_run(client: httpx.AsyncClient, ga
     assert (await get(client, f"/run/{run_id}", wait=30))["status"] == "completed"
 
 
-async def test_a_wait_ends_in_time(client: httpx.AsyncClient, gate: Gate) -> None:
+async def test_a_wait_ends_after_its_time(client: httpx.AsyncClient, gate: Gate) -> None:
     run_id = await start(client, "nap")
     await gate.begun.wait()
     body = await get(client, f"/run/{run_id}", wait=1)
@@ -181,8 +181,8 @@ async def test_a_wait_ends_in_time(client: httpx.AsyncClient, gate: Gate) -> Non
     "query",
     ["status=null", "status=running&status=running", "created_before=0.5", "created_after=1", "limit=1.0", "include="],
 )
-async def test_a_filter_that_could_mean_something_else_is_refused(query: str, client: httpx.AsyncClient) -> None:
-    """Without it the list would be a wrong answer."""
+async def test_an_ambiguous_filter_is_refused(query: str, client: httpx.AsyncClient) -> None:
+    """A list without the filter would be a wrong answer."""
     check_problem(await client.get(f"/runs?{query}"), 422)
 
 
@@ -211,26 +211,24 @@ async def test_a_run_is_cancelled(client: httpx.AsyncClient, gate: Gate) -> None
     assert (again.status_code, again.json()["status"]) == (200, "cancelled")
 
 
-async def test_a_function_is_asked_to_stop_and_cancelled_is_said_when_it_has(
-    client: httpx.AsyncClient, gate: Gate
-) -> None:
+async def test_a_run_is_cancelled_only_after_its_function_has_stopped(client: httpx.AsyncClient, gate: Gate) -> None:
     run_id = await start(client, "block")
     await wait_until(client, f"/run/{run_id}", lambda body: body["status"] == "running")
-    await until(lambda: gate.blocked is not None)  # its function begins in a thread
+    await until(lambda: gate.blocked is not None)  # its function starts in a thread
     response = await client.post(f"/run/{run_id}/cancel")
     assert (response.status_code, response.json()["status"]) == (202, "running")
     assert response.headers["Location"] == f"/run/{run_id}"
     assert gate.blocked
     with anyio.fail_after(PATIENCE_S):
-        while not gate.blocked.cancel_requested:  # noqa: ASYNC110 - as the function looks
+        while not gate.blocked.cancel_requested:  # noqa: ASYNC110 - as the function does
             await anyio.sleep(0.01)
     gate.thread_may_go.set()
     response = await client.post(f"/run/{run_id}/cancel?wait=30")
     assert (response.status_code, response.json()["status"]) == (200, "cancelled")
-    assert response.json()["steps"][0]["result"] == {"result": "asked"}, "what it did stays readable"
+    assert response.json()["steps"][0]["result"] == {"result": "asked"}, "its result stays readable"
 
 
-async def test_what_has_ended_or_is_unknown_cannot_be_cancelled(client: httpx.AsyncClient, gate: Gate) -> None:
+async def test_an_ended_or_unknown_run_cannot_be_cancelled(client: httpx.AsyncClient, gate: Gate) -> None:
     run_id = await start(client, "steady")
     await get(client, f"/run/{run_id}", wait=30)
     problem = check_problem(await client.post(f"/run/{run_id}/cancel"), 409)
@@ -241,7 +239,7 @@ async def test_what_has_ended_or_is_unknown_cannot_be_cancelled(client: httpx.As
 # Retry, delete
 
 
-async def test_a_failed_run_is_tried_again_after_its_last_step(client: httpx.AsyncClient, gate: Gate) -> None:
+async def test_a_retry_resumes_after_the_last_completed_step(client: httpx.AsyncClient, gate: Gate) -> None:
     run_id = await start(client, "steady")
     failed = await get(client, f"/run/{run_id}", wait=30)
     assert (failed["status"], [step["result"] for step in failed["steps"]]) == ("failed", [{"result": 7}])
@@ -313,15 +311,13 @@ async def test_a_list_has_inputs_and_results_on_request(client: httpx.AsyncClien
         ({"include": "steps"}, "'include' in the query: Invalid enum value 'steps'."),
     ],
 )
-async def test_a_filter_that_is_not_understood_is_refused(
-    query: dict[str, str], words: str, client: httpx.AsyncClient
-) -> None:
+async def test_an_invalid_filter_is_refused(query: dict[str, str], words: str, client: httpx.AsyncClient) -> None:
     assert words in check_problem(await client.get("/runs", params=query), 422)["detail"]
 
 
 @pytest.mark.parametrize("app", ["embedded"], indirect=True)
-async def test_a_cursor_that_is_not_valid_is_refused(client: httpx.AsyncClient, gate: Gate) -> None:
-    """In every list; one that is a valid id in another spelling is the same cursor."""
+async def test_an_invalid_cursor_is_refused(client: httpx.AsyncClient, gate: Gate) -> None:
+    """This holds for every list. A valid id in another spelling is the same cursor."""
     runs = [await start(client, "steady") for _ in range(2)]
     batch = (await client.post("/run/batch", json={"agent_name": "steady", "batch_inputs": [{}]})).json()
     of_batch = f"/batch/{batch['batch_id']}"
@@ -356,8 +352,8 @@ async def test_events_are_streamed_to_the_end(client: httpx.AsyncClient, gate: G
         assert [event["event"] for event in events_in(rest.text)] == ["step.completed", "run.completed"]
 
 
-async def test_a_reader_that_has_heard_all_is_told_not_to_come_again(client: httpx.AsyncClient, gate: Gate) -> None:
-    """A browser connects again whenever a stream ends, unless it gets 204."""
+async def test_a_reader_that_has_all_events_gets_204(client: httpx.AsyncClient, gate: Gate) -> None:
+    """A browser reconnects when a stream ends, unless it gets 204."""
     run_id = await start(client, "steady")
     last = events_in((await client.get(f"/run/{run_id}/events")).text)[-1]
     assert last["event"] == "run.failed"
@@ -368,7 +364,7 @@ async def test_a_reader_that_has_heard_all_is_told_not_to_come_again(client: htt
     assert (await client.head(f"/run/{run_id}/events")).status_code == 200
 
 
-async def test_an_event_stream_that_cannot_be_read_on_is_cut(
+async def test_an_event_stream_ends_if_the_store_fails(
     app: FlockAPI, client: httpx.AsyncClient, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = await start(client, "steady")
@@ -387,9 +383,7 @@ async def test_an_event_stream_that_cannot_be_read_on_is_cut(
 
 
 @pytest.mark.parametrize("async_run", [False, True], ids=["sync", "async"])
-async def test_a_request_that_is_sent_again_is_the_same_run(
-    async_run: bool, client: httpx.AsyncClient, gate: Gate
-) -> None:
+async def test_a_repeated_request_is_the_same_run(async_run: bool, client: httpx.AsyncClient, gate: Gate) -> None:
     gate.fails = False
     body = {"agent_name": "steady", "async_run": async_run}
     first = await client.post("/run/flock", json=body, headers={"Idempotency-Key": '"8e03978e-40d5"'})
@@ -404,7 +398,7 @@ async def test_a_request_that_is_sent_again_is_the_same_run(
 
 
 @pytest.mark.parametrize("app", ["embedded"], indirect=True)
-async def test_a_batch_that_is_sent_again_is_the_same_batch(client: httpx.AsyncClient) -> None:
+async def test_a_repeated_batch_is_the_same_batch(client: httpx.AsyncClient) -> None:
     body, headers = {"agent_name": "steady", "batch_inputs": [{}]}, {"Idempotency-Key": "b"}
     first = await client.post("/run/batch", json=body, headers=headers)
     again = await client.post("/run/batch", json=body, headers=headers)
@@ -414,22 +408,22 @@ async def test_a_batch_that_is_sent_again_is_the_same_batch(client: httpx.AsyncC
 
 
 @pytest.mark.parametrize("key", ["", '""', "two words", 'a"b', "x" * 256, "caf\u00e9".encode(), "a\r\nX: y"])
-async def test_a_key_that_is_none_is_refused(key: Any, client: httpx.AsyncClient) -> None:
+async def test_an_invalid_idempotency_key_is_refused(key: Any, client: httpx.AsyncClient) -> None:
     response = await client.post("/run/flock", json={"agent_name": "nap"}, headers={"Idempotency-Key": key})
     assert "1 to 255 visible ASCII characters" in check_problem(response, 400)["detail"]
 
 
-# Time-outs
+# Timeouts
 
 
-async def test_a_run_has_the_time_that_its_request_gives_it(client: httpx.AsyncClient, gate: Gate) -> None:
+async def test_a_request_sets_the_timeout_of_its_run(client: httpx.AsyncClient, gate: Gate) -> None:
     body = (await post_run(client, "nap", timeout_s=0.05)).json()
     assert (body["status"], body["error_type"]) == ("failed", "timeout")
     for wrong in (0, -1, "x"):
         check_problem(await post_run(client, "nap", timeout_s=wrong), 422)
 
 
-async def test_the_time_of_a_run_is_capped(gate: Gate) -> None:
+async def test_the_timeout_of_a_run_is_capped(gate: Gate) -> None:
     app = create_app(gate.flock, engine=gate.flock.engine(max_timeout_s=0.05))
     async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         body = (await post_run(client, "nap", timeout_s=3600)).json()
@@ -439,7 +433,7 @@ async def test_the_time_of_a_run_is_capped(gate: Gate) -> None:
 # Readiness
 
 
-async def test_it_says_whether_it_is_ready(app: FlockAPI, client: httpx.AsyncClient) -> None:
+async def test_a_draining_server_is_not_ready(app: FlockAPI, client: httpx.AsyncClient) -> None:
     assert (await client.get("/readyz")).status_code == (await client.get("/healthz")).status_code == 200
     await app.engine.drain(1)
     problem = check_problem(await client.get("/readyz"), 503)
@@ -452,7 +446,7 @@ async def test_it_says_whether_it_is_ready(app: FlockAPI, client: httpx.AsyncCli
 
 @pytest.mark.parametrize("soon", [True, False])
 async def test_a_store_that_fails_does_not_cancel_the_run_that_a_client_waits_for(soon: bool, tmp_path: Path) -> None:
-    """Neither in the first moments nor later: the answer is 503 and says where the end can be seen."""
+    """It fails at once or later. The response is 503 and says where the end of the run can be seen."""
     flock, begun, may_go = Flock(), anyio.Event(), anyio.Event()
 
     @flock.agent(next_agent="measure")
@@ -471,13 +465,13 @@ async def test_a_store_that_fails_does_not_cancel_the_run_that_a_client_waits_fo
         database = engine.store._db
         database.execute(f"PRAGMA max_page_count = {database.execute('PRAGMA page_count').fetchone()[0]}")
 
-        async def let_go() -> None:
+        async def release() -> None:
             await begun.wait()
             await anyio.sleep(0 if soon else 2 * PATIENCE_S)
             may_go.set()
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(let_go)
+            tasks.start_soon(release)
             problem = check_problem(await client.post("/run/flock", json={"agent_name": "lengthen"}), 503)
         database.execute("PRAGMA max_page_count = 1073741823")
         found = re.search(r"not cancelled: GET (/run/\S+) shows how it ends", problem["detail"])
@@ -486,11 +480,11 @@ async def test_a_store_that_fails_does_not_cancel_the_run_that_a_client_waits_fo
         assert (run["status"], run["result"]) == ("completed", {"result": 1_000_000})
 
 
-# Callers that go away: over real sockets
+# Callers that disconnect, over real sockets
 
 
 @pytest.mark.alone
-async def test_a_caller_that_goes_away_takes_a_synchronous_run_along(gate: Gate) -> None:
+async def test_a_synchronous_run_is_cancelled_if_its_caller_disconnects(gate: Gate) -> None:
     async with Served(create_app(gate.flock, store=":memory:")) as served:
         connection = await served.send({"agent_name": "nap"})
         await gate.begun.wait()
@@ -502,8 +496,8 @@ async def test_a_caller_that_goes_away_takes_a_synchronous_run_along(gate: Gate)
 
 @pytest.mark.parametrize("how", ["on_disconnect", "async_run", "Idempotency-Key"])
 @pytest.mark.slow
-async def test_a_caller_that_goes_away_leaves_other_runs_alone(how: str, gate: Gate) -> None:
-    """An asynchronous run, one that its owner wants to go on, and one that the caller may ask for again."""
+async def test_other_runs_continue_if_their_caller_disconnects(how: str, gate: Gate) -> None:
+    """These are asynchronous runs, runs of an app that continues them, and runs that the caller may request again."""
     on_disconnect: Any = "continue" if how == "on_disconnect" else "cancel"
     async with Served(create_app(gate.flock, store=":memory:", on_disconnect=on_disconnect)) as served:
         headers = {"Idempotency-Key": "k"} if how == "Idempotency-Key" else {}
@@ -532,7 +526,7 @@ async def test_a_caller_that_goes_away_leaves_other_runs_alone(how: str, gate: G
 async def test_a_handler_that_waits_ends_when_its_client_disconnects(
     request_line: str, headers: dict[str, str], end: str, gate: Gate
 ) -> None:
-    """And the runs go on: those that are being cancelled too, for their function does not return."""
+    """The runs continue, even those being cancelled, because their function does not return."""
     body, clients = {"agent_name": "block"}, 20
     async with (
         Served(create_app(gate.flock, store=":memory:")) as served,
@@ -559,7 +553,7 @@ async def test_a_handler_that_waits_ends_when_its_client_disconnects(
 
 
 @pytest.mark.alone
-async def test_a_caller_that_goes_away_aborts_the_model_call(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_model_call_is_aborted_if_the_caller_disconnects(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, aborted = anyio.Event(), anyio.Event()
 
     async def silent(stream: anyio.abc.SocketStream) -> None:
@@ -579,10 +573,10 @@ async def test_a_caller_that_goes_away_aborts_the_model_call(gate: Gate, monkeyp
             with anyio.fail_after(1):
                 await aborted.wait()
             assert (await served.only_run())["status"] == "cancelled"
-        assert len(connections) == 1, "it is not asked again"
+        assert len(connections) == 1, "the model is not called again"
 
 
-async def test_a_request_that_its_host_cancels_takes_its_run_along(app: FlockAPI, gate: Gate) -> None:
+async def test_a_run_is_cancelled_if_its_host_cancels_the_request(app: FlockAPI, gate: Gate) -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(post_run, client, "nap")
@@ -594,25 +588,25 @@ async def test_a_request_that_its_host_cancels_takes_its_run_along(app: FlockAPI
         assert (await get(client, f"/run/{run['run_id']}", wait=10))["status"] == "cancelled"
 
 
-async def test_a_caller_that_stays_gets_an_answer_that_took_long(gate: Gate, model: FakeModel) -> None:
-    """Longer than anyone waits before looking after the caller."""
+async def test_a_caller_gets_a_response_that_took_long(gate: Gate, model: FakeModel) -> None:
+    """It takes longer than the server waits before it watches for a disconnect."""
     async with Served(create_app(gate.flock, engine=gate.flock.engine(transport=model.transport))) as served:
         async with httpx.AsyncClient(base_url=served.url) as client:
 
-            async def let_go() -> None:
+            async def release() -> None:
                 await gate.begun.wait()
                 await anyio.sleep(0.3)  # longer than PATIENCE_S
                 gate.may_go.set()
 
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(let_go)
+                tasks.start_soon(release)
                 assert (await post_run(client, "nap")).json()["status"] == "completed"
             model.replies = [answer({"reply": "yes"})]
             assert (await post_run(client, "asks", {"text": "x"})).json()["result"] == {"reply": "yes"}
 
 
-async def test_a_reader_that_does_not_read_holds_up_nothing(gate: Gate) -> None:
-    """Nine megabytes of progress for a connection that takes none of it."""
+async def test_an_event_stream_that_is_not_read_blocks_nothing(gate: Gate) -> None:
+    """The connection reads none of nine megabytes of progress."""
     async with Served(create_app(gate.flock, store=":memory:")) as served:
         async with httpx.AsyncClient(base_url=served.url) as client:
             run_id = await start(client, "chatter")

@@ -22,7 +22,7 @@ import flock.runs
 import flockapi
 from flock.extras import pip_install
 from tests.support import EXAMPLES, ROOT
-from tests.support.servers import NOT_WATCHED, running
+from tests.support.servers import NO_COVERAGE, running
 
 # One worker has all of them, so that each environment is made once.
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("packaging")]
@@ -34,7 +34,7 @@ MAX_IMPORT_RATIO = 2.2
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | NOT_WATCHED
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | NO_COVERAGE
     done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

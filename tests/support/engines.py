@@ -1,4 +1,4 @@
-"""Engines of each kind, and waiting for what happens in them."""
+"""Engines of each kind, and helpers that wait for what happens in them."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -10,8 +10,8 @@ import anyio.abc
 from flock.runs import Batch, Engine, Run
 from tests.support import PATIENCE_S
 
-#: Opens an engine of the kind that is tested, for a flock, with options that all kinds have.
-Opened = Callable[..., AbstractAsyncContextManager[Engine]]
+#: A function that opens an engine of the kind under test, for a flock and with options that all kinds take.
+OpenEngine = Callable[..., AbstractAsyncContextManager[Engine]]
 
 
 async def ended(engine: Engine, batch: Batch) -> Batch:
@@ -26,15 +26,15 @@ async def all_items(engine: Engine, batch: Batch) -> list[Any]:
     return items
 
 
-async def until(is_so: Callable[[], bool]) -> None:
-    """Wait for what happens in tasks of others."""
+async def until(condition: Callable[[], bool]) -> None:
+    """Poll *condition* until it is true."""
     with anyio.fail_after(PATIENCE_S):
-        while not is_so():  # noqa: ASYNC110 - nobody tells it
+        while not condition():  # noqa: ASYNC110 - there is no event for it
             await anyio.sleep(0.01)
 
 
 async def until_run(engine: Engine, run_id: str, is_enough: Callable[[Run], bool]) -> Run:
     with anyio.fail_after(PATIENCE_S):
-        while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - seen as any client would
+        while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - polls like a client
             await anyio.sleep(0.01)
     return run

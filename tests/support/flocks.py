@@ -1,4 +1,4 @@
-"""Sample flocks: an agent of each kind, agents that wait, and the work of a batch."""
+"""Sample flocks: an agent of each kind, agents that wait, and agents for batches."""
 
 import threading
 from typing import Any, TypedDict
@@ -54,7 +54,7 @@ def sample_flock() -> Flock:
 
 
 class Gate:
-    """A flock whose agents say that they have begun, and go on when they may."""
+    """A flock whose agents set an event when they start, and wait for another one before they continue."""
 
     def __init__(self) -> None:
         self.begun, self.may_go = anyio.Event(), anyio.Event()
@@ -93,7 +93,7 @@ class Gate:
             try:
                 await anyio.sleep_forever()
             finally:
-                return 5  # noqa: B012 - what a careless agent does with its cancellation
+                return 5  # noqa: B012 - as a careless agent swallows its cancellation
 
         @flock.agent
         async def report(context: RunContext) -> int:
@@ -108,7 +108,7 @@ class Gate:
 
 
 class Work:
-    """A flock whose agent says what it does, and fails or waits as it is told."""
+    """A flock whose agents record their calls, and fail or wait when a test wants that."""
 
     def __init__(self, name: str = "work") -> None:
         self.flock, self.calls, self.fails = Flock(name), list[int](), set[int]()
@@ -126,7 +126,7 @@ class Work:
 
         @self.flock.agent
         async def long(n: int, text: str) -> int:
-            """As ``item``, with inputs of many pages."""
+            """Like ``item``, with inputs that take many database pages."""
             self.calls.append(n)
             if self.holds:
                 self.begun.set()

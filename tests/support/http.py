@@ -1,4 +1,4 @@
-"""What tests ask over HTTP, again and again."""
+"""HTTP requests that many tests send."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ async def post_run(client: httpx.AsyncClient, agent_name: str, inputs: Any = Non
 async def wait_until(
     client: httpx.AsyncClient, path: str, is_enough: Callable[[Any], bool], timeout_s: float = PATIENCE_S
 ) -> Any:
-    """The run or batch at *path* as soon as *is_enough*, seen as a client would see it: by asking again."""
+    """Poll the run or batch at *path* until *is_enough* is true of it, and return it."""
     with anyio.fail_after(timeout_s):
         while not is_enough(body := (await client.get(path)).json()):  # noqa: ASYNC110 - HTTP has no event here
             await anyio.sleep(0.01)
@@ -36,12 +36,12 @@ async def wait_until(
 
 
 async def wait_for(client: httpx.AsyncClient, path: str, timeout_s: float = PATIENCE_S) -> Any:
-    """The run or batch at *path* once it is final."""
+    """Poll the run or batch at *path* until it is final, and return it."""
     return await wait_until(client, path, lambda body: body["status"] not in ("starting", "running"), timeout_s)
 
 
 def events_in(text: str) -> list[dict[str, Any]]:
-    """As the HTML standard has it: fields by line, an empty line ends an event, a colon begins a comment."""
+    """Parse an event stream as in the HTML standard: an empty line ends an event, and a colon starts a comment."""
     events = []
     for block in text.split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))

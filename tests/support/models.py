@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 
 def answer(content: Any, *, finish_reason: str = "stop", refusal: str | None = None) -> Response:
-    """A chat completion whose text is *content*, as JSON unless it is text already."""
+    """Return a chat completion whose text is *content*, encoded as JSON unless it is a string."""
     text = content if isinstance(content, str | None) else json.dumps(content)
     return as_json(
         {
@@ -36,13 +36,13 @@ def as_json(body: Any, status: int = 200, headers: Mapping[str, str] | None = No
 
 
 def error(status: int, code: Any = None, message: str = "no", **headers: str) -> Response:
-    """An error as OpenAI writes it; ``_`` in a header's name stands for ``-``."""
+    """Return an error in OpenAI's format. In a header's name, ``_`` means ``-``."""
     body = {"error": {"message": message, "type": "some_error", "code": code}}
     return as_json(body, status, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
 class FakeModel:
-    """Gives ``replies`` in turn, and keeps what was asked in ``requests``."""
+    """A model that sends ``replies`` in order, and records request bodies in ``requests``."""
 
     def __init__(self) -> None:
         self.replies: list[Response | Callable[[Any], Awaitable[Response]]] = []
@@ -61,7 +61,7 @@ class FakeModel:
 async def socket_server(
     handle: Callable[[anyio.abc.SocketStream], Awaitable[None]],
 ) -> AsyncIterator[tuple[str, list[int]]]:
-    """A real socket that lets *handle* do as it likes with each connection; its address, and one entry for each."""
+    """Serve each connection to a real socket with *handle*. Yield its URL, and a list with one entry per connection."""
     connections: list[int] = []
 
     async def count(stream: anyio.abc.SocketStream) -> None:

@@ -37,7 +37,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def commands_of(block: str) -> Iterator[str]:
-    """Each command of a block; a quoted text may have several lines."""
+    """Yield each command of a block. A quoted text may have several lines."""
     command = ""
     for line in block.splitlines(keepends=True):
         command += line
@@ -49,7 +49,7 @@ def commands_of(block: str) -> Iterator[str]:
 
 
 def printed_by(code: str, page: Path, name: str = "page") -> tuple[list[str], dict[str, Any]]:
-    """What a block of Python prints, and its names. It stands alone."""
+    """Execute a block of Python by itself, and return the lines that it prints and its names."""
     namespace: dict[str, Any] = {"__name__": name}
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -67,7 +67,7 @@ def shown_output(code: str) -> list[str]:
 
 
 class Reader:
-    """Someone who types the commands of a page into a shell, in *folder*, one after the other."""
+    """A reader who types the commands of a page into a shell in *folder*, one after the other."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,7 +91,7 @@ class Reader:
                     check_output(following, output)
 
     def run(self, command: str) -> str:
-        """Run one command and return its output. A server keeps running; other commands are for the last one."""
+        """Run one command and return its output. A server keeps running, and later commands go to the last one."""
         if "flockapi serve" in command:
             self._servers.close()
             line = f"cd {shlex.quote(str(self.folder))} && {command} --port 0 --store :memory:"
@@ -131,7 +131,7 @@ def check_output(shown: Block, output: str) -> None:
 
 
 def _stable(value: Any, name: str = "") -> Any:
-    """*value* without what varies; all names of members stay."""
+    """Return *value* without what varies. All names of members stay."""
     if name in VARYING:
         return ...
     if isinstance(value, dict):
@@ -142,7 +142,7 @@ def _stable(value: Any, name: str = "") -> Any:
 
 
 def _events(text: str) -> list[tuple[str, str, Any]]:
-    """Id, name and stable data of each event; only the last of several events with progress."""
+    """Return the id, name and stable data of each event, and of progress events only the last."""
     events = re.findall(r"(?m)^(?:id: (.*)\n)?event: (.*)\ndata: (.*)$", text)
     found = {(id_, name): _stable(json.loads(data)) for id_, name, data in events}
     return [(id_, name, data) for (id_, name), data in found.items()]

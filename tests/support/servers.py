@@ -1,4 +1,4 @@
-"""Real servers in processes of their own, and a real uvicorn in the loop of a test."""
+"""Real servers in their own processes, and a real uvicorn in the event loop of a test."""
 
 import asyncio
 import contextlib
@@ -23,14 +23,14 @@ from flockapi import FlockAPI
 from tests.support import PATIENCE_S
 from tests.support.http import get
 
-#: How long a server may take to stop in order, before it is told to hurry.
+#: How long a server may take to shut down before it gets the next signal.
 STOP_S = 2
-#: For a process whose coverage is not watched: with very many requests, that would take half of the time.
-NOT_WATCHED = {"COVERAGE_PROCESS_CONFIG": ""}
+#: Environment that switches coverage off in a process, because it doubles the time of very many requests.
+NO_COVERAGE = {"COVERAGE_PROCESS_CONFIG": ""}
 
 
 def free_port() -> int:
-    """One that the system gives to nobody who asks for any, as other tests do meanwhile."""
+    """Return a free port outside the range from which the system assigns ports to other tests."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as found, contextlib.suppress(OSError):
@@ -39,7 +39,7 @@ def free_port() -> int:
 
 
 class Server:
-    """A server in a process of its own, and what it printed so far."""
+    """A server in its own process, and the lines that it has printed so far."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -75,13 +75,13 @@ class Server:
             assert self._printed.wait_for(is_there, timeout_s), self.lines
 
     def close(self) -> None:
-        """Read what is left once the process has ended."""
+        """Read the rest of the output after the process has ended."""
         assert self.process.stdout is not None
         self._reader.join(60)
         self.process.stdout.close()
 
     def stop(self) -> int:
-        """SIGTERM, and its exit code; all that it printed is in ``lines`` then."""
+        """Send SIGTERM, read the output to its end, and return the exit code."""
         self.process.terminate()
         code = self.process.wait(60)
         self._reader.join(60)
@@ -104,9 +104,9 @@ def running(*command: str, **env: str) -> Iterator[Server]:
         server.wait_until_up()
         yield server
     finally:
-        for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):  # in order, at once, and by force
+        for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):  # gracefully, at once, by force
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, stop)  # the shell that may have started it, and the server
+                os.killpg(process.pid, stop)  # the server, and the shell that may have started it
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_S)
         server.close()
@@ -125,17 +125,17 @@ def serving(script: Path, tmp_path: Path, *options: str, workers: int = 1) -> It
 
 
 def workers_of(server: Server) -> list[int]:
-    """The processes of the server but for its parent and the helper that multiprocessing starts."""
+    """Return the ids of the worker processes, without the parent and the helper that multiprocessing starts."""
     workers = []
     for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended since the list was read
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since the list was read
             if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 workers.append(int(pid))
     return workers
 
 
 def memory_kib(server: Server) -> int:
-    """Of the server's process and its workers."""
+    """Return the memory of the server's process and its workers together."""
     pids = [server.process.pid]
     with contextlib.suppress(OSError):
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
@@ -145,7 +145,7 @@ def memory_kib(server: Server) -> int:
 
 
 class Served:
-    """An app under a real uvicorn in this loop."""
+    """An app served by a real uvicorn in this event loop."""
 
     def __init__(self, app: FlockAPI) -> None:
         self.app = app
@@ -170,7 +170,7 @@ class Served:
         return len(self.server.server_state.tasks)
 
     async def send(self, body: Any = None, request: str = "POST /run/flock", **headers: str) -> anyio.abc.SocketStream:
-        """Send a request, and keep its connection."""
+        """Send a request, and return its open connection."""
         stream = await anyio.connect_tcp("127.0.0.1", self.port)
         content = b"" if body is None else json.dumps(body).encode()
         lines = [f"{request} HTTP/1.1", "Host: t", "Content-Type: application/json"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tests.support.servers import Server
 
-#: Longer than what the sockets of both sides hold.
+#: More than the socket buffers of both sides hold.
 LONG_BYTES = 64 * 1024 * 1024
 #: More than the kernel's buffers for one connection, and much less than LONG_BYTES.
 KERNEL_BYTES = 16 * 1024 * 1024
@@ -24,7 +24,7 @@ def connected(server: Server, request: str | bytes = b"", receive_bytes: int | N
 
 
 def sent_before_refused(connection: socket.socket, piece: bytes, patience_s: float = 2) -> int:
-    """How many bytes the server takes of an endless repetition of *piece*: it closes, or reads nothing more."""
+    """Send *piece* until the server closes or stops reading, and return the number of bytes sent."""
     sent = 0
     connection.settimeout(patience_s)
     with contextlib.suppress(TimeoutError, ConnectionError):

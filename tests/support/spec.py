@@ -1,4 +1,4 @@
-"""The specification, and answers checked against it."""
+"""The specification, and checks of responses against it."""
 
 import json
 from collections.abc import Iterator
@@ -39,23 +39,23 @@ def resolve(node: Any) -> Any:
 
 
 def validator(schema: Any) -> Draft202012Validator:
-    """A validator of *schema* within the document, where its references lead."""
+    """Return a validator of *schema* that resolves its references in the document."""
     registry: Any = Registry().with_resource("urn:spec", DRAFT202012.create_resource(SPEC))
     outside = json.loads(json.dumps(schema).replace('"#/components/', '"urn:spec#/components/'))
     return Draft202012Validator(outside, registry=registry, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
 
-#: What the description of the document says once, for all answers.
-OF_EVERY_ANSWER = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+#: Headers of every response, which the document describes once.
+COMMON_HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 
 
 def check_described(operation: Any, response: httpx.Response) -> None:
-    """Its status, its media type, its body, and its headers: those that must be there are, and no others are."""
+    """Check the status, media type, headers and body of *response* against *operation*. Extra headers are an error."""
     described = resolve(operation["responses"][str(response.status_code)])
     headers = {name.lower(): resolve(header) for name, header in described["headers"].items()}
     sent = set(response.headers) - {"content-type", "content-length", "connection", "date"}  # HTTP's own
-    assert {name: response.headers[name] for name in OF_EVERY_ANSWER} == OF_EVERY_ANSWER
-    sent -= OF_EVERY_ANSWER.keys() - headers.keys()
+    assert {name: response.headers[name] for name in COMMON_HEADERS} == COMMON_HEADERS
+    sent -= COMMON_HEADERS.keys() - headers.keys()
     assert {name for name, header in headers.items() if header.get("required")} <= sent <= headers.keys()
     if "content" not in described:
         assert response.content == b""
