@@ -31,10 +31,10 @@ pytestmark = pytest.mark.anyio
 OPTIONS = BatchOptions()
 
 
-async def listed(engine: Engine, count: int) -> None:
+async def listed(engine: Engine, count: int, **wanted: Any) -> None:
     """Wait until the list has *count* batches, because a cluster's search lags behind for a moment."""
     with anyio.fail_after(PATIENCE_S):
-        while len(await engine.list_batches(BatchFilter())) < count:  # noqa: ASYNC110 - there is no event for it
+        while len(await engine.list_batches(BatchFilter(**wanted))) != count:  # noqa: ASYNC110 - there is no event for it
             await anyio.sleep(0.05)
 
 
@@ -458,3 +458,31 @@ async def test_batches_are_listed_in_pages_newest_first(open_engine: OpenEngine)
         assert await found(principal="ann") == ids[1:]
         assert await found(status=RunStatus.COMPLETED) == ids
         assert await found(status=RunStatus.FAILED) == []
+
+
+async def test_batches_are_listed_by_status(open_engine: OpenEngine) -> None:
+    """Also after a retry: a batch is listed once, with the status of its last attempt."""
+    work = Work()
+    fails = {"once": True}
+
+    @work.flock.agent
+    async def fail() -> int:
+        if fails.pop("once", False):
+            raise AgentError("no")
+        return 1
+
+    async with open_engine(work.flock) as engine:
+        failed = await ended(engine, await engine.submit_batch("fail", [{}], OPTIONS))
+        work.holds = True
+        running = await engine.submit_batch("item", numbers(1), OPTIONS)
+        await work.begun.wait()
+        await engine.cancel_batch(running.batch_id)
+        cancelled = await ended(engine, running)
+        assert (failed.status, cancelled.status) == (RunStatus.FAILED, RunStatus.CANCELLED)
+        await listed(engine, 1, status=RunStatus.FAILED)
+        await listed(engine, 1, status=RunStatus.CANCELLED)
+        await engine.retry_batch(failed.batch_id)
+        await ended(engine, failed)
+        await listed(engine, 1, status=RunStatus.COMPLETED)
+        await listed(engine, 0, status=RunStatus.FAILED)
+        await listed(engine, 0, status=RunStatus.RUNNING)

@@ -23,7 +23,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The id of a run or a batch.
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-#: For each status of a run or batch, the execution statuses that its workflow may have.
+#: For each status of a run, the execution statuses that its workflow may have.
 EXECUTION_STATUS = {
     RunStatus.STARTING: "'Running'",
     RunStatus.RUNNING: "'Running'",
@@ -54,8 +54,10 @@ async def newest_first(
         prefix: the start of their workflow ids.
     """
     conditions, after = [query], wanted.after
-    if wanted.status is not None:
+    if wanted.status is not None and isinstance(wanted, RunFilter):
         conditions.append(f"ExecutionStatus IN ({EXECUTION_STATUS[wanted.status]})")
+    elif wanted.status is not None:  # the workflow of a batch completes, whatever the status of the batch is
+        conditions.append(f"ExecutionStatus {'!=' if wanted.status.is_final else '='} 'Running'")
     if wanted.agent_name is not None:
         conditions.append(f"{AGENT.name} = {_quoted(wanted.agent_name)}")
     if wanted.principal is not None:
