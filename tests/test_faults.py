@@ -408,7 +408,7 @@ def suspend(pid: int, store: Path) -> None:
     def is_suspended() -> bool:
         os.kill(pid, signal.SIGSTOP)
         until(lambda: state_of(pid) == "T", "stop")
-        if flock.engine.files.is_held(f"{store}-lock"):
+        if flock.engine.files.is_locked(f"{store}-lock"):
             os.kill(pid, signal.SIGCONT)
             return False
         return True
@@ -435,7 +435,7 @@ def test_a_server_that_wakes_after_its_runs_were_taken_over_overwrites_nothing_a
         until(lambda: len(begun(tmp_path)) == 3, "beginning of each run")
         until(lambda: len(rows(store, "SELECT run_id FROM runs")) == 5, "record of the run that is waited for")
         suspend(pid, store)
-        assert flock.engine.files.is_held(str(lock_file)), "a stopped process keeps its lock"
+        assert flock.engine.files.is_locked(str(lock_file)), "a stopped process keeps its lock"
         lock_file.unlink()
         until(lambda: (1, other_pid) in begun(tmp_path), "take-over")
         (tmp_path / f"go-{other_pid}").touch()

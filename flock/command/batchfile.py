@@ -22,7 +22,7 @@ from flock.agents.workflow import columns_of, result_names
 from flock.declared import DeclaredFlock
 from flock.engine.batchstore import BatchStore
 from flock.engine.embedded import alone
-from flock.engine.files import create_private, hold_alone
+from flock.engine.files import create_private, exclusive_lock
 from flock.engine.progress import follow_batch
 from flock.engine.rowchecks import BatchCheck, check_batch
 from flock.engine.statements import COUNT_TABLES
@@ -88,7 +88,7 @@ async def run_batch_file(
         raise AgentNotFound(wanted.agent_name, list(flock.agents))
     state = _real(wanted.state)
     digest = _digest(flock, wanted)
-    with hold_alone(f"{state}-batch"):
+    with exclusive_lock(f"{state}-batch"):
         _check_free(wanted, state, digest)
         batch = await _left_before(flock, state, digest, wanted.options, say)
         try:

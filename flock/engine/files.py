@@ -18,12 +18,12 @@ except ImportError as exc:
 
 __all__ = [
     "PRIVATE",
+    "acquire_lock",
+    "close_lock",
     "create_private",
-    "hold",
-    "hold_alone",
-    "identity",
-    "is_held",
-    "let_go",
+    "device_and_inode",
+    "exclusive_lock",
+    "is_locked",
     "open_lock",
     "remove",
     "try_lock",
@@ -34,7 +34,7 @@ __all__ = [
 PRIVATE = 0o600
 
 
-def identity(path: str) -> tuple[int, int] | None:
+def device_and_inode(path: str) -> tuple[int, int] | None:
     """The device and inode of a file; None if there is none."""
     try:
         found = os.stat(path)
@@ -50,11 +50,11 @@ def create_private(path: str) -> None:
 
 
 #: Files that are locked, or may be soon.
-_held: set[IO[bytes]] = set()
+_open_locks: set[IO[bytes]] = set()
 
 
 @contextlib.contextmanager
-def hold_alone(path: str) -> Iterator[None]:
+def exclusive_lock(path: str) -> Iterator[None]:
     """Be the one process that holds the lock file *path*, which is removed at the end.
 
     Raises BlockingIOError where another one does.
@@ -62,21 +62,21 @@ def hold_alone(path: str) -> Iterator[None]:
     while True:
         file = open_lock(path, PRIVATE)
         if not try_lock(file):
-            let_go(file)
+            close_lock(file)
             raise BlockingIOError(f"another process holds {path}")
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        let_go(file)  # its last holder has removed it in the meantime
+        close_lock(file)  # its last holder has removed it in the meantime
     try:
         yield
     finally:
         remove(path)
-        let_go(file)
+        close_lock(file)
 
 
-def hold(path: str, mode: int) -> IO[bytes]:
-    """Wait for the lock file *path*, which is held until ``let_go``."""
+def acquire_lock(path: str, mode: int) -> IO[bytes]:
+    """Wait for the lock file *path*, which is held until ``close_lock``."""
     file = open_lock(path, mode)
     fcntl.flock(file, fcntl.LOCK_EX)
     return file
@@ -87,7 +87,7 @@ def open_lock(path: str, mode: int) -> IO[bytes]:
     if os.path.exists(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "it is not a file", path)
     file = open(path, "ab", opener=functools.partial(os.open, mode=mode))
-    _held.add(file)
+    _open_locks.add(file)
     return file
 
 
@@ -103,8 +103,8 @@ def unlock(file: IO[bytes]) -> None:
     fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def let_go(file: IO[bytes]) -> None:
-    _held.discard(file)
+def close_lock(file: IO[bytes]) -> None:
+    _open_locks.discard(file)
     file.close()
 
 
@@ -112,7 +112,7 @@ def remove(path: str) -> None:
     Path(path).unlink(missing_ok=True)
 
 
-def is_held(path: str) -> bool:
+def is_locked(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -125,9 +125,9 @@ def is_held(path: str) -> bool:
 
 def _close_in_child() -> None:
     """A forked child (a process pool's, say) must not keep the locks of a parent that dies."""
-    for file in _held:
+    for file in _open_locks:
         file.close()
-    _held.clear()
+    _open_locks.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)

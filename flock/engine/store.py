@@ -129,7 +129,9 @@ class Store:
                 "(store=, --store)."
             ) from exc
         self.data_version()  # SQLite makes the journal when it first reads
-        self._identities = {path: files.identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}-shm")}
+        self._identities = {
+            path: files.device_and_inode(path) for path in (self.path, f"{self.path}-wal", f"{self.path}-shm")
+        }
         self._threads = anyio.CapacityLimiter(1)
         tasks = await stack.enter_async_context(anyio.create_task_group())
         tasks.start_soon(self._write_until_closed)
@@ -173,7 +175,7 @@ class Store:
                 f"The lock file {path!r} cannot be opened: {exc.strerror}. Remove it, or name another store (store=, "
                 "--store)."
             ) from exc
-        stack.callback(files.let_go, file)
+        stack.callback(files.close_lock, file)
         return file
 
     @property
@@ -293,7 +295,7 @@ class Store:
         """
         for path, identity in self._identities.items():
             try:
-                found = files.identity(path)
+                found = files.device_and_inode(path)
             except OSError:  # its folder cannot be looked at now, which says nothing of the file
                 continue
             if found != identity:
@@ -640,7 +642,7 @@ class Store:
         """
         self.agents = agents
         if self.is_shared:
-            self._engine_lock = files.hold(f"{self.path}-engine-{engine_id}", self._mode)
+            self._engine_lock = files.acquire_lock(f"{self.path}-engine-{engine_id}", self._mode)
 
         def apply(db: sqlite3.Connection) -> Sequence[str]:
             found = db.execute(statements.AGENTS_OF_FLOCK, (flock,)).fetchone()
@@ -670,9 +672,9 @@ class Store:
         """
         is_known = self.read(lambda db: db.execute(statements.FIND_ENGINE, (engine_id,)).fetchone()) is not None
         path = f"{self.path}-engine-{engine_id}"
-        if not is_known or not files.is_held(path):
-            files.let_go(self._engine_lock)
-            self._engine_lock = files.hold(path, self._mode)
+        if not is_known or not files.is_locked(path):
+            files.close_lock(self._engine_lock)
+            self._engine_lock = files.acquire_lock(path, self._mode)
         if not is_known:
             await self._insert_engine(engine_id, flock)
         return is_known
@@ -696,12 +698,12 @@ class Store:
                 files.remove(f"{self.path}-engine-{engine_id}")
         finally:
             if self.is_shared:
-                files.let_go(self._engine_lock)
+                files.close_lock(self._engine_lock)
 
     def dead_engines(self, flock: str, besides: str) -> list[str]:
         """Engines of this flock whose process is gone."""
         others = self.read(lambda db: [row[0] for row in db.execute(statements.OTHER_ENGINES, (flock, besides))])
-        return [engine_id for engine_id in others if not files.is_held(f"{self.path}-engine-{engine_id}")]
+        return [engine_id for engine_id in others if not files.is_locked(f"{self.path}-engine-{engine_id}")]
 
     async def take_over(self, dead_id: str, owner: str, now: datetime, only: str | None = None) -> TakenOver:
         """Make *owner* the owner of what *dead_id* left unfinished, as far as it is for one of ``agents``.
