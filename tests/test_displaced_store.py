@@ -113,11 +113,11 @@ async def test_a_folder_that_is_no_folder_any_more_has_no_store(tmp_path: Path) 
     async with Store(folder / "flock.db") as store:
         folder.rename(tmp_path / "away")
         folder.touch()
-        store.look()
+        store.check_file()
         assert store.is_displaced
         folder.unlink()
         (tmp_path / "away").rename(folder)
-        store.look()
+        store.check_file()
         assert not store.is_displaced
 
 

@@ -603,7 +603,7 @@ async def test_runs_keep_their_order_when_the_clock_is_set_back(clock: Clock, tm
         assert await pages(engine) == [run.run_id for run in reversed(runs)]
         for run in runs:
             assert await events_are_whole(engine, run.run_id)
-        await engine.store.forget_keys(flock.runs.now() - DAY)
+        await engine.store.delete_old_keys(flock.runs.now() - DAY)
         for again, run in ((key, runs[0]), (later_key, runs[4])):
             with pytest.raises(Replayed) as caught:
                 await done(engine, 9, again)

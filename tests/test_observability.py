@@ -293,10 +293,10 @@ async def test_metrics_tell_what_waits_and_which_streams_are_open(tmp_path: Path
 async def test_a_run_that_ended_with_its_server_is_counted_by_the_next(flock: Flock, tmp_path: Path) -> None:
     """And an agent that is no more gets no label of its own."""
     async with Store(tmp_path / "flock.db") as store:
-        await store.enter("gone", "sample", ())
+        await store.register_engine("gone", "sample", ())
         old = Run(run_id="1", flock="sample", agent_name="left", inputs=msgspec.Raw(b"{}"), created_at=now())
         await store.save(msgspec.structs.replace(old, owner="gone"), is_new=True)
-        await store.leave("gone")
+        await store.unregister_engine("gone")
     app = create_app(flock, store=tmp_path / "flock.db")
     async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         assert (await client.get("/run/1")).json()["error_type"] == "interrupted"

@@ -166,7 +166,9 @@ class EmbeddedEngine(EngineBase):
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
             with self._entering():
-                self._warn_of_others(await self.store.enter(self._engine_id, self._flock, self._agents.keys()))
+                self._warn_of_others(
+                    await self.store.register_engine(self._engine_id, self._flock, self._agents.keys())
+                )
                 if (newest := self.store.last_id()) is not None:
                     with contextlib.suppress(ValueError):  # of a damaged file; what reads it says so
                         make_ids_after(newest)
@@ -196,7 +198,7 @@ class EmbeddedEngine(EngineBase):
                 "Flock(name), or another store (store=, --store).",
                 *(self.store.path, self._flock, missing),
             )
-        for name, count in self.store.unfinished_of_others(self._flock).items():
+        for name, count in self.store.unfinished_of_other_flocks(self._flock).items():
             logger.warning(
                 "The store %s has %d unfinished runs and batches of the flock %r. This flock, %r, does not carry them "
                 "out. If it should have a store of its own, name one (store=, --store).",
@@ -228,7 +230,7 @@ class EmbeddedEngine(EngineBase):
                     for active in list(self._runner.active.values()):
                         leaving.start_soon(self._runner.leave, active)
                 with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError):
-                    await self.store.leave(self._engine_id)
+                    await self.store.unregister_engine(self._engine_id)
             await self._exit.aclose()
 
     async def drain(self, timeout_s: float) -> None:
@@ -491,7 +493,7 @@ class EmbeddedEngine(EngineBase):
             try:
                 if is_time_to_look := self.store.is_shared and at >= look_at:
                     look_at = at + LOOK_INTERVAL_S
-                    self.store.look()
+                    self.store.check_file()
                 if self.store.is_displaced:
                     self._wake_all()  # what they read next raises StoreError
                     continue
@@ -509,7 +511,7 @@ class EmbeddedEngine(EngineBase):
                     for id_ in self.store.ended(self._awaited) if self._awaited else ():
                         self._awaited.pop(id_).set()
                 if is_time_to_look:
-                    if not await self.store.remain(self._engine_id, self._flock):
+                    if not await self.store.renew_registration(self._engine_id, self._flock):
                         logger.warning("another engine has taken over what this one had; it goes on with new work")
                     await self._take_over()
             except StoreError as exc:
@@ -549,7 +551,7 @@ class EmbeddedEngine(EngineBase):
         self.batch_store.has_dropped.set()  # what it had staged is gone
         self._go_on_with(taken)
         known = self._waiting_for.pop(dead_id, ())
-        if not taken.is_all:
+        if not taken.is_complete:
             self._waiting_for[dead_id] = taken.waiting.keys()
         if not taken.waiting.keys() <= set(known):
             logger.warning(
@@ -579,7 +581,7 @@ class EmbeddedEngine(EngineBase):
                 await self.batch_store.has_dropped.wait()
             self.batch_store.has_dropped = anyio.Event()
             try:
-                await self.store.forget_keys(now() - KEEP_KEYS_FOR)
+                await self.store.delete_old_keys(now() - KEEP_KEYS_FOR)
                 await self.delete_old()
                 while await self.batch_store.sweep():
                     await anyio.lowlevel.checkpoint()

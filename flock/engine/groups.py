@@ -44,7 +44,7 @@ class Change:
 
 
 #: What SQLite raises for the values of one record, or for one damaged row, however well the store works.
-OF_ONE_RECORD = (
+RECORD_ERRORS = (
     sqlite3.InterfaceError,
     sqlite3.DataError,
     sqlite3.IntegrityError,
@@ -59,7 +59,7 @@ class Refused(Exception):
     @classmethod
     def reraise(cls, exc: Exception) -> NoReturn:
         """Raise *exc* itself if it is about the file or the disk, which fails the whole group."""
-        if isinstance(exc, sqlite3.Error) and not isinstance(exc, OF_ONE_RECORD):
+        if isinstance(exc, sqlite3.Error) and not isinstance(exc, RECORD_ERRORS):
             raise exc
         raise cls from exc
 
@@ -91,7 +91,7 @@ class Group:
         for change in self.changes:
             self._apply(db, change)
 
-    def write_apart(self, db: sqlite3.Connection) -> None:
+    def write_separately(self, db: sqlite3.Connection) -> None:
         """Write each record whole or not at all: what is refused fails only its own caller."""
         for run_id, pending in list(self.runs.items()):
             has_one_row = not steps_with_rows(pending.run, pending.steps)
@@ -129,7 +129,7 @@ class Group:
         except Exception as exc:
             Refused.reraise(exc)
 
-    def go_on(self) -> None:
+    def run_callbacks(self) -> None:
         """Call what follows each change that was written."""
         for change in self.changes:
             if change.then is not None and change.error is None:

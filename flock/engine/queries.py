@@ -111,13 +111,13 @@ def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -
 
 
 def find_steps(db: sqlite3.Connection, run_id: str, query: str = statements.STEPS) -> tuple[Step, ...]:
-    with _finding_damage():
+    with _detecting_damage():
         return tuple(map(step_from, db.execute(query, (run_id,))))
 
 
 def read_row(db: sqlite3.Connection, columns: str, name: str, value: Any) -> Any:
     """The row of ``runs`` with that *value*, or None. Raises Damaged."""
-    with _finding_damage():
+    with _detecting_damage():
         return db.execute(statements.find_run(columns, name), (value,)).fetchone()
 
 
@@ -133,7 +133,7 @@ def _read_remains(db: sqlite3.Connection, run_id: str) -> Any:
 
 
 @contextlib.contextmanager
-def _finding_damage() -> Iterator[None]:
+def _detecting_damage() -> Iterator[None]:
     """Raise Damaged if SQLite or its driver cannot read one row; what else they raise is not about a row."""
     try:
         yield
@@ -154,7 +154,7 @@ def rows_of(
     """The rows of *query*, a function of the columns; as much as can be read of those that SQLite cannot read whole."""
     read = 0
     try:
-        with _finding_damage():
+        with _detecting_damage():
             for row in db.execute(query(columns), values):
                 yield row[: len(RUN_TABLE)]
                 read += 1

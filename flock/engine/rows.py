@@ -97,13 +97,13 @@ class Column(NamedTuple):
 
     Attributes:
         types: what SQLite returns. It keeps any type in any column, so a damaged row may hold another one.
-        unread: the SQL that stands for a value that is not read.
+        placeholder: the SQL that stands for a value that is not read.
         write: converts a value that is not None; None if it is kept as it is.
         read: converts what SQLite returns; None if that is the value.
     """
 
     types: Collection[type]
-    unread: str
+    placeholder: str
     write: Callable[[Any], Any] | None = None
     read: Callable[[Any], Any] | None = None
 
@@ -144,7 +144,7 @@ def _columns_of(record: type[msgspec.Struct]) -> Mapping[str, Column]:
         if field.name in ("error", "error_type"):
             column = column._replace(read=cut)  # an earlier version kept texts of any length
         if may_be_null:
-            column = column._replace(types={*column.types, NoneType}, unread="NULL", read=_or_none(column.read))
+            column = column._replace(types={*column.types, NoneType}, placeholder="NULL", read=_or_none(column.read))
         columns[field.name] = column
     return columns
 
@@ -179,15 +179,15 @@ class Damaged(sqlite3.DatabaseError):
 DAMAGE = (ArithmeticError, TypeError, ValueError)
 
 
-def _refuse_damage(convert: Callable[..., T]) -> Callable[..., T]:
+def _raising_damaged(convert: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(convert)
-    def refuse_damage(*args: Any) -> T:
+    def converted(*args: Any) -> T:
         try:
             return convert(*args)
         except DAMAGE as exc:
             raise Damaged(exc) from exc
 
-    return refuse_damage
+    return converted
 
 
 def _values_from(row: Sequence[Any], table: Mapping[str, Column]) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def batch_values(batch: Batch, hidden: str | None) -> list[Any]:
     return [*_fields_of_batch(batch), hidden]
 
 
-@_refuse_damage
+@_raising_damaged
 def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
     values = _values_from(row, RUN_TABLE)
     last_step, result = values.pop("last_step"), values["result"]
@@ -321,12 +321,12 @@ def _last_step_from(kept: bytes, result: msgspec.Raw) -> Step:
     )
 
 
-@_refuse_damage
+@_raising_damaged
 def step_from(row: Sequence[Any]) -> Step:
     return Step(**_values_from(row, STEP_TABLE))
 
 
-@_refuse_damage
+@_raising_damaged
 def batch_from(row: Sequence[Any]) -> Batch:
     return Batch(**_values_from(row, BATCH_TABLE))
 

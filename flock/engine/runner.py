@@ -351,7 +351,7 @@ class Runner:
             if active.unsaved is not None:  # it may be possible without its last step
                 raise
             logger.error("run %s: its end cannot be kept: %s %s", run.run_id, exc, exc.log_detail)
-            self._store.give_up(run.run_id)
+            self._store.discard(run.run_id)
             active.tell(run)
         self._forget(active)
         self.turns.tell("run_ended", run)

@@ -29,7 +29,7 @@ HEAD = (
 
 def _columns_of_run(read: Collection[str], **instead: str) -> str:
     """The columns of a run, with something that stands for those that are not among *read*."""
-    columns = {name: name if name in read else column.unread for name, column in RUN_TABLE.items()}
+    columns = {name: name if name in read else column.placeholder for name, column in RUN_TABLE.items()}
     return ", ".join((columns | instead).values())
 
 

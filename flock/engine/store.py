@@ -47,7 +47,7 @@ Durability = Literal["power", "process"]
 
 MEMORY = ":memory:"
 #: Later than any time that is kept, in microseconds.
-FOR_EVER = 2**63 - 1
+MAX_TIME = 2**63 - 1
 #: How long to wait for the transaction of another process, and how often to look for its end, in seconds.
 LOCK_TIMEOUT_S = 5.0
 LOCK_INTERVAL_S = 0.001
@@ -108,7 +108,7 @@ class Store:
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
             if self.is_shared:
-                await self._share(stack)
+                await self._open_shared(stack)
             else:
                 self._reader = self._db
                 migrate(self._db, self.path)
@@ -116,7 +116,7 @@ class Store:
             self._exit = stack.pop_all()
         return self
 
-    async def _share(self, stack: AsyncExitStack) -> None:
+    async def _open_shared(self, stack: AsyncExitStack) -> None:
         """Come to terms with other processes on the file, and begin to write."""
         self._lock_file = self._open_lock_file(stack)
         self._reader = stack.enter_context(contextlib.closing(self._connect()))
@@ -201,7 +201,7 @@ class Store:
             self._without_row.discard(run.run_id)
         pending.add(run, step)
 
-    def give_up(self, run_id: str) -> None:
+    def discard(self, run_id: str) -> None:
         """Forget a run that was refused and will not be saved again."""
         self._without_row.discard(run_id)
 
@@ -275,11 +275,11 @@ class Store:
         """Whether the file had been removed, replaced or upgraded when ``look`` was called last."""
         return self._displaced is not None
 
-    def look(self) -> None:
-        """Check that the file is in its place; see ``_check_place``. Until it is, ``read`` raises StoreError."""
+    def check_file(self) -> None:
+        """Check that the file is in its place; see ``_check_same_file``. Until it is, ``read`` raises StoreError."""
         found: _Displaced | None = None
         try:
-            self._check_place(self._reader)
+            self._check_same_file(self._reader)
         except (sqlite3.Error, _Displaced) as exc:
             found = exc if isinstance(exc, _Displaced) else _Displaced(str(exc))
         before, self._displaced = self._displaced, found
@@ -288,7 +288,7 @@ class Store:
         elif self._displaced is None and before is not None:
             logger.warning("The store %s is in its place again.", self.path)
 
-    def _check_place(self, db: sqlite3.Connection) -> None:
+    def _check_same_file(self, db: sqlite3.Connection) -> None:
         """Raise _Displaced if the file is not the one that was opened, or has a form that this version does not know.
 
         SQLite notices neither: it goes on with a file that was removed, and what it commits is lost.
@@ -325,8 +325,8 @@ class Store:
     def _write_in_memory(self) -> None:
         """Nobody else writes, no disk is waited for, and nothing can break off: a group is written at once."""
         group, self._open = self._open, Group()
-        self._write_apart(group)
-        group.go_on()
+        self._write_separately(group)
+        group.run_callbacks()
 
     async def _write_until_closed(self) -> None:
         """Cancellation of the host does not reach it: what was accepted is written before the store closes."""
@@ -348,7 +348,7 @@ class Store:
             try:
                 await self._transact(group)
                 self._write_error = None
-                group.go_on()
+                group.run_callbacks()
             except (sqlite3.Error, OSError) as exc:
                 if str(exc) != str(self._write_error):  # it is tried each second, and logged once
                     logger.error("The store %s cannot be written: %s", self.path, exc)
@@ -361,13 +361,13 @@ class Store:
             if self._is_closing:
                 self._has_work.set()
             elif group.error is not None:
-                self._put_back(group)
+                self._requeue(group)
                 self._has_work.set()  # also where nothing is put back: so it is found out when it can be written again
                 await anyio.sleep(RETRY_AFTER_S)
             group.runs.clear()  # the thread that has written them refers to the group until the next one
             group.changes.clear()
 
-    def _put_back(self, group: Group) -> None:
+    def _requeue(self, group: Group) -> None:
         """Keep the runs of a group that could not be written for the next; what is known since wins."""
         for run_id, pending in group.runs.items():
             newer = self._unawaited.pop(run_id, None) or self._open.runs.get(run_id)
@@ -385,20 +385,20 @@ class Store:
         try:
             self._write_once(functools.partial(group.write_together, self._db))
         except Refused:
-            self._write_once(functools.partial(self._write_apart, group))
+            self._write_once(functools.partial(self._write_separately, group))
 
     def _write_once(self, write: Callable[[], None]) -> None:
         with self._transaction():
-            self._check_place(self._db)
+            self._check_same_file(self._db)
             if self._write_error is not None:  # an empty transaction would always succeed
                 self._db.execute(statements.TOUCH_ENGINES)
             write()
             self._db.execute("COMMIT")
-        self._check_place(self._db)  # or what was committed is lost already
+        self._check_same_file(self._db)  # or what was committed is lost already
 
-    def _write_apart(self, group: Group) -> None:
+    def _write_separately(self, group: Group) -> None:
         try:
-            group.write_apart(self._db)
+            group.write_separately(self._db)
         finally:
             self._without_row |= group.without_row
 
@@ -605,7 +605,7 @@ class Store:
             bounds = [(first_id_at(before), micros(before))] if before is not None else []
             if keep_runs is not None:
                 row = db.execute(statements.NTH_NEWEST, {"flock": flock, "offset": max(0, keep_runs - 1)}).fetchone()
-                bounds += [(row[0], FOR_EVER)] if row is not None else []
+                bounds += [(row[0], MAX_TIME)] if row is not None else []
             deleted = 0
             for bound, latest in bounds:
                 values = {
@@ -618,7 +618,7 @@ class Store:
 
         return await self.change(apply)
 
-    async def forget_keys(self, before: datetime) -> None:
+    async def delete_old_keys(self, before: datetime) -> None:
         await self.change(lambda db: db.execute(statements.DELETE_OLD_KEYS, (micros(before),)) and None)
 
     def cancels_for(self, owner: str) -> list[tuple[str, int]]:
@@ -632,7 +632,7 @@ class Store:
 
     # Engines
 
-    async def enter(self, engine_id: str, flock: str, agents: Collection[str]) -> Sequence[str]:
+    async def register_engine(self, engine_id: str, flock: str, agents: Collection[str]) -> Sequence[str]:
         """Say that *engine_id* lives, for as long as this process does: the kernel frees the lock that it holds.
 
         Args:
@@ -654,7 +654,7 @@ class Store:
         await self._insert_engine(engine_id, flock)
         return await self.change(apply)
 
-    def unfinished_of_others(self, flock: str) -> Mapping[str, int]:
+    def unfinished_of_other_flocks(self, flock: str) -> Mapping[str, int]:
         """How many runs and batches of flocks of other names have not ended, by these names."""
 
         def find(db: sqlite3.Connection) -> Mapping[str, int]:
@@ -664,7 +664,7 @@ class Store:
 
         return self.read(find)
 
-    async def remain(self, engine_id: str, flock: str) -> bool:
+    async def renew_registration(self, engine_id: str, flock: str) -> bool:
         """Say again that *engine_id* lives, if anybody was told otherwise; False if its runs were taken over by then.
 
         That is so where its lock file was removed. Whoever takes over removes the file first and the row then, so a
@@ -683,7 +683,7 @@ class Store:
         values = (engine_id, flock, micros(datetime.now(UTC)))
         await self.change(lambda db: db.execute(statements.INSERT_ENGINE, values) and None)
 
-    async def leave(self, engine_id: str) -> None:
+    async def unregister_engine(self, engine_id: str) -> None:
         """Let go of what *engine_id* holds. What is unfinished is for the next engine that looks."""
 
         def apply(db: sqlite3.Connection) -> bool:
@@ -715,11 +715,13 @@ class Store:
         so is what cannot be read. All else stays as it is, for a program that has its agent.
         """
         # In a thread, for there may be many, and long ones.
-        left = await anyio.to_thread.run_sync(self.read, lambda db: takeover.left_by(db, dead_id, self.agents, only))
+        unfinished = await anyio.to_thread.run_sync(
+            self.read, lambda db: takeover.find_unfinished(db, dead_id, self.agents, only)
+        )
 
         def apply(db: sqlite3.Connection) -> TakenOver:
-            taken = takeover.take_over(db, left, dead_id, owner, now)
-            if taken.is_all:
+            taken = takeover.take_over(db, unfinished, dead_id, owner, now)
+            if taken.is_complete:
                 files.remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
             return taken
 

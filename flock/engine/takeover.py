@@ -14,7 +14,7 @@ from flock.engine import queries, statements
 from flock.engine.rows import DAMAGED_BATCH, DAMAGED_RUN, UNREADABLE, Damaged, micros
 from flock.runs import Batch, Run, stub_of
 
-__all__ = ["INTERRUPTED", "Left", "TakenOver", "has_unfinished", "left_by", "take_over"]
+__all__ = ["INTERRUPTED", "TakenOver", "Unfinished", "find_unfinished", "has_unfinished", "take_over"]
 
 logger = logging.getLogger("flock.store")
 
@@ -29,16 +29,16 @@ class TakenOver(NamedTuple):
         runs: those that ended with it, and those to go on with; stubs, unless they are short.
         batches: to go on with.
         waiting: how many runs and batches were left, by the agent that they wait for.
-        is_all: nothing was left.
+        is_complete: nothing was unfinished.
     """
 
     runs: Sequence[Run]
     batches: Sequence[Batch]
     waiting: Mapping[str, int]
-    is_all: bool
+    is_complete: bool
 
 
-class Left:
+class Unfinished:
     """The ids of what an engine left unfinished, by what is to be done with it."""
 
     def __init__(self) -> None:
@@ -50,9 +50,9 @@ class Left:
         self.waiting: Counter[str] = Counter()
 
 
-def left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only: str | None) -> Left:
+def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only: str | None) -> Unfinished:
     """Read outside a transaction for writing, which would fail if SQLite cannot read one of the rows."""
-    left = Left()
+    unfinished = Unfinished()
     for (run_id,) in db.execute(statements.UNFINISHED_RUNS, (dead_id,)).fetchall():
         if only not in (None, run_id):
             continue
@@ -61,17 +61,17 @@ def left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only:
         except Damaged as exc:
             logger.error("run %s was left unfinished, and cannot be read: %s", run_id, exc)
             if exc.is_writable:
-                left.ends[run_id] = (DAMAGED_RUN, UNREADABLE)
+                unfinished.ends[run_id] = (DAMAGED_RUN, UNREADABLE)
             continue
         if run is None:
             continue
         agent_name = run.next_agent_name or run.agent_name
         if not run.is_async:
-            left.ends[run_id] = INTERRUPTED
+            unfinished.ends[run_id] = INTERRUPTED
         elif run.cancel_requested or agent_name in agents:
-            left.runs.append(run_id)
+            unfinished.runs.append(run_id)
         else:
-            left.waiting[agent_name] += 1
+            unfinished.waiting[agent_name] += 1
     for (batch_id,) in db.execute(statements.UNFINISHED_BATCHES, (dead_id,)).fetchall():
         if only not in (None, batch_id):
             continue
@@ -79,35 +79,35 @@ def left_by(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only:
             batch = queries.find_batch(db, batch_id)
         except Damaged as exc:
             logger.error("batch %s was left unfinished, and cannot be read: %s", batch_id, exc)
-            left.damaged_batches.append(batch_id)
+            unfinished.damaged_batches.append(batch_id)
             continue
         if batch is not None and (batch.cancel_requested or batch.agent_name in agents):
-            left.batches.append(batch_id)
+            unfinished.batches.append(batch_id)
         elif batch is not None:
-            left.waiting[batch.agent_name] += 1
-    return left
+            unfinished.waiting[batch.agent_name] += 1
+    return unfinished
 
 
-def take_over(db: sqlite3.Connection, left: Left, dead_id: str, owner: str, now: datetime) -> TakenOver:
+def take_over(db: sqlite3.Connection, unfinished: Unfinished, dead_id: str, owner: str, now: datetime) -> TakenOver:
     """Make *owner* the owner of what is *left*, as far as it still belongs to *dead_id*, and end the rest of it."""
     at = micros(now)
-    ended = [id_ for id_, end in left.ends.items() if _changes(db, statements.FAIL_RUN, *end, at, id_, dead_id)]
-    runs = ended + [id_ for id_ in left.runs if _changes(db, statements.TAKE_RUN, owner, id_, dead_id)]
-    batches = [id_ for id_ in left.batches if _changes(db, statements.TAKE_BATCH, owner, id_, dead_id)]
+    ended = [id_ for id_, end in unfinished.ends.items() if _changes(db, statements.FAIL_RUN, *end, at, id_, dead_id)]
+    runs = ended + [id_ for id_ in unfinished.runs if _changes(db, statements.TAKE_RUN, owner, id_, dead_id)]
+    batches = [id_ for id_ in unfinished.batches if _changes(db, statements.TAKE_BATCH, owner, id_, dead_id)]
     for batch_id in batches:
         db.execute(statements.TAKE_ITEMS, (batch_id,))
-    for batch_id in left.damaged_batches:
+    for batch_id in unfinished.damaged_batches:
         if _changes(db, statements.FAIL_BATCH, DAMAGED_BATCH, at, batch_id, dead_id):
             db.execute(statements.FAIL_ITEMS, (DAMAGED_BATCH, UNREADABLE, at, batch_id))
     db.execute(statements.DROP_STAGED_BATCHES, (dead_id,))
-    is_all = not has_unfinished(db, dead_id)
-    if is_all:
+    is_complete = not has_unfinished(db, dead_id)
+    if is_complete:
         db.execute(statements.DELETE_ENGINE, (dead_id,))
     return TakenOver(
         [stub_of(run) for run_id in runs if (run := queries.find_run(db, run_id)) is not None],
         [batch for batch_id in batches if (batch := queries.find_batch(db, batch_id)) is not None],
-        left.waiting,
-        is_all,
+        unfinished.waiting,
+        is_complete,
     )
 
 
