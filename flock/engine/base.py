@@ -11,7 +11,7 @@ import anyio.lowlevel
 
 from flock.agents.agent import Agent
 from flock.engine.intake import Intake
-from flock.engine.refusals import stopping
+from flock.engine.refusals import not_accepting
 from flock.engine.rowchecks import as_json
 from flock.errors import AgentNotFound, EngineStopped
 from flock.limits import Limits
@@ -144,14 +144,14 @@ class EngineBase(ABC):
     def _check_running(self) -> None:
         self._check_entered()
         if self.is_draining:
-            raise stopping()
+            raise not_accepting()
 
     def health(self) -> EngineHealth:
         """See ``Engine.health``."""
         store: Literal["ok", "failing"] = "ok" if self._is_store_ok else "failing"
         if not self._is_entered:
             return EngineHealth("stopped", store)
-        return EngineHealth("stopping" if self.is_draining else "running", store)
+        return EngineHealth("not_accepting" if self.is_draining else "running", store)
 
     # New work
 

@@ -14,7 +14,7 @@ import anyio
 
 from flock.engine.batchstore import BatchStore
 from flock.engine.intake import ITEMS_A_PAGE, Intake
-from flock.engine.refusals import stopping
+from flock.engine.refusals import not_accepting
 from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
 from flock.errors import OwnershipLost, StoreError
@@ -60,7 +60,7 @@ class Batches:
         async def stage(page: Sequence[Run]) -> None:
             nonlocal is_staged
             if self._runner.is_draining:  # it would hold up the stop for as long as its client likes
-                raise stopping(" Send the upload again.")
+                raise not_accepting(" Send the upload again.")
             is_first, is_staged = not is_staged, True
             await self._store.stage(batch, page, self._limits.max_open_items, key, is_first=is_first)
 
@@ -172,7 +172,7 @@ class Batches:
 
     async def _work_through(self, items: Iterator[Run], start_worker: Callable[[], None]) -> None:
         try:
-            for work in map(self._runner.carry_out, items, itertools.repeat(start_worker)):  # shared by the workers
+            for work in map(self._runner.execute, items, itertools.repeat(start_worker)):  # shared by the workers
                 await work
         except StoreError as exc:  # the next page cannot be read
             logger.error("items cannot be read: %s", exc)

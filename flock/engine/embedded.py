@@ -27,7 +27,7 @@ from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
 from flock.engine.batches import Batches
 from flock.engine.batchstore import BatchStore
 from flock.engine.intake import Intake
-from flock.engine.refusals import asked_to_leave, not_cancelled, not_deleted, not_retried, run_not_retried
+from flock.engine.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, current_task
 from flock.engine.store import Store
 from flock.engine.takeover import TakenOver
@@ -110,7 +110,7 @@ class EmbeddedEngine(EngineBase):
         super().__init__(agents, flock, replaced(limits or Limits(), bounds))
         self.store = store
         self._models = models
-        models.on_retry = lambda: self._runner.turns.tell("model_call_retried")
+        models.on_retry = lambda: self._runner.turns.notify("model_call_retried")
         self._observers: list[Observer] = []
         self._make_runner = functools.partial(
             Runner,
@@ -228,7 +228,7 @@ class EmbeddedEngine(EngineBase):
             with anyio.CancelScope(shield=True):
                 async with anyio.create_task_group() as leaving:  # together: they share one time-out
                     for active in list(self._runner.active.values()):
-                        leaving.start_soon(self._runner.leave, active)
+                        leaving.start_soon(self._runner.interrupt, active)
                 with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError):
                     await self.store.unregister_engine(self._engine_id)
             await self._exit.aclose()
@@ -238,7 +238,7 @@ class EmbeddedEngine(EngineBase):
         self._runner.is_draining = True
         self._wake_all()
         for active in self._runner.active.values():
-            active.tell(active.run)  # event streams end
+            active.update(active.run)  # event streams end
         for seconds in (timeout_s, FINAL_WRITE_TIMEOUT_S):
             with anyio.move_on_after(seconds):
                 while self._runner.active:
@@ -326,20 +326,20 @@ class EmbeddedEngine(EngineBase):
         active = self._runner.active.get(run_id)
         while active is not None and not active.is_lost:
             if active.run.status.is_final:
-                return await self._whole(active)
+                return await self._record_of(active)
             if active.store_error is not None:
                 raise active.store_error
-            if active.is_left:
+            if active.is_interrupted:
                 raise EngineStopped("The server stopped before this run ended; it goes on at the next start.")
             if timeout_s is not None and anyio.current_time() >= deadline:
-                return await self._whole(active)
+                return await self._record_of(active)
             active.wake_at = min(active.wake_at, deadline)  # the watch sees to it: a timer for each takes longer
             await active.end.wait()
         with anyio.CancelScope(deadline=deadline):
             while not (run := await self.get_run(run_id)).status.is_final:
                 del run  # it may be long, and so may the wait
                 if self.is_draining:
-                    raise asked_to_leave()
+                    raise wait_stopped()
                 await self._awaited.setdefault(run_id, anyio.Event()).wait()
             return run
         return await self.get_run(run_id)
@@ -361,9 +361,9 @@ class EmbeddedEngine(EngineBase):
         active.cancel()
         if active.run.is_async:
             await self.store.request_cancel(run_id)  # whoever goes on with it after a crash knows
-        return await self._whole(active)
+        return await self._record_of(active)
 
-    async def _whole(self, active: StoredRun) -> Run:
+    async def _record_of(self, active: StoredRun) -> Run:
         """Its record. If that is gone or cannot be read, what is known without its inputs and its steps' results."""
         run = active.run
         if run.is_stub:
@@ -476,7 +476,7 @@ class EmbeddedEngine(EngineBase):
 
     async def _watch(self) -> None:
         """Look for what others did, and for others that are gone; 20 times a second, at a cost of microseconds."""
-        self._runner.companion = current_task()
+        self._runner.watch_task = current_task()
         version, look_at = -1, anyio.current_time() + LOOK_INTERVAL_S
         while True:
             await anyio.sleep(WATCH_INTERVAL_S)
@@ -484,7 +484,7 @@ class EmbeddedEngine(EngineBase):
             for active in list(self._runner.active.values()):
                 # Behind its turn the run has a newer record, on its way to the disk, which this one would replace.
                 if active.context is not None and active.progress is not active.run.progress:
-                    active.tell(replace(active.run, progress=active.progress))
+                    active.update(replace(active.run, progress=active.progress))
                     self.store.save_nowait(active.run)
                 if at >= active.wake_at:
                     active.wake_at = math.inf
@@ -568,7 +568,7 @@ class EmbeddedEngine(EngineBase):
             template = "going on with %d runs and %d batches of an engine that is gone; %d runs ended with it"
             logger.info(template, len(runs), len(taken.batches), len(ended))
         for run in ended:
-            self._runner.turns.tell("run_ended", run)
+            self._runner.turns.notify("run_ended", run)
         for run in runs:
             self._start(run)
         for batch in taken.batches:
@@ -624,7 +624,7 @@ class EmbeddedEngine(EngineBase):
         with anyio.move_on_after(timeout_s):
             while not (await self.get_batch(batch_id)).status.is_final:
                 if self.is_draining:
-                    raise asked_to_leave()
+                    raise wait_stopped()
                 await self._awaited.setdefault(batch_id, anyio.Event()).wait()
         return await self.get_batch(batch_id)
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from flock.engine import statements
-from flock.engine.refusals import stopping
+from flock.engine.refusals import not_accepting
 from flock.engine.rows import (
     BATCH_TABLE,
     DAMAGED_BATCH,
@@ -210,7 +210,7 @@ def has_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> b
 def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
     """Raise EngineStopped where an engine has let go of all that it had: nobody would go on with more."""
     if db.execute(statements.FIND_ENGINE, (engine_id,)).fetchone() is None:
-        raise stopping()
+        raise not_accepting()
 
 
 def insert_key(

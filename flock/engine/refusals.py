@@ -5,18 +5,26 @@ from collections.abc import Sequence
 from flock.errors import Conflict, EngineStopped
 from flock.runs import Batch, Run, RunStatus
 
-__all__ = ["RETRIED", "asked_to_leave", "not_cancelled", "not_deleted", "not_retried", "run_not_retried", "stopping"]
+__all__ = [
+    "RETRYABLE",
+    "not_accepting",
+    "not_cancelled",
+    "not_deleted",
+    "not_retried",
+    "run_not_retried",
+    "wait_stopped",
+]
 
 #: What may be tried again, in words.
-RETRIED = {RunStatus.FAILED: "failed", RunStatus.CANCELLED: "was cancelled"}
+RETRYABLE = {RunStatus.FAILED: "failed", RunStatus.CANCELLED: "was cancelled"}
 
 
-def stopping(more: str = "") -> EngineStopped:
+def not_accepting(more: str = "") -> EngineStopped:
     """Why nothing new is accepted."""
     return EngineStopped(f"The server is about to stop and takes no new work.{more}")
 
 
-def asked_to_leave() -> EngineStopped:
+def wait_stopped() -> EngineStopped:
     """Why nothing is waited for any longer."""
     return EngineStopped("The server is about to stop. Ask another one, or this one when it is back.")
 
@@ -47,7 +55,7 @@ def run_not_retried(run: Run, batch: Batch | None) -> Conflict:
 
 def not_retried(batch: Batch, wanted: Sequence[RunStatus]) -> Conflict:
     """Why *wanted* items of a batch cannot be tried again."""
-    what = f"has no item that {' or '.join(RETRIED[status] for status in wanted)}"
+    what = f"has no item that {' or '.join(RETRYABLE[status] for status in wanted)}"
     if not batch.status.is_final:
         what = f"is {batch.status}; only one that has ended can be tried again"
     return Conflict(f"The {_name_of(batch)} {what}.")

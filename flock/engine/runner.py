@@ -56,7 +56,7 @@ class StoredRun(ActiveRun):
         )
         self._runner = runner
         #: called once it has a slot
-        self.when_begun: Callable[[], None] | None = None
+        self.on_begin: Callable[[], None] | None = None
         #: how much of ``Runner.queued_bytes`` is its inputs
         self.queued_bytes = 0
         self.store_error: StoreError | None = None
@@ -64,7 +64,7 @@ class StoredRun(ActiveRun):
         self.unsaved: Run | None = None
         #: when the first of those who wait wants to be woken, by the loop's clock
         self.wake_at = math.inf
-        self.is_left = False
+        self.is_interrupted = False
         #: what becomes of it is said by the store only: another engine has it now, or its record is damaged
         self.is_lost = False
         # Made only where somebody waits: an event takes longer than a step's record.
@@ -88,7 +88,7 @@ class StoredRun(ActiveRun):
         return self._end
 
     async def wait_begins(self) -> None:
-        await self._runner.leave_in_store(self)
+        await self._runner.unload(self)
 
     async def begin(self) -> Run:
         return await self._runner.begin(self)
@@ -96,7 +96,7 @@ class StoredRun(ActiveRun):
     async def started(self, run: Run, agent: Agent) -> None:
         await self._runner.save_start(self, run, agent)
 
-    def tell(self, run: Run) -> None:
+    def update(self, run: Run) -> None:
         """The run is now *run*; wake those who wait for a change, and at its end all."""
         self.run = run
         if self._change is not None:
@@ -118,7 +118,7 @@ class Runner:
     Attributes:
         active: all that are at work here or wait for it, by id.
         cancelled_before: the attempts of items that were cancelled before they began, by id.
-        companion: a task of the engine that only the end of the event loop, or of the engine, cancels.
+        watch_task: a task of the engine that only the end of the event loop, or of the engine, cancels.
         is_draining: what cannot be written now is not tried again.
         queued_bytes: how long the inputs of runs are that wait for their first step, by their principal. Neither items
             of batches count nor what was taken over after a crash.
@@ -142,7 +142,7 @@ class Runner:
 
         self.active: dict[str, StoredRun] = {}
         self.cancelled_before: dict[str, int] = {}
-        self.companion: asyncio.Task[Any] | None = None
+        self.watch_task: asyncio.Task[Any] | None = None
         self.is_draining = False
         self.queued_bytes: Counter[str | None] = Counter()
         self.turns = Turns(
@@ -157,18 +157,18 @@ class Runner:
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
         """Take a run to its end in a task of its own."""
-        tasks.start_soon(self._carry_out, self._admitted(run))
+        tasks.start_soon(self._execute, self._admit(run))
 
-    def carry_out(self, run: Run, when_begun: Callable[[], None]) -> Coroutine[Any, Any, None]:
-        """Take a run to its end, and call *when_begun* when it has a slot. Raises if the engine is cancelled only.
+    def execute(self, run: Run, on_begin: Callable[[], None]) -> Coroutine[Any, Any, None]:
+        """Take a run to its end, and call *on_begin* when it has a slot. Raises if the engine is cancelled only.
 
         The coroutine does not hold *run*.
         """
-        active = self._admitted(run)
-        active.when_begun = when_begun
-        return self._carry_out(active)
+        active = self._admit(run)
+        active.on_begin = on_begin
+        return self._execute(active)
 
-    def _admitted(self, run: Run) -> StoredRun:
+    def _admit(self, run: Run) -> StoredRun:
         if self.cancelled_before.pop(run.run_id, None) == run.attempt:
             run = replace(run, cancel_requested=True)
         active = self.active[run.run_id] = StoredRun(run, self)
@@ -183,7 +183,7 @@ class Runner:
         if not self.queued_bytes[principal]:
             del self.queued_bytes[principal]
 
-    def _leave_queue(self, active: StoredRun) -> None:
+    def _dequeue(self, active: StoredRun) -> None:
         self.count_queued(active.run.principal, -active.queued_bytes)
         active.queued_bytes = 0
 
@@ -192,7 +192,7 @@ class Runner:
         for active in list(self.active.values()):
             self.turns.stop(active)
 
-    async def leave(self, active: StoredRun) -> None:
+    async def interrupt(self, active: StoredRun) -> None:
         """The engine is going: what nobody waits for goes on at the next start, and all else ends here."""
         run = active.unsaved or active.run
         if not run.is_async or not self._store.is_shared:
@@ -200,21 +200,21 @@ class Runner:
             ended = replace(run, status=RunStatus.FAILED, error=error, error_type=error_type, completed_at=now())
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
                 await self._store.save(ended, run.steps[-1] if active.unsaved is not None else None)
-                self.turns.tell("run_ended", ended)
+                self.turns.notify("run_ended", ended)
             active.run = ended
-        active.is_left = True
-        active.tell(active.run)
+        active.is_interrupted = True
+        active.update(active.run)
         active.wake()
-        self._forget(active)
+        self._remove(active)
 
-    async def _carry_out(self, active: StoredRun) -> None:
+    async def _execute(self, active: StoredRun) -> None:
         end: dict[str, Any] | None = None
         failure: BaseException | None = None
         try:
             with active.scope:
                 end = {"status": RunStatus.COMPLETED, "result": await self._steps(active)}
         except OwnershipLost:
-            self._lose(active)
+            self._on_ownership_lost(active)
             return
         except BaseException as exc:
             # Within a cancelled scope the deadline is -inf. A cancellation without one comes from the agent's own code,
@@ -223,17 +223,17 @@ class Runner:
                 if isinstance(exc, anyio.get_cancelled_exc_class()):
                     raise
                 return  # it is not to fail by what an agent makes of that; __aexit__ says what becomes of the run
-            if self.companion is not None and self.companion.cancelling():
+            if self.watch_task is not None and self.watch_task.cancelling():
                 raise  # the event loop is ending, and cancels whatever is in it
             failure = exc
         if end is None:
             if active.is_stopped:
-                await self.leave(active)
+                await self.interrupt(active)
                 return
             end = asdict(self.turns.outcome_of(active, failure))
         await _absorb_cancellation()
         if isinstance(failure, Unreadable) and not failure.is_writable:  # to write it would fail all of its group
-            self._let_go(active)
+            self._disown(active)
             return
         try:
             await self._finish(active, end)
@@ -247,9 +247,9 @@ class Runner:
             await self._step(active)
             if active.cancel_requested:
                 raise anyio.get_cancelled_exc_class()
-        run = active.unsaved or await self._whole(active)
+        run = active.unsaved or await self._load(active)
         if run.started_at is None:  # tried again, and there was nothing left to do
-            active.tell(replace(run, status=RunStatus.RUNNING, started_at=now()))
+            active.update(replace(run, status=RunStatus.RUNNING, started_at=now()))
         return run.steps[-1].result
 
     async def _step(self, active: StoredRun) -> None:
@@ -266,11 +266,11 @@ class Runner:
 
     async def begin(self, active: StoredRun) -> Run:
         """See ``ActiveRun.begin``. Raises: OwnershipLost, Unreadable."""
-        self._leave_queue(active)
-        when_begun, active.when_begun = active.when_begun, None
-        if when_begun is not None:
-            when_begun()
-        return await self._whole(active)
+        self._dequeue(active)
+        on_begin, active.on_begin = active.on_begin, None
+        if on_begin is not None:
+            on_begin()
+        return await self._load(active)
 
     async def save_start(self, active: StoredRun, run: Run, agent: Agent) -> None:
         """See ``ActiveRun.started``."""
@@ -278,11 +278,11 @@ class Runner:
             await self._save(active, run, None)  # who begins it a second time must know that it was begun
         else:
             self._store.save_nowait(run)
-            active.tell(run)
+            active.update(run)
         if run.is_async and run.batch_id is None:
             self._store.flush_nowait()
 
-    async def leave_in_store(self, active: StoredRun) -> None:
+    async def unload(self, active: StoredRun) -> None:
         """Hold only a stub of a run that waits for a slot."""
         is_in_store = active.run.is_async or active.run.status is not RunStatus.STARTING
         if not is_in_store and stub_of(active.run).is_stub:
@@ -291,7 +291,7 @@ class Runner:
         if is_in_store:
             active.run = stub_of(active.run)
 
-    async def _whole(self, active: StoredRun) -> Run:
+    async def _load(self, active: StoredRun) -> Run:
         """The run with what was left in the store, trying again as long as that cannot be read.
 
         Raises: OwnershipLost; Unreadable if its record is damaged.
@@ -332,7 +332,7 @@ class Runner:
                     active.wake()
                     await anyio.sleep(RETRY_AFTER_S)
         active.store_error = None
-        active.tell(run)
+        active.update(run)
 
     async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run
@@ -341,20 +341,20 @@ class Runner:
         try:
             await self._save(active, run, step)
         except OwnershipLost:
-            self._lose(active)
+            self._on_ownership_lost(active)
             return
         except StoreError as exc:
             logger.warning("run %s: its end was not written: %s", run.run_id, exc)
-            await self.leave(active)
+            await self.interrupt(active)
             return
         except Unstorable as exc:
             if active.unsaved is not None:  # it may be possible without its last step
                 raise
             logger.error("run %s: its end cannot be kept: %s %s", run.run_id, exc, exc.log_detail)
             self._store.discard(run.run_id)
-            active.tell(run)
-        self._forget(active)
-        self.turns.tell("run_ended", run)
+            active.update(run)
+        self._remove(active)
+        self.turns.notify("run_ended", run)
         level = logging.INFO if run.batch_id is None else logging.DEBUG  # of a million items the batch tells
         if logger.isEnabledFor(level):
             took_ms = round((now() - run.created_at).total_seconds() * 1000)
@@ -362,20 +362,20 @@ class Runner:
             extra = fields_of_run(run) | {"status": run.status.value, "duration_ms": took_ms}
             logger.log(level, template, run.run_id, run.status, run.agent_name, took_ms, run.request_id, extra=extra)
 
-    def _forget(self, active: StoredRun) -> None:
-        self._leave_queue(active)
+    def _remove(self, active: StoredRun) -> None:
+        self._dequeue(active)
         if self.active.get(active.run.run_id) is active:
             del self.active[active.run.run_id]
 
-    def _lose(self, active: StoredRun) -> None:
+    def _on_ownership_lost(self, active: StoredRun) -> None:
         """Those who wait for the run hear of it from the store from now on."""
         logger.warning("run %s: another engine has taken it over", active.run.run_id)
-        self._let_go(active)
+        self._disown(active)
 
-    def _let_go(self, active: StoredRun) -> None:
+    def _disown(self, active: StoredRun) -> None:
         active.is_lost = True
-        self._forget(active)
-        active.tell(active.run)
+        self._remove(active)
+        active.update(active.run)
         active.wake()
 
 

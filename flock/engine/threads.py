@@ -26,9 +26,9 @@ class _Call:
         self.batch_id = batch_id
         self.scope = anyio.CancelScope(shield=True, deadline=deadline)
         self.is_begun = False
-        self.is_over = False
+        self.is_done = False
         self.is_abandoned = False
-        self.is_free = False
+        self.is_released = False
         self.when_free: list[Callable[[], None]] = []
 
 
@@ -47,7 +47,7 @@ class Threads:
         Raises: what *function* raises; TimeoutError if it is left alone.
         Cancellation: while it waits for a slot, at once; then only when the function has returned.
         """
-        call, tell_loop = _Call(batch_id, deadline), _teller()
+        call, schedule_in_loop = _Call(batch_id, deadline), _loop_scheduler()
         await self._slots.acquire(batch_id)
         self._calls[owner] = call
 
@@ -58,28 +58,28 @@ class Threads:
                     raise TimeoutError
                 return function()
             finally:
-                call.is_over = True
+                call.is_done = True
                 if call.is_abandoned:
                     # It does not wait for an answer: the loop may be at its end, and the thread would never be.
                     with contextlib.suppress(RuntimeError):  # it is closed by now
-                        tell_loop(self._free, owner, call)
+                        schedule_in_loop(self._free, owner, call)
 
         try:
             with call.scope:
                 # A limiter of its own, since the slot is released later than this one would be.
                 return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         finally:
-            # The thread looks at this after it has set is_begun and is_over, and we the other way round.
+            # The thread looks at this after it has set is_begun and is_done, and we the other way round.
             call.is_abandoned = True
-            if call.is_over or not call.is_begun or not call.scope.cancelled_caught:
+            if call.is_done or not call.is_begun or not call.scope.cancelled_caught:
                 self._free(owner, call)
         await anyio.lowlevel.checkpoint_if_cancelled()
         raise TimeoutError
 
     def _free(self, owner: object, call: _Call) -> None:
-        if call.is_free:
+        if call.is_released:
             return
-        call.is_free = True
+        call.is_released = True
         self._slots.release(call.batch_id)
         if self._calls.get(owner) is call:
             del self._calls[owner]
@@ -104,7 +104,7 @@ class Threads:
         return len(self._calls)
 
 
-def _teller() -> Callable[..., Any]:
+def _loop_scheduler() -> Callable[..., Any]:
     """What calls a function in this event loop, from any thread, without waiting for it."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe

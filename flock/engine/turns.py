@@ -157,8 +157,8 @@ class Turns:
                 active.scope.deadline = anyio.current_time() + active.timeout_s - spent_s
             if is_start:
                 await active.started(run, agent)
-                self.tell("run_started", run)
-            spend = functools.partial(self.tell, "tokens_spent", agent.name)
+                self.notify("run_started", run)
+            spend = functools.partial(self.notify, "tokens_spent", agent.name)
             active.context = context = RunContext(run, agent.name, active.note_progress, spend, self._max_tokens)
             context.cancel_requested = active.cancel_requested
             call_in_thread = functools.partial(
@@ -167,7 +167,7 @@ class Turns:
             step = await run_step(agent, inputs, Resources(self._models, call_in_thread), context)
             self._check_size(run, step)
             await active.keep(step)
-            self.tell("step_completed", step)
+            self.notify("step_completed", step)
             return step
         finally:
             active.context = None
@@ -187,12 +187,12 @@ class Turns:
             return CANCELLED
         return failure_of(active.run, exc, expose_errors=self._expose_errors)
 
-    def is_once(self, run: Run) -> bool:
+    def is_at_most_once(self, run: Run) -> bool:
         """Whether the next turn of *run* must not be started a second time."""
         agent = self._agents.get(run.next_agent_name or "")
         return agent is not None and agent.on_interrupt == "fail"
 
-    def tell(self, event: str, *about: Run | Step | Usage | str) -> None:
+    def notify(self, event: str, *about: Run | Step | Usage | str) -> None:
         """Call the method *event* of each observer. An exception of one of them is logged."""
         for observer in self._observers:
             try:
