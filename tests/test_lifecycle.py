@@ -115,14 +115,14 @@ async def test_a_batch_outlives_a_store_that_fails_for_a_moment(
 ) -> None:
     """Neither its items nor the engine end by it."""
     gate.fails = False
-    read, failures = engine.batch_store.items_to_do, [StoreError("now"), StoreError("and now")]
+    read, failures = engine.batch_store.pending_items, [StoreError("now"), StoreError("and now")]
 
     def fail_first(batch: Batch, after: int, limit: int) -> list[Run]:
         if failures:
             raise failures.pop()
         return read(batch, after, limit)
 
-    monkeypatch.setattr(engine.batch_store, "items_to_do", fail_first)
+    monkeypatch.setattr(engine.batch_store, "pending_items", fail_first)
     batch = await engine.submit_batch("steady", [EMPTY] * 3, BatchOptions())
     with anyio.fail_after(PATIENCE_S):
         while not (batch := await engine.get_batch(batch.batch_id)).status.is_final:  # noqa: ASYNC110 - as a client

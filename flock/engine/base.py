@@ -232,7 +232,7 @@ class EngineBase(ABC):
 
     async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.events``."""
-        reader, told_at = self._reader(run_id), anyio.current_time()
+        reader, sent_at = self._reader(run_id), anyio.current_time()
         progress: Progress | None = None
         while True:
             run = await reader.read()
@@ -247,21 +247,21 @@ class EngineBase(ABC):
             del run  # a slow client holds one event, and the rest is read again
             if event is None and is_last:
                 return
-            if event is not None or anyio.current_time() >= told_at + KEEP_ALIVE_S:
+            if event is not None or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
                 yield event
-                told_at = anyio.current_time()
+                sent_at = anyio.current_time()
                 continue
-            with anyio.CancelScope(deadline=told_at + KEEP_ALIVE_S):
+            with anyio.CancelScope(deadline=sent_at + KEEP_ALIVE_S):
                 await reader.changed()
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.batch_events``."""
-        told, told_at = -1, anyio.current_time()
+        sent, sent_at = -1, anyio.current_time()
         while True:
             changed, batch = self._next_change(), await self.get_batch(batch_id)
-            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != told
-            if is_new or anyio.current_time() >= told_at + KEEP_ALIVE_S:
-                told, told_at = batch.completed_items, anyio.current_time()
+            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != sent
+            if is_new or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
+                sent, sent_at = batch.completed_items, anyio.current_time()
                 yield event_of_batch(batch) if is_new else None
             if batch.status.is_final or self.is_draining:
                 return

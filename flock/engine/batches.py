@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 
 from flock.engine.batchstore import BatchStore
-from flock.engine.intake import ITEMS_A_PAGE, Intake
+from flock.engine.intake import ITEMS_PER_PAGE, Intake
 from flock.engine.refusals import not_accepting
 from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
@@ -26,7 +26,7 @@ __all__ = ["Batches"]
 logger = logging.getLogger("flock.runs")
 
 #: More workers would only hold items that wait: while one is at work, the end of another is written.
-WORKERS_A_PLACE = 2
+WORKERS_PER_SLOT = 2
 
 
 class Batches:
@@ -91,7 +91,7 @@ class Batches:
         """Begin to work on a batch, or go on with it."""
         if batch is not None:
             self._cancelled.discard(batch.batch_id)  # it may be of an attempt that had ended already
-            self._start(self._work, batch)
+            self._start(self._run, batch)
 
     def cancel(self, batch_id: str) -> None:
         """Stop the work on a batch here, if there is any: no item begins from now on."""
@@ -108,14 +108,14 @@ class Batches:
         """As ``BatchStore.reopen_item``; whether it was opened."""
         return await self._store.reopen_item(run, owner, then=self.start) is not None
 
-    async def _work(self, batch: Batch) -> None:
+    async def _run(self, batch: Batch) -> None:
         """Work on a batch until no item is left, beginning again as long as the store fails."""
         if batch.cancel_requested:
             self._cancelled.add(batch.batch_id)
         try:
             while not self._runner.is_draining and not batch.status.is_final:
                 try:
-                    batch = await self._go_on(batch)
+                    batch = await self._process(batch)
                 except OwnershipLost:
                     raise
                 except StoreError as exc:
@@ -129,28 +129,28 @@ class Batches:
         finally:
             self._cancelled.discard(batch.batch_id)
 
-    async def _go_on(self, batch: Batch) -> Batch:
+    async def _process(self, batch: Batch) -> Batch:
         """Do what is left to do. Raises OwnershipLost, StoreError."""
         id_ = batch.batch_id
         while batch.reopening and id_ not in self._cancelled:
             batch = await self._store.reopen_some(batch)
         batch = await self._store.begin(batch, now())
         if id_ not in self._cancelled:
-            workers = min(batch.options.max_workers, batch.total_items, WORKERS_A_PLACE * self._limits.max_concurrency)
+            workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self._limits.max_concurrency)
             workers = workers if batch.options.parallel else 1
-            items = self._items_to_do(batch)
+            items = self._pending_items(batch)
             left = iter(range(workers))
             async with anyio.create_task_group() as tasks:
 
                 def start_worker() -> None:
                     """Each starts the next when its first item begins: more than one would only wait."""
                     if next(left, None) is not None:
-                        tasks.start_soon(self._work_through, items, start_worker)
+                        tasks.start_soon(self._run_items, items, start_worker)
 
                 start_worker()
         while id_ in self._cancelled and await self._store.cancel_waiting(batch, now()):
             pass
-        if self._runner.is_draining or self._store.items_to_do(batch, -1, 1):
+        if self._runner.is_draining or self._store.pending_items(batch, -1, 1):
             return batch
         for item_id, reason in await self._store.fail_unreadable(batch, now()):
             logger.error("batch %s: its item %s cannot be read, and has failed: %s", id_, item_id, reason)
@@ -160,17 +160,17 @@ class Batches:
         logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, batch.request_id)
         return batch
 
-    def _items_to_do(self, batch: Batch) -> Iterator[Run]:
+    def _pending_items(self, batch: Batch) -> Iterator[Run]:
         """Items that wait, read from the store in pages, until the engine leaves or the batch is cancelled."""
         after = -1
-        while page := self._store.items_to_do(batch, after, ITEMS_A_PAGE):
+        while page := self._store.pending_items(batch, after, ITEMS_PER_PAGE):
             for item in page:
                 if self._runner.is_draining or batch.batch_id in self._cancelled:
                     return
                 yield item
             after = page[-1].position or 0
 
-    async def _work_through(self, items: Iterator[Run], start_worker: Callable[[], None]) -> None:
+    async def _run_items(self, items: Iterator[Run], start_worker: Callable[[], None]) -> None:
         try:
             for work in map(self._runner.execute, items, itertools.repeat(start_worker)):  # shared by the workers
                 await work

@@ -31,7 +31,7 @@ from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Idempote
 __all__ = ["BatchStore"]
 
 #: Items that one transaction changes at most: tens of milliseconds.
-BITE = 2000
+CHUNK_SIZE = 2000
 #: About how many bytes of items to work on are read at once: each batch holds them, also while it waits. A record
 #: without its contents counts too.
 WORK_PAGE_BYTES = 64 * 1024
@@ -111,7 +111,7 @@ class BatchStore:
             if is_staged:
                 _check_staged(db, batch)
             count = batch.total_items - batch.completed_items
-            self._check_room(db, batch.flock, count, max_open_items, besides=batch.batch_id)
+            self._check_room(db, batch.flock, count, max_open_items, excluded_id=batch.batch_id)
             if is_staged:
                 db.execute(statements.DELETE_BATCH, (batch.batch_id,))
             db.execute(statements.INSERT_BATCH, batch_values(batch, None))
@@ -122,10 +122,10 @@ class BatchStore:
         await self._store.change(apply, then)
 
     def _check_room(
-        self, db: sqlite3.Connection, flock: str, more: int, max_open_items: int, besides: str = ""
+        self, db: sqlite3.Connection, flock: str, more: int, max_open_items: int, excluded_id: str = ""
     ) -> None:
-        """Raise EngineFull if there is no room for *more* items. Those of the batch *besides* are not counted."""
-        values = (flock, names_json(self._store.agents), besides)
+        """Raise EngineFull if there is no room for *more* items. Those of the batch *excluded_id* are not counted."""
+        values = (flock, names_json(self._store.agents), excluded_id)
         waiting = db.execute(statements.OPEN_ITEMS, values).fetchone()[0] or 0
         if waiting + more > max_open_items:
             raise EngineFull(
@@ -174,7 +174,7 @@ class BatchStore:
 
         return self._store.read(find)
 
-    def items_to_do(self, batch: Batch, after: int, limit: int) -> list[Run]:
+    def pending_items(self, batch: Batch, after: int, limit: int) -> list[Run]:
         """Items that wait, as ``items`` gives them; those that were begun before come with the steps that they did.
 
         They are fewer where they are long, and a long one is a stub. Items that cannot be read are left out, for
@@ -231,19 +231,19 @@ class BatchStore:
         return await self._change_own(batch, apply)
 
     async def fail_unreadable(self, batch: Batch, now: datetime) -> list[tuple[str, str]]:
-        """Let the items fail that have not ended once ``items_to_do`` gives none any more: they cannot be read.
+        """Let the items fail that have not ended once ``pending_items`` gives none any more: they cannot be read.
 
         Returns: the id of each, and what is wrong with it. Raises OwnershipLost.
         """
         found = self._store.read(lambda db: _unfinished(db, batch.batch_id))
         row_ids = [row_id for row_id, _, _, is_writable in found if is_writable]
         end = (DAMAGED_RUN, UNREADABLE, micros(now))
-        for start in range(0, len(row_ids), BITE):
-            bite = row_ids[start : start + BITE]
+        for start in range(0, len(row_ids), CHUNK_SIZE):
+            chunk = row_ids[start : start + CHUNK_SIZE]
 
             def apply(db: sqlite3.Connection) -> None:
                 _check_owner(db, batch)
-                values = [(*end, row_id) for row_id in bite]  # noqa: B023 - called before the next
+                values = [(*end, row_id) for row_id in chunk]  # noqa: B023 - called before the next
                 failed = db.executemany(statements.FAIL_ITEM, values).rowcount
                 queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.FAILED): failed}))
 
@@ -255,10 +255,10 @@ class BatchStore:
 
         def apply(db: sqlite3.Connection) -> bool:
             _check_owner(db, batch)
-            values = (*CANCELLED, micros(now), batch.batch_id, BITE)
+            values = (*CANCELLED, micros(now), batch.batch_id, CHUNK_SIZE)
             changed = db.execute(statements.CANCEL_WAITING_ITEMS, values).rowcount
             queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): changed}))
-            return changed == BITE
+            return changed == CHUNK_SIZE
 
         return await self._store.change(apply)
 
@@ -267,10 +267,10 @@ class BatchStore:
         status, *others = map(RunStatus, (batch.reopening or "").split(","))
 
         def apply(db: sqlite3.Connection) -> None:
-            about = (batch.batch_id, status.value, INVALID_INPUT, BITE)
+            about = (batch.batch_id, status.value, INVALID_INPUT, CHUNK_SIZE)
             changed = db.execute(statements.REOPEN_ITEMS, about).rowcount
             queries.count_ended(db, queries.Ended({(batch.batch_id, status): -changed}))
-            if changed < BITE:
+            if changed < CHUNK_SIZE:
                 values = (",".join(others) or None, batch.batch_id)
                 db.execute(statements.SET_REOPENING, values)
 
@@ -376,7 +376,7 @@ class BatchStore:
 
         def apply(db: sqlite3.Connection) -> bool:
             found = db.execute(statements.DROPPED_BATCH).fetchone()
-            return found is not None and queries.delete_items(db, found[0], BITE) > 0
+            return found is not None and queries.delete_items(db, found[0], CHUNK_SIZE) > 0
 
         return await self._store.change(apply)
 
@@ -397,7 +397,7 @@ def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:
     return found
 
 
-def _to_do(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
+def _item_from(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
     """An item with its steps. Raises Damaged.
 
     Most items were never begun: those are spared a query each. A retry forgets when an item was, not what it did.
@@ -409,7 +409,7 @@ def _to_do(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
 
 def _if_readable(db: sqlite3.Connection, row: Sequence[Any]) -> Run | None:
     try:
-        return _to_do(db, row)
+        return _item_from(db, row)
     except Damaged:
         return None
 
@@ -423,7 +423,7 @@ def _unfinished(db: sqlite3.Connection, batch_id: str) -> list[tuple[int, str, s
     for row_id, run_id in db.execute(statements.UNFINISHED_ITEMS, (batch_id,)).fetchall():
         reason, is_writable = "it is neither waiting nor at its end", True
         try:
-            _to_do(db, queries.read_row(db, statements.RUN_COLUMNS, "rowid", row_id))
+            _item_from(db, queries.read_row(db, statements.RUN_COLUMNS, "rowid", row_id))
         except Damaged as exc:
             reason, is_writable = str(exc), exc.is_writable
         found.append((row_id, (run_id or b"").decode("utf-8", "replace"), reason, is_writable))

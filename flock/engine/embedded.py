@@ -59,7 +59,7 @@ from flock.runs import (
     now,
 )
 
-__all__ = ["EmbeddedEngine", "alone"]
+__all__ = ["EmbeddedEngine", "limits_for_one_batch"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -68,13 +68,13 @@ WATCH_INTERVAL_S = 0.05
 #: After this time all others have seen what was committed, in seconds, if they are not busy.
 SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
 #: How often the store's file and other engines are looked after, in seconds. The first may take that long to notice.
-LOOK_INTERVAL_S = 0.5
+CHECK_INTERVAL_S = 0.5
 #: How often old runs are deleted, in seconds, and how many in one transaction.
 RETENTION_INTERVAL_S = 10.0
-RETENTION_BITE = 500
+RETENTION_CHUNK_SIZE = 500
 
 
-def alone(max_workers: int) -> Limits:
+def limits_for_one_batch(max_workers: int) -> Limits:
     """The limits of an engine for one batch of the program's own, and nothing else: only its workers are bounded."""
     max_workers = max(1, max_workers)  # ``submit_batch`` says what is wrong with fewer
     slots = max_workers + max_workers // 5 + 1  # a tenth of them is left to runs that are no items
@@ -124,7 +124,7 @@ class EmbeddedEngine(EngineBase):
         )
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None
-        self._begin_life()
+        self._reset()
 
     @property
     def is_draining(self) -> bool:
@@ -144,7 +144,7 @@ class EmbeddedEngine(EngineBase):
 
     # Lifecycle
 
-    def _begin_life(self) -> None:
+    def _reset(self) -> None:
         """Make what belongs to one event loop: an event is bound to the loop in which it is waited for."""
         self.batch_store = BatchStore(self.store)
         self._runner = self._make_runner()
@@ -161,12 +161,12 @@ class EmbeddedEngine(EngineBase):
     async def __aenter__(self) -> Self:
         self._check_not_entered()
         self._engine_id = new_id()
-        self._begin_life()
+        self._reset()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
-            with self._entering():
-                self._warn_of_others(
+            with self._explaining_store_errors():
+                self._warn_about_store(
                     await self.store.register_engine(self._engine_id, self._flock, self._agents.keys())
                 )
                 if (newest := self.store.last_id()) is not None:
@@ -176,16 +176,16 @@ class EmbeddedEngine(EngineBase):
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         try:
-            with self._entering():
+            with self._explaining_store_errors():
                 await self._take_over()
         except BaseException:
             await self.__aexit__()
             raise
         self._tasks.start_soon(self._watch)
-        self._tasks.start_soon(self._retain)
+        self._tasks.start_soon(self._apply_retention)
         return self
 
-    def _warn_of_others(self, agents_before: Sequence[str]) -> None:
+    def _warn_about_store(self, agents_before: Sequence[str]) -> None:
         """Warn of other programs on the store, and of users who can read it. It may be so by accident."""
         if self.store.is_public:
             template = "The store %s can be read by every user of this machine. To change that: chmod go= %s*"
@@ -206,7 +206,7 @@ class EmbeddedEngine(EngineBase):
             )
 
     @contextlib.contextmanager
-    def _entering(self) -> Iterator[None]:
+    def _explaining_store_errors(self) -> Iterator[None]:
         try:
             yield
         except StoreError as exc:
@@ -275,11 +275,11 @@ class EmbeddedEngine(EngineBase):
             self._start(run)
         else:
             with self._accepting_key(key):
-                with self._counted(run):
+                with self._counting_inputs(run):
                     await self.store.accept(run, self._limits.queue, key, then=self._start, full=full)
 
     @contextlib.contextmanager
-    def _counted(self, run: Run) -> Iterator[None]:
+    def _counting_inputs(self, run: Run) -> Iterator[None]:
         """Count its inputs as waiting until it is started, and counted there."""
         self._runner.count_queued(run.principal, len(run.inputs))
         try:
@@ -311,9 +311,9 @@ class EmbeddedEngine(EngineBase):
         if active is not None and not active.run.is_stub:
             return active.run
         self._check_entered()
-        return self._visible(run_id, self.store.get_run(run_id))
+        return self._check_visible(run_id, self.store.get_run(run_id))
 
-    def _visible(self, run_id: str, run: Run | None) -> Run:
+    def _check_visible(self, run_id: str, run: Run | None) -> Run:
         """Raises RunNotFound."""
         if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
@@ -349,10 +349,10 @@ class EmbeddedEngine(EngineBase):
         if active is None:
             run = await self.get_run(run_id)
             if not run.status.is_final and await self.store.request_cancel(run_id):
-                at_work = run if run.batch_id is None else await self.get_batch(run.batch_id)
-                if at_work.owner == self._engine_id and run_id not in self._runner.active:
+                owned = run if run.batch_id is None else await self.get_batch(run.batch_id)
+                if owned.owner == self._engine_id and run_id not in self._runner.active:
                     self._runner.cancelled_before[run_id] = run.attempt
-                await self._take_over_cancelled(run_id, at_work.owner)
+                await self._take_over_cancelled(run_id, owned.owner)
                 return await self.get_run(run_id)
             run = await self.get_run(run_id)
             if conflict := not_cancelled(run):
@@ -374,13 +374,13 @@ class EmbeddedEngine(EngineBase):
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
-        self._check_has(run.agent_name)
+        self._check_has_agent(run.agent_name)
         reopened = None
         if run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
             if run.batch_id is None:
                 if (full := self._full(run.principal)) is not None:
                     raise full
-                with self._counted(run):
+                with self._counting_inputs(run):
                     reopened = await self.store.reopen(run, self._engine_id, self._limits.queue, then=self._start)
             elif await self._batches.retry_item(run, self._engine_id):
                 reopened = await self.get_run(run_id)
@@ -392,7 +392,7 @@ class EmbeddedEngine(EngineBase):
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
         if run.completed_at is not None:
-            await self._be_seen(run.completed_at)
+            await self._wait_until_seen(run.completed_at)
         if run.batch_id is not None or not await self.store.delete_run(run_id):
             raise not_deleted(await self.get_run(run_id))
 
@@ -415,11 +415,11 @@ class EmbeddedEngine(EngineBase):
             position = None  # it is kept once
         result = run.result if position is None else run.steps[position].result
         length = self.store.result_bytes(run.run_id, position) if is_outline else len(result or b"")
-        kept = functools.partial(self._kept, run.batch_id or run.run_id)
+        kept = functools.partial(self._protected, run.batch_id or run.run_id)
         return LongJSON(length, functools.partial(self.store.read_result, run.run_id, position), kept)
 
     @contextlib.contextmanager
-    def _kept(self, id_: str) -> Iterator[None]:
+    def _protected(self, id_: str) -> Iterator[None]:
         """Keep a run or batch from the retention of this engine within the block."""
         being_sent = self._being_sent
         being_sent[id_] += 1
@@ -442,12 +442,12 @@ class EmbeddedEngine(EngineBase):
             return replace(event, data={**event.data, "result": short})
         return event
 
-    async def _be_seen(self, completed_at: datetime) -> None:
+    async def _wait_until_seen(self, completed_at: datetime) -> None:
         """Let those who follow something elsewhere hear of its end, before it is gone."""
         if self.store.is_shared:
             await anyio.sleep(max(0, min(SEEN_BY_ALL_S, SEEN_BY_ALL_S - (now() - completed_at).total_seconds())))
 
-    def _check_has(self, agent_name: str) -> None:
+    def _check_has_agent(self, agent_name: str) -> None:
         if agent_name not in self._agents:
             raise Conflict(
                 f"This program does not have the agent {agent_name!r}, which it needs. Retry it in a program that does."
@@ -477,7 +477,7 @@ class EmbeddedEngine(EngineBase):
     async def _watch(self) -> None:
         """Look for what others did, and for others that are gone; 20 times a second, at a cost of microseconds."""
         self._runner.watch_task = current_task()
-        version, look_at = -1, anyio.current_time() + LOOK_INTERVAL_S
+        version, check_at = -1, anyio.current_time() + CHECK_INTERVAL_S
         while True:
             await anyio.sleep(WATCH_INTERVAL_S)
             at = anyio.current_time()
@@ -491,8 +491,8 @@ class EmbeddedEngine(EngineBase):
                     active.wake()
             self.store.flush_nowait()
             try:
-                if is_time_to_look := self.store.is_shared and at >= look_at:
-                    look_at = at + LOOK_INTERVAL_S
+                if is_check_due := self.store.is_shared and at >= check_at:
+                    check_at = at + CHECK_INTERVAL_S
                     self.store.check_file()
                 if self.store.is_displaced:
                     self._wake_all()  # what they read next raises StoreError
@@ -500,7 +500,7 @@ class EmbeddedEngine(EngineBase):
                 seen = self.store.data_version() if self.store.is_shared else version - 1
                 if seen != version:
                     version = seen
-                    self._tell_store_changed()
+                    self._notify_store_changed()
                     for run_id, attempt in self.store.cancels_for(self._engine_id):
                         if run_id in self._runner.active:
                             self._runner.active[run_id].cancel()
@@ -510,7 +510,7 @@ class EmbeddedEngine(EngineBase):
                         self._batches.cancel(batch_id)
                     for id_ in self.store.ended(self._awaited) if self._awaited else ():
                         self._awaited.pop(id_).set()
-                if is_time_to_look:
+                if is_check_due:
                     if not await self.store.renew_registration(self._engine_id, self._flock):
                         logger.warning("another engine has taken over what this one had; it goes on with new work")
                     await self._take_over()
@@ -519,13 +519,13 @@ class EmbeddedEngine(EngineBase):
             except Exception:  # whatever it is, such as no file handle left: the runs go on, and so does the watch
                 logger.exception("the store cannot be watched")
 
-    def _tell_store_changed(self) -> None:
+    def _notify_store_changed(self) -> None:
         changed, self._store_changed = self._store_changed, anyio.Event()
         changed.set()
 
     def _wake_all(self) -> None:
         """Let all who wait for a run or a batch look again."""
-        self._tell_store_changed()
+        self._notify_store_changed()
         while self._awaited:
             self._awaited.popitem()[1].set()
 
@@ -544,12 +544,12 @@ class EmbeddedEngine(EngineBase):
     async def _take_over_cancelled(self, id_: str, owner: str | None) -> None:
         """End a cancelled run or batch of an engine that is gone; no program may have its agent."""
         if owner is not None and owner in self._dead_engines():
-            self._go_on_with(await self.store.take_over(owner, self._engine_id, now(), only=id_))
+            self._resume(await self.store.take_over(owner, self._engine_id, now(), only=id_))
 
     async def _take_over_from(self, dead_id: str) -> None:
         taken = await self.store.take_over(dead_id, self._engine_id, now())
         self.batch_store.has_dropped.set()  # what it had staged is gone
-        self._go_on_with(taken)
+        self._resume(taken)
         known = self._waiting_for.pop(dead_id, ())
         if not taken.is_complete:
             self._waiting_for[dead_id] = taken.waiting.keys()
@@ -561,7 +561,7 @@ class EmbeddedEngine(EngineBase):
                 ", ".join(f"{name} ({count})" for name, count in taken.waiting.items()),
             )
 
-    def _go_on_with(self, taken: TakenOver) -> None:
+    def _resume(self, taken: TakenOver) -> None:
         ended = [run for run in taken.runs if run.status.is_final]
         runs = [run for run in taken.runs if not run.status.is_final]
         if ended or runs or taken.batches:
@@ -574,7 +574,7 @@ class EmbeddedEngine(EngineBase):
         for batch in taken.batches:
             self._batches.start(batch)
 
-    async def _retain(self) -> None:
+    async def _apply_retention(self) -> None:
         """Delete what is too old, in small bites."""
         while True:
             with anyio.move_on_after(RETENTION_INTERVAL_S):
@@ -598,7 +598,7 @@ class EmbeddedEngine(EngineBase):
         before = None if self._limits.keep_for_s is None else now() - timedelta(seconds=self._limits.keep_for_s)
         if before is None and self._limits.keep_runs is None:
             return
-        bounds = (self._flock, before, self._limits.keep_runs, RETENTION_BITE)
+        bounds = (self._flock, before, self._limits.keep_runs, RETENTION_CHUNK_SIZE)
         while await self.store.delete_old(*bounds, self._being_sent.keys()):
             await anyio.lowlevel.checkpoint()
 
@@ -654,7 +654,7 @@ class EmbeddedEngine(EngineBase):
 
     async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
         self._check_running()
-        self._check_has((await self.get_batch(batch_id)).agent_name)
+        self._check_has_agent((await self.get_batch(batch_id)).agent_name)
         wanted = only or (RunStatus.FAILED, RunStatus.CANCELLED)
         reopened = await self._batches.retry(batch_id, self._engine_id, wanted)
         if reopened is None:
@@ -664,7 +664,7 @@ class EmbeddedEngine(EngineBase):
     async def delete_batch(self, batch_id: str) -> None:
         batch = await self.get_batch(batch_id)
         if batch.completed_at is not None:
-            await self._be_seen(batch.completed_at)
+            await self._wait_until_seen(batch.completed_at)
         if not await self.batch_store.drop(batch_id):
             raise not_deleted(batch)
 
@@ -688,7 +688,7 @@ class _StoreReader(RunReader):
         engine._check_entered()
         newest = engine.store.version(run_id)
         if self._outline is None or newest != self._version:
-            self._version, self._outline = newest, engine._visible(run_id, engine.store.outline(run_id))
+            self._version, self._outline = newest, engine._check_visible(run_id, engine.store.outline(run_id))
         return self._outline
 
     async def changed(self) -> None:

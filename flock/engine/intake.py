@@ -7,15 +7,15 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent
-from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, each
+from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, iterate
 from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.rows.tables import RowMapping
 from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Row, Run, RunStatus, new_id
 
-__all__ = ["ITEMS_A_PAGE", "Intake", "mapping_rows"]
+__all__ = ["ITEMS_PER_PAGE", "Intake", "mapping_rows"]
 
 #: How many items are written or read at once, and about how many bytes of inputs are written.
-ITEMS_A_PAGE = 500
+ITEMS_PER_PAGE = 500
 PAGE_BYTES = 4 * 1024 * 1024
 
 
@@ -54,7 +54,7 @@ class Intake:
         stage: Callable[[Sequence[Run]], Awaitable[None]],
         *,
         id_of: Callable[[int], str] = lambda position: new_id(),
-        items_a_page: Callable[[int], int] = lambda total: ITEMS_A_PAGE,
+        items_per_page: Callable[[int], int] = lambda total: ITEMS_PER_PAGE,
         page_bytes: int = PAGE_BYTES,
     ) -> Batch:
         """Read and check all items. Returns the batch with its numbers.
@@ -62,7 +62,7 @@ class Intake:
         Args:
             stage: keeps a page before the next one is read; the last page is left to the caller.
             id_of: names the item at a position.
-            items_a_page: how many items one page holds after so many have been read.
+            items_per_page: how many items one page holds after so many have been read.
             page_bytes: about how many bytes of inputs one page holds at most.
 
         Raises: InvalidData, once there are as many errors, or rows with errors, as are reported at once; TooLarge;
@@ -80,7 +80,7 @@ class Intake:
             if found:
                 continue
             self._add(checks.total, checked, id_of)
-            if len(self.page) >= items_a_page(checks.total) or self._page_bytes > page_bytes:
+            if len(self.page) >= items_per_page(checks.total) or self._page_bytes > page_bytes:
                 await stage(self.page)
                 self.page, self._page_bytes = [], 0
         if found or not checks.total:
@@ -130,7 +130,7 @@ async def mapping_rows(
 ) -> AsyncGenerator[Row, None]:
     """What a program has as mappings, none of them longer than *max_bytes*. Raises InvalidData, TooLarge."""
     position = 0
-    async for item in each(items):
+    async for item in iterate(items):
         at = f"/batch_inputs/{position}"
         if not isinstance(item, Mapping):
             detail = f"An item is a mapping of inputs by name, and not of the type {type(item).__name__!r}."

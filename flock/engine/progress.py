@@ -24,34 +24,34 @@ async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None =
         return await engine.wait_batch(batch_id)
     import click  # only who looks at a line pays for it
 
-    batch, began_at, told = await engine.get_batch(batch_id), anyio.current_time(), ""
+    batch, began_at, text = await engine.get_batch(batch_id), anyio.current_time(), ""
     with click.progressbar(
         range(batch.total_items),
         label=batch.agent_name,
         file=cast(TextIO, _Terminal(sys.stderr)),
         show_eta=False,  # it counts what was done before a crash as done now; the batch knows better
         show_pos=True,
-        item_show_func=lambda _: told,
+        item_show_func=lambda _: text,
         width=20,
     ) as bar:
         async with contextlib.aclosing(engine.batch_events(batch_id)) as events:
             async for event in events:
                 if event is not None:
-                    told = _told(event.data, batch, anyio.current_time() - began_at)
+                    text = _status_text(event.data, batch, anyio.current_time() - began_at)
                     bar.update(event.data["completed_items"] - bar.pos)
                     bar.render_progress()
     return await engine.wait_batch(batch_id)
 
 
-def _told(now: dict[str, Any], before: Batch, took_s: float) -> str:
+def _status_text(now: dict[str, Any], before: Batch, took_s: float) -> str:
     """What stands behind the counts: items a second since the line was begun, the time that is left, failures."""
-    told = []
+    text = []
     if ended := now["completed_items"] - before.completed_items:
-        told.append(f"{ended / max(took_s, 1e-3):.1f}/s")
+        text.append(f"{ended / max(took_s, 1e-3):.1f}/s")
     if now["eta_s"] is not None:
-        told.append(f"{timedelta(seconds=round(now['eta_s']))} left")
-    told += [f"{count} {what}" for what in ("failed", "cancelled") if (count := now[f"{what}_items"])]
-    return "  ".join(told)
+        text.append(f"{timedelta(seconds=round(now['eta_s']))} left")
+    text += [f"{count} {what}" for what in ("failed", "cancelled") if (count := now[f"{what}_items"])]
+    return "  ".join(text)
 
 
 class _Terminal:

@@ -12,7 +12,7 @@ from flock.jsontype import escape_pointer
 from flock.rows.tables import RowMapping
 from flock.runs import Engine, Inputs, ItemLimits, Items, OnInvalid, Row
 
-__all__ = ["NO_ROWS", "BatchCheck", "CheckedRow", "RowChecks", "RowErrors", "as_json", "check_batch", "each"]
+__all__ = ["NO_ROWS", "BatchCheck", "CheckedRow", "RowChecks", "RowErrors", "as_json", "check_batch", "iterate"]
 
 #: How many errors of a batch's items are reported at once.
 MAX_ITEM_ERRORS = 100
@@ -54,7 +54,7 @@ class RowChecks:
         Raises: TooLarge, and whatever *items* raises.
         """
         max_items, max_bytes, share = self._limits.max_items, self._limits.max_input_bytes, FairShare()
-        async for item in each(items):
+        async for item in iterate(items):
             if self.total == max_items:
                 raise TooLarge(f"A batch has at most {max_items} items on this server (max_items).")
             if not isinstance(item, Row):
@@ -199,7 +199,7 @@ def _as_sent(error: FieldError, row: Row, sources: Mapping[str, str]) -> FieldEr
     return FieldError(detail=error.detail, pointer=pointer, line=msgspec.UNSET if line is None else line)
 
 
-async def each(items: Items) -> AsyncIterator[Inputs | Row]:
+async def iterate(items: Items) -> AsyncIterator[Inputs | Row]:
     """Items of either kind of iterable."""
     if isinstance(items, AsyncIterable):
         async for item in items:

@@ -700,9 +700,9 @@ class Store:
             if self.is_shared:
                 files.close_lock(self._engine_lock)
 
-    def dead_engines(self, flock: str, besides: str) -> list[str]:
+    def dead_engines(self, flock: str, own_id: str) -> list[str]:
         """Engines of this flock whose process is gone."""
-        others = self.read(lambda db: [row[0] for row in db.execute(statements.OTHER_ENGINES, (flock, besides))])
+        others = self.read(lambda db: [row[0] for row in db.execute(statements.OTHER_ENGINES, (flock, own_id))])
         return [engine_id for engine_id in others if not files.is_locked(f"{self.path}-engine-{engine_id}")]
 
     async def take_over(self, dead_id: str, owner: str, now: datetime, only: str | None = None) -> TakenOver:
