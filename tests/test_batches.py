@@ -524,14 +524,14 @@ async def test_nothing_is_accepted_that_nobody_would_go_on_with(
         except EngineStopped as exc:
             errors.append(exc)
 
-    async def leave(engine_id: str, leave: Any = Store.leave) -> None:
+    async def leave(engine_id: str, leave: Any = Store.unregister_engine) -> None:
         await leave(engine.store, engine_id)
         arrived.set()
         await anyio.sleep(0.1)
 
     async with anyio.create_task_group() as tasks:
         async with work.flock.engine(store=tmp_path / "flock.db") as engine:
-            monkeypatch.setattr(engine.store, "leave", leave)
+            monkeypatch.setattr(engine.store, "unregister_engine", leave)
             tasks.start_soon(submit, engine.submit_batch, "item", items(), OPTIONS)
             await waiting.wait()
     assert len(errors) == 1

@@ -151,7 +151,7 @@ class EngineBase(ABC):
         store: Literal["ok", "failing"] = "ok" if self._is_store_ok else "failing"
         if not self._is_entered:
             return EngineHealth("stopped", store)
-        return EngineHealth("not_accepting" if self.is_draining else "running", store)
+        return EngineHealth("stopping" if self.is_draining else "running", store)
 
     # New work
 
