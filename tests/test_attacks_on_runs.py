@@ -305,7 +305,7 @@ async def test_a_waiter_at_another_engine_is_told_when_that_one_leaves(tmp_path:
         await other.drain(5)
         done, _ = await asyncio.wait([waiter], timeout=5)
         assert done
-        assert "about to stop" in str(waiter.exception())
+        assert "shutting down" in str(waiter.exception())
 
 
 async def test_a_retry_with_nothing_left_to_do_begins_and_ends(store: str) -> None:

@@ -105,7 +105,7 @@ async def test_there_is_room_for_so_many_items_of_all_batches_together(opened: O
 async def test_a_batch_without_workers_is_refused(opened: Opened) -> None:
     """It would wait for ever."""
     async with opened(Work().flock) as engine:
-        with pytest.raises(DefinitionError, match="max_workers is at least 1, and not 0"):
+        with pytest.raises(DefinitionError, match="max_workers must be at least 1, not 0"):
             await engine.submit_batch("item", numbers(1), BatchOptions(max_workers=0))
 
 
@@ -242,7 +242,7 @@ async def test_a_cancelled_batch_begins_no_item_and_waits_for_those_at_work(open
         work.holds = False
         batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED]))
         assert (batch.status, batch.attempt, batch.cancelled_items) == (RunStatus.COMPLETED, 2, 0)
-        with pytest.raises(Conflict, match="completed and cannot be cancelled"):
+        with pytest.raises(Conflict, match="completed and can no longer be cancelled"):
             await engine.cancel_batch(batch.batch_id)
         with pytest.raises(Conflict, match="no item that failed or was cancelled"):
             await engine.retry_batch(batch.batch_id)
@@ -305,7 +305,7 @@ async def test_only_what_has_ended_can_be_tried_again_or_deleted(opened: Opened)
     async with opened(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(2), OPTIONS)
         await work.begun.wait()
-        with pytest.raises(Conflict, match="is running; only one that has ended"):
+        with pytest.raises(Conflict, match="is running. Only a batch that has ended"):
             await engine.retry_batch(batch.batch_id)
         with pytest.raises(Conflict, match="is still running"):
             await engine.delete_batch(batch.batch_id)
@@ -390,13 +390,13 @@ async def test_one_item_may_be_tried_again_once_its_batch_has_ended(opened: Open
         await work.begun.wait()
         first, _, _, invalid = await engine.get_items(batch.batch_id)
         work.holds = False
-        with pytest.raises(Conflict, match="failed, an item of a batch that is running"):
+        with pytest.raises(Conflict, match="failed, and its batch is running"):
             await engine.retry_run(invalid.run_id)
         work.may_go.set()
         batch = await ended(engine, batch)
         assert (batch.status, batch.failed_items) == (RunStatus.COMPLETED, 3)
         for item in (invalid, (await engine.get_items(batch.batch_id))[2]):
-            with pytest.raises(Conflict, match="unless its inputs do not fit"):
+            with pytest.raises(Conflict, match="only if their inputs are valid"):
                 await engine.retry_run(item.run_id)
         work.fails = set()
         assert (await engine.retry_run(first.run_id)).attempt == 2

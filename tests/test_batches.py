@@ -292,7 +292,9 @@ async def test_an_item_that_cannot_be_read_fails_alone_and_its_batch_ends(
         assert failed == (set() if "position" in change else {ids[3]})
     assert sorted(set(work.calls)) == [n for n in range(600) if n != 3]
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len([error for error in errors if ids[3] in error and "cannot be read, and has failed" in error]) == 1
+    assert (
+        len([error for error in errors if ids[3] in error and "cannot be read and was marked as failed" in error]) == 1
+    )
     assert len(errors) == 1
 
 

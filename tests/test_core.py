@@ -277,7 +277,7 @@ def test_a_batch_of_nothing_has_no_results(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_workers": 0}, "max_workers is at least 1, and not 0"),
+        ({"max_workers": 0}, "max_workers must be at least 1, not 0"),
         ({"on_invalid": "ignore"}, "on_invalid is one of reject, skip, and not 'ignore'"),
         ({"timeout_s": 0}, "timeout_s is a number of seconds above 0"),
         ({"timeout_s": float("nan")}, "timeout_s is a number of seconds above 0"),
@@ -291,7 +291,7 @@ def test_an_option_that_is_none_is_said(options: dict[str, Any], words: str) -> 
 def test_what_is_no_mapping_is_no_item() -> None:
     """Whoever passes one mapping for many finds out."""
     not_items: Any = {"a": 1}
-    with pytest.raises(InvalidData, match="/batch_inputs/0: An item is a mapping of inputs by name"):
+    with pytest.raises(InvalidData, match="/batch_inputs/0: An item must be a mapping of inputs by name"):
         sample_flock().run_batch("add", not_items)
 
 

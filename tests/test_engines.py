@@ -339,7 +339,7 @@ async def test_a_waiting_run_is_cancelled_before_it_begins(engine: Engine, gate:
 
 async def test_a_run_that_ended_otherwise_cannot_be_cancelled(engine: Engine, gate: Gate) -> None:
     run = await engine.wait((await submit(engine, "steady")).run_id)
-    with pytest.raises(Conflict, match="is failed and cannot be cancelled"):
+    with pytest.raises(Conflict, match="is failed and can no longer be cancelled"):
         await engine.cancel_run(run.run_id)
     with pytest.raises(RunNotFound):
         await engine.cancel_run("nobody")
@@ -430,7 +430,7 @@ async def test_a_retry_goes_on_after_the_last_committed_step(engine: Engine, gat
     run = await engine.wait(run.run_id)
     assert (run.status, bytes(run.result or b"")) == (RunStatus.COMPLETED, b'{"result":8}')
     assert gate.calls == ["steady", "shaky", "shaky"]
-    with pytest.raises(Conflict, match="is completed; only a run that failed"):
+    with pytest.raises(Conflict, match="is completed. Only failed and cancelled runs"):
         await engine.retry_run(run.run_id)
 
 
@@ -819,7 +819,7 @@ async def test_an_engine_that_drains_takes_no_new_work_and_lets_those_who_wait_g
         tasks.start_soon(engine.drain, 20)
         assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
     assert engine.is_draining
-    with pytest.raises(EngineStopped, match="about to stop"):
+    with pytest.raises(EngineStopped, match="shutting down"):
         await submit(engine, "nap")
     with pytest.raises(EngineStopped):
         engine.check_ready()

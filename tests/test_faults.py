@@ -304,7 +304,7 @@ def test_a_file_that_is_no_store_any_more_is_refused_with_what_to_do(
     output = done.stdout + done.stderr
     assert done.returncode not in (0, -signal.SIGTERM)
     assert words in output
-    assert "name another file (store=, --store)" in output.replace("Name", "name")
+    assert "use another file (store=, --store)" in output.replace("Use", "use")
     assert "Traceback" not in output
     assert store.read_bytes() == before, "what can be saved of it is still there"
 
@@ -392,7 +392,7 @@ def test_what_a_killed_server_left_is_done_once_by_one_of_the_others(flock_file:
             assert run["result"]["result"] in pids[1:]
         assert time.monotonic() - killed_at < 6, "two seconds are promised; a busy machine has more"
         assert sorted(n for n, _ in begun(tmp_path)) == sorted([*own, *left, *left]), "once, and once more"
-        assert sum("going on with 10 runs" in line for server, _ in others for line in server.lines) == 1
+        assert sum("resuming 10 runs" in line for server, _ in others for line in server.lines) == 1
 
 
 # A suspended process
@@ -449,16 +449,16 @@ def test_a_server_that_wakes_after_its_runs_were_taken_over_overwrites_nothing_a
         assert len(before[0]) == 5
         (tmp_path / f"go-{pid}").touch()
         os.kill(pid, signal.SIGCONT)
-        sleeper.wait_for_line(f"run {run_id}: another engine has taken it over")
+        sleeper.wait_for_line(f"run {run_id}: it was taken over by another engine")
         answer = waited_for.result(20).json()
         assert (answer["status"], answer["error_type"]) == ("failed", "interrupted")
-        sleeper.wait_for_line(f"run {answer['run_id']}: another engine has taken it over")
-        sleeper.wait_for_line(f"batch {batch_id}: another engine has taken it over")
+        sleeper.wait_for_line(f"run {answer['run_id']}: it was taken over by another engine")
+        sleeper.wait_for_line(f"batch {batch_id}: it was taken over by another engine")
         assert all_rows() == before
         assert at_sleeper.get(f"/run/{run_id}").json() == told
         assert not any("completed" in line and run_id in line for line in sleeper.lines)
 
-        sleeper.wait_for_line("another engine has taken over what this one had; it goes on with new work")
+        sleeper.wait_for_line("another engine has taken over the runs of this one, which continues with new work")
         assert ended(at_sleeper, accepted(at_sleeper, "work", n=3))["result"] == {"result": pid}
         (tmp_path / f"go-{pid}").unlink()
         last = accepted(at_sleeper, "work", n=4)
@@ -509,7 +509,7 @@ def test_a_child_of_an_agent_does_not_keep_the_runs_of_a_killed_server(
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
         with serving(flock_file, store) as (successor, client):
-            assert any("going on with 1 runs" in line for line in successor.lines), "before it said that it was up"
+            assert any("resuming 1 runs" in line for line in successor.lines), "before it said that it was up"
             run = ended(client, run_id)
             assert (run["status"], run["result"]) == ("completed", {"result": successor.process.pid})
             assert state_of(int(child)) in "SRD", "the child lives"

@@ -248,4 +248,4 @@ async def test_an_agent_may_ask_not_to_be_begun_again(gate: Gate, tmp_path: Path
     async with gate.flock.engine(store=tmp_path / "flock.db") as again:
         run = await again.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.FAILED, "interrupted")
-    assert "asks not to be begun again" in (run.error or "")
+    assert "rules out an automatic retry" in (run.error or "")

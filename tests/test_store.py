@@ -442,7 +442,7 @@ async def test_a_store_that_exists_keeps_its_permissions_and_the_start_says_if_a
         async with Flock().engine(store=path):
             assert modes_of(tmp_path) == dict.fromkeys(FILES, oct(mode))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    expected = f"The store {path} can be read by every user of this machine. To change that: chmod go= {path}*"
+    expected = f"Every user of this machine can read the store {path}. To change that, run: chmod go= {path}*"
     assert warnings == [expected] * is_public
 
 

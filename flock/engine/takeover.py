@@ -1,6 +1,6 @@
-"""What an engine left unfinished when its process ended, and how another one takes it over.
+"""Recovery of the unfinished work of an engine whose process has ended: another engine takes it over.
 
-All functions are called within a transaction of ``flock.engine.store``, or on its connection for reading.
+All functions are called inside a transaction of ``flock.engine.store``, or on its read connection.
 """
 
 import logging
@@ -18,18 +18,18 @@ __all__ = ["INTERRUPTED", "TakenOver", "Unfinished", "find_unfinished", "has_unf
 
 logger = logging.getLogger("flock.store")
 
-#: ``error`` and ``error_type`` of a run whose server went away while somebody waited for it.
+#: ``error`` and ``error_type`` of a synchronous run whose server stopped.
 INTERRUPTED = ("The server stopped before this run ended.", "interrupted")
 
 
 class TakenOver(NamedTuple):
-    """What an engine took over from one that is gone.
+    """The work that an engine took over from a dead one.
 
     Attributes:
-        runs: those that ended with it, and those to go on with; stubs, unless they are short.
-        batches: to go on with.
-        waiting: how many runs and batches were left, by the agent that they wait for.
-        is_complete: nothing was unfinished.
+        runs: runs that were ended, and runs to resume. They are stubs, unless they are short.
+        batches: batches to resume.
+        waiting: the number of runs and batches that were not taken over, by the agent that is missing.
+        is_complete: the dead engine has no unfinished work left.
     """
 
     runs: Sequence[Run]
@@ -39,19 +39,20 @@ class TakenOver(NamedTuple):
 
 
 class Unfinished:
-    """The ids of what an engine left unfinished, by what is to be done with it."""
+    """The ids of an engine's unfinished runs and batches, by what to do with them."""
 
     def __init__(self) -> None:
         self.runs: list[str] = []
         self.batches: list[str] = []
         self.damaged_batches: list[str] = []
-        #: runs that end as failed: with which ``error`` and ``error_type``
+        #: runs to mark as failed, with their ``error`` and ``error_type``
         self.ends: dict[str, tuple[str, str]] = {}
+        #: the number of runs and batches that stay, by their missing agent
         self.waiting: Counter[str] = Counter()
 
 
 def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only: str | None) -> Unfinished:
-    """Read outside a transaction for writing, which would fail if SQLite cannot read one of the rows."""
+    """Find the unfinished work of an engine. Not for use in a write transaction: a damaged row would fail it."""
     unfinished = Unfinished()
     for (run_id,) in db.execute(statements.UNFINISHED_RUNS, (dead_id,)).fetchall():
         if only not in (None, run_id):
@@ -59,7 +60,7 @@ def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str
         try:
             run = queries.find_run(db, run_id)
         except Damaged as exc:
-            logger.error("run %s was left unfinished, and cannot be read: %s", run_id, exc)
+            logger.error("run %s is unfinished and cannot be read: %s", run_id, exc)
             if exc.is_writable:
                 unfinished.ends[run_id] = (DAMAGED_RUN, UNREADABLE)
             continue
@@ -78,7 +79,7 @@ def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str
         try:
             batch = queries.find_batch(db, batch_id)
         except Damaged as exc:
-            logger.error("batch %s was left unfinished, and cannot be read: %s", batch_id, exc)
+            logger.error("batch %s is unfinished and cannot be read: %s", batch_id, exc)
             unfinished.damaged_batches.append(batch_id)
             continue
         if batch is not None and (batch.cancel_requested or batch.agent_name in agents):
@@ -89,7 +90,7 @@ def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str
 
 
 def take_over(db: sqlite3.Connection, unfinished: Unfinished, dead_id: str, owner: str, now: datetime) -> TakenOver:
-    """Make *owner* the owner of what is *left*, as far as it still belongs to *dead_id*, and end the rest of it."""
+    """Make *owner* the owner of *unfinished* work, if *dead_id* still owns it, and mark the rest as failed."""
     at = micros(now)
     ended = [id_ for id_, end in unfinished.ends.items() if _changes(db, statements.FAIL_RUN, *end, at, id_, dead_id)]
     runs = ended + [id_ for id_ in unfinished.runs if _changes(db, statements.TAKE_RUN, owner, id_, dead_id)]
@@ -112,6 +113,7 @@ def take_over(db: sqlite3.Connection, unfinished: Unfinished, dead_id: str, owne
 
 
 def _changes(db: sqlite3.Connection, query: str, *values: Any) -> bool:
+    """Execute *query*. Return whether it changed a row."""
     return db.execute(query, values).rowcount > 0
 
 
