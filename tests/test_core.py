@@ -38,8 +38,8 @@ def test_run_gives_the_result() -> None:
         ("explode", {"text": "x"}, RunFailed, "raised ValueError: a secret: x"),
         ("nobody", None, AgentNotFound, "nobody"),
         ("add", {"a": "1"}, InvalidData, "/inputs/a"),
-        ("add", {"a": ...}, InvalidData, "cannot be JSON"),
-        ("add", {"a": "\ud800"}, InvalidData, "cannot be JSON"),
+        ("add", {"a": ...}, InvalidData, "cannot be converted to JSON"),
+        ("add", {"a": "\ud800"}, InvalidData, "cannot be converted to JSON"),
     ],
     ids=["agent_error", "exception", "no_agent", "type", "object", "surrogate"],
 )

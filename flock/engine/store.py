@@ -53,9 +53,6 @@ LOCK_TIMEOUT_S = 5.0
 LOCK_INTERVAL_S = 0.001
 #: The delay before a failed transaction is retried, in seconds.
 RETRY_AFTER_S = 1.0
-#: Errors for clients, without paths and causes. The log has those.
-NOT_WRITABLE = "The store cannot be written now. The server's log says why."
-NOT_READABLE = "The store cannot be read now. The server's log says why."
 
 
 class _Displaced(OSError):
@@ -272,7 +269,7 @@ class Store:
         """Raise StoreError if the store is not writable. A failed transaction is retried every second."""
         if not self.is_writable:
             error = self._write_error or self._displaced
-            raise StoreError(NOT_WRITABLE) from error
+            raise StoreError("The store cannot be written now. The server's log says why.") from error
 
     # The file
 
@@ -326,7 +323,7 @@ class Store:
         else:
             self._write_in_memory()
         if group.error is not None:
-            raise StoreError(NOT_WRITABLE) from group.error
+            raise StoreError("The store cannot be written now. The server's log says why.") from group.error
 
     def _write_in_memory(self) -> None:
         """Write a group immediately, since there is no disk to wait for and there are no other writers."""
@@ -441,7 +438,7 @@ class Store:
             self.flush_nowait()
             self._write_in_memory()
         if self._displaced is not None:
-            raise StoreError(NOT_READABLE) from self._displaced
+            raise StoreError("The store cannot be read now. The server's log says why.") from self._displaced
         try:
             return query(self._reader)
         except sqlite3.Error as exc:
@@ -449,7 +446,7 @@ class Store:
 
     def _unreadable(self, exc: sqlite3.Error) -> StoreError:
         logger.error("the store %s cannot be read: %s", self.path, exc)
-        return StoreError(NOT_READABLE)
+        return StoreError("The store cannot be read now. The server's log says why.")
 
     def data_version(self) -> int:
         """Return a number that changes with each commit of any process."""
