@@ -20,9 +20,9 @@ _sharers: RunVar[anyio.Semaphore] = RunVar("flock_sharers")
 class FairShare:
     """One task's share of the event loop's time.
 
-    A loop awaits ``checkpoint`` after each row and each chunk. The share is a time because the cost of a row depends on
-    neither its number nor its size. Tasks that have used up their share continue a few at a time, in FIFO order. So
-    other tasks wait for at most SHARERS times SHARE_S, however many loops are running.
+    A loop awaits ``checkpoint`` after each row and each chunk. The share is measured in time, because neither rows nor
+    bytes show what a step costs. Tasks that have used up their share continue a few at a time, in FIFO order. So other
+    tasks wait for at most SHARERS times SHARE_S, however many loops are running.
     """
 
     def __init__(self) -> None:

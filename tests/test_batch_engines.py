@@ -305,7 +305,7 @@ async def test_only_what_has_ended_can_be_tried_again_or_deleted(opened: Opened)
     async with opened(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(2), OPTIONS)
         await work.begun.wait()
-        with pytest.raises(Conflict, match="is running. Only a batch that has ended"):
+        with pytest.raises(Conflict, match=r"is running\. Only a batch that has ended"):
             await engine.retry_batch(batch.batch_id)
         with pytest.raises(Conflict, match="is still running"):
             await engine.delete_batch(batch.batch_id)

@@ -238,7 +238,7 @@ def test_names_are_mapped_and_gaps_are_filled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("gap", "words"),
-    [("x", "/static_inputs/b: Expected 'int', got 'str'"), (..., "/static_inputs: It cannot be JSON")],
+    [("x", "/static_inputs/b: Expected 'int', got 'str'"), (..., "/static_inputs: It cannot be converted to JSON")],
     ids=["type", "object"],
 )
 def test_what_cannot_fill_a_gap_is_refused(gap: Any, words: str) -> None:

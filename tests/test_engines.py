@@ -430,7 +430,7 @@ async def test_a_retry_goes_on_after_the_last_committed_step(engine: Engine, gat
     run = await engine.wait(run.run_id)
     assert (run.status, bytes(run.result or b"")) == (RunStatus.COMPLETED, b'{"result":8}')
     assert gate.calls == ["steady", "shaky", "shaky"]
-    with pytest.raises(Conflict, match="is completed. Only failed and cancelled runs"):
+    with pytest.raises(Conflict, match=r"is completed\. Only failed and cancelled runs"):
         await engine.retry_run(run.run_id)
 
 

@@ -65,9 +65,9 @@ logger = logging.getLogger("flock.runs")
 
 #: How often the store is checked for commits of other processes, in seconds.
 WATCH_INTERVAL_S = 0.05
-#: After this time all other engines have seen a commit, unless they are overloaded, in seconds.
+#: The time after which all other engines have seen a commit, unless they are overloaded, in seconds.
 SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
-#: How often the store's file and the other engines are checked, in seconds. A replaced file goes unnoticed for so long.
+#: How often the store's file and the other engines are checked, in seconds. A replaced file may go unnoticed for that long.
 CHECK_INTERVAL_S = 0.5
 #: How often old runs are deleted, in seconds, and how many of them in one transaction.
 RETENTION_INTERVAL_S = 10.0
@@ -167,9 +167,8 @@ class EmbeddedEngine(EngineBase):
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
             with self._explaining_store_errors():
-                self._warn_about_store(
-                    await self.store.register_engine(self._engine_id, self._flock, self._agents.keys())
-                )
+                agents_before = await self.store.register_engine(self._engine_id, self._flock, self._agents.keys())
+                self._warn_about_store(agents_before)
                 if (newest := self.store.last_id()) is not None:
                     with contextlib.suppress(ValueError):  # the file is damaged, which is reported when the run is read
                         make_ids_after(newest)
@@ -336,9 +335,7 @@ class EmbeddedEngine(EngineBase):
                 raise EngineStopped("The server stopped before this run ended. The run is resumed at the next start.")
             if timeout_s is not None and anyio.current_time() >= deadline:
                 return await self._record_of(active)
-            active.wake_at = min(
-                active.wake_at, deadline
-            )  # the watch task wakes it, which is cheaper than a timer for each waiter
+            active.wake_at = min(active.wake_at, deadline)  # for the watch task: a timer for each waiter is slower
             await active.end.wait()
         with anyio.CancelScope(deadline=deadline):
             while not (run := await self.get_run(run_id)).status.is_final:

@@ -47,9 +47,7 @@ class StoredRun(ActiveRun):
     """
 
     def __init__(self, run: Run, runner: "Runner") -> None:
-        queue_timeout_s = (
-            runner.limits.queue_timeout_s if run.batch_id is None else None
-        )  # items normally wait for each other
+        queue_timeout_s = runner.limits.queue_timeout_s if run.batch_id is None else None  # items wait for each other
         super().__init__(
             run,
             runner.timeout_s_of(run),
@@ -196,7 +194,7 @@ class Runner:
             self.turns.stop(active)
 
     async def interrupt(self, active: StoredRun) -> None:
-        """Handle a run at shutdown. An asynchronous run is left for the next start; any other ends as interrupted."""
+        """Handle a run at shutdown. An asynchronous run in a file is left for the next start. Others are interrupted."""
         run = active.unsaved or active.run
         if not run.is_async or not self._store.is_shared:
             error, error_type = INTERRUPTED

@@ -113,14 +113,13 @@ class Store:
             else:
                 self._reader = self._db
                 migrate(self._db, self.path)
-                self._db.execute(
-                    "BEGIN"
-                )  # and never commit: nothing else reads it, and SQLite need not copy changed pages
+                # Never committed: there are no other readers, and SQLite need not copy changed pages.
+                self._db.execute("BEGIN")
             self._exit = stack.pop_all()
         return self
 
     async def _open_shared(self, stack: AsyncExitStack) -> None:
-        """Migrate a file that other processes may use, and start to write."""
+        """Lock and migrate a file that other processes may use, and start the writer."""
         self._lock_file = self._open_lock_file(stack)
         self._reader = stack.enter_context(contextlib.closing(self._connect()))
         try:
@@ -245,7 +244,7 @@ class Store:
             StoreError: the transaction failed, or *apply* found a damaged row.
             Unstorable: SQLite does not accept one of the values.
 
-        Cancellation: it is written anyway. *then* is called with the result of *apply* in any case, after the commit.
+        Cancellation: it is written anyway, and *then* is called with the result of *apply* after the commit.
         """
         self.flush_nowait()  # *apply* may depend on these records
         group, change = self._open, Change(apply, then)
@@ -397,7 +396,7 @@ class Store:
                 self._db.execute(statements.TOUCH_ENGINES)
             write()
             self._db.execute("COMMIT")
-        self._check_same_file(self._db)  # otherwise the commit is already lost
+        self._check_same_file(self._db)  # a commit to a removed file is lost
 
     def _write_separately(self, group: Group) -> None:
         try:
