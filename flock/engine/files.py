@@ -83,7 +83,7 @@ def acquire_lock(path: str, mode: int) -> IO[bytes]:
 
 
 def open_lock(path: str, mode: int) -> IO[bytes]:
-    """Raises OSError, also if *path* is not a regular file. Opening a pipe, for example, would block forever."""
+    """Open a lock file. Raises OSError, also if *path* is not a regular file, since opening a pipe would block."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "it is not a file", path)
     file = open(path, "ab", opener=functools.partial(os.open, mode=mode))
@@ -118,7 +118,7 @@ def is_locked(path: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:  # it is locked, or may be; in doubt, nothing is taken over
+    except OSError:  # locked, or unknown: in doubt, nothing is taken over
         return True
     return False
 

@@ -194,7 +194,7 @@ class Runner:
             self.turns.stop(active)
 
     async def interrupt(self, active: StoredRun) -> None:
-        """Handle a run at shutdown. An asynchronous run in a file is left for the next start. Others are interrupted."""
+        """Leave an asynchronous run in a file for the next start, at shutdown. End any other as interrupted."""
         run = active.unsaved or active.run
         if not run.is_async or not self._store.is_shared:
             error, error_type = INTERRUPTED
