@@ -154,7 +154,7 @@ async def test_an_upload_that_another_engine_dropped_is_not_accepted_in_part(
             yield item
 
     async with work.flock.engine(store=store) as engine:
-        with pytest.raises(StoreError, match="Send it again"):
+        with pytest.raises(StoreError, match="Upload the whole batch again"):
             await engine.submit_batch("item", stands_still(), OPTIONS)
         while await engine.batch_store.sweep():
             pass
@@ -551,6 +551,6 @@ async def test_an_upload_does_not_hold_up_a_drain(tmp_path: Path) -> None:
                     await engine.drain(0)
                 yield {"n": n}
 
-        with pytest.raises(EngineStopped, match="Send the upload again"):
+        with pytest.raises(EngineStopped, match="Upload the whole batch again"):
             await engine.submit_batch("item", rows(), BatchOptions())
         assert await engine.list_batches(BatchFilter()) == []

@@ -803,7 +803,7 @@ async def test_an_engine_can_be_entered_again_and_not_twice(opened: Opened) -> N
     async with opened(sample_flock()) as engine:
         engine.check_ready()
         assert (engine.health().engine, engine.health().store) == ("running", "ok")
-        with pytest.raises(EngineStopped, match="running already"):
+        with pytest.raises(EngineStopped, match="already running"):
             await engine.__aenter__()
         assert (await engine.queue()).depth == 0
     assert engine.health().engine == "stopped"

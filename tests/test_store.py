@@ -375,7 +375,7 @@ async def test_what_is_no_store_is_refused_untouched(tmp_path: Path) -> None:
         db.execute("CREATE TABLE mine (a)")
     text.write_text("This is not a database, but a text that is long enough to be looked at." * 20)
     before = foreign.read_bytes()[200:]
-    for path, words in ((newer, "newer version"), (foreign, "something else"), (text, "not a database")):
+    for path, words in ((newer, "newer version"), (foreign, "another program"), (text, "not a database")):
         with pytest.raises(StoreError, match=words):
             async with Store(path):
                 pytest.fail("it was opened")

@@ -67,7 +67,7 @@ logger = logging.getLogger("flock.runs")
 WATCH_INTERVAL_S = 0.05
 #: The time after which all other engines have seen a commit, unless they are overloaded, in seconds.
 SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
-#: How often the store's file and the other engines are checked, in seconds. A replaced file may go unnoticed so long.
+#: How often the store's file and the other engines are checked, in seconds. Changes may go unnoticed that long.
 CHECK_INTERVAL_S = 0.5
 #: How often old runs are deleted, in seconds, and how many of them in one transaction.
 RETENTION_INTERVAL_S = 10.0
