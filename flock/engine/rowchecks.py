@@ -166,7 +166,7 @@ async def check_batch(
     try:
         async for checked in checks.rows(items):
             if engine.is_draining:
-                raise EngineStopped("The server is about to stop. Send the rows again when it is back.")
+                raise EngineStopped("The server is shutting down. Send the rows again after it has restarted.")
             if checked.errors:
                 found.add(checked.row, checked.errors)
             shown_bytes += len(bytes(checked.row.inputs)) + len(bytes(checked.extra or b""))
