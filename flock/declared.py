@@ -25,7 +25,7 @@ from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnIn
 from flock.agents.llm import ModelClient
 from flock.agents.signature import Signature
 from flock.agents.workflow import result_names
-from flock.engine.embedded import EmbeddedEngine, alone
+from flock.engine.embedded import EmbeddedEngine, limits_for_one_batch
 from flock.engine.intake import mapping_rows
 from flock.engine.progress import follow_batch
 from flock.engine.rowchecks import as_json
@@ -255,7 +255,7 @@ class DeclaredFlock:
             first = await anext(rows, None)
             if first is None:
                 return results
-            async with self.engine(limits=alone(max_workers), expose_errors=True) as engine:
+            async with self.engine(limits=limits_for_one_batch(max_workers), expose_errors=True) as engine:
                 batch = await engine.submit_batch(agent_name, _chain(first, rows), options, on_invalid=on_invalid)
                 try:
                     await follow_batch(engine, batch.batch_id, is_shown=progress)

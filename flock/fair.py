@@ -1,4 +1,4 @@
-"""An event loop is shared: a long loop over what a client sent stops now and then, so that other tasks run too."""
+"""Cooperative scheduling: a long loop over client data yields now and then, so that other tasks can run."""
 
 import time
 
@@ -7,29 +7,29 @@ from anyio.lowlevel import RunVar, checkpoint
 
 __all__ = ["FairShare"]
 
-#: How long a task may keep the event loop before it lets others run, in seconds.
+#: How long a task may occupy the event loop before it yields, in seconds.
 SHARE_S = 0.002
 
-#: How many tasks that have had their share may continue in the same turn of the event loop.
+#: How many of the tasks that have used up their share may continue in one iteration of the event loop.
 SHARERS = 5
 
-#: For each event loop, the tasks that continue next.
+#: One semaphore for each event loop. A task that has used up its share continues when it holds it.
 _sharers: RunVar[anyio.Semaphore] = RunVar("flock_sharers")
 
 
 class FairShare:
-    """The event loop's time for one task.
+    """One task's share of the event loop's time.
 
-    A loop awaits ``checkpoint`` after each row and each piece. Time is measured, since neither rows nor bytes say what
-    a step costs. Tasks that have had their share continue a few at a time, first come, first served: however many there
-    are, other tasks wait for SHARERS times SHARE_S at most.
+    A loop awaits ``checkpoint`` after each row and each chunk. The share is measured in time, because neither rows nor
+    bytes show what a step costs. Tasks that have used up their share continue a few at a time, in FIFO order. So other
+    tasks wait for at most SHARERS times SHARE_S, however many loops are running.
     """
 
     def __init__(self) -> None:
         self._ends_at = 0.0
 
     async def checkpoint(self) -> None:
-        """Let other tasks run if this one has had its share; otherwise return at once."""
+        """Yield to other tasks if this one has used up its share. Otherwise return immediately."""
         if time.perf_counter() >= self._ends_at:
             sharers = _sharers.get(None)
             if sharers is None:

@@ -96,7 +96,8 @@ async def test_a_failed_run_is_not_an_http_error(client: httpx.AsyncClient, capl
     body = response.json()
     assert (body["status"], body["error_type"], body["result"]) == ("failed", "agent_exception", None)
     assert (
-        body["error"] == "The agent 'explode' raised ValueError; the server's log has more under request my-request-7."
+        body["error"]
+        == "The agent 'explode' raised ValueError. The server's log has the details under request my-request-7."
     )
     assert body["request_id"] == "my-request-7"
     assert "a secret" not in response.text

@@ -303,7 +303,7 @@ async def test_a_waiter_gets_an_error_when_its_engine_drains(tmp_path: Path) -> 
         await other.drain(5)
         done, _ = await asyncio.wait([waiter], timeout=5)
         assert done
-        assert "about to stop" in str(waiter.exception())
+        assert "shutting down" in str(waiter.exception())
 
 
 async def test_a_retry_with_no_steps_left_starts_and_completes(store: str) -> None:

@@ -281,7 +281,7 @@ def test_a_dry_run_counts_all_rows_and_shows_the_first() -> None:
     ("name", "content", "words"),
     [
         ("empty.csv", b"", "line 1: The header is missing"),
-        ("header.csv", b"n,word\r\n", "A batch has at least one item."),
+        ("header.csv", b"n,word\r\n", "A batch must have at least one item."),
         ("wrong.csv", b"m\n1\n", "There is no input 'm'"),
         ("latin.csv", b"n,word\n1,\xe9\n", "line 2: This is not UTF-8"),
         ("broken.csv.gz", b"n\n1\n", "broken.csv.gz is not a valid gzip file"),

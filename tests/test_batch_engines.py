@@ -105,7 +105,7 @@ async def test_max_open_items_limits_the_items_of_all_batches_together(open_engi
 async def test_a_batch_without_workers_is_refused(open_engine: OpenEngine) -> None:
     """It would wait forever."""
     async with open_engine(Work().flock) as engine:
-        with pytest.raises(DefinitionError, match="max_workers is at least 1, and not 0"):
+        with pytest.raises(DefinitionError, match="max_workers must be at least 1, not 0"):
             await engine.submit_batch("item", numbers(1), BatchOptions(max_workers=0))
 
 
@@ -242,7 +242,7 @@ async def test_a_cancelled_batch_starts_no_item_and_waits_for_running_ones(open_
         work.holds = False
         batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED]))
         assert (batch.status, batch.attempt, batch.cancelled_items) == (RunStatus.COMPLETED, 2, 0)
-        with pytest.raises(Conflict, match="completed and cannot be cancelled"):
+        with pytest.raises(Conflict, match="completed and can no longer be cancelled"):
             await engine.cancel_batch(batch.batch_id)
         with pytest.raises(Conflict, match="no item that failed or was cancelled"):
             await engine.retry_batch(batch.batch_id)
@@ -305,7 +305,7 @@ async def test_only_an_ended_batch_can_be_retried_or_deleted(open_engine: OpenEn
     async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(2), OPTIONS)
         await work.begun.wait()
-        with pytest.raises(Conflict, match="is running; only one that has ended"):
+        with pytest.raises(Conflict, match=r"is running\. Only a batch that has ended"):
             await engine.retry_batch(batch.batch_id)
         with pytest.raises(Conflict, match="is still running"):
             await engine.delete_batch(batch.batch_id)
@@ -390,13 +390,13 @@ async def test_one_item_can_be_retried_after_its_batch_has_ended(open_engine: Op
         await work.begun.wait()
         first, _, _, invalid = await engine.get_items(batch.batch_id)
         work.holds = False
-        with pytest.raises(Conflict, match="failed, an item of a batch that is running"):
+        with pytest.raises(Conflict, match="failed, and its batch is running"):
             await engine.retry_run(invalid.run_id)
         work.may_go.set()
         batch = await ended(engine, batch)
         assert (batch.status, batch.failed_items) == (RunStatus.COMPLETED, 3)
         for item in (invalid, (await engine.get_items(batch.batch_id))[2]):
-            with pytest.raises(Conflict, match="unless its inputs do not fit"):
+            with pytest.raises(Conflict, match="only if their inputs are valid"):
                 await engine.retry_run(item.run_id)
         work.fails = set()
         assert (await engine.retry_run(first.run_id)).attempt == 2

@@ -152,7 +152,7 @@ async def test_an_upload_that_another_engine_dropped_is_refused(count: int, swep
             yield item
 
     async with work.flock.engine(store=store) as engine:
-        with pytest.raises(StoreError, match="Send it again"):
+        with pytest.raises(StoreError, match="Upload the whole batch again"):
             await engine.submit_batch("item", pauses(), OPTIONS)
         while await engine.batch_store.sweep():
             pass
@@ -288,7 +288,9 @@ async def test_an_unreadable_item_fails_alone_and_its_batch_ends(
         assert failed == (set() if "position" in change else {ids[3]})
     assert sorted(set(work.calls)) == [n for n in range(600) if n != 3]
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len([error for error in errors if ids[3] in error and "cannot be read, and has failed" in error]) == 1
+    assert (
+        len([error for error in errors if ids[3] in error and "cannot be read and was marked as failed" in error]) == 1
+    )
     assert len(errors) == 1
 
 
@@ -520,14 +522,14 @@ async def test_an_engine_that_has_left_its_store_accepts_no_batch(
         except EngineStopped as exc:
             errors.append(exc)
 
-    async def leave(engine_id: str, leave: Any = Store.leave) -> None:
+    async def leave(engine_id: str, leave: Any = Store.unregister_engine) -> None:
         await leave(engine.store, engine_id)
         arrived.set()
         await anyio.sleep(0.1)
 
     async with anyio.create_task_group() as tasks:
         async with work.flock.engine(store=tmp_path / "flock.db") as engine:
-            monkeypatch.setattr(engine.store, "leave", leave)
+            monkeypatch.setattr(engine.store, "unregister_engine", leave)
             tasks.start_soon(submit, engine.submit_batch, "item", items(), OPTIONS)
             await waiting.wait()
     assert len(errors) == 1
@@ -545,6 +547,6 @@ async def test_an_upload_does_not_delay_a_drain(tmp_path: Path) -> None:
                     await engine.drain(0)
                 yield {"n": n}
 
-        with pytest.raises(EngineStopped, match="Send the upload again"):
+        with pytest.raises(EngineStopped, match="Upload the whole batch again"):
             await engine.submit_batch("item", rows(), BatchOptions())
         assert await engine.list_batches(BatchFilter()) == []

@@ -38,8 +38,8 @@ def test_run_returns_the_result() -> None:
         ("explode", {"text": "x"}, RunFailed, "raised ValueError: a secret: x"),
         ("nobody", None, AgentNotFound, "nobody"),
         ("add", {"a": "1"}, InvalidData, "/inputs/a"),
-        ("add", {"a": ...}, InvalidData, "cannot be JSON"),
-        ("add", {"a": "\ud800"}, InvalidData, "cannot be JSON"),
+        ("add", {"a": ...}, InvalidData, "cannot be converted to JSON"),
+        ("add", {"a": "\ud800"}, InvalidData, "cannot be converted to JSON"),
     ],
     ids=["agent_error", "exception", "no_agent", "type", "object", "surrogate"],
 )
@@ -238,7 +238,7 @@ def test_run_batch_maps_names_and_fills_in_static_inputs(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [("x", "/static_inputs/b: Expected 'int', got 'str'"), (..., "/static_inputs: It cannot be JSON")],
+    [("x", "/static_inputs/b: Expected 'int', got 'str'"), (..., "/static_inputs: It cannot be converted to JSON")],
     ids=["type", "object"],
 )
 def test_an_invalid_static_input_is_refused(value: Any, words: str) -> None:
@@ -277,7 +277,7 @@ def test_an_empty_batch_has_no_results(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_workers": 0}, "max_workers is at least 1, and not 0"),
+        ({"max_workers": 0}, "max_workers must be at least 1, not 0"),
         ({"on_invalid": "ignore"}, "on_invalid= must be one of reject, skip, not 'ignore'"),
         ({"timeout_s": 0}, "timeout_s= must be a number of seconds above 0"),
         ({"timeout_s": float("nan")}, "timeout_s= must be a number of seconds above 0"),
@@ -291,7 +291,7 @@ def test_an_invalid_option_is_reported(options: dict[str, Any], words: str) -> N
 def test_an_item_that_is_not_a_mapping_is_refused() -> None:
     """A caller may pass one mapping instead of a list by mistake."""
     not_items: Any = {"a": 1}
-    with pytest.raises(InvalidData, match="/batch_inputs/0: An item is a mapping of inputs by name"):
+    with pytest.raises(InvalidData, match="/batch_inputs/0: An item must be a mapping of inputs by name"):
         sample_flock().run_batch("add", not_items)
 
 

@@ -76,7 +76,7 @@ def test_a_server_without_its_store_accepts_nothing(
             refused = client.post("/run/flock", json=BODY, headers=ASYNC)
             assert (refused.status_code, refused.json()["title"]) == (503, "Store unavailable")
     workers = workers_of(server)
-    server.wait_for_line("Until then every request that needs the store is answered 503.", times=workers)
+    server.wait_for_line("Until then every request that needs the store gets status 503.", times=workers)
     for _ in range(4):  # each on its own connection, so that both workers get some
         for path in ("/readyz", "/runs", accepted.headers["Location"]):
             assert httpx.get(f"{server.url}{path}").status_code == 503
@@ -95,7 +95,7 @@ def test_a_store_that_comes_back_is_used_again(server: Server, tmp_path: Path) -
     server.wait_for_line("Until then every request", times=workers)
     for name in paths:
         (away / name).rename(tmp_path / name)
-    server.wait_for_line("flock.db is in its place again.", times=workers)
+    server.wait_for_line("flock.db is back in place.", times=workers)
     assert httpx.post(f"{server.url}/run/flock", json=BODY).json()["result"] == {"result": 2}
 
 
@@ -113,11 +113,11 @@ async def test_a_store_is_displaced_if_its_folder_becomes_a_file(tmp_path: Path)
     async with Store(folder / "flock.db") as store:
         folder.rename(tmp_path / "away")
         folder.touch()
-        store.look()
+        store.check_file()
         assert store.is_displaced
         folder.unlink()
         (tmp_path / "away").rename(folder)
-        store.look()
+        store.check_file()
         assert not store.is_displaced
 
 
@@ -125,6 +125,6 @@ async def test_a_store_is_displaced_if_its_folder_becomes_a_file(tmp_path: Path)
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 async def test_a_lock_file_that_is_not_a_file_is_an_error(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "flock.db-lock")
-    with pytest.raises(StoreError, match=r"flock\.db-lock' cannot be opened: it is not a file\. Remove it, or name"):
+    with pytest.raises(StoreError, match=r"flock\.db-lock' cannot be opened: it is not a file\. Remove it, or use"):
         async with Flock().engine(store=tmp_path / "flock.db"):
             pass

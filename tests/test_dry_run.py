@@ -306,7 +306,7 @@ async def test_a_dry_run_does_not_delay_shutdown(engine: Engine, client: httpx.A
 
     response = await send(client, rows(), NDJSON, dry_run="true")
     assert response.status_code == 503
-    assert response.json()["detail"] == "The server is about to stop. Send the rows again when it is back."
+    assert response.json()["detail"] == "The server is shutting down. Send the rows again after it has restarted."
 
 
 @pytest.fixture(scope="module")

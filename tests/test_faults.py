@@ -302,7 +302,7 @@ def test_a_file_that_is_not_a_store_any_more_is_refused(what: str, flock_file: P
     output = done.stdout + done.stderr
     assert done.returncode not in (0, -signal.SIGTERM)
     assert words in output
-    assert "name another file (store=, --store)" in output.replace("Name", "name")
+    assert "use another file (store=, --store)" in output.replace("Use", "use")
     assert "Traceback" not in output
     assert store.read_bytes() == before, "the file is not changed, so its data may still be recovered"
 
@@ -390,7 +390,7 @@ def test_each_run_of_a_killed_server_is_recovered_by_one_other_server(flock_file
             assert run["result"]["result"] in pids[1:]
         assert time.monotonic() - killed_at < 6, "two seconds are promised, and a busy machine may take longer"
         assert sorted(n for n, _ in starts(tmp_path)) == sorted([*own, *left, *left]), "a recovered run starts twice"
-        assert sum("going on with 10 runs" in line for server, _ in others for line in server.lines) == 1
+        assert sum("resuming 10 runs" in line for server, _ in others for line in server.lines) == 1
 
 
 # A suspended process
@@ -406,7 +406,7 @@ def suspend(pid: int, store: Path) -> None:
     def is_suspended() -> bool:
         os.kill(pid, signal.SIGSTOP)
         until(lambda: state_of(pid) == "T", "stop")
-        if flock.engine.files.is_held(f"{store}-lock"):
+        if flock.engine.files.is_locked(f"{store}-lock"):
             os.kill(pid, signal.SIGCONT)
             return False
         return True
@@ -433,7 +433,7 @@ def test_a_server_that_resumes_after_its_runs_were_taken_over_overwrites_nothing
         until(lambda: len(starts(tmp_path)) == 3, "beginning of each run")
         until(lambda: len(rows(store, "SELECT run_id FROM runs")) == 5, "record of the run that is waited for")
         suspend(pid, store)
-        assert flock.engine.files.is_held(str(lock_file)), "a stopped process keeps its lock"
+        assert flock.engine.files.is_locked(str(lock_file)), "a stopped process keeps its lock"
         lock_file.unlink()
         until(lambda: (1, other_pid) in starts(tmp_path), "take-over")
         (tmp_path / f"go-{other_pid}").touch()
@@ -447,16 +447,16 @@ def test_a_server_that_resumes_after_its_runs_were_taken_over_overwrites_nothing
         assert len(before[0]) == 5
         (tmp_path / f"go-{pid}").touch()
         os.kill(pid, signal.SIGCONT)
-        sleeper.wait_for_line(f"run {run_id}: another engine has taken it over")
+        sleeper.wait_for_line(f"run {run_id}: it was taken over by another engine")
         answer = waited_for.result(20).json()
         assert (answer["status"], answer["error_type"]) == ("failed", "interrupted")
-        sleeper.wait_for_line(f"run {answer['run_id']}: another engine has taken it over")
-        sleeper.wait_for_line(f"batch {batch_id}: another engine has taken it over")
+        sleeper.wait_for_line(f"run {answer['run_id']}: it was taken over by another engine")
+        sleeper.wait_for_line(f"batch {batch_id}: it was taken over by another engine")
         assert all_rows() == before
         assert at_sleeper.get(f"/run/{run_id}").json() == shown
         assert not any("completed" in line and run_id in line for line in sleeper.lines)
 
-        sleeper.wait_for_line("another engine has taken over what this one had; it goes on with new work")
+        sleeper.wait_for_line("another engine has taken over the runs of this one, which continues with new work")
         assert ended(at_sleeper, accepted(at_sleeper, "work", n=3))["result"] == {"result": pid}
         (tmp_path / f"go-{pid}").unlink()
         last = accepted(at_sleeper, "work", n=4)
@@ -503,7 +503,7 @@ def test_a_child_process_of_an_agent_does_not_prevent_recovery(how: str, flock_f
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
         with serving(flock_file, store) as (successor, client):
-            assert any("going on with 1 runs" in line for line in successor.lines), "it recovers before it listens"
+            assert any("resuming 1 runs" in line for line in successor.lines), "it recovers before it listens"
             run = ended(client, run_id)
             assert (run["status"], run["result"]) == ("completed", {"result": successor.process.pid})
             assert state_of(int(child)) in "SRD", "the child is alive"
@@ -597,7 +597,7 @@ async def test_runs_keep_their_order_when_the_clock_is_set_back(clock: Clock, tm
         assert await pages(engine) == [run.run_id for run in reversed(runs)]
         for run in runs:
             assert await events_are_whole(engine, run.run_id)
-        await engine.store.forget_keys(flock.runs.now() - DAY)
+        await engine.store.delete_old_keys(flock.runs.now() - DAY)
         for again, run in ((key, runs[0]), (later_key, runs[4])):
             with pytest.raises(Replayed) as caught:
                 await done(engine, 9, again)

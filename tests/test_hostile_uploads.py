@@ -495,8 +495,8 @@ async def test_rows_of_an_unfinished_upload_count_as_open(tmp_path: Path) -> Non
         await second.run()
         assert (second.status, second.headers["retry-after"]) == (429, "1")
         assert second.problem["detail"] == (
-            "1500 items of batches have not ended or are being uploaded, and 600 more would be over what this server "
-            "takes (2000, max_open_items)."
+            "1500 items of batches have not ended or are being uploaded, and 600 more would exceed the limit of this "
+            "server (2000, max_open_items). Try again later."
         )
 
         first.feed(lines(1_000))

@@ -232,7 +232,7 @@ async def test_an_ended_or_unknown_run_cannot_be_cancelled(client: httpx.AsyncCl
     run_id = await start(client, "steady")
     await get(client, f"/run/{run_id}", wait=30)
     problem = check_problem(await client.post(f"/run/{run_id}/cancel"), 409)
-    assert problem["detail"] == f"The run {run_id} is failed and cannot be cancelled any more."
+    assert problem["detail"] == f"The run {run_id} is failed and can no longer be cancelled."
     check_problem(await client.post("/run/42/cancel"), 404)
 
 
@@ -257,7 +257,7 @@ async def test_a_retry_resumes_after_the_last_completed_step(client: httpx.Async
 async def test_a_final_run_is_deleted(client: httpx.AsyncClient, gate: Gate) -> None:
     run_id = await start(client, "nap")
     problem = check_problem(await client.delete(f"/run/{run_id}"), 409)
-    assert "Cancel it first, or wait for its end" in problem["detail"]
+    assert "Cancel it first, or wait until it ends" in problem["detail"]
     gate.may_go.set()
     await get(client, f"/run/{run_id}", wait=30)
     response = await client.delete(f"/run/{run_id}")
@@ -437,7 +437,7 @@ async def test_a_draining_server_is_not_ready(app: FlockAPI, client: httpx.Async
     assert (await client.get("/readyz")).status_code == (await client.get("/healthz")).status_code == 200
     await app.engine.drain(1)
     problem = check_problem(await client.get("/readyz"), 503)
-    assert problem["detail"] == "The server is about to stop and takes no new work."
+    assert problem["detail"] == "The server is shutting down and does not accept new work. Try again later."
     assert (await client.get("/healthz")).status_code == 200
 
 

@@ -115,14 +115,14 @@ async def test_a_batch_outlives_a_store_that_fails_for_a_moment(
 ) -> None:
     """Neither its items nor the engine end by it."""
     gate.fails = False
-    read, failures = engine.batch_store.items_to_do, [StoreError("now"), StoreError("and now")]
+    read, failures = engine.batch_store.pending_items, [StoreError("now"), StoreError("and now")]
 
     def fail_first(batch: Batch, after: int, limit: int) -> list[Run]:
         if failures:
             raise failures.pop()
         return read(batch, after, limit)
 
-    monkeypatch.setattr(engine.batch_store, "items_to_do", fail_first)
+    monkeypatch.setattr(engine.batch_store, "pending_items", fail_first)
     batch = await engine.submit_batch("steady", [EMPTY] * 3, BatchOptions())
     with anyio.fail_after(PATIENCE_S):
         while not (batch := await engine.get_batch(batch.batch_id)).status.is_final:  # noqa: ASYNC110 - as a client
@@ -248,4 +248,4 @@ async def test_an_agent_may_ask_not_to_be_begun_again(gate: Gate, tmp_path: Path
     async with gate.flock.engine(store=tmp_path / "flock.db") as again:
         run = await again.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.FAILED, "interrupted")
-    assert "asks not to be begun again" in (run.error or "")
+    assert "rules out an automatic retry" in (run.error or "")

@@ -293,10 +293,10 @@ async def test_metrics_tell_what_waits_and_which_streams_are_open(tmp_path: Path
 async def test_a_run_that_ended_with_its_server_is_counted_by_the_next(flock: Flock, tmp_path: Path) -> None:
     """And an agent that is no more gets no label of its own."""
     async with Store(tmp_path / "flock.db") as store:
-        await store.enter("gone", "sample", ())
+        await store.register_engine("gone", "sample", ())
         old = Run(run_id="1", flock="sample", agent_name="left", inputs=msgspec.Raw(b"{}"), created_at=now())
         await store.save(msgspec.structs.replace(old, owner="gone"), is_new=True)
-        await store.leave("gone")
+        await store.unregister_engine("gone")
     app = create_app(flock, store=tmp_path / "flock.db")
     async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         assert (await client.get("/run/1")).json()["error_type"] == "interrupted"
@@ -412,7 +412,7 @@ async def test_an_observer_that_fails_harms_no_run(flock: Flock, caplog: pytest.
         engine.observe(Broken([]))
         run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
     assert run.status == "completed"
-    assert "an observer failed at run_ended" in caplog.text
+    assert "an observer raised in run_ended" in caplog.text
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ async def test_only_a_program_that_has_the_agent_can_retry(batches: bool) -> Non
         await (engine.cancel_batch(id_) if batches else engine.cancel_run(id_))
         await (engine.wait_batch(id_) if batches else engine.wait(id_))
     async with Program("other").engine() as engine:
-        with pytest.raises(Conflict, match="does not have the agent 'ours'"):
+        with pytest.raises(Conflict, match="does not have the required agent 'ours'"):
             await (engine.retry_batch(id_) if batches else engine.retry_run(id_))
         assert await status_of(engine, id_, is_batch=batches) is RunStatus.CANCELLED
 
@@ -191,7 +191,9 @@ async def test_the_start_says_if_a_flock_of_this_name_had_agents_that_are_not_he
     assert warnings_of(caplog) == []
     async with Program(*now).engine():
         pass
-    expected = f"last used by a flock that is also called 'flock', with agents that this one does not have: {missing}."
+    expected = (
+        f"last used by a flock with the same name, 'flock', and with agents that this one does not have: {missing}."
+    )
     assert [expected in line for line in warnings_of(caplog)] == ([] if missing is None else [True])
 
 
@@ -209,7 +211,7 @@ async def test_the_start_says_if_flocks_of_other_names_have_unfinished_runs(
             await engine.get_run(id_)
     (warning,) = warnings_of(caplog)
     assert (
-        "has 1 unfinished runs and batches of the flock 'left'. This flock, 'mine', does not carry them out." in warning
+        "has 1 unfinished runs and batches of the flock 'left'. This flock, 'mine', does not execute them." in warning
     )
 
 

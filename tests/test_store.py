@@ -128,7 +128,7 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) ->
     at_work_already = run_of(owner="successor")
     for run in (running, waiting, waited_for, at_work_already):
         await store.save(run, is_new=True)
-    await store.enter("me", "f", {"a"})
+    await store.register_engine("me", "f", {"a"})
     runs, batches, waiting_for, is_all = await store.take_over("me", "successor", now())
     assert (batches, waiting_for, is_all) == ([], {}, True)
     ended, *to_go_on_with = runs
@@ -141,7 +141,7 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) ->
     interrupted = store.get_run(waited_for.run_id)
     assert interrupted
     assert (interrupted.status, interrupted.error_type) == (RunStatus.FAILED, "interrupted")
-    await store.leave("me")
+    await store.unregister_engine("me")
 
 
 async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -> None:
@@ -149,7 +149,7 @@ async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -
     first = run_of()
     with pytest.raises(EngineStopped):  # nobody would go on with it
         await store.accept(first, QueueLimits(2, 2), key)
-    await store.enter("me", first.flock, {"a"})
+    await store.register_engine("me", first.flock, {"a"})
     await store.accept(first, QueueLimits(2, 2), key)
     await store.accept(run_of(), QueueLimits(2, 2), None)
     with pytest.raises(EngineFull):
@@ -159,10 +159,10 @@ async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -
     assert caught.value.made_id == first.run_id
     with pytest.raises(KeyReused):
         await store.accept(run_of(), QueueLimits(2, 2), IdempotencyKey("k", b"2"))
-    await store.forget_keys(now() + timedelta(seconds=1))
+    await store.delete_old_keys(now() + timedelta(seconds=1))
     with pytest.raises(EngineFull):
         await store.accept(run_of(), QueueLimits(2, 2), key)
-    await store.leave("me")
+    await store.unregister_engine("me")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ async def test_a_record_with_a_value_that_sqlite_refuses_fails_alone(
 ) -> None:
     """What shares its transaction is written, and nothing of the record itself."""
     run, others = run_of(), [run_of() for _ in range(4)]
-    await store.enter("me", "f", {"a"})
+    await store.register_engine("me", "f", {"a"})
     await store.save(run, is_new=True)
 
     async def fail() -> None:
@@ -287,7 +287,7 @@ async def test_a_record_with_a_value_that_sqlite_refuses_fails_alone(
     ended = replace(run, status=RunStatus.COMPLETED, completed_at=now())
     await store.save(ended)
     assert store.get_run(run.run_id) == ended
-    await store.leave("me")
+    await store.unregister_engine("me")
 
 
 async def test_a_new_run_that_was_refused_can_be_saved_once_it_can_be_kept(store: Store) -> None:
@@ -344,7 +344,7 @@ async def test_each_field_of_a_record_has_a_column(
         _, _, type_, is_required, _, is_key = found[name]
         assert scoped_key[type_] in column.types
         assert (type(None) in column.types) is not bool(is_required or is_key), name
-        (stand_in,) = store._db.execute(f"SELECT {column.unread}").fetchone()
+        (stand_in,) = store._db.execute(f"SELECT {column.placeholder}").fetchone()
         assert type(stand_in) in column.types
 
 
@@ -375,7 +375,7 @@ async def test_what_is_no_store_is_refused_untouched(tmp_path: Path) -> None:
         db.execute("CREATE TABLE mine (a)")
     text.write_text("This is not a database, but a text that is long enough to be looked at." * 20)
     before = foreign.read_bytes()[200:]
-    for path, words in ((newer, "newer version"), (foreign, "something else"), (text, "not a database")):
+    for path, words in ((newer, "newer version"), (foreign, "another program"), (text, "not a database")):
         with pytest.raises(StoreError, match=words):
             async with Store(path):
                 pytest.fail("it was opened")
@@ -406,9 +406,9 @@ FILES = ("", "-wal", "-shm", "-lock", "-engine")
 async def test_only_its_owner_can_read_a_new_store_whatever_the_umask(tmp_path: Path) -> None:
     with umask(0):
         async with Store(tmp_path / "flock.db") as store:
-            await store.enter("1", "f", ())
+            await store.register_engine("1", "f", ())
             assert modes_of(tmp_path) == dict.fromkeys(FILES, "0o600")
-            await store.leave("1")
+            await store.unregister_engine("1")
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ async def test_a_store_that_exists_keeps_its_permissions_and_the_start_says_if_a
         async with Flock().engine(store=path):
             assert modes_of(tmp_path) == dict.fromkeys(FILES, oct(mode))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    expected = f"The store {path} can be read by every user of this machine. To change that: chmod go= {path}*"
+    expected = f"Every user of this machine can read the store {path}. To change that, run: chmod go= {path}*"
     assert warnings == [expected] * is_public
 
 

@@ -756,7 +756,7 @@ async def test_a_batch_that_was_ended_on_the_cluster_says_so(temporal_address: s
         assert (batch.status, batch.cancelled_items) == (RunStatus.FAILED, 3)
         assert batch.error == "The batch was ended on the cluster before it completed."
         assert {item.status for item in await engine.get_items(batch.batch_id)} == {RunStatus.CANCELLED}
-        with pytest.raises(Conflict, match="failed and cannot be cancelled"):
+        with pytest.raises(Conflict, match="failed and can no longer be cancelled"):
             await engine.cancel_batch(batch.batch_id)
         async with TemporalWorker(work.flock.agents, ModelClient(), temporal_address, flock=work.flock.name):
             batch = await ended(engine, await engine.retry_batch(batch.batch_id))

@@ -107,7 +107,7 @@ def test_runs_that_wait_are_not_in_memory_neither_before_nor_after_a_crash(
         os.killpg(server.process.pid, signal.SIGKILL)
         server.process.wait()
     with serving(script, tmp_path, "--max-concurrency", "1", workers=workers) as server:
-        server.wait_for_line("going on with", times=workers)
+        server.wait_for_line("resuming", times=workers)
         grown_kib.append(memory_kib(server) - idle_kib)
     assert max(grown_kib) < MAX_GROWTH_KIB, grown_kib
 

@@ -21,8 +21,8 @@ import msgspec
 from flock.agents.workflow import columns_of, result_names
 from flock.declared import DeclaredFlock
 from flock.engine.batchstore import BatchStore
-from flock.engine.embedded import alone
-from flock.engine.files import create_private, hold_alone
+from flock.engine.embedded import limits_for_one_batch
+from flock.engine.files import create_private, exclusive_lock
 from flock.engine.progress import follow_batch
 from flock.engine.rowchecks import BatchCheck, check_batch
 from flock.engine.statements import COUNT_TABLES
@@ -88,12 +88,12 @@ async def run_batch_file(
         raise AgentNotFound(wanted.agent_name, list(flock.agents))
     state = _real(wanted.state)
     digest = _digest(flock, wanted)
-    with hold_alone(f"{state}-batch"):
+    with exclusive_lock(f"{state}-batch"):
         _check_free(wanted, state, digest)
         batch = await _left_before(flock, state, digest, wanted.options, say)
         try:
             async with flock.engine(
-                store=state, limits=alone(wanted.options.max_workers), expose_errors=True
+                store=state, limits=limits_for_one_batch(wanted.options.max_workers), expose_errors=True
             ) as engine:
                 batch = batch or await _accept(engine, flock, wanted, digest)
                 batch = await follow_batch(engine, batch.batch_id)
@@ -124,7 +124,7 @@ async def check_batch_file(flock: DeclaredFlock, wanted: BatchFile) -> BatchChec
     if wanted.agent_name not in flock.agents:
         raise AgentNotFound(wanted.agent_name, list(flock.agents))
     engine, agent, row_mapping = (
-        flock.engine(limits=alone(1)),
+        flock.engine(limits=limits_for_one_batch(1)),
         flock.agents[wanted.agent_name],
         _row_mapping(flock, wanted),
     )

@@ -1,1 +1,1 @@
-"""The embedded engine: runs and batches in this process, kept in SQLite."""
+"""The embedded engine: runs and batches are executed in this process and stored in SQLite."""

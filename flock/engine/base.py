@@ -1,4 +1,4 @@
-"""What both engines do in the same way: check new work, report how it goes, and say how they stand themselves."""
+"""What both engines have in common: checks of new work, event streams, and health."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ import anyio.lowlevel
 
 from flock.agents.agent import Agent
 from flock.engine.intake import Intake
-from flock.engine.refusals import stopping
+from flock.engine.refusals import not_accepting
 from flock.engine.rowchecks import as_json
 from flock.errors import AgentNotFound, EngineStopped
 from flock.limits import Limits
@@ -38,14 +38,14 @@ __all__ = ["KEEP_KEYS_FOR", "EngineBase", "RunReader"]
 
 #: How long an event stream may be silent, in seconds.
 KEEP_ALIVE_S = 15.0
-#: The shortest time between two events about the progress of a batch, in seconds, and between two looks at a run.
+#: The shortest interval between two progress events of a batch, and between two polls of a run, in seconds.
 PROGRESS_INTERVAL_S = 0.25
-#: How long an idempotency key is kept.
+#: How long an idempotency key is stored.
 KEEP_KEYS_FOR = timedelta(hours=24)
 
 
 class RunReader:
-    """Reads the record of one run again and again: after a pause, if nothing reports a change."""
+    """Reads the record of one run repeatedly. It polls unless an engine overrides ``changed``."""
 
     def __init__(self, get_run: Callable[[str], Awaitable[Run]], run_id: str) -> None:
         self._get_run = get_run
@@ -53,27 +53,27 @@ class RunReader:
         self._run: Run | None = None
 
     async def read(self) -> Run:
-        """The record. Raises EngineStopped, RunNotFound, StoreError."""
+        """Return the record. Raises EngineStopped, RunNotFound, StoreError."""
         if self._run is None:
             self._run = await self._get_run(self._run_id)
         return self._run
 
     async def changed(self) -> None:
-        """Wait until the record that was read last may have changed."""
+        """Wait until the record may have changed since the last ``read``."""
         self._run = None
         await anyio.sleep(PROGRESS_INTERVAL_S)
 
     def present(self, event: Event, run: Run) -> Event:
-        """*event* of *run* with its result."""
+        """Return *event* of *run* with its result."""
         return event
 
 
 class EngineBase(ABC):
-    """The part of ``flock.runs.Engine`` that does not depend on where records are kept.
+    """The part of ``flock.runs.Engine`` that does not depend on where records are stored.
 
     Args:
-        agents: by name; read at each submission, so agents added later are found.
-        flock: the name under which runs are kept.
+        agents: by name. The mapping is read at each submission, so agents added later are found.
+        flock: the name under which runs are stored.
     """
 
     def __init__(self, agents: Mapping[str, Agent], flock: str, limits: Limits) -> None:
@@ -84,15 +84,15 @@ class EngineBase(ABC):
             max_items=limits.max_items, max_input_bytes=min(limits.max_input_bytes, self._max_item_bytes)
         )
 
-    # What an engine adds
+    # To be implemented by an engine
 
-    #: The longest inputs of one item, if an item may have less than a run.
+    #: The longest inputs of one item, if the limit is lower than that of a run.
     _max_item_bytes: int = sys.maxsize
     _new_batch_id: Callable[[], str] = staticmethod(new_id)
 
     @property
     def _owner(self) -> str | None:
-        """The engine that owns new work, if engines own work."""
+        """The id of the engine that owns new work, or None if work has no owner."""
         return None
 
     @property
@@ -110,11 +110,11 @@ class EngineBase(ABC):
 
     @abstractmethod
     async def _accept(self, run: Run, key: IdempotencyKey | None) -> None:
-        """Keep *run* and start it. Raises as ``Engine.submit``."""
+        """Store *run* and start it. Raises the same as ``Engine.submit``."""
 
     @abstractmethod
     async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
-        """Keep a batch with its items and start it. Raises as ``Engine.submit_batch``."""
+        """Store a batch with its items and start it. Raises the same as ``Engine.submit_batch``."""
 
     @abstractmethod
     async def get_batch(self, batch_id: str) -> Batch:
@@ -128,10 +128,10 @@ class EngineBase(ABC):
         return RunReader(self.get_run, run_id)
 
     def _next_change(self) -> Callable[[], Awaitable[None]]:
-        """Returns what waits for the next change of any record, from now on. Without news, it is looked at once."""
+        """Return a function that waits for the next change of any record. The default does not wait: callers poll."""
         return anyio.lowlevel.checkpoint
 
-    # How it stands
+    # State
 
     def _check_entered(self) -> None:
         if not self._is_entered:
@@ -139,12 +139,12 @@ class EngineBase(ABC):
 
     def _check_not_entered(self) -> None:
         if self._is_entered:
-            raise EngineStopped("This engine is running already.")
+            raise EngineStopped("This engine is already running.")
 
     def _check_running(self) -> None:
         self._check_entered()
         if self.is_draining:
-            raise stopping()
+            raise not_accepting()
 
     def health(self) -> EngineHealth:
         """See ``Engine.health``."""
@@ -228,11 +228,11 @@ class EngineBase(ABC):
         )
         return await self._accept_batch(intake, key)
 
-    # How it goes
+    # Events
 
     async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.events``."""
-        reader, told_at = self._reader(run_id), anyio.current_time()
+        reader, sent_at = self._reader(run_id), anyio.current_time()
         progress: Progress | None = None
         while True:
             run = await reader.read()
@@ -244,24 +244,24 @@ class EngineBase(ABC):
                     break
             else:
                 event = None
-            del run  # a slow client holds one event, and the rest is read again
+            del run  # for a slow client, only one event stays in memory; the rest is read again
             if event is None and is_last:
                 return
-            if event is not None or anyio.current_time() >= told_at + KEEP_ALIVE_S:
+            if event is not None or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
                 yield event
-                told_at = anyio.current_time()
+                sent_at = anyio.current_time()
                 continue
-            with anyio.CancelScope(deadline=told_at + KEEP_ALIVE_S):
+            with anyio.CancelScope(deadline=sent_at + KEEP_ALIVE_S):
                 await reader.changed()
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.batch_events``."""
-        told, told_at = -1, anyio.current_time()
+        sent, sent_at = -1, anyio.current_time()
         while True:
             changed, batch = self._next_change(), await self.get_batch(batch_id)
-            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != told
-            if is_new or anyio.current_time() >= told_at + KEEP_ALIVE_S:
-                told, told_at = batch.completed_items, anyio.current_time()
+            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != sent
+            if is_new or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
+                sent, sent_at = batch.completed_items, anyio.current_time()
                 yield event_of_batch(batch) if is_new else None
             if batch.status.is_final or self.is_draining:
                 return

@@ -1,7 +1,7 @@
 """Batches and their items in a ``Store``.
 
-An item is a row of ``runs``; its batch says which engine works on it. What touches many items does so in bites, each
-one transaction, so that others have their turn, and so that whoever goes on after a crash finds what is left to do.
+An item is a row of ``runs``. Its batch records which engine owns it. Operations on many items are split into chunks of
+one transaction each, so that other writes can run in between, and so that they can be resumed after a crash.
 """
 
 import sqlite3
@@ -30,21 +30,21 @@ from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Idempote
 
 __all__ = ["BatchStore"]
 
-#: Items that one transaction changes at most: tens of milliseconds.
-BITE = 2000
-#: About how many bytes of items to work on are read at once: each batch holds them, also while it waits. A record
-#: without its contents counts too.
+#: The maximum number of items that one transaction changes. It takes tens of milliseconds.
+CHUNK_SIZE = 2000
+#: About how many bytes of pending items are read at once. Each batch holds that much in memory, even while it waits.
+#: RECORD_BYTES is counted for each record in addition to its contents.
 WORK_PAGE_BYTES = 64 * 1024
 RECORD_BYTES = 1024
-#: What ``error`` and ``error_type`` say of items that a batch was cancelled before.
+#: ``error`` and ``error_type`` of items that had not started when their batch was cancelled.
 CANCELLED = ("The batch was cancelled before this item began.", "cancelled")
 
 
 class BatchStore:
-    """What engines do with batches, over *store*.
+    """The batches and items in *store*.
 
     Attributes:
-        has_dropped: set when there is something to sweep.
+        has_dropped: set when there are dropped items for ``sweep``.
     """
 
     def __init__(self, store: Store) -> None:
@@ -62,12 +62,13 @@ class BatchStore:
         *,
         is_first: bool,
     ) -> None:
-        """Keep *items* of a batch out of sight, until it is accepted. They count as open from now on.
+        """Store *items* of a batch, hidden until it is accepted. They count as open from now on.
 
-        Nothing is kept if *key* was used before: the batch will be a replay, which comes before any limit, or refused.
+        Nothing is stored if *key* was used before. ``accept`` then raises Replayed, which takes precedence over limits,
+        or KeyReused.
 
         Raises:
-            EngineFull: more than *max_open_items* items of all batches would not have ended.
+            EngineFull: there would be more than *max_open_items* unfinished items in all batches together.
             StoreError: the batch was dropped.
         """
         count = sum(not item.status.is_final for item in items)
@@ -95,14 +96,14 @@ class BatchStore:
         *,
         is_staged: bool,
     ) -> None:
-        """Write a batch with its last *items*, let it be seen, and call *then* with it.
+        """Write a batch with its last *items*, make it visible, and call *then* with it.
 
         Raises:
-            Replayed: a batch was made under this key before; that comes before any limit.
+            Replayed: the same request was accepted under this key before. This takes precedence over limits.
             KeyReused: the key was used for another request.
-            EngineStopped: its engine has left, or was taken for dead.
-            EngineFull: more than *max_open_items* items of all batches would not have ended.
-            StoreError: what was staged is gone.
+            EngineStopped: its engine has shut down, or another engine took it for dead.
+            EngineFull: there would be more than *max_open_items* unfinished items in all batches together.
+            StoreError: the staged items were dropped.
         """
 
         def apply(db: sqlite3.Connection) -> Batch:
@@ -111,7 +112,7 @@ class BatchStore:
             if is_staged:
                 _check_staged(db, batch)
             count = batch.total_items - batch.completed_items
-            self._check_room(db, batch.flock, count, max_open_items, besides=batch.batch_id)
+            self._check_room(db, batch.flock, count, max_open_items, excluded_id=batch.batch_id)
             if is_staged:
                 db.execute(statements.DELETE_BATCH, (batch.batch_id,))
             db.execute(statements.INSERT_BATCH, batch_values(batch, None))
@@ -122,24 +123,24 @@ class BatchStore:
         await self._store.change(apply, then)
 
     def _check_room(
-        self, db: sqlite3.Connection, flock: str, more: int, max_open_items: int, besides: str = ""
+        self, db: sqlite3.Connection, flock: str, more: int, max_open_items: int, excluded_id: str = ""
     ) -> None:
-        """Raise EngineFull if there is no room for *more* items. Those of the batch *besides* are not counted."""
-        values = (flock, names_json(self._store.agents), besides)
+        """Raise EngineFull if there is no room for *more* items. Items of the batch *excluded_id* do not count."""
+        values = (flock, names_json(self._store.agents), excluded_id)
         waiting = db.execute(statements.OPEN_ITEMS, values).fetchone()[0] or 0
         if waiting + more > max_open_items:
             raise EngineFull(
-                f"{waiting} items of batches have not ended or are being uploaded, and {more} more would be over what "
-                f"this server takes ({max_open_items}, max_open_items)."
+                f"{waiting} items of batches have not ended or are being uploaded, and {more} more would exceed the "
+                f"limit of this server ({max_open_items}, max_open_items). Try again later."
             )
 
-    # Looking
+    # Reading
 
     def get(self, batch_id: str) -> Batch | None:
         return self._store.read(lambda db: queries.find_batch(db, batch_id))
 
     def page(self, flock: str, wanted: BatchFilter) -> Page[Batch]:
-        """One page, newest first."""
+        """Return one page of batches, newest first."""
         values = {
             "flock": flock,
             "status": wanted.status,
@@ -160,9 +161,9 @@ class BatchStore:
         return self._store.read(find)
 
     def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> Page[Run]:
-        """Up to *limit* items of a batch behind the position *after*, in order, without their steps.
+        """Return up to *limit* items of a batch after the position *after*, in order, without their steps.
 
-        They are fewer where they are long; there is none left where none is given.
+        If items are long, a page has fewer of them. An empty page means that there are no more.
         """
         values = {"batch_id": batch_id, "after": after, "limit": limit}
 
@@ -174,11 +175,11 @@ class BatchStore:
 
         return self._store.read(find)
 
-    def items_to_do(self, batch: Batch, after: int, limit: int) -> list[Run]:
-        """Items that wait, as ``items`` gives them; those that were begun before come with the steps that they did.
+    def pending_items(self, batch: Batch, after: int, limit: int) -> list[Run]:
+        """Return up to *limit* pending items after the position *after*, in order, with their completed steps.
 
-        They are fewer where they are long, and a long one is a stub. Items that cannot be read are left out, for
-        ``end``. None where the batch belongs to another engine by now.
+        If items are long, a page has fewer of them, and a long item is returned as a stub. Items that cannot be read
+        are left out, for ``fail_unreadable``. The page is empty if the batch belongs to another engine.
         """
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
 
@@ -201,15 +202,15 @@ class BatchStore:
 
         return self._store.read(find)
 
-    # Working
+    # Processing
 
     async def begin(self, batch: Batch, now: datetime) -> Batch:
-        """Say that it is being worked on from now on, and give it as it stands. Raises OwnershipLost."""
+        """Mark a batch as running and return it. Raises OwnershipLost."""
         values = {"now": micros(now), "batch_id": batch.batch_id}
         return await self._change_own(batch, lambda db: db.execute(statements.BEGIN_BATCH, values))
 
     async def end(self, batch: Batch, now: datetime) -> Batch:
-        """Write its final status, and an error where no item completed; what has not ended has failed.
+        """Write the final status of a batch, and an error if no item completed. Unfinished items count as failed.
 
         Raises OwnershipLost.
         """
@@ -231,19 +232,19 @@ class BatchStore:
         return await self._change_own(batch, apply)
 
     async def fail_unreadable(self, batch: Batch, now: datetime) -> list[tuple[str, str]]:
-        """Let the items fail that have not ended once ``items_to_do`` gives none any more: they cannot be read.
+        """Mark unfinished items as failed. Call it when ``pending_items`` is empty: those left cannot be read.
 
-        Returns: the id of each, and what is wrong with it. Raises OwnershipLost.
+        Returns: the id of each item and what is wrong with it. Raises OwnershipLost.
         """
         found = self._store.read(lambda db: _unfinished(db, batch.batch_id))
         row_ids = [row_id for row_id, _, _, is_writable in found if is_writable]
         end = (DAMAGED_RUN, UNREADABLE, micros(now))
-        for start in range(0, len(row_ids), BITE):
-            bite = row_ids[start : start + BITE]
+        for start in range(0, len(row_ids), CHUNK_SIZE):
+            chunk = row_ids[start : start + CHUNK_SIZE]
 
             def apply(db: sqlite3.Connection) -> None:
                 _check_owner(db, batch)
-                values = [(*end, row_id) for row_id in bite]  # noqa: B023 - called before the next
+                values = [(*end, row_id) for row_id in chunk]  # noqa: B023 - called before the next
                 failed = db.executemany(statements.FAIL_ITEM, values).rowcount
                 queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.FAILED): failed}))
 
@@ -251,33 +252,33 @@ class BatchStore:
         return [(run_id, reason) for _, run_id, reason, _ in found]
 
     async def cancel_waiting(self, batch: Batch, now: datetime) -> bool:
-        """Cancel some of the items that have not begun; False once there is none. Raises OwnershipLost."""
+        """Cancel one chunk of the pending items. Returns whether there may be more. Raises OwnershipLost."""
 
         def apply(db: sqlite3.Connection) -> bool:
             _check_owner(db, batch)
-            values = (*CANCELLED, micros(now), batch.batch_id, BITE)
+            values = (*CANCELLED, micros(now), batch.batch_id, CHUNK_SIZE)
             changed = db.execute(statements.CANCEL_WAITING_ITEMS, values).rowcount
             queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): changed}))
-            return changed == BITE
+            return changed == CHUNK_SIZE
 
         return await self._store.change(apply)
 
     async def reopen_some(self, batch: Batch) -> Batch:
-        """Open some of the items that a retry is about; ``reopening`` is None with the last. Raises OwnershipLost."""
+        """Reopen one chunk of the items to retry. ``reopening`` is None after the last chunk. Raises OwnershipLost."""
         status, *others = map(RunStatus, (batch.reopening or "").split(","))
 
         def apply(db: sqlite3.Connection) -> None:
-            about = (batch.batch_id, status.value, INVALID_INPUT, BITE)
+            about = (batch.batch_id, status.value, INVALID_INPUT, CHUNK_SIZE)
             changed = db.execute(statements.REOPEN_ITEMS, about).rowcount
             queries.count_ended(db, queries.Ended({(batch.batch_id, status): -changed}))
-            if changed < BITE:
+            if changed < CHUNK_SIZE:
                 values = (",".join(others) or None, batch.batch_id)
                 db.execute(statements.SET_REOPENING, values)
 
         return await self._change_own(batch, apply)
 
     async def _change_own(self, batch: Batch, apply: Callable[[sqlite3.Connection], Any]) -> Batch:
-        """Call *apply* if the batch is still this engine's, and give it as it stands then. Raises OwnershipLost."""
+        """Call *apply* if this engine still owns the batch, and return the changed batch. Raises OwnershipLost."""
 
         def apply_and_find(db: sqlite3.Connection) -> Batch:
             _check_owner(db, batch)
@@ -286,19 +287,19 @@ class BatchStore:
 
         return await self._store.change(apply_and_find)
 
-    # What is asked of a batch
+    # Requests of clients
 
     async def set_options(self, batch_id: str, options: BatchOptions) -> None:
-        """They count from when the work on it is begun, or gone on with; but for the time-out, which its items have."""
+        """Replace the options of a batch, from its next start or resume on. Its items keep their timeout."""
         values = (msgspec.json.encode(options), batch_id)
         await self._store.change(lambda db: db.execute(statements.SET_OPTIONS, values) and None)
 
     async def request_cancel(self, batch_id: str) -> bool:
-        """Ask whoever owns a batch to cancel it; False if it is not active."""
+        """Request the owner of a batch to cancel it. Returns False if the batch is not active."""
         return await self._store.change(lambda db: db.execute(statements.CANCEL_BATCH, (batch_id,)).rowcount == 1)
 
     def cancels_for(self, owner: str) -> Sequence[str]:
-        """Batches of *owner* that somebody asked to cancel."""
+        """Return the batches of *owner* that have a cancellation request."""
         return self._store.read(lambda db: [row[0] for row in db.execute(statements.BATCHES_TO_CANCEL, (owner,))])
 
     async def reopen(
@@ -309,7 +310,7 @@ class BatchStore:
         max_open_items: int,
         then: Callable[[Batch | None], None],
     ) -> Batch | None:
-        """Begin the next attempt of a final batch; None if it is not final, or has no such item.
+        """Open the next attempt of a final batch. Returns None if it is not final or has no items to retry.
 
         Raises EngineFull, EngineStopped.
         """
@@ -334,7 +335,7 @@ class BatchStore:
         return await self._store.change(apply, then)
 
     async def reopen_item(self, run: Run, owner: str, then: Callable[[Batch | None], None]) -> Batch | None:
-        """As ``reopen``, for one item that failed or was cancelled."""
+        """Like ``reopen``, for one item that failed or was cancelled."""
 
         def apply(db: sqlite3.Connection) -> Batch | None:
             found = queries.find_batch(db, run.batch_id or "")
@@ -349,18 +350,18 @@ class BatchStore:
 
         return await self._store.change(apply, then)
 
-    # Forgetting
+    # Deleting
 
     async def drop_staged(self, batch_id: str) -> None:
-        """Give up a batch that was not accepted."""
+        """Drop a batch that was not accepted."""
         await self._drop(lambda db: db.execute(statements.DROP_STAGED_BATCH, (batch_id,)).rowcount == 1)
 
     async def drop(self, batch_id: str) -> bool:
-        """Put a batch out of sight for good, unless it is active; its items are deleted by ``sweep``."""
+        """Hide a batch permanently, unless it is active. ``sweep`` deletes its items."""
 
         def apply(db: sqlite3.Connection) -> bool:
             is_dropped = db.execute(statements.DROP_BATCH, (batch_id,)).rowcount == 1
-            if is_dropped:  # whoever deletes a batch may make it anew under the same key
+            if is_dropped:  # so that the same key can create the batch again
                 db.execute(statements.DELETE_KEYS_OF, (batch_id,))
             return is_dropped
 
@@ -370,37 +371,39 @@ class BatchStore:
         return await self._store.change(apply, then=lambda is_dropped: self.has_dropped.set())
 
     async def sweep(self) -> bool:
-        """Delete some items of what was dropped; False once there is nothing left."""
+        """Delete one chunk of the items of dropped batches. Returns False if there are none left."""
         if self._store.read(lambda db: db.execute(statements.DROPPED_BATCH).fetchone()) is None:
             return False
 
         def apply(db: sqlite3.Connection) -> bool:
             found = db.execute(statements.DROPPED_BATCH).fetchone()
-            return found is not None and queries.delete_items(db, found[0], BITE) > 0
+            return found is not None and queries.delete_items(db, found[0], CHUNK_SIZE) > 0
 
         return await self._store.change(apply)
 
 
 def _check_staged(db: sqlite3.Connection, batch: Batch) -> None:
-    """Another engine drops what one had staged that it takes for dead."""
+    """Raise StoreError if another engine took this one for dead and dropped its staged items."""
     if db.execute(statements.FIND_STAGED_BATCH, (batch.batch_id,)).fetchone() is None:
         raise StoreError(
-            "What had arrived of this batch is gone, since this server stood still for a while. Send it again."
+            "The uploaded part of this batch was dropped because this server did not respond for a while. Upload the "
+            "whole batch again."
         )
 
 
 def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:
-    """The batch as it stands. Raises OwnershipLost."""
+    """Return the current record of *batch*. Raises OwnershipLost."""
     found = queries.find_batch(db, batch.batch_id)
     if found is None or found.owner != batch.owner:
         raise OwnershipLost(batch.batch_id)
     return found
 
 
-def _to_do(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
-    """An item with its steps. Raises Damaged.
+def _item_from(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
+    """Return an item with its steps. Raises Damaged.
 
-    Most items were never begun: those are spared a query each. A retry forgets when an item was, not what it did.
+    Steps are only queried for items that have been started before, since most have not. A retry resets ``started_at``
+    but keeps the steps.
     """
     run = run_from(row, ())
     was_begun = run.started_at is not None or run.attempt > 1
@@ -409,21 +412,21 @@ def _to_do(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
 
 def _if_readable(db: sqlite3.Connection, row: Sequence[Any]) -> Run | None:
     try:
-        return _to_do(db, row)
+        return _item_from(db, row)
     except Damaged:
         return None
 
 
 def _unfinished(db: sqlite3.Connection, batch_id: str) -> list[tuple[int, str, str, bool]]:
-    """The row id of each item that has not ended, its id, what is wrong with it, and whether it can be written."""
+    """Return the row id of each unfinished item, its id, what is wrong with it, and whether it can be written."""
     found: list[tuple[int, str, str, bool]] = []
     (has_unfinished,) = db.execute(statements.HAS_UNFINISHED_ITEMS, (batch_id,)).fetchone()
-    if not has_unfinished:  # to look at all items would take long
+    if not has_unfinished:  # scanning all items would take long
         return found
     for row_id, run_id in db.execute(statements.UNFINISHED_ITEMS, (batch_id,)).fetchall():
-        reason, is_writable = "it is neither waiting nor at its end", True
+        reason, is_writable = "its status is neither pending nor final", True
         try:
-            _to_do(db, queries.read_row(db, statements.RUN_COLUMNS, "rowid", row_id))
+            _item_from(db, queries.read_row(db, statements.RUN_COLUMNS, "rowid", row_id))
         except Damaged as exc:
             reason, is_writable = str(exc), exc.is_writable
         found.append((row_id, (run_id or b"").decode("utf-8", "replace"), reason, is_writable))

@@ -1,7 +1,7 @@
-"""The engine inside this process: each run is a task of one anyio task group that lives as long as the engine.
+"""The embedded engine: each run is a task in an anyio task group that lives as long as the engine.
 
-What is accepted lies in a store, and so does every step. Several engines may share one store: each works on the runs
-that it owns, and a watch looks 20 times a second whether anything was committed elsewhere.
+Accepted runs and their steps are stored. Several engines may share a store: each executes the runs that it owns, and a
+watch task checks 20 times a second whether another process has committed anything.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
 from flock.engine.batches import Batches
 from flock.engine.batchstore import BatchStore
 from flock.engine.intake import Intake
-from flock.engine.refusals import asked_to_leave, not_cancelled, not_deleted, not_retried, run_not_retried
+from flock.engine.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, current_task
 from flock.engine.store import Store
 from flock.engine.takeover import TakenOver
@@ -59,25 +59,25 @@ from flock.runs import (
     now,
 )
 
-__all__ = ["EmbeddedEngine", "alone"]
+__all__ = ["EmbeddedEngine", "limits_for_one_batch"]
 
 logger = logging.getLogger("flock.runs")
 
-#: How often the store is asked for what others did, in seconds.
+#: How often the store is checked for commits of other processes, in seconds.
 WATCH_INTERVAL_S = 0.05
-#: After this time all others have seen what was committed, in seconds, if they are not busy.
+#: The time after which all other engines have seen a commit, unless they are overloaded, in seconds.
 SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
-#: How often the store's file and other engines are looked after, in seconds. The first may take that long to notice.
-LOOK_INTERVAL_S = 0.5
-#: How often old runs are deleted, in seconds, and how many in one transaction.
+#: How often the store's file and the other engines are checked, in seconds. Changes may go unnoticed that long.
+CHECK_INTERVAL_S = 0.5
+#: How often old runs are deleted, in seconds, and how many of them in one transaction.
 RETENTION_INTERVAL_S = 10.0
-RETENTION_BITE = 500
+RETENTION_CHUNK_SIZE = 500
 
 
-def alone(max_workers: int) -> Limits:
-    """The limits of an engine for one batch of the program's own, and nothing else: only its workers are bounded."""
-    max_workers = max(1, max_workers)  # ``submit_batch`` says what is wrong with fewer
-    slots = max_workers + max_workers // 5 + 1  # a tenth of them is left to runs that are no items
+def limits_for_one_batch(max_workers: int) -> Limits:
+    """Return the limits of an engine that executes one batch of the program itself. Only its workers are limited."""
+    max_workers = max(1, max_workers)  # ``submit_batch`` reports the error if it is less
+    slots = max_workers + max_workers // 5 + 1  # a tenth of the slots is reserved for runs that are not items
     return Limits(max_concurrency=slots, max_threads=slots, max_items=sys.maxsize, max_open_items=sys.maxsize)
 
 
@@ -85,14 +85,15 @@ class EmbeddedEngine(EngineBase):
     """``Engine`` on anyio task groups over a ``Store``.
 
     Args:
-        agents: by name; read at each submission, so agents added later are found.
-        models: what model agents call; the engine closes it.
-        store: where runs are kept; the engine opens and closes it.
-        flock: the name under which runs are kept; an engine sees and takes up only those of its own, and takes up none
-            whose agent it does not have.
-        max_steps: how often one run may be handed on.
+        agents: by name. The mapping is read at each submission, so agents added later are found.
+        models: the client for model calls. The engine closes it.
+        store: where runs are stored. The engine opens and closes it.
+        flock: the name under which runs are stored. An engine sees only the runs of its own flock, and recovers only
+            those whose agent it has.
+        max_steps: the maximum number of steps in a run.
         expose_errors: put the text of any exception into a run's ``error``; for development.
-        limits, bounds: its bounds, as one value, or as keyword arguments that come before it; see ``Limits``.
+        limits: see ``Limits``.
+        bounds: fields of ``Limits`` as keyword arguments. They override *limits*.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class EmbeddedEngine(EngineBase):
         super().__init__(agents, flock, replaced(limits or Limits(), bounds))
         self.store = store
         self._models = models
-        models.on_retry = lambda: self._runner.turns.tell("model_call_retried")
+        models.on_retry = lambda: self._runner.turns.notify("model_call_retried")
         self._observers: list[Observer] = []
         self._make_runner = functools.partial(
             Runner,
@@ -124,7 +125,7 @@ class EmbeddedEngine(EngineBase):
         )
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None
-        self._begin_life()
+        self._reset()
 
     @property
     def is_draining(self) -> bool:
@@ -144,77 +145,78 @@ class EmbeddedEngine(EngineBase):
 
     # Lifecycle
 
-    def _begin_life(self) -> None:
-        """Make what belongs to one event loop: an event is bound to the loop in which it is waited for."""
+    def _reset(self) -> None:
+        """Create the state that is bound to one event loop, such as events."""
         self.batch_store = BatchStore(self.store)
         self._runner = self._make_runner()
         self._batches = Batches(self.batch_store, self._runner, self._start_batch, self._limits)
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
-        #: batches, and runs of others, that somebody waits for
+        #: batches, and runs of other engines, that a caller waits for
         self._awaited: dict[str, anyio.Event] = {}
-        #: runs and batches of which a long result is being sent, and how often
+        #: runs and batches with a long result that is being sent, and the number of responses that send it
         self._being_sent: Counter[str] = Counter()
-        #: of engines that are gone, the agents that the runs wait for that were left to them
+        #: by dead engine: the agents that its remaining runs need, which this engine does not have
         self._waiting_for: dict[str, Collection[str]] = {}
 
     async def __aenter__(self) -> Self:
         self._check_not_entered()
         self._engine_id = new_id()
-        self._begin_life()
+        self._reset()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
-            with self._entering():
-                self._warn_of_others(await self.store.enter(self._engine_id, self._flock, self._agents.keys()))
+            with self._explaining_store_errors():
+                agents_before = await self.store.register_engine(self._engine_id, self._flock, self._agents.keys())
+                self._warn_about_store(agents_before)
                 if (newest := self.store.last_id()) is not None:
-                    with contextlib.suppress(ValueError):  # of a damaged file; what reads it says so
+                    with contextlib.suppress(ValueError):  # the file is damaged, which is reported when the run is read
                         make_ids_after(newest)
             self._exit = stack.pop_all()
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         try:
-            with self._entering():
+            with self._explaining_store_errors():
                 await self._take_over()
         except BaseException:
             await self.__aexit__()
             raise
         self._tasks.start_soon(self._watch)
-        self._tasks.start_soon(self._retain)
+        self._tasks.start_soon(self._apply_retention)
         return self
 
-    def _warn_of_others(self, agents_before: Sequence[str]) -> None:
-        """Warn of other programs on the store, and of users who can read it. It may be so by accident."""
+    def _warn_about_store(self, agents_before: Sequence[str]) -> None:
+        """Warn if other programs use the store, or other users can read it. This may be unintentional."""
         if self.store.is_public:
-            template = "The store %s can be read by every user of this machine. To change that: chmod go= %s*"
+            template = "Every user of this machine can read the store %s. To change that, run: chmod go= %s*"
             logger.warning(template, self.store.path, self.store.path)
         missing = ", ".join(name for name in agents_before if name not in self._agents)
         if missing:
             logger.warning(
-                "The store %s was last used by a flock that is also called %r, with agents that this one does not "
-                "have: %s. If that is another program, each sees the runs of the other: give one of them another name, "
+                "The store %s was last used by a flock with the same name, %r, and with agents that this one does not "
+                "have: %s. If that is another program, both see each other's runs. Give one of them another name, "
                 "Flock(name), or another store (store=, --store).",
                 *(self.store.path, self._flock, missing),
             )
-        for name, count in self.store.unfinished_of_others(self._flock).items():
+        for name, count in self.store.unfinished_of_other_flocks(self._flock).items():
             logger.warning(
-                "The store %s has %d unfinished runs and batches of the flock %r. This flock, %r, does not carry them "
-                "out. If it should have a store of its own, name one (store=, --store).",
+                "The store %s has %d unfinished runs and batches of the flock %r. This flock, %r, does not execute "
+                "them. To give it a separate store, use store= or --store.",
                 *(self.store.path, count, name, self._flock),
             )
 
     @contextlib.contextmanager
-    def _entering(self) -> Iterator[None]:
+    def _explaining_store_errors(self) -> Iterator[None]:
         try:
             yield
         except StoreError as exc:
             raise StoreError(
-                f"The store {self.store.path!r} cannot be used: {exc.__cause__ or exc}. Make room on its disk if that "
-                "is full; otherwise restore it, or name another file (store=, --store)."
+                f"The store {self.store.path!r} cannot be used: {exc.__cause__ or exc}. If its disk is full, free some "
+                "space. Otherwise restore the file, or use another one (store=, --store)."
             ) from exc
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Stop what is at work; asynchronous runs go on at the next start, the others end as interrupted."""
+        """Stop all runs. Asynchronous runs are resumed at the next start; the others end as interrupted."""
         tasks, self._tasks = self._tasks, None
         assert tasks is not None
         self._runner.is_draining = True
@@ -222,13 +224,13 @@ class EmbeddedEngine(EngineBase):
         self._runner.stop()
         try:
             await tasks.__aexit__(None, None, None)
-        finally:  # also when the host is being cancelled
+        finally:  # also if the host program is being cancelled
             with anyio.CancelScope(shield=True):
-                async with anyio.create_task_group() as leaving:  # together: they share one time-out
+                async with anyio.create_task_group() as stops:  # concurrently, so that they share one timeout
                     for active in list(self._runner.active.values()):
-                        leaving.start_soon(self._runner.leave, active)
+                        stops.start_soon(self._runner.interrupt, active)
                 with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError):
-                    await self.store.leave(self._engine_id)
+                    await self.store.unregister_engine(self._engine_id)
             await self._exit.aclose()
 
     async def drain(self, timeout_s: float) -> None:
@@ -236,7 +238,7 @@ class EmbeddedEngine(EngineBase):
         self._runner.is_draining = True
         self._wake_all()
         for active in self._runner.active.values():
-            active.tell(active.run)  # event streams end
+            active.update(active.run)  # ends event streams
         for seconds in (timeout_s, FINAL_WRITE_TIMEOUT_S):
             with anyio.move_on_after(seconds):
                 while self._runner.active:
@@ -251,7 +253,7 @@ class EmbeddedEngine(EngineBase):
     def check_ready(self) -> None:
         self._check_running()
         self.store.check_writable()
-        self.store.queue(self._flock)  # it can be read
+        self.store.queue(self._flock)  # raises if the store cannot be read
 
     def observe(self, observer: Observer) -> None:
         self._observers.append(observer)
@@ -267,18 +269,18 @@ class EmbeddedEngine(EngineBase):
         if not run.is_async and key is None:
             if full is not None:
                 raise full
-            # Its end is written and waited for; its start is worth nothing without a caller.
+            # Its end is written durably. Its start need not be, since a run whose caller is gone is not resumed.
             self._check_room(run.principal)
             self.store.save_nowait(run, is_new=True)
             self._start(run)
         else:
             with self._accepting_key(key):
-                with self._counted(run):
+                with self._counting_inputs(run):
                     await self.store.accept(run, self._limits.queue, key, then=self._start, full=full)
 
     @contextlib.contextmanager
-    def _counted(self, run: Run) -> Iterator[None]:
-        """Count its inputs as waiting until it is started, and counted there."""
+    def _counting_inputs(self, run: Run) -> Iterator[None]:
+        """Count the inputs of *run* as queued inside the block. The runner counts them after it has started the run."""
         self._runner.count_queued(run.principal, len(run.inputs))
         try:
             yield
@@ -286,7 +288,7 @@ class EmbeddedEngine(EngineBase):
             self._runner.count_queued(run.principal, -len(run.inputs))
 
     def _check_room(self, principal: str | None) -> None:
-        """As ``queries.check_room``, for a run that is not written before its end."""
+        """Like ``queries.check_room``, for a run that is not in the store until it ends."""
         waiting, limits = len(self._runner.active) - self._limits.max_concurrency, self._limits.queue
         limits.check(waiting)
         if principal is not None and waiting >= limits.max_runs_per_principal:
@@ -294,28 +296,30 @@ class EmbeddedEngine(EngineBase):
             limits.check_share(sum(run.principal == principal and run.status is RunStatus.STARTING for run in runs))
 
     def _full(self, principal: str | None) -> EngineFull | None:
-        """What new runs are refused with if the inputs of those that wait are as long as may be."""
+        """Return an error for new runs if the inputs of waiting runs have reached their limit."""
         queued, limit = self._runner.queued_bytes, self._limits.max_queue_bytes
         if queued.total() >= limit:
-            whose, words = "waiting runs", "that this server takes (max_queue_bytes)"
+            whose, words = "waiting runs", "this server (max_queue_bytes)"
         elif principal is not None and queued[principal] >= limit / 2:
-            whose, words = "waiting runs of this caller", "that one caller may have (half of max_queue_bytes)"
+            whose, words = "this caller's waiting runs", "one caller (half of max_queue_bytes)"
         else:
             return None
-        return EngineFull(f"The inputs of {whose} are as long as all {words}. Try again when some of them have begun.")
+        return EngineFull(
+            f"The inputs of {whose} have reached the limit of {words}. Try again when some of the runs have started."
+        )
 
     async def get_run(self, run_id: str) -> Run:
         active = self._runner.active.get(run_id)
         if active is not None and not active.run.is_stub:
             return active.run
         self._check_entered()
-        return self._visible(run_id, self.store.get_run(run_id))
+        return self._check_visible(run_id, self.store.get_run(run_id))
 
-    def _visible(self, run_id: str, run: Run | None) -> Run:
-        """Raises RunNotFound."""
+    def _check_visible(self, run_id: str, run: Run | None) -> Run:
+        """Return *run* if clients may see it. Raises RunNotFound."""
         if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
-        if run.batch_id is not None and self.batch_store.get(run.batch_id) is None:  # its batch is out of sight
+        if run.batch_id is not None and self.batch_store.get(run.batch_id) is None:  # its batch is hidden
             raise RunNotFound(run_id)
         return run
 
@@ -324,20 +328,20 @@ class EmbeddedEngine(EngineBase):
         active = self._runner.active.get(run_id)
         while active is not None and not active.is_lost:
             if active.run.status.is_final:
-                return await self._whole(active)
+                return await self._record_of(active)
             if active.store_error is not None:
                 raise active.store_error
-            if active.is_left:
-                raise EngineStopped("The server stopped before this run ended; it goes on at the next start.")
+            if active.is_interrupted:
+                raise EngineStopped("The server stopped before this run ended. The run is resumed at the next start.")
             if timeout_s is not None and anyio.current_time() >= deadline:
-                return await self._whole(active)
-            active.wake_at = min(active.wake_at, deadline)  # the watch sees to it: a timer for each takes longer
+                return await self._record_of(active)
+            active.wake_at = min(active.wake_at, deadline)  # for the watch task: a timer for each waiter is slower
             await active.end.wait()
         with anyio.CancelScope(deadline=deadline):
             while not (run := await self.get_run(run_id)).status.is_final:
-                del run  # it may be long, and so may the wait
+                del run  # do not hold a possibly long record during a possibly long wait
                 if self.is_draining:
-                    raise asked_to_leave()
+                    raise wait_stopped()
                 await self._awaited.setdefault(run_id, anyio.Event()).wait()
             return run
         return await self.get_run(run_id)
@@ -347,10 +351,10 @@ class EmbeddedEngine(EngineBase):
         if active is None:
             run = await self.get_run(run_id)
             if not run.status.is_final and await self.store.request_cancel(run_id):
-                at_work = run if run.batch_id is None else await self.get_batch(run.batch_id)
-                if at_work.owner == self._engine_id and run_id not in self._runner.active:
+                owned = run if run.batch_id is None else await self.get_batch(run.batch_id)
+                if owned.owner == self._engine_id and run_id not in self._runner.active:
                     self._runner.cancelled_before[run_id] = run.attempt
-                await self._take_over_cancelled(run_id, at_work.owner)
+                await self._take_over_cancelled(run_id, owned.owner)
                 return await self.get_run(run_id)
             run = await self.get_run(run_id)
             if conflict := not_cancelled(run):
@@ -358,11 +362,11 @@ class EmbeddedEngine(EngineBase):
             return run
         active.cancel()
         if active.run.is_async:
-            await self.store.request_cancel(run_id)  # whoever goes on with it after a crash knows
-        return await self._whole(active)
+            await self.store.request_cancel(run_id)  # so that the request survives a crash
+        return await self._record_of(active)
 
-    async def _whole(self, active: StoredRun) -> Run:
-        """Its record. If that is gone or cannot be read, what is known without its inputs and its steps' results."""
+    async def _record_of(self, active: StoredRun) -> Run:
+        """Return the record of *active*. If it cannot be read, return the stub, without inputs and steps."""
         run = active.run
         if run.is_stub:
             with contextlib.suppress(StoreError):
@@ -372,13 +376,13 @@ class EmbeddedEngine(EngineBase):
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
-        self._check_has(run.agent_name)
+        self._check_has_agent(run.agent_name)
         reopened = None
         if run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
             if run.batch_id is None:
                 if (full := self._full(run.principal)) is not None:
                     raise full
-                with self._counted(run):
+                with self._counting_inputs(run):
                     reopened = await self.store.reopen(run, self._engine_id, self._limits.queue, then=self._start)
             elif await self._batches.retry_item(run, self._engine_id):
                 reopened = await self.get_run(run_id)
@@ -390,7 +394,7 @@ class EmbeddedEngine(EngineBase):
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
         if run.completed_at is not None:
-            await self._be_seen(run.completed_at)
+            await self._wait_until_seen(run.completed_at)
         if run.batch_id is not None or not await self.store.delete_run(run_id):
             raise not_deleted(await self.get_run(run_id))
 
@@ -405,20 +409,20 @@ class EmbeddedEngine(EngineBase):
         return self._store_changed.wait
 
     def long_result(self, run: Run, position: int | None = None, *, is_outline: bool = False) -> LongJSON:
-        """The result of *run*, or of its step at *position*, to be read in pieces. It does not hold the run.
+        """Return the result of *run*, or of its step at *position*, to be read in pieces without holding *run*.
 
-        Raises: RunNotFound, StoreError if *run* is an outline, whose results are in the store only.
+        Raises: RunNotFound, StoreError if *run* is an outline, whose results are only in the store.
         """
         if run.status is RunStatus.COMPLETED and position == len(run.steps) - 1:
-            position = None  # it is kept once
+            position = None  # the last result is stored only once, as that of the run
         result = run.result if position is None else run.steps[position].result
         length = self.store.result_bytes(run.run_id, position) if is_outline else len(result or b"")
-        kept = functools.partial(self._kept, run.batch_id or run.run_id)
+        kept = functools.partial(self._protected, run.batch_id or run.run_id)
         return LongJSON(length, functools.partial(self.store.read_result, run.run_id, position), kept)
 
     @contextlib.contextmanager
-    def _kept(self, id_: str) -> Iterator[None]:
-        """Keep a run or batch from the retention of this engine within the block."""
+    def _protected(self, id_: str) -> Iterator[None]:
+        """Protect a run or batch from the retention of this engine inside the block."""
         being_sent = self._being_sent
         being_sent[id_] += 1
         try:
@@ -429,7 +433,7 @@ class EmbeddedEngine(EngineBase):
                 del being_sent[id_]
 
     def _with_result(self, event: Event, run: Run, *, is_outline: bool) -> Event:
-        """*event* with its result, or a ``LongJSON`` if that is long. Raises RunNotFound, StoreError."""
+        """Return *event* with its result, or with a ``LongJSON`` if that is long. Raises RunNotFound, StoreError."""
         if event.data.get("result") is None:
             return event
         result = self.long_result(run, event.data.get("position"), is_outline=is_outline)
@@ -440,65 +444,67 @@ class EmbeddedEngine(EngineBase):
             return replace(event, data={**event.data, "result": short})
         return event
 
-    async def _be_seen(self, completed_at: datetime) -> None:
-        """Let those who follow something elsewhere hear of its end, before it is gone."""
+    async def _wait_until_seen(self, completed_at: datetime) -> None:
+        """Wait until other engines have seen the end of a record, before it is deleted."""
         if self.store.is_shared:
             await anyio.sleep(max(0, min(SEEN_BY_ALL_S, SEEN_BY_ALL_S - (now() - completed_at).total_seconds())))
 
-    def _check_has(self, agent_name: str) -> None:
+    def _check_has_agent(self, agent_name: str) -> None:
         if agent_name not in self._agents:
             raise Conflict(
-                f"This program does not have the agent {agent_name!r}, which it needs. Retry it in a program that does."
+                f"This program does not have the required agent {agent_name!r}. Retry in a program that has it."
             )
 
     def _start(self, run: Run | None) -> None:
-        """What is accepted while the engine goes is for the next start."""
+        """Start *run*, unless the engine is shutting down. Then the run is recovered at the next start."""
         if run is not None and self._tasks is not None and not self.is_draining:
             self._runner.start(self._tasks, run)
 
     @contextlib.contextmanager
     def _accepting_key(self, key: IdempotencyKey | None) -> Iterator[None]:
-        """Only one request with a key at a time; a later one is a replay."""
+        """Raise Conflict if another request with the same key is being accepted. A later one is a replay."""
         if key is None:
             yield
             return
         if key.scoped_key in self._accepting:
-            raise Conflict(f"A request with the idempotency key {key.key!r} is being accepted at this moment.")
+            raise Conflict(
+                f"A request with the idempotency key {key.key!r} is still being accepted. Try again in a moment."
+            )
         self._accepting.add(key.scoped_key)
         try:
             yield
         finally:
             self._accepting.discard(key.scoped_key)
 
-    # What goes on beside the runs
+    # Background tasks
 
     async def _watch(self) -> None:
-        """Look for what others did, and for others that are gone; 20 times a second, at a cost of microseconds."""
-        self._runner.companion = current_task()
-        version, look_at = -1, anyio.current_time() + LOOK_INTERVAL_S
+        """Watch for changes by other engines, and for dead engines. An iteration takes microseconds."""
+        self._runner.watch_task = current_task()
+        version, check_at = -1, anyio.current_time() + CHECK_INTERVAL_S
         while True:
             await anyio.sleep(WATCH_INTERVAL_S)
             at = anyio.current_time()
             for active in list(self._runner.active.values()):
-                # Behind its turn the run has a newer record, on its way to the disk, which this one would replace.
+                # After its turn, a newer record is already being written, which must not be replaced by this one.
                 if active.context is not None and active.progress is not active.run.progress:
-                    active.tell(replace(active.run, progress=active.progress))
+                    active.update(replace(active.run, progress=active.progress))
                     self.store.save_nowait(active.run)
                 if at >= active.wake_at:
                     active.wake_at = math.inf
                     active.wake()
             self.store.flush_nowait()
             try:
-                if is_time_to_look := self.store.is_shared and at >= look_at:
-                    look_at = at + LOOK_INTERVAL_S
-                    self.store.look()
+                if is_check_due := self.store.is_shared and at >= check_at:
+                    check_at = at + CHECK_INTERVAL_S
+                    self.store.check_file()
                 if self.store.is_displaced:
-                    self._wake_all()  # what they read next raises StoreError
+                    self._wake_all()  # their next read raises StoreError
                     continue
                 seen = self.store.data_version() if self.store.is_shared else version - 1
                 if seen != version:
                     version = seen
-                    self._tell_store_changed()
+                    self._notify_store_changed()
                     for run_id, attempt in self.store.cancels_for(self._engine_id):
                         if run_id in self._runner.active:
                             self._runner.active[run_id].cancel()
@@ -508,22 +514,24 @@ class EmbeddedEngine(EngineBase):
                         self._batches.cancel(batch_id)
                     for id_ in self.store.ended(self._awaited) if self._awaited else ():
                         self._awaited.pop(id_).set()
-                if is_time_to_look:
-                    if not await self.store.remain(self._engine_id, self._flock):
-                        logger.warning("another engine has taken over what this one had; it goes on with new work")
+                if is_check_due:
+                    if not await self.store.renew_registration(self._engine_id, self._flock):
+                        logger.warning(
+                            "another engine has taken over the runs of this one, which continues with new work"
+                        )
                     await self._take_over()
             except StoreError as exc:
                 logger.error("the store cannot be watched: %s", exc)
-            except Exception:  # whatever it is, such as no file handle left: the runs go on, and so does the watch
+            except Exception:  # such as too many open files: runs and the watch must continue
                 logger.exception("the store cannot be watched")
 
-    def _tell_store_changed(self) -> None:
+    def _notify_store_changed(self) -> None:
         changed, self._store_changed = self._store_changed, anyio.Event()
         changed.set()
 
     def _wake_all(self) -> None:
-        """Let all who wait for a run or a batch look again."""
-        self._tell_store_changed()
+        """Wake all callers that wait for a run or a batch, so that they check again."""
+        self._notify_store_changed()
         while self._awaited:
             self._awaited.popitem()[1].set()
 
@@ -531,7 +539,7 @@ class EmbeddedEngine(EngineBase):
         return self.store.dead_engines(self._flock, self._engine_id) if self.store.is_shared else ()
 
     async def _take_over(self) -> None:
-        """Go on with what engines left whose process is gone, if its agents are here."""
+        """Take over unfinished runs and batches of dead engines, if this engine has their agents."""
         dead = self._dead_engines()
         self._waiting_for = {dead_id: names for dead_id, names in self._waiting_for.items() if dead_id in dead}
         for dead_id in dead:
@@ -540,63 +548,63 @@ class EmbeddedEngine(EngineBase):
                 await self._take_over_from(dead_id)
 
     async def _take_over_cancelled(self, id_: str, owner: str | None) -> None:
-        """End a cancelled run or batch of an engine that is gone; no program may have its agent."""
+        """Take over a cancelled run or batch of a dead engine, so that it ends even if no program has its agent."""
         if owner is not None and owner in self._dead_engines():
-            self._go_on_with(await self.store.take_over(owner, self._engine_id, now(), only=id_))
+            self._resume(await self.store.take_over(owner, self._engine_id, now(), only=id_))
 
     async def _take_over_from(self, dead_id: str) -> None:
         taken = await self.store.take_over(dead_id, self._engine_id, now())
-        self.batch_store.has_dropped.set()  # what it had staged is gone
-        self._go_on_with(taken)
+        self.batch_store.has_dropped.set()  # its staged batches were dropped
+        self._resume(taken)
         known = self._waiting_for.pop(dead_id, ())
-        if not taken.is_all:
+        if not taken.is_complete:
             self._waiting_for[dead_id] = taken.waiting.keys()
         if not taken.waiting.keys() <= set(known):
             logger.warning(
-                "The store %s has unfinished runs of agents that this program does not have: %s. They wait for a "
-                "program that has them; they can be cancelled.",
+                "The store %s has unfinished runs of agents that this program does not have: %s. They wait until a "
+                "program that has these agents is started. You can also cancel them.",
                 self.store.path,
                 ", ".join(f"{name} ({count})" for name, count in taken.waiting.items()),
             )
 
-    def _go_on_with(self, taken: TakenOver) -> None:
+    def _resume(self, taken: TakenOver) -> None:
         ended = [run for run in taken.runs if run.status.is_final]
         runs = [run for run in taken.runs if not run.status.is_final]
         if ended or runs or taken.batches:
-            template = "going on with %d runs and %d batches of an engine that is gone; %d runs ended with it"
+            template = "resuming %d runs and %d batches of an engine that has stopped; %d of its runs were ended"
             logger.info(template, len(runs), len(taken.batches), len(ended))
         for run in ended:
-            self._runner.turns.tell("run_ended", run)
+            self._runner.turns.notify("run_ended", run)
         for run in runs:
             self._start(run)
         for batch in taken.batches:
             self._batches.start(batch)
 
-    async def _retain(self) -> None:
-        """Delete what is too old, in small bites."""
+    async def _apply_retention(self) -> None:
+        """Delete old runs and dropped items, in small chunks."""
         while True:
             with anyio.move_on_after(RETENTION_INTERVAL_S):
                 await self.batch_store.has_dropped.wait()
             self.batch_store.has_dropped = anyio.Event()
             try:
-                await self.store.forget_keys(now() - KEEP_KEYS_FOR)
+                await self.store.delete_old_keys(now() - KEEP_KEYS_FOR)
                 await self.delete_old()
                 while await self.batch_store.sweep():
                     await anyio.lowlevel.checkpoint()
             except StoreError:
-                pass  # the store has said so
+                pass  # the store has logged it
             except Exception:
                 logger.exception("old runs cannot be deleted")
 
     async def delete_old(self) -> None:
         """Delete final runs that are older than ``keep_for_s`` or beyond the newest ``keep_runs``.
 
-        Those of which this process is sending a long result are deleted later.
+        While this process is sending a long result of a run, the run is not deleted.
         """
         before = None if self._limits.keep_for_s is None else now() - timedelta(seconds=self._limits.keep_for_s)
         if before is None and self._limits.keep_runs is None:
             return
-        bounds = (self._flock, before, self._limits.keep_runs, RETENTION_BITE)
+        bounds = (self._flock, before, self._limits.keep_runs, RETENTION_CHUNK_SIZE)
         while await self.store.delete_old(*bounds, self._being_sent.keys()):
             await anyio.lowlevel.checkpoint()
 
@@ -607,7 +615,7 @@ class EmbeddedEngine(EngineBase):
             return await self._batches.submit(intake, key)
 
     def _start_batch(self, work: Callable[[Batch], Coroutine[Any, Any, None]], batch: Batch) -> None:
-        """What is accepted while the engine goes is for the next start."""
+        """Start *work* on *batch*, unless the engine is shutting down. Then it is recovered at the next start."""
         if self._tasks is not None and not self.is_draining:
             self._tasks.start_soon(work, batch)
 
@@ -622,7 +630,7 @@ class EmbeddedEngine(EngineBase):
         with anyio.move_on_after(timeout_s):
             while not (await self.get_batch(batch_id)).status.is_final:
                 if self.is_draining:
-                    raise asked_to_leave()
+                    raise wait_stopped()
                 await self._awaited.setdefault(batch_id, anyio.Event()).wait()
         return await self.get_batch(batch_id)
 
@@ -644,7 +652,7 @@ class EmbeddedEngine(EngineBase):
                 self._batches.cancel(batch_id)
             else:
                 await self._take_over_cancelled(batch_id, batch.owner)
-                await anyio.sleep(SEEN_BY_ALL_S)  # its owner lets no item begin from then on
+                await anyio.sleep(SEEN_BY_ALL_S)  # after that its owner starts no more items
         batch = await self.get_batch(batch_id)
         if conflict := not_cancelled(batch):
             raise conflict
@@ -652,7 +660,7 @@ class EmbeddedEngine(EngineBase):
 
     async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
         self._check_running()
-        self._check_has((await self.get_batch(batch_id)).agent_name)
+        self._check_has_agent((await self.get_batch(batch_id)).agent_name)
         wanted = only or (RunStatus.FAILED, RunStatus.CANCELLED)
         reopened = await self._batches.retry(batch_id, self._engine_id, wanted)
         if reopened is None:
@@ -662,13 +670,13 @@ class EmbeddedEngine(EngineBase):
     async def delete_batch(self, batch_id: str) -> None:
         batch = await self.get_batch(batch_id)
         if batch.completed_at is not None:
-            await self._be_seen(batch.completed_at)
+            await self._wait_until_seen(batch.completed_at)
         if not await self.batch_store.drop(batch_id):
             raise not_deleted(batch)
 
 
 class _StoreReader(RunReader):
-    """Reads a run that is in memory while it is at work here, and an outline of it from the store otherwise."""
+    """Reads a run from memory while it is active here, and otherwise an outline of it from the store."""
 
     def __init__(self, engine: EmbeddedEngine, run_id: str) -> None:
         super().__init__(engine.get_run, run_id)
@@ -686,7 +694,7 @@ class _StoreReader(RunReader):
         engine._check_entered()
         newest = engine.store.version(run_id)
         if self._outline is None or newest != self._version:
-            self._version, self._outline = newest, engine._visible(run_id, engine.store.outline(run_id))
+            self._version, self._outline = newest, engine._check_visible(run_id, engine.store.outline(run_id))
         return self._outline
 
     async def changed(self) -> None:

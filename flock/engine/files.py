@@ -1,4 +1,4 @@
-"""Files beside a store, and kernel locks on them: a process holds one as long as it lives, whatever ends it."""
+"""Private files and lock files of a store. The kernel releases a process's locks however the process ends."""
 
 import contextlib
 import errno
@@ -12,30 +12,30 @@ try:
     import fcntl
 except ImportError as exc:
     raise ImportError(
-        "flockapi supports Linux and macOS, but not Windows: its store needs the kernel locks of fcntl. "
+        "flockapi supports Linux and macOS, but not Windows, because its store needs the file locks of fcntl. "
         "Run it in WSL or in a container."
     ) from exc
 
 __all__ = [
     "PRIVATE",
+    "acquire_lock",
+    "close_lock",
     "create_private",
-    "hold",
-    "hold_alone",
-    "identity",
-    "is_held",
-    "let_go",
+    "device_and_inode",
+    "exclusive_lock",
+    "is_locked",
     "open_lock",
     "remove",
     "try_lock",
     "unlock",
 ]
 
-#: The permissions of files that are made here.
+#: The permissions of new files.
 PRIVATE = 0o600
 
 
-def identity(path: str) -> tuple[int, int] | None:
-    """The device and inode of a file; None if there is none."""
+def device_and_inode(path: str) -> tuple[int, int] | None:
+    """Return the device and inode of a file, or None if it does not exist."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -44,50 +44,50 @@ def identity(path: str) -> tuple[int, int] | None:
 
 
 def create_private(path: str) -> None:
-    """Make an empty file that only its owner can read, unless there is one; SQLite would go by the umask."""
+    """Create an empty file that only its owner can read, unless it exists. SQLite would use the umask."""
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE))
 
 
-#: Files that are locked, or may be soon.
-_held: set[IO[bytes]] = set()
+#: Lock files that are open in this process, whether locked or not.
+_open_locks: set[IO[bytes]] = set()
 
 
 @contextlib.contextmanager
-def hold_alone(path: str) -> Iterator[None]:
-    """Be the one process that holds the lock file *path*, which is removed at the end.
+def exclusive_lock(path: str) -> Iterator[None]:
+    """Hold the lock file *path* inside the block, and remove it at the end.
 
-    Raises BlockingIOError where another one does.
+    Raises BlockingIOError if another process holds it.
     """
     while True:
         file = open_lock(path, PRIVATE)
         if not try_lock(file):
-            let_go(file)
-            raise BlockingIOError(f"another process holds {path}")
+            close_lock(file)
+            raise BlockingIOError(f"another process has locked {path}")
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        let_go(file)  # its last holder has removed it in the meantime
+        close_lock(file)  # its previous holder has removed it in the meantime
     try:
         yield
     finally:
         remove(path)
-        let_go(file)
+        close_lock(file)
 
 
-def hold(path: str, mode: int) -> IO[bytes]:
-    """Wait for the lock file *path*, which is held until ``let_go``."""
+def acquire_lock(path: str, mode: int) -> IO[bytes]:
+    """Wait for a lock on the file *path*, which is held until ``close_lock``."""
     file = open_lock(path, mode)
     fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
 
 def open_lock(path: str, mode: int) -> IO[bytes]:
-    """Raises OSError, also if there is something else than a file, such as a pipe, which would never open."""
+    """Open a lock file. Raises OSError, also if *path* is not a regular file, since opening a pipe would block."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "it is not a file", path)
     file = open(path, "ab", opener=functools.partial(os.open, mode=mode))
-    _held.add(file)
+    _open_locks.add(file)
     return file
 
 
@@ -103,8 +103,8 @@ def unlock(file: IO[bytes]) -> None:
     fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def let_go(file: IO[bytes]) -> None:
-    _held.discard(file)
+def close_lock(file: IO[bytes]) -> None:
+    _open_locks.discard(file)
     file.close()
 
 
@@ -112,22 +112,22 @@ def remove(path: str) -> None:
     Path(path).unlink(missing_ok=True)
 
 
-def is_held(path: str) -> bool:
+def is_locked(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:  # it is, or nobody can tell: no take-over in doubt
+    except OSError:  # locked, or unknown: in doubt, nothing is taken over
         return True
     return False
 
 
 def _close_in_child() -> None:
-    """A forked child (a process pool's, say) must not keep the locks of a parent that dies."""
-    for file in _held:
+    """Close locks in a forked child, such as one of a process pool, which would keep them if its parent dies."""
+    for file in _open_locks:
         file.close()
-    _held.clear()
+    _open_locks.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)

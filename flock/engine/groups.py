@@ -1,4 +1,4 @@
-"""Writes of the store that share one transaction."""
+"""Group commit: writes of the store that share one transaction."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ logger = logging.getLogger("flock.store")
 
 
 class PendingRun:
-    """The latest record of one run, and the steps that came since it was written last."""
+    """The latest record of one run, and the steps that were added since the last write."""
 
     def __init__(self, run: Run, is_new: bool) -> None:
         self.run = run
@@ -34,7 +34,7 @@ class PendingRun:
 
 
 class Change:
-    """A function that is called within the transaction, what came of it, and one that is called after it."""
+    """A function that is called inside the transaction, its outcome, and a callback for after the commit."""
 
     def __init__(self, apply: Callable[[sqlite3.Connection], Any], then: Callable[[Any], None] | None) -> None:
         self.apply = apply
@@ -43,8 +43,8 @@ class Change:
         self.error: Exception | None = None
 
 
-#: What SQLite raises for the values of one record, or for one damaged row, however well the store works.
-OF_ONE_RECORD = (
+#: Errors that concern the values of one record, or one damaged row, and not the store as a whole.
+RECORD_ERRORS = (
     sqlite3.InterfaceError,
     sqlite3.DataError,
     sqlite3.IntegrityError,
@@ -54,12 +54,12 @@ OF_ONE_RECORD = (
 
 
 class Refused(Exception):
-    """One record of a group cannot be written, for the reason that is the cause of this; the others can."""
+    """One record of a group cannot be written. The cause of this exception says why."""
 
     @classmethod
     def reraise(cls, exc: Exception) -> NoReturn:
-        """Raise *exc* itself if it is about the file or the disk, which fails the whole group."""
-        if isinstance(exc, sqlite3.Error) and not isinstance(exc, OF_ONE_RECORD):
+        """Raise *exc* itself if it concerns the file or the disk, since then the whole group fails."""
+        if isinstance(exc, sqlite3.Error) and not isinstance(exc, RECORD_ERRORS):
             raise exc
         raise cls from exc
 
@@ -75,7 +75,7 @@ class Group:
     def __init__(self) -> None:
         self.runs: dict[str, PendingRun] = {}
         self.refused: dict[str, Exception] = {}
-        #: new runs that were refused, so that they have no row
+        #: new runs that were refused and so have no row
         self.without_row: set[str] = set()
         self.changes: list[Change] = []
         self.lost: set[str] = set()
@@ -86,13 +86,13 @@ class Group:
         return anyio.Event()
 
     def write_together(self, db: sqlite3.Connection) -> None:
-        """Raises Refused if there is a record that SQLite refuses."""
+        """Write all records. Raises Refused if one of them cannot be written."""
         self._write_runs(db, self.runs)
         for change in self.changes:
             self._apply(db, change)
 
-    def write_apart(self, db: sqlite3.Connection) -> None:
-        """Write each record whole or not at all: what is refused fails only its own caller."""
+    def write_separately(self, db: sqlite3.Connection) -> None:
+        """Write each record in a savepoint of its own, so that one that is refused fails only its own caller."""
         for run_id, pending in list(self.runs.items()):
             has_one_row = not steps_with_rows(pending.run, pending.steps)
             try:
@@ -124,24 +124,24 @@ class Group:
         change.error = None
         try:
             change.result = change.apply(db)
-        except FlockError as exc:  # said on purpose, before anything is written
+        except FlockError as exc:  # raised on purpose, before anything was written
             change.error = exc
         except Exception as exc:
             Refused.reraise(exc)
 
-    def go_on(self) -> None:
-        """Call what follows each change that was written."""
+    def run_callbacks(self) -> None:
+        """Call the callback of each change that was written."""
         for change in self.changes:
             if change.then is not None and change.error is None:
                 try:
                     change.then(change.result)
-                except Exception:  # the next group is not to suffer from it
-                    logger.exception("what was written cannot be gone on with now")
+                except Exception:  # it must not stop the writer
+                    logger.exception("a callback failed after its change was written")
 
 
 @contextlib.contextmanager
 def _savepoint(db: sqlite3.Connection) -> Iterator[None]:
-    """Whatever the block raises undoes what it wrote, and nothing else of the transaction."""
+    """If the block raises, undo its writes, but no others of the transaction."""
     db.execute("SAVEPOINT record")
     try:
         yield

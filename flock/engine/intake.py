@@ -1,4 +1,4 @@
-"""Work on its way in: what both engines do with rows before they accept them."""
+"""Intake of a batch: what both engines do with its rows before they accept it."""
 
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -7,27 +7,27 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent
-from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, each
+from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, iterate
 from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.rows.tables import RowMapping
 from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Row, Run, RunStatus, new_id
 
-__all__ = ["ITEMS_A_PAGE", "Intake", "mapping_rows"]
+__all__ = ["ITEMS_PER_PAGE", "Intake", "mapping_rows"]
 
-#: How many items are written or read at once, and about how many bytes of inputs are written.
-ITEMS_A_PAGE = 500
+#: How many items are written or read at once, and about how many bytes of inputs are written at once.
+ITEMS_PER_PAGE = 500
 PAGE_BYTES = 4 * 1024 * 1024
 
 
 class Intake:
-    """One batch on its way in: rows become items, and pages of them are staged.
+    """Turns the rows of one batch into items, and stages them in pages.
 
     Args:
         items: see ``Engine.submit_batch``.
-        batch: as it is to be accepted, without its numbers.
+        batch: the batch to accept, without its counts.
 
     Attributes:
-        page: what is not staged.
+        page: the items that are not staged yet.
     """
 
     def __init__(
@@ -54,23 +54,22 @@ class Intake:
         stage: Callable[[Sequence[Run]], Awaitable[None]],
         *,
         id_of: Callable[[int], str] = lambda position: new_id(),
-        items_a_page: Callable[[int], int] = lambda total: ITEMS_A_PAGE,
+        items_per_page: Callable[[int], int] = lambda total: ITEMS_PER_PAGE,
         page_bytes: int = PAGE_BYTES,
     ) -> Batch:
-        """Read and check all items. Returns the batch with its numbers.
+        """Read and check all items. Returns the batch with its counts.
 
         Args:
-            stage: keeps a page before the next one is read; the last page is left to the caller.
-            id_of: names the item at a position.
-            items_a_page: how many items one page holds after so many have been read.
-            page_bytes: about how many bytes of inputs one page holds at most.
+            stage: stores a page before the next one is read. The caller stores the last page.
+            id_of: returns the id of the item at a position.
+            items_per_page: returns the size of the next page, given the number of items read so far.
+            page_bytes: about the maximum number of bytes of inputs in one page.
 
-        Raises: InvalidData, once there are as many errors, or rows with errors, as are reported at once; TooLarge;
-            DefinitionError.
+        Raises: InvalidData, as soon as the maximum number of errors to report is reached; TooLarge; DefinitionError.
         """
         options = self.batch.options
         if options.max_workers < 1:
-            raise DefinitionError(f"max_workers is at least 1, and not {options.max_workers}.")
+            raise DefinitionError(f"max_workers must be at least 1, not {options.max_workers}.")
         checks, found = self._checks, RowErrors()
         async for checked in checks.rows(self._items):
             if checked.errors and self._on_invalid == "reject":
@@ -80,7 +79,7 @@ class Intake:
             if found:
                 continue
             self._add(checks.total, checked, id_of)
-            if len(self.page) >= items_a_page(checks.total) or self._page_bytes > page_bytes:
+            if len(self.page) >= items_per_page(checks.total) or self._page_bytes > page_bytes:
                 await stage(self.page)
                 self.page, self._page_bytes = [], 0
         if found or not checks.total:
@@ -94,7 +93,7 @@ class Intake:
         )
 
     def _add(self, position: int, checked: CheckedRow, id_of: Callable[[int], str]) -> None:
-        """Add an item to the page; it has failed already if its row has errors."""
+        """Add an item to the page. If its row has errors, it has already failed."""
         batch, (row, extra, errors) = self.batch, checked
         end: dict[str, Any] = {}
         if errors:
@@ -128,12 +127,12 @@ class Intake:
 async def mapping_rows(
     items: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]], row_mapping: RowMapping, max_bytes: int
 ) -> AsyncGenerator[Row, None]:
-    """What a program has as mappings, none of them longer than *max_bytes*. Raises InvalidData, TooLarge."""
+    """Map the items of a program to rows. Raises TooLarge if one is longer than *max_bytes*, and InvalidData."""
     position = 0
-    async for item in each(items):
+    async for item in iterate(items):
         at = f"/batch_inputs/{position}"
         if not isinstance(item, Mapping):
-            detail = f"An item is a mapping of inputs by name, and not of the type {type(item).__name__!r}."
+            detail = f"An item must be a mapping of inputs by name, not of type {type(item).__name__!r}."
             raise InvalidData([FieldError(detail=detail, pointer=at)])
         yield row_mapping.row(msgspec.json.decode(as_json(item, at, max_bytes), type=dict[str, msgspec.Raw]), at)
         position += 1

@@ -1,4 +1,4 @@
-"""Log records as JSON, one object a line, for those who collect them. Only the project's own server uses it."""
+"""Log records as JSON, one object per line, for log collectors. Only the project's own server uses it."""
 
 import logging
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ __all__ = ["JSONFormatter", "fields_of_run"]
 
 
 def fields_of_run(run: Run) -> dict[str, Any]:
-    """What tells of which run a record is; pass it as ``extra=``. Each becomes a member in JSON."""
+    """Return the fields that identify the run of a log record. Pass them as ``extra=``; each becomes a JSON member."""
     return {
         "run_id": run.run_id,
         "agent_name": run.agent_name,
@@ -23,12 +23,12 @@ def fields_of_run(run: Run) -> dict[str, Any]:
     }
 
 
-#: Members beyond those that every record has.
+#: Optional members, in addition to those that every record has.
 EXTRA = ("run_id", "agent_name", "attempt", "batch_id", "request_id", "trace_id", "status", "duration_ms")
 
 
 class JSONFormatter(logging.Formatter):
-    """``{"time", "level", "logger", "message"}``, what is known of the run, and ``exception`` where there is one."""
+    """Formats a record as ``{"time", "level", "logger", "message"}``, plus the members in EXTRA and ``exception``."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

@@ -1,6 +1,6 @@
-"""The tables of the store, and their history.
+"""The tables of the store, and their migrations.
 
-Migrations are applied in order, each once; the file remembers how many. Never change one that was released.
+Migrations are applied in order, each once. ``user_version`` of the file counts them. Never change a released one.
 """
 
 import sqlite3
@@ -33,10 +33,10 @@ def _create_tables(db: sqlite3.Connection) -> None:
             cancel_requested INTEGER NOT NULL DEFAULT 0,
             progress BLOB,
             error TEXT,
-            inputs BLOB NOT NULL, -- what is long comes last: what lies behind it takes longer to read
+            inputs BLOB NOT NULL, -- long values come last, because columns after them are slow to read
             result BLOB
         )""",
-        # A page of GET /runs is one range of one of these for each status, whatever its filter; see run_page.
+        # With any filter, a page of GET /runs reads one range per status of one of these indexes; see run_page.
         "CREATE INDEX runs_by_status ON runs (flock, status, run_id) WHERE batch_id IS NULL",
         "CREATE INDEX runs_by_both ON runs (flock, agent_name, status, run_id) WHERE batch_id IS NULL",
         "CREATE UNIQUE INDEX items ON runs (batch_id, position) WHERE batch_id IS NOT NULL",
@@ -93,7 +93,7 @@ def _add_principal(db: sqlite3.Connection) -> None:
     for statement in (
         "ALTER TABLE runs ADD COLUMN principal TEXT",
         "ALTER TABLE batches ADD COLUMN principal TEXT",
-        # Only those who have keys pay for it.
+        # It costs nothing without API keys.
         "CREATE INDEX runs_by_principal ON runs (flock, principal, status, run_id) "
         "WHERE batch_id IS NULL AND principal IS NOT NULL",
     ):
@@ -101,7 +101,7 @@ def _add_principal(db: sqlite3.Connection) -> None:
 
 
 def _widen_batches(db: sqlite3.Connection) -> None:
-    """Items are fenced by the owner of their batch, so that a million of them need not be taken over one by one."""
+    """Fence items by the owner of their batch, so that a million of them can be taken over at once."""
     for statement in (
         "ALTER TABLE runs ADD COLUMN last_step BLOB",
         "ALTER TABLE batches ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1",
@@ -109,12 +109,12 @@ def _widen_batches(db: sqlite3.Connection) -> None:
         "ALTER TABLE batches ADD COLUMN reopening TEXT",
         "ALTER TABLE batches ADD COLUMN resumed_at INTEGER",
         "ALTER TABLE batches ADD COLUMN resumed_with INTEGER NOT NULL DEFAULT 0",
-        # Why it is out of sight: "staged" until its last item is there, "dropped" until the last one is deleted.
+        # Why a batch is hidden: "staged" until its last item is written, "dropped" until its last item is deleted.
         "ALTER TABLE batches ADD COLUMN hidden TEXT",
         "CREATE INDEX batches_hidden ON batches (hidden) WHERE hidden IS NOT NULL",
-        # Few are: whoever asks 20 times a second for what is to be cancelled reads no others.
+        # Few batches are open. The query for cancellations, 20 times a second, reads only those.
         "CREATE INDEX batches_open ON batches (flock, owner) WHERE completed_at IS NULL",
-        # A page of items is one range of it for each status; see item_page.
+        # A page of items reads one range of it per status; see item_page.
         "CREATE INDEX items_by_status ON runs (batch_id, status, position) WHERE batch_id IS NOT NULL",
         "DROP INDEX items",
         "DROP INDEX runs_active",
@@ -133,7 +133,7 @@ def _add_extra(db: sqlite3.Connection) -> None:
 
 
 def _add_flocks(db: sqlite3.Connection) -> None:
-    """Which agents a flock of a name had when it was last started."""
+    """Store which agents a flock had when it was last started."""
     db.execute("CREATE TABLE flocks (flock TEXT PRIMARY KEY, agents TEXT NOT NULL) WITHOUT ROWID")
 
 
@@ -157,20 +157,22 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
 
 
 def migrate(db: sqlite3.Connection, path: str) -> None:
-    """Bring the file to this version's form. Raises StoreError, and leaves the file untouched, if it cannot."""
+    """Apply the pending migrations. Raises StoreError if the file is not compatible, and does not change it then."""
     try:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
             raise StoreError(
-                f"The store {path!r} was made by a newer version of flockapi (form {version}; this one "
-                f"knows {len(MIGRATIONS)}). Use that version, or name another file."
+                f"The store {path!r} was created by a newer version of flockapi (schema version {version}; this "
+                f"version supports {len(MIGRATIONS)}). Use that version, or another file (store=, --store)."
             )
         if version == 0 and db.execute(statements.COUNT_TABLES).fetchone()[0]:
-            raise StoreError(f"{path!r} is a database of something else. Name another file (store=).")
+            raise StoreError(f"{path!r} is the database of another program. Use another file (store=, --store).")
         for number, apply in enumerate(MIGRATIONS[version:], version + 1):
             db.execute("BEGIN IMMEDIATE")
             apply(db)
             db.execute(f"PRAGMA user_version = {number}")
             db.execute("COMMIT")
     except sqlite3.Error as exc:
-        raise StoreError(f"The store {path!r} cannot be read: {exc}. Restore it, or name another.") from exc
+        raise StoreError(
+            f"The store {path!r} cannot be read: {exc}. Restore it, or use another file (store=, --store)."
+        ) from exc

@@ -1,4 +1,4 @@
-"""How runs end that do not complete: what is said of it, whichever engine carries them."""
+"""How runs end that do not complete, with the same texts in both engines."""
 
 import logging
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("flock.runs")
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """The final status of a run, why it is that, and a stable word for programs."""
+    """The final status of a run, the reason in words, and a stable code for programs."""
 
     status: RunStatus
     error: str
@@ -36,26 +36,30 @@ def timeout_of(timeout_s: float) -> Outcome:
 
 
 def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> Outcome:
-    """The end of a run whose agent raised *exc*: what of it is for the client. The rest goes to the log, here."""
+    """Return the outcome, as clients see it, of a run whose agent raised *exc*. Log the details."""
     while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
         exc = exc.exceptions[0]
     if isinstance(exc, StepError):
         text = safe_text(exc)
-        template, said = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())
-        logger.warning(template, run.run_id, said, run.request_id, extra=fields_of_run(run))
+        template, message = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())
+        logger.warning(template, run.run_id, message, run.request_id, extra=fields_of_run(run))
         return Outcome(RunStatus.FAILED, cut(text), cut(safe_text(exc.error_type)))
     agent_name = run.next_agent_name
     template = "run %s: agent %s raised (request %s)"
     logger.error(template, run.run_id, agent_name, run.request_id, exc_info=exc, extra=fields_of_run(run))
     error = f"The agent {agent_name!r} raised {type(exc).__name__}"
     where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
-    error += f": {safe_text(exc)}" if expose_errors else f"; the server's log has more under {where}."
+    error += f": {safe_text(exc)}" if expose_errors else f". The server's log has the details under {where}."
     return Outcome(RunStatus.FAILED, cut(error), "agent_exception")
 
 
 def queue_timeout(limit_s: float) -> QueueTimeout:
-    return QueueTimeout(f"The run waited {limit_s:g} s for its first step, the limit (queue_timeout_s).")
+    return QueueTimeout(
+        f"The run waited {limit_s:g} s for its first step and reached the limit (queue_timeout_s). Try again later."
+    )
 
 
 def interrupted_turn(agent_name: str) -> Interrupted:
-    return Interrupted(f"The server stopped while {agent_name!r} was at work, which asks not to be begun again.")
+    return Interrupted(
+        f'The server stopped while {agent_name!r} was running. Its on_interrupt="fail" rules out an automatic retry.'
+    )

@@ -1,4 +1,4 @@
-"""How far a batch is, as a line on a terminal."""
+"""The progress of a batch, as a line on a terminal."""
 
 import contextlib
 import sys
@@ -13,49 +13,49 @@ __all__ = ["follow_batch"]
 
 
 async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None = None) -> Batch:
-    """The batch once it is final. Until then a line on stderr says how far it is.
+    """Return the batch when it is final. Until then, show its progress on stderr.
 
     Args:
-        is_shown: if None, where stderr is a terminal.
+        is_shown: whether to show a progress line. By default only if stderr is a terminal.
 
-    Raises: as ``Engine.wait_batch``.
+    Raises: the same as ``Engine.wait_batch``.
     """
     if not (sys.stderr.isatty() if is_shown is None else is_shown):
         return await engine.wait_batch(batch_id)
-    import click  # only who looks at a line pays for it
+    import click  # here, since only a progress line needs it
 
-    batch, began_at, told = await engine.get_batch(batch_id), anyio.current_time(), ""
+    batch, began_at, text = await engine.get_batch(batch_id), anyio.current_time(), ""
     with click.progressbar(
         range(batch.total_items),
         label=batch.agent_name,
         file=cast(TextIO, _Terminal(sys.stderr)),
-        show_eta=False,  # it counts what was done before a crash as done now; the batch knows better
+        show_eta=False,  # it would count items from before a crash; eta_s of the batch does not
         show_pos=True,
-        item_show_func=lambda _: told,
+        item_show_func=lambda _: text,
         width=20,
     ) as bar:
         async with contextlib.aclosing(engine.batch_events(batch_id)) as events:
             async for event in events:
                 if event is not None:
-                    told = _told(event.data, batch, anyio.current_time() - began_at)
+                    text = _status_text(event.data, batch, anyio.current_time() - began_at)
                     bar.update(event.data["completed_items"] - bar.pos)
                     bar.render_progress()
     return await engine.wait_batch(batch_id)
 
 
-def _told(now: dict[str, Any], before: Batch, took_s: float) -> str:
-    """What stands behind the counts: items a second since the line was begun, the time that is left, failures."""
-    told = []
+def _status_text(now: dict[str, Any], before: Batch, took_s: float) -> str:
+    """Return the text after the counts: items per second while following, the remaining time, and failures."""
+    parts = []
     if ended := now["completed_items"] - before.completed_items:
-        told.append(f"{ended / max(took_s, 1e-3):.1f}/s")
+        parts.append(f"{ended / max(took_s, 1e-3):.1f}/s")
     if now["eta_s"] is not None:
-        told.append(f"{timedelta(seconds=round(now['eta_s']))} left")
-    told += [f"{count} {what}" for what in ("failed", "cancelled") if (count := now[f"{what}_items"])]
-    return "  ".join(told)
+        parts.append(f"{timedelta(seconds=round(now['eta_s']))} left")
+    parts += [f"{count} {what}" for what in ("failed", "cancelled") if (count := now[f"{what}_items"])]
+    return "  ".join(parts)
 
 
 class _Terminal:
-    """*file*, taken for a terminal: whoever asks for the line wants to see it, also in a log or a notebook."""
+    """*file*, reported as a terminal, so that click shows the line in a log or a notebook too."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file

@@ -1,6 +1,6 @@
-"""What is read and written in one transaction, by the store and by its batches.
+"""Queries that the store and its batches share.
 
-All functions are called within a transaction of ``flock.engine.store``, or on its connection for reading.
+All functions are called inside a transaction of ``flock.engine.store``, or on its read connection.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from flock.engine import statements
-from flock.engine.refusals import stopping
+from flock.engine.refusals import not_accepting
 from flock.engine.rows import (
     BATCH_TABLE,
     DAMAGED_BATCH,
@@ -61,9 +61,9 @@ Ended = Counter[tuple[str, RunStatus]]
 
 
 def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int, Step], ended: Ended) -> bool:
-    """Write one run and its new steps, and count it in *ended*; False if it is not this engine's any more.
+    """Write one run and its new steps, and count it in *ended*. Returns False if this engine no longer owns it.
 
-    The last step of a run that completed is written with it: its result is the run's.
+    The last step of a completed run is written in the row of the run, because both have the same result.
     """
     own_rows = steps_with_rows(run, steps)
     last_step = last_step_of(run) if len(own_rows) < len(steps) else None
@@ -95,9 +95,9 @@ def insert_runs(db: sqlite3.Connection, runs: Iterable[Run]) -> None:
 
 
 def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -> Run | None:
-    """A run; in its outline ``{}`` stands for its inputs and for each result, which are not read.
+    """Return a run, or its outline, which has ``{}`` for its inputs and results and does not read them.
 
-    Raises Damaged, unless the run has failed for that reason.
+    Raises Damaged if its row is damaged, unless the run has already failed because of that.
     """
     try:
         row = read_row(db, statements.OUTLINE_COLUMNS if is_outline else statements.RUN_COLUMNS, "run_id", run_id)
@@ -111,18 +111,18 @@ def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -
 
 
 def find_steps(db: sqlite3.Connection, run_id: str, query: str = statements.STEPS) -> tuple[Step, ...]:
-    with _finding_damage():
+    with _detecting_damage():
         return tuple(map(step_from, db.execute(query, (run_id,))))
 
 
 def read_row(db: sqlite3.Connection, columns: str, name: str, value: Any) -> Any:
-    """The row of ``runs`` with that *value*, or None. Raises Damaged."""
-    with _finding_damage():
+    """Return the row of ``runs`` with *value* in the column *name*, or None. Raises Damaged."""
+    with _detecting_damage():
         return db.execute(statements.find_run(columns, name), (value,)).fetchone()
 
 
 def _read_remains(db: sqlite3.Connection, run_id: str) -> Any:
-    """A damaged row, or its beginning if that is all that SQLite can read; with text as bytes, since it may be none."""
+    """Return a damaged row, or only its first columns if SQLite cannot read more. Text is returned as bytes."""
     db.text_factory = bytes
     try:
         return read_row(db, statements.RUN_COLUMNS, "run_id", run_id)
@@ -133,8 +133,8 @@ def _read_remains(db: sqlite3.Connection, run_id: str) -> Any:
 
 
 @contextlib.contextmanager
-def _finding_damage() -> Iterator[None]:
-    """Raise Damaged if SQLite or its driver cannot read one row; what else they raise is not about a row."""
+def _detecting_damage() -> Iterator[None]:
+    """Raise Damaged for errors of SQLite and its driver that concern a single row."""
     try:
         yield
     except sqlite3.DatabaseError as exc:
@@ -151,10 +151,10 @@ def rows_of(
     values: Mapping[str, Any],
     columns: str = statements.RUN_COLUMNS,
 ) -> Iterator[Sequence[Any]]:
-    """The rows of *query*, a function of the columns; as much as can be read of those that SQLite cannot read whole."""
+    """Yield the rows of *query*, a function of the columns. Of a damaged row, yield as much as can be read."""
     read = 0
     try:
-        with _finding_damage():
+        with _detecting_damage():
             for row in db.execute(query(columns), values):
                 yield row[: len(RUN_TABLE)]
                 read += 1
@@ -168,7 +168,7 @@ def rows_of(
 
 
 def page_of(limit: int, rows: Iterable[Sequence[Any]]) -> Page[Run]:
-    """The first of *rows* as runs without their steps; rows beyond the page are not read, but for one."""
+    """Return the first *rows* as runs without their steps. At most one row beyond the page is read."""
     page = Page[Run](limit)
     for row in rows:
         if not page.add(run_or_remains(row)):
@@ -177,7 +177,7 @@ def page_of(limit: int, rows: Iterable[Sequence[Any]]) -> Page[Run]:
 
 
 def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
-    """A batch that is not out of sight. Raises Damaged, unless it has failed for that reason."""
+    """Return a batch unless it is hidden. Raises Damaged, unless it has already failed because of that."""
     row = db.execute(statements.FIND_BATCH, (batch_id,)).fetchone()
     if row is None:
         return None
@@ -187,7 +187,7 @@ def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
 def check_room(
     db: sqlite3.Connection, flock: str, agents: Collection[str], principal: str | None, limits: QueueLimits
 ) -> None:
-    """Raise EngineFull if no run of these agents, or none of *principal*, may wait beside those that do."""
+    """Raise EngineFull if too many runs of these agents, or of *principal*, are waiting."""
     names = names_json(agents)
     limits.check(db.execute(statements.COUNT_WAITING, (flock, names)).fetchone()[0])
     if principal is not None:
@@ -203,14 +203,14 @@ def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) ->
 
 
 def has_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> bool:
-    """Whether something was made under *key*, for whatever request."""
+    """Whether *key* was used before, for the same request or another one."""
     return key is not None and db.execute(statements.FIND_KEY, (flock, key.scoped_key)).fetchone() is not None
 
 
 def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
-    """Raise EngineStopped where an engine has let go of all that it had: nobody would go on with more."""
+    """Raise EngineStopped if the engine is no longer registered, since nothing would recover its new work."""
     if db.execute(statements.FIND_ENGINE, (engine_id,)).fetchone() is None:
-        raise stopping()
+        raise not_accepting()
 
 
 def insert_key(
@@ -228,7 +228,7 @@ def delete_runs(db: sqlite3.Connection, run_ids: Sequence[str]) -> int:
 
 
 def delete_items(db: sqlite3.Connection, batch_id: str, limit: int) -> int:
-    """Delete up to *limit* items of a final batch, and the batch with the last of them."""
+    """Delete up to *limit* items of a final batch, and the batch itself with the last of them."""
     ids = [(row[0],) for row in db.execute(statements.ITEMS_OF, (batch_id, limit))]
     db.executemany(statements.DELETE_STEPS, ids)
     db.executemany(statements.DELETE_RUN, ids)

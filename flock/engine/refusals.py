@@ -1,55 +1,68 @@
-"""What an engine refuses, in the words of both engines."""
+"""Errors for requests that an engine refuses, with the same texts in both engines."""
 
 from collections.abc import Sequence
 
 from flock.errors import Conflict, EngineStopped
 from flock.runs import Batch, Run, RunStatus
 
-__all__ = ["RETRIED", "asked_to_leave", "not_cancelled", "not_deleted", "not_retried", "run_not_retried", "stopping"]
+__all__ = [
+    "RETRYABLE",
+    "not_accepting",
+    "not_cancelled",
+    "not_deleted",
+    "not_retried",
+    "run_not_retried",
+    "wait_stopped",
+]
 
-#: What may be tried again, in words.
-RETRIED = {RunStatus.FAILED: "failed", RunStatus.CANCELLED: "was cancelled"}
+#: The statuses that can be retried, in words.
+RETRYABLE = {RunStatus.FAILED: "failed", RunStatus.CANCELLED: "was cancelled"}
 
 
-def stopping(more: str = "") -> EngineStopped:
-    """Why nothing new is accepted."""
-    return EngineStopped(f"The server is about to stop and takes no new work.{more}")
+def not_accepting(more: str = "") -> EngineStopped:
+    """Return the error for new work during shutdown."""
+    return EngineStopped(f"The server is shutting down and does not accept new work. Try again later.{more}")
 
 
-def asked_to_leave() -> EngineStopped:
-    """Why nothing is waited for any longer."""
-    return EngineStopped("The server is about to stop. Ask another one, or this one when it is back.")
+def wait_stopped() -> EngineStopped:
+    """Return the error for callers that are waiting during shutdown."""
+    return EngineStopped("The server is shutting down. Ask another server, or this one after it has restarted.")
 
 
 def not_cancelled(record: Run | Batch) -> Conflict | None:
-    """Why *record* cannot be cancelled; None if it can, or has been."""
+    """Return why *record* cannot be cancelled, or None if it can be, or has been."""
     if not record.status.is_final or record.status is RunStatus.CANCELLED:
         return None
-    return Conflict(f"The {_name_of(record)} is {record.status} and cannot be cancelled any more.")
+    return Conflict(f"The {_name_of(record)} is {record.status} and can no longer be cancelled.")
 
 
 def not_deleted(record: Run | Batch) -> Conflict:
-    """Why *record* cannot be deleted."""
+    """Return why *record* cannot be deleted."""
     if isinstance(record, Batch):
-        return Conflict(f"The {_name_of(record)} is still {record.status}. Cancel it first, or wait for its end.")
-    what = "an item of a batch" if record.batch_id else f"still {record.status}"
-    return Conflict(f"The {_name_of(record)} is {what} and cannot be deleted. Cancel it first, or wait for its end.")
+        return Conflict(f"The {_name_of(record)} is still {record.status}. Cancel it first, or wait until it ends.")
+    name = _name_of(record)
+    if record.batch_id:
+        return Conflict(f"The {name} is an item of a batch and cannot be deleted alone. Delete the batch instead.")
+    return Conflict(
+        f"The {name} is still {record.status} and cannot be deleted. Cancel it first, or wait until it ends."
+    )
 
 
 def run_not_retried(run: Run, batch: Batch | None) -> Conflict:
-    """Why *run*, perhaps an item of *batch*, cannot be tried again."""
-    what, rule = str(run.status), "only a run that failed or was cancelled can be tried again"
-    if batch is not None:
-        what += f", an item of a batch that is {batch.status}"
-        rule += ", and an item once its batch has ended, unless its inputs do not fit"
-    return Conflict(f"The {_name_of(run)} is {what}; {rule}.")
+    """Return why *run*, perhaps an item of *batch*, cannot be retried."""
+    if batch is None:
+        return Conflict(f"The {_name_of(run)} is {run.status}. Only failed and cancelled runs can be retried.")
+    return Conflict(
+        f"The {_name_of(run)} is {run.status}, and its batch is {batch.status}. Only failed and cancelled items of a "
+        "batch that has ended can be retried, and only if their inputs are valid."
+    )
 
 
 def not_retried(batch: Batch, wanted: Sequence[RunStatus]) -> Conflict:
-    """Why *wanted* items of a batch cannot be tried again."""
-    what = f"has no item that {' or '.join(RETRIED[status] for status in wanted)}"
+    """Return why the *wanted* items of a batch cannot be retried."""
+    what = f"has no item that {' or '.join(RETRYABLE[status] for status in wanted)}"
     if not batch.status.is_final:
-        what = f"is {batch.status}; only one that has ended can be tried again"
+        what = f"is {batch.status}. Only a batch that has ended can be retried"
     return Conflict(f"The {_name_of(batch)} {what}.")
 
 

@@ -1,4 +1,4 @@
-"""The checks of a batch's rows: the same for a batch that is accepted and for one that is only tried."""
+"""Checks of a batch's rows, the same for a submission and for a dry run."""
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Hashable, Mapping, Sequence
 from typing import NamedTuple
@@ -12,21 +12,21 @@ from flock.jsontype import escape_pointer
 from flock.rows.tables import RowMapping
 from flock.runs import Engine, Inputs, ItemLimits, Items, OnInvalid, Row
 
-__all__ = ["NO_ROWS", "BatchCheck", "CheckedRow", "RowChecks", "RowErrors", "as_json", "check_batch", "each"]
+__all__ = ["NO_ROWS", "BatchCheck", "CheckedRow", "RowChecks", "RowErrors", "as_json", "check_batch", "iterate"]
 
-#: How many errors of a batch's items are reported at once.
+#: The maximum number of errors in a batch's items that are reported at once.
 MAX_ITEM_ERRORS = 100
-#: How long the names of all kept columns of a batch may be together: they are kept with each state of the batch.
+#: The maximum total length of the names of all kept columns. They are stored with each state of the batch.
 MAX_EXTRA_NAMES_CHARS = 16 * 1024
-#: How many rows a check shows, and how long they are together: fewer of them if they are long.
+#: The maximum number of rows that a check shows, and their maximum total length.
 MAX_SHOWN_ROWS = 20
 MAX_SHOWN_BYTES = 64 * 1024
-#: What is wrong with a batch without rows.
-NO_ROWS = FieldError(detail="A batch has at least one item.", pointer="/batch_inputs")
+#: The error of a batch without rows.
+NO_ROWS = FieldError(detail="A batch must have at least one item.", pointer="/batch_inputs")
 
 
 class CheckedRow(NamedTuple):
-    """A row, what is kept of it for the results as the JSON that is stored, and what is wrong with it."""
+    """A row, its kept columns as JSON for the results, and its errors."""
 
     row: Row
     extra: msgspec.Raw | None
@@ -37,8 +37,8 @@ class RowChecks:
     """The checks of the rows of one batch.
 
     Attributes:
-        total: how many rows were checked.
-        extra_names: the names of the columns that are kept.
+        total: the number of rows that were checked.
+        extra_names: the names of the kept columns.
     """
 
     def __init__(self, agent: Agent, limits: ItemLimits) -> None:
@@ -49,35 +49,37 @@ class RowChecks:
         self._extra_names_chars = 0
 
     async def rows(self, items: Items) -> AsyncGenerator[CheckedRow, None]:
-        """Each row of *items*, checked.
+        """Check and yield each row of *items*.
 
-        Raises: TooLarge, and whatever *items* raises.
+        Raises: TooLarge, and what *items* raises.
         """
         max_items, max_bytes, share = self._limits.max_items, self._limits.max_input_bytes, FairShare()
-        async for item in each(items):
+        async for item in iterate(items):
             if self.total == max_items:
-                raise TooLarge(f"A batch has at most {max_items} items on this server (max_items).")
+                raise TooLarge(
+                    f"The batch has more than {max_items} items, the limit of this server (max_items). Split it."
+                )
             if not isinstance(item, Row):
                 at = f"/batch_inputs/{self.total}"
                 item = Row(inputs=as_json(item, at, max_bytes), at=at)
             await share.checkpoint()
             extra = self._extra_of(item)
             if len(bytes(item.inputs)) + len(bytes(extra or b"")) > max_bytes:
-                raise TooLarge(f"A row is longer than {max_bytes} bytes, all that one item takes.")
+                raise TooLarge(f"A row is longer than {max_bytes} bytes, the limit for one item.")
             yield CheckedRow(item, extra, self._errors_of(item))
             self.total += 1
             await share.checkpoint()
 
     def _extra_of(self, row: Row) -> msgspec.Raw | None:
-        """What is kept of a row, as it is stored. Raises TooLarge."""
+        """Return the kept columns of a row, as they are stored. Raises TooLarge."""
         for name in row.extra:
             if name not in self.extra_names:
                 self.extra_names[name] = None
                 self._extra_names_chars += len(name)
         if self._extra_names_chars > MAX_EXTRA_NAMES_CHARS:
             raise TooLarge(
-                f"The names of the kept columns have more than {MAX_EXTRA_NAMES_CHARS:,} characters together. "
-                'Send fewer columns, or drop those that are no input with on_extra="ignore".'
+                f"The names of the kept columns are longer than {MAX_EXTRA_NAMES_CHARS:,} characters in total. "
+                'Send fewer columns, or drop those that are not inputs with on_extra="ignore".'
             )
         return msgspec.Raw(msgspec.json.encode(row.extra)) if row.extra else None
 
@@ -97,10 +99,10 @@ class RowChecks:
 
 
 class RowErrors:
-    """The first errors of rows. One of the static inputs, or of a column, is in every row and is kept once.
+    """The first errors of rows. An error of static inputs or of a whole column occurs in every row but is stored once.
 
     Attributes:
-        rows: how many rows have errors.
+        rows: the number of rows with errors.
     """
 
     def __init__(self) -> None:
@@ -112,7 +114,7 @@ class RowErrors:
 
     @property
     def is_full(self) -> bool:
-        """Whether there are as many errors, or rows with errors, as are reported at once."""
+        """Whether the number of errors, or of rows with errors, has reached the maximum to report."""
         return max(len(self._found), self.rows) >= MAX_ITEM_ERRORS
 
     def add(self, row: Row, errors: Sequence[FieldError]) -> None:
@@ -129,14 +131,14 @@ class RowErrors:
 
 
 class BatchCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """What would become of a batch.
+    """The result of a dry run.
 
     Attributes:
-        ok: it would be accepted.
-        total_items: rows that were read; all of them, unless what follows cannot be read.
-        invalid_items: rows that do not fit.
-        rows: the first rows, as they would be kept.
-        errors: what is wrong, 100 at most. They begin with the errors for which the batch would be refused.
+        ok: the batch would be accepted.
+        total_items: the number of rows that were read: all of them, unless the rest cannot be read.
+        invalid_items: the number of rows with errors.
+        rows: the first rows, as they would be stored.
+        errors: at most 100 errors. Those that would reject the batch come first.
     """
 
     ok: bool
@@ -149,22 +151,22 @@ class BatchCheck(msgspec.Struct, frozen=True, kw_only=True):
 async def check_batch(
     engine: Engine, agent: Agent, items: Items, row_mapping: RowMapping, on_invalid: OnInvalid
 ) -> BatchCheck:
-    """Read and check rows as ``Engine.submit_batch`` of *engine* would, and keep nothing.
+    """Read and check rows as ``Engine.submit_batch`` of *engine* would, and store nothing.
 
     Args:
-        row_mapping: what made the rows of *items*.
+        row_mapping: the mapping that created the rows of *items*.
 
     Raises:
-        InvalidData: no row can be read, and no header.
-        TooLarge: as ``Engine.submit_batch``.
-        EngineStopped: the engine is leaving: reading on would delay its stop.
+        InvalidData: neither a row nor a header can be read.
+        TooLarge: the same as ``Engine.submit_batch``.
+        EngineStopped: the engine is shutting down, which reading more rows would delay.
     """
     checks, found, rows, shown_bytes = RowChecks(agent, engine.item_limits), RowErrors(), list[CheckedRow](), 0
     refused: Sequence[FieldError] = ()
     try:
         async for checked in checks.rows(items):
             if engine.is_draining:
-                raise EngineStopped("The server is about to stop. Send the rows again when it is back.")
+                raise EngineStopped("The server is shutting down. Send the rows again after it has restarted.")
             if checked.errors:
                 found.add(checked.row, checked.errors)
             shown_bytes += len(bytes(checked.row.inputs)) + len(bytes(checked.extra or b""))
@@ -176,7 +178,7 @@ async def check_batch(
         refused = exc.errors
     if not (refused or checks.total):
         refused = [NO_ROWS]
-    is_refused_before = found.is_full and on_invalid == "reject"  # a batch is refused before it is read on
+    is_refused_before = found.is_full and on_invalid == "reject"  # a submission would stop reading here
     errors = [*found.first(), *refused] if is_refused_before else [*refused, *found.first()]
     return BatchCheck(
         ok=not refused and (not found or on_invalid == "skip"),
@@ -188,9 +190,9 @@ async def check_batch(
 
 
 def _as_sent(error: FieldError, row: Row, sources: Mapping[str, str]) -> FieldError:
-    """An error of inputs with a pointer into what the client sent: names not yet mapped, gaps not yet filled.
+    """Return an error of inputs with a pointer into the data as the client sent it, before mapping and defaults.
 
-    *sources* are those of the row, by tokens of a pointer.
+    *sources* are those of the row, by escaped name.
     """
     name, slash, rest = error.pointer[len(row.at) + 1 :].partition("/")
     place = sources.get(name)
@@ -199,8 +201,8 @@ def _as_sent(error: FieldError, row: Row, sources: Mapping[str, str]) -> FieldEr
     return FieldError(detail=error.detail, pointer=pointer, line=msgspec.UNSET if line is None else line)
 
 
-async def each(items: Items) -> AsyncIterator[Inputs | Row]:
-    """Items of either kind of iterable."""
+async def iterate(items: Items) -> AsyncIterator[Inputs | Row]:
+    """Iterate over *items*, whether they are an async iterable or not."""
     if isinstance(items, AsyncIterable):
         async for item in items:
             yield item
@@ -210,11 +212,11 @@ async def each(items: Items) -> AsyncIterator[Inputs | Row]:
 
 
 def as_json(inputs: Inputs, at: str, max_bytes: int) -> msgspec.Raw:
-    """A copy, so that no request's body is kept, of which a Raw is only a view. Raises InvalidData, TooLarge."""
+    """Return inputs as JSON. A Raw is copied, since it is a view of a request body. Raises InvalidData, TooLarge."""
     try:
         raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(dict(inputs))
     except (TypeError, ValueError, RecursionError) as exc:
-        raise InvalidData([FieldError(detail=f"It cannot be JSON: {exc}.", pointer=at)]) from exc
+        raise InvalidData([FieldError(detail=f"It cannot be converted to JSON: {exc}.", pointer=at)]) from exc
     if len(raw) > max_bytes:
-        raise TooLarge(f"{at} is longer than {max_bytes} bytes, all that one run takes.")
+        raise TooLarge(f"{at} is longer than {max_bytes} bytes, the limit for one run.")
     return msgspec.Raw(raw)

@@ -1,7 +1,7 @@
-"""How records become rows of the store, and rows records. A row may be damaged.
+"""Conversion between records and rows of the store. A row may be damaged.
 
-Each field of a record has a column of the same name, and its type says how a value is kept there. So a new field needs
-a migration, and nothing here unless its type is new.
+Each field of a record has a column of the same name, and the type of the field determines how a value is stored. So a
+new field needs a migration, but no change here unless its type is new.
 """
 
 import contextlib
@@ -70,52 +70,52 @@ def names_json(names: Iterable[str]) -> str:
 
 
 def first_id_at(time: datetime, milliseconds_later: int = 0) -> str:
-    """Where the ids that were made at *time* begin (RFC 9562: their first 48 bits are milliseconds)."""
+    """Return the lowest prefix of ids that were created at *time* (RFC 9562: their first 48 bits are milliseconds)."""
     digits = f"{max(0, (micros(time) or 0) // 1000 + milliseconds_later):012x}"
     return f"{digits[:8]}-{digits[8:]}"
 
 
-def _json(kept: bytes) -> msgspec.Raw:
-    """What was kept, looked through at a microsecond for 3 kB. Raises ValueError where it is no JSON."""
-    kept.decode()
-    with contextlib.suppress(RecursionError):  # nested as deep as just went in is no damage
-        msgspec.json.decode(kept, type=msgspec.Raw)
-    return msgspec.Raw(kept)
+def _json(stored: bytes) -> msgspec.Raw:
+    """Return stored JSON. Raises ValueError if it is invalid. The check takes a microsecond for 3 kB."""
+    stored.decode()
+    with contextlib.suppress(RecursionError):  # valid but deeply nested JSON is not damage
+        msgspec.json.decode(stored, type=msgspec.Raw)
+    return msgspec.Raw(stored)
 
 
-def _progress(kept: bytes) -> Progress | None:
-    """A run is worth more than how far it said it was."""
+def _progress(stored: bytes) -> Progress | None:
+    """Return stored progress. If it is damaged, return None, so that the run can still be read."""
     try:
-        progress = msgspec.json.decode(kept, type=Progress)
+        progress = msgspec.json.decode(stored, type=Progress)
     except msgspec.DecodeError:
         return None
     return replace(progress, message=cut(progress.message))
 
 
 class Column(NamedTuple):
-    """How the values of a field are kept.
+    """How the values of a field are stored.
 
     Attributes:
-        types: what SQLite returns. It keeps any type in any column, so a damaged row may hold another one.
-        unread: the SQL that stands for a value that is not read.
-        write: converts a value that is not None; None if it is kept as it is.
-        read: converts what SQLite returns; None if that is the value.
+        types: the types that SQLite returns. It stores any type in any column, so a damaged row may have another one.
+        placeholder: the SQL to select instead of the column if the value is not read.
+        write: converts a value that is not None for SQLite, or None if no conversion is needed.
+        read: converts a value from SQLite, or None if no conversion is needed.
     """
 
     types: Collection[type]
-    unread: str
+    placeholder: str
     write: Callable[[Any], Any] | None = None
     read: Callable[[Any], Any] | None = None
 
 
-#: By the type of the field. A field that may also be None has a column that may also be NULL.
+#: By the type of the field. If a field may be None, its column may be NULL.
 COLUMNS: Mapping[Any, Column] = {
     str: Column({str}, "''"),
     bool: Column({int}, "0", read=bool),
     int: Column({int}, "0"),
     float: Column({float}, "0.0"),
     datetime: Column({int}, "0", micros, time_from),
-    # As ``value``, which takes three times as long.
+    # The same as ``value``, which takes three times as long.
     RunStatus: Column({str}, "''", operator.attrgetter("_value_"), RunStatus),
     msgspec.Raw: Column({bytes}, "x'7b7d'", bytes, _json),
     Progress: Column({bytes}, "x'7b7d'", msgspec.json.encode, _progress),
@@ -127,30 +127,30 @@ COLUMNS: Mapping[Any, Column] = {
         {bytes, NoneType},
         "NULL",
         lambda names: msgspec.json.encode(names) if names else None,
-        lambda kept: () if kept is None else msgspec.json.decode(kept, type=tuple[str, ...]),
+        lambda stored: () if stored is None else msgspec.json.decode(stored, type=tuple[str, ...]),
     ),
-    # Steps have rows of their own, except for the last one of a run that completed.
+    # Each step has its own row, except for the last step of a completed run.
     tuple[Step, ...]: Column({bytes, NoneType}, "NULL"),
 }
 
 
 def _columns_of(record: type[msgspec.Struct]) -> Mapping[str, Column]:
-    """The column of each field of *record*, in their order."""
+    """Return the column of each field of *record*, in order."""
     columns = {}
     for field in msgspec.structs.fields(record):
         may_be_null = isinstance(field.type, UnionType)
-        (kept,) = set(get_args(field.type)) - {NoneType} if may_be_null else {field.type}
-        column = COLUMNS[kept]
+        (value_type,) = set(get_args(field.type)) - {NoneType} if may_be_null else {field.type}
+        column = COLUMNS[value_type]
         if field.name in ("error", "error_type"):
-            column = column._replace(read=cut)  # an earlier version kept texts of any length
+            column = column._replace(read=cut)  # an earlier version stored texts of any length
         if may_be_null:
-            column = column._replace(types={*column.types, NoneType}, unread="NULL", read=_or_none(column.read))
+            column = column._replace(types={*column.types, NoneType}, placeholder="NULL", read=_or_none(column.read))
         columns[field.name] = column
     return columns
 
 
 def _or_none(read: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
-    return read and (lambda kept: None if kept is None else read(kept))
+    return read and (lambda stored: None if stored is None else read(stored))
 
 
 #: The columns of ``runs``, in the order in which they are written and read.
@@ -159,15 +159,15 @@ RUN_TABLE = {"last_step" if name == "steps" else name: column for name, column i
 STEP_TABLE = _columns_of(Step)
 #: Those of ``batches``, before ``hidden``.
 BATCH_TABLE = _columns_of(Batch)
-#: The fields of a run that change while it is carried out. Its last step is written with them.
+#: The fields of a run that change while it is executed. Its last step is written with them.
 UPDATED = ("status", "result", "error", "error_type", "started_at", "completed_at", "progress")
 
 
 class Damaged(sqlite3.DatabaseError):
-    """A row holds what was never written to it: SQLite has no checksums, and gives what it finds.
+    """A row contains invalid data. SQLite has no checksums, so it does not always detect damage itself.
 
     Attributes:
-        is_writable: False if SQLite itself cannot read all of it. To write it would fail the whole transaction.
+        is_writable: False if SQLite cannot read the whole row. Then writing it would fail the whole transaction.
     """
 
     def __init__(self, reason: Exception, *, is_writable: bool = True) -> None:
@@ -175,33 +175,33 @@ class Damaged(sqlite3.DatabaseError):
         self.is_writable = is_writable
 
 
-#: What is raised when what a damaged row holds is converted.
+#: What converting the values of a damaged row raises.
 DAMAGE = (ArithmeticError, TypeError, ValueError)
 
 
-def _refuse_damage(convert: Callable[..., T]) -> Callable[..., T]:
+def _raising_damaged(convert: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(convert)
-    def refuse_damage(*args: Any) -> T:
+    def converted(*args: Any) -> T:
         try:
             return convert(*args)
         except DAMAGE as exc:
             raise Damaged(exc) from exc
 
-    return refuse_damage
+    return converted
 
 
 def _values_from(row: Sequence[Any], table: Mapping[str, Column]) -> dict[str, Any]:
-    """The fields of a record. Raises what ``DAMAGE`` lists."""
+    """Convert a row to the fields of a record. Raises the exceptions in ``DAMAGE``."""
     values = {}
     for value, (name, (types, _, _, read)) in zip(row, table.items(), strict=True):
         if type(value) not in types:
-            raise TypeError(f"{name} is of the type {type(value).__name__}")
+            raise TypeError(f"{name} is of type {type(value).__name__}")
         values[name] = value if read is None else read(value)
     return values
 
 
 def _remains_of(row: Sequence[Any], table: Mapping[str, Column]) -> dict[str, Any]:
-    """The fields of a damaged row that can be read."""
+    """Return the readable fields of a damaged row."""
     values: dict[str, Any] = {}
     for value, (name, column) in zip(row, table.items(), strict=True):
         with contextlib.suppress(*DAMAGE):
@@ -214,7 +214,7 @@ def _remains_of(row: Sequence[Any], table: Mapping[str, Column]) -> dict[str, An
 def _writer(
     columns: Iterable[Column], fields: Callable[[Any], Iterable[Any]] = msgspec.structs.astuple
 ) -> Callable[[Any], list[Any]]:
-    """A function that returns what to write in *columns* for a record, of which *fields* returns the values."""
+    """Return a function that converts a record to values for *columns*. *fields* returns the values of the record."""
     writes = [(index, column.write) for index, column in enumerate(columns) if column.write is not None]
 
     def values_of(record: Any) -> list[Any]:
@@ -235,28 +235,28 @@ LAST_STEP = list(RUN_TABLE).index("last_step")
 
 
 def run_values(run: Run, last_step: bytes | None = None) -> list[Any]:
-    """A row of ``runs``, in the order of ``RUN_TABLE``."""
+    """Return a row of ``runs``, in the order of ``RUN_TABLE``."""
     values = _fields_of_run(run)
     values[LAST_STEP] = last_step
     return values
 
 
 def updated_values(run: Run, last_step: bytes | None) -> list[Any]:
-    """What to write in the columns ``UPDATED`` and ``last_step``."""
+    """Return the values of the columns ``UPDATED`` and ``last_step``."""
     return [*_updated_fields_of_run(run), last_step]
 
 
 def step_values(run_id: str, position: int, step: Step) -> list[Any]:
-    """A row of ``steps``."""
+    """Return a row of ``steps``."""
     return [run_id, position, *_fields_of_step(step)]
 
 
 def batch_values(batch: Batch, hidden: str | None) -> list[Any]:
-    """A row of ``batches``, in the order of ``BATCH_TABLE``, and why it is out of sight."""
+    """Return a row of ``batches``, in the order of ``BATCH_TABLE``, followed by *hidden*."""
     return [*_fields_of_batch(batch), hidden]
 
 
-@_refuse_damage
+@_raising_damaged
 def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
     values = _values_from(row, RUN_TABLE)
     last_step, result = values.pop("last_step"), values["result"]
@@ -266,7 +266,7 @@ def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
 
 
 def run_or_remains(row: Sequence[Any]) -> Run:
-    """A run without its steps. One whose row is damaged says so in ``error``, and keeps what can be read."""
+    """Return a run without its steps. If its row is damaged, return the readable fields, with an ``error``."""
     try:
         return run_from(row, ())
     except Damaged:
@@ -282,19 +282,19 @@ def remains_of_run(row: Sequence[Any]) -> Run:
 
 
 def is_known_damage(row: Sequence[Any]) -> bool:
-    """Whether the run of a damaged row has failed for that reason."""
+    """Whether the run of a damaged row has already failed because of the damage."""
     return _remains_of(row, RUN_TABLE).get("error_type") == UNREADABLE
 
 
 def steps_with_rows(run: Run, steps: Mapping[int, Step]) -> Mapping[int, Step]:
-    """Those of *steps*, by position, that are not written in the row of *run* itself."""
+    """Return those of *steps*, by position, that need a row of their own."""
     if run.status is not RunStatus.COMPLETED:
         return steps
     return {position: step for position, step in steps.items() if position != len(run.steps) - 1}
 
 
 class _LastStep(NamedTuple):
-    """What of the last step of a completed run is not in its row already."""
+    """The fields of a completed run's last step that the row of the run does not have."""
 
     agent_name: str
     usage: Usage | None
@@ -309,8 +309,8 @@ def last_step_of(run: Run) -> bytes:
     return msgspec.json.encode(last)
 
 
-def _last_step_from(kept: bytes, result: msgspec.Raw) -> Step:
-    last = msgspec.json.decode(kept, type=_LastStep)
+def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
+    last = msgspec.json.decode(stored, type=_LastStep)
     return Step(
         agent_name=last.agent_name,
         result=result,
@@ -321,18 +321,18 @@ def _last_step_from(kept: bytes, result: msgspec.Raw) -> Step:
     )
 
 
-@_refuse_damage
+@_raising_damaged
 def step_from(row: Sequence[Any]) -> Step:
     return Step(**_values_from(row, STEP_TABLE))
 
 
-@_refuse_damage
+@_raising_damaged
 def batch_from(row: Sequence[Any]) -> Batch:
     return Batch(**_values_from(row, BATCH_TABLE))
 
 
 def batch_or_remains(row: Sequence[Any]) -> Batch:
-    """A batch. One whose row is damaged says so in ``error``, and keeps what can be read."""
+    """Return a batch. If its row is damaged, return the readable fields, with an ``error``."""
     try:
         return batch_from(row)
     except Damaged:

@@ -1,8 +1,8 @@
-"""Takes runs to their end: one turn after the other, and what is written when.
+"""Executes runs step by step, and writes their records to the store.
 
-Only what is at work here is in memory, so that those who wait are told without asking the disk. For each await below:
-if it is cancelled, the run ends in ``_finish``, which is shielded; if the process dies before a commit, the run goes on
-after the last committed step at the next start; if it dies after one, that step is done.
+Active runs are in memory, so that waiting callers are notified without reading the disk. For each await below: if it is
+cancelled, the run ends in ``_finish``, which is shielded. If the process dies, the run is resumed after its last
+committed step at the next start.
 """
 
 import asyncio
@@ -35,15 +35,15 @@ __all__ = ["Runner", "StoredRun", "current_task"]
 
 logger = logging.getLogger("flock.runs")
 
-#: How long the last write of a run may take when the engine is leaving, in seconds.
+#: How long the last write of a run may take when the engine shuts down, in seconds.
 FINAL_WRITE_TIMEOUT_S = 5.0
 
 
 class StoredRun(ActiveRun):
-    """An active run whose record is in the store, and those who wait for it.
+    """An active run whose record is in the store, with the events that wake its waiting callers.
 
     Attributes:
-        run: a stub while it waits, unless it is short.
+        run: the record. It is a stub while the run waits for a slot, unless it is short.
     """
 
     def __init__(self, run: Run, runner: "Runner") -> None:
@@ -51,23 +51,24 @@ class StoredRun(ActiveRun):
         super().__init__(
             run,
             runner.timeout_s_of(run),
-            is_again=run.started_at is not None,  # it was at work when its process died
+            is_again=run.started_at is not None,  # it was running when its process died
             queue_timeout_s=queue_timeout_s,
         )
         self._runner = runner
-        #: called once it has a slot
-        self.when_begun: Callable[[], None] | None = None
-        #: how much of ``Runner.queued_bytes`` is its inputs
+        #: called when it gets a slot
+        self.on_begin: Callable[[], None] | None = None
+        #: the length of its inputs, as counted in ``Runner.queued_bytes``
         self.queued_bytes = 0
         self.store_error: StoreError | None = None
-        #: the run with its last step, which is not written yet
+        #: the run including its last step, which is not written yet
         self.unsaved: Run | None = None
-        #: when the first of those who wait wants to be woken, by the loop's clock
+        #: the earliest deadline of the waiting callers, by the loop's clock
         self.wake_at = math.inf
-        self.is_left = False
-        #: what becomes of it is said by the store only: another engine has it now, or its record is damaged
+        #: the engine shut down before the run ended
+        self.is_interrupted = False
+        #: only the store has its current state, because another engine owns it now or its record is damaged
         self.is_lost = False
-        # Made only where somebody waits: an event takes longer than a step's record.
+        # Created only if a caller waits, since creating an event takes longer than recording a step.
         self._change: anyio.Event | None = None
         self._end: anyio.Event | None = None
         if run.cancel_requested:
@@ -75,20 +76,20 @@ class StoredRun(ActiveRun):
 
     @property
     def change(self) -> anyio.Event:
-        """Set at the next change."""
+        """An event that is set at the next change."""
         if self._change is None:
             self._change = anyio.Event()
         return self._change
 
     @property
     def end(self) -> anyio.Event:
-        """Set at the end, or when those who wait for it should look what is the matter."""
+        """An event that is set at the end, or earlier by ``wake``."""
         if self._end is None:
             self._end = anyio.Event()
         return self._end
 
     async def wait_begins(self) -> None:
-        await self._runner.leave_in_store(self)
+        await self._runner.unload(self)
 
     async def begin(self) -> Run:
         return await self._runner.begin(self)
@@ -96,8 +97,8 @@ class StoredRun(ActiveRun):
     async def started(self, run: Run, agent: Agent) -> None:
         await self._runner.save_start(self, run, agent)
 
-    def tell(self, run: Run) -> None:
-        """The run is now *run*; wake those who wait for a change, and at its end all."""
+    def update(self, run: Run) -> None:
+        """Replace the record by *run*. Wake callers that wait for a change, and if it is final, all callers."""
         self.run = run
         if self._change is not None:
             self._change.set()
@@ -106,23 +107,23 @@ class StoredRun(ActiveRun):
             self.wake()
 
     def wake(self) -> None:
-        """Wake those who wait for the end, whether it has come or not."""
+        """Wake callers that wait for the end, so that they check the state again."""
         if self._end is not None:
             self._end.set()
             self._end = None
 
 
 class Runner:
-    """Takes runs to their end, whatever their agents do; ``EmbeddedEngine`` describes the options.
+    """Executes runs to their end. ``EmbeddedEngine`` describes the options.
 
     Attributes:
-        active: all that are at work here or wait for it, by id.
-        cancelled_before: the attempts of items that were cancelled before they began, by id.
-        companion: a task of the engine that only the end of the event loop, or of the engine, cancels.
-        is_draining: what cannot be written now is not tried again.
-        queued_bytes: how long the inputs of runs are that wait for their first step, by their principal. Neither items
-            of batches count nor what was taken over after a crash.
-        turns: takes their turns.
+        active: the runs that are running here or wait for a slot, by id.
+        cancelled_before: for runs that were cancelled before they were active here, the cancelled attempt, by id.
+        watch_task: a task of the engine. It is cancelled only when the engine or the event loop ends.
+        is_draining: the engine is shutting down. Failed writes are not retried.
+        queued_bytes: the total length of the inputs of runs that wait for their first step, by principal. It includes
+            neither items of batches nor runs that were recovered after a crash.
+        turns: executes single turns.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Runner:
 
         self.active: dict[str, StoredRun] = {}
         self.cancelled_before: dict[str, int] = {}
-        self.companion: asyncio.Task[Any] | None = None
+        self.watch_task: asyncio.Task[Any] | None = None
         self.is_draining = False
         self.queued_bytes: Counter[str | None] = Counter()
         self.turns = Turns(
@@ -156,19 +157,19 @@ class Runner:
         )
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
-        """Take a run to its end in a task of its own."""
-        tasks.start_soon(self._carry_out, self._admitted(run))
+        """Execute a run in a task of its own."""
+        tasks.start_soon(self._execute, self._admit(run))
 
-    def carry_out(self, run: Run, when_begun: Callable[[], None]) -> Coroutine[Any, Any, None]:
-        """Take a run to its end, and call *when_begun* when it has a slot. Raises if the engine is cancelled only.
+    def execute(self, run: Run, on_begin: Callable[[], None]) -> Coroutine[Any, Any, None]:
+        """Return a coroutine that executes a run, and calls *on_begin* when the run gets a slot.
 
-        The coroutine does not hold *run*.
+        It raises only if the engine is cancelled. It holds no reference to *run*.
         """
-        active = self._admitted(run)
-        active.when_begun = when_begun
-        return self._carry_out(active)
+        active = self._admit(run)
+        active.on_begin = on_begin
+        return self._execute(active)
 
-    def _admitted(self, run: Run) -> StoredRun:
+    def _admit(self, run: Run) -> StoredRun:
         if self.cancelled_before.pop(run.run_id, None) == run.attempt:
             run = replace(run, cancel_requested=True)
         active = self.active[run.run_id] = StoredRun(run, self)
@@ -178,62 +179,62 @@ class Runner:
         return active
 
     def count_queued(self, principal: str | None, more_bytes: int) -> None:
-        """Add to ``queued_bytes``."""
+        """Add *more_bytes* to ``queued_bytes``."""
         self.queued_bytes[principal] += more_bytes
         if not self.queued_bytes[principal]:
             del self.queued_bytes[principal]
 
-    def _leave_queue(self, active: StoredRun) -> None:
+    def _dequeue(self, active: StoredRun) -> None:
         self.count_queued(active.run.principal, -active.queued_bytes)
         active.queued_bytes = 0
 
     def stop(self) -> None:
-        """Stop all that is at work, since the engine is leaving."""
+        """Stop all runs, because the engine is shutting down."""
         for active in list(self.active.values()):
             self.turns.stop(active)
 
-    async def leave(self, active: StoredRun) -> None:
-        """The engine is going: what nobody waits for goes on at the next start, and all else ends here."""
+    async def interrupt(self, active: StoredRun) -> None:
+        """Leave an asynchronous run in a file for the next start, at shutdown. End any other as interrupted."""
         run = active.unsaved or active.run
         if not run.is_async or not self._store.is_shared:
             error, error_type = INTERRUPTED
             ended = replace(run, status=RunStatus.FAILED, error=error, error_type=error_type, completed_at=now())
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
                 await self._store.save(ended, run.steps[-1] if active.unsaved is not None else None)
-                self.turns.tell("run_ended", ended)
+                self.turns.notify("run_ended", ended)
             active.run = ended
-        active.is_left = True
-        active.tell(active.run)
+        active.is_interrupted = True
+        active.update(active.run)
         active.wake()
-        self._forget(active)
+        self._remove(active)
 
-    async def _carry_out(self, active: StoredRun) -> None:
+    async def _execute(self, active: StoredRun) -> None:
         end: dict[str, Any] | None = None
         failure: BaseException | None = None
         try:
             with active.scope:
                 end = {"status": RunStatus.COMPLETED, "result": await self._steps(active)}
         except OwnershipLost:
-            self._lose(active)
+            self._on_ownership_lost(active)
             return
         except BaseException as exc:
-            # Within a cancelled scope the deadline is -inf. A cancellation without one comes from the agent's own code,
-            # as every other exception does, whatever its class.
-            if anyio.current_effective_deadline() == -math.inf:  # the engine is leaving
+            # In a cancelled scope the deadline is -inf. With any other deadline, the exception comes from the agent's
+            # code, even if it is a cancellation.
+            if anyio.current_effective_deadline() == -math.inf:  # the engine is shutting down
                 if isinstance(exc, anyio.get_cancelled_exc_class()):
                     raise
-                return  # it is not to fail by what an agent makes of that; __aexit__ says what becomes of the run
-            if self.companion is not None and self.companion.cancelling():
-                raise  # the event loop is ending, and cancels whatever is in it
+                return  # the agent turned the cancellation into an error; __aexit__ handles the run
+            if self.watch_task is not None and self.watch_task.cancelling():
+                raise  # the event loop is ending and cancels all tasks
             failure = exc
         if end is None:
             if active.is_stopped:
-                await self.leave(active)
+                await self.interrupt(active)
                 return
             end = asdict(self.turns.outcome_of(active, failure))
         await _absorb_cancellation()
-        if isinstance(failure, Unreadable) and not failure.is_writable:  # to write it would fail all of its group
-            self._let_go(active)
+        if isinstance(failure, Unreadable) and not failure.is_writable:  # writing it would fail its whole group
+            self._disown(active)
             return
         try:
             await self._finish(active, end)
@@ -242,18 +243,18 @@ class Runner:
             await self._finish(active, asdict(failure_of(active.run, exc, expose_errors=self._expose_errors)))
 
     async def _steps(self, active: StoredRun) -> msgspec.Raw:
-        """Let one agent after the other have its turn. The last step is written together with the run's end."""
+        """Run the agents in sequence. The last step is written together with the end of the run."""
         while (active.unsaved or active.run).next_agent_name is not None:
             await self._step(active)
             if active.cancel_requested:
                 raise anyio.get_cancelled_exc_class()
-        run = active.unsaved or await self._whole(active)
-        if run.started_at is None:  # tried again, and there was nothing left to do
-            active.tell(replace(run, status=RunStatus.RUNNING, started_at=now()))
+        run = active.unsaved or await self._load(active)
+        if run.started_at is None:  # retried with all steps already done
+            active.update(replace(run, status=RunStatus.RUNNING, started_at=now()))
         return run.steps[-1].result
 
     async def _step(self, active: StoredRun) -> None:
-        """Let the next agent have its turn, and write what came of it."""
+        """Run the next agent and write its step."""
         if self.is_draining:
             await anyio.lowlevel.checkpoint_if_cancelled()
         step = await self.turns.take(active)
@@ -266,24 +267,24 @@ class Runner:
 
     async def begin(self, active: StoredRun) -> Run:
         """See ``ActiveRun.begin``. Raises: OwnershipLost, Unreadable."""
-        self._leave_queue(active)
-        when_begun, active.when_begun = active.when_begun, None
-        if when_begun is not None:
-            when_begun()
-        return await self._whole(active)
+        self._dequeue(active)
+        on_begin, active.on_begin = active.on_begin, None
+        if on_begin is not None:
+            on_begin()
+        return await self._load(active)
 
     async def save_start(self, active: StoredRun, run: Run, agent: Agent) -> None:
         """See ``ActiveRun.started``."""
         if run.is_async and agent.on_interrupt == "fail":
-            await self._save(active, run, None)  # who begins it a second time must know that it was begun
+            await self._save(active, run, None)  # after a crash it must be known that the agent was started
         else:
             self._store.save_nowait(run)
-            active.tell(run)
+            active.update(run)
         if run.is_async and run.batch_id is None:
             self._store.flush_nowait()
 
-    async def leave_in_store(self, active: StoredRun) -> None:
-        """Hold only a stub of a run that waits for a slot."""
+    async def unload(self, active: StoredRun) -> None:
+        """Keep only a stub in memory of a run that waits for a slot. Store the run first if it is not stored yet."""
         is_in_store = active.run.is_async or active.run.status is not RunStatus.STARTING
         if not is_in_store and stub_of(active.run).is_stub:
             await self._save(active, active.run, None)
@@ -291,10 +292,10 @@ class Runner:
         if is_in_store:
             active.run = stub_of(active.run)
 
-    async def _whole(self, active: StoredRun) -> Run:
-        """The run with what was left in the store, trying again as long as that cannot be read.
+    async def _load(self, active: StoredRun) -> Run:
+        """Return the whole record, read from the store if it was unloaded. Retry while the store cannot be read.
 
-        Raises: OwnershipLost; Unreadable if its record is damaged.
+        Raises: OwnershipLost; Unreadable if the record is damaged.
         """
         while active.run.is_stub:
             try:
@@ -315,11 +316,11 @@ class Runner:
         return active.run
 
     def timeout_s_of(self, run: Run) -> float:
-        """How long one attempt may take, in seconds."""
+        """Return how long one attempt may take, in seconds."""
         return min(run.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
 
     async def _save(self, active: StoredRun, run: Run, step: Step | None) -> None:
-        """Write *run* and tell those who wait, trying again as long as the store cannot be written."""
+        """Write *run* and notify waiting callers. Retry while the store cannot be written."""
         with anyio.CancelScope(shield=True) if self._store.is_shared else contextlib.nullcontext():
             while True:
                 try:
@@ -332,7 +333,7 @@ class Runner:
                     active.wake()
                     await anyio.sleep(RETRY_AFTER_S)
         active.store_error = None
-        active.tell(run)
+        active.update(run)
 
     async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run
@@ -341,41 +342,42 @@ class Runner:
         try:
             await self._save(active, run, step)
         except OwnershipLost:
-            self._lose(active)
+            self._on_ownership_lost(active)
             return
         except StoreError as exc:
-            logger.warning("run %s: its end was not written: %s", run.run_id, exc)
-            await self.leave(active)
+            logger.warning("run %s: its final state was not written: %s", run.run_id, exc)
+            await self.interrupt(active)
             return
         except Unstorable as exc:
-            if active.unsaved is not None:  # it may be possible without its last step
+            if active.unsaved is not None:  # without its last step it can perhaps be stored
                 raise
-            logger.error("run %s: its end cannot be kept: %s %s", run.run_id, exc, exc.log_detail)
-            self._store.give_up(run.run_id)
-            active.tell(run)
-        self._forget(active)
-        self.turns.tell("run_ended", run)
-        level = logging.INFO if run.batch_id is None else logging.DEBUG  # of a million items the batch tells
+            logger.error("run %s: its final state cannot be stored: %s %s", run.run_id, exc, exc.log_detail)
+            self._store.discard(run.run_id)
+            active.update(run)
+        self._remove(active)
+        self.turns.notify("run_ended", run)
+        level = logging.INFO if run.batch_id is None else logging.DEBUG  # items are too many; the batch logs a summary
         if logger.isEnabledFor(level):
             took_ms = round((now() - run.created_at).total_seconds() * 1000)
             template = "run %s: %s, agent %s, %d ms (request %s)"
             extra = fields_of_run(run) | {"status": run.status.value, "duration_ms": took_ms}
             logger.log(level, template, run.run_id, run.status, run.agent_name, took_ms, run.request_id, extra=extra)
 
-    def _forget(self, active: StoredRun) -> None:
-        self._leave_queue(active)
+    def _remove(self, active: StoredRun) -> None:
+        self._dequeue(active)
         if self.active.get(active.run.run_id) is active:
             del self.active[active.run.run_id]
 
-    def _lose(self, active: StoredRun) -> None:
-        """Those who wait for the run hear of it from the store from now on."""
-        logger.warning("run %s: another engine has taken it over", active.run.run_id)
-        self._let_go(active)
+    def _on_ownership_lost(self, active: StoredRun) -> None:
+        """Stop executing a run that another engine has taken over."""
+        logger.warning("run %s: it was taken over by another engine", active.run.run_id)
+        self._disown(active)
 
-    def _let_go(self, active: StoredRun) -> None:
+    def _disown(self, active: StoredRun) -> None:
+        """Stop tracking a run here. Waiting callers read it from the store from now on."""
         active.is_lost = True
-        self._forget(active)
-        active.tell(active.run)
+        self._remove(active)
+        active.update(active.run)
         active.wake()
 
 
@@ -386,7 +388,7 @@ def _unreadable(damage: Damaged) -> Unreadable:
 
 
 def current_task() -> "asyncio.Task[Any] | None":
-    """Another event loop than asyncio's has no such thing."""
+    """Return the current asyncio task, or None on another event loop."""
     try:
         return asyncio.current_task()
     except RuntimeError:
@@ -394,7 +396,7 @@ def current_task() -> "asyncio.Task[Any] | None":
 
 
 async def _absorb_cancellation() -> None:
-    """Take in a cancellation that an agent asked for its own task and has not met: it would hit what comes next."""
+    """Absorb a pending cancellation that an agent requested of its own task. It would hit the next await."""
     task = current_task()
     while task is not None and task.cancelling() and anyio.current_effective_deadline() != -math.inf:
         try:

@@ -1,4 +1,4 @@
-"""Slots that runs and items of batches take in turn."""
+"""Fair slots for runs and for items of batches."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ __all__ = ["Slots", "acquire_all", "acquire_all_nowait"]
 
 
 class Slots:
-    """*count* slots, of which items of batches leave *reserved* to runs, whose clients may wait for them.
+    """*count* slots. *reserved* of them are for runs that are not items, since clients may wait for those.
 
-    Runs are served first, in the order in which they came; then one item of each batch after the other, so that a long
-    batch does not keep a short one waiting.
+    Runs come first, in FIFO order. Then the batches get slots in round-robin order, so that a long batch does not delay
+    a short one.
     """
 
     def __init__(self, count: int, *, reserved: int = 0) -> None:
@@ -22,15 +22,15 @@ class Slots:
         self._items: dict[str, deque[anyio.Event]] = {}
 
     def acquire_nowait(self, batch_id: str | None) -> bool:
-        """Take a slot for a run, or for an item of a batch, if one is free."""
-        # Whoever could be served has been, so nobody is overtaken.
+        """Acquire a slot for a run, or for an item of a batch, if one is free. Return whether it was acquired."""
+        # ``release`` serves all waiters that it can, so this overtakes none of them.
         is_free = self._free > 0 and (batch_id is None or self._free_for_items > 0)
         if is_free:
             self._take(batch_id)
         return is_free
 
     async def acquire(self, batch_id: str | None) -> None:
-        """As ``acquire_nowait``, and wait for one. Cancellation: none is taken."""
+        """Wait for a slot. Cancellation: no slot is acquired."""
         if self.acquire_nowait(batch_id):
             return
         queue, turn = self._runs if batch_id is None else self._items.setdefault(batch_id, deque()), anyio.Event()
@@ -47,7 +47,7 @@ class Slots:
             raise
 
     def release(self, batch_id: str | None) -> None:
-        """Release a slot that was taken for the same."""
+        """Release a slot that was acquired with the same *batch_id*."""
         self._free += 1
         self._free_for_items += batch_id is not None
         while self._free and (self._runs or (self._items and self._free_for_items)):
@@ -59,7 +59,7 @@ class Slots:
             queue.popleft().set()
             self._take(served)
             if served is not None and queue:
-                self._items[served] = queue  # behind the others
+                self._items[served] = queue  # after the others
 
     def _take(self, batch_id: str | None) -> None:
         self._free -= 1
@@ -67,9 +67,9 @@ class Slots:
 
 
 def acquire_all_nowait(slots: Sequence[Slots], batch_id: str | None) -> bool:
-    """Take one of each of *slots* if all of them have a free one."""
-    for taken, each in enumerate(slots):
-        if not each.acquire_nowait(batch_id):
+    """Acquire one of each of *slots* if all of them have a free one. Return whether they were acquired."""
+    for taken, slot in enumerate(slots):
+        if not slot.acquire_nowait(batch_id):
             for other in slots[:taken]:
                 other.release(batch_id)
             return False
@@ -77,22 +77,22 @@ def acquire_all_nowait(slots: Sequence[Slots], batch_id: str | None) -> bool:
 
 
 async def acquire_all(slots: Sequence[Slots], batch_id: str | None) -> None:
-    """Take one of each of *slots*, and hold none while it waits for another: a run may wait for that one.
+    """Acquire one of each of *slots*. While waiting for one, hold none of the others, so that other runs can use them.
 
-    Cancellation: none is taken.
+    Cancellation: no slot is acquired.
     """
     waits_for = 0
     while True:
         await slots[waits_for].acquire(batch_id)
         taken = [slots[waits_for]]
-        for index, each in enumerate(slots):
+        for index, slot in enumerate(slots):
             if index == waits_for:
                 continue
-            if not each.acquire_nowait(batch_id):
+            if not slot.acquire_nowait(batch_id):
                 waits_for = index
                 break
-            taken.append(each)
+            taken.append(slot)
         else:
             return
-        for each in taken:
-            each.release(batch_id)
+        for slot in taken:
+            slot.release(batch_id)

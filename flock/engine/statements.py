@@ -1,7 +1,6 @@
-"""The SQL statements of the store, by name, except for migrations, pragmas and what begins or ends a transaction.
+"""The SQL statements of the store, except for migrations, pragmas and transaction control.
 
-Each takes its values in the order of its question marks, or by name. Those that depend on more than values are
-functions.
+Parameters are positional (``?``) or named (``:name``). Statements that depend on more than parameters are functions.
 """
 
 from collections.abc import Collection, Iterable
@@ -9,7 +8,7 @@ from collections.abc import Collection, Iterable
 from flock.engine.rows import BATCH_TABLE, RUN_TABLE, STEP_TABLE, UPDATED
 from flock.runs import RunStatus
 
-# Every statement is public; only functions are listed here.
+# All statements are public, but only functions are listed here.
 __all__ = ["batch_page", "find_run", "item_page", "list_columns", "merged", "run_page"]
 
 
@@ -19,8 +18,8 @@ def _marks(columns: Collection[str]) -> str:
 
 COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
 
-#: Columns at the beginning of a row, which are read quickly however long the rest of it is. Columns that were added
-#: later are at its end.
+#: The first columns of a row, which are quick to read even if the row is long. Columns that were added later are at the
+#: end of a row.
 HEAD = (
     "run_id flock agent_name status error_type created_at started_at completed_at request_id "
     "batch_id position is_async attempt timeout_s owner cancel_requested"
@@ -28,22 +27,22 @@ HEAD = (
 
 
 def _columns_of_run(read: Collection[str], **instead: str) -> str:
-    """The columns of a run, with something that stands for those that are not among *read*."""
-    columns = {name: name if name in read else column.unread for name, column in RUN_TABLE.items()}
+    """Return the columns of a run, with placeholders for those that are not in *read*."""
+    columns = {name: name if name in read else column.placeholder for name, column in RUN_TABLE.items()}
     return ", ".join((columns | instead).values())
 
 
 RUN_COLUMNS = ", ".join(RUN_TABLE)
-#: The columns of a row of which only the beginning can be read; a row without inputs counts as damaged.
+#: The columns of a row if only its beginning can be read. Its empty inputs mark it as damaged.
 SHORT_COLUMNS = _columns_of_run(HEAD, inputs="x''")
-#: What stands for a result that is not read, if there is one.
+#: The placeholder for a result that is not read, or NULL if there is no result.
 OUTLINED = "CASE typeof(result) WHEN 'blob' THEN x'7b7d' ELSE result END"
 OUTLINE_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"inputs", "extra"}, result=OUTLINED)
 ITEM_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"last_step"})
 
 
 def list_columns(with_inputs: bool, with_results: bool) -> str:
-    """The columns of a run in a list."""
+    """Return the columns of a run in a list."""
     long = {"inputs": with_inputs, "result": with_results}
     return _columns_of_run({*HEAD, "progress", "error", *(name for name, is_read in long.items() if is_read)})
 
@@ -52,7 +51,7 @@ def find_run(columns: str, name: str = "run_id") -> str:
     return f"SELECT {columns} FROM runs WHERE {name} = ?"
 
 
-# A failed commit may have written the row anyway; it is written again.
+# REPLACE, because the insert is retried after a failed commit, which may have written the row anyway.
 INSERT_RUN = f"INSERT OR REPLACE INTO runs ({RUN_COLUMNS}) VALUES ({_marks(RUN_TABLE)})"
 UPDATE = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in UPDATED)}, last_step = ?
     WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
@@ -72,7 +71,7 @@ DELETE_RUN = "DELETE FROM runs WHERE run_id = ?"
 DELETE_FINAL_RUN = f"{DELETE_RUN} AND batch_id IS NULL AND status NOT IN ('starting', 'running')"
 ROW_OF_RUN = "SELECT rowid FROM runs WHERE run_id = ?"
 NEWEST_ID = "SELECT max(run_id) FROM runs"
-#: A value that changes with what is read with OUTLINE_COLUMNS.
+#: A value that changes when the columns OUTLINE_COLUMNS change.
 VERSION = """SELECT status, attempt, progress, (SELECT count(*) FROM steps WHERE steps.run_id = runs.run_id)
     FROM runs WHERE run_id = ?"""
 UNFINISHED_RUNS = """SELECT run_id FROM runs
@@ -83,7 +82,7 @@ RUNS_TO_CANCEL = """SELECT run_id, attempt FROM runs INDEXED BY cancels WHERE ca
 ENDED = """SELECT value FROM json_each(?) WHERE NOT EXISTS
     (SELECT 1 FROM runs WHERE run_id = value AND status IN ('starting', 'running')) AND NOT EXISTS
     (SELECT 1 FROM batches WHERE batch_id = value AND status IN ('starting', 'running'))"""
-#: Runs of agents that no program has any more wait too, but not for a slot.
+#: Limited to the agents of this program: runs of agents that no program has wait too, but not for a slot.
 WAITING = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock = ?
     AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
 QUEUE = f"SELECT count(*), min(CASE WHEN attempt = 1 THEN created_at END) {WAITING}"
@@ -91,7 +90,7 @@ COUNT_WAITING = f"SELECT count(*) {WAITING}"
 COUNT_WAITING_OF_PRINCIPAL = """SELECT count(*) FROM runs INDEXED BY runs_by_principal_and_agent
     WHERE batch_id IS NULL AND flock = ? AND principal = ? AND agent_name IN (SELECT value FROM json_each(?))
     AND status = 'starting'"""
-#: The conditions of a list of runs, by the name of their value.
+#: The conditions of a list of runs, by parameter name.
 RUN_CONDITIONS = {
     "flock": "flock = :flock",
     "agent_name": "agent_name = :agent_name",
@@ -103,10 +102,10 @@ RUN_CONDITIONS = {
 
 
 def merged(columns: str, statuses: Iterable[str], conditions: str, also: str = "", order: str = "DESC") -> str:
-    """A query for runs that are not items, in the order of their ids, and *also* what another query returns.
+    """Return a query for runs that are not items, merged with the results of the query *also*, ordered by id.
 
-    SQLite merges the ranges of the statuses as it reads them, so it needs no index without the status: each index
-    makes each write slower.
+    SQLite merges the ranges of the statuses as it reads them. So no index without the status is needed, which would
+    make each write slower.
     """
     is_of_agent = "agent_name = " in conditions
     index = "runs_by_both" if is_of_agent else "runs_by_status"
@@ -120,7 +119,7 @@ def merged(columns: str, statuses: Iterable[str], conditions: str, also: str = "
 
 
 def run_page(columns: str, statuses: Iterable[str], names: Iterable[str]) -> str:
-    """A query for up to :limit runs, newest first; *names* are those of its values."""
+    """Return a query for up to :limit runs, newest first. *names* are the parameters of its conditions."""
     return f"{merged(columns, statuses, ' AND '.join(RUN_CONDITIONS[name] for name in names))} LIMIT :limit"
 
 
@@ -140,7 +139,7 @@ OUTLINED_STEPS = STEPS.replace("result", OUTLINED)
 
 
 def item_page(columns: str, statuses: Iterable[str]) -> str:
-    """A query for up to :limit items of :batch_id after :after, in order. SQLite merges the ranges as it reads."""
+    """Return a query for up to :limit items of :batch_id after the position :after, in order; see ``merged``."""
     ranges = (
         f"SELECT {columns}, position AS place FROM runs INDEXED BY items_by_status "
         f"WHERE batch_id = :batch_id AND status = '{status}' AND position > :after AND position <= {2**63 - 1}"
@@ -159,7 +158,7 @@ TAKE_ITEMS = """UPDATE runs SET attempt = attempt + 1, recoveries = recoveries +
     WHERE batch_id = ? AND status = 'running'"""
 FAIL_ITEMS = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
     WHERE batch_id = ? AND status IN ('starting', 'running')"""
-#: An item whose status is damaged fails too.
+#: NOT IN, so that an item with a damaged status is included.
 FAIL_ITEM = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
     WHERE rowid = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
 CANCEL_WAITING_ITEMS = """UPDATE runs SET status = 'cancelled', error = ?, error_type = ?, completed_at = ?
@@ -168,7 +167,7 @@ CANCEL_WAITING_ITEMS = """UPDATE runs SET status = 'cancelled', error = ?, error
 UNFINISHED_ITEMS = """SELECT rowid, CAST(run_id AS BLOB) FROM runs INDEXED BY items_by_status
     WHERE batch_id = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
 HAS_UNFINISHED_ITEMS = "SELECT completed_items < total_items FROM batches WHERE batch_id = ?"
-#: How many items of all batches have not ended or are being uploaded, besides those of one batch.
+#: The number of items that are unfinished or being uploaded, in all batches except one.
 OPEN_ITEMS = """SELECT sum(total_items - completed_items) FROM batches INDEXED BY batches_open
     WHERE flock = ? AND agent_name IN (SELECT value FROM json_each(?)) AND completed_at IS NULL
     AND ifnull(hidden, 'staged') = 'staged' AND batch_id != ?"""
@@ -205,7 +204,7 @@ DROP_OLD_BATCHES = """UPDATE batches SET hidden = 'dropped' WHERE batch_id IN (S
     WHERE flock = :flock AND hidden IS NULL AND batch_id < :bound AND completed_at <= :latest
     AND batch_id NOT IN (SELECT value FROM json_each(:kept)) LIMIT :limit)"""
 DROPPED_BATCH = "SELECT batch_id FROM batches INDEXED BY batches_hidden WHERE hidden = 'dropped' LIMIT 1"
-#: The conditions of a list of batches, by the name of their value.
+#: The conditions of a list of batches, by parameter name.
 BATCH_CONDITIONS = {
     "flock": "flock = :flock",
     "status": "status = :status",
@@ -216,7 +215,7 @@ BATCH_CONDITIONS = {
 
 
 def batch_page(names: Iterable[str], limit: int) -> str:
-    """A query for up to *limit* batches, newest first; *names* are those of its values."""
+    """Return a query for up to *limit* batches, newest first. *names* are the parameters of its conditions."""
     conditions = " AND ".join(BATCH_CONDITIONS[name] for name in names)
     return f"""SELECT {BATCH_COLUMNS} FROM batches WHERE hidden IS NULL AND {conditions}
         ORDER BY batch_id DESC LIMIT {limit:d}"""
@@ -231,9 +230,9 @@ FIND_ENGINE = "SELECT 1 FROM engines WHERE engine_id = ?"
 OTHER_ENGINES = "SELECT engine_id FROM engines WHERE flock = ? AND engine_id != ?"
 INSERT_ENGINE = "INSERT INTO engines VALUES (?, ?, ?)"
 DELETE_ENGINE = "DELETE FROM engines WHERE engine_id = ?"
-#: A write that changes nothing.
+#: A write without effect, to test whether the file can be written.
 TOUCH_ENGINES = "UPDATE engines SET started_at = started_at"
-#: Flocks of other names with something unfinished, which always has an engine.
+#: Other flocks that may have unfinished work. Such work always belongs to a registered engine.
 OTHER_FLOCKS = "SELECT DISTINCT flock FROM engines WHERE flock != ?"
 COUNT_UNFINISHED = """SELECT (SELECT count(*) FROM runs INDEXED BY runs_by_status WHERE batch_id IS NULL
     AND flock = :flock AND status IN ('starting', 'running')) + (SELECT count(*) FROM batches

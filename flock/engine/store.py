@@ -1,14 +1,14 @@
-"""Runs, steps, engines and idempotency keys in one SQLite file; ``BatchStore`` has batches and their items.
+"""The store: runs, steps, engines and idempotency keys in one SQLite file. ``BatchStore`` adds batches and their items.
 
-Writes are gathered into groups, and a group is one transaction: what arrives while one is being written goes into the
-next. A thread writes them, which is as fast as writing in the event loop, and blocks it least (bench/writers.py). An
-awaited write returns when its transaction is on disk, or raises.
+Writes use group commit: those that arrive while a transaction is being written share the next one. A thread writes
+them, which is as fast as writing in the event loop and blocks it least (bench/writers.py). An awaited write returns
+when its transaction is on disk, or raises.
 
-Every change of a run is fenced: it applies only while the run still belongs to the engine that writes, in the attempt
-that it knows. So a process that was suspended cannot write over its successor.
+Every update of a run is fenced by owner and attempt, so a process that was suspended cannot overwrite the work of the
+engine that has taken over its runs.
 
-Several processes may share a file on one host. Each takes a lock file before its transaction, since SQLite's own
-waiting is by sleeping, and stalls writers for up to 180 ms.
+Several processes on one host may share a file. Each locks a lock file before its transaction, because SQLite waits by
+sleeping, which stalls writers for up to 180 ms.
 """
 
 import contextlib
@@ -42,52 +42,53 @@ T = TypeVar("T")
 
 logger = logging.getLogger("flock.store")
 
-#: "power" survives a power cut (SQLite's FULL), "process" any crash of the process (NORMAL).
+#: "power": commits survive a power cut (SQLite's FULL). "process": they survive a crash of the process (NORMAL).
 Durability = Literal["power", "process"]
 
 MEMORY = ":memory:"
-#: Later than any time that is kept, in microseconds.
-FOR_EVER = 2**63 - 1
-#: How long to wait for the transaction of another process, and how often to look for its end, in seconds.
+#: Later than any stored time, in microseconds.
+MAX_TIME = 2**63 - 1
+#: How long to wait for the transaction of another process, and how often to try the lock, in seconds.
 LOCK_TIMEOUT_S = 5.0
 LOCK_INTERVAL_S = 0.001
-#: How long to wait before a failed transaction is tried again, in seconds.
+#: The delay before a failed transaction is retried, in seconds.
 RETRY_AFTER_S = 1.0
 
 
 class _Displaced(OSError):
-    """The file is not the one that was opened, or not in a form that this version knows."""
+    """The file was removed or replaced since it was opened, or has a schema version that is not supported."""
 
 
 def _unstorable(reason: Exception) -> Unstorable:
-    error = Unstorable("This record has a value that cannot be kept.")
+    error = Unstorable("This record has a value that cannot be stored.")
     error.log_detail = str(reason)
     return error
 
 
 class Store:
-    """The store. Use it as an async context manager: it is open inside it only.
+    """A store. It is open while its async context is entered.
 
     Args:
-        path: of the file, which is made if it does not exist; its folder must exist. ``":memory:"`` keeps nothing.
+        path: of the file, which is created if it does not exist. Its folder must exist. ``":memory:"`` stores runs in
+            memory only.
         durability: what a commit survives.
 
     Attributes:
-        agents: names of those whose runs are taken up and counted; ``enter`` sets it.
+        agents: the names of the agents whose runs are recovered and counted. ``register_engine`` sets it.
 
     Raises:
-        StoreError: at entry, where the file cannot be used; it says why and what to do.
+        StoreError: on entry, if the file cannot be used.
     """
 
     def __init__(self, path: str | Path = MEMORY, *, durability: Durability = "power") -> None:
-        # The name of the locks too, so it must be the same by whatever name, and in whatever folder, it is called.
+        # Lock files are named after it, so it must be the same for each relative path or link to the file.
         self.path = MEMORY if str(path) == MEMORY else os.path.realpath(path)
         self.durability = durability
         self.is_shared = self.path != MEMORY
         self.agents: Collection[str] = ()
         self._open = Group()
         self._unawaited: dict[str, PendingRun] = {}
-        #: runs whose first record was refused, so that they have no row
+        #: runs whose first record was refused and so have no row
         self._without_row: set[str] = set()
         self._has_work = anyio.Event()
         self._is_closing = False
@@ -108,16 +109,17 @@ class Store:
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
             if self.is_shared:
-                await self._share(stack)
+                await self._open_shared(stack)
             else:
                 self._reader = self._db
                 migrate(self._db, self.path)
-                self._db.execute("BEGIN")  # for ever: nobody else reads it, and SQLite need not copy what it changes
+                # Never committed: there are no other readers, and SQLite need not copy changed pages.
+                self._db.execute("BEGIN")
             self._exit = stack.pop_all()
         return self
 
-    async def _share(self, stack: AsyncExitStack) -> None:
-        """Come to terms with other processes on the file, and begin to write."""
+    async def _open_shared(self, stack: AsyncExitStack) -> None:
+        """Lock and migrate a file that other processes may use, and start the writer."""
         self._lock_file = self._open_lock_file(stack)
         self._reader = stack.enter_context(contextlib.closing(self._connect()))
         try:
@@ -125,17 +127,19 @@ class Store:
                 migrate(self._db, self.path)
         except TimeoutError as exc:
             raise StoreError(
-                f"The store {self.path!r} cannot be used: {exc}. Let it go on, or end it, or name another file "
-                "(store=, --store)."
+                f"The store {self.path!r} cannot be used: {exc}. If that process is suspended, resume or end it. "
+                "Otherwise use another file (store=, --store)."
             ) from exc
-        self.data_version()  # SQLite makes the journal when it first reads
-        self._identities = {path: files.identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}-shm")}
+        self.data_version()  # with the first read, SQLite creates the journal
+        self._identities = {
+            path: files.device_and_inode(path) for path in (self.path, f"{self.path}-wal", f"{self.path}-shm")
+        }
         self._threads = anyio.CapacityLimiter(1)
         tasks = await stack.enter_async_context(anyio.create_task_group())
         tasks.start_soon(self._write_until_closed)
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Write what is waiting, and close. Cancellation: what is waiting is written all the same."""
+        """Write pending records, and close. Cancellation: they are written anyway."""
         self._is_closing = True
         self.flush_nowait()
         self._has_work.set()
@@ -155,11 +159,11 @@ class Store:
         except (sqlite3.Error, OSError) as exc:
             if db is not None:
                 db.close()
-            remedy = "Restore it, or name another file (store=, --store)."
+            remedy = "Restore it, or use another file (store=, --store)."
             if isinstance(exc, sqlite3.OperationalError | OSError):
                 remedy = (
-                    "Name another file (store=, --store), in a folder that can be written, or keep runs in memory only "
-                    "with ':memory:'."
+                    "Use another file (store=, --store) in a writable folder, or store runs in memory only with "
+                    "':memory:'."
                 )
             raise StoreError(f"The store {self.path!r} cannot be opened: {exc}. {remedy}") from exc
         return db
@@ -170,28 +174,28 @@ class Store:
             file = files.open_lock(path, self._mode)
         except OSError as exc:
             raise StoreError(
-                f"The lock file {path!r} cannot be opened: {exc.strerror}. Remove it, or name another store (store=, "
+                f"The lock file {path!r} cannot be opened: {exc.strerror}. Remove it, or use another store (store=, "
                 "--store)."
             ) from exc
-        stack.callback(files.let_go, file)
+        stack.callback(files.close_lock, file)
         return file
 
     @property
     def _mode(self) -> int:
-        """The permissions of the file, which SQLite gives to its journal too."""
+        """The permissions of the file. SQLite uses them for its journal too."""
         return os.stat(self.path).st_mode & 0o666 if self.is_shared else files.PRIVATE
 
     @property
     def is_public(self) -> bool:
-        """Whether every user of the machine can read the file; one that existed keeps the permissions it had."""
+        """Whether every user of the machine can read the file. An existing file keeps its permissions."""
         return bool(self._mode & 0o004)
 
     # Writing
 
     def save_nowait(self, run: Run, step: Step | None = None, *, is_new: bool = False) -> None:
-        """Write *run* as it is now, and *step*, its last one, if there is a new one; at the next ``flush_nowait``.
+        """Write *run*, and *step* if its last step is new, at the next ``flush_nowait``.
 
-        What is written and waited for in the meantime goes with it: a run that is short is written once, when it ends.
+        Later records of the run replace this one until then, so a short run is written only once, when it ends.
         """
         pending = self._open.runs.get(run.run_id) or self._unawaited.get(run.run_id)
         if pending is None:
@@ -199,26 +203,26 @@ class Store:
             self._without_row.discard(run.run_id)
         pending.add(run, step)
 
-    def give_up(self, run_id: str) -> None:
-        """Forget a run that was refused and will not be saved again."""
+    def discard(self, run_id: str) -> None:
+        """Stop tracking a run that was refused and will not be saved again."""
         self._without_row.discard(run_id)
 
     def flush_nowait(self) -> None:
-        """Begin to write what ``save_nowait`` was given."""
+        """Start to write the records of ``save_nowait``."""
         if self._unawaited:
             self._open.runs |= self._unawaited
             self._unawaited.clear()
             self._has_work.set()
 
     async def save(self, run: Run, step: Step | None = None, *, is_new: bool = False) -> None:
-        """As ``save_nowait``; on return it is on disk.
+        """Write *run* like ``save_nowait``, and return when it is on disk.
 
         Raises:
-            StoreError: it is not, and will be tried again.
-            Unstorable: it never can be.
-            OwnershipLost: the run belongs to another engine by now, or is in another attempt.
+            StoreError: it is not on disk yet. The write will be retried.
+            Unstorable: it can never be written.
+            OwnershipLost: another engine owns the run now, or the run is in another attempt.
 
-        Cancellation: it is written all the same.
+        Cancellation: it is written anyway.
         """
         self.save_nowait(run, step, is_new=is_new)
         group, pending = self._open, self._unawaited.pop(run.run_id, None)
@@ -231,18 +235,18 @@ class Store:
             raise _unstorable(reason) from reason
 
     async def change(self, apply: Callable[[sqlite3.Connection], T], then: Callable[[T], None] | None = None) -> T:
-        """Call *apply* within the next transaction, in any thread; on return what it wrote is on disk.
+        """Call *apply* in the next transaction, in any thread, and return its result when its writes are on disk.
 
-        What *apply* raises is raised here. A FlockError must be raised before it has written anything; after any other
-        error what it wrote is undone, and it may be called a second time.
+        Exceptions of *apply* are raised here. It must not write anything before it raises a FlockError. After any other
+        exception its writes are undone, and it may be called a second time.
 
         Raises:
-            StoreError: the transaction failed, or *apply* met a damaged row.
-            Unstorable: SQLite does not take one of the values.
+            StoreError: the transaction failed, or *apply* found a damaged row.
+            Unstorable: SQLite does not accept one of the values.
 
-        Cancellation: it is written all the same, and *then* is called with what *apply* returned once it is on disk.
+        Cancellation: it is written anyway, and *then* is called with the result of *apply* after the commit.
         """
-        self.flush_nowait()  # it may count them
+        self.flush_nowait()  # *apply* may depend on these records
         group, change = self._open, Change(apply, then)
         group.changes.append(change)
         await self._written(group)
@@ -257,56 +261,56 @@ class Store:
 
     @property
     def is_writable(self) -> bool:
-        """Whether the last transaction was written, and the file is in its place."""
+        """Whether the last transaction succeeded and the file is the one that was opened."""
         return self._write_error is None and self._displaced is None
 
     def check_writable(self) -> None:
-        """Raise StoreError if the last transaction failed; a failed one is tried again each second."""
+        """Raise StoreError if the store is not writable. A failed transaction is retried every second."""
         if not self.is_writable:
             error = self._write_error or self._displaced
-            raise StoreError("The store cannot be written now; the server's log says why.") from error
+            raise StoreError("The store cannot be written now. The server's log says why.") from error
 
     # The file
 
     @property
     def is_displaced(self) -> bool:
-        """Whether the file had been removed, replaced or upgraded when ``look`` was called last."""
+        """Whether the last ``check_file`` found that the file was removed, replaced or upgraded."""
         return self._displaced is not None
 
-    def look(self) -> None:
-        """Check that the file is in its place; see ``_check_place``. Until it is, ``read`` raises StoreError."""
+    def check_file(self) -> None:
+        """Check that the file was not removed, replaced or upgraded. If it was, ``read`` raises StoreError."""
         found: _Displaced | None = None
         try:
-            self._check_place(self._reader)
+            self._check_same_file(self._reader)
         except (sqlite3.Error, _Displaced) as exc:
             found = exc if isinstance(exc, _Displaced) else _Displaced(str(exc))
         before, self._displaced = self._displaced, found
         if self._displaced is not None and before is None:
-            logger.error("%s Until then every request that needs the store is answered 503.", self._displaced)
+            logger.error("%s Until then every request that needs the store gets status 503.", self._displaced)
         elif self._displaced is None and before is not None:
-            logger.warning("The store %s is in its place again.", self.path)
+            logger.warning("The store %s is back in place.", self.path)
 
-    def _check_place(self, db: sqlite3.Connection) -> None:
-        """Raise _Displaced if the file is not the one that was opened, or has a form that this version does not know.
+    def _check_same_file(self, db: sqlite3.Connection) -> None:
+        """Raise _Displaced if the file was removed, replaced or upgraded.
 
-        SQLite notices neither: it goes on with a file that was removed, and what it commits is lost.
+        SQLite does not detect this. It continues to use a removed file, and its commits are lost.
         """
         for path, identity in self._identities.items():
             try:
-                found = files.identity(path)
-            except OSError:  # its folder cannot be looked at now, which says nothing of the file
+                found = files.device_and_inode(path)
+            except OSError:  # its folder cannot be read now, so the state of the file is unknown
                 continue
             if found != identity:
                 what = "removed" if found is None else "replaced"
                 raise _Displaced(
-                    f"{path!r} was {what} while this server was using it, and what is written now would be lost. "
+                    f"{path!r} was {what} while this server was using it, so new writes would be lost. "
                     f"Stop this server, restore {self.path!r} with its -wal file, and start it again."
                 )
-        form = db.execute("PRAGMA user_version").fetchone()[0]
-        if self._identities and form != len(MIGRATIONS):
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if self._identities and version != len(MIGRATIONS):
             raise _Displaced(
-                f"{self.path!r} was changed by another version of flockapi (form {form}; this one knows "
-                f"{len(MIGRATIONS)}) while this server was using it. Stop this server, and start that version."
+                f"{self.path!r} was changed by another version of flockapi (schema version {version}; this version "
+                f"supports {len(MIGRATIONS)}) while this server was using it. Stop this server, and start that version."
             )
 
     async def _written(self, group: Group) -> None:
@@ -318,20 +322,20 @@ class Store:
         else:
             self._write_in_memory()
         if group.error is not None:
-            raise StoreError("The store cannot be written now; the server's log says why.") from group.error
+            raise StoreError("The store cannot be written now. The server's log says why.") from group.error
 
     def _write_in_memory(self) -> None:
-        """Nobody else writes, no disk is waited for, and nothing can break off: a group is written at once."""
+        """Write a group immediately, since there is no disk to wait for and there are no other writers."""
         group, self._open = self._open, Group()
-        self._write_apart(group)
-        group.go_on()
+        self._write_separately(group)
+        group.run_callbacks()
 
     async def _write_until_closed(self) -> None:
-        """Cancellation of the host does not reach it: what was accepted is written before the store closes."""
+        """Write groups until the store closes. Ignore cancellation by the host, so that accepted work is written."""
         try:
             with anyio.CancelScope(shield=True):
                 await self._write_groups()
-        finally:  # also when the loop itself cancels all its tasks, which no shield keeps out
+        finally:  # also if the event loop cancels all tasks, even shielded ones
             self._all_written.set()
             self._open.error = OSError("the event loop has ended")
             self._open.is_written.set()
@@ -339,16 +343,16 @@ class Store:
     async def _write_groups(self) -> None:
         while True:
             await self._has_work.wait()
-            await anyio.lowlevel.checkpoint()  # who is about to write comes along
+            await anyio.lowlevel.checkpoint()  # so that tasks that are about to write share the transaction
             group, self._open, self._has_work = self._open, Group(), anyio.Event()
             if self._is_closing and not group.runs and not group.changes:
                 return
             try:
                 await self._transact(group)
                 self._write_error = None
-                group.go_on()
+                group.run_callbacks()
             except (sqlite3.Error, OSError) as exc:
-                if str(exc) != str(self._write_error):  # it is tried each second, and logged once
+                if str(exc) != str(self._write_error):  # it is retried every second, but logged once
                     logger.error("The store %s cannot be written: %s", self.path, exc)
                 self._write_error = group.error = exc
             except BaseException:
@@ -359,14 +363,14 @@ class Store:
             if self._is_closing:
                 self._has_work.set()
             elif group.error is not None:
-                self._put_back(group)
-                self._has_work.set()  # also where nothing is put back: so it is found out when it can be written again
+                self._requeue(group)
+                self._has_work.set()  # even without records, to detect when the store is writable again
                 await anyio.sleep(RETRY_AFTER_S)
-            group.runs.clear()  # the thread that has written them refers to the group until the next one
+            group.runs.clear()  # the writer thread holds the group until the next one
             group.changes.clear()
 
-    def _put_back(self, group: Group) -> None:
-        """Keep the runs of a group that could not be written for the next; what is known since wins."""
+    def _requeue(self, group: Group) -> None:
+        """Add the runs of a failed group to the next one, with the newest record of each."""
         for run_id, pending in group.runs.items():
             newer = self._unawaited.pop(run_id, None) or self._open.runs.get(run_id)
             if newer is not None:
@@ -379,30 +383,30 @@ class Store:
             await anyio.to_thread.run_sync(self._write, group, limiter=self._threads)
 
     def _write(self, group: Group) -> None:
-        """Write a group in one transaction, and once more without what is refused if something is."""
+        """Write a group in one transaction. If a record is refused, write the others in a second transaction."""
         try:
             self._write_once(functools.partial(group.write_together, self._db))
         except Refused:
-            self._write_once(functools.partial(self._write_apart, group))
+            self._write_once(functools.partial(self._write_separately, group))
 
     def _write_once(self, write: Callable[[], None]) -> None:
         with self._transaction():
-            self._check_place(self._db)
+            self._check_same_file(self._db)
             if self._write_error is not None:  # an empty transaction would always succeed
                 self._db.execute(statements.TOUCH_ENGINES)
             write()
             self._db.execute("COMMIT")
-        self._check_place(self._db)  # or what was committed is lost already
+        self._check_same_file(self._db)  # a commit to a removed file is lost
 
-    def _write_apart(self, group: Group) -> None:
+    def _write_separately(self, group: Group) -> None:
         try:
-            group.write_apart(self._db)
+            group.write_separately(self._db)
         finally:
             self._without_row |= group.without_row
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """The block commits at its end; whatever it raises undoes it."""
+        """Run the block in a transaction, which the block commits. Roll back if it raises."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -413,10 +417,10 @@ class Store:
 
     @contextlib.asynccontextmanager
     async def _file_lock(self) -> AsyncIterator[None]:
-        """Wait for the other processes by looking: a thread that waits in the kernel could not be called back."""
+        """Hold the file lock inside the block. Poll for it, since a thread that waits in flock cannot be cancelled."""
         assert self._lock_file is not None
         give_up_at = anyio.current_time() + LOCK_TIMEOUT_S
-        while not files.try_lock(self._lock_file):  # another process is at it
+        while not files.try_lock(self._lock_file):  # another process is writing
             if anyio.current_time() > give_up_at:
                 raise TimeoutError(f"another process has kept {self._lock_file.name} locked for {LOCK_TIMEOUT_S:g} s")
             await anyio.sleep(LOCK_INTERVAL_S)
@@ -428,12 +432,12 @@ class Store:
     # Reading
 
     def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
-        """Call *query* with a connection that sees what is committed. Raises StoreError."""
+        """Call *query* with a connection that sees committed data, and return its result. Raises StoreError."""
         if not self.is_shared and (self._unawaited or self._open.runs):
             self.flush_nowait()
             self._write_in_memory()
         if self._displaced is not None:
-            raise StoreError("The store cannot be read now; the server's log says why.") from self._displaced
+            raise StoreError("The store cannot be read now. The server's log says why.") from self._displaced
         try:
             return query(self._reader)
         except sqlite3.Error as exc:
@@ -441,10 +445,10 @@ class Store:
 
     def _unreadable(self, exc: sqlite3.Error) -> StoreError:
         logger.error("the store %s cannot be read: %s", self.path, exc)
-        return StoreError("The store cannot be read now; the server's log says why.")
+        return StoreError("The store cannot be read now. The server's log says why.")
 
     def data_version(self) -> int:
-        """A number that is another one after each commit, whichever process made it."""
+        """Return a number that changes with each commit of any process."""
         version: int = self.read(lambda db: db.execute("PRAGMA data_version").fetchone()[0])
         return version
 
@@ -452,21 +456,24 @@ class Store:
         return self.read(lambda db: queries.find_run(db, run_id))
 
     def outline(self, run_id: str) -> Run | None:
-        """A run with ``{}`` for its inputs and for each of its results, which are not read."""
+        """Return a run with ``{}`` in place of its inputs and results, which are not read."""
         return self.read(lambda db: queries.find_run(db, run_id, is_outline=True))
 
     def version(self, run_id: str) -> tuple[Any, ...] | None:
-        """A value that changes with what ``outline`` returns, and is read in a few microseconds."""
+        """Return a value that changes when the outline of a run changes. Reading it takes a few microseconds."""
         version: tuple[Any, ...] | None
         version = self.read(lambda db: db.execute(statements.VERSION, (run_id,)).fetchone())
         return version
 
     def result_bytes(self, run_id: str, position: int | None) -> int:
-        """How long the result of a run is, or that of its step at *position*. Raises RunNotFound, StoreError."""
+        """Return the length of the result of a run or of its step at *position*. Raises RunNotFound, StoreError."""
         return self._with_result(run_id, position, len)
 
     def read_result(self, run_id: str, position: int | None, start: int, length: int) -> bytes:
-        """Up to *length* bytes of the result of a run, or of its step at *position*. Raises RunNotFound, StoreError."""
+        """Return up to *length* bytes of the result of a run or of its step at *position*.
+
+        Raises: RunNotFound, StoreError.
+        """
 
         def read(result: sqlite3.Blob) -> bytes:
             result.seek(start)
@@ -489,7 +496,7 @@ class Store:
         return self.read(find)
 
     def list_runs(self, flock: str, wanted: RunFilter) -> Page[Run]:
-        """One page of runs that are no items, newest first, without their steps. A damaged row has an error in it."""
+        """Return one page of runs that are not items, newest first, without steps. A damaged run has an ``error``."""
         columns = statements.list_columns(wanted.with_inputs, wanted.with_results)
         statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
         values = {
@@ -514,17 +521,17 @@ class Store:
         return self.read(find)
 
     def queue(self, flock: str) -> Queue:
-        """What waits for one of ``agents`` and is no item. Runs that were opened anew have no age: it is not kept."""
+        """Return the queue of runs for ``agents``, without items. Retried runs do not count for its age."""
         values = (flock, names_json(self.agents))
         depth, oldest = self.read(lambda db: db.execute(statements.QUEUE, values).fetchone())
         return Queue(depth, time_from(oldest))
 
     def last_id(self) -> str | None:
-        """The id of the newest run."""
+        """Return the id of the newest run."""
         newest: str | None = self.read(lambda db: db.execute(statements.NEWEST_ID).fetchone()[0])
         return newest
 
-    # What engines do with runs: each is one transaction
+    # Changing runs: each method is one transaction
 
     async def accept(
         self,
@@ -538,13 +545,13 @@ class Store:
         """Write a new run, if there is room for it, and call *then* with it.
 
         Args:
-            full: raised if it is not a replay.
+            full: raised unless the request is a replay.
 
         Raises:
-            Replayed: a run was made under this key before; that comes before any limit.
+            Replayed: the same request was accepted under this key before. This takes precedence over limits.
             KeyReused: the key was used for another request.
-            EngineStopped: its engine has left.
-            EngineFull: as many runs of these agents, or of its principal, are waiting, in all processes together.
+            EngineStopped: its engine has shut down.
+            EngineFull: too many runs of ``agents``, or of its principal, are waiting, in all processes together.
         """
 
         def apply(db: sqlite3.Connection) -> Run:
@@ -560,11 +567,11 @@ class Store:
         await self.change(apply, then)
 
     async def request_cancel(self, run_id: str) -> bool:
-        """Ask whoever owns a run to cancel it; False if it is not active."""
+        """Request the owner of a run to cancel it. Returns False if the run is not active."""
         return await self.change(lambda db: db.execute(statements.CANCEL_RUN, (run_id,)).rowcount == 1)
 
     async def reopen(self, run: Run, owner: str, limits: QueueLimits, then: Callable[[Run | None], None]) -> Run | None:
-        """Open the next attempt of *run* if it failed or was cancelled; None if it is neither.
+        """Open the next attempt of *run*. Returns None if it neither failed nor was cancelled.
 
         Raises EngineFull, EngineStopped.
         """
@@ -578,11 +585,11 @@ class Store:
         return await self.change(apply, then)
 
     async def delete_run(self, run_id: str) -> bool:
-        """Delete a final run that is no item; False if there is none."""
+        """Delete a final run that is not an item. Returns False if there is no such run."""
 
         def apply(db: sqlite3.Connection) -> bool:
             is_deleted = queries.delete_runs(db, [run_id]) == 1
-            if is_deleted:  # whoever deletes a run may make it anew under the same key
+            if is_deleted:  # so that the same key can create the run again
                 db.execute(statements.DELETE_KEYS_OF, (run_id,))
             return is_deleted
 
@@ -593,17 +600,17 @@ class Store:
     ) -> int:
         """Delete up to *limit* final runs that ended before *before*, or are beyond the newest *keep_runs*.
 
-        A batch counts as one, and goes as one: it is dropped, and its items are swept later.
+        A batch counts as one run. It is dropped as a whole, and its items are deleted later by ``BatchStore.sweep``.
 
         Args:
-            kept: ids of runs and batches that are not deleted; read when the transaction is written.
+            kept: ids of runs and batches to skip. The collection is read in the transaction.
         """
 
         def apply(db: sqlite3.Connection) -> int:
             bounds = [(first_id_at(before), micros(before))] if before is not None else []
             if keep_runs is not None:
                 row = db.execute(statements.NTH_NEWEST, {"flock": flock, "offset": max(0, keep_runs - 1)}).fetchone()
-                bounds += [(row[0], FOR_EVER)] if row is not None else []
+                bounds += [(row[0], MAX_TIME)] if row is not None else []
             deleted = 0
             for bound, latest in bounds:
                 values = {
@@ -616,31 +623,31 @@ class Store:
 
         return await self.change(apply)
 
-    async def forget_keys(self, before: datetime) -> None:
+    async def delete_old_keys(self, before: datetime) -> None:
         await self.change(lambda db: db.execute(statements.DELETE_OLD_KEYS, (micros(before),)) and None)
 
     def cancels_for(self, owner: str) -> list[tuple[str, int]]:
-        """Runs of *owner*, and items of its batches, that somebody asked to cancel, and in which attempt."""
+        """Return runs of *owner*, and items of its batches, with a cancellation request, and their attempts."""
         return self.read(lambda db: db.execute(statements.RUNS_TO_CANCEL, (owner, owner)).fetchall())
 
     def ended(self, ids: Iterable[str]) -> list[str]:
-        """Which of these runs and batches are final, or not there any more."""
+        """Return those of the runs and batches *ids* that are final or deleted."""
         sent = msgspec.json.encode(list(ids)).decode()
         return self.read(lambda db: [row[0] for row in db.execute(statements.ENDED, (sent,))])
 
     # Engines
 
-    async def enter(self, engine_id: str, flock: str, agents: Collection[str]) -> Sequence[str]:
-        """Say that *engine_id* lives, for as long as this process does: the kernel frees the lock that it holds.
+    async def register_engine(self, engine_id: str, flock: str, agents: Collection[str]) -> Sequence[str]:
+        """Register an engine, with a lock file that marks it as alive. The kernel frees the lock if the process dies.
 
         Args:
-            agents: names of those that the engine has; later ones may be added to it.
+            agents: the names of the engine's agents. More may be added to the collection later.
 
-        Returns: those that the engine of this flock had that was started before.
+        Returns: the names of the agents that the previously started engine of this flock had.
         """
         self.agents = agents
         if self.is_shared:
-            self._engine_lock = files.hold(f"{self.path}-engine-{engine_id}", self._mode)
+            self._engine_lock = files.acquire_lock(f"{self.path}-engine-{engine_id}", self._mode)
 
         def apply(db: sqlite3.Connection) -> Sequence[str]:
             found = db.execute(statements.AGENTS_OF_FLOCK, (flock,)).fetchone()
@@ -652,8 +659,8 @@ class Store:
         await self._insert_engine(engine_id, flock)
         return await self.change(apply)
 
-    def unfinished_of_others(self, flock: str) -> Mapping[str, int]:
-        """How many runs and batches of flocks of other names have not ended, by these names."""
+    def unfinished_of_other_flocks(self, flock: str) -> Mapping[str, int]:
+        """Return the numbers of unfinished runs and batches of flocks with other names, by name."""
 
         def find(db: sqlite3.Connection) -> Mapping[str, int]:
             others = [name for (name,) in db.execute(statements.OTHER_FLOCKS, (flock,)).fetchall()]
@@ -662,17 +669,17 @@ class Store:
 
         return self.read(find)
 
-    async def remain(self, engine_id: str, flock: str) -> bool:
-        """Say again that *engine_id* lives, if anybody was told otherwise; False if its runs were taken over by then.
+    async def renew_registration(self, engine_id: str, flock: str) -> bool:
+        """Register an engine again if its row or lock file is missing. Returns False if its runs were taken over.
 
-        That is so where its lock file was removed. Whoever takes over removes the file first and the row then, so a
-        file that is made after the row was found missing stays.
+        That happens if its lock file was removed. An engine that takes over removes the file before the row, so a file
+        that is created after the row was found missing is not removed.
         """
         is_known = self.read(lambda db: db.execute(statements.FIND_ENGINE, (engine_id,)).fetchone()) is not None
         path = f"{self.path}-engine-{engine_id}"
-        if not is_known or not files.is_held(path):
-            files.let_go(self._engine_lock)
-            self._engine_lock = files.hold(path, self._mode)
+        if not is_known or not files.is_locked(path):
+            files.close_lock(self._engine_lock)
+            self._engine_lock = files.acquire_lock(path, self._mode)
         if not is_known:
             await self._insert_engine(engine_id, flock)
         return is_known
@@ -681,8 +688,8 @@ class Store:
         values = (engine_id, flock, micros(datetime.now(UTC)))
         await self.change(lambda db: db.execute(statements.INSERT_ENGINE, values) and None)
 
-    async def leave(self, engine_id: str) -> None:
-        """Let go of what *engine_id* holds. What is unfinished is for the next engine that looks."""
+    async def unregister_engine(self, engine_id: str) -> None:
+        """Unregister an engine and close its lock file. If it has unfinished work, its row stays for another engine."""
 
         def apply(db: sqlite3.Connection) -> bool:
             db.execute(statements.DROP_STAGED_BATCHES, (engine_id,))
@@ -696,29 +703,32 @@ class Store:
                 files.remove(f"{self.path}-engine-{engine_id}")
         finally:
             if self.is_shared:
-                files.let_go(self._engine_lock)
+                files.close_lock(self._engine_lock)
 
-    def dead_engines(self, flock: str, besides: str) -> list[str]:
-        """Engines of this flock whose process is gone."""
-        others = self.read(lambda db: [row[0] for row in db.execute(statements.OTHER_ENGINES, (flock, besides))])
-        return [engine_id for engine_id in others if not files.is_held(f"{self.path}-engine-{engine_id}")]
+    def dead_engines(self, flock: str, own_id: str) -> list[str]:
+        """Return the engines of this flock whose process has ended."""
+        others = self.read(lambda db: [row[0] for row in db.execute(statements.OTHER_ENGINES, (flock, own_id))])
+        return [engine_id for engine_id in others if not files.is_locked(f"{self.path}-engine-{engine_id}")]
 
     async def take_over(self, dead_id: str, owner: str, now: datetime, only: str | None = None) -> TakenOver:
-        """Make *owner* the owner of what *dead_id* left unfinished, as far as it is for one of ``agents``.
+        """Make *owner* the owner of the unfinished work of *dead_id* for ``agents``.
+
+        Runs and batches with a cancellation request are taken over even without their agent. Synchronous runs end as
+        interrupted, since their callers are gone. Those that cannot be read end as failed. The rest stays for a program
+        that has its agent.
 
         Args:
-            only: the id of a run or a batch; nothing else is looked at then.
-
-        What is to be cancelled needs no agent. Runs that somebody waited for are ended, since nobody does any more, and
-        so is what cannot be read. All else stays as it is, for a program that has its agent.
+            only: the id of a run or a batch. If given, all other work is ignored.
         """
-        # In a thread, for there may be many, and long ones.
-        left = await anyio.to_thread.run_sync(self.read, lambda db: takeover.left_by(db, dead_id, self.agents, only))
+        # In a thread, since there may be many runs, and long ones.
+        unfinished = await anyio.to_thread.run_sync(
+            self.read, lambda db: takeover.find_unfinished(db, dead_id, self.agents, only)
+        )
 
         def apply(db: sqlite3.Connection) -> TakenOver:
-            taken = takeover.take_over(db, left, dead_id, owner, now)
-            if taken.is_all:
-                files.remove(f"{self.path}-engine-{dead_id}")  # before the commit: see remain
+            taken = takeover.take_over(db, unfinished, dead_id, owner, now)
+            if taken.is_complete:
+                files.remove(f"{self.path}-engine-{dead_id}")  # before the commit; see renew_registration
             return taken
 
         return await self.change(apply)

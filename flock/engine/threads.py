@@ -1,8 +1,8 @@
 """Worker threads for synchronous functions.
 
-A thread cannot be cancelled, so a call in one is waited for even when its run is cancelled: nothing is said to have
-stopped that has not. Only at its deadline, or when the engine leaves, is it left alone; its slot stays taken until the
-function returns, so that functions that hang cannot pile up.
+A thread cannot be cancelled. So a cancelled run waits for its thread, and is reported as cancelled only when the work
+has really stopped. A call is abandoned only at its deadline or when the engine shuts down. Its slot stays taken until
+the function returns, so that hanging functions cannot accumulate.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ class _Call:
         self.batch_id = batch_id
         self.scope = anyio.CancelScope(shield=True, deadline=deadline)
         self.is_begun = False
-        self.is_over = False
+        self.is_done = False
         self.is_abandoned = False
-        self.is_free = False
+        self.is_released = False
         self.when_free: list[Callable[[], None]] = []
 
 
 class Threads:
-    """At most *max_threads* calls at the same time; each has an *owner*, one call an owner."""
+    """Runs at most *max_threads* calls at the same time. Each call has an *owner*, which has only one at a time."""
 
     def __init__(self, max_threads: int) -> None:
         self._slots = Slots(max_threads, reserved=max_threads // 10)
@@ -42,44 +42,44 @@ class Threads:
     async def call(self, function: Callable[[], T], owner: object, batch_id: str | None, deadline: float) -> T:
         """Call *function* in a thread and wait for it, until *deadline* (of the loop's clock) or ``abandon``.
 
-        *batch_id* is of the batch of which *owner* is an item.
+        *batch_id* is the id of the batch if *owner* is an item.
 
-        Raises: what *function* raises; TimeoutError if it is left alone.
-        Cancellation: while it waits for a slot, at once; then only when the function has returned.
+        Raises: what *function* raises; TimeoutError if the call is abandoned.
+        Cancellation: immediate while waiting for a slot. After that, only when the function has returned.
         """
-        call, tell_loop = _Call(batch_id, deadline), _teller()
+        call, schedule_in_loop = _Call(batch_id, deadline), _loop_scheduler()
         await self._slots.acquire(batch_id)
         self._calls[owner] = call
 
         def run() -> T:
             try:
-                call.is_begun = True  # before it looks, as the other side does
+                call.is_begun = True  # set before is_abandoned is read; see below
                 if call.is_abandoned:
                     raise TimeoutError
                 return function()
             finally:
-                call.is_over = True
+                call.is_done = True
                 if call.is_abandoned:
-                    # It does not wait for an answer: the loop may be at its end, and the thread would never be.
-                    with contextlib.suppress(RuntimeError):  # it is closed by now
-                        tell_loop(self._free, owner, call)
+                    # Do not wait for a result. If the loop is ending, the thread would never end.
+                    with contextlib.suppress(RuntimeError):  # the loop is closed
+                        schedule_in_loop(self._free, owner, call)
 
         try:
             with call.scope:
-                # A limiter of its own, since the slot is released later than this one would be.
+                # With a limiter of its own, because anyio would release a shared one before the slot is free.
                 return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         finally:
-            # The thread looks at this after it has set is_begun and is_over, and we the other way round.
+            # The thread sets is_begun and is_done before it reads is_abandoned. Here it is the other way round.
             call.is_abandoned = True
-            if call.is_over or not call.is_begun or not call.scope.cancelled_caught:
+            if call.is_done or not call.is_begun or not call.scope.cancelled_caught:
                 self._free(owner, call)
         await anyio.lowlevel.checkpoint_if_cancelled()
         raise TimeoutError
 
     def _free(self, owner: object, call: _Call) -> None:
-        if call.is_free:
+        if call.is_released:
             return
-        call.is_free = True
+        call.is_released = True
         self._slots.release(call.batch_id)
         if self._calls.get(owner) is call:
             del self._calls[owner]
@@ -87,12 +87,12 @@ class Threads:
             callback()
 
     def abandon(self, owner: object) -> None:
-        """Do not wait any longer for the call of *owner*, if there is one."""
+        """Stop waiting for the call of *owner*, if there is one."""
         if owner in self._calls:
             self._calls[owner].scope.cancel()
 
     def when_free(self, owner: object, callback: Callable[[], None]) -> None:
-        """Call *callback* once no thread works for *owner*: at once, or when its function returns."""
+        """Call *callback* when no thread is running for *owner*: now, or when its function returns."""
         if owner in self._calls:
             self._calls[owner].when_free.append(callback)
         else:
@@ -100,12 +100,12 @@ class Threads:
 
     @property
     def busy(self) -> int:
-        """How many functions have not returned."""
+        """The number of functions that have not returned."""
         return len(self._calls)
 
 
-def _teller() -> Callable[..., Any]:
-    """What calls a function in this event loop, from any thread, without waiting for it."""
+def _loop_scheduler() -> Callable[..., Any]:
+    """Return a function that schedules a call in this event loop. It may be used from any thread."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:

@@ -1,7 +1,7 @@
-"""One agent's turn, taken in the same way by the embedded engine and by the workers of a cluster.
+"""Turns: one agent's step of a run, executed in the same way by the embedded engine and by the workers of a cluster.
 
-Slots, deadline, threads, interruption, size check, observers and the step itself are here. An engine adds where records
-are kept and who is woken: it overrides methods of ``ActiveRun``.
+This module handles slots, deadlines, threads, interruption, size checks, observers and the step itself. To store
+records and to wake waiting callers, an engine overrides methods of ``ActiveRun``.
 """
 
 import functools
@@ -30,24 +30,24 @@ logger = logging.getLogger("flock.runs")
 
 
 class ActiveRun:
-    """A run that is at work in this process, or waits for a slot.
+    """A run that is running in this process, or waits for a slot.
 
     Args:
         timeout_s: wall-clock seconds for the attempt, from the start of its first turn.
         is_again: its next turn may have been started before, by a process that died.
-        queue_timeout_s: the longest that it may wait for its first turn; None is no limit.
+        queue_timeout_s: the maximum wait for its first turn, in seconds. None means no limit.
 
     Attributes:
         run: the record. It may be a stub while the run waits.
         scope: cancels its turns. The deadline is set when the first turn in this process gets its slot.
-        context: of the turn that is at work.
+        context: the context of the current turn.
         started_at: when its first turn in this process got its slot.
-        cancel_requested: a client asked to cancel it.
-        is_stopped: it was cancelled because the engine stops; it is resumed later or elsewhere.
-        progress: the latest that an agent has reported.
+        cancel_requested: a client requested its cancellation.
+        is_stopped: it was cancelled because the engine is shutting down. It is resumed later or elsewhere.
+        progress: the latest progress that an agent has reported.
     """
 
-    #: Seconds of ``queue_timeout_s`` that have passed elsewhere.
+    #: Seconds of ``queue_timeout_s`` that have already passed in another process.
     queued_s = 0.0
 
     def __init__(
@@ -65,43 +65,44 @@ class ActiveRun:
         self.progress = run.progress
 
     def note_progress(self, progress: Progress) -> None:
-        """Called from any thread."""
+        """Record progress. It may be called from any thread."""
         self.progress = progress
 
     def cancel(self) -> None:
-        """Ask the run to stop."""
+        """Request the run to stop."""
         self.cancel_requested = True
         if self.context is not None:
             self.context.cancel_requested = True
         self.scope.cancel()
 
-    # What an engine overrides
+    # To be overridden by an engine
 
     async def wait_begins(self) -> None:
         """Called if no slot is free, before the run waits for one."""
 
     async def begin(self) -> Run:
-        """Called when a turn has its slot. Returns the whole record."""
+        """Called when a turn gets its slot. Returns the whole record."""
         return self.run
 
     async def started(self, run: Run, agent: Agent) -> None:
         """Called when the attempt starts, with its new record and the agent of its first turn."""
 
     async def keep(self, step: Step) -> None:
-        """Called with the step of a turn, while the turn still has its slot."""
+        """Called with the step of a turn while the turn still holds its slot."""
 
 
 class Turns:
-    """All turns of one engine or worker.
+    """Executes the turns of one engine or worker.
 
     Args:
-        limits: ``max_concurrency``, a tenth of it for runs that are no items; ``max_threads``; ``max_tokens``.
+        limits: uses ``max_concurrency``, a tenth of which is reserved for runs that are not items, ``max_threads`` and
+            ``max_tokens``.
         max_steps, expose_errors: see ``EmbeddedEngine``.
-        max_result_bytes: the longest result of one step, as JSON.
-        max_run_bytes, max_item_bytes: the longest inputs and results together, as JSON, of a run and of an item.
+        max_result_bytes: the maximum length of the result of one step, as JSON.
+        max_run_bytes, max_item_bytes: the maximum total length of inputs and results, as JSON, of a run and of an item.
 
     Attributes:
-        item_slots: how many items of batches are at work at the same time, at most.
+        item_slots: the maximum number of batch items that run at the same time.
     """
 
     def __init__(
@@ -133,10 +134,10 @@ class Turns:
         self._agent_slots: dict[str, Slots] = {}
 
     async def take(self, active: ActiveRun) -> Step:
-        """Let the next agent of a run have its turn, in a slot of the engine and of the agent.
+        """Run the next agent of a run, in a slot of the engine and one of the agent.
 
         Raises: what the agent raises; Interrupted, InvalidHandoff, QueueTimeout, ResultTooLarge, TooManySteps.
-        Cancellation: the step is lost. The slots are taken until no thread works for the run.
+        Cancellation: the step is lost. The slots stay taken until no thread is running for the run.
         """
         agent = next_agent(active.run, self._agents, self._max_steps)
         assert agent is not None, "all turns are done"
@@ -157,8 +158,8 @@ class Turns:
                 active.scope.deadline = anyio.current_time() + active.timeout_s - spent_s
             if is_start:
                 await active.started(run, agent)
-                self.tell("run_started", run)
-            spend = functools.partial(self.tell, "tokens_spent", agent.name)
+                self.notify("run_started", run)
+            spend = functools.partial(self.notify, "tokens_spent", agent.name)
             active.context = context = RunContext(run, agent.name, active.note_progress, spend, self._max_tokens)
             context.cancel_requested = active.cancel_requested
             call_in_thread = functools.partial(
@@ -167,50 +168,50 @@ class Turns:
             step = await run_step(agent, inputs, Resources(self._models, call_in_thread), context)
             self._check_size(run, step)
             await active.keep(step)
-            self.tell("step_completed", step)
+            self.notify("step_completed", step)
             return step
         finally:
             active.context = None
             self._threads.when_free(active, release)
 
     def stop(self, active: ActiveRun) -> None:
-        """Stop a run because the engine stops. A function in a thread is no longer waited for."""
+        """Stop a run because the engine is shutting down. Do not wait for a function in a thread."""
         active.is_stopped = True
         self._threads.abandon(active)
         active.scope.cancel()
 
     def outcome_of(self, active: ActiveRun, exc: BaseException | None) -> Outcome:
-        """How a run ends whose turn gave no step: it was cancelled, or raised *exc*."""
+        """Return the outcome of a run whose turn was cancelled or raised *exc*."""
         if anyio.current_time() >= active.scope.deadline:
             return timeout_of(active.timeout_s)
         if active.cancel_requested:
             return CANCELLED
         return failure_of(active.run, exc, expose_errors=self._expose_errors)
 
-    def is_once(self, run: Run) -> bool:
+    def is_at_most_once(self, run: Run) -> bool:
         """Whether the next turn of *run* must not be started a second time."""
         agent = self._agents.get(run.next_agent_name or "")
         return agent is not None and agent.on_interrupt == "fail"
 
-    def tell(self, event: str, *about: Run | Step | Usage | str) -> None:
-        """Call the method *event* of each observer. An exception of one of them is logged."""
+    def notify(self, event: str, *about: Run | Step | Usage | str) -> None:
+        """Call the method *event* of each observer. Log an exception that an observer raises."""
         for observer in self._observers:
             try:
                 getattr(observer, event)(*about)
             except Exception:
-                logger.exception("an observer failed at %s", event)
+                logger.exception("an observer raised in %s", event)
 
     async def _acquire(self, active: ActiveRun, agent: Agent) -> Callable[[], None]:
-        """Wait for a slot of the engine and one of the agent. Returns what releases both. Raises QueueTimeout."""
+        """Acquire a slot of the engine and one of the agent. Return their release function. Raises QueueTimeout."""
         slots, batch_id = [self._slots], active.run.batch_id
         if agent.max_concurrency is not None:
             slots.append(self._agent_slots.setdefault(agent.name, Slots(agent.max_concurrency)))
 
         def release() -> None:
-            for each in slots:
-                each.release(batch_id)
+            for slot in slots:
+                slot.release(batch_id)
 
-        if active.scope.cancel_called:  # asking in any case would take as long as a short step
+        if active.scope.cancel_called:  # an unconditional checkpoint would take as long as a short step
             await anyio.lowlevel.checkpoint_if_cancelled()
         if acquire_all_nowait(slots, batch_id):
             return release
@@ -223,16 +224,16 @@ class Turns:
         raise queue_timeout(limit_s)
 
     def _check_size(self, run: Run, step: Step) -> None:
-        """Raise ResultTooLarge now: what cannot be kept would fail later, after another turn that costs money."""
-        gave, length = f"What {step.agent_name!r} gave has", len(step.result)
+        """Raise ResultTooLarge if the step cannot be stored, before another turn costs money."""
+        subject, length = f"The result of {step.agent_name!r} has", len(step.result)
         if length > self._max_result_bytes:
             raise ResultTooLarge(
-                f"{gave} {length} bytes, more than are kept ({self._max_result_bytes}, max_result_bytes)."
+                f"{subject} {length} bytes, more than the maximum ({self._max_result_bytes}, max_result_bytes)."
             )
-        size = len(run.inputs) + sum(len(each.result) for each in (*run.steps, step))
+        size = len(run.inputs) + sum(len(done.result) for done in (*run.steps, step))
         limit = self._max_run_bytes if run.batch_id is None else self._max_item_bytes
         if size > limit:
             raise ResultTooLarge(
-                f"{gave} {length} bytes, and inputs and results of the run {size} together, more than the cluster "
-                f"keeps of one ({limit}, max_run_bytes)."
+                f"{subject} {length} bytes. All inputs and results of the run have {size} bytes, more than the cluster "
+                f"can store for one run ({limit}, max_run_bytes)."
             )

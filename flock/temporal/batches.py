@@ -150,7 +150,7 @@ class TemporalBatches:
             whole = await intake.read(
                 stage,
                 id_of=lambda position: item_id(batch.batch_id, position),
-                items_a_page=lambda total: min(MAX_CHUNK, max(MIN_CHUNK, total // 10)),
+                items_per_page=lambda total: min(MAX_CHUNK, max(MIN_CHUNK, total // 10)),
                 page_bytes=CHUNK_BYTES,
             )
             if intake.page:

@@ -28,7 +28,7 @@ from temporalio.service import RPCError
 from flock.agents.agent import Agent
 from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
-from flock.engine.refusals import RETRIED, asked_to_leave, not_cancelled, not_deleted, run_not_retried
+from flock.engine.refusals import RETRYABLE, not_cancelled, not_deleted, run_not_retried, wait_stopped
 from flock.errors import Conflict, EngineFull, Replayed, RunNotFound, StoreError
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
@@ -381,7 +381,7 @@ class TemporalEngine(EngineBase):
                 elif found is not None:  # an item has no workflow of its own
                     await asyncio.sleep(POLL_INTERVAL_S if left_s is None else min(left_s, POLL_INTERVAL_S))
                     if self._is_stopping:
-                        raise asked_to_leave()
+                        raise wait_stopped()
                 found, handle = await read()
                 if found.status.is_final:
                     return found
@@ -406,7 +406,7 @@ class TemporalEngine(EngineBase):
             if following.done():
                 following.result()
             elif self._is_stopping and woken.done():
-                raise asked_to_leave()
+                raise wait_stopped()
             elif woken.done():
                 raise self._error or StoreError("The cluster did not answer for a moment. Retry.")
         finally:
@@ -431,10 +431,10 @@ class TemporalEngine(EngineBase):
         run = await self.get_run(run_id)
         batch = None if run.batch_id is None else await self._batches.get(run.batch_id)
         if batch is not None:
-            if batch.status.is_final and run.status in RETRIED and run.error_type != INVALID_INPUT:
+            if batch.status.is_final and run.status in RETRYABLE and run.error_type != INVALID_INPUT:
                 await self._batches.retry(batch.batch_id, (run.status,), run)
                 return await self.get_run(run_id)
-        if batch is not None or run.status not in RETRIED:
+        if batch is not None or run.status not in RETRYABLE:
             raise run_not_retried(run, batch)
         again = reset_for_retry(replace(run, is_async=True))
         try:

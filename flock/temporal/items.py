@@ -169,7 +169,7 @@ class ItemActivities:
         """Run one item to its end. Returns None if it is left for a later order."""
         position = run.position or 0
         while run.next_agent_name is not None:
-            if self._turns.is_once(run) and job.has_taken_turns:
+            if self._turns.is_at_most_once(run) and job.has_taken_turns:
                 return None  # it needs an order of its own, so that a retry knows that it was started
             turn = job.turn = ActivityTurn(run, job.order.timeout_s, is_again=is_again)
             job.has_taken_turns, is_again = True, False
@@ -202,7 +202,7 @@ class ItemActivities:
     def _report_end(self, run: Run, ended: ItemOutcome) -> ItemOutcome:
         result = ended.steps[-1].result if ended.status is RunStatus.COMPLETED else None
         final = {"status": ended.status, "error": ended.error, "error_type": ended.error_type, "result": result}
-        self._turns.tell("run_ended", replace(run, completed_at=ended.completed_at, **final))
+        self._turns.notify("run_ended", replace(run, completed_at=ended.completed_at, **final))
         return ended
 
     async def _stop_cancelled(self, order: ItemsOrder) -> None:

@@ -111,7 +111,7 @@ class TemporalWorker:
             max_run_bytes=max_run_bytes,
             max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
         )
-        models.on_retry = lambda: self._turns.tell("model_call_retried")
+        models.on_retry = lambda: self._turns.notify("model_call_retried")
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
