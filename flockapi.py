@@ -88,8 +88,8 @@ from flock.web.requests import (
 )
 from flock.web.responses import (
     EventStream,
-    HeldStream,
     JSONResponse,
+    LimitedStream,
     LongResponse,
     PageResponse,
     add_headers,
@@ -134,14 +134,14 @@ P = ParamSpec("P")
 FLOCK = Option(is_valid=lambda value: hasattr(value, "shared_engine"), words="a Flock")
 
 #: Logged once when an app starts that was given neither ``api_keys=`` nor ``auth=``.
-OPEN_TO_EVERYBODY = (
+NO_AUTH = (
     "%s is open to everybody who can reach it: they can run its agents, and read, cancel and delete all its runs and "
     "batches. Dependencies of FastAPI and logins of Django do not protect a mounted app. Pass api_keys= or auth= to "
     'create_app, or auth="host" if the host lets only its own users reach it.'
 )
 
 #: How long a synchronous run may take before its connection is watched, in seconds.
-PATIENCE_S = 0.1
+WATCH_DELAY_S = 0.1
 
 #: The draft on Idempotency-Key names no header for it; this one is widely used.
 REPLAYED = {"Idempotency-Replayed": "true"}
@@ -202,7 +202,7 @@ class FlockAPI(Starlette):
     def build_middleware_stack(self) -> ASGIApp:
         """Called once, when the app is about to answer for the first time."""
         if self.options.api_keys is None and self.options.auth is None:
-            logger.warning(OPEN_TO_EVERYBODY, self.contract.title)
+            logger.warning(NO_AUTH, self.contract.title)
         self.warn_of_problems()
         return super().build_middleware_stack()
 
@@ -343,7 +343,7 @@ async def engine_of(request: Request) -> Engine:
     engine = app_of(request).engine
     if not app_of(request).has_ended:
         try:
-            await lifespan_of(engine).begin()
+            await lifespan_of(engine).open()
         except StoreError as exc:  # where it lies is for those who serve it
             logger.error("request %s: %s", request_id_of(request), exc)
             raise StoreError("The store cannot be opened now; the server's log says why.") from exc
@@ -443,7 +443,7 @@ async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
     """
     app = app_of(request)
     try:
-        run = await app.engine.wait(run_id, PATIENCE_S)
+        run = await app.engine.wait(run_id, WATCH_DELAY_S)
         if run.status.is_final:
             return run
         del run  # its inputs may be long, and so may the wait
@@ -612,7 +612,7 @@ async def batch_results(request: Request) -> Response:
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
     pages = item_pages(engine, batch_id, after=wanted.after, limit=wanted.limit, statuses=statuses)
     stream = results_as(format_, pages, batch.extra_names, columns, wanted.escape_formulas)
-    return HeldStream(stream, download_place(request), headers, RESULT_TYPES[format_])
+    return LimitedStream(stream, download_slot(request), headers, RESULT_TYPES[format_])
 
 
 def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
@@ -755,7 +755,7 @@ def runs_response(request: Request, page: Page[Run], wanted: wire.RunsQuery) -> 
     left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not wanted.includes(name)}
     runs = [wire.shown_as(wire.RunSummary, run, **left_out) for run in page]
     path, headers = _next_page(request, page[-1].run_id if page.has_more else None)
-    return PageResponse(wire.RunList(runs=runs, next=path), download_place(request), headers=headers)
+    return PageResponse(wire.RunList(runs=runs, next=path), download_slot(request), headers=headers)
 
 
 def batch_response(
@@ -778,7 +778,7 @@ def batch_response(
     )
     headers = {"Flock-Run-Status": batch.status.value, **(headers or {})}
     headers |= _accepted(request, f"/batch/{batch.batch_id}", status_code)
-    return PageResponse(body, download_place(request), status_code, headers)
+    return PageResponse(body, download_slot(request), status_code, headers)
 
 
 def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:
@@ -826,7 +826,7 @@ def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event |
     return EventStream(event_text(events, engine, request_id_of(request)), place(), headers)
 
 
-def download_place(request: Request) -> AbstractContextManager[None]:
+def download_slot(request: Request) -> AbstractContextManager[None]:
     """What is held while a long page or a download is sent. Raises TooManyRequests when it is entered."""
     return app_of(request).downloads.take(caller_of(request))
 

@@ -15,7 +15,7 @@ import pytest
 from flock.core import Flock, FlockFactory
 from flock.errors import StoreError
 from flock.runs import RunContext
-from flockapi import PATIENCE_S, FlockAPI, create_app
+from flockapi import WATCH_DELAY_S, FlockAPI, create_app
 from tests.support.cluster import engine_for
 from tests.support.engines import until
 from tests.support.http import check_problem, events_in, get, post_run, wait_until
@@ -221,7 +221,7 @@ async def test_a_function_is_asked_to_stop_and_cancelled_is_said_when_it_has(
     assert (response.status_code, response.json()["status"]) == (202, "running")
     assert response.headers["Location"] == f"/run/{run_id}"
     assert gate.blocked
-    with anyio.fail_after(PATIENCE_S):
+    with anyio.fail_after(WATCH_DELAY_S):
         while not gate.blocked.cancel_requested:  # noqa: ASYNC110 - as the function looks
             await anyio.sleep(0.01)
     gate.thread_may_go.set()
@@ -473,7 +473,7 @@ async def test_a_store_that_fails_does_not_cancel_the_run_that_a_client_waits_fo
 
         async def let_go() -> None:
             await begun.wait()
-            await anyio.sleep(0 if soon else 2 * PATIENCE_S)
+            await anyio.sleep(0 if soon else 2 * WATCH_DELAY_S)
             may_go.set()
 
         async with anyio.create_task_group() as tasks:
@@ -601,7 +601,7 @@ async def test_a_caller_that_stays_gets_an_answer_that_took_long(gate: Gate, mod
 
             async def let_go() -> None:
                 await gate.begun.wait()
-                await anyio.sleep(0.3)  # longer than PATIENCE_S
+                await anyio.sleep(0.3)  # longer than WATCH_DELAY_S
                 gate.may_go.set()
 
             async with anyio.create_task_group() as tasks:

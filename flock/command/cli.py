@@ -26,9 +26,9 @@ from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
 from flock.command.server import (
     ServerSettings,
     WorkerSettings,
-    leave_busy_threads,
+    abandon_busy_threads,
+    run_worker,
     serve_flock,
-    serve_turns,
     serve_workers,
 )
 from flock.declared import DeclaredFlock
@@ -393,7 +393,7 @@ def worker(target: str, model: str | None, **options: Any) -> None:
     """
     try:
         settings = WorkerSettings(limits=Limits(**_taken(options, Limits)), **options)
-        serve_turns(_load_with_model(target, model), settings)
+        run_worker(_load_with_model(target, model), settings)
     except FlockError as exc:
         raise click.ClickException(str(exc)) from exc
 
@@ -636,7 +636,7 @@ def batch(
     except OSError as exc:
         place = exc.filename or output
         raise click.ClickException(f"{place}: {exc.strerror or exc}.{_what_is_kept(state)}") from exc
-    leave_busy_threads(exit_code)
+    abandon_busy_threads(exit_code)
     sys.exit(exit_code)
 
 

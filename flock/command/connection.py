@@ -4,10 +4,10 @@ uvicorn waits for ever for the head of a request, reads requests while it still 
 for a client that reads no answer, and loses an answer that it sends before it has the whole body. Not here:
 
 - A head has ``HEAD_TIMEOUT_S`` and ``MAX_HEAD_BYTES``.
-- What arrives during an answer waits for its end, up to ``MAX_EARLY_BYTES``. Then nothing more is read, so a disconnect
-  is noticed only when something is written.
+- What arrives during an answer waits for its end, up to ``MAX_PIPELINED_BYTES``. Then nothing more is read, so a
+  disconnect is noticed only when something is written.
 - A client that reads too slowly loses its connection; see ``Connection.watch_writes``.
-- A connection is closed in stages; see ``_Answer``.
+- A connection is closed in stages; see ``_ResponseTransport``.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ from flock.web.requests import request_id_for
 
 __all__ = [
     "HEAD_TIMEOUT_S",
-    "MAX_EARLY_BYTES",
     "MAX_HEAD_BYTES",
+    "MAX_PIPELINED_BYTES",
     "MIN_READ_BYTES_PER_S",
     "STALL_AT_EXIT_S",
     "Connection",
@@ -41,7 +41,7 @@ MIN_READ_BYTES_PER_S = 256
 #: At shutdown, a client that reads nothing for so long loses its connection, in seconds.
 STALL_AT_EXIT_S = 1.0
 #: What may arrive during an answer before reading is paused.
-MAX_EARLY_BYTES = 64 * 1024
+MAX_PIPELINED_BYTES = 64 * 1024
 #: A message ends with an empty line, unless it has a body of a known length.
 EMPTY_LINE = re.compile(rb"\n\r?\n")
 #: Each call of the parser takes microseconds, so only the first pieces of what was read may be as short as one line.
@@ -69,15 +69,15 @@ class Connection(HttpToolsProtocol):
     # Kept apart from uvicorn's attributes: with more of them, each connection would need 1.2 KiB for a dictionary.
     __slots__ = (
         "_body_bytes",
-        "_early",
         "_head_bytes",
         "_head_timer",
         "_is_admitted",
         "_is_in_head",
         "_max_connections",
+        "_pipelined",
         "_tail",
         "_write_timer",
-        "is_deaf",
+        "is_discarding",
         "write_timeout_s",
         "written_bytes",
     )
@@ -89,7 +89,7 @@ class Connection(HttpToolsProtocol):
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
         self._is_admitted = False
         #: The body that arrives belongs to a request that was answered already; it is read and dropped.
-        self.is_deaf = False
+        self.is_discarding = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._is_in_head = True
@@ -97,7 +97,7 @@ class Connection(HttpToolsProtocol):
         #: What is left of a body whose length is known.
         self._body_bytes = 0
         #: What arrived during an answer.
-        self._early = b""
+        self._pipelined = b""
         #: The last two bytes that were parsed.
         self._tail = b""
         self.written_bytes = 0
@@ -109,12 +109,12 @@ class Connection(HttpToolsProtocol):
         self._begin_head()
 
     def data_received(self, data: bytes) -> None:
-        data, start, pieces = self._early + data, 0, 0
-        self._early = b""
-        while start < len(data) and not self.is_deaf and not self.transport.is_closing():
+        data, start, pieces = self._pipelined + data, 0, 0
+        self._pipelined = b""
+        while start < len(data) and not self.is_discarding and not self.transport.is_closing():
             if self._is_answering():
-                self._early = data[start:]
-                if len(self._early) > MAX_EARLY_BYTES:
+                self._pipelined = data[start:]
+                if len(self._pipelined) > MAX_PIPELINED_BYTES:
                     self.flow.pause_reading()
                 return
             if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
@@ -152,7 +152,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self._is_answering():  # a second message in one piece: its client sends it again on another connection
-            self.cycle.keep_alive, self.is_deaf = False, True
+            self.cycle.keep_alive, self.is_discarding = False, True
             return
         self._end_head()
         self._is_in_head = False
@@ -163,22 +163,22 @@ class Connection(HttpToolsProtocol):
             self.app = self.config.loaded_app if self._is_admitted else _refuse
         super().on_headers_complete()
         if self.cycle is not None:
-            self.cycle.transport = _Answer(self)  # type: ignore[assignment]
+            self.cycle.transport = _ResponseTransport(self)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
-        if self.is_deaf:
+        if self.is_discarding:
             return
         self._body_bytes = max(0, self._body_bytes - len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._is_in_head = True
-        if not self.is_deaf:
+        if not self.is_discarding:
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._early and not self.transport.is_closing():
+        if self._pipelined and not self.transport.is_closing():
             self.data_received(b"")
 
     def _begin_head(self) -> None:
@@ -239,13 +239,13 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timers()
-        self._early = b""
+        self._pipelined = b""
         if self.cycle is not None:
             self.cycle.transport = self.transport  # no reference cycle is left to the garbage collector
         super().connection_lost(exc)
 
 
-class _Answer:
+class _ResponseTransport:
     """The transport of one answer. It is closed in stages if the client is still sending.
 
     A socket that is closed with something unread resets its connection, and the client loses the answer (RFC 9112,
@@ -263,9 +263,9 @@ class _Answer:
 
     def close(self) -> None:
         connection, transport = self._connection, self._connection.transport
-        is_sending = connection.cycle.more_body or connection.is_deaf
+        is_sending = connection.cycle.more_body or connection.is_discarding
         if is_sending and transport.can_write_eof() and not transport.is_closing():
-            connection.is_deaf = True
+            connection.is_discarding = True
             transport.write_eof()
         else:
             transport.close()

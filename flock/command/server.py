@@ -40,7 +40,7 @@ from flock.errors import DefinitionError
 from flock.limits import Limits
 from flock.options import Options, seconds, whole
 from flock.runs import Engine, one_line
-from flock.web.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
+from flock.web.auth import ADMIN, KEYS_VARIABLE, keys_from_environment, new_key
 from flock.web.options import AppOptions
 from flockapi import FlockAPI
 
@@ -50,11 +50,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ServerSettings",
     "WorkerSettings",
-    "leave_busy_threads",
+    "abandon_busy_threads",
+    "run_worker",
     "serve_flock",
-    "serve_turns",
     "serve_workers",
-    "settle_memory",
+    "tune_gc",
 ]
 
 logger = logging.getLogger("flock.server")
@@ -200,7 +200,7 @@ def _serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: Se
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the byte in the socket says it
     start = functools.partial(_start_worker, load, settings, listener)
-    return _keep_running(start, workers, told_to_stop, forget=app.metrics.forget_process if app.metrics else None)
+    return _keep_running(start, workers, told_to_stop, forget=app.metrics.mark_process_dead if app.metrics else None)
 
 
 def _listen(settings: ServerSettings, backlog: int) -> socket.socket:
@@ -286,7 +286,7 @@ def _stop_with_parent() -> None:
 def _closed(settings: ServerSettings) -> ServerSettings:
     """*settings* with the keys that are named, or with one that is made and printed where others can connect."""
     if settings.app.api_keys is None:
-        settings = _with_keys(settings, keys_of_environment())
+        settings = _with_keys(settings, keys_from_environment())
     if settings.app.api_keys is not None or settings.allow_anonymous or _is_private(settings):
         return settings
     key = new_key()
@@ -360,7 +360,7 @@ def _temporal_engine(flock: DeclaredFlock, settings: ServerSettings) -> "Tempora
     )
 
 
-def serve_turns(flock: DeclaredFlock, settings: WorkerSettings) -> None:
+def run_worker(flock: DeclaredFlock, settings: WorkerSettings) -> None:
     """Carry out runs of *flock* that servers have accepted on a Temporal cluster, until SIGINT or SIGTERM.
 
     It sets up logging, as only the program's owner should.
@@ -368,9 +368,9 @@ def serve_turns(flock: DeclaredFlock, settings: WorkerSettings) -> None:
     Raises: StoreError, DefinitionError where the cluster cannot be used, or the extra is not installed.
     """
     logging.config.dictConfig(_log_config(settings.log_json))
-    settle_memory()
+    tune_gc()
     anyio.run(_work_until_told, flock, settings)
-    leave_busy_threads()
+    abandon_busy_threads()
     _end_process()  # threads of temporalio's core call Python now and then, also while it is being torn down
 
 
@@ -448,7 +448,7 @@ def _say_what_is_served(flock: DeclaredFlock, settings: ServerSettings) -> None:
     logger.info("%s serves %s. %s. Runs are kept %s.", settings.app.server_name, agents, pages, kept)
 
 
-def settle_memory() -> None:
+def tune_gc() -> None:
     """Spare the garbage collector what is there for good, and let it look less often: a request leaves no cycles.
 
     For a process that is a server and nothing else. It takes a tenth off the time of a short run.
@@ -467,13 +467,13 @@ def _allow_open_files() -> None:
 
 
 def _serve(config: uvicorn.Config, settings: ServerSettings, sockets: list[socket.socket] | None = None) -> None:
-    settle_memory()
+    tune_gc()
     _allow_open_files()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to stop it, and no error
         _Server(config, settings.drain_timeout_s).run(sockets)
-    leave_busy_threads()
+    abandon_busy_threads()
     if settings.temporal:
-        _end_process()  # as in serve_turns
+        _end_process()  # as in run_worker
 
 
 class _TextFormatter(uvicorn.logging.DefaultFormatter):
@@ -547,7 +547,7 @@ class _Server(uvicorn.Server):
         await app.engine.drain(0)
 
 
-def leave_busy_threads(exit_code: int = 0) -> None:
+def abandon_busy_threads(exit_code: int = 0) -> None:
     """Do not wait at exit for functions that do not return; their runs have ended, or are left for the next start."""
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("AnyIO worker")]
     for thread in threads:

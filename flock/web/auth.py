@@ -46,7 +46,7 @@ __all__ = [
     "ScopedEngine",
     "check_host",
     "check_origin",
-    "keys_of_environment",
+    "keys_from_environment",
     "new_key",
     "read_keys",
 ]
@@ -87,7 +87,7 @@ def read_keys(text: str) -> dict[str, str]:
     return keys
 
 
-def keys_of_environment() -> dict[str, str] | None:
+def keys_from_environment() -> dict[str, str] | None:
     """The keys that ``FLOCK_API_KEYS`` names; None where it is not set, or empty. Raises DefinitionError."""
     text = os.environ.get(KEYS_VARIABLE)
     return read_keys(text) if text else None

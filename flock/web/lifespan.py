@@ -41,7 +41,7 @@ class EngineLifespan:
         if (loop := _running_loop()) is not None:
             self._holders += 1  # before it is open: nobody who leaves meanwhile is the last one then
             try:
-                await self._begin()
+                await self._open()
                 yield
             finally:
                 self._holders -= 1
@@ -77,7 +77,7 @@ class EngineLifespan:
                     await self._all_left.wait()
                 await stack.aclose()
 
-    async def begin(self) -> None:
+    async def open(self) -> None:
         """Open the engine, unless it is open, up to the end of the event loop.
 
         Raises: EngineStopped where that cannot be; StoreError where its store cannot be used.
@@ -90,9 +90,9 @@ class EngineLifespan:
                 "The engine is not running, and under this event loop it cannot start by itself. Add to the host's "
                 "lifespan: async with flock_app.lifespan(): yield"
             )
-        await self._begin()
+        await self._open()
 
-    async def _begin(self) -> None:
+    async def _open(self) -> None:
         loop = asyncio.get_running_loop()
         while self._task is not None and not self._task.done() and self._all_left.is_set():
             await asyncio.wait([self._task])  # it is closing; open it anew

@@ -142,7 +142,7 @@ class Metrics:
             MultiProcessCollector(registry := CollectorRegistry())  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
-    def forget_process(self, process_id: int | None) -> None:
+    def mark_process_dead(self, process_id: int | None) -> None:
         """A process that shares the folder is gone, and with it what was open there; what it counted stays."""
         mark_process_dead(process_id)  # type: ignore[no-untyped-call]
 

@@ -15,8 +15,8 @@ from flock.runs import Engine, Event, LongJSON
 __all__ = [
     "PIECE_BYTES",
     "EventStream",
-    "HeldStream",
     "JSONResponse",
+    "LimitedStream",
     "LongResponse",
     "PageResponse",
     "add_headers",
@@ -159,7 +159,7 @@ class PageResponse(JSONResponse):
             await super().__call__(scope, receive, send)
 
 
-class HeldStream(StreamingResponse):
+class LimitedStream(StreamingResponse):
     """A stream of unknown length. *held* is entered before it starts, and left, with *content* closed, however it ends.
 
     Raises: when it is sent, what entering *held* raises, which is answered as any error of the handler.
@@ -181,7 +181,7 @@ class HeldStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-class EventStream(HeldStream):
+class EventStream(LimitedStream):
     """Server-sent events."""
 
     media_type = "text/event-stream"
