@@ -480,7 +480,7 @@ async def test_a_store_that_fails_does_not_cancel_the_run_that_a_client_waits_fo
             tasks.start_soon(let_go)
             problem = check_problem(await client.post("/run/flock", json={"agent_name": "lengthen"}), 503)
         database.execute("PRAGMA max_page_count = 1073741823")
-        found = re.search(r"not cancelled: GET (/run/\S+) shows how it ends", problem["detail"])
+        found = re.search(r"not cancelled\. GET (/run/\S+) shows its status", problem["detail"])
         assert found
         run = await wait_until(client, found[1], lambda run: run["status"] in ("completed", "failed", "cancelled"))
         assert (run["status"], run["result"]) == ("completed", {"result": 1_000_000})
