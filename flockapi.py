@@ -424,17 +424,17 @@ async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bo
     """
     body = await read_json(request)
     key = idempotency_key(request, fingerprint_of(request, body))
-    wanted = wire.RUN_REQUEST.decode(body)
-    is_async = wanted.async_run or responds_async
+    run_request = wire.RUN_REQUEST.decode(body)
+    is_async = run_request.async_run or responds_async
     engine = await engine_of(request)
     try:
         run = await engine.submit(
-            wanted.agent_name,
-            wanted.inputs,
+            run_request.agent_name,
+            run_request.inputs,
             request_id=request_id_of(request),
             traceparent=traceparent_of(request),
             is_async=is_async or key is not None,
-            timeout_s=wanted.timeout_s,
+            timeout_s=run_request.timeout_s,
             key=key,
         )
     except Replayed as exc:
@@ -467,18 +467,18 @@ async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
 
 async def list_runs(request: Request) -> Response:
     """GET /runs"""
-    wanted = query_of(request, wire.RunsQuery)
+    query = query_of(request, wire.RunsQuery)
     filter_ = RunFilter(
-        status=_or_none(wanted.status),
-        agent_name=_or_none(wanted.agent_name),
-        created_after=_or_none(wanted.created_after),
-        created_before=_or_none(wanted.created_before),
-        after=_id_or_none(wanted.after),
-        limit=wanted.limit,
-        with_inputs=wanted.includes("inputs"),
-        with_results=wanted.includes("result"),
+        status=_or_none(query.status),
+        agent_name=_or_none(query.agent_name),
+        created_after=_or_none(query.created_after),
+        created_before=_or_none(query.created_before),
+        after=_id_or_none(query.after),
+        limit=query.limit,
+        with_inputs=query.includes("inputs"),
+        with_results=query.includes("result"),
     )
-    return runs_response(request, await (await engine_of(request)).list_runs(filter_), wanted)
+    return runs_response(request, await (await engine_of(request)).list_runs(filter_), query)
 
 
 async def one_run(request: Request) -> Response:
@@ -546,22 +546,23 @@ async def run_batch(request: Request) -> Response:
     engine, headers = await engine_of(request), {}
     try:
         if sent is None:
-            wanted = wire.batch_request_from(query_of(request, wire.UploadQuery), app.options.max_json_depth)
+            batch_request = wire.batch_request_from(query_of(request, wire.UploadQuery), app.options.max_json_depth)
         else:
-            wanted = options_in_body(request, sent)
+            batch_request = options_in_body(request, sent)
         with upload_slot:
-            row_mapping = row_mapping_of(app.flock.agents, app.options, wanted, body)
-            rows, options = rows_of(app.options, media_type, wanted, body, row_mapping), batch_options(wanted)
+            row_mapping = row_mapping_of(app.flock.agents, app.options, batch_request, body)
+            rows = rows_of(app.options, media_type, batch_request, body, row_mapping)
+            options = batch_options(batch_request)
             if query_of(request, wire.UploadQuery, agent_name="").dry_run:
-                agent = app.flock.agents[wanted.agent_name]
+                agent = app.flock.agents[batch_request.agent_name]
                 return check_response(
-                    await check_batch(engine, agent, rows, row_mapping, wanted.on_invalid), row_mapping
+                    await check_batch(engine, agent, rows, row_mapping, batch_request.on_invalid), row_mapping
                 )
             batch = await engine.submit_batch(
-                wanted.agent_name,
+                batch_request.agent_name,
                 rows,
                 options,
-                on_invalid=wanted.on_invalid,
+                on_invalid=batch_request.on_invalid,
                 request_id=request_id_of(request),
                 traceparent=traceparent_of(request),
                 key=key,
@@ -576,12 +577,12 @@ async def run_batch(request: Request) -> Response:
 
 async def list_batches(request: Request) -> Response:
     """GET /batches"""
-    wanted = query_of(request, wire.BatchesQuery)
+    query = query_of(request, wire.BatchesQuery)
     filter_ = BatchFilter(
-        status=_or_none(wanted.status),
-        agent_name=_or_none(wanted.agent_name),
-        after=_id_or_none(wanted.after),
-        limit=wanted.limit,
+        status=_or_none(query.status),
+        agent_name=_or_none(query.agent_name),
+        after=_id_or_none(query.after),
+        limit=query.limit,
     )
     return batches_response(request, await (await engine_of(request)).list_batches(filter_))
 
@@ -592,21 +593,21 @@ async def one_batch(request: Request) -> Response:
 
 
 async def get_batch(request: Request) -> Response:
-    wanted = query_of(request, wire.BatchQuery)
+    query = query_of(request, wire.BatchQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
-    if wait_s := wait_of(request, wanted):
+    if wait_s := wait_of(request, query):
         await while_connected(request, engine.wait_batch(batch_id, wait_s))
     # The results are read before the batch, so its counts include at least these results.
-    items = await engine.get_items(batch_id, after=wanted.after, limit=wanted.limit) if wanted.results else None
-    return batch_response(request, await engine.get_batch(batch_id), items, limit=wanted.limit)
+    items = await engine.get_items(batch_id, after=query.after, limit=query.limit) if query.results else None
+    return batch_response(request, await engine.get_batch(batch_id), items, limit=query.limit)
 
 
 async def batch_results(request: Request) -> Response:
     """GET /batch/{batch_id}/results: the items that have ended, in order, in constant memory."""
-    wanted = query_of(request, wire.ResultsQuery)
+    query = query_of(request, wire.ResultsQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
-    batch, format_ = await engine.get_batch(batch_id), results_format(request, wanted.format)
-    status = _or_none(wanted.status)
+    batch, format_ = await engine.get_batch(batch_id), results_format(request, query.format)
+    status = _or_none(query.status)
     statuses = [each for each in RunStatus if each.is_final and status in (None, each.value)]
     headers = {
         "Flock-Run-Status": batch.status.value,
@@ -617,8 +618,8 @@ async def batch_results(request: Request) -> Response:
         return head_of_stream(RESULT_TYPES[format_], headers)
 
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
-    pages = item_pages(engine, batch_id, after=wanted.after, limit=wanted.limit, statuses=statuses)
-    stream = results_as(format_, pages, batch.extra_names, columns, wanted.escape_formulas)
+    pages = item_pages(engine, batch_id, after=query.after, limit=query.limit, statuses=statuses)
+    stream = results_as(format_, pages, batch.extra_names, columns, query.escape_formulas)
     return LimitedStream(stream, download_slot(request), headers, RESULT_TYPES[format_])
 
 
@@ -654,8 +655,8 @@ async def cancel_batch(request: Request) -> Response:
 async def retry_batch(request: Request) -> Response:
     """POST /batch/{batch_id}/retry: the body is optional. Generated clients send its content type even without one."""
     sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
-    wanted = wire.BATCH_RETRY.decode(sent)
-    only = () if wanted.only is None else (RunStatus(wanted.only),)
+    retry = wire.BATCH_RETRY.decode(sent)
+    only = () if retry.only is None else (RunStatus(retry.only),)
     batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only)
     return batch_response(request, batch, [], 202)
 
@@ -758,8 +759,8 @@ def run_response(
     return JSONResponse(body, status_code, headers)
 
 
-def runs_response(request: Request, page: Page[Run], wanted: wire.RunsQuery) -> Response:
-    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not wanted.includes(name)}
+def runs_response(request: Request, page: Page[Run], query: wire.RunsQuery) -> Response:
+    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not query.includes(name)}
     runs = [wire.shown_as(wire.RunSummary, run, **left_out) for run in page]
     path, headers = _next_page(request, page[-1].run_id if page.has_more else None)
     return PageResponse(wire.RunList(runs=runs, next=path), download_slot(request), headers=headers)

@@ -68,7 +68,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def run_batch_file(
-    flock: DeclaredFlock, wanted: BatchFile, stdout: IO[bytes], report: Callable[[str], None]
+    flock: DeclaredFlock, job: BatchFile, stdout: IO[bytes], report: Callable[[str], None]
 ) -> Batch:
     """Run a batch to its end, and write its results in the order of the rows.
 
@@ -86,27 +86,25 @@ async def run_batch_file(
 
     Cancellation: finished rows are kept for the next call.
     """
-    if wanted.agent_name not in flock.agents:
-        raise AgentNotFound(wanted.agent_name, list(flock.agents))
-    state = _real_path(wanted.state)
-    digest = _digest(flock, wanted)
+    if job.agent_name not in flock.agents:
+        raise AgentNotFound(job.agent_name, list(flock.agents))
+    state = _real_path(job.state)
+    digest = _digest(flock, job)
     with hold_alone(f"{state}-batch"):
-        _check_output_free(wanted, state, digest)
-        batch = await _resumable_batch(flock, state, digest, wanted.options, report)
+        _check_output_free(job, state, digest)
+        batch = await _resumable_batch(flock, state, digest, job.options, report)
         try:
-            async with flock.engine(
-                store=state, limits=alone(wanted.options.max_workers), expose_errors=True
-            ) as engine:
-                batch = batch or await _accept(engine, flock, wanted, digest)
+            async with flock.engine(store=state, limits=alone(job.options.max_workers), expose_errors=True) as engine:
+                batch = batch or await _accept(engine, flock, job, digest)
                 batch = await follow_batch(engine, batch.batch_id)
                 pieces = results_as(
-                    wanted.format,
+                    job.format,
                     item_pages(engine, batch.batch_id),
                     batch.extra_names,
-                    columns_of(wanted.agent_name, flock.agents),
-                    wanted.escape_formulas,
+                    columns_of(job.agent_name, flock.agents),
+                    job.escape_formulas,
                 )
-                with _output(wanted, state, digest) if wanted.output else contextlib.nullcontext(stdout) as file:
+                with _output(job, state, digest) if job.output else contextlib.nullcontext(stdout) as file:
                     async for piece in pieces:
                         file.write(piece)
                     file.flush()
@@ -118,51 +116,51 @@ async def run_batch_file(
     return batch
 
 
-async def check_batch_file(flock: DeclaredFlock, wanted: BatchFile) -> BatchCheck:
+async def check_batch_file(flock: DeclaredFlock, job: BatchFile) -> BatchCheck:
     """Read and check all rows as ``run_batch_file`` would. Nothing is run or written, and the state is not read.
 
     Raises: AgentNotFound, TooLarge, OSError; InvalidData if neither a row nor a header can be read.
     """
-    if wanted.agent_name not in flock.agents:
-        raise AgentNotFound(wanted.agent_name, list(flock.agents))
+    if job.agent_name not in flock.agents:
+        raise AgentNotFound(job.agent_name, list(flock.agents))
     engine, agent, row_mapping = (
         flock.engine(limits=alone(1)),
-        flock.agents[wanted.agent_name],
-        _row_mapping(flock, wanted),
+        flock.agents[job.agent_name],
+        _row_mapping(flock, job),
     )
-    async with contextlib.aclosing(file_rows(wanted.rows, row_mapping, wanted.dialect)) as rows:
-        return await check_batch(engine, agent, rows, row_mapping, wanted.on_invalid)
+    async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
+        return await check_batch(engine, agent, rows, row_mapping, job.on_invalid)
 
 
-def _row_mapping(flock: DeclaredFlock, wanted: BatchFile) -> RowMapping:
+def _row_mapping(flock: DeclaredFlock, job: BatchFile) -> RowMapping:
     return RowMapping(
-        flock.agents[wanted.agent_name].input,
-        wanted.static_inputs,
-        wanted.input_mapping,
+        flock.agents[job.agent_name].input,
+        job.static_inputs,
+        job.input_mapping,
         lambda: sys.maxsize,
-        on_extra=wanted.on_extra,
-        result_names=result_names(wanted.agent_name, flock.agents),
+        on_extra=job.on_extra,
+        result_names=result_names(job.agent_name, flock.agents),
     )
 
 
-async def _accept(engine: Engine, flock: DeclaredFlock, wanted: BatchFile, digest: str) -> Batch:
-    async with contextlib.aclosing(file_rows(wanted.rows, _row_mapping(flock, wanted), wanted.dialect)) as rows:
+async def _accept(engine: Engine, flock: DeclaredFlock, job: BatchFile, digest: str) -> Batch:
+    async with contextlib.aclosing(file_rows(job.rows, _row_mapping(flock, job), job.dialect)) as rows:
         return await engine.submit_batch(
-            wanted.agent_name, rows, wanted.options, on_invalid=wanted.on_invalid, request_id=digest
+            job.agent_name, rows, job.options, on_invalid=job.on_invalid, request_id=digest
         )
 
 
-def _digest(flock: DeclaredFlock, wanted: BatchFile) -> str:
+def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
     """Return a hash that is equal for calls that resume each other. It ignores the output and ``max_workers``.
 
     It is stored as the batch's request id, since idempotency keys are deleted after a day.
     """
-    with _with_filename(wanted.rows), open(wanted.rows, "rb") as file:
+    with _with_filename(job.rows), open(job.rows, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    options = (flock.name, flock.model, wanted.agent_name, wanted.on_invalid, wanted.dialect.delimiter)
-    fills = (sorted(wanted.input_mapping.items()), sorted(wanted.static_inputs.items()), wanted.options.timeout_s)
+    options = (flock.name, flock.model, job.agent_name, job.on_invalid, job.dialect.delimiter)
+    fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()), job.options.timeout_s)
     digest.update(msgspec.json.encode((options, fills)))
-    newer = (wanted.on_extra, wanted.dialect.decimal, wanted.dialect.encoding)
+    newer = (job.on_extra, job.dialect.decimal, job.dialect.encoding)
     if newer != ("reject", ".", "utf-8"):  # without this condition, states of older versions could not be resumed
         digest.update(msgspec.json.encode(newer))
     return digest.hexdigest()
@@ -233,15 +231,15 @@ def _remove_state(state: str) -> None:
 
 
 @contextlib.contextmanager
-def _output(wanted: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
+def _output(job: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
     """Yield a file that atomically replaces the output at the end. It is gzip if the output's name says so."""
-    assert wanted.output is not None
-    path = Path(_real_path(wanted.output))
+    assert job.output is not None
+    path = Path(_real_path(job.output))
     # The name depends on the state, whose lock we hold. So no other process uses it, and we find what a crash left.
     part = path.with_name(f"{path.name}.{hashlib.sha256(state.encode()).hexdigest()[:8]}.part")
     part.unlink(missing_ok=True)
     try:
-        with _with_filename(wanted.output):
+        with _with_filename(job.output):
             with open(part, "xb") as raw:
                 if is_packed(path):
                     with gzip.GzipFile(path.stem, "wb", fileobj=raw) as packed:
@@ -250,7 +248,7 @@ def _output(wanted: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
                     yield raw
                 raw.flush()
                 os.fsync(raw.fileno())  # before the state is removed
-            _check_output_free(wanted, state, digest)
+            _check_output_free(job, state, digest)
             Path(f"{state}-output").write_text(_identity(part, digest))
             os.replace(part, path)
             _sync_folder(path.parent)
@@ -259,15 +257,15 @@ def _output(wanted: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def _check_output_free(wanted: BatchFile, state: str, digest: str) -> None:
+def _check_output_free(job: BatchFile, state: str, digest: str) -> None:
     """Raise FileExistsError if the output exists, unless a call for this batch wrote it and died before its end."""
-    if wanted.output is None or wanted.force or not wanted.output.is_file():
+    if job.output is None or job.force or not job.output.is_file():
         return
     with contextlib.suppress(FileNotFoundError):
-        if Path(f"{state}-output").read_text() == _identity(wanted.output, digest):
+        if Path(f"{state}-output").read_text() == _identity(job.output, digest):
             return
     reason = "The file already exists. Choose another output, or add --force to replace it"
-    raise FileExistsError(errno.EEXIST, reason, str(wanted.output))
+    raise FileExistsError(errno.EEXIST, reason, str(job.output))
 
 
 def _identity(path: Path, digest: str) -> str:

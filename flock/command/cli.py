@@ -604,7 +604,7 @@ def batch(
     _check_paths(rows, output, state)
     flock = _load_with_model(target, model)
     try:
-        wanted = BatchFile(
+        job = BatchFile(
             agent_name=agent,
             rows=rows,
             output=None if output == STDOUT else output,
@@ -621,11 +621,11 @@ def batch(
         )
         if is_dry_run:
             with _batch_process():
-                check = anyio.run(check_batch_file, flock, wanted)
+                check = anyio.run(check_batch_file, flock, job)
             _print_check(check, rows)
             sys.exit(0 if check.ok else 1)
         with _batch_process():
-            done = anyio.run(run_batch_file, flock, wanted, sys.stdout.buffer, _print_error)
+            done = anyio.run(run_batch_file, flock, job, sys.stdout.buffer, _print_error)
         _print_error(_summary(done, output))
         exit_code = 0 if done.completed_items and not (done.failed_items or done.cancelled_items) else 1
     except KeyboardInterrupt:

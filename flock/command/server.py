@@ -467,9 +467,9 @@ def tune_gc() -> None:
 def _allow_open_files() -> None:
     """Raise the limit of open files. Each connection needs one, and many shells allow only 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    target = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 def _serve(config: uvicorn.Config, settings: ServerSettings, sockets: list[socket.socket] | None = None) -> None:

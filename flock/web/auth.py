@@ -349,8 +349,8 @@ class ScopedEngine:
         await self.get_batch(batch_id)
         await self._engine.delete_batch(batch_id)
 
-    def _own_only(self, wanted: Filter) -> Filter:
-        return wanted if self._principal.admin else replace(wanted, principal=self._principal.name)
+    def _own_only(self, filter_: Filter) -> Filter:
+        return filter_ if self._principal.admin else replace(filter_, principal=self._principal.name)
 
     def _may_see(self, record: Run | Batch) -> bool:
         return self._principal.admin or record.principal == self._principal.name

@@ -45,7 +45,7 @@ def agent_of(agents: Mapping[str, Agent], name: str) -> Agent:
 
 
 def row_mapping_of(
-    agents: Mapping[str, Agent], options: AppOptions, wanted: FlockBatchRequest, body: Body
+    agents: Mapping[str, Agent], options: AppOptions, batch_request: FlockBatchRequest, body: Body
 ) -> RowMapping:
     """Return the mapping from the rows of a batch to inputs. Raises InvalidData, AgentNotFound."""
 
@@ -53,17 +53,17 @@ def row_mapping_of(
         return EXPANSION * max(options.max_body_bytes, body.received_bytes)
 
     return RowMapping(
-        agent_of(agents, wanted.agent_name).input,
-        wanted.static_inputs,
-        wanted.input_mapping,
+        agent_of(agents, batch_request.agent_name).input,
+        batch_request.static_inputs,
+        batch_request.input_mapping,
         max_static_bytes,
-        on_extra=wanted.on_extra,
-        result_names=result_names(wanted.agent_name, agents),
+        on_extra=batch_request.on_extra,
+        result_names=result_names(batch_request.agent_name, agents),
     )
 
 
 def rows_of(
-    options: AppOptions, media_type: str, wanted: FlockBatchRequest, body: Body, row_mapping: RowMapping
+    options: AppOptions, media_type: str, batch_request: FlockBatchRequest, body: Body, row_mapping: RowMapping
 ) -> Items:
     """Return the rows of a batch, not read yet. Raises InvalidData. Reading them may raise other errors."""
     chunks = body.upload()
@@ -71,32 +71,34 @@ def rows_of(
     if media_type == "application/x-ndjson":
         return ndjson_rows(chunks, row_mapping, **limits)
     if media_type == "application/json":
-        if not isinstance(wanted.batch_inputs, str):
-            return json_rows(wanted.batch_inputs, row_mapping)
+        if not isinstance(batch_request.batch_inputs, str):
+            return json_rows(batch_request.batch_inputs, row_mapping)
         if options.csv_dir is None:
             detail = (
                 "This server does not read files of its own. Send the rows as a list of objects here, or the file as a "
                 "text/csv body. The server's owner can allow one folder with --csv-dir (csv_dir= in Python)."
             )
             raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
-        chunks = read_file(Path(options.csv_dir), wanted.batch_inputs, options.max_upload_bytes)
+        chunks = read_file(Path(options.csv_dir), batch_request.batch_inputs, options.max_upload_bytes)
     try:
-        dialect = CSVDialect(delimiter=wanted.delimiter, decimal=wanted.decimal, encoding=wanted.encoding)
+        dialect = CSVDialect(
+            delimiter=batch_request.delimiter, decimal=batch_request.decimal, encoding=batch_request.encoding
+        )
     except DefinitionError as exc:
         raise InvalidData([FieldError(detail=str(exc), pointer="")]) from exc
     # A file below csv_dir was not sent by the client, so its column names do not count against the size of the body.
     return csv_rows(chunks, row_mapping, dialect, **limits, are_names_counted=media_type == "text/csv")
 
 
-def batch_options(wanted: FlockBatchRequest) -> BatchOptions:
+def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
     """Return the options of the batch. Raises InvalidData if the server should write a file."""
-    if wanted.write_to_csv is not None:
+    if batch_request.write_to_csv is not None:
         detail = "This server does not write files for a client. Omit write_to_csv, and download the results over HTTP."
         raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])
     return BatchOptions(
-        max_workers=wanted.max_workers,
-        parallel=wanted.parallel,
-        return_errors=wanted.return_errors,
-        box_results=wanted.box_results,
-        timeout_s=wanted.timeout_s,
+        max_workers=batch_request.max_workers,
+        parallel=batch_request.parallel,
+        return_errors=batch_request.return_errors,
+        box_results=batch_request.box_results,
+        timeout_s=batch_request.timeout_s,
     )

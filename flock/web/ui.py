@@ -43,12 +43,12 @@ def _bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
     The other scripts import from the bundle instead of from those modules.
     """
     imports: dict[str, list[str]] = {}
-    wanted = [ENTRY, FIRST_VIEW]
-    while wanted:
-        name = wanted.pop()
+    pending = [ENTRY, FIRST_VIEW]
+    while pending:
+        name = pending.pop()
         if name not in imports:
             imports[name] = [found["module"].decode() for found in IMPORT.finditer(files[name])]
-            wanted += imports[name]
+            pending += imports[name]
     order = [name for name in graphlib.TopologicalSorter(imports).static_order() if name != FIRST_VIEW]
     rest = {name: _from_entry(plain, order) for name, plain in files.items() if name not in order}
     return {**rest, ENTRY: b"\n".join(IMPORT.sub(b"", files[name]) for name in order)}
