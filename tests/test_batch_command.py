@@ -490,7 +490,7 @@ def test_a_reader_that_goes_away_loses_nothing() -> None:
         os.close(write)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert b"closed the pipe before their end. Finished rows are stored in rows.csv.flock.db" in said
+    assert b"closed the pipe before the end of the results. Finished rows are stored in rows.csv.flock.db" in said
     assert len(batch("work", "rows.csv", "-o", "-").stdout.splitlines()) == 2001
     assert set(in_log().values()) == {1}
 

@@ -77,7 +77,7 @@ def load_flock(target: str) -> DeclaredFlock:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise click.ClickException(f"There is no file {path}.")
-    # Like Python does for a script, so that it can import the modules beside it.
+    # As Python does for a script, so that it can import the modules beside it.
     sys.path.insert(0, str(path.parent.resolve()))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -367,7 +367,7 @@ def _check_options_for_temporal(context: click.Context) -> None:
 
 
 def _keys(file: Path | None) -> dict[str, str] | None:
-    """Return the keys of *file* and of the environment, or None without a file, so that the server reads the latter."""
+    """Return the keys of *file* and of the environment. Without a file, return None: the server reads the latter."""
     if file is None:
         return None
     return read_keys("\n".join([file.read_text("utf-8"), os.environ.get(KEYS_VARIABLE, "")]))
@@ -393,9 +393,8 @@ def _keys(file: Path | None) -> dict[str, str] | None:
 def worker(target: str, model: str | None, **options: Any) -> None:
     """Execute runs and batches of the flock TARGET from a Temporal cluster.
 
-    'flockapi serve --temporal' accepts them.
-
-    Start as many workers as the load needs, on any number of machines. They listen on no port.
+    'flockapi serve --temporal' accepts the runs. Start as many workers as the load needs, on any number of machines.
+    They listen on no port.
     """
     try:
         settings = WorkerSettings(limits=Limits(**_pop_fields(options, Limits)), **options)
@@ -625,11 +624,11 @@ def batch(
             _print_check(check, rows)
             sys.exit(0 if check.ok else 1)
         with _batch_process():
-            done = anyio.run(run_batch_file, flock, job, sys.stdout.buffer, _print_error)
-        _print_error(_summary(done, output))
+            done = anyio.run(run_batch_file, flock, job, sys.stdout.buffer, _print_stderr)
+        _print_stderr(_summary(done, output))
         exit_code = 0 if done.completed_items and not (done.failed_items or done.cancelled_items) else 1
     except KeyboardInterrupt:
-        _print_error(f"Stopped.{_resume_hint(state)}")
+        _print_stderr(f"Stopped.{_resume_hint(state)}")
         exit_code = EXIT_INTERRUPTED
     except InvalidData as exc:
         raise click.ClickException(_rejection(exc, rows)) from exc
@@ -642,7 +641,7 @@ def batch(
             f"Another command is using {state}. Wait until it ends, or choose another file with --store."
         ) from exc
     except BrokenPipeError:
-        _print_error(f"The reader of the results closed the pipe before their end.{_resume_hint(state)}")
+        _print_stderr(f"The reader closed the pipe before the end of the results.{_resume_hint(state)}")
         raise
     except OSError as exc:
         path = exc.filename or output
@@ -654,7 +653,7 @@ def batch(
 STDOUT = Path("-")
 
 
-def _print_error(text: str) -> None:
+def _print_stderr(text: str) -> None:
     click.echo(text, err=True)
 
 
@@ -690,7 +689,7 @@ def _static_inputs(flock: DeclaredFlock, agent: str, texts: dict[str, str]) -> d
 
 @contextlib.contextmanager
 def _batch_process() -> Iterator[None]:
-    """Adjust this process to a batch: allow long cells, and omit log records of single rows, which the output has."""
+    """Allow long cells, and drop the log records of single rows, whose errors are in the output."""
     logger, previous_limit = logging.getLogger("flock.runs"), csv.field_size_limit(MAX_ROW_BYTES)
     logger.addFilter(_has_no_run_id)
     try:

@@ -146,7 +146,7 @@ def check_host(host: str, allowed: Collection[str]) -> None:
 
 
 def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
-    """Raise Forbidden if a page of another origin sends the request: it could run agents, which may cost money.
+    """Raise Forbidden if a page of another origin sends the request. It could run agents at the user's expense.
 
     Browsers report the source of a request in ``Sec-Fetch-Site``. Older browsers send only ``Origin``, which is
     compared with ``Host``. Other clients send neither. If the user follows a link, the browser does not name the origin

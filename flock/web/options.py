@@ -73,7 +73,8 @@ class AppOptions(Options, frozen=True, kw_only=True):
     expose_errors: Annotated[bool, FLAG] = False
     #: What happens to a synchronous run if its client disconnects before the response.
     on_disconnect: Annotated[OnDisconnect, DISCONNECT] = "cancel"
-    #: The folder from which a client may read a CSV file as ``batch_inputs``. With None, no files can be read.
+    #: The folder whose CSV files a client may name as ``batch_inputs``, including subfolders. With None, no file can be
+    #: read.
     csv_dir: Annotated[str | Path | None, PATH] = None
     #: Serve ``/docs`` and ``/redoc``.
     docs: Annotated[bool | None, FLAG] = True

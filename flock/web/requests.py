@@ -88,7 +88,7 @@ def fingerprint_of(request: Request, body: bytes) -> bytes:
 
 
 def last_event_of(request: Request) -> int:
-    """Return the id of the last event that the client received: ``Last-Event-ID``, or ``?after=`` without it.
+    """Return the id of the last event that the client received: ``Last-Event-ID``, or else ``?after=``.
 
     The header wins, since a browser that reconnects repeats the original query. Raises InvalidData if the query is
     invalid, even if the header is used.
