@@ -93,9 +93,9 @@ from flock.web.responses import (
     LongResponse,
     PageResponse,
     add_headers,
-    cut_message,
     event_text,
     head_of_stream,
+    split_message,
 )
 from flock.web.routing import (
     CORS,
@@ -249,7 +249,7 @@ class FlockAPI(Starlette):
             if message["type"] == "http.response.start":
                 status_code = message["status"]
                 add_headers(message, request_id, found.headers)
-            for part in cut_message(message):
+            for part in split_message(message):
                 await send(part)
 
         try:

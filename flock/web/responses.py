@@ -20,13 +20,13 @@ __all__ = [
     "LongResponse",
     "PageResponse",
     "add_headers",
-    "cut_message",
     "event_parts",
     "event_text",
     "head_of_stream",
     "held",
     "long_parts",
     "pieces",
+    "split_message",
 ]
 
 logger = logging.getLogger("flock.api")
@@ -58,7 +58,7 @@ def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> Non
     start["headers"] = [*start["headers"], *((name.encode(), value.encode()) for name, value in added.items())]
 
 
-def cut_message(message: Message) -> Iterator[Message]:
+def split_message(message: Message) -> Iterator[Message]:
     """Split an ASGI message with a long body into several messages."""
     body: bytes = message.get("body", b"")
     if len(body) <= PIECE_BYTES:
