@@ -503,7 +503,7 @@ EXIT_INTERRUPTED = 130
     default=5,
     show_default=True,
     metavar="N",
-    help="Maximum number of rows that run at the same time.",
+    help="Max rows running at the same time.",
 )
 @model_option
 @click.option(
@@ -550,7 +550,7 @@ EXIT_INTERRUPTED = 130
     "timeout_s",
     type=Seconds(0, MAX_SECONDS, min_open=True),
     metavar="SECONDS",
-    help="Maximum time for one row.  [default: a day]",
+    help="Max time for one row.  [default: a day]",
 )
 @click.option(
     "--escape-formulas/--no-escape-formulas",

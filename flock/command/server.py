@@ -114,10 +114,10 @@ class ServerSettings(Options, frozen=True, kw_only=True):
     allowed_hosts: Sequence[str] = ()
     root_path: str = ""
     forwarded_allow_ips: str | None = None
-    #: Concurrent connections. New ones above the limit are rejected with 503. Admitted ones continue.
+    #: Max concurrent connections. New ones above the limit are rejected with 503. Admitted ones continue.
     max_connections: Annotated[
         int,
-        whole(1, "Concurrent connections, in each process. New ones above the limit are rejected with 503."),
+        whole(1, "Max concurrent connections, per process. New ones above the limit are rejected with 503."),
     ] = 20_000
     #: See ``Connection``.
     write_timeout_s: Annotated[

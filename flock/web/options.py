@@ -86,49 +86,49 @@ class AppOptions(Options, frozen=True, kw_only=True):
 
     # Limits
 
-    #: Maximum size of a JSON body. A longer one is rejected with 413.
+    #: Max size of a JSON body. A longer one is rejected with 413.
     max_body_bytes: Annotated[int, whole(1)] = 1024 * 1024
-    #: Maximum size of a CSV or NDJSON body after decompression, and of a file in *csv_dir*. A longer one is rejected
+    #: Max size of a CSV or NDJSON body after decompression, and of a file in *csv_dir*. A longer one is rejected
     #: with 413.
     max_upload_bytes: Annotated[
         int,
         whole(
             1,
-            "Maximum size of a CSV or NDJSON body after decompression, and of a file in --csv-dir. A longer one is "
+            "Max size of a CSV or NDJSON body after decompression, and of a file in --csv-dir. A longer one is "
             "rejected with 413.",
         ),
     ] = 1024 * 1024 * 1024
-    #: Maximum nesting of arrays and objects in a body. A deeper one is rejected with 400.
+    #: Max nesting of arrays and objects in a body. A deeper one is rejected with 400.
     max_json_depth: Annotated[int, whole(1)] = 100
-    #: Maximum total size of the headers of a request. Longer ones are rejected with 431.
+    #: Max total size of the headers of a request. Longer ones are rejected with 431.
     max_header_bytes: Annotated[int, whole(1)] = 64 * 1024
-    #: Maximum time for a JSON body, or for each 64 KiB of CSV or NDJSON, to arrive. A slower one is rejected with 408.
+    #: Max time for a JSON body, or for each 64 KiB of CSV or NDJSON, to arrive. A slower one is rejected with 408.
     body_timeout_s: Annotated[float, seconds()] = 30
-    #: Maximum time that a request may wait for a run. Longer waits are capped.
+    #: Max time that a request may wait for a run. Longer waits are capped.
     max_wait_s: Annotated[int, whole(0)] = 60
-    #: Requests per minute of each principal, in each process. More are rejected with 429 and ``RateLimit`` headers.
+    #: Max requests per minute of each principal, per process. More are rejected with 429 and ``RateLimit`` headers.
     #: None means no limit.
     max_requests_per_minute: Annotated[
         int | None,
-        whole(1, "Requests per minute of each key, in each process. More are rejected with 429.  [default: no limit]"),
+        whole(1, "Max requests per minute of each key, per process. More are rejected with 429.  [default: no limit]"),
     ] = None
-    #: Open event streams of each principal, in each process. More are rejected with 429. Without keys, the limit is for
+    #: Max open event streams of each principal, per process. More are rejected with 429. Without keys, the limit is for
     #: each address (for IPv6, each 64-bit network).
     max_event_streams: Annotated[
-        int, whole(0, "Open event streams of each key, in each process. More are rejected with 429.")
+        int, whole(0, "Max open event streams of each key, per process. More are rejected with 429.")
     ] = 1000
-    #: Concurrent CSV and NDJSON uploads of each principal, in each process. More are rejected with 429. Without keys,
+    #: Max concurrent CSV and NDJSON uploads of each principal, per process. More are rejected with 429. Without keys,
     #: the limit is for each address.
     max_uploads_per_principal: Annotated[
-        int, whole(0, "Concurrent CSV and NDJSON uploads of each key, in each process. More are rejected with 429.")
+        int, whole(0, "Max concurrent CSV and NDJSON uploads of each key, per process. More are rejected with 429.")
     ] = 8
-    #: Concurrent downloads of results, and of pages over 64 KiB, of each principal, in each process. More are rejected
+    #: Max concurrent downloads of results, and of pages over 64 KiB, of each principal, per process. More are rejected
     #: with 429. Without keys, the limit is for each address.
     max_downloads_per_principal: Annotated[
         int,
         whole(
             0,
-            "Concurrent downloads of results, and of pages over 64 KiB, of each key, in each process. More are "
+            "Max concurrent downloads of results, and of pages over 64 KiB, of each key, per process. More are "
             "rejected with 429.",
         ),
     ] = 32
