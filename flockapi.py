@@ -1,12 +1,12 @@
-"""The face: agents of a ``flock.core.Flock`` as a REST API.
+"""Agents of a ``flock.core.Flock`` as a REST API.
 
     from flockapi import create_app
 
     app = create_app(flock)              # an ASGI application
-    host.mount("/ai", app)               # under any path of another one
+    host.mount("/ai", app)               # or mounted in another one
 
-It reads in the order that a request meets it: the application, the route table, the handlers, and their answers. The
-structs of the API are in ``flock.web.wire``. ``openapi.yaml`` is the contract; tests keep it equal to the code.
+The file follows the path of a request: the application, the route table, the handlers, the responses. The structs of
+the API are in ``flock.web.wire``. ``openapi.yaml`` is the contract. Tests check that the code matches it.
 """
 
 import contextlib
@@ -88,14 +88,14 @@ from flock.web.requests import (
 )
 from flock.web.responses import (
     EventStream,
-    HeldStream,
     JSONResponse,
+    LimitedStream,
     LongResponse,
     PageResponse,
     add_headers,
-    cut_message,
     event_text,
     head_of_stream,
+    split_message,
 )
 from flock.web.routing import (
     CORS,
@@ -133,17 +133,17 @@ P = ParamSpec("P")
 
 FLOCK = Option(is_valid=lambda value: hasattr(value, "shared_engine"), words="a Flock")
 
-#: Logged once when an app starts that was given neither ``api_keys=`` nor ``auth=``.
-OPEN_TO_EVERYBODY = (
-    "%s is open to everybody who can reach it: they can run its agents, and read, cancel and delete all its runs and "
-    "batches. Dependencies of FastAPI and logins of Django do not protect a mounted app. Pass api_keys= or auth= to "
-    'create_app, or auth="host" if the host lets only its own users reach it.'
+#: Logged when an app starts without ``api_keys=`` and without ``auth=``.
+NO_AUTH = (
+    "%s has no authentication. Every client that can reach it can run its agents, and read, cancel and delete all its "
+    "runs and batches. FastAPI dependencies and Django logins do not protect a mounted app. Pass api_keys= or auth= to "
+    'create_app, or auth="host" if the host lets only its own users reach the app.'
 )
 
-#: How long a synchronous run may take before its connection is watched, in seconds.
-PATIENCE_S = 0.1
+#: Seconds before the server starts to watch the connection of a synchronous run for a disconnect.
+WATCH_DELAY_S = 0.1
 
-#: The draft on Idempotency-Key names no header for it; this one is widely used.
+#: The Idempotency-Key draft defines no header for a replay. This one is widely used.
 REPLAYED = {"Idempotency-Replayed": "true"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,19 +152,20 @@ REPLAYED = {"Idempotency-Replayed": "true"}
 
 
 class FlockAPI(Starlette):
-    """The agents of *flock* as an ASGI application: serve it with any server, or mount it in another app, as it is.
+    """The agents of *flock* as an ASGI application. Serve it with any ASGI server, or mount it in another app.
 
     Args:
-        options, given: as one value, or as keyword arguments that come before it; see ``AppOptions``.
+        options: all options as one value; see ``AppOptions``.
+        given: options as keyword arguments. They override those in *options*.
 
-    Raises: DefinitionError if an option is not valid, or metrics cannot be kept.
+    Raises: DefinitionError if an option is invalid, or if metrics cannot be collected.
 
     Attributes:
-        flock: whose agents are served.
-        contract: the specification, as it is served.
-        metrics: what is kept for Prometheus, or None.
-        engine: what carries the runs; it is open while the app's lifespan runs, or from the first request on.
-        has_ended: the lifespan is over, so no request opens the engine any more.
+        flock: the flock whose agents are served.
+        contract: the specification as this app serves it.
+        metrics: the Prometheus metrics, or None.
+        engine: the engine that executes the runs. It is open during the app's lifespan, or from the first request.
+        has_ended: True after the lifespan has ended. Requests no longer open the engine then.
     """
 
     def __init__(self, flock: DeclaredFlock, options: AppOptions | None = None, **given: Any) -> None:
@@ -200,23 +201,24 @@ class FlockAPI(Starlette):
         self.metrics = _metrics(self.engine, flock) if wants_metrics else None
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Called once, when the app is about to answer for the first time."""
+        """Log the warnings, then build the stack. Starlette calls this once, before the first response."""
         if self.options.api_keys is None and self.options.auth is None:
-            logger.warning(OPEN_TO_EVERYBODY, self.contract.title)
+            logger.warning(NO_AUTH, self.contract.title)
         self.warn_of_problems()
         return super().build_middleware_stack()
 
     def warn_of_problems(self) -> None:
-        """Log a WARNING for each reason for which runs would fail; see ``flock.agents.checks``."""
-        calls_models = isinstance(self.engine, EmbeddedEngine)  # another engine has workers for that
+        """Log a WARNING for each problem that would make runs fail; see ``flock.agents.checks``."""
+        calls_models = isinstance(self.engine, EmbeddedEngine)  # with another engine, its workers call the models
         warn_of_problems(self.flock.agents, self.flock.model, calls_models=calls_models)
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        """Open the engine, and close it at the end. A server runs this; a host enters it in its own.
+        """Open the engine, and close it at the end. A server runs this. A host enters it in its own lifespan.
 
-        It may be entered several times, and by several apps on one engine: that is one start, and the last who leaves
-        ends it. Where nobody enters it, the engine opens at the first request, and closes with the event loop.
+        It may be entered several times, also by several apps that share an engine. The first entry opens the engine,
+        and the last exit closes it. If it is never entered, the engine opens at the first request and closes with the
+        event loop.
         """
         more = contextlib.nullcontext() if self.options.lifespan is None else self.options.lifespan(self)
         try:
@@ -227,16 +229,16 @@ class FlockAPI(Starlette):
             self.has_ended = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Give each request an id, and its response the same in ``X-Request-ID``, whatever becomes of it.
+        """Handle one request. Its id is in the ``X-Request-ID`` header of every response, including errors.
 
-        No response is kept or guessed at by a browser, unless it says itself how long it may be kept.
+        Responses get ``Cache-Control: no-store`` and ``X-Content-Type-Options: nosniff`` unless they set their own.
         """
         if scope["type"] != "http":
             await super().__call__(scope, receive, functools.partial(_send_lifespan, send))
             return
         above, below = scope.get("app_root_path", ""), scope.get("root_path", "")
         if above and not scope["path"].startswith(below) and (above + scope["path"]).startswith(below):
-            # ASGI has a proxy's path in ``path`` too. Hypercorn leaves it out, and nothing below a mount would match.
+            # ASGI includes the root path in ``path``. Hypercorn omits it, and then no route below a mount would match.
             scope = {**scope, "path": above + scope["path"]}
         scope["flock.request_id"] = request_id = request_id_for(scope)
         scope["flock.found"] = found = RouteMatch()
@@ -247,7 +249,7 @@ class FlockAPI(Starlette):
             if message["type"] == "http.response.start":
                 status_code = message["status"]
                 add_headers(message, request_id, found.headers)
-            for part in cut_message(message):
+            for part in split_message(message):
                 await send(part)
 
         try:
@@ -260,16 +262,16 @@ class FlockAPI(Starlette):
 
 
 def _auth_of(options: AppOptions) -> Auth | None:
-    """Raises DefinitionError if both ways to identify principals are used, or keys are not valid."""
+    """Raises DefinitionError if both ``auth`` and ``api_keys`` are set, or a key is invalid."""
     if options.api_keys is None:
         return None if isinstance(options.auth, str) else options.auth
     if options.auth is not None:
-        raise DefinitionError("Pass either auth= or api_keys=: only one of them can say who may come in.")
+        raise DefinitionError("auth= and api_keys= cannot be combined. Pass only one of them.")
     return api_key_auth(KeyRing(options.api_keys))
 
 
 def _metrics(engine: Engine, flock: DeclaredFlock) -> "Metrics":
-    """Raises DefinitionError where the extra is not installed, or its folder cannot be written."""
+    """Raises DefinitionError if the extra is not installed, or its folder is not writable."""
     try:
         from flock.web.metrics import metrics_of
 
@@ -277,11 +279,11 @@ def _metrics(engine: Engine, flock: DeclaredFlock) -> "Metrics":
     except ImportError as exc:
         raise DefinitionError(f"metrics=True needs prometheus-client: {pip_install('prometheus-client')}") from exc
     except OSError as exc:
-        raise DefinitionError(f"PROMETHEUS_MULTIPROC_DIR names a folder that cannot be used: {exc}") from exc
+        raise DefinitionError(f"The folder in PROMETHEUS_MULTIPROC_DIR cannot be used: {exc}") from exc
 
 
 async def _send_lifespan(send: Send, message: Message) -> None:
-    """Starlette has a traceback for whatever stops the start; what we say on purpose is for people."""
+    """Send *message*. If our own error stopped the start, replace Starlette's traceback with the error's message."""
     exc = sys.exception()
     if message["type"] == "lifespan.startup.failed" and isinstance(exc, FlockError):
         message = {**message, "message": str(exc)}
@@ -289,11 +291,11 @@ async def _send_lifespan(send: Send, message: Message) -> None:
 
 
 def _typed(make: Callable[..., T], options: Callable[P, object]) -> Callable[Concatenate[DeclaredFlock, P], T]:
-    """*make*, but type checkers know its keyword arguments: those of *options*."""
+    """Return *make*, typed with the keyword arguments of *options*."""
     return make
 
 
-#: The name by which people call it.
+#: The public name of ``FlockAPI``, with typed options.
 create_app = _typed(FlockAPI, AppOptions)
 
 
@@ -303,7 +305,7 @@ create_app = _typed(FlockAPI, AppOptions)
 
 
 def route_table() -> Sequence[AppRoute | PublicMount]:
-    """Return every route: what it needs (see ``Needs``), the methods that it takes, its path, and its handler."""
+    """Return every route: the access it needs (see ``Needs``), its methods, its path, and its handler."""
     return [
         AppRoute("access", "POST", "/run/flock", run_flock),
         AppRoute("access", "POST", "/run/batch", run_batch),
@@ -329,7 +331,7 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What all handlers use
+# Used by all handlers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -339,20 +341,20 @@ def app_of(request: Request) -> "FlockAPI":
 
 
 async def engine_of(request: Request) -> Engine:
-    """The engine as the caller may see it. It is opened now if nobody ran the app's lifespan."""
+    """Return the engine as the caller may see it. Open it first if the app's lifespan was not run."""
     engine = app_of(request).engine
     if not app_of(request).has_ended:
         try:
-            await lifespan_of(engine).begin()
-        except StoreError as exc:  # where it lies is for those who serve it
+            await lifespan_of(engine).open()
+        except StoreError as exc:  # the message has the store's path, which clients must not see
             logger.error("request %s: %s", request_id_of(request), exc)
-            raise StoreError("The store cannot be opened now; the server's log says why.") from exc
+            raise StoreError("The store cannot be opened now. See the server's log for the reason.") from exc
     principal = principal_of(request)
     return engine if principal is None else ScopedEngine(engine, principal)
 
 
 async def read_json(request: Request, default: bytes | None = None) -> bytes:
-    """The body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type."""
+    """Return the body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type."""
     media_type_of(request, "application/json")
     app = app_of(request)
     return await Body(request, app.options.max_body_bytes, app.options.body_timeout_s).json(
@@ -361,26 +363,28 @@ async def read_json(request: Request, default: bytes | None = None) -> bytes:
 
 
 def wait_of(request: Request, query: wire.WaitQuery | wire.BatchQuery | None = None) -> int:
-    """How many seconds to wait: what is asked for, up to what the app allows. Raises InvalidData."""
+    """Return the seconds to wait: the requested time, capped at ``max_wait_s``. Raises InvalidData."""
     return min((query or query_of(request, wire.WaitQuery)).wait, app_of(request).options.max_wait_s)
 
 
 def _or_none(value: T | msgspec.UnsetType) -> T | None:
-    """A query has no null: ``?status=null`` is a status that is none."""
+    """Return *value*, or None if it is unset. A query has no null: ``?status=null`` is an invalid status."""
     return None if isinstance(value, msgspec.UnsetType) else value
 
 
 def _id_or_none(value: UUID | msgspec.UnsetType) -> str | None:
-    """As ids are kept: a UUID may be written in several ways."""
+    """Return the id as it is stored, since a UUID can be written in several ways."""
     return None if isinstance(value, msgspec.UnsetType) else str(value)
 
 
 async def _replayed(found: Awaitable[T]) -> T:
-    """What an earlier request made under the same key. Raises Conflict where it is no longer kept."""
+    """Return the run or batch of the earlier request with the same key. Raises Conflict if it was deleted."""
     try:
         return await found
     except NotFound as exc:
-        raise Conflict(f"A request with this Idempotency-Key was accepted, and what it made is gone. {exc}") from exc
+        raise Conflict(
+            f"A request with this Idempotency-Key was accepted before, and its run or batch no longer exists. {exc}"
+        ) from exc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,15 +395,15 @@ async def _replayed(found: Awaitable[T]) -> T:
 async def run_flock(request: Request) -> Response:
     """POST /run/flock
 
-    A synchronous request with an idempotency key may be sent again by a client whose connection broke. So its run is
-    kept as an asynchronous one is, and does not end with its caller.
+    A client whose connection broke may repeat a synchronous request with an idempotency key. So its run is stored like
+    an asynchronous one, and continues if the client disconnects.
     """
     prefer = preferences(request.headers.getlist("prefer"))
     responds_async = "respond-async" in prefer
     run, is_async, headers = await _accepted_run(request, responds_async)
     if not is_async:
         run_id, outlives_client = run.run_id, run.is_async
-        del run  # its inputs may be long, and so may the wait
+        del run  # frees its inputs, which may be long, during the wait
         run = await _end_of(request, run_id, outlives_client)
     elif responds_async:
         applied = "respond-async"
@@ -414,20 +418,23 @@ async def run_flock(request: Request) -> Response:
 
 
 async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bool, Mapping[str, str]]:
-    """The run that the body asks for, whether nobody waits for its end, and headers. Holds the body no longer."""
+    """Submit the run in the body. Return it, whether the request is asynchronous, and headers.
+
+    The body is freed when this returns.
+    """
     body = await read_json(request)
     key = idempotency_key(request, fingerprint_of(request, body))
-    wanted = wire.RUN_REQUEST.decode(body)
-    is_async = wanted.async_run or responds_async
+    run_request = wire.RUN_REQUEST.decode(body)
+    is_async = run_request.async_run or responds_async
     engine = await engine_of(request)
     try:
         run = await engine.submit(
-            wanted.agent_name,
-            wanted.inputs,
+            run_request.agent_name,
+            run_request.inputs,
             request_id=request_id_of(request),
             traceparent=traceparent_of(request),
             is_async=is_async or key is not None,
-            timeout_s=wanted.timeout_s,
+            timeout_s=run_request.timeout_s,
             key=key,
         )
     except Replayed as exc:
@@ -436,21 +443,21 @@ async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bo
 
 
 async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
-    """A run at its end. If the client disconnects first, a run that only it can be waiting for is cancelled.
+    """Return the run when it has ended. If the client disconnects first, cancel it unless *outlives_client*.
 
-    Raises: StoreError if the end cannot be known now. The run is not cancelled then, however soon that is.
-    Cancellation: the host cancels the request when its client is gone, so it counts as a disconnect.
+    Raises: StoreError if the store fails during the wait. The run is not cancelled then.
+    Cancellation: counts as a disconnect, since some hosts cancel the request when the client disconnects.
     """
     app = app_of(request)
     try:
-        run = await app.engine.wait(run_id, PATIENCE_S)
+        run = await app.engine.wait(run_id, WATCH_DELAY_S)
         if run.status.is_final:
             return run
-        del run  # its inputs may be long, and so may the wait
+        del run  # frees its inputs, which may be long, during the wait
         return await while_connected(request, app.engine.wait(run_id))
     except StoreError as exc:
         path = f"{root_path(request.scope)}/run/{run_id}"
-        raise StoreError(f"{exc} The run was accepted and is not cancelled: GET {path} shows how it ends.") from exc
+        raise StoreError(f"{exc} The run was accepted and is not cancelled. GET {path} shows its status.") from exc
     except (HTTPException, anyio.get_cancelled_exc_class()):
         if not outlives_client and app.options.on_disconnect == "cancel":
             with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
@@ -460,18 +467,18 @@ async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
 
 async def list_runs(request: Request) -> Response:
     """GET /runs"""
-    wanted = query_of(request, wire.RunsQuery)
+    query = query_of(request, wire.RunsQuery)
     filter_ = RunFilter(
-        status=_or_none(wanted.status),
-        agent_name=_or_none(wanted.agent_name),
-        created_after=_or_none(wanted.created_after),
-        created_before=_or_none(wanted.created_before),
-        after=_id_or_none(wanted.after),
-        limit=wanted.limit,
-        with_inputs=wanted.includes("inputs"),
-        with_results=wanted.includes("result"),
+        status=_or_none(query.status),
+        agent_name=_or_none(query.agent_name),
+        created_after=_or_none(query.created_after),
+        created_before=_or_none(query.created_before),
+        after=_id_or_none(query.after),
+        limit=query.limit,
+        with_inputs=query.includes("inputs"),
+        with_results=query.includes("result"),
     )
-    return runs_response(request, await (await engine_of(request)).list_runs(filter_), wanted)
+    return runs_response(request, await (await engine_of(request)).list_runs(filter_), query)
 
 
 async def one_run(request: Request) -> Response:
@@ -492,7 +499,7 @@ async def cancel_run(request: Request) -> Response:
     run = await engine.cancel_run(run_id)
     if wait_s and not run.status.is_final:
         await while_connected(request, engine.wait(run_id, wait_s))
-        run = await engine.cancel_run(run_id)  # says so if it ended otherwise
+        run = await engine.cancel_run(run_id)  # raises Conflict if the run completed or failed
     return run_response(request, run, 200 if run.status.is_final else 202)
 
 
@@ -511,7 +518,7 @@ async def run_events(request: Request) -> Response:
     engine, run_id = await engine_of(request), request.path_params["run_id"]
     run, after = await engine.get_run(run_id), last_event_of(request)
     if run.status.is_final and (events_of(run)[-1].id or 0) <= after:
-        return Response(status_code=204)  # a browser would ask for ever
+        return Response(status_code=204)  # otherwise a browser would reconnect forever
     return event_stream(request, engine, engine.events(run_id, after))
 
 
@@ -523,38 +530,39 @@ async def run_events(request: Request) -> Response:
 async def run_batch(request: Request) -> Response:
     """POST /run/batch
 
-    A JSON body is read whole; rows of CSV and NDJSON are read as they arrive, and never held as a whole. With
-    ``?dry_run=true`` they are read and checked in the same way, and nothing is kept.
+    A JSON body is read as a whole. Rows of CSV and NDJSON are read as they arrive, so memory stays constant. With
+    ``?dry_run=true`` the rows are read and checked in the same way, and nothing is stored.
     """
     app, media_type, sent = app_of(request), media_type_of(request, *BATCH_TYPES), None
-    place: AbstractContextManager[None] = contextlib.nullcontext()
+    upload_slot: AbstractContextManager[None] = contextlib.nullcontext()
     if media_type == "application/json":
         body = Body(request, app.options.max_body_bytes, app.options.body_timeout_s)
         sent = await body.json(app.options.max_json_depth)
         key = idempotency_key(request, fingerprint_of(request, sent))
     else:
         body = Body(request, app.options.max_upload_bytes, app.options.body_timeout_s)
-        place = app.uploads.take(caller_of(request))
+        upload_slot = app.uploads.take(caller_of(request))
         key = idempotency_key(request, lambda: fingerprint_of(request, request.scope["query_string"] + body.digest()))
     engine, headers = await engine_of(request), {}
     try:
         if sent is None:
-            wanted = wire.batch_request_from(query_of(request, wire.UploadQuery), app.options.max_json_depth)
+            batch_request = wire.batch_request_from(query_of(request, wire.UploadQuery), app.options.max_json_depth)
         else:
-            wanted = options_in_body(request, sent)
-        with place:
-            row_mapping = row_mapping_of(app.flock.agents, app.options, wanted, body)
-            rows, options = rows_of(app.options, media_type, wanted, body, row_mapping), batch_options(wanted)
+            batch_request = options_in_body(request, sent)
+        with upload_slot:
+            row_mapping = row_mapping_of(app.flock.agents, app.options, batch_request, body)
+            rows = rows_of(app.options, media_type, batch_request, body, row_mapping)
+            options = batch_options(batch_request)
             if query_of(request, wire.UploadQuery, agent_name="").dry_run:
-                agent = app.flock.agents[wanted.agent_name]
+                agent = app.flock.agents[batch_request.agent_name]
                 return check_response(
-                    await check_batch(engine, agent, rows, row_mapping, wanted.on_invalid), row_mapping
+                    await check_batch(engine, agent, rows, row_mapping, batch_request.on_invalid), row_mapping
                 )
             batch = await engine.submit_batch(
-                wanted.agent_name,
+                batch_request.agent_name,
                 rows,
                 options,
-                on_invalid=wanted.on_invalid,
+                on_invalid=batch_request.on_invalid,
                 request_id=request_id_of(request),
                 traceparent=traceparent_of(request),
                 key=key,
@@ -569,12 +577,12 @@ async def run_batch(request: Request) -> Response:
 
 async def list_batches(request: Request) -> Response:
     """GET /batches"""
-    wanted = query_of(request, wire.BatchesQuery)
+    query = query_of(request, wire.BatchesQuery)
     filter_ = BatchFilter(
-        status=_or_none(wanted.status),
-        agent_name=_or_none(wanted.agent_name),
-        after=_id_or_none(wanted.after),
-        limit=wanted.limit,
+        status=_or_none(query.status),
+        agent_name=_or_none(query.agent_name),
+        after=_id_or_none(query.after),
+        limit=query.limit,
     )
     return batches_response(request, await (await engine_of(request)).list_batches(filter_))
 
@@ -585,21 +593,21 @@ async def one_batch(request: Request) -> Response:
 
 
 async def get_batch(request: Request) -> Response:
-    wanted = query_of(request, wire.BatchQuery)
+    query = query_of(request, wire.BatchQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
-    if wait_s := wait_of(request, wanted):
+    if wait_s := wait_of(request, query):
         await while_connected(request, engine.wait_batch(batch_id, wait_s))
-    # The results first: then the counts are never behind them.
-    items = await engine.get_items(batch_id, after=wanted.after, limit=wanted.limit) if wanted.results else None
-    return batch_response(request, await engine.get_batch(batch_id), items, limit=wanted.limit)
+    # The results are read before the batch, so its counts include at least these results.
+    items = await engine.get_items(batch_id, after=query.after, limit=query.limit) if query.results else None
+    return batch_response(request, await engine.get_batch(batch_id), items, limit=query.limit)
 
 
 async def batch_results(request: Request) -> Response:
-    """GET /batch/{batch_id}/results: what has ended by now, in order, in constant memory."""
-    wanted = query_of(request, wire.ResultsQuery)
+    """GET /batch/{batch_id}/results: the items that have ended, in order, in constant memory."""
+    query = query_of(request, wire.ResultsQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
-    batch, format_ = await engine.get_batch(batch_id), results_format(request, wanted.format)
-    status = _or_none(wanted.status)
+    batch, format_ = await engine.get_batch(batch_id), results_format(request, query.format)
+    status = _or_none(query.status)
     statuses = [each for each in RunStatus if each.is_final and status in (None, each.value)]
     headers = {
         "Flock-Run-Status": batch.status.value,
@@ -610,18 +618,18 @@ async def batch_results(request: Request) -> Response:
         return head_of_stream(RESULT_TYPES[format_], headers)
 
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
-    pages = item_pages(engine, batch_id, after=wanted.after, limit=wanted.limit, statuses=statuses)
-    stream = results_as(format_, pages, batch.extra_names, columns, wanted.escape_formulas)
-    return HeldStream(stream, download_place(request), headers, RESULT_TYPES[format_])
+    pages = item_pages(engine, batch_id, after=query.after, limit=query.limit, statuses=statuses)
+    stream = results_as(format_, pages, batch.extra_names, columns, query.escape_formulas)
+    return LimitedStream(stream, download_slot(request), headers, RESULT_TYPES[format_])
 
 
 def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
-    """The format of a download: what ``?format=`` names, or what ``Accept`` prefers. Raises HTTPException 406."""
+    """Return the format of a download: ``?format=``, or the preferred one in ``Accept``. Raises HTTPException 406."""
     if not isinstance(named, msgspec.UnsetType):
         return named
     best = preferred(request.headers.get("accept", ""), list(RESULT_TYPES.values()))
     if best is None:
-        raise HTTPException(406, f"Results are given as {', '.join(RESULT_TYPES.values())}; say so in Accept.")
+        raise HTTPException(406, f"Results are available as {', '.join(RESULT_TYPES.values())}. Accept one of them.")
     return next(name for name, media_type in RESULT_TYPES.items() if media_type == best)
 
 
@@ -640,15 +648,15 @@ async def cancel_batch(request: Request) -> Response:
     batch = await engine.cancel_batch(batch_id)
     if wait_s and not batch.status.is_final:
         await while_connected(request, engine.wait_batch(batch_id, wait_s))
-        batch = await engine.cancel_batch(batch_id)  # says so if it ended otherwise
+        batch = await engine.cancel_batch(batch_id)  # raises Conflict if the batch completed or failed
     return batch_response(request, batch, [], 200 if batch.status.is_final else 202)
 
 
 async def retry_batch(request: Request) -> Response:
-    """POST /batch/{batch_id}/retry; the body may be left out. Generated clients announce it all the same."""
+    """POST /batch/{batch_id}/retry: the body is optional. Generated clients send its content type even without one."""
     sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
-    wanted = wire.BATCH_RETRY.decode(sent)
-    only = () if wanted.only is None else (RunStatus(wanted.only),)
+    retry = wire.BATCH_RETRY.decode(sent)
+    only = () if retry.only is None else (RunStatus(retry.only),)
     batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only)
     return batch_response(request, batch, [], 202)
 
@@ -688,7 +696,7 @@ async def get_agent(request: Request) -> Response:
 
 
 def next_agent_of(agent: Agent) -> str | msgspec.UnsetType | None:
-    """Who goes on after *agent*: None where its result decides, and UNSET where nobody does."""
+    """Return the name of the next agent: None if the result of *agent* decides, UNSET if there is no next agent."""
     chosen = agent.next_agent
     if isinstance(chosen, Agent):
         return chosen.name
@@ -696,12 +704,12 @@ def next_agent_of(agent: Agent) -> str | msgspec.UnsetType | None:
 
 
 async def healthz(request: Request) -> Response:
-    """GET /healthz: the process answers."""
+    """GET /healthz: the process responds."""
     return JSONResponse(wire.Health())
 
 
 async def readyz(request: Request) -> Response:
-    """GET /readyz: new work is taken, or what keeps it from that."""
+    """GET /readyz: the server accepts work, or the reason why it does not."""
     try:
         (await engine_of(request)).check_ready()
     except FlockError as exc:
@@ -712,17 +720,17 @@ async def readyz(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """GET /metrics: for Prometheus; also while the engine or its store fails."""
+    """GET /metrics: for Prometheus. It also works while the engine or its store fails."""
     app, queue = app_of(request), None
     if app.metrics is None:
-        raise HTTPException(404, f"This server keeps no metrics. It does with: {pip_install('prometheus-client')}")
+        raise HTTPException(404, f"This server has no metrics. To enable them: {pip_install('prometheus-client')}")
     with contextlib.suppress(FlockError):
         queue = await (await engine_of(request)).queue()
     return Response(app.metrics.page(queue), media_type=app.metrics.media_type)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Answers
+# Responses
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -731,7 +739,7 @@ def run_response(
 ) -> Response:
     engine = app_of(request).engine
     long: dict[int | None, LongJSON] = {}
-    if isinstance(engine, EmbeddedEngine):  # what another one keeps is held until it is sent
+    if isinstance(engine, EmbeddedEngine):  # other engines hold results in memory anyway
         results: dict[int | None, msgspec.Raw | None] = {None: run.result}
         results |= {at: step.result for at, step in enumerate(run.steps)}
         long = {at: engine.long_result(run, at) for at, result in results.items() if len(result or b"") > LONG_BYTES}
@@ -751,11 +759,11 @@ def run_response(
     return JSONResponse(body, status_code, headers)
 
 
-def runs_response(request: Request, page: Page[Run], wanted: wire.RunsQuery) -> Response:
-    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not wanted.includes(name)}
+def runs_response(request: Request, page: Page[Run], query: wire.RunsQuery) -> Response:
+    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not query.includes(name)}
     runs = [wire.shown_as(wire.RunSummary, run, **left_out) for run in page]
     path, headers = _next_page(request, page[-1].run_id if page.has_more else None)
-    return PageResponse(wire.RunList(runs=runs, next=path), download_place(request), headers=headers)
+    return PageResponse(wire.RunList(runs=runs, next=path), download_slot(request), headers=headers)
 
 
 def batch_response(
@@ -766,7 +774,7 @@ def batch_response(
     headers: Mapping[str, str] | None = None,
     limit: int = wire.MAX_PAGE,
 ) -> Response:
-    """A batch with a page of its results, or without any."""
+    """Return a batch with one page of its results, or without results if *items* is None."""
     last = items[-1].position if items else None
     more = last is not None and last + 1 < batch.total_items
     path = f"{root_path(request.scope)}/batch/{batch.batch_id}"
@@ -778,11 +786,11 @@ def batch_response(
     )
     headers = {"Flock-Run-Status": batch.status.value, **(headers or {})}
     headers |= _accepted(request, f"/batch/{batch.batch_id}", status_code)
-    return PageResponse(body, download_place(request), status_code, headers)
+    return PageResponse(body, download_slot(request), status_code, headers)
 
 
 def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:
-    """What a batch would be refused for, or its first rows as they would be kept."""
+    """Return the errors for which a batch would be rejected, or its first rows as they would be stored."""
     rows = [
         wire.FlockBatchCheckRow(
             line=msgspec.UNSET if row.line is None else row.line, inputs=row.inputs, extra=extra or msgspec.UNSET
@@ -799,7 +807,7 @@ def batches_response(request: Request, page: Page[Batch]) -> Response:
 
 
 def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mapping[str, str]]:
-    """The path of the page behind *last_id*, and the headers that tell it."""
+    """Return the path of the page after *last_id*, and the ``Link`` header for it."""
     if last_id is None:
         return None, {}
     path = f"{path_of(request.scope)}?{urlencode({**request.query_params, 'after': last_id})}"
@@ -811,25 +819,25 @@ def _accepted(request: Request, path: str, status_code: int) -> dict[str, str]:
 
 
 def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event | None]) -> Response:
-    """*events* as they happen, or 429 if the caller has as many streams as it may."""
+    """Stream *events* as they happen. The response is 429 if the caller has too many streams open."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.method == "HEAD":
         return head_of_stream(EventStream.media_type, headers)
     app = app_of(request)
 
     @contextlib.contextmanager
-    def place() -> Iterator[None]:
+    def stream_slot() -> Iterator[None]:
         counted = contextlib.nullcontext() if app.metrics is None else app.metrics.event_streams.track_inprogress()
         with app.event_streams.take(caller_of(request)), counted:
             yield
 
-    return EventStream(event_text(events, engine, request_id_of(request)), place(), headers)
+    return EventStream(event_text(events, engine, request_id_of(request)), stream_slot(), headers)
 
 
-def download_place(request: Request) -> AbstractContextManager[None]:
-    """What is held while a long page or a download is sent. Raises TooManyRequests when it is entered."""
+def download_slot(request: Request) -> AbstractContextManager[None]:
+    """Return the caller's slot for a download or a long page. Entering it raises TooManyRequests if none is free."""
     return app_of(request).downloads.take(caller_of(request))
 
 
-#: One table for all apps.
+#: The route table, which all apps share.
 ROUTES = route_table()

@@ -25,7 +25,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from flock.command.server import settle_memory
+from flock.command.server import tune_gc
 from flock.core import Flock
 from flock.runs import BatchOptions
 
@@ -41,7 +41,7 @@ async def ours(items: int, durability: Any) -> dict[str, float]:
     flock.add_agent(double)
     rows = (msgspec.Raw(b'{"n":%d}' % n) for n in range(items))
     async with flock.engine(store="flock.db", durability=durability) as engine:
-        settle_memory()
+        tune_gc()
         idle_mb, began = memory_mb("VmRSS"), time.perf_counter()
         batch = await engine.submit_batch("double", rows, BatchOptions(max_workers=WORKERS))
         accept_s = time.perf_counter() - began
@@ -61,7 +61,7 @@ async def bare(items: int, durability: str) -> dict[str, float]:
     db.execute("BEGIN")
     db.executemany("INSERT INTO items VALUES (?, ?, 'starting', NULL)", ((n, n) for n in range(items)))
     db.execute("COMMIT")
-    settle_memory()
+    tune_gc()
     idle_mb = memory_mb("VmRSS")
     numbers = iter(range(items))
     group: list[tuple[str, int]] = []

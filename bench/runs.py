@@ -41,7 +41,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from flock.command.server import settle_memory
+from flock.command.server import tune_gc
 from flock.core import Flock
 from flock.engine import queries
 from flock.engine.migrations import MIGRATIONS
@@ -344,7 +344,7 @@ def serve(name: str, folder: Path, listener: socket.socket) -> None:
         timeout_graceful_shutdown=STOP_TIMEOUT_S // 2,
     )
     config.load()
-    settle_memory()
+    tune_gc()
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -189,14 +189,14 @@ def test_keys_are_read_from_text(text: str, keys: dict[str, str]) -> None:
     ("make", "words"),
     [
         (lambda: read_keys("alice=secret-1,just-a-secret-2"), "Entry 2 .* not NAME=KEY"),
-        (lambda: read_keys("alice=secret-1,alice=secret-2"), "'alice' is there twice"),
+        (lambda: read_keys("alice=secret-1,alice=secret-2"), "'alice' is used twice"),
         (lambda: KeyRing({"ann": "secret-short"}), "at least 16 visible ASCII characters"),
         (lambda: KeyRing({"ann": "secret with spaces in it"}), "no spaces"),
-        (lambda: KeyRing({"an n": KEYS["ann"]}), "cannot name a key"),
-        (lambda: KeyRing({"ann": KEYS["ann"], "ben": KEYS["ann"]}), "'ben' has the key of another name"),
-        (lambda: KeyRing({}), "nobody could come in"),
-        (lambda: create_app(Flock(), api_keys=KEYS, auth=lambda _: None), "either auth= or api_keys="),
-        (lambda: create_app(Flock(), api_keys=KEYS, auth="host"), "either auth= or api_keys="),
+        (lambda: KeyRing({"an n": KEYS["ann"]}), "is not a valid name for a key"),
+        (lambda: KeyRing({"ann": KEYS["ann"], "ben": KEYS["ann"]}), "'ben' has the same key as another name"),
+        (lambda: KeyRing({}), "api_keys is empty"),
+        (lambda: create_app(Flock(), api_keys=KEYS, auth=lambda _: None), "auth= and api_keys= cannot be combined"),
+        (lambda: create_app(Flock(), api_keys=KEYS, auth="host"), "auth= and api_keys= cannot be combined"),
     ],
 )
 def test_unusable_keys_are_refused_and_not_shown(make: Any, words: str) -> None:
@@ -336,7 +336,7 @@ def test_a_server_that_others_can_reach_creates_and_requires_a_key(workers: str,
         assert httpx.get(f"{url}/docs").status_code == httpx.get(f"{url}/healthz").status_code == 200
         server.stop()
     assert "\n".join(server.lines).count(key) == 1
-    assert not any("without a key" in line for line in server.lines)
+    assert not any("without API keys" in line for line in server.lines)
 
 
 def test_keys_from_a_file_and_from_the_environment_are_combined(script: Path, tmp_path: Path) -> None:
@@ -353,14 +353,14 @@ def test_keys_from_a_file_and_from_the_environment_are_combined(script: Path, tm
     (tmp_path / "keys").write_text("ann\n")
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=False)
     assert done.returncode == 1
-    assert "Entry 1 of the API keys cannot be used" in done.stderr
+    assert "Entry 1 of the API keys is invalid" in done.stderr
 
 
 def test_a_loopback_server_answers_only_to_its_own_names(script: Path) -> None:
     """A page whose host name was made to resolve to this machine is refused, whatever it requests."""
     with running(*flockapi_command("serve", str(script), "--port", "0"), PYTHONPATH=str(ROOT)) as server:
         port = server.url.rpartition(":")[2]
-        assert any("Programs on this machine need no key. Set FLOCK_API_KEYS" in line for line in server.lines)
+        assert any("Programs on this machine need no API key. Set FLOCK_API_KEYS" in line for line in server.lines)
         assert not any("WARNING" in line for line in server.lines), "other machines cannot connect"
         for host in (f"127.0.0.1:{port}", f"localhost:{port}", "LOCALHOST", f"[::1]:{port}"):
             assert httpx.get(f"{server.url}/agents", headers={"Host": host}).status_code == 200
@@ -461,7 +461,7 @@ async def test_an_open_app_warns_once_at_startup(caplog: pytest.LogCaptureFixtur
             assert [(await client.get("/agents")).status_code for _ in range(2)] == [200, 200]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "Flock Server is open to everybody who can reach it: they can run its agents" in record.message
+    assert "Flock Server has no authentication. Every client that can reach it can run its agents" in record.message
     for remedy in ("api_keys=", "auth=", 'auth="host"'):
         assert remedy in record.message
 

@@ -142,7 +142,7 @@ def test_results_are_in_the_order_of_the_rows() -> None:
         ["1", "", "w1", "completed", ""],
     ]
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "2 of 3 rows completed, and 1 failed. In results.csv 'error' says why.\n"
+    assert done.stderr == "2 of 3 rows completed, and 1 failed. For the reasons, see 'error' in results.csv.\n"
     assert files() == {"rows.csv", "results.csv"}
 
 
@@ -206,9 +206,9 @@ def test_invalid_rows_are_listed_and_nothing_is_started() -> None:
     done = batch("work", "rows.csv", "-o", "results.csv", "--force")
     assert done.returncode == 1
     lines = done.stderr.splitlines()
-    assert lines[0] == "Error: Nothing was started: rows.csv does not fit:"
+    assert lines[0] == "Error: Nothing was started, since rows.csv is invalid:"
     assert lines[1:21] == [f"  line {n + 2} /n: Expected 'int', got 'str'." for n in range(20)]
-    assert lines[21:] == ["  and 10 more, as far as it was read"]
+    assert lines[21:] == ["  and 10 more in the part that was read"]
     assert (files(), Path("results.csv").read_text()) == ({"rows.csv", "results.csv"}, "of before")
     Path("rows.csv").write_text("n\nx\n1\n")
     assert batch("work", "rows.csv", "-o", "results.csv", "--force", "--on-invalid", "skip").returncode == 1
@@ -220,8 +220,8 @@ def test_invalid_rows_are_listed_and_nothing_is_started() -> None:
     ("name", "content", "words"),
     [
         ("empty.csv", b"", "line 1: The header is missing"),
-        ("header.csv", b"n,word\r\n", "header.csv has no rows, so nothing was begun."),
-        ("empty.ndjson", b"\n", "empty.ndjson has no rows, so nothing was begun."),
+        ("header.csv", b"n,word\r\n", "header.csv has no rows, so nothing was started."),
+        ("empty.ndjson", b"\n", "empty.ndjson has no rows, so nothing was started."),
         ("wrong.csv", b"m\n1\n", "There is no input 'm'"),
         ("latin.csv", b"n,word\n1,\xe9\n", "line 2: This is not UTF-8"),
         ("broken.csv.gz", b"n\n1\n", "broken.csv.gz is not a valid gzip file"),
@@ -248,7 +248,7 @@ def test_a_dry_run_prints_rows_and_errors_without_running_or_writing() -> None:
         'line 2: {"n":1}',
         'line 3: {"n":"x"}',
         'line 4: {"n":12345678901234567890}',
-        "2 of 3 rows in rows.csv fit.",
+        "2 of 3 rows in rows.csv are valid.",
         "  line 3 /n: Expected 'int', got 'str'.",
     ]
     real = batch("work", "rows.csv", "-o", "results.csv", *mapped)
@@ -272,7 +272,7 @@ def test_a_dry_run_counts_all_rows_and_shows_the_first() -> None:
     assert lines[19:] == [
         'line 20: {"text": "a"}'.replace(': "a', ':"a'),
         "…",
-        "1,500 of 1,500 rows in rows.ndjson fit.",
+        "1,500 of 1,500 rows in rows.ndjson are valid.",
     ]
     assert files() == {"rows.ndjson"}
 
@@ -312,7 +312,7 @@ def test_a_killed_batch_resumes_without_repeating_committed_rows() -> None:
     assert len(done) > 1000
     last = batch("work", "rows.csv", "-o", "results.csv", "--max-workers", "9")
     assert last.returncode == 0
-    assert f"Going on: {len(done):,} of 2,000 rows were done before." in last.stderr
+    assert f"Resuming: {len(done):,} of 2,000 rows are already done." in last.stderr
     assert rows_of("results.csv")[1:] == [[str(n), "", f"w{n}", "completed", ""] for n in range(2000)]
     times = in_log()
     assert all(times[n] == count for n, count in done.items()), "a committed row was executed again"
@@ -330,7 +330,7 @@ def test_kept_columns_survive_a_kill() -> None:
         process.wait(60)
     assert 300 < len(committed("results.csv.flock.db")) < 1000
     done = batch(*arguments)
-    assert (done.returncode, "Going on:" in done.stderr) == (0, True)
+    assert (done.returncode, "Resuming:" in done.stderr) == (0, True)
     assert rows_of("results.csv")[0] == ["id", "n", "word", "result", "status", "error"]
     assert rows_of("results.csv")[1:] == [[f"{n:05}", str(n), "", f"w{n}", "completed", ""] for n in range(1000)]
 
@@ -342,7 +342,7 @@ def test_a_batch_killed_before_the_rename_only_writes_its_results() -> None:
     assert any(name.endswith(".part") for name in files())
     done = batch("work", "rows.csv", "-o", "results.csv")
     assert (done.returncode, len(rows_of("results.csv"))) == (0, 51)
-    assert "Going on: 50 of 50 rows were done before." in done.stderr
+    assert "Resuming: 50 of 50 rows are already done." in done.stderr
     assert set(in_log().values()) == {1}
     assert files() == {"rows.csv", "results.csv"}
 
@@ -353,10 +353,10 @@ def test_a_batch_killed_after_the_rename_replaces_its_own_output() -> None:
     assert batch("work", "rows.csv", "-o", "results.csv", DIE_AFTER_RENAME="1").returncode == -signal.SIGKILL
     written = Path("results.csv").read_bytes()
     refused = batch("work", "rows.csv", "-o", "results.csv", "--static", "word=x")
-    assert (refused.returncode, "results.csv: It exists already" in refused.stderr) == (1, True)
+    assert (refused.returncode, "results.csv: The file already exists" in refused.stderr) == (1, True)
     Path("results.csv").write_text("edited")
     refused = batch("work", "rows.csv", "-o", "results.csv")
-    assert (refused.returncode, "results.csv: It exists already" in refused.stderr) == (1, True)
+    assert (refused.returncode, "results.csv: The file already exists" in refused.stderr) == (1, True)
     assert Path("results.csv").read_text() == "edited"
     again = batch("work", "rows.csv", "-o", "results.csv", "--force", DIE_AFTER_RENAME="1")
     assert (again.returncode, Path("results.csv").read_bytes()) == (-signal.SIGKILL, written)
@@ -371,7 +371,7 @@ def test_an_output_that_exists_is_not_replaced() -> None:
     write_numbers("rows.csv", 1)
     Path("results.csv").write_text("of somebody else")
     refused = batch("work", "rows.csv", "-o", "results.csv")
-    reason = "Error: results.csv: It exists already. Name another output, or add --force to replace it.\n"
+    reason = "Error: results.csv: The file already exists. Choose another output, or add --force to replace it.\n"
     assert (refused.returncode, refused.stderr) == (1, reason)
     assert (Path("results.csv").read_text(), Path("log").read_text()) == ("of somebody else", "")
     assert files() == {"rows.csv", "results.csv"}
@@ -385,8 +385,8 @@ def test_an_output_that_appears_meanwhile_is_not_replaced() -> None:
         Path("results.csv").write_text("of somebody else")
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "results.csv: It exists already. Name another output, or add --force to replace it." in stderr
-    assert "What is done is kept in results.csv.flock.db: the same command goes on from there." in stderr
+    assert "results.csv: The file already exists. Choose another output, or add --force to replace it." in stderr
+    assert "Finished rows are stored in results.csv.flock.db. To resume, run the same command again." in stderr
     assert Path("results.csv").read_text() == "of somebody else"
     assert batch("work", "rows.csv", "-o", "results.csv", "--force").returncode == 0
     assert (len(rows_of("results.csv")), set(in_log().values())) == (2001, {1})
@@ -409,7 +409,7 @@ def test_other_rows_or_options_start_a_new_batch(rows: str, options: Sequence[st
     assert batch("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
     Path("rows.csv").write_text(rows)
     done = batch("work", "rows.csv", "-o", "results.csv", *options)
-    assert "not those of before. That batch is dropped, of whose 1 rows 1 were done" in done.stderr
+    assert "have changed, so a new batch starts. The earlier batch is dropped (1 of 1 rows were done)." in done.stderr
     assert (done.returncode, len(rows_of("results.csv"))) == (0, len(rows.split()))
     assert in_log()[1] == 2
     assert files() == {"rows.csv", "results.csv"}
@@ -432,7 +432,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_resumes() -> None:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    expected = "Stopped. What is done is kept in results.csv.flock.db: the same command goes on from there.\n"
+    expected = "Stopped. Finished rows are stored in results.csv.flock.db. To resume, run the same command again.\n"
     assert stderr == expected
     done = committed("results.csv.flock.db")
     assert len(done) >= 290
@@ -448,7 +448,7 @@ def test_ctrl_c_does_not_wait_for_a_function_that_does_not_return() -> None:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Stopped. What is done is kept in results.csv.flock.db" in stderr
+    assert "Stopped. Finished rows are stored in results.csv.flock.db" in stderr
     assert "Traceback" not in stderr
 
 
@@ -457,7 +457,7 @@ def test_a_second_command_on_the_same_output_is_refused() -> None:
     with started("hang", "rows.csv", "-o", "results.csv", words="at work") as process:
         done = batch("work", "rows.csv", "-o", "results.csv")
         assert done.returncode == 1
-        assert "Another command is at work on results.csv.flock.db" in done.stderr
+        assert "Another command is using results.csv.flock.db" in done.stderr
         assert process.poll() is None
         assert batch("work", "rows.csv", "-o", "results.csv", "--store", "mine.db").returncode == 0
     assert len(rows_of("results.csv")) == 21
@@ -472,13 +472,10 @@ def test_finished_rows_are_kept_if_the_output_cannot_be_written() -> None:
         Path("out/results.csv").mkdir()
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert (
-        "Error: out/results.csv: Is a directory. What is done is kept in s.db: the same command goes on from there."
-        in stderr
-    )
+    assert "Error: out/results.csv: Is a directory. Finished rows are stored in s.db. To resume, run" in stderr
     Path("out/results.csv").rmdir()
     done = batch("work", "rows.csv", *paths)
-    assert "Going on: 2,000 of 2,000 rows were done before." in done.stderr
+    assert "Resuming: 2,000 of 2,000 rows are already done." in done.stderr
     assert set(in_log().values()) == {1}
     assert files() == {"rows.csv", "out"}
 
@@ -491,7 +488,7 @@ def test_nothing_is_lost_if_the_reader_closes_the_pipe() -> None:
         os.close(write)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert b"Nobody read the results to their end. What is done is kept in rows.csv.flock.db" in stderr
+    assert b"closed the pipe before the end of the results. Finished rows are stored in rows.csv.flock.db" in stderr
     assert len(batch("work", "rows.csv", "-o", "-").stdout.splitlines()) == 2001
     assert set(in_log().values()) == {1}
 
@@ -508,21 +505,21 @@ def invoke(*arguments: str) -> Any:
     [
         (["work", "rows.csv"], "Missing option '-o'"),
         (["work", "nowhere.csv", "-o", "x.csv"], "'nowhere.csv' does not exist"),
-        (["work", "rows.csv", "-o", "rows.csv"], "are three files: name another one"),
-        (["work", "rows.csv", "-o", "./link.csv"], "are three files: name another one"),
-        (["work", "rows.csv", "-o", "x.csv", "--store", "x.csv"], "are three files: name another one"),
-        (["work", "rows.csv", "-o", "x.csv", "--store", "rows.csv"], "are three files: name another one"),
-        (["work", "rows.csv", "-o", "x.csv", "--store", ":memory:"], "is kept in a file"),
-        (["work", "rows.csv", "-o", "no/x.csv"], "There is no folder no. Make it, or name another place for x.csv."),
-        (["work", "rows.csv", "-o", "/dev/null"], "/dev/null is no file that could be replaced"),
+        (["work", "rows.csv", "-o", "rows.csv"], "must be three different files"),
+        (["work", "rows.csv", "-o", "./link.csv"], "must be three different files"),
+        (["work", "rows.csv", "-o", "x.csv", "--store", "x.csv"], "must be three different files"),
+        (["work", "rows.csv", "-o", "x.csv", "--store", "rows.csv"], "must be three different files"),
+        (["work", "rows.csv", "-o", "x.csv", "--store", ":memory:"], "needs a file to resume from"),
+        (["work", "rows.csv", "-o", "no/x.csv"], "There is no folder no. Create it, or choose another path for x.csv."),
+        (["work", "rows.csv", "-o", "/dev/null"], "/dev/null is not a regular file"),
         (["work", "rows.csv", "-o", "."], "is a directory"),
         (["work", "rows.txt", "-o", "x.csv"], "The format of rows.txt is unknown."),
-        (["work", "rows.csv", "-o", "rows.xlsx"], "rows.xlsx cannot be written: results are CSV or NDJSON."),
-        (["work", "rows.csv", "-o", "rows.parquet.gz"], "End its name in .csv, .ndjson or .jsonl"),
+        (["work", "rows.csv", "-o", "rows.xlsx"], "The extension of rows.xlsx is not supported."),
+        (["work", "rows.csv", "-o", "rows.parquet.gz"], "Use .csv, .ndjson or .jsonl"),
         (["work", "rows.csv", "-o", "x.csv", "--map", "a"], "'a' is not COLUMN=INPUT"),
         (["work", "rows.csv", "-o", "x.csv", "--static", "a"], "'a' is not KEY=VALUE"),
         (["work", "rows.csv", "-o", "x.csv", "--delimiter", ";;"], "delimiter must be one character"),
-        (["work", "rows.csv", "-o", "x.csv", "--timeout", "nan"], "'nan' is no number of seconds"),
+        (["work", "rows.csv", "-o", "x.csv", "--timeout", "nan"], "'nan' is not a valid number of seconds"),
         (["work", "rows.csv", "-o", "x.csv", "--max-workers", "0"], "0 is not in the range"),
     ],
 )
@@ -565,7 +562,7 @@ def test_a_store_that_is_not_of_this_command_is_refused_and_not_changed(kind: st
     before = Path("s.db").read_bytes()
     result = invoke("work", "rows.csv", "-o", "x.csv", "--store", "s.db")
     assert result.exit_code == 1
-    assert "Name another file with --store." in result.output
+    assert "Choose another file with --store." in result.output
     assert Path("s.db").read_bytes() == before
     assert not Path("log").read_text()
 

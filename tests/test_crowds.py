@@ -62,7 +62,7 @@ BARE = """
 import asyncio
 import anyio
 import uvicorn
-from flock.command.server import ServerSettings, settle_memory
+from flock.command.server import ServerSettings, tune_gc
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -82,7 +82,7 @@ async def count_tasks(request: Request) -> JSONResponse:
     return JSONResponse({"result": len(asyncio.all_tasks())})
 
 app = Starlette(routes=[Route(f"/{name.__name__}", name) for name in (sleeper, wake, count_tasks)])
-settle_memory()
+tune_gc()
 limit = ServerSettings().max_connections
 uvicorn.run(app, port=0, http="httptools", server_header=False, limit_concurrency=limit)
 """

@@ -316,8 +316,8 @@ async def test_the_404_for_a_missing_page_names_the_pages_that_exist(path: str, 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://t") as client:
         missing = await client.get(prefix + path)
         assert (missing.status_code, missing.json()["title"]) == (404, "Not Found")
-        assert f"The API is described at {prefix}/docs." in missing.json()["detail"]
-        assert "/ui if started with --ui (create_ui=True)" in missing.json()["detail"]
+        assert f"The API documentation is at {prefix}/docs." in missing.json()["detail"]
+        assert "at /ui, start it with --ui (create_ui=True in Python)" in missing.json()["detail"]
         assert (await client.get(f"{prefix}/docs")).status_code == 200
         assert (await client.get(f"{prefix}/uix")).json()["detail"] == "Not Found"
 
@@ -333,7 +333,7 @@ async def test_the_hint_names_no_disabled_docs_and_hides_no_page_of_the_host() -
 
 
 MISTAKES: dict[str, Any] = {
-    "server_name": (None, "a text"),
+    "server_name": (None, "a string"),
     "engine": (sample_flock(), "an engine, such as flock.engine(), or None, not a value of type Flock"),
     "store": (None, "the path of a file or folder"),
     "max_body_bytes": ("1MB", "a whole number of at least 1, not '1MB'"),
@@ -351,7 +351,7 @@ MISTAKES: dict[str, Any] = {
     "expose_errors": ("no", "True or False"),
     "routes": (["/double"], "a list of Starlette routes"),
     "openapi_paths": (["/double"], "a mapping of paths, as in OpenAPI"),
-    "api_keys": ("ann=fk_secret", "a mapping of names to keys, all of them texts, or None, not a value of type str"),
+    "api_keys": ("ann=fk_secret", "a mapping of names to keys, all strings, or None, not a value of type str"),
     "auth": ("x", 'a function of the connection that returns a Principal or None, "host" if'),
     "allowed_hosts": (["https://agents.example"], "a list of host names without scheme and port"),
     "cors_origins": ("https://agents.example", "a list of origins"),

@@ -363,7 +363,7 @@ async def test_an_app_that_is_open_on_purpose_logs_no_warning(
     app = create_app(long_flock(), store=":memory:", auth=auth)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         assert (await client.get("/healthz")).status_code == 200
-    assert ("open to everybody" in caplog.text) == warns
+    assert ("has no authentication" in caplog.text) == warns
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -444,7 +444,7 @@ async def test_a_trailing_slash_is_not_redirected(client: httpx.AsyncClient) -> 
     for path in ("/runs/", "/agents/", "/agents/chat/", "/run/x/", "/batches//", "/ui/", "/docs/", "/healthz/"):
         response = await client.get(path, headers={"Host": "evil.example"})
         assert response.status_code == 404
-        assert response.json()["detail"].endswith(f"Ask for {path.rstrip('/')}")
+        assert response.json()["detail"].endswith(f"Use {path.rstrip('/')}")
         assert "Location" not in response.headers
     for path in ("/none/", "/static", "/openapi.json/x/"):
         response = await client.get(path, headers={"Host": "evil.example"})

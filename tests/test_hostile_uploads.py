@@ -473,8 +473,8 @@ async def test_rows_are_limited_by_the_compressed_size(app: FlockAPI, tmp_path: 
         assert sender.status == status, sender.body[:500]
         if status == 413:
             assert sender.problem["detail"] == (
-                "The body is more than 100 times as long when it is unpacked, which only 16777216 bytes may be. "
-                "Send it without Content-Encoding."
+                "The decompressed body is longer than 16777216 bytes and more than 100 times as long as the compressed "
+                "one. Send it without Content-Encoding."
             )
             await until(lambda: stored(tmp_path / "flock.db", ROWS) == 0)
 
@@ -595,7 +595,7 @@ async def test_the_open_uploads_of_a_principal_are_limited(how: str, tmp_path: P
         refused = upload("ann", lines(1))
         assert await status_of(refused) == 429
         assert refused.headers["retry-after"] == "1"
-        assert refused.problem["detail"] == "2 uploads are open already, all that one caller may have."
+        assert refused.problem["detail"] == "The limit is 2 open uploads per caller. Close one, or wait."
         assert await status_of(upload("bob", lines(1))) == 202
 
         if how == "ends":

@@ -15,7 +15,7 @@ import pytest
 from flock.core import Flock, FlockFactory
 from flock.errors import StoreError
 from flock.runs import RunContext
-from flockapi import PATIENCE_S, FlockAPI, create_app
+from flockapi import WATCH_DELAY_S, FlockAPI, create_app
 from tests.support.cluster import engine_for
 from tests.support.engines import until
 from tests.support.http import check_problem, events_in, get, post_run, wait_until
@@ -219,7 +219,7 @@ async def test_a_run_is_cancelled_only_after_its_function_has_stopped(client: ht
     assert (response.status_code, response.json()["status"]) == (202, "running")
     assert response.headers["Location"] == f"/run/{run_id}"
     assert gate.blocked
-    with anyio.fail_after(PATIENCE_S):
+    with anyio.fail_after(WATCH_DELAY_S):
         while not gate.blocked.cancel_requested:  # noqa: ASYNC110 - as the function does
             await anyio.sleep(0.01)
     gate.thread_may_go.set()
@@ -467,14 +467,14 @@ async def test_a_store_that_fails_does_not_cancel_the_run_that_a_client_waits_fo
 
         async def release() -> None:
             await begun.wait()
-            await anyio.sleep(0 if soon else 2 * PATIENCE_S)
+            await anyio.sleep(0 if soon else 2 * WATCH_DELAY_S)
             may_go.set()
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(release)
             problem = check_problem(await client.post("/run/flock", json={"agent_name": "lengthen"}), 503)
         database.execute("PRAGMA max_page_count = 1073741823")
-        found = re.search(r"not cancelled: GET (/run/\S+) shows how it ends", problem["detail"])
+        found = re.search(r"not cancelled\. GET (/run/\S+) shows its status", problem["detail"])
         assert found
         run = await wait_until(client, found[1], lambda run: run["status"] in ("completed", "failed", "cancelled"))
         assert (run["status"], run["result"]) == ("completed", {"result": 1_000_000})
@@ -595,7 +595,7 @@ async def test_a_caller_gets_a_response_that_took_long(gate: Gate, model: FakeMo
 
             async def release() -> None:
                 await gate.begun.wait()
-                await anyio.sleep(0.3)  # longer than PATIENCE_S
+                await anyio.sleep(0.3)  # longer than WATCH_DELAY_S
                 gate.may_go.set()
 
             async with anyio.create_task_group() as tasks:

@@ -376,7 +376,7 @@ def test_two_apps_in_a_process_that_shares_its_folder_are_one_sum(tmp_path: Path
     assert re.findall(r'flock_runs_total{agent_name="same",status="completed"} (\S+)', done.stdout) == ["3.0", "6.0"]
     env["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path / "nowhere")
     done = subprocess.run([sys.executable, "-c", TWO_APPS], env=env, capture_output=True, text=True, check=False)
-    assert "DefinitionError: PROMETHEUS_MULTIPROC_DIR names a folder that cannot be used" in done.stderr
+    assert "DefinitionError: The folder in PROMETHEUS_MULTIPROC_DIR cannot be used" in done.stderr
 
 
 async def test_metrics_are_there_while_the_engine_is_not(flock: Flock, tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_workers_show_one_sum(tmp_path: Path) -> None:
             process_ids = set(re.findall(r"Started server process \[(\d+)\]", "\n".join(server.lines)))
             for number, process_id in enumerate(process_ids, 1):
                 os.kill(int(process_id), signal.SIGKILL)
-                server.wait_for_line("another takes its place", times=number)
+                server.wait_for_line("A new worker replaces it", times=number)
         server.wait_for_line("Application startup complete", times=4)
         page = values_in(httpx.get(f"{server.url}/metrics").text)
         assert (page["flock_runs_total double completed"], page["flock_event_streams"]) == (40, 0)

@@ -67,7 +67,7 @@ def by_command(name: str, content: bytes, agent: str, options: dict[str, Any]) -
     if result.exit_code == 2:
         raise DefinitionError(result.output)
     lines = result.output.splitlines()
-    assert lines[0] == f"Error: Nothing was started: {name} does not fit:"
+    assert lines[0] == f"Error: Nothing was started, since {name} is invalid:"
     raise InvalidData([FieldError(detail=line, pointer="") for line in lines[1:]])
 
 

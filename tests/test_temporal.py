@@ -132,7 +132,7 @@ def working(target: Path, address: str, places: int = 20) -> Iterator[subprocess
     process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     worker = Server(process)
     try:
-        worker.wait_for_line("Working for")
+        worker.wait_for_line("Worker connected to")
         yield process
         process.terminate()  # told so, it counts for the coverage
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -1164,12 +1164,12 @@ def test_the_ten_lines_of_the_readme_work(temporal_address: str) -> None:
 
 def test_options_that_nobody_would_heed_are_refused(tmp_path: Path) -> None:
     arguments = ["serve", "x.py", "--temporal", "127.0.0.1:1"]
-    for option, words in (("--store=x.db", "the cluster keeps"), ("--max-tokens=1", "flockapi worker")):
+    for option, words in (("--store=x.db", "the cluster stores"), ("--max-tokens=1", "flockapi worker")):
         result = CliRunner().invoke(main, [*arguments, option])
         assert result.exit_code == 2
         assert words in result.output
     result = CliRunner().invoke(main, ["serve", "x.py", "--payload-dir", str(tmp_path)])
-    assert (result.exit_code, "goes with --temporal only" in result.output) == (2, True)
+    assert (result.exit_code, "needs --temporal" in result.output) == (2, True)
 
 
 def test_a_worker_warns_at_its_start_of_what_would_make_runs_fail(temporal_address: str, tmp_path: Path) -> None:

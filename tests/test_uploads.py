@@ -238,7 +238,7 @@ async def test_what_is_wrong_with_csv_is_told_with_its_line(
 async def test_an_upload_without_its_agent_is_told_what_to_add(client: httpx.AsyncClient) -> None:
     response = await client.post("/run/batch", content=b"text\na\n", headers=CSV)
     assert response.status_code == 422
-    assert response.json()["errors"][0]["detail"] == "'agent_name' is missing in the query: add ?agent_name="
+    assert response.json()["errors"][0]["detail"] == "'agent_name' is missing in the query. Add ?agent_name="
 
 
 async def test_of_many_errors_a_hundred_are_told(client: httpx.AsyncClient) -> None:
@@ -319,14 +319,14 @@ async def test_gzip_is_unpacked_as_it_arrives(client: httpx.AsyncClient) -> None
 @pytest.mark.parametrize(
     ("content", "encoding", "status", "words"),
     [
-        pytest.param(b"text\na\n", "gzip", 422, "cannot be unpacked", id="no gzip"),
+        pytest.param(b"text\na\n", "gzip", 422, "cannot be decompressed", id="no gzip"),
         pytest.param(gzip.compress(b"text\na\n" * 99)[:-9], "gzip", 422, "its end is missing", id="cut off"),
         pytest.param(gzip.compress(b"text\n" + b"\n" * 10**7), "gzip", 413, "longer than 400000", id="a bomb"),
         pytest.param(b"text\n" + b"a" * 30_000, "", 413, "longer than 20000 bytes", id="a long row"),
         pytest.param(b'text\n"' + b"a\n" * 60_000, "", 413, "line 2 is longer than 20000", id="a quote for ever"),
         pytest.param(b"text\n" + b"a\n" * 3001, "", 413, "more than 3000 items", id="many rows"),
-        pytest.param(b"text\na\n", "br", 415, "gzip is", id="another packing"),
-        pytest.param(b"text\na\n", "gzip, gzip", 415, "gzip is", id="packed twice"),
+        pytest.param(b"text\na\n", "br", 415, "Use gzip", id="another packing"),
+        pytest.param(b"text\na\n", "gzip, gzip", 415, "Use gzip", id="packed twice"),
     ],
 )
 async def test_what_is_too_much_or_cannot_be_unpacked_is_refused(

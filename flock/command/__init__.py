@@ -1,1 +1,1 @@
-"""The ``flockapi`` command, and our own server."""
+"""The ``flockapi`` command and its server."""

@@ -1,7 +1,8 @@
-"""A batch from a file to a file, which goes on where it stopped when it is asked for again.
+"""A batch from a file to a file, which resumes if the same call is repeated.
 
-What is done is kept in the batch's *state*: a store that holds this batch and nothing else, beside the output, and that
-is removed once the output is there. A mark in the file tells it from all other databases, which are left alone.
+Finished rows are stored in the *state* of the batch: an SQLite store beside the output that holds only this batch. It
+is removed when the output has been written. A mark in the file distinguishes it from other databases, which are never
+touched.
 """
 
 import contextlib
@@ -40,13 +41,13 @@ MARK = 0x466C6F63
 
 
 class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked for.
+    """The files and options of a batch.
 
     Attributes:
-        output: where the results go; None is *stdout*.
-        format: of the output.
+        output: the file for the results; None is *stdout*.
+        format: the format of the output.
         force: replace an output that exists.
-        state: where what is done is kept.
+        state: the file that stores finished rows.
         escape_formulas: see ``CSVWriter``.
         on_extra, input_mapping, static_inputs and others: see ``Flock.run_batch_async``.
     """
@@ -67,108 +68,107 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def run_batch_file(
-    flock: DeclaredFlock, wanted: BatchFile, stdout: IO[bytes], say: Callable[[str], None]
+    flock: DeclaredFlock, job: BatchFile, stdout: IO[bytes], report: Callable[[str], None]
 ) -> Batch:
     """Run a batch to its end, and write its results in the order of the rows.
 
-    What an earlier call with the same rows and options has committed is not run again. One with others is dropped.
+    Rows that an earlier call with the same rows and options has committed are not run again. The state of a call with
+    other rows or options is dropped.
 
     Args:
-        say: is told, in words, what an earlier call left.
+        report: receives a message if an earlier call left a state.
 
     Raises:
-        BlockingIOError: another process is at work on this state.
-        AgentNotFound, InvalidData, TooLarge, DefinitionError: nothing is begun; see ``Flock.run_batch_async``.
-        StoreError: the state cannot be used, or is a file of something else.
-        OSError: a file cannot be read or written, or the output exists already. The state is kept, for the next call.
+        BlockingIOError: another process is using this state.
+        AgentNotFound, InvalidData, TooLarge, DefinitionError: nothing was started; see ``Flock.run_batch_async``.
+        StoreError: the state cannot be used, or the file is not a state.
+        OSError: a file cannot be read or written, or the output already exists. The state is kept for the next call.
 
-    Cancellation: what is done is kept, for the next call.
+    Cancellation: finished rows are kept for the next call.
     """
-    if wanted.agent_name not in flock.agents:
-        raise AgentNotFound(wanted.agent_name, list(flock.agents))
-    state = _real(wanted.state)
-    digest = _digest(flock, wanted)
+    if job.agent_name not in flock.agents:
+        raise AgentNotFound(job.agent_name, list(flock.agents))
+    state = _real_path(job.state)
+    digest = _digest(flock, job)
     with exclusive_lock(f"{state}-batch"):
-        _check_free(wanted, state, digest)
-        batch = await _left_before(flock, state, digest, wanted.options, say)
+        _check_output_free(job, state, digest)
+        batch = await _resumable_batch(flock, state, digest, job.options, report)
         try:
-            async with flock.engine(
-                store=state, limits=limits_for_one_batch(wanted.options.max_workers), expose_errors=True
-            ) as engine:
-                batch = batch or await _accept(engine, flock, wanted, digest)
+            async with flock.engine(store=state, limits=limits_for_one_batch(job.options.max_workers), expose_errors=True) as engine:
+                batch = batch or await _accept(engine, flock, job, digest)
                 batch = await follow_batch(engine, batch.batch_id)
                 pieces = results_as(
-                    wanted.format,
+                    job.format,
                     item_pages(engine, batch.batch_id),
                     batch.extra_names,
-                    columns_of(wanted.agent_name, flock.agents),
-                    wanted.escape_formulas,
+                    columns_of(job.agent_name, flock.agents),
+                    job.escape_formulas,
                 )
-                with _output(wanted, state, digest) if wanted.output else contextlib.nullcontext(stdout) as file:
+                with _output(job, state, digest) if job.output else contextlib.nullcontext(stdout) as file:
                     async for piece in pieces:
                         file.write(piece)
                     file.flush()
         except Exception:
-            if batch is None:  # nothing is kept in it
+            if batch is None:  # the state is empty
                 _remove_state(state)
             raise
         _remove_state(state)
     return batch
 
 
-async def check_batch_file(flock: DeclaredFlock, wanted: BatchFile) -> BatchCheck:
-    """Read and check all rows as ``run_batch_file`` would. Nothing is run or written, and no state is looked at.
+async def check_batch_file(flock: DeclaredFlock, job: BatchFile) -> BatchCheck:
+    """Read and check all rows as ``run_batch_file`` would. Nothing is run or written, and the state is not read.
 
     Raises: AgentNotFound, TooLarge, OSError; InvalidData if neither a row nor a header can be read.
     """
-    if wanted.agent_name not in flock.agents:
-        raise AgentNotFound(wanted.agent_name, list(flock.agents))
+    if job.agent_name not in flock.agents:
+        raise AgentNotFound(job.agent_name, list(flock.agents))
     engine, agent, row_mapping = (
         flock.engine(limits=limits_for_one_batch(1)),
-        flock.agents[wanted.agent_name],
-        _row_mapping(flock, wanted),
+        flock.agents[job.agent_name],
+        _row_mapping(flock, job),
     )
-    async with contextlib.aclosing(file_rows(wanted.rows, row_mapping, wanted.dialect)) as rows:
-        return await check_batch(engine, agent, rows, row_mapping, wanted.on_invalid)
+    async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
+        return await check_batch(engine, agent, rows, row_mapping, job.on_invalid)
 
 
-def _row_mapping(flock: DeclaredFlock, wanted: BatchFile) -> RowMapping:
+def _row_mapping(flock: DeclaredFlock, job: BatchFile) -> RowMapping:
     return RowMapping(
-        flock.agents[wanted.agent_name].input,
-        wanted.static_inputs,
-        wanted.input_mapping,
+        flock.agents[job.agent_name].input,
+        job.static_inputs,
+        job.input_mapping,
         lambda: sys.maxsize,
-        on_extra=wanted.on_extra,
-        result_names=result_names(wanted.agent_name, flock.agents),
+        on_extra=job.on_extra,
+        result_names=result_names(job.agent_name, flock.agents),
     )
 
 
-async def _accept(engine: Engine, flock: DeclaredFlock, wanted: BatchFile, digest: str) -> Batch:
-    async with contextlib.aclosing(file_rows(wanted.rows, _row_mapping(flock, wanted), wanted.dialect)) as rows:
+async def _accept(engine: Engine, flock: DeclaredFlock, job: BatchFile, digest: str) -> Batch:
+    async with contextlib.aclosing(file_rows(job.rows, _row_mapping(flock, job), job.dialect)) as rows:
         return await engine.submit_batch(
-            wanted.agent_name, rows, wanted.options, on_invalid=wanted.on_invalid, request_id=digest
+            job.agent_name, rows, job.options, on_invalid=job.on_invalid, request_id=digest
         )
 
 
-def _digest(flock: DeclaredFlock, wanted: BatchFile) -> str:
-    """What makes two calls the same. How many workers there are, and where the results go, may change in between.
+def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
+    """Return a hash that is equal for calls that resume each other. It ignores the output and ``max_workers``.
 
-    It is kept as the batch's request id, and not as an idempotency key, since those are forgotten after a day.
+    It is stored as the batch's request id, since idempotency keys are deleted after a day.
     """
-    with _naming(wanted.rows), open(wanted.rows, "rb") as file:
+    with _with_filename(job.rows), open(job.rows, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    options = (flock.name, flock.model, wanted.agent_name, wanted.on_invalid, wanted.dialect.delimiter)
-    fills = (sorted(wanted.input_mapping.items()), sorted(wanted.static_inputs.items()), wanted.options.timeout_s)
+    options = (flock.name, flock.model, job.agent_name, job.on_invalid, job.dialect.delimiter)
+    fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()), job.options.timeout_s)
     digest.update(msgspec.json.encode((options, fills)))
-    newer = (wanted.on_extra, wanted.dialect.decimal, wanted.dialect.encoding)
-    if newer != ("reject", ".", "utf-8"):  # a state of an older version is resumed
+    newer = (job.on_extra, job.dialect.decimal, job.dialect.encoding)
+    if newer != ("reject", ".", "utf-8"):  # without this condition, states of older versions could not be resumed
         digest.update(msgspec.json.encode(newer))
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Where a file fails that is open already, Python does not say which."""
+def _with_filename(path: Path) -> Iterator[None]:
+    """Add the name of the file to an OSError. Python omits it if the file is already open."""
     try:
         yield
     except OSError as exc:
@@ -178,27 +178,27 @@ def _naming(path: Path) -> Iterator[None]:
 # The state
 
 
-def _real(path: Path) -> str:
-    """Under whatever name it is called: locks go by it, and a link stays one."""
+def _real_path(path: Path) -> str:
+    """Resolve links, so that every name of a file has the same lock, and a link is not replaced by a file."""
     return os.path.realpath(path)
 
 
-async def _left_before(
-    flock: DeclaredFlock, state: str, digest: str, options: BatchOptions, say: Callable[[str], None]
+async def _resumable_batch(
+    flock: DeclaredFlock, state: str, digest: str, options: BatchOptions, report: Callable[[str], None]
 ) -> Batch | None:
-    """The batch of an earlier call that is to go on. What is left of another one is dropped, before it can go on."""
+    """Return the batch of an earlier call to resume, or None. Drop the state of a different batch."""
     _mark(state)
     async with Store(state) as store:
         batches = BatchStore(store)
         found = next(iter(batches.page(flock.name, BatchFilter(limit=1))), None)
         if found is not None and found.request_id == digest:
-            say(f"Going on: {found.completed_items:,} of {found.total_items:,} rows were done before.")
+            report(f"Resuming: {found.completed_items:,} of {found.total_items:,} rows are already done.")
             await batches.set_options(found.batch_id, options)
             return found
     if found is not None:
-        say(
-            "The rows or the options are not those of before. That batch is dropped, of whose "
-            f"{found.total_items:,} rows {found.completed_items:,} were done, and a new one begins."
+        report(
+            "The rows or the options have changed, so a new batch starts. The earlier batch is dropped "
+            f"({found.completed_items:,} of {found.total_items:,} rows were done)."
         )
     _remove_state(state)
     _mark(state)
@@ -206,7 +206,7 @@ async def _left_before(
 
 
 def _mark(state: str) -> None:
-    """Make a file that is a state. Raises StoreError where there is one that is none."""
+    """Create the state, or check its mark if it exists. Raises StoreError if the file is not a state."""
     try:
         create_private(state)
         with contextlib.closing(sqlite3.connect(state)) as db:
@@ -215,13 +215,13 @@ def _mark(state: str) -> None:
                 db.execute(f"PRAGMA application_id = {MARK}")
                 mark = MARK
     except (sqlite3.DatabaseError, OSError) as exc:
-        raise StoreError(f"{state} cannot keep the state of a batch: {exc}. Name another file with --store.") from exc
+        raise StoreError(f"{state} cannot hold the state of a batch: {exc}. Choose another file with --store.") from exc
     if mark != MARK:
-        raise StoreError(f"{state} keeps something else than the state of a batch. Name another file with --store.")
+        raise StoreError(f"{state} is not the state of a batch. Choose another file with --store.")
 
 
 def _remove_state(state: str) -> None:
-    """And all that lies beside it, which comes first: a new file must not meet with the journal of the old one."""
+    """Remove the companion files, then the state itself: a new state must not find the journal of the old one."""
     engines = glob.glob(f"{glob.escape(state)}-engine-*")
     for path in (f"{state}-wal", f"{state}-shm", f"{state}-lock", f"{state}-output", *engines, state):
         Path(path).unlink(missing_ok=True)
@@ -231,15 +231,15 @@ def _remove_state(state: str) -> None:
 
 
 @contextlib.contextmanager
-def _output(wanted: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
-    """What is written becomes the output as a whole, or not at all; packed where its name says so."""
-    assert wanted.output is not None
-    path = Path(_real(wanted.output))
-    # Whoever has the state is alone with it, and finds what was left behind.
+def _output(job: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
+    """Yield a file that atomically replaces the output at the end. It is gzip if the output's name says so."""
+    assert job.output is not None
+    path = Path(_real_path(job.output))
+    # The name depends on the state, whose lock we hold. So no other process uses it, and we find what a crash left.
     part = path.with_name(f"{path.name}.{hashlib.sha256(state.encode()).hexdigest()[:8]}.part")
     part.unlink(missing_ok=True)
     try:
-        with _naming(wanted.output):
+        with _with_filename(job.output):
             with open(part, "xb") as raw:
                 if is_gzipped(path):
                     with gzip.GzipFile(path.stem, "wb", fileobj=raw) as packed:
@@ -247,8 +247,8 @@ def _output(wanted: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
                 else:
                     yield raw
                 raw.flush()
-                os.fsync(raw.fileno())  # before the state goes
-            _check_free(wanted, state, digest)
+                os.fsync(raw.fileno())  # before the state is removed
+            _check_output_free(job, state, digest)
             Path(f"{state}-output").write_text(_identity(part, digest))
             os.replace(part, path)
             _sync_folder(path.parent)
@@ -257,19 +257,19 @@ def _output(wanted: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def _check_free(wanted: BatchFile, state: str, digest: str) -> None:
+def _check_output_free(job: BatchFile, state: str, digest: str) -> None:
     """Raise FileExistsError if the output exists, unless a call for this batch wrote it and died before its end."""
-    if wanted.output is None or wanted.force or not wanted.output.is_file():
+    if job.output is None or job.force or not job.output.is_file():
         return
     with contextlib.suppress(FileNotFoundError):
-        if Path(f"{state}-output").read_text() == _identity(wanted.output, digest):
+        if Path(f"{state}-output").read_text() == _identity(job.output, digest):
             return
-    reason = "It exists already. Name another output, or add --force to replace it"
-    raise FileExistsError(errno.EEXIST, reason, str(wanted.output))
+    reason = "The file already exists. Choose another output, or add --force to replace it"
+    raise FileExistsError(errno.EEXIST, reason, str(job.output))
 
 
 def _identity(path: Path, digest: str) -> str:
-    """Of a file that a batch has written: a rename keeps it; to write to the file, or to replace it, does not."""
+    """Return the identity of an output file. A rename keeps it, but any change or replacement of the file does not."""
     found = os.stat(path)
     return f"{digest} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
 

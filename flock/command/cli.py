@@ -26,9 +26,9 @@ from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
 from flock.command.server import (
     ServerSettings,
     WorkerSettings,
-    leave_busy_threads,
+    abandon_busy_threads,
+    run_worker,
     serve_flock,
-    serve_turns,
     serve_workers,
 )
 from flock.declared import DeclaredFlock
@@ -46,42 +46,44 @@ from flock.web.options import AppOptions, is_host_name
 __all__ = ["Seconds", "load_flock", "main", "options_of"]
 
 
-# The flock that a command is about
+# Loading a flock
 
 
 def load_flock(target: str) -> DeclaredFlock:
-    """The flock that *target* names: ``path/to/file.py[:name]`` or ``module[:name]``, and ``flock`` where no name is.
+    """Return the flock that *target* names: ``path/to/file.py[:name]`` or ``module[:name]``.
+
+    Without a name, it is the flock called ``flock``, or else the only one in the module.
 
     Raises:
-        click.ClickException: there is no such file, module or flock, and it says what there is; or the code there
-            fails, and it says where.
+        click.ClickException: there is no such file, module or flock, or its code fails. The message lists the flocks
+            of the module, or has the line that failed.
     """
-    place, _, name = target.partition(":")
+    source, _, name = target.partition(":")
     try:
-        module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+        module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
     except click.ClickException:
         raise
     except Exception as exc:
-        raise click.ClickException(_place_and_reason(exc) or f"{place}: {_reason(exc)}") from exc
+        raise click.ClickException(_line_and_reason(exc) or f"{source}: {_reason(exc)}") from exc
     flocks = {key: value for key, value in vars(module).items() if isinstance(value, DeclaredFlock)}
     if name in flocks:
         return flocks[name]
     if not name and ("flock" in flocks or len(flocks) == 1):
         return flocks.get("flock") or next(iter(flocks.values()))
-    found = f"It has: {', '.join(flocks)}." if flocks else "It has none: write flock = Flock(...) at its top level."
-    raise click.ClickException(f"{place} has no flock called {name or 'flock'!r}. {found}")
+    found = f"It has: {', '.join(flocks)}." if flocks else "Add flock = Flock(...) at its top level."
+    raise click.ClickException(f"{source} has no flock called {name or 'flock'!r}. {found}")
 
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise click.ClickException(f"There is no file {path}.")
-    # As Python does for a script: its neighbours can be imported.
+    # As Python does for a script, so that it can import the modules beside it.
     sys.path.insert(0, str(path.parent.resolve()))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where dataclasses and type hints look for it
+    sys.modules[path.stem] = module  # dataclasses and type hints look it up here
     spec.loader.exec_module(module)
     return module
 
@@ -95,11 +97,11 @@ def _load_module(name: str) -> ModuleType:
     except ModuleNotFoundError as exc:
         if exc.name is None or not name.startswith(exc.name):
             raise
-        raise click.ClickException(f"There is no module {name!r}. For a file, write its path with .py.") from exc
+        raise click.ClickException(f"There is no module {name!r}. For a file, use its path, with .py.") from exc
 
 
 PACKAGE = Path(__file__).parent.parent
-#: Where code lies that is not the user's own.
+#: Paths of code that is not the user's own.
 LIBRARIES: Sequence[str | Path] = (
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
     PACKAGE,
@@ -107,8 +109,8 @@ LIBRARIES: Sequence[str | Path] = (
 )
 
 
-def _place_and_reason(exc: Exception) -> str | None:
-    """``file:line: reason`` for the innermost line of the user's own code; None if none of it had begun."""
+def _line_and_reason(exc: Exception) -> str | None:
+    """Return ``file:line: reason`` for the innermost line of the user's own code, or None if none of it has run."""
     if isinstance(exc, SyntaxError) and exc.filename and os.path.isfile(exc.filename):
         return f"{exc.filename}:{exc.lineno}: {type(exc).__name__}: {exc.msg}"
     for frame in reversed(traceback.extract_tb(exc.__traceback__)):
@@ -128,21 +130,21 @@ def _reason(exc: Exception) -> str:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="flockapi")
 def main() -> None:
-    """Put agents behind a REST API.
+    """Serve agents as a REST API.
 
-    TARGET names a flock: path/to/file.py, or module, with :NAME behind it unless the flock is called "flock".
+    TARGET names a flock: path/to/file.py or a module. Add :NAME if the flock is not called "flock".
     """
 
 
 class Seconds(click.FloatRange):
-    """A time that is one: FloatRange lets nan pass."""
+    """A finite number of seconds. A plain FloatRange accepts nan."""
 
     name = "seconds"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds: float = super().convert(value, param, ctx)
         if not math.isfinite(seconds):
-            self.fail(f"{value!r} is no number of seconds.", param, ctx)
+            self.fail(f"{value!r} is not a valid number of seconds.", param, ctx)
         return seconds
 
 
@@ -150,7 +152,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def options_of(struct: type[Options], names: Collection[str] | None = None) -> Callable[[F], F]:
-    """Add an option to a command for each field of *struct* with a help text, or for those of *names* only."""
+    """Add an option to a command for each field of *struct* that has a help text, limited to *names* if given."""
 
     def add(command: F) -> F:
         for field in reversed(msgspec.structs.fields(struct)):
@@ -180,15 +182,15 @@ def _type_of(option: Option) -> click.IntRange | Seconds:
     return Seconds(0, MAX_SECONDS, min_open=not option.is_valid(0))
 
 
-def _taken(options: dict[str, Any], struct: type[Options]) -> dict[str, Any]:
-    """Take the fields of *struct* out of *options*."""
+def _pop_fields(options: dict[str, Any], struct: type[Options]) -> dict[str, Any]:
+    """Remove the fields of *struct* from *options*, and return them."""
     return {name: options.pop(name) for name in struct.__struct_fields__ if name in options}
 
 
 def _check_host_names(context: click.Context, param: click.Parameter, hosts: Sequence[str]) -> Sequence[str]:
     for host in hosts:
         if not is_host_name(host):
-            raise click.BadParameter(f"{host!r} is not a host name without scheme and port, such as agents.example.")
+            raise click.BadParameter(f"{host!r} is not a host name. Omit scheme and port, as in agents.example.")
     return hosts
 
 
@@ -197,20 +199,20 @@ model_option = click.option(
     envvar="FLOCK_MODEL",
     show_envvar=True,
     metavar="PROVIDER/MODEL",
-    help="Model for the agents that name none, in place of the flock's own. local/smollm2-135m needs no key.",
+    help="Model for agents without a model of their own, in place of the flock's. local/smollm2-135m needs no key.",
 )
 
 expose_errors_option = click.option(
-    "--expose-errors", is_flag=True, help="Show the text of any exception to clients; for development."
+    "--expose-errors", is_flag=True, help="Send the text of every exception to clients; for development."
 )
 
-log_json_option = click.option("--log-json", is_flag=True, help="Write the log as JSON, one object a line.")
+log_json_option = click.option("--log-json", is_flag=True, help="Write the log as JSON, one object per line.")
 
 payload_dir_option = click.option(
     "--payload-dir",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Folder for what is too long for the Temporal cluster, the same one for the API and all workers.",
+    help="Folder for values that are too long for the Temporal cluster. The API and all workers must share it.",
 )
 
 
@@ -222,15 +224,15 @@ payload_dir_option = click.option(
     type=click.IntRange(0, 65535),
     default=8344,
     show_default=True,
-    help="Port to listen on; 0 takes a free one.",
+    help="Port to listen on; 0 selects a free one.",
 )
 @click.option("--server-name", default="Flock Server", show_default=True, help="Title of the pages.")
-@click.option("--ui", "create_ui", is_flag=True, help="Serve the web page at /ui, too.")
+@click.option("--ui", "create_ui", is_flag=True, help="Serve the web page at /ui.")
 @model_option
 @click.option(
     "--temporal",
     metavar="HOST:PORT",
-    help="Keep runs and batches on this Temporal cluster, where processes of 'flockapi worker' carry them out.",
+    help="Store runs and batches on this Temporal cluster. Processes of 'flockapi worker' execute them.",
 )
 @payload_dir_option
 @click.option(
@@ -238,70 +240,70 @@ payload_dir_option = click.option(
     default="flock.db",
     show_default=True,
     metavar="FILE",
-    help="SQLite file that keeps the runs; :memory: keeps them as long as the server runs.",
+    help="SQLite file that stores the runs. With :memory: they are lost when the server stops.",
 )
 @click.option(
     "--durability",
     type=click.Choice(["power", "process"]),
     default="power",
     show_default=True,
-    help="What an accepted run survives: a power cut, or any crash of the process, which is faster.",
+    help="What accepted runs survive: a power cut, or only a crash of the process, which is faster.",
 )
 @click.option(
     "--workers",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Processes that share the port and the store.",
+    help="Number of processes that share the port and the store.",
 )
 @options_of(Limits)
 @click.option(
     "--csv-dir",
     type=click.Path(exists=True, file_okay=False),
     metavar="DIR",
-    help="Folder below which a client may name a CSV file as a batch.  [default: no file is read on a client's word]",
+    help="Folder from which clients may read a CSV file as a batch.  [default: clients cannot read files]",
 )
 @click.option(
     "--on-disconnect",
     type=click.Choice(["cancel", "continue"]),
     default="cancel",
     show_default=True,
-    help="What becomes of a synchronous run whose caller goes away.",
+    help="What happens to a synchronous run if its client disconnects.",
 )
 @expose_errors_option
 @click.option(
     "--api-keys-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Keys that requests need, NAME=KEY a line; NAME:admin sees all. Beside those in FLOCK_API_KEYS.",
+    help="File of API keys, one NAME=KEY per line, in addition to FLOCK_API_KEYS. NAME:admin sees all runs.",
 )
-@click.option("--allow-anonymous", is_flag=True, help="Ask nobody for a key, wherever it listens.")
+@click.option("--allow-anonymous", is_flag=True, help="Require no API key, even if other machines can connect.")
 @click.option(
     "--allowed-host",
     "allowed_hosts",
     multiple=True,
     callback=_check_host_names,
     metavar="HOST",
-    help="Answer by this name too, if a proxy forwards it; may be given many times. Others are answered with 421.",
+    help="Additional host name, which a proxy forwards. Repeatable. Requests for other hosts are rejected with 421.",
 )
 @click.option(
     "--root-path",
     default="",
     metavar="PATH",
-    help="Path that a proxy cuts off before it forwards a request; links begin with it.",
+    help="Path prefix that a proxy removes from requests. Links begin with it.",
 )
 @click.option(
     "--forwarded-allow-ips",
     metavar="ADDRESSES",
-    help="Proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted, separated by commas; * is all.  "
-    "[default: FORWARDED_ALLOW_IPS of the environment, or 127.0.0.1]",
+    help="Proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted, separated by commas; * trusts all.  "
+    "[default: the variable FORWARDED_ALLOW_IPS, or 127.0.0.1]",
 )
 @click.option(
     "--cors-origin",
     "cors_origins",
     multiple=True,
     metavar="ORIGIN",
-    help="Let pages of this origin call the server from a browser; may be given many times.",
+    help="Origin whose pages may call the server from a browser. Repeatable.",
 )
 @options_of(ServerSettings)
 @options_of(AppOptions)
@@ -309,31 +311,32 @@ payload_dir_option = click.option(
 @click.option(
     "--metrics/--no-metrics",
     default=None,
-    help="Serve /metrics for Prometheus.  [default: if prometheus-client is installed]",
+    help="Serve /metrics for Prometheus.  [default: on if prometheus-client is installed]",
 )
 @click.pass_context
 def serve(
     context: click.Context, /, target: str, model: str | None, workers: int, api_keys_file: Path | None, **options: Any
 ) -> None:
-    """Serve the flock that TARGET names over HTTP.
+    """Serve the flock TARGET over HTTP.
 
-    If others can connect, directly or by a proxy, every request needs a key. If none is named, one is made and printed
-    at the start. --allowed-host, --root-path and --forwarded-allow-ips say that a proxy forwards requests.
+    If other machines can connect, directly or through a proxy, every request needs an API key. If no key is
+    configured, one is generated and printed at the start. --allowed-host, --root-path and --forwarded-allow-ips mean
+    that there is a proxy.
     """
     load = functools.partial(_load_with_model, target, model)
     if options["temporal"]:
         _check_options_for_temporal(context)
     elif options["payload_dir"]:
-        raise click.UsageError("--payload-dir goes with --temporal only: an SQLite file keeps what is long itself.")
+        raise click.UsageError("--payload-dir needs --temporal. An SQLite file stores long values itself.")
     try:
-        own, limits = _taken(options, ServerSettings), Limits(**_taken(options, Limits))
+        own, limits = _pop_fields(options, ServerSettings), Limits(**_pop_fields(options, Limits))
         app = AppOptions(api_keys=_keys(api_keys_file), **options)
         settings = ServerSettings(app=app, limits=limits, **own)
         if workers == 1:
             serve_flock(load(), settings)
         elif settings.store == MEMORY and not settings.temporal:
             raise click.UsageError(
-                "Several workers share their runs by a file: name one with --store, or leave out --workers."
+                "Several workers need a file to share their runs. Choose one with --store, or omit --workers."
             )
         else:
             serve_workers(load, workers, settings)
@@ -341,30 +344,30 @@ def serve(
         raise click.ClickException(str(exc)) from exc
 
 
-#: Why an option of ``serve`` has no effect on a cluster, by who takes the server's place.
-IN_PLACE_OF_THE_SERVER = {
-    "cluster": "the cluster keeps the runs",
-    "namespace": "how long runs are kept is the namespace's own setting",
-    "worker": "give it to flockapi worker",
+#: Why an option of ``serve`` has no effect with a cluster, by the part of the cluster that replaces it.
+TEMPORAL_REASONS = {
+    "cluster": "the cluster stores the runs",
+    "namespace": "the namespace's retention applies",
+    "worker": "pass it to flockapi worker",
 }
-NOT_WITH_TEMPORAL = {name: why for who, why in IN_PLACE_OF_THE_SERVER.items() for name in enforced_by(who)} | {
-    "store": IN_PLACE_OF_THE_SERVER["cluster"],
-    "durability": IN_PLACE_OF_THE_SERVER["cluster"],
-    "expose_errors": IN_PLACE_OF_THE_SERVER["worker"],
+NOT_WITH_TEMPORAL = {name: reason for part, reason in TEMPORAL_REASONS.items() for name in enforced_by(part)} | {
+    "store": TEMPORAL_REASONS["cluster"],
+    "durability": TEMPORAL_REASONS["cluster"],
+    "expose_errors": TEMPORAL_REASONS["worker"],
 }
 
 
 def _check_options_for_temporal(context: click.Context) -> None:
-    """Refuse what nobody would heed."""
+    """Raise UsageError for options that would have no effect."""
     for option in context.command.params:
         is_given = context.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
         if is_given and option.name in NOT_WITH_TEMPORAL:
             reason = NOT_WITH_TEMPORAL[option.name]
-            raise click.UsageError(f"{option.opts[0]} does not go with --temporal: {reason}.")
+            raise click.UsageError(f"{option.opts[0]} has no effect with --temporal: {reason}.")
 
 
 def _keys(file: Path | None) -> dict[str, str] | None:
-    """The keys of the file beside those of the environment; None where there is no file: the server looks itself."""
+    """Return the keys of *file* and of the environment. Without a file, return None: the server reads the latter."""
     if file is None:
         return None
     return read_keys("\n".join([file.read_text("utf-8"), os.environ.get(KEYS_VARIABLE, "")]))
@@ -378,7 +381,8 @@ def _keys(file: Path | None) -> dict[str, str] | None:
     envvar="TEMPORAL_ADDRESS",
     show_envvar=True,
     metavar="HOST:PORT",
-    help="The Temporal cluster; its namespace, TLS and API key are read from TEMPORAL_NAMESPACE and the like.",
+    help="Address of the Temporal cluster. Namespace, TLS and API key come from TEMPORAL_NAMESPACE and similar "
+    "variables.",
 )
 @payload_dir_option
 @model_option
@@ -387,20 +391,21 @@ def _keys(file: Path | None) -> dict[str, str] | None:
 @expose_errors_option
 @log_json_option
 def worker(target: str, model: str | None, **options: Any) -> None:
-    """Carry out runs and batches of the flock that TARGET names, which 'flockapi serve --temporal' has accepted.
+    """Execute runs and batches of the flock TARGET from a Temporal cluster.
 
-    Start as many as there is work for, on as many machines; they need no port of their own.
+    'flockapi serve --temporal' accepts the runs. Start as many workers as the load needs, on any number of machines.
+    They listen on no port.
     """
     try:
-        settings = WorkerSettings(limits=Limits(**_taken(options, Limits)), **options)
-        serve_turns(_load_with_model(target, model), settings)
+        settings = WorkerSettings(limits=Limits(**_pop_fields(options, Limits)), **options)
+        run_worker(_load_with_model(target, model), settings)
     except FlockError as exc:
         raise click.ClickException(str(exc)) from exc
 
 
 @main.command()
 def key() -> None:
-    """Print a new API key: 256 random bits."""
+    """Print a new API key of 256 random bits."""
     click.echo(new_key())
 
 
@@ -408,10 +413,10 @@ def key() -> None:
 @click.argument("target")
 @model_option
 def check(target: str, model: str | None) -> None:
-    """Say what is missing for the agents of the flock that TARGET names to run, without a call over the network.
+    """Report problems that would make runs of the flock TARGET fail.
 
-    A key, a model, a provider, a package or an agent that another one hands on to: each is one line, as 'flockapi
-    serve' logs it at its start. The exit code is 0 if nothing is missing, and 1 otherwise.
+    Each missing key, model, provider, package or next agent is one line. 'flockapi serve' logs the same lines at the
+    start. The check makes no network calls. The exit code is 0 if there are no problems, and 1 otherwise.
     """
     flock = _load_with_model(target, model)
     found = problems(flock.agents, flock.model)
@@ -437,11 +442,11 @@ def _load_with_model(target: str, model: str | None) -> DeclaredFlock:
     "inputs",
     multiple=True,
     metavar="KEY=VALUE",
-    help="One input; may be given many times. Text where the agent takes text, JSON otherwise.",
+    help="One input. Repeatable. Plain text for a text input, JSON for any other.",
 )
 @model_option
 def run(target: str, agent: str, inputs: Sequence[str], model: str | None) -> None:
-    """Run AGENT of the flock that TARGET names once, and print its result as JSON."""
+    """Run AGENT of the flock TARGET once, and print its result as JSON."""
     flock = _load_with_model(target, model)
     texts = _pairs(inputs, "-i", "KEY=VALUE")
     try:
@@ -462,9 +467,9 @@ def _pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
     return pairs
 
 
-#: How many errors of rows are listed.
+#: The maximum number of row errors that are printed.
 MAX_LISTED_ERRORS = 20
-#: What a shell makes of a program that Ctrl-C has ended.
+#: The conventional exit code after Ctrl-C.
 EXIT_INTERRUPTED = 130
 
 
@@ -477,23 +482,28 @@ EXIT_INTERRUPTED = 130
     "--output",
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     metavar="FILE",
-    help="Where the results go, in the order of the rows; - is stdout. It is required without --dry-run.",
+    help="Output file of the results, in the order of the rows; - is stdout. Required without --dry-run.",
 )
 @click.option(
     "--dry-run",
     "is_dry_run",
     is_flag=True,
-    help="Read and check all rows, and print the first of them and what is wrong. Run and write nothing.",
+    help="Read and check all rows, and print the first rows and the errors. Nothing is run or written.",
 )
 @click.option(
     "--format",
     "format_",
     type=click.Choice(["csv", "ndjson"]),
-    help="Of the results.  [default: by the ending of the output, or of ROWS if the output has none]",
+    help="Format of the results.  [default: by the extension of the output, or of ROWS if the output has none]",
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option(
-    "--max-workers", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Rows at work at once."
+    "--max-workers",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Max rows running at the same time.",
 )
 @model_option
 @click.option(
@@ -501,59 +511,59 @@ EXIT_INTERRUPTED = 130
     "mapped",
     multiple=True,
     metavar="COLUMN=INPUT",
-    help="What a column is called as an input; may be given many times. COLUMN= drops the column.",
+    help="Use the column COLUMN as INPUT. Repeatable. COLUMN= drops the column.",
 )
 @click.option(
     "--static",
     "static",
     multiple=True,
     metavar="KEY=VALUE",
-    help="An input for all rows that do not bring it; may be given many times. As -i of flockapi run.",
+    help="Input for all rows that do not have it. Repeatable. Same format as -i of flockapi run.",
 )
 @click.option(
     "--on-invalid",
     type=click.Choice(["reject", "skip"]),
     default="reject",
     show_default=True,
-    help="Where a row does not fit: begin nothing, or let that row fail.",
+    help="If a row is invalid: start nothing, or fail only that row.",
 )
 @click.option(
     "--on-extra",
     type=click.Choice(["reject", "ignore", "keep"]),
     default="reject",
     show_default=True,
-    help="What becomes of columns that are no input: begin nothing, drop them, or carry them into the results.",
+    help="If a column is not an input: start nothing, drop the column, or copy it to the results.",
 )
-@click.option("--delimiter", default=",", show_default=True, metavar="CHAR", help="Between the cells of ROWS.")
+@click.option("--delimiter", default=",", show_default=True, metavar="CHAR", help="Delimiter of the cells in ROWS.")
 @click.option(
-    "--decimal", default=".", show_default=True, metavar="CHAR", help="Before the fraction of numbers in ROWS, . or ,"
+    "--decimal", default=".", show_default=True, metavar="CHAR", help="Decimal separator (. or ,) of numbers in ROWS."
 )
 @click.option(
     "--encoding",
     default="utf-8",
     show_default=True,
     metavar="NAME",
-    help="Of ROWS, if it is CSV; such as utf-16, or cp1252 for Western European files of Excel.",
+    help="Encoding of ROWS if it is CSV, such as utf-16, or cp1252 for Western European Excel files.",
 )
 @click.option(
     "--timeout",
     "timeout_s",
     type=Seconds(0, MAX_SECONDS, min_open=True),
     metavar="SECONDS",
-    help="The longest that one row may take.  [default: a day]",
+    help="Max time for one row.  [default: a day]",
 )
 @click.option(
     "--escape-formulas/--no-escape-formulas",
     default=True,
     show_default=True,
-    help="Put a ' before cells that a spreadsheet would run.",
+    help="Put a ' before cells that a spreadsheet would execute as formulas.",
 )
 @click.option(
     "--store",
     "state",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="SQLite file that keeps what is done until the end.  [default: the output with .flock.db behind it]",
+    help="SQLite file that stores finished rows until the end.  [default: the output's name plus .flock.db]",
 )
 def batch(
     target: str,
@@ -576,24 +586,24 @@ def batch(
     escape_formulas: bool,
     state: Path | None,
 ) -> None:
-    """Run AGENT over each row of a file, and write the results to another.
+    """Run AGENT on each row of a file, and write the results to a file.
 
-    ROWS is CSV with a header, typed by the agent's signature, or NDJSON: its name ends in .csv, .ndjson or .jsonl, also
-    with .gz behind it. The results are CSV with the inputs, the outputs, status and error, or NDJSON.
+    ROWS is CSV with a header, typed by the agent's signature, or NDJSON. Its name ends in .csv, .ndjson or .jsonl,
+    optionally followed by .gz. The results are CSV with the inputs, the outputs, status and error, or NDJSON.
 
-    It may be stopped, or killed: the same command goes on where it was, and nothing that was done is done again. The
-    exit code is 0 if all rows completed, and 1 if some failed; the column "error" says why. With --dry-run it is 0 if
-    the rows would be accepted, and 1 if not.
+    If the command was stopped or killed, run it again. It resumes, and finished rows do not run again. The exit code is
+    0 if all rows completed, and 1 if some failed. The column "error" has the reason. With --dry-run, the exit code is 0
+    if the rows would be accepted, and 1 otherwise.
     """
     if output is None:
         if not is_dry_run:
             raise click.MissingParameter(param_hint="'-o' / '--output'", param_type="option")
         output = STDOUT
     state = state or Path(f"{rows.name if output == STDOUT else output}.flock.db")
-    _check_places(rows, output, state)
+    _check_paths(rows, output, state)
     flock = _load_with_model(target, model)
     try:
-        wanted = BatchFile(
+        job = BatchFile(
             agent_name=agent,
             rows=rows,
             output=None if output == STDOUT else output,
@@ -609,66 +619,66 @@ def batch(
             escape_formulas=escape_formulas,
         )
         if is_dry_run:
-            with _process_for_rows():
-                check = anyio.run(check_batch_file, flock, wanted)
+            with _batch_process():
+                check = anyio.run(check_batch_file, flock, job)
             _print_check(check, rows)
             sys.exit(0 if check.ok else 1)
-        with _process_for_rows():
-            done = anyio.run(run_batch_file, flock, wanted, sys.stdout.buffer, _say)
-        _say(_summary(done, output))
+        with _batch_process():
+            done = anyio.run(run_batch_file, flock, job, sys.stdout.buffer, _print_stderr)
+        _print_stderr(_summary(done, output))
         exit_code = 0 if done.completed_items and not (done.failed_items or done.cancelled_items) else 1
     except KeyboardInterrupt:
-        _say(f"Stopped.{_what_is_kept(state)}")
+        _print_stderr(f"Stopped.{_resume_hint(state)}")
         exit_code = EXIT_INTERRUPTED
     except InvalidData as exc:
-        raise click.ClickException(_listed(exc, rows)) from exc
+        raise click.ClickException(_rejection(exc, rows)) from exc
     except DefinitionError as exc:
         raise click.UsageError(str(exc)) from exc
     except FlockError as exc:
         raise click.ClickException(str(exc)) from exc
     except BlockingIOError as exc:
         raise click.ClickException(
-            f"Another command is at work on {state}. Let it end, or name another file with --store."
+            f"Another command is using {state}. Wait until it ends, or choose another file with --store."
         ) from exc
     except BrokenPipeError:
-        _say(f"Nobody read the results to their end.{_what_is_kept(state)}")
+        _print_stderr(f"The reader closed the pipe before the end of the results.{_resume_hint(state)}")
         raise
     except OSError as exc:
-        place = exc.filename or output
-        raise click.ClickException(f"{place}: {exc.strerror or exc}.{_what_is_kept(state)}") from exc
-    leave_busy_threads(exit_code)
+        path = exc.filename or output
+        raise click.ClickException(f"{path}: {exc.strerror or exc}.{_resume_hint(state)}") from exc
+    abandon_busy_threads(exit_code)
     sys.exit(exit_code)
 
 
 STDOUT = Path("-")
 
 
-def _say(text: str) -> None:
+def _print_stderr(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _check_places(rows: Path, output: Path, state: Path) -> None:
-    """Raises UsageError where one of them would take the place of another, or of what is no file."""
-    places = [os.path.realpath(place) for place in (rows, output, state)]
-    if len(set(places)) < len(places):
-        raise click.UsageError("ROWS, the output and the state (--store) are three files: name another one.")
+def _check_paths(rows: Path, output: Path, state: Path) -> None:
+    """Raise UsageError if one of the files would overwrite another, or something that is not a file."""
+    paths = [os.path.realpath(path) for path in (rows, output, state)]
+    if len(set(paths)) < len(paths):
+        raise click.UsageError("ROWS, the output and the state (--store) must be three different files.")
     if state.name == MEMORY:
-        raise click.UsageError("A batch that can go on is kept in a file: name one with --store.")
-    for place in (output, state):
-        if not place.parent.is_dir():
+        raise click.UsageError("A batch needs a file to resume from. Choose one with --store.")
+    for path in (output, state):
+        if not path.parent.is_dir():
             raise click.UsageError(
-                f"There is no folder {place.parent}. Make it, or name another place for {place.name}."
+                f"There is no folder {path.parent}. Create it, or choose another path for {path.name}."
             )
-        if place.exists() and not place.is_file():
-            raise click.UsageError(f"{place} is no file that could be replaced. For a pipe, write -o -")
+        if path.exists() and not path.is_file():
+            raise click.UsageError(f"{path} is not a regular file, so it cannot be replaced. For a pipe, use -o -")
 
 
 def _format_of(output: Path, rows: Path) -> TableFormat:
-    """Raises UsageError if the output has the ending of another format."""
+    """Return the format of the results. Raises UsageError if the output's extension is not CSV or NDJSON."""
     if suffix_of(output) and table_format(output) is None:
         raise click.UsageError(
-            f"{output.name} cannot be written: results are CSV or NDJSON. End its name in .csv, .ndjson or .jsonl, "
-            "also with .gz after it, or choose with --format."
+            f"The extension of {output.name} is not supported. Results are CSV or NDJSON. Use .csv, .ndjson or .jsonl, "
+            "optionally followed by .gz, or choose a format with --format."
         )
     return table_format(output) or table_format(rows) or "csv"
 
@@ -678,31 +688,32 @@ def _static_inputs(flock: DeclaredFlock, agent: str, texts: dict[str, str]) -> d
 
 
 @contextlib.contextmanager
-def _process_for_rows() -> Iterator[None]:
-    """In a process that does nothing else cells may be long, and the log is spared what the output says of a row."""
-    logger, longest = logging.getLogger("flock.runs"), csv.field_size_limit(MAX_ROW_BYTES)
-    logger.addFilter(_is_of_no_row)
+def _batch_process() -> Iterator[None]:
+    """Allow long cells, and drop the log records of single rows, whose errors are in the output."""
+    logger, previous_limit = logging.getLogger("flock.runs"), csv.field_size_limit(MAX_ROW_BYTES)
+    logger.addFilter(_has_no_run_id)
     try:
         yield
     finally:
-        logger.removeFilter(_is_of_no_row)
-        csv.field_size_limit(longest)
+        logger.removeFilter(_has_no_run_id)
+        csv.field_size_limit(previous_limit)
 
 
-def _is_of_no_row(record: logging.LogRecord) -> bool:
+def _has_no_run_id(record: logging.LogRecord) -> bool:
     return not hasattr(record, "run_id")
 
 
-def _what_is_kept(state: Path) -> str:
-    return f" What is done is kept in {state}: the same command goes on from there." if state.exists() else ""
+def _resume_hint(state: Path) -> str:
+    return f" Finished rows are stored in {state}. To resume, run the same command again." if state.exists() else ""
 
 
 def _summary(done: Batch, output: Path) -> str:
     completed = done.completed_items - done.failed_items - done.cancelled_items
     if completed == done.total_items:
         return f"{completed:,} of {completed:,} rows completed."
-    where = "The results say" if output == STDOUT else f"In {output} 'error' says"
-    return f"{completed:,} of {done.total_items:,} rows completed, and {done.failed_items:,} failed. {where} why."
+    results = "the results" if output == STDOUT else output
+    counts = f"{completed:,} of {done.total_items:,} rows completed, and {done.failed_items:,} failed."
+    return f"{counts} For the reasons, see 'error' in {results}."
 
 
 def _print_check(check: BatchCheck, rows: Path) -> None:
@@ -711,21 +722,21 @@ def _print_check(check: BatchCheck, rows: Path) -> None:
         click.echo(f"line {row.line}: {bytes(row.inputs).decode()}{kept}")
     if check.total_items > len(check.rows):
         click.echo("…")
-    fitting = check.total_items - check.invalid_items
-    click.echo(f"{fitting:,} of {check.total_items:,} rows in {rows} fit.")
+    valid = check.total_items - check.invalid_items
+    click.echo(f"{valid:,} of {check.total_items:,} rows in {rows} are valid.")
     click.echo("".join(f"{line}\n" for line in _error_lines(check.errors)), nl=False)
 
 
-def _listed(exc: InvalidData, rows: Path) -> str:
+def _rejection(exc: InvalidData, rows: Path) -> str:
     if exc.errors[0].pointer == "/batch_inputs":
-        return f"{rows} has no rows, so nothing was begun."
-    return "\n".join([f"Nothing was started: {rows} does not fit:", *_error_lines(exc.errors)])
+        return f"{rows} has no rows, so nothing was started."
+    return "\n".join([f"Nothing was started, since {rows} is invalid:", *_error_lines(exc.errors)])
 
 
 def _error_lines(errors: Sequence[FieldError]) -> list[str]:
     lines = [f"  {error}" for error in errors[:MAX_LISTED_ERRORS]]
     if len(errors) > len(lines):
-        lines.append(f"  and {len(errors) - len(lines)} more, as far as it was read")
+        lines.append(f"  and {len(errors) - len(lines)} more in the part that was read")
     return lines
 
 

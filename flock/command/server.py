@@ -1,4 +1,4 @@
-"""Our own server: uvicorn that stops in order, in one process or in several on one socket and one store."""
+"""The server: uvicorn with a graceful shutdown, in one process, or in several that share a socket and a store."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ from flock.errors import DefinitionError
 from flock.limits import Limits
 from flock.options import Options, seconds, whole
 from flock.runs import Engine, one_line
-from flock.web.auth import ADMIN, KEYS_VARIABLE, keys_of_environment, new_key
+from flock.web.auth import ADMIN, KEYS_VARIABLE, keys_from_environment, new_key
 from flock.web.options import AppOptions
 from flockapi import FlockAPI
 
@@ -50,47 +50,47 @@ if TYPE_CHECKING:
 __all__ = [
     "ServerSettings",
     "WorkerSettings",
-    "leave_busy_threads",
+    "abandon_busy_threads",
+    "run_worker",
     "serve_flock",
-    "serve_turns",
     "serve_workers",
-    "settle_memory",
+    "tune_gc",
 ]
 
 logger = logging.getLogger("flock.server")
 
-#: What ``Host`` may say where only this machine can connect, and needs no key.
+#: The names of this machine, which are allowed whenever ``Host`` is checked.
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-#: How long the answers to interrupted runs may take, in seconds; then uvicorn cuts them off.
-ANSWER_TIMEOUT_S = 5
-#: How many connections are accepted in one turn of the event loop.
-ACCEPTED_IN_A_TURN = 16
-#: How many files and sockets a server may have open, where the system lets it.
+#: How long the responses of interrupted runs may take, in seconds. Then uvicorn cuts them off.
+RESPONSE_TIMEOUT_S = 5
+#: The number of connections that are accepted in one iteration of the event loop.
+ACCEPTS_PER_ITERATION = 16
+#: The number of files and sockets that a server may have open, if the system allows it.
 OPEN_FILES = 65_536
-#: How long a worker thread may take to end that has nothing to do, in seconds.
+#: How long to wait at exit for an idle worker thread to end, in seconds.
 THREAD_TIMEOUT_S = 1
-#: How long after its death a worker is replaced, in seconds.
-RESTART_INTERVAL_S = 1
+#: The delay before a dead worker is replaced, in seconds.
+RESTART_DELAY_S = 1
 
 
 class ServerSettings(Options, frozen=True, kw_only=True):
-    """How a flock is served; the options of ``flockapi serve`` have the same names.
+    """The settings of a server. The options of ``flockapi serve`` have the same names.
 
     Attributes:
-        limits: the bounds of the engine.
-        app: the options of ``create_app``, but for those that the server sets itself: ``engine``, ``auth`` and
+        limits: the limits of the engine.
+        app: the options of ``create_app``, except those that the server sets: ``engine``, ``auth`` and
             ``allowed_hosts``.
         store, durability, expose_errors: see ``Store`` and ``EmbeddedEngine``.
-        temporal: ``host:port`` of a Temporal cluster that keeps the runs in place of a store, for workers to carry out.
-        payload_dir: a folder for what is too long for it; see ``TemporalEngine``.
-        allow_anonymous: make no key if none is named and others can connect, and let ``Host`` say anything.
-        allowed_hosts: names that ``Host`` may say beside those of this machine, if a proxy forwards them; others are
-            answered with 421. This, and each of the next two, says that others can connect, so a key is needed.
-        root_path: the path that a proxy cuts off before it forwards a request; links begin with it.
-        forwarded_allow_ips: addresses of proxies, separated by commas, whose ``X-Forwarded-For`` and
-            ``X-Forwarded-Proto`` are trusted; ``*`` is all. If None, uvicorn's default: ``FORWARDED_ALLOW_IPS`` of the
-            environment, or 127.0.0.1.
-        log_json: write the log as JSON, one object a line.
+        temporal: ``host:port`` of a Temporal cluster that stores the runs instead. Its workers execute them.
+        payload_dir: a folder for values that are too long for the cluster; see ``TemporalEngine``.
+        allow_anonymous: require no key, even if other machines can connect, and allow any ``Host``.
+        allowed_hosts: additional values of ``Host``, which a proxy forwards. Others are rejected with 421. This and the
+            next two settings mean that others can connect through a proxy, so requests need a key.
+        root_path: the path prefix that a proxy removes from requests. Links begin with it.
+        forwarded_allow_ips: comma-separated addresses of proxies whose ``X-Forwarded-For`` and ``X-Forwarded-Proto``
+            are trusted; ``*`` trusts all. None is uvicorn's default: the variable ``FORWARDED_ALLOW_IPS``, or
+            127.0.0.1.
+        log_json: write the log as JSON, one object per line.
     """
 
     TAKEN_BY: ClassVar[str] = "server"
@@ -103,8 +103,8 @@ class ServerSettings(Options, frozen=True, kw_only=True):
     payload_dir: str | None = None
     store: str = "flock.db"
     durability: Durability = "power"
-    #: How long runs may continue when the server is told to stop. After that, asynchronous ones are left for the next
-    #: start, and the others end as interrupted.
+    #: How long runs may continue after the server is asked to stop. Then asynchronous runs are left for the next start,
+    #: and the others end as interrupted.
     drain_timeout_s: Annotated[
         float,
         seconds("How long runs may continue after the server is asked to stop.", allow_zero=True),
@@ -114,20 +114,20 @@ class ServerSettings(Options, frozen=True, kw_only=True):
     allowed_hosts: Sequence[str] = ()
     root_path: str = ""
     forwarded_allow_ips: str | None = None
-    #: More at a time are answered with 503; connections that were admitted before continue.
+    #: Max concurrent connections. New ones above the limit are rejected with 503. Admitted ones continue.
     max_connections: Annotated[
         int,
-        whole(1, "Connections at the same time, in each process; new ones beyond them are answered with 503."),
+        whole(1, "Max concurrent connections, per process. New ones above the limit are rejected with 503."),
     ] = 20_000
     #: See ``Connection``.
     write_timeout_s: Annotated[
-        float, seconds("A client that reads nothing of its answer for so long loses its connection.")
+        float, seconds("A client that reads nothing of its response for this long is disconnected.")
     ] = 30
     log_json: bool = False
 
 
 class WorkerSettings(Options, frozen=True, kw_only=True):
-    """How a worker works; the options of ``flockapi worker`` have the same names. See ``TemporalWorker``."""
+    """The settings of a worker. The options of ``flockapi worker`` have the same names. See ``TemporalWorker``."""
 
     TAKEN_BY: ClassVar[str] = "worker"
 
@@ -137,7 +137,7 @@ class WorkerSettings(Options, frozen=True, kw_only=True):
     drain_timeout_s: Annotated[
         float,
         seconds(
-            "How long steps may continue after the worker is asked to stop; then another worker starts them again.",
+            "How long steps may continue after the worker is asked to stop. Then another worker restarts them.",
             allow_zero=True,
         ),
     ] = 20
@@ -146,108 +146,110 @@ class WorkerSettings(Options, frozen=True, kw_only=True):
 
 
 def serve_flock(flock: DeclaredFlock, settings: ServerSettings) -> None:
-    """Serve *flock* until SIGINT or SIGTERM.
+    """Serve *flock* until SIGINT or SIGTERM. This configures logging for the whole process.
 
-    It sets up logging, as only the program's owner should.
-
-    Raises: StoreError where the store cannot be used.
+    Raises: StoreError if the store cannot be used.
     """
-    settings = _closed(settings)
+    settings = _with_access_control(settings)
     config = _config(_app(flock, settings), settings)
-    anyio.run(_open_once, flock, settings)
-    _say_what_is_served(flock, settings)
+    anyio.run(_prepare_storage, flock, settings)
+    _log_start(flock, settings)
     _serve(config, settings)
 
 
 def serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: ServerSettings) -> None:
-    """Serve in *workers* processes until SIGINT or SIGTERM. One that dies is replaced; its runs go on in the others.
+    """Serve in *workers* processes until SIGINT or SIGTERM. If one dies, it is replaced, and others resume its runs.
 
     Args:
-        load: makes the flock; called in each process, so it must be a function that can be pickled.
+        load: returns the flock. It is called in each process, so it must be picklable.
 
-    Raises: StoreError where the store cannot be used.
+    Raises: StoreError if the store cannot be used.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # and not without tidying up
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the cleanup below runs
     with _metrics_folder():
         sys.exit(_serve_workers(load, workers, settings))
 
 
 @contextlib.contextmanager
 def _metrics_folder() -> Iterator[None]:
-    """Where workers keep what they count, to show one sum of it; prometheus_client looks when it is imported."""
+    """Set the folder in which workers share their metrics. prometheus_client reads the variable when it is imported."""
     with tempfile.TemporaryDirectory(prefix="flockapi-metrics-") as folder:
-        used = os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+        used_folder = os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
         try:
             yield
         finally:
-            if used == folder:
+            if used_folder == folder:
                 del os.environ["PROMETHEUS_MULTIPROC_DIR"]
 
 
 def _serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: ServerSettings) -> int:
-    """As ``serve_workers``; the exit code."""
-    flock, settings = load(), _closed(settings)
+    """Serve as in ``serve_workers``, and return the exit code."""
+    flock, settings = load(), _with_access_control(settings)
     app = _app(flock, settings)
     config = _config(app, settings)
-    anyio.run(_open_once, flock, settings)
-    _say_what_is_served(flock, settings)
+    anyio.run(_prepare_storage, flock, settings)
+    _log_start(flock, settings)
     app.warn_of_problems()
     listener = _listen(settings, config.backlog)
-    told_to_stop, wakes = socket.socketpair()
-    wakes.setblocking(False)
-    signal.set_wakeup_fd(wakes.fileno())
+    stop_signals, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)  # the byte in the socket says it
+        signal.signal(number, lambda *_: None)  # Python writes the signal to the wakeup socket
     start = functools.partial(_start_worker, load, settings, listener)
-    return _keep_running(start, workers, told_to_stop, forget=app.metrics.forget_process if app.metrics else None)
+    return _supervise(start, workers, stop_signals, on_exit=app.metrics.mark_process_dead if app.metrics else None)
 
 
 def _listen(settings: ServerSettings, backlog: int) -> socket.socket:
-    """Listen before any worker does: whoever connects now waits for one. uvicorn alone says so before it does so."""
+    """Listen before the workers start, so that early connections wait instead of failing.
+
+    uvicorn would log that it is running before it listens.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=backlog)
     except OSError as exc:
-        _say_that_it_cannot_listen(settings.host, settings.port, exc)
+        _log_listen_error(settings.host, settings.port, exc)
         sys.exit(1)
     host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
     logger.info("Running on http://%s:%d (Press CTRL+C to quit)", host, listener.getsockname()[1])
     return listener
 
 
-def _say_that_it_cannot_listen(host: str, port: int, exc: OSError) -> None:
-    reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror  # the resolver has its own numbers
+def _log_listen_error(host: str, port: int, exc: OSError) -> None:
+    reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror  # resolver errors are negative
     remedy = "Choose another port with --port, or another address with --host (port= and host= of start_api)."
     logger.error("Cannot listen on %s, port %d: %s. %s", host, port, reason, remedy)
 
 
-def _keep_running(
+def _supervise(
     start: Callable[[], SpawnProcess],
     workers: int,
-    told_to_stop: socket.socket,
-    forget: Callable[[int | None], None] | None,
+    stop_signals: socket.socket,
+    on_exit: Callable[[int | None], None] | None,
 ) -> int:
-    """Replace workers that die, until told to stop, or until one cannot start, as no other could; its exit code.
+    """Replace workers that die, until a stop is requested or a worker cannot start. Return the exit code.
 
-    *forget* is called with the id of a process that is gone.
+    Args:
+        on_exit: called with the id of each process that has ended.
     """
     processes = [start() for _ in range(workers)]
     exit_code = 0
     while not exit_code:
-        ready = multiprocessing.connection.wait([told_to_stop, *(process.sentinel for process in processes)])
-        if told_to_stop in ready:
+        ready = multiprocessing.connection.wait([stop_signals, *(process.sentinel for process in processes)])
+        if stop_signals in ready:
             break
         for process in [process for process in processes if process.sentinel in ready]:
             process.join()
             processes.remove(process)
-            if forget is not None:
-                forget(process.pid)
+            if on_exit is not None:
+                on_exit(process.pid)
             if process.exitcode == uvicorn.config.STARTUP_FAILURE:
                 exit_code = uvicorn.config.STARTUP_FAILURE
-            elif not multiprocessing.connection.wait([told_to_stop], RESTART_INTERVAL_S):
+            elif not multiprocessing.connection.wait([stop_signals], RESTART_DELAY_S):
                 logger.warning(
-                    "Worker %s is gone (exit code %s); another takes its place.", process.pid, process.exitcode
+                    "Worker %s exited (exit code %s). A new worker replaces it.", process.pid, process.exitcode
                 )
                 processes.append(start())
     for process in processes:
@@ -258,17 +260,17 @@ def _keep_running(
 
 
 def _start_worker(load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket) -> SpawnProcess:
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=(load, settings, listener))
+    process = multiprocessing.get_context("spawn").Process(target=_worker_main, args=(load, settings, listener))
     process.start()
     return process
 
 
-def _work(load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket) -> None:
-    """What a worker process does."""
+def _worker_main(load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket) -> None:
+    """Serve in a worker process."""
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         config = _config(_app(load(), settings), settings)
-        logging.getLogger("flock.checks").disabled = True  # the parent process has said it, once for all
+        logging.getLogger("flock.checks").disabled = True  # the parent process has logged the problems
     except Exception:
         traceback.print_exc()
         sys.exit(uvicorn.config.STARTUP_FAILURE)
@@ -276,24 +278,25 @@ def _work(load: Callable[[], DeclaredFlock], settings: ServerSettings, listener:
 
 
 def _stop_with_parent() -> None:
-    """Nobody could stop the workers of a parent that was killed."""
+    """Stop this worker if its parent dies. Otherwise it would run until it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _closed(settings: ServerSettings) -> ServerSettings:
-    """*settings* with the keys that are named, or with one that is made and printed where others can connect."""
+def _with_access_control(settings: ServerSettings) -> ServerSettings:
+    """Return *settings* with the configured keys. If there are none and others can connect, generate and print one."""
     if settings.app.api_keys is None:
-        settings = _with_keys(settings, keys_of_environment())
+        settings = _with_keys(settings, keys_from_environment())
     if settings.app.api_keys is not None or settings.allow_anonymous or _is_private(settings):
         return settings
     key = new_key()
     print(
-        "Others can reach this server, and no key is named. Every request needs this one, made for this start:\n\n"
+        "Other machines can reach this server, and no API key is configured. Every request needs this key, which "
+        "was generated for this start:\n\n"
         f"    Authorization: Bearer {key}\n\n"
-        f"Name your own with {KEYS_VARIABLE}='me=...' (flockapi key makes one), or let everybody in with "
+        f"Set your own with {KEYS_VARIABLE}='me=...' ('flockapi key' prints a new one), or require no key with "
         "--allow-anonymous.\n",
         file=sys.stderr,
         flush=True,
@@ -305,15 +308,15 @@ def _with_keys(settings: ServerSettings, api_keys: Mapping[str, str] | None) -> 
     return msgspec.structs.replace(settings, app=msgspec.structs.replace(settings.app, api_keys=api_keys))
 
 
-def _names(settings: ServerSettings) -> Collection[str] | None:
-    """What ``Host`` may say: if no key is needed, a foreign page must not get here by a name that leads here."""
+def _allowed_hosts(settings: ServerSettings) -> Collection[str] | None:
+    """Return the allowed values of ``Host``. Without keys it is restricted, as a protection against DNS rebinding."""
     is_open = settings.app.api_keys is None and not settings.allow_anonymous
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return {*LOOPBACK, host, *settings.allowed_hosts} if is_open or settings.allowed_hosts else None
 
 
 def _is_private(settings: ServerSettings) -> bool:
-    """Whether only programs on this machine send requests: it listens to no other, and no proxy forwards any."""
+    """Whether only programs on this machine can send requests: the address is loopback, and there is no proxy."""
     is_proxied = settings.allowed_hosts or settings.root_path or settings.forwarded_allow_ips
     return _is_loopback(settings.host) and not is_proxied
 
@@ -330,8 +333,8 @@ def _app(flock: DeclaredFlock, settings: ServerSettings) -> FlockAPI:
     options = msgspec.structs.replace(
         settings.app,
         engine=engine,
-        auth="anybody" if settings.app.api_keys is None else None,  # what holds without keys is logged at the start
-        allowed_hosts=_names(settings),
+        auth="anybody" if settings.app.api_keys is None else None,  # _log_start has a warning of its own
+        allowed_hosts=_allowed_hosts(settings),
     )
     return FlockAPI(flock, options)
 
@@ -346,7 +349,7 @@ def _embedded_engine(flock: DeclaredFlock, settings: ServerSettings) -> Engine:
 
 
 def _temporal_engine(flock: DeclaredFlock, settings: ServerSettings) -> "TemporalEngine":
-    """Raises DefinitionError where the extra is not installed."""
+    """Return the engine on the cluster. Raises DefinitionError if the extra is not installed."""
     try:
         from flock.temporal import TemporalEngine
     except ImportError as exc:
@@ -360,21 +363,21 @@ def _temporal_engine(flock: DeclaredFlock, settings: ServerSettings) -> "Tempora
     )
 
 
-def serve_turns(flock: DeclaredFlock, settings: WorkerSettings) -> None:
-    """Carry out runs of *flock* that servers have accepted on a Temporal cluster, until SIGINT or SIGTERM.
+def run_worker(flock: DeclaredFlock, settings: WorkerSettings) -> None:
+    """Execute runs of *flock* that servers have accepted on a Temporal cluster, until SIGINT or SIGTERM.
 
-    It sets up logging, as only the program's owner should.
+    This configures logging for the whole process.
 
-    Raises: StoreError, DefinitionError where the cluster cannot be used, or the extra is not installed.
+    Raises: StoreError if the cluster cannot be used; DefinitionError if the extra is not installed.
     """
     logging.config.dictConfig(_log_config(settings.log_json))
-    settle_memory()
-    anyio.run(_work_until_told, flock, settings)
-    leave_busy_threads()
-    _end_process()  # threads of temporalio's core call Python now and then, also while it is being torn down
+    tune_gc()
+    anyio.run(_run_until_signal, flock, settings)
+    abandon_busy_threads()
+    _exit_now()  # threads of temporalio's core may call Python during its shutdown, and crash it
 
 
-async def _work_until_told(flock: DeclaredFlock, settings: WorkerSettings) -> None:
+async def _run_until_signal(flock: DeclaredFlock, settings: WorkerSettings) -> None:
     try:
         from flock.temporal import TemporalWorker
     except ImportError as exc:
@@ -393,10 +396,10 @@ async def _work_until_told(flock: DeclaredFlock, settings: WorkerSettings) -> No
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with worker:
             agents = ", ".join(flock.agents) or "no agents"
-            logger.info("Working for %s: %s. Press CTRL+C to quit.", worker.cluster.address, agents)
+            logger.info("Worker connected to %s. Agents: %s. Press CTRL+C to quit.", worker.cluster.address, agents)
             warn_of_problems(flock.agents, flock.model)
             async for _ in signals:
-                logger.info("Stopping: turns at work have %g s to end.", settings.drain_timeout_s)
+                logger.info("Stopping. Running steps have %g s to finish.", settings.drain_timeout_s)
                 break
 
 
@@ -412,7 +415,7 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
         root_path=f"/{root_path}" if root_path else "",
         forwarded_allow_ips=settings.forwarded_allow_ips,
         limit_concurrency=settings.max_connections,
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + ANSWER_TIMEOUT_S),
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + RESPONSE_TIMEOUT_S),
     )
 
 
@@ -425,8 +428,8 @@ def _log_config(as_json: bool) -> dict[str, Any]:
     return log_config
 
 
-async def _open_once(flock: DeclaredFlock, settings: ServerSettings) -> None:
-    """Bring the store or the cluster into form, or say why it cannot be used, before anything listens."""
+async def _prepare_storage(flock: DeclaredFlock, settings: ServerSettings) -> None:
+    """Create or migrate the store, or connect to the cluster. This raises errors before the server listens."""
     if settings.temporal:
         await _temporal_engine(flock, settings).cluster.connect()
         return
@@ -434,24 +437,27 @@ async def _open_once(flock: DeclaredFlock, settings: ServerSettings) -> None:
         pass
 
 
-def _say_what_is_served(flock: DeclaredFlock, settings: ServerSettings) -> None:
+def _log_start(flock: DeclaredFlock, settings: ServerSettings) -> None:
     if settings.app.api_keys is None and not _is_private(settings):
-        logger.warning("Listening on %s without a key: whoever reaches this port can run these agents.", settings.host)
+        logger.warning(
+            "Listening on %s without API keys. Every client that can reach this port can run these agents.",
+            settings.host,
+        )
     elif settings.app.api_keys is None:
-        logger.info("Programs on this machine need no key. Set %s to demand one.", KEYS_VARIABLE)
+        logger.info("Programs on this machine need no API key. Set %s to require one.", KEYS_VARIABLE)
     if not flock.agents:
-        logger.warning("This flock has no agents yet: add one with flock.add_agent(...).")
-    kept = "in memory only" if settings.store == MEMORY else f"in {Path(settings.store).resolve()}"
-    kept = f"on the Temporal cluster at {settings.temporal}" if settings.temporal else kept
+        logger.warning("This flock has no agents. Add one with flock.add_agent(...).")
+    storage = "in memory only" if settings.store == MEMORY else f"in {Path(settings.store).resolve()}"
+    storage = f"on the Temporal cluster at {settings.temporal}" if settings.temporal else storage
     agents = ", ".join(flock.agents) or "no agents"
     pages = "UI: /ui. Docs: /docs and /redoc" if settings.app.create_ui else "Docs: /docs and /redoc"
-    logger.info("%s serves %s. %s. Runs are kept %s.", settings.app.server_name, agents, pages, kept)
+    logger.info("%s serves %s. %s. Runs are stored %s.", settings.app.server_name, agents, pages, storage)
 
 
-def settle_memory() -> None:
-    """Spare the garbage collector what is there for good, and let it look less often: a request leaves no cycles.
+def tune_gc() -> None:
+    """Exclude existing objects from garbage collection, and collect less often, since requests create no cycles.
 
-    For a process that is a server and nothing else. It takes a tenth off the time of a short run.
+    Only for a process that is nothing but a server. It makes short runs a tenth faster.
     """
     gc.collect()
     gc.freeze()
@@ -459,25 +465,25 @@ def settle_memory() -> None:
 
 
 def _allow_open_files() -> None:
-    """A connection takes one, and many shells allow no more than 1,024."""
+    """Raise the limit of open files. Each connection needs one, and many shells allow only 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    target = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 def _serve(config: uvicorn.Config, settings: ServerSettings, sockets: list[socket.socket] | None = None) -> None:
-    settle_memory()
+    tune_gc()
     _allow_open_files()
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to stop it, and no error
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the normal way to stop the server
         _Server(config, settings.drain_timeout_s).run(sockets)
-    leave_busy_threads()
+    abandon_busy_threads()
     if settings.temporal:
-        _end_process()  # as in serve_turns
+        _exit_now()  # as in run_worker
 
 
 class _TextFormatter(uvicorn.logging.DefaultFormatter):
-    """uvicorn's, but a newline in what a client sent begins no line of the log."""
+    """uvicorn's formatter, but newlines in client data are escaped, so that they cannot forge lines of the log."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
@@ -491,7 +497,7 @@ class _TextFormatter(uvicorn.logging.DefaultFormatter):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn alone closes its listener first; this one goes on answering until the work has ended or is left."""
+    """uvicorn's server, but it still responds while it drains. uvicorn would close its listener first."""
 
     def __init__(self, config: uvicorn.Config, drain_timeout_s: float) -> None:
         super().__init__(config)
@@ -501,17 +507,17 @@ class _Server(uvicorn.Server):
         try:
             await super().startup(sockets)
         except SystemExit as exc:
-            if isinstance(exc.__context__, OSError):  # uvicorn has logged it, without a remedy
-                _say_that_it_cannot_listen(self.config.host, self.config.port, exc.__context__)
+            if isinstance(exc.__context__, OSError):  # uvicorn has logged it, but without a remedy
+                _log_listen_error(self.config.host, self.config.port, exc.__context__)
             raise
         await self._accept_faster()
-        # A forked child that outlives this process (a process pool's, say) must not keep its port.
+        # A forked child that outlives this process, such as a process pool's, must not hold the port.
         os.register_at_fork(after_in_child=self._close_listeners)
 
     async def _accept_faster(self) -> None:
-        """Listen on copies of each socket: libuv accepts one connection from each of them in a turn of the loop.
+        """Listen on copies of each socket, since libuv accepts one connection per socket and iteration of the loop.
 
-        With one socket, a client that opens many connections would keep those of others waiting for seconds.
+        With one socket, a client that opens many connections would delay those of others for seconds.
         """
         loop = asyncio.get_running_loop()
         make_protocol = functools.partial(
@@ -521,9 +527,9 @@ class _Server(uvicorn.Server):
             app_state=self.lifespan.state,
         )
         for listener in [listener for server in self.servers for listener in server.sockets]:
-            for _ in range(ACCEPTED_IN_A_TURN - 1):
-                copied = socket.socket(fileno=os.dup(listener.fileno()))
-                self.servers.append(await loop.create_server(make_protocol, sock=copied, backlog=self.config.backlog))
+            for _ in range(ACCEPTS_PER_ITERATION - 1):
+                copy_ = socket.socket(fileno=os.dup(listener.fileno()))
+                self.servers.append(await loop.create_server(make_protocol, sock=copy_, backlog=self.config.backlog))
 
     def _close_listeners(self) -> None:
         for listener in itertools.chain.from_iterable(server.sockets for server in self.servers):
@@ -534,31 +540,31 @@ class _Server(uvicorn.Server):
         app = self.config.app
         assert isinstance(app, FlockAPI)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._hurry_on_request, app)
+            tasks.start_soon(self._end_drain_on_second_signal, app)
             await app.engine.drain(self._drain_timeout_s)
             tasks.cancel_scope.cancel()
-        self.force_exit = False  # it would leave out the end of the lifespan, in which runs are left in order
+        self.force_exit = False  # it would skip the end of the lifespan, in which the engine closes
         await super().shutdown(sockets)
 
-    async def _hurry_on_request(self, app: FlockAPI) -> None:
-        """A second Ctrl-C ends the patience, not the order."""
+    async def _end_drain_on_second_signal(self, app: FlockAPI) -> None:
+        """End the drain at a second Ctrl-C. The rest of the shutdown stays graceful."""
         while not self.force_exit:  # noqa: ASYNC110 - uvicorn has no event for it
             await anyio.sleep(0.1)
         await app.engine.drain(0)
 
 
-def leave_busy_threads(exit_code: int = 0) -> None:
-    """Do not wait at exit for functions that do not return; their runs have ended, or are left for the next start."""
+def abandon_busy_threads(exit_code: int = 0) -> None:
+    """Exit at once if functions are still running in threads. Their runs have ended, or are left for the next start."""
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("AnyIO worker")]
     for thread in threads:
         thread.join(THREAD_TIMEOUT_S)
     if any(thread.is_alive() for thread in threads):
-        logger.warning("Leaving without functions that have not returned.")
-        _end_process(exit_code)
+        logger.warning("Exiting although some functions have not returned.")
+        _exit_now(exit_code)
 
 
-def _end_process(exit_code: int = 0) -> NoReturn:
-    """Without Python's own end, which threads that are not ours may not survive."""
+def _exit_now(exit_code: int = 0) -> NoReturn:
+    """End the process without Python's finalization, which would wait for threads, or crash foreign ones."""
     logging.shutdown()
     sys.stdout.flush()
     os._exit(exit_code)

@@ -1,1 +1,1 @@
-"""What HTTP needs beside the routes of ``flockapi``."""
+"""The HTTP layer below the routes of ``flockapi``: access, bodies, responses, problems, pages."""

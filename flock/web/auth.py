@@ -1,6 +1,7 @@
-"""Keys, whom they belong to, and what those may see.
+"""API keys, the checks of ``Host`` and ``Origin``, limits for each caller, and the records that a principal may see.
 
-A key is kept as its SHA-256 only, and compared in constant time; a random key of 256 bits needs no slower hash.
+Only the SHA-256 of a key is kept in memory, and it is compared in constant time. A random key of 256 bits needs no
+slower hash.
 """
 
 import contextlib
@@ -46,60 +47,60 @@ __all__ = [
     "ScopedEngine",
     "check_host",
     "check_origin",
-    "keys_of_environment",
+    "keys_from_environment",
     "new_key",
     "read_keys",
 ]
 
 Filter = TypeVar("Filter", RunFilter, BatchFilter)
 
-#: Who has a share of its own: "principal" and its name, or "address" or "network" and that of an anonymous client.
+#: The unit that a limit counts for: ("principal", its name), or ("address" or "network", that of an anonymous client).
 Caller = tuple[str, str]
 
-#: The environment's variable for keys.
+#: The environment variable that holds the keys.
 KEYS_VARIABLE = "FLOCK_API_KEYS"
-#: What stands behind the name of a principal whose key opens everything.
+#: The suffix of a key's name that makes its principal an admin.
 ADMIN = ":admin"
-#: How many principals a rate remembers at least before it looks which of them it need not.
-MAX_REMEMBERED = 10_000
-#: A shorter key could be guessed, in characters.
+#: The number of principals in a ``RateLimit`` above which idle ones are dropped.
+CLEANUP_SIZE = 10_000
+#: In characters. A shorter key could be guessed.
 MIN_KEY_LENGTH = 16
 
 
 def new_key() -> str:
-    """A key of 256 random bits. Its prefix lets people and scanners see what it is."""
+    """Return a key of 256 random bits. Its prefix lets people and secret scanners recognise it."""
     return f"fk_{secrets.token_urlsafe(32)}"
 
 
 def read_keys(text: str) -> dict[str, str]:
-    """Keys by name, from ``name=key`` separated by commas or lines; a line that begins with ``#`` is left out.
+    """Parse ``name=key`` entries separated by commas or newlines. Lines that begin with ``#`` are skipped.
 
-    Raises DefinitionError, which never shows a key.
+    Raises DefinitionError if an entry is invalid. The message never contains a key.
     """
     keys: dict[str, str] = {}
     entries = [entry.strip() for line in text.splitlines() if line.lstrip()[:1] != "#" for entry in line.split(",")]
     for number, entry in enumerate(filter(None, entries), 1):
         name, equals, key = (part.strip() for part in entry.partition("="))
         if not equals or name in keys:
-            what = f"the name {name!r} is there twice" if equals else "it is not NAME=KEY"
-            raise DefinitionError(f"Entry {number} of the API keys cannot be used: {what}.")
+            reason = f"the name {name!r} is used twice" if equals else "it is not NAME=KEY"
+            raise DefinitionError(f"Entry {number} of the API keys is invalid: {reason}.")
         keys[name] = key
     return keys
 
 
-def keys_of_environment() -> dict[str, str] | None:
-    """The keys that ``FLOCK_API_KEYS`` names; None where it is not set, or empty. Raises DefinitionError."""
+def keys_from_environment() -> dict[str, str] | None:
+    """Return the keys in ``FLOCK_API_KEYS``, or None if it is not set or empty. Raises DefinitionError."""
     text = os.environ.get(KEYS_VARIABLE)
     return read_keys(text) if text else None
 
 
 class KeyRing:
-    """Who may come in by which key.
+    """The API keys, and the principal of each.
 
     Args:
-        keys: by the name of their principal; ``"ops:admin"`` is the admin "ops".
+        keys: keys by the name of their principal; ``"ops:admin"`` is the admin "ops".
 
-    Raises: DefinitionError where a name is none, or a key is too short or there twice.
+    Raises: DefinitionError if a name is invalid, if a key is too short or used twice, or if there are no keys.
     """
 
     def __init__(self, keys: Mapping[str, str]) -> None:
@@ -107,20 +108,22 @@ class KeyRing:
         for name, key in keys.items():
             bare = name.removesuffix(ADMIN)
             if not re.fullmatch(r"[\w.@-]{1,64}", bare, re.ASCII):
-                raise DefinitionError(f"{name!r} cannot name a key: use up to 64 letters, digits and '_.@-'.")
+                raise DefinitionError(
+                    f"{name!r} is not a valid name for a key. Use up to 64 letters, digits and '_.@-'."
+                )
             if len(key) < MIN_KEY_LENGTH or not re.fullmatch(r"[!-~]+", key):
                 raise DefinitionError(
-                    f"The key of {name!r} cannot be used: a key has at least {MIN_KEY_LENGTH} visible ASCII characters "
-                    "and no spaces. 'flockapi key' makes one."
+                    f"The key of {name!r} is invalid. A key has at least {MIN_KEY_LENGTH} visible ASCII characters and "
+                    "no spaces. 'flockapi key' prints a new one."
                 )
             principal = Principal(name=bare, admin=name.endswith(ADMIN))
             if self._principals.setdefault(_digest(key), principal) is not principal:
-                raise DefinitionError(f"{name!r} has the key of another name. Give each its own.")
+                raise DefinitionError(f"{name!r} has the same key as another name. Give each name its own key.")
         if not self._principals:
-            raise DefinitionError("There is no API key, so nobody could come in. Name one, or leave api_keys out.")
+            raise DefinitionError("api_keys is empty, so every request would be rejected. Add a key, or omit api_keys.")
 
     def find(self, key: str) -> Principal | None:
-        """Whose key it is. It takes as long whether there is one or not."""
+        """Return the principal of *key*, or None if the key is unknown. Both take the same time."""
         sent, found = _digest(key), None
         for digest, principal in self._principals.items():
             if hmac.compare_digest(digest, sent):
@@ -133,21 +136,21 @@ def _digest(key: str) -> bytes:
 
 
 def check_host(host: str, allowed: Collection[str]) -> None:
-    """Raise WrongHost where ``Host`` names none of *allowed*: by DNS rebinding a foreign page comes by its own name."""
+    """Raise WrongHost if *host* is not in *allowed*. With DNS rebinding, a foreign page sends its own host name."""
     name = re.sub(r":\d*$", "", host).lower()
     if name not in allowed:
         raise WrongHost(
-            f"This server answers as {', '.join(sorted(allowed))}, and not as {name[:100]!r}. If a proxy forwards that "
-            "name, start the server with --allowed-host NAME (allowed_hosts= in Python)."
+            f"The host {name[:100]!r} is not allowed. Allowed: {', '.join(sorted(allowed))}. If a proxy forwards this "
+            "host, start the server with --allowed-host NAME (allowed_hosts= in Python)."
         )
 
 
 def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
-    """Raise Forbidden if a browser's page of another origin sends the request: it could spend money.
+    """Raise Forbidden if a page of another origin sends the request. It could run agents at the user's expense.
 
-    Browsers say where a request comes from, by ``Sec-Fetch-Site``, and older ones by ``Origin``, which is compared with
-    ``Host`` then. Other clients send neither. A link on a page of another origin says nothing of that page; it is
-    followed if any page is *allowed*.
+    Browsers report the source of a request in ``Sec-Fetch-Site``. Older browsers send only ``Origin``, which is
+    compared with ``Host``. Other clients send neither. If the user follows a link, the browser does not name the origin
+    of the linking page, so links are accepted if any origin is *allowed*.
     """
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if site:
@@ -157,25 +160,30 @@ def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
         is_own = origin is None or origin.partition("://")[1:] == ("://", headers.get("host"))
     is_link = origin is None and headers.get("sec-fetch-dest") == "document" and bool(allowed)
     if not is_own and not is_link and origin not in allowed and "*" not in allowed:
-        page = "A page of another origin" if origin is None else f"A page of {origin[:100]}"
+        source = "another origin" if origin is None else f"the origin {origin[:100]}"
         raise Forbidden(
-            f"{page} may not do this. Enter the address by hand, or let the page in with cors_origins= (--cors-origin)."
+            f"Requests from {source} are not allowed. Enter the address by hand, or allow the origin with "
+            "--cors-origin ORIGIN (cors_origins= in Python)."
         )
 
 
 class ConcurrencyLimit:
-    """Up to *limit* of *what* that each caller may have at the same time."""
+    """The number of open streams, uploads or downloads that each caller may have at the same time.
 
-    def __init__(self, limit: int, what: str) -> None:
+    Args:
+        resource: the plural noun for the error message.
+    """
+
+    def __init__(self, limit: int, resource: str) -> None:
         self._limit = limit
-        self._what = what
+        self._resource = resource
         self._taken: Counter[Caller] = Counter()
 
     @contextlib.contextmanager
     def take(self, caller: Caller) -> Iterator[None]:
-        """Hold one place within the block. Raises TooManyRequests if none is left."""
+        """Hold one slot during the block. Raises TooManyRequests if no slot is free."""
         if self._taken[caller] >= self._limit:
-            raise TooManyRequests(f"{self._limit} {self._what} are open already, all that one caller may have.")
+            raise TooManyRequests(f"The limit is {self._limit} open {self._resource} per caller. Close one, or wait.")
         self._taken[caller] += 1
         try:
             yield
@@ -186,19 +194,21 @@ class ConcurrencyLimit:
 
 
 class RateLimit:
-    """How many requests each principal may send in a minute: all at once, or as they come in again one by one."""
+    """The number of requests that each principal may send in a minute, in one burst or spread out."""
 
     def __init__(self, per_minute: int) -> None:
         if per_minute < 1:
-            raise DefinitionError(f"max_requests_per_minute is at least 1, not {per_minute}.")
+            raise DefinitionError(f"max_requests_per_minute must be at least 1, not {per_minute}.")
         self._per_minute = per_minute
         self._full_at: dict[str | None, float] = {}
-        self._max_remembered = MAX_REMEMBERED
+        self._cleanup_size = CLEANUP_SIZE
 
     def take(self, principal: Principal | None) -> dict[str, str]:
         """Count one request.
 
-        Returns: the headers that say what is left (draft-ietf-httpapi-ratelimit-headers). Raises TooManyRequests.
+        Returns: the headers with the remaining quota (draft-ietf-httpapi-ratelimit-headers).
+
+        Raises: TooManyRequests if the quota is used up.
         """
         name = None if principal is None else principal.name
         at, each_s = time.monotonic(), 60 / self._per_minute
@@ -207,17 +217,17 @@ class RateLimit:
         headers = {"RateLimit-Policy": f'"minute";q={self._per_minute};w=60'}
         if full_at > at + 60 + 1e-6:
             wait_s = math.ceil(full_at - at - 60)
-            message = f"More than {self._per_minute} requests a minute were sent. Send the next one in {wait_s} s."
+            message = f"The limit is {self._per_minute} requests per minute. Send the next one in {wait_s} s."
             raise TooManyRequests(message, wait_s, headers | {"RateLimit": f'"minute";r=0;t={wait_s}'})
         self._full_at[name] = full_at
-        if len(self._full_at) > self._max_remembered:  # whoever has not asked for a while has its whole share again
+        if len(self._full_at) > self._cleanup_size:  # drop principals whose quota is full again
             self._full_at = {name: later for name, later in self._full_at.items() if later > at}
-            self._max_remembered = max(MAX_REMEMBERED, 2 * len(self._full_at))
+            self._cleanup_size = max(CLEANUP_SIZE, 2 * len(self._full_at))
         return headers | {"RateLimit": f'"minute";r={left};t={math.ceil(each_s)}'}
 
 
 class ScopedEngine:
-    """An ``Engine`` as one principal sees it: what belongs to others is not there, unless it is an admin's view."""
+    """An ``Engine`` as one principal sees it. Runs and batches of others do not exist in it, except for an admin."""
 
     def __init__(self, engine: Engine, principal: Principal) -> None:
         self._engine = engine
@@ -339,8 +349,8 @@ class ScopedEngine:
         await self.get_batch(batch_id)
         await self._engine.delete_batch(batch_id)
 
-    def _own_only(self, wanted: Filter) -> Filter:
-        return wanted if self._principal.admin else replace(wanted, principal=self._principal.name)
+    def _own_only(self, filter_: Filter) -> Filter:
+        return filter_ if self._principal.admin else replace(filter_, principal=self._principal.name)
 
     def _may_see(self, record: Run | Batch) -> bool:
         return self._principal.admin or record.principal == self._principal.name

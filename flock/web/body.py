@@ -1,4 +1,4 @@
-"""The body of a request as it arrives: how long it may be, how slow, and how it may be packed."""
+"""The body of a request, with limits on its size, its speed and its compression."""
 
 import contextlib
 import hashlib
@@ -15,29 +15,29 @@ from flock.jsontype import depth_steps, malformed
 
 __all__ = ["Body", "media_type_of"]
 
-#: So much of an upload has to come within the time in which a short body has to come as a whole.
+#: The timeout of a body applies to a JSON body as a whole, and to each of these pieces of an upload.
 PACE_BYTES = 64 * 1024
-#: How much of an upload is given at once, and how much of gzip is looked at in one step.
+#: The largest piece of an upload that is yielded, and the largest piece of gzip that is decompressed in one step.
 PIECE_BYTES = 64 * 1024
-PACKED_BYTES = 16 * 1024
-#: How many times as long as what was received an upload may become when it is unpacked, and what it may have anyway.
-MAX_UNPACKED_RATIO = 100
-MIN_UNPACKED_BYTES = 16 * 1024 * 1024
-#: How much of a body that is refused is read all the same, and for how many seconds, since many clients read no answer
-#: before they have sent it.
-DRAINED_BYTES = 8 * 1024 * 1024
+GZIP_PIECE_BYTES = 16 * 1024
+#: The maximum ratio of decompressed to received bytes. It applies only above MIN_DECOMPRESSED_BYTES.
+MAX_DECOMPRESSION_RATIO = 100
+MIN_DECOMPRESSED_BYTES = 16 * 1024 * 1024
+#: How much of a rejected body is still read, and for how many seconds. Many clients read no response before they have
+#: sent the whole body.
+DRAIN_BYTES = 8 * 1024 * 1024
 DRAIN_TIMEOUT_S = 5
 
 
 def media_type_of(request: Request, *accepted: str) -> str:
-    """What the body is said to be, without parameters. Raises HTTPException 415 where that is none of *accepted*."""
+    """Return the media type of the body, without parameters. Raises HTTPException 415 if it is not in *accepted*."""
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type in accepted:
         return media_type
-    sent = f"{content_type!r} was sent" if content_type else "none was sent"
+    sent = f"is {content_type!r}" if content_type else "is missing"
     options = " or ".join(f"-H 'Content-Type: {each}'" for each in accepted)
-    detail = f"The body must be {' or '.join(accepted)}, and say so ({sent}). With curl: {options}"
+    detail = f"The Content-Type {sent}. It must be {' or '.join(accepted)}. With curl: {options}"
     raise HTTPException(415, detail, headers={"Accept": ", ".join(accepted)})
 
 
@@ -45,12 +45,12 @@ class Body:
     """The body of *request*.
 
     Args:
-        max_bytes: how long it may be, unpacked.
-        timeout_s: how long it may take to arrive; of an upload, each 64 KiB.
+        max_bytes: the maximum size, decompressed.
+        timeout_s: the maximum time for a JSON body to arrive, or for each 64 KiB of an upload.
 
     Attributes:
-        total_bytes: how much of it has arrived, unpacked.
-        received_bytes: how much of it has arrived, as it was sent.
+        total_bytes: the bytes that have arrived, decompressed.
+        received_bytes: the bytes that have arrived, as they were sent.
     """
 
     def __init__(self, request: Request, max_bytes: int, timeout_s: float) -> None:
@@ -60,25 +60,23 @@ class Body:
         self._request = request
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
-        self._stream = self._read_on()
+        self._stream = self._read()
         self._hash = hashlib.sha256()
-        request.scope["flock.is_unread"] = True  # until its end: the connection must end with an answer before that
-        announced = request.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) > max_bytes:
+        request.scope["flock.is_unread"] = True  # a response before the body's end must close the connection
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > max_bytes:
             raise self._too_long()
 
     async def json(self, max_depth: int, default: bytes | None = None) -> bytes:
-        """All of a JSON body, or *default* where it is empty.
+        """Return the whole JSON body, or *default* if it is empty.
 
         Raises:
-            HTTPException: 415 where it is compressed; 408 where it does not arrive in time.
+            HTTPException: 415 if it is compressed; 408 if it does not arrive in time.
             TooLarge: it is too long.
             MalformedJSON: it is empty and there is no default, not UTF-8, or nested deeper than *max_depth*.
         """
         if (encoding := self._encoding()) != "identity":
-            detail = (
-                f"Send the body as it is, uncompressed: a JSON body with Content-Encoding {encoding!r} is not read."
-            )
+            detail = f"A JSON body with Content-Encoding {encoding!r} is not supported. Send it uncompressed."
             raise _wrong_encoding(detail, "identity")
         parts = bytearray()
         with self._arriving(self._timeout_s):
@@ -91,7 +89,7 @@ class Body:
                 return default
             raise MalformedJSON("the body is empty", 1, 1)
         try:
-            body.decode()  # a decoder skips over what it does not look into, such as the inputs
+            body.decode()  # msgspec does not check raw members, such as the inputs
         except UnicodeDecodeError as exc:
             raise malformed(body, exc) from exc
         for _ in depth_steps(body, max_depth):
@@ -100,48 +98,49 @@ class Body:
         return body
 
     async def upload(self) -> AsyncIterator[bytes]:
-        """A body of any length, piece by piece, unpacked where it is gzip.
+        """Yield the body in pieces, decompressed if it is gzip.
 
-        Raises: HTTPException and TooLarge as ``json``; InvalidData where it is no gzip. It is not read to its end then;
-            see ``drain``.
+        Raises: HTTPException and TooLarge as ``json`` does; InvalidData if it is not valid gzip. The rest of the body
+            is unread then; see ``drain``.
         """
         encoding = self._encoding()
         if encoding not in ("identity", "gzip"):
-            raise _wrong_encoding(f"Content-Encoding {encoding!r} is not known here; gzip is.", "gzip, identity")
-        unpacked = _Gunzip() if encoding == "gzip" else None
+            detail = f"Content-Encoding {encoding!r} is not supported. Use gzip, or send the body uncompressed."
+            raise _wrong_encoding(detail, "gzip, identity")
+        gunzip = _Gunzip() if encoding == "gzip" else None
         left_s, paced = self._timeout_s, 0
         while True:
-            began = anyio.current_time()
+            started_at = anyio.current_time()
             with self._arriving(left_s):
                 chunk = await anext(self._stream, b"")
-            left_s -= anyio.current_time() - began  # what others do with it is not its sender's time
+            left_s -= anyio.current_time() - started_at  # counts only the wait for the sender, not the processing
             if not chunk:
                 break
             paced += len(chunk)
             if paced >= PACE_BYTES:
                 left_s, paced = self._timeout_s, 0
-            for piece in _cut(chunk, PIECE_BYTES) if unpacked is None else unpacked.pieces(chunk):
+            for piece in _cut(chunk, PIECE_BYTES) if gunzip is None else gunzip.pieces(chunk):
                 await self._share.checkpoint()
                 if piece:
                     self._hash.update(piece)
                     yield self._counted(piece)
-        if unpacked is not None:
-            unpacked.check_end()
+        if gunzip is not None:
+            gunzip.check_end()
 
     def digest(self) -> bytes:
-        """A hash of what has arrived of an upload by now."""
+        """Return the SHA-256 of the part of the upload that has arrived."""
         return self._hash.digest()
 
     async def drain(self) -> None:
-        """Read on for a while, for nothing."""
+        """Read and drop the rest of the body, up to DRAIN_BYTES and for DRAIN_TIMEOUT_S."""
         drained = 0
         with contextlib.suppress(ClientDisconnect), anyio.move_on_after(DRAIN_TIMEOUT_S):
             async for chunk in self._stream:
                 drained += len(chunk)
-                if drained > DRAINED_BYTES:
+                if drained > DRAIN_BYTES:
                     return
 
-    async def _read_on(self) -> AsyncIterator[bytes]:
+    async def _read(self) -> AsyncIterator[bytes]:
         async for chunk in self._request.stream():
             self.received_bytes += len(chunk)
             yield chunk
@@ -155,24 +154,24 @@ class Body:
         try:
             with anyio.fail_after(timeout_s):
                 yield
-        except TimeoutError as exc:  # a sender that trickles would hold its place for ever
+        except TimeoutError as exc:  # otherwise a slow sender would hold its slot forever
             raise HTTPException(408, f"The body did not arrive within {self._timeout_s:g} s.") from exc
-        except ClientDisconnect as exc:  # nobody will read the answer
-            raise HTTPException(400, "The connection was closed before the whole body had arrived.") from exc
+        except ClientDisconnect as exc:  # the response only ends the handler; no client receives it
+            raise HTTPException(400, "The client disconnected before the whole body had arrived.") from exc
 
     def _counted(self, piece: bytes) -> bytes:
         self.total_bytes += len(piece)
         if self.total_bytes > self._max_bytes:
             raise self._too_long()
-        if self.total_bytes > max(MIN_UNPACKED_BYTES, MAX_UNPACKED_RATIO * self.received_bytes):
+        if self.total_bytes > max(MIN_DECOMPRESSED_BYTES, MAX_DECOMPRESSION_RATIO * self.received_bytes):
             raise TooLarge(
-                f"The body is more than {MAX_UNPACKED_RATIO} times as long when it is unpacked, which only "
-                f"{MIN_UNPACKED_BYTES} bytes may be. Send it without Content-Encoding."
+                f"The decompressed body is longer than {MIN_DECOMPRESSED_BYTES} bytes and more than "
+                f"{MAX_DECOMPRESSION_RATIO} times as long as the compressed one. Send it without Content-Encoding."
             )
         return piece
 
     def _too_long(self) -> TooLarge:
-        return TooLarge(f"The body is longer than {self._max_bytes} bytes, all that this server takes at once.")
+        return TooLarge(f"The body is longer than {self._max_bytes} bytes, which is the limit of this server.")
 
 
 def _wrong_encoding(detail: str, accepted: str) -> HTTPException:
@@ -185,15 +184,15 @@ def _cut(data: bytes, length: int) -> Iterator[bytes]:
 
 
 class _Gunzip:
-    """Members of gzip one after the other (RFC 1952, section 2.2), in pieces of a bounded size."""
+    """A decompressor for gzip with any number of members (RFC 1952, section 2.2), in pieces of a bounded size."""
 
     def __init__(self) -> None:
         self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
         self._is_empty = True
 
-    def pieces(self, packed: bytes) -> Iterator[bytes]:
-        """What each step unpacks, which may be nothing. Raises InvalidData."""
-        for data in _cut(packed, PACKED_BYTES):  # each member copies what follows it
+    def pieces(self, compressed: bytes) -> Iterator[bytes]:
+        """Yield the output of each step, which may be empty. Raises InvalidData."""
+        for data in _cut(compressed, GZIP_PIECE_BYTES):  # small, since each member copies the bytes after its end
             while data:
                 if self._member.eof:
                     self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
@@ -201,15 +200,15 @@ class _Gunzip:
                 try:
                     piece = self._member.decompress(data, PIECE_BYTES)
                 except zlib.error as exc:
-                    raise _not_gzip("it cannot be unpacked") from exc
+                    raise _not_gzip("it cannot be decompressed") from exc
                 yield piece
                 data = self._member.unused_data if self._member.eof else self._member.unconsumed_tail
 
     def check_end(self) -> None:
-        """Raise InvalidData where the end is missing."""
+        """Raise InvalidData if the end is missing."""
         if not self._is_empty and not self._member.eof:
             raise _not_gzip("its end is missing")
 
 
 def _not_gzip(reason: str) -> InvalidData:
-    return InvalidData([FieldError(detail=f"The body is no gzip, as its Content-Encoding says: {reason}.", pointer="")])
+    return InvalidData([FieldError(detail=f"The body is not valid gzip: {reason}.", pointer="")])

@@ -1,4 +1,4 @@
-"""The contract as an app serves it, and the pages that show it: files of the package with the app's name in them."""
+"""The specification as an app serves it, and the docs pages. They are files of the package with the app's title."""
 
 import html
 import json
@@ -14,7 +14,7 @@ __all__ = ["PAGE_HEADERS", "STATIC", "Contract"]
 PACKAGE = Path(__file__).parent.parent
 STATIC = PACKAGE / "static"
 
-#: What the pages may load: files of this server. ReDoc would fetch a logo from elsewhere.
+#: The pages may load only files of this server. ReDoc would fetch a logo from another host.
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
@@ -26,11 +26,11 @@ PAGE_HEADERS = {
 
 
 class Contract:
-    """``openapi.yaml`` with the title of one app, and what its owner added.
+    """``openapi.yaml`` with the title and the additional paths of one app.
 
     Args:
-        title: of the specification and of the pages.
-        more_paths: path items beside those of the file.
+        title: the title of the specification and of the pages.
+        more_paths: path items to add to those of the file.
     """
 
     def __init__(self, title: str, more_paths: Mapping[str, Any] | None = None) -> None:
@@ -38,21 +38,21 @@ class Contract:
         self._more_paths = more_paths or {}
 
     def as_yaml(self) -> bytes:
-        """The file as it is, comments and all; as JSON, which is YAML too, if there are more paths."""
+        """Return the file with its comments. With additional paths, return JSON, which is also valid YAML."""
         if self._more_paths:
             return self.as_json()
-        beside = PACKAGE.parent / "openapi.yaml"  # in a checkout; a wheel has it inside the package
-        text = (beside if beside.is_file() else PACKAGE / "openapi.yaml").read_text("utf-8")
+        in_checkout = PACKAGE.parent / "openapi.yaml"  # a wheel has it inside the package
+        text = (in_checkout if in_checkout.is_file() else PACKAGE / "openapi.yaml").read_text("utf-8")
         title = json.dumps(self.title)  # a JSON string is a YAML string
         return re.sub(r"(?m)^  title: .*$", lambda _: f"  title: {title}", text, count=1).encode()
 
     def as_json(self) -> bytes:
-        """The same as JSON."""
+        """Return the specification as JSON."""
         spec = json.loads((STATIC / "openapi.json").read_bytes())
         spec["info"]["title"] = self.title
         spec["paths"] |= self._more_paths
         return msgspec.json.encode(spec) + b"\n"
 
     def page(self, name: str) -> str:
-        """A page of ``static/``; send it with ``PAGE_HEADERS``."""
+        """Return a page of ``static/``. Send it with ``PAGE_HEADERS``."""
         return (STATIC / name).read_text("utf-8").replace("{title}", html.escape(self.title))

@@ -1,7 +1,7 @@
-"""Prometheus metrics of one app: the requests that it answered, and what its engine tells an ``Observer``.
+"""Prometheus metrics of one app: its HTTP requests, and the events that its engine reports to an ``Observer``.
 
-Names follow the semantic conventions of OpenTelemetry where they have one. Every label's values are bounded: agents
-that were defined, statuses, methods and routes that there are.
+Names follow the OpenTelemetry semantic conventions if these define one. The values of every label are bounded: defined
+agents, statuses, known methods, and routes.
 """
 
 import functools
@@ -21,80 +21,80 @@ __all__ = ["Metrics", "metrics_of"]
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
-#: In seconds: from a function that adds two numbers to a model that thinks for an hour.
+#: In seconds, from a trivial function to a model that takes an hour.
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 
-#: RFC 9110, section 9, and PATCH; a client may send any word.
+#: The methods of RFC 9110, section 9, and PATCH. A client can send any other word.
 METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
 
 
 class _Families:
-    """What is counted, in one registry."""
+    """The metrics in one registry."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Histogram(
             "http_server_request_duration_seconds",
-            "HTTP requests, from their first byte to the last one of the answer.",
+            "Duration of HTTP requests, from the first byte of the request to the last byte of the response.",
             ["http_request_method", "http_route", "http_response_status_code"],
             buckets=BUCKETS_S,
             registry=registry,
         )
         self.event_streams = Gauge(
-            "flock_event_streams", "Event streams that are open.", registry=registry, multiprocess_mode="livesum"
+            "flock_event_streams", "Open event streams.", registry=registry, multiprocess_mode="livesum"
         )
         self.runs = Counter("flock_runs", "Runs that ended.", ["agent_name", "status"], registry=registry)
         self.run_s = Histogram(
             "flock_run_duration_seconds",
-            "One attempt of a run, from its first step to its end.",
+            "Duration of one attempt of a run, from its first step to its end.",
             ["agent_name"],
             buckets=BUCKETS_S,
             registry=registry,
         )
         self.step_s = Histogram(
             "flock_step_duration_seconds",
-            "One agent's turn that gave a result.",
+            "Duration of a step that returned a result.",
             ["agent_name"],
             buckets=BUCKETS_S,
             registry=registry,
         )
         self.tokens = Counter(
-            "flock_tokens", "Tokens that models took and gave.", ["agent_name", "token_type"], registry=registry
+            "flock_tokens", "Input and output tokens of models.", ["agent_name", "token_type"], registry=registry
         )
         self.retries = Counter(
-            "flock_retries", "Attempts after the first one, of runs and of calls to models.", ["of"], registry=registry
+            "flock_retries", "Attempts of runs and of model calls after the first one.", ["of"], registry=registry
         )
         self.queued = Gauge(
             "flock_queued_runs",
-            "Runs that wait for their first step, in all processes on the store; items of batches left out.",
+            "Runs that wait for their first step, in all processes on the store, without items of batches.",
             registry=registry,
             multiprocess_mode="mostrecent",
         )
         self.oldest_s = Gauge(
             "flock_oldest_queued_run_age_seconds",
-            "How long the oldest of them has waited; 0 where none waits.",
+            "How long the oldest queued run has waited, or 0 if no run is queued.",
             registry=registry,
             multiprocess_mode="mostrecent",
         )
         for of in ("run", "model_call"):
-            self.retries.labels(of)  # so that the first one is seen as a change
+            self.retries.labels(of)  # starts at 0, so that Prometheus sees the first retry as an increase
 
 
-#: In a folder that processes share there is one place for each value of a process.
+#: A process has only one file for each metric in a shared folder, so all apps of the process share the metrics.
 _shared_families = functools.cache(_Families)
 
 
 class Metrics:
     """An ``Observer`` of one engine that also counts the requests of the apps on it; see ``metrics_of``.
 
-    Where ``PROMETHEUS_MULTIPROC_DIR`` was set before prometheus_client was imported, what is shown is the sum over all
-    processes that share it.
+    If ``PROMETHEUS_MULTIPROC_DIR`` was set before prometheus_client was imported, ``page`` shows the sum over all
+    processes that share the folder.
 
     Args:
-        agents: names that may become a label's value; read anew each time.
+        agents: the names that may become a label's value. Agents that are added later count too.
 
     Attributes:
-        event_streams: within its ``track_inprogress()`` an event stream is open.
+        event_streams: the gauge of open event streams. Use its ``track_inprogress()`` while a stream is open.
     """
 
     media_type = CONTENT_TYPE_LATEST
@@ -103,11 +103,11 @@ class Metrics:
         self._agents = agents
         self._families = _shared_families() if FOLDER in os.environ else _Families()
         self.event_streams = self._families.event_streams
-        # To find the child of a family takes longer than to count.
+        # Cached, since finding the child of a metric takes longer than counting.
         self._child: Callable[..., Any] = functools.cache(lambda family, *labels: family.labels(*labels))
 
     def request_ended(self, method: str, route: str, status_code: int, seconds: float) -> None:
-        """Count a request; *route* is a template, such as ``/run/{run_id}``, or empty where none fits."""
+        """Count a request. *route* is a template, such as ``/run/{run_id}``, or empty if no route matched."""
         method = method if method in METHODS else "_OTHER"
         self._child(self._families.requests, method, route, str(status_code)).observe(seconds)
 
@@ -133,7 +133,7 @@ class Metrics:
         self._child(self._families.retries, "model_call").inc()
 
     def page(self, queue: Queue | None) -> bytes:
-        """All of it in the text format of Prometheus, with *queue* as it is now; None is not known."""
+        """Return all metrics in the text format of Prometheus. *queue* is None if its length is unknown."""
         self._families.queued.set(math.nan if queue is None else queue.depth)
         oldest_at = now() if queue is None else queue.oldest_at
         self._families.oldest_s.set(0 if oldest_at is None else _seconds(oldest_at, now()))
@@ -142,17 +142,17 @@ class Metrics:
             MultiProcessCollector(registry := CollectorRegistry())  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
-    def forget_process(self, process_id: int | None) -> None:
-        """A process that shares the folder is gone, and with it what was open there; what it counted stays."""
+    def mark_process_dead(self, process_id: int | None) -> None:
+        """Drop the gauges of a process that has ended. Its counters stay in the sum."""
         mark_process_dead(process_id)  # type: ignore[no-untyped-call]
 
     def _known(self, agent_name: str) -> str:
-        """Runs of an agent that is no more may still be in the store."""
+        """Return the label for *agent_name*. The store may still have runs of an agent that was removed."""
         return agent_name if agent_name in self._agents else "_OTHER"
 
 
 def _seconds(start: datetime, end: datetime) -> float:
-    """Clocks may be set back."""
+    """Return the time between both, but not less than 0, since clocks may be set back."""
     return max(0.0, (end - start).total_seconds())
 
 
@@ -160,7 +160,7 @@ _metrics: "weakref.WeakKeyDictionary[Engine, Metrics]" = weakref.WeakKeyDictiona
 
 
 def metrics_of(engine: Engine, agents: Collection[str]) -> Metrics:
-    """The metrics of *engine*, however many apps are on it. Raises OSError where the folder cannot be written."""
+    """Return the metrics of *engine*, which all apps on it share. Raises OSError if the folder is not writable."""
     if engine not in _metrics:
         _metrics[engine] = Metrics(agents)
         engine.observe(_metrics[engine])

@@ -1,4 +1,4 @@
-"""What a client prefers, as it says in headers."""
+"""Content negotiation: the ``Prefer`` and ``Accept`` headers."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ __all__ = ["preferences", "preferred"]
 
 
 def preferences(sent: Sequence[str]) -> dict[str, str]:
-    """What ``Prefer`` asks for, without the parameters. Of one that is named twice the first counts (RFC 7240, 2)."""
+    """Parse ``Prefer``, without parameters. If a preference is sent twice, the first one counts (RFC 7240, 2)."""
     found: dict[str, str] = {}
     for preference in parse_http_list(",".join(sent)) if sent else ():
         name, _, value = preference.partition(";")[0].partition("=")
@@ -17,7 +17,10 @@ def preferences(sent: Sequence[str]) -> dict[str, str]:
 
 
 def preferred(accept: str, offered: Sequence[str]) -> str | None:
-    """Which of the media types *offered* a client likes best; of equal ones the first (RFC 9110, section 12.5.1)."""
+    """Return the media type in *offered* that *accept* prefers, or None if it accepts none of them.
+
+    If several have the same quality, the first one counts (RFC 9110, section 12.5.1).
+    """
     sent: dict[str, float] = {}
     for range_ in accept.lower().split(",") if accept.strip() else ["*/*"]:
         name, *parameters = (part.strip() for part in range_.split(";"))
@@ -25,7 +28,7 @@ def preferred(accept: str, offered: Sequence[str]) -> str | None:
         sent[name] = float(weight) if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight) else 1.0
 
     def quality(media_type: str) -> float:
-        """By the range that says most of it."""
+        """Return the quality of the most specific range that matches."""
         ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
         return next((sent[name] for name in ranges if name in sent), 0.0)
 

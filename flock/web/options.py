@@ -20,7 +20,7 @@ OnDisconnect = Literal["cancel", "continue"]
 
 
 def is_host_name(value: Any) -> bool:
-    """Whether *value* may stand in ``Host``, before the port."""
+    """Whether *value* is valid in ``Host``, before the port."""
     return isinstance(value, str) and re.fullmatch(r"\[[\da-fA-F:.]+\]|[^\s:/\[\]]+", value) is not None
 
 
@@ -33,15 +33,15 @@ def _names_keys(value: Any) -> bool:
 
 
 FLAG = of_type(bool, "True or False")
-TEXT = of_type(str, "a text")
+TEXT = of_type(str, "a string")
 PATH = of_type(str | Path, "the path of a file or folder")
 ENGINE = Option(is_valid=lambda value: hasattr(value, "submit_batch"), words="an engine, such as flock.engine()")
 DISCONNECT = Option(is_valid=lambda value: value in ("cancel", "continue"), words='"cancel" or "continue"')
-KEYS = Option(is_valid=_names_keys, words="a mapping of names to keys, all of them texts", is_secret=True)
+KEYS = Option(is_valid=_names_keys, words="a mapping of names to keys, all strings", is_secret=True)
 AUTH = Option(
     is_valid=lambda value: callable(value) or value in ("host", "anybody"),
-    words='a function of the connection that returns a Principal or None, "host" if the host lets only its users in, '
-    'or "anybody" if everybody who can connect may call it',
+    words='a function of the connection that returns a Principal or None, "host" if the host lets only its own users '
+    'reach the app, or "anybody" if every client that can connect may call it',
 )
 HOSTS = many(is_host_name, 'a list of host names without scheme and port, such as ["agents.example"]')
 ORIGINS = many(_is_text, 'a list of origins, such as ["https://agents.example"]')
@@ -60,100 +60,106 @@ class AppOptions(Options, frozen=True, kw_only=True):
 
     TAKEN_BY: ClassVar[str] = "create_app"
 
-    # What is served
+    # Content
 
     #: The title of the pages and of the served specification.
     server_name: Annotated[str, TEXT] = "Flock Server"
-    #: What carries out the runs; if None, an embedded engine on *store*, shared by all apps on this flock and store.
+    #: The engine that executes the runs. None creates an embedded engine on *store*, shared by all apps on this flock
+    #: and store.
     engine: Annotated[Engine | None, ENGINE] = None
-    #: The SQLite file that keeps the runs; ``":memory:"`` keeps them as long as the app runs.
+    #: The SQLite file that stores the runs. With ``":memory:"`` they are lost when the app stops.
     store: Annotated[str | Path, PATH] = "flock.db"
-    #: Show the text of any exception to clients; for development. No effect beside *engine*, which has the same option.
+    #: Send the text of every exception to clients; for development. Ignored with *engine*, which has the same option.
     expose_errors: Annotated[bool, FLAG] = False
-    #: What happens to a synchronous run if its client disconnects before it is answered.
+    #: What happens to a synchronous run if its client disconnects before the response.
     on_disconnect: Annotated[OnDisconnect, DISCONNECT] = "cancel"
-    #: The folder below which a client may name a CSV file as ``batch_inputs``; None allows no file at all.
+    #: The folder whose CSV files a client may name as ``batch_inputs``, including subfolders. With None, no file can be
+    #: read.
     csv_dir: Annotated[str | Path | None, PATH] = None
-    #: False leaves out ``/docs`` and ``/redoc``.
+    #: Serve ``/docs`` and ``/redoc``.
     docs: Annotated[bool | None, FLAG] = True
-    #: Serve the web page at ``/ui``, and redirect ``/`` to it. Its files need no key; its data comes from the API, with
-    #: the key that its user enters.
+    #: Serve the web page at ``/ui``, and redirect ``/`` to it. Its files need no key. Its data comes from the API, with
+    #: the key that the user enters.
     create_ui: Annotated[bool, FLAG] = False
-    #: Keep metrics for ``/metrics``, which needs the extra ``metrics``; None does if that is installed.
+    #: Collect metrics for ``/metrics``, which needs the extra ``metrics``. None means: if the extra is installed.
     metrics: Annotated[bool | None, FLAG] = None
 
-    # Its limits
+    # Limits
 
-    #: The longest body a client may send; a longer one is answered with 413.
+    #: Max size of a JSON body. A longer one is rejected with 413.
     max_body_bytes: Annotated[int, whole(1)] = 1024 * 1024
-    #: The longest body of CSV or NDJSON, unpacked, and the longest file that a client names below *csv_dir*; a longer
-    #: one is answered with 413.
+    #: Max size of a CSV or NDJSON body after decompression, and of a file in *csv_dir*. A longer one is rejected
+    #: with 413.
     max_upload_bytes: Annotated[
         int,
         whole(
-            1, "The longest body of CSV or NDJSON, unpacked, and file of --csv-dir; a longer one is refused with 413."
+            1,
+            "Max size of a CSV or NDJSON body after decompression, and of a file in --csv-dir. A longer one is "
+            "rejected with 413.",
         ),
     ] = 1024 * 1024 * 1024
-    #: How many levels of arrays and objects a body may have; a deeper one is answered with 400.
+    #: Max nesting of arrays and objects in a body. A deeper one is rejected with 400.
     max_json_depth: Annotated[int, whole(1)] = 100
-    #: All headers of a request together; longer ones are answered with 431.
+    #: Max total size of the headers of a request. Longer ones are rejected with 431.
     max_header_bytes: Annotated[int, whole(1)] = 64 * 1024
-    #: How long a body, or each 64 KiB of CSV or NDJSON, may take to arrive; a slower one is answered with 408.
+    #: Max time for a JSON body, or for each 64 KiB of CSV or NDJSON, to arrive. A slower one is rejected with 408.
     body_timeout_s: Annotated[float, seconds()] = 30
-    #: The longest that one request may wait for a run; longer waits are capped.
+    #: Max time that a request may wait for a run. Longer waits are capped.
     max_wait_s: Annotated[int, whole(0)] = 60
-    #: Requests that each principal may send, in one process; None is no limit. More are answered with 429 and
-    #: ``RateLimit``.
+    #: Max requests per minute of each principal, per process. More are rejected with 429 and ``RateLimit`` headers.
+    #: None means no limit.
     max_requests_per_minute: Annotated[
         int | None,
-        whole(1, "Requests that each key may send, in each process; more are answered with 429.  [default: no limit]"),
+        whole(1, "Max requests per minute of each key, per process. More are rejected with 429.  [default: no limit]"),
     ] = None
-    #: Event streams that each principal may have open, in one process; one more is answered with 429. Without keys,
-    #: each address has its own share (of IPv6, each network of 64 bits).
-    max_event_streams: Annotated[int, whole(0, "Event streams that each key may have open, in each process.")] = 1000
-    #: Bodies of CSV and NDJSON that each principal, or else each address, may send at the same time, in one process;
-    #: one more is answered with 429.
+    #: Max open event streams of each principal, per process. More are rejected with 429. Without keys, the limit is for
+    #: each address (for IPv6, each 64-bit network).
+    max_event_streams: Annotated[
+        int, whole(0, "Max open event streams of each key, per process. More are rejected with 429.")
+    ] = 1000
+    #: Max concurrent CSV and NDJSON uploads of each principal, per process. More are rejected with 429. Without keys,
+    #: the limit is for each address.
     max_uploads_per_principal: Annotated[
-        int, whole(0, "Bodies of CSV and NDJSON that each key may send at the same time, in each process.")
+        int, whole(0, "Max concurrent CSV and NDJSON uploads of each key, per process. More are rejected with 429.")
     ] = 8
-    #: Downloads of results, and pages of runs or results over 64 KiB, that may be sent to each principal, or else each
-    #: address, at the same time, in one process; one more is answered with 429.
+    #: Max concurrent downloads of results, and of pages over 64 KiB, of each principal, per process. More are rejected
+    #: with 429. Without keys, the limit is for each address.
     max_downloads_per_principal: Annotated[
         int,
         whole(
             0,
-            "Downloads of results, and pages over 64 KiB, that may be sent to each key at the same time, in each "
-            "process.",
+            "Max concurrent downloads of results, and of pages over 64 KiB, of each key, per process. More are "
+            "rejected with 429.",
         ),
     ] = 32
 
-    # Who may use it
+    # Access
 
-    #: Keys by name, which requests send as ``Authorization: Bearer`` or ``X-API-Key``; ``"ops:admin"`` sees what
-    #: belongs to others, and ``/metrics``. The environment is not read.
+    #: API keys by name. Requests send one as ``Authorization: Bearer`` or ``X-API-Key``. An admin, such as
+    #: ``"ops:admin"``, sees the runs of all principals, and ``/metrics``. The environment is not read.
     api_keys: Annotated[Mapping[str, str] | None, KEYS] = None
-    #: In place of keys, a function of the connection, sync or async, that returns a ``Principal``, or None, which is
-    #: answered with 401 before the body is read. It runs after *middleware*, and guards all routes but those that the
-    #: route table declares as open. ``"host"`` states that the host lets only its own users reach the app; it
-    #: identifies nobody. Without *auth* and *api_keys* everybody may call the app, and a warning says so when it
-    #: starts; ``"anybody"`` states that this is intended, without a warning. In both cases a page of another origin can
-    #: read only what is open.
+    #: In place of keys: a sync or async function of the connection that returns a ``Principal``, or None to reject the
+    #: request with 401 before its body is read. It runs after *middleware*, and protects all routes except those that
+    #: the route table declares as public. ``"host"`` means that the host lets only its own users reach the app. It
+    #: identifies no principals. Without *auth* and *api_keys*, every client may call the app, and a warning is logged
+    #: at the start. ``"anybody"`` means that this is intended, and turns the warning off. In both cases a page of
+    #: another origin can read only public routes.
     auth: Annotated[Auth | Literal["host", "anybody"] | None, AUTH] = None
-    #: What ``Host`` may be, without the port; None allows any.
+    #: Allowed values of ``Host``, without the port. None allows any.
     allowed_hosts: Annotated[Collection[str] | None, HOSTS] = None
-    #: Pages of these origins may call the app from a browser. Others may not change anything.
+    #: Origins whose pages may call the app from a browser. Pages of other origins cannot change anything.
     cors_origins: Annotated[Sequence[str], ORIGINS] = ()
 
-    # What the host adds
+    # Extensions by the host
 
-    #: Starlette routes that come before the app's own. ``await engine_of(request)`` is the engine in them, and
-    #: ``request.app.flock`` the flock.
+    #: Starlette routes that come before the app's own. Their handlers get the engine with ``await engine_of(request)``,
+    #: and the flock as ``request.app.flock``.
     routes: Annotated[Sequence[BaseRoute], ROUTES] = ()
-    #: Describes *routes* in the served specification.
+    #: Path items that describe *routes* in the served specification.
     openapi_paths: Annotated[Mapping[str, Any] | None, PATHS] = None
-    #: As Starlette has it.
+    #: As in Starlette.
     middleware: Annotated[Sequence[Middleware], MIDDLEWARE] = ()
-    #: As Starlette has them; they come before the app's own.
+    #: As in Starlette. They come before the app's own.
     exception_handlers: Annotated[Mapping[Any, Any] | None, HANDLERS] = None
-    #: Entered with the app after the engine has started, and left before it stops.
+    #: A lifespan that is entered after the engine has started, and exited before it stops.
     lifespan: Annotated[Callable[[Any], AbstractAsyncContextManager[Any]] | None, LIFESPAN] = None

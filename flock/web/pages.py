@@ -1,4 +1,4 @@
-"""The docs pages, the web page, and the specification as it is served. None of them needs a key."""
+"""The docs pages, the web page, and the specification. None of them needs a key."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,10 +39,10 @@ async def redoc(request: Request) -> Response:
 
 
 async def ui(request: Request) -> Response:
-    """GET /ui and /ui/{file}: the web page. It holds no data: that comes over the API, with the key of who looks."""
+    """GET /ui and /ui/{file}: the web page. It contains no data. The page requests that from the API."""
     file = request.app.ui_files.get(request.path_params.get("file", "index.html"))
     if file is None:
-        raise HTTPException(404, "The web page has no such file.")
+        raise HTTPException(404, "The web page has no file of this name.")
     headers = {**PAGE_HEADERS, "Cache-Control": "no-cache", "ETag": file.etag, "Vary": "Accept-Encoding"}
     if file.etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
@@ -57,22 +57,22 @@ async def to_ui(request: Request) -> Response:
 
 
 async def no_ui(scope: Scope, receive: Receive, send: Send) -> None:
-    """What no route matches: people who look for a page read where one is. Raises HTTPException 404."""
+    """Respond if no route matches. The 404 helps people who look for a page. Raises HTTPException 404."""
     app = scope["app"]
     bare = {**scope, "path": scope["path"].rstrip("/")}
     is_http, has_slash = scope["type"] == "http", bare["path"] != scope["path"]
     if is_http and has_slash and any(route.matches(bare)[0] is not Match.NONE for route in app.routes):
         path = root_path(scope) + path_of(bare).removeprefix(root_path(scope))
-        raise HTTPException(404, f"Paths of this server have no slash at the end. Ask for {path}")
+        raise HTTPException(404, f"Paths of this server do not end with a slash. Use {path}")
     if is_http and bare["path"].removeprefix(root_path(scope)) in ("", "/ui"):
-        docs = f"The API is described at {root_path(scope)}/docs. " if app.options.docs else ""
-        detail = f"This server has no web page. {docs}It serves one at /ui if started with --ui (create_ui=True)."
+        docs = f"The API documentation is at {root_path(scope)}/docs. " if app.options.docs else ""
+        detail = f"This server has no web page. {docs}To get one at /ui, start it with --ui (create_ui=True in Python)."
         raise HTTPException(404, detail)
     await app.router.not_found(scope, receive, send)
 
 
 class _Static(StaticFiles):
-    """Files with the policy of the pages that load them."""
+    """Static files with the content security policy of the pages that load them."""
 
     def file_response(self, *args: Any, **options: Any) -> Response:
         response = super().file_response(*args, **options)
@@ -90,7 +90,7 @@ DOCS: Sequence[AppRoute | PublicMount] = [
     PublicMount("/static", _Static(directory=STATIC)),
 ]
 
-#: With ``create_ui``.
+#: The routes that ``create_ui`` adds.
 UI: Sequence[AppRoute] = [
     AppRoute("nothing", "GET", "/", to_ui, include_in_schema=False),
     AppRoute("nothing", "GET", "/ui", ui, include_in_schema=False),

@@ -1,4 +1,4 @@
-"""Errors as problems (RFC 9457)."""
+"""Errors as problem details (RFC 9457)."""
 
 import http
 import logging
@@ -35,7 +35,7 @@ __all__ = ["PROBLEMS", "on_error"]
 
 logger = logging.getLogger("flock.api")
 
-#: Class of error → status and title. A class that is not here is found by its bases.
+#: Status and title of each error class. A class that is not listed uses the entry of its nearest base class.
 PROBLEMS: Mapping[type[Exception], tuple[int, str]] = {
     MalformedJSON: (400, "Malformed JSON"),
     InvalidData: (422, "Invalid input"),
@@ -57,15 +57,15 @@ PROBLEMS: Mapping[type[Exception], tuple[int, str]] = {
 
 
 async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
-    """Any exception as a problem, with *more* members."""
+    """Return the problem for any exception, with *more* members."""
     if isinstance(exc, HTTPException):
-        # What HTTP itself says has no type of its own, and HTTP's words for a title (RFC 9457, section 4.2.1).
+        # A plain HTTP error has the type about:blank and the phrase of its status as title (RFC 9457, section 4.2.1).
         return _problem(request, exc.status_code, "about:blank", _phrase(exc.status_code), exc.detail, exc.headers)
     status, title = next(PROBLEMS[cls] for cls in type(exc).__mro__ if cls in PROBLEMS)
     detail, headers = str(exc), {}
     if status == 500:
         logger.error("request %s failed", request_id_of(request), exc_info=exc)
-        detail = f"The server failed; its log has more under request {request_id_of(request)}."
+        detail = f"The server failed. Its log has the details under request {request_id_of(request)}."
     if status == 401:
         realm = "".join(c for c in request.app.contract.title if c.isascii() and c.isprintable() and c not in '"\\')
         headers["WWW-Authenticate"] = f'Bearer realm="{realm}"'
@@ -79,7 +79,8 @@ async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
     return _problem(request, status, type_, title, detail, headers, **more)
 
 
-#: What may be said before the body was read: its rest must not be taken for the next request on the connection.
+#: Statuses that may be sent before the body was read. The connection is closed after them, since the rest of the body
+#: would be parsed as the next request.
 UNREAD = (401, 403, 408, 413, 415, 421, 431)
 
 

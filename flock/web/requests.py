@@ -1,4 +1,4 @@
-"""What a request says: its id, its paths, its query, its headers, and whether its client is still connected."""
+"""Accessors of a request: its id, its paths, its query, its headers, and the connection of its client."""
 
 import hashlib
 import re
@@ -34,13 +34,13 @@ Query = TypeVar("Query", bound=msgspec.Struct)
 
 
 def root_path(scope: Scope) -> str:
-    """The path under which this app is mounted or proxied; links begin with it."""
+    """Return the path under which this app is mounted or proxied. Links begin with it."""
     path: str = scope.get("root_path", "")
     return path.rstrip("/")
 
 
 def path_of(scope: Scope) -> str:
-    """The path of the request, as a link has it. ``Request.url`` fails if the query is not UTF-8."""
+    """Return the path of the request, quoted for a link. ``Request.url`` fails if the query is not UTF-8."""
     return quote(scope["path"], safe="/:@!$&'()*+,;=~")
 
 
@@ -50,33 +50,36 @@ def request_id_of(request: Request) -> str:
 
 
 def request_id_for(scope: Scope) -> str:
-    """The id that the client sent, or a new one."""
+    """Return the id that the client sent, or a new one."""
     sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
     return sent if re.fullmatch(r"[\w.:-]{1,128}", sent, re.ASCII) else secrets.token_hex(16)
 
 
-def query_of(request: Request, type_: type[Query], **absent: Any) -> Query:
-    """The query as a struct, with what is *absent* if it is not sent. Raises InvalidData, which names the parameter."""
-    return query_from(request.query_params.multi_items(), type_, **absent)
+def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
+    """Return the query as a struct. *defaults* replace missing parameters.
+
+    Raises InvalidData, which names the parameter.
+    """
+    return query_from(request.query_params.multi_items(), type_, **defaults)
 
 
 def traceparent_of(request: Request) -> str | None:
-    """The trace that the request is part of; two of them are none."""
+    """Return the ``traceparent`` header. It is ignored if it was sent twice."""
     sent = request.headers.getlist("traceparent")
     return sent[0] if len(sent) == 1 else None
 
 
 def idempotency_key(request: Request, fingerprint: bytes | Callable[[], bytes]) -> IdempotencyKey | None:
-    """The key of the request, if it has one: a string of structured fields, or the same without its quotes.
+    """Return the idempotency key of the request, or None. It is a structured-field string, with or without quotes.
 
-    Raises HTTPException 400 where it is neither.
+    Raises HTTPException 400 if it is invalid.
     """
     sent = request.headers.get("idempotency-key")
     if sent is None:
         return None
     key = re.fullmatch(r'"?([\x21\x23-\x7e]{1,255})"?', sent)
     if key is None:
-        raise HTTPException(400, "An Idempotency-Key has 1 to 255 visible ASCII characters, as a UUID has.")
+        raise HTTPException(400, "The Idempotency-Key must be 1 to 255 visible ASCII characters, such as a UUID.")
     return IdempotencyKey(key[1], fingerprint)
 
 
@@ -85,20 +88,21 @@ def fingerprint_of(request: Request, body: bytes) -> bytes:
 
 
 def last_event_of(request: Request) -> int:
-    """The id of the last event that a reader knows. A browser that connects again sends the query as it was, too.
+    """Return the id of the last event that the client received: ``Last-Event-ID``, or else ``?after=``.
 
-    Raises InvalidData, whether or not the query is what counts.
+    The header wins, since a browser that reconnects repeats the original query. Raises InvalidData if the query is
+    invalid, even if the header is used.
     """
     last_id, query = request.headers.get("last-event-id", ""), query_of(request, EventsQuery)
     return int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query.after
 
 
 async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
-    """What *waiting* returns. If the client disconnects first, *waiting* is cancelled.
+    """Await *waiting* and return its result. If the client disconnects first, cancel it.
 
-    Raises: what *waiting* raises; HTTPException 400 if the client disconnects, which nobody reads.
+    Raises: the error of *waiting*; HTTPException 400 if the client disconnects, which ends the handler.
     """
-    failure: Exception = HTTPException(400, "The client disconnected before it was answered.")
+    failure: Exception = HTTPException(400, "The client disconnected before the response.")
 
     async def watch_connection() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -109,7 +113,7 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
         tasks.start_soon(watch_connection)
         try:
             return await waiting
-        except Exception as exc:  # the group would wrap it
+        except Exception as exc:  # raised after the task group, which would wrap it
             failure = exc
         finally:
             tasks.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""Responses: JSON, server-sent events, and long ones in pieces, of which an unread one holds one in memory."""
+"""Responses: JSON, server-sent events, and long responses, of which only one piece at a time is in memory."""
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
@@ -15,32 +15,31 @@ from flock.runs import Engine, Event, LongJSON
 __all__ = [
     "PIECE_BYTES",
     "EventStream",
-    "HeldStream",
     "JSONResponse",
+    "LimitedStream",
     "LongResponse",
     "PageResponse",
     "add_headers",
-    "cut_message",
     "event_parts",
     "event_text",
     "head_of_stream",
-    "kept",
+    "held",
     "long_parts",
     "pieces",
+    "split_message",
 ]
 
 logger = logging.getLogger("flock.api")
 
-#: A server copies what it is given to send, until the client has read it; so it is given so much at a time.
+#: The largest piece that is passed to the server, which holds a copy until the client has read it.
 PIECE_BYTES = 64 * 1024
 
-
-#: When the reader of an event stream that was cut should connect again, in milliseconds.
+#: How long a client should wait before it reconnects to an event stream that was cut off, in milliseconds.
 RECONNECT_MS = 1000
 
 
 class JSONResponse(Response):
-    """A struct as JSON. A newline ends it, so that a shell's prompt starts on its own line."""
+    """A struct as JSON, with a newline at the end, so that a shell prompt starts on its own line."""
 
     media_type = "application/json"
 
@@ -49,7 +48,7 @@ class JSONResponse(Response):
 
 
 def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> None:
-    """Give the start of a response its id, *more* headers, and those that keep it out of caches and guesses."""
+    """Add the request id, *more* headers, and defaults that prevent caching and sniffing to the start of a response."""
     names = {name.lower() for name, _ in start["headers"]}
     added = {"x-request-id": request_id, **more}
     if b"x-content-type-options" not in names:
@@ -59,8 +58,8 @@ def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> Non
     start["headers"] = [*start["headers"], *((name.encode(), value.encode()) for name, value in added.items())]
 
 
-def cut_message(message: Message) -> Iterator[Message]:
-    """A message of ASGI as several, if its body is long."""
+def split_message(message: Message) -> Iterator[Message]:
+    """Split an ASGI message with a long body into several messages."""
     body: bytes = message.get("body", b"")
     if len(body) <= PIECE_BYTES:
         yield message
@@ -73,24 +72,24 @@ def cut_message(message: Message) -> Iterator[Message]:
 async def event_text(
     events: AsyncIterator[Event | None], engine: Engine, request_id: str
 ) -> AsyncGenerator[bytes, None]:
-    """The body of a stream of *events*. If the engine is about to stop, it ends with when to connect again."""
+    """Yield the body of a stream of *events*. If the engine is draining, the last line is a ``retry`` hint."""
     is_event_whole = True
     try:
         async for event in events:
             is_event_whole = False
             parts = event_parts(event)
-            with kept(parts):
+            with held(parts):
                 async for piece in pieces(parts):
                     yield piece
             is_event_whole = True
     except FlockError as exc:
-        logger.warning("request %s: its event stream is cut: %s", request_id, exc)
-    if engine.is_draining and is_event_whole:  # an empty line would make an event of what was sent of the last one
+        logger.warning("request %s: the event stream was cut off: %s", request_id, exc)
+    if engine.is_draining and is_event_whole:  # otherwise the empty line would complete a partial event
         yield b"retry: %d\n\n" % RECONNECT_MS
 
 
 def long_parts(content: Any, before: bytes, after: bytes) -> list[bytes | LongJSON]:
-    """The JSON of *content* between other text, with each ``LongJSON`` in it as a part of its own."""
+    """Return *before*, the JSON of *content*, and *after*, with each ``LongJSON`` as a part of its own."""
     long: list[LongJSON] = []
 
     def mark(value: LongJSON) -> msgspec.Raw:
@@ -98,13 +97,13 @@ def long_parts(content: Any, before: bytes, after: bytes) -> list[bytes | LongJS
         return msgspec.Raw(b"\0")
 
     text = b"%b%b%b" % (before, msgspec.json.encode(content, enc_hook=mark), after)
-    first, *others = text.split(b"\0")  # JSON has no such character
+    first, *others = text.split(b"\0")  # JSON never contains this byte
     return [first, *(part for pair in zip(long, others, strict=True) for part in pair)]
 
 
 @contextmanager
-def kept(parts: Sequence[bytes | LongJSON]) -> Iterator[None]:
-    """Keep what is read as it is sent from retention within the block."""
+def held(parts: Sequence[bytes | LongJSON]) -> Iterator[None]:
+    """Prevent retention from deleting *parts* during the block, in which they are read from the store."""
     with ExitStack() as stack:
         for part in parts:
             if isinstance(part, LongJSON):
@@ -113,16 +112,16 @@ def kept(parts: Sequence[bytes | LongJSON]) -> Iterator[None]:
 
 
 async def pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[bytes]:
-    """All of *parts*; a long one is read as it is asked for. Raises RunNotFound, StoreError."""
+    """Yield all *parts*. A long one is read from the store piece by piece. Raises RunNotFound, StoreError."""
     for part in parts:
         for piece in part.pieces() if isinstance(part, LongJSON) else (part,):
             yield piece
 
 
 class LongResponse(StreamingResponse):
-    """JSON with each ``LongJSON`` in it, and a newline at its end. Its length is known, so it is not chunked.
+    """JSON that contains ``LongJSON`` values, with a newline at the end. Its length is known, so it is not chunked.
 
-    If it cannot be read to its end, a WARNING is logged, and the server closes the connection.
+    If a value cannot be read completely, a WARNING is logged, and the server closes the connection.
     """
 
     media_type = "application/json"
@@ -134,69 +133,69 @@ class LongResponse(StreamingResponse):
         super().__init__(pieces(self._parts), status_code, {**headers, "Content-Length": str(length)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with kept(self._parts):
+        with held(self._parts):
             try:
                 await super().__call__(scope, receive, send)
             except FlockError as exc:
-                logger.warning("request %s: its answer is cut: %s", scope["flock.request_id"], exc)
+                logger.warning("request %s: the response was cut off: %s", scope["flock.request_id"], exc)
 
 
 class PageResponse(JSONResponse):
-    """A page of records. If it is long, *held* is entered before it is sent, and left however that ends."""
+    """A page of records. If it is long, it holds *slot* while it is sent."""
 
     def __init__(
         self,
         content: Any,
-        held: AbstractContextManager[None],
+        slot: AbstractContextManager[None],
         status_code: int = 200,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(content, status_code, headers)
-        self._held = held if len(self.body) > PIECE_BYTES else nullcontext()
+        self._slot = slot if len(self.body) > PIECE_BYTES else nullcontext()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
+        with self._slot:
             await super().__call__(scope, receive, send)
 
 
-class HeldStream(StreamingResponse):
-    """A stream of unknown length. *held* is entered before it starts, and left, with *content* closed, however it ends.
+class LimitedStream(StreamingResponse):
+    """A stream of unknown length. It holds *slot* while it is sent, and closes *content* at the end.
 
-    Raises: when it is sent, what entering *held* raises, which is answered as any error of the handler.
+    Raises: when it is sent, the error of entering *slot*. It becomes a response like any error of the handler.
     """
 
     def __init__(
         self,
         content: AsyncGenerator[bytes, None],
-        held: AbstractContextManager[None],
+        slot: AbstractContextManager[None],
         headers: Mapping[str, str],
         media_type: str | None = None,
     ) -> None:
         super().__init__(content, headers=headers, media_type=media_type)
-        self._content, self._held = content, held
+        self._content, self._slot = content, slot
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
+        with self._slot:
             async with aclosing(self._content):
                 await super().__call__(scope, receive, send)
 
 
-class EventStream(HeldStream):
+class EventStream(LimitedStream):
     """Server-sent events."""
 
     media_type = "text/event-stream"
 
 
 def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
-    """The answer to HEAD where GET would stream: how long that is nobody can say (RFC 9110, section 8.6)."""
+    """Return the response to HEAD for a stream, whose length is unknown (RFC 9110, section 8.6)."""
     response = Response(media_type=media_type, headers=headers)
     del response.headers["Content-Length"]
     return response
 
 
 def event_parts(event: Event | None) -> list[bytes | LongJSON]:
-    """One event as ``text/event-stream`` has it; None is a comment, which keeps the connection open."""
+    """Return one event as ``text/event-stream``. None becomes a comment, which keeps the connection open."""
     if event is None:
-        return [b": still here\n\n"]
+        return [b": keep-alive\n\n"]
     id_ = b"" if event.id is None else b"id: %d\n" % event.id
     return long_parts(event.data, b"%sevent: %s\ndata: " % (id_, event.name.encode()), b"\n\n")

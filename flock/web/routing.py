@@ -1,4 +1,4 @@
-"""The router of an app: it checks access before anything of a request's body is read."""
+"""The router of an app. It checks access before the body of a request is read."""
 
 import inspect
 import ipaddress
@@ -29,10 +29,11 @@ __all__ = [
     "principal_of",
 ]
 
-#: Says who asks, or None where nobody may know; it reads headers, a session, a certificate, and never the body.
+#: Returns the principal of a request, or None if it cannot be identified. It may read headers, a session or a
+#: certificate, but not the body.
 Auth = Callable[[HTTPConnection], Awaitable[Principal | None] | Principal | None]
 
-#: What a page of another origin may send and read, where the owner lets it.
+#: The methods and headers that a page of an allowed origin may use.
 CORS: Mapping[str, Any] = {
     "allow_methods": ("GET", "POST", "DELETE"),
     "allow_headers": (
@@ -45,20 +46,18 @@ CORS: Mapping[str, Any] = {
     ),
 }
 
-#: What browsers send with what a page asks for, and hardly anybody else does.
-FROM_PAGES = (b"origin", b"sec-fetch-site")
+#: The headers that browsers send for requests from pages, and other clients rarely send.
+BROWSER_HEADERS = (b"origin", b"sec-fetch-site")
 
-#: What changes nothing (RFC 9110, section 9.2.1).
+#: The methods that change nothing (RFC 9110, section 9.2.1).
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
-
-#: What a route needs of a request: nothing, to be admitted by ``auth``, or that the principal is an admin, if there is
-#: one.
+#: The access that a route needs: none, authentication by ``auth``, or, if there are principals, one that is an admin.
 Needs = Literal["nothing", "access", "admin"]
 
 
 class AppRoute(Route):
-    """A route that declares what it needs. A route of Starlette's own needs access."""
+    """A route that declares the access it needs. A plain Starlette route needs "access"."""
 
     def __init__(self, needs: Needs, methods: str, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, methods=methods.split(), **options)
@@ -66,17 +65,17 @@ class AppRoute(Route):
 
 
 class PublicMount(Mount):
-    """A mount that needs nothing."""
+    """A mount that needs no authentication."""
 
     needs: Needs = "nothing"
 
 
 class RouteMatch(msgspec.Struct):
-    """What the router found out about a request, in one object that middleware which copies the scope shares.
+    """The router's result for a request. It is one object, so that it is shared if middleware copies the scope.
 
     Attributes:
-        route: the route that answers; None if no route matches.
-        headers: what the response says about the rate limit.
+        route: the route that handles the request; None if no route matches.
+        headers: the rate limit headers of the response.
     """
 
     route: BaseRoute | None = None
@@ -84,19 +83,19 @@ class RouteMatch(msgspec.Struct):
 
 
 class AppRouter(Router):
-    """A router that admits a request to the route that answers it, and to no other.
+    """A router that checks the access for exactly the route that will handle the request.
 
-    It finds the route once, as Starlette does: the first that matches path and method, otherwise the first that matches
-    the path. Only a route that declares that it needs nothing answers without authentication, and is not counted
-    against *rate*. All others need it, also those that a host adds later, and so do unknown paths.
+    It selects the route once, with Starlette's rule: the first that matches path and method, otherwise the first that
+    matches the path. Only routes that declare "nothing" work without authentication, and they do not count against
+    *rate*. All others need authentication, including routes that a host adds later, and unknown paths.
 
     Args:
-        auth: identifies principals; None lets everybody in.
-        is_anonymous: nobody is identified, here or by a host. So what is not open is kept from pages of other origins,
-            also if it changes nothing: a page could make the browser of somebody who can connect ask for it.
-        hosts: what ``Host`` may say, without the port; None is anything.
-        origins: pages of other origins that may change something.
-        rate: how much each principal may ask for; None is any.
+        auth: identifies principals; None allows every request.
+        is_anonymous: True if neither this app nor its host identifies users. Then pages of other origins cannot even
+            read protected routes: such a page could send requests through the browser of a user who can connect.
+        hosts: allowed values of ``Host``, without the port; None allows any.
+        origins: other origins whose pages may change something.
+        rate: the rate limit of each principal; None means no limit.
         options: see ``starlette.routing.Router``.
     """
 
@@ -112,7 +111,7 @@ class AppRouter(Router):
         rate: RateLimit | None,
         **options: Any,
     ) -> None:
-        super().__init__(routes, redirect_slashes=False, **options)  # to an address that ``Host`` names
+        super().__init__(routes, redirect_slashes=False, **options)  # a redirect would use the unchecked ``Host``
         self._auth = auth
         self._is_anonymous = is_anonymous
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
@@ -129,9 +128,10 @@ class AppRouter(Router):
         found.route = route
         needs: Needs = getattr(route, "needs", "access")
         try:
-            self._check_headers(scope, is_kept=self._is_anonymous and route is not None and needs != "nothing")
+            is_protected = self._is_anonymous and route is not None and needs != "nothing"
+            self._check_headers(scope, is_protected=is_protected)
             if needs != "nothing":
-                await self._admit(scope, found, needs)
+                await self._authorise(scope, found, needs)
         except (HTTPException, FlockError) as exc:
             if scope["type"] == "websocket":
                 raise WebSocketException(1008) from exc  # RFC 6455, 7.4.1: policy violation
@@ -145,7 +145,7 @@ class AppRouter(Router):
             await route.handle(scope, receive, send)
 
     def _match(self, scope: Scope) -> tuple[BaseRoute | None, Scope]:
-        """The route that answers *scope*, and what it adds to the scope."""
+        """Return the route for *scope*, and its additions to the scope."""
         partial: tuple[BaseRoute | None, Scope] = None, {}
         for route in self.routes:
             match, child_scope = route.matches(scope)
@@ -155,21 +155,21 @@ class AppRouter(Router):
                 partial = route, child_scope
         return partial
 
-    def _check_headers(self, scope: Scope, *, is_kept: bool) -> None:
-        """*is_kept*: from pages of other origins, whatever the method."""
-        length, is_from_page = 0, False
-        for name, value in scope["headers"]:  # once, since each look-up goes through all of them
+    def _check_headers(self, scope: Scope, *, is_protected: bool) -> None:
+        """Check the size, the host and the origin. With *is_protected*, check the origin for every method."""
+        length, is_from_browser = 0, False
+        for name, value in scope["headers"]:  # one loop, since each lookup in Headers scans all of them
             length += len(name) + len(value)
-            is_from_page = is_from_page or name in FROM_PAGES
+            is_from_browser = is_from_browser or name in BROWSER_HEADERS
         if length > self._max_header_bytes:
-            raise HTTPException(431, f"The headers are longer than {self._max_header_bytes} bytes together.")
+            raise HTTPException(431, f"The headers are longer than {self._max_header_bytes} bytes in total.")
         headers = Headers(scope=scope)
         if self._hosts is not None:
             check_host(headers.get("host", ""), self._hosts)
-        if is_from_page and (is_kept or scope.get("method") not in SAFE_METHODS):
+        if is_from_browser and (is_protected or scope.get("method") not in SAFE_METHODS):
             check_origin(headers, self._origins)
 
-    async def _admit(self, scope: Scope, found: RouteMatch, needs: Needs) -> None:
+    async def _authorise(self, scope: Scope, found: RouteMatch, needs: Needs) -> None:
         connection = HTTPConnection(scope)
         if self._auth is not None:
             scope["flock.principal"] = await _identify(connection, self._auth)
@@ -177,7 +177,7 @@ class AppRouter(Router):
         if self._rate is not None:
             found.headers = self._rate.take(principal)
         if needs == "admin" and principal is not None and not principal.admin:
-            raise Forbidden(f"{scope['path']} shows what belongs to everybody, and {principal.name!r} is not an admin.")
+            raise Forbidden(f"{scope['path']} is only for admins, and {principal.name!r} is not an admin.")
 
 
 async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:
@@ -185,11 +185,11 @@ async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:
     principal = await found if inspect.isawaitable(found) else found
     if isinstance(principal, Principal):
         return principal
-    raise Unauthenticated("This needs a key that is known here. With curl: -H 'Authorization: Bearer YOUR_KEY'")
+    raise Unauthenticated("The API key is missing or unknown. With curl: -H 'Authorization: Bearer YOUR_KEY'")
 
 
 def api_key_auth(keys: KeyRing) -> Auth:
-    """``auth`` by ``Authorization: Bearer`` (RFC 6750) or ``X-API-Key``."""
+    """Return an ``auth`` function for ``Authorization: Bearer`` (RFC 6750) and ``X-API-Key``."""
 
     async def auth(connection: HTTPConnection) -> Principal | None:
         scheme, _, key = connection.headers.get("authorization", "").partition(" ")
@@ -201,15 +201,15 @@ def api_key_auth(keys: KeyRing) -> Auth:
 
 
 def principal_of(request: HTTPConnection) -> Principal | None:
-    """Who asks, as ``auth`` said; None where the app has none."""
+    """Return the principal that ``auth`` identified, or None if the app has no ``auth``."""
     principal: Principal | None = request.scope.get("flock.principal")
     return principal
 
 
 def caller_of(request: HTTPConnection) -> Caller:
-    """Whose share the request counts for: that of its principal, or else of the address that it comes from.
+    """Return the caller for limits: the principal of the request, or the client's address if there is none.
 
-    All addresses of an IPv6 network of 64 bits are one caller, since one machine can use each of them.
+    All addresses of a 64-bit IPv6 network are one caller, since one machine can use all of them.
     """
     principal, host = principal_of(request), request.client.host if request.client else ""
     if principal is not None:

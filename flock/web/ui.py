@@ -1,4 +1,4 @@
-"""The web page at ``/ui``: files of the package, in the form in which they are sent."""
+"""The files of the web page at ``/ui``, ready to be sent."""
 
 import graphlib
 import gzip
@@ -14,14 +14,14 @@ from flock.web.contract import STATIC
 
 __all__ = ["UIFile", "takes_gzip", "ui_files"]
 
-#: The script that loads the views, and the view that is shown first.
+#: The script that loads the views, and the first view.
 ENTRY, FIRST_VIEW = "main.js", "agents.js"
-#: A static import, as all our scripts write it: it never renames what it imports.
+#: A static import in the form that all our scripts use. They never rename an import.
 IMPORT = re.compile(rb'^import \{(?P<names>[^}]*)\} from "\./(?P<module>[\w.]+)";\n', re.MULTILINE)
 
 
 class UIFile(msgspec.Struct, frozen=True):
-    """One file. ``etag`` is weak: it is the same for both forms."""
+    """One file. ``etag`` is weak, since it is the same for the plain and the compressed form."""
 
     media_type: str
     etag: str
@@ -30,7 +30,7 @@ class UIFile(msgspec.Struct, frozen=True):
 
 
 def ui_files(title: str, *, has_docs: bool = True) -> Mapping[str, UIFile]:
-    """All files of the page by name, with *title* in it, and a link to the docs pages; read and compressed once."""
+    """Return all files of the page by name, with *title* and, if *has_docs*, a link to the docs pages."""
     files = {path.name: path.read_bytes() for path in sorted((STATIC / "ui").iterdir())}
     page = files["index.html"] if has_docs else re.sub(rb' *<a href="docs">.*?</a>\n', b"", files["index.html"])
     files["index.html"] = page.replace(b"{title}", html.escape(title).encode())
@@ -38,17 +38,17 @@ def ui_files(title: str, *, has_docs: bool = True) -> Mapping[str, UIFile]:
 
 
 def _bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
-    """*files* with one script in place of all modules that the first paint needs: a request for each would be slower.
+    """Bundle all modules that the first paint needs into one script, since one request for each would be slower.
 
-    The other scripts import from it what they import from those modules.
+    The other scripts import from the bundle instead of from those modules.
     """
     imports: dict[str, list[str]] = {}
-    wanted = [ENTRY, FIRST_VIEW]
-    while wanted:
-        name = wanted.pop()
+    pending = [ENTRY, FIRST_VIEW]
+    while pending:
+        name = pending.pop()
         if name not in imports:
             imports[name] = [found["module"].decode() for found in IMPORT.finditer(files[name])]
-            wanted += imports[name]
+            pending += imports[name]
     order = [name for name in graphlib.TopologicalSorter(imports).static_order() if name != FIRST_VIEW]
     rest = {name: _from_entry(plain, order) for name, plain in files.items() if name not in order}
     return {**rest, ENTRY: b"\n".join(IMPORT.sub(b"", files[name]) for name in order)}
@@ -69,5 +69,5 @@ def _file(name: str, plain: bytes) -> UIFile:
 
 
 def takes_gzip(accept_encoding: str) -> bool:
-    """Whether a client takes it (RFC 9110, section 12.5.3). Who says nothing is sent the file as it is."""
+    """Whether a client accepts gzip (RFC 9110, section 12.5.3). Without ``Accept-Encoding`` it does not."""
     return re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accept_encoding, re.IGNORECASE) is not None

@@ -1,4 +1,4 @@
-"""The structs of the API: its bodies, its queries and its answers. ``openapi.yaml`` describes the same."""
+"""The structs of the API: bodies, queries and responses. ``openapi.yaml`` describes the same structs."""
 
 import functools
 import operator
@@ -51,25 +51,25 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: For fields that only older clients send. They are accepted, and never offered.
+#: For fields that only older clients send. They are accepted, but new clients should not use them.
 DEPRECATED = msgspec.Meta(extra_json_schema={"deprecated": True})
 
 #: See ``CSVDialect``.
 Delimiter = Literal[",", ";", "\t", "|"]
 Decimal = Literal[".", ","]
 
-#: How many results one answer holds at most.
+#: The maximum number of records in one response.
 MAX_PAGE = 1000
 
-#: The longest wait for a run that a request may ask for, in seconds; see ``max_wait_s``.
+#: The maximum of the ``wait`` parameter, in seconds; see also ``max_wait_s``.
 MAX_WAIT_S = 3600
 
 
-# What comes in
+# Requests
 
 
 class FlockAPIRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /run/flock``. ``use_production_tools`` is accepted from older clients, and means nothing."""
+    """Body of ``POST /run/flock``. ``use_production_tools`` is accepted from older clients and ignored."""
 
     agent_name: str
     inputs: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"{}"))
@@ -79,9 +79,9 @@ class FlockAPIRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /run/batch``. ``use_temporal`` and ``silent_mode`` are accepted, and mean nothing.
+    """Body of ``POST /run/batch``. ``use_temporal`` and ``silent_mode`` are accepted and ignored.
 
-    ``delimiter``, ``decimal`` and ``encoding`` are of a CSV file that ``batch_inputs`` names.
+    ``delimiter``, ``decimal`` and ``encoding`` are for a CSV file that ``batch_inputs`` names.
     """
 
     agent_name: str
@@ -104,7 +104,7 @@ class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class FlockBatchRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /batch/{batch_id}/retry``: which items; without it those that failed or were cancelled."""
+    """Body of ``POST /batch/{batch_id}/retry``: the items to retry. Default: all that failed or were cancelled."""
 
     only: Literal["failed", "cancelled"] | None = None
 
@@ -115,7 +115,7 @@ BATCH_RETRY = JSONType(FlockBatchRetry)
 
 
 class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The query of ``POST /run/batch``. Beside a JSON body it has ``dry_run`` only.
+    """The query of ``POST /run/batch``. With a JSON body, only ``dry_run`` is allowed.
 
     ``static_inputs`` and ``input_mapping`` are JSON; ``delimiter``, ``decimal`` and ``encoding`` are for CSV.
     """
@@ -137,19 +137,22 @@ class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class WaitQuery(msgspec.Struct, frozen=True):
-    """How many seconds to wait for the end of a run."""
+    """The number of seconds to wait for the end of a run."""
 
     wait: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0
 
 
 class EventsQuery(msgspec.Struct, frozen=True):
-    """The id of the last event that the reader knows."""
+    """The id of the last event that the client has received."""
 
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class BatchQuery(msgspec.Struct, frozen=True):
-    """Which results of a batch to give, so many behind a position, and how many seconds to wait for its end."""
+    """The results of a batch to return, and the number of seconds to wait for its end.
+
+    The page has up to ``limit`` results after the position ``after``.
+    """
 
     after: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = MAX_PAGE
@@ -158,7 +161,7 @@ class BatchQuery(msgspec.Struct, frozen=True):
 
 
 class ResultsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which results of a batch to download, and how; ``format`` comes before ``Accept``."""
+    """The results of a batch to download, and their format. ``format`` overrides ``Accept``."""
 
     status: Literal["completed", "failed", "cancelled"] | msgspec.UnsetType = msgspec.UNSET
     format: Literal["json", "ndjson", "csv"] | msgspec.UnsetType = msgspec.UNSET
@@ -168,7 +171,7 @@ class ResultsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BatchesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which batches to list."""
+    """The filter of a list of batches."""
 
     status: RunStatus | msgspec.UnsetType = msgspec.UNSET
     agent_name: str | msgspec.UnsetType = msgspec.UNSET
@@ -177,7 +180,7 @@ class BatchesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which runs to list. A filter that is not understood is refused: without it the list would be a wrong answer."""
+    """The filter of a list of runs. Unknown parameters are rejected, since ignoring one would return wrong runs."""
 
     status: RunStatus | msgspec.UnsetType = msgspec.UNSET
     agent_name: str | msgspec.UnsetType = msgspec.UNSET
@@ -196,35 +199,38 @@ DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?([eE](\+?[0-9]{1,2}|-[0-9]{1,3
 BOOLEANS = {"true": True, "false": False}
 
 
-def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **absent: Any) -> T:
-    """A query as a struct, with what is *absent* if it is not sent. Raises InvalidData, which names the parameter."""
+def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **defaults: Any) -> T:
+    """Parse a query into a struct. *defaults* replace missing parameters.
+
+    Raises InvalidData, which names the parameter.
+    """
     if len({name for name, _ in sent}) < len(sent):
-        raise InvalidData([FieldError(detail="A parameter of the query is there twice.", pointer="")])
+        raise InvalidData([FieldError(detail="A parameter of the query is repeated. Send it once.", pointer="")])
     fields = msgspec.structs.fields(type_)  # type: ignore[arg-type]
-    read: dict[str, Any] = absent | dict(sent)
+    read: dict[str, Any] = defaults | dict(sent)
     for field in fields:
         if field.required and field.name not in read:
-            detail = f"{field.name!r} is missing in the query: add ?{field.name}="
+            detail = f"{field.name!r} is missing in the query. Add ?{field.name}="
             raise InvalidData([FieldError(detail=detail, pointer="")])
-    # Only what is a number or a truth value is converted: a time, say, is no number of seconds.
-    defaults = {field.name: field.default for field in fields}
+    # Only numbers and booleans are converted here. msgspec would take a bare number as a valid time.
+    field_defaults = {field.name: field.default for field in fields}
     for name, value in sent:
-        if isinstance(defaults.get(name), bool):
+        if isinstance(field_defaults.get(name), bool):
             read[name] = BOOLEANS.get(value, value)
-        elif isinstance(defaults.get(name), int) and NUMBER.fullmatch(value):
+        elif isinstance(field_defaults.get(name), int) and NUMBER.fullmatch(value):
             read[name] = int(value)
         elif name == "timeout_s" and DECIMAL.fullmatch(value):
             read[name] = float(value)
     try:
         return msgspec.convert(read, type_)
     except msgspec.ValidationError as exc:
-        reason, _, place = str(exc).replace("`", "'").partition(" - at '$.")
-        name = f"'{place[:-1]}' in the query" if place else "The query"
+        reason, _, path = str(exc).replace("`", "'").partition(" - at '$.")
+        name = f"'{path[:-1]}' in the query" if path else "The query"
         raise InvalidData([FieldError(detail=f"{name}: {reason}.{example_for(reason)}", pointer="")]) from exc
 
 
 def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
-    """What the query says of an upload, in the form of a JSON body without rows. Raises InvalidData."""
+    """Convert the query of an upload to the request of a JSON body, without rows. Raises InvalidData."""
     options = msgspec.structs.asdict(query)
     del options["dry_run"]
     for name, type_ in (("static_inputs", dict[str, msgspec.Raw]), ("input_mapping", dict[str, str | None])):
@@ -233,18 +239,18 @@ def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
                 check_depth(options[name].encode(), max_depth)
                 options[name] = msgspec.json.decode(options[name], type=type_)
             except (MalformedJSON, msgspec.DecodeError, RecursionError) as exc:
-                detail = f"{name!r} in the query is a JSON object ({str(exc).replace('`', chr(39))})."
+                detail = f"{name!r} in the query must be a JSON object ({str(exc).replace('`', chr(39))})."
                 raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
     return FlockBatchRequest(
         batch_inputs=[], **{name: value for name, value in options.items() if value is not msgspec.UNSET}
     )
 
 
-# What goes out
+# Responses
 
 
 class RunStep(msgspec.Struct, frozen=True, kw_only=True):
-    """One agent's turn within a run, in the attempt in which it was done."""
+    """One finished step of a run. ``attempt`` is the attempt of the run in which it finished."""
 
     agent_name: str
     result: msgspec.Raw
@@ -255,7 +261,7 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A run as it stands. ``batch_id`` and ``position`` are there for the items of a batch."""
+    """The current state of a run. Only items of a batch have ``batch_id`` and ``position``."""
 
     run_id: str
     agent_name: str
@@ -277,7 +283,7 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One run in a list; ``inputs`` and ``result`` are there only where they were asked for."""
+    """One run in a list. It has ``inputs`` and ``result`` only if they were requested."""
 
     run_id: str
     agent_name: str
@@ -294,14 +300,14 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunList(msgspec.Struct, frozen=True, kw_only=True):
-    """One page of runs, newest first; ``next`` is the path of the page behind it, as in the ``Link`` header."""
+    """One page of runs, newest first. ``next`` is the path of the next page, as in the ``Link`` header."""
 
     runs: list[RunSummary]
     next: str | None
 
 
 class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch as it stands. ``results`` holds one page, in order; ``next`` is the path of the page behind it."""
+    """The current state of a batch. ``results`` is one page, in order, and ``next`` the path of the next page."""
 
     batch_id: str
     agent_name: str
@@ -323,7 +329,7 @@ class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FlockBatchCheckRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A row as it would be kept. ``line`` is where it begins in CSV or NDJSON; ``extra`` are its kept columns."""
+    """A row as it would be stored. ``line`` is its first line in CSV or NDJSON, ``extra`` its kept columns."""
 
     line: int | msgspec.UnsetType = msgspec.UNSET
     inputs: msgspec.Raw
@@ -331,7 +337,7 @@ class FlockBatchCheckRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FlockBatchCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer of ``POST /run/batch?dry_run=true``: whether the batch would be accepted, and what is wrong with it."""
+    """Response of ``POST /run/batch?dry_run=true``: whether the batch would be accepted, and its errors."""
 
     ok: bool
     total_items: int
@@ -362,14 +368,14 @@ class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchList(msgspec.Struct, frozen=True, kw_only=True):
-    """One page of batches, newest first; ``next`` as in ``RunList``."""
+    """One page of batches, newest first, with ``next`` as in ``RunList``."""
 
     batches: list[BatchSummary]
     next: str | None
 
 
 class AgentSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of ``GET /agents``. ``next_agent`` is null where the result decides who goes on."""
+    """One entry of ``GET /agents``. ``next_agent`` is null if the result decides which agent runs next."""
 
     name: str
     description: str
@@ -377,13 +383,13 @@ class AgentSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AgentList(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer of ``GET /agents``."""
+    """Response of ``GET /agents``."""
 
     agents: list[AgentSummary]
 
 
 class AgentDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer of ``GET /agents/{name}``: what the agent takes and gives, as JSON Schema (2020-12)."""
+    """Response of ``GET /agents/{name}``: an agent, with its inputs and outputs as JSON Schema (2020-12)."""
 
     name: str
     description: str
@@ -393,13 +399,13 @@ class AgentDetail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """Answer of ``GET /healthz``: the server is there."""
+    """Response of ``GET /healthz``: the server is alive."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """Answer of ``GET /readyz``: new work is taken."""
+    """Response of ``GET /readyz``: the server accepts work."""
 
     status: Literal["ok"] = "ok"
     engine: Literal["running"] = "running"
@@ -407,9 +413,9 @@ class Readiness(msgspec.Struct, frozen=True):
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """Every error of the API (RFC 9457).
+    """An error of the API (RFC 9457).
 
-    ``errors`` is there for bad input, one entry for each place; ``engine`` and ``store`` in the answers of ``/readyz``.
+    ``errors`` has one entry for each invalid value of the input. Only ``/readyz`` sends ``engine`` and ``store``.
     """
 
     type: str
@@ -424,7 +430,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shown_as(type_: type[T], record: Any, **more: Any) -> T:
-    """A struct of the wire with the fields that *record* has under the same names, and *more*."""
+    """Return a *type_* with the fields of *record* that have the same names, and *more*."""
     names, values_of = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
     return type_(**dict(zip(names, values_of(record), strict=True)), **more)
 
