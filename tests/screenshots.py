@@ -1,4 +1,4 @@
-"""Write the screenshots of the README, as the web page looks today: python -m tests.screenshots"""
+"""Write the current screenshots of the web page for the README: python -m tests.screenshots"""
 
 import random
 import re
@@ -27,7 +27,7 @@ PICTURES = ROOT / "docs"
 TEXTS = ("I love this coffee maker.", "It broke after a week.", "The shop opens at nine.")
 
 
-# What is shown
+# Sample agents
 
 
 class Rating(TypedDict):
@@ -48,7 +48,7 @@ def shown_flock() -> Flock:
 
     @flock.agent(next_agent="summarise")
     async def research(topic: str, context: RunContext, pages: int = 40) -> str:
-        """Reads what there is about a topic, page by page."""
+        """Researches a topic, page by page."""
         for page in range(pages):
             context.progress(page, pages, "Pages read")
             await anyio.sleep(0.15)
@@ -56,20 +56,20 @@ def shown_flock() -> Flock:
 
     @flock.agent
     async def summarise(result: str) -> str:
-        """Says in a few words what was found."""
+        """Summarises the findings in a few words."""
         return f"In short: {result}"
 
     @flock.agent(next_agent=lambda result: None)
     async def triage(mail: str, urgency: Literal["low", "high"] = "low") -> str:
-        """Sorts the mails of a help desk, and hands each to whom it concerns."""
-        raise AgentError("Nobody is on duty for this mail. Try again after nine.")
+        """Sorts the mail of a help desk, and hands each message off to the right agent."""
+        raise AgentError("No one is on duty for this mail. Try again after nine.")
 
     @flock.agent
     async def rate_review(review: str) -> Rating:
-        """Rates what a customer writes, from one star to five."""
+        """Rates the review of a customer, from one star to five."""
         await anyio.sleep(chance.lognormvariate(-2.2, 0.7))
         if chance.random() < 0.04:
-            raise AgentError("The review is in no language that is known here.")
+            raise AgentError("The language of the review is not supported.")
         return {"stars": chance.randint(1, 5), "topic": chance.choice(["delivery", "taste", "price"])}
 
     return flock
@@ -82,11 +82,11 @@ def serve(folder: Path) -> None:
     uvicorn.run(create_app(flock, server_name="Acme agents", create_ui=True, engine=engine), port=0)
 
 
-# How it is looked at
+# Screenshots
 
 
 def show(page: Page, view: str, url: str, client: httpx.Client) -> None:
-    """Go to *view*, and wait until there is something to see."""
+    """Open *view*, and wait until it has content."""
 
     def start(agent_name: str, **inputs: object) -> str:
         body = {"agent_name": agent_name, "inputs": inputs, "async_run": True}

@@ -5,13 +5,13 @@ The tests of each line of attack. A test without a module is in this one:
     | attack | test |
     |-|-|
     | path, link or URL in ``batch_inputs`` | test_attacks_on_inputs::test_no_file_is_read_and_no_url_is_fetched |
-    | | test_uploads::test_no_other_file_is_and_nobody_learns_which_there_are |
+    | | test_uploads::test_no_other_file_is_read_or_disclosed |
     | decompression bomb | test_bad_input::test_a_compressed_body_is_415_and_is_not_read |
-    | | test_uploads::test_what_is_too_much_or_cannot_be_unpacked_is_refused |
-    | amplification | test_uploads::test_static_inputs_do_not_make_much_of_little |
-    | | test_uploads::test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do |
-    | formulas in a spreadsheet | test_uploads::test_what_a_spreadsheet_would_run_is_text |
-    | deep JSON | test_jsontype::test_depth_is_counted_in_no_time |
+    | | test_uploads::test_a_body_that_is_too_large_or_cannot_be_decompressed_is_refused |
+    | amplification | test_uploads::test_static_inputs_count_toward_the_size_limit_in_every_row |
+    | | test_uploads::test_a_long_row_in_tiny_chunks_is_read_in_linear_time |
+    | formulas in a spreadsheet | test_uploads::test_formulas_are_escaped_in_csv |
+    | deep JSON | test_jsontype::test_the_depth_check_takes_linear_time |
     | | test_bad_input::test_malformed_json_is_400_with_line_and_column |
     | huge numbers | test_attacks_on_inputs::test_numbers_of_any_size_are_answered |
     | duplicate names | test_attacks_on_inputs::test_the_last_of_duplicate_names_counts |
@@ -30,7 +30,7 @@ The tests of each line of attack. A test without a module is in this one:
     | | test_bytes_after_an_unread_body_are_not_a_request |
     | slow head, slow body | test_our_server_does_not_wait_forever_for_a_request_head |
     | | test_a_body_that_trickles_is_answered_408 |
-    | | test_uploads::test_an_upload_that_stalls_is_dropped |
+    | | test_uploads::test_a_stalled_upload_is_dropped |
     | event stream that is never read | test_http_lifecycle::test_an_event_stream_that_is_not_read_blocks_nothing |
     | too many connections, streams, requests | test_connections_beyond_the_limit_are_refused |
     | | test_event_streams_are_limited_for_each_principal |
@@ -39,7 +39,7 @@ The tests of each line of attack. A test without a module is in this one:
     | crowds of silent or waiting clients | test_crowds::test_silent_clients_delay_no_request_and_are_disconnected |
     | | test_crowds::test_clients_that_wait_for_a_run_take_little_more_memory_than_in_a_bare_app |
     | ids of another principal | test_records_of_another_principal_are_not_found |
-    | | test_uploads::test_what_belongs_to_others_is_not_there |
+    | | test_uploads::test_batches_of_other_principals_are_not_found |
     | ``current_agent`` and the like in the inputs | test_attacks_on_inputs::test_inputs_cannot_choose_the_agent |
     | secrets of the environment | test_attacks_on_inputs::test_server_secrets_are_in_no_response_and_no_record |
     | | test_keys_and_inputs_are_not_logged |

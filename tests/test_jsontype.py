@@ -1,4 +1,4 @@
-"""JSON in, with every place that is wrong."""
+"""JSON decoding, with a pointer to every error."""
 
 import json
 import time
@@ -36,7 +36,7 @@ def errors_of(raw: str | bytes, at: str = "") -> dict[str, str]:
     return {error.pointer: error.detail for error in caught.value.errors}
 
 
-def test_every_place_is_named_at_once() -> None:
+def test_every_error_is_reported_with_its_pointer() -> None:
     raw = '{"nome": "", "inner": 5, "pair": [1, 2], "keys": {"x": 1}}'
     assert errors_of(raw, "/inputs") == {
         "/inputs/nome": "Unknown field. Known fields: name, inner, pair, keys, chosen.",
@@ -49,16 +49,16 @@ def test_every_place_is_named_at_once() -> None:
 
 @pytest.mark.parametrize("names", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("bad", ["first", "last"])
-def test_the_key_of_a_dict_is_found(names: int, bad: str) -> None:
-    """msgspec loses the key; with many entries the right one is still named, also two levels deep."""
+def test_an_error_in_a_dict_points_to_its_key(names: int, bad: str) -> None:
+    """msgspec loses the key. The right key is still reported, with many entries and two levels deep."""
     inner: dict[str, Any] = {f"k{i}": {"by_name": {f"n{j}": j for j in range(3)}} for i in range(names)}
     key = f"k{0 if bad == 'first' else names - 1}"
     inner[key]["by_name"]["n1"] = "one"
     assert list(errors_of(json.dumps({"name": "", "inner": inner}))) == [f"/inner/{key}/by_name/n1"]
 
 
-def test_a_dict_whose_error_cannot_be_found_again_is_named_whole() -> None:
-    """Of a key that is there twice the search sees the last, and the decoder the first."""
+def test_the_pointer_ends_at_the_dict_if_the_key_is_ambiguous() -> None:
+    """If a key occurs twice, the search sees the last value and the decoder the first."""
     raw = '{"name": "", "inner": {"a": {"by_name": {"x": 1, "y": "z", "y": 2}}}}'
     assert list(errors_of(raw)) == ["/inner/a/by_name"]
 
@@ -69,7 +69,7 @@ def test_pointers_are_escaped() -> None:
     assert list(errors_of(raw)) == ["/inner/a~1b~0c/numbers/1"]
 
 
-def test_an_element_of_a_set_is_named_by_its_place_in_the_array() -> None:
+def test_an_element_of_a_set_is_identified_by_its_array_index() -> None:
     assert list(errors_of('{"name": "", "chosen": [1, "x"]}')) == ["/chosen/1"]
 
 
@@ -82,15 +82,15 @@ class Loose(msgspec.Struct):
     anything: Any
 
 
-def test_a_number_out_of_range_is_found_where_any_value_would_do() -> None:
-    """Beside others in an object, and deep in it."""
+def test_a_number_out_of_range_is_found_in_a_field_of_any_type() -> None:
+    """Among other members, several levels deep."""
     for number in ("1e400", "-1E+999"):
         raw = f'{{"anything": {{"a": 1.5, "b": {{"c": [1, {number}], "d": 2}}, "e": "x"}}}}'
         with pytest.raises(InvalidData, match=r"^/anything/b/c/1: This number is out of range: the largest is"):
             JSONType(Loose).decode(raw.encode())
 
 
-def test_another_kind_of_root_is_named() -> None:
+def test_a_root_of_the_wrong_type_is_reported() -> None:
     assert errors_of("[]", "/inputs") == {"/inputs": "Expected 'object', got 'array'."}
     assert errors_of("null") == {"": "Expected 'object', got 'null'."}
 
@@ -106,17 +106,17 @@ def test_another_kind_of_root_is_named() -> None:
         pytest.param(b'{"name": "\\ud800"}', "unpaired surrogate", 1, 11, id="lone surrogate"),
         pytest.param(b'{"name": ""} {}', "trailing characters", 1, 15, id="two values"),
         pytest.param(b'{"name": NaN}', "invalid character", 1, 10, id="NaN"),
-        pytest.param(b'{"nome": 01}', "invalid number", 1, 11, id="behind an unknown field"),
+        pytest.param(b'{"nome": 01}', "invalid number", 1, 11, id="after an unknown field"),
         pytest.param(b'{"name": ' + b"[" * 100_000, "nested too deeply", 1, 1, id="deep"),
     ],
 )
-def test_what_is_not_json_is_said_with_line_and_column(raw: bytes, reason: str, line: int, column: int) -> None:
+def test_malformed_json_is_reported_with_line_and_column(raw: bytes, reason: str, line: int, column: int) -> None:
     with pytest.raises(MalformedJSON, match=reason) as caught:
         OUTER.decode(raw)
     assert (caught.value.line, caught.value.column) == (line, column)
 
 
-def test_a_text_in_the_middle_of_a_pair_is_fine() -> None:
+def test_an_escaped_surrogate_pair_is_decoded() -> None:
     assert OUTER.decode(b'{"name": "\\ud83d\\ude00"}').name == "\N{GRINNING FACE}"
 
 
@@ -137,7 +137,7 @@ class Checked(msgspec.Struct):
             raise ValueError("low is above high")
 
 
-def test_what_a_type_checks_itself_is_told() -> None:
+def test_an_error_from_post_init_is_reported() -> None:
     with pytest.raises(InvalidData, match="low is above high"):
         JSONType(Checked).decode(b'{"low": 2, "high": 1}')
 
@@ -150,19 +150,19 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(["name", "inner", "pair", "keys", "chosen", "x"]), json_values))
-def test_pointers_lead_to_something_in_the_document(document: dict[str, Any]) -> None:
-    """Whatever is sent, the answer is a value or errors whose pointers can be followed, but for the missing fields."""
+def test_every_pointer_resolves_in_the_document(document: dict[str, Any]) -> None:
+    """Except for missing fields, which are not in the document."""
     try:
         OUTER.decode(json.dumps(document).encode("utf-8", "surrogatepass"))
     except InvalidData as exc:
         for error in exc.errors:
-            place: Any = document
+            value: Any = document
             for token in error.pointer.split("/")[1:]:
                 name = token.replace("~1", "/").replace("~0", "~")
-                if isinstance(place, list):
-                    place = place[int(name)]
-                elif name in place:
-                    place = place[name]
+                if isinstance(value, list):
+                    value = value[int(name)]
+                elif name in value:
+                    value = value[name]
                 else:
                     assert error.detail == "This field is required."
     except MalformedJSON:
@@ -175,8 +175,8 @@ def depth_of(value: Any) -> int:
 
 
 @given(json_values | st.text('[]{}"\\\\').map(lambda text: [text, [text]]))
-def test_depth_is_counted_as_json_has_it(value: Any) -> None:
-    """Brackets within strings are none."""
+def test_the_depth_check_agrees_with_the_nesting_of_the_value(value: Any) -> None:
+    """Brackets inside strings do not count."""
     raw, depth = json.dumps(value).encode("utf-8", "surrogatepass"), depth_of(value)
     check_depth(raw, depth)
     if depth:
@@ -184,7 +184,7 @@ def test_depth_is_counted_as_json_has_it(value: Any) -> None:
             check_depth(raw, depth - 1)
 
 
-def test_what_lies_too_deep_is_said_with_line_and_column() -> None:
+def test_json_nested_too_deep_is_reported_with_line_and_column() -> None:
     raw = '{"[[\\"[": "é",\n "a": [[], [[1]]]}'.encode()
     check_depth(raw, 4)
     with pytest.raises(MalformedJSON, match="deeper than 3 levels") as caught:
@@ -199,27 +199,27 @@ MIB = 1024 * 1024
     "raw",
     [
         pytest.param(b"[" * MIB, id="deep"),
-        pytest.param(b"[]" * (MIB // 2 - 100) + b"[" * 200, id="flat for long"),
+        pytest.param(b"[]" * (MIB // 2 - 100) + b"[" * 200, id="flat, then deep"),
         pytest.param(b'"",' * (MIB // 3) + b"[" * 200, id="many strings"),
         pytest.param(b'"[",' * (MIB // 4) + b"[" * 200, id="many brackets in strings"),
-        pytest.param(b"[" * 200 + b'"' + b"\\" * MIB, id="a string of backslashes that never ends"),
-        pytest.param(b"[" * 200 + b'\\"' * (MIB // 2), id="quotes that are escaped outside of a string"),
-        pytest.param(b"[" * 200 + b'"\\' * (MIB // 2), id="quotes and backslashes in turn"),
+        pytest.param(b"[" * 200 + b'"' + b"\\" * MIB, id="an unterminated string of backslashes"),
+        pytest.param(b"[" * 200 + b'\\"' * (MIB // 2), id="escaped quotes outside a string"),
+        pytest.param(b"[" * 200 + b'"\\' * (MIB // 2), id="alternating quotes and backslashes"),
     ],
 )
 @pytest.mark.alone
-def test_depth_is_counted_in_no_time(raw: bytes) -> None:
-    """A MiB takes less than a tenth of a second; what reads a part of it twice would take minutes."""
+def test_the_depth_check_takes_linear_time(raw: bytes) -> None:
+    """A MiB takes less than a tenth of a second. A check that rescans parts of it would take minutes."""
     took_s = []
     for _ in range(3):
-        began_at = time.thread_time()
+        started_at = time.thread_time()
         with pytest.raises(MalformedJSON):
             check_depth(raw, 100)
-        took_s.append(time.thread_time() - began_at)
+        took_s.append(time.thread_time() - started_at)
     assert min(took_s) < 0.3
 
 
 @given(st.binary(max_size=11))
-def test_any_bytes_get_a_clean_answer(raw: bytes) -> None:
+def test_arbitrary_bytes_are_invalid_or_malformed(raw: bytes) -> None:
     with pytest.raises((InvalidData, MalformedJSON)):
-        OUTER.decode(raw)  # eleven bytes are too few for one that fits
+        OUTER.decode(raw)  # eleven bytes are too few for a valid document

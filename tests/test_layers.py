@@ -1,4 +1,4 @@
-"""Imports point down from folder to folder, and never in a circle."""
+"""Modules import only from lower layers, and never in a cycle."""
 
 import ast
 import graphlib
@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import ROOT
 
-#: The folders and top-level modules; each imports from its own rank's folder, and from lower ranks.
+#: The rank of each folder and top-level module. A module imports from its own folder and from lower ranks.
 RANKS = {
     "flock": 0,  # the version
     "flock.errors": 0,
@@ -43,7 +43,7 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def imports_of(path: Path) -> set[str]:
-    """The modules of ours that a file imports, at its top or later."""
+    """Return the modules of this project that a file imports, at the top or inside functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -56,12 +56,12 @@ def imports_of(path: Path) -> set[str]:
 
 
 def layer_of(module: str) -> str:
-    """The folder of a module, or the module itself if it lies in none."""
+    """Return the folder of a module, or the module itself if it is not in a folder."""
     return module if module in RANKS else module.rpartition(".")[0]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module: str) -> None:
+def test_a_module_imports_only_from_its_own_and_lower_layers(module: str) -> None:
     own = layer_of(module)
     for imported in imports_of(MODULES[module]):
         layer = layer_of(imported)
@@ -74,14 +74,14 @@ def test_there_are_no_import_cycles() -> None:
 
 
 @pytest.mark.parametrize("module", ["flock.core", "flock.errors", "flock.runs", "flockapi"])
-def test_what_programs_import_has_kept_its_name(module: str) -> None:
+def test_public_modules_can_be_imported(module: str) -> None:
     assert importlib.import_module(module)
 
 
-def test_engine_knows_no_web_framework() -> None:
-    """Only the door, the body, the pieces of answers, the server and the command line import Starlette or uvicorn.
+def test_the_engine_imports_no_web_framework() -> None:
+    """Only ``flock.web``, ``flockapi`` and ``flock.command`` import Starlette or uvicorn.
 
-    And but for the command line, and for the line on a terminal that says how far a batch is, nothing imports click.
+    Only the command line and the progress display of a batch import click.
     """
     for path in FILES:
         roots = {
@@ -98,9 +98,9 @@ def test_engine_knows_no_web_framework() -> None:
             assert not roots & {"starlette", "uvicorn"}
         if module_of(path) not in ("flock.engine.progress", "flock.command.cli"):
             assert "click" not in roots
-    face = ROOT / "flockapi.py"
-    assert "httpx" not in face.read_text()
-    assert "sqlite3" not in face.read_text()
+    flockapi = (ROOT / "flockapi.py").read_text()
+    assert "httpx" not in flockapi
+    assert "sqlite3" not in flockapi
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_engine_knows_no_web_framework() -> None:
         if not path.name.startswith("__")
     ],
 )
-def test_all_is_what_the_module_offers(path: Path) -> None:
-    """``__all__`` names things that exist, and every public class; outside the face every public function too."""
+def test_all_lists_every_public_class_and_function(path: Path) -> None:
+    """Every name in ``__all__`` exists. Public functions of ``flockapi`` may be missing from it."""
     module = importlib.import_module(module_of(path))
     assert all(hasattr(module, name) for name in module.__all__)
     kinds = ast.ClassDef if module_of(path) == "flockapi" else ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -1,4 +1,4 @@
-"""The life of a run by the engine: cancel, retry, delete, list, events, time-outs, keys, progress, two engines."""
+"""The life cycle of runs in the embedded engine: cancellation, progress, batches, two engines on one store."""
 
 import asyncio
 import threading
@@ -50,47 +50,41 @@ async def submit(engine: EmbeddedEngine, agent_name: str, **more: Any) -> Run:
     return await engine.submit(agent_name, EMPTY, **more)
 
 
-# Cancel
+# Cancellation
 
 
-# Time
-
-
-async def test_a_run_is_cancelled_between_its_steps(
+async def test_a_run_cancelled_between_its_steps_keeps_its_finished_step(
     engine: EmbeddedEngine, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While its first step is being written: that step stays, and the second does not begin."""
-    save, at_it, may_go_on = engine.store.save, anyio.Event(), anyio.Event()
+    """Cancel it while its first step is being written. The second step does not start."""
+    save, is_saving, may_continue = engine.store.save, anyio.Event(), anyio.Event()
 
     async def slow_save(run: Run, step: Step | None = None, *, is_new: bool = False) -> None:
         await save(run, step, is_new=is_new)
-        if step is not None and not at_it.is_set():
-            at_it.set()
+        if step is not None and not is_saving.is_set():
+            is_saving.set()
             with anyio.CancelScope(shield=True):
-                await may_go_on.wait()
+                await may_continue.wait()
 
     monkeypatch.setattr(engine.store, "save", slow_save)
     run = await submit(engine, "steady")
-    await at_it.wait()
+    await is_saving.wait()
     await engine.cancel_run(run.run_id)
-    may_go_on.set()
+    may_continue.set()
     run = await engine.wait(run.run_id)
     assert (run.status, [step.agent_name for step in run.steps]) == (RunStatus.CANCELLED, ["steady"])
     assert gate.calls == ["steady"]
     gate.fails = False
     await engine.retry_run(run.run_id)
     assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
-    assert gate.calls == ["steady", "shaky"], "and is not begun again"
+    assert gate.calls == ["steady", "shaky"], "the finished step is not repeated"
 
 
-# Retry, delete, list
+# Progress
 
 
-# Events
-
-
-async def test_progress_that_nobody_heard_of_does_not_undo_the_end(gate: Gate, tmp_path: Path) -> None:
-    """The end waits for the disk, and the watch finds progress that is to be told."""
+async def test_unreported_progress_does_not_overwrite_the_final_status(gate: Gate, tmp_path: Path) -> None:
+    """The final write waits for the disk while the watcher finds progress to report."""
     disk_is_free = threading.Event()
     gate.may_go.set()
     async with gate.flock.engine(store=tmp_path / "flock.db") as engine, anyio.create_task_group() as tasks:
@@ -104,16 +98,13 @@ async def test_progress_that_nobody_heard_of_does_not_undo_the_end(gate: Gate, t
         assert (run.status, run.progress) == (RunStatus.COMPLETED, Progress(done=2, total=3, message="second"))
 
 
-# Keys
-
-
 # Batches
 
 
-async def test_a_batch_outlives_a_store_that_fails_for_a_moment(
+async def test_a_batch_survives_a_transient_store_failure(
     engine: EmbeddedEngine, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither its items nor the engine end by it."""
+    """Neither its items nor the engine fail."""
     gate.fails = False
     read, failures = engine.batch_store.pending_items, [StoreError("now"), StoreError("and now")]
 
@@ -131,9 +122,9 @@ async def test_a_batch_outlives_a_store_that_fails_for_a_moment(
     assert gate.calls.count("steady") == 3
 
 
-async def test_an_item_goes_on_after_its_last_step_at_the_next_start(tmp_path: Path) -> None:
-    """A step that was committed is not executed again, in a batch as elsewhere."""
-    flock, begun, calls, naps_s = Flock("items"), anyio.Event(), [], [0, 600]
+async def test_an_item_resumes_after_its_last_committed_step(tmp_path: Path) -> None:
+    """A committed step is not executed again after a restart."""
+    flock, second_started, calls, naps_s = Flock("items"), anyio.Event(), [], [0, 600]
 
     @flock.agent(next_agent="second")
     async def first() -> int:
@@ -143,13 +134,13 @@ async def test_an_item_goes_on_after_its_last_step_at_the_next_start(tmp_path: P
     @flock.agent
     async def second(result: int) -> int:
         calls.append("second")
-        begun.set()
+        second_started.set()
         await anyio.sleep(naps_s.pop())
         return result + 1
 
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         batch = await engine.submit_batch("first", [EMPTY], BatchOptions())
-        await begun.wait()
+        await second_started.wait()
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         (item,) = await engine.get_items(batch.batch_id)
         with anyio.fail_after(PATIENCE_S):
@@ -158,7 +149,7 @@ async def test_an_item_goes_on_after_its_last_step_at_the_next_start(tmp_path: P
     assert calls == ["first", "second", "second"]
 
 
-async def test_a_caller_cancelled_while_its_run_is_accepted_leaves_no_orphan(engine: EmbeddedEngine) -> None:
+async def test_cancelling_the_caller_during_submit_leaves_no_orphaned_run(engine: EmbeddedEngine) -> None:
     with anyio.CancelScope() as scope:
         scope.cancel()
         await submit(engine, "steady")
@@ -166,13 +157,13 @@ async def test_a_caller_cancelled_while_its_run_is_accepted_leaves_no_orphan(eng
     assert [(await engine.wait(run.run_id)).status for run in runs] == [RunStatus.FAILED] * len(runs)
 
 
-async def test_a_run_whose_caller_was_cancelled_goes_on_once_it_is_accepted(engine: EmbeddedEngine, gate: Gate) -> None:
-    """By asyncio's own means too, which no shield keeps out."""
+async def test_an_accepted_run_continues_if_its_caller_is_cancelled(engine: EmbeddedEngine, gate: Gate) -> None:
+    """``asyncio.Task.cancel`` also gets through a shielded scope."""
     caller = asyncio.create_task(submit(engine, "steady"))
-    await asyncio.sleep(0)  # it has said what is to be written
+    await asyncio.sleep(0)  # its write is queued
     caller.cancel()
     await asyncio.wait([caller])
-    assert caller.cancelled() is engine.store.is_shared, "in memory nothing is waited for"
+    assert caller.cancelled() is engine.store.is_shared, "an in-memory store does not wait"
     with anyio.fail_after(PATIENCE_S):
         while not (runs := await engine.list_runs(RunFilter())):  # noqa: ASYNC110 - as a client
             await anyio.sleep(0.01)
@@ -183,7 +174,7 @@ async def test_a_run_whose_caller_was_cancelled_goes_on_once_it_is_accepted(engi
 # Two engines on one file
 
 
-async def test_one_engine_cancels_waits_and_streams_what_another_runs(gate: Gate, tmp_path: Path) -> None:
+async def test_one_engine_can_cancel_await_and_stream_a_run_of_another(gate: Gate, tmp_path: Path) -> None:
     async with (
         gate.flock.engine(store=tmp_path / "flock.db") as here,
         gate.flock.engine(store=tmp_path / "flock.db") as there,
@@ -199,21 +190,21 @@ async def test_one_engine_cancels_waits_and_streams_what_another_runs(gate: Gate
         assert names == ["run.started", "step.started", "run.cancelled"]
 
 
-async def test_a_run_that_is_to_be_resumed_has_not_started_before_it_does(tmp_path: Path) -> None:
-    """The event says when its new attempt started, and not when the interrupted one did."""
-    flock, begun, may_go = Flock("resumed"), list[str](), anyio.Event()
+async def test_a_resumed_run_reports_the_start_time_of_its_new_attempt(tmp_path: Path) -> None:
+    """Its start event does not have the time of the interrupted attempt."""
+    flock, started, may_go = Flock("resumed"), list[str](), anyio.Event()
 
     @flock.agent
     async def nap(context: RunContext) -> None:
-        begun.append(context.run_id)
+        started.append(context.run_id)
         await may_go.wait()
 
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         runs = [await submit(engine, "nap") for _ in range(2)]
-        await until(lambda: len(begun) == 2)
+        await until(lambda: len(started) == 2)
     async with flock.engine(store=tmp_path / "flock.db", max_concurrency=1) as engine:
-        await until(lambda: len(begun) == 3)
-        (waiting,) = {run.run_id for run in runs} - {begun[2]}
+        await until(lambda: len(started) == 3)
+        (waiting,) = {run.run_id for run in runs} - {started[2]}
         live: list[Event | None] = []
 
         async def follow() -> None:
@@ -231,20 +222,20 @@ async def test_a_run_that_is_to_be_resumed_has_not_started_before_it_does(tmp_pa
         assert live[0].data["started_at"] == run.started_at
 
 
-async def test_an_agent_may_ask_not_to_be_begun_again(gate: Gate, tmp_path: Path) -> None:
-    begun = anyio.Event()
+async def test_an_agent_with_on_interrupt_fail_is_not_restarted(gate: Gate, tmp_path: Path) -> None:
+    started = anyio.Event()
 
     @gate.flock.agent(on_interrupt="fail")
     async def once(context: RunContext) -> None:
-        kept = opened.store.get_run(context.run_id)
-        assert kept
-        assert kept.started_at, "that it has begun is on disk before it begins"
-        begun.set()
+        stored = opened.store.get_run(context.run_id)
+        assert stored
+        assert stored.started_at, "the start is on disk before the agent starts"
+        started.set()
         await anyio.sleep_forever()
 
     async with gate.flock.engine(store=tmp_path / "flock.db") as opened:
         run = await submit(opened, "once")
-        await begun.wait()
+        await started.wait()
     async with gate.flock.engine(store=tmp_path / "flock.db") as again:
         run = await again.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.FAILED, "interrupted")

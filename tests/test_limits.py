@@ -1,4 +1,4 @@
-"""The page of the limits is complete, and its defaults are those of the code."""
+"""docs/limits.md lists every limit, with the default in the code."""
 
 import inspect
 import re
@@ -14,20 +14,22 @@ from flock.web.options import AppOptions
 from tests.support import ROOT
 
 PAGE = (ROOT / "docs" / "limits.md").read_text("utf-8")
-BOUND = re.compile(r"max_\w+|\w+_timeout_s|keep_\w+")
+LIMIT_NAME = re.compile(r"max_\w+|\w+_timeout_s|keep_\w+")
 CELLS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
-#: Rows of tables that begin with a parameter: its option and its default.
-ROWS = {cells[0].strip("`"): (cells[1].strip("`"), cells[2]) for cells in CELLS if BOUND.fullmatch(cells[0].strip("`"))}
+#: The option and the default of each parameter that starts a table row.
+ROWS = {
+    cells[0].strip("`"): (cells[1].strip("`"), cells[2]) for cells in CELLS if LIMIT_NAME.fullmatch(cells[0].strip("`"))
+}
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "s": 1}
 
 
-def bounds_of(function: Any) -> dict[str, Any]:
+def limits_of(function: Any) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters.values()
-    return {each.name: each.default for each in parameters if BOUND.fullmatch(each.name)}
+    return {each.name: each.default for each in parameters if LIMIT_NAME.fullmatch(each.name)}
 
 
 STRUCTS = (ServerSettings, Limits, EmbeddedEngine, AppOptions)
-BOUNDS = {name: default for each in STRUCTS for name, default in bounds_of(each).items()}
+LIMITS = {name: default for each in STRUCTS for name, default in limits_of(each).items()}
 
 
 def value_of(words: str) -> float | None:
@@ -35,16 +37,16 @@ def value_of(words: str) -> float | None:
     return float(number) * UNITS[unit or "s"] if number[0].isdigit() else None
 
 
-@pytest.mark.parametrize("name", sorted(BOUNDS))
-def test_a_bound_is_on_the_page_with_its_default(name: str) -> None:
-    assert value_of(ROWS[name][1]) == BOUNDS[name]
+@pytest.mark.parametrize("name", sorted(LIMITS))
+def test_every_limit_is_documented_with_its_default(name: str) -> None:
+    assert value_of(ROWS[name][1]) == LIMITS[name]
 
 
-def test_the_page_names_no_other_parameters() -> None:
-    assert ROWS.keys() == BOUNDS.keys()
+def test_the_page_lists_no_other_parameters() -> None:
+    assert ROWS.keys() == LIMITS.keys()
 
 
-def test_the_options_of_the_bounds_are_those_of_the_command() -> None:
+def test_the_documented_options_are_those_of_the_command() -> None:
     options = {name for option in serve.params for name in option.opts}
     listed = {option for option, _ in ROWS.values() if option}
     assert listed == {option for option in options if re.match("--(max|keep)-|--.*-timeout$", option)}

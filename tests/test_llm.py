@@ -1,4 +1,4 @@
-"""The client of chat completions: what is sent, what is understood, what is tried again, and what is an error."""
+"""The client of chat completions: requests, answers, retries and errors."""
 
 import importlib.machinery
 import importlib.util
@@ -50,10 +50,10 @@ async def fail(models: ModelClient, name: str | None = None, **settings: Any) ->
     return caught.value
 
 
-# What is sent
+# Requests
 
 
-async def test_a_request_is_what_openai_documents(models: ModelClient, model: FakeModel) -> None:
+async def test_a_request_follows_the_openai_documentation(models: ModelClient, model: FakeModel) -> None:
     model.replies = [answer(GOOD)]
     completion = await ask(models, temperature=0, max_tokens=50)
     assert completion.text == '{"sentiment": "good", "words": []}'
@@ -86,7 +86,7 @@ async def test_a_request_is_what_openai_documents(models: ModelClient, model: Fa
     assert model.headers[0]["authorization"] == "Bearer sk-test-key-of-the-tests"
 
 
-async def test_strict_mode_is_told_the_formats_that_it_knows(models: ModelClient, model: FakeModel) -> None:
+async def test_a_strict_schema_has_only_supported_formats(models: ModelClient, model: FakeModel) -> None:
     model.replies = [answer(GOOD)]
     schema = Signature.of("a: datetime, b: list[date], c: time | None, d: timedelta, e: Decimal").schema
     await models.complete(None, MESSAGES, schema)
@@ -102,7 +102,7 @@ async def test_strict_mode_is_told_the_formats_that_it_knows(models: ModelClient
 
 
 @pytest.mark.parametrize("provider", sorted(PROVIDERS))
-async def test_every_provider_has_its_address_and_its_key(
+async def test_each_provider_has_its_own_address_and_key(
     provider: str, models: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variable = PROVIDERS[provider].key_variable
@@ -115,7 +115,7 @@ async def test_every_provider_has_its_address_and_its_key(
     assert model.headers[0].get("authorization") == (f"Bearer key-of-{provider}" if variable else None)
 
 
-async def test_environment_overrides_an_address(
+async def test_environment_variables_override_an_address(
     models: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "http://gateway.example/openai/")
@@ -148,7 +148,7 @@ class Tree(msgspec.Struct):
         pytest.param("pair: tuple[int, str]", False, id="tuple"),
     ],
 )
-async def test_strict_is_asked_for_where_it_can_be(
+async def test_strict_mode_is_requested_only_if_the_schema_allows_it(
     signature: str, is_strict: bool, models: ModelClient, model: FakeModel
 ) -> None:
     model.replies = [answer(GOOD)]
@@ -156,10 +156,10 @@ async def test_strict_is_asked_for_where_it_can_be(
     assert model.requests[0]["response_format"]["json_schema"]["strict"] is is_strict
 
 
-async def test_a_server_without_json_schema_is_asked_in_json_mode_then_in_words(
+async def test_a_server_without_json_schema_falls_back_to_json_mode_then_to_text(
     models: ModelClient, model: FakeModel
 ) -> None:
-    """What a server does not know is asked once; the next run begins with what it does know."""
+    """An unsupported format is tried once. The next call starts with a format that the server supports."""
     model.replies = [
         error(400, message="response_format.type must be text or json_object"),
         error(422, message="Unknown field: response_format"),
@@ -175,7 +175,7 @@ async def test_a_server_without_json_schema_is_asked_in_json_mode_then_in_words(
         assert len(request["messages"]) == 2
 
 
-async def test_one_schema_that_is_refused_does_not_change_how_others_are_asked(
+async def test_a_refused_schema_does_not_change_the_format_of_other_calls(
     models: ModelClient, model: FakeModel
 ) -> None:
     model.replies = [error(400, message="Invalid schema for response_format 'answer'"), answer(GOOD), answer(GOOD)]
@@ -185,10 +185,10 @@ async def test_one_schema_that_is_refused_does_not_change_how_others_are_asked(
     assert formats == ["json_schema", "json_object", "json_schema"]
 
 
-async def test_every_attempt_of_a_call_carries_its_key_and_another_format_another(
+async def test_retries_of_a_call_share_its_key_and_each_format_has_its_own(
     models: ModelClient, model: FakeModel
 ) -> None:
-    """A server that keeps what it answered to a key would refuse the next format as it did the first."""
+    """A server that replays its answer to a key would refuse the next format like the first."""
     model.replies = [
         error(500),
         error(429),
@@ -203,20 +203,20 @@ async def test_every_attempt_of_a_call_carries_its_key_and_another_format_anothe
     assert sent == ["run:1/0"] * 3 + ["run:1/0/json_object", "run:1/0/text", None]
 
 
-# What goes wrong: once, and for good
+# Permanent errors
 
 
 def html(status: int) -> Response:
     return Response("<html><body>Bad gateway</body></html>", status, media_type="text/html")
 
 
-ONCE = [
+PERMANENT = [
     pytest.param(error(400), "model_bad_request", "rejected the request (HTTP 400)", id="400"),
     pytest.param(error(401), "model_authentication", "rejected the API key in OPENAI_API_KEY (HTTP 401)", id="401"),
     pytest.param(error(403), "model_authentication", "not available to this API key", id="403"),
     pytest.param(error(404), "model_not_found", "does not exist at this provider", id="404"),
     pytest.param(error(422), "model_bad_request", "HTTP 422", id="422"),
-    pytest.param(as_json({"detail": "no"}, 422), "model_bad_request", "HTTP 422", id="422 in another form"),
+    pytest.param(as_json({"detail": "no"}, 422), "model_bad_request", "HTTP 422", id="422 with another body"),
     pytest.param(Response("", 400), "model_bad_request", "HTTP 400", id="400 without a body"),
     pytest.param(Response("", 302), "model_bad_request", "HTTP 302", id="a redirect is not followed with the key"),
     pytest.param(error(400, "context_length_exceeded"), "model_context_length", "its context window", id="too long"),
@@ -236,7 +236,7 @@ ONCE = [
     pytest.param(as_json({"choices": []}), "model_bad_response", "returned no choices", id="no choices"),
     pytest.param(as_json({"error": {"message": "x"}}), "model_bad_response", "in the body", id="200 with an error"),
     pytest.param(html(200), "model_bad_response", "not JSON", id="200 with HTML"),
-    pytest.param(Response("[" * 100_000), "model_bad_response", "not JSON", id="200 nested without end"),
+    pytest.param(Response("[" * 100_000), "model_bad_response", "not JSON", id="200 nested too deep"),
     pytest.param(as_json({"hello": 1}), "model_bad_response", "chat completion", id="200 with another object"),
     pytest.param(as_json([]), "model_bad_response", "chat completion", id="200 with a list"),
     pytest.param(answer(None), "model_bad_response", "empty answer", id="no content"),
@@ -244,8 +244,8 @@ ONCE = [
 ]
 
 
-@pytest.mark.parametrize(("reply", "error_type", "words"), ONCE)
-async def test_what_no_retry_can_mend_is_tried_once(
+@pytest.mark.parametrize(("reply", "error_type", "words"), PERMANENT)
+async def test_a_permanent_error_is_not_retried(
     reply: Response, error_type: str, words: str, models: ModelClient, model: FakeModel
 ) -> None:
     model.replies = [reply]
@@ -255,10 +255,10 @@ async def test_what_no_retry_can_mend_is_tried_once(
     assert "openai/gpt-4o" in str(failure)
 
 
-# What may pass
+# Transient errors
 
 
-PASSING = [
+TRANSIENT = [
     pytest.param(error(408), "model_unavailable", id="408"),
     pytest.param(error(409), "model_unavailable", id="409"),
     pytest.param(error(429), "model_rate_limited", id="429"),
@@ -270,8 +270,8 @@ PASSING = [
 ]
 
 
-@pytest.mark.parametrize(("reply", "error_type"), PASSING)
-async def test_what_may_pass_is_tried_three_times(
+@pytest.mark.parametrize(("reply", "error_type"), TRANSIENT)
+async def test_a_transient_error_is_tried_three_times(
     reply: Response, error_type: str, models: ModelClient, model: FakeModel
 ) -> None:
     model.replies = [reply, reply, reply]
@@ -279,8 +279,8 @@ async def test_what_may_pass_is_tried_three_times(
     assert len(model.requests) == 3
 
 
-@pytest.mark.parametrize(("reply", "error_type"), PASSING)
-async def test_what_has_passed_is_no_error(
+@pytest.mark.parametrize(("reply", "error_type"), TRANSIENT)
+async def test_a_call_succeeds_if_its_third_attempt_does(
     reply: Response, error_type: str, models: ModelClient, model: FakeModel
 ) -> None:
     model.replies = [reply, reply, answer(GOOD)]
@@ -288,7 +288,7 @@ async def test_what_has_passed_is_no_error(
 
 
 @pytest.mark.slow
-async def test_the_local_model_is_called_in_the_same_way(models: ModelClient, model: FakeModel) -> None:
+async def test_calls_to_the_local_model_are_retried_the_same_way(models: ModelClient, model: FakeModel) -> None:
     model.replies = [error(500), error(500), answer(GOOD), error(500), error(500), error(500)]
     await ask(models, "local/smollm2-135m")
     assert (await fail(models, "local/smollm2-135m")).error_type == "model_unavailable"
@@ -313,13 +313,13 @@ async def test_retry_after_is_obeyed(headers: Callable[[], dict[str, str]], mode
     assert time.monotonic() - started >= 0.08
 
 
-async def test_a_date_that_is_over_means_now(models: ModelClient, model: FakeModel) -> None:
+async def test_a_retry_after_date_in_the_past_means_now(models: ModelClient, model: FakeModel) -> None:
     model.replies = [error(429, retry_after=formatdate(0, usegmt=True)), answer(GOOD)]
     await ask(models)
     assert len(model.requests) == 2
 
 
-async def test_pauses_double_and_vary(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_backoff_doubles_and_has_jitter(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "flock.llm")
     model.replies = [error(500), error(500), error(500)]
     async with ModelClient("openai/x", transport=model.transport, backoff_s=0.4) as models:
@@ -329,15 +329,15 @@ async def test_pauses_double_and_vary(model: FakeModel, caplog: pytest.LogCaptur
     assert 0.6 <= second <= 0.8
 
 
-async def test_a_pause_beyond_the_deadline_is_not_begun(model: FakeModel) -> None:
-    """The error that is known is better than the time-out that would follow."""
+async def test_a_pause_past_the_deadline_is_skipped(model: FakeModel) -> None:
+    """The known error is more useful than the timeout that would follow."""
     model.replies = [error(503, retry_after="100")]
     async with ModelClient("openai/x", transport=model.transport) as models:
         with anyio.fail_after(PATIENCE_S):
             assert (await fail(models)).error_type == "model_unavailable"
 
 
-async def test_the_words_of_the_provider_go_to_the_log_only(models: ModelClient, model: FakeModel) -> None:
+async def test_the_error_message_of_a_provider_goes_only_to_the_log(models: ModelClient, model: FakeModel) -> None:
     model.replies = [error(401, message="Incorrect API key provided: sk-proj-abc123", x_request_id="req_7")]
     failure = await fail(models)
     assert "Incorrect" not in str(failure)
@@ -383,7 +383,7 @@ async def not_http(stream: anyio.abc.SocketStream) -> None:
         (not_http, "model_unavailable"),
     ],
 )
-async def test_a_connection_that_fails_is_tried_three_times(
+async def test_a_failed_connection_is_tried_three_times(
     behaviour: Callable[[anyio.abc.SocketStream], Any], error_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with socket_server(behaviour) as (url, connections):
@@ -393,7 +393,7 @@ async def test_a_connection_that_fails_is_tried_three_times(
     assert len(connections) == 3
 
 
-async def test_nobody_listening_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_refused_connection_is_reported_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:9/v1")
     async with ModelClient(backoff_s=0.001) as models:
         failure = await fail(models, "vllm/x")
@@ -402,11 +402,11 @@ async def test_nobody_listening_is_unavailable(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_cancelling_aborts_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, aborted = anyio.Event(), anyio.Event()
+    request_received, aborted = anyio.Event(), anyio.Event()
 
     async def watch(stream: anyio.abc.SocketStream) -> None:
         await read_request(stream)
-        asked.set()
+        request_received.set()
         with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
             await stream.receive()
         aborted.set()
@@ -415,13 +415,13 @@ async def test_cancelling_aborts_the_request(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("VLLM_BASE_URL", url)
         async with ModelClient() as models, anyio.create_task_group() as tasks:
             tasks.start_soon(ask, models, "vllm/x")
-            await asked.wait()
+            await request_received.wait()
             tasks.cancel_scope.cancel()
         with anyio.fail_after(PATIENCE_S):
             await aborted.wait()
 
 
-# Not configured
+# Configuration
 
 
 @pytest.mark.parametrize(
@@ -434,16 +434,16 @@ async def test_cancelling_aborts_the_request(monkeypatch: pytest.MonkeyPatch) ->
         pytest.param("local/", "Write provider/model", id="no local model"),
         pytest.param("nowhere/x", r"pip install 'litellm>=[\d.]+'$", id="unknown provider"),
         pytest.param("opnai/gpt-4o", "Did you mean 'openai'", id="misspelt provider"),
-        pytest.param("OpenAI/gpt-4o", "Did you mean 'openai'", id="provider in other letters"),
+        pytest.param("OpenAI/gpt-4o", "Did you mean 'openai'", id="provider in another case"),
         pytest.param("gpt-4o", "has no provider. Write provider/model", id="no provider"),
         pytest.param(None, "Pass model= to the agent or to Flock", id="no model at all"),
     ],
 )
-async def test_what_is_not_configured_says_what_to_do(
+async def test_a_configuration_error_says_what_to_do(
     name: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
-    monkeypatch.setitem(sys.modules, "litellm", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "litellm", None)  # as if it is not installed
     async with ModelClient() as models:
         failure = await fail(models, name)
     assert failure.error_type == "model_not_configured"
@@ -456,12 +456,12 @@ async def test_what_is_not_configured_says_what_to_do(
     "name",
     ["openai/gpt-4o", "ollama/x", "vllm/vendor/model:1", pytest.param("local/smollm2-135m", marks=pytest.mark.slow)],
 )
-def test_what_is_configured_passes_the_check(name: str) -> None:
+def test_a_configured_model_passes_the_check(name: str) -> None:
     check_model(name)
 
 
 def test_with_litellm_only_a_near_miss_is_an_unknown_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It alone knows the names of its providers, and to import it takes ten seconds and a request to the network."""
+    """Only litellm knows its providers, and importing it takes ten seconds and a network request."""
     monkeypatch.setitem(sys.modules, "litellm", types.ModuleType("litellm"))
     sys.modules["litellm"].__spec__ = importlib.machinery.ModuleSpec("litellm", None)
     for name in ("anthropic/claude", "together_ai/x", "gpt-4o", "ollama_chat/x"):
@@ -497,7 +497,7 @@ asyncio.run(main())
 
 @pytest.mark.slow
 async def test_litellm_itself_calls_a_provider_that_is_not_built_in() -> None:
-    """The real package, in a process of its own, against a socket: one answer, then an error."""
+    """Run the real package in its own process against a socket: one answer, then an error."""
     bodies = [answer({"a": 1}), error(401)]
 
     async def serve(stream: anyio.abc.SocketStream) -> None:

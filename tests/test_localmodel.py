@@ -1,4 +1,4 @@
-"""The model in this process: what is loaded, what is refused, and that what its grammar allows is valid."""
+"""The in-process model: loading, refused models, and the validity of its answers."""
 
 import importlib.util
 import json
@@ -29,10 +29,10 @@ def flock_of(output: str, model: str = "local/smollm2-135m", **options: Any) -> 
     return flock
 
 
-# Bounds
+# Length limits
 
 
-def test_every_string_and_list_gets_a_bound() -> None:
+def test_every_string_and_list_gets_a_length_limit() -> None:
     schema = bounded_schema(Signature.of("sentiment: str, keywords: list[str]").schema, 60)
     assert schema["properties"] == {
         "sentiment": {"type": "string", "maxLength": 10},
@@ -40,7 +40,7 @@ def test_every_string_and_list_gets_a_bound() -> None:
     }
 
 
-def test_bounds_of_ones_own_are_kept() -> None:
+def test_existing_length_limits_are_kept() -> None:
     schema: dict[str, Any] = {
         "type": "object",
         "properties": {
@@ -62,7 +62,7 @@ def test_bounds_of_ones_own_are_kept() -> None:
     assert "maxLength" not in json.dumps(schema["properties"]["b"]), "the schema itself is not changed"
 
 
-def test_a_format_for_which_the_grammar_has_no_rule_gets_a_bound_too() -> None:
+def test_a_format_without_a_grammar_rule_gets_a_limit_or_a_pattern() -> None:
     schema = bounded_schema(Signature.of("price: Decimal, took: timedelta, at: datetime").schema, 60)
     assert schema["properties"] == {
         "price": {"type": "string", "format": "decimal", "maxLength": 60},
@@ -71,7 +71,7 @@ def test_a_format_for_which_the_grammar_has_no_rule_gets_a_bound_too() -> None:
     }
 
 
-def test_recursive_types_are_bounded_where_they_are_defined() -> None:
+def test_recursive_types_are_limited_in_their_definitions() -> None:
     schema = {
         "type": "object",
         "properties": {"tree": {"$ref": "#/$defs/Tree"}},
@@ -80,7 +80,7 @@ def test_recursive_types_are_bounded_where_they_are_defined() -> None:
     assert bounded_schema(schema, 40)["$defs"]["Tree"]["properties"]["name"]["maxLength"] == 40
 
 
-# What is refused
+# Refused models
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_recursive_types_are_bounded_where_they_are_defined() -> None:
         pytest.param(".", "there is no such model", id="folder"),
     ],
 )
-def test_a_model_that_is_not_there_says_so(name: str, words: str) -> None:
+def test_a_missing_model_is_reported(name: str, words: str) -> None:
     with pytest.raises(ModelError, match=words) as caught:
         serve(name)
     assert caught.value.error_type == "model_not_configured"
 
 
-def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_model_is_reported(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     (tmp_path / "half.gguf").write_bytes(weights().read_bytes()[:1_000_000])
     with pytest.raises(ModelError, match="not a GGUF model"):
@@ -106,7 +106,7 @@ def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
         serve(str(tmp_path / "half.gguf"))
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     monkeypatch.setattr(localmodel, "_servers", {})
     with pytest.raises(ModelError, match=r"without xllamacpp\. To install: pip install 'xllamacpp>=[\d.]+'$"):
@@ -124,8 +124,8 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 # The real model
 
 
-def test_a_model_is_loaded_once_and_needs_its_key() -> None:
-    """The port is on the loopback, where every program and every web page of this machine can knock."""
+def test_a_model_is_loaded_once_and_requires_its_key() -> None:
+    """Every program and web page on this machine can reach the loopback port."""
     server = serve("smollm2-135m")
     assert serve("smollm2-135m") is server
     assert server.base_url.startswith("http://127.0.0.1:")
@@ -133,7 +133,7 @@ def test_a_model_is_loaded_once_and_needs_its_key() -> None:
     assert httpx.post(f"{server.base_url}/chat/completions", json=body).status_code == 401
 
 
-def test_a_path_is_a_model_too() -> None:
+def test_a_model_can_be_a_path() -> None:
     flock = flock_of("sentiment: Literal['negative', 'positive']", model=f"local/{weights()}")
     assert flock.run("text_analyzer", {"text": "Awful."}) == {"sentiment": "negative"}
 
@@ -149,21 +149,21 @@ def test_a_path_is_a_model_too() -> None:
         "a",
     ],
 )
-def test_plain_str_and_list_still_give_a_valid_answer(text: str) -> None:
-    """Unbounded, a model this small loops in them until it is cut off."""
+def test_unlimited_strings_and_lists_produce_a_valid_answer(text: str) -> None:
+    """Without length limits, a model this small loops until it is cut off."""
     result = flock_of("sentiment: str, keywords: list[str]").run("text_analyzer", {"text": text})
     assert result.keys() == {"sentiment", "keywords"}
     assert result["sentiment"]
 
 
 def test_times_are_always_valid() -> None:
-    """The grammar has rules for dates and times, and a pattern of ours for durations."""
+    """The grammar has rules for dates and times, and our own pattern for durations."""
     flock = flock_of("day: date, at: datetime, clock: time, took: timedelta", max_retries=0)
     result = flock.run("text_analyzer", {"text": "On 3 May 2024 at 20:15 it began, and took two hours."})
     assert result.keys() == {"day", "at", "clock", "took"}
 
 
-def test_equal_inputs_give_equal_answers() -> None:
+def test_equal_inputs_produce_equal_answers() -> None:
     flock = flock_of("sentiment: str, keywords: list[str]")
     first, _, third = (
         flock.run("text_analyzer", {"text": text}) for text in ("I love it.", "I hate it.", "I love it.")
@@ -171,13 +171,13 @@ def test_equal_inputs_give_equal_answers() -> None:
     assert first == third
 
 
-def test_an_input_longer_than_the_context_is_said() -> None:
+def test_an_input_longer_than_the_context_is_reported() -> None:
     with pytest.raises(RunFailed, match="exceeds its context window") as caught:
         flock_of("sentiment: str").run("text_analyzer", {"text": "word " * 5000})
     assert caught.value.error_type == "model_context_length"
 
 
-def test_a_model_has_its_own_context_though_its_file_was_loaded_by_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_model_has_its_own_context_even_if_its_file_is_loaded_by_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(localmodel, "_servers", {})
     by_path = serve(str(weights()))
     with pytest.raises(RunFailed, match="exceeds its context window"):
@@ -185,7 +185,7 @@ def test_a_model_has_its_own_context_though_its_file_was_loaded_by_a_path(monkey
     assert serve(str(weights())) is by_path
 
 
-def test_nested_outputs_fit_too() -> None:
+def test_nested_outputs_are_valid() -> None:
     flock = flock_of("people: list[Person]", types={"Person": Signature.of("name: str, age: int").type})
     result = flock.run("text_analyzer", {"text": "Ann is 30 and Bob is 40."})
     assert all(person.keys() == {"name", "age"} for person in result["people"])

@@ -1,4 +1,4 @@
-"""At home in other apps: real frameworks and servers, at the root and under prefixes, with and without a lifespan."""
+"""Mounted in other apps: real frameworks and servers, at the root and under prefixes, with and without a lifespan."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ apps = {prefix: create_app(flock_of(f"number{prefix}"), server_name=f"at {prefix
 
 @contextlib.asynccontextmanager
 async def lifespan(host):
-    """As a host composes them in its own."""
+    """Compose the lifespans of the apps, as a host does."""
     async with contextlib.AsyncExitStack() as stack:
         for app in apps.values():
             await stack.enter_async_context(app.lifespan())
@@ -59,7 +59,7 @@ async def lifespan(host):
 async def dispatch(scope, receive, send):
     """A bare ASGI callable."""
     if scope["type"] == "lifespan":
-        assert is_composed, "this host knows no lifespan"
+        assert is_composed, "this host does not run a lifespan"
         async with lifespan(None):
             await receive()
             await send({"type": "lifespan.startup.complete"})
@@ -67,25 +67,25 @@ async def dispatch(scope, receive, send):
         await send({"type": "lifespan.shutdown.complete"})
         return
     root_path = scope.get("root_path", "")
-    path = scope["path"].removeprefix(root_path)  # Hypercorn leaves it out
+    path = scope["path"].removeprefix(root_path)  # Hypercorn omits it
     for prefix, app in apps.items():
         if path.startswith(prefix + "/"):
             await app({**scope, "root_path": root_path + prefix, "path": root_path + path}, receive, send)
             return
     await rest(scope, receive, send)
 
-async def nobody(scope, receive, send):
+async def not_found(scope, receive, send):
     await send({"type": "http.response.start", "status": 404, "headers": []})
     await send({"type": "http.response.body", "body": b""})
 
 is_composed = os.environ["LIFESPAN"] == "composed"
-host, rest = os.environ["HOST"], nobody
+host, rest = os.environ["HOST"], not_found
 if host == "starlette":
     from starlette.applications import Starlette
     app = Starlette(lifespan=lifespan if is_composed else None)
 elif host == "fastapi":
     from fastapi import FastAPI
-    own_pages = None if "" in apps else "/openapi.json"  # at the root they would be before the flock's
+    own_pages = None if "" in apps else "/openapi.json"  # at the root they would hide the flock's
     app = FastAPI(lifespan=lifespan if is_composed else None, openapi_url=own_pages)
 elif host == "django":
     from django.conf import settings
@@ -107,7 +107,7 @@ SERVERS = {
 }
 
 
-PLACES = {
+MOUNTS = {
     "two prefixes": (("/one", "/two"), ""),
     "the root": (("",), ""),
     "behind a proxy": (("/one", "/two"), "/behind"),
@@ -117,27 +117,27 @@ MATRIX = [
     pytest.param(
         host,
         server,
-        place,
+        mount,
         lifespan,
-        id=f"{host}, {server}, {place}, lifespan {lifespan}",
-        marks=() if place == "two prefixes" or (host, server) == ("starlette", "uvicorn") else pytest.mark.nightly,
+        id=f"{host}, {server}, {mount}, lifespan {lifespan}",
+        marks=() if mount == "two prefixes" or (host, server) == ("starlette", "uvicorn") else pytest.mark.nightly,
     )
     for host in ("starlette", "fastapi", "django", "bare")
     for server in SERVERS
-    for place in PLACES
+    for mount in MOUNTS
     for lifespan in ("composed", "not run")
-    if (place, lifespan) != ("the root", "not run")  # the place of a mount changes nothing at its start
-    if (place, lifespan) != ("behind a proxy", "not run")
+    if (mount, lifespan) != ("the root", "not run")  # the mount does not affect how the app starts
+    if (mount, lifespan) != ("behind a proxy", "not run")
 ]
 
 
-@pytest.mark.parametrize(("host", "server", "place", "lifespan"), MATRIX)
-def test_flocks_are_at_home(host: str, server: str, place: str, lifespan: str, tmp_path: Path) -> None:
-    """Runs, links, events and docs; where nothing can start the engine, the answer has the line to add."""
+@pytest.mark.parametrize(("host", "server", "mount", "lifespan"), MATRIX)
+def test_flocks_can_be_mounted_in_any_host(host: str, server: str, mount: str, lifespan: str, tmp_path: Path) -> None:
+    """Check runs, links, events and docs. If nothing can start the engine, the answer has the line to add."""
     (tmp_path / "host.py").write_text(HOST)
-    prefixes, proxied = PLACES[place]
+    prefixes, proxied = MOUNTS[mount]
     command = [part.format(port=free_port()) for part in SERVERS[server]]
-    if proxied:  # the proxy cuts its path off, and the server is told of it
+    if proxied:  # the proxy strips its prefix, which the server is given
         command += ["--root-path", proxied]
     env = {"HOST": host, "LIFESPAN": lifespan, "PREFIXES": ",".join(prefixes)}
     env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
@@ -161,7 +161,7 @@ def test_flocks_are_at_home(host: str, server: str, place: str, lifespan: str, t
                 assert listed["next"].startswith(f"{proxied}{prefix}/runs?")
                 assert client.get(listed["next"].removeprefix(proxied)).json()["next"] is None
                 for other in set(prefixes) - {prefix}:
-                    assert client.get(f"{other}/run/{run['run_id']}").status_code == 404, "each has its own"
+                    assert client.get(f"{other}/run/{run['run_id']}").status_code == 404, "each app has its own runs"
                 events = events_in(client.get(f"{location}/events").text)
                 assert events[-1]["event"] == "run.completed"
                 for path in ("/docs", "/static/vendor/README.md", "/readyz"):
@@ -188,7 +188,7 @@ def sleeper() -> Flock:
 NAP = {"agent_name": "nap", "async_run": True}
 
 
-async def accept_and_see_it_begin(host: Starlette) -> str:
+async def submit_and_wait_until_running(host: Starlette) -> str:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t") as client:
         run_id: str = (await client.post("/ai/run/flock", json=NAP)).json()["run_id"]
         with anyio.fail_after(PATIENCE_S):
@@ -197,11 +197,11 @@ async def accept_and_see_it_begin(host: Starlette) -> str:
     return run_id
 
 
-def test_what_began_without_a_lifespan_goes_on_in_the_next_loop(caplog: pytest.LogCaptureFixture) -> None:
-    """The end of a loop cancels what is in it: the run is left in order, and the next first request takes it up."""
+def test_a_run_started_without_a_lifespan_resumes_in_the_next_loop(caplog: pytest.LogCaptureFixture) -> None:
+    """A closing loop cancels its tasks. The run is left in a valid state, and the next first request resumes it."""
     flock = sleeper()
     host = Starlette(routes=[Mount("/ai", create_app(flock))])
-    run_id = asyncio.run(accept_and_see_it_begin(host))
+    run_id = asyncio.run(submit_and_wait_until_running(host))
 
     async def wait() -> tuple[str, int]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t") as client:
@@ -213,7 +213,7 @@ def test_what_began_without_a_lifespan_goes_on_in_the_next_loop(caplog: pytest.L
 
 
 @pytest.mark.anyio
-async def test_starting_twice_is_one_start_and_an_app_may_be_started_again() -> None:
+async def test_nested_lifespans_start_the_engine_once_and_an_app_can_restart() -> None:
     flock = sleeper()
     engine = flock.engine()
     one, two = create_app(flock, engine=engine), create_app(flock, engine=engine)
@@ -227,7 +227,7 @@ async def test_starting_twice_is_one_start_and_an_app_may_be_started_again() -> 
 
 
 @pytest.mark.anyio
-async def test_many_first_requests_are_one_start() -> None:
+async def test_concurrent_first_requests_start_the_engine_once() -> None:
     flock = sleeper()
     app = create_app(flock)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
@@ -237,7 +237,7 @@ async def test_many_first_requests_are_one_start() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_store_that_cannot_be_used_is_said_at_each_request_until_it_can(tmp_path: Path) -> None:
+async def test_each_request_answers_503_until_the_store_is_available(tmp_path: Path) -> None:
     flock = sleeper()
     app = create_app(flock, store=tmp_path / "later" / "flock.db")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
@@ -249,8 +249,8 @@ async def test_a_store_that_cannot_be_used_is_said_at_each_request_until_it_can(
 
 
 @pytest.mark.anyio
-async def test_behind_a_proxy_links_have_its_path() -> None:
-    """As uvicorn's ``root_path`` says it; the proxy cuts its path off."""
+async def test_links_behind_a_proxy_include_its_prefix() -> None:
+    """uvicorn has it as ``root_path``, and the proxy strips it."""
     flock = sleeper()
     app = create_app(flock, store=":memory:")
     async with Served(app) as served:
@@ -274,8 +274,8 @@ async def test_two_apps_on_one_flock_share_one_engine() -> None:
 
 
 @pytest.mark.anyio
-async def test_apps_that_start_together_are_one_start_and_the_last_to_leave_ends_it() -> None:
-    """Each in a task of its own, as two servers are; whoever was first may leave first."""
+async def test_apps_that_start_together_share_one_engine_until_the_last_exits() -> None:
+    """Each app runs in its own task, like two servers. The first to start exits first."""
     flock = sleeper()
     apps = [create_app(flock), create_app(flock)]
     go = [asyncio.Event(), asyncio.Event()]
@@ -299,27 +299,27 @@ async def test_apps_that_start_together_are_one_start_and_the_last_to_leave_ends
 
 
 @pytest.mark.anyio
-async def test_who_leaves_at_once_takes_nobody_along() -> None:
-    """Both wait for the same start; the first is gone before the second goes on."""
-    flock, has_left = sleeper(), asyncio.Event()
+async def test_an_app_that_exits_at_once_does_not_stop_the_other() -> None:
+    """Both wait for the same start. The first exits before the second continues."""
+    flock, has_exited = sleeper(), asyncio.Event()
     brief, lasting = create_app(flock), create_app(flock)
 
-    async def look_in() -> None:
+    async def enter_and_exit() -> None:
         async with brief.lifespan():
             pass
-        has_left.set()
+        has_exited.set()
 
     async def serve() -> str:
         async with lasting.lifespan():
-            await has_left.wait()
-            return lasting.engine.health().engine  # a request would open it anew
+            await has_exited.wait()
+            return lasting.engine.health().engine  # a request would reopen it
 
     async with asyncio.timeout(20):
-        assert (await asyncio.gather(look_in(), serve()))[1] == "running"
+        assert (await asyncio.gather(enter_and_exit(), serve()))[1] == "running"
 
 
 @pytest.mark.anyio
-async def test_a_lifespan_may_begin_while_a_first_request_opens_the_engine() -> None:
+async def test_a_lifespan_can_start_while_a_first_request_opens_the_engine() -> None:
     flock = sleeper()
     one, two = create_app(flock), create_app(flock)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(one), base_url="http://t") as client:
@@ -328,8 +328,8 @@ async def test_a_lifespan_may_begin_while_a_first_request_opens_the_engine() -> 
             assert (await request).status_code == 200
 
 
-def test_a_new_app_begins_anew_after_an_old_one_ended() -> None:
-    """They share an engine as long as the old one is not collected, and not its end."""
+def test_a_new_app_reopens_the_engine_after_an_old_one_exited() -> None:
+    """They share an engine, but the exit of the old app does not affect the new one."""
     flock = sleeper()
 
     async def live(app: FlockAPI, *, with_lifespan: bool) -> int:
@@ -344,7 +344,7 @@ def test_a_new_app_begins_anew_after_an_old_one_ended() -> None:
 
 
 async def live_and_wait(app: FlockAPI, *, with_lifespan: bool = True) -> None:
-    """One life, in which whatever can wait has waited: for runs, batches, events, places, deletions and retention."""
+    """Run one life cycle with waits for runs, batches, events, slots, deletions and retention."""
     transport = httpx.ASGITransport(app)
     async with (
         app.lifespan() if with_lifespan else contextlib.nullcontext(),
@@ -374,7 +374,7 @@ async def live_and_wait(app: FlockAPI, *, with_lifespan: bool = True) -> None:
                     tasks.start_soon(run)
         assert sorted(ends) == ["batch.completed", *["completed"] * 5, "run.completed"]
         assert (await client.delete(paths[1])).status_code == 204
-        await run()  # meanwhile its items are swept, and the next deletion is waited for
+        await run()  # meanwhile the sweeper deletes its items and waits for the next deletion
 
 
 def napping() -> Flock:
@@ -390,21 +390,21 @@ def napping() -> Flock:
 
 @pytest.mark.parametrize("store", ["flock.db", ":memory:"])
 @pytest.mark.parametrize("backends", [["asyncio"] * 3, ["trio"] * 2, ["asyncio", "trio", "asyncio"]], ids="-".join)
-def test_an_app_lives_again_in_another_loop(store: str, backends: list[str]) -> None:
-    """As often as one likes, one life after the other, whatever waited in the last one."""
+def test_an_app_can_run_again_in_another_loop(store: str, backends: list[str]) -> None:
+    """Any number of times in sequence, whatever was waiting in the previous loop."""
     app = create_app(napping(), store=store)
     for backend in backends:
         anyio.run(live_and_wait, app, backend=backend)
 
 
-def test_an_app_lives_again_though_nobody_runs_its_lifespan() -> None:
+def test_an_app_can_run_again_without_its_lifespan() -> None:
     app = create_app(napping())
     for with_lifespan in (False, False, True, True):
         anyio.run(functools.partial(live_and_wait, app, with_lifespan=with_lifespan))
 
 
-def test_an_app_on_a_cluster_lives_again_in_another_loop(temporal_address: str) -> None:
-    """And a worker does."""
+def test_an_app_on_a_cluster_can_run_again_in_another_loop(temporal_address: str) -> None:
+    """So can a worker."""
     from flock.temporal import TemporalEngine, TemporalWorker
 
     flock = napping()
@@ -419,7 +419,7 @@ def test_an_app_on_a_cluster_lives_again_in_another_loop(temporal_address: str) 
         asyncio.run(live())
 
 
-def test_an_engine_is_in_one_loop_at_a_time() -> None:
+def test_an_engine_runs_in_one_loop_at_a_time() -> None:
     flock = sleeper()
     one, two = create_app(flock), create_app(flock)
 
@@ -437,21 +437,21 @@ def test_an_engine_is_in_one_loop_at_a_time() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("root_path", ["", "/proxy"])
-async def test_a_host_below_a_mount_may_cut_the_path(root_path: str) -> None:
+async def test_a_host_below_a_mount_can_strip_the_path(root_path: str) -> None:
     app = create_app(sleeper(), store=":memory:")
 
-    async def cutting(scope: Any, receive: Any, send: Any) -> None:
-        cut = "/" + scope["path"].rpartition("/ai/")[2]
-        await app({**scope, "path": cut, "root_path": f"{scope['root_path']}/ai"}, receive, send)
+    async def stripping(scope: Any, receive: Any, send: Any) -> None:
+        stripped = "/" + scope["path"].rpartition("/ai/")[2]
+        await app({**scope, "path": stripped, "root_path": f"{scope['root_path']}/ai"}, receive, send)
 
-    host = Starlette(routes=[Mount("/x", cutting)])
+    host = Starlette(routes=[Mount("/x", stripping)])
     transport = httpx.ASGITransport(host, root_path=root_path)
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
         assert (await client.get("/x/ai/agents")).status_code == 200
 
 
 def state_of_the_process() -> dict[str, Any]:
-    """What belongs to the program, and not to an app within it."""
+    """Return the state that belongs to the program, not to an app in it."""
     root = logging.getLogger()
     return {
         "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
@@ -476,9 +476,9 @@ def state_of_the_process() -> dict[str, Any]:
     }
 
 
-def test_a_full_life_changes_nothing_global() -> None:
-    """A program without pytest's own handlers is looked at: what it is before the import is the measure."""
-    import_and_look = (
+def test_a_full_life_cycle_changes_no_global_state() -> None:
+    """Compare the state before and after in a process without the handlers of pytest."""
+    compare = (
         "import asyncio, httpx, json, prometheus_client\n"
         "from tests.test_mounting import live_fully, state_of_the_process\n"
         "before = state_of_the_process()\n"
@@ -487,7 +487,7 @@ def test_a_full_life_changes_nothing_global() -> None:
         "print(json.dumps([name for name in before if before[name] != after[name]]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", import_and_look],
+        [sys.executable, "-c", compare],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -498,7 +498,7 @@ def test_a_full_life_changes_nothing_global() -> None:
 
 
 async def live_fully() -> None:
-    """Runs, a batch, an event stream, a run that fails, metrics, docs; with a lifespan, then without one."""
+    """Use runs, a batch, an event stream, a failing run, metrics and docs, with a lifespan and then without."""
     app = create_app(sample_flock(), metrics=True)
     host = Starlette(routes=[Mount("/ai", app)])
     transport = httpx.ASGITransport(host)

@@ -45,7 +45,7 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_a_trace_is_kept_with_the_run_and_handed_to_model_calls(
+async def test_a_trace_is_stored_with_the_run_and_sent_with_model_calls(
     is_async: bool, client: httpx.AsyncClient, model: FakeModel
 ) -> None:
     model.replies = [answer("no JSON"), answer({"sentiment": "good", "keywords": []})]
@@ -56,7 +56,7 @@ async def test_a_trace_is_kept_with_the_run_and_handed_to_model_calls(
     assert [headers["traceparent"] for headers in model.headers] == [TRACEPARENT] * 2
 
 
-async def test_a_trace_reaches_functions_and_the_items_of_a_batch(flock: Flock, client: httpx.AsyncClient) -> None:
+async def test_a_trace_reaches_functions_and_batch_items(flock: Flock, client: httpx.AsyncClient) -> None:
     @flock.agent
     def tell(context: RunContext) -> str | None:
         return context.traceparent
@@ -68,7 +68,7 @@ async def test_a_trace_reaches_functions_and_the_items_of_a_batch(flock: Flock, 
 
 
 @pytest.mark.parametrize(
-    ("sent", "kept"),
+    ("sent", "stored"),
     [
         ("", None),
         (TRACEPARENT.upper(), None),
@@ -82,13 +82,13 @@ async def test_a_trace_reaches_functions_and_the_items_of_a_batch(flock: Flock, 
         (TRACEPARENT.replace("00-", "cc-", 1) + ".what", None),
     ],
 )
-async def test_a_trace_that_is_not_valid_counts_as_none(sent: str, kept: str | None, client: httpx.AsyncClient) -> None:
+async def test_an_invalid_trace_is_ignored(sent: str, stored: str | None, client: httpx.AsyncClient) -> None:
     body = {"agent_name": "add", "inputs": {"a": 1}}
     run = (await client.post("/run/flock", json=body, headers={"traceparent": sent})).json()
-    assert run["traceparent"] == kept
+    assert run["traceparent"] == stored
 
 
-async def test_two_traces_are_none_and_a_model_is_told_nothing_then(
+async def test_duplicate_traces_are_ignored_and_not_sent_to_the_model(
     client: httpx.AsyncClient, model: FakeModel
 ) -> None:
     model.replies = [answer({"sentiment": "good", "keywords": []})]
@@ -98,14 +98,14 @@ async def test_two_traces_are_none_and_a_model_is_told_nothing_then(
     assert "traceparent" not in model.headers[0]
 
 
-async def test_a_trace_that_a_program_passes_on_is_checked_too(flock: Flock) -> None:
+async def test_a_trace_passed_to_submit_is_validated(flock: Flock) -> None:
     async with flock.engine() as engine:
-        for sent, kept in (("garbage", None), ("", None), (TRACEPARENT, TRACEPARENT)):
+        for sent, stored in (("garbage", None), ("", None), (TRACEPARENT, TRACEPARENT)):
             run = await engine.submit("add", {"a": 1}, traceparent=sent)
-            assert (await engine.wait(run.run_id)).traceparent == kept
+            assert (await engine.wait(run.run_id)).traceparent == stored
 
 
-async def test_a_store_of_the_version_before_traces_is_brought_into_form(flock: Flock, tmp_path: Path) -> None:
+async def test_a_store_from_before_traces_is_migrated(flock: Flock, tmp_path: Path) -> None:
     path = tmp_path / "old.db"
     with contextlib.closing(sqlite3.connect(path)) as db:
         MIGRATIONS[0](db)
@@ -126,7 +126,7 @@ async def test_a_store_of_the_version_before_traces_is_brought_into_form(flock: 
 # Readiness
 
 
-async def test_readiness_says_how_engine_and_store_stand(flock: Flock, tmp_path: Path) -> None:
+async def test_readiness_reports_the_state_of_engine_and_store(flock: Flock, tmp_path: Path) -> None:
     engine = flock.engine(store=tmp_path / "flock.db")
     app = create_app(flock, engine=engine)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
@@ -201,7 +201,7 @@ def test_the_log_can_be_json_lines(tmp_path: Path) -> None:
     assert any(line["logger"] == "uvicorn.access" and "POST /run/flock" in line["message"] for line in lines)
 
 
-def test_a_record_with_a_lone_surrogate_is_a_line_too() -> None:
+def test_a_record_with_a_lone_surrogate_is_logged() -> None:
     record = logging.makeLogRecord({"msg": "bad %s", "args": ("\ud800",), "levelname": "INFO"})
     assert json.loads(JSONFormatter().format(record))["message"] == "bad ?"
 
@@ -210,7 +210,7 @@ def test_a_record_with_a_lone_surrogate_is_a_line_too() -> None:
 
 
 def values_in(page: str) -> dict[str, float]:
-    """Every sample, by its name and labels as they are written."""
+    """Return the value of every sample by its name and label values."""
     samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
     return {
         sample.name + "".join(f" {value}" for _, value in sorted(sample.labels.items())): sample.value
@@ -224,7 +224,9 @@ async def metrics_of(client: httpx.AsyncClient) -> dict[str, float]:
     return values_in(response.text)
 
 
-async def test_metrics_count_what_happened(flock: Flock, client: httpx.AsyncClient, model: FakeModel) -> None:
+async def test_metrics_count_runs_steps_tokens_retries_and_requests(
+    flock: Flock, client: httpx.AsyncClient, model: FakeModel
+) -> None:
     failures = iter([True, False])
 
     @flock.agent
@@ -266,7 +268,7 @@ async def test_metrics_count_what_happened(flock: Flock, client: httpx.AsyncClie
     assert seen[f"{requests} _OTHER 405 /agents"] == 1
 
 
-async def test_metrics_tell_what_waits_and_which_streams_are_open(tmp_path: Path) -> None:
+async def test_metrics_report_queued_runs_and_open_event_streams(tmp_path: Path) -> None:
     flock = Flock("busy")
 
     @flock.agent(max_concurrency=1)
@@ -290,8 +292,8 @@ async def test_metrics_tell_what_waits_and_which_streams_are_open(tmp_path: Path
                 await anyio.sleep(0.01)
 
 
-async def test_a_run_that_ended_with_its_server_is_counted_by_the_next(flock: Flock, tmp_path: Path) -> None:
-    """And an agent that is no more gets no label of its own."""
+async def test_a_run_interrupted_by_a_crash_is_counted_by_the_next_server(flock: Flock, tmp_path: Path) -> None:
+    """An agent that no longer exists gets no label of its own."""
     async with Store(tmp_path / "flock.db") as store:
         await store.register_engine("gone", "sample", ())
         old = Run(run_id="1", flock="sample", agent_name="left", inputs=msgspec.Raw(b"{}"), created_at=now())
@@ -303,14 +305,14 @@ async def test_a_run_that_ended_with_its_server_is_counted_by_the_next(flock: Fl
         assert (await metrics_of(client))["flock_runs_total _OTHER failed"] == 1
 
 
-async def test_tokens_of_answers_that_were_of_no_use_are_counted(client: httpx.AsyncClient, model: FakeModel) -> None:
+async def test_tokens_of_unusable_answers_are_counted(client: httpx.AsyncClient, model: FakeModel) -> None:
     model.replies = [answer("no JSON")] * 3
     body = {"agent_name": "text_analyzer", "inputs": {"text": "hi"}}
     assert (await client.post("/run/flock", json=body)).json()["error_type"] == "invalid_output"
     assert (await metrics_of(client))["flock_tokens_total text_analyzer input"] == 30
 
 
-async def test_apps_on_one_engine_count_together_and_once(flock: Flock) -> None:
+async def test_apps_on_one_engine_count_each_run_once(flock: Flock) -> None:
     apps = [create_app(flock, store=":memory:") for _ in range(50)]
     body = {"agent_name": "add", "inputs": {"a": 1}}
     for app in apps[:2]:
@@ -321,7 +323,7 @@ async def test_apps_on_one_engine_count_together_and_once(flock: Flock) -> None:
     assert seen["http_server_request_duration_seconds_count POST 200 /run/flock"] == 2
 
 
-async def test_a_route_is_labelled_by_its_template_whatever_middleware_does(flock: Flock) -> None:
+async def test_a_route_is_labelled_by_its_template_even_if_middleware_copies_the_scope(flock: Flock) -> None:
     async def hello(request: Request) -> Response:
         return Response()
 
@@ -342,7 +344,9 @@ async def test_a_route_is_labelled_by_its_template_whatever_middleware_does(floc
             await client.get(path)
         await client.post("/one/1")
         seen = await metrics_of(client)
-    assert seen["http_server_request_duration_seconds_count POST 200 /one/{of_post}"] == 1, "as the route that answered"
+    assert seen["http_server_request_duration_seconds_count POST 200 /one/{of_post}"] == 1, (
+        "the label is the route that answered"
+    )
     requests = "http_server_request_duration_seconds_count GET 200"
     assert (seen[f"{requests} /one/{{x}}"], seen[f"{requests} /two/{{y}}"], seen[f"{requests} /static"]) == (1, 2, 1)
 
@@ -370,7 +374,7 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-def test_two_apps_in_a_process_that_shares_its_folder_are_one_sum(tmp_path: Path) -> None:
+def test_two_apps_in_one_multiprocess_folder_share_their_counters(tmp_path: Path) -> None:
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", TWO_APPS], env=env, capture_output=True, text=True, check=True)
     assert re.findall(r'flock_runs_total{agent_name="same",status="completed"} (\S+)', done.stdout) == ["3.0", "6.0"]
@@ -379,7 +383,7 @@ def test_two_apps_in_a_process_that_shares_its_folder_are_one_sum(tmp_path: Path
     assert "DefinitionError: The folder in PROMETHEUS_MULTIPROC_DIR cannot be used" in done.stderr
 
 
-async def test_metrics_are_there_while_the_engine_is_not(flock: Flock, tmp_path: Path) -> None:
+async def test_metrics_are_available_if_the_engine_cannot_start(flock: Flock, tmp_path: Path) -> None:
     app = create_app(flock, store=tmp_path / "nowhere" / "flock.db")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         await client.get("/runs")
@@ -388,7 +392,7 @@ async def test_metrics_are_there_while_the_engine_is_not(flock: Flock, tmp_path:
     assert math.isnan(seen["flock_queued_runs"])
 
 
-async def test_metrics_can_be_left_out_and_are_refused_where_they_cannot_be_kept(
+async def test_metrics_can_be_disabled_and_need_prometheus_client(
     flock: Flock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = create_app(flock, store=":memory:", metrics=False)
@@ -398,12 +402,12 @@ async def test_metrics_can_be_left_out_and_are_refused_where_they_cannot_be_kept
     assert problem["status"] == 404
     assert re.search(r"pip install 'prometheus-client>=[\d.]+'$", problem["detail"])
     monkeypatch.delitem(sys.modules, "flock.web.metrics", raising=False)
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)  # as if it is not installed
     with pytest.raises(DefinitionError, match=r"pip install 'prometheus-client>=[\d.]+'$"):
         create_app(flock, store=":memory:", metrics=True)
 
 
-async def test_an_observer_that_fails_harms_no_run(flock: Flock, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_observer_does_not_affect_runs(flock: Flock, caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Metrics):
         def run_ended(self, run: Run) -> None:
             raise ValueError("no space left")
@@ -416,11 +420,11 @@ async def test_an_observer_that_fails_harms_no_run(flock: Flock, caplog: pytest.
 
 
 @pytest.mark.slow
-def test_workers_show_one_sum(tmp_path: Path) -> None:
-    """Whichever answers; also after one of them was killed, whose streams are forgotten and whose runs are not."""
+def test_every_worker_reports_the_sum_of_all(tmp_path: Path) -> None:
+    """After workers are killed, their runs still count and their open streams do not."""
     with running(*served_with(tmp_path, "--workers", "2")) as server:
         body = {"agent_name": "double", "inputs": {"number": 1}}
-        for _ in range(40):  # a new connection each, so that both get some
+        for _ in range(40):  # a new connection each, so that both workers get some
             assert httpx.post(f"{server.url}/run/flock", json=body).status_code == 200
         pages = [values_in(httpx.get(f"{server.url}/metrics").text) for _ in range(10)]
         assert [page["flock_runs_total double completed"] for page in pages] == [40] * 10

@@ -1,4 +1,4 @@
-"""Options are checked in one place, and may be given one by one or as one value."""
+"""Options are validated in one place, and can be passed one by one or as one struct."""
 
 import re
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ def engine_with(**options: Any) -> Limits:
 
 
 @pytest.mark.parametrize("name", Limits.__struct_fields__)
-def test_a_bound_that_is_not_valid_is_refused_in_words(name: str) -> None:
+def test_an_invalid_limit_is_refused_with_an_explanation(name: str) -> None:
     """By the struct itself, and as a keyword argument of an engine."""
     made: Any = Limits
     for make in (made, engine_with):
@@ -31,7 +31,7 @@ def test_a_bound_that_is_not_valid_is_refused_in_words(name: str) -> None:
                 make(**{name: value})
 
 
-def test_only_a_bound_that_may_be_missing_takes_none() -> None:
+def test_only_an_optional_limit_accepts_none() -> None:
     for field in msgspec.structs.fields(Limits):
         if field.default is None:
             engine_with(**{field.name: None})
@@ -40,24 +40,24 @@ def test_only_a_bound_that_may_be_missing_takes_none() -> None:
                 engine_with(**{field.name: None})
 
 
-def test_bounds_may_be_given_as_one_value_and_a_keyword_argument_comes_before_it() -> None:
+def test_limits_can_be_one_struct_which_a_keyword_argument_overrides() -> None:
     limits = Limits(max_queue=5, max_items=7)
     assert engine_with(limits=limits) == limits
     assert engine_with(limits=limits, max_items=8) == Limits(max_queue=5, max_items=8)
     assert engine_with() == Limits()
 
 
-def test_a_bound_that_does_not_exist_is_refused_with_the_nearest_one() -> None:
+def test_an_unknown_limit_is_refused_with_a_suggestion() -> None:
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'max_queues'\. Did you mean 'max_queue'\?"):
         engine_with(max_queues=5)
 
 
 @pytest.mark.cluster
-def test_on_a_cluster_each_side_takes_the_bounds_that_it_enforces() -> None:
+def test_on_a_cluster_each_side_accepts_only_the_limits_that_it_enforces() -> None:
     from flock.temporal import TemporalEngine, TemporalWorker
 
     assert set(Limits.__struct_fields__) == {
-        name for who in ("server", "worker", "cluster", "namespace") for name in enforced_by(who)
+        name for side in ("server", "worker", "cluster", "namespace") for name in enforced_by(side)
     }
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_concurrency'"):
         TemporalEngine({}, "127.0.0.1:1", max_concurrency=5)
@@ -69,26 +69,26 @@ def test_on_a_cluster_each_side_takes_the_bounds_that_it_enforces() -> None:
         TemporalEngine({}, "127.0.0.1:1", max_items=0)
 
 
-def test_the_options_of_an_app_may_be_given_as_one_value() -> None:
+def test_the_options_of_an_app_can_be_one_struct() -> None:
     options = AppOptions(store=":memory:", max_wait_s=5)
     assert FlockAPI(Flock(), options).options == options
     assert FlockAPI(Flock(), options, docs=False).options == msgspec.structs.replace(options, docs=False)
     assert create_app(Flock(), store=":memory:", max_wait_s=5).options == options
 
 
-def test_an_option_of_an_app_that_does_not_exist_is_refused_with_the_nearest_one() -> None:
+def test_an_unknown_option_of_an_app_is_refused_with_a_suggestion() -> None:
     made: Any = create_app
     with pytest.raises(TypeError, match=r"create_app got an unexpected keyword argument 'doc'\. Did you mean 'docs'\?"):
         made(Flock(), doc=False)
 
 
 class More(Limits, frozen=True, kw_only=True):
-    """A bound that is new: this is all that is written for it, but for the code that enforces it."""
+    """A new limit, which needs only this field and the code that enforces it."""
 
     max_things: Annotated[int, whole(1, "Things of one run; more are refused.")] = 3
 
 
-def test_a_new_bound_is_checked_and_is_an_option_of_the_command_line() -> None:
+def test_a_new_limit_is_validated_and_becomes_a_command_line_option() -> None:
     with pytest.raises(DefinitionError, match="engine: max_things= must be a whole number of at least 1, not 0"):
         More(max_things=0)
     command = options_of(More)(click.command()(lambda max_things, **others: click.echo(max_things)))

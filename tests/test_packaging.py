@@ -1,4 +1,4 @@
-"""What a user installs: wheel, sdist and editable, each in a new environment of its own."""
+"""The package as users install it: wheel, sdist and editable, each in its own new environment."""
 
 import ast
 import json
@@ -24,12 +24,12 @@ from flock.extras import pip_install
 from tests.support import EXAMPLES, ROOT
 from tests.support.servers import NO_COVERAGE, running
 
-# One worker has all of them, so that each environment is made once.
+# One xdist worker runs all of them, so that each environment is created once.
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("packaging")]
 
-#: The most packages that an installation may bring, besides this one.
+#: The maximum number of packages that an installation adds, besides this one.
 MAX_PACKAGES = 13
-#: What an import may cost, as a multiple of what the libraries cost that it needs. It was 1.8, with 0.18 s for those.
+#: The maximum import time, as a multiple of that of the libraries alone. It was 1.8, with 0.18 s for the libraries.
 MAX_IMPORT_RATIO = 2.2
 
 
@@ -42,7 +42,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the sdist, the wheel made from the sdist as an index would hold it."""
+    """Return a folder with the sdist, and the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
     return folder
@@ -52,7 +52,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scope="module", params=["wheel", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("sdist", "editable"))]
 )
 def python(request: pytest.FixtureRequest, built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a new environment with the package in it."""
+    """Return the interpreter of a new environment with the package installed."""
     folder = tmp_path_factory.mktemp(request.param)
     venv.create(folder, with_pip=True)
     sources: dict[str, list[str | Path]] = {
@@ -64,8 +64,8 @@ def python(request: pytest.FixtureRequest, built: Path, tmp_path_factory: pytest
     return folder / "bin" / "python"
 
 
-def test_it_serves_the_contract_and_the_docs(python: Path, tmp_path: Path) -> None:
-    """Started where no checkout is, with nothing but what was installed."""
+def test_the_installed_package_serves_the_contract_and_the_docs(python: Path, tmp_path: Path) -> None:
+    """Start it outside a checkout, with only the installed files."""
     (tmp_path / "script.py").write_text((EXAMPLES / "text_analyzer.py").read_text())
     command = [str(python.parent / "flockapi"), "serve", str(tmp_path / "script.py"), "--port", "0", "--ui"]
     with running(*command, "--server-name", "Installed", PYTHONPATH="", PYTHONSAFEPATH="1") as server:
@@ -77,15 +77,15 @@ def test_it_serves_the_contract_and_the_docs(python: Path, tmp_path: Path) -> No
             assert httpx.get(server.url + path).status_code == 200
 
 
-def test_it_brings_few_packages(python: Path) -> None:
+def test_the_package_installs_few_others(python: Path) -> None:
     listed = json.loads(run(python, "-m", "pip", "--disable-pip-version-check", "list", "--format", "json"))
     names = {package["name"] for package in listed} - {"pip", "setuptools", "flockapi"}
     assert len(names) <= MAX_PACKAGES, sorted(names)
 
 
 @pytest.mark.alone
-def test_it_imports_fast_and_without_the_extras(python: Path, tmp_path: Path) -> None:
-    """As little slower than its libraries as agreed. The best of five of each, in turn: a busy machine is slow."""
+def test_the_package_imports_fast_and_without_the_extras(python: Path, tmp_path: Path) -> None:
+    """Compare with its libraries, and take the best of five alternating runs because the machine may be busy."""
     libraries = "anyio, asyncio, httpx, msgspec, sqlite3, starlette.applications, starlette.middleware.cors"
     code = "import json, sys, time, {}; print(json.dumps([time.process_time(), sorted(sys.modules)]))"
     outputs = [
@@ -98,15 +98,15 @@ def test_it_imports_fast_and_without_the_extras(python: Path, tmp_path: Path) ->
     assert not extras & set(outputs[0][0][1])
 
 
-def test_the_command_and_the_types_are_there(python: Path) -> None:
+def test_the_command_and_the_type_marker_are_installed(python: Path) -> None:
     assert "flockapi, version" in run(python.parent / "flockapi", "--version")
     assert run(
         python, "-c", "import flock, pathlib; print((pathlib.Path(flock.__file__).parent / 'py.typed').exists())"
     )
 
 
-def test_the_program_of_a_user_is_typed(python: Path, tmp_path: Path) -> None:
-    """Every public name, under ``mypy --strict`` and ``pyright``, and a mistake in the use of either room is found."""
+def test_a_user_program_passes_the_type_checkers(python: Path, tmp_path: Path) -> None:
+    """Every public name passes ``mypy --strict`` and ``pyright``, and both find misuse of either package."""
     program = (ROOT / "tests" / "typed_user.py").read_text("utf-8")
     named = {
         alias.name for node in ast.walk(ast.parse(program)) if isinstance(node, ast.ImportFrom) for alias in node.names
@@ -128,7 +128,7 @@ def test_the_program_of_a_user_is_typed(python: Path, tmp_path: Path) -> None:
 
 
 def install_commands() -> set[str]:
-    """Every command of pip that a message in the source prints, as code that prints it."""
+    """Return every pip command in the messages of the source, as code that prints it."""
     found = set()
     for path in [*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -141,8 +141,8 @@ def install_commands() -> set[str]:
 
 
 @pytest.mark.parametrize("python", ["editable"], indirect=True)
-def test_every_install_command_of_a_message_works_where_a_clone_was_installed(python: Path, tmp_path: Path) -> None:
-    """Pip finds the package that each names, and is not told to find this distribution, which no index may have."""
+def test_every_install_command_in_a_message_works_in_an_editable_install(python: Path, tmp_path: Path) -> None:
+    """pip finds each package. No command names this distribution, which may not be on an index."""
     commands = install_commands()
     assert len(commands) == 5, commands
     code = f"from flock.extras import pip_install; print({', '.join(sorted(commands))}, sep='\\n')"
@@ -157,7 +157,7 @@ def test_every_install_command_of_a_message_works_where_a_clone_was_installed(py
     assert pip_install("prometheus-client") in (ROOT / "openapi.yaml").read_text("utf-8")
 
 
-def test_what_is_in_the_archives(built: Path) -> None:
+def test_the_archives_contain_the_right_files(built: Path) -> None:
     wheel = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
     assert {
         "flockapi.py",

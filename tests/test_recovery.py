@@ -1,4 +1,4 @@
-"""Accepted is kept: real servers and workers, killed with SIGKILL again and again, lose no run and repeat no step."""
+"""Real servers and workers, repeatedly killed with SIGKILL, lose no accepted run and repeat no committed step."""
 
 import contextlib
 import json
@@ -48,19 +48,19 @@ def second(n: int) -> int:
 
 
 class Ledger:
-    """What was acknowledged, what was seen committed, what the agents did, and who was killed when."""
+    """A record of the accepted runs, the committed steps, the calls of agents and the killed processes."""
 
     def __init__(self, folder: Path) -> None:
         self.log, self.database = folder / "log", folder / "flock.db"
         self.sent = 0
         self.accepted: dict[str, int] = {}
-        self.committed: dict[str, int] = {}  # how often each step had begun when it was seen committed
+        self.committed: dict[str, int] = {}  # how often each step had started when its commit was seen
         self.killed: dict[str, float] = {}
         (folder / "crash.py").write_text(FLOCK)
         self.command = flockapi_command("serve", str(folder / "crash.py"), "--port", "0", "--store", str(self.database))
 
     def submit(self, client: httpx.Client) -> None:
-        """Send a run. Where the server dies over it, nothing was promised."""
+        """Send a run. If the server dies before it answers, nothing was promised."""
         n, self.sent = self.sent, self.sent + 1
         with contextlib.suppress(httpx.TransportError):
             answer = client.post("/run/flock", json={"agent_name": "first", "inputs": {"n": n}, "async_run": True})
@@ -72,7 +72,7 @@ class Ledger:
         self.killed[str(pid)] = time.monotonic()
 
     def kill_after(self, delay_s: float, pid: int) -> threading.Timer:
-        """While runs are being sent."""
+        """Start a timer that kills a process while runs are being sent."""
         timer = threading.Timer(delay_s, self.kill, [pid])
         timer.start()
         return timer
@@ -80,8 +80,8 @@ class Ledger:
     def lines(self) -> list[list[str]]:
         return [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
-    def look(self) -> None:
-        """Note which steps are committed, and that none of those that were has begun again."""
+    def check_commits(self) -> None:
+        """Record which steps are committed, and check that no committed step has started again."""
         with contextlib.closing(sqlite3.connect(self.database)) as db:
             n = "json_extract(CAST(inputs AS TEXT), '$.n')"
             query = (
@@ -89,31 +89,31 @@ class Ledger:
                 f"SELECT {n} || '-' || json_extract(CAST(last_step AS TEXT), '$[0]') FROM runs WHERE last_step NOT NULL"
             )
             steps = [step for (step,) in db.execute(query)]
-        begun = [step for step, what, *_ in self.lines() if what == "begins"]
+        starts = [step for step, what, *_ in self.lines() if what == "begins"]
         for step in steps:
-            times = self.committed.setdefault(step, begun.count(step))
-            assert begun.count(step) == times, f"{step} was executed again after its commit"
+            times = self.committed.setdefault(step, starts.count(step))
+            assert starts.count(step) == times, f"{step} was executed again after its commit"
 
     def wait_for_all(self, client: httpx.Client) -> None:
-        """All that was acknowledged is final, and right."""
+        """Wait until every accepted run has completed with the right result."""
         for run_id, n in self.accepted.items():
             run = client.get(f"/run/{run_id}", params={"wait": 60}).json()
             assert (run["status"], run["result"]) == ("completed", {"result": n + 1})
 
-    def check_no_two_at_once(self) -> None:
-        """A step begins again only after the one who was at it had been killed, or had ended and not committed."""
-        at_work: dict[str, str] = {}
+    def check_no_concurrent_executions(self) -> None:
+        """Check that a step restarts only after its process was killed, or after it ended without a commit."""
+        running_in: dict[str, str] = {}
         for step, what, pid, at in self.lines():
-            if what == "begins" and step in at_work:
-                assert self.killed[at_work[step]] <= float(at), f"{step} was executed by two at once"
-            at_work[step] = pid
+            if what == "begins" and step in running_in:
+                assert self.killed[running_in[step]] <= float(at), f"{step} was executed by two processes at once"
+            running_in[step] = pid
             if what == "ends":
-                del at_work[step]
+                del running_in[step]
 
 
 @pytest.mark.timeout(300)
-def test_no_run_is_lost_and_no_committed_step_repeated_by_kill_minus_nine(tmp_path: Path) -> None:
-    """200 asynchronous runs of two steps, 20 kills of the server at random moments."""
+def test_kill_9_loses_no_run_and_repeats_no_committed_step(tmp_path: Path) -> None:
+    """With 200 asynchronous runs of two steps, and 20 kills of the server at random moments."""
     ledger, chance = Ledger(tmp_path), random.Random(7)
     for life in range(20):
         with running(*ledger.command, LOG=str(ledger.log)) as server:
@@ -123,20 +123,20 @@ def test_no_run_is_lost_and_no_committed_step_repeated_by_kill_minus_nine(tmp_pa
                     ledger.submit(client)
             timer.join()
             server.process.wait()
-        ledger.look()
+        ledger.check_commits()
     with running(*ledger.command, LOG=str(ledger.log)) as server:
         with httpx.Client(base_url=server.url, timeout=90) as client:
             while len(ledger.accepted) < RUNS:
                 ledger.submit(client)
             ledger.wait_for_all(client)
-        ledger.look()
-    ledger.check_no_two_at_once()
+        ledger.check_commits()
+    ledger.check_no_concurrent_executions()
     assert len(ledger.committed) >= 2 * RUNS
 
 
 @pytest.mark.timeout(300)
 def test_a_killed_worker_loses_nothing_and_the_others_stay_up(tmp_path: Path) -> None:
-    """200 asynchronous runs of two steps, three workers, one of them killed again and again."""
+    """With 200 asynchronous runs of two steps, and three workers of which one is killed repeatedly."""
     ledger, chance = Ledger(tmp_path), random.Random(8)
     kills = int(os.environ.get("WORKER_KILLS", "6"))
     with running(*ledger.command, "--workers", "3", LOG=str(ledger.log)) as server:
@@ -147,26 +147,26 @@ def test_a_killed_worker_loses_nothing_and_the_others_stay_up(tmp_path: Path) ->
             victim = chance.choice(sorted(others))
             timer = ledger.kill_after(chance.uniform(0.02, 0.3), victim)
             while len(ledger.accepted) < RUNS * (kill + 1) // kills and timer.is_alive():
-                with httpx.Client(base_url=server.url, timeout=90) as client:  # whoever of them takes the connection
+                with httpx.Client(base_url=server.url, timeout=90) as client:  # any worker takes the connection
                     ledger.submit(client)
             timer.join()
-            ledger.look()
+            ledger.check_commits()
             assert others - {victim} <= set(workers_of(server)), "the others stay up"
         with httpx.Client(base_url=server.url, timeout=90) as client:
             while len(ledger.accepted) < RUNS:
                 ledger.submit(client)
             ledger.wait_for_all(client)
-            ledger.look()
-    ledger.check_no_two_at_once()
+            ledger.check_commits()
+    ledger.check_no_concurrent_executions()
     assert len({pid for _, _, pid, _ in ledger.lines()}) > 3, "they share the work"
     assert len(ledger.committed) >= 2 * RUNS
 
 
-# What is asked of a provider again
+# Repeated calls to a provider
 
 
 class Provider:
-    """Says nothing until it may, then refuses the key once for each call that it heard before, then answers."""
+    """A provider that hangs until ``may_answer`` is set, and then refuses the second request with each key."""
 
     def __init__(self) -> None:
         self.keys: list[str] = []
@@ -188,17 +188,17 @@ class Provider:
             f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )
 
-    async def until_asked(self, times: int) -> None:
+    async def until_called(self, times: int) -> None:
         with anyio.fail_after(PATIENCE_S):
-            while len(self.keys) < times:  # noqa: ASYNC110 - another process asks
+            while len(self.keys) < times:  # noqa: ASYNC110 - another process calls
                 await anyio.sleep(0.01)
 
 
 @pytest.mark.anyio
-async def test_a_step_that_was_at_work_at_the_crash_asks_under_the_same_key_and_a_retry_under_another(
+async def test_a_step_recovered_after_a_crash_reuses_its_key_and_a_retry_has_another(
     tmp_path: Path,
 ) -> None:
-    """A run and an item of a batch, whose server is killed while they wait for their model."""
+    """For a run and a batch item whose server is killed while they wait for the model."""
     provider, inputs = Provider(), {"text": "So."}
     command = flockapi_command("serve", str(EXAMPLES / "text_analyzer.py"), "--port", "0", "--store", "keys.db")
     async with socket_server(provider.handle) as (url, _):
@@ -206,10 +206,10 @@ async def test_a_step_that_was_at_work_at_the_crash_asks_under_the_same_key_and_
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
                 body = {"agent_name": "text_analyzer", "inputs": inputs, "async_run": True}
                 run_id = (await client.post("/run/flock", json=body)).json()["run_id"]
-                await provider.until_asked(1)
+                await provider.until_called(1)
                 many = {"agent_name": "text_analyzer", "batch_inputs": [inputs]}
                 batch_id = (await client.post("/run/batch", json=many)).json()["batch_id"]
-                await provider.until_asked(2)
+                await provider.until_called(2)
         before = list(provider.keys)
         provider.may_answer = True
         with running(*command, OPENAI_BASE_URL=url) as server:

@@ -1,4 +1,4 @@
-"""Our own server: several workers on one socket and one store, and how it starts and stops."""
+"""The built-in server: several workers on one socket and one store, startup and shutdown."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def served(flock_file: Path) -> Iterator[Server]:
 
 
 def post(server: Server, path: str, body: Any = None, **query: Any) -> httpx.Response:
-    """By a connection of its own, so that any worker may take it."""
+    """Send a request on its own connection, so that any worker may take it."""
     return httpx.post(server.url + path, json=body, params=query, timeout=60)
 
 
@@ -69,7 +69,7 @@ def start(server: Server, wait_for: Path) -> str:
 
 
 def in_parallel(call: Any, times: int) -> list[Any]:
-    """What *call* gives, from many connections at once: more than one worker takes some."""
+    """Return the results of concurrent calls, which several workers answer."""
     results: list[Any] = []
     threads = [threading.Thread(target=lambda: results.append(call())) for _ in range(times)]
     for thread in threads:
@@ -89,8 +89,8 @@ def test_all_workers_take_connections(served: Server, tmp_path: Path) -> None:
     assert pids == set(workers_of(served))
 
 
-def test_any_worker_waits_for_what_another_runs(served: Server, tmp_path: Path) -> None:
-    """24 waiters on 3 workers: they are all told, soon after the end."""
+def test_any_worker_can_wait_for_a_run_of_another(served: Server, tmp_path: Path) -> None:
+    """24 waiters on 3 workers are all answered soon after the run ends."""
     go = tmp_path / "go"
     run_id = start(served, go)
 
@@ -102,10 +102,10 @@ def test_any_worker_waits_for_what_another_runs(served: Server, tmp_path: Path) 
     answers = in_parallel(wait, 24)
     ended_at = go.stat().st_mtime
     assert {status for status, _ in answers} == {"completed"}
-    assert max(at for _, at in answers) - ended_at < 2, "a tenth of a second, on a machine that is not busy"
+    assert max(at for _, at in answers) - ended_at < 2, "it takes a tenth of a second on an idle machine"
 
 
-def test_any_worker_streams_and_cancels_what_another_runs(served: Server, tmp_path: Path) -> None:
+def test_any_worker_can_stream_and_cancel_a_run_of_another(served: Server, tmp_path: Path) -> None:
     run_id = start(served, tmp_path / "never")
 
     def follow() -> list[str]:
@@ -120,7 +120,7 @@ def test_any_worker_streams_and_cancels_what_another_runs(served: Server, tmp_pa
     assert {(answer.status_code, answer.json()["status"]) for answer in answers} == {(200, "cancelled")}
 
 
-def test_one_key_is_one_run_on_all_workers(served: Server) -> None:
+def test_one_key_makes_one_run_across_all_workers(served: Server) -> None:
     body = {"agent_name": "who", "async_run": True}
 
     def send() -> httpx.Response:
@@ -134,17 +134,19 @@ def test_one_key_is_one_run_on_all_workers(served: Server) -> None:
     assert sum("Idempotency-Replayed" not in answer.headers for answer in taken) == 1
 
 
-def test_a_run_may_be_retried_and_deleted_at_any_worker(served: Server, tmp_path: Path) -> None:
+def test_any_worker_can_retry_and_delete_a_run(served: Server, tmp_path: Path) -> None:
     run_id = start(served, tmp_path / "never again")
     assert post(served, f"/run/{run_id}/cancel", wait=10).json()["status"] == "cancelled"
     answers = in_parallel(lambda: post(served, f"/run/{run_id}/retry"), 6)
-    assert sorted(answer.status_code for answer in answers) == [202, 409, 409, 409, 409, 409], "one of them opens it"
+    assert sorted(answer.status_code for answer in answers) == [202, 409, 409, 409, 409, 409], (
+        "only one of them reopens the run"
+    )
     assert post(served, f"/run/{run_id}/cancel", wait=10).json()["attempt"] == 2
     answers = in_parallel(lambda: httpx.delete(f"{served.url}/run/{run_id}", timeout=60), 6)
     assert sorted(answer.status_code for answer in answers) == [204, 404, 404, 404, 404, 404]
 
 
-def test_told_to_stop_all_workers_leave_in_order(flock_file: Path, tmp_path: Path) -> None:
+def test_all_workers_shut_down_cleanly(flock_file: Path, tmp_path: Path) -> None:
     store = tmp_path / "stop.db"
     command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(store), "--workers", "2")
     with running(*command, "--drain-timeout", "0.2") as server:
@@ -157,7 +159,7 @@ def test_told_to_stop_all_workers_leave_in_order(flock_file: Path, tmp_path: Pat
     (tmp_path / "never").touch()
     with running(*command) as server:
         body = httpx.get(f"{server.url}/run/{run_id}", params={"wait": 30}, timeout=60).json()
-    assert (body["status"], body["attempt"]) == ("completed", 2), "it went on at the next start"
+    assert (body["status"], body["attempt"]) == ("completed", 2), "it resumed after the restart"
 
 
 def test_workers_do_not_outlive_their_parent(flock_file: Path, tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_workers_do_not_outlive_their_parent(flock_file: Path, tmp_path: Path) -
     assert "ERROR" not in "\n".join(server.lines)
 
 
-def test_workers_that_cannot_start_are_not_tried_for_ever(flock_file: Path, tmp_path: Path) -> None:
+def test_the_server_exits_if_its_workers_cannot_start(flock_file: Path, tmp_path: Path) -> None:
     store = str(tmp_path / "broken.db")
     command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", store, "--workers", "2")
     env = {**os.environ, "BREAK_WORKERS": "1"}
@@ -179,8 +181,8 @@ def test_workers_that_cannot_start_are_not_tried_for_ever(flock_file: Path, tmp_
     assert "RuntimeError: broken in workers only" in done.stderr
 
 
-def test_an_event_stream_is_ended_with_a_hint_when_the_server_stops(flock_file: Path, tmp_path: Path) -> None:
-    """It ends at once, before the runs do; until then new work is refused, and what is there is answered."""
+def test_a_stopping_server_ends_event_streams_with_a_retry_hint(flock_file: Path, tmp_path: Path) -> None:
+    """Streams end at once, before the runs do. Until the runs end, new work is refused and reads are answered."""
     store = str(tmp_path / "hint.db")
     command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", store, "--drain-timeout", "30")
     go = tmp_path / "go"
@@ -190,9 +192,9 @@ def test_an_event_stream_is_ended_with_a_hint_when_the_server_stops(flock_file: 
             received = stream.iter_text()
             assert "run.started" in next(received)
             server.process.terminate()
-            told_at = time.monotonic()
+            terminated_at = time.monotonic()
             assert "".join(received).endswith("retry: 1000\n\n")
-        assert time.monotonic() - told_at < 5
+        assert time.monotonic() - terminated_at < 5
         ready = httpx.get(f"{server.url}/readyz")
         refused = post(server, "/run/flock", {"agent_name": "who"})
         for answer in (ready, refused):
@@ -207,10 +209,10 @@ def test_an_event_stream_is_ended_with_a_hint_when_the_server_stops(flock_file: 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("is_trusted", [True, False], ids=["a trusted proxy", "another proxy"])
-def test_behind_a_proxy_it_answers_by_the_public_name(
+def test_a_server_behind_a_proxy_answers_for_its_public_names(
     workers: str, is_trusted: bool, flock_file: Path, tmp_path: Path
 ) -> None:
-    """Links have the path that the proxy cuts off; the client is the proxy's word, if that is trusted."""
+    """Links include the prefix that the proxy strips. The client address comes from the proxy if it is trusted."""
     command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(tmp_path / "proxied.db"))
     command += ["--workers", workers, "--allow-anonymous", "--root-path", "ai/"]
     command += ["--allowed-host", "Agents.example", "--allowed-host", "agents.test"]
@@ -218,7 +220,7 @@ def test_behind_a_proxy_it_answers_by_the_public_name(
     forwarded = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"}
     with running(*command) as server:
         server.wait_for_line("Application startup complete", times=int(workers))
-        for _ in range(6):  # any of the workers
+        for _ in range(6):  # so that every worker answers some
             for host in ("agents.example", "agents.test:8443", "localhost"):
                 answer = httpx.get(f"{server.url}/runs/", headers={"Host": host, **forwarded})
                 assert (answer.status_code, answer.json()["instance"]) == (404, "/ai/runs/")
@@ -233,7 +235,7 @@ def test_behind_a_proxy_it_answers_by_the_public_name(
     assert logged == {"203.0.113.7" if is_trusted else "127.0.0.1"}
 
 
-def test_start_api_may_be_behind_a_proxy(tmp_path: Path) -> None:
+def test_start_api_works_behind_a_proxy(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     options = "port=0, allowed_hosts=['agents.example'], root_path='/ai', forwarded_allow_ips='127.0.0.1'"
     options += ", custom_endpoints=[Route('/url', lambda request: Response(str(request.url)))]"

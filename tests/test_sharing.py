@@ -1,4 +1,4 @@
-"""Several programs on one store: each carries out the runs of its own agents, and says who else is there."""
+"""Several programs on one store: each runs its own agents, and warns about the work of others."""
 
 import contextlib
 import glob
@@ -30,7 +30,7 @@ STORE = "flock.db"
 
 
 class Program:
-    """A flock with agents of these names; ``first`` hands on to ``second``, and all of them wait until they may go."""
+    """A flock with the given agents. ``first`` hands off to ``second``, and all but ``first`` wait for ``may_go``."""
 
     def __init__(self, *agents: str, name: str = "flock") -> None:
         self.flock, self.calls = Flock(name), list[str]()
@@ -51,8 +51,8 @@ class Program:
         return self.flock.engine(store=STORE, **options)
 
 
-async def leave(program: Program, *agents: str, batches: bool = False) -> list[str]:
-    """The ids of runs, or of batches, that were accepted and begun when their engine stopped."""
+async def leave_unfinished(program: Program, *agents: str, batches: bool = False) -> list[str]:
+    """Return the ids of runs or batches that were running when their engine stopped."""
     async with program.engine() as engine:
         if batches:
             ids = [(await engine.submit_batch(name, [{}] * 3, BatchOptions())).batch_id for name in agents]
@@ -71,18 +71,18 @@ async def status_of(engine: EmbeddedEngine, id_: str, *, is_batch: bool) -> RunS
 
 
 @pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
-async def test_what_was_left_waits_for_a_program_that_has_its_agent(
+async def test_unfinished_work_waits_for_a_program_with_its_agent(
     batches: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A program without it takes up the others, names what waits, and shows it."""
+    """A program without the agent resumes the other work, warns about the waiting work and lists it."""
     both, other, same = Program("ours", "theirs"), Program("theirs"), Program("ours")
-    ours, theirs = await leave(both, "ours", "theirs", batches=batches)
+    ours, theirs = await leave_unfinished(both, "ours", "theirs", batches=batches)
     other.may_go.set()
     same.may_go.set()
     async with other.engine() as engine:
         wait = engine.wait_batch if batches else engine.wait
         assert (await wait(theirs, timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
-        assert not (await wait(ours, timeout_s=1.5)).status.is_final, "others are looked after each second"
+        assert not (await wait(ours, timeout_s=1.5)).status.is_final, "the engine looks for abandoned work every second"
         listed = await (engine.list_batches(BatchFilter()) if batches else engine.list_runs(RunFilter()))
         assert len(listed) == 2
     assert set(other.calls) == {"theirs"}
@@ -92,10 +92,10 @@ async def test_what_was_left_waits_for_a_program_that_has_its_agent(
         wait = engine.wait_batch if batches else engine.wait
         assert (await wait(ours, timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
     assert set(same.calls) == {"ours"}
-    assert not glob.glob(f"{STORE}-engine-*"), "nobody is left to be looked after"
+    assert not glob.glob(f"{STORE}-engine-*"), "no lock of a stopped engine is left"
 
 
-async def test_a_run_that_was_handed_on_waits_for_the_agent_whose_turn_it_is() -> None:
+async def test_a_handed_off_run_waits_for_its_next_agent() -> None:
     whole = Program("first", "second")
     async with whole.engine() as engine:
         run_id = (await engine.submit("first", {})).run_id
@@ -109,8 +109,8 @@ async def test_a_run_that_was_handed_on_waits_for_the_agent_whose_turn_it_is() -
         assert (run.status, [step.agent_name for step in run.steps]) == (RunStatus.COMPLETED, ["first", "second"])
 
 
-async def test_an_agent_that_is_added_later_takes_up_what_waits_for_it() -> None:
-    (run_id,) = await leave(Program("ours"), "ours")
+async def test_an_agent_that_is_added_later_resumes_the_runs_that_wait_for_it() -> None:
+    (run_id,) = await leave_unfinished(Program("ours"), "ours")
     program = Program("other")
     program.may_go.set()
     async with program.engine() as engine:
@@ -120,8 +120,8 @@ async def test_an_agent_that_is_added_later_takes_up_what_waits_for_it() -> None
 
 
 @pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
-async def test_what_waits_for_an_agent_that_nobody_has_can_be_cancelled_and_deleted(batches: bool) -> None:
-    kept, gone = await leave(Program("ours"), "ours", "ours", batches=batches)
+async def test_work_whose_agent_is_missing_can_be_cancelled_and_deleted(batches: bool) -> None:
+    kept, gone = await leave_unfinished(Program("ours"), "ours", "ours", batches=batches)
     async with Program("other").engine() as engine:
         cancel: Callable[[str], Awaitable[Any]] = engine.cancel_batch if batches else engine.cancel_run
         delete: Callable[[str], Awaitable[Any]] = engine.delete_batch if batches else engine.delete_run
@@ -139,10 +139,10 @@ async def test_what_waits_for_an_agent_that_nobody_has_can_be_cancelled_and_dele
         assert (await wait(kept, timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
 
 
-async def test_what_waits_for_an_agent_that_nobody_has_takes_no_room() -> None:
-    """Otherwise a program would be full for as long as another one does not come back."""
-    await leave(Program("ours"), "ours", "ours", "ours")
-    await leave(Program("ours"), "ours", batches=True)
+async def test_work_whose_agent_is_missing_does_not_count_toward_the_limits() -> None:
+    """Otherwise one program would stay full until another one comes back."""
+    await leave_unfinished(Program("ours"), "ours", "ours", "ours")
+    await leave_unfinished(Program("ours"), "ours", batches=True)
     other = Program("other")
     async with other.engine(max_queue=1, max_open_items=3, max_concurrency=1) as engine:
         assert (await engine.queue()).depth == 0
@@ -158,7 +158,7 @@ async def test_what_waits_for_an_agent_that_nobody_has_takes_no_room() -> None:
 
 
 @pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
-async def test_only_a_program_that_has_the_agent_can_retry(batches: bool) -> None:
+async def test_only_a_program_with_the_agent_can_retry(batches: bool) -> None:
     ours = Program("ours")
     async with ours.engine() as engine:
         id_ = (await engine.submit_batch("ours", [{}], BatchOptions())).batch_id if batches else ""
@@ -182,10 +182,10 @@ async def test_only_a_program_that_has_the_agent_can_retry(batches: bool) -> Non
         pytest.param([], ["one"], None, id="none"),
     ],
 )
-async def test_the_start_says_if_a_flock_of_this_name_had_agents_that_are_not_here(
+async def test_startup_warns_if_a_flock_of_the_same_name_had_other_agents(
     before: list[str], now: list[str], missing: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A program that only got another agent is no reason to warn."""
+    """An additional agent is not a reason to warn."""
     async with Program(*before).engine(), Program(*before, name="another").engine():
         pass
     assert warnings_of(caplog) == []
@@ -198,11 +198,11 @@ async def test_the_start_says_if_a_flock_of_this_name_had_agents_that_are_not_he
 
 
 @pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
-async def test_the_start_says_if_flocks_of_other_names_have_unfinished_runs(
+async def test_startup_warns_about_unfinished_runs_of_other_flocks(
     batches: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody else carries them out, and nobody else sees them."""
-    (id_,) = await leave(Program("ours", name="left"), "ours", batches=batches)
+    """No other flock runs them or sees them."""
+    (id_,) = await leave_unfinished(Program("ours", name="left"), "ours", batches=batches)
     async with Program("ours", name="left").engine():
         assert warnings_of(caplog) == []
     async with Program("ours", name="mine").engine() as engine:
@@ -215,15 +215,15 @@ async def test_the_start_says_if_flocks_of_other_names_have_unfinished_runs(
     )
 
 
-# What cannot be read
+# Damaged records
 
 
-async def test_a_run_that_cannot_be_read_fails_at_the_next_start_and_keeps_nothing_from_going_on(
+async def test_an_unreadable_run_fails_at_the_next_start_and_does_not_block_others(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Lists show it and the others."""
-    ids = await leave(Program("ours"), *["ours"] * 4)
-    batch_ids = await leave(Program("ours"), "ours", "ours", batches=True)
+    """Lists include it and the others."""
+    ids = await leave_unfinished(Program("ours"), *["ours"] * 4)
+    batch_ids = await leave_unfinished(Program("ours"), "ours", "ours", batches=True)
     with contextlib.closing(sqlite3.connect(STORE)) as db, db:
         db.execute("UPDATE runs SET inputs = x'ff' WHERE run_id = ?", ids[:1])
         db.execute("UPDATE runs SET attempt = 'first', is_async = x'00' WHERE run_id = ?", ids[1:2])
@@ -253,7 +253,7 @@ async def test_a_run_that_cannot_be_read_fails_at_the_next_start_and_keeps_nothi
 
 
 @pytest.mark.parametrize("what", ["inputs = x'ff'", "error = x'ff'", "created_at = 'today'"])
-async def test_a_run_that_was_damaged_after_its_end_is_shown_in_lists_with_what_can_be_read(what: str) -> None:
+async def test_a_run_damaged_after_it_ended_is_listed_with_its_readable_fields(what: str) -> None:
     ours = Program("ours")
     ours.may_go.set()
     async with ours.engine() as engine:
@@ -269,7 +269,7 @@ async def test_a_run_that_was_damaged_after_its_end_is_shown_in_lists_with_what_
         assert [run.status for run in runs] == [RunStatus.COMPLETED] * 3
 
 
-# Programs as people have them
+# Separate processes
 
 SCRIPT = """
 import time
@@ -287,8 +287,8 @@ def {agent}() -> str:
 """
 
 
-def test_programs_in_one_folder_leave_the_queue_of_a_killed_one_to_its_own_next_start(tmp_path: Path) -> None:
-    """The README's own line, ``Flock()``, and the default store."""
+def test_programs_in_one_folder_leave_the_queue_of_a_killed_program_to_its_next_start(tmp_path: Path) -> None:
+    """With ``Flock()`` as in the README, and the default store."""
 
     def command(agent: str) -> list[str]:
         (tmp_path / f"{agent}.py").write_text(SCRIPT.format(agent=agent))
@@ -314,7 +314,7 @@ def test_programs_in_one_folder_leave_the_queue_of_a_killed_one_to_its_own_next_
         assert [end["status"] for end in ends] == ["cancelled", "completed", "completed"]
 
 
-async def test_a_principal_has_its_share_beside_runs_that_no_program_here_carries_out() -> None:
+async def test_queued_runs_of_absent_programs_do_not_reduce_the_share_of_a_principal() -> None:
     gone, here = Program("theirs"), Program("ours")
     async with gone.engine(max_concurrency=1, max_queue=6) as engine:
         for _ in range(4):
@@ -328,24 +328,24 @@ async def test_a_principal_has_its_share_beside_runs_that_no_program_here_carrie
             await engine.submit("ours", {}, principal="ann")
 
 
-async def test_other_tasks_run_while_what_a_dead_engine_left_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be gigabytes. A thread reads it: here it waits for what a task does meanwhile."""
-    await leave(Program("ours"), "ours")
-    is_reading, may_go_on, find_run = threading.Event(), threading.Event(), queries.find_run
+async def test_other_tasks_run_while_the_records_of_a_dead_engine_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be gigabytes, so a thread reads them. Here the thread waits for another task."""
+    await leave_unfinished(Program("ours"), "ours")
+    is_reading, may_continue, find_run = threading.Event(), threading.Event(), queries.find_run
 
-    def find_later(db: sqlite3.Connection, run_id: str) -> Any:
+    def find_slowly(db: sqlite3.Connection, run_id: str) -> Any:
         is_reading.set()
-        assert may_go_on.wait(PATIENCE_S)
+        assert may_continue.wait(PATIENCE_S)
         return find_run(db, run_id)
 
-    async def run_meanwhile() -> None:
+    async def run_during_the_read() -> None:
         await until(is_reading.is_set)
-        may_go_on.set()
+        may_continue.set()
 
-    monkeypatch.setattr(queries, "find_run", find_later)
+    monkeypatch.setattr(queries, "find_run", find_slowly)
     program = Program("ours")
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_meanwhile)
+        tasks.start_soon(run_during_the_read)
         async with program.engine():
             await program.begun.wait()
             program.may_go.set()

@@ -1,4 +1,4 @@
-"""The signature language, and what it becomes."""
+"""The signature language, and the types and schemas that it produces."""
 
 import dataclasses
 import datetime
@@ -71,19 +71,19 @@ def shapes(text: str, **types: Any) -> list[tuple[str, Any, str]]:
         pytest.param(
             "a: str | see, tone: formal, b: int | n",
             [("a", str, "see, tone: formal"), ("b", int, "n")],
-            id="a colon without a type goes on with the description",
+            id="a colon without a type continues the description",
         ),
         pytest.param("a: str | the user's (only, b: int", [("a", str, "the user's (only"), ("b", int, "")], id="quote"),
-        pytest.param("a | text,", [("a", str, "text")], id="trailing comma behind a description"),
+        pytest.param("a | text,", [("a", str, "text")], id="trailing comma after a description"),
         pytest.param("a: int | None", [("a", Optional[int], "")], id="a bar before a type is a union"),  # noqa: UP045
         pytest.param("a: int | None | how many", [("a", int | None, "how many")], id="union, then description"),
         pytest.param("a: Optional[int] | n", [("a", int | None, "n")], id="Optional"),
         pytest.param("a: Union[int, str, None]", [("a", int | str | None, "")], id="Union"),
-        pytest.param("a: list[str | None]", [("a", list[str | None], "")], id="bar within brackets"),
+        pytest.param("a: list[str | None]", [("a", list[str | None], "")], id="bar inside brackets"),
         pytest.param("a: dict[str, list[int]]", [("a", dict[str, list[int]], "")], id="nested generics"),
         pytest.param("a: tuple[int, ...]", [("a", tuple[int, ...], "")], id="tuple of any length"),
         pytest.param("a: tuple[int, str]", [("a", tuple[int, str], "")], id="tuple"),
-        pytest.param("a: List[Dict[str, Any]]", [("a", list[dict[str, Any]], "")], id="names of typing"),
+        pytest.param("a: List[Dict[str, Any]]", [("a", list[dict[str, Any]], "")], id="names from typing"),
         pytest.param("a: list, b: dict, c: set", [("a", list, ""), ("b", dict, ""), ("c", set, "")], id="bare"),
         pytest.param(
             "a: Literal['x, y', \"it's | z\", 1, -2, True, None] | pick",
@@ -108,12 +108,12 @@ def shapes(text: str, **types: Any) -> list[tuple[str, Any, str]]:
         pytest.param("größe: int | maß, ü: str", [("größe", int, "maß"), ("ü", str, "")], id="not ASCII"),
     ],
 )
-def test_text_becomes_fields(text: str, fields: list[tuple[str, Any, str]]) -> None:
+def test_a_text_is_parsed_into_fields(text: str, fields: list[tuple[str, Any, str]]) -> None:
     assert shapes(text) == fields
 
 
-def test_caller_names_types() -> None:
-    """Structs, dataclasses, TypedDicts and enums are found by the name that the caller gives them."""
+def test_custom_types_are_found_by_their_given_name() -> None:
+    """For structs, dataclasses, TypedDicts and enums."""
     text = "invoice: Invoice | the invoice, points: list[P], row: Row, colour: Colour"
     assert shapes(text, Invoice=Invoice, P=Point, Row=Row, Colour=Colour) == [
         ("invoice", Invoice, "the invoice"),
@@ -127,7 +127,7 @@ def test_caller_names_types() -> None:
     ("text", "column", "words"),
     [
         pytest.param("a: Foo", 4, "unknown type 'Foo'", id="unknown type"),
-        pytest.param("a: int, b: list[Foo]", 17, "types={'Foo': ...}", id="unknown type within brackets"),
+        pytest.param("a: int, b: list[Foo]", 17, "types={'Foo': ...}", id="unknown type inside brackets"),
         pytest.param("ä: dict[str, Foo]", 14, "'Foo'", id="columns count characters, not bytes"),
         pytest.param("a: string", 4, "use one of: Any", id="another language's name"),
         pytest.param("a, b: int, a", 12, "the field 'a' is defined twice", id="duplicate"),
@@ -136,23 +136,23 @@ def test_caller_names_types() -> None:
         pytest.param("_a: str", 1, "no leading '_'", id="underscore"),
         pytest.param("a,, b", 3, "name is missing", id="empty field"),
         pytest.param(": int", 1, "name is missing", id="type without a name"),
-        pytest.param("a:", 3, "'' is not a type", id="no type behind the colon"),
+        pytest.param("a:", 3, "'' is not a type", id="no type after the colon"),
         pytest.param("a: int b", 4, "'int b' is not a type", id="two words"),
         pytest.param("a b: int", 3, "expected ':' or ',' after the field 'a'", id="two names"),
         pytest.param("text str", 6, "a colon is missing. Write 'text: str'", id="no colon"),
         pytest.param("a, b list[int] | n, c", 6, "Write 'b: list[int]'", id="no colon before brackets"),
         pytest.param("text strng", 6, "expected ':' or ','", id="no colon and no type"),
         pytest.param("a: strng", 4, "Did you mean 'str'?", id="a misspelt type"),
-        pytest.param("a: list[Dattime | None]", 9, "Did you mean 'datetime'?", id="a misspelt type within brackets"),
+        pytest.param("a: list[Dattime | None]", 9, "Did you mean 'datetime'?", id="a misspelt type inside brackets"),
         pytest.param("a: optional[int]", 4, "Did you mean 'Optional'?", id="a generic in lower case"),
-        pytest.param("a: Invioce", 4, "Did you mean 'Invoice'?", id="a misspelt type of the caller's"),
-        pytest.param("a: Zebra", 4, "unknown type 'Zebra'. Pass it with", id="nothing is near"),
+        pytest.param("a: Invioce", 4, "Did you mean 'Invoice'?", id="a misspelt custom type"),
+        pytest.param("a: Zebra", 4, "unknown type 'Zebra'. Pass it with", id="no similar type"),
         pytest.param("a: list[int", 4, "'list[int' is not a type", id="open bracket"),
         pytest.param("a: list[int, str]", 4, "list takes 1 type", id="too many types"),
         pytest.param("a: dict[str]", 4, "dict takes 2 types", id="too few types"),
         pytest.param("a: Literal[1.5]", 4, "Literal takes", id="literal float"),
         pytest.param("a: Literal[99999999999999999999]", 4, "", id="literal beyond 64 bits"),
-        pytest.param("a: Odd[int]", 4, "unknown type", id="a name for something else with brackets"),
+        pytest.param("a: Odd[int]", 4, "unknown type", id="a name that is not a type, with brackets"),
         pytest.param("a: Literal[b]", 4, "Literal takes", id="literal name"),
         pytest.param("a: str | datetime", 4, "more than one str-like type", id="union of two str-like types"),
         pytest.param("a: int, b: list | set", 12, "more than one array-like", id="union of two array-like types"),
@@ -163,7 +163,7 @@ def test_caller_names_types() -> None:
         pytest.param("a: str[int]", 4, "unknown type", id="a type that takes no brackets"),
     ],
 )
-def test_what_cannot_be_understood_is_said_with_its_column(text: str, column: int, words: str) -> None:
+def test_a_syntax_error_is_reported_with_its_column(text: str, column: int, words: str) -> None:
     with pytest.raises(SignatureError) as caught:
         Signature.of(text, {"Invoice": Invoice, "Odd": []})
     assert words in str(caught.value)
@@ -215,14 +215,14 @@ def test_recursive_types_stay_in_defs() -> None:
 
 
 @pytest.mark.parametrize("source", [Invoice, Point, Row])
-def test_a_type_stands_in_place_of_the_text(source: type) -> None:
+def test_a_type_can_replace_the_text(source: type) -> None:
     signature = Signature.of(source)
     assert signature.type is source
     assert signature.fields[0].required
     assert not signature.fields[1].required
 
 
-def test_a_type_in_place_of_the_text_refuses_unknown_members() -> None:
+def test_a_type_that_replaces_the_text_refuses_unknown_members() -> None:
     for source, text in (
         (Invoice, '{"number": 1, "x": 2}'),
         (Point, '{"x": 1, "z": 2}'),
@@ -292,8 +292,8 @@ PAGE_SCHEMA = {
 }
 
 
-def test_a_schema_has_members_and_choices_in_the_order_of_declaration() -> None:
-    """In TypedDicts, dataclasses, named tuples, generic structs and enums, however deep they lie."""
+def test_a_schema_has_members_and_choices_in_declaration_order() -> None:
+    """In TypedDicts, dataclasses, named tuples, generic structs and enums, at any depth."""
     properties = Signature.of(Book).schema["properties"]
     assert properties["size"] == {"enum": ["s", 3, "m", 1, None]}
     pages = properties["pages"]["prefixItems"]
@@ -305,7 +305,7 @@ def test_a_schema_has_members_and_choices_in_the_order_of_declaration() -> None:
     assert properties["mood"] == mood
 
 
-def test_the_fields_of_a_typed_dict_are_in_the_order_of_declaration() -> None:
+def test_the_fields_of_a_typed_dict_are_in_declaration_order() -> None:
     signature = Signature.of(Page)
     assert [field.name for field in signature.fields] == list(signature.schema["properties"])
     assert json.dumps(Signature.of("pages: list[Page]", {"Page": Page}).schema["properties"]["pages"]["items"]) == (
@@ -313,8 +313,8 @@ def test_the_fields_of_a_typed_dict_are_in_the_order_of_declaration() -> None:
     )
 
 
-def test_equal_choices_of_a_text_keep_their_own_order() -> None:
-    """Also in unions, which Python's typing keeps by the choices, whatever their order."""
+def test_literals_with_equal_choices_keep_their_own_order() -> None:
+    """Also in unions, which ``typing`` caches without regard to the order of choices."""
     for choices in (["up", "down"], ["down", "up"]):
         literal = f"Literal[{choices[0]!r}, {choices[1]!r}]"
         for text in (literal, f"{literal} | None", f"Optional[{literal}]", f"Union[{literal}, None]"):
@@ -322,7 +322,7 @@ def test_equal_choices_of_a_text_keep_their_own_order() -> None:
             assert shown.get("anyOf", [shown])[0] == {"enum": choices}
 
 
-def test_a_constraint_within_a_typed_dict_is_told_with_its_place() -> None:
+def test_a_violated_constraint_in_a_typed_dict_is_reported_with_its_pointer() -> None:
     with pytest.raises(InvalidData, match=r"^/at: Expected 'int' >= 1"):
         Signature.of(Line).decode(b'{"word": "zinc", "at": 0}')
 
@@ -336,7 +336,7 @@ class Trip(msgspec.Struct):
 
 
 def test_times_have_their_format_in_the_schema() -> None:
-    """The formats of JSON Schema want a time zone, so a time that must have none has no format."""
+    """The formats of JSON Schema require a time zone, so a naive time has no format."""
     assert Signature.of(Trip).schema["properties"] == {
         "starts": {"type": "string", "format": "date-time"},
         "zoned": {"type": "string", "format": "date-time", "description": "to the minute"},
@@ -376,7 +376,7 @@ def test_times_have_their_format_in_the_schema() -> None:
         ("Naive", '"2026-11-30T14:30:00Z"', "Expected 'datetime' with no timezone component."),
     ],
 )
-def test_a_time_that_does_not_fit_is_answered_with_one_that_does(type_: str, raw: str, problem: str) -> None:
+def test_an_invalid_time_is_reported_with_a_valid_example(type_: str, raw: str, problem: str) -> None:
     zones = {"Zoned": True, "Naive": False}
     types = {name: Annotated[datetime.datetime, msgspec.Meta(tz=tz)] for name, tz in zones.items()}
     signature = Signature.of(f"a: {type_}", types)
@@ -392,8 +392,8 @@ class Day(TypedDict):
     date: str
 
 
-def test_an_example_of_a_time_is_given_only_for_a_time() -> None:
-    """And not for a field of such a name."""
+def test_an_example_of_a_time_is_shown_only_for_a_time() -> None:
+    """A field that is only named like one has no example."""
     with pytest.raises(InvalidData) as caught:
         Signature.of("day: Day, n: int", {"Day": Day}).decode(b'{"day": {}, "n": "x"}')
     assert not [error for error in caught.value.errors if "Write a" in error.detail]
@@ -411,20 +411,20 @@ class Cat(msgspec.Struct, tag=True):
     name: str
 
 
-def test_tagged_unions_leave_no_reference_behind() -> None:
+def test_tagged_unions_are_inlined() -> None:
     schema = Signature.of("pet: Dog | Cat", {"Dog": Dog, "Cat": Cat}).schema
     assert "$defs" not in json.dumps(schema)
     tags = [member["properties"]["type"]["enum"] for member in schema["properties"]["pet"]["anyOf"]]
     assert sorted(tags) == [["Cat"], ["Dog"]]
 
 
-def test_what_is_no_signature_is_refused() -> None:
+def test_an_invalid_type_of_signature_is_refused() -> None:
     for source in (int, 5, None, list[str], Row2):
         with pytest.raises(SignatureError, match="A signature must be a string"):
             Signature.of(source)
 
 
-def test_a_type_that_json_cannot_carry_is_refused() -> None:
+def test_a_type_that_json_cannot_represent_is_refused() -> None:
     class Socket:
         pass
 
@@ -458,7 +458,7 @@ def test_parameters_become_fields() -> None:
     assert signature.schema["properties"]["limit"] == {"type": "integer", "description": "at most", "default": 5}
 
 
-def test_a_changeable_default_is_not_shared() -> None:
+def test_a_mutable_default_is_not_shared() -> None:
     def remember(tags: list[str] = ["new"]) -> None: ...  # noqa: B006
 
     signature = Signature.of_parameters(remember)
@@ -466,7 +466,7 @@ def test_a_changeable_default_is_not_shared() -> None:
     assert signature.decode(b"{}").tags == ["new"]
 
 
-def test_meta_of_msgspec_is_kept() -> None:
+def test_msgspec_meta_is_kept() -> None:
     def f(n: Annotated[int, msgspec.Meta(ge=1, description="from one")]) -> None: ...
 
     signature = Signature.of_parameters(f)
@@ -498,12 +498,12 @@ def private(_a: int) -> None: ...
         (private, "no leading '_'"),
     ],
 )
-def test_a_function_that_cannot_be_an_agent_says_why(function: Callable[..., Any], words: str) -> None:
+def test_a_function_that_cannot_be_an_agent_is_refused_with_a_reason(function: Callable[..., Any], words: str) -> None:
     with pytest.raises(SignatureError, match=words.replace("(", r"\(")):
         Signature.of_parameters(function)
 
 
-def test_what_a_function_returns() -> None:
+def test_the_return_type_becomes_the_output() -> None:
     def as_struct() -> Invoice:
         return Invoice(1)
 
@@ -530,16 +530,16 @@ def test_a_callable_object_has_a_signature() -> None:
     assert [f.name for f in Signature.of_parameters(Adder()).fields] == ["a"]
 
 
-# Values out
+# Encoding
 
 
-def test_encode_checks_and_writes() -> None:
+def test_encode_validates_and_serialises() -> None:
     signature = Signature.of("n: float, when: date, tags: set[str]")
     raw = signature.encode({"n": 1, "when": datetime.date(2026, 11, 24), "tags": {"a"}})
     assert json.loads(bytes(raw)) == {"n": 1.0, "when": "2026-11-24", "tags": ["a"]}
 
 
-def test_encode_checks_an_instance_of_the_type_too() -> None:
+def test_encode_validates_an_instance_of_the_type() -> None:
     with pytest.raises(InvalidData, match="/number: Expected 'int', got 'str'"):
         Signature.of(Invoice).encode(Invoice(number="1"))  # type: ignore[arg-type]
 
@@ -568,31 +568,31 @@ def deep(levels: int) -> Any:
         pytest.param({"a": object()}, "cannot be encoded as JSON", id="object"),
         pytest.param({"a": "\ud800"}, "surrogates not allowed", id="lone surrogate"),
         pytest.param({"a": 10**5000}, "cannot be encoded as JSON", id="huge integer"),
-        pytest.param({"a": {(1, 2): 3}}, "cannot be encoded as JSON", id="key that is no text"),
+        pytest.param({"a": {(1, 2): 3}}, "cannot be encoded as JSON", id="key that is not text"),
         pytest.param({"a": circle()}, "nested too deeply", id="circle"),
         pytest.param({"a": deep(100_000)}, "nested too deeply", id="deep"),
         pytest.param({}, "/a: This field is required", id="missing"),
         pytest.param({"a": 1, "b": 2}, "/b: Unknown field", id="unknown"),
         pytest.param({"b": "\ud800"}, "surrogates not allowed", id="unknown lone surrogate"),
-        pytest.param({"a": 1, "n": float("nan")}, "got `float`", id="NaN where null would do"),
+        pytest.param({"a": 1, "n": float("nan")}, "got `float`", id="NaN in a nullable field"),
         pytest.param(None, "Expected 'object'", id="None"),
         pytest.param("text", "Expected 'object'", id="text"),
     ],
 )
-def test_what_cannot_be_json_is_invalid_data(value: Any, words: str) -> None:
+def test_a_value_that_cannot_be_json_is_invalid_data(value: Any, words: str) -> None:
     output = "a: Any, n: int | None" if isinstance(value, dict) and "n" in value else "a: Any"
     with pytest.raises(InvalidData, match=words):
         Signature.of(output).encode(value)
 
 
-def test_text_of_a_person_is_typed_by_the_field() -> None:
+def test_text_from_a_person_is_converted_to_the_type_of_its_field() -> None:
     signature = Signature.of("name: str, n: int, tags: list[str], day: date, either: int | str, maybe: int | None")
     texts = {"name": "5", "n": "5", "tags": '["a"]', "day": "2026-11-24", "either": "5", "maybe": "null"}
     values = {name: json.loads(bytes(raw)) for name, raw in signature.from_text(texts).items()}
     assert values == {"name": "5", "n": 5, "tags": ["a"], "day": "2026-11-24", "either": "5", "maybe": None}
-    # A number that no float can hold is a number, and refused as one.
+    # A number too large for a float is passed on as a number, and refused as one.
     assert bytes(Signature.of("n: float | None").from_text({"n": "1e400"})["n"]) == b"1e400"
-    # What fits neither way is left for the check of the inputs, which says why.
+    # Other text stays a string, for which input validation reports the error.
     assert {name: bytes(raw) for name, raw in signature.from_text({"n": "x", "other": "y"}).items()} == {
         "n": b'"x"',
         "other": b'"y"',

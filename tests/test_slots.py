@@ -1,4 +1,4 @@
-"""Who is served next."""
+"""The order in which waiters get slots."""
 
 import anyio
 import pytest
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def served(slots: Slots, waiting: list[str | None], taken: list[str | None]) -> list[str | None]:
-    """In which order those are served that wait in this order, while *taken* is given back one by one."""
+    """Return the order in which *waiting* get a slot while the slots of *taken* are released one by one."""
     order: list[str | None] = []
 
     async def wait(batch_id: str | None) -> None:
@@ -29,13 +29,13 @@ async def served(slots: Slots, waiting: list[str | None], taken: list[str | None
 
 
 async def test_runs_go_first_and_batches_take_turns() -> None:
-    """A long batch keeps neither a run nor a short batch waiting."""
+    """A long batch blocks neither a run nor a short batch."""
     waiting = ["a", "a", "a", "a", "b", "b", None, "c", None]
     order = await served(Slots(1), waiting, taken=[None])
     assert order == [None, None, "a", "b", "c", "a", "b", "a", "a"]
 
 
-async def test_items_leave_places_to_runs() -> None:
+async def test_items_leave_the_reserved_slots_to_runs() -> None:
     slots = Slots(3, reserved=1)
     for _ in range(2):
         await slots.acquire("a")
@@ -52,18 +52,18 @@ async def test_items_leave_places_to_runs() -> None:
 
 
 @pytest.mark.parametrize("batch_id", [None, "a"])
-async def test_who_is_cancelled_while_it_waits_takes_no_place(batch_id: str | None) -> None:
-    """Also when it was served in the same turn of the loop in which it is cancelled."""
+async def test_a_cancelled_waiter_takes_no_slot(batch_id: str | None) -> None:
+    """Even if it gets the slot in the same iteration of the loop in which it is cancelled."""
     slots = Slots(1)
 
-    async def take_and_give_back() -> None:
+    async def acquire_and_release() -> None:
         await slots.acquire(batch_id)
         slots.release(batch_id)
 
     for is_served in (False, True):
         await slots.acquire(None)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(take_and_give_back)
+            tasks.start_soon(acquire_and_release)
             await anyio.wait_all_tasks_blocked()
             if is_served:
                 slots.release(None)
@@ -71,11 +71,11 @@ async def test_who_is_cancelled_while_it_waits_takes_no_place(batch_id: str | No
         if not is_served:
             slots.release(None)
         with anyio.fail_after(5):
-            await take_and_give_back()
+            await acquire_and_release()
 
 
-async def test_who_waits_for_one_place_holds_no_other() -> None:
-    """An item that waits for the engine does not keep its agent from a run, nor the other way round."""
+async def test_a_waiter_for_one_slot_holds_no_other() -> None:
+    """An item that waits for a slot of the engine does not block its agent for a run, and vice versa."""
     engine, agent = Slots(2, reserved=1), Slots(1)
     await engine.acquire("other")
     async with anyio.create_task_group() as tasks:
@@ -85,9 +85,9 @@ async def test_who_waits_for_one_place_holds_no_other() -> None:
             await acquire_all([engine, agent], None)
         engine.release("other")
         await anyio.wait_all_tasks_blocked()
-        assert engine.acquire_nowait("b"), "the item waits for its agent now, and holds no place of the engine"
+        assert engine.acquire_nowait("b"), "the item waits for its agent now, and holds no slot of the engine"
         engine.release("b")
         for each in (engine, agent):
             each.release(None)
-        # The item has both now, and so the group ends.
+        # The item has both slots now, so the group ends.
     assert not agent.acquire_nowait(None)

@@ -1,4 +1,4 @@
-"""The store: groups, fences, migrations, refusals, and what a full disk does."""
+"""The store: group commits, fencing, migrations, refused values and full disks."""
 
 import ast
 import contextlib
@@ -67,8 +67,8 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 @pytest.mark.parametrize("module", ["flock.engine.store", "flock.core", "flockapi", "flock.command.cli"])
 @pytest.mark.slow
-def test_where_there_is_no_fcntl_the_supported_systems_are_named(module: str) -> None:
-    """As on Windows; the project's classifiers and markers agree."""
+def test_without_fcntl_the_import_names_the_supported_systems(module: str) -> None:
+    """As on Windows. The project's classifiers and markers agree."""
     code = f"import sys; sys.modules.update(fcntl=None, resource=None); import {module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -80,7 +80,7 @@ def test_where_there_is_no_fcntl_the_supported_systems_are_named(module: str) ->
     assert all("sys_platform != 'win32'" in each for each in markers)
 
 
-async def test_a_run_comes_back_as_it_was_written(store: Store) -> None:
+async def test_a_run_is_read_as_it_was_written(store: Store) -> None:
     run = run_of(request_id="r1", timeout_s=2.5)
     await store.save(run, is_new=True)
     assert store.get_run(run.run_id) == run
@@ -94,8 +94,8 @@ async def test_a_run_comes_back_as_it_was_written(store: Store) -> None:
     assert store.get_run("nobody") is None
 
 
-async def test_writes_that_come_together_share_a_transaction(store: Store) -> None:
-    """What begins and ends between two commits is one row, written once."""
+async def test_concurrent_writes_share_a_transaction(store: Store) -> None:
+    """A run that starts and ends between two commits is one row, written once."""
     before = store.data_version()
     run = run_of()
     async with anyio.create_task_group() as tasks:
@@ -109,7 +109,7 @@ async def test_writes_that_come_together_share_a_transaction(store: Store) -> No
         assert store.data_version() - before <= 3
 
 
-async def test_a_write_of_another_owner_or_attempt_is_refused(store: Store) -> None:
+async def test_a_write_by_another_owner_or_attempt_is_refused(store: Store) -> None:
     run = run_of()
     await store.save(run, is_new=True)
     ended = replace(run, status=RunStatus.COMPLETED, completed_at=now())
@@ -125,16 +125,16 @@ async def test_a_write_of_another_owner_or_attempt_is_refused(store: Store) -> N
 async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) -> None:
     running = run_of(status=RunStatus.RUNNING, started_at=now())
     waiting, waited_for = run_of(), run_of(is_async=False)
-    at_work_already = run_of(owner="successor")
-    for run in (running, waiting, waited_for, at_work_already):
+    already_owned = run_of(owner="successor")
+    for run in (running, waiting, waited_for, already_owned):
         await store.save(run, is_new=True)
     await store.register_engine("me", "f", {"a"})
     runs, batches, waiting_for, is_all = await store.take_over("me", "successor", now())
     assert (batches, waiting_for, is_all) == ([], {}, True)
-    ended, *to_go_on_with = runs
+    ended, *resumed = runs
     assert (ended.run_id, ended.error_type) == (waited_for.run_id, "interrupted")
-    assert [(run.run_id, run.attempt) for run in to_go_on_with] == [(running.run_id, 2), (waiting.run_id, 1)]
-    assert [run.recoveries for run in to_go_on_with] == [1, 0]
+    assert [(run.run_id, run.attempt) for run in resumed] == [(running.run_id, 2), (waiting.run_id, 1)]
+    assert [run.recoveries for run in resumed] == [1, 0]
     assert await store.take_over("me", "late", now()) == ([], [], {}, True)
     with pytest.raises(OwnershipLost):
         await store.save(replace(running, status=RunStatus.COMPLETED))
@@ -144,10 +144,10 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) ->
     await store.unregister_engine("me")
 
 
-async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -> None:
+async def test_limits_and_keys_are_checked_in_one_transaction(store: Store) -> None:
     key = IdempotencyKey("k", b"1")
     first = run_of()
-    with pytest.raises(EngineStopped):  # nobody would go on with it
+    with pytest.raises(EngineStopped):  # no engine would resume it
         await store.accept(first, QueueLimits(2, 2), key)
     await store.register_engine("me", first.flock, {"a"})
     await store.accept(first, QueueLimits(2, 2), key)
@@ -178,7 +178,7 @@ async def test_room_and_keys_are_checked_in_the_same_transaction(store: Store) -
         (RunFilter(created_after=datetime(2020, 1, 1, tzinfo=UTC)), [3, 2, 1, 0]),
     ],
 )
-async def test_lists_are_filtered_newest_first(wanted: RunFilter, expected: list[int], store: Store) -> None:
+async def test_lists_are_filtered_and_newest_first(wanted: RunFilter, expected: list[int], store: Store) -> None:
     runs = [
         run_of(agent_name=agent_name, status=status)
         for agent_name in ("a", "b")
@@ -196,7 +196,7 @@ async def test_lists_are_filtered_newest_first(wanted: RunFilter, expected: list
 
 # Values that SQLite refuses
 
-#: Of a type, a range and an encoding that it does not take.
+#: Values of an unsupported type, range and encoding.
 REFUSED: dict[str, Any] = {"type": uuid.uuid4(), "range": 10**30, "encoding": "\ud800"}
 
 
@@ -260,10 +260,10 @@ async def refused_item(store: Store, run: Run, value: Any) -> None:
     ],
 )
 @pytest.mark.slow
-async def test_a_record_with_a_value_that_sqlite_refuses_fails_alone(
+async def test_a_record_that_sqlite_refuses_fails_alone(
     write: Callable[[Store, Run, Any], Awaitable[None]], value: Any, store: Store
 ) -> None:
-    """What shares its transaction is written, and nothing of the record itself."""
+    """The other records of its transaction are written, and no part of the refused one."""
     run, others = run_of(), [run_of() for _ in range(4)]
     await store.register_engine("me", "f", {"a"})
     await store.save(run, is_new=True)
@@ -280,7 +280,7 @@ async def test_a_record_with_a_value_that_sqlite_refuses_fails_alone(
         tasks.start_soon(functools.partial(store.save, others[2], is_new=True))
         tasks.start_soon(functools.partial(store.accept, others[3], QueueLimits(1000, 1000), None))
     store.check_writable()
-    assert {kept.run_id for kept in store.list_runs("f", RunFilter())} == {kept.run_id for kept in (run, *others)}
+    assert {stored.run_id for stored in store.list_runs("f", RunFilter())} == {each.run_id for each in (run, *others)}
     assert store.get_run(run.run_id) == run
     for table in ("steps", "batches", "idempotency_keys"):
         assert store.read(lambda db: db.execute(f"SELECT count(*) FROM {table}").fetchone()) == (0,)  # noqa: B023
@@ -290,8 +290,8 @@ async def test_a_record_with_a_value_that_sqlite_refuses_fails_alone(
     await store.unregister_engine("me")
 
 
-async def test_a_new_run_that_was_refused_can_be_saved_once_it_can_be_kept(store: Store) -> None:
-    """A short run is written once, when it ends: if its result is refused, its failure is its first record."""
+async def test_a_refused_new_run_can_be_saved_as_failed(store: Store) -> None:
+    """A short run is written once, when it ends. If its result is refused, its failure is its first record."""
     run = run_of(is_async=False)
     store.save_nowait(run, is_new=True)
     with pytest.raises(Unstorable):
@@ -318,7 +318,7 @@ async def test_a_new_run_that_was_refused_can_be_saved_once_it_can_be_kept(store
 async def test_a_page_of_a_list_is_read_from_an_index_in_order(
     conditions: str, statuses: list[RunStatus], store: Store
 ) -> None:
-    """Nothing is sorted or looked through, so its time does not grow with the store: bench/list_runs.py measures it."""
+    """Nothing is sorted or scanned, so its time does not grow with the store. bench/list_runs.py measures it."""
     values = {"flock": "f", "agent_name": "a", "principal": "p", "after": "x"}
     query = f"EXPLAIN QUERY PLAN {merged(RUN_COLUMNS, statuses, conditions)} LIMIT 10"
     plan = "\n".join(row[3] for row in store.read(lambda db: db.execute(query, values).fetchall()))
@@ -326,7 +326,7 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
     assert "SCAN" not in plan
     assert plan.count("SEARCH runs USING INDEX") == len(statuses)
     for condition in re.findall(r"(\w+) = :", conditions):
-        assert plan.count(f"{condition}=?") == len(statuses), "each is looked for in the index"
+        assert plan.count(f"{condition}=?") == len(statuses), "each condition uses the index"
 
 
 @pytest.mark.parametrize(
@@ -336,20 +336,20 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
 async def test_each_field_of_a_record_has_a_column(
     table: str, columns: Mapping[str, Column], others: tuple[str, ...], store: Store
 ) -> None:
-    """Of its type: what a new field lacks is a migration, and its name stands nowhere else in the store."""
-    scoped_key = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
+    """The column has the type of the field. A new field needs only a migration."""
+    python_types = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
     found = {row[1]: row for row in store._db.execute(f"PRAGMA table_info({table})")}
     assert found.keys() == {*columns, *others}
     for name, column in columns.items():
         _, _, type_, is_required, _, is_key = found[name]
-        assert scoped_key[type_] in column.types
+        assert python_types[type_] in column.types
         assert (type(None) in column.types) is not bool(is_required or is_key), name
         (stand_in,) = store._db.execute(f"SELECT {column.placeholder}").fetchone()
         assert type(stand_in) in column.types
 
 
-def test_every_statement_is_in_one_place() -> None:
-    """Only migrations have theirs apart."""
+def test_every_sql_statement_is_in_one_module() -> None:
+    """Except for those of the migrations."""
     verbs, words = "SELECT|INSERT|UPDATE|DELETE|CREATE|ALTER|DROP", "FROM|INTO|SET|TABLE|INDEX"
     is_sql = re.compile(rf"\s*({verbs})\b.*\b({words})\b", re.DOTALL)
     for path in (ROOT / "flock").rglob("*.py"):
@@ -358,7 +358,7 @@ def test_every_statement_is_in_one_place() -> None:
         assert not found or path.stem in ("statements", "migrations"), path
 
 
-async def test_every_statement_fits_the_tables(store: Store) -> None:
+async def test_every_sql_statement_matches_the_tables(store: Store) -> None:
     found = [text for text in vars(statements).values() if isinstance(text, str) and re.match("[A-Z]+ ", text)]
     queries = [text for text in found if text.split()[0] in ("SELECT", "INSERT", "UPDATE", "DELETE")]
     assert len(queries) > 50
@@ -367,7 +367,7 @@ async def test_every_statement_fits_the_tables(store: Store) -> None:
         store._db.execute(f"EXPLAIN {query}", values)
 
 
-async def test_what_is_no_store_is_refused_untouched(tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_store_is_refused_and_unchanged(tmp_path: Path) -> None:
     newer, foreign, text = tmp_path / "newer.db", tmp_path / "foreign.db", tmp_path / "text.db"
     with contextlib.closing(sqlite3.connect(newer)) as db:
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
@@ -395,7 +395,7 @@ def umask(mask: int) -> Iterator[None]:
 
 
 def modes_of(folder: Path) -> dict[str, str]:
-    """The permissions of each file, by what follows the name of the store."""
+    """Return the permissions of each file, by its suffix after the name of the store."""
     files = folder.glob("flock.db*")
     return {file.name.removeprefix("flock.db")[:7]: oct(file.stat().st_mode & 0o777) for file in files}
 
@@ -403,7 +403,7 @@ def modes_of(folder: Path) -> dict[str, str]:
 FILES = ("", "-wal", "-shm", "-lock", "-engine")
 
 
-async def test_only_its_owner_can_read_a_new_store_whatever_the_umask(tmp_path: Path) -> None:
+async def test_only_the_owner_can_read_a_new_store_with_any_umask(tmp_path: Path) -> None:
     with umask(0):
         async with Store(tmp_path / "flock.db") as store:
             await store.register_engine("1", "f", ())
@@ -417,7 +417,7 @@ async def test_only_its_owner_can_read_a_new_store_whatever_the_umask(tmp_path: 
 def test_a_new_store_is_private_before_sqlite_opens_it(
     make: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At no moment can others read it."""
+    """Others cannot read it at any moment."""
     modes = []
 
     def connect(path: str, *args: Any, connect: Any = sqlite3.connect, **options: Any) -> sqlite3.Connection:
@@ -432,10 +432,10 @@ def test_a_new_store_is_private_before_sqlite_opens_it(
 
 
 @pytest.mark.parametrize(("mode", "is_public"), [(0o600, False), (0o660, False), (0o644, True)])
-async def test_a_store_that_exists_keeps_its_permissions_and_the_start_says_if_all_can_read_it(
+async def test_an_existing_store_keeps_its_permissions_and_startup_warns_if_it_is_public(
     mode: int, is_public: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is made beside it has the same ones, so that those who share it can."""
+    """The files next to it get the same permissions, so that all who share the store can use them."""
     path = tmp_path / "flock.db"
     with umask(0):
         path.touch(mode)
@@ -447,26 +447,26 @@ async def test_a_store_that_exists_keeps_its_permissions_and_the_start_says_if_a
 
 
 @pytest.mark.parametrize("durability", ["power", "process"])
-async def test_what_was_written_is_there_for_the_next(durability: Any, tmp_path: Path) -> None:
+async def test_writes_are_there_after_a_restart(durability: Any, tmp_path: Path) -> None:
     run = run_of()
     async with Store(tmp_path / "flock.db", durability=durability) as store:
-        store.save_nowait(run, is_new=True)  # closing writes what is waiting
+        store.save_nowait(run, is_new=True)  # closing flushes it
     async with Store(tmp_path / "flock.db") as store:
         assert store.get_run(run.run_id) == run
 
 
-async def test_a_full_store_fails_writes_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file that may not grow, as on a full disk: what was acknowledged is there, and what was not is tried again."""
+async def test_a_full_disk_fails_writes_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The file cannot grow, as on a full disk. Acknowledged writes are kept, and the failed one is retried."""
     async with Store(tmp_path / "flock.db") as store:
-        kept = run_of()
-        await store.save(kept, is_new=True)
+        stored = run_of()
+        await store.save(stored, is_new=True)
         pages = store._db.execute("PRAGMA page_count").fetchone()[0]
         store._db.execute(f"PRAGMA max_page_count = {pages}")
         large = replace(run_of(), inputs=msgspec.Raw(b'"%b"' % (b"x" * 1_000_000)))
         with pytest.raises(StoreError, match="cannot be written now"):
             await store.save(large, is_new=True)
         assert "full" in caplog.text
-        assert store.get_run(kept.run_id) == kept
+        assert store.get_run(stored.run_id) == stored
         store._db.execute("PRAGMA max_page_count = 1073741823")
         later = run_of()
         await store.save(later, is_new=True)

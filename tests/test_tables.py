@@ -1,4 +1,4 @@
-"""Tables as people have them, the same by a program, by the command and over HTTP."""
+"""Real-world tables, read the same way by a program, by the command and over HTTP."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def table_flock() -> Flock:
     return flock
 
 
-# One table, by each of the three ways. Each gives the results, or raises InvalidData or DefinitionError.
+# The three interfaces. Each returns the results, or raises InvalidData or DefinitionError.
 
 
 def by_program(name: str, content: bytes, agent: str, options: dict[str, Any]) -> list[Any]:
@@ -96,8 +96,8 @@ def over_http(name: str, content: bytes, agent: str, options: dict[str, Any]) ->
     raise InvalidData([FieldError(**error) for error in response.json()["errors"]])
 
 
-Way = Callable[[str, bytes, str, dict[str, Any]], list[Any]]
-by_each_way = pytest.mark.parametrize("way", [by_program, by_command, over_http])
+Interface = Callable[[str, bytes, str, dict[str, Any]], list[Any]]
+by_each_interface = pytest.mark.parametrize("interface", [by_program, by_command, over_http])
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +111,10 @@ def client_of(app: FlockAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://t", timeout=60)
 
 
-# How CSV is written
+# CSV dialects
 
 
-@by_each_way
+@by_each_interface
 @pytest.mark.parametrize(
     ("content", "options", "expected"),
     [
@@ -131,22 +131,22 @@ def client_of(app: FlockAPI) -> httpx.AsyncClient:
             "\ufefftext\ncafé\n".encode("utf-16-be"), {"encoding": "UTF-16BE"}, "café 0 None", id="utf-16-be with a BOM"
         ),
         pytest.param("\ufefftext\nä\n".encode(), {"encoding": "UTF8"}, "ä 0 None", id="utf-8"),
-        pytest.param(b"Text, PRICE \na,1\n", {}, "a 1.0 None", id="other cases"),
-        pytest.param(b"TEXT,price,Price\na,1,2\n", {"on_extra": "ignore"}, "a 1.0 None", id="the exact one wins"),
+        pytest.param(b"Text, PRICE \na,1\n", {}, "a 1.0 None", id="other letter case"),
+        pytest.param(b"TEXT,price,Price\na,1,2\n", {"on_extra": "ignore"}, "a 1.0 None", id="an exact match wins"),
     ],
 )
 @pytest.mark.slow
-def test_a_table_is_read_as_it_is_said_to_be_written(
-    content: bytes, options: dict[str, str], expected: str, way: Way
+def test_a_table_is_read_in_the_given_dialect(
+    content: bytes, options: dict[str, str], expected: str, interface: Interface
 ) -> None:
-    assert way("rows.csv", content, "show", options) == [{"result": expected}]
+    assert interface("rows.csv", content, "show", options) == [{"result": expected}]
 
 
 SAVE = 'Save the file as "CSV UTF-8"'
 MANY = 50
 
 
-@by_each_way
+@by_each_interface
 @pytest.mark.parametrize(
     ("content", "options", "words"),
     [
@@ -187,7 +187,7 @@ MANY = 50
         pytest.param(b"text,price\na,0,19\n", {}, "Put a cell that contains ',' in quotes.", id="no quotes"),
         pytest.param(b"txt\n" + b"a\n" * MANY, {}, "There is no input 'txt'. Did you mean 'text'?", id="a typo"),
         pytest.param(
-            b"txt\n" + b"a\n" * MANY, {"on_extra": "keep"}, "Did you mean 'text'?", id="a typo of what is required"
+            b"txt\n" + b"a\n" * MANY, {"on_extra": "keep"}, "Did you mean 'text'?", id="a typo in a required input"
         ),
         pytest.param(
             b"text,id\na,1\n", {}, 'Set on_extra="keep" (--on-extra keep) to copy it to the results', id="an id"
@@ -197,35 +197,35 @@ MANY = 50
     ],
 )
 @pytest.mark.slow
-def test_what_is_written_in_another_way_is_said_once_with_its_cure(
-    content: bytes, options: dict[str, str], words: str, way: Way
+def test_a_mistake_in_all_rows_is_reported_once_with_its_fix(
+    content: bytes, options: dict[str, str], words: str, interface: Interface
 ) -> None:
     with pytest.raises(InvalidData) as raised:
-        way("rows.csv", content, "show", options)
+        interface("rows.csv", content, "show", options)
     details = [error.detail for error in raised.value.errors]
     assert words in details[0]
     assert len(details) == (2 if "PRICE" in content.decode("latin-1") else 1)
 
 
-@by_each_way
+@by_each_interface
 @pytest.mark.parametrize("options", [{}, {"on_extra": "ignore"}, {"on_extra": "keep"}])
-def test_a_wrong_member_of_many_rows_is_said_once(options: dict[str, str], way: Way) -> None:
+def test_an_unknown_member_of_many_rows_is_reported_once(options: dict[str, str], interface: Interface) -> None:
     with pytest.raises(InvalidData) as raised:
-        way("rows.ndjson", b'{"txt": "a"}\n' * MANY, "show", options)
+        interface("rows.ndjson", b'{"txt": "a"}\n' * MANY, "show", options)
     (error,) = raised.value.errors
     assert "There is no input 'txt'. Did you mean 'text'?" in error.detail
 
 
-@pytest.mark.parametrize(("way", "mapping"), [(by_program, {"line": "txt"}), (over_http, '{"line": "txt"}')])
-def test_a_member_that_is_mapped_to_no_input_is_said_once(way: Way, mapping: Any) -> None:
+@pytest.mark.parametrize(("interface", "mapping"), [(by_program, {"line": "txt"}), (over_http, '{"line": "txt"}')])
+def test_a_mapping_to_an_unknown_input_is_reported_once(interface: Interface, mapping: Any) -> None:
     for name, content in (("rows.ndjson", b'{"line": "a"}\n' * MANY), ("rows.csv", b"line\n" + b"a\n" * MANY)):
         with pytest.raises(InvalidData) as raised:
-            way(name, content, "optional", {"input_mapping": mapping, "on_extra": "keep"})
+            interface(name, content, "optional", {"input_mapping": mapping, "on_extra": "keep"})
         (error,) = raised.value.errors
         assert "There is no input 'txt'. Did you mean 'text'?" in error.detail
 
 
-def test_other_errors_of_such_rows_are_said_beside_it() -> None:
+def test_other_errors_of_rows_with_an_unknown_member_are_reported_too() -> None:
     rows = [{"txt": "a", "price": "x"}, {"txt": "b", "n": "y"}]
     with pytest.raises(InvalidData) as raised:
         table_flock().run_batch("show", rows)
@@ -233,22 +233,22 @@ def test_other_errors_of_such_rows_are_said_beside_it() -> None:
     assert pointers == ["/batch_inputs/0/txt", "/batch_inputs/0/price", "/batch_inputs/1/n"]
 
 
-@by_each_way
+@by_each_interface
 @pytest.mark.parametrize(
     "encoding", ["rot13", "zlib", "bz2", "idna", "utf-7", "unicode_escape", "undefined", "ü" * 200]
 )
-def test_only_codecs_of_text_are_used_and_no_other_is_looked_up(encoding: str, way: Way) -> None:
-    """Python remembers each name that it is asked for, also those that there are not."""
+def test_only_text_codecs_are_accepted_and_others_are_not_looked_up(encoding: str, interface: Interface) -> None:
+    """Python caches each codec name that it looks up, even an unknown one."""
     before = set(sys.modules)
     with pytest.raises((DefinitionError, InvalidData), match="encoding must be one of utf-8, utf-16, utf-16-le"):
-        way("rows.csv", b"text\na\n", "show", {"encoding": encoding})
+        interface("rows.csv", b"text\na\n", "show", {"encoding": encoding})
     assert not {name for name in set(sys.modules) - before if name.startswith("encodings.")}
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("size", [1, 7, 10**6])
 @pytest.mark.slow
-def test_each_encoding_is_read_in_pieces(encoding: str, size: int) -> None:
+def test_each_encoding_can_be_read_in_chunks(encoding: str, size: int) -> None:
     text = "text\r\n" + "".join(f'"{n}\nhello, world"\r\n' for n in range(300))
     content = text.encode(encoding)
 
@@ -273,7 +273,7 @@ def test_each_encoding_is_read_in_pieces(encoding: str, size: int) -> None:
         ({"on_extra": "drop"}, "on_extra= must be one of reject, ignore, keep, not 'drop'"),
     ],
 )
-def test_an_option_that_is_not_valid_is_said(options: Any, words: str) -> None:
+def test_an_invalid_option_is_refused(options: Any, words: str) -> None:
     with pytest.raises(DefinitionError, match=words):
         table_flock().run_batch("show", [{"text": "a"}], **options)
 
@@ -286,7 +286,7 @@ def folder() -> str:
 
 
 @pytest.mark.anyio
-async def test_a_file_of_the_server_is_read_as_the_body_says(folder: str) -> None:
+async def test_a_server_file_is_read_with_the_options_of_the_body(folder: str) -> None:
     app = create_app(table_flock(), store=":memory:", csv_dir=folder)
     async with app.lifespan(), client_of(app) as client:
         options = {"delimiter": ";", "decimal": ",", "encoding": "cp1252", "on_extra": "keep"}
@@ -299,8 +299,8 @@ async def test_a_file_of_the_server_is_read_as_the_body_says(folder: str) -> Non
 
 
 @pytest.mark.alone
-def test_many_columns_that_are_no_input_take_no_longer_than_they_are() -> None:
-    """A header of a megabyte, which anybody may send."""
+def test_many_unknown_columns_are_checked_in_linear_time() -> None:
+    """With a header of a megabyte, which any client can send."""
     names = [f"text{n}" for n in range(100_000)]
 
     async def read(on_extra: Any) -> None:
@@ -318,7 +318,7 @@ def test_many_columns_that_are_no_input_take_no_longer_than_they_are() -> None:
         assert time.thread_time() - began < 5
 
 
-# Columns that are no input
+# Columns that are not inputs
 
 
 KEPT = [
@@ -346,45 +346,45 @@ def _result(text: str) -> dict[str, Any]:
     return failure if text == "bad" else {"result": f"{text} 0 None"}
 
 
-@by_each_way
-def test_kept_cells_stay_as_they_are_before_the_outputs(way: Way) -> None:
+@by_each_interface
+def test_kept_cells_are_unchanged_and_precede_the_outputs(interface: Interface) -> None:
     content = _as_csv([["Id", "text", "Notes"], *([id_, text, id_] for id_, text in KEPT)])
-    found = way("rows.csv", content, "show", {"on_extra": "keep"})
+    found = interface("rows.csv", content, "show", {"on_extra": "keep"})
     assert found == [{"Id": id_, "Notes": id_, **_result(text)} for id_, text in KEPT]
     assert list(found[0]) == ["Id", "Notes", "result"]
 
 
-@by_each_way
-def test_what_is_no_input_is_dropped_on_request(way: Way) -> None:
-    """Also a column without a name, and two of one name."""
+@by_each_interface
+def test_extra_columns_and_members_are_dropped_on_request(interface: Interface) -> None:
+    """Including a column without a name, and two with the same name."""
     content = b"id,text,,x,x,error\n1,a,2,3,4,5\n"
-    assert way("rows.csv", content, "show", {"on_extra": "ignore"}) == [{"result": "a 0 None"}]
+    assert interface("rows.csv", content, "show", {"on_extra": "ignore"}) == [{"result": "a 0 None"}]
     line = b'{"id": 1, "text": "a", "error": [1e400]}\n'
-    assert way("rows.ndjson", line, "show", {"on_extra": "ignore"}) == [{"result": "a 0 None"}]
+    assert interface("rows.ndjson", line, "show", {"on_extra": "ignore"}) == [{"result": "a 0 None"}]
 
 
-@by_each_way
-def test_kept_members_of_ndjson_stay_as_they_are(way: Way) -> None:
-    """Of any kind, and each row may have others."""
+@by_each_interface
+def test_kept_members_of_ndjson_are_unchanged(interface: Interface) -> None:
+    """They can be of any type and differ from row to row."""
     extras: list[Any] = [{"id": 12345678901234567890, "more": {"a": [1, None]}}, {}, {"x": "é", "id": None}]
     content = "\n".join(json.dumps({"text": "a", **extra}) for extra in extras).encode()
-    found = way("rows.ndjson", content, "show", {"on_extra": "keep"})
+    found = interface("rows.ndjson", content, "show", {"on_extra": "keep"})
     assert found == [{**extra, "result": "a 0 None"} for extra in extras]
 
 
-@by_each_way
+@by_each_interface
 @pytest.mark.parametrize("name", ["title", "score", "error", "error_type"])
 @pytest.mark.slow
-def test_a_column_with_the_name_of_an_output_is_refused(name: str, way: Way) -> None:
+def test_a_column_with_the_name_of_an_output_is_refused(name: str, interface: Interface) -> None:
     for file, content in (
         ("rows.csv", f"text,{name}\na,1\n".encode()),
         ("rows.ndjson", json.dumps({"text": "a", name: 1}).encode()),
     ):
         with pytest.raises(InvalidData, match=f"'{name}' cannot be kept: results have a member of that name"):
-            way(file, content, "rate", {"on_extra": "keep"})
+            interface(file, content, "rate", {"on_extra": "keep"})
 
 
-def test_where_the_last_agent_is_decided_on_the_way_no_output_of_any_can_be_kept() -> None:
+def test_no_output_name_can_be_kept_if_the_last_agent_is_chosen_at_run_time() -> None:
     flock = table_flock()
 
     @flock.agent(next_agent=lambda result: "rate")
@@ -404,13 +404,13 @@ def test_where_the_last_agent_is_decided_on_the_way_no_output_of_any_can_be_kept
         (b"text,id,id\na,1,2\n", "More than one column is named 'id'"),
     ],
 )
-def test_a_column_that_cannot_be_told_from_others_is_not_kept(content: bytes, words: str) -> None:
+def test_an_unnamed_or_duplicate_column_cannot_be_kept(content: bytes, words: str) -> None:
     Path("rows.csv").write_bytes(content)
     with pytest.raises(InvalidData, match=words):
         table_flock().run_batch("show", "rows.csv", on_extra="keep")
 
 
-def test_a_number_that_no_program_can_read_is_not_kept() -> None:
+def test_a_number_out_of_range_cannot_be_kept() -> None:
     Path("rows.ndjson").write_text('{"text": "a", "id": [1e400]}\n{"text": "b", "id": 1}\n')
     with pytest.raises(InvalidData, match=r"line 1 /id/0: This number is out of range"):
         table_flock().run_batch("show", "rows.ndjson", on_extra="keep")
@@ -418,7 +418,7 @@ def test_a_number_that_no_program_can_read_is_not_kept() -> None:
     assert [item.get("error_type") for item in found] == ["invalid_input", None]
 
 
-def test_a_bare_result_stays_bare_only_without_kept_columns() -> None:
+def test_a_result_stays_unboxed_only_without_kept_columns() -> None:
     rows: list[dict[str, Any]] = [{"text": "a", "id": 1}, {"text": "b"}]
     found = table_flock().run_batch("show", rows, on_extra="keep", box_results=False)
     assert found == [{"id": 1, "result": "a 0 None"}, "b 0 None"]
@@ -436,7 +436,7 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
 @pytest.mark.anyio
 @of_every_engine
 async def test_kept_columns_are_in_all_results_and_survive_a_retry(engine: Engine) -> None:
-    """Of a page, of a download in each format, and of an item that fails twice; and only where they are kept."""
+    """In a page, in a download of each format, and for an item that fails twice."""
     app = create_app(table_flock(), engine=engine)
     content = _as_csv([["Id", "text", "status"], *([id_, text, "s"] for id_, text in KEPT)])
     async with app.lifespan(), client_of(app) as client:
@@ -467,8 +467,8 @@ async def test_kept_columns_are_in_all_results_and_survive_a_retry(engine: Engin
 
 @pytest.mark.anyio
 @of_every_engine
-async def test_kept_columns_do_not_grow_without_a_bound(engine: Engine) -> None:
-    """Neither a row, which they are a part of, nor their names, which are kept with the batch."""
+async def test_kept_columns_have_a_size_limit(engine: Engine) -> None:
+    """Both as a part of their row, and by their names, which are stored with the batch."""
     app = create_app(table_flock(), engine=engine)
     cell = "\x01" * 120_000  # as JSON it is six times as long
     row = f"text,one,two\na,{cell},{cell}\n"

@@ -1,4 +1,4 @@
-"""What is promised of the cluster alone: processes that die, a cluster that goes away, histories that are replayed."""
+"""Cluster-specific behaviour: killed processes, an unavailable cluster, replayed histories."""
 
 import asyncio
 import contextlib
@@ -70,7 +70,7 @@ pytestmark = pytest.mark.anyio
 HISTORIES = Path(__file__).parent / "histories"
 EMPTY = msgspec.Raw(b"{}")
 
-#: A flock that writes down when each of its agents begins, and in which process.
+#: A flock that logs when each of its agents starts, and in which process.
 NOTING = """
 import asyncio, os, time
 from flock.core import Flock
@@ -112,7 +112,7 @@ async def item(n: int, context: RunContext) -> int:
 """
 
 
-class Begun(msgspec.Struct):
+class LogEntry(msgspec.Struct):
     run: str
     agent: str
     pid: int
@@ -120,21 +120,21 @@ class Begun(msgspec.Struct):
     key: str
 
 
-def begun(log: Path) -> list[Begun]:
+def entries_in(log: Path) -> list[LogEntry]:
     lines = log.read_text().splitlines() if log.exists() else []
-    return [Begun(run, agent, int(pid), float(at), key) for run, agent, pid, at, key in map(str.split, lines)]
+    return [LogEntry(run, agent, int(pid), float(at), key) for run, agent, pid, at, key in map(str.split, lines)]
 
 
 @contextlib.contextmanager
-def working(target: Path, address: str, places: int = 20) -> Iterator[subprocess.Popen[str]]:
-    """A worker in a process of its own, until the block ends."""
-    command = flockapi_command("worker", str(target), "--temporal", address, "--max-concurrency", str(places))
+def working(target: Path, address: str, slots: int = 20) -> Iterator[subprocess.Popen[str]]:
+    """Run a worker in its own process until the block ends."""
+    command = flockapi_command("worker", str(target), "--temporal", address, "--max-concurrency", str(slots))
     process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     worker = Server(process)
     try:
         worker.wait_for_line("Worker connected to")
         yield process
-        process.terminate()  # told so, it counts for the coverage
+        process.terminate()  # a clean exit writes its coverage
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
     finally:
@@ -143,16 +143,16 @@ def working(target: Path, address: str, places: int = 20) -> Iterator[subprocess
         worker.close()
 
 
-async def until_begun(log: Path, count: int) -> list[Begun]:
+async def until_started(log: Path, count: int) -> list[LogEntry]:
     with anyio.fail_after(PATIENCE_S):
-        while len(found := begun(log)) < count:  # noqa: ASYNC110 - other processes tell it by a file
+        while len(found := entries_in(log)) < count:  # noqa: ASYNC110 - other processes report it in a file
             await anyio.sleep(0.02)
     return found
 
 
-def _again(turns: list[Begun], seen: set[str], after: float) -> list[Begun]:
-    """Those that were begun before, and once more *after* that time."""
-    return [turn for turn in turns if turn.at > after and turn.run in seen]
+def _restarted(entries: list[LogEntry], seen: set[str], after: float) -> list[LogEntry]:
+    """Return the entries *after* that time of items that had started before."""
+    return [entry for entry in entries if entry.at > after and entry.run in seen]
 
 
 @contextlib.asynccontextmanager
@@ -173,8 +173,8 @@ async def open_pair(
 
 
 @pytest.mark.alone
-async def test_runs_of_a_worker_and_a_server_that_are_killed_go_on(temporal_address: str, tmp_path: Path) -> None:
-    """All of them end, within seconds, and no step that was finished is begun again; other servers tell the same."""
+async def test_runs_survive_a_killed_worker_and_a_killed_server(temporal_address: str, tmp_path: Path) -> None:
+    """All runs end within seconds, and no finished step is repeated. Other servers report the same."""
     target, log = tmp_path / "noting.py", tmp_path / "log"
     target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=0.2))
     serve = flockapi_command("serve", str(target), "--temporal", temporal_address, "--port", "0")
@@ -187,7 +187,7 @@ async def test_runs_of_a_worker_and_a_server_that_are_killed_go_on(temporal_addr
             sent = [await client.post("/run/flock", json=body) for body in bodies]
             assert {response.status_code for response in sent} == {202}
             run_ids = [response.json()["run_id"] for response in sent]
-            await until_begun(log, 21)  # all are in their second step, or in their only one
+            await until_started(log, 21)  # all are in their second step, or in their only one
             stack.enter_context(working(target, temporal_address))
             doomed.kill()
             here.process.kill()
@@ -201,17 +201,17 @@ async def test_runs_of_a_worker_and_a_server_that_are_killed_go_on(temporal_addr
     assert {run["status"] for run in chains} == {"completed"}
     assert [run["result"] for run in chains] == [{"result": n + 1} for n in range(10)]
     assert (once["status"], once["error_type"]) == ("failed", "interrupted")
-    again = [turn for turn in begun(log) if turn.pid != doomed.pid]
-    assert {turn.key for turn in again} <= {f"{run_workflow_id(run_id, 1)}/1" for run_id in run_ids}
-    assert {turn.agent for turn in again} <= {"second"}, "what was finished is not begun again"
-    assert all(turn.at < killed_at + 5 for turn in again), [turn.at - killed_at for turn in again]
+    again = [entry for entry in entries_in(log) if entry.pid != doomed.pid]
+    assert {entry.key for entry in again} <= {f"{run_workflow_id(run_id, 1)}/1" for run_id in run_ids}
+    assert {entry.agent for entry in again} <= {"second"}, "finished steps are not repeated"
+    assert all(entry.at < killed_at + 5 for entry in again), [entry.at - killed_at for entry in again]
 
 
 @pytest.mark.alone
-async def test_a_batch_survives_whatever_is_killed(tmp_path: Path) -> None:
-    """2,000 rows: of two workers one, of two API servers one, and the cluster are killed, one after the other.
+async def test_a_batch_survives_killed_workers_servers_and_clusters(tmp_path: Path) -> None:
+    """With 2,000 rows, kill one of two workers, one of two API servers, and then the cluster.
 
-    All items end as they should, what was at work then is begun again within seconds, and nothing else is.
+    All items end correctly. Only items that were running are restarted, within seconds.
     """
     target, log, port = tmp_path / "noting.py", tmp_path / "log", free_port()
     target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=0.2))
@@ -227,21 +227,21 @@ async def test_a_batch_survives_whatever_is_killed(tmp_path: Path) -> None:
             sent = await client.post("/run/batch", content=rows, params=wanted, headers={"Content-Type": "text/csv"})
             assert sent.status_code == 202, sent.text
             path = f"/batch/{sent.json()['batch_id']}"
-            await until_begun(log, 200)
+            await until_started(log, 200)
             stack.enter_context(working(target, address, 40))
-            ready, shared_to = len(begun(log)), len(begun(log)) + 500
-            await until_begun(log, shared_to)
-            both = begun(log)[ready:shared_to]
-            of_first = sum(turn.pid == doomed.pid for turn in both) / len(both)
-            assert 0.25 < of_first < 0.75, "who comes late takes half of what is left"
+            ready, shared_to = len(entries_in(log)), len(entries_in(log)) + 500
+            await until_started(log, shared_to)
+            both = entries_in(log)[ready:shared_to]
+            of_first = sum(entry.pid == doomed.pid for entry in both) / len(both)
+            assert 0.25 < of_first < 0.75, "a late worker takes half of the remaining items"
             answers = [(await client.get(f"{each.url}{path}?results=false")).json() for each in (here, there)]
             assert [answer["status"] for answer in answers] == ["running", "running"]
             doomed.kill()
             killed_at = time.time()
             here.process.kill()
-            seen = {turn.run for turn in begun(log)}
+            seen = {entry.run for entry in entries_in(log)}
             with anyio.fail_after(PATIENCE_S):
-                while not (resumed := _again(begun(log), seen, killed_at)):  # noqa: ASYNC110 - they tell it by a file
+                while not (resumed := _restarted(entries_in(log), seen, killed_at)):  # noqa: ASYNC110 - processes report it in a file
                     await anyio.sleep(0.05)
         async with httpx.AsyncClient(base_url=there.url, timeout=60) as client:
             os.killpg(server.pid, signal.SIGKILL)
@@ -259,18 +259,18 @@ async def test_a_batch_survives_whatever_is_killed(tmp_path: Path) -> None:
             assert (await client.get(f"{again.url}{path}")).json() == batch
     assert (batch["completed_items"], batch["failed_items"]) == (2000, 0)
     assert [json.loads(line)["result"] for line in found.splitlines()] == [{"result": 2 * n} for n in range(2000)]
-    turns = begun(log)
-    first = {turn.run: turn for turn in reversed(turns)}
-    twice = [turn for turn in turns if first[turn.run] is not turn]
+    entries = entries_in(log)
+    first = {entry.run: entry for entry in reversed(entries)}
+    twice = [entry for entry in entries if first[entry.run] is not entry]
     assert len(first) == 2000
-    assert {turn.key for turn in twice} <= {turn.key for turn in first.values()}, "the provider gets the same key"
-    assert 0 < len(twice) <= 2 * 60, f"{len(twice)} items were begun again: those that were at work at a kill"
+    assert {entry.key for entry in twice} <= {entry.key for entry in first.values()}, "the provider gets the same key"
+    assert 0 < len(twice) <= 2 * 60, f"{len(twice)} items were restarted: those that were running at a kill"
     assert resumed[0].at - killed_at < 5
 
 
 @pytest.mark.alone
-async def test_a_batch_that_is_cancelled_stops_on_all_machines(temporal_address: str, tmp_path: Path) -> None:
-    """200 items at work, on two workers: none goes on two seconds after, and none begins."""
+async def test_a_cancelled_batch_stops_on_all_workers(temporal_address: str, tmp_path: Path) -> None:
+    """With 200 items running on two workers, all stop within two seconds and no other item starts."""
     target, log = tmp_path / "noting.py", tmp_path / "log"
     target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=60))
     serve = flockapi_command("serve", str(target), "--temporal", temporal_address, "--port", "0")
@@ -283,26 +283,26 @@ async def test_a_batch_that_is_cancelled_stops_on_all_machines(temporal_address:
         async with httpx.AsyncClient(base_url=here.url, timeout=60) as client:
             body = {"agent_name": "item", "batch_inputs": [{"n": n} for n in range(2000)], "max_workers": 200}
             path = f"/batch/{(await client.post('/run/batch', json=body)).json()['batch_id']}"
-            await until_begun(log, 200)
+            await until_started(log, 200)
             asked_at = time.time()
-            asked = await client.post(f"{there.url}{path}/cancel?wait=20")
-            assert (asked.status_code, asked.json()["status"], asked.json()["cancelled_items"]) == (
+            cancelled = await client.post(f"{there.url}{path}/cancel?wait=20")
+            assert (cancelled.status_code, cancelled.json()["status"], cancelled.json()["cancelled_items"]) == (
                 200,
                 "cancelled",
                 2000,
             )
-            turns = begun(log)
-            print("DIST", sorted((round(t.at - asked_at, 1), t.run) for t in turns if t.agent == "stopped")[::8])
-            assert [turn.agent for turn in turns] == ["item"] * 200 + ["stopped"] * 200
-            assert turns[-1].at - asked_at < 2
-            told = [(await client.get(f"{each.url}{path}")).json() for each in (here, there)]
-            assert told[0] == told[1]
+            entries = entries_in(log)
+            print("DIST", sorted((round(t.at - asked_at, 1), t.run) for t in entries if t.agent == "stopped")[::8])
+            assert [entry.agent for entry in entries] == ["item"] * 200 + ["stopped"] * 200
+            assert entries[-1].at - asked_at < 2
+            bodies = [(await client.get(f"{each.url}{path}")).json() for each in (here, there)]
+            assert bodies[0] == bodies[1]
 
 
-async def test_a_worker_that_is_killed_while_one_item_is_cancelled_harms_no_other(
+async def test_a_worker_killed_while_one_item_is_cancelled_affects_no_other_item(
     temporal_address: str, tmp_path: Path
 ) -> None:
-    """The cluster does not give what is to be cancelled to another worker, though most of it is to be done."""
+    """The cluster does not retry an activity that is being cancelled, even if most of its items are unfinished."""
     target, log = tmp_path / "noting.py", tmp_path / "log"
     target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=2))
     flock: Flock = runpy.run_path(str(target))["flock"]
@@ -313,7 +313,7 @@ async def test_a_worker_that_is_killed_while_one_item_is_cancelled_harms_no_othe
                 await engine.submit_batch("item", [{"n": n} for n in range(3)], options),
                 await engine.submit_batch("once", [{}] * 2, options),
             ]
-            await until_begun(log, 2)
+            await until_started(log, 2)
             for batch in batches:
                 (*_, last) = await engine.get_items(batch.batch_id)
                 await engine.cancel_run(last.run_id)
@@ -325,11 +325,13 @@ async def test_a_worker_that_is_killed_while_one_item_is_cancelled_harms_no_othe
     assert [item.status for item in items] == ["completed", "completed", "cancelled", "failed", "cancelled"]
     assert items[3].error_type == "interrupted"
     assert [(batch.failed_items, batch.cancelled_items) for batch in ended] == [(0, 1), (1, 1)]
-    assert sorted(turn.run for turn in begun(log)) == ["-", "0", "0", "1"]
+    assert sorted(entry.run for entry in entries_in(log)) == ["-", "0", "0", "1"]
 
 
-async def test_when_a_run_started_stays_true_though_its_worker_is_killed(temporal_address: str, tmp_path: Path) -> None:
-    """Another worker begins the turn again, and the event is the one that was told."""
+async def test_the_start_time_of_a_run_does_not_change_if_its_worker_is_killed(
+    temporal_address: str, tmp_path: Path
+) -> None:
+    """Another worker restarts the step, and the event is the one that was already sent."""
     target, log = tmp_path / "noting.py", tmp_path / "log"
     target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=2))
     flock: Flock = runpy.run_path(str(target))["flock"]
@@ -340,32 +342,32 @@ async def test_when_a_run_started_stays_true_though_its_worker_is_killed(tempora
             doomed.kill()
         with working(target, temporal_address), anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
-        assert len(begun(log)) == 2
+        assert len(entries_in(log)) == 2
         replayed = await anext(event async for event in engine.events(run.run_id) if event is not None)
     assert (live.name, replayed) == ("run.started", live)
 
 
-async def test_a_worker_that_is_told_to_stop_leaves_its_runs_to_others(temporal_address: str, tmp_path: Path) -> None:
+async def test_a_worker_that_shuts_down_leaves_its_runs_to_others(temporal_address: str, tmp_path: Path) -> None:
     target, log = tmp_path / "noting.py", tmp_path / "log"
     target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=0.2))
     serve = flockapi_command("serve", str(target), "--temporal", temporal_address, "--port", "0")
     with running(*serve) as server, working(target, temporal_address) as leaving:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             sent = await client.post("/run/flock", json={"agent_name": "first", "inputs": {"n": 1}, "async_run": True})
-            await until_begun(log, 2)
+            await until_started(log, 2)
             leaving.terminate()
-            assert await anyio.to_thread.run_sync(leaving.wait, 30) == 0, "in order, since its turn had ended"
+            assert await anyio.to_thread.run_sync(leaving.wait, 30) == 0, "a clean exit, because its step had ended"
             ended = await client.get(f"/run/{sent.json()['run_id']}")
             with working(target, temporal_address):
                 ended = await client.get(f"/run/{sent.json()['run_id']}", params={"wait": 30})
     assert ended.json()["status"] == "completed"
-    assert len(begun(log)) == 2
+    assert len(entries_in(log)) == 2
 
 
-async def test_a_worker_stops_though_its_library_does_not(
+async def test_a_worker_stops_even_if_its_library_hangs(
     temporal_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its core says at times that it has no more work, and never that it has ended."""
+    """Its core sometimes reports that it has no more work, but never that it has shut down."""
 
     async def never_end(worker: object) -> None:
         await anyio.sleep_forever()
@@ -379,8 +381,8 @@ async def test_a_worker_stops_though_its_library_does_not(
     assert "did not shut down within 0.5 s" in caplog.text
 
 
-async def test_a_worker_may_be_given_more_time_to_be_silent(temporal_address: str) -> None:
-    """An agent that blocks the event loop is not begun a second time meanwhile."""
+async def test_the_heartbeat_timeout_can_be_raised(temporal_address: str) -> None:
+    """An agent that blocks the event loop is not started a second time."""
     flock, calls = Flock(new_id()), []
 
     @flock.agent
@@ -398,14 +400,14 @@ async def test_a_worker_may_be_given_more_time_to_be_silent(temporal_address: st
 
 
 async def _read(engine: TemporalEngine, run_id: str) -> Run:
-    """The cluster seems away to a process whose event loop was blocked."""
+    """Read a run, and retry while a blocked event loop makes the cluster seem unavailable."""
     while True:
         with contextlib.suppress(StoreError):
             return await engine.get_run(run_id)
 
 
-async def test_an_item_that_waits_is_cancelled_at_once(temporal_address: str) -> None:
-    """However far behind those at work it stands; it is counted when its turn would come, at the latest."""
+async def test_a_queued_item_is_cancelled_at_once(temporal_address: str) -> None:
+    """At any position in the queue. It is counted, at the latest, when it would have run."""
     work = Work(new_id())
     work.holds = True
     async with open_pair(work.flock, temporal_address) as engine:
@@ -424,8 +426,8 @@ async def test_an_item_that_waits_is_cancelled_at_once(temporal_address: str) ->
     assert sorted({*range(50)} - {*work.calls}) == [1, 30, 49]
 
 
-async def test_a_worker_that_stops_hands_on_more_than_the_cluster_takes_at_once(temporal_address: str) -> None:
-    """What was done of each item fits; that of all of them does not."""
+async def test_a_stopping_worker_hands_off_more_than_fits_in_one_message(temporal_address: str) -> None:
+    """The finished steps of one item fit, but those of all items together do not."""
     flock, calls, holds = Flock(new_id()), list[str](), True
 
     @flock.agent(next_agent="second")
@@ -436,7 +438,7 @@ async def test_a_worker_that_stops_hands_on_more_than_the_cluster_takes_at_once(
     @flock.agent
     async def second(result: str) -> int:
         calls.append("second")
-        while holds:  # noqa: ASYNC110 - nobody tells it
+        while holds:  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0.05)
         return 1
 
@@ -451,29 +453,29 @@ async def test_a_worker_that_stops_hands_on_more_than_the_cluster_takes_at_once(
     assert calls.count("first") == 20
 
 
-async def test_what_a_worker_that_died_has_told_is_kept_where_the_next_one_fails() -> None:
-    """The cluster does not let it be tried again if an item of it is to be cancelled."""
+async def test_the_last_heartbeat_of_a_dead_worker_is_used_if_the_next_one_fails() -> None:
+    """The cluster does not retry the activity if one of its items is being cancelled."""
     cluster = Cluster("127.0.0.1:1")
-    items = ItemActivities(cluster, cast("Any", None), 0)  # it takes no turn
-    ended, at_work = ItemOutcome(position=0, completed_at=now()), Part(position=1)
-    order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), at_work, Part(position=2)), timeout_s=1)
+    items = ItemActivities(cluster, cast("Any", None), 0)  # it runs no agent
+    ended, running_part = ItemOutcome(position=0, completed_at=now()), Part(position=1)
+    order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), running_part, Part(position=2)), timeout_s=1)
 
     async def fails(order: ItemsOrder) -> Any:
         raise StoreError("The cluster does not answer now.")
 
     items._chunk = fails  # type: ignore[method-assign]
     environment = ActivityEnvironment()
-    beat = msgspec.to_builtins(ItemsDone(ended=(ended,), unfinished=at_work))
+    beat = msgspec.to_builtins(ItemsDone(ended=(ended,), unfinished=running_part))
     environment.info = dataclasses.replace(environment.info, heartbeat_details=[beat], attempt=2)
     done = await environment.run(items.run, order)
-    assert (done.ended, done.unfinished) == ((ended,), replace(at_work, is_again=True))
+    assert (done.ended, done.unfinished) == ((ended,), replace(running_part, is_again=True))
     environment.info = dataclasses.replace(environment.info, heartbeat_details=[])
     with pytest.raises(StoreError):
         await environment.run(items.run, order)
 
 
-async def test_items_that_say_much_are_begun_once(temporal_address: str) -> None:
-    """What the cluster takes at once has a limit, and to whom it refuses the answer, it gives the work again."""
+async def test_items_with_long_messages_are_started_once(temporal_address: str) -> None:
+    """The cluster limits the size of a message, and repeats the work if it refuses the answer."""
     flock, calls = Flock(new_id()), list[int]()
 
     @flock.agent
@@ -496,12 +498,12 @@ async def test_items_that_say_much_are_begun_once(temporal_address: str) -> None
     assert sorted(calls) == list(range(400))
 
 
-async def test_a_batch_that_goes_on_in_new_histories_is_told_of_as_if_it_was_one(
+async def test_a_batch_that_continues_in_new_histories_reads_as_one(
     temporal_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each look it is there, and what has ended never goes back, nor beyond what there is."""
+    """Every read finds it. Its count of ended items never decreases and never exceeds the total."""
     monkeypatch.setattr(batchflows, "MAX_EVENTS", 12)
-    flock, told = Flock(new_id()), [0]
+    flock, counts = Flock(new_id()), [0]
 
     @flock.agent
     async def item(n: int) -> int:
@@ -515,33 +517,33 @@ async def test_a_batch_that_goes_on_in_new_histories_is_told_of_as_if_it_was_one
         with anyio.fail_after(PATIENCE_S):
             while not batch.status.is_final:
                 batch = await engine.get_batch(batch.batch_id)
-                told.append(batch.completed_items)
+                counts.append(batch.completed_items)
         items = await engine.get_items(batch.batch_id)
         history = (await engine._batches.handle(batch.batch_id).fetch_history()).events
     at_first = history[0].workflow_execution_started_event_attributes.memo.fields
-    assert decoded(at_first["batch"], Batch).completed_items >= 20, "as soon as a new history is begun"
-    assert told == sorted(told)
+    assert decoded(at_first["batch"], Batch).completed_items >= 20, "as soon as a new history starts"
+    assert counts == sorted(counts)
     assert (batch.completed_items, batch.failed_items) == (120, 0)
     assert {item.status for item in items} == {RunStatus.COMPLETED}
 
 
-async def test_what_is_told_to_a_batch_that_a_worker_has_just_then_can_be_read_at_once(
+async def test_results_can_be_read_while_a_worker_is_still_processing_them(
     temporal_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not in its history before the worker is done with it."""
-    until, take_in = batchflows.FlockBatch._until, batchflows.FlockChunk._collect
+    """They are not in the history of the batch until the worker has finished."""
+    until, collect = batchflows.FlockBatch._until, batchflows.FlockChunk._collect
 
     async def slow_until(batch: Any, *args: Any) -> None:
         if not batch._started:
             time.sleep(0.5)  # noqa: ASYNC251 - a busy worker
         await until(batch, *args)
 
-    def slow_take_in(chunk: Any) -> None:
+    def slow_collect(chunk: Any) -> None:
         time.sleep(0.2)
-        take_in(chunk)
+        collect(chunk)
 
     monkeypatch.setattr(batchflows.FlockBatch, "_until", slow_until)
-    monkeypatch.setattr(batchflows.FlockChunk, "_collect", slow_take_in)
+    monkeypatch.setattr(batchflows.FlockChunk, "_collect", slow_collect)
     flock, done, ends = Flock(new_id()), [0], set[int]()
 
     @flock.agent
@@ -562,11 +564,11 @@ async def test_what_is_told_to_a_batch_that_a_worker_has_just_then_can_be_read_a
     assert ends == {*range(40)}
 
 
-# A cluster that goes away
+# An unavailable cluster
 
 
 @pytest.mark.alone
-async def test_a_cluster_that_is_away_is_said_within_two_seconds_and_heals(tmp_path: Path) -> None:
+async def test_an_unavailable_cluster_is_reported_within_two_seconds_and_recovers(tmp_path: Path) -> None:
     gate, port = Gate(), free_port()
     engine = TemporalEngine(gate.flock.agents, f"127.0.0.1:{port}", flock=gate.flock.name)
     app = create_app(gate.flock, engine=engine)
@@ -591,7 +593,7 @@ async def test_a_cluster_that_is_away_is_said_within_two_seconds_and_heals(tmp_p
                             await asyncio.sleep(0.05)
                     assert time.monotonic() - at < 3, path
                     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-                    assert str(port) not in answer.text, "where it is, is not for clients"
+                    assert str(port) not in answer.text, "clients do not see its address"
                 for path, body in (
                     ("/run/flock", {"agent_name": "nap"}),
                     ("/run/batch", {"agent_name": "nap", "batch_inputs": [{}] * 500}),
@@ -610,14 +612,14 @@ async def test_a_cluster_that_is_away_is_said_within_two_seconds_and_heals(tmp_p
                     assert ended.json()["status"] == "completed"
 
 
-async def test_a_cluster_that_is_not_there_is_named_with_what_to_do() -> None:
+async def test_a_missing_cluster_is_reported_with_what_to_do() -> None:
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(StoreError, match=f"{address} cannot be used.*Start it, or name another"):
         async with TemporalEngine({}, address):
             pass
 
 
-async def test_a_namespace_that_is_not_there_is_made(temporal_address: str) -> None:
+async def test_a_missing_namespace_is_created(temporal_address: str) -> None:
     flock, namespace = sample_flock(), f"made-{new_id()}"
     worker = TemporalWorker(flock.agents, ModelClient(), temporal_address, namespace=namespace, drain_timeout_s=0)
     async with worker, TemporalEngine(flock.agents, temporal_address, namespace=namespace) as engine:
@@ -626,15 +628,15 @@ async def test_a_namespace_that_is_not_there_is_made(temporal_address: str) -> N
     assert run.status is RunStatus.COMPLETED
 
 
-# A cluster that does not let us do what we may elsewhere
+# A cluster with restricted permissions
 
 
 @contextlib.asynccontextmanager
-async def cluster_that_says(**statuses: int) -> AsyncIterator[str]:
-    """Where something speaks gRPC and answers each method with its status, "0" with an empty message.
+async def fake_cluster(**statuses: int) -> AsyncIterator[str]:
+    """Serve gRPC that answers each method with the given status, and status 0 with an empty message.
 
-    The development server refuses nothing. What counts is on the wire here as it would be there: HTTP/2, and a
-    ``grpc-status`` (the gRPC protocol, "Responses").
+    The development server refuses nothing. The wire format is the real one: HTTP/2 with a ``grpc-status`` (the gRPC
+    protocol, "Responses").
     """
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -666,33 +668,35 @@ PERMISSION_DENIED, NOT_FOUND = 7, 5
         pytest.param(
             {"DescribeNamespace": NOT_FOUND, "RegisterNamespace": PERMISSION_DENIED},
             "has no namespace 'mine'.*temporal operator namespace create -n mine --retention 30d --address 127",
-            id="to make a namespace",
+            id="create a namespace",
         ),
         pytest.param(
             {"DescribeNamespace": 0, "ListSearchAttributes": 0, "AddSearchAttributes": PERMISSION_DENIED},
             "attributes FlockName.*search-attribute create --name FlockName --type Keyword -n mine --address 127",
-            id="to make search attributes",
+            id="create search attributes",
         ),
         pytest.param(
-            {"DescribeNamespace": 0, "ListSearchAttributes": 0}, "create --name FlockAgent", id="a method is not there"
+            {"DescribeNamespace": 0, "ListSearchAttributes": 0}, "create --name FlockAgent", id="a method is missing"
         ),
         pytest.param(
-            {"DescribeNamespace": PERMISSION_DENIED}, "denies access to.*No.*TEMPORAL_API_KEY", id="to come in"
+            {"DescribeNamespace": PERMISSION_DENIED},
+            "denies access to.*No.*TEMPORAL_API_KEY",
+            id="access the namespace",
         ),
     ],
 )
-async def test_what_a_cluster_does_not_let_us_do_is_said_with_the_command_for_it(
-    statuses: dict[str, int], words: str
-) -> None:
-    async with cluster_that_says(**statuses) as address:
+async def test_a_missing_permission_is_reported_with_the_command_to_run(statuses: dict[str, int], words: str) -> None:
+    async with fake_cluster(**statuses) as address:
         with pytest.raises(DefinitionError, match=words):
             async with TemporalEngine({}, address, namespace="mine"):
                 pass
 
 
-async def test_a_cluster_that_does_not_let_us_look_is_taken_at_its_word(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_cluster_that_does_not_list_search_attributes_causes_only_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with (
-        cluster_that_says(DescribeNamespace=0, ListSearchAttributes=PERMISSION_DENIED) as address,
+        fake_cluster(DescribeNamespace=0, ListSearchAttributes=PERMISSION_DENIED) as address,
         TemporalEngine({}, address, namespace="mine") as engine,
     ):
         assert engine.health().engine == "running"
@@ -702,8 +706,8 @@ async def test_a_cluster_that_does_not_let_us_look_is_taken_at_its_word(caplog: 
 # Without workers
 
 
-async def test_a_batch_of_which_the_cluster_has_forgotten_a_part_is_not_there(temporal_address: str) -> None:
-    """As when the retention is over, for its chunks before it: what they did must not look as if it was not done."""
+async def test_a_batch_with_deleted_chunks_is_not_found(temporal_address: str) -> None:
+    """Retention deletes chunks before their batch. Their finished items must not look unfinished."""
     work = Work()
     work.holds = True
     async with open_pair(work.flock, temporal_address) as engine:
@@ -724,10 +728,8 @@ async def test_a_batch_of_which_the_cluster_has_forgotten_a_part_is_not_there(te
 
 
 @pytest.mark.parametrize("misfits", [0, 1])
-async def test_a_batch_whose_rows_the_cluster_has_forgotten_fails_and_says_so(
-    misfits: int, temporal_address: str
-) -> None:
-    """With some that do not fit it has to be found out first which ones do."""
+async def test_a_batch_whose_rows_were_deleted_fails_with_an_explanation(misfits: int, temporal_address: str) -> None:
+    """If some rows are invalid, the worker first has to find out which."""
     work = Work()
     async with open_pair(work.flock, temporal_address, with_worker=False) as engine:
         sent: list[Mapping[str, Any]] = [*numbers(3), *[{"n": "x"}] * misfits]
@@ -746,8 +748,8 @@ async def test_a_batch_whose_rows_the_cluster_has_forgotten_fails_and_says_so(
         assert "The cluster has deleted the rows" in batch.error
 
 
-async def test_a_batch_that_was_ended_on_the_cluster_says_so(temporal_address: str) -> None:
-    """Before a worker could begin it, and while one of its items is at work: what has ended is kept."""
+async def test_a_batch_terminated_on_the_cluster_fails_and_can_be_retried(temporal_address: str) -> None:
+    """It is terminated before a worker starts it."""
     work = Work()
     async with open_pair(work.flock, temporal_address, with_worker=False) as engine:
         batch = await engine.submit_batch("item", numbers(3), BatchOptions())
@@ -764,7 +766,7 @@ async def test_a_batch_that_was_ended_on_the_cluster_says_so(temporal_address: s
 
 
 async def test_a_refused_request_is_refused_again_under_its_key_while_the_queue_is_full(temporal_address: str) -> None:
-    """A run that was accepted under its key is found all the same, and a refused request leaves its key free."""
+    """An accepted run is still found by its key, and a refused request leaves its key free."""
     flock = sample_flock()
     flock.name = new_id()
     async with open_pair(flock, temporal_address, with_worker=False, max_queue=2) as engine:
@@ -777,21 +779,21 @@ async def test_a_refused_request_is_refused_again_under_its_key_while_the_queue_
             with pytest.raises(Replayed, match=accepted.run_id):
                 await engine.submit("add", {"a": 1}, key=accepted_key)
         assert {run.run_id for run in await engine.list_runs(RunFilter())} <= {accepted.run_id, other.run_id}
-        # As a process does that dies when it has claimed a key.
+        # Like a process that dies after it has claimed a key.
         claimed_key = IdempotencyKey("claimed", b"1")
         await engine._reservations.claim(claimed_key, new_id())
         with pytest.raises(EngineFull):
             await engine.submit("add", {"a": 1}, key=claimed_key)
         await engine.cluster.client.get_workflow_handle(run_workflow_id(other.run_id, 1)).terminate()
         with anyio.fail_after(PATIENCE_S):
-            while True:  # it is counted twice a second
+            while True:  # open runs are counted twice a second
                 with contextlib.suppress(EngineFull):
                     await engine.submit("add", {"a": 2}, key=IdempotencyKey("refused", b"another body"))
                     break
                 await anyio.sleep(0.05)
 
 
-async def test_of_runs_submitted_at_once_no_more_than_the_limit_are_accepted(temporal_address: str) -> None:
+async def test_concurrent_submissions_do_not_exceed_the_limit(temporal_address: str) -> None:
     flock = sample_flock()
     flock.name = new_id()
     async with open_pair(flock, temporal_address, with_worker=False, max_queue=2) as engine:
@@ -800,7 +802,7 @@ async def test_of_runs_submitted_at_once_no_more_than_the_limit_are_accepted(tem
         assert [type(end) for end in ends] == [Run] * 2 + [EngineFull] * 8
 
 
-async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_told(temporal_address: str) -> None:
+async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_can_be_read(temporal_address: str) -> None:
     flock = sample_flock()
     flock.name = new_id()
     async with open_pair(flock, temporal_address, with_worker=False, max_queue=2) as engine:
@@ -818,7 +820,7 @@ async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_told(tempo
             assert len(runs) == 2
 
 
-async def test_a_key_whose_server_died_before_it_started_the_run_makes_it(temporal_address: str) -> None:
+async def test_the_next_request_starts_the_run_of_a_key_whose_server_died(temporal_address: str) -> None:
     gate = Gate()
     gate.flock.name = new_id()
     key, run_id = IdempotencyKey("k", b"1"), new_id()
@@ -831,24 +833,24 @@ async def test_a_key_whose_server_died_before_it_started_the_run_makes_it(tempor
             assert (await engine.wait(run_id)).status is RunStatus.COMPLETED
 
 
-async def test_a_key_whose_claim_was_not_answered_makes_its_batch_at_the_next_request(
+async def test_the_next_request_starts_the_batch_of_a_key_whose_claim_was_not_answered(
     temporal_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was claimed, or it was not: nobody who asked was told."""
+    """The key was claimed or it was not. The client cannot know."""
     work = Work(new_id())
     async with open_pair(work.flock, temporal_address) as engine:
         claim = engine._reservations.claim
 
-        async def is_taken(key: IdempotencyKey, made_id: str) -> str:
+        async def claim_and_fail(key: IdempotencyKey, made_id: str) -> str:
             await claim(key, made_id)
             raise StoreError("The cluster does not answer now.")
 
-        async def is_lost(key: IdempotencyKey, made_id: str) -> str:
+        async def fail_to_claim(key: IdempotencyKey, made_id: str) -> str:
             raise StoreError("The cluster does not answer now.")
 
-        for number, lost in enumerate((is_taken, is_lost)):
+        for number, failing_claim in enumerate((claim_and_fail, fail_to_claim)):
             key = IdempotencyKey(f"k{number}", b"1")
-            monkeypatch.setattr(engine._reservations, "claim", lost)
+            monkeypatch.setattr(engine._reservations, "claim", failing_claim)
             with pytest.raises(StoreError):
                 await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
             monkeypatch.undo()
@@ -863,7 +865,7 @@ async def test_a_key_whose_claim_was_not_answered_makes_its_batch_at_the_next_re
     assert len(work.calls) == 6
 
 
-async def test_a_key_whose_server_died_before_it_started_the_batch_makes_it(temporal_address: str) -> None:
+async def test_the_next_request_starts_the_batch_of_a_key_whose_server_died(temporal_address: str) -> None:
     """The batch has the id that was claimed, and the rows of the request that started it."""
     work, key, batch_id = Work(new_id()), IdempotencyKey("k", b"1"), new_batch_id()
     async with open_pair(work.flock, temporal_address) as engine:
@@ -885,7 +887,7 @@ async def test_a_key_whose_server_died_before_it_started_the_batch_makes_it(temp
         rows = engine.cluster.client.get_workflow_handle(f"rows:{rows_of}:0")
         await rows.describe()
         await engine.delete_batch(batch_id)
-        with anyio.fail_after(PATIENCE_S), contextlib.suppress(RPCError):  # once it is gone
+        with anyio.fail_after(PATIENCE_S), contextlib.suppress(RPCError):  # until it is deleted
             while await rows.describe():  # noqa: ASYNC110 - the cluster reports nothing
                 await asyncio.sleep(0.1)
     assert len(work.calls) == 4
@@ -894,17 +896,17 @@ async def test_a_key_whose_server_died_before_it_started_the_batch_makes_it(temp
 async def test_a_batch_whose_start_was_not_answered_keeps_its_rows(
     temporal_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was started under the id that a server claimed before it died, and nobody was told."""
+    """It was started under an id that a dead server had claimed, and the client got no answer."""
     work, key, batch_id = Work(new_id()), IdempotencyKey("k", b"1"), new_batch_id()
     async with open_pair(work.flock, temporal_address) as engine:
         await engine._reservations.claim(key, batch_id)
         start = engine.cluster.start
 
-        async def is_lost(*args: Any, **options: Any) -> None:
+        async def start_and_fail(*args: Any, **options: Any) -> None:
             await start(*args, **options)
             raise StoreError("The cluster does not answer now.")
 
-        monkeypatch.setattr(engine.cluster, "start", is_lost)
+        monkeypatch.setattr(engine.cluster, "start", start_and_fail)
         with pytest.raises(StoreError):
             await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
         monkeypatch.undo()
@@ -917,8 +919,8 @@ async def test_a_batch_whose_start_was_not_answered_keeps_its_rows(
     assert len(work.calls) == 3
 
 
-async def test_deleting_a_run_leaves_its_key_to_what_it_stands_for_now(temporal_address: str) -> None:
-    """A key is kept for a day, and a run for longer."""
+async def test_deleting_a_run_does_not_free_a_key_that_another_run_has_claimed(temporal_address: str) -> None:
+    """A key is stored for a day, and a run for longer."""
     gate, key, other_id = Gate(), IdempotencyKey("k", b"1"), new_id()
     gate.flock.name = new_id()
     gate.may_go.set()
@@ -932,8 +934,8 @@ async def test_deleting_a_run_leaves_its_key_to_what_it_stands_for_now(temporal_
         assert await engine._reservations.find(key) == other_id
 
 
-async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: str) -> None:
-    """Somebody terminates a workflow; and the cluster forgets a first attempt before the second."""
+async def test_changes_made_by_others_on_the_cluster_are_reported(temporal_address: str) -> None:
+    """A workflow is terminated, and a first attempt is deleted before the second."""
     flock = sample_flock()
     flock.name = new_id()
     async with open_pair(flock, temporal_address) as engine:
@@ -941,7 +943,7 @@ async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: 
         again = replace(run, run_id=new_id(), attempt=2, status=RunStatus.STARTING, steps=(), result=None)
         await engine._start(engine._order(again))
         with anyio.fail_after(PATIENCE_S):
-            while not (await engine.list_runs(RunFilter()))[:1]:  # noqa: ASYNC110 - the search is moments late
+            while not (await engine.list_runs(RunFilter()))[:1]:  # noqa: ASYNC110 - the search lags behind
                 await anyio.sleep(0.02)
             assert (await engine.wait(again.run_id)).attempt == 2
     async with open_pair(flock, temporal_address, with_worker=False) as engine:
@@ -952,8 +954,8 @@ async def test_what_others_do_on_the_cluster_is_told_as_it_is(temporal_address: 
     assert run.error == "The run was terminated on the cluster before it ended."
 
 
-async def test_a_worker_that_does_not_know_an_agent_any_more_says_so(temporal_address: str) -> None:
-    """Of a run that was accepted before, and of one that is at its second step by then."""
+async def test_a_run_fails_if_the_worker_no_longer_has_its_agent(temporal_address: str) -> None:
+    """For a run that was accepted earlier, and for one that is already at its second step."""
     before, after = sample_flock(), Flock()
     before.name = after.name = new_id()
     before.agents["add"].next_agent = "summarise"
@@ -965,7 +967,7 @@ async def test_a_worker_that_does_not_know_an_agent_any_more_says_so(temporal_ad
     for run, path in ((first, "summarise"), (second, "add → summarise")):
         assert (run.status, run.error_type) == (RunStatus.FAILED, "invalid_handoff")
         assert run.error == f"There is no agent 'summarise' to hand off to ({path}). Known agents: add."
-    assert [step.agent_name for step in second.steps] == ["add"], "what was finished is kept"
+    assert [step.agent_name for step in second.steps] == ["add"], "finished steps are kept"
 
 
 # Long payloads
@@ -973,7 +975,7 @@ async def test_a_worker_that_does_not_know_an_agent_any_more_says_so(temporal_ad
 
 @pytest.fixture
 def long_flock() -> Flock:
-    """Its first agent makes 5 MB, and the second is given them."""
+    """Return a flock whose first agent returns 5 MB, which the second gets."""
     flock = Flock(new_id())
 
     @flock.agent(output="more: str", next_agent="measure")
@@ -996,10 +998,10 @@ def long_flock() -> Flock:
 LONG: dict[str, Any] = {"agent_name": "repeat", "inputs": {"text": "x" * 500_000, "times": 10}}
 
 
-async def test_what_is_too_long_for_the_cluster_goes_through_a_folder(
+async def test_payloads_too_long_for_the_cluster_go_through_a_folder(
     long_flock: Flock, temporal_address: str, tmp_path: Path
 ) -> None:
-    """By an API and a worker: inputs, a step's result, and a run's; a deleted run leaves nothing in it."""
+    """An API and a worker store inputs and the results of steps and runs there. A deleted run leaves nothing."""
     payload_dir = tmp_path / "payloads"
     payload_dir.mkdir()
     own: dict[str, Any] = {"flock": long_flock.name, "payload_dir": payload_dir}
@@ -1012,36 +1014,36 @@ async def test_what_is_too_long_for_the_cluster_goes_through_a_folder(
             chat = await client.post("/run/flock", json={"agent_name": "chat", "async_run": True})
             with anyio.fail_after(PATIENCE_S):
                 while (  # noqa: ASYNC110 - as a client
-                    told := (await client.get(chat.headers["Location"])).json()
+                    seen := (await client.get(chat.headers["Location"])).json()
                 )["progress"] is None:
                     await asyncio.sleep(0.05)
-            assert (told["status"], told["progress"]["message"][-7:]) == ("running", "… (cut)")
+            assert (seen["status"], seen["progress"]["message"][-7:]) == ("running", "… (cut)")
             chat = await client.get(chat.headers["Location"], params={"wait": 30})
             assert len(chat.json()["result"]["result"]) == 5_000_000
-            kept = {path.name for path in payload_dir.iterdir()}
-            assert kept == {f"run%3A{id_}" for id_ in (run["run_id"], chat.json()["run_id"])}
+            stored = {path.name for path in payload_dir.iterdir()}
+            assert stored == {f"run%3A{id_}" for id_ in (run["run_id"], chat.json()["run_id"])}
             assert all(re.fullmatch("[0-9a-f]{64}", path.name) for path in payload_dir.glob("*/*"))
             assert (await client.delete(f"/run/{run['run_id']}")).status_code == 204
             (file,) = payload_dir.glob("*/*")
             file.write_bytes(file.read_bytes()[:-1])
-            await said_of(chat.url, client, "its checksum does not match")
+            await assert_unavailable(chat.url, client, "its checksum does not match")
             file.unlink()
-            await said_of(chat.url, client, "Check that all processes have the same --payload-dir")
+            await assert_unavailable(chat.url, client, "Check that all processes have the same --payload-dir")
             file.mkdir()
-            await said_of(chat.url, client, "cannot be read: ")
+            await assert_unavailable(chat.url, client, "cannot be read: ")
 
 
-async def said_of(url: httpx.URL, client: httpx.AsyncClient, words: str) -> None:
+async def assert_unavailable(url: httpx.URL, client: httpx.AsyncClient, words: str) -> None:
     answer = await client.get(url)
     assert answer.status_code == 503
     assert words in answer.json()["detail"]
-    assert "/payloads" not in answer.text, "where it lies, is not for clients"
+    assert "/payloads" not in answer.text, "clients do not see its path"
 
 
-async def test_a_process_that_was_not_told_of_the_folder_says_which_option_it_lacks(
+async def test_a_process_without_the_folder_reports_the_missing_option(
     long_flock: Flock, temporal_address: str, tmp_path: Path
 ) -> None:
-    """A worker fails the run, which can be tried again once it has the folder; an API answers 503."""
+    """A worker fails the run, which can be retried when the worker has the folder. An API answers 503."""
     async with open_pair(long_flock, temporal_address, with_worker=False, payload_dir=tmp_path) as engine:
         run = await engine.submit(LONG["agent_name"], LONG["inputs"])
         async with open_pair(long_flock, temporal_address) as other:
@@ -1057,10 +1059,10 @@ async def test_a_process_that_was_not_told_of_the_folder_says_which_option_it_la
                 assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
 
 
-async def test_a_full_disk_is_waited_for_and_leaves_no_part_of_a_payload(
+async def test_a_payload_waits_for_disk_space_and_leaves_no_partial_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A result that was paid for is not given up. The disk is full as far as fsync says: none is at hand."""
+    """A result that was paid for is not dropped. A failing fsync simulates the full disk."""
     errors = [OSError(errno.ENOSPC, "No space left on device")]
 
     def fsync(descriptor: int) -> None:
@@ -1075,12 +1077,12 @@ async def test_a_full_disk_is_waited_for_and_leaves_no_part_of_a_payload(
     (file,) = (tmp_path / "run%3A1").iterdir()
     os.utime(file, (0, 0))
     await folder.store_ahead("run:1", "x" * 300_000)
-    assert file.stat().st_mtime > 0, "what is used again is as if it were new"
+    assert file.stat().st_mtime > 0, "reuse makes the file as recent as a new one"
     await folder.store_ahead("run:1", "short")
     assert [*(tmp_path / "run%3A1").iterdir()] == [file]
 
 
-async def test_no_claim_leads_out_of_the_folder(tmp_path: Path) -> None:
+async def test_a_claim_cannot_point_outside_the_folder(tmp_path: Path) -> None:
     (tmp_path / ("0" * 64)).write_text("secret")
     (tmp_path / "payloads").mkdir()
     for file in (f"../{'0' * 64}", f"{tmp_path}/{'0' * 64}", ""):
@@ -1089,7 +1091,7 @@ async def test_no_claim_leads_out_of_the_folder(tmp_path: Path) -> None:
             await PayloadFolder(tmp_path / "payloads").retrieve(StorageDriverRetrieveContext(), [claim])
 
 
-async def test_a_folder_that_is_not_there_is_named_at_the_start(tmp_path: Path) -> None:
+async def test_a_missing_folder_is_reported_at_startup(tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match=r"gone' is missing or not writable.*Create it, or name another one"):
         async with TemporalEngine({}, "127.0.0.1:1", payload_dir=tmp_path / "gone"):
             pass
@@ -1104,14 +1106,14 @@ async def test_the_text_of_an_exception_is_not_in_the_history(temporal_address: 
     async with open_pair(flock, temporal_address) as engine:
         run = await engine.wait((await engine.submit("explode", {"text": "xyzzy"})).run_id)
         history = await engine._handle(run.run_id, 1).fetch_history()
-    kept = str([event for event in history.events if event.HasField("activity_task_failed_event_attributes")])
-    assert "explode" in kept
-    assert "a secret" not in kept
+    stored = str([event for event in history.events if event.HasField("activity_task_failed_event_attributes")])
+    assert "explode" in stored
+    assert "a secret" not in stored
 
 
 @pytest.mark.parametrize("path", sorted(HISTORIES.glob("*.json")), ids=lambda path: path.stem)
-async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
-    """A workflow that is at work while another version is deployed goes on as it began."""
+async def test_recorded_histories_can_be_replayed(path: Path) -> None:
+    """A workflow that is running when a new version is deployed continues as it started."""
     history = WorkflowHistory.from_json(path.stem, await anyio.Path(path).read_text())
     workflows = [FlockRun, FlockMark, FlockBatch, FlockChunk, FlockRows, FlockDelete]
     replayer = Replayer(workflows=workflows, data_converter=CONVERTER, workflow_runner=UnsandboxedWorkflowRunner())
@@ -1133,8 +1135,8 @@ async def test_histories_that_were_recorded_are_replayed(path: Path) -> None:
 # The command line
 
 
-def test_the_ten_lines_of_the_readme_work(temporal_address: str) -> None:
-    """As they stand, but for their addresses."""
+def test_the_ten_lines_of_the_temporal_page_work(temporal_address: str) -> None:
+    """Unchanged, except for the addresses."""
     page = (ROOT / "docs" / "temporal.md").read_text("utf-8")
     (lines,) = (block.splitlines() for block in re.findall(r"(?s)```bash\n(.*?)```", page) if "# 10.0.0.1" in block)
     assert len(lines) == 10
@@ -1144,7 +1146,7 @@ def test_the_ten_lines_of_the_readme_work(temporal_address: str) -> None:
         for words in ("temporal server", "flockapi serve", "flockapi worker")
     )
     shown = subprocess.run(["bash", "-c", f"{Path(sys.executable).parent}/{cluster} --help"], capture_output=True)
-    assert shown.returncode == 0, "it knows the options"
+    assert shown.returncode == 0, "it accepts the options"
     ours = f"cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} -m flock"
     serve = serve.replace("--host 10.0.0.1", "--host 0.0.0.0 --port 0").replace("flockapi", ours)
     keys = "alice=fk_a-key-of-the-tests-that-is-long-enough"
@@ -1162,7 +1164,7 @@ def test_the_ten_lines_of_the_readme_work(temporal_address: str) -> None:
         worker.wait()
 
 
-def test_options_that_nobody_would_heed_are_refused(tmp_path: Path) -> None:
+def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     arguments = ["serve", "x.py", "--temporal", "127.0.0.1:1"]
     for option, words in (("--store=x.db", "the cluster stores"), ("--max-tokens=1", "flockapi worker")):
         result = CliRunner().invoke(main, [*arguments, option])
@@ -1172,8 +1174,8 @@ def test_options_that_nobody_would_heed_are_refused(tmp_path: Path) -> None:
     assert (result.exit_code, "needs --temporal" in result.output) == (2, True)
 
 
-def test_a_worker_warns_at_its_start_of_what_would_make_runs_fail(temporal_address: str, tmp_path: Path) -> None:
-    """It calls the models; the servers do not, and do not ask for their keys."""
+def test_a_worker_warns_at_startup_about_agents_that_cannot_run(temporal_address: str, tmp_path: Path) -> None:
+    """Workers call the models. Servers do not, and need none of their keys."""
     target = tmp_path / "bare.py"
     made = "flock.add_agent(FlockFactory.create_default_agent('bare', output='answer'))"
     target.write_text(f"from flock.core import Flock, FlockFactory\nflock = Flock({new_id()!r})\n{made}\n")
@@ -1190,7 +1192,7 @@ def test_a_worker_warns_at_its_start_of_what_would_make_runs_fail(temporal_addre
 
 
 @pytest.mark.parametrize("command", [["serve", "--port", "0"], ["worker"]], ids=["serve", "worker"])
-def test_without_the_extra_it_is_named(command: list[str], tmp_path: Path) -> None:
+def test_a_missing_extra_is_reported_with_its_install_command(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("from flock.core import Flock\nflock = Flock()\n")
     hide = "import sys; sys.modules['temporalio'] = None; from flock.command.cli import main; main()"
     done = subprocess.run(

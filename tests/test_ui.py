@@ -1,4 +1,4 @@
-"""The web page at ``/ui``: what is served, and what people do with it in a real browser."""
+"""The web page at ``/ui``: the files that are served, and their use in a real browser."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ from tests.support.browser import Watch, chromium
 from tests.support.flocks import sample_flock
 from tests.support.servers import Server, free_port, running
 
-# What is served
+# Served files
 
 
 def client_of(app: Any) -> httpx.AsyncClient:
@@ -37,14 +37,14 @@ def client_of(app: Any) -> httpx.AsyncClient:
 
 
 @pytest.mark.anyio
-async def test_it_is_there_only_if_it_is_asked_for() -> None:
+async def test_the_page_is_served_only_if_it_is_enabled() -> None:
     async with client_of(create_app(sample_flock())) as client:
         for path in ("/", "/ui", "/ui/main.js"):
             assert (await client.get(path)).status_code == 404
 
 
 @pytest.mark.anyio
-async def test_files_have_the_content_policy_and_are_asked_for_again_only_when_they_change() -> None:
+async def test_files_have_a_content_security_policy_and_are_sent_again_only_if_changed() -> None:
     async with client_of(create_app(sample_flock(), create_ui=True, server_name="<b>Bold</b>")) as client:
         for name in ("", *(f"/{name}" for name in ui_files(""))):
             response = await client.get(f"/ui{name}", headers={"Accept-Encoding": "identity"})
@@ -71,7 +71,7 @@ async def test_files_have_the_content_policy_and_are_asked_for_again_only_when_t
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("prefix", ["", "/ai/v1"])
-async def test_the_root_leads_to_it_unless_it_is_somebodys_own(prefix: str) -> None:
+async def test_the_root_redirects_to_the_page_unless_it_has_its_own_route(prefix: str) -> None:
     async def mine(request: HTTPRequest) -> PlainTextResponse:
         return PlainTextResponse("mine")
 
@@ -92,7 +92,7 @@ async def test_without_docs_there_is_no_link_to_them() -> None:
 
 
 @pytest.mark.anyio
-async def test_behind_a_proxy_that_takes_its_prefix_away_the_root_leads_to_it_too() -> None:
+async def test_the_root_redirects_behind_a_proxy_that_strips_its_prefix() -> None:
     transport = httpx.ASGITransport(create_app(sample_flock(), create_ui=True), root_path="/ai")
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
         assert (await client.get("/")).headers["Location"] == "/ai/ui"
@@ -100,13 +100,13 @@ async def test_behind_a_proxy_that_takes_its_prefix_away_the_root_leads_to_it_to
 
 
 @pytest.mark.anyio
-async def test_everybody_may_load_its_files_and_nobody_its_data_without_a_key() -> None:
+async def test_the_files_of_the_page_need_no_key_but_its_data_does() -> None:
     async with client_of(create_app(sample_flock(), create_ui=True, api_keys={"ann": "k" * 32})) as client:
         for path, status in (("/", 307), ("/ui", 200), ("/ui/main.js", 200), ("/agents", 401), ("/runs", 401)):
             assert (await client.get(path)).status_code == status
 
 
-def test_no_script_makes_html_of_data() -> None:
+def test_no_script_inserts_data_as_html() -> None:
     for name, file in ui_files("").items():
         for word in (b"innerHTML", b"outerHTML", b"insertAdjacentHTML", b"document.write", b"eval(", b"new Function"):
             assert word not in file.plain, name
@@ -120,7 +120,7 @@ KEY = "k" * 32
 
 @dataclasses.dataclass
 class Site:
-    """A server, and what a test asks of it beside the page."""
+    """A server, and the requests that a test sends in addition to those of the page."""
 
     folder: Path
     url: str
@@ -175,7 +175,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Where it is hardest: mounted in another app, and only with a key. There the theme is dark."""
+    """Serve the hardest case: mounted in another app, with a key and a dark theme."""
     folder = tmp_path_factory.mktemp("closed")
     with served_by(folder, "/ai/v1", KEY) as server:
         yield Site(folder, f"{server.url}/ai/v1", "/ai/v1", KEY)
@@ -186,7 +186,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     scope="module", params=[pytest.param("at the root", marks=pytest.mark.nightly), "under a prefix, with a key"]
 )
 def site(request: pytest.FixtureRequest, closed: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """There, and as a server of its own that asks nobody for a key, in the light."""
+    """Return the mounted app or, in nightly runs, a server of its own without a key and with a light theme."""
     if request.param == "at the root":
         folder = tmp_path_factory.mktemp("open")
         with served_by(folder, "", None) as server:
@@ -202,13 +202,13 @@ def gate() -> str:
 
 
 class Visit:
-    """A browser of somebody, and a watch over each of its pages: what it asks other hosts for, and complains about."""
+    """The browser of a user. Each page is watched for requests to other hosts and for errors."""
 
     def __init__(self, browser: Browser) -> None:
         self._browser = browser
         self._contexts: list[BrowserContext] = []
         self._watches: list[Watch] = []
-        #: complaints that a test provokes, as patterns
+        #: errors that a test provokes, as patterns
         self.expected: list[str] = []
 
     def context(self, site: Site, has_key: bool = True, **options: Any) -> BrowserContext:
@@ -256,13 +256,13 @@ def copied(page: Page) -> str:
 # Agents
 
 
-def test_agents_are_cards_that_say_who_hands_on_to_whom(visit: Visit, closed: Site) -> None:
+def test_the_card_of_an_agent_shows_its_hand_off(visit: Visit, closed: Site) -> None:
     page = visit.page(closed)
     expect(page).to_have_title("Agents · Sample agents")
     card = page.locator(".card", has=page.get_by_role("heading", name="research"))
-    expect(card).to_contain_text("Reads what there is about a topic, page by page.")
+    expect(card).to_contain_text("Researches a topic, page by page.")
     expect(card).to_contain_text("Hands off to translate.")
-    expect(page.locator(".card", has_text="Says it in other words.")).to_contain_text(
+    expect(page.locator(".card", has_text="Rephrases the result.")).to_contain_text(
         "Its result decides which agent runs next."
     )
     card.get_by_role("link", name="translate").click()
@@ -284,7 +284,7 @@ def test_a_hand_off_shows_the_outputs_of_its_last_agent(visit: Visit, closed: Si
     assert set(header.all_inner_texts()) == {"Row", "Status", "sample", "total", "note", "Error"}
 
 
-def test_what_an_agent_and_a_batch_are_is_said_in_a_sentence(visit: Visit, closed: Site) -> None:
+def test_agents_and_batches_are_explained_in_a_sentence(visit: Visit, closed: Site) -> None:
     page = visit.page(closed)
     expect(page.get_by_text("An agent does one job, often with a language model")).to_be_visible()
     for view in ("batches", "new-batch"):
@@ -318,7 +318,7 @@ ORDER = {
 }
 
 
-def test_a_form_has_a_control_for_each_kind_of_input_and_a_shell_says_the_same(visit: Visit, site: Site) -> None:
+def test_a_form_has_a_control_for_each_type_of_input_and_curl_sends_the_same(visit: Visit, site: Site) -> None:
     page = visit.page(site, "agent/order")
     fill_order(page)
     page.get_by_role("button", name="Copy as curl").click()
@@ -334,7 +334,7 @@ def test_a_form_has_a_control_for_each_kind_of_input_and_a_shell_says_the_same(v
         assert run["inputs"] == ORDER
 
 
-def test_a_form_shows_defaults_and_leaves_out_what_is_empty(visit: Visit, closed: Site) -> None:
+def test_a_form_shows_defaults_and_leaves_out_empty_fields(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "agent/defaults")
     expect(page.get_by_label("times")).to_have_value("2")
     expect(page.locator(".field", has=page.get_by_label("times"))).to_contain_text("Default: 2.")
@@ -355,8 +355,8 @@ def test_a_form_shows_defaults_and_leaves_out_what_is_empty(visit: Visit, closed
     assert inputs == {"name": "a line\n" * 8, "times": 2, "loud": True, "tags": [], "more": "[1, 2"}
 
 
-def test_a_number_is_taken_as_it_is_written_or_refused(visit: Visit, closed: Site) -> None:
-    """Typed key by key: a control of type "number" drops the comma of 119,50 without a word."""
+def test_a_number_is_sent_as_it_is_typed_or_refused(visit: Visit, closed: Site) -> None:
+    """Type it key by key, because a control of type "number" silently drops the comma of 119,50."""
     page = visit.page(closed, "agent/book")
     seat, price = page.get_by_label("seat (required)"), page.get_by_label("price (required)")
     run = page.get_by_role("button", name="Run", exact=True)
@@ -387,7 +387,7 @@ def test_a_number_is_taken_as_it_is_written_or_refused(visit: Visit, closed: Sit
     assert inputs == {"seat": 12345678901234567890, "price": 119.5}
 
 
-def test_what_the_server_says_against_an_input_stands_beside_its_field(visit: Visit, closed: Site) -> None:
+def test_an_error_from_the_server_is_shown_at_its_field(visit: Visit, closed: Site) -> None:
     visit.expected.append("status of 422")
     page = visit.page(closed, "agent/order")
     fill_order(page)
@@ -410,8 +410,8 @@ def test_what_the_server_says_against_an_input_stands_beside_its_field(visit: Vi
     expect(status_of(page)).to_contain_text("completed")
 
 
-def test_dates_and_times_have_pickers_and_are_sent_as_the_api_takes_them(visit: Visit, closed: Site) -> None:
-    """In the time zone of the browser; what nobody changes is sent as it was, in any zone."""
+def test_dates_and_times_have_pickers_and_are_sent_in_the_format_of_the_api(visit: Visit, closed: Site) -> None:
+    """Pickers use the time zone of the browser. An unchanged value is sent as it was, in any zone."""
 
     def form_in(zone: str) -> Page:
         context = visit.context(closed, timezone_id=zone)
@@ -457,7 +457,9 @@ def test_dates_and_times_have_pickers_and_are_sent_as_the_api_takes_them(visit: 
 # A run
 
 
-def test_a_run_is_followed_live_and_its_result_is_read_copied_and_kept(visit: Visit, site: Site, gate: str) -> None:
+def test_a_run_is_followed_live_and_its_result_can_be_copied_and_downloaded(
+    visit: Visit, site: Site, gate: str
+) -> None:
     page = visit.page(site, "agent/research")
     page.get_by_label("topic (required)").fill("<b>tea</b>")
     page.get_by_label("gate").fill(gate)
@@ -486,11 +488,9 @@ def test_a_run_is_followed_live_and_its_result_is_read_copied_and_kept(visit: Vi
     assert json.loads(download.value.path().read_text()) == expected
 
 
-def test_a_hidden_tab_lets_go_of_its_stream_and_goes_on_after_what_it_knows(
-    visit: Visit, closed: Site, gate: str
-) -> None:
+def test_a_hidden_tab_closes_its_stream_and_resumes_after_the_last_event(visit: Visit, closed: Site, gate: str) -> None:
     page = visit.page(closed, f"run/{closed.start('research', topic='tea', gate=gate)}")
-    expect(page.get_by_role("list", name="Steps").locator("> li")).to_contain_text("running")  # an event told it
+    expect(page.get_by_role("list", name="Steps").locator("> li")).to_contain_text("running")  # from an event
 
     def hide(is_hidden: bool) -> None:
         page.evaluate(
@@ -512,7 +512,7 @@ def test_a_hidden_tab_lets_go_of_its_stream_and_goes_on_after_what_it_knows(
     expect(page.get_by_role("list", name="Steps").locator("> li")).to_have_count(2)
 
 
-def test_a_run_is_cancelled(visit: Visit, closed: Site, gate: str) -> None:
+def test_a_run_can_be_cancelled(visit: Visit, closed: Site, gate: str) -> None:
     page = visit.page(closed, f"run/{closed.start('research', topic='tea', gate=gate)}")
     page.get_by_role("button", name="Cancel").click()
     expect(status_of(page)).to_contain_text("cancelled")
@@ -520,7 +520,7 @@ def test_a_run_is_cancelled(visit: Visit, closed: Site, gate: str) -> None:
     expect(page.locator(".problem")).not_to_contain_text("The run was cancelled.")  # the heading says it
 
 
-def test_a_run_that_failed_says_why_and_is_tried_again(visit: Visit, site: Site, gate: str) -> None:
+def test_a_failed_run_shows_the_reason_and_can_be_retried(visit: Visit, site: Site, gate: str) -> None:
     run_id = site.run("deliver", parcel="cake", gate=gate)
     run = site.get(f"/run/{run_id}")
     page = visit.page(site, f"run/{run_id}")
@@ -534,7 +534,7 @@ def test_a_run_that_failed_says_why_and_is_tried_again(visit: Visit, site: Site,
     expect(page.locator(".facts")).to_contain_text(re.compile(r"Attempt\s*2"))
 
 
-def test_a_link_shows_others_the_same_run_and_its_inputs(visit: Visit, closed: Site) -> None:
+def test_a_copied_link_shows_the_same_run_and_its_inputs(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, f"run/{closed.run('text_analyzer', text='I love this coffee.')}")
     page.get_by_role("button", name="Copy link").click()
     expect(page.get_by_text("Link copied.")).to_be_visible()
@@ -546,7 +546,7 @@ def test_a_link_shows_others_the_same_run_and_its_inputs(visit: Visit, closed: S
     expect(other.get_by_label("text (required)")).to_have_value("I love this coffee.")
 
 
-def test_a_result_is_shown_as_text_whatever_it_is(visit: Visit, closed: Site) -> None:
+def test_a_result_is_always_shown_as_text(visit: Visit, closed: Site) -> None:
     run_id = closed.run("quote")
     page = visit.page(closed, f"run/{run_id}")
     result = page.get_by_role("group", name="Result", exact=True)
@@ -588,7 +588,7 @@ def test_runs_are_filtered_paged_and_refreshed(visit: Visit, closed: Site, gate:
     expect(page.get_by_label("Status")).to_have_value("failed")
     expect(rows.first).to_contain_text(failed[-12:])
     fresh = closed.run("deliver", parcel="more cake", gate=gate)
-    expect(rows.first).to_contain_text(fresh[-12:])  # nobody asked for it
+    expect(rows.first).to_contain_text(fresh[-12:])  # without a reload
     page.get_by_label("From").fill("2101-01-01T00:00:00")
     expect(page.get_by_text("No run matches these filters.")).to_be_visible()
     page.get_by_role("button", name="Clear filters").click()
@@ -596,14 +596,14 @@ def test_runs_are_filtered_paged_and_refreshed(visit: Visit, closed: Site, gate:
 
 
 def test_a_list_of_runs_shows_the_start_of_inputs_and_results(visit: Visit, closed: Site, gate: str) -> None:
-    """In small pages, and once for each state of a run: they may be long, and the list is read every two seconds."""
+    """They may be long, so they are read in small pages and once for each state of a run, not every two seconds."""
     closed.run("text_analyzer", text="I love this coffee.")
     closed.run("quote", size="long")
     closed.run("deliver", parcel="cake", gate=gate)
     live = closed.start("research", topic="tea", gate=gate)
-    asked: list[httpx.URL] = []
+    requested: list[httpx.URL] = []
     context = visit.context(closed)
-    context.on("request", lambda request: asked.append(httpx.URL(request.url)))
+    context.on("request", lambda request: requested.append(httpx.URL(request.url)))
     page = visit.page(closed, "runs", context)
     rows = page.locator("tbody tr")
     expect(rows.filter(has_text="I love this coffee.").first).to_contain_text("sentiment: positive")
@@ -614,13 +614,13 @@ def test_a_list_of_runs_shows_the_start_of_inputs_and_results(visit: Visit, clos
     expect(row).to_contain_text("topic: tea")
 
     def previews() -> list[int]:
-        return [int(url.params["limit"]) for url in asked if url.params.get("include")]
+        return [int(url.params["limit"]) for url in requested if url.params.get("include")]
 
     def wait_for_refresh() -> None:
         with page.expect_response(lambda response: "/runs?" in response.url and "include" not in response.url):
             pass
 
-    wait_for_refresh()  # the list is read again after the previews of the first look
+    wait_for_refresh()  # the list is read again after the first previews
     before = len(previews())
     assert max(previews()) <= 10
     wait_for_refresh()
@@ -660,7 +660,7 @@ def drop(page: Page, name: str, text: str) -> None:
     page.dispatch_event(".drop", "drop", {"dataTransfer": data})
 
 
-def test_what_is_wrong_with_rows_is_said_by_line_before_they_start(visit: Visit, closed: Site) -> None:
+def test_invalid_rows_are_reported_by_line_before_they_start(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "new-batch?agent=count_up")
     drop(page, "rows.csv", CSV)
     expect(page.get_by_text("separated by semicolons")).to_be_visible()
@@ -697,7 +697,7 @@ def test_what_is_wrong_with_rows_is_said_by_line_before_they_start(visit: Visit,
         ),
     ],
 )
-def test_numbers_of_many_digits_in_a_file_are_exact(visit: Visit, closed: Site, rows: str) -> None:
+def test_long_numbers_in_a_file_are_exact(visit: Visit, closed: Site, rows: str) -> None:
     page = visit.page(closed, "new-batch?agent=book")
     choose(page, "rows", rows)
     expect(page.get_by_text("1 of 2 rows is invalid.")).to_be_visible()
@@ -713,7 +713,7 @@ def test_numbers_of_many_digits_in_a_file_are_exact(visit: Visit, closed: Site, 
     assert [item["result"]["result"]["seat"] for item in items] == [12345678901234567, 98765432109876543210]
 
 
-def test_a_number_for_every_row_is_taken_as_it_is_written_or_refused(visit: Visit, closed: Site) -> None:
+def test_a_number_for_every_row_is_sent_as_it_is_typed_or_refused(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "new-batch?agent=book")
     choose(page, "rows.csv", "seat\n1\n")
     price = page.get_by_label("price (required)")
@@ -736,7 +736,7 @@ def test_a_number_for_every_row_is_taken_as_it_is_written_or_refused(visit: Visi
     assert item["inputs"] == {"seat": 1, "price": 119.5}
 
 
-def test_what_the_type_of_an_input_refuses_is_said_by_line(visit: Visit, closed: Site) -> None:
+def test_values_that_the_type_of_an_input_refuses_are_reported_by_line(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "new-batch?agent=order")
     rows = [json.dumps(ORDER), json.dumps(ORDER | {"code": "none"})]
     page.get_by_label("or paste rows").fill("\n".join(rows))
@@ -745,8 +745,8 @@ def test_what_the_type_of_an_input_refuses_is_said_by_line(visit: Visit, closed:
     expect(wrong).to_have_text(re.compile(r"^\s*2\s*code.*UUID"))
 
 
-def hold_check_of_all(page: Page) -> None:
-    """Do not let the check of all rows of a long file reach the server; those of its first rows come before it."""
+def hold_full_check(page: Page) -> None:
+    """Keep the check of all rows of a long file from the server. The two checks of its first rows pass."""
     checks: list[PageRoute] = []
 
     def hold(route: PageRoute) -> None:
@@ -761,10 +761,10 @@ LONG = "n,comment\n" + "1,one\n" * 20_000
 
 
 def test_a_batch_can_start_before_all_its_rows_are_checked(visit: Visit, closed: Site) -> None:
-    """The server checks them too, and says by line what does not fit."""
+    """The server checks them too, and reports invalid rows by line."""
     visit.expected.append("status of 422")
     page = visit.page(closed, "new-batch?agent=count_up")
-    hold_check_of_all(page)
+    hold_full_check(page)
     choose(page, "rows.csv", LONG + "zwei,two\n")
     expect(page.get_by_text("You can start before the check is complete")).to_be_visible()
     expect(page.get_by_role("group", name="The first rows").locator("tbody tr")).to_have_count(5)
@@ -776,9 +776,9 @@ def test_a_batch_can_start_before_all_its_rows_are_checked(visit: Visit, closed:
     expect(wrong).to_have_text(re.compile(r"^\s*20002\s*n\s*Expected 'int', got 'str'"))
 
 
-def test_another_file_stops_the_check_of_the_one_before(visit: Visit, closed: Site) -> None:
+def test_choosing_another_file_stops_the_check_of_the_previous_one(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "new-batch?agent=count_up")
-    hold_check_of_all(page)
+    hold_full_check(page)
     choose(page, "rows.csv", LONG)
     expect(page.get_by_text("Checking the rows")).to_be_visible()
     with page.expect_event("requestfailed", lambda request: "dry_run" in request.url):
@@ -786,7 +786,7 @@ def test_another_file_stops_the_check_of_the_one_before(visit: Visit, closed: Si
     expect(page.get_by_text("All 2 rows are valid.")).to_be_visible()
 
 
-def test_rows_that_are_replaced_cannot_start_while_the_new_ones_are_read(visit: Visit, closed: Site) -> None:
+def test_replaced_rows_cannot_start_while_the_new_ones_are_checked(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "new-batch?agent=count_up")
     choose(page, "rows.csv", "n,comment\n1,a\n")
     start = page.get_by_role("button", name="Start the batch")
@@ -801,9 +801,7 @@ def test_rows_that_are_replaced_cannot_start_while_the_new_ones_are_read(visit: 
 
 
 @pytest.mark.parametrize("count", [30_000, pytest.param(1_000_000, marks=pytest.mark.nightly)])
-def test_many_rows_are_checked_and_little_of_them_is_held(
-    count: int, visit: Visit, closed: Site, tmp_path: Path
-) -> None:
+def test_many_rows_are_checked_with_little_memory(count: int, visit: Visit, closed: Site, tmp_path: Path) -> None:
     page = visit.page(closed, "new-batch?agent=count_up")
     session = page.context.new_cdp_session(page)
 
@@ -821,8 +819,8 @@ def test_many_rows_are_checked_and_little_of_them_is_held(
     assert heap_bytes() - before < 1_000_000
 
 
-def test_a_check_that_is_refused_or_cannot_be_sent_says_why(visit: Visit, closed: Site, tmp_path: Path) -> None:
-    """Rows that are too long. A file that has gone since it was chosen is not taken for a broken connection."""
+def test_a_check_that_is_refused_or_cannot_be_sent_shows_the_reason(visit: Visit, closed: Site, tmp_path: Path) -> None:
+    """A row is too long. A file deleted since it was chosen is not mistaken for a broken connection."""
     visit.expected += ["status of 413", "ERR_FILE_NOT_FOUND"]
     page = visit.page(closed, "new-batch?agent=count_up")
     rows = [json.dumps({"n": 1, "comment": comment}) for comment in ("one", "a" * 2**20)]
@@ -838,7 +836,7 @@ def test_a_check_that_is_refused_or_cannot_be_sent_says_why(visit: Visit, closed
     expect(page.get_by_text("The file was changed or deleted. Choose it again.")).to_be_visible()
 
 
-def test_a_missing_column_is_said_once_with_the_choice_beside_it(visit: Visit, closed: Site) -> None:
+def test_a_missing_column_is_reported_once_next_to_the_choice(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "new-batch?agent=count_up")
     choose(page, "rows.csv", "id,comment\n" + "".join(f"{n},row {n}\n" for n in range(300)))
     missing = page.get_by_role("region", name="Inputs without a column")
@@ -874,7 +872,7 @@ def test_a_missing_column_is_said_once_with_the_choice_beside_it(visit: Visit, c
 def test_a_column_that_is_not_an_input_is_kept_with_the_results(
     visit: Visit, closed: Site, name: str, rows: str
 ) -> None:
-    """Unless it has the name of an input or an output; then it can only be left out."""
+    """A column with the name of an input or an output can only be left out."""
     page = visit.page(closed, "new-batch?agent=count_up")
     choose(page, name, rows)
     page.get_by_label("Column Step maps to").select_option(label="(ignored)")
@@ -904,7 +902,7 @@ def test_a_batch_without_rows_cannot_be_started(visit: Visit, closed: Site) -> N
         expect(page.get_by_role("button", name="Start the batch")).to_be_disabled()
 
 
-def test_a_file_that_is_no_table_says_what_to_do(visit: Visit, closed: Site) -> None:
+def test_a_file_that_is_not_a_table_is_refused_with_what_to_do(visit: Visit, closed: Site) -> None:
     visit.expected.append("status of 422")
     page = visit.page(closed, "new-batch?agent=count_up")
     page.locator("input[type=file]").set_input_files(
@@ -920,7 +918,7 @@ def test_a_file_that_is_no_table_says_what_to_do(visit: Visit, closed: Site) -> 
     expect(page.get_by_text("The row is valid.")).to_be_visible()
 
 
-def test_a_shell_starts_the_same_batch(visit: Visit, closed: Site, tmp_path: Path) -> None:
+def test_the_copied_curl_command_starts_the_same_batch(visit: Visit, closed: Site, tmp_path: Path) -> None:
     rows = "number\tcomment\n1\tit's one\n2\ttwo\n"
     (tmp_path / "my rows.tsv").write_text(rows)
     page = visit.page(closed, "new-batch?agent=count_up")
@@ -943,7 +941,7 @@ def test_a_shell_starts_the_same_batch(visit: Visit, closed: Site, tmp_path: Pat
     ]
 
 
-def test_a_batch_is_watched_mended_and_downloaded(visit: Visit, site: Site, gate: str) -> None:
+def test_a_batch_can_be_followed_downloaded_and_retried(visit: Visit, site: Site, gate: str) -> None:
     (site.folder / "mend").unlink(missing_ok=True)
     page = visit.page(site, "new-batch?agent=count_up")
     choose(page, "rows.csv", "n,comment\n" + "".join(f"{n},row {n}\n" for n in range(300)))
@@ -968,7 +966,7 @@ def test_a_batch_is_watched_mended_and_downloaded(visit: Visit, site: Site, gate
 
     page.get_by_label("Show").select_option("failed")
     expect(table).to_have_attribute("aria-rowcount", "31")
-    expect(table.get_by_role("row").nth(2)).to_contain_text("17 is no number that I like.")
+    expect(table.get_by_role("row").nth(2)).to_contain_text("17 is not a number that I like.")
     page.reload()
     expect(table).to_have_attribute("aria-rowcount", "31")
     page.get_by_label("Show").select_option("")
@@ -990,7 +988,7 @@ def test_a_batch_is_watched_mended_and_downloaded(visit: Visit, site: Site, gate
     expect(table.get_by_role("link", name="8", exact=True)).to_be_visible()
 
 
-def test_the_bar_of_a_batch_has_a_part_for_each_outcome(visit: Visit, closed: Site, gate: str) -> None:
+def test_the_bar_of_a_batch_has_a_segment_for_each_outcome(visit: Visit, closed: Site, gate: str) -> None:
     (closed.folder / "mend").unlink(missing_ok=True)
     batch_id = closed.batch(60, wait=False, static_inputs={"gate": gate})
     page = visit.page(closed, f"batch/{batch_id}")
@@ -1011,7 +1009,7 @@ def test_the_bar_of_a_batch_has_a_part_for_each_outcome(visit: Visit, closed: Si
     expect(page.locator("tbody tr").first.get_by_role("progressbar")).to_have_attribute("aria-valuetext", words)
 
 
-def test_a_few_rows_need_no_chart_and_no_way_to_a_row(visit: Visit, closed: Site) -> None:
+def test_a_short_batch_has_no_chart_and_no_control_to_go_to_a_row(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, f"batch/{closed.batch(2)}")
     table = page.get_by_role("table", name="Results")
     expect(table).to_contain_text("ROW 1")
@@ -1023,7 +1021,7 @@ def test_a_few_rows_need_no_chart_and_no_way_to_a_row(visit: Visit, closed: Site
     assert height["height"] < 4 * 40
 
 
-def test_a_batch_is_cancelled_and_resumed(visit: Visit, closed: Site, gate: str) -> None:
+def test_a_batch_can_be_cancelled_and_resumed(visit: Visit, closed: Site, gate: str) -> None:
     (closed.folder / "mend").unlink(missing_ok=True)
     page = visit.page(closed, f"batch/{closed.batch(60, wait=False, static_inputs={'gate': gate})}")
     expect(page.locator(".outcomes")).to_contain_text("5 failed")
@@ -1037,18 +1035,18 @@ def test_a_batch_is_cancelled_and_resumed(visit: Visit, closed: Site, gate: str)
     expect(status_of(page)).to_contain_text("completed")
 
 
-def test_a_table_of_thousands_is_scrolled_to_its_end_by_pages(visit: Visit, closed: Site) -> None:
+def test_a_table_of_thousands_of_rows_loads_only_the_pages_it_shows(visit: Visit, closed: Site) -> None:
     batch_id = closed.batch(6000)
     page = visit.page(closed, f"batch/{batch_id}")
     table = page.get_by_role("table", name="Results")
     expect(table.get_by_role("link", name="1", exact=True)).to_be_visible()
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
     table.press("End")
     last = table.get_by_role("row").last
     expect(last).to_contain_text("ROW 5999")
     expect(last).to_have_attribute("aria-rowindex", "6001")
-    assert len(asked) <= 2
+    assert len(requested) <= 2
     assert table.get_by_role("row").count() < 40
     table.press("PageUp")
     table.press("ArrowUp")
@@ -1056,7 +1054,7 @@ def test_a_table_of_thousands_is_scrolled_to_its_end_by_pages(visit: Visit, clos
     page.get_by_role("button", name="Go", exact=True).click()
     expect(table.get_by_role("row").nth(1)).to_contain_text("ROW 3209")
     page.wait_for_url("**row=3210*")
-    page.add_init_script("requestAnimationFrame = (draw) => setTimeout(draw, 500)")  # as where nobody looks
+    page.add_init_script("requestAnimationFrame = (draw) => setTimeout(draw, 500)")  # as in a hidden tab
     page.reload()
     expect(table.get_by_role("row").nth(1)).to_contain_text("ROW 3209")
     expect(table.get_by_role("row").nth(1)).to_be_in_viewport()
@@ -1064,8 +1062,8 @@ def test_a_table_of_thousands_is_scrolled_to_its_end_by_pages(visit: Visit, clos
     expect(table.get_by_role("row").last).to_contain_text("ROW 5999")
 
 
-def test_a_table_of_a_million_rows_reaches_each_of_them(visit: Visit, closed: Site) -> None:
-    """The server's answers for a batch of 1,000, as if it were a million: to run one would take the test minutes."""
+def test_every_row_in_a_table_of_a_million_can_be_reached(visit: Visit, closed: Site) -> None:
+    """Fake the answers of the server, because running a batch of a million rows would take minutes."""
     million, batch_id = 1_000_000, closed.batch(1)
     context = visit.context(closed)
 
@@ -1074,8 +1072,8 @@ def test_a_table_of_a_million_rows_reaches_each_of_them(visit: Visit, closed: Si
         if url.path.endswith("/results"):
             after, limit = int(url.params.get("after", -1)), int(url.params["limit"])
             (item,) = closed.get(f"/batch/{batch_id}/results?format=json")
-            places = range(after + 1, min(million, after + 1 + limit))
-            route.fulfill(json=[item | {"position": n, "inputs": {"n": n, "comment": f"row {n}"}} for n in places])
+            positions = range(after + 1, min(million, after + 1 + limit))
+            route.fulfill(json=[item | {"position": n, "inputs": {"n": n, "comment": f"row {n}"}} for n in positions])
         else:
             whole = closed.get(f"/batch/{batch_id}?results=false")
             route.fulfill(json=whole | {"total_items": million, "completed_items": million})
@@ -1104,16 +1102,16 @@ def test_a_table_of_a_million_rows_reaches_each_of_them(visit: Visit, closed: Si
     assert rows.count() < 40
 
 
-# Ways between views
+# Navigation
 
-#: Tells the page of a new address only when the test says so, as a busy browser does.
+#: Delays the event for a new address until the test releases it, like a busy browser.
 LATE_ADDRESS = """
     const add = window.addEventListener;
     window.addEventListener = (name, listener, ...options) => add.call(window, name, name === "hashchange"
         ? (event) => { window.tellAddress = () => listener(event); }
         : listener, ...options);
 """
-#: Answers cannot be stopped, as if they had arrived already; while `isHeld` they wait for `release()`.
+#: Keeps answers from being aborted, as if they had already arrived. If `isHeld` is set, they wait for `release()`.
 LATE_ANSWERS = """
     const hold = () => new Promise((done) => { window.release = done; console.debug("held"); });
     const [fetchNow, openNow] = [fetch, IDBFactory.prototype.open];
@@ -1131,8 +1129,8 @@ LATE_ANSWERS = """
 """
 
 
-def test_a_link_is_followed_when_the_old_view_writes_its_address_in_the_same_moment(visit: Visit, closed: Site) -> None:
-    """A table keeps its first row in the address 400 ms later; the event of the new address comes later still."""
+def test_a_link_is_followed_while_the_old_view_writes_its_address(visit: Visit, closed: Site) -> None:
+    """A table writes its first row to the address after 400 ms, and the event for the new address comes even later."""
     context = visit.context(closed)
     context.add_init_script(LATE_ADDRESS)
     page = visit.page(closed, f"batch/{closed.batch(300)}", context)
@@ -1157,9 +1155,7 @@ def test_a_link_is_followed_when_the_old_view_writes_its_address_in_the_same_mom
         ("new-batch", "storage"),
     ],
 )
-def test_a_view_that_is_left_while_it_loads_changes_nothing_later(
-    visit: Visit, closed: Site, view: str, what: str
-) -> None:
+def test_a_view_left_while_it_loads_has_no_later_effect(visit: Visit, closed: Site, view: str, what: str) -> None:
     ids = {"run": closed.run("defaults", name="x"), "batch": closed.batch(2)}
     context = visit.context(closed)
     context.add_init_script(LATE_ANSWERS)
@@ -1182,7 +1178,7 @@ def test_a_view_that_is_left_while_it_loads_changes_nothing_later(
 # Keys
 
 
-def test_a_key_is_asked_for_once_and_a_wrong_one_is_said(visit: Visit, closed: Site) -> None:
+def test_the_key_is_requested_once_and_a_wrong_key_is_reported(visit: Visit, closed: Site) -> None:
     visit.expected.append("status of 401")
     page = visit.page(closed, "new-batch", has_key=False)
     dialog = page.get_by_role("dialog", name="This server needs a key")
@@ -1204,22 +1200,22 @@ def test_a_key_is_asked_for_once_and_a_wrong_one_is_said(visit: Visit, closed: S
     expect(dialog).to_be_visible()
 
 
-KEPT = """async () => [
+STORED_NAMES = """async () => [
     ...Object.keys(sessionStorage), ...Object.keys(localStorage),
     ...(await indexedDB.databases()).map((each) => each.name),
 ]"""
 
 
-#: ``wait_for_function`` would need ``eval``, which the policy of the page forbids, if it had to look twice.
-UNTIL_FILE_IS_KEPT = """() => new Promise((done) => {
-    const isKept = () => Object.keys(sessionStorage).some((name) => name.endsWith("batch file"));
-    const look = () => (isKept() ? done() : setTimeout(look, 20));
+#: ``wait_for_function`` needs ``eval`` to poll, which the content security policy of the page forbids.
+UNTIL_FILE_IS_STORED = """() => new Promise((done) => {
+    const isStored = () => Object.keys(sessionStorage).some((name) => name.endsWith("batch file"));
+    const look = () => (isStored() ? done() : setTimeout(look, 20));
     look();
 })"""
 
 
-def test_who_forgets_the_key_leaves_nothing_in_the_browser(visit: Visit, closed: Site) -> None:
-    """Neither a draft, nor the rows that were chosen, nor what is being typed; what others keep there stays."""
+def test_forgetting_the_key_leaves_nothing_in_the_browser(visit: Visit, closed: Site) -> None:
+    """Drafts, chosen rows and unfinished input are deleted. Data of other apps stays."""
     visit.expected.append("status of 401")
     page = visit.page(closed, "agent/count_up", has_key=False)
     dialog = page.get_by_role("dialog", name="This server needs a key")
@@ -1230,23 +1226,23 @@ def test_who_forgets_the_key_leaves_nothing_in_the_browser(visit: Visit, closed:
     page.evaluate("localStorage.setItem('flock:/elsewhere/:theme', 'light')")
     page.goto(f"{closed.url}/ui#/new-batch?agent=count_up")
     choose(page, "rows.csv", "n\n1\n")
-    page.evaluate(UNTIL_FILE_IS_KEPT)
-    kept = " ".join(page.evaluate(KEPT))
+    page.evaluate(UNTIL_FILE_IS_STORED)
+    stored = " ".join(page.evaluate(STORED_NAMES))
     for name in ("key", "draft count_up", "batch file", "theme", f"flock:{closed.prefix}/"):
-        assert name in kept
+        assert name in stored
     page.get_by_label("or paste rows").fill("n\n2\n")
     page.get_by_role("button", name="Remove key").click()
     expect(dialog).to_be_visible()
-    assert page.evaluate(KEPT) == ["flock:/elsewhere/:theme"]
+    assert page.evaluate(STORED_NAMES) == ["flock:/elsewhere/:theme"]
 
 
-# Everywhere
+# All views
 
 VIEWS = ("agents", "agent/order", "run", "runs", "new-batch?agent=count_up", "new-batch?agent=book", "batch", "batches")
 
 
 def walk(page: Page, site: Site, ids: dict[str, str]) -> Iterator[str]:
-    """Each view in turn, with something in it."""
+    """Show each view in turn, with some content."""
     for view in VIEWS:
         page.goto(f"{site.url}/ui#/{view}{'/' + ids[view] if view in ids else ''}")
         page.locator("main:not([aria-busy]) h1").wait_for()
@@ -1262,10 +1258,10 @@ def walk(page: Page, site: Site, ids: dict[str, str]) -> Iterator[str]:
 
 @pytest.mark.parametrize("width", [1200, 360])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_and_narrow_screens_need_no_sideways_scrolling(
+def test_axe_finds_no_violation_and_narrow_screens_do_not_scroll_sideways(
     visit: Visit, closed: Site, theme: str, width: int
 ) -> None:
-    """By the theme of the system where it is wide, and by the page's own switch where it is narrow."""
+    """A wide screen uses the theme of the system, and a narrow one the switch of the page."""
     (closed.folder / "mend").unlink(missing_ok=True)
     ids = {"run": closed.run("deliver", parcel="cake", gate="never"), "batch": closed.batch(20)}
     scheme = theme if width > 400 else "light" if theme == "dark" else "dark"
@@ -1279,7 +1275,7 @@ def test_axe_finds_nothing_and_narrow_screens_need_no_sideways_scrolling(
         assert page.evaluate("document.scrollingElement.scrollWidth") <= width, view
 
 
-def test_a_run_by_keyboard_alone(visit: Visit, site: Site) -> None:
+def test_a_run_can_be_started_with_the_keyboard_alone(visit: Visit, site: Site) -> None:
     page = visit.page(site)
     page.get_by_role("heading", name="Agents").wait_for()
     focused = page.locator(":focus")
@@ -1289,9 +1285,9 @@ def test_a_run_by_keyboard_alone(visit: Visit, site: Site) -> None:
             page.keyboard.press("Tab")
             if target.evaluate("element => element === document.activeElement"):
                 outline = focused.evaluate("element => getComputedStyle(element).outlineStyle")
-                assert outline != "none", "the focus cannot be seen"
+                assert outline != "none", "the focus is not visible"
                 return
-        raise AssertionError(f"Tab never gets to {target}")
+        raise AssertionError(f"Tab never reaches {target}")
 
     page.keyboard.press("Tab")
     expect(focused).to_have_text("Skip to the content")
@@ -1307,7 +1303,7 @@ def test_a_run_by_keyboard_alone(visit: Visit, site: Site) -> None:
     expect(page.get_by_role("status").filter(has_text="The run completed.")).to_be_attached()
 
 
-def test_who_wants_less_motion_gets_none(visit: Visit, closed: Site, gate: str) -> None:
+def test_reduced_motion_turns_animations_off(visit: Visit, closed: Site, gate: str) -> None:
     run_id = closed.start("research", topic="tea", gate=gate)
     for motion, animations in (("reduce", 0), ("no-preference", 1)):
         page = visit.page(closed, f"run/{run_id}", reduced_motion=motion)
@@ -1341,7 +1337,7 @@ def test_a_reload_loses_nothing(visit: Visit, closed: Site) -> None:
     expect(page.get_by_label("Rows in parallel")).to_have_value("7")
 
 
-def test_what_was_deleted_is_said_to_be_gone(visit: Visit, closed: Site) -> None:
+def test_a_deleted_run_or_batch_is_reported_as_gone(visit: Visit, closed: Site) -> None:
     visit.expected.append("status of 404")
     run_id, batch_id = closed.run("defaults", name="x"), closed.batch(2)
     page = visit.page(closed, f"run/{run_id}")
@@ -1355,8 +1351,8 @@ def test_what_was_deleted_is_said_to_be_gone(visit: Visit, closed: Site) -> None
     expect(page.get_by_role("alert")).to_contain_text("It was deleted, or the link is incomplete")
 
 
-def test_a_server_that_is_away_is_said_and_comes_back_by_itself(visit: Visit, tmp_path: Path, gate: str) -> None:
-    """Killed in the middle of a run that is watched, of a list, and of a form that is sent; started again."""
+def test_the_page_reports_an_unreachable_server_and_recovers_by_itself(visit: Visit, tmp_path: Path, gate: str) -> None:
+    """The server is killed while pages show a run, a list and a form that is sent. Then it is restarted."""
     visit.expected += [
         "ERR_CONNECTION_REFUSED",
         "ERR_CONNECTION_RESET",
@@ -1389,7 +1385,7 @@ def test_a_server_that_is_away_is_said_and_comes_back_by_itself(visit: Visit, tm
             expect(page.locator("#unavailable")).to_be_hidden()
 
 
-def test_first_paint_needs_five_requests_and_a_tenth_of_what_it_may(visit: Visit, site: Site) -> None:
+def test_the_first_paint_needs_five_requests_and_15_kb(visit: Visit, site: Site) -> None:
     context = visit.context(site)
     page = context.new_page()
     answers: list[Response] = []

@@ -1,4 +1,4 @@
-"""The page's scripts import from layer to layer, down, and never in a circle: main, views, library."""
+"""The page's scripts import only from lower layers (main, views, library), and never in a cycle."""
 
 import graphlib
 import re
@@ -16,7 +16,7 @@ VIEWS = set(re.findall(r'import\("\./([\w.]+)"\)', SCRIPTS[ENTRY]))
 
 
 def imports_of(script: str) -> set[str]:
-    """Its static imports, however they are written."""
+    """Return the static imports of a script, in any notation."""
     return set(re.findall(r"""^(?:import|export)\b[^;]*?["']\./([\w.]+)["']""", SCRIPTS[script], re.MULTILINE))
 
 
@@ -24,25 +24,25 @@ def rank_of(script: str) -> int:
     return 2 if script == ENTRY else 1 if script in VIEWS else 0
 
 
-def test_the_entry_names_all_views() -> None:
+def test_the_entry_loads_every_view() -> None:
     assert {name for name, text in SCRIPTS.items() if "export async function show(" in text} == VIEWS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_imports_library_modules_only(script: str) -> None:
-    """So neither a view nor the entry is imported, except that the entry loads views when they are shown."""
+    """No script imports a view or the entry, except that the entry loads a view when it is shown."""
     assert {rank_of(imported) for imported in imports_of(script)} <= {0}
     assert script == ENTRY or "import(" not in SCRIPTS[script]
 
 
-def test_there_is_no_import_circle() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {script: imports_of(script) for script in SCRIPTS}
     assert list(graphlib.TopologicalSorter(graph).static_order())
-    assert set().union(*graph.values()) | VIEWS | {ENTRY} == SCRIPTS.keys(), "a script that nothing imports"
+    assert set().union(*graph.values()) | VIEWS | {ENTRY} == SCRIPTS.keys(), "a script is never imported"
 
 
-def test_the_bundle_can_be_made_of_the_scripts() -> None:
-    """What is imported keeps its name, and modules that are served as one file declare no name twice."""
+def test_the_scripts_can_be_bundled() -> None:
+    """Imports keep their names, and no name is declared twice in the bundle."""
     for script, text in SCRIPTS.items():
         assert {found["module"].decode() for found in IMPORT.finditer(text.encode())} == imports_of(script)
         for found in IMPORT.finditer(text.encode()):
@@ -54,7 +54,7 @@ def test_the_bundle_can_be_made_of_the_scripts() -> None:
     assert not IMPORT.search(bundle.encode())
 
 
-def test_no_served_script_imports_what_is_not_served() -> None:
+def test_served_scripts_import_only_served_scripts() -> None:
     served = {name: file.plain.decode() for name, file in ui_files("").items() if Path(name).suffix == ".js"}
     for text in served.values():
         assert set(re.findall(r'from "\./([\w.]+)"', text)) <= served.keys()

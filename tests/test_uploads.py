@@ -1,4 +1,4 @@
-"""Rows over HTTP: CSV, NDJSON and files in, JSON, NDJSON and CSV out."""
+"""Rows over HTTP: uploads of CSV, NDJSON and server files, and downloads of JSON, NDJSON and CSV."""
 
 import contextlib
 import csv
@@ -38,7 +38,7 @@ from tests.support.servers import flockapi_command, running
 
 pytestmark = pytest.mark.anyio
 
-#: How many files are made up for each format; .ci/nightly has 2,000 of them.
+#: The number of generated files for each format. .ci/nightly generates 2,000.
 EXAMPLES = int(os.environ.get("UPLOAD_EXAMPLES", "300"))
 
 CSV = {"Content-Type": "text/csv"}
@@ -124,7 +124,7 @@ async def send(
 
 
 async def results(client: httpx.AsyncClient, accepted: httpx.Response) -> list[Any]:
-    """What came of it, or the errors."""
+    """Return the result or the error of each item."""
     assert accepted.status_code == 202, accepted.text
     batch = (await client.get(accepted.headers["Location"], params={"wait": 30})).json()
     assert batch["completed_items"] == batch["total_items"]
@@ -139,8 +139,8 @@ async def results(client: httpx.AsyncClient, accepted: httpx.Response) -> list[A
 
 
 @of_every_engine
-async def test_cells_become_what_the_signature_says(client: httpx.AsyncClient) -> None:
-    """Numbers, truth values, dates, lists and objects; an empty cell is a default, null, or the empty text."""
+async def test_cells_are_converted_to_the_types_of_the_signature(client: httpx.AsyncClient) -> None:
+    """Numbers, booleans, dates, lists and objects. An empty cell is the default, null or an empty string."""
     content = (
         "\ufefftext,n,share,is_new,tags,kind,day,more\r\n"
         'a,1,0.5,TRUE,"[""x"", ""y""]",b,2026-01-02,"{""k"": 1}"\r\n'
@@ -161,13 +161,13 @@ async def test_cells_become_what_the_signature_says(client: httpx.AsyncClient) -
 
 
 @pytest.mark.parametrize(("delimiter", "name"), [(";", ";"), ("\t", "tab"), ("|", "|")])
-async def test_cells_may_be_divided_otherwise(delimiter: str, name: str, client: httpx.AsyncClient) -> None:
+async def test_the_delimiter_can_be_chosen(delimiter: str, name: str, client: httpx.AsyncClient) -> None:
     content = delimiter.join(["n", "text", "note"]) + "\n" + delimiter.join(["1", "a,b", "c"])
     assert await results(client, await send(client, "need", content.encode(), delimiter=delimiter)) == ["1 'a,b' 'c'"]
 
 
-async def test_columns_are_renamed_and_gaps_filled(client: httpx.AsyncClient) -> None:
-    """What a row has wins over what is the same for all; an empty cell is a gap."""
+async def test_columns_can_be_renamed_and_gaps_filled(client: httpx.AsyncClient) -> None:
+    """A value in a row overrides a static input. An empty cell is a gap."""
     query: Any = {"input_mapping": {"Message": "text"}, "static_inputs": {"n": 5, "note": "all"}}
     found = await results(client, await send(client, "need", b"Message,note\nhi,own\nho,\n", **query))
     assert found == ["5 'hi' 'own'", "5 'ho' 'all'"]
@@ -176,7 +176,7 @@ async def test_columns_are_renamed_and_gaps_filled(client: httpx.AsyncClient) ->
 @pytest.mark.parametrize(
     ("agent_name", "content", "query", "errors"),
     [
-        pytest.param("need", b"", {}, [("", 1, "no header")], id="nothing"),
+        pytest.param("need", b"", {}, [("", 1, "no header")], id="empty"),
         pytest.param("need", b"\n\n", {}, [("", 1, "no header")], id="empty lines"),
         pytest.param("show", b"text\n", {}, [("/batch_inputs", None, "at least one item")], id="a header only"),
         pytest.param("show", b"text,x\na,1\n", {}, [("/x", 1, "no input 'x'")], id="an unknown column"),
@@ -197,18 +197,18 @@ async def test_columns_are_renamed_and_gaps_filled(client: httpx.AsyncClient) ->
             [("/n", 3, "got 'str'"), ("", 6, "has 1 cells"), ("", 7, "has 3 cells"), ("/n", 8, "got 'float'")],
             id="rows that do not fit, each with its line",
         ),
-        pytest.param("show", b"text,n\na,007\n", {}, [("/n", 2, "got 'str'")], id="no number"),
-        pytest.param("show", b"text,n\na," + b"9" * 5000, {}, [("/n", 2, "")], id="a number without an end"),
-        pytest.param("show", b"text,tags\na,[1]\n", {}, [("/tags/0", 2, "got 'int'")], id="within a list"),
+        pytest.param("show", b"text,n\na,007\n", {}, [("/n", 2, "got 'str'")], id="not a number"),
+        pytest.param("show", b"text,n\na," + b"9" * 5000, {}, [("/n", 2, "")], id="a very long number"),
+        pytest.param("show", b"text,tags\na,[1]\n", {}, [("/tags/0", 2, "got 'int'")], id="inside a list"),
         pytest.param("show", b"text\na\n\xff\n", {}, [("", 3, "not UTF-8")], id="not UTF-8"),
         pytest.param("show", b'text\n"a\n', {}, [("", 2, "unexpected end of data")], id="a quote that is not closed"),
-        pytest.param("show", b'text\n"a"b\n', {}, [("", 2, "expected after")], id="text behind a quote"),
+        pytest.param("show", b'text\n"a"b\n', {}, [("", 2, "expected after")], id="text after a quote"),
         pytest.param(
             "show",
             b"text\na\nb\n",
             {"static_inputs": {"n": "x"}},
             [("/static_inputs/n", None, "got 'str'")],
-            id="a static input is told once",
+            id="a static input is reported once",
         ),
         pytest.param("show", b"text\na\n", {"static_inputs": "[1]"}, [("", None, "JSON object")], id="static inputs"),
         pytest.param("show", b"text\na\n", {"input_mapping": "{"}, [("", None, "JSON object")], id="a mapping"),
@@ -223,7 +223,7 @@ async def test_columns_are_renamed_and_gaps_filled(client: httpx.AsyncClient) ->
     ],
 )
 @pytest.mark.slow
-async def test_what_is_wrong_with_csv_is_told_with_its_line(
+async def test_errors_in_csv_are_reported_with_their_line(
     agent_name: str, content: bytes, query: Any, errors: Any, client: httpx.AsyncClient
 ) -> None:
     response = await send(client, agent_name, content, **query)
@@ -235,19 +235,19 @@ async def test_what_is_wrong_with_csv_is_told_with_its_line(
     assert (await client.get("/batches")).json()["batches"] == []
 
 
-async def test_an_upload_without_its_agent_is_told_what_to_add(client: httpx.AsyncClient) -> None:
+async def test_an_upload_without_an_agent_is_refused_with_what_to_add(client: httpx.AsyncClient) -> None:
     response = await client.post("/run/batch", content=b"text\na\n", headers=CSV)
     assert response.status_code == 422
     assert response.json()["errors"][0]["detail"] == "'agent_name' is missing in the query. Add ?agent_name="
 
 
-async def test_of_many_errors_a_hundred_are_told(client: httpx.AsyncClient) -> None:
+async def test_at_most_a_hundred_errors_are_reported(client: httpx.AsyncClient) -> None:
     response = await send(client, "show", b"text,n\n" + b"a,x\n" * 2000)
     assert response.status_code == 422
     assert [error["line"] for error in response.json()["errors"]] == list(range(2, 102))
 
 
-async def test_an_agent_that_is_not_there_is_404_whatever_is_sent(client: httpx.AsyncClient) -> None:
+async def test_an_unknown_agent_is_404_for_any_content_type(client: httpx.AsyncClient) -> None:
     for headers in (CSV, NDJSON):
         assert (await send(client, "nobody", b"text\na\n", headers)).status_code == 404
 
@@ -256,8 +256,8 @@ async def test_an_agent_that_is_not_there_is_404_whatever_is_sent(client: httpx.
 
 
 @of_every_engine
-async def test_lines_become_items(client: httpx.AsyncClient) -> None:
-    """With a BOM or CRLF, empty lines between, and no newline at the end; also cut anywhere on the way."""
+async def test_ndjson_lines_become_items(client: httpx.AsyncClient) -> None:
+    """With a BOM, CRLF, empty lines and no final newline, and split into chunks anywhere."""
     content = '\ufeff{"text": "ä", "n": 1}\r\n\r\n  {"text": "b", "more": {"x": 1}}\n{"text":"c"}'.encode()
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -269,7 +269,7 @@ async def test_lines_become_items(client: httpx.AsyncClient) -> None:
         assert [json.loads(each)[:2] for each in found] == [["ä", 1], ["b", 0], ["c", 0]]
 
 
-async def test_what_is_wrong_with_a_line_is_told_with_it(client: httpx.AsyncClient) -> None:
+async def test_errors_in_ndjson_are_reported_with_their_line(client: httpx.AsyncClient) -> None:
     lines = [
         b'{"text": "a"}',
         b"[1]",
@@ -299,12 +299,12 @@ async def test_what_is_wrong_with_a_line_is_told_with_it(client: httpx.AsyncClie
     assert {item["error_type"] for item in batch["results"][1:]} == {"invalid_input"}
 
 
-# How it is sent
+# Transfer
 
 
 @of_every_engine
-async def test_gzip_is_unpacked_as_it_arrives(client: httpx.AsyncClient) -> None:
-    """Also in several members, and cut anywhere."""
+async def test_gzip_is_decompressed_as_it_arrives(client: httpx.AsyncClient) -> None:
+    """Even in several members, and split into chunks anywhere."""
     packed = gzip.compress(b"n,text,note\n1,a,\n") + gzip.compress(b"2,b,\n")
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -319,17 +319,17 @@ async def test_gzip_is_unpacked_as_it_arrives(client: httpx.AsyncClient) -> None
 @pytest.mark.parametrize(
     ("content", "encoding", "status", "words"),
     [
-        pytest.param(b"text\na\n", "gzip", 422, "cannot be decompressed", id="no gzip"),
-        pytest.param(gzip.compress(b"text\na\n" * 99)[:-9], "gzip", 422, "its end is missing", id="cut off"),
+        pytest.param(b"text\na\n", "gzip", 422, "cannot be decompressed", id="not gzip"),
+        pytest.param(gzip.compress(b"text\na\n" * 99)[:-9], "gzip", 422, "its end is missing", id="truncated"),
         pytest.param(gzip.compress(b"text\n" + b"\n" * 10**7), "gzip", 413, "longer than 400000", id="a bomb"),
         pytest.param(b"text\n" + b"a" * 30_000, "", 413, "longer than 20000 bytes", id="a long row"),
-        pytest.param(b'text\n"' + b"a\n" * 60_000, "", 413, "line 2 is longer than 20000", id="a quote for ever"),
+        pytest.param(b'text\n"' + b"a\n" * 60_000, "", 413, "line 2 is longer than 20000", id="an unterminated quote"),
         pytest.param(b"text\n" + b"a\n" * 3001, "", 413, "more than 3000 items", id="many rows"),
-        pytest.param(b"text\na\n", "br", 415, "Use gzip", id="another packing"),
-        pytest.param(b"text\na\n", "gzip, gzip", 415, "Use gzip", id="packed twice"),
+        pytest.param(b"text\na\n", "br", 415, "Use gzip", id="another encoding"),
+        pytest.param(b"text\na\n", "gzip, gzip", 415, "Use gzip", id="compressed twice"),
     ],
 )
-async def test_what_is_too_much_or_cannot_be_unpacked_is_refused(
+async def test_a_body_that_is_too_large_or_cannot_be_decompressed_is_refused(
     content: bytes, encoding: str, status: int, words: str, client: httpx.AsyncClient, app: FlockAPI
 ) -> None:
     headers = CSV | ({"Content-Encoding": encoding} if encoding else {})
@@ -349,9 +349,7 @@ async def test_a_long_line_of_ndjson_is_refused(client: httpx.AsyncClient) -> No
 
 
 @pytest.mark.parametrize("levels", [100, 101, 950])
-async def test_json_in_cells_and_in_the_query_is_no_deeper_than_elsewhere(
-    levels: int, client: httpx.AsyncClient
-) -> None:
+async def test_json_in_cells_and_in_the_query_has_the_usual_depth_limit(levels: int, client: httpx.AsyncClient) -> None:
     nested = "[" * (levels - 1) + "]" * (levels - 1)
     cell = await send(client, "nest", f"more\n{'[' + nested + ']'}\n".encode())
     query = await send(client, "nest", b"{}\n", NDJSON, static_inputs=f'{{"more":{nested}}}')
@@ -362,7 +360,7 @@ async def test_json_in_cells_and_in_the_query_is_no_deeper_than_elsewhere(
     assert "nested deeper than 100 levels" in query.text
 
 
-async def test_static_inputs_do_not_make_much_of_little(client: httpx.AsyncClient) -> None:
+async def test_static_inputs_count_toward_the_size_limit_in_every_row(client: httpx.AsyncClient) -> None:
     static = {"text": "x" * 1000}
     response = await send(client, "show", b"n\n" + b"1\n" * 1000, static_inputs=static)
     assert response.status_code == 413
@@ -371,8 +369,8 @@ async def test_static_inputs_do_not_make_much_of_little(client: httpx.AsyncClien
 
 @pytest.mark.parametrize("media_type", [CSV, NDJSON])
 @pytest.mark.alone
-async def test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do(media_type: Any) -> None:
-    """Nothing is read again for each of them."""
+async def test_a_long_row_in_tiny_chunks_is_read_in_linear_time(media_type: Any) -> None:
+    """No chunk makes it scan the row again."""
     row = b'"' + b"a\n" * 60_000 + b'"\n' if media_type is CSV else b'{"text": "' + b"a" * 120_000 + b'"}\n'
     content = (b"text\n" if media_type is CSV else b"") + row
 
@@ -390,8 +388,8 @@ async def test_a_long_row_in_the_smallest_pieces_takes_no_longer_than_they_do(me
     assert time.thread_time() - began < 3
 
 
-async def test_a_cell_that_is_too_long_for_csv_may_be_sent_otherwise() -> None:
-    """Python's reader has a bound, the same for a whole process."""
+async def test_a_cell_that_is_too_long_for_csv_is_refused_with_a_hint() -> None:
+    """Python's reader has a limit, which applies to the whole process."""
     row_mapping = RowMapping(Signature.of("text: str"), None, None, lambda: 0)
     pieces = _in_pieces(b"text\n" + b"a" * 140_000, 10_000)
     rows = csv_rows(pieces, row_mapping, CSVDialect(), max_row_bytes=10**6, max_depth=50)
@@ -400,7 +398,7 @@ async def test_a_cell_that_is_too_long_for_csv_may_be_sent_otherwise() -> None:
 
 
 @of_every_engine
-async def test_an_upload_that_stalls_is_dropped(client: httpx.AsyncClient) -> None:
+async def test_a_stalled_upload_is_dropped(client: httpx.AsyncClient) -> None:
     async def stalls() -> AsyncIterator[bytes]:
         yield b"text\n" + b"a\n" * 1500
         await anyio.sleep(5)
@@ -414,8 +412,8 @@ async def test_an_upload_that_stalls_is_dropped(client: httpx.AsyncClient) -> No
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_an_upload_that_breaks_off_leaves_nothing() -> None:
-    """A real connection that ends in the middle; what was staged by then is deleted soon."""
+def test_an_interrupted_upload_leaves_nothing() -> None:
+    """A real connection ends in the middle. The staged rows are soon deleted."""
 
     def staged() -> int:
         with contextlib.closing(sqlite3.connect("flock.db")) as db:
@@ -443,8 +441,8 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None
 
 
 @of_every_engine
-async def test_the_same_upload_under_a_key_is_one_batch(client: httpx.AsyncClient) -> None:
-    """Another body, or another option, is another request."""
+async def test_repeated_uploads_with_one_key_make_one_batch(client: httpx.AsyncClient) -> None:
+    """A different body or option is a different request."""
     headers = CSV | {"Idempotency-Key": "k"}
     first = await send(client, "show", b"text\na\n", headers)
     again = await send(client, "show", b"text\na\n", headers)
@@ -455,7 +453,7 @@ async def test_the_same_upload_under_a_key_is_one_batch(client: httpx.AsyncClien
     assert len(await listed(client, 1)) == 1
 
 
-# Files of the server
+# Server files
 
 
 @pytest.fixture
@@ -475,15 +473,15 @@ def folder() -> Path:
     return folder
 
 
-async def test_a_long_file_of_the_named_folder_is_read(folder: Path, client: httpx.AsyncClient) -> None:
-    """However much longer it is than the body that names it, up to ``max_upload_bytes``."""
+async def test_a_long_file_in_csv_dir_is_read(folder: Path, client: httpx.AsyncClient) -> None:
+    """It may be longer than ``max_body_bytes``, up to ``max_upload_bytes``."""
     (folder / "long.csv").write_text("text\n" + f"{'x' * 19_000}\n" * 20)
     response = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": "long.csv"})
     assert len(await results(client, response)) == 20
 
 
 @pytest.mark.parametrize("name", ["good.csv", "./deep/../good.csv", "inside.csv"])
-async def test_a_file_of_the_named_folder_is_read(name: str, folder: Path, client: httpx.AsyncClient) -> None:
+async def test_a_file_in_csv_dir_is_read(name: str, folder: Path, client: httpx.AsyncClient) -> None:
     response = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": name})
     assert [json.loads(each)[0] for each in await results(client, response)] == ["a", "b"]
 
@@ -497,9 +495,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.slow
-async def test_no_other_file_is_and_nobody_learns_which_there_are(
-    name: str, folder: Path, client: httpx.AsyncClient
-) -> None:
+async def test_no_other_file_is_read_or_disclosed(name: str, folder: Path, client: httpx.AsyncClient) -> None:
     body = json.dumps({"agent_name": "show", "batch_inputs": name})
     response = await client.post("/run/batch", content=body, headers={"Content-Type": "application/json"})
     if name == "\ud800":
@@ -511,10 +507,10 @@ async def test_no_other_file_is_and_nobody_learns_which_there_are(
     assert "secret" not in response.text.replace(name, "")
 
 
-async def test_a_link_that_is_put_there_meanwhile_is_not_followed(
+async def test_a_symlink_that_replaces_a_folder_meanwhile_is_not_followed(
     folder: Path, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By whoever may write below the folder, between the look at where a file lies and its opening."""
+    """Someone with write access swaps it in between the check of the path and the opening of the file."""
 
     def swap(*args: Any, open_: Any = os.open, **options: Any) -> int:
         if not (folder / "deep").is_symlink():
@@ -529,7 +525,7 @@ async def test_a_link_that_is_put_there_meanwhile_is_not_followed(
     assert response.status_code == 422
 
 
-async def test_without_a_named_folder_no_file_is_read(folder: Path) -> None:
+async def test_without_csv_dir_no_file_is_read(folder: Path) -> None:
     app = create_app(upload_flock(), store=":memory:")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         for name in ("rows/good.csv", "missing.csv", "/etc/passwd", "http://x/y.csv"):
@@ -538,7 +534,7 @@ async def test_without_a_named_folder_no_file_is_read(folder: Path) -> None:
             assert "csv_dir" in response.json()["detail"]
 
 
-# Rows out
+# Downloads
 
 
 async def finished(client: httpx.AsyncClient, agent_name: str, content: bytes, **query: Any) -> str:
@@ -549,7 +545,7 @@ async def finished(client: httpx.AsyncClient, agent_name: str, content: bytes, *
 
 
 @of_every_engine
-async def test_results_are_downloaded_as_each_likes(client: httpx.AsyncClient) -> None:
+async def test_results_are_downloaded_in_the_requested_format(client: httpx.AsyncClient) -> None:
     path = await finished(client, "fail", b"n\n0\n1\n2\n")
     wanted = [
         {"position": 0, "status": "completed", "inputs": {"n": 0}, "result": {"result": 0}, "error": None},
@@ -596,8 +592,8 @@ async def test_results_are_downloaded_as_each_likes(client: httpx.AsyncClient) -
     assert "\n1,,failed,=no 1" in (await client.get(path, params={"escape_formulas": "false", "format": "csv"})).text
 
 
-async def test_what_a_spreadsheet_would_run_is_text(client: httpx.AsyncClient) -> None:
-    """Numbers stay numbers, whatever their sign."""
+async def test_formulas_are_escaped_in_csv(client: httpx.AsyncClient) -> None:
+    """Numbers stay numbers, even negative ones."""
     texts = ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "a=1", ""]
     rows = io.StringIO()
     csv.writer(rows).writerows([["text", "n"], *([text, -5] for text in texts)])
@@ -606,7 +602,7 @@ async def test_what_a_spreadsheet_would_run_is_text(client: httpx.AsyncClient) -
     assert [row[:2] for row in table[1:]] == [[f"'{text}", "-5"] for text in texts[:6]] + [["a=1", "-5"], ["", "-5"]]
 
 
-async def test_what_takes_nothing_has_no_column_for_it() -> None:
+async def test_an_agent_without_inputs_has_no_input_columns() -> None:
     flock = Flock()
 
     @flock.agent
@@ -622,7 +618,7 @@ async def test_what_takes_nothing_has_no_column_for_it() -> None:
 
 @of_every_engine
 async def test_long_items_are_read_a_few_at_a_time(folder: Path, app: FlockAPI, client: httpx.AsyncClient) -> None:
-    """Of a download that nobody reads a page is held three times, and to write one as CSV keeps others waiting."""
+    """An unread download holds its page three times, and formatting a page as CSV blocks other requests."""
     app.options = msgspec.structs.replace(app.options, max_upload_bytes=2_000_000)
     (folder / "long.csv").write_text("text\n" + f"{'x' * 18_000}\n" * 60)
     accepted = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": "long.csv"})
@@ -631,8 +627,8 @@ async def test_long_items_are_read_a_few_at_a_time(folder: Path, app: FlockAPI, 
     assert 20 < len(page["results"]) < 40
 
 
-async def test_columns_of_one_name_are_told_apart() -> None:
-    """Inputs, what the last of several agents gives, status and error."""
+async def test_columns_with_the_same_name_get_a_prefix() -> None:
+    """For inputs, outputs of the last of several agents, status and error."""
     flock = Flock()
     flock.add_agent(FlockFactory.create_default_agent("never", input="a: int", output="b: str"))
 
@@ -661,7 +657,7 @@ async def test_columns_of_one_name_are_told_apart() -> None:
             assert (await client.get(path, params={"format": "csv"})).text.splitlines()[0] == "text,result,status,error"
 
 
-async def test_a_time_that_does_not_fit_is_answered_with_one_that_does_in_json_and_in_csv() -> None:
+async def test_an_invalid_time_is_reported_with_a_valid_example_in_json_and_csv() -> None:
     flock = Flock()
 
     @flock.agent
@@ -687,8 +683,8 @@ class Verdict(TypedDict):
     because: str
 
 
-async def test_columns_are_in_the_order_of_declaration() -> None:
-    """Of a TypedDict too, whatever the order in which the function fills it."""
+async def test_columns_are_in_declaration_order() -> None:
+    """Even if the function fills its TypedDict in another order."""
     flock = Flock()
 
     @flock.agent
@@ -706,8 +702,8 @@ async def test_columns_are_in_the_order_of_declaration() -> None:
 
 
 @pytest.mark.slow
-async def test_results_are_there_while_the_batch_goes_on_and_nothing_pretends_to_be_whole() -> None:
-    """What has ended by now is given; where the batch is deleted on the way, the download breaks off."""
+async def test_results_of_a_running_batch_can_be_downloaded_and_an_aborted_download_is_incomplete() -> None:
+    """A download has the items that have ended. If the batch is deleted meanwhile, the download is aborted."""
     flock, may_go = Flock(), anyio.Event()
 
     @flock.agent
@@ -747,7 +743,7 @@ async def test_results_are_there_while_the_batch_goes_on_and_nothing_pretends_to
 
 
 @of_every_engine
-async def test_a_page_of_results_says_where_the_next_one_is(client: httpx.AsyncClient) -> None:
+async def test_a_page_of_results_links_to_the_next_one(client: httpx.AsyncClient) -> None:
     accepted = await send(client, "fail", b"n\n0\n1\n2\n3\n4\n", box_results="false", return_errors="false")
     await client.get(accepted.headers["Location"], params={"wait": 20})
     found, path = [], f"{accepted.headers['Location']}?limit=2"
@@ -760,8 +756,8 @@ async def test_a_page_of_results_says_where_the_next_one_is(client: httpx.AsyncC
 
 
 @of_every_engine
-async def test_what_belongs_to_others_is_not_there(app: FlockAPI) -> None:
-    """On no way that leads to a batch."""
+async def test_batches_of_other_principals_are_not_found(app: FlockAPI) -> None:
+    """On any route of a batch."""
     async with client_of(app, "ann") as ann, client_of(app, "bob") as bob:
         accepted = await send(ann, "fail", b"n\n0\n1\n")
         path = accepted.headers["Location"]
@@ -781,7 +777,7 @@ async def test_what_belongs_to_others_is_not_there(app: FlockAPI) -> None:
 
 
 async def listed(client: httpx.AsyncClient, count: int) -> list[str]:
-    """The batches of a list, once it has so many: a cluster's search is moments late."""
+    """Return the listed batches when there are at least *count*, because the search of a cluster lags behind."""
     with anyio.fail_after(PATIENCE_S):
         while True:
             found = [each["batch_id"] for each in (await client.get("/batches")).json()["batches"]]
@@ -791,7 +787,7 @@ async def listed(client: httpx.AsyncClient, count: int) -> list[str]:
 
 
 @of_every_engine
-async def test_lists_of_batches_go_on_by_their_links(client: httpx.AsyncClient) -> None:
+async def test_lists_of_batches_are_paged_by_links(client: httpx.AsyncClient) -> None:
     made = [(await send(client, "fail", b"n\n0\n")).json()["batch_id"] for _ in range(5)]
     await listed(client, 5)
     found, path = [], "/batches?limit=2&agent_name=fail"
@@ -818,15 +814,15 @@ async def test_lists_of_batches_go_on_by_their_links(client: httpx.AsyncClient) 
         (",;,", None),
     ],
 )
-def test_a_client_gets_what_it_likes_best(accept: str, best: str | None) -> None:
+def test_a_client_gets_its_preferred_media_type(accept: str, best: str | None) -> None:
     assert preferred(accept, ["a/x", "b/y"]) == best
 
 
-# Whatever is sent
+# Arbitrary input
 
 
 class Read(msgspec.Struct):
-    """What came of one body: rows, or an error that is a clean answer."""
+    """The outcome of one body: rows, or an error that is an expected answer."""
 
     rows: list[Any] | None
     error: FlockError | None = None
@@ -853,7 +849,7 @@ def _decoded(extra: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
 
 TWO_TEXTS = Signature.of("a: str, b: str")
 PIECES = st.integers(min_value=1, max_value=40)
-#: Cells and what stands between them, so that most bodies nearly are CSV.
+#: Cells and separators that make most bodies almost valid CSV.
 CELLS = st.sampled_from(
     [
         "a",
@@ -905,7 +901,7 @@ def _as_csv(rows: Any) -> str:
 )
 @pytest.mark.slow
 def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int, encoding: str, on_extra: Any) -> None:
-    """Exactly its rows, cut anywhere on the way; or an error with a line."""
+    """Either exactly its rows, with chunks split anywhere, or an error with a line."""
     if encoding == "cp1252":
         text = text.encode(encoding, "ignore").decode(encoding)
     content = text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
@@ -934,8 +930,8 @@ def test_any_csv_is_refused_or_read_as_python_reads_it(text: str, size: int, enc
     whole=st.integers(0, 10**20),
     fraction=st.from_regex(r"([0-9]{1,5})?", fullmatch=True),
 )
-def test_a_number_is_read_as_it_is_written_or_not_at_all(sign: str, whole: int, fraction: str) -> None:
-    """In neither dialect is a separator of thousands taken for a decimal sign, or the other way round."""
+def test_a_number_is_read_as_it_is_written_or_refused(sign: str, whole: int, fraction: str) -> None:
+    """Neither dialect confuses a thousands separator with a decimal sign."""
     dot, comma = CSVDialect(), CSVDialect(decimal=",")
     written = f"{sign}{whole}.{fraction}" if fraction else f"{sign}{whole}"
     assert dot.json_number(written) == comma.json_number(written.replace(".", ",")) == written

@@ -1,4 +1,4 @@
-"""What waits, and what is not read, is in the store and not in memory; real servers, sockets and files."""
+"""Queued runs and unread results stay in the store, not in memory. Uses real servers, sockets and files."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ from tests.support.http import client_of
 from tests.support.servers import Server, memory_kib, serving
 from tests.support.sockets import connected, read_to_end
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells the memory")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux reports the memory")
 
 FLOCK = """
 import anyio
@@ -53,7 +53,7 @@ async def long(n: int) -> str:
 """
 RUNS = 40
 RUN_BYTES = 1_000_000
-#: Much less than RUNS * RUN_BYTES, and more than what a server needs for the requests themselves.
+#: Much less than RUNS * RUN_BYTES, and more than a server needs for the requests themselves.
 MAX_GROWTH_KIB = 20 * 1024
 
 
@@ -93,10 +93,10 @@ def submit_batch(client: httpx.Client) -> httpx.Response:
 @needs_proc
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("submit", [submit_run, submit_batch])
-def test_runs_that_wait_are_not_in_memory_neither_before_nor_after_a_crash(
+def test_queued_runs_are_not_in_memory_before_or_after_a_crash(
     submit: Callable[[httpx.Client], httpx.Response], workers: int, script: Path, tmp_path: Path
 ) -> None:
-    """250 of them with 1 MB each took 344 MB, and as much again after a restart."""
+    """250 runs of 1 MB took 344 MB, and as much again after a restart."""
     with serving(script, tmp_path, "--max-concurrency", "1", workers=workers) as server:
         occupy(server, workers)
         idle_kib = memory_kib(server)
@@ -113,7 +113,7 @@ def test_runs_that_wait_are_not_in_memory_neither_before_nor_after_a_crash(
 
 
 @needs_proc
-def test_a_synchronous_request_that_waits_does_not_hold_its_body(script: Path, tmp_path: Path) -> None:
+def test_a_queued_synchronous_request_does_not_hold_its_body(script: Path, tmp_path: Path) -> None:
     body = json.dumps({"agent_name": "nap", "inputs": nap()}).encode()
     head = (
         b"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -131,12 +131,12 @@ def test_a_synchronous_request_that_waits_does_not_hold_its_body(script: Path, t
 LONG_RESULT = 8_000_000
 
 
-def ask(path: str) -> bytes:
+def get_request(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()
 
 
 def long_run(server: Server) -> str:
-    """The path of a run with a long result."""
+    """Return the path of a run with a long result."""
     run = {"agent_name": "long", "inputs": {"n": LONG_RESULT}, "async_run": True}
     path = f"/run/{httpx.post(f'{server.url}/run/flock', json=run).json()['run_id']}"
     assert httpx.head(f"{server.url}{path}?wait=60", timeout=60).headers["flock-run-status"] == "completed"
@@ -146,14 +146,14 @@ def long_run(server: Server) -> str:
 @needs_proc
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("suffix", ["/events", ""])
-def test_readers_who_do_not_read_do_not_hold_a_long_result(
+def test_stalled_readers_do_not_hold_a_long_result_in_memory(
     suffix: str, workers: int, script: Path, tmp_path: Path
 ) -> None:
-    """20 of them took 485 MB for a result of 8 MB, which is there twice: of the run, and of its step."""
+    """20 of them took 485 MB for a result of 8 MB, which is stored twice: with the run and with its step."""
     with serving(script, tmp_path, workers=workers) as server, contextlib.ExitStack() as stack:
         path = long_run(server) + suffix
         idle_kib = memory_kib(server)
-        unread = [stack.enter_context(connected(server, ask(path), size)) for size in (None, *[4096] * 19)]
+        unread = [stack.enter_context(connected(server, get_request(path), size)) for size in (None, *[4096] * 19)]
         for connection in unread:
             assert connection.recv(1) == b"H"
         grown_kib = memory_kib(server) - idle_kib
@@ -170,7 +170,7 @@ def test_readers_who_do_not_read_do_not_hold_a_long_result(
 
 
 class Work:
-    """A flock with an agent that keeps its slot, and others that say what they were given."""
+    """A flock with agents that hold their slot, and others that return their inputs."""
 
     def __init__(self) -> None:
         self.flock, self.calls, self.may_go, self.begun = Flock(), list[str](), anyio.Event(), anyio.Event()
@@ -206,7 +206,7 @@ class Work:
 
     @contextlib.asynccontextmanager
     async def busy(self, **options: Any) -> AsyncIterator[EmbeddedEngine]:
-        """An engine whose only slot is taken until ``may_go`` is set."""
+        """Open an engine whose only slot is taken until ``may_go`` is set."""
         async with self.flock.engine(**{"max_concurrency": 1, **options}) as engine:
             await engine.submit("hold", {})
             await self.begun.wait()
@@ -228,23 +228,23 @@ async def end_of(engine: EmbeddedEngine, run: Run) -> Run:
 
 
 def held(engine: EmbeddedEngine, run: Run) -> Run:
-    """What the engine has in memory of a run."""
+    """Return what the engine has of a run in memory."""
     return engine._runner.active[run.run_id].run
 
 
-async def left_in_store(engine: EmbeddedEngine, run: Run) -> None:
+async def until_only_in_store(engine: EmbeddedEngine, run: Run) -> None:
     await until(lambda: held(engine, run).is_stub)
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("is_async", [True, False])
-async def test_a_run_that_waited_is_given_its_inputs_and_results_at_each_step(is_async: bool, store: str) -> None:
-    """Between two steps it waits again, behind those who came meanwhile."""
+async def test_a_queued_run_has_its_inputs_and_results_at_each_step(is_async: bool, store: str) -> None:
+    """Between two steps it queues again, after the runs that arrived meanwhile."""
     work = Work()
     async with work.busy(store=store) as engine:
         runs = [await engine.submit("first", TEXT, is_async=is_async) for _ in range(3)]
         for run in runs:
-            await left_in_store(engine, run)
+            await until_only_in_store(engine, run)
         work.may_go.set()
         for run in runs:
             whole = await end_of(engine, run)
@@ -256,14 +256,14 @@ async def test_a_run_that_waited_is_given_its_inputs_and_results_at_each_step(is
 
 
 @pytest.mark.anyio
-async def test_a_run_that_waits_can_be_looked_at(store: str) -> None:
-    """Its record, and its events, are whole."""
+async def test_a_queued_run_can_be_read(store: str) -> None:
+    """Its record and its events are complete."""
     work = Work()
     async with work.flock.engine(store=store, max_concurrency=2) as engine:
         holders = [await engine.submit("lane", TEXT)]
         await work.begun.wait()
         run = await engine.submit("lane", TEXT)
-        await left_in_store(engine, run)
+        await until_only_in_store(engine, run)
         assert json.loads(bytes((await engine.get_run(run.run_id)).inputs)) == TEXT
         assert json.loads(bytes((await engine.wait(run.run_id, 0)).inputs)) == TEXT
         events = engine.events(run.run_id)
@@ -275,11 +275,11 @@ async def test_a_run_that_waits_can_be_looked_at(store: str) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("is_async", [True, False])
-async def test_a_run_that_waits_can_be_cancelled(is_async: bool, store: str) -> None:
+async def test_a_queued_run_can_be_cancelled_and_retried(is_async: bool, store: str) -> None:
     work = Work()
     async with work.busy(store=store) as engine:
         run = await engine.submit("read", TEXT, is_async=is_async)
-        await left_in_store(engine, run)
+        await until_only_in_store(engine, run)
         await engine.cancel_run(run.run_id)
         cancelled = await end_of(engine, run)
         assert cancelled.status is RunStatus.CANCELLED
@@ -291,7 +291,7 @@ async def test_a_run_that_waits_can_be_cancelled(is_async: bool, store: str) -> 
 
 
 @pytest.mark.anyio
-async def test_a_run_that_waits_too_long_ends(store: str) -> None:
+async def test_a_run_that_is_queued_too_long_fails(store: str) -> None:
     work = Work()
     async with work.busy(store=store, queue_timeout_s=0.05) as engine:
         failed = await end_of(engine, await engine.submit("read", TEXT))
@@ -300,7 +300,7 @@ async def test_a_run_that_waits_too_long_ends(store: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_run_that_has_a_slot_at_once_is_not_read(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_run_that_gets_a_slot_at_once_is_not_reread(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work()
     async with work.flock.engine(store=store) as engine:
         read: list[str] = []
@@ -311,14 +311,14 @@ async def test_a_run_that_has_a_slot_at_once_is_not_read(store: str, monkeypatch
 
 
 @pytest.mark.anyio
-async def test_a_run_is_not_lost_when_the_store_cannot_be_read_at_its_turn(
+async def test_a_queued_run_is_not_lost_if_the_store_cannot_be_read(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who waits for it is told meanwhile, and it goes on when the store can be read again."""
+    """A caller that waits for it gets an error, and the run resumes when the store can be read again."""
     work = Work()
     async with work.busy(store=store) as engine:
         run = await engine.submit("read", TEXT, is_async=False)
-        await left_in_store(engine, run)
+        await until_only_in_store(engine, run)
         with monkeypatch.context() as patch:
             patch.setattr(engine.store, "get_run", failing)
             work.may_go.set()
@@ -339,11 +339,11 @@ def write(path: str, query: str, *values: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_run_whose_record_is_damaged_while_it_waits_fails_as_unreadable(tmp_path: Path) -> None:
+async def test_a_run_damaged_while_it_is_queued_fails_as_unreadable(tmp_path: Path) -> None:
     work, path = Work(), str(tmp_path / "flock.db")
     async with work.busy(store=path) as engine:
         run = await engine.submit("read", TEXT)
-        await left_in_store(engine, run)
+        await until_only_in_store(engine, run)
         write(path, "UPDATE runs SET inputs = x'ff' WHERE run_id = ?", run.run_id)
         work.may_go.set()
         failed = await end_of(engine, run)
@@ -352,10 +352,10 @@ async def test_a_run_whose_record_is_damaged_while_it_waits_fails_as_unreadable(
 
 
 @pytest.mark.anyio
-async def test_a_run_whose_record_cannot_be_written_either_is_left_as_it_is(
+async def test_a_damaged_run_that_cannot_be_written_is_left_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To write it would fail what others write at the same time."""
+    """Writing it would fail the other writes of the same transaction."""
     work = Work()
 
     def damaged(run_id: str) -> Run:
@@ -363,7 +363,7 @@ async def test_a_run_whose_record_cannot_be_written_either_is_left_as_it_is(
 
     async with work.busy(store=tmp_path / "flock.db") as engine:
         run = await engine.submit("read", TEXT)
-        await left_in_store(engine, run)
+        await until_only_in_store(engine, run)
         with monkeypatch.context() as patch:
             patch.setattr(engine.store, "get_run", damaged)
             work.may_go.set()
@@ -375,11 +375,11 @@ async def test_a_run_whose_record_cannot_be_written_either_is_left_as_it_is(
 
 
 @pytest.mark.anyio
-async def test_a_run_that_another_engine_took_over_while_it_waited_is_not_begun(tmp_path: Path) -> None:
+async def test_a_queued_run_that_another_engine_took_over_is_not_started(tmp_path: Path) -> None:
     work, path = Work(), str(tmp_path / "flock.db")
     async with work.busy(store=path) as engine:
         run = await engine.submit("read", TEXT)
-        await left_in_store(engine, run)
+        await until_only_in_store(engine, run)
         write(path, "UPDATE runs SET owner = 'another' WHERE run_id = ?", run.run_id)
         work.may_go.set()
         await until(lambda: run.run_id not in engine._runner.active)
@@ -388,12 +388,12 @@ async def test_a_run_that_another_engine_took_over_while_it_waited_is_not_begun(
 
 
 @pytest.mark.anyio
-async def test_a_drain_leaves_what_waits_to_the_next_start(tmp_path: Path) -> None:
+async def test_a_drain_leaves_queued_runs_to_the_next_start(tmp_path: Path) -> None:
     work, path = Work(), str(tmp_path / "flock.db")
     async with work.busy(store=path) as engine:
         run, at_once = await engine.submit("read", TEXT), await engine.submit("read", TEXT, is_async=False)
-        await left_in_store(engine, run)
-        await left_in_store(engine, at_once)
+        await until_only_in_store(engine, run)
+        await until_only_in_store(engine, at_once)
         await engine.drain(0)
         assert (await engine.wait(at_once.run_id)).error_type == "interrupted"
     async with work.flock.engine(store=path) as engine:
@@ -403,7 +403,7 @@ async def test_a_drain_leaves_what_waits_to_the_next_start(tmp_path: Path) -> No
 
 
 @pytest.mark.anyio
-async def test_long_items_of_a_batch_are_read_when_their_turn_comes(store: str) -> None:
+async def test_long_items_of_a_batch_are_read_when_they_run(store: str) -> None:
     work = Work()
     texts = [{"text": "x" * length} for length in (1, 2 * LONG_BYTES, 2000, 3 * LONG_BYTES)]
     async with work.busy(store=store, max_concurrency=2) as engine:
@@ -419,7 +419,7 @@ async def test_long_items_of_a_batch_are_read_when_their_turn_comes(store: str) 
 
 
 @pytest.mark.anyio
-async def test_events_hold_no_long_result_and_read_it_from_the_record(store: str) -> None:
+async def test_events_read_a_long_result_from_the_store(store: str) -> None:
     work = Work()
     text = "é" * LONG_BYTES
     async with work.flock.engine(store=store) as engine:
@@ -443,7 +443,7 @@ async def test_events_hold_no_long_result_and_read_it_from_the_record(store: str
 
 
 @pytest.mark.anyio
-async def test_the_events_of_a_run_take_no_longer_than_a_few_reads_of_it(store: str) -> None:
+async def test_streaming_events_takes_no_longer_than_a_few_reads_of_the_run(store: str) -> None:
     """For 20 steps they took as long as 42 reads."""
     flock = Flock()
 
@@ -464,8 +464,8 @@ async def test_the_events_of_a_run_take_no_longer_than_a_few_reads_of_it(store: 
 
 
 @pytest.mark.anyio
-async def test_events_read_a_record_again_only_if_it_has_changed(tmp_path: Path) -> None:
-    """Also after a commit of another process, which may be about anything."""
+async def test_events_reread_a_record_only_if_it_has_changed(tmp_path: Path) -> None:
+    """Even after an unrelated commit by another process."""
     work, path, names = Work(), str(tmp_path / "flock.db"), list[str]()
     async with work.busy(store=path) as engine, work.flock.engine(store=path) as other:
         run = await engine.submit("read", TEXT)
@@ -490,8 +490,8 @@ async def test_events_read_a_record_again_only_if_it_has_changed(tmp_path: Path)
 
 
 @pytest.mark.anyio
-async def test_an_event_that_cannot_be_read_to_its_end_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A browser ignores an event without an empty line after it, and asks for it again."""
+async def test_an_event_that_cannot_be_read_completely_is_left_unterminated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser ignores an event without an empty line after it, and requests it again."""
     work = Work()
     engine = work.flock.engine()
     app = create_app(work.flock, engine=engine, auth="anybody")
@@ -499,13 +499,13 @@ async def test_an_event_that_cannot_be_read_to_its_end_is_not_taken_for_whole(mo
         run = await end_of(engine, await engine.submit("first", {"text": "x" * 3 * LONG_BYTES}))
         read_result = engine.store.read_result
 
-        def leave(run_id: str, position: int | None, start: int, length: int) -> bytes:
+        def read_only_the_start(run_id: str, position: int | None, start: int, length: int) -> bytes:
             if start == 0:
                 return read_result(run_id, position, start, length)
             engine._runner.is_draining = True
             raise StoreError("The store cannot be read now.")
 
-        monkeypatch.setattr(engine.store, "read_result", leave)
+        monkeypatch.setattr(engine.store, "read_result", read_only_the_start)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
             text = (await client.get(f"/run/{run.run_id}/events")).text
         *events, last = text.split("\n\n")
@@ -514,11 +514,11 @@ async def test_an_event_that_cannot_be_read_to_its_end_is_not_taken_for_whole(mo
         assert not last.endswith("\n")
 
 
-def test_an_answer_whose_run_is_deleted_while_it_is_read_is_cut(script: Path, tmp_path: Path) -> None:
-    """It ends before its announced length, so that nobody takes it for whole."""
+def test_an_answer_is_cut_off_if_its_run_is_deleted_meanwhile(script: Path, tmp_path: Path) -> None:
+    """It ends before its announced length, so no client mistakes it for complete."""
     with serving(script, tmp_path) as server:
         path = long_run(server)
-        with connected(server, ask(path), 4096) as connection:
+        with connected(server, get_request(path), 4096) as connection:
             assert connection.recv(1)
             assert httpx.delete(server.url + path).status_code == 204
             received = 0
@@ -537,7 +537,7 @@ async def test_retention_deletes_no_run_whose_result_is_being_sent(store: str) -
     engine = work.flock.engine(store=store, keep_for_s=0)
 
     def retaining(app: ASGIApp) -> ASGIApp:
-        """Delete what is old before each part of an answer."""
+        """Apply the retention before each part of an answer."""
 
         async def with_retention(scope: Scope, receive: Receive, send: Send) -> None:
             async def send_later(message: Message) -> None:
@@ -559,13 +559,13 @@ async def test_retention_deletes_no_run_whose_result_is_being_sent(store: str) -
             await engine.get_run(answer.json()["run_id"])
 
 
-# The queue in bytes
+# The byte limit of the queue
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("is_async", [True, False])
-async def test_a_queue_that_is_full_in_bytes_takes_no_more_until_a_run_begins(is_async: bool, store: str) -> None:
-    """A request that was accepted before is still a replay."""
+async def test_a_queue_at_its_byte_limit_refuses_runs_until_another_leaves_it(is_async: bool, store: str) -> None:
+    """A request that was accepted before is still replayed."""
     work = Work()
     async with work.busy(store=store, max_queue_bytes=5000) as engine:
         key = IdempotencyKey("key", b"")
@@ -585,7 +585,7 @@ async def test_a_queue_that_is_full_in_bytes_takes_no_more_until_a_run_begins(is
 
 
 @pytest.mark.anyio
-async def test_one_principal_has_half_of_the_bytes_of_the_queue(store: str) -> None:
+async def test_one_principal_can_use_half_of_the_queue_bytes(store: str) -> None:
     work = Work()
     async with work.busy(store=store, max_queue_bytes=5000) as engine:
         for _ in range(2):
@@ -596,7 +596,7 @@ async def test_one_principal_has_half_of_the_bytes_of_the_queue(store: str) -> N
 
 
 @pytest.mark.anyio
-async def test_runs_that_are_tried_again_at_the_same_time_count_for_the_bytes_of_the_queue(store: str) -> None:
+async def test_concurrent_retries_count_toward_the_queue_bytes(store: str) -> None:
     work = Work()
     async with work.busy(store=store, max_queue_bytes=5000) as engine:
         ids = []
@@ -610,7 +610,7 @@ async def test_runs_that_are_tried_again_at_the_same_time_count_for_the_bytes_of
 
 
 @pytest.mark.anyio
-async def test_a_host_that_stops_answers_a_run_that_waits_for_its_second_step_with_its_first(store: str) -> None:
+async def test_a_run_interrupted_before_its_second_step_is_answered_with_its_first(store: str) -> None:
     work, ended = Work(), list[Run]()
 
     @work.flock.agent(next_agent="lane")
@@ -627,13 +627,13 @@ async def test_a_host_that_stops_answers_a_run_that_waits_for_its_second_step_wi
             await work.begun.wait()
             run = await engine.submit("before", TEXT, is_async=False)
             tasks.start_soon(wait, run.run_id)
-            await left_in_store(engine, run)
+            await until_only_in_store(engine, run)
     assert [(end.status, end.error_type) for end in ended] == [(RunStatus.FAILED, "interrupted")]
     assert [msgspec.json.decode(step.result) for step in ended[0].steps] == [{"result": TEXT["text"][::-1]}]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_server_whose_queue_is_full_in_bytes_answers_429(workers: int, script: Path, tmp_path: Path) -> None:
+def test_a_server_at_its_queue_byte_limit_answers_429(workers: int, script: Path, tmp_path: Path) -> None:
     options = ("--max-concurrency", "1", "--max-queue-bytes", "1000000")
     with serving(script, tmp_path, *options, workers=workers) as server:
         occupy(server, workers)
@@ -651,8 +651,8 @@ def test_a_server_whose_queue_is_full_in_bytes_answers_429(workers: int, script:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("format_", RESULT_TYPES)
-async def test_a_download_that_is_not_read_does_not_hold_the_records_of_its_page(format_: str) -> None:
-    """It holds the text that is being sent, and held its records beside that."""
+async def test_a_stalled_download_does_not_hold_the_records_of_its_page(format_: str) -> None:
+    """It holds only the text that is being sent."""
     work, read = Work(), list[weakref.ref[Page[Run]]]()
     async with work.flock.engine() as engine:
         batch = await ended(engine, await engine.submit_batch("read", [TEXT] * 2, BatchOptions()))
@@ -673,8 +673,8 @@ async def test_a_download_that_is_not_read_does_not_hold_the_records_of_its_page
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("suffix", ["/results", "?limit=1000"])
-async def test_a_principal_is_sent_so_many_long_answers_at_the_same_time(suffix: str) -> None:
-    """A short page is always sent, and a place is free again when a client has gone."""
+async def test_concurrent_downloads_of_a_principal_are_limited(suffix: str) -> None:
+    """A short page is always sent, and a slot is free again when a client disconnects."""
     work = Work()
     app = create_app(work.flock, store=":memory:", auth="anybody", max_downloads_per_principal=2)
     statuses: list[int] = []
@@ -695,7 +695,7 @@ async def test_a_principal_is_sent_so_many_long_answers_at_the_same_time(suffix:
         for _ in range(2):
             statuses.clear()
             scope: dict[str, Any] = {"type": "http", "method": "GET", "headers": [], "query_string": b"limit=1000"}
-            scope |= {"path": path + suffix.partition("?")[0], "client": ("127.0.0.1", 1)}  # that of httpx
+            scope |= {"path": path + suffix.partition("?")[0], "client": ("127.0.0.1", 1)}  # the address of httpx
             async with anyio.create_task_group() as tasks:
                 for _ in range(2):
                     tasks.start_soon(app, {**scope}, receive, never_read)

@@ -1,4 +1,4 @@
-"""Who goes on with what: the planner, and hand-offs through a whole flock."""
+"""The planner, and hand-offs through a whole flock."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def raw(value: Any) -> msgspec.Raw:
 # The planner
 
 
-def test_the_first_step_has_the_inputs_of_the_run() -> None:
+def test_the_first_step_gets_the_inputs_of_the_run() -> None:
     run = run_of("add", a=1)
     agent = next_agent(run, sample_flock().agents, 32)
     assert agent is not None
@@ -39,11 +39,11 @@ def test_the_first_step_has_the_inputs_of_the_run() -> None:
     assert msgspec.json.decode(inputs_for(agent, run)) == {"a": 1}
 
 
-def test_a_step_without_a_next_agent_is_the_end() -> None:
+def test_a_run_ends_after_a_step_without_a_next_agent() -> None:
     assert next_agent(run_of("add", step_of("add", None, result=3), a=1), sample_flock().agents, 32) is None
 
 
-def test_inputs_are_drawn_from_all_that_is_known_and_later_wins() -> None:
+def test_inputs_come_from_all_earlier_values_and_the_latest_wins() -> None:
     steps = [step_of("x", "y", a=2, other=1), step_of("y", "add", a=3, unrelated=1)]
     run = run_of("x", *steps, a=1, b=10)
     agent = next_agent(run, sample_flock().agents, 32)
@@ -51,19 +51,19 @@ def test_inputs_are_drawn_from_all_that_is_known_and_later_wins() -> None:
     assert msgspec.json.decode(inputs_for(agent, run)) == {"a": 3, "b": 10}
 
 
-def test_a_dangling_name_is_said_with_its_path() -> None:
+def test_an_unknown_next_agent_is_reported_with_the_path() -> None:
     with pytest.raises(InvalidHandoff, match=r"no agent 'gone' to hand off to \(add → gone\). Known agents: text_a"):
         next_agent(run_of("add", step_of("add", "gone", result=3), a=1), sample_flock().agents, 32)
 
 
-def test_a_loop_is_stopped_with_its_path() -> None:
+def test_a_loop_is_stopped_and_reported_with_the_path() -> None:
     steps = [step_of("add", "add", result=3)] * 4
     with pytest.raises(TooManySteps, match=r"after 4 steps.*add → add → add → add → add"):
         next_agent(run_of("add", *steps, a=1), sample_flock().agents, 4)
 
 
-def test_behind_the_last_step_no_other_is_told_to_have_started() -> None:
-    """A cluster has a run as running for a moment after its last agent had its turn."""
+def test_no_step_starts_after_the_last_one() -> None:
+    """On a cluster, a run is still running for a moment after its last step."""
     run = replace(run_of("add", step_of("add", None, result=3), a=1), status=RunStatus.RUNNING, started_at=now())
     assert [event.name for event in events_of(run)] == ["run.started", "step.started", "step.completed"]
 
@@ -71,8 +71,8 @@ def test_behind_the_last_step_no_other_is_told_to_have_started() -> None:
 # Hand-offs
 
 
-async def test_the_result_is_the_last_agents(model: FakeModel) -> None:
-    """A model agent hands on to a function, by name; the function sees the run's inputs and the model's answer."""
+async def test_the_result_comes_from_the_last_agent(model: FakeModel) -> None:
+    """A model agent hands off to a function by name. The function gets the run's inputs and the model's answer."""
     flock = sample_flock()
     flock.agents["text_analyzer"].next_agent = "report"
 
@@ -110,9 +110,9 @@ async def choose_later(result: dict[str, Any]) -> str:
     ("next_agent", "expected"),
     [
         pytest.param("loud", "HELLO", id="a name"),
-        pytest.param(lambda result: "loud" if result["big"] else "quiet", "HELLO", id="a function that gives a name"),
-        pytest.param(lambda result: quiet, "hello", id="a function that gives an agent"),
-        pytest.param(lambda result: None, True, id="a function that gives None"),
+        pytest.param(lambda result: "loud" if result["big"] else "quiet", "HELLO", id="a function that returns a name"),
+        pytest.param(lambda result: quiet, "hello", id="a function that returns an agent"),
+        pytest.param(lambda result: None, True, id="a function that returns None"),
         pytest.param(choose_later, "HELLO", id="an async function"),
         pytest.param(loud, "HELLO", id="an agent"),
     ],
@@ -136,16 +136,16 @@ def raises(result: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("next_agent", "error_type", "words"),
     [
-        pytest.param("gone", "invalid_handoff", "no agent 'gone'", id="dangling"),
+        pytest.param("gone", "invalid_handoff", "no agent 'gone'", id="unknown agent"),
         pytest.param(lambda result: 5, "invalid_handoff", "not int", id="neither name nor agent"),
-        pytest.param(lambda result: loud, "invalid_handoff", "no agent 'loud'", id="an agent of no flock"),
+        pytest.param(lambda result: loud, "invalid_handoff", "no agent 'loud'", id="an agent outside the flock"),
         pytest.param("measure", "too_many_steps", "measure → measure", id="loop"),
         pytest.param("wants_more", "invalid_handoff", "/limit: This field is required", id="inputs are missing"),
         pytest.param("wants_text", "invalid_handoff", "/n: Expected 'str'", id="inputs of another type"),
         pytest.param(raises, "agent_exception", "raised LookupError", id="the function raises"),
     ],
 )
-async def test_a_handoff_that_cannot_be_fails_the_run(next_agent: Any, error_type: str, words: str) -> None:
+async def test_an_invalid_handoff_fails_the_run(next_agent: Any, error_type: str, words: str) -> None:
     flock = Flock(max_steps=5)
 
     @flock.agent(output="n: int", next_agent=next_agent)
@@ -165,11 +165,11 @@ async def test_a_handoff_that_cannot_be_fails_the_run(next_agent: Any, error_typ
     assert caught.value.error_type == error_type
 
 
-# What a run may spend on models: an answer of the fake one costs 15 tokens
+# The token limit of a run. An answer of the fake model costs 15 tokens.
 
 
 def chain() -> Flock:
-    """Two that ask a model, and a function between them."""
+    """Return a flock of two model agents and a function between them."""
     flock = Flock(model="openai/gpt-4o")
     flock.add_agent(FlockFactory.create_default_agent("one", input="a: int", output="b: int", next_agent="count"))
     flock.agent(name="count", output="c: int", next_agent="two")(count)
@@ -187,19 +187,21 @@ async def end_of_chain(model: FakeModel, max_tokens: int | None, *answers: Any) 
         return await engine.wait((await engine.submit("one", {"a": 1})).run_id)
 
 
-@pytest.mark.parametrize(("max_tokens", "asked"), [(1, 1), (15, 1), (16, 2), (30, 2)])
-async def test_answers_are_sent_back_until_the_tokens_are_spent(max_tokens: int, asked: int, model: FakeModel) -> None:
-    run = await end_of_chain(model, max_tokens, *["no JSON"] * asked)
-    assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "too_many_tokens", asked)
+@pytest.mark.parametrize(("max_tokens", "calls"), [(1, 1), (15, 1), (16, 2), (30, 2)])
+async def test_invalid_answers_are_retried_until_the_tokens_are_spent(
+    max_tokens: int, calls: int, model: FakeModel
+) -> None:
+    run = await end_of_chain(model, max_tokens, *["no JSON"] * calls)
+    assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "too_many_tokens", calls)
     expected = (
-        f"Stopped after {15 * asked} tokens, before 'one' called its model. One run may use {max_tokens} tokens ("
+        f"Stopped after {15 * calls} tokens, before 'one' called its model. One run may use {max_tokens} tokens ("
     )
     assert run.error
     assert run.error.startswith(expected)
 
 
-async def test_who_is_handed_on_to_spends_what_is_left(model: FakeModel) -> None:
-    """It may ask once if a token is left; what functions do is free; all that was done is kept."""
+async def test_the_next_agent_can_spend_the_remaining_tokens(model: FakeModel) -> None:
+    """One remaining token allows one call. Functions cost nothing, and finished steps are kept."""
     run = await end_of_chain(model, 15, {"b": 1})
     assert (run.status, run.error_type) == (RunStatus.FAILED, "too_many_tokens")
     assert run.error
@@ -209,7 +211,7 @@ async def test_who_is_handed_on_to_spends_what_is_left(model: FakeModel) -> None
     assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "too_many_tokens", 3)
 
 
-async def test_what_was_spent_before_a_retry_counts(model: FakeModel) -> None:
+async def test_tokens_spent_before_a_retry_count(model: FakeModel) -> None:
     model.replies = [answer({"b": 1})]
     async with chain().engine(transport=model.transport, max_tokens=15) as engine:
         run = await engine.wait((await engine.submit("one", {"a": 1})).run_id)
@@ -219,8 +221,6 @@ async def test_what_was_spent_before_a_retry_counts(model: FakeModel) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [None, 46, 31])
-async def test_an_answer_that_can_be_used_completes_its_run_whatever_it_cost(
-    max_tokens: int | None, model: FakeModel
-) -> None:
+async def test_a_valid_answer_completes_its_run_at_any_cost(max_tokens: int | None, model: FakeModel) -> None:
     run = await end_of_chain(model, max_tokens, "no JSON", {"b": 1}, {"d": 2})
     assert (run.status, run.usage) == (RunStatus.COMPLETED, Usage(input_tokens=30, output_tokens=15))

@@ -1,4 +1,4 @@
-"""A program of a user that names everything that is public; checked by mypy and pyright against the built wheel."""
+"""A user program with every public name, which mypy and pyright check against the built wheel."""
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -281,7 +281,7 @@ def look_at(run: Run, limits: QueueLimits, at: Time) -> LongJSON:
     return LongJSON(len(run.inputs), lambda start, length: bytes(run.inputs)[start : start + length], nullcontext)
 
 
-# The wire, and what may go wrong
+# Requests, answers and errors
 
 REQUESTS: tuple[type, ...] = (
     *(FlockAPIRequest, FlockBatchRequest, FlockBatchRetry, UploadQuery, WaitQuery, EventsQuery, RunsQuery),

@@ -2,8 +2,8 @@
 
 python -m tests.ui_host FOLDER [--port PORT] [--prefix PREFIX] [--key KEY]
 
-FOLDER holds the store. An agent that waits, or fails, does so until a file of a certain name is there, so that whoever
-looks at the page says when it goes on.
+FOLDER holds the store. Some agents wait or fail until a file with a certain name exists in it, so that a test controls
+when they continue.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def ui_flock(folder: Path) -> Flock:
 
     @flock.agent(next_agent="translate")
     async def research(topic: str, context: RunContext, gate: str = "", pages: int = 3) -> str:
-        """Reads what there is about a topic, page by page."""
+        """Researches a topic, page by page."""
         for page in range(pages):
             context.progress(page, pages, "pages")
             if page == 1 and gate:
@@ -76,7 +76,7 @@ def ui_flock(folder: Path) -> Flock:
 
     @flock.agent(next_agent=lambda result: None)
     async def translate(result: str, gate: str = "") -> str:
-        """Says it in other words."""
+        """Rephrases the result."""
         if gate:
             await until(f"{gate}-2")
         return f"In other words: {result}"
@@ -90,7 +90,7 @@ def ui_flock(folder: Path) -> Flock:
 
     @flock.agent
     def quote(size: Literal["script", "long"] = "script") -> dict[str, Any]:
-        """Gives back what a careless page would run."""
+        """Returns scripts that a careless page would run."""
         if size == "long":
             return {"text": "word " * 2000, "numbers": list(range(500)), "big": 2**60}
         script = "<script>document.title = 'pwned'</script>"
@@ -102,22 +102,22 @@ def ui_flock(folder: Path) -> Flock:
         times: int = 2,
         when: date | None = None,
         loud: bool = True,
-        tags: list[str] = [],  # noqa: B006 - it is shown, and not changed
+        tags: list[str] = [],  # noqa: B006 - it is not changed
         more: Any = None,
     ) -> dict[str, Any]:
-        """Shows what it was given."""
+        """Returns its inputs."""
         return {"name": name, "times": times, "when": when, "loud": loud, "tags": tags, "more": more}
 
     @flock.agent(next_agent="grade")
     async def taste(sample: str) -> str:
-        """Tastes a sample; fails if there is none."""
+        """Tastes a sample. Fails if there is none."""
         if sample == "none":
             raise AgentError("There is nothing to taste.")
         return f"{sample} is sweet."
 
     @flock.agent
     async def grade(result: str) -> Total:
-        """Grades what was tasted."""
+        """Grades a tasted sample."""
         return {"total": len(result), "note": result}
 
     @flock.agent
@@ -128,23 +128,23 @@ def ui_flock(folder: Path) -> Flock:
         opens: time | None = None,
         lasts: timedelta | None = None,
     ) -> dict[str, Any]:
-        """Books a seat, and returns what it was given."""
+        """Books a seat and returns its inputs."""
         return {"seat": seat, "price": price, "at": at, "opens": opens, "lasts": lasts}
 
     @flock.agent(max_concurrency=50)
     async def count_up(n: int, comment: str, step: int = 1, gate: str = "") -> Total:
-        """Adds a step to a number; fails for some numbers until the gate "mend" is open."""
+        """Adds a step to a number. Fails for some numbers until the gate "mend" is open."""
         if gate and n >= 50:
             await until(gate)
         if n % 10 == 7 and not (folder / "mend").exists():
-            raise AgentError(f"{n} is no number that I like.")
+            raise AgentError(f"{n} is not a number that I like.")
         return {"total": n + step, "note": comment.upper()}
 
     return flock
 
 
 async def reply(request: Request) -> Response:
-    """What the fake model says: always the same, whatever it is asked."""
+    """Return the answer of the fake model, which is always the same."""
     return answer({"sentiment": "positive", "keywords": ["coffee", "fast"]})
 
 
