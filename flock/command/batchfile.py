@@ -94,7 +94,9 @@ async def run_batch_file(
         _check_output_free(job, state, digest)
         batch = await _resumable_batch(flock, state, digest, job.options, report)
         try:
-            async with flock.engine(store=state, limits=limits_for_one_batch(job.options.max_workers), expose_errors=True) as engine:
+            async with flock.engine(
+                store=state, limits=limits_for_one_batch(job.options.max_workers), expose_errors=True
+            ) as engine:
                 batch = batch or await _accept(engine, flock, job, digest)
                 batch = await follow_batch(engine, batch.batch_id)
                 pieces = results_as(
