@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from flock.engine.slots import Slots
+from flock.engine.slots import BatchKey, Slots
 
 __all__ = ["Threads"]
 
@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 
 class _Call:
-    def __init__(self, batch_id: str | None, deadline: float) -> None:
-        self.batch_id = batch_id
+    def __init__(self, batch: BatchKey, deadline: float) -> None:
+        self.batch = batch
         self.scope = anyio.CancelScope(shield=True, deadline=deadline)
         self.is_begun = False
         self.is_done = False
@@ -39,16 +39,16 @@ class Threads:
         self._slots = Slots(max_threads, reserved=max_threads // 10)
         self._calls: dict[object, _Call] = {}
 
-    async def call(self, function: Callable[[], T], owner: object, batch_id: str | None, deadline: float) -> T:
+    async def call(self, function: Callable[[], T], owner: object, batch: BatchKey, deadline: float) -> T:
         """Call *function* in a thread and wait for it, until *deadline* (of the loop's clock) or ``abandon``.
 
-        *batch_id* is the id of the batch if *owner* is an item.
+        *batch* is that of *owner*, if it is an item.
 
         Raises: what *function* raises; TimeoutError if the call is abandoned.
         Cancellation: immediate while waiting for a slot. After that, only when the function has returned.
         """
-        call, schedule_in_loop = _Call(batch_id, deadline), _loop_scheduler()
-        await self._slots.acquire(batch_id)
+        call, schedule_in_loop = _Call(batch, deadline), _loop_scheduler()
+        await self._slots.acquire(batch)
         self._calls[owner] = call
 
         def run() -> T:
@@ -80,7 +80,7 @@ class Threads:
         if call.is_released:
             return
         call.is_released = True
-        self._slots.release(call.batch_id)
+        self._slots.release(call.batch)
         if self._calls.get(owner) is call:
             del self._calls[owner]
         for callback in call.when_free:

@@ -18,7 +18,7 @@ from flock.agents.agent import Agent, Resources
 from flock.agents.llm import ModelClient
 from flock.agents.workflow import inputs_for, next_agent, run_step
 from flock.engine.outcomes import CANCELLED, Outcome, failure_of, interrupted_turn, queue_timeout, timeout_of
-from flock.engine.slots import Slots, acquire_all, acquire_all_nowait
+from flock.engine.slots import BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.engine.threads import Threads
 from flock.errors import ResultTooLarge
 from flock.limits import Limits
@@ -163,7 +163,7 @@ class Turns:
             active.context = context = RunContext(run, agent.name, active.note_progress, spend, self._max_tokens)
             context.cancel_requested = active.cancel_requested
             call_in_thread = functools.partial(
-                self._threads.call, owner=active, batch_id=run.batch_id, deadline=active.scope.deadline
+                self._threads.call, owner=active, batch=_batch_of(run), deadline=active.scope.deadline
             )
             step = await run_step(agent, inputs, Resources(self._models, call_in_thread), context)
             self._check_size(run, step)
@@ -203,22 +203,22 @@ class Turns:
 
     async def _acquire(self, active: ActiveRun, agent: Agent) -> Callable[[], None]:
         """Acquire a slot of the engine and one of the agent. Return their release function. Raises QueueTimeout."""
-        slots, batch_id = [self._slots], active.run.batch_id
+        slots, batch = [self._slots], _batch_of(active.run)
         if agent.max_concurrency is not None:
             slots.append(self._agent_slots.setdefault(agent.name, Slots(agent.max_concurrency)))
 
         def release() -> None:
             for slot in slots:
-                slot.release(batch_id)
+                slot.release(batch)
 
         if active.scope.cancel_called:  # an unconditional checkpoint would take as long as a short step
             await anyio.lowlevel.checkpoint_if_cancelled()
-        if acquire_all_nowait(slots, batch_id):
+        if acquire_all_nowait(slots, batch):
             return release
         limit_s = active.queue_timeout_s if active.run.status is RunStatus.STARTING else None
         with anyio.move_on_after(None if limit_s is None else limit_s - active.queued_s):
             await active.wait_begins()
-            await acquire_all(slots, batch_id)
+            await acquire_all(slots, batch)
             return release
         assert limit_s is not None
         raise queue_timeout(limit_s)
@@ -237,3 +237,7 @@ class Turns:
                 f"{subject} {length} bytes. All inputs and results of the run have {size} bytes, more than the cluster "
                 f"can store for one run ({limit}, max_run_bytes)."
             )
+
+
+def _batch_of(run: Run) -> BatchKey:
+    return None if run.batch_id is None else (run.principal, run.batch_id)
