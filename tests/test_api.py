@@ -254,7 +254,7 @@ async def test_a_failed_item_is_an_error_or_null(return_errors: bool, expected: 
     accepted = await client.post("/run/batch", json=body)
     done = await wait_for(client, accepted.headers["Location"])
     assert (done["status"], done["failed_items"], done["completed_items"]) == ("failed", 1, 1)
-    assert done["error"] == "None of the 1 items completed. The first one: That is more than I can do."
+    assert done["error"] == "None of the 1 items completed. The first error: That is more than I can do."
     assert done["results"] == [expected and {"error": "That is more than I can do.", **expected}]
 
 

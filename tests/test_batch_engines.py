@@ -134,7 +134,7 @@ async def test_a_batch_fails_if_all_its_items_are_skipped(open_engine: OpenEngin
         batch = await ended(engine, await engine.submit_batch("item", [{}, {}], OPTIONS, on_invalid="skip"))
         assert batch.status is RunStatus.FAILED
         assert batch.error == (
-            "None of the 2 items completed. The first one: /batch_inputs/0/n: This field is required."
+            "None of the 2 items completed. The first error: /batch_inputs/0/n: This field is required."
         )
         with pytest.raises(Conflict, match="no item that failed or was cancelled"):
             await engine.retry_batch(batch.batch_id)
@@ -166,10 +166,10 @@ async def test_the_error_of_a_failed_batch_is_that_of_its_last_attempt(open_engi
 
     async with open_engine(flock) as engine:
         batch = await ended(engine, await engine.submit_batch("item", numbers(2), OPTIONS))
-        assert batch.error == "None of the 2 items completed. The first one: 0 at first"
+        assert batch.error == "None of the 2 items completed. The first error: 0 at first"
         why = "later"
         batch = await ended(engine, await engine.retry_batch(batch.batch_id))
-        assert batch.error == "None of the 2 items completed. The first one: 0 later"
+        assert batch.error == "None of the 2 items completed. The first error: 0 later"
 
 
 async def test_items_run_one_by_one_in_order_if_parallel_is_false(open_engine: OpenEngine) -> None:
@@ -209,7 +209,7 @@ async def test_items_of_a_batch_have_no_queue_timeout(open_engine: OpenEngine) -
     work.holds = True
     async with open_engine(work.flock, max_concurrency=1, queue_timeout_s=0.05) as engine:
         batch = await engine.submit_batch("item", numbers(3), OPTIONS)
-        await work.begun.wait()
+        await work.started.wait()
         run = await engine.submit("item", {"n": -1})
         assert (await engine.wait(run.run_id)).error_type == "queue_timeout"
         work.may_go.set()
@@ -237,7 +237,7 @@ async def test_a_cancelled_batch_starts_no_item_and_waits_for_running_ones(open_
         assert {item.status for item in items} == {RunStatus.CANCELLED}
         assert {item.error for item in items} == {
             "The run was cancelled.",
-            "The batch was cancelled before this item began.",
+            "The batch was cancelled before this item started.",
         }
         work.holds = False
         batch = await ended(engine, await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED]))
@@ -304,7 +304,7 @@ async def test_only_an_ended_batch_can_be_retried_or_deleted(open_engine: OpenEn
     work.holds = True
     async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(2), OPTIONS)
-        await work.begun.wait()
+        await work.started.wait()
         with pytest.raises(Conflict, match=r"is running\. Only a batch that has ended"):
             await engine.retry_batch(batch.batch_id)
         with pytest.raises(Conflict, match="is still running"):
@@ -345,7 +345,7 @@ async def test_an_item_cancelled_before_its_batch_is_retried_with_it(open_engine
     work.holds = True
     async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", numbers(5), BatchOptions(max_workers=1))
-        await work.begun.wait()
+        await work.started.wait()
         (*_, last) = await engine.get_items(batch.batch_id)
         await engine.cancel_run(last.run_id)
         await engine.cancel_batch(batch.batch_id)
@@ -387,7 +387,7 @@ async def test_one_item_can_be_retried_after_its_batch_has_ended(open_engine: Op
     work.fails, work.holds = {0, 1}, True
     async with open_engine(work.flock) as engine:
         batch = await engine.submit_batch("item", [*numbers(3), {}], BatchOptions(max_workers=1), on_invalid="skip")
-        await work.begun.wait()
+        await work.started.wait()
         first, _, _, invalid = await engine.get_items(batch.batch_id)
         work.holds = False
         with pytest.raises(Conflict, match="failed, and its batch is running"):
@@ -475,7 +475,7 @@ async def test_batches_are_listed_by_status(open_engine: OpenEngine) -> None:
         failed = await ended(engine, await engine.submit_batch("fail", [{}], OPTIONS))
         work.holds = True
         running = await engine.submit_batch("item", numbers(1), OPTIONS)
-        await work.begun.wait()
+        await work.started.wait()
         await engine.cancel_batch(running.batch_id)
         cancelled = await ended(engine, running)
         assert (failed.status, cancelled.status) == (RunStatus.FAILED, RunStatus.CANCELLED)

@@ -188,7 +188,7 @@ async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_batch(store: str) 
     work.holds = True
     async with work.flock.engine(store=store, max_concurrency=1) as engine:
         long = await engine.submit_batch("item", numbers(200), BatchOptions(max_workers=50))
-        await work.begun.wait()
+        await work.started.wait()
         await anyio.wait_all_tasks_blocked()
         short = await engine.submit_batch("item", [{"n": 1000}, {"n": 1001}], OPTIONS)
         run = await engine.submit("item", {"n": -1})
@@ -208,7 +208,7 @@ async def test_few_more_items_are_in_memory_than_there_are_slots(store: str) -> 
     work.holds = True
     async with work.flock.engine(store=store, max_concurrency=3) as engine:
         batch = await engine.submit_batch("item", numbers(400), BatchOptions(max_workers=1000))
-        await work.begun.wait()
+        await work.started.wait()
         await anyio.wait_all_tasks_blocked()
         assert len(engine._runner.active) == 4, "the running ones, and one that waits"
         work.may_go.set()
@@ -234,7 +234,7 @@ async def test_waiters_of_a_batch_are_woken_only_by_its_end(store: str, monkeypa
         async with anyio.create_task_group() as tasks:
             for _ in range(20):
                 tasks.start_soon(ended, engine, batch)
-            await work.begun.wait()
+            await work.started.wait()
             for n in range(5):
                 await engine.submit("item", {"n": n})
                 await anyio.sleep(0.1)
@@ -270,7 +270,7 @@ async def test_an_unreadable_item_fails_alone_and_its_batch_ends(
     work.holds = True
     async with work.flock.engine(store=store) as engine:
         batch = await engine.submit_batch("item", numbers(600), BatchOptions(max_workers=1))
-        await work.begun.wait()
+        await work.started.wait()
         ids = [item.run_id for item in await engine.get_items(batch.batch_id, limit=600)]
     with contextlib.closing(sqlite3.connect(store)) as db, db:
         assert db.execute(f"UPDATE runs SET {change} WHERE position = 3").rowcount == 1
@@ -300,13 +300,13 @@ async def test_a_batch_of_unreadable_items_fails(tmp_path: Path) -> None:
     work.holds = True
     async with work.flock.engine(store=store, max_concurrency=1) as engine:
         batch = await engine.submit_batch("item", numbers(2500), BatchOptions(max_workers=1))
-        await work.begun.wait()
+        await work.started.wait()
     with contextlib.closing(sqlite3.connect(store)) as db, db:
         db.execute("UPDATE runs SET inputs = x'ff'")
     async with work.flock.engine(store=store) as engine:
         batch = await ended(engine, batch)
         assert (batch.status, batch.failed_items, batch.completed_items) == (RunStatus.FAILED, 2500, 2500)
-        assert batch.error == f"None of the 2500 items completed. The first one: {DAMAGED_RUN}"
+        assert batch.error == f"None of the 2500 items completed. The first error: {DAMAGED_RUN}"
         retried = await ended(engine, await engine.retry_batch(batch.batch_id))
         assert (retried.status, retried.failed_items) == (RunStatus.FAILED, 2500)
 
@@ -318,7 +318,7 @@ async def test_an_item_with_lost_pages_does_not_keep_its_batch_from_ending(tmp_p
     async with work.flock.engine(store=store) as engine:
         rows_of_batch = [{"n": n, "text": chr(65 + n) * 30_000} for n in range(5)]
         batch = await engine.submit_batch("long", rows_of_batch, BatchOptions(max_workers=1))
-        await work.begun.wait()
+        await work.started.wait()
         ids = [item.run_id for item in await engine.get_items(batch.batch_id)]
     with contextlib.closing(sqlite3.connect(store)) as db:
         assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
@@ -355,7 +355,7 @@ async def test_an_engine_recovers_a_batch_that_another_left(tmp_path: Path) -> N
     work.holds, work.fails = True, set(range(0, 5000, 2))
     async with work.flock.engine(store=path) as engine:
         going = await engine.submit_batch("item", numbers(20), OPTIONS)
-        await work.begun.wait()
+        await work.started.wait()
     assert rows(path, "SELECT status FROM batches") == [("running",)]
     work.holds = False
     async with work.flock.engine(store=path) as engine:
@@ -376,7 +376,7 @@ async def test_another_engine_on_the_same_file_can_cancel_and_retry_a_batch(tmp_
     work.holds = True
     async with work.flock.engine(store=path) as owner, work.flock.engine(store=path) as other:
         batch = await owner.submit_batch("item", numbers(50), BatchOptions(max_workers=3))
-        await work.begun.wait()
+        await work.started.wait()
         cancelling = await other.cancel_batch(batch.batch_id)
         begun = len(work.calls)
         assert cancelling.cancel_requested
@@ -393,7 +393,7 @@ async def test_an_engine_taken_for_dead_starts_no_item_of_a_batch_that_it_lost(t
     work.holds = True
     async with work.flock.engine(store=path) as engine:
         batch = await engine.submit_batch("item", numbers(2000), BatchOptions(max_workers=2))
-        await work.begun.wait()
+        await work.started.wait()
         await anyio.wait_all_tasks_blocked()
         await engine.store.change(lambda db: db.execute("UPDATE batches SET owner = 'another'") and None)
         work.may_go.set()
@@ -480,7 +480,7 @@ async def test_a_batch_continues_after_a_failed_write(name: str, fails_at_first:
             fails_at_first(engine.batch_store, name)
         batch = await engine.submit_batch("item", numbers(3), BatchOptions(max_workers=1))
         if name == "cancel_waiting":
-            await work.begun.wait()
+            await work.started.wait()
             await engine.cancel_batch(batch.batch_id)
         batch = await ended(engine, batch)
         if name == "reopen_some":

@@ -113,7 +113,7 @@ async def test_a_run_is_accepted_and_completed(open_engine: OpenEngine) -> None:
 async def test_a_run_can_be_read_as_soon_as_it_is_accepted(engine: Engine, gate: Gate) -> None:
     run = await submit(engine, "nap")
     assert (await engine.get_run(run.run_id)).status in (RunStatus.STARTING, RunStatus.RUNNING)
-    await gate.begun.wait()
+    await gate.started.wait()
     run = await until_run(engine, run.run_id, lambda run: run.status is RunStatus.RUNNING)
     assert run.started_at
     assert (await engine.wait(run.run_id, timeout_s=0)).status is RunStatus.RUNNING
@@ -322,7 +322,7 @@ async def test_agents_added_later_are_found(open_engine: OpenEngine) -> None:
 
 async def test_a_running_run_is_cancelled_at_its_await(engine: Engine, gate: Gate) -> None:
     run = await submit(engine, "nap")
-    await gate.begun.wait()
+    await gate.started.wait()
     await engine.cancel_run(run.run_id)
     run = await engine.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.CANCELLED, "cancelled")
@@ -360,7 +360,7 @@ async def test_a_synchronous_function_is_asked_to_stop_and_waited_for(engine: En
 
 async def test_an_agent_that_swallows_its_cancellation_is_cancelled(engine: Engine, gate: Gate) -> None:
     run = await submit(engine, "swallow")
-    await gate.begun.wait()
+    await gate.started.wait()
     await engine.cancel_run(run.run_id)
     assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
 
@@ -384,7 +384,7 @@ async def test_an_async_agent_is_cancelled_at_its_deadline(engine: Engine) -> No
 async def test_the_wait_for_the_first_step_has_its_own_timeout(open_engine: OpenEngine, gate: Gate) -> None:
     async with open_engine(gate.flock, max_concurrency=1, queue_timeout_s=0.5, max_timeout_s=30) as engine:
         first = await submit(engine, "nap")
-        await gate.begun.wait()
+        await gate.started.wait()
         run = await engine.wait((await submit(engine, "nap")).run_id)
         assert (run.status, run.error_type) == (RunStatus.FAILED, "queue_timeout")
         gate.may_go.set()
@@ -506,7 +506,7 @@ async def test_runs_are_listed_in_pages_newest_first(open_engine: OpenEngine) ->
 
 async def test_events_are_sent_once_and_resume_anywhere(engine: Engine, gate: Gate) -> None:
     run = await submit(engine, "report")
-    await gate.begun.wait()
+    await gate.started.wait()
     received: list[Event] = []
     with anyio.fail_after(PATIENCE_S):
         async for event in engine.events(run.run_id):
@@ -811,7 +811,7 @@ async def test_an_engine_can_be_entered_again_but_not_twice(open_engine: OpenEng
 
 async def test_a_draining_engine_refuses_new_work_and_answers_waiters(engine: Engine, gate: Gate) -> None:
     run = await submit(engine, "nap")
-    await gate.begun.wait()
+    await gate.started.wait()
     gate.may_go.set()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(engine.drain, 20)

@@ -29,7 +29,7 @@ class Gate:
     """A flock whose agents continue when a test lets them."""
 
     def __init__(self) -> None:
-        self.begun, self.may_go, self.ended = anyio.Event(), anyio.Event(), anyio.Event()
+        self.started, self.may_go, self.ended = anyio.Event(), anyio.Event(), anyio.Event()
         self.thread_may_go = threading.Event()
         self.blocked: RunContext | None = None
         self.fails = True
@@ -38,7 +38,7 @@ class Gate:
 
         @flock.agent
         async def nap(context: RunContext) -> int:
-            self.begun.set()
+            self.started.set()
             try:
                 context.progress(1, 2, "half\nway")
                 await self.may_go.wait()
@@ -162,7 +162,7 @@ async def test_a_client_waits_for_the_end_of_a_run(client: httpx.AsyncClient, ga
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait)
-        await gate.begun.wait()
+        await gate.started.wait()
         gate.may_go.set()
     assert [body["status"] for body in answers] == ["completed"]
     assert (await get(client, f"/run/{run_id}", wait=30))["status"] == "completed"
@@ -170,7 +170,7 @@ async def test_a_client_waits_for_the_end_of_a_run(client: httpx.AsyncClient, ga
 
 async def test_a_wait_ends_after_its_time(client: httpx.AsyncClient, gate: Gate) -> None:
     run_id = await start(client, "nap")
-    await gate.begun.wait()
+    await gate.started.wait()
     body = await get(client, f"/run/{run_id}", wait=1)
     assert body["status"] == "running"
     assert body["progress"] == {"done": 1.0, "total": 2.0, "message": "half\nway"}
@@ -202,7 +202,7 @@ async def test_a_wait_is_a_whole_number_of_seconds(wait: str, client: httpx.Asyn
 
 async def test_a_run_is_cancelled(client: httpx.AsyncClient, gate: Gate) -> None:
     run_id = await start(client, "nap")
-    await gate.begun.wait()
+    await gate.started.wait()
     response = await client.post(f"/run/{run_id}/cancel", params={"wait": 30})
     assert (response.status_code, response.json()["status"]) == (200, "cancelled")
     assert response.headers["Flock-Run-Status"] == "cancelled"
@@ -487,7 +487,7 @@ async def test_a_store_that_fails_does_not_cancel_the_run_that_a_client_waits_fo
 async def test_a_synchronous_run_is_cancelled_if_its_caller_disconnects(gate: Gate) -> None:
     async with Served(create_app(gate.flock, store=":memory:")) as served:
         connection = await served.send({"agent_name": "nap"})
-        await gate.begun.wait()
+        await gate.started.wait()
         await connection.aclose()
         with anyio.fail_after(1):
             await gate.ended.wait()
@@ -502,7 +502,7 @@ async def test_other_runs_continue_if_their_caller_disconnects(how: str, gate: G
     async with Served(create_app(gate.flock, store=":memory:", on_disconnect=on_disconnect)) as served:
         headers = {"Idempotency-Key": "k"} if how == "Idempotency-Key" else {}
         connection = await served.send({"agent_name": "nap", "async_run": how == "async_run"}, **headers)
-        await gate.begun.wait()
+        await gate.started.wait()
         await connection.aclose()
         with anyio.move_on_after(1):
             await gate.ended.wait()
@@ -580,7 +580,7 @@ async def test_a_run_is_cancelled_if_its_host_cancels_the_request(app: FlockAPI,
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(post_run, client, "nap")
-            await gate.begun.wait()
+            await gate.started.wait()
             tasks.cancel_scope.cancel()
         with anyio.fail_after(5):
             await gate.ended.wait()
@@ -594,7 +594,7 @@ async def test_a_caller_gets_a_response_that_took_long(gate: Gate, model: FakeMo
         async with httpx.AsyncClient(base_url=served.url) as client:
 
             async def release() -> None:
-                await gate.begun.wait()
+                await gate.started.wait()
                 await anyio.sleep(0.3)  # longer than WATCH_DELAY_S
                 gate.may_go.set()
 

@@ -180,7 +180,7 @@ async def test_one_engine_can_cancel_await_and_stream_a_run_of_another(gate: Gat
         gate.flock.engine(store=tmp_path / "flock.db") as there,
     ):
         run = await submit(here, "nap")
-        await gate.begun.wait()
+        await gate.started.wait()
         await until_run(there, run.run_id, lambda run: run.status is RunStatus.RUNNING)
         assert (await there.wait(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
         await there.cancel_run(run.run_id)

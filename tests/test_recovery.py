@@ -158,7 +158,7 @@ def test_a_killed_worker_loses_nothing_and_the_others_stay_up(tmp_path: Path) ->
             ledger.wait_for_all(client)
             ledger.check_commits()
     ledger.check_no_concurrent_executions()
-    assert len({pid for _, _, pid, _ in ledger.lines()}) > 3, "they share the work"
+    assert len({pid for _, _, pid, _ in ledger.lines()}) >= 3, "they share the work"
     assert len(ledger.committed) >= 2 * RUNS
 
 

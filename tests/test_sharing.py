@@ -34,7 +34,7 @@ class Program:
 
     def __init__(self, *agents: str, name: str = "flock") -> None:
         self.flock, self.calls = Flock(name), list[str]()
-        self.begun, self.may_go = anyio.Event(), anyio.Event()
+        self.started, self.may_go = anyio.Event(), anyio.Event()
         for agent_name in agents:
             self.add(agent_name)
 
@@ -42,7 +42,7 @@ class Program:
         @self.flock.agent(name=agent_name, next_agent="second" if agent_name == "first" else None)
         async def work() -> str:
             self.calls.append(agent_name)
-            self.begun.set()
+            self.started.set()
             if agent_name != "first":
                 await self.may_go.wait()
             return agent_name
@@ -99,7 +99,7 @@ async def test_a_handed_off_run_waits_for_its_next_agent() -> None:
     whole = Program("first", "second")
     async with whole.engine() as engine:
         run_id = (await engine.submit("first", {})).run_id
-        await whole.begun.wait()
+        await whole.started.wait()
     async with Program("first").engine() as engine:
         assert not (await engine.wait(run_id, timeout_s=0.2)).status.is_final
     second = Program("second")
@@ -147,7 +147,7 @@ async def test_work_whose_agent_is_missing_does_not_count_toward_the_limits() ->
     async with other.engine(max_queue=1, max_open_items=3, max_concurrency=1) as engine:
         assert (await engine.queue()).depth == 0
         await engine.submit("other", {})
-        await other.begun.wait()
+        await other.started.wait()
         await engine.submit("other", {})
         with pytest.raises(EngineFull, match="1 runs are already waiting"):
             await engine.submit("other", {})
@@ -163,7 +163,7 @@ async def test_only_a_program_with_the_agent_can_retry(batches: bool) -> None:
     async with ours.engine() as engine:
         id_ = (await engine.submit_batch("ours", [{}], BatchOptions())).batch_id if batches else ""
         id_ = id_ or (await engine.submit("ours", {})).run_id
-        await ours.begun.wait()
+        await ours.started.wait()
         await (engine.cancel_batch(id_) if batches else engine.cancel_run(id_))
         await (engine.wait_batch(id_) if batches else engine.wait(id_))
     async with Program("other").engine() as engine:
@@ -319,11 +319,11 @@ async def test_queued_runs_of_absent_programs_do_not_reduce_the_share_of_a_princ
     async with gone.engine(max_concurrency=1, max_queue=6) as engine:
         for _ in range(4):
             await engine.submit("theirs", {}, principal="ann")
-        await gone.begun.wait()
+        await gone.started.wait()
     async with here.engine(max_concurrency=1, max_queue=6) as engine:
         for _ in range(4):
             await engine.submit("ours", {}, principal="ann")
-            await here.begun.wait()
+            await here.started.wait()
         with pytest.raises(EngineFull, match="max_queue_per_principal"):
             await engine.submit("ours", {}, principal="ann")
 
@@ -347,7 +347,7 @@ async def test_other_tasks_run_while_the_records_of_a_dead_engine_are_read(monke
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run_during_the_read)
         async with program.engine():
-            await program.begun.wait()
+            await program.started.wait()
             program.may_go.set()
 
 
@@ -358,7 +358,7 @@ async def test_a_silent_event_stream_is_kept_alive_while_another_engine_is_busy(
     program = Program("ours", "first", "second")
     async with program.engine() as there, program.engine() as here, anyio.create_task_group() as tasks:
         run = await there.submit("ours", {})
-        await program.begun.wait()
+        await program.started.wait()
 
         async def stay_busy() -> None:
             while True:

@@ -475,7 +475,7 @@ async def test_kept_columns_have_a_size_limit(engine: Engine) -> None:
     names = "\n".join(json.dumps({"text": "a", f"column_{n:06}": 1}) for n in range(3000))
     cases = [
         ("text/csv", row, "A row is longer"),
-        ("application/x-ndjson", names, "more than 16,384 characters together"),
+        ("application/x-ndjson", names, "longer than 16,384 characters in total"),
     ]
     async with app.lifespan(), client_of(app) as client:
         for media_type, content, words in cases:

@@ -292,7 +292,6 @@ async def test_a_cancelled_batch_stops_on_all_workers(temporal_address: str, tmp
                 2000,
             )
             entries = entries_in(log)
-            print("DIST", sorted((round(t.at - asked_at, 1), t.run) for t in entries if t.agent == "stopped")[::8])
             assert [entry.agent for entry in entries] == ["item"] * 200 + ["stopped"] * 200
             assert entries[-1].at - asked_at < 2
             bodies = [(await client.get(f"{each.url}{path}")).json() for each in (here, there)]
@@ -412,7 +411,7 @@ async def test_a_queued_item_is_cancelled_at_once(temporal_address: str) -> None
     work.holds = True
     async with open_pair(work.flock, temporal_address) as engine:
         batch = await engine.submit_batch("item", numbers(50), BatchOptions(max_workers=1))
-        await work.begun.wait()
+        await work.started.wait()
         waiting = [item for item in await engine.get_items(batch.batch_id) if item.position in (1, 30, 49)]
         for item in waiting:
             assert (await engine.cancel_run(item.run_id)).cancel_requested
@@ -580,7 +579,7 @@ async def test_an_unavailable_cluster_is_reported_within_two_seconds_and_recover
                 await stack.enter_async_context(worker)
                 await stack.enter_async_context(app.lifespan())
                 accepted = await client.post("/run/flock", json={"agent_name": "nap", "async_run": True})
-                await gate.begun.wait()
+                await gate.started.wait()
                 assert (await client.get("/readyz")).status_code == 200
                 waiting = asyncio.create_task(client.get(f"/run/{accepted.json()['run_id']}?wait=60"))
                 await asyncio.sleep(0.1)
@@ -712,7 +711,7 @@ async def test_a_batch_with_deleted_chunks_is_not_found(temporal_address: str) -
     work.holds = True
     async with open_pair(work.flock, temporal_address) as engine:
         batch = await engine.submit_batch("item", numbers(30), BatchOptions(max_workers=2))
-        await work.begun.wait()
+        await work.started.wait()
         chunk = WorkflowExecution(workflow_id=f"chunk:{batch.batch_id}:0")
         await engine.cluster.client.workflow_service.delete_workflow_execution(
             DeleteWorkflowExecutionRequest(namespace=engine.cluster.namespace, workflow_execution=chunk)

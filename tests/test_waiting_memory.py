@@ -173,11 +173,11 @@ class Work:
     """A flock with agents that hold their slot, and others that return their inputs."""
 
     def __init__(self) -> None:
-        self.flock, self.calls, self.may_go, self.begun = Flock(), list[str](), anyio.Event(), anyio.Event()
+        self.flock, self.calls, self.may_go, self.started = Flock(), list[str](), anyio.Event(), anyio.Event()
 
         @self.flock.agent
         async def hold() -> int:
-            self.begun.set()
+            self.started.set()
             await self.may_go.wait()
             return 1
 
@@ -200,7 +200,7 @@ class Work:
         @self.flock.agent(max_concurrency=1)
         async def lane(text: str) -> int:
             self.calls.append("lane")
-            self.begun.set()
+            self.started.set()
             await self.may_go.wait()
             return len(text)
 
@@ -209,7 +209,7 @@ class Work:
         """Open an engine whose only slot is taken until ``may_go`` is set."""
         async with self.flock.engine(**{"max_concurrency": 1, **options}) as engine:
             await engine.submit("hold", {})
-            await self.begun.wait()
+            await self.started.wait()
             yield engine
             self.may_go.set()
 
@@ -261,7 +261,7 @@ async def test_a_queued_run_can_be_read(store: str) -> None:
     work = Work()
     async with work.flock.engine(store=store, max_concurrency=2) as engine:
         holders = [await engine.submit("lane", TEXT)]
-        await work.begun.wait()
+        await work.started.wait()
         run = await engine.submit("lane", TEXT)
         await until_only_in_store(engine, run)
         assert json.loads(bytes((await engine.get_run(run.run_id)).inputs)) == TEXT
@@ -624,7 +624,7 @@ async def test_a_run_interrupted_before_its_second_step_is_answered_with_its_fir
 
         async with work.flock.engine(store=store) as engine:
             await engine.submit("lane", {"text": ""})
-            await work.begun.wait()
+            await work.started.wait()
             run = await engine.submit("before", TEXT, is_async=False)
             tasks.start_soon(wait, run.run_id)
             await until_only_in_store(engine, run)

@@ -14,6 +14,8 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.engine import queries, statements
+from flock.engine.outcomes import CANCELLED_BEFORE_START, none_completed
+from flock.engine.refusals import too_many_items
 from flock.engine.rows import (
     DAMAGED_RUN,
     UNREADABLE,
@@ -25,7 +27,7 @@ from flock.engine.rows import (
     run_from,
 )
 from flock.engine.store import Store
-from flock.errors import EngineFull, OwnershipLost, StoreError, cut
+from flock.errors import OwnershipLost, StoreError
 from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus, stub_of
 
 __all__ = ["BatchStore"]
@@ -36,8 +38,6 @@ CHUNK_SIZE = 2000
 #: RECORD_BYTES is counted for each record in addition to its contents.
 WORK_PAGE_BYTES = 64 * 1024
 RECORD_BYTES = 1024
-#: ``error`` and ``error_type`` of items that had not started when their batch was cancelled.
-CANCELLED = ("The batch was cancelled before this item began.", "cancelled")
 
 
 class BatchStore:
@@ -129,10 +129,7 @@ class BatchStore:
         values = (flock, names_json(self._store.agents), excluded_id)
         waiting = db.execute(statements.OPEN_ITEMS, values).fetchone()[0] or 0
         if waiting + more > max_open_items:
-            raise EngineFull(
-                f"{waiting} items of batches have not ended or are being uploaded, and {more} more would exceed the "
-                f"limit of this server ({max_open_items}, max_open_items). Try again later."
-            )
+            raise too_many_items(waiting, more, max_open_items)
 
     # Reading
 
@@ -226,7 +223,7 @@ class BatchStore:
                 values = {"batch_id": batch.batch_id, "after": -1, "limit": 1}
                 first = db.execute(statements.FIRST_ERROR, values).fetchone()
                 why = DAMAGED_RUN if first is None else first[0]
-                error = cut(f"None of the {counted.total_items} items completed. The first one: {why}")
+                error = none_completed(counted.total_items, why)
             db.execute(statements.END_BATCH, (status.value, error, micros(now), failed, batch.batch_id))
 
         return await self._change_own(batch, apply)
@@ -256,7 +253,13 @@ class BatchStore:
 
         def apply(db: sqlite3.Connection) -> bool:
             _check_owner(db, batch)
-            values = (*CANCELLED, micros(now), batch.batch_id, CHUNK_SIZE)
+            values = (
+                CANCELLED_BEFORE_START.error,
+                CANCELLED_BEFORE_START.error_type,
+                micros(now),
+                batch.batch_id,
+                CHUNK_SIZE,
+            )
             changed = db.execute(statements.CANCEL_WAITING_ITEMS, values).rowcount
             queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): changed}))
             return changed == CHUNK_SIZE
@@ -406,8 +409,8 @@ def _item_from(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
     but keeps the steps.
     """
     run = run_from(row, ())
-    was_begun = run.started_at is not None or run.attempt > 1
-    return replace(run, steps=queries.find_steps(db, run.run_id)) if was_begun else run
+    was_started = run.started_at is not None or run.attempt > 1
+    return replace(run, steps=queries.find_steps(db, run.run_id)) if was_started else run
 
 
 def _if_readable(db: sqlite3.Connection, row: Sequence[Any]) -> Run | None:

@@ -10,9 +10,11 @@ from flock.runs import Run, RunStatus, one_line, safe_text
 
 __all__ = [
     "CANCELLED",
+    "CANCELLED_BEFORE_START",
     "Outcome",
     "failure_of",
     "interrupted_turn",
+    "none_completed",
     "queue_timeout",
     "timeout_of",
 ]
@@ -29,6 +31,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 CANCELLED = Outcome(RunStatus.CANCELLED, "The run was cancelled.", "cancelled")
+CANCELLED_BEFORE_START = Outcome(RunStatus.CANCELLED, "The batch was cancelled before this item started.", "cancelled")
 
 
 def timeout_of(timeout_s: float) -> Outcome:
@@ -51,6 +54,11 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> O
     where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
     error += f": {safe_text(exc)}" if expose_errors else f". The server's log has the details under {where}."
     return Outcome(RunStatus.FAILED, cut(error), "agent_exception")
+
+
+def none_completed(total_items: int, first_error: str) -> str:
+    """Return the error of a batch of which no item completed."""
+    return cut(f"None of the {total_items} items completed. The first error: {first_error}")
 
 
 def queue_timeout(limit_s: float) -> QueueTimeout:

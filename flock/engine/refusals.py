@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from flock.errors import Conflict, EngineStopped
+from flock.errors import Conflict, EngineFull, EngineStopped
 from flock.runs import Batch, Run, RunStatus
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "not_deleted",
     "not_retried",
     "run_not_retried",
+    "too_many_items",
     "wait_stopped",
 ]
 
@@ -27,6 +28,13 @@ def not_accepting(more: str = "") -> EngineStopped:
 def wait_stopped() -> EngineStopped:
     """Return the error for callers that are waiting during shutdown."""
     return EngineStopped("The server is shutting down. Ask another server, or this one after it has restarted.")
+
+
+def too_many_items(waiting: int, more: int, max_open_items: int) -> EngineFull:
+    return EngineFull(
+        f"{waiting} items of batches have not ended or are being uploaded, and {more} more would exceed the limit of this "
+        f"server ({max_open_items}, max_open_items). Try again later."
+    )
 
 
 def not_cancelled(record: Run | Batch) -> Conflict | None:

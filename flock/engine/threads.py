@@ -25,7 +25,7 @@ class _Call:
     def __init__(self, batch: BatchKey, deadline: float) -> None:
         self.batch = batch
         self.scope = anyio.CancelScope(shield=True, deadline=deadline)
-        self.is_begun = False
+        self.is_started = False
         self.is_done = False
         self.is_abandoned = False
         self.is_released = False
@@ -53,7 +53,7 @@ class Threads:
 
         def run() -> T:
             try:
-                call.is_begun = True  # set before is_abandoned is read; see below
+                call.is_started = True  # set before is_abandoned is read; see below
                 if call.is_abandoned:
                     raise TimeoutError
                 return function()
@@ -69,9 +69,9 @@ class Threads:
                 # With a limiter of its own, because anyio would release a shared one before the slot is free.
                 return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         finally:
-            # The thread sets is_begun and is_done before it reads is_abandoned. Here it is the other way round.
+            # The thread sets is_started and is_done before it reads is_abandoned. Here it is the other way round.
             call.is_abandoned = True
-            if call.is_done or not call.is_begun or not call.scope.cancelled_caught:
+            if call.is_done or not call.is_started or not call.scope.cancelled_caught:
                 self._free(owner, call)
         await anyio.lowlevel.checkpoint_if_cancelled()
         raise TimeoutError

@@ -24,8 +24,8 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
 from flock.engine.intake import Intake
-from flock.engine.refusals import not_cancelled, not_deleted, not_retried
-from flock.errors import BatchNotFound, Conflict, EngineFull, KeyReused, Replayed, StoreError, cut
+from flock.engine.refusals import not_cancelled, not_deleted, not_retried, too_many_items
+from flock.errors import BatchNotFound, Conflict, KeyReused, Replayed, StoreError, cut
 from flock.limits import Limits
 from flock.runs import (
     Batch,
@@ -244,10 +244,7 @@ class TemporalBatches:
 
     def _refuse_above(self, waiting: int, more: int) -> None:
         if waiting + more > self._limits.max_open_items:
-            raise EngineFull(
-                f"{waiting} items of batches have not ended or are being uploaded, and {more} more would be over what "
-                f"this server takes ({self._limits.max_open_items}, max_open_items)."
-            )
+            raise too_many_items(waiting, more, self._limits.max_open_items)
 
     # Reading
 

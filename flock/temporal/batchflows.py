@@ -27,8 +27,7 @@ from temporalio.exceptions import (
     TimeoutError,
 )
 
-from flock.engine.outcomes import Outcome
-from flock.errors import cut
+from flock.engine.outcomes import CANCELLED_BEFORE_START, Outcome, none_completed
 from flock.runs import RunStatus
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
@@ -51,7 +50,7 @@ from flock.temporal.messages import (
     items_queue_of,
     recoded,
 )
-from flock.temporal.records import CANCELLED_BEFORE_START, GIVEN_UP, done_after_failure, outcome_of_failure
+from flock.temporal.records import GIVEN_UP, done_after_failure, outcome_of_failure
 from flock.temporal.workflows import NO_LIMIT, RETRIES
 
 __all__ = ["FlockBatch", "FlockChunk", "FlockDelete", "FlockRows"]
@@ -306,7 +305,7 @@ class FlockBatch(_Interruptible):
         elif batch.failed_items + cancelled == batch.total_items:
             status = RunStatus.FAILED
             first = self._first_error[1] if self._first_error else CANCELLED_BEFORE_START.error
-            error = cut(f"None of the {batch.total_items} items completed. The first one: {first}")
+            error = none_completed(batch.total_items, first)
         self._batch = replace(
             batch,
             status=status,

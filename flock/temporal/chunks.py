@@ -13,6 +13,7 @@ from temporalio.api.workflow.v1 import PendingActivityInfo
 from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
+from flock.engine.outcomes import CANCELLED_BEFORE_START
 from flock.errors import cut
 from flock.runs import INVALID_INPUT, Run, RunStatus
 from flock.temporal.cluster import Cluster
@@ -32,7 +33,6 @@ from flock.temporal.messages import (
     rows_workflow_id,
 )
 from flock.temporal.records import (
-    CANCELLED_BEFORE_START,
     done_after_failure,
     outcome_of_failure,
     reset_for_retry,

@@ -19,7 +19,7 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.engine.outcomes import CANCELLED, Outcome
+from flock.engine.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
 from flock.engine.turns import Turns
 from flock.errors import StoreError
 from flock.runs import Run, RunStatus, Step, now
@@ -40,7 +40,6 @@ from flock.temporal.messages import (
     rows_workflow_id,
 )
 from flock.temporal.payloads import PAYLOAD_LOST
-from flock.temporal.records import CANCELLED_BEFORE_START
 from flock.temporal.turns import ActivityTurn, until_done
 
 __all__ = ["ItemActivities"]

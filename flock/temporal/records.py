@@ -27,7 +27,6 @@ from flock.temporal.messages import (
 from flock.temporal.payloads import PAYLOAD_LOST
 
 __all__ = [
-    "CANCELLED_BEFORE_START",
     "GIVEN_UP",
     "done_after_failure",
     "order_of",
@@ -147,7 +146,6 @@ def time_of(stamp: Timestamp) -> datetime:
 
 # Items
 
-CANCELLED_BEFORE_START = Outcome(RunStatus.CANCELLED, "The batch was cancelled before this item began.", "cancelled")
 GIVEN_UP = Outcome(
     RunStatus.FAILED,
     "The worker died or stopped in each attempt to run this item. The item may be the cause.",

@@ -57,14 +57,14 @@ class Gate:
     """A flock whose agents set an event when they start, and wait for another one before they continue."""
 
     def __init__(self) -> None:
-        self.begun, self.may_go = anyio.Event(), anyio.Event()
+        self.started, self.may_go = anyio.Event(), anyio.Event()
         self.thread_begun, self.thread_may_go = threading.Event(), threading.Event()
         self.fails, self.calls = True, []
         self.flock = flock = Flock("gate")
 
         @flock.agent
         async def nap() -> int:
-            self.begun.set()
+            self.started.set()
             await self.may_go.wait()
             return 1
 
@@ -89,7 +89,7 @@ class Gate:
 
         @flock.agent
         async def swallow() -> int:
-            self.begun.set()
+            self.started.set()
             try:
                 await anyio.sleep_forever()
             finally:
@@ -99,7 +99,7 @@ class Gate:
         async def report(context: RunContext) -> int:
             context.progress(1, 3, "first")
             context.progress(2, 3, "second")
-            self.begun.set()
+            self.started.set()
             await self.may_go.wait()
             return 3
 
@@ -112,13 +112,13 @@ class Work:
 
     def __init__(self, name: str = "work") -> None:
         self.flock, self.calls, self.fails = Flock(name), list[int](), set[int]()
-        self.holds, self.may_go, self.begun = False, anyio.Event(), anyio.Event()
+        self.holds, self.may_go, self.started = False, anyio.Event(), anyio.Event()
 
         @self.flock.agent
         async def item(n: int) -> int:
             self.calls.append(n)
             if self.holds:
-                self.begun.set()
+                self.started.set()
                 await self.may_go.wait()
             if n in self.fails:
                 raise AgentError(f"no {n}")
@@ -129,7 +129,7 @@ class Work:
             """Like ``item``, with inputs that take many database pages."""
             self.calls.append(n)
             if self.holds:
-                self.begun.set()
+                self.started.set()
                 await self.may_go.wait()
             return n
 
