@@ -32,8 +32,8 @@ def wait_stopped() -> EngineStopped:
 
 def too_many_items(waiting: int, more: int, max_open_items: int) -> EngineFull:
     return EngineFull(
-        f"{waiting} items of batches have not ended or are being uploaded, and {more} more would exceed the limit of this "
-        f"server ({max_open_items}, max_open_items). Try again later."
+        f"{waiting} items of batches have not ended or are being uploaded, and {more} more would exceed the limit of "
+        f"this server ({max_open_items}, max_open_items). Try again later."
     )
 
 
