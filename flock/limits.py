@@ -32,7 +32,7 @@ class Limits(Options, frozen=True, kw_only=True):
     max_queue: Annotated[int, whole(1, "Max queued runs. Further runs are rejected with 429.")] = 10_000
     #: Max queued runs of one principal; None means half of ``max_queue``.
     max_queue_per_principal: Annotated[
-        int | None, whole(1, "Max queued runs of one key or caller.  [default: half of --max-queue]")
+        int | None, whole(1, "Max queued runs of each key. More are rejected with 429.  [default: half of --max-queue]")
     ] = None
     #: Max total size, as JSON, of the inputs of runs that wait for their first step in this process. The inputs are in
     #: memory if the store is, and otherwise on disk. One principal may use half of it. Batch items and runs that are
