@@ -63,6 +63,21 @@ def test_the_commands_of_a_page_return_what_it_shows(page: Path, tmp_path: Path)
         reader.follow(blocks_of(page))
 
 
+@pytest.mark.anyio
+async def test_the_app_of_the_embedding_page_serves_its_user_and_no_other() -> None:
+    page = ROOT / "docs" / "embedding.md"
+    code = next(block.text for block in blocks_of(page) if block.language == "python")
+    _, names = printed_by(code, page)
+    body = {"agent_name": "greet", "inputs": {"name": "Ann"}}
+    async with (
+        names["ai"].lifespan(),
+        httpx.AsyncClient(transport=httpx.ASGITransport(names["host"]), base_url="http://testserver") as client,
+    ):
+        assert (await client.post("/ai/run/flock", json=body)).status_code == 401
+        response = await client.post("/ai/run/flock", json=body, headers={"Authorization": "Bearer of-ann"})
+        assert response.json()["result"] == {"result": "Hello, Ann!"}
+
+
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"(?m)^#+ (.*)$", page.read_text("utf-8"))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -42,6 +42,7 @@ def reader(clone: Path) -> Iterator[Reader]:
         yield made
 
 
+@pytest.mark.xdist_group("readme")  # the server of the first one is used by the second
 @pytest.mark.timeout(600)
 def test_the_commands_of_the_readme_return_what_it_shows(reader: Reader) -> None:
     """In a fresh clone: its own environment, its own server, curl, and the real model."""
@@ -51,6 +52,7 @@ def test_the_commands_of_the_readme_return_what_it_shows(reader: Reader) -> None
         assert httpx.get(reader.server.url + path).status_code == 200
 
 
+@pytest.mark.xdist_group("readme")
 def test_the_lines_of_the_first_users_page_work(reader: Reader) -> None:
     """Its three curl lines, and what it says about the answers."""
     run = json.loads(
