@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support import WORKERS
 from tests.support.servers import Server, free_port, memory_kib, running, serving
 from tests.support.sockets import KERNEL_BYTES, connected, read_to_end, sent_before_refused
 
@@ -48,7 +49,7 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("request_", HEADS)
 def test_an_endless_head_is_not_read_during_a_response(
     request_: str, workers: int, script: Path, tmp_path: Path
@@ -128,7 +129,7 @@ def open_connections(server: Server, held: list[socket.socket]) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only the kernel knows what the server has closed")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_clients_that_do_not_read_are_disconnected(workers: int, script: Path, tmp_path: Path) -> None:
     options = ("--max-connections", "10", "--write-timeout", "1")
     with serving(script, tmp_path, *options, workers=workers) as server, contextlib.ExitStack() as stack:
@@ -199,7 +200,7 @@ def test_a_request_pipelined_after_a_chunked_one_is_not_started_if_the_connectio
         assert len(runs) == received.count(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_stopping_server_does_not_wait_for_clients_that_do_not_read(
     workers: int, script: Path, tmp_path: Path
 ) -> None:

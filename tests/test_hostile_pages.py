@@ -25,7 +25,7 @@ from flock.engine.store import Store
 from flock.errors import CUT, MAX_TEXT_BYTES, AgentError, FieldError, cut
 from flock.runs import PAGE_BYTES, Engine, Run, RunContext, RunFilter, RunStatus, new_id, now
 from flockapi import create_app
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, WORKERS
 from tests.support.cluster import engine_for
 from tests.support.servers import Server, flockapi_command, running
 
@@ -366,7 +366,7 @@ async def test_an_app_that_is_open_on_purpose_logs_no_warning(
     assert ("has no authentication" in caplog.text) == warns
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.slow
 def test_our_own_server_without_a_key_refuses_pages_of_other_sites(workers: int, tmp_path: Path) -> None:
     with serving(tmp_path, workers=workers) as server:
@@ -503,7 +503,7 @@ async def test_a_query_that_is_not_utf_8_is_refused() -> None:
                 assert (response.status_code, response.json()["instance"]) == (status, path)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.slow
 def test_our_own_server_does_not_fail_on_malformed_requests(workers: int, tmp_path: Path) -> None:
     """It does not redirect to the value of ``Host`` either."""

@@ -35,7 +35,7 @@ from flock.rows.tables import MAX_MEMBERS, MAX_ROW_LINES, RowMapping, csv_rows
 from flock.runs import BatchFilter, BatchOptions, Run
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
-from tests.support import PATIENCE_S, ROOT
+from tests.support import PATIENCE_S, ROOT, WORKERS
 from tests.support.engines import OpenEngine, until
 from tests.support.flocks import Work, numbers
 from tests.support.servers import flockapi_command, running
@@ -664,7 +664,7 @@ async def test_without_keys_each_address_has_its_own_slots(
         tasks.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 async def test_the_staged_rows_of_a_killed_server_are_removed_at_the_next_start(workers: int, tmp_path: Path) -> None:
     """A real connection is uploading when all processes are killed."""
     script, path = tmp_path / "served.py", tmp_path / "flock.db"

@@ -144,8 +144,8 @@ def test_a_model_can_be_a_path() -> None:
         "I absolutely love this coffee maker.",
         "The zipper broke after two days. Terrible quality.",
         'She said "wow" 😍🍕\nPerfect crust!',
-        "日本語のとても長い文章です。" * 20,
-        "😍" * 100,
+        pytest.param("日本語のとても長い文章です。" * 20, id="long", marks=pytest.mark.nightly),
+        pytest.param("😍" * 100, id="emoji"),
         "a",
     ],
 )

@@ -176,8 +176,8 @@ async def test_columns_can_be_renamed_and_gaps_filled(client: httpx.AsyncClient)
 @pytest.mark.parametrize(
     ("agent_name", "content", "query", "errors"),
     [
-        pytest.param("need", b"", {}, [("", 1, "no header")], id="empty"),
-        pytest.param("need", b"\n\n", {}, [("", 1, "no header")], id="empty lines"),
+        pytest.param("need", b"", {}, [("", 1, "The header is missing")], id="empty"),
+        pytest.param("need", b"\n\n", {}, [("", 1, "The header is missing")], id="empty lines"),
         pytest.param("show", b"text\n", {}, [("/batch_inputs", None, "at least one item")], id="a header only"),
         pytest.param("show", b"text,x\na,1\n", {}, [("/x", 1, "no input 'x'")], id="an unknown column"),
         pytest.param("show", b"text,text\na,1\n", {}, [("/text", 1, "More than one column")], id="a column twice"),
@@ -187,7 +187,7 @@ async def test_columns_can_be_renamed_and_gaps_filled(client: httpx.AsyncClient)
             "show",
             b"text\na\n",
             {"input_mapping": {"Text": "text"}},
-            [("/Text", 1, "there is none")],
+            [("/Text", 1, "the header does not")],
             id="a mapped column is missing",
         ),
         pytest.param(

@@ -28,7 +28,7 @@ from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
 from flock.rows.results import RESULT_TYPES, item_pages, results_as
 from flock.runs import LONG_BYTES, BatchOptions, IdempotencyKey, LongJSON, Page, Run, RunStatus
 from flockapi import create_app
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, WORKERS
 from tests.support.engines import ended, until
 from tests.support.http import client_of
 from tests.support.servers import Server, memory_kib, serving
@@ -91,7 +91,7 @@ def submit_batch(client: httpx.Client) -> httpx.Response:
 
 
 @needs_proc
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("submit", [submit_run, submit_batch])
 def test_queued_runs_are_not_in_memory_before_or_after_a_crash(
     submit: Callable[[httpx.Client], httpx.Response], workers: int, script: Path, tmp_path: Path
@@ -144,7 +144,7 @@ def long_run(server: Server) -> str:
 
 
 @needs_proc
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("suffix", ["/events", ""])
 def test_stalled_readers_do_not_hold_a_long_result_in_memory(
     suffix: str, workers: int, script: Path, tmp_path: Path
@@ -632,7 +632,7 @@ async def test_a_run_interrupted_before_its_second_step_is_answered_with_its_fir
     assert [msgspec.json.decode(step.result) for step in ended[0].steps] == [{"result": TEXT["text"][::-1]}]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_server_at_its_queue_byte_limit_answers_429(workers: int, script: Path, tmp_path: Path) -> None:
     options = ("--max-concurrency", "1", "--max-queue-bytes", "1000000")
     with serving(script, tmp_path, *options, workers=workers) as server:
