@@ -165,17 +165,18 @@ class FlockAPI(Starlette):
         contract: the specification as this app serves it.
         metrics: the Prometheus metrics, or None.
         engine: the engine that executes the runs. It is open during the app's lifespan, or from the first request.
-        has_ended: True after the lifespan has ended. Requests no longer open the engine then.
+        has_ended: True after the lifespan has ended. From then on, requests do not open the engine.
     """
 
     def __init__(self, flock: DeclaredFlock, options: AppOptions | None = None, **given: Any) -> None:
         check("create_app", "flock", flock, FLOCK)
         self.options = options = replaced(options or AppOptions(), given)
-        own = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
+        default_handlers = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
         origins = options.cors_origins
         cors = [Middleware(CORSMiddleware, allow_origins=origins, **CORS)] if origins else []
         super().__init__(
-            middleware=[*cors, *options.middleware], exception_handlers={**own, **(options.exception_handlers or {})}
+            middleware=[*cors, *options.middleware],
+            exception_handlers={**default_handlers, **(options.exception_handlers or {})},
         )
         per_minute = options.max_requests_per_minute
         self.router = AppRouter(
@@ -220,9 +221,9 @@ class FlockAPI(Starlette):
         and the last exit closes it. If it is never entered, the engine opens at the first request and closes with the
         event loop.
         """
-        more = contextlib.nullcontext() if self.options.lifespan is None else self.options.lifespan(self)
+        host_lifespan = contextlib.nullcontext() if self.options.lifespan is None else self.options.lifespan(self)
         try:
-            async with lifespan_of(self.engine).span(), more:
+            async with lifespan_of(self.engine).span(), host_lifespan:
                 self.has_ended = False
                 yield
         finally:
@@ -241,14 +242,14 @@ class FlockAPI(Starlette):
             # ASGI includes the root path in ``path``. Hypercorn omits it, and then no route below a mount would match.
             scope = {**scope, "path": above + scope["path"]}
         scope["flock.request_id"] = request_id = request_id_for(scope)
-        scope["flock.found"] = found = RouteMatch()
+        scope["flock.found"] = route_match = RouteMatch()
         status_code, started_at = 0, time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status_code
             if message["type"] == "http.response.start":
                 status_code = message["status"]
-                add_headers(message, request_id, found.headers)
+                add_headers(message, request_id, route_match.headers)
             for part in split_message(message):
                 await send(part)
 
@@ -257,7 +258,7 @@ class FlockAPI(Starlette):
         finally:
             if self.metrics is not None and status_code:
                 took_s = time.perf_counter() - started_at
-                template = getattr(found.route, "path", "")
+                template = getattr(route_match.route, "path", "")
                 self.metrics.request_ended(scope["method"], template, status_code, took_s)
 
 
@@ -341,14 +342,14 @@ def app_of(request: Request) -> "FlockAPI":
 
 
 async def engine_of(request: Request) -> Engine:
-    """Return the engine as the caller may see it. Open it first if the app's lifespan was not run."""
+    """Return the engine, limited to the records of the caller. Open it first if the app's lifespan was not run."""
     engine = app_of(request).engine
     if not app_of(request).has_ended:
         try:
             await lifespan_of(engine).open()
         except StoreError as exc:  # the message has the store's path, which clients must not see
             logger.error("request %s: %s", request_id_of(request), exc)
-            raise StoreError("The store cannot be opened now. See the server's log for the reason.") from exc
+            raise StoreError("The store cannot be opened now. The server's log has the reason.") from exc
     principal = principal_of(request)
     return engine if principal is None else ScopedEngine(engine, principal)
 
@@ -445,7 +446,7 @@ async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bo
 async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
     """Return the run when it has ended. If the client disconnects first, cancel it unless *outlives_client*.
 
-    Raises: StoreError if the store fails during the wait. The run is not cancelled then.
+    Raises: StoreError if the store fails during the wait. In this case, the run is not cancelled.
     Cancellation: counts as a disconnect, since some hosts cancel the request when the client disconnects.
     """
     app = app_of(request)
@@ -608,7 +609,7 @@ async def batch_results(request: Request) -> Response:
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     batch, format_ = await engine.get_batch(batch_id), results_format(request, query.format)
     status = _or_none(query.status)
-    statuses = [each for each in RunStatus if each.is_final and status in (None, each.value)]
+    statuses = [final for final in RunStatus if final.is_final and status in (None, final.value)]
     headers = {
         "Flock-Run-Status": batch.status.value,
         "Vary": "Accept",

@@ -120,8 +120,8 @@ class DeclaredFlock:
         """Convert a typed function to an agent, like ``flock.core.agent``, and add it."""
 
         def add(function: Callable[..., Any]) -> FunctionAgent:
-            self.add_agent(made := FunctionAgent(function, **options))
-            return made
+            self.add_agent(new_agent := FunctionAgent(function, **options))
+            return new_agent
 
         return add if function is None else add(function)
 

@@ -19,5 +19,5 @@ def pip_install(package: str) -> str:
     except PackageNotFoundError:  # running from a checkout that is not installed
         declared = []
     requirements = (requirement.partition(";")[0].strip() for requirement in declared)
-    found = next((each for each in requirements if re.split(r"[^\w.-]", each)[0] == package), package)
-    return f"pip install {shlex.quote(found)}"
+    matching = next((text for text in requirements if re.split(r"[^\w.-]", text)[0] == package), package)
+    return f"pip install {shlex.quote(matching)}"

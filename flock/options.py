@@ -89,7 +89,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 def option_of(field: msgspec.structs.FieldInfo) -> Option | None:
     """Return the constraints of *field*, or None if it has none. If its type allows None, so does the option."""
     type_, *metadata = get_args(field.type) or (field.type,)
-    option = next((each for each in metadata if isinstance(each, Option)), None)
+    option = next((entry for entry in metadata if isinstance(entry, Option)), None)
     if option is None or NoneType not in get_args(type_):
         return option
     is_valid = option.is_valid

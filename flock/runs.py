@@ -457,7 +457,7 @@ class LongJSON:
     Attributes:
         length: size in bytes.
         read: called as ``read(start, size)``, returns up to *size* bytes from *start*. Raises RunNotFound, StoreError.
-        kept: returns a context manager that protects the text from retention while it is active.
+        kept: returns a context manager. While it is active, retention does not delete the text.
     """
 
     def __init__(
@@ -841,8 +841,8 @@ TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})(-(?!0{32})[0-9a-f]{32}-(?!0{16})[
 
 def valid_traceparent(sent: str | None) -> str | None:
     """Return *sent* as version 00, or None if it is invalid (W3C Trace Context, sections 3.2 and 4.3)."""
-    found = TRACEPARENT.fullmatch(sent or "")
-    return None if found is None or (found[1] == "00" and found[3]) else f"00{found[2]}"
+    match = TRACEPARENT.fullmatch(sent or "")
+    return None if match is None or (match[1] == "00" and match[3]) else f"00{match[2]}"
 
 
 def safe_text(value: object) -> str:

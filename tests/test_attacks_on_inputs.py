@@ -258,5 +258,5 @@ async def test_the_path_of_the_store_is_only_in_the_log(tmp_path: Path, caplog: 
         for path in ("/readyz", "/metrics", "/runs"):
             answer = await client.get(path)
             assert str(tmp_path) not in answer.text
-    assert answer.json()["detail"] == "The store cannot be opened now. See the server's log for the reason."
+    assert answer.json()["detail"] == "The store cannot be opened now. The server's log has the reason."
     assert str(tmp_path / "missing" / "flock.db") in caplog.text

@@ -38,7 +38,7 @@ class Resources(msgspec.Struct, frozen=True):
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """The outcome of one step: a JSON object that matches the output signature, and the tokens used."""
+    """The return value of ``take_turn``: a JSON object that matches the output signature, and the tokens used."""
 
     result: msgspec.Raw
     usage: Usage | None = None
@@ -195,13 +195,13 @@ class ModelAgent(Agent):
     def _user_prompt(self, inputs: Any) -> str:
         """Return the inputs as JSON, then the task: small models follow best what they read last."""
         described = [f"- {field.name}: {field.description}" for field in self.input.fields if field.description]
-        given = json.dumps(msgspec.to_builtins(inputs), ensure_ascii=False)
+        inputs_json = json.dumps(msgspec.to_builtins(inputs), ensure_ascii=False)
         meaning = "\n".join(["", "", "In it:", *described]) if described else ""
-        wanted = "\n".join(
+        outputs = "\n".join(
             f"- {name} ({_in_words(member)})" + (f": {member['description']}" if "description" in member else "")
             for name, member in self.output.schema["properties"].items()
         )
-        return f"{given}{meaning}\n\nDetermine:\n{wanted}\nAnswer with a JSON object only."
+        return f"{inputs_json}{meaning}\n\nDetermine:\n{outputs}\nAnswer with a JSON object only."
 
 
 def _in_words(schema: Mapping[str, Any], plural: str = "") -> str:

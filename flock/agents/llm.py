@@ -385,8 +385,8 @@ def _format_of(
         is_strict, sent = _strict_schema(schema)
         if endpoint.is_local:
             sent = localmodel.bounded_schema(schema, max_tokens or localmodel.MAX_TOKENS)
-        wanted = {"name": "answer", "strict": is_strict, "schema": sent}
-        return {"response_format": {"type": "json_schema", "json_schema": wanted}}
+        json_schema = {"name": "answer", "strict": is_strict, "schema": sent}
+        return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
     asked = f"Answer with one JSON object and nothing else. It must match this JSON Schema:\n{json.dumps(schema)}"
     head, *rest = messages
     part: dict[str, Any] = {"messages": [Message(head.role, f"{head.content}\n\n{asked}"), *rest]}
@@ -501,8 +501,8 @@ def _completion(answer: Any, name: str) -> Completion:
 
 def _without_fence(text: str) -> str:
     """Remove a code fence. Models without a JSON mode often put JSON between ```json and ```."""
-    found = re.fullmatch(r"\s*```\w*\s*\n(.*?)\s*```\s*", text, re.DOTALL)
-    return found[1] if found else text
+    match = re.fullmatch(r"\s*```\w*\s*\n(.*?)\s*```\s*", text, re.DOTALL)
+    return match[1] if match else text
 
 
 # Errors

@@ -105,19 +105,19 @@ class _Parser:
         return SignatureError(f"In the signature {self.text!r}: {message}", at + 1)
 
     def _take(self, character: str) -> bool:
-        found = re.compile(rf"\s*{re.escape(character)}").match(self.text, self.position)
-        if found:
-            self.position = found.end()
-        return found is not None
+        match = re.compile(rf"\s*{re.escape(character)}").match(self.text, self.position)
+        if match:
+            self.position = match.end()
+        return match is not None
 
     def _name(self, seen: set[str]) -> str:
-        found = re.compile(r"\s*([^\s,:|]*)").match(self.text, self.position)
-        name = found[1] if found else ""
+        match = re.compile(r"\s*([^\s,:|]*)").match(self.text, self.position)
+        name = match[1] if match else ""
         if problem := _name_problem(name):
             raise self._error(problem)
         if name in seen:
             raise self._error(f"the field {name!r} is defined twice")
-        self.position = found.end() if found else self.position
+        self.position = match.end() if match else self.position
         return name
 
     def _type(self) -> Any:
@@ -189,9 +189,9 @@ class _Parser:
         return isinstance(self.types.get(name), type) and self.types[name] in TYPE_ARGUMENTS
 
     def _generic(self, base: Any, items: Sequence[ast.expr], source: str, start: int, at: int) -> Any:
-        wanted = TYPE_ARGUMENTS[base]
-        if wanted is not None and len(items) != wanted:
-            raise self._error(f"{base.__name__} takes {wanted} type{'s'[: wanted - 1]} in its brackets", at)
+        expected = TYPE_ARGUMENTS[base]
+        if expected is not None and len(items) != expected:
+            raise self._error(f"{base.__name__} takes {expected} type{'s'[: expected - 1]} in its brackets", at)
         arguments = tuple(
             ... if isinstance(item, ast.Constant) and item.value is ... else self._resolve(item, source, start)
             for item in items
@@ -215,9 +215,9 @@ class _Parser:
             if not rest.strip():  # a trailing comma
                 self.position = comma.start()
                 return self.text[start : comma.start()].strip()
-            if found := next_field.match(self.text, comma.start()):
+            if match := next_field.match(self.text, comma.start()):
                 try:
-                    self._alternative(found.end())
+                    self._alternative(match.end())
                 except SignatureError:
                     continue
                 self.position = comma.start()

@@ -55,8 +55,8 @@ def inputs_for(agent: Agent, run: Run) -> msgspec.Raw:
     known: dict[str, msgspec.Raw] = {}
     for source in (run.inputs, *(step.result for step in run.steps)):
         known |= msgspec.json.decode(source, type=dict[str, msgspec.Raw])
-    drawn = {field.name: known[field.name] for field in agent.input.fields if field.name in known}
-    return msgspec.Raw(msgspec.json.encode(drawn))
+    selected = {field.name: known[field.name] for field in agent.input.fields if field.name in known}
+    return msgspec.Raw(msgspec.json.encode(selected))
 
 
 def check_handoff(agent: Agent, agents: Mapping[str, Agent]) -> None:

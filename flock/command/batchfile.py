@@ -192,15 +192,15 @@ async def _resumable_batch(
     _mark(state)
     async with Store(state) as store:
         batches = BatchStore(store)
-        found = next(iter(batches.page(flock.name, BatchFilter(limit=1))), None)
-        if found is not None and found.request_id == digest:
-            report(f"Resuming: {found.completed_items:,} of {found.total_items:,} rows are already done.")
-            await batches.set_options(found.batch_id, options)
-            return found
-    if found is not None:
+        stored = next(iter(batches.page(flock.name, BatchFilter(limit=1))), None)
+        if stored is not None and stored.request_id == digest:
+            report(f"Resuming: {stored.completed_items:,} of {stored.total_items:,} rows are already done.")
+            await batches.set_options(stored.batch_id, options)
+            return stored
+    if stored is not None:
         report(
             "The rows or the options have changed, so a new batch starts. The earlier batch is dropped "
-            f"({found.completed_items:,} of {found.total_items:,} rows were done)."
+            f"({stored.completed_items:,} of {stored.total_items:,} rows were done)."
         )
     _remove_state(state)
     _mark(state)
@@ -272,13 +272,13 @@ def _check_output_free(job: BatchFile, state: str, digest: str) -> None:
 
 def _identity(path: Path, digest: str) -> str:
     """Return the identity of an output file. A rename keeps it, but any change or replacement of the file does not."""
-    found = os.stat(path)
-    return f"{digest} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
+    stat = os.stat(path)
+    return f"{digest} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _sync_folder(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)

@@ -70,8 +70,8 @@ def load_flock(target: str) -> DeclaredFlock:
         return flocks[name]
     if not name and ("flock" in flocks or len(flocks) == 1):
         return flocks.get("flock") or next(iter(flocks.values()))
-    found = f"It has: {', '.join(flocks)}." if flocks else "Add flock = Flock(...) at its top level."
-    raise click.ClickException(f"{source} has no flock called {name or 'flock'!r}. {found}")
+    hint = f"It has: {', '.join(flocks)}." if flocks else "Add flock = Flock(...) at its top level."
+    raise click.ClickException(f"{source} has no flock called {name or 'flock'!r}. {hint}")
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -344,13 +344,15 @@ def serve(
         raise click.ClickException(str(exc)) from exc
 
 
-#: Why an option of ``serve`` has no effect with a cluster, by the part of the cluster that replaces it.
+#: Why an option of ``serve`` has no effect with a cluster, by the component that enforces the limit instead.
 TEMPORAL_REASONS = {
     "cluster": "the cluster stores the runs",
     "namespace": "the namespace's retention applies",
     "worker": "pass it to flockapi worker",
 }
-NOT_WITH_TEMPORAL = {name: reason for part, reason in TEMPORAL_REASONS.items() for name in enforced_by(part)} | {
+NOT_WITH_TEMPORAL = {
+    name: reason for component, reason in TEMPORAL_REASONS.items() for name in enforced_by(component)
+} | {
     "store": TEMPORAL_REASONS["cluster"],
     "durability": TEMPORAL_REASONS["cluster"],
     "expose_errors": TEMPORAL_REASONS["worker"],

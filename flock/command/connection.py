@@ -134,14 +134,14 @@ class Connection(HttpToolsProtocol):
         """Whether a request has arrived completely and its response has not ended."""
         return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
 
-    def _end_of_piece(self, data: bytes, start: int, least: int) -> int:
+    def _end_of_piece(self, data: bytes, start: int, min_bytes: int) -> int:
         """Return where to cut before the parser sees the next message, since the parser cannot stop between two."""
         if self._body_bytes:
             return min(len(data), start + self._body_bytes)
-        if start == 0 and (found := EMPTY_LINE.search(self._tail + data[:2])):  # it started in the previous read
-            return found.end() - len(self._tail)
-        found = EMPTY_LINE.search(data, start + least)
-        return found.end() if found else len(data)
+        if start == 0 and (boundary := EMPTY_LINE.search(self._tail + data[:2])):  # it started in the previous read
+            return boundary.end() - len(self._tail)
+        boundary = EMPTY_LINE.search(data, start + min_bytes)
+        return boundary.end() if boundary else len(data)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

@@ -137,7 +137,7 @@ class WorkerSettings(Options, frozen=True, kw_only=True):
     drain_timeout_s: Annotated[
         float,
         seconds(
-            "How long steps may continue after the worker is asked to stop. Then another worker restarts them.",
+            "How long steps may continue after the worker is asked to stop. Then other workers repeat them.",
             allow_zero=True,
         ),
     ] = 20

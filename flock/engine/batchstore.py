@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.engine import queries, statements
-from flock.engine.outcomes import CANCELLED_BEFORE_START, none_completed
+from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED_BEFORE_START, none_completed
 from flock.engine.refusals import too_many_items
 from flock.engine.rows import (
     DAMAGED_RUN,
@@ -101,7 +101,7 @@ class BatchStore:
         Raises:
             Replayed: the same request was accepted under this key before. This takes precedence over limits.
             KeyReused: the key was used for another request.
-            EngineStopped: its engine has shut down, or another engine took it for dead.
+            EngineStopped: its engine has shut down, or another engine considered it dead.
             EngineFull: there would be more than *max_open_items* unfinished items in all batches together.
             StoreError: the staged items were dropped.
         """
@@ -181,8 +181,8 @@ class BatchStore:
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
 
         def find(db: sqlite3.Connection) -> list[Run]:
-            found = queries.find_batch(db, batch.batch_id)
-            if found is None or found.owner != batch.owner:
+            current = queries.find_batch(db, batch.batch_id)
+            if current is None or current.owner != batch.owner:
                 return []
             rows = queries.rows_of(db, lambda columns: statements.item_page(columns, [RunStatus.STARTING]), values)
             page, bytes_left = list[Run](), WORK_PAGE_BYTES
@@ -213,17 +213,17 @@ class BatchStore:
         """
 
         def apply(db: sqlite3.Connection) -> None:
-            counted, status, error = queries.find_batch(db, batch.batch_id), RunStatus.COMPLETED, None
-            assert counted is not None
-            failed = counted.failed_items + counted.total_items - counted.completed_items
-            if counted.cancel_requested and counted.cancelled_items:
-                status, error = RunStatus.CANCELLED, "The batch was cancelled."
-            elif failed + counted.cancelled_items == counted.total_items:
+            current, status, error = queries.find_batch(db, batch.batch_id), RunStatus.COMPLETED, None
+            assert current is not None
+            failed = current.failed_items + current.total_items - current.completed_items
+            if current.cancel_requested and current.cancelled_items:
+                status, error = RunStatus.CANCELLED, BATCH_CANCELLED
+            elif failed + current.cancelled_items == current.total_items:
                 status = RunStatus.FAILED
                 values = {"batch_id": batch.batch_id, "after": -1, "limit": 1}
                 first = db.execute(statements.FIRST_ERROR, values).fetchone()
-                why = DAMAGED_RUN if first is None else first[0]
-                error = none_completed(counted.total_items, why)
+                first_error = DAMAGED_RUN if first is None else first[0]
+                error = none_completed(current.total_items, first_error)
             db.execute(statements.END_BATCH, (status.value, error, micros(now), failed, batch.batch_id))
 
         return await self._change_own(batch, apply)
@@ -233,8 +233,8 @@ class BatchStore:
 
         Returns: the id of each item and what is wrong with it. Raises OwnershipLost.
         """
-        found = self._store.read(lambda db: _unfinished(db, batch.batch_id))
-        row_ids = [row_id for row_id, _, _, is_writable in found if is_writable]
+        unreadable = self._store.read(lambda db: _unfinished(db, batch.batch_id))
+        row_ids = [row_id for row_id, _, _, is_writable in unreadable if is_writable]
         end = (DAMAGED_RUN, UNREADABLE, micros(now))
         for start in range(0, len(row_ids), CHUNK_SIZE):
             chunk = row_ids[start : start + CHUNK_SIZE]
@@ -246,7 +246,7 @@ class BatchStore:
                 queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.FAILED): failed}))
 
             await self._store.change(apply)
-        return [(run_id, reason) for _, run_id, reason, _ in found]
+        return [(run_id, reason) for _, run_id, reason, _ in unreadable]
 
     async def cancel_waiting(self, batch: Batch, now: datetime) -> bool:
         """Cancel one chunk of the pending items. Returns whether there may be more. Raises OwnershipLost."""
@@ -268,14 +268,14 @@ class BatchStore:
 
     async def reopen_some(self, batch: Batch) -> Batch:
         """Reopen one chunk of the items to retry. ``reopening`` is None after the last chunk. Raises OwnershipLost."""
-        status, *others = map(RunStatus, (batch.reopening or "").split(","))
+        status, *remaining = map(RunStatus, (batch.reopening or "").split(","))
 
         def apply(db: sqlite3.Connection) -> None:
-            about = (batch.batch_id, status.value, INVALID_INPUT, CHUNK_SIZE)
-            changed = db.execute(statements.REOPEN_ITEMS, about).rowcount
+            selection = (batch.batch_id, status.value, INVALID_INPUT, CHUNK_SIZE)
+            changed = db.execute(statements.REOPEN_ITEMS, selection).rowcount
             queries.count_ended(db, queries.Ended({(batch.batch_id, status): -changed}))
             if changed < CHUNK_SIZE:
-                values = (",".join(others) or None, batch.batch_id)
+                values = (",".join(remaining) or None, batch.batch_id)
                 db.execute(statements.SET_REOPENING, values)
 
         return await self._change_own(batch, apply)
@@ -320,19 +320,19 @@ class BatchStore:
 
         def apply(db: sqlite3.Connection) -> Batch | None:
             queries.check_engine(db, owner)
-            found = queries.find_batch(db, batch_id)
-            if found is None or not found.status.is_final:
+            batch = queries.find_batch(db, batch_id)
+            if batch is None or not batch.status.is_final:
                 return None
-            counts = {RunStatus.FAILED: found.failed_items, RunStatus.CANCELLED: found.cancelled_items}
-            wanted = [
+            counts = {RunStatus.FAILED: batch.failed_items, RunStatus.CANCELLED: batch.cancelled_items}
+            statuses = [
                 status
                 for status in only
                 if db.execute(statements.ITEMS_TO_REOPEN, (batch_id, status, INVALID_INPUT, 1)).fetchone()
             ]
-            if not wanted:
+            if not statuses:
                 return None
-            self._check_room(db, found.flock, sum(counts[status] for status in wanted), max_open_items)
-            db.execute(statements.REOPEN_BATCH, (owner, ",".join(wanted), batch_id))
+            self._check_room(db, batch.flock, sum(counts[status] for status in statuses), max_open_items)
+            db.execute(statements.REOPEN_BATCH, (owner, ",".join(statuses), batch_id))
             return queries.find_batch(db, batch_id)
 
         return await self._store.change(apply, then)
@@ -341,15 +341,15 @@ class BatchStore:
         """Like ``reopen``, for one item that failed or was cancelled."""
 
         def apply(db: sqlite3.Connection) -> Batch | None:
-            found = queries.find_batch(db, run.batch_id or "")
+            batch = queries.find_batch(db, run.batch_id or "")
             queries.check_engine(db, owner)
-            if found is None or not found.status.is_final:
+            if batch is None or not batch.status.is_final:
                 return None
             if not db.execute(statements.REOPEN_ITEM, (run.run_id, run.status.value, INVALID_INPUT)).rowcount:
                 return None
-            queries.count_ended(db, queries.Ended({(found.batch_id, run.status): -1}))
-            db.execute(statements.REOPEN_BATCH, (owner, None, found.batch_id))
-            return queries.find_batch(db, found.batch_id)
+            queries.count_ended(db, queries.Ended({(batch.batch_id, run.status): -1}))
+            db.execute(statements.REOPEN_BATCH, (owner, None, batch.batch_id))
+            return queries.find_batch(db, batch.batch_id)
 
         return await self._store.change(apply, then)
 
@@ -379,14 +379,14 @@ class BatchStore:
             return False
 
         def apply(db: sqlite3.Connection) -> bool:
-            found = db.execute(statements.DROPPED_BATCH).fetchone()
-            return found is not None and queries.delete_items(db, found[0], CHUNK_SIZE) > 0
+            row = db.execute(statements.DROPPED_BATCH).fetchone()
+            return row is not None and queries.delete_items(db, row[0], CHUNK_SIZE) > 0
 
         return await self._store.change(apply)
 
 
 def _check_staged(db: sqlite3.Connection, batch: Batch) -> None:
-    """Raise StoreError if another engine took this one for dead and dropped its staged items."""
+    """Raise StoreError if another engine considered this one dead and dropped its staged items."""
     if db.execute(statements.FIND_STAGED_BATCH, (batch.batch_id,)).fetchone() is None:
         raise StoreError(
             "The uploaded part of this batch was dropped because this server did not respond for a while. Upload the "
@@ -396,10 +396,10 @@ def _check_staged(db: sqlite3.Connection, batch: Batch) -> None:
 
 def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:
     """Return the current record of *batch*. Raises OwnershipLost."""
-    found = queries.find_batch(db, batch.batch_id)
-    if found is None or found.owner != batch.owner:
+    current = queries.find_batch(db, batch.batch_id)
+    if current is None or current.owner != batch.owner:
         raise OwnershipLost(batch.batch_id)
-    return found
+    return current
 
 
 def _item_from(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
@@ -422,15 +422,15 @@ def _if_readable(db: sqlite3.Connection, row: Sequence[Any]) -> Run | None:
 
 def _unfinished(db: sqlite3.Connection, batch_id: str) -> list[tuple[int, str, str, bool]]:
     """Return the row id of each unfinished item, its id, what is wrong with it, and whether it can be written."""
-    found: list[tuple[int, str, str, bool]] = []
+    unfinished: list[tuple[int, str, str, bool]] = []
     (has_unfinished,) = db.execute(statements.HAS_UNFINISHED_ITEMS, (batch_id,)).fetchone()
     if not has_unfinished:  # scanning all items would take long
-        return found
+        return unfinished
     for row_id, run_id in db.execute(statements.UNFINISHED_ITEMS, (batch_id,)).fetchall():
         reason, is_writable = "its status is neither pending nor final", True
         try:
             _item_from(db, queries.read_row(db, statements.RUN_COLUMNS, "rowid", row_id))
         except Damaged as exc:
             reason, is_writable = str(exc), exc.is_writable
-        found.append((row_id, (run_id or b"").decode("utf-8", "replace"), reason, is_writable))
-    return found
+        unfinished.append((row_id, (run_id or b"").decode("utf-8", "replace"), reason, is_writable))
+    return unfinished

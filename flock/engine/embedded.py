@@ -30,7 +30,7 @@ from flock.engine.intake import Intake
 from flock.engine.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, current_task
 from flock.engine.store import Store
-from flock.engine.takeover import TakenOver
+from flock.engine.takeover import INTERRUPTED, TakenOver
 from flock.errors import (
     BatchNotFound,
     Conflict,
@@ -332,7 +332,7 @@ class EmbeddedEngine(EngineBase):
             if active.store_error is not None:
                 raise active.store_error
             if active.is_interrupted:
-                raise EngineStopped("The server stopped before this run ended. The run is resumed at the next start.")
+                raise EngineStopped(f"{INTERRUPTED[0]} The run is resumed at the next start.")
             if timeout_s is not None and anyio.current_time() >= deadline:
                 return await self._record_of(active)
             active.wake_at = min(active.wake_at, deadline)  # for the watch task: a timer for each waiter is slower
@@ -422,7 +422,7 @@ class EmbeddedEngine(EngineBase):
 
     @contextlib.contextmanager
     def _protected(self, id_: str) -> Iterator[None]:
-        """Protect a run or batch from the retention of this engine inside the block."""
+        """Prevent this engine's retention from deleting a run or batch inside the block."""
         being_sent = self._being_sent
         being_sent[id_] += 1
         try:
@@ -456,7 +456,7 @@ class EmbeddedEngine(EngineBase):
             )
 
     def _start(self, run: Run | None) -> None:
-        """Start *run*, unless the engine is shutting down. Then the run is recovered at the next start."""
+        """Start *run*. If the engine is shutting down, the run is recovered at the next start instead."""
         if run is not None and self._tasks is not None and not self.is_draining:
             self._runner.start(self._tasks, run)
 
@@ -615,7 +615,7 @@ class EmbeddedEngine(EngineBase):
             return await self._batches.submit(intake, key)
 
     def _start_batch(self, work: Callable[[Batch], Coroutine[Any, Any, None]], batch: Batch) -> None:
-        """Start *work* on *batch*, unless the engine is shutting down. Then it is recovered at the next start."""
+        """Start *work* on *batch*. If the engine is shutting down, the batch is recovered at the next start instead."""
         if self._tasks is not None and not self.is_draining:
             self._tasks.start_soon(work, batch)
 
@@ -661,10 +661,10 @@ class EmbeddedEngine(EngineBase):
     async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
         self._check_running()
         self._check_has_agent((await self.get_batch(batch_id)).agent_name)
-        wanted = only or (RunStatus.FAILED, RunStatus.CANCELLED)
-        reopened = await self._batches.retry(batch_id, self._engine_id, wanted)
+        statuses = only or (RunStatus.FAILED, RunStatus.CANCELLED)
+        reopened = await self._batches.retry(batch_id, self._engine_id, statuses)
         if reopened is None:
-            raise not_retried(await self.get_batch(batch_id), wanted)
+            raise not_retried(await self.get_batch(batch_id), statuses)
         return reopened
 
     async def delete_batch(self, batch_id: str) -> None:

@@ -37,10 +37,10 @@ PRIVATE = 0o600
 def device_and_inode(path: str) -> tuple[int, int] | None:
     """Return the device and inode of a file, or None if it does not exist."""
     try:
-        found = os.stat(path)
+        stat = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return found.st_dev, found.st_ino
+    return stat.st_dev, stat.st_ino
 
 
 def create_private(path: str) -> None:

@@ -70,20 +70,20 @@ class Intake:
         options = self.batch.options
         if options.max_workers < 1:
             raise DefinitionError(f"max_workers must be at least 1, not {options.max_workers}.")
-        checks, found = self._checks, RowErrors()
+        checks, row_errors = self._checks, RowErrors()
         async for checked in checks.rows(self._items):
             if checked.errors and self._on_invalid == "reject":
-                found.add(checked.row, checked.errors)
-                if found.is_full:
+                row_errors.add(checked.row, checked.errors)
+                if row_errors.is_full:
                     break
-            if found:
+            if row_errors:
                 continue
             self._add(checks.total, checked, id_of)
             if len(self.page) >= items_per_page(checks.total) or self._page_bytes > page_bytes:
                 await stage(self.page)
                 self.page, self._page_bytes = [], 0
-        if found or not checks.total:
-            raise InvalidData(found.first() or [NO_ROWS])
+        if row_errors or not checks.total:
+            raise InvalidData(row_errors.first() or [NO_ROWS])
         return replace(
             self.batch,
             total_items=checks.total,

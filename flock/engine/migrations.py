@@ -157,7 +157,7 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
 
 
 def migrate(db: sqlite3.Connection, path: str) -> None:
-    """Apply the pending migrations. Raises StoreError if the file is not compatible, and does not change it then."""
+    """Apply the pending migrations. Raises StoreError, without changing the file, if it is not compatible."""
     try:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):

@@ -1,4 +1,4 @@
-"""How runs end that do not complete, with the same texts in both engines."""
+"""How a run ends if it does not complete. Both engines use the same texts."""
 
 import logging
 
@@ -9,6 +9,7 @@ from flock.errors import Interrupted, QueueTimeout, StepError, cut
 from flock.runs import Run, RunStatus, one_line, safe_text
 
 __all__ = [
+    "BATCH_CANCELLED",
     "CANCELLED",
     "CANCELLED_BEFORE_START",
     "Outcome",
@@ -32,6 +33,10 @@ class Outcome(msgspec.Struct, frozen=True):
 
 CANCELLED = Outcome(RunStatus.CANCELLED, "The run was cancelled.", "cancelled")
 CANCELLED_BEFORE_START = Outcome(RunStatus.CANCELLED, "The batch was cancelled before this item started.", "cancelled")
+
+
+#: ``error`` of a cancelled batch.
+BATCH_CANCELLED = "The batch was cancelled."
 
 
 def timeout_of(timeout_s: float) -> Outcome:

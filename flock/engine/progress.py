@@ -24,7 +24,7 @@ async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None =
         return await engine.wait_batch(batch_id)
     import click  # here, since only a progress line needs it
 
-    batch, began_at, text = await engine.get_batch(batch_id), anyio.current_time(), ""
+    batch, started_at, text = await engine.get_batch(batch_id), anyio.current_time(), ""
     with click.progressbar(
         range(batch.total_items),
         label=batch.agent_name,
@@ -37,7 +37,7 @@ async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None =
         async with contextlib.aclosing(engine.batch_events(batch_id)) as events:
             async for event in events:
                 if event is not None:
-                    text = _status_text(event.data, batch, anyio.current_time() - began_at)
+                    text = _status_text(event.data, batch, anyio.current_time() - started_at)
                     bar.update(event.data["completed_items"] - bar.pos)
                     bar.render_progress()
     return await engine.wait_batch(batch_id)

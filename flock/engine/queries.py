@@ -197,9 +197,9 @@ def check_room(
 def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> None:
     if key is None:
         return
-    found = db.execute(statements.FIND_KEY, (flock, key.scoped_key)).fetchone()
-    if found is not None:
-        raise Replayed(found[1]) if found[0] == key.digest else KeyReused(key.key)
+    row = db.execute(statements.FIND_KEY, (flock, key.scoped_key)).fetchone()
+    if row is not None:
+        raise Replayed(row[1]) if row[0] == key.digest else KeyReused(key.key)
 
 
 def has_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> bool:

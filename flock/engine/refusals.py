@@ -1,4 +1,4 @@
-"""Errors for requests that an engine refuses, with the same texts in both engines."""
+"""Errors for requests that an engine refuses. Both engines use the same texts."""
 
 from collections.abc import Sequence
 
@@ -66,9 +66,9 @@ def run_not_retried(run: Run, batch: Batch | None) -> Conflict:
     )
 
 
-def not_retried(batch: Batch, wanted: Sequence[RunStatus]) -> Conflict:
-    """Return why the *wanted* items of a batch cannot be retried."""
-    what = f"has no item that {' or '.join(RETRYABLE[status] for status in wanted)}"
+def not_retried(batch: Batch, statuses: Sequence[RunStatus]) -> Conflict:
+    """Return why a batch has no item with one of *statuses* that can be retried."""
+    what = f"has no item that {' or '.join(RETRYABLE[status] for status in statuses)}"
     if not batch.status.is_final:
         what = f"is {batch.status}. Only a batch that has ended can be retried"
     return Conflict(f"The {_name_of(batch)} {what}.")

@@ -87,15 +87,15 @@ class RowChecks:
         places = {error.pointer for error in row.errors}
         if row.at in places:  # the row itself could not be read
             return row.errors
-        found: Sequence[FieldError] = ()
+        input_errors: Sequence[FieldError] = ()
         try:
             self._agent.input.decode(row.inputs, row.at)
         except InvalidData as exc:
             sources = {escape_pointer(key): at for key, at in row.sources.items()}
-            found = [_as_sent(error, row, sources) for error in exc.errors]
+            input_errors = [_as_sent(error, row, sources) for error in exc.errors]
         except MalformedJSON as exc:
-            found = [FieldError(detail=f"{exc}.", pointer=row.at)]
-        return (*row.errors, *(error for error in found if error.pointer not in places))
+            input_errors = [FieldError(detail=f"{exc}.", pointer=row.at)]
+        return (*row.errors, *(error for error in input_errors if error.pointer not in places))
 
 
 class RowErrors:
@@ -161,29 +161,29 @@ async def check_batch(
         TooLarge: the same as ``Engine.submit_batch``.
         EngineStopped: the engine is shutting down, which reading more rows would delay.
     """
-    checks, found, rows, shown_bytes = RowChecks(agent, engine.item_limits), RowErrors(), list[CheckedRow](), 0
-    refused: Sequence[FieldError] = ()
+    checks, row_errors, rows, shown_bytes = RowChecks(agent, engine.item_limits), RowErrors(), list[CheckedRow](), 0
+    reading_errors: Sequence[FieldError] = ()
     try:
         async for checked in checks.rows(items):
             if engine.is_draining:
                 raise EngineStopped("The server is shutting down. Send the rows again after it has restarted.")
             if checked.errors:
-                found.add(checked.row, checked.errors)
+                row_errors.add(checked.row, checked.errors)
             shown_bytes += len(bytes(checked.row.inputs)) + len(bytes(checked.extra or b""))
             if len(rows) < MAX_SHOWN_ROWS and shown_bytes <= MAX_SHOWN_BYTES:
                 rows.append(checked)
     except InvalidData as exc:
         if not row_mapping.columns:
             raise
-        refused = exc.errors
-    if not (refused or checks.total):
-        refused = [NO_ROWS]
-    is_refused_before = found.is_full and on_invalid == "reject"  # a submission would stop reading here
-    errors = [*found.first(), *refused] if is_refused_before else [*refused, *found.first()]
+        reading_errors = exc.errors
+    if not (reading_errors or checks.total):
+        reading_errors = [NO_ROWS]
+    stops_early = row_errors.is_full and on_invalid == "reject"  # a submission would not read further
+    errors = [*row_errors.first(), *reading_errors] if stops_early else [*reading_errors, *row_errors.first()]
     return BatchCheck(
-        ok=not refused and (not found or on_invalid == "skip"),
+        ok=not reading_errors and (not row_errors or on_invalid == "skip"),
         total_items=checks.total,
-        invalid_items=found.rows,
+        invalid_items=row_errors.rows,
         rows=rows,
         errors=errors[:MAX_ITEM_ERRORS],
     )

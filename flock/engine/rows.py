@@ -167,7 +167,7 @@ class Damaged(sqlite3.DatabaseError):
     """A row contains invalid data. SQLite has no checksums, so it does not always detect damage itself.
 
     Attributes:
-        is_writable: False if SQLite cannot read the whole row. Then writing it would fail the whole transaction.
+        is_writable: False if SQLite cannot read the whole row. Writing such a row would fail the whole transaction.
     """
 
     def __init__(self, reason: Exception, *, is_writable: bool = True) -> None:

@@ -299,7 +299,7 @@ class Runner:
         """
         while active.run.is_stub:
             try:
-                found = self._store.get_run(active.run.run_id)
+                stored = self._store.get_run(active.run.run_id)
             except StoreError as exc:
                 if isinstance(exc.__cause__, Damaged):
                     raise _unreadable(exc.__cause__) from exc
@@ -308,11 +308,11 @@ class Runner:
                 await anyio.sleep(RETRY_AFTER_S)
                 continue
             active.store_error = None
-            if found is None or found.status.is_final or found.attempt != active.run.attempt:
+            if stored is None or stored.status.is_final or stored.attempt != active.run.attempt:
                 raise OwnershipLost(active.run.run_id)
-            if found.batch_id is None and found.owner != active.run.owner:
+            if stored.batch_id is None and stored.owner != active.run.owner:
                 raise OwnershipLost(active.run.run_id)
-            active.run = replace(found, owner=active.run.owner, progress=active.progress)
+            active.run = replace(stored, owner=active.run.owner, progress=active.progress)
         return active.run
 
     def timeout_s_of(self, run: Run) -> float:

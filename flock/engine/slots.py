@@ -37,16 +37,16 @@ class Slots:
         """Wait for a slot. Cancellation: no slot is acquired."""
         if self.acquire_nowait(batch):
             return
-        turn = anyio.Event()
+        slot_given = anyio.Event()
         queue = self._runs if batch is None else self._items.setdefault(batch[0], {}).setdefault(batch[1], deque())
-        queue.append(turn)
+        queue.append(slot_given)
         try:
-            await turn.wait()
+            await slot_given.wait()
         except BaseException:
-            if turn.is_set():
+            if slot_given.is_set():
                 self.release(batch)
             else:
-                queue.remove(turn)
+                queue.remove(slot_given)
                 if not queue and batch is not None:
                     del self._items[batch[0]][batch[1]]
                     if not self._items[batch[0]]:
@@ -58,21 +58,21 @@ class Slots:
         self._free += 1
         self._free_for_items += batch is not None
         while self._free and (self._runs or (self._items and self._free_for_items)):
-            served, turn = (None, self._runs.popleft()) if self._runs else self._next_item()
-            turn.set()
+            served, slot_given = (None, self._runs.popleft()) if self._runs else self._next_item()
+            slot_given.set()
             self._take(served)
 
     def _next_item(self) -> tuple[BatchKey, anyio.Event]:
-        """Remove the item that is next. Its principal and its batch come after the others then."""
+        """Remove the next item. Move its principal and its batch behind the others."""
         principal, batches = next(iter(self._items.items()))
         batch_id, queue = next(iter(batches.items()))
-        turn = queue.popleft()
+        slot_given = queue.popleft()
         del self._items[principal], batches[batch_id]
         if queue:
             batches[batch_id] = queue
         if batches:
             self._items[principal] = batches
-        return (principal, batch_id), turn
+        return (principal, batch_id), slot_given
 
     def _take(self, batch: BatchKey) -> None:
         self._free -= 1
@@ -81,10 +81,10 @@ class Slots:
 
 def acquire_all_nowait(slots: Sequence[Slots], batch: BatchKey) -> bool:
     """Acquire one of each of *slots* if all of them have a free one. Return whether they were acquired."""
-    for taken, slot in enumerate(slots):
+    for index, slot in enumerate(slots):
         if not slot.acquire_nowait(batch):
-            for other in slots[:taken]:
-                other.release(batch)
+            for acquired in slots[:index]:
+                acquired.release(batch)
             return False
     return True
 

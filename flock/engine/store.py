@@ -59,6 +59,11 @@ class _Displaced(OSError):
     """The file was removed or replaced since it was opened, or has a schema version that is not supported."""
 
 
+def _unusable(action: str) -> StoreError:
+    """Return the error if the store cannot be written or read. Its cause is only logged, since it has the path."""
+    return StoreError(f"The store cannot be {action} now. The server's log has the reason.")
+
+
 def _unstorable(reason: Exception) -> Unstorable:
     error = Unstorable("This record has a value that cannot be stored.")
     error.log_detail = str(reason)
@@ -268,7 +273,7 @@ class Store:
         """Raise StoreError if the store is not writable. A failed transaction is retried every second."""
         if not self.is_writable:
             error = self._write_error or self._displaced
-            raise StoreError("The store cannot be written now. The server's log says why.") from error
+            raise _unusable("written") from error
 
     # The file
 
@@ -322,7 +327,7 @@ class Store:
         else:
             self._write_in_memory()
         if group.error is not None:
-            raise StoreError("The store cannot be written now. The server's log says why.") from group.error
+            raise _unusable("written") from group.error
 
     def _write_in_memory(self) -> None:
         """Write a group immediately, since there is no disk to wait for and there are no other writers."""
@@ -437,7 +442,7 @@ class Store:
             self.flush_nowait()
             self._write_in_memory()
         if self._displaced is not None:
-            raise StoreError("The store cannot be read now. The server's log says why.") from self._displaced
+            raise _unusable("read") from self._displaced
         try:
             return query(self._reader)
         except sqlite3.Error as exc:
@@ -445,7 +450,7 @@ class Store:
 
     def _unreadable(self, exc: sqlite3.Error) -> StoreError:
         logger.error("the store %s cannot be read: %s", self.path, exc)
-        return StoreError("The store cannot be read now. The server's log says why.")
+        return _unusable("read")
 
     def data_version(self) -> int:
         """Return a number that changes with each commit of any process."""
@@ -650,10 +655,10 @@ class Store:
             self._engine_lock = files.acquire_lock(f"{self.path}-engine-{engine_id}", self._mode)
 
         def apply(db: sqlite3.Connection) -> Sequence[str]:
-            found = db.execute(statements.AGENTS_OF_FLOCK, (flock,)).fetchone()
+            row = db.execute(statements.AGENTS_OF_FLOCK, (flock,)).fetchone()
             db.execute(statements.SET_AGENTS_OF_FLOCK, (flock, names_json(agents)))
             with contextlib.suppress(msgspec.DecodeError):
-                return [] if found is None else msgspec.json.decode(found[0], type=list[str])
+                return [] if row is None else msgspec.json.decode(row[0], type=list[str])
             return []
 
         await self._insert_engine(engine_id, flock)

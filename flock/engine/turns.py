@@ -1,4 +1,4 @@
-"""Turns: one agent's step of a run, executed in the same way by the embedded engine and by the workers of a cluster.
+"""Turns: a turn executes one step of a run, in the embedded engine and in the workers of a cluster alike.
 
 This module handles slots, deadlines, threads, interruption, size checks, observers and the step itself. To store
 records and to wake waiting callers, an engine overrides methods of ``ActiveRun``.
@@ -193,11 +193,11 @@ class Turns:
         agent = self._agents.get(run.next_agent_name or "")
         return agent is not None and agent.on_interrupt == "fail"
 
-    def notify(self, event: str, *about: Run | Step | Usage | str) -> None:
+    def notify(self, event: str, *arguments: Run | Step | Usage | str) -> None:
         """Call the method *event* of each observer. Log an exception that an observer raises."""
         for observer in self._observers:
             try:
-                getattr(observer, event)(*about)
+                getattr(observer, event)(*arguments)
             except Exception:
                 logger.exception("an observer raised in %s", event)
 

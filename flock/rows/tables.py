@@ -200,9 +200,9 @@ class RowMapping:
 
     def renaming(self, names: Mapping[str, str]) -> "RowMapping":
         """Return a copy with additional *names*."""
-        made = copy.copy(self)
-        made.names = {**self.names, **names}
-        return made
+        renamed = copy.copy(self)
+        renamed.names = {**self.names, **names}
+        return renamed
 
     def is_extra(self, key: str) -> bool:
         """Whether a member or column is not an input."""
@@ -218,8 +218,8 @@ class RowMapping:
             if len(self._nearest) * len(self.fields) >= MAX_COMPARED or len(key) > MAX_ECHOED_CHARS:
                 return ""
             by_name = {name.casefold(): name for name in self.fields}
-            found = difflib.get_close_matches(key.casefold(), by_name, n=1)
-            self._nearest[key] = by_name[found[0]] if found else ""
+            matches = difflib.get_close_matches(key.casefold(), by_name, n=1)
+            self._nearest[key] = by_name[matches[0]] if matches else ""
         return self._nearest[key]
 
     def problem_of(self, key: str, missing: Collection[str], inputs: Collection[str]) -> str:
@@ -320,8 +320,8 @@ async def _ndjson_row(line: bytes, number: int, row_mapping: RowMapping, max_dep
     except msgspec.ValidationError:
         detail = "Each line must be one JSON object."
     except (MalformedJSON, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        found = exc if isinstance(exc, MalformedJSON) else malformed(line, exc)
-        detail = str(found).replace("line 1, ", "")  # the line in the file is reported separately
+        malformed_json = exc if isinstance(exc, MalformedJSON) else malformed(line, exc)
+        detail = str(malformed_json).replace("line 1, ", "")  # the line in the file is reported separately
     else:
         await share.checkpoint()
         row_mapping.add_columns(members)
@@ -376,7 +376,7 @@ async def _records(
 
     Python's reader drops an incomplete record at the end of its input, so these lines are parsed again with more input.
     """
-    decoder, rest, number, has_begun = dialect.decoder(), "", 1, False
+    decoder, rest, number, has_yielded = dialect.decoder(), "", 1, False
     new: list[str] = []
     new_chars, first_bytes, share = 0, b"", FairShare()
     async for chunk in _with_end(chunks):
@@ -404,13 +404,13 @@ async def _records(
                     raise _row_too_long(number + done, max_bytes)
                 if cells:
                     await share.checkpoint()
-                    has_begun = True
+                    has_yielded = True
                     yield number + done, cells
                 done = reader.line_num
                 lines.clear()
         except csv.Error as exc:
             if chunk is None or str(exc) != "unexpected end of data":
-                reason = "" if has_begun else dialect.format_problem(lines[0])
+                reason = "" if has_yielded else dialect.format_problem(lines[0])
                 reason = reason or f"This is not valid CSV: {exc}."
                 if str(exc).startswith("field larger"):
                     reason = (
@@ -482,9 +482,13 @@ class _Columns:
     def _problems(self) -> Iterator[tuple[str, str]]:
         """Yield each column of the header that has an error, with the message."""
         row_mapping, seen = self._row_mapping, set[str]()
-        names = {each: row_mapping.names.get(each, each) for each in self._header if each not in row_mapping.dropped}
+        names = {
+            column: row_mapping.names.get(column, column)
+            for column in self._header
+            if column not in row_mapping.dropped
+        }
         inputs = {*names.values(), *row_mapping.static}
-        missing, meant = row_mapping.missing(inputs), set[str]()
+        missing, misspelled = row_mapping.missing(inputs), set[str]()
         for place, column in enumerate(self._header, 1):
             if column in row_mapping.dropped:
                 continue
@@ -492,7 +496,7 @@ class _Columns:
             if row_mapping.is_extra(column):
                 if row_mapping.on_extra == "ignore" or column:
                     problem = row_mapping.problem_of(column, missing, inputs)
-                    meant.add(row_mapping.nearest(column))
+                    misspelled.add(row_mapping.nearest(column))
                 else:
                     problem = f"Column {place} has no name."
                 if row_mapping.on_extra == "keep" and column in seen:
@@ -503,9 +507,9 @@ class _Columns:
             if problem:
                 yield column, problem
         header = set(self._header)
-        for column in (each for each in (*row_mapping.names, *row_mapping.dropped) if each not in header):
+        for column in (name for name in (*row_mapping.names, *row_mapping.dropped) if name not in header):
             yield column, f"input_mapping contains the column {column!r}, but the header does not."
-        for name in (each for each in row_mapping.fields if each in missing and each not in meant):
+        for name in (field for field in row_mapping.fields if field in missing and field not in misspelled):
             hint = f'Choose one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
             yield name, f"The input {name!r} is required, but there is no column for it. {hint}"
 

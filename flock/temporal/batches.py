@@ -24,6 +24,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
 from flock.engine.intake import Intake
+from flock.engine.outcomes import BATCH_CANCELLED
 from flock.engine.refusals import not_cancelled, not_deleted, not_retried, too_many_items
 from flock.errors import BatchNotFound, Conflict, KeyReused, Replayed, StoreError, cut
 from flock.limits import Limits
@@ -235,8 +236,8 @@ class TemporalBatches:
         query = f"{workflows_of(BATCH_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
         waiting = 0
         async with self._cluster.rpc_scope():
-            async for found in self._cluster.client.list_workflows(query):
-                memo = found.raw_info.memo.fields
+            async for workflow in self._cluster.client.list_workflows(query):
+                memo = workflow.raw_info.memo.fields
                 batch = decoded(memo["batch"], Batch)
                 waiting += batch.total_items - batch.completed_items
         self._refuse_above(waiting + self._staged, more)
@@ -255,19 +256,19 @@ class TemporalBatches:
         """Return the state of the last attempt of a batch. Raises BatchNotFound."""
         if ID.fullmatch(batch_id) is None or parse_item_id(batch_id)[1] >= 0:
             raise BatchNotFound(batch_id)
-        found = await self._attempt(batch_id, 1) or await self._attempt(
+        state = await self._attempt(batch_id, 1) or await self._attempt(
             batch_id, await self._cluster.last_attempt(BATCH_WORKFLOW, batch_workflow_id(batch_id, 1))
         )
-        if found is None or found.batch.flock != self._flock:
+        if state is None or state.batch.flock != self._flock:
             raise BatchNotFound(batch_id)
-        while found.batch.status.is_final:
-            later = await self._attempt(batch_id, found.batch.attempt + 1)
+        while state.batch.status.is_final:
+            later = await self._attempt(batch_id, state.batch.attempt + 1)
             if later is None:
                 break
-            found = later
-        if found.batch.status.is_final and await self._reservations.is_deleted(batch_id):
+            state = later
+        if state.batch.status.is_final and await self._reservations.is_deleted(batch_id):
             raise BatchNotFound(batch_id)
-        return found
+        return state
 
     async def _attempt(self, batch_id: str, attempt: int) -> _AttemptState | None:
         if attempt == 0:
@@ -279,13 +280,13 @@ class TemporalBatches:
             return None
         info = described.workflow_execution_info
         memo = info.memo
-        found = _AttemptState(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Attempt), memo)
-        if found.batch.status.is_final:
-            return found
-        at_work = found.memo_value("at_work", list[int], [])
+        state = _AttemptState(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Attempt), memo)
+        if state.batch.status.is_final:
+            return state
+        at_work = state.memo_value("at_work", list[int], [])
         ended = sum(await asyncio.gather(*(self._ended_of(batch_id, chunk, attempt) for chunk in at_work)), Counts())
-        batch, reported = found.batch, self._last_reported.pop((batch_id, attempt), found.batch)
-        found.batch = self._last_reported[batch_id, attempt] = replace(
+        batch, reported = state.batch, self._last_reported.pop((batch_id, attempt), state.batch)
+        state.batch = self._last_reported[batch_id, attempt] = replace(
             batch,
             completed_items=max(batch.completed_items + ended.total, reported.completed_items),
             failed_items=max(batch.failed_items + ended.failed, reported.failed_items),
@@ -294,8 +295,8 @@ class TemporalBatches:
         if len(self._last_reported) > BATCH_CACHE_SIZE:
             self._last_reported.popitem(last=False)
         if info.HasField("close_time"):
-            _closed_from_outside(found, info)
-        return found
+            _closed_from_outside(state, info)
+        return state
 
     async def _ended_of(self, batch_id: str, chunk: int, attempt: int) -> Counts:
         """Count the items of a running chunk that have ended."""
@@ -330,13 +331,13 @@ class TemporalBatches:
     async def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> Sequence[Run]:
         """See ``Engine.get_items``."""
         try:
-            found = await self._find(batch_id)
-            order = await self._order(found.batch)
-            chunks = iter(self._chunks_with(found, order, max(0, after + 1), statuses))
+            state = await self._find(batch_id)
+            order = await self._order(state.batch)
+            chunks = iter(self._chunks_with(state, order, max(0, after + 1), statuses))
             page, at_once = Page[Run](limit), 1  # with long results, one chunk can exceed a page
-            while wanted := list(islice(chunks, at_once)):
+            while next_chunks := list(islice(chunks, at_once)):
                 at_once = READ_AT_ONCE
-                read = await asyncio.gather(*(self._items_of(found, order, chunk) for chunk in wanted))
+                read = await asyncio.gather(*(self._items_of(state, order, chunk) for chunk in next_chunks))
                 for item in (item for items in read for item in items.values()):
                     if (item.position or 0) <= after or item.status not in statuses:
                         continue
@@ -344,26 +345,26 @@ class TemporalBatches:
                         return page
             return page
         except RPCError as exc:
-            raise BatchNotFound(batch_id) from exc  # the retention of a part of it is over
+            raise BatchNotFound(batch_id) from exc  # the retention of some of its workflows is over
 
     def _chunks_with(
-        self, found: _AttemptState, order: BatchOrder, position: int, statuses: Sequence[RunStatus]
+        self, state: _AttemptState, order: BatchOrder, position: int, statuses: Sequence[RunStatus]
     ) -> Sequence[int]:
         """Return the chunks from *position* on that may have items with these *statuses*."""
         first = bisect.bisect_right(order.starts, position) - 1
-        chunks = range(first, len(order.starts) if position < found.batch.total_items else first)
-        if not found.batch.status.is_final or not set(statuses) <= {RunStatus.FAILED, RunStatus.CANCELLED}:
+        chunks = range(first, len(order.starts) if position < state.batch.total_items else first)
+        if not state.batch.status.is_final or not set(statuses) <= {RunStatus.FAILED, RunStatus.CANCELLED}:
             return chunks
         bits = 0
         for status, name in ((RunStatus.FAILED, "failed_in"), (RunStatus.CANCELLED, "cancelled_in")):
             if status in statuses:
-                bits |= int(found.memo_value(name, str, "f" * (len(order.starts) // 4 + 1)), 16)
+                bits |= int(state.memo_value(name, str, "f" * (len(order.starts) // 4 + 1)), 16)
         return [chunk for chunk in chunks if bits >> chunk & 1]
 
-    async def _items_of(self, found: _AttemptState, order: BatchOrder, chunk: int) -> dict[int, Run]:
-        attempts = (*order.attempts[:-1], found.about)
+    async def _items_of(self, state: _AttemptState, order: BatchOrder, chunk: int) -> dict[int, Run]:
+        attempts = (*order.attempts[:-1], state.about)
         async with self._cluster.rpc_scope(SEND_TIMEOUT_S):
-            read = await read_chunk(self._cluster, found.batch.batch_id, chunk, attempts, attempts[0].rows_of)
+            read = await read_chunk(self._cluster, state.batch.batch_id, chunk, attempts, attempts[0].rows_of)
             return read.items
 
     async def item(self, run_id: str) -> Run | None:
@@ -372,24 +373,23 @@ class TemporalBatches:
         if position < 0:
             return None
         try:
-            found = await self._find(batch_id)
-            order = await self._order(found.batch)
-            if position >= found.batch.total_items:
+            state = await self._find(batch_id)
+            order = await self._order(state.batch)
+            if position >= state.batch.total_items:
                 return None
             chunk = bisect.bisect_right(order.starts, position) - 1
-            return (await self._items_of(found, order, chunk))[position]
+            return (await self._items_of(state, order, chunk))[position]
         except (BatchNotFound, RPCError):
             return None
 
     async def page(self, wanted: BatchFilter) -> Page[Batch]:
         """See ``Engine.list_batches``."""
         page = Page[Batch](wanted.limit)
-        ids = newest_first(self._cluster, workflows_of(BATCH_WORKFLOW, self._flock), "batch", wanted)
-        async for batch_ids in ids:
+        ranges = newest_first(self._cluster, workflows_of(BATCH_WORKFLOW, self._flock), "batch", wanted)
+        async for batch_ids in ranges:
             for start in range(0, len(batch_ids), BATCHES_AT_ONCE):
-                some = batch_ids[start : start + BATCHES_AT_ONCE]
-                found = await asyncio.gather(*map(self.get, some), return_exceptions=True)
-                for batch in found:
+                next_ids = batch_ids[start : start + BATCHES_AT_ONCE]
+                for batch in await asyncio.gather(*map(self.get, next_ids), return_exceptions=True):
                     if isinstance(batch, BaseException):
                         if not isinstance(batch, BatchNotFound):
                             raise batch
@@ -419,21 +419,21 @@ class TemporalBatches:
 
     async def retry(self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None) -> Batch:
         """Start the next attempt of a batch that has ended, for *item* alone if it is given."""
-        found = await self._find(batch_id)
-        batch, wanted = found.batch, tuple(only or (RunStatus.FAILED, RunStatus.CANCELLED))
+        state = await self._find(batch_id)
+        batch, statuses = state.batch, tuple(only or (RunStatus.FAILED, RunStatus.CANCELLED))
         order = await self._order(batch)
-        failed = batch.failed_items - order.invalid_items if RunStatus.FAILED in wanted else 0
-        cancelled = batch.cancelled_items if RunStatus.CANCELLED in wanted else 0
+        failed = batch.failed_items - order.invalid_items if RunStatus.FAILED in statuses else 0
+        cancelled = batch.cancelled_items if RunStatus.CANCELLED in statuses else 0
         if item is not None:
             failed, cancelled = item.status is RunStatus.FAILED, item.status is RunStatus.CANCELLED
         if not batch.status.is_final or not failed + cancelled:
-            raise not_retried(batch, wanted)
+            raise not_retried(batch, statuses)
         try:
-            await self._items_of(found, order, 0)  # the retention of the first chunk ends first
+            await self._items_of(state, order, 0)  # the retention of the first chunk ends first
         except RPCError as exc:
             raise BatchNotFound(batch_id) from exc
         await self._check_room(failed + cancelled)
-        every = "f" * (len(order.starts) // 4 + 1)
+        all_chunks = "f" * (len(order.starts) // 4 + 1)
         again = replace(
             order,
             batch=replace(
@@ -451,12 +451,12 @@ class TemporalBatches:
             ),
             attempts=(
                 *order.attempts[:-1],
-                found.about,
-                Attempt(only=wanted, position=None if item is None else item.position),
+                state.about,
+                Attempt(only=statuses, position=None if item is None else item.position),
             ),
-            failed_in=found.memo_value("failed_in", str, every),
-            cancelled_in=found.memo_value("cancelled_in", str, every),
-            first_error=found.memo_value("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
+            failed_in=state.memo_value("failed_in", str, all_chunks),
+            cancelled_in=state.memo_value("cancelled_in", str, all_chunks),
+            first_error=state.memo_value("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
         )
         try:
             await self._start(again)
@@ -549,18 +549,18 @@ def _common_of(item: Run) -> Run:
     )
 
 
-def _closed_from_outside(found: _AttemptState, info: WorkflowExecutionInfo) -> None:
+def _closed_from_outside(state: _AttemptState, info: WorkflowExecutionInfo) -> None:
     """Set the final state of an attempt whose workflow was closed before it could write its own."""
-    batch = found.batch
+    batch = state.batch
     at = info.close_time.ToDatetime(UTC)
     status = STATUS_OF_CLOSED.get(info.status, RunStatus.FAILED)
-    how = "cancelled" if status is RunStatus.CANCELLED else "ended on the cluster before it completed"
-    found.batch = replace(
+    is_cancelled = status is RunStatus.CANCELLED
+    state.batch = replace(
         batch,
         status=status,
-        error=f"The batch was {how}.",
+        error=BATCH_CANCELLED if is_cancelled else "The batch was ended on the cluster before it completed.",
         completed_at=at,
         completed_items=batch.total_items,
         cancelled_items=batch.cancelled_items + batch.total_items - batch.completed_items,
     )
-    found.about = replace(found.about, completed_at=at)
+    state.about = replace(state.about, completed_at=at)

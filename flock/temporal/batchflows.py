@@ -27,7 +27,7 @@ from temporalio.exceptions import (
     TimeoutError,
 )
 
-from flock.engine.outcomes import CANCELLED_BEFORE_START, Outcome, none_completed
+from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED_BEFORE_START, Outcome, none_completed
 from flock.runs import RunStatus
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
@@ -155,18 +155,18 @@ class FlockBatch(_Interruptible):
     def _chunks_to_start(self) -> Iterable[int]:
         """Return the chunks with items to run that have not started."""
         chunks = range(self._next, len(self._order.starts))
-        about = self._order.attempts[-1]
+        attempt = self._order.attempts[-1]
         if self._batch.attempt == 1:
             return chunks
-        if about.position is not None:
-            at = about.position
+        if attempt.position is not None:
+            at = attempt.position
             return [k for k in chunks if self._order.first_of(k) <= at < self._order.first_of(k + 1)]
-        wanted = 0
-        if RunStatus.FAILED in about.only:
-            wanted |= int(self._order.failed_in, 16)
-        if RunStatus.CANCELLED in about.only:
-            wanted |= int(self._order.cancelled_in, 16)
-        return [k for k in chunks if wanted >> k & 1]
+        bits = 0
+        if RunStatus.FAILED in attempt.only:
+            bits |= int(self._order.failed_in, 16)
+        if RunStatus.CANCELLED in attempt.only:
+            bits |= int(self._order.cancelled_in, 16)
+        return [k for k in chunks if bits >> k & 1]
 
     def _start_chunks(self) -> None:
         """Divide the free lanes among chunks that start now, or else among running ones."""
@@ -301,7 +301,7 @@ class FlockBatch(_Interruptible):
         cancelled = batch.cancelled_items + left
         status, error = RunStatus.COMPLETED, None
         if self.is_cancelled and cancelled:
-            status, error = RunStatus.CANCELLED, "The batch was cancelled."
+            status, error = RunStatus.CANCELLED, BATCH_CANCELLED
         elif batch.failed_items + cancelled == batch.total_items:
             status = RunStatus.FAILED
             first = self._first_error[1] if self._first_error else CANCELLED_BEFORE_START.error
@@ -390,7 +390,7 @@ class FlockChunk(_Interruptible):
         if order.is_whole:
             self._todo.extend(Part(position=position) for position in range(*order.positions))
             return
-        found = asyncio.create_task(
+        finding = asyncio.create_task(
             workflow.execute_activity(
                 FIND_ACTIVITY,
                 self._items_order(()),
@@ -399,9 +399,9 @@ class FlockChunk(_Interruptible):
                 retry_policy=RETRY_FOREVER,
             )
         )
-        while not found.done():
-            await self._until(found.done)
-        self._todo.extend(Part(position=position) for position in found.result())
+        while not finding.done():
+            await self._until(finding.done)
+        self._todo.extend(Part(position=position) for position in finding.result())
 
     def _items_order(self, parts: tuple[Part, ...]) -> ItemsOrder:
         order = self._order

@@ -80,10 +80,10 @@ class Chunk:
                 item = replace(item, status=RunStatus.FAILED, **failure)
             self.items[position] = item
 
-    def reopen(self, about: Attempt) -> None:
+    def reopen(self, attempt: Attempt) -> None:
         """Reset the items that an attempt of the batch retries."""
         for position, item in self.items.items():
-            if reopens(about, item):
+            if reopens(attempt, item):
                 self.items[position] = reset_for_retry(item)
 
     def fold(self, history: Iterable[HistoryEvent], pending: Sequence[PendingActivityInfo] = ()) -> None:
@@ -167,10 +167,10 @@ def _cancelled(item: Run, at: datetime) -> Run:
     )
 
 
-def reopens(about: Attempt, item: Run) -> bool:
+def reopens(attempt: Attempt, item: Run) -> bool:
     """Whether a retry covers *item*. Invalid inputs would fail again."""
-    is_covered = about.position in (None, item.position)
-    return item.status in about.only and is_covered and item.error_type != INVALID_INPUT
+    is_covered = attempt.position in (None, item.position)
+    return item.status in attempt.only and is_covered and item.error_type != INVALID_INPUT
 
 
 class _OpenOrders:
@@ -278,25 +278,25 @@ async def read_chunk(
             _full_history(
                 cluster,
                 chunk_workflow_id(batch_id, chunk, number),
-                may_be_missing=number > 1 or about.completed_at is None,
+                may_be_missing=number > 1 or attempt.completed_at is None,
             )
-            for number, about in enumerate(attempts, 1)
-            if chunk < about.begun_to
+            for number, attempt in enumerate(attempts, 1)
+            if chunk < attempt.begun_to
         )
     )
     rows = await cluster.input_of(rows_workflow_id(rows_of or batch_id, chunk), RowsOrder)
-    found_histories = iter(await histories)
-    found = Chunk(batch_id, rows)
-    for number, about in enumerate(attempts, 1):
+    remaining_histories = iter(await histories)
+    items = Chunk(batch_id, rows)
+    for number, attempt in enumerate(attempts, 1):
         if number > 1:
-            found.reopen(about)
-        for position, at in about.cancelled.items():
-            found.cancel([position], at)
-        if chunk < about.begun_to:
-            found.fold(*next(found_histories))
-        if about.completed_at is not None:
-            found.close(about.completed_at)
-    return found
+            items.reopen(attempt)
+        for position, at in attempt.cancelled.items():
+            items.cancel([position], at)
+        if chunk < attempt.begun_to:
+            items.fold(*next(remaining_histories))
+        if attempt.completed_at is not None:
+            items.close(attempt.completed_at)
+    return items
 
 
 async def _full_history(

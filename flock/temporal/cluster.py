@@ -73,9 +73,9 @@ class Cluster:
         payload_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.payloads = PayloadFolder(payload_dir)
-        named: dict[str, Any] = {"target_host": address, "namespace": namespace}
-        found: dict[str, Any] = {**ClientConfig.load_client_connect_config()}
-        self._config = found | {name: value for name, value in named.items() if value is not None}
+        overrides: dict[str, Any] = {"target_host": address, "namespace": namespace}
+        settings: dict[str, Any] = {**ClientConfig.load_client_connect_config()}
+        self._config = settings | {name: value for name, value in overrides.items() if value is not None}
         if "target_host" not in self._config:
             raise DefinitionError(
                 "The address of the Temporal cluster is missing. Pass host:port (--temporal), or set TEMPORAL_ADDRESS."
@@ -141,12 +141,12 @@ class Cluster:
             if exc.status in (RPCStatusCode.NOT_FOUND, RPCStatusCode.ALREADY_EXISTS):
                 raise
             if exc.status is RPCStatusCode.RESOURCE_EXHAUSTED:
-                raise EngineFull("The cluster is overloaded. Retry later.") from exc
+                raise EngineFull("The cluster is overloaded. Try again later.") from exc
             logger.warning("the Temporal cluster at %s: %s", self.address, exc)
             raise StoreError("The cluster cannot be used now. The server's log has the reason.") from exc
         except (TimeoutError, RuntimeError) as exc:  # a lazy client that cannot connect raises RuntimeError
             logger.warning("the Temporal cluster at %s does not answer: %r", self.address, exc)
-            raise StoreError("The cluster does not answer. The server's log has more.") from exc
+            raise StoreError("The cluster does not answer. The server's log has the reason.") from exc
 
     async def input_of(self, workflow_id: str, type_: type[T]) -> T:
         """Return the input of a workflow. Raises RPCError, NOT_FOUND if it does not exist or its retention is over."""
@@ -162,31 +162,31 @@ class Cluster:
         """
         query = f"WorkflowType = '{workflow}' AND WorkflowId STARTS_WITH '{first_id}:'"
         async with self.rpc_scope():
-            found = self.client.list_workflows(query)
-            return max([int(each.id.rpartition(":")[2]) async for each in found], default=0)
+            retries = self.client.list_workflows(query)
+            return max([int(retry.id.rpartition(":")[2]) async for retry in retries], default=0)
 
     async def delete(self, workflow_id: str, run_id: str = "") -> None:
         """Delete one execution of a workflow, or the latest, and its long payloads, if it exists."""
-        wanted = DeleteWorkflowExecutionRequest(
+        request = DeleteWorkflowExecutionRequest(
             namespace=self.namespace, workflow_execution=WorkflowExecution(workflow_id=workflow_id, run_id=run_id)
         )
         try:
-            await self.client.workflow_service.delete_workflow_execution(wanted)
+            await self.client.workflow_service.delete_workflow_execution(request)
         except RPCError as exc:
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
         await self.payloads.delete(workflow_id)
 
-    async def start(self, workflow: str, order: Any, about: Run | Batch, *, id: str, **options: Any) -> None:
+    async def start(self, workflow: str, order: Any, record: Run | Batch, *, id: str, **options: Any) -> None:
         """Start *workflow*, one attempt of a run or batch, with *order* and the search attributes for lists.
 
         Raises:
             WorkflowAlreadyStartedError: this attempt was started before.
             StoreError, EngineFull: see ``rpc_scope``.
         """
-        attributes = [SearchAttributePair(FLOCK, about.flock), SearchAttributePair(AGENT, about.agent_name)]
-        if about.principal is not None:
-            attributes.append(SearchAttributePair(PRINCIPAL, about.principal))
+        attributes = [SearchAttributePair(FLOCK, record.flock), SearchAttributePair(AGENT, record.agent_name)]
+        if record.principal is not None:
+            attributes.append(SearchAttributePair(PRINCIPAL, record.principal))
         async with self.rpc_scope():
             await self.client.start_workflow(
                 workflow,
@@ -201,7 +201,7 @@ class Cluster:
 
     async def _ensure_namespace(self) -> None:
         try:
-            found = await self._retrying(self._describe_namespace)
+            namespace = await self._retrying(self._describe_namespace)
         except RPCError as exc:
             if exc.status in DENIED:
                 raise DefinitionError(
@@ -213,7 +213,7 @@ class Cluster:
                 raise
             await self._register_namespace()
             return
-        retention = found.config.workflow_execution_retention_ttl.ToTimedelta()
+        retention = namespace.config.workflow_execution_retention_ttl.ToTimedelta()
         logger.info("The namespace %s of %s keeps runs for %s after they end.", self.namespace, self.address, retention)
 
     async def _describe_namespace(self) -> Any:
@@ -226,9 +226,9 @@ class Cluster:
         )
         retention = Duration()
         retention.FromTimedelta(RETENTION)
-        wanted = RegisterNamespaceRequest(namespace=self.namespace, workflow_execution_retention_period=retention)
+        request = RegisterNamespaceRequest(namespace=self.namespace, workflow_execution_retention_period=retention)
         try:
-            await self.client.workflow_service.register_namespace(wanted)
+            await self.client.workflow_service.register_namespace(request)
         except RPCError as exc:
             if exc.status in DENIED:
                 raise DefinitionError(
@@ -278,9 +278,9 @@ class Cluster:
         return "; ".join(f"temporal operator search-attribute create --name {name} {options}" for name in names)
 
     async def _missing_attributes(self) -> list[str]:
-        wanted = ListSearchAttributesRequest(namespace=self.namespace)
-        found = await self.client.operator_service.list_search_attributes(wanted)
-        return [name for name in SEARCH_ATTRIBUTES if name not in found.custom_attributes]
+        request = ListSearchAttributesRequest(namespace=self.namespace)
+        attributes = await self.client.operator_service.list_search_attributes(request)
+        return [name for name in SEARCH_ATTRIBUTES if name not in attributes.custom_attributes]
 
     async def _retrying(self, call: Callable[[], Any], *, is_new: bool = False) -> Any:
         """Return the result of *call*. A namespace that *is_new* may be unknown to parts of the cluster for seconds."""

@@ -193,14 +193,14 @@ class TemporalEngine(EngineBase):
     async def queue(self) -> Queue:
         """Return the steps that no worker has taken yet, first or later ones, by the cluster's estimate."""
         self._check_entered()
-        wanted = DescribeTaskQueueRequest(
+        request = DescribeTaskQueueRequest(
             namespace=self.cluster.namespace,
             task_queue=TaskQueue(name=self._task_queue),
             task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY,
             report_stats=True,
         )
         async with self.cluster.rpc_scope():
-            stats = (await self._client.workflow_service.describe_task_queue(wanted)).stats
+            stats = (await self._client.workflow_service.describe_task_queue(request)).stats
         age: Duration = stats.approximate_backlog_age
         depth = stats.approximate_backlog_count
         return Queue(depth, now() - age.ToTimedelta() if depth else None)
@@ -369,22 +369,22 @@ class TemporalEngine(EngineBase):
             handle: the workflow to wait for before the first call of *read*.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        found = None
+        record = None
         self._waiting += 1
         try:
             while True:
                 left_s = None if deadline is None else deadline - time.monotonic()
-                if found is not None and left_s is not None and left_s <= 0:
-                    return found
+                if record is not None and left_s is not None and left_s <= 0:
+                    return record
                 if handle is not None and (left_s is None or left_s > 0):
                     await self._until_closed(handle, left_s)
-                elif found is not None:  # an item has no workflow of its own
+                elif record is not None:  # an item has no workflow of its own
                     await asyncio.sleep(POLL_INTERVAL_S if left_s is None else min(left_s, POLL_INTERVAL_S))
                     if self._is_stopping:
                         raise wait_stopped()
-                found, handle = await read()
-                if found.status.is_final:
-                    return found
+                record, handle = await read()
+                if record.status.is_final:
+                    return record
         finally:
             self._waiting -= 1
             if not self._waiting:
@@ -408,7 +408,7 @@ class TemporalEngine(EngineBase):
             elif self._is_stopping and woken.done():
                 raise wait_stopped()
             elif woken.done():
-                raise self._error or StoreError("The cluster did not answer for a moment. Retry.")
+                raise self._error or StoreError("The cluster did not answer for a moment. Try again.")
         finally:
             following.cancel()
             woken.cancel()
@@ -473,12 +473,12 @@ class TemporalEngine(EngineBase):
                 return _listed(await self.get_run(run_id), wanted)
             return None
 
-        ids = newest_first(self.cluster, workflows_of(RUN_WORKFLOW, self._flock), "run", wanted)
-        async for run_ids in ids:
+        ranges = newest_first(self.cluster, workflows_of(RUN_WORKFLOW, self._flock), "run", wanted)
+        async for run_ids in ranges:
             unread = iter(run_ids)
-            while some := list(islice(unread, at_once)):
+            while next_ids := list(islice(unread, at_once)):
                 at_once = min(READS_AT_ONCE, wanted.limit)
-                for run in await asyncio.gather(*map(read, some)):
+                for run in await asyncio.gather(*map(read, next_ids)):
                     if run is not None and _matches(run, wanted) and not page.add(run):
                         return page
         return page

@@ -262,20 +262,20 @@ class ItemActivities:
         else:
             self._chunks[key] = asyncio.create_task(self._read(order))
         try:
-            found = await asyncio.shield(self._chunks[key])
+            chunk = await asyncio.shield(self._chunks[key])
         except BaseException:
             self._chunks.pop(key, None)
             raise
         while len(self._chunks) > CHUNK_CACHE_SIZE:
             self._chunks.popitem(last=False)
-        return found
+        return chunk
 
     async def _read(self, order: ItemsOrder) -> Chunk:
-        *before, about = order.attempts
-        found = await self._read_before(order)
+        *before, attempt = order.attempts
+        chunk = await self._read_before(order)
         if before:
-            found.reopen(about)
-        return found
+            chunk.reopen(attempt)
+        return chunk
 
     async def _read_before(self, order: ItemsOrder) -> Chunk:
         try:
@@ -292,11 +292,11 @@ class ItemActivities:
     @activity.defn(name=FIND_ACTIVITY)
     async def find(self, order: ItemsOrder) -> list[int]:
         """Return the positions of the items of a chunk that its attempt covers."""
-        *before, about = order.attempts
-        found = await self._read_before(order)
+        *before, attempt = order.attempts
+        chunk = await self._read_before(order)
         if not before:
-            return [position for position, item in found.items.items() if not item.status.is_final]
-        return [position for position, item in found.items.items() if reopens(about, item)]
+            return [position for position, item in chunk.items.items() if not item.status.is_final]
+        return [position for position, item in chunk.items.items() if reopens(attempt, item)]
 
     @activity.defn(name=DELETE_ACTIVITY)
     async def delete_batch(self, order: DeleteOrder) -> None:
@@ -305,12 +305,12 @@ class ItemActivities:
         # Not by search, which may not have rows that were sent a moment ago.
         ids = [(rows_workflow_id(order.rows_of or of_batch, chunk), "") for chunk in range(order.chunks)]
         for prefix in (f"batch:{of_batch}", f"chunk:{of_batch}:"):
-            found = client.list_workflows(f"WorkflowId STARTS_WITH '{prefix}'", page_size=1000)
-            ids += [(each.id, each.run_id) async for each in found]
-        left = iter(ids)
+            workflows = client.list_workflows(f"WorkflowId STARTS_WITH '{prefix}'", page_size=1000)
+            ids += [(workflow.id, workflow.run_id) async for workflow in workflows]
+        remaining = iter(ids)
 
         async def delete() -> None:
-            for workflow_id, run_id in left:
+            for workflow_id, run_id in remaining:
                 await self._cluster.delete(workflow_id, run_id)
 
         await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))

@@ -127,12 +127,12 @@ class PayloadFolder(StorageDriver):
         if not payloads:
             return
         try:
-            found = await self.converter.decode(payloads, [RawValue] * len(payloads))
+            decoded = await self.converter.decode(payloads, [RawValue] * len(payloads))
         except ApplicationError as exc:
             raise StoreError(exc.message) from exc
         except OSError as exc:
             raise StoreError(f"A long payload cannot be read: {exc.strerror}.") from exc
-        for payload, raw in zip(payloads, found, strict=True):
+        for payload, raw in zip(payloads, decoded, strict=True):
             payload.CopyFrom(raw.payload)
 
     async def delete(self, workflow_id: str) -> None:
@@ -221,6 +221,6 @@ def _payloads_of(message: Message) -> Iterator[Payload]:
         return
     for _, value in message.ListFields():
         values = [value] if isinstance(value, Message | str | bytes | int | float) else value
-        for each in values.values() if hasattr(values, "values") else values:
-            if isinstance(each, Message):
-                yield from _payloads_of(each)
+        for item in values.values() if hasattr(values, "values") else values:
+            if isinstance(item, Message):
+                yield from _payloads_of(item)

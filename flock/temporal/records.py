@@ -134,9 +134,9 @@ def _with_heartbeats(run: Run, payloads: Iterable[Payload]) -> Run:
 
 
 def _failed(run: Run, failure: Failure, at: datetime) -> Run:
-    about = failure.application_failure_info
-    run = _with_heartbeats(run, about.details.payloads)
-    error_type = about.type or INTERRUPTED
+    info = failure.application_failure_info
+    run = _with_heartbeats(run, info.details.payloads)
+    error_type = info.type or INTERRUPTED
     return replace(run, status=RunStatus.FAILED, error=cut(failure.message), error_type=error_type, completed_at=at)
 
 

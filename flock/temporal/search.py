@@ -15,8 +15,8 @@ from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW
 
 __all__ = ["ID", "newest_first", "open_runs", "workflows_of"]
 
-#: The most workflows in one range.
-WORKFLOWS_A_RANGE = 1000
+#: The maximum number of workflows in one range.
+WORKFLOWS_PER_RANGE = 1000
 #: Ids may come from a clock that is ahead by up to this time.
 MAX_CLOCK_LEAD = timedelta(days=7)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -34,12 +34,12 @@ EXECUTION_STATUS = {
 
 
 def workflows_of(workflow_type: str, flock: str) -> str:
-    """A query for the workflows of *flock* that have this type."""
+    """Return a query for the workflows of *flock* that have this type."""
     return f"WorkflowType = '{workflow_type}' AND {FLOCK.name} = {_quoted(flock)}"
 
 
 def open_runs(flock: str, principal: str | None = None) -> str:
-    """A query for the runs of *flock*, or of one *principal* in it, that have not ended."""
+    """Return a query for the runs of *flock*, or of one *principal* in it, that have not ended."""
     of = "" if principal is None else f" AND {PRINCIPAL.name} = {_quoted(principal)}"
     return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running'{of}"
 
@@ -77,11 +77,12 @@ async def newest_first(
         ranged = [*conditions, f"WorkflowId >= '{prefix}:{_id_at(low)}'", f"WorkflowId < '{prefix}:{high}'"]
         within = " AND ".join(ranged)
         async with cluster.rpc_scope():
-            if (await cluster.client.count_workflows(within)).count > WORKFLOWS_A_RANGE and span > 1:
+            if (await cluster.client.count_workflows(within)).count > WORKFLOWS_PER_RANGE and span > 1:
                 span = max(1, span // 4)
                 continue
-            found = {found.id.split(":")[1] async for found in cluster.client.list_workflows(within, page_size=1000)}
-        yield sorted(found, reverse=True)
+            workflows = cluster.client.list_workflows(within, page_size=1000)
+            ids = {workflow.id.split(":")[1] async for workflow in workflows}
+        yield sorted(ids, reverse=True)
         if low == bottom:
             return
         high, top, span = _id_at(low), low, span * 2

@@ -74,6 +74,6 @@ async def until_done(
 
 
 async def _until_stopped(drain_timeout_s: float) -> None:
-    """Wait for the shutdown and the drain. The SDK cancels activities then, except those that were cancelled before."""
+    """Wait for the shutdown and the drain. The SDK does not notify an activity that is already cancelled."""
     await activity.wait_for_worker_shutdown()
     await asyncio.sleep(drain_timeout_s)

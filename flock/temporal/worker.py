@@ -174,7 +174,7 @@ class TemporalWorker:
         if isinstance(turn.outcome, Step):
             return turn.done(turn.outcome)
         if turn.outcome is None:
-            raise ApplicationError("The worker stopped before this turn ended.", turn.heartbeat(), type=INTERRUPTED)
+            raise ApplicationError("The worker stopped before this step ended.", turn.heartbeat(), type=INTERRUPTED)
         _raise_outcome(turn, turn.outcome)
 
 

@@ -36,7 +36,7 @@ def media_type_of(request: Request, *accepted: str) -> str:
     if media_type in accepted:
         return media_type
     sent = f"is {content_type!r}" if content_type else "is missing"
-    options = " or ".join(f"-H 'Content-Type: {each}'" for each in accepted)
+    options = " or ".join(f"-H 'Content-Type: {type_}'" for type_ in accepted)
     detail = f"The Content-Type {sent}. It must be {' or '.join(accepted)}. With curl: {options}"
     raise HTTPException(415, detail, headers={"Accept": ", ".join(accepted)})
 
@@ -100,8 +100,8 @@ class Body:
     async def upload(self) -> AsyncIterator[bytes]:
         """Yield the body in pieces, decompressed if it is gzip.
 
-        Raises: HTTPException and TooLarge as ``json`` does; InvalidData if it is not valid gzip. The rest of the body
-            is unread then; see ``drain``.
+        Raises: HTTPException and TooLarge as ``json`` does; InvalidData if it is not valid gzip. After an
+            error, the rest of the body is unread; see ``drain``.
         """
         encoding = self._encoding()
         if encoding not in ("identity", "gzip"):

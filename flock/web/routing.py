@@ -91,7 +91,7 @@ class AppRouter(Router):
 
     Args:
         auth: identifies principals; None allows every request.
-        is_anonymous: True if neither this app nor its host identifies users. Then pages of other origins cannot even
+        is_anonymous: True if neither this app nor its host identifies users. If so, pages of other origins cannot even
             read protected routes: such a page could send requests through the browser of a user who can connect.
         hosts: allowed values of ``Host``, without the port; None allows any.
         origins: other origins whose pages may change something.
@@ -124,14 +124,14 @@ class AppRouter(Router):
             await super().__call__(scope, receive, send)
             return
         route, child_scope = self._match(scope)
-        found: RouteMatch = scope.setdefault("flock.found", RouteMatch())
-        found.route = route
+        route_match: RouteMatch = scope.setdefault("flock.found", RouteMatch())
+        route_match.route = route
         needs: Needs = getattr(route, "needs", "access")
         try:
             is_protected = self._is_anonymous and route is not None and needs != "nothing"
             self._check_headers(scope, is_protected=is_protected)
             if needs != "nothing":
-                await self._authorise(scope, found, needs)
+                await self._authorise(scope, route_match, needs)
         except (HTTPException, FlockError) as exc:
             if scope["type"] == "websocket":
                 raise WebSocketException(1008) from exc  # RFC 6455, 7.4.1: policy violation
@@ -169,13 +169,13 @@ class AppRouter(Router):
         if is_from_browser and (is_protected or scope.get("method") not in SAFE_METHODS):
             check_origin(headers, self._origins)
 
-    async def _authorise(self, scope: Scope, found: RouteMatch, needs: Needs) -> None:
+    async def _authorise(self, scope: Scope, route_match: RouteMatch, needs: Needs) -> None:
         connection = HTTPConnection(scope)
         if self._auth is not None:
             scope["flock.principal"] = await _identify(connection, self._auth)
         principal = principal_of(connection)
         if self._rate is not None:
-            found.headers = self._rate.take(principal)
+            route_match.headers = self._rate.take(principal)
         if needs == "admin" and principal is not None and not principal.admin:
             raise Forbidden(f"{scope['path']} is only for admins, and {principal.name!r} is not an admin.")
 

@@ -47,7 +47,7 @@ def _bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
     while pending:
         name = pending.pop()
         if name not in imports:
-            imports[name] = [found["module"].decode() for found in IMPORT.finditer(files[name])]
+            imports[name] = [match["module"].decode() for match in IMPORT.finditer(files[name])]
             pending += imports[name]
     order = [name for name in graphlib.TopologicalSorter(imports).static_order() if name != FIRST_VIEW]
     rest = {name: _from_entry(plain, order) for name, plain in files.items() if name not in order}
@@ -55,10 +55,10 @@ def _bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
 
 
 def _from_entry(script: bytes, bundled: Collection[str]) -> bytes:
-    found = [each for each in IMPORT.finditer(script) if each["module"].decode() in bundled]
-    for each in found:
-        script = script.replace(each[0], b"")
-    names = b", ".join(each["names"].strip(b" ,\n") for each in found)
+    imports = [match for match in IMPORT.finditer(script) if match["module"].decode() in bundled]
+    for match in imports:
+        script = script.replace(match[0], b"")
+    names = b", ".join(match["names"].strip(b" ,\n") for match in imports)
     return b'import { %s } from "./%s";\n' % (names, ENTRY.encode()) + script if names else script
 
 
