@@ -534,22 +534,22 @@ async def run_batch(request: Request) -> Response:
     A JSON body is read as a whole. Rows of CSV and NDJSON are read as they arrive, so memory stays constant. With
     ``?dry_run=true`` the rows are read and checked in the same way, and nothing is stored.
     """
-    app, media_type, sent = app_of(request), media_type_of(request, *BATCH_TYPES), None
+    app, media_type, json_body = app_of(request), media_type_of(request, *BATCH_TYPES), None
     upload_slot: AbstractContextManager[None] = contextlib.nullcontext()
     if media_type == "application/json":
         body = Body(request, app.options.max_body_bytes, app.options.body_timeout_s)
-        sent = await body.json(app.options.max_json_depth)
-        key = idempotency_key(request, fingerprint_of(request, sent))
+        json_body = await body.json(app.options.max_json_depth)
+        key = idempotency_key(request, fingerprint_of(request, json_body))
     else:
         body = Body(request, app.options.max_upload_bytes, app.options.body_timeout_s)
         upload_slot = app.uploads.take(caller_of(request))
         key = idempotency_key(request, lambda: fingerprint_of(request, request.scope["query_string"] + body.digest()))
     engine, headers = await engine_of(request), {}
     try:
-        if sent is None:
+        if json_body is None:
             batch_request = wire.batch_request_from(query_of(request, wire.UploadQuery), app.options.max_json_depth)
         else:
-            batch_request = options_in_body(request, sent)
+            batch_request = options_in_body(request, json_body)
         with upload_slot:
             row_mapping = row_mapping_of(app.flock.agents, app.options, batch_request, body)
             rows = rows_of(app.options, media_type, batch_request, body, row_mapping)

@@ -248,8 +248,8 @@ def depth_steps(raw: bytes, max_depth: int) -> Iterator[None]:
     while start < len(raw):
         end = start + STEP_BYTES
         if raw[end - 1 : end] == b"\\":  # do not split an escape sequence
-            found = NO_BACKSLASH.search(raw, end)
-            end = found.end() if found else len(raw)
+            match = NO_BACKSLASH.search(raw, end)
+            end = match.end() if match else len(raw)
         without_escapes = raw[start:end].replace(rb"\\", b"").replace(rb"\"", b"")
         parts = without_escapes.split(b'"')
         outside = b"".join(parts[is_string::2])
@@ -268,10 +268,10 @@ def depth_steps(raw: bytes, max_depth: int) -> Iterator[None]:
 def _bracket(raw: bytes, start: int, is_string: bool, number: int) -> int:
     """Return the position of the bracket with that *number*, counted from *start*."""
     if is_string:
-        found = re.compile(STRING_END, re.DOTALL).match(raw, start)
-        start = found.end() if found else start
-    found = re.compile(rb"(?:%s){%d}" % (TO_BRACKET, number), re.DOTALL).match(raw, start)
-    return found.end() - 1 if found else start  # backslashes outside of strings: not valid JSON
+        match = re.compile(STRING_END, re.DOTALL).match(raw, start)
+        start = match.end() if match else start
+    match = re.compile(rb"(?:%s){%d}" % (TO_BRACKET, number), re.DOTALL).match(raw, start)
+    return match.end() - 1 if match else start  # backslashes outside of strings: not valid JSON
 
 
 def _first_invalid_byte(raw: bytes) -> int:
@@ -300,11 +300,11 @@ def _field_error(exc: Exception, at: str) -> FieldError:
 
 def example_for(message: str) -> str:
     """Return a sentence with a valid example if *message* of msgspec is about a time; otherwise ""."""
-    wanted = WANTS_TIME.match(message)
-    if wanted is None:
+    match = WANTS_TIME.match(message)
+    if match is None:
         return ""
-    example = EXAMPLES[wanted[1]].removesuffix("Z" if "no timezone" in message else "")
-    return f' Write a {wanted[1]} like "{example}".'
+    example = EXAMPLES[match[1]].removesuffix("Z" if "no timezone" in message else "")
+    return f' Write a {match[1]} like "{example}".'
 
 
 def _unexpected_error(exc: Exception, at: str) -> FieldError:
@@ -340,8 +340,8 @@ def _resolve(type_: Any, raw: bytes, path: str) -> str:
     """Convert msgspec's path to a JSON pointer. The path has ``[...]`` for dict keys, which are found by bisection."""
     steps, pointer = re.findall(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]", path), ""
     if len(raw) > MAX_SEARCHED_BYTES:
-        found = itertools.takewhile(lambda step: step != ("", "..."), steps)
-        return "".join(f"/{escape_pointer(name or index)}" for name, index in found)
+        known_steps = itertools.takewhile(lambda step: step != ("", "..."), steps)
+        return "".join(f"/{escape_pointer(name or index)}" for name, index in known_steps)
     value: Any = [json.loads(raw, parse_float=_number)]
     whole = value  # a root whose value can be replaced
     key: Any = 0

@@ -503,12 +503,12 @@ def events_of(run: Run) -> list[Event]:
     started = [event(run.attempt, 0, "run.started", agent_name=run.agent_name, started_at=run.started_at)]
     events: list[Event] = []
     for position, step in enumerate(run.steps):
-        about = {"position": position, "agent_name": step.agent_name}
+        step_data = {"position": position, "agent_name": step.agent_name}
         if step.attempt == run.attempt:
             events, started = events + started, []
-        events.append(event(step.attempt, 2 * position + 1, "step.started", **about))
+        events.append(event(step.attempt, 2 * position + 1, "step.started", **step_data))
         end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result", "usage")}
-        events.append(event(step.attempt, 2 * position + 2, "step.completed", **about, **end))
+        events.append(event(step.attempt, 2 * position + 2, "step.completed", **step_data, **end))
     if has_started:
         events += started
     name = run.next_agent_name

@@ -382,14 +382,14 @@ def _format_of(
 ) -> dict[str, Any]:
     """Return the part of a request that requests JSON."""
     if format_ == "json_schema":
-        is_strict, sent = _strict_schema(schema)
+        is_strict, request_schema = _strict_schema(schema)
         if endpoint.is_local:
-            sent = localmodel.bounded_schema(schema, max_tokens or localmodel.MAX_TOKENS)
-        json_schema = {"name": "answer", "strict": is_strict, "schema": sent}
+            request_schema = localmodel.bounded_schema(schema, max_tokens or localmodel.MAX_TOKENS)
+        json_schema = {"name": "answer", "strict": is_strict, "schema": request_schema}
         return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
-    asked = f"Answer with one JSON object and nothing else. It must match this JSON Schema:\n{json.dumps(schema)}"
+    instruction = f"Answer with one JSON object and nothing else. It must match this JSON Schema:\n{json.dumps(schema)}"
     head, *rest = messages
-    part: dict[str, Any] = {"messages": [Message(head.role, f"{head.content}\n\n{asked}"), *rest]}
+    part: dict[str, Any] = {"messages": [Message(head.role, f"{head.content}\n\n{instruction}"), *rest]}
     return part | {"response_format": {"type": "json_object"}} if format_ == "json_object" else part
 
 
@@ -409,26 +409,26 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
 
     def convert(node: Mapping[str, Any]) -> dict[str, Any]:
         nonlocal is_strict
-        kept = {key: value for key, value in node.items() if key in STRICT_KEYWORDS}
+        converted = {key: value for key, value in node.items() if key in STRICT_KEYWORDS}
         if node.get("format") in STRICT_FORMATS:
-            kept["format"] = node["format"]
-        is_open = {"object": "properties" not in kept, "array": not isinstance(kept.get("items"), Mapping)}
-        if not kept.keys() & {"type", "enum", "const", "anyOf", "$ref"} or is_open.get(kept.get("type", "")):
+            converted["format"] = node["format"]
+        is_open = {"object": "properties" not in converted, "array": not isinstance(converted.get("items"), Mapping)}
+        if not converted.keys() & {"type", "enum", "const", "anyOf", "$ref"} or is_open.get(converted.get("type", "")):
             is_strict = False  # any value, an object with any keys, or a list or tuple of anything
             return dict(node)
-        if "properties" in kept:
-            kept |= {
-                "properties": {name: convert(member) for name, member in kept["properties"].items()},
-                "required": list(kept["properties"]),
+        if "properties" in converted:
+            converted |= {
+                "properties": {name: convert(member) for name, member in converted["properties"].items()},
+                "required": list(converted["properties"]),
                 "additionalProperties": False,
             }
-        if "items" in kept:
-            kept["items"] = convert(kept["items"])
-        if "anyOf" in kept:
-            kept["anyOf"] = [convert(member) for member in kept["anyOf"]]
-        if "$defs" in kept:
-            kept["$defs"] = {name: convert(member) for name, member in kept["$defs"].items()}
-        return kept
+        if "items" in converted:
+            converted["items"] = convert(converted["items"])
+        if "anyOf" in converted:
+            converted["anyOf"] = [convert(member) for member in converted["anyOf"]]
+        if "$defs" in converted:
+            converted["$defs"] = {name: convert(member) for name, member in converted["$defs"].items()}
+        return converted
 
     strict = convert(schema)
     return (True, strict) if is_strict else (False, dict(schema))
@@ -470,14 +470,14 @@ def _completion(answer: Any, name: str) -> Completion:
     if isinstance(answer, dict) and answer.get("error"):
         raise _error(name, "model_bad_response", "returned status 200 with an error in the body", str(answer["error"]))
     try:
-        read = msgspec.convert(answer, _Answer)
+        parsed = msgspec.convert(answer, _Answer)
     except msgspec.ValidationError as exc:
         raise _error(
             name, "model_bad_response", "returned status 200 without a valid chat completion", str(exc)
         ) from exc
-    if not read.choices:
+    if not parsed.choices:
         raise _error(name, "model_bad_response", "returned no choices", "choices: []")
-    choice = read.choices[0]
+    choice = parsed.choices[0]
     if choice.finish_reason == "content_filter":
         raise _error(name, "model_content_filter", "was blocked by its provider's content filter")
     if choice.message.refusal:
@@ -491,7 +491,7 @@ def _completion(answer: Any, name: str) -> Completion:
         )
     if not isinstance(choice.message.content, str) or not choice.message.content.strip():
         raise _error(name, "model_bad_response", "returned an empty answer", f"finish_reason {choice.finish_reason}")
-    usage = read.usage or _AnswerUsage()
+    usage = parsed.usage or _AnswerUsage()
     return Completion(
         # JSON can contain an escaped lone surrogate, which cannot be sent or stored.
         text=_without_fence(choice.message.content.encode("utf-8", "replace").decode()),
@@ -529,7 +529,7 @@ _BODY_ERRORS: Mapping[str, tuple[str, str]] = {
 
 
 def _status_error(name: str, response: httpx.Response) -> ModelError:
-    words, status = _provider_message(response), response.status_code
+    provider_message, status = _provider_message(response), response.status_code
     default = ("model_unavailable", "failed") if status >= 500 else ("model_bad_request", "rejected the request")
     error_type, reason = _STATUS_ERRORS.get(status, default)
     for pattern, known in _BODY_ERRORS.items():
@@ -538,7 +538,7 @@ def _status_error(name: str, response: httpx.Response) -> ModelError:
     provider = PROVIDERS.get(name.partition("/")[0])
     if status == 401 and provider and provider.key_variable:
         reason += f" in {provider.key_variable}"
-    return _error(name, error_type, f"{reason} (HTTP {status})", words)
+    return _error(name, error_type, f"{reason} (HTTP {status})", provider_message)
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -583,14 +583,14 @@ async def _complete_with_litellm(
     except ImportError as exc:
         raise _unknown_provider(name) from exc
     litellm.suppress_debug_info = True  # otherwise it prints advertisements
-    is_strict, sent = _strict_schema(schema)
+    is_strict, request_schema = _strict_schema(schema)
     try:
         answer = await litellm.acompletion(
             model=name,
             messages=msgspec.to_builtins(messages),
             response_format={
                 "type": "json_schema",
-                "json_schema": {"name": "answer", "strict": is_strict, "schema": sent},
+                "json_schema": {"name": "answer", "strict": is_strict, "schema": request_schema},
             },
             num_retries=2,
             **({} if max_tokens is None else {"max_tokens": max_tokens}),

@@ -480,12 +480,14 @@ def _schema_components(type_: Any) -> tuple[dict[str, Any], dict[str, dict[str, 
 
     msgspec itself sorts the members of a TypedDict and the choices of enums and Literals, and omits most time formats.
     """
-    named = _named_types(msgspec.inspect.type_info(type_), {})
-    fields = [_as_declared(hint) for info in named.values() for hint in _field_types(info)]
+    named_types = _named_types(msgspec.inspect.type_info(type_), {})
+    fields = [_as_declared(hint) for info in named_types.values() for hint in _field_types(info)]
     # A single call, so that a type has the same name in all schemas.
-    (root, *others), components = msgspec.json.schema_components([type_, *named, *fields], ref_template=REF + "{name}")
-    refs, of_fields = others[: len(named)], iter(others[len(named) :])
-    for info, ref in zip(named.values(), refs, strict=True):
+    (root, *others), components = msgspec.json.schema_components(
+        [type_, *named_types, *fields], ref_template=REF + "{name}"
+    )
+    refs, of_fields = others[: len(named_types)], iter(others[len(named_types) :])
+    for info, ref in zip(named_types.values(), refs, strict=True):
         schema = components[ref["$ref"].removeprefix(REF)]
         if isinstance(info, msgspec.inspect.EnumType):
             schema["enum"] = [member.value for member in info.cls]

@@ -222,13 +222,13 @@ class Connection(HttpToolsProtocol):
         """
         if self._write_timer is not None:
             self._write_timer.cancel()
-        unread = self.transport.get_write_buffer_size()
-        check = functools.partial(self._check_writes, unread, self.written_bytes, timeout_s)
-        self._write_timer = self.loop.call_later(timeout_s, check) if unread else None
+        unread_bytes = self.transport.get_write_buffer_size()
+        check = functools.partial(self._check_writes, unread_bytes, self.written_bytes, timeout_s)
+        self._write_timer = self.loop.call_later(timeout_s, check) if unread_bytes else None
 
-    def _check_writes(self, unread: int, written_bytes: int, timeout_s: float) -> None:
-        read = unread + self.written_bytes - written_bytes - self.transport.get_write_buffer_size()
-        if read < min(unread, MIN_READ_BYTES_PER_S * timeout_s):
+    def _check_writes(self, unread_bytes: int, written_bytes: int, timeout_s: float) -> None:
+        read_bytes = unread_bytes + self.written_bytes - written_bytes - self.transport.get_write_buffer_size()
+        if read_bytes < min(unread_bytes, MIN_READ_BYTES_PER_S * timeout_s):
             self.transport.abort()
         else:
             self.watch_writes(timeout_s)

@@ -256,12 +256,12 @@ class EngineBase(ABC):
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.batch_events``."""
-        sent, sent_at = -1, anyio.current_time()
+        sent_count, sent_at = -1, anyio.current_time()
         while True:
             changed, batch = self._next_change(), await self.get_batch(batch_id)
-            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != sent
+            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != sent_count
             if is_new or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
-                sent, sent_at = batch.completed_items, anyio.current_time()
+                sent_count, sent_at = batch.completed_items, anyio.current_time()
                 yield event_of_batch(batch) if is_new else None
             if batch.status.is_final or self.is_draining:
                 return

@@ -139,12 +139,12 @@ class Batches:
             workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self._limits.max_concurrency)
             workers = workers if batch.options.parallel else 1
             items = self._pending_items(batch)
-            left = iter(range(workers))
+            unstarted_workers = iter(range(workers))
             async with anyio.create_task_group() as tasks:
 
                 def start_worker() -> None:
                     """Start the next worker. Called when a worker's first item has a slot, so only one worker waits."""
-                    if next(left, None) is not None:
+                    if next(unstarted_workers, None) is not None:
                         tasks.start_soon(self._run_items, items, start_worker)
 
                 start_worker()

@@ -152,14 +152,14 @@ def rows_of(
     columns: str = statements.RUN_COLUMNS,
 ) -> Iterator[Sequence[Any]]:
     """Yield the rows of *query*, a function of the columns. Of a damaged row, yield as much as can be read."""
-    read = 0
+    yielded = 0
     try:
         with _detecting_damage():
             for row in db.execute(query(columns), values):
                 yield row[: len(RUN_TABLE)]
-                read += 1
+                yielded += 1
     except Damaged:
-        for run_id, *_ in itertools.islice(db.execute(query("run_id"), values), read, None):
+        for run_id, *_ in itertools.islice(db.execute(query("run_id"), values), yielded, None):
             try:
                 row = read_row(db, columns, "run_id", run_id)
             except Damaged:

@@ -68,10 +68,10 @@ def run_not_retried(run: Run, batch: Batch | None) -> Conflict:
 
 def not_retried(batch: Batch, statuses: Sequence[RunStatus]) -> Conflict:
     """Return why a batch has no item with one of *statuses* that can be retried."""
-    what = f"has no item that {' or '.join(RETRYABLE[status] for status in statuses)}"
+    reason = f"has no item that {' or '.join(RETRYABLE[status] for status in statuses)}"
     if not batch.status.is_final:
-        what = f"is {batch.status}. Only a batch that has ended can be retried"
-    return Conflict(f"The {_name_of(batch)} {what}.")
+        reason = f"is {batch.status}. Only a batch that has ended can be retried"
+    return Conflict(f"The {_name_of(batch)} {reason}.")
 
 
 def _name_of(record: Run | Batch) -> str:

@@ -284,12 +284,12 @@ class Store:
 
     def check_file(self) -> None:
         """Check that the file was not removed, replaced or upgraded. If it was, ``read`` raises StoreError."""
-        found: _Displaced | None = None
+        problem: _Displaced | None = None
         try:
             self._check_same_file(self._reader)
         except (sqlite3.Error, _Displaced) as exc:
-            found = exc if isinstance(exc, _Displaced) else _Displaced(str(exc))
-        before, self._displaced = self._displaced, found
+            problem = exc if isinstance(exc, _Displaced) else _Displaced(str(exc))
+        before, self._displaced = self._displaced, problem
         if self._displaced is not None and before is None:
             logger.error("%s Until then every request that needs the store gets status 503.", self._displaced)
         elif self._displaced is None and before is not None:
@@ -302,11 +302,11 @@ class Store:
         """
         for path, identity in self._identities.items():
             try:
-                found = files.device_and_inode(path)
+                current = files.device_and_inode(path)
             except OSError:  # its folder cannot be read now, so the state of the file is unknown
                 continue
-            if found != identity:
-                what = "removed" if found is None else "replaced"
+            if current != identity:
+                what = "removed" if current is None else "replaced"
                 raise _Displaced(
                     f"{path!r} was {what} while this server was using it, so new writes would be lost. "
                     f"Stop this server, restore {self.path!r} with its -wal file, and start it again."
@@ -637,8 +637,8 @@ class Store:
 
     def ended(self, ids: Iterable[str]) -> list[str]:
         """Return those of the runs and batches *ids* that are final or deleted."""
-        sent = msgspec.json.encode(list(ids)).decode()
-        return self.read(lambda db: [row[0] for row in db.execute(statements.ENDED, (sent,))])
+        ids_json = msgspec.json.encode(list(ids)).decode()
+        return self.read(lambda db: [row[0] for row in db.execute(statements.ENDED, (ids_json,))])
 
     # Engines
 

@@ -101,8 +101,8 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
 
     def _other_delimiters(self, text: str) -> Sequence[str]:
         """Return the other delimiters in *text*, the most frequent one first."""
-        found = {other: text.count(other) for other in DELIMITERS if other != self.delimiter}
-        return sorted((other for other in found if found[other]), key=lambda other: -found[other])
+        counts = {other: text.count(other) for other in DELIMITERS if other != self.delimiter}
+        return sorted((other for other in counts if counts[other]), key=lambda other: -counts[other])
 
     def _wrong_delimiter(self, other: str) -> str:
         ours = DELIMITERS.get(self.delimiter, repr(self.delimiter))

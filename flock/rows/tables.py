@@ -656,7 +656,7 @@ async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[by
         InvalidData: the file does not exist, or is outside of *folder* after following links. The error is the same.
         TooLarge: it is longer than *max_bytes*.
     """
-    refused = InvalidData(
+    not_found = InvalidData(
         [
             FieldError(
                 detail="There is no file with that name in the folder that this server reads.", pointer="/batch_inputs"
@@ -666,12 +666,12 @@ async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[by
     try:
         file = await anyio.to_thread.run_sync(_open_below, folder, name)
     except (OSError, ValueError) as exc:
-        raise refused from exc
+        raise not_found from exc
     with file:
-        left = max_bytes
+        bytes_left = max_bytes
         while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
-            left -= len(chunk)
-            if left < 0:
+            bytes_left -= len(chunk)
+            if bytes_left < 0:
                 raise TooLarge(f"The file is longer than {max_bytes} bytes, the maximum on this server.")
             yield chunk
 

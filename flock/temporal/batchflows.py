@@ -271,11 +271,11 @@ class FlockBatch(_Interruptible):
             self._first_error = min(errors, key=lambda error: error[0], default=None)
 
     def _state(self) -> BatchOrder:
-        about = replace(self._order.attempts[-1], begun_to=self._next, cancelled=dict(self._cancelled))
+        attempt = replace(self._order.attempts[-1], begun_to=self._next, cancelled=dict(self._cancelled))
         return replace(
             self._order,
             batch=self._batch,
-            attempts=(*self._order.attempts[:-1], about),
+            attempts=(*self._order.attempts[:-1], attempt),
             failed_in=f"{self._failed_in:x}",
             cancelled_in=f"{self._cancelled_in:x}",
             first_error=self._first_error,
@@ -295,10 +295,10 @@ class FlockBatch(_Interruptible):
 
     def _finish(self) -> None:
         batch = self._batch
-        left = batch.total_items - batch.completed_items
-        for chunk in self._chunks_to_start() if left else ():
+        unfinished = batch.total_items - batch.completed_items
+        for chunk in self._chunks_to_start() if unfinished else ():
             self._cancelled_in |= 1 << chunk
-        cancelled = batch.cancelled_items + left
+        cancelled = batch.cancelled_items + unfinished
         status, error = RunStatus.COMPLETED, None
         if self.is_cancelled and cancelled:
             status, error = RunStatus.CANCELLED, BATCH_CANCELLED
@@ -315,8 +315,8 @@ class FlockBatch(_Interruptible):
             cancelled_items=cancelled,
         )
         state = self._state()
-        about = replace(state.attempts[-1], completed_at=workflow.now(), cancelled={})
-        self._order = replace(state, attempts=(*state.attempts[:-1], about))
+        attempt = replace(state.attempts[-1], completed_at=workflow.now(), cancelled={})
+        self._order = replace(state, attempts=(*state.attempts[:-1], attempt))
         retry_state = {
             "failed_in": f"{self._failed_in:x}",
             "cancelled_in": f"{self._cancelled_in:x}",

@@ -95,8 +95,8 @@ class Chunk:
                 self._apply(*completed, at)
             match event.event_type:
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
-                    sent = event.workflow_execution_started_event_attributes.input.payloads[0]
-                    for position, asked_at in decoded(sent, ChunkOrder).cancelled.items():
+                    payload = event.workflow_execution_started_event_attributes.input.payloads[0]
+                    for position, asked_at in decoded(payload, ChunkOrder).cancelled.items():
                         self.cancel([position], asked_at)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
                     signal = event.workflow_execution_signaled_event_attributes
@@ -304,18 +304,18 @@ async def _full_history(
 ) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
     """Return all events of a chunk's attempt, across continue-as-new, and its pending activities."""
     events: list[HistoryEvent] = []
-    found: Sequence[HistoryEvent]
+    history: Sequence[HistoryEvent]
     run_id: str | None = None
     pending: Sequence[PendingActivityInfo] = ()
     try:
         while True:
             handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id, run_id=run_id)
-            found = (await handle.fetch_history()).events
-            await cluster.payloads.resolve(found)
-            if not events and found[-1].event_type not in CLOSED:
-                found, pending = await _latest_history(cluster, workflow_id)
-            events = [*found, *events]
-            run_id = found[0].workflow_execution_started_event_attributes.continued_execution_run_id
+            history = (await handle.fetch_history()).events
+            await cluster.payloads.resolve(history)
+            if not events and history[-1].event_type not in CLOSED:
+                history, pending = await _latest_history(cluster, workflow_id)
+            events = [*history, *events]
+            run_id = history[0].workflow_execution_started_event_attributes.continued_execution_run_id
             if not run_id:
                 return events, pending
     except RPCError as exc:

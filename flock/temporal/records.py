@@ -62,8 +62,8 @@ def reset_for_retry(run: Run) -> Run:
 
 def order_of(history: Sequence[HistoryEvent]) -> RunOrder:
     """Return the input of the workflow."""
-    sent = history[0].workflow_execution_started_event_attributes.input.payloads[0]
-    order: RunOrder = decoded(sent, RunOrder)
+    payload = history[0].workflow_execution_started_event_attributes.input.payloads[0]
+    order: RunOrder = decoded(payload, RunOrder)
     return order
 
 
@@ -78,8 +78,8 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
             case EventType.EVENT_TYPE_ACTIVITY_TASK_STARTED if run.started_at is None:
                 run = replace(run, status=RunStatus.RUNNING, started_at=at)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
-                sent = event.activity_task_completed_event_attributes.result.payloads[0]
-                done: StepDone = decoded(sent, StepDone)
+                payload = event.activity_task_completed_event_attributes.result.payloads[0]
+                done: StepDone = decoded(payload, StepDone)
                 is_first = not any(step.attempt == run.attempt for step in run.steps)
                 started_at = done.begun_at if is_first else run.started_at
                 progress = done.progress or run.progress

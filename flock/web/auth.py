@@ -124,11 +124,11 @@ class KeyRing:
 
     def find(self, key: str) -> Principal | None:
         """Return the principal of *key*, or None if the key is unknown. Both take the same time."""
-        sent, found = _digest(key), None
+        sent_digest, matching = _digest(key), None
         for digest, principal in self._principals.items():
-            if hmac.compare_digest(digest, sent):
-                found = principal
-        return found
+            if hmac.compare_digest(digest, sent_digest):
+                matching = principal
+        return matching
 
 
 def _digest(key: str) -> bytes:
@@ -213,7 +213,7 @@ class RateLimit:
         name = None if principal is None else principal.name
         at, interval_s = time.monotonic(), 60 / self._per_minute
         full_at = max(at, self._full_at.get(name, at)) + interval_s
-        left = int((at + 60 - full_at) / interval_s + 1e-6)
+        available = int((at + 60 - full_at) / interval_s + 1e-6)
         headers = {"RateLimit-Policy": f'"minute";q={self._per_minute};w=60'}
         if full_at > at + 60 + 1e-6:
             wait_s = math.ceil(full_at - at - 60)
@@ -223,7 +223,7 @@ class RateLimit:
         if len(self._full_at) > self._cleanup_size:  # drop principals whose quota is full again
             self._full_at = {name: later for name, later in self._full_at.items() if later > at}
             self._cleanup_size = max(CLEANUP_SIZE, 2 * len(self._full_at))
-        return headers | {"RateLimit": f'"minute";r={left};t={math.ceil(interval_s)}'}
+        return headers | {"RateLimit": f'"minute";r={available};t={math.ceil(interval_s)}'}
 
 
 class ScopedEngine:

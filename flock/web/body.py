@@ -35,9 +35,9 @@ def media_type_of(request: Request, *accepted: str) -> str:
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type in accepted:
         return media_type
-    sent = f"is {content_type!r}" if content_type else "is missing"
+    problem = f"is {content_type!r}" if content_type else "is missing"
     options = " or ".join(f"-H 'Content-Type: {type_}'" for type_ in accepted)
-    detail = f"The Content-Type {sent}. It must be {' or '.join(accepted)}. With curl: {options}"
+    detail = f"The Content-Type {problem}. It must be {' or '.join(accepted)}. With curl: {options}"
     raise HTTPException(415, detail, headers={"Accept": ", ".join(accepted)})
 
 

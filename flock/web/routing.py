@@ -181,8 +181,8 @@ class AppRouter(Router):
 
 
 async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:
-    found = auth(connection)
-    principal = await found if inspect.isawaitable(found) else found
+    result = auth(connection)
+    principal = await result if inspect.isawaitable(result) else result
     if isinstance(principal, Principal):
         return principal
     raise Unauthenticated("The API key is missing or unknown. With curl: -H 'Authorization: Bearer YOUR_KEY'")
