@@ -405,7 +405,7 @@ async def test_stored_names_of_columns_are_limited_by_the_size_of_the_upload(
             await sender.run()
             assert sender.status == status, sender.body[:500]
         assert sender.problem["detail"] == (
-            "The names of the columns of all rows are longer than 320000 bytes together, 16 times the size of the "
+            "The names of the columns of all rows are longer than 320000 bytes in total, 16 times the size of the "
             "upload or of the largest JSON body. Send shorter ones, or fewer rows at once."
         )
         await until(lambda: stored(path, ROWS) == 15)

@@ -1,4 +1,4 @@
-"""What both engines have in common: checks of new work, event streams, and health."""
+"""The base class of both engines: checks of new work, event streams, and health."""
 
 import sys
 from abc import ABC, abstractmethod

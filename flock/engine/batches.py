@@ -1,7 +1,7 @@
 """Batches of the embedded engine: accepted row by row, processed in pages, and never held in memory as a whole.
 
-A batch is accepted in the transaction that writes its last page, or not at all. After that its rows are the only state:
-an engine that resumes an interrupted batch reads from them which items are left.
+A batch is accepted in the transaction that writes its last page, or not at all. After that, its rows in the store are
+the only state: an engine that resumes an interrupted batch reads from them which items are left.
 """
 
 import contextlib

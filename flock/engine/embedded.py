@@ -269,7 +269,7 @@ class EmbeddedEngine(EngineBase):
         if not run.is_async and key is None:
             if full is not None:
                 raise full
-            # Its end is written durably. Its start need not be, since a run whose caller is gone is not resumed.
+            # Only its end must be on disk: if the process dies, its caller is gone, and the run is not resumed.
             self._check_room(run.principal)
             self.store.save_nowait(run, is_new=True)
             self._start(run)

@@ -92,7 +92,7 @@ class Group:
             self._apply(db, change)
 
     def write_separately(self, db: sqlite3.Connection) -> None:
-        """Write each record in a savepoint of its own, so that one that is refused fails only its own caller."""
+        """Write each record in its own savepoint, so that a refused record fails only its own caller."""
         for run_id, pending in list(self.runs.items()):
             has_one_row = not steps_with_rows(pending.run, pending.steps)
             try:

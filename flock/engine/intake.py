@@ -1,4 +1,4 @@
-"""Intake of a batch: what both engines do with its rows before they accept it."""
+"""Intake of a batch, the same for both engines: its rows are checked, converted to items, and staged in pages."""
 
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any

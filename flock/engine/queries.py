@@ -97,7 +97,7 @@ def insert_runs(db: sqlite3.Connection, runs: Iterable[Run]) -> None:
 def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -> Run | None:
     """Return a run, or its outline, which has ``{}`` for its inputs and results and does not read them.
 
-    Raises Damaged if its row is damaged, unless the run has already failed because of that.
+    Raises Damaged if its row is damaged, unless the run has already failed because of the damage.
     """
     try:
         row = read_row(db, statements.OUTLINE_COLUMNS if is_outline else statements.RUN_COLUMNS, "run_id", run_id)
@@ -177,7 +177,10 @@ def page_of(limit: int, rows: Iterable[Sequence[Any]]) -> Page[Run]:
 
 
 def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
-    """Return a batch unless it is hidden. Raises Damaged, unless it has already failed because of that."""
+    """Return a batch unless it is hidden.
+
+    Raises Damaged if its row is damaged, unless the batch has already failed because of the damage.
+    """
     row = db.execute(statements.FIND_BATCH, (batch_id,)).fetchone()
     if row is None:
         return None

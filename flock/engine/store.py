@@ -636,7 +636,7 @@ class Store:
         return self.read(lambda db: db.execute(statements.RUNS_TO_CANCEL, (owner, owner)).fetchall())
 
     def ended(self, ids: Iterable[str]) -> list[str]:
-        """Return those of the runs and batches *ids* that are final or deleted."""
+        """Return those of *ids* whose run or batch is final or deleted."""
         ids_json = msgspec.json.encode(list(ids)).decode()
         return self.read(lambda db: [row[0] for row in db.execute(statements.ENDED, (ids_json,))])
 

@@ -90,7 +90,7 @@ def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str
 
 
 def take_over(db: sqlite3.Connection, unfinished: Unfinished, dead_id: str, owner: str, now: datetime) -> TakenOver:
-    """Make *owner* the owner of what can be resumed, and end the rest, as far as *dead_id* still owns it."""
+    """Make *owner* the owner of work that can be resumed, and end the rest. Skip what *dead_id* no longer owns."""
     at = micros(now)
     ended = [id_ for id_, end in unfinished.ends.items() if _changes(db, statements.FAIL_RUN, *end, at, id_, dead_id)]
     runs = ended + [id_ for id_ in unfinished.runs if _changes(db, statements.TAKE_RUN, owner, id_, dead_id)]

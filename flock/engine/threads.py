@@ -33,7 +33,7 @@ class _Call:
 
 
 class Threads:
-    """Runs at most *max_threads* calls at the same time. Each call has an *owner*, which has only one at a time."""
+    """Runs at most *max_threads* calls at the same time. An *owner* has at most one call at a time."""
 
     def __init__(self, max_threads: int) -> None:
         self._slots = Slots(max_threads, reserved=max_threads // 10)
@@ -66,7 +66,7 @@ class Threads:
 
         try:
             with call.scope:
-                # With a limiter of its own, because anyio would release a shared one before the slot is free.
+                # The call gets its own limiter, because anyio would release a shared one before the slot is free.
                 return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         finally:
             # The thread sets is_started and is_done before it reads is_abandoned. Here it is the other way round.

@@ -1,4 +1,4 @@
-"""Turns: a turn executes one step of a run, in the embedded engine and in the workers of a cluster alike.
+"""Turns: a turn is the execution of one step of a run, in the embedded engine or in a worker of a cluster.
 
 This module handles slots, deadlines, threads, interruption, size checks, observers and the step itself. To store
 records and to wake waiting callers, an engine overrides methods of ``ActiveRun``.

@@ -244,7 +244,7 @@ class RowMapping:
         self._static_bytes += row_bytes
         if self._static_bytes > (allowed := self._max_static_bytes()):
             raise TooLarge(
-                f"The {what} of all rows are longer than {allowed} bytes together, {MAX_EXPANSION} times the size of "
+                f"The {what} of all rows are longer than {allowed} bytes in total, {MAX_EXPANSION} times the size of "
                 "the upload or of the largest JSON body. Send shorter ones, or fewer rows at once."
             )
 

@@ -56,11 +56,11 @@ What happens when:
 - An item ends: the worker reports it in its next heartbeat, within 0.1 s. No workflow task is scheduled.
 - ``run_items`` returns: the chunk counts the items that have ended, and schedules the rest.
 - A chunk ends: the batch starts the next one, or gives the lanes to other chunks ("set_lanes").
-- The batch ends: its close event wakes all waiting clients.
+- The batch ends: its close event wakes all waiting callers.
 - An item is cancelled: the batch signals its chunk, and the chunk cancels the ``run_items`` that has the item. The
   worker reads in the chunk's memo which item it is, and stops only that one.
 - A batch is cancelled: the batch cancels its chunks, and these cancel ``run_items``. The memos say that all items stop.
-- A worker shuts down: its ``run_items`` return their progress, and the chunks schedule the rest.
+- A worker shuts down: its ``run_items`` return their progress, and the chunks schedule the remaining items.
 - A worker dies: after ``heartbeat_timeout_s`` the cluster retries its activities on other workers, with the last
   heartbeats. After 20 attempts the item that was running fails.
 """

@@ -67,7 +67,7 @@ logger = logging.getLogger("flock.temporal")
 #: The interval and the timeout of requests that check the cluster and count open runs, in seconds.
 WATCH_INTERVAL_S = 0.5
 WATCH_TIMEOUT_S = 0.7
-#: How often an item is read while a client waits for it, in seconds.
+#: How often an item is read while a caller waits for it, in seconds.
 POLL_INTERVAL_S = 0.25
 #: The longest inputs of a run without a ``payload_dir``, and of any item.
 MAX_INPUT_BYTES = 1_000_000
@@ -80,7 +80,7 @@ Record = TypeVar("Record", Run, Batch)
 class TemporalEngine(EngineBase):
     """``Engine`` on a Temporal cluster. It needs a ``TemporalWorker`` of the same flock, on any machine.
 
-    Every run is stored like an asynchronous one. It outlives this process, even if its client waits for the result.
+    Every run is stored like an asynchronous one. It outlives this process, even if a caller waits for its result.
 
     Args:
         agents: by name; read at each submission. Workers have them too.
@@ -158,7 +158,7 @@ class TemporalEngine(EngineBase):
         self._check_not_entered()
         await self.cluster.connect()
         self._is_stopping, self._error = False, None
-        #: _wake_waiters is set while no client may wait, because the engine stops or the cluster does not answer
+        #: _wake_waiters is set while no caller may wait, because the engine stops or the cluster does not answer
         self._wake_waiters, self._no_waiters = asyncio.Event(), asyncio.Event()
         self._watch_task = asyncio.create_task(self._watch())
         return self
@@ -172,7 +172,7 @@ class TemporalEngine(EngineBase):
         await asyncio.wait([task])
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new work, and stop waiting for runs after *timeout_s*. Runs continue in workers."""
+        """Stop accepting work, and stop waiting for runs after *timeout_s*. Runs continue in workers."""
         self._check_entered()
         self._is_stopping = True
         with contextlib.suppress(TimeoutError):
@@ -206,7 +206,7 @@ class TemporalEngine(EngineBase):
         return Queue(depth, now() - age.ToTimedelta() if depth else None)
 
     async def _watch(self) -> None:
-        """Check the cluster and count open runs. Wake waiting clients if the cluster does not answer."""
+        """Check the cluster and count open runs. Wake waiting callers if the cluster does not answer."""
         misses = 0
         while True:
             try:
@@ -221,7 +221,7 @@ class TemporalEngine(EngineBase):
                     self._wake_waiters.clear()
             except StoreError as exc:
                 misses += 1
-                if misses == 1:  # one miss may only be a busy moment, and an error would reach all waiting clients
+                if misses == 1:  # one miss may only be a busy moment, and an error would reach all waiting callers
                     continue
                 self._error = exc
                 self._wake_waiters.set()
@@ -273,7 +273,7 @@ class TemporalEngine(EngineBase):
         self._started_runs += 1
 
     async def _check_room(self, principal: str | None) -> None:
-        """Raise EngineFull if too many runs are open, in all or of *principal*. Nothing is awaited after the check."""
+        """Raise EngineFull if too many runs are open, in total or of *principal*. The last check awaits nothing."""
         limits, counts = self._limits.queue, self._open_runs_of
         if principal is not None and self._open_runs + self._starting >= limits.max_runs_per_principal:
             if principal not in counts:
@@ -464,7 +464,7 @@ class TemporalEngine(EngineBase):
     # Lists
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
-        """List runs. The search of the cluster lags by moments, but the records are current."""
+        """List runs. The cluster's search may lag by a moment, but the records are current."""
         self._check_entered()
         page, at_once = Page[Run](wanted.limit), 1  # a long record can exceed a page
 

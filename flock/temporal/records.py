@@ -125,7 +125,7 @@ def with_pending_activity(run: Run, pending: Sequence[PendingActivityInfo]) -> R
 
 
 def _with_heartbeats(run: Run, payloads: Iterable[Payload]) -> Run:
-    """Return *run* with what a turn has reported. The first turn of an attempt has the start of the run."""
+    """Return *run* with the progress of its turn. The first turn of an attempt also reports the start of the run."""
     for heartbeat in (decoded(sent, Heartbeat) for sent in payloads):
         is_first = not any(step.attempt == run.attempt for step in run.steps)
         started_at = heartbeat.begun_at if is_first else run.started_at

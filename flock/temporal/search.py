@@ -1,6 +1,6 @@
 """Lists of runs and batches, from the search of the cluster.
 
-The search lags by moments, and not every cluster can sort. So lists are read in ranges of ids, which are ordered by
+The search may lag by a moment, and not every cluster can sort. So lists are read in ranges of ids, which are ordered by
 time, and each range is sorted here.
 """
 

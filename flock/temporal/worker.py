@@ -63,7 +63,7 @@ class TemporalWorker:
         models: the client for the model calls of agents; the worker closes it.
         address, namespace: of the cluster; see ``Cluster``.
         flock: the name under which runs are stored.
-        observers: are notified of what happens in this worker. The ends of items are reported, those of runs are not.
+        observers: receive the events of this worker. The end of an item is reported, but not the end of a run.
         max_steps, expose_errors: see ``EmbeddedEngine``.
         max_run_bytes: the longest inputs and results of one run together, as JSON. A result beyond it fails its run.
             The default is 1.5 million, or 64 MiB with a ``payload_dir``.
@@ -146,7 +146,7 @@ class TemporalWorker:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Take no new turns, drain the running ones, and leave the rest to other workers."""
+        """Start no new turns, drain the running ones, and leave the rest to other workers."""
         await self._exit.aclose()
 
     # One turn of a run
