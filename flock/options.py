@@ -13,7 +13,7 @@ from flock.nearest import did_you_mean
 
 __all__ = ["MAX_SECONDS", "Option", "Options", "check", "many", "of_type", "option_of", "replaced", "seconds", "whole"]
 
-#: The longest time that an option accepts, in seconds: about 30 years.
+#: Max seconds that an option accepts: about 30 years.
 MAX_SECONDS = 1e9
 
 

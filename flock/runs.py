@@ -555,14 +555,14 @@ class QueueLimits(msgspec.Struct, frozen=True):
         """Raise EngineFull if *waiting* runs fill the queue."""
         if waiting >= self.max_runs:
             raise EngineFull(
-                f"{waiting} runs are already {state}, the maximum on this server (max_queue). Try again later."
+                f"{waiting} runs are already {state}, the limit of this server (max_queue). Try again later."
             )
 
     def check_share(self, waiting: int, state: str = "waiting") -> None:
         """Raise EngineFull if *waiting* runs of one principal fill its share of the queue."""
         if waiting >= self.max_runs_per_principal:
             raise EngineFull(
-                f"{waiting} runs of this caller are already {state}, the maximum for one caller "
+                f"{waiting} runs of this caller are already {state}, the limit for one caller "
                 "(max_queue_per_principal). Try again later."
             )
 

@@ -765,5 +765,7 @@ async def test_a_named_file_has_the_size_limit_of_an_upload(tmp_path: Path) -> N
             await sender.run()
             assert sender.status == status, sender.body
             if status == 413:
-                assert sender.problem["detail"] == ("The file is longer than 150000 bytes, the maximum on this server.")
+                assert sender.problem["detail"] == (
+                    "The file is longer than 150000 bytes, the limit of this server. Split it."
+                )
                 await until(lambda: stored(path, ROWS) == 0)

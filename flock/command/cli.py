@@ -469,7 +469,7 @@ def _pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
     return pairs
 
 
-#: The maximum number of row errors that are printed.
+#: Max row errors that are printed.
 MAX_LISTED_ERRORS = 20
 #: The conventional exit code after Ctrl-C.
 EXIT_INTERRUPTED = 130

@@ -86,7 +86,7 @@ class EngineBase(ABC):
 
     # To be implemented by an engine
 
-    #: The longest inputs of one item, if the limit is lower than that of a run.
+    #: Max size of the inputs of one item, if it is lower than the limit for a run.
     _max_item_bytes: int = sys.maxsize
     _new_batch_id: Callable[[], str] = staticmethod(new_id)
 

@@ -32,7 +32,7 @@ from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Idempote
 
 __all__ = ["BatchStore"]
 
-#: The maximum number of items that one transaction changes. It takes tens of milliseconds.
+#: Max items that one transaction changes. It takes tens of milliseconds.
 CHUNK_SIZE = 2000
 #: About how many bytes of pending items are read at once. Each batch holds that much in memory, even while it waits.
 #: RECORD_BYTES is counted for each record in addition to its contents.

@@ -90,7 +90,7 @@ class EmbeddedEngine(EngineBase):
         store: where runs are stored. The engine opens and closes it.
         flock: the name under which runs are stored. An engine sees only the runs of its own flock, and recovers only
             those whose agent it has.
-        max_steps: the maximum number of steps in a run.
+        max_steps: max steps in one run.
         expose_errors: put the text of any exception into a run's ``error``; for development.
         limits: see ``Limits``.
         bounds: fields of ``Limits`` as keyword arguments. They override *limits*.

@@ -63,9 +63,9 @@ class Intake:
             stage: stores a page before the next one is read. The caller stores the last page.
             id_of: returns the id of the item at a position.
             items_per_page: returns the size of the next page, given the number of items read so far.
-            page_bytes: about the maximum number of bytes of inputs in one page.
+            page_bytes: approximate max size of the inputs in one page.
 
-        Raises: InvalidData, as soon as the maximum number of errors to report is reached; TooLarge; DefinitionError.
+        Raises: InvalidData, as soon as there are as many errors as are reported; TooLarge; DefinitionError.
         """
         options = self.batch.options
         if options.max_workers < 1:

@@ -14,11 +14,11 @@ from flock.runs import Engine, Inputs, ItemLimits, Items, OnInvalid, Row
 
 __all__ = ["NO_ROWS", "BatchCheck", "CheckedRow", "RowChecks", "RowErrors", "as_json", "check_batch", "iterate"]
 
-#: The maximum number of errors in a batch's items that are reported at once.
+#: Max errors in a batch's items that are reported at once.
 MAX_ITEM_ERRORS = 100
-#: The maximum total length of the names of all kept columns. They are stored with each state of the batch.
+#: Max total length of the names of all kept columns. They are stored with each state of the batch.
 MAX_EXTRA_NAMES_CHARS = 16 * 1024
-#: The maximum number of rows that a check shows, and their maximum total length.
+#: Max rows that a check shows, and their max total size.
 MAX_SHOWN_ROWS = 20
 MAX_SHOWN_BYTES = 64 * 1024
 #: The error of a batch without rows.
@@ -114,7 +114,7 @@ class RowErrors:
 
     @property
     def is_full(self) -> bool:
-        """Whether the number of errors, or of rows with errors, has reached the maximum to report."""
+        """Whether no more errors would be reported."""
         return max(len(self._found), self.rows) >= MAX_ITEM_ERRORS
 
     def add(self, row: Row, errors: Sequence[FieldError]) -> None:

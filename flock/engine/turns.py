@@ -35,7 +35,7 @@ class ActiveRun:
     Args:
         timeout_s: wall-clock seconds for the attempt, from the start of its first turn.
         is_again: its next turn may have been started before, by a process that died.
-        queue_timeout_s: the maximum wait for its first turn, in seconds. None means no limit.
+        queue_timeout_s: max seconds to wait for its first turn; None means no limit.
 
     Attributes:
         run: the record. It may be a stub while the run waits.
@@ -98,11 +98,11 @@ class Turns:
         limits: uses ``max_concurrency``, a tenth of which is reserved for runs that are not items, ``max_threads`` and
             ``max_tokens``.
         max_steps, expose_errors: see ``EmbeddedEngine``.
-        max_result_bytes: the maximum length of the result of one step, as JSON.
-        max_run_bytes, max_item_bytes: the maximum total length of inputs and results, as JSON, of a run and of an item.
+        max_result_bytes: max size of the result of one step, as JSON.
+        max_run_bytes, max_item_bytes: max total size of the inputs and results, as JSON, of a run and of an item.
 
     Attributes:
-        item_slots: the maximum number of batch items that run at the same time.
+        item_slots: max batch items that run at the same time.
     """
 
     def __init__(

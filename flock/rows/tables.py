@@ -308,7 +308,7 @@ def _check_lengths(lines: Sequence[bytes], number: int, max_bytes: int) -> None:
 
 
 def _row_too_long(line: int, max_bytes: int) -> TooLarge:
-    return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, the maximum for one row.")
+    return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, the limit for one row.")
 
 
 async def _ndjson_row(line: bytes, number: int, row_mapping: RowMapping, max_depth: int, share: FairShare) -> Row:
@@ -672,7 +672,7 @@ async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[by
         while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
             bytes_left -= len(chunk)
             if bytes_left < 0:
-                raise TooLarge(f"The file is longer than {max_bytes} bytes, the maximum on this server.")
+                raise TooLarge(f"The file is longer than {max_bytes} bytes, the limit of this server. Split it.")
             yield chunk
 
 

@@ -66,7 +66,7 @@ MAX_BYTES = 5_000_000
 #: 2 MiB at once, and 4 MiB in one workflow task. The rest is scheduled after NEXT_TASK_DELAY.
 MAX_STEP_BYTES = 1_600_000
 NEXT_TASK_DELAY = timedelta(milliseconds=10)
-#: The longest delay until the memo has the cancellation of a waiting item.
+#: Max delay until the memo has the cancellation of a waiting item.
 MEMO_DELAY = timedelta(seconds=0.5)
 #: Activities that only read or delete are retried until they succeed.
 RETRY_FOREVER = RetryPolicy(maximum_interval=timedelta(seconds=30))

@@ -69,7 +69,7 @@ WATCH_INTERVAL_S = 0.5
 WATCH_TIMEOUT_S = 0.7
 #: How often an item is read while a caller waits for it, in seconds.
 POLL_INTERVAL_S = 0.25
-#: The longest inputs of a run without a ``payload_dir``, and of any item.
+#: Max size of the inputs of a run without a ``payload_dir``, and of any item.
 MAX_INPUT_BYTES = 1_000_000
 #: How many runs of a list are read concurrently.
 READS_AT_ONCE = 20

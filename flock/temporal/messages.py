@@ -101,7 +101,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         timeout_s: wall-clock seconds for the attempt, from the start of its first step.
-        queue_timeout_s: the longest wait for the first step.
+        queue_timeout_s: max seconds to wait for the first step; None means no limit.
         heartbeat_timeout_s: seconds without a heartbeat after which the worker is considered dead. The worker sends
             one after each third of that time.
         key_id: the workflow id of the marker of its idempotency key.

@@ -15,7 +15,7 @@ from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW
 
 __all__ = ["ID", "newest_first", "open_runs", "workflows_of"]
 
-#: The maximum number of workflows in one range.
+#: Max workflows in one range.
 WORKFLOWS_PER_RANGE = 1000
 #: Ids may come from a clock that is ahead by up to this time.
 MAX_CLOCK_LEAD = timedelta(days=7)

@@ -65,7 +65,7 @@ class TemporalWorker:
         flock: the name under which runs are stored.
         observers: receive the events of this worker. The end of an item is reported, but not the end of a run.
         max_steps, expose_errors: see ``EmbeddedEngine``.
-        max_run_bytes: the longest inputs and results of one run together, as JSON. A result beyond it fails its run.
+        max_run_bytes: max total size of the inputs and results of one run, as JSON. A result beyond it fails its run.
             The default is 1.5 million, or 64 MiB with a ``payload_dir``.
         drain_timeout_s: how long turns may continue when the worker shuts down. Other workers retry the rest.
         payload_dir: the folder for payloads too long for the cluster, the same as the engine's; see docs/temporal.md.

@@ -17,10 +17,10 @@ __all__ = ["Body", "media_type_of"]
 
 #: The timeout of a body applies to a JSON body as a whole, and to each of these pieces of an upload.
 PACE_BYTES = 64 * 1024
-#: The largest piece of an upload that is yielded, and the largest piece of gzip that is decompressed in one step.
+#: Max size of a piece of an upload that is yielded, and of a piece of gzip that is decompressed in one step.
 PIECE_BYTES = 64 * 1024
 GZIP_PIECE_BYTES = 16 * 1024
-#: The maximum ratio of decompressed to received bytes. It applies only above MIN_DECOMPRESSED_BYTES.
+#: Max ratio of decompressed to received bytes. It applies only above MIN_DECOMPRESSED_BYTES.
 MAX_DECOMPRESSION_RATIO = 100
 MIN_DECOMPRESSED_BYTES = 16 * 1024 * 1024
 #: How much of a rejected body is still read, and for how many seconds. Many clients read no response before they have
@@ -45,8 +45,8 @@ class Body:
     """The body of *request*.
 
     Args:
-        max_bytes: the maximum size, decompressed.
-        timeout_s: the maximum time for a JSON body to arrive, or for each 64 KiB of an upload.
+        max_bytes: max size, decompressed.
+        timeout_s: max seconds for a JSON body to arrive, or for each 64 KiB of an upload.
 
     Attributes:
         total_bytes: the bytes that have arrived, decompressed.
@@ -171,7 +171,9 @@ class Body:
         return piece
 
     def _too_long(self) -> TooLarge:
-        return TooLarge(f"The body is longer than {self._max_bytes} bytes, which is the limit of this server.")
+        return TooLarge(
+            f"The body is longer than {self._max_bytes} bytes, the limit of this server. Send less at once."
+        )
 
 
 def _wrong_encoding(detail: str, accepted: str) -> HTTPException:

@@ -31,7 +31,7 @@ __all__ = [
 
 logger = logging.getLogger("flock.api")
 
-#: The largest piece that is passed to the server, which holds a copy until the client has read it.
+#: Max size of a piece that is passed to the server, which holds a copy until the client has read it.
 PIECE_BYTES = 64 * 1024
 
 #: How long a client should wait before it reconnects to an event stream that was cut off, in milliseconds.

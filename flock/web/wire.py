@@ -58,10 +58,10 @@ DEPRECATED = msgspec.Meta(extra_json_schema={"deprecated": True})
 Delimiter = Literal[",", ";", "\t", "|"]
 Decimal = Literal[".", ","]
 
-#: The maximum number of records in one response.
+#: Max records in one response.
 MAX_PAGE = 1000
 
-#: The maximum of the ``wait`` parameter, in seconds; see also ``max_wait_s``.
+#: Max value of the ``wait`` parameter, in seconds; see also ``max_wait_s``.
 MAX_WAIT_S = 3600
 
 
