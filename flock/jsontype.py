@@ -74,7 +74,7 @@ NO_BACKSLASH = re.compile(rb"[^\\]")
 
 
 class Field(msgspec.Struct, frozen=True, kw_only=True):
-    """One named value. ``default`` is UNSET if there is none, or if the type creates it itself.
+    """One named value. ``default`` is UNSET if the field has no default, or if the type creates it.
 
     A *deprecated* field (as in JSON Schema) is accepted, but not listed among the known fields.
     """

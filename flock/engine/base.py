@@ -139,7 +139,7 @@ class EngineBase(ABC):
 
     def _check_not_entered(self) -> None:
         if self._is_entered:
-            raise EngineStopped("This engine is already running.")
+            raise EngineStopped("This engine is already running. Enter it only once, or create another engine.")
 
     def _check_running(self) -> None:
         self._check_entered()

@@ -1,7 +1,7 @@
 """Batches and their items in a ``Store``.
 
 An item is a row of ``runs``. Its batch records which engine owns it. Operations on many items are split into chunks of
-one transaction each, so that other writes can run in between, and so that they can be resumed after a crash.
+one transaction each, so that other writes can run between them, and so that they can be resumed after a crash.
 """
 
 import sqlite3
@@ -176,7 +176,7 @@ class BatchStore:
         """Return up to *limit* pending items after the position *after*, in order, with their completed steps.
 
         If items are long, a page has fewer of them, and a long item is returned as a stub. Items that cannot be read
-        are left out, for ``fail_unreadable``. The page is empty if the batch belongs to another engine.
+        are skipped; see ``fail_unreadable``. The page is empty if the batch belongs to another engine.
         """
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
 

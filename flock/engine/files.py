@@ -118,7 +118,7 @@ def is_locked(path: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:  # locked, or unknown: in doubt, nothing is taken over
+    except OSError:  # it is locked, or its state is unknown: to be safe, nothing is taken over
         return True
     return False
 

@@ -7,6 +7,7 @@ from flock.runs import Batch, Run, RunStatus
 
 __all__ = [
     "RETRYABLE",
+    "already_retried",
     "not_accepting",
     "not_cancelled",
     "not_deleted",
@@ -54,6 +55,10 @@ def not_deleted(record: Run | Batch) -> Conflict:
     return Conflict(
         f"The {name} is still {record.status} and cannot be deleted. Cancel it first, or wait until it ends."
     )
+
+
+def already_retried(record: Run | Batch) -> Conflict:
+    return Conflict(f"The {_name_of(record)} is already being retried. Wait until it ends.")
 
 
 def run_not_retried(run: Run, batch: Batch | None) -> Conflict:

@@ -719,13 +719,13 @@ class Store:
         """Make *owner* the owner of the unfinished work of *dead_id* for ``agents``.
 
         Runs and batches with a cancellation request are taken over even without their agent. Synchronous runs end as
-        interrupted, since their callers are gone. Those that cannot be read end as failed. The rest stays for a program
+        interrupted, since their callers are gone. Work that cannot be read ends as failed. The rest stays for a program
         that has its agent.
 
         Args:
             only: the id of a run or a batch. If given, all other work is ignored.
         """
-        # In a thread, since there may be many runs, and long ones.
+        # In a thread, since there may be many long runs.
         unfinished = await anyio.to_thread.run_sync(
             self.read, lambda db: takeover.find_unfinished(db, dead_id, self.agents, only)
         )

@@ -53,7 +53,7 @@ class Threads:
 
         def run() -> T:
             try:
-                call.is_started = True  # set before is_abandoned is read; see below
+                call.is_started = True  # must be set before is_abandoned is read; see below
                 if call.is_abandoned:
                     raise TimeoutError
                 return function()
@@ -69,7 +69,7 @@ class Threads:
                 # The call gets its own limiter, because anyio would release a shared one before the slot is free.
                 return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         finally:
-            # The thread sets is_started and is_done before it reads is_abandoned. Here it is the other way round.
+            # The thread sets is_started and is_done, then reads is_abandoned. This task sets it, then reads those.
             call.is_abandoned = True
             if call.is_done or not call.is_started or not call.scope.cancelled_caught:
                 self._free(owner, call)

@@ -25,8 +25,8 @@ from temporalio.service import RPCError
 
 from flock.engine.intake import Intake
 from flock.engine.outcomes import BATCH_CANCELLED
-from flock.engine.refusals import not_cancelled, not_deleted, not_retried, too_many_items
-from flock.errors import BatchNotFound, Conflict, KeyReused, Replayed, StoreError, cut
+from flock.engine.refusals import already_retried, not_cancelled, not_deleted, not_retried, too_many_items
+from flock.errors import BatchNotFound, KeyReused, Replayed, StoreError, cut
 from flock.limits import Limits
 from flock.runs import (
     Batch,
@@ -461,7 +461,7 @@ class TemporalBatches:
         try:
             await self._start(again)
         except WorkflowAlreadyStartedError as exc:
-            raise Conflict(f"The batch {batch_id} is being retried already.") from exc
+            raise already_retried(batch) from exc
         return again.batch
 
     async def delete(self, batch_id: str) -> None:

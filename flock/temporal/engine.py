@@ -28,8 +28,15 @@ from temporalio.service import RPCError
 from flock.agents.agent import Agent
 from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
-from flock.engine.refusals import RETRYABLE, not_cancelled, not_deleted, run_not_retried, wait_stopped
-from flock.errors import Conflict, EngineFull, Replayed, RunNotFound, StoreError
+from flock.engine.refusals import (
+    RETRYABLE,
+    already_retried,
+    not_cancelled,
+    not_deleted,
+    run_not_retried,
+    wait_stopped,
+)
+from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
 from flock.runs import (
@@ -442,7 +449,7 @@ class TemporalEngine(EngineBase):
             with self._counted_as_starting():
                 await self._start(replace(self._order(again), key_id=await self._stored_key_id(run)))
         except WorkflowAlreadyStartedError as exc:
-            raise Conflict(f"The run {run_id} is being retried already.") from exc
+            raise already_retried(run) from exc
         return again
 
     async def _stored_key_id(self, run: Run) -> str | None:

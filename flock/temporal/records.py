@@ -170,16 +170,18 @@ def done_after_failure(
     if is_cancelled:
         return heartbeat.for_retry()
     ended_positions = {ended.position for ended in heartbeat.ended}
-    culprit = heartbeat.unfinished or next((part for part in order.parts if part.position not in ended_positions), None)
-    if culprit is None:  # the worker died after the last item, before it returned
+    failing_part = heartbeat.unfinished or next(
+        (part for part in order.parts if part.position not in ended_positions), None
+    )
+    if failing_part is None:  # the worker died after the last item, before it returned
         return ItemsDone(ended=heartbeat.ended)
     failed = ItemOutcome(
-        position=culprit.position,
+        position=failing_part.position,
         status=outcome.status,
         error=outcome.error,
         error_type=outcome.error_type,
-        started_at=culprit.started_at,
+        started_at=failing_part.started_at,
         completed_at=at,
-        steps=culprit.steps,
+        steps=failing_part.steps,
     )
     return ItemsDone(ended=(*heartbeat.ended, failed))

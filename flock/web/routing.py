@@ -162,7 +162,9 @@ class AppRouter(Router):
             length += len(name) + len(value)
             is_from_browser = is_from_browser or name in BROWSER_HEADERS
         if length > self._max_header_bytes:
-            raise HTTPException(431, f"The headers are longer than {self._max_header_bytes} bytes in total.")
+            raise HTTPException(
+                431, f"The headers are longer than {self._max_header_bytes} bytes in total. Send fewer or shorter ones."
+            )
         headers = Headers(scope=scope)
         if self._hosts is not None:
             check_host(headers.get("host", ""), self._hosts)
