@@ -94,7 +94,7 @@ class RowChecks:
             sources = {escape_pointer(key): at for key, at in row.sources.items()}
             input_errors = [_as_sent(error, row, sources) for error in exc.errors]
         except MalformedJSON as exc:
-            input_errors = [FieldError(detail=f"{exc}.", pointer=row.at)]
+            input_errors = [FieldError(detail=str(exc), pointer=row.at)]
         return (*row.errors, *(error for error in input_errors if error.pointer not in places))
 
 
