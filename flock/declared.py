@@ -13,6 +13,7 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Mapping,
+    Sequence,
 )
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_args, overload
@@ -284,6 +285,8 @@ class FlockFactory:
         *,
         types: Mapping[str, Any] | None = None,
         instructions: str = "",
+        examples: Sequence[tuple[Any, Any]] = (),
+        reasoning: bool = False,
         temperature: float | None = None,
         max_tokens: int | None = None,
         max_retries: int = 2,
@@ -298,12 +301,13 @@ class FlockFactory:
             input, output: a signature such as ``"text: str | what to analyse, limit: int"``, or a struct, dataclass or
                 TypedDict.
             types: additional types, by name, that the strings may use.
-            model, instructions, temperature, max_tokens, max_retries, timeout_s: see ``ModelAgent``.
+            model, instructions, examples, reasoning, temperature, max_tokens, max_retries, timeout_s: see
+                ``ModelAgent``.
             next_agent, max_concurrency, on_interrupt: see ``Agent``.
 
         Raises:
             SignatureError: a signature is invalid.
-            DefinitionError: the name is invalid, or there is no output field.
+            DefinitionError: the name is invalid, or see ``ModelAgent``.
         """
         return ModelAgent(
             name,
@@ -312,6 +316,8 @@ class FlockFactory:
             description=description,
             model=model,
             instructions=instructions,
+            examples=examples,
+            reasoning=reasoning,
             temperature=temperature,
             max_tokens=max_tokens,
             max_retries=max_retries,

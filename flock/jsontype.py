@@ -21,6 +21,7 @@ import msgspec
 from flock.errors import FieldError, FlockError, InvalidData, MalformedJSON
 
 __all__ = [
+    "MEMBERS",
     "Field",
     "JSONType",
     "check_depth",

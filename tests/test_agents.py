@@ -4,12 +4,14 @@ import contextvars
 import dataclasses
 import functools
 import json
+import re
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
 import anyio.to_thread
+import httpx
 import msgspec
 import pytest
 
@@ -19,6 +21,7 @@ from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError, InvalidOutput, ModelError, SignatureError
 from flock.runs import Run, RunContext, Usage, now
+from flockapi import create_app
 from tests.support.models import FakeModel, answer, error
 
 pytestmark = pytest.mark.anyio
@@ -176,6 +179,202 @@ def test_a_model_agent_without_output_is_refused() -> None:
 def test_a_signature_error_is_raised_at_definition() -> None:
     with pytest.raises(SignatureError):
         FlockFactory.create_default_agent("x", input="a: Foo", output="b")
+
+
+# Examples and reasoning
+
+
+@dataclasses.dataclass
+class Mail:
+    text: str
+    limit: int = 3
+
+
+@dataclasses.dataclass
+class Mood:
+    sentiment: str
+    keywords: list[str]
+
+
+class Node(msgspec.Struct, tag="node", rename="kebab"):
+    full_name: str
+    child_nodes: list["Node"] = []
+
+
+EXAMPLES: list[Any] = [
+    ({"text": "Süß! <3", "limit": 1}, {"sentiment": "good", "keywords": ["süß"]}),
+    ({"text": "Awful.", "limit": 2}, {"keywords": [], "sentiment": "bad"}),
+]
+GOOD = {"sentiment": "good", "keywords": ["a"]}
+
+
+async def test_examples_are_earlier_turns_of_the_conversation(model: FakeModel, resources: Resources) -> None:
+    """The prompt of an example is the one that the same inputs of a run get."""
+    model.replies = [answer(GOOD)] * 3
+    made = analyzer(examples=EXAMPLES)
+    done = await turn(made, resources, text="x", limit=1)
+    for inputs, _ in EXAMPLES:
+        await turn(analyzer(), resources, **inputs)
+    with_examples, first, second = (request["messages"] for request in model.requests)
+    assert [message["role"] for message in with_examples] == ["system", *["user", "assistant"] * 2, "user"]
+    assert [with_examples[0], with_examples[1]] == first
+    assert [with_examples[0], with_examples[3]] == second
+    assert [with_examples[n]["content"] for n in (2, 4)] == [
+        '{"sentiment":"good","keywords":["süß"]}',
+        '{"sentiment":"bad","keywords":[]}',
+    ]
+    assert '{"text": "x", "limit": 1}' in with_examples[5]["content"]
+    assert (json.loads(bytes(done.result)), done.usage) == (GOOD, Usage(input_tokens=10, output_tokens=5))
+
+
+async def test_an_example_may_be_an_instance_and_is_encoded_when_the_agent_is_defined(
+    model: FakeModel, resources: Resources
+) -> None:
+    model.replies = [answer(GOOD)]
+    mood = Mood("good", ["a"])
+    made = FlockFactory.create_default_agent("x", input=Mail, output=Mood, examples=[(Mail("hi"), mood)])
+    mood.sentiment = "changed later"
+    await turn(made, resources, text="x")
+    _, user, assistant, _ = model.requests[0]["messages"]
+    assert user["content"].startswith('{"text": "hi", "limit": 3}\n')
+    assert assistant["content"] == '{"sentiment":"good","keywords":["a"]}'
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        pytest.param(
+            ({"limit": 1}, GOOD),
+            "The inputs in .* must match the signature. /text: This field is required",
+            id="missing",
+        ),
+        pytest.param(({"text": "a", "limit": "b"}, GOOD), "The inputs .* /limit: Expected 'int', got 'str'", id="type"),
+        pytest.param(
+            ({"text": "a", "limit": 1}, GOOD | {"keywords": ["a", 5]}),
+            "The output in .* /keywords/1: Expected 'str', got 'int'",
+            id="inside a list",
+        ),
+        pytest.param(({"text": "a", "limit": 1}, GOOD | {"x": 1}), "The output .* /x: Unknown field", id="unknown"),
+        pytest.param(
+            ({"text": "a", "limit": 1}, GOOD | {"reasoning": "b"}), "The output .* /reasoning: Unknown field", id="off"
+        ),
+        pytest.param(({"text": "\ud800", "limit": 1}, GOOD), "The inputs .* cannot be encoded as JSON", id="surrogate"),
+        pytest.param(({"text": "a", "limit": 1}, "good"), "The output .* Expected 'object', got 'str'", id="a text"),
+        pytest.param(
+            ({"text": "a", "limit": 1},),
+            r"must be a pair \(inputs, output\)",
+            id="no pair",
+        ),
+        pytest.param({"inputs": {}, "output": {}}, r"must be a pair \(inputs, output\)", id="a mapping"),
+    ],
+)
+def test_an_example_that_does_not_fit_is_refused_at_definition(example: Any, words: str) -> None:
+    with pytest.raises(DefinitionError, match=r"examples\[2\] of 'text_analyzer'") as caught:
+        analyzer(examples=[*EXAMPLES, example])
+    assert re.search(words, str(caught.value))
+
+
+async def test_reasoning_is_asked_for_first_and_is_not_part_of_the_result(
+    model: FakeModel, resources: Resources
+) -> None:
+    model.replies = [answer({"reasoning": "It says so.", **GOOD})]
+    made = analyzer(reasoning=True)
+    done = await turn(made, resources, text="x", limit=1)
+    (request,) = model.requests
+    schema = request["response_format"]["json_schema"]["schema"]
+    assert list(schema["properties"]) == schema["required"] == ["reasoning", "sentiment", "keywords"]
+    asked = request["messages"][-1]["content"].partition("Determine:\n")[2]
+    assert asked.startswith("- reasoning (string): think step by step before you answer\n- sentiment")
+    assert bytes(done.result) == b'{"sentiment":"good","keywords":["a"]}'
+    assert list(made.output.schema["properties"]) == made.output.schema["required"] == ["sentiment", "keywords"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        pytest.param(GOOD, "/reasoning: This field is required", id="missing"),
+        pytest.param({"reasoning": 5, **GOOD}, "/reasoning: Expected 'str', got 'int'", id="wrong type"),
+        pytest.param({"reasoning": "a", "sentiment": "good"}, "/keywords: This field is required", id="no answer"),
+        pytest.param("Good!", "Not valid JSON", id="not JSON"),
+        pytest.param("[" * 50_000, "Expected 'object'", id="endless nesting"),
+        pytest.param('{"reasoning": "\\ud800"}', "surrogate", id="lone surrogate"),
+    ],
+)
+async def test_a_repair_keeps_examples_and_reasoning(
+    bad: Any, reason: str, model: FakeModel, resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "flock")
+    model.replies = [answer(bad), answer({"reasoning": "A secret.", **GOOD})]
+    done = await turn(analyzer(reasoning=True, examples=EXAMPLES), resources, text="x", limit=1)
+    assert json.loads(bytes(done.result)) == GOOD
+    first, second = model.requests
+    assert len(first["messages"]) == 6
+    assert second["messages"][:6] == first["messages"]
+    assert second["response_format"] == first["response_format"]
+    assert reason in second["messages"][-1]["content"]
+    assert "secret" not in caplog.text
+
+
+async def test_an_example_may_show_its_reasoning(model: FakeModel, resources: Resources) -> None:
+    model.replies = [answer({"reasoning": "a", **GOOD})]
+    (inputs, output), other = EXAMPLES
+    made = analyzer(reasoning=True, examples=[(inputs, output | {"reasoning": "A heart."}), other])
+    await turn(made, resources, text="x", limit=1)
+    assert [message["content"] for message in model.requests[0]["messages"] if message["role"] == "assistant"] == [
+        '{"reasoning":"A heart.","sentiment":"good","keywords":["süß"]}',
+        '{"sentiment":"bad","keywords":[]}',
+    ]
+    with pytest.raises(DefinitionError, match=r"examples\[0\] .* /reasoning: Expected 'str', got 'int'"):
+        analyzer(reasoning=True, examples=[(inputs, output | {"reasoning": 5})])
+
+
+async def test_reasoning_with_types_of_ones_own(model: FakeModel, resources: Resources) -> None:
+    model.replies = [answer({"reasoning": "a", "type": "node", "full-name": "b", "child-nodes": [{"full-name": "c"}]})]
+    made = FlockFactory.create_default_agent("x", output=Node, reasoning=True)
+    done = await turn(made, resources)
+    schema = model.requests[0]["response_format"]["json_schema"]["schema"]
+    assert list(schema["properties"]) == ["reasoning", "type", "full-name", "child-nodes"]
+    assert "reasoning" not in schema["$defs"]["Node"]["properties"]
+    assert made.output.type is Node
+    assert msgspec.json.decode(done.result, type=Node) == Node("b", [Node("c")])
+
+
+async def test_servers_without_json_schema_get_examples_and_reasoning_in_words(
+    model: FakeModel, resources: Resources
+) -> None:
+    model.replies = [error(400, message="response_format is not supported"), answer({"reasoning": "a", **GOOD})]
+    await turn(analyzer(reasoning=True, examples=EXAMPLES), resources, text="x", limit=1)
+    strict, loose = (request["messages"] for request in model.requests)
+    assert loose[1:] == strict[1:]
+    assert '"required": ["reasoning", "sentiment", "keywords"]' in loose[0]["content"]
+
+
+def test_an_output_with_its_own_reasoning_is_refused() -> None:
+    with pytest.raises(DefinitionError, match=r"output of 'x' has its own field 'reasoning'\. Rename that field, or"):
+        FlockFactory.create_default_agent("x", output="reasoning: str, a", reasoning=True)
+    assert FlockFactory.create_default_agent("x", output="reasoning: str").output.fields[0].name == "reasoning"
+
+
+async def test_clients_do_not_see_the_reasoning(model: FakeModel) -> None:
+    """It is not in the response, the agent's description, or the columns of a batch."""
+    flock = Flock(model="openai/gpt-4o")
+    flock.add_agent(analyzer(reasoning=True))
+    model.replies = [answer({"reasoning": "a secret", **GOOD})] * 2
+    app = create_app(flock, engine=flock.engine(transport=model.transport), auth="host")
+    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        described = await client.get("/agents/text_analyzer")
+        inputs = {"text": "x", "limit": 1}
+        run = await client.post("/run/flock", json={"agent_name": "text_analyzer", "inputs": inputs})
+        batch = await client.post("/run/batch", json={"agent_name": "text_analyzer", "batch_inputs": [inputs]})
+        path = f"/batch/{batch.json()['batch_id']}"
+        await client.get(f"{path}?wait=30")
+        table = await client.get(f"{path}/results", headers={"Accept": "text/csv"})
+    assert run.json()["result"] == GOOD
+    assert table.text.splitlines()[0] == "text,limit,sentiment,keywords,status,error"
+    for response in (described, run, table):
+        assert response.status_code == 200
+        assert "reasoning" not in response.text
+        assert "secret" not in response.text
 
 
 # Function agents

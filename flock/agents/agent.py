@@ -8,13 +8,14 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import anyio
 import msgspec
 
 from flock.agents.llm import Message, ModelClient
+from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.signature import Signature, context_parameter, name_of
 from flock.errors import DefinitionError, InvalidData, InvalidHandoff, InvalidOutput, MalformedJSON, ModelError
 from flock.runs import RunContext, Usage
@@ -119,11 +120,19 @@ class ModelAgent(Agent):
     Args:
         model: ``provider/model``; None uses the model of the flock.
         instructions: instructions for the model, in addition to the signatures.
+        examples: pairs (inputs, output) that the model sees before the real inputs, as earlier turns of the
+            conversation. Each is a mapping, or an instance of the signature's type.
+        reasoning: True asks the model to write its thoughts before the answer, in a field ``reasoning`` that is not
+            part of the result. They count as output tokens. The output of an example may have that field.
         temperature: sampling temperature; None uses the provider's default.
         max_tokens: max tokens in each answer; None uses the provider's default.
         max_retries: max times that an invalid answer is sent back to the model with the reason.
         timeout_s: wall-clock seconds for the whole step, including all retries.
         options: see ``Agent``.
+
+    Raises:
+        DefinitionError: there is no output field, or it is called ``reasoning`` although *reasoning* is on, or an
+            example does not match the signatures; the message has its number, and a JSON pointer.
     """
 
     def __init__(
@@ -135,6 +144,8 @@ class ModelAgent(Agent):
         description: str = "",
         model: str | None = None,
         instructions: str = "",
+        examples: Sequence[tuple[Any, Any]] = (),
+        reasoning: bool = False,
         temperature: float | None = None,
         max_tokens: int | None = None,
         max_retries: int = 2,
@@ -144,12 +155,20 @@ class ModelAgent(Agent):
         super().__init__(name, input, output, description=description, **options)
         if not output.fields:
             raise DefinitionError(f"The agent {name!r} needs at least one output field for the model's answer.")
+        if reasoning and "reasoning" in output.schema["properties"]:
+            raise DefinitionError(
+                f"The output of {name!r} has its own field 'reasoning'. Rename that field, or omit reasoning=True."
+            )
         self.model = model
         self.instructions = instructions
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.max_retries = max_retries
         self.timeout_s = timeout_s
+        self._answer = ReasonedAnswer(output) if reasoning else output
+        self._examples = [
+            message for number, example in enumerate(examples) for message in self._example_messages(example, number)
+        ]
 
     async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
         try:
@@ -160,7 +179,11 @@ class ModelAgent(Agent):
             raise ModelError(message, "model_timeout") from exc
 
     async def _converse(self, inputs: Any, models: ModelClient, context: RunContext) -> Turn:
-        messages = [Message("system", self._system_prompt()), Message("user", self._user_prompt(inputs))]
+        messages = [
+            Message("system", self._system_prompt()),
+            *self._examples,
+            Message("user", self._user_prompt(inputs)),
+        ]
         usage = Usage()
         problem = ""
         for call in range(self.max_retries + 1):
@@ -168,7 +191,7 @@ class ModelAgent(Agent):
             completion = await models.complete(
                 self.model,
                 messages,
-                self.output.schema,
+                self._answer.schema,
                 max_tokens=self.max_tokens,
                 temperature=self.temperature,
                 traceparent=context.traceparent,
@@ -178,7 +201,7 @@ class ModelAgent(Agent):
             usage += completion.usage
             context.spend(completion.usage)
             try:
-                return Turn(self.output.encode(self.output.decode(completion.text.encode())), usage)
+                return Turn(self.output.encode(self._answer.decode(completion.text.encode())), usage)
             except (MalformedJSON, InvalidData, UnicodeEncodeError) as exc:
                 problem = str(exc)
             reply = f"That answer cannot be used. {problem}\nAnswer again, with one JSON object and nothing else."
@@ -187,6 +210,21 @@ class ModelAgent(Agent):
             f"The model's answers did not match the output of {self.name!r} "
             f"in {self.max_retries + 1} attempts: {problem}"
         )
+
+    def _example_messages(self, example: Any, number: int) -> tuple[Message, Message]:
+        """Return an example as a prompt and the answer to it. Raises DefinitionError if it does not match."""
+        label = f"examples[{number}] of {self.name!r}"
+        if not isinstance(example, tuple | list) or len(example) != 2:
+            raise DefinitionError(f"{label} must be a pair (inputs, output).")
+        inputs, output = example
+        part = "inputs"
+        try:
+            prompt = self._user_prompt(self.input.decode(self.input.encode(inputs)))
+            part = "output"
+            answer = bytes(self._answer.encode(output)).decode()
+        except (MalformedJSON, InvalidData) as exc:
+            raise DefinitionError(f"The {part} in {label} must match the signature. {exc}") from exc
+        return Message("user", prompt), Message("assistant", answer)
 
     def _system_prompt(self) -> str:
         parts = [f"You are {self.name}.", self.description, self.instructions]
@@ -199,7 +237,7 @@ class ModelAgent(Agent):
         meaning = "\n".join(["", "", "In it:", *described]) if described else ""
         outputs = "\n".join(
             f"- {name} ({_in_words(member)})" + (f": {member['description']}" if "description" in member else "")
-            for name, member in self.output.schema["properties"].items()
+            for name, member in self._answer.schema["properties"].items()
         )
         return f"{inputs_json}{meaning}\n\nDetermine:\n{outputs}\nAnswer with a JSON object only."
 
