@@ -29,7 +29,7 @@ WORDS = {
     "0": "neutral informative informational factual objective curious inquiry",
 }
 
-#: One of each sentiment. They were written before the first measurement, and not changed after it.
+#: One of each sentiment. They were written before they were measured, and not changed afterwards.
 SHOWN: list[tuple[Any, Any]] = [
     (
         {"text": "The soup was delicious, and our waiter made us laugh all evening."},

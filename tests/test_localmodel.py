@@ -189,3 +189,13 @@ def test_nested_outputs_are_valid() -> None:
     flock = flock_of("people: list[Person]", types={"Person": Signature.of("name: str, age: int").type})
     result = flock.run("text_analyzer", {"text": "Ann is 30 and Bob is 40."})
     assert all(person.keys() == {"name", "age"} for person in result["people"])
+
+
+def test_examples_and_reasoning_produce_a_valid_answer_and_too_many_examples_are_reported() -> None:
+    example = ({"text": "The soup was cold."}, {"sentiment": "negative", "reasoning": "Cold soup is a complaint."})
+    output = "sentiment: Literal['negative', 'positive']"
+    few = flock_of(output, examples=[example] * 2, reasoning=True, max_retries=0)
+    assert few.run("text_analyzer", {"text": "I absolutely love it."}).keys() == {"sentiment"}
+    with pytest.raises(RunFailed, match="exceeds its context window") as caught:
+        flock_of(output, examples=[example] * 100, reasoning=True).run("text_analyzer", {"text": "I love it."})
+    assert caught.value.error_type == "model_context_length"

@@ -148,7 +148,13 @@ async def shout(text: str) -> str:
 then: NextAgent = "measure"
 again: OnInterrupt = "retry"
 analyst = FlockFactory.create_default_agent(
-    name="analyst", input="text: str", output="mood: str", next_agent=then, on_interrupt=again
+    name="analyst",
+    input="text: str",
+    output="mood: str",
+    examples=[({"text": "hi"}, {"mood": "calm"})],
+    reasoning=True,
+    next_agent=then,
+    on_interrupt=again,
 )
 assert_type(measure, FunctionAgent)
 assert_type(analyst, ModelAgent)
