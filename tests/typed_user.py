@@ -150,6 +150,10 @@ again: OnInterrupt = "retry"
 analyst = FlockFactory.create_default_agent(
     name="analyst", input="text: str", output="mood: str", next_agent=then, on_interrupt=again
 )
+triage = FlockFactory.create_default_agent(
+    name="triage", output="kind: Literal['a', 'b', 'c']", next_agent={"a": "measure", "b": analyst, "c": None}
+)
+triage.next_agent = {"kind": {"a": shout, "b": None, "c": None}}
 assert_type(measure, FunctionAgent)
 assert_type(analyst, ModelAgent)
 assert_type(flock.add_agent(shout), Agent)
