@@ -703,10 +703,8 @@ async def get_agent(request: Request) -> Response:
 
 def next_agent_of(agent: Agent) -> str | msgspec.UnsetType | None:
     """Return the name of the next agent: None if the result of *agent* decides, UNSET if there is no next agent."""
-    chosen = agent.next_agent
-    if isinstance(chosen, Agent):
-        return chosen.name
-    return msgspec.UNSET if chosen is None else chosen if isinstance(chosen, str) else None
+    first, *_ = agent.handoffs()
+    return (first.to or msgspec.UNSET) if first.kind == "fixed" else None
 
 
 async def healthz(request: Request) -> Response:

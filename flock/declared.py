@@ -303,7 +303,8 @@ class FlockFactory:
 
         Raises:
             SignatureError: a signature is invalid.
-            DefinitionError: the name is invalid, or there is no output field.
+            DefinitionError: the name is invalid, there is no output field, or ``next_agent`` is a mapping that does not
+                match the output.
         """
         return ModelAgent(
             name,

@@ -291,8 +291,8 @@ def test_the_page_of_an_agent_shows_all_that_can_follow(visit: Visit, closed: Si
     branches = page.get_by_role("region", name="Next agents").get_by_role("listitem")
     texts = [re.sub(r"\s+", " ", text) for text in branches.all_inner_texts()]
     assert texts == [
-        "category is billing translate the agent that its result names",
-        "the agent that its result names",
+        "category is billing translate decided by a function",
+        "decided by a function",
         "category is again sort",
         "category is <b>other</b> the run ends",
     ]
@@ -301,7 +301,7 @@ def test_the_page_of_an_agent_shows_all_that_can_follow(visit: Visit, closed: Si
     expect(result).to_contain_text("Returned by translate, unless its result names another agent.")
     branches.get_by_role("link", name="translate").click()
     expect(page.get_by_role("heading", name="translate", exact=True)).to_be_focused()
-    expect(branches).to_have_text("the agent that its result names")
+    expect(branches).to_have_text("decided by a function")
     page = visit.page(closed, "agent/grade")
     expect(page.get_by_role("region", name="Result")).to_be_visible()
     expect(page.get_by_role("region", name="Next agents")).to_have_count(0)

@@ -405,6 +405,7 @@ def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
     Raises:
         SignatureError: a parameter has no type, or its type cannot be read from JSON.
+        DefinitionError: an option is invalid; see ``Agent``.
     """
     if function is None:
         return functools.partial(FunctionAgent, **options)

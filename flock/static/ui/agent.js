@@ -148,7 +148,7 @@ function following({ name, graph }) {
           kind === "value" && [h("span", { class: "quiet" }, `${field} is `), h("strong", {}, value), " "],
           h("span", { class: "arrow" }),
           kind === "function"
-            ? "the agent that its result names"
+            ? "decided by a function"
             : to === null
               ? "the run ends"
               : [agentLink(to), next(to)],
