@@ -229,8 +229,7 @@ async def test_the_value_of_a_field_decides(output: Any, next_agent: Any, handed
         pytest.param(
             f"{CATEGORY}, tone: Literal['calm', 'angry']",
             BRANCHES,
-            "next_agent= of 'triage': one output field must decide, not 'category', 'tone'. "
-            "Name it: {'category': {…}}.",
+            "next_agent= of 'triage' must name one of the output fields 'category', 'tone', such as {'category': {…}}.",
             id="several could be meant",
         ),
         pytest.param(

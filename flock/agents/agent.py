@@ -179,7 +179,7 @@ def _branches(agent: Agent, chosen: Mapping[str, Any]) -> tuple[str, dict[str, s
     field = fields[0]
     if len(fields) > 1:
         names = ", ".join(map(repr, fields))
-        raise DefinitionError(f"{where}: one output field must decide, not {names}. Name it: {{{field!r}: {{…}}}}.")
+        raise DefinitionError(f"{where} must name one of the output fields {names}, such as {{{field!r}: {{…}}}}.")
     if field not in choices:
         raise DefinitionError(
             f"{where}: {field!r} is not a required output field of a type such as Literal['yes', 'no']."
