@@ -35,6 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flock.agents.agent import Agent
 from flock.agents.checks import warn_of_problems
+from flock.agents.graph import graph_of, mermaid_of
 from flock.agents.workflow import columns_of
 from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
@@ -684,7 +685,9 @@ async def list_agents(request: Request) -> Response:
 
 async def get_agent(request: Request) -> Response:
     """GET /agents/{name}"""
-    agent = agent_of(app_of(request).flock.agents, request.path_params["name"])
+    agents = app_of(request).flock.agents
+    agent = agent_of(agents, request.path_params["name"])
+    graph = graph_of(agent.name, agents)
     return JSONResponse(
         wire.shown_as(
             wire.AgentDetail,
@@ -692,16 +695,16 @@ async def get_agent(request: Request) -> Response:
             next_agent=next_agent_of(agent),
             input_schema=agent.input.schema,
             output_schema=agent.output.schema,
+            graph=graph,
+            mermaid=mermaid_of(graph),
         )
     )
 
 
 def next_agent_of(agent: Agent) -> str | msgspec.UnsetType | None:
     """Return the name of the next agent: None if the result of *agent* decides, UNSET if there is no next agent."""
-    chosen = agent.next_agent
-    if isinstance(chosen, Agent):
-        return chosen.name
-    return msgspec.UNSET if chosen is None else chosen if isinstance(chosen, str) else None
+    first, *_ = agent.handoffs()
+    return (first.to or msgspec.UNSET) if first.kind == "fixed" else None
 
 
 async def healthz(request: Request) -> Response:

@@ -307,7 +307,8 @@ class FlockFactory:
 
         Raises:
             SignatureError: a signature is invalid.
-            DefinitionError: the name is invalid, or see ``ModelAgent``.
+            DefinitionError: the name is invalid, see ``ModelAgent``, or ``next_agent`` is a mapping that does not
+                match the output.
         """
         return ModelAgent(
             name,

@@ -3,8 +3,9 @@
 import datetime
 import json
 import logging
+import re
 import uuid
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import httpx
@@ -359,7 +360,57 @@ async def test_an_agent_shows_both_schemas(client: httpx.AsyncClient) -> None:
             "required": ["result"],
             "additionalProperties": False,
         },
+        "graph": [{"from": "add", "to": None, "kind": "fixed", "field": None, "value": None}],
+        "mermaid": 'flowchart LR\n    a0["add"]\n    a0 --> done(["end of the run"])\n',
     }
+
+
+async def test_an_agent_shows_the_graph_of_all_that_can_follow() -> None:
+    """Each agent is in it once, also in a circle. A function's choice is unknown."""
+    flock = Flock()
+
+    @flock.agent(next_agent={"bill": "billing.agent", '<b>"no"</b>|': None, "again": "triage", "else": "any_agent"})
+    def triage(mail: str) -> Literal["bill", '<b>"no"</b>|', "again", "else"]:
+        return "bill"
+
+    @flock.agent(name="billing.agent", next_agent=triage)
+    def billing_agent(mail: str) -> str:
+        return mail
+
+    @flock.agent(next_agent=lambda result: None)
+    def any_agent(mail: str) -> str:
+        return mail
+
+    flock.agent(name="apart", next_agent=triage)(lambda: "")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(flock)), base_url="http://t") as client:
+        agents = (await client.get("/agents")).json()["agents"]
+        shown = (await client.get("/agents/triage")).json()
+    assert agents[0] == {"name": "triage", "description": "", "next_agent": None}, "the result decides"
+    assert [tuple(handoff.values()) for handoff in shown["graph"]] == [
+        ("triage", "billing.agent", "value", "result", "bill"),
+        ("triage", None, "value", "result", '<b>"no"</b>|'),
+        ("triage", "triage", "value", "result", "again"),
+        ("triage", "any_agent", "value", "result", "else"),
+        ("billing.agent", "triage", "fixed", None, None),
+        ("any_agent", None, "function", None, None),
+    ]
+    first, *lines = shown["mermaid"].splitlines()
+    node, edge = (
+        r'    a\d\["([\w.-]+)"\]',
+        r'    (a\d) (?:-->|-.->)(?:\|"([\w .#;-]+)"\|)? (a\d|done\(\[.*\]\)|unknown\{.*\})',
+    )
+    nodes = [match[1] for line in lines if (match := re.fullmatch(node, line))]
+    edges = [match.groups() for line in lines if (match := re.fullmatch(edge, line))]
+    assert (first, nodes) == ("flowchart LR", ["triage", "billing.agent", "any_agent"])
+    assert edges == [
+        ("a0", "bill", "a1"),
+        ("a0", "#60;b#62;#34;no#34;#60;#47;b#62;#124;", 'done(["end of the run"])'),
+        ("a0", "again", "a0"),
+        ("a0", "else", "a2"),
+        ("a1", None, "a0"),
+        ("a2", None, 'unknown{"decided by a function"}'),
+    ]
+    assert len(lines) == len(nodes) + len(edges)
 
 
 async def test_every_response_has_a_request_id(client: httpx.AsyncClient) -> None:

@@ -183,3 +183,40 @@ def test_an_agent_is_checked_with_its_own_model_or_the_flocks() -> None:
     flock.add_agent(FlockFactory.create_default_agent("default", output="a"))
     (problem,) = problems(flock.agents, flock.model)
     assert problem.startswith("The agent 'default' cannot run.")
+
+
+BRANCHES = """
+from flock.core import Flock
+
+flock = Flock()
+
+@flock.agent(output="to: Literal['a', 'b', 'c']", next_agent={"a": "finnish", "b": "nobody", "c": "finish"})
+def sort(to: str):
+    return {"to": to}
+
+@flock.agent
+def finish() -> None: ...
+"""
+
+
+async def test_each_missing_agent_of_a_mapping_is_reported_as_in_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "branches.py"
+    path.write_text(BRANCHES)
+    namespace: dict[str, Any] = {}
+    exec(BRANCHES, namespace)
+    flock: Flock = namespace["flock"]
+    reported = problems(flock.agents, None)
+    assert reported == [
+        "There is no agent 'finnish' to hand off to (sort → finnish). Did you mean 'finish'? "
+        "Known agents: sort, finish.",
+        "There is no agent 'nobody' to hand off to (sort → nobody). Known agents: sort, finish.",
+    ]
+    assert check(path).output.splitlines() == reported
+    create_app(flock, store=":memory:").warn_of_problems()
+    assert warnings_in(caplog) == reported
+    for value, problem in zip("ab", reported, strict=True):
+        with pytest.raises(RunFailed) as caught:
+            await flock.run_async("sort", {"to": value})
+        assert str(caught.value) == problem

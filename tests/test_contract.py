@@ -22,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 import flock as flock_package
 import flockapi
+from flock.agents.agent import Handoff
 from flock.core import Flock
 from flock.errors import FieldError
 from flock.runs import Progress, RunStatus, Usage
@@ -43,6 +44,7 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for na
     "Usage": Usage,
     "Progress": Progress,
     "FieldError": FieldError,
+    "Handoff": Handoff,
 }
 
 

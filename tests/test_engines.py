@@ -701,6 +701,26 @@ async def test_hand_offs_are_limited(open_engine: OpenEngine) -> None:
         assert "no agent 'gone'" in (run.error or "")
 
 
+async def test_the_value_of_an_output_decides_which_agent_is_next(open_engine: OpenEngine) -> None:
+    flock = Flock()
+
+    @flock.agent(output="category: Literal['billing', 'other']", next_agent={"billing": "bill", "other": None})
+    def triage(mail: str) -> dict[str, str]:
+        return {"category": mail}
+
+    @flock.agent
+    def bill(mail: str, category: str) -> str:
+        return f"{mail}, {category}"
+
+    async with open_engine(flock) as engine:
+        run = await finish(engine, "triage", {"mail": "billing"})
+        assert result_of(run) == {"result": "billing, billing"}
+        assert [(step.agent_name, step.next_agent) for step in run.steps] == [("triage", "bill"), ("bill", None)]
+        run = await finish(engine, "triage", {"mail": "other"})
+        assert result_of(run) == {"category": "other"}
+        assert [(step.agent_name, step.next_agent) for step in run.steps] == [("triage", None)]
+
+
 async def test_the_deadline_covers_all_steps_together(open_engine: OpenEngine) -> None:
     flock = Flock()
 

@@ -59,7 +59,10 @@ with AuthenticatedClient(base_url=url, token=key) as client:
     assert list_runs.sync(client=client, status=RunStatus.CANCELLED).runs[0].run_id == nap.run_id
     problem = run_flock.sync(client=client, body=FlockAPIRequest(agent_name="add"))
     assert isinstance(problem, Problem) and problem.errors[0].pointer == "/inputs/a"
-    assert get_agent.sync("add", client=client).input_schema.to_dict()["required"] == ["a"]
+    agent = get_agent.sync("add", client=client)
+    assert agent.input_schema.to_dict()["required"] == ["a"]
+    assert [(each.from_, each.to, each.kind) for each in agent.graph] == [("add", None, "fixed")]
+    assert agent.mermaid.startswith("flowchart LR")
     rows = [Row.from_dict({"a": 40}), Row.from_dict({"a": "x"})]
     skip = FlockBatchRequestOnInvalid.SKIP
     adds = run_batch.sync(client=client, body=FlockBatchRequest(agent_name="add", batch_inputs=rows, on_invalid=skip))

@@ -284,6 +284,29 @@ def test_a_hand_off_shows_the_outputs_of_its_last_agent(visit: Visit, closed: Si
     assert set(header.all_inner_texts()) == {"Row", "Status", "sample", "total", "note", "Error"}
 
 
+def test_the_page_of_an_agent_shows_all_that_can_follow(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed)
+    expect(page.locator(".card", has_text="Sorts a mail.")).to_contain_text("Its result decides which agent runs next.")
+    page = visit.page(closed, "agent/sort")
+    branches = page.get_by_role("region", name="Next agents").get_by_role("listitem")
+    texts = [re.sub(r"\s+", " ", text) for text in branches.all_inner_texts()]
+    assert texts == [
+        "category is billing translate decided by a function",
+        "decided by a function",
+        "category is again sort",
+        "category is <b>other</b> the run ends",
+    ]
+    result = page.get_by_role("region", name="Result")
+    expect(result).to_contain_text("Returned by sort, if it is the last agent.")
+    expect(result).to_contain_text("Returned by translate, unless its result names another agent.")
+    branches.get_by_role("link", name="translate").click()
+    expect(page.get_by_role("heading", name="translate", exact=True)).to_be_focused()
+    expect(branches).to_have_text("decided by a function")
+    page = visit.page(closed, "agent/grade")
+    expect(page.get_by_role("region", name="Result")).to_be_visible()
+    expect(page.get_by_role("region", name="Next agents")).to_have_count(0)
+
+
 def test_agents_and_batches_are_explained_in_a_sentence(visit: Visit, closed: Site) -> None:
     page = visit.page(closed)
     expect(page.get_by_text("An agent does one job, often with a language model")).to_be_visible()
@@ -1238,7 +1261,17 @@ def test_forgetting_the_key_leaves_nothing_in_the_browser(visit: Visit, closed: 
 
 # All views
 
-VIEWS = ("agents", "agent/order", "run", "runs", "new-batch?agent=count_up", "new-batch?agent=book", "batch", "batches")
+VIEWS = (
+    "agents",
+    "agent/order",
+    "agent/sort",
+    "run",
+    "runs",
+    "new-batch?agent=count_up",
+    "new-batch?agent=book",
+    "batch",
+    "batches",
+)
 
 
 def walk(page: Page, site: Site, ids: dict[str, str]) -> Iterator[str]:

@@ -1,14 +1,16 @@
 """The planner, and hand-offs through a whole flock."""
 
-from typing import Any
+import enum
+import re
+from typing import Any, Literal, NotRequired, TypedDict
 
 import msgspec
 import pytest
 from msgspec.structs import replace
 
-from flock.agents.workflow import inputs_for, next_agent
+from flock.agents.workflow import columns_of, inputs_for, next_agent, result_names
 from flock.core import Flock, FlockFactory, agent
-from flock.errors import InvalidHandoff, RunFailed, TooManySteps
+from flock.errors import DefinitionError, InvalidHandoff, RunFailed, TooManySteps
 from flock.runs import Run, RunStatus, Step, Usage, events_of, now
 from tests.support.flocks import sample_flock
 from tests.support.models import FakeModel, answer
@@ -163,6 +165,130 @@ async def test_an_invalid_handoff_fails_the_run(next_agent: Any, error_type: str
     with pytest.raises(RunFailed, match=words) as caught:
         await flock.run_async("measure", {"text": "x"})
     assert caught.value.error_type == error_type
+
+
+# Branches: a mapping from each value of an output field
+
+
+class Tone(enum.Enum):
+    CALM = "calm"
+    ANGRY = "angry"
+
+
+class Enums(TypedDict):
+    tone: Tone
+    perhaps: NotRequired[Literal["a"]]
+
+
+CATEGORY = "note: str, category: Literal['billing', 'other']"
+BRANCHES = {"other": None, "billing": "loud"}
+
+
+@pytest.mark.parametrize(
+    ("output", "next_agent", "handed_on", "last"),
+    [
+        pytest.param(
+            CATEGORY,
+            BRANCHES,
+            {"note": "", "category": "billing"},
+            {"note": "", "category": "other"},
+            id="the only field with fixed values",
+        ),
+        pytest.param(
+            f"{CATEGORY}, tone: Literal['calm', 'angry']",
+            {"tone": {"calm": None, "angry": loud}},
+            {"note": "", "category": "other", "tone": "angry"},
+            {"note": "", "category": "other", "tone": "calm"},
+            id="a named field, and an agent",
+        ),
+        pytest.param(Enums, {"calm": None, "angry": "loud"}, {"tone": Tone.ANGRY}, {"tone": "calm"}, id="an enum"),
+    ],
+)
+async def test_the_value_of_a_field_decides(output: Any, next_agent: Any, handed_on: Any, last: Any) -> None:
+    flock, results = Flock(), [handed_on, last]
+    flock.add_agent(loud)
+
+    @flock.agent(output=output, next_agent=next_agent)
+    def triage(text: str) -> Any:
+        return results.pop(0)
+
+    assert await flock.run_async("triage", {"text": "pay"}) == {"result": "PAY"}
+    assert await flock.run_async("triage", {"text": "pay"}) == last
+
+
+@pytest.mark.parametrize(
+    ("output", "next_agent", "words"),
+    [
+        pytest.param(
+            "text: str, n: Literal[1, 2], o: Literal['a', None]",
+            {"a": None},
+            "next_agent= of 'triage' needs an output field that decides. Add a required one of a type such as "
+            "Literal['yes', 'no'].",
+            id="there is no such field",
+        ),
+        pytest.param(
+            f"{CATEGORY}, tone: Literal['calm', 'angry']",
+            BRANCHES,
+            "next_agent= of 'triage' must name one of the output fields 'category', 'tone', such as {'category': {…}}.",
+            id="several could be meant",
+        ),
+        pytest.param(
+            CATEGORY,
+            {"categry": BRANCHES},
+            "next_agent= of 'triage': 'categry' is not a required output field of a type such as "
+            "Literal['yes', 'no']. Did you mean 'category'?",
+            id="the named field does not exist",
+        ),
+        pytest.param(
+            CATEGORY,
+            {**BRANCHES, "biling": "loud"},
+            "next_agent= of 'triage': 'biling' is not a value of the output field 'category'. Did you mean 'billing'?",
+            id="a misspelt value",
+        ),
+        pytest.param(
+            CATEGORY,
+            {"other": None, 5: "loud"},
+            "next_agent= of 'triage': 5 is not a value of the output field 'category'. Use 'billing', 'other'.",
+            id="not a value",
+        ),
+        pytest.param(
+            CATEGORY,
+            {"billing": "loud"},
+            "next_agent= of 'triage' has no entry for 'other'. Name an agent, or add 'other': None to end the run.",
+            id="a value has no entry",
+        ),
+        pytest.param(
+            CATEGORY,
+            {**BRANCHES, "other": len},
+            "next_agent= of 'triage': the entry for 'other' must be a name, an agent or None, not "
+            "builtin_function_or_method.",
+            id="a function in the mapping",
+        ),
+    ],
+)
+def test_branches_are_checked_at_the_definition(output: str, next_agent: Any, words: str) -> None:
+    with pytest.raises(DefinitionError, match=re.escape(words) + "$"):
+        FlockFactory.create_default_agent("triage", output=output, next_agent=next_agent)
+    later = FlockFactory.create_default_agent("triage", output=output)
+    with pytest.raises(DefinitionError, match=re.escape(words) + "$"):
+        later.next_agent = next_agent
+
+
+def test_the_columns_of_branches_are_those_of_all_agents_that_can_be_last() -> None:
+    flock = Flock()
+    branches: dict[str, tuple[str, Any]] = {
+        "triage": (CATEGORY, {"billing": "ask", "other": None}),
+        "ask": ("question: str, more: Literal['yes', 'no']", {"yes": "triage", "no": "pay"}),
+        "pay": ("amount: int, note: str", None),
+        "guess": (CATEGORY, {"billing": "unsure", "other": None}),
+        "unsure": ("a: str", lambda result: None),
+        "circle": (CATEGORY, {"billing": "circle", "other": "circle"}),
+    }
+    for name, (output, chosen) in branches.items():
+        flock.add_agent(FlockFactory.create_default_agent(name, input="i: int", output=output, next_agent=chosen))
+    assert columns_of("triage", flock.agents) == (["i"], ["note", "category", "amount"])
+    assert result_names("triage", flock.agents) == {"note", "category", "amount", "error", "error_type"}
+    assert columns_of("guess", flock.agents) == columns_of("circle", flock.agents) == (["i"], None)
 
 
 # The token limit of a run. An answer of the fake model costs 15 tokens.

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from flock import __version__
-from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, Resources, Turn
+from flock.agents.agent import Agent, FunctionAgent, Handoff, ModelAgent, NextAgent, OnInterrupt, Resources, Turn
 from flock.core import BatchInputs, Flock, FlockFactory, agent
 from flock.errors import (
     AccessDenied,
@@ -156,6 +156,11 @@ analyst = FlockFactory.create_default_agent(
     next_agent=then,
     on_interrupt=again,
 )
+triage = FlockFactory.create_default_agent(
+    name="triage", output="kind: Literal['a', 'b', 'c']", next_agent={"a": "measure", "b": analyst, "c": None}
+)
+triage.next_agent = {"kind": {"a": shout, "b": None, "c": None}}
+assert_type(triage.handoffs(), list[Handoff])
 assert_type(measure, FunctionAgent)
 assert_type(analyst, ModelAgent)
 assert_type(flock.add_agent(shout), Agent)

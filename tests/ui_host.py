@@ -115,6 +115,13 @@ def ui_flock(folder: Path) -> Flock:
             raise AgentError("There is nothing to taste.")
         return f"{sample} is sweet."
 
+    branches = {"billing": "translate", "again": "sort", "<b>other</b>": None}
+
+    @flock.agent(output="result: str, category: Literal['billing', 'again', '<b>other</b>']", next_agent=branches)
+    async def sort(mail: str) -> dict[str, str]:
+        """Sorts a mail."""
+        return {"result": mail, "category": "<b>other</b>"}
+
     @flock.agent
     async def grade(result: str) -> Total:
         """Grades a tasted sample."""

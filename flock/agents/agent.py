@@ -18,15 +18,23 @@ from flock.agents.llm import Message, ModelClient
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.signature import Signature, context_parameter, name_of
 from flock.errors import DefinitionError, InvalidData, InvalidHandoff, InvalidOutput, MalformedJSON, ModelError
+from flock.nearest import did_you_mean
 from flock.runs import RunContext, Usage
 
-__all__ = ["Agent", "FunctionAgent", "ModelAgent", "NextAgent", "OnInterrupt", "Resources", "Turn", "agent"]
+__all__ = ["Agent", "FunctionAgent", "Handoff", "ModelAgent", "NextAgent", "OnInterrupt", "Resources", "Turn", "agent"]
 
 OnInterrupt = Literal["retry", "fail"]
 
-#: The next agent: a name, or a function of the result that returns a name, an agent or None. The function runs in the
-#: event loop.
-NextAgent = str | Callable[[dict[str, Any]], Any] | None
+#: The next agent: a name; or a mapping from each value of one output field to a name, an agent or None, optionally in a
+#: mapping that names the field; or a function of the result that returns a name, an agent or None. The function runs in
+#: the event loop.
+NextAgent = (
+    str
+    | Mapping[str, "str | Agent | None"]
+    | Mapping[str, Mapping[str, "str | Agent | None"]]
+    | Callable[[dict[str, Any]], Any]
+    | None
+)
 
 
 class Resources(msgspec.Struct, frozen=True):
@@ -45,16 +53,35 @@ class Turn(msgspec.Struct, frozen=True):
     usage: Usage | None = None
 
 
+class Handoff(msgspec.Struct, frozen=True, kw_only=True):
+    """What can follow a step of the agent ``from``. ``to`` is the next agent; None ends the run.
+
+    ``kind`` is "fixed" if it always follows, and "value" if it follows when the output *field* has *value*. It is
+    "function" if a function of the result decides: the next agent is not known in advance, and ``to`` is None.
+    """
+
+    from_: str = msgspec.field(name="from")
+    to: str | None
+    kind: Literal["fixed", "value", "function"]
+    field: str | None
+    value: str | None
+
+
 class Agent:
     """The base class of all agents. Subclasses implement ``take_turn``.
 
     Args:
         name: unique in its flock. It consists of letters, digits, ``_``, ``-`` and ``.``, because it is part of URLs.
         description: shown to people, and part of a model's prompt.
-        next_agent: the agent that receives the result; None ends the run.
+        next_agent: the agent that receives the result; None ends the run. A mapping has an entry for each value of one
+            required output field of a ``Literal`` type, or an enum of strings: ``{"billing": "billing_agent", "other":
+            None}``. If there are several such fields, name one: ``{"category": {"billing": …, "other": None}}``.
         max_concurrency: max concurrent steps of this agent in one process; None means no separate limit.
         on_interrupt: how to handle a run whose process died in a step of this agent. "retry" repeats the step. "fail"
             fails the run; use it for work that must not be repeated.
+
+    Raises:
+        DefinitionError: the name is invalid, or ``next_agent`` is a mapping that does not match the output signature.
     """
 
     def __init__(
@@ -81,6 +108,27 @@ class Agent:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
 
+    @property
+    def next_agent(self) -> NextAgent:
+        return self._next_agent
+
+    @next_agent.setter
+    def next_agent(self, chosen: NextAgent) -> None:
+        self._branches = _branches(self, chosen) if isinstance(chosen, Mapping) else None
+        self._next_agent = chosen
+
+    def handoffs(self) -> list[Handoff]:
+        """Return what can follow a step of this agent: one entry, or one for each value of a mapping, in order."""
+        if self._branches is not None:
+            field, names = self._branches
+            return [
+                Handoff(from_=self.name, to=to, kind="value", field=field, value=value) for value, to in names.items()
+            ]
+        chosen = _name_of(self._next_agent)
+        if chosen is None or isinstance(chosen, str):
+            return [Handoff(from_=self.name, to=chosen, kind="fixed", field=None, value=None)]
+        return [Handoff(from_=self.name, to=None, kind="function", field=None, value=None)]
+
     async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
         """Execute one step with *inputs*, an instance of ``input.type``, and return its result.
 
@@ -100,18 +148,66 @@ class Agent:
         Raises:
             InvalidHandoff: ``next_agent`` is not a name, an agent or None, and does not return one of them.
         """
-        chosen = self.next_agent
+        if self._branches is not None:
+            field, names = self._branches
+            return names[msgspec.json.decode(result)[field]]
+        chosen: Any = self.next_agent
         if callable(chosen) and not isinstance(chosen, Agent):
             chosen = chosen(msgspec.json.decode(result))
             if inspect.isawaitable(chosen):
                 chosen = await chosen
-        if isinstance(chosen, Agent):
-            return chosen.name
-        if chosen is None or isinstance(chosen, str):
-            return chosen
+        name = _name_of(chosen)
+        if name is None or isinstance(name, str):
+            return name
         raise InvalidHandoff(
             f"next_agent of {self.name!r} must be or return a name, an agent or None, not {type(chosen).__name__}."
         )
+
+
+def _name_of(chosen: Any) -> Any:
+    return chosen.name if isinstance(chosen, Agent) else chosen
+
+
+def _branches(agent: Agent, chosen: Mapping[str, Any]) -> tuple[str, dict[str, str | None]]:
+    """Return the output field that decides, and the name of the next agent for each of its values, in their order."""
+    where, choices = f"next_agent= of {agent.name!r}", _choices(agent.output)
+    is_nested = any(isinstance(target, Mapping) for target in chosen.values())
+    fields = list(chosen if is_nested else choices)
+    if not fields:
+        raise DefinitionError(
+            f"{where} needs an output field that decides. Add a required one of a type such as Literal['yes', 'no']."
+        )
+    field = fields[0]
+    if len(fields) > 1:
+        names = ", ".join(map(repr, fields))
+        raise DefinitionError(f"{where} must name one of the output fields {names}, such as {{{field!r}: {{…}}}}.")
+    if field not in choices:
+        raise DefinitionError(
+            f"{where}: {field!r} is not a required output field of a type such as Literal['yes', 'no']."
+            f"{did_you_mean(str(field), choices)}"
+        )
+    targets = chosen[field] if is_nested else chosen
+    for value, target in targets.items():
+        if value not in choices[field]:
+            hint = did_you_mean(str(value), choices[field]) or f" Use {', '.join(map(repr, choices[field]))}."
+            raise DefinitionError(f"{where}: {value!r} is not a value of the output field {field!r}.{hint}")
+        if not isinstance(target, str | Agent | None):
+            raise DefinitionError(
+                f"{where}: the entry for {value!r} must be a name, an agent or None, not {type(target).__name__}."
+            )
+    if missing := [value for value in choices[field] if value not in targets]:
+        raise DefinitionError(
+            f"{where} has no entry for {', '.join(map(repr, missing))}. "
+            f"Name an agent, or add {', '.join(f'{value!r}: None' for value in missing)} to end the run."
+        )
+    return field, {value: _name_of(targets[value]) for value in choices[field]}
+
+
+def _choices(output: Signature) -> dict[str, list[str]]:
+    """Return the values of each output field that can decide: it is required, and each of its values is a string."""
+    required = output.schema.get("required", [])
+    enums = {f.name: output.schema["properties"][f.name].get("enum", []) for f in output.fields if f.name in required}
+    return {name: values for name, values in enums.items() if values and all(isinstance(v, str) for v in values)}
 
 
 class ModelAgent(Agent):
@@ -347,6 +443,7 @@ def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
     Raises:
         SignatureError: a parameter has no type, or its type cannot be read from JSON.
+        DefinitionError: an option is invalid; see ``Agent``.
     """
     if function is None:
         return functools.partial(FunctionAgent, **options)

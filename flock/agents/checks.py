@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from flock.agents.agent import Agent, ModelAgent
 from flock.agents.llm import check_model
-from flock.agents.workflow import check_handoff
-from flock.errors import InvalidHandoff, ModelError
+from flock.agents.workflow import missing_agents
+from flock.errors import ModelError
 
 __all__ = ["problems", "warn_of_problems"]
 
@@ -21,17 +21,14 @@ def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_mo
         calls_models: False if other processes call the models, and may have other keys and packages.
     """
     names_of: dict[str, list[str]] = {}
-    handoff_problems = []
+    handoff_problems: list[str] = []
     for agent in agents.values():
         try:
             if calls_models and isinstance(agent, ModelAgent):
                 check_model(agent.model or default_model)
         except ModelError as exc:
             names_of.setdefault(str(exc), []).append(repr(agent.name))
-        try:
-            check_handoff(agent, agents)
-        except InvalidHandoff as exc:
-            handoff_problems.append(str(exc))
+        handoff_problems += map(str, missing_agents(agent, agents))
     model_problems = [
         f"The agent{'s'[: len(names) - 1]} {', '.join(names)} cannot run. {reason}"
         for reason, names in names_of.items()

@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from flock.agents.agent import Agent, Resources
+from flock.agents.graph import graph_of
 from flock.errors import InvalidData, InvalidHandoff, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext, Step, now
 
 __all__ = [
     "Columns",
-    "check_handoff",
     "columns_of",
     "inputs_for",
+    "missing_agents",
     "next_agent",
     "result_names",
     "run_step",
@@ -59,12 +60,14 @@ def inputs_for(agent: Agent, run: Run) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(selected))
 
 
-def check_handoff(agent: Agent, agents: Mapping[str, Agent]) -> None:
-    """Raise InvalidHandoff, as a run would, if the next agent of *agent* does not exist."""
-    chosen = agent.next_agent
-    name = chosen.name if isinstance(chosen, Agent) else chosen
-    if isinstance(name, str) and name not in agents:
-        raise _no_such_agent(name, f"{agent.name} → {name}", agents)
+def missing_agents(agent: Agent, agents: Mapping[str, Agent]) -> list[InvalidHandoff]:
+    """Return the error of a run for each agent that *agent* can hand off to and that does not exist."""
+    names = dict.fromkeys(handoff.to for handoff in agent.handoffs())
+    return [
+        _no_such_agent(name, f"{agent.name} → {name}", agents)
+        for name in names
+        if name is not None and name not in agents
+    ]
 
 
 def _no_such_agent(name: str, path: str, agents: Mapping[str, Agent]) -> InvalidHandoff:
@@ -98,23 +101,28 @@ async def run_step(agent: Agent, inputs: msgspec.Raw, resources: Resources, cont
 
 
 def columns_of(agent_name: str, agents: Mapping[str, Agent]) -> Columns:
-    """Return the names of the inputs and of the results of runs that start with an agent."""
-    first = last = agents.get(agent_name)
-    visited: list[Agent] = []
-    while last is not None and last.next_agent is not None and last not in visited:
-        visited.append(last)
-        name = last.next_agent.name if isinstance(last.next_agent, Agent) else last.next_agent
-        last = agents.get(name) if isinstance(name, str) else None
+    """Return the names of the inputs and of the results of runs that start with an agent.
+
+    If mappings decide which agent is the last, the results have the outputs of all that can be.
+    """
+    first, graph = agents.get(agent_name), graph_of(agent_name, agents)
     inputs = None if first is None else [field.name for field in first.input.fields]
-    return inputs, None if last is None or last in visited else list(last.output.schema.get("properties", {}))
+    last = dict.fromkeys(handoff.from_ for handoff in graph if handoff.to is None)
+    if not last or any(handoff.kind == "function" for handoff in graph):
+        return inputs, None
+    return inputs, list(dict.fromkeys(name for each in last for name in _outputs(agents[each])))
 
 
 def result_names(agent_name: str, agents: Mapping[str, Agent]) -> set[str]:
     """Return all possible member names of an item's result, including those of a failed item.
 
-    If the last agent is only known at run time, these are the outputs of all agents.
+    If a function decides which agent is the last, these are the outputs of all agents.
     """
     outputs = columns_of(agent_name, agents)[1]
     if outputs is None:
-        outputs = [name for agent in agents.values() for name in agent.output.schema.get("properties", {})]
+        outputs = [name for agent in agents.values() for name in _outputs(agent)]
     return {*outputs, "error", "error_type"}
+
+
+def _outputs(agent: Agent) -> Sequence[str]:
+    return list(agent.output.schema.get("properties", {}))

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import msgspec
 
+from flock.agents.agent import Handoff
 from flock.errors import FieldError, InvalidData, MalformedJSON
 from flock.jsontype import JSONType, check_depth, example_for
 from flock.runs import OnExtra, OnInvalid, Progress, RunStatus, Time, Usage
@@ -389,13 +390,18 @@ class AgentList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AgentDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """Response of ``GET /agents/{name}``: an agent, with its inputs and outputs as JSON Schema (2020-12)."""
+    """Response of ``GET /agents/{name}``: an agent, with its inputs and outputs as JSON Schema (2020-12).
+
+    ``graph`` has the hand-offs of the agent and of all agents that can follow it, and ``mermaid`` draws them.
+    """
 
     name: str
     description: str
     next_agent: str | msgspec.UnsetType | None = msgspec.UNSET
     input_schema: dict[str, Any]
     output_schema: dict[str, Any]
+    graph: list[Handoff]
+    mermaid: str
 
 
 class Health(msgspec.Struct, frozen=True):

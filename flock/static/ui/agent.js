@@ -2,18 +2,17 @@
 
 import { go, link, url } from "./address.js";
 import { Problem, get, idempotencyKey, post } from "./api.js";
-import { lastAgent } from "./chain.js";
+import { lastAgents } from "./chain.js";
 import { button, fill, h, title } from "./dom.js";
 import { form, plain } from "./form.js";
 import { parse, pretty } from "./json.js";
 import { hasKey } from "./key.js";
 import { copy, busyWhile, problem } from "./notices.js";
 import { session } from "./storage.js";
-import { handOff } from "./words.js";
 
 export async function show(main, { id, signal }) {
   const agent = await get(`agents/${encodeURIComponent(id)}`, signal);
-  const last = await lastAgent(agent, signal);
+  const last = await lastAgents(agent, signal);
   const draft = `draft ${agent.name}`;
   let before;
   try {
@@ -103,7 +102,7 @@ export async function show(main, { id, signal }) {
       ),
     ),
     h("p", {}, agent.description),
-    handOff(agent) ?? "",
+    following(agent),
     h(
       "div",
       { class: "columns" },
@@ -112,18 +111,55 @@ export async function show(main, { id, signal }) {
         "section",
         { "aria-labelledby": "outputs" },
         h("h2", { id: "outputs" }, "Result"),
-        last !== agent &&
-          h(
-            "p",
-            { class: "quiet" },
-            "Returned by ",
-            h("a", { href: link(`agent/${last.name}`) }, last.name),
-            last.next_agent === null ? ", unless its result names another agent." : ", the last agent in the chain.",
-          ),
-        outputs(last.output_schema),
+        last.map((each) => [
+          (last.length > 1 || each !== agent) &&
+            h(
+              "p",
+              { class: "quiet" },
+              "Returned by ",
+              agentLink(each.name),
+              agent.graph.some(({ from, kind }) => from === each.name && kind === "function")
+                ? ", unless its result names another agent."
+                : last.length > 1
+                  ? ", if it is the last agent."
+                  : ", the last agent in the chain.",
+            ),
+          outputs(each.output_schema),
+        ]),
       ),
     ),
   );
+}
+
+const agentLink = (name) => h("a", { href: link(`agent/${name}`) }, name);
+
+/** The graph of the agents that can follow, as nested lists. An agent is followed at its first place only. */
+function following({ name, graph }) {
+  const seen = new Set();
+  const next = (from) => {
+    const edges = seen.has(from) ? [] : graph.filter((edge) => edge.from === from);
+    seen.add(from);
+    const items = edges
+      .filter(({ to, kind }) => to !== null || kind !== "fixed")
+      .map(({ to, kind, field, value }) =>
+        h(
+          "li",
+          {},
+          kind === "value" && [h("span", { class: "quiet" }, `${field} is `), h("strong", {}, value), " "],
+          h("span", { class: "arrow" }),
+          kind === "function"
+            ? "decided by a function"
+            : to === null
+              ? "the run ends"
+              : [agentLink(to), next(to)],
+        ),
+      );
+    return items.length > 0 && h("ul", { class: "graph" }, items);
+  };
+  const list = next(name);
+  return list
+    ? h("section", { "aria-labelledby": "next" }, h("h2", { id: "next" }, "Next agents"), list)
+    : "";
 }
 
 function outputs(schema) {

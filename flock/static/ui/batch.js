@@ -2,7 +2,7 @@
 
 import { link, updateAddress, url } from "./address.js";
 import { Problem, get, post, send } from "./api.js";
-import { lastAgent } from "./chain.js";
+import { lastAgents, outputsOf } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
 import { button, fill, h, newId, saveAs, title } from "./dom.js";
 import { events } from "./events.js";
@@ -28,7 +28,7 @@ export async function show(main, { id, params, signal }) {
     if (error instanceof Problem) return null;
     throw error;
   });
-  const last = agent && (await lastAgent(agent, signal));
+  const last = agent ? await lastAgents(agent, signal) : [];
   const parts = {
     title: h("div"),
     progress: h("section", { "aria-label": "Progress" }),
@@ -207,16 +207,12 @@ export async function show(main, { id, params, signal }) {
 
   async function drawTable() {
     const sample = await get(`${path}/results?format=json&limit=20`, signal);
-    const names = (member, schema) =>
-      [
-        ...new Set([...Object.keys(schema?.properties ?? {}), ...sample.flatMap((item) => Object.keys(item[member] ?? {}))]),
-      ].slice(0, 12);
+    const names = (member, known = []) =>
+      [...new Set([...known, ...sample.flatMap((item) => Object.keys(item[member] ?? {}))])].slice(0, 12);
     const extras = names("extra"),
-      inputs = names("inputs", agent?.input_schema);
+      inputs = names("inputs", Object.keys(agent?.input_schema.properties ?? {}));
     hasResults = sample.some((item) => item.result);
-    const outputs = hasResults
-      ? [...new Set(sample.flatMap((item) => Object.keys(item.result ?? {})))].slice(0, 12)
-      : names("result", last?.output_schema);
+    const outputs = names("result", hasResults ? [] : outputsOf(last));
     const columns = [
       { name: "Row", min: 6.5, max: "6.5rem" },
       { name: "Status", min: 8.5, max: "8.5rem" },

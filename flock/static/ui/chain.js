@@ -1,18 +1,16 @@
 // Agents that hand off to each other.
 
-import { Problem, get } from "./api.js";
+import { get } from "./api.js";
 
-/** Return the last agent in the chain of hand-offs that starts with `agent`, as far as it is known. */
-export async function lastAgent(agent, signal) {
-  const seen = new Set([agent.name]);
-  for (;;) {
-    if (!agent.next_agent || seen.has(agent.next_agent)) return agent;
-    seen.add(agent.next_agent);
-    try {
-      agent = await get(`agents/${encodeURIComponent(agent.next_agent)}`, signal);
-    } catch (error) {
-      if (error instanceof Problem) return agent;
-      throw error;
-    }
-  }
+/** Return the agents that can be the last one in a run of `agent`, as far as they are known. */
+export function lastAgents(agent, signal) {
+  const names = new Set(agent.graph.filter(({ to }) => to === null).map(({ from }) => from));
+  const others = [...names].filter((name) => name !== agent.name);
+  const first = names.has(agent.name) || !names.size ? [agent] : [];
+  return Promise.all([...first, ...others.map((name) => get(`agents/${encodeURIComponent(name)}`, signal))]);
 }
+
+/** Return the names of all outputs of `agents`. */
+export const outputsOf = (agents) => [
+  ...new Set(agents.flatMap(({ output_schema }) => Object.keys(output_schema.properties ?? {}))),
+];

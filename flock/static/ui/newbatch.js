@@ -2,7 +2,7 @@
 
 import { go, updateAddress, url } from "./address.js";
 import { Problem, get, idempotencyKey } from "./api.js";
-import { lastAgent } from "./chain.js";
+import { lastAgents, outputsOf } from "./chain.js";
 import { errorTable, summary } from "./check.js";
 import { button, fill, h, newId, title } from "./dom.js";
 import { chooser } from "./files.js";
@@ -86,11 +86,11 @@ class NewBatch {
     const name = this.agentChoice.value;
     session.set("batch agent", name);
     const agent = await get(`agents/${encodeURIComponent(name)}`, this.signal),
-      last = await lastAgent(agent, this.signal);
+      last = await lastAgents(agent, this.signal);
     if (this.agentChoice.value !== name) return; // another agent was chosen in the meantime
     this.agent = agent;
     this.schema = agent.input_schema;
-    this.outputs = Object.keys(last.output_schema.properties ?? {});
+    this.outputs = outputsOf(last);
     const inputs = Object.keys(this.schema.properties ?? {}).map(
       (input) => `${input}${this.schema.required?.includes(input) ? "" : " (optional)"}`,
     );
