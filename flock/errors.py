@@ -45,6 +45,8 @@ from typing import ClassVar
 
 import msgspec
 
+from flock.nearest import did_you_mean
+
 __all__ = [
     "AccessDenied",
     "AgentError",
@@ -178,7 +180,8 @@ class AgentNotFound(NotFound):
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
         listed = ", ".join(known) or "none yet (add one with flock.add_agent(...))"
-        super().__init__(f"There is no agent {name[:MAX_ECHOED_CHARS]!r}. Known agents: {listed}.")
+        echoed = name[:MAX_ECHOED_CHARS]
+        super().__init__(f"There is no agent {echoed!r}.{did_you_mean(echoed, known)} Known agents: {listed}.")
 
 
 class RunNotFound(NotFound):

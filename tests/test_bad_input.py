@@ -278,6 +278,13 @@ async def test_an_unknown_agent_is_404_and_the_error_lists_the_known_ones(client
         assert "Known agents: text_analyzer, add, " in problem["detail"]
 
 
+async def test_a_misspelled_agent_is_404_and_the_error_suggests_the_name(client: httpx.AsyncClient) -> None:
+    problem = check_problem(await post(client, {"agent_name": "text_analyser"}), 404)
+    assert problem["detail"].startswith(
+        "There is no agent 'text_analyser'. Did you mean 'text_analyzer'? Known agents: "
+    )
+
+
 async def test_an_unknown_run_or_batch_is_404(client: httpx.AsyncClient) -> None:
     for path, slug in (("/run/42", "unknown-run"), ("/run/flock", "unknown-run"), ("/batch/42", "unknown-batch")):
         problem = check_problem(await client.get(path), 404)
