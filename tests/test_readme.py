@@ -24,10 +24,10 @@ AGENT, TWO_MODELS, FASTAPI = PYTHON
 (TEST_COMMAND,) = (block for block in BLOCKS if block.text.endswith(".venv/bin/pytest\n"))
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
     """A fresh clone of what is committed. Its table has four rows, since the model takes long for 20."""
-    folder = tmp_path_factory.mktemp("clone") / "flockapi"
+    folder = tmp_path / "flockapi"
     subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
     table = folder / "examples" / "texts.csv"
     rows = list(csv.reader(io.StringIO(table.read_text("utf-8"))))
@@ -36,25 +36,19 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def reader(clone: Path) -> Iterator[Reader]:
-    with Reader(clone) as made:
-        yield made
-
-
-@pytest.mark.xdist_group("readme")  # the server of the first one is used by the second
 @pytest.mark.timeout(600)
-def test_the_commands_of_the_readme_return_what_it_shows(reader: Reader) -> None:
+def test_the_commands_of_the_readme_and_of_the_first_users_page_work(clone: Path) -> None:
     """In a fresh clone: its own environment, its own server, curl, and the real model."""
-    reader.follow([block for block in BLOCKS if block is not TEST_COMMAND])
-    assert reader.server is not None
-    for path in ("/docs", "/redoc"):
-        assert httpx.get(reader.server.url + path).status_code == 200
+    with Reader(clone) as reader:
+        reader.follow([block for block in BLOCKS if block is not TEST_COMMAND])
+        assert reader.server is not None
+        for path in ("/docs", "/redoc"):
+            assert httpx.get(reader.server.url + path).status_code == 200
+        _follow_the_first_users_page(reader)
 
 
-@pytest.mark.xdist_group("readme")
-def test_the_lines_of_the_first_users_page_work(reader: Reader) -> None:
-    """Its three curl lines, and what it says about the answers."""
+def _follow_the_first_users_page(reader: Reader) -> None:
+    """Run its three curl lines, and check what it says about the responses."""
     run = json.loads(
         reader.run("""curl -X POST http://127.0.0.1:8344/run/flock -H "Content-Type: application/json" -d '{
   "agent_name": "text_analyzer",
