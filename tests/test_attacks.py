@@ -453,7 +453,7 @@ async def test_content_types_that_a_form_can_send_are_refused(content_type: str)
 
 @pytest.mark.anyio
 async def test_an_open_app_warns_once_at_startup(caplog: pytest.LogCaptureFixture) -> None:
-    """The warning says what is open and how to close it. Allowed hosts are no protection: clients choose ``Host``."""
+    """The warning says what is open and how to close it. Allowed hosts do not protect it: clients choose ``Host``."""
     app = create_app(sample_flock(), store=":memory:", allowed_hosts=["t"])
     assert caplog.records == []
     for _ in range(2):

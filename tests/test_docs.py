@@ -13,7 +13,7 @@ from flock.web.problems import PROBLEMS
 from flock.web.wire import UploadQuery
 from flockapi import ROUTES
 from tests.support import EXAMPLES, ROOT
-from tests.support.pages import Reader, blocks_of, printed_by, shown_output
+from tests.support.pages import Reader, blocks_of, check_serves_only_ann, printed_by, shown_output
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
@@ -68,14 +68,7 @@ async def test_the_app_of_the_embedding_page_serves_its_user_and_no_other() -> N
     page = ROOT / "docs" / "embedding.md"
     code = next(block.text for block in blocks_of(page) if block.language == "python")
     _, names = printed_by(code, page)
-    body = {"agent_name": "greet", "inputs": {"name": "Ann"}}
-    async with (
-        names["ai"].lifespan(),
-        httpx.AsyncClient(transport=httpx.ASGITransport(names["host"]), base_url="http://testserver") as client,
-    ):
-        assert (await client.post("/ai/run/flock", json=body)).status_code == 401
-        response = await client.post("/ai/run/flock", json=body, headers={"Authorization": "Bearer of-ann"})
-        assert response.json()["result"] == {"result": "Hello, Ann!"}
+    await check_serves_only_ann(names["ai"], names["host"])
 
 
 def _anchors(page: Path) -> set[str]:
@@ -106,6 +99,14 @@ def test_tables_have_every_provider_route_status_and_option() -> None:
     assert [path for path in paths if path != "/static" and path not in http_api] == []
     assert [status for status, _ in PROBLEMS.values() if status != 500 and f"| {status} " not in http_api] == []
     assert [name for name in UploadQuery.__struct_fields__[1:] if f"| `{name}` |" not in batches] == []
+
+
+def test_the_set_up_of_the_contributing_page_is_that_of_ci() -> None:
+    ci = (ROOT / ".ci" / "run").read_text("utf-8")
+    (command, *_) = (block.text.strip() for block in blocks_of(ROOT / "CONTRIBUTING.md") if block.language == "bash")
+    create, *installs = command.split(" && ")
+    assert create == "python3 -m venv .venv"
+    assert [install for install in installs if install not in ci] == []
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.support import EXAMPLES, ROOT
-from tests.support.pages import Reader, blocks_of, printed_by, shown_output
+from tests.support.pages import Reader, blocks_of, check_serves_only_ann, printed_by, shown_output
 
 README = ROOT / "README.md"
 BLOCKS = blocks_of(README)
@@ -132,14 +132,7 @@ def test_the_small_model_sorts_and_the_large_one_answers(provider: list[str]) ->
 @pytest.mark.anyio
 async def test_the_fastapi_app_serves_its_user_and_no_other() -> None:
     _, names = printed_by(FASTAPI, README)
-    body = {"agent_name": "greet", "inputs": {"name": "Ann"}}
-    async with (
-        names["ai"].lifespan(),
-        httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://testserver") as client,
-    ):
-        assert (await client.post("/ai/run/flock", json=body)).status_code == 401
-        answer = await client.post("/ai/run/flock", json=body, headers={"Authorization": "Bearer of-ann"})
-        assert answer.json()["result"] == {"result": "Hello, Ann!"}
+    await check_serves_only_ann(names["ai"], names["app"])
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

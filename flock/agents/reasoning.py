@@ -45,4 +45,4 @@ class ReasonedAnswer(Signature):
 
 def _take_reasoning(members: dict[str, Any]) -> dict[str, Any]:
     """Remove the reasoning from *members*, and return what was removed."""
-    return {name: members.pop(name) for name in ("reasoning",) if name in members}
+    return {"reasoning": members.pop("reasoning")} if "reasoning" in members else {}

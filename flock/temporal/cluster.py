@@ -127,7 +127,7 @@ class Cluster:
         """Limit the time for the client's calls in the block, and translate their errors.
 
         Args:
-            timeout_s: for all calls together; None is no limit.
+            timeout_s: for all calls together; None means no limit.
 
         Raises:
             StoreError: the cluster does not answer, or a call fails.

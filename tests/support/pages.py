@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
+from starlette.types import ASGIApp
+
+from flockapi import FlockAPI
 from tests.support.servers import Server, running
 
 URL = "http://127.0.0.1:8344"
@@ -64,6 +68,18 @@ def shown_output(code: str) -> list[str]:
     return after_print or [
         line[2:] for i, line in enumerate(lines) if all(later.startswith("# ") for later in lines[i:])
     ]
+
+
+async def check_serves_only_ann(ai: FlockAPI, host: ASGIApp) -> None:
+    """Check that a mounted app answers the user of a page's example, and no request without a login."""
+    body = {"agent_name": "greet", "inputs": {"name": "Ann"}}
+    async with (
+        ai.lifespan(),
+        httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://testserver") as client,
+    ):
+        assert (await client.post("/ai/run/flock", json=body)).status_code == 401
+        response = await client.post("/ai/run/flock", json=body, headers={"Authorization": "Bearer of-ann"})
+        assert response.json()["result"] == {"result": "Hello, Ann!"}
 
 
 class Reader:
