@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,7 @@ def test_the_page_of_an_agent_shows_all_that_can_follow(visit: Visit, closed: Si
     expect(page.locator(".card", has_text="Sorts a mail.")).to_contain_text("Its result decides which agent runs next.")
     page = visit.page(closed, "agent/sort")
     branches = page.get_by_role("region", name="Next agents").get_by_role("listitem")
+    expect(branches).to_have_count(4)
     texts = [re.sub(r"\s+", " ", text) for text in branches.all_inner_texts()]
     assert texts == [
         "category is billing translate decided by a function",
@@ -562,11 +564,20 @@ def test_a_copied_link_shows_the_same_run_and_its_inputs(visit: Visit, closed: S
     page.get_by_role("button", name="Copy link").click()
     expect(page.get_by_text("Link copied.")).to_be_visible()
     other = visit.page(closed)
+    other.route("**/run/*", created_a_second_later)
     other.goto(copied(page))
     expect(other.get_by_role("group", name="Result")).to_contain_text("positive")
     expect(other.get_by_role("group", name="Inputs")).to_contain_text("I love this coffee.")
     other.get_by_role("button", name="Use these inputs again").click()
     expect(other.get_by_label("text (required)")).to_have_value("I love this coffee.")
+
+
+def created_a_second_later(route: PageRoute) -> None:
+    """Answer as a busy server, which stops between the creation of an id and the reading of the clock."""
+    response = route.fetch()
+    run = response.json()
+    late = datetime.fromisoformat(run["created_at"]) + timedelta(seconds=1)
+    route.fulfill(response=response, json={**run, "created_at": late.isoformat()})
 
 
 def test_a_result_is_always_shown_as_text(visit: Visit, closed: Site) -> None:

@@ -260,10 +260,10 @@ async function inputsOf(run, signal) {
     const [item] = await get(`batch/${run.batch_id}/results?format=json&limit=1&after=${run.position - 1}`, signal);
     return item?.run_id === run.run_id ? item.inputs : null;
   }
-  const at = new Date(run.created_at).getTime(),
+  const at = parseInt(run.run_id.replace("-", "").slice(0, 12), 16), // lists are filtered by the time in an id
     time = (ms) => encodeURIComponent(new Date(at + ms).toISOString());
   const { runs } = await get(
-    `runs?include=inputs&agent_name=${encodeURIComponent(run.agent_name)}&created_after=${time(-1)}&created_before=${time(2)}`,
+    `runs?include=inputs&agent_name=${encodeURIComponent(run.agent_name)}&created_after=${time(-1)}&created_before=${time(1)}`,
     signal,
   );
   return runs.find(({ run_id }) => run_id === run.run_id)?.inputs;
