@@ -25,6 +25,7 @@
     ├── RunFailed                raised by ``flock.run`` if the run fails
     └── StepError                fails the run; its text is sent to the client
         ├── AgentError           raised by an agent's own code
+        ├── CallError            a call cannot be made, or its result cannot be stored
         ├── InvalidOutput        the result does not match the output signature
         ├── InvalidHandoff       the next agent does not exist, or its inputs are missing
         ├── Unstorable           a record has a value that the store cannot write
@@ -52,6 +53,7 @@ __all__ = [
     "AgentError",
     "AgentNotFound",
     "BatchNotFound",
+    "CallError",
     "Conflict",
     "DefinitionError",
     "EngineFull",
@@ -300,6 +302,12 @@ class AgentError(StepError):
     """
 
     error_type = "agent_error"
+
+
+class CallError(StepError):
+    """A call of a step cannot be made, or its result cannot be stored. The message names the call."""
+
+    error_type = "call_error"
 
 
 class InvalidOutput(StepError):

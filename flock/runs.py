@@ -12,8 +12,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
@@ -28,6 +29,7 @@ __all__ = [
     "Batch",
     "BatchFilter",
     "BatchOptions",
+    "Call",
     "Engine",
     "EngineHealth",
     "Event",
@@ -112,6 +114,28 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: datetime
 
 
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished call of a step; see ``RunContext.call``.
+
+    Attributes:
+        call_id: unique in its step, and the same if the step runs again: ``{name}:{digest of the arguments}``, with the
+            name that the program gave to the call instead of the digest, and ``:2`` for the second of equal calls.
+        name: of the function.
+        arguments: by name, as a JSON object; None if they cannot be JSON.
+        result: as JSON; None if the call failed.
+        error, error_type: of a failed call. It is executed again if the step runs again.
+    """
+
+    call_id: str
+    name: str
+    arguments: msgspec.Raw | None = None
+    result: msgspec.Raw | None = None
+    error: str | None = None
+    error_type: str | None = None
+    started_at: datetime
+    completed_at: datetime
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """Progress reported by an agent. ``total`` is None if it is unknown."""
 
@@ -192,13 +216,18 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         """The agent of the next step; None if there is no next step."""
         return self.steps[-1].next_agent if self.steps else self.agent_name
 
+    @property
+    def tries(self) -> int:
+        """The number of attempts without recoveries: 1, and one more for each retry."""
+        return self.attempt - self.recoveries
+
     def step_key(self, position: int) -> str:
         """Return the idempotency key of the step at *position*, from 0: ``run:{run_id}/{position}``.
 
         It stays the same if the step is repeated after a crash, also by another process. A retry is expected to give
         a new answer, so the key changes to ``run:{run_id}:2/{position}``, and so on.
         """
-        tries = self.attempt - self.recoveries
+        tries = self.tries
         return f"run:{self.run_id}/{position}" if tries == 1 else f"run:{self.run_id}:{tries}/{position}"
 
 
@@ -593,6 +622,10 @@ class Observer(Protocol):
         """A model call failed and will be retried."""
 
 
+#: The id of the call that the current task, or its thread, is executing.
+CURRENT_CALL: ContextVar[str | None] = ContextVar("flock_call", default=None)
+
+
 class RunContext:
     """The context of a running step. It is passed to the parameter annotated with this type, and is thread-safe.
 
@@ -612,6 +645,7 @@ class RunContext:
         on_progress: Callable[[Progress], None],
         on_usage: Callable[[Usage], None] = lambda usage: None,
         max_tokens: int | None = None,
+        call: Callable[..., Awaitable[Any]] | None = None,
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
@@ -624,6 +658,38 @@ class RunContext:
         self._on_usage = on_usage
         self._max_tokens = max_tokens
         self._spent = run.usage or Usage()
+        self._call = call
+
+    def call(
+        self, function: Callable[..., Any], /, *args: Any, name: str | None = None, **kwargs: Any
+    ) -> Awaitable[Any]:
+        """Execute a function once, and store its result.
+
+        If the step runs again after a crash, the stored result is returned and the function is not executed. So put
+        side effects into calls: the code around them runs again. Calls may be made at the same time.
+
+        Args:
+            function: async, or sync, which runs in a worker thread. It is identified by its name and its arguments. A
+                parameter annotated with ``RunContext`` receives this context.
+            name: identifies the call instead of its arguments. Equal calls are numbered in their order.
+
+        Returns: the result, as its return type reads it from JSON. Without a return type, it is plain JSON values.
+
+        Raises:
+            CallError: the agent is not async; the arguments or the result cannot be JSON; or the result does not match
+                the return type.
+            Exception: what the function raises. A failed call is executed again if the step runs again.
+
+        Cancellation: a call that has not finished is not stored. A synchronous function is waited for.
+        """
+        assert self._call is not None, "an engine made this context"
+        return self._call(self, function, args, kwargs, name)
+
+    @property
+    def idempotency_key(self) -> str:
+        """The idempotency key of the call that is executing, or ``step_key`` outside of a call."""
+        call_id = CURRENT_CALL.get()
+        return self.step_key if call_id is None else f"{self.step_key}/{call_id}"
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Report the progress of the work. Of many calls in a short time, only the last one is stored.

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -126,9 +126,11 @@ def entries_in(log: Path) -> list[LogEntry]:
 
 
 @contextlib.contextmanager
-def working(target: Path, address: str, slots: int = 20) -> Iterator[subprocess.Popen[str]]:
+def working(
+    target: Path, address: str, slots: int = 20, options: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """Run a worker in its own process until the block ends."""
-    command = flockapi_command("worker", str(target), "--temporal", address, "--max-concurrency", str(slots))
+    command = flockapi_command("worker", str(target), "--temporal", address, "--max-concurrency", str(slots), *options)
     process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     worker = Server(process)
     try:
@@ -1129,6 +1131,64 @@ async def test_recorded_histories_can_be_replayed(path: Path) -> None:
         assert rest == "-".join(f"{status}-{count}" for status, count in counts.items() if count)
     else:
         assert path.stem.startswith(run_of(history.events).status.value)
+
+
+# Calls
+
+CALLING = """
+import asyncio, os
+from flock.core import Flock
+from flock.runs import RunContext
+
+flock = Flock({name!r})
+log = os.open({log!r}, os.O_CREAT | os.O_APPEND | os.O_RDWR)
+
+async def note(word: str) -> int:
+    os.write(log, word.encode() + b"\\n")
+    return len(word)
+
+async def hang() -> int:
+    await note("hang")
+    if open({log!r}).read().split().count("hang") == 1:
+        await asyncio.sleep(600)
+    return 1000
+
+@flock.agent
+async def work(context: RunContext) -> int:
+    first = await context.call(note, "a")
+    both = await asyncio.gather(context.call(note, "bb"), context.call(note, "bb"))
+    return first + sum(both) + await context.call(hang)
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+@pytest.mark.parametrize("kind", ["run", "item"])
+async def test_finished_calls_outlive_their_worker(kind: str, end: str, temporal_address: str, tmp_path: Path) -> None:
+    """The next worker executes only the call that was running."""
+    target, log = tmp_path / "calling.py", tmp_path / "log"
+    target.write_text(CALLING.format(name=new_id(), log=str(log)))
+    flock: Flock = runpy.run_path(str(target))["flock"]
+    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+        with working(target, temporal_address, options=["--drain-timeout", "0"]) as doomed:
+            run_id = ""
+            if kind == "run":
+                run_id = (await engine.submit("work", {})).run_id
+            else:
+                batch = await engine.submit_batch("work", [{}], BatchOptions())
+            with anyio.fail_after(PATIENCE_S):
+                while "hang" not in log.read_text():  # noqa: ASYNC110 - another process writes it
+                    await anyio.sleep(0.02)
+            doomed.kill() if end == "killed" else doomed.terminate()
+            doomed.wait()
+        with working(target, temporal_address):
+            if kind == "item":
+                await engine.wait_batch(batch.batch_id, PATIENCE_S)
+                (item,) = await engine.get_items(batch.batch_id)
+                run_id = item.run_id
+            run = await engine.wait(run_id, PATIENCE_S)
+    assert run.result is not None
+    assert (run.status, bytes(run.result)) == (RunStatus.COMPLETED, b'{"result":1005}')
+    assert log.read_text().split() == ["a", "bb", "bb", "hang", "hang"]
 
 
 # The command line

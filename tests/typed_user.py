@@ -18,6 +18,7 @@ from flock.errors import (
     AgentError,
     AgentNotFound,
     BatchNotFound,
+    CallError,
     Conflict,
     DefinitionError,
     EngineFull,
@@ -58,6 +59,7 @@ from flock.runs import (
     Batch,
     BatchFilter,
     BatchOptions,
+    Call,
     Engine,
     EngineHealth,
     Event,
@@ -138,6 +140,19 @@ def measure(text: str, context: RunContext) -> int:
     if context.cancel_requested or not text:
         raise AgentError("There is nothing to measure.")
     return len(text)
+
+
+@flock.agent
+async def measure_once(text: str, context: RunContext) -> int:
+    try:
+        length: int = await context.call(len, text, name="length")
+    except CallError as error:
+        raise AgentError(context.idempotency_key) from error
+    return length
+
+
+def name_of(call: Call) -> str:
+    return call.call_id if call.error is None else call.name
 
 
 @agent(name="other", next_agent="measure", max_concurrency=2, on_interrupt="fail")

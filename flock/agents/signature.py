@@ -35,7 +35,7 @@ from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hint
 from flock.nearest import did_you_mean
 from flock.runs import RunContext
 
-__all__ = ["Signature", "context_parameter", "name_of", "text_as_json"]
+__all__ = ["Signature", "context_parameter", "hints_of_function", "name_of", "text_as_json"]
 
 NAMED_TYPES: Mapping[str, Any] = {
     "str": str,
@@ -314,7 +314,7 @@ class Signature:
     @classmethod
     def of_parameters(cls, function: Callable[..., Any]) -> "Signature":
         """Create the signature of a function's inputs: one field for each parameter. Raises SignatureError."""
-        hints, name = _hints(function), name_of(function)
+        hints, name = hints_of_function(function), name_of(function)
         try:
             parameters = inspect.signature(function).parameters
         except ValueError as exc:
@@ -342,7 +342,7 @@ class Signature:
 
         Raises SignatureError.
         """
-        returned = _hints(function).get("return", Any)
+        returned = hints_of_function(function).get("return", Any)
         if has_fields(returned):
             return cls.of(returned), False
         name = name_of(function)
@@ -406,7 +406,7 @@ def _struct_field(field: Field) -> Any:
 
 def context_parameter(function: Callable[..., Any]) -> str | None:
     """Return the parameter of *function* that receives the ``RunContext``, which is not an input, or None."""
-    return next((name for name, hint in _hints(function).items() if hint is RunContext), None)
+    return next((name for name, hint in hints_of_function(function).items() if hint is RunContext), None)
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -416,7 +416,7 @@ def name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+def hints_of_function(function: Callable[..., Any]) -> dict[str, Any]:
     target: Any = function.func if isinstance(function, functools.partial) else inspect.unwrap(function)
     if inspect.isclass(target):
         target = target.__init__

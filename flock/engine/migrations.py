@@ -144,6 +144,26 @@ def _index_agents_of_principals(db: sqlite3.Connection) -> None:
     )
 
 
+def _add_calls(db: sqlite3.Connection) -> None:
+    """The finished calls of steps; ``tries`` is ``Run.tries``."""
+    db.execute(
+        """CREATE TABLE calls (
+            run_id TEXT NOT NULL,
+            position INTEGER NOT NULL,
+            tries INTEGER NOT NULL,
+            call_id TEXT NOT NULL,
+            name TEXT NOT NULL,
+            arguments BLOB,
+            result BLOB,
+            error TEXT,
+            error_type TEXT,
+            started_at INTEGER NOT NULL,
+            completed_at INTEGER NOT NULL,
+            PRIMARY KEY (run_id, position, call_id)
+        )"""
+    )
+
+
 MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _create_tables,
     _add_traceparent,
@@ -153,6 +173,7 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _add_extra,
     _add_flocks,
     _index_agents_of_principals,
+    _add_calls,
 ]
 
 

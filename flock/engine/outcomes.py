@@ -13,6 +13,7 @@ __all__ = [
     "CANCELLED",
     "CANCELLED_BEFORE_START",
     "Outcome",
+    "error_of",
     "failure_of",
     "interrupted_turn",
     "none_completed",
@@ -55,10 +56,19 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> O
     agent_name = run.next_agent_name
     template = "run %s: agent %s raised (request %s)"
     logger.error(template, run.run_id, agent_name, run.request_id, exc_info=exc, extra=fields_of_run(run))
-    error = f"The agent {agent_name!r} raised {type(exc).__name__}"
-    where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
-    error += f": {safe_text(exc)}" if expose_errors else f". The server's log has the details under {where}."
-    return Outcome(RunStatus.FAILED, cut(error), "agent_exception")
+    error, error_type = error_of(exc, f"The agent {agent_name!r}", expose_errors=expose_errors)
+    if not expose_errors:
+        where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
+        error += f". The server's log has the details under {where}."
+    return Outcome(RunStatus.FAILED, cut(error), error_type)
+
+
+def error_of(exc: BaseException | None, subject: str, *, expose_errors: bool) -> tuple[str, str]:
+    """Return what clients may see of an exception that *subject* raised, and its ``error_type``."""
+    if isinstance(exc, StepError):
+        return safe_text(exc), safe_text(exc.error_type)
+    error = f"{subject} raised {type(exc).__name__}"
+    return (f"{error}: {safe_text(exc)}" if expose_errors else error), "agent_exception"
 
 
 def none_completed(total_items: int, first_error: str) -> str:

@@ -20,6 +20,8 @@ from flock.engine.rows import (
     Damaged,
     batch_from,
     batch_or_remains,
+    call_from,
+    call_values,
     is_known_damage,
     last_step_of,
     micros,
@@ -33,8 +35,8 @@ from flock.engine.rows import (
     steps_with_rows,
     updated_values,
 )
-from flock.errors import KeyReused, Replayed
-from flock.runs import Batch, IdempotencyKey, Page, QueueLimits, Run, RunStatus, Step
+from flock.errors import KeyReused, OwnershipLost, Replayed
+from flock.runs import Batch, Call, IdempotencyKey, Page, QueueLimits, Run, RunStatus, Step
 
 __all__ = [
     "Ended",
@@ -45,6 +47,7 @@ __all__ = [
     "delete_items",
     "delete_runs",
     "find_batch",
+    "find_calls",
     "find_run",
     "find_steps",
     "has_key",
@@ -53,6 +56,7 @@ __all__ = [
     "page_of",
     "read_row",
     "rows_of",
+    "write_call",
     "write_run",
 ]
 
@@ -226,15 +230,34 @@ def insert_key(
 
 def delete_runs(db: sqlite3.Connection, run_ids: Sequence[str]) -> int:
     deleted = [run_id for run_id in run_ids if db.execute(statements.DELETE_FINAL_RUN, (run_id,)).rowcount]
-    db.executemany(statements.DELETE_STEPS, [(run_id,) for run_id in deleted])
+    _delete_details(db, [(run_id,) for run_id in deleted])
     return len(deleted)
 
 
 def delete_items(db: sqlite3.Connection, batch_id: str, limit: int) -> int:
     """Delete up to *limit* items of a final batch, and the batch itself with the last of them."""
     ids = [(row[0],) for row in db.execute(statements.ITEMS_OF, (batch_id, limit))]
-    db.executemany(statements.DELETE_STEPS, ids)
+    _delete_details(db, ids)
     db.executemany(statements.DELETE_RUN, ids)
     if len(ids) < limit:
         db.execute(statements.DELETE_BATCH, (batch_id,))
     return len(ids) + 1
+
+
+def _delete_details(db: sqlite3.Connection, run_ids: Sequence[tuple[str]]) -> None:
+    """Delete the steps and calls of these runs."""
+    db.executemany(statements.DELETE_STEPS, run_ids)
+    db.executemany(statements.DELETE_CALLS, run_ids)
+
+
+def find_calls(db: sqlite3.Connection, run: Run, position: int) -> tuple[Call, ...]:
+    """Return the finished calls of a step, in the order in which they finished. Raises Damaged."""
+    with _detecting_damage():
+        return tuple(map(call_from, db.execute(statements.CALLS, (run.run_id, position, run.tries))))
+
+
+def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:
+    """Write a finished call of a step. Raises OwnershipLost."""
+    if db.execute(statements.OWNS_RUN, (run.run_id, run.attempt, run.owner, run.owner)).fetchone() is None:
+        raise OwnershipLost(run.run_id)
+    db.execute(statements.INSERT_CALL, call_values(run, position, call))

@@ -17,10 +17,11 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.errors import cut
-from flock.runs import Batch, BatchOptions, Progress, Run, RunStatus, Step, Usage
+from flock.runs import Batch, BatchOptions, Call, Progress, Run, RunStatus, Step, Usage
 
 __all__ = [
     "BATCH_TABLE",
+    "CALL_TABLE",
     "DAMAGED_BATCH",
     "DAMAGED_RUN",
     "EPOCH",
@@ -33,6 +34,8 @@ __all__ = [
     "batch_from",
     "batch_or_remains",
     "batch_values",
+    "call_from",
+    "call_values",
     "first_id_at",
     "is_known_damage",
     "last_step_of",
@@ -157,6 +160,8 @@ def _or_none(read: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
 RUN_TABLE = {"last_step" if name == "steps" else name: column for name, column in _columns_of(Run).items()}
 #: The columns of ``steps``, after ``run_id`` and ``position``.
 STEP_TABLE = _columns_of(Step)
+#: The columns of ``calls``, after ``run_id``, ``position`` and ``tries``.
+CALL_TABLE = _columns_of(Call)
 #: The columns of ``batches``, before ``hidden``.
 BATCH_TABLE = _columns_of(Batch)
 #: The fields of a run that change while it is executed. Its last step is written with them.
@@ -230,6 +235,7 @@ def _writer(
 _fields_of_run = _writer(RUN_TABLE.values())
 _updated_fields_of_run = _writer((RUN_TABLE[name] for name in UPDATED), operator.attrgetter(*UPDATED))
 _fields_of_step = _writer(STEP_TABLE.values())
+_fields_of_call = _writer(CALL_TABLE.values())
 _fields_of_batch = _writer(BATCH_TABLE.values())
 LAST_STEP = list(RUN_TABLE).index("last_step")
 
@@ -254,6 +260,11 @@ def step_values(run_id: str, position: int, step: Step) -> list[Any]:
 def batch_values(batch: Batch, hidden: str | None) -> list[Any]:
     """Return a row of ``batches``, in the order of ``BATCH_TABLE``, followed by *hidden*."""
     return [*_fields_of_batch(batch), hidden]
+
+
+def call_values(run: Run, position: int, call: Call) -> list[Any]:
+    """A row of ``calls``."""
+    return [run.run_id, position, run.tries, *_fields_of_call(call)]
 
 
 @_raising_damaged
@@ -340,3 +351,8 @@ def batch_or_remains(row: Sequence[Any]) -> Batch:
         values = {"batch_id": "", "flock": "", "agent_name": "", "options": BatchOptions(), "total_items": 0}
         values |= {"status": RunStatus.FAILED, "created_at": EPOCH, **_remains_of(row, BATCH_TABLE)}
         return Batch(**values | {"error": DAMAGED_BATCH})
+
+
+@_raising_damaged
+def call_from(row: Sequence[Any]) -> Call:
+    return Call(**_values_from(row, CALL_TABLE))

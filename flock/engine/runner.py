@@ -10,8 +10,8 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 import anyio
 import anyio.abc
@@ -29,9 +29,11 @@ from flock.engine.takeover import INTERRUPTED
 from flock.engine.turns import ActiveRun, Turns
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.limits import Limits
-from flock.runs import Observer, Run, RunStatus, Step, now, stub_of
+from flock.runs import Call, Observer, Run, RunStatus, Step, now, stub_of
 
 __all__ = ["Runner", "StoredRun", "current_task"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger("flock.runs")
 
@@ -96,6 +98,12 @@ class StoredRun(ActiveRun):
 
     async def started(self, run: Run, agent: Agent) -> None:
         await self._runner.save_start(self, run, agent)
+
+    async def finished_calls(self) -> Sequence[Call]:
+        return await self._runner.finished_calls(self)
+
+    async def keep_call(self, call: Call) -> None:
+        await self._runner.save_call(self, call)
 
     def update(self, run: Run) -> None:
         """Replace the record by *run*. Wake callers that wait for a change, and if it is final, all callers."""
@@ -293,21 +301,9 @@ class Runner:
             active.run = stub_of(active.run)
 
     async def _load(self, active: StoredRun) -> Run:
-        """Return the whole record, read from the store if it was unloaded. Retry while the store cannot be read.
-
-        Raises: OwnershipLost; Unreadable if the record is damaged.
-        """
-        while active.run.is_stub:
-            try:
-                stored = self._store.get_run(active.run.run_id)
-            except StoreError as exc:
-                if isinstance(exc.__cause__, Damaged):
-                    raise _unreadable(exc.__cause__) from exc
-                active.store_error = exc
-                active.wake()
-                await anyio.sleep(RETRY_AFTER_S)
-                continue
-            active.store_error = None
+        """Return the whole record, read from the store if it was unloaded. Raises OwnershipLost, Unreadable."""
+        if active.run.is_stub:
+            stored = await self._read(active, lambda: self._store.get_run(active.run.run_id))
             if stored is None or stored.status.is_final or stored.attempt != active.run.attempt:
                 raise OwnershipLost(active.run.run_id)
             if stored.batch_id is None and stored.owner != active.run.owner:
@@ -315,16 +311,48 @@ class Runner:
             active.run = replace(stored, owner=active.run.owner, progress=active.progress)
         return active.run
 
+    async def _read(self, active: StoredRun, read: Callable[[], T]) -> T:
+        """Return what *read* reads from the store. Retry while the store cannot be read.
+
+        Raises: Unreadable if a record is damaged.
+        """
+        while True:
+            try:
+                value = read()
+            except StoreError as exc:
+                if isinstance(exc.__cause__, Damaged):
+                    raise _unreadable(exc.__cause__) from exc
+                active.store_error = exc
+                active.wake()
+                await anyio.sleep(RETRY_AFTER_S)
+            else:
+                active.store_error = None
+                return value
+
     def timeout_s_of(self, run: Run) -> float:
         """Return how long one attempt may take, in seconds."""
         return min(run.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
 
+    async def finished_calls(self, active: StoredRun) -> Sequence[Call]:
+        """See ``ActiveRun.finished_calls``. Raises Unreadable."""
+        return await self._read(active, lambda: self._store.calls(active.run, len(active.run.steps)))
+
+    async def save_call(self, active: StoredRun, call: Call) -> None:
+        """See ``ActiveRun.keep_call``. Raises OwnershipLost."""
+        run = active.run
+        await self._retrying(active, lambda: self._store.save_call(run, len(run.steps), call))
+
     async def _save(self, active: StoredRun, run: Run, step: Step | None) -> None:
         """Write *run* and notify waiting callers. Retry while the store cannot be written."""
+        await self._retrying(active, lambda: self._store.save(run, step))
+        active.update(run)
+
+    async def _retrying(self, active: StoredRun, write: Callable[[], Awaitable[None]]) -> None:
+        """Call *write* until the store can be written, but only once during shutdown."""
         with anyio.CancelScope(shield=True) if self._store.is_shared else contextlib.nullcontext():
             while True:
                 try:
-                    await self._store.save(run, step)
+                    await write()
                     break
                 except StoreError as exc:
                     if self.is_draining:
@@ -333,7 +361,6 @@ class Runner:
                     active.wake()
                     await anyio.sleep(RETRY_AFTER_S)
         active.store_error = None
-        active.update(run)
 
     async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run

@@ -5,7 +5,7 @@ Parameters are positional (``?``) or named (``:name``). Statements that depend o
 
 from collections.abc import Collection, Iterable
 
-from flock.engine.rows import BATCH_TABLE, RUN_TABLE, STEP_TABLE, UPDATED
+from flock.engine.rows import BATCH_TABLE, CALL_TABLE, RUN_TABLE, STEP_TABLE, UPDATED
 from flock.runs import RunStatus
 
 # All statements are public, but only functions are listed here.
@@ -132,6 +132,15 @@ OLD_RUNS = f"{merged('run_id', FINAL, OLD, order='ASC')} LIMIT :limit"
 
 INSERT_STEP = f"""INSERT OR REPLACE INTO steps (run_id, position, {", ".join(STEP_TABLE)})
     VALUES (?, ?, {_marks(STEP_TABLE)})"""
+INSERT_CALL = f"""INSERT OR REPLACE INTO calls (run_id, position, tries, {", ".join(CALL_TABLE)})
+    VALUES (?, ?, ?, {_marks(CALL_TABLE)})"""
+#: The arguments are not read: only the id of a call is compared.
+CALLS = f"""SELECT {", ".join("NULL" if name == "arguments" else name for name in CALL_TABLE)} FROM calls
+    WHERE run_id = ? AND position = ? AND tries = ? ORDER BY rowid"""
+DELETE_CALLS = "DELETE FROM calls WHERE run_id = ?"
+#: Whether an engine still owns a run, or the batch of an item, in an attempt.
+OWNS_RUN = """SELECT 1 FROM runs WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')
+    AND (owner = ? OR EXISTS (SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.owner = ?))"""
 DELETE_STEPS = "DELETE FROM steps WHERE run_id = ?"
 ROW_OF_STEP = "SELECT rowid FROM steps WHERE run_id = ? AND position = ?"
 STEPS = f"SELECT {', '.join(STEP_TABLE)} FROM steps WHERE run_id = ? ORDER BY position"

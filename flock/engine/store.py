@@ -34,7 +34,7 @@ from flock.engine.migrations import MIGRATIONS, migrate
 from flock.engine.rows import Damaged, first_id_at, micros, names_json, time_from
 from flock.engine.takeover import TakenOver
 from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
-from flock.runs import IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
+from flock.runs import Call, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
 
 __all__ = ["Durability", "Store"]
 
@@ -470,6 +470,10 @@ class Store:
         version = self.read(lambda db: db.execute(statements.VERSION, (run_id,)).fetchone())
         return version
 
+    def calls(self, run: Run, position: int) -> Sequence[Call]:
+        """Return the finished calls of a step. Raises StoreError."""
+        return self.read(lambda db: queries.find_calls(db, run, position))
+
     def result_bytes(self, run_id: str, position: int | None) -> int:
         """Return the length of the result of a run or of its step at *position*. Raises RunNotFound, StoreError."""
         return self._with_result(run_id, position, len)
@@ -570,6 +574,10 @@ class Store:
             return run
 
         await self.change(apply, then)
+
+    async def save_call(self, run: Run, position: int, call: Call) -> None:
+        """Write a finished call of a step; on return it is on disk. Raises StoreError, Unstorable, OwnershipLost."""
+        await self.change(lambda db: queries.write_call(db, run, position, call))
 
     async def request_cancel(self, run_id: str) -> bool:
         """Request the owner of a run to cancel it. Returns False if the run is not active."""

@@ -29,15 +29,18 @@ class _Call:
         self.is_done = False
         self.is_abandoned = False
         self.is_released = False
-        self.when_free: list[Callable[[], None]] = []
+        #: set in the event loop when the function has returned, if ``needs_end`` was set before
+        self.end = anyio.Event()
+        self.needs_end = False
 
 
 class Threads:
-    """Runs at most *max_threads* calls at the same time. An *owner* has at most one call at a time."""
+    """Runs at most *max_threads* calls at the same time, for any number of owners."""
 
     def __init__(self, max_threads: int) -> None:
         self._slots = Slots(max_threads, reserved=max_threads // 10)
-        self._calls: dict[object, _Call] = {}
+        self._calls: dict[object, list[_Call]] = {}
+        self._when_free: dict[object, list[Callable[[], None]]] = {}
 
     async def call(self, function: Callable[[], T], owner: object, batch: BatchKey, deadline: float) -> T:
         """Call *function* in a thread and wait for it, until *deadline* (of the loop's clock) or ``abandon``.
@@ -49,7 +52,7 @@ class Threads:
         """
         call, schedule_in_loop = _Call(batch, deadline), _loop_scheduler()
         await self._slots.acquire(batch)
-        self._calls[owner] = call
+        self._calls.setdefault(owner, []).append(call)
 
         def run() -> T:
             try:
@@ -59,6 +62,9 @@ class Threads:
                 return function()
             finally:
                 call.is_done = True
+                if call.needs_end:
+                    with contextlib.suppress(RuntimeError):  # the loop is closed
+                        schedule_in_loop(call.end.set)
                 if call.is_abandoned:
                     # Do not wait for a result. If the loop is ending, the thread would never end.
                     with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -67,11 +73,19 @@ class Threads:
         try:
             with call.scope:
                 # The call gets its own limiter, because anyio would release a shared one before the slot is free.
-                return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+                try:
+                    return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+                except anyio.get_cancelled_exc_class():
+                    # asyncio cancels the tasks of a gather itself, and no shield of anyio prevents that.
+                    call.needs_end = True
+                    while call.is_started and not (call.is_done or call.scope.cancel_called):
+                        with contextlib.suppress(anyio.get_cancelled_exc_class()):
+                            await call.end.wait()
+                    raise
         finally:
             # The thread sets is_started and is_done, then reads is_abandoned. This task sets it, then reads those.
             call.is_abandoned = True
-            if call.is_done or not call.is_started or not call.scope.cancelled_caught:
+            if call.is_done or not call.is_started:
                 self._free(owner, call)
         await anyio.lowlevel.checkpoint_if_cancelled()
         raise TimeoutError
@@ -81,27 +95,28 @@ class Threads:
             return
         call.is_released = True
         self._slots.release(call.batch)
-        if self._calls.get(owner) is call:
+        self._calls[owner].remove(call)
+        if not self._calls[owner]:
             del self._calls[owner]
-        for callback in call.when_free:
-            callback()
+            for callback in self._when_free.pop(owner, ()):
+                callback()
 
     def abandon(self, owner: object) -> None:
-        """Stop waiting for the call of *owner*, if there is one."""
-        if owner in self._calls:
-            self._calls[owner].scope.cancel()
+        """Stop waiting for the calls of *owner*."""
+        for call in self._calls.get(owner, ()):
+            call.scope.cancel()
 
     def when_free(self, owner: object, callback: Callable[[], None]) -> None:
-        """Call *callback* when no thread is running for *owner*: now, or when its function returns."""
+        """Call *callback* when no thread is running for *owner*: now, or when its last function returns."""
         if owner in self._calls:
-            self._calls[owner].when_free.append(callback)
+            self._when_free.setdefault(owner, []).append(callback)
         else:
             callback()
 
     @property
     def busy(self) -> int:
         """The number of functions that have not returned."""
-        return len(self._calls)
+        return sum(map(len, self._calls.values()))
 
 
 def _loop_scheduler() -> Callable[..., Any]:

@@ -17,12 +17,13 @@ from msgspec.structs import replace
 from flock.agents.agent import Agent, Resources
 from flock.agents.llm import ModelClient
 from flock.agents.workflow import inputs_for, next_agent, run_step
+from flock.engine.journal import Journal
 from flock.engine.outcomes import CANCELLED, Outcome, failure_of, interrupted_turn, queue_timeout, timeout_of
 from flock.engine.slots import BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.engine.threads import Threads
-from flock.errors import ResultTooLarge
+from flock.errors import OwnershipLost, ResultTooLarge
 from flock.limits import Limits
-from flock.runs import Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now
+from flock.runs import Call, Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now
 
 __all__ = ["ActiveRun", "Turns"]
 
@@ -47,6 +48,8 @@ class ActiveRun:
         progress: the latest progress that an agent has reported.
     """
 
+    #: Calls of the next step have finished, so they must be read.
+    has_calls = False
     #: Seconds of ``queue_timeout_s`` that have already passed in another process.
     queued_s = 0.0
 
@@ -87,6 +90,13 @@ class ActiveRun:
     async def started(self, run: Run, agent: Agent) -> None:
         """Called when the attempt starts, with its new record and the agent of its first turn."""
 
+    async def finished_calls(self) -> Sequence[Call]:
+        """Called if the next step may have run before. Returns its finished calls."""
+        return ()
+
+    async def keep_call(self, call: Call) -> None:
+        """Called with each finished call. On return it is stored."""
+
     async def keep(self, step: Step) -> None:
         """Called with the step of a turn while the turn still holds its slot."""
 
@@ -123,6 +133,7 @@ class Turns:
         self._observers = observers
         self._max_steps = max_steps
         self._max_tokens = limits.max_tokens
+        self._max_calls = limits.max_calls
         self._expose_errors = expose_errors
         self._max_result_bytes = max_result_bytes
         self._max_run_bytes = max_run_bytes
@@ -160,12 +171,29 @@ class Turns:
                 await active.started(run, agent)
                 self.notify("run_started", run)
             spend = functools.partial(self.notify, "tokens_spent", agent.name)
-            active.context = context = RunContext(run, agent.name, active.note_progress, spend, self._max_tokens)
-            context.cancel_requested = active.cancel_requested
             call_in_thread = functools.partial(
                 self._threads.call, owner=active, batch=_batch_of(run), deadline=active.scope.deadline
             )
-            step = await run_step(agent, inputs, Resources(self._models, call_in_thread), context)
+            journal = Journal(
+                await active.finished_calls() if is_again or active.has_calls else (),
+                save=functools.partial(_keep_call, active),
+                call_in_thread=call_in_thread,
+                max_calls=self._max_calls,
+                max_result_bytes=self._max_result_bytes,
+                max_total_bytes=self._max_item_bytes,
+                expose_errors=self._expose_errors,
+            )
+            active.context = context = RunContext(
+                run, agent.name, active.note_progress, spend, self._max_tokens, journal.call
+            )
+            context.cancel_requested = active.cancel_requested
+            try:
+                step = await run_step(agent, inputs, Resources(self._models, call_in_thread), context)
+            finally:
+                not_repeated = journal.close()
+            if not_repeated:
+                ids = ", ".join(not_repeated)
+                logger.warning("run %s: %s did not repeat these calls: %s", run.run_id, agent.name, ids)
             self._check_size(run, step)
             await active.keep(step)
             self.notify("step_completed", step)
@@ -237,6 +265,15 @@ class Turns:
                 f"{subject} {length} bytes. All inputs and results of the run have {size} bytes, more than the cluster "
                 f"can store for one run ({limit}, max_run_bytes)."
             )
+
+
+async def _keep_call(active: ActiveRun, call: Call) -> None:
+    """Store a call. If another process owns the run now, stop the agent."""
+    try:
+        await active.keep_call(call)
+    except OwnershipLost:
+        active.scope.cancel()
+        raise
 
 
 def _batch_of(run: Run) -> BatchKey:

@@ -28,9 +28,11 @@ from temporalio.exceptions import (
 )
 
 from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED_BEFORE_START, Outcome, none_completed
-from flock.runs import RunStatus
+from flock.runs import Call, RunStatus
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
+    CALL_SIGNAL,
+    CALLS_QUERY,
     CHUNK_WORKFLOW,
     DELETE_ACTIVITY,
     DELETE_WORKFLOW,
@@ -39,6 +41,8 @@ from flock.temporal.messages import (
     ROWS_WORKFLOW,
     TASK_TIMEOUT,
     BatchOrder,
+    CallDone,
+    Calls,
     ChunkOrder,
     Counts,
     DeleteOrder,
@@ -341,6 +345,16 @@ class FlockChunk(_Interruptible):
         #: positions of items to cancel
         self._cancelled = set(order.cancelled)
         self._running: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
+        self._calls = Calls(order.calls)
+
+    @workflow.signal(name=CALL_SIGNAL)
+    def call_done(self, done: CallDone) -> None:
+        self._calls.add(done)
+
+    @workflow.query(name=CALLS_QUERY)
+    def calls(self, item: int, step: int) -> list[Call]:
+        """Return the finished calls of a step of an item."""
+        return self._calls.of_step(item, step)
 
     @workflow.signal(name="set_lanes")
     def set_lanes(self, lanes: int) -> None:
@@ -447,6 +461,7 @@ class FlockChunk(_Interruptible):
             done = _result_of(task, order)
             for ended in done.ended:
                 self._ended += ended.counts
+                self._calls.discard(ended.position)
             self._todo.extendleft(reversed(order.left_after(done)))
 
     def _drop_cancelled(self) -> None:
@@ -466,6 +481,7 @@ class FlockChunk(_Interruptible):
             parts=tuple(self._todo),
             cancelled={position: workflow.now() for position in sorted(self._cancelled)},
             before=self._ended,
+            calls=self._calls.all(),
         )
 
     def _update_memo(self) -> None:

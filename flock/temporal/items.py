@@ -93,7 +93,7 @@ class _Job:
     def done(self) -> ItemsDone:
         current = self.current
         if current is not None and self.turn is not None:
-            current = replace(current, progress=self.turn.progress)
+            current = replace(current, progress=self.turn.progress, has_calls=self.turn.has_calls)
         return ItemsDone(ended=tuple(self.ended), unfinished=current)
 
 
@@ -142,11 +142,14 @@ class ItemActivities:
             return job.done().for_retry()
         work.result()
         done = job.done()
-        return done if done.unfinished is None or done.unfinished.steps else replace(done, unfinished=None)
+        unfinished = done.unfinished
+        has_progress = unfinished is not None and (unfinished.steps or unfinished.has_calls)
+        return done if has_progress else replace(done, unfinished=None)
 
     async def _run_items(self, job: _Job, *, is_again: bool) -> None:
         items = (await self._chunk(job.order)).items
         return_at = time.monotonic() + SLICE_S
+        is_retry = is_again  # heartbeats lag, so any of its turns may have finished calls
         for part in job.remaining_parts():
             if job.must_cancel(part.position):
                 continue
@@ -154,7 +157,9 @@ class ItemActivities:
             if part.started_at is not None:
                 run = replace(run, status=RunStatus.RUNNING, started_at=part.started_at)
             run = replace(run, steps=part.steps or run.steps)
-            ended = await self._run_item(job, run, is_again=is_again or part.is_again)
+            ended = await self._run_item(
+                job, run, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls
+            )
             if ended is None:
                 return
             job.end(ended)
@@ -164,13 +169,14 @@ class ItemActivities:
             if time.monotonic() > return_at or job.bytes > SLICE_BYTES:
                 return
 
-    async def _run_item(self, job: _Job, run: Run, *, is_again: bool) -> ItemOutcome | None:
+    async def _run_item(self, job: _Job, run: Run, *, is_again: bool, has_calls: bool) -> ItemOutcome | None:
         """Run one item to its end. Returns None if it is left for a later order."""
         position = run.position or 0
         while run.next_agent_name is not None:
             if self._turns.is_at_most_once(run) and job.has_taken_turns:
                 return None  # it needs an order of its own, so that a retry knows that it was started
-            turn = job.turn = ActivityTurn(run, job.order.timeout_s, is_again=is_again)
+            turn = job.turn = ActivityTurn(run, job.order.timeout_s, self._cluster, is_again=is_again)
+            turn.has_calls = has_calls
             job.has_taken_turns, is_again = True, False
             job.current = _part(run)
             taking = asyncio.create_task(turn.take(self._turns))
@@ -178,6 +184,7 @@ class ItemActivities:
                 await asyncio.wait([taking])
             job.turn = None
             if turn.outcome is None:
+                job.current = replace(job.current, has_calls=turn.has_calls)
                 return None
             run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress)
             outcome = turn.outcome if isinstance(turn.outcome, Outcome) else None

@@ -3,6 +3,7 @@
 They are stored in histories. So a new field needs a default, and no field may be renamed or removed.
 """
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -19,12 +20,14 @@ from temporalio.converter import (
     EncodingPayloadConverter,
 )
 
-from flock.runs import Batch, Progress, Run, RunStatus, Step, new_id
+from flock.runs import Batch, Call, Progress, Run, RunStatus, Step, new_id
 
 __all__ = [
     "ACTIVITY",
     "AGENT",
     "BATCH_WORKFLOW",
+    "CALLS_QUERY",
+    "CALL_SIGNAL",
     "CHUNK_WORKFLOW",
     "CONVERTER",
     "DELETE_ACTIVITY",
@@ -42,6 +45,8 @@ __all__ = [
     "SEARCH_ATTRIBUTES",
     "Attempt",
     "BatchOrder",
+    "CallDone",
+    "Calls",
     "ChunkOrder",
     "Counts",
     "DeleteOrder",
@@ -77,6 +82,9 @@ CHUNK_WORKFLOW = "flock_batch_chunk"
 ROWS_WORKFLOW = "flock_batch_rows"
 DELETE_WORKFLOW = "flock_forget"
 ACTIVITY = "run_agent"
+#: The signal and the query of a workflow whose activity makes calls.
+CALL_SIGNAL = "call_done"
+CALLS_QUERY = "calls"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
@@ -202,10 +210,45 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.starts[chunk] if chunk < len(self.starts) else self.batch.total_items
 
 
+class CallDone(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished call: the signal that a worker sends to the workflow of its activity.
+
+    Attributes:
+        item: the position of the item, or 0 for a run.
+        step: the position of the step.
+    """
+
+    item: int = 0
+    step: int
+    call: Call
+
+
+class Calls:
+    """The finished calls that a workflow has received."""
+
+    def __init__(self, calls: Iterable[CallDone] = ()) -> None:
+        self._by_item: dict[int, dict[tuple[int, str], CallDone]] = {}
+        for done in calls:
+            self.add(done)
+
+    def add(self, done: CallDone) -> None:
+        if done.call.error is None:  # a failed call is executed again anyway
+            self._by_item.setdefault(done.item, {})[done.step, done.call.call_id] = done
+
+    def of_step(self, item: int, step: int) -> list[Call]:
+        return [done.call for done in self._by_item.get(item, {}).values() if done.step == step]
+
+    def discard(self, item: int) -> None:
+        self._by_item.pop(item, None)
+
+    def all(self) -> tuple[CallDone, ...]:
+        return tuple(done for calls in self._by_item.values() for done in calls.values())
+
+
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An item to run: from its beginning, or after the steps that this attempt has completed.
 
-    ``is_again``: a worker that died may have started the next step.
+    ``is_again``: a worker that died may have started the next step. ``has_calls``: calls of that step have finished.
     """
 
     position: int
@@ -213,6 +256,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     steps: tuple[Step, ...] = ()
     progress: Progress | None = None
     is_again: bool = False
+    has_calls: bool = False
 
 
 class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -225,6 +269,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         parts: the items that are left to run; None if they are not known yet.
         cancelled: items to cancel, with the time of the request.
         before: the counts from earlier histories of this attempt.
+        calls: the finished calls of items that have not ended.
     """
 
     batch_id: str
@@ -239,6 +284,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     parts: tuple[Part, ...] | None = None
     cancelled: dict[int, datetime] = {}
     before: "Counts | None" = None
+    calls: tuple["CallDone", ...] = ()
 
 
 class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -6,18 +6,28 @@ ends only that turn.
 
 import asyncio
 from asyncio import FIRST_COMPLETED
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from temporalio import activity
+from temporalio.client import WorkflowHandle
+from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.outcomes import Outcome
 from flock.engine.turns import ActiveRun, Turns
-from flock.runs import Step
+from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
+from flock.runs import Call, Run, Step
+from flock.temporal.cluster import Cluster
+from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, CallDone
 
 __all__ = ["MAX_RUN_BYTES", "ActivityTurn", "until_done"]
 
 #: Inputs and results of one run together. The cluster takes at most 2 MiB at once.
 MAX_RUN_BYTES = 1_500_000
+#: The cluster will not accept the same signal later.
+REFUSALS = (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION)
+#: The pause before a failed request for calls is sent again.
+RETRY_AFTER_S = 1.0
 
 
 class ActivityTurn(ActiveRun):
@@ -28,6 +38,50 @@ class ActivityTurn(ActiveRun):
     """
 
     outcome: Step | Outcome | None = None
+
+    def __init__(self, run: Run, timeout_s: float, cluster: Cluster, **options: Any) -> None:
+        super().__init__(run, timeout_s, **options)
+        self._cluster = cluster
+
+    async def finished_calls(self) -> Sequence[Call]:
+        handle, run = self._workflow(), self.run
+        while True:
+            try:
+                async with self._cluster.rpc_scope():
+                    found: list[Call] = await handle.query(
+                        CALLS_QUERY, args=[run.position or 0, len(run.steps)], result_type=list[Call]
+                    )
+                return found
+            except (StoreError, EngineFull):
+                await asyncio.sleep(RETRY_AFTER_S)
+
+    async def keep_call(self, call: Call) -> None:
+        """Send the call to the workflow of this activity. A signal is in its history when this returns.
+
+        Raises: CallError if the cluster refuses it, OwnershipLost if the workflow has ended.
+        """
+        self.has_calls = True
+        # In a task of its own: asyncio may cancel this one while the signal is on its way.
+        await asyncio.shield(asyncio.create_task(self._send(call)))
+
+    async def _send(self, call: Call) -> None:
+        handle, run = self._workflow(), self.run
+        done = CallDone(item=run.position or 0, step=len(run.steps), call=call)
+        while True:
+            try:
+                async with self._cluster.rpc_scope():
+                    await handle.signal(CALL_SIGNAL, done)
+                return
+            except RPCError as exc:
+                raise OwnershipLost(run.run_id) from exc
+            except (StoreError, EngineFull) as exc:
+                if isinstance(exc.__cause__, RPCError) and exc.__cause__.status in REFUSALS:
+                    raise CallError(f"The cluster does not store the call {call.name!r}: {exc.__cause__}.") from exc
+                await asyncio.sleep(RETRY_AFTER_S)
+
+    def _workflow(self) -> WorkflowHandle[Any, Any]:
+        # Without its run id, since a chunk may continue as new.
+        return self._cluster.client.get_workflow_handle(activity.info().workflow_id or "")
 
     async def take(self, turns: Turns) -> None:
         """Execute the turn and set ``outcome``. A return value would be lost if an agent left a cancellation behind."""

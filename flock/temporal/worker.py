@@ -35,7 +35,6 @@ from flock.temporal.messages import (
     recoded,
     task_queue_of,
 )
-from flock.temporal.payloads import PayloadFolder
 from flock.temporal.turns import MAX_RUN_BYTES, ActivityTurn, until_done
 from flock.temporal.workflows import FlockMark, FlockRun
 
@@ -159,7 +158,7 @@ class TemporalWorker:
             ApplicationError: the run failed or was cancelled (not retryable), or the worker shut down before the end of
                 the turn (retryable).
         """
-        turn = _RunTurn(order, self.cluster.payloads)
+        turn = _RunTurn(order, self.cluster)
         work = asyncio.create_task(turn.take(self._turns))
         heartbeats = asyncio.create_task(_send_heartbeats(turn, order.heartbeat_timeout_s))
         try:
@@ -181,13 +180,14 @@ class TemporalWorker:
 class _RunTurn(ActivityTurn):
     """The next turn of a run. Its heartbeats report its start and its progress."""
 
-    def __init__(self, order: RunOrder, payloads: PayloadFolder) -> None:
+    def __init__(self, order: RunOrder, cluster: Cluster) -> None:
         info = activity.info()
-        super().__init__(order.run, order.timeout_s, is_again=info.attempt > 1, queue_timeout_s=order.queue_timeout_s)
+        super().__init__(
+            order.run, order.timeout_s, cluster, is_again=info.attempt > 1, queue_timeout_s=order.queue_timeout_s
+        )
         self.queued_s = (now() - info.scheduled_time).total_seconds()
         for heartbeat in info.heartbeat_details:  # the start that a dead worker reported stays valid
             self.started_at = recoded(heartbeat, Heartbeat).begun_at
-        self._payloads = payloads
         self._progress_when_done: Progress | None = None
 
     async def wait_begins(self) -> None:
@@ -196,7 +196,7 @@ class _RunTurn(ActivityTurn):
     async def keep(self, step: Step) -> None:
         """Store a long result while heartbeats are sent. Later, a slow disk would look like a dead worker."""
         self._progress_when_done = self.progress  # a thread may still report progress
-        await self._payloads.store_ahead(activity.info().workflow_id or "", self.done(step))
+        await self._cluster.payloads.store_ahead(activity.info().workflow_id or "", self.done(step))
 
     def done(self, step: Step) -> StepDone:
         assert self.started_at is not None

@@ -13,12 +13,16 @@ from temporalio.common import Priority, RetryPolicy
 from temporalio.exceptions import ActivityError, ApplicationError, TimeoutError, TimeoutType
 
 from flock.engine.outcomes import queue_timeout, timeout_of
-from flock.runs import RunStatus
+from flock.runs import Call, RunStatus
 from flock.temporal.messages import (
     ACTIVITY,
+    CALL_SIGNAL,
+    CALLS_QUERY,
     INTERRUPTED,
     MARK_WORKFLOW,
     RUN_WORKFLOW,
+    CallDone,
+    Calls,
     RunOrder,
     StepDone,
 )
@@ -47,10 +51,23 @@ class FlockRun:
     Cancellation: it closes as cancelled when its agent has stopped.
     """
 
+    def __init__(self) -> None:
+        self._calls = Calls()
+
+    @workflow.signal(name=CALL_SIGNAL)
+    def call_done(self, done: CallDone) -> None:
+        self._calls.add(done)
+
+    @workflow.query(name=CALLS_QUERY)
+    def calls(self, item: int, step: int) -> list[Call]:
+        """Return the finished calls of a step."""
+        return self._calls.of_step(item, step)
+
     @workflow.run
     async def run(self, order: RunOrder) -> None:
         while order.run.next_agent_name is not None:
             done = await self._turn(order)
+            self._calls = Calls()
             run = order.run
             order = replace(
                 order,

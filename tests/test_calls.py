@@ -1,0 +1,584 @@
+"""Calls of a step: each is executed once, and its result survives a crash."""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import signal
+import sqlite3
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import httpx
+import msgspec
+import pytest
+
+from flock.core import Flock
+from flock.errors import AgentError, CallError
+from flock.runs import BatchOptions, Engine, Run, RunContext, RunStatus
+from tests.support import PATIENCE_S
+from tests.support.engines import OpenEngine
+from tests.support.servers import serving
+
+pytestmark = pytest.mark.anyio
+
+
+async def ended(engine: Engine, agent_name: str, inputs: Any = {}) -> Run:  # noqa: B006
+    run = await engine.submit(agent_name, inputs)
+    with anyio.fail_after(PATIENCE_S):
+        return await engine.wait(run.run_id)
+
+
+def result_of(run: Run) -> Any:
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert run.result is not None
+    return msgspec.json.decode(run.result)["result"]
+
+
+@dataclasses.dataclass
+class Receipt:
+    number: int
+    amount: float
+
+
+async def test_a_call_returns_what_its_return_type_reads_from_json(open_engine: OpenEngine) -> None:
+    flock, threads = Flock(), []
+
+    async def charge(amount: float) -> Receipt:
+        return Receipt(7, amount)
+
+    def add(a: int, b: int) -> int:
+        threads.append(threading.current_thread())
+        return a + b
+
+    def untyped():  # type: ignore[no-untyped-def]
+        return (1, math.nan)
+
+    @flock.agent
+    async def work(context: RunContext) -> list[str]:
+        receipt = await context.call(charge, 40)
+        total = await context.call(add, 1, b=2)
+        return [repr(receipt), repr(total), repr(await context.call(untyped))]
+
+    expected = ["Receipt(number=7, amount=40.0)", "3", "[1, None]"]
+    async with open_engine(flock) as engine:
+        assert result_of(await ended(engine, "work")) == expected
+        batch = await engine.submit_batch("work", [{}, {}], BatchOptions())
+        await engine.wait_batch(batch.batch_id, PATIENCE_S)
+        assert [result_of(item) for item in await engine.get_items(batch.batch_id)] == [expected] * 2
+    assert threads[0] is not threading.main_thread()
+
+
+async def interrupt(flock: Flock, store: Path, agent_name: str, reached: anyio.Event) -> str:
+    """Run an agent until *reached*, and end its engine as its process would end."""
+    engine = flock.engine(store=store)
+    async with engine:
+        run = await engine.submit(agent_name, {})
+        await reached.wait()
+        await engine.drain(0)
+    return run.run_id
+
+
+async def test_finished_calls_are_read_when_the_step_runs_again(tmp_path: Path) -> None:
+    """Those that were running, or failed, are executed again."""
+    flock, executed, reached, keys = Flock(), list[Any](), anyio.Event(), list[str]()
+
+    async def finish(n: int, context: RunContext) -> int:
+        executed.append(n)
+        keys.append(context.idempotency_key)
+        return n * 10
+
+    async def fail() -> None:
+        executed.append("fail")
+        raise ValueError("secret")
+
+    async def hang() -> str:
+        executed.append("hang")
+        reached.set()
+        if len(executed) < 8:
+            await anyio.sleep_forever()
+        return "done"
+
+    @flock.agent
+    async def work(context: RunContext) -> list[Any]:
+        found: list[Any] = await asyncio.gather(*(context.call(finish, n) for n in (1, 1, 2)))
+        try:
+            await context.call(fail)
+        except ValueError as exc:
+            found.append(type(exc).__name__)
+        return [*found, await context.call(hang)]
+
+    store = tmp_path / "flock.db"
+    run_id = await interrupt(flock, store, "work", reached)
+    assert executed == [1, 1, 2, "fail", "hang"]
+    assert len(set(keys)) == 3
+    executed += ["restart"] * 2
+    async with flock.engine(store=store) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run_id)
+    assert result_of(run) == [10, 10, 20, "ValueError", "done"]
+    assert executed[7:] == ["fail", "hang"]
+
+
+async def test_a_damaged_call_fails_the_run_as_unreadable(tmp_path: Path) -> None:
+    flock, reached = Flock(), anyio.Event()
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        await context.call(long)
+        reached.set()
+        await anyio.sleep_forever()
+
+    store = tmp_path / "flock.db"
+    run_id = await interrupt(flock, store, "work", reached)
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as db:
+        db.execute("UPDATE calls SET result = x'ff'")
+    async with flock.engine(store=store) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            assert (await engine.wait(run_id)).error_type == "unreadable"
+
+
+async def test_a_retry_begins_with_an_empty_journal(tmp_path: Path) -> None:
+    flock, executed = Flock(), []
+
+    async def look() -> int:
+        executed.append("look")
+        return len(executed)
+
+    @flock.agent
+    async def work(context: RunContext) -> int:
+        found = await context.call(look)
+        if len(executed) == 1:
+            raise AgentError("not yet")
+        return int(found)
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await ended(engine, "work")
+        assert (run.status, run.error) == (RunStatus.FAILED, "not yet")
+        await engine.retry_run(run.run_id)
+        assert result_of(await engine.wait(run.run_id)) == 2
+
+
+async def test_a_changed_program_executes_what_does_not_match(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flock, executed, reached = Flock(), [], anyio.Event()
+    names = ["old"]
+
+    async def step(name: str) -> str:
+        executed.append(name)
+        return name
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        found = await context.call(step, names[0])
+        if names == ["old"]:
+            reached.set()
+            await anyio.sleep_forever()
+        return str(found)
+
+    store = tmp_path / "flock.db"
+    run_id = await interrupt(flock, store, "work", reached)
+    names[:] = ["new"]
+    async with flock.engine(store=store) as engine:
+        assert result_of(await engine.wait(run_id)) == "new"
+    assert executed == ["old", "new"]
+    assert "did not repeat these calls: step:" in caplog.text
+
+
+async def test_a_named_call_needs_no_json_arguments() -> None:
+    flock = Flock()
+
+    async def send(client: Any, text: str) -> str:
+        return text.upper()
+
+    @flock.agent
+    async def work(context: RunContext) -> list[str]:
+        first = await context.call(send, object(), "a", name="first")
+        try:
+            await context.call(send, object(), "b")
+        except CallError as exc:
+            return [first, str(exc)]
+        return []
+
+    async with flock.engine() as engine:
+        first, error = result_of(await ended(engine, "work"))
+    assert first == "A"
+    assert error.startswith("The arguments of the call 'send' cannot be converted to JSON")
+    assert "Pass name=" in error
+
+
+def unserializable() -> Any:
+    return object()
+
+
+def mistyped() -> int:
+    return "text"  # type: ignore[return-value]
+
+
+def long() -> str:
+    return "x" * 2000
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "words"),
+    [
+        (unserializable, None, "The result of the call 'unserializable' cannot be converted to JSON"),
+        (mistyped, None, "The result of the call 'mistyped' does not match its return type: Expected `int`"),
+        (long, None, "The result of the call 'long' has 2002 bytes, more than the maximum (1000, max_result_bytes)"),
+        (long, "a/b", "'a/b' is not a valid name for a call of 'long'"),
+    ],
+)
+async def test_a_call_that_cannot_be_stored_fails_the_run_with_its_name(function: Any, name: Any, words: str) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        await context.call(function, name=name)
+
+    async with flock.engine(max_result_bytes=1000) as engine:
+        run = await ended(engine, "work")
+    assert (run.status, run.error_type) == (RunStatus.FAILED, "call_error")
+    assert run.error is not None
+    assert words in run.error
+
+
+async def test_a_step_may_make_a_limited_number_of_calls() -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        for _ in range(3):
+            await context.call(long)
+
+    async with flock.engine(max_calls=2) as engine:
+        run = await ended(engine, "work")
+    assert run.error == "The step has made 2 calls, the limit (max_calls). Split it into steps."
+
+
+async def test_a_synchronous_agent_is_told_to_be_async() -> None:
+    flock = Flock()
+
+    @flock.agent
+    def work(context: RunContext) -> None:
+        context.call(long)
+
+    async with flock.engine() as engine:
+        run = await ended(engine, "work")
+    assert run.error == "'work' is not async, so it cannot make calls. Make it async."
+
+
+async def test_a_call_left_behind_by_its_step_changes_nothing(tmp_path: Path) -> None:
+    flock, may_end, left = Flock(), anyio.Event(), []
+
+    async def slow() -> int:
+        await may_end.wait()
+        return 1
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        left.append(asyncio.ensure_future(context.call(slow)))
+        await anyio.lowlevel.checkpoint()
+        return "done"
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await ended(engine, "work")
+        may_end.set()
+        await left[0]
+        assert result_of(await engine.get_run(run.run_id)) == "done"
+        assert engine.store.calls(run, 0) == ()
+
+
+async def test_a_cancelled_run_stores_no_call_that_was_running(tmp_path: Path) -> None:
+    flock, running = Flock(), anyio.Event()
+
+    async def hang() -> None:
+        running.set()
+        await anyio.sleep_forever()
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        await context.call(long)
+        await context.call(hang)
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await engine.submit("work", {})
+        await running.wait()
+        await engine.cancel_run(run.run_id)
+        run = await engine.wait(run.run_id)
+        assert run.status is RunStatus.CANCELLED
+        assert [call.name for call in engine.store.calls(run, 0)] == ["long"]
+        await engine.delete_run(run.run_id)
+        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM calls").fetchone()) == (0,)
+
+
+async def test_calls_in_threads_run_at_the_same_time() -> None:
+    flock, both = Flock(), threading.Barrier(2, timeout=PATIENCE_S)
+
+    def meet(n: int) -> int:
+        both.wait()
+        return n
+
+    @flock.agent
+    async def work(context: RunContext) -> list[int]:
+        return list(await asyncio.gather(context.call(meet, 1), context.call(meet, 2)))
+
+    async with flock.engine() as engine:
+        assert result_of(await ended(engine, "work")) == [1, 2]
+
+
+SCRIPT = """
+import asyncio, os
+from flock.core import Flock
+from flock.runs import RunContext
+
+flock = Flock("calls")
+log = os.open("calls.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+def write(n: int, run: int, context: RunContext) -> int:
+    os.write(log, b"%s\\n" % context.idempotency_key.encode())
+    return n
+
+@flock.agent
+async def work(run: int, context: RunContext) -> int:
+    total = 0
+    for n in range(0, 15, 3):
+        total += sum(await asyncio.gather(*(context.call(write, k, run) for k in (n, n + 1, n + 2))))
+        await asyncio.sleep(0.2)
+    return total
+"""
+
+
+def committed() -> set[str]:
+    """Return the idempotency keys of the calls in the store."""
+    with contextlib.closing(sqlite3.connect("flock.db")) as db:
+        return {f"run:{run_id}/0/{call_id}" for run_id, call_id in db.execute("SELECT run_id, call_id FROM calls")}
+
+
+def executed() -> list[str]:
+    return Path("calls.log").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_kill_9_repeats_no_committed_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """100 runs of 15 calls each. The server is killed five times, with calls in flight."""
+    script = tmp_path / "calls.py"
+    script.write_text(SCRIPT)
+    Path("calls.log").touch()
+    run_ids: list[str] = []
+    kills: list[tuple[set[str], int]] = []
+    for kill in range(1, 6):
+        with serving(script, tmp_path) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+            while len(run_ids) < 100:
+                body = {"agent_name": "work", "inputs": {"run": len(run_ids)}, "async_run": True}
+                run_ids.append(client.post("/run/flock", json=body).json()["run_id"])
+            deadline = time.monotonic() + PATIENCE_S
+            while len(set(executed())) < 200 * kill:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.kill(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+        kills.append((committed(), len(executed())))
+    with serving(script, tmp_path) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        for run_id in run_ids:
+            run = client.get(f"/run/{run_id}", params={"wait": 50}).json()
+            assert (run["status"], run["result"]) == ("completed", {"result": sum(range(15))})
+    lines = executed()
+    for stored, count in kills:
+        assert not stored & set(lines[count:]), "a call was executed again after its commit"
+    assert len(set(lines)) == 1500
+    in_flight = sum(len(set(lines[:count]) - stored) for stored, count in kills)
+    assert len(lines) - 1500 <= in_flight
+    with capsys.disabled():
+        print(f"\n{len(lines) - 1500} of 1500 calls were executed twice; {in_flight} were in flight at a kill")
+
+
+async def resumed(flock: Flock, store: Path, agent_name: str, reached: anyio.Event) -> Any:
+    run_id = await interrupt(flock, store, agent_name, reached)
+    async with flock.engine(store=store) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            return result_of(await engine.wait(run_id))
+
+
+async def test_a_call_that_succeeded_at_the_second_try_is_not_executed_again(tmp_path: Path) -> None:
+    """The author's own retry has the idempotency key of the failed call, and its committed result is found."""
+    flock, keys, charged, reached = Flock(), list[str](), list[int](), anyio.Event()
+
+    async def charge(amount: int, context: RunContext) -> int:
+        keys.append(context.idempotency_key)
+        if len(keys) == 1:
+            raise ConnectionError
+        charged.append(amount)
+        return amount
+
+    @flock.agent
+    async def work(context: RunContext) -> int:
+        try:
+            paid = await context.call(charge, 5)
+        except ConnectionError:
+            paid = await context.call(charge, 5)
+        if not reached.is_set():
+            reached.set()
+            await anyio.sleep_forever()
+        return int(paid)
+
+    assert await resumed(flock, tmp_path / "flock.db", "work", reached) == 5
+    assert charged == [5]
+    assert len(set(keys)) == 1
+
+
+async def test_calls_inside_a_call_do_not_take_the_numbers_of_others(tmp_path: Path) -> None:
+    """A call that is read from the journal makes no inner calls, so inner calls are numbered apart."""
+    flock, paid, reached = Flock(), list[int](), anyio.Event()
+
+    async def pay(amount: int) -> int:
+        paid.append(amount)
+        return len(paid)
+
+    async def outer(context: RunContext) -> int:
+        return int(await context.call(pay, 5))
+
+    @flock.agent
+    async def work(context: RunContext) -> list[int]:
+        found = [await context.call(outer), await context.call(pay, 5)]
+        if not reached.is_set():
+            reached.set()
+            await anyio.sleep_forever()
+        return [*found, await context.call(pay, 5)]
+
+    assert await resumed(flock, tmp_path / "flock.db", "work", reached) == [1, 2, 3]
+    assert len(paid) == 3
+
+
+class Box:
+    def __init__(self, to: str, send: Any) -> None:
+        self.to = to
+        self._send = send
+
+    async def send(self) -> str:
+        return str(await self._send(self.to))
+
+
+@pytest.mark.parametrize("kind", ["partial", "method"])
+async def test_functions_that_differ_in_what_they_are_bound_to_are_different(tmp_path: Path, kind: str) -> None:
+    """A crash gives none the result of another. A method needs a name if its object is not JSON."""
+    flock, sent, reached = Flock(), list[str](), anyio.Event()
+
+    async def prepare(to: str, delay_s: float) -> None:
+        await anyio.sleep(delay_s)
+
+    async def send(to: str) -> str:
+        if to == "ann" and not reached.is_set():
+            reached.set()
+            await anyio.sleep_forever()
+        sent.append(to)
+        return to
+
+    @flock.agent
+    async def work(context: RunContext) -> list[str]:
+        async def send_to(to: str, delay_s: float) -> str:
+            await context.call(prepare, to, delay_s)
+            if kind == "partial":
+                return str(await context.call(functools.partial(send, to)))
+            with pytest.raises(CallError, match="Pass name= to identify the call"):
+                context.call(Box(to, send).send)
+            return str(await context.call(Box(to, send).send, name=to))
+
+        return list(await asyncio.gather(send_to("ann", 0.2), send_to("bob", 0.01)))
+
+    assert await resumed(flock, tmp_path / "flock.db", "work", reached) == ["ann", "bob"]
+    assert sent == ["bob", "ann"]
+
+
+async def test_a_cancelled_run_waits_for_the_threads_of_gathered_calls() -> None:
+    """It is reported as cancelled when they have ended, although asyncio itself cancels the tasks of a gather."""
+    flock, started, may_end, has_ended = Flock(), threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        started.set()
+        may_end.wait(PATIENCE_S)
+        has_ended.set()
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        await asyncio.gather(context.call(slow))
+
+    async with flock.engine() as engine:
+        run = await engine.submit("work", {})
+        while not started.is_set():  # noqa: ASYNC110 - a thread sets it
+            await anyio.sleep(0.01)
+        await engine.cancel_run(run.run_id)
+        threading.Timer(0.3, may_end.set).start()
+        assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
+        is_true = has_ended.is_set()
+        may_end.set()
+        assert is_true
+
+
+async def test_calls_that_asyncio_cancels_keep_their_threads_counted() -> None:
+    """At most max_threads functions run at once, also if the agent stops waiting for them with asyncio.timeout."""
+    flock, running, most = Flock(), [0], [0]
+
+    def hang(n: int) -> None:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.4)
+        running[0] -= 1
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        for n in range(4):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await context.call(hang, n)
+
+    async with flock.engine(max_threads=1) as engine:
+        await ended(engine, "work")
+    assert most == [1]
+
+
+async def test_no_call_is_executed_after_the_run_was_lost(tmp_path: Path) -> None:
+    """An agent that catches every exception does not go on with a run that another engine has taken over."""
+    flock, executed, reached, may_go = Flock(), list[int](), anyio.Event(), anyio.Event()
+
+    async def count(n: int) -> None:
+        executed.append(n)
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        reached.set()
+        await may_go.wait()
+        for n in range(3):
+            with contextlib.suppress(Exception):
+                await context.call(count, n)
+        reached.set()
+
+    store = tmp_path / "flock.db"
+    async with flock.engine(store=store) as engine:
+        await engine.submit("work", {})
+        await reached.wait()
+        with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as db:
+            db.execute("UPDATE runs SET owner = 'another', attempt = attempt + 1, recoveries = recoveries + 1")
+        may_go.set()
+        await anyio.sleep(0.5)
+    assert executed in ([], [0])
+
+
+async def test_a_function_with_a_parameter_called_name_does_not_lose_it() -> None:
+    """``name=`` names the call, so it is refused, and not dropped, if the function has such a parameter."""
+    flock = Flock()
+
+    async def greet(name: str = "you") -> str:
+        return f"hello {name}"
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        return str(await context.call(greet, name="Ann"))
+
+    async with flock.engine() as engine:
+        run = await ended(engine, "work")
+    assert run.error_type == "call_error" or result_of(run) == "hello Ann"
