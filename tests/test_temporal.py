@@ -216,7 +216,7 @@ async def test_a_batch_survives_killed_workers_servers_and_clusters(tmp_path: Pa
     All items end correctly. Only items that were running are restarted, within seconds.
     """
     target, log, port = tmp_path / "noting.py", tmp_path / "log", free_port()
-    target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=0.2))
+    target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=0.4))
     address = f"127.0.0.1:{port}"
     serve = flockapi_command("serve", str(target), "--temporal", address, "--port", "0")
     rows = b"n\n" + b"".join(b"%d\n" % n for n in range(2000))
@@ -229,7 +229,7 @@ async def test_a_batch_survives_killed_workers_servers_and_clusters(tmp_path: Pa
             sent = await client.post("/run/batch", content=rows, params=wanted, headers={"Content-Type": "text/csv"})
             assert sent.status_code == 202, sent.text
             path = f"/batch/{sent.json()['batch_id']}"
-            await until_started(log, 200)
+            await until_started(log, 100)
             stack.enter_context(working(target, address, 40))
             ready, shared_to = len(entries_in(log)), len(entries_in(log)) + 500
             await until_started(log, shared_to)
