@@ -7,12 +7,23 @@ new record, so each record is a consistent snapshot.
 JSON is stored as ``msgspec.Raw``, so runs cannot share mutable data, and a store can write it unchanged.
 """
 
+import copy
 import math
 import os
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -26,10 +37,12 @@ from flock.errors import EngineFull, FieldError, TooManyTokens, cut
 
 __all__ = [
     "INVALID_INPUT",
+    "JSON_NULL",
     "Batch",
     "BatchFilter",
     "BatchOptions",
     "Call",
+    "CallKind",
     "Engine",
     "EngineHealth",
     "Event",
@@ -103,15 +116,28 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One completed step of a run. ``next_agent`` is the agent to run next; None ends the run."""
+    """One completed step of a run.
+
+    Attributes:
+        next_agent: the agent to run next; None ends the run.
+        usage: the tokens that it used, including those of its calls.
+        call_count: the number of calls that it made in its last attempt.
+    """
 
     agent_name: str
     result: msgspec.Raw
     next_agent: str | None = None
     usage: Usage | None = None
     attempt: int = 1
+    call_count: int = 0
     started_at: datetime
     completed_at: datetime
+
+
+#: In place of None, since msgspec cannot decode a union of Raw and None.
+JSON_NULL = msgspec.Raw(b"null")
+#: What a call executes.
+CallKind = Literal["function", "model", "tool", "agent", "question"]
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,18 +146,22 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         call_id: unique in its step, and the same if the step runs again: ``{name}:{digest of the arguments}``, with the
             name that the program gave to the call instead of the digest, and ``:2`` for the second of equal calls.
-        name: of the function.
-        arguments: by name, as a JSON object; None if they cannot be JSON.
-        result: as JSON; None if the call failed.
+            A call that a call makes has the id of that call and ``~`` before its own.
+        name: of the function, the agent, the tool or the model.
+        arguments: by name, as a JSON object; null if they cannot be JSON, or are not kept.
+        result: as JSON; null if the call failed.
         error, error_type: of a failed call. It is executed again if the step runs again.
+        usage: the tokens that it used, including those of the calls that it made.
     """
 
     call_id: str
     name: str
-    arguments: msgspec.Raw | None = None
-    result: msgspec.Raw | None = None
+    kind: CallKind = "function"
+    arguments: msgspec.Raw = JSON_NULL
+    result: msgspec.Raw = JSON_NULL
     error: str | None = None
     error_type: str | None = None
+    usage: Usage | None = None
     started_at: datetime
     completed_at: datetime
 
@@ -612,6 +642,9 @@ class Observer(Protocol):
     def step_completed(self, step: Step) -> None:
         """An agent has completed a step."""
 
+    def call_completed(self, call: Call) -> None:
+        """A call of a step has completed or failed."""
+
     def tokens_spent(self, agent_name: str, usage: Usage) -> None:
         """A model has answered an agent; the answer may still be invalid."""
 
@@ -622,8 +655,32 @@ class Observer(Protocol):
         """A model call failed and will be retried."""
 
 
-#: The id of the call that the current task, or its thread, is executing.
-CURRENT_CALL: ContextVar[str | None] = ContextVar("flock_call", default=None)
+#: The id of the call that the current task, or its thread, is executing; "" outside of calls.
+CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
+
+
+class Journal(Protocol):
+    """Where the running step of a run keeps its calls and counts its tokens; see ``flock.engine.journal``."""
+
+    @property
+    def spent(self) -> Usage:
+        """The tokens that the run has used so far."""
+
+    def spend(self, usage: Usage) -> None: ...
+
+    def call(
+        self,
+        context: "RunContext",
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        name: str | None,
+        keep: Literal["all", "result"],
+    ) -> Awaitable[Any]: ...
+
+    def run_agent(
+        self, context: "RunContext", name: str, inputs: Mapping[str, Any]
+    ) -> Coroutine[Any, Any, dict[str, Any]]: ...
 
 
 class RunContext:
@@ -643,25 +700,46 @@ class RunContext:
         run: Run,
         agent_name: str,
         on_progress: Callable[[Progress], None],
-        on_usage: Callable[[Usage], None] = lambda usage: None,
+        journal: Journal | None = None,
+        *,
+        on_usage: Callable[[str, Usage], None] = lambda agent_name, usage: None,
         max_tokens: int | None = None,
-        call: Callable[..., Awaitable[Any]] | None = None,
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
         self.attempt = run.attempt
         self.request_id = run.request_id
         self.traceparent = run.traceparent
-        self.step_key = run.step_key(len(run.steps))
-        self.cancel_requested = False
+        self.step_key = self._root_key = run.step_key(len(run.steps))
+        self._cancel_requested = threading.Event()
         self._on_progress = on_progress
         self._on_usage = on_usage
         self._max_tokens = max_tokens
-        self._spent = run.usage or Usage()
-        self._call = call
+        self._journal = journal
+
+    @property
+    def cancel_requested(self) -> bool:
+        return self._cancel_requested.is_set()
+
+    def request_cancel(self) -> None:
+        """Set ``cancel_requested``, also for the agents that this step has called."""
+        self._cancel_requested.set()
+
+    def of_called_agent(self, agent_name: str) -> "RunContext":
+        """Return the context of an agent that the current call executes. Only an engine uses it."""
+        context = copy.copy(self)
+        context.agent_name = agent_name
+        context.step_key = self.idempotency_key
+        return context
 
     def call(
-        self, function: Callable[..., Any], /, *args: Any, name: str | None = None, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        /,
+        *args: Any,
+        name: str | None = None,
+        keep: Literal["all", "result"] = "all",
+        **kwargs: Any,
     ) -> Awaitable[Any]:
         """Execute a function once, and store its result.
 
@@ -672,6 +750,7 @@ class RunContext:
             function: async, or sync, which runs in a worker thread. It is identified by its name and its arguments. A
                 parameter annotated with ``RunContext`` receives this context.
             name: identifies the call instead of its arguments. Equal calls are numbered in their order.
+            keep: "result" does not store the arguments. Use it if they are long or secret.
 
         Returns: the result, as its return type reads it from JSON. Without a return type, it is plain JSON values.
 
@@ -682,14 +761,39 @@ class RunContext:
 
         Cancellation: a call that has not finished is not stored. A synchronous function is waited for.
         """
-        assert self._call is not None, "an engine made this context"
-        return self._call(self, function, args, kwargs, name)
+        return self._required_journal().call(self, function, args, kwargs, name, keep)
+
+    def run_agent(self, name: str, inputs: Mapping[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Let another agent of the flock run, as a call of this step, and return its result.
+
+        The agent runs in the slot of this run, and counts towards its own ``max_concurrency``. If it hands off, the
+        next agents run too, each as a call of its own. Their tokens count as those of this step.
+
+        Args:
+            name: of an agent of the same flock.
+            inputs: one value for each field of its input signature.
+
+        Returns: the outputs of the last agent, as JSON values.
+
+        Raises:
+            CallError: this agent is not async, or the inputs are invalid, or there is no such agent, or it may not be
+                repeated (``on_interrupt="fail"``).
+            InvalidHandoff, TooManySteps: the agent hands off to an agent that does not exist, or too many times.
+            Exception: what the agent raises.
+
+        Cancellation: as for ``call``.
+        """
+        return self._required_journal().run_agent(self, name, inputs)
+
+    def _required_journal(self) -> Journal:
+        assert self._journal is not None, "an engine made this context"
+        return self._journal
 
     @property
     def idempotency_key(self) -> str:
         """The idempotency key of the call that is executing, or ``step_key`` outside of a call."""
         call_id = CURRENT_CALL.get()
-        return self.step_key if call_id is None else f"{self.step_key}/{call_id}"
+        return f"{self._root_key}/{call_id}" if call_id else self.step_key
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Report the progress of the work. Of many calls in a short time, only the last one is stored.
@@ -705,13 +809,16 @@ class RunContext:
 
     def spend(self, usage: Usage) -> None:
         """Report the tokens of a model's answer, whether or not the answer is usable."""
-        self._spent += usage
-        self._on_usage(usage)
+        if self._journal is not None:
+            self._journal.spend(usage)
+        self._on_usage(self.agent_name, usage)
 
     def check_tokens(self) -> None:
         """Raise TooManyTokens if the run has no tokens left. An agent must call this before each model call."""
-        spent = self._spent.input_tokens + self._spent.output_tokens
-        if self._max_tokens is not None and spent >= self._max_tokens:
+        if self._max_tokens is None or self._journal is None:
+            return
+        spent = self._journal.spent.input_tokens + self._journal.spent.output_tokens
+        if spent >= self._max_tokens:
             raise TooManyTokens(
                 f"Stopped after {spent} tokens, before {self.agent_name!r} called its model. One run may use "
                 f"{self._max_tokens} tokens (max_tokens of the engine)."

@@ -75,12 +75,13 @@ async def test_a_call_returns_what_its_return_type_reads_from_json(open_engine: 
     assert threads[0] is not threading.main_thread()
 
 
-async def interrupt(flock: Flock, store: Path, agent_name: str, reached: anyio.Event) -> str:
+async def interrupt(flock: Flock, store: Path, agent_name: str, reached: anyio.Event, **options: Any) -> str:
     """Run an agent until *reached*, and end its engine as its process would end."""
-    engine = flock.engine(store=store)
+    engine = flock.engine(store=store, **options)
     async with engine:
         run = await engine.submit(agent_name, {})
-        await reached.wait()
+        with anyio.fail_after(PATIENCE_S):
+            await reached.wait()
         await engine.drain(0)
     return run.run_id
 

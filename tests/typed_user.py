@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from flock import __version__
-from flock.agents.agent import Agent, FunctionAgent, Handoff, ModelAgent, NextAgent, OnInterrupt, Resources, Turn
+from flock.agents.agent import Agent, FunctionAgent, Handoff, ModelAgent, NextAgent, OnInterrupt, Resources
 from flock.core import BatchInputs, Flock, FlockFactory, agent
 from flock.errors import (
     AccessDenied,
@@ -186,8 +186,9 @@ assert_type(flock.run_batch("measure", rows, max_workers=2, progress=False), lis
 
 
 class Fixed(Agent):
-    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
-        return Turn(self.output.encode({"answer": 42}), Usage(input_tokens=1))
+    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
+        context.spend(Usage(input_tokens=1))
+        return self.output.encode({"answer": 42})
 
 
 # Without HTTP
@@ -201,6 +202,8 @@ class Counter:
     def run_started(self, run: Run) -> None: ...
 
     def step_completed(self, step: Step) -> None: ...
+
+    def call_completed(self, call: Call) -> None: ...
 
     def tokens_spent(self, agent_name: str, usage: Usage) -> None: ...
 

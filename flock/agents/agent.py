@@ -19,9 +19,9 @@ from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.signature import Signature, context_parameter, name_of
 from flock.errors import DefinitionError, InvalidData, InvalidHandoff, InvalidOutput, MalformedJSON, ModelError
 from flock.nearest import did_you_mean
-from flock.runs import RunContext, Usage
+from flock.runs import RunContext
 
-__all__ = ["Agent", "FunctionAgent", "Handoff", "ModelAgent", "NextAgent", "OnInterrupt", "Resources", "Turn", "agent"]
+__all__ = ["Agent", "FunctionAgent", "Handoff", "ModelAgent", "NextAgent", "OnInterrupt", "Resources", "agent"]
 
 OnInterrupt = Literal["retry", "fail"]
 
@@ -44,13 +44,6 @@ class Resources(msgspec.Struct, frozen=True):
     models: ModelClient
     #: calls a synchronous function in a worker thread
     call_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
-
-
-class Turn(msgspec.Struct, frozen=True):
-    """The return value of ``take_turn``: a JSON object that matches the output signature, and the tokens used."""
-
-    result: msgspec.Raw
-    usage: Usage | None = None
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,8 +122,8 @@ class Agent:
             return [Handoff(from_=self.name, to=chosen, kind="fixed", field=None, value=None)]
         return [Handoff(from_=self.name, to=None, kind="function", field=None, value=None)]
 
-    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
-        """Execute one step with *inputs*, an instance of ``input.type``, and return its result.
+    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
+        """Execute one step with *inputs*, an instance of ``input.type``, and return its result: a JSON object.
 
         Raises:
             InvalidOutput: the result does not match the output signature, or cannot be encoded as JSON.
@@ -266,7 +259,7 @@ class ModelAgent(Agent):
             message for number, example in enumerate(examples) for message in self._example_messages(example, number)
         ]
 
-    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
+    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         try:
             with anyio.fail_after(self.timeout_s):
                 return await self._converse(inputs, resources.models, context)
@@ -274,13 +267,12 @@ class ModelAgent(Agent):
             message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
             raise ModelError(message, "model_timeout") from exc
 
-    async def _converse(self, inputs: Any, models: ModelClient, context: RunContext) -> Turn:
+    async def _converse(self, inputs: Any, models: ModelClient, context: RunContext) -> msgspec.Raw:
         messages = [
             Message("system", self._system_prompt()),
             *self._examples,
             Message("user", self._user_prompt(inputs)),
         ]
-        usage = Usage()
         problem = ""
         for call in range(self.max_retries + 1):
             context.check_tokens()
@@ -294,10 +286,9 @@ class ModelAgent(Agent):
                 # Each call needs its own key, or a provider would return the invalid answer again.
                 idempotency_key=context.step_key if call == 0 else f"{context.step_key}/{call + 1}",
             )
-            usage += completion.usage
             context.spend(completion.usage)
             try:
-                return Turn(self.output.encode(self._answer.decode(completion.text.encode())), usage)
+                return self.output.encode(self._answer.decode(completion.text.encode()))
             except (MalformedJSON, InvalidData, UnicodeEncodeError) as exc:
                 problem = str(exc)
             reply = f"That answer cannot be used. {problem}\nAnswer again, with one JSON object and nothing else."
@@ -394,7 +385,7 @@ class FunctionAgent(Agent):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
-    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> Turn:
+    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         values = {name: getattr(inputs, name) for name in self._parameters}
         if self._context_parameter is not None:
             values[self._context_parameter] = context
@@ -406,7 +397,7 @@ class FunctionAgent(Agent):
             if inspect.isawaitable(value):  # a plain wrapper around an async function
                 value = await value
         try:
-            return Turn(self.output.encode({"result": value} if self._is_boxed else value))
+            return self.output.encode({"result": value} if self._is_boxed else value)
         except InvalidData as exc:
             raise InvalidOutput(f"The result of {self.name!r} does not match its output signature. {exc}") from exc
 

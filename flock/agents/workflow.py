@@ -1,6 +1,6 @@
 """The steps of a run: which agent is next, its inputs, and its execution.
 
-``next_agent`` and ``inputs_for`` are pure functions of a run's record, and ``run_step`` executes one step. They do not
+``next_agent`` and ``inputs_for`` are pure functions of a run's record, and ``take_turn`` executes an agent. They do not
 depend on a store, so every engine can use them.
 """
 
@@ -12,7 +12,7 @@ from flock.agents.agent import Agent, Resources
 from flock.agents.graph import graph_of
 from flock.errors import InvalidData, InvalidHandoff, TooManySteps
 from flock.nearest import did_you_mean
-from flock.runs import Run, RunContext, Step, now
+from flock.runs import Run, RunContext
 
 __all__ = [
     "Columns",
@@ -21,7 +21,7 @@ __all__ = [
     "missing_agents",
     "next_agent",
     "result_names",
-    "run_step",
+    "take_turn",
 ]
 
 #: The names of a run's inputs and of its result's members. Each is None if it is not known in advance.
@@ -77,27 +77,17 @@ def _no_such_agent(name: str, path: str, agents: Mapping[str, Agent]) -> Invalid
     )
 
 
-async def run_step(agent: Agent, inputs: msgspec.Raw, resources: Resources, context: RunContext) -> Step:
-    """Execute one step with *agent*.
+async def take_turn(agent: Agent, inputs: msgspec.Raw, resources: Resources, context: RunContext) -> msgspec.Raw:
+    """Validate *inputs*, let *agent* take one turn with them, and return its result.
 
-    Raises: InvalidHandoff if its inputs are missing or invalid; any exception of the agent.
-    Cancellation: the step is lost.
+    Raises: InvalidHandoff if the inputs are missing or invalid; any exception of the agent.
+    Cancellation: the turn is lost.
     """
-    started_at = now()
     try:
         decoded = agent.input.decode(inputs)
     except InvalidData as exc:
         raise InvalidHandoff(f"The inputs for the agent {agent.name!r} are missing or invalid. {exc}") from exc
-    turn = await agent.take_turn(decoded, resources, context)
-    return Step(
-        agent_name=agent.name,
-        result=turn.result,
-        next_agent=await agent.choose_next(turn.result),
-        usage=turn.usage,
-        attempt=context.attempt,
-        started_at=started_at,
-        completed_at=now(),
-    )
+    return await agent.take_turn(decoded, resources, context)
 
 
 def columns_of(agent_name: str, agents: Mapping[str, Agent]) -> Columns:

@@ -12,8 +12,8 @@ import itertools
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import anyio
 import anyio.lowlevel
@@ -22,9 +22,9 @@ import msgspec
 from flock.agents.signature import context_parameter, hints_of_function, name_of
 from flock.engine.outcomes import error_of
 from flock.errors import CallError, SignatureError, cut
-from flock.runs import CURRENT_CALL, Call, RunContext, now
+from flock.runs import CURRENT_CALL, JSON_NULL, Call, CallKind, RunContext, Usage, now
 
-__all__ = ["Journal"]
+__all__ = ["DIGEST_CHARS", "Journal", "check_in_loop", "depth_of_current_call"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -36,17 +36,26 @@ NESTED = "~"
 _LATE = "The call {!r} was made after its step had ended. Await it in the step."
 
 
+RunAgent = Callable[["Journal", RunContext, str, Mapping[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
+
+
 class Journal:
     """The calls of one turn.
 
     Args:
-        finished: the calls that earlier turns of the same step have finished.
+        finished: the calls that earlier turns of the same step have finished, oldest first.
         save: stores a call; on return it is on disk.
         call_in_thread: calls a synchronous function in a worker thread.
+        run_agent: see ``RunContext.run_agent``.
+        spent: the tokens that earlier steps of the run have used.
         max_calls: max calls of the step.
         max_result_bytes: max size of one result, as JSON.
         max_total_bytes: max size of all arguments and results together, as JSON.
         expose_errors: whether the text of any exception is stored with a failed call.
+
+    Attributes:
+        count: calls that this turn has made.
+        spent: the tokens that the run has used so far.
     """
 
     def __init__(
@@ -55,6 +64,8 @@ class Journal:
         *,
         save: Callable[[Call], Awaitable[None]],
         call_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
+        run_agent: RunAgent,
+        spent: Usage,
         max_calls: int,
         max_result_bytes: float,
         max_total_bytes: float,
@@ -63,20 +74,36 @@ class Journal:
         self._finished = {call.call_id: call for call in finished if call.error is None}
         self._save = save
         self._call_in_thread = call_in_thread
+        self._run_agent = run_agent
         self._max_calls = max_calls
         self._max_result_bytes = max_result_bytes
         self._bytes_left = max_total_bytes - sum(map(_bytes_of, self._finished.values()))
         self._expose_errors = expose_errors
-        self._call_count = 0
+        self.count = 0
         #: the numbers of calls that run or have finished, for each key
         self._numbers: defaultdict[str, set[int]] = defaultdict(set)
         self._is_closed = False
         self._save_error: BaseException | None = None
+        #: the tokens used in each unfinished call, by its id; those of the step outside of calls are under ""
+        self._usage: defaultdict[str, Usage] = defaultdict(Usage)
+        outermost = [call for call in self._finished.values() if _parent_of(call.call_id) not in self._finished]
+        self.spent = sum((call.usage for call in outermost if call.usage is not None), spent)
 
     def close(self) -> Sequence[str]:
         """Accept no more calls. Returns the ids of finished calls that this turn has not repeated."""
         self._is_closed = True
         return [call_id for call_id in self._finished if NESTED not in call_id]
+
+    @property
+    def usage(self) -> Usage | None:
+        """The tokens that the step has used, including those of its finished calls; None if it has used none."""
+        used = self._usage[""]
+        return used if used != Usage() else None
+
+    def spend(self, usage: Usage) -> None:
+        """Add the tokens of a model's answer to the current call, or to the step."""
+        self.spent += usage
+        self._usage[CURRENT_CALL.get()] += usage
 
     def call(
         self,
@@ -85,46 +112,68 @@ class Journal:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         name: str | None,
+        keep: Literal["all", "result"],
     ) -> Awaitable[Any]:
         """See ``RunContext.call``. Equal calls are numbered here, before any of them can wait."""
-        try:
-            anyio.lowlevel.current_token()
-        except RuntimeError as exc:  # in a worker thread
-            raise CallError(f"{context.agent_name!r} is not async, so it cannot make calls. Make it async.") from exc
         label = re.sub(r"[^A-Za-z0-9_.-]", "_", name_of(function))
+        check_in_loop(context)
         _check_callable(label, function, name)
+        args, kwargs = _with_context(context, function, args, kwargs)
         arguments = _arguments(label, function, args, kwargs, name)
-        self._check_size(label, "arguments", arguments)
-        parent = CURRENT_CALL.get()
-        key = f"{label}:{name or _digest(label, function, arguments)}"
-        return self._run(label, f"{parent}{NESTED}{key}" if parent else key, arguments, context, function, args, kwargs)
+        key = name or _digest(label, function, arguments)
+        return self.once(
+            label,
+            key,
+            functools.partial(self._execute, function, args, kwargs),
+            arguments=arguments if keep == "all" else JSON_NULL,
+            decode=functools.partial(_decode, label, _result_type(label, function)),
+        )
 
-    def _run(
+    def run_agent(
+        self, context: RunContext, name: str, inputs: Mapping[str, Any]
+    ) -> Coroutine[Any, Any, dict[str, Any]]:
+        """See ``RunContext.run_agent``."""
+        return self._run_agent(self, context, name, inputs)
+
+    def once(
         self,
         label: str,
         key: str,
-        arguments: msgspec.Raw | None,
-        context: RunContext,
-        function: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        execute: Callable[[], Awaitable[Any]],
+        *,
+        kind: CallKind = "function",
+        arguments: msgspec.Raw,
+        decode: Callable[[msgspec.Raw], Any],
     ) -> Awaitable[Any]:
+        """Return the result of a call from the journal, or execute it and store its result.
+
+        Args:
+            label: the name that people see.
+            key: identifies the call, together with its label, among the calls of the same parent.
+            arguments: are stored for people to see, as a JSON object, or null.
+            decode: reads the result from JSON. It raises CallError.
+        """
+        self._check_size(label, "arguments", arguments)
+        key = f"{label}:{key}"
+        if parent := CURRENT_CALL.get():
+            key = f"{parent}{NESTED}{key}"
         number = self._take_number(label, key)
-        call_id = key if number == 1 else f"{key}:{number}"
+        planned = _Planned(
+            call_id=key if number == 1 else f"{key}:{number}",
+            parent=parent,
+            label=label,
+            kind=kind,
+            arguments=arguments,
+            execute=execute,
+            decode=decode,
+        )
 
         async def run() -> Any:
             is_done = False
             try:
-                if self._is_closed:
-                    raise CallError(_LATE.format(label))
-                result_type = _result_type(label, function)
-                finished = self._finished.pop(call_id, None)
-                if finished is not None and finished.result is not None:
-                    is_done = True
-                    return _decode(label, finished.result, result_type)
-                value = await self._make(label, call_id, arguments, result_type, context, function, args, kwargs)
+                result = await self._result_of(planned)
                 is_done = True
-                return value
+                return result
             finally:
                 if not is_done:  # the next equal call takes its place, also when the step runs again
                     self._numbers[key].discard(number)
@@ -137,50 +186,64 @@ class Journal:
             raise self._save_error
         if self._is_closed:
             raise CallError(_LATE.format(label))
-        if self._call_count >= self._max_calls:
+        if self.count >= self._max_calls:
             raise CallError(f"The step has made {self._max_calls} calls, the limit (max_calls). Split it into steps.")
-        self._call_count += 1
+        self.count += 1
         numbers = self._numbers[key]
         number = next(n for n in itertools.count(1) if n not in numbers)
         numbers.add(number)
         return number
 
-    async def _make(
-        self,
-        label: str,
-        call_id: str,
-        arguments: msgspec.Raw | None,
-        result_type: Any,
-        context: RunContext,
-        function: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    async def _result_of(self, planned: "_Planned") -> Any:
+        if self._is_closed:
+            raise CallError(_LATE.format(planned.label))
+        finished = self._finished.pop(planned.call_id, None)
+        if finished is not None:
+            self._add_usage(planned.parent, finished.usage)
+            return planned.decode(finished.result)
+        return await self._make(planned)
+
+    async def _make(self, planned: "_Planned") -> Any:
         """Execute a call, and store it."""
         started_at = now()
-
-        def entry(**end: Any) -> Call:
-            return Call(call_id=call_id, name=label, arguments=arguments, started_at=started_at, **end)
-
-        reset = CURRENT_CALL.set(call_id)
+        reset = CURRENT_CALL.set(planned.call_id)
+        result, value, failure = JSON_NULL, None, None
         try:
-            result = self._encode(label, await self._execute(context, function, args, kwargs))
-            value = _decode(label, result, result_type)
+            result = self._encode(planned.label, await planned.execute())
+            value = planned.decode(result)
         except Exception as exc:
-            error, error_type = error_of(exc, f"The call {label!r}", expose_errors=self._expose_errors)
-            await self._store(entry(error=cut(error), error_type=error_type, completed_at=now()))
-            raise
+            failure = exc
         finally:
             CURRENT_CALL.reset(reset)
-        await self._store(entry(result=result, completed_at=now()))
+            usage = self._usage.pop(planned.call_id, None)
+            self._add_usage(planned.parent, usage)
+        error, error_type = None, None
+        if failure is not None:
+            result = JSON_NULL
+            error, error_type = error_of(failure, f"The call {planned.label!r}", expose_errors=self._expose_errors)
+        await self._store(
+            Call(
+                call_id=planned.call_id,
+                name=planned.label,
+                kind=planned.kind,
+                arguments=planned.arguments,
+                result=result,
+                error=error and cut(error),
+                error_type=error_type,
+                usage=usage,
+                started_at=started_at,
+                completed_at=now(),
+            )
+        )
+        if failure is not None:
+            raise failure
         return value
 
-    async def _execute(
-        self, context: RunContext, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
-        parameter = context_parameter(function)
-        if parameter is not None and not any(value is context for value in (*args, *kwargs.values())):
-            kwargs = {parameter: context, **kwargs}
+    def _add_usage(self, parent: str, usage: Usage | None) -> None:
+        if usage is not None:
+            self._usage[parent] += usage
+
+    async def _execute(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
             return await function(*args, **kwargs)
         value = await self._call_in_thread(functools.partial(function, *args, **kwargs))
@@ -194,8 +257,8 @@ class Journal:
         self._check_size(label, "result", result)
         return msgspec.Raw(result)
 
-    def _check_size(self, label: str, part: str, content: bytes | msgspec.Raw | None) -> None:
-        if content is not None and len(content) > self._max_result_bytes:
+    def _check_size(self, label: str, part: str, content: bytes | msgspec.Raw) -> None:
+        if len(content) > self._max_result_bytes:
             raise CallError(
                 f"The {part} of the call {label!r} has {len(content)} bytes, more than the maximum "
                 f"({self._max_result_bytes}, max_result_bytes). Use a reference to long values instead."
@@ -218,8 +281,53 @@ class Journal:
             raise
 
 
+class _Planned(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that is not executed yet. ``parent`` is the id of the call that makes it, or ""."""
+
+    call_id: str
+    parent: str
+    label: str
+    kind: CallKind
+    arguments: msgspec.Raw
+    execute: Callable[[], Awaitable[Any]]
+    decode: Callable[[msgspec.Raw], Any]
+
+
+def depth_of_current_call() -> int:
+    """Return how many calls contain the current code: 0 outside of calls."""
+    call_id = CURRENT_CALL.get()
+    return call_id.count(NESTED) + 1 if call_id else 0
+
+
+def _parent_of(call_id: str) -> str:
+    return call_id.rpartition(NESTED)[0]
+
+
+def check_in_loop(context: RunContext) -> None:
+    """Raise CallError in a worker thread, where calls cannot be awaited."""
+    try:
+        anyio.lowlevel.current_token()
+    except RuntimeError as exc:
+        call_id = CURRENT_CALL.get()
+        subject = f"The function of the call {call_id!r}" if call_id else repr(context.agent_name)
+        raise CallError(f"{subject} is not async, so it cannot make calls. Make it async.") from exc
+
+
+def _with_context(
+    context: RunContext, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return the arguments, and the context for the parameter that is annotated with it."""
+    name = context_parameter(function)
+    if name is None or any(isinstance(value, RunContext) for value in (*args, *kwargs.values())):
+        return args, kwargs
+    index = list(_parameters(function)).index(name)
+    if index <= len(args) and _parameters(function)[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+        return (*args[:index], context, *args[index:]), kwargs
+    return args, {**kwargs, name: context}
+
+
 def _bytes_of(call: Call) -> int:
-    return len(call.arguments or b"") + len(call.result or b"")
+    return len(call.arguments) + len(call.result)
 
 
 def _check_callable(label: str, function: Callable[..., Any], name: str | None) -> None:
@@ -242,7 +350,7 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
         return {}
 
 
-def _digest(label: str, function: Callable[..., Any], arguments: msgspec.Raw | None) -> str:
+def _digest(label: str, function: Callable[..., Any], arguments: msgspec.Raw) -> str:
     """Return what identifies a call: its function, what a partial or a method is bound to, and its arguments."""
     bound: list[Any] = []
     while isinstance(function, functools.partial):
@@ -251,13 +359,13 @@ def _digest(label: str, function: Callable[..., Any], arguments: msgspec.Raw | N
     owner = getattr(function, "__self__", None)
     bound_json = _json(label, "object or the bound arguments", [bound, None if inspect.ismodule(owner) else owner])
     of = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    return hashlib.sha256(b"\0".join([of.encode(), bound_json, arguments or b""])).hexdigest()[:DIGEST_CHARS]
+    return hashlib.sha256(b"\0".join([of.encode(), bound_json, arguments])).hexdigest()[:DIGEST_CHARS]
 
 
 def _arguments(
     label: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
-) -> msgspec.Raw | None:
-    """Return the arguments by name, as JSON, without the context; None if they cannot be JSON and need not be."""
+) -> msgspec.Raw:
+    """Return the arguments by name, as JSON, without the context; null if they cannot be JSON and need not be."""
     if name is not None and not NAME.fullmatch(name):
         raise CallError(
             f"{name!r} is not a valid name for a call of {label!r}. Use 1 to 128 letters, digits, '_', '-' and '.'."
@@ -272,7 +380,7 @@ def _arguments(
     except CallError:
         if name is None:
             raise
-        return None
+        return JSON_NULL
 
 
 def _json(label: str, part: str, value: Any) -> msgspec.Raw:
@@ -292,7 +400,7 @@ def _result_type(label: str, function: Callable[..., Any]) -> Any:
         raise CallError(f"The return type of the call {label!r} is unknown: {exc}.") from exc
 
 
-def _decode(label: str, result: msgspec.Raw, result_type: Any) -> Any:
+def _decode(label: str, result_type: Any, result: msgspec.Raw) -> Any:
     """Return *result* as it is returned after a crash, also the first time, so that both ways behave alike."""
     try:
         return msgspec.json.decode(result, type=result_type)

@@ -145,7 +145,7 @@ def _index_agents_of_principals(db: sqlite3.Connection) -> None:
 
 
 def _add_calls(db: sqlite3.Connection) -> None:
-    """The finished calls of steps; ``tries`` is ``Run.tries``."""
+    """The finished calls of steps, in the order in which they finished; ``tries`` is ``Run.tries``."""
     db.execute(
         """CREATE TABLE calls (
             run_id TEXT NOT NULL,
@@ -153,15 +153,18 @@ def _add_calls(db: sqlite3.Connection) -> None:
             tries INTEGER NOT NULL,
             call_id TEXT NOT NULL,
             name TEXT NOT NULL,
-            arguments BLOB,
-            result BLOB,
+            kind TEXT NOT NULL,
+            arguments BLOB NOT NULL,
+            result BLOB NOT NULL,
             error TEXT,
             error_type TEXT,
+            usage BLOB,
             started_at INTEGER NOT NULL,
-            completed_at INTEGER NOT NULL,
-            PRIMARY KEY (run_id, position, call_id)
+            completed_at INTEGER NOT NULL
         )"""
     )
+    db.execute("CREATE INDEX calls_of_steps ON calls (run_id, position)")
+    db.execute("ALTER TABLE steps ADD COLUMN call_count INTEGER NOT NULL DEFAULT 0")
 
 
 MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [

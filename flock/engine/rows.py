@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.errors import cut
-from flock.runs import Batch, BatchOptions, Call, Progress, Run, RunStatus, Step, Usage
+from flock.runs import Batch, BatchOptions, Call, CallKind, Progress, Run, RunStatus, Step, Usage
 
 __all__ = [
     "BATCH_TABLE",
@@ -132,6 +132,7 @@ COLUMNS: Mapping[Any, Column] = {
         lambda names: msgspec.json.encode(names) if names else None,
         lambda stored: () if stored is None else msgspec.json.decode(stored, type=tuple[str, ...]),
     ),
+    CallKind: Column({str}, "'function'"),
     # Each step has its own row, except for the last step of a completed run.
     tuple[Step, ...]: Column({bytes, NoneType}, "NULL"),
 }
@@ -312,12 +313,13 @@ class _LastStep(NamedTuple):
     attempt: int
     started_at: int | None
     completed_at: int | None
+    call_count: int = 0
 
 
 def last_step_of(run: Run) -> bytes:
     step = run.steps[-1]
-    last = _LastStep(step.agent_name, step.usage, step.attempt, micros(step.started_at), micros(step.completed_at))
-    return msgspec.json.encode(last)
+    times = micros(step.started_at), micros(step.completed_at)
+    return msgspec.json.encode(_LastStep(step.agent_name, step.usage, step.attempt, *times, step.call_count))
 
 
 def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
@@ -327,6 +329,7 @@ def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
         result=result,
         usage=last.usage,
         attempt=last.attempt,
+        call_count=last.call_count,
         started_at=EPOCH + timedelta(microseconds=last.started_at or 0),
         completed_at=EPOCH + timedelta(microseconds=last.completed_at or 0),
     )

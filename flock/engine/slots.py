@@ -1,11 +1,12 @@
 """Fair slots for runs and for items of batches."""
 
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import anyio
 
-__all__ = ["BatchKey", "Slots", "acquire_all", "acquire_all_nowait"]
+__all__ = ["AgentSlot", "BatchKey", "Slots", "acquire_all", "acquire_all_nowait"]
 
 #: The principal and the id of the batch of an item; None for a run that is not an item.
 BatchKey = tuple[str | None, str] | None
@@ -77,6 +78,45 @@ class Slots:
     def _take(self, batch: BatchKey) -> None:
         self._free -= 1
         self._free_for_items -= batch is not None
+
+
+class AgentSlot:
+    """A slot that a turn holds while it works, and releases while it waits for an agent that it has called.
+
+    So agents that call each other cannot wait for each other's slots. *slots* is None if there is no limit.
+    """
+
+    def __init__(self, slots: Slots | None, batch: BatchKey, *, is_held: bool = False) -> None:
+        self._slots = slots
+        self._batch = batch
+        self._is_held = is_held
+        self._callees = 0
+
+    async def acquire(self) -> None:
+        """Wait for the slot, unless the turn waits for an agent that it has called. Cancellation: it is not held."""
+        if self._slots is None or self._callees or self._is_held:
+            return
+        await self._slots.acquire(self._batch)
+        if self._callees or self._is_held:  # the turn has called another agent, or this was called twice
+            self._slots.release(self._batch)
+        self._is_held = not self._callees
+
+    def release(self) -> None:
+        """Release the slot if it is held."""
+        if self._slots is not None and self._is_held:
+            self._is_held = False
+            self._slots.release(self._batch)
+
+    @contextlib.asynccontextmanager
+    async def waiting_for_callee(self) -> AsyncGenerator[None, None]:
+        """Release the slot while one or more agents work for this turn."""
+        self.release()
+        self._callees += 1
+        try:
+            yield
+        finally:
+            self._callees -= 1
+            await self.acquire()
 
 
 def acquire_all_nowait(slots: Sequence[Slots], batch: BatchKey) -> bool:

@@ -132,10 +132,10 @@ OLD_RUNS = f"{merged('run_id', FINAL, OLD, order='ASC')} LIMIT :limit"
 
 INSERT_STEP = f"""INSERT OR REPLACE INTO steps (run_id, position, {", ".join(STEP_TABLE)})
     VALUES (?, ?, {_marks(STEP_TABLE)})"""
-INSERT_CALL = f"""INSERT OR REPLACE INTO calls (run_id, position, tries, {", ".join(CALL_TABLE)})
+INSERT_CALL = f"""INSERT INTO calls (run_id, position, tries, {", ".join(CALL_TABLE)})
     VALUES (?, ?, ?, {_marks(CALL_TABLE)})"""
 #: The arguments are not read: only the id of a call is compared.
-CALLS = f"""SELECT {", ".join("NULL" if name == "arguments" else name for name in CALL_TABLE)} FROM calls
+CALLS = f"""SELECT {", ".join("x'7b7d'" if name == "arguments" else name for name in CALL_TABLE)} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? ORDER BY rowid"""
 DELETE_CALLS = "DELETE FROM calls WHERE run_id = ?"
 #: Whether an engine still owns a run, or the batch of an item, in an attempt.

@@ -8,18 +8,21 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 
 import anyio
 import anyio.lowlevel
+import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent, Resources
 from flock.agents.llm import ModelClient
-from flock.agents.workflow import inputs_for, next_agent, run_step
+from flock.agents.workflow import inputs_for, next_agent, take_turn
+from flock.engine.callees import Callees
 from flock.engine.journal import Journal
 from flock.engine.outcomes import CANCELLED, Outcome, failure_of, interrupted_turn, queue_timeout, timeout_of
-from flock.engine.slots import BatchKey, Slots, acquire_all, acquire_all_nowait
+from flock.engine.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.engine.threads import Threads
 from flock.errors import OwnershipLost, ResultTooLarge
 from flock.limits import Limits
@@ -28,6 +31,9 @@ from flock.runs import Call, Observer, Progress, Run, RunContext, RunStatus, Ste
 __all__ = ["ActiveRun", "Turns"]
 
 logger = logging.getLogger("flock.runs")
+
+#: The slot of the turn that the current task, or its thread, is executing.
+CURRENT_SLOT: ContextVar[AgentSlot] = ContextVar("flock_slot")
 
 
 class ActiveRun:
@@ -75,7 +81,7 @@ class ActiveRun:
         """Request the run to stop."""
         self.cancel_requested = True
         if self.context is not None:
-            self.context.cancel_requested = True
+            self.context.request_cancel()
         self.scope.cancel()
 
     # To be overridden by an engine
@@ -155,7 +161,7 @@ class Turns:
         is_again, active.is_again = active.is_again, False
         if is_again and agent.on_interrupt == "fail":
             raise interrupted_turn(agent.name)
-        release = await self._acquire(active, agent)
+        release, slot = await self._acquire(active, agent)
         try:
             run = await active.begin()
             inputs = inputs_for(agent, run)
@@ -170,30 +176,7 @@ class Turns:
             if is_start:
                 await active.started(run, agent)
                 self.notify("run_started", run)
-            spend = functools.partial(self.notify, "tokens_spent", agent.name)
-            call_in_thread = functools.partial(
-                self._threads.call, owner=active, batch=_batch_of(run), deadline=active.scope.deadline
-            )
-            journal = Journal(
-                await active.finished_calls() if is_again or active.has_calls else (),
-                save=functools.partial(_keep_call, active),
-                call_in_thread=call_in_thread,
-                max_calls=self._max_calls,
-                max_result_bytes=self._max_result_bytes,
-                max_total_bytes=self._max_item_bytes,
-                expose_errors=self._expose_errors,
-            )
-            active.context = context = RunContext(
-                run, agent.name, active.note_progress, spend, self._max_tokens, journal.call
-            )
-            context.cancel_requested = active.cancel_requested
-            try:
-                step = await run_step(agent, inputs, Resources(self._models, call_in_thread), context)
-            finally:
-                not_repeated = journal.close()
-            if not_repeated:
-                ids = ", ".join(not_repeated)
-                logger.warning("run %s: %s did not repeat these calls: %s", run.run_id, agent.name, ids)
+            step = await self._step(active, run, agent, inputs, slot, is_again=is_again)
             self._check_size(run, step)
             await active.keep(step)
             self.notify("step_completed", step)
@@ -201,6 +184,81 @@ class Turns:
         finally:
             active.context = None
             self._threads.when_free(active, release)
+
+    async def _step(
+        self, active: ActiveRun, run: Run, agent: Agent, inputs: msgspec.Raw, slot: AgentSlot, *, is_again: bool
+    ) -> Step:
+        """Let *agent* take its turn, with a journal of its calls."""
+        started_at, batch = now(), _batch_of(run)
+        call_in_thread = functools.partial(
+            self._threads.call, owner=active, batch=batch, deadline=active.scope.deadline
+        )
+        resources = Resources(self._models, call_in_thread)
+        take_turn_of_callee = functools.partial(self._take_turn_of_callee, batch, resources)
+        callees = Callees(run, self._agents, max_steps=self._max_steps, take_turn=take_turn_of_callee)
+        journal = Journal(
+            await active.finished_calls() if is_again or active.has_calls else (),
+            save=functools.partial(self._keep_call, active),
+            call_in_thread=call_in_thread,
+            run_agent=callees.run,
+            spent=run.usage or Usage(),
+            max_calls=self._max_calls,
+            max_result_bytes=self._max_result_bytes,
+            max_total_bytes=self._max_item_bytes,
+            expose_errors=self._expose_errors,
+        )
+        active.context = context = RunContext(
+            run,
+            agent.name,
+            active.note_progress,
+            journal,
+            on_usage=functools.partial(self.notify, "tokens_spent"),
+            max_tokens=self._max_tokens,
+        )
+        if active.cancel_requested:
+            context.request_cancel()
+        reset = CURRENT_SLOT.set(slot)
+        try:
+            result = await take_turn(agent, inputs, resources, context)
+        finally:
+            CURRENT_SLOT.reset(reset)
+            not_repeated = journal.close()
+        if not_repeated:
+            ids = ", ".join(not_repeated)
+            logger.warning("run %s: %s did not repeat these calls: %s", run.run_id, agent.name, ids)
+        return Step(
+            agent_name=agent.name,
+            result=result,
+            next_agent=await agent.choose_next(result),
+            usage=journal.usage,
+            attempt=run.attempt,
+            call_count=journal.count,
+            started_at=started_at,
+            completed_at=now(),
+        )
+
+    async def _take_turn_of_callee(
+        self, batch: BatchKey, resources: Resources, agent: Agent, inputs: msgspec.Raw, context: RunContext
+    ) -> msgspec.Raw:
+        """Let an agent that a step has called take its turn, in the slot of the run."""
+        slot = AgentSlot(self._slots_of(agent), batch)
+        async with CURRENT_SLOT.get().waiting_for_callee():
+            await slot.acquire()
+            reset = CURRENT_SLOT.set(slot)
+            try:
+                return await take_turn(agent, inputs, resources, context.of_called_agent(agent.name))
+            finally:
+                CURRENT_SLOT.reset(reset)
+                slot.release()
+
+    async def _keep_call(self, active: ActiveRun, call: Call) -> None:
+        """Store a call. If another process owns the run now, stop the agent."""
+        try:
+            await active.keep_call(call)
+        except OwnershipLost:
+            active.scope.cancel()
+            raise
+        self.notify("call_completed", call)
 
     def stop(self, active: ActiveRun) -> None:
         """Stop a run because the engine is shutting down. Do not wait for a function in a thread."""
@@ -221,7 +279,7 @@ class Turns:
         agent = self._agents.get(run.next_agent_name or "")
         return agent is not None and agent.on_interrupt == "fail"
 
-    def notify(self, event: str, *arguments: Run | Step | Usage | str) -> None:
+    def notify(self, event: str, *arguments: Run | Step | Call | Usage | str) -> None:
         """Call the method *event* of each observer. Log an exception that an observer raises."""
         for observer in self._observers:
             try:
@@ -229,25 +287,34 @@ class Turns:
             except Exception:
                 logger.exception("an observer raised in %s", event)
 
-    async def _acquire(self, active: ActiveRun, agent: Agent) -> Callable[[], None]:
-        """Acquire a slot of the engine and one of the agent. Return their release function. Raises QueueTimeout."""
-        slots, batch = [self._slots], _batch_of(active.run)
-        if agent.max_concurrency is not None:
-            slots.append(self._agent_slots.setdefault(agent.name, Slots(agent.max_concurrency)))
+    def _slots_of(self, agent: Agent) -> Slots | None:
+        """Return the slots of an agent with ``max_concurrency``."""
+        if agent.max_concurrency is None:
+            return None
+        return self._agent_slots.setdefault(agent.name, Slots(agent.max_concurrency))
+
+    async def _acquire(self, active: ActiveRun, agent: Agent) -> tuple[Callable[[], None], AgentSlot]:
+        """Acquire a slot of the engine and one of the agent.
+
+        Returns: a function that releases both, and the slot of the agent. Raises QueueTimeout.
+        """
+        batch, of_agent = _batch_of(active.run), self._slots_of(agent)
+        slots = [self._slots] if of_agent is None else [self._slots, of_agent]
+        slot = AgentSlot(of_agent, batch, is_held=True)
 
         def release() -> None:
-            for slot in slots:
-                slot.release(batch)
+            self._slots.release(batch)
+            slot.release()
 
         if active.scope.cancel_called:  # an unconditional checkpoint would take as long as a short step
             await anyio.lowlevel.checkpoint_if_cancelled()
         if acquire_all_nowait(slots, batch):
-            return release
+            return release, slot
         limit_s = active.queue_timeout_s if active.run.status is RunStatus.STARTING else None
         with anyio.move_on_after(None if limit_s is None else limit_s - active.queued_s):
             await active.wait_begins()
             await acquire_all(slots, batch)
-            return release
+            return release, slot
         assert limit_s is not None
         raise queue_timeout(limit_s)
 
@@ -265,15 +332,6 @@ class Turns:
                 f"{subject} {length} bytes. All inputs and results of the run have {size} bytes, more than the cluster "
                 f"can store for one run ({limit}, max_run_bytes)."
             )
-
-
-async def _keep_call(active: ActiveRun, call: Call) -> None:
-    """Store a call. If another process owns the run now, stop the agent."""
-    try:
-        await active.keep_call(call)
-    except OwnershipLost:
-        active.scope.cancel()
-        raise
 
 
 def _batch_of(run: Run) -> BatchKey:

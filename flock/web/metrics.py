@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from flock.runs import Engine, Queue, Run, Step, Usage, now
+from flock.runs import Call, Engine, Queue, Run, RunStatus, Step, Usage, now
 
 __all__ = ["Metrics", "metrics_of"]
 
@@ -55,6 +55,13 @@ class _Families:
             "flock_step_duration_seconds",
             "Duration of a step that returned a result.",
             ["agent_name"],
+            buckets=BUCKETS_S,
+            registry=registry,
+        )
+        self.call_s = Histogram(
+            "flock_call_duration_seconds",
+            "Duration of a call that a step made.",
+            ["kind", "status"],
             buckets=BUCKETS_S,
             registry=registry,
         )
@@ -118,6 +125,11 @@ class Metrics:
     def step_completed(self, step: Step) -> None:
         agent_name = self._known(step.agent_name)
         self._child(self._families.step_s, agent_name).observe(_seconds(step.started_at, step.completed_at))
+
+    def call_completed(self, call: Call) -> None:
+        status = RunStatus.COMPLETED if call.error is None else RunStatus.FAILED
+        seconds = _seconds(call.started_at, call.completed_at)
+        self._child(self._families.call_s, call.kind, status.value).observe(seconds)
 
     def tokens_spent(self, agent_name: str, usage: Usage) -> None:
         self._child(self._families.tokens, self._known(agent_name), "input").inc(usage.input_tokens)

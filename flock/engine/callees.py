@@ -1,0 +1,82 @@
+"""Agents that a step calls; see ``RunContext.run_agent``."""
+
+import hashlib
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from flock.agents.agent import Agent
+from flock.agents.workflow import inputs_for, next_agent
+from flock.engine.journal import DIGEST_CHARS, Journal, check_in_loop, depth_of_current_call
+from flock.errors import CallError, InvalidData, TooManySteps
+from flock.nearest import did_you_mean
+from flock.runs import Run, RunContext, Step, now
+
+__all__ = ["Callees"]
+
+#: Executes a turn of an agent, with its inputs and the context of its caller, and returns its result.
+TakeTurn = Callable[[Agent, msgspec.Raw, RunContext], Awaitable[msgspec.Raw]]
+
+
+class Callees:
+    """The agents that one step may call."""
+
+    def __init__(self, run: Run, agents: Mapping[str, Agent], *, max_steps: int, take_turn: TakeTurn) -> None:
+        self._run = run
+        self._agents = agents
+        self._max_steps = max_steps
+        self._take_turn = take_turn
+
+    def run(
+        self, journal: Journal, context: RunContext, name: str, inputs: Mapping[str, Any]
+    ) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Call an agent, and the agents that it hands off to. Each is one call of *journal*."""
+        check_in_loop(context)
+        agent = self._agents.get(name)
+        if agent is None:
+            known = ", ".join(self._agents)
+            raise CallError(
+                f"There is no agent {name!r} to call.{did_you_mean(name, self._agents)} Known agents: {known}."
+            )
+        if depth_of_current_call() >= self._max_steps:
+            raise TooManySteps(
+                f"{name!r} was not called, because {self._max_steps} calls are already nested, the limit (max_steps). "
+                "Check for agents that call each other in a loop."
+            )
+        try:
+            run = replace(self._run, agent_name=name, inputs=agent.input.encode(inputs), steps=())
+        except InvalidData as exc:
+            raise CallError(f"The inputs for the agent {name!r} are invalid. {exc}") from exc
+        return self._follow(journal, context, run, self._call(journal, context, agent, run))
+
+    async def _follow(
+        self, journal: Journal, context: RunContext, run: Run, first: Awaitable[msgspec.Raw]
+    ) -> dict[str, Any]:
+        result = await first
+        while True:
+            agent = self._agents[run.next_agent_name or ""]
+            at = now()
+            chosen = await agent.choose_next(result)
+            step = Step(agent_name=agent.name, result=result, next_agent=chosen, started_at=at, completed_at=at)
+            run = replace(run, steps=(*run.steps, step))
+            following = next_agent(run, self._agents, self._max_steps)
+            if following is None:
+                found: dict[str, Any] = msgspec.json.decode(result)
+                return found
+            result = await self._call(journal, context, following, run)
+
+    def _call(self, journal: Journal, context: RunContext, agent: Agent, run: Run) -> Awaitable[msgspec.Raw]:
+        if agent.on_interrupt == "fail":
+            raise CallError(
+                f"{agent.name!r} may not be repeated (on_interrupt='fail'), but a step that runs again after a crash "
+                "repeats the calls that were running. Hand off to it with next_agent= instead."
+            )
+        inputs = inputs_for(agent, run)
+        digest = hashlib.sha256(inputs).hexdigest()[:DIGEST_CHARS]
+
+        async def execute() -> msgspec.Raw:
+            return await self._take_turn(agent, inputs, context)
+
+        return journal.once(agent.name, digest, execute, kind="agent", arguments=inputs, decode=msgspec.Raw)
