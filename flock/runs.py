@@ -65,6 +65,7 @@ __all__ = [
     "RunFilter",
     "RunStatus",
     "Step",
+    "StepJournal",
     "Time",
     "Usage",
     "event_of_batch",
@@ -659,7 +660,7 @@ class Observer(Protocol):
 CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
 
 
-class Journal(Protocol):
+class StepJournal(Protocol):
     """Where the running step of a run keeps its calls and counts its tokens; see ``flock.engine.journal``."""
 
     @property
@@ -700,7 +701,7 @@ class RunContext:
         run: Run,
         agent_name: str,
         on_progress: Callable[[Progress], None],
-        journal: Journal | None = None,
+        journal: StepJournal | None = None,
         *,
         on_usage: Callable[[str, Usage], None] = lambda agent_name, usage: None,
         max_tokens: int | None = None,
@@ -785,7 +786,7 @@ class RunContext:
         """
         return self._required_journal().run_agent(self, name, inputs)
 
-    def _required_journal(self) -> Journal:
+    def _required_journal(self) -> StepJournal:
         assert self._journal is not None, "an engine made this context"
         return self._journal
 

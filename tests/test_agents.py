@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -42,13 +42,22 @@ def analyzer(**options: Any) -> ModelAgent:
     )
 
 
-def context_of(agent_name: str) -> RunContext:
+class Done(NamedTuple):
+    """What a turn returned, and the tokens that it reported."""
+
+    result: msgspec.Raw
+    usage: Usage | None
+
+
+def context_of(agent_name: str, spent: list[Usage]) -> RunContext:
     run = Run(run_id="r", flock="f", agent_name=agent_name, inputs=msgspec.Raw(b"{}"), created_at=now())
-    return RunContext(run, agent_name, lambda progress: None)
+    return RunContext(run, agent_name, lambda progress: None, on_usage=lambda agent_name, usage: spent.append(usage))
 
 
-async def turn(made: Agent, resources: Resources, **inputs: Any) -> Any:
-    return await made.take_turn(made.input.decode(msgspec.json.encode(inputs)), resources, context_of(made.name))
+async def turn(made: Agent, resources: Resources, **inputs: Any) -> Done:
+    decoded, spent = made.input.decode(msgspec.json.encode(inputs)), list[Usage]()
+    result = await made.take_turn(decoded, resources, context_of(made.name, spent))
+    return Done(result, sum(spent, Usage()) if spent else None)
 
 
 # Model agents
@@ -524,4 +533,4 @@ def test_a_generator_cannot_be_an_agent() -> None:
 async def test_the_base_class_cannot_take_a_turn(resources: Resources) -> None:
     empty = Signature.of("")
     with pytest.raises(NotImplementedError):
-        await Agent("x", empty, empty).take_turn(None, resources, context_of("x"))
+        await Agent("x", empty, empty).take_turn(None, resources, context_of("x", []))
