@@ -19,6 +19,7 @@ from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.signature import Signature, context_parameter, name_of
 from flock.errors import DefinitionError, InvalidData, InvalidHandoff, InvalidOutput, MalformedJSON, ModelError
 from flock.nearest import did_you_mean
+from flock.pydanticmodel import to_json
 from flock.runs import RunContext, Usage
 
 __all__ = ["Agent", "FunctionAgent", "Handoff", "ModelAgent", "NextAgent", "OnInterrupt", "Resources", "Turn", "agent"]
@@ -205,8 +206,8 @@ def _branches(agent: Agent, chosen: Mapping[str, Any]) -> tuple[str, dict[str, s
 
 def _choices(output: Signature) -> dict[str, list[str]]:
     """Return the values of each output field that can decide: it is required, and each of its values is a string."""
-    required = output.schema.get("required", [])
-    enums = {f.name: output.schema["properties"][f.name].get("enum", []) for f in output.fields if f.name in required}
+    schema = output.result_schema
+    enums = {name: schema["properties"][name].get("enum", []) for name in schema.get("required", [])}
     return {name: values for name, values in enums.items() if values and all(isinstance(v, str) for v in values)}
 
 
@@ -329,7 +330,7 @@ class ModelAgent(Agent):
     def _user_prompt(self, inputs: Any) -> str:
         """Return the inputs as JSON, then the task: small models follow best what they read last."""
         described = [f"- {field.name}: {field.description}" for field in self.input.fields if field.description]
-        inputs_json = json.dumps(msgspec.to_builtins(inputs), ensure_ascii=False)
+        inputs_json = json.dumps(msgspec.to_builtins(inputs, enc_hook=to_json), ensure_ascii=False)
         meaning = "\n".join(["", "", "In it:", *described]) if described else ""
         outputs = "\n".join(
             f"- {name} ({_in_words(member)})" + (f": {member['description']}" if "description" in member else "")
@@ -431,8 +432,8 @@ def agent(
 def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Convert a typed function to an agent: ``@agent`` or ``@agent(next_agent="summarise")``.
 
-    Its parameters are the inputs. Its return type is the output: the fields of a struct, dataclass or TypedDict, or a
-    single field ``result`` for any other type. The first line of the docstring is the description.
+    Its parameters are the inputs. Its return type is the output: the fields of a struct, dataclass, TypedDict or
+    pydantic model, or a single field ``result`` for any other type. The first line of the docstring is the description.
 
     Args:
         name: name of the agent; None uses the function's name.
