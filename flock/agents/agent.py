@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 import anyio
 import msgspec
 
+from flock.agents.chat import ChatInput, chat_input
 from flock.agents.llm import Message, ModelClient
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.signature import Signature, context_parameter, name_of
@@ -227,9 +228,13 @@ class ModelAgent(Agent):
         timeout_s: wall-clock seconds for the whole step, including all retries.
         options: see ``Agent``.
 
+    If an input has the type ``Messages``, it is the conversation that the model continues. The prompt, and the other
+    inputs, come before it.
+
     Raises:
         DefinitionError: there is no output field, or it is called ``reasoning`` although *reasoning* is on, or an
-            example does not match the signatures; the message has its number, and a JSON pointer.
+            example does not match the signatures; the message has its number, and a JSON pointer. Or there are several
+            conversations, or an optional one, or one and examples.
     """
 
     def __init__(
@@ -249,12 +254,16 @@ class ModelAgent(Agent):
         timeout_s: float = 300,
         **options: Any,
     ) -> None:
-        super().__init__(name, input, output, description=description, **options)
+        super().__init__(name, chat_input(input, name), output, description=description, **options)
         if not output.fields:
             raise DefinitionError(f"The agent {name!r} needs at least one output field for the model's answer.")
         if reasoning and "reasoning" in output.schema["properties"]:
             raise DefinitionError(
                 f"The output of {name!r} has its own field 'reasoning'. Rename that field, or omit reasoning=True."
+            )
+        if examples and isinstance(self.input, ChatInput):
+            raise DefinitionError(
+                f"{name!r} has a conversation, and examples= would look like its messages. Use instructions= instead."
             )
         self.model = model
         self.instructions = instructions
@@ -276,11 +285,7 @@ class ModelAgent(Agent):
             raise ModelError(message, "model_timeout") from exc
 
     async def _converse(self, inputs: Any, models: ModelClient, context: RunContext) -> Turn:
-        messages = [
-            Message("system", self._system_prompt()),
-            *self._examples,
-            Message("user", self._user_prompt(inputs)),
-        ]
+        messages = self._prompt(inputs)
         usage = Usage()
         problem = ""
         for call in range(self.max_retries + 1):
@@ -323,20 +328,40 @@ class ModelAgent(Agent):
             raise DefinitionError(f"The {part} in {label} must match the signature. {exc}") from exc
         return Message("user", prompt), Message("assistant", answer)
 
+    def _prompt(self, inputs: Any) -> list[Message]:
+        system = Message("system", self._system_prompt())
+        if not isinstance(self.input, ChatInput):
+            return [system, *self._examples, Message("user", self._user_prompt(inputs))]
+        conversation, others = self.input.split(inputs)
+        return [
+            Message("system", f"{system.content}\n\n{self._task()}"),
+            *([Message("user", self._described(others))] if others else []),
+            *(Message(**message) for message in conversation),
+        ]
+
     def _system_prompt(self) -> str:
         parts = [f"You are {self.name}.", self.description, self.instructions]
         return "\n".join(part for part in parts if part)
 
     def _user_prompt(self, inputs: Any) -> str:
         """Return the inputs as JSON, then the task: small models follow best what they read last."""
-        described = [f"- {field.name}: {field.description}" for field in self.input.fields if field.description]
-        inputs_json = json.dumps(msgspec.to_builtins(inputs, enc_hook=to_json), ensure_ascii=False)
+        return f"{self._described(msgspec.to_builtins(inputs, enc_hook=to_json))}\n\n{self._task()}"
+
+    def _described(self, inputs: Mapping[str, Any]) -> str:
+        described = [
+            f"- {field.name}: {field.description}"
+            for field in self.input.fields
+            if field.description and field.name in inputs
+        ]
         meaning = "\n".join(["", "", "In it:", *described]) if described else ""
+        return f"{json.dumps(inputs, ensure_ascii=False)}{meaning}"
+
+    def _task(self) -> str:
         outputs = "\n".join(
             f"- {name} ({_in_words(member)})" + (f": {member['description']}" if "description" in member else "")
             for name, member in self._answer.schema["properties"].items()
         )
-        return f"{inputs_json}{meaning}\n\nDetermine:\n{outputs}\nAnswer with a JSON object only."
+        return f"Determine:\n{outputs}\nAnswer with a JSON object only."
 
 
 def _in_words(schema: Mapping[str, Any], plural: str = "") -> str:

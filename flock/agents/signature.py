@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, Union
 import msgspec
 import msgspec.inspect
 
+from flock.agents.messages import Messages
 from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
 from flock.nearest import did_you_mean
@@ -67,6 +68,7 @@ NAMED_TYPES: Mapping[str, Any] = {
     "timedelta": datetime.timedelta,
     "UUID": uuid.UUID,
     "Decimal": decimal.Decimal,
+    "Messages": Messages,
     # The capitalised names of the typing module, for older scripts.
     "List": list,
     "Dict": dict,
