@@ -3,7 +3,7 @@
 pydantic is a package of the user's program. It is imported here only to describe a type that is one of its models.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -165,7 +165,7 @@ def _is_readable(annotation: Any) -> bool:
     return True
 
 
-def model_schemas(models: Iterable[Any], mode: SchemaMode, ref: str) -> tuple[dict[Any, Any], dict[str, Any]]:
+def model_schemas(models: Sequence[Any], mode: SchemaMode, ref: str) -> tuple[dict[Any, Any], dict[str, Any]]:
     """Return a ``$ref`` to the schema of each model, and all schemas by name.
 
     Args:

@@ -415,7 +415,7 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
         if node.get("format") in STRICT_FORMATS:
             converted["format"] = node["format"]
         others = {key: node[key] for key in OTHER_CONSTRAINTS if key in node}
-        if "(?" in converted.get("pattern", ""):  # strict mode does not support lookaround
+        if localmodel.has_lookaround(converted):
             others["pattern"] = converted.pop("pattern")
         if others:
             in_words = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
