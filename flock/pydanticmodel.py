@@ -15,6 +15,7 @@ __all__ = [
     "from_json",
     "has_model_fields",
     "is_model",
+    "is_pydantic_constraint",
     "is_pydantic_dataclass",
     "keep",
     "model_fields",
@@ -56,6 +57,12 @@ def is_model(type_: Any) -> bool:
 def is_pydantic_dataclass(type_: Any) -> bool:
     """Whether *type_* is a dataclass of pydantic. msgspec would read it without pydantic's validation."""
     return hasattr(type_, "__pydantic_validator__") and not is_model(type_)
+
+
+def is_pydantic_constraint(note: Any) -> bool:
+    """Whether an annotation's *note* is a constraint or a validator for pydantic. msgspec would ignore it."""
+    package = type(note).__module__.partition(".")[0]
+    return package in ("pydantic", "annotated_types") and bool(getattr(note, "metadata", True))
 
 
 def has_model_fields(type_: Any) -> bool:

@@ -335,6 +335,25 @@ def test_a_dataclass_of_pydantic_is_refused_because_it_would_not_be_validated() 
         Signature.of_parameters(draw)
 
 
+def test_a_constraint_of_pydantic_outside_of_a_model_is_refused_because_it_would_be_ignored() -> None:
+    """A description is read."""
+
+    class Cup(TypedDict):
+        size: Annotated[int, pydantic.Field(gt=0)]
+
+    def drink(cups: list[pydantic.PositiveInt]) -> None: ...
+    def fill(cup: Annotated[Line, pydantic.Field(description="to fill")]) -> None: ...
+
+    for source in ("a: Positive", "a: Cup"):
+        with pytest.raises(SignatureError, match=f"In the signature '{source}': constraints of pydantic"):
+            Signature.of(source, {"Positive": pydantic.PositiveInt, "Cup": Cup})
+    with pytest.raises(SignatureError, match="Cup cannot be read from JSON: constraints of pydantic"):
+        Signature.of(Cup)
+    with pytest.raises(SignatureError, match=r"drink: 'cups' cannot .* in its models. Use msgspec.Meta here"):
+        Signature.of_parameters(drink)
+    assert Signature.of_parameters(fill).schema["properties"]["cup"]["description"] == "to fill"
+
+
 # Writing
 
 

@@ -40,6 +40,7 @@ from flock.pydanticmodel import (
     SchemaMode,
     from_json,
     is_model,
+    is_pydantic_constraint,
     is_pydantic_dataclass,
     keep,
     model_schemas,
@@ -267,6 +268,7 @@ def _name_problem(name: str) -> str | None:
 def _check_json(type_: Any) -> None:
     """Raise TypeError if *type_* cannot be decoded, or has no schema."""
     msgspec.json.Decoder(type_)
+    _as_declared(type_)
     _schema_components(type_, "validation")
 
 
@@ -567,13 +569,18 @@ def _field_types(info: Any) -> list[Any]:
 
 
 def _as_declared(type_: Any) -> Any:
-    """Return *type_* for msgspec's schema, with Literal choices in order of declaration and formats of times."""
+    """Return *type_* for msgspec's schema, with Literal choices in order of declaration and formats of times.
+
+    Raises: TypeError for constraints of pydantic, which msgspec would ignore.
+    """
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if isinstance(type_, type) and type_ in FORMATS:
         return ANNOTATED[type_, msgspec.Meta(extra_json_schema={"format": FORMATS[type_]})]
     if origin is Literal:
         return ANNOTATED[Any, msgspec.Meta(extra_json_schema={"enum": list(arguments)})]
     if origin is Annotated:
+        if any(map(is_pydantic_constraint, arguments[1:])):
+            raise TypeError("constraints of pydantic are only read in its models. Use msgspec.Meta here")
         has_no_zone = any(getattr(note, "tz", None) is False for note in arguments[1:])  # neither format allows this
         return type_ if has_no_zone else ANNOTATED[(_as_declared(arguments[0]), *arguments[1:])]
     if origin in (Union, python_types.UnionType):
