@@ -694,7 +694,7 @@ async def get_agent(request: Request) -> Response:
             agent,
             next_agent=next_agent_of(agent),
             input_schema=agent.input.schema,
-            output_schema=agent.output.schema,
+            output_schema=agent.output.result_schema,
             graph=graph,
             mermaid=mermaid_of(graph),
         )

@@ -1,11 +1,12 @@
-"""The names that programs import: ``Flock``, ``FlockFactory`` and ``agent``."""
+"""The names that programs import: ``Flock``, ``FlockFactory``, ``agent`` and ``Messages``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flock.agents.messages import Messages
 from flock.declared import BatchInputs, DeclaredFlock, FlockFactory, agent
 
-__all__ = ["BatchInputs", "Flock", "FlockFactory", "agent"]
+__all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "agent"]
 
 
 class Flock(DeclaredFlock):

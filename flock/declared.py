@@ -298,8 +298,8 @@ class FlockFactory:
         """Create an agent that calls a language model.
 
         Args:
-            input, output: a signature such as ``"text: str | what to analyse, limit: int"``, or a struct, dataclass or
-                TypedDict.
+            input, output: a signature such as ``"text: str | what to analyse, limit: int"``, or a struct, dataclass,
+                TypedDict or pydantic model.
             types: additional types, by name, that the strings may use.
             model, instructions, examples, reasoning, temperature, max_tokens, max_retries, timeout_s: see
                 ``ModelAgent``.

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from flock.errors import FieldError, FlockError, InvalidData, MalformedJSON
+from flock.pydanticmodel import InvalidModel, from_json, has_model_fields, is_model, model_fields
 
 __all__ = [
     "MEMBERS",
@@ -105,16 +106,16 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def has_fields(type_: Any) -> bool:
-    """Whether *type_* is a struct, dataclass or TypedDict that is encoded as a JSON object."""
+    """Whether *type_* is a struct, dataclass, TypedDict or pydantic model that is encoded as a JSON object."""
     if not isinstance(type_, type):
         return False
     if issubclass(type_, msgspec.Struct):
         return not type_.__struct_config__.array_like
-    return dataclasses.is_dataclass(type_) or typing.is_typeddict(type_)
+    return dataclasses.is_dataclass(type_) or typing.is_typeddict(type_) or has_model_fields(type_)
 
 
 def fields_of(type_: Any) -> tuple[Field, ...]:
-    """Return the fields of a struct, dataclass or TypedDict, with their names in JSON."""
+    """Return the fields of a struct, dataclass, TypedDict or pydantic model, with their names in JSON."""
     if issubclass(type_, msgspec.Struct):
         return tuple(Field.of(f.encode_name, f.type, required=f.required) for f in msgspec.structs.fields(type_))
     if dataclasses.is_dataclass(type_):
@@ -125,6 +126,8 @@ def fields_of(type_: Any) -> tuple[Field, ...]:
             for f in dataclasses.fields(type_)
             if f.init
         )
+    if is_model(type_):
+        return tuple(Field(**field) for field in model_fields(type_))
     return tuple(
         Field.of(name, hint, required=name in type_.__required_keys__) for name, hint in hints_of(type_).items()
     )
@@ -138,14 +141,15 @@ def hints_of(type_: Any) -> dict[str, Any]:
 
 
 class JSONType(Generic[T]):
-    """Decodes JSON to a type with named fields (struct, dataclass or TypedDict)."""
+    """Decodes JSON to a type with named fields (struct, dataclass, TypedDict or pydantic model)."""
 
     def __init__(self, type_: type[T]) -> None:
         self.type = type_
         self.fields = fields_of(type_)
-        self._decoder = msgspec.json.Decoder(type_)
+        self._decoder = msgspec.json.Decoder(type_, dec_hook=from_json)
         config = getattr(type_, "__struct_config__", None)
-        self._is_closed = config is not None and config.forbid_unknown_fields
+        # A model has its own rule for unknown fields.
+        self._is_closed = is_model(type_) or (config is not None and config.forbid_unknown_fields)
         self._names = {field.name for field in self.fields} | {getattr(config, "tag_field", None)}
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> T:
@@ -162,7 +166,7 @@ class JSONType(Generic[T]):
             try:
                 value = _decode(self._decoder.decode, raw)
             except msgspec.ValidationError as exc:
-                raise InvalidData(self._explain(bytes(raw), at, exc) or [_field_error(exc, at)]) from exc
+                raise InvalidData(self._explain(bytes(raw), at, exc) or _field_errors(exc, at)) from exc
             if not self._is_closed and (unknown := self._unknown(msgspec.json.decode(raw, type=MEMBERS), at)):
                 raise InvalidData(unknown)
             return value
@@ -187,13 +191,15 @@ class JSONType(Generic[T]):
         try:
             members = msgspec.json.decode(raw, type=MEMBERS)
         except msgspec.ValidationError as exc:
-            return [_field_error(exc, at)]
+            return _field_errors(exc, at)
+        if is_model(self.type):
+            return _field_errors(first, at)
         errors = self._unknown(members, at)
         known = INDEXED.search(str(first))
         for field in self.fields:
             pointer = f"{at}/{escape_pointer(field.name)}"
             if known is not None and known[1] == field.name:  # do not decode a long list again
-                errors.append(_field_error(first, pointer + known[2].replace("][", "/").replace("[", "/").strip("]")))
+                errors += _field_errors(first, pointer + known[2].replace("][", "/").replace("[", "/").strip("]"))
             elif field.name in members:
                 errors += explain(field.type, bytes(members[field.name]), pointer)
             elif field.required:
@@ -289,14 +295,23 @@ def escape_pointer(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-def _field_error(exc: Exception, at: str) -> FieldError:
-    """Convert msgspec's error. Its message ends with a path: ``Expected `int`, got `str` - at `$.a[0]` ``."""
+def _field_errors(exc: Exception, at: str) -> list[FieldError]:
+    """Convert msgspec's error. Its message ends with a path: ``Expected `int`, got `str` - at `$.a[0]` ``.
+
+    There is one error, or one for each problem in a pydantic model.
+    """
+    if isinstance(exc.__cause__, InvalidModel):
+        problems = exc.__cause__.problems[:MAX_ERRORS]
+        return [
+            FieldError(detail=text, pointer=at + "".join(f"/{escape_pointer(str(part))}" for part in location))
+            for location, text in problems
+        ]
     detail = str(exc).split(" - at ")[0].replace("`", "'")
     if detail.startswith(("Invalid enum value ", "Invalid value ")):  # the value follows, and may be long
         detail = "This value is not one of the allowed values"
     if detail == "Number out of range":
         detail = "This number is out of range: the largest is about 1.8e308"
-    return FieldError(detail=f"{detail}.{example_for(detail)}", pointer=at)
+    return [FieldError(detail=f"{detail}.{example_for(detail)}", pointer=at)]
 
 
 def example_for(message: str) -> str:
@@ -314,16 +329,16 @@ def _unexpected_error(exc: Exception, at: str) -> FieldError:
 
 
 def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
-    """Return the error of decoding *raw* as *type_*, or no errors if it is valid. *raw* must be JSON."""
+    """Return the errors of decoding *raw* as *type_*, or no errors if it is valid. *raw* must be JSON."""
     try:
-        _decode(functools.partial(msgspec.json.decode, type=type_), raw)
+        _decode(functools.partial(msgspec.json.decode, type=type_, dec_hook=from_json), raw)
     except msgspec.ValidationError as exc:
         path = re.search(r" - at (?:`key` in )?`\$(.*)`$", str(exc))
         try:
             pointer = _resolve(type_, raw, path[1]) if path else ""
         except (ValueError, LookupError, TypeError, RecursionError):  # the path cannot be resolved: report the field
             pointer = ""
-        return [_field_error(exc, at + pointer)]
+        return _field_errors(exc, at + pointer)
     except (ValueError, RecursionError):  # not valid JSON
         raise
     except Exception as exc:
@@ -369,7 +384,7 @@ def _one_invalid_entry(type_: Any, whole: list[Any], parent: Any, key: Any, path
         for half in halves:
             parent[key] = {name: entries[name] for name in half}
             try:
-                msgspec.json.decode(msgspec.json.encode(whole[0]), type=type_)
+                msgspec.json.decode(msgspec.json.encode(whole[0]), type=type_, dec_hook=from_json)
             except msgspec.ValidationError as exc:
                 if f"`${path}`" in str(exc):
                     entries = parent[key]

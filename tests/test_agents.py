@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import anyio
 import anyio.to_thread
@@ -188,6 +188,97 @@ def test_a_model_agent_without_output_is_refused() -> None:
 def test_a_signature_error_is_raised_at_definition() -> None:
     with pytest.raises(SignatureError):
         FlockFactory.create_default_agent("x", input="a: Foo", output="b")
+
+
+# Types inside types
+
+
+class Part(msgspec.Struct):
+    name: Annotated[str, msgspec.Meta(min_length=2)]
+    grams: Annotated[int, msgspec.Meta(ge=1, le=1000, description="its weight")]
+
+
+class Round(msgspec.Struct, tag=True):
+    radius: Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Square(msgspec.Struct, tag=True):
+    side: Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Bounds(TypedDict):
+    low: Annotated[int, msgspec.Meta(ge=0)]
+
+
+@dataclasses.dataclass
+class Product:
+    parts: Annotated[list[Part], msgspec.Meta(min_length=1, max_length=3)]
+    shape: Round | Square
+    bounds: Bounds
+
+
+PRODUCT: dict[str, Any] = {
+    "parts": [{"name": "lid", "grams": 20}],
+    "shape": {"type": "Round", "radius": 1.5},
+    "bounds": {"low": 0},
+}
+INVALID_PRODUCTS = [
+    ({"parts": [{"name": "lid", "grams": 0}]}, "/parts/0/grams", "Expected 'int' >= 1."),
+    ({"parts": []}, "/parts", "Expected 'array' of length >= 1."),
+    ({"shape": {"type": "Square", "side": 0}}, "/shape/side", "Expected 'float' > 0.0."),
+    ({"shape": {"type": "Star"}}, "/shape/type", "This value is not one of the allowed values."),
+    ({"bounds": {"low": -1}}, "/bounds/low", "Expected 'int' >= 0."),
+]
+
+
+async def test_constraints_of_nested_types_reach_the_model(model: FakeModel, resources: Resources) -> None:
+    made = FlockFactory.create_default_agent("design", output=Product)
+    model.replies = [answer(PRODUCT)]
+    await turn(made, resources)
+    sent = model.requests[0]["response_format"]["json_schema"]
+    assert sent["strict"] is True
+    part, parts = Signature.of(Part).schema["properties"], sent["schema"]["properties"]["parts"]
+    assert (parts["minItems"], parts["maxItems"]) == (1, 3)
+    assert parts["items"]["properties"] == {
+        "name": {"type": "string", "description": "(minLength: 2)"},  # strict mode has no keyword for it
+        "grams": part["grams"],
+    }
+    assert part["grams"] == {"type": "integer", "minimum": 1, "maximum": 1000, "description": "its weight"}
+    round_, square = sent["schema"]["properties"]["shape"]["anyOf"]
+    assert round_["properties"] == {
+        "type": {"enum": ["Round"]},
+        "radius": {"type": "number", "exclusiveMinimum": 0},
+    }
+    assert square["required"] == ["type", "side"]
+    assert sent["schema"]["properties"]["bounds"]["properties"] == {"low": {"type": "integer", "minimum": 0}}
+
+
+@pytest.mark.parametrize(("change", "pointer", "reason"), INVALID_PRODUCTS)
+async def test_an_answer_that_violates_a_nested_type_is_sent_back_and_then_fails(
+    change: Any, pointer: str, reason: str, model: FakeModel, resources: Resources
+) -> None:
+    made = FlockFactory.create_default_agent(
+        "design", output="product: Product", types={"Product": Product}, max_retries=1
+    )
+    model.replies = [answer({"product": PRODUCT | change})] * 2
+    with pytest.raises(InvalidOutput) as caught:
+        await turn(made, resources)
+    assert f"/product{pointer}: {reason}" in str(caught.value)
+    assert f"/product{pointer}: {reason}" in model.requests[1]["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize(("change", "pointer", "reason"), INVALID_PRODUCTS)
+async def test_an_input_that_violates_a_nested_type_is_rejected(
+    change: Any, pointer: str, reason: str, flock: Flock, client: httpx.AsyncClient
+) -> None:
+    @flock.agent
+    def price(product: Product) -> None: ...
+
+    response = await client.post("/run/flock", json={"agent_name": "price", "inputs": {"product": PRODUCT | change}})
+    assert response.status_code == 422
+    (found,) = response.json()["errors"]
+    assert found["pointer"] == f"/inputs/product{pointer}"
+    assert found["detail"].startswith(reason)
 
 
 # Examples and reasoning

@@ -19,6 +19,7 @@ RANKS = {
     "flock.limits": 0,
     "flock.nearest": 0,
     "flock.options": 0,
+    "flock.pydanticmodel": 0,
     "flock.runs": 0,
     "flock.agents": 1,
     "flock.rows": 2,

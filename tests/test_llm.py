@@ -101,6 +101,27 @@ async def test_a_strict_schema_has_only_supported_formats(models: ModelClient, m
     }
 
 
+async def test_a_constraint_that_strict_mode_does_not_support_is_described(
+    models: ModelClient, model: FakeModel
+) -> None:
+    model.replies = [answer(GOOD)]
+    constraints: dict[str, Any] = {
+        "short": {"type": "string", "maxLength": 5, "description": "a word"},
+        "odd": {"type": "string", "pattern": "^(?!a)b"},
+        "plate": {"type": "string", "pattern": "^[A-Z]+$"},
+        "tags": {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True},
+    }
+    await models.complete(None, MESSAGES, {"type": "object", "properties": constraints})
+    sent = model.requests[0]["response_format"]["json_schema"]
+    assert sent["strict"] is True
+    assert sent["schema"]["properties"] == {
+        "short": {"type": "string", "description": "a word (maxLength: 5)"},
+        "odd": {"type": "string", "description": '(pattern: "^(?!a)b")'},
+        "plate": {"type": "string", "pattern": "^[A-Z]+$"},
+        "tags": {"type": "array", "items": {"type": "string"}, "minItems": 1, "description": "(uniqueItems: true)"},
+    }
+
+
 @pytest.mark.parametrize("provider", sorted(PROVIDERS))
 async def test_each_provider_has_its_own_address_and_key(
     provider: str, models: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch

@@ -62,6 +62,25 @@ def test_existing_length_limits_are_kept() -> None:
     assert "maxLength" not in json.dumps(schema["properties"]["b"]), "the schema itself is not changed"
 
 
+def test_a_limit_is_not_below_a_lower_limit() -> None:
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {
+            "a": {"type": "array", "minItems": 6, "items": {"type": "string", "minLength": 90}},
+            "b": {"type": "string", "pattern": "^(?!x)y"},
+        },
+    }
+    assert bounded_schema(schema, 70)["properties"] == {
+        "a": {
+            "type": "array",
+            "minItems": 6,
+            "maxItems": 6,
+            "items": {"type": "string", "minLength": 90, "maxLength": 90},
+        },
+        "b": {"type": "string", "maxLength": 10},  # a grammar has no lookaround
+    }
+
+
 def test_a_format_without_a_grammar_rule_gets_a_limit_or_a_pattern() -> None:
     schema = bounded_schema(Signature.of("price: Decimal, took: timedelta, at: datetime").schema, 60)
     assert schema["properties"] == {

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from flock import __version__
 from flock.agents.agent import Agent, FunctionAgent, Handoff, ModelAgent, NextAgent, OnInterrupt, Resources
-from flock.core import BatchInputs, Flock, FlockFactory, agent
+from flock.core import BatchInputs, Flock, FlockFactory, Messages, agent
 from flock.errors import (
     AccessDenied,
     AgentError,
@@ -158,6 +158,11 @@ def name_of(call: Call) -> str:
 @agent(name="other", next_agent="measure", max_concurrency=2, on_interrupt="fail")
 async def shout(text: str) -> str:
     return text.upper()
+
+
+@agent
+def last_words(messages: Messages) -> str:
+    return messages[-1].content
 
 
 then: NextAgent = "measure"

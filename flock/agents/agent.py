@@ -14,11 +14,13 @@ from typing import Any, Literal, overload
 import anyio
 import msgspec
 
+from flock.agents.chat import ChatInput, chat_input
 from flock.agents.llm import Message, ModelClient
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.signature import Signature, context_parameter, name_of
 from flock.errors import DefinitionError, InvalidData, InvalidHandoff, InvalidOutput, MalformedJSON, ModelError
 from flock.nearest import did_you_mean
+from flock.pydanticmodel import to_json
 from flock.runs import RunContext
 
 __all__ = ["Agent", "FunctionAgent", "Handoff", "ModelAgent", "NextAgent", "OnInterrupt", "Resources", "agent"]
@@ -198,8 +200,8 @@ def _branches(agent: Agent, chosen: Mapping[str, Any]) -> tuple[str, dict[str, s
 
 def _choices(output: Signature) -> dict[str, list[str]]:
     """Return the values of each output field that can decide: it is required, and each of its values is a string."""
-    required = output.schema.get("required", [])
-    enums = {f.name: output.schema["properties"][f.name].get("enum", []) for f in output.fields if f.name in required}
+    schema = output.result_schema
+    enums = {name: schema["properties"][name].get("enum", []) for name in schema.get("required", [])}
     return {name: values for name, values in enums.items() if values and all(isinstance(v, str) for v in values)}
 
 
@@ -219,9 +221,13 @@ class ModelAgent(Agent):
         timeout_s: wall-clock seconds for the whole step, including all retries.
         options: see ``Agent``.
 
+    If an input has the type ``Messages``, it is the conversation that the model continues. The prompt, and the other
+    inputs, come before it.
+
     Raises:
         DefinitionError: there is no output field, or it is called ``reasoning`` although *reasoning* is on, or an
-            example does not match the signatures; the message has its number, and a JSON pointer.
+            example does not match the signatures; the message has its number, and a JSON pointer. Or there are several
+            conversations, or an optional one, or one and examples.
     """
 
     def __init__(
@@ -241,12 +247,16 @@ class ModelAgent(Agent):
         timeout_s: float = 300,
         **options: Any,
     ) -> None:
-        super().__init__(name, input, output, description=description, **options)
+        super().__init__(name, chat_input(input, name), output, description=description, **options)
         if not output.fields:
             raise DefinitionError(f"The agent {name!r} needs at least one output field for the model's answer.")
         if reasoning and "reasoning" in output.schema["properties"]:
             raise DefinitionError(
                 f"The output of {name!r} has its own field 'reasoning'. Rename that field, or omit reasoning=True."
+            )
+        if examples and isinstance(self.input, ChatInput):
+            raise DefinitionError(
+                f"{name!r} has a conversation, and examples= would look like its messages. Use instructions= instead."
             )
         self.model = model
         self.instructions = instructions
@@ -268,11 +278,7 @@ class ModelAgent(Agent):
             raise ModelError(message, "model_timeout") from exc
 
     async def _converse(self, inputs: Any, models: ModelClient, context: RunContext) -> msgspec.Raw:
-        messages = [
-            Message("system", self._system_prompt()),
-            *self._examples,
-            Message("user", self._user_prompt(inputs)),
-        ]
+        messages = self._prompt(inputs)
         problem = ""
         for call in range(self.max_retries + 1):
             context.check_tokens()
@@ -313,20 +319,40 @@ class ModelAgent(Agent):
             raise DefinitionError(f"The {part} in {label} must match the signature. {exc}") from exc
         return Message("user", prompt), Message("assistant", answer)
 
+    def _prompt(self, inputs: Any) -> list[Message]:
+        system = Message("system", self._system_prompt())
+        if not isinstance(self.input, ChatInput):
+            return [system, *self._examples, Message("user", self._user_prompt(inputs))]
+        conversation, others = self.input.split(inputs)
+        return [
+            Message("system", f"{system.content}\n\n{self._task()}"),
+            *([Message("user", self._described(others))] if others else []),
+            *(Message(**message) for message in conversation),
+        ]
+
     def _system_prompt(self) -> str:
         parts = [f"You are {self.name}.", self.description, self.instructions]
         return "\n".join(part for part in parts if part)
 
     def _user_prompt(self, inputs: Any) -> str:
         """Return the inputs as JSON, then the task: small models follow best what they read last."""
-        described = [f"- {field.name}: {field.description}" for field in self.input.fields if field.description]
-        inputs_json = json.dumps(msgspec.to_builtins(inputs), ensure_ascii=False)
+        return f"{self._described(msgspec.to_builtins(inputs, enc_hook=to_json))}\n\n{self._task()}"
+
+    def _described(self, inputs: Mapping[str, Any]) -> str:
+        described = [
+            f"- {field.name}: {field.description}"
+            for field in self.input.fields
+            if field.description and field.name in inputs
+        ]
         meaning = "\n".join(["", "", "In it:", *described]) if described else ""
+        return f"{json.dumps(inputs, ensure_ascii=False)}{meaning}"
+
+    def _task(self) -> str:
         outputs = "\n".join(
             f"- {name} ({_in_words(member)})" + (f": {member['description']}" if "description" in member else "")
             for name, member in self._answer.schema["properties"].items()
         )
-        return f"{inputs_json}{meaning}\n\nDetermine:\n{outputs}\nAnswer with a JSON object only."
+        return f"Determine:\n{outputs}\nAnswer with a JSON object only."
 
 
 def _in_words(schema: Mapping[str, Any], plural: str = "") -> str:
@@ -422,8 +448,8 @@ def agent(
 def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Convert a typed function to an agent: ``@agent`` or ``@agent(next_agent="summarise")``.
 
-    Its parameters are the inputs. Its return type is the output: the fields of a struct, dataclass or TypedDict, or a
-    single field ``result`` for any other type. The first line of the docstring is the description.
+    Its parameters are the inputs. Its return type is the output: the fields of a struct, dataclass, TypedDict or
+    pydantic model, or a single field ``result`` for any other type. The first line of the docstring is the description.
 
     Args:
         name: name of the agent; None uses the function's name.

@@ -393,10 +393,12 @@ def _format_of(
     return part | {"response_format": {"type": "json_object"}} if format_ == "json_object" else part
 
 
-#: Keywords that strict mode supports. Other constraints are only checked in the answer.
+#: Keywords that strict mode supports. Other constraints are in the description, and checked in the answer.
 STRICT_KEYWORDS = frozenset(
-    "type properties required additionalProperties items enum const anyOf description title $ref $defs".split()
+    "type properties required additionalProperties items enum const anyOf description title $ref $defs pattern "
+    "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minItems maxItems".split()
 )
+OTHER_CONSTRAINTS = ("minLength", "maxLength", "minProperties", "maxProperties", "uniqueItems")
 STRICT_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid".split())
 
 
@@ -412,6 +414,12 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
         converted = {key: value for key, value in node.items() if key in STRICT_KEYWORDS}
         if node.get("format") in STRICT_FORMATS:
             converted["format"] = node["format"]
+        others = {key: node[key] for key in OTHER_CONSTRAINTS if key in node}
+        if localmodel.has_lookaround(converted):
+            others["pattern"] = converted.pop("pattern")
+        if others:
+            in_words = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
+            converted["description"] = f"{node.get('description', '')} ({in_words})".lstrip()
         is_open = {"object": "properties" not in converted, "array": not isinstance(converted.get("items"), Mapping)}
         if not converted.keys() & {"type", "enum", "const", "anyOf", "$ref"} or is_open.get(converted.get("type", "")):
             is_strict = False  # any value, an object with any keys, or a list or tuple of anything

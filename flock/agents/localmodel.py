@@ -20,7 +20,7 @@ import msgspec
 from flock.errors import ModelError
 from flock.extras import pip_install
 
-__all__ = ["SETTINGS", "LocalServer", "bounded_schema", "check", "serve"]
+__all__ = ["SETTINGS", "LocalServer", "bounded_schema", "check", "has_lookaround", "serve"]
 
 #: Default request settings. The prompt cache is off so that equal inputs give equal answers.
 SETTINGS: Mapping[str, Any] = {"temperature": 0, "frequency_penalty": 0.6, "cache_prompt": False}
@@ -156,12 +156,14 @@ def bounded_schema(schema: Mapping[str, Any], max_tokens: int = MAX_TOKENS) -> d
 
     def bound(node: Mapping[str, Any]) -> dict[str, Any]:
         bounded = dict(node)
+        if has_lookaround(node):
+            del bounded["pattern"]
         if _is_free_string(node):
-            bounded["maxLength"] = share
+            bounded["maxLength"] = max(share, node.get("minLength", 0))
         if node.get("format") == "duration":
             bounded["pattern"] = DURATION_PATTERN
         if node.get("type") == "array":
-            bounded.setdefault("maxItems", MAX_ITEMS)
+            bounded["maxItems"] = _max_items(node)
             if isinstance(node.get("items"), Mapping):
                 bounded["items"] = bound(node["items"])
         for key in ("properties", "$defs"):
@@ -177,7 +179,12 @@ def bounded_schema(schema: Mapping[str, Any], max_tokens: int = MAX_TOKENS) -> d
 def _is_free_string(node: Mapping[str, Any]) -> bool:
     if node.get("type") != "string" or node.get("format") in BOUND_FORMATS:
         return False
-    return not node.keys() & {"enum", "maxLength", "pattern"}
+    return not node.keys() & {"enum", "maxLength"} and ("pattern" not in node or has_lookaround(node))
+
+
+def has_lookaround(node: Mapping[str, Any]) -> bool:
+    """Whether a string has a pattern that grammars do not support. pydantic has one for each Decimal."""
+    return "(?" in node.get("pattern", "")
 
 
 def _count_strings(node: Mapping[str, Any]) -> int:
@@ -185,5 +192,9 @@ def _count_strings(node: Mapping[str, Any]) -> int:
     members = [*node.get("properties", {}).values(), *node.get("$defs", {}).values(), *node.get("anyOf", [])]
     count = sum(map(_count_strings, members)) + _is_free_string(node)
     if isinstance(node.get("items"), Mapping):
-        count += int(node.get("maxItems", MAX_ITEMS)) * _count_strings(node["items"])
+        count += _max_items(node) * _count_strings(node["items"])
     return count
+
+
+def _max_items(node: Mapping[str, Any]) -> int:
+    return int(node.get("maxItems", max(MAX_ITEMS, node.get("minItems", 0))))

@@ -1,7 +1,8 @@
 """Signatures: ``"text: str | what to analyse, limit: int"`` ⇄ a msgspec type ⇄ JSON Schema.
 
 A signature describes an agent's inputs or outputs: named fields with types and optional descriptions. It is written as
-a string, or as a struct, dataclass or TypedDict, or derived from a function's annotations. The grammar of the string:
+a string, or as a struct, dataclass, TypedDict or pydantic model, or derived from a function's annotations. The grammar
+of the string:
 
     signature   = [ field *( "," field ) [ "," ] ]
     field       = identifier [ ":" type ] [ "|" description ]
@@ -30,9 +31,21 @@ from typing import Annotated, Any, Literal, Union
 import msgspec
 import msgspec.inspect
 
+from flock.agents.messages import Messages
 from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
 from flock.nearest import did_you_mean
+from flock.pydanticmodel import (
+    KeptModel,
+    SchemaMode,
+    from_json,
+    is_model,
+    is_pydantic_constraint,
+    is_pydantic_dataclass,
+    keep,
+    model_schemas,
+    to_json,
+)
 from flock.runs import RunContext
 
 __all__ = ["Signature", "context_parameter", "hints_of_function", "name_of", "text_as_json"]
@@ -56,6 +69,7 @@ NAMED_TYPES: Mapping[str, Any] = {
     "timedelta": datetime.timedelta,
     "UUID": uuid.UUID,
     "Decimal": decimal.Decimal,
+    "Messages": Messages,
     # The capitalised names of the typing module, for older scripts.
     "List": list,
     "Dict": dict,
@@ -252,9 +266,10 @@ def _name_problem(name: str) -> str | None:
 
 
 def _check_json(type_: Any) -> None:
-    """Raise TypeError if msgspec cannot decode *type_* or create a schema for it."""
+    """Raise TypeError if *type_* cannot be decoded, or has no schema."""
     msgspec.json.Decoder(type_)
-    msgspec.json.schema_components([type_])
+    _as_declared(type_)
+    _schema_components(type_, "validation")
 
 
 def _reason(exc: Exception) -> str:
@@ -271,8 +286,10 @@ class Signature:
 
     Attributes:
         fields: in order of declaration.
-        type: the struct, dataclass or TypedDict that JSON is decoded to.
+        type: the struct, dataclass, TypedDict or pydantic model that JSON is decoded to.
         schema: its JSON Schema (2020-12). The root is an object, and all types that are not recursive are inlined.
+        result_schema: the schema of what ``encode`` returns. It is the same, except for pydantic models with computed
+            fields, or whose names or types in JSON differ between reading and writing.
     """
 
     def __init__(self, fields: Sequence[Field], type_: Any = None, *, name: str = "Fields") -> None:
@@ -282,15 +299,17 @@ class Signature:
             )
         self.fields = tuple(fields)
         self.type = type_
-        self.schema = _inlined_schema(type_)
+        self.schema = _inlined_schema(type_, "validation")
+        self.result_schema = _inlined_schema(type_, "serialization") if _models(type_) else self.schema
         for field in fields:
             if field.default is not msgspec.UNSET:
-                self.schema["properties"][field.name]["default"] = msgspec.to_builtins(field.default, str_keys=True)
+                shown = msgspec.to_builtins(field.default, str_keys=True, enc_hook=to_json)
+                self.schema["properties"][field.name]["default"] = shown
         self._json: JSONType[Any] = JSONType(type_)
 
     @classmethod
     def of(cls, source: Any, types: Mapping[str, Any] | None = None, *, name: str = "Fields") -> "Signature":
-        """Create a signature from its text, or from a struct, dataclass or TypedDict.
+        """Create a signature from its text, or from a struct, dataclass, TypedDict or pydantic model.
 
         Args:
             types: additional types, by name, that the text may use.
@@ -302,8 +321,8 @@ class Signature:
             return cls(list(_Parser(source, types or {}).fields()), name=name)
         if not has_fields(source):
             raise SignatureError(
-                "A signature must be a string such as 'text: str', or a struct, dataclass or TypedDict, "
-                f"not {source!r}."
+                "A signature must be a string such as 'text: str', or a struct, dataclass, TypedDict or pydantic "
+                f"model, not {source!r}."
             )
         try:
             _check_json(source)
@@ -359,13 +378,14 @@ class Signature:
         """
         try:
             # Convert to plain values first, because convert() does not validate an instance of the type itself.
-            plain = msgspec.to_builtins(value, str_keys=True)
+            plain = msgspec.to_builtins(value, str_keys=True, enc_hook=keep, builtin_types=(KeptModel,))
             try:
-                typed = msgspec.convert(plain, self.type, str_keys=True)
+                typed = msgspec.convert(plain, self.type, str_keys=True, dec_hook=from_json)
             except msgspec.ValidationError as exc:
-                self.decode(msgspec.json.encode(plain))  # raises with all errors and their locations
+                # This raises with all errors and their locations.
+                self.decode(msgspec.json.encode(plain, enc_hook=to_json))
                 raise InvalidData([FieldError(detail=str(exc), pointer="")]) from exc
-            return msgspec.Raw(msgspec.json.encode(typed))
+            return msgspec.Raw(msgspec.json.encode(typed, enc_hook=to_json))
         except (RecursionError, MalformedJSON) as exc:
             raise InvalidData(
                 [FieldError(detail="It is nested too deeply to be encoded as JSON.", pointer="")]
@@ -433,7 +453,7 @@ def _checked(fields: Sequence[Field], owner: str) -> Sequence[Field]:
         try:
             _check_json(field.type)
             if field.default is not msgspec.UNSET:
-                msgspec.json.encode(field.default)
+                msgspec.json.encode(field.default, enc_hook=to_json)
         except TypeError as exc:
             raise SignatureError(f"{owner}: {field.name!r} cannot be read from JSON: {_reason(exc)}.") from exc
     return fields
@@ -447,9 +467,9 @@ REF = "#/$defs/"
 FORMATS: Mapping[Any, str] = {datetime.datetime: "date-time", datetime.time: "time"}
 
 
-def _inlined_schema(type_: Any) -> dict[str, Any]:
+def _inlined_schema(type_: Any, mode: SchemaMode) -> dict[str, Any]:
     """Return the schema of *type_* with each ``$ref`` inlined. Recursive types stay in ``$defs``."""
-    root, components = _schema_components(type_)
+    root, components = _schema_components(type_, mode)
     recursive: set[str] = set()
 
     def inline(node: Any, within: tuple[str, ...]) -> Any:
@@ -459,6 +479,8 @@ def _inlined_schema(type_: Any) -> dict[str, Any]:
             return node
         # A discriminator refers to definitions that are inlined here, and only repeats the members' own tags.
         siblings = {key: inline(value, within) for key, value in node.items() if key not in ("$ref", "discriminator")}
+        if isinstance(siblings.get("oneOf"), list):  # of a tagged union in a pydantic model: at most one can match
+            siblings["anyOf"] = siblings.pop("oneOf")
         if "$ref" not in node:
             return siblings
         name = node["$ref"].removeprefix(REF)
@@ -475,16 +497,26 @@ def _inlined_schema(type_: Any) -> dict[str, Any]:
     return {**schema, "$defs": definitions} if definitions else schema
 
 
-def _schema_components(type_: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return msgspec's schemas of *type_* and of each named type in it, in order of declaration.
+def _schema_components(type_: Any, mode: SchemaMode) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the schemas of *type_* and of each named type in it, in order of declaration.
 
     msgspec itself sorts the members of a TypedDict and the choices of enums and Literals, and omits most time formats.
+
+    Raises: TypeError if a type has no schema.
     """
-    named_types = _named_types(msgspec.inspect.type_info(type_), {})
+    refs_of_models, components_of_models = model_schemas(_models(type_), mode, REF)
+
+    def schema_of(custom: Any) -> dict[str, Any]:
+        if custom not in refs_of_models:
+            raise NotImplementedError
+        return dict(refs_of_models[custom])
+
+    found = _named_types(msgspec.inspect.type_info(type_), {})
+    named_types = {cls: info for cls, info in found.items() if not isinstance(info, msgspec.inspect.CustomType)}
     fields = [_as_declared(hint) for info in named_types.values() for hint in _field_types(info)]
     # A single call, so that a type has the same name in all schemas.
     (root, *others), components = msgspec.json.schema_components(
-        [type_, *named_types, *fields], ref_template=REF + "{name}"
+        [type_, *named_types, *fields], ref_template=REF + "{name}", schema_hook=schema_of
     )
     refs, of_fields = others[: len(named_types)], iter(others[len(named_types) :])
     for info, ref in zip(named_types.values(), refs, strict=True):
@@ -501,7 +533,18 @@ def _schema_components(type_: Any) -> tuple[dict[str, Any], dict[str, dict[str, 
             names = list(hints_of(typing.get_origin(info.cls) or info.cls))
             schema["properties"] = {name: schema["properties"][name] for name in names}
             schema["required"] = [name for name in names if name in schema["required"]]
-    return root, components
+    return root, components | components_of_models
+
+
+def _models(type_: Any) -> list[Any]:
+    """Return the pydantic models in *type_*. Raises TypeError if a dataclass of pydantic is in it."""
+    classes = list(_named_types(msgspec.inspect.type_info(type_), {}))
+    for cls in classes:
+        if is_pydantic_dataclass(cls):
+            raise TypeError(
+                f"{cls.__name__!r} is a dataclass of pydantic. Use a model of pydantic, or a plain dataclass"
+            )
+    return [cls for cls in classes if is_model(cls)]
 
 
 def _named_types(node: Any, found: dict[Any, Any]) -> dict[Any, Any]:
@@ -526,13 +569,18 @@ def _field_types(info: Any) -> list[Any]:
 
 
 def _as_declared(type_: Any) -> Any:
-    """Return *type_* for msgspec's schema, with Literal choices in order of declaration and formats of times."""
+    """Return *type_* for msgspec's schema, with Literal choices in order of declaration and formats of times.
+
+    Raises: TypeError for constraints of pydantic, which msgspec would ignore.
+    """
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if isinstance(type_, type) and type_ in FORMATS:
         return ANNOTATED[type_, msgspec.Meta(extra_json_schema={"format": FORMATS[type_]})]
     if origin is Literal:
         return ANNOTATED[Any, msgspec.Meta(extra_json_schema={"enum": list(arguments)})]
     if origin is Annotated:
+        if any(map(is_pydantic_constraint, arguments[1:])):
+            raise TypeError("constraints of pydantic are only read in its models. Use msgspec.Meta here")
         has_no_zone = any(getattr(note, "tz", None) is False for note in arguments[1:])  # neither format allows this
         return type_ if has_no_zone else ANNOTATED[(_as_declared(arguments[0]), *arguments[1:])]
     if origin in (Union, python_types.UnionType):

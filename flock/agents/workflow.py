@@ -115,4 +115,4 @@ def result_names(agent_name: str, agents: Mapping[str, Agent]) -> set[str]:
 
 
 def _outputs(agent: Agent) -> Sequence[str]:
-    return list(agent.output.schema.get("properties", {}))
+    return list(agent.output.result_schema.get("properties", {}))

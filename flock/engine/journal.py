@@ -22,6 +22,7 @@ import msgspec
 from flock.agents.signature import context_parameter, hints_of_function, name_of
 from flock.engine.outcomes import error_of
 from flock.errors import CallError, SignatureError, cut
+from flock.pydanticmodel import from_json, to_json, to_json_and_back
 from flock.runs import CURRENT_CALL, JSON_NULL, Call, CallKind, RunContext, Usage, now
 
 __all__ = ["DIGEST_CHARS", "Journal", "check_in_loop", "depth_of_current_call"]
@@ -251,7 +252,7 @@ class Journal:
 
     def _encode(self, label: str, value: Any) -> msgspec.Raw:
         try:
-            result = msgspec.json.encode(value)
+            result = msgspec.json.encode(value, enc_hook=to_json_and_back)
         except (TypeError, ValueError, OverflowError, RecursionError) as exc:
             raise CallError(f"The result of the call {label!r} cannot be converted to JSON: {exc}.") from exc
         self._check_size(label, "result", result)
@@ -385,7 +386,7 @@ def _arguments(
 
 def _json(label: str, part: str, value: Any) -> msgspec.Raw:
     try:
-        return msgspec.Raw(msgspec.json.encode(value, order="deterministic"))
+        return msgspec.Raw(msgspec.json.encode(value, order="deterministic", enc_hook=to_json))
     except (TypeError, ValueError, OverflowError, RecursionError) as exc:
         raise CallError(
             f"The {part} of the call {label!r} cannot be converted to JSON: {exc}. Pass name= to identify the call "
@@ -403,6 +404,6 @@ def _result_type(label: str, function: Callable[..., Any]) -> Any:
 def _decode(label: str, result_type: Any, result: msgspec.Raw) -> Any:
     """Return *result* as it is returned after a crash, also the first time, so that both ways behave alike."""
     try:
-        return msgspec.json.decode(result, type=result_type)
+        return msgspec.json.decode(result, type=result_type, dec_hook=from_json)
     except (msgspec.ValidationError, TypeError) as exc:
         raise CallError(f"The result of the call {label!r} does not match its return type: {exc}.") from exc

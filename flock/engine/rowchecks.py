@@ -9,6 +9,7 @@ from flock.agents.agent import Agent
 from flock.errors import EngineStopped, FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.fair import FairShare
 from flock.jsontype import escape_pointer
+from flock.pydanticmodel import to_json
 from flock.rows.tables import RowMapping
 from flock.runs import Engine, Inputs, ItemLimits, Items, OnInvalid, Row
 
@@ -214,7 +215,7 @@ async def iterate(items: Items) -> AsyncIterator[Inputs | Row]:
 def as_json(inputs: Inputs, at: str, max_bytes: int) -> msgspec.Raw:
     """Return inputs as JSON. A Raw is copied, since it is a view of a request body. Raises InvalidData, TooLarge."""
     try:
-        raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(dict(inputs))
+        raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(dict(inputs), enc_hook=to_json)
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidData([FieldError(detail=f"It cannot be converted to JSON: {exc}.", pointer=at)]) from exc
     if len(raw) > max_bytes:
