@@ -56,6 +56,7 @@ from flock.runs import (
     LONG_BYTES,
     Batch,
     BatchFilter,
+    Call,
     Engine,
     Event,
     LongJSON,
@@ -491,8 +492,10 @@ async def one_run(request: Request) -> Response:
 async def get_run(request: Request) -> Response:
     engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
     if wait_s:
-        return run_response(request, await while_connected(request, engine.wait(run_id, wait_s)))
-    return run_response(request, await engine.get_run(run_id))
+        run = await while_connected(request, engine.wait(run_id, wait_s))
+    else:
+        run = await engine.get_run(run_id)
+    return run_response(request, run, calls=await engine.get_calls(run_id))
 
 
 async def cancel_run(request: Request) -> Response:
@@ -739,20 +742,34 @@ async def metrics(request: Request) -> Response:
 
 
 def run_response(
-    request: Request, run: Run, status_code: int = 200, headers: Mapping[str, str] | None = None
+    request: Request,
+    run: Run,
+    status_code: int = 200,
+    headers: Mapping[str, str] | None = None,
+    *,
+    calls: Mapping[int, Sequence[Call]] | None = None,
 ) -> Response:
+    """Return a run, with the *calls* of its steps, by their position."""
     engine = app_of(request).engine
     long: dict[int | None, LongJSON] = {}
     if isinstance(engine, EmbeddedEngine):  # other engines hold results in memory anyway
         results: dict[int | None, msgspec.Raw | None] = {None: run.result}
         results |= {at: step.result for at, step in enumerate(run.steps)}
         long = {at: engine.long_result(run, at) for at, result in results.items() if len(result or b"") > LONG_BYTES}
-    steps = [wire.shown_as(wire.RunStep, step, result=long.get(at, step.result)) for at, step in enumerate(run.steps)]
+
+    def calls_of_step(position: int) -> list[wire.RunCall] | msgspec.UnsetType:
+        return msgspec.UNSET if calls is None else [wire.run_call(call) for call in calls.get(position, ())]
+
+    steps = [
+        wire.shown_as(wire.RunStep, step, result=long.get(at, step.result), calls=calls_of_step(at))
+        for at, step in enumerate(run.steps)
+    ]
     body = wire.shown_as(
         wire.FlockAPIResponse,
         run,
         result=long.get(None, run.result),
         steps=steps,
+        calls=calls_of_step(len(run.steps)),
         batch_id=msgspec.UNSET if run.batch_id is None else run.batch_id,
         position=msgspec.UNSET if run.position is None else run.position,
     )

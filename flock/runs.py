@@ -38,6 +38,9 @@ from flock.errors import EngineFull, FieldError, TooManyTokens, cut
 __all__ = [
     "INVALID_INPUT",
     "JSON_NULL",
+    "MAX_SHOWN_BYTES",
+    "MAX_SHOWN_CALLS",
+    "NOT_LOADED",
     "Batch",
     "BatchFilter",
     "BatchOptions",
@@ -175,8 +178,11 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
 
 
-#: Placeholder for the inputs and step results of a stub.
+#: Placeholder for the inputs and step results of a stub, and for long values of a call.
 NOT_LOADED = msgspec.Raw(b"{}")
+#: Max calls that ``get_calls`` returns, and max size of the arguments and of the result of each, as JSON.
+MAX_SHOWN_CALLS = 1000
+MAX_SHOWN_BYTES = 4096
 #: A run with less content than this is never a stub, because reading it back costs more than keeping it.
 MIN_STUB_BYTES = 1024
 
@@ -934,6 +940,13 @@ class Engine(Protocol):
 
     async def get_run(self, run_id: str) -> Run:
         """Return the current state of the run. Raises RunNotFound."""
+
+    async def get_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
+        """Return the calls of a run that have ended, by the position of their step, oldest first.
+
+        Of long arguments and results only ``NOT_LOADED`` is returned, and at most ``MAX_SHOWN_CALLS`` calls of a run.
+        If a step was retried, its calls are those of the last retry. Raises RunNotFound.
+        """
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
         """Wait until the run is final, at most *timeout_s* seconds, and return it.

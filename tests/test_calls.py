@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import signal
 import sqlite3
 import threading
@@ -21,7 +22,7 @@ import pytest
 
 from flock.core import Flock
 from flock.errors import AgentError, CallError
-from flock.runs import BatchOptions, Engine, Run, RunContext, RunStatus
+from flock.runs import NOT_LOADED, BatchOptions, Engine, Run, RunContext, RunStatus
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
 from tests.support.servers import serving
@@ -583,3 +584,57 @@ async def test_a_function_with_a_parameter_called_name_does_not_lose_it() -> Non
     async with flock.engine() as engine:
         run = await ended(engine, "work")
     assert run.error_type == "call_error" or result_of(run) == "hello Ann"
+
+
+async def test_a_run_shows_its_calls(open_engine: OpenEngine) -> None:
+    """Of each step, in the order in which they ended, with those that failed. Long values are left out."""
+    flock = Flock()
+
+    async def fail(reason: str) -> None:
+        raise AgentError(reason)
+
+    async def both(context: RunContext) -> int:
+        return len(await context.call(long)) + len(await context.call(secret, "s", keep="result"))
+
+    def secret(text: str) -> str:
+        return text.upper()
+
+    @flock.agent(next_agent="second")
+    async def first(context: RunContext) -> str:
+        with contextlib.suppress(AgentError):
+            await context.call(fail, "no")
+        return str(await context.call(both))
+
+    @flock.agent
+    async def second(result: str, context: RunContext) -> str:
+        await context.call(very_long)
+        if result:
+            raise AgentError("the end")
+        return result
+
+    def shown(calls: Any) -> list[Any]:
+        return [
+            (re.sub(r":[0-9a-f]{16}", "", call.call_id), bytes(call.arguments), bytes(call.result)[:9], call.error)
+            for call in calls
+        ]
+
+    async with open_engine(flock) as engine:
+        run = await ended(engine, "first")
+        assert (run.status, [step.call_count for step in run.steps]) == (RunStatus.FAILED, [4])
+        batch = await engine.submit_batch("first", [{}], BatchOptions())
+        await engine.wait_batch(batch.batch_id, PATIENCE_S)
+        (item,) = await engine.get_items(batch.batch_id)
+        for run_id in (run.run_id, item.run_id):
+            calls = await engine.get_calls(run_id)
+            assert shown(calls[0]) == [
+                ("fail", b'{"reason":"no"}', b"null", "no"),
+                ("both~long", b"{}", b'"xxxxxxxx', None),
+                ("both~secret", b"null", b'"S"', None),
+                ("both", b"{}", b"2001", None),
+            ]
+            assert shown(calls[1]) == [("very_long", b"{}", b"{}", None)]
+            assert calls[1][0].result is NOT_LOADED
+
+
+def very_long() -> str:
+    return "x" * 5000

@@ -165,6 +165,8 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
 RAW = {
     ("FlockAPIRequest", "inputs"),
     ("FlockAPIResponse", "result"),
+    ("RunCall", "arguments"),
+    ("RunCall", "result"),
     ("RunStep", "result"),
     ("RunSummary", "inputs"),
     ("RunSummary", "result"),

@@ -145,7 +145,9 @@ def measure(text: str, context: RunContext) -> int:
 @flock.agent
 async def measure_once(text: str, context: RunContext) -> int:
     try:
-        length: int = await context.call(len, text, name="length")
+        length: int = await context.call(len, text, name="length", keep="result")
+        found: dict[str, Any] = await context.run_agent("measure", {"text": text})
+        assert found
     except CallError as error:
         raise AgentError(context.idempotency_key) from error
     return length

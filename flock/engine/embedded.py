@@ -45,6 +45,7 @@ from flock.runs import (
     LONG_BYTES,
     Batch,
     BatchFilter,
+    Call,
     Event,
     IdempotencyKey,
     LongJSON,
@@ -314,6 +315,10 @@ class EmbeddedEngine(EngineBase):
             return active.run
         self._check_entered()
         return self._check_visible(run_id, self.store.get_run(run_id))
+
+    async def get_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
+        self._check_visible(run_id, await self.get_run(run_id))
+        return self.store.shown_calls(run_id)
 
     def _check_visible(self, run_id: str, run: Run | None) -> Run:
         """Return *run* if clients may see it. Raises RunNotFound."""

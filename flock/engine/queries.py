@@ -30,13 +30,25 @@ from flock.engine.rows import (
     run_from,
     run_or_remains,
     run_values,
+    shown_call_from,
     step_from,
     step_values,
     steps_with_rows,
     updated_values,
 )
 from flock.errors import KeyReused, OwnershipLost, Replayed
-from flock.runs import Batch, Call, IdempotencyKey, Page, QueueLimits, Run, RunStatus, Step
+from flock.runs import (
+    MAX_SHOWN_BYTES,
+    MAX_SHOWN_CALLS,
+    Batch,
+    Call,
+    IdempotencyKey,
+    Page,
+    QueueLimits,
+    Run,
+    RunStatus,
+    Step,
+)
 
 __all__ = [
     "Ended",
@@ -49,6 +61,7 @@ __all__ = [
     "find_batch",
     "find_calls",
     "find_run",
+    "find_shown_calls",
     "find_steps",
     "has_key",
     "insert_key",
@@ -254,6 +267,16 @@ def find_calls(db: sqlite3.Connection, run: Run, position: int) -> tuple[Call, .
     """Return the finished calls of a step, in the order in which they finished. Raises Damaged."""
     with _detecting_damage():
         return tuple(map(call_from, db.execute(statements.CALLS, (run.run_id, position, run.tries))))
+
+
+def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call]]:
+    """Return the calls of each step of a run, in the order in which they finished. Raises Damaged."""
+    found: dict[int, list[Call]] = {}
+    with _detecting_damage():
+        values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, MAX_SHOWN_CALLS)
+        for position, *row in db.execute(statements.SHOWN_CALLS, values):
+            found.setdefault(position, []).append(shown_call_from(row))
+    return found
 
 
 def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:

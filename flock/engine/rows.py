@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.errors import cut
-from flock.runs import Batch, BatchOptions, Call, CallKind, Progress, Run, RunStatus, Step, Usage
+from flock.runs import NOT_LOADED, Batch, BatchOptions, Call, CallKind, Progress, Run, RunStatus, Step, Usage
 
 __all__ = [
     "BATCH_TABLE",
@@ -45,6 +45,7 @@ __all__ = [
     "run_from",
     "run_or_remains",
     "run_values",
+    "shown_call_from",
     "step_from",
     "step_values",
     "steps_with_rows",
@@ -163,6 +164,7 @@ RUN_TABLE = {"last_step" if name == "steps" else name: column for name, column i
 STEP_TABLE = _columns_of(Step)
 #: The columns of ``calls``, after ``run_id``, ``position`` and ``tries``.
 CALL_TABLE = _columns_of(Call)
+LONG_IN_CALLS = ("arguments", "result")
 #: The columns of ``batches``, before ``hidden``.
 BATCH_TABLE = _columns_of(Batch)
 #: The fields of a run that change while it is executed. Its last step is written with them.
@@ -359,3 +361,10 @@ def batch_or_remains(row: Sequence[Any]) -> Batch:
 @_raising_damaged
 def call_from(row: Sequence[Any]) -> Call:
     return Call(**_values_from(row, CALL_TABLE))
+
+
+def shown_call_from(row: Sequence[Any]) -> Call:
+    """Return a call whose long values were not read, but are NULL in *row*."""
+    long = [name for name, value in zip(CALL_TABLE, row, strict=True) if value is None and name in LONG_IN_CALLS]
+    call = call_from([b"{}" if name in long else value for name, value in zip(CALL_TABLE, row, strict=True)])
+    return replace(call, **dict.fromkeys(long, NOT_LOADED))

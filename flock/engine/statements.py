@@ -137,6 +137,16 @@ INSERT_CALL = f"""INSERT INTO calls (run_id, position, tries, {", ".join(CALL_TA
 #: The arguments are not read: only the id of a call is compared.
 CALLS = f"""SELECT {", ".join("x'7b7d'" if name == "arguments" else name for name in CALL_TABLE)} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? ORDER BY rowid"""
+#: NULL in place of long values. Of a step that was retried, the calls of the last retry.
+SHOWN_CALLS = f"""SELECT position, {
+    ", ".join(
+        f"CASE WHEN length({name}) <= ? THEN {name} END" if name in ("arguments", "result") else name
+        for name in CALL_TABLE
+    )
+}
+    FROM calls WHERE run_id = ? AND tries = (
+        SELECT max(tries) FROM calls AS other WHERE other.run_id = calls.run_id AND other.position = calls.position
+    ) ORDER BY rowid LIMIT ?"""
 DELETE_CALLS = "DELETE FROM calls WHERE run_id = ?"
 #: Whether an engine still owns a run, or the batch of an item, in an attempt.
 OWNS_RUN = """SELECT 1 FROM runs WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')

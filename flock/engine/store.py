@@ -575,6 +575,10 @@ class Store:
 
         await self.change(apply, then)
 
+    def shown_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
+        """Return the calls of a run for people to see; see ``Engine.get_calls``. Raises StoreError."""
+        return self.read(lambda db: queries.find_shown_calls(db, run_id))
+
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         """Write a finished call of a step; on return it is on disk. Raises StoreError, Unstorable, OwnershipLost."""
         await self.change(lambda db: queries.write_call(db, run, position, call))

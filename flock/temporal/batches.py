@@ -9,7 +9,7 @@ import bisect
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, timedelta
 from itertools import islice
 from typing import Any, TypeVar
@@ -31,12 +31,13 @@ from flock.limits import Limits
 from flock.runs import (
     Batch,
     BatchFilter,
+    Call,
     IdempotencyKey,
     Page,
     Run,
     RunStatus,
 )
-from flock.temporal.chunks import ended_so_far, read_chunk
+from flock.temporal.chunks import Chunk, ended_so_far, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
@@ -362,10 +363,12 @@ class TemporalBatches:
         return [chunk for chunk in chunks if bits >> chunk & 1]
 
     async def _items_of(self, state: _AttemptState, order: BatchOrder, chunk: int) -> dict[int, Run]:
+        return (await self._read(state, order, chunk)).items
+
+    async def _read(self, state: _AttemptState, order: BatchOrder, chunk: int) -> Chunk:
         attempts = (*order.attempts[:-1], state.about)
         async with self._cluster.rpc_scope(SEND_TIMEOUT_S):
-            read = await read_chunk(self._cluster, state.batch.batch_id, chunk, attempts, attempts[0].rows_of)
-            return read.items
+            return await read_chunk(self._cluster, state.batch.batch_id, chunk, attempts, attempts[0].rows_of)
 
     async def item(self, run_id: str) -> Run | None:
         """Return the item with this id, or None."""
@@ -381,6 +384,14 @@ class TemporalBatches:
             return (await self._items_of(state, order, chunk))[position]
         except (BatchNotFound, RPCError):
             return None
+
+    async def calls_of_item(self, run_id: str) -> Mapping[int, Sequence[Call]]:
+        """See ``Engine.get_calls``. Raises BatchNotFound."""
+        batch_id, position = parse_item_id(run_id)
+        state = await self._find(batch_id)
+        order = await self._order(state.batch)
+        read = await self._read(state, order, bisect.bisect_right(order.starts, position) - 1)
+        return read.calls.get(position, {})
 
     async def page(self, wanted: BatchFilter) -> Page[Batch]:
         """See ``Engine.list_batches``."""

@@ -15,7 +15,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.outcomes import CANCELLED_BEFORE_START
 from flock.errors import cut
-from flock.runs import INVALID_INPUT, Run, RunStatus
+from flock.runs import INVALID_INPUT, Call, Run, RunStatus
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,
@@ -33,6 +33,7 @@ from flock.temporal.messages import (
     rows_workflow_id,
 )
 from flock.temporal.records import (
+    call_of,
     done_after_failure,
     outcome_of_failure,
     reset_for_retry,
@@ -62,10 +63,12 @@ class Chunk:
 
     Attributes:
         items: by position.
+        calls: the calls that have ended, by the position of their item and of their step.
     """
 
     def __init__(self, batch_id: str, rows: RowsOrder) -> None:
         self.items: dict[int, Run] = {}
+        self.calls: dict[int, dict[int, list[Call]]] = {}
         for position, row in enumerate(rows.rows, rows.first):
             item = replace(
                 rows.item,
@@ -89,8 +92,11 @@ class Chunk:
     def fold(self, history: Iterable[HistoryEvent], pending: Sequence[PendingActivityInfo] = ()) -> None:
         """Apply the history of one attempt to the items."""
         orders = _OpenOrders()
+        calls: dict[int, dict[int, list[Call]]] = {}
         for event in history:
             at = time_of(event.event_time)
+            if (call := call_of(event)) is not None:
+                calls.setdefault(call.item, {}).setdefault(call.step, []).append(call.call)
             if completed := orders.apply(event):
                 self._apply(*completed, at)
             match event.event_type:
@@ -109,6 +115,8 @@ class Chunk:
                     self.close(at)
         for order, done in orders.heartbeats(pending):
             self._apply(order, done, None)
+        for position, of_steps in calls.items():  # a retry replaces those of the failed step
+            self.calls.setdefault(position, {}).update(of_steps)
 
     def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
         """Note a request to cancel items. If *at* is given, they were waiting, and ended at that time."""

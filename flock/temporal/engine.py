@@ -43,6 +43,7 @@ from flock.runs import (
     INVALID_INPUT,
     Batch,
     BatchFilter,
+    Call,
     IdempotencyKey,
     Observer,
     Page,
@@ -63,7 +64,7 @@ from flock.temporal.messages import (
     run_workflow_id,
     task_queue_of,
 )
-from flock.temporal.records import reset_for_retry, run_of, with_pending_activity
+from flock.temporal.records import calls_of, reset_for_retry, run_of, with_pending_activity
 from flock.temporal.reservations import Reservations
 from flock.temporal.search import ID, newest_first, open_runs, workflows_of
 
@@ -327,6 +328,17 @@ class TemporalEngine(EngineBase):
         if run.status.is_final and await self._reservations.is_deleted(run_id):
             raise RunNotFound(run_id)
         return run
+
+    async def get_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
+        run = await self.get_run(run_id)
+        if run.batch_id is not None:
+            calls: Mapping[int, Sequence[Call]] = await self._batches.calls_of_item(run_id)
+            return calls
+        found: dict[int, list[Call]] = {}
+        for attempt in sorted({*(step.attempt for step in run.steps if step.call_count), run.attempt}):
+            async with self.cluster.rpc_scope():
+                found |= calls_of(await self._history(self._handle(run_id, attempt)))
+        return found
 
     async def _attempt(self, run_id: str, attempt: int) -> Run | None:
         """Return the current record of one attempt of a run, or None."""

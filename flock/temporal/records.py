@@ -13,9 +13,11 @@ from temporalio.api.workflow.v1 import PendingActivityInfo
 
 from flock.engine.outcomes import CANCELLED, Outcome
 from flock.errors import cut
-from flock.runs import Run, RunStatus
+from flock.runs import MAX_SHOWN_BYTES, NOT_LOADED, Call, Run, RunStatus
 from flock.temporal.messages import (
+    CALL_SIGNAL,
     INTERRUPTED,
+    CallDone,
     Heartbeat,
     ItemOutcome,
     ItemsDone,
@@ -28,6 +30,8 @@ from flock.temporal.payloads import PAYLOAD_LOST
 
 __all__ = [
     "GIVEN_UP",
+    "call_of",
+    "calls_of",
     "done_after_failure",
     "order_of",
     "outcome_of_failure",
@@ -112,6 +116,25 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
                 error = f"The run was {CLOSED_FROM_OUTSIDE[end]} on the cluster before it ended."
                 run = replace(run, status=RunStatus.FAILED, error=error, error_type=INTERRUPTED, completed_at=at)
     return run
+
+
+def call_of(event: HistoryEvent) -> CallDone | None:
+    """Return the call that an activity reported with *event*, or None. Its long values are not loaded."""
+    signal = event.workflow_execution_signaled_event_attributes
+    if event.event_type != EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED or signal.signal_name != CALL_SIGNAL:
+        return None
+    done: CallDone = decoded(signal.input.payloads[0], CallDone)
+    long = {name: NOT_LOADED for name in ("arguments", "result") if len(getattr(done.call, name)) > MAX_SHOWN_BYTES}
+    return replace(done, call=replace(done.call, **long))
+
+
+def calls_of(history: Sequence[HistoryEvent]) -> dict[int, list[Call]]:
+    """Return the calls of each step of a run in one attempt."""
+    found: dict[int, list[Call]] = {}
+    for event in history:
+        if (done := call_of(event)) is not None:
+            found.setdefault(done.step, []).append(done.call)
+    return found
 
 
 def with_pending_activity(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:

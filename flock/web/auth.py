@@ -23,6 +23,7 @@ from flock.runs import (
     Batch,
     BatchFilter,
     BatchOptions,
+    Call,
     Engine,
     EngineHealth,
     Event,
@@ -286,6 +287,10 @@ class ScopedEngine:
         if not self._may_see(run):
             raise RunNotFound(run_id)
         return run
+
+    async def get_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
+        await self.get_run(run_id)
+        return await self._engine.get_calls(run_id)
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
         await self.get_run(run_id)

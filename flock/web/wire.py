@@ -12,7 +12,7 @@ import msgspec
 from flock.agents.agent import Handoff
 from flock.errors import FieldError, InvalidData, MalformedJSON
 from flock.jsontype import JSONType, check_depth, example_for
-from flock.runs import OnExtra, OnInvalid, Progress, RunStatus, Time, Usage
+from flock.runs import NOT_LOADED, Call, CallKind, OnExtra, OnInvalid, Progress, RunStatus, Time, Usage
 
 __all__ = [
     "BATCH_REQUEST",
@@ -39,6 +39,7 @@ __all__ = [
     "Problem",
     "Readiness",
     "ResultsQuery",
+    "RunCall",
     "RunList",
     "RunStep",
     "RunSummary",
@@ -47,6 +48,7 @@ __all__ = [
     "WaitQuery",
     "batch_request_from",
     "query_from",
+    "run_call",
     "shown_as",
 ]
 
@@ -259,10 +261,29 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True):
     started_at: Time
     completed_at: Time
     usage: Usage | None
+    calls: "list[RunCall] | msgspec.UnsetType" = msgspec.UNSET
+
+
+class RunCall(msgspec.Struct, frozen=True, kw_only=True):
+    """One call of a step. Long ``arguments`` and a long ``result`` are left out."""
+
+    call_id: str
+    name: str
+    kind: CallKind
+    arguments: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    error: str | None
+    error_type: str | None
+    usage: Usage | None
+    started_at: Time
+    completed_at: Time
 
 
 class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """The current state of a run. Only items of a batch have ``batch_id`` and ``position``."""
+    """The current state of a run. Only items of a batch have ``batch_id`` and ``position``.
+
+    ``calls`` are those of the step that has not ended. Only ``GET /run/{run_id}`` returns calls.
+    """
 
     run_id: str
     agent_name: str
@@ -279,6 +300,7 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     progress: Progress | None
     usage: Usage | None
     steps: list[RunStep]
+    calls: list[RunCall] | msgspec.UnsetType = msgspec.UNSET
     batch_id: str | msgspec.UnsetType = msgspec.UNSET
     position: int | msgspec.UnsetType = msgspec.UNSET
 
@@ -439,6 +461,11 @@ def shown_as(type_: type[T], record: Any, **more: Any) -> T:
     """Return a *type_* with the fields of *record* that have the same names, and *more*."""
     names, values_of = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
     return type_(**dict(zip(names, values_of(record), strict=True)), **more)
+
+
+def run_call(call: Call) -> RunCall:
+    values = {"arguments": call.arguments, "result": call.result}
+    return shown_as(RunCall, call, **{k: msgspec.UNSET if v is NOT_LOADED else v for k, v in values.items()})
 
 
 @functools.cache
