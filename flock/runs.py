@@ -237,6 +237,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         return own + sum(len(step.result) for step in self.steps)
 
     @property
+    def turn_bytes(self) -> int:
+        """The total size of its inputs and of the results of its steps."""
+        return len(self.inputs) + sum(len(step.result) for step in self.steps)
+
+    @property
     def trace_id(self) -> str | None:
         return self.traceparent and self.traceparent[3:35]
 

@@ -264,7 +264,7 @@ def earlier_runs(db: sqlite3.Connection, run: Run, limit: int, max_bytes: int) -
             earlier = find_run(db, run_id)
             if earlier is None or earlier.error_type == UNREADABLE:
                 continue
-            max_bytes -= len(earlier.inputs) + sum(len(step.result) for step in earlier.steps)
+            max_bytes -= earlier.turn_bytes
             if max_bytes < 0:
                 break
             runs.append(earlier)
