@@ -4,7 +4,7 @@ import itertools
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx
@@ -19,8 +19,12 @@ from flock.runs import Engine, Principal, Run, RunFilter, RunStatus
 from flock.web.auth import ScopedEngine
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
+from tests.support.cluster import engine_with_worker
 from tests.support.engines import OpenEngine, until
 from tests.support.models import FakeModel, answer
+
+if TYPE_CHECKING:
+    from flock.temporal import TemporalEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -240,6 +244,62 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
     async with turns.flock.engine(store=store) as engine:
         assert await engine.get_run(run.run_id) == run
         assert (await ended(engine, await submit(engine, 1))).status is RunStatus.COMPLETED
+
+
+# The order, on a cluster
+
+
+@pytest.fixture
+async def cluster(
+    temporal_address: str, turns: Turns, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator["TemporalEngine"]:
+    """An engine whose runs and sessions look after each other ten times a second."""
+    from flock.temporal import workflows
+
+    monkeypatch.setattr(workflows, "LOOK_AFTER_S", 0.1)
+    async with engine_with_worker(temporal_address, turns.flock) as engine, engine:
+        yield engine
+
+
+async def test_a_run_joins_its_session_if_the_process_that_accepted_it_died(
+    cluster: "TemporalEngine", turns: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def die(*_: Any) -> None: ...
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flock.temporal.engine.join_session", die)
+        alone = await submit(cluster, 0)
+    assert (await ended(cluster, alone)).status is RunStatus.COMPLETED
+    may_go = turns.hold(1)
+    first = await submit(cluster, 1)
+    await started(turns, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("flock.temporal.engine.join_session", die)
+        second = await submit(cluster, 2)
+    third = await submit(cluster, 3)
+    may_go.set()
+    for run in (first, second, third):
+        assert (await ended(cluster, run)).status is RunStatus.COMPLETED
+    assert turns.most_at_work == 1
+
+
+async def test_a_session_continues_after_a_run_or_its_workflow_was_terminated(
+    cluster: "TemporalEngine", turns: Turns
+) -> None:
+    from flock.temporal.messages import session_workflow_id
+
+    turns.hold(0)
+    first, second = [await submit(cluster, n) for n in range(2)]
+    await started(turns, 0)
+    await cluster._handle(first.run_id, 1).terminate()
+    assert (await ended(cluster, second)).status is RunStatus.COMPLETED
+    turns.hold(2)
+    third, fourth = [await submit(cluster, n) for n in (2, 3)]
+    await started(turns, 2)
+    await cluster._client.get_workflow_handle(session_workflow_id(third)).terminate()
+    turns.may_go[2].set()
+    assert (await ended(cluster, third)).status is RunStatus.COMPLETED
+    assert (await ended(cluster, fourth)).status is RunStatus.COMPLETED
 
 
 # Lists and deletion
