@@ -1,6 +1,8 @@
 """Conversations: runs of one session are executed in order, and agents with ``history=`` see the turns before them."""
 
 import itertools
+import os
+import signal
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from tests.support import PATIENCE_S
 from tests.support.cluster import engine_with_worker
 from tests.support.engines import OpenEngine, until
 from tests.support.models import FakeModel, answer
+from tests.support.servers import serving
 
 if TYPE_CHECKING:
     from flock.temporal import TemporalEngine
@@ -190,6 +193,67 @@ async def test_the_order_holds_for_all_engines_on_a_file(store: str, turns: Turn
             assert (await ended(engine, run)).status is RunStatus.COMPLETED
     assert turns.calls == list(range(8))
     assert turns.most_at_work == 1
+
+
+async def test_a_run_that_is_retried_at_once_is_behind_a_run_of_another_engine(store: str, turns: Turns) -> None:
+    """The other engine looks for changes 20 times a second, and may not see that the run had ended."""
+    may_go = turns.hold(0)
+    turns.fails.add(0)
+    async with turns.flock.engine(store=store) as one, turns.flock.engine(store=store) as other:
+        first, second = await submit(one, 0), await submit(other, 1)
+        await started(turns, 0)
+        await until(lambda: first.run_id in other._runner.awaited)
+        may_go.set()
+        assert (await ended(one, first)).status is RunStatus.FAILED
+        turns.fails.clear()
+        await one.retry_run(first.run_id)
+        assert (await ended(other, second)).status is RunStatus.COMPLETED
+        assert (await ended(one, first)).status is RunStatus.COMPLETED
+    assert turns.calls == [0, 1, 0]
+    assert turns.most_at_work == 1
+
+
+SLOW_TURNS = """
+import asyncio, os
+from flock.core import Flock
+
+flock = Flock("turns")
+
+def note(line: str) -> None:
+    with open(os.environ["LOG"], "a") as log:
+        print(line, file=log)
+
+@flock.agent
+async def turn(n: int) -> int:
+    note(f"begins {n}")
+    while not os.path.exists(os.environ["LOG"] + "-go"):
+        await asyncio.sleep(0.01)
+    note(f"ends {n}")
+    return n
+"""
+
+
+@pytest.mark.slow
+async def test_the_order_holds_after_kill_9(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes have the runs of one session. They are killed in the first run, and started again."""
+    script, log = tmp_path / "turns.py", tmp_path / "log"
+    script.write_text(SLOW_TURNS)
+    monkeypatch.setenv("LOG", str(log))
+    async with httpx.AsyncClient(timeout=90) as client:
+        with serving(script, tmp_path, workers=2) as server:
+            for n in range(6):
+                body = {"agent_name": "turn", "inputs": {"n": n}, "session_id": "s", "async_run": True}
+                headers = {"Connection": "close"}  # the next connection may be accepted by the other process
+                answered = await client.post(f"{server.url}/run/flock", json=body, headers=headers)
+                last = answered.raise_for_status().json()["run_id"]
+            await until(log.exists)
+            os.killpg(server.process.pid, signal.SIGKILL)
+        assert log.read_text() == "begins 0\n"
+        (tmp_path / "log-go").touch()
+        with serving(script, tmp_path, workers=2) as server:
+            run = (await client.get(f"{server.url}/run/{last}?wait=60")).json()
+            assert run["status"] == "completed"
+    assert log.read_text() == "begins 0\n" + "".join(f"begins {n}\nends {n}\n" for n in range(6))
 
 
 async def test_runs_are_ordered_as_they_were_accepted_not_as_their_ids(store: str, turns: Turns) -> None:

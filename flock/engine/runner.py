@@ -39,6 +39,8 @@ logger = logging.getLogger("flock.runs")
 
 #: How long the last write of a run may take when the engine shuts down, in seconds.
 FINAL_WRITE_TIMEOUT_S = 5.0
+#: How often a run that waits for its session looks after the run of another engine before it, in seconds.
+RECHECK_S = 1.0
 
 
 class StoredRun(ActiveRun):
@@ -319,7 +321,9 @@ class Runner:
         run = active.run
         if run.session_id is not None and run.status is RunStatus.STARTING:
             while (run_id := await self._read(active, lambda: self._store.active_before(run))) is not None:
-                await self.end_of(run_id).wait()
+                # If another engine retries it at once, its end may go unnoticed here, and now it waits for this run.
+                with anyio.move_on_after(None if run_id in self.active else RECHECK_S):
+                    await self.end_of(run_id).wait()
 
     async def earlier_runs(self, active: StoredRun, limit: int) -> Sequence[Run]:
         """See ``ActiveRun.earlier_runs``. Raises Unreadable."""
