@@ -366,6 +366,22 @@ async def test_a_session_continues_after_a_run_or_its_workflow_was_terminated(
     assert (await ended(cluster, fourth)).status is RunStatus.COMPLETED
 
 
+async def test_the_history_is_found_when_the_session_no_longer_remembers_its_runs(
+    temporal_address: str, model: FakeModel
+) -> None:
+    from flock.temporal.messages import session_workflow_id
+
+    async with engine_with_worker(temporal_address, chat(history=2), model.transport) as engine, engine:
+        for principal in ("o'ann", None, "o'ann", "o'ann"):
+            run = await say(engine, model, f"q{len(model.requests)}", {"reply": "a"}, principal=principal)
+        await engine._client.get_workflow_handle(session_workflow_id(run)).terminate()
+        await _listed(engine, 4, session_id="s", status=RunStatus.COMPLETED)
+        await say(engine, model, "q", {"reply": "a"}, principal="o'ann")
+        assert [prompt for prompt, _ in earlier(model)] == ['{"text": "q2"}', '{"text": "q3"}']
+        await say(engine, model, "q", {"reply": "a"})
+        assert [prompt for prompt, _ in earlier(model)] == ['{"text": "q1"}']
+
+
 # Lists and deletion
 
 

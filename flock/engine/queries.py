@@ -17,7 +17,6 @@ from flock.engine.rows import (
     BATCH_TABLE,
     DAMAGED_BATCH,
     RUN_TABLE,
-    UNREADABLE,
     Damaged,
     batch_from,
     batch_or_remains,
@@ -262,12 +261,10 @@ def earlier_runs(db: sqlite3.Connection, run: Run, limit: int, max_bytes: int) -
     for (run_id,) in db.execute(statements.EARLIER_RUNS, values).fetchall():
         with contextlib.suppress(Damaged):
             earlier = find_run(db, run_id)
-            if earlier is None or earlier.error_type == UNREADABLE:
-                continue
-            max_bytes -= earlier.turn_bytes
+            max_bytes -= 0 if earlier is None else earlier.turn_bytes
             if max_bytes < 0:
                 break
-            runs.append(earlier)
+            runs += [] if earlier is None else [earlier]
     return runs[::-1]
 
 

@@ -310,20 +310,21 @@ class Runner:
 
     def is_next(self, run: Run) -> bool:
         """Whether no earlier run of its session is active. False if the store cannot be read."""
-        if run.session_id is None or run.status is not RunStatus.STARTING:
-            return True
         with contextlib.suppress(StoreError):
-            return self._store.active_before(run) is None
+            return self._before(run) is None
         return False
 
+    def _before(self, run: Run) -> str | None:
+        """Return the id of the run of its session for which *run* has to wait. Raises StoreError."""
+        has_to_wait = run.session_id is not None and run.status is RunStatus.STARTING
+        return self._store.active_before(run) if has_to_wait else None
+
     async def wait_for_session(self, active: StoredRun) -> None:
-        """Wait until no earlier run of its session is active. An event for the nearest one wakes no other run."""
-        run = active.run
-        if run.session_id is not None and run.status is RunStatus.STARTING:
-            while (run_id := await self._read(active, lambda: self._store.active_before(run))) is not None:
-                # If another engine retries it at once, its end may go unnoticed here, and now it waits for this run.
-                with anyio.move_on_after(None if run_id in self.active else RECHECK_S):
-                    await self.end_of(run_id).wait()
+        """Wait until no earlier run of its session is active. The end of a run wakes only the nearest one."""
+        while (run_id := await self._read(active, lambda: self._before(active.run))) is not None:
+            # If another engine retries that run at once, its end may go unnoticed here, and it now waits for this one.
+            with anyio.move_on_after(None if run_id in self.active else RECHECK_S):
+                await self.end_of(run_id).wait()
 
     async def earlier_runs(self, active: StoredRun, limit: int) -> Sequence[Run]:
         """See ``ActiveRun.earlier_runs``. Raises Unreadable."""

@@ -94,7 +94,7 @@ class ActiveRun:
         return True
 
     async def wait_begins(self) -> None:
-        """Called if its turn has to wait: for its session, on return no longer, and then perhaps for a slot."""
+        """Called before its turn waits for a slot. Returns when it need not wait for its session."""
 
     async def begin(self) -> Run:
         """Called when a turn gets its slot. Returns the whole record."""

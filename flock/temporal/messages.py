@@ -130,7 +130,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
             one after each third of that time.
         key_id: the workflow id of the marker of its idempotency key.
         queued_s: seconds of ``queue_timeout_s`` for which it waited for its session.
-        latest: the workflow ids of the last runs of its session. All but the last one of them have ended.
+        latest: the workflow ids of the last runs of its session. The last one may still be about to close.
     """
 
     run: Run

@@ -1,12 +1,12 @@
-"""The workflow of a run, which executes its agents in sequence.
+"""The workflows of a run, which executes its agents in sequence, and of a session, which puts its runs in order.
 
-It is generic: only the activity knows the agents, so running workflows survive a deployment with other agents. Replay
-requires it to be deterministic: it uses only the workflow's clock and its input.
+They are generic: only the activity knows the agents, so running workflows survive a deployment with other agents.
+Replay requires them to be deterministic: they use only their clock, their input and their signals.
 """
 
 import asyncio
-import builtins
 import contextlib
+import math
 from datetime import timedelta
 
 from msgspec.structs import replace
@@ -16,10 +16,10 @@ from temporalio.exceptions import (
     ActivityError,
     ApplicationError,
     FailureError,
-    TimeoutError,
     TimeoutType,
     WorkflowAlreadyStartedError,
 )
+from temporalio.exceptions import TimeoutError as ActivityTimeout
 
 from flock.engine.outcomes import queue_timeout, timeout_of
 from flock.runs import Call, RunStatus
@@ -104,18 +104,18 @@ class FlockRun:
 
     async def _begun(self, order: RunOrder) -> RunOrder:
         """Wait until the run may begin. Return the order of its first turn."""
-        wait_s, since = LOOK_AFTER_S, workflow.now()
-        while True:
-            queued_s = (workflow.now() - since).total_seconds()
-            left_s = wait_s if order.queue_timeout_s is None else max(0.001, order.queue_timeout_s - queued_s)
-            try:
-                await workflow.wait_condition(lambda: self._latest is not None, timeout=min(wait_s, left_s))
-                return replace(order, queued_s=queued_s, latest=self._latest or ())
-            except builtins.TimeoutError:
-                if left_s < wait_s:
-                    raise _late(order) from None
-            await self._join_again(order)
-            wait_s *= 2
+        since, look_after_s, limit_s = workflow.now(), LOOK_AFTER_S, order.queue_timeout_s or math.inf
+        while self._latest is None:
+            waited_s = (workflow.now() - since).total_seconds()
+            if waited_s >= limit_s:
+                raise _late(order)
+            if waited_s >= look_after_s:
+                await self._join_again(order)
+                look_after_s *= 2
+            with contextlib.suppress(TimeoutError):
+                left_s = max(0.001, min(limit_s, look_after_s) - waited_s)
+                await workflow.wait_condition(lambda: self._latest is not None, timeout=left_s)
+        return replace(order, queued_s=(workflow.now() - since).total_seconds(), latest=self._latest)
 
     async def _join_again(self, order: RunOrder) -> None:
         """Join the session: the process that started the run may have died before that, or the session is gone."""
@@ -149,7 +149,7 @@ class FlockRun:
             _check_cancelled()
 
     async def _turn(self, order: RunOrder) -> StepDone:
-        max_wait_s = None if order.queue_timeout_s is None else max(0.001, order.queue_timeout_s - order.queued_s)
+        max_wait_s = order.queue_timeout_s and max(0.001, order.queue_timeout_s - order.queued_s)
         if order.run.started_at is not None:
             max_wait_s = max(0.001, order.timeout_s - (workflow.now() - order.run.started_at).total_seconds())
         try:
@@ -210,7 +210,7 @@ class FlockSession:
     @workflow.run
     async def run(self, runs: list[str], latest: list[str]) -> None:
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
+            with contextlib.suppress(TimeoutError):
                 await workflow.wait_condition(lambda: bool(self._runs), timeout=KEEP_SESSION_S)
             if not self._runs:
                 return
@@ -226,7 +226,7 @@ class FlockSession:
                 await workflow.get_external_workflow_handle(run).signal(BEGIN_SIGNAL, self._latest)
             except FailureError:
                 self.leave(run)
-            with contextlib.suppress(asyncio.TimeoutError):
+            with contextlib.suppress(TimeoutError):
                 await workflow.wait_condition(lambda: run not in self._runs, timeout=wait_s)
             wait_s *= 2
 
@@ -248,7 +248,7 @@ def _check_cancelled() -> None:
 def _failure(order: RunOrder, cause: BaseException | None) -> ApplicationError:
     if isinstance(cause, ApplicationError):
         return ApplicationError(cause.message, *cause.details, type=cause.type, non_retryable=True)
-    if isinstance(cause, TimeoutError) and cause.type is TimeoutType.SCHEDULE_TO_START:
+    if isinstance(cause, ActivityTimeout) and cause.type is TimeoutType.SCHEDULE_TO_START:
         if order.run.started_at is not None:
             end = timeout_of(order.timeout_s)
             return ApplicationError(end.error, type=end.error_type, non_retryable=True)
