@@ -540,6 +540,11 @@ def test_history_must_be_a_whole_number_from_1(history: Any) -> None:
         chat(history=history)
 
 
+def test_an_agent_with_a_conversation_as_its_input_has_no_history() -> None:
+    with pytest.raises(DefinitionError, match="'chat' has a conversation as an input, so history= would add"):
+        chat(input="messages: Messages")
+
+
 def test_only_a_model_agent_has_a_history() -> None:
     with pytest.raises(TypeError, match="history"):
         Flock().agent(history=20)(lambda: 1)  # type: ignore[call-overload]
