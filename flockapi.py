@@ -317,6 +317,7 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
         AppRoute("access", "POST", "/run/{run_id}/cancel", cancel_run),
         AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
         AppRoute("access", "GET", "/run/{run_id}/events", run_events),
+        AppRoute("access", "DELETE", "/session/{session_id:path}", delete_session),
         AppRoute("access", "GET", "/batches", list_batches),
         AppRoute("access", "GET DELETE", "/batch/{batch_id}", one_batch),
         AppRoute("access", "GET", "/batch/{batch_id}/results", batch_results),
@@ -438,6 +439,7 @@ async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bo
             traceparent=traceparent_of(request),
             is_async=is_async or key is not None,
             timeout_s=run_request.timeout_s,
+            session_id=run_request.session_id,
             key=key,
         )
     except Replayed as exc:
@@ -474,6 +476,7 @@ async def list_runs(request: Request) -> Response:
     filter_ = RunFilter(
         status=_or_none(query.status),
         agent_name=_or_none(query.agent_name),
+        session_id=_or_none(query.session_id),
         created_after=_or_none(query.created_after),
         created_before=_or_none(query.created_before),
         after=_id_or_none(query.after),
@@ -515,6 +518,12 @@ async def retry_run(request: Request) -> Response:
 
 async def delete_run(request: Request) -> Response:
     await (await engine_of(request)).delete_run(request.path_params["run_id"])
+    return Response(status_code=204)
+
+
+async def delete_session(request: Request) -> Response:
+    """DELETE /session/{session_id}: the runs that ``GET /runs?session_id=`` lists. For an admin, those of everyone."""
+    await (await engine_of(request)).delete_session(request.path_params["session_id"])
     return Response(status_code=204)
 
 
@@ -772,6 +781,7 @@ def run_response(
         calls=calls_of_step(len(run.steps)),
         batch_id=msgspec.UNSET if run.batch_id is None else run.batch_id,
         position=msgspec.UNSET if run.position is None else run.position,
+        session_id=msgspec.UNSET if run.session_id is None else run.session_id,
     )
     headers = {"Flock-Run-Status": run.status.value, **(headers or {})}
     headers |= _accepted(request, f"/run/{run.run_id}", status_code)

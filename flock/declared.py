@@ -287,6 +287,7 @@ class FlockFactory:
         instructions: str = "",
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
+        history: int | None = None,
         temperature: float | None = None,
         max_tokens: int | None = None,
         max_retries: int = 2,
@@ -301,7 +302,7 @@ class FlockFactory:
             input, output: a signature such as ``"text: str | what to analyse, limit: int"``, or a struct, dataclass,
                 TypedDict or pydantic model.
             types: additional types, by name, that the strings may use.
-            model, instructions, examples, reasoning, temperature, max_tokens, max_retries, timeout_s: see
+            model, instructions, examples, reasoning, history, temperature, max_tokens, max_retries, timeout_s: see
                 ``ModelAgent``.
             next_agent, max_concurrency, on_interrupt: see ``Agent``.
 
@@ -319,6 +320,7 @@ class FlockFactory:
             instructions=instructions,
             examples=examples,
             reasoning=reasoning,
+            history=history,
             temperature=temperature,
             max_tokens=max_tokens,
             max_retries=max_retries,

@@ -8,7 +8,8 @@
     ├── NotFound
     │   ├── AgentNotFound
     │   ├── RunNotFound
-    │   └── BatchNotFound
+    │   ├── BatchNotFound
+    │   └── SessionNotFound
     ├── AccessDenied             raised before the request is processed
     │   ├── Unauthenticated      the API key is missing or unknown
     │   ├── Forbidden            the caller, or its origin, lacks permission
@@ -75,6 +76,7 @@ __all__ = [
     "ResultTooLarge",
     "RunFailed",
     "RunNotFound",
+    "SessionNotFound",
     "SignatureError",
     "StepError",
     "StoreError",
@@ -200,6 +202,14 @@ class BatchNotFound(NotFound):
     def __init__(self, batch_id: str) -> None:
         echoed = batch_id[:MAX_ECHOED_CHARS]
         super().__init__(f"There is no batch with the id {echoed!r}. It was never accepted, or is no longer stored.")
+
+
+class SessionNotFound(NotFound):
+    """The session has no runs, or they are no longer stored."""
+
+    def __init__(self, session_id: str) -> None:
+        echoed = session_id[:MAX_ECHOED_CHARS]
+        super().__init__(f"There are no runs with the session id {echoed!r}, or they are no longer stored.")
 
 
 class EngineFull(FlockError):

@@ -200,6 +200,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         recoveries: number of attempts that were started by a recovery after a crash or a stop, not by a retry.
         timeout_s: wall-clock seconds for one attempt, counted from the start of its first step.
         owner: the engine that is working on it; only this engine may write it.
+        session_id: the conversation that it belongs to, within its flock and principal. Runs of a session are executed
+            one after the other.
     """
 
     run_id: str
@@ -227,6 +229,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     cancel_requested: bool = False
     progress: Progress | None = None
     steps: tuple[Step, ...] = ()
+    session_id: str | None = None
 
     @property
     def is_stub(self) -> bool:
@@ -238,6 +241,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         """The total size of its inputs, extra columns and results."""
         own = len(self.inputs) + len(self.result or b"") + len(self.extra or b"")
         return own + sum(len(step.result) for step in self.steps)
+
+    @property
+    def turn_bytes(self) -> int:
+        """The total size of its inputs and of the results of its steps."""
+        return len(self.inputs) + sum(len(step.result) for step in self.steps)
 
     @property
     def trace_id(self) -> str | None:
@@ -458,6 +466,7 @@ class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
     status: RunStatus | None = None
     agent_name: str | None = None
     principal: str | None = None
+    session_id: str | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
     after: str | None = None
@@ -879,6 +888,7 @@ class Engine(Protocol):
         principal: str | None = None,
         is_async: bool = True,
         timeout_s: float | None = None,
+        session_id: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Run:
         """Accept a run and return without waiting for its result.
@@ -892,6 +902,8 @@ class Engine(Protocol):
             is_async: True for a run that does not need a waiting caller. It is on disk when this method returns, and is
                 resumed after a crash. Otherwise it is written as it runs, and fails as interrupted if the process dies.
             timeout_s: wall-clock seconds for each attempt, capped at the engine's limit.
+            session_id: the session of *principal* that the run joins, 1 to 128 visible ASCII characters. The run starts
+                when the runs of the session that were accepted before it have ended. A retry joins again as the last.
             key: detects repeated requests.
 
         Returns:
@@ -972,6 +984,12 @@ class Engine(Protocol):
 
     async def delete_run(self, run_id: str) -> None:
         """Delete a final run. Raises RunNotFound; Conflict if it is active or is an item of a batch."""
+
+    async def delete_session(self, session_id: str, principal: str | None = None) -> None:
+        """Delete all runs of a session of *principal*; None means of all principals.
+
+        Raises: SessionNotFound if there are none; Conflict, before anything is deleted, if one of them is active.
+        """
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         """Return one page of runs, newest first, without batch items and steps. Long runs make a page shorter."""

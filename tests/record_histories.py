@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flock.runs import BatchOptions, RunStatus
 from flock.temporal import TemporalEngine
-from flock.temporal.messages import batch_workflow_id, chunk_workflow_id
+from flock.temporal.messages import batch_workflow_id, chunk_workflow_id, run_workflow_id, session_workflow_id
 from tests.support.cluster import engine_with_worker, temporal_server
 from tests.support.engines import ended, until
 from tests.support.flocks import Work, numbers
@@ -49,11 +49,26 @@ async def record_batches(engine: TemporalEngine, work: Work) -> None:
     await record(engine, "chunk-cancelled-20", chunk_workflow_id(batch.batch_id, 0, 1))
 
 
+async def record_sessions(engine: TemporalEngine, work: Work) -> None:
+    """The second run waits for the first, and the third is cancelled while it waits."""
+    work.holds = True
+    runs = [await engine.submit("item", {"n": n}, session_id="s") for n in range(3)]
+    await engine.cancel_run(runs[2].run_id)
+    await engine.wait(runs[2].run_id)
+    work.may_go.set()
+    await engine.wait(runs[1].run_id)
+    await record(engine, "completed-after-another-of-its-session", run_workflow_id(runs[1].run_id, 1))
+    await record(engine, "cancelled-before-its-turn-in-the-session", run_workflow_id(runs[2].run_id, 1))
+    await record(engine, "session", session_workflow_id(runs[0]))
+
+
 async def main() -> None:
-    port, work = free_port(), Work("recorded")
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder, temporal_server(Path(folder) / "temporal.db", port):
-        async with engine_with_worker(f"127.0.0.1:{port}", work.flock) as engine, engine:
-            await record_batches(engine, work)
+        for record_all in (record_sessions, record_batches):
+            work = Work("recorded")
+            async with engine_with_worker(f"127.0.0.1:{port}", work.flock) as engine, engine:
+                await record_all(engine, work)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.routing import Route
 
 from flock.agents.llm import PROVIDERS
 from flock.web.auth import new_key
@@ -95,7 +96,7 @@ def test_tables_have_every_provider_route_status_and_option() -> None:
         (ROOT / "docs" / f"{name}.md").read_text() for name in ("models", "http-api", "batches")
     )
     assert [provider for provider in PROVIDERS if f"`{provider}/" not in models] == []
-    paths = [getattr(route, "path", "") for route in ROUTES]
+    paths = [route.path_format if isinstance(route, Route) else route.path for route in ROUTES]
     assert [path for path in paths if path != "/static" and path not in http_api] == []
     assert [status for status, _ in PROBLEMS.values() if status != 500 and f"| {status} " not in http_api] == []
     assert [name for name in UploadQuery.__struct_fields__[1:] if f"| `{name}` |" not in batches] == []

@@ -771,6 +771,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
     "cancel_run": lambda engine: engine.cancel_run(new_id()),
     "retry_run": lambda engine: engine.retry_run(new_id()),
     "delete_run": lambda engine: engine.delete_run(new_id()),
+    "delete_session": lambda engine: engine.delete_session("s"),
     "list_runs": lambda engine: engine.list_runs(RunFilter()),
     "events": lambda engine: anext(engine.events(new_id())),
     "get_batch": lambda engine: engine.get_batch(new_id()),

@@ -1,5 +1,7 @@
 """The examples, each served as its first line says."""
 
+import contextlib
+import json
 import os
 import re
 import shlex
@@ -8,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import anyio.abc
 import httpx
 import pytest
 import yaml
@@ -15,6 +18,7 @@ from click.testing import CliRunner
 
 from flock.command.cli import main
 from tests.support import EXAMPLES, ROOT
+from tests.support.models import socket_server
 from tests.support.servers import flockapi_command, running
 
 GREET = {"agent_name": "greet", "inputs": {"name": "Ann", "times": 2}}
@@ -90,6 +94,32 @@ def test_an_example_is_served(example: str, body: Any, result: Any) -> None:
     command = flockapi_command("serve", str(EXAMPLES / f"{example}.py"), "--port", "0", "--store", ":memory:")
     with running(*command) as server:
         assert ask(server.url, body)["result"] == result
+
+
+@pytest.mark.anyio
+async def test_the_chat_remembers_its_conversation() -> None:
+    """Its provider answers with the number of messages that it was sent."""
+
+    async def handle(stream: anyio.abc.SocketStream) -> None:
+        received, sent = b"", None
+        while sent is None:
+            received += await stream.receive()
+            with contextlib.suppress(json.JSONDecodeError):
+                sent = json.loads(received.partition(b"\r\n\r\n")[2])
+        content = json.dumps({"reply": f"{len(sent['messages'])} messages"})
+        body = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
+        head = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        await stream.send(f"{head}{body}".encode())
+
+    command = flockapi_command("serve", str(EXAMPLES / "chat.py"), "--port", "0", "--store", ":memory:")
+    async with socket_server(handle) as (url, _):
+        with running(*command, OPENAI_BASE_URL=url) as server:
+            async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+                replies = []
+                for session_id in ("a", "a", "b", "a"):
+                    body = {"agent_name": "chat", "inputs": {"message": "Hi!"}, "session_id": session_id}
+                    replies.append((await client.post("/run/flock", json=body)).json()["result"]["reply"])
+    assert replies == ["2 messages", "4 messages", "2 messages", "6 messages"]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

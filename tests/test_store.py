@@ -312,6 +312,8 @@ async def test_a_refused_new_run_can_be_saved_as_failed(store: Store) -> None:
         "flock = :flock AND principal = :principal",
         "flock = :flock AND agent_name = :agent_name AND principal = :principal",
         "flock = :flock AND run_id < :after",
+        "flock = :flock AND session_id = :session_id",
+        "flock = :flock AND session_id = :session_id AND principal = :principal",
     ],
 )
 @pytest.mark.parametrize("statuses", [list(RunStatus), [RunStatus.FAILED]], ids=["any", "one"])
@@ -319,7 +321,7 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
     conditions: str, statuses: list[RunStatus], store: Store
 ) -> None:
     """Nothing is sorted or scanned, so its time does not grow with the store. bench/list_runs.py measures it."""
-    values = {"flock": "f", "agent_name": "a", "principal": "p", "after": "x"}
+    values = {"flock": "f", "agent_name": "a", "principal": "p", "after": "x", "session_id": "s"}
     query = f"EXPLAIN QUERY PLAN {merged(RUN_COLUMNS, statuses, conditions)} LIMIT 10"
     plan = "\n".join(row[3] for row in store.read(lambda db: db.execute(query, values).fetchall()))
     assert "TEMP B-TREE" not in plan
@@ -346,6 +348,12 @@ async def test_each_field_of_a_record_has_a_column(
         assert (type(None) in column.types) is not bool(is_required or is_key), name
         (stand_in,) = store._db.execute(f"SELECT {column.placeholder}").fetchone()
         assert type(stand_in) in column.types
+
+
+@pytest.mark.parametrize("query", [statements.ACTIVE_BEFORE, statements.EARLIER_RUNS], ids=["order", "history"])
+async def test_the_runs_of_a_session_are_read_from_an_index_in_order(query: str, store: Store) -> None:
+    plan = [row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {query}", [None] * query.count("?"))]
+    assert not [line for line in plan if "TEMP B-TREE" in line or line.startswith("SCAN")], plan
 
 
 def test_every_sql_statement_is_in_one_module() -> None:

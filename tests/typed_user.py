@@ -175,6 +175,7 @@ analyst = FlockFactory.create_default_agent(
     output="mood: str",
     examples=[({"text": "hi"}, {"mood": "calm"})],
     reasoning=True,
+    history=20,
     next_agent=then,
     on_interrupt=again,
 )

@@ -4,6 +4,7 @@ An agent has a name, an input signature and an output signature. It calls a mode
 (``FunctionAgent``, created by ``@agent``). ``next_agent`` selects the agent for the next step.
 """
 
+import contextlib
 import functools
 import inspect
 import json
@@ -23,7 +24,17 @@ from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
 from flock.runs import RunContext
 
-__all__ = ["Agent", "FunctionAgent", "Handoff", "ModelAgent", "NextAgent", "OnInterrupt", "Resources", "agent"]
+__all__ = [
+    "Agent",
+    "Exchange",
+    "FunctionAgent",
+    "Handoff",
+    "ModelAgent",
+    "NextAgent",
+    "OnInterrupt",
+    "Resources",
+    "agent",
+]
 
 OnInterrupt = Literal["retry", "fail"]
 
@@ -39,6 +50,14 @@ NextAgent = (
 )
 
 
+#: The inputs and the result of an earlier turn.
+Exchange = tuple[msgspec.Raw, msgspec.Raw]
+
+
+async def _no_history(agent: "Agent", limit: int) -> Sequence[Exchange]:
+    return ()
+
+
 class Resources(msgspec.Struct, frozen=True):
     """The resources that an engine provides to each step."""
 
@@ -46,6 +65,8 @@ class Resources(msgspec.Struct, frozen=True):
     models: ModelClient
     #: calls a synchronous function in a worker thread
     call_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
+    #: returns up to as many of an agent's last turns in completed runs of the session, oldest first
+    history: Callable[["Agent", int], Awaitable[Sequence[Exchange]]] = _no_history
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
@@ -215,6 +236,8 @@ class ModelAgent(Agent):
             conversation. Each is a mapping, or an instance of the signature's type.
         reasoning: True asks the model to write its thoughts before the answer, in a field ``reasoning`` that is not
             part of the result. They count as output tokens. The output of an example may have that field.
+        history: how many of its last turns in the session of the run the model sees, after the examples and in the same
+            form. None is for an agent that needs no memory.
         temperature: sampling temperature; None uses the provider's default.
         max_tokens: max tokens in each answer; None uses the provider's default.
         max_retries: max times that an invalid answer is sent back to the model with the reason.
@@ -227,7 +250,8 @@ class ModelAgent(Agent):
     Raises:
         DefinitionError: there is no output field, or it is called ``reasoning`` although *reasoning* is on, or an
             example does not match the signatures; the message has its number, and a JSON pointer. Or there are several
-            conversations, or an optional one, or one and examples.
+            conversations, or an optional one, or one and examples or a history. Or *history* is not a whole number
+            from 1.
     """
 
     def __init__(
@@ -241,6 +265,7 @@ class ModelAgent(Agent):
         instructions: str = "",
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
+        history: int | None = None,
         temperature: float | None = None,
         max_tokens: int | None = None,
         max_retries: int = 2,
@@ -254,12 +279,17 @@ class ModelAgent(Agent):
             raise DefinitionError(
                 f"The output of {name!r} has its own field 'reasoning'. Rename that field, or omit reasoning=True."
             )
-        if examples and isinstance(self.input, ChatInput):
+        if history is not None and (not isinstance(history, int) or isinstance(history, bool) or history < 1):
+            raise DefinitionError(f"history= of {name!r} must be a whole number from 1, or None, not {history!r}.")
+        if (examples or history) and isinstance(self.input, ChatInput):
             raise DefinitionError(
                 f"{name!r} has a conversation, and examples= would look like its messages. Use instructions= instead."
+                if examples
+                else f"{name!r} has a conversation as an input, so history= would add other messages. Omit it."
             )
         self.model = model
         self.instructions = instructions
+        self.history = history
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.max_retries = max_retries
@@ -272,13 +302,16 @@ class ModelAgent(Agent):
     async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         try:
             with anyio.fail_after(self.timeout_s):
-                return await self._converse(inputs, resources.models, context)
+                history = [] if self.history is None else self._earlier(await resources.history(self, self.history))
+                return await self._converse(inputs, resources.models, context, history)
         except TimeoutError as exc:
             message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
             raise ModelError(message, "model_timeout") from exc
 
-    async def _converse(self, inputs: Any, models: ModelClient, context: RunContext) -> msgspec.Raw:
-        messages = self._prompt(inputs)
+    async def _converse(
+        self, inputs: Any, models: ModelClient, context: RunContext, history: Sequence[Message]
+    ) -> msgspec.Raw:
+        messages = self._prompt(inputs, history)
         problem = ""
         for call in range(self.max_retries + 1):
             context.check_tokens()
@@ -319,16 +352,26 @@ class ModelAgent(Agent):
             raise DefinitionError(f"The {part} in {label} must match the signature. {exc}") from exc
         return Message("user", prompt), Message("assistant", answer)
 
-    def _prompt(self, inputs: Any) -> list[Message]:
+    def _prompt(self, inputs: Any, history: Sequence[Message]) -> list[Message]:
         system = Message("system", self._system_prompt())
         if not isinstance(self.input, ChatInput):
-            return [system, *self._examples, Message("user", self._user_prompt(inputs))]
+            return [system, *self._examples, *history, Message("user", self._user_prompt(inputs))]
         conversation, others = self.input.split(inputs)
         return [
             Message("system", f"{system.content}\n\n{self._task()}"),
             *([Message("user", self._described(others))] if others else []),
             *(Message(**message) for message in conversation),
         ]
+
+    def _earlier(self, exchanges: Sequence[Exchange]) -> list[Message]:
+        """Return earlier turns as messages, without those that no longer match the signatures."""
+        messages: list[Message] = []
+        for inputs, result in exchanges:
+            with contextlib.suppress(InvalidData, MalformedJSON):
+                prompt, answer = self._user_prompt(self.input.decode(inputs)), self.output.decode(result)
+                answer_json = bytes(self.output.encode(answer)).decode()
+                messages += [Message("user", prompt), Message("assistant", answer_json)]
+        return messages
 
     def _system_prompt(self) -> str:
         parts = [f"You are {self.name}.", self.description, self.instructions]

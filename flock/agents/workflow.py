@@ -4,11 +4,12 @@
 depend on a store, so every engine can use them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
-from flock.agents.agent import Agent, Resources
+from flock.agents.agent import Agent, Exchange, Resources
 from flock.agents.graph import graph_of
 from flock.errors import InvalidData, InvalidHandoff, TooManySteps
 from flock.nearest import did_you_mean
@@ -17,6 +18,7 @@ from flock.runs import Run, RunContext
 __all__ = [
     "Columns",
     "columns_of",
+    "exchanges_of",
     "inputs_for",
     "missing_agents",
     "next_agent",
@@ -58,6 +60,16 @@ def inputs_for(agent: Agent, run: Run) -> msgspec.Raw:
         known |= msgspec.json.decode(source, type=dict[str, msgspec.Raw])
     selected = {field.name: known[field.name] for field in agent.input.fields if field.name in known}
     return msgspec.Raw(msgspec.json.encode(selected))
+
+
+def exchanges_of(agent: Agent, runs: Iterable[Run]) -> list[Exchange]:
+    """Return the inputs and the result of each step of *agent* in *runs*, in order."""
+    return [
+        (inputs_for(agent, replace(run, steps=run.steps[:position])), step.result)
+        for run in runs
+        for position, step in enumerate(run.steps)
+        if step.agent_name == agent.name
+    ]
 
 
 def missing_agents(agent: Agent, agents: Mapping[str, Agent]) -> list[InvalidHandoff]:

@@ -1,5 +1,6 @@
 """The base class of both engines: checks of new work, event streams, and health."""
 
+import contextlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -8,12 +9,13 @@ from typing import Literal
 
 import anyio
 import anyio.lowlevel
+from msgspec.structs import replace
 
 from flock.agents.agent import Agent
 from flock.engine.intake import Intake
-from flock.engine.refusals import not_accepting
+from flock.engine.refusals import not_accepting, not_deleted
 from flock.engine.rowchecks import as_json
-from flock.errors import AgentNotFound, EngineStopped
+from flock.errors import AgentNotFound, EngineStopped, RunNotFound, SessionNotFound
 from flock.limits import Limits
 from flock.runs import (
     Batch,
@@ -25,8 +27,11 @@ from flock.runs import (
     ItemLimits,
     Items,
     OnInvalid,
+    Page,
     Progress,
     Run,
+    RunFilter,
+    RunStatus,
     event_of_batch,
     events_of,
     new_id,
@@ -124,6 +129,14 @@ class EngineBase(ABC):
     async def get_run(self, run_id: str) -> Run:
         """See ``Engine.get_run``."""
 
+    @abstractmethod
+    async def delete_run(self, run_id: str) -> None:
+        """See ``Engine.delete_run``."""
+
+    @abstractmethod
+    async def list_runs(self, wanted: RunFilter) -> Page[Run]:
+        """See ``Engine.list_runs``."""
+
     def _reader(self, run_id: str) -> RunReader:
         return RunReader(self.get_run, run_id)
 
@@ -171,6 +184,7 @@ class EngineBase(ABC):
         principal: str | None = None,
         is_async: bool = True,
         timeout_s: float | None = None,
+        session_id: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Run:
         """See ``Engine.submit``."""
@@ -189,6 +203,7 @@ class EngineBase(ABC):
             is_async=is_async,
             timeout_s=timeout_s,
             owner=self._owner,
+            session_id=session_id,
         )
         await self._accept(run, key)
         return run
@@ -227,6 +242,24 @@ class EngineBase(ABC):
             limits=self.item_limits,
         )
         return await self._accept_batch(intake, key)
+
+    # Sessions
+
+    async def delete_session(self, session_id: str, principal: str | None = None) -> None:
+        """See ``Engine.delete_session``."""
+        wanted = RunFilter(session_id=session_id, principal=principal)
+        for status in RunStatus:
+            if not status.is_final:
+                for run in await self.list_runs(replace(wanted, status=status, limit=1)):
+                    raise not_deleted(run)
+        page = await self.list_runs(wanted)
+        if not page:
+            raise SessionNotFound(session_id)
+        while page:
+            for run in page:
+                with contextlib.suppress(RunNotFound):  # another request has deleted it
+                    await self.delete_run(run.run_id)
+            page = await self.list_runs(replace(wanted, after=page[-1].run_id))
 
     # Events
 

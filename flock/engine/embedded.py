@@ -153,8 +153,6 @@ class EmbeddedEngine(EngineBase):
         self._batches = Batches(self.batch_store, self._runner, self._start_batch, self._limits)
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
-        #: batches, and runs of other engines, that a caller waits for
-        self._awaited: dict[str, anyio.Event] = {}
         #: runs and batches with a long result that is being sent, and the number of responses that send it
         self._being_sent: Counter[str] = Counter()
         #: by dead engine: the agents that its remaining runs need, which this engine does not have
@@ -267,7 +265,7 @@ class EmbeddedEngine(EngineBase):
 
     async def _accept(self, run: Run, key: IdempotencyKey | None) -> None:
         full = self._full(run.principal)
-        if not run.is_async and key is None:
+        if not run.is_async and key is None and run.session_id is None:
             if full is not None:
                 raise full
             # Only its end must be on disk: if the process dies, its caller is gone, and the run is not resumed.
@@ -347,7 +345,7 @@ class EmbeddedEngine(EngineBase):
                 del run  # do not hold a possibly long record during a possibly long wait
                 if self.is_draining:
                     raise wait_stopped()
-                await self._awaited.setdefault(run_id, anyio.Event()).wait()
+                await self._runner.end_of(run_id).wait()
             return run
         return await self.get_run(run_id)
 
@@ -517,8 +515,9 @@ class EmbeddedEngine(EngineBase):
                             self._runner.cancelled_before[run_id] = attempt
                     for batch_id in self.batch_store.cancels_for(self._engine_id):
                         self._batches.cancel(batch_id)
-                    for id_ in self.store.ended(self._awaited) if self._awaited else ():
-                        self._awaited.pop(id_).set()
+                    awaited = self._runner.awaited
+                    for id_ in self.store.ended(awaited) if awaited else ():
+                        awaited.pop(id_).set()
                 if is_check_due:
                     if not await self.store.renew_registration(self._engine_id, self._flock):
                         logger.warning(
@@ -535,10 +534,10 @@ class EmbeddedEngine(EngineBase):
         changed.set()
 
     def _wake_all(self) -> None:
-        """Wake all callers that wait for a run or a batch, so that they check again."""
+        """Wake all that wait for a run or a batch, so that they check again."""
         self._notify_store_changed()
-        while self._awaited:
-            self._awaited.popitem()[1].set()
+        while self._runner.awaited:
+            self._runner.awaited.popitem()[1].set()
 
     def _dead_engines(self) -> Sequence[str]:
         return self.store.dead_engines(self._flock, self._engine_id) if self.store.is_shared else ()
@@ -636,7 +635,7 @@ class EmbeddedEngine(EngineBase):
             while not (await self.get_batch(batch_id)).status.is_final:
                 if self.is_draining:
                     raise wait_stopped()
-                await self._awaited.setdefault(batch_id, anyio.Event()).wait()
+                await self._runner.end_of(batch_id).wait()
         return await self.get_batch(batch_id)
 
     async def get_items(

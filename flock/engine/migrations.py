@@ -167,6 +167,21 @@ def _add_calls(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE steps ADD COLUMN call_count INTEGER NOT NULL DEFAULT 0")
 
 
+def _add_sessions(db: sqlite3.Connection) -> None:
+    for statement in (
+        "ALTER TABLE runs ADD COLUMN session_id TEXT",
+        # They cost nothing without sessions.
+        "CREATE INDEX runs_by_session ON runs (flock, session_id, status, run_id) "
+        "WHERE batch_id IS NULL AND session_id IS NOT NULL",
+        "CREATE INDEX runs_by_session_and_principal ON runs (flock, session_id, principal, status, run_id) "
+        "WHERE batch_id IS NULL AND session_id IS NOT NULL",
+        # Its last column is the rowid, the order of acceptance; see ACTIVE_BEFORE.
+        "CREATE INDEX sessions_active ON runs (flock, session_id, principal) "
+        "WHERE session_id IS NOT NULL AND status IN ('starting', 'running')",
+    ):
+        db.execute(statement)
+
+
 MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _create_tables,
     _add_traceparent,
@@ -177,6 +192,7 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _add_flocks,
     _index_agents_of_principals,
     _add_calls,
+    _add_sessions,
 ]
 
 

@@ -58,6 +58,7 @@ __all__ = [
     "count_ended",
     "delete_items",
     "delete_runs",
+    "earlier_runs",
     "find_batch",
     "find_calls",
     "find_run",
@@ -261,6 +262,23 @@ def _delete_details(db: sqlite3.Connection, run_ids: Sequence[tuple[str]]) -> No
     """Delete the steps and calls of these runs."""
     db.executemany(statements.DELETE_STEPS, run_ids)
     db.executemany(statements.DELETE_CALLS, run_ids)
+
+
+def earlier_runs(db: sqlite3.Connection, run: Run, limit: int, max_bytes: int) -> list[Run]:
+    """Return completed runs of the session and the agent of *run*, oldest first: the last *limit*, or *max_bytes*.
+
+    Damaged runs are left out.
+    """
+    values = (run.flock, run.session_id, run.principal, run.agent_name, limit)
+    runs: list[Run] = []
+    for (run_id,) in db.execute(statements.EARLIER_RUNS, values).fetchall():
+        with contextlib.suppress(Damaged):
+            earlier = find_run(db, run_id)
+            max_bytes -= 0 if earlier is None else earlier.turn_bytes
+            if max_bytes < 0:
+                break
+            runs += [] if earlier is None else [earlier]
+    return runs[::-1]
 
 
 def find_calls(db: sqlite3.Connection, run: Run, position: int) -> tuple[Call, ...]:

@@ -26,7 +26,7 @@ from flock.engine.outcomes import failure_of
 from flock.engine.rows import DAMAGED_RUN, Damaged
 from flock.engine.store import RETRY_AFTER_S, Store
 from flock.engine.takeover import INTERRUPTED
-from flock.engine.turns import ActiveRun, Turns
+from flock.engine.turns import MAX_HISTORY_BYTES, ActiveRun, Turns
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.limits import Limits
 from flock.runs import Call, Observer, Run, RunStatus, Step, now, stub_of
@@ -39,6 +39,8 @@ logger = logging.getLogger("flock.runs")
 
 #: How long the last write of a run may take when the engine shuts down, in seconds.
 FINAL_WRITE_TIMEOUT_S = 5.0
+#: How often a run that waits for its session looks after the run of another engine before it, in seconds.
+RECHECK_S = 1.0
 
 
 class StoredRun(ActiveRun):
@@ -90,8 +92,13 @@ class StoredRun(ActiveRun):
             self._end = anyio.Event()
         return self._end
 
+    @property
+    def is_next(self) -> bool:
+        return self._runner.is_next(self.run)
+
     async def wait_begins(self) -> None:
         await self._runner.unload(self)
+        await self._runner.wait_for_session(self)
 
     async def begin(self) -> Run:
         return await self._runner.begin(self)
@@ -104,6 +111,9 @@ class StoredRun(ActiveRun):
 
     async def keep_call(self, call: Call) -> None:
         await self._runner.save_call(self, call)
+
+    async def earlier_runs(self, limit: int) -> Sequence[Run]:
+        return await self._runner.earlier_runs(self, limit)
 
     def update(self, run: Run) -> None:
         """Replace the record by *run*. Wake callers that wait for a change, and if it is final, all callers."""
@@ -125,7 +135,8 @@ class Runner:
     """Executes runs to their end. ``EmbeddedEngine`` describes the options.
 
     Attributes:
-        active: the runs that are running here or wait for a slot, by id.
+        active: the runs that are running here or wait for their session or a slot, by id.
+        awaited: the events of ``end_of``, for batches and for runs of other engines.
         cancelled_before: for runs that were cancelled before they were active here, the cancelled attempt, by id.
         watch_task: a task of the engine. It is cancelled only when the engine or the event loop ends.
         is_draining: the engine is shutting down. Failed writes are not retried.
@@ -150,6 +161,7 @@ class Runner:
         self._expose_errors = expose_errors
 
         self.active: dict[str, StoredRun] = {}
+        self.awaited: dict[str, anyio.Event] = {}
         self.cancelled_before: dict[str, int] = {}
         self.watch_task: asyncio.Task[Any] | None = None
         self.is_draining = False
@@ -290,6 +302,33 @@ class Runner:
             active.update(run)
         if run.is_async and run.batch_id is None:
             self._store.flush_nowait()
+
+    def end_of(self, id_: str) -> anyio.Event:
+        """Return an event that the engine sets when a run or a batch has ended, or earlier to have it checked again."""
+        active = self.active.get(id_)
+        return self.awaited.setdefault(id_, anyio.Event()) if active is None else active.end
+
+    def is_next(self, run: Run) -> bool:
+        """Whether no earlier run of its session is active. False if the store cannot be read."""
+        with contextlib.suppress(StoreError):
+            return self._before(run) is None
+        return False
+
+    def _before(self, run: Run) -> str | None:
+        """Return the id of the run of its session for which *run* has to wait. Raises StoreError."""
+        has_to_wait = run.session_id is not None and run.status is RunStatus.STARTING
+        return self._store.active_before(run) if has_to_wait else None
+
+    async def wait_for_session(self, active: StoredRun) -> None:
+        """Wait until no earlier run of its session is active. The end of a run wakes only the nearest one."""
+        while (run_id := await self._read(active, lambda: self._before(active.run))) is not None:
+            # If another engine retries that run at once, its end may go unnoticed here, and it now waits for this one.
+            with anyio.move_on_after(None if run_id in self.active else RECHECK_S):
+                await self.end_of(run_id).wait()
+
+    async def earlier_runs(self, active: StoredRun, limit: int) -> Sequence[Run]:
+        """See ``ActiveRun.earlier_runs``. Raises Unreadable."""
+        return await self._read(active, lambda: self._store.earlier_runs(active.run, limit, MAX_HISTORY_BYTES))
 
     async def unload(self, active: StoredRun) -> None:
         """Keep only a stub in memory of a run that waits for a slot. Store the run first if it is not stored yet."""

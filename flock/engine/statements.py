@@ -65,7 +65,8 @@ TAKE_RUN = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'
     WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
 REOPENED = """status = 'starting', attempt = attempt + 1, result = NULL, error = NULL, error_type = NULL,
     started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0"""
-REOPEN_RUN = f"""UPDATE runs SET {REOPENED}, owner = ?, is_async = 1
+REOPEN_RUN = f"""UPDATE runs SET {REOPENED}, owner = ?, is_async = 1,
+    rowid = CASE WHEN session_id IS NULL THEN rowid ELSE (SELECT max(rowid) + 1 FROM runs) END
     WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"""
 DELETE_RUN = "DELETE FROM runs WHERE run_id = ?"
 DELETE_FINAL_RUN = f"{DELETE_RUN} AND batch_id IS NULL AND status NOT IN ('starting', 'running')"
@@ -74,6 +75,14 @@ NEWEST_ID = "SELECT max(run_id) FROM runs"
 #: A value that changes when the columns OUTLINE_COLUMNS change.
 VERSION = """SELECT status, attempt, progress, (SELECT count(*) FROM steps WHERE steps.run_id = runs.run_id)
     FROM runs WHERE run_id = ?"""
+#: The nearest run of the same session that was accepted earlier and has not ended. Rows are inserted in the order of
+#: acceptance, over all processes, so that order is the order of their rowids. Ids are created before that.
+ACTIVE_BEFORE = """SELECT run_id FROM runs INDEXED BY sessions_active
+    WHERE flock = ? AND session_id = ? AND principal IS ? AND status IN ('starting', 'running')
+    AND rowid < (SELECT rowid FROM runs WHERE run_id = ?) ORDER BY rowid DESC LIMIT 1"""
+EARLIER_RUNS = """SELECT run_id FROM runs INDEXED BY runs_by_session_and_principal
+    WHERE batch_id IS NULL AND flock = ? AND session_id = ? AND status = 'completed' AND principal IS ?
+    AND agent_name = ? ORDER BY run_id DESC LIMIT ?"""
 UNFINISHED_RUNS = """SELECT run_id FROM runs
     WHERE owner = ? AND status IN ('starting', 'running') AND batch_id IS NULL ORDER BY run_id"""
 RUNS_TO_CANCEL = """SELECT run_id, attempt FROM runs INDEXED BY cancels WHERE cancel_requested = 1
@@ -95,6 +104,7 @@ RUN_CONDITIONS = {
     "flock": "flock = :flock",
     "agent_name": "agent_name = :agent_name",
     "principal": "principal = :principal",
+    "session_id": "session_id = :session_id",
     "after": "run_id < :after",
     "low": "run_id > :low",
     "high": "run_id < :high",
@@ -111,6 +121,8 @@ def merged(columns: str, statuses: Iterable[str], conditions: str, also: str = "
     index = "runs_by_both" if is_of_agent else "runs_by_status"
     if "principal = " in conditions:
         index = "runs_by_principal_and_agent" if is_of_agent else "runs_by_principal"
+    if "session_id = " in conditions:
+        index = "runs_by_session_and_principal" if "principal = " in conditions else "runs_by_session"
     ranges = [
         f"SELECT {columns} FROM runs INDEXED BY {index} WHERE batch_id IS NULL AND {conditions} AND status = '{status}'"
         for status in statuses

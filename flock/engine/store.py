@@ -474,6 +474,16 @@ class Store:
         """Return the finished calls of a step. Raises StoreError."""
         return self.read(lambda db: queries.find_calls(db, run, position))
 
+    def active_before(self, run: Run) -> str | None:
+        """Return the id of the last run of its session that was accepted before *run* and has not ended, or None."""
+        values = (run.flock, run.session_id, run.principal, run.run_id)
+        row = self.read(lambda db: db.execute(statements.ACTIVE_BEFORE, values).fetchone())
+        return None if row is None else row[0]
+
+    def earlier_runs(self, run: Run, limit: int, max_bytes: int) -> Sequence[Run]:
+        """Return completed runs of the session and the agent of *run*; see ``queries.earlier_runs``."""
+        return self.read(lambda db: queries.earlier_runs(db, run, limit, max_bytes))
+
     def result_bytes(self, run_id: str, position: int | None) -> int:
         """Return the length of the result of a run or of its step at *position*. Raises RunNotFound, StoreError."""
         return self._with_result(run_id, position, len)
@@ -512,6 +522,7 @@ class Store:
             "flock": flock,
             "agent_name": wanted.agent_name,
             "principal": wanted.principal,
+            "session_id": wanted.session_id,
             "after": wanted.after,
             "low": None if wanted.created_after is None else first_id_at(wanted.created_after, 1),
             "high": None if wanted.created_before is None else first_id_at(wanted.created_before),

@@ -16,9 +16,9 @@ import anyio.lowlevel
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent, Resources
+from flock.agents.agent import Agent, Exchange, Resources
 from flock.agents.llm import ModelClient
-from flock.agents.workflow import inputs_for, next_agent, take_turn
+from flock.agents.workflow import exchanges_of, inputs_for, next_agent, take_turn
 from flock.engine.callees import Callees
 from flock.engine.journal import Journal
 from flock.engine.outcomes import CANCELLED, Outcome, failure_of, interrupted_turn, queue_timeout, timeout_of
@@ -28,12 +28,14 @@ from flock.errors import OwnershipLost, ResultTooLarge
 from flock.limits import Limits
 from flock.runs import Call, Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now
 
-__all__ = ["ActiveRun", "Turns"]
+__all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "Turns"]
 
 logger = logging.getLogger("flock.runs")
 
 #: The slot of the turn that the current task, or its thread, is executing.
 CURRENT_SLOT: ContextVar[AgentSlot] = ContextVar("flock_slot")
+#: Max total size of the runs in the history of an agent, as JSON.
+MAX_HISTORY_BYTES = 256 * 1024
 
 
 class ActiveRun:
@@ -86,8 +88,13 @@ class ActiveRun:
 
     # To be overridden by an engine
 
+    @property
+    def is_next(self) -> bool:
+        """Whether its turn does not have to wait for an earlier run of its session."""
+        return True
+
     async def wait_begins(self) -> None:
-        """Called if no slot is free, before the run waits for one."""
+        """Called before its turn waits for a slot. Returns when it need not wait for its session."""
 
     async def begin(self) -> Run:
         """Called when a turn gets its slot. Returns the whole record."""
@@ -102,6 +109,10 @@ class ActiveRun:
 
     async def keep_call(self, call: Call) -> None:
         """Called with each finished call. On return it is stored."""
+
+    async def earlier_runs(self, limit: int) -> Sequence[Run]:
+        """Return the last *limit* completed runs of its session and agent, oldest first, or fewer if they are long."""
+        return ()
 
     async def keep(self, step: Step) -> None:
         """Called with the step of a turn while the turn still holds its slot."""
@@ -193,7 +204,7 @@ class Turns:
         call_in_thread = functools.partial(
             self._threads.call, owner=active, batch=batch, deadline=active.scope.deadline
         )
-        resources = Resources(self._models, call_in_thread)
+        resources = Resources(self._models, call_in_thread, functools.partial(_history, active))
         take_turn_of_callee = functools.partial(self._take_turn_of_callee, batch, resources)
         callees = Callees(run, self._agents, max_steps=self._max_steps, take_turn=take_turn_of_callee)
         journal = Journal(
@@ -308,7 +319,7 @@ class Turns:
 
         if active.scope.cancel_called:  # an unconditional checkpoint would take as long as a short step
             await anyio.lowlevel.checkpoint_if_cancelled()
-        if acquire_all_nowait(slots, batch):
+        if active.is_next and acquire_all_nowait(slots, batch):
             return release, slot
         limit_s = active.queue_timeout_s if active.run.status is RunStatus.STARTING else None
         with anyio.move_on_after(None if limit_s is None else limit_s - active.queued_s):
@@ -332,6 +343,13 @@ class Turns:
                 f"{subject} {length} bytes. All inputs and results of the run have {size} bytes, more than the cluster "
                 f"can store for one run ({limit}, max_run_bytes)."
             )
+
+
+async def _history(active: ActiveRun, agent: Agent, limit: int) -> Sequence[Exchange]:
+    """Return the last *limit* turns of *agent* in earlier runs of the session, oldest first."""
+    if active.run.session_id is None:
+        return ()
+    return exchanges_of(agent, await active.earlier_runs(limit))[-limit:]
 
 
 def _batch_of(run: Run) -> BatchKey:

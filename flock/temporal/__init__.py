@@ -14,6 +14,15 @@ A run is one workflow. Its history is the run's record::
                                      the next turn       <-StepDone-      one step
     wait  <--- close event ----- ends
 
+A run with a session waits for its turn first. The session is a workflow too, which has the order of its runs::
+
+    API process                  cluster (workflow)
+
+    submit --- RunOrder -------> flock_run  run:{id}
+      then --- "join" ---------> flock_session  session:{digest}
+                                     "begin" ------> flock_run   the first one, with the workflow ids of the last runs
+                                     "leave" <------ flock_run   at its end; then the next one begins
+
 A batch is one workflow. It starts a child workflow for each chunk of 20 to 200 items. Up to 20 chunks run at a time::
 
     API process                  cluster (workflow)                   worker (activity)

@@ -5,19 +5,21 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from temporalio.api.common.v1 import WorkflowExecution
+from temporalio.api.enums.v1 import EventType
+from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
 from temporalio.api.workflowservice.v1 import (
     DeleteWorkflowExecutionRequest,
     DescribeNamespaceRequest,
     RegisterNamespaceRequest,
 )
-from temporalio.client import Client
+from temporalio.client import Client, WorkflowHistoryEventFilterType
 from temporalio.common import (
     SearchAttributePair,
     TypedSearchAttributes,
@@ -29,7 +31,7 @@ from temporalio.service import RetryConfig, RPCError, RPCStatusCode
 
 from flock.errors import DefinitionError, EngineFull, StoreError
 from flock.runs import Batch, Run
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, SEARCH_ATTRIBUTES, TASK_TIMEOUT, decoded
+from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, SEARCH_ATTRIBUTES, SESSION, TASK_TIMEOUT, decoded
 from flock.temporal.payloads import PayloadFolder
 
 __all__ = ["Cluster"]
@@ -155,6 +157,23 @@ class Cluster:
             return decoded(event.workflow_execution_started_event_attributes.input.payloads[0], type_)
         raise AssertionError("every history has a first event")
 
+    async def history_of(self, workflow_id: str) -> Sequence[HistoryEvent]:
+        """Return the history of a workflow. Raises RPCError, NOT_FOUND if it does not exist."""
+        events = (await self.client.get_workflow_handle(workflow_id).fetch_history()).events
+        # The inputs of turns are not needed: they follow from the results of earlier ones.
+        scheduled = EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
+        await self.payloads.resolve(event for event in events if event.event_type != scheduled)
+        return events
+
+    async def until_closed(self, workflow_id: str) -> None:
+        """Wait until a workflow is closed or does not exist. Raises StoreError, EngineFull."""
+        end = WorkflowHistoryEventFilterType.CLOSE_EVENT
+        with contextlib.suppress(RPCError):
+            async with self.rpc_scope(None):
+                handle = self.client.get_workflow_handle(workflow_id)
+                async for _ in handle.fetch_history_events(wait_new_event=True, event_filter_type=end):
+                    return
+
     async def last_attempt(self, workflow: str, first_id: str) -> int:
         """Return the number of the last retry of the workflow *first_id*, from 2, or 0 if there is none.
 
@@ -187,6 +206,8 @@ class Cluster:
         attributes = [SearchAttributePair(FLOCK, record.flock), SearchAttributePair(AGENT, record.agent_name)]
         if record.principal is not None:
             attributes.append(SearchAttributePair(PRINCIPAL, record.principal))
+        if isinstance(record, Run) and record.session_id is not None:
+            attributes.append(SearchAttributePair(SESSION, record.session_id))
         async with self.rpc_scope():
             await self.client.start_workflow(
                 workflow,

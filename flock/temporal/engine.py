@@ -16,11 +16,10 @@ from typing import Any, Self, TypeVar
 import msgspec
 from google.protobuf.duration_pb2 import Duration
 from msgspec.structs import replace
-from temporalio.api.enums.v1 import EventType, TaskQueueType
-from temporalio.api.history.v1 import HistoryEvent
+from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
-from temporalio.client import Client, WorkflowHandle, WorkflowHistoryEventFilterType
+from temporalio.client import Client, WorkflowHandle
 from temporalio.common import Priority
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
@@ -67,6 +66,7 @@ from flock.temporal.messages import (
 from flock.temporal.records import calls_of, reset_for_retry, run_of, with_pending_activity
 from flock.temporal.reservations import Reservations
 from flock.temporal.search import ID, newest_first, open_runs, workflows_of
+from flock.temporal.sessions import join_session
 
 __all__ = ["TemporalEngine"]
 
@@ -268,7 +268,10 @@ class TemporalEngine(EngineBase):
         )
 
     async def _start(self, order: RunOrder) -> None:
-        """Start an attempt. Raises WorkflowAlreadyStartedError if it was started before."""
+        """Start an attempt. Raises WorkflowAlreadyStartedError if it was started before.
+
+        If this process dies before the run has joined its session, the run joins it by itself.
+        """
         await self.cluster.start(
             RUN_WORKFLOW,
             order,
@@ -279,6 +282,8 @@ class TemporalEngine(EngineBase):
         )
         self._open_runs += 1
         self._started_runs += 1
+        if order.run.session_id is not None:
+            await join_session(self.cluster, order.run)
 
     async def _check_room(self, principal: str | None) -> None:
         """Raise EngineFull if too many runs are open, in total or of *principal*. The last check awaits nothing."""
@@ -347,22 +352,15 @@ class TemporalEngine(EngineBase):
         handle = self._handle(run_id, attempt)
         try:
             async with self.cluster.rpc_scope():
-                run = run_of(await self._history(handle))
+                run = run_of(await self.cluster.history_of(handle.id))
                 if run.status.is_final:
                     return run
                 described = (await handle.describe()).raw_description
                 if described.workflow_execution_info.HasField("close_time"):
-                    return run_of(await self._history(handle))
+                    return run_of(await self.cluster.history_of(handle.id))
                 return with_pending_activity(run, described.pending_activities)
         except RPCError:
             return None
-
-    async def _history(self, handle: WorkflowHandle[Any, Any]) -> Sequence[HistoryEvent]:
-        events = (await handle.fetch_history()).events
-        # The inputs of turns are not needed: they follow from the results of earlier ones.
-        scheduled = EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
-        await self.cluster.payloads.resolve(event for event in events if event.event_type != scheduled)
-        return events
 
     def _handle(self, run_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
         return self._client.get_workflow_handle(run_workflow_id(run_id, attempt))
@@ -411,15 +409,8 @@ class TemporalEngine(EngineBase):
 
     async def _until_closed(self, handle: WorkflowHandle[Any, Any], timeout_s: float | None) -> None:
         """Wait until a workflow is closed, at most *timeout_s*. Raises EngineStopped, StoreError."""
-
-        async def follow() -> None:
-            with contextlib.suppress(RPCError):  # it does not exist, which the next read reports
-                async with self.cluster.rpc_scope(None):
-                    end = WorkflowHistoryEventFilterType.CLOSE_EVENT
-                    async for _ in handle.fetch_history_events(wait_new_event=True, event_filter_type=end):
-                        return
-
-        following, woken = asyncio.create_task(follow()), asyncio.create_task(self._wake_waiters.wait())
+        following = asyncio.create_task(self.cluster.until_closed(handle.id))  # the next read reports a missing one
+        woken = asyncio.create_task(self._wake_waiters.wait())
         try:
             await asyncio.wait([following, woken], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if following.done():

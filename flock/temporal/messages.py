@@ -3,6 +3,7 @@
 They are stored in histories. So a new field needs a default, and no field may be renamed or removed.
 """
 
+import hashlib
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ __all__ = [
     "ACTIVITY",
     "AGENT",
     "BATCH_WORKFLOW",
+    "BEGIN_SIGNAL",
     "CALLS_QUERY",
     "CALL_SIGNAL",
     "CHUNK_WORKFLOW",
@@ -37,12 +39,17 @@ __all__ = [
     "HEARTBEAT_TIMEOUT_S",
     "INTERRUPTED",
     "ITEMS_ACTIVITY",
+    "JOIN_SIGNAL",
+    "LEAVE_SIGNAL",
     "MARK_WORKFLOW",
     "MAX_ITEMS",
     "PRINCIPAL",
     "ROWS_WORKFLOW",
     "RUN_WORKFLOW",
     "SEARCH_ATTRIBUTES",
+    "SESSION",
+    "SESSION_WORKFLOW",
+    "TASK_TIMEOUT",
     "Attempt",
     "BatchOrder",
     "CallDone",
@@ -69,6 +76,7 @@ __all__ = [
     "recoded",
     "rows_workflow_id",
     "run_workflow_id",
+    "session_workflow_id",
     "task_queue_of",
 ]
 
@@ -81,10 +89,15 @@ BATCH_WORKFLOW = "flock_batch"
 CHUNK_WORKFLOW = "flock_batch_chunk"
 ROWS_WORKFLOW = "flock_batch_rows"
 DELETE_WORKFLOW = "flock_forget"
+SESSION_WORKFLOW = "flock_session"
 ACTIVITY = "run_agent"
 #: The signal and the query of a workflow whose activity makes calls.
 CALL_SIGNAL = "call_done"
 CALLS_QUERY = "calls"
+#: The signals of a session: a run joins and leaves. And that of a run: it may begin.
+JOIN_SIGNAL = "join"
+LEAVE_SIGNAL = "leave"
+BEGIN_SIGNAL = "begin"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
@@ -101,7 +114,10 @@ INTERRUPTED = "interrupted"
 FLOCK = SearchAttributeKey.for_keyword("FlockName")
 AGENT = SearchAttributeKey.for_keyword("FlockAgent")
 PRINCIPAL = SearchAttributeKey.for_keyword("FlockPrincipal")
-SEARCH_ATTRIBUTES = {key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in (FLOCK, AGENT, PRINCIPAL)}
+SESSION = SearchAttributeKey.for_keyword("FlockSession")
+SEARCH_ATTRIBUTES = {
+    key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in (FLOCK, AGENT, PRINCIPAL, SESSION)
+}
 
 
 class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +129,8 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
         heartbeat_timeout_s: seconds without a heartbeat after which the worker is considered dead. The worker sends
             one after each third of that time.
         key_id: the workflow id of the marker of its idempotency key.
+        queued_s: seconds of ``queue_timeout_s`` for which it waited for its session.
+        latest: the workflow ids of the last runs of its session. The last one may still be about to close.
     """
 
     run: Run
@@ -120,6 +138,8 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     queue_timeout_s: float | None = None
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
     key_id: str | None = None
+    queued_s: float = 0.0
+    latest: tuple[str, ...] = ()
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
@@ -383,6 +403,11 @@ class DeleteOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 def run_workflow_id(run_id: str, attempt: int) -> str:
     return f"run:{run_id}" if attempt == 1 else f"run:{run_id}:{attempt}"
+
+
+def session_workflow_id(run: Run) -> str:
+    of = msgspec.json.encode([run.flock, run.principal, run.session_id])
+    return f"session:{hashlib.sha256(of).hexdigest()}"
 
 
 def batch_workflow_id(batch_id: str, attempt: int) -> str:

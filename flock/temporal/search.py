@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 from flock.engine.rows import first_id_at
-from flock.runs import BatchFilter, RunFilter, RunStatus, now
+from flock.runs import BatchFilter, Run, RunFilter, RunStatus, now
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW
+from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION
 
-__all__ = ["ID", "newest_first", "open_runs", "workflows_of"]
+__all__ = ["ID", "earlier_turns", "newest_first", "open_runs", "workflows_of"]
 
 #: Max workflows in one range.
 WORKFLOWS_PER_RANGE = 1000
@@ -44,6 +44,14 @@ def open_runs(flock: str, principal: str | None = None) -> str:
     return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running'{of}"
 
 
+def earlier_turns(run: Run) -> str:
+    """Return a query for the completed runs of the session and the agent of *run*. The last to close comes first."""
+    of = f"{SESSION.name} = {_quoted(run.session_id or '')} AND {AGENT.name} = {_quoted(run.agent_name)}"
+    principal = "IS NULL" if run.principal is None else f"= {_quoted(run.principal)}"
+    completed = f"{PRINCIPAL.name} {principal} AND ExecutionStatus = 'Completed'"
+    return f"{workflows_of(RUN_WORKFLOW, run.flock)} AND {of} AND {completed}"
+
+
 async def newest_first(
     cluster: Cluster, query: str, prefix: str, wanted: RunFilter | BatchFilter
 ) -> AsyncIterator[list[str]]:
@@ -62,6 +70,8 @@ async def newest_first(
         conditions.append(f"{AGENT.name} = {_quoted(wanted.agent_name)}")
     if wanted.principal is not None:
         conditions.append(f"{PRINCIPAL.name} = {_quoted(wanted.principal)}")
+    if isinstance(wanted, RunFilter) and wanted.session_id is not None:
+        conditions.append(f"{SESSION.name} = {_quoted(wanted.session_id)}")
     created_after = wanted.created_after if isinstance(wanted, RunFilter) else None
     created_before = wanted.created_before if isinstance(wanted, RunFilter) else None
     bottom = 0 if created_after is None else _milliseconds(created_after) + 1

@@ -6,8 +6,8 @@ ends only that turn.
 
 import asyncio
 from asyncio import FIRST_COMPLETED
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from temporalio import activity
 from temporalio.client import WorkflowHandle
@@ -21,6 +21,8 @@ from flock.temporal.cluster import Cluster
 from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, CallDone
 
 __all__ = ["MAX_RUN_BYTES", "ActivityTurn", "until_done"]
+
+T = TypeVar("T")
 
 #: Inputs and results of one run together. The cluster takes at most 2 MiB at once.
 MAX_RUN_BYTES = 1_500_000
@@ -45,13 +47,21 @@ class ActivityTurn(ActiveRun):
 
     async def finished_calls(self) -> Sequence[Call]:
         handle, run = self._workflow(), self.run
+
+        async def ask() -> list[Call]:
+            async with self._cluster.rpc_scope():
+                found: list[Call] = await handle.query(
+                    CALLS_QUERY, args=[run.position or 0, len(run.steps)], result_type=list[Call]
+                )
+            return found
+
+        return await self._answered(ask)
+
+    async def _answered(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Return what *ask* returns. Call it until the cluster answers."""
         while True:
             try:
-                async with self._cluster.rpc_scope():
-                    found: list[Call] = await handle.query(
-                        CALLS_QUERY, args=[run.position or 0, len(run.steps)], result_type=list[Call]
-                    )
-                return found
+                return await ask()
             except (StoreError, EngineFull):
                 await asyncio.sleep(RETRY_AFTER_S)
 

@@ -17,10 +17,10 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
 from flock.engine.outcomes import CANCELLED, Outcome
-from flock.engine.turns import Turns
+from flock.engine.turns import MAX_HISTORY_BYTES, Turns
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
-from flock.runs import Observer, Progress, Step, now
+from flock.runs import Observer, Progress, Run, RunStatus, Step, now
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
@@ -35,8 +35,9 @@ from flock.temporal.messages import (
     recoded,
     task_queue_of,
 )
+from flock.temporal.sessions import earlier_runs
 from flock.temporal.turns import MAX_RUN_BYTES, ActivityTurn, until_done
-from flock.temporal.workflows import FlockMark, FlockRun
+from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
 
 __all__ = ["TemporalWorker"]
 
@@ -129,7 +130,7 @@ class TemporalWorker:
             for_runs = Worker(
                 client,
                 task_queue=self.task_queue,
-                workflows=[FlockRun, FlockMark, FlockBatch, FlockChunk, FlockRows, FlockDelete],
+                workflows=[FlockRun, FlockMark, FlockSession, FlockBatch, FlockChunk, FlockRows, FlockDelete],
                 activities=[self._run_agent, items.find, items.delete_batch],
                 workflow_runner=UnsandboxedWorkflowRunner(),  # workflows contain no user code, and replays are tested
                 max_concurrent_activities=self._limits.max_concurrency,
@@ -185,13 +186,25 @@ class _RunTurn(ActivityTurn):
         super().__init__(
             order.run, order.timeout_s, cluster, is_again=info.attempt > 1, queue_timeout_s=order.queue_timeout_s
         )
-        self.queued_s = (now() - info.scheduled_time).total_seconds()
+        self._latest = order.latest
+        self.queued_s = order.queued_s + (now() - info.scheduled_time).total_seconds()
         for heartbeat in info.heartbeat_details:  # the start that a dead worker reported stays valid
             self.started_at = recoded(heartbeat, Heartbeat).begun_at
         self._progress_when_done: Progress | None = None
 
+    @property
+    def is_next(self) -> bool:
+        return not self._latest or self.run.status is not RunStatus.STARTING
+
     async def wait_begins(self) -> None:
-        activity.heartbeat(self.heartbeat())  # to the cluster it has started, but it waits for a slot
+        activity.heartbeat(self.heartbeat())  # to the cluster it has started, but it waits
+        if not self.is_next:  # the run before it has left the session, and is about to close
+            await self._answered(lambda: self._cluster.until_closed(self._latest[-1]))
+
+    async def earlier_runs(self, limit: int) -> Sequence[Run]:
+        return await self._answered(
+            lambda: earlier_runs(self._cluster, self.run, self._latest, limit, MAX_HISTORY_BYTES)
+        )
 
     async def keep(self, step: Step) -> None:
         """Store a long result while heartbeats are sent. Later, a slow disk would look like a dead worker."""

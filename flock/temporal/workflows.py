@@ -1,33 +1,48 @@
-"""The workflow of a run, which executes its agents in sequence.
+"""The workflows of a run, which executes its agents in sequence, and of a session, which puts its runs in order.
 
-It is generic: only the activity knows the agents, so running workflows survive a deployment with other agents. Replay
-requires it to be deterministic: it uses only the workflow's clock and its input.
+They are generic: only the activity knows the agents, so running workflows survive a deployment with other agents.
+Replay requires them to be deterministic: they use only their clock, their input and their signals.
 """
 
 import asyncio
+import contextlib
+import math
 from datetime import timedelta
 
 from msgspec.structs import replace
 from temporalio import workflow
 from temporalio.common import Priority, RetryPolicy
-from temporalio.exceptions import ActivityError, ApplicationError, TimeoutError, TimeoutType
+from temporalio.exceptions import (
+    ActivityError,
+    ApplicationError,
+    FailureError,
+    TimeoutType,
+    WorkflowAlreadyStartedError,
+)
+from temporalio.exceptions import TimeoutError as ActivityTimeout
 
 from flock.engine.outcomes import queue_timeout, timeout_of
 from flock.runs import Call, RunStatus
 from flock.temporal.messages import (
     ACTIVITY,
+    BEGIN_SIGNAL,
     CALL_SIGNAL,
     CALLS_QUERY,
     INTERRUPTED,
+    JOIN_SIGNAL,
+    LEAVE_SIGNAL,
     MARK_WORKFLOW,
     RUN_WORKFLOW,
+    SESSION_WORKFLOW,
+    TASK_TIMEOUT,
     CallDone,
     Calls,
     RunOrder,
     StepDone,
+    session_workflow_id,
 )
 
-__all__ = ["FlockMark", "FlockRun"]
+__all__ = ["FlockMark", "FlockRun", "FlockSession"]
 
 #: Only turns whose worker died or stopped are retried. The limit is for a turn that kills its workers.
 RETRIES = RetryPolicy(
@@ -40,6 +55,13 @@ RETRIES = RetryPolicy(
 NO_LIMIT = timedelta(days=365)
 #: Runs have a higher priority than batch items.
 RUNS_FIRST = Priority(priority_key=1)
+#: When a session looks after its first run, and a run after its session, because one may have been terminated. Then
+#: after twice that time, and so on.
+LOOK_AFTER_S = 30.0
+#: How long a session stays open after its last run. Until then the search of the cluster has surely found that run.
+KEEP_SESSION_S = 60.0
+#: How many of its last runs a session remembers.
+LATEST = 50
 
 
 @workflow.defn(name=RUN_WORKFLOW)
@@ -53,6 +75,12 @@ class FlockRun:
 
     def __init__(self) -> None:
         self._calls = Calls()
+        self._latest: tuple[str, ...] | None = None
+
+    @workflow.signal(name=BEGIN_SIGNAL)
+    def begin(self, latest: list[str]) -> None:
+        """Let the run begin: all earlier runs of its session have left. *latest* are the last of these."""
+        self._latest = tuple(latest)
 
     @workflow.signal(name=CALL_SIGNAL)
     def call_done(self, done: CallDone) -> None:
@@ -65,6 +93,46 @@ class FlockRun:
 
     @workflow.run
     async def run(self, order: RunOrder) -> None:
+        if order.run.session_id is None:
+            await self._steps(order)
+            return
+        try:
+            await self._steps(await self._begun(order))
+        finally:
+            with contextlib.suppress(FailureError):  # the session was terminated
+                await _session_of(order).signal(LEAVE_SIGNAL, workflow.info().workflow_id)
+
+    async def _begun(self, order: RunOrder) -> RunOrder:
+        """Wait until the run may begin. Return the order of its first turn."""
+        since, look_after_s, limit_s = workflow.now(), LOOK_AFTER_S, order.queue_timeout_s or math.inf
+        while self._latest is None:
+            waited_s = (workflow.now() - since).total_seconds()
+            if waited_s >= limit_s:
+                raise _late(order)
+            if waited_s >= look_after_s:
+                await self._join_again(order)
+                look_after_s *= 2
+            with contextlib.suppress(TimeoutError):
+                left_s = max(0.001, min(limit_s, look_after_s) - waited_s)
+                await workflow.wait_condition(lambda: self._latest is not None, timeout=left_s)
+        return replace(order, queued_s=(workflow.now() - since).total_seconds(), latest=self._latest)
+
+    async def _join_again(self, order: RunOrder) -> None:
+        """Join the session: the process that started the run may have died before that, or the session is gone."""
+        own_id = workflow.info().workflow_id
+        try:
+            await _session_of(order).signal(JOIN_SIGNAL, own_id)
+        except FailureError:
+            with contextlib.suppress(WorkflowAlreadyStartedError):
+                await workflow.start_child_workflow(
+                    SESSION_WORKFLOW,
+                    args=[[own_id], []],
+                    id=session_workflow_id(order.run),
+                    parent_close_policy=workflow.ParentClosePolicy.ABANDON,
+                    task_timeout=TASK_TIMEOUT,
+                )
+
+    async def _steps(self, order: RunOrder) -> None:
         while order.run.next_agent_name is not None:
             done = await self._turn(order)
             self._calls = Calls()
@@ -81,7 +149,7 @@ class FlockRun:
             _check_cancelled()
 
     async def _turn(self, order: RunOrder) -> StepDone:
-        max_wait_s = order.queue_timeout_s
+        max_wait_s = order.queue_timeout_s and max(0.001, order.queue_timeout_s - order.queued_s)
         if order.run.started_at is not None:
             max_wait_s = max(0.001, order.timeout_s - (workflow.now() - order.run.started_at).total_seconds())
         try:
@@ -104,6 +172,65 @@ class FlockRun:
         return done
 
 
+def _late(order: RunOrder) -> ApplicationError:
+    late = queue_timeout(order.queue_timeout_s or 0)
+    return ApplicationError(str(late), type=late.error_type, non_retryable=True)
+
+
+def _session_of(order: RunOrder) -> workflow.ExternalWorkflowHandle[None]:
+    return workflow.get_external_workflow_handle(session_workflow_id(order.run))
+
+
+@workflow.defn(name=SESSION_WORKFLOW)
+class FlockSession:
+    """The runs of one session that have not ended, in the order in which they joined. The first of them may begin.
+
+    It ends some time after its last run.
+
+    Args:
+        runs: the workflow ids of the first runs.
+        latest: those of the last runs that have left.
+    """
+
+    @workflow.init
+    def __init__(self, runs: list[str], latest: list[str]) -> None:
+        self._runs, self._latest = runs, latest
+
+    @workflow.signal(name=JOIN_SIGNAL)
+    def join(self, run: str) -> None:
+        if run not in self._runs:
+            self._runs.append(run)
+
+    @workflow.signal(name=LEAVE_SIGNAL)
+    def leave(self, run: str) -> None:
+        if run in self._runs:
+            self._runs.remove(run)
+            self._latest = [*self._latest, run][-LATEST:]
+
+    @workflow.run
+    async def run(self, runs: list[str], latest: list[str]) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await workflow.wait_condition(lambda: bool(self._runs), timeout=KEEP_SESSION_S)
+            if not self._runs:
+                return
+            await self._until_left(self._runs[0])
+            if workflow.info().is_continue_as_new_suggested():
+                workflow.continue_as_new(args=[self._runs, self._latest])
+
+    async def _until_left(self, run: str) -> None:
+        """Let *run* begin, and wait until it leaves or is gone."""
+        wait_s = LOOK_AFTER_S
+        while run in self._runs:
+            try:
+                await workflow.get_external_workflow_handle(run).signal(BEGIN_SIGNAL, self._latest)
+            except FailureError:
+                self.leave(run)
+            with contextlib.suppress(TimeoutError):
+                await workflow.wait_condition(lambda: run not in self._runs, timeout=wait_s)
+            wait_s *= 2
+
+
 @workflow.defn(name=MARK_WORKFLOW)
 class FlockMark:
     """Reserves the id of an idempotency key or a deleted run, while it waits for its delayed start."""
@@ -121,11 +248,10 @@ def _check_cancelled() -> None:
 def _failure(order: RunOrder, cause: BaseException | None) -> ApplicationError:
     if isinstance(cause, ApplicationError):
         return ApplicationError(cause.message, *cause.details, type=cause.type, non_retryable=True)
-    if isinstance(cause, TimeoutError) and cause.type is TimeoutType.SCHEDULE_TO_START:
+    if isinstance(cause, ActivityTimeout) and cause.type is TimeoutType.SCHEDULE_TO_START:
         if order.run.started_at is not None:
             end = timeout_of(order.timeout_s)
             return ApplicationError(end.error, type=end.error_type, non_retryable=True)
-        late = queue_timeout(order.queue_timeout_s or 0)
-        return ApplicationError(str(late), type=late.error_type, non_retryable=True)
+        return _late(order)
     message = f"The worker died or stopped in each of {RETRIES.maximum_attempts} attempts. The run may be the cause."
     return ApplicationError(message, type=INTERRUPTED, non_retryable=True)

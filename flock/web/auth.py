@@ -308,6 +308,9 @@ class ScopedEngine:
         await self.get_run(run_id)
         await self._engine.delete_run(run_id)
 
+    async def delete_session(self, session_id: str, principal: str | None = None) -> None:
+        await self._engine.delete_session(session_id, principal if self._principal.admin else self._principal.name)
+
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         return await self._engine.list_runs(self._own_only(wanted))
 

@@ -61,6 +61,9 @@ DEPRECATED = msgspec.Meta(extra_json_schema={"deprecated": True})
 Delimiter = Literal[",", ";", "\t", "|"]
 Decimal = Literal[".", ","]
 
+#: See ``Engine.submit``. Visible ASCII characters; the lookahead is for a line break, which ``$`` allows in Python.
+SessionID = Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,128}(?!\n)$")]
+
 #: Max records in one response.
 MAX_PAGE = 1000
 
@@ -78,6 +81,7 @@ class FlockAPIRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     inputs: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"{}"))
     async_run: bool = False
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    session_id: SessionID | None = None
     use_production_tools: Annotated[Any, DEPRECATED] = None
 
 
@@ -187,6 +191,7 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     status: RunStatus | msgspec.UnsetType = msgspec.UNSET
     agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
     created_after: Time | msgspec.UnsetType = msgspec.UNSET
     created_before: Time | msgspec.UnsetType = msgspec.UNSET
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
@@ -282,7 +287,8 @@ class RunCall(msgspec.Struct, frozen=True, kw_only=True):
 class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     """The current state of a run. Only items of a batch have ``batch_id`` and ``position``.
 
-    ``calls`` are those of the step that has not ended. Only ``GET /run/{run_id}`` returns calls.
+    ``session_id`` is there if the request named a session. ``calls`` are those of the step that has not ended. Only
+    ``GET /run/{run_id}`` returns calls.
     """
 
     run_id: str
@@ -303,6 +309,7 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     calls: list[RunCall] | msgspec.UnsetType = msgspec.UNSET
     batch_id: str | msgspec.UnsetType = msgspec.UNSET
     position: int | msgspec.UnsetType = msgspec.UNSET
+    session_id: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
