@@ -342,7 +342,7 @@ class TemporalEngine(EngineBase):
         found: dict[int, list[Call]] = {}
         for attempt in sorted({*(step.attempt for step in run.steps if step.call_count), run.attempt}):
             async with self.cluster.rpc_scope():
-                found |= calls_of(await self._history(self._handle(run_id, attempt)))
+                found |= calls_of(await self.cluster.history_of(run_workflow_id(run_id, attempt)))
         return found
 
     async def _attempt(self, run_id: str, attempt: int) -> Run | None:
