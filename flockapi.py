@@ -46,6 +46,7 @@ from flock.errors import (
     FlockError,
     NotFound,
     Replayed,
+    RunNotFound,
     StoreError,
 )
 from flock.extras import pip_install
@@ -418,7 +419,7 @@ async def run_flock(request: Request) -> Response:
             run = await while_connected(request, waiting)
             applied += f", wait={wait_s}"
         headers = {**headers, "Preference-Applied": applied}
-    return run_response(request, run, 200 if run.status.is_final else 202, headers)
+    return await run_response(request, run, 200 if run.status.is_final else 202, headers)
 
 
 async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bool, Mapping[str, str]]:
@@ -498,7 +499,7 @@ async def get_run(request: Request) -> Response:
         run = await while_connected(request, engine.wait(run_id, wait_s))
     else:
         run = await engine.get_run(run_id)
-    return run_response(request, run, calls=await engine.get_calls(run_id))
+    return await run_response(request, run)
 
 
 async def cancel_run(request: Request) -> Response:
@@ -508,12 +509,12 @@ async def cancel_run(request: Request) -> Response:
     if wait_s and not run.status.is_final:
         await while_connected(request, engine.wait(run_id, wait_s))
         run = await engine.cancel_run(run_id)  # raises Conflict if the run completed or failed
-    return run_response(request, run, 200 if run.status.is_final else 202)
+    return await run_response(request, run, 200 if run.status.is_final else 202)
 
 
 async def retry_run(request: Request) -> Response:
     """POST /run/{run_id}/retry"""
-    return run_response(request, await (await engine_of(request)).retry_run(request.path_params["run_id"]), 202)
+    return await run_response(request, await (await engine_of(request)).retry_run(request.path_params["run_id"]), 202)
 
 
 async def delete_run(request: Request) -> Response:
@@ -750,16 +751,15 @@ async def metrics(request: Request) -> Response:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_response(
-    request: Request,
-    run: Run,
-    status_code: int = 200,
-    headers: Mapping[str, str] | None = None,
-    *,
-    calls: Mapping[int, Sequence[Call]] | None = None,
+async def run_response(
+    request: Request, run: Run, status_code: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return a run, with the *calls* of its steps, by their position."""
     engine = app_of(request).engine
+    may_have_calls = any(step.call_count for step in run.steps) or (run.started_at and run.next_agent_name)
+    calls: Mapping[int, Sequence[Call]] = {}
+    if may_have_calls:
+        with contextlib.suppress(RunNotFound):  # retention may have deleted it since
+            calls = await engine.get_calls(run.run_id)
     long: dict[int | None, LongJSON] = {}
     if isinstance(engine, EmbeddedEngine):  # other engines hold results in memory anyway
         results: dict[int | None, msgspec.Raw | None] = {None: run.result}
@@ -767,7 +767,7 @@ def run_response(
         long = {at: engine.long_result(run, at) for at, result in results.items() if len(result or b"") > LONG_BYTES}
 
     def calls_of_step(position: int) -> list[wire.RunCall] | msgspec.UnsetType:
-        return msgspec.UNSET if calls is None else [wire.run_call(call) for call in calls.get(position, ())]
+        return [wire.run_call(call) for call in calls.get(position, ())] or msgspec.UNSET
 
     steps = [
         wire.shown_as(wire.RunStep, step, result=long.get(at, step.result), calls=calls_of_step(at))

@@ -429,7 +429,11 @@ async def test_a_batch_in_an_older_store_is_recovered_after_the_migration(versio
                 "VALUES (?, 'work', 'item', ?, 0, 0, ?, ?, 1, 1, 'dead', ?, ?)",
                 (run_id, status, batch_id, position, b'{"n":%d}' % position, result),
             )
-        db.execute("INSERT INTO steps VALUES (?, 0, 'item', ?, NULL, NULL, 1, 0, 0)", (ids[0], b'{"result":0}'))
+        db.execute(
+            "INSERT INTO steps (run_id, position, agent_name, result, attempt, started_at, completed_at) "
+            "VALUES (?, 0, 'item', ?, 1, 0, 0)",
+            (ids[0], b'{"result":0}'),
+        )
     async with work.flock.engine(store=path) as engine:
         with anyio.fail_after(PATIENCE_S):
             batch = await engine.wait_batch(batch_id)

@@ -23,6 +23,7 @@ import pytest
 from flock.core import Flock
 from flock.errors import AgentError, CallError
 from flock.runs import NOT_LOADED, BatchOptions, Engine, Run, RunContext, RunStatus
+from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
 from tests.support.servers import serving
@@ -638,3 +639,31 @@ async def test_a_run_shows_its_calls(open_engine: OpenEngine) -> None:
 
 def very_long() -> str:
     return "x" * 5000
+
+
+async def test_the_api_shows_calls_where_there_are_any() -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext, n: int = 1) -> int:
+        for _ in range(n):
+            await context.call(long, keep="result")
+            await context.call(very_long)
+        return n
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(flock)), base_url="http://t") as client:
+        body = {"agent_name": "work", "inputs": {"n": 1}}
+        run = (await client.post("/run/flock", json=body)).json()
+        assert run["status"] == "completed", run
+        first, second = run["steps"][0]["calls"]
+        assert (first["name"], first["kind"], first["arguments"], first["result"]) == (
+            "long",
+            "function",
+            None,
+            "x" * 2000,
+        )
+        assert (second["name"], "result" in second, second["error"]) == ("very_long", False, None)
+        assert (await client.get(f"/run/{run['run_id']}")).json() == run
+        run = (await client.post("/run/flock", json={**body, "inputs": {"n": 0}})).json()
+        assert "calls" not in run["steps"][0]
+        assert (await client.get(f"/run/{run['run_id']}")).json() == run

@@ -767,6 +767,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
     "submit": lambda engine: engine.submit("add", {"a": 1}),
     "submit_batch": lambda engine: engine.submit_batch("add", [{"a": 1}], BatchOptions()),
     "get_run": lambda engine: engine.get_run(new_id()),
+    "get_calls": lambda engine: engine.get_calls(new_id()),
     "wait": lambda engine: engine.wait(new_id(), 0),
     "cancel_run": lambda engine: engine.cancel_run(new_id()),
     "retry_run": lambda engine: engine.retry_run(new_id()),

@@ -287,8 +287,8 @@ class RunCall(msgspec.Struct, frozen=True, kw_only=True):
 class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     """The current state of a run. Only items of a batch have ``batch_id`` and ``position``.
 
-    ``session_id`` is there if the request named a session. ``calls`` are those of the step that has not ended. Only
-    ``GET /run/{run_id}`` returns calls.
+    ``session_id`` is there if the request named a session. ``calls`` are those of the step that has not ended, if it
+    has made any.
     """
 
     run_id: str
