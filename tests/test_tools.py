@@ -2,11 +2,15 @@
 
 import functools
 import json
+import os
+import runpy
+import signal
 import threading
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
+import httpx
 import msgspec
 import pytest
 
@@ -16,9 +20,11 @@ from flock.agents.tools import MAX_RESULT_CHARS, Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, DefinitionError, SignatureError
 from flock.runs import Engine, Run, RunContext, RunStatus, Usage
-from tests.support import PATIENCE_S
+from tests.support import EXAMPLES, PATIENCE_S
 from tests.support.engines import OpenEngine
+from tests.support.flocks import CALLING_TOOLS
 from tests.support.models import FakeModel, answer, calling, error
+from tests.support.servers import Served, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -454,6 +460,32 @@ async def test_finished_replies_and_calls_are_not_paid_again(tmp_path: Path, mod
     assert model.requests[1]["messages"] == model.requests[2]["messages"][:6]
 
 
+@pytest.mark.slow
+async def test_kill_9_repeats_no_reply_and_no_call_that_was_finished(
+    tmp_path: Path, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, log = tmp_path / "tools.py", tmp_path / "log"
+    script.write_text(CALLING_TOOLS.format(name="tools", log=str(log)))
+    notes = [("note", {"word": "a"}), ("note", {"word": "fail"})]
+    model.replies = [calling(*notes), calling(("hang", {})), answer({"a": "x"})]
+    async with Served(model.app) as provider, httpx.AsyncClient(timeout=PATIENCE_S) as client:
+        monkeypatch.setenv("OLLAMA_BASE_URL", f"{provider.url}/v1")
+        with serving(script, tmp_path) as server:
+            body = {"agent_name": "ask", "inputs": {"q": "?"}, "async_run": True}
+            run_id = (await client.post(f"{server.url}/run/flock", json=body)).json()["run_id"]
+            with anyio.fail_after(PATIENCE_S):
+                while "hang" not in log.read_text():  # noqa: ASYNC110 - another process writes it
+                    await anyio.sleep(0.02)
+            os.kill(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+        with serving(script, tmp_path) as server:
+            run = (await client.get(f"{server.url}/run/{run_id}?wait=50")).json()
+            assert (run["status"], run["result"]) == ("completed", {"a": "x"})
+            assert run["usage"] == {"input_tokens": 30, "output_tokens": 15}
+    assert sorted(log.read_text().split()) == ["a", "fail", "hang", "hang"]
+    assert len(model.requests) == 3
+
+
 async def test_an_agent_without_tools_stores_no_call(tmp_path: Path, model: FakeModel) -> None:
     """A repaired answer is stored, since another call follows it."""
     model.replies = [answer({"a": "1"}), answer("no"), answer({"a": "2"}), error(401), *[answer("no")] * 3]
@@ -462,6 +494,16 @@ async def test_an_agent_without_tools_stores_no_call(tmp_path: Path, model: Fake
         assert [[call.call_id for call in made] for made in calls] == [[], ["openai_gpt-4o:1"]]
         failed = [await ended(engine) for _ in range(2)]
         assert [run.error_type for run in failed] == ["model_authentication", "invalid_output"]
+
+
+async def test_the_example_calls_its_function(model: FakeModel) -> None:
+    flock = runpy.run_path(str(EXAMPLES / "tools.py"))["flock"]
+    model.replies = [calling(("stock", {"item": "pot"})), answer({"answer": "3"})]
+    async with flock.engine(transport=model.transport) as engine:
+        run = await engine.submit("clerk", {"question": "How many pots?"})
+        run = await engine.wait(run.run_id)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert results(model.requests[1]) == ["3"]
 
 
 # Definitions

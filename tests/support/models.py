@@ -64,7 +64,8 @@ class FakeModel:
         self.replies: list[Response | Callable[[Any], Awaitable[Response]]] = []
         self.requests: list[Any] = []
         self.headers: list[Mapping[str, str]] = []
-        self.transport = httpx.ASGITransport(Starlette(routes=[Route("/{path:path}", self._reply, methods=["POST"])]))
+        self.app = Starlette(routes=[Route("/{path:path}", self._reply, methods=["POST"])])
+        self.transport = httpx.ASGITransport(self.app)
 
     async def _reply(self, request: Request) -> Response:
         self.requests.append(await request.json())
