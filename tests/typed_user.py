@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from flock import __version__
 from flock.agents.agent import Agent, FunctionAgent, Handoff, ModelAgent, NextAgent, OnInterrupt, Resources, ToolLike
+from flock.agents.mcp import mcp_tools
 from flock.agents.tools import Tool
 from flock.core import BatchInputs, Flock, FlockFactory, Messages, agent
 from flock.errors import (
@@ -182,6 +183,7 @@ analyst = FlockFactory.create_default_agent(
     on_interrupt=again,
 )
 tools: list[ToolLike] = [shout, Tool(measure_once, name="measure", description="Measure."), analyst, "triage"]
+tools.append(mcp_tools("https://example.com/mcp", headers={"Authorization": "Bearer x"}, timeout_s=5))
 triage = FlockFactory.create_default_agent(
     name="triage",
     output="kind: Literal['a', 'b', 'c']",

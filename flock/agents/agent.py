@@ -21,7 +21,7 @@ from flock.agents.conversation import Conversation
 from flock.agents.llm import ModelClient
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.signature import Signature, context_parameter, is_async, name_of
-from flock.agents.tools import AgentTool, Tool, Toolbox, by_name
+from flock.agents.tools import AgentTool, Tool, Toolbox, ToolSource, by_name
 from flock.errors import (
     CallError,
     DefinitionError,
@@ -244,8 +244,8 @@ def _choices(output: Signature) -> dict[str, list[str]]:
     return {name: values for name, values in enums.items() if values and all(isinstance(v, str) for v in values)}
 
 
-#: A tool of a model agent: a typed function, a ``Tool``, an agent, or the name of an agent.
-ToolLike = Callable[..., Any] | Tool | Agent | str
+#: A tool of a model agent: a typed function, a ``Tool``, an agent, the name of an agent, or ``mcp_tools(…)``.
+ToolLike = Callable[..., Any] | Tool | Agent | str | ToolSource
 
 
 class ModelAgent(Agent):
@@ -260,8 +260,8 @@ class ModelAgent(Agent):
             part of the result. They count as output tokens. The output of an example may have that field.
         history: how many of its last turns in the session of the run the model sees, after the examples and in the same
             form. None is for an agent that needs no memory.
-        tools: what the model may call before it answers: typed functions, each optionally as a ``Tool``, and other
-            agents of the flock or their names.
+        tools: what the model may call before it answers: typed functions, each optionally as a ``Tool``, other agents
+            of the flock or their names, and ``mcp_tools(…)``.
         max_tool_calls: max calls of tools in one step, at least 1. Then the model must answer.
         tool_timeout_s: wall-clock seconds for each call of a tool.
         temperature: sampling temperature; None uses the provider's default.
@@ -344,7 +344,7 @@ class ModelAgent(Agent):
 
     async def _converse(self, messages: Sequence[Message], resources: Resources, context: RunContext) -> msgspec.Raw:
         toolbox = Toolbox(
-            [self._resolved(tool, resources.agents) for tool in self.tools],
+            [known for tool in self.tools for known in await self._known(tool, resources.agents)],
             max_calls=self.max_tool_calls,
             timeout_s=self.tool_timeout_s,
             context=context,
@@ -368,12 +368,14 @@ class ModelAgent(Agent):
         )
         return await conversation.converse(self.max_retries)
 
-    def _resolved(self, tool: Tool | str, agents: Mapping[str, Agent]) -> Tool:
+    async def _known(self, tool: Tool | ToolSource | str, agents: Mapping[str, Agent]) -> Sequence[Tool]:
+        if isinstance(tool, ToolSource):
+            return await tool.tools()
         if isinstance(tool, Tool):
-            return tool
+            return [tool]
         if tool not in agents:
             raise CallError(f"{self.name!r} has a tool {tool!r}, but there is no such agent.")
-        return agents[tool].as_tool()
+        return [agents[tool].as_tool()]
 
     def _example_messages(self, example: Any, number: int) -> tuple[Message, Message]:
         """Return an example as a prompt and the answer to it. Raises DefinitionError if it does not match."""
@@ -436,10 +438,10 @@ class ModelAgent(Agent):
         return f"Determine:\n{outputs}\nAnswer with a JSON object only."
 
 
-def _tool_of(tool: ToolLike) -> Tool | str:
+def _tool_of(tool: ToolLike) -> Tool | ToolSource | str:
     if isinstance(tool, Agent):
         return tool.as_tool()
-    return tool if isinstance(tool, Tool | str) else Tool(tool)
+    return tool if isinstance(tool, Tool | ToolSource | str) else Tool(tool)
 
 
 def _in_words(schema: Mapping[str, Any], plural: str = "") -> str:

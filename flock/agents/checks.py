@@ -5,12 +5,12 @@ from collections.abc import Mapping
 
 from flock.agents.agent import Agent, ModelAgent
 from flock.agents.llm import check_model
-from flock.agents.tools import AgentTool
+from flock.agents.tools import AgentTool, ToolSource
 from flock.agents.workflow import missing_agents
 from flock.errors import ModelError
 from flock.nearest import did_you_mean
 
-__all__ = ["problems", "warn_of_problems"]
+__all__ = ["problems", "tool_sources", "warn_of_problems"]
 
 logger = logging.getLogger("flock.checks")
 
@@ -48,6 +48,12 @@ def _agents_as_tools(agent: Agent) -> list[str]:
     tools = agent.tools if isinstance(agent, ModelAgent) else []
     names = [tool.agent_name if isinstance(tool, AgentTool) else tool for tool in tools]
     return [name for name in names if isinstance(name, str)]
+
+
+def tool_sources(agents: Mapping[str, Agent]) -> list[ToolSource]:
+    """Return the sources of tools that the agents have, each once."""
+    tools = [tool for agent in agents.values() if isinstance(agent, ModelAgent) for tool in agent.tools]
+    return list(dict.fromkeys(tool for tool in tools if isinstance(tool, ToolSource)))
 
 
 def warn_of_problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> None:

@@ -52,8 +52,14 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ToolSchema(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool as a model sees it. ``schema`` is the JSON Schema of its arguments, an object."""
+    """A tool as a model sees it.
+
+    Attributes:
+        schema: the JSON Schema of its arguments, an object.
+        may_be_strict: whether the provider may be asked to enforce the schema.
+    """
 
     name: str
     description: str
     schema: Mapping[str, Any]
+    may_be_strict: bool = True

@@ -456,7 +456,7 @@ def _with_format_in_words(request: _Request) -> Sequence[Message]:
 def _function_of(tool: ToolSchema) -> dict[str, Any]:
     """Return a tool as a request has it. It is strict if its schema allows that and has no optional arguments."""
     function: dict[str, Any] = {"name": tool.name, "description": tool.description, "parameters": tool.schema}
-    is_strict, strict_schema = _strict_schema(tool.schema)
+    is_strict, strict_schema = _strict_schema(tool.schema) if tool.may_be_strict else (False, {})
     if is_strict and strict_schema.get("required", []) == tool.schema.get("required", []):
         function |= {"parameters": strict_schema, "strict": True}
     return {"type": "function", "function": function}

@@ -17,7 +17,7 @@ from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
 from flock.runs import RunContext, one_line
 
-__all__ = ["AgentTool", "Tool", "Toolbox", "by_name"]
+__all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "by_name"]
 
 #: What all providers accept as the name of a tool.
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -39,6 +39,9 @@ class Tool:
         DefinitionError: it is not a function, or its name is invalid.
         SignatureError: a parameter has no type, or its type cannot be read from JSON.
     """
+
+    #: whether the schema is one of ours, which a provider can enforce
+    may_be_strict = True
 
     def __init__(
         self, function: Callable[..., Any], *, name: str | None = None, description: str | None = None
@@ -62,7 +65,12 @@ class Tool:
     @property
     def schema(self) -> ToolSchema:
         """The tool as a model sees it."""
-        return ToolSchema(name=self.name, description=self.description, schema=self.parameters.schema)
+        return ToolSchema(
+            name=self.name,
+            description=self.description,
+            schema=self.parameters.schema,
+            may_be_strict=self.may_be_strict,
+        )
 
     async def execute(
         self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
@@ -72,16 +80,22 @@ class Tool:
         Raises: CallError if it does not end within *timeout_s*; any exception of the function.
         Cancellation: a coroutine is cancelled. A thread runs to its end first, or until the timeout.
         """
+        with anyio.move_on_after(timeout_s):
+            return await self.call(arguments, context, call_in_thread, timeout_s)
+        raise CallError(f"{self.name!r} did not end within {timeout_s:g} s (tool_timeout_s).")
+
+    async def call(
+        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
+    ) -> Any:
+        """Call the function, without a limit for coroutines."""
         values = {field.name: getattr(arguments, field.name) for field in self.parameters.fields}
         if self._context_parameter is not None:
             values[self._context_parameter] = context
         call = functools.partial(self.function, **values)
-        with anyio.move_on_after(timeout_s):
-            if is_async(self.function):
-                return await call()
-            value = await call_in_thread(call, anyio.current_time() + timeout_s)
-            return await value if inspect.isawaitable(value) else value
-        raise CallError(f"{self.name!r} did not end within {timeout_s:g} s (tool_timeout_s).")
+        if is_async(self.function):
+            return await call()
+        value = await call_in_thread(call, anyio.current_time() + timeout_s)
+        return await value if inspect.isawaitable(value) else value
 
 
 class AgentTool(Tool):
@@ -107,6 +121,14 @@ def _checked_name(name: str) -> str:
     if name == FINISH:
         raise DefinitionError(f"A tool cannot be called {FINISH!r}: models end their calls with it. Rename it.")
     return name
+
+
+class ToolSource:
+    """Tools that are known at run time only."""
+
+    async def tools(self) -> Sequence[Tool]:
+        """Return the tools. Raises CallError if they cannot be listed now."""
+        raise NotImplementedError
 
 
 class Toolbox:
