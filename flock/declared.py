@@ -22,7 +22,7 @@ import anyio
 import httpx
 import msgspec
 
-from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, agent
+from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike, agent
 from flock.agents.llm import ModelClient
 from flock.agents.signature import Signature
 from flock.agents.workflow import result_names
@@ -288,6 +288,9 @@ class FlockFactory:
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
         history: int | None = None,
+        tools: Sequence[ToolLike] = (),
+        max_tool_calls: int = 10,
+        tool_timeout_s: float = 60,
         temperature: float | None = None,
         max_tokens: int | None = None,
         max_retries: int = 2,
@@ -302,8 +305,8 @@ class FlockFactory:
             input, output: a signature such as ``"text: str | what to analyse, limit: int"``, or a struct, dataclass,
                 TypedDict or pydantic model.
             types: additional types, by name, that the strings may use.
-            model, instructions, examples, reasoning, history, temperature, max_tokens, max_retries, timeout_s: see
-                ``ModelAgent``.
+            model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
+                max_tokens, max_retries, timeout_s: see ``ModelAgent``.
             next_agent, max_concurrency, on_interrupt: see ``Agent``.
 
         Raises:
@@ -321,6 +324,9 @@ class FlockFactory:
             examples=examples,
             reasoning=reasoning,
             history=history,
+            tools=tools,
+            max_tool_calls=max_tool_calls,
+            tool_timeout_s=tool_timeout_s,
             temperature=temperature,
             max_tokens=max_tokens,
             max_retries=max_retries,

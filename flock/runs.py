@@ -154,7 +154,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         name: of the function, the agent, the tool or the model.
         arguments: by name, as a JSON object; null if they cannot be JSON, or are not kept.
         result: as JSON; null if the call failed.
-        error, error_type: of a failed call. It is executed again if the step runs again.
+        error, error_type: of a failed call. It is executed again if the step runs again, unless it is a call of a tool,
+            because the model has read the error.
         usage: the tokens that it used, including those of the calls that it made.
     """
 
@@ -168,6 +169,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     started_at: datetime
     completed_at: datetime
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is not executed again if its step runs again."""
+        return self.error is None or self.kind == "tool"
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -694,6 +700,19 @@ class StepJournal(Protocol):
         keep: Literal["all", "result"],
     ) -> Awaitable[Any]: ...
 
+    def once(
+        self,
+        label: str,
+        key: str,
+        execute: Callable[[], Awaitable[Any]],
+        *,
+        kind: CallKind,
+        arguments: msgspec.Raw,
+        decode: Callable[[msgspec.Raw], Any],
+        should_keep: Callable[[Any], bool] | None = None,
+        on_error: Callable[[str], Any] | None = None,
+    ) -> Awaitable[Any]: ...
+
     def run_agent(
         self, context: "RunContext", name: str, inputs: Mapping[str, Any]
     ) -> Coroutine[Any, Any, dict[str, Any]]: ...
@@ -777,7 +796,7 @@ class RunContext:
 
         Cancellation: a call that has not finished is not stored. A synchronous function is waited for.
         """
-        return self._required_journal().call(self, function, args, kwargs, name, keep)
+        return self.journal.call(self, function, args, kwargs, name, keep)
 
     def run_agent(self, name: str, inputs: Mapping[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
         """Let another agent of the flock run, as a call of this step, and return its result.
@@ -799,9 +818,11 @@ class RunContext:
 
         Cancellation: as for ``call``.
         """
-        return self._required_journal().run_agent(self, name, inputs)
+        return self.journal.run_agent(self, name, inputs)
 
-    def _required_journal(self) -> StepJournal:
+    @property
+    def journal(self) -> StepJournal:
+        """The calls of the step. Agents may call ``once`` of it; see ``flock.engine.journal``."""
         assert self._journal is not None, "an engine made this context"
         return self._journal
 

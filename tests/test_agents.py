@@ -4,6 +4,7 @@ import contextvars
 import dataclasses
 import functools
 import json
+import math
 import re
 import threading
 from collections.abc import AsyncIterator
@@ -19,8 +20,9 @@ from flock.agents.agent import Agent, FunctionAgent, ModelAgent, Resources, agen
 from flock.agents.llm import ModelClient
 from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory
+from flock.engine.journal import Journal
 from flock.errors import DefinitionError, InvalidOutput, ModelError, SignatureError
-from flock.runs import Run, RunContext, Usage, now
+from flock.runs import Call, Run, RunContext, Usage, now
 from flockapi import create_app
 from tests.support.models import FakeModel, answer, error
 
@@ -51,7 +53,33 @@ class Done(NamedTuple):
 
 def context_of(agent_name: str, spent: list[Usage]) -> RunContext:
     run = Run(run_id="r", flock="f", agent_name=agent_name, inputs=msgspec.Raw(b"{}"), created_at=now())
-    return RunContext(run, agent_name, lambda progress: None, on_usage=lambda agent_name, usage: spent.append(usage))
+    return RunContext(
+        run,
+        agent_name,
+        lambda progress: None,
+        journal(),
+        on_usage=lambda agent_name, usage: spent.append(usage),
+    )
+
+
+def journal() -> Journal:
+    """Return a journal that stores nothing."""
+
+    async def save(call: Call) -> None: ...
+
+    def run_agent(*arguments: Any) -> Any: ...
+
+    return Journal(
+        (),
+        save=save,
+        call_in_thread=anyio.to_thread.run_sync,
+        run_agent=run_agent,
+        spent=Usage(),
+        max_calls=1000,
+        max_result_bytes=math.inf,
+        max_total_bytes=math.inf,
+        expose_errors=False,
+    )
 
 
 async def turn(made: Agent, resources: Resources, **inputs: Any) -> Done:

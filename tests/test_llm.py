@@ -24,7 +24,7 @@ from flock.agents.signature import Signature
 from flock.errors import ModelError
 from flock.runs import Usage
 from tests.support import PATIENCE_S
-from tests.support.models import FakeModel, answer, as_json, error, socket_server
+from tests.support.models import FakeModel, answer, as_json, calling, error, socket_server
 
 MESSAGES = [Message("system", "Do it."), Message("user", "text: hello")]
 SCHEMA = Signature.of("sentiment: Literal['good', 'bad'] | how it sounds, words: list[str]").schema
@@ -541,3 +541,46 @@ async def test_litellm_itself_calls_a_provider_that_is_not_built_in() -> None:
         done = await anyio.run_process([sys.executable, "-c", LITELLM], env=env, stderr=subprocess.STDOUT, check=False)
     assert b'ANSWER {"a": 1} 5' in done.stdout, done.stdout.decode()
     assert b"ERROR model_authentication" in done.stdout
+
+
+LITELLM_TOOLS = """
+import asyncio, json
+from flock.agents.llm import Message, ModelClient
+from flock.agents.completions import ToolSchema
+
+async def main():
+    async with ModelClient() as models:
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+        tools = [ToolSchema(name="look", description="Look.", schema={"type": "object", "properties": {}})]
+        for model in ("fireworks_ai/some-model", "lm_studio/some-model"):
+            done = await models.complete(model, [Message("user", "hi")], schema, tools=tools)
+            print("CALL", done.tool_calls[0].function.name)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+async def test_litellm_knows_which_models_call_tools() -> None:
+    """The others are asked for their next step as JSON."""
+    bodies = [calling(("look", {})), answer({"next_thought": "", "next_tool_name": "look", "next_tool_args": {}})]
+    requests: list[bytes] = []
+
+    async def serve(stream: anyio.abc.SocketStream) -> None:
+        requests.append(b"")
+        while b"some-model" not in requests[-1] or b"}]}" not in requests[-1]:
+            requests[-1] += await stream.receive()
+        reply = bodies.pop(0)
+        head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        await stream.send(f"{head}Content-Length: {len(reply.body)}\r\n\r\n".encode() + bytes(reply.body))
+
+    async with socket_server(serve) as (url, _):
+        names = ("LM_STUDIO", "FIREWORKS", "FIREWORKS_AI")
+        env = os.environ | {f"{name}_API_BASE": url for name in names} | {f"{name}_API_KEY": "x" for name in names}
+        env["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+        command = [sys.executable, "-c", LITELLM_TOOLS]
+        with anyio.fail_after(100):
+            done = await anyio.run_process(command, env=env, stderr=subprocess.STDOUT, check=False)
+    assert done.stdout.count(b"CALL look") == 2, done.stdout.decode()
+    assert [b'"tools"' in request for request in requests] == [True, False]
+    assert b"next_tool_name" in requests[1]

@@ -218,3 +218,24 @@ def test_examples_and_reasoning_produce_a_valid_answer_and_too_many_examples_are
     with pytest.raises(RunFailed, match="exceeds its context window") as caught:
         flock_of(output, examples=[example] * 100, reasoning=True).run("text_analyzer", {"text": "I love it."})
     assert caught.value.error_type == "model_context_length"
+
+
+def test_an_agent_with_two_tools_calls_them_and_answers() -> None:
+    """The model has no tool calling, so it writes its next step as JSON. A grammar allows only valid calls."""
+    called: list[str] = []
+
+    def weather(city: str) -> str:
+        """Find the weather of a city."""
+        called.append(f"weather of {city}")
+        return f"It is sunny in {city}."
+
+    def population(city: str) -> int:
+        """Find the number of people in a city."""
+        called.append(f"population of {city}")
+        return 552_000
+
+    flock = flock_of("answer: str", tools=[weather, population], max_tool_calls=2)
+    result = flock.run("text_analyzer", {"text": "What is the weather in Lisbon?"})
+    assert list(result) == ["answer"]
+    assert 1 <= len(called) <= 2
+    assert called[0].startswith(("weather of ", "population of "))

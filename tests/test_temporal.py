@@ -38,7 +38,7 @@ from flock.agents.llm import ModelClient
 from flock.command.cli import main
 from flock.core import Flock
 from flock.errors import AgentError, BatchNotFound, Conflict, DefinitionError, EngineFull, Replayed, StoreError
-from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id, now
+from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, Usage, new_id, now
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
@@ -62,8 +62,9 @@ from flockapi import create_app
 from tests.support import PATIENCE_S, ROOT
 from tests.support.cluster import temporal_server
 from tests.support.engines import ended, until
-from tests.support.flocks import Gate, Work, numbers, sample_flock
-from tests.support.servers import Server, flockapi_command, free_port, running
+from tests.support.flocks import CALLING_TOOLS, Gate, Work, numbers, sample_flock
+from tests.support.models import FakeModel, answer, calling
+from tests.support.servers import Served, Server, flockapi_command, free_port, running
 
 pytestmark = pytest.mark.anyio
 
@@ -1189,6 +1190,36 @@ async def test_finished_calls_outlive_their_worker(kind: str, end: str, temporal
     assert run.result is not None
     assert (run.status, bytes(run.result)) == (RunStatus.COMPLETED, b'{"result":1005}')
     assert log.read_text().split() == ["a", "bb", "bb", "hang", "hang"]
+
+
+async def test_replies_of_models_and_calls_of_tools_outlive_their_worker(
+    temporal_address: str, tmp_path: Path, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a call that failed, since the model has read its error."""
+    target, log = tmp_path / "tools.py", tmp_path / "log"
+    target.write_text(CALLING_TOOLS.format(name=new_id(), log=str(log)))
+    flock: Flock = runpy.run_path(str(target))["flock"]
+    notes = [("note", {"word": "a"}), ("note", {"word": "fail"})]
+    model.replies = [calling(*notes), calling(("hang", {})), answer({"a": "x"})]
+    async with (
+        Served(model.app) as provider,
+        TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine,
+    ):
+        monkeypatch.setenv("OLLAMA_BASE_URL", f"{provider.url}/v1")
+        with working(target, temporal_address, options=["--drain-timeout", "0"]) as doomed:
+            run_id = (await engine.submit("ask", {"q": "?"})).run_id
+            with anyio.fail_after(PATIENCE_S):
+                while "hang" not in log.read_text():  # noqa: ASYNC110 - another process writes it
+                    await anyio.sleep(0.02)
+            doomed.kill()
+            doomed.wait()
+        with working(target, temporal_address):
+            run = await engine.wait(run_id, PATIENCE_S)
+    assert run.result is not None
+    assert (run.status, bytes(run.result)) == (RunStatus.COMPLETED, b'{"a":"x"}')
+    assert run.usage == Usage(input_tokens=30, output_tokens=15)
+    assert sorted(log.read_text().split()) == ["a", "fail", "hang", "hang"]
+    assert len(model.requests) == 3
 
 
 # The command line

@@ -11,7 +11,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from flock import __version__
-from flock.agents.agent import Agent, FunctionAgent, Handoff, ModelAgent, NextAgent, OnInterrupt, Resources
+from flock.agents.agent import Agent, FunctionAgent, Handoff, ModelAgent, NextAgent, OnInterrupt, Resources, ToolLike
+from flock.agents.mcp import mcp_tools
+from flock.agents.tools import Tool
 from flock.core import BatchInputs, Flock, FlockFactory, Messages, agent
 from flock.errors import (
     AccessDenied,
@@ -154,6 +156,7 @@ async def measure_once(text: str, context: RunContext) -> int:
 
 
 def name_of(call: Call) -> str:
+    assert_type(call.is_checkpoint, bool)
     return call.call_id if call.error is None else call.name
 
 
@@ -179,8 +182,15 @@ analyst = FlockFactory.create_default_agent(
     next_agent=then,
     on_interrupt=again,
 )
+tools: list[ToolLike] = [shout, Tool(measure_once, name="measure", description="Measure."), analyst, "triage"]
+tools.append(mcp_tools("https://example.com/mcp", headers={"Authorization": "Bearer x"}, timeout_s=5))
 triage = FlockFactory.create_default_agent(
-    name="triage", output="kind: Literal['a', 'b', 'c']", next_agent={"a": "measure", "b": analyst, "c": None}
+    name="triage",
+    output="kind: Literal['a', 'b', 'c']",
+    tools=tools,
+    max_tool_calls=3,
+    tool_timeout_s=10,
+    next_agent={"a": "measure", "b": analyst, "c": None},
 )
 triage.next_agent = {"kind": {"a": shout, "b": None, "c": None}}
 assert_type(triage.handoffs(), list[Handoff])

@@ -16,10 +16,21 @@ import anyio
 import msgspec
 
 from flock.agents.chat import ChatInput, chat_input
-from flock.agents.llm import Message, ModelClient
+from flock.agents.completions import Message
+from flock.agents.conversation import Conversation
+from flock.agents.llm import ModelClient
 from flock.agents.reasoning import ReasonedAnswer
-from flock.agents.signature import Signature, context_parameter, name_of
-from flock.errors import DefinitionError, InvalidData, InvalidHandoff, InvalidOutput, MalformedJSON, ModelError
+from flock.agents.signature import Signature, context_parameter, is_async, name_of
+from flock.agents.tools import AgentTool, Tool, Toolbox, ToolSource, by_name
+from flock.errors import (
+    CallError,
+    DefinitionError,
+    InvalidData,
+    InvalidHandoff,
+    InvalidOutput,
+    MalformedJSON,
+    ModelError,
+)
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
 from flock.runs import RunContext
@@ -33,6 +44,7 @@ __all__ = [
     "NextAgent",
     "OnInterrupt",
     "Resources",
+    "ToolLike",
     "agent",
 ]
 
@@ -63,10 +75,12 @@ class Resources(msgspec.Struct, frozen=True):
 
     #: calls models
     models: ModelClient
-    #: calls a synchronous function in a worker thread
-    call_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
+    #: calls a synchronous function in a worker thread, and waits for it until an optional deadline of the loop's clock
+    call_in_thread: Callable[..., Awaitable[Any]]
     #: returns up to as many of an agent's last turns in completed runs of the session, oldest first
     history: Callable[["Agent", int], Awaitable[Sequence[Exchange]]] = _no_history
+    #: the agents of the flock, by name
+    agents: "Mapping[str, Agent]" = {}
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +146,10 @@ class Agent:
     def next_agent(self, chosen: NextAgent) -> None:
         self._branches = _branches(self, chosen) if isinstance(chosen, Mapping) else None
         self._next_agent = chosen
+
+    def as_tool(self) -> AgentTool:
+        """Return this agent as a tool. Raises DefinitionError if its name is longer than 64 characters."""
+        return AgentTool(self.name, self.description, self.input)
 
     def handoffs(self) -> list[Handoff]:
         """Return what can follow a step of this agent: one entry, or one for each value of a mapping, in order."""
@@ -226,6 +244,10 @@ def _choices(output: Signature) -> dict[str, list[str]]:
     return {name: values for name, values in enums.items() if values and all(isinstance(v, str) for v in values)}
 
 
+#: A tool of a model agent: a typed function, a ``Tool``, an agent, the name of an agent, or ``mcp_tools(…)``.
+ToolLike = Callable[..., Any] | Tool | Agent | str | ToolSource
+
+
 class ModelAgent(Agent):
     """An agent that calls a language model.
 
@@ -238,10 +260,14 @@ class ModelAgent(Agent):
             part of the result. They count as output tokens. The output of an example may have that field.
         history: how many of its last turns in the session of the run the model sees, after the examples and in the same
             form. None is for an agent that needs no memory.
+        tools: what the model may call before it answers: typed functions, each optionally as a ``Tool``, other agents
+            of the flock or their names, and ``mcp_tools(…)``.
+        max_tool_calls: max calls of tools in one step, at least 1. Then the model must answer.
+        tool_timeout_s: wall-clock seconds for each call of a tool.
         temperature: sampling temperature; None uses the provider's default.
         max_tokens: max tokens in each answer; None uses the provider's default.
         max_retries: max times that an invalid answer is sent back to the model with the reason.
-        timeout_s: wall-clock seconds for the whole step, including all retries.
+        timeout_s: wall-clock seconds for the whole step, including all retries and tools.
         options: see ``Agent``.
 
     If an input has the type ``Messages``, it is the conversation that the model continues. The prompt, and the other
@@ -251,7 +277,8 @@ class ModelAgent(Agent):
         DefinitionError: there is no output field, or it is called ``reasoning`` although *reasoning* is on, or an
             example does not match the signatures; the message has its number, and a JSON pointer. Or there are several
             conversations, or an optional one, or one and examples or a history. Or *history* is not a whole number
-            from 1.
+            from 1. Or a tool has no valid name, or one that another tool has.
+        SignatureError: a parameter of a tool has no type.
     """
 
     def __init__(
@@ -266,6 +293,9 @@ class ModelAgent(Agent):
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
         history: int | None = None,
+        tools: Sequence[ToolLike] = (),
+        max_tool_calls: int = 10,
+        tool_timeout_s: float = 60,
         temperature: float | None = None,
         max_tokens: int | None = None,
         max_retries: int = 2,
@@ -290,6 +320,10 @@ class ModelAgent(Agent):
         self.model = model
         self.instructions = instructions
         self.history = history
+        self.tools = [_tool_of(tool) for tool in tools]
+        by_name([tool for tool in self.tools if isinstance(tool, Tool)])
+        self.max_tool_calls = max_tool_calls
+        self.tool_timeout_s = tool_timeout_s
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.max_retries = max_retries
@@ -303,39 +337,45 @@ class ModelAgent(Agent):
         try:
             with anyio.fail_after(self.timeout_s):
                 history = [] if self.history is None else self._earlier(await resources.history(self, self.history))
-                return await self._converse(inputs, resources.models, context, history)
+                return await self._converse(self._prompt(inputs, history), resources, context)
         except TimeoutError as exc:
             message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
             raise ModelError(message, "model_timeout") from exc
 
-    async def _converse(
-        self, inputs: Any, models: ModelClient, context: RunContext, history: Sequence[Message]
-    ) -> msgspec.Raw:
-        messages = self._prompt(inputs, history)
-        problem = ""
-        for call in range(self.max_retries + 1):
-            context.check_tokens()
-            completion = await models.complete(
-                self.model,
-                messages,
-                self._answer.schema,
+    async def _converse(self, messages: Sequence[Message], resources: Resources, context: RunContext) -> msgspec.Raw:
+        toolbox = Toolbox(
+            [known for tool in self.tools for known in await self._known(tool, resources.agents)],
+            max_calls=self.max_tool_calls,
+            timeout_s=self.tool_timeout_s,
+            context=context,
+            call_in_thread=resources.call_in_thread,
+        )
+        model = self.model or resources.models.default_model
+        conversation = Conversation(
+            messages,
+            toolbox,
+            context,
+            model_name=model or "",
+            complete=functools.partial(
+                resources.models.complete,
+                model,
+                schema=self._answer.schema,
                 max_tokens=self.max_tokens,
                 temperature=self.temperature,
                 traceparent=context.traceparent,
-                # Each call needs its own key, or a provider would return the invalid answer again.
-                idempotency_key=context.step_key if call == 0 else f"{context.step_key}/{call + 1}",
-            )
-            context.spend(completion.usage)
-            try:
-                return self.output.encode(self._answer.decode(completion.text.encode()))
-            except (MalformedJSON, InvalidData, UnicodeEncodeError) as exc:
-                problem = str(exc)
-            reply = f"That answer cannot be used. {problem}\nAnswer again, with one JSON object and nothing else."
-            messages += [Message("assistant", completion.text), Message("user", reply)]
-        raise InvalidOutput(
-            f"The model's answers did not match the output of {self.name!r} "
-            f"in {self.max_retries + 1} attempts: {problem}"
+            ),
+            read=lambda text: self.output.encode(self._answer.decode(text.encode())),
         )
+        return await conversation.converse(self.max_retries)
+
+    async def _known(self, tool: Tool | ToolSource | str, agents: Mapping[str, Agent]) -> Sequence[Tool]:
+        if isinstance(tool, ToolSource):
+            return await tool.tools()
+        if isinstance(tool, Tool):
+            return [tool]
+        if tool not in agents:
+            raise CallError(f"{self.name!r} has a tool {tool!r}, but there is no such agent.")
+        return [agents[tool].as_tool()]
 
     def _example_messages(self, example: Any, number: int) -> tuple[Message, Message]:
         """Return an example as a prompt and the answer to it. Raises DefinitionError if it does not match."""
@@ -360,7 +400,7 @@ class ModelAgent(Agent):
         return [
             Message("system", f"{system.content}\n\n{self._task()}"),
             *([Message("user", self._described(others))] if others else []),
-            *(Message(**message) for message in conversation),
+            *(Message(message["role"], message["content"]) for message in conversation),
         ]
 
     def _earlier(self, exchanges: Sequence[Exchange]) -> list[Message]:
@@ -398,6 +438,12 @@ class ModelAgent(Agent):
         return f"Determine:\n{outputs}\nAnswer with a JSON object only."
 
 
+def _tool_of(tool: ToolLike) -> Tool | ToolSource | str:
+    if isinstance(tool, Agent):
+        return tool.as_tool()
+    return tool if isinstance(tool, Tool | ToolSource | str) else Tool(tool)
+
+
 def _in_words(schema: Mapping[str, Any], plural: str = "") -> str:
     """Describe a JSON Schema in words: ``list of strings``, ``one of "a", "b"``, ``string (date) or null``."""
     if "enum" in schema:
@@ -433,6 +479,10 @@ class FunctionAgent(Agent):
         called = (function, type(function).__call__)
         if any(map(inspect.isgeneratorfunction, called)) or any(map(inspect.isasyncgenfunction, called)):
             raise DefinitionError(f"{function!r} is a generator. An agent must return its complete result.")
+        if "tools" in options:
+            raise DefinitionError(
+                f"{name or name_of(function)!r} is a function, so it has no tools=. Call the other functions in it."
+            )
         if output is None:
             output_signature, self._is_boxed = Signature.of_result(function)
         else:
@@ -447,7 +497,7 @@ class FunctionAgent(Agent):
             **options,
         )
         self.function = function
-        self._is_async = any(map(inspect.iscoroutinefunction, called))
+        self._is_async = is_async(function)
         self._parameters = [field.name for field in self.input.fields]
         self._context_parameter = context_parameter(function)
 

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 
 from flock.agents.agent import Agent, ModelAgent
 from flock.agents.llm import check_model
+from flock.agents.tools import AgentTool, ToolSource
 from flock.agents.workflow import missing_agents
 from flock.errors import ModelError
+from flock.nearest import did_you_mean
 
-__all__ = ["problems", "warn_of_problems"]
+__all__ = ["problems", "tool_sources", "warn_of_problems"]
 
 logger = logging.getLogger("flock.checks")
 
@@ -21,19 +23,37 @@ def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_mo
         calls_models: False if other processes call the models, and may have other keys and packages.
     """
     names_of: dict[str, list[str]] = {}
-    handoff_problems: list[str] = []
+    agent_problems: list[str] = []
     for agent in agents.values():
         try:
             if calls_models and isinstance(agent, ModelAgent):
                 check_model(agent.model or default_model)
         except ModelError as exc:
             names_of.setdefault(str(exc), []).append(repr(agent.name))
-        handoff_problems += map(str, missing_agents(agent, agents))
+        agent_problems += map(str, missing_agents(agent, agents))
+        agent_problems += [
+            f"The agent {agent.name!r} has a tool {name!r}, but this flock has no such agent."
+            f"{did_you_mean(name, agents)} Add it with add_agent."
+            for name in _agents_as_tools(agent)
+            if name not in agents
+        ]
     model_problems = [
         f"The agent{'s'[: len(names) - 1]} {', '.join(names)} cannot run. {reason}"
         for reason, names in names_of.items()
     ]
-    return model_problems + handoff_problems
+    return model_problems + agent_problems
+
+
+def _agents_as_tools(agent: Agent) -> list[str]:
+    tools = agent.tools if isinstance(agent, ModelAgent) else []
+    names = [tool.agent_name if isinstance(tool, AgentTool) else tool for tool in tools]
+    return [name for name in names if isinstance(name, str)]
+
+
+def tool_sources(agents: Mapping[str, Agent]) -> list[ToolSource]:
+    """Return the sources of tools that the agents have, each once."""
+    tools = [tool for agent in agents.values() if isinstance(agent, ModelAgent) for tool in agent.tools]
+    return list(dict.fromkeys(tool for tool in tools if isinstance(tool, ToolSource)))
 
 
 def warn_of_problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> None:

@@ -26,8 +26,10 @@ import anyio
 import anyio.to_thread
 import httpx
 import msgspec
+from msgspec.structs import replace
 
-from flock.agents import localmodel
+from flock.agents import localmodel, react
+from flock.agents.completions import Completion, FunctionCall, Message, ToolCall, ToolSchema
 from flock.errors import ModelError
 from flock.extras import pip_install
 from flock.nearest import did_you_mean
@@ -82,20 +84,6 @@ OPENAI_HEADERS = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "
 FORMATS = ("json_schema", "json_object", "text")
 
 
-class Message(msgspec.Struct, frozen=True):
-    """One message of a conversation; ``role`` is system, user or assistant."""
-
-    role: str
-    content: str
-
-
-class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer of a model, and the tokens used."""
-
-    text: str
-    usage: Usage
-
-
 class _TransientError(Exception):
     """A transient failure, for which a retry may succeed."""
 
@@ -103,6 +91,25 @@ class _TransientError(Exception):
         super().__init__(str(error))
         self.error = error
         self.retry_after_s = retry_after_s
+
+
+class _Request(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of ``ModelClient.complete``."""
+
+    name: str
+    messages: Sequence[Message]
+    schema: Mapping[str, Any]
+    tools: Sequence[ToolSchema]
+    max_tokens: int | None
+    temperature: float | None
+    headers: Mapping[str, str]
+    key: str | None
+
+    def all_headers(self, format_: str = FORMATS[0]) -> dict[str, str]:
+        """Return the headers, with a separate key per format: a server may store responses by key, also rejections."""
+        if self.key is None:
+            return dict(self.headers)
+        return {**self.headers, "Idempotency-Key": self.key if format_ == FORMATS[0] else f"{self.key}/{format_}"}
 
 
 class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +122,15 @@ class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens_field: str
     settings: Mapping[str, Any] = {}
     is_local: bool = False
+
+    def body(self, request: _Request) -> dict[str, Any]:
+        """Return the body of a request, without the part that requests JSON."""
+        body = {"model": self.model, "messages": request.messages, **self.settings}
+        if request.temperature is not None:
+            body["temperature"] = request.temperature
+        if request.max_tokens is not None:
+            body[self.max_tokens_field] = request.max_tokens
+        return body
 
 
 class ModelClient:
@@ -143,6 +159,8 @@ class ModelClient:
         self._timeout = httpx.Timeout(read_timeout_s, connect=10, pool=None)
         self._http: httpx.AsyncClient | None = None
         self._formats: dict[str, str] = {}
+        #: models whose servers do not support tools
+        self._without_tools: set[str] = set()
         self._local_lock = anyio.Lock()
         #: called before each retry
         self.on_retry: Callable[[], None] = lambda: None
@@ -162,17 +180,23 @@ class ModelClient:
         messages: Sequence[Message],
         schema: Mapping[str, Any],
         *,
+        tools: Sequence[ToolSchema] = (),
         max_tokens: int | None = None,
         temperature: float | None = None,
         traceparent: str | None = None,
         idempotency_key: str | None = None,
     ) -> Completion:
-        """Ask *model* for one JSON object that matches *schema*. The caller must validate the answer.
+        """Ask *model* for one JSON object that matches *schema*, or for calls of *tools*. The caller validates both.
+
+        With tools, the JSON is requested in words only: some servers reject a ``response_format`` beside ``tools``, and
+        with others the model then never calls one. A model that cannot call tools is asked for its next step as JSON;
+        see ``react``. Without tools, earlier calls and their results are sent as text, which every server accepts.
 
         Args:
             traceparent: trace context, sent as a header so that gateways and providers can link the request to a trace.
             idempotency_key: identifies this call in all attempts. If the server does not support strict JSON Schema,
-                the fallback requests append ``/json_object`` or ``/text`` to it.
+                the fallback requests append ``/json_object`` or ``/text`` to it. If it does not support tools, the
+                fallback appends ``/step`` before that.
 
         Raises:
             ModelError: there is no usable answer; ``error_type`` has the reason.
@@ -180,23 +204,50 @@ class ModelClient:
         Cancellation: the request is aborted. There is no retry if it would start after the caller's deadline.
         """
         name = _required_name(model or self.default_model)
-        headers = {} if traceparent is None else {"traceparent": traceparent}
+        request = _Request(
+            name=name,
+            messages=messages,
+            schema=schema,
+            tools=tools,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            headers={} if traceparent is None else {"traceparent": traceparent},
+            key=idempotency_key,
+        )
         if name.partition("/")[0] not in BUILT_IN:
-            headers |= _key_header(idempotency_key)
-            return await _complete_with_litellm(name, messages, schema, max_tokens, temperature, headers)
+            if not tools:
+                return await _complete_with_litellm(replace(request, messages=react.as_text(messages)))
+            if _litellm_calls_tools(name):
+                return await _complete_with_litellm(request)
+            return react.completion_of(await _complete_with_litellm(_next_step(request)))
         endpoint = await _endpoint(name)
-        settings = dict(endpoint.settings)
-        if temperature is not None:
-            settings["temperature"] = temperature
-        if max_tokens is not None:
-            settings[endpoint.max_tokens_field] = max_tokens
-        rejects_schema = False
+        if not tools:
+            return await self._complete_json(endpoint, replace(request, messages=react.as_text(messages)))
+        if not endpoint.is_local and name not in self._without_tools:
+            try:
+                return await self._complete_or_call(endpoint, request)
+            except ModelError as exc:
+                if not _rejects_tools(exc):
+                    raise
+                logger.info("%s does not support tools. Asking for JSON instead.", name)
+                if "schema" not in exc.log_detail.lower():  # it rejects all tools, not just these
+                    self._without_tools.add(name)
+        return react.completion_of(await self._complete_json(endpoint, _next_step(request)))
+
+    async def _complete_or_call(self, endpoint: _Endpoint, request: _Request) -> Completion:
+        """Offer tools to a model whose server supports them."""
+        body = endpoint.body(request) | _format_of("text", request, endpoint)
+        body["tools"] = [_function_of(tool) for tool in request.tools]
+        return _completion(await self._post(endpoint, body, request.all_headers()), request)
+
+    async def _complete_json(self, endpoint: _Endpoint, request: _Request) -> Completion:
+        """Ask for a JSON object in the strictest way that the server supports."""
+        name, rejects_schema = request.name, False
         first = FORMATS.index(self._formats.get(name, FORMATS[0]))
         for format_ in FORMATS[first:]:
-            body = {"model": endpoint.model, "messages": messages, **settings}
-            body |= _format_of(format_, messages, schema, max_tokens, endpoint)
+            body = endpoint.body(request) | _format_of(format_, request, endpoint)
             try:
-                answer = await self._post(endpoint, body, headers | _key_header(idempotency_key, format_))
+                answer = await self._post(endpoint, body, request.all_headers(format_))
             except ModelError as exc:
                 if format_ == FORMATS[-1] or not _rejects_format(exc):
                     raise
@@ -205,7 +256,7 @@ class ModelClient:
             else:
                 if not rejects_schema:  # the server rejects the format itself, not just this schema
                     self._formats[name] = format_
-                return _completion(answer, name)
+                return _completion(answer, request)
         raise AssertionError("the last format returns or raises")
 
     async def _post(self, endpoint: _Endpoint, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
@@ -353,13 +404,6 @@ def _headers(key: str) -> dict[str, str]:
     return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
-def _key_header(key: str | None, format_: str = FORMATS[0]) -> dict[str, str]:
-    """Return the header, with a separate key per format: a server may store responses by key, rejections included."""
-    if key is None:
-        return {}
-    return {"Idempotency-Key": key if format_ == FORMATS[0] else f"{key}/{format_}"}
-
-
 def _not_configured(reason: str) -> ModelError:
     return ModelError(f"The model cannot be called: {reason}.", "model_not_configured")
 
@@ -377,20 +421,45 @@ def _unknown_provider(name: str) -> ModelError:
 # The request
 
 
-def _format_of(
-    format_: str, messages: Sequence[Message], schema: Mapping[str, Any], max_tokens: int | None, endpoint: _Endpoint
-) -> dict[str, Any]:
+def _next_step(request: _Request) -> _Request:
+    """Return the request that asks for the next step as JSON, in place of a tool call."""
+    return replace(
+        request,
+        messages=react.with_tools(react.as_text(request.messages), request.tools),
+        schema=react.schema_of(request.tools),
+        tools=(),
+        key=request.key and f"{request.key}/step",
+    )
+
+
+def _format_of(format_: str, request: _Request, endpoint: _Endpoint) -> dict[str, Any]:
     """Return the part of a request that requests JSON."""
+    schema = request.schema
     if format_ == "json_schema":
         is_strict, request_schema = _strict_schema(schema)
         if endpoint.is_local:
-            request_schema = localmodel.bounded_schema(schema, max_tokens or localmodel.MAX_TOKENS)
+            request_schema = localmodel.bounded_schema(schema, request.max_tokens or localmodel.MAX_TOKENS)
         json_schema = {"name": "answer", "strict": is_strict, "schema": request_schema}
         return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
-    instruction = f"Answer with one JSON object and nothing else. It must match this JSON Schema:\n{json.dumps(schema)}"
-    head, *rest = messages
-    part: dict[str, Any] = {"messages": [Message(head.role, f"{head.content}\n\n{instruction}"), *rest]}
+    part: dict[str, Any] = {"messages": _with_format_in_words(request)}
     return part | {"response_format": {"type": "json_object"}} if format_ == "json_object" else part
+
+
+def _with_format_in_words(request: _Request) -> Sequence[Message]:
+    instruction = "Answer with one JSON object and nothing else. It must match this JSON Schema:"
+    if request.tools:
+        instruction = f"Call the tools that you need first. {instruction}"
+    head, *rest = request.messages
+    return [Message(head.role, f"{head.content}\n\n{instruction}\n{json.dumps(request.schema)}"), *rest]
+
+
+def _function_of(tool: ToolSchema) -> dict[str, Any]:
+    """Return a tool as a request has it. It is strict if its schema allows that and has no optional arguments."""
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description, "parameters": tool.schema}
+    is_strict, strict_schema = _strict_schema(tool.schema) if tool.may_be_strict else (False, {})
+    if is_strict and strict_schema.get("required", []) == tool.schema.get("required", []):
+        function |= {"parameters": strict_schema, "strict": True}
+    return {"type": "function", "function": function}
 
 
 #: Keywords that strict mode supports. Other constraints are in the description, and checked in the answer.
@@ -450,12 +519,29 @@ def _rejects_format(error: ModelError) -> bool:
     )
 
 
+def _rejects_tools(error: ModelError) -> bool:
+    """Whether the server does not support tools. llama.cpp without --jinja says so with status 500."""
+    is_rejection = error.error_type in ("model_bad_request", "model_not_found", "model_unavailable")
+    return is_rejection and bool(re.search(r"\btools?\b|tool_choice|function.call", error.log_detail, re.I))
+
+
 # The response
+
+
+class _AnswerFunction(msgspec.Struct):
+    name: str | None = None
+    arguments: Any = None
+
+
+class _AnswerCall(msgspec.Struct):
+    function: _AnswerFunction
+    id: str | None = None
 
 
 class _AnswerMessage(msgspec.Struct):
     content: str | list[Any] | None = None
     refusal: str | None = None
+    tool_calls: list[_AnswerCall] | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -473,8 +559,9 @@ class _Answer(msgspec.Struct):
     usage: _AnswerUsage | None = None
 
 
-def _completion(answer: Any, name: str) -> Completion:
+def _completion(answer: Any, request: _Request) -> Completion:
     """Return the answer in a 200 response. Some of these are failures that the providers' clients return as success."""
+    name = request.name
     if isinstance(answer, dict) and answer.get("error"):
         raise _error(name, "model_bad_response", "returned status 200 with an error in the body", str(answer["error"]))
     try:
@@ -497,14 +584,31 @@ def _completion(answer: Any, name: str) -> Completion:
             "was cut off at its token limit. Raise max_tokens, or ask for a shorter answer",
             "length",
         )
-    if not isinstance(choice.message.content, str) or not choice.message.content.strip():
+    text, calls = choice.message.content, (choice.message.tool_calls or ()) if request.tools else ()
+    if calls and not isinstance(text, str):
+        text = ""
+    if not isinstance(text, str) or not (calls or text.strip()):
         raise _error(name, "model_bad_response", "returned an empty answer", f"finish_reason {choice.finish_reason}")
     usage = parsed.usage or _AnswerUsage()
     return Completion(
-        # JSON can contain an escaped lone surrogate, which cannot be sent or stored.
-        text=_without_fence(choice.message.content.encode("utf-8", "replace").decode()),
+        text=_without_fence(_storable(text)),
         usage=Usage(input_tokens=usage.prompt_tokens or 0, output_tokens=usage.completion_tokens or 0),
+        tool_calls=tuple(_tool_call(call, number) for number, call in enumerate(calls)),
     )
+
+
+def _tool_call(call: _AnswerCall, number: int) -> ToolCall:
+    """Return a call with its arguments as text. Some servers send them as an object, and omit the id."""
+    arguments = call.function.arguments
+    if not isinstance(arguments, str):
+        arguments = json.dumps({} if arguments is None else arguments)
+    function = FunctionCall(name=_storable(call.function.name or ""), arguments=_storable(arguments) or "{}")
+    return ToolCall(id=_storable(call.id or f"call_{number}"), function=function)
+
+
+def _storable(text: str) -> str:
+    """Replace escaped lone surrogates, which JSON can contain, and which cannot be sent or stored."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _without_fence(text: str) -> str:
@@ -577,35 +681,41 @@ def _error(name: str, error_type: str, reason: str, log_detail: str = "") -> Mod
 # Other providers, through litellm
 
 
-async def _complete_with_litellm(
-    name: str,
-    messages: Sequence[Message],
-    schema: Mapping[str, Any],
-    max_tokens: int | None,
-    temperature: float | None,
-    headers: Mapping[str, str],
-) -> Completion:
-    """Call the model through litellm, which does its own retries."""
+def _litellm_calls_tools(name: str) -> bool:
     try:
         import litellm
     except ImportError as exc:
         raise _unknown_provider(name) from exc
+    return bool(litellm.supports_function_calling(name))
+
+
+async def _complete_with_litellm(request: _Request) -> Completion:
+    """Call the model through litellm, which does its own retries."""
+    try:
+        import litellm
+    except ImportError as exc:
+        raise _unknown_provider(request.name) from exc
     litellm.suppress_debug_info = True  # otherwise it prints advertisements
-    is_strict, request_schema = _strict_schema(schema)
+    messages, max_tokens, temperature = request.messages, request.max_tokens, request.temperature
+    if request.tools:
+        messages = _with_format_in_words(request)
+        options: dict[str, Any] = {"tools": [_function_of(tool) for tool in request.tools]}
+    else:
+        is_strict, request_schema = _strict_schema(request.schema)
+        json_schema = {"name": "answer", "strict": is_strict, "schema": request_schema}
+        options = {"response_format": {"type": "json_schema", "json_schema": json_schema}}
+    headers = request.all_headers()
     try:
         answer = await litellm.acompletion(
-            model=name,
+            model=request.name,
             messages=msgspec.to_builtins(messages),
-            response_format={
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "strict": is_strict, "schema": request_schema},
-            },
             num_retries=2,
+            **options,
             **({} if max_tokens is None else {"max_tokens": max_tokens}),
             **({} if temperature is None else {"temperature": temperature}),
             **({"extra_headers": headers} if headers else {}),
         )
     except Exception as exc:  # litellm's errors have a status, but no common base class except Exception
         status = getattr(exc, "status_code", None) or 500
-        raise _status_error(name, httpx.Response(status, text=str(exc))) from exc
-    return _completion(answer.model_dump(), name)
+        raise _status_error(request.name, httpx.Response(status, text=str(exc))) from exc
+    return _completion(answer.model_dump(), request)

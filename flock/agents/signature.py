@@ -48,7 +48,7 @@ from flock.pydanticmodel import (
 )
 from flock.runs import RunContext
 
-__all__ = ["Signature", "context_parameter", "hints_of_function", "name_of", "text_as_json"]
+__all__ = ["Signature", "context_parameter", "hints_of_function", "is_async", "name_of", "text_as_json"]
 
 NAMED_TYPES: Mapping[str, Any] = {
     "str": str,
@@ -427,6 +427,11 @@ def _struct_field(field: Field) -> Any:
 def context_parameter(function: Callable[..., Any]) -> str | None:
     """Return the parameter of *function* that receives the ``RunContext``, which is not an input, or None."""
     return next((name for name, hint in hints_of_function(function).items() if hint is RunContext), None)
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether a function, a method or a callable object is a coroutine function."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -22,7 +22,9 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent
+from flock.agents.checks import tool_sources
 from flock.agents.llm import ModelClient
+from flock.agents.mcp import listing_tools
 from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
 from flock.engine.batches import Batches
 from flock.engine.batchstore import BatchStore
@@ -165,6 +167,7 @@ class EmbeddedEngine(EngineBase):
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
+            await stack.enter_async_context(listing_tools(tool_sources(self._agents)))
             with self._explaining_store_errors():
                 agents_before = await self.store.register_engine(self._engine_id, self._flock, self._agents.keys())
                 self._warn_about_store(agents_before)

@@ -19,11 +19,11 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
-from flock.agents.signature import context_parameter, hints_of_function, name_of
+from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
 from flock.engine.outcomes import error_of
 from flock.errors import CallError, SignatureError, cut
 from flock.pydanticmodel import from_json, to_json, to_json_and_back
-from flock.runs import CURRENT_CALL, JSON_NULL, Call, CallKind, RunContext, Usage, now
+from flock.runs import CURRENT_CALL, JSON_NULL, Call, CallKind, RunContext, Usage, now, one_line
 
 __all__ = ["DIGEST_CHARS", "Journal", "check_in_loop", "depth_of_current_call"]
 
@@ -72,7 +72,7 @@ class Journal:
         max_total_bytes: float,
         expose_errors: bool,
     ) -> None:
-        self._finished = {call.call_id: call for call in finished if call.error is None}
+        self._finished = {call.call_id: call for call in finished if call.is_checkpoint}
         self._save = save
         self._call_in_thread = call_in_thread
         self._run_agent = run_agent
@@ -145,6 +145,8 @@ class Journal:
         kind: CallKind = "function",
         arguments: msgspec.Raw,
         decode: Callable[[msgspec.Raw], Any],
+        should_keep: Callable[[Any], bool] | None = None,
+        on_error: Callable[[str], Any] | None = None,
     ) -> Awaitable[Any]:
         """Return the result of a call from the journal, or execute it and store its result.
 
@@ -153,6 +155,9 @@ class Journal:
             key: identifies the call, together with its label, among the calls of the same parent.
             arguments: are stored for people to see, as a JSON object, or null.
             decode: reads the result from JSON. It raises CallError.
+            should_keep: whether a result must be stored before the step continues. A failure is then not stored.
+            on_error: makes the result of a call of a tool that raised, from what clients may see of the error. Such a
+                call has finished, so it is not executed again.
         """
         self._check_size(label, "arguments", arguments)
         key = f"{label}:{key}"
@@ -167,6 +172,8 @@ class Journal:
             arguments=arguments,
             execute=execute,
             decode=decode,
+            should_keep=should_keep,
+            on_error=on_error,
         )
 
         async def run() -> Any:
@@ -201,6 +208,8 @@ class Journal:
         finished = self._finished.pop(planned.call_id, None)
         if finished is not None:
             self._add_usage(planned.parent, finished.usage)
+            if finished.error is not None and planned.on_error is not None:
+                return planned.on_error(finished.error)
             return planned.decode(finished.result)
         return await self._make(planned)
 
@@ -210,9 +219,14 @@ class Journal:
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, failure = JSON_NULL, None, None
         try:
-            result = self._encode(planned.label, await planned.execute())
+            value = await planned.execute()
+            if planned.should_keep is not None and not planned.should_keep(value):
+                return value
+            result = self._encode(planned.label, value)
             value = planned.decode(result)
         except Exception as exc:
+            if planned.should_keep is not None:
+                raise
             failure = exc
         finally:
             CURRENT_CALL.reset(reset)
@@ -236,16 +250,19 @@ class Journal:
                 completed_at=now(),
             )
         )
-        if failure is not None:
+        if failure is None:
+            return value
+        if planned.on_error is None or error is None:
             raise failure
-        return value
+        logger.warning("The call %r failed: %s", planned.label, one_line(error), exc_info=failure)
+        return planned.on_error(cut(error))
 
     def _add_usage(self, parent: str, usage: Usage | None) -> None:
         if usage is not None:
             self._usage[parent] += usage
 
     async def _execute(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        if is_async(function):
             return await function(*args, **kwargs)
         value = await self._call_in_thread(functools.partial(function, *args, **kwargs))
         return await value if inspect.isawaitable(value) else value
@@ -292,6 +309,8 @@ class _Planned(msgspec.Struct, frozen=True, kw_only=True):
     arguments: msgspec.Raw
     execute: Callable[[], Awaitable[Any]]
     decode: Callable[[msgspec.Raw], Any]
+    should_keep: Callable[[Any], bool] | None
+    on_error: Callable[[str], Any] | None
 
 
 def depth_of_current_call() -> int:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -201,10 +202,8 @@ class Turns:
     ) -> Step:
         """Let *agent* take its turn, with a journal of its calls."""
         started_at, batch = now(), _batch_of(run)
-        call_in_thread = functools.partial(
-            self._threads.call, owner=active, batch=batch, deadline=active.scope.deadline
-        )
-        resources = Resources(self._models, call_in_thread, functools.partial(_history, active))
+        call_in_thread = functools.partial(self._call_in_thread, active, batch)
+        resources = Resources(self._models, call_in_thread, functools.partial(_history, active), self._agents)
         take_turn_of_callee = functools.partial(self._take_turn_of_callee, batch, resources)
         callees = Callees(run, self._agents, max_steps=self._max_steps, take_turn=take_turn_of_callee)
         journal = Journal(
@@ -247,6 +246,11 @@ class Turns:
             started_at=started_at,
             completed_at=now(),
         )
+
+    async def _call_in_thread(
+        self, active: ActiveRun, batch: BatchKey, function: Callable[[], Any], deadline: float = math.inf
+    ) -> Any:
+        return await self._threads.call(function, active, batch, min(deadline, active.scope.deadline))
 
     async def _take_turn_of_callee(
         self, batch: BatchKey, resources: Resources, agent: Agent, inputs: msgspec.Raw, context: RunContext

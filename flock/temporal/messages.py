@@ -252,7 +252,7 @@ class Calls:
             self.add(done)
 
     def add(self, done: CallDone) -> None:
-        if done.call.error is None:  # a failed call is executed again anyway
+        if done.call.is_checkpoint:
             self._by_item.setdefault(done.item, {})[done.step, done.call.call_id] = done
 
     def of_step(self, item: int, step: int) -> list[Call]:

@@ -15,7 +15,9 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from flock.agents.agent import Agent
+from flock.agents.checks import tool_sources
 from flock.agents.llm import ModelClient
+from flock.agents.mcp import listing_tools
 from flock.engine.outcomes import CANCELLED, Outcome
 from flock.engine.turns import MAX_HISTORY_BYTES, Turns
 from flock.limits import Limits, enforced_by
@@ -97,6 +99,7 @@ class TemporalWorker:
         self.cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
         self.task_queue = task_queue_of(flock)
         self._models = models
+        self._tool_sources = tool_sources(agents)
         self._limits = replaced(limits or Limits(), bounds, enforced_by("worker"))
         if max_run_bytes is None:
             max_run_bytes = MAX_RUN_BYTES if payload_dir is None else 64 * 1024 * 1024
@@ -116,6 +119,7 @@ class TemporalWorker:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._models)
+            await stack.enter_async_context(listing_tools(self._tool_sources))
             await self.cluster.connect(lazy=False)
             client, items = self.cluster.client, ItemActivities(self.cluster, self._turns, self._drain_timeout_s)
             drain_timeout = timedelta(seconds=self._drain_timeout_s)

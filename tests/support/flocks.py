@@ -136,3 +136,27 @@ class Work:
 
 def numbers(count: int) -> list[dict[str, int]]:
     return [{"n": n} for n in range(count)]
+
+
+#: A program with an agent whose tools write to *log*. The first call of ``hang`` does not end.
+CALLING_TOOLS = """
+import asyncio, os
+from flock.core import Flock, FlockFactory
+
+flock = Flock({name!r}, model="ollama/some")
+log = os.open({log!r}, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+async def note(word: str) -> int:
+    os.write(log, word.encode() + b"\\n")
+    if word == "fail":
+        raise ValueError
+    return len(word)
+
+async def hang() -> str:
+    await note("hang")
+    if open({log!r}).read().split().count("hang") == 1:
+        await asyncio.sleep(600)
+    return "ended"
+
+flock.add_agent(FlockFactory.create_default_agent("ask", input="q", output="a: str", tools=[note, hang]))
+"""

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 
-def answer(content: Any, *, finish_reason: str = "stop", refusal: str | None = None) -> Response:
+def answer(content: Any, *, finish_reason: str = "stop", refusal: str | None = None, **more: Any) -> Response:
     """Return a chat completion whose text is *content*, encoded as JSON unless it is a string."""
     text = content if isinstance(content, str | None) else json.dumps(content)
     return as_json(
@@ -22,13 +22,29 @@ def answer(content: Any, *, finish_reason: str = "stop", refusal: str | None = N
             "choices": [
                 {
                     "index": 0,
-                    "message": {"role": "assistant", "content": text, "refusal": refusal},
+                    "message": {"role": "assistant", "content": text, "refusal": refusal, **more},
                     "finish_reason": finish_reason,
                 }
             ],
             "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
         }
     )
+
+
+def calling(*calls: tuple[str, Any]) -> Response:
+    """Return a chat completion that calls tools: pairs of a name and arguments, as JSON unless they are a string."""
+    tool_calls = [
+        {
+            "id": f"call_{number}",
+            "type": "function",
+            "function": {
+                "name": name,
+                "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments),
+            },
+        }
+        for number, (name, arguments) in enumerate(calls)
+    ]
+    return answer(None, finish_reason="tool_calls", tool_calls=tool_calls)
 
 
 def as_json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -48,7 +64,8 @@ class FakeModel:
         self.replies: list[Response | Callable[[Any], Awaitable[Response]]] = []
         self.requests: list[Any] = []
         self.headers: list[Mapping[str, str]] = []
-        self.transport = httpx.ASGITransport(Starlette(routes=[Route("/{path:path}", self._reply, methods=["POST"])]))
+        self.app = Starlette(routes=[Route("/{path:path}", self._reply, methods=["POST"])])
+        self.transport = httpx.ASGITransport(self.app)
 
     async def _reply(self, request: Request) -> Response:
         self.requests.append(await request.json())

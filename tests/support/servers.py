@@ -18,6 +18,7 @@ from typing import Any
 import anyio.abc
 import httpx
 import uvicorn
+from starlette.applications import Starlette
 
 from flockapi import FlockAPI
 from tests.support import PATIENCE_S
@@ -147,7 +148,7 @@ def memory_kib(server: Server) -> int:
 class Served:
     """An app served by a real uvicorn in this event loop."""
 
-    def __init__(self, app: FlockAPI) -> None:
+    def __init__(self, app: FlockAPI | Starlette) -> None:
         self.app = app
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", ws="none"))
         self.socket = socket.create_server(("127.0.0.1", 0))

@@ -1,0 +1,65 @@
+"""The messages of a conversation with a model, and its replies."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from flock.runs import Usage
+
+__all__ = ["Completion", "FunctionCall", "Message", "ToolCall", "ToolSchema"]
+
+
+class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model wants to call. ``arguments`` should be a JSON object, but a model may write anything."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool call of a model, as OpenAI's API has it."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One message of a conversation.
+
+    Attributes:
+        role: system, user, assistant, or tool for the result of a tool call.
+        tool_calls: those of an assistant.
+        tool_call_id: the call whose result this is.
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A reply of a model, and the tokens used.
+
+    ``text`` is None if the model needs no more tools, but has not written its answer.
+    """
+
+    text: str | None
+    usage: Usage
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class ToolSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool as a model sees it.
+
+    Attributes:
+        schema: the JSON Schema of its arguments, an object.
+        may_be_strict: whether the provider may be asked to enforce the schema.
+    """
+
+    name: str
+    description: str
+    schema: Mapping[str, Any]
+    may_be_strict: bool = True

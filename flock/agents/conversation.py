@@ -1,0 +1,123 @@
+"""The conversation of one step with a model: its replies, the tool calls that it asks for, and its answer."""
+
+import functools
+import itertools
+import re
+from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
+
+from flock.agents.completions import Completion, Message
+from flock.agents.tools import Toolbox
+from flock.errors import InvalidData, InvalidOutput, MalformedJSON
+from flock.runs import JSON_NULL, RunContext
+
+__all__ = ["Conversation"]
+
+
+class Conversation:
+    """Asks a model until its answer is valid.
+
+    A reply is a call of the step. It is stored if another call follows it: those of tools, or the next question.
+
+    Args:
+        messages: the messages that begin the conversation.
+        model_name: identifies the calls of the model in the journal.
+        complete: sends messages to the model and offers it tools; see ``ModelClient.complete``.
+        read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        toolbox: Toolbox,
+        context: RunContext,
+        *,
+        model_name: str,
+        complete: Callable[..., Awaitable[Completion]],
+        read: Callable[[str], msgspec.Raw],
+    ) -> None:
+        self._messages = list(messages)
+        self._toolbox = toolbox
+        self._context = context
+        self._label = re.sub(r"[^A-Za-z0-9_.-]", "_", model_name)
+        self._complete = complete
+        self._read = read
+
+    async def converse(self, max_retries: int) -> msgspec.Raw:
+        """Return the result of the first valid answer.
+
+        Raises: InvalidOutput if more than *max_retries* answers are invalid; ModelError; TooManyTokens.
+        """
+        retries = 0
+        for number in itertools.count(1):
+            reply = await self._reply(number, is_last=retries == max_retries)
+            if reply.tool_calls:
+                self._messages.append(Message("assistant", reply.text or "", reply.tool_calls))
+                self._messages += await self._toolbox.results(reply.tool_calls, number)
+                if not self._toolbox.offered:
+                    self._ask_for_answer("No more calls are possible.")
+            elif reply.text is None:
+                self._ask_for_answer("Make no more calls.")
+            else:
+                result, problem = self._result_of(reply.text)
+                if result is not None:
+                    return result
+                if retries == max_retries:
+                    raise InvalidOutput(
+                        f"The model's answers did not match the output of {self._context.agent_name!r} "
+                        f"in {max_retries + 1} attempts: {problem}"
+                    )
+                retries += 1
+                self._messages.append(Message("assistant", reply.text))
+                self._ask_for_answer(f"That answer cannot be used. {problem}")
+        raise AssertionError("the loop returns or raises")
+
+    async def _reply(self, number: int, *, is_last: bool) -> Completion:
+        """Ask the model, or read its reply if it was asked before the step started again."""
+        context = self._context
+
+        async def ask() -> Completion:
+            context.check_tokens()
+            completion = await self._complete(
+                messages=self._messages,
+                tools=self._toolbox.offered,
+                # Each call needs its own key, or a provider would return the invalid answer again.
+                idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
+            )
+            context.spend(completion.usage)
+            return completion
+
+        def needs_more(reply: Completion) -> bool:
+            if reply.tool_calls or reply.text is None:
+                return True
+            return not is_last and self._result_of(reply.text)[0] is None
+
+        step_key = context.step_key
+        reply: Completion = await context.journal.once(
+            self._label,
+            str(number),
+            ask,
+            kind="model",
+            arguments=JSON_NULL,
+            decode=functools.partial(msgspec.json.decode, type=Completion),
+            should_keep=needs_more,
+        )
+        return reply
+
+    def _result_of(self, text: str) -> tuple[msgspec.Raw | None, str]:
+        """Return the result for an answer, or None and the reason why it is invalid."""
+        try:
+            return self._read(text), ""
+        except (MalformedJSON, InvalidData, UnicodeEncodeError) as exc:
+            return None, str(exc)
+
+    def _ask_for_answer(self, reason: str) -> None:
+        """Ask for the answer in the strictest format of the model's server, and offer no more tools."""
+        self._toolbox.close()
+        request = f"{reason}\nAnswer now, with one JSON object and nothing else."
+        *rest, last = self._messages
+        if last.role == "user":  # some models allow no two messages of the user in a row
+            self._messages = [*rest, Message("user", f"{last.content}\n\n{request}")]
+        else:
+            self._messages.append(Message("user", request))

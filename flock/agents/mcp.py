@@ -1,0 +1,296 @@
+"""Tools of MCP servers, over streamable HTTP.
+
+``mcp_tools("https://…")`` is an entry of ``tools=``. The server's tools are listed when the engine starts, and at each
+use until that has succeeded.
+
+Source: Model Context Protocol 2025-11-25, "Transports", "Lifecycle" and "Tools". Newer servers accept it too.
+"""
+
+import contextlib
+import itertools
+import logging
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import anyio
+import httpx
+import msgspec
+
+from flock import __version__
+from flock.agents.react import FINISH
+from flock.agents.signature import Signature
+from flock.agents.tools import Tool, ToolSource
+from flock.errors import CallError, DefinitionError
+from flock.runs import RunContext, one_line, safe_text
+
+__all__ = ["MCPTool", "MCPTools", "listing_tools", "mcp_tools"]
+
+logger = logging.getLogger("flock.checks")
+
+T = TypeVar("T")
+
+PROTOCOL_VERSION = "2025-11-25"
+#: Max pages of a list of tools that are read.
+MAX_PAGES = 100
+
+
+class MCPTools(ToolSource):
+    """The tools of one server; see ``mcp_tools``."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float) -> None:
+        parsed = httpx.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise DefinitionError(f"{url!r} is not the URL of an MCP server. Write https://host/path.")
+        #: without credentials and the query, which may be secret
+        self.name = str(parsed.copy_with(userinfo=b"", query=None, fragment=None))
+        self._url = url
+        self._headers = {
+            **headers,
+            "Accept": "application/json, text/event-stream",
+            "Content-Type": "application/json",
+        }
+        self._timeout_s = timeout_s
+        self._ids = itertools.count(1)
+        #: headers of the session; None if there is none
+        self._session: Mapping[str, str] | None = None
+        self._tools: Sequence[Tool] | None = None
+        self._opening, self._listing = anyio.Lock(), anyio.Lock()
+
+    def __repr__(self) -> str:
+        return f"<MCPTools {self.name!r}>"
+
+    async def tools(self) -> Sequence[Tool]:
+        async with self._listing:
+            if self._tools is None:
+                self._tools = [MCPTool(self, tool) for tool in await self._list()]
+            return self._tools
+
+    async def _list(self) -> list["_ListedTool"]:
+        found: list[_ListedTool] = []
+        cursor: str | None = None
+        for _ in range(MAX_PAGES):
+            page = await self.request("tools/list", {} if cursor is None else {"cursor": cursor}, _Page)
+            found += page.tools
+            cursor = page.next_cursor
+            if not cursor:
+                return found
+        raise self._error(f"has more than {MAX_PAGES} pages of tools")
+
+    async def request(self, method: str, params: Mapping[str, Any], result_type: type[T]) -> T:
+        """Send a request, in a new session if there is none or if it has expired, and return the result.
+
+        Raises: CallError if the server cannot be reached, or responds with an error.
+        """
+        # Each request has its own client, because a program may have several event loops, one after the other.
+        try:
+            with anyio.fail_after(self._timeout_s):
+                async with httpx.AsyncClient(timeout=self._timeout_s) as http:
+                    return self._decoded(await self._send_in_session(http, method, params), method, result_type)
+        except (TimeoutError, httpx.TimeoutException) as exc:
+            raise self._error(f"did not answer within {self._timeout_s:g} s (timeout_s)") from exc
+        except httpx.HTTPError as exc:
+            raise self._error(f"could not be reached ({type(exc).__name__})") from exc
+
+    def _decoded(self, result: msgspec.Raw, method: str, result_type: type[T]) -> T:
+        try:
+            return msgspec.json.decode(result, type=result_type)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise self._error(f"returned an invalid result of {method}: {exc}") from exc
+
+    async def _send_in_session(self, http: httpx.AsyncClient, method: str, params: Mapping[str, Any]) -> msgspec.Raw:
+        used: Mapping[str, str] | None = None
+        for _ in range(2):
+            async with self._opening:
+                if self._session is used:  # there is none, or it has expired
+                    self._session = await self._open_session(http)
+                used = self._session
+            result, _ = await self._send(http, method, params, used or {})
+            if result is not None:
+                return result
+        raise self._error("returned status 404")
+
+    async def _open_session(self, http: httpx.AsyncClient) -> Mapping[str, str]:
+        params = {
+            "protocolVersion": PROTOCOL_VERSION,
+            "capabilities": {},
+            "clientInfo": {"name": "flockapi", "version": __version__},
+        }
+        result, headers = await self._send(http, "initialize", params, {})
+        if result is None:
+            raise self._error("returned status 404")
+        version = self._decoded(result, "initialize", _Initialized).protocol_version
+        session = {"MCP-Protocol-Version": version}
+        if "mcp-session-id" in headers:
+            session["Mcp-Session-Id"] = headers["mcp-session-id"]
+        body = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+        await http.post(self._url, content=msgspec.json.encode(body), headers={**self._headers, **session})
+        return session
+
+    async def _send(
+        self, http: httpx.AsyncClient, method: str, params: Mapping[str, Any], session: Mapping[str, str]
+    ) -> tuple[msgspec.Raw | None, httpx.Headers]:
+        """Send a request. Return its result, or None if the server does not know the session or the path."""
+        number = next(self._ids)
+        body = msgspec.json.encode({"jsonrpc": "2.0", "id": number, "method": method, "params": params})
+        async with http.stream("POST", self._url, content=body, headers={**self._headers, **session}) as response:
+            if response.status_code == 404:
+                return None, response.headers
+            if response.status_code >= 300:
+                raise self._error(f"returned status {response.status_code}")
+            if response.headers.get("content-type", "").startswith("text/event-stream"):
+                async with contextlib.aclosing(_events(response.aiter_lines())) as events:
+                    async for event in events:
+                        if (result := self._result_in(event, number)) is not None:
+                            return result, response.headers
+            elif (result := self._result_in(await response.aread(), number)) is not None:
+                return result, response.headers
+        raise self._error(f"closed the connection without a response to {method}")
+
+    def _result_in(self, text: str | bytes, number: int) -> msgspec.Raw | None:
+        """Return the result of request *number*, or None if *text* is another message. Raises CallError."""
+        try:
+            message = msgspec.json.decode(text, type=_Response)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise self._error(f"sent an invalid message: {exc}") from exc
+        if message.id != number or message.method is not None:
+            return None
+        if message.error is not None:
+            raise self._error(f"reports an error: {one_line(message.error.message)}")
+        return message.result
+
+    def _error(self, reason: str) -> CallError:
+        return CallError(f"The MCP server {self.name} {reason}.")
+
+
+def mcp_tools(url: str, *, headers: Mapping[str, str] | None = None, timeout_s: float = 30) -> MCPTools:
+    """Return the tools of an MCP server, as an entry of ``tools=``.
+
+    Args:
+        url: of its endpoint for streamable HTTP.
+        headers: are sent with each request, such as ``{"Authorization": "Bearer …"}``.
+        timeout_s: wall-clock seconds for each request. ``tool_timeout_s`` of the agent applies too.
+
+    Raises: DefinitionError if *url* is not an HTTP URL.
+    """
+    return MCPTools(url, headers or {}, timeout_s)
+
+
+class MCPTool(Tool):
+    """One tool of an MCP server. The server validates the arguments."""
+
+    may_be_strict = False
+
+    def __init__(self, server: MCPTools, listed: "_ListedTool") -> None:
+        # Providers accept fewer names than MCP.
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", listed.name)[:64]
+        self.name = f"{FINISH}_" if name == FINISH else name
+        self.description = listed.description
+        self.parameters = _AnyArguments(listed.schema)
+        self._server = server
+        self._listed_name = listed.name
+
+    async def call(
+        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
+    ) -> Any:
+        params = {"name": self._listed_name, "arguments": arguments}
+        called = await self._server.request("tools/call", params, _Called)
+        text = "\n".join(map(_text_of, called.content)) or bytes(called.structured).decode()
+        if called.is_error:
+            raise CallError(text)
+        return text
+
+
+class _AnyArguments(Signature):
+    """Arguments that must be a JSON object."""
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self.fields = ()
+        self.schema = {"type": "object", "properties": {}, **schema}
+
+    def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
+        Signature.decode(_OBJECT, b'{"arguments":' + bytes(raw) + b"}", at)
+        return msgspec.json.decode(raw)
+
+
+_OBJECT = Signature.of("arguments: dict")
+
+
+@contextlib.asynccontextmanager
+async def listing_tools(sources: Iterable[ToolSource]) -> AsyncIterator[None]:
+    """List the tools of *sources* in the background, and log a WARNING for each that cannot be listed."""
+
+    async def list_tools(source: ToolSource) -> None:
+        try:
+            await source.tools()
+        except CallError as exc:
+            logger.warning("%s Its tools are listed again when an agent needs them.", safe_text(exc))
+
+    async with anyio.create_task_group() as tasks:
+        for source in sources:
+            tasks.start_soon(list_tools, source)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+# Messages of the protocol
+
+
+class _ListedTool(msgspec.Struct, rename={"schema": "inputSchema"}):
+    name: str
+    description: str = ""
+    schema: dict[str, Any] = {}
+
+
+class _Page(msgspec.Struct, rename="camel"):
+    tools: list[_ListedTool]
+    next_cursor: str | None = None
+
+
+class _Initialized(msgspec.Struct, rename="camel"):
+    protocol_version: str
+
+
+class _Resource(msgspec.Struct):
+    text: str | None = None
+
+
+class _Block(msgspec.Struct):
+    type: str
+    text: str | None = None
+    uri: str | None = None
+    resource: _Resource | None = None
+
+
+class _Called(msgspec.Struct, rename={"structured": "structuredContent", "is_error": "isError"}):
+    content: list[_Block] = []
+    structured: msgspec.Raw = msgspec.Raw(b"null")
+    is_error: bool = False
+
+
+class _RPCError(msgspec.Struct):
+    message: str = ""
+
+
+class _Response(msgspec.Struct):
+    id: Any = None
+    method: str | None = None
+    result: msgspec.Raw = msgspec.Raw(b"{}")
+    error: _RPCError | None = None
+
+
+def _text_of(block: _Block) -> str:
+    """Return what a model can read of a part of a result: not images and sound."""
+    texts = (block.text, None if block.resource is None else block.resource.text, block.uri)
+    return next((text for text in texts if text is not None), f"({block.type})")
+
+
+async def _events(lines: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+    """Yield the data of each server-sent event (HTML, section 9.2.6)."""
+    data: list[str] = []
+    async for line in lines:
+        if line.startswith("data:"):
+            data.append(line[5:].removeprefix(" "))
+        elif not line and data:
+            yield "\n".join(data)
+            data = []

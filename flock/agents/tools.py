@@ -1,0 +1,221 @@
+"""Tools: functions that a model may call before it answers."""
+
+import functools
+import inspect
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import anyio
+import msgspec
+
+from flock.agents.completions import Message, ToolCall, ToolSchema
+from flock.agents.react import FINISH
+from flock.agents.signature import Signature, context_parameter, is_async, name_of
+from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON
+from flock.nearest import did_you_mean
+from flock.pydanticmodel import to_json
+from flock.runs import RunContext, one_line
+
+__all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "by_name"]
+
+#: What all providers accept as the name of a tool.
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+#: Max characters of a result that a model reads.
+MAX_RESULT_CHARS = 50_000
+
+
+class Tool:
+    """A function that a model may call.
+
+    Args:
+        function: a function, a method or an object that can be called. It is async, or runs in a worker thread. Its
+            parameters have types, and may have descriptions: ``Annotated[str, "an ISO code"]``. A parameter annotated
+            with ``RunContext`` receives the context, and is not an argument. The result must be convertible to JSON.
+        name: 1 to 64 letters, digits, ``_`` and ``-``; None uses the function's name.
+        description: tells the model when to call it; None uses the first paragraph of the docstring.
+
+    Raises:
+        DefinitionError: it is not a function, or its name is invalid.
+        SignatureError: a parameter has no type, or its type cannot be read from JSON.
+    """
+
+    #: whether the schema is one of ours, which a provider can enforce
+    may_be_strict = True
+
+    def __init__(
+        self, function: Callable[..., Any], *, name: str | None = None, description: str | None = None
+    ) -> None:
+        if not callable(function) or inspect.isclass(function):
+            raise DefinitionError(f"{function!r} is not a tool. Pass a typed function, an agent, or mcp_tools(…).")
+        called = (function, type(function).__call__)
+        if any(map(inspect.isgeneratorfunction, called)) or any(map(inspect.isasyncgenfunction, called)):
+            raise DefinitionError(f"{function!r} is a generator. A tool must return its complete result.")
+        self.name = _checked_name(name_of(function) if name is None else name)
+        if description is None:
+            description = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+        self.description = description
+        self.parameters = Signature.of_parameters(function)
+        self.function = function
+        self._context_parameter = context_parameter(function)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+    @property
+    def schema(self) -> ToolSchema:
+        """The tool as a model sees it."""
+        return ToolSchema(
+            name=self.name,
+            description=self.description,
+            schema=self.parameters.schema,
+            may_be_strict=self.may_be_strict,
+        )
+
+    async def execute(
+        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
+    ) -> Any:
+        """Call the function with *arguments*, which ``parameters`` has decoded.
+
+        Raises: CallError if it does not end within *timeout_s*; any exception of the function.
+        Cancellation: a coroutine is cancelled. A thread runs to its end first, or until the timeout.
+        """
+        with anyio.move_on_after(timeout_s):
+            return await self.call(arguments, context, call_in_thread, timeout_s)
+        raise CallError(f"{self.name!r} did not end within {timeout_s:g} s (tool_timeout_s).")
+
+    async def call(
+        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
+    ) -> Any:
+        """Call the function, without a limit for coroutines."""
+        values = {field.name: getattr(arguments, field.name) for field in self.parameters.fields}
+        if self._context_parameter is not None:
+            values[self._context_parameter] = context
+        call = functools.partial(self.function, **values)
+        if is_async(self.function):
+            return await call()
+        value = await call_in_thread(call, anyio.current_time() + timeout_s)
+        return await value if inspect.isawaitable(value) else value
+
+
+class AgentTool(Tool):
+    """Another agent of the same flock. It has its own limits of time, so ``tool_timeout_s`` does not apply."""
+
+    def __init__(self, agent_name: str, description: str, inputs: Signature) -> None:
+        self.name = _checked_name(agent_name.replace(".", "_"))
+        self.description = description
+        self.parameters = inputs
+        self.agent_name = agent_name
+
+    async def execute(
+        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
+    ) -> Any:
+        return await context.run_agent(self.agent_name, msgspec.to_builtins(arguments, enc_hook=to_json))
+
+
+def _checked_name(name: str) -> str:
+    if name == "<lambda>":
+        raise DefinitionError("A lambda has no name that a model can call. Use a named function.")
+    if not NAME.fullmatch(name):
+        raise DefinitionError(f"{name!r} is not a valid tool name. Use 1 to 64 letters, digits, '_' and '-'.")
+    if name == FINISH:
+        raise DefinitionError(f"A tool cannot be called {FINISH!r}: models end their calls with it. Rename it.")
+    return name
+
+
+class ToolSource:
+    """Tools that are known at run time only."""
+
+    async def tools(self) -> Sequence[Tool]:
+        """Return the tools. Raises CallError if they cannot be listed now."""
+        raise NotImplementedError
+
+
+class Toolbox:
+    """The tools of one step, and the number of calls that are left.
+
+    Raises: DefinitionError if two tools have the same name.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Tool],
+        *,
+        max_calls: int,
+        timeout_s: float,
+        context: RunContext,
+        call_in_thread: Callable[..., Awaitable[Any]],
+    ) -> None:
+        self._tools = by_name(tools)
+        self._calls_left = self._max_calls = max_calls
+        self._timeout_s = timeout_s
+        self._context = context
+        self._call_in_thread = call_in_thread
+
+    @property
+    def offered(self) -> Sequence[ToolSchema]:
+        """The tools that the model may call now."""
+        return [tool.schema for tool in self._tools.values()] if self._calls_left > 0 else []
+
+    def close(self) -> None:
+        """Offer no more tools."""
+        self._calls_left = 0
+
+    async def results(self, calls: Sequence[ToolCall], reply_number: int) -> list[Message]:
+        """Make the calls of one reply of the model, at the same time. Return a message for each of them, in order."""
+        refused = f"Error: Not called, because only {self._max_calls} calls are possible (max_tool_calls)."
+        texts = [refused] * len(calls)
+        made = calls[: self._calls_left]
+        self._calls_left -= len(made)
+
+        async def make(number: int, call: ToolCall) -> None:
+            texts[number] = _cut(await self._result(call, f"{reply_number}.{number + 1}"))
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                for number, call in enumerate(made):
+                    tasks.start_soon(make, number, call)
+        except ExceptionGroup as group:  # the store failed, which is one error for the run
+            raise group.exceptions[0] from group
+        return [Message("tool", text, tool_call_id=call.id) for call, text in zip(calls, texts, strict=True)]
+
+    async def _result(self, call: ToolCall, number: str) -> str:
+        """Return what the model reads as the result of a call."""
+        name, raw = call.function.name, (call.function.arguments.strip() or "{}").encode()
+        tool = self._tools.get(name)
+        if tool is None:
+            return f"Error: There is no tool {name[:64]!r}.{did_you_mean(name[:64], self._tools)}"
+        try:
+            arguments = tool.parameters.decode(raw)
+        except (MalformedJSON, InvalidData) as exc:
+            return f"Error: The arguments are invalid. {one_line(str(exc))}"
+
+        async def execute() -> Any:
+            return await tool.execute(arguments, self._context, self._call_in_thread, self._timeout_s)
+
+        value = await self._context.journal.once(
+            tool.name,
+            number,
+            execute,
+            kind="tool",
+            arguments=msgspec.Raw(raw),
+            decode=msgspec.json.decode,
+            on_error=lambda error: f"Error: {one_line(error)}",
+        )
+        return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
+    """Return *tools* by name. Raises DefinitionError if two have the same name."""
+    named: dict[str, Tool] = {}
+    for tool in tools:
+        if tool.name in named:
+            raise DefinitionError(f"There are two tools {tool.name!r}. Rename one: Tool(function, name=…).")
+        named[tool.name] = tool
+    return named
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MAX_RESULT_CHARS:
+        return text
+    return f"{text[:MAX_RESULT_CHARS]}… (cut: {len(text) - MAX_RESULT_CHARS} more characters)"

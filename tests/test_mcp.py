@@ -1,0 +1,277 @@
+"""Tools of MCP servers: real servers on sockets, and the server of the protocol's own SDK."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import venv
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from flock.agents.mcp import mcp_tools
+from flock.core import Flock, FlockFactory
+from flock.errors import DefinitionError
+from flock.runs import RunStatus
+from tests.support import PATIENCE_S
+from tests.support.engines import OpenEngine, until
+from tests.support.models import FakeModel, answer, calling
+from tests.support.servers import Served, free_port
+
+pytestmark = pytest.mark.anyio
+
+ADD = {"name": "math.add", "description": "Add.", "inputSchema": {"type": "object", "properties": {"a": {}, "b": {}}}}
+FINISH = {"name": "finish", "inputSchema": {"type": "object"}}
+
+
+class FakeServer:
+    """An MCP server that lists one tool a page, and answers ``tools/call`` with ``reply``."""
+
+    def __init__(self, *, sends_events: bool = False) -> None:
+        self.requests: list[tuple[str, Any]] = []
+        self.headers: list[Any] = []
+        self.sessions: list[str] = []
+        self.has_sessions = True
+        self.sends_events = sends_events
+        self.reply: Callable[[Any], Awaitable[Any]] | None = None
+        self.app = Starlette(routes=[Route("/mcp", self._answer, methods=["POST"])])
+
+    async def _answer(self, request: Request) -> Response:
+        message = await request.json()
+        method, params = message["method"], message.get("params", {})
+        self.requests.append((method, params))
+        self.headers.append(request.headers)
+        if method == "initialize":
+            self.sessions.append(f"session-{len(self.sessions)}")
+            result: Any = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {}}
+            return JSONResponse(
+                {"jsonrpc": "2.0", "id": message["id"], "result": result},
+                headers={"Mcp-Session-Id": self.sessions[-1]} if self.has_sessions else {},
+            )
+        if self.has_sessions and request.headers.get("mcp-session-id") not in self.sessions[-1:]:
+            return Response(status_code=404)
+        if method == "notifications/initialized":
+            return Response(status_code=202)
+        if method == "tools/list":
+            result = {"tools": [FINISH]} if params.get("cursor") else {"tools": [ADD], "nextCursor": "more"}
+        else:
+            result = {"content": [{"type": "text", "text": str(sum(params["arguments"].values()))}]}
+        body = {"jsonrpc": "2.0", "id": message["id"], "result": result}
+        if method == "tools/call" and self.reply is not None:
+            body = await self.reply(message)
+        if isinstance(body, Response):
+            return body
+        return (
+            StreamingResponse(events(body), media_type="text/event-stream") if self.sends_events else JSONResponse(body)
+        )
+
+
+async def events(body: Any) -> AsyncIterator[str]:
+    """Yield a notification, then the response, and leave the stream open."""
+    progress = {"jsonrpc": "2.0", "method": "notifications/progress", "params": {}}
+    yield f"event: message\r\ndata: {json.dumps(progress)}\r\n\r\n: a comment\n\n"
+    yield f"id: 1\ndata: {json.dumps(body)}\n\n"
+    await asyncio.sleep(PATIENCE_S)
+
+
+def flock_of(url: str, **options: Any) -> Flock:
+    flock = Flock("mcp", model="openai/gpt-4o")
+    tools = [mcp_tools(url, headers={"Authorization": "Bearer secret"}, **options)]
+    flock.add_agent(FlockFactory.create_default_agent("ask", output="a: str", tools=tools))
+    return flock
+
+
+async def result_of_call(flock: Flock, model: FakeModel, arguments: Any = {"a": 1, "b": 2}) -> str:  # noqa: B006
+    model.replies = [calling(("math_add", arguments)), answer({"a": "done"})]
+    async with flock.engine(transport=model.transport) as engine:
+        run = await engine.submit("ask", {})
+        run = await engine.wait(run.run_id, PATIENCE_S)
+    assert run.status is RunStatus.COMPLETED, run.error
+    return str(model.requests[-1]["messages"][-1]["content"])
+
+
+@pytest.mark.parametrize("sends_events", [False, True], ids=["JSON", "events"])
+async def test_the_tools_of_a_server_are_listed_and_called(sends_events: bool, model: FakeModel) -> None:
+    server = FakeServer(sends_events=sends_events)
+    async with Served(server.app) as served:
+        flock = flock_of(f"{served.url}/mcp")
+        assert await result_of_call(flock, model) == "3"
+    assert [method for method, _ in server.requests][:2] == ["initialize", "notifications/initialized"]
+    listed = [tool["function"] for tool in model.requests[0]["tools"]]
+    assert [tool["name"] for tool in listed] == ["math_add", "finish_"]
+    assert listed[0]["parameters"] == ADD["inputSchema"]
+    assert server.requests[-1] == ("tools/call", {"name": "math.add", "arguments": {"a": 1, "b": 2}})
+    assert {headers["authorization"] for headers in server.headers} == {"Bearer secret"}
+    assert server.headers[-1]["mcp-session-id"] == server.sessions[-1]
+    assert server.headers[-1]["mcp-protocol-version"] == "2025-06-18"
+
+
+async def test_tools_are_listed_when_the_engine_starts(open_engine: OpenEngine) -> None:
+    server = FakeServer()
+    async with Served(server.app) as served, open_engine(flock_of(f"{served.url}/mcp")):
+        await until(lambda: ("tools/list", {"cursor": "more"}) in server.requests)
+
+
+async def test_a_server_that_is_down_is_a_warning_and_its_tools_are_listed_again(
+    model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that needs them then fails, with an error that names the server without its credentials."""
+    flock = flock_of(f"http://ann:secret@127.0.0.1:{(port := free_port())}/mcp?key=secret")
+    text = f"The MCP server http://127.0.0.1:{port}/mcp could not be reached (ConnectError)."
+    async with flock.engine(transport=model.transport) as engine:
+        await until(lambda: text in caplog.text)
+        run = await engine.submit("ask", {})
+        run = await engine.wait(run.run_id, PATIENCE_S)
+        assert (run.error, run.error_type) == (text, "call_error")
+    assert "Its tools are listed again when an agent needs them." in caplog.text
+    server = FakeServer()
+    async with Served(server.app) as served:
+        flock.agents["ask"].tools[0]._url = f"{served.url}/mcp"  # type: ignore[attr-defined]
+        assert await result_of_call(flock, model) == "3"
+
+
+@pytest.mark.parametrize("has_sessions", [True, False])
+async def test_an_expired_session_is_opened_again(has_sessions: bool, model: FakeModel) -> None:
+    server = FakeServer()
+    server.has_sessions = has_sessions
+    async with Served(server.app) as served:
+        flock = flock_of(f"{served.url}/mcp")
+        await result_of_call(flock, model)
+        server.sessions.append("another")
+        assert await result_of_call(flock, model) == "3"
+
+
+@pytest.mark.parametrize(
+    ("body", "result"),
+    [
+        pytest.param(
+            {"error": {"code": -32602, "message": "No\nway"}},
+            "reports an error: No\\nway.",
+            id="an error of the server",
+        ),
+        pytest.param(
+            {"result": {"content": [{"type": "text", "text": "No such city."}], "isError": True}},
+            "Error: No such city.",
+            id="an error of the tool",
+        ),
+        pytest.param(
+            {
+                "result": {
+                    "content": [
+                        {"type": "text", "text": "one"},
+                        {"type": "image", "data": "AAAA", "mimeType": "image/png"},
+                        {"type": "resource", "resource": {"uri": "file:///a", "text": "two"}},
+                        {"type": "resource_link", "uri": "file:///b", "name": "b"},
+                    ]
+                }
+            },
+            "one\n(image)\ntwo\nfile:///b",
+            id="parts",
+        ),
+        pytest.param({"result": {"content": [], "structuredContent": {"n": 1}}}, '{"n":1}', id="structured"),
+        pytest.param({"result": {"content": 5}}, "returned an invalid result of tools/call", id="invalid result"),
+        pytest.param(Response("no", 500), "returned status 500.", id="status"),
+        pytest.param(Response("{", media_type="application/json"), "sent an invalid message", id="invalid JSON"),
+        pytest.param(Response("", media_type="text/event-stream"), "closed the connection without a", id="no event"),
+    ],
+)
+async def test_what_a_server_answers_reaches_the_model(body: Any, result: str, model: FakeModel) -> None:
+    server = FakeServer()
+
+    async def reply(message: Any) -> Any:
+        return body if isinstance(body, Response) else {"jsonrpc": "2.0", "id": message["id"], **body}
+
+    server.reply = reply
+    async with Served(server.app) as served:
+        text = await result_of_call(flock_of(f"{served.url}/mcp"), model)
+    assert result in text
+    assert text.startswith("Error: ") or text == result
+
+
+async def test_a_server_that_hangs_is_an_error_for_the_model(model: FakeModel) -> None:
+    server = FakeServer()
+
+    async def hang(message: Any) -> Any:
+        await asyncio.sleep(PATIENCE_S)
+
+    server.reply = hang
+    async with Served(server.app) as served:
+        flock = flock_of(f"{served.url}/mcp", timeout_s=0.5)
+        assert "did not answer within 0.5 s (timeout_s)" in await result_of_call(flock, model)
+        served.server.force_exit = True
+
+
+async def test_arguments_must_be_an_object(model: FakeModel) -> None:
+    server = FakeServer()
+    async with Served(server.app) as served:
+        text = await result_of_call(flock_of(f"{served.url}/mcp"), model, "[1]")
+    assert text.startswith("Error: The arguments are invalid. ")
+    assert "tools/call" not in dict(server.requests)
+
+
+@pytest.mark.parametrize("url", ["", "example.com/mcp", "ftp://example.com", "stdio:server"])
+def test_an_invalid_url_is_an_error_at_the_definition(url: str) -> None:
+    with pytest.raises(DefinitionError, match="is not the URL of an MCP server"):
+        mcp_tools(url)
+
+
+SDK_SERVER = """
+import sys
+from mcp.server.mcpserver import MCPServer
+
+server = MCPServer("shop")
+
+@server.tool()
+def stock(item: str, most: int = 100) -> int:
+    \"\"\"Find how many pieces of an item are in stock.\"\"\"
+    return min(most, {"cup": 12}[item])
+
+server.run("streamable-http", port=int(sys.argv[1]), json_response=sys.argv[2] == "json")
+"""
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def sdk_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the interpreter of a new environment with the SDK, which has many dependencies."""
+    folder = tmp_path_factory.mktemp("mcp")
+    venv.create(folder, with_pip=True)
+    pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", "mcp>=2.3,<3"]
+    subprocess.run(pip, check=True, capture_output=True)
+    return folder / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", ["json", "events"])
+async def test_the_server_of_the_sdk_is_understood(
+    format_: str, sdk_python: Path, tmp_path: Path, model: FakeModel
+) -> None:
+    (tmp_path / "server.py").write_text(SDK_SERVER)
+    port = free_port()
+    command = [str(sdk_python), str(tmp_path / "server.py"), str(port), format_]
+    async with await anyio.open_process(command, stdout=None, stderr=None) as process:
+        await until(lambda: is_open(port))
+        calls = [("stock", {"item": "cup"}), ("stock", {"item": "pot"}), ("stock", {"most": "x"})]
+        model.replies = [calling(*calls), answer({"a": "done"})]
+        async with flock_of(f"http://127.0.0.1:{port}/mcp").engine(transport=model.transport) as engine:
+            run = await engine.submit("ask", {})
+            run = await engine.wait(run.run_id, PATIENCE_S)
+        assert run.status is RunStatus.COMPLETED, run.error
+        process.kill()
+    (tool,) = model.requests[0]["tools"]
+    assert tool["function"]["description"] == "Find how many pieces of an item are in stock."
+    assert list(tool["function"]["parameters"]["properties"]) == ["item", "most"]
+    found, *failed = [message["content"] for message in model.requests[1]["messages"][-3:]]
+    assert found == "12"
+    assert all(text.startswith("Error: ") for text in failed), failed
