@@ -363,7 +363,9 @@ def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
     pages = [(ROOT / "README.md"), *(ROOT / "docs").glob("*.md")]
     text = "".join(page.read_text("utf-8") for page in pages)
     for option in re.findall(r"`(--[a-z-]+)[` ]", text):
-        assert option in help_text or option in ("--no-deps", "--http"), option  # pip's and uvicorn's
+        assert option in help_text or option in ("--no-deps", "--http", "--jinja", "--enable-auto-tool-choice"), (
+            option
+        )  # of other programs
 
 
 def test_serve_has_options_for_batch_limits_and_a_csv_folder(flock_file: Path, tmp_path: Path) -> None:

@@ -122,8 +122,7 @@ async def test_the_tokens_of_called_agents_count_once(tmp_path: Path, model: Fak
         run = await engine.wait(run_id)
         assert (result_of(run), run.usage) == ("2", Usage(input_tokens=30, output_tokens=15))
         assert (await engine.get_run(run_id)).usage == run.usage
-        run = await engine.submit("work", {})
-        model.replies = [answer({"y": "again"}) for _ in range(2)]
+    model.replies = [answer({"y": "again"}) for _ in range(2)]
     async with flock.engine(transport=model.transport, max_tokens=30) as engine:
         run = await ended(engine, "work")
     assert run.error is not None
