@@ -14,7 +14,7 @@ import httpx
 import msgspec
 import pytest
 
-from flock.agents.agent import ModelAgent
+from flock.agents.agent import ModelAgent, agent
 from flock.agents.checks import problems
 from flock.agents.tools import MAX_RESULT_CHARS, Tool
 from flock.core import Flock, FlockFactory
@@ -268,6 +268,19 @@ async def test_a_tool_that_hangs_ends_after_its_timeout(model: FakeModel) -> Non
     assert cancelled == [True]
 
 
+async def test_the_timeout_of_the_agent_covers_a_tool_in_a_thread(model: FakeModel) -> None:
+    may_end = threading.Event()
+
+    def hang() -> None:
+        may_end.wait(PATIENCE_S)
+
+    model.replies = [calling(("hang", {}))]
+    async with flock_of(hang, timeout_s=0.3).engine(transport=model.transport) as engine:
+        run = await ended(engine)
+        may_end.set()
+    assert run.error_type == "model_timeout"
+
+
 async def test_a_cancelled_run_cancels_its_tools(model: FakeModel) -> None:
     running, cancelled = anyio.Event(), []
 
@@ -452,11 +465,17 @@ async def test_finished_replies_and_calls_are_not_paid_again(tmp_path: Path, mod
         engine.observe(Observed())
         with anyio.fail_after(PATIENCE_S):
             run = await engine.wait(run.run_id)
+        calls = engine.store.calls(run, 0)
     assert run.status is RunStatus.COMPLETED, run.error
     assert executed[4:] == ["hang"]
     assert len(model.requests) == 3
     assert run.usage == Usage(input_tokens=30, output_tokens=15)
     assert reported == [Usage(input_tokens=10, output_tokens=5)] * 3
+    assert [(call.kind, call.name) for call in calls if call.kind == "model"] == [("model", "openai_gpt-4o")] * 2
+    assert sorted((call.name, call.error) for call in calls if call.kind == "tool" and call.name != "look") == [
+        ("fail", "no"),
+        ("hang", None),
+    ]
     assert model.requests[1]["messages"] == model.requests[2]["messages"][:6]
 
 
@@ -482,6 +501,12 @@ async def test_kill_9_repeats_no_reply_and_no_call_that_was_finished(
             run = (await client.get(f"{server.url}/run/{run_id}?wait=50")).json()
             assert (run["status"], run["result"]) == ("completed", {"a": "x"})
             assert run["usage"] == {"input_tokens": 30, "output_tokens": 15}
+            tools = [call for call in run["steps"][0]["calls"] if call["kind"] == "tool"]
+            assert sorted((call["arguments"].get("word", ""), call["result"]) for call in tools) == [
+                ("", "ended"),
+                ("a", 1),
+                ("fail", None),
+            ]
     assert sorted(log.read_text().split()) == ["a", "fail", "hang", "hang"]
     assert len(model.requests) == 3
 
@@ -526,6 +551,7 @@ def stream(x: int) -> Any:
         ([stream], "is a generator. A tool must return its complete result."),
         ([int], "is not a tool. Pass a typed function"),
         ([5], "is not a tool. Pass a typed function"),
+        ([agent(on_interrupt="fail")(add)], "'add' may not be repeated (on_interrupt='fail'), so it cannot be a tool."),
     ],
 )
 def test_an_invalid_tool_is_an_error_at_the_definition(tools: Any, problem: str) -> None:

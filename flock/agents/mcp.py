@@ -190,9 +190,7 @@ class MCPTool(Tool):
         self._server = server
         self._listed_name = listed.name
 
-    async def call(
-        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
-    ) -> Any:
+    async def call(self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]]) -> Any:
         params = {"name": self._listed_name, "arguments": arguments}
         called = await self._server.request("tools/call", params, _Called)
         text = "\n".join(map(_text_of, called.content)) or bytes(called.structured).decode()

@@ -81,20 +81,18 @@ class Tool:
         Cancellation: a coroutine is cancelled. A thread runs to its end first, or until the timeout.
         """
         with anyio.move_on_after(timeout_s):
-            return await self.call(arguments, context, call_in_thread, timeout_s)
+            return await self.call(arguments, context, call_in_thread)
         raise CallError(f"{self.name!r} did not end within {timeout_s:g} s (tool_timeout_s).")
 
-    async def call(
-        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
-    ) -> Any:
-        """Call the function, without a limit for coroutines."""
+    async def call(self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]]) -> Any:
+        """Call the function, without a timeout of its own."""
         values = {field.name: getattr(arguments, field.name) for field in self.parameters.fields}
         if self._context_parameter is not None:
             values[self._context_parameter] = context
         call = functools.partial(self.function, **values)
         if is_async(self.function):
             return await call()
-        value = await call_in_thread(call, anyio.current_time() + timeout_s)
+        value = await call_in_thread(call, anyio.current_effective_deadline())
         return await value if inspect.isawaitable(value) else value
 
 
