@@ -150,6 +150,8 @@ async def test_a_tool_may_be_a_method_an_object_or_have_another_name(model: Fake
     model.replies = [calling(*replies), answer({"a": "done"})]
     await answered(flock_of(*tools), model)
     assert results(model.requests[1]) == ["looked for Ann", "2", "6"]
+    assert [tool["function"]["description"] for tool in model.requests[0]["tools"]] == ["", "", "+5"]
+    assert Tool(functools.partial(add, b=5)).description == "Add two numbers."
 
 
 # Invalid calls

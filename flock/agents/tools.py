@@ -53,7 +53,8 @@ class Tool:
             raise DefinitionError(f"{function!r} is a generator. A tool must return its complete result.")
         self.name = _checked_name(name_of(function) if name is None else name)
         if description is None:
-            description = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+            documented = function.func if isinstance(function, functools.partial) else function
+            description = " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
         self.description = description
         self.parameters = Signature.of_parameters(function)
         self.function = function
