@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import runpy
 import signal
 import threading
@@ -196,6 +197,7 @@ async def test_an_exception_is_one_line_for_the_model(model: FakeModel, caplog: 
     told = "Error: There is no such city.\\nTry another."
     assert results(model.requests[1]) == ["Error: The call 'explode' raised ValueError", told]
     assert "ValueError: a secret" in caplog.text
+    assert re.search(r"run [0-9a-f-]+: the tool refuse failed: There is no such city.\\nTry another. \(", caplog.text)
     await answered(flock, model, expose_errors=True)
     assert results(model.requests[3]) == ["Error: The call 'explode' raised ValueError: a secret", told]
 
@@ -378,19 +380,21 @@ FINISH = {"next_thought": "I know.", "next_tool_name": "finish", "next_tool_args
         (400, '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'),
         (404, "No endpoints found that support tool use."),
         (400, "deepseek-reasoner does not support Function Calling"),
+        (500, "tools param requires --jinja flag"),
     ],
 )
 async def test_a_server_without_tools_is_asked_for_steps_as_json(status: int, message: str, model: FakeModel) -> None:
-    """The rejection is remembered for this model."""
-    model.replies = [error(status, message=message), *[answer(STEP), answer(FINISH), answer({"a": "3"})] * 2]
+    """The rejection is remembered for this model. Status 500 is tried three times."""
+    rejections = [error(status, message=message, retry_after="0")] * (3 if status == 500 else 1)
+    model.replies = [*rejections, *[answer(STEP), answer(FINISH), answer({"a": "3"})] * 2]
     async with flock_of(add, model="ollama/gemma3").engine(transport=model.transport) as engine:
         for _ in range(2):
             run = await ended(engine)
             assert run.result is not None, run.error
             assert msgspec.json.decode(run.result) == {"a": "3"}
-    rejected, first, second, third, *_ = model.requests
-    assert "tools" in rejected
-    assert not any("tools" in request for request in model.requests[1:])
+    rejected, requests = model.requests[: len(rejections)], model.requests[len(rejections) :]
+    assert ["tools" in request for request in [*rejected, *requests]] == [True] * len(rejected) + [False] * 6
+    first, second, third, *_ = requests
     steps = first["response_format"]["json_schema"]["schema"]["anyOf"]
     assert [step["properties"]["next_tool_name"]["enum"] for step in steps] == [["add"], ["finish"]]
     assert list(steps[0]["properties"]["next_tool_args"]["properties"]) == ["a", "b"]
@@ -399,8 +403,8 @@ async def test_a_server_without_tools_is_asked_for_steps_as_json(status: int, me
     assert json.loads(second["messages"][2]["content"]) == STEP
     assert second["messages"][3]["content"].startswith("add returned: 3\n\n")
     assert "a" in third["response_format"]["json_schema"]["schema"]["properties"]
-    keys = [headers["idempotency-key"].partition("/")[2] for headers in model.headers[:4]]
-    assert keys == ["0", "0/step", "0/2/step", "0/3"]
+    keys = [headers["idempotency-key"].partition("/")[2] for headers in model.headers[: len(rejections) + 3]]
+    assert keys == [*["0"] * len(rejections), "0/step", "0/2/step", "0/3"]
 
 
 async def test_steps_that_are_invalid_count_as_calls_or_answers(model: FakeModel) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -12,12 +13,14 @@ import msgspec
 from flock.agents.completions import Message, ToolCall, ToolSchema
 from flock.agents.react import FINISH
 from flock.agents.signature import Signature, context_parameter, is_async, name_of
-from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON
+from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import RunContext, one_line
+from flock.runs import RunContext, one_line, safe_text
 
 __all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "by_name"]
+
+logger = logging.getLogger("flock.runs")
 
 #: What all providers accept as the name of a tool.
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -189,10 +192,18 @@ class Toolbox:
         except (MalformedJSON, InvalidData) as exc:
             return f"Error: The arguments are invalid. {one_line(str(exc))}"
 
-        async def execute() -> Any:
-            return await tool.execute(arguments, self._context, self._call_in_thread, self._timeout_s)
+        context = self._context
 
-        value = await self._context.journal.once(
+        async def execute() -> Any:
+            try:
+                return await tool.execute(arguments, context, self._call_in_thread, self._timeout_s)
+            except Exception as exc:
+                template, text = "run %s: the tool %s failed: %s (request %s)", one_line(safe_text(exc))
+                details = None if isinstance(exc, StepError) else exc
+                logger.warning(template, context.run_id, tool.name, text, context.request_id, exc_info=details)
+                raise
+
+        value = await context.journal.once(
             tool.name,
             number,
             execute,
