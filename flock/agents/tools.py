@@ -220,7 +220,9 @@ def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
     named: dict[str, Tool] = {}
     for tool in tools:
         if tool.name in named:
-            raise DefinitionError(f"There are two tools {tool.name!r}. Rename one: Tool(function, name=…).")
+            raise DefinitionError(
+                f"There are two tools {tool.name!r}. Rename one: Tool(function, name=…), or mcp_tools(url, prefix=…)."
+            )
         named[tool.name] = tool
     return named
 
