@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from flock.agents.mcp import mcp_tools
+from flock.agents.localmodel import bounded_schema
+from flock.agents.mcp import ListedTool, MCPTool, mcp_tools
+from flock.agents.react import schema_of
 from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError
 from flock.runs import RunStatus
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until
-from tests.support.models import FakeModel, answer, calling
+from tests.support.models import FakeModel, answer, calling, error
 from tests.support.servers import Served, free_port
 
 pytestmark = pytest.mark.anyio
@@ -195,6 +198,23 @@ async def test_what_a_server_answers_reaches_the_model(body: Any, result: str, m
     assert text.startswith("Error: ") or text == result
 
 
+async def test_equal_names_of_two_servers_need_a_prefix(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    async with Served(FakeServer().app) as first, Served(FakeServer().app) as second:
+        for prefix, names in (("", None), ("other-", ["math_add", "finish_", "other-math_add", "other-finish"])):
+            tools = [mcp_tools(f"{first.url}/mcp"), mcp_tools(f"{second.url}/mcp", prefix=prefix)]
+            flock = Flock("mcp", model="openai/gpt-4o")
+            flock.add_agent(FlockFactory.create_default_agent("ask", output="a: str", tools=tools))
+            model.replies = [] if names is None else [answer({"a": "done"})]
+            async with flock.engine(transport=model.transport) as engine:
+                run = await engine.submit("ask", {})
+                run = await engine.wait(run.run_id, PATIENCE_S)
+            if names is None:
+                assert run.status is RunStatus.FAILED
+                assert "There are two tools 'math_add'. Rename one" in caplog.text
+            else:
+                assert [tool["function"]["name"] for tool in model.requests[0]["tools"]] == names
+
+
 async def test_a_server_that_hangs_is_an_error_for_the_model(model: FakeModel) -> None:
     server = FakeServer()
 
@@ -206,6 +226,31 @@ async def test_a_server_that_hangs_is_an_error_for_the_model(model: FakeModel) -
         flock = flock_of(f"{served.url}/mcp", timeout_s=0.5)
         assert "did not answer within 0.5 s (timeout_s)" in await result_of_call(flock, model)
         served.server.force_exit = True
+
+
+async def test_the_schemas_of_other_programs_work_without_native_tools(model: FakeModel) -> None:
+    """They may have lists of types, and booleans in place of schemas."""
+    node = {"type": ["array", "null"], "description": "numbers", "items": {"type": ["string", "integer"]}}
+    schema = {"type": "object", "properties": {"a": node, "b": True, "c": {"items": True}}, "$schema": "http://x"}
+    tool = MCPTool(mcp_tools("http://127.0.0.1/mcp"), msgspec.convert({"name": "x", "inputSchema": schema}, ListedTool))
+    assert tool.schema.schema["properties"] == {
+        "a": {
+            "description": "numbers",
+            "anyOf": [
+                {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}},
+                {"type": "null", "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}},
+            ],
+        },
+        "b": {},
+        "c": {"items": {}},
+    }
+    assert bounded_schema(schema_of([tool.schema]))["anyOf"]
+    model.replies = [error(400, message="no tools"), answer({"next_tool_name": "finish"}), answer({"a": "done"})]
+    flock = Flock("mcp", model="ollama/x")
+    flock.add_agent(FlockFactory.create_default_agent("ask", output="a: str", tools=[tool]))
+    async with flock.engine(transport=model.transport) as engine:
+        run = await engine.submit("ask", {})
+        assert (await engine.wait(run.run_id, PATIENCE_S)).status is RunStatus.COMPLETED
 
 
 async def test_arguments_must_be_an_object(model: FakeModel) -> None:

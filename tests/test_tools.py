@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import runpy
 import signal
 import threading
@@ -14,7 +15,7 @@ import httpx
 import msgspec
 import pytest
 
-from flock.agents.agent import ModelAgent
+from flock.agents.agent import ModelAgent, agent
 from flock.agents.checks import problems
 from flock.agents.tools import MAX_RESULT_CHARS, Tool
 from flock.core import Flock, FlockFactory
@@ -150,6 +151,8 @@ async def test_a_tool_may_be_a_method_an_object_or_have_another_name(model: Fake
     model.replies = [calling(*replies), answer({"a": "done"})]
     await answered(flock_of(*tools), model)
     assert results(model.requests[1]) == ["looked for Ann", "2", "6"]
+    assert [tool["function"]["description"] for tool in model.requests[0]["tools"]] == ["", "", "+5"]
+    assert Tool(functools.partial(add, b=5)).description == "Add two numbers."
 
 
 # Invalid calls
@@ -194,6 +197,7 @@ async def test_an_exception_is_one_line_for_the_model(model: FakeModel, caplog: 
     told = "Error: There is no such city.\\nTry another."
     assert results(model.requests[1]) == ["Error: The call 'explode' raised ValueError", told]
     assert "ValueError: a secret" in caplog.text
+    assert re.search(r"run [0-9a-f-]+: the tool refuse failed: There is no such city.\\nTry another. \(", caplog.text)
     await answered(flock, model, expose_errors=True)
     assert results(model.requests[3]) == ["Error: The call 'explode' raised ValueError: a secret", told]
 
@@ -266,6 +270,19 @@ async def test_a_tool_that_hangs_ends_after_its_timeout(model: FakeModel) -> Non
     line = "Error: {!r} did not end within 1 s (tool_timeout_s)."
     assert results(model.requests[1]) == [line.format("hang"), line.format("hang_in_thread"), "2"]
     assert cancelled == [True]
+
+
+async def test_the_timeout_of_the_agent_covers_a_tool_in_a_thread(model: FakeModel) -> None:
+    may_end = threading.Event()
+
+    def hang() -> None:
+        may_end.wait(PATIENCE_S)
+
+    model.replies = [calling(("hang", {}))]
+    async with flock_of(hang, timeout_s=0.3).engine(transport=model.transport) as engine:
+        run = await ended(engine)
+        may_end.set()
+    assert run.error_type == "model_timeout"
 
 
 async def test_a_cancelled_run_cancels_its_tools(model: FakeModel) -> None:
@@ -363,19 +380,21 @@ FINISH = {"next_thought": "I know.", "next_tool_name": "finish", "next_tool_args
         (400, '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'),
         (404, "No endpoints found that support tool use."),
         (400, "deepseek-reasoner does not support Function Calling"),
+        (500, "tools param requires --jinja flag"),
     ],
 )
 async def test_a_server_without_tools_is_asked_for_steps_as_json(status: int, message: str, model: FakeModel) -> None:
-    """The rejection is remembered for this model."""
-    model.replies = [error(status, message=message), *[answer(STEP), answer(FINISH), answer({"a": "3"})] * 2]
+    """The rejection is remembered for this model. Status 500 is tried three times."""
+    rejections = [error(status, message=message, retry_after="0")] * (3 if status == 500 else 1)
+    model.replies = [*rejections, *[answer(STEP), answer(FINISH), answer({"a": "3"})] * 2]
     async with flock_of(add, model="ollama/gemma3").engine(transport=model.transport) as engine:
         for _ in range(2):
             run = await ended(engine)
             assert run.result is not None, run.error
             assert msgspec.json.decode(run.result) == {"a": "3"}
-    rejected, first, second, third, *_ = model.requests
-    assert "tools" in rejected
-    assert not any("tools" in request for request in model.requests[1:])
+    rejected, requests = model.requests[: len(rejections)], model.requests[len(rejections) :]
+    assert ["tools" in request for request in [*rejected, *requests]] == [True] * len(rejected) + [False] * 6
+    first, second, third, *_ = requests
     steps = first["response_format"]["json_schema"]["schema"]["anyOf"]
     assert [step["properties"]["next_tool_name"]["enum"] for step in steps] == [["add"], ["finish"]]
     assert list(steps[0]["properties"]["next_tool_args"]["properties"]) == ["a", "b"]
@@ -384,8 +403,8 @@ async def test_a_server_without_tools_is_asked_for_steps_as_json(status: int, me
     assert json.loads(second["messages"][2]["content"]) == STEP
     assert second["messages"][3]["content"].startswith("add returned: 3\n\n")
     assert "a" in third["response_format"]["json_schema"]["schema"]["properties"]
-    keys = [headers["idempotency-key"].partition("/")[2] for headers in model.headers[:4]]
-    assert keys == ["0", "0/step", "0/2/step", "0/3"]
+    keys = [headers["idempotency-key"].partition("/")[2] for headers in model.headers[: len(rejections) + 3]]
+    assert keys == [*["0"] * len(rejections), "0/step", "0/2/step", "0/3"]
 
 
 async def test_steps_that_are_invalid_count_as_calls_or_answers(model: FakeModel) -> None:
@@ -452,11 +471,17 @@ async def test_finished_replies_and_calls_are_not_paid_again(tmp_path: Path, mod
         engine.observe(Observed())
         with anyio.fail_after(PATIENCE_S):
             run = await engine.wait(run.run_id)
+        calls = engine.store.calls(run, 0)
     assert run.status is RunStatus.COMPLETED, run.error
     assert executed[4:] == ["hang"]
     assert len(model.requests) == 3
     assert run.usage == Usage(input_tokens=30, output_tokens=15)
     assert reported == [Usage(input_tokens=10, output_tokens=5)] * 3
+    assert [(call.kind, call.name) for call in calls if call.kind == "model"] == [("model", "openai_gpt-4o")] * 2
+    assert sorted((call.name, call.error) for call in calls if call.kind == "tool" and call.name != "look") == [
+        ("fail", "no"),
+        ("hang", None),
+    ]
     assert model.requests[1]["messages"] == model.requests[2]["messages"][:6]
 
 
@@ -482,6 +507,12 @@ async def test_kill_9_repeats_no_reply_and_no_call_that_was_finished(
             run = (await client.get(f"{server.url}/run/{run_id}?wait=50")).json()
             assert (run["status"], run["result"]) == ("completed", {"a": "x"})
             assert run["usage"] == {"input_tokens": 30, "output_tokens": 15}
+            tools = [call for call in run["steps"][0]["calls"] if call["kind"] == "tool"]
+            assert sorted((call["arguments"].get("word", ""), call["result"]) for call in tools) == [
+                ("", "ended"),
+                ("a", 1),
+                ("fail", None),
+            ]
     assert sorted(log.read_text().split()) == ["a", "fail", "hang", "hang"]
     assert len(model.requests) == 3
 
@@ -526,6 +557,7 @@ def stream(x: int) -> Any:
         ([stream], "is a generator. A tool must return its complete result."),
         ([int], "is not a tool. Pass a typed function"),
         ([5], "is not a tool. Pass a typed function"),
+        ([agent(on_interrupt="fail")(add)], "'add' may not be repeated (on_interrupt='fail'), so it cannot be a tool."),
     ],
 )
 def test_an_invalid_tool_is_an_error_at_the_definition(tools: Any, problem: str) -> None:

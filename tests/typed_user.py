@@ -11,7 +11,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from flock import __version__
-from flock.agents.agent import Agent, FunctionAgent, Handoff, ModelAgent, NextAgent, OnInterrupt, Resources, ToolLike
+from flock.agents.agent import (
+    Agent,
+    Exchange,
+    FunctionAgent,
+    Handoff,
+    ModelAgent,
+    NextAgent,
+    OnInterrupt,
+    Resources,
+    ToolLike,
+)
 from flock.agents.mcp import mcp_tools
 from flock.agents.tools import Tool
 from flock.core import BatchInputs, Flock, FlockFactory, Messages, agent
@@ -42,6 +52,7 @@ from flock.errors import (
     ResultTooLarge,
     RunFailed,
     RunNotFound,
+    SessionNotFound,
     SignatureError,
     StepError,
     StoreError,
@@ -58,10 +69,15 @@ from flock.errors import (
 from flock.limits import Limits
 from flock.runs import (
     INVALID_INPUT,
+    JSON_NULL,
+    MAX_SHOWN_BYTES,
+    MAX_SHOWN_CALLS,
+    NOT_LOADED,
     Batch,
     BatchFilter,
     BatchOptions,
     Call,
+    CallKind,
     Engine,
     EngineHealth,
     Event,
@@ -84,6 +100,7 @@ from flock.runs import (
     RunFilter,
     RunStatus,
     Step,
+    StepJournal,
     Time,
     Usage,
     event_of_batch,
@@ -157,6 +174,9 @@ async def measure_once(text: str, context: RunContext) -> int:
 
 def name_of(call: Call) -> str:
     assert_type(call.is_checkpoint, bool)
+    kind: CallKind = call.kind
+    if len(call.result) > MAX_SHOWN_BYTES + MAX_SHOWN_CALLS or call.result in (JSON_NULL, NOT_LOADED):
+        return kind
     return call.call_id if call.error is None else call.name
 
 
@@ -206,6 +226,8 @@ assert_type(flock.run_batch("measure", rows, max_workers=2, progress=False), lis
 class Fixed(Agent):
     async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         context.spend(Usage(input_tokens=1))
+        assert_type(context.journal, StepJournal)
+        assert_type(list(await resources.history(self, 5)), list[Exchange])
         return self.output.encode({"answer": 42})
 
 
@@ -339,7 +361,18 @@ ANSWERS: tuple[type, ...] = (
     *(BatchList, BatchSummary, BatchItem, Health, Readiness, Problem, FieldError),
 )
 ERRORS: tuple[type[FlockError], ...] = (
-    *(NotFound, AgentNotFound, RunNotFound, BatchNotFound, Conflict, KeyReused, Replayed, MalformedJSON, InvalidData),
+    *(
+        NotFound,
+        AgentNotFound,
+        RunNotFound,
+        BatchNotFound,
+        SessionNotFound,
+        Conflict,
+        KeyReused,
+        Replayed,
+        MalformedJSON,
+        InvalidData,
+    ),
     *(DefinitionError, SignatureError, EngineFull, EngineStopped, StoreError, OwnershipLost, Unstorable, RunFailed),
     *(AccessDenied, Unauthenticated, Forbidden, WrongHost, TooLarge, TooManyRequests, ResultTooLarge),
     *(StepError, ModelError, InvalidOutput, InvalidHandoff, TooManySteps, TooManyTokens, QueueTimeout, Interrupted),

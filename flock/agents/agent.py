@@ -148,7 +148,12 @@ class Agent:
         self._next_agent = chosen
 
     def as_tool(self) -> AgentTool:
-        """Return this agent as a tool. Raises DefinitionError if its name is longer than 64 characters."""
+        """Return this agent as a tool. Raises DefinitionError if its name is too long, or it may not be repeated."""
+        if self.on_interrupt == "fail":
+            raise DefinitionError(
+                f"{self.name!r} may not be repeated (on_interrupt='fail'), so it cannot be a tool. Hand off to it with "
+                "next_agent= instead."
+            )
         return AgentTool(self.name, self.description, self.input)
 
     def handoffs(self) -> list[Handoff]:

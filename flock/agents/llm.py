@@ -520,9 +520,9 @@ def _rejects_format(error: ModelError) -> bool:
 
 
 def _rejects_tools(error: ModelError) -> bool:
-    """Whether the server does not support tools. llama.cpp without --jinja says so with status 500."""
-    is_rejection = error.error_type in ("model_bad_request", "model_not_found", "model_unavailable")
-    return is_rejection and bool(re.search(r"\btools?\b|tool_choice|function.call", error.log_detail, re.I))
+    if error.error_type in ("model_bad_request", "model_not_found"):
+        return bool(re.search(r"\btools?\b|tool_choice|function.call", error.log_detail, re.I))
+    return "--jinja" in error.log_detail  # llama.cpp says so with status 500
 
 
 # The response

@@ -24,7 +24,7 @@ from flock.agents.tools import Tool, ToolSource
 from flock.errors import CallError, DefinitionError
 from flock.runs import RunContext, one_line, safe_text
 
-__all__ = ["MCPTool", "MCPTools", "listing_tools", "mcp_tools"]
+__all__ = ["ListedTool", "MCPTool", "MCPTools", "listing_tools", "mcp_tools"]
 
 logger = logging.getLogger("flock.checks")
 
@@ -38,7 +38,7 @@ MAX_PAGES = 100
 class MCPTools(ToolSource):
     """The tools of one server; see ``mcp_tools``."""
 
-    def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float, prefix: str) -> None:
         parsed = httpx.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise DefinitionError(f"{url!r} is not the URL of an MCP server. Write https://host/path.")
@@ -51,6 +51,7 @@ class MCPTools(ToolSource):
             "Content-Type": "application/json",
         }
         self._timeout_s = timeout_s
+        self.prefix = prefix
         self._ids = itertools.count(1)
         #: headers of the session; None if there is none
         self._session: Mapping[str, str] | None = None
@@ -66,8 +67,8 @@ class MCPTools(ToolSource):
                 self._tools = [MCPTool(self, tool) for tool in await self._list()]
             return self._tools
 
-    async def _list(self) -> list["_ListedTool"]:
-        found: list[_ListedTool] = []
+    async def _list(self) -> list["ListedTool"]:
+        found: list[ListedTool] = []
         cursor: str | None = None
         for _ in range(MAX_PAGES):
             page = await self.request("tools/list", {} if cursor is None else {"cursor": cursor}, _Page)
@@ -163,17 +164,20 @@ class MCPTools(ToolSource):
         return CallError(f"The MCP server {self.name} {reason}.")
 
 
-def mcp_tools(url: str, *, headers: Mapping[str, str] | None = None, timeout_s: float = 30) -> MCPTools:
+def mcp_tools(
+    url: str, *, headers: Mapping[str, str] | None = None, timeout_s: float = 30, prefix: str = ""
+) -> MCPTools:
     """Return the tools of an MCP server, as an entry of ``tools=``.
 
     Args:
         url: of its endpoint for streamable HTTP.
         headers: are sent with each request, such as ``{"Authorization": "Bearer …"}``.
         timeout_s: wall-clock seconds for each request. ``tool_timeout_s`` of the agent applies too.
+        prefix: is added to the names, such as ``"github_"``, if another tool of the agent has the same name.
 
     Raises: DefinitionError if *url* is not an HTTP URL.
     """
-    return MCPTools(url, headers or {}, timeout_s)
+    return MCPTools(url, headers or {}, timeout_s, prefix)
 
 
 class MCPTool(Tool):
@@ -181,18 +185,16 @@ class MCPTool(Tool):
 
     may_be_strict = False
 
-    def __init__(self, server: MCPTools, listed: "_ListedTool") -> None:
+    def __init__(self, server: MCPTools, listed: "ListedTool") -> None:
         # Providers accept fewer names than MCP.
-        name = re.sub(r"[^A-Za-z0-9_-]", "_", listed.name)[:64]
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", server.prefix + listed.name)[:64]
         self.name = f"{FINISH}_" if name == FINISH else name
         self.description = listed.description
         self.parameters = _AnyArguments(listed.schema)
         self._server = server
         self._listed_name = listed.name
 
-    async def call(
-        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
-    ) -> Any:
+    async def call(self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]]) -> Any:
         params = {"name": self._listed_name, "arguments": arguments}
         called = await self._server.request("tools/call", params, _Called)
         text = "\n".join(map(_text_of, called.content)) or bytes(called.structured).decode()
@@ -206,11 +208,29 @@ class _AnyArguments(Signature):
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
         self.fields = ()
-        self.schema = {"type": "object", "properties": {}, **schema}
+        self.schema = {"type": "object", "properties": {}, **_as_ours(schema)}
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
         Signature.decode(_OBJECT, b'{"arguments":' + bytes(raw) + b"}", at)
         return msgspec.json.decode(raw)
+
+
+def _as_ours(node: Any) -> dict[str, Any]:
+    """Return a JSON Schema in the form of our own: objects only, and ``anyOf`` in place of a list of types."""
+    if not isinstance(node, Mapping):  # true accepts any value
+        return {}
+    ours = dict(node)
+    for key in ("properties", "$defs"):
+        if key in node:
+            ours[key] = {name: _as_ours(member) for name, member in node[key].items()}
+    if "items" in node:
+        ours["items"] = _as_ours(node["items"])
+    if "anyOf" in node:
+        ours["anyOf"] = [_as_ours(member) for member in node["anyOf"]]
+    if isinstance(types := ours.get("type"), list):
+        description = {"description": ours.pop("description")} if "description" in ours else {}
+        return description | {"anyOf": [{**ours, "type": type_} for type_ in types]}
+    return ours
 
 
 _OBJECT = Signature.of("arguments: dict")
@@ -236,14 +256,16 @@ async def listing_tools(sources: Iterable[ToolSource]) -> AsyncIterator[None]:
 # Messages of the protocol
 
 
-class _ListedTool(msgspec.Struct, rename={"schema": "inputSchema"}):
+class ListedTool(msgspec.Struct, rename={"schema": "inputSchema"}):
+    """A tool as a server lists it."""
+
     name: str
     description: str = ""
     schema: dict[str, Any] = {}
 
 
 class _Page(msgspec.Struct, rename="camel"):
-    tools: list[_ListedTool]
+    tools: list[ListedTool]
     next_cursor: str | None = None
 
 

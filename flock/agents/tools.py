@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -12,12 +13,14 @@ import msgspec
 from flock.agents.completions import Message, ToolCall, ToolSchema
 from flock.agents.react import FINISH
 from flock.agents.signature import Signature, context_parameter, is_async, name_of
-from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON
+from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import RunContext, one_line
+from flock.runs import RunContext, one_line, safe_text
 
 __all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "by_name"]
+
+logger = logging.getLogger("flock.runs")
 
 #: What all providers accept as the name of a tool.
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -53,7 +56,8 @@ class Tool:
             raise DefinitionError(f"{function!r} is a generator. A tool must return its complete result.")
         self.name = _checked_name(name_of(function) if name is None else name)
         if description is None:
-            description = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+            documented = function.func if isinstance(function, functools.partial) else function
+            description = " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
         self.description = description
         self.parameters = Signature.of_parameters(function)
         self.function = function
@@ -81,20 +85,18 @@ class Tool:
         Cancellation: a coroutine is cancelled. A thread runs to its end first, or until the timeout.
         """
         with anyio.move_on_after(timeout_s):
-            return await self.call(arguments, context, call_in_thread, timeout_s)
+            return await self.call(arguments, context, call_in_thread)
         raise CallError(f"{self.name!r} did not end within {timeout_s:g} s (tool_timeout_s).")
 
-    async def call(
-        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
-    ) -> Any:
-        """Call the function, without a limit for coroutines."""
+    async def call(self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]]) -> Any:
+        """Call the function, without a timeout of its own."""
         values = {field.name: getattr(arguments, field.name) for field in self.parameters.fields}
         if self._context_parameter is not None:
             values[self._context_parameter] = context
         call = functools.partial(self.function, **values)
         if is_async(self.function):
             return await call()
-        value = await call_in_thread(call, anyio.current_time() + timeout_s)
+        value = await call_in_thread(call, anyio.current_effective_deadline())
         return await value if inspect.isawaitable(value) else value
 
 
@@ -190,10 +192,18 @@ class Toolbox:
         except (MalformedJSON, InvalidData) as exc:
             return f"Error: The arguments are invalid. {one_line(str(exc))}"
 
-        async def execute() -> Any:
-            return await tool.execute(arguments, self._context, self._call_in_thread, self._timeout_s)
+        context = self._context
 
-        value = await self._context.journal.once(
+        async def execute() -> Any:
+            try:
+                return await tool.execute(arguments, context, self._call_in_thread, self._timeout_s)
+            except Exception as exc:
+                template, text = "run %s: the tool %s failed: %s (request %s)", one_line(safe_text(exc))
+                details = None if isinstance(exc, StepError) else exc
+                logger.warning(template, context.run_id, tool.name, text, context.request_id, exc_info=details)
+                raise
+
+        value = await context.journal.once(
             tool.name,
             number,
             execute,
@@ -210,7 +220,9 @@ def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
     named: dict[str, Tool] = {}
     for tool in tools:
         if tool.name in named:
-            raise DefinitionError(f"There are two tools {tool.name!r}. Rename one: Tool(function, name=…).")
+            raise DefinitionError(
+                f"There are two tools {tool.name!r}. Rename one: Tool(function, name=…), or mcp_tools(url, prefix=…)."
+            )
         named[tool.name] = tool
     return named
 

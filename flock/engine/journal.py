@@ -23,7 +23,7 @@ from flock.agents.signature import context_parameter, hints_of_function, is_asyn
 from flock.engine.outcomes import error_of
 from flock.errors import CallError, SignatureError, cut
 from flock.pydanticmodel import from_json, to_json, to_json_and_back
-from flock.runs import CURRENT_CALL, JSON_NULL, Call, CallKind, RunContext, Usage, now, one_line
+from flock.runs import CURRENT_CALL, JSON_NULL, Call, CallKind, RunContext, Usage, now
 
 __all__ = ["DIGEST_CHARS", "Journal", "check_in_loop", "depth_of_current_call"]
 
@@ -254,7 +254,6 @@ class Journal:
             return value
         if planned.on_error is None or error is None:
             raise failure
-        logger.warning("The call %r failed: %s", planned.label, one_line(error), exc_info=failure)
         return planned.on_error(cut(error))
 
     def _add_usage(self, parent: str, usage: Usage | None) -> None:
