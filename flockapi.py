@@ -62,6 +62,7 @@ from flock.runs import (
     Event,
     LongJSON,
     Page,
+    Question,
     Run,
     RunFilter,
     RunStatus,
@@ -317,6 +318,7 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
         AppRoute("access", "GET DELETE", "/run/{run_id}", one_run),
         AppRoute("access", "POST", "/run/{run_id}/cancel", cancel_run),
         AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
+        AppRoute("access", "POST", "/run/{run_id}/calls/{call_id}", answer_call),
         AppRoute("access", "GET", "/run/{run_id}/events", run_events),
         AppRoute("access", "DELETE", "/session/{session_id:path}", delete_session),
         AppRoute("access", "GET", "/batches", list_batches),
@@ -449,7 +451,9 @@ async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bo
 
 
 async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
-    """Return the run when it has ended. If the client disconnects first, cancel it unless *outlives_client*.
+    """Return the run when it has ended or waits for an answer.
+
+    If the client disconnects first, cancel it unless *outlives_client*.
 
     Raises: StoreError if the store fails during the wait. In this case, the run is not cancelled.
     Cancellation: counts as a disconnect, since some hosts cancel the request when the client disconnects.
@@ -457,7 +461,7 @@ async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
     app = app_of(request)
     try:
         run = await app.engine.wait(run_id, WATCH_DELAY_S)
-        if run.status.is_final:
+        if not run.status.is_active:
             return run
         del run  # frees its inputs, which may be long, during the wait
         return await while_connected(request, app.engine.wait(run_id))
@@ -515,6 +519,16 @@ async def cancel_run(request: Request) -> Response:
 async def retry_run(request: Request) -> Response:
     """POST /run/{run_id}/retry"""
     return await run_response(request, await (await engine_of(request)).retry_run(request.path_params["run_id"]), 202)
+
+
+async def answer_call(request: Request) -> Response:
+    """POST /run/{run_id}/calls/{call_id}: the answer to a question that the run waits for."""
+    answer = wire.ANSWER.decode(await read_json(request))
+    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
+    run = await engine.answer_call(run_id, request.path_params["call_id"], answer.output)
+    if wait_s and run.status.is_active:
+        run = await while_connected(request, engine.wait(run_id, wait_s))
+    return await run_response(request, run)
 
 
 async def delete_run(request: Request) -> Response:
@@ -779,6 +793,7 @@ async def run_response(
         result=long.get(None, run.result),
         steps=steps,
         calls=calls_of_step(len(run.steps)),
+        waiting_for=waiting_for(run),
         batch_id=msgspec.UNSET if run.batch_id is None else run.batch_id,
         position=msgspec.UNSET if run.position is None else run.position,
         session_id=msgspec.UNSET if run.session_id is None else run.session_id,
@@ -790,9 +805,14 @@ async def run_response(
     return JSONResponse(body, status_code, headers)
 
 
+def waiting_for(run: Run) -> list[Question] | msgspec.UnsetType:
+    """Return the open questions of *run*, or UNSET if it does not wait."""
+    return list(run.waiting_for) if run.status is RunStatus.WAITING else msgspec.UNSET
+
+
 def runs_response(request: Request, page: Page[Run], query: wire.RunsQuery) -> Response:
     left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not query.includes(name)}
-    runs = [wire.shown_as(wire.RunSummary, run, **left_out) for run in page]
+    runs = [wire.shown_as(wire.RunSummary, run, waiting_for=waiting_for(run), **left_out) for run in page]
     path, headers = _next_page(request, page[-1].run_id if page.has_more else None)
     return PageResponse(wire.RunList(runs=runs, next=path), download_slot(request), headers=headers)
 

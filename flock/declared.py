@@ -24,6 +24,7 @@ import msgspec
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike, agent
 from flock.agents.llm import ModelClient
+from flock.agents.questions import nobody
 from flock.agents.signature import Signature
 from flock.agents.workflow import result_names
 from flock.engine.embedded import EmbeddedEngine, limits_for_one_batch
@@ -36,7 +37,7 @@ from flock.limits import Limits
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
-from flock.runs import BatchOptions, OnExtra, OnInvalid, Row, RunStatus
+from flock.runs import Answer, BatchOptions, OnExtra, OnInvalid, Row, RunStatus
 
 __all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent"]
 
@@ -155,8 +156,14 @@ class DeclaredFlock:
         engine = self.engine(store=store, expose_errors=expose_errors)
         return self._shared_engines.setdefault((engine.store.path, expose_errors), engine)
 
-    async def run_async(self, agent_name: str, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    async def run_async(
+        self, agent_name: str, inputs: Mapping[str, Any] | None = None, *, answer: Answer = nobody
+    ) -> dict[str, Any]:
         """Run an agent, and the agents that it hands off to, without a server.
+
+        Args:
+            answer: a function that answers the questions of the agents; see ``RunContext.ask``. It may be async. By
+                default a question fails the run.
 
         Returns:
             dict: the last agent's result.
@@ -168,7 +175,7 @@ class DeclaredFlock:
 
         Cancellation: the run is cancelled.
         """
-        async with self.engine(expose_errors=True) as engine:
+        async with self.engine(expose_errors=True, answer=answer) as engine:
             run = await engine.submit(agent_name, inputs or {}, is_async=False)
             run = await engine.wait(run.run_id)
         if run.status is not RunStatus.COMPLETED or run.result is None:
@@ -176,10 +183,12 @@ class DeclaredFlock:
         result: dict[str, Any] = msgspec.json.decode(run.result)
         return result
 
-    def run(self, agent_name: str, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def run(
+        self, agent_name: str, inputs: Mapping[str, Any] | None = None, *, answer: Answer = nobody
+    ) -> dict[str, Any]:
         """Run an agent and block until its result is available; see ``run_async``."""
         _check_no_loop("run_async")
-        return anyio.run(self.run_async, agent_name, inputs)
+        return anyio.run(functools.partial(self.run_async, agent_name, inputs, answer=answer))
 
     async def run_batch_async(
         self,
@@ -199,6 +208,7 @@ class DeclaredFlock:
         decimal: str = ".",
         encoding: str = "utf-8",
         progress: bool | None = None,
+        answer: Answer = nobody,
     ) -> list[Any]:
         """Run an agent for many inputs, without a server. Everything is held in memory, and nothing is stored.
 
@@ -216,6 +226,7 @@ class DeclaredFlock:
             timeout_s: wall-clock seconds for each item.
             delimiter, decimal, encoding: the format of a CSV file; see ``CSVDialect``.
             progress: show a progress line on stderr. If None, only if stderr is a terminal.
+            answer: see ``run_async``. By default a question fails its item.
 
         Returns:
             list: one result per item, in the order of the inputs. The result of a failed item is
@@ -256,7 +267,8 @@ class DeclaredFlock:
             first = await anext(rows, None)
             if first is None:
                 return results
-            async with self.engine(limits=limits_for_one_batch(max_workers), expose_errors=True) as engine:
+            limits = limits_for_one_batch(max_workers)
+            async with self.engine(limits=limits, expose_errors=True, answer=answer) as engine:
                 batch = await engine.submit_batch(agent_name, _chain(first, rows), options, on_invalid=on_invalid)
                 try:
                     await follow_batch(engine, batch.batch_id, is_shown=progress)

@@ -8,6 +8,7 @@
     ├── NotFound
     │   ├── AgentNotFound
     │   ├── RunNotFound
+    │   ├── CallNotFound         a run does not ask this question
     │   ├── BatchNotFound
     │   └── SessionNotFound
     ├── AccessDenied             raised before the request is processed
@@ -55,6 +56,7 @@ __all__ = [
     "AgentNotFound",
     "BatchNotFound",
     "CallError",
+    "CallNotFound",
     "Conflict",
     "DefinitionError",
     "EngineFull",
@@ -194,6 +196,16 @@ class RunNotFound(NotFound):
     def __init__(self, run_id: str) -> None:
         echoed = run_id[:MAX_ECHOED_CHARS]
         super().__init__(f"There is no run with the id {echoed!r}. It was never accepted, or is no longer stored.")
+
+
+class CallNotFound(NotFound):
+    """The run does not ask a question with that id, and has not asked it before."""
+
+    def __init__(self, run_id: str, call_id: str) -> None:
+        echoed = call_id[:MAX_ECHOED_CHARS]
+        super().__init__(
+            f"The run {run_id} does not ask a question with the id {echoed!r}. Its open questions are in waiting_for."
+        )
 
 
 class BatchNotFound(NotFound):

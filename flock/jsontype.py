@@ -34,6 +34,7 @@ __all__ = [
     "has_fields",
     "hints_of",
     "malformed",
+    "unknown_field",
 ]
 
 T = TypeVar("T")
@@ -178,12 +179,8 @@ class JSONType(Generic[T]):
             raise InvalidData(self._explain(bytes(raw), at, exc) or [_unexpected_error(exc, at)]) from exc
 
     def _unknown(self, members: Iterable[str], at: str) -> list[FieldError]:
-        known = ", ".join(field.name for field in self.fields if not field.deprecated) or "none"
-        errors = (
-            FieldError(detail=f"Unknown field. Known fields: {known}.", pointer=f"{at}/{escape_pointer(key)}")
-            for key in members
-            if key not in self._names
-        )
+        known = [field.name for field in self.fields if not field.deprecated]
+        errors = (unknown_field(known, f"{at}/{escape_pointer(key)}") for key in members if key not in self._names)
         return list(itertools.islice(errors, MAX_ERRORS))
 
     def _explain(self, raw: bytes, at: str, first: Exception) -> list[FieldError]:
@@ -205,6 +202,10 @@ class JSONType(Generic[T]):
             elif field.required:
                 errors.append(FieldError(detail="This field is required.", pointer=pointer))
         return errors
+
+
+def unknown_field(known: Iterable[str], at: str) -> FieldError:
+    return FieldError(detail=f"Unknown field. Known fields: {', '.join(known) or 'none'}.", pointer=at)
 
 
 def _decode(decode: Callable[[bytes | msgspec.Raw], T], raw: bytes | msgspec.Raw) -> T:

@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar, overload
 from uuid import UUID
 
 import msgspec
@@ -41,6 +41,7 @@ __all__ = [
     "MAX_SHOWN_BYTES",
     "MAX_SHOWN_CALLS",
     "NOT_LOADED",
+    "Answer",
     "Batch",
     "BatchFilter",
     "BatchOptions",
@@ -60,6 +61,7 @@ __all__ = [
     "Page",
     "Principal",
     "Progress",
+    "Question",
     "Queue",
     "QueueLimits",
     "Row",
@@ -82,6 +84,7 @@ __all__ = [
     "valid_traceparent",
 ]
 
+T = TypeVar("T")
 
 #: Sent as RFC 3339, in UTC.
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -94,6 +97,8 @@ class RunStatus(StrEnum):
     STARTING = "starting"
     #: an agent is running
     RUNNING = "running"
+    #: a person has to answer a question; nothing is running
+    WAITING = "waiting"
     #: ended with a result
     COMPLETED = "completed"
     #: ended without a result; ``error`` has the reason
@@ -102,8 +107,13 @@ class RunStatus(StrEnum):
     CANCELLED = "cancelled"
 
     @property
+    def is_active(self) -> bool:
+        """Whether it changes without the answer of a person, or a retry."""
+        return self in (RunStatus.STARTING, RunStatus.RUNNING)
+
+    @property
     def is_final(self) -> bool:
-        return self not in (RunStatus.STARTING, RunStatus.RUNNING)
+        return self not in (RunStatus.STARTING, RunStatus.RUNNING, RunStatus.WAITING)
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,6 +186,30 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         return self.error is None or self.kind == "tool"
 
 
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """A question to a person that is not answered yet; see ``RunContext.ask``.
+
+    Attributes:
+        call_id: as that of a call; the answer becomes the result of this call.
+        schema: JSON Schema (2020-12) of the answer.
+        arguments: what the question is about, as a JSON object; UNSET if the question says it all.
+        expires_at: when the run fails, or continues with *default*; None if it waits without a limit.
+        default: the answer if nobody answers in time; UNSET if the run then fails.
+    """
+
+    call_id: str
+    question: str
+    schema: msgspec.Raw
+    arguments: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    asked_at: Time
+    expires_at: Time | None = None
+    default: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+#: Answers a question at once, in place of a person. It may be async.
+Answer = Callable[[Question], Any]
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """Progress reported by an agent. ``total`` is None if it is unknown."""
 
@@ -208,6 +242,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         owner: the engine that is working on it; only this engine may write it.
         session_id: the conversation that it belongs to, within its flock and principal. Runs of a session are executed
             one after the other.
+        waiting_for: the open questions of a waiting run. A run that ended while it was waiting keeps them.
+        worked_s: seconds of ``timeout_s`` that the attempt had spent when it last began to wait; 0 if it never did.
     """
 
     run_id: str
@@ -234,6 +270,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     owner: str | None = None
     cancel_requested: bool = False
     progress: Progress | None = None
+    waiting_for: tuple[Question, ...] = ()
+    worked_s: float = 0.0
     steps: tuple[Step, ...] = ()
     session_id: str | None = None
 
@@ -325,6 +363,8 @@ OnExtra = Literal["reject", "ignore", "keep"]
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """Many runs of one agent. ``completed_items`` counts all items that have ended, in any final status.
 
+    It is running until the last item has ended, also while all that are left wait for answers (``waiting_items``).
+
     Attributes:
         attempt: number of the current attempt, from 1. A retry starts the next one.
         reopening: statuses of the items that a retry still has to reopen, separated by commas.
@@ -342,6 +382,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     completed_items: int = 0
     failed_items: int = 0
     cancelled_items: int = 0
+    waiting_items: int = 0
     error: str | None = None
     created_at: datetime
     started_at: datetime | None = None
@@ -523,6 +564,7 @@ def _json_bytes(record: Run | Batch) -> int:
     length = 0 if record.error is None else len(msgspec.json.encode(record.error))
     if isinstance(record, Run):
         length += len(bytes(record.inputs)) + len(bytes(record.result or b"")) + len(bytes(record.extra or b""))
+        length += len(msgspec.json.encode(record.waiting_for))
     return length
 
 
@@ -555,7 +597,7 @@ class LongJSON:
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """An event of a run or a batch. Ids increase; progress has no id, because only the latest progress is stored.
+    """An event of a run or a batch. Ids increase; events of which only the latest is stored have none.
 
     In *data*, ``result`` is a ``LongJSON`` if it is long and the engine can read it from the store.
     """
@@ -598,6 +640,8 @@ def events_of(run: Run) -> list[Event]:
         events.append(event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name))
     if run.progress is not None:
         events.append(event(run.attempt, None, "run.progress", **msgspec.structs.asdict(run.progress)))
+    if run.status is RunStatus.WAITING:
+        events.append(event(run.attempt, None, "run.waiting", waiting_for=run.waiting_for))
     if run.status.is_final:
         end = {name: getattr(run, name) for name in ("status", "result", "error", "error_type", "completed_at")}
         events.append(event(run.attempt, EVENTS_PER_ATTEMPT - 1, f"run.{run.status}", **end))
@@ -606,7 +650,8 @@ def events_of(run: Run) -> list[Event]:
 
 def event_of_batch(batch: Batch) -> Event:
     """Return the progress of *batch*, or its final event, whose id is the number of its attempt."""
-    counts = ("total_items", "completed_items", "failed_items", "cancelled_items", "progress_percentage", "eta_s")
+    items = ("total_items", "completed_items", "failed_items", "cancelled_items", "waiting_items")
+    counts = (*items, "progress_percentage", "eta_s")
     names = ("batch_id", "attempt", "status", *counts, *(("error", "completed_at") if batch.status.is_final else ()))
     data = {name: getattr(batch, name) for name in names}
     if batch.status.is_final:
@@ -615,10 +660,14 @@ def event_of_batch(batch: Batch) -> Event:
 
 
 class Queue(msgspec.Struct, frozen=True):
-    """The number of runs that wait for their first step, and when the oldest one that never started was accepted."""
+    """The number of runs that wait for their first step, and when the oldest one that never started was accepted.
+
+    ``asking`` is the number of runs that wait for answers of people. They do not count for any limit.
+    """
 
     depth: int
     oldest_at: datetime | None
+    asking: int = 0
 
 
 class QueueLimits(msgspec.Struct, frozen=True):
@@ -716,6 +765,16 @@ class StepJournal(Protocol):
     def run_agent(
         self, context: "RunContext", name: str, inputs: Mapping[str, Any]
     ) -> Coroutine[Any, Any, dict[str, Any]]: ...
+
+    def ask(
+        self,
+        context: "RunContext",
+        question: str,
+        type_: Any,
+        name: str | None,
+        expires_s: float | None,
+        default: Any,
+    ) -> Awaitable[Any]: ...
 
 
 class RunContext:
@@ -825,6 +884,61 @@ class RunContext:
         """The calls of the step. Agents may call ``once`` of it; see ``flock.engine.journal``."""
         assert self._journal is not None, "an engine made this context"
         return self._journal
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        type: type[T],
+        /,
+        *,
+        name: str | None = None,
+        expires_s: float | None = None,
+        default: Any = msgspec.UNSET,
+    ) -> Awaitable[T]: ...
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        type: Any,
+        /,
+        *,
+        name: str | None = None,
+        expires_s: float | None = None,
+        default: Any = msgspec.UNSET,
+    ) -> Awaitable[Any]: ...
+
+    def ask(
+        self,
+        question: str,
+        type: Any,
+        /,
+        *,
+        name: str | None = None,
+        expires_s: float | None = None,
+        default: Any = msgspec.UNSET,
+    ) -> Awaitable[Any]:
+        """Ask a person. The run waits for the answer, and uses no memory and no slot meanwhile.
+
+        The step ends here, and runs again when all its questions are answered: calls that have finished are not
+        executed again, but the code around them is. Calls that run at the same time are finished first.
+
+        Args:
+            question: identifies the call, together with the type. Equal questions are numbered in their order.
+            type: of the answer: any type that can be read from JSON. People see its JSON Schema.
+            name: identifies the call instead of the question, for one whose text changes.
+            expires_s: how long to wait, in seconds. Then the run fails as "expired". By default without a limit.
+            default: the answer if nobody has answered in time.
+
+        Returns: the answer, read from JSON as *type*.
+
+        Raises: CallError if the agent is not async; *type* cannot be read from JSON; or nobody can be asked, because
+            the run is executed without a server.
+
+        Cancellation: the question is not asked.
+        """
+        return self.journal.ask(self, question, type, name, expires_s, default)
 
     @property
     def idempotency_key(self) -> str:
@@ -982,7 +1096,7 @@ class Engine(Protocol):
         """
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
-        """Wait until the run is final, at most *timeout_s* seconds, and return it.
+        """Wait until the run is final or waits for an answer, at most *timeout_s* seconds, and return it.
 
         Raises: RunNotFound; StoreError if its final status cannot be written now; EngineStopped if the engine stops and
             leaves the run to be resumed later.
@@ -993,6 +1107,18 @@ class Engine(Protocol):
         """Request cancellation of a run and return without waiting. A run that is already cancelled is returned as is.
 
         Raises: RunNotFound; Conflict if it is completed or failed.
+        """
+
+    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
+        """Answer a question of a waiting run. After the last answer, the run continues.
+
+        Returns: the run. The same answer may be given again.
+
+        Raises:
+            RunNotFound; CallNotFound if the run does not ask this.
+            InvalidData: the answer does not match the question's schema; pointers begin with ``/output``.
+            Conflict: the question was answered otherwise; the run has ended; or this program does not have its agent.
+            EngineStopped, StoreError.
         """
 
     async def retry_run(self, run_id: str) -> Run:

@@ -274,8 +274,11 @@ async def test_an_unreadable_item_fails_alone_and_its_batch_ends(
         ids = [item.run_id for item in await engine.get_items(batch.batch_id, limit=600)]
     with contextlib.closing(sqlite3.connect(store)) as db, db:
         assert db.execute(f"UPDATE runs SET {change} WHERE position = 3").rowcount == 1
-        step = (ids[3], 0, "item", b"{", None, None, 1, 1, 1)
-        db.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", step)
+        db.execute(
+            "INSERT INTO steps (run_id, position, agent_name, result, attempt, started_at, completed_at) "
+            "VALUES (?, 0, 'item', x'7b', 1, 1, 1)",
+            (ids[3],),
+        )
     work.may_go.set()
     async with work.flock.engine(store=store) as engine:
         batch = await ended(engine, batch)

@@ -25,7 +25,7 @@ import flockapi
 from flock.agents.agent import Handoff
 from flock.core import Flock
 from flock.errors import FieldError
-from flock.runs import Progress, RunStatus, Usage
+from flock.runs import Progress, Question, RunStatus, Usage
 from flock.web import wire
 from flock.web.problems import PROBLEMS
 from flockapi import ROUTES, FlockAPI, create_app
@@ -43,6 +43,7 @@ PUBLIC = {*flockapi.__all__, *wire.__all__}
 STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for name in SCHEMAS if name in PUBLIC} | {
     "Usage": Usage,
     "Progress": Progress,
+    "Question": Question,
     "FieldError": FieldError,
     "Handoff": Handoff,
 }
@@ -50,7 +51,7 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for na
 
 #: The operations that take the query of each struct.
 QUERIES = {
-    "WaitQuery": ["getRun", "cancelRun", "cancelBatch"],
+    "WaitQuery": ["getRun", "cancelRun", "answerCall", "cancelBatch"],
     "EventsQuery": ["getRunEvents", "getBatchEvents"],
     "RunsQuery": ["listRuns"],
     "UploadQuery": ["runBatch"],
@@ -172,6 +173,9 @@ RAW = {
     ("RunSummary", "result"),
     ("FlockBatchCheckRow", "inputs"),
     ("FlockBatchCheckRow", "extra"),
+    ("Question", "schema"),
+    ("Question", "arguments"),
+    ("Question", "default"),
     ("BatchItem", "extra"),
     ("BatchItem", "inputs"),
     ("BatchItem", "result"),
@@ -258,7 +262,8 @@ def examples_of_requests() -> Iterator[Any]:
 async def test_an_example_of_a_request_gets_a_documented_response(
     operation: Any, method: str, path: str, media_type: str, body: str, client: httpx.AsyncClient, model: FakeModel
 ) -> None:
-    path = path.format(batch_id=await ended_batch(client, "explode"))
+    run_id, call_id = await waiting_run(client)
+    path = path.format(batch_id=await ended_batch(client, "explode"), run_id=run_id, call_id=call_id)
     model.replies = [answer({"sentiment": "positive", "keywords": ["great"]})] * 3
     response = await client.request(method, path, content=body, headers={"Content-Type": media_type})
     check_described(operation, response)
@@ -267,6 +272,13 @@ async def test_an_example_of_a_request_gets_a_documented_response(
         ended = await wait_for(client, response.headers["Location"])
         assert ended["completed_at"] is not None
     model.replies = []
+
+
+async def waiting_run(client: httpx.AsyncClient) -> tuple[str, str]:
+    """Return the id of a run that waits for an answer, and of its question."""
+    response = await client.post("/run/flock", json={"agent_name": "approve", "inputs": {"text": "it"}})
+    assert response.status_code == 202
+    return response.json()["run_id"], response.json()["waiting_for"][0]["call_id"]
 
 
 async def ended_batch(client: httpx.AsyncClient, agent_name: str) -> str:
@@ -305,6 +317,10 @@ async def ended_batch(client: httpx.AsyncClient, agent_name: str) -> str:
         ("POST", "/run/42/cancel", None, "/run/{run_id}/cancel"),
         ("POST", "/run/{run_id}/retry", None, "/run/{run_id}/retry"),
         ("POST", "/run/42/retry", None, "/run/{run_id}/retry"),
+        ("POST", "/run/{run_id}/calls/ask:1", '{"output": 1}', "/run/{run_id}/calls/{call_id}"),
+        ("POST", "/run/42/calls/ask:1", '{"output": 1}', "/run/{run_id}/calls/{call_id}"),
+        ("POST", "/run/42/calls/ask:1", "{}", "/run/{run_id}/calls/{call_id}"),
+        ("POST", "/run/42/calls/ask:1", "{", "/run/{run_id}/calls/{call_id}"),
         ("DELETE", "/run/{run_id}", None, "/run/{run_id}"),
         ("DELETE", "/run/42", None, "/run/{run_id}"),
     ],

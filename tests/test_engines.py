@@ -771,6 +771,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
     "wait": lambda engine: engine.wait(new_id(), 0),
     "cancel_run": lambda engine: engine.cancel_run(new_id()),
     "retry_run": lambda engine: engine.retry_run(new_id()),
+    "answer_call": lambda engine: engine.answer_call(new_id(), "ask:1", msgspec.Raw(b"1")),
     "delete_run": lambda engine: engine.delete_run(new_id()),
     "delete_session": lambda engine: engine.delete_session("s"),
     "list_runs": lambda engine: engine.list_runs(RunFilter()),

@@ -261,6 +261,7 @@ async def test_metrics_count_runs_steps_tokens_retries_and_requests(
     assert seen["flock_tokens_total text_analyzer output"] == 10
     assert (seen["flock_retries_total run"], seen["flock_retries_total model_call"]) == (1, 1)
     assert (seen["flock_queued_runs"], seen["flock_oldest_queued_run_age_seconds"]) == (0, 0)
+    assert seen["flock_waiting_runs"] == 0
     requests = "http_server_request_duration_seconds_count"
     assert seen[f"{requests} POST 200 /run/flock"] == 4
     assert seen[f"{requests} POST 202 /run/batch"] == 1

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from flock.core import Flock, FlockFactory
-from flock.engine.migrations import MIGRATIONS
+from flock.engine.migrations import MIGRATIONS, _add_sessions
 from flock.engine.turns import MAX_HISTORY_BYTES
 from flock.errors import Conflict, DefinitionError, SessionNotFound
 from flock.runs import Engine, Principal, Run, RunFilter, RunStatus
@@ -300,10 +300,12 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
     async with turns.flock.engine(store=store) as engine:
         run = await ended(engine, await submit(engine, 0, None))
     with sqlite3.connect(store) as db:
-        for index in ("runs_by_session", "runs_by_session_and_principal", "sessions_active"):
+        for index in ("runs_by_session", "runs_by_session_and_principal", "sessions_active", "runs_expiring"):
             db.execute(f"DROP INDEX {index}")
-        db.execute("ALTER TABLE runs DROP COLUMN session_id")
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")
+        for column in ("session_id", "waiting_for", "expires_at", "worked_s"):
+            db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
+        db.execute("ALTER TABLE batches DROP COLUMN waiting_items")
+        db.execute(f"PRAGMA user_version = {MIGRATIONS.index(_add_sessions)}")
     db.close()
     async with turns.flock.engine(store=store) as engine:
         assert await engine.get_run(run.run_id) == run

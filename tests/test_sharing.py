@@ -227,7 +227,11 @@ async def test_an_unreadable_run_fails_at_the_next_start_and_does_not_block_othe
     with contextlib.closing(sqlite3.connect(STORE)) as db, db:
         db.execute("UPDATE runs SET inputs = x'ff' WHERE run_id = ?", ids[:1])
         db.execute("UPDATE runs SET attempt = 'first', is_async = x'00' WHERE run_id = ?", ids[1:2])
-        db.execute("INSERT INTO steps VALUES (?, 0, 'ours', x'ff', 'ours', NULL, 1, 1, 1)", ids[2:3])
+        db.execute(
+            "INSERT INTO steps (run_id, position, agent_name, result, next_agent, attempt, started_at, completed_at) "
+            "VALUES (?, 0, 'ours', x'ff', 'ours', 1, 1, 1)",
+            ids[2:3],
+        )
         db.execute("UPDATE batches SET options = x'ff' WHERE batch_id = ?", batch_ids[:1])
     ours = Program("ours")
     ours.may_go.set()

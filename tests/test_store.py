@@ -333,7 +333,11 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
 
 @pytest.mark.parametrize(
     ("table", "columns", "others"),
-    [("runs", RUN_TABLE, ()), ("steps", STEP_TABLE, ("run_id", "position")), ("batches", BATCH_TABLE, ("hidden",))],
+    [
+        ("runs", RUN_TABLE, ("expires_at",)),
+        ("steps", STEP_TABLE, ("run_id", "position")),
+        ("batches", BATCH_TABLE, ("hidden",)),
+    ],
 )
 async def test_each_field_of_a_record_has_a_column(
     table: str, columns: Mapping[str, Column], others: tuple[str, ...], store: Store

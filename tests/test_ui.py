@@ -559,6 +559,36 @@ def test_a_failed_run_shows_the_reason_and_can_be_retried(visit: Visit, site: Si
     expect(page.locator(".facts")).to_contain_text(re.compile(r"Attempt\s*2"))
 
 
+def test_the_questions_of_a_waiting_run_are_answered_with_forms(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, f"run/{closed.run('refund', order='A7')}")
+    expect(status_of(page)).to_contain_text("waiting")
+    amount = page.locator("form", has=page.get_by_role("heading", name="How much?"))
+    approval = page.locator("form", has=page.get_by_role("heading", name="Refund <b>A7</b>?"))
+    expect(approval).to_contain_text("Expires")
+    approval.get_by_label("reason").fill("A draft")
+    visit.expected.append("422")
+    approval.get_by_role("button", name="Answer").click()
+    expect(approval.get_by_label("reason")).to_have_attribute("aria-invalid", "true")
+    approval.get_by_label("reason").fill("a draft")
+    amount.get_by_label("answer").fill("40")
+    amount.get_by_role("button", name="Answer").click()
+    expect(amount).to_have_count(0)
+    expect(approval.get_by_label("reason")).to_have_value("a draft")  # an answer to another question keeps it
+    approval.get_by_label("approved").check()
+    approval.get_by_role("button", name="Answer").click()
+    expect(status_of(page)).to_contain_text("completed")
+    expect(page.locator("form.panel")).to_have_count(0)
+    expect(page.get_by_role("group", name="Result")).to_contain_text("a draft")
+
+
+def test_the_list_of_waiting_runs_shows_their_questions(visit: Visit, closed: Site) -> None:
+    run_id = closed.run("refund", order="A8")
+    page = visit.page(closed, "runs?status=waiting")
+    row = page.get_by_role("row", name=re.compile(run_id[-12:]))
+    expect(row).to_contain_text("How much?")
+    expect(row).to_contain_text("waiting")
+
+
 def test_a_copied_link_shows_the_same_run_and_its_inputs(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, f"run/{closed.run('text_analyzer', text='I love this coffee.')}")
     page.get_by_role("button", name="Copy link").click()

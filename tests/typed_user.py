@@ -2,7 +2,8 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from typing import Any, assert_type
+from datetime import datetime
+from typing import Any, Literal, assert_type
 
 import msgspec
 from starlette.applications import Starlette
@@ -31,6 +32,7 @@ from flock.errors import (
     AgentNotFound,
     BatchNotFound,
     CallError,
+    CallNotFound,
     Conflict,
     DefinitionError,
     EngineFull,
@@ -73,6 +75,7 @@ from flock.runs import (
     MAX_SHOWN_BYTES,
     MAX_SHOWN_CALLS,
     NOT_LOADED,
+    Answer,
     Batch,
     BatchFilter,
     BatchOptions,
@@ -92,6 +95,7 @@ from flock.runs import (
     Page,
     Principal,
     Progress,
+    Question,
     Queue,
     QueueLimits,
     Row,
@@ -125,6 +129,7 @@ from flockapi import (
     BatchQuery,
     BatchSummary,
     EventsQuery,
+    FlockAnswer,
     FlockAPI,
     FlockAPIRequest,
     FlockAPIResponse,
@@ -170,6 +175,23 @@ async def measure_once(text: str, context: RunContext) -> int:
     except CallError as error:
         raise AgentError(context.idempotency_key) from error
     return length
+
+
+@flock.agent
+async def approve(text: str, context: RunContext) -> bool:
+    assert_type(await context.ask("A number?", int, name="number", expires_s=60, default=1), int)
+    answer: Literal["yes", "no"] = await context.ask(f"Send {text}?", Literal["yes", "no"])
+    return answer == "yes"
+
+
+def answered(question: Question) -> Any:
+    assert_type(question.expires_at, datetime | None)
+    return question.question
+
+
+async def answer_all(engine: Engine, run: Run, answer: Answer) -> None:
+    for question in run.waiting_for:
+        assert_type(await engine.answer_call(run.run_id, question.call_id, answer(question)), Run)
 
 
 def name_of(call: Call) -> str:
@@ -293,7 +315,7 @@ async def main() -> None:
     limits = Limits(max_queue=100, keep_for_s=None)
     assert_type(limits.max_queue_per_principal, int | None)
     flock.engine(limits=limits, max_items=10)
-    assert_type(await flock.run_async("measure", {"text": "hi"}), dict[str, Any])
+    assert_type(await flock.run_async("measure", {"text": "hi"}, answer=answered), dict[str, Any])
     assert_type(await flock.run_batch_async("measure", [{"text": "hi"}], on_invalid="skip"), list[Any])
 
 
@@ -353,7 +375,7 @@ def look_at(run: Run, limits: QueueLimits, at: Time) -> LongJSON:
 # Requests, answers and errors
 
 REQUESTS: tuple[type, ...] = (
-    *(FlockAPIRequest, FlockBatchRequest, FlockBatchRetry, UploadQuery, WaitQuery, EventsQuery, RunsQuery),
+    *(FlockAPIRequest, FlockAnswer, FlockBatchRequest, FlockBatchRetry, UploadQuery, WaitQuery, EventsQuery, RunsQuery),
     *(BatchQuery, ResultsQuery, BatchesQuery),
 )
 ANSWERS: tuple[type, ...] = (
@@ -365,6 +387,7 @@ ERRORS: tuple[type[FlockError], ...] = (
         NotFound,
         AgentNotFound,
         RunNotFound,
+        CallNotFound,
         BatchNotFound,
         SessionNotFound,
         Conflict,

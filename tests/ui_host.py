@@ -7,9 +7,10 @@ when they continue.
 """
 
 import argparse
+import asyncio
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import anyio
 import httpx
@@ -36,6 +37,11 @@ class Address(TypedDict):
 class Total(TypedDict):
     total: int
     note: str
+
+
+class Approval(TypedDict):
+    approved: bool
+    reason: NotRequired[Annotated[str, msgspec.Meta(pattern="^[a-z ]*$")]]
 
 
 def ui_flock(folder: Path) -> Flock:
@@ -137,6 +143,15 @@ def ui_flock(folder: Path) -> Flock:
     ) -> dict[str, Any]:
         """Books a seat and returns its inputs."""
         return {"seat": seat, "price": price, "at": at, "opens": opens, "lasts": lasts}
+
+    @flock.agent
+    async def refund(order: str, context: RunContext) -> dict[str, Any]:
+        """Asks two people."""
+        amount, approval = await asyncio.gather(
+            context.ask("How much?", Annotated[int, msgspec.Meta(le=100)]),
+            context.ask(f"Refund <b>{order}</b>?", Approval, expires_s=86_400),
+        )
+        return {"amount": amount, "approved": approval["approved"], "reason": approval.get("reason")}
 
     @flock.agent(max_concurrency=50)
     async def count_up(n: int, comment: str, step: int = 1, gate: str = "") -> Total:

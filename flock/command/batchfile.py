@@ -19,6 +19,7 @@ from typing import IO, cast
 
 import msgspec
 
+from flock.agents.questions import nobody
 from flock.agents.workflow import columns_of, result_names
 from flock.declared import DeclaredFlock
 from flock.engine.batchstore import BatchStore
@@ -94,9 +95,8 @@ async def run_batch_file(
         _check_output_free(job, state, digest)
         batch = await _resumable_batch(flock, state, digest, job.options, report)
         try:
-            async with flock.engine(
-                store=state, limits=limits_for_one_batch(job.options.max_workers), expose_errors=True
-            ) as engine:
+            limits = limits_for_one_batch(job.options.max_workers)
+            async with flock.engine(store=state, limits=limits, expose_errors=True, answer=nobody) as engine:
                 batch = batch or await _accept(engine, flock, job, digest)
                 batch = await follow_batch(engine, batch.batch_id)
                 pieces = results_as(

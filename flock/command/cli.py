@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import sysconfig
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ import msgspec
 
 from flock import __version__
 from flock.agents.checks import problems
+from flock.agents.questions import check_answer
 from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
 from flock.command.server import (
     ServerSettings,
@@ -34,12 +36,12 @@ from flock.command.server import (
 from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
 from flock.engine.store import MEMORY
-from flock.errors import DefinitionError, FieldError, FlockError, InvalidData
+from flock.errors import CallError, DefinitionError, FieldError, FlockError, InvalidData
 from flock.limits import Limits, enforced_by
 from flock.options import MAX_SECONDS, Option, Options, option_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
-from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid
+from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid, Question
 from flock.web.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.web.options import AppOptions, is_host_name
 
@@ -448,15 +450,40 @@ def _load_with_model(target: str, model: str | None) -> DeclaredFlock:
 )
 @model_option
 def run(target: str, agent: str, inputs: Sequence[str], model: str | None) -> None:
-    """Run AGENT of the flock TARGET once, and print its result as JSON."""
+    """Run AGENT of the flock TARGET once, and print its result as JSON.
+
+    If the agent asks a question, it is asked at the terminal.
+    """
     flock = _load_with_model(target, model)
     texts = _pairs(inputs, "-i", "KEY=VALUE")
     try:
         signature = flock.agents[agent].input if agent in flock.agents else None
-        result = flock.run(agent, signature.from_text(texts) if signature else texts)
+        result = flock.run(agent, signature.from_text(texts) if signature else texts, answer=_answer_on_terminal)
     except FlockError as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(msgspec.json.format(msgspec.json.encode(result)).decode())
+
+
+#: One question at a time; each is asked in a worker thread.
+TERMINAL = threading.Lock()
+
+
+def _answer_on_terminal(question: Question) -> Any:
+    """Ask the person at the terminal until the answer fits. Plain text answers a question for a text."""
+    if not sys.stdin.isatty():
+        raise CallError(f"The agent asks a question. Run the command at a terminal to answer: {question.question}")
+    schema = msgspec.json.decode(question.schema)
+    is_text = schema.get("type") == "string"
+    hint = "text" if is_text else f"JSON: {bytes(question.schema).decode()}"
+    while True:
+        with TERMINAL:
+            text = click.prompt(f"{question.question} ({hint})", err=True)
+        try:
+            output = msgspec.Raw(msgspec.json.encode(text) if is_text else text.encode())
+            check_answer(question, output)
+            return msgspec.json.decode(output)
+        except (InvalidData, msgspec.DecodeError) as exc:
+            click.echo(str(exc), err=True)
 
 
 def _pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:

@@ -28,7 +28,6 @@ from flock.runs import (
     Items,
     OnInvalid,
     Page,
-    Progress,
     Run,
     RunFilter,
     RunStatus,
@@ -266,13 +265,16 @@ class EngineBase(ABC):
     async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.events``."""
         reader, sent_at = self._reader(run_id), anyio.current_time()
-        progress: Progress | None = None
+        latest: dict[str, Event] = {}  # of the events without an id
         while True:
             run = await reader.read()
             is_last = run.status.is_final or self.is_draining
             for event in events_of(run):
-                if run.progress != progress if event.id is None else event.id > after:
-                    after, progress = (after, run.progress) if event.id is None else (event.id, progress)
+                if event != latest.get(event.name) if event.id is None else event.id > after:
+                    if event.id is None:
+                        latest[event.name] = event
+                    else:
+                        after = event.id
                     event = reader.present(event, run)
                     break
             else:

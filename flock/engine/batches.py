@@ -5,9 +5,10 @@ the only state: an engine that resumes an interrupted batch reads from them whic
 """
 
 import contextlib
+import functools
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import anyio
@@ -34,6 +35,7 @@ class Batches:
 
     Args:
         start: calls a function with a batch in a new task of the engine, unless the engine is shutting down.
+        next_change: returns a function that waits for the next change in the store.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class Batches:
         store: BatchStore,
         runner: Runner,
         start: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], None],
+        next_change: Callable[[], Callable[[], Awaitable[None]]],
         limits: Limits,
     ) -> None:
         self._store = store
         self._runner = runner
         self._start = start
+        self._next_change = next_change
         self._limits = limits
         #: batches that are being processed here and were cancelled
         self._cancelled: set[str] = set()
@@ -137,17 +141,9 @@ class Batches:
         batch = await self._store.begin(batch, now())
         if id_ not in self._cancelled:
             workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self._limits.max_concurrency)
-            workers = workers if batch.options.parallel else 1
-            items = self._pending_items(batch)
-            unstarted_workers = iter(range(workers))
-            async with anyio.create_task_group() as tasks:
-
-                def start_worker() -> None:
-                    """Start the next worker. Called when a worker's first item has a slot, so only one worker waits."""
-                    if next(unstarted_workers, None) is not None:
-                        tasks.start_soon(self._run_items, items, start_worker)
-
-                start_worker()
+            is_stopped = functools.partial(self._is_stopped, id_)
+            work = _Work(batch, self._store, self._runner, self._next_change, is_stopped)
+            await work.run(workers if batch.options.parallel else 1)
         while id_ in self._cancelled and await self._store.cancel_waiting(batch, now()):
             pass
         if self._runner.is_draining or self._store.pending_items(batch, -1, 1):
@@ -155,24 +151,107 @@ class Batches:
         for item_id, reason in await self._store.fail_unreadable(batch, now()):
             logger.error("batch %s: item %s cannot be read and was marked as failed: %s", id_, item_id, reason)
         batch = await self._store.end(batch, now())
+        if not batch.status.is_final:
+            return batch
         counts = (batch.total_items, batch.failed_items, batch.cancelled_items)
         template = "batch %s: %s, agent %s, %d items, %d failed, %d cancelled (request %s)"
         logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, batch.request_id)
         return batch
 
-    def _pending_items(self, batch: Batch) -> Iterator[Run]:
-        """Yield pending items, a page at a time, until the engine shuts down or the batch is cancelled."""
-        after = -1
-        while page := self._store.pending_items(batch, after, ITEMS_PER_PAGE):
-            for item in page:
-                if self._runner.is_draining or batch.batch_id in self._cancelled:
-                    return
-                yield item
-            after = page[-1].position or 0
+    def _is_stopped(self, batch_id: str) -> bool:
+        return self._runner.is_draining or batch_id in self._cancelled
 
-    async def _run_items(self, items: Iterator[Run], start_worker: Callable[[], None]) -> None:
+
+class _Work:
+    """Runs the items of one batch that are left.
+
+    Args:
+        is_stopped: whether no more items may start, because the engine shuts down or the batch is cancelled.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        store: BatchStore,
+        runner: Runner,
+        next_change: Callable[[], Callable[[], Awaitable[None]]],
+        is_stopped: Callable[[], bool],
+    ) -> None:
+        self._batch = batch
+        self._store = store
+        self._runner = runner
+        self._next_change = next_change
+        self._is_stopped = is_stopped
+        self._tasks = anyio.create_task_group()
+        self._idle_workers = 0
+        self._pending = self._pending_items()
+        #: the position of the last pending item that was taken
+        self._position = -1
+        #: items that got an answer and continue, by id
+        self._answered: dict[str, Run] = {}
+        self._is_watching = False
+
+    async def run(self, workers: int) -> None:
+        """Use up to *workers* workers, until no item is pending, running or waiting for an answer."""
+        self._idle_workers = workers
+        async with self._tasks:
+            self._start_worker()
+            if self._batch.waiting_items:
+                self._watch()
+
+    def _start_worker(self) -> None:
+        """Start the next worker. Called when the item of a worker has a slot, so that only one worker waits."""
+        if self._idle_workers:
+            self._idle_workers -= 1
+            self._tasks.start_soon(self._run_items)
+
+    async def _run_items(self) -> None:
+        items = iter(self._take, None)
+        callbacks = itertools.repeat(self._start_worker), itertools.repeat(self._watch)
         try:
-            for work in map(self._runner.execute, items, itertools.repeat(start_worker)):  # shared by the workers
+            for work in map(self._runner.execute, items, *callbacks):
                 await work
         except StoreError as exc:  # the next page cannot be read
             logger.error("pending items cannot be read: %s", exc)
+        self._idle_workers += 1
+
+    def _take(self) -> Run | None:
+        """Return the next item, or None if none can start now."""
+        if self._is_stopped():
+            return None
+        if self._answered:
+            return self._answered.pop(next(iter(self._answered)))
+        item = next(self._pending, None)
+        if item is not None:
+            self._position = item.position or 0
+        return item
+
+    def _pending_items(self) -> Iterator[Run]:
+        """Yield pending items, a page at a time."""
+        after = -1
+        while page := self._store.pending_items(self._batch, after, ITEMS_PER_PAGE):
+            yield from page
+            after = page[-1].position or 0
+
+    def _watch(self) -> None:
+        """Called when an item begins to wait for an answer."""
+        if not self._is_watching:
+            self._is_watching = True
+            self._tasks.start_soon(self._watch_answers)
+
+    async def _watch_answers(self) -> None:
+        """Let items continue that got an answer, until none waits for one."""
+        try:
+            while not self._is_stopped():
+                changed, batch = self._next_change(), self._store.get(self._batch.batch_id)
+                for item in self._store.pending_items(self._batch, -1, ITEMS_PER_PAGE, before=self._position + 1):
+                    if item.worked_s and item.run_id not in self._runner.active:
+                        self._answered[item.run_id] = item
+                        self._start_worker()
+                if batch is None or not batch.waiting_items:
+                    return
+                await changed()
+        except StoreError as exc:
+            logger.error("items that wait for answers cannot be read: %s", exc)
+        finally:
+            self._is_watching = False

@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.engine import queries, statements
-from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED_BEFORE_START, none_completed
+from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED, CANCELLED_BEFORE_START, Outcome, none_completed
 from flock.engine.refusals import too_many_items
 from flock.engine.rows import (
     DAMAGED_RUN,
@@ -172,19 +172,21 @@ class BatchStore:
 
         return self._store.read(find)
 
-    def pending_items(self, batch: Batch, after: int, limit: int) -> list[Run]:
-        """Return up to *limit* pending items after the position *after*, in order, with their completed steps.
+    def pending_items(self, batch: Batch, after: int, limit: int, before: int | None = None) -> list[Run]:
+        """Return up to *limit* pending items between two positions, in order, with their completed steps.
 
         If items are long, a page has fewer of them, and a long item is returned as a stub. Items that cannot be read
         are skipped; see ``fail_unreadable``. The page is empty if the batch belongs to another engine.
         """
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
+        last = statements.MAX_POSITION if before is None else before - 1
 
         def find(db: sqlite3.Connection) -> list[Run]:
             current = queries.find_batch(db, batch.batch_id)
             if current is None or current.owner != batch.owner:
                 return []
-            rows = queries.rows_of(db, lambda columns: statements.item_page(columns, [RunStatus.STARTING]), values)
+            statuses = [RunStatus.STARTING]
+            rows = queries.rows_of(db, lambda columns: statements.item_page(columns, statuses, last), values)
             page, bytes_left = list[Run](), WORK_PAGE_BYTES
             for row in rows:
                 item = _if_readable(db, row)
@@ -209,12 +211,14 @@ class BatchStore:
     async def end(self, batch: Batch, now: datetime) -> Batch:
         """Write the final status of a batch, and an error if no item completed. Unfinished items count as failed.
 
-        Raises OwnershipLost.
+        A batch with items that wait for answers does not end. Raises OwnershipLost.
         """
 
         def apply(db: sqlite3.Connection) -> None:
             current, status, error = queries.find_batch(db, batch.batch_id), RunStatus.COMPLETED, None
             assert current is not None
+            if current.waiting_items:
+                return
             failed = current.failed_items + current.total_items - current.completed_items
             if current.cancel_requested and current.cancelled_items:
                 status, error = RunStatus.CANCELLED, BATCH_CANCELLED
@@ -249,20 +253,22 @@ class BatchStore:
         return [(run_id, reason) for _, run_id, reason, _ in unreadable]
 
     async def cancel_waiting(self, batch: Batch, now: datetime) -> bool:
-        """Cancel one chunk of the pending items. Returns whether there may be more. Raises OwnershipLost."""
+        """Cancel one chunk of the pending items, and one of those that wait for answers.
+
+        Returns: whether there may be more. Raises: OwnershipLost.
+        """
+
+        def cancel(db: sqlite3.Connection, status: RunStatus, outcome: Outcome) -> int:
+            values = (outcome.error, outcome.error_type, micros(now), batch.batch_id, status.value, CHUNK_SIZE)
+            return db.execute(statements.CANCEL_ITEMS, values).rowcount
 
         def apply(db: sqlite3.Connection) -> bool:
             _check_owner(db, batch)
-            values = (
-                CANCELLED_BEFORE_START.error,
-                CANCELLED_BEFORE_START.error_type,
-                micros(now),
-                batch.batch_id,
-                CHUNK_SIZE,
-            )
-            changed = db.execute(statements.CANCEL_WAITING_ITEMS, values).rowcount
-            queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): changed}))
-            return changed == CHUNK_SIZE
+            pending = cancel(db, RunStatus.STARTING, CANCELLED_BEFORE_START)
+            asking = cancel(db, RunStatus.WAITING, CANCELLED)
+            queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): pending + asking}))
+            db.execute(statements.COUNT_WAITING_ITEMS, (-asking, batch.batch_id))
+            return CHUNK_SIZE in (pending, asking)
 
         return await self._store.change(apply)
 

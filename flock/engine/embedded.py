@@ -45,6 +45,7 @@ from flock.limits import Limits
 from flock.options import replaced
 from flock.runs import (
     LONG_BYTES,
+    Answer,
     Batch,
     BatchFilter,
     Call,
@@ -60,6 +61,7 @@ from flock.runs import (
     make_ids_after,
     new_id,
     now,
+    stub_of,
 )
 
 __all__ = ["EmbeddedEngine", "limits_for_one_batch"]
@@ -95,6 +97,7 @@ class EmbeddedEngine(EngineBase):
             those whose agent it has.
         max_steps: max steps in one run.
         expose_errors: put the text of any exception into a run's ``error``; for development.
+        answer: answers the questions of agents at once. Without it, their runs wait for answers.
         limits: see ``Limits``.
         bounds: fields of ``Limits`` as keyword arguments. They override *limits*.
     """
@@ -108,6 +111,7 @@ class EmbeddedEngine(EngineBase):
         flock: str = "flock",
         max_steps: int = 32,
         expose_errors: bool = False,
+        answer: Answer | None = None,
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
@@ -125,6 +129,7 @@ class EmbeddedEngine(EngineBase):
             limits=self._limits,
             max_steps=max_steps,
             expose_errors=expose_errors,
+            answer=answer,
         )
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -152,7 +157,7 @@ class EmbeddedEngine(EngineBase):
         """Create the state that is bound to one event loop, such as events."""
         self.batch_store = BatchStore(self.store)
         self._runner = self._make_runner()
-        self._batches = Batches(self.batch_store, self._runner, self._start_batch, self._limits)
+        self._batches = Batches(self.batch_store, self._runner, self._start_batch, self._next_change, self._limits)
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
         #: runs and batches with a long result that is being sent, and the number of responses that send it
@@ -184,6 +189,7 @@ class EmbeddedEngine(EngineBase):
             await self.__aexit__()
             raise
         self._tasks.start_soon(self._watch)
+        self._tasks.start_soon(self._expire_questions)
         self._tasks.start_soon(self._apply_retention)
         return self
 
@@ -333,7 +339,7 @@ class EmbeddedEngine(EngineBase):
         deadline = math.inf if timeout_s is None else anyio.current_time() + timeout_s
         active = self._runner.active.get(run_id)
         while active is not None and not active.is_lost:
-            if active.run.status.is_final:
+            if not active.run.status.is_active:
                 return await self._record_of(active)
             if active.store_error is not None:
                 raise active.store_error
@@ -344,7 +350,7 @@ class EmbeddedEngine(EngineBase):
             active.wake_at = min(active.wake_at, deadline)  # for the watch task: a timer for each waiter is slower
             await active.end.wait()
         with anyio.CancelScope(deadline=deadline):
-            while not (run := await self.get_run(run_id)).status.is_final:
+            while (run := await self.get_run(run_id)).status.is_active:
                 del run  # do not hold a possibly long record during a possibly long wait
                 if self.is_draining:
                     raise wait_stopped()
@@ -356,6 +362,9 @@ class EmbeddedEngine(EngineBase):
         active = self._runner.active.get(run_id)
         if active is None:
             run = await self.get_run(run_id)
+            while run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
+                await self._runner.cancel_waiting(run)
+                run = await self.get_run(run_id)
             if not run.status.is_final and await self.store.request_cancel(run_id):
                 owned = run if run.batch_id is None else await self.get_batch(run.batch_id)
                 if owned.owner == self._engine_id and run_id not in self._runner.active:
@@ -363,6 +372,8 @@ class EmbeddedEngine(EngineBase):
                 await self._take_over_cancelled(run_id, owned.owner)
                 return await self.get_run(run_id)
             run = await self.get_run(run_id)
+            if run.status is RunStatus.WAITING:  # since a moment
+                return await self.cancel_run(run_id)
             if conflict := not_cancelled(run):
                 raise conflict
             return run
@@ -378,6 +389,19 @@ class EmbeddedEngine(EngineBase):
             with contextlib.suppress(StoreError):
                 run = self.store.get_run(run.run_id) or run
         return replace(run, steps=()) if run.is_stub else run
+
+    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
+        self._check_running()
+        run = await self.get_run(run_id)
+        if run.status is RunStatus.WAITING:
+            self._check_has_agent(run.next_agent_name or "")
+        return await self.store.answer(run_id, call_id, output, self._engine_id, now(), then=self._start_answered)
+
+    def _start_answered(self, run: Run) -> None:
+        """Start *run* if its last question was answered. An item is started by its batch."""
+        is_own = run.owner == self._engine_id and run.run_id not in self._runner.active
+        if run.status is RunStatus.STARTING and run.batch_id is None and is_own:
+            self._start(stub_of(run))
 
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()
@@ -457,9 +481,7 @@ class EmbeddedEngine(EngineBase):
 
     def _check_has_agent(self, agent_name: str) -> None:
         if agent_name not in self._agents:
-            raise Conflict(
-                f"This program does not have the required agent {agent_name!r}. Retry in a program that has it."
-            )
+            raise Conflict(f"This program does not have the required agent {agent_name!r}. Use a program that has it.")
 
     def _start(self, run: Run | None) -> None:
         """Start *run*. If the engine is shutting down, the run is recovered at the next start instead."""
@@ -586,6 +608,24 @@ class EmbeddedEngine(EngineBase):
             self._start(run)
         for batch in taken.batches:
             self._batches.start(batch)
+
+    async def _expire_questions(self) -> None:
+        """Continue or end the runs with questions that have expired. All engines of the flock do, and one is first."""
+        while True:
+            await anyio.sleep(CHECK_INTERVAL_S)
+            try:
+                await self.store.expire(self._flock, self._engine_id, now(), then=self._on_expired)
+            except StoreError:
+                pass  # the store has logged it
+            except Exception:
+                logger.exception("questions cannot expire")
+
+    def _on_expired(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            if run.status.is_final:
+                self._runner.ended(run)
+            else:
+                self._start_answered(run)
 
     async def _apply_retention(self) -> None:
         """Delete old runs and dropped items, in small chunks."""

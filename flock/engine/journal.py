@@ -12,18 +12,20 @@ import itertools
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Literal, NoReturn
 
 import anyio
 import anyio.lowlevel
 import msgspec
 
+from flock.agents.questions import ASK, question_json, schema_of
 from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
 from flock.engine.outcomes import error_of
 from flock.errors import CallError, SignatureError, cut
 from flock.pydanticmodel import from_json, to_json, to_json_and_back
-from flock.runs import CURRENT_CALL, JSON_NULL, Call, CallKind, RunContext, Usage, now
+from flock.runs import CURRENT_CALL, JSON_NULL, Answer, Call, CallKind, Question, RunContext, Usage, now, safe_text
 
 __all__ = ["DIGEST_CHARS", "Journal", "check_in_loop", "depth_of_current_call"]
 
@@ -32,6 +34,10 @@ logger = logging.getLogger("flock.runs")
 #: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 DIGEST_CHARS = 16
+#: How long a question may be open, in seconds: ten years.
+MAX_EXPIRES_S = 10 * 365 * 86_400
+#: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
+CHECKPOINTS = 10
 #: Between the id of a call and that of a call that it makes.
 NESTED = "~"
 _LATE = "The call {!r} was made after its step had ended. Await it in the step."
@@ -53,10 +59,13 @@ class Journal:
         max_result_bytes: max size of one result, as JSON.
         max_total_bytes: max size of all arguments and results together, as JSON.
         expose_errors: whether the text of any exception is stored with a failed call.
+        answer: answers the step's questions at once. Without it, the turn ends if nothing but answers is missing.
 
     Attributes:
         count: calls that this turn has made.
         spent: the tokens that the run has used so far.
+        scope: the scope in which the step runs. It is cancelled to end the turn.
+        questions: the questions for which the turn was ended.
     """
 
     def __init__(
@@ -71,7 +80,15 @@ class Journal:
         max_result_bytes: float,
         max_total_bytes: float,
         expose_errors: bool,
+        answer: Answer | None = None,
     ) -> None:
+        self.scope = anyio.CancelScope()
+        self.questions: tuple[Question, ...] = ()
+        self._answer = answer
+        self._asked: dict[str, Question] = {}
+        #: the calls that are executing or wait for an answer
+        self._open: set[str] = set()
+        self._changed: anyio.Event | None = None
         self._finished = {call.call_id: call for call in finished if call.is_checkpoint}
         self._save = save
         self._call_in_thread = call_in_thread
@@ -93,6 +110,7 @@ class Journal:
     def close(self) -> Sequence[str]:
         """Accept no more calls. Returns the ids of finished calls that this turn has not repeated."""
         self._is_closed = True
+        self._notify()  # of a question that the step does not await
         return [call_id for call_id in self._finished if NESTED not in call_id]
 
     @property
@@ -135,6 +153,66 @@ class Journal:
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """See ``RunContext.run_agent``."""
         return self._run_agent(self, context, name, inputs)
+
+    def ask(
+        self,
+        context: RunContext,
+        question: str,
+        type_: Any,
+        name: str | None,
+        expires_s: float | None,
+        default: Any,
+    ) -> Awaitable[Any]:
+        """See ``RunContext.ask``."""
+        check_in_loop(context)
+        _check_name(ASK, name)
+        if expires_s is not None and not 0 < expires_s <= MAX_EXPIRES_S:
+            raise CallError(f"expires_s must be above 0 and at most {MAX_EXPIRES_S} seconds, not {expires_s}.")
+        schema, text = schema_of(type_), safe_text(question)
+        decode = functools.partial(_decode, ASK, type_)
+        if default is not msgspec.UNSET:
+            default = self._encode(ASK, default)
+            decode(default)
+
+        async def answer() -> Any:
+            asked_at = now()
+            asked = Question(
+                call_id=CURRENT_CALL.get(),
+                question=text,
+                schema=schema,
+                asked_at=asked_at,
+                expires_at=None if expires_s is None else asked_at + timedelta(seconds=expires_s),
+                default=default,
+            )
+            if self._answer is None:
+                await self._wait_for_answer(asked)
+            return await self._execute(self._answer, (asked,), {})
+
+        key = name or hashlib.sha256(b"\0".join([text.encode(), schema])).hexdigest()[:DIGEST_CHARS]
+        return self.once(ASK, key, answer, kind="question", arguments=question_json(text), decode=decode)
+
+    async def _wait_for_answer(self, question: Question) -> NoReturn:
+        """End the turn when all calls that are open wait for answers, themselves or in the calls that they make."""
+        self._asked[question.call_id] = question
+        try:
+            while True:
+                for _ in range(CHECKPOINTS):  # for a sibling that is between two calls
+                    await anyio.lowlevel.checkpoint()
+                if self._is_closed:
+                    raise CallError(_LATE.format(ASK))
+                is_last_asked = next(reversed(self._asked)) == question.call_id  # only one needs to check
+                if is_last_asked and self._open <= set(_with_callers(self._asked)):
+                    self.questions, self._is_closed = tuple(self._asked.values()), True
+                    self.scope.cancel()
+                self._changed = self._changed or anyio.Event()
+                await self._changed.wait()
+        finally:
+            del self._asked[question.call_id]
+
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
     def once(
         self,
@@ -183,6 +261,8 @@ class Journal:
                 is_done = True
                 return result
             finally:
+                self._open.discard(planned.call_id)
+                self._notify()
                 if not is_done:  # the next equal call takes its place, also when the step runs again
                     self._numbers[key].discard(number)
 
@@ -192,7 +272,7 @@ class Journal:
         """Return the number of a call among the equal ones that run or have finished, from 1."""
         if self._save_error is not None:
             raise self._save_error
-        if self._is_closed:
+        if self._is_closed and not self.questions:
             raise CallError(_LATE.format(label))
         if self.count >= self._max_calls:
             raise CallError(f"The step has made {self._max_calls} calls, the limit (max_calls). Split it into steps.")
@@ -204,6 +284,7 @@ class Journal:
 
     async def _result_of(self, planned: "_Planned") -> Any:
         if self._is_closed:
+            await anyio.lowlevel.checkpoint()  # raises if the turn was ended for a question
             raise CallError(_LATE.format(planned.label))
         finished = self._finished.pop(planned.call_id, None)
         if finished is not None:
@@ -218,6 +299,7 @@ class Journal:
         started_at = now()
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, failure = JSON_NULL, None, None
+        self._open.add(planned.call_id)
         try:
             value = await planned.execute()
             if planned.should_keep is not None and not planned.should_keep(value):
@@ -318,6 +400,14 @@ def depth_of_current_call() -> int:
     return call_id.count(NESTED) + 1 if call_id else 0
 
 
+def _with_callers(call_ids: Iterable[str]) -> Iterator[str]:
+    """Yield the ids of calls, and of the calls that have made them."""
+    for call_id in call_ids:
+        while call_id:
+            yield call_id
+            call_id = _parent_of(call_id)
+
+
 def _parent_of(call_id: str) -> str:
     return call_id.rpartition(NESTED)[0]
 
@@ -343,6 +433,13 @@ def _with_context(
     if index <= len(args) and _parameters(function)[name].kind is not inspect.Parameter.KEYWORD_ONLY:
         return (*args[:index], context, *args[index:]), kwargs
     return args, {**kwargs, name: context}
+
+
+def _check_name(label: str, name: str | None) -> None:
+    if name is not None and not NAME.fullmatch(name):
+        raise CallError(
+            f"{name!r} is not a valid name for a call of {label!r}. Use 1 to 128 letters, digits, '_', '-' and '.'."
+        )
 
 
 def _bytes_of(call: Call) -> int:
@@ -385,10 +482,7 @@ def _arguments(
     label: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
 ) -> msgspec.Raw:
     """Return the arguments by name, as JSON, without the context; null if they cannot be JSON and need not be."""
-    if name is not None and not NAME.fullmatch(name):
-        raise CallError(
-            f"{name!r} is not a valid name for a call of {label!r}. Use 1 to 128 letters, digits, '_', '-' and '.'."
-        )
+    _check_name(label, name)
     try:
         given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):  # no signature, or the call will raise the same error

@@ -182,6 +182,18 @@ def _add_sessions(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+def _add_questions(db: sqlite3.Connection) -> None:
+    """Add runs that wait for the answers of people."""
+    for statement in (
+        "ALTER TABLE runs ADD COLUMN waiting_for BLOB",
+        "ALTER TABLE runs ADD COLUMN expires_at INTEGER",
+        "ALTER TABLE runs ADD COLUMN worked_s REAL NOT NULL DEFAULT 0",
+        "ALTER TABLE batches ADD COLUMN waiting_items INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX runs_expiring ON runs (flock, expires_at) WHERE status = 'waiting' AND expires_at IS NOT NULL",
+    ):
+        db.execute(statement)
+
+
 MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _create_tables,
     _add_traceparent,
@@ -193,6 +205,7 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _index_agents_of_principals,
     _add_calls,
     _add_sessions,
+    _add_questions,
 ]
 
 

@@ -6,7 +6,7 @@ import msgspec
 
 from flock.engine.logs import fields_of_run
 from flock.errors import Interrupted, QueueTimeout, StepError, cut
-from flock.runs import Run, RunStatus, one_line, safe_text
+from flock.runs import Question, Run, RunStatus, one_line, safe_text
 
 __all__ = [
     "BATCH_CANCELLED",
@@ -14,6 +14,7 @@ __all__ = [
     "CANCELLED_BEFORE_START",
     "Outcome",
     "error_of",
+    "expiry_of",
     "failure_of",
     "interrupted_turn",
     "none_completed",
@@ -42,6 +43,11 @@ BATCH_CANCELLED = "The batch was cancelled."
 
 def timeout_of(timeout_s: float) -> Outcome:
     return Outcome(RunStatus.FAILED, f"The run did not end within {timeout_s:g} s (timeout_s).", "timeout")
+
+
+def expiry_of(question: Question) -> Outcome:
+    """Return the outcome of a run whose *question* nobody has answered in time."""
+    return Outcome(RunStatus.FAILED, cut(f"Nobody answered in time: {question.question}"), "expired")
 
 
 def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> Outcome:

@@ -54,6 +54,7 @@ __all__ = [
     "Ended",
     "check_engine",
     "check_key",
+    "check_owner",
     "check_room",
     "count_ended",
     "delete_items",
@@ -297,8 +298,13 @@ def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call
     return found
 
 
-def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:
-    """Write a finished call of a step. Raises OwnershipLost."""
+def check_owner(db: sqlite3.Connection, run: Run) -> None:
+    """Raise OwnershipLost unless the owner of *run*, or of its batch, may write it in this attempt."""
     if db.execute(statements.OWNS_RUN, (run.run_id, run.attempt, run.owner, run.owner)).fetchone() is None:
         raise OwnershipLost(run.run_id)
+
+
+def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:
+    """Write a finished call of a step. Raises OwnershipLost."""
+    check_owner(db, run)
     db.execute(statements.INSERT_CALL, call_values(run, position, call))

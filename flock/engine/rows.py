@@ -17,7 +17,19 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.errors import cut
-from flock.runs import NOT_LOADED, Batch, BatchOptions, Call, CallKind, Progress, Run, RunStatus, Step, Usage
+from flock.runs import (
+    NOT_LOADED,
+    Batch,
+    BatchOptions,
+    Call,
+    CallKind,
+    Progress,
+    Question,
+    Run,
+    RunStatus,
+    Step,
+    Usage,
+)
 
 __all__ = [
     "BATCH_TABLE",
@@ -51,6 +63,7 @@ __all__ = [
     "steps_with_rows",
     "time_from",
     "updated_values",
+    "waiting_values",
 ]
 
 T = TypeVar("T")
@@ -134,6 +147,12 @@ COLUMNS: Mapping[Any, Column] = {
         lambda stored: () if stored is None else msgspec.json.decode(stored, type=tuple[str, ...]),
     ),
     CallKind: Column({str}, "'function'"),
+    tuple[Question, ...]: Column(
+        {bytes, NoneType},
+        "NULL",
+        lambda questions: msgspec.json.encode(questions) if questions else None,
+        lambda stored: () if stored is None else msgspec.json.decode(stored, type=tuple[Question, ...]),
+    ),
     # Each step has its own row, except for the last step of a completed run.
     tuple[Step, ...]: Column({bytes, NoneType}, "NULL"),
 }
@@ -169,6 +188,9 @@ LONG_IN_CALLS = ("arguments", "result")
 BATCH_TABLE = _columns_of(Batch)
 #: The fields of a run that change while it is executed. Its last step is written with them.
 UPDATED = ("status", "result", "error", "error_type", "started_at", "completed_at", "progress")
+
+#: The fields of a run that change when it begins to wait for answers, or gets one.
+SUSPENDED = ("waiting_for", "worked_s", "progress")
 
 
 class Damaged(sqlite3.DatabaseError):
@@ -237,6 +259,7 @@ def _writer(
 
 _fields_of_run = _writer(RUN_TABLE.values())
 _updated_fields_of_run = _writer((RUN_TABLE[name] for name in UPDATED), operator.attrgetter(*UPDATED))
+_fields_of_waiting_run = _writer((RUN_TABLE[name] for name in SUSPENDED), operator.attrgetter(*SUSPENDED))
 _fields_of_step = _writer(STEP_TABLE.values())
 _fields_of_call = _writer(CALL_TABLE.values())
 _fields_of_batch = _writer(BATCH_TABLE.values())
@@ -253,6 +276,12 @@ def run_values(run: Run, last_step: bytes | None = None) -> list[Any]:
 def updated_values(run: Run, last_step: bytes | None) -> list[Any]:
     """Return the values of the columns ``UPDATED`` and ``last_step``."""
     return [*_updated_fields_of_run(run), last_step]
+
+
+def waiting_values(run: Run) -> list[Any]:
+    """Return the values of the columns ``SUSPENDED``, and when the first question expires."""
+    expiries = [question.expires_at for question in run.waiting_for if question.expires_at is not None]
+    return [*_fields_of_waiting_run(run), micros(min(expiries, default=None))]
 
 
 def step_values(run_id: str, position: int, step: Step) -> list[Any]:

@@ -22,14 +22,14 @@ from msgspec.structs import asdict, replace
 from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
 from flock.engine.logs import fields_of_run
-from flock.engine.outcomes import failure_of
+from flock.engine.outcomes import CANCELLED, failure_of
 from flock.engine.rows import DAMAGED_RUN, Damaged
 from flock.engine.store import RETRY_AFTER_S, Store
 from flock.engine.takeover import INTERRUPTED
-from flock.engine.turns import MAX_HISTORY_BYTES, ActiveRun, Turns
+from flock.engine.turns import MAX_HISTORY_BYTES, ActiveRun, Turns, WaitingForAnswers
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.limits import Limits
-from flock.runs import Call, Observer, Run, RunStatus, Step, now, stub_of
+from flock.runs import Answer, Call, Observer, Question, Run, RunStatus, Step, now, stub_of
 
 __all__ = ["Runner", "StoredRun", "current_task"]
 
@@ -51,7 +51,8 @@ class StoredRun(ActiveRun):
     """
 
     def __init__(self, run: Run, runner: "Runner") -> None:
-        queue_timeout_s = runner.limits.queue_timeout_s if run.batch_id is None else None  # items wait for each other
+        # Items wait for each other, and a run that got an answer has been accepted long ago.
+        queue_timeout_s = runner.limits.queue_timeout_s if run.batch_id is None and not run.worked_s else None
         super().__init__(
             run,
             runner.timeout_s_of(run),
@@ -59,8 +60,9 @@ class StoredRun(ActiveRun):
             queue_timeout_s=queue_timeout_s,
         )
         self._runner = runner
-        #: called when it gets a slot
+        #: called when it gets a slot, and when it begins to wait for an answer
         self.on_begin: Callable[[], None] | None = None
+        self.on_wait: Callable[[], None] | None = None
         #: the length of its inputs, as counted in ``Runner.queued_bytes``
         self.queued_bytes = 0
         self.store_error: StoreError | None = None
@@ -116,12 +118,12 @@ class StoredRun(ActiveRun):
         return await self._runner.earlier_runs(self, limit)
 
     def update(self, run: Run) -> None:
-        """Replace the record by *run*. Wake callers that wait for a change, and if it is final, all callers."""
+        """Replace the record by *run*. Wake callers that wait for a change, and if it is not active, all callers."""
         self.run = run
         if self._change is not None:
             self._change.set()
             self._change = None
-        if run.status.is_final:
+        if not run.status.is_active:
             self.wake()
 
     def wake(self) -> None:
@@ -155,6 +157,7 @@ class Runner:
         limits: Limits,
         max_steps: int,
         expose_errors: bool,
+        answer: Answer | None = None,
     ) -> None:
         self._store = store
         self.limits = limits
@@ -174,19 +177,22 @@ class Runner:
             max_steps=max_steps,
             expose_errors=expose_errors,
             max_result_bytes=limits.max_result_bytes,
+            answer=answer,
         )
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
         """Execute a run in a task of its own."""
         tasks.start_soon(self._execute, self._admit(run))
 
-    def execute(self, run: Run, on_begin: Callable[[], None]) -> Coroutine[Any, Any, None]:
-        """Return a coroutine that executes a run, and calls *on_begin* when the run gets a slot.
+    def execute(self, run: Run, on_begin: Callable[[], None], on_wait: Callable[[], None]) -> Coroutine[Any, Any, None]:
+        """Return a coroutine that executes a run until it ends, or begins to wait for an answer.
+
+        It calls *on_begin* when the run gets a slot, and *on_wait* when it begins to wait for an answer.
 
         It raises only if the engine is cancelled. It holds no reference to *run*.
         """
         active = self._admit(run)
-        active.on_begin = on_begin
+        active.on_begin, active.on_wait = on_begin, on_wait
         return self._execute(active)
 
     def _admit(self, run: Run) -> StoredRun:
@@ -247,12 +253,14 @@ class Runner:
             if self.watch_task is not None and self.watch_task.cancelling():
                 raise  # the event loop is ending and cancels all tasks
             failure = exc
-        if end is None:
-            if active.is_stopped:
-                await self.interrupt(active)
-                return
-            end = asdict(self.turns.outcome_of(active, failure))
+        if end is None and active.is_stopped:
+            await self.interrupt(active)
+            return
         await _absorb_cancellation()
+        if isinstance(failure, WaitingForAnswers) and await self._suspend(active, failure.questions):
+            return
+        if end is None:
+            end = asdict(self.turns.outcome_of(active, failure))
         if isinstance(failure, Unreadable) and not failure.is_writable:  # writing it would fail its whole group
             self._disown(active)
             return
@@ -401,6 +409,45 @@ class Runner:
                     await anyio.sleep(RETRY_AFTER_S)
         active.store_error = None
 
+    async def _suspend(self, active: StoredRun, questions: Sequence[Question]) -> bool:
+        """Leave a run to the store until *questions* are answered. Returns False if it was cancelled."""
+        if active.cancel_requested:
+            return False
+        run = replace(
+            active.run,
+            status=RunStatus.WAITING,
+            is_async=True,  # its client gets a response now, so it is resumed after a crash
+            waiting_for=tuple(questions),
+            worked_s=active.worked_s,
+            progress=active.progress,
+        )
+
+        def then(is_waiting: bool) -> None:
+            active.cancel_requested |= not is_waiting
+            if is_waiting:
+                self._remove(active)
+                active.update(run)
+                if active.on_wait is not None:
+                    active.on_wait()
+
+        try:
+            await self._retrying(active, lambda: self._store.suspend(run, then))
+            is_waiting = active.run.status is RunStatus.WAITING
+            if is_waiting and active.cancel_requested:  # while it was written
+                await self._retrying(active, lambda: self.cancel_waiting(run))
+            return is_waiting
+        except OwnershipLost:
+            self._on_ownership_lost(active)
+        except StoreError:
+            await self.interrupt(active)
+        return True
+
+    async def cancel_waiting(self, run: Run) -> None:
+        """Cancel *run* if it is still waiting."""
+        at = now()
+        if await self._store.end_waiting(run, CANCELLED, at):
+            self.ended(replace(run, **asdict(CANCELLED), completed_at=at))
+
     async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run
         step = run.steps[-1] if active.unsaved is not None else None
@@ -421,6 +468,10 @@ class Runner:
             self._store.discard(run.run_id)
             active.update(run)
         self._remove(active)
+        self.ended(run)
+
+    def ended(self, run: Run) -> None:
+        """Notify the observers of the end of *run*, and log it."""
         self.turns.notify("run_ended", run)
         level = logging.INFO if run.batch_id is None else logging.DEBUG  # items are too many; the batch logs a summary
         if logger.isEnabledFor(level):

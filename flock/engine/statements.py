@@ -5,7 +5,7 @@ Parameters are positional (``?``) or named (``:name``). Statements that depend o
 
 from collections.abc import Collection, Iterable
 
-from flock.engine.rows import BATCH_TABLE, CALL_TABLE, RUN_TABLE, STEP_TABLE, UPDATED
+from flock.engine.rows import BATCH_TABLE, CALL_TABLE, RUN_TABLE, STEP_TABLE, SUSPENDED, UPDATED
 from flock.runs import RunStatus
 
 # All statements are public, but only functions are listed here.
@@ -44,7 +44,8 @@ ITEM_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"last_step"})
 def list_columns(with_inputs: bool, with_results: bool) -> str:
     """Return the columns of a run in a list."""
     long = {"inputs": with_inputs, "result": with_results}
-    return _columns_of_run({*HEAD, "progress", "error", *(name for name, is_read in long.items() if is_read)})
+    read = {*HEAD, "progress", "error", *(name for name, is_read in long.items() if is_read)}
+    return _columns_of_run(read, waiting_for="CASE status WHEN 'waiting' THEN waiting_for END")
 
 
 def find_run(columns: str, name: str = "run_id") -> str:
@@ -57,24 +58,35 @@ UPDATE = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in UPDATED)}, las
     WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
 UPDATE_RUN = f"{UPDATE} AND owner = ?"
 UPDATE_ITEM = f"{UPDATE} AND EXISTS (SELECT 1 FROM batches WHERE batch_id = ? AND owner = ?)"
+#: For a run that its owner writes, and one that waits already. One that was cancelled meanwhile does not begin to wait.
+SUSPEND_RUN = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in SUSPENDED)}, expires_at = ?, status = 'waiting',
+    is_async = 1 WHERE run_id = ? AND cancel_requested = 0"""
+RESUME_RUN = """UPDATE runs SET status = 'starting', owner = ?, waiting_for = NULL, expires_at = NULL
+    WHERE run_id = ? AND status = 'waiting'"""
+END_WAITING_RUN = """UPDATE runs SET status = ?, error = ?, error_type = ?, completed_at = ?, expires_at = NULL
+    WHERE run_id = ? AND status = 'waiting'"""
+#: The runs, and the items of batches, with a question that has expired.
+EXPIRED_RUNS = """SELECT run_id FROM runs INDEXED BY runs_expiring
+    WHERE flock = ? AND status = 'waiting' AND expires_at <= ?"""
+COUNT_WAITING_ITEMS = "UPDATE batches SET waiting_items = waiting_items + ? WHERE batch_id = ?"
 CANCEL_RUN = "UPDATE runs SET cancel_requested = 1 WHERE run_id = ? AND status IN ('starting', 'running')"
 FAIL_RUN = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
     WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
 TAKE_RUN = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'),
-    recoveries = recoveries + (status = 'running'), status = 'starting'
-    WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
+    recoveries = recoveries + (status = 'running'), worked_s = CASE status WHEN 'running' THEN 0 ELSE worked_s END,
+    status = 'starting' WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
 REOPENED = """status = 'starting', attempt = attempt + 1, result = NULL, error = NULL, error_type = NULL,
-    started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0"""
+    started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0, waiting_for = NULL, worked_s = 0"""
 REOPEN_RUN = f"""UPDATE runs SET {REOPENED}, owner = ?, is_async = 1,
     rowid = CASE WHEN session_id IS NULL THEN rowid ELSE (SELECT max(rowid) + 1 FROM runs) END
     WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"""
 DELETE_RUN = "DELETE FROM runs WHERE run_id = ?"
-DELETE_FINAL_RUN = f"{DELETE_RUN} AND batch_id IS NULL AND status NOT IN ('starting', 'running')"
+DELETE_FINAL_RUN = f"{DELETE_RUN} AND batch_id IS NULL AND status NOT IN ('starting', 'running', 'waiting')"
 ROW_OF_RUN = "SELECT rowid FROM runs WHERE run_id = ?"
 NEWEST_ID = "SELECT max(run_id) FROM runs"
 #: A value that changes when the columns OUTLINE_COLUMNS change.
-VERSION = """SELECT status, attempt, progress, (SELECT count(*) FROM steps WHERE steps.run_id = runs.run_id)
-    FROM runs WHERE run_id = ?"""
+VERSION = """SELECT status, attempt, progress, CASE status WHEN 'waiting' THEN waiting_for END,
+    (SELECT count(*) FROM steps WHERE steps.run_id = runs.run_id) FROM runs WHERE run_id = ?"""
 #: The nearest run of the same session that was accepted earlier and has not ended. Rows are inserted in the order of
 #: acceptance, over all processes, so that order is the order of their rowids. Ids are created before that.
 ACTIVE_BEFORE = """SELECT run_id FROM runs INDEXED BY sessions_active
@@ -94,8 +106,10 @@ ENDED = """SELECT value FROM json_each(?) WHERE NOT EXISTS
 #: Limited to the agents of this program: runs of agents that no program has wait too, but not for a slot.
 WAITING = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock = ?
     AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
-QUEUE = f"SELECT count(*), min(CASE WHEN attempt = 1 THEN created_at END) {WAITING}"
+QUEUE = f"SELECT count(*), min(CASE WHEN attempt = 1 AND started_at IS NULL THEN created_at END) {WAITING}"
 COUNT_WAITING = f"SELECT count(*) {WAITING}"
+#: It reads only the index: a millisecond for 100,000 of them.
+COUNT_ASKING = f"SELECT count(*) {WAITING.replace('starting', 'waiting')}"
 COUNT_WAITING_OF_PRINCIPAL = """SELECT count(*) FROM runs INDEXED BY runs_by_principal_and_agent
     WHERE batch_id IS NULL AND flock = ? AND principal = ? AND agent_name IN (SELECT value FROM json_each(?))
     AND status = 'starting'"""
@@ -169,11 +183,18 @@ STEPS = f"SELECT {', '.join(STEP_TABLE)} FROM steps WHERE run_id = ? ORDER BY po
 OUTLINED_STEPS = STEPS.replace("result", OUTLINED)
 
 
-def item_page(columns: str, statuses: Iterable[str]) -> str:
-    """Return a query for up to :limit items of :batch_id after the position :after, in order; see ``merged``."""
+#: The highest position that SQLite can store.
+MAX_POSITION = 2**63 - 1
+
+
+def item_page(columns: str, statuses: Iterable[str], last: int = MAX_POSITION) -> str:
+    """Return a query for up to :limit items of :batch_id from the position :after to *last*, in order; see ``merged``.
+
+    The item at :after is not included.
+    """
     ranges = (
         f"SELECT {columns}, position AS place FROM runs INDEXED BY items_by_status "
-        f"WHERE batch_id = :batch_id AND status = '{status}' AND position > :after AND position <= {2**63 - 1}"
+        f"WHERE batch_id = :batch_id AND status = '{status}' AND position > :after AND position <= {last:d}"
         for status in statuses
     )
     return f"{' UNION ALL '.join(ranges)} ORDER BY place LIMIT :limit"
@@ -185,18 +206,18 @@ ITEMS_TO_REOPEN = """SELECT run_id FROM runs INDEXED BY items_by_status
     WHERE batch_id = ? AND status = ? AND error_type IS NOT ? LIMIT ?"""
 REOPEN_ITEMS = f"UPDATE runs SET {REOPENED} WHERE run_id IN ({ITEMS_TO_REOPEN})"
 REOPEN_ITEM = f"UPDATE runs SET {REOPENED} WHERE run_id = ? AND status = ? AND error_type IS NOT ?"
-TAKE_ITEMS = """UPDATE runs SET attempt = attempt + 1, recoveries = recoveries + 1, status = 'starting'
+TAKE_ITEMS = """UPDATE runs SET attempt = attempt + 1, recoveries = recoveries + 1, status = 'starting', worked_s = 0
     WHERE batch_id = ? AND status = 'running'"""
 FAIL_ITEMS = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-    WHERE batch_id = ? AND status IN ('starting', 'running')"""
+    WHERE batch_id = ? AND status IN ('starting', 'running', 'waiting')"""
 #: NOT IN, so that an item with a damaged status is included.
 FAIL_ITEM = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
     WHERE rowid = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
-CANCEL_WAITING_ITEMS = """UPDATE runs SET status = 'cancelled', error = ?, error_type = ?, completed_at = ?
+CANCEL_ITEMS = """UPDATE runs SET status = 'cancelled', error = ?, error_type = ?, completed_at = ?
     WHERE run_id IN
-    (SELECT run_id FROM runs INDEXED BY items_by_status WHERE batch_id = ? AND status = 'starting' LIMIT ?)"""
+    (SELECT run_id FROM runs INDEXED BY items_by_status WHERE batch_id = ? AND status = ? LIMIT ?)"""
 UNFINISHED_ITEMS = """SELECT rowid, CAST(run_id AS BLOB) FROM runs INDEXED BY items_by_status
-    WHERE batch_id = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
+    WHERE batch_id = ? AND status NOT IN ('waiting', 'completed', 'failed', 'cancelled')"""
 HAS_UNFINISHED_ITEMS = "SELECT completed_items < total_items FROM batches WHERE batch_id = ?"
 #: The number of items that are unfinished or being uploaded, in all batches except one.
 OPEN_ITEMS = """SELECT sum(total_items - completed_items) FROM batches INDEXED BY batches_open
@@ -252,6 +273,9 @@ def batch_page(names: Iterable[str], limit: int) -> str:
         ORDER BY batch_id DESC LIMIT {limit:d}"""
 
 
+#: The answer of the last step that asked: of one that is completed, or of the current one in the same try.
+FIND_ANSWER = """SELECT result FROM calls WHERE run_id = ? AND call_id = ? AND kind = 'question'
+    AND (position < ? OR tries = ?) ORDER BY position DESC"""
 FIND_KEY = "SELECT fingerprint, made_id FROM idempotency_keys WHERE flock = ? AND key = ?"
 INSERT_KEY = "INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)"
 DELETE_KEYS_OF = "DELETE FROM idempotency_keys WHERE made_id = ?"

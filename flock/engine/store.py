@@ -28,9 +28,10 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from flock.engine import files, queries, statements, takeover
+from flock.engine import files, queries, statements, takeover, waiting
 from flock.engine.groups import Change, Group, PendingRun, Refused
 from flock.engine.migrations import MIGRATIONS, migrate
+from flock.engine.outcomes import Outcome
 from flock.engine.rows import Damaged, first_id_at, micros, names_json, time_from
 from flock.engine.takeover import TakenOver
 from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
@@ -51,6 +52,8 @@ MAX_TIME = 2**63 - 1
 #: How long to wait for the transaction of another process, and how often to try the lock, in seconds.
 LOCK_TIMEOUT_S = 5.0
 LOCK_INTERVAL_S = 0.001
+#: How many runs with expired questions one transaction changes.
+EXPIRY_CHUNK_SIZE = 500
 #: The delay before a failed transaction is retried, in seconds.
 RETRY_AFTER_S = 1.0
 
@@ -544,7 +547,8 @@ class Store:
         """Return the queue of runs for ``agents``, without items. Retried runs do not count for its age."""
         values = (flock, names_json(self.agents))
         depth, oldest = self.read(lambda db: db.execute(statements.QUEUE, values).fetchone())
-        return Queue(depth, time_from(oldest))
+        (asking,) = self.read(lambda db: db.execute(statements.COUNT_ASKING, values).fetchone())
+        return Queue(depth, time_from(oldest), asking)
 
     def last_id(self) -> str | None:
         """Return the id of the newest run."""
@@ -593,6 +597,31 @@ class Store:
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         """Write a finished call of a step; on return it is on disk. Raises StoreError, Unstorable, OwnershipLost."""
         await self.change(lambda db: queries.write_call(db, run, position, call))
+
+    async def suspend(self, run: Run, then: Callable[[bool], None]) -> None:
+        """Write *run*, which begins to wait, and call *then* with whether it does: it was not cancelled meanwhile.
+
+        Raises StoreError, Unstorable, OwnershipLost.
+        """
+        await self.change(lambda db: waiting.suspend(db, run), then)
+
+    async def answer(
+        self, run_id: str, call_id: str, output: msgspec.Raw, owner: str, now: datetime, then: Callable[[Run], None]
+    ) -> Run:
+        """Answer a question, and call *then* with the run, which may be ready to start; see ``Engine.answer_call``."""
+        return await self.change(lambda db: waiting.answer(db, run_id, call_id, output, owner, now), then)
+
+    async def end_waiting(self, run: Run, outcome: Outcome, now: datetime) -> bool:
+        """End a waiting run. Returns False if it is no longer waiting."""
+        return await self.change(lambda db: waiting.end(db, run, outcome, now))
+
+    async def expire(self, flock: str, owner: str, now: datetime, then: Callable[[Sequence[Run]], None]) -> None:
+        """Answer questions that have expired with their defaults, and end the other runs. Call *then* with the runs."""
+        values = (flock, micros(now))
+        expired = self.read(lambda db: [row[0] for row in db.execute(statements.EXPIRED_RUNS, values)])
+        for start in range(0, len(expired), EXPIRY_CHUNK_SIZE):
+            run_ids = expired[start : start + EXPIRY_CHUNK_SIZE]
+            await self.change(functools.partial(waiting.expire, run_ids, self.agents, owner, now), then)
 
     async def request_cancel(self, run_id: str) -> bool:
         """Request the owner of a run to cancel it. Returns False if the run is not active."""

@@ -27,9 +27,9 @@ from flock.engine.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_
 from flock.engine.threads import Threads
 from flock.errors import OwnershipLost, ResultTooLarge
 from flock.limits import Limits
-from flock.runs import Call, Observer, Progress, Run, RunContext, RunStatus, Step, Usage, now
+from flock.runs import Answer, Call, Observer, Progress, Question, Run, RunContext, RunStatus, Step, Usage, now
 
-__all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "Turns"]
+__all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "Turns", "WaitingForAnswers"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -37,6 +37,14 @@ logger = logging.getLogger("flock.runs")
 CURRENT_SLOT: ContextVar[AgentSlot] = ContextVar("flock_slot")
 #: Max total size of the runs in the history of an agent, as JSON.
 MAX_HISTORY_BYTES = 256 * 1024
+
+
+class WaitingForAnswers(Exception):
+    """A turn ended because its agent asks *questions*. It starts again when they are answered."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        super().__init__(f"{len(questions)} questions")
+        self.questions = questions
 
 
 class ActiveRun:
@@ -87,6 +95,11 @@ class ActiveRun:
             self.context.request_cancel()
         self.scope.cancel()
 
+    @property
+    def worked_s(self) -> float:
+        """Seconds of ``timeout_s`` that the attempt has spent. At least a millisecond, so that it is never 0."""
+        return max(0.001, self.timeout_s - (self.scope.deadline - anyio.current_time()))
+
     # To be overridden by an engine
 
     @property
@@ -128,6 +141,7 @@ class Turns:
         max_steps, expose_errors: see ``EmbeddedEngine``.
         max_result_bytes: max size of the result of one step, as JSON.
         max_run_bytes, max_item_bytes: max total size of the inputs and results, as JSON, of a run and of an item.
+        answer: answers the questions of agents at once. Without it, their runs wait for answers.
 
     Attributes:
         item_slots: max batch items that run at the same time.
@@ -145,6 +159,7 @@ class Turns:
         max_result_bytes: float = math.inf,
         max_run_bytes: float = math.inf,
         max_item_bytes: float = math.inf,
+        answer: Answer | None = None,
     ) -> None:
         self._agents = agents
         self._models = models
@@ -156,6 +171,7 @@ class Turns:
         self._max_result_bytes = max_result_bytes
         self._max_run_bytes = max_run_bytes
         self._max_item_bytes = max_item_bytes
+        self._answer = answer
         self._threads = Threads(limits.max_threads)
         reserved = limits.max_concurrency // 10
         self.item_slots = limits.max_concurrency - reserved
@@ -165,29 +181,32 @@ class Turns:
     async def take(self, active: ActiveRun) -> Step:
         """Run the next agent of a run, in a slot of the engine and one of the agent.
 
-        Raises: what the agent raises; Interrupted, InvalidHandoff, QueueTimeout, ResultTooLarge, TooManySteps.
+        Raises: what the agent raises; Interrupted, InvalidHandoff, QueueTimeout, ResultTooLarge, TooManySteps;
+            WaitingForAnswers if the agent asks a person.
         Cancellation: the step is lost. The slots stay taken until no thread is running for the run.
         """
         agent = next_agent(active.run, self._agents, self._max_steps)
         assert agent is not None, "all turns are done"
         is_again, active.is_again = active.is_again, False
-        if is_again and agent.on_interrupt == "fail":
+        if is_again and agent.on_interrupt == "fail" and not active.run.worked_s:
             raise interrupted_turn(agent.name)
         release, slot = await self._acquire(active, agent)
         try:
             run = await active.begin()
             inputs = inputs_for(agent, run)
             active.started_at = active.started_at or now()
-            is_start, spent_s = run.status is RunStatus.STARTING, 0.0
+            is_start, spent_s = run.status is RunStatus.STARTING, run.worked_s
             if is_start:
-                run = replace(run, status=RunStatus.RUNNING, started_at=active.started_at)
+                started_at = run.started_at if run.worked_s else active.started_at
+                run = replace(run, status=RunStatus.RUNNING, started_at=started_at)
             elif run.started_at is not None:
                 spent_s = (now() - run.started_at).total_seconds()
             if active.scope.deadline == math.inf:
                 active.scope.deadline = anyio.current_time() + active.timeout_s - spent_s
             if is_start:
                 await active.started(run, agent)
-                self.notify("run_started", run)
+                if not run.worked_s:
+                    self.notify("run_started", run)
             step = await self._step(active, run, agent, inputs, slot, is_again=is_again)
             self._check_size(run, step)
             await active.keep(step)
@@ -216,6 +235,7 @@ class Turns:
             max_result_bytes=self._max_result_bytes,
             max_total_bytes=self._max_item_bytes,
             expose_errors=self._expose_errors,
+            answer=self._answer,
         )
         active.context = context = RunContext(
             run,
@@ -229,10 +249,16 @@ class Turns:
             context.request_cancel()
         reset = CURRENT_SLOT.set(slot)
         try:
-            result = await take_turn(agent, inputs, resources, context)
+            with journal.scope:
+                result = await take_turn(agent, inputs, resources, context)
+        except Exception:
+            if not journal.questions:
+                raise
         finally:
             CURRENT_SLOT.reset(reset)
             not_repeated = journal.close()
+        if journal.questions:
+            raise WaitingForAnswers(journal.questions)
         if not_repeated:
             ids = ", ".join(not_repeated)
             logger.warning("run %s: %s did not repeat these calls: %s", run.run_id, agent.name, ids)

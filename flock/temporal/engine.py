@@ -35,7 +35,7 @@ from flock.engine.refusals import (
     run_not_retried,
     wait_stopped,
 )
-from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
+from flock.errors import CallNotFound, EngineFull, Replayed, RunNotFound, StoreError
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
 from flock.runs import (
@@ -435,6 +435,10 @@ class TemporalEngine(EngineBase):
         if conflict := not_cancelled(run):
             raise conflict
         return replace(run, cancel_requested=True)
+
+    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
+        await self.get_run(run_id)
+        raise CallNotFound(run_id, call_id)  # workers refuse questions
 
     async def retry_run(self, run_id: str) -> Run:
         self._check_running()

@@ -27,6 +27,7 @@ ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 EXECUTION_STATUS = {
     RunStatus.STARTING: "'Running'",
     RunStatus.RUNNING: "'Running'",
+    RunStatus.WAITING: "'Running'",
     RunStatus.COMPLETED: "'Completed'",
     RunStatus.FAILED: "'Failed', 'Terminated', 'TimedOut'",
     RunStatus.CANCELLED: "'Canceled'",

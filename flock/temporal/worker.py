@@ -20,9 +20,10 @@ from flock.agents.llm import ModelClient
 from flock.agents.mcp import listing_tools
 from flock.engine.outcomes import CANCELLED, Outcome
 from flock.engine.turns import MAX_HISTORY_BYTES, Turns
+from flock.errors import CallError
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
-from flock.runs import Observer, Progress, Run, RunStatus, Step, now
+from flock.runs import Observer, Progress, Question, Run, RunStatus, Step, now
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
@@ -113,6 +114,7 @@ class TemporalWorker:
             expose_errors=expose_errors,
             max_run_bytes=max_run_bytes,
             max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
+            answer=_refuse_question,
         )
         models.on_retry = lambda: self._turns.notify("model_call_retried")
 
@@ -253,3 +255,7 @@ def _raise_outcome(turn: _RunTurn, outcome: Outcome) -> NoReturn:
     raise ApplicationError(
         outcome.error, turn.heartbeat(), type=outcome.error_type, non_retryable=True, category=category
     ) from None  # its cause is for our log only
+
+
+def _refuse_question(question: Question) -> None:
+    raise CallError("Workers of a Temporal cluster cannot ask people. Run this agent on the embedded engine.")

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
+import msgspec
 from msgspec.structs import replace
 
 from flock.errors import BatchNotFound, DefinitionError, Forbidden, RunNotFound, TooManyRequests, WrongHost
@@ -299,6 +300,10 @@ class ScopedEngine:
     async def cancel_run(self, run_id: str) -> Run:
         await self.get_run(run_id)
         return await self._engine.cancel_run(run_id)
+
+    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
+        await self.get_run(run_id)
+        return await self._engine.answer_call(run_id, call_id, output)
 
     async def retry_run(self, run_id: str) -> Run:
         await self.get_run(run_id)

@@ -77,6 +77,12 @@ class _Families:
             registry=registry,
             multiprocess_mode="mostrecent",
         )
+        self.asking = Gauge(
+            "flock_waiting_runs",
+            "Runs that wait for answers of people, in all processes on the store, without items of batches.",
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
         self.oldest_s = Gauge(
             "flock_oldest_queued_run_age_seconds",
             "How long the oldest queued run has waited, or 0 if no run is queued.",
@@ -147,6 +153,7 @@ class Metrics:
     def page(self, queue: Queue | None) -> bytes:
         """Return all metrics in the text format of Prometheus. *queue* is None if its length is unknown."""
         self._families.queued.set(math.nan if queue is None else queue.depth)
+        self._families.asking.set(math.nan if queue is None else queue.asking)
         oldest_at = now() if queue is None else queue.oldest_at
         self._families.oldest_s.set(0 if oldest_at is None else _seconds(oldest_at, now()))
         registry = self._families.registry

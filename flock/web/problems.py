@@ -12,6 +12,7 @@ from starlette.responses import Response
 from flock.errors import (
     AgentNotFound,
     BatchNotFound,
+    CallNotFound,
     Conflict,
     EngineFull,
     EngineStopped,
@@ -42,6 +43,7 @@ PROBLEMS: Mapping[type[Exception], tuple[int, str]] = {
     InvalidData: (422, "Invalid input"),
     AgentNotFound: (404, "Unknown agent"),
     RunNotFound: (404, "Unknown run"),
+    CallNotFound: (404, "Unknown call"),
     BatchNotFound: (404, "Unknown batch"),
     SessionNotFound: (404, "Unknown session"),
     Unauthenticated: (401, "Unauthorized"),

@@ -12,9 +12,10 @@ import msgspec
 from flock.agents.agent import Handoff
 from flock.errors import FieldError, InvalidData, MalformedJSON
 from flock.jsontype import JSONType, check_depth, example_for
-from flock.runs import NOT_LOADED, Call, CallKind, OnExtra, OnInvalid, Progress, RunStatus, Time, Usage
+from flock.runs import NOT_LOADED, Call, CallKind, OnExtra, OnInvalid, Progress, Question, RunStatus, Time, Usage
 
 __all__ = [
+    "ANSWER",
     "BATCH_REQUEST",
     "BATCH_RETRY",
     "MAX_PAGE",
@@ -30,6 +31,7 @@ __all__ = [
     "EventsQuery",
     "FlockAPIRequest",
     "FlockAPIResponse",
+    "FlockAnswer",
     "FlockBatchCheck",
     "FlockBatchCheckRow",
     "FlockBatchRequest",
@@ -110,6 +112,12 @@ class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     silent_mode: Annotated[Any, DEPRECATED] = None
 
 
+class FlockAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /run/{run_id}/calls/{call_id}``: the answer, in the form of the question's schema."""
+
+    output: msgspec.Raw
+
+
 class FlockBatchRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``POST /batch/{batch_id}/retry``: the items to retry. Default: all that failed or were cancelled."""
 
@@ -117,6 +125,7 @@ class FlockBatchRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 RUN_REQUEST = JSONType(FlockAPIRequest)
+ANSWER = JSONType(FlockAnswer)
 BATCH_REQUEST = JSONType(FlockBatchRequest)
 BATCH_RETRY = JSONType(FlockBatchRetry)
 
@@ -289,6 +298,8 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
 
     ``session_id`` is there if the request named a session. ``calls`` are those of the step that has not ended, if it
     has made any.
+
+    Only a waiting run has ``waiting_for``: the open questions.
     """
 
     run_id: str
@@ -307,13 +318,17 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None
     steps: list[RunStep]
     calls: list[RunCall] | msgspec.UnsetType = msgspec.UNSET
+    waiting_for: list[Question] | msgspec.UnsetType = msgspec.UNSET
     batch_id: str | msgspec.UnsetType = msgspec.UNSET
     position: int | msgspec.UnsetType = msgspec.UNSET
     session_id: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One run in a list. It has ``inputs`` and ``result`` only if they were requested."""
+    """One run in a list. It has ``inputs`` and ``result`` only if they were requested.
+
+    Only a waiting run has ``waiting_for``.
+    """
 
     run_id: str
     agent_name: str
@@ -327,6 +342,7 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int
     inputs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     result: msgspec.Raw | msgspec.UnsetType | None = msgspec.UNSET
+    waiting_for: list[Question] | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunList(msgspec.Struct, frozen=True, kw_only=True):
@@ -346,6 +362,7 @@ class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
     completed_items: int
     failed_items: int
     cancelled_items: int
+    waiting_items: int
     progress_percentage: float
     eta_s: float | None
     results: list[Any] | msgspec.UnsetType = msgspec.UNSET
@@ -387,6 +404,7 @@ class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
     completed_items: int
     failed_items: int
     cancelled_items: int
+    waiting_items: int
     progress_percentage: float
     eta_s: float | None
     error: str | None

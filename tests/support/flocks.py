@@ -1,5 +1,6 @@
 """Sample flocks: an agent of each kind, agents that wait, and agents for batches."""
 
+import dataclasses
 import threading
 from typing import Any, TypedDict
 
@@ -13,6 +14,12 @@ from flock.runs import RunContext
 class Summary(TypedDict):
     words: int
     shout: str
+
+
+@dataclasses.dataclass
+class Approval:
+    approved: bool
+    reason: str = ""
 
 
 def sample_flock() -> Flock:
@@ -49,6 +56,11 @@ def sample_flock() -> Flock:
     @flock.agent
     def anything(value: Any) -> Any:
         return value
+
+    @flock.agent
+    async def approve(text: str, context: RunContext) -> str:
+        approval = await context.ask(f"Send {text}?", Approval)
+        return "sent" if approval.approved else f"kept: {approval.reason}"
 
     return flock
 

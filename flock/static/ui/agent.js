@@ -1,13 +1,13 @@
 // The view of an agent: a form for its inputs, and its outputs.
 
 import { go, link, url } from "./address.js";
-import { Problem, get, idempotencyKey, post } from "./api.js";
+import { get, idempotencyKey, post } from "./api.js";
 import { lastAgents } from "./chain.js";
 import { button, fill, h, title } from "./dom.js";
-import { form, plain } from "./form.js";
+import { form, plain, sending } from "./form.js";
 import { parse, pretty } from "./json.js";
 import { hasKey } from "./key.js";
-import { copy, busyWhile, problem } from "./notices.js";
+import { copy } from "./notices.js";
 import { session } from "./storage.js";
 
 export async function show(main, { id, signal }) {
@@ -21,40 +21,16 @@ export async function show(main, { id, signal }) {
     /* there is no draft */
   }
   const fields = form(agent.input_schema, before);
-  const wrong = h("div");
-  const read = () => {
-    fields.clear();
-    fill(wrong);
-    try {
-      return fields.read();
-    } catch (error) {
-      fields.error(error.pointer, error.message)?.focus();
-      return undefined;
-    }
-  };
-
-  const start = busyWhile(async () => {
-    const inputs = read();
-    if (inputs === undefined) return;
-    try {
-      // The key makes it safe to retry if the connection fails halfway.
-      const run = await post(
-        "run/flock",
-        { agent_name: agent.name, inputs, async_run: true },
-        { canRetry: true, headers: idempotencyKey(), signal },
-      );
-      go(`run/${run.run_id}`);
-    } catch (error) {
-      if (!(error instanceof Problem)) throw error;
-      const withoutField = error.errors.filter((each) => !showAtField(each));
-      const first = error.errors.map(showAtField).find(Boolean);
-      if (!error.errors.length || withoutField.length)
-        fill(wrong, problem({ ...error, title: error.title, message: error.message, errors: withoutField }));
-      first?.focus();
-    }
+  const { wrong, read, send } = sending(fields, "/inputs");
+  const start = send(async (inputs) => {
+    // The key makes it safe to retry if the connection fails halfway.
+    const run = await post(
+      "run/flock",
+      { agent_name: agent.name, inputs, async_run: true },
+      { canRetry: true, headers: idempotencyKey(), signal },
+    );
+    go(`run/${run.run_id}`);
   });
-  const showAtField = ({ pointer, detail }) =>
-    pointer.startsWith("/inputs/") ? fields.error(pointer.slice("/inputs".length), detail) : null;
 
   const node = h(
     "form",

@@ -3,8 +3,10 @@
 // A field is {node, control, pointer(), read(), error(text), each(visit)}. `read` returns the value, or undefined if it
 // is omitted. `error` shows an error at the field. `each` visits the field and the fields inside it.
 
+import { Problem } from "./api.js";
 import { button, fill, h, newId } from "./dom.js";
 import { isExact, parse } from "./json.js";
+import { busyWhile, problem } from "./notices.js";
 import { localTime } from "./words.js";
 
 /** Create the form of an object schema. `error(pointer, text)` shows an error and returns the control of its field. */
@@ -29,6 +31,40 @@ export function form(schema, value) {
       return null;
     },
   };
+}
+
+/** Prepare a form to be sent. `read` returns its value, or undefined if it is invalid. `send(work)` returns a click handler
+ * that passes the value to `work`. Errors of the server at `at` are shown at their fields, and the others in `wrong`. */
+export function sending(fields, at) {
+  const wrong = h("div");
+  const read = () => {
+    fields.clear();
+    fill(wrong);
+    try {
+      return fields.read();
+    } catch (error) {
+      fields.error(error.pointer, error.message)?.focus();
+      return undefined;
+    }
+  };
+  const showAtField = ({ pointer, detail }) =>
+    pointer.startsWith(`${at}/`) ? fields.error(pointer.slice(at.length), detail) : null;
+  const send = (work) =>
+    busyWhile(async () => {
+      const value = read();
+      if (value === undefined) return;
+      try {
+        await work(value);
+      } catch (error) {
+        if (!(error instanceof Problem)) throw error;
+        const withoutField = error.errors.filter((each) => !showAtField(each));
+        const first = error.errors.map(showAtField).find(Boolean);
+        if (!error.errors.length || withoutField.length)
+          fill(wrong, problem({ ...error, title: error.title, message: error.message, errors: withoutField }));
+        first?.focus();
+      }
+    });
+  return { wrong, read, send };
 }
 
 /** Resolve references and remove null from a union. Sets `isNullable` if null is allowed. */

@@ -4,6 +4,7 @@ import { go, link } from "./address.js";
 import { get, post } from "./api.js";
 import { button, fill, h, title } from "./dom.js";
 import { events } from "./events.js";
+import { form, sending } from "./form.js";
 import { busyWhile, copy, notify, problem } from "./notices.js";
 import { session } from "./storage.js";
 import { readable, result } from "./value.js";
@@ -16,11 +17,13 @@ export async function show(main, { id, signal }) {
   const path = `run/${encodeURIComponent(id)}`;
   let run = await get(path, signal);
   const steps = new Map();
+  const questions = new Map();
   let announcedAt = 0;
   const parts = {
     title: h("div"),
     facts: h("dl", { class: "facts" }),
     progress: h("div"),
+    questions: h("div"),
     outcome: h("section"),
     steps: h("ol", { class: "steps", "aria-label": "Steps" }),
     inputs: h("section"),
@@ -31,6 +34,7 @@ export async function show(main, { id, signal }) {
     parts.facts,
     live,
     parts.progress,
+    parts.questions,
     parts.outcome,
     h("section", {}, h("h2", {}, "Steps"), parts.steps),
     parts.inputs,
@@ -62,6 +66,10 @@ export async function show(main, { id, signal }) {
     if (name === "run.started") {
       run = { ...run, status: "running", started_at: data.started_at ?? run.started_at };
       head();
+    } else if (name === "run.waiting") {
+      run = { ...run, ...data, status: "waiting" };
+      head();
+      announce("The run waits for an answer.");
     } else if (name.startsWith("step.")) {
       setStep(data.position, data);
       announce(
@@ -135,8 +143,45 @@ export async function show(main, { id, signal }) {
     );
   }
 
+  function ask() {
+    const open = (run.status === "waiting" && run.waiting_for) || [];
+    if (!open.length) questions.clear();
+    for (const each of open) if (!questions.has(each.call_id)) questions.set(each.call_id, question(each));
+    fill(
+      parts.questions,
+      open.map(({ call_id }) => questions.get(call_id)),
+    );
+  }
+
+  function question({ call_id, question, schema, arguments: about, expires_at }) {
+    const fields = form({ properties: { answer: schema }, required: ["answer"], $defs: schema.$defs });
+    const error = (pointer, text) => fields.error(pointer.replace("/output", "/answer"), text);
+    const { wrong, send } = sending({ ...fields, error }, "");
+    const answer = send(async ({ answer: output }) => {
+      run = await post(`${path}/calls/${encodeURIComponent(call_id)}`, { output }, { signal });
+      head();
+    });
+    return h(
+      "form",
+      {
+        class: "panel",
+        onsubmit: (event) => {
+          event.preventDefault();
+          answer({ currentTarget: event.submitter });
+        },
+      },
+      h("h2", {}, question),
+      about && readable(about),
+      expires_at && h("p", { class: "quiet" }, "Expires ", when(expires_at)),
+      fields.node,
+      wrong,
+      h("p", { class: "actions" }, h("button", { class: "primary" }, "Answer")),
+    );
+  }
+
   function progress() {
-    if (isFinal(run.status)) return fill(parts.progress);
+    ask();
+    if (isFinal(run.status) || run.status === "waiting") return fill(parts.progress);
     const { done, total, message } = run.progress ?? {};
     const words =
       done === undefined

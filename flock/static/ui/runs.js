@@ -24,7 +24,7 @@ export async function show(main, { params, signal }) {
     row: (run) => [
       h("a", { href: link(`run/${run.run_id}`), class: "mono" }, run.run_id.slice(-12)),
       h("span", { class: "preview" }, run.inputs ?? ""),
-      h("span", { class: "preview" }, run.error ?? run.result ?? ""),
+      h("span", { class: "preview" }, run.error ?? run.waiting_for?.[0].question ?? run.result ?? ""),
       run.agent_name,
       badge(run.status),
       when(run.created_at),

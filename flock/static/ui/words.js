@@ -3,7 +3,7 @@
 import { link } from "./address.js";
 import { h } from "./dom.js";
 
-export const SIGNS = { starting: "○", running: "◐", completed: "✓", failed: "✕", cancelled: "⊘" };
+export const SIGNS = { starting: "○", running: "◐", waiting: "?", completed: "✓", failed: "✕", cancelled: "⊘" };
 
 /** A status with its sign, word and colour. */
 export const badge = (status) =>

@@ -1,0 +1,123 @@
+"""Runs that wait for the answers of people. They exist only in the store; no engine owns them.
+
+All functions are called inside a transaction of ``flock.engine.store``.
+"""
+
+import logging
+import sqlite3
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from flock.agents.questions import ASK, check_answer, question_json
+from flock.engine import queries, statements
+from flock.engine.outcomes import Outcome, expiry_of
+from flock.engine.rows import Damaged, call_values, micros, waiting_values
+from flock.errors import CallNotFound, Conflict, RunNotFound
+from flock.runs import Call, Run, RunStatus
+
+__all__ = ["answer", "end", "expire", "suspend"]
+
+logger = logging.getLogger("flock.store")
+
+
+def suspend(db: sqlite3.Connection, run: Run) -> bool:
+    """Write a run that begins to wait. Returns False if it was cancelled meanwhile. Raises OwnershipLost."""
+    queries.check_owner(db, run)
+    is_waiting = db.execute(statements.SUSPEND_RUN, (*waiting_values(run), run.run_id)).rowcount == 1
+    if is_waiting:
+        db.execute(statements.COUNT_WAITING_ITEMS, (1, run.batch_id))
+    return is_waiting
+
+
+def answer(db: sqlite3.Connection, run_id: str, call_id: str, output: msgspec.Raw, owner: str, at: datetime) -> Run:
+    """Answer a question, and make *owner* the owner of the run if it was the last one.
+
+    Raises: RunNotFound, CallNotFound, Conflict, InvalidData, EngineStopped.
+    """
+    run = queries.find_run(db, run_id)
+    if run is None:
+        raise RunNotFound(run_id)
+    question = next((open_ for open_ in run.waiting_for if open_.call_id == call_id), None)
+    if question is None:
+        row = db.execute(statements.FIND_ANSWER, (run_id, call_id, len(run.steps), run.tries)).fetchone()
+        if row is None:
+            raise CallNotFound(run_id, call_id)
+        if _normal(row[0]) != _normal(output):
+            raise Conflict(f"The question {call_id!r} of the run {run_id} has already been answered otherwise.")
+        return run
+    if run.status is not RunStatus.WAITING:
+        raise Conflict(f"The run {run_id} is {run.status}, so its question {call_id!r} can no longer be answered.")
+    check_answer(question, output)
+    queries.check_engine(db, owner)
+    return _continue(db, run, {call_id: output}, owner, at)
+
+
+def expire(
+    run_ids: Iterable[str], agents: Collection[str], owner: str, at: datetime, db: sqlite3.Connection
+) -> Sequence[Run]:
+    """End the waiting of runs with questions that have expired, and return those that have ended or are to be started.
+
+    A run that goes on with a default stays for a program that has its agent.
+    """
+    changed = []
+    for run_id in run_ids:
+        try:
+            run = queries.find_run(db, run_id)
+        except Damaged as exc:
+            logger.error("run %s is waiting and cannot be read: %s", run_id, exc)
+            continue
+        if run is None or run.status is not RunStatus.WAITING:
+            continue
+        expired = [open_ for open_ in run.waiting_for if open_.expires_at is not None and open_.expires_at <= at]
+        defaults = {open_.call_id: open_.default for open_ in expired if open_.default is not msgspec.UNSET}
+        unanswered = next((open_ for open_ in expired if open_.call_id not in defaults), None)
+        if unanswered is not None:
+            end(db, run, expiry_of(unanswered), at)
+        elif run.next_agent_name in agents:
+            _continue(db, run, defaults, owner, at)
+        changed.append(queries.find_run(db, run_id))
+    return [run for run in changed if run is not None and run.status is not RunStatus.WAITING]
+
+
+def end(db: sqlite3.Connection, run: Run, outcome: Outcome, at: datetime) -> bool:
+    """Write the end of a waiting run. Returns False if it is not waiting. Its questions stay for late answers."""
+    values = (outcome.status.value, outcome.error, outcome.error_type, micros(at), run.run_id)
+    is_ended = db.execute(statements.END_WAITING_RUN, values).rowcount == 1
+    if is_ended and run.batch_id is not None:
+        queries.count_ended(db, queries.Ended({(run.batch_id, outcome.status): 1}))
+        db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
+    return is_ended
+
+
+def _continue(db: sqlite3.Connection, run: Run, answers: Mapping[str, Any], owner: str, at: datetime) -> Run:
+    """Write *answers* to the journal. If no question is left, the run can be started. Returns the new record."""
+    for question in run.waiting_for:
+        if question.call_id in answers:
+            call = Call(
+                call_id=question.call_id,
+                name=ASK,
+                kind="question",
+                arguments=question_json(question.question),
+                result=answers[question.call_id],
+                started_at=question.asked_at,
+                completed_at=at,
+            )
+            db.execute(statements.INSERT_CALL, call_values(run, len(run.steps), call))
+    left = tuple(question for question in run.waiting_for if question.call_id not in answers)
+    if left:
+        db.execute(statements.SUSPEND_RUN, (*waiting_values(replace(run, waiting_for=left)), run.run_id))
+    else:
+        db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, run.run_id))
+        db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
+    changed = queries.find_run(db, run.run_id)
+    assert changed is not None, "it was just written"
+    return changed
+
+
+def _normal(value: bytes | msgspec.Raw) -> bytes:
+    """Return JSON in a form that is equal for equal values."""
+    return msgspec.json.encode(msgspec.json.decode(value), order="deterministic")
