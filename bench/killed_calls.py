@@ -75,13 +75,13 @@ class Model:
     async def _reply(self, request: Request) -> JSONResponse:
         self.keys.append(request.headers["Idempotency-Key"])
         try:
-            messages = (await request.json())["messages"]
+            body = await request.json()
         except ClientDisconnect:  # it was killed
             return JSONResponse({})
         await asyncio.sleep(random.uniform(*MODEL_S))
-        number = sum("tool_calls" in message for message in messages)
+        number = sum("tool_calls" in message for message in body["messages"])
         message: dict[str, Any] = {"role": "assistant", "content": None}
-        if number < len(CALLS_PER_REPLY):
+        if "tools" in body:  # after ten calls, no more are offered
             message["tool_calls"] = [
                 {"id": f"{number}.{n}", "function": {"name": "look_up", "arguments": json.dumps({"number": n})}}
                 for n in range(CALLS_PER_REPLY[number])
@@ -200,11 +200,11 @@ def submit(url: str, count: int) -> list[str]:
         return [client.post("/run/flock", json=body).raise_for_status().json()["run_id"] for _ in range(count)]
 
 
-def all_ended(url: str, run_ids: list[str], timeout_s: int) -> bool:
-    """Wait up to *timeout_s* for each run to complete."""
+def until_ended(url: str, run_ids: list[str]) -> list[Any]:
+    """Wait for each run, and return those that did not complete."""
     with httpx.Client(base_url=url, timeout=60) as client:
-        waits = (client.get(f"/run/{run_id}", params={"wait": timeout_s}).raise_for_status() for run_id in run_ids)
-        return all(response.json()["status"] == "completed" for response in waits)
+        runs = [client.get(f"/run/{run_id}", params={"wait": 10}).raise_for_status().json() for run_id in run_ids]
+        return [run for run in runs if run["status"] != "completed"]
 
 
 def measure(engine: OnSQLite | OnTemporal, model: Model, log: Path, count: int) -> int:
@@ -226,7 +226,8 @@ def measure(engine: OnSQLite | OnTemporal, model: Model, log: Path, count: int) 
                 enough = sum(counts()) + random.randrange(*CALLS_BEFORE_KILL)
                 while distinct() < all_calls and sum(counts()) < enough and time.monotonic() < until:
                     time.sleep(random.uniform(0, 0.02))
-                if distinct() == all_calls and all_ended(url, run_ids, 10):
+                if distinct() == all_calls:
+                    unfinished = until_ended(url, run_ids)
                     break
                 if time.monotonic() > until:
                     print(f"The runs did not complete within {TIMEOUT_S} s.")
@@ -243,10 +244,13 @@ def measure(engine: OnSQLite | OnTemporal, model: Model, log: Path, count: int) 
         for key in (*model.keys[models_before:], *tools[tools_before:])
         if key in stored
     }
-    print(f"{len(run_ids)} runs completed, with {distinct()} different calls. {len(kills)} kills.")
+    for run in unfinished:
+        print(run["run_id"], run["status"], run["error"])
+    print(f"{len(run_ids) - len(unfinished)} of {len(run_ids)} runs completed. {len(kills)} kills.")
+    print(f"{distinct()} of {all_calls} calls were made.")
     print(f"{sum(counts()) - distinct()} calls that were in flight at a kill were made again.")
     print(f"{len(again)} stored calls were made again.")
-    return int(bool(again) or distinct() != all_calls)
+    return int(bool(again or unfinished) or distinct() != all_calls)
 
 
 def main() -> int:

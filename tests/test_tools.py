@@ -466,7 +466,8 @@ async def test_finished_replies_and_calls_are_not_paid_again(tmp_path: Path, mod
         run = await engine.submit("ask", {"q": "?"})
         await reached.wait()
         await engine.drain(0)
-    assert executed == [1, 1, "fail", "hang"]
+    assert sorted(map(str, executed[:3])) == ["1", "1", "fail"], "at the same time"
+    assert executed[3:] == ["hang"]
     async with flock.engine(store=store, transport=model.transport, max_tokens=31) as engine:
         engine.observe(Observed())
         with anyio.fail_after(PATIENCE_S):
