@@ -774,6 +774,7 @@ class StepJournal(Protocol):
         name: str | None,
         expires_s: float | None,
         default: Any,
+        about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
     ) -> Awaitable[Any]: ...
 
 

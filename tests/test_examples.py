@@ -4,21 +4,25 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import anyio
 import anyio.abc
 import httpx
 import pytest
 import yaml
 from click.testing import CliRunner
+from starlette.responses import Response
 
 from flock.command.cli import main
-from tests.support import EXAMPLES, ROOT
-from tests.support.models import socket_server
+from flock.core import Flock
+from tests.support import EXAMPLES, PATIENCE_S, ROOT
+from tests.support.models import FakeModel, answer, socket_server
 from tests.support.servers import flockapi_command, running
 
 GREET = {"agent_name": "greet", "inputs": {"name": "Ann", "times": 2}}
@@ -124,6 +128,33 @@ async def test_the_chat_remembers_its_conversation() -> None:
                     body = {"agent_name": "chat", "inputs": {"message": "Hi!"}, "session_id": session_id}
                     replies.append((await client.post("/run/flock", json=body)).json()["result"]["reply"])
     assert replies == ["2 messages", "4 messages", "2 messages", "6 messages"]
+
+
+@pytest.mark.anyio
+async def test_research_looks_into_its_topics_at_the_same_time(model: FakeModel) -> None:
+    all_running = anyio.Event()
+
+    async def look_into(request: Any) -> Response:
+        if len(model.requests) == 4:
+            all_running.set()
+        with anyio.fail_after(PATIENCE_S):
+            await all_running.wait()
+        topic = next(topic for topic in topics if topic in request["messages"][-1]["content"])
+        return answer({"findings": f"about {topic}"})
+
+    async def conclude(request: Any) -> Response:
+        content = request["messages"][-1]["content"]
+        return answer({"answer": " ".join(re.findall(r"about \w+", content))})
+
+    topics = ["taste", "price", "smell"]
+    model.replies = [answer({"topics": topics}), look_into, look_into, look_into, conclude]
+    flock: Flock = runpy.run_path(str(EXAMPLES / "research.py"))["flock"]
+    flock.model = "openai/gpt-4o"  # as --model does
+    async with flock.engine(transport=model.transport) as engine:
+        run = await engine.submit("research", {"question": "Which coffee?"})
+        run = await engine.wait(run.run_id)
+    assert run.error is None
+    assert bytes(run.result or b"") == b'{"result":"about taste about price about smell"}'
 
 
 def test_the_refund_waits_for_an_approval_above_a_small_amount() -> None:

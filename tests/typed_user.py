@@ -224,7 +224,12 @@ analyst = FlockFactory.create_default_agent(
     next_agent=then,
     on_interrupt=again,
 )
-tools: list[ToolLike] = [shout, Tool(measure_once, name="measure", description="Measure."), analyst, "triage"]
+tools: list[ToolLike] = [
+    shout,
+    Tool(measure_once, name="measure", description="Measure.", needs_approval=True),
+    analyst,
+    "triage",
+]
 tools.append(mcp_tools("https://example.com/mcp", headers={"Authorization": "Bearer x"}, timeout_s=5))
 triage = FlockFactory.create_default_agent(
     name="triage",

@@ -5,7 +5,7 @@ import inspect
 import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import msgspec
@@ -37,6 +37,9 @@ class Tool:
             with ``RunContext`` receives the context, and is not an argument. The result must be convertible to JSON.
         name: 1 to 64 letters, digits, ``_`` and ``-``; None uses the function's name.
         description: tells the model when to call it; None uses the first paragraph of the docstring.
+        needs_approval: whether a person must allow each call first; or a function that decides. It receives the
+            arguments by name, without the context, and runs in the event loop. The run waits as for ``RunContext.ask``.
+            The person can allow the call, deny it with a reason, which the model reads, or change the arguments.
 
     Raises:
         DefinitionError: it is not a function, or its name is invalid.
@@ -45,9 +48,15 @@ class Tool:
 
     #: whether the schema is one of ours, which a provider can enforce
     may_be_strict = True
+    needs_approval: bool | Callable[..., bool] = False
 
     def __init__(
-        self, function: Callable[..., Any], *, name: str | None = None, description: str | None = None
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        needs_approval: bool | Callable[..., bool] = False,
     ) -> None:
         if not callable(function) or inspect.isclass(function):
             raise DefinitionError(f"{function!r} is not a tool. Pass a typed function, an agent, or mcp_tools(…).")
@@ -61,6 +70,7 @@ class Tool:
         self.description = description
         self.parameters = Signature.of_parameters(function)
         self.function = function
+        self.needs_approval = needs_approval
         self._context_parameter = context_parameter(function)
 
     def __repr__(self) -> str:
@@ -76,6 +86,12 @@ class Tool:
             may_be_strict=self.may_be_strict,
         )
 
+    def must_be_approved(self, arguments: Any) -> bool:
+        """Whether a person must allow a call with *arguments*. Raises what the tool's function for this raises."""
+        if callable(self.needs_approval):
+            return self.needs_approval(**self._values(arguments))
+        return self.needs_approval
+
     async def execute(
         self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
     ) -> Any:
@@ -90,7 +106,7 @@ class Tool:
 
     async def call(self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]]) -> Any:
         """Call the function, without a timeout of its own."""
-        values = {field.name: getattr(arguments, field.name) for field in self.parameters.fields}
+        values = self._values(arguments)
         if self._context_parameter is not None:
             values[self._context_parameter] = context
         call = functools.partial(self.function, **values)
@@ -98,6 +114,9 @@ class Tool:
             return await call()
         value = await call_in_thread(call, anyio.current_effective_deadline())
         return await value if inspect.isawaitable(value) else value
+
+    def _values(self, arguments: Any) -> dict[str, Any]:
+        return {field.name: getattr(arguments, field.name) for field in self.parameters.fields}
 
 
 class AgentTool(Tool):
@@ -191,6 +210,14 @@ class Toolbox:
             arguments = tool.parameters.decode(raw)
         except (MalformedJSON, InvalidData) as exc:
             return f"Error: The arguments are invalid. {one_line(str(exc))}"
+        changed = ""
+        if tool.must_be_approved(arguments):
+            approval = await self._approval(tool, msgspec.Raw(raw), number)
+            if not approval.approved:
+                return f"A person denied this call. {approval.reason}".strip()
+            if approval.arguments is not None:
+                arguments, raw = approval.arguments, tool.parameters.encode(approval.arguments)
+                changed = f"A person changed the arguments to {bytes(raw).decode()}. The result: "
 
         context = self._context
 
@@ -212,7 +239,32 @@ class Toolbox:
             decode=msgspec.json.decode,
             on_error=lambda error: f"Error: {one_line(error)}",
         )
-        return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        return changed + (value if isinstance(value, str) else msgspec.json.encode(value).decode())
+
+    async def _approval(self, tool: Tool, arguments: msgspec.Raw, number: str) -> Any:
+        """Ask a person whether *tool* may be called. Returns an answer of the type that ``_approval_type`` makes."""
+        question = f"May {self._context.agent_name} call {tool.name}?"
+        answer = self._context.journal.ask(
+            self._context, question, _approval_type(tool), f"{tool.name}.{number}", None, msgspec.UNSET, arguments
+        )
+        return await answer
+
+
+def _approval_type(tool: Tool) -> type[msgspec.Struct]:
+    """Return the type of a person's answer: whether a call is allowed, a reason for the model, and other arguments."""
+    return msgspec.defstruct(
+        "Approval",
+        [
+            ("approved", bool),
+            ("reason", Annotated[str, msgspec.Meta(description="the model reads it if the call is denied")], ""),
+            (
+                "arguments",
+                Annotated[tool.parameters.type | None, msgspec.Meta(description="in place of the model's arguments")],
+                None,
+            ),
+        ],
+        forbid_unknown_fields=True,
+    )
 
 
 def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:

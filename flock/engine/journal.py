@@ -162,8 +162,9 @@ class Journal:
         name: str | None,
         expires_s: float | None,
         default: Any,
+        about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
     ) -> Awaitable[Any]:
-        """See ``RunContext.ask``."""
+        """See ``RunContext.ask``. *about* is what the question is about, as a JSON object."""
         check_in_loop(context)
         _check_name(ASK, name)
         if expires_s is not None and not 0 < expires_s <= MAX_EXPIRES_S:
@@ -180,6 +181,7 @@ class Journal:
                 call_id=CURRENT_CALL.get(),
                 question=text,
                 schema=schema,
+                arguments=about,
                 asked_at=asked_at,
                 expires_at=None if expires_s is None else asked_at + timedelta(seconds=expires_s),
                 default=default,

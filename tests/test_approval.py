@@ -1,0 +1,204 @@
+"""Tools that a person must allow: ``Tool(function, needs_approval=…)``."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import msgspec
+import pytest
+
+from flock.agents.tools import Tool
+from flock.core import Flock
+from flock.errors import InvalidData
+from flock.runs import Question, RunStatus, Usage
+from tests.support import PATIENCE_S
+from tests.support.models import FakeModel, answer, calling
+from tests.support.servers import serving
+from tests.test_ask import asked, json_of, waiting
+from tests.test_tools import add, flock_of, results
+
+pytestmark = pytest.mark.anyio
+
+
+class Till:
+    """A tool that costs money."""
+
+    def __init__(self) -> None:
+        self.paid: list[float] = []
+
+    def refund(self, amount: float, order: str = "A7") -> str:
+        """Pay money back."""
+        self.paid.append(amount)
+        return f"paid {amount:g} for {order}"
+
+
+def asking(till: Till, needs_approval: Any = True) -> Flock:
+    return flock_of(Tool(till.refund, needs_approval=needs_approval), add)
+
+
+PAY = calling(("refund", {"amount": 40}))
+
+
+@pytest.mark.parametrize(
+    ("output", "paid", "read"),
+    [
+        ({"approved": True}, [40], "paid 40 for A7"),
+        ({"approved": False, "reason": "Too much."}, [], "A person denied this call. Too much."),
+        ({"approved": False}, [], "A person denied this call."),
+        (
+            {"approved": True, "arguments": {"amount": 5, "order": "B2"}},
+            [5],
+            'A person changed the arguments to {"amount":5.0,"order":"B2"}. The result: paid 5 for B2',
+        ),
+    ],
+)
+async def test_a_person_allows_denies_or_changes_a_call(
+    output: Any, paid: list[float], read: str, model: FakeModel, tmp_path: Path
+) -> None:
+    """The answer survives a restart, and the model is not asked again."""
+    till = Till()
+    model.replies = [PAY, answer({"a": "done"})]
+    flock = asking(till)
+    options: Any = {"transport": model.transport, "store": tmp_path / "flock.db"}
+    async with flock.engine(**options) as engine:
+        run = await asked(engine, "ask", {"q": "?"})
+        (question,) = run.waiting_for
+        assert question.question == "May ask call refund?"
+        assert isinstance(question.arguments, msgspec.Raw)
+        assert json.loads(bytes(question.arguments)) == {"amount": 40}
+        assert till.paid == []
+    async with flock.engine(**options) as engine:
+        await engine.answer_call(run.run_id, question.call_id, json_of(output))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+        calls = await engine.get_calls(run.run_id)
+    assert (run.status, till.paid) == (RunStatus.COMPLETED, paid), run.error
+    assert results(model.requests[1]) == [read]
+    assert run.usage == Usage(input_tokens=20, output_tokens=10)
+    assert [call.kind for call in calls[0]] == ["model", "question", *(["tool"] if paid else [])]
+
+
+@pytest.mark.parametrize(
+    ("output", "pointers"),
+    [
+        ({}, ["/output/approved"]),
+        ({"approved": "yes"}, ["/output/approved"]),
+        (
+            {"approved": True, "arguments": {"amount": "much", "to": "me"}},
+            ["/output/arguments/amount", "/output/arguments/to"],
+        ),
+    ],
+)
+async def test_an_answer_that_does_not_fit_is_refused(output: Any, pointers: list[str], model: FakeModel) -> None:
+    model.replies = [PAY]
+    async with asking(Till()).engine(transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"})
+        with pytest.raises(InvalidData) as caught:
+            await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(output))
+        assert sorted(error.pointer for error in caught.value.errors) == pointers
+        await engine.cancel_run(run.run_id)
+
+
+async def test_a_function_of_the_arguments_decides(model: FakeModel) -> None:
+    """Calls of the same reply that need no approval are made first. Each call has a question of its own."""
+    till = Till()
+    model.replies = [
+        calling(
+            ("refund", {"amount": 5}),
+            ("refund", {"amount": 40}),
+            ("refund", {"amount": 40}),
+            ("add", {"a": 1, "b": 2}),
+        ),
+        answer({"a": "done"}),
+    ]
+    async with asking(till, lambda amount, order: amount > 10).engine(transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"}, count=2)
+        assert till.paid == [5]
+        first, second = run.waiting_for
+        await engine.answer_call(run.run_id, first.call_id, json_of({"approved": False, "reason": "no"}))
+        await waiting(engine, run.run_id)
+        await engine.answer_call(run.run_id, second.call_id, json_of({"approved": True}))
+        run = await engine.wait(run.run_id)
+    assert (run.status, till.paid) == (RunStatus.COMPLETED, [5, 40])
+    assert results(model.requests[1]) == ["paid 5 for A7", "A person denied this call. no", "paid 40 for A7", "3"]
+
+
+async def test_a_function_that_cannot_decide_fails_the_run(model: FakeModel) -> None:
+    till = Till()
+    model.replies = [PAY]
+
+    def broken(**arguments: Any) -> bool:
+        raise ValueError("no limit is known")
+
+    async with asking(till, broken).engine(transport=model.transport) as engine:
+        run = await engine.submit("ask", {"q": "?"})
+        run = await engine.wait(run.run_id)
+    assert (run.status, run.error_type, till.paid) == (RunStatus.FAILED, "agent_exception", [])
+
+
+async def test_a_program_answers_in_place_of_a_person(model: FakeModel) -> None:
+    till, questions = Till(), list[Question]()
+    model.replies = [PAY, answer({"a": "done"})]
+
+    def allow(question: Question) -> dict[str, bool]:
+        questions.append(question)
+        return {"approved": True}
+
+    async with asking(till).engine(transport=model.transport, answer=allow) as engine:
+        run = await engine.submit("ask", {"q": "?"})
+        run = await engine.wait(run.run_id)
+    assert (run.status, till.paid, len(questions)) == (RunStatus.COMPLETED, [40], 1)
+
+
+LOCAL = '''
+from flock.agents.tools import Tool
+from flock.core import Flock, FlockFactory
+
+flock = Flock("shop", model="local/smollm2-135m")
+
+def refund(order: str) -> str:
+    """Pay the money for an order back."""
+    open({log!r}, "a").write(order + "\\n")
+    return "The money is paid back."
+
+def status(order: str) -> str:
+    """Find the status of an order."""
+    return "The order is lost."
+
+flock.add_agent(FlockFactory.create_default_agent(
+    "clerk", input="question", output="answer: str", max_tool_calls=2,
+    tools=[Tool(refund, needs_approval=True), Tool(status, needs_approval=True)],
+))
+'''
+
+
+@pytest.mark.slow
+def test_a_tool_of_the_local_model_is_approved_after_a_restart(tmp_path: Path) -> None:
+    """The real model calls a tool. Its server is killed, and a person allows the call over HTTP."""
+    script, log = tmp_path / "shop.py", tmp_path / "log"
+    script.write_text(LOCAL.format(log=str(log)))
+    body = {"agent_name": "clerk", "inputs": {"question": "Pay the order A7 back."}, "async_run": True}
+    with serving(script, tmp_path) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+        path = client.post("/run/flock", json=body).headers["Location"]
+        run = client.get(path, params={"wait": 60}).json()
+        assert run["status"] == "waiting", run
+        os.kill(server.process.pid, signal.SIGKILL)
+    answered = 0
+    with serving(script, tmp_path) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+        assert client.get("/runs", params={"status": "waiting"}).json()["runs"][0]["run_id"] == run["run_id"]
+        while (run := client.get(path, params={"wait": 60}).json())["status"] == "waiting":
+            for question in run["waiting_for"]:
+                assert list(question["arguments"]) == ["order"]
+                client.post(
+                    f"{path}/calls/{question['call_id']}", json={"output": {"approved": True}}
+                ).raise_for_status()
+                answered += 1
+    assert run["status"] == "completed", run
+    assert 1 <= answered <= 2
+    assert list(run["result"]) == ["answer"]
+    kinds = [call["kind"] for call in run["steps"][0]["calls"]]
+    assert kinds.count("tool") == kinds.count("question") == answered
