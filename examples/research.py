@@ -1,11 +1,11 @@
-"""Research in parallel: flockapi serve examples/research.py --model openai/gpt-4o"""
+"""Research in parallel: flockapi serve examples/research.py"""
 
 import asyncio
 
 from flock.core import Flock, FlockFactory
 from flock.runs import RunContext
 
-flock = Flock("research")
+flock = Flock("research", model="openai/gpt-4o")
 for name, inputs, output in (
     ("plan", "question", "topics: list[str] | three topics to look into"),
     ("look_into", "topic", "findings: str | in three sentences"),

@@ -62,12 +62,12 @@ User.objects.create_user("ann", password="of-ann")
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_short(path: Path) -> None:
-    """It has under ten lines, or under thirty if it authenticates users or asks a person.
+    """It has under ten lines, or under thirty if it authenticates users, asks a person or calls agents.
 
     ``text_analyzer.py`` may be longer.
     """
     lines = [line for line in path.read_text("utf-8").splitlines() if line.strip() and '"""' not in line]
-    is_long = any(word in "".join(lines) for word in ("auth=", ".ask("))
+    is_long = any(word in "".join(lines) for word in ("auth=", ".ask(", ".run_agent("))
     assert len(lines) < (30 if is_long else 10) or path.stem == "text_analyzer"
 
 
@@ -149,7 +149,6 @@ async def test_research_looks_into_its_topics_at_the_same_time(model: FakeModel)
     topics = ["taste", "price", "smell"]
     model.replies = [answer({"topics": topics}), look_into, look_into, look_into, conclude]
     flock: Flock = runpy.run_path(str(EXAMPLES / "research.py"))["flock"]
-    flock.model = "openai/gpt-4o"  # as --model does
     async with flock.engine(transport=model.transport) as engine:
         run = await engine.submit("research", {"question": "Which coffee?"})
         run = await engine.wait(run.run_id)
