@@ -61,7 +61,7 @@ class Limits(Options, frozen=True, kw_only=True):
             on_cluster="worker",
         ),
     ] = None
-    #: Max calls of one step; see ``RunContext.call``.
+    #: Max calls of one run; see ``RunContext.call``.
     max_calls: Annotated[int, whole(1, on_cluster="worker")] = 10_000
     #: Max wall-clock seconds of one attempt of a run; also the default for requests without a timeout.
     max_timeout_s: Annotated[float, seconds("Max duration of one attempt of a run.")] = 86_400

@@ -135,7 +135,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         next_agent: the agent to run next; None ends the run.
         usage: the tokens that it used, including those of its calls.
-        call_count: the number of calls that it made in its last attempt.
+        call_count: the number of its calls that are stored.
     """
 
     agent_name: str

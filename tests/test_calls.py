@@ -250,17 +250,27 @@ async def test_a_call_that_cannot_be_stored_fails_the_run_with_its_name(function
     assert words in run.error
 
 
-async def test_a_step_may_make_a_limited_number_of_calls() -> None:
+@pytest.mark.parametrize(("first", "second"), [(3, 0), (1, 2)])
+async def test_a_run_may_make_a_limited_number_of_calls(first: int, second: int) -> None:
+    """The calls of all its steps count."""
     flock = Flock()
 
-    @flock.agent
-    async def work(context: RunContext) -> None:
-        for _ in range(3):
+    async def call(context: RunContext, times: int) -> None:
+        for _ in range(times):
             await context.call(long)
+
+    @flock.agent(next_agent="more")
+    async def work(context: RunContext) -> None:
+        await call(context, first)
+
+    @flock.agent
+    async def more(context: RunContext) -> None:
+        await call(context, second)
 
     async with flock.engine(max_calls=2) as engine:
         run = await ended(engine, "work")
-    assert run.error == "The step has made 2 calls, the limit (max_calls). Split it into steps."
+    assert run.error == "The run has made as many calls as one run may make (max_calls). Split its work into runs."
+    assert [step.call_count for step in run.steps] == ([1] if second else [])
 
 
 async def test_a_synchronous_agent_is_told_to_be_async() -> None:

@@ -55,14 +55,14 @@ class Journal:
         call_in_thread: calls a synchronous function in a worker thread.
         run_agent: see ``RunContext.run_agent``.
         spent: the tokens that earlier steps of the run have used.
-        max_calls: max calls of the step.
+        max_calls: how many more calls the run may make.
         max_result_bytes: max size of one result, as JSON.
         max_total_bytes: max size of all arguments and results together, as JSON.
         expose_errors: whether the text of any exception is stored with a failed call.
         answer: answers the step's questions at once. Without it, the turn ends if nothing but answers is missing.
 
     Attributes:
-        count: calls that this turn has made.
+        kept: calls of this turn that are stored.
         spent: the tokens that the run has used so far.
         scope: the scope in which the step runs. It is cancelled to end the turn.
         questions: the questions for which the turn was ended.
@@ -97,7 +97,7 @@ class Journal:
         self._max_result_bytes = max_result_bytes
         self._bytes_left = max_total_bytes - sum(map(_bytes_of, self._finished.values()))
         self._expose_errors = expose_errors
-        self.count = 0
+        self.kept = self._made = 0
         #: the numbers of calls that run or have finished, for each key
         self._numbers: defaultdict[str, set[int]] = defaultdict(set)
         self._is_closed = False
@@ -276,9 +276,9 @@ class Journal:
             raise self._save_error
         if self._is_closed and not self.questions:
             raise CallError(_LATE.format(label))
-        if self.count >= self._max_calls:
-            raise CallError(f"The step has made {self._max_calls} calls, the limit (max_calls). Split it into steps.")
-        self.count += 1
+        if self._made >= self._max_calls:
+            raise CallError("The run has made as many calls as one run may make (max_calls). Split its work into runs.")
+        self._made += 1
         numbers = self._numbers[key]
         number = next(n for n in itertools.count(1) if n not in numbers)
         numbers.add(number)
@@ -290,6 +290,7 @@ class Journal:
             raise CallError(_LATE.format(planned.label))
         finished = self._finished.pop(planned.call_id, None)
         if finished is not None:
+            self.kept += 1
             self._add_usage(planned.parent, finished.usage)
             if finished.error is not None and planned.on_error is not None:
                 return planned.on_error(finished.error)
@@ -377,6 +378,7 @@ class Journal:
         try:
             with anyio.CancelScope(shield=True):  # it is done, so it must not be executed again
                 await self._save(call)
+            self.kept += 1
         except Exception as exc:
             self._save_error = exc
             raise

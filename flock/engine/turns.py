@@ -231,7 +231,7 @@ class Turns:
             call_in_thread=call_in_thread,
             run_agent=callees.run,
             spent=run.usage or Usage(),
-            max_calls=self._max_calls,
+            max_calls=self._max_calls - sum(step.call_count for step in run.steps),
             max_result_bytes=self._max_result_bytes,
             max_total_bytes=self._max_item_bytes,
             expose_errors=self._expose_errors,
@@ -268,7 +268,7 @@ class Turns:
             next_agent=await agent.choose_next(result),
             usage=journal.usage,
             attempt=run.attempt,
-            call_count=journal.count,
+            call_count=journal.kept,
             started_at=started_at,
             completed_at=now(),
         )
