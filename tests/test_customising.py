@@ -51,7 +51,7 @@ PATHS = {"/double": {"get": {"operationId": "double", "responses": {"200": {"des
 async def test_a_route_of_the_host_runs_agents_and_is_described() -> None:
     app = create_app(sample_flock(), store=":memory:", routes=[Route("/double", double)], openapi_paths=PATHS)
     async with client_of(app) as client:  # no lifespan ran, so the route starts the engine
-        assert (await client.get("/double?of=21")).json() == {"double": 42, "agents": 6}
+        assert (await client.get("/double?of=21")).json() == {"double": 42, "agents": 7}
         spec = (await client.get("/openapi.json")).json()
         assert spec["paths"]["/double"] == PATHS["/double"]
         assert "/run/flock" in spec["paths"]
