@@ -131,7 +131,7 @@ async def test_the_tokens_of_called_agents_count_once(tmp_path: Path, model: Fak
     assert len(set(keys[:3])) == 3, "each call has a key of its own"
 
 
-@pytest.mark.parametrize("limits", [{"max_concurrency": 1}, {}])
+@pytest.mark.parametrize("limits", [{"max_concurrency": 1}, pytest.param({}, marks=pytest.mark.nightly)])
 async def test_a_hundred_callers_in_one_slot_do_not_deadlock(limits: dict[str, int], open_engine: OpenEngine) -> None:
     """Each agent runs once at a time, and calls the other, which calls itself."""
     flock, running, most = Flock(), Counter[str](), Counter[str]()

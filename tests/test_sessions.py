@@ -17,7 +17,7 @@ from flock.core import Flock, FlockFactory
 from flock.engine.migrations import MIGRATIONS, _add_sessions
 from flock.engine.turns import MAX_HISTORY_BYTES
 from flock.errors import Conflict, DefinitionError, SessionNotFound
-from flock.runs import Engine, Principal, Run, RunFilter, RunStatus
+from flock.runs import Engine, Principal, Run, RunFilter, RunStatus, now
 from flock.web.auth import ScopedEngine
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
@@ -366,6 +366,28 @@ async def test_a_session_continues_after_a_run_or_its_workflow_was_terminated(
     turns.may_go[2].set()
     assert (await ended(cluster, third)).status is RunStatus.COMPLETED
     assert (await ended(cluster, fourth)).status is RunStatus.COMPLETED
+
+
+async def test_a_run_that_a_worker_drops_from_its_memory_does_not_leave_its_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its coroutine is closed, outside of the workflow."""
+    from flock.temporal.messages import RunOrder
+    from flock.temporal.workflows import FlockRun
+
+    class Forever:
+        def __await__(self) -> Any:
+            yield
+
+    async def begun(self: FlockRun, order: RunOrder) -> RunOrder:
+        await Forever()
+        return order
+
+    monkeypatch.setattr(FlockRun, "_begun", begun)
+    run = Run(run_id="r", flock="f", agent_name="a", inputs=msgspec.Raw(b"{}"), created_at=now(), session_id="s")
+    running = FlockRun().run(RunOrder(run=run, timeout_s=1))
+    running.send(None)
+    running.close()
 
 
 async def test_the_history_is_found_when_the_session_no_longer_remembers_its_runs(

@@ -99,8 +99,9 @@ class FlockRun:
         try:
             await self._steps(await self._begun(order))
         finally:
-            with contextlib.suppress(FailureError):  # the session was terminated
-                await _session_of(order).signal(LEAVE_SIGNAL, workflow.info().workflow_id)
+            if workflow.in_workflow():  # and not dropped from the memory of a worker
+                with contextlib.suppress(FailureError):  # the session was terminated
+                    await _session_of(order).signal(LEAVE_SIGNAL, workflow.info().workflow_id)
 
     async def _begun(self, order: RunOrder) -> RunOrder:
         """Wait until the run may begin. Return the order of its first turn."""
