@@ -806,7 +806,7 @@ class RunContext:
         self.request_id = run.request_id
         self.traceparent = run.traceparent
         self.step_key = self._root_key = run.step_key(len(run.steps))
-        self._cancel_requested = threading.Event()
+        self._cancel_requested: list[bool] = []
         self._on_progress = on_progress
         self._on_usage = on_usage
         self._max_tokens = max_tokens
@@ -814,11 +814,11 @@ class RunContext:
 
     @property
     def cancel_requested(self) -> bool:
-        return self._cancel_requested.is_set()
+        return bool(self._cancel_requested)
 
     def request_cancel(self) -> None:
         """Set ``cancel_requested``, also for the agents that this step has called."""
-        self._cancel_requested.set()
+        self._cancel_requested.append(True)
 
     def of_called_agent(self, agent_name: str) -> "RunContext":
         """Return the context of an agent that the current call executes. Only an engine uses it."""

@@ -100,6 +100,9 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
 class Agent:
     """The base class of all agents. Subclasses implement ``take_turn``.
 
+    Attributes:
+        uses_context: whether a turn may make calls, report progress or use tokens. A function without a context cannot.
+
     Args:
         name: unique in its flock. It consists of letters, digits, ``_``, ``-`` and ``.``, because it is part of URLs.
         description: shown to people, and part of a model's prompt.
@@ -113,6 +116,8 @@ class Agent:
     Raises:
         DefinitionError: the name is invalid, or ``next_agent`` is a mapping that does not match the output signature.
     """
+
+    uses_context = True
 
     def __init__(
         self,
@@ -505,6 +510,7 @@ class FunctionAgent(Agent):
         self._is_async = is_async(function)
         self._parameters = [field.name for field in self.input.fields]
         self._context_parameter = context_parameter(function)
+        self.uses_context = self._context_parameter is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

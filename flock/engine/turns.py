@@ -219,16 +219,35 @@ class Turns:
     async def _step(
         self, active: ActiveRun, run: Run, agent: Agent, inputs: msgspec.Raw, slot: AgentSlot, *, is_again: bool
     ) -> Step:
-        """Let *agent* take its turn, with a journal of its calls."""
+        """Let *agent* take its turn. If it uses its context, there is a journal of its calls."""
         started_at, batch = now(), _batch_of(run)
         call_in_thread = functools.partial(self._call_in_thread, active, batch)
         resources = Resources(self._models, call_in_thread, functools.partial(_history, active), self._agents)
-        take_turn_of_callee = functools.partial(self._take_turn_of_callee, batch, resources)
+        usage, call_count = None, 0
+        if agent.uses_context:
+            journal = await self._journal(active, run, resources, is_again=is_again)
+            result = await self._turn(active, run, agent, inputs, slot, resources, journal)
+            usage, call_count = journal.usage, journal.kept
+        else:  # a journal takes longer than a short function
+            result = await take_turn(agent, inputs, resources, RunContext(run, agent.name, active.note_progress))
+        return Step(
+            agent_name=agent.name,
+            result=result,
+            next_agent=await agent.choose_next(result),
+            usage=usage,
+            attempt=run.attempt,
+            call_count=call_count,
+            started_at=started_at,
+            completed_at=now(),
+        )
+
+    async def _journal(self, active: ActiveRun, run: Run, resources: Resources, *, is_again: bool) -> Journal:
+        take_turn_of_callee = functools.partial(self._take_turn_of_callee, _batch_of(run), resources)
         callees = Callees(run, self._agents, max_steps=self._max_steps, take_turn=take_turn_of_callee)
-        journal = Journal(
+        return Journal(
             await active.finished_calls() if is_again or active.has_calls else (),
             save=functools.partial(self._keep_call, active),
-            call_in_thread=call_in_thread,
+            call_in_thread=resources.call_in_thread,
             run_agent=callees.run,
             spent=run.usage or Usage(),
             max_calls=self._max_calls - sum(step.call_count for step in run.steps),
@@ -237,6 +256,18 @@ class Turns:
             expose_errors=self._expose_errors,
             answer=self._answer,
         )
+
+    async def _turn(
+        self,
+        active: ActiveRun,
+        run: Run,
+        agent: Agent,
+        inputs: msgspec.Raw,
+        slot: AgentSlot,
+        resources: Resources,
+        journal: Journal,
+    ) -> msgspec.Raw:
+        """Let *agent* take its turn, and return its result. Raises WaitingForAnswers if it waits for a person."""
         active.context = context = RunContext(
             run,
             agent.name,
@@ -262,16 +293,7 @@ class Turns:
         if not_repeated:
             ids = ", ".join(not_repeated)
             logger.warning("run %s: %s did not repeat these calls: %s", run.run_id, agent.name, ids)
-        return Step(
-            agent_name=agent.name,
-            result=result,
-            next_agent=await agent.choose_next(result),
-            usage=journal.usage,
-            attempt=run.attempt,
-            call_count=journal.kept,
-            started_at=started_at,
-            completed_at=now(),
-        )
+        return result
 
     async def _call_in_thread(
         self, active: ActiveRun, batch: BatchKey, function: Callable[[], Any], deadline: float = math.inf
