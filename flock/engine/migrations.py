@@ -163,7 +163,7 @@ def _add_calls(db: sqlite3.Connection) -> None:
             completed_at INTEGER NOT NULL
         )"""
     )
-    db.execute("CREATE INDEX calls_of_steps ON calls (run_id, position)")
+    db.execute("CREATE INDEX calls_of_steps ON calls (run_id, position, tries)")
     db.execute("ALTER TABLE steps ADD COLUMN call_count INTEGER NOT NULL DEFAULT 0")
 
 

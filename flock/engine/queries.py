@@ -270,7 +270,7 @@ def earlier_runs(db: sqlite3.Connection, run: Run, limit: int, max_bytes: int) -
 
     Damaged runs are left out.
     """
-    values = (run.flock, run.session_id, run.principal, run.agent_name, limit)
+    values = (run.flock, run.session_id, run.principal, run.agent_name, run.run_id, limit)
     runs: list[Run] = []
     for (run_id,) in db.execute(statements.EARLIER_RUNS, values).fetchall():
         with contextlib.suppress(Damaged):
@@ -292,9 +292,11 @@ def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call
     """Return the calls of each step of a run, in the order in which they finished. Raises Damaged."""
     found: dict[int, list[Call]] = {}
     with _detecting_damage():
-        values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, MAX_SHOWN_CALLS)
-        for position, *row in db.execute(statements.SHOWN_CALLS, values):
-            found.setdefault(position, []).append(shown_call_from(row))
+        left = MAX_SHOWN_CALLS
+        for position, tries in db.execute(statements.LAST_TRIES, (run_id,)).fetchall():
+            values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, position, tries, left)
+            found[position] = list(map(shown_call_from, db.execute(statements.SHOWN_CALLS, values)))
+            left -= len(found[position])
     return found
 
 

@@ -94,7 +94,7 @@ ACTIVE_BEFORE = """SELECT run_id FROM runs INDEXED BY sessions_active
     AND rowid < (SELECT rowid FROM runs WHERE run_id = ?) ORDER BY rowid DESC LIMIT 1"""
 EARLIER_RUNS = """SELECT run_id FROM runs INDEXED BY runs_by_session_and_principal
     WHERE batch_id IS NULL AND flock = ? AND session_id = ? AND status = 'completed' AND principal IS ?
-    AND agent_name = ? ORDER BY run_id DESC LIMIT ?"""
+    AND agent_name = ? AND rowid < (SELECT rowid FROM runs WHERE run_id = ?) ORDER BY run_id DESC LIMIT ?"""
 UNFINISHED_RUNS = """SELECT run_id FROM runs
     WHERE owner = ? AND status IN ('starting', 'running') AND batch_id IS NULL ORDER BY run_id"""
 RUNS_TO_CANCEL = """SELECT run_id, attempt FROM runs INDEXED BY cancels WHERE cancel_requested = 1
@@ -163,16 +163,16 @@ INSERT_CALL = f"""INSERT INTO calls (run_id, position, tries, {", ".join(CALL_TA
 #: The arguments are not read: only the id of a call is compared.
 CALLS = f"""SELECT {", ".join("x'7b7d'" if name == "arguments" else name for name in CALL_TABLE)} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? ORDER BY rowid"""
-#: NULL in place of long values. Of a step that was retried, the calls of the last retry.
-SHOWN_CALLS = f"""SELECT position, {
+#: The positions of the steps of a run that have made calls, each with its last try.
+LAST_TRIES = "SELECT position, max(tries) FROM calls WHERE run_id = ? GROUP BY position"
+#: NULL in place of long values.
+SHOWN_CALLS = f"""SELECT {
     ", ".join(
         f"CASE WHEN length({name}) <= ? THEN {name} END" if name in ("arguments", "result") else name
         for name in CALL_TABLE
     )
 }
-    FROM calls WHERE run_id = ? AND tries = (
-        SELECT max(tries) FROM calls AS other WHERE other.run_id = calls.run_id AND other.position = calls.position
-    ) ORDER BY rowid LIMIT ?"""
+    FROM calls WHERE run_id = ? AND position = ? AND tries = ? ORDER BY rowid LIMIT ?"""
 DELETE_CALLS = "DELETE FROM calls WHERE run_id = ?"
 #: Whether an engine still owns a run, or the batch of an item, in an attempt.
 OWNS_RUN = """SELECT 1 FROM runs WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')
