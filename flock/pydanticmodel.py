@@ -176,7 +176,7 @@ def model_schemas(models: Sequence[Any], mode: SchemaMode, ref: str) -> tuple[di
     """Return a ``$ref`` to the schema of each model, and all schemas by name.
 
     Args:
-        ref: what stands before a name in a ``$ref``.
+        ref: the prefix of a name in a ``$ref``.
 
     Raises: TypeError if pydantic cannot describe a model.
     """

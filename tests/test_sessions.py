@@ -1,5 +1,6 @@
 """Conversations: runs of one session are executed in order, and agents with ``history=`` see the turns before them."""
 
+import inspect
 import itertools
 import os
 import signal
@@ -387,7 +388,8 @@ async def test_a_run_that_a_worker_drops_from_its_memory_does_not_leave_its_sess
     run = Run(run_id="r", flock="f", agent_name="a", inputs=msgspec.Raw(b"{}"), created_at=now(), session_id="s")
     running = FlockRun().run(RunOrder(run=run, timeout_s=1))
     running.send(None)
-    running.close()
+    running.close()  # it would raise if the run used the cluster
+    assert inspect.getcoroutinestate(running) == inspect.CORO_CLOSED
 
 
 async def test_the_history_is_found_when_the_session_no_longer_remembers_its_runs(

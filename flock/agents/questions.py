@@ -59,7 +59,7 @@ def schema_of(type_: Any) -> msgspec.Raw:
 
 
 def nobody(question: Question) -> None:
-    """The ``Answer`` where nobody can be asked."""
+    """Raise CallError: the ``Answer`` of a program without people to ask."""
     raise CallError(f"Nobody is here to answer a question of the agent. {NOBODY} The question: {question.question}")
 
 

@@ -61,7 +61,7 @@ def expire(
 ) -> Sequence[Run]:
     """End the waiting of runs with questions that have expired, and return those that have ended or are to be started.
 
-    A run that goes on with a default stays for a program that has its agent.
+    A run with a default waits until a program that has its agent continues it.
     """
     changed = []
     for run_id in run_ids:
