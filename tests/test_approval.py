@@ -154,6 +154,19 @@ async def test_a_program_answers_in_place_of_a_person(model: FakeModel) -> None:
     assert (run.status, till.paid, len(questions)) == (RunStatus.COMPLETED, [40], 1)
 
 
+async def test_the_history_of_a_run_that_waited_has_no_later_turns(model: FakeModel) -> None:
+    flock = flock_of(Tool(Till().refund, needs_approval=True), history=5)
+    model.replies = [PAY, answer({"a": "later"}), answer({"a": "done"})]
+    async with flock.engine(transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "first"}, session_id="s")
+        later = await engine.submit("ask", {"q": "second"}, session_id="s")
+        assert (await engine.wait(later.run_id)).status is RunStatus.COMPLETED
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of({"approved": True}))
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+    first, _, last = model.requests
+    assert last["messages"][: len(first["messages"])] == first["messages"]
+
+
 LOCAL = '''
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory

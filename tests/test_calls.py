@@ -22,7 +22,7 @@ import pytest
 
 from flock.core import Flock
 from flock.errors import AgentError, CallError
-from flock.runs import NOT_LOADED, BatchOptions, Engine, Run, RunContext, RunStatus
+from flock.runs import MAX_SHOWN_CALLS, NOT_LOADED, BatchOptions, Engine, Run, RunContext, RunStatus
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
@@ -677,3 +677,34 @@ async def test_the_api_shows_calls_where_there_are_any() -> None:
         run = (await client.post("/run/flock", json={**body, "inputs": {"n": 0}})).json()
         assert "calls" not in run["steps"][0]
         assert (await client.get(f"/run/{run['run_id']}")).json() == run
+
+
+async def test_ten_thousand_calls_are_shown_without_reading_each_for_each(tmp_path: Path) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        await context.call(long)
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await ended(engine, "work")
+        columns = "run_id, position, tries, call_id, name, kind, arguments, result, started_at, completed_at"
+
+        def copy(db: sqlite3.Connection) -> None:
+            db.execute(
+                f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 9999) "
+                f"INSERT INTO calls ({columns}) SELECT {columns} FROM calls, n"
+            )
+
+        await engine.store.change(copy)
+        operations = []
+
+        def count() -> int:
+            operations.append(1)
+            return 0
+
+        engine.store.read(lambda db: db.set_progress_handler(count, 1000))
+        calls = await engine.get_calls(run.run_id)
+        engine.store.read(lambda db: db.set_progress_handler(None, 0))
+    assert len(calls[0]) == MAX_SHOWN_CALLS
+    assert len(operations) < 1000, "a million operations"
