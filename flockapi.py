@@ -46,7 +46,6 @@ from flock.errors import (
     FlockError,
     NotFound,
     Replayed,
-    RunNotFound,
     StoreError,
 )
 from flock.extras import pip_install
@@ -57,7 +56,6 @@ from flock.runs import (
     LONG_BYTES,
     Batch,
     BatchFilter,
-    Call,
     Engine,
     Event,
     LongJSON,
@@ -770,10 +768,7 @@ async def run_response(
 ) -> Response:
     engine = app_of(request).engine
     may_have_calls = any(step.call_count for step in run.steps) or (run.started_at and run.next_agent_name)
-    calls: Mapping[int, Sequence[Call]] = {}
-    if may_have_calls:
-        with contextlib.suppress(RunNotFound):  # retention may have deleted it since
-            calls = await engine.get_calls(run.run_id)
+    calls = await engine.get_calls(run) if may_have_calls else {}
     long: dict[int | None, LongJSON] = {}
     if isinstance(engine, EmbeddedEngine):  # other engines hold results in memory anyway
         results: dict[int | None, msgspec.Raw | None] = {None: run.result}

@@ -30,7 +30,7 @@ SchemaMode = Literal["validation", "serialization"]
 
 #: The prefix of the names of pydantic's definitions. No class name has a hyphen, so they differ from msgspec's.
 PREFIX = "pydantic-"
-#: The details of more errors than these are not collected: it takes long, and nobody reads them.
+#: If a value has more errors than these, their details are not collected, because that takes long.
 MAX_DETAILED_ERRORS = 1000
 
 

@@ -1089,11 +1089,11 @@ class Engine(Protocol):
     async def get_run(self, run_id: str) -> Run:
         """Return the current state of the run. Raises RunNotFound."""
 
-    async def get_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
-        """Return the calls of a run that have ended, by the position of their step, oldest first.
+    async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
+        """Return the calls of *run* that have ended, by the position of their step, oldest first.
 
         Of long arguments and results only ``NOT_LOADED`` is returned, and at most ``MAX_SHOWN_CALLS`` calls of a run.
-        If a step was retried, its calls are those of the last retry. Raises RunNotFound.
+        If a step was retried, its calls are those of the last retry.
         """
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:

@@ -75,7 +75,7 @@ async def test_a_person_allows_denies_or_changes_a_call(
         await engine.answer_call(run.run_id, question.call_id, json_of(output))
         with anyio.fail_after(PATIENCE_S):
             run = await engine.wait(run.run_id)
-        calls = await engine.get_calls(run.run_id)
+        calls = await engine.get_calls(run)
     assert (run.status, till.paid) == (RunStatus.COMPLETED, paid), run.error
     assert results(model.requests[1]) == [read]
     assert run.usage == Usage(input_tokens=20, output_tokens=10)

@@ -555,7 +555,7 @@ async def test_calls_that_asyncio_cancels_keep_their_threads_counted() -> None:
 
 
 async def test_no_call_is_executed_after_the_run_was_lost(tmp_path: Path) -> None:
-    """An agent that catches every exception does not go on with a run that another engine has taken over."""
+    """An agent that catches every exception does not continue a run that another engine has taken over."""
     flock, executed, reached, may_go = Flock(), list[int](), anyio.Event(), anyio.Event()
 
     async def count(n: int) -> None:
@@ -635,8 +635,8 @@ async def test_a_run_shows_its_calls(open_engine: OpenEngine) -> None:
         batch = await engine.submit_batch("first", [{}], BatchOptions())
         await engine.wait_batch(batch.batch_id, PATIENCE_S)
         (item,) = await engine.get_items(batch.batch_id)
-        for run_id in (run.run_id, item.run_id):
-            calls = await engine.get_calls(run_id)
+        for each in (run, item):
+            calls = await engine.get_calls(await engine.get_run(each.run_id))
             assert shown(calls[0]) == [
                 ("fail", b'{"reason":"no"}', b"null", "no"),
                 ("both~long", b"{}", b'"xxxxxxxx', None),
@@ -704,7 +704,7 @@ async def test_ten_thousand_calls_are_shown_without_reading_each_for_each(tmp_pa
             return 0
 
         engine.store.read(lambda db: db.set_progress_handler(count, 1000))
-        calls = await engine.get_calls(run.run_id)
+        calls = await engine.get_calls(run)
         engine.store.read(lambda db: db.set_progress_handler(None, 0))
     assert len(calls[0]) == MAX_SHOWN_CALLS
     assert len(operations) < 1000, "a million operations"

@@ -41,6 +41,7 @@ from flock.runs import (
     RunStatus,
     Usage,
     new_id,
+    now,
 )
 from flock.web.auth import ScopedEngine
 from tests.support import PATIENCE_S
@@ -759,6 +760,11 @@ async def test_runs_of_another_principal_are_not_found(engine: Engine, gate: Gat
 
 # The engine itself
 
+
+def some_run() -> Run:
+    return Run(run_id=new_id(), flock="f", agent_name="add", inputs=msgspec.Raw(b"{}"), created_at=now())
+
+
 #: A call of each method that needs a running engine.
 CALLS: dict[str, Callable[[Engine], Any]] = {
     "drain": lambda engine: engine.drain(0),
@@ -767,7 +773,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
     "submit": lambda engine: engine.submit("add", {"a": 1}),
     "submit_batch": lambda engine: engine.submit_batch("add", [{"a": 1}], BatchOptions()),
     "get_run": lambda engine: engine.get_run(new_id()),
-    "get_calls": lambda engine: engine.get_calls(new_id()),
+    "get_calls": lambda engine: engine.get_calls(some_run()),
     "wait": lambda engine: engine.wait(new_id(), 0),
     "cancel_run": lambda engine: engine.cancel_run(new_id()),
     "retry_run": lambda engine: engine.retry_run(new_id()),

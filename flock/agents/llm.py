@@ -522,7 +522,7 @@ def _rejects_format(error: ModelError) -> bool:
 def _rejects_tools(error: ModelError) -> bool:
     if error.error_type in ("model_bad_request", "model_not_found"):
         return bool(re.search(r"\btools?\b|tool_choice|function.call", error.log_detail, re.I))
-    return "--jinja" in error.log_detail  # llama.cpp says so with status 500
+    return "--jinja" in error.log_detail  # llama.cpp sends this with status 500
 
 
 # The response

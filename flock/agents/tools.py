@@ -36,7 +36,7 @@ class Tool:
             parameters have types, and may have descriptions: ``Annotated[str, "an ISO code"]``. A parameter annotated
             with ``RunContext`` receives the context, and is not an argument. The result must be convertible to JSON.
         name: 1 to 64 letters, digits, ``_`` and ``-``; None uses the function's name.
-        description: tells the model when to call it; None uses the first paragraph of the docstring.
+        description: for the model: when to call it; None uses the first paragraph of the docstring.
         needs_approval: whether a person must allow each call first; or a function that decides. It receives the
             arguments by name, without the context, and runs in the event loop. The run waits as for ``RunContext.ask``.
             The person can allow the call, deny it with a reason, which the model reads, or change the arguments.

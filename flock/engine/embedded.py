@@ -323,9 +323,9 @@ class EmbeddedEngine(EngineBase):
         self._check_entered()
         return self._check_visible(run_id, self.store.get_run(run_id))
 
-    async def get_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
-        self._check_visible(run_id, await self.get_run(run_id))
-        return self.store.shown_calls(run_id)
+    async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
+        self._check_entered()
+        return self.store.shown_calls(run.run_id)
 
     def _check_visible(self, run_id: str, run: Run | None) -> Run:
         """Return *run* if clients may see it. Raises RunNotFound."""

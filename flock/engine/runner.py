@@ -51,7 +51,7 @@ class StoredRun(ActiveRun):
     """
 
     def __init__(self, run: Run, runner: "Runner") -> None:
-        # Items wait for each other, and a run that got an answer has been accepted long ago.
+        # Items wait for each other, and a run that got an answer was already started once.
         queue_timeout_s = runner.limits.queue_timeout_s if run.batch_id is None and not run.worked_s else None
         super().__init__(
             run,

@@ -58,7 +58,7 @@ UPDATE = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in UPDATED)}, las
     WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
 UPDATE_RUN = f"{UPDATE} AND owner = ?"
 UPDATE_ITEM = f"{UPDATE} AND EXISTS (SELECT 1 FROM batches WHERE batch_id = ? AND owner = ?)"
-#: For a run that its owner writes, and one that waits already. One that was cancelled meanwhile does not begin to wait.
+#: Changes nothing if the run was cancelled. It is also used for a waiting run that got one of several answers.
 SUSPEND_RUN = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in SUSPENDED)}, expires_at = ?, status = 'waiting',
     is_async = 1 WHERE run_id = ? AND cancel_requested = 0"""
 RESUME_RUN = """UPDATE runs SET status = 'starting', owner = ?, waiting_for = NULL, expires_at = NULL

@@ -334,15 +334,16 @@ class TemporalEngine(EngineBase):
             raise RunNotFound(run_id)
         return run
 
-    async def get_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
-        run = await self.get_run(run_id)
+    async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
+        self._check_entered()
         if run.batch_id is not None:
-            calls: Mapping[int, Sequence[Call]] = await self._batches.calls_of_item(run_id)
+            calls: Mapping[int, Sequence[Call]] = await self._batches.calls_of_item(run.run_id)
             return calls
         found: dict[int, list[Call]] = {}
         for attempt in sorted({*(step.attempt for step in run.steps if step.call_count), run.attempt}):
-            async with self.cluster.rpc_scope():
-                found |= calls_of(await self.cluster.history_of(run_workflow_id(run_id, attempt)))
+            with contextlib.suppress(RPCError):  # its history was deleted
+                async with self.cluster.rpc_scope():
+                    found |= calls_of(await self.cluster.history_of(run_workflow_id(run.run_id, attempt)))
         return found
 
     async def _attempt(self, run_id: str, attempt: int) -> Run | None:

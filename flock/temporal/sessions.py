@@ -1,7 +1,7 @@
 """Sessions on a cluster: how a run joins one, and the runs before it.
 
-Runs of a session wait in a workflow of their own, ``flock_session``. It has the order in which they joined, and tells
-the first of them to begin.
+Runs of a session wait in a workflow of their own, ``flock_session``. It has the order in which they joined, and lets
+the first of them begin.
 """
 
 import contextlib

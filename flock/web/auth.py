@@ -289,9 +289,8 @@ class ScopedEngine:
             raise RunNotFound(run_id)
         return run
 
-    async def get_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
-        await self.get_run(run_id)
-        return await self._engine.get_calls(run_id)
+    async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
+        return await self._engine.get_calls(run) if self._may_see(run) else {}
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
         await self.get_run(run_id)
