@@ -28,11 +28,9 @@ from temporalio.exceptions import (
 )
 
 from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED_BEFORE_START, Outcome, none_completed
-from flock.runs import Call, RunStatus
+from flock.runs import RunStatus
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
-    CALL_SIGNAL,
-    CALLS_QUERY,
     CHUNK_WORKFLOW,
     DELETE_ACTIVITY,
     DELETE_WORKFLOW,
@@ -41,7 +39,6 @@ from flock.temporal.messages import (
     ROWS_WORKFLOW,
     TASK_TIMEOUT,
     BatchOrder,
-    CallDone,
     Calls,
     ChunkOrder,
     Counts,
@@ -55,7 +52,7 @@ from flock.temporal.messages import (
     recoded,
 )
 from flock.temporal.records import GIVEN_UP, done_after_failure, outcome_of_failure
-from flock.temporal.workflows import NO_LIMIT, RETRIES
+from flock.temporal.workflows import NO_LIMIT, RETRIES, CallKeeper
 
 __all__ = ["FlockBatch", "FlockChunk", "FlockDelete", "FlockRows"]
 
@@ -330,7 +327,7 @@ class FlockBatch(_Interruptible):
 
 
 @workflow.defn(name=CHUNK_WORKFLOW)
-class FlockChunk(_Interruptible):
+class FlockChunk(_Interruptible, CallKeeper):
     """One attempt of a chunk of items. Its history is their record (``flock.temporal.chunks``).
 
     Returns: the counts of this attempt. If it is cancelled, items that have not started count as cancelled.
@@ -346,15 +343,6 @@ class FlockChunk(_Interruptible):
         self._cancelled = set(order.cancelled)
         self._running: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
         self._calls = Calls(order.calls)
-
-    @workflow.signal(name=CALL_SIGNAL)
-    def call_done(self, done: CallDone) -> None:
-        self._calls.add(done)
-
-    @workflow.query(name=CALLS_QUERY)
-    def calls(self, item: int, step: int) -> list[Call]:
-        """Return the finished calls of a step of an item."""
-        return self._calls.of_step(item, step)
 
     @workflow.signal(name="set_lanes")
     def set_lanes(self, lanes: int) -> None:

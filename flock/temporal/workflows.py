@@ -42,7 +42,7 @@ from flock.temporal.messages import (
     session_workflow_id,
 )
 
-__all__ = ["FlockMark", "FlockRun", "FlockSession"]
+__all__ = ["CallKeeper", "FlockMark", "FlockRun", "FlockSession"]
 
 #: Only turns whose worker died or stopped are retried. The limit is for a turn that kills its workers.
 RETRIES = RetryPolicy(
@@ -64,8 +64,23 @@ KEEP_SESSION_S = 60.0
 LATEST = 50
 
 
+class CallKeeper:
+    """A workflow that keeps the finished calls of its activities in ``_calls``."""
+
+    _calls: Calls
+
+    @workflow.signal(name=CALL_SIGNAL)
+    def call_done(self, done: CallDone) -> None:
+        self._calls.add(done)
+
+    @workflow.query(name=CALLS_QUERY)
+    def calls(self, item: int, step: int) -> list[Call]:
+        """Return the finished calls of a step of an item, or of a run, whose *item* is 0."""
+        return self._calls.of_step(item, step)
+
+
 @workflow.defn(name=RUN_WORKFLOW)
-class FlockRun:
+class FlockRun(CallKeeper):
     """One attempt of one run. Its history is the run's record (``flock.temporal.records``), so it returns nothing.
 
     If the run fails, it raises an ``ApplicationError`` with the run's ``error`` and ``error_type``.
@@ -81,15 +96,6 @@ class FlockRun:
     def begin(self, latest: list[str]) -> None:
         """Let the run begin: all earlier runs of its session have left. *latest* are the last of these."""
         self._latest = tuple(latest)
-
-    @workflow.signal(name=CALL_SIGNAL)
-    def call_done(self, done: CallDone) -> None:
-        self._calls.add(done)
-
-    @workflow.query(name=CALLS_QUERY)
-    def calls(self, item: int, step: int) -> list[Call]:
-        """Return the finished calls of a step."""
-        return self._calls.of_step(item, step)
 
     @workflow.run
     async def run(self, order: RunOrder) -> None:
