@@ -369,6 +369,7 @@ async def test_a_session_continues_after_a_run_or_its_workflow_was_terminated(
     assert (await ended(cluster, fourth)).status is RunStatus.COMPLETED
 
 
+@pytest.mark.cluster
 async def test_a_run_that_a_worker_drops_from_its_memory_does_not_leave_its_session(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
