@@ -66,7 +66,7 @@ class DeclaredFlock:
         name: identifies its runs in a store. All flocks with this name on the same store list these runs, and resume
             them after a crash if they have the agents. Flocks with another name do not see them. If several programs
             share a store, give each its own name, unless they are copies of the same program.
-        model: default model, ``provider/model``, for agents without one; see ``flock.agents.llm.PROVIDERS``.
+        model: default model, ``provider/model``, for agents without one; see ``flock.agents.providers.PROVIDERS``.
         max_steps: max steps in one run.
 
     Attributes:

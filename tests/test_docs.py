@@ -8,7 +8,7 @@ import httpx
 import pytest
 from starlette.routing import Route
 
-from flock.agents.llm import PROVIDERS
+from flock.agents.providers import PROVIDERS
 from flock.web.auth import new_key
 from flock.web.problems import PROBLEMS
 from flock.web.wire import UploadQuery

@@ -19,7 +19,9 @@ import msgspec
 import pytest
 from starlette.responses import Response
 
-from flock.agents.llm import PROVIDERS, Completion, Message, ModelClient, check_model
+from flock.agents.completions import Completion, Message
+from flock.agents.llm import ModelClient
+from flock.agents.providers import PROVIDERS, check_model
 from flock.agents.signature import Signature
 from flock.errors import ModelError
 from flock.runs import Usage
@@ -497,7 +499,8 @@ def test_with_litellm_only_a_near_miss_is_an_unknown_provider(monkeypatch: pytes
 LITELLM = """
 import asyncio, json, sys
 from flock.errors import ModelError
-from flock.agents.llm import Message, ModelClient
+from flock.agents.completions import Message
+from flock.agents.llm import ModelClient
 
 async def main():
     async with ModelClient() as models:
@@ -545,7 +548,8 @@ async def test_litellm_itself_calls_a_provider_that_is_not_built_in() -> None:
 
 LITELLM_TOOLS = """
 import asyncio, json
-from flock.agents.llm import Message, ModelClient
+from flock.agents.completions import Message
+from flock.agents.llm import ModelClient
 from flock.agents.completions import ToolSchema
 
 async def main():

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from flock.agents.agent import Agent, ModelAgent
-from flock.agents.llm import check_model
+from flock.agents.providers import check_model
 from flock.agents.tools import AgentTool, ToolSource
 from flock.agents.workflow import missing_agents
 from flock.errors import ModelError

@@ -1,0 +1,176 @@
+"""Replies of a model server: a chat completion, or an error."""
+
+import email.utils
+import json
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+import msgspec
+
+from flock.agents.completions import Completion, FunctionCall, ToolCall
+from flock.agents.providers import PROVIDERS
+from flock.agents.requests import Request
+from flock.errors import ModelError
+from flock.runs import Usage
+
+__all__ = ["completion_of", "model_error", "provider_message", "retry_after_s", "status_error"]
+
+#: Max characters of a provider's message in the log.
+MAX_LOGGED_CHARS = 500
+
+
+class _AnswerFunction(msgspec.Struct):
+    name: str | None = None
+    arguments: Any = None
+
+
+class _AnswerCall(msgspec.Struct):
+    function: _AnswerFunction
+    id: str | None = None
+
+
+class _AnswerMessage(msgspec.Struct):
+    content: str | list[Any] | None = None
+    refusal: str | None = None
+    tool_calls: list[_AnswerCall] | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _AnswerMessage
+    finish_reason: str | None = None
+
+
+class _AnswerUsage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice]
+    usage: _AnswerUsage | None = None
+
+
+def completion_of(answer: Any, request: Request) -> Completion:
+    """Return the answer in a 200 response. Some of these are failures that the providers' clients return as success."""
+    name = request.name
+    if isinstance(answer, dict) and answer.get("error"):
+        raise model_error(
+            name, "model_bad_response", "returned status 200 with an error in the body", str(answer["error"])
+        )
+    try:
+        parsed = msgspec.convert(answer, _Answer)
+    except msgspec.ValidationError as exc:
+        raise model_error(
+            name, "model_bad_response", "returned status 200 without a valid chat completion", str(exc)
+        ) from exc
+    if not parsed.choices:
+        raise model_error(name, "model_bad_response", "returned no choices", "choices: []")
+    choice = parsed.choices[0]
+    if choice.finish_reason == "content_filter":
+        raise model_error(name, "model_content_filter", "was blocked by its provider's content filter")
+    if choice.message.refusal:
+        raise model_error(name, "model_refusal", "declined to answer", choice.message.refusal)
+    if choice.finish_reason == "length":
+        raise model_error(
+            name,
+            "model_truncated",
+            "was cut off at its token limit. Raise max_tokens, or ask for a shorter answer",
+            "length",
+        )
+    text, calls = choice.message.content, (choice.message.tool_calls or ()) if request.tools else ()
+    if calls and not isinstance(text, str):
+        text = ""
+    if not isinstance(text, str) or not (calls or text.strip()):
+        raise model_error(
+            name, "model_bad_response", "returned an empty answer", f"finish_reason {choice.finish_reason}"
+        )
+    usage = parsed.usage or _AnswerUsage()
+    return Completion(
+        text=_without_fence(_storable(text)),
+        usage=Usage(input_tokens=usage.prompt_tokens or 0, output_tokens=usage.completion_tokens or 0),
+        tool_calls=tuple(_tool_call(call, number) for number, call in enumerate(calls)),
+    )
+
+
+def _tool_call(call: _AnswerCall, number: int) -> ToolCall:
+    """Return a call with its arguments as text. Some servers send them as an object, and omit the id."""
+    arguments = call.function.arguments
+    if not isinstance(arguments, str):
+        arguments = json.dumps({} if arguments is None else arguments)
+    function = FunctionCall(name=_storable(call.function.name or ""), arguments=_storable(arguments) or "{}")
+    return ToolCall(id=_storable(call.id or f"call_{number}"), function=function)
+
+
+def _storable(text: str) -> str:
+    """Replace escaped lone surrogates, which JSON can contain, and which cannot be sent or stored."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _without_fence(text: str) -> str:
+    """Remove a code fence. Models without a JSON mode often put JSON between ```json and ```."""
+    match = re.fullmatch(r"\s*```\w*\s*\n(.*?)\s*```\s*", text, re.DOTALL)
+    return match[1] if match else text
+
+
+# Errors
+
+_STATUS_ERRORS: Mapping[int, tuple[str, str]] = {
+    401: ("model_authentication", "rejected the API key"),
+    403: ("model_authentication", "is not available to this API key"),
+    404: ("model_not_found", "does not exist at this provider"),
+    408: ("model_unavailable", "timed out at its provider"),
+    409: ("model_unavailable", "was busy with a conflicting request"),
+    429: ("model_rate_limited", "is over its rate limit"),
+}
+
+
+#: Errors by the text of the body, for any status: providers use the same texts with different statuses.
+_BODY_ERRORS: Mapping[str, tuple[str, str]] = {
+    r"insufficient_quota": ("model_quota", "has no quota left; check the plan and billing of this API key"),
+    r"context_length_exceeded|exceed_context_size|maximum context length": (
+        "model_context_length",
+        "received an input that exceeds its context window",
+    ),
+    r"content_filter|content_policy": ("model_content_filter", "was blocked by its provider's content filter"),
+}
+
+
+def status_error(name: str, response: httpx.Response) -> ModelError:
+    message, status = provider_message(response), response.status_code
+    default = ("model_unavailable", "failed") if status >= 500 else ("model_bad_request", "rejected the request")
+    error_type, reason = _STATUS_ERRORS.get(status, default)
+    for pattern, known in _BODY_ERRORS.items():
+        if re.search(pattern, response.text):
+            error_type, reason = known
+    provider = PROVIDERS.get(name.partition("/")[0])
+    if status == 401 and provider and provider.key_variable:
+        reason += f" in {provider.key_variable}"
+    return model_error(name, error_type, f"{reason} (HTTP {status})", message)
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Return the requested wait: ``Retry-After`` in seconds or as a date (RFC 9110, section 10.2.3), or its ms form."""
+    value = headers.get("retry-after", "")
+    try:
+        if "retry-after-ms" in headers:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        elif value.strip()[:1].isdigit():
+            seconds = float(value)
+        else:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except ValueError:
+        return None
+    return max(0.0, seconds)
+
+
+def provider_message(response: httpx.Response) -> str:
+    """Return the provider's message for the log, without API keys."""
+    words = f"x-request-id {response.headers.get('x-request-id', 'none')}: {response.text[:MAX_LOGGED_CHARS]!r}"
+    return re.sub(r"\b(sk|gsk|fk)[-_][\w*.-]+", r"\1-…", words)
+
+
+def model_error(name: str, error_type: str, reason: str, log_detail: str = "") -> ModelError:
+    return ModelError(f"The model {name} {reason}.", error_type, log_detail)

@@ -1,0 +1,161 @@
+"""Requests for chat completions: the body, and the ways to request JSON or calls of tools."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from flock.agents import localmodel, react
+from flock.agents.completions import Message, ToolSchema
+from flock.agents.providers import Endpoint
+from flock.errors import ModelError
+
+__all__ = [
+    "FORMATS",
+    "Request",
+    "format_of",
+    "function_of",
+    "next_step",
+    "rejects_format",
+    "rejects_tools",
+    "strict_schema",
+    "with_format_in_words",
+]
+
+#: Ways to request JSON, the strictest first. If a server does not support one, the next one is tried.
+FORMATS = ("json_schema", "json_object", "text")
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of ``ModelClient.complete``."""
+
+    name: str
+    messages: Sequence[Message]
+    schema: Mapping[str, Any]
+    tools: Sequence[ToolSchema]
+    max_tokens: int | None
+    temperature: float | None
+    headers: Mapping[str, str]
+    key: str | None
+
+    def all_headers(self, format_: str = FORMATS[0]) -> dict[str, str]:
+        """Return the headers, with a separate key per format: a server may store responses by key, also rejections."""
+        if self.key is None:
+            return dict(self.headers)
+        return {**self.headers, "Idempotency-Key": self.key if format_ == FORMATS[0] else f"{self.key}/{format_}"}
+
+    def body(self, endpoint: Endpoint) -> dict[str, Any]:
+        """Return the body of a request, without the part that requests JSON."""
+        body = {"model": endpoint.model, "messages": self.messages, **endpoint.settings}
+        if self.temperature is not None:
+            body["temperature"] = self.temperature
+        if self.max_tokens is not None:
+            body[endpoint.max_tokens_field] = self.max_tokens
+        return body
+
+
+def next_step(request: Request) -> Request:
+    """Return the request that asks for the next step as JSON, in place of a tool call."""
+    return replace(
+        request,
+        messages=react.with_tools(react.as_text(request.messages), request.tools),
+        schema=react.schema_of(request.tools),
+        tools=(),
+        key=request.key and f"{request.key}/step",
+    )
+
+
+def format_of(format_: str, request: Request, endpoint: Endpoint) -> dict[str, Any]:
+    """Return the part of a request that requests JSON."""
+    schema = request.schema
+    if format_ == "json_schema":
+        is_strict, request_schema = strict_schema(schema)
+        if endpoint.is_local:
+            request_schema = localmodel.bounded_schema(schema, request.max_tokens or localmodel.MAX_TOKENS)
+        json_schema = {"name": "answer", "strict": is_strict, "schema": request_schema}
+        return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
+    part: dict[str, Any] = {"messages": with_format_in_words(request)}
+    return part | {"response_format": {"type": "json_object"}} if format_ == "json_object" else part
+
+
+def with_format_in_words(request: Request) -> Sequence[Message]:
+    instruction = "Answer with one JSON object and nothing else. It must match this JSON Schema:"
+    if request.tools:
+        instruction = f"Call the tools that you need first. {instruction}"
+    head, *rest = request.messages
+    return [Message(head.role, f"{head.content}\n\n{instruction}\n{json.dumps(request.schema)}"), *rest]
+
+
+def function_of(tool: ToolSchema) -> dict[str, Any]:
+    """Return a tool as a request has it. It is strict if its schema allows that and has no optional arguments."""
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description, "parameters": tool.schema}
+    is_strict, parameters = strict_schema(tool.schema) if tool.may_be_strict else (False, {})
+    if is_strict and parameters.get("required", []) == tool.schema.get("required", []):
+        function |= {"parameters": parameters, "strict": True}
+    return {"type": "function", "function": function}
+
+
+#: Keywords that strict mode supports. Other constraints are in the description, and checked in the answer.
+STRICT_KEYWORDS = frozenset(
+    "type properties required additionalProperties items enum const anyOf description title $ref $defs pattern "
+    "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minItems maxItems".split()
+)
+OTHER_CONSTRAINTS = ("minLength", "maxLength", "minProperties", "maxProperties", "uniqueItems")
+STRICT_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid".split())
+
+
+def strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Return whether *schema* can be used in strict mode, and the schema in that form: closed objects, all required.
+
+    Source: OpenAI's guide to structured outputs, "Supported schemas".
+    """
+    is_strict = True
+
+    def convert(node: Mapping[str, Any]) -> dict[str, Any]:
+        nonlocal is_strict
+        converted = {key: value for key, value in node.items() if key in STRICT_KEYWORDS}
+        if node.get("format") in STRICT_FORMATS:
+            converted["format"] = node["format"]
+        others = {key: node[key] for key in OTHER_CONSTRAINTS if key in node}
+        if localmodel.has_lookaround(converted):
+            others["pattern"] = converted.pop("pattern")
+        if others:
+            in_words = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
+            converted["description"] = f"{node.get('description', '')} ({in_words})".lstrip()
+        is_open = {"object": "properties" not in converted, "array": not isinstance(converted.get("items"), Mapping)}
+        if not converted.keys() & {"type", "enum", "const", "anyOf", "$ref"} or is_open.get(converted.get("type", "")):
+            is_strict = False  # any value, an object with any keys, or a list or tuple of anything
+            return dict(node)
+        if "properties" in converted:
+            converted |= {
+                "properties": {name: convert(member) for name, member in converted["properties"].items()},
+                "required": list(converted["properties"]),
+                "additionalProperties": False,
+            }
+        if "items" in converted:
+            converted["items"] = convert(converted["items"])
+        if "anyOf" in converted:
+            converted["anyOf"] = [convert(member) for member in converted["anyOf"]]
+        if "$defs" in converted:
+            converted["$defs"] = {name: convert(member) for name, member in converted["$defs"].items()}
+        return converted
+
+    strict = convert(schema)
+    return (True, strict) if is_strict else (False, dict(schema))
+
+
+def rejects_format(error: ModelError) -> bool:
+    return error.error_type == "model_bad_request" and bool(
+        re.search(
+            r"response_format|json.?schema|json_object|json mode|structured output|grammar", error.log_detail, re.I
+        )
+    )
+
+
+def rejects_tools(error: ModelError) -> bool:
+    if error.error_type in ("model_bad_request", "model_not_found"):
+        return bool(re.search(r"\btools?\b|tool_choice|function.call", error.log_detail, re.I))
+    return "--jinja" in error.log_detail  # llama.cpp sends this with status 500
