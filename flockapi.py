@@ -310,6 +310,8 @@ create_app = _typed(FlockAPI, AppOptions)
 def route_table() -> Sequence[AppRoute | PublicMount]:
     """Return every route: the access it needs (see ``Needs``), its methods, its path, and its handler."""
     return [
+        AppRoute("access", "GET", "/agents", list_agents),
+        AppRoute("access", "GET", "/agents/{name}", get_agent),
         AppRoute("access", "POST", "/run/flock", run_flock),
         AppRoute("access", "POST", "/run/batch", run_batch),
         AppRoute("access", "GET", "/runs", list_runs),
@@ -325,8 +327,6 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
         AppRoute("access", "GET", "/batch/{batch_id}/events", batch_events),
         AppRoute("access", "POST", "/batch/{batch_id}/cancel", cancel_batch),
         AppRoute("access", "POST", "/batch/{batch_id}/retry", retry_batch),
-        AppRoute("access", "GET", "/agents", list_agents),
-        AppRoute("access", "GET", "/agents/{name}", get_agent),
         AppRoute("nothing", "GET", "/healthz", healthz),
         AppRoute("nothing", "GET", "/readyz", readyz),
         AppRoute("admin", "GET", "/metrics", metrics),

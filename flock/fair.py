@@ -26,7 +26,7 @@ class FairShare:
     """
 
     def __init__(self) -> None:
-        self._ends_at = 0.0
+        self._ends_at = time.perf_counter() + SHARE_S
 
     async def checkpoint(self) -> None:
         """Yield to other tasks if this one has used up its share. Otherwise return immediately."""

@@ -152,12 +152,12 @@ class Body:
     @contextlib.contextmanager
     def _arriving(self, timeout_s: float) -> Iterator[None]:
         try:
-            with anyio.fail_after(timeout_s):
+            with anyio.CancelScope(deadline=anyio.current_time() + timeout_s) as scope:
                 yield
-        except TimeoutError as exc:  # otherwise a slow sender would hold its slot forever
-            raise HTTPException(408, f"The body did not arrive within {self._timeout_s:g} s.") from exc
         except ClientDisconnect as exc:  # the response only ends the handler; no client receives it
             raise HTTPException(400, "The client disconnected before the whole body had arrived.") from exc
+        if scope.cancelled_caught:  # otherwise a slow sender would hold its slot forever
+            raise HTTPException(408, f"The body did not arrive within {self._timeout_s:g} s.")
 
     def _counted(self, piece: bytes) -> bytes:
         self.total_bytes += len(piece)

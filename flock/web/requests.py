@@ -51,8 +51,11 @@ def request_id_of(request: Request) -> str:
 
 def request_id_for(scope: Scope) -> str:
     """Return the id that the client sent, or a new one."""
-    sent_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-    return sent_id if re.fullmatch(r"[\w.:-]{1,128}", sent_id, re.ASCII) else secrets.token_hex(16)
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    for name, value in headers:
+        if name == b"x-request-id" and re.fullmatch(rb"[\w.:-]{1,128}", value):
+            return value.decode()
+    return secrets.token_hex(16)
 
 
 def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:

@@ -216,6 +216,11 @@ DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?([eE](\+?[0-9]{1,2}|-[0-9]{1,3
 BOOLEANS = {"true": True, "false": False}
 
 
+@functools.cache
+def _fields_of(type_: Any) -> tuple[msgspec.structs.FieldInfo, ...]:
+    return msgspec.structs.fields(type_)
+
+
 def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **defaults: Any) -> T:
     """Parse a query into a struct. *defaults* replace missing parameters.
 
@@ -223,7 +228,7 @@ def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **defaults: Any)
     """
     if len({name for name, _ in sent}) < len(sent):
         raise InvalidData([FieldError(detail="A parameter of the query is repeated. Send it once.", pointer="")])
-    fields = msgspec.structs.fields(type_)  # type: ignore[arg-type]
+    fields = _fields_of(type_)  # type: ignore[arg-type]
     read: dict[str, Any] = defaults | dict(sent)
     for field in fields:
         if field.required and field.name not in read:
