@@ -176,7 +176,7 @@ async def nap() -> str:
 
 def test_the_log_can_be_json_lines(tmp_path: Path) -> None:
     headers = {"traceparent": TRACEPARENT, "X-Request-ID": "asked"}
-    with running(*served_with(tmp_path, "--log-json")) as server:
+    with running(*served_with(tmp_path, "--log-json", "--access-log")) as server:
         done = httpx.post(
             f"{server.url}/run/flock", json={"agent_name": "double", "inputs": {"number": 1}}, headers=headers
         ).json()

@@ -310,6 +310,7 @@ payload_dir_option = click.option(
 @options_of(ServerSettings)
 @options_of(AppOptions)
 @log_json_option
+@click.option("--access-log", is_flag=True, help="Log each request. Each run that ends is logged in any case.")
 @click.option(
     "--metrics/--no-metrics",
     default=None,

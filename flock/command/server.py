@@ -91,6 +91,7 @@ class ServerSettings(Options, frozen=True, kw_only=True):
             are trusted; ``*`` trusts all. None is uvicorn's default: the variable ``FORWARDED_ALLOW_IPS``, or
             127.0.0.1.
         log_json: write the log as JSON, one object per line.
+        access_log: also log a line for each request. Each run that ends has a line anyway.
     """
 
     TAKEN_BY: ClassVar[str] = "server"
@@ -124,6 +125,7 @@ class ServerSettings(Options, frozen=True, kw_only=True):
         float, seconds("A client that reads nothing of its response for this long is disconnected.")
     ] = 30
     log_json: bool = False
+    access_log: bool = False
 
 
 class WorkerSettings(Options, frozen=True, kw_only=True):
@@ -410,6 +412,7 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         log_config=_log_config(settings.log_json),
+        access_log=settings.access_log,
         server_header=False,
         http=functools.partial(Connection, write_timeout_s=settings.write_timeout_s),  # type: ignore[arg-type]
         root_path=f"/{root_path}" if root_path else "",
