@@ -63,7 +63,8 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
 
     Raises InvalidData, which names the parameter.
     """
-    return query_from(request.query_params.multi_items(), type_, **defaults)
+    sent = request.query_params.multi_items() if request.scope["query_string"] else ()
+    return query_from(sent, type_, **defaults)
 
 
 def traceparent_of(request: Request) -> str | None:
