@@ -9,12 +9,15 @@ import pytest
 from starlette.routing import Route
 
 from flock.agents.providers import PROVIDERS
+from flock.errors import ModelError
 from flock.web.auth import new_key
 from flock.web.problems import PROBLEMS
 from flock.web.wire import UploadQuery
 from flockapi import ROUTES
+from tests import made_pages
 from tests.support import EXAMPLES, ROOT
 from tests.support.pages import Reader, blocks_of, check_serves_only_ann, printed_by, shown_output
+from tests.support.spec import source
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
@@ -89,6 +92,21 @@ def test_links_have_targets(page: Path) -> None:
 def test_every_page_is_in_the_map_of_the_readme() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
     assert [page.name for page in DOCS if f"(docs/{page.name})" not in readme] == []
+
+
+def test_the_troubleshooting_page_has_every_error_type_and_problem() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    described = source()["components"]["schemas"]["FlockAPIResponse"]["properties"]["error_type"]["description"]
+    assert [name for name in re.findall(r"`(\w+)`", described) if f"`{name}`" not in page] == []
+    assert [name for name in ModelError.ERROR_TYPES if f"`{name}`" not in page] == []
+    titles = [title for status, title in PROBLEMS.values() if not re.search(rf"\| {status} \| .*{title}", page)]
+    assert titles == []
+
+
+@pytest.mark.parametrize("page", made_pages.PAGES, ids=lambda page: page.stem)
+def test_a_made_page_is_up_to_date(page: Path) -> None:
+    """If it is not: python -m tests.made_pages."""
+    assert page.read_text("utf-8") == made_pages.PAGES[page]()
 
 
 def test_tables_have_every_provider_route_status_and_option() -> None:

@@ -1,0 +1,148 @@
+"""Write ``docs/cli.md`` from ``--help``, and ``docs/python-api.md`` from docstrings.
+
+python -m tests.made_pages
+"""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flock.agents.agent import Agent, FunctionAgent, ModelAgent
+from flock.agents.mcp import mcp_tools
+from flock.agents.messages import Messages
+from flock.agents.tools import Tool
+from flock.command.cli import main
+from flock.core import Flock, FlockFactory
+from flock.core import agent as agent_decorator
+from flock.errors import AgentError
+from flock.limits import Limits
+from flock.options import Options
+from flock.runs import Principal, RunContext
+from flock.web.options import AppOptions
+from flockapi import create_app, engine_of, principal_of
+from tests.support import ROOT
+
+WIDTH = 100
+
+CLI = """# Command line
+
+For everyone who uses the command `flockapi`. This page is made from `--help`; `python -m tests.made_pages` writes it.
+"""
+
+PYTHON = """# Python API
+
+For people who write agents, or mount the API in their own app. This page is made from the docstrings;
+`python -m tests.made_pages` writes it. The [HTTP API](http-api.md) is described elsewhere.
+"""
+
+#: The sections of the page: where the names are imported from, the names, and the methods that are shown.
+SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
+    (
+        "flock.core",
+        [
+            ("Flock", Flock, ["add_agent", "agent", "run", "run_async", "run_batch", "run_batch_async", "start_api"]),
+            ("Flock.engine", Flock.engine, []),
+            ("FlockFactory.create_default_agent", FlockFactory.create_default_agent, []),
+            ("agent", agent_decorator, []),
+            ("Messages", Messages, []),
+        ],
+    ),
+    (
+        "flock.agents.agent",
+        [("Agent", Agent, []), ("ModelAgent", ModelAgent, []), ("FunctionAgent", FunctionAgent, [])],
+    ),
+    ("flock.agents.tools", [("Tool", Tool, [])]),
+    ("flock.agents.mcp", [("mcp_tools", mcp_tools, [])]),
+    (
+        "flock.runs",
+        [
+            ("RunContext", RunContext, ["call", "run_agent", "ask", "idempotency_key", "progress"]),
+            ("Principal", Principal, []),
+        ],
+    ),
+    ("flock.errors", [("AgentError", AgentError, [])]),
+    ("flockapi", [("create_app", create_app, []), ("engine_of", engine_of, []), ("principal_of", principal_of, [])]),
+    ("flock.web.options", [("AppOptions", AppOptions, [])]),
+    ("flock.limits", [("Limits", Limits, [])]),
+]
+
+
+def cli_page() -> str:
+    """Return ``docs/cli.md``: the help of each command."""
+    parts = [CLI]
+    for name, command in sorted(main.commands.items()):
+        context = click.Context(command, info_name=f"flockapi {name}", max_content_width=WIDTH, terminal_width=WIDTH)
+        parts.append(f"## flockapi {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
+
+
+def python_page() -> str:
+    """Return ``docs/python-api.md``: the signatures and docstrings of the public names."""
+    parts = [PYTHON]
+    for module, names in SECTIONS:
+        parts.append(f"## `from {module} import …`\n")
+        for name, shown, methods in names:
+            parts += _entry(name, shown)
+            for method in methods:
+                parts += _entry(f"{name}.{method}", inspect.getattr_static(shown, method))
+    return "\n".join(parts)
+
+
+def _entry(name: str, shown: Any) -> Iterator[str]:
+    """Yield the heading, the docstring and, if it is a struct of options, its fields."""
+    is_property = isinstance(shown, property)
+    shown = inspect.unwrap(shown.fget if is_property else getattr(shown, "__func__", shown))
+    text = inspect.getdoc(shown)
+    if not text:
+        raise ValueError(f"{name} has no docstring")
+    is_struct = inspect.isclass(shown) and issubclass(shown, Options)
+    is_called = inspect.isfunction(getattr(shown, "__init__", None) if inspect.isclass(shown) else shown)
+    is_made_by_engines = shown is RunContext
+    call = f"{_call_of(name, shown)}\n\n" if is_called and not is_property and not is_made_by_engines else ""
+    yield f"### {name}\n\n```text\n{call}{text}\n```\n"
+    if is_struct:
+        yield "\n".join(["| option | default | |", "|-|-|-|", *_options_of(shown)]) + "\n"
+
+
+def _call_of(name: str, shown: Any) -> str:
+    """Return a call with all parameters and their defaults, in lines of at most ``WIDTH`` characters."""
+    given = [
+        parameter.replace(annotation=parameter.empty)
+        for parameter in inspect.signature(shown).parameters.values()
+        if parameter.name not in ("self", "cls")
+    ]
+    text = str(inspect.Signature(given)).replace(", /", "").replace("/, ", "")
+    text = re.sub(r"<function (\S+) at \w+>", r"\1", text)
+    return textwrap.fill(f"{name.rpartition('.')[2]}{text}", WIDTH, subsequent_indent="    ", break_long_words=False)
+
+
+def _options_of(options: type[Options]) -> Iterator[str]:
+    """Yield a row of a table for each field, with the comment above it."""
+    lines = inspect.getsource(options).splitlines()
+    comment: list[str] = []
+    for line in lines:
+        if line.startswith("    #: "):
+            comment.append(line.removeprefix("    #: "))
+        elif (field := re.match(r"    (\w+): Annotated", line)) and field[1] in options.__struct_fields__:
+            default = getattr(options(), field[1])
+            text = " ".join(comment).replace("``", "`").replace("|", "\\|")
+            yield f"| `{field[1]}` | `{default!r}` | {text} |"
+            comment = []
+        elif not line.strip():
+            comment = []
+
+
+PAGES: Mapping[Path, Callable[[], str]] = {
+    ROOT / "docs" / "cli.md": cli_page,
+    ROOT / "docs" / "python-api.md": python_page,
+}
+
+
+if __name__ == "__main__":
+    for path, make in PAGES.items():
+        path.write_text(make(), "utf-8")
