@@ -9,6 +9,7 @@ import pytest
 from starlette.routing import Route
 
 from flock.agents.providers import PROVIDERS
+from flock.command.cli import main
 from flock.errors import ModelError
 from flock.web.auth import new_key
 from flock.web.problems import PROBLEMS
@@ -101,6 +102,18 @@ def test_the_troubleshooting_page_has_every_error_type_and_problem() -> None:
     assert [name for name in ModelError.ERROR_TYPES if f"`{name}`" not in page] == []
     titles = [title for status, title in PROBLEMS.values() if not re.search(rf"\| {status} \| .*{title}", page)]
     assert titles == []
+
+
+def test_the_files_for_a_deployment_use_options_that_exist() -> None:
+    options = {name for parameter in main.commands["serve"].params for name in parameter.opts}
+    used = {
+        option
+        for file in ("Dockerfile", "flockapi.service")
+        for line in (EXAMPLES / "deploy" / file).read_text("utf-8").splitlines()
+        if "serve" in line and not line.startswith("#")
+        for option in re.findall(r"--[a-z-]+", line)
+    }
+    assert {"--store", "--log-json"} <= used <= options
 
 
 @pytest.mark.parametrize("page", made_pages.PAGES, ids=lambda page: page.stem)
