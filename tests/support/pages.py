@@ -99,8 +99,10 @@ class Reader:
         self._servers.close()
 
     def follow(self, blocks: list[Block]) -> None:
-        """Run all commands, and compare each shown output with the real one."""
+        """Run all commands, and compare each shown output with the real one. Save the files that blocks name."""
         for block, following in itertools.zip_longest(blocks, blocks[1:]):
+            if block.language == "python" and (file := re.match(r"# (\w+\.py)\n", block.text)):
+                (self.folder / file[1]).write_text(block.text)
             if block.language == "bash":
                 output = [self.run(command) for command in commands_of(block.text)][-1]
                 if following is not None and following.language in ("json", "text", "csv"):
