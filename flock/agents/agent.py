@@ -101,6 +101,7 @@ class Agent:
     """The base class of all agents. Subclasses implement ``take_turn``.
 
     Attributes:
+        output_names: the fields of its output, and first the one that is written if no field is named.
         uses_context: whether a turn may make calls, report progress or use tokens. A function without a context cannot.
 
     Args:
@@ -136,6 +137,7 @@ class Agent:
         self.description = description
         self.input = input
         self.output = output
+        self.output_names = _output_names(output)
         self.next_agent = next_agent
         self.max_concurrency = max_concurrency
         self.on_interrupt = on_interrupt
@@ -206,6 +208,12 @@ class Agent:
         raise InvalidHandoff(
             f"next_agent of {self.name!r} must be or return a name, an agent or None, not {type(chosen).__name__}."
         )
+
+
+def _output_names(output: Signature) -> Sequence[str]:
+    """Return the fields of *output*: the first string, then the others in order."""
+    members = output.result_schema.get("properties", {})
+    return sorted(members, key=lambda name: members[name].get("type") != "string")[:1] + list(members)
 
 
 def _name_of(chosen: Any) -> Any:

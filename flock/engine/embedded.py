@@ -11,7 +11,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from datetime import datetime, timedelta
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
 from flock.engine.batches import Batches
 from flock.engine.batchstore import BatchStore
 from flock.engine.intake import Intake
+from flock.engine.live import LiveOutput, LiveReader
 from flock.engine.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, current_task
 from flock.engine.store import Store
@@ -432,8 +433,13 @@ class EmbeddedEngine(EngineBase):
         self._check_entered()
         return self.store.list_runs(self._flock, wanted)
 
-    def _reader(self, run_id: str) -> RunReader:
-        return _StoreReader(self, run_id)
+    def watch(self, run_id: str) -> AbstractContextManager[LiveOutput]:
+        return self._runner.watch(run_id)
+
+    @contextlib.contextmanager
+    def _reader(self, run_id: str, after: int, *, reasoning: bool) -> Iterator[RunReader]:
+        with self.watch(run_id) as output, output.reader(after, reasoning=reasoning) as live:
+            yield _StoreReader(self, run_id, output, live)
 
     def _next_change(self) -> Callable[[], Awaitable[None]]:
         return self._store_changed.wait
@@ -464,7 +470,7 @@ class EmbeddedEngine(EngineBase):
 
     def _with_result(self, event: Event, run: Run, *, is_outline: bool) -> Event:
         """Return *event* with its result, or with a ``LongJSON`` if that is long. Raises RunNotFound, StoreError."""
-        if event.data.get("result") is None:
+        if event.data.get("result") is None or event.name == "call.completed":
             return event
         result = self.long_result(run, event.data.get("position"), is_outline=is_outline)
         if result.length > LONG_BYTES:
@@ -557,6 +563,10 @@ class EmbeddedEngine(EngineBase):
     def _notify_store_changed(self) -> None:
         changed, self._store_changed = self._store_changed, anyio.Event()
         changed.set()
+        for run_id, live in self._runner.watched.items():
+            active = self._runner.active.get(run_id)
+            if active is None or active.run.is_stub:
+                live.note_news()
 
     def _wake_all(self) -> None:
         """Wake all that wait for a run or a batch, so that they check again."""
@@ -725,17 +735,26 @@ class EmbeddedEngine(EngineBase):
 class _StoreReader(RunReader):
     """Reads a run from memory while it is active here, and otherwise an outline of it from the store."""
 
-    def __init__(self, engine: EmbeddedEngine, run_id: str) -> None:
-        super().__init__(engine.get_run, run_id)
+    def __init__(self, engine: EmbeddedEngine, run_id: str, output: LiveOutput, live: LiveReader) -> None:
+        super().__init__(engine.get_run, engine.get_calls, run_id)
+        self.live = live
         self._engine = engine
+        self._output = output
         self._version: Any = None
         self._outline: Run | None = None
-        self._change = anyio.Event()
+        self._change = output.changed
+        self._news = self._seen_news = -1
+        #: the position, tries, number and row of the last call
+        self._last_call: tuple[int, int | None, int, int] = (0, None, -1, 0)
+
+    @property
+    def has_news(self) -> bool:
+        return self._output.news != self._seen_news
 
     async def read(self) -> Run:
         engine, run_id = self._engine, self._run_id
         active = engine._runner.active.get(run_id)
-        self._change = active.change if active else engine._store_changed
+        self._news = self._output.news
         if active is not None and not active.run.is_stub:
             return active.run
         engine._check_entered()
@@ -744,8 +763,23 @@ class _StoreReader(RunReader):
             self._version, self._outline = newest, engine._check_visible(run_id, engine.store.outline(run_id))
         return self._outline
 
+    async def call(self, run: Run, position: int, number: int) -> Call | None:
+        tries = run.tries if position == len(run.steps) else None
+        after, skipped = 0, number
+        if (position, tries, number - 1) == self._last_call[:3]:  # so that each call is found at once
+            after, skipped = self._last_call[3], 0
+        found = self._engine.store.shown_call(run.run_id, position, tries, skipped, after)
+        if found is None:
+            return None
+        self._last_call = (position, tries, number, found[0])
+        return found[1]
+
+    def seen(self) -> None:
+        self._seen_news = self._news
+
     async def changed(self) -> None:
         await self._change.wait()
+        self._change = self._output.changed
 
     def present(self, event: Event, run: Run) -> Event:
         return self._engine._with_result(event, run, is_outline=run is self._outline)

@@ -46,6 +46,7 @@ __all__ = [
     "RunStep",
     "RunSummary",
     "RunsQuery",
+    "StreamQuery",
     "UploadQuery",
     "WaitQuery",
     "batch_request_from",
@@ -162,6 +163,12 @@ class EventsQuery(msgspec.Struct, frozen=True):
     """The id of the last event that the client has received."""
 
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class StreamQuery(msgspec.Struct, frozen=True):
+    """Whether the events of a run include the reasoning of models."""
+
+    reasoning: bool = False
 
 
 class BatchQuery(msgspec.Struct, frozen=True):
