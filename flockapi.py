@@ -405,7 +405,10 @@ async def run_flock(request: Request) -> Response:
     """
     prefer = preferences(request.headers.getlist("prefer"))
     responds_async = "respond-async" in prefer
-    if preferred(request.headers.get("accept", ""), ["application/json", EventStream.media_type]) != "application/json":
+    if (
+        preferred(request.headers.get("accept", ""), ["application/json", EventStream.media_type])
+        == EventStream.media_type
+    ):
         return await _streamed_run(request, responds_async)
     run, is_async, headers = await _accepted_run(request, responds_async)
     if not is_async:
@@ -566,11 +569,10 @@ async def delete_session(request: Request) -> Response:
 async def run_events(request: Request) -> Response:
     """GET /run/{run_id}/events"""
     engine, run_id = await engine_of(request), request.path_params["run_id"]
-    run, after = await engine.get_run(run_id), last_event_of(request)
+    run, after, query = await engine.get_run(run_id), last_event_of(request), query_of(request, wire.RunEventsQuery)
     if run.status.is_final and (events_of(run)[-1].id or 0) <= after:
         return Response(status_code=204)  # otherwise a browser would reconnect forever
-    reasoning = query_of(request, wire.StreamQuery).reasoning
-    return event_stream(request, engine, engine.events(run_id, after, reasoning=reasoning))
+    return event_stream(request, engine, engine.events(run_id, after, reasoning=query.reasoning))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -336,7 +336,7 @@ class EngineBase(ABC):
                 if event is None and is_last:
                     return
                 if event is not None and reader.live is not None:
-                    if (missed := reader.live.missed_output(event)) is not None:
+                    if self._makes_calls(event) and (missed := reader.live.missed_output(event)) is not None:
                         yield missed
                     reader.live.passed(event)
                 if event is not None or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
@@ -370,15 +370,17 @@ class EngineBase(ABC):
         """Return the event of the next stored call after the id *after*, in the step that began with *started*."""
         assert started.id is not None
         position, number = started.data["position"], after - started.id
-        agent = self._agents.get(started.data["agent_name"])
-        if position < len(run.steps):
-            may_have_calls = run.steps[position].call_count > 0
-        else:
-            may_have_calls = agent is None or agent.uses_context
-        if not may_have_calls or number >= EVENTS_PER_STEP - 2:  # the last id of the step is that of its end
+        is_running = position == len(run.steps)
+        has_calls = self._makes_calls(started) if is_running else run.steps[position].call_count > 0
+        if not has_calls or number >= EVENTS_PER_STEP - 2:  # the last id of the step is that of its end
             return None
         call = await reader.call(run, position, number)
         return None if call is None else event_of_call(started, number, call)
+
+    def _makes_calls(self, event: Event) -> bool:
+        """Whether the agent of *event* may make calls and write live output."""
+        agent = self._agents.get(event.data.get("agent_name", ""))
+        return agent is None or agent.uses_context
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.batch_events``."""

@@ -42,6 +42,7 @@ __all__ = [
     "Readiness",
     "ResultsQuery",
     "RunCall",
+    "RunEventsQuery",
     "RunList",
     "RunStep",
     "RunSummary",
@@ -165,8 +166,14 @@ class EventsQuery(msgspec.Struct, frozen=True):
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
+class RunEventsQuery(EventsQuery, frozen=True):
+    """The id of the last event of a run that the client has received, and whether it wants the reasoning of models."""
+
+    reasoning: bool = False
+
+
 class StreamQuery(msgspec.Struct, frozen=True):
-    """Whether the events of a run include the reasoning of models."""
+    """Whether the stream of a new run has the reasoning of models."""
 
     reasoning: bool = False
 
