@@ -34,6 +34,7 @@ class _Writer:
         resets: how many times its text was dropped.
         changed, created: the number of its last change and of its first one, in the live output.
         is_done: its call has ended.
+        has_output: it has written a part of its output in this turn, even if that was dropped.
     """
 
     def __init__(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str, created: int) -> None:
@@ -45,7 +46,7 @@ class _Writer:
         self.call: dict[str, Any] | None = None
         self.created = self.changed = created
         self.resets = 0
-        self.is_done = False
+        self.is_done = self.has_output = False
         self.clear()
 
     def clear(self) -> None:
@@ -111,6 +112,7 @@ class LiveOutput:
 
     def write(self, writer: RunContext, field: str, text: str) -> None:
         with self._writing(writer) as written:
+            written.has_output = True
             content = written.fields.get(field)
             if not isinstance(content, io.StringIO):
                 content = written.fields[field] = io.StringIO()
@@ -122,6 +124,7 @@ class LiveOutput:
     def write_value(self, writer: RunContext, field: str, value: Any) -> None:
         raw = msgspec.Raw(msgspec.json.encode(value, enc_hook=to_json))
         with self._writing(writer) as written:
+            written.has_output = True
             if written.has_room(self._max_chars):
                 written.fields[field] = (-self._changes, raw)
                 written.chars += len(raw)
@@ -143,7 +146,7 @@ class LiveOutput:
     def settle(self, writer: RunContext, result: msgspec.Raw, *, has_missed: bool) -> None:
         """Complete what *writer* has written, or replace it where it differs from its *result*."""
         known = self._writers.get((writer.position, writer.call_id))
-        if not has_missed and (known is None or not known.fields):
+        if not has_missed and (known is None or not known.has_output):
             return
         members = msgspec.json.decode(result, type=dict[str, msgspec.Raw])
         values = {name: msgspec.json.decode(member) for name, member in members.items()}
@@ -196,7 +199,8 @@ class LiveOutput:
                     self._forget(written)
                 elif written.position == turn.position and not written.is_done:
                     self._changes += 1
-                    written.attempt, written.changed, written.call = turn.attempt, self._changes, None
+                    written.attempt, written.changed = turn.attempt, self._changes
+                    written.call, written.has_output = None, False
                     self._writers.move_to_end(written.key)
                     if not written.is_empty:
                         written.clear()
@@ -270,9 +274,14 @@ class LiveOutput:
 
 
 class _Place:
-    """What a reader has of a writer. *sent* is the length of a text that was sent, or the number of a value."""
+    """What a reader has of a writer. *sent* is the length of a text that was sent, or the number of a value.
 
-    def __init__(self, written: _Writer) -> None:
+    Attributes:
+        wants_snapshot: it begins with a snapshot, because the client may have another text.
+    """
+
+    def __init__(self, written: _Writer, *, wants_snapshot: bool) -> None:
+        self.wants_snapshot = wants_snapshot
         self.created = written.created
         self.resets = written.resets
         self.sent: dict[str, int] = {}
@@ -322,8 +331,10 @@ class LiveReader:
 
         Its step went on while the reader was not connected.
         """
-        position = event.data.get("position")
-        if event.name != "step.completed" or position != self._resumed_in or (position, "") in self._places:
+        if event.name != "step.completed" or event.data["position"] != self._resumed_in:
+            return None
+        place = self._places.get((event.data["position"], ""))
+        if place is not None and not place.wants_snapshot:
             return None
         names = ("run_id", "attempt", "position", "agent_name")
         data = {name: event.data[name] for name in names} | {"output": event.data["result"]}
@@ -337,14 +348,16 @@ class LiveReader:
         if written.call is not None and (place is None or place.created != written.created):
             yield written.event("call.started", **written.call)
         if place is None:
-            place = self._places[written.key] = _Place(written)
-            if (is_old or self._resumed_in is not None) and written.fields:
-                yield self._snapshot(written, place)
+            is_late = is_old or self._resumed_in is not None
+            place = self._places[written.key] = _Place(written, wants_snapshot=is_late)
         elif place.resets != resets:
             if place.sent or place.reasoning:
                 yield written.event("output.reset")
             place.sent, place.reasoning = {}, 0
         place.created, place.resets = written.created, resets
+        if place.wants_snapshot and written.fields:
+            place.wants_snapshot = False
+            yield self._snapshot(written, place)
         if self._has_reasoning and (text := self._live.piece(written.reasoning, place.reasoning)):
             place.reasoning += len(text)
             yield written.event("reasoning.delta", text=text)
