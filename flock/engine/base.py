@@ -313,26 +313,27 @@ class EngineBase(ABC):
         with self._reader(run_id, after, reasoning=reasoning) as reader:
             is_flushed = False
             while True:
-                event, is_last = None, False
+                run, event, is_last = None, None, False
                 if reader.has_news:
                     run = await reader.read()
                     is_last = run.status.is_final or self.is_draining
                     event = await self._next_event(reader, run, after, latest)
-                    if event is None:
+                    if event is None and not is_last:
                         reader.seen()
-                    elif is_flushed:
-                        event = reader.present(event, run)
-                    del run  # for a slow client, only one event stays in memory; the rest is read again
-                if not is_flushed:  # first what was written before the event was stored
-                    has_more, is_flushed = event is not None, event is not None
-                    del event
-                    for written in reader.live.events(after) if reader.live is not None else ():
-                        yield written
-                        sent_at = anyio.current_time()
-                    if has_more:
-                        continue
-                    event = None
+                # What was written before the event was stored is sent before it.
+                pieces = iter(()) if reader.live is None or is_flushed else reader.live.events(after)
+                if (piece := next(pieces, None)) is not None:
+                    is_flushed = event is not None
+                    del run, event  # for a slow client, only one event stays in memory; the rest is read again
+                    while piece is not None:
+                        yield piece
+                        piece = next(pieces, None)
+                    sent_at = anyio.current_time()
+                    continue
                 is_flushed = False
+                if event is not None and run is not None:
+                    event = reader.present(event, run)
+                del run
                 if event is None and is_last:
                     return
                 if event is not None and reader.live is not None:

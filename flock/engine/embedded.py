@@ -744,8 +744,9 @@ class _StoreReader(RunReader):
         self._outline: Run | None = None
         self._change = output.changed
         self._news = self._seen_news = -1
-        #: the position, tries, number and row of the last call
-        self._last_call: tuple[int, int | None, int, int] = (0, None, -1, 0)
+        #: the attempt, position and number of the last call, and its row
+        self._last_key = (0, 0, -1)
+        self._last_call: tuple[int, Call] | None = None
 
     @property
     def has_news(self) -> bool:
@@ -764,15 +765,17 @@ class _StoreReader(RunReader):
         return self._outline
 
     async def call(self, run: Run, position: int, number: int) -> Call | None:
-        tries = run.tries if position == len(run.steps) else None
-        after, skipped = 0, number
-        if (position, tries, number - 1) == self._last_call[:3]:  # so that each call is found at once
-            after, skipped = self._last_call[3], 0
-        found = self._engine.store.shown_call(run.run_id, position, tries, skipped, after)
-        if found is None:
-            return None
-        self._last_call = (position, tries, number, found[0])
-        return found[1]
+        key = (run.attempt, position, number)
+        if key != self._last_key or self._last_call is None:
+            tries = run.tries if position == len(run.steps) else None
+            after, skipped = 0, number
+            if (*key[:2], number - 1) == self._last_key and self._last_call is not None:
+                after, skipped = self._last_call[0], 0  # the next one is found at once
+            found = self._engine.store.shown_call(run.run_id, position, tries, skipped, after)
+            if found is None:
+                return None
+            self._last_key, self._last_call = key, found
+        return self._last_call[1]
 
     def seen(self) -> None:
         self._seen_news = self._news
