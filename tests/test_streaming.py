@@ -516,6 +516,99 @@ async def test_a_stream_continues_after_the_server_was_killed(is_back_in_time: b
     assert page.names[-1] == "run.completed"
 
 
+# Several processes on one store
+
+
+def sockets_in(folder: Path) -> list[Path]:
+    return list(folder.glob("*-live-*"))
+
+
+OTHERS = """
+import asyncio, pathlib
+from flock.core import Flock
+from flock.runs import RunContext
+
+flock = Flock("two")
+
+async def gate(name: str) -> None:
+    while not pathlib.Path(name).exists():
+        await asyncio.sleep(0.01)
+
+@flock.agent(next_agent="second")
+async def first(context: RunContext) -> str:
+    await gate("1")
+    context.emit("a")
+    await context.run_agent("third", {})
+    await gate("2")
+    context.emit("b")
+    return "ab"
+
+@flock.agent
+async def second(result: str, context: RunContext) -> str:
+    context.emit_value("result", "x")
+    context.emit_reasoning("hm")
+    context.reset_output()
+    context.emit("c")
+    await gate("3")
+    while context.attempt == 2 and not context.is_watched:
+        await asyncio.sleep(0.01)
+    context.emit("d")
+    return "cd"
+
+@flock.agent
+async def third(context: RunContext) -> str:
+    context.emit("inner")
+    return "inner"
+"""
+
+
+@contextlib.asynccontextmanager
+async def reading_elsewhere(tmp_path: Path) -> AsyncIterator[tuple[Server, Server, Page, AsyncIterator[str]]]:
+    """Start a run in one process, and read its events in another one."""
+    (tmp_path / "two.py").write_text(OTHERS)
+    command = flockapi_command("serve", "two.py", "--port", "0", "--store", "flock.db")
+    with chdir(tmp_path), running(*command) as owner, running(*command) as other:
+        body, page = {"agent_name": "first", "inputs": {}, "async_run": True}, Page()
+        async with httpx.AsyncClient(base_url=other.url, timeout=PATIENCE_S) as client:
+            run_id = (await client.post(f"{owner.url}/run/flock", json=body)).json()["run_id"]
+            async with client.stream("GET", f"/run/{run_id}/events?reasoning=true") as response:
+                yield owner, other, page, events_from(response, page)
+
+
+async def test_text_reaches_the_readers_in_another_process(tmp_path: Path) -> None:
+    async with reading_elsewhere(tmp_path) as (_, _, page, events):
+        (tmp_path / "1").touch()
+        async for name in events:
+            if name == "output.delta":
+                gates = {(0, "a"): "2", (1, "c"): "3"}
+                gate = gates.get((page.events[-1]["position"], page.events[-1]["text"]))
+                if gate:
+                    (tmp_path / gate).touch()
+    assert page.outputs[0, ""] == {"result": "ab"}
+    assert page.outputs[1, ""] == {"result": "cd"}
+    (call_id,) = {event["call_id"] for event in page.of("call.started")}
+    assert page.outputs[0, call_id] == {"result": "inner"} or page.of("call.completed")[0]["call_id"] == call_id
+    assert [text["text"] for text in page.of("reasoning.delta")] in ([], ["hm"])
+    assert sockets_in(tmp_path) == [], "the sockets are removed at the end"
+
+
+async def test_a_reader_elsewhere_takes_over_from_the_process_that_was_killed(tmp_path: Path) -> None:
+    async with reading_elsewhere(tmp_path) as (owner, _, page, events):
+        for gate in "12":
+            (tmp_path / gate).touch()
+        async for name in events:
+            if name == "output.delta" and page.events[-1]["position"] == 1:
+                kill(owner)
+                break
+        assert page.outputs[1, ""] == {"result": "c"}
+        (tmp_path / "3").touch()
+        async for _ in events:
+            pass
+    assert page.outputs[1, ""] == {"result": "cd"}
+    assert page.names[-1] == "run.completed"
+    assert "output.reset" in page.names
+
+
 def open_gate() -> None:
     Path("gate").touch()
 

@@ -25,6 +25,7 @@ from flock.agents.agent import Agent
 from flock.agents.checks import tool_sources
 from flock.agents.llm import ModelClient
 from flock.agents.mcp import listing_tools
+from flock.engine import relay
 from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
 from flock.engine.batches import Batches
 from flock.engine.batchstore import BatchStore
@@ -75,6 +76,8 @@ WATCH_INTERVAL_S = 0.05
 SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
 #: How often the store's file and the other engines are checked, in seconds. Changes may go unnoticed that long.
 CHECK_INTERVAL_S = 0.5
+#: How long a reader waits for the text of a step that has ended in another process, in seconds.
+MAX_COPY_S = 1.0
 #: How often old runs are deleted, in seconds, and how many of them in one transaction.
 RETENTION_INTERVAL_S = 10.0
 RETENTION_CHUNK_SIZE = 500
@@ -190,9 +193,21 @@ class EmbeddedEngine(EngineBase):
             await self.__aexit__()
             raise
         self._tasks.start_soon(self._watch)
+        if self.store.is_shared:
+            self._serve_live(self._tasks)
         self._tasks.start_soon(self._expire_questions)
         self._tasks.start_soon(self._apply_retention)
         return self
+
+    def _serve_live(self, tasks: anyio.abc.TaskGroup) -> None:
+        path = relay.socket_path(self.store.path, self._engine_id)
+        if path is None:
+            template = (
+                "The path of the store %s is too long for a socket: other processes get no text of running agents"
+            )
+            logger.info(template, self.store.path)
+        else:
+            tasks.start_soon(relay.serve, path, self._runner.watch, self._runner.active.__contains__)
 
     def _warn_about_store(self, agents_before: Sequence[str]) -> None:
         """Warn if other programs use the store, or other users can read it. This may be unintentional."""
@@ -440,6 +455,29 @@ class EmbeddedEngine(EngineBase):
     def _reader(self, run_id: str, after: int, *, reasoning: bool) -> Iterator[RunReader]:
         with self.watch(run_id) as output, output.reader(after, reasoning=reasoning) as live:
             yield _StoreReader(self, run_id, output, live)
+
+    async def _follow(self, run: Run, live: LiveOutput) -> None:
+        """Copy the live output of a run of another engine. Return when that of the steps of *run* has arrived."""
+        if live.follower is None and run.status.is_active and self.store.is_shared and self._tasks is not None:
+            owner = run.owner if run.batch_id is None else (await self.get_batch(run.batch_id)).owner
+            if owner not in (None, self._engine_id, live.lost_owner) and live.follower is None:
+                live.follower = anyio.CancelScope()
+                self._tasks.start_soon(self._copy_live, run.run_id, owner, live)
+        with anyio.move_on_after(MAX_COPY_S):
+            while live.follower is not None and live.ended_steps < len(run.steps):
+                await live.changed.wait()
+
+    async def _copy_live(self, run_id: str, owner: str, live: LiveOutput) -> None:
+        assert live.follower is not None
+        with live.follower:
+            path = relay.socket_path(self.store.path, owner)
+            if path is not None and await relay.follow(path, run_id, live):
+                await anyio.sleep(CHECK_INTERVAL_S)  # the record will have changed by then
+            else:
+                live.lost_owner = owner
+                live.drop_open()
+        live.follower = None
+        live.note_news()
 
     def _next_change(self) -> Callable[[], Awaitable[None]]:
         return self._store_changed.wait
@@ -762,6 +800,7 @@ class _StoreReader(RunReader):
         newest = engine.store.version(run_id)
         if self._outline is None or newest != self._version:
             self._version, self._outline = newest, engine._check_visible(run_id, engine.store.outline(run_id))
+        await engine._follow(self._outline, self._output)
         return self._outline
 
     async def call(self, run: Run, position: int, number: int) -> Call | None:

@@ -11,18 +11,38 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 import msgspec
 
 from flock.pydanticmodel import to_json
-from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, position_of, started_id
+from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, position_of, started_id
 
 __all__ = ["LiveOutput", "LiveReader"]
 
 #: What one writer counts for the size of a live output, in addition to its text.
 WRITER_CHARS = 512
+
+
+class Turn(Protocol):
+    """A turn of an agent: a ``RunContext``, or one of another process."""
+
+    run_id: str
+    attempt: int
+    position: int
+    agent_name: str
+    call_id: str
+
+
+class _RemoteTurn(msgspec.Struct, kw_only=True):
+    """A turn of an agent in another process."""
+
+    run_id: str
+    attempt: int
+    position: int
+    agent_name: str
+    call_id: str = ""
 
 
 class _Writer:
@@ -82,7 +102,14 @@ class LiveOutput:
         changed: is set at the next change of the live output, or of the run's record.
         news: how many times the run's record may have changed.
         had_reader: whether anybody has read it. Who is the first misses nothing.
+        ended_steps: how many steps of the run have ended, with all of their text.
+        follower: cancels the task that copies it from another process; None if there is none.
+        lost_owner: the engine to which the connection broke.
     """
+
+    follower: anyio.CancelScope | None = None
+    lost_owner: str | None = None
+    ended_steps = 0
 
     def __init__(self, max_chars: int) -> None:
         self.watchers = self.news = 0
@@ -110,7 +137,7 @@ class LiveOutput:
 
     # Writing: in any thread
 
-    def write(self, writer: RunContext, field: str, text: str) -> None:
+    def write(self, writer: Turn, field: str, text: str) -> None:
         with self._writing(writer) as written:
             written.has_output = True
             content = written.fields.get(field)
@@ -121,7 +148,7 @@ class LiveOutput:
                 content.write(text)
                 written.chars += len(text)
 
-    def write_value(self, writer: RunContext, field: str, value: Any) -> None:
+    def write_value(self, writer: Turn, field: str, value: Any) -> None:
         raw = msgspec.Raw(msgspec.json.encode(value, enc_hook=to_json))
         with self._writing(writer) as written:
             written.has_output = True
@@ -129,21 +156,21 @@ class LiveOutput:
                 written.fields[field] = (-self._changes, raw)
                 written.chars += len(raw)
 
-    def write_reasoning(self, writer: RunContext, text: str) -> None:
+    def write_reasoning(self, writer: Turn, text: str) -> None:
         with self._writing(writer) as written:
             if written.has_room(self._max_chars):
                 written.reasoning.seek(0, io.SEEK_END)
                 written.reasoning.write(text)
                 written.chars += len(text)
 
-    def reset(self, writer: RunContext) -> None:
+    def reset(self, writer: Turn) -> None:
         known = self._writers.get((writer.position, writer.call_id))
         if known is not None and not known.is_empty:
             with self._writing(writer) as written:
                 written.clear()
                 written.resets += 1
 
-    def settle(self, writer: RunContext, result: msgspec.Raw, *, has_missed: bool) -> None:
+    def settle(self, writer: Turn, result: msgspec.Raw, *, has_missed: bool) -> None:
         """Complete what *writer* has written, or replace it where it differs from its *result*."""
         known = self._writers.get((writer.position, writer.call_id))
         if not has_missed and (known is None or not known.has_output):
@@ -165,7 +192,7 @@ class LiveOutput:
                     written.fields[name] = (-self._changes, members[name])
 
     @contextlib.contextmanager
-    def _writing(self, writer: RunContext) -> Iterator[_Writer]:
+    def _writing(self, writer: Turn) -> Iterator[_Writer]:
         """Change what *writer* has written, and wake the readers."""
         with self._lock:
             written = self._writer(writer.run_id, writer.attempt, writer.position, writer.agent_name, writer.call_id)
@@ -181,6 +208,7 @@ class LiveOutput:
         else:
             self._writers.move_to_end(key)
         written.agent_name, written.changed = agent_name, self._changes
+        written.attempt = max(written.attempt, attempt)
         return written
 
     def _wake_soon(self) -> None:
@@ -190,25 +218,34 @@ class LiveOutput:
 
     # The course of the run: in the event loop
 
-    def begin_turn(self, turn: RunContext) -> None:
+    def begin_turn(self, turn: Turn) -> None:
         """Drop what an earlier turn of the same step has written, except in calls that have ended."""
         lowest = min((reader.position for reader in self.readers), default=turn.position)
         with self._lock:
             for written in list(self._writers.values()):
                 if written.position < lowest:  # all readers have the end of its step
                     self._forget(written)
-                elif written.position == turn.position and not written.is_done:
-                    self._changes += 1
-                    written.attempt, written.changed = turn.attempt, self._changes
-                    written.call, written.has_output = None, False
-                    self._writers.move_to_end(written.key)
-                    if not written.is_empty:
-                        written.clear()
-                        written.resets += 1
+            self._restart(turn.position, turn.attempt)
+        self._wake_soon()
+
+    def _restart(self, position: int, attempt: int = 0) -> None:
+        for written in list(self._writers.values()):
+            if written.position >= position and not written.is_done:
+                self._changes += 1
+                written.attempt, written.changed = max(written.attempt, attempt), self._changes
+                written.call, written.has_output = None, False
+                self._writers.move_to_end(written.key)
+                if not written.is_empty:
+                    written.clear()
+                    written.resets += 1
+
+    def end_step(self, position: int) -> None:
+        """Note that a step has ended."""
+        self.ended_steps = position + 1
         self._wake_soon()
 
     def begin_call(
-        self, turn: RunContext, call_id: str, name: str, kind: CallKind, arguments: msgspec.Raw, started_at: datetime
+        self, turn: Turn, call_id: str, name: str, kind: CallKind, arguments: msgspec.Raw, started_at: datetime
     ) -> None:
         """Note that a call of the step has started."""
         with self._lock:
@@ -243,6 +280,34 @@ class LiveOutput:
         del self._writers[written.key]
         written.clear()
         written.resets += 1
+
+    # What happens in another process
+
+    def apply(self, name: str, data: dict[str, Any]) -> None:
+        """Do what a live event of another process says."""
+        turn = msgspec.convert(data, _RemoteTurn)
+        if name in ("output.reset", "output.snapshot"):
+            self.reset(turn)
+        if name == "output.delta":
+            self.write(turn, data["field"], data["text"])
+        elif name == "reasoning.delta":
+            self.write_reasoning(turn, data["text"])
+        elif name == "call.started":
+            arguments = msgspec.Raw(msgspec.json.encode(data.get("arguments")))
+            started_at = msgspec.convert(data["started_at"], datetime)
+            self.begin_call(turn, turn.call_id, data["name"], data["kind"], arguments, started_at)
+        values = {data["field"]: data["value"]} if name == "output.value" else data.get("output", {})
+        for field, value in values.items():
+            if isinstance(value, str) and name == "output.snapshot":
+                self.write(turn, field, value)
+            else:
+                self.write_value(turn, field, value)
+
+    def drop_open(self) -> None:
+        """Drop what is not known to have ended, because the process that wrote it is gone."""
+        with self._lock:
+            self._restart(self.ended_steps)
+        self._wake_soon()
 
     # Reading
 
@@ -320,7 +385,9 @@ class LiveReader:
     def passed(self, event: Event) -> None:
         """Forget the step or the call whose end is *event*, which the reader has now."""
         if event.name == "call.completed":
-            self._places.pop((event.data["position"], event.data["call_id"]), None)
+            key = event.data["position"], event.data["call_id"]
+            self._places.pop(key, None)
+            self._live.end_call(*key)  # another process may have executed it
         elif event.name == "step.completed":
             self.position = event.data["position"] + 1
             for key in [key for key in self._places if key[0] < self.position]:

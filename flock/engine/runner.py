@@ -217,7 +217,7 @@ class Runner:
         if live is None:
             live = self.watched[run_id] = LiveOutput(self.limits.max_result_bytes)
             if run_id in self.active:
-                self.active[run_id].live = live
+                self.active[run_id].live, live.ended_steps = live, len(self.active[run_id].run.steps)
         live.watchers += 1
         try:
             yield live
@@ -225,6 +225,8 @@ class Runner:
             live.watchers -= 1
             if not live.watchers:
                 del self.watched[run_id]
+                if live.follower is not None:
+                    live.follower.cancel()
                 if run_id in self.active:
                     self.active[run_id].live = None
 

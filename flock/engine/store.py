@@ -791,6 +791,7 @@ class Store:
         def apply(db: sqlite3.Connection) -> TakenOver:
             taken = takeover.take_over(db, unfinished, dead_id, owner, now)
             if taken.is_complete:
+                files.remove(f"{self.path}-live-{dead_id}")
                 files.remove(f"{self.path}-engine-{dead_id}")  # before the commit; see renew_registration
             return taken
 

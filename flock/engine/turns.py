@@ -226,6 +226,8 @@ class Turns:
             step = await self._step(active, run, agent, inputs, slot, is_again=is_again)
             self._check_size(run, step)
             await active.keep(step)
+            if active.live is not None:
+                active.live.end_step(len(run.steps))
             self.notify("step_completed", step)
             return step
         finally:
