@@ -15,12 +15,10 @@ import logging
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
-from urllib.parse import urlencode
-from uuid import UUID
 
 import anyio
 import anyio.lowlevel
@@ -39,7 +37,7 @@ from flock.agents.graph import graph_of, mermaid_of
 from flock.agents.workflow import columns_of
 from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
-from flock.engine.rowchecks import BatchCheck, check_batch
+from flock.engine.rowchecks import check_batch
 from flock.errors import (
     Conflict,
     DefinitionError,
@@ -51,7 +49,6 @@ from flock.errors import (
 from flock.extras import pip_install
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
-from flock.rows.tables import RowMapping
 from flock.runs import (
     LONG_BYTES,
     Batch,
@@ -65,10 +62,20 @@ from flock.runs import (
     RunFilter,
     RunStatus,
     events_of,
+    new_id,
 )
 from flock.web import wire
 from flock.web.auth import ConcurrencyLimit, KeyRing, RateLimit, ScopedEngine
-from flock.web.batches import BATCH_TYPES, agent_of, batch_options, options_in_body, row_mapping_of, rows_of
+from flock.web.batches import (
+    BATCH_TYPES,
+    agent_of,
+    batch_options,
+    check_response,
+    options_in_body,
+    results_format,
+    row_mapping_of,
+    rows_of,
+)
 from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
 from flock.web.lifespan import lifespan_of
@@ -78,9 +85,11 @@ from flock.web.pages import DOCS, SPECIFICATION, UI, no_ui
 from flock.web.problems import on_error
 from flock.web.requests import (
     fingerprint_of,
+    id_or_none,
     idempotency_key,
     last_event_of,
-    path_of,
+    next_page,
+    or_none,
     query_of,
     request_id_for,
     request_id_of,
@@ -96,6 +105,7 @@ from flock.web.responses import (
     PageResponse,
     add_headers,
     event_text,
+    events_of_new_run,
     head_of_stream,
     split_message,
 )
@@ -372,16 +382,6 @@ def wait_of(request: Request, query: wire.WaitQuery | wire.BatchQuery | None = N
     return min((query or query_of(request, wire.WaitQuery)).wait, app_of(request).options.max_wait_s)
 
 
-def _or_none(value: T | msgspec.UnsetType) -> T | None:
-    """Return *value*, or None if it is unset. A query has no null: ``?status=null`` is an invalid status."""
-    return None if isinstance(value, msgspec.UnsetType) else value
-
-
-def _id_or_none(value: UUID | msgspec.UnsetType) -> str | None:
-    """Return the id as it is stored, since a UUID can be written in several ways."""
-    return None if isinstance(value, msgspec.UnsetType) else str(value)
-
-
 async def _replayed(found: Awaitable[T]) -> T:
     """Return the run or batch of the earlier request with the same key. Raises Conflict if it was deleted."""
     try:
@@ -405,6 +405,11 @@ async def run_flock(request: Request) -> Response:
     """
     prefer = preferences(request.headers.getlist("prefer"))
     responds_async = "respond-async" in prefer
+    if (
+        preferred(request.headers.get("accept", ""), ["application/json", EventStream.media_type])
+        == EventStream.media_type
+    ):
+        return await _streamed_run(request, responds_async)
     run, is_async, headers = await _accepted_run(request, responds_async)
     if not is_async:
         run_id, outlives_client = run.run_id, run.is_async
@@ -422,7 +427,27 @@ async def run_flock(request: Request) -> Response:
     return await run_response(request, run, 200 if run.status.is_final else 202, headers)
 
 
-async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bool, Mapping[str, str]]:
+async def _streamed_run(request: Request, responds_async: bool) -> Response:
+    """Start the run in the body, and stream its events until it ends or waits for an answer.
+
+    It is watched from its start, so that no text is missed. If the client disconnects, see ``run_flock``.
+    """
+    app, engine, run_id = app_of(request), await engine_of(request), new_id()
+    reasoning = query_of(request, wire.StreamQuery).reasoning
+    with contextlib.ExitStack() as held:
+        held.enter_context(stream_slot(request))  # before the run is accepted
+        held.enter_context(engine.watch(run_id))
+        run, is_async, headers = await _accepted_run(request, responds_async, run_id)
+        headers = {**headers, "Location": f"{root_path(request.scope)}/run/{run.run_id}"}
+        outlives_client = is_async or run.is_async or app.options.on_disconnect != "cancel"
+        on_cut_off = None if outlives_client else functools.partial(engine.cancel_run, run.run_id)
+        events = events_of_new_run(engine, run, reasoning=reasoning)
+        return event_stream(request, engine, events, headers, held.pop_all(), on_cut_off)
+
+
+async def _accepted_run(
+    request: Request, responds_async: bool, run_id: str | None = None
+) -> tuple[Run, bool, Mapping[str, str]]:
     """Submit the run in the body. Return it, whether the request is asynchronous, and headers.
 
     The body is freed when this returns.
@@ -442,6 +467,7 @@ async def _accepted_run(request: Request, responds_async: bool) -> tuple[Run, bo
             timeout_s=run_request.timeout_s,
             session_id=run_request.session_id,
             key=key,
+            run_id=run_id,
         )
     except Replayed as exc:
         return await _replayed(engine.get_run(exc.made_id)), is_async, REPLAYED
@@ -477,12 +503,12 @@ async def list_runs(request: Request) -> Response:
     """GET /runs"""
     query = query_of(request, wire.RunsQuery)
     filter_ = RunFilter(
-        status=_or_none(query.status),
-        agent_name=_or_none(query.agent_name),
-        session_id=_or_none(query.session_id),
-        created_after=_or_none(query.created_after),
-        created_before=_or_none(query.created_before),
-        after=_id_or_none(query.after),
+        status=or_none(query.status),
+        agent_name=or_none(query.agent_name),
+        session_id=or_none(query.session_id),
+        created_after=or_none(query.created_after),
+        created_before=or_none(query.created_before),
+        after=id_or_none(query.after),
         limit=query.limit,
         with_inputs=query.includes("inputs"),
         with_results=query.includes("result"),
@@ -543,10 +569,10 @@ async def delete_session(request: Request) -> Response:
 async def run_events(request: Request) -> Response:
     """GET /run/{run_id}/events"""
     engine, run_id = await engine_of(request), request.path_params["run_id"]
-    run, after = await engine.get_run(run_id), last_event_of(request)
+    run, after, query = await engine.get_run(run_id), last_event_of(request), query_of(request, wire.RunEventsQuery)
     if run.status.is_final and (events_of(run)[-1].id or 0) <= after:
         return Response(status_code=204)  # otherwise a browser would reconnect forever
-    return event_stream(request, engine, engine.events(run_id, after))
+    return event_stream(request, engine, engine.events(run_id, after, reasoning=query.reasoning))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -606,9 +632,9 @@ async def list_batches(request: Request) -> Response:
     """GET /batches"""
     query = query_of(request, wire.BatchesQuery)
     filter_ = BatchFilter(
-        status=_or_none(query.status),
-        agent_name=_or_none(query.agent_name),
-        after=_id_or_none(query.after),
+        status=or_none(query.status),
+        agent_name=or_none(query.agent_name),
+        after=id_or_none(query.after),
         limit=query.limit,
     )
     return batches_response(request, await (await engine_of(request)).list_batches(filter_))
@@ -634,7 +660,7 @@ async def batch_results(request: Request) -> Response:
     query = query_of(request, wire.ResultsQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     batch, format_ = await engine.get_batch(batch_id), results_format(request, query.format)
-    status = _or_none(query.status)
+    status = or_none(query.status)
     statuses = [final for final in RunStatus if final.is_final and status in (None, final.value)]
     headers = {
         "Flock-Run-Status": batch.status.value,
@@ -648,16 +674,6 @@ async def batch_results(request: Request) -> Response:
     pages = item_pages(engine, batch_id, after=query.after, limit=query.limit, statuses=statuses)
     stream = results_as(format_, pages, batch.extra_names, columns, query.escape_formulas)
     return LimitedStream(stream, download_slot(request), headers, RESULT_TYPES[format_])
-
-
-def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
-    """Return the format of a download: ``?format=``, or the preferred one in ``Accept``. Raises HTTPException 406."""
-    if not isinstance(named, msgspec.UnsetType):
-        return named
-    best = preferred(request.headers.get("accept", ""), list(RESULT_TYPES.values()))
-    if best is None:
-        raise HTTPException(406, f"Results are available as {', '.join(RESULT_TYPES.values())}. Accept one of them.")
-    return next(name for name, media_type in RESULT_TYPES.items() if media_type == best)
 
 
 async def batch_events(request: Request) -> Response:
@@ -808,7 +824,7 @@ def waiting_for(run: Run) -> list[Question] | msgspec.UnsetType:
 def runs_response(request: Request, page: Page[Run], query: wire.RunsQuery) -> Response:
     left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not query.includes(name)}
     runs = [wire.shown_as(wire.RunSummary, run, waiting_for=waiting_for(run), **left_out) for run in page]
-    path, headers = _next_page(request, page[-1].run_id if page.has_more else None)
+    path, headers = next_page(request, page[-1].run_id if page.has_more else None)
     return PageResponse(wire.RunList(runs=runs, next=path), download_slot(request), headers=headers)
 
 
@@ -835,49 +851,39 @@ def batch_response(
     return PageResponse(body, download_slot(request), status_code, headers)
 
 
-def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:
-    """Return the errors for which a batch would be rejected, or its first rows as they would be stored."""
-    rows = [
-        wire.FlockBatchCheckRow(
-            line=msgspec.UNSET if row.line is None else row.line, inputs=row.inputs, extra=extra or msgspec.UNSET
-        )
-        for row, extra, _ in check.rows
-    ]
-    return JSONResponse(wire.shown_as(wire.FlockBatchCheck, check, columns=list(row_mapping.columns), rows=rows))
-
-
 def batches_response(request: Request, page: Page[Batch]) -> Response:
     batches = [wire.shown_as(wire.BatchSummary, batch) for batch in page]
-    path, headers = _next_page(request, page[-1].batch_id if page.has_more else None)
+    path, headers = next_page(request, page[-1].batch_id if page.has_more else None)
     return JSONResponse(wire.BatchList(batches=batches, next=path), headers=headers)
-
-
-def _next_page(request: Request, last_id: str | None) -> tuple[str | None, Mapping[str, str]]:
-    """Return the path of the page after *last_id*, and the ``Link`` header for it."""
-    if last_id is None:
-        return None, {}
-    path = f"{path_of(request.scope)}?{urlencode({**request.query_params, 'after': last_id})}"
-    return path, {"Link": f'<{path}>; rel="next"'}
 
 
 def _accepted(request: Request, path: str, status_code: int) -> dict[str, str]:
     return {"Location": root_path(request.scope) + path, "Retry-After": "1"} if status_code == 202 else {}
 
 
-def event_stream(request: Request, engine: Engine, events: AsyncIterator[Event | None]) -> Response:
+def event_stream(
+    request: Request,
+    engine: Engine,
+    events: AsyncGenerator[Event | None, None],
+    headers: Mapping[str, str] | None = None,
+    slot: AbstractContextManager[object] | None = None,
+    on_cut_off: Callable[[], Awaitable[object]] | None = None,
+) -> Response:
     """Stream *events* as they happen. The response is 429 if the caller has too many streams open."""
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})}
     if request.method == "HEAD":
         return head_of_stream(EventStream.media_type, headers)
+    text = event_text(events, engine, request_id_of(request))
+    return EventStream(text, slot or stream_slot(request), headers, on_cut_off=on_cut_off)
+
+
+@contextlib.contextmanager
+def stream_slot(request: Request) -> Iterator[None]:
+    """Hold the caller's slot for an event stream in the block. Raises TooManyRequests if none is free."""
     app = app_of(request)
-
-    @contextlib.contextmanager
-    def stream_slot() -> Iterator[None]:
-        counted = contextlib.nullcontext() if app.metrics is None else app.metrics.event_streams.track_inprogress()
-        with app.event_streams.take(caller_of(request)), counted:
-            yield
-
-    return EventStream(event_text(events, engine, request_id_of(request)), stream_slot(), headers)
+    counted = contextlib.nullcontext() if app.metrics is None else app.metrics.event_streams.track_inprogress()
+    with app.event_streams.take(caller_of(request)), counted:
+        yield
 
 
 def download_slot(request: Request) -> AbstractContextManager[None]:

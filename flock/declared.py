@@ -37,7 +37,7 @@ from flock.limits import Limits
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
-from flock.runs import Answer, BatchOptions, OnExtra, OnInvalid, Row, RunStatus
+from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, Row, RunStatus, new_id
 
 __all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent"]
 
@@ -157,13 +157,19 @@ class DeclaredFlock:
         return self._shared_engines.setdefault((engine.store.path, expose_errors), engine)
 
     async def run_async(
-        self, agent_name: str, inputs: Mapping[str, Any] | None = None, *, answer: Answer = nobody
+        self,
+        agent_name: str,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        answer: Answer = nobody,
+        on_event: Callable[[Event], object] | None = None,
     ) -> dict[str, Any]:
         """Run an agent, and the agents that it hands off to, without a server.
 
         Args:
             answer: a function that answers the questions of the agents; see ``RunContext.ask``. It may be async. By
                 default a question fails the run.
+            on_event: called with each event of the run, such as ``output.delta`` with a piece of text as it is written.
 
         Returns:
             dict: the last agent's result.
@@ -176,19 +182,31 @@ class DeclaredFlock:
         Cancellation: the run is cancelled.
         """
         async with self.engine(expose_errors=True, answer=answer) as engine:
-            run = await engine.submit(agent_name, inputs or {}, is_async=False)
-            run = await engine.wait(run.run_id)
+            run_id = new_id()
+            with contextlib.nullcontext() if on_event is None else engine.watch(run_id):
+                await engine.submit(agent_name, inputs or {}, is_async=False, run_id=run_id)
+                if on_event is not None:
+                    async with contextlib.aclosing(engine.events(run_id)) as events:
+                        async for event in events:
+                            if event is not None:
+                                on_event(event)
+            run = await engine.wait(run_id)
         if run.status is not RunStatus.COMPLETED or run.result is None:
             raise RunFailed(run.error or "The run has no result.", run.error_type or "unknown")
         result: dict[str, Any] = msgspec.json.decode(run.result)
         return result
 
     def run(
-        self, agent_name: str, inputs: Mapping[str, Any] | None = None, *, answer: Answer = nobody
+        self,
+        agent_name: str,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        answer: Answer = nobody,
+        on_event: Callable[[Event], object] | None = None,
     ) -> dict[str, Any]:
         """Run an agent and block until its result is available; see ``run_async``."""
         _check_no_loop("run_async")
-        return anyio.run(functools.partial(self.run_async, agent_name, inputs, answer=answer))
+        return anyio.run(functools.partial(self.run_async, agent_name, inputs, answer=answer, on_event=on_event))
 
     async def run_batch_async(
         self,

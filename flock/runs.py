@@ -54,6 +54,7 @@ __all__ = [
     "Inputs",
     "ItemLimits",
     "Items",
+    "Live",
     "LongJSON",
     "Observer",
     "OnExtra",
@@ -73,13 +74,17 @@ __all__ = [
     "StepJournal",
     "Time",
     "Usage",
+    "Watched",
     "event_of_batch",
+    "event_of_call",
     "events_of",
     "make_ids_after",
     "new_id",
     "now",
     "one_line",
+    "position_of",
     "safe_text",
+    "started_id",
     "stub_of",
     "valid_traceparent",
 ]
@@ -607,14 +612,26 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     data: dict[str, Any]
 
 
-#: Range of event ids that is reserved for each attempt.
-EVENTS_PER_ATTEMPT = 1_000_000
+#: Ranges of event ids that are reserved for each attempt, and in it for each step. JavaScript can read them all.
+EVENTS_PER_ATTEMPT = 10**12
+EVENTS_PER_STEP = 10**6
+
+
+def started_id(attempt: int, position: int) -> int:
+    """Return the id of the event ``step.started``. Those of the calls of the step follow it."""
+    return attempt * EVENTS_PER_ATTEMPT + position * EVENTS_PER_STEP + 1
+
+
+def position_of(event_id: int) -> int:
+    """Return the position of the step to which an event belongs; -1 for ``run.started``."""
+    return (event_id % EVENTS_PER_ATTEMPT - 1) // EVENTS_PER_STEP
 
 
 def events_of(run: Run) -> list[Event]:
-    """Return all events of *run* so far, in order. They are derived from its record, so any process can send them.
+    """Return all events of *run* so far, in order, except those of its calls; see ``event_of_call``.
 
-    The content of an id never changes: an event contains only data that was known when it happened.
+    They are derived from its record, so any process can send them. The content of an id never changes: an event
+    contains only data that was known when it happened.
     """
 
     def event(attempt: int, number: int | None, name: str, **data: Any) -> Event:
@@ -629,14 +646,14 @@ def events_of(run: Run) -> list[Event]:
         step_data = {"position": position, "agent_name": step.agent_name}
         if step.attempt == run.attempt:
             events, started = events + started, []
-        events.append(event(step.attempt, 2 * position + 1, "step.started", **step_data))
+        events.append(event(step.attempt, position * EVENTS_PER_STEP + 1, "step.started", **step_data))
         end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result", "usage")}
-        events.append(event(step.attempt, 2 * position + 2, "step.completed", **step_data, **end))
+        events.append(event(step.attempt, (position + 1) * EVENTS_PER_STEP, "step.completed", **step_data, **end))
     if has_started:
         events += started
     name = run.next_agent_name
     if has_started and name is not None:  # the step is running, or the run failed in it
-        number = 2 * len(run.steps) + 1
+        number = len(run.steps) * EVENTS_PER_STEP + 1
         events.append(event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name))
     if run.progress is not None:
         events.append(event(run.attempt, None, "run.progress", **msgspec.structs.asdict(run.progress)))
@@ -646,6 +663,19 @@ def events_of(run: Run) -> list[Event]:
         end = {name: getattr(run, name) for name in ("status", "result", "error", "error_type", "completed_at")}
         events.append(event(run.attempt, EVENTS_PER_ATTEMPT - 1, f"run.{run.status}", **end))
     return events
+
+
+def event_of_call(started: Event, number: int, call: Call) -> Event:
+    """Return the event of a stored call of the step that began with *started*: call *number*, from 0.
+
+    Calls are numbered in the order in which they were stored. A later attempt of the same step reports them again.
+    """
+    assert started.id is not None
+    names = ("call_id", "name", "kind", "result", "error", "error_type", "usage", "started_at", "completed_at")
+    data = {**started.data, **{name: getattr(call, name) for name in names}}
+    if call.result is NOT_LOADED:
+        del data["result"]
+    return Event(id=started.id + 1 + number, name="call.completed", data=data)
 
 
 def event_of_batch(batch: Batch) -> Event:
@@ -778,11 +808,34 @@ class StepJournal(Protocol):
     ) -> Awaitable[Any]: ...
 
 
+class Live(Protocol):
+    """What the agents of a run write while it is watched; see ``flock.engine.live``. It is thread-safe."""
+
+    def write(self, writer: "RunContext", field: str, text: str) -> None: ...
+
+    def write_value(self, writer: "RunContext", field: str, value: Any) -> None: ...
+
+    def write_reasoning(self, writer: "RunContext", text: str) -> None: ...
+
+    def reset(self, writer: "RunContext") -> None: ...
+
+    def settle(self, writer: "RunContext", result: msgspec.Raw, *, has_missed: bool) -> None: ...
+
+
+class Watched(Protocol):
+    """Where a run keeps its live output: None while nobody watches it."""
+
+    @property
+    def live(self) -> Live | None: ...
+
+
 class RunContext:
     """The context of a running step. It is passed to the parameter annotated with this type, and is thread-safe.
 
     Attributes:
         run_id, agent_name, attempt, request_id, traceparent: of the run.
+        position: of the step in the run, from 0.
+        call_id: of the call of the step that this agent executes; "" if the agent is that of the step.
         step_key: idempotency key of this step, ``run:{run_id}/{position}``, from 0. It stays the same if the step is
             repeated after a crash, and changes with each retry. Send it as ``Idempotency-Key`` to paid services. If a
             step makes several calls, append a suffix of your own to each. Model agents do this.
@@ -799,9 +852,13 @@ class RunContext:
         *,
         on_usage: Callable[[str, Usage], None] = lambda agent_name, usage: None,
         max_tokens: int | None = None,
+        watched: Watched | None = None,
+        output_names: Sequence[str] = (),
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
+        self.position = len(run.steps)
+        self.call_id = ""
         self.attempt = run.attempt
         self.request_id = run.request_id
         self.traceparent = run.traceparent
@@ -811,6 +868,9 @@ class RunContext:
         self._on_usage = on_usage
         self._max_tokens = max_tokens
         self._journal = journal
+        self._watched = watched
+        self._output_names = output_names
+        self._has_missed = False
 
     @property
     def cancel_requested(self) -> bool:
@@ -820,12 +880,76 @@ class RunContext:
         """Set ``cancel_requested``, also for the agents that this step has called."""
         self._cancel_requested.append(True)
 
-    def of_called_agent(self, agent_name: str) -> "RunContext":
+    def of_called_agent(self, agent_name: str, output_names: Sequence[str] = ()) -> "RunContext":
         """Return the context of an agent that the current call executes. Only an engine uses it."""
         context = copy.copy(self)
         context.agent_name = agent_name
         context.step_key = self.idempotency_key
+        context.call_id = CURRENT_CALL.get()
+        context._output_names = output_names
+        context._has_missed = False
         return context
+
+    # Output while it is written
+
+    @property
+    def _live(self) -> Live | None:
+        return None if self._watched is None else self._watched.live
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody reads the output of this run now, so that it is worth writing it piece by piece."""
+        return self._live is not None
+
+    def emit(self, text: str, field: str | None = None) -> None:
+        """Append *text* to a field of the output, for clients that read the run's events now. Nothing is stored.
+
+        The result of the agent is what counts: if it differs in the end, clients get the right text instead.
+
+        Args:
+            field: of the output. By default the first one that is a string, or else the first one.
+
+        Raises: ValueError if the output has no such field.
+        """
+        names = self._output_names
+        if field is None:
+            field = names[0] if names else "result"
+        elif names and field not in names:
+            raise ValueError(
+                f"The output of {self.agent_name!r} has no field {field!r}. Its fields: {', '.join(names)}."
+            )
+        live = self._live
+        if live is None:
+            self._has_missed = True
+        elif text and not self._has_missed:  # a text without its beginning would be wrong
+            live.write(self, field, text)
+
+    def emit_value(self, field: str, value: Any) -> None:
+        """Set a field of the output that is not written piece by piece, like ``emit``."""
+        live = self._live
+        if live is None:
+            self._has_missed = True
+        elif not self._has_missed:
+            live.write_value(self, field, value)
+
+    def emit_reasoning(self, text: str) -> None:
+        """Append *text* to the reasoning of the model, for clients that ask for it."""
+        live = self._live
+        if live is not None:
+            live.write_reasoning(self, text)
+
+    def reset_output(self) -> None:
+        """Drop what this agent has written in this turn. It begins anew. No effect if it has written nothing."""
+        self._has_missed = False
+        live = self._live
+        if live is not None:
+            live.reset(self)
+
+    def settle_output(self, result: msgspec.Raw) -> None:
+        """Make what clients have got the fields of *result*, if this agent has written anything. Engines call it."""
+        live = self._live
+        if live is not None:
+            live.settle(self, result, has_missed=self._has_missed)
 
     def call(
         self,
@@ -1026,6 +1150,7 @@ class Engine(Protocol):
         timeout_s: float | None = None,
         session_id: str | None = None,
         key: IdempotencyKey | None = None,
+        run_id: str | None = None,
     ) -> Run:
         """Accept a run and return without waiting for its result.
 
@@ -1041,6 +1166,7 @@ class Engine(Protocol):
             session_id: the session of *principal* that the run joins, 1 to 128 visible ASCII characters. The run starts
                 when the runs of the session that were accepted before it have ended. A retry joins again as the last.
             key: detects repeated requests.
+            run_id: of the run, a ``new_id()`` for ``watch``; None creates one.
 
         Returns:
             Run: status "starting".
@@ -1142,8 +1268,20 @@ class Engine(Protocol):
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         """Return one page of runs, newest first, without batch items and steps. Long runs make a page shorter."""
 
-    def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+    def watch(self, run_id: str) -> AbstractContextManager[object]:
+        """Keep the live output of a run inside the block, so that a reader of its events gets it from the start.
+
+        The run need not exist yet: its id can be passed to ``submit``.
+        """
+
+    def events(self, run_id: str, after: int = 0, *, reasoning: bool = False) -> AsyncGenerator[Event | None, None]:
         """Yield the events of a run after the id *after* until it ends, and None after 15 s without an event.
+
+        Events of the live output, such as ``output.delta``, have no id. They are sent after the ``step.started`` and
+        before the ``step.completed`` of their step.
+
+        Args:
+            reasoning: also yield ``reasoning.delta``.
 
         Raises RunNotFound before the first event. A slow reader may miss progress events, but no others.
         """

@@ -52,7 +52,9 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for na
 #: The operations that take the query of each struct.
 QUERIES = {
     "WaitQuery": ["getRun", "cancelRun", "answerCall", "cancelBatch"],
-    "EventsQuery": ["getRunEvents", "getBatchEvents"],
+    "EventsQuery": ["getBatchEvents"],
+    "RunEventsQuery": ["getRunEvents"],
+    "StreamQuery": ["runFlock"],
     "RunsQuery": ["listRuns"],
     "UploadQuery": ["runBatch"],
     "BatchQuery": ["getBatch"],

@@ -795,7 +795,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
 
 def test_each_method_that_needs_a_running_engine_is_in_the_table() -> None:
     public = {name for name in vars(Engine) if not name.startswith("_")}
-    assert public - {"item_limits", "is_draining", "health", "observe"} == set(CALLS)
+    assert public - {"item_limits", "is_draining", "health", "observe", "watch"} == set(CALLS)
 
 
 @pytest.mark.parametrize("name", CALLS)

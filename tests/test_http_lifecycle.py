@@ -370,7 +370,7 @@ async def test_an_event_stream_ends_if_the_store_fails(
     run_id = await start(client, "steady")
     await get(client, f"/run/{run_id}", wait=30)
 
-    async def fail(run_id: str, after: int = 0) -> AsyncIterator[None]:
+    async def fail(run_id: str, after: int = 0, **options: Any) -> AsyncIterator[None]:
         raise StoreError("gone")
         yield
 

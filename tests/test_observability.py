@@ -432,7 +432,7 @@ def test_every_worker_reports_the_sum_of_all(tmp_path: Path) -> None:
         nap = httpx.post(f"{server.url}/run/flock", json={"agent_name": "nap", "async_run": True}).json()["run_id"]
         with httpx.stream("GET", f"{server.url}/run/{nap}/events") as stream:
             lines = stream.iter_lines()
-            assert next(lines) == "id: 1000000"
+            assert next(lines) == "id: 1000000000000"
             assert values_in(httpx.get(f"{server.url}/metrics").text)["flock_event_streams"] == 1
             process_ids = set(re.findall(r"Started server process \[(\d+)\]", "\n".join(server.lines)))
             for number, process_id in enumerate(process_ids, 1):

@@ -532,7 +532,7 @@ def test_a_hidden_tab_closes_its_stream_and_resumes_after_the_last_event(visit: 
     closed.open_gate(f"{gate}-2")
     with page.expect_request(lambda request: request.url.endswith("/events")) as again:
         hide(False)
-    assert int(again.value.headers["last-event-id"]) >= 1_000_000
+    assert int(again.value.headers["last-event-id"]) >= 10**12
     expect(status_of(page)).to_contain_text("completed")
     expect(page.get_by_role("list", name="Steps").locator("> li")).to_have_count(2)
 

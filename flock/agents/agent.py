@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import re
+import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -20,7 +21,14 @@ from flock.agents.completions import Message
 from flock.agents.conversation import Conversation
 from flock.agents.llm import ModelClient
 from flock.agents.reasoning import ReasonedAnswer
-from flock.agents.signature import Signature, context_parameter, is_async, name_of
+from flock.agents.signature import (
+    Signature,
+    context_parameter,
+    hints_of_function,
+    is_async,
+    is_generator,
+    name_of,
+)
 from flock.agents.tools import AgentTool, Tool, Toolbox, ToolSource, by_name
 from flock.errors import (
     CallError,
@@ -101,6 +109,7 @@ class Agent:
     """The base class of all agents. Subclasses implement ``take_turn``.
 
     Attributes:
+        output_names: the fields of its output, and first the one that is written if no field is named.
         uses_context: whether a turn may make calls, report progress or use tokens. A function without a context cannot.
 
     Args:
@@ -136,6 +145,7 @@ class Agent:
         self.description = description
         self.input = input
         self.output = output
+        self.output_names = _output_names(output)
         self.next_agent = next_agent
         self.max_concurrency = max_concurrency
         self.on_interrupt = on_interrupt
@@ -206,6 +216,12 @@ class Agent:
         raise InvalidHandoff(
             f"next_agent of {self.name!r} must be or return a name, an agent or None, not {type(chosen).__name__}."
         )
+
+
+def _output_names(output: Signature) -> Sequence[str]:
+    """Return the fields of *output*: the first string, then the others in order."""
+    members = output.result_schema.get("properties", {})
+    return sorted(members, key=lambda name: members[name].get("type") != "string")[:1] + list(members)
 
 
 def _name_of(chosen: Any) -> Any:
@@ -471,6 +487,9 @@ def _in_words(schema: Mapping[str, Any], plural: str = "") -> str:
 class FunctionAgent(Agent):
     """An agent that calls a typed function, in the event loop if it is async and in a worker thread otherwise.
 
+    A generator writes its output piece by piece: each ``str`` that it yields is appended to the first string of the
+    output, and the last other value is the result. If it yields only text, the text is the result.
+
     The agent can be called like the function itself.
     """
 
@@ -486,9 +505,6 @@ class FunctionAgent(Agent):
     ) -> None:
         if inspect.isclass(function):
             raise DefinitionError(f"{function!r} is a class. Pass a function or a callable object.")
-        called = (function, type(function).__call__)
-        if any(map(inspect.isgeneratorfunction, called)) or any(map(inspect.isasyncgenfunction, called)):
-            raise DefinitionError(f"{function!r} is a generator. An agent must return its complete result.")
         if "tools" in options:
             raise DefinitionError(
                 f"{name or name_of(function)!r} is a function, so it has no tools=. Call the other functions in it."
@@ -511,6 +527,23 @@ class FunctionAgent(Agent):
         self._parameters = [field.name for field in self.input.fields]
         self._context_parameter = context_parameter(function)
         self.uses_context = self._context_parameter is not None
+        self._is_generator = is_generator(function)
+        if self._is_generator:
+            self._is_async, self.uses_context = is_generator(function, is_async=True), True
+            self._check_generator(types_only=output is not None)
+
+    def _check_generator(self, *, types_only: bool) -> None:
+        """Raise DefinitionError if what the generator yields does not make up its output."""
+        members, required = self.output.result_schema["properties"], self.output.result_schema.get("required", [])
+        yields = typing.get_args(hints_of_function(self.function).get("return"))[:1]
+        is_text, has_text = yields == (str,), any(member.get("type") == "string" for member in members.values())
+        if not has_text and (is_text or str in typing.get_args(*yields)):
+            raise DefinitionError(f"{self.name!r} yields text, but its output has no field of type str for it.")
+        if is_text and types_only and (missing := [name for name in required if name != self.output_names[0]]):
+            raise DefinitionError(
+                f"{self.name!r} yields only text, for the field {self.output_names[0]!r}. Its output needs "
+                f"{', '.join(map(repr, missing))} too: yield the whole result last, as '-> AsyncIterator[str | dict]'."
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -520,7 +553,9 @@ class FunctionAgent(Agent):
         if self._context_parameter is not None:
             values[self._context_parameter] = context
         call = functools.partial(self.function, **values)
-        if self._is_async:
+        if self._is_generator:
+            value = await self._written(call, resources, context)
+        elif self._is_async:
             value = await call()
         else:
             value = await resources.call_in_thread(call)
@@ -530,6 +565,36 @@ class FunctionAgent(Agent):
             return self.output.encode({"result": value} if self._is_boxed else value)
         except InvalidData as exc:
             raise InvalidOutput(f"The result of {self.name!r} does not match its output signature. {exc}") from exc
+
+    async def _written(self, call: Callable[[], Any], resources: Resources, context: RunContext) -> Any:
+        """Write the text that a generator yields, and return its result."""
+        texts, results, field = list[str](), list[Any](), self.output_names[0]
+
+        def add(part: Any) -> None:
+            if isinstance(part, str):
+                texts.append(part)
+                context.emit(part, field)
+            else:
+                results[:] = [part]
+
+        def add_all() -> None:
+            with contextlib.closing(call()) as parts:
+                for part in parts:
+                    if context.cancel_requested:
+                        break
+                    add(part)
+
+        if self._is_async:
+            async with contextlib.aclosing(call()) as parts:
+                async for part in parts:
+                    add(part)
+        else:
+            await resources.call_in_thread(add_all)
+        if not results:
+            return "".join(texts) if self._is_boxed else {field: "".join(texts)}
+        if texts and isinstance(results[0], dict) and not self._is_boxed:  # it may leave the text out
+            return {field: "".join(texts), **results[0]}
+        return results[0]
 
 
 @overload

@@ -15,6 +15,7 @@ and in ``types=``; nothing is evaluated.
 """
 
 import ast
+import collections.abc
 import copy
 import datetime
 import decimal
@@ -48,7 +49,15 @@ from flock.pydanticmodel import (
 )
 from flock.runs import RunContext
 
-__all__ = ["Signature", "context_parameter", "hints_of_function", "is_async", "name_of", "text_as_json"]
+__all__ = [
+    "Signature",
+    "context_parameter",
+    "hints_of_function",
+    "is_async",
+    "is_generator",
+    "name_of",
+    "text_as_json",
+]
 
 NAMED_TYPES: Mapping[str, Any] = {
     "str": str,
@@ -361,10 +370,17 @@ class Signature:
 
         Raises SignatureError.
         """
-        returned = hints_of_function(function).get("return", Any)
+        returned, name = hints_of_function(function).get("return", Any), name_of(function)
+        if is_generator(function):
+            yielded = typing.get_args(returned)[:1]
+            if typing.get_origin(returned) not in ITERATORS or not yielded:
+                raise SignatureError(
+                    f"{name}: it is a generator. Say what it yields: '-> AsyncIterator[str]' for text, "
+                    "'-> AsyncIterator[str | Article]' for text and then the whole result, or output=."
+                )
+            returned = _result_among(yielded[0])
         if has_fields(returned):
             return cls.of(returned), False
-        name = name_of(function)
         return cls(_checked([Field.of("result", returned)], name), name=name), True
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
@@ -432,6 +448,27 @@ def context_parameter(function: Callable[..., Any]) -> str | None:
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether a function, a method or a callable object is a coroutine function."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+#: What the return type of a generator may be.
+ITERATORS = (
+    *(collections.abc.AsyncGenerator, collections.abc.AsyncIterable, collections.abc.AsyncIterator),
+    *(collections.abc.Generator, collections.abc.Iterable, collections.abc.Iterator),
+)
+
+
+def is_generator(function: Callable[..., Any], *, is_async: bool | None = None) -> bool:
+    """Whether a function, a method or a callable object is a generator function, async or not if *is_async* is None."""
+    called = function, type(function).__call__
+    is_one = is_async is not True and any(map(inspect.isgeneratorfunction, called))
+    return is_one or (is_async is not False and any(map(inspect.isasyncgenfunction, called)))
+
+
+def _result_among(yielded: Any) -> Any:
+    """Return the type of the result of a generator that yields this type: what is not text, or else text."""
+    is_union = typing.get_origin(yielded) in (Union, python_types.UnionType)
+    others = [member for member in (typing.get_args(yielded) if is_union else [yielded]) if member is not str]
+    return UNION[tuple(others)] if others else str
 
 
 def name_of(function: Callable[..., Any]) -> str:

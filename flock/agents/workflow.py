@@ -99,7 +99,9 @@ async def take_turn(agent: Agent, inputs: msgspec.Raw, resources: Resources, con
         decoded = agent.input.decode(inputs)
     except InvalidData as exc:
         raise InvalidHandoff(f"The inputs for the agent {agent.name!r} are missing or invalid. {exc}") from exc
-    return await agent.take_turn(decoded, resources, context)
+    result = await agent.take_turn(decoded, resources, context)
+    context.settle_output(result)
+    return result
 
 
 def columns_of(agent_name: str, agents: Mapping[str, Agent]) -> Columns:

@@ -25,6 +25,7 @@ from flock import __version__
 from flock.agents.checks import problems
 from flock.agents.questions import check_answer
 from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
+from flock.command.live import LivePrinter
 from flock.command.server import (
     ServerSettings,
     WorkerSettings,
@@ -449,19 +450,24 @@ def _load_with_model(target: str, model: str | None) -> DeclaredFlock:
     metavar="KEY=VALUE",
     help="One input. Repeatable. Plain text for a text input, JSON for any other.",
 )
+@click.option("--stream", is_flag=True, help="Print text as the agents write it, and then the result.")
 @model_option
-def run(target: str, agent: str, inputs: Sequence[str], model: str | None) -> None:
+def run(target: str, agent: str, inputs: Sequence[str], stream: bool, model: str | None) -> None:
     """Run AGENT of the flock TARGET once, and print its result as JSON.
 
     If the agent asks a question, it is asked at the terminal.
     """
     flock = _load_with_model(target, model)
-    texts = _pairs(inputs, "-i", "KEY=VALUE")
+    texts, printer = _pairs(inputs, "-i", "KEY=VALUE"), LivePrinter() if stream else None
     try:
         signature = flock.agents[agent].input if agent in flock.agents else None
-        result = flock.run(agent, signature.from_text(texts) if signature else texts, answer=_answer_on_terminal)
+        values = signature.from_text(texts) if signature else texts
+        result = flock.run(agent, values, answer=_answer_on_terminal, on_event=printer)
     except FlockError as exc:
         raise click.ClickException(str(exc)) from exc
+    finally:
+        if printer is not None:
+            printer.end_line()
     click.echo(msgspec.json.format(msgspec.json.encode(result)).decode())
 
 

@@ -3,7 +3,8 @@
 import contextlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Literal
 
@@ -13,13 +14,16 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent
 from flock.engine.intake import Intake
+from flock.engine.live import LiveReader
 from flock.engine.refusals import not_accepting, not_deleted
 from flock.engine.rowchecks import as_json
 from flock.errors import AgentNotFound, EngineStopped, RunNotFound, SessionNotFound
 from flock.limits import Limits
 from flock.runs import (
+    EVENTS_PER_STEP,
     Batch,
     BatchOptions,
+    Call,
     EngineHealth,
     Event,
     IdempotencyKey,
@@ -32,6 +36,7 @@ from flock.runs import (
     RunFilter,
     RunStatus,
     event_of_batch,
+    event_of_call,
     events_of,
     new_id,
     now,
@@ -48,13 +53,31 @@ PROGRESS_INTERVAL_S = 0.25
 KEEP_KEYS_FOR = timedelta(hours=24)
 
 
-class RunReader:
-    """Reads the record of one run repeatedly. It polls unless an engine overrides ``changed``."""
+Calls = Mapping[int, Sequence[Call]]
 
-    def __init__(self, get_run: Callable[[str], Awaitable[Run]], run_id: str) -> None:
+
+class RunReader:
+    """Reads the record of one run repeatedly. It polls unless an engine overrides ``changed``.
+
+    Attributes:
+        live: its place in the live output of the run; None if the engine has none.
+    """
+
+    live: LiveReader | None = None
+
+    def __init__(
+        self, get_run: Callable[[str], Awaitable[Run]], get_calls: Callable[[Run], Awaitable[Calls]], run_id: str
+    ) -> None:
         self._get_run = get_run
+        self._get_calls = get_calls
         self._run_id = run_id
         self._run: Run | None = None
+        self._calls: Calls | None = None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the record may have changed since ``seen``."""
+        return True
 
     async def read(self) -> Run:
         """Return the record. Raises EngineStopped, RunNotFound, StoreError."""
@@ -62,9 +85,19 @@ class RunReader:
             self._run = await self._get_run(self._run_id)
         return self._run
 
+    async def call(self, run: Run, position: int, number: int) -> Call | None:
+        """Return the stored call *number*, from 0, of a step, as ``get_calls`` does. Raises StoreError."""
+        if self._calls is None:
+            self._calls = await self._get_calls(run)
+        calls = self._calls.get(position, ())
+        return calls[number] if number < len(calls) else None
+
+    def seen(self) -> None:
+        """Called when all events of the record that ``read`` has returned were sent."""
+
     async def changed(self) -> None:
-        """Wait until the record may have changed since the last ``read``."""
-        self._run = None
+        """Wait until the record may have changed since the last ``read``, or the live output."""
+        self._run = self._calls = None
         await anyio.sleep(PROGRESS_INTERVAL_S)
 
     def present(self, event: Event, run: Run) -> Event:
@@ -136,8 +169,17 @@ class EngineBase(ABC):
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         """See ``Engine.list_runs``."""
 
-    def _reader(self, run_id: str) -> RunReader:
-        return RunReader(self.get_run, run_id)
+    @abstractmethod
+    async def get_calls(self, run: Run) -> Calls:
+        """See ``Engine.get_calls``."""
+
+    def watch(self, run_id: str) -> AbstractContextManager[object]:
+        """See ``Engine.watch``. By default there is no live output."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _reader(self, run_id: str, after: int, *, reasoning: bool) -> Iterator[RunReader]:
+        yield RunReader(self.get_run, self.get_calls, run_id)
 
     def _next_change(self) -> Callable[[], Awaitable[None]]:
         """Return a function that waits for the next change of any record. The default does not wait: callers poll."""
@@ -185,13 +227,14 @@ class EngineBase(ABC):
         timeout_s: float | None = None,
         session_id: str | None = None,
         key: IdempotencyKey | None = None,
+        run_id: str | None = None,
     ) -> Run:
         """See ``Engine.submit``."""
         self._check_running()
         raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
         self._agent(agent_name).input.decode(raw, "/inputs")
         run = Run(
-            run_id=new_id(),
+            run_id=run_id or new_id(),
             flock=self._flock,
             agent_name=agent_name,
             inputs=raw,
@@ -262,32 +305,83 @@ class EngineBase(ABC):
 
     # Events
 
-    async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+    async def events(
+        self, run_id: str, after: int = 0, *, reasoning: bool = False
+    ) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.events``."""
-        reader, sent_at = self._reader(run_id), anyio.current_time()
-        latest: dict[str, Event] = {}  # of the events without an id
-        while True:
-            run = await reader.read()
-            is_last = run.status.is_final or self.is_draining
-            for event in events_of(run):
-                if event != latest.get(event.name) if event.id is None else event.id > after:
-                    if event.id is None:
-                        latest[event.name] = event
-                    else:
-                        after = event.id
+        sent_at, latest = anyio.current_time(), dict[str, Event]()  # the latest of the stored events without an id
+        with self._reader(run_id, after, reasoning=reasoning) as reader:
+            is_flushed = False
+            while True:
+                run, event, is_last = None, None, False
+                if reader.has_news:
+                    run = await reader.read()
+                    is_last = run.status.is_final or self.is_draining
+                    event = await self._next_event(reader, run, after, latest)
+                    if event is None and not is_last:
+                        reader.seen()
+                # What was written before the event was stored is sent before it.
+                pieces = iter(()) if reader.live is None or is_flushed else reader.live.events(after)
+                if (piece := next(pieces, None)) is not None:
+                    is_flushed = event is not None
+                    del run, event  # for a slow client, only one event stays in memory; the rest is read again
+                    while piece is not None:
+                        yield piece
+                        piece = next(pieces, None)
+                    sent_at = anyio.current_time()
+                    continue
+                is_flushed = False
+                if event is not None and run is not None:
                     event = reader.present(event, run)
-                    break
-            else:
-                event = None
-            del run  # for a slow client, only one event stays in memory; the rest is read again
-            if event is None and is_last:
-                return
-            if event is not None or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
-                yield event
-                sent_at = anyio.current_time()
+                del run
+                if event is None and is_last:
+                    return
+                if event is not None and reader.live is not None:
+                    if self._makes_calls(event) and (missed := reader.live.missed_output(event)) is not None:
+                        yield missed
+                    reader.live.passed(event)
+                if event is not None or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
+                    yield event
+                    sent_at = anyio.current_time()
+                if event is None:
+                    with anyio.CancelScope(deadline=sent_at + KEEP_ALIVE_S):
+                        await reader.changed()
+                elif event.id is None:
+                    latest[event.name] = event
+                else:
+                    after = event.id
+
+    async def _next_event(self, reader: RunReader, run: Run, after: int, latest: dict[str, Event]) -> Event | None:
+        """Return the next event of *run* that is stored, after the id *after*, or None."""
+        open_step: Event | None = None
+        for event in [*events_of(run), None]:
+            if event is not None and event.id is not None and event.id <= after:
+                open_step = event if event.name == "step.started" else None
                 continue
-            with anyio.CancelScope(deadline=sent_at + KEEP_ALIVE_S):
-                await reader.changed()
+            if open_step is not None and (call := await self._next_call(reader, run, open_step, after)) is not None:
+                return call
+            open_step = None
+            if event is None or event.id is not None:
+                return event
+            if event != latest.get(event.name):
+                return event
+        return None
+
+    async def _next_call(self, reader: RunReader, run: Run, started: Event, after: int) -> Event | None:
+        """Return the event of the next stored call after the id *after*, in the step that began with *started*."""
+        assert started.id is not None
+        position, number = started.data["position"], after - started.id
+        is_running = position == len(run.steps)
+        has_calls = self._makes_calls(started) if is_running else run.steps[position].call_count > 0
+        if not has_calls or number >= EVENTS_PER_STEP - 2:  # the last id of the step is that of its end
+            return None
+        call = await reader.call(run, position, number)
+        return None if call is None else event_of_call(started, number, call)
+
+    def _makes_calls(self, event: Event) -> bool:
+        """Whether the agent of *event* may make calls and write live output."""
+        agent = self._agents.get(event.data.get("agent_name", ""))
+        return agent is None or agent.uses_context
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.batch_events``."""

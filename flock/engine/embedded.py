@@ -11,7 +11,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from datetime import datetime, timedelta
 from typing import Any, Self
 
@@ -25,10 +25,12 @@ from flock.agents.agent import Agent
 from flock.agents.checks import tool_sources
 from flock.agents.llm import ModelClient
 from flock.agents.mcp import listing_tools
+from flock.engine import relay
 from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
 from flock.engine.batches import Batches
 from flock.engine.batchstore import BatchStore
 from flock.engine.intake import Intake
+from flock.engine.live import LiveOutput, LiveReader
 from flock.engine.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, current_task
 from flock.engine.store import Store
@@ -74,6 +76,8 @@ WATCH_INTERVAL_S = 0.05
 SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
 #: How often the store's file and the other engines are checked, in seconds. Changes may go unnoticed that long.
 CHECK_INTERVAL_S = 0.5
+#: How long a reader waits for the text of a step that has ended in another process, in seconds.
+MAX_COPY_S = 1.0
 #: How often old runs are deleted, in seconds, and how many of them in one transaction.
 RETENTION_INTERVAL_S = 10.0
 RETENTION_CHUNK_SIZE = 500
@@ -189,9 +193,21 @@ class EmbeddedEngine(EngineBase):
             await self.__aexit__()
             raise
         self._tasks.start_soon(self._watch)
+        if self.store.is_shared:
+            self._serve_live(self._tasks)
         self._tasks.start_soon(self._expire_questions)
         self._tasks.start_soon(self._apply_retention)
         return self
+
+    def _serve_live(self, tasks: anyio.abc.TaskGroup) -> None:
+        path = relay.socket_path(self.store.path, self._engine_id)
+        if path is None:
+            template = (
+                "The path of the store %s is too long for a socket: other processes get no text of running agents"
+            )
+            logger.info(template, self.store.path)
+        else:
+            tasks.start_soon(relay.serve, path, self._runner.watch, self._runner.active.__contains__)
 
     def _warn_about_store(self, agents_before: Sequence[str]) -> None:
         """Warn if other programs use the store, or other users can read it. This may be unintentional."""
@@ -432,8 +448,36 @@ class EmbeddedEngine(EngineBase):
         self._check_entered()
         return self.store.list_runs(self._flock, wanted)
 
-    def _reader(self, run_id: str) -> RunReader:
-        return _StoreReader(self, run_id)
+    def watch(self, run_id: str) -> AbstractContextManager[LiveOutput]:
+        return self._runner.watch(run_id)
+
+    @contextlib.contextmanager
+    def _reader(self, run_id: str, after: int, *, reasoning: bool) -> Iterator[RunReader]:
+        with self.watch(run_id) as output, output.reader(after, reasoning=reasoning) as live:
+            yield _StoreReader(self, run_id, output, live)
+
+    async def _follow(self, run: Run, live: LiveOutput) -> None:
+        """Copy the live output of a run of another engine. Return when that of the steps of *run* has arrived."""
+        if live.follower is None and run.status.is_active and self.store.is_shared and self._tasks is not None:
+            owner = run.owner if run.batch_id is None else (await self.get_batch(run.batch_id)).owner
+            if owner not in (None, self._engine_id, live.lost_owner) and live.follower is None:
+                live.follower = anyio.CancelScope()
+                self._tasks.start_soon(self._copy_live, run.run_id, owner, live)
+        with anyio.move_on_after(MAX_COPY_S):
+            while live.follower is not None and live.ended_steps < len(run.steps):
+                await live.changed.wait()
+
+    async def _copy_live(self, run_id: str, owner: str, live: LiveOutput) -> None:
+        assert live.follower is not None
+        with live.follower:
+            path = relay.socket_path(self.store.path, owner)
+            if path is not None and await relay.follow(path, run_id, live):
+                await anyio.sleep(CHECK_INTERVAL_S)  # the record will have changed by then
+            else:
+                live.lost_owner = owner
+                live.drop_open()
+        live.follower = None
+        live.note_news()
 
     def _next_change(self) -> Callable[[], Awaitable[None]]:
         return self._store_changed.wait
@@ -464,7 +508,7 @@ class EmbeddedEngine(EngineBase):
 
     def _with_result(self, event: Event, run: Run, *, is_outline: bool) -> Event:
         """Return *event* with its result, or with a ``LongJSON`` if that is long. Raises RunNotFound, StoreError."""
-        if event.data.get("result") is None:
+        if event.data.get("result") is None or event.name == "call.completed":
             return event
         result = self.long_result(run, event.data.get("position"), is_outline=is_outline)
         if result.length > LONG_BYTES:
@@ -557,6 +601,10 @@ class EmbeddedEngine(EngineBase):
     def _notify_store_changed(self) -> None:
         changed, self._store_changed = self._store_changed, anyio.Event()
         changed.set()
+        for run_id, live in self._runner.watched.items():
+            active = self._runner.active.get(run_id)
+            if active is None or active.run.is_stub:
+                live.note_news()
 
     def _wake_all(self) -> None:
         """Wake all that wait for a run or a batch, so that they check again."""
@@ -725,27 +773,55 @@ class EmbeddedEngine(EngineBase):
 class _StoreReader(RunReader):
     """Reads a run from memory while it is active here, and otherwise an outline of it from the store."""
 
-    def __init__(self, engine: EmbeddedEngine, run_id: str) -> None:
-        super().__init__(engine.get_run, run_id)
+    def __init__(self, engine: EmbeddedEngine, run_id: str, output: LiveOutput, live: LiveReader) -> None:
+        super().__init__(engine.get_run, engine.get_calls, run_id)
+        self.live = live
         self._engine = engine
+        self._output = output
         self._version: Any = None
         self._outline: Run | None = None
-        self._change = anyio.Event()
+        self._change = output.changed
+        self._news = self._seen_news = -1
+        #: the attempt, position and number of the last call, and its row
+        self._last_key = (0, 0, -1)
+        self._last_call: tuple[int, Call] | None = None
+
+    @property
+    def has_news(self) -> bool:
+        return self._output.news != self._seen_news
 
     async def read(self) -> Run:
         engine, run_id = self._engine, self._run_id
         active = engine._runner.active.get(run_id)
-        self._change = active.change if active else engine._store_changed
+        self._news = self._output.news
         if active is not None and not active.run.is_stub:
             return active.run
         engine._check_entered()
         newest = engine.store.version(run_id)
         if self._outline is None or newest != self._version:
             self._version, self._outline = newest, engine._check_visible(run_id, engine.store.outline(run_id))
+        await engine._follow(self._outline, self._output)
         return self._outline
+
+    async def call(self, run: Run, position: int, number: int) -> Call | None:
+        key = (run.attempt, position, number)
+        if key != self._last_key or self._last_call is None:
+            tries = run.tries if position == len(run.steps) else None
+            after, skipped = 0, number
+            if (*key[:2], number - 1) == self._last_key and self._last_call is not None:
+                after, skipped = self._last_call[0], 0  # the next one is found at once
+            found = self._engine.store.shown_call(run.run_id, position, tries, skipped, after)
+            if found is None:
+                return None
+            self._last_key, self._last_call = key, found
+        return self._last_call[1]
+
+    def seen(self) -> None:
+        self._seen_news = self._news
 
     async def changed(self) -> None:
         await self._change.wait()
+        self._change = self._output.changed
 
     def present(self, event: Event, run: Run) -> Event:
         return self._engine._with_result(event, run, is_outline=run is self._outline)

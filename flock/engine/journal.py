@@ -13,7 +13,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal, NoReturn
 
 import anyio
@@ -52,6 +52,7 @@ class Journal:
     Args:
         finished: the calls that earlier turns of the same step have finished, oldest first.
         save: stores a call; on return it is on disk.
+        on_start: is called with the id, name, kind, arguments and start time of each call that is executed.
         call_in_thread: calls a synchronous function in a worker thread.
         run_agent: see ``RunContext.run_agent``.
         spent: the tokens that earlier steps of the run have used.
@@ -73,6 +74,7 @@ class Journal:
         finished: Iterable[Call],
         *,
         save: Callable[[Call], Awaitable[None]],
+        on_start: Callable[[str, str, CallKind, msgspec.Raw, datetime], None] = lambda *call: None,
         call_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
         run_agent: RunAgent,
         spent: Usage,
@@ -91,6 +93,7 @@ class Journal:
         self._changed: anyio.Event | None = None
         self._finished = {call.call_id: call for call in finished if call.is_checkpoint}
         self._save = save
+        self._on_start = on_start
         self._call_in_thread = call_in_thread
         self._run_agent = run_agent
         self._max_calls = max_calls
@@ -303,6 +306,7 @@ class Journal:
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, failure = JSON_NULL, None, None
         self._open.add(planned.call_id)
+        self._on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
         try:
             value = await planned.execute()
             if planned.should_keep is not None and not planned.should_keep(value):

@@ -63,6 +63,7 @@ __all__ = [
     "find_batch",
     "find_calls",
     "find_run",
+    "find_shown_call",
     "find_shown_calls",
     "find_steps",
     "has_key",
@@ -304,6 +305,19 @@ def check_owner(db: sqlite3.Connection, run: Run) -> None:
     """Raise OwnershipLost unless the owner of *run*, or of its batch, may write it in this attempt."""
     if db.execute(statements.OWNS_RUN, (run.run_id, run.attempt, run.owner, run.owner)).fetchone() is None:
         raise OwnershipLost(run.run_id)
+
+
+def find_shown_call(
+    db: sqlite3.Connection, run_id: str, position: int, tries: int | None, number: int, after_row: int
+) -> tuple[int, Call] | None:
+    """Return the row and call *number*, from 0, of those of a step that were stored after a row. Raises Damaged.
+
+    Its arguments are not read. *tries* are those of the run in which the call was made; None means the last one.
+    """
+    with _detecting_damage():
+        values = (MAX_SHOWN_BYTES, run_id, position, tries, run_id, position, after_row, number)
+        found = db.execute(statements.SHOWN_CALL, values).fetchone()
+        return None if found is None else (found[0], shown_call_from(found[1:]))
 
 
 def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -21,6 +21,7 @@ from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
+from flock.engine.live import LiveOutput
 from flock.engine.logs import fields_of_run
 from flock.engine.outcomes import CANCELLED, failure_of
 from flock.engine.rows import DAMAGED_RUN, Damaged
@@ -120,6 +121,8 @@ class StoredRun(ActiveRun):
     def update(self, run: Run) -> None:
         """Replace the record by *run*. Wake callers that wait for a change, and if it is not active, all callers."""
         self.run = run
+        if self.live is not None:
+            self.live.note_news()
         if self._change is not None:
             self._change.set()
             self._change = None
@@ -138,6 +141,7 @@ class Runner:
 
     Attributes:
         active: the runs that are running here or wait for their session or a slot, by id.
+        watched: the live output of each run that is watched, also of one that is not active here, by id.
         awaited: the events of ``end_of``, for batches and for runs of other engines.
         cancelled_before: for runs that were cancelled before they were active here, the cancelled attempt, by id.
         watch_task: a task of the engine. It is cancelled only when the engine or the event loop ends.
@@ -164,6 +168,7 @@ class Runner:
         self._expose_errors = expose_errors
 
         self.active: dict[str, StoredRun] = {}
+        self.watched: dict[str, LiveOutput] = {}
         self.awaited: dict[str, anyio.Event] = {}
         self.cancelled_before: dict[str, int] = {}
         self.watch_task: asyncio.Task[Any] | None = None
@@ -199,10 +204,31 @@ class Runner:
         if self.cancelled_before.pop(run.run_id, None) == run.attempt:
             run = replace(run, cancel_requested=True)
         active = self.active[run.run_id] = StoredRun(run, self)
+        active.live = self.watched.get(run.run_id)
         if run.batch_id is None and not run.is_stub:
             active.queued_bytes = len(run.inputs)
             self.count_queued(run.principal, active.queued_bytes)
         return active
+
+    @contextlib.contextmanager
+    def watch(self, run_id: str) -> Iterator[LiveOutput]:
+        """Let the agents of a run write its live output inside the block."""
+        live = self.watched.get(run_id)
+        if live is None:
+            live = self.watched[run_id] = LiveOutput(self.limits.max_result_bytes)
+            if run_id in self.active:
+                self.active[run_id].live, live.ended_steps = live, len(self.active[run_id].run.steps)
+        live.watchers += 1
+        try:
+            yield live
+        finally:
+            live.watchers -= 1
+            if not live.watchers:
+                del self.watched[run_id]
+                if live.follower is not None:
+                    live.follower.cancel()
+                if run_id in self.active:
+                    self.active[run_id].live = None
 
     def count_queued(self, principal: str | None, more_bytes: int) -> None:
         """Add *more_bytes* to ``queued_bytes``."""

@@ -594,6 +594,12 @@ class Store:
         """Return the calls of a run for people to see; see ``Engine.get_calls``. Raises StoreError."""
         return self.read(lambda db: queries.find_shown_calls(db, run_id))
 
+    def shown_call(
+        self, run_id: str, position: int, tries: int | None, number: int, after_row: int
+    ) -> tuple[int, Call] | None:
+        """Return the row and a stored call of a step for people to see; see ``queries.find_shown_call``."""
+        return self.read(lambda db: queries.find_shown_call(db, run_id, position, tries, number, after_row))
+
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         """Write a finished call of a step; on return it is on disk. Raises StoreError, Unstorable, OwnershipLost."""
         await self.change(lambda db: queries.write_call(db, run, position, call))
@@ -785,6 +791,7 @@ class Store:
         def apply(db: sqlite3.Connection) -> TakenOver:
             taken = takeover.take_over(db, unfinished, dead_id, owner, now)
             if taken.is_complete:
+                files.remove(f"{self.path}-live-{dead_id}")
                 files.remove(f"{self.path}-engine-{dead_id}")  # before the commit; see renew_registration
             return taken
 

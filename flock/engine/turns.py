@@ -22,12 +22,26 @@ from flock.agents.llm import ModelClient
 from flock.agents.workflow import exchanges_of, inputs_for, next_agent, take_turn
 from flock.engine.callees import Callees
 from flock.engine.journal import Journal
+from flock.engine.live import LiveOutput
 from flock.engine.outcomes import CANCELLED, Outcome, failure_of, interrupted_turn, queue_timeout, timeout_of
 from flock.engine.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.engine.threads import Threads
 from flock.errors import OwnershipLost, ResultTooLarge
 from flock.limits import Limits
-from flock.runs import Answer, Call, Observer, Progress, Question, Run, RunContext, RunStatus, Step, Usage, now
+from flock.runs import (
+    Answer,
+    Call,
+    CallKind,
+    Observer,
+    Progress,
+    Question,
+    Run,
+    RunContext,
+    RunStatus,
+    Step,
+    Usage,
+    now,
+)
 
 __all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "Turns", "WaitingForAnswers"]
 
@@ -63,8 +77,10 @@ class ActiveRun:
         cancel_requested: a client requested its cancellation.
         is_stopped: it was cancelled because the engine is shutting down. It is resumed later or elsewhere.
         progress: the latest progress that an agent has reported.
+        live: what its agents write; None while nobody watches.
     """
 
+    live: LiveOutput | None = None
     #: Calls of the next step have finished, so they must be read.
     has_calls = False
     #: Seconds of ``queue_timeout_s`` that have already passed in another process.
@@ -210,6 +226,8 @@ class Turns:
             step = await self._step(active, run, agent, inputs, slot, is_again=is_again)
             self._check_size(run, step)
             await active.keep(step)
+            if active.live is not None:
+                active.live.end_step(len(run.steps))
             self.notify("step_completed", step)
             return step
         finally:
@@ -247,6 +265,7 @@ class Turns:
         return Journal(
             await active.finished_calls() if is_again or active.has_calls else (),
             save=functools.partial(self._keep_call, active),
+            on_start=functools.partial(_call_started, active),
             call_in_thread=resources.call_in_thread,
             run_agent=callees.run,
             spent=run.usage or Usage(),
@@ -275,9 +294,13 @@ class Turns:
             journal,
             on_usage=functools.partial(self.notify, "tokens_spent"),
             max_tokens=self._max_tokens,
+            watched=active,
+            output_names=agent.output_names,
         )
         if active.cancel_requested:
             context.request_cancel()
+        if active.live is not None:
+            active.live.begin_turn(context)
         reset = CURRENT_SLOT.set(slot)
         try:
             with journal.scope:
@@ -309,7 +332,9 @@ class Turns:
             await slot.acquire()
             reset = CURRENT_SLOT.set(slot)
             try:
-                return await take_turn(agent, inputs, resources, context.of_called_agent(agent.name))
+                return await take_turn(
+                    agent, inputs, resources, context.of_called_agent(agent.name, agent.output_names)
+                )
             finally:
                 CURRENT_SLOT.reset(reset)
                 slot.release()
@@ -321,6 +346,9 @@ class Turns:
         except OwnershipLost:
             active.scope.cancel()
             raise
+        if active.live is not None and active.context is not None:
+            active.live.end_call(active.context.position, call.call_id)
+            active.live.note_news()
         self.notify("call_completed", call)
 
     def stop(self, active: ActiveRun) -> None:
@@ -402,6 +430,13 @@ async def _history(active: ActiveRun, agent: Agent, limit: int) -> Sequence[Exch
     if active.run.session_id is None:
         return ()
     return exchanges_of(agent, await active.earlier_runs(limit))[-limit:]
+
+
+def _call_started(
+    active: ActiveRun, call_id: str, name: str, kind: CallKind, arguments: msgspec.Raw, started_at: datetime
+) -> None:
+    if active.live is not None and active.context is not None:
+        active.live.begin_call(active.context, call_id, name, kind, arguments, started_at)
 
 
 def _batch_of(run: Run) -> BatchKey:

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -318,9 +319,14 @@ class ScopedEngine:
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         return await self._engine.list_runs(self._own_only(wanted))
 
-    async def events(self, run_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+    def watch(self, run_id: str) -> AbstractContextManager[object]:
+        return self._engine.watch(run_id)
+
+    async def events(
+        self, run_id: str, after: int = 0, *, reasoning: bool = False
+    ) -> AsyncGenerator[Event | None, None]:
         await self.get_run(run_id)
-        async with contextlib.aclosing(self._engine.events(run_id, after)) as events:
+        async with contextlib.aclosing(self._engine.events(run_id, after, reasoning=reasoning)) as events:
             async for event in events:
                 yield event
 

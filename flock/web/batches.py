@@ -1,22 +1,45 @@
-"""The request of ``POST /run/batch``: its rows and its options."""
+"""The request of ``POST /run/batch``: its rows and its options. The format of its results."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 
 from flock.agents.agent import Agent
 from flock.agents.workflow import result_names
+from flock.engine.rowchecks import BatchCheck
 from flock.errors import AgentNotFound, DefinitionError, FieldError, InvalidData
 from flock.rows.dialect import CSVDialect
+from flock.rows.results import RESULT_TYPES
 from flock.rows.tables import MAX_EXPANSION, RowMapping, csv_rows, json_rows, ndjson_rows, read_file
 from flock.runs import BatchOptions, Items
 from flock.web.body import Body
+from flock.web.negotiation import preferred
 from flock.web.options import AppOptions
 from flock.web.requests import query_of
-from flock.web.wire import BATCH_REQUEST, FlockBatchRequest, UploadQuery
+from flock.web.responses import JSONResponse
+from flock.web.wire import (
+    BATCH_REQUEST,
+    FlockBatchCheck,
+    FlockBatchCheckRow,
+    FlockBatchRequest,
+    UploadQuery,
+    shown_as,
+)
 
-__all__ = ["BATCH_TYPES", "agent_of", "batch_options", "options_in_body", "row_mapping_of", "rows_of"]
+__all__ = [
+    "BATCH_TYPES",
+    "agent_of",
+    "batch_options",
+    "check_response",
+    "options_in_body",
+    "results_format",
+    "row_mapping_of",
+    "rows_of",
+]
 
 #: The media types that ``POST /run/batch`` accepts.
 BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
@@ -102,3 +125,24 @@ def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
         box_results=batch_request.box_results,
         timeout_s=batch_request.timeout_s,
     )
+
+
+def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
+    """Return the format of a download: ``?format=``, or the preferred one in ``Accept``. Raises HTTPException 406."""
+    if not isinstance(named, msgspec.UnsetType):
+        return named
+    best = preferred(request.headers.get("accept", ""), list(RESULT_TYPES.values()))
+    if best is None:
+        raise HTTPException(406, f"Results are available as {', '.join(RESULT_TYPES.values())}. Accept one of them.")
+    return next(name for name, media_type in RESULT_TYPES.items() if media_type == best)
+
+
+def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:
+    """Return the errors for which a batch would be rejected, or its first rows as they would be stored."""
+    rows = [
+        FlockBatchCheckRow(
+            line=msgspec.UNSET if row.line is None else row.line, inputs=row.inputs, extra=extra or msgspec.UNSET
+        )
+        for row, extra, _ in check.rows
+    ]
+    return JSONResponse(shown_as(FlockBatchCheck, check, columns=list(row_mapping.columns), rows=rows))

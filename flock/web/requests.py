@@ -3,9 +3,10 @@
 import hashlib
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
+from uuid import UUID
 
 import anyio
 import msgspec
@@ -18,8 +19,11 @@ from flock.web.wire import EventsQuery, query_from
 
 __all__ = [
     "fingerprint_of",
+    "id_or_none",
     "idempotency_key",
     "last_event_of",
+    "next_page",
+    "or_none",
     "path_of",
     "query_of",
     "request_id_for",
@@ -122,3 +126,21 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
         finally:
             tasks.cancel_scope.cancel()
     raise failure
+
+
+def or_none(value: T | msgspec.UnsetType) -> T | None:
+    """Return *value*, or None if it is unset. A query has no null: ``?status=null`` is an invalid status."""
+    return None if isinstance(value, msgspec.UnsetType) else value
+
+
+def id_or_none(value: UUID | msgspec.UnsetType) -> str | None:
+    """Return the id as it is stored, since a UUID can be written in several ways."""
+    return None if isinstance(value, msgspec.UnsetType) else str(value)
+
+
+def next_page(request: Request, last_id: str | None) -> tuple[str | None, Mapping[str, str]]:
+    """Return the path of the page after *last_id*, and the ``Link`` header for it."""
+    if last_id is None:
+        return None, {}
+    path = f"{path_of(request.scope)}?{urlencode({**request.query_params, 'after': last_id})}"
+    return path, {"Link": f'<{path}>; rel="next"'}

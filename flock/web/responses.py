@@ -1,16 +1,17 @@
 """Responses: JSON, server-sent events, and long responses, of which only one piece at a time is in memory."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext, suppress
 from typing import Any
 
+import anyio
 import msgspec
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from flock.errors import FlockError
-from flock.runs import Engine, Event, LongJSON
+from flock.runs import Engine, Event, LongJSON, Run
 
 __all__ = [
     "PIECE_BYTES",
@@ -22,6 +23,7 @@ __all__ = [
     "add_headers",
     "event_parts",
     "event_text",
+    "events_of_new_run",
     "head_of_stream",
     "held",
     "long_parts",
@@ -36,6 +38,10 @@ PIECE_BYTES = 64 * 1024
 
 #: How long a client should wait before it reconnects to an event stream that was cut off, in milliseconds.
 RECONNECT_MS = 1000
+
+
+#: The members of ``run.accepted``.
+ACCEPTED = ("run_id", "attempt", "agent_name", "status")
 
 
 class JSONResponse(Response):
@@ -70,22 +76,35 @@ def split_message(message: Message) -> Iterator[Message]:
 
 
 async def event_text(
-    events: AsyncIterator[Event | None], engine: Engine, request_id: str
+    events: AsyncGenerator[Event | None, None], engine: Engine, request_id: str
 ) -> AsyncGenerator[bytes, None]:
     """Yield the body of a stream of *events*. If the engine is draining, the last line is a ``retry`` hint."""
     is_event_whole = True
     try:
-        async for event in events:
-            is_event_whole = False
-            parts = event_parts(event)
-            with held(parts):
-                async for piece in pieces(parts):
-                    yield piece
-            is_event_whole = True
+        async with aclosing(events):
+            async for event in events:
+                is_event_whole = False
+                parts = event_parts(event)
+                with held(parts):
+                    async for piece in pieces(parts):
+                        yield piece
+                is_event_whole = True
     except FlockError as exc:
         logger.warning("request %s: the event stream was cut off: %s", request_id, exc)
     if engine.is_draining and is_event_whole:  # otherwise the empty line would complete a partial event
         yield b"retry: %d\n\n" % RECONNECT_MS
+
+
+async def events_of_new_run(engine: Engine, run: Run, *, reasoning: bool) -> AsyncGenerator[Event | None, None]:
+    """Yield ``run.accepted``, then the events of a run until it ends or waits for an answer."""
+    run_id = run.run_id
+    yield Event(id=None, name="run.accepted", data={name: getattr(run, name) for name in ACCEPTED})
+    del run  # frees its inputs, which may be long
+    async with aclosing(engine.events(run_id, reasoning=reasoning)) as events:
+        async for event in events:
+            yield event
+            if event is not None and event.name == "run.waiting":
+                return
 
 
 def long_parts(content: Any, before: bytes, after: bytes) -> list[bytes | LongJSON]:
@@ -167,7 +186,7 @@ class LimitedStream(StreamingResponse):
     def __init__(
         self,
         content: AsyncGenerator[bytes, None],
-        slot: AbstractContextManager[None],
+        slot: AbstractContextManager[object],
         headers: Mapping[str, str],
         media_type: str | None = None,
     ) -> None:
@@ -181,9 +200,36 @@ class LimitedStream(StreamingResponse):
 
 
 class EventStream(LimitedStream):
-    """Server-sent events."""
+    """Server-sent events.
+
+    Args:
+        on_cut_off: called if the client disconnects, or the request is cancelled, before the end of the stream.
+    """
 
     media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        content: AsyncGenerator[bytes, None],
+        slot: AbstractContextManager[object],
+        headers: Mapping[str, str],
+        *,
+        on_cut_off: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        super().__init__(content, slot, headers)
+        self._on_cut_off = on_cut_off
+
+    async def stream_response(self, send: Send) -> None:
+        await super().stream_response(send)
+        self._on_cut_off = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._on_cut_off is not None:
+                with anyio.CancelScope(shield=True), suppress(FlockError):
+                    await self._on_cut_off()
 
 
 def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:

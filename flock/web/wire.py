@@ -42,10 +42,12 @@ __all__ = [
     "Readiness",
     "ResultsQuery",
     "RunCall",
+    "RunEventsQuery",
     "RunList",
     "RunStep",
     "RunSummary",
     "RunsQuery",
+    "StreamQuery",
     "UploadQuery",
     "WaitQuery",
     "batch_request_from",
@@ -162,6 +164,18 @@ class EventsQuery(msgspec.Struct, frozen=True):
     """The id of the last event that the client has received."""
 
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class RunEventsQuery(EventsQuery, frozen=True):
+    """The id of the last event of a run that the client has received, and whether it wants the reasoning of models."""
+
+    reasoning: bool = False
+
+
+class StreamQuery(msgspec.Struct, frozen=True):
+    """Whether the stream of a new run has the reasoning of models."""
+
+    reasoning: bool = False
 
 
 class BatchQuery(msgspec.Struct, frozen=True):

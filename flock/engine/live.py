@@ -1,0 +1,475 @@
+"""The live output of a run: what its agents write in their current turns, while somebody watches.
+
+It is not a log. It holds the text that each agent has written so far, and each reader has its own place in that text.
+So a slow reader costs nothing, and gets all that was written since its last event in one piece. Nothing is stored.
+"""
+
+import asyncio
+import contextlib
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any, Protocol
+
+import anyio
+import msgspec
+
+from flock.pydanticmodel import to_json
+from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, position_of, started_id
+
+__all__ = ["LiveOutput", "LiveReader"]
+
+#: What one writer counts for the size of a live output, in addition to its text.
+WRITER_CHARS = 512
+
+
+class Turn(Protocol):
+    """A turn of an agent: a ``RunContext``, or one of another process."""
+
+    run_id: str
+    attempt: int
+    position: int
+    agent_name: str
+    call_id: str
+
+
+class _RemoteTurn(msgspec.Struct, kw_only=True):
+    """A turn of an agent in another process."""
+
+    run_id: str
+    attempt: int
+    position: int
+    agent_name: str
+    call_id: str = ""
+
+
+class _Writer:
+    """What one agent has written in its turn: that of a step, or of a call of the step.
+
+    Attributes:
+        fields: text that grows; or a whole value, with the number of the change that set it, made negative.
+        call: the data of ``call.started``; None for a step.
+        resets: how many times its text was dropped.
+        changed, created: the number of its last change and of its first one, in the live output.
+        is_done: its call has ended.
+        has_output: it has written a part of its output in this turn, even if that was dropped.
+    """
+
+    def __init__(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str, created: int) -> None:
+        self.run_id = run_id
+        self.attempt = attempt
+        self.position = position
+        self.agent_name = agent_name
+        self.call_id = call_id
+        self.call: dict[str, Any] | None = None
+        self.created = self.changed = created
+        self.resets = 0
+        self.is_done = self.has_output = False
+        self.clear()
+
+    def clear(self) -> None:
+        self.fields: dict[str, io.StringIO | tuple[int, msgspec.Raw]] = {}
+        self.reasoning = io.StringIO()
+        self.chars = 0
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return self.position, self.call_id
+
+    def has_room(self, max_chars: int) -> bool:
+        return self.chars < max_chars and not self.is_done  # what a call has left behind is not its output
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.fields and not self.reasoning.tell()
+
+    def event(self, name: str, /, **data: Any) -> Event:
+        of = {"run_id": self.run_id, "attempt": self.attempt, "position": self.position, "agent_name": self.agent_name}
+        return Event(id=None, name=name, data={**of, **({"call_id": self.call_id} if self.call_id else {}), **data})
+
+
+class LiveOutput:
+    """What the agents of one run write. Agents write in any thread; readers read in the event loop.
+
+    Args:
+        max_chars: max characters that are kept, of one agent and of all calls that have ended. What exceeds it is
+            dropped, and an agent's text is corrected at the end of its turn.
+
+    Attributes:
+        watchers: how many watch the run. The live output exists as long as there are any.
+        changed: is set at the next change of the live output, or of the run's record.
+        news: how many times the run's record may have changed.
+        had_reader: whether anybody has read it. Who is the first misses nothing.
+        ended_steps: how many steps of the run have ended, with all of their text.
+        follower: cancels the task that copies it from another process; None if there is none.
+        lost_owner: the engine to which the connection broke.
+    """
+
+    follower: anyio.CancelScope | None = None
+    lost_owner: str | None = None
+    ended_steps = 0
+
+    def __init__(self, max_chars: int) -> None:
+        self.watchers = self.news = 0
+        self.changed = anyio.Event()
+        self.readers: set[LiveReader] = set()
+        self.had_reader = False
+        self._max_chars = max_chars
+        self._call_soon = _call_soon()
+        self._is_waking = False
+        self._lock = threading.Lock()
+        #: in the order of their last change
+        self._writers: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
+        self._done: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
+        self._changes = self._done_chars = 0
+
+    def note_news(self) -> None:
+        """Let the readers read the run's record again."""
+        self.news += 1
+        self._wake()
+
+    def _wake(self) -> None:
+        self._is_waking = False
+        changed, self.changed = self.changed, anyio.Event()
+        changed.set()
+
+    # Writing: in any thread
+
+    def write(self, writer: Turn, field: str, text: str) -> None:
+        with self._writing(writer) as written:
+            written.has_output = True
+            content = written.fields.get(field)
+            if not isinstance(content, io.StringIO):
+                content = written.fields[field] = io.StringIO()
+            if written.has_room(self._max_chars):
+                content.seek(0, io.SEEK_END)
+                content.write(text)
+                written.chars += len(text)
+
+    def write_value(self, writer: Turn, field: str, value: Any) -> None:
+        raw = msgspec.Raw(msgspec.json.encode(value, enc_hook=to_json))
+        with self._writing(writer) as written:
+            written.has_output = True
+            if written.has_room(self._max_chars):
+                written.fields[field] = (-self._changes, raw)
+                written.chars += len(raw)
+
+    def write_reasoning(self, writer: Turn, text: str) -> None:
+        with self._writing(writer) as written:
+            if written.has_room(self._max_chars):
+                written.reasoning.seek(0, io.SEEK_END)
+                written.reasoning.write(text)
+                written.chars += len(text)
+
+    def reset(self, writer: Turn) -> None:
+        known = self._writers.get((writer.position, writer.call_id))
+        if known is not None and not known.is_empty:
+            with self._writing(writer) as written:
+                written.clear()
+                written.resets += 1
+
+    def settle(self, writer: Turn, result: msgspec.Raw, *, has_missed: bool) -> None:
+        """Complete what *writer* has written, or replace it where it differs from its *result*."""
+        known = self._writers.get((writer.position, writer.call_id))
+        if not has_missed and (known is None or not known.has_output):
+            return
+        members = msgspec.json.decode(result, type=dict[str, msgspec.Raw])
+        values = {name: msgspec.json.decode(member) for name, member in members.items()}
+        with self._writing(writer) as written:
+            if not all(_may_become(content, values.get(name)) for name, content in written.fields.items()):
+                written.clear()
+                written.resets += 1
+            for name, value in values.items():
+                content = written.fields.get(name)
+                if isinstance(value, str):
+                    if content is None:
+                        content = written.fields[name] = io.StringIO()
+                    assert isinstance(content, io.StringIO)
+                    content.write(value[content.seek(0, io.SEEK_END) :])
+                elif content is None:
+                    written.fields[name] = (-self._changes, members[name])
+
+    @contextlib.contextmanager
+    def _writing(self, writer: Turn) -> Iterator[_Writer]:
+        """Change what *writer* has written, and wake the readers."""
+        with self._lock:
+            written = self._writer(writer.run_id, writer.attempt, writer.position, writer.agent_name, writer.call_id)
+            yield written
+        self._wake_soon()
+
+    def _writer(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str) -> _Writer:
+        key = position, call_id
+        self._changes += 1
+        written = self._writers.get(key)
+        if written is None:
+            written = self._writers[key] = _Writer(run_id, attempt, position, agent_name, call_id, self._changes)
+        else:
+            self._writers.move_to_end(key)
+        written.agent_name, written.changed = agent_name, self._changes
+        written.attempt = max(written.attempt, attempt)
+        return written
+
+    def _wake_soon(self) -> None:
+        if not self._is_waking:  # many changes wake the readers once
+            self._is_waking = True
+            self._call_soon(self._wake)
+
+    # The course of the run: in the event loop
+
+    def begin_turn(self, turn: Turn) -> None:
+        """Drop what an earlier turn of the same step has written, except in calls that have ended."""
+        lowest = min((reader.position for reader in self.readers), default=turn.position)
+        with self._lock:
+            for written in list(self._writers.values()):
+                if written.position < lowest:  # all readers have the end of its step
+                    self._forget(written)
+            self._restart(turn.position, turn.attempt)
+        self._wake_soon()
+
+    def _restart(self, position: int, attempt: int = 0) -> None:
+        for written in list(self._writers.values()):
+            if written.position >= position and not written.is_done:
+                self._changes += 1
+                written.attempt, written.changed = max(written.attempt, attempt), self._changes
+                written.call, written.has_output = None, False
+                self._writers.move_to_end(written.key)
+                if not written.is_empty:
+                    written.clear()
+                    written.resets += 1
+
+    def end_step(self, position: int) -> None:
+        """Note that a step has ended."""
+        self.ended_steps = position + 1
+        self._wake_soon()
+
+    def begin_call(
+        self, turn: Turn, call_id: str, name: str, kind: CallKind, arguments: msgspec.Raw, started_at: datetime
+    ) -> None:
+        """Note that a call of the step has started."""
+        with self._lock:
+            written = self._writer(turn.run_id, turn.attempt, turn.position, turn.agent_name, call_id)
+            self._count_done(written, False)
+            written.attempt, written.created = turn.attempt, self._changes
+            written.call = {"name": name, "kind": kind, "started_at": started_at}
+            if arguments != JSON_NULL and len(arguments) <= MAX_SHOWN_BYTES:
+                written.call["arguments"] = arguments
+        self._wake_soon()
+
+    def end_call(self, position: int, call_id: str) -> None:
+        """Note that a call has ended. Of those, the oldest are forgotten if they take too much room."""
+        with self._lock:
+            written = self._writers.get((position, call_id))
+            if written is not None:
+                self._count_done(written, True)
+                while self._done_chars > self._max_chars:
+                    self._forget(next(iter(self._done.values())))
+
+    def _count_done(self, written: _Writer, is_done: bool) -> None:
+        if written.is_done != is_done:
+            written.is_done = is_done
+            if is_done:
+                self._done[written.key] = written
+            else:
+                del self._done[written.key]
+            self._done_chars += (written.chars + WRITER_CHARS) * (1 if is_done else -1)
+
+    def _forget(self, written: _Writer) -> None:
+        self._count_done(written, False)
+        del self._writers[written.key]
+        written.clear()
+        written.resets += 1
+
+    # What happens in another process
+
+    def apply(self, name: str, data: dict[str, Any]) -> None:
+        """Do what a live event of another process says."""
+        turn = msgspec.convert(data, _RemoteTurn)
+        if name in ("output.reset", "output.snapshot"):
+            self.reset(turn)
+        if name == "output.delta":
+            self.write(turn, data["field"], data["text"])
+        elif name == "reasoning.delta":
+            self.write_reasoning(turn, data["text"])
+        elif name == "call.started":
+            arguments = msgspec.Raw(msgspec.json.encode(data.get("arguments")))
+            started_at = msgspec.convert(data["started_at"], datetime)
+            self.begin_call(turn, turn.call_id, data["name"], data["kind"], arguments, started_at)
+        values = {data["field"]: data["value"]} if name == "output.value" else data.get("output", {})
+        for field, value in values.items():
+            if isinstance(value, str) and name == "output.snapshot":
+                self.write(turn, field, value)
+            else:
+                self.write_value(turn, field, value)
+
+    def drop_open(self) -> None:
+        """Drop what is not known to have ended, because the process that wrote it is gone."""
+        with self._lock:
+            self._restart(self.ended_steps)
+        self._wake_soon()
+
+    # Reading
+
+    @contextlib.contextmanager
+    def reader(self, after: int, *, reasoning: bool) -> Iterator["LiveReader"]:
+        """Add a reader that has all events up to the id *after*."""
+        reader = LiveReader(self, after, reasoning=reasoning)
+        self.readers.add(reader)
+        try:
+            yield reader
+        finally:
+            self.readers.discard(reader)
+
+    def changed_since(self, seen: int) -> tuple[list[_Writer], int]:
+        """Return what has changed after the change number *seen*, oldest first, and the number of the last change."""
+        found = []
+        with self._lock:
+            for written in reversed(self._writers.values()):
+                if written.changed <= seen:
+                    break
+                found.append(written)
+            return found[::-1], self._changes
+
+    def piece(self, text: io.StringIO, start: int) -> str:
+        """Return *text* from *start* to its end."""
+        with self._lock:
+            text.seek(start)
+            return text.read()
+
+
+class _Place:
+    """What a reader has of a writer. *sent* is the length of a text that was sent, or the number of a value.
+
+    Attributes:
+        wants_snapshot: it begins with a snapshot, because the client may have another text.
+    """
+
+    def __init__(self, written: _Writer, *, wants_snapshot: bool) -> None:
+        self.wants_snapshot = wants_snapshot
+        self.created = written.created
+        self.resets = written.resets
+        self.sent: dict[str, int] = {}
+        self.reasoning = 0
+
+
+class LiveReader:
+    """One reader of a live output. Who joins late gets what was written before as one ``output.snapshot``.
+
+    Attributes:
+        position: of the step that the reader has reached.
+    """
+
+    def __init__(self, live: LiveOutput, after: int, *, reasoning: bool) -> None:
+        self._live = live
+        self._has_reasoning = reasoning
+        #: the position of the step of which it may have a part, also from an earlier attempt
+        self._resumed_in = position_of(after) if after else None
+        self._places: dict[tuple[int, str], _Place] = {}
+        self._pending: dict[tuple[int, str], _Writer] = {}
+        self._joined_at = live.changed_since(0)[1] if live.had_reader else 0
+        live.had_reader = True
+        self._seen = 0
+        self.position = 0
+
+    def events(self, after: int) -> Iterator[Event]:
+        """Yield what is new in the steps whose ``step.started`` is not after the id *after*."""
+        changed, self._seen = self._live.changed_since(self._seen)
+        for written in changed:
+            self._pending[written.key] = written
+        for written in list(self._pending.values()):
+            if started_id(written.attempt, written.position) <= after:
+                self._pending.pop(written.key, None)
+                yield from self._events_of(written)
+
+    def passed(self, event: Event) -> None:
+        """Forget the step or the call whose end is *event*, which the reader has now."""
+        if event.name == "call.completed":
+            key = event.data["position"], event.data["call_id"]
+            self._places.pop(key, None)
+            self._live.end_call(*key)  # another process may have executed it
+        elif event.name == "step.completed":
+            self.position = event.data["position"] + 1
+            for key in [key for key in self._places if key[0] < self.position]:
+                del self._places[key]
+
+    def missed_output(self, event: Event) -> Event | None:
+        """Return the whole output of a step before *event*, its end, if the reader may have a part of it from before.
+
+        Its step went on while the reader was not connected.
+        """
+        if event.name != "step.completed" or event.data["position"] != self._resumed_in:
+            return None
+        place = self._places.get((event.data["position"], ""))
+        if place is not None and not place.wants_snapshot:
+            return None
+        names = ("run_id", "attempt", "position", "agent_name")
+        data = {name: event.data[name] for name in names} | {"output": event.data["result"]}
+        return Event(id=None, name="output.snapshot", data=data)
+
+    def _events_of(self, written: _Writer) -> Iterator[Event]:
+        place, resets = self._places.get(written.key), written.resets
+        is_old = written.created <= self._joined_at
+        if place is None and is_old and written.is_done:
+            return
+        if written.call is not None and (place is None or place.created != written.created):
+            yield written.event("call.started", **written.call)
+        if place is None:
+            is_late = is_old or self._resumed_in is not None
+            place = self._places[written.key] = _Place(written, wants_snapshot=is_late)
+        elif place.resets != resets:
+            if place.sent or place.reasoning:
+                yield written.event("output.reset")
+            place.sent, place.reasoning = {}, 0
+        place.created, place.resets = written.created, resets
+        if place.wants_snapshot and written.fields:
+            place.wants_snapshot = False
+            yield self._snapshot(written, place)
+        if self._has_reasoning and (text := self._live.piece(written.reasoning, place.reasoning)):
+            place.reasoning += len(text)
+            yield written.event("reasoning.delta", text=text)
+        for name, content in list(written.fields.items()):
+            if written.resets != resets:  # while the last event was sent
+                self._pending[written.key] = written
+                return
+            sent = place.sent.get(name, 0)
+            if isinstance(content, io.StringIO):
+                if text := self._live.piece(content, max(0, sent)):
+                    place.sent[name] = max(0, sent) + len(text)
+                    yield written.event("output.delta", field=name, text=text)
+            elif content[0] != sent:
+                place.sent[name] = content[0]
+                yield written.event("output.value", field=name, value=content[1])
+
+    def _snapshot(self, written: _Writer, place: _Place) -> Event:
+        output: dict[str, Any] = {}
+        for name, content in list(written.fields.items()):
+            if isinstance(content, io.StringIO):
+                output[name] = self._live.piece(content, 0)
+                place.sent[name] = len(output[name])
+            else:
+                place.sent[name], output[name] = content
+        return written.event("output.snapshot", output=output)
+
+
+def _may_become(content: io.StringIO | tuple[int, msgspec.Raw], value: Any) -> bool:
+    """Whether a field that was written in part can still become *value*."""
+    if isinstance(content, io.StringIO):
+        return isinstance(value, str) and value.startswith(content.getvalue())
+    return bool(msgspec.json.decode(content[1]) == value)
+
+
+def _call_soon() -> Callable[[Callable[[], None]], None]:
+    """Return a function that calls another one soon in the current event loop. It works in any thread."""
+    try:
+        schedule: Callable[[Callable[[], None]], object] = asyncio.get_running_loop().call_soon_threadsafe
+    except RuntimeError:
+        import trio
+
+        schedule = trio.lowlevel.current_trio_token().run_sync_soon
+
+    def call_soon(function: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            schedule(function)
+
+    return call_soon

@@ -1,0 +1,129 @@
+"""The live output of runs for the other processes on a store: each engine serves a Unix socket beside the file.
+
+A process that watches a run of another engine connects to the socket of that engine, sends the id of the run, and gets
+its live events as lines of JSON. The connection itself makes the run watched there. If it breaks, the other process has
+only the records, until it can connect to the next owner of the run.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import anyio
+import anyio.abc
+import msgspec
+
+from flock.engine import files
+from flock.engine.live import LiveOutput
+
+__all__ = ["follow", "serve", "socket_path"]
+
+logger = logging.getLogger("flock.store")
+
+#: Max length of the path of a Unix socket on macOS; Linux allows 107 bytes.
+MAX_PATH_BYTES = 103
+#: What breaks a connection.
+BROKEN = (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, msgspec.DecodeError)
+#: The name of a line that says how many steps have ended, and whether the run is no longer active there.
+STATE = "state"
+#: Later than all events.
+ALL = 2**63
+
+
+def socket_path(store_path: str, engine_id: str) -> str | None:
+    """Return the path of an engine's socket, relative if that is shorter; None if it is too long for a socket."""
+    found = path = f"{store_path}-live-{engine_id}"
+    with contextlib.suppress(OSError):  # the working directory was removed
+        found = min(path, os.path.relpath(path), key=len)
+    return found if len(os.fsencode(found)) <= MAX_PATH_BYTES else None
+
+
+async def serve(
+    path: str, watch: Callable[[str], AbstractContextManager[LiveOutput]], is_active: Callable[[str], bool]
+) -> None:
+    """Serve the live output of the runs of this engine until the task is cancelled.
+
+    Args:
+        watch: see ``Runner.watch``.
+        is_active: whether a run is active in this engine.
+    """
+
+    async def handle(stream: anyio.abc.ByteStream) -> None:
+        async with stream:
+            try:
+                async with anyio.create_task_group() as tasks:
+                    lines = _lines(stream)
+                    run_id = str(msgspec.json.decode(await anext(lines, b'""')))
+                    tasks.start_soon(_cancel_at_end, lines, tasks.cancel_scope)
+                    await _send_all(stream, run_id)
+                    tasks.cancel_scope.cancel()
+            except* BROKEN:
+                pass
+            except* Exception:
+                logger.exception("the live output of a run cannot be sent to another process")
+
+    async def _send_all(stream: anyio.abc.ByteStream, run_id: str) -> None:
+        with watch(run_id) as live, live.reader(0, reasoning=True) as reader:
+            is_last = False
+            while not is_last:
+                changed, ended_steps, is_last = live.changed, live.ended_steps, not is_active(run_id)
+                for event in reader.events(ALL):
+                    await stream.send(msgspec.json.encode((event.name, event.data)) + b"\n")
+                state = {"ended_steps": ended_steps, "is_last": is_last}
+                await stream.send(msgspec.json.encode((STATE, state)) + b"\n")
+                if not is_last:
+                    await changed.wait()
+
+    with _removing(path):
+        try:
+            async with await anyio.create_unix_listener(path, mode=files.PRIVATE) as listener:
+                await listener.serve(handle)
+        except OSError as exc:
+            logger.warning("Other processes on this store do not get the text of running agents: %s: %s", path, exc)
+
+
+@contextlib.contextmanager
+def _removing(path: str) -> Iterator[None]:
+    """Remove a file after the block, even if the working directory has changed."""
+    whole_path = os.path.abspath(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            files.remove(whole_path)
+
+
+async def follow(path: str, run_id: str, live: LiveOutput) -> bool:
+    """Copy the live output of a run of another engine to *live*. Return False if the connection broke."""
+    is_last = False
+    with contextlib.suppress(*BROKEN):
+        async with await anyio.connect_unix(path) as stream:
+            await stream.send(msgspec.json.encode(run_id) + b"\n")
+            live.drop_open()  # what is known is of an earlier turn
+            async for line in _lines(stream):
+                name, data = msgspec.json.decode(line, type=tuple[str, dict[str, Any]])
+                if name == STATE:
+                    is_last = data["is_last"]
+                    live.end_step(data["ended_steps"] - 1)
+                else:
+                    live.apply(name, data)
+    return is_last
+
+
+async def _cancel_at_end(lines: AsyncIterator[bytes], scope: anyio.CancelScope) -> None:
+    async for _ in lines:
+        pass
+    scope.cancel()
+
+
+async def _lines(stream: anyio.abc.ByteStream) -> AsyncIterator[bytes]:
+    rest: list[bytes] = []
+    async for received in stream:
+        *whole, last = received.split(b"\n")
+        for line in whole:
+            yield b"".join((*rest, line))
+            rest.clear()
+        rest.append(last)

@@ -1,0 +1,257 @@
+"""The live output of a run: whatever happens, each reader ends with the exact text of the step."""
+
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flock.engine.live import LiveOutput, LiveReader
+from flock.runs import JSON_NULL, Event, Run, RunContext, new_id, now, started_id
+
+RUN = Run(run_id=new_id(), flock="f", agent_name="a", inputs=msgspec.Raw(b"{}"), created_at=now())
+FIELDS = ("title", "text")
+STEP = started_id(1, 0)
+
+
+class Source:
+    """A watched run."""
+
+    def __init__(self, live: LiveOutput | None) -> None:
+        self.live = live
+
+
+def context_of(live: LiveOutput | None, call_id: str = "", attempt: int = 1) -> RunContext:
+    run = msgspec.structs.replace(RUN, attempt=attempt)
+    context = RunContext(run, "a", lambda progress: None, watched=Source(live), output_names=FIELDS)
+    context.call_id = call_id
+    return context
+
+
+class Client:
+    """What a client makes of the events, by the rules of the documentation."""
+
+    def __init__(self, live: LiveOutput, *, has_stale_text: bool = False) -> None:
+        self.outputs: dict[str, dict[str, Any]] = {"": {"text": "stale"}} if has_stale_text else {}
+        self.events: list[Event] = []
+        self.reader = LiveReader(live, STEP if has_stale_text else 0, reasoning=False)
+        live.readers.add(self.reader)
+
+    def read(self, most: int = 10**9, after: int = STEP) -> None:
+        for event in itertools.islice(self.reader.events(after), most):
+            self.on(event)
+
+    def on(self, event: Event) -> None:
+        self.events.append(event)
+        output = self.outputs.setdefault(event.data.get("call_id", ""), {})
+        match event.name:
+            case "output.delta":
+                assert event.data["text"], "there are no empty deltas"
+                output[event.data["field"]] = output.get(event.data["field"], "") + event.data["text"]
+            case "output.value":
+                output[event.data["field"]] = msgspec.json.decode(event.data["value"])
+            case "output.reset":
+                output.clear()
+            case "output.snapshot":
+                output.clear()
+                sent = event.data["output"]
+                output |= msgspec.json.decode(sent if isinstance(sent, msgspec.Raw) else msgspec.json.encode(sent))
+
+    def end(self, result: msgspec.Raw) -> None:
+        """Receive the end of the step, as ``EngineBase.events`` sends it."""
+        self.read()
+        data = {"run_id": RUN.run_id, "attempt": 1, "position": 0, "agent_name": "a", "result": result}
+        ended = Event(id=STEP + 100, name="step.completed", data=data)
+        if (missed := self.reader.missed_output(ended)) is not None:
+            self.on(missed)
+        self.reader.passed(ended)
+
+
+TEXTS = st.text(max_size=5)
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.sampled_from(FIELDS), TEXTS),
+        st.tuples(st.just("value"), st.integers(0, 3)),
+        st.tuples(st.just("reset")),
+        st.tuples(st.just("begin")),
+        st.tuples(st.just("join"), st.booleans()),
+        st.tuples(st.just("read"), st.integers(0, 9), st.integers(1, 3)),
+        st.tuples(st.just("call"), st.sampled_from(["x", "y"]), TEXTS),
+        st.tuples(st.just("end call"), st.sampled_from(["x", "y"])),
+    ),
+    max_size=40,
+)
+
+
+@given(ACTIONS, st.booleans(), TEXTS, st.integers(1, 2000))
+def test_each_reader_ends_with_the_exact_output(
+    actions: Sequence[tuple[Any, ...]], ends_as_written: bool, other: str, max_chars: int
+) -> None:
+    """For all orders of writes, resets, turns that start again, calls, readers that join, and slow readers."""
+
+    async def main() -> None:
+        live = LiveOutput(max_chars)
+        context = context_of(live)
+        clients, written, has_written = [Client(live)], dict[str, Any](), False
+        for action in actions:
+            match action:
+                case ("write", field, text):
+                    context.emit(text, field)
+                    if text:
+                        written[field], has_written = written.get(field, "") + text, True
+                case ("value", number):
+                    context.emit_value("tags", [number])
+                    written["tags"], has_written = [number], True
+                case ("reset",):
+                    context.reset_output()
+                    written.clear()
+                case ("begin",):
+                    live.begin_turn(context)
+                    written.clear()
+                    has_written = False
+                case ("join", has_stale_text):
+                    clients.append(Client(live, has_stale_text=has_stale_text))
+                case ("read", number, most):
+                    clients[number % len(clients)].read(most)
+                case ("call", call_id, text):
+                    live.begin_call(context, call_id, "other", "agent", JSON_NULL, now())
+                    context_of(live, call_id).emit(text, "text")
+                case ("end call", call_id):
+                    live.end_call(0, call_id)
+        final = dict(written) if ends_as_written else {"text": other, "tags": [5]}
+        result = msgspec.Raw(msgspec.json.encode(final))
+        context.settle_output(result)
+        for client in clients:
+            client.end(result)
+            if has_written or client.reader._resumed_in == 0:
+                assert {name: value for name, value in client.outputs.get("", {}).items() if value != ""} == {
+                    name: value for name, value in final.items() if value != ""
+                }
+
+    anyio.run(main)
+
+
+@pytest.mark.anyio
+async def test_threads_may_write_while_readers_read() -> None:
+    live = LiveOutput(10**9)
+    live_context = context_of(live)
+    clients = [Client(live) for _ in range(5)]
+
+    def write() -> None:
+        for number in range(2000):
+            if number == 1000:
+                live_context.reset_output()
+            live_context.emit(f"{number} ", "text")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while thread.is_alive():
+        changed = live.changed
+        for client in clients:
+            client.read(1)
+        with anyio.move_on_after(1):
+            await changed.wait()
+    thread.join()
+    expected = {"text": "".join(f"{number} " for number in range(1000, 2000))}
+    for client in clients:
+        client.read()
+        assert client.outputs[""] == expected
+
+
+@pytest.mark.anyio
+async def test_who_joins_late_gets_one_snapshot_and_then_deltas() -> None:
+    live = LiveOutput(10**6)
+    context, first = context_of(live), Client(live)
+    for text in "abc":
+        context.emit(text, "text")
+        first.read()
+    late = Client(live)
+    late.read()
+    context.emit("d", "text")
+    context.emit("e", "text")
+    for client in (first, late):
+        client.read()
+    assert [event.name for event in first.events] == ["output.delta"] * 4
+    assert [event.name for event in late.events] == ["output.snapshot", "output.delta"]
+    assert late.events[1].data["text"] == "de", "adjacent text is merged"
+    assert first.outputs == late.outputs == {"": {"text": "abcde"}}
+
+
+@pytest.mark.anyio
+async def test_nothing_of_a_step_is_sent_before_its_start() -> None:
+    live = LiveOutput(10**6)
+    context_of(live).emit("a", "text")
+    client = Client(live)
+    client.read(after=STEP - 1)
+    assert client.events == []
+    client.read(after=STEP)
+    assert client.outputs == {"": {"text": "a"}}
+
+
+@pytest.mark.anyio
+async def test_a_turn_that_starts_again_resets_what_was_written_but_not_the_calls_that_have_ended() -> None:
+    live = LiveOutput(10**6)
+    client, context = Client(live), context_of(live)
+    context.emit("a", "text")
+    for call_id in ("done", "open"):
+        live.begin_call(context, call_id, "other", "agent", JSON_NULL, now())
+        context_of(live, call_id).emit(call_id, "text")
+    live.end_call(0, "done")
+    client.read()
+    again = context_of(live, attempt=2)
+    live.begin_turn(again)
+    again.emit("b", "text")
+    client.read(after=STEP)
+    assert client.outputs == {"": {"text": "a"}, "done": {"text": "done"}, "open": {"text": "open"}}, "not yet started"
+    client.read(after=started_id(2, 0))
+    assert client.outputs == {"": {"text": "b"}, "done": {"text": "done"}, "open": {}}
+    assert [event.data["attempt"] for event in client.events[-3:]] == [2, 2, 2]
+
+
+@pytest.mark.anyio
+async def test_the_text_of_calls_that_have_ended_takes_bounded_room() -> None:
+    live = LiveOutput(100_000)
+    context = context_of(live)
+    for number in range(5000):
+        live.begin_call(context, str(number), "other", "agent", JSON_NULL, now())
+        context_of(live, str(number)).emit("x" * 1000, "text")
+        live.end_call(0, str(number))
+        context_of(live, str(number)).emit("what a task wrote that outlived its call", "text")
+    assert len(live.changed_since(0)[0]) < 100
+    context.emit("y" * 200_000, "text")
+    context.emit("z", "text")  # one agent has no more room
+    client = Client(live)
+    client.read()
+    assert client.outputs[""] == {"text": "y" * 200_000}
+    context.settle_output(msgspec.Raw(b'{"text": "short"}'))
+    client.read()
+    assert client.outputs[""] == {"text": "short"}
+
+
+@pytest.mark.anyio
+async def test_text_whose_beginning_nobody_watched_is_not_sent() -> None:
+    """It would be wrong. At the end of the turn, the whole text is sent."""
+    source = Source(None)
+    context = RunContext(RUN, "a", lambda progress: None, watched=source, output_names=FIELDS)
+    assert not context.is_watched
+    context.emit("a", "text")
+    source.live = live = LiveOutput(10**6)
+    client = Client(live)
+    assert context.is_watched
+    context.emit("b", "text")
+    client.read()
+    assert client.events == []
+    context.settle_output(msgspec.Raw(b'{"text": "ab"}'))
+    client.read()
+    assert client.outputs == {"": {"text": "ab"}}
+
+
+@pytest.mark.anyio
+async def test_a_field_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"The output of 'a' has no field 'texts'\. Its fields: title, text\."):
+        context_of(None).emit("a", "texts")
