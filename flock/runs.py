@@ -799,6 +799,7 @@ class RunContext:
         *,
         on_usage: Callable[[str, Usage], None] = lambda agent_name, usage: None,
         max_tokens: int | None = None,
+        output: Any = None,
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
@@ -811,6 +812,7 @@ class RunContext:
         self._on_usage = on_usage
         self._max_tokens = max_tokens
         self._journal = journal
+        self._output = output
 
     @property
     def cancel_requested(self) -> bool:
@@ -958,6 +960,31 @@ class RunContext:
         if numbers[0] is None or not all(math.isfinite(number) for number in numbers if number is not None):
             raise ValueError(f"Progress must be given in finite numbers, not as {done!r} of {total!r}.")
         self._on_progress(Progress(done=numbers[0], total=numbers[1], message=cut(safe_text(message))))
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody reads the output of this run now."""
+        return self._output is not None and bool(self._output.is_watched)
+
+    def emit(self, text: str, field: str | None = None) -> None:
+        """Append *text* to a field of the output, for those who read it now. By default to the first field."""
+        if self._output is not None:
+            self._output.emit(text, field)
+
+    def emit_value(self, field: str, value: Any) -> None:
+        """Report the complete value of a field of the output."""
+        if self._output is not None:
+            self._output.emit_value(field, value)
+
+    def emit_reasoning(self, text: str) -> None:
+        """Report what a model thinks."""
+        if self._output is not None:
+            self._output.emit_reasoning(text)
+
+    def reset_output(self) -> None:
+        """Withdraw what this agent has emitted in this turn."""
+        if self._output is not None:
+            self._output.reset_output()
 
     def spend(self, usage: Usage) -> None:
         """Report the tokens of a model's answer, whether or not the answer is usable."""
