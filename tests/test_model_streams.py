@@ -1,5 +1,6 @@
 """Streamed replies of models: the forms of the providers, failures in the middle, and what an agent emits."""
 
+import enum
 import itertools
 import json
 import logging
@@ -7,11 +8,13 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import anyio.abc
 import httpx
+import msgspec
+import pydantic
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -22,11 +25,14 @@ from flock.agents import streams
 from flock.agents.completions import Completion, Message, ToolSchema
 from flock.agents.llm import ModelClient
 from flock.agents.signature import Signature
+from flock.agents.tools import Tool
+from flock.core import Flock, FlockFactory
 from flock.errors import ModelError
-from flock.runs import Usage
+from flock.runs import Run, RunContext, RunStatus, Usage
 from tests.support import PATIENCE_S
 from tests.support.models import USAGE, FakeModel, answer, as_json, chunk, error, socket_server, sse, streamed
 from tests.support.servers import Served
+from tests.test_ask import asked
 
 MESSAGES = [Message("system", "Do it."), Message("user", "text: hello")]
 SCHEMA = Signature.of("a: str, n: list[int]").schema
@@ -625,6 +631,7 @@ async def test_a_connection_is_used_again_after_a_stream(vllm: Callable[[str], N
             assert len(served.server.server_state.connections) == 1
 
 
+@pytest.mark.alone
 async def test_cancelling_stops_the_stream_of_the_server(vllm: Callable[[str], None]) -> None:
     """A real server notices within 100 ms that nobody reads any more, and stops to write."""
     stopped: list[float] = []
@@ -674,3 +681,251 @@ async def test_text_arrives_while_the_server_writes(vllm: Callable[[str], None])
         vllm(f"{served.url}/v1")
         async with ModelClient() as models:
             assert (await ask(models, recorder, "vllm/x")).text == TEXT
+
+
+# What an agent emits
+
+
+class Emitted:
+    """What the agents of a run have emitted: (kind, agent, field, text or value), and resets of what was written."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def add(self, kind: str, context: RunContext, *more: Any) -> None:
+        if kind != "reset" or self.output(context.agent_name):
+            self.events.append((kind, context.agent_name, *more))
+
+    def output(self, agent_name: str = "ask") -> dict[str, Any]:
+        """Return what a reader knows of the output: text and values by field, since the last reset."""
+        known: dict[str, Any] = {}
+        for kind, name, *more in self.events:
+            if name == agent_name and kind == "reset":
+                known.clear()
+            elif name == agent_name and kind in ("text", "value"):
+                known[more[0]] = known.get(more[0], "") + more[1] if kind == "text" else more[1]
+        return known
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of events, without repetitions."""
+        return [kind for kind, _ in itertools.groupby(kind for kind, *_ in self.events)]
+
+
+@pytest.fixture
+def emitted(monkeypatch: pytest.MonkeyPatch) -> Emitted:
+    """Watch all runs."""
+    recorder = Emitted()
+    members: dict[str, Any] = {
+        "is_watched": property(lambda self: True),
+        "emit": lambda self, text, field=None: recorder.add("text", self, field, text),
+        "emit_value": lambda self, field, value: recorder.add("value", self, field, value),
+        "emit_reasoning": lambda self, text: recorder.add("reasoning", self, text),
+        "reset_output": lambda self: recorder.add("reset", self),
+    }
+    for name, member in members.items():
+        monkeypatch.setattr(RunContext, name, member)
+    return recorder
+
+
+async def run_of(made: Flock, model: FakeModel, **inputs: Any) -> Run:
+    async with made.engine(transport=model.transport) as engine:
+        run = await engine.submit("ask", {"q": "?", **inputs})
+        with anyio.fail_after(PATIENCE_S):
+            return await engine.wait(run.run_id)
+
+
+def of(output: Any = "a: str, n: list[int], when: date", **options: Any) -> Flock:
+    made = Flock("streams", model="openai/gpt-4o")
+    made.add_agent(FlockFactory.create_default_agent("ask", input="q", output=output, **options))
+    return made
+
+
+async def test_an_agent_emits_its_answer_field_by_field(model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed('{"a": "H', "e\\u00e9", '", "n": [1,', ' 2], "when": "2026-', '11-26"}')]
+    run = await run_of(of(), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert run.usage == Usage(input_tokens=10, output_tokens=5)
+    assert emitted.events == [
+        ("text", "ask", "a", "H"),
+        ("text", "ask", "a", "e\u00e9"),
+        ("value", "ask", "n", [1, 2]),
+        ("value", "ask", "when", "2026-11-26"),
+    ]
+    assert emitted.output() == msgspec.json.decode(run.result or b"")
+
+
+async def test_nothing_is_streamed_if_nobody_watches(model: FakeModel) -> None:
+    model.replies = [answer({"a": "x", "n": [], "when": "2026-11-26"})]
+    assert (await run_of(of(), model)).status is RunStatus.COMPLETED
+    assert not model.requests[0].keys() & {"stream", "stream_options"}
+    assert model.headers[0]["idempotency-key"].endswith("/0")
+
+
+async def test_an_invalid_answer_is_reset_before_the_next(model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed('{"a": "wrong", "n": "no"}'), streamed("not JSON"), streamed('{"a": "x", "n": []', "}")]
+    run = await run_of(of("a: str, n: list[int]"), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.kinds() == ["text", "value", "reset", "text", "value"]
+    assert emitted.output() == {"a": "x", "n": []}
+
+
+async def test_the_last_invalid_answer_is_reset_too(model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed('{"a": "x"}')]
+    assert (await run_of(of("a: str, n: int", max_retries=0), model)).error_type == "invalid_output"
+    assert emitted.kinds() == ["text", "reset"]
+
+
+async def test_a_lost_connection_resets_the_output(emitted: Emitted) -> None:
+    body = sse(chunk('{"a": "x'), chunk('y"}'), chunk("", "stop"))
+    transport, _ = replying(Pieces([body[:-80]], httpx.ReadError("reset")), Pieces([bytes([byte]) for byte in body]))
+    async with of("a: str").engine(transport=transport) as engine:
+        run = await engine.submit("ask", {"q": "?"})
+        run = await engine.wait(run.run_id, PATIENCE_S)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.kinds() == ["text", "reset", "text"]
+    assert emitted.output() == {"a": "xy"}
+
+
+async def test_a_text_beside_tool_calls_is_not_output(model: FakeModel, emitted: Emitted) -> None:
+    """The output is reset before the tools are called."""
+    before: list[Any] = []
+
+    def look() -> str:
+        before.append(emitted.output())
+        return "found"
+
+    calls = [{"index": 0, "id": "1", "function": {"name": "look", "arguments": "{}"}}]
+    model.replies = [
+        streamed("I look.", tool_calls=calls, finish_reason="tool_calls"),
+        streamed('{"a": "maybe"}', tool_calls=calls, finish_reason="tool_calls"),
+        streamed('{"a": "x"}'),
+    ]
+    run = await run_of(of("a: str", tools=[look]), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert before == [{}, {}]
+    assert emitted.kinds() == ["text", "reset", "text"]
+    assert emitted.output() == {"a": "x"}
+
+
+async def test_steps_as_json_are_not_output(model: FakeModel, emitted: Emitted) -> None:
+    """The fields of a step are not emitted, even if the output has a field of that name."""
+
+    def look() -> str:
+        return "found"
+
+    step = {"next_thought": "I look.", "next_tool_name": "look", "next_tool_args": {}}
+    finish = {"next_thought": "I know.", "next_tool_name": "finish", "next_tool_args": {}}
+    model.replies = [error(400, message="no tools"), answer(step), answer(finish), streamed('{"next_thought": "x"}')]
+    run = await run_of(of("next_thought: str", tools=[look]), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.events == [("text", "ask", "next_thought", "x")]
+
+
+async def test_a_reply_in_the_journal_is_not_emitted_again(model: FakeModel, emitted: Emitted) -> None:
+    """The step starts again after a person has answered, with the reply that called the tool in its journal."""
+
+    def pay() -> str:
+        return "paid"
+
+    calls = [{"index": 0, "id": "1", "function": {"name": "pay", "arguments": "{}"}}]
+    model.replies = [streamed('{"a": "wait"}', tool_calls=calls, finish_reason="tool_calls"), streamed('{"a": "x"}')]
+    made = of("a: str", tools=[Tool(pay, needs_approval=True)])
+    async with made.engine(transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"})
+        assert emitted.kinds() == ["text", "reset"]
+        emitted.events.clear()
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b'{"approved": true}'))
+        run = await engine.wait(run.run_id, PATIENCE_S)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.events == [("text", "ask", "a", "x")]
+
+
+@pytest.mark.parametrize("reasoning", [False, True])
+async def test_reasoning_is_not_output(reasoning: bool, model: FakeModel, emitted: Emitted) -> None:
+    """That of the model itself, and the field that an agent adds."""
+    text = '{"reasoning": "I think.", "a": "x"}' if reasoning else '{"a": "x"}'
+    model.replies = [streamed(text, reasoning_content="Hm. ")]
+    run = await run_of(of("a: str", reasoning=reasoning), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    thoughts = "".join(event[2] for event in emitted.events if event[0] == "reasoning")
+    assert sorted(thoughts) == sorted("I think.Hm. " if reasoning else "Hm. ")
+    assert emitted.output() == {"a": "x"}
+
+
+async def test_an_output_called_reasoning_is_output(model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed('{"reasoning": "because"}')]
+    await run_of(of("reasoning: str"), model)
+    assert emitted.events == [("text", "ask", "reasoning", "because")]
+
+
+@pytest.mark.parametrize(
+    ("type_", "text", "kind"),
+    [
+        ("str", '"x"', "text"),
+        ("str | how it sounds", '"x"', "text"),
+        ("Short", '"x"', "text"),
+        ("Literal['x', 'y']", '"x"', "value"),
+        ("Colour", '"x"', "value"),
+        ("date", '"2026-11-26"', "value"),
+        ("UUID", '"3d6f4b1e-3a56-4d1f-9a0c-9c1d3f1a2b3c"', "value"),
+        ("bytes", '"eA=="', "value"),
+        ("str | None", '"x"', "value"),
+        ("Any", '"x"', "value"),
+        ("bool", "true", "value"),
+        ("list[str]", '["x"]', "value"),
+    ],
+)
+async def test_only_plain_strings_are_text(
+    type_: str, text: str, kind: str, model: FakeModel, emitted: Emitted
+) -> None:
+    types = {"Short": Annotated[str, msgspec.Meta(max_length=9)], "Colour": enum.Enum("Colour", {"X": "x"})}
+    model.replies = [streamed(f'{{"a": {text[:2]}', f"{text[2:]}}}")]
+    run = await run_of(of(f"a: {type_}", types=types), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.kinds() == [kind]
+    assert emitted.output() == json.loads(f'{{"a": {text}}}')
+
+
+async def test_a_value_that_changes_when_it_is_read_is_not_emitted(model: FakeModel, emitted: Emitted) -> None:
+    """A secret of a pydantic model is masked in the result, and some fields have other names or types there."""
+
+    class Output(pydantic.BaseModel):
+        plain: str
+        secret: pydantic.SecretStr
+        renamed: str = pydantic.Field(serialization_alias="other")
+        parsed: pydantic.Json[int]
+
+    model.replies = [streamed('{"plain": "x", "secret": "S3CRET", "renamed": "r", "parsed": "1"}')]
+    run = await run_of(of(Output), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.output() == {"plain": "x"}
+
+
+async def test_a_called_agent_emits_with_its_own_name(model: FakeModel, emitted: Emitted) -> None:
+    made = of("a: str", tools=["helper"])
+    made.add_agent(FlockFactory.create_default_agent("helper", input="q", output="b: str"))
+    calls = [{"index": 0, "id": "1", "function": {"name": "helper", "arguments": '{"q": "?"}'}}]
+    model.replies = [
+        streamed(tool_calls=calls, finish_reason="tool_calls"),
+        streamed('{"b": "y"}'),
+        streamed('{"a": "x"}'),
+    ]
+    run = await run_of(made, model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert (emitted.output("helper"), emitted.output("ask")) == ({"b": "y"}, {"a": "x"})
+
+
+# Real models
+
+
+@pytest.mark.slow
+async def test_the_local_model_streams() -> None:
+    pytest.importorskip("xllamacpp")
+    recorder = Recorder()
+    async with ModelClient() as models:
+        plain = await models.complete("local/smollm2-135m", MESSAGES, SCHEMA, max_tokens=60)
+        live = await models.complete("local/smollm2-135m", MESSAGES, SCHEMA, max_tokens=60, listener=recorder)
+    assert live == plain, "answer and usage are the same with and without a stream"
+    assert live.usage.output_tokens > 0
+    assert recorder.all_of("text") == live.text
+    assert len(recorder.events) > 5

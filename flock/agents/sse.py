@@ -21,7 +21,8 @@ class EventTooLong(Exception):
 class _Events:
     """Splits bytes, which arrive in any pieces, into events (HTML, section 9.2.6).
 
-    Comments are ignored, and so is an event without the empty line that ends it: the connection broke off. The lines of httpx would also end at characters such as U+2028, which JSON may contain.
+    Comments are ignored, and so is an event without the empty line that ends it: its connection was lost. The lines of
+    httpx would also end at characters such as U+2028, which JSON may contain.
     """
 
     def __init__(self, max_bytes: float) -> None:
