@@ -4,8 +4,11 @@ import enum
 import itertools
 import json
 import logging
+import os
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any
@@ -568,6 +571,15 @@ async def test_silence_is_a_timeout(body: bytes, vllm: Callable[[str], None]) ->
     assert recorder.resets == (2 if body else 0)
 
 
+@pytest.mark.parametrize("listener", [None, Recorder()], ids=["whole", "stream"])
+async def test_a_body_that_cannot_be_decompressed_is_requested_again(
+    listener: Recorder | None, models: ModelClient, model: FakeModel
+) -> None:
+    broken = Response(b"not gzip", headers={"Content-Encoding": "gzip"}, media_type="text/event-stream")
+    model.replies = [broken, answer(TEXT)]
+    assert (await models.complete(None, MESSAGES, SCHEMA, listener=listener)).text == TEXT
+
+
 @pytest.mark.parametrize("is_reset", [False, True])
 async def test_a_connection_that_breaks_off_is_tried_again(is_reset: bool, vllm: Callable[[str], None]) -> None:
     replies = [sse(*map(chunk, PARTS[:2])), sse(*map(chunk, PARTS), chunk("", "stop"), USAGE, "[DONE]")]
@@ -929,3 +941,57 @@ async def test_the_local_model_streams() -> None:
     assert live.usage.output_tokens > 0
     assert recorder.all_of("text") == live.text
     assert len(recorder.events) > 5
+
+
+LITELLM = """
+import asyncio
+from flock.agents.completions import Message
+from flock.agents.llm import ModelClient
+
+class Listener:
+    def text(self, piece):
+        print("TEXT", repr(piece))
+
+    def reasoning(self, piece):
+        print("REASONING", repr(piece))
+
+    def reset(self):
+        print("RESET")
+
+async def main():
+    async with ModelClient() as models:
+        schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+        for _ in range(2):
+            done = await models.complete("lm_studio/some-model", [Message("user", "hi")], schema, listener=Listener())
+            print("ANSWER", done.text, done.usage.output_tokens)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+async def test_litellm_itself_streams() -> None:
+    """If the stream breaks off, the answer is requested without one."""
+    pieces = ['{"a": "H', "i", '"}']
+    good = sse(*map(chunk, pieces), chunk("", "stop"), {**chunk(), **USAGE}, "[DONE]")
+    bodies = [good, sse(chunk(pieces[0])), bytes(answer({"a": "whole"}).body)]
+
+    async def handle(stream: anyio.abc.SocketStream) -> None:
+        received = b""
+        while b"some-model" not in received:
+            received += await stream.receive()
+        body = bodies.pop(0)
+        kind = b"text/event-stream" if body.startswith(b"data") else b"application/json"
+        missing = 0 if body.endswith((b"[DONE]\n\n", b"}")) else 99
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        await stream.send(head % (kind, len(body) + missing) + body)
+
+    async with socket_server(handle) as (url, _):
+        env = os.environ | {"LM_STUDIO_API_BASE": url, "LM_STUDIO_API_KEY": "x", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        with anyio.fail_after(200):
+            done = await anyio.run_process(
+                [sys.executable, "-c", LITELLM], env=env, stderr=subprocess.STDOUT, check=False
+            )
+    lines = [line for line in done.stdout.decode().splitlines() if line.startswith(("TEXT", "RESET", "ANSWER"))]
+    first = ["RESET", *(f"TEXT {piece!r}" for piece in pieces), 'ANSWER {"a": "Hi"} 5']
+    assert lines == [*first, "RESET", f"TEXT {pieces[0]!r}", "RESET", 'ANSWER {"a": "whole"} 5'], done.stdout.decode()

@@ -46,7 +46,7 @@ from flock.agents.requests import (
     with_format_in_words,
 )
 from flock.agents.sse import is_stream
-from flock.agents.streams import read_reply
+from flock.agents.streams import StreamedReply, read_reply
 from flock.errors import ModelError
 
 __all__ = ["ModelClient"]
@@ -231,9 +231,9 @@ class ModelClient:
         """Request a response, as a stream if there is a listener and the server supports that."""
         if listener is None:
             return await self._send(endpoint, body, headers, None)
-        listener.reset()
         ways = list(STREAMS)
         for way in ways[ways.index(self._streams.get(endpoint.name, ways[0])) :]:
+            listener.reset()
             try:
                 answer = await self._send(endpoint, *streamed(way, body, headers), listener)
             except ModelError as exc:
@@ -314,18 +314,42 @@ async def _complete_with_litellm(request: Request) -> Completion:
         is_strict, request_schema = strict_schema(request.schema)
         json_schema = {"name": "answer", "strict": is_strict, "schema": request_schema}
         options = {"response_format": {"type": "json_schema", "json_schema": json_schema}}
-    headers = request.all_headers()
-    try:
-        answer = await litellm.acompletion(
-            model=request.name,
-            messages=msgspec.to_builtins(messages),
-            num_retries=2,
-            **options,
-            **({} if max_tokens is None else {"max_tokens": max_tokens}),
-            **({} if temperature is None else {"temperature": temperature}),
-            **({"extra_headers": headers} if headers else {}),
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    if temperature is not None:
+        options["temperature"] = temperature
+
+    def send(headers: Mapping[str, str], **more: Any) -> Any:
+        extra = {"extra_headers": headers} if headers else {}
+        return litellm.acompletion(
+            model=request.name, messages=msgspec.to_builtins(messages), **options, **extra, **more
         )
+
+    listener, headers = request.listener, request.all_headers()
+    if listener is not None:
+        listener.reset()
+        try:
+            answer = await _stream_of_litellm(send, request.name, headers, listener)
+        except Exception as exc:
+            logger.info("The stream of %s failed (%s). Asking without one.", request.name, type(exc).__name__)
+            listener.reset()
+        else:
+            return completion_of(answer, request)
+    try:
+        answer = (await send(headers, num_retries=2)).model_dump()
     except Exception as exc:  # litellm's errors have a status, but no common base class except Exception
         status = getattr(exc, "status_code", None) or 500
         raise status_error(request.name, httpx.Response(status, text=str(exc))) from exc
-    return completion_of(answer.model_dump(), request)
+    return completion_of(answer, request)
+
+
+async def _stream_of_litellm(
+    send: Callable[..., Any], name: str, headers: Mapping[str, str], listener: Listener
+) -> Mapping[str, Any]:
+    """Request a stream once, and return the chat completion. Any failure is an exception."""
+    part, headers = streamed("stream", {}, headers)
+    reply = StreamedReply(name, listener)
+    async with contextlib.aclosing(await send(headers, num_retries=0, **part)) as chunks:
+        async for chunk in chunks:
+            reply.add(chunk.model_dump())
+    return reply.end()
