@@ -781,6 +781,21 @@ async def test_an_invalid_answer_is_reset_before_the_next(model: FakeModel, emit
     assert emitted.output() == {"a": "x", "n": []}
 
 
+@pytest.mark.parametrize("text", ['Sure: {"a": "y"}', '{"a": "y"} {"a": "z"}', '{"a": "y"', '{"a": "y", "a": "z"'])
+async def test_a_text_that_is_not_one_object_is_withdrawn(text: str, model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed(*text), streamed('{"a": "x"}')]
+    run = await run_of(of("a: str"), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.kinds() == ["text", "reset", "text"]
+    assert emitted.output() == {"a": "x"}
+
+
+async def test_an_answer_in_a_code_fence_is_emitted(model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed(*'```json\n{"a": "x"}\n```')]
+    assert (await run_of(of("a: str"), model)).status is RunStatus.COMPLETED
+    assert emitted.events == [("text", "ask", "a", "x")]
+
+
 async def test_the_last_invalid_answer_is_reset_too(model: FakeModel, emitted: Emitted) -> None:
     model.replies = [streamed('{"a": "x"}')]
     assert (await run_of(of("a: str, n: int", max_retries=0), model)).error_type == "invalid_output"

@@ -162,11 +162,13 @@ def test_a_value_that_is_nested_too_deeply_is_not_reported() -> None:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("start", ['{"a": "', '{"n": ["', '{"unknown": "', "prose", '{"'])
-def test_the_time_is_linear_in_the_length(start: str) -> None:
-    """Single characters of a long answer take at most 10 µs each."""
+def test_a_piece_takes_no_longer_late_in_an_answer(start: str) -> None:
     scanner = Scanner(FIELDS)
     scanner.feed(start)
-    started = time.perf_counter()
-    for _ in range(200_000):
-        scanner.feed("x")
-    assert time.perf_counter() - started < 2
+    times = []
+    for _ in range(20):
+        started = time.process_time()
+        for _ in range(5000):
+            scanner.feed("x")
+        times.append(time.process_time() - started)
+    assert min(times[-5:]) < 3 * min(times[:5])
