@@ -116,6 +116,20 @@ async def test_the_tools_of_a_server_are_listed_and_called(sends_events: bool, m
     assert server.headers[-1]["mcp-protocol-version"] == "2025-06-18"
 
 
+async def test_the_text_of_an_event_may_have_any_characters(model: FakeModel) -> None:
+    """U+2028 separates lines in Unicode, but not in events."""
+
+    async def reply(message: Any) -> Response:
+        result = {"content": [{"type": "text", "text": "a\u2028b\x85c"}]}
+        body = json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}, ensure_ascii=False)
+        return Response(f"data: {body}\n\n", media_type="text/event-stream")
+
+    server = FakeServer()
+    server.reply = reply
+    async with Served(server.app) as served:
+        assert await result_of_call(flock_of(f"{served.url}/mcp"), model) == "a\u2028b\x85c"
+
+
 async def test_tools_are_listed_when_the_engine_starts(open_engine: OpenEngine) -> None:
     server = FakeServer()
     async with Served(server.app) as served, open_engine(flock_of(f"{served.url}/mcp")):

@@ -19,6 +19,7 @@ import msgspec
 from flock.agents.chat import ChatInput, chat_input
 from flock.agents.completions import Message
 from flock.agents.conversation import Conversation
+from flock.agents.live import LiveAnswer
 from flock.agents.llm import ModelClient
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.signature import (
@@ -391,6 +392,7 @@ class ModelAgent(Agent):
                 traceparent=context.traceparent,
             ),
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),
+            listen=functools.partial(LiveAnswer, self._answer, self.output, context),
         )
         return await conversation.converse(self.max_retries)
 

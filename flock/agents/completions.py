@@ -1,13 +1,13 @@
 """The messages of a conversation with a model, and its replies."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 
 from flock.runs import Usage
 
-__all__ = ["Completion", "FunctionCall", "Message", "ToolCall", "ToolSchema"]
+__all__ = ["Completion", "FunctionCall", "Listener", "Message", "ToolCall", "ToolSchema"]
 
 
 class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,3 +63,16 @@ class ToolSchema(msgspec.Struct, frozen=True, kw_only=True):
     description: str
     schema: Mapping[str, Any]
     may_be_strict: bool = True
+
+
+class Listener(Protocol):
+    """Receives a reply while a model writes it."""
+
+    def text(self, piece: str) -> None:
+        """Receive more of the answer, which is JSON. If calls of tools follow, it was not the answer."""
+
+    def reasoning(self, piece: str) -> None:
+        """Receive more of the model's thoughts, which are not part of the answer."""
+
+    def reset(self) -> None:
+        """Forget the text so far. A request begins, maybe again."""

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from flock.agents.completions import Completion, Message
+from flock.agents.completions import Completion, Listener, Message
 from flock.agents.tools import Toolbox
 from flock.errors import InvalidData, InvalidOutput, MalformedJSON
 from flock.runs import JSON_NULL, RunContext
@@ -25,6 +25,7 @@ class Conversation:
         model_name: identifies the calls of the model in the journal.
         complete: sends messages to the model and offers it tools; see ``ModelClient.complete``.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
+        listen: returns a listener for one reply. It is called if somebody watches the run.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Conversation:
         model_name: str,
         complete: Callable[..., Awaitable[Completion]],
         read: Callable[[str], msgspec.Raw],
+        listen: Callable[[], Listener],
     ) -> None:
         self._messages = list(messages)
         self._toolbox = toolbox
@@ -43,6 +45,7 @@ class Conversation:
         self._label = re.sub(r"[^A-Za-z0-9_.-]", "_", model_name)
         self._complete = complete
         self._read = read
+        self._listen = listen
 
     async def converse(self, max_retries: int) -> msgspec.Raw:
         """Return the result of the first valid answer.
@@ -53,6 +56,7 @@ class Conversation:
         for number in itertools.count(1):
             reply = await self._reply(number, is_last=retries == max_retries)
             if reply.tool_calls:
+                self._context.reset_output()  # a text beside calls is not the answer
                 self._messages.append(Message("assistant", reply.text or "", reply.tool_calls))
                 self._messages += await self._toolbox.results(reply.tool_calls, number)
                 if not self._toolbox.offered:
@@ -63,6 +67,7 @@ class Conversation:
                 result, problem = self._result_of(reply.text)
                 if result is not None:
                     return result
+                self._context.reset_output()
                 if retries == max_retries:
                     raise InvalidOutput(
                         f"The model's answers did not match the output of {self._context.agent_name!r} "
@@ -84,6 +89,7 @@ class Conversation:
                 tools=self._toolbox.offered,
                 # Each call needs its own key, or a provider would return the invalid answer again.
                 idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
+                listener=self._listen() if context.is_watched else None,
             )
             context.spend(completion.usage)
             return completion

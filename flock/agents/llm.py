@@ -21,20 +21,32 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents import react
-from flock.agents.completions import Completion, Message, ToolSchema
+from flock.agents.completions import Completion, Listener, Message, ToolSchema
 from flock.agents.providers import BUILT_IN, Endpoint, endpoint_of, required_name, unknown_provider
-from flock.agents.replies import completion_of, model_error, provider_message, retry_after_s, status_error
+from flock.agents.replies import (
+    TRANSIENT,
+    completion_of,
+    model_error,
+    provider_message,
+    retry_after_s,
+    status_error,
+)
 from flock.agents.requests import (
     FORMATS,
+    STREAMS,
     Request,
     format_of,
     function_of,
     next_step,
     rejects_format,
+    rejects_stream,
     rejects_tools,
+    streamed,
     strict_schema,
     with_format_in_words,
 )
+from flock.agents.sse import is_stream
+from flock.agents.streams import StreamedReply, read_reply
 from flock.errors import ModelError
 
 __all__ = ["ModelClient"]
@@ -80,6 +92,8 @@ class ModelClient:
         self._timeout = httpx.Timeout(read_timeout_s, connect=10, pool=None)
         self._http: httpx.AsyncClient | None = None
         self._formats: dict[str, str] = {}
+        #: the way to request a stream, by model
+        self._streams: dict[str, str] = {}
         #: models whose servers do not support tools
         self._without_tools: set[str] = set()
         self._local_lock = anyio.Lock()
@@ -106,6 +120,7 @@ class ModelClient:
         temperature: float | None = None,
         traceparent: str | None = None,
         idempotency_key: str | None = None,
+        listener: Listener | None = None,
     ) -> Completion:
         """Ask *model* for one JSON object that matches *schema*, or for calls of *tools*. The caller validates both.
 
@@ -117,7 +132,9 @@ class ModelClient:
             traceparent: trace context, sent as a header so that gateways and providers can link the request to a trace.
             idempotency_key: identifies this call in all attempts. If the server does not support strict JSON Schema,
                 the fallback requests append ``/json_object`` or ``/text`` to it. If it does not support tools, the
-                fallback appends ``/step`` before that.
+                fallback appends ``/step`` before that. A streamed request appends ``/stream`` at the end.
+            listener: receives the reply while the model writes it. Without one, no stream is requested. A step as JSON
+                is never streamed, and other servers may not support streams: then the listener receives nothing.
 
         Raises:
             ModelError: there is no usable answer; ``error_type`` has the reason.
@@ -134,6 +151,7 @@ class ModelClient:
             temperature=temperature,
             headers={} if traceparent is None else {"traceparent": traceparent},
             key=idempotency_key,
+            listener=listener,
         )
         if name.partition("/")[0] not in BUILT_IN:
             if not tools:
@@ -159,7 +177,7 @@ class ModelClient:
         """Offer tools to a model whose server supports them."""
         body = request.body(endpoint) | format_of("text", request, endpoint)
         body["tools"] = [function_of(tool) for tool in request.tools]
-        return completion_of(await self._post(endpoint, body, request.all_headers()), request)
+        return completion_of(await self._post(endpoint, body, request.all_headers(), request.listener), request)
 
     async def _complete_json(self, endpoint: Endpoint, request: Request) -> Completion:
         """Ask for a JSON object in the strictest way that the server supports."""
@@ -168,7 +186,7 @@ class ModelClient:
         for format_ in FORMATS[first:]:
             body = request.body(endpoint) | format_of(format_, request, endpoint)
             try:
-                answer = await self._post(endpoint, body, request.all_headers(format_))
+                answer = await self._post(endpoint, body, request.all_headers(format_), request.listener)
             except ModelError as exc:
                 if format_ == FORMATS[-1] or not rejects_format(exc):
                     raise
@@ -180,13 +198,15 @@ class ModelClient:
                 return completion_of(answer, request)
         raise AssertionError("the last format returns or raises")
 
-    async def _post(self, endpoint: Endpoint, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
+    async def _post(
+        self, endpoint: Endpoint, body: Mapping[str, Any], headers: Mapping[str, str], listener: Listener | None
+    ) -> Any:
         """Return the server's response as JSON, after up to three attempts."""
         # The local model answers one request at a time. Waiting for the lock does not count as a timeout.
         async with self._local_lock if endpoint.is_local else contextlib.nullcontext():
             for pause_s in (self._backoff_s, 2 * self._backoff_s, None):
                 try:
-                    return await self._attempt(endpoint, body, headers)
+                    return await self._attempt(endpoint, body, headers, listener)
                 except _TransientError as failure:
                     if pause_s is None:
                         raise failure.error from failure
@@ -205,22 +225,50 @@ class ModelClient:
         self.on_retry()
         await anyio.sleep(pause_s)
 
-    async def _attempt(self, endpoint: Endpoint, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
+    async def _attempt(
+        self, endpoint: Endpoint, body: Mapping[str, Any], headers: Mapping[str, str], listener: Listener | None
+    ) -> Any:
+        """Request a response, as a stream if there is a listener and the server supports that."""
+        if listener is None:
+            return await self._send(endpoint, body, headers, None)
+        ways = list(STREAMS)
+        for way in ways[ways.index(self._streams.get(endpoint.name, ways[0])) :]:
+            listener.reset()
+            try:
+                answer = await self._send(endpoint, *streamed(way, body, headers), listener)
+            except ModelError as exc:
+                if way == ways[-1] or not rejects_stream(exc):
+                    raise
+                logger.info("%s does not support the request for a %s.", endpoint.name, way.replace("_", " "))
+            else:
+                self._streams[endpoint.name] = way
+                return answer
+        raise AssertionError("the last way returns or raises")
+
+    async def _send(
+        self, endpoint: Endpoint, body: Mapping[str, Any], headers: Mapping[str, str], listener: Listener | None
+    ) -> Any:
+        content, all_headers = msgspec.json.encode(body), {**endpoint.headers, **headers}
         try:
-            response = await self._client().post(
-                endpoint.url, content=msgspec.json.encode(body), headers={**endpoint.headers, **headers}
-            )
+            async with self._client().stream("POST", endpoint.url, content=content, headers=all_headers) as response:
+                if listener is not None and response.status_code == 200 and is_stream(response):
+                    return await read_reply(response, endpoint.name, listener)
+                await response.aread()
         except httpx.TimeoutException as exc:
             error = model_error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
             raise _TransientError(error) from exc
-        except httpx.TransportError as exc:
+        except httpx.RequestError as exc:
             error = model_error(
                 endpoint.name, "model_unavailable", "could not be reached, or closed the connection", repr(exc)
             )
             raise _TransientError(error) from exc
+        except ModelError as exc:
+            if exc.error_type in TRANSIENT:
+                raise _TransientError(exc) from exc
+            raise
         if response.status_code != 200:
             error = status_error(endpoint.name, response)
-            if error.error_type in ("model_unavailable", "model_rate_limited"):
+            if error.error_type in TRANSIENT:
                 raise _TransientError(error, retry_after_s(response.headers))
             raise error
         try:
@@ -266,18 +314,42 @@ async def _complete_with_litellm(request: Request) -> Completion:
         is_strict, request_schema = strict_schema(request.schema)
         json_schema = {"name": "answer", "strict": is_strict, "schema": request_schema}
         options = {"response_format": {"type": "json_schema", "json_schema": json_schema}}
-    headers = request.all_headers()
-    try:
-        answer = await litellm.acompletion(
-            model=request.name,
-            messages=msgspec.to_builtins(messages),
-            num_retries=2,
-            **options,
-            **({} if max_tokens is None else {"max_tokens": max_tokens}),
-            **({} if temperature is None else {"temperature": temperature}),
-            **({"extra_headers": headers} if headers else {}),
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    if temperature is not None:
+        options["temperature"] = temperature
+
+    def send(headers: Mapping[str, str], **more: Any) -> Any:
+        extra = {"extra_headers": headers} if headers else {}
+        return litellm.acompletion(
+            model=request.name, messages=msgspec.to_builtins(messages), **options, **extra, **more
         )
+
+    listener, headers = request.listener, request.all_headers()
+    if listener is not None:
+        listener.reset()
+        try:
+            answer = await _stream_of_litellm(send, request.name, headers, listener)
+        except Exception as exc:
+            logger.info("The stream of %s failed (%s). Asking without one.", request.name, type(exc).__name__)
+            listener.reset()
+        else:
+            return completion_of(answer, request)
+    try:
+        answer = (await send(headers, num_retries=2)).model_dump()
     except Exception as exc:  # litellm's errors have a status, but no common base class except Exception
         status = getattr(exc, "status_code", None) or 500
         raise status_error(request.name, httpx.Response(status, text=str(exc))) from exc
-    return completion_of(answer.model_dump(), request)
+    return completion_of(answer, request)
+
+
+async def _stream_of_litellm(
+    send: Callable[..., Any], name: str, headers: Mapping[str, str], listener: Listener
+) -> Mapping[str, Any]:
+    """Request a stream once, and return the chat completion. Any failure is an exception."""
+    part, headers = streamed("stream", {}, headers)
+    reply = StreamedReply(name, listener)
+    async with contextlib.aclosing(await send(headers, num_retries=0, **part)) as chunks:
+        async for chunk in chunks:
+            reply.add(chunk.model_dump())
+    return reply.end()

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -20,6 +20,7 @@ import msgspec
 from flock import __version__
 from flock.agents.react import FINISH
 from flock.agents.signature import Signature
+from flock.agents.sse import events_in, is_stream
 from flock.agents.tools import Tool, ToolSource
 from flock.errors import CallError, DefinitionError
 from flock.runs import RunContext, one_line, safe_text
@@ -139,10 +140,10 @@ class MCPTools(ToolSource):
                 return None, response.headers
             if response.status_code >= 300:
                 raise self._error(f"returned status {response.status_code}")
-            if response.headers.get("content-type", "").startswith("text/event-stream"):
-                async with contextlib.aclosing(_events(response.aiter_lines())) as events:
+            if is_stream(response):
+                async with contextlib.aclosing(events_in(response)) as events:
                     async for event in events:
-                        if (result := self._result_in(event, number)) is not None:
+                        if (result := self._result_in(event.data, number)) is not None:
                             return result, response.headers
             elif (result := self._result_in(await response.aread(), number)) is not None:
                 return result, response.headers
@@ -305,14 +306,3 @@ def _text_of(block: _Block) -> str:
     """Return what a model can read of a part of a result: not images and sound."""
     texts = (block.text, None if block.resource is None else block.resource.text, block.uri)
     return next((text for text in texts if text is not None), f"({block.type})")
-
-
-async def _events(lines: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-    """Yield the data of each server-sent event (HTML, section 9.2.6)."""
-    data: list[str] = []
-    async for line in lines:
-        if line.startswith("data:"):
-            data.append(line[5:].removeprefix(" "))
-        elif not line and data:
-            yield "\n".join(data)
-            data = []

@@ -16,7 +16,15 @@ from flock.agents.requests import Request
 from flock.errors import ModelError
 from flock.runs import Usage
 
-__all__ = ["completion_of", "model_error", "provider_message", "retry_after_s", "status_error"]
+__all__ = [
+    "TRANSIENT",
+    "completion_of",
+    "model_error",
+    "provider_message",
+    "retry_after_s",
+    "status_error",
+    "stream_error",
+]
 
 #: Max characters of a provider's message in the log.
 MAX_LOGGED_CHARS = 500
@@ -117,6 +125,9 @@ def _without_fence(text: str) -> str:
 
 # Errors
 
+#: Errors for which a retry may succeed.
+TRANSIENT = ("model_timeout", "model_unavailable", "model_rate_limited")
+
 _STATUS_ERRORS: Mapping[int, tuple[str, str]] = {
     401: ("model_authentication", "rejected the API key"),
     403: ("model_authentication", "is not available to this API key"),
@@ -140,15 +151,28 @@ _BODY_ERRORS: Mapping[str, tuple[str, str]] = {
 
 def status_error(name: str, response: httpx.Response) -> ModelError:
     message, status = provider_message(response), response.status_code
-    default = ("model_unavailable", "failed") if status >= 500 else ("model_bad_request", "rejected the request")
-    error_type, reason = _STATUS_ERRORS.get(status, default)
-    for pattern, known in _BODY_ERRORS.items():
-        if re.search(pattern, response.text):
-            error_type, reason = known
+    error_type, reason = _kind_of(status, response.text)
     provider = PROVIDERS.get(name.partition("/")[0])
     if status == 401 and provider and provider.key_variable:
         reason += f" in {provider.key_variable}"
     return model_error(name, error_type, f"{reason} (HTTP {status})", message)
+
+
+def stream_error(name: str, error: Any) -> ModelError:
+    """Return the error that a server has sent as an event, after status 200. Some have a status as their code."""
+    code, text = error.get("code") if isinstance(error, Mapping) else None, json.dumps(error)
+    error_type, reason = _kind_of(code if isinstance(code, int) and 400 <= code < 600 else 500, text)
+    return model_error(name, error_type, f"{reason} (reported in its stream)", _without_keys(text[:MAX_LOGGED_CHARS]))
+
+
+def _kind_of(status: int, text: str) -> tuple[str, str]:
+    """Return the type and the reason of an error with this status and body."""
+    default = ("model_unavailable", "failed") if status >= 500 else ("model_bad_request", "rejected the request")
+    kind = _STATUS_ERRORS.get(status, default)
+    for pattern, known in _BODY_ERRORS.items():
+        if re.search(pattern, text):
+            kind = known
+    return kind
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -168,8 +192,12 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 def provider_message(response: httpx.Response) -> str:
     """Return the provider's message for the log, without API keys."""
-    words = f"x-request-id {response.headers.get('x-request-id', 'none')}: {response.text[:MAX_LOGGED_CHARS]!r}"
-    return re.sub(r"\b(sk|gsk|fk)[-_][\w*.-]+", r"\1-…", words)
+    request_id = response.headers.get("x-request-id", "none")
+    return _without_keys(f"x-request-id {request_id}: {response.text[:MAX_LOGGED_CHARS]!r}")
+
+
+def _without_keys(text: str) -> str:
+    return re.sub(r"\b(sk|gsk|fk)[-_][\w*.-]+", r"\1-…", text)
 
 
 def model_error(name: str, error_type: str, reason: str, log_detail: str = "") -> ModelError:

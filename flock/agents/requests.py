@@ -9,24 +9,33 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents import localmodel, react
-from flock.agents.completions import Message, ToolSchema
+from flock.agents.completions import Listener, Message, ToolSchema
 from flock.agents.providers import Endpoint
 from flock.errors import ModelError
 
 __all__ = [
     "FORMATS",
+    "STREAMS",
     "Request",
     "format_of",
     "function_of",
     "next_step",
     "rejects_format",
+    "rejects_stream",
     "rejects_tools",
+    "streamed",
     "strict_schema",
     "with_format_in_words",
 ]
 
 #: Ways to request JSON, the strictest first. If a server does not support one, the next one is tried.
 FORMATS = ("json_schema", "json_object", "text")
+#: Ways to request a stream, the best first, and the parts of the request. The last one is for servers without streams.
+STREAMS: Mapping[str, Mapping[str, Any]] = {
+    "stream": {"stream": True, "stream_options": {"include_usage": True}},
+    "stream_without_usage": {"stream": True},
+    "": {},
+}
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +49,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float | None
     headers: Mapping[str, str]
     key: str | None
+    listener: Listener | None = None
 
     def all_headers(self, format_: str = FORMATS[0]) -> dict[str, str]:
         """Return the headers, with a separate key per format: a server may store responses by key, also rejections."""
@@ -65,7 +75,16 @@ def next_step(request: Request) -> Request:
         schema=react.schema_of(request.tools),
         tools=(),
         key=request.key and f"{request.key}/step",
+        listener=None,  # a step is not an answer
     )
+
+
+def streamed(
+    way: str, body: Mapping[str, Any], headers: Mapping[str, str]
+) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """Return a request as a stream. It has its own key, since the same run may not be streamed when it is repeated."""
+    key = headers.get("Idempotency-Key")
+    return {**body, **STREAMS[way]}, {**headers, "Idempotency-Key": f"{key}/{way}"} if key and way else headers
 
 
 def format_of(format_: str, request: Request, endpoint: Endpoint) -> dict[str, Any]:
@@ -153,6 +172,10 @@ def rejects_format(error: ModelError) -> bool:
             r"response_format|json.?schema|json_object|json mode|structured output|grammar", error.log_detail, re.I
         )
     )
+
+
+def rejects_stream(error: ModelError) -> bool:
+    return error.error_type == "model_bad_request" and bool(re.search(r"\bstream", error.log_detail, re.I))
 
 
 def rejects_tools(error: ModelError) -> bool:

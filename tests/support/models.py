@@ -51,6 +51,29 @@ def as_json(body: Any, status: int = 200, headers: Mapping[str, str] | None = No
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
+def chunk(content: Any = None, finish_reason: str | None = None, **delta: Any) -> dict[str, Any]:
+    """Return one chunk of a streamed chat completion."""
+    parts = delta if content is None else {"content": content, **delta}
+    choice = {"index": 0, "delta": parts, "finish_reason": finish_reason}
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "choices": [choice]}
+
+
+#: The last chunk of a stream, in OpenAI's form.
+USAGE: Mapping[str, Any] = {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}
+
+
+def sse(*events: Any) -> bytes:
+    """Return server-sent events: strings as they are, and anything else as JSON."""
+    data = (event if isinstance(event, str) else json.dumps(event, ensure_ascii=False) for event in events)
+    return "".join(f"data: {line}\n\n" for line in data).encode()
+
+
+def streamed(*contents: str, finish_reason: str = "stop", **delta: Any) -> Response:
+    """Return a streamed chat completion with these pieces of text. Other parts are in the chunk before the last."""
+    chunks = [chunk("", role="assistant"), *map(chunk, contents), chunk(**delta), chunk(finish_reason=finish_reason)]
+    return Response(sse(*chunks, USAGE, "[DONE]"), media_type="text/event-stream")
+
+
 def error(status: int, code: Any = None, message: str = "no", **headers: str) -> Response:
     """Return an error in OpenAI's format. In a header's name, ``_`` means ``-``."""
     body = {"error": {"message": message, "type": "some_error", "code": code}}

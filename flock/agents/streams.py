@@ -1,0 +1,226 @@
+"""Streamed replies of model servers: server-sent events with the pieces of one chat completion."""
+
+import contextlib
+import json
+from typing import Any
+
+import anyio
+import httpx
+import msgspec
+
+from flock.agents.completions import Listener
+from flock.agents.pieces import Joiner
+from flock.agents.replies import model_error, stream_error
+from flock.agents.sse import Event, EventTooLong, events_in
+from flock.errors import ModelError
+
+__all__ = ["StreamedReply", "read_reply"]
+
+#: Max size of one event.
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+#: Max memory of a reply, if each of its pieces needs this much beside its text.
+MAX_REPLY_BYTES, PIECE_BYTES = 64 * 1024 * 1024, 200
+#: How long to wait for the token usage after a reply is complete, and for the end of the connection after that.
+USAGE_S, END_S = 2.0, 0.1
+
+
+class _FunctionPiece(msgspec.Struct):
+    name: str | None = None
+    arguments: Any = None
+
+
+class _CallPiece(msgspec.Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _FunctionPiece | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | list[Any] | None = None
+    refusal: str | None = None
+    tool_calls: list[_CallPiece] | None = None
+    #: by provider
+    reasoning_content: Any = None
+    reasoning: Any = None
+
+
+class _Choice(msgspec.Struct):
+    index: int | None = 0
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: Any = None
+    error: Any = None
+    object: str | None = None
+
+
+class _Call:
+    """A tool call, of which some pieces have arrived."""
+
+    def __init__(self, id: str | None) -> None:
+        self.id = id
+        self.name: str | None = None
+        self.arguments: list[Any] = []
+
+    def add(self, function: _FunctionPiece) -> None:
+        self.name = self.name or function.name
+        if function.arguments is not None:
+            self.arguments.append(function.arguments)
+
+    def whole(self) -> dict[str, Any]:
+        arguments = self.arguments
+        if all(isinstance(piece, str) for piece in arguments):
+            arguments = ["".join(arguments)]
+        return {"id": self.id, "function": {"name": self.name, "arguments": arguments[-1]}}
+
+
+class StreamedReply:
+    """Puts the chunks of a stream together to a chat completion, and reports its text to *listener*.
+
+    Attributes:
+        is_complete: whether the server has sent a finish reason or the end of the stream.
+        is_ended: whether it has sent the end of the stream.
+
+    Args:
+        name: of the model.
+    """
+
+    def __init__(self, name: str, listener: Listener) -> None:
+        self.is_complete = self.is_ended = False
+        self._name = name
+        self._listener = listener
+        self._content: list[str] = []
+        self._text, self._thoughts = Joiner(), Joiner()
+        self._refusal: list[str] = []
+        self._calls: list[_Call] = []
+        self._by_index: dict[int, _Call] = {}
+        self._finish_reason: str | None = None
+        self._usage: Any = None
+        self._size = 0
+
+    def take(self, event: Event) -> None:
+        """Add an event of a stream. Raises ModelError."""
+        if self.is_ended:
+            return
+        if event.data.strip() == b"[DONE]":
+            self.is_complete = self.is_ended = True
+            return
+        try:
+            data = json.loads(event.data)
+        except (ValueError, RecursionError) as exc:
+            reason = "sent an event that is not JSON"
+            raise model_error(self._name, "model_bad_response", reason, f"{event.data[:200]!r}") from exc
+        if event.name == "error":
+            raise stream_error(self._name, data)
+        self.add(data)
+
+    def add(self, data: Any) -> None:
+        """Add one chunk. Raises ModelError."""
+        try:
+            chunk = msgspec.convert(data, _Chunk)
+        except msgspec.ValidationError as exc:
+            reason = "sent an event that is not a chunk of a chat completion"
+            raise model_error(self._name, "model_bad_response", reason, str(exc)) from exc
+        if chunk.error or chunk.object == "error":
+            raise stream_error(self._name, chunk.error or data)
+        self._usage = chunk.usage or self._usage
+        for choice in chunk.choices or ():
+            if choice.index:  # only one answer was requested
+                continue
+            if choice.delta is not None:
+                self._add_delta(choice.delta)
+            if choice.finish_reason == "error":
+                raise stream_error(self._name, data)
+            if choice.finish_reason:
+                self._finish_reason, self.is_complete = choice.finish_reason, True
+
+    def end(self) -> dict[str, Any]:
+        """Return the chat completion, as a server sends it without a stream. Raises ModelError if it is incomplete."""
+        self._add_text(self._text.end())
+        self._add_reasoning(self._thoughts.end())
+        if not self.is_complete:
+            reason = "ended its stream before the answer was complete"
+            raise model_error(self._name, "model_unavailable", reason)
+        message: dict[str, Any] = {
+            "content": "".join(self._content) if self._content else None,
+            "refusal": "".join(self._refusal) or None,
+            "tool_calls": [call.whole() for call in self._calls],
+        }
+        return {"choices": [{"message": message, "finish_reason": self._finish_reason}], "usage": self._usage}
+
+    def _add_delta(self, delta: _Delta) -> None:
+        for thought in (delta.reasoning_content, delta.reasoning):
+            if thought and isinstance(thought, str):
+                self._add_reasoning(self._thoughts.add(thought))
+                break
+        if isinstance(delta.content, str):
+            self._add_text(self._text.add(delta.content))
+        if delta.refusal:
+            self._count(delta.refusal)
+            self._refusal.append(delta.refusal)
+        for piece in delta.tool_calls or ():
+            function = piece.function or _FunctionPiece()
+            self._count(str(function.arguments))
+            self._call_of(piece, function).add(function)
+
+    def _call_of(self, piece: _CallPiece, function: _FunctionPiece) -> _Call:
+        """Return the call that *piece* continues, or a new one. Only pieces with a name begin a call.
+
+        Some servers send no index, or 0 for all calls. Others send no id, or a new one with each piece.
+        """
+        known = next(reversed(self._calls), None) if piece.index is None else self._by_index.get(piece.index)
+        continues = known is not None and (not function.name or (known.id and piece.id in (None, "", known.id)))
+        if known is None or not continues:
+            known = _Call(piece.id)
+            self._calls.append(known)
+        if piece.index is not None:
+            self._by_index[piece.index] = known
+        return known
+
+    def _add_text(self, text: str) -> None:
+        if text:
+            self._count(text)
+            self._content.append(text)
+            self._listener.text(text)
+
+    def _add_reasoning(self, text: str) -> None:
+        if text:
+            self._listener.reasoning(text)
+
+    def _count(self, text: str) -> None:
+        self._size += len(text) + PIECE_BYTES
+        if self._size > MAX_REPLY_BYTES:
+            raise _too_long(self._name)
+
+
+def _too_long(name: str) -> ModelError:
+    return model_error(name, "model_bad_response", "sent an answer that is too long")
+
+
+async def read_reply(response: httpx.Response, name: str, listener: Listener) -> dict[str, Any]:
+    """Read a stream, and return the chat completion.
+
+    Raises:
+        ModelError: the server reports an error, or the stream is invalid or incomplete.
+        httpx.TransportError: the connection was lost, or nothing arrived in time.
+
+    Cancellation: the connection is closed, so the server can stop.
+    """
+    reply = StreamedReply(name, listener)
+    try:
+        with anyio.CancelScope() as scope:
+            async with contextlib.aclosing(events_in(response, MAX_EVENT_BYTES)) as events:
+                async for event in events:
+                    reply.take(event)
+                    if reply.is_complete:  # what follows is not worth a long wait
+                        wait_s = END_S if reply.is_ended else USAGE_S
+                        scope.deadline = min(scope.deadline, anyio.current_time() + wait_s)
+    except EventTooLong as exc:
+        raise _too_long(name) from exc
+    except httpx.TransportError:
+        if not reply.is_complete:
+            raise
+    return reply.end()

@@ -1,0 +1,1012 @@
+"""Streamed replies of models: the forms of the providers, failures in the middle, and what an agent emits."""
+
+import enum
+import itertools
+import json
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Annotated, Any
+
+import anyio
+import anyio.abc
+import httpx
+import msgspec
+import pydantic
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from flock.agents import streams
+from flock.agents.completions import Completion, Message, ToolSchema
+from flock.agents.llm import ModelClient
+from flock.agents.signature import Signature
+from flock.agents.tools import Tool
+from flock.core import Flock, FlockFactory
+from flock.errors import ModelError
+from flock.runs import Run, RunContext, RunStatus, Usage
+from tests.support import PATIENCE_S
+from tests.support.models import USAGE, FakeModel, answer, as_json, chunk, error, socket_server, sse, streamed
+from tests.support.servers import Served
+from tests.test_ask import asked
+
+MESSAGES = [Message("system", "Do it."), Message("user", "text: hello")]
+SCHEMA = Signature.of("a: str, n: list[int]").schema
+TEXT = '{"a": "H\u00e9 \u2028 \U0001f600", "n": [1]}'
+TOOL = ToolSchema(name="look", description="Look.", schema={"type": "object", "properties": {"q": {"type": "string"}}})
+
+pytestmark = pytest.mark.anyio
+
+
+class Recorder:
+    """A listener that remembers what it receives."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+        self.received = anyio.Event()
+
+    def text(self, piece: str) -> None:
+        self.events.append(("text", piece))
+        self.received.set()
+
+    def reasoning(self, piece: str) -> None:
+        self.events.append(("reasoning", piece))
+
+    def reset(self) -> None:
+        self.events.append(("reset", ""))
+
+    def all_of(self, kind: str) -> str:
+        """Return what was received of one kind since the last reset."""
+        last = max((place for place, (name, _) in enumerate(self.events) if name == "reset"), default=0)
+        return "".join(piece for name, piece in self.events[last:] if name == kind)
+
+    @property
+    def resets(self) -> int:
+        """How often a text was invalid."""
+        names = [name for name, _ in self.events if name != "reasoning"]
+        return sum(pair == ("text", "reset") for pair in itertools.pairwise(names))
+
+
+class Pieces(httpx.AsyncByteStream):
+    """A body that arrives in pieces, and may break off with an error."""
+
+    def __init__(self, pieces: Sequence[bytes], failure: Exception | None = None) -> None:
+        self._pieces, self._failure = pieces, failure
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
+        if self._failure is not None:
+            raise self._failure
+
+
+def replying(*streams: httpx.AsyncByteStream | bytes) -> tuple[httpx.MockTransport, list[Any]]:
+    """Return a transport that sends these event streams, and the list of its requests."""
+    replies, requests = list(streams), list[Any]()
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        requests.append(json.loads(request.content))
+        reply = replies.pop(0)
+        stream = Pieces([reply]) if isinstance(reply, bytes) else reply
+        return httpx.Response(200, headers={"Content-Type": "text/event-stream; charset=utf-8"}, stream=stream)
+
+    return httpx.MockTransport(handle), requests
+
+
+async def ask(models: ModelClient, listener: Recorder, name: str = "openai/x", **settings: Any) -> Completion:
+    with anyio.fail_after(PATIENCE_S):
+        return await models.complete(name, MESSAGES, SCHEMA, listener=listener, **settings)
+
+
+async def read(*streams: httpx.AsyncByteStream | bytes, **settings: Any) -> tuple[Completion, Recorder]:
+    transport, requests = replying(*streams)
+    recorder = Recorder()
+    async with ModelClient(transport=transport, backoff_s=0.001) as models:
+        completion = await ask(models, recorder, **settings)
+    assert len(requests) == len(streams)
+    return completion, recorder
+
+
+async def fail(*streams: httpx.AsyncByteStream | bytes, **settings: Any) -> ModelError:
+    with pytest.raises(ModelError) as caught:
+        await read(*streams, **settings)
+    assert caught.value.error_type in ModelError.ERROR_TYPES
+    return caught.value
+
+
+@pytest.fixture
+async def models(model: FakeModel) -> AsyncIterator[ModelClient]:
+    async with ModelClient("openai/gpt-4o", transport=model.transport, backoff_s=0.001) as made:
+        yield made
+
+
+# Providers
+
+PARTS = [TEXT[:4], TEXT[4:8], TEXT[8:15], TEXT[15:]]
+TOKENS = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+
+
+def with_usage(data: dict[str, Any], tokens: int) -> dict[str, Any]:
+    return {**data, "usage": {"prompt_tokens": 10, "completion_tokens": tokens}}
+
+
+PROVIDERS = {
+    "openai": sse(
+        {**chunk("", role="assistant", refusal=None), "usage": None, "obfuscation": "x7"},
+        *({**chunk(part), "usage": None} for part in PARTS),
+        {**chunk(finish_reason="stop"), "usage": None},
+        {**chunk(), "choices": [], "usage": TOKENS},
+        "[DONE]",
+    ),
+    "azure": sse({"choices": [], "prompt_filter_results": []}, *map(chunk, PARTS), chunk("", "stop"), USAGE, "[DONE]"),
+    "anthropic": sse(
+        *(chunk(part, role="assistant") for part in PARTS), with_usage(chunk("", finish_reason="stop"), 5), "[DONE]"
+    ),
+    "gemini, usage in each chunk": sse(
+        *(with_usage(chunk(part, role="assistant"), n) for n, part in enumerate(PARTS[:3])),
+        with_usage(chunk(PARTS[3], "stop", role="assistant"), 5),
+        "[DONE]",
+    ),
+    "ollama": sse(
+        chunk("", role="assistant", reasoning="Let me "),
+        chunk("", role="assistant", reasoning="see."),
+        *(chunk(part, role="assistant") for part in PARTS),
+        chunk("", "stop"),
+        USAGE,
+        "[DONE]",
+    ),
+    "llama.cpp": sse(
+        chunk(None, role="assistant"),
+        *map(chunk, PARTS),
+        chunk(finish_reason="stop"),
+        {**USAGE, "timings": {"predicted_ms": 1.5}},
+        "[DONE]",
+    ),
+    "vllm": sse(chunk("", role="assistant"), *map(chunk, PARTS), chunk("", "stop", stop_reason=None), USAGE, "[DONE]"),
+    "deepseek": b": keep-alive\n\n"
+    + sse(
+        chunk(None, role="assistant", reasoning_content=""),
+        chunk(None, reasoning_content="Let me "),
+        chunk(None, reasoning_content="see."),
+        *(chunk(part, reasoning_content=None) for part in PARTS),
+        with_usage(chunk("", "stop"), 5),
+        "[DONE]",
+    ),
+    "openrouter, CRLF": (
+        b": OPENROUTER PROCESSING\n\n"
+        + sse(chunk("", reasoning="Let me see.", reasoning_details=[{}]), *map(chunk, PARTS), chunk("", "stop"), USAGE)
+    ).replace(b"\n", b"\r\n"),
+    "lines that end with CR": sse(*map(chunk, PARTS), chunk("", "stop"), USAGE, "[DONE]").replace(b"\n", b"\r"),
+    "no [DONE]": sse(*map(chunk, PARTS), chunk("", "stop"), USAGE),
+    "no empty line at the end": sse(*map(chunk, PARTS), with_usage(chunk("", "stop"), 5), "[DONE]").rstrip(),
+    "no finish reason": sse(*map(chunk, PARTS), USAGE, "[DONE]"),
+    "data after [DONE]": sse(*map(chunk, PARTS), chunk("", "stop"), USAGE, "[DONE]", chunk("more"), "not JSON"),
+    "several answers": sse(
+        *map(chunk, PARTS), {"choices": [{"index": 1, "delta": {"content": "no"}}]}, chunk("", "stop"), USAGE, "[DONE]"
+    ),
+    "unknown fields": b"id: 1\nretry: 5\nevent: message\n"
+    + sse(*map(chunk, PARTS), chunk("", "stop"), USAGE, "[DONE]"),
+    "no space after the colon": sse(*map(chunk, PARTS), chunk("", "stop"), USAGE, "[DONE]").replace(b": {", b":{"),
+}
+THINKING = ("ollama", "deepseek", "openrouter, CRLF")
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+async def test_a_stream_of_each_provider_is_put_together(provider: str, size: int) -> None:
+    """In pieces of one byte, which split lines and characters, and as a whole."""
+    body = PROVIDERS[provider]
+    completion, recorder = await read(Pieces([body[at : at + size] for at in range(0, len(body), size)]))
+    assert completion == Completion(text=TEXT, usage=Usage(input_tokens=10, output_tokens=5))
+    assert recorder.all_of("text") == TEXT
+    assert recorder.all_of("reasoning") == ("Let me see." if provider in THINKING else "")
+    assert recorder.resets == 0
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_a_connection_that_is_lost_anywhere_is_tried_again(provider: str) -> None:
+    """If the reply was complete, only its usage is missing."""
+    body = PROVIDERS[provider]
+    complete_at = min(at for at in (body.find(b'"stop"'), body.find(b"[DONE]")) if at >= 0)
+    for cut in range(0, complete_at, 41):
+        lost = Pieces([body[:cut]], httpx.RemoteProtocolError("incomplete chunked read"))
+        completion, recorder = await read(lost, body)
+        assert (completion.text, completion.usage.output_tokens) == (TEXT, 5)
+        assert recorder.all_of("text") == TEXT
+    end = body.rstrip() + b"\r\n\r\n"
+    completion, _ = await read(Pieces([end], httpx.ReadError("reset")))
+    assert completion.text == TEXT
+
+
+ERRORS = {
+    "OpenAI": sse({"error": {"message": "The server had an error", "type": "server_error", "code": None}}),
+    "OpenRouter": sse({**chunk("", "error"), "error": {"code": 502, "message": "Provider disconnected"}}),
+    "OpenRouter, only a reason": sse(chunk("", "error")),
+    "vLLM": sse(
+        {"object": "error", "message": "EngineDeadError", "type": "InternalServerError", "code": 500}, "[DONE]"
+    ),
+    "an event": b"event: error\ndata: " + json.dumps({"message": "overloaded"}).encode() + b"\n\n",
+    "rate limit": sse({"error": {"code": 429, "message": "Slow down"}}),
+    "a text": sse({"error": "boom"}),
+}
+
+
+@pytest.mark.parametrize("failure", ERRORS)
+@pytest.mark.parametrize("pieces", [0, 2])
+async def test_an_error_in_a_stream_is_tried_again(failure: str, pieces: int) -> None:
+    body = sse(*map(chunk, PARTS[:pieces])) + ERRORS[failure]
+    completion, recorder = await read(body, body, PROVIDERS["openai"])
+    assert completion.text == TEXT
+    assert recorder.resets == (2 if pieces else 0)
+    assert recorder.all_of("text") == TEXT
+    error_type = "model_rate_limited" if failure == "rate limit" else "model_unavailable"
+    assert (await fail(body, body, body)).error_type == error_type
+
+
+@pytest.mark.parametrize(
+    ("failure", "error_type"),
+    [
+        ({"code": "insufficient_quota", "message": "sk-proj-abc"}, "model_quota"),
+        ({"type": "exceed_context_size_error", "code": 400}, "model_context_length"),
+        ({"code": 400, "message": "bad"}, "model_bad_request"),
+        ({"code": True}, "model_unavailable"),
+    ],
+)
+async def test_a_permanent_error_in_a_stream_is_not_tried_again(failure: Any, error_type: str) -> None:
+    is_permanent = error_type != "model_unavailable"
+    caught = await fail(*[sse(chunk("{"), {"error": failure})] * (1 if is_permanent else 3))
+    assert caught.error_type == error_type
+    assert "reported in its stream" in str(caught)
+    assert "abc" not in caught.log_detail
+
+
+# Tool calls
+
+
+def call(index: int | None, id: str | None, name: str | None, arguments: Any) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    made = {"index": index, "id": id, "type": "function", "function": function}
+    return chunk(tool_calls=[{key: value for key, value in made.items() if value is not None}])
+
+
+TWO_CALLS = [("look", '{"q": "a\u00e9"}'), ("look", '{"q": "b"}')]
+TOOL_STREAMS = {
+    "openai": [
+        call(0, "call_1", "look", ""),
+        call(0, None, None, '{"q": "a'),
+        call(0, None, None, '\u00e9"}'),
+        call(1, "call_2", "look", ""),
+        call(1, None, None, '{"q": "b"}'),
+    ],
+    "openai, interleaved": [
+        call(0, "call_1", "look", '{"q": '),
+        call(1, "call_2", "look", '{"q": '),
+        call(0, None, None, '"a\u00e9"}'),
+        call(1, None, None, '"b"}'),
+    ],
+    "llama.cpp, vllm": [
+        call(0, "1", "look", "{"),
+        call(0, None, None, '"q": "a\u00e9"}'),
+        call(1, "2", "look", '{"q"'),
+        call(1, None, None, ': "b"}'),
+    ],
+    "vllm, a new id for each piece": [
+        call(0, "1", "look", None),
+        call(0, "2", None, '{"q": "a'),
+        call(0, "3", None, '\u00e9"}'),
+        call(1, "4", "look", None),
+        call(1, "5", None, '{"q": "b"}'),
+    ],
+    "ollama, always index 0": [
+        call(0, "call_1", "look", '{"q": "a\u00e9"}'),
+        call(0, "call_2", "look", '{"q": "b"}'),
+    ],
+    "gemini, no index": [
+        call(None, "function-call-1", "look", '{"q": "a\u00e9"}'),
+        call(None, "function-call-2", "look", '{"q": "b"}'),
+    ],
+    "no index, no id": [call(None, "", "look", '{"q": "a\u00e9"}'), call(None, None, "look", '{"q": "b"}')],
+    "no index, in pieces": [
+        call(None, "1", "look", '{"q": "a'),
+        call(None, None, None, '\u00e9"}'),
+        call(None, "2", "look", '{"q": "b"}'),
+    ],
+    "the name in each piece": [
+        call(0, "1", "look", '{"q": '),
+        call(0, None, "look", '"a\u00e9"}'),
+        call(1, "2", "look", '{"q": '),
+        call(1, "2", "look", '"b"}'),
+    ],
+    "both in one chunk": [
+        chunk(
+            tool_calls=[
+                {"index": n, "id": str(n), "function": {"name": name, "arguments": arguments}}
+                for n, (name, arguments) in enumerate(TWO_CALLS)
+            ]
+        )
+    ],
+    "objects as arguments": [call(0, "1", "look", {"q": "a\u00e9"}), call(1, "2", "look", {"q": "b"})],
+}
+
+
+@pytest.mark.parametrize("provider", TOOL_STREAMS)
+@pytest.mark.parametrize("finish_reason", ["tool_calls", "stop"])
+async def test_streamed_tool_calls_are_put_together(provider: str, finish_reason: str) -> None:
+    body = sse(chunk("I look."), *TOOL_STREAMS[provider], chunk(finish_reason=finish_reason), USAGE, "[DONE]")
+    completion, recorder = await read(Pieces([bytes([byte]) for byte in body]), tools=[TOOL])
+    calls = [(made.function.name, json.loads(made.function.arguments)) for made in completion.tool_calls]
+    assert calls == [(name, json.loads(arguments)) for name, arguments in TWO_CALLS]
+    assert len({made.id for made in completion.tool_calls}) == 2
+    assert (completion.text, recorder.all_of("text")) == ("I look.", "I look.")
+    for cut in range(0, body.index(b'"finish_reason": "' + finish_reason.encode()), 53):
+        again, _ = await read(Pieces([body[:cut]], httpx.ReadError("reset")), body, tools=[TOOL])
+        assert again == completion
+
+
+async def test_a_call_without_arguments_or_a_name_is_still_a_call() -> None:
+    completion, _ = await read(sse(call(0, "1", "look", None), call(1, "2", None, None), "[DONE]"), tools=[TOOL])
+    assert [(made.function.name, made.function.arguments) for made in completion.tool_calls] == [
+        ("look", "{}"),
+        ("", "{}"),
+    ]
+
+
+# Requests
+
+
+async def test_a_stream_is_requested_only_for_a_listener(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [answer({"a": "x", "n": []}), streamed(TEXT)]
+    plain = await models.complete(None, MESSAGES, SCHEMA, idempotency_key="run:1/0")
+    assert plain.text
+    await ask(models, Recorder(), "openai/gpt-4o", idempotency_key="run:1/0")
+    first, second = model.requests
+    assert second == {**first, "stream": True, "stream_options": {"include_usage": True}}
+    assert [headers["idempotency-key"] for headers in model.headers] == ["run:1/0", "run:1/0/stream"]
+
+
+async def test_a_server_without_stream_options_is_remembered(models: ModelClient, model: FakeModel) -> None:
+    detail = [{"type": "extra_forbidden", "loc": ["body", "stream_options", "include_usage"]}]
+    model.replies = [as_json({"object": "error", "detail": detail}, 422), streamed(TEXT), streamed(TEXT)]
+    for _ in range(2):
+        recorder = Recorder()
+        assert (await ask(models, recorder, idempotency_key="k")).text == TEXT
+        assert recorder.all_of("text") == TEXT
+    assert [request.get("stream_options") for request in model.requests] == [{"include_usage": True}, None, None]
+    assert all(request["stream"] for request in model.requests)
+    keys = [headers["idempotency-key"] for headers in model.headers]
+    assert keys == ["k/stream", "k/stream_without_usage", "k/stream_without_usage"]
+
+
+async def test_a_server_that_rejects_streams_is_asked_without_one(
+    models: ModelClient, model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The format of the answer stays the same, although the message names it."""
+    caplog.set_level(logging.INFO, "flock.llm")
+    refused = error(400, message="response_format json_schema does not support streaming")
+    model.replies = [refused, refused, answer(json.loads(TEXT)), answer(json.loads(TEXT))]
+    for _ in range(2):
+        recorder = Recorder()
+        assert json.loads((await ask(models, recorder)).text or "") == json.loads(TEXT)
+        assert recorder.all_of("text") == ""
+    assert [request.get("stream", False) for request in model.requests] == [True, True, False, False]
+    assert {request["response_format"]["type"] for request in model.requests} == {"json_schema"}
+    assert "does not support the request for a stream" in caplog.text
+
+
+async def test_another_rejection_is_not_taken_for_that(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [error(400, message="no such parameter: top_k")]
+    with pytest.raises(ModelError, match="rejected the request"):
+        await ask(models, Recorder())
+    model.replies = [error(400, message="streams"), error(400, message="streams"), error(400, message="streams")]
+    with pytest.raises(ModelError, match="rejected the request"):
+        await ask(models, Recorder())
+    model.replies = [streamed(TEXT)]
+    await ask(models, Recorder())
+    assert model.requests[-1]["stream_options"], "what did not help is not remembered"
+
+
+async def test_each_format_is_streamed(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [error(400, message="response_format is unknown"), streamed(f"```json\n{TEXT}\n```")]
+    recorder = Recorder()
+    assert (await ask(models, recorder)).text == TEXT
+    assert recorder.all_of("text") == f"```json\n{TEXT}\n```", "the listener receives what the model writes"
+
+
+async def test_a_server_that_ignores_the_request_for_a_stream(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [answer(TEXT)]
+    recorder = Recorder()
+    assert await ask(models, recorder) == Completion(text=TEXT, usage=Usage(input_tokens=10, output_tokens=5))
+    assert recorder.all_of("text") == ""
+
+
+async def test_an_error_before_the_stream_is_handled_as_always(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [error(500), error(429), streamed(TEXT)]
+    assert (await ask(models, Recorder())).text == TEXT
+    model.replies = [error(401)]
+    with pytest.raises(ModelError, match="OPENAI_API_KEY"):
+        await ask(models, Recorder())
+
+
+async def test_a_step_as_json_is_not_streamed(models: ModelClient, model: FakeModel) -> None:
+    """A server without tools is asked for its next step, which is not an answer."""
+    step = {"next_thought": "I look.", "next_tool_name": "look", "next_tool_args": {"q": "a"}}
+    model.replies = [error(400, message="tools are not supported"), answer(step)]
+    recorder = Recorder()
+    completion = await ask(models, recorder, tools=[TOOL])
+    assert completion.tool_calls[0].function.name == "look"
+    assert recorder.all_of("text") == ""
+    assert [request.get("stream", False) for request in model.requests] == [True, False]
+
+
+# Replies that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("body", "error_type"),
+    [
+        pytest.param(sse(chunk(TEXT), chunk("", "length"), "[DONE]"), "model_truncated", id="length"),
+        pytest.param(sse(chunk("{"), chunk("", "content_filter"), "[DONE]"), "model_content_filter", id="filter"),
+        pytest.param(
+            sse(chunk(refusal="I "), chunk(refusal="can't"), chunk("", "stop")), "model_refusal", id="refusal"
+        ),
+        pytest.param(sse(chunk(""), chunk("", "stop"), "[DONE]"), "model_bad_response", id="empty"),
+        pytest.param(sse("[DONE]"), "model_bad_response", id="only the end"),
+        pytest.param(sse(chunk("{"), "{oops", "[DONE]"), "model_bad_response", id="not JSON"),
+        pytest.param(sse(chunk("{"), "[" * 100_000), "model_bad_response", id="nested too deeply"),
+        pytest.param(sse(chunk("{"), "5"), "model_bad_response", id="a number"),
+        pytest.param(sse(chunk("{"), {"choices": "no"}), "model_bad_response", id="another object"),
+        pytest.param(sse(chunk(5)), "model_bad_response", id="a number as content"),
+        pytest.param(sse(chunk("{")) + b'data: "\xff\xfe"\n\n', "model_bad_response", id="not UTF-8"),
+        pytest.param(sse(chunk([{"type": "text"}]), "[DONE]"), "model_bad_response", id="content in parts"),
+    ],
+)
+async def test_an_unusable_stream_is_a_permanent_error(body: bytes, error_type: str) -> None:
+    assert (await fail(body)).error_type == error_type
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b": hello\n\n", id="only a comment"),
+        pytest.param(sse(chunk(TEXT)), id="no end"),
+        pytest.param(sse(chunk(TEXT), chunk("", "stop"))[:-10], id="a cut line"),
+        pytest.param(sse(chunk(TEXT), chunk("", "stop"))[:-1], id="no empty line"),
+        pytest.param(sse(USAGE), id="only usage"),
+    ],
+)
+async def test_a_stream_without_an_end_is_tried_three_times(body: bytes) -> None:
+    failure = await fail(body, body, body)
+    assert failure.error_type == "model_unavailable"
+    assert "before the answer was complete" in str(failure)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(sse(*[chunk("x" * 100)] * 50), id="text"),
+        pytest.param(sse(*[chunk("x")] * 50), id="small pieces"),
+        pytest.param(sse(*[chunk(refusal="x" * 100)] * 50), id="refusal"),
+        pytest.param(sse(*[call(0, "1", "look", "x")] * 50), id="arguments"),
+        pytest.param(sse(*[call(n, None, None, None) for n in range(50)]), id="calls"),
+        pytest.param(b"data: " + b"x" * 5000, id="a line without an end"),
+        pytest.param(b"data: x\n" * 5000, id="an event without an end"),
+        pytest.param(sse(chunk("x" * 5000)), id="a long event"),
+    ],
+)
+async def test_a_stream_without_bounds_is_stopped(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_REPLY_BYTES", 2000)
+    monkeypatch.setattr(streams, "MAX_EVENT_BYTES", 1000)
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield body
+        raise AssertionError("the stream is not read to its end")
+
+    class Endless(httpx.AsyncByteStream):
+        def __aiter__(self) -> AsyncIterator[bytes]:
+            return endless()
+
+    failure = await fail(Endless(), tools=[TOOL])
+    assert failure.error_type == "model_bad_response"
+    assert "too long" in str(failure)
+
+
+async def test_reasoning_and_comments_do_not_count_towards_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_REPLY_BYTES", 2000)
+    monkeypatch.setattr(streams, "MAX_EVENT_BYTES", 1000)
+    long = b": keep-alive\n" * 1000 + sse(*[chunk(reasoning="hm ")] * 1000)
+    completion, recorder = await read(long + sse(chunk(TEXT), "[DONE]"))
+    assert completion.text == TEXT
+    assert recorder.all_of("reasoning") == "hm " * 1000
+
+
+async def test_halves_of_a_character_are_joined() -> None:
+    """Some servers cut their text into UTF-16 units."""
+    pieces = ['{"a": "', "\ud83d", "\ude00", "\ud83d", 'x", "n": []}']
+    chunks = [f"data: {json.dumps(chunk(piece, reasoning=piece))}\n\n".encode() for piece in pieces]
+    completion, recorder = await read(b"".join(chunks) + sse(chunk("", "stop")))
+    assert completion.text == recorder.all_of("text") == '{"a": "\U0001f600?x", "n": []}'
+    assert recorder.all_of("reasoning") == completion.text
+
+
+# Real connections
+
+
+async def serve(stream: anyio.abc.SocketStream, body: bytes) -> None:
+    """Read a request, and begin a response that has no end yet."""
+    received = b""
+    while b'"response_format"' not in received:
+        received += await stream.receive()
+    await stream.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+    if body:
+        await stream.send(b"%x\r\n%s\r\n" % (len(body), body))
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    return lambda url: monkeypatch.setenv("VLLM_BASE_URL", url)
+
+
+@pytest.mark.parametrize("body", [b"", sse(chunk("{"))])
+async def test_silence_is_a_timeout(body: bytes, vllm: Callable[[str], None]) -> None:
+    async def silent(stream: anyio.abc.SocketStream) -> None:
+        await serve(stream, body)
+        await anyio.sleep_forever()
+
+    recorder = Recorder()
+    async with socket_server(silent) as (url, connections):
+        vllm(url)
+        async with ModelClient(backoff_s=0.001, read_timeout_s=0.2) as models:
+            with pytest.raises(ModelError) as caught:
+                await ask(models, recorder, "vllm/x")
+    assert caught.value.error_type == "model_timeout"
+    assert len(connections) == 3
+    assert recorder.resets == (2 if body else 0)
+
+
+@pytest.mark.parametrize("listener", [None, Recorder()], ids=["whole", "stream"])
+async def test_a_body_that_cannot_be_decompressed_is_requested_again(
+    listener: Recorder | None, models: ModelClient, model: FakeModel
+) -> None:
+    broken = Response(b"not gzip", headers={"Content-Encoding": "gzip"}, media_type="text/event-stream")
+    model.replies = [broken, answer(TEXT)]
+    assert (await models.complete(None, MESSAGES, SCHEMA, listener=listener)).text == TEXT
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+async def test_a_connection_that_breaks_off_is_tried_again(is_reset: bool, vllm: Callable[[str], None]) -> None:
+    replies = [sse(*map(chunk, PARTS[:2])), sse(*map(chunk, PARTS), chunk("", "stop"), USAGE, "[DONE]")]
+
+    async def break_off(stream: anyio.abc.SocketStream) -> None:
+        await serve(stream, replies.pop(0))
+        if not replies:
+            await stream.send(b"0\r\n\r\n")
+        elif is_reset:
+            raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    recorder = Recorder()
+    async with socket_server(break_off) as (url, connections):
+        vllm(url)
+        async with ModelClient(backoff_s=0.001) as models:
+            assert (await ask(models, recorder, "vllm/x")).text == TEXT
+    assert len(connections) == 2
+    assert recorder.all_of("text") == TEXT
+
+
+@pytest.mark.parametrize(
+    ("end", "tokens"),
+    [
+        pytest.param(sse(chunk("", "stop"), USAGE, "[DONE]"), 5, id="[DONE]"),
+        pytest.param(sse(chunk("", "stop"), USAGE), 5, id="usage"),
+        pytest.param(sse(chunk("", "stop")), 0, id="finish reason"),
+    ],
+)
+async def test_a_server_that_keeps_the_connection_open_is_not_waited_for(
+    end: bytes, tokens: int, vllm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "USAGE_S", 0.2)
+    closed = anyio.Event()
+
+    async def keep_open(stream: anyio.abc.SocketStream) -> None:
+        await serve(stream, sse(*map(chunk, PARTS)) + end)
+        with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+            await stream.receive()
+        closed.set()
+
+    async with socket_server(keep_open) as (url, _):
+        vllm(url)
+        async with ModelClient() as models:
+            completion = await ask(models, Recorder(), "vllm/x")
+            with anyio.fail_after(PATIENCE_S):
+                await closed.wait()
+    assert (completion.text, completion.usage.output_tokens) == (TEXT, tokens)
+
+
+async def test_a_connection_is_used_again_after_a_stream(vllm: Callable[[str], None]) -> None:
+    async def reply(request: Request) -> Response:
+        await request.body()
+        return StreamingResponse(iter([sse(chunk(TEXT)), sse(USAGE, "[DONE]")]), media_type="text/event-stream")
+
+    async with Served(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as served:
+        vllm(f"{served.url}/v1")
+        async with ModelClient() as models:
+            for _ in range(3):
+                assert (await ask(models, Recorder(), "vllm/x")).text == TEXT
+            assert len(served.server.server_state.connections) == 1
+
+
+@pytest.mark.alone
+async def test_cancelling_stops_the_stream_of_the_server(vllm: Callable[[str], None]) -> None:
+    """A real server notices within 100 ms that nobody reads any more, and stops to write."""
+    stopped: list[float] = []
+    noticed = anyio.Event()
+
+    async def write() -> AsyncIterator[bytes]:
+        try:
+            yield sse(chunk("{"))
+            await anyio.sleep_forever()
+        finally:
+            stopped.append(time.monotonic())
+            noticed.set()
+
+    async def reply(request: Request) -> Response:
+        await request.body()
+        return StreamingResponse(write(), media_type="text/event-stream")
+
+    recorder = Recorder()
+    async with Served(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as served:
+        vllm(f"{served.url}/v1")
+        async with ModelClient() as models:
+            with anyio.fail_after(PATIENCE_S):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(ask, models, recorder, "vllm/x")
+                    await recorder.received.wait()
+                    cancelled = time.monotonic()
+                    tasks.cancel_scope.cancel()
+                await noticed.wait()
+    assert stopped[0] - cancelled < 0.1
+
+
+async def test_text_arrives_while_the_server_writes(vllm: Callable[[str], None]) -> None:
+    """The server writes more only after the first text has arrived."""
+    recorder = Recorder()
+
+    async def reply(request: Request) -> Response:
+        await request.body()
+
+        async def write() -> AsyncIterator[bytes]:
+            yield sse(chunk(PARTS[0]))
+            await recorder.received.wait()
+            yield sse(*map(chunk, PARTS[1:]), chunk("", "stop"), USAGE, "[DONE]")
+
+        return StreamingResponse(write(), media_type="text/event-stream")
+
+    async with Served(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as served:
+        vllm(f"{served.url}/v1")
+        async with ModelClient() as models:
+            assert (await ask(models, recorder, "vllm/x")).text == TEXT
+
+
+# What an agent emits
+
+
+class Emitted:
+    """What the agents of a run have emitted: (kind, agent, field, text or value), and resets of what was written."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def add(self, kind: str, context: RunContext, *more: Any) -> None:
+        if kind != "reset" or self.output(context.agent_name):
+            self.events.append((kind, context.agent_name, *more))
+
+    def output(self, agent_name: str = "ask") -> dict[str, Any]:
+        """Return what a reader knows of the output: text and values by field, since the last reset."""
+        known: dict[str, Any] = {}
+        for kind, name, *more in self.events:
+            if name == agent_name and kind == "reset":
+                known.clear()
+            elif name == agent_name and kind in ("text", "value"):
+                known[more[0]] = known.get(more[0], "") + more[1] if kind == "text" else more[1]
+        return known
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of events, without repetitions."""
+        return [kind for kind, _ in itertools.groupby(kind for kind, *_ in self.events)]
+
+
+@pytest.fixture
+def emitted(monkeypatch: pytest.MonkeyPatch) -> Emitted:
+    """Watch all runs."""
+    recorder = Emitted()
+    members: dict[str, Any] = {
+        "is_watched": property(lambda self: True),
+        "emit": lambda self, text, field=None: recorder.add("text", self, field, text),
+        "emit_value": lambda self, field, value: recorder.add("value", self, field, value),
+        "emit_reasoning": lambda self, text: recorder.add("reasoning", self, text),
+        "reset_output": lambda self: recorder.add("reset", self),
+    }
+    for name, member in members.items():
+        monkeypatch.setattr(RunContext, name, member)
+    return recorder
+
+
+async def run_of(made: Flock, model: FakeModel, **inputs: Any) -> Run:
+    async with made.engine(transport=model.transport) as engine:
+        run = await engine.submit("ask", {"q": "?", **inputs})
+        with anyio.fail_after(PATIENCE_S):
+            return await engine.wait(run.run_id)
+
+
+def of(output: Any = "a: str, n: list[int], when: date", **options: Any) -> Flock:
+    made = Flock("streams", model="openai/gpt-4o")
+    made.add_agent(FlockFactory.create_default_agent("ask", input="q", output=output, **options))
+    return made
+
+
+async def test_an_agent_emits_its_answer_field_by_field(model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed('{"a": "H', "e\\u00e9", '", "n": [1,', ' 2], "when": "2026-', '11-26"}')]
+    run = await run_of(of(), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert run.usage == Usage(input_tokens=10, output_tokens=5)
+    assert emitted.events == [
+        ("text", "ask", "a", "H"),
+        ("text", "ask", "a", "e\u00e9"),
+        ("value", "ask", "n", [1, 2]),
+        ("value", "ask", "when", "2026-11-26"),
+    ]
+    assert emitted.output() == msgspec.json.decode(run.result or b"")
+
+
+async def test_nothing_is_streamed_if_nobody_watches(model: FakeModel) -> None:
+    model.replies = [answer({"a": "x", "n": [], "when": "2026-11-26"})]
+    assert (await run_of(of(), model)).status is RunStatus.COMPLETED
+    assert not model.requests[0].keys() & {"stream", "stream_options"}
+    assert model.headers[0]["idempotency-key"].endswith("/0")
+
+
+async def test_an_invalid_answer_is_reset_before_the_next(model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed('{"a": "wrong", "n": "no"}'), streamed("not JSON"), streamed('{"a": "x", "n": []', "}")]
+    run = await run_of(of("a: str, n: list[int]"), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.kinds() == ["text", "value", "reset", "text", "value"]
+    assert emitted.output() == {"a": "x", "n": []}
+
+
+@pytest.mark.parametrize("text", ['Sure: {"a": "y"}', '{"a": "y"} {"a": "z"}', '{"a": "y"', '{"a": "y", "a": "z"'])
+async def test_a_text_that_is_not_one_object_is_withdrawn(text: str, model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed(*text), streamed('{"a": "x"}')]
+    run = await run_of(of("a: str"), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.kinds() == ["text", "reset", "text"]
+    assert emitted.output() == {"a": "x"}
+
+
+async def test_an_answer_in_a_code_fence_is_emitted(model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed(*'```json\n{"a": "x"}\n```')]
+    assert (await run_of(of("a: str"), model)).status is RunStatus.COMPLETED
+    assert emitted.events == [("text", "ask", "a", "x")]
+
+
+async def test_the_last_invalid_answer_is_reset_too(model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed('{"a": "x"}')]
+    assert (await run_of(of("a: str, n: int", max_retries=0), model)).error_type == "invalid_output"
+    assert emitted.kinds() == ["text", "reset"]
+
+
+async def test_a_lost_connection_resets_the_output(emitted: Emitted) -> None:
+    body = sse(chunk('{"a": "x'), chunk('y"}'), chunk("", "stop"))
+    transport, _ = replying(Pieces([body[:-80]], httpx.ReadError("reset")), Pieces([bytes([byte]) for byte in body]))
+    async with of("a: str").engine(transport=transport) as engine:
+        run = await engine.submit("ask", {"q": "?"})
+        run = await engine.wait(run.run_id, PATIENCE_S)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.kinds() == ["text", "reset", "text"]
+    assert emitted.output() == {"a": "xy"}
+
+
+async def test_a_text_beside_tool_calls_is_not_output(model: FakeModel, emitted: Emitted) -> None:
+    """The output is reset before the tools are called."""
+    before: list[Any] = []
+
+    def look() -> str:
+        before.append(emitted.output())
+        return "found"
+
+    calls = [{"index": 0, "id": "1", "function": {"name": "look", "arguments": "{}"}}]
+    model.replies = [
+        streamed("I look.", tool_calls=calls, finish_reason="tool_calls"),
+        streamed('{"a": "maybe"}', tool_calls=calls, finish_reason="tool_calls"),
+        streamed('{"a": "x"}'),
+    ]
+    run = await run_of(of("a: str", tools=[look]), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert before == [{}, {}]
+    assert emitted.kinds() == ["text", "reset", "text"]
+    assert emitted.output() == {"a": "x"}
+
+
+async def test_steps_as_json_are_not_output(model: FakeModel, emitted: Emitted) -> None:
+    """The fields of a step are not emitted, even if the output has a field of that name."""
+
+    def look() -> str:
+        return "found"
+
+    step = {"next_thought": "I look.", "next_tool_name": "look", "next_tool_args": {}}
+    finish = {"next_thought": "I know.", "next_tool_name": "finish", "next_tool_args": {}}
+    model.replies = [error(400, message="no tools"), answer(step), answer(finish), streamed('{"next_thought": "x"}')]
+    run = await run_of(of("next_thought: str", tools=[look]), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.events == [("text", "ask", "next_thought", "x")]
+
+
+async def test_a_reply_in_the_journal_is_not_emitted_again(model: FakeModel, emitted: Emitted) -> None:
+    """The step starts again after a person has answered, with the reply that called the tool in its journal."""
+
+    def pay() -> str:
+        return "paid"
+
+    calls = [{"index": 0, "id": "1", "function": {"name": "pay", "arguments": "{}"}}]
+    model.replies = [streamed('{"a": "wait"}', tool_calls=calls, finish_reason="tool_calls"), streamed('{"a": "x"}')]
+    made = of("a: str", tools=[Tool(pay, needs_approval=True)])
+    async with made.engine(transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"})
+        assert emitted.kinds() == ["text", "reset"]
+        emitted.events.clear()
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b'{"approved": true}'))
+        run = await engine.wait(run.run_id, PATIENCE_S)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.events == [("text", "ask", "a", "x")]
+
+
+@pytest.mark.parametrize("reasoning", [False, True])
+async def test_reasoning_is_not_output(reasoning: bool, model: FakeModel, emitted: Emitted) -> None:
+    """That of the model itself, and the field that an agent adds."""
+    text = '{"reasoning": "I think.", "a": "x"}' if reasoning else '{"a": "x"}'
+    model.replies = [streamed(text, reasoning_content="Hm. ")]
+    run = await run_of(of("a: str", reasoning=reasoning), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    thoughts = "".join(event[2] for event in emitted.events if event[0] == "reasoning")
+    assert sorted(thoughts) == sorted("I think.Hm. " if reasoning else "Hm. ")
+    assert emitted.output() == {"a": "x"}
+
+
+async def test_an_output_called_reasoning_is_output(model: FakeModel, emitted: Emitted) -> None:
+    model.replies = [streamed('{"reasoning": "because"}')]
+    await run_of(of("reasoning: str"), model)
+    assert emitted.events == [("text", "ask", "reasoning", "because")]
+
+
+@pytest.mark.parametrize(
+    ("type_", "text", "kind"),
+    [
+        ("str", '"x"', "text"),
+        ("str | how it sounds", '"x"', "text"),
+        ("Short", '"x"', "text"),
+        ("Literal['x', 'y']", '"x"', "value"),
+        ("Colour", '"x"', "value"),
+        ("date", '"2026-11-26"', "value"),
+        ("UUID", '"3d6f4b1e-3a56-4d1f-9a0c-9c1d3f1a2b3c"', "value"),
+        ("bytes", '"eA=="', "value"),
+        ("str | None", '"x"', "value"),
+        ("Any", '"x"', "value"),
+        ("bool", "true", "value"),
+        ("list[str]", '["x"]', "value"),
+    ],
+)
+async def test_only_plain_strings_are_text(
+    type_: str, text: str, kind: str, model: FakeModel, emitted: Emitted
+) -> None:
+    types = {"Short": Annotated[str, msgspec.Meta(max_length=9)], "Colour": enum.Enum("Colour", {"X": "x"})}
+    model.replies = [streamed(f'{{"a": {text[:2]}', f"{text[2:]}}}")]
+    run = await run_of(of(f"a: {type_}", types=types), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.kinds() == [kind]
+    assert emitted.output() == json.loads(f'{{"a": {text}}}')
+
+
+async def test_a_value_that_changes_when_it_is_read_is_not_emitted(model: FakeModel, emitted: Emitted) -> None:
+    """A secret of a pydantic model is masked in the result, and some fields have other names or types there."""
+
+    class Output(pydantic.BaseModel):
+        plain: str
+        secret: pydantic.SecretStr
+        renamed: str = pydantic.Field(serialization_alias="other")
+        parsed: pydantic.Json[int]
+
+    model.replies = [streamed('{"plain": "x", "secret": "S3CRET", "renamed": "r", "parsed": "1"}')]
+    run = await run_of(of(Output), model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert emitted.output() == {"plain": "x"}
+
+
+async def test_a_called_agent_emits_with_its_own_name(model: FakeModel, emitted: Emitted) -> None:
+    made = of("a: str", tools=["helper"])
+    made.add_agent(FlockFactory.create_default_agent("helper", input="q", output="b: str"))
+    calls = [{"index": 0, "id": "1", "function": {"name": "helper", "arguments": '{"q": "?"}'}}]
+    model.replies = [
+        streamed(tool_calls=calls, finish_reason="tool_calls"),
+        streamed('{"b": "y"}'),
+        streamed('{"a": "x"}'),
+    ]
+    run = await run_of(made, model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert (emitted.output("helper"), emitted.output("ask")) == ({"b": "y"}, {"a": "x"})
+
+
+# Real models
+
+
+@pytest.mark.slow
+async def test_the_local_model_streams() -> None:
+    pytest.importorskip("xllamacpp")
+    recorder = Recorder()
+    async with ModelClient() as models:
+        plain = await models.complete("local/smollm2-135m", MESSAGES, SCHEMA, max_tokens=60)
+        live = await models.complete("local/smollm2-135m", MESSAGES, SCHEMA, max_tokens=60, listener=recorder)
+    assert live == plain, "answer and usage are the same with and without a stream"
+    assert live.usage.output_tokens > 0
+    assert recorder.all_of("text") == live.text
+    assert len(recorder.events) > 5
+
+
+LITELLM = """
+import asyncio
+from flock.agents.completions import Message
+from flock.agents.llm import ModelClient
+
+class Listener:
+    def text(self, piece):
+        print("TEXT", repr(piece))
+
+    def reasoning(self, piece):
+        print("REASONING", repr(piece))
+
+    def reset(self):
+        print("RESET")
+
+async def main():
+    async with ModelClient() as models:
+        schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+        for _ in range(2):
+            done = await models.complete("lm_studio/some-model", [Message("user", "hi")], schema, listener=Listener())
+            print("ANSWER", done.text, done.usage.output_tokens)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+async def test_litellm_itself_streams() -> None:
+    """If the stream breaks off, the answer is requested without one."""
+    pieces = ['{"a": "H', "i", '"}']
+    good = sse(*map(chunk, pieces), chunk("", "stop"), {**chunk(), **USAGE}, "[DONE]")
+    bodies = [good, sse(chunk(pieces[0])), bytes(answer({"a": "whole"}).body)]
+
+    async def handle(stream: anyio.abc.SocketStream) -> None:
+        received = b""
+        while b"some-model" not in received:
+            received += await stream.receive()
+        body = bodies.pop(0)
+        kind = b"text/event-stream" if body.startswith(b"data") else b"application/json"
+        missing = 0 if body.endswith((b"[DONE]\n\n", b"}")) else 99
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        await stream.send(head % (kind, len(body) + missing) + body)
+
+    async with socket_server(handle) as (url, _):
+        env = os.environ | {"LM_STUDIO_API_BASE": url, "LM_STUDIO_API_KEY": "x", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        with anyio.fail_after(200):
+            done = await anyio.run_process(
+                [sys.executable, "-c", LITELLM], env=env, stderr=subprocess.STDOUT, check=False
+            )
+    lines = [line for line in done.stdout.decode().splitlines() if line.startswith(("TEXT", "RESET", "ANSWER"))]
+    first = ["RESET", *(f"TEXT {piece!r}" for piece in pieces), 'ANSWER {"a": "Hi"} 5']
+    assert lines == [*first, "RESET", f"TEXT {pieces[0]!r}", "RESET", 'ANSWER {"a": "whole"} 5'], done.stdout.decode()
