@@ -22,7 +22,7 @@ class Conversation:
 
     Args:
         messages: the messages that begin the conversation.
-        model_name: identifies the calls of the model in the journal.
+        model_name: identifies the calls of the model in the journal, whichever model answers.
         complete: sends messages to the model and offers it tools; see ``ModelClient.complete``.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
     """
@@ -85,7 +85,7 @@ class Conversation:
                 # Each call needs its own key, or a provider would return the invalid answer again.
                 idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
             )
-            context.spend(completion.usage)
+            context.spend(completion.usage, completion.model)
             return completion
 
         def needs_more(reply: Completion) -> bool:

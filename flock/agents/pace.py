@@ -32,8 +32,8 @@ __all__ = [
     "Rate",
     "clocks_stopped",
     "fail_after_working",
-    "passing",
     "paces_of_loop",
+    "passing",
     "share_limits_among",
     "wait_apart",
 ]
@@ -58,9 +58,10 @@ REPORT_AFTER_S = 1.0
 
 
 class _Window:
-    """Counts events of the last ``SECONDS``."""
+    """Measures how often something happens: over the last 5 s, or longer if that has fewer than ``MIN_EVENTS``."""
 
-    SECONDS = 5.0
+    SECONDS, MAX_SECONDS = 5.0, 60.0
+    MIN_EVENTS = 20
 
     def __init__(self) -> None:
         self._times: deque[float] = deque()
@@ -74,8 +75,9 @@ class _Window:
         return len(self._times) / max(now - self._times[0], shortest_s) if self._times else 0.0
 
     def _forget(self, now: float) -> None:
-        while self._times and self._times[0] < now - self.SECONDS:
-            self._times.popleft()
+        times = self._times
+        while times and times[0] < now - (self.SECONDS if len(times) > self.MIN_EVENTS else self.MAX_SECONDS):
+            times.popleft()
 
 
 class _Bucket:
@@ -91,6 +93,8 @@ class _Bucket:
         if now > self._at:
             self.level = min(self.capacity, self.level + self.per_s * (now - self._at))
             self._at = now
+        if self.capacity == math.inf:
+            return 0.0
         missing = min(amount, self.capacity) - self.level
         return missing / self.per_s if missing > 1e-9 else 0.0
 
@@ -181,7 +185,7 @@ class Breaker:
         self.probe: object = None
         self._needs_probe = False
 
-    def open(self, now: float, until: float, error: ModelError, *, needs_probe: bool = True) -> None:
+    def open(self, now: float, until: float, error: ModelError | None, *, needs_probe: bool = True) -> None:
         self.is_open, self.error, self.opened_at = True, error, now
         self.until = max(self.until, until)
         self._needs_probe = needs_probe or (self._needs_probe and self.until > until)
@@ -338,19 +342,18 @@ class Gate:
 
     async def enter(self, caller: Caller, passage: Passage) -> None:
         """Wait until the call may pass. Raises ModelError if waiting is of no use."""
-        now = anyio.current_time()
-        self.check(now, caller)
-        is_first = not self._runs and (not self._items or not caller.is_item)
-        if is_first and self.wait_s(now, caller, passage) <= 0:
-            self.admit(now, caller, passage)
-            return
         with clocks_stopped():
-            await self._wait(caller, passage)
+            now = anyio.current_time()
+            self.check(now, caller)
+            is_first = not self._runs and (not self._items or not caller.is_item)
+            if is_first and self.wait_s(now, caller, passage) <= 0:
+                self.admit(now, caller, passage)
+            else:
+                await self._wait(now, caller, passage)
 
-    async def _wait(self, caller: Caller, passage: Passage) -> None:
+    async def _wait(self, began_at: float, caller: Caller, passage: Passage) -> None:
         waiter, queue = _Waiter(), self._items if caller.is_item else self._runs
-        began_at, is_reported = anyio.current_time(), False
-        self.check(began_at, caller)  # again, since the deadline is later while the clocks stand still
+        is_reported = False
         queue[waiter] = None
         try:
             while True:
@@ -413,28 +416,24 @@ class ModelLimits(Gate):
     def __init__(self, name: str, limits: tuple[int | None, int | None, int | None]) -> None:
         super().__init__()
         self.reason = f"waiting for the limits of the Model {name}"
-        requests, tokens, calls = (limit and limit / _processes for limit in limits)
-        self._requests = requests and _Bucket(requests / 60, max(1.0, requests / 60))
-        self._tokens = tokens and _Bucket(tokens / 60, tokens / 60 * self.TOKEN_BURST_S)
-        self._free = math.inf if calls is None else max(1, math.floor(calls))
+        requests, tokens, calls = (math.inf if limit is None else limit / _processes for limit in limits)
+        self._requests = _Bucket(requests / 60, max(1.0, requests / 60))
+        self._tokens = _Bucket(tokens / 60, tokens / 60 * self.TOKEN_BURST_S)
+        self._free = max(1.0, calls)
 
     def wait_s(self, now: float, caller: Caller, passage: Passage) -> float:
         if self._free < 1:
             return math.inf
-        of_requests = self._requests.wait_s(now) if self._requests else 0.0
-        return max(of_requests, self._tokens.wait_s(now, passage.estimate) if self._tokens else 0.0)
+        return max(self._requests.wait_s(now), self._tokens.wait_s(now, passage.estimate))
 
     def admit(self, now: float, caller: Caller, passage: Passage) -> None:
         self._free -= 1
-        if self._requests:
-            self._requests.take()
-        if self._tokens:
-            self._tokens.take(passage.estimate)
+        self._requests.take()
+        self._tokens.take(passage.estimate)
 
     def leave(self, passage: Passage) -> None:
         self._free += 1
-        if self._tokens:
-            self._tokens.take(passage.tokens - passage.estimate)
+        self._tokens.take(passage.tokens - passage.estimate)
         self.wake()
 
 
@@ -471,8 +470,8 @@ class Pace(Gate):
                 raise self.outage.error
         if self.limit.error is None:
             return
-        asked_s = self._asked_until - now
-        if asked_s > 0:
+        if self.limit.is_open and now < self.limit.until:
+            asked_s = self._asked_until - now
             is_too_long = asked_s > MAX_WAIT_S and not caller.is_item
             is_too_late = now + min(asked_s, MAX_WAIT_S) > anyio.current_effective_deadline()
             if is_too_long or is_too_late or (caller.has_fallback and asked_s > FALLBACK_WAIT_S):
@@ -512,7 +511,8 @@ class Pace(Gate):
         for breaker in (self.quota, self.limit, self.outage):
             if breaker.is_open and (breaker.probe is passage or passage.sent_at > breaker.opened_at):
                 breaker.close()
-        if hold_s > 0 and self.limit.error is not None:
+        if hold_s > 0:
+            self._asked_until = now + hold_s
             self.limit.open(now, now + min(hold_s, MAX_WAIT_S), self.limit.error, needs_probe=False)
         self.wake()
 
@@ -521,12 +521,12 @@ class Pace(Gate):
     ) -> None:
         """A call was refused, since there are too many. *asked_s* is how long the provider asks to wait."""
         pause_s = min(asked_s or 0.0, MAX_WAIT_S)
-        if self.limit.probe is passage and asked_s is None:
+        if self.limit.probe is passage and not asked_s:
             self._pause_s = pause_s = min(MAX_PROBE_PAUSE_S, max(MIN_PROBE_PAUSE_S, 2 * self._pause_s))
         self.rate.refused(now, passage.sent_at, is_overload=is_overload, until=now + pause_s)
         self.limit.error = error
         if pause_s > 0:
-            self._asked_until = max(self._asked_until, now + (asked_s or 0.0))
+            self._asked_until = now + (asked_s or 0.0)
             self.limit.open(now, now + pause_s, error, needs_probe=pause_s > PROBE_AFTER_S)
             self.wake_all()
 
