@@ -34,9 +34,10 @@ from flock.agents.pace import (
     ModelLimits,
     Pace,
     Passage,
+    clocks_stopped,
     paces_of_loop,
     passing,
-    wait_apart,
+    wait,
 )
 from flock.agents.providers import Endpoint, endpoint_of, is_built_in, name_of, no_model, unknown_provider
 from flock.agents.replies import completion_of, hold_s, model_error, provider_message, retry_after_s, status_error
@@ -63,6 +64,8 @@ MAX_ATTEMPTS = 3
 MAX_SERVER_ERRORS = 10
 #: The longest pause after a refusal if the server does not say how long to wait, in seconds.
 MAX_REFUSED_PAUSE_S = 30.0
+#: The longest such pause if the server has just answered other calls, in seconds.
+SHORT_REFUSED_PAUSE_S = 1.0
 #: The request fields that limit the length of an answer.
 MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 #: The errors after which the next model is asked.
@@ -180,6 +183,8 @@ class ModelClient:
             except ModelError as exc:
                 errors.append(exc)
                 if not has_next or exc.error_type not in FALLBACK_ERRORS:
+                    if len(errors) == 1:
+                        raise
                     raise _all_of(errors) from exc
                 logger.info("%s Asking %s instead.", exc, name_of(models[number]))
             else:
@@ -264,14 +269,13 @@ class ModelClient:
     async def _pause(self, call: "_Call", failure: _TransientError) -> None:
         """Wait before the next attempt. Raise the error if there is none, or if it would be too late."""
         pause_s = call.pause_s(failure)
-        if anyio.current_time() + pause_s > anyio.current_effective_deadline():
-            raise failure.error from failure
-        logger.info("%s Retrying in %.1f s.", failure.error, pause_s)
-        self.on_retry()
-        if call.is_refused:
-            await wait_apart(pause_s, call.caller, call.pace.reason)
-        else:
-            await anyio.sleep(pause_s)
+        with clocks_stopped() if call.is_refused else contextlib.nullcontext():
+            if anyio.current_time() + pause_s > anyio.current_effective_deadline():
+                raise failure.error from failure
+            level = logging.DEBUG if call.is_refused else logging.INFO  # a batch may have many refusals
+            logger.log(level, "%s Retrying in %.1f s.", failure.error, pause_s)
+            self.on_retry()
+            await wait(pause_s, call.caller, call.pace.reason)
 
     def _pace(self, endpoint: Endpoint) -> Pace:
         paces = self._paces
@@ -334,7 +338,7 @@ class _Call:
         self._backoff_s = backoff_s
         self._waits_for_outages = caller.is_item and not caller.has_fallback
         self._failures = self._refusals = self._server_errors = 0
-        self._failed_at = 0.0
+        self._failed_at = self._refused_sent_at = 0.0
         self.is_refused = self._is_asked = self._is_last = self._is_outage = False
 
     async def attempt(self, attempt: Awaitable[Any], passage: Passage) -> Any:
@@ -366,14 +370,15 @@ class _Call:
             if asked_s is None:
                 asked_s = min(hold_s(passage.headers, is_refused=True), MAX_WAIT_S) or None
             self._is_asked = bool(asked_s)
-            self._refusals += 1
+            self._refusals += not self._is_asked
+            self._refused_sent_at = passage.sent_at
             self.pace.refused(now, passage, error, asked_s, is_overload=status != 429)
             return
         self._failures += 1
         self._server_errors += status == 500
         if self._failures == 1:
             self._failed_at = now
-        is_timeout = error.error_type == "model_timeout"
+        is_timeout = error.error_type == "model_timeout" and error.log_detail != httpx.ConnectTimeout.__name__
         self._is_last = self._failures >= MAX_ATTEMPTS or (is_timeout and self.caller.has_fallback)
         self._is_outage = not is_timeout and status not in (408, 409)
         if self._is_outage or self.caller.has_fallback:
@@ -384,7 +389,9 @@ class _Call:
         if self.is_refused:
             if self._is_asked:
                 return 0.0  # all calls wait at the gate
-            pause_s = self._backoff(self._refusals, MAX_REFUSED_PAUSE_S)
+            are_others_answered = self.pace.answered_sent_at > self._refused_sent_at - SHORT_REFUSED_PAUSE_S
+            longest_s = SHORT_REFUSED_PAUSE_S if are_others_answered else MAX_REFUSED_PAUSE_S
+            pause_s = self._backoff(self._refusals, longest_s)
             if self.caller.has_fallback and pause_s > FALLBACK_WAIT_S:
                 raise failure.error from failure
             return pause_s
@@ -402,8 +409,6 @@ class _Call:
 
 def _all_of(errors: Sequence[ModelError]) -> ModelError:
     """Return one error for those of all models that were asked. Its ``error_type`` is that of the last one."""
-    if len(errors) == 1:
-        return errors[0]
     details = " ".join(error.log_detail for error in errors if error.log_detail)
     return ModelError(" ".join(map(str, errors)), errors[-1].error_type, details)
 

@@ -7,6 +7,7 @@ decide, and are told the time. A ``Gate`` lets callers wait for their decisions.
 
 import contextlib
 import contextvars
+import logging
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
@@ -35,8 +36,10 @@ __all__ = [
     "paces_of_loop",
     "passing",
     "share_limits_among",
-    "wait_apart",
+    "wait",
 ]
+
+logger = logging.getLogger("flock.llm")
 
 #: Max seconds of one wait that a provider asks for. Then an item of a batch asks again, and a run fails at once.
 MAX_WAIT_S = 120.0
@@ -69,6 +72,10 @@ class _Window:
     def add(self, now: float) -> None:
         self._times.append(now)
         self._forget(now)
+
+    def count(self, now: float) -> int:
+        self._forget(now)
+        return len(self._times)
 
     def per_s(self, now: float, shortest_s: float) -> float:
         self._forget(now)
@@ -106,7 +113,7 @@ class Rate:
     """How many calls per second a provider accepts, found out from its refusals.
 
     The rate after a refusal is half of the current one, but not less than what the provider accepts at the same time.
-    So a few random refusals among many answers change little, and refusals of everything end almost all calls.
+    Refusals because of an overload (529) change nothing unless they are many, since they may hit any call.
 
     Args:
         shortest_s: the shortest time over which a rate is measured.
@@ -118,6 +125,8 @@ class Rate:
     UNLIMITED = 1e4
     #: The rate after a refusal, as a share of the calls that were within the limit, or were answered in an overload.
     WITHIN_LIMIT, IN_OVERLOAD = 0.95, 1.25
+    #: The share of overloads that is ignored, and how many calls are assumed to have been answered before.
+    OVERLOADS_IGNORED, ANSWERED_BEFORE = 0.2, 4
     #: The lowest rate, in calls per second.
     MINIMUM = 1 / 30
 
@@ -157,6 +166,9 @@ class Rate:
         """Halve the rate, unless the call was sent before it was halved last. Nothing is sent before *until*."""
         if is_overload:
             self._within_limit.add(now)
+            within_limit, answered = self._within_limit.count(now), self._answered.count(now)
+            if within_limit - answered <= self.OVERLOADS_IGNORED * (within_limit + self.ANSWERED_BEFORE):
+                return
         if sent_at < self._cut_at:
             return
         current = min(self.per_s(now), self._sent.per_s(now, self._shortest_s))
@@ -281,17 +293,16 @@ def clocks_stopped() -> Generator[None, None, None]:
             clock.start()
 
 
-async def wait_apart(seconds: float, caller: Caller, reason: str) -> None:
-    """Wait outside of the agent's time, and report long waits."""
-    with clocks_stopped():
-        if seconds < REPORT_AFTER_S:
-            await anyio.sleep(seconds)
-            return
-        caller.on_wait(_until(reason, seconds))
-        try:
-            await anyio.sleep(seconds)
-        finally:
-            caller.on_wait(None)
+async def wait(seconds: float, caller: Caller, reason: str) -> None:
+    """Wait, and report it if it takes long."""
+    if seconds < REPORT_AFTER_S:
+        await anyio.sleep(seconds)
+        return
+    caller.on_wait(_until(reason, seconds))
+    try:
+        await anyio.sleep(seconds)
+    finally:
+        caller.on_wait(None)
 
 
 def _until(reason: str, seconds: float) -> str:
@@ -523,6 +534,8 @@ class Pace(Gate):
         pause_s = min(asked_s or 0.0, MAX_WAIT_S)
         if self.limit.probe is passage and not asked_s:
             self._pause_s = pause_s = min(MAX_PROBE_PAUSE_S, max(MIN_PROBE_PAUSE_S, 2 * self._pause_s))
+        if self.rate.per_s(now) == math.inf:
+            logger.info("%s refuses calls, so they are sent more slowly. %s", self._provider, error)
         self.rate.refused(now, passage.sent_at, is_overload=is_overload, until=now + pause_s)
         self.limit.error = error
         if pause_s > 0:
@@ -538,11 +551,14 @@ class Pace(Gate):
             return
         else:
             self._pause_s = MIN_PROBE_PAUSE_S
+            logger.warning("%s does not answer. Items of batches wait for it. %s", self._provider, error)
         self.outage.open(now, now + self._pause_s, error)
         self.wake_all()
 
     def exhausted(self, now: float, error: ModelError) -> None:
         """The quota of the key is used up."""
+        if not self.quota.is_open:
+            logger.warning("%s Calls with this key fail at once for %g s.", error, QUOTA_PAUSE_S)
         self.quota.open(now, now + QUOTA_PAUSE_S, error)
         self.wake_all()
 
