@@ -125,6 +125,7 @@ def bare_app(records: GroupCommit | None = None) -> Starlette:
             started_at=started_at,
             completed_at=completed_at,
             usage=None,
+            model=None,
         )
         answer = FlockAPIResponse(
             run_id=new_id(),

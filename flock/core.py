@@ -1,12 +1,13 @@
-"""The names that programs import: ``Flock``, ``FlockFactory``, ``agent`` and ``Messages``."""
+"""The names that programs import: ``Flock``, ``FlockFactory``, ``Model``, ``agent`` and ``Messages``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flock.agents.messages import Messages
+from flock.agents.models import Model
 from flock.declared import BatchInputs, DeclaredFlock, FlockFactory, agent
 
-__all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "agent"]
+__all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "Model", "agent"]
 
 
 class Flock(DeclaredFlock):

@@ -24,6 +24,7 @@ import msgspec
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike, agent
 from flock.agents.llm import ModelClient
+from flock.agents.models import ModelChoice, models_of
 from flock.agents.questions import nobody
 from flock.agents.signature import Signature
 from flock.agents.workflow import result_names
@@ -66,14 +67,16 @@ class DeclaredFlock:
         name: identifies its runs in a store. All flocks with this name on the same store list these runs, and resume
             them after a crash if they have the agents. Flocks with another name do not see them. If several programs
             share a store, give each its own name, unless they are copies of the same program.
-        model: default model, ``provider/model``, for agents without one; see ``flock.agents.providers.PROVIDERS``.
+        model: default model for agents without one: ``provider/model``, a ``Model``, or a list of these; see
+            ``ModelAgent`` and ``flock.agents.providers.PROVIDERS``.
         max_steps: max steps in one run.
 
     Attributes:
         agents: the agents by name. Use ``add_agent`` to add one.
     """
 
-    def __init__(self, name: str = "flock", *, model: str | None = None, max_steps: int = 32) -> None:
+    def __init__(self, name: str = "flock", *, model: ModelChoice = None, max_steps: int = 32) -> None:
+        models_of(model, "the flock")
         self.name = name
         self.model = model
         self.max_steps = max_steps
@@ -309,7 +312,7 @@ class FlockFactory:
     def create_default_agent(
         name: str,
         description: str = "",
-        model: str | None = None,
+        model: ModelChoice = None,
         input: Any = "",
         output: Any = "",
         *,

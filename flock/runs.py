@@ -141,6 +141,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
         next_agent: the agent to run next; None ends the run.
         usage: the tokens that it used, including those of its calls.
         call_count: the number of its calls that are stored.
+        model: the model that answered last; None if it has asked none.
     """
 
     agent_name: str
@@ -149,6 +150,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     attempt: int = 1
     call_count: int = 0
+    model: str | None = None
     started_at: datetime
     completed_at: datetime
 
@@ -172,6 +174,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         error, error_type: of a failed call. It is executed again if the step runs again, unless it is a call of a tool,
             because the model has read the error.
         usage: the tokens that it used, including those of the calls that it made.
+        model: the model that answered last, also in a call that it made; None if it has asked none.
     """
 
     call_id: str
@@ -182,6 +185,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     error_type: str | None = None
     usage: Usage | None = None
+    model: str | None = None
     started_at: datetime
     completed_at: datetime
 
@@ -767,7 +771,7 @@ class StepJournal(Protocol):
     def spent(self) -> Usage:
         """The tokens that the run has used so far."""
 
-    def spend(self, usage: Usage) -> None: ...
+    def spend(self, usage: Usage, model: str | None) -> None: ...
 
     def call(
         self,
@@ -839,6 +843,7 @@ class RunContext:
         step_key: idempotency key of this step, ``run:{run_id}/{position}``, from 0. It stays the same if the step is
             repeated after a crash, and changes with each retry. Send it as ``Idempotency-Key`` to paid services. If a
             step makes several calls, append a suffix of your own to each. Model agents do this.
+        is_item: whether the run is an item of a batch.
         cancel_requested: True after cancellation of the run was requested. A synchronous function should check it
             regularly, and return or raise. An async function is cancelled at its next await, so it need not check.
     """
@@ -847,7 +852,7 @@ class RunContext:
         self,
         run: Run,
         agent_name: str,
-        on_progress: Callable[[Progress], None],
+        on_progress: Callable[[Progress | None], None],
         journal: StepJournal | None = None,
         *,
         on_usage: Callable[[str, Usage], None] = lambda agent_name, usage: None,
@@ -862,6 +867,9 @@ class RunContext:
         self.attempt = run.attempt
         self.request_id = run.request_id
         self.traceparent = run.traceparent
+        self.is_item = run.batch_id is not None
+        #: the progress that the agents of the step have reported last
+        self._reported: list[Progress] = []
         self.step_key = self._root_key = run.step_key(len(run.steps))
         self._cancel_requested: list[bool] = []
         self._on_progress = on_progress
@@ -1081,12 +1089,21 @@ class RunContext:
         numbers = [None if number is None else float(number) for number in (done, total)]
         if numbers[0] is None or not all(math.isfinite(number) for number in numbers if number is not None):
             raise ValueError(f"Progress must be given in finite numbers, not as {done!r} of {total!r}.")
-        self._on_progress(Progress(done=numbers[0], total=numbers[1], message=cut(safe_text(message))))
+        progress = Progress(done=numbers[0], total=numbers[1], message=cut(safe_text(message)))
+        self._reported[:] = [progress]
+        self._on_progress(progress)
 
-    def spend(self, usage: Usage) -> None:
-        """Report the tokens of a model's answer, whether or not the answer is usable."""
+    def report_wait(self, reason: str | None) -> None:
+        """Show what the step waits for as the message of its progress; None if it no longer waits."""
+        reported = self._reported[0] if self._reported else None
+        if reason is not None:
+            reported = msgspec.structs.replace(reported or Progress(done=0), message=reason)
+        self._on_progress(reported)
+
+    def spend(self, usage: Usage, model: str | None = None) -> None:
+        """Report the tokens of a model's answer, whether or not the answer is usable, and the name of the model."""
         if self._journal is not None:
-            self._journal.spend(usage)
+            self._journal.spend(usage, model)
         self._on_usage(self.agent_name, usage)
 
     def check_tokens(self) -> None:

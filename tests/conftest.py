@@ -113,7 +113,7 @@ def anyio_backend() -> str:
 def _no_real_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests from reaching a real provider with a key that happens to be set."""
     for name in list(os.environ):
-        if name.endswith(("_API_KEY", "_BASE_URL")) or name.startswith(("OPENAI_", "FLOCK_", "TEMPORAL_")):
+        if name.endswith(("_API_KEY", "_BASE_URL")) or name.startswith(("AZURE_", "OPENAI_", "FLOCK_", "TEMPORAL_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-key-of-the-tests")
 

@@ -185,7 +185,7 @@ def test_run_reports_errors(arguments: list[str], words: str, flock_file: Path) 
 
 
 def test_the_model_is_set_by_option_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str | None] = []
+    seen: list[Any] = []
 
     def note(flock: Flock, agent_name: str, inputs: Any, **options: Any) -> dict[str, Any]:
         seen.append(flock.model)

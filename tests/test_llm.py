@@ -124,7 +124,7 @@ async def test_a_constraint_that_strict_mode_does_not_support_is_described(
     }
 
 
-@pytest.mark.parametrize("provider", sorted(PROVIDERS))
+@pytest.mark.parametrize("provider", sorted(PROVIDERS.keys() - {"azure"}))
 async def test_each_provider_has_its_own_address_and_key(
     provider: str, models: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,12 +284,15 @@ async def test_a_permanent_error_is_not_retried(
 TRANSIENT = [
     pytest.param(error(408), "model_unavailable", id="408"),
     pytest.param(error(409), "model_unavailable", id="409"),
-    pytest.param(error(429), "model_rate_limited", id="429"),
-    pytest.param(error(429, retry_after="soon"), "model_rate_limited", id="429 with nonsense in Retry-After"),
     pytest.param(error(500), "model_unavailable", id="500"),
     pytest.param(html(502), "model_unavailable", id="502 as HTML"),
     pytest.param(Response("", 503), "model_unavailable", id="503 without a body"),
-    pytest.param(error(529), "model_unavailable", id="529"),
+]
+REFUSED = [
+    pytest.param(error(429), id="429"),
+    pytest.param(error(429, retry_after="soon"), id="429 with nonsense in Retry-After"),
+    pytest.param(error(503, retry_after="0.001"), id="503 with Retry-After"),
+    pytest.param(error(529), id="529"),
 ]
 
 
@@ -307,6 +310,13 @@ async def test_a_call_succeeds_if_its_third_attempt_does(
     reply: Response, error_type: str, models: ModelClient, model: FakeModel
 ) -> None:
     model.replies = [reply, reply, answer(GOOD)]
+    assert (await ask(models)).text
+
+
+@pytest.mark.parametrize("reply", REFUSED)
+async def test_a_refusal_is_not_a_failed_attempt(reply: Response, models: ModelClient, model: FakeModel) -> None:
+    """Otherwise many calls at the same time would fail because of the provider's rate limit."""
+    model.replies = [reply, error(500), reply, reply, error(500), reply, answer(GOOD)]
     assert (await ask(models)).text
 
 
@@ -487,7 +497,15 @@ def test_with_litellm_only_a_near_miss_is_an_unknown_provider(monkeypatch: pytes
     """Only litellm knows its providers, and importing it takes ten seconds and a network request."""
     monkeypatch.setitem(sys.modules, "litellm", types.ModuleType("litellm"))
     sys.modules["litellm"].__spec__ = importlib.machinery.ModuleSpec("litellm", None)
-    for name in ("anthropic/claude", "together_ai/x", "gpt-4o", "ollama_chat/x"):
+    for name in (
+        "cohere/command",
+        "together_ai/x",
+        "fireworks_ai/x",
+        "azure_ai/x",
+        "nvidia_nim/x",
+        "gpt-4o",
+        "ollama_chat/x",
+    ):
         check_model(name)
     with pytest.raises(ModelError, match="Did you mean 'openai'") as caught:
         check_model("opnai/gpt-4o")

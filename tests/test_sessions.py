@@ -306,6 +306,8 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         for column in ("session_id", "waiting_for", "expires_at", "worked_s"):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
         db.execute("ALTER TABLE batches DROP COLUMN waiting_items")
+        for table in ("steps", "calls"):
+            db.execute(f"ALTER TABLE {table} DROP COLUMN model")
         db.execute(f"PRAGMA user_version = {MIGRATIONS.index(_add_sessions)}")
     db.close()
     async with turns.flock.engine(store=store) as engine:

@@ -13,7 +13,6 @@ import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
-import anyio
 import msgspec
 
 from flock.agents.chat import ChatInput, chat_input
@@ -21,6 +20,8 @@ from flock.agents.completions import Message
 from flock.agents.conversation import Conversation
 from flock.agents.live import LiveAnswer
 from flock.agents.llm import ModelClient
+from flock.agents.models import ModelChoice, models_of, names_of
+from flock.agents.pace import Caller, fail_after_working
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.signature import (
     Signature,
@@ -279,7 +280,8 @@ class ModelAgent(Agent):
     """An agent that calls a language model.
 
     Args:
-        model: ``provider/model``; None uses the model of the flock.
+        model: ``provider/model``, a ``Model``, or a list of these: the next one is asked if one cannot answer. None
+            uses the model of the flock.
         instructions: instructions for the model, in addition to the signatures.
         examples: pairs (inputs, output) that the model sees before the real inputs, as earlier turns of the
             conversation. Each is a mapping, or an instance of the signature's type.
@@ -294,7 +296,8 @@ class ModelAgent(Agent):
         temperature: sampling temperature; None uses the provider's default.
         max_tokens: max tokens in each answer; None uses the provider's default.
         max_retries: max times that an invalid answer is sent back to the model with the reason.
-        timeout_s: wall-clock seconds for the whole step, including all retries and tools.
+        timeout_s: wall-clock seconds for the whole step, including all retries and tools. The time does not count
+            while a call waits because its provider accepts no more calls now.
         options: see ``Agent``.
 
     If an input has the type ``Messages``, it is the conversation that the model continues. The prompt, and the other
@@ -315,7 +318,7 @@ class ModelAgent(Agent):
         output: Signature,
         *,
         description: str = "",
-        model: str | None = None,
+        model: ModelChoice = None,
         instructions: str = "",
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
@@ -344,6 +347,7 @@ class ModelAgent(Agent):
                 if examples
                 else f"{name!r} has a conversation as an input, so history= would add other messages. Omit it."
             )
+        models_of(model, repr(name))
         self.model = model
         self.instructions = instructions
         self.history = history
@@ -362,7 +366,7 @@ class ModelAgent(Agent):
 
     async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         try:
-            with anyio.fail_after(self.timeout_s):
+            with fail_after_working(self.timeout_s):
                 history = [] if self.history is None else self._earlier(await resources.history(self, self.history))
                 return await self._converse(self._prompt(inputs, history), resources, context)
         except TimeoutError as exc:
@@ -377,19 +381,20 @@ class ModelAgent(Agent):
             context=context,
             call_in_thread=resources.call_in_thread,
         )
-        model = self.model or resources.models.default_model
+        models = models_of(self.model, repr(self.name)) or resources.models.default_model
         conversation = Conversation(
             messages,
             toolbox,
             context,
-            model_name=model or "",
+            model_name=next(iter(names_of(models)), ""),
             complete=functools.partial(
                 resources.models.complete,
-                model,
+                models or None,
                 schema=self._answer.schema,
                 max_tokens=self.max_tokens,
                 temperature=self.temperature,
                 traceparent=context.traceparent,
+                caller=Caller(is_item=context.is_item, on_wait=context.report_wait),
             ),
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),
             listen=functools.partial(LiveAnswer, self._answer, self.output, context),

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from flock.agents.agent import Agent, ModelAgent
+from flock.agents.models import ModelChoice, models_of
 from flock.agents.providers import check_model
 from flock.agents.tools import AgentTool, ToolSource
 from flock.agents.workflow import missing_agents
@@ -15,21 +16,19 @@ __all__ = ["problems", "tool_sources", "warn_of_problems"]
 logger = logging.getLogger("flock.checks")
 
 
-def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> list[str]:
+def problems(agents: Mapping[str, Agent], default_model: ModelChoice, *, calls_models: bool = True) -> list[str]:
     """Return the problems that would make runs fail, each as a text. It sends no requests and loads no weights.
 
     Args:
-        default_model: the model of agents without one.
+        default_model: the model, or models, of agents without one.
         calls_models: False if other processes call the models, and may have other keys and packages.
     """
-    names_of: dict[str, list[str]] = {}
+    names_of: dict[tuple[str, str], list[str]] = {}
     agent_problems: list[str] = []
     for agent in agents.values():
-        try:
-            if calls_models and isinstance(agent, ModelAgent):
-                check_model(agent.model or default_model)
-        except ModelError as exc:
-            names_of.setdefault(str(exc), []).append(repr(agent.name))
+        if calls_models and isinstance(agent, ModelAgent):
+            for problem in _model_problems(agent.model or default_model):
+                names_of.setdefault(problem, []).append(repr(agent.name))
         agent_problems += map(str, missing_agents(agent, agents))
         agent_problems += [
             f"The agent {agent.name!r} has a tool {name!r}, but this flock has no such agent."
@@ -38,10 +37,23 @@ def problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_mo
             if name not in agents
         ]
     model_problems = [
-        f"The agent{'s'[: len(names) - 1]} {', '.join(names)} cannot run. {reason}"
-        for reason, names in names_of.items()
+        f"The agent{'s'[: len(names) - 1]} {', '.join(names)} {effect}. {reason}"
+        for (effect, reason), names in names_of.items()
     ]
     return model_problems + agent_problems
+
+
+def _model_problems(choice: ModelChoice) -> list[tuple[str, str]]:
+    """Return the effect and the reason of each problem. An agent runs if one of its models can be called."""
+    models, reasons = models_of(choice, "an agent") or (None,), []
+    for model in models:
+        try:
+            check_model(model)
+        except ModelError as exc:
+            reasons.append(str(exc))
+    if len(reasons) == len(models):
+        return [("cannot run", " ".join(reasons))]
+    return [("cannot use one of the models", reason) for reason in reasons]
 
 
 def _agents_as_tools(agent: Agent) -> list[str]:
@@ -56,7 +68,7 @@ def tool_sources(agents: Mapping[str, Agent]) -> list[ToolSource]:
     return list(dict.fromkeys(tool for tool in tools if isinstance(tool, ToolSource)))
 
 
-def warn_of_problems(agents: Mapping[str, Agent], default_model: str | None, *, calls_models: bool = True) -> None:
+def warn_of_problems(agents: Mapping[str, Agent], default_model: ModelChoice, *, calls_models: bool = True) -> None:
     """Log each of the ``problems`` as a WARNING."""
     for problem in problems(agents, default_model, calls_models=calls_models):
         logger.warning("%s", problem)

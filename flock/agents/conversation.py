@@ -22,7 +22,7 @@ class Conversation:
 
     Args:
         messages: the messages that begin the conversation.
-        model_name: identifies the calls of the model in the journal.
+        model_name: identifies the calls of the model in the journal, whichever model answers.
         complete: sends messages to the model and offers it tools; see ``ModelClient.complete``.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
         listen: returns a listener for one reply. It is called if somebody watches the run.
@@ -91,7 +91,7 @@ class Conversation:
                 idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
                 listener=self._listen() if context.is_watched else None,
             )
-            context.spend(completion.usage)
+            context.spend(completion.usage, completion.model)
             return completion
 
         def needs_more(reply: Completion) -> bool:

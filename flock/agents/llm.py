@@ -2,17 +2,20 @@
 
 Tests pass a fake server as ``transport=``.
 
-The retry policy is the same as in the providers' own clients: up to three attempts for 408, 409, 429, 5xx, timeouts and
-lost connections, about 0.5 s and 1 s apart or as requested by ``Retry-After``. Other errors are not retried. One
-deadline covers all attempts. All attempts send the caller's ``Idempotency-Key``, so a provider that supports it does
-the work only once. Others ignore unknown headers (RFC 9110, section 5.1).
+The retry policy is the same as in the providers' own clients: up to three attempts for 408, 409, 5xx, timeouts and
+lost connections, about 0.5 s and 1 s apart. Other errors are not retried. A refusal because of too many calls (429,
+529, or 503 with ``Retry-After``) is not a failed attempt: the call waits for the ``Pace`` of its provider. An item of
+a batch also waits for the end of an outage. If several models are given, the next one is asked instead.
+
+All attempts send the caller's ``Idempotency-Key``, so a provider that supports it does the work only once. Others
+ignore unknown headers (RFC 9110, section 5.1).
 """
 
 import contextlib
 import json
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self
 
 import anyio
@@ -22,10 +25,25 @@ from msgspec.structs import replace
 
 from flock.agents import react
 from flock.agents.completions import Completion, Listener, Message, ToolSchema
-from flock.agents.providers import BUILT_IN, Endpoint, endpoint_of, required_name, unknown_provider
+from flock.agents.models import Model, ModelChoice, models_of
+from flock.agents.pace import (
+    FALLBACK_WAIT_S,
+    MAX_WAIT_S,
+    Caller,
+    Gate,
+    ModelLimits,
+    Pace,
+    Passage,
+    clocks_stopped,
+    paces_of_loop,
+    passing,
+    wait,
+)
+from flock.agents.providers import Endpoint, endpoint_of, is_built_in, name_of, no_model, unknown_provider
 from flock.agents.replies import (
     TRANSIENT,
     completion_of,
+    hold_s,
     model_error,
     provider_message,
     retry_after_s,
@@ -53,17 +71,30 @@ __all__ = ["ModelClient"]
 
 logger = logging.getLogger("flock.llm")
 
-#: Max seconds that a server may make a run wait before a retry.
-MAX_RETRY_AFTER_S = 120
+#: How often a call is sent before it fails.
+MAX_ATTEMPTS = 3
+#: How often an item of a batch is sent to a server that fails with status 500: the call itself may be the reason.
+MAX_SERVER_ERRORS = 10
+#: The longest pause after a refusal if the server does not say how long to wait, in seconds.
+MAX_REFUSED_PAUSE_S = 30.0
+#: The longest such pause if the server has just answered other calls, in seconds.
+SHORT_REFUSED_PAUSE_S = 1.0
+#: The request fields that limit the length of an answer.
+MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
+#: The errors after which the next model is asked.
+FALLBACK_ERRORS = frozenset(
+    "model_unavailable model_timeout model_rate_limited model_quota model_not_found model_not_configured "
+    "model_authentication".split()
+)
 
 
 class _TransientError(Exception):
-    """A transient failure, for which a retry may succeed."""
+    """A transient failure, for which a retry may succeed. ``status`` is None if there was no response."""
 
-    def __init__(self, error: ModelError, retry_after_s: float | None = None) -> None:
+    def __init__(self, error: ModelError, status: int | None = None) -> None:
         super().__init__(str(error))
         self.error = error
-        self.retry_after_s = retry_after_s
+        self.status = status
 
 
 class ModelClient:
@@ -72,7 +103,7 @@ class ModelClient:
     Use it as an async context manager. It opens no connection before the first call.
 
     Args:
-        default_model: the model of agents without one.
+        default_model: the model, or models, of agents without one.
         transport: replaces the network, for tests and gateways.
         backoff_s: the pause after the first failed attempt. It doubles with each attempt, up to 8 s.
         read_timeout_s: max seconds without data from the server before an attempt times out.
@@ -80,13 +111,13 @@ class ModelClient:
 
     def __init__(
         self,
-        default_model: str | None = None,
+        default_model: ModelChoice = None,
         *,
         transport: httpx.AsyncBaseTransport | None = None,
         backoff_s: float = 0.5,
         read_timeout_s: float = 120,
     ) -> None:
-        self.default_model = default_model
+        self.default_model = models_of(default_model, "the flock")
         self._transport = transport
         self._backoff_s = backoff_s
         self._timeout = httpx.Timeout(read_timeout_s, connect=10, pool=None)
@@ -97,11 +128,14 @@ class ModelClient:
         #: models whose servers do not support tools
         self._without_tools: set[str] = set()
         self._local_lock = anyio.Lock()
+        #: the paces of this client, if it does not use the network that other clients share
+        self._own_paces: dict[Any, Gate] = {}
         #: called before each retry
         self.on_retry: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> Self:
         self._local_lock = anyio.Lock()  # the event loop may be a different one than before
+        self._own_paces = {}
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -111,7 +145,7 @@ class ModelClient:
 
     async def complete(
         self,
-        model: str | None,
+        model: ModelChoice,
         messages: Sequence[Message],
         schema: Mapping[str, Any],
         *,
@@ -121,6 +155,7 @@ class ModelClient:
         traceparent: str | None = None,
         idempotency_key: str | None = None,
         listener: Listener | None = None,
+        caller: Caller = Caller(),  # noqa: B008 - it is frozen
     ) -> Completion:
         """Ask *model* for one JSON object that matches *schema*, or for calls of *tools*. The caller validates both.
 
@@ -132,18 +167,22 @@ class ModelClient:
             traceparent: trace context, sent as a header so that gateways and providers can link the request to a trace.
             idempotency_key: identifies this call in all attempts. If the server does not support strict JSON Schema,
                 the fallback requests append ``/json_object`` or ``/text`` to it. If it does not support tools, the
-                fallback appends ``/step`` before that. A streamed request appends ``/stream`` at the end.
+                fallback appends ``/step`` before that. The second of several models gets ``/model2`` before that. A
+                streamed request appends ``/stream`` at the end.
             listener: receives the reply while the model writes it. Without one, no stream is requested. A step as JSON
                 is never streamed, and other servers may not support streams: then the listener receives nothing.
+            caller: who waits if the provider does not accept the call now.
 
         Raises:
             ModelError: there is no usable answer; ``error_type`` has the reason.
 
         Cancellation: the request is aborted. There is no retry if it would start after the caller's deadline.
         """
-        name = required_name(model or self.default_model)
+        models = models_of(model, "the call") or self.default_model
+        if not models:
+            raise no_model()
         request = Request(
-            name=name,
+            name="",
             messages=messages,
             schema=schema,
             tools=tools,
@@ -153,40 +192,72 @@ class ModelClient:
             key=idempotency_key,
             listener=listener,
         )
-        if name.partition("/")[0] not in BUILT_IN:
-            if not tools:
-                return await _complete_with_litellm(replace(request, messages=react.as_text(messages)))
-            if _litellm_calls_tools(name):
-                return await _complete_with_litellm(request)
-            return react.completion_of(await _complete_with_litellm(next_step(request)))
-        endpoint = await endpoint_of(name)
-        if not tools:
-            return await self._complete_json(endpoint, replace(request, messages=react.as_text(messages)))
+        errors: list[ModelError] = []
+        for number, candidate in enumerate(models, 1):
+            has_next, name = number < len(models), name_of(candidate)
+            request = replace(request, name=name)
+            if number > 1:  # a server may replay the answer of another model to the same key
+                request = replace(request, key=idempotency_key and f"{idempotency_key}/model{number}")
+            try:
+                completion = await self._ask(candidate, request, replace(caller, has_fallback=has_next))
+            except ModelError as exc:
+                errors.append(exc)
+                if not has_next or exc.error_type not in FALLBACK_ERRORS:
+                    if len(errors) == 1:
+                        raise
+                    raise _all_of(errors) from exc
+                logger.info("%s Asking %s instead.", exc, name_of(models[number]))
+            else:
+                return replace(completion, model=name)
+        raise AssertionError("the last model answers or raises")
+
+    async def _ask(self, model: str | Model, request: Request, caller: Caller) -> Completion:
+        """Ask one model."""
+        if not is_built_in(model):
+            return await self._ask_with_litellm(model, request, caller)
+        name, endpoint = request.name, await endpoint_of(model)
+        if endpoint.is_local:  # it has no outages of its own, so an item must not wait for the end of one
+            caller = replace(caller, is_item=False)
+        if not request.tools:
+            request = replace(request, messages=react.as_text(request.messages))
+            return await self._complete_json(endpoint, request, caller)
         if not endpoint.is_local and name not in self._without_tools:
             try:
-                return await self._complete_or_call(endpoint, request)
+                return await self._complete_or_call(endpoint, request, caller)
             except ModelError as exc:
                 if not rejects_tools(exc):
                     raise
                 logger.info("%s does not support tools. Asking for JSON instead.", name)
                 if "schema" not in exc.log_detail.lower():  # it rejects all tools, not just these
                     self._without_tools.add(name)
-        return react.completion_of(await self._complete_json(endpoint, next_step(request)))
+        return react.completion_of(await self._complete_json(endpoint, next_step(request), caller))
 
-    async def _complete_or_call(self, endpoint: Endpoint, request: Request) -> Completion:
+    async def _ask_with_litellm(self, model: str | Model, request: Request, caller: Caller) -> Completion:
+        """Ask a model through litellm, which does its own retries."""
+        own = model if isinstance(model, Model) else None
+        limits = (None, None, None) if own is None else own.limits
+        passage = Passage(_estimate({"max_tokens": request.max_tokens}, msgspec.json.encode(request.messages)))
+        async with passing(self._limits(("litellm", request.name), limits), caller, passage):
+            if not request.tools:
+                return await _complete_with_litellm(replace(request, messages=react.as_text(request.messages)), own)
+            if _litellm_calls_tools(request.name):
+                return await _complete_with_litellm(request, own)
+            return react.completion_of(await _complete_with_litellm(next_step(request), own))
+
+    async def _complete_or_call(self, endpoint: Endpoint, request: Request, caller: Caller) -> Completion:
         """Offer tools to a model whose server supports them."""
         body = request.body(endpoint) | format_of("text", request, endpoint)
         body["tools"] = [function_of(tool) for tool in request.tools]
-        return completion_of(await self._post(endpoint, body, request.all_headers(), request.listener), request)
+        return completion_of(await self._post(endpoint, body, request.all_headers(), request.listener, caller), request)
 
-    async def _complete_json(self, endpoint: Endpoint, request: Request) -> Completion:
+    async def _complete_json(self, endpoint: Endpoint, request: Request, caller: Caller) -> Completion:
         """Ask for a JSON object in the strictest way that the server supports."""
         name, rejects_schema = request.name, False
-        first = FORMATS.index(self._formats.get(name, FORMATS[0]))
+        first = FORMATS.index(self._formats.get(name, endpoint.first_format))
         for format_ in FORMATS[first:]:
             body = request.body(endpoint) | format_of(format_, request, endpoint)
             try:
-                answer = await self._post(endpoint, body, request.all_headers(format_), request.listener)
+                answer = await self._post(endpoint, body, request.all_headers(format_), request.listener, caller)
             except ModelError as exc:
                 if format_ == FORMATS[-1] or not rejects_format(exc):
                     raise
@@ -199,43 +270,72 @@ class ModelClient:
         raise AssertionError("the last format returns or raises")
 
     async def _post(
-        self, endpoint: Endpoint, body: Mapping[str, Any], headers: Mapping[str, str], listener: Listener | None
+        self,
+        endpoint: Endpoint,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+        listener: Listener | None,
+        caller: Caller,
     ) -> Any:
-        """Return the server's response as JSON, after up to three attempts."""
+        """Return the server's response as JSON, after as many attempts as it takes."""
         # The local model answers one request at a time. Waiting for the lock does not count as a timeout.
         async with self._local_lock if endpoint.is_local else contextlib.nullcontext():
-            for pause_s in (self._backoff_s, 2 * self._backoff_s, None):
+            call = _Call(caller, self._pace(endpoint), self._backoff_s)
+            limits = self._limits((endpoint.account, endpoint.name), endpoint.limits)
+            tokens = _estimate(body, msgspec.json.encode(body))
+            while True:
+                passage = Passage(tokens)
                 try:
-                    return await self._attempt(endpoint, body, headers, listener)
+                    async with passing([*limits, call.pace], caller, passage):
+                        return await call.attempt(self._attempt(endpoint, body, headers, listener, passage), passage)
                 except _TransientError as failure:
-                    if pause_s is None:
-                        raise failure.error from failure
-                    await self._pause(pause_s, failure)
-        raise AssertionError("the last attempt returns or raises")
+                    await self._pause(call, failure)
 
-    async def _pause(self, pause_s: float, failure: _TransientError) -> None:
-        """Wait as long as the server requests, or about *pause_s*. Raise the error if that is too long."""
-        pause_s = min(pause_s, 8) * (1 - 0.25 * random.random())
-        if failure.retry_after_s is not None:
-            pause_s = failure.retry_after_s
-        wakes_at = anyio.current_time() + pause_s
-        if pause_s > MAX_RETRY_AFTER_S or wakes_at > anyio.current_effective_deadline():
-            raise failure.error from failure
-        logger.info("%s Retrying in %.1f s.", failure.error, pause_s)
-        self.on_retry()
-        await anyio.sleep(pause_s)
+    async def _pause(self, call: "_Call", failure: _TransientError) -> None:
+        """Wait before the next attempt. Raise the error if there is none, or if it would be too late."""
+        pause_s = call.pause_s(failure)
+        with clocks_stopped() if call.is_refused else contextlib.nullcontext():
+            if anyio.current_time() + pause_s > anyio.current_effective_deadline():
+                raise failure.error from failure
+            level = logging.DEBUG if call.is_refused else logging.INFO  # a batch may have many refusals
+            logger.log(level, "%s Retrying in %.1f s.", failure.error, pause_s)
+            self.on_retry()
+            await wait(pause_s, call.caller, call.pace.reason)
+
+    def _pace(self, endpoint: Endpoint) -> Pace:
+        paces = self._paces
+        if endpoint.account not in paces:
+            paces[endpoint.account] = Pace(endpoint.provider, self._backoff_s)
+        pace = paces[endpoint.account]
+        assert isinstance(pace, Pace)
+        return pace
+
+    def _limits(self, key: tuple[Any, str], limits: tuple[int | None, int | None, int | None]) -> Sequence[Gate]:
+        """Return the gate for the limits that a ``Model`` has named, if it has named any."""
+        if not any(limits):
+            return ()
+        return (self._paces.setdefault((*key, limits), ModelLimits(key[1], limits)),)
+
+    @property
+    def _paces(self) -> dict[Any, Gate]:
+        return paces_of_loop() if self._transport is None else self._own_paces
 
     async def _attempt(
-        self, endpoint: Endpoint, body: Mapping[str, Any], headers: Mapping[str, str], listener: Listener | None
+        self,
+        endpoint: Endpoint,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+        listener: Listener | None,
+        passage: Passage,
     ) -> Any:
         """Request a response, as a stream if there is a listener and the server supports that."""
         if listener is None:
-            return await self._send(endpoint, body, headers, None)
+            return await self._send(endpoint, body, headers, None, passage)
         ways = list(STREAMS)
         for way in ways[ways.index(self._streams.get(endpoint.name, ways[0])) :]:
             listener.reset()
             try:
-                answer = await self._send(endpoint, *streamed(way, body, headers), listener)
+                answer = await self._send(endpoint, *streamed(way, body, headers), listener, passage)
             except ModelError as exc:
                 if way == ways[-1] or not rejects_stream(exc):
                     raise
@@ -246,11 +346,17 @@ class ModelClient:
         raise AssertionError("the last way returns or raises")
 
     async def _send(
-        self, endpoint: Endpoint, body: Mapping[str, Any], headers: Mapping[str, str], listener: Listener | None
+        self,
+        endpoint: Endpoint,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+        listener: Listener | None,
+        passage: Passage,
     ) -> Any:
         content, all_headers = msgspec.json.encode(body), {**endpoint.headers, **headers}
         try:
             async with self._client().stream("POST", endpoint.url, content=content, headers=all_headers) as response:
+                passage.headers = response.headers
                 if listener is not None and response.status_code == 200 and is_stream(response):
                     return await read_reply(response, endpoint.name, listener)
                 await response.aread()
@@ -264,12 +370,12 @@ class ModelClient:
             raise _TransientError(error) from exc
         except ModelError as exc:
             if exc.error_type in TRANSIENT:
-                raise _TransientError(exc) from exc
+                raise _TransientError(exc, 429 if exc.error_type == "model_rate_limited" else None) from exc
             raise
         if response.status_code != 200:
             error = status_error(endpoint.name, response)
             if error.error_type in TRANSIENT:
-                raise _TransientError(error, retry_after_s(response.headers))
+                raise _TransientError(error, response.status_code)
             raise error
         try:
             return json.loads(response.content)
@@ -288,6 +394,103 @@ class ModelClient:
         return self._http
 
 
+class _Call:
+    """The attempts of one call, and what they tell about its provider."""
+
+    def __init__(self, caller: Caller, pace: Pace, backoff_s: float) -> None:
+        self.caller = caller
+        self.pace = pace
+        self._backoff_s = backoff_s
+        self._waits_for_outages = caller.is_item and not caller.has_fallback
+        self._failures = self._refusals = self._server_errors = 0
+        self._failed_at = self._refused_sent_at = 0.0
+        self.is_refused = self._is_asked = self._is_last = self._is_outage = False
+
+    async def attempt(self, attempt: Awaitable[Any], passage: Passage) -> Any:
+        """Return what *attempt* returns, and tell the pace about it."""
+        pace = self.pace
+        if self._failures >= MAX_ATTEMPTS and not pace.outage.is_open:
+            self._failures = 0  # the outage is over
+        try:
+            answer = await attempt
+        except _TransientError as failure:
+            self._failed(failure, passage)
+            raise
+        except ModelError as exc:
+            if exc.error_type == "model_quota":
+                pace.exhausted(anyio.current_time(), exc)
+            else:
+                pace.answered(anyio.current_time(), passage)
+            raise
+        passage.tokens = _counted(answer, passage.estimate)
+        left_s = hold_s(passage.headers, is_refused=False, tokens=passage.tokens)
+        pace.answered(anyio.current_time(), passage, left_s)
+        return answer
+
+    def _failed(self, failure: _TransientError, passage: Passage) -> None:
+        now, status, error = anyio.current_time(), failure.status, failure.error
+        asked_s = None if status is None else retry_after_s(passage.headers)
+        self.is_refused = status in (429, 529) or (status == 503 and asked_s is not None)
+        if self.is_refused:
+            if asked_s is None:
+                asked_s = min(hold_s(passage.headers, is_refused=True), MAX_WAIT_S) or None
+            self._is_asked = bool(asked_s)
+            self._refusals += not self._is_asked
+            self._refused_sent_at = passage.sent_at
+            self.pace.refused(now, passage, error, asked_s, is_overload=status != 429)
+            return
+        self._failures += 1
+        self._server_errors += status == 500
+        if self._failures == 1:
+            self._failed_at = now
+        is_timeout = error.error_type == "model_timeout" and error.log_detail != httpx.ConnectTimeout.__name__
+        self._is_last = self._failures >= MAX_ATTEMPTS or (is_timeout and self.caller.has_fallback)
+        self._is_outage = not is_timeout and status not in (408, 409)
+        if self._is_outage or self.caller.has_fallback:
+            self.pace.failed(now, passage, error, is_last=self._is_last)
+
+    def pause_s(self, failure: _TransientError) -> float:
+        """Return the seconds until the next attempt. Raises the error if there is none."""
+        if self.is_refused:
+            if self._is_asked:
+                return 0.0  # all calls wait at the gate
+            are_others_answered = self.pace.answered_sent_at > self._refused_sent_at - SHORT_REFUSED_PAUSE_S
+            longest_s = SHORT_REFUSED_PAUSE_S if are_others_answered else MAX_REFUSED_PAUSE_S
+            pause_s = self._backoff(self._refusals, longest_s)
+            if self.caller.has_fallback and pause_s > FALLBACK_WAIT_S:
+                raise failure.error from failure
+            return pause_s
+        if not self._is_last:
+            return self._backoff(self._failures, 8)
+        # If calls that were sent later were answered, there is no outage.
+        is_over = self.pace.answered_sent_at > self._failed_at or self._server_errors >= MAX_SERVER_ERRORS
+        if not (self._waits_for_outages and self._is_outage) or is_over:
+            raise failure.error from failure
+        return 0.0
+
+    def _backoff(self, times: int, longest_s: float) -> float:
+        return float(min(self._backoff_s * 2 ** min(times - 1, 30), longest_s) * (1 - 0.25 * random.random()))
+
+
+def _all_of(errors: Sequence[ModelError]) -> ModelError:
+    """Return one error for those of all models that were asked. Its ``error_type`` is that of the last one."""
+    details = " ".join(error.log_detail for error in errors if error.log_detail)
+    return ModelError(" ".join(map(str, errors)), errors[-1].error_type, details)
+
+
+def _estimate(body: Mapping[str, Any], content: bytes) -> float:
+    """Return about how many tokens a call will use."""
+    longest = max((value for name in MAX_TOKENS_FIELDS if isinstance(value := body.get(name), int)), default=256)
+    return len(content) / 4 + longest
+
+
+def _counted(answer: Any, estimate: float) -> float:
+    """Return the tokens that the provider has counted, or the estimate."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    total = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return total if isinstance(total, int) else estimate
+
+
 # Other providers, through litellm
 
 
@@ -299,8 +502,7 @@ def _litellm_calls_tools(name: str) -> bool:
     return bool(litellm.supports_function_calling(name))
 
 
-async def _complete_with_litellm(request: Request) -> Completion:
-    """Call the model through litellm, which does its own retries."""
+async def _complete_with_litellm(request: Request, model: Model | None) -> Completion:
     try:
         import litellm
     except ImportError as exc:
@@ -326,6 +528,10 @@ async def _complete_with_litellm(request: Request) -> Completion:
         )
 
     listener, headers = request.listener, request.all_headers()
+    if model is not None:
+        headers |= model.headers
+        options |= {"extra_body": model.extra_body} if model.extra_body else {}
+        options |= {"api_key": model.api_key} if model.api_key else {}
     if listener is not None:
         listener.reset()
         try:

@@ -1,11 +1,14 @@
 """Model providers: the URL of each, the environment variable of its key, and what it supports.
 
-A model is named ``provider/model``. All built-in providers support OpenAI's ``/chat/completions``, and so does the
-small model in this process. Other providers are called through litellm, if it is installed.
+A model is named ``provider/model``. All built-in providers support OpenAI's ``/chat/completions``, and so do the small
+model in this process, and a provider with an address: ``{NAME}_BASE_URL``. Others are called through litellm, if it is
+installed.
 """
 
+import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +16,7 @@ import anyio.to_thread
 import msgspec
 
 from flock.agents import localmodel
+from flock.agents.models import Model
 from flock.errors import ModelError
 from flock.extras import pip_install
 from flock.nearest import did_you_mean
@@ -24,36 +28,85 @@ __all__ = [
     "Provider",
     "check_model",
     "endpoint_of",
-    "required_name",
+    "is_built_in",
+    "is_local",
+    "name_of",
+    "no_model",
     "unknown_provider",
 ]
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
-    """A server that supports chat completions.
+    """A server that supports chat completions, and what it does not support.
 
     Attributes:
         base_url: the URL without ``/chat/completions``. The environment variable ``{NAME}_BASE_URL`` overrides it.
+        url_variables: other environment variables with the URL, if each customer has their own.
         key_variable: the environment variable with the key; None if no key is needed.
+        other_key_variables: other names of that variable.
+        key_header: the header with the key, if it is not ``Authorization``.
         max_tokens_field: the name of the request field that limits the answer's length.
+        first_format: the strictest way to request JSON that it supports; see ``flock.agents.requests.FORMATS``.
+        fixed_temperature: a pattern of the models that reject ``temperature``, or None.
+        api_version: if it has a URL for each deployment, with this version unless ``{NAME}_OPENAI_API_VERSION`` is set.
     """
 
-    base_url: str
+    base_url: str = ""
+    url_variables: tuple[str, ...] = ()
     key_variable: str | None = None
+    other_key_variables: tuple[str, ...] = ()
+    key_header: str | None = None
     max_tokens_field: str = "max_tokens"
+    first_format: str = "json_schema"
+    fixed_temperature: str | None = None
+    api_version: str | None = None
 
+
+#: OpenAI's reasoning models.
+REASONING = r"(o\d|gpt-[5-9](?!\S*chat))\S*"
 
 PROVIDERS: Mapping[str, Provider] = {
     "openai": Provider(
         base_url="https://api.openai.com/v1",
         key_variable="OPENAI_API_KEY",
         max_tokens_field="max_completion_tokens",
+        fixed_temperature=REASONING,
+    ),
+    # It ignores response_format and strict, so the format is requested in words.
+    "anthropic": Provider(
+        base_url="https://api.anthropic.com/v1", key_variable="ANTHROPIC_API_KEY", first_format="text"
+    ),
+    "gemini": Provider(
+        base_url="https://generativelanguage.googleapis.com/v1beta/openai",
+        key_variable="GEMINI_API_KEY",
+        other_key_variables=("GOOGLE_API_KEY",),
+    ),
+    "azure": Provider(
+        url_variables=("AZURE_OPENAI_ENDPOINT", "AZURE_API_BASE"),
+        key_variable="AZURE_OPENAI_API_KEY",
+        other_key_variables=("AZURE_API_KEY",),
+        key_header="api-key",
+        max_tokens_field="max_completion_tokens",
+        fixed_temperature=REASONING,
+        api_version="2024-10-21",
     ),
     "openrouter": Provider(base_url="https://openrouter.ai/api/v1", key_variable="OPENROUTER_API_KEY"),
     "groq": Provider(base_url="https://api.groq.com/openai/v1", key_variable="GROQ_API_KEY"),
     "mistral": Provider(base_url="https://api.mistral.ai/v1", key_variable="MISTRAL_API_KEY"),
-    "deepseek": Provider(base_url="https://api.deepseek.com/v1", key_variable="DEEPSEEK_API_KEY"),
+    "deepseek": Provider(
+        base_url="https://api.deepseek.com/v1", key_variable="DEEPSEEK_API_KEY", first_format="json_object"
+    ),
     "together": Provider(base_url="https://api.together.xyz/v1", key_variable="TOGETHER_API_KEY"),
+    "xai": Provider(
+        base_url="https://api.x.ai/v1", key_variable="XAI_API_KEY", max_tokens_field="max_completion_tokens"
+    ),
+    "fireworks": Provider(base_url="https://api.fireworks.ai/inference/v1", key_variable="FIREWORKS_API_KEY"),
+    "cerebras": Provider(
+        base_url="https://api.cerebras.ai/v1",
+        key_variable="CEREBRAS_API_KEY",
+        max_tokens_field="max_completion_tokens",
+    ),
+    "nvidia": Provider(base_url="https://integrate.api.nvidia.com/v1", key_variable="NVIDIA_API_KEY"),
     "ollama": Provider(base_url="http://127.0.0.1:11434/v1"),
     "vllm": Provider(base_url="http://127.0.0.1:8000/v1"),
     "llamacpp": Provider(base_url="http://127.0.0.1:8080/v1"),
@@ -66,7 +119,12 @@ OPENAI_HEADERS = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """The URL of one model, and the settings for calling it."""
+    """The URL of one model, and the settings for calling it.
+
+    Attributes:
+        account: identifies the server and the key, whose limits all its calls share.
+        limits: the limits that the program has named; see ``Model.limits``.
+    """
 
     name: str
     model: str
@@ -75,24 +133,34 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens_field: str
     settings: Mapping[str, Any] = {}
     is_local: bool = False
+    first_format: str = "json_schema"
+    has_temperature: bool = True
+    account: tuple[str, str, bytes]
+    limits: tuple[int | None, int | None, int | None] = (None, None, None)
+
+    @property
+    def provider(self) -> str:
+        return self.account[0]
 
 
-def check_model(name: str | None) -> None:
-    """Raise the ModelError that each call of the model *name* would raise with the current setup of this process.
+def check_model(model: str | Model | None) -> None:
+    """Raise the ModelError that each call of *model* would raise with the current setup of this process.
 
     It sends no request and loads no weights. If litellm is installed, any other provider is accepted, unless its name
     looks like a misspelling of a built-in one, because only litellm knows its own providers.
     """
-    name = required_name(name)
-    provider = name.partition("/")[0]
-    if provider not in BUILT_IN:
-        if not _has_litellm() or did_you_mean(provider, BUILT_IN, MISSPELLING_CUTOFF):
+    if not model:
+        raise no_model()
+    name = name_of(model)
+    if not is_built_in(model):
+        if not _has_litellm() or did_you_mean(name.partition("/")[0], BUILT_IN, MISSPELLING_CUTOFF):
             raise unknown_provider(name)
-    elif provider == "local":
+    elif is_local(model):
         localmodel.check(_model_of(name))
     else:
         _model_of(name)
-        _key_of(name)
+        _key_of(model)
+        _base_url_of(model)
 
 
 #: Min similarity of a misspelled name to the correct one. No provider of litellm is this similar to a built-in one.
@@ -103,10 +171,39 @@ def _has_litellm() -> bool:
     return importlib.util.find_spec("litellm") is not None
 
 
-def required_name(name: str | None) -> str:
-    if not name:
-        raise _not_configured("no model is set. Pass model= to the agent or to Flock, or set FLOCK_MODEL")
-    return name
+def name_of(model: str | Model) -> str:
+    return model if isinstance(model, str) else model.name
+
+
+def no_model() -> ModelError:
+    return _not_configured("no model is set. Pass model= to the agent or to Flock, or set FLOCK_MODEL")
+
+
+def is_built_in(model: str | Model) -> bool:
+    """Whether *model* is called without litellm: its provider is built in, or its address is known."""
+    provider = name_of(model).partition("/")[0]
+    return provider in BUILT_IN or _own_url(model) is not None
+
+
+def is_local(model: str | Model) -> bool:
+    return name_of(model).partition("/")[0] == "local" and _own_url(model) is None
+
+
+def _own_url(model: str | Model) -> str | None:
+    """Return the address that the program or the environment gives for *model*."""
+    if isinstance(model, Model) and model.base_url:
+        return model.base_url
+    provider, _, rest = name_of(model).partition("/")
+    return (os.environ.get(f"{_in_variables(provider)}_BASE_URL") or None) if rest else None
+
+
+def _in_variables(provider: str) -> str:
+    """Return the name of a provider as it is in the names of environment variables."""
+    return re.sub(r"\W", "_", provider).upper()
+
+
+def _provider_of(model: str | Model) -> Provider:
+    return PROVIDERS.get(name_of(model).partition("/")[0], Provider())
 
 
 def _model_of(name: str) -> str:
@@ -117,46 +214,81 @@ def _model_of(name: str) -> str:
     return model
 
 
-def _key_of(name: str) -> str:
-    """Return the API key for the model *name* of a built-in provider, or "" if it needs none."""
-    variable = PROVIDERS[name.partition("/")[0]].key_variable
-    key = os.environ.get(variable, "").strip() if variable else ""
-    if variable and not key:
+def _key_of(model: str | Model) -> str:
+    """Return the API key for *model*, or "" if it needs none."""
+    if isinstance(model, Model) and model.api_key:
+        return model.api_key
+    name, provider = name_of(model), _provider_of(model)
+    variable = provider.key_variable or f"{_in_variables(name.partition('/')[0])}_API_KEY"
+    for known in (variable, *provider.other_key_variables):
+        if key := os.environ.get(known, "").strip():
+            return key
+    if provider.key_variable and not (isinstance(model, Model) and model.base_url):
         raise _not_configured(
             f"{name!r} needs an API key. Set the environment variable {variable} where the server starts"
         )
-    return key
+    return ""
 
 
-async def endpoint_of(name: str) -> Endpoint:
-    provider_name, model = name.partition("/")[0], _model_of(name)
-    if provider_name == "local":
+def _base_url_of(model: str | Model) -> str:
+    provider = _provider_of(model)
+    found = [os.environ[variable] for variable in provider.url_variables if os.environ.get(variable)]
+    base_url = _own_url(model) or provider.base_url or next(iter(found), "")
+    if not base_url:
+        variable = provider.url_variables[0]
+        raise _not_configured(
+            f"{name_of(model)!r} needs the address of your resource. Set the environment variable {variable} where the "
+            "server starts"
+        )
+    return base_url.rstrip("/")
+
+
+async def endpoint_of(model: str | Model) -> Endpoint:
+    name = name_of(model)
+    provider_name, model_name = name.partition("/")[0], _model_of(name)
+    own = model if isinstance(model, Model) else None
+    if is_local(model):
         # In a thread, because loading weights is slow. If cancelled, loading continues for the next caller.
-        server = await anyio.to_thread.run_sync(localmodel.serve, model, abandon_on_cancel=True)
+        server = await anyio.to_thread.run_sync(localmodel.serve, model_name, abandon_on_cancel=True)
         return Endpoint(
             name=name,
-            model=model,
+            model=model_name,
             url=f"{server.base_url}/chat/completions",
             headers=_headers(server.key),
             max_tokens_field="max_tokens",
-            settings={**localmodel.SETTINGS, "max_tokens": localmodel.MAX_TOKENS},
+            settings={**localmodel.SETTINGS, "max_tokens": localmodel.MAX_TOKENS, **(own.extra_body if own else {})},
             is_local=True,
+            account=(provider_name, server.base_url, b""),
+            limits=own.limits if own else (None, None, None),
         )
-    provider, headers = PROVIDERS[provider_name], _headers(_key_of(name))
+    provider, key, base_url = _provider_of(model), _key_of(model), _base_url_of(model)
+    headers = _headers(key, provider.key_header)
     if provider_name == "openai":
         headers |= {header: os.environ[name] for name, header in OPENAI_HEADERS.items() if os.environ.get(name)}
-    base_url = os.environ.get(f"{provider_name.upper()}_BASE_URL") or provider.base_url
+    url = f"{base_url}/chat/completions"
+    if provider.api_version is not None:
+        variables = [f"{_in_variables(provider_name)}_{end}" for end in ("OPENAI_API_VERSION", "API_VERSION")]
+        version = next(filter(None, map(os.environ.get, variables)), provider.api_version)
+        url = f"{base_url}/openai/deployments/{model_name}/chat/completions?api-version={version}"
     return Endpoint(
         name=name,
-        model=model,
-        url=f"{base_url.rstrip('/')}/chat/completions",
-        headers=headers,
+        model=model_name,
+        url=url,
+        headers=headers | (dict(own.headers) if own else {}),
         max_tokens_field=provider.max_tokens_field,
+        settings=own.extra_body if own else {},
+        first_format=provider.first_format,
+        has_temperature=not (provider.fixed_temperature and re.fullmatch(provider.fixed_temperature, model_name)),
+        account=(provider_name, base_url, hashlib.sha256(key.encode()).digest()),
+        limits=own.limits if own else (None, None, None),
     )
 
 
-def _headers(key: str) -> dict[str, str]:
-    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+def _headers(key: str, key_header: str | None = None) -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers |= {"Authorization": f"Bearer {key}"} if key_header is None else {key_header: key}
+    return headers
 
 
 def _not_configured(reason: str) -> ModelError:

@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from flock.runs import Usage
 __all__ = [
     "TRANSIENT",
     "completion_of",
+    "hold_s",
     "model_error",
     "provider_message",
     "retry_after_s",
@@ -185,9 +187,44 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
             seconds = float(value)
         else:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, seconds)
+
+
+#: What OpenAI's and Anthropic's headers count.
+COUNTED = ("requests", "tokens", "input-tokens", "output-tokens")
+
+
+def hold_s(headers: Mapping[str, str], *, is_refused: bool, tokens: float = 0) -> float:
+    """Return how long to wait since nothing is left of a limit, as the headers say: ``x-ratelimit-remaining-requests``,
+    ``anthropic-ratelimit-tokens-reset`` and the like. 0 if something is left.
+
+    A limit is replenished evenly until its reset. So after an answer, the next call only has to wait for its own share.
+    """
+    longest = 0.0
+    for counted in COUNTED:
+        for prefix, suffix in (("x-ratelimit-", f"-{counted}"), (f"anthropic-ratelimit-{counted}-", "")):
+            if headers.get(f"{prefix}remaining{suffix}", "").strip() != "0":
+                continue
+            wait_s = _reset_s(headers.get(f"{prefix}reset{suffix}", ""))
+            limit = headers.get(f"{prefix}limit{suffix}", "").strip()
+            if not is_refused and limit.isdigit() and int(limit):
+                wait_s *= min(1.0, (1 if counted == "requests" else tokens) / int(limit))
+            longest = max(longest, wait_s)
+    return longest
+
+
+def _reset_s(text: str) -> float:
+    """Return the seconds until a reset: ``1s``, ``6m0s``, ``12ms``, seconds, or a time (RFC 3339); 0 if invalid."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[hms]|$)", text)
+    if parts and "".join(map("".join, parts)) == text:
+        return sum(float(number) * units[unit] for number, unit in parts)
+    try:
+        return max(0.0, datetime.fromisoformat(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def provider_message(response: httpx.Response) -> str:

@@ -60,7 +60,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     def body(self, endpoint: Endpoint) -> dict[str, Any]:
         """Return the body of a request, without the part that requests JSON."""
         body = {"model": endpoint.model, "messages": self.messages, **endpoint.settings}
-        if self.temperature is not None:
+        if self.temperature is not None and endpoint.has_temperature:
             body["temperature"] = self.temperature
         if self.max_tokens is not None:
             body[endpoint.max_tokens_field] = self.max_tokens

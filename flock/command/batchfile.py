@@ -19,6 +19,7 @@ from typing import IO, cast
 
 import msgspec
 
+from flock.agents.models import models_of, names_of
 from flock.agents.questions import nobody
 from flock.agents.workflow import columns_of, result_names
 from flock.declared import DeclaredFlock
@@ -159,7 +160,9 @@ def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
     """
     with _with_filename(job.rows), open(job.rows, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    options = (flock.name, flock.model, job.agent_name, job.on_invalid, job.dialect.delimiter)
+    names = names_of(models_of(flock.model, "the flock"))
+    model = names[0] if len(names) == 1 else names or None  # a single name as in older versions
+    options = (flock.name, model, job.agent_name, job.on_invalid, job.dialect.delimiter)
     fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()), job.options.timeout_s)
     digest.update(msgspec.json.encode((options, fills)))
     newer = (job.on_extra, job.dialect.decimal, job.dialect.encoding)

@@ -33,6 +33,7 @@ import uvicorn.logging
 
 from flock.agents.checks import warn_of_problems
 from flock.agents.llm import ModelClient
+from flock.agents.pace import share_limits_among
 from flock.command.connection import Connection
 from flock.declared import DeclaredFlock
 from flock.engine.store import MEMORY, Durability, Store
@@ -199,7 +200,7 @@ def _serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: Se
     signal.set_wakeup_fd(wakeup.fileno())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # Python writes the signal to the wakeup socket
-    start = functools.partial(_start_worker, load, settings, listener)
+    start = functools.partial(_start_worker, load, settings, listener, workers)
     return _supervise(start, workers, stop_signals, on_exit=app.metrics.mark_process_dead if app.metrics else None)
 
 
@@ -261,14 +262,21 @@ def _supervise(
     return exit_code
 
 
-def _start_worker(load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket) -> SpawnProcess:
-    process = multiprocessing.get_context("spawn").Process(target=_worker_main, args=(load, settings, listener))
+def _start_worker(
+    load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket, workers: int
+) -> SpawnProcess:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_worker_main, args=(load, settings, listener, workers)
+    )
     process.start()
     return process
 
 
-def _worker_main(load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket) -> None:
-    """Serve in a worker process."""
+def _worker_main(
+    load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket, workers: int
+) -> None:
+    """Serve in one of *workers* processes."""
+    share_limits_among(workers)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         config = _config(_app(load(), settings), settings)

@@ -107,6 +107,8 @@ class Journal:
         self._save_error: BaseException | None = None
         #: the tokens used in each unfinished call, by its id; those of the step outside of calls are under ""
         self._usage: defaultdict[str, Usage] = defaultdict(Usage)
+        #: the model that answered last in each of these
+        self._models: dict[str, str] = {}
         outermost = [call for call in self._finished.values() if _parent_of(call.call_id) not in self._finished]
         self.spent = sum((call.usage for call in outermost if call.usage is not None), spent)
 
@@ -122,10 +124,15 @@ class Journal:
         used = self._usage[""]
         return used if used != Usage() else None
 
-    def spend(self, usage: Usage) -> None:
-        """Add the tokens of a model's answer to the current call, or to the step."""
+    @property
+    def model(self) -> str | None:
+        """The model that answered last in the step."""
+        return self._models.get("")
+
+    def spend(self, usage: Usage, model: str | None) -> None:
+        """Add the tokens of an answer of *model* to the current call, or to the step."""
         self.spent += usage
-        self._usage[CURRENT_CALL.get()] += usage
+        self._add_usage(CURRENT_CALL.get(), usage, model)
 
     def call(
         self,
@@ -294,7 +301,7 @@ class Journal:
         finished = self._finished.pop(planned.call_id, None)
         if finished is not None:
             self.kept += 1
-            self._add_usage(planned.parent, finished.usage)
+            self._add_usage(planned.parent, finished.usage, finished.model)
             if finished.error is not None and planned.on_error is not None:
                 return planned.on_error(finished.error)
             return planned.decode(finished.result)
@@ -319,8 +326,8 @@ class Journal:
             failure = exc
         finally:
             CURRENT_CALL.reset(reset)
-            usage = self._usage.pop(planned.call_id, None)
-            self._add_usage(planned.parent, usage)
+            usage, model = self._usage.pop(planned.call_id, None), self._models.pop(planned.call_id, None)
+            self._add_usage(planned.parent, usage, model)
         error, error_type = None, None
         if failure is not None:
             result = JSON_NULL
@@ -335,6 +342,7 @@ class Journal:
                 error=error and cut(error),
                 error_type=error_type,
                 usage=usage,
+                model=model,
                 started_at=started_at,
                 completed_at=now(),
             )
@@ -345,9 +353,11 @@ class Journal:
             raise failure
         return planned.on_error(cut(error))
 
-    def _add_usage(self, parent: str, usage: Usage | None) -> None:
+    def _add_usage(self, parent: str, usage: Usage | None, model: str | None) -> None:
         if usage is not None:
             self._usage[parent] += usage
+        if model is not None:
+            self._models[parent] = model
 
     async def _execute(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if is_async(function):

@@ -194,6 +194,12 @@ def _add_questions(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+def _add_models(db: sqlite3.Connection) -> None:
+    """Store which model answered."""
+    db.execute("ALTER TABLE steps ADD COLUMN model TEXT")
+    db.execute("ALTER TABLE calls ADD COLUMN model TEXT")
+
+
 MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _create_tables,
     _add_traceparent,
@@ -206,6 +212,7 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _add_calls,
     _add_sessions,
     _add_questions,
+    _add_models,
 ]
 
 

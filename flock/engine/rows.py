@@ -345,12 +345,15 @@ class _LastStep(NamedTuple):
     started_at: int | None
     completed_at: int | None
     call_count: int = 0
+    model: str | None = None
 
 
 def last_step_of(run: Run) -> bytes:
     step = run.steps[-1]
     times = micros(step.started_at), micros(step.completed_at)
-    return msgspec.json.encode(_LastStep(step.agent_name, step.usage, step.attempt, *times, step.call_count))
+    return msgspec.json.encode(
+        _LastStep(step.agent_name, step.usage, step.attempt, *times, step.call_count, step.model)
+    )
 
 
 def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
@@ -361,6 +364,7 @@ def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
         usage=last.usage,
         attempt=last.attempt,
         call_count=last.call_count,
+        model=last.model,
         started_at=EPOCH + timedelta(microseconds=last.started_at or 0),
         completed_at=EPOCH + timedelta(microseconds=last.completed_at or 0),
     )

@@ -100,7 +100,7 @@ class ActiveRun:
         self.is_stopped = False
         self.progress = run.progress
 
-    def note_progress(self, progress: Progress) -> None:
+    def note_progress(self, progress: Progress | None) -> None:
         """Record progress. It may be called from any thread."""
         self.progress = progress
 
@@ -241,11 +241,11 @@ class Turns:
         started_at, batch = now(), _batch_of(run)
         call_in_thread = functools.partial(self._call_in_thread, active, batch)
         resources = Resources(self._models, call_in_thread, functools.partial(_history, active), self._agents)
-        usage, call_count = None, 0
+        usage, model, call_count = None, None, 0
         if agent.uses_context:
             journal = await self._journal(active, run, resources, is_again=is_again)
             result = await self._turn(active, run, agent, inputs, slot, resources, journal)
-            usage, call_count = journal.usage, journal.kept
+            usage, model, call_count = journal.usage, journal.model, journal.kept
         else:  # a journal takes longer than a short function
             result = await take_turn(agent, inputs, resources, RunContext(run, agent.name, active.note_progress))
         return Step(
@@ -255,6 +255,7 @@ class Turns:
             usage=usage,
             attempt=run.attempt,
             call_count=call_count,
+            model=model,
             started_at=started_at,
             completed_at=now(),
         )

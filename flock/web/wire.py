@@ -294,6 +294,7 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True):
     started_at: Time
     completed_at: Time
     usage: Usage | None
+    model: str | None
     calls: "list[RunCall] | msgspec.UnsetType" = msgspec.UNSET
 
 
@@ -308,6 +309,7 @@ class RunCall(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None
     error_type: str | None
     usage: Usage | None
+    model: str | None
     started_at: Time
     completed_at: Time
 

@@ -2,9 +2,13 @@
 
 import contextlib
 import json
+import random
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+import anyio
 import anyio.abc
 import httpx
 from starlette.applications import Starlette
@@ -116,3 +120,48 @@ async def socket_server(
         tasks.start_soon(listener.serve, count)
         yield f"http://127.0.0.1:{port}/v1", connections
         tasks.cancel_scope.cancel()
+
+
+class LimitedModel:
+    """A model that accepts calls at a limited rate, refuses the others with 429, and is randomly overloaded (529).
+
+    Args:
+        per_s: the rate. It is a token bucket that holds the calls of *burst_s* seconds.
+        overloaded: the share of calls within the limit that are refused with 529. They do not count for the limit.
+        headers: the headers of a 429, from the seconds until the next call is accepted.
+        latency_s: how long an answer takes.
+    """
+
+    def __init__(
+        self,
+        per_s: float,
+        *,
+        overloaded: float = 0.0,
+        burst_s: float = 1.0,
+        headers: Callable[[float], dict[str, str]] = lambda wait_s: {"retry_after_ms": f"{wait_s * 1000:.0f}"},
+        latency_s: float = 0.0,
+    ) -> None:
+        self._per_s, self._overloaded, self._headers, self._latency_s = per_s, overloaded, headers, latency_s
+        self._level = self._capacity = max(1.0, per_s * burst_s)
+        self._at = time.monotonic()
+        self.statuses: Counter[int] = Counter()
+        self.app = Starlette(routes=[Route("/{path:path}", self._reply, methods=["POST"])])
+        self.transport = httpx.ASGITransport(self.app)
+
+    async def _reply(self, request: Request) -> Response:
+        await request.body()
+        now = time.monotonic()
+        self._level, self._at = min(self._capacity, self._level + self._per_s * (now - self._at)), now
+        if random.random() < self._overloaded:
+            response = error(529, "overloaded_error")
+        elif self._level >= 1:
+            self._level -= 1
+            response = answer({"answer": "yes"})
+        else:
+            response = error(429, "rate_limit_exceeded", **self._headers((1 - self._level) / self._per_s))
+        self.statuses[response.status_code] += 1
+        await anyio.sleep(self._latency_s)
+        return response
+
+    def share(self, status: int) -> float:
+        return self.statuses[status] / max(1, self.statuses.total())

@@ -1,0 +1,677 @@
+"""The pace of model calls: rate limits, outages, limits of a ``Model``, and other models to ask."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import httpx
+import pytest
+from starlette.responses import Response
+
+from flock.agents import pace
+from flock.agents.checks import problems
+from flock.agents.completions import Completion, Message
+from flock.agents.llm import MAX_SERVER_ERRORS, ModelClient
+from flock.agents.models import ModelChoice
+from flock.agents.pace import Breaker, Caller, Gate, ModelLimits, Passage, Rate
+from flock.agents.replies import hold_s
+from flock.core import Flock, FlockFactory, Model
+from flock.errors import DefinitionError, ModelError
+from flock.runs import BatchOptions, RunStatus
+from tests.support import PATIENCE_S
+from tests.support.engines import OpenEngine
+from tests.support.models import FakeModel, LimitedModel, answer, error
+
+pytestmark = pytest.mark.anyio
+
+ITEM, RUN = Caller(is_item=True), Caller()
+REFUSAL = ModelError("The model m is over its rate limit.", "model_rate_limited")
+OUTAGE = ModelError("The model m could not be reached.", "model_unavailable")
+ANSWER = {"answer": "yes"}
+SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
+
+
+def asking(model: ModelChoice, **options: Any) -> Flock:
+    flock = Flock("pace", model=model)
+    flock.add_agent(FlockFactory.create_default_agent(name="ask", input="number: int", output="answer: str", **options))
+    return flock
+
+
+async def complete(models: ModelClient, model: ModelChoice = None, **options: Any) -> Completion:
+    return await models.complete(model, [Message("user", "hi")], SCHEMA, **options)
+
+
+async def failure_of(models: ModelClient, model: ModelChoice = None, **options: Any) -> ModelError:
+    with pytest.raises(ModelError) as caught:
+        await complete(models, model, **options)
+    return caught.value
+
+
+def client(fake: FakeModel | LimitedModel, model: ModelChoice = "openai/m", backoff_s: float = 0.001) -> ModelClient:
+    return ModelClient(model, transport=fake.transport, backoff_s=backoff_s)
+
+
+# The rate
+
+
+def test_there_is_no_limit_before_the_first_refusal() -> None:
+    rate = Rate()
+    for _ in range(1000):
+        assert rate.wait_s(0) == 0
+        rate.sent(0)
+
+
+def test_a_refusal_halves_the_rate_which_then_grows_again() -> None:
+    rate = Rate()
+    for _ in range(100):
+        rate.sent(10)
+    rate.refused(11, 10, is_overload=False, until=11)
+    assert rate.per_s(11) == 50
+    rate.refused(11.1, 10, is_overload=False, until=11.1)
+    assert 50 <= rate.per_s(11.1) < 51, "it was sent before the rate was halved"
+    rate.refused(11.2, 11.1, is_overload=False, until=11.2)
+    assert 24 < rate.per_s(11.2) < 51
+    rates = [rate.per_s(11.2 + seconds) for seconds in (1, 5, 15, 40)]
+    assert rates == sorted(rates)
+    assert rates[0] < 1.02 * rate.per_s(11.2)
+    assert rates[-1] == math.inf
+
+
+def test_the_rate_does_not_fall_below_what_the_provider_accepts() -> None:
+    rate = Rate()
+    for tenth in range(100):
+        rate.sent(tenth / 10)
+        rate.answered(tenth / 10)
+    for tenth in range(100, 120):
+        rate.refused(tenth / 10, tenth / 10, is_overload=False, until=0)
+    assert rate.per_s(12) > 5
+
+
+def test_a_few_random_overloads_do_not_change_the_rate() -> None:
+    rate = Rate()
+    for tenth in range(200):
+        rate.sent(tenth / 10)
+        if tenth % 10 == 5:
+            rate.refused(tenth / 10, tenth / 10, is_overload=True, until=0)
+        else:
+            rate.answered(tenth / 10)
+    assert rate.per_s(20) == math.inf
+    for tenth in range(200, 220):
+        rate.refused(tenth / 10, tenth / 10, is_overload=True, until=0)
+    assert rate.per_s(22) < 10
+
+
+def test_a_breaker_lets_one_call_find_out_about_the_others() -> None:
+    breaker = Breaker()
+    assert breaker.wait_s(0) == 0
+    breaker.open(0, 5, OUTAGE)
+    assert breaker.wait_s(1) == 4
+    assert breaker.wait_s(5) == 0
+    breaker.probe = object()
+    assert breaker.wait_s(6) == math.inf
+    breaker.close()
+    assert breaker.wait_s(6) == 0
+
+
+# Waiting
+
+
+class Door(Gate):
+    """A gate that a test opens for a number of calls."""
+
+    free = 0
+
+    def wait_s(self, now: float, caller: Caller, passage: Passage) -> float:
+        return 0.0 if self.free else math.inf
+
+    def admit(self, now: float, caller: Caller, passage: Passage) -> None:
+        self.free -= 1
+
+
+async def test_runs_go_before_items_and_each_in_order() -> None:
+    door, passed = Door(), list[str]()
+
+    async def enter(name: str) -> None:
+        await door.enter(ITEM if name.startswith("item") else RUN, Passage())
+        passed.append(name)
+
+    async with anyio.create_task_group() as tasks:
+        for number, name in enumerate(("item 1", "item 2", "run 1", "item 3", "run 2"), 1):
+            tasks.start_soon(enter, name)
+            while door.waiting < number:
+                await anyio.lowlevel.checkpoint()
+        door.free = 5
+        door.wake()
+    assert passed == ["run 1", "run 2", "item 1", "item 2", "item 3"]
+
+
+async def test_a_cancelled_caller_leaves_nothing_behind() -> None:
+    door, passed = Door(), anyio.Event()
+
+    async def enter() -> None:
+        await door.enter(RUN, Passage())
+        passed.set()
+
+    async with anyio.create_task_group() as tasks:
+        with anyio.move_on_after(0.01):
+            await door.enter(RUN, Passage())
+        assert door.waiting == 0
+        tasks.start_soon(enter)
+        while not door.waiting:
+            await anyio.lowlevel.checkpoint()
+        door.free = 1
+        door.wake()
+        with anyio.fail_after(PATIENCE_S):
+            await passed.wait()
+
+
+async def test_after_a_long_wait_one_call_is_sent_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a crowd would be woken at once, and refused at once."""
+    monkeypatch.setattr(pace, "PROBE_AFTER_S", 0.01)
+    fake, arrived, in_flight = FakeModel(), list[int](), 0
+
+    async def reply(body: Any) -> Response:
+        nonlocal in_flight
+        in_flight += 1
+        arrived.append(in_flight)
+        await anyio.sleep(0.05)
+        in_flight -= 1
+        return answer(ANSWER) if len(arrived) > 21 else error(429, retry_after="0.1")
+
+    fake.replies = [reply] * 42
+    async with client(fake) as models, anyio.create_task_group() as tasks:
+        for _ in range(20):
+            tasks.start_soon(complete, models)
+    assert arrived[20] == 1, "the first call after the refusals is alone"
+    assert arrived[21] == 1, "it was refused, so the next one is alone too"
+    assert len(arrived) == 41
+
+
+# Refusals
+
+
+async def test_a_batch_meets_the_limit_of_its_provider() -> None:
+    """Scaled from 600 a minute: 200 a second, and 10 % are refused at random. See ``bench.rate_limits``."""
+    limited = LimitedModel(200, overloaded=0.1, latency_s=0.01)
+    flock = asking("openai/m")
+    async with flock.engine(transport=limited.transport) as engine:
+        started = time.monotonic()
+        batch = await engine.submit_batch("ask", [{"number": n} for n in range(1000)], BatchOptions(max_workers=50))
+        batch = await engine.wait_batch(batch.batch_id)
+        took_s = time.monotonic() - started
+    assert (batch.completed_items, batch.failed_items) == (1000, 0)
+    assert limited.statuses[200] == 1000, "no row was paid twice"
+    assert limited.share(429) < 0.5
+    assert took_s < 60  # a busy machine is slower than the limit; the bench measures
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param({"retry_after_ms": "60"}, id="milliseconds"),
+        pytest.param({"x_ratelimit_remaining_requests": "0", "x_ratelimit_reset_requests": "60ms"}, id="OpenAI"),
+        pytest.param({"retry_after": "soon", "x_ratelimit_remaining_tokens": "0", "x_ratelimit_reset_tokens": "0.06"}),
+    ],
+)
+async def test_all_callers_wait_as_long_as_the_provider_asks(headers: dict[str, str], model: FakeModel) -> None:
+    model.replies = [error(429, **headers), answer(ANSWER), answer(ANSWER)]
+    async with client(model) as models:
+        started = time.monotonic()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(complete, models)
+            await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(complete, models)
+        assert time.monotonic() - started >= 0.05
+
+
+def test_headers_about_limits_are_read() -> None:
+    at = (datetime.now(UTC) + timedelta(seconds=30)).isoformat().replace("+00:00", "Z")
+    openai = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-limit-requests": "60"}
+    anthropic = {"anthropic-ratelimit-requests-remaining": "0", "anthropic-ratelimit-requests-reset": at}
+    assert hold_s(openai | {"x-ratelimit-reset-requests": "6m0s"}, is_refused=True) == 360
+    assert hold_s(openai | {"x-ratelimit-reset-requests": "1m0s"}, is_refused=False) == 1, "one of 60 calls"
+    assert 28 < hold_s(anthropic, is_refused=True) <= 30
+    for garbage in ("", "soon", "-5", "1x", "nan", "1e9", "2020-13-45", "9999999999999999999999h"):
+        assert hold_s(openai | {"x-ratelimit-reset-requests": garbage}, is_refused=True) >= 0
+    assert hold_s({"x-ratelimit-remaining-requests": "-1", "x-ratelimit-reset-requests": "60"}, is_refused=True) == 0
+    assert hold_s({}, is_refused=True) == 0
+
+
+@pytest.mark.parametrize("asked", ["1e9", "1e999", "100", formatdate(time.time() + 3600, usegmt=True)])
+async def test_a_run_does_not_wait_past_its_deadline(asked: str, model: FakeModel) -> None:
+    model.replies = [error(429, retry_after=asked)]
+    async with client(model) as models:
+        with anyio.fail_after(PATIENCE_S):
+            failure = await failure_of(models)
+            second = await failure_of(models)  # it is not sent
+    assert failure.error_type == second.error_type == "model_rate_limited"
+    assert "It asks to wait" in str(failure)
+
+
+async def test_an_item_asks_again_after_the_longest_wait(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "MAX_WAIT_S", 0.05)
+    model.replies = [error(429, retry_after="1e9"), error(429, retry_after="1e9"), answer(ANSWER)]
+    async with client(model) as models:
+        assert (await complete(models, caller=ITEM)).text
+
+
+@pytest.mark.parametrize("reply", [error(429), error(429, retry_after=formatdate(0, usegmt=True)), error(529)])
+async def test_refusals_for_ever_end_at_the_timeout_of_the_item(reply: Response) -> None:
+    fake = FakeModel()
+    fake.replies = [reply] * 10_000
+    async with asking("openai/m").engine(transport=fake.transport) as engine:
+        batch = await engine.submit_batch("ask", [{"number": 1}], BatchOptions(timeout_s=1.5))
+        batch = await engine.wait_batch(batch.batch_id)
+        (item,) = await engine.get_items(batch.batch_id)
+    assert item.error_type in ("timeout", "model_rate_limited", "model_unavailable")
+    assert len(fake.requests) < 10, "it waits longer and longer"
+
+
+async def test_waiting_does_not_count_for_the_timeout_of_the_agent(model: FakeModel) -> None:
+    model.replies = [error(429, retry_after="0.6"), answer(ANSWER)]
+    async with asking("openai/m", timeout_s=0.3).engine(transport=model.transport) as engine:
+        run = await engine.submit("ask", {"number": 1})
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+
+
+async def test_the_record_says_what_a_run_waits_for(model: FakeModel, open_engine: OpenEngine) -> None:
+    model.replies = [error(429, retry_after="60")]
+    async with open_engine(asking("openai/m"), transport=model.transport) as engine:
+        run = await engine.submit("ask", {"number": 1})
+        with anyio.fail_after(PATIENCE_S):
+            async with contextlib.aclosing(engine.events(run.run_id)) as events:
+                async for event in events:
+                    if event is not None and event.name == "run.progress":
+                        break
+        progress = (await engine.get_run(run.run_id)).progress
+        assert progress is not None
+        assert progress.message.startswith("waiting for the rate limit of openai until ")
+        await engine.cancel_run(run.run_id)
+        assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
+
+
+async def test_a_used_up_quota_ends_all_calls_with_its_key_at_once(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.replies = [error(429, "insufficient_quota")]
+    async with client(model) as models:
+        assert (await failure_of(models)).error_type == "model_quota"
+        assert (await failure_of(models, caller=ITEM)).error_type == "model_quota"
+        assert len(model.requests) == 1
+        model.replies = [answer(ANSWER)]
+        assert await complete(models, Model("openai/m", api_key="another")), "another key has its own quota"
+
+
+# Outages
+
+
+class Server:
+    """A provider that can be down: it refuses connections, or responds with a status."""
+
+    def __init__(self) -> None:
+        self.is_down: int | bool = False
+        self.asked = self.answered = 0
+        self.answered_50 = anyio.Event()
+        self.transport = httpx.MockTransport(self._reply)
+
+    async def _reply(self, request: httpx.Request) -> httpx.Response:
+        self.asked += 1
+        if self.is_down is True:
+            raise httpx.ConnectError("refused")
+        if self.is_down:
+            return httpx.Response(self.is_down)
+        self.answered += 1
+        if self.answered == 50:
+            self.answered_50.set()
+        return httpx.Response(200, content=bytes(answer(ANSWER).body))
+
+
+@pytest.fixture
+def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "MIN_PROBE_PAUSE_S", 0.05)
+    monkeypatch.setattr(pace, "MAX_PROBE_PAUSE_S", 0.2)
+
+
+@pytest.mark.parametrize("kind", [True, 500, 503])
+async def test_a_batch_waits_for_the_end_of_an_outage(kind: int | bool, quick_probes: None) -> None:
+    server = Server()
+    async with asking("openai/m").engine(transport=server.transport) as engine:
+        rows = [{"number": number} for number in range(200)]
+        batch = await engine.submit_batch("ask", rows, BatchOptions(max_workers=20))
+        await server.answered_50.wait()
+        server.is_down, asked = kind, server.asked
+        await anyio.sleep(2.5)  # longer than three attempts take
+        assert server.asked - asked < 100, "one call asks for all"
+        server.is_down = False
+        batch = await engine.wait_batch(batch.batch_id)
+    assert (batch.completed_items, batch.failed_items) == (200, 0)
+
+
+async def test_a_run_fails_in_an_outage_after_three_attempts(quick_probes: None) -> None:
+    server = Server()
+    server.is_down = True
+    async with ModelClient("openai/m", transport=server.transport, backoff_s=0.001) as models:
+        for attempts in (3, 6):
+            assert (await failure_of(models)).error_type == "model_unavailable"
+            assert server.asked == attempts
+
+
+async def test_an_item_that_the_server_cannot_process_fails(quick_probes: None) -> None:
+    """Otherwise it would wait for ever for an outage that is its own."""
+    server = Server()
+    server.is_down = 500
+    async with ModelClient("openai/m", transport=server.transport, backoff_s=0.001) as models:
+        assert (await failure_of(models, caller=ITEM)).error_type == "model_unavailable"
+    assert server.asked == MAX_SERVER_ERRORS
+
+
+# Limits of a Model
+
+
+async def test_requests_per_minute_spread_the_calls() -> None:
+    gate = ModelLimits("m", (600, None, None))
+    started = time.monotonic()
+    for _ in range(13):
+        await gate.enter(RUN, Passage())
+    assert 0.25 <= time.monotonic() - started < 1.5, "ten at once, then one each 0.1 s"
+
+
+async def test_tokens_per_minute_are_corrected_by_what_was_used() -> None:
+    gate = ModelLimits("m", (None, 6000, None))
+    passage = Passage(1000)
+    await gate.enter(RUN, passage)
+    assert gate.wait_s(anyio.current_time(), RUN, Passage(500)) > 4
+    passage.tokens = 100
+    gate.leave(passage)
+    assert gate.wait_s(anyio.current_time(), RUN, Passage(500)) == 0
+
+
+async def test_max_concurrency_limits_the_calls_of_all_runs(model: FakeModel) -> None:
+    in_flight, most = 0, 0
+
+    async def reply(body: Any) -> Response:
+        nonlocal in_flight, most
+        in_flight += 1
+        most = max(most, in_flight)
+        await anyio.sleep(0.005)
+        in_flight -= 1
+        return answer(ANSWER)
+
+    model.replies = [reply] * 20
+    async with client(model, Model("openai/m", max_concurrency=3)) as models, anyio.create_task_group() as tasks:
+        for _ in range(20):
+            tasks.start_soon(complete, models)
+    assert most == 3
+
+
+def test_processes_share_the_limits_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "_processes", 4)
+    gate = ModelLimits("m", (60, None, 2))
+    assert gate.wait_s(0, RUN, Passage()) == 0
+    gate.admit(0, RUN, Passage())
+    assert gate.wait_s(0, RUN, Passage()) == math.inf
+    gate.leave(Passage())
+    assert gate.wait_s(0, RUN, Passage()) == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"requests_per_minute": -1}, "requests_per_minute= must be a whole number of at least 1"),
+        ({"tokens_per_minute": 0}, "tokens_per_minute="),
+        ({"max_concurrency": 1.5}, "max_concurrency="),
+        ({"base_url": "gateway.example"}, "base_url= must be a URL"),
+        ({"api_key": "two words"}, "api_key= must be a key without spaces"),
+        ({"headers": {"a": "b\nc"}}, "headers= must be"),
+        ({"extra_body": {"a": object()}}, "extra_body= must be"),
+        ({"name": "gpt-4o"}, "name= must be a name such as 'openai/gpt-4o'"),
+    ],
+)
+def test_an_invalid_model_is_an_error_at_the_definition(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(DefinitionError, match=words):
+        Model(**{"name": "openai/m", **options})
+
+
+@pytest.mark.parametrize("choice", [[], [""], [1], 5, {"openai/m": 1}])
+def test_an_invalid_choice_of_models_is_an_error_at_the_definition(choice: Any) -> None:
+    with pytest.raises(DefinitionError, match="model= of the flock"):
+        Flock("f", model=choice)
+    with pytest.raises(DefinitionError, match="model= of 'a'"):
+        FlockFactory.create_default_agent(name="a", input="number: int", output="answer: str", model=choice)
+
+
+def test_secrets_of_a_model_are_not_shown() -> None:
+    model = Model("openai/m", api_key="sk-secret", headers={"x": "secret"}, extra_body={"y": "secret"})
+    assert repr(model) == "Model('openai/m')"
+    with pytest.raises(DefinitionError) as caught:
+        Model("openai/m", api_key="secret key")
+    assert "secret key" not in str(caught.value)
+
+
+async def test_a_model_has_its_own_address_key_headers_and_body(model: FakeModel) -> None:
+    model.replies = [answer(ANSWER)]
+    own = Model(
+        "mine/m:1",
+        base_url="http://gateway.example/v2/",
+        api_key="k",
+        headers={"x-team": "a"},
+        extra_body={"user": "u"},
+    )
+    async with client(model, own) as models:
+        completion = await complete(models)
+    assert completion.model == "mine/m:1"
+    sent = model.headers[0]
+    assert (sent["host"], sent["authorization"], sent["x-team"]) == ("gateway.example", "Bearer k", "a")
+    assert (model.requests[0]["model"], model.requests[0]["user"]) == ("m:1", "u")
+
+
+# Other models to ask
+
+
+FIRST, SECOND = "openai/first", "groq/second"
+
+
+@pytest.fixture
+async def both(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModelClient]:
+    monkeypatch.setenv("GROQ_API_KEY", "key")
+    async with client(model, [FIRST, SECOND]) as models:
+        yield models
+
+
+def asked(model: FakeModel) -> list[str]:
+    return [request["model"] for request in model.requests]
+
+
+@pytest.mark.parametrize(
+    ("replies", "is_left_alone"),
+    [
+        pytest.param([error(503)] * 3, True, id="outage"),
+        pytest.param([error(429, "insufficient_quota")], True, id="no quota left"),
+        pytest.param([error(429, retry_after="60")], True, id="a long wait"),
+        pytest.param([error(404)], False, id="unknown model"),
+        pytest.param([error(401)], False, id="rejected key"),
+    ],
+)
+async def test_the_next_model_is_asked(
+    replies: list[Response], is_left_alone: bool, both: ModelClient, model: FakeModel
+) -> None:
+    model.replies = [*replies, answer(ANSWER)]
+    completion = await complete(both, idempotency_key="k")
+    assert completion.model == SECOND
+    assert [headers["idempotency-key"] for headers in model.headers][-1] == "k/model2"
+    model.replies = [*([] if is_left_alone else replies), answer(ANSWER)]
+    before = len(model.requests)
+    assert (await complete(both)).model == SECOND
+    assert asked(model)[before:] == ([] if is_left_alone else ["first"]) + ["second"]
+
+
+async def test_the_next_model_is_asked_after_one_timeout(
+    both: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def too_late(body: Any) -> Response:
+        raise httpx.ReadTimeout("no answer")
+
+    model.replies = [too_late, answer(ANSWER)]
+    assert (await complete(both)).model == SECOND
+    assert asked(model) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        error(400),
+        error(422),
+        error(400, "context_length_exceeded"),
+        error(400, "content_filter"),
+        answer(None, refusal="no"),
+        answer("{", finish_reason="length"),
+    ],
+)
+async def test_bad_input_is_not_sent_to_another_model(reply: Response, both: ModelClient, model: FakeModel) -> None:
+    model.replies = [reply]
+    await failure_of(both)
+    assert asked(model) == ["first"]
+
+
+async def test_a_short_wait_is_not_a_reason_for_another_model(both: ModelClient, model: FakeModel) -> None:
+    model.replies = [error(429, retry_after="0.05"), answer(ANSWER)]
+    assert (await complete(both)).model == FIRST
+
+
+async def test_a_failed_provider_is_left_alone_and_then_asked_by_one_call(
+    both: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "LEFT_ALONE_S", 0.2)
+    monkeypatch.setattr(pace, "MIN_PROBE_PAUSE_S", 0.1)
+    model.replies = [*[error(500)] * 3, answer(ANSWER), answer(ANSWER)]
+    for _ in range(2):
+        assert (await complete(both)).model == SECOND
+    await anyio.sleep(0.25)
+    model.replies = [answer(ANSWER), answer(ANSWER)]
+    assert [(await complete(both)).model for _ in range(2)] == [FIRST, FIRST]
+
+
+async def test_all_models_are_named_if_none_can_be_called(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setitem(sys.modules, "litellm", None)  # as if it is not installed
+    choice = ["opnai/x", "openai/m", "nowhere"]
+    flock = asking(choice)
+    async with client(model, choice) as models:
+        failure = await failure_of(models)
+    assert failure.error_type == "model_not_configured"
+    (problem,) = problems(flock.agents, flock.model)
+    for name in ("'opnai/x'", "'openai/m'", "'nowhere'"):
+        assert name in str(failure)
+        assert name in problem
+    assert problem.startswith("The agent 'ask' cannot run.")
+
+
+def test_a_missing_key_of_one_model_is_a_warning() -> None:
+    flock = asking(["openai/m", "groq/m"])
+    (problem,) = problems(flock.agents, flock.model)
+    assert problem.startswith("The agent 'ask' cannot use one of the models.")
+    assert "GROQ_API_KEY" in problem
+
+
+async def test_a_step_says_which_model_has_answered(
+    model: FakeModel, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GROQ_API_KEY", "key")
+    model.replies = [error(404), answer("no"), answer(ANSWER)]
+    async with open_engine(asking([FIRST, SECOND]), transport=model.transport) as engine:
+        run = await engine.submit("ask", {"number": 1})
+        run = await engine.wait(run.run_id)
+        assert [step.model for step in run.steps] == [FIRST]
+        (call,) = (await engine.get_calls(run))[0]
+        assert (call.name, call.model) == ("openai_first", SECOND), "the name does not depend on the answer"
+        assert [step.model for step in (await engine.get_run(run.run_id)).steps] == [FIRST]
+
+
+async def test_a_batch_goes_on_with_another_model_in_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROQ_API_KEY", "key")
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        if "groq" in request.url.host:
+            return httpx.Response(200, content=bytes(answer(ANSWER).body))
+        raise httpx.ConnectError("refused")
+
+    async with asking([FIRST, SECOND]).engine(transport=httpx.MockTransport(reply)) as engine:
+        batch = await engine.submit_batch("ask", [{"number": n} for n in range(100)], BatchOptions(max_workers=20))
+        with anyio.fail_after(PATIENCE_S):
+            batch = await engine.wait_batch(batch.batch_id)
+    assert (batch.completed_items, batch.failed_items) == (100, 0)
+
+
+# Providers
+
+
+async def ask_provider(model: FakeModel, name: str, **options: Any) -> Any:
+    model.replies = [answer(ANSWER)]
+    async with client(model, name) as models:
+        await complete(models, **options)
+    return model.requests[-1]
+
+
+async def test_azure_has_a_url_for_each_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", "https://res.openai.azure.com/")
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("AZURE_OPENAI_API_VERSION", "2025-01-01")
+    urls: list[httpx.Request] = []
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        urls.append(request)
+        return httpx.Response(200, content=bytes(answer(ANSWER).body))
+
+    async with ModelClient("azure/my-gpt", transport=httpx.MockTransport(reply)) as models:
+        await complete(models)
+    url = "https://res.openai.azure.com/openai/deployments/my-gpt/chat/completions?api-version=2025-01-01"
+    assert str(urls[0].url) == url
+    assert urls[0].headers["api-key"] == "secret"
+    assert "authorization" not in urls[0].headers
+
+
+async def test_gemini_accepts_the_key_of_google(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_API_KEY", "of-google")
+    await ask_provider(model, "gemini/gemini-2.5-flash")
+    assert model.headers[0]["authorization"] == "Bearer of-google"
+
+
+async def test_any_provider_with_an_address_is_built_in(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_GATEWAY_BASE_URL", "http://gateway.example/v1")
+    monkeypatch.setenv("MY_GATEWAY_API_KEY", "mine")
+    await ask_provider(model, "my-gateway/m")
+    assert (model.headers[0]["host"], model.headers[0]["authorization"]) == ("gateway.example", "Bearer mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "is_sent"),
+    [
+        ("openai/gpt-4o", "OPENAI_API_KEY", True),
+        ("openai/gpt-5-chat-latest", "OPENAI_API_KEY", True),
+        ("openai/gpt-5-mini", "OPENAI_API_KEY", False),
+        ("openai/o3", "OPENAI_API_KEY", False),
+        ("groq/o3", "GROQ_API_KEY", True),
+    ],
+)
+async def test_reasoning_models_get_no_temperature(
+    name: str, variable: str, is_sent: bool, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "key")
+    assert ("temperature" in await ask_provider(model, name, temperature=0.5)) is is_sent
+
+
+@pytest.mark.parametrize(
+    ("name", "format_"), [("anthropic/claude", None), ("deepseek/chat", "json_object"), ("xai/grok", "json_schema")]
+)
+async def test_a_provider_is_asked_in_the_strictest_format_that_it_supports(
+    name: str, format_: str | None, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{name.partition('/')[0].upper()}_API_KEY", "key")
+    assert (await ask_provider(model, name)).get("response_format", {}).get("type") == format_
