@@ -1,12 +1,13 @@
-"""The names that programs import: ``Flock``, ``FlockFactory``, ``agent`` and ``Messages``."""
+"""The names that programs import: ``Flock``, ``FlockFactory``, ``agent``, ``Messages`` and ``Price``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flock.agents.messages import Messages
+from flock.agents.prices import Price
 from flock.declared import BatchInputs, DeclaredFlock, FlockFactory, agent
 
-__all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "agent"]
+__all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "Price", "agent"]
 
 
 class Flock(DeclaredFlock):

@@ -24,6 +24,7 @@ import msgspec
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike, agent
 from flock.agents.llm import ModelClient
+from flock.agents.prices import Price, merged
 from flock.agents.questions import nobody
 from flock.agents.signature import Signature
 from flock.agents.workflow import result_names
@@ -68,15 +69,27 @@ class DeclaredFlock:
             share a store, give each its own name, unless they are copies of the same program.
         model: default model, ``provider/model``, for agents without one; see ``flock.agents.providers.PROVIDERS``.
         max_steps: max steps in one run.
+        prices: what models cost, ``{"openai/gpt-4o": Price(input=2.5, output=10, cached_input=1.25)}``. They are added
+            to those that come with the package, ``flock.agents.prices.PRICES``, or replace them.
+
+    Raises: DefinitionError if a price is invalid.
 
     Attributes:
         agents: the agents by name. Use ``add_agent`` to add one.
     """
 
-    def __init__(self, name: str = "flock", *, model: str | None = None, max_steps: int = 32) -> None:
+    def __init__(
+        self,
+        name: str = "flock",
+        *,
+        model: str | None = None,
+        max_steps: int = 32,
+        prices: Mapping[str, Price] | None = None,
+    ) -> None:
         self.name = name
         self.model = model
         self.max_steps = max_steps
+        self.prices = merged(prices)
         self.agents: dict[str, Agent] = {}
         self._shared_engines: weakref.WeakValueDictionary[tuple[str, bool], EmbeddedEngine] = (
             weakref.WeakValueDictionary()
@@ -148,7 +161,7 @@ class DeclaredFlock:
         Raises: DefinitionError if an option is invalid.
         """
         models = ModelClient(self.model, transport=transport)
-        options = {"flock": self.name, "max_steps": self.max_steps, **options}
+        options = {"flock": self.name, "max_steps": self.max_steps, "prices": self.prices, **options}
         return EmbeddedEngine(self.agents, models, Store(store, durability=durability), limits=limits, **options)
 
     def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> EmbeddedEngine:

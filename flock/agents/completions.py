@@ -43,12 +43,15 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """A reply of a model, and the tokens used.
 
-    ``text`` is None if the model needs no more tools, but has not written its answer.
+    Attributes:
+        text: None if the model needs no more tools, but has not written its answer.
+        model: the name of the model that answered, ``provider/model``.
     """
 
     text: str | None
     usage: Usage
     tool_calls: tuple[ToolCall, ...] = ()
+    model: str = ""
 
 
 class ToolSchema(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import msgspec
 
 from flock.agents.completions import Completion, Message
 from flock.agents.tools import Toolbox
-from flock.errors import InvalidData, InvalidOutput, MalformedJSON
+from flock.errors import InvalidData, InvalidOutput, MalformedJSON, ModelError
 from flock.runs import JSON_NULL, RunContext
 
 __all__ = ["Conversation"]
@@ -40,6 +40,7 @@ class Conversation:
         self._messages = list(messages)
         self._toolbox = toolbox
         self._context = context
+        self._model_name = model_name
         self._label = re.sub(r"[^A-Za-z0-9_.-]", "_", model_name)
         self._complete = complete
         self._read = read
@@ -47,7 +48,7 @@ class Conversation:
     async def converse(self, max_retries: int) -> msgspec.Raw:
         """Return the result of the first valid answer.
 
-        Raises: InvalidOutput if more than *max_retries* answers are invalid; ModelError; TooManyTokens.
+        Raises: InvalidOutput if more than *max_retries* answers are invalid; ModelError; TooManyTokens; CostLimit.
         """
         retries = 0
         for number in itertools.count(1):
@@ -78,14 +79,19 @@ class Conversation:
         context = self._context
 
         async def ask() -> Completion:
-            context.check_tokens()
-            completion = await self._complete(
-                messages=self._messages,
-                tools=self._toolbox.offered,
-                # Each call needs its own key, or a provider would return the invalid answer again.
-                idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
-            )
-            context.spend(completion.usage)
+            context.check_tokens(self._model_name)
+            try:
+                completion = await self._complete(
+                    messages=self._messages,
+                    tools=self._toolbox.offered,
+                    # Each call needs its own key, or a provider would return the invalid answer again.
+                    idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
+                )
+            except ModelError as exc:
+                if exc.usage is not None:  # the answer is paid for, even if it cannot be used
+                    context.spend(exc.usage, exc.model)
+                raise
+            context.spend(completion.usage, completion.model)
             return completion
 
         def needs_more(reply: Completion) -> bool:

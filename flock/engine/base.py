@@ -11,11 +11,13 @@ import anyio
 import anyio.lowlevel
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent
+from flock.agents.agent import Agent, ModelAgent
+from flock.agents.graph import graph_of
+from flock.agents.prices import Price, merged, no_price, price_of
 from flock.engine.intake import Intake
 from flock.engine.refusals import not_accepting, not_deleted
 from flock.engine.rowchecks import as_json
-from flock.errors import AgentNotFound, EngineStopped, RunNotFound, SessionNotFound
+from flock.errors import AgentNotFound, EngineStopped, FieldError, InvalidData, RunNotFound, SessionNotFound
 from flock.limits import Limits
 from flock.runs import (
     Batch,
@@ -78,12 +80,24 @@ class EngineBase(ABC):
     Args:
         agents: by name. The mapping is read at each submission, so agents added later are found.
         flock: the name under which runs are stored.
+        prices: see ``EmbeddedEngine``.
+        default_model: the model of agents without one, if it is known here.
     """
 
-    def __init__(self, agents: Mapping[str, Agent], flock: str, limits: Limits) -> None:
+    def __init__(
+        self,
+        agents: Mapping[str, Agent],
+        flock: str,
+        limits: Limits,
+        *,
+        prices: Mapping[str, Price] | None = None,
+        default_model: str | None = None,
+    ) -> None:
         self._agents = agents
         self._flock = flock
         self._limits = limits
+        self._prices = merged(prices)
+        self._default_model = default_model
         self.item_limits = ItemLimits(
             max_items=limits.max_items, max_input_bytes=min(limits.max_input_bytes, self._max_item_bytes)
         )
@@ -173,6 +187,16 @@ class EngineBase(ABC):
         except KeyError:
             raise AgentNotFound(name, list(self._agents)) from None
 
+    def _check_prices(self, agent_name: str, max_cost: float | None) -> None:
+        """Raise InvalidData if *max_cost* cannot hold: an agent that may run has a model without a price."""
+        if max_cost is None:
+            return
+        names = [agent_name, *(each.to for each in graph_of(agent_name, self._agents) if each.to is not None)]
+        for agent in (self._agents[name] for name in names if name in self._agents):
+            model = (agent.model or self._default_model) if isinstance(agent, ModelAgent) else None
+            if model and price_of(self._prices, model) is None:
+                raise InvalidData([FieldError(detail=no_price(model, agent.name), pointer="/max_cost")])
+
     async def submit(
         self,
         agent_name: str,
@@ -184,12 +208,14 @@ class EngineBase(ABC):
         is_async: bool = True,
         timeout_s: float | None = None,
         session_id: str | None = None,
+        max_cost: float | None = None,
         key: IdempotencyKey | None = None,
     ) -> Run:
         """See ``Engine.submit``."""
         self._check_running()
         raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
         self._agent(agent_name).input.decode(raw, "/inputs")
+        self._check_prices(agent_name, max_cost)
         run = Run(
             run_id=new_id(),
             flock=self._flock,
@@ -203,6 +229,7 @@ class EngineBase(ABC):
             timeout_s=timeout_s,
             owner=self._owner,
             session_id=session_id,
+            max_cost=max_cost,
         )
         await self._accept(run, key)
         return run
@@ -221,6 +248,7 @@ class EngineBase(ABC):
     ) -> Batch:
         """See ``Engine.submit_batch``."""
         self._check_running()
+        self._check_prices(agent_name, options.max_cost)
         batch = Batch(
             batch_id=self._new_batch_id(),
             flock=self._flock,

@@ -28,7 +28,7 @@ from temporalio.exceptions import (
 )
 
 from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED_BEFORE_START, Outcome, none_completed
-from flock.runs import RunStatus
+from flock.runs import RunStatus, added
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
     CHUNK_WORKFLOW,
@@ -264,6 +264,7 @@ class FlockBatch(_Interruptible):
                 completed_items=batch.completed_items + ended.total,
                 failed_items=batch.failed_items + ended.failed,
                 cancelled_items=batch.cancelled_items + ended.cancelled,
+                usage=added(batch.usage, ended.usage),
             )
             self._failed_in |= bool(ended.failed) << chunk
             self._cancelled_in |= bool(ended.cancelled) << chunk
@@ -458,7 +459,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         todo, self._todo = self._todo, deque()
         for part in todo:
             if self.is_cancelled or part.position in self._cancelled:
-                self._ended += Counts(cancelled=1)
+                self._ended += Counts(cancelled=1, usage=part.usage)
             else:
                 self._todo.append(part)
 

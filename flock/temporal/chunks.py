@@ -15,7 +15,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.outcomes import CANCELLED_BEFORE_START
 from flock.errors import cut
-from flock.runs import INVALID_INPUT, Call, Run, RunStatus
+from flock.runs import INVALID_INPUT, Call, Run, RunStatus, Usage, added
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,
@@ -30,6 +30,7 @@ from flock.temporal.messages import (
     chunk_workflow_id,
     decoded,
     item_id,
+    latest,
     rows_workflow_id,
 )
 from flock.temporal.records import (
@@ -69,6 +70,8 @@ class Chunk:
     def __init__(self, batch_id: str, rows: RowsOrder) -> None:
         self.items: dict[int, Run] = {}
         self.calls: dict[int, dict[int, list[Call]]] = {}
+        #: what each item had spent before the attempt that is being applied
+        self._spent_before: dict[int, Usage | None] = {}
         for position, row in enumerate(rows.rows, rows.first):
             item = replace(
                 rows.item,
@@ -93,6 +96,7 @@ class Chunk:
         """Apply the history of one attempt to the items."""
         orders = _OpenOrders()
         calls: dict[int, dict[int, list[Call]]] = {}
+        self._spent_before = {position: item.spent for position, item in self.items.items()}
         for event in history:
             at = time_of(event.event_time)
             if (call := call_of(event)) is not None:
@@ -144,7 +148,10 @@ class Chunk:
 
     def _started(self, part: Part) -> Run:
         item = self.items[part.position]
-        if part.started_at is None or item.status.is_final:
+        if item.status.is_final:
+            return item
+        item = replace(item, spent=latest(item.spent, added(self._spent_before.get(part.position), part.usage)))
+        if part.started_at is None:
             return item
         steps = part.steps or item.steps
         return replace(item, status=RunStatus.RUNNING, started_at=part.started_at, steps=steps, progress=part.progress)
@@ -162,6 +169,7 @@ class Chunk:
             completed_at=ended.completed_at,
             progress=ended.progress,
             steps=steps,
+            spent=latest(item.spent, added(self._spent_before.get(ended.position), ended.usage)),
         )
 
 
