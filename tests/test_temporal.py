@@ -38,7 +38,7 @@ from flock.agents.llm import ModelClient
 from flock.command.cli import main
 from flock.core import Flock
 from flock.errors import AgentError, BatchNotFound, Conflict, DefinitionError, EngineFull, Replayed, StoreError
-from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, new_id, now
+from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, Usage, new_id, now
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
@@ -63,7 +63,7 @@ from tests.support import PATIENCE_S, ROOT
 from tests.support.cluster import temporal_server
 from tests.support.engines import ended, until
 from tests.support.flocks import CALLING_TOOLS, Gate, Work, numbers, sample_flock
-from tests.support.models import FakeModel, answer, calling, usage_of_gpt_4o
+from tests.support.models import FakeModel, answer, calling
 from tests.support.servers import Served, Server, flockapi_command, free_port, running
 
 pytestmark = pytest.mark.anyio
@@ -1217,7 +1217,7 @@ async def test_replies_of_models_and_calls_of_tools_outlive_their_worker(
             run = await engine.wait(run_id, PATIENCE_S)
     assert run.result is not None
     assert (run.status, bytes(run.result)) == (RunStatus.COMPLETED, b'{"a":"x"}')
-    assert run.usage == usage_of_gpt_4o(30, 15)
+    assert run.usage == Usage(input_tokens=30, output_tokens=15)
     assert sorted(log.read_text().split()) == ["a", "fail", "hang", "hang"]
     assert len(model.requests) == 3
 
