@@ -333,14 +333,23 @@ async def test_a_batch_is_estimated_from_the_items_that_have_ended(model: FakeMo
 
 @pytest.mark.parametrize("workers", [1, 7])
 async def test_a_batch_stops_at_its_max_cost(open_engine: OpenEngine, workers: int, model: FakeModel) -> None:
-    """Items in flight end. A retry with a higher limit runs the rest, and only the rest."""
+    """Items in flight end. A retry with a higher limit runs the rest, and only the rest.
+
+    On a cluster, the chunks of a batch know a moment later what the others have spent.
+    """
     flock, count = measuring(), 60
-    model.replies = [answer({"length": 1})] * count
+
+    async def slowly(body: Any) -> Response:
+        await anyio.sleep(0.1)
+        return answer({"length": 1})
+
+    model.replies = [slowly] * count
     async with open_engine(flock, transport=model.transport) as engine:
         options = BatchOptions(max_workers=workers, max_cost=20 * 0.000075)
         batch = await ended(engine, await engine.submit_batch("measure", texts(count), options))
         paid = len(model.requests)
-        assert 20 <= paid <= 20 + (workers if workers > 1 else 0)
+        most = 20 + (0 if workers == 1 else 2 * workers if "Temporal" in type(engine).__name__ else workers)
+        assert 20 <= paid <= most
         assert (batch.status, batch.error_type) == (RunStatus.FAILED, "cost_limit")
         assert (batch.cancelled_items, batch.failed_items) == (count - paid, 0)
         assert batch.usage == usage_of_gpt_4o(10 * paid, 5 * paid)

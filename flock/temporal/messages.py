@@ -30,6 +30,7 @@ __all__ = [
     "BEGIN_SIGNAL",
     "CALLS_QUERY",
     "CALL_SIGNAL",
+    "CHUNK_SPENT_SIGNAL",
     "CHUNK_WORKFLOW",
     "CONVERTER",
     "DELETE_ACTIVITY",
@@ -50,6 +51,7 @@ __all__ = [
     "SESSION",
     "SESSION_WORKFLOW",
     "SPENT_QUERY",
+    "STOP_SIGNAL",
     "TASK_TIMEOUT",
     "Attempt",
     "BatchOrder",
@@ -101,6 +103,9 @@ SPENT_QUERY = "spent"
 JOIN_SIGNAL = "join"
 LEAVE_SIGNAL = "leave"
 BEGIN_SIGNAL = "begin"
+#: The signal of a chunk to its batch: what its items have spent. And that of a batch to its chunks: start no more.
+CHUNK_SPENT_SIGNAL = "chunk_spent"
+STOP_SIGNAL = "stop"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
@@ -195,6 +200,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         cancelled: items that were cancelled before their chunk started, with the time of the request. They are removed
             when their chunk has ended.
         rows_of: the batch id under which the rows were sent, if it is another one. Only set in the first attempt.
+        is_spent: items were cancelled because the ``max_cost`` of the batch was spent.
     """
 
     only: tuple[RunStatus, ...] = ()
@@ -203,6 +209,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     completed_at: datetime | None = None
     cancelled: dict[int, datetime] = {}
     rows_of: str | None = None
+    is_spent: bool = False
 
 
 class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -312,6 +319,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         cancelled: items to cancel, with the time of the request.
         before: the counts from earlier histories of this attempt.
         calls: the finished calls of items that have not ended.
+        budget: picodollars that its items may spend; None if the batch has no ``max_cost``.
     """
 
     batch_id: str
@@ -327,6 +335,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cancelled: dict[int, datetime] = {}
     before: "Counts | None" = None
     calls: tuple["CallDone", ...] = ()
+    budget: int | None = None
 
 
 class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
