@@ -466,6 +466,7 @@ async def _accepted_run(
             is_async=is_async or key is not None,
             timeout_s=run_request.timeout_s,
             session_id=run_request.session_id,
+            max_cost=run_request.max_cost,
             key=key,
             run_id=run_id,
         )
@@ -541,8 +542,10 @@ async def cancel_run(request: Request) -> Response:
 
 
 async def retry_run(request: Request) -> Response:
-    """POST /run/{run_id}/retry"""
-    return await run_response(request, await (await engine_of(request)).retry_run(request.path_params["run_id"]), 202)
+    """POST /run/{run_id}/retry: the body is optional; see ``retry_batch``."""
+    sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
+    retry, engine = wire.RUN_RETRY.decode(sent), await engine_of(request)
+    return await run_response(request, await engine.retry_run(request.path_params["run_id"], retry.max_cost), 202)
 
 
 async def answer_call(request: Request) -> Response:
@@ -672,7 +675,7 @@ async def batch_results(request: Request) -> Response:
 
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
     pages = item_pages(engine, batch_id, after=query.after, limit=query.limit, statuses=statuses)
-    stream = results_as(format_, pages, batch.extra_names, columns, query.escape_formulas)
+    stream = results_as(format_, pages, batch.extra_names, columns, query.escape_formulas, with_usage=query.usage)
     return LimitedStream(stream, download_slot(request), headers, RESULT_TYPES[format_])
 
 
@@ -700,7 +703,7 @@ async def retry_batch(request: Request) -> Response:
     sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
     retry = wire.BATCH_RETRY.decode(sent)
     only = () if retry.only is None else (RunStatus(retry.only),)
-    batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only)
+    batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only, retry.max_cost)
     return batch_response(request, batch, [], 202)
 
 

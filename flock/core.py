@@ -1,13 +1,14 @@
-"""The names that programs import: ``Flock``, ``FlockFactory``, ``Model``, ``agent`` and ``Messages``."""
+"""The names that programs import: ``Flock``, ``FlockFactory``, ``Model``, ``Price``, ``agent`` and ``Messages``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flock.agents.messages import Messages
 from flock.agents.models import Model
+from flock.agents.prices import Price
 from flock.declared import BatchInputs, DeclaredFlock, FlockFactory, agent
 
-__all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "Model", "agent"]
+__all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "Model", "Price", "agent"]
 
 
 class Flock(DeclaredFlock):

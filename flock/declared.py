@@ -25,6 +25,7 @@ import msgspec
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike, agent
 from flock.agents.llm import ModelClient
 from flock.agents.models import ModelChoice, models_of
+from flock.agents.prices import Price, merged
 from flock.agents.questions import nobody
 from flock.agents.signature import Signature
 from flock.agents.workflow import result_names
@@ -70,16 +71,28 @@ class DeclaredFlock:
         model: default model for agents without one: ``provider/model``, a ``Model``, or a list of these; see
             ``ModelAgent`` and ``flock.agents.providers.PROVIDERS``.
         max_steps: max steps in one run.
+        prices: what models cost, ``{"openai/gpt-4o": Price(input=2.5, output=10, cached_input=1.25)}``. They are added
+            to those that come with the package, ``flock.agents.prices.PRICES``, or replace them.
+
+    Raises: DefinitionError if a price is invalid.
 
     Attributes:
         agents: the agents by name. Use ``add_agent`` to add one.
     """
 
-    def __init__(self, name: str = "flock", *, model: ModelChoice = None, max_steps: int = 32) -> None:
+    def __init__(
+        self,
+        name: str = "flock",
+        *,
+        model: ModelChoice = None,
+        max_steps: int = 32,
+        prices: Mapping[str, Price] | None = None,
+    ) -> None:
         models_of(model, "the flock")
         self.name = name
         self.model = model
         self.max_steps = max_steps
+        self.prices = merged(prices)
         self.agents: dict[str, Agent] = {}
         self._shared_engines: weakref.WeakValueDictionary[tuple[str, bool], EmbeddedEngine] = (
             weakref.WeakValueDictionary()
@@ -151,7 +164,7 @@ class DeclaredFlock:
         Raises: DefinitionError if an option is invalid.
         """
         models = ModelClient(self.model, transport=transport)
-        options = {"flock": self.name, "max_steps": self.max_steps, **options}
+        options = {"flock": self.name, "max_steps": self.max_steps, "prices": self.prices, **options}
         return EmbeddedEngine(self.agents, models, Store(store, durability=durability), limits=limits, **options)
 
     def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> EmbeddedEngine:

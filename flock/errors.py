@@ -35,6 +35,7 @@
         ├── ResultTooLarge       the result exceeds ``max_result_bytes``
         ├── TooManySteps         the run exceeds ``max_steps``
         ├── TooManyTokens        the run has spent ``max_tokens``
+        ├── CostLimit            the run has spent ``max_cost``
         ├── QueueTimeout         the run waited longer than ``queue_timeout_s`` for its first step
         ├── Interrupted          the process died during a step that must not be repeated
         └── ModelError           a model call failed; ``error_type`` has the reason
@@ -44,7 +45,7 @@ response, not a failed request.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -58,6 +59,7 @@ __all__ = [
     "CallError",
     "CallNotFound",
     "Conflict",
+    "CostLimit",
     "DefinitionError",
     "EngineFull",
     "EngineStopped",
@@ -379,6 +381,12 @@ class TooManyTokens(StepError):
     error_type = "too_many_tokens"
 
 
+class CostLimit(StepError):
+    """The run tried to call a model after it had spent ``max_cost``, or to call a model without a price."""
+
+    error_type = "cost_limit"
+
+
 class QueueTimeout(StepError):
     """The run waited longer than ``queue_timeout_s`` for its first step."""
 
@@ -397,7 +405,11 @@ class ModelError(StepError):
     Attributes:
         error_type: one of ``ERROR_TYPES``.
         log_detail: the provider's message and request id. They are only logged, because they may contain anything.
+        usage, model: the tokens of an answer that cannot be used (a ``Usage``), and the model that has counted them.
     """
+
+    usage: Any = None
+    model: str = ""
 
     ERROR_TYPES: ClassVar = frozenset(
         {

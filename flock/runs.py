@@ -36,6 +36,7 @@ import msgspec
 from flock.errors import EngineFull, FieldError, TooManyTokens, cut
 
 __all__ = [
+    "DOLLAR",
     "INVALID_INPUT",
     "JSON_NULL",
     "MAX_SHOWN_BYTES",
@@ -75,15 +76,19 @@ __all__ = [
     "Time",
     "Usage",
     "Watched",
+    "added",
+    "cost_in_words",
     "event_of_batch",
     "event_of_call",
     "events_of",
+    "is_spent",
     "make_ids_after",
     "new_id",
     "now",
     "one_line",
     "position_of",
     "safe_text",
+    "shown_usage",
     "started_id",
     "stub_of",
     "valid_traceparent",
@@ -121,17 +126,73 @@ class RunStatus(StrEnum):
         return self not in (RunStatus.STARTING, RunStatus.RUNNING, RunStatus.WAITING)
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts, named as in the GenAI semantic conventions (``gen_ai.usage.input_tokens``)."""
+#: A US dollar. Prices of a million tokens have at most six decimals, so that sums of picodollars are exact.
+DOLLAR = 10**12
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Token counts, named as in the GenAI semantic conventions (``gen_ai.usage.input_tokens``), and their cost.
+
+    Attributes:
+        cached_tokens: the input tokens that the provider has read from its cache.
+        reasoning_tokens: the output tokens of the model's reasoning.
+        picodollars: the cost of the tokens that have a price.
+        priced_tokens: the number of input and output tokens that have a price.
+    """
 
     input_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    picodollars: int = 0
+    priced_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
             input_tokens=self.input_tokens + other.input_tokens,
             output_tokens=self.output_tokens + other.output_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            picodollars=self.picodollars + other.picodollars,
+            priced_tokens=self.priced_tokens + other.priced_tokens,
         )
+
+    def __sub__(self, other: "Usage") -> "Usage":
+        return Usage(**{name: getattr(self, name) - getattr(other, name) for name in self.__struct_fields__})
+
+    @property
+    def cost(self) -> float | None:
+        """US dollars, or None if one of the tokens has no price."""
+        return self.picodollars / DOLLAR if self.priced_tokens == self.input_tokens + self.output_tokens else None
+
+
+def added(*usages: Usage | None) -> Usage | None:
+    """Return the sum of *usages*, or None if there are none."""
+    known = [usage for usage in usages if usage is not None]
+    return sum(known[1:], known[0]) if known else None
+
+
+def is_spent(usage: Usage | None, max_cost: float | None) -> bool:
+    """Whether *max_cost* US dollars are spent. They count as spent if a token has no price, since they might be."""
+    if usage is None or max_cost is None:
+        return False
+    return usage.cost is None or usage.picodollars >= round(max_cost * DOLLAR)
+
+
+def cost_in_words(usage: Usage | None) -> str:
+    """Return the cost of *usage* for people."""
+    cost = Usage().cost if usage is None else usage.cost
+    return "an unknown cost, since a model without a price was called" if cost is None else f"{cost:.6f} US dollars"
+
+
+def shown_usage(usage: Usage | None) -> dict[str, Any]:
+    """Return the members ``usage`` and ``cost`` as clients see them. Details that are zero or unknown are omitted."""
+    if usage is None:
+        return {"usage": None}
+    tokens = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
+    details = {"cached_tokens": usage.cached_tokens, "reasoning_tokens": usage.reasoning_tokens}
+    shown = {"usage": tokens | {name: count for name, count in details.items() if count}}
+    return shown if usage.cost is None else {**shown, "cost": usage.cost}
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -253,6 +314,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
             one after the other.
         waiting_for: the open questions of a waiting run. A run that ended while it was waiting keeps them.
         worked_s: seconds of ``timeout_s`` that the attempt had spent when it last began to wait; 0 if it never did.
+        spent: the tokens of all its attempts, also of steps that failed; None if there were none.
+        max_cost: US dollars that it may spend in all its attempts; None means no limit.
     """
 
     run_id: str
@@ -283,6 +346,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     worked_s: float = 0.0
     steps: tuple[Step, ...] = ()
     session_id: str | None = None
+    spent: Usage | None = None
+    max_cost: float | None = None
 
     @property
     def is_stub(self) -> bool:
@@ -306,6 +371,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def usage(self) -> Usage | None:
+        """The tokens of all its attempts. A run of an earlier version only knows those of its steps."""
+        return self.usage_of_steps if self.spent is None else self.spent
+
+    @property
+    def usage_of_steps(self) -> Usage | None:
         spent = [step.usage for step in self.steps if step.usage is not None]
         return sum(spent, Usage()) if spent else None
 
@@ -349,6 +419,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
         return_errors: True returns ``{"error", "error_type"}`` as the result of a failed item; False returns null.
         box_results: False returns the bare value if a result has a single member. Kept columns count as members.
         timeout_s: wall-clock seconds for each item.
+        max_cost: US dollars after which no more items start, in all attempts of the batch; None means no limit.
     """
 
     max_workers: int = 5
@@ -356,6 +427,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     return_errors: bool = True
     box_results: bool = True
     timeout_s: float | None = None
+    max_cost: float | None = None
 
 
 #: ``error_type`` of an item whose inputs do not match its agent's signature. Such an item is not retried.
@@ -380,6 +452,9 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         resumed_at, resumed_with: when an engine last started working on it, and how many items had ended before that.
         extra_names: the names in ``Run.extra`` of all its items, in order of first appearance.
         owner: the engine that is working on it; only this engine may write the batch and its items.
+        usage: the sum of ``Run.spent`` of its items; None if they have used no tokens.
+        error_type: why it failed, if not because all items did: "cost_limit".
+        invalid_items: how many items have invalid inputs. They never run.
     """
 
     batch_id: str
@@ -405,6 +480,30 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     resumed_with: int = 0
     extra_names: tuple[str, ...] = ()
     owner: str | None = None
+    usage: Usage | None = None
+    error_type: str | None = None
+    invalid_items: int = 0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no more items may start, because ``max_cost`` is spent."""
+        return is_spent(self.usage, self.options.max_cost)
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """The members about tokens and money as clients see them. Those that are unknown are omitted."""
+        shown = shown_usage(self.usage) if self.usage is not None else {}
+        limits = {"error_type": self.error_type, "max_cost": self.options.max_cost}
+        shown |= {"estimated_cost": self.estimated_cost, **limits}
+        return {name: value for name, value in shown.items() if value is not None}
+
+    @property
+    def estimated_cost(self) -> float | None:
+        """The cost if all items cost as much as those that have run; None if it cannot be estimated."""
+        ended = self.completed_items - self.cancelled_items - self.invalid_items
+        if self.usage is None or self.usage.cost is None or ended <= 0:
+            return None
+        return round(self.usage.cost * (self.total_items - self.invalid_items) / ended, 6)
 
     @property
     def progress_percentage(self) -> float:
@@ -651,8 +750,11 @@ def events_of(run: Run) -> list[Event]:
         if step.attempt == run.attempt:
             events, started = events + started, []
         events.append(event(step.attempt, position * EVENTS_PER_STEP + 1, "step.started", **step_data))
-        end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result", "usage")}
+        end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result")}
+        end |= shown_usage(step.usage)
         events.append(event(step.attempt, (position + 1) * EVENTS_PER_STEP, "step.completed", **step_data, **end))
+        end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result")}
+        end |= shown_usage(step.usage)
     if has_started:
         events += started
     name = run.next_agent_name
@@ -687,7 +789,7 @@ def event_of_batch(batch: Batch) -> Event:
     items = ("total_items", "completed_items", "failed_items", "cancelled_items", "waiting_items")
     counts = (*items, "progress_percentage", "eta_s")
     names = ("batch_id", "attempt", "status", *counts, *(("error", "completed_at") if batch.status.is_final else ()))
-    data = {name: getattr(batch, name) for name in names}
+    data = {name: getattr(batch, name) for name in names} | batch.costs
     if batch.status.is_final:
         return Event(id=batch.attempt, name=f"batch.{batch.status}", data=data)
     return Event(id=None, name="batch.progress", data=data)
@@ -859,6 +961,8 @@ class RunContext:
         max_tokens: int | None = None,
         watched: Watched | None = None,
         output_names: Sequence[str] = (),
+        priced: Callable[[Usage, str | None], Usage] = lambda usage, model: usage,
+        check_cost: Callable[[str, Sequence[str]], None] = lambda agent_name, models: None,
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
@@ -875,6 +979,8 @@ class RunContext:
         self._on_progress = on_progress
         self._on_usage = on_usage
         self._max_tokens = max_tokens
+        self._priced = priced
+        self._check_cost = check_cost
         self._journal = journal
         self._watched = watched
         self._output_names = output_names
@@ -1101,13 +1207,23 @@ class RunContext:
         self._on_progress(reported)
 
     def spend(self, usage: Usage, model: str | None = None) -> None:
-        """Report the tokens of a model's answer, whether or not the answer is usable, and the name of the model."""
+        """Report the tokens of a model's answer, whether or not the answer is usable.
+
+        Args:
+            model: the model that answered, ``provider/model``. Without it, the cost of the run is unknown.
+        """
+        usage = self._priced(usage, model)
         if self._journal is not None:
             self._journal.spend(usage, model)
         self._on_usage(self.agent_name, usage)
 
-    def check_tokens(self) -> None:
-        """Raise TooManyTokens if the run has no tokens left. An agent must call this before each model call."""
+    def check_tokens(self, models: Sequence[str] = ()) -> None:
+        """Check that the run may call one of *models*. An agent must call this before each model call.
+
+        Raises: TooManyTokens if it has no tokens left; CostLimit if it has spent its ``max_cost``, or has one and
+            one of *models* has no price.
+        """
+        self._check_cost(self.agent_name, models)
         if self._max_tokens is None or self._journal is None:
             return
         spent = self._journal.spent.input_tokens + self._journal.spent.output_tokens
@@ -1166,6 +1282,7 @@ class Engine(Protocol):
         is_async: bool = True,
         timeout_s: float | None = None,
         session_id: str | None = None,
+        max_cost: float | None = None,
         key: IdempotencyKey | None = None,
         run_id: str | None = None,
     ) -> Run:
@@ -1182,6 +1299,7 @@ class Engine(Protocol):
             timeout_s: wall-clock seconds for each attempt, capped at the engine's limit.
             session_id: the session of *principal* that the run joins, 1 to 128 visible ASCII characters. The run starts
                 when the runs of the session that were accepted before it have ended. A retry joins again as the last.
+            max_cost: US dollars that its model calls may cost in all attempts. It is checked before each call.
             key: detects repeated requests.
             run_id: of the run, a ``new_id()`` for ``watch``; None creates one.
 
@@ -1190,7 +1308,8 @@ class Engine(Protocol):
 
         Raises:
             AgentNotFound: there is no agent with that name.
-            InvalidData: the inputs are invalid; pointers begin with ``/inputs``.
+            InvalidData: the inputs are invalid; pointers begin with ``/inputs``. Or there is a ``max_cost``, and the
+                agent, or one that can follow it, has a model without a price.
             Replayed: a run was already created with this key.
             KeyReused: the key was already used for a different request.
             Conflict: another request with this key is being accepted at the same time.
@@ -1265,10 +1384,13 @@ class Engine(Protocol):
             EngineStopped, StoreError.
         """
 
-    async def retry_run(self, run_id: str) -> Run:
+    async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         """Start the next attempt of a failed or cancelled run after its last committed step.
 
         Retrying an item starts the next attempt of its batch, which must have ended too.
+
+        Args:
+            max_cost: replaces that of the run, or of the batch of an item. Earlier attempts count too.
 
         Raises: RunNotFound, Conflict, EngineFull, EngineStopped.
         """
@@ -1330,11 +1452,12 @@ class Engine(Protocol):
     async def cancel_batch(self, batch_id: str) -> Batch:
         """Cancel a batch, like ``cancel_run``: no more items start, and running items are cancelled."""
 
-    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
+    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = (), max_cost: float | None = None) -> Batch:
         """Start the next attempt of the failed and cancelled items of a final batch.
 
         Args:
             only: retry only items with these statuses.
+            max_cost: replaces that of the batch. Earlier attempts count too.
 
         Raises: BatchNotFound; Conflict if it is not final, or has no such item; EngineFull, EngineStopped.
         """

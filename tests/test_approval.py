@@ -14,9 +14,9 @@ import pytest
 from flock.agents.tools import Tool
 from flock.core import Flock
 from flock.errors import InvalidData
-from flock.runs import Question, RunStatus, Usage
+from flock.runs import Question, RunStatus
 from tests.support import PATIENCE_S
-from tests.support.models import FakeModel, answer, calling
+from tests.support.models import FakeModel, answer, calling, usage_of_gpt_4o
 from tests.support.servers import serving
 from tests.test_ask import asked, json_of, waiting
 from tests.test_tools import add, flock_of, results
@@ -78,7 +78,7 @@ async def test_a_person_allows_denies_or_changes_a_call(
         calls = await engine.get_calls(run)
     assert (run.status, till.paid) == (RunStatus.COMPLETED, paid), run.error
     assert results(model.requests[1]) == [read]
-    assert run.usage == Usage(input_tokens=20, output_tokens=10)
+    assert run.usage == usage_of_gpt_4o(20, 10)
     assert [call.kind for call in calls[0]] == ["model", "question", *(["tool"] if paid else [])]
 
 

@@ -22,14 +22,14 @@ import pytest
 from flock.agents.questions import check_answer, schema_of
 from flock.core import Flock, FlockFactory
 from flock.errors import CallNotFound, Conflict, InvalidData, RunFailed
-from flock.runs import BatchOptions, Engine, Question, Run, RunContext, RunFilter, RunStatus, Usage, now
+from flock.runs import BatchOptions, Engine, Question, Run, RunContext, RunFilter, RunStatus, now
 from flock.web.auth import new_key
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until, until_run
 from tests.support.flocks import sample_flock
 from tests.support.http import check_problem, client_of, events_in, get, post_run
-from tests.support.models import FakeModel, answer, calling
+from tests.support.models import FakeModel, answer, calling, usage_of_gpt_4o
 from tests.support.servers import Served, flockapi_command, memory_kib, serving
 
 pytestmark = pytest.mark.anyio
@@ -522,7 +522,7 @@ async def test_a_tool_of_a_model_agent_may_ask(store: str, model: FakeModel) -> 
         assert run.result == json_of({"a": "It is refused."})
     assert (len(model.requests), looked) == (2, ["A7"])
     assert [message["content"] for message in model.requests[1]["messages"][-2:]] == ["40.0", "refused"]
-    assert run.usage == Usage(input_tokens=20, output_tokens=10)
+    assert run.usage == usage_of_gpt_4o(20, 10)
 
 
 async def test_a_waiting_run_does_not_hold_up_its_session(store: str) -> None:

@@ -25,12 +25,12 @@ import flockapi
 from flock.agents.agent import Handoff
 from flock.core import Flock
 from flock.errors import FieldError
-from flock.runs import Progress, Question, RunStatus, Usage
+from flock.runs import Progress, Question, RunStatus
 from flock.web import wire
 from flock.web.problems import PROBLEMS
 from flockapi import ROUTES, FlockAPI, create_app
 from tests.support import ROOT
-from tests.support.http import wait_for
+from tests.support.http import post_run, wait_for
 from tests.support.models import FakeModel, answer
 from tests.support.spec import NDJSON, SPEC, TWIN, check_described, operations, resolve, validator
 
@@ -41,7 +41,7 @@ PUBLIC = {*flockapi.__all__, *wire.__all__}
 
 #: The struct of each schema.
 STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for name in SCHEMAS if name in PUBLIC} | {
-    "Usage": Usage,
+    "Usage": wire.Usage,
     "Progress": Progress,
     "Question": Question,
     "FieldError": FieldError,
@@ -265,6 +265,8 @@ async def test_an_example_of_a_request_gets_a_documented_response(
     operation: Any, method: str, path: str, media_type: str, body: str, client: httpx.AsyncClient, model: FakeModel
 ) -> None:
     run_id, call_id = await waiting_run(client)
+    if operation["operationId"] == "retryRun":
+        run_id = (await post_run(client, "explode", {"text": "x"})).json()["run_id"]
     path = path.format(batch_id=await ended_batch(client, "explode"), run_id=run_id, call_id=call_id)
     model.replies = [answer({"sentiment": "positive", "keywords": ["great"]})] * 3
     response = await client.request(method, path, content=body, headers={"Content-Type": media_type})

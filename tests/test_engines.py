@@ -39,7 +39,6 @@ from flock.runs import (
     RunContext,
     RunFilter,
     RunStatus,
-    Usage,
     new_id,
     now,
 )
@@ -47,7 +46,7 @@ from flock.web.auth import ScopedEngine
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until, until_run
 from tests.support.flocks import Gate, sample_flock
-from tests.support.models import FakeModel, answer
+from tests.support.models import FakeModel, answer, usage_of_gpt_4o
 
 pytestmark = pytest.mark.anyio
 
@@ -158,7 +157,7 @@ async def test_the_usage_of_models_is_stored(open_engine: OpenEngine, model: Fak
     async with open_engine(sample_flock(), transport=model.transport) as engine:
         run = await finish(engine, "text_analyzer", {"text": "Hello"})
     assert result_of(run)["sentiment"] == "good"
-    assert run.usage == Usage(input_tokens=10, output_tokens=5)
+    assert run.usage == usage_of_gpt_4o(10, 5)
 
 
 async def test_each_step_of_each_attempt_has_its_own_key(open_engine: OpenEngine, model: FakeModel) -> None:

@@ -13,10 +13,10 @@ import anyio.lowlevel
 import pytest
 
 from flock.core import Flock, FlockFactory
-from flock.runs import RunContext, RunStatus, Usage
+from flock.runs import RunContext, RunStatus
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
-from tests.support.models import FakeModel, answer
+from tests.support.models import FakeModel, answer, usage_of_gpt_4o
 from tests.test_calls import ended, interrupt, result_of
 
 pytestmark = pytest.mark.anyio
@@ -120,7 +120,7 @@ async def test_the_tokens_of_called_agents_count_once(tmp_path: Path, model: Fak
     run_id = await interrupt(flock, store, "work", reached, transport=model.transport)
     async with flock.engine(store=store, transport=model.transport, max_tokens=31) as engine:
         run = await engine.wait(run_id)
-        assert (result_of(run), run.usage) == ("2", Usage(input_tokens=30, output_tokens=15))
+        assert (result_of(run), run.usage) == ("2", usage_of_gpt_4o(30, 15))
         assert (await engine.get_run(run_id)).usage == run.usage
     model.replies = [answer({"y": "again"}) for _ in range(2)]
     async with flock.engine(transport=model.transport, max_tokens=30) as engine:

@@ -24,7 +24,7 @@ from flock.runs import Engine, Run, RunContext, RunStatus, Usage
 from tests.support import EXAMPLES, PATIENCE_S
 from tests.support.engines import OpenEngine
 from tests.support.flocks import CALLING_TOOLS
-from tests.support.models import FakeModel, answer, calling, error
+from tests.support.models import FakeModel, answer, calling, error, usage_of_gpt_4o
 from tests.support.servers import Served, serving
 
 pytestmark = pytest.mark.anyio
@@ -82,7 +82,7 @@ async def test_a_model_calls_tools_and_then_answers(open_engine: OpenEngine, mod
     async with open_engine(flock_of(add, city), transport=model.transport) as engine:
         run = await ended(engine)
     assert run.status is RunStatus.COMPLETED, run.error
-    assert run.usage == Usage(input_tokens=20, output_tokens=10)
+    assert run.usage == usage_of_gpt_4o(20, 10)
     first, second = model.requests
     assert [tool["function"]["name"] for tool in first["tools"]] == ["add", "city"]
     assert first["tools"][0]["function"] == {
@@ -341,7 +341,7 @@ async def test_another_agent_is_a_tool(open_engine: OpenEngine, model: FakeModel
     async with open_engine(flock, transport=model.transport) as engine:
         run = await ended(engine)
     assert (run.status, run.error) == (RunStatus.COMPLETED, None)
-    assert run.usage == Usage(input_tokens=30, output_tokens=15)
+    assert run.usage == usage_of_gpt_4o(30, 15)
     first = model.requests[0]["tools"][0]["function"]
     assert (first["name"], first["description"]) == ("re_search", "Find facts.")
     assert first["parameters"]["properties"] == {"topic": {"type": "string", "description": "in a few words"}}
@@ -476,8 +476,8 @@ async def test_finished_replies_and_calls_are_not_paid_again(tmp_path: Path, mod
     assert run.status is RunStatus.COMPLETED, run.error
     assert executed[4:] == ["hang"]
     assert len(model.requests) == 3
-    assert run.usage == Usage(input_tokens=30, output_tokens=15)
-    assert reported == [Usage(input_tokens=10, output_tokens=5)] * 3
+    assert run.usage == usage_of_gpt_4o(30, 15)
+    assert reported == [usage_of_gpt_4o(10, 5)] * 3
     assert [(call.kind, call.name) for call in calls if call.kind == "model"] == [("model", "openai_gpt-4o")] * 2
     assert sorted((call.name, call.error) for call in calls if call.kind == "tool" and call.name != "look") == [
         ("fail", "no"),

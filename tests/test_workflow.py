@@ -11,9 +11,9 @@ from msgspec.structs import replace
 from flock.agents.workflow import columns_of, inputs_for, next_agent, result_names
 from flock.core import Flock, FlockFactory, agent
 from flock.errors import DefinitionError, InvalidHandoff, RunFailed, TooManySteps
-from flock.runs import Run, RunStatus, Step, Usage, events_of, now
+from flock.runs import Run, RunStatus, Step, events_of, now
 from tests.support.flocks import sample_flock
-from tests.support.models import FakeModel, answer
+from tests.support.models import FakeModel, answer, usage_of_gpt_4o
 
 pytestmark = pytest.mark.anyio
 
@@ -349,4 +349,4 @@ async def test_tokens_spent_before_a_retry_count(model: FakeModel) -> None:
 @pytest.mark.parametrize("max_tokens", [None, 46, 31])
 async def test_a_valid_answer_completes_its_run_at_any_cost(max_tokens: int | None, model: FakeModel) -> None:
     run = await end_of_chain(model, max_tokens, "no JSON", {"b": 1}, {"d": 2})
-    assert (run.status, run.usage) == (RunStatus.COMPLETED, Usage(input_tokens=30, output_tokens=15))
+    assert (run.status, run.usage) == (RunStatus.COMPLETED, usage_of_gpt_4o(30, 15))

@@ -386,7 +386,7 @@ class ModelAgent(Agent):
             messages,
             toolbox,
             context,
-            model_name=next(iter(names_of(models)), ""),
+            models=names_of(models),
             complete=functools.partial(
                 resources.models.complete,
                 models or None,

@@ -43,7 +43,9 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """A reply of a model, and the tokens used.
 
-    ``text`` is None if the model needs no more tools, but has not written its answer. ``model`` is its name.
+    Attributes:
+        text: None if the model needs no more tools, but has not written its answer.
+        model: the name of the model that answered, ``provider/model``.
     """
 
     text: str | None

@@ -9,7 +9,7 @@ import msgspec
 
 from flock.agents.completions import Completion, Listener, Message
 from flock.agents.tools import Toolbox
-from flock.errors import InvalidData, InvalidOutput, MalformedJSON
+from flock.errors import InvalidData, InvalidOutput, MalformedJSON, ModelError
 from flock.runs import JSON_NULL, RunContext
 
 __all__ = ["Conversation"]
@@ -22,7 +22,7 @@ class Conversation:
 
     Args:
         messages: the messages that begin the conversation.
-        model_name: identifies the calls of the model in the journal, whichever model answers.
+        models: the names of the models that may answer. The first one identifies their calls in the journal.
         complete: sends messages to the model and offers it tools; see ``ModelClient.complete``.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
         listen: returns a listener for one reply. It is called if somebody watches the run.
@@ -34,7 +34,7 @@ class Conversation:
         toolbox: Toolbox,
         context: RunContext,
         *,
-        model_name: str,
+        models: Sequence[str],
         complete: Callable[..., Awaitable[Completion]],
         read: Callable[[str], msgspec.Raw],
         listen: Callable[[], Listener],
@@ -42,7 +42,8 @@ class Conversation:
         self._messages = list(messages)
         self._toolbox = toolbox
         self._context = context
-        self._label = re.sub(r"[^A-Za-z0-9_.-]", "_", model_name)
+        self._models = models
+        self._label = re.sub(r"[^A-Za-z0-9_.-]", "_", next(iter(models), ""))
         self._complete = complete
         self._read = read
         self._listen = listen
@@ -50,7 +51,7 @@ class Conversation:
     async def converse(self, max_retries: int) -> msgspec.Raw:
         """Return the result of the first valid answer.
 
-        Raises: InvalidOutput if more than *max_retries* answers are invalid; ModelError; TooManyTokens.
+        Raises: InvalidOutput if more than *max_retries* answers are invalid; ModelError; TooManyTokens; CostLimit.
         """
         retries = 0
         for number in itertools.count(1):
@@ -83,14 +84,19 @@ class Conversation:
         context = self._context
 
         async def ask() -> Completion:
-            context.check_tokens()
-            completion = await self._complete(
-                messages=self._messages,
-                tools=self._toolbox.offered,
-                # Each call needs its own key, or a provider would return the invalid answer again.
-                idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
-                listener=self._listen() if context.is_watched else None,
-            )
+            context.check_tokens(self._models)
+            try:
+                completion = await self._complete(
+                    messages=self._messages,
+                    tools=self._toolbox.offered,
+                    # Each call needs its own key, or a provider would return the invalid answer again.
+                    idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
+                    listener=self._listen() if context.is_watched else None,
+                )
+            except ModelError as exc:
+                if exc.usage is not None:  # the answer is paid for, even if it cannot be used
+                    context.spend(exc.usage, exc.model)
+                raise
             context.spend(completion.usage, completion.model)
             return completion
 

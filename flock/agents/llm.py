@@ -475,7 +475,10 @@ class _Call:
 def _all_of(errors: Sequence[ModelError]) -> ModelError:
     """Return one error for those of all models that were asked. Its ``error_type`` is that of the last one."""
     details = " ".join(error.log_detail for error in errors if error.log_detail)
-    return ModelError(" ".join(map(str, errors)), errors[-1].error_type, details)
+    last = errors[-1]
+    error = ModelError(" ".join(map(str, errors)), last.error_type, details)
+    error.usage, error.model = last.usage, last.model
+    return error
 
 
 def _estimate(body: Mapping[str, Any], content: bytes) -> float:

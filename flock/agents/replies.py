@@ -56,6 +56,10 @@ class _Choice(msgspec.Struct):
 class _AnswerUsage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    # Any: an answer must not be lost because of a detail.
+    prompt_tokens_details: Any = None
+    completion_tokens_details: Any = None
+    prompt_cache_hit_tokens: Any = None
 
 
 class _Answer(msgspec.Struct):
@@ -76,6 +80,16 @@ def completion_of(answer: Any, request: Request) -> Completion:
         raise model_error(
             name, "model_bad_response", "returned status 200 without a valid chat completion", str(exc)
         ) from exc
+    usage = _usage_of(parsed.usage or _AnswerUsage())
+    try:
+        return _completion_of(parsed, usage, request)
+    except ModelError as exc:
+        exc.usage, exc.model = usage, name
+        raise
+
+
+def _completion_of(parsed: _Answer, usage: Usage, request: Request) -> Completion:
+    name = request.name
     if not parsed.choices:
         raise model_error(name, "model_bad_response", "returned no choices", "choices: []")
     choice = parsed.choices[0]
@@ -97,12 +111,28 @@ def completion_of(answer: Any, request: Request) -> Completion:
         raise model_error(
             name, "model_bad_response", "returned an empty answer", f"finish_reason {choice.finish_reason}"
         )
-    usage = parsed.usage or _AnswerUsage()
     return Completion(
         text=_without_fence(_storable(text)),
-        usage=Usage(input_tokens=usage.prompt_tokens or 0, output_tokens=usage.completion_tokens or 0),
+        usage=usage,
         tool_calls=tuple(_tool_call(call, number) for number, call in enumerate(calls)),
+        model=name,
     )
+
+
+def _usage_of(sent: _AnswerUsage) -> Usage:
+    """Return the token counts in a response. DeepSeek has a name of its own for tokens from the cache."""
+    cached = _count_in(sent.prompt_tokens_details, "cached_tokens")
+    return Usage(
+        input_tokens=max(0, sent.prompt_tokens or 0),
+        output_tokens=max(0, sent.completion_tokens or 0),
+        cached_tokens=cached or _count_in({"hits": sent.prompt_cache_hit_tokens}, "hits"),
+        reasoning_tokens=_count_in(sent.completion_tokens_details, "reasoning_tokens"),
+    )
+
+
+def _count_in(details: Any, name: str) -> int:
+    count = details.get(name) if isinstance(details, dict) else None
+    return max(0, count) if isinstance(count, int) else 0
 
 
 def _tool_call(call: _AnswerCall, number: int) -> ToolCall:

@@ -34,7 +34,7 @@ from flock.errors import AgentNotFound, StoreError
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages, results_as
 from flock.rows.tables import RowMapping, TableFormat, file_rows, is_gzipped
-from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid
+from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, RunStatus
 
 __all__ = ["BatchFile", "check_batch_file", "run_batch_file"]
 
@@ -50,7 +50,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
         format: the format of the output.
         force: replace an output that exists.
         state: the file that stores finished rows.
-        escape_formulas: see ``CSVWriter``.
+        escape_formulas, with_usage: see ``CSVWriter``.
         on_extra, input_mapping, static_inputs and others: see ``Flock.run_batch_async``.
     """
 
@@ -67,12 +67,15 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     on_extra: OnExtra = "reject"
     dialect: CSVDialect = CSVDialect()
     escape_formulas: bool = True
+    with_usage: bool = False
 
 
 async def run_batch_file(
     flock: DeclaredFlock, job: BatchFile, stdout: IO[bytes], report: Callable[[str], None]
 ) -> Batch:
     """Run a batch to its end, and write its results in the order of the rows.
+
+    If it stops at its ``max_cost``, nothing is written, and the next call continues with its own ``max_cost``.
 
     Rows that an earlier call with the same rows and options has committed are not run again. The state of a call with
     other rows or options is dropped.
@@ -98,14 +101,19 @@ async def run_batch_file(
         try:
             limits = limits_for_one_batch(job.options.max_workers)
             async with flock.engine(store=state, limits=limits, expose_errors=True, answer=nobody) as engine:
+                if batch is not None and batch.error_type is not None:
+                    await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED], job.options.max_cost)
                 batch = batch or await _accept(engine, flock, job, digest)
                 batch = await follow_batch(engine, batch.batch_id)
+                if batch.error_type is not None:
+                    return batch
                 pieces = results_as(
                     job.format,
                     item_pages(engine, batch.batch_id),
                     batch.extra_names,
                     columns_of(job.agent_name, flock.agents),
                     job.escape_formulas,
+                    with_usage=job.with_usage,
                 )
                 with _output(job, state, digest) if job.output else contextlib.nullcontext(stdout) as file:
                     async for piece in pieces:

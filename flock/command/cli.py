@@ -42,7 +42,7 @@ from flock.limits import Limits, enforced_by
 from flock.options import MAX_SECONDS, Option, Options, option_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
-from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid, Question
+from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid, Question, cost_in_words
 from flock.web.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.web.options import AppOptions, is_host_name
 
@@ -589,6 +589,18 @@ EXIT_INTERRUPTED = 130
     help="Max time for one row.  [default: a day]",
 )
 @click.option(
+    "--max-cost",
+    type=click.FloatRange(0, min_open=True),
+    metavar="DOLLARS",
+    help="Start no more rows after that many US dollars. Run the command again with more to continue.",
+)
+@click.option(
+    "--usage",
+    "with_usage",
+    is_flag=True,
+    help="Add input_tokens, output_tokens and cost of each row to the results.",
+)
+@click.option(
     "--escape-formulas/--no-escape-formulas",
     default=True,
     show_default=True,
@@ -619,6 +631,8 @@ def batch(
     decimal: str,
     encoding: str,
     timeout_s: float | None,
+    max_cost: float | None,
+    with_usage: bool,
     escape_formulas: bool,
     state: Path | None,
 ) -> None:
@@ -630,6 +644,9 @@ def batch(
     If the command was stopped or killed, run it again. It resumes, and finished rows do not run again. The exit code is
     0 if all rows completed, and 1 if some failed. The column "error" has the reason. With --dry-run, the exit code is 0
     if the rows would be accepted, and 1 otherwise.
+
+    With --max-cost, no more rows start when that much is spent, and the exit code is 1. To continue, run the command
+    again with a higher --max-cost.
     """
     if output is None:
         if not is_dry_run:
@@ -646,13 +663,14 @@ def batch(
             format=format_ or _format_of(output, rows),
             force=force,
             state=state,
-            options=BatchOptions(max_workers=max_workers, timeout_s=timeout_s),
+            options=BatchOptions(max_workers=max_workers, timeout_s=timeout_s, max_cost=max_cost),
             on_invalid=on_invalid,
             input_mapping={key: name or None for key, name in _pairs(mapped, "--map", "COLUMN=INPUT").items()},
             static_inputs=_static_inputs(flock, agent, _pairs(static, "--static", "KEY=VALUE")),
             on_extra=on_extra,
             dialect=CSVDialect(delimiter=delimiter.replace(r"\t", "\t"), decimal=decimal, encoding=encoding),
             escape_formulas=escape_formulas,
+            with_usage=with_usage,
         )
         if is_dry_run:
             with _batch_process():
@@ -661,7 +679,7 @@ def batch(
             sys.exit(0 if check.ok else 1)
         with _batch_process():
             done = anyio.run(run_batch_file, flock, job, sys.stdout.buffer, _print_stderr)
-        _print_stderr(_summary(done, output))
+        _print_stderr(_summary(done, output) if done.error_type is None else f"{done.error}{_resume_hint(state)}")
         exit_code = 0 if done.completed_items and not (done.failed_items or done.cancelled_items) else 1
     except KeyboardInterrupt:
         _print_stderr(f"Stopped.{_resume_hint(state)}")
@@ -745,11 +763,12 @@ def _resume_hint(state: Path) -> str:
 
 def _summary(done: Batch, output: Path) -> str:
     completed = done.completed_items - done.failed_items - done.cancelled_items
+    cost = f" They cost {cost_in_words(done.usage)}." if done.usage is not None and done.usage.cost is not None else ""
     if completed == done.total_items:
-        return f"{completed:,} of {completed:,} rows completed."
+        return f"{completed:,} of {completed:,} rows completed.{cost}"
     results = "the results" if output == STDOUT else output
     counts = f"{completed:,} of {done.total_items:,} rows completed, and {done.failed_items:,} failed."
-    return f"{counts} For the reasons, see 'error' in {results}."
+    return f"{counts}{cost} For the reasons, see 'error' in {results}."
 
 
 def _print_check(check: BatchCheck, rows: Path) -> None:
@@ -764,6 +783,8 @@ def _print_check(check: BatchCheck, rows: Path) -> None:
 
 
 def _rejection(exc: InvalidData, rows: Path) -> str:
+    if exc.errors[0].pointer == "/max_cost":
+        return exc.errors[0].detail
     if exc.errors[0].pointer == "/batch_inputs":
         return f"{rows} has no rows, so nothing was started."
     return "\n".join([f"Nothing was started, since {rows} is invalid:", *_error_lines(exc.errors)])

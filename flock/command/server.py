@@ -370,6 +370,8 @@ def _temporal_engine(flock: DeclaredFlock, settings: ServerSettings) -> "Tempora
         flock=flock.name,
         limits=settings.limits,
         payload_dir=settings.payload_dir,
+        prices=flock.prices,
+        default_model=flock.model,
     )
 
 
@@ -402,6 +404,7 @@ async def _run_until_signal(flock: DeclaredFlock, settings: WorkerSettings) -> N
         drain_timeout_s=settings.drain_timeout_s,
         expose_errors=settings.expose_errors,
         payload_dir=settings.payload_dir,
+        prices=flock.prices,
     )
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with worker:

@@ -12,12 +12,15 @@ import anyio
 import anyio.lowlevel
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent
+from flock.agents.agent import Agent, ModelAgent
+from flock.agents.graph import graph_of
+from flock.agents.models import ModelChoice, models_of, names_of
+from flock.agents.prices import Price, merged, no_price, price_of
 from flock.engine.intake import Intake
 from flock.engine.live import LiveReader
 from flock.engine.refusals import not_accepting, not_deleted
 from flock.engine.rowchecks import as_json
-from flock.errors import AgentNotFound, EngineStopped, RunNotFound, SessionNotFound
+from flock.errors import AgentNotFound, EngineStopped, FieldError, InvalidData, RunNotFound, SessionNotFound
 from flock.limits import Limits
 from flock.runs import (
     EVENTS_PER_STEP,
@@ -111,12 +114,24 @@ class EngineBase(ABC):
     Args:
         agents: by name. The mapping is read at each submission, so agents added later are found.
         flock: the name under which runs are stored.
+        prices: see ``EmbeddedEngine``.
+        default_model: the model of agents without one, if it is known here.
     """
 
-    def __init__(self, agents: Mapping[str, Agent], flock: str, limits: Limits) -> None:
+    def __init__(
+        self,
+        agents: Mapping[str, Agent],
+        flock: str,
+        limits: Limits,
+        *,
+        prices: Mapping[str, Price] | None = None,
+        default_model: ModelChoice = None,
+    ) -> None:
         self._agents = agents
         self._flock = flock
         self._limits = limits
+        self._prices = merged(prices)
+        self._default_models = models_of(default_model, "the flock")
         self.item_limits = ItemLimits(
             max_items=limits.max_items, max_input_bytes=min(limits.max_input_bytes, self._max_item_bytes)
         )
@@ -215,6 +230,17 @@ class EngineBase(ABC):
         except KeyError:
             raise AgentNotFound(name, list(self._agents)) from None
 
+    def _check_prices(self, agent_name: str, max_cost: float | None) -> None:
+        """Raise InvalidData if *max_cost* cannot hold: an agent that may run has a model without a price."""
+        if max_cost is None:
+            return
+        names = [agent_name, *(each.to for each in graph_of(agent_name, self._agents) if each.to is not None)]
+        for agent in (self._agents[name] for name in names if name in self._agents):
+            if isinstance(agent, ModelAgent):
+                for model in names_of(models_of(agent.model, repr(agent.name)) or self._default_models):
+                    if price_of(self._prices, model) is None:
+                        raise InvalidData([FieldError(detail=no_price(model, agent.name), pointer="/max_cost")])
+
     async def submit(
         self,
         agent_name: str,
@@ -226,6 +252,7 @@ class EngineBase(ABC):
         is_async: bool = True,
         timeout_s: float | None = None,
         session_id: str | None = None,
+        max_cost: float | None = None,
         key: IdempotencyKey | None = None,
         run_id: str | None = None,
     ) -> Run:
@@ -233,6 +260,7 @@ class EngineBase(ABC):
         self._check_running()
         raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
         self._agent(agent_name).input.decode(raw, "/inputs")
+        self._check_prices(agent_name, max_cost)
         run = Run(
             run_id=run_id or new_id(),
             flock=self._flock,
@@ -246,6 +274,7 @@ class EngineBase(ABC):
             timeout_s=timeout_s,
             owner=self._owner,
             session_id=session_id,
+            max_cost=max_cost,
         )
         await self._accept(run, key)
         return run
@@ -264,6 +293,7 @@ class EngineBase(ABC):
     ) -> Batch:
         """See ``Engine.submit_batch``."""
         self._check_running()
+        self._check_prices(agent_name, options.max_cost)
         batch = Batch(
             batch_id=self._new_batch_id(),
             flock=self._flock,

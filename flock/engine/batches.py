@@ -15,6 +15,7 @@ import anyio
 
 from flock.engine.batchstore import BatchStore
 from flock.engine.intake import ITEMS_PER_PAGE, Intake
+from flock.engine.outcomes import COST_LIMIT
 from flock.engine.refusals import not_accepting
 from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
@@ -104,13 +105,13 @@ class Batches:
             if active.run.batch_id == batch_id:
                 active.cancel()
 
-    async def retry(self, batch_id: str, owner: str, only: Sequence[RunStatus]) -> Batch | None:
+    async def retry(self, batch_id: str, owner: str, only: Sequence[RunStatus], max_cost: float | None) -> Batch | None:
         """Retry a batch; see ``BatchStore.reopen``."""
-        return await self._store.reopen(batch_id, owner, only, self._limits.max_open_items, then=self.start)
+        return await self._store.reopen(batch_id, owner, only, self._limits.max_open_items, self.start, max_cost)
 
-    async def retry_item(self, run: Run, owner: str) -> bool:
+    async def retry_item(self, run: Run, owner: str, max_cost: float | None) -> bool:
         """Retry one item; see ``BatchStore.reopen_item``. Returns whether it was reopened."""
-        return await self._store.reopen_item(run, owner, then=self.start) is not None
+        return await self._store.reopen_item(run, owner, self.start, max_cost) is not None
 
     async def _run(self, batch: Batch) -> None:
         """Process a batch until no item is left. Retry while the store fails."""
@@ -141,11 +142,14 @@ class Batches:
         batch = await self._store.begin(batch, now())
         if id_ not in self._cancelled:
             workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self._limits.max_concurrency)
-            is_stopped = functools.partial(self._is_stopped, id_)
+            is_stopped = functools.partial(self._is_stopped, batch)
             work = _Work(batch, self._store, self._runner, self._next_change, is_stopped)
             await work.run(workers if batch.options.parallel else 1)
         while id_ in self._cancelled and await self._store.cancel_waiting(batch, now()):
             pass
+        if self._is_spent(batch):
+            while await self._store.cancel_waiting(batch, now(), COST_LIMIT):
+                pass
         if self._runner.is_draining or self._store.pending_items(batch, -1, 1):
             return batch
         for item_id, reason in await self._store.fail_unreadable(batch, now()):
@@ -158,15 +162,23 @@ class Batches:
         logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, batch.request_id)
         return batch
 
-    def _is_stopped(self, batch_id: str) -> bool:
-        return self._runner.is_draining or batch_id in self._cancelled
+    def _is_stopped(self, batch: Batch) -> bool:
+        return self._runner.is_draining or batch.batch_id in self._cancelled or self._is_spent(batch)
+
+    def _is_spent(self, batch: Batch) -> bool:
+        """Whether the ``max_cost`` of *batch* is spent. A worker asks after the end of its last item is written."""
+        if batch.options.max_cost is None:
+            return False
+        current = self._store.get(batch.batch_id)
+        return current is not None and current.is_spent
 
 
 class _Work:
     """Runs the items of one batch that are left.
 
     Args:
-        is_stopped: whether no more items may start, because the engine shuts down or the batch is cancelled.
+        is_stopped: whether no more items may start, because the engine shuts down, or the batch is cancelled or
+            has spent its ``max_cost``. Raises StoreError.
     """
 
     def __init__(

@@ -14,7 +14,15 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.engine import queries, statements
-from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED, CANCELLED_BEFORE_START, Outcome, none_completed
+from flock.engine.outcomes import (
+    BATCH_CANCELLED,
+    CANCELLED,
+    CANCELLED_BEFORE_START,
+    COST_LIMIT,
+    Outcome,
+    cost_limit_of,
+    none_completed,
+)
 from flock.engine.refusals import too_many_items
 from flock.engine.rows import (
     DAMAGED_RUN,
@@ -209,26 +217,32 @@ class BatchStore:
         return await self._change_own(batch, lambda db: db.execute(statements.BEGIN_BATCH, values))
 
     async def end(self, batch: Batch, now: datetime) -> Batch:
-        """Write the final status of a batch, and an error if no item completed. Unfinished items count as failed.
+        """Write the final status of a batch, and an error if no item completed, or if ``max_cost`` is spent.
+
+        Unfinished items count as failed.
 
         A batch with items that wait for answers does not end. Raises OwnershipLost.
         """
 
         def apply(db: sqlite3.Connection) -> None:
-            current, status, error = queries.find_batch(db, batch.batch_id), RunStatus.COMPLETED, None
+            current, status = queries.find_batch(db, batch.batch_id), RunStatus.COMPLETED
+            error = error_type = None
             assert current is not None
             if current.waiting_items:
                 return
             failed = current.failed_items + current.total_items - current.completed_items
+            unpaid = (batch.batch_id, COST_LIMIT.error_type)
             if current.cancel_requested and current.cancelled_items:
                 status, error = RunStatus.CANCELLED, BATCH_CANCELLED
+            elif current.is_spent and db.execute(statements.HAS_UNPAID_ITEMS, unpaid).fetchone():
+                status, error, error_type = RunStatus.FAILED, cost_limit_of(current), COST_LIMIT.error_type
             elif failed + current.cancelled_items == current.total_items:
                 status = RunStatus.FAILED
                 values = {"batch_id": batch.batch_id, "after": -1, "limit": 1}
                 first = db.execute(statements.FIRST_ERROR, values).fetchone()
                 first_error = DAMAGED_RUN if first is None else first[0]
                 error = none_completed(current.total_items, first_error)
-            db.execute(statements.END_BATCH, (status.value, error, micros(now), failed, batch.batch_id))
+            db.execute(statements.END_BATCH, (status.value, error, error_type, micros(now), failed, batch.batch_id))
 
         return await self._change_own(batch, apply)
 
@@ -252,8 +266,11 @@ class BatchStore:
             await self._store.change(apply)
         return [(run_id, reason) for _, run_id, reason, _ in unreadable]
 
-    async def cancel_waiting(self, batch: Batch, now: datetime) -> bool:
+    async def cancel_waiting(self, batch: Batch, now: datetime, reason: Outcome | None = None) -> bool:
         """Cancel one chunk of the pending items, and one of those that wait for answers.
+
+        Args:
+            reason: the outcome of the items, if the batch is not cancelled by a client.
 
         Returns: whether there may be more. Raises: OwnershipLost.
         """
@@ -264,8 +281,8 @@ class BatchStore:
 
         def apply(db: sqlite3.Connection) -> bool:
             _check_owner(db, batch)
-            pending = cancel(db, RunStatus.STARTING, CANCELLED_BEFORE_START)
-            asking = cancel(db, RunStatus.WAITING, CANCELLED)
+            pending = cancel(db, RunStatus.STARTING, reason or CANCELLED_BEFORE_START)
+            asking = cancel(db, RunStatus.WAITING, reason or CANCELLED)
             queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): pending + asking}))
             db.execute(statements.COUNT_WAITING_ITEMS, (-asking, batch.batch_id))
             return CHUNK_SIZE in (pending, asking)
@@ -318,8 +335,12 @@ class BatchStore:
         only: Sequence[RunStatus],
         max_open_items: int,
         then: Callable[[Batch | None], None],
+        max_cost: float | None = None,
     ) -> Batch | None:
         """Open the next attempt of a final batch. Returns None if it is not final or has no items to retry.
+
+        Args:
+            max_cost: replaces that of the batch.
 
         Raises EngineFull, EngineStopped.
         """
@@ -339,11 +360,14 @@ class BatchStore:
                 return None
             self._check_room(db, batch.flock, sum(counts[status] for status in statuses), max_open_items)
             db.execute(statements.REOPEN_BATCH, (owner, ",".join(statuses), batch_id))
+            _set_max_cost(db, batch, max_cost)
             return queries.find_batch(db, batch_id)
 
         return await self._store.change(apply, then)
 
-    async def reopen_item(self, run: Run, owner: str, then: Callable[[Batch | None], None]) -> Batch | None:
+    async def reopen_item(
+        self, run: Run, owner: str, then: Callable[[Batch | None], None], max_cost: float | None = None
+    ) -> Batch | None:
         """Like ``reopen``, for one item that failed or was cancelled."""
 
         def apply(db: sqlite3.Connection) -> Batch | None:
@@ -355,6 +379,7 @@ class BatchStore:
                 return None
             queries.count_ended(db, queries.Ended({(batch.batch_id, run.status): -1}))
             db.execute(statements.REOPEN_BATCH, (owner, None, batch.batch_id))
+            _set_max_cost(db, batch, max_cost)
             return queries.find_batch(db, batch.batch_id)
 
         return await self._store.change(apply, then)
@@ -389,6 +414,13 @@ class BatchStore:
             return row is not None and queries.delete_items(db, row[0], CHUNK_SIZE) > 0
 
         return await self._store.change(apply)
+
+
+def _set_max_cost(db: sqlite3.Connection, batch: Batch, max_cost: float | None) -> None:
+    """Replace the ``max_cost`` of a batch, unless it is None."""
+    if max_cost is not None:
+        options = msgspec.json.encode(replace(batch.options, max_cost=max_cost))
+        db.execute(statements.SET_OPTIONS, (options, batch.batch_id))
 
 
 def _check_staged(db: sqlite3.Connection, batch: Batch) -> None:

@@ -25,6 +25,7 @@ from flock.agents.agent import Agent
 from flock.agents.checks import tool_sources
 from flock.agents.llm import ModelClient
 from flock.agents.mcp import listing_tools
+from flock.agents.prices import Price
 from flock.engine import relay
 from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
 from flock.engine.batches import Batches
@@ -102,6 +103,7 @@ class EmbeddedEngine(EngineBase):
         max_steps: max steps in one run.
         expose_errors: put the text of any exception into a run's ``error``; for development.
         answer: answers the questions of agents at once. Without it, their runs wait for answers.
+        prices: of models, by name. They are added to ``flock.agents.prices.PRICES``, or replace its entries.
         limits: see ``Limits``.
         bounds: fields of ``Limits`` as keyword arguments. They override *limits*.
     """
@@ -116,10 +118,13 @@ class EmbeddedEngine(EngineBase):
         max_steps: int = 32,
         expose_errors: bool = False,
         answer: Answer | None = None,
+        prices: Mapping[str, Price] | None = None,
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
-        super().__init__(agents, flock, replaced(limits or Limits(), bounds))
+        super().__init__(
+            agents, flock, replaced(limits or Limits(), bounds), prices=prices, default_model=models.default_model
+        )
         self.store = store
         self._models = models
         models.on_retry = lambda: self._runner.turns.notify("model_call_retried")
@@ -134,6 +139,7 @@ class EmbeddedEngine(EngineBase):
             max_steps=max_steps,
             expose_errors=expose_errors,
             answer=answer,
+            prices=self._prices,
         )
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -419,18 +425,19 @@ class EmbeddedEngine(EngineBase):
         if run.status is RunStatus.STARTING and run.batch_id is None and is_own:
             self._start(stub_of(run))
 
-    async def retry_run(self, run_id: str) -> Run:
+    async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
         self._check_has_agent(run.agent_name)
+        self._check_prices(run.agent_name, max_cost)
         reopened = None
         if run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
             if run.batch_id is None:
                 if (full := self._full(run.principal)) is not None:
                     raise full
                 with self._counting_inputs(run):
-                    reopened = await self.store.reopen(run, self._engine_id, self._limits.queue, then=self._start)
-            elif await self._batches.retry_item(run, self._engine_id):
+                    reopened = await self.store.reopen(run, self._engine_id, self._limits.queue, self._start, max_cost)
+            elif await self._batches.retry_item(run, self._engine_id, max_cost):
                 reopened = await self.get_run(run_id)
         if reopened is None:
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
@@ -559,8 +566,9 @@ class EmbeddedEngine(EngineBase):
             at = anyio.current_time()
             for active in list(self._runner.active.values()):
                 # After its turn, a newer record is already being written, which must not be replaced by this one.
-                if active.context is not None and active.progress is not active.run.progress:
-                    active.update(replace(active.run, progress=active.progress))
+                is_changed = active.progress is not active.run.progress or active.spent is not active.run.spent
+                if active.context is not None and is_changed:
+                    active.update(replace(active.run, progress=active.progress, spent=active.spent))
                     self.store.save_nowait(active.run)
                 if at >= active.wake_at:
                     active.wake_at = math.inf
@@ -753,11 +761,13 @@ class EmbeddedEngine(EngineBase):
             raise conflict
         return batch
 
-    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
+    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = (), max_cost: float | None = None) -> Batch:
         self._check_running()
-        self._check_has_agent((await self.get_batch(batch_id)).agent_name)
+        agent_name = (await self.get_batch(batch_id)).agent_name
+        self._check_has_agent(agent_name)
+        self._check_prices(agent_name, max_cost)
         statuses = only or (RunStatus.FAILED, RunStatus.CANCELLED)
-        reopened = await self._batches.retry(batch_id, self._engine_id, statuses)
+        reopened = await self._batches.retry(batch_id, self._engine_id, statuses, max_cost)
         if reopened is None:
             raise not_retried(await self.get_batch(batch_id), statuses)
         return reopened

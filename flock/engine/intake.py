@@ -89,6 +89,7 @@ class Intake:
             total_items=checks.total,
             completed_items=self._failed,
             failed_items=self._failed,
+            invalid_items=self._failed,
             extra_names=tuple(checks.extra_names),
         )
 

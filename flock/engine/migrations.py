@@ -200,6 +200,18 @@ def _add_models(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE calls ADD COLUMN model TEXT")
 
 
+def _add_costs(db: sqlite3.Connection) -> None:
+    """Store what runs and batches have spent. NULL in older rows, whose failed steps were not counted."""
+    for statement in (
+        "ALTER TABLE runs ADD COLUMN spent BLOB",
+        "ALTER TABLE runs ADD COLUMN max_cost REAL",
+        "ALTER TABLE batches ADD COLUMN usage BLOB",
+        "ALTER TABLE batches ADD COLUMN error_type TEXT",
+        "ALTER TABLE batches ADD COLUMN invalid_items INTEGER NOT NULL DEFAULT 0",
+    ):
+        db.execute(statement)
+
+
 MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _create_tables,
     _add_traceparent,
@@ -213,6 +225,7 @@ MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
     _add_sessions,
     _add_questions,
     _add_models,
+    _add_costs,
 ]
 
 

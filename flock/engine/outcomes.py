@@ -5,14 +5,16 @@ import logging
 import msgspec
 
 from flock.engine.logs import fields_of_run
-from flock.errors import Interrupted, QueueTimeout, StepError, cut
-from flock.runs import Question, Run, RunStatus, one_line, safe_text
+from flock.errors import CostLimit, Interrupted, QueueTimeout, StepError, cut
+from flock.runs import Batch, Question, Run, RunStatus, cost_in_words, one_line, safe_text
 
 __all__ = [
     "BATCH_CANCELLED",
     "CANCELLED",
     "CANCELLED_BEFORE_START",
+    "COST_LIMIT",
     "Outcome",
+    "cost_limit_of",
     "error_of",
     "expiry_of",
     "failure_of",
@@ -35,6 +37,9 @@ class Outcome(msgspec.Struct, frozen=True):
 
 CANCELLED = Outcome(RunStatus.CANCELLED, "The run was cancelled.", "cancelled")
 CANCELLED_BEFORE_START = Outcome(RunStatus.CANCELLED, "The batch was cancelled before this item started.", "cancelled")
+COST_LIMIT = Outcome(
+    RunStatus.CANCELLED, "The batch had spent its max_cost before this item could run.", CostLimit.error_type
+)
 
 
 #: ``error`` of a cancelled batch.
@@ -75,6 +80,14 @@ def error_of(exc: BaseException | None, subject: str, *, expose_errors: bool) ->
         return safe_text(exc), safe_text(exc.error_type)
     error = f"{subject} raised {type(exc).__name__}"
     return (f"{error}: {safe_text(exc)}" if expose_errors else error), "agent_exception"
+
+
+def cost_limit_of(batch: Batch) -> str:
+    """Return the error of a batch that has spent its ``max_cost``."""
+    return (
+        f"The batch stopped after {cost_in_words(batch.usage)}. It may cost {batch.options.max_cost or 0:g} US dollars "
+        "(max_cost). Retry it with a higher max_cost to run the items that are left."
+    )
 
 
 def none_completed(total_items: int, first_error: str) -> str:

@@ -44,14 +44,20 @@ async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None =
 
 
 def _status_text(now: dict[str, Any], before: Batch, took_s: float) -> str:
-    """Return the text after the counts: items per second while following, the remaining time, and failures."""
+    """Return the text after the counts: items per second while following, the remaining time, cost, and failures."""
     parts = []
     if ended := now["completed_items"] - before.completed_items:
         parts.append(f"{ended / max(took_s, 1e-3):.1f}/s")
     if now["eta_s"] is not None:
         parts.append(f"{timedelta(seconds=round(now['eta_s']))} left")
+    if "cost" in now:
+        parts.append(f"${now['cost']:.4f}" + (f" of about ${now['estimated_cost']:.4f}" if _is_partial(now) else ""))
     parts += [f"{count} {what}" for what in ("failed", "cancelled") if (count := now[f"{what}_items"])]
     return "  ".join(parts)
+
+
+def _is_partial(now: dict[str, Any]) -> bool:
+    return "estimated_cost" in now and now["completed_items"] < now["total_items"]
 
 
 class _Terminal:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from datetime import datetime
 from typing import Any
 
+import msgspec
+
 from flock.engine import statements
 from flock.engine.refusals import not_accepting
 from flock.engine.rows import (
@@ -48,6 +50,7 @@ from flock.runs import (
     Run,
     RunStatus,
     Step,
+    Usage,
 )
 
 __all__ = [
@@ -69,15 +72,26 @@ __all__ = [
     "has_key",
     "insert_key",
     "insert_runs",
+    "newly_spent",
     "page_of",
     "read_row",
     "rows_of",
     "write_call",
     "write_run",
+    "write_spent",
 ]
 
-#: Items of batches that ended, by batch and status.
-Ended = Counter[tuple[str, RunStatus]]
+
+class Ended(Counter[tuple[str, RunStatus]]):
+    """Items of batches that ended, by batch and status.
+
+    Attributes:
+        spent: the tokens that items have used since they were last written, by batch.
+    """
+
+    def __init__(self, ended: Mapping[tuple[str, RunStatus], int] = {}) -> None:
+        super().__init__(ended)
+        self.spent: dict[str, Usage] = {}
 
 
 def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int, Step], ended: Ended) -> bool:
@@ -85,6 +99,7 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
 
     The last step of a completed run is written in the row of the run, because both have the same result.
     """
+    spent = newly_spent(db, run)
     own_rows = steps_with_rows(run, steps)
     last_step = last_step_of(run) if len(own_rows) < len(steps) else None
     if is_new:
@@ -98,15 +113,43 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
         db.execute(statements.INSERT_STEP, step_values(run.run_id, position, step))
     if run.batch_id is not None and run.status.is_final:
         ended[run.batch_id, run.status] += 1
+    if run.batch_id is not None and spent is not None:
+        ended.spent[run.batch_id] = ended.spent.get(run.batch_id, Usage()) + spent
     return True
 
 
+def newly_spent(db: sqlite3.Connection, run: Run) -> Usage | None:
+    """Return the tokens that *run*, if it is an item, has used since it was last written. Call it before writing."""
+    if run.batch_id is None or run.spent is None:
+        return None
+    row = db.execute(statements.SPENT, (run.run_id,)).fetchone()
+    return run.spent - _usage_from(row)
+
+
+def _usage_from(row: Sequence[Any] | None) -> Usage:
+    return Usage() if row is None or row[0] is None else msgspec.json.decode(row[0], type=Usage)
+
+
+def write_spent(db: sqlite3.Connection, run: Run) -> None:
+    """Write ``Run.spent``, and add to the usage of its batch."""
+    if run.spent is None:
+        return
+    ended, spent = Ended(), newly_spent(db, run)
+    db.execute(statements.SET_SPENT, (msgspec.json.encode(run.spent), run.run_id))
+    if spent is not None and run.batch_id is not None:
+        ended.spent[run.batch_id] = spent
+        count_ended(db, ended)
+
+
 def count_ended(db: sqlite3.Connection, ended: Ended) -> None:
-    """Add the items of *ended* to the counts of their batches."""
+    """Add the items of *ended* to the counts of their batches, and what they have spent to their usage."""
     for batch_id in {batch_id for batch_id, _ in ended}:
         failed, cancelled = ended[batch_id, RunStatus.FAILED], ended[batch_id, RunStatus.CANCELLED]
         total = ended[batch_id, RunStatus.COMPLETED] + failed + cancelled
         db.execute(statements.COUNT_ENDED_ITEMS, (total, failed, cancelled, batch_id))
+    for batch_id, spent in ended.spent.items():
+        usage = _usage_from(db.execute(statements.USAGE_OF_BATCH, (batch_id,)).fetchone()) + spent
+        db.execute(statements.SET_USAGE_OF_BATCH, (msgspec.json.encode(usage), batch_id))
 
 
 def insert_runs(db: sqlite3.Connection, runs: Iterable[Run]) -> None:
@@ -321,6 +364,7 @@ def find_shown_call(
 
 
 def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:
-    """Write a finished call of a step. Raises OwnershipLost."""
+    """Write a finished call of a step, and what the run has spent. Raises OwnershipLost."""
     check_owner(db, run)
+    write_spent(db, run)
     db.execute(statements.INSERT_CALL, call_values(run, position, call))

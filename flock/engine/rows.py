@@ -187,7 +187,7 @@ LONG_IN_CALLS = ("arguments", "result")
 #: The columns of ``batches``, before ``hidden``.
 BATCH_TABLE = _columns_of(Batch)
 #: The fields of a run that change while it is executed. Its last step is written with them.
-UPDATED = ("status", "result", "error", "error_type", "started_at", "completed_at", "progress")
+UPDATED = ("status", "result", "error", "error_type", "started_at", "completed_at", "progress", "spent")
 
 #: The fields of a run that change when it begins to wait for answers, or gets one.
 SUSPENDED = ("waiting_for", "worked_s", "progress")

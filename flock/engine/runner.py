@@ -21,6 +21,7 @@ from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
 from flock.agents.llm import ModelClient
+from flock.agents.prices import PRICES, Price
 from flock.engine.live import LiveOutput
 from flock.engine.logs import fields_of_run
 from flock.engine.outcomes import CANCELLED, failure_of
@@ -162,6 +163,7 @@ class Runner:
         max_steps: int,
         expose_errors: bool,
         answer: Answer | None = None,
+        prices: Mapping[str, Price] = PRICES,
     ) -> None:
         self._store = store
         self.limits = limits
@@ -183,6 +185,7 @@ class Runner:
             expose_errors=expose_errors,
             max_result_bytes=limits.max_result_bytes,
             answer=answer,
+            prices=prices,
         )
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
@@ -247,8 +250,11 @@ class Runner:
 
     async def interrupt(self, active: StoredRun) -> None:
         """Leave an asynchronous run in a file for the next start, at shutdown. End any other as interrupted."""
-        run = active.unsaved or active.run
-        if not run.is_async or not self._store.is_shared:
+        run = replace(active.unsaved or active.run, spent=active.spent)
+        if run.is_async and self._store.is_shared:
+            if active.spent is not active.run.spent:
+                self._store.save_nowait(replace(active.run, spent=active.spent))
+        else:
             error, error_type = INTERRUPTED
             ended = replace(run, status=RunStatus.FAILED, error=error, error_type=error_type, completed_at=now())
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
@@ -312,7 +318,7 @@ class Runner:
         if self.is_draining:
             await anyio.lowlevel.checkpoint_if_cancelled()
         step = await self.turns.take(active)
-        run = replace(active.run, steps=(*active.run.steps, step))
+        run = replace(active.run, steps=(*active.run.steps, step), spent=active.spent)
         await _absorb_cancellation()
         if step.next_agent is None:
             active.unsaved = run
@@ -381,7 +387,7 @@ class Runner:
                 raise OwnershipLost(active.run.run_id)
             if stored.batch_id is None and stored.owner != active.run.owner:
                 raise OwnershipLost(active.run.run_id)
-            active.run = replace(stored, owner=active.run.owner, progress=active.progress)
+            active.run = replace(stored, owner=active.run.owner, progress=active.progress, spent=active.spent)
         return active.run
 
     async def _read(self, active: StoredRun, read: Callable[[], T]) -> T:
@@ -412,7 +418,7 @@ class Runner:
 
     async def save_call(self, active: StoredRun, call: Call) -> None:
         """See ``ActiveRun.keep_call``. Raises OwnershipLost."""
-        run = active.run
+        run = active.run = replace(active.run, spent=active.spent)
         await self._retrying(active, lambda: self._store.save_call(run, len(run.steps), call))
 
     async def _save(self, active: StoredRun, run: Run, step: Step | None) -> None:
@@ -446,6 +452,7 @@ class Runner:
             waiting_for=tuple(questions),
             worked_s=active.worked_s,
             progress=active.progress,
+            spent=active.spent,
         )
 
         def then(is_waiting: bool) -> None:
@@ -477,7 +484,7 @@ class Runner:
     async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run
         step = run.steps[-1] if active.unsaved is not None else None
-        run = replace(run, **end, completed_at=now(), progress=active.progress)
+        run = replace(run, **end, completed_at=now(), progress=active.progress, spent=active.spent)
         try:
             await self._save(active, run, step)
         except OwnershipLost:

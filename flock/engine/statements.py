@@ -68,6 +68,11 @@ END_WAITING_RUN = """UPDATE runs SET status = ?, error = ?, error_type = ?, comp
 #: The runs, and the items of batches, with a question that has expired.
 EXPIRED_RUNS = """SELECT run_id FROM runs INDEXED BY runs_expiring
     WHERE flock = ? AND status = 'waiting' AND expires_at <= ?"""
+SPENT = "SELECT spent FROM runs WHERE run_id = ?"
+SET_SPENT = "UPDATE runs SET spent = ? WHERE run_id = ?"
+SET_MAX_COST = "UPDATE runs SET max_cost = ? WHERE run_id = ?"
+USAGE_OF_BATCH = "SELECT usage FROM batches WHERE batch_id = ?"
+SET_USAGE_OF_BATCH = "UPDATE batches SET usage = ? WHERE batch_id = ?"
 COUNT_WAITING_ITEMS = "UPDATE batches SET waiting_items = waiting_items + ? WHERE batch_id = ?"
 CANCEL_RUN = "UPDATE runs SET cancel_requested = 1 WHERE run_id = ? AND status IN ('starting', 'running')"
 FAIL_RUN = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
@@ -244,12 +249,15 @@ COUNT_ENDED_ITEMS = """UPDATE batches SET completed_items = completed_items + ?,
     cancelled_items = cancelled_items + ? WHERE batch_id = ?"""
 BEGIN_BATCH = """UPDATE batches SET status = 'running', started_at = ifnull(started_at, :now), resumed_at = :now,
     resumed_with = completed_items WHERE batch_id = :batch_id"""
-END_BATCH = """UPDATE batches SET status = ?, error = ?, completed_at = ?, reopening = NULL,
+END_BATCH = """UPDATE batches SET status = ?, error = ?, error_type = ?, completed_at = ?, reopening = NULL,
     failed_items = ?, completed_items = total_items WHERE batch_id = ?"""
+#: Whether items were cancelled because ``max_cost`` was spent.
+HAS_UNPAID_ITEMS = """SELECT 1 FROM runs INDEXED BY items_by_status
+    WHERE batch_id = ? AND status = 'cancelled' AND error_type = ? LIMIT 1"""
 FAIL_BATCH = "UPDATE batches SET status = 'failed', error = ?, completed_at = ? WHERE batch_id = ? AND owner = ?"
 TAKE_BATCH = "UPDATE batches SET owner = ? WHERE batch_id = ? AND owner = ? AND completed_at IS NULL"
 REOPEN_BATCH = """UPDATE batches SET status = 'starting', attempt = attempt + 1, owner = ?, reopening = ?,
-    error = NULL, completed_at = NULL, resumed_at = NULL, cancel_requested = 0 WHERE batch_id = ?"""
+    error = NULL, error_type = NULL, completed_at = NULL, resumed_at = NULL, cancel_requested = 0 WHERE batch_id = ?"""
 SET_REOPENING = "UPDATE batches SET reopening = ? WHERE batch_id = ?"
 SET_OPTIONS = "UPDATE batches SET options = ? WHERE batch_id = ?"
 CANCEL_BATCH = """UPDATE batches SET cancel_requested = 1

@@ -633,8 +633,17 @@ class Store:
         """Request the owner of a run to cancel it. Returns False if the run is not active."""
         return await self.change(lambda db: db.execute(statements.CANCEL_RUN, (run_id,)).rowcount == 1)
 
-    async def reopen(self, run: Run, owner: str, limits: QueueLimits, then: Callable[[Run | None], None]) -> Run | None:
-        """Open the next attempt of *run*. Returns None if it neither failed nor was cancelled.
+    async def reopen(
+        self,
+        run: Run,
+        owner: str,
+        limits: QueueLimits,
+        then: Callable[[Run | None], None],
+        max_cost: float | None = None,
+    ) -> Run | None:
+        """Open the next attempt of *run*, with this *max_cost* if it is given.
+
+        Returns None if it neither failed nor was cancelled.
 
         Raises EngineFull, EngineStopped.
         """
@@ -643,6 +652,8 @@ class Store:
             queries.check_engine(db, owner)
             queries.check_room(db, run.flock, self.agents, run.principal, limits)
             is_reopened = db.execute(statements.REOPEN_RUN, (owner, run.run_id)).rowcount == 1
+            if is_reopened and max_cost is not None:
+                db.execute(statements.SET_MAX_COST, (max_cost, run.run_id))
             return queries.find_run(db, run.run_id) if is_reopened else None
 
         return await self.change(apply, then)

@@ -7,6 +7,7 @@ records and to wake waiting callers, an engine overrides methods of ``ActiveRun`
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
@@ -19,6 +20,7 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent, Exchange, Resources
 from flock.agents.llm import ModelClient
+from flock.agents.prices import PRICES, Price, check_budget, priced
 from flock.agents.workflow import exchanges_of, inputs_for, next_agent, take_turn
 from flock.engine.callees import Callees
 from flock.engine.journal import Journal
@@ -40,6 +42,7 @@ from flock.runs import (
     RunStatus,
     Step,
     Usage,
+    added,
     now,
 )
 
@@ -51,6 +54,8 @@ logger = logging.getLogger("flock.runs")
 CURRENT_SLOT: ContextVar[AgentSlot] = ContextVar("flock_slot")
 #: Max total size of the runs in the history of an agent, as JSON.
 MAX_HISTORY_BYTES = 256 * 1024
+#: Held while ``ActiveRun.spent`` changes.
+SPENDING = threading.Lock()
 
 
 class WaitingForAnswers(Exception):
@@ -78,6 +83,7 @@ class ActiveRun:
         is_stopped: it was cancelled because the engine is shutting down. It is resumed later or elsewhere.
         progress: the latest progress that an agent has reported.
         live: what its agents write; None while nobody watches.
+        spent: see ``Run``; including what is not written yet.
     """
 
     live: LiveOutput | None = None
@@ -99,10 +105,16 @@ class ActiveRun:
         self.cancel_requested = False
         self.is_stopped = False
         self.progress = run.progress
+        self.spent = run.spent
 
     def note_progress(self, progress: Progress | None) -> None:
         """Record progress. It may be called from any thread."""
         self.progress = progress
+
+    def note_usage(self, usage: Usage) -> None:
+        """Add the tokens of an answer. It may be called from any thread."""
+        with SPENDING:
+            self.spent = added(self.spent, usage)
 
     def cancel(self) -> None:
         """Request the run to stop."""
@@ -158,6 +170,7 @@ class Turns:
         max_result_bytes: max size of the result of one step, as JSON.
         max_run_bytes, max_item_bytes: max total size of the inputs and results, as JSON, of a run and of an item.
         answer: answers the questions of agents at once. Without it, their runs wait for answers.
+        prices: of models, by name; see ``flock.agents.prices``.
 
     Attributes:
         item_slots: max batch items that run at the same time.
@@ -176,6 +189,7 @@ class Turns:
         max_run_bytes: float = math.inf,
         max_item_bytes: float = math.inf,
         answer: Answer | None = None,
+        prices: Mapping[str, Price] = PRICES,
     ) -> None:
         self._agents = agents
         self._models = models
@@ -188,6 +202,7 @@ class Turns:
         self._max_run_bytes = max_run_bytes
         self._max_item_bytes = max_item_bytes
         self._answer = answer
+        self._prices = prices
         self._threads = Threads(limits.max_threads)
         reserved = limits.max_concurrency // 10
         self.item_slots = limits.max_concurrency - reserved
@@ -269,7 +284,7 @@ class Turns:
             on_start=functools.partial(_call_started, active),
             call_in_thread=resources.call_in_thread,
             run_agent=callees.run,
-            spent=run.usage or Usage(),
+            spent=run.usage_of_steps or Usage(),
             max_calls=self._max_calls - sum(step.call_count for step in run.steps),
             max_result_bytes=self._max_result_bytes,
             max_total_bytes=self._max_item_bytes,
@@ -293,10 +308,14 @@ class Turns:
             agent.name,
             active.note_progress,
             journal,
-            on_usage=functools.partial(self.notify, "tokens_spent"),
+            on_usage=functools.partial(self._on_usage, active),
             max_tokens=self._max_tokens,
             watched=active,
             output_names=agent.output_names,
+            priced=functools.partial(priced, self._prices),
+            check_cost=lambda agent_name, models: check_budget(
+                self._prices, active.spent, run.max_cost, agent_name, models
+            ),
         )
         if active.cancel_requested:
             context.request_cancel()
@@ -318,6 +337,10 @@ class Turns:
             ids = ", ".join(not_repeated)
             logger.warning("run %s: %s did not repeat these calls: %s", run.run_id, agent.name, ids)
         return result
+
+    def _on_usage(self, active: ActiveRun, agent_name: str, usage: Usage) -> None:
+        active.note_usage(usage)
+        self.notify("tokens_spent", agent_name, usage)
 
     async def _call_in_thread(
         self, active: ActiveRun, batch: BatchKey, function: Callable[[], Any], deadline: float = math.inf

@@ -27,6 +27,7 @@ logger = logging.getLogger("flock.store")
 def suspend(db: sqlite3.Connection, run: Run) -> bool:
     """Write a run that begins to wait. Returns False if it was cancelled meanwhile. Raises OwnershipLost."""
     queries.check_owner(db, run)
+    queries.write_spent(db, run)
     is_waiting = db.execute(statements.SUSPEND_RUN, (*waiting_values(run), run.run_id)).rowcount == 1
     if is_waiting:
         db.execute(statements.COUNT_WAITING_ITEMS, (1, run.batch_id))

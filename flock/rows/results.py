@@ -4,16 +4,19 @@ import csv
 import io
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from decimal import Decimal
 
 import msgspec
 
 from flock.agents.workflow import Columns
-from flock.runs import Engine, Run, RunStatus, Time
+from flock.runs import DOLLAR, Engine, Run, RunStatus, Time, shown_usage
 
 __all__ = ["RESULT_TYPES", "BatchItem", "CSVWriter", "item_pages", "results_as"]
 
 #: The media types of downloads, by their names in ``?format=``.
 RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv"}
+#: The last columns of CSV, on request.
+USAGE_COLUMNS = ("input_tokens", "output_tokens", "cost")
 #: Items per page.
 ITEMS_PER_PAGE = 500
 #: Characters at which a spreadsheet starts a formula, also in full width, and characters that it may skip before them:
@@ -35,7 +38,7 @@ SIGNED_NUMBER = re.compile(r"[+-][0-9]+([.,][0-9]+)?")
 class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
     """One ended item in a download: an element of the JSON array, or a line of NDJSON.
 
-    ``extra`` contains the kept columns of its row, if there are any.
+    ``extra`` contains the kept columns of its row, if there are any. ``usage`` and ``cost`` are there on request.
     """
 
     position: int
@@ -48,6 +51,8 @@ class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
     error_type: str | None
     started_at: Time | None
     completed_at: Time | None
+    usage: dict[str, int] | msgspec.UnsetType | None = msgspec.UNSET
+    cost: float | msgspec.UnsetType = msgspec.UNSET
 
 
 async def item_pages(
@@ -75,6 +80,7 @@ class CSVWriter:
         inputs, outputs: names of the columns; None for a single column with all values as JSON.
         escape_formulas: insert a ``'`` before text that a spreadsheet would execute, also after a semicolon, a tab or a
             newline. In JSON, such a semicolon is written as ``\\u003b``.
+        with_usage: add the columns ``input_tokens``, ``output_tokens`` and ``cost`` at the end.
     """
 
     def __init__(
@@ -84,7 +90,9 @@ class CSVWriter:
         outputs: Sequence[str] | None,
         *,
         escape_formulas: bool = True,
+        with_usage: bool = False,
     ) -> None:
+        self._with_usage = with_usage
         self._extra, self._inputs, self._outputs, self._escape_formulas = extra, inputs, outputs, escape_formulas
         self._buffer = io.StringIO()
         self._writer = csv.writer(self._buffer)  # ends lines with CRLF, as in RFC 4180
@@ -95,7 +103,7 @@ class CSVWriter:
         for prefix, group in (
             ("inputs", ["inputs"] if self._inputs is None else self._inputs),
             ("result", ["result"] if self._outputs is None else self._outputs),
-            ("run", ["status", "error"]),
+            ("run", ["status", "error", *(USAGE_COLUMNS if self._with_usage else ())]),
         ):
             names += [f"{prefix}.{name}" if name in names else name for name in group]
         return self._lines([[self._cell(name) for name in names]])
@@ -117,6 +125,11 @@ class CSVWriter:
                 yield self._cell_of(members.get(name))
         yield item.status.value
         yield self._cell(item.error or "")
+        if self._with_usage:
+            usage = item.usage
+            yield from ("", "", "") if usage is None else map(str, (usage.input_tokens, usage.output_tokens))
+            if usage is not None:
+                yield "" if usage.cost is None else f"{Decimal(usage.picodollars) / DOLLAR:f}"
 
     def _cell_of(self, raw: msgspec.Raw | None, *, is_kept: bool = False) -> str:
         """Return text unchanged, an absent value and null as "", and other values as JSON."""
@@ -150,25 +163,27 @@ async def results_as(
     extra: Sequence[str],
     columns: Columns,
     escape_formulas: bool,
+    *,
+    with_usage: bool = False,
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the items of *pages* in a format of ``RESULT_TYPES``."""
-    table = CSVWriter(extra, *columns, escape_formulas=escape_formulas)
+    """Yield the items of *pages* in a format of ``RESULT_TYPES``, with their tokens and cost if *with_usage*."""
+    table = CSVWriter(extra, *columns, escape_formulas=escape_formulas, with_usage=with_usage)
     encoder, separator = msgspec.json.Encoder(), b""
     yield {"json": b"[", "ndjson": b"", "csv": table.header()}[format_]
     async for page in pages:
         if format_ == "csv":
             text = table.rows(page)
         elif format_ == "ndjson":
-            text = encoder.encode_lines([_batch_item(item) for item in page])
+            text = encoder.encode_lines([_batch_item(item, with_usage) for item in page])
         else:
-            text = separator + encoder.encode([_batch_item(item) for item in page])[1:-1]
+            text = separator + encoder.encode([_batch_item(item, with_usage) for item in page])[1:-1]
             separator = b","
         del page  # if the client is slow, hold only the text
         yield text
     yield b"]\n" if format_ == "json" else b""
 
 
-def _batch_item(item: Run) -> BatchItem:
+def _batch_item(item: Run, with_usage: bool) -> BatchItem:
     return BatchItem(
         position=item.position or 0,
         run_id=item.run_id,
@@ -180,4 +195,5 @@ def _batch_item(item: Run) -> BatchItem:
         error_type=item.error_type,
         started_at=item.started_at,
         completed_at=item.completed_at,
+        **(shown_usage(item.usage) if with_usage else {}),
     )

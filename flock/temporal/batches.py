@@ -36,6 +36,7 @@ from flock.runs import (
     Page,
     Run,
     RunStatus,
+    added,
 )
 from flock.temporal.chunks import Chunk, ended_so_far, read_chunk
 from flock.temporal.cluster import Cluster
@@ -51,6 +52,7 @@ from flock.temporal.messages import (
     chunk_workflow_id,
     decoded,
     item_id,
+    latest,
     parse_item_id,
     rows_workflow_id,
 )
@@ -292,6 +294,7 @@ class TemporalBatches:
             completed_items=max(batch.completed_items + ended.total, reported.completed_items),
             failed_items=max(batch.failed_items + ended.failed, reported.failed_items),
             cancelled_items=max(batch.cancelled_items + ended.cancelled, reported.cancelled_items),
+            usage=latest(added(batch.usage, ended.usage), reported.usage),
         )
         if len(self._last_reported) > BATCH_CACHE_SIZE:
             self._last_reported.popitem(last=False)
@@ -431,7 +434,9 @@ class TemporalBatches:
             async with self._cluster.rpc_scope():
                 await self.handle(batch_id, batch.attempt).signal("cancel_item", position)
 
-    async def retry(self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None) -> Batch:
+    async def retry(
+        self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None, max_cost: float | None = None
+    ) -> Batch:
         """Start the next attempt of a batch that has ended, for *item* alone if it is given."""
         state = await self._find(batch_id)
         batch, statuses = state.batch, tuple(only or (RunStatus.FAILED, RunStatus.CANCELLED))
@@ -458,6 +463,8 @@ class TemporalBatches:
                 failed_items=batch.failed_items - failed,
                 cancelled_items=batch.cancelled_items - cancelled,
                 error=None,
+                error_type=None,
+                options=batch.options if max_cost is None else replace(batch.options, max_cost=max_cost),
                 completed_at=None,
                 resumed_at=None,
                 resumed_with=0,

@@ -23,20 +23,30 @@ from temporalio.exceptions import (
     ApplicationError,
     CancelledError,
     ChildWorkflowError,
+    FailureError,
     RetryState,
     TimeoutError,
 )
 
-from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED_BEFORE_START, Outcome, none_completed
-from flock.runs import RunStatus
+from flock.engine.outcomes import (
+    BATCH_CANCELLED,
+    CANCELLED_BEFORE_START,
+    COST_LIMIT,
+    Outcome,
+    cost_limit_of,
+    none_completed,
+)
+from flock.runs import DOLLAR, RunStatus, Usage, added, is_spent
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
+    CHUNK_SPENT_SIGNAL,
     CHUNK_WORKFLOW,
     DELETE_ACTIVITY,
     DELETE_WORKFLOW,
     FIND_ACTIVITY,
     ITEMS_ACTIVITY,
     ROWS_WORKFLOW,
+    STOP_SIGNAL,
     TASK_TIMEOUT,
     BatchOrder,
     Calls,
@@ -47,6 +57,7 @@ from flock.temporal.messages import (
     ItemsOrder,
     Part,
     RowsOrder,
+    batch_workflow_id,
     chunk_workflow_id,
     items_queue_of,
     recoded,
@@ -106,6 +117,9 @@ class FlockBatch(_Interruptible):
         self._lanes: dict[int, int] = {}
         self._chunks: dict[int, asyncio.Task[Counts]] = {}
         self._started: dict[int, workflow.ChildWorkflowHandle[Any, Counts]] = {}
+        #: what the items of running chunks have spent, as far as ``max_cost`` needs it
+        self._spent_in: dict[int, Usage] = {}
+        self._is_stopping = False
         self._signals: set[asyncio.Task[None]] = set()
 
     @workflow.signal(name="cancel_item")
@@ -116,6 +130,20 @@ class FlockBatch(_Interruptible):
         for chunk in self._chunks:
             if self._order.first_of(chunk) <= position < self._order.first_of(chunk + 1):
                 self._signal_chunk(chunk, "cancel_item", position)
+
+    @workflow.signal(name=CHUNK_SPENT_SIGNAL)
+    def chunk_spent(self, chunk: int, usage: Usage) -> None:
+        """Note what the items of a running chunk have spent."""
+        if chunk in self._chunks:
+            self._spent_in[chunk] = usage
+
+    @property
+    def _usage(self) -> Usage | None:
+        return added(self._batch.usage, *self._spent_in.values())
+
+    @property
+    def _is_spent(self) -> bool:
+        return is_spent(self._usage, self._batch.options.max_cost)
 
     @workflow.run
     async def run(self, order: BatchOrder) -> None:
@@ -134,7 +162,17 @@ class FlockBatch(_Interruptible):
                 break
             self._update_memo()
             known = len(self._cancelled)
-            await self._until(lambda: self._has_ended() or len(self._cancelled) != known)  # noqa: B023 - awaited here
+            await self._until(
+                lambda: (
+                    self._has_ended()
+                    or len(self._cancelled) != known  # noqa: B023 - awaited here
+                    or (self._is_spent and not self._is_stopping)
+                )
+            )
+            if self._is_spent and not self._is_stopping:
+                self._is_stopping = True
+                for chunk in self._chunks:
+                    self._signal_chunk(chunk, STOP_SIGNAL, 0)
             if len(self._cancelled) != known and not self.is_cancelled:
                 with contextlib.suppress(asyncio.TimeoutError):  # there may be more of them
                     await self._until(self._has_ended, MEMO_DELAY)
@@ -146,7 +184,7 @@ class FlockBatch(_Interruptible):
                     started.cancel()
         while self._signals:
             await self._until(lambda: not self._signals)
-        if self._chunks_to_start() and not self.is_cancelled:
+        if self._chunks_to_start() and not (self.is_cancelled or self._is_spent):
             workflow.continue_as_new(self._state(), memo=self._memo())
         self._finish()
 
@@ -176,7 +214,7 @@ class FlockBatch(_Interruptible):
         free = lanes - sum(self._lanes.values())
         room = min(lanes, CHUNKS_AT_ONCE) - len(self._chunks)
         is_long = _is_long()
-        if not (self.is_cancelled or is_long) and free and room:
+        if not (self.is_cancelled or is_long or self._is_spent) and free and room:
             chunks = list(islice(self._chunks_to_start(), room))
             for index, chunk in enumerate(chunks):
                 share = math.ceil(free / (len(chunks) - index))
@@ -206,10 +244,16 @@ class FlockBatch(_Interruptible):
             timeout_s=self._order.timeout_s,
             heartbeat_timeout_s=self._order.heartbeat_timeout_s,
             cancelled={at: when for at, when in self._cancelled.items() if first <= at < end},
+            budget=self._budget(),
         )
         self._lanes[chunk] = lanes
         self._next = chunk + 1
         self._chunks[chunk] = asyncio.create_task(self._run_chunk(order))
+
+    def _budget(self) -> int | None:
+        """Return the picodollars that are left of ``max_cost``, or None if there is none."""
+        max_cost, usage = self._batch.options.max_cost, self._usage
+        return None if max_cost is None else round(max_cost * DOLLAR) - (0 if usage is None else usage.picodollars)
 
     async def _run_chunk(self, order: ChunkOrder) -> Counts:
         """Run a chunk. This task is never cancelled, because the outcome of a cancelled start is unknown."""
@@ -244,6 +288,7 @@ class FlockBatch(_Interruptible):
         for chunk, task in [(chunk, task) for chunk, task in self._chunks.items() if task.done()]:
             del self._chunks[chunk], self._lanes[chunk]
             self._started.pop(chunk, None)
+            self._spent_in.pop(chunk, None)
             end = self._order.first_of(chunk + 1)
             for position in [at for at in self._cancelled if self._order.first_of(chunk) <= at < end]:
                 del self._cancelled[position]
@@ -264,6 +309,7 @@ class FlockBatch(_Interruptible):
                 completed_items=batch.completed_items + ended.total,
                 failed_items=batch.failed_items + ended.failed,
                 cancelled_items=batch.cancelled_items + ended.cancelled,
+                usage=added(batch.usage, ended.usage),
             )
             self._failed_in |= bool(ended.failed) << chunk
             self._cancelled_in |= bool(ended.cancelled) << chunk
@@ -300,9 +346,12 @@ class FlockBatch(_Interruptible):
         for chunk in self._chunks_to_start() if unfinished else ():
             self._cancelled_in |= 1 << chunk
         cancelled = batch.cancelled_items + unfinished
-        status, error = RunStatus.COMPLETED, None
+        status = RunStatus.COMPLETED
+        error = error_type = None
         if self.is_cancelled and cancelled:
             status, error = RunStatus.CANCELLED, BATCH_CANCELLED
+        elif self._is_spent and cancelled:
+            status, error, error_type = RunStatus.FAILED, cost_limit_of(batch), COST_LIMIT.error_type
         elif batch.failed_items + cancelled == batch.total_items:
             status = RunStatus.FAILED
             first = self._first_error[1] if self._first_error else CANCELLED_BEFORE_START.error
@@ -311,12 +360,14 @@ class FlockBatch(_Interruptible):
             batch,
             status=status,
             error=error,
+            error_type=error_type,
             completed_at=workflow.now(),
             completed_items=batch.total_items,
             cancelled_items=cancelled,
         )
         state = self._state()
-        attempt = replace(state.attempts[-1], completed_at=workflow.now(), cancelled={})
+        ended = {"completed_at": workflow.now(), "cancelled": {}, "is_spent": error_type is not None}
+        attempt = replace(state.attempts[-1], **ended)
         self._order = replace(state, attempts=(*state.attempts[:-1], attempt))
         retry_state = {
             "failed_in": f"{self._failed_in:x}",
@@ -342,6 +393,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         #: positions of items to cancel
         self._cancelled = set(order.cancelled)
         self._running: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
+        self._is_stopping = False
         self._calls = Calls(order.calls)
 
     @workflow.signal(name="set_lanes")
@@ -353,6 +405,11 @@ class FlockChunk(_Interruptible, CallKeeper):
     def cancel_item(self, position: int) -> None:
         """Cancel one item."""
         self._cancelled.add(position)
+
+    @workflow.signal(name=STOP_SIGNAL)
+    def stop(self, _: int) -> None:
+        """Start no more items, because the ``max_cost`` of the batch is spent."""
+        self._is_stopping = True
 
     @workflow.run
     async def run(self, order: ChunkOrder) -> Counts:
@@ -369,6 +426,7 @@ class FlockChunk(_Interruptible, CallKeeper):
                 workflow.continue_as_new(self._state(), memo=self._memo())
             self._update_memo()
             lanes, cancelled, was_cancelled = self._lanes, set(self._cancelled), self.is_cancelled
+            usage = self._ended.usage
             with contextlib.suppress(asyncio.TimeoutError):
                 await self._until(
                     lambda: (
@@ -379,12 +437,26 @@ class FlockChunk(_Interruptible, CallKeeper):
                 )
             await _settle()
             self._collect()
+            if order.budget is not None and self._ended.usage != usage:
+                await self._report(order.budget)
             stops_all, newly = self.is_cancelled and not was_cancelled, self._cancelled - cancelled
             for task, ordered in self._running.items() if stops_all or newly else ():
                 if stops_all or any(part.position in newly for part in ordered.parts):
                     task.cancel()  # its worker reads in the memo which items to stop
         self._update_memo()
         return self._ended
+
+    async def _report(self, budget: int) -> None:
+        """Tell the batch what the items have spent, and stop if that is all that was left when this chunk started."""
+        usage, batch_id = self._ended.usage or Usage(), self._order.batch_id
+        self._is_stopping |= usage.cost is None or usage.picodollars >= budget
+        batch = workflow.get_external_workflow_handle(batch_workflow_id(batch_id, self._order.attempt))
+        try:
+            await batch.signal(CHUNK_SPENT_SIGNAL, args=[self._order.chunk, usage])
+        except asyncio.CancelledError:
+            self.is_cancelled = True
+        except FailureError:  # the batch was closed from outside
+            workflow.logger.debug("the batch %s is closed", batch_id)
 
     async def _find(self) -> None:
         """Find the items to run."""
@@ -422,6 +494,8 @@ class FlockChunk(_Interruptible, CallKeeper):
         step_bytes = 0
         while self._todo and len(self._running) < self._lanes:
             share = math.ceil(len(self._todo) / (self._lanes - len(self._running)))
+            if self._order.budget is not None:  # it is checked before each item
+                share = 1
             parts: list[Part] = []
             while len(parts) < share and (not step_bytes or step_bytes + _bytes_of(self._todo[0]) <= MAX_STEP_BYTES):
                 step_bytes += _bytes_of(self._todo[0])
@@ -453,12 +527,13 @@ class FlockChunk(_Interruptible, CallKeeper):
             self._todo.extendleft(reversed(order.left_after(done)))
 
     def _drop_cancelled(self) -> None:
-        if not (self.is_cancelled or self._cancelled):
+        drops_all = self.is_cancelled or self._is_stopping
+        if not (drops_all or self._cancelled):
             return
         todo, self._todo = self._todo, deque()
         for part in todo:
-            if self.is_cancelled or part.position in self._cancelled:
-                self._ended += Counts(cancelled=1)
+            if drops_all or part.position in self._cancelled:
+                self._ended += Counts(cancelled=1, usage=part.usage)
             else:
                 self._todo.append(part)
 

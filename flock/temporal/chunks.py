@@ -6,16 +6,16 @@ from datetime import datetime
 from typing import Any
 
 from msgspec import UnsetType
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 from temporalio.api.enums.v1 import EventType, RetryState
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.engine.outcomes import CANCELLED_BEFORE_START
+from flock.engine.outcomes import CANCELLED_BEFORE_START, COST_LIMIT, Outcome
 from flock.errors import cut
-from flock.runs import INVALID_INPUT, Call, Run, RunStatus
+from flock.runs import INVALID_INPUT, Call, Run, RunStatus, Usage, added
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,
@@ -30,6 +30,7 @@ from flock.temporal.messages import (
     chunk_workflow_id,
     decoded,
     item_id,
+    latest,
     rows_workflow_id,
 )
 from flock.temporal.records import (
@@ -69,6 +70,8 @@ class Chunk:
     def __init__(self, batch_id: str, rows: RowsOrder) -> None:
         self.items: dict[int, Run] = {}
         self.calls: dict[int, dict[int, list[Call]]] = {}
+        #: what each item had spent before the attempt that is being applied
+        self._spent_before: dict[int, Usage | None] = {}
         for position, row in enumerate(rows.rows, rows.first):
             item = replace(
                 rows.item,
@@ -89,10 +92,16 @@ class Chunk:
             if reopens(attempt, item):
                 self.items[position] = reset_for_retry(item)
 
-    def fold(self, history: Iterable[HistoryEvent], pending: Sequence[PendingActivityInfo] = ()) -> None:
-        """Apply the history of one attempt to the items."""
+    def fold(
+        self,
+        history: Iterable[HistoryEvent],
+        pending: Sequence[PendingActivityInfo] = (),
+        unstarted: Outcome = CANCELLED_BEFORE_START,
+    ) -> None:
+        """Apply the history of one attempt to the items. *unstarted* is the outcome of those that it did not start."""
         orders = _OpenOrders()
         calls: dict[int, dict[int, list[Call]]] = {}
+        self._spent_before = {position: item.spent for position, item in self.items.items()}
         for event in history:
             at = time_of(event.event_time)
             if (call := call_of(event)) is not None:
@@ -112,7 +121,7 @@ class Chunk:
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                     self.cancel(self.items, None)
                 case closed if closed in CLOSED:
-                    self.close(at)
+                    self.close(at, unstarted)
         for order, done in orders.heartbeats(pending):
             self._apply(order, done, None)
         for position, of_steps in calls.items():  # a retry replaces those of the failed step
@@ -126,11 +135,11 @@ class Chunk:
                 item = replace(item, cancel_requested=True)
                 self.items[position] = item if at is None else _cancelled(item, at)
 
-    def close(self, at: datetime) -> None:
-        """End the attempt. Items that have not ended were cancelled before they started."""
+    def close(self, at: datetime, unstarted: Outcome = CANCELLED_BEFORE_START) -> None:
+        """End the attempt. *unstarted* is the outcome of the items that have not ended."""
         for position, item in self.items.items():
             if not item.status.is_final:
-                self.items[position] = _cancelled(item, at)
+                self.items[position] = _cancelled(item, at, unstarted)
 
     def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None) -> None:
         """Apply the progress of *order*. *at* is when the order ended, or None if it is running."""
@@ -144,7 +153,10 @@ class Chunk:
 
     def _started(self, part: Part) -> Run:
         item = self.items[part.position]
-        if part.started_at is None or item.status.is_final:
+        if item.status.is_final:
+            return item
+        item = replace(item, spent=latest(item.spent, added(self._spent_before.get(part.position), part.usage)))
+        if part.started_at is None:
             return item
         steps = part.steps or item.steps
         return replace(item, status=RunStatus.RUNNING, started_at=part.started_at, steps=steps, progress=part.progress)
@@ -162,17 +174,12 @@ class Chunk:
             completed_at=ended.completed_at,
             progress=ended.progress,
             steps=steps,
+            spent=latest(item.spent, added(self._spent_before.get(ended.position), ended.usage)),
         )
 
 
-def _cancelled(item: Run, at: datetime) -> Run:
-    return replace(
-        item,
-        status=RunStatus.CANCELLED,
-        error=CANCELLED_BEFORE_START.error,
-        error_type=CANCELLED_BEFORE_START.error_type,
-        completed_at=at,
-    )
+def _cancelled(item: Run, at: datetime, outcome: Outcome = CANCELLED_BEFORE_START) -> Run:
+    return replace(item, **asdict(outcome), completed_at=at)
 
 
 def reopens(attempt: Attempt, item: Run) -> bool:
@@ -300,10 +307,11 @@ async def read_chunk(
             items.reopen(attempt)
         for position, at in attempt.cancelled.items():
             items.cancel([position], at)
+        unstarted = COST_LIMIT if attempt.is_spent else CANCELLED_BEFORE_START
         if chunk < attempt.begun_to:
-            items.fold(*next(remaining_histories))
+            items.fold(*next(remaining_histories), unstarted)
         if attempt.completed_at is not None:
-            items.close(attempt.completed_at)
+            items.close(attempt.completed_at, unstarted)
     return items
 
 

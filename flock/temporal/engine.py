@@ -25,6 +25,8 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
+from flock.agents.models import ModelChoice
+from flock.agents.prices import Price
 from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
 from flock.engine.refusals import (
@@ -97,6 +99,7 @@ class TemporalEngine(EngineBase):
         heartbeat_timeout_s: seconds without a heartbeat after which a worker is considered dead and its steps are
             retried elsewhere. An async agent that blocks the event loop for longer is started a second time.
         payload_dir: the folder for payloads too long for the cluster, the same as the workers'; see docs/temporal.md.
+        prices, default_model: those of the workers, to reject a ``max_cost`` that cannot hold.
         limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``.
 
     Raises: DefinitionError if a limit is invalid.
@@ -113,6 +116,8 @@ class TemporalEngine(EngineBase):
         flock: str = "flock",
         heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
         payload_dir: str | os.PathLike[str] | None = None,
+        prices: Mapping[str, Price] | None = None,
+        default_model: ModelChoice = None,
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
@@ -121,7 +126,7 @@ class TemporalEngine(EngineBase):
         limits = replace(limits, max_items=min(limits.max_items, MAX_ITEMS))
         if payload_dir is None:
             limits = replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
-        super().__init__(agents, flock, limits)
+        super().__init__(agents, flock, limits, prices=prices, default_model=default_model)
         self._task_queue = task_queue_of(flock)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._reservations = Reservations(self.cluster, flock, self._task_queue)
@@ -441,17 +446,19 @@ class TemporalEngine(EngineBase):
         await self.get_run(run_id)
         raise CallNotFound(run_id, call_id)  # workers refuse questions
 
-    async def retry_run(self, run_id: str) -> Run:
+    async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
+        self._check_prices(run.agent_name, max_cost)
         batch = None if run.batch_id is None else await self._batches.get(run.batch_id)
         if batch is not None:
             if batch.status.is_final and run.status in RETRYABLE and run.error_type != INVALID_INPUT:
-                await self._batches.retry(batch.batch_id, (run.status,), run)
+                await self._batches.retry(batch.batch_id, (run.status,), run, max_cost)
                 return await self.get_run(run_id)
         if batch is not None or run.status not in RETRYABLE:
             raise run_not_retried(run, batch)
-        again = reset_for_retry(replace(run, is_async=True))
+        max_cost = run.max_cost if max_cost is None else max_cost
+        again = reset_for_retry(replace(run, is_async=True, max_cost=max_cost))
         try:
             await self._check_room(run.principal)
             with self._counted_as_starting():
@@ -533,9 +540,10 @@ class TemporalEngine(EngineBase):
         self._check_entered()
         return await self._batches.cancel(batch_id)
 
-    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
+    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = (), max_cost: float | None = None) -> Batch:
         self._check_running()
-        return await self._batches.retry(batch_id, only)
+        self._check_prices((await self.get_batch(batch_id)).agent_name, max_cost)
+        return await self._batches.retry(batch_id, only, max_cost=max_cost)
 
     async def delete_batch(self, batch_id: str) -> None:
         self._check_entered()

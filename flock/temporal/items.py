@@ -22,7 +22,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from flock.engine.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
 from flock.engine.turns import Turns
 from flock.errors import StoreError
-from flock.runs import Run, RunStatus, Step, now
+from flock.runs import Run, RunStatus, Step, Usage, added, now
 from flock.temporal.chunks import Chunk, read_chunk, reopens
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
@@ -69,6 +69,8 @@ class _Job:
         self.current = done.unfinished
         self.bytes = sum(map(_bytes_of, self.ended))
         self.turn: ActivityTurn | None = None
+        #: what the current item had spent before this attempt of the batch
+        self.spent_before = Usage()
         self.has_taken_turns = False
         #: items to cancel: all of them, or these positions
         self.is_cancelled = False
@@ -79,6 +81,16 @@ class _Job:
 
     def remaining_parts(self) -> list[Part]:
         return self.order.left_after(self.done())
+
+    def part(self, run: Run) -> Part:
+        """Return the current item as it is now."""
+        return Part(
+            position=run.position or 0,
+            started_at=run.started_at,
+            steps=run.steps,
+            progress=run.progress,
+            usage=self.usage(run.spent),
+        )
 
     def must_cancel(self, position: int) -> bool:
         return self.is_cancelled or position in self.cancelled
@@ -93,8 +105,13 @@ class _Job:
     def done(self) -> ItemsDone:
         current = self.current
         if current is not None and self.turn is not None:
-            current = replace(current, progress=self.turn.progress, has_calls=self.turn.has_calls)
+            usage = self.usage(self.turn.spent)
+            current = replace(current, progress=self.turn.progress, has_calls=self.turn.has_calls, usage=usage)
         return ItemsDone(ended=tuple(self.ended), unfinished=current)
+
+    def usage(self, spent: Usage | None) -> Usage | None:
+        """Return what the current item has spent in this attempt, if it has *spent* that much in all of them."""
+        return None if spent is None or spent == self.spent_before else spent - self.spent_before
 
 
 class ItemActivities:
@@ -143,7 +160,7 @@ class ItemActivities:
         work.result()
         done = job.done()
         unfinished = done.unfinished
-        has_progress = unfinished is not None and (unfinished.steps or unfinished.has_calls)
+        has_progress = unfinished is not None and (unfinished.steps or unfinished.has_calls or unfinished.usage)
         return done if has_progress else replace(done, unfinished=None)
 
     async def _run_items(self, job: _Job, *, is_again: bool) -> None:
@@ -156,7 +173,8 @@ class ItemActivities:
             run = items[part.position]
             if part.started_at is not None:
                 run = replace(run, status=RunStatus.RUNNING, started_at=part.started_at)
-            run = replace(run, steps=part.steps or run.steps)
+            job.spent_before = run.spent or Usage()
+            run = replace(run, steps=part.steps or run.steps, spent=added(run.spent, part.usage))
             ended = await self._run_item(
                 job, run, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls
             )
@@ -178,30 +196,31 @@ class ItemActivities:
             turn = job.turn = ActivityTurn(run, job.order.timeout_s, self._cluster, is_again=is_again)
             turn.has_calls = has_calls
             job.has_taken_turns, is_again = True, False
-            job.current = _part(run)
+            job.current = job.part(run)
             taking = asyncio.create_task(turn.take(self._turns))
             while not taking.done():
                 await asyncio.wait([taking])
             job.turn = None
             if turn.outcome is None:
-                job.current = replace(job.current, has_calls=turn.has_calls)
+                job.current = replace(job.current, has_calls=turn.has_calls, usage=job.usage(turn.spent))
                 return None
-            run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress)
+            run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress, spent=turn.spent)
             outcome = turn.outcome if isinstance(turn.outcome, Outcome) else None
             if isinstance(turn.outcome, Step):
                 run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
-                job.current = _part(run)
+                job.current = job.part(run)
                 job.changed.set()
                 if run.next_agent_name is not None and job.must_cancel(position):
                     outcome = CANCELLED
             if outcome is not None:
-                return self._report_end(run, _item_outcome(_part(run), outcome, run.started_at))
+                return self._report_end(run, _item_outcome(job.part(run), outcome, run.started_at))
         ended = ItemOutcome(
             position=position,
             started_at=run.started_at or now(),
             completed_at=now(),
             progress=run.progress,
             steps=run.steps,
+            usage=job.usage(run.spent),
         )
         return self._report_end(run, ended)
 
@@ -323,10 +342,6 @@ class ItemActivities:
         await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))
 
 
-def _part(run: Run) -> Part:
-    return Part(position=run.position or 0, started_at=run.started_at, steps=run.steps, progress=run.progress)
-
-
 def _item_outcome(part: Part, outcome: Outcome, started_at: datetime | None) -> ItemOutcome:
     return ItemOutcome(
         position=part.position,
@@ -337,6 +352,7 @@ def _item_outcome(part: Part, outcome: Outcome, started_at: datetime | None) -> 
         completed_at=now(),
         progress=part.progress,
         steps=part.steps,
+        usage=part.usage,
     )
 
 

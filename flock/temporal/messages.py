@@ -21,7 +21,7 @@ from temporalio.converter import (
     EncodingPayloadConverter,
 )
 
-from flock.runs import Batch, Call, Progress, Run, RunStatus, Step, new_id
+from flock.runs import Batch, Call, Progress, Run, RunStatus, Step, Usage, added, new_id
 
 __all__ = [
     "ACTIVITY",
@@ -30,6 +30,7 @@ __all__ = [
     "BEGIN_SIGNAL",
     "CALLS_QUERY",
     "CALL_SIGNAL",
+    "CHUNK_SPENT_SIGNAL",
     "CHUNK_WORKFLOW",
     "CONVERTER",
     "DELETE_ACTIVITY",
@@ -49,6 +50,8 @@ __all__ = [
     "SEARCH_ATTRIBUTES",
     "SESSION",
     "SESSION_WORKFLOW",
+    "SPENT_QUERY",
+    "STOP_SIGNAL",
     "TASK_TIMEOUT",
     "Attempt",
     "BatchOrder",
@@ -71,6 +74,7 @@ __all__ = [
     "decoded",
     "item_id",
     "items_queue_of",
+    "latest",
     "new_batch_id",
     "parse_item_id",
     "recoded",
@@ -94,10 +98,14 @@ ACTIVITY = "run_agent"
 #: The signal and the query of a workflow whose activity makes calls.
 CALL_SIGNAL = "call_done"
 CALLS_QUERY = "calls"
+SPENT_QUERY = "spent"
 #: The signals of a session: a run joins and leaves. And that of a run: it may begin.
 JOIN_SIGNAL = "join"
 LEAVE_SIGNAL = "leave"
 BEGIN_SIGNAL = "begin"
+#: The signal of a chunk to its batch: what its items have spent. And that of a batch to its chunks: start no more.
+CHUNK_SPENT_SIGNAL = "chunk_spent"
+STOP_SIGNAL = "stop"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
@@ -143,11 +151,12 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of one turn. ``begun_at`` is when it got its slot, by the worker's clock."""
+    """The result of one turn. ``begun_at`` is when it got its slot, by the worker's clock. ``spent``: see ``Run``."""
 
     step: Step
     begun_at: datetime
     progress: Progress | None = None
+    spent: Usage | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +164,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
 
     begun_at: datetime | None = None
     progress: Progress | None = None
+    spent: Usage | None = None
 
 
 class ItemRow(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -190,6 +200,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         cancelled: items that were cancelled before their chunk started, with the time of the request. They are removed
             when their chunk has ended.
         rows_of: the batch id under which the rows were sent, if it is another one. Only set in the first attempt.
+        is_spent: items were cancelled because the ``max_cost`` of the batch was spent.
     """
 
     only: tuple[RunStatus, ...] = ()
@@ -198,6 +209,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     completed_at: datetime | None = None
     cancelled: dict[int, datetime] = {}
     rows_of: str | None = None
+    is_spent: bool = False
 
 
 class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -236,11 +248,19 @@ class CallDone(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         item: the position of the item, or 0 for a run.
         step: the position of the step.
+        spent: what the run has spent when the call finished; see ``Run``.
     """
 
     item: int = 0
     step: int
     call: Call
+    spent: Usage | None = None
+
+
+def latest(*spent: Usage | None) -> Usage | None:
+    """Return the latest of several reports of what a run has spent. It only grows."""
+    known = [usage for usage in spent if usage is not None]
+    return max(known, key=lambda usage: usage.input_tokens + usage.output_tokens, default=None)
 
 
 class Calls:
@@ -248,18 +268,25 @@ class Calls:
 
     def __init__(self, calls: Iterable[CallDone] = ()) -> None:
         self._by_item: dict[int, dict[tuple[int, str], CallDone]] = {}
+        self._spent: dict[int, Usage | None] = {}
         for done in calls:
             self.add(done)
 
     def add(self, done: CallDone) -> None:
+        self._spent[done.item] = latest(self._spent.get(done.item), done.spent)
         if done.call.is_checkpoint:
             self._by_item.setdefault(done.item, {})[done.step, done.call.call_id] = done
 
     def of_step(self, item: int, step: int) -> list[Call]:
         return [done.call for done in self._by_item.get(item, {}).values() if done.step == step]
 
+    def spent(self, item: int) -> Usage | None:
+        """What an item, or a run, had spent when its last call finished."""
+        return self._spent.get(item)
+
     def discard(self, item: int) -> None:
         self._by_item.pop(item, None)
+        self._spent.pop(item, None)
 
     def all(self) -> tuple[CallDone, ...]:
         return tuple(done for calls in self._by_item.values() for done in calls.values())
@@ -269,6 +296,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An item to run: from its beginning, or after the steps that this attempt has completed.
 
     ``is_again``: a worker that died may have started the next step. ``has_calls``: calls of that step have finished.
+    ``usage``: what it has spent in this attempt.
     """
 
     position: int
@@ -277,6 +305,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     progress: Progress | None = None
     is_again: bool = False
     has_calls: bool = False
+    usage: Usage | None = None
 
 
 class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -290,6 +319,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         cancelled: items to cancel, with the time of the request.
         before: the counts from earlier histories of this attempt.
         calls: the finished calls of items that have not ended.
+        budget: picodollars that its items may spend; None if the batch has no ``max_cost``.
     """
 
     batch_id: str
@@ -305,6 +335,7 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cancelled: dict[int, datetime] = {}
     before: "Counts | None" = None
     calls: tuple["CallDone", ...] = ()
+    budget: int | None = None
 
 
 class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -329,7 +360,7 @@ class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ItemOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The end of one item. Its result is that of its last step."""
+    """The end of one item. Its result is that of its last step. ``usage``: what it has spent in this attempt."""
 
     position: int
     status: RunStatus = RunStatus.COMPLETED
@@ -339,6 +370,7 @@ class ItemOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     completed_at: datetime
     progress: Progress | None = None
     steps: tuple[Step, ...] = ()
+    usage: Usage | None = None
 
     @property
     def counts(self) -> "Counts":
@@ -348,6 +380,7 @@ class ItemOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
             failed=status is RunStatus.FAILED,
             cancelled=status is RunStatus.CANCELLED,
             first_error=(self.position, self.error or "") if status is RunStatus.FAILED else None,
+            usage=self.usage,
         )
 
 
@@ -366,12 +399,13 @@ class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How many items of a chunk ended in one attempt, by final status."""
+    """How many items of a chunk ended in one attempt, by final status, and what these have spent in it."""
 
     completed: int = 0
     failed: int = 0
     cancelled: int = 0
     first_error: tuple[int, str] | None = None
+    usage: Usage | None = None
 
     @property
     def total(self) -> int:
@@ -383,6 +417,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             failed=self.failed + other.failed,
             cancelled=self.cancelled + other.cancelled,
             first_error=min((error for error in (self.first_error, other.first_error) if error), default=None),
+            usage=added(self.usage, other.usage),
         )
 
 

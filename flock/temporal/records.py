@@ -25,6 +25,7 @@ from flock.temporal.messages import (
     RunOrder,
     StepDone,
     decoded,
+    latest,
 )
 from flock.temporal.payloads import PAYLOAD_LOST
 
@@ -87,7 +88,10 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
                 is_first = not any(step.attempt == run.attempt for step in run.steps)
                 started_at = done.begun_at if is_first else run.started_at
                 progress = done.progress or run.progress
-                run = replace(run, steps=(*run.steps, done.step), started_at=started_at, progress=progress)
+                spent = latest(run.spent, done.spent)
+                run = replace(run, steps=(*run.steps, done.step), started_at=started_at, progress=progress, spent=spent)
+            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (call := call_of(event)) is not None:
+                run = replace(run, spent=latest(run.spent, call.spent))
             case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED:
                 failed = event.activity_task_failed_event_attributes.failure
                 run = _with_heartbeats(run, failed.application_failure_info.details.payloads)
@@ -151,8 +155,12 @@ def _with_heartbeats(run: Run, payloads: Iterable[Payload]) -> Run:
     """Return *run* with the progress of its turn. The first turn of an attempt also reports the start of the run."""
     for heartbeat in (decoded(sent, Heartbeat) for sent in payloads):
         is_first = not any(step.attempt == run.attempt for step in run.steps)
-        started_at = heartbeat.begun_at if is_first else run.started_at
-        run = replace(run, started_at=started_at, progress=heartbeat.progress or run.progress)
+        run = replace(
+            run,
+            started_at=heartbeat.begun_at if is_first else run.started_at,
+            progress=heartbeat.progress or run.progress,
+            spent=latest(run.spent, heartbeat.spent),
+        )
     return run
 
 
@@ -206,5 +214,6 @@ def done_after_failure(
         started_at=failing_part.started_at,
         completed_at=at,
         steps=failing_part.steps,
+        usage=failing_part.usage,
     )
     return ItemsDone(ended=(*heartbeat.ended, failed))

@@ -16,9 +16,9 @@ from temporalio.service import RPCError, RPCStatusCode
 from flock.engine.outcomes import Outcome
 from flock.engine.turns import ActiveRun, Turns
 from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
-from flock.runs import Call, Run, Step
+from flock.runs import Call, Run, Step, Usage
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, CallDone
+from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, SPENT_QUERY, CallDone, latest, recoded
 
 __all__ = ["MAX_RUN_BYTES", "ActivityTurn", "until_done"]
 
@@ -50,9 +50,11 @@ class ActivityTurn(ActiveRun):
 
         async def ask() -> list[Call]:
             async with self._cluster.rpc_scope():
+                spent = await handle.query(SPENT_QUERY, run.position or 0)
                 found: list[Call] = await handle.query(
                     CALLS_QUERY, args=[run.position or 0, len(run.steps)], result_type=list[Call]
                 )
+            self.spent = latest(self.spent, recoded(spent, Usage) if spent else None)
             return found
 
         return await self._answered(ask)
@@ -76,7 +78,7 @@ class ActivityTurn(ActiveRun):
 
     async def _send(self, call: Call) -> None:
         handle, run = self._workflow(), self.run
-        done = CallDone(item=run.position or 0, step=len(run.steps), call=call)
+        done = CallDone(item=run.position or 0, step=len(run.steps), call=call, spent=self.spent)
         while True:
             try:
                 async with self._cluster.rpc_scope():

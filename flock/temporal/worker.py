@@ -18,12 +18,13 @@ from flock.agents.agent import Agent
 from flock.agents.checks import tool_sources
 from flock.agents.llm import ModelClient
 from flock.agents.mcp import listing_tools
+from flock.agents.prices import Price, merged
 from flock.engine.outcomes import CANCELLED, Outcome
 from flock.engine.turns import MAX_HISTORY_BYTES, Turns
 from flock.errors import CallError
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
-from flock.runs import Observer, Progress, Question, Run, RunStatus, Step, now
+from flock.runs import Observer, Progress, Question, Run, RunStatus, Step, Usage, now
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
@@ -35,6 +36,7 @@ from flock.temporal.messages import (
     RunOrder,
     StepDone,
     items_queue_of,
+    latest,
     recoded,
     task_queue_of,
 )
@@ -72,6 +74,7 @@ class TemporalWorker:
             The default is 1.5 million, or 64 MiB with a ``payload_dir``.
         drain_timeout_s: how long turns may continue when the worker shuts down. Other workers retry the rest.
         payload_dir: the folder for payloads too long for the cluster, the same as the engine's; see docs/temporal.md.
+        prices: see ``EmbeddedEngine``.
         limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``. Batch items
             leave a tenth of ``max_concurrency`` to runs.
 
@@ -94,6 +97,7 @@ class TemporalWorker:
         drain_timeout_s: float = 20,
         expose_errors: bool = False,
         payload_dir: str | os.PathLike[str] | None = None,
+        prices: Mapping[str, Price] | None = None,
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
@@ -115,6 +119,7 @@ class TemporalWorker:
             max_run_bytes=max_run_bytes,
             max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
             answer=_refuse_question,
+            prices=merged(prices),
         )
         models.on_retry = lambda: self._turns.notify("model_call_retried")
 
@@ -180,6 +185,7 @@ class TemporalWorker:
         if isinstance(turn.outcome, Step):
             return turn.done(turn.outcome)
         if turn.outcome is None:
+            activity.heartbeat(turn.heartbeat())
             raise ApplicationError("The worker stopped before this step ended.", turn.heartbeat(), type=INTERRUPTED)
         _raise_outcome(turn, turn.outcome)
 
@@ -194,9 +200,11 @@ class _RunTurn(ActivityTurn):
         )
         self._latest = order.latest
         self.queued_s = order.queued_s + (now() - info.scheduled_time).total_seconds()
-        for heartbeat in info.heartbeat_details:  # the start that a dead worker reported stays valid
-            self.started_at = recoded(heartbeat, Heartbeat).begun_at
+        for sent in info.heartbeat_details:  # the start that a dead worker reported stays valid
+            heartbeat = recoded(sent, Heartbeat)
+            self.started_at, self.spent = heartbeat.begun_at, latest(self.spent, heartbeat.spent)
         self._progress_when_done: Progress | None = None
+        self._spent_when_done: Usage | None = None
 
     @property
     def is_next(self) -> bool:
@@ -214,15 +222,18 @@ class _RunTurn(ActivityTurn):
 
     async def keep(self, step: Step) -> None:
         """Store a long result while heartbeats are sent. Later, a slow disk would look like a dead worker."""
-        self._progress_when_done = self.progress  # a thread may still report progress
+        # A thread may still report both.
+        self._progress_when_done, self._spent_when_done = self.progress, self.spent
         await self._cluster.payloads.store_ahead(activity.info().workflow_id or "", self.done(step))
 
     def done(self, step: Step) -> StepDone:
         assert self.started_at is not None
-        return StepDone(step=step, begun_at=self.started_at, progress=self._progress_when_done)
+        return StepDone(
+            step=step, begun_at=self.started_at, progress=self._progress_when_done, spent=self._spent_when_done
+        )
 
     def heartbeat(self) -> Heartbeat:
-        return Heartbeat(begun_at=self.started_at, progress=self.progress)
+        return Heartbeat(begun_at=self.started_at, progress=self.progress, spent=self.spent)
 
 
 async def _shut_down(

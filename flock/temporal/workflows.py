@@ -22,7 +22,7 @@ from temporalio.exceptions import (
 from temporalio.exceptions import TimeoutError as ActivityTimeout
 
 from flock.engine.outcomes import queue_timeout, timeout_of
-from flock.runs import Call, RunStatus
+from flock.runs import Call, RunStatus, Usage
 from flock.temporal.messages import (
     ACTIVITY,
     BEGIN_SIGNAL,
@@ -34,6 +34,7 @@ from flock.temporal.messages import (
     MARK_WORKFLOW,
     RUN_WORKFLOW,
     SESSION_WORKFLOW,
+    SPENT_QUERY,
     TASK_TIMEOUT,
     CallDone,
     Calls,
@@ -77,6 +78,11 @@ class CallKeeper:
     def calls(self, item: int, step: int) -> list[Call]:
         """Return the finished calls of a step of an item, or of a run, whose *item* is 0."""
         return self._calls.of_step(item, step)
+
+    @workflow.query(name=SPENT_QUERY)
+    def spent(self, item: int) -> Usage | None:
+        """Return what an item, or a run, had spent when its last call finished."""
+        return self._calls.spent(item)
 
 
 @workflow.defn(name=RUN_WORKFLOW)
@@ -151,6 +157,7 @@ class FlockRun(CallKeeper):
                     status=RunStatus.RUNNING,
                     started_at=run.started_at or done.begun_at,
                     steps=(*run.steps, done.step),
+                    spent=done.spent or run.spent,
                 ),
             )
             _check_cancelled()

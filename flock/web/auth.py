@@ -305,9 +305,9 @@ class ScopedEngine:
         await self.get_run(run_id)
         return await self._engine.answer_call(run_id, call_id, output)
 
-    async def retry_run(self, run_id: str) -> Run:
+    async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         await self.get_run(run_id)
-        return await self._engine.retry_run(run_id)
+        return await self._engine.retry_run(run_id, max_cost)
 
     async def delete_run(self, run_id: str) -> None:
         await self.get_run(run_id)
@@ -359,9 +359,9 @@ class ScopedEngine:
         await self.get_batch(batch_id)
         return await self._engine.cancel_batch(batch_id)
 
-    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = ()) -> Batch:
+    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = (), max_cost: float | None = None) -> Batch:
         await self.get_batch(batch_id)
-        return await self._engine.retry_batch(batch_id, only)
+        return await self._engine.retry_batch(batch_id, only, max_cost)
 
     async def delete_batch(self, batch_id: str) -> None:
         await self.get_batch(batch_id)

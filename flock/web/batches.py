@@ -124,6 +124,7 @@ def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
         return_errors=batch_request.return_errors,
         box_results=batch_request.box_results,
         timeout_s=batch_request.timeout_s,
+        max_cost=batch_request.max_cost,
     )
 
 

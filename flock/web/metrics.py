@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from flock.runs import Call, Engine, Queue, Run, RunStatus, Step, Usage, now
+from flock.runs import DOLLAR, Call, Engine, Queue, Run, RunStatus, Step, Usage, now
 
 __all__ = ["Metrics", "metrics_of"]
 
@@ -67,6 +67,12 @@ class _Families:
         )
         self.tokens = Counter(
             "flock_tokens", "Input and output tokens of models.", ["agent_name", "token_type"], registry=registry
+        )
+        self.dollars = Counter(
+            "flock_cost_dollars",
+            "Cost of model calls in US dollars, for models that have a price.",
+            ["agent_name"],
+            registry=registry,
         )
         self.retries = Counter(
             "flock_retries", "Attempts of runs and of model calls after the first one.", ["of"], registry=registry
@@ -140,6 +146,8 @@ class Metrics:
     def tokens_spent(self, agent_name: str, usage: Usage) -> None:
         self._child(self._families.tokens, self._known(agent_name), "input").inc(usage.input_tokens)
         self._child(self._families.tokens, self._known(agent_name), "output").inc(usage.output_tokens)
+        if usage.priced_tokens:
+            self._child(self._families.dollars, self._known(agent_name)).inc(usage.picodollars / DOLLAR)
 
     def run_ended(self, run: Run) -> None:
         agent_name = self._known(run.agent_name)

@@ -3,7 +3,7 @@
 import functools
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
@@ -12,7 +12,20 @@ import msgspec
 from flock.agents.agent import Handoff
 from flock.errors import FieldError, InvalidData, MalformedJSON
 from flock.jsontype import JSONType, check_depth, example_for
-from flock.runs import NOT_LOADED, Call, CallKind, OnExtra, OnInvalid, Progress, Question, RunStatus, Time, Usage
+from flock.runs import (
+    NOT_LOADED,
+    Batch,
+    Call,
+    CallKind,
+    OnExtra,
+    OnInvalid,
+    Progress,
+    Question,
+    Run,
+    RunStatus,
+    Time,
+    shown_usage,
+)
 
 __all__ = [
     "ANSWER",
@@ -21,6 +34,7 @@ __all__ = [
     "MAX_PAGE",
     "MAX_WAIT_S",
     "RUN_REQUEST",
+    "RUN_RETRY",
     "AgentDetail",
     "AgentList",
     "AgentSummary",
@@ -37,6 +51,7 @@ __all__ = [
     "FlockBatchRequest",
     "FlockBatchResponse",
     "FlockBatchRetry",
+    "FlockRunRetry",
     "Health",
     "Problem",
     "Readiness",
@@ -49,6 +64,7 @@ __all__ = [
     "RunsQuery",
     "StreamQuery",
     "UploadQuery",
+    "Usage",
     "WaitQuery",
     "batch_request_from",
     "query_from",
@@ -68,6 +84,9 @@ Decimal = Literal[".", ","]
 #: See ``Engine.submit``. Visible ASCII characters; the lookahead is for a line break, which ``$`` allows in Python.
 SessionID = Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,128}(?!\n)$")]
 
+#: US dollars.
+MaxCost = Annotated[float, msgspec.Meta(gt=0)]
+
 #: Max records in one response.
 MAX_PAGE = 1000
 
@@ -86,6 +105,7 @@ class FlockAPIRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     async_run: bool = False
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     session_id: SessionID | None = None
+    max_cost: MaxCost | None = None
     use_production_tools: Annotated[Any, DEPRECATED] = None
 
 
@@ -104,6 +124,7 @@ class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     on_invalid: OnInvalid = "reject"
     on_extra: OnExtra = "reject"
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    max_cost: MaxCost | None = None
     return_errors: bool = True
     box_results: bool = True
     delimiter: Delimiter = ","
@@ -121,15 +142,26 @@ class FlockAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class FlockBatchRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /batch/{batch_id}/retry``: the items to retry. Default: all that failed or were cancelled."""
+    """Body of ``POST /batch/{batch_id}/retry``: the items to retry. Default: all that failed or were cancelled.
+
+    ``max_cost`` replaces that of the batch.
+    """
 
     only: Literal["failed", "cancelled"] | None = None
+    max_cost: MaxCost | None = None
+
+
+class FlockRunRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /run/{run_id}/retry``. ``max_cost`` replaces that of the run, or of the batch of an item."""
+
+    max_cost: MaxCost | None = None
 
 
 RUN_REQUEST = JSONType(FlockAPIRequest)
 ANSWER = JSONType(FlockAnswer)
 BATCH_REQUEST = JSONType(FlockBatchRequest)
 BATCH_RETRY = JSONType(FlockBatchRetry)
+RUN_RETRY = JSONType(FlockRunRetry)
 
 
 class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -147,6 +179,7 @@ class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     on_invalid: OnInvalid = "reject"
     on_extra: OnExtra = "reject"
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | msgspec.UnsetType = msgspec.UNSET
+    max_cost: MaxCost | msgspec.UnsetType = msgspec.UNSET
     return_errors: bool = True
     box_results: bool = True
     delimiter: Delimiter = ","
@@ -191,13 +224,17 @@ class BatchQuery(msgspec.Struct, frozen=True):
 
 
 class ResultsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The results of a batch to download, and their format. ``format`` overrides ``Accept``."""
+    """The results of a batch to download, and their format. ``format`` overrides ``Accept``.
+
+    ``usage`` adds the tokens and the cost of each item.
+    """
 
     status: Literal["completed", "failed", "cancelled"] | msgspec.UnsetType = msgspec.UNSET
     format: Literal["json", "ndjson", "csv"] | msgspec.UnsetType = msgspec.UNSET
     after: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
     limit: Annotated[int, msgspec.Meta(ge=1, le=2**31)] = 2**31
     escape_formulas: bool = True
+    usage: bool = False
 
 
 class BatchesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -255,7 +292,7 @@ def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **defaults: Any)
             read[name] = BOOLEANS.get(value, value)
         elif isinstance(field_defaults.get(name), int) and NUMBER.fullmatch(value):
             read[name] = int(value)
-        elif name == "timeout_s" and DECIMAL.fullmatch(value):
+        elif name in ("timeout_s", "max_cost") and DECIMAL.fullmatch(value):
             read[name] = float(value)
     try:
         return msgspec.convert(read, type_)
@@ -285,6 +322,15 @@ def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
 # Responses
 
 
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts as reported by the provider. The last two are parts of the first two, and absent if they are 0."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    reasoning_tokens: int | msgspec.UnsetType = msgspec.UNSET
+
+
 class RunStep(msgspec.Struct, frozen=True, kw_only=True):
     """One finished step of a run. ``attempt`` is the attempt of the run in which it finished."""
 
@@ -295,6 +341,7 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: Time
     usage: Usage | None
     model: str | None
+    cost: float | msgspec.UnsetType = msgspec.UNSET
     calls: "list[RunCall] | msgspec.UnsetType" = msgspec.UNSET
 
 
@@ -310,6 +357,7 @@ class RunCall(msgspec.Struct, frozen=True, kw_only=True):
     error_type: str | None
     usage: Usage | None
     model: str | None
+    cost: float | msgspec.UnsetType = msgspec.UNSET
     started_at: Time
     completed_at: Time
 
@@ -320,7 +368,7 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     ``session_id`` is there if the request named a session. ``calls`` are those of the step that has not ended, if it
     has made any.
 
-    Only a waiting run has ``waiting_for``: the open questions.
+    Only a waiting run has ``waiting_for``: the open questions. ``cost`` is in US dollars, and absent if it is unknown.
     """
 
     run_id: str
@@ -337,6 +385,8 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int
     progress: Progress | None
     usage: Usage | None
+    cost: float | msgspec.UnsetType = msgspec.UNSET
+    max_cost: float | msgspec.UnsetType = msgspec.UNSET
     steps: list[RunStep]
     calls: list[RunCall] | msgspec.UnsetType = msgspec.UNSET
     waiting_for: list[Question] | msgspec.UnsetType = msgspec.UNSET
@@ -394,6 +444,11 @@ class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: Time | None
     request_id: str | None
     attempt: int
+    error_type: str | msgspec.UnsetType = msgspec.UNSET
+    usage: Usage | msgspec.UnsetType = msgspec.UNSET
+    cost: float | msgspec.UnsetType = msgspec.UNSET
+    estimated_cost: float | msgspec.UnsetType = msgspec.UNSET
+    max_cost: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class FlockBatchCheckRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -434,6 +489,11 @@ class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: Time | None
     request_id: str | None
     attempt: int
+    error_type: str | msgspec.UnsetType = msgspec.UNSET
+    usage: Usage | msgspec.UnsetType = msgspec.UNSET
+    cost: float | msgspec.UnsetType = msgspec.UNSET
+    estimated_cost: float | msgspec.UnsetType = msgspec.UNSET
+    max_cost: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class BatchList(msgspec.Struct, frozen=True, kw_only=True):
@@ -504,9 +564,29 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shown_as(type_: type[T], record: Any, **more: Any) -> T:
-    """Return a *type_* with the fields of *record* that have the same names, and *more*."""
+    """Return a *type_* with the fields of *record* that have the same names, and *more*.
+
+    Members about money are UNSET if they are unknown.
+    """
+    if type_ in WITH_COST:
+        more |= _costs(record)
     names, values_of = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
     return type_(**dict(zip(names, values_of(record), strict=True)), **more)
+
+
+#: The structs with ``usage`` and ``cost``.
+WITH_COST: Collection[type] = (RunStep, RunCall, FlockAPIResponse, FlockBatchResponse, BatchSummary)
+
+
+def _costs(record: Any) -> dict[str, Any]:
+    names = ("usage", "cost", "max_cost", "estimated_cost", "error_type") if isinstance(record, Batch) else ("cost",)
+    shown: dict[str, Any] = dict.fromkeys(names, msgspec.UNSET)
+    shown |= record.costs if isinstance(record, Batch) else shown_usage(record.usage)
+    if isinstance(record, Run):
+        shown["max_cost"] = msgspec.UNSET if record.max_cost is None else record.max_cost
+    if isinstance(shown["usage"], dict):
+        shown["usage"] = Usage(**shown["usage"])
+    return shown
 
 
 def run_call(call: Call) -> RunCall:

@@ -61,7 +61,8 @@ async def engine_with_worker(
 
     shared: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
     worker_options: dict[str, Any] = {name: options.pop(name) for name in WORKER_OPTIONS if name in options}
-    worker_options = {"max_steps": flock.max_steps, "drain_timeout_s": 0, **worker_options}
+    worker_options = {"max_steps": flock.max_steps, "drain_timeout_s": 0, "prices": flock.prices, **worker_options}
+    options = {"prices": flock.prices, "default_model": flock.model, **options}
     models = ModelClient(flock.model, transport=transport)
     async with TemporalWorker(flock.agents, models, address, **shared, **worker_options):
         yield TemporalEngine(flock.agents, address, **shared, **options)

@@ -16,6 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from flock.runs import Usage
+
 
 def answer(content: Any, *, finish_reason: str = "stop", refusal: str | None = None, **more: Any) -> Response:
     """Return a chat completion whose text is *content*, encoded as JSON unless it is a string."""
@@ -32,6 +34,16 @@ def answer(content: Any, *, finish_reason: str = "stop", refusal: str | None = N
             ],
             "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
         }
+    )
+
+
+def usage_of_gpt_4o(input_tokens: int, output_tokens: int) -> Usage:
+    """Return these tokens with what they cost at 2.5 and 10 US dollars for a million."""
+    return Usage(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        picodollars=2_500_000 * input_tokens + 10_000_000 * output_tokens,
+        priced_tokens=input_tokens + output_tokens,
     )
 
 

@@ -1,0 +1,146 @@
+"""What model providers charge for tokens.
+
+The table is small, and dated. ``Flock(prices=…)`` adds entries, or replaces them. A model without a price has no cost,
+which is not a cost of zero: its tokens are counted, and the cost of everything that includes them is unknown.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+
+import msgspec
+from msgspec.structs import replace
+
+from flock.errors import CostLimit, DefinitionError
+from flock.runs import Usage, cost_in_words, is_spent
+
+__all__ = ["PRICES", "Price", "check_budget", "merged", "no_price", "price_of", "priced"]
+
+#: Max price of a million tokens, in US dollars.
+MAX_PRICE = 1_000_000
+#: US dollars of a million tokens to picodollars of one: 10**12 / 10**6.
+PICODOLLARS = 10**6
+
+
+class Price(msgspec.Struct, frozen=True):
+    """The price of a model, in US dollars for a million tokens. Only the first six decimals count.
+
+    Attributes:
+        input: of input tokens.
+        output: of output tokens, which include those of the model's reasoning.
+        cached_input: of input tokens that the provider reads from its cache; None if they cost as much as others.
+
+    Raises: DefinitionError if a price is below zero or not a number.
+    """
+
+    input: float
+    output: float
+    cached_input: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not (is_number and 0 <= value <= MAX_PRICE) and (value is not None or name != "cached_input"):
+                raise DefinitionError(
+                    f"{name}= of a Price must be US dollars for a million tokens, from 0 to {MAX_PRICE:,}, "
+                    f"not {value!r}."
+                )
+
+    def picodollars(self, usage: Usage) -> int:
+        """Return what *usage* costs, exactly."""
+        cached = min(usage.cached_tokens, usage.input_tokens)
+        return (
+            _of_token(self.input) * (usage.input_tokens - cached)
+            + _of_token(self.input if self.cached_input is None else self.cached_input) * cached
+            + _of_token(self.output) * usage.output_tokens
+        )
+
+
+def _of_token(price: float) -> int:
+    """Return the price of one token in picodollars. Decimal, because 0.1 has no exact binary form."""
+    return int(Decimal(repr(price)) * PICODOLLARS)
+
+
+#: Standard prices for text, for models whose price depends neither on the length of the prompt nor on the time of day.
+PRICES: Mapping[str, Price] = {
+    # https://developers.openai.com/api/docs/pricing, as published up to 2026-08, seen on 2026-11-26.
+    "openai/gpt-4o": Price(2.5, 10, 1.25),
+    "openai/gpt-4o-2024-05-13": Price(5, 15),
+    "openai/gpt-4o-mini": Price(0.15, 0.6, 0.075),
+    "openai/gpt-4.1": Price(2, 8, 0.5),
+    "openai/gpt-4.1-mini": Price(0.4, 1.6, 0.1),
+    "openai/gpt-4.1-nano": Price(0.1, 0.4, 0.025),
+    "openai/gpt-5": Price(1.25, 10, 0.125),
+    "openai/gpt-5-mini": Price(0.25, 2, 0.025),
+    "openai/gpt-5-nano": Price(0.05, 0.4, 0.005),
+    "openai/gpt-5.4-mini": Price(0.75, 4.5, 0.075),
+    "openai/gpt-5.4-nano": Price(0.2, 1.25, 0.02),
+    # https://platform.claude.com/docs/en/about-claude/pricing, seen on 2026-11-26. Reads of the cache, not writes.
+    "anthropic/claude-opus-5": Price(5, 25, 0.5),
+    "anthropic/claude-opus-4-8": Price(5, 25, 0.5),
+    "anthropic/claude-opus-4-7": Price(5, 25, 0.5),
+    "anthropic/claude-opus-4-6": Price(5, 25, 0.5),
+    "anthropic/claude-opus-4-5": Price(5, 25, 0.5),
+    "anthropic/claude-sonnet-5": Price(2, 10, 0.2),
+    "anthropic/claude-sonnet-4-6": Price(3, 15, 0.3),
+    "anthropic/claude-sonnet-4-5": Price(3, 15, 0.3),
+    "anthropic/claude-haiku-4-5": Price(1, 5, 0.1),
+    # https://ai.google.dev/gemini-api/docs/pricing, paid tier, as published on 2026-09-20, seen on 2026-11-26.
+    "gemini/gemini-3.5-flash": Price(1.5, 9, 0.15),
+    "gemini/gemini-2.5-flash": Price(0.3, 2.5, 0.03),
+    "gemini/gemini-2.5-flash-lite": Price(0.1, 0.4, 0.01),
+    # https://console.groq.com/docs/models, as published in 2026-05, seen on 2026-11-26.
+    "groq/openai/gpt-oss-120b": Price(0.15, 0.6),
+}
+
+#: The date or alias at the end of a model's name: ``gpt-4o-2024-08-06``, ``claude-sonnet-4-5-20250929``.
+SUFFIX = re.compile(r"-(\d{4}-\d{2}-\d{2}|\d{8}|latest)$")
+
+
+def merged(prices: Mapping[str, Price] | None) -> Mapping[str, Price]:
+    """Return the table with the entries of *prices* added or replaced. Raises DefinitionError if one is invalid."""
+    for name, price in (prices or {}).items():
+        if not isinstance(price, Price) or "/" not in str(name):
+            raise DefinitionError(
+                f"prices= must map models to prices, such as {{'openai/gpt-4o': Price(input=2.5, output=10)}}, "
+                f"not {name!r} to a value of type {type(price).__name__}."
+            )
+    return {**PRICES, **(prices or {})}
+
+
+def price_of(prices: Mapping[str, Price], model: str) -> Price | None:
+    """Return the price of *model*, or None. A dated name without an entry has the price of the name without it."""
+    return prices.get(model) or prices.get(SUFFIX.sub("", model))
+
+
+def priced(prices: Mapping[str, Price], usage: Usage, model: str | None) -> Usage:
+    """Return *usage* of *model* with its cost, or as it is if the model has no price."""
+    price = None if model is None else price_of(prices, model)
+    if price is None:
+        return usage
+    return replace(usage, picodollars=price.picodollars(usage), priced_tokens=usage.input_tokens + usage.output_tokens)
+
+
+def check_budget(
+    prices: Mapping[str, Price], usage: Usage | None, max_cost: float | None, agent_name: str, models: Sequence[str]
+) -> None:
+    """Raise CostLimit if a run that has spent *usage* may not call one of *models*."""
+    if max_cost is None:
+        return
+    if is_spent(usage, max_cost):
+        raise CostLimit(
+            f"Stopped after {cost_in_words(usage)}, before {agent_name!r} called its model. The run may cost "
+            f"{max_cost:g} US dollars (max_cost). Retry it with a higher max_cost to continue."
+        )
+    for model in models:
+        if price_of(prices, model) is None:
+            raise CostLimit(no_price(model, agent_name))
+
+
+def no_price(model: str, agent_name: str) -> str:
+    return (
+        f"The model {model} of {agent_name!r} has no price, so max_cost cannot hold. Omit max_cost, or add the price: "
+        f"Flock(prices={{{model!r}: Price(input=…, output=…)}})."
+    )

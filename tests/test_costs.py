@@ -1,0 +1,575 @@
+"""Tokens and money: counted to the token, also after failures, retries and kills, and limited by ``max_cost``."""
+
+import csv
+import io
+import json
+import math
+import os
+import random
+import signal
+import sqlite3
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import msgspec
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from flock.agents.prices import PRICES, merged, price_of, priced
+from flock.core import Flock, FlockFactory, Price
+from flock.engine.migrations import MIGRATIONS
+from flock.errors import DefinitionError, InvalidData
+from flock.runs import BatchOptions, Engine, Run, RunContext, RunStatus, Usage, event_of_batch, events_of, new_id
+from flockapi import create_app
+from tests.support import PATIENCE_S
+from tests.support.engines import OpenEngine, all_items, ended
+from tests.support.http import client_of, get, post_run, wait_for, wait_until
+from tests.support.models import FakeModel, answer, as_json, calling, usage_of_gpt_4o
+from tests.support.servers import Served, flockapi_command, running
+
+pytestmark = pytest.mark.anyio
+
+MODEL = "openai/gpt-4o"
+PRICE = PRICES[MODEL]
+
+
+class Provider:
+    """A model server that counts the tokens of each reply, by its idempotency key.
+
+    Of ten replies, about two are invalid answers and one is cut off. A text "fail" gets no valid answer at first.
+    """
+
+    def __init__(self) -> None:
+        self.counted: list[tuple[str, Usage]] = []
+        self.heals = False
+        self.delay_s = 0.0
+        self._random = random.Random(1)
+        self.app = Starlette(routes=[Route("/{path:path}", self._reply, methods=["POST"])])
+        self.transport = httpx.ASGITransport(self.app)
+
+    async def _reply(self, request: Request) -> Response:
+        body = await request.json()
+        await anyio.sleep(self.delay_s * self._random.random())
+        fails = "fail" in json.dumps(body["messages"]) and not self.heals
+        kind = "invalid" if fails else self._random.choice(["good"] * 7 + ["invalid"] * 2 + ["cut off"])
+        tokens = self._random.randrange(1, 5000), self._random.randrange(1, 500)
+        cached, reasoning = self._random.randrange(tokens[0] + 1), self._random.randrange(tokens[1] + 1)
+        usage = Usage(input_tokens=tokens[0], output_tokens=tokens[1], cached_tokens=cached, reasoning_tokens=reasoning)
+        self.counted.append((request.headers["idempotency-key"], usage))
+        reply = json.loads(bytes(answer({"length": 1} if kind == "good" else "no JSON").body))
+        reply["choices"][0]["finish_reason"] = "length" if kind == "cut off" else "stop"
+        reply["usage"] = {
+            "prompt_tokens": tokens[0],
+            "completion_tokens": tokens[1],
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
+        }
+        return as_json(reply)
+
+    def total(self, model: str = MODEL) -> Usage:
+        return sum((priced(PRICES, usage, model) for _, usage in self.counted), Usage())
+
+
+def measuring(model: str = MODEL, **options: Any) -> Flock:
+    """A flock with an agent that a model takes the length of a text."""
+    flock = Flock(f"costs {new_id()}", model=model, **options)
+    flock.add_agent(FlockFactory.create_default_agent("measure", "", None, "text: str", "length: int", max_retries=1))
+    return flock
+
+
+def texts(count: int, every: int = 10) -> list[dict[str, str]]:
+    return [{"text": "fail" if n % every == 0 else "abc"} for n in range(count)]
+
+
+async def finish(engine: Engine, run_id: str) -> Run:
+    with anyio.fail_after(PATIENCE_S):
+        return await engine.wait(run_id)
+
+
+# Prices
+
+
+@pytest.mark.parametrize("price", [-1, -1e-9, math.nan, math.inf, True, "2", None, 10**7])
+@pytest.mark.parametrize("field", ["input", "output", "cached_input"])
+def test_a_price_is_a_number_of_dollars(price: Any, field: str) -> None:
+    given = {"input": 1.0, "output": 1.0, field: price}
+    if (price, field) == (None, "cached_input"):
+        assert Price(**given).cached_input is None
+        return
+    with pytest.raises(DefinitionError, match=f"{field}= of a Price must be US dollars for a million tokens"):
+        Price(**given)
+
+
+@pytest.mark.parametrize("prices", [{"gpt-4o": Price(1, 1)}, {MODEL: 2.5}, {MODEL: None}])
+def test_invalid_prices_are_refused_when_the_flock_is_made(prices: Any) -> None:
+    with pytest.raises(DefinitionError, match="prices= must map models to prices"):
+        Flock(prices=prices)
+
+
+def test_the_table_is_replaced_and_extended() -> None:
+    prices = merged({MODEL: Price(1, 2), "ollama/llama3.2": Price(0, 0)})
+    assert (price_of(prices, MODEL), price_of(prices, "openai/gpt-4o-mini")) == (
+        Price(1, 2),
+        PRICES["openai/gpt-4o-mini"],
+    )
+    assert priced(prices, Usage(input_tokens=9), "ollama/llama3.2").cost == 0, "this price is known to be zero"
+    assert PRICES[MODEL] == Price(2.5, 10, 1.25)
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [
+        ("openai/gpt-4o-2024-08-06", MODEL),
+        ("openai/gpt-4o-2024-05-13", "openai/gpt-4o-2024-05-13"),
+        ("anthropic/claude-sonnet-4-5-20250929", "anthropic/claude-sonnet-4-5"),
+        ("openai/gpt-4o-latest", MODEL),
+        ("openai/gpt-4o-audio-preview", None),
+        ("openai/gpt-4o-2024", None),
+        ("ollama/llama3.2", None),
+        ("local/smollm2", None),
+        ("gpt-4o", None),
+    ],
+)
+def test_a_dated_model_has_the_price_of_its_base(model: str, base: str | None) -> None:
+    assert price_of(PRICES, model) == (None if base is None else PRICES[base])
+
+
+def test_costs_are_exact() -> None:
+    """Also of a hundred thousand replies, at each price of the table, where floats would not be."""
+    rng = random.Random(0)
+    for model, price in {**PRICES, "x/y": Price(0.000001, 0.1, 0.3)}.items():
+        prices, total, exact = merged({model: price}), Usage(), Fraction()
+        for _ in range(4000):
+            usage = Usage(input_tokens=rng.randrange(10**6), output_tokens=rng.randrange(10**5))
+            usage = msgspec.structs.replace(usage, cached_tokens=rng.randrange(usage.input_tokens + 1))
+            total += priced(prices, usage, model)
+            cached = price.input if price.cached_input is None else price.cached_input
+            exact += Fraction(str(price.input)) * (usage.input_tokens - usage.cached_tokens)
+            exact += Fraction(str(cached)) * usage.cached_tokens + Fraction(str(price.output)) * usage.output_tokens
+        assert Fraction(total.picodollars, 10**12) == exact / 10**6, model
+        assert total.cost == float(exact / 10**6)
+
+
+def test_a_total_with_an_unknown_part_is_unknown() -> None:
+    known = priced(PRICES, Usage(input_tokens=10), MODEL)
+    unknown = priced(PRICES, Usage(output_tokens=5), "ollama/x")
+    assert (known.cost, unknown.cost, (known + unknown).cost) == (0.000025, None, None)
+    assert (known + Usage()).cost == known.cost
+    assert known + unknown - unknown == known
+
+
+@pytest.mark.parametrize(
+    ("sent", "cached", "reasoning"),
+    [
+        ({"prompt_tokens_details": {"cached_tokens": 7}, "completion_tokens_details": {"reasoning_tokens": 3}}, 7, 3),
+        ({"prompt_cache_hit_tokens": 8, "prompt_cache_miss_tokens": 2}, 8, 0),
+        ({"prompt_tokens_details": None, "completion_tokens_details": None, "prompt_cache_hit_tokens": None}, 0, 0),
+        ({"prompt_tokens_details": {"cached_tokens": "x"}, "completion_tokens_details": [1]}, 0, 0),
+        ({"prompt_tokens_details": {"cached_tokens": -7}, "prompt_cache_hit_tokens": 1.5}, 0, 0),
+    ],
+)
+async def test_details_of_tokens_are_read(sent: Any, cached: int, reasoning: int, model: FakeModel) -> None:
+    reply = json.loads(bytes(answer({"length": 1}).body))
+    reply["usage"] |= sent
+    model.replies = [as_json(reply)]
+    async with measuring().engine(transport=model.transport) as engine:
+        run = await finish(engine, (await engine.submit("measure", {"text": "a"})).run_id)
+    assert run.usage is not None
+    assert (run.usage.cached_tokens, run.usage.reasoning_tokens) == (cached, reasoning)
+    assert run.usage.picodollars == 10**6 * (2.5 * (10 - cached) + 1.25 * cached + 10 * 5)
+
+
+# Runs
+
+
+async def test_a_run_counts_all_its_attempts(open_engine: OpenEngine) -> None:
+    """Also answers that were invalid or cut off, whose steps failed."""
+    provider, flock = Provider(), measuring()
+    async with open_engine(flock, transport=provider.transport) as engine:
+        run = await finish(engine, (await engine.submit("measure", {"text": "fail"})).run_id)
+        assert (run.status, run.usage) == (RunStatus.FAILED, provider.total())
+        while run.result is None:
+            provider.heals = run.attempt > 2
+            await engine.retry_run(run.run_id)
+            run = await finish(engine, run.run_id)
+            assert run.usage == provider.total()
+        (step,) = run.steps
+        assert run.usage != step.usage
+
+
+async def test_the_calls_and_steps_of_a_run_have_their_costs(open_engine: OpenEngine, model: FakeModel) -> None:
+    """The calls of a step, those of an agent that it calls, and a model without a price beside one with a price."""
+    flock = Flock(f"costs {new_id()}", model=MODEL)
+
+    async def double(n: int) -> int:
+        return 2 * n
+
+    flock.add_agent(FlockFactory.create_default_agent("ask", "", None, "q: str", "a: int", tools=[double]))
+    flock.add_agent(FlockFactory.create_default_agent("free", "", "ollama/x", "q: str", "a: int"))
+
+    @flock.agent
+    async def both(context: RunContext, names: list[str]) -> list[int]:
+        return [(await context.run_agent(name, {"q": "?"}))["a"] for name in names]
+
+    model.replies = [calling(("double", {"n": 1})), answer({"a": 2}), answer({"a": 1})]
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await finish(engine, (await engine.submit("both", {"names": ["ask"]})).run_id)
+        assert run.usage == run.steps[0].usage == usage_of_gpt_4o(20, 10)
+        calls = (await engine.get_calls(run))[0]
+        assert {call.name: call.usage for call in calls} == {
+            "openai_gpt-4o": usage_of_gpt_4o(10, 5),
+            "double": None,
+            "ask": usage_of_gpt_4o(20, 10),
+        }
+        run = await finish(engine, (await engine.submit("both", {"names": ["free"]})).run_id)
+        assert run.usage == Usage(input_tokens=10, output_tokens=5)
+        assert run.usage.cost is None
+        (completed,) = [event for event in events_of(run) if event.name == "step.completed"]
+        assert completed.data["usage"] == {"input_tokens": 10, "output_tokens": 5}
+        assert "cost" not in completed.data
+
+
+async def test_a_run_stops_at_its_max_cost(open_engine: OpenEngine, model: FakeModel) -> None:
+    """A reply costs 0.000075 dollars. The second call is made with 0.00005 dollars left, and the third is not."""
+    flock = measuring()
+    flock.agents["measure"].next_agent = "again"
+    flock.add_agent(FlockFactory.create_default_agent("again", "", None, "length: int", "n: int", max_retries=5))
+    model.replies = [answer({"length": 1}), answer("no JSON")]
+    async with open_engine(flock, transport=model.transport) as engine:
+        run_id = (await engine.submit("measure", {"text": "a"}, max_cost=0.000125)).run_id
+        run = await finish(engine, run_id)
+        assert (run.status, run.error_type, run.max_cost) == (RunStatus.FAILED, "cost_limit", 0.000125)
+        assert run.error == (
+            "Stopped after 0.000150 US dollars, before 'again' called its model. The run may cost 0.000125 US dollars "
+            "(max_cost). Retry it with a higher max_cost to continue."
+        )
+        assert run.usage == usage_of_gpt_4o(20, 10)
+        await engine.retry_run(run_id)
+        assert (await finish(engine, run_id)).error_type == "cost_limit", "what was spent before counts"
+        model.replies = [answer({"n": 2})]
+        await engine.retry_run(run_id, max_cost=0.001)
+        run = await finish(engine, run_id)
+        assert (run.status, run.usage) == (RunStatus.COMPLETED, usage_of_gpt_4o(30, 15))
+    assert len(model.requests) == 3
+
+
+async def test_a_max_cost_needs_prices(open_engine: OpenEngine, model: FakeModel) -> None:
+    """It is refused for models that are known when it is given, and holds for those that are only known later."""
+    flock = Flock(f"costs {new_id()}", model="openai/unknown")
+    flock.add_agent(
+        FlockFactory.create_default_agent("first", "", MODEL, "text: str", "length: int", next_agent="second")
+    )
+    flock.add_agent(FlockFactory.create_default_agent("second", "", "ollama/x", "length: int", "n: int"))
+
+    @flock.agent(next_agent=lambda result: "second")
+    def free(length: int) -> int:
+        return length
+
+    model.replies = []
+    async with open_engine(flock, transport=model.transport) as engine:
+        for refused in (
+            lambda: engine.submit("first", {"text": "a"}, max_cost=1),
+            lambda: engine.submit_batch("first", [{"text": "a"}], BatchOptions(max_cost=1)),
+        ):
+            with pytest.raises(InvalidData, match="ollama/x of 'second' has no price, so max_cost cannot hold") as exc:
+                await refused()
+            assert exc.value.errors[0].pointer == "/max_cost"
+        run = await finish(engine, (await engine.submit("free", {"length": 1}, max_cost=1)).run_id)
+        assert (run.status, run.error_type) == (RunStatus.FAILED, "cost_limit")
+        assert "The model ollama/x of 'second' has no price" in (run.error or "")
+
+
+# Batches
+
+
+@pytest.mark.parametrize("workers", [1, 50])
+async def test_the_usage_of_a_batch_is_what_the_provider_counted(open_engine: OpenEngine, workers: int) -> None:
+    """To the token, at any number of workers, with invalid answers, and after a retry of the failed items."""
+    provider, flock = Provider(), measuring()
+    options, count = BatchOptions(max_workers=workers), 150 if workers > 1 else 30
+    async with open_engine(flock, transport=provider.transport) as engine:
+        batch = await ended(engine, await engine.submit_batch("measure", texts(count), options))
+        assert 0 < batch.failed_items < batch.total_items
+        assert batch.usage == provider.total()
+        provider.heals = True
+        first = batch.usage
+        await engine.retry_batch(batch.batch_id)
+        batch = await ended(engine, batch)
+        assert batch.usage == provider.total() != first
+        assert sum((item.usage or Usage() for item in await all_items(engine, batch)), Usage()) == batch.usage
+        assert batch.usage is not None
+        assert batch.estimated_cost == round(batch.usage.cost or 0, 6)
+        assert event_of_batch(batch).data["cost"] == batch.usage.cost
+
+
+async def test_a_batch_is_estimated_from_the_items_that_have_ended(model: FakeModel) -> None:
+    """Items with invalid inputs neither cost anything nor count."""
+    may_go, asked = anyio.Event(), anyio.Event()
+
+    async def slowly(body: Any) -> Response:
+        asked.set()
+        await may_go.wait()
+        return answer({"length": 1})
+
+    model.replies = [answer({"length": 1}), answer({"length": 1}), slowly, answer({"length": 1})]
+    items: list[Any] = [*texts(4), {"text": 1}]
+    async with measuring().engine(transport=model.transport) as engine:
+        batch = await engine.submit_batch("measure", items, BatchOptions(max_workers=1), on_invalid="skip")
+        assert (batch.usage, batch.estimated_cost, batch.costs) == (None, None, {})
+        with anyio.fail_after(PATIENCE_S):
+            await asked.wait()
+        now = await engine.get_batch(batch.batch_id)
+        assert (now.completed_items, now.usage, now.estimated_cost) == (3, usage_of_gpt_4o(20, 10), 0.0003)
+        may_go.set()
+        assert (await ended(engine, batch)).estimated_cost == 0.0003
+
+
+@pytest.mark.parametrize("workers", [1, 7])
+async def test_a_batch_stops_at_its_max_cost(open_engine: OpenEngine, workers: int, model: FakeModel) -> None:
+    """Items in flight end. A retry with a higher limit runs the rest, and only the rest.
+
+    On a cluster, the chunks of a batch know a moment later what the others have spent.
+    """
+    flock, count = measuring(), 60
+
+    async def slowly(body: Any) -> Response:
+        await anyio.sleep(0.1)
+        return answer({"length": 1})
+
+    model.replies = [slowly] * count
+    async with open_engine(flock, transport=model.transport) as engine:
+        options = BatchOptions(max_workers=workers, max_cost=20 * 0.000075)
+        batch = await ended(engine, await engine.submit_batch("measure", texts(count), options))
+        paid = len(model.requests)
+        most = 20 + (0 if workers == 1 else 2 * workers if "Temporal" in type(engine).__name__ else workers)
+        assert 20 <= paid <= most
+        assert (batch.status, batch.error_type) == (RunStatus.FAILED, "cost_limit")
+        assert (batch.cancelled_items, batch.failed_items) == (count - paid, 0)
+        assert batch.usage == usage_of_gpt_4o(10 * paid, 5 * paid)
+        assert batch.error is not None
+        assert "(max_cost)" in batch.error
+        items = await all_items(engine, batch)
+        assert Counter((item.status, item.error_type) for item in items) == {
+            (RunStatus.COMPLETED, None): paid,
+            (RunStatus.CANCELLED, "cost_limit"): count - paid,
+        }
+        await engine.retry_batch(batch.batch_id)
+        batch = await ended(engine, batch)
+        assert (batch.error_type, len(model.requests)) == ("cost_limit", paid), "nothing is left to spend"
+        await engine.retry_batch(batch.batch_id, max_cost=1)
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.error_type, batch.options.max_cost) == (RunStatus.COMPLETED, None, 1)
+        assert batch.usage == usage_of_gpt_4o(10 * count, 5 * count)
+        assert len(model.requests) == count
+
+
+async def test_a_batch_that_ends_at_its_limit_completes(open_engine: OpenEngine, model: FakeModel) -> None:
+    model.replies = [answer({"length": 1})] * 2
+    async with open_engine(measuring(), transport=model.transport) as engine:
+        options = BatchOptions(max_workers=1, max_cost=0.00015)
+        batch = await ended(engine, await engine.submit_batch("measure", texts(2), options))
+    assert (batch.status, batch.error_type) == (RunStatus.COMPLETED, None)
+
+
+async def test_a_batch_of_free_agents_writes_no_more_than_before(tmp_path: Path) -> None:
+    """Neither its runs nor its batch are read or written for their cost."""
+    flock, statements = Flock(), list[str]()
+
+    @flock.agent
+    async def double(n: int) -> int:
+        return 2 * n
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        engine.store._db.set_trace_callback(statements.append)
+        batch = await engine.submit_batch("double", [{"n": n} for n in range(1000)], BatchOptions(max_workers=10))
+        batch = await ended(engine, batch)
+        engine.store._db.set_trace_callback(None)
+        assert batch.usage is None
+        assert (await engine.get_items(batch.batch_id, limit=1))[0].spent is None
+    updates = [text for text in statements if text.startswith("UPDATE runs SET status")]
+    assert len(updates) <= 1000, "an item is written once"
+    assert not [text for text in statements if "usage" in text.partition("WHERE")[0] and "batches SET" in text]
+    assert not [text for text in statements if text.startswith("SELECT spent")]
+
+
+# The API
+
+
+async def test_costs_are_in_responses_downloads_and_metrics(model: FakeModel) -> None:
+    flock = measuring()
+
+    @flock.agent
+    def free(n: int) -> int:
+        return n
+
+    model.replies = [answer({"length": 1}), answer({"length": 1}), answer("no JSON"), answer("no JSON")]
+    app = create_app(flock, engine=flock.engine(transport=model.transport), auth="host")
+    async with app.lifespan(), client_of(app) as client:
+        run = (await post_run(client, "measure", {"text": "a"}, max_cost=0.5)).json()
+        tokens = {"input_tokens": 10, "output_tokens": 5}
+        assert (run["usage"], run["cost"], run["max_cost"]) == (tokens, 0.000075, 0.5)
+        assert (run["steps"][0]["usage"], run["steps"][0]["cost"]) == (tokens, 0.000075)
+        without = (await post_run(client, "free", {"n": 1})).json()
+        assert without["usage"] is None
+        assert not {"cost", "max_cost"} & (without.keys() | without["steps"][0].keys())
+
+        query: Any = {"agent_name": "measure", "max_workers": 1, "max_cost": "0.01"}
+        sent = await client.post(
+            "/run/batch", params=query, content="text\na\nb\n", headers={"Content-Type": "text/csv"}
+        )
+        assert sent.status_code == 202, sent.text
+        batch = await wait_for(client, f"/batch/{sent.json()['batch_id']}")
+        assert (batch["usage"], batch["cost"]) == ({"input_tokens": 30, "output_tokens": 15}, 0.000225)
+        assert (batch["estimated_cost"], batch["max_cost"]) == (0.000225, 0.01)
+        (listed,) = (await get(client, "/batches"))["batches"]
+        assert {name: listed[name] for name in ("usage", "cost")} == {name: batch[name] for name in ("usage", "cost")}
+
+        path = f"/batch/{batch['batch_id']}/results"
+        table = list(csv.reader(io.StringIO((await client.get(f"{path}?format=csv&usage=true")).text)))
+        assert table[0] == ["text", "length", "status", "error", "input_tokens", "output_tokens", "cost"]
+        assert [row[-3:] for row in table[1:]] == [["10", "5", "0.000075"], ["20", "10", "0.00015"]]
+        table = list(csv.reader(io.StringIO((await client.get(f"{path}?format=csv")).text)))
+        assert table[0][-1] == "error"
+        items = await get(client, path, usage="true")
+        assert [(item["usage"], item["cost"]) for item in items] == [
+            (tokens, 0.000075),
+            ({"input_tokens": 20, "output_tokens": 10}, 0.00015),
+        ]
+        assert "usage" not in (await get(client, path))[0]
+        metrics = (await client.get("/metrics")).text
+        assert 'flock_cost_dollars_total{agent_name="measure"} 0.0003' in metrics
+
+
+async def test_a_retry_over_http_raises_the_limit(model: FakeModel) -> None:
+    flock = measuring()
+    model.replies = [answer("no JSON")]
+    app = create_app(flock, engine=flock.engine(transport=model.transport), auth="host")
+    async with app.lifespan(), client_of(app) as client:
+        run = (await post_run(client, "measure", {"text": "a"}, max_cost=0.00001)).json()
+        assert (run["status"], run["error_type"]) == ("failed", "cost_limit")
+        path = f"/run/{run['run_id']}"
+        for invalid in ({"max_cost": 0}, {"max_cost": "1"}, {"other": 1}):
+            assert (await client.post(f"{path}/retry", json=invalid)).status_code == 422
+        model.replies = [answer({"length": 1})]
+        assert (await client.post(f"{path}/retry", json={"max_cost": 1})).status_code == 202
+        run = await wait_for(client, path)
+        assert (run["status"], run["cost"], run["max_cost"]) == ("completed", 0.00015, 1)
+
+        model.replies = [answer({"length": 1})]
+        body: Any = {"agent_name": "measure", "batch_inputs": texts(2), "max_workers": 1, "max_cost": 0.00001}
+        batch = (await client.post("/run/batch", json=body)).json()
+        batch = await wait_for(client, f"/batch/{batch['batch_id']}")
+        assert (batch["status"], batch["error_type"], batch["cancelled_items"]) == ("failed", "cost_limit", 1)
+        model.replies = [answer({"length": 1})]
+        path = f"/batch/{batch['batch_id']}"
+        assert (await client.post(f"{path}/retry", json={"max_cost": 1})).status_code == 202
+        batch = await wait_until(client, path, lambda body: body["status"] == "completed")
+        assert "error_type" not in batch
+
+
+@pytest.mark.parametrize("max_cost", [0, -1, "0.5", math.nan])
+async def test_an_invalid_max_cost_is_refused(max_cost: Any, model: FakeModel) -> None:
+    flock = measuring()
+    app = create_app(flock, engine=flock.engine(transport=model.transport), auth="host")
+    async with app.lifespan(), client_of(app) as client:
+        body = json.dumps({"agent_name": "measure", "inputs": {"text": "a"}, "max_cost": max_cost})
+        sent = await client.post("/run/flock", content=body, headers={"Content-Type": "application/json"})
+        assert sent.status_code in (400, 422), sent.text
+        sent = await client.post(
+            "/run/batch",
+            params={"agent_name": "measure", "max_cost": f"x{max_cost}"},
+            content="text\na\n",
+            headers={"Content-Type": "text/csv"},
+        )
+        assert sent.status_code == 422
+
+
+# Old stores, and kills
+
+
+async def test_runs_of_an_older_version_have_tokens_and_no_cost(tmp_path: Path) -> None:
+    path, run_id = tmp_path / "flock.db", new_id()
+    flock = measuring()
+    with sqlite3.connect(path, isolation_level=None) as db:
+        for migrate in MIGRATIONS[:-1]:
+            migrate(db)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")
+        last_step = b'["measure",{"input_tokens":10,"output_tokens":5},1,0,0,0]'
+        db.execute(
+            "INSERT INTO runs (run_id, flock, agent_name, status, created_at, is_async, attempt, inputs, result, "
+            "last_step) VALUES (?, ?, 'measure', 'completed', 0, 1, 1, '{}', ?, ?)",
+            (run_id, flock.name, b'{"length":1}', last_step),
+        )
+        db.execute("UPDATE runs SET inputs = CAST(inputs AS BLOB)")
+    app = create_app(flock, store=path, auth="host")
+    async with app.lifespan(), client_of(app) as client:
+        run = await get(client, f"/run/{run_id}")
+    assert run["usage"] == {"input_tokens": 10, "output_tokens": 5}
+    assert "cost" not in run
+
+
+SERVED = """
+from flock.core import Flock, FlockFactory
+
+flock = Flock("costs", model="openai/gpt-4o")
+flock.add_agent(FlockFactory.create_default_agent("measure", "", None, "text: str", "length: int", max_retries=1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3])
+async def test_the_usage_of_a_batch_survives_kills(kills: int, tmp_path: Path) -> None:
+    """A reply that was in flight at a kill is repeated with its idempotency key. The provider counted it twice, and the
+    batch once: nobody can know it. All others are counted to the token, also by the retry after the kills.
+    """
+    provider, workers, count = Provider(), 20, 400
+    provider.delay_s = 0.05
+    (tmp_path / "served.py").write_text(SERVED)
+    command = flockapi_command("serve", "served.py", "--port", "0", "--store", "flock.db")
+    async with Served(provider.app) as model:
+        env = {"OPENAI_BASE_URL": f"{model.url}/v1", "OPENAI_API_KEY": "sk-test-key-of-the-tests"}
+        path, seen = "", 0
+        for _ in range(kills):
+            with running(*command, **env) as server:
+                async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                    if not path:
+                        body = {"agent_name": "measure", "batch_inputs": texts(count), "max_workers": workers}
+                        path = f"/batch/{(await client.post('/run/batch', json=body)).json()['batch_id']}"
+                    seen = await _until_more(client, path, seen + 80)
+                os.killpg(server.process.pid, signal.SIGKILL)
+        lost = _repeated(provider)
+        with running(*command, **env) as server:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                await wait_for(client, f"{path}?results=false", 60)
+                lost = _repeated(provider)
+                provider.heals = True
+                assert (await client.post(f"{path}/retry")).status_code == 202
+                batch = await wait_for(client, f"{path}?results=false", 60)
+                items = await get(client, f"{path}/results", usage="true")
+    print(f"{len(provider.counted)} replies, {len(lost)} of them in flight at {kills} kills")
+    assert len(lost) <= kills * workers
+    expected = provider.total() - sum((priced(PRICES, usage, MODEL) for usage in lost), Usage())
+    assert batch["cost"] == expected.cost
+    assert batch["usage"] == {
+        name: getattr(expected, name) for name in ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens")
+    }
+    assert sum(item["usage"]["input_tokens"] for item in items if item["usage"]) == expected.input_tokens
+
+
+async def _until_more(client: httpx.AsyncClient, path: str, count: int) -> int:
+    """Wait until *count* items have ended, and return how many have."""
+    batch = await wait_until(client, f"{path}?results=false", lambda body: body["completed_items"] >= count)
+    return int(batch["completed_items"])
+
+
+def _repeated(provider: Provider) -> list[Usage]:
+    """Return the replies that were given again later under the same key."""
+    last = {key: number for number, (key, _) in enumerate(provider.counted)}
+    return [usage for number, (key, usage) in enumerate(provider.counted) if last[key] != number]
