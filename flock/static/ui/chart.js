@@ -1,6 +1,6 @@
 // The outcomes of a batch as a bar, and the durations of its rows as a histogram with a logarithmic axis.
 
-import { fill, h, newId } from "./dom.js";
+import { fill, h, newId, quiet } from "./dom.js";
 import { SIGNS, between, count, duration, isFinal } from "./words.js";
 
 const [HEIGHT, BARS] = [130, 24];
@@ -20,8 +20,7 @@ function outcomes(batch) {
 }
 
 /** A bar with one segment for each outcome. */
-export const outcomeBar = () =>
-  h("div", { class: "bar", role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0 });
+export const outcomeBar = () => h("div.bar", { role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0 });
 
 export function drawOutcomes(bar, batch) {
   const counts = outcomes(batch);
@@ -84,15 +83,13 @@ export function chart(items, width) {
   return [
     h("h2", { id: heading }, "Durations"),
     h(
-      "svg",
-      { class: "chart", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-labelledby": heading },
+      "svg.chart",
+      { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-labelledby": heading },
       h("line", { x1: 0, x2: width, y1: HEIGHT - 20, y2: HEIGHT - 20 }),
       rects,
       marks,
     ),
-    h(
-      "p",
-      { class: "quiet" },
+    quiet(
       `Half of the ${count(timed.length)} rows measured took up to ${duration(quantile(0.5))}, 95 % up to ${duration(quantile(0.95))}. The longest took ${duration(quantile(1))}.`,
     ),
   ];

@@ -1,6 +1,6 @@
 // The result of a check of rows, in words.
 
-import { h } from "./dom.js";
+import { h, quiet, table, wide } from "./dom.js";
 import { count } from "./words.js";
 
 const isNoRowsError = ({ pointer }) => pointer === "/batch_inputs";
@@ -21,21 +21,9 @@ const locationOf = ({ pointer }) => pointer.slice(1).replace(/~1/g, "/").replace
 export function errorTable(errors) {
   const shown = errors.filter((error) => !isNoRowsError(error));
   if (!shown.length) return null;
-  const row = (error) =>
-    h(
-      "tr",
-      {},
-      h("td", { class: "number" }, error.line ?? ""),
-      h("td", {}, locationOf(error)),
-      h("td", {}, error.detail),
-    );
-  const heads = ["Line", "Column", "Error"].map((text) => h("th", { scope: "col" }, text));
+  const row = (error) => h("tr", h("td.number", error.line ?? ""), h("td", locationOf(error)), h("td", error.detail));
   return [
-    h(
-      "div",
-      { class: "wide", tabindex: "0", role: "group", "aria-label": "Errors" },
-      h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, shown.map(row))),
-    ),
-    shown.length >= 100 && h("p", { class: "quiet" }, "Only the first 100 errors are shown."),
+    wide("Errors", table(["Line", "Column", "Error"], shown.map(row))),
+    shown.length >= 100 && quiet("Only the first 100 errors are shown."),
   ];
 }

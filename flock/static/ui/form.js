@@ -4,7 +4,7 @@
 // is omitted. `error` shows an error at the field. `each` visits the field and the fields inside it.
 
 import { Problem } from "./api.js";
-import { button, fill, h, newId } from "./dom.js";
+import { button, fill, h, newId, quiet } from "./dom.js";
 import { isExact, parse } from "./json.js";
 import { busyWhile, problem } from "./notices.js";
 import { localTime } from "./words.js";
@@ -13,7 +13,7 @@ import { localTime } from "./words.js";
 export function form(schema, value) {
   const root = members(schema, value ?? {}, "", schema);
   return {
-    node: h("div", {}, root.nodes),
+    node: h("div", root.nodes),
     read: root.read,
     clear: () => root.each((field) => field.error?.("")),
     error: (pointer, text) => {
@@ -108,7 +108,7 @@ function members(schema, value, pointer, root) {
     ),
   ]);
   return {
-    nodes: fields.length ? fields.map(([, each]) => each.node) : [h("p", { class: "quiet" }, "No inputs.")],
+    nodes: fields.length ? fields.map(([, each]) => each.node) : [quiet("No inputs.")],
     read: () =>
       Object.fromEntries(fields.map(([name, each]) => [name, each.read()]).filter(([, read]) => read !== undefined)),
     each: (visit) => fields.forEach(([, each]) => each.each(visit)),
@@ -148,7 +148,7 @@ function withOffset(date) {
 
 /** Wrap a control with its label, hint and error. */
 function labelled({ name, schema, id, pointer, isRequired, isItem }, control, read, details = "") {
-  const wrong = h("p", { class: "error", id: `${id}-error`, hidden: true });
+  const wrong = h("p.error", { id: `${id}-error`, hidden: true });
   const shown =
     schema.default === undefined || schema.default === null || schema.default === ""
       ? ""
@@ -160,16 +160,15 @@ function labelled({ name, schema, id, pointer, isRequired, isItem }, control, re
   control.id = id;
   control.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
   const isBox = control.type === "checkbox";
-  const label = [name, isRequired && !isItem && !isBox && h("span", { class: "quiet" }, " (required)")];
+  const label = [name, isRequired && !isItem && !isBox && h("span.quiet", " (required)")];
   const self = {
     control,
     pointer,
     read,
     node: h(
-      "div",
-      { class: "field" },
+      "div.field",
       h("label", { for: id }, isBox ? [control, label] : label),
-      h("p", { class: "hint", id: `${id}-hint`, hidden: !hint }, hint),
+      h("p.hint", { id: `${id}-hint`, hidden: !hint }, hint),
       isBox ? null : control,
       wrong,
     ),
@@ -346,14 +345,13 @@ function list(spec) {
   const { name, schema, initial, pointer, isRequired, root } = spec;
   let number = 0;
   const items = [],
-    rows = h("ul", { class: "list" });
-  const wrong = h("p", { class: "error", hidden: true });
+    rows = h("ul.list");
+  const wrong = h("p.error", { hidden: true });
   const add = (value) => {
     const label = `${name} ${++number}`;
     const item = field(label, schema.items, value, () => `${pointer()}/${items.indexOf(item)}`, true, root, true);
     const row = h(
       "li",
-      {},
       item.node,
       button(
         "Remove",
@@ -398,8 +396,8 @@ function group({ name, schema, isRequired, id }, ...children) {
   return h(
     "fieldset",
     { "aria-describedby": `${id}-hint` },
-    h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
-    h("p", { class: "hint", id: `${id}-hint`, hidden: !schema.description }, schema.description),
+    h("legend", name, isRequired ? h("span.quiet", " (required)") : null),
+    h("p.hint", { id: `${id}-hint`, hidden: !schema.description }, schema.description),
     ...children,
   );
 }
@@ -407,7 +405,7 @@ function group({ name, schema, isRequired, id }, ...children) {
 function nested(spec) {
   const { schema, initial, pointer, isRequired, root } = spec;
   const inner = members(schema, initial, pointer, root);
-  const wrong = h("p", { class: "error", tabindex: "-1", hidden: true });
+  const wrong = h("p.error", { tabindex: "-1", hidden: true });
   const self = {
     control: wrong,
     pointer,

@@ -1,21 +1,24 @@
 // The entry of the page. It loads each view when it is first shown.
 
 import { enterView } from "./address.js";
-import { Problem, waitForServer } from "./api.js";
+import { Problem, get, waitForServer } from "./api.js";
 import { fill, h } from "./dom.js";
 import { showKey } from "./key.js";
 import { problem } from "./notices.js";
 import { clearStorage, local } from "./storage.js";
+import { every, pause } from "./wait.js";
 
 const VIEWS = {
   agents: () => import("./agents.js"),
   agent: () => import("./agent.js"),
   runs: () => import("./runs.js"),
   run: () => import("./run.js"),
+  waiting: () => import("./waiting.js"),
   batches: () => import("./batches.js"),
   batch: () => import("./batch.js"),
   "new-batch": () => import("./newbatch.js"),
 };
+const COUNT_EVERY_MS = 5000;
 const name = document.title;
 let leaving = new AbortController();
 
@@ -40,7 +43,7 @@ async function show(isFirst) {
     });
     signal.throwIfAborted();
     // Each view has its own element, so a closed view cannot change the current one.
-    const container = h("div", { class: "view" });
+    const container = h("div.view");
     fill(main, container);
     await module.show(container, { id: rest.join("/"), params: new URLSearchParams(query), signal });
     signal.throwIfAborted();
@@ -53,6 +56,12 @@ async function show(isFirst) {
   } finally {
     if (!signal.aborted) main.removeAttribute("aria-busy");
   }
+}
+
+/** Show how many runs wait for a person. */
+async function countWaiting() {
+  const { runs, next } = await get("runs?status=waiting&limit=50");
+  fill(document.getElementById("waiting"), `${runs.length}${next ? "+" : ""}`).hidden = !runs.length;
 }
 
 const theme = document.getElementById("theme");
@@ -78,3 +87,5 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 setTheme();
 showKey();
 show(true);
+// after the first view, which should not wait for it
+pause(1000).then(() => every(COUNT_EVERY_MS, () => countWaiting().catch(() => {})));

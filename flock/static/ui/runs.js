@@ -17,20 +17,22 @@ export async function show(main, { params, signal }) {
       agentChoice(agents, params),
       time("created_after", "From"),
       time("created_before", "To"),
+      { name: "session_id", label: "Session", make: (value) => h("input", { value: value ?? "" }) },
     ],
     columns: ["Run", "Inputs", "Result", "Agent", "Status", "Submitted", "Duration"],
     noneYet: ["There are no runs yet. ", h("a", { href: link("agents") }, "Start one with an agent.")],
     noMatch: "No run matches these filters.",
     row: (run) => [
       h("a", { href: link(`run/${run.run_id}`), class: "mono" }, run.run_id.slice(-12)),
-      h("span", { class: "preview" }, run.inputs ?? ""),
-      h("span", { class: "preview" }, run.error ?? run.waiting_for?.[0].question ?? run.result ?? ""),
+      h("span.preview", run.inputs ?? ""),
+      h("span.preview", run.error ?? run.waiting_for?.[0].question ?? run.result ?? ""),
       run.agent_name,
       badge(run.status),
       when(run.created_at),
       duration(run.started_at && between(run.started_at, run.completed_at)),
     ],
     hasPreviews: true,
+    isLive: (run) => !run.completed_at, // its duration grows
     id: (run) => run.run_id,
   });
 }

@@ -1,7 +1,7 @@
 // Statuses, times, numbers, batches and hand-offs as text.
 
 import { link } from "./address.js";
-import { h } from "./dom.js";
+import { h, quiet } from "./dom.js";
 
 export const SIGNS = { starting: "○", running: "◐", waiting: "?", completed: "✓", failed: "✕", cancelled: "⊘" };
 
@@ -23,7 +23,10 @@ export function localTime(time) {
   const date = new Date(time);
   return Number.isNaN(date.getTime())
     ? ""
-    : new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 23).replace(/\.000Z?$/, "");
+    : new Date(date - date.getTimezoneOffset() * 60_000)
+        .toISOString()
+        .slice(0, 23)
+        .replace(/\.000Z?$/, "");
 }
 
 export function duration(seconds) {
@@ -42,19 +45,13 @@ const NUMBER = new Intl.NumberFormat();
 export const count = (number, one, many = `${one}s`) =>
   `${NUMBER.format(number)}${one ? ` ${number === 1 ? one : many}` : ""}`;
 
-/** A description of batches. */
-export const aboutBatches = () =>
-  h("p", { class: "quiet" }, "A batch runs one agent on every row of a table. Each row is a separate run.");
+/** US dollars. Runs can cost much less than a cent. */
+export const dollars = (amount) =>
+  new Intl.NumberFormat(undefined, {
+    style: "currency",
+    currency: "USD",
+    maximumFractionDigits: amount < 1 ? 6 : 2,
+  }).format(amount);
 
-/** A description of which agent runs next. */
-export function handOff(agent) {
-  if (agent.next_agent)
-    return h(
-      "p",
-      { class: "quiet" },
-      "Hands off to ",
-      h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent),
-      ".",
-    );
-  return agent.next_agent === null ? h("p", { class: "quiet" }, "Its result decides which agent runs next.") : null;
-}
+/** A description of batches. */
+export const aboutBatches = () => quiet("A batch runs one agent on every row of a table. Each row is a separate run.");

@@ -1,0 +1,50 @@
+// What the views of a run and of a batch share.
+
+import { actions, button, fact, fill, h, title } from "./dom.js";
+import { copy } from "./notices.js";
+import { badge, count, dollars } from "./words.js";
+
+/** The heading of a run or batch. Its buttons are replaced only if `kind` changes, so that they keep the focus. */
+export function heading() {
+  const node = h("div"),
+    status = h("span", { id: "status" });
+  const draw = (record, kind, buttons) => {
+    if (node.dataset.kind !== kind) {
+      const hadFocus = node.contains(document.activeElement);
+      node.dataset.kind = kind;
+      const copyLink = button("Copy link", () => copy(location.href, "Link"));
+      fill(node, title(record.agent_name, status, actions(buttons(), copyLink)));
+      if (hadFocus) node.querySelector("h1").focus();
+    }
+    fill(status, badge(record.status));
+  };
+  return { node, draw };
+}
+
+/** A text that is not shown but announced by screen readers: {node, say(text), sayRarely(text)}. */
+export function announcer(pauseMs) {
+  const node = h("p.visually-hidden", { role: "status" });
+  let saidAt = 0;
+  const say = (text) => {
+    saidAt = performance.now();
+    fill(node, text);
+  };
+  return { node, say, sayRarely: (text) => performance.now() - saidAt > pauseMs && say(text) };
+}
+
+/** Why a run or batch did not complete. */
+export const failure = ({ status, error, request_id }, heading, ...more) =>
+  h(
+    `div.problem.${status}`,
+    h("h2", heading),
+    error !== `${heading}.` && h("p.text", error),
+    (more.length > 0 || request_id) &&
+      h("p.quiet", more, request_id && [more.length ? ", request " : "Request ", h("code", request_id)]),
+  );
+
+/** The tokens and the cost of a run or batch, as far as they are known. */
+export const spent = ({ usage, cost, estimated_cost }) => [
+  usage && fact("Tokens", `${count(usage.input_tokens)} in, ${count(usage.output_tokens)} out`),
+  typeof cost === "number" && fact("Cost", dollars(cost)),
+  typeof estimated_cost === "number" && fact("Estimated cost", dollars(estimated_cost)),
+];
