@@ -14,8 +14,8 @@ from flock.web.contract import STATIC
 
 __all__ = ["UIFile", "takes_gzip", "ui_files"]
 
-#: The script that loads the views, and the first view.
-ENTRY, FIRST_VIEW = "main.js", "agents.js"
+#: The script that loads the views.
+ENTRY = "main.js"
 #: A static import in the form that all our scripts use. They never rename an import.
 IMPORT = re.compile(rb'^import \{(?P<names>[^}]*)\} from "\./(?P<module>[\w.]+)";\n', re.MULTILINE)
 
@@ -48,11 +48,10 @@ def _bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
     needed: dict[str, set[str]] = {}  # by each module
     for name in order:
         needed[name] = {name}.union(*(needed[module] for module in imports[name]))
-    first = (needed[ENTRY] | needed[FIRST_VIEW]) - {FIRST_VIEW}
     views = needed.keys() - {ENTRY}.union(*imports.values())
     users = {name: frozenset(view for view in views if name in needed[view]) for name in order}
     script_of_users = {users[name]: name for name in order}  # a view is the last of its modules
-    script_of = {name: ENTRY if name in first else script_of_users[users[name]] for name in order}
+    script_of = {name: ENTRY if name in needed[ENTRY] else script_of_users[users[name]] for name in order}
     scripts = {
         script: _script([files[name] for name in order if script_of[name] == script], script, script_of)
         for script in script_of.values()

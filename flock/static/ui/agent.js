@@ -6,7 +6,7 @@ import { lastAgents } from "./chain.js";
 import { copyCurl, quoted } from "./curl.js";
 import { actions, button, fill, h, quiet, table, title, wide } from "./dom.js";
 import { form, plain, sending } from "./form.js";
-import { parse, pretty } from "./json.js";
+import { parse, pretty, textOf } from "./json.js";
 import { session } from "./storage.js";
 
 export async function show(main, { id, signal }) {
@@ -144,8 +144,7 @@ function outputs(schema) {
 
 function typeOf(schema, root) {
   const orNull = schema.isNullable ? " or null" : "";
-  if (schema.enum)
-    return schema.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(" | ") + orNull;
+  if (schema.enum) return schema.enum.map(textOf).join(" | ") + orNull;
   if (schema.type === "array" && schema.items) return `list of ${typeOf(plain(schema.items, root), root)}${orNull}`;
   return (
     ({ "date-time": "date and time" }[schema.format] ??

@@ -3,8 +3,9 @@
 import { link } from "./address.js";
 import { get } from "./api.js";
 import { actions, h, quiet, title } from "./dom.js";
+import { handOff } from "./words.js";
 
-export async function show(main, { signal }) {
+export async function showAgents(main, { signal }) {
   const { agents } = await get("agents", signal);
   main.append(
     title("Agents"),
@@ -31,11 +32,4 @@ export async function show(main, { signal }) {
           ),
         ),
   );
-}
-
-/** A description of which agent runs next. */
-function handOff(agent) {
-  if (agent.next_agent)
-    return quiet("Hands off to ", h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent), ".");
-  return agent.next_agent === null ? quiet("Its result decides which agent runs next.") : null;
 }

@@ -4,8 +4,9 @@ import { link, updateAddress, url } from "./address.js";
 import { Problem, get, post, send } from "./api.js";
 import { lastAgents, outputsOf } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
-import { button, fact, fill, h, newId, saveAs, saveBlob, select } from "./dom.js";
+import { button, fact, fill, h, saveAs, saveBlob, select } from "./dom.js";
 import { events } from "./events.js";
+import { textOf } from "./json.js";
 import { hasKey } from "./key.js";
 import { busyWhile, notify, problem } from "./notices.js";
 import { announcer, failure, heading, spent } from "./record.js";
@@ -15,7 +16,6 @@ import { badge, between, count, duration, ended, isFinal, when } from "./words.j
 const RATE_OVER_MS = 10_000;
 const REFRESH_MS = 1000;
 const ANNOUNCE_EVERY_MS = 5000;
-/** Up to this number, all rows are visible without scrolling. */
 const FEW_ROWS = 10;
 
 export async function show(main, { id, params, signal }) {
@@ -196,12 +196,7 @@ export async function show(main, { id, params, signal }) {
         "Error",
       ].map((name) => ({ name, min: name === "Error" ? 14 : 10, max: name === "Error" ? "2fr" : "1fr" })),
     ];
-    const cell = (value) =>
-      value === undefined || value === null
-        ? ""
-        : typeof value === "string"
-          ? value.slice(0, 200)
-          : JSON.stringify(value).slice(0, 200);
+    const cell = (value) => textOf(value ?? "").slice(0, 200);
     table = bigTable({
       label: "Results",
       columns,
@@ -233,30 +228,15 @@ export async function show(main, { id, params, signal }) {
         }, 400);
       },
     });
-    const filter = select(
-      [
-        ["", "All rows"],
-        ["completed", "Completed"],
-        ["failed", "Failed"],
-        ["cancelled", "Cancelled"],
-      ],
-      status,
-      { id: newId() },
-    );
-    filter.addEventListener("change", () => {
-      status = filter.value;
+    const options = [["", "All rows"], ...["completed", "failed", "cancelled"].map((each) => [each, each])];
+    const onchange = ({ target }) => {
+      status = target.value;
       cursors = [-1];
       first = 0;
       updateAddress(`batch/${id}`, { status });
       drawTable().then(() => parts.results.querySelector("select").focus(), showError);
-    });
-    const number = h("input", {
-      id: newId(),
-      inputmode: "numeric",
-      pattern: "\\d+",
-      title: "Row number",
-      placeholder: "1",
-    });
+    };
+    const number = h("input", { inputmode: "numeric", pattern: "\\d+", title: "Row number", placeholder: "1" });
     const goTo = h(
       "form.filters",
       {
@@ -265,8 +245,8 @@ export async function show(main, { id, params, signal }) {
           if (number.value) table.goTo(Number(number.value) - 1);
         },
       },
-      h("label", { for: filter.id }, "Show", filter),
-      batch.total_items > FEW_ROWS && [h("label", { for: number.id }, "Go to row", number), h("button", "Go")],
+      h("label", "Show", select(options, status, { onchange })),
+      batch.total_items > FEW_ROWS && [h("label", "Go to row", number), h("button", "Go")],
     );
     fill(parts.results, h("h2", "Results"), goTo, table.node);
     requestAnimationFrame(() => table.goTo(first, false));

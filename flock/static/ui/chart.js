@@ -4,7 +4,6 @@ import { fill, h, newId, quiet } from "./dom.js";
 import { SIGNS, between, count, duration, isFinal } from "./words.js";
 
 const [HEIGHT, BARS] = [130, 24];
-/** With fewer rows, a distribution is not useful. */
 const MIN_MEASURED = 10;
 const OUTCOMES = ["completed", "failed", "cancelled"];
 
@@ -19,7 +18,6 @@ function outcomes(batch) {
   ].filter(([, number]) => number > 0);
 }
 
-/** A bar with one segment for each outcome. */
 export const outcomeBar = () => h("div.bar", { role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0 });
 
 export function drawOutcomes(bar, batch) {
@@ -38,7 +36,6 @@ export function drawOutcomes(bar, batch) {
   );
 }
 
-/** The outcomes in words, each with its sign. */
 export const outcomeWords = (batch) =>
   outcomes(batch).map(([name, number]) =>
     h(

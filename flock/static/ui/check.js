@@ -5,7 +5,6 @@ import { count } from "./words.js";
 
 const isNoRowsError = ({ pointer }) => pointer === "/batch_inputs";
 
-/** Return whether the rows are valid, and a sentence. */
 export function summary({ ok, total_items: total, invalid_items: invalid, errors }, kind) {
   if (errors.some(isNoRowsError)) return [false, `There are no rows${kind === "csv" ? " below the header" : ""}.`];
   if (!ok && !total) return [false, "The header is invalid."];
@@ -14,10 +13,8 @@ export function summary({ ok, total_items: total, invalid_items: invalid, errors
   return [true, total === 1 ? "The row is valid." : `All ${count(total)} rows are valid.`];
 }
 
-/** The column, or the location in the request, of an error. */
 const locationOf = ({ pointer }) => pointer.slice(1).replace(/~1/g, "/").replace(/~0/g, "~");
 
-/** The errors as a table. */
 export function errorTable(errors) {
   const shown = errors.filter((error) => !isNoRowsError(error));
   if (!shown.length) return null;

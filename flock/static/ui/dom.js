@@ -23,7 +23,6 @@ export function h(name, ...children) {
   return fill(element, children);
 }
 
-/** Replace the content of an element. */
 export function fill(element, ...children) {
   element.replaceChildren(...children.flat(9).filter(isShown));
   return element;
@@ -55,7 +54,6 @@ export const select = (options, chosen, props = {}) => {
 let ids = 0;
 export const newId = () => `e${++ids}`;
 
-/** A control with its label, and maybe a hint. */
 export function withLabel(text, control, hint) {
   control.id ||= newId();
   return h("div.field", h("label", { for: control.id }, text), hint && h("p.hint", hint), control);

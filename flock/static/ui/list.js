@@ -3,7 +3,7 @@
 import { link, updateAddress } from "./address.js";
 import { get } from "./api.js";
 import { actions, button, fill, h, select, table, title, wide } from "./dom.js";
-import { isExact } from "./json.js";
+import { isExact, textOf } from "./json.js";
 import { session } from "./storage.js";
 import { every } from "./wait.js";
 
@@ -13,14 +13,12 @@ const REFRESH_MS = 2000;
 const PREVIEWS_PER_PAGE = 10;
 const PREVIEW_CHARS = 200;
 
-/** Return the start of the inputs or the result as text. */
 export function previewOf(members) {
-  const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
   const entries = Object.entries(members ?? {});
   const [[, only] = []] = entries;
   if (entries.length === 1 && only !== null && typeof only === "object" && !Array.isArray(only) && !isExact(only))
     return previewOf(only);
-  const words = entries.map(([name, value]) => (entries.length === 1 ? "" : `${name}: `) + text(value)).join(", ");
+  const words = entries.map(([name, value]) => (entries.length === 1 ? "" : `${name}: `) + textOf(value)).join(", ");
   return words.length > PREVIEW_CHARS ? `${words.slice(0, PREVIEW_CHARS)} …` : words;
 }
 
@@ -96,7 +94,6 @@ export async function list(
     clear.hidden = !filters.some(({ name }) => shown[name]);
   }
 
-  /** The previews of the shown runs, by id. */
   const previews = new Map();
   async function preview(items, signal) {
     const stateOf = (item) => `${item.status} ${item.attempt}`;

@@ -8,7 +8,7 @@ import { copyCurl, quoted } from "./curl.js";
 import { actions, button, fill, h, quiet, select, table, title, wide, withLabel } from "./dom.js";
 import { chooser } from "./files.js";
 import { form } from "./form.js";
-import { isExact, parse } from "./json.js";
+import { parse, textOf } from "./json.js";
 import { DROPPED, KEPT, Mapping } from "./mapping.js";
 import { busyWhile, problem } from "./notices.js";
 import { session } from "./storage.js";
@@ -16,7 +16,6 @@ import { MEDIA_TYPES, checkRows, formatOf, headOf, sendRows } from "./upload.js"
 import { pause } from "./wait.js";
 import { aboutBatches } from "./words.js";
 
-/** The delay of a check after a change, because the user may still be typing. */
 const CHECK_DELAY_MS = 200;
 const SHOWN_ROWS = 5;
 const DELIMITERS = { ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" };
@@ -68,7 +67,6 @@ class NewBatch {
     ];
   }
 
-  /** Show the error of a promise that is not awaited. */
   report(work) {
     work.catch((error) => {
       if (error.name !== "AbortError" && !this.signal.aborted) fill(this.check, problem(error));
@@ -218,7 +216,6 @@ class NewBatch {
     return form(schema, before);
   }
 
-  /** Create a select of the unused columns. */
   columnFor(input) {
     const unused = this.mapping.unused();
     const choose = ({ target }) => {
@@ -306,7 +303,6 @@ class NewBatch {
     fill(this.check, h("h2", "Check"), h("p", { role: "status" }, sign, words), errorTable(this.found.errors));
   }
 
-  /** Show the server's error. */
   drawRejection(place, { title, message, errors, requestId }, words) {
     const ofRows = errors.filter((error) => error.line);
     const others = errors.filter((error) => !error.line);
@@ -388,7 +384,6 @@ class NewBatch {
     };
   }
 
-  /** Return the options of the batch. Or show the error of a field and return null. */
   startOptions() {
     try {
       for (const fields of this.fields) fields.read();
@@ -446,8 +441,7 @@ class NewBatch {
 const delimiterOf = ({ kind, delimiter }) => (kind === "csv" && delimiter !== "," ? { delimiter } : {});
 const listed = (names) => names.map((name) => `“${name}”`).join(", ");
 
-/** Return the start of a value's text. */
 function short(value) {
-  const text = isExact(value) ? value.rawJSON : typeof value === "string" ? value : (JSON.stringify(value) ?? "");
+  const text = textOf(value);
   return text.length > 120 ? `${text.slice(0, 120)} …` : text;
 }

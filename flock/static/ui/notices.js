@@ -11,7 +11,6 @@ export function notify(text) {
   hiding = setTimeout(() => fill(document.getElementById("notice")), 6000);
 }
 
-/** Show an error, with a button that calls `retry`. */
 export function problem(error, retry) {
   const isGone = error.status === 404;
   return h(

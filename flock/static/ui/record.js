@@ -32,7 +32,6 @@ export function announcer(pauseMs) {
   return { node, say, sayRarely: (text) => performance.now() - saidAt > pauseMs && say(text) };
 }
 
-/** Why a run or batch did not complete. */
 export const failure = ({ status, error, request_id }, heading, ...more) =>
   h(
     `div.problem.${status}`,
@@ -42,7 +41,6 @@ export const failure = ({ status, error, request_id }, heading, ...more) =>
       h("p.quiet", more, request_id && [more.length ? ", request " : "Request ", h("code", request_id)]),
   );
 
-/** The tokens and the cost of a run or batch, as far as they are known. */
 export const spent = ({ usage, cost, estimated_cost }) => [
   usage && fact("Tokens", `${count(usage.input_tokens)} in, ${count(usage.output_tokens)} out`),
   typeof cost === "number" && fact("Cost", dollars(cost)),

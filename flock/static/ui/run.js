@@ -12,7 +12,6 @@ import { session } from "./storage.js";
 import { readable, result } from "./value.js";
 import { between, count, duration, ended, isFinal, when } from "./words.js";
 
-/** The shortest time between two announcements of progress to a screen reader. */
 const PROGRESS_EVERY_MS = 5000;
 
 export async function show(main, { id, signal }) {

@@ -47,7 +47,6 @@ export class Steps {
     for (const step of this.steps) step.clearOutput();
   }
 
-  /** Draw the times of what has not ended. */
   tick({ status }) {
     for (const step of this.steps) if (!step.completed_at) step.draw(status);
   }
@@ -161,7 +160,6 @@ class Call {
     this.drawContent();
   }
 
-  /** Draw the time of a call that has not ended. */
   draw() {
     if (!this.data.completed_at) this.drawSummary();
   }

@@ -101,7 +101,6 @@ export function bigTable({ label, columns, total, start, load, cells, onScroll, 
     if (focusedRow) (rows.querySelector(`[aria-rowindex="${focusedRow}"] a`) ?? node).focus({ preventScroll: true });
   }
 
-  /** Load the visible pages, and cancel the requests for others. */
   function loadPages(from, to) {
     for (const [page, request] of requests)
       if (page < from || page > to) {

@@ -23,7 +23,6 @@ export function readable(value) {
   return [h("span.text", value.slice(0, MAX_TEXT_CHARS)), more];
 }
 
-/** A sentence about the elements that are not shown. */
 const rest = (number) =>
   number > MAX_ELEMENTS && quiet(`… and ${number - MAX_ELEMENTS} more. The JSON view shows all.`);
 

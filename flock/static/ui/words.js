@@ -5,11 +5,9 @@ import { h, quiet } from "./dom.js";
 
 export const SIGNS = { starting: "○", running: "◐", waiting: "?", completed: "✓", failed: "✕", cancelled: "⊘" };
 
-/** A status with its sign, word and colour. */
 export const badge = (status) =>
   h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
 
-/** A final status as the verb of a sentence. */
 export const ended = { completed: "completed", failed: "failed", cancelled: "was cancelled" };
 
 export const STATUSES = Object.keys(SIGNS);
@@ -53,5 +51,10 @@ export const dollars = (amount) =>
     maximumFractionDigits: amount < 1 ? 6 : 2,
   }).format(amount);
 
-/** A description of batches. */
 export const aboutBatches = () => quiet("A batch runs one agent on every row of a table. Each row is a separate run.");
+
+export function handOff(agent) {
+  if (agent.next_agent)
+    return quiet("Hands off to ", h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent), ".");
+  return agent.next_agent === null ? quiet("Its result decides which agent runs next.") : null;
+}
