@@ -1171,11 +1171,14 @@ VIEWS = (
     "agents",
     "agent/order",
     "agent/sort",
-    "run",
+    "run/{failed}",
+    "run/{calls}",
+    "run/{approval}",
     "runs",
+    "waiting",
     "new-batch?agent=count_up",
     "new-batch?agent=book",
-    "batch",
+    "batch/{batch}",
     "batches",
 )
 
@@ -1183,13 +1186,19 @@ VIEWS = (
 def walk(page: Page, site: Site, ids: dict[str, str]) -> Iterator[str]:
     """Show each view in turn, with some content."""
     for view in VIEWS:
-        page.goto(f"{site.url}/ui#/{view}{'/' + ids[view] if view in ids else ''}")
+        page.goto(f"{site.url}/ui#/{view.format(**ids)}")
         page.locator("main:not([aria-busy]) h1").wait_for()
         if view.startswith("new-batch"):
             choose(page, "rows.csv", "n,comment\n1,one\nzwei,two\n")
             problem = "1 of 2 rows is invalid." if "count_up" in view else "There is no column for “seat”, “price”"
             page.get_by_text(problem).wait_for()
-        if view == "batch":
+        if view == "run/{calls}":
+            page.locator(".calls summary").first.click()
+        if view == "run/{approval}":
+            page.get_by_role("button", name="Edit").click()
+        if view == "waiting":
+            page.get_by_role("link", name="May cashier call pay_back?").first.wait_for()
+        if view == "batch/{batch}":
             page.get_by_role("img").wait_for()
             page.get_by_role("table", name="Results").get_by_role("link").first.wait_for()
         yield view
@@ -1209,7 +1218,12 @@ def test_axe_finds_no_violation_and_narrow_screens_do_not_scroll_sideways(
 ) -> None:
     """A wide screen uses the theme of the system, and a narrow one the switch of the page."""
     (closed.folder / "mend").unlink(missing_ok=True)
-    ids = {"run": closed.run("deliver", parcel="cake", gate="never"), "batch": closed.batch(20)}
+    ids = {
+        "failed": closed.run("deliver", parcel="cake", gate="never"),
+        "calls": closed.run("trip", place="Rome"),
+        "approval": closed.run("cashier", complaint="cold soup"),
+        "batch": closed.batch(20),
+    }
     scheme = theme if width > 400 else "light" if theme == "dark" else "dark"
     page = visit.page(closed, viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.get_by_label("Theme").select_option("" if width > 400 else theme)

@@ -121,7 +121,7 @@ def test_output_grows_while_it_is_written_until_the_result_replaces_it(live: Liv
     page.evaluate(
         """() => {
             window.said = [];
-            const note = () => window.said.push(document.querySelector(".view > [role=status]").textContent);
+            const note = () => window.said.push(document.querySelector(".view > [role=status]")?.textContent ?? "");
             new MutationObserver(note).observe(document.querySelector("main"), {childList: true, subtree: true});
         }"""
     )

@@ -4,14 +4,15 @@ import { link, updateAddress, url } from "./address.js";
 import { Problem, get, post, send } from "./api.js";
 import { lastAgents, outputsOf } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
-import { button, fact, fill, h, saveAs, saveBlob, select } from "./dom.js";
+import { button, fill, h, select } from "./dom.js";
 import { events } from "./events.js";
 import { textOf } from "./json.js";
 import { hasKey } from "./key.js";
 import { busyWhile, notify, problem } from "./notices.js";
-import { announcer, failure, heading, spent } from "./record.js";
+import { announcer, ended, fact, failure, heading, spent } from "./record.js";
+import { saveAs, saveBlob } from "./save.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
-import { badge, between, count, duration, ended, isFinal, when } from "./words.js";
+import { badge, between, count, duration, isFinal, when } from "./words.js";
 
 const RATE_OVER_MS = 10_000;
 const REFRESH_MS = 1000;

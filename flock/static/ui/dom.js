@@ -33,7 +33,6 @@ export const button = (text, onclick, props = {}) => h("button", { type: "button
 export const quiet = (...children) => h("p.quiet", ...children);
 export const actions = (...children) => h("p.actions", ...children);
 export const title = (text, ...more) => h("div.title", h("h1", { tabindex: "-1" }, text), more);
-export const fact = (name, ...value) => h("div", h("dt", name), h("dd", value));
 
 /** A box that scrolls sideways, also by keyboard. */
 export const wide = (label, ...children) =>
@@ -57,17 +56,4 @@ export const newId = () => `e${++ids}`;
 export function withLabel(text, control, hint) {
   control.id ||= newId();
   return h("div.field", h("label", { for: control.id }, text), hint && h("p.hint", hint), control);
-}
-
-export function saveAs(href, name) {
-  const link = h("a", { href, download: name });
-  document.body.append(link);
-  link.click();
-  link.remove();
-}
-
-export function saveBlob(blob, name) {
-  const href = URL.createObjectURL(blob);
-  saveAs(href, name);
-  setTimeout(() => URL.revokeObjectURL(href), 60_000);
 }

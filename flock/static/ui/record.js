@@ -1,8 +1,11 @@
 // What the views of a run and of a batch share.
 
-import { actions, button, fact, fill, h, title } from "./dom.js";
+import { actions, button, fill, h, title } from "./dom.js";
 import { copy } from "./notices.js";
-import { badge, count, dollars } from "./words.js";
+import { badge, count } from "./words.js";
+
+/** A final status as the verb of a sentence. */
+export const ended = { completed: "completed", failed: "failed", cancelled: "was cancelled" };
 
 /** The heading of a run or batch. Its buttons are replaced only if `kind` changes, so that they keep the focus. */
 export function heading() {
@@ -40,6 +43,16 @@ export const failure = ({ status, error, request_id }, heading, ...more) =>
     (more.length > 0 || request_id) &&
       h("p.quiet", more, request_id && [more.length ? ", request " : "Request ", h("code", request_id)]),
   );
+
+export const fact = (name, ...value) => h("div", h("dt", name), h("dd", value));
+
+/** US dollars. Runs can cost much less than a cent. */
+const dollars = (amount) =>
+  new Intl.NumberFormat(undefined, {
+    style: "currency",
+    currency: "USD",
+    maximumFractionDigits: amount < 1 ? 6 : 2,
+  }).format(amount);
 
 export const spent = ({ usage, cost, estimated_cost }) => [
   usage && fact("Tokens", `${count(usage.input_tokens)} in, ${count(usage.output_tokens)} out`),

@@ -2,15 +2,15 @@
 
 import { go, link } from "./address.js";
 import { get, post } from "./api.js";
-import { actions, button, fact, fill, h, wide } from "./dom.js";
+import { actions, button, fill, h, wide } from "./dom.js";
 import { events } from "./events.js";
 import { busyWhile, notify, problem } from "./notices.js";
 import { question } from "./question.js";
-import { announcer, failure, heading, spent } from "./record.js";
+import { announcer, ended, fact, failure, heading, spent } from "./record.js";
 import { Steps } from "./steps.js";
 import { session } from "./storage.js";
 import { readable, result } from "./value.js";
-import { between, count, duration, ended, isFinal, when } from "./words.js";
+import { between, count, duration, isFinal, when } from "./words.js";
 
 const PROGRESS_EVERY_MS = 5000;
 

@@ -1,8 +1,9 @@
 // A JSON value, formatted for reading.
 
-import { actions, button, fill, h, quiet, saveBlob, table, wide } from "./dom.js";
+import { actions, button, fill, h, quiet, table, wide } from "./dom.js";
 import { isExact, pretty } from "./json.js";
 import { copy } from "./notices.js";
+import { saveBlob } from "./save.js";
 
 /** The limits of the table view. The JSON view has the rest. */
 const MAX_ELEMENTS = 200;

@@ -8,8 +8,6 @@ export const SIGNS = { starting: "○", running: "◐", waiting: "?", completed:
 export const badge = (status) =>
   h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
 
-export const ended = { completed: "completed", failed: "failed", cancelled: "was cancelled" };
-
 export const STATUSES = Object.keys(SIGNS);
 export const isFinal = (status) => ["completed", "failed", "cancelled"].includes(status);
 
@@ -42,14 +40,6 @@ export const between = (from, to) => (from ? ((to ? new Date(to) : new Date()) -
 const NUMBER = new Intl.NumberFormat();
 export const count = (number, one, many = `${one}s`) =>
   `${NUMBER.format(number)}${one ? ` ${number === 1 ? one : many}` : ""}`;
-
-/** US dollars. Runs can cost much less than a cent. */
-export const dollars = (amount) =>
-  new Intl.NumberFormat(undefined, {
-    style: "currency",
-    currency: "USD",
-    maximumFractionDigits: amount < 1 ? 6 : 2,
-  }).format(amount);
 
 export const aboutBatches = () => quiet("A batch runs one agent on every row of a table. Each row is a separate run.");
 
