@@ -113,6 +113,14 @@ def test_calls_are_added_while_a_step_is_running(live: Live, gate: str) -> None:
     expect(details).to_contain_text("tea")
 
 
+def test_a_step_of_thousands_of_calls_shows_the_first(live: Live, gate: str) -> None:
+    page, stream = live(gate)
+    call = {"name": "add", "kind": "function", "started_at": STARTED, "completed_at": ENDED, "error": None}
+    stream.send(*[("call.completed", call | {"call_id": f"add:{number}"}) for number in range(2000)])
+    expect(page.get_by_text("… and 1,500 more calls. The API returns all.")).to_be_visible()
+    expect(lines_of(steps_of(page).locator("> .calls"))).to_have_count(500)
+
+
 # Output while it is written
 
 
@@ -177,7 +185,9 @@ def test_a_call_of_a_tool_is_approved(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, f"run/{run_id}")
     question = page.get_by_role("region", name="May cashier call pay_back?")
     expect(question.get_by_role("row", name="amount")).to_contain_text("40")
-    expect(page.locator(".steps")).to_contain_text("waiting for")
+    expect(steps_of(page)).to_contain_text("waiting for")
+    started = page.locator(".steps > li > div > .quiet > time")
+    expect(started).to_have_attribute("datetime", closed.get(f"/run/{run_id}")["started_at"])
     question.get_by_role("button", name="Approve").click()
     expect(status_of(page)).to_contain_text("completed")
     expect(question).to_have_count(0)
@@ -227,7 +237,7 @@ def test_runs_that_wait_are_counted_and_listed_with_their_questions(visit: Visit
     expect(refund).to_contain_text("How much?")
     expect(refund.locator("td").last.locator("time")).to_have_count(1)  # one of its questions expires
     cashier = page.get_by_role("row", name="May cashier call pay_back?").first
-    expect(cashier).to_contain_text("40")
+    expect(cashier).to_contain_text("amount: 40")
     for run_id in run_ids:
         httpx.post(f"{closed.url}/run/{run_id}/cancel", headers=closed.headers).raise_for_status()
     expect(refund).to_have_count(0)

@@ -178,7 +178,8 @@ def ui_flock(folder: Path) -> Flock:
     @flock.agent
     async def hotel(place: str, context: RunContext) -> int:
         """Counts the nights."""
-        return await context.call(fare, place)
+        nights: int = await context.call(fare, place)
+        return nights
 
     @flock.agent
     async def trip(place: str, context: RunContext, gate: str = "") -> str:

@@ -13,12 +13,21 @@ const REFRESH_MS = 2000;
 const PREVIEWS_PER_PAGE = 10;
 const PREVIEW_CHARS = 200;
 
-export function previewOf(members) {
+export function previewOf(members, isNamed = false) {
   const entries = Object.entries(members ?? {});
   const [[, only] = []] = entries;
-  if (entries.length === 1 && only !== null && typeof only === "object" && !Array.isArray(only) && !isExact(only))
+  if (
+    !isNamed &&
+    entries.length === 1 &&
+    only !== null &&
+    typeof only === "object" &&
+    !Array.isArray(only) &&
+    !isExact(only)
+  )
     return previewOf(only);
-  const words = entries.map(([name, value]) => (entries.length === 1 ? "" : `${name}: `) + textOf(value)).join(", ");
+  const words = entries
+    .map(([name, value]) => (entries.length === 1 && !isNamed ? "" : `${name}: `) + textOf(value))
+    .join(", ");
   return words.length > PREVIEW_CHARS ? `${words.slice(0, PREVIEW_CHARS)} …` : words;
 }
 

@@ -36,7 +36,7 @@ function approvalForm(properties, $defs, about, answer) {
   const { wrong, send } = sending(fields, "/output");
   const approveAsAsked = busyWhile(() => answer({ approved: true }));
   const approveEdited = send((output) => answer({ approved: true, ...output }));
-  const call = h("div");
+  const call = h("div.field");
   let isEditing = false;
   const draw = () => {
     fill(call, isEditing ? [fields.node, wrong] : wide("Arguments", readable(about)));

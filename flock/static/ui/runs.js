@@ -48,11 +48,11 @@ const waiting = (agent) => ({
   only: { status: "waiting" },
   filters: [agent],
   columns: ["Question", "About", "Agent", "Asked", "Expires"],
-  about: quiet("These runs continue when a person has answered their questions."),
+  about: quiet("These runs continue when their questions are answered."),
   noneYet: "No run waits for an answer.",
   row: ({ run_id, agent_name, waiting_for }) => [
     waiting_for.map(({ question }) => h("a.preview", { href: link(`run/${run_id}`) }, question)),
-    waiting_for.map((question) => preview(previewOf(question.arguments))),
+    waiting_for.map((question) => preview(previewOf(question.arguments, true))),
     agent_name,
     when(waiting_for[0].asked_at),
     when(

@@ -20,7 +20,8 @@ export class Steps {
   at(position) {
     while (this.steps.length <= position) {
       if (!this.steps.length) fill(this.node);
-      const step = new Step(this.steps.length);
+      const [started_at] = [this.started_at, this.steps.at(-1)?.completed_at].filter(Boolean).sort().reverse();
+      const step = new Step(this.steps.length, started_at);
       this.steps.push(step);
       this.node.append(step.node);
     }
@@ -29,6 +30,7 @@ export class Steps {
 
   draw(run) {
     const { steps, calls, agent_name } = run;
+    this.started_at = run.started_at;
     steps.forEach((step, position) => this.at(position).set(step));
     if (calls) this.at(steps.length).set({ calls, agent_name: steps.length ? undefined : agent_name });
     if (isFinal(run.status) && !this.steps.length) fill(this.node, h("li.quiet", "No steps finished."));
@@ -61,10 +63,10 @@ class Step {
   more = h("div");
   result = h("div");
 
-  constructor(position) {
+  constructor(position, started_at) {
     this.position = position;
     this.agent_name = `Step ${position + 1}`;
-    this.started_at = new Date().toISOString();
+    this.started_at = started_at ?? new Date().toISOString();
     this.node = h("li", this.head, this.list, this.more, this.output.node, this.result);
   }
 
