@@ -300,4 +300,5 @@ def test_a_run_leads_to_the_other_runs_of_its_session(visit: Visit, closed: Site
         expect(page.locator("tbody")).to_contain_text(run_id[-12:])
     expect(page.get_by_label("Session")).to_have_value("chat/1")
     page.get_by_role("button", name="Clear filters").click()
-    expect(page.get_by_label("Session")).to_have_value("")
+    expect(page.get_by_label("Session")).to_have_count(0)
+    expect(page).to_have_url(re.compile("#/runs$"))

@@ -1,6 +1,6 @@
 // What the views of a run and of a batch share.
 
-import { actions, button, fill, h, title } from "./dom.js";
+import { actions, button, fill, h, quiet, title } from "./dom.js";
 import { copy } from "./notices.js";
 import { badge, count } from "./words.js";
 
@@ -35,14 +35,15 @@ export function announcer(pauseMs) {
   return { node, say, sayRarely: (text) => performance.now() - saidAt > pauseMs && say(text) };
 }
 
-export const failure = ({ status, error, request_id }, heading, ...more) =>
-  h(
+export function failure({ status, error, error_type, request_id }, heading) {
+  const codes = Object.entries({ Type: error_type, Request: request_id }).filter(([, code]) => code);
+  return h(
     `div.problem.${status}`,
     h("h2", heading),
     error !== `${heading}.` && h("p.text", error),
-    (more.length > 0 || request_id) &&
-      h("p.quiet", more, request_id && [more.length ? ", request " : "Request ", h("code", request_id)]),
+    codes.map(([name, code]) => quiet(name, " ", h("code", code))),
   );
+}
 
 export const fact = (name, ...value) => h("div", h("dt", name), h("dd", value));
 

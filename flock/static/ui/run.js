@@ -168,7 +168,7 @@ export async function show(main, { id, signal }) {
     if (run.status === "completed")
       return fill(parts.outcome, h("h2", "Result"), result(run.result, `${run.run_id}.json`));
     const words = run.status === "failed" ? "The run failed" : "The run was cancelled";
-    return fill(parts.outcome, failure(run, words, "Type ", h("code", run.error_type ?? "–")));
+    return fill(parts.outcome, failure(run, words));
   }
 
   async function inputs() {

@@ -16,17 +16,17 @@ export async function show(main, { view, params, signal }) {
     params,
     noMatch: "No run matches these filters.",
     id: (run) => run.run_id,
-    ...(view === "waiting" ? waiting(agent) : all(agent)),
+    ...(view === "waiting" ? waiting(agent) : all(agent, params.get("session_id"))),
   });
 }
 
-const all = (agent) => ({
+const all = (agent, session) => ({
   filters: [
     choice("status", "Status", STATUSES),
     agent,
     time("created_after", "From"),
     time("created_before", "To"),
-    { name: "session_id", label: "Session", make: (value) => h("input", { value: value ?? "" }) },
+    ...(session ? [{ name: "session_id", label: "Session", make: (value) => h("input", { value }) }] : []),
   ],
   columns: ["Run", "Inputs", "Result", "Agent", "Status", "Submitted", "Duration"],
   noneYet: ["There are no runs yet. ", h("a", { href: link("agents") }, "Start one with an agent.")],
