@@ -185,7 +185,7 @@ def test_a_call_of_a_tool_is_approved(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, f"run/{run_id}")
     question = page.get_by_role("region", name="May cashier call pay_back?")
     expect(question.get_by_role("row", name="amount")).to_contain_text("40")
-    expect(steps_of(page)).to_contain_text("waiting for")
+    expect(steps_of(page)).to_contain_text("cashier waiting, started")
     started = page.locator(".steps > li > div > .quiet > time")
     expect(started).to_have_attribute("datetime", closed.get(f"/run/{run_id}")["started_at"])
     question.get_by_role("button", name="Approve").click()

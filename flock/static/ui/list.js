@@ -3,7 +3,7 @@
 import { link, updateAddress } from "./address.js";
 import { get } from "./api.js";
 import { actions, button, fill, h, select, table, title, wide } from "./dom.js";
-import { isExact, textOf } from "./json.js";
+import { isObject, textOf } from "./json.js";
 import { session } from "./storage.js";
 import { every } from "./wait.js";
 
@@ -13,21 +13,13 @@ const REFRESH_MS = 2000;
 const PREVIEWS_PER_PAGE = 10;
 const PREVIEW_CHARS = 200;
 
+/** The start of inputs, arguments or a result as text. A single member has no name there, unless `isNamed`. */
 export function previewOf(members, isNamed = false) {
   const entries = Object.entries(members ?? {});
   const [[, only] = []] = entries;
-  if (
-    !isNamed &&
-    entries.length === 1 &&
-    only !== null &&
-    typeof only === "object" &&
-    !Array.isArray(only) &&
-    !isExact(only)
-  )
-    return previewOf(only);
-  const words = entries
-    .map(([name, value]) => (entries.length === 1 && !isNamed ? "" : `${name}: `) + textOf(value))
-    .join(", ");
+  const isBare = entries.length === 1 && !isNamed;
+  if (isBare && isObject(only)) return previewOf(only);
+  const words = entries.map(([name, value]) => (isBare ? "" : `${name}: `) + textOf(value)).join(", ");
   return words.length > PREVIEW_CHARS ? `${words.slice(0, PREVIEW_CHARS)} …` : words;
 }
 

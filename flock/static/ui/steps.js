@@ -121,25 +121,15 @@ class Step {
     const isOver = this.completed_at || isFinal(status);
     if (!isOver) for (const call of this.calls.values()) call.draw();
     this.node.className = this.completed_at ? "done" : isOver ? "" : "busy";
-    const words = this.completed_at
-      ? "done in "
+    const took = duration(between(this.started_at, this.completed_at));
+    const state = this.completed_at
+      ? `done in ${took}`
       : isOver
         ? "not finished"
         : status === "waiting"
-          ? "waiting for "
-          : "running for ";
-    fill(
-      this.head,
-      h("strong", this.agent_name),
-      " ",
-      h(
-        "span.quiet",
-        words,
-        (this.completed_at || !isOver) && duration(between(this.started_at, this.completed_at)),
-        ", started ",
-        when(this.started_at),
-      ),
-    );
+          ? "waiting"
+          : `running for ${took}`;
+    fill(this.head, h("strong", this.agent_name), " ", h("span.quiet", state, ", started ", when(this.started_at)));
   }
 }
 

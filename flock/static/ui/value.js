@@ -1,7 +1,7 @@
 // A JSON value, formatted for reading.
 
 import { actions, button, fill, h, quiet, table, wide } from "./dom.js";
-import { isExact, pretty } from "./json.js";
+import { isExact, isObject, pretty } from "./json.js";
 import { copy } from "./notices.js";
 import { saveBlob } from "./save.js";
 
@@ -33,8 +33,6 @@ function objectTable(value) {
   const row = ([name, member]) => h("tr", h("th", { scope: "row" }, name), h("td", readable(member)));
   return [h("table.value", h("tbody", entries.slice(0, MAX_ELEMENTS).map(row))), rest(entries.length)];
 }
-
-const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value) && !isExact(value);
 
 function arrayTable(value) {
   const shown = value.slice(0, MAX_ELEMENTS);
