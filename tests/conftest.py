@@ -60,9 +60,11 @@ LANES = {
     "test_sharing.py": ("slow", None),
     "test_temporal.py": ("cluster", "temporalio"),
     "test_ui.py": ("browser", "playwright"),
+    "test_ui_runs.py": ("browser", "playwright"),
     "test_waiting_memory.py": ("slow", None),
 }
 
+pytest.register_assert_rewrite("tests.support.site")  # before a test imports it
 collect_ignore = [name for name, (_, package) in LANES.items() if package and importlib.util.find_spec(package) is None]
 
 

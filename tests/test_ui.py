@@ -1,13 +1,10 @@
 """The web page at ``/ui``: the files that are served, and their use in a real browser."""
 
-import contextlib
-import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -17,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, Response, expect
+from playwright.sync_api import Locator, Page, Request, Response, expect
 from playwright.sync_api import Route as PageRoute
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse
@@ -25,10 +22,12 @@ from starlette.routing import Mount, Route, Router
 
 from flock.web.ui import ui_files
 from flockapi import create_app
-from tests.support import PATIENCE_S, ROOT
-from tests.support.browser import Watch, chromium
+from tests.support import ROOT
 from tests.support.flocks import sample_flock
-from tests.support.servers import Server, free_port, running
+from tests.support.servers import free_port
+from tests.support.site import KEY, Site, Visit, served_by, status_of
+
+pytest_plugins = "tests.support.site"  # for its fixtures
 
 # Served files
 
@@ -114,140 +113,6 @@ def test_no_script_inserts_data_as_html() -> None:
 
 
 # In a browser
-
-
-KEY = "k" * 32
-
-
-@dataclasses.dataclass
-class Site:
-    """A server, and the requests that a test sends in addition to those of the page."""
-
-    folder: Path
-    url: str
-    prefix: str
-    key: str | None
-
-    def __post_init__(self) -> None:
-        self.headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
-
-    def get(self, path: str) -> Any:
-        return httpx.get(self.url + path, headers=self.headers, timeout=90).raise_for_status().json()
-
-    def start(self, agent_name: str, **inputs: Any) -> str:
-        body = {"agent_name": agent_name, "inputs": inputs, "async_run": True}
-        response = httpx.post(f"{self.url}/run/flock", json=body, headers=self.headers)
-        return str(response.raise_for_status().json()["run_id"])
-
-    def run(self, agent_name: str, **inputs: Any) -> str:
-        run_id = self.start(agent_name, **inputs)
-        self.get(f"/run/{run_id}?wait=30")
-        return run_id
-
-    def batch(self, rows: int, wait: bool = True, **options: Any) -> str:
-        items = [{"n": n, "comment": f"row {n}"} for n in range(rows)]
-        body = {"agent_name": "count_up", "batch_inputs": items, "max_workers": 50, **options}
-        response = httpx.post(f"{self.url}/run/batch", json=body, headers=self.headers)
-        batch_id = str(response.raise_for_status().json()["batch_id"])
-        if wait:
-            self.get(f"/batch/{batch_id}?wait=60&results=false")
-        return batch_id
-
-    def delete(self, path: str) -> None:
-        httpx.delete(self.url + path, headers=self.headers).raise_for_status()
-
-    def open_gate(self, name: str) -> None:
-        (self.folder / name).touch()
-
-
-def served_by(folder: Path, prefix: str, key: str | None, port: int = 0) -> contextlib.AbstractContextManager[Server]:
-    command = [sys.executable, "-m", "tests.ui_host", str(folder), "--prefix", prefix, "--port", str(port)]
-    command += ["--key", key] if key else []
-    return running(*command, PYTHONPATH=str(ROOT), OPENAI_API_KEY="sk-test-key-of-the-tests")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=1000 * PATIENCE_S)
-    with chromium() as browser:
-        yield browser
-    expect.set_options(timeout=5_000)
-
-
-@pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Serve the hardest case: mounted in another app, with a key and a dark theme."""
-    folder = tmp_path_factory.mktemp("closed")
-    with served_by(folder, "/ai/v1", KEY) as server:
-        yield Site(folder, f"{server.url}/ai/v1", "/ai/v1", KEY)
-        server.stop()
-
-
-@pytest.fixture(
-    scope="module", params=[pytest.param("at the root", marks=pytest.mark.nightly), "under a prefix, with a key"]
-)
-def site(request: pytest.FixtureRequest, closed: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Return the mounted app or, in nightly runs, a server of its own without a key and with a light theme."""
-    if request.param == "at the root":
-        folder = tmp_path_factory.mktemp("open")
-        with served_by(folder, "", None) as server:
-            yield Site(folder, server.url, "", None)
-            server.stop()
-    else:
-        yield closed
-
-
-@pytest.fixture
-def gate() -> str:
-    return uuid.uuid4().hex
-
-
-class Visit:
-    """The browser of a user. Each page is watched for requests to other hosts and for errors."""
-
-    def __init__(self, browser: Browser) -> None:
-        self._browser = browser
-        self._contexts: list[BrowserContext] = []
-        self._watches: list[Watch] = []
-        #: errors that a test provokes, as patterns
-        self.expected: list[str] = []
-
-    def context(self, site: Site, has_key: bool = True, **options: Any) -> BrowserContext:
-        options = {
-            "viewport": {"width": 1200, "height": 800},
-            "color_scheme": "dark" if site.prefix else "light",
-        } | options
-        context = self._browser.new_context(permissions=["clipboard-read", "clipboard-write"], **options)
-        context.set_default_timeout(1000 * PATIENCE_S)
-        if site.key and has_key:
-            context.add_init_script(f"sessionStorage.setItem('flock:{site.prefix}/:key', '{site.key}')")
-        self._contexts.append(context)
-        return context
-
-    def page(self, site: Site, path: str = "", context: BrowserContext | None = None, **options: Any) -> Page:
-        page = (context or self.context(site, **options)).new_page()
-        self._watches.append(Watch(page, site.url))
-        page.goto(f"{site.url}/ui{path and '#/' + path}")
-        return page
-
-    def end(self) -> None:
-        for context in self._contexts:
-            context.close()
-        for watch in self._watches:
-            assert watch.elsewhere == []
-            left = [error for error in watch.errors if not any(re.search(each, error) for each in self.expected)]
-            assert left == []
-
-
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Visit]:
-    visit = Visit(browser)
-    yield visit
-    visit.end()
-
-
-def status_of(page: Page) -> Locator:
-    return page.locator("#status")
 
 
 def copied(page: Page) -> str:
@@ -1306,11 +1171,14 @@ VIEWS = (
     "agents",
     "agent/order",
     "agent/sort",
-    "run",
+    "run/{failed}",
+    "run/{calls}",
+    "run/{approval}",
     "runs",
+    "waiting",
     "new-batch?agent=count_up",
     "new-batch?agent=book",
-    "batch",
+    "batch/{batch}",
     "batches",
 )
 
@@ -1318,13 +1186,19 @@ VIEWS = (
 def walk(page: Page, site: Site, ids: dict[str, str]) -> Iterator[str]:
     """Show each view in turn, with some content."""
     for view in VIEWS:
-        page.goto(f"{site.url}/ui#/{view}{'/' + ids[view] if view in ids else ''}")
+        page.goto(f"{site.url}/ui#/{view.format(**ids)}")
         page.locator("main:not([aria-busy]) h1").wait_for()
         if view.startswith("new-batch"):
             choose(page, "rows.csv", "n,comment\n1,one\nzwei,two\n")
             problem = "1 of 2 rows is invalid." if "count_up" in view else "There is no column for “seat”, “price”"
             page.get_by_text(problem).wait_for()
-        if view == "batch":
+        if view == "run/{calls}":
+            page.locator(".calls summary").first.click()
+        if view == "run/{approval}":
+            page.get_by_role("button", name="Edit").click()
+        if view == "waiting":
+            page.get_by_role("link", name="May cashier call pay_back?").first.wait_for()
+        if view == "batch/{batch}":
             page.get_by_role("img").wait_for()
             page.get_by_role("table", name="Results").get_by_role("link").first.wait_for()
         yield view
@@ -1344,7 +1218,12 @@ def test_axe_finds_no_violation_and_narrow_screens_do_not_scroll_sideways(
 ) -> None:
     """A wide screen uses the theme of the system, and a narrow one the switch of the page."""
     (closed.folder / "mend").unlink(missing_ok=True)
-    ids = {"run": closed.run("deliver", parcel="cake", gate="never"), "batch": closed.batch(20)}
+    ids = {
+        "failed": closed.run("deliver", parcel="cake", gate="never"),
+        "calls": closed.run("trip", place="Rome"),
+        "approval": closed.run("cashier", complaint="cold soup"),
+        "batch": closed.batch(20),
+    }
     scheme = theme if width > 400 else "light" if theme == "dark" else "dark"
     page = visit.page(closed, viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.get_by_label("Theme").select_option("" if width > 400 else theme)
@@ -1479,5 +1358,5 @@ def test_the_first_paint_needs_five_requests_and_15_kb(visit: Visit, site: Site)
     received = sum(size["responseBodySize"] + size["responseHeadersSize"] for size in sizes)
     assert received < 15_000, received
     assert "five requests and 15 KB" in (ROOT / "docs" / "web-page.md").read_text("utf-8")
-    assert all(answer.header_value("content-encoding") == "gzip" for answer in answers[:4])
+    assert all(answer.header_value("content-encoding") == "gzip" for answer in answers[:3])  # the files of the page
     assert sum(len(file.gzipped) for file in ui_files("").values()) < 50_000  # all views together

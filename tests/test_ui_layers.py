@@ -48,10 +48,23 @@ def test_the_scripts_can_be_bundled() -> None:
         for found in IMPORT.finditer(text.encode()):
             names = [name.strip() for name in found["names"].decode().split(",") if name.strip()]
             assert all(re.search(rf"^export .*\b{name}\b", SCRIPTS[found["module"].decode()], re.M) for name in names)
-    bundle = ui_files("")[ENTRY].plain.decode()
-    declared = re.findall(r"^(?:export )?(?:async )?(?:function\*?|const|let|class) (\w+)", bundle, re.MULTILINE)
-    assert sorted(declared) == sorted(set(declared))
-    assert not IMPORT.search(bundle.encode())
+    served = {name: file.plain.decode() for name, file in ui_files("").items() if name.endswith(".js")}
+    for name, script in served.items():
+        declared = re.findall(r"^(?:export )?(?:async )?(?:function\*?|const|let|class) (\w+)", script, re.MULTILINE)
+        imported = re.findall(r"\w+", " ".join(re.findall(r"^import \{(.*)\} from", script, re.MULTILINE)))
+        names = declared + imported
+        assert sorted(names) == sorted(set(names)), name
+    assert not IMPORT.search(served[ENTRY].encode())
+
+
+def test_a_view_loads_few_scripts() -> None:
+    """Modules that the same views need are one script. Each script is loaded at most once."""
+    served = {name: file.plain.decode() for name, file in ui_files("").items() if name.endswith(".js")}
+    loaded = {name: set(re.findall(r'from "\./([\w.]+)"', text)) for name, text in served.items()}
+    assert loaded[ENTRY] == set()
+    assert {name for name in served if SCRIPTS.get(name) and name in VIEWS} == VIEWS
+    assert all(len(loaded[view]) <= 4 for view in VIEWS), loaded
+    assert len(served) < len(SCRIPTS) / 2
 
 
 def test_served_scripts_import_only_served_scripts() -> None:

@@ -8,6 +8,7 @@ when they continue.
 
 import argparse
 import asyncio
+import contextlib
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
@@ -21,11 +22,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 
+from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import RunContext
 from flockapi import create_app
-from tests.support.models import answer
+from tests.support.models import answer, calling
 
 
 class Address(TypedDict):
@@ -153,6 +155,43 @@ def ui_flock(folder: Path) -> Flock:
         )
         return {"amount": amount, "approved": approval["approved"], "reason": approval.get("reason")}
 
+    def pay_back(amount: float, order: str = "A7") -> str:
+        """Pay money back."""
+        return f"paid {amount:g} for {order}"
+
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            name="cashier",
+            description="Pays money back, if a person allows it.",
+            input="complaint: str",
+            output="sentiment: str, keywords: list[str]",
+            tools=[Tool(pay_back, needs_approval=True)],
+        )
+    )
+
+    def fare(place: str) -> int:
+        return len(place)
+
+    async def museum(place: str) -> str:
+        raise AgentError(f"The museum of {place} is <b>closed</b>.")
+
+    @flock.agent
+    async def hotel(place: str, context: RunContext) -> int:
+        """Counts the nights."""
+        nights: int = await context.call(fare, place)
+        return nights
+
+    @flock.agent
+    async def trip(place: str, context: RunContext, gate: str = "") -> str:
+        """Plans a trip, with calls of functions and of an agent."""
+        await context.call(fare, place)
+        await context.run_agent("hotel", {"place": place})
+        with contextlib.suppress(AgentError):
+            await context.call(museum, place)
+        if gate:
+            await until(gate)
+        return f"To {place}!"
+
     @flock.agent(max_concurrency=50)
     async def count_up(n: int, comment: str, step: int = 1, gate: str = "") -> Total:
         """Adds a step to a number. Fails for some numbers until the gate "mend" is open."""
@@ -166,7 +205,10 @@ def ui_flock(folder: Path) -> Flock:
 
 
 async def reply(request: Request) -> Response:
-    """Return the answer of the fake model, which is always the same."""
+    """Return the answer of the fake model, which is always the same. If there is a tool, it calls it once before."""
+    body = await request.json()
+    if "tools" in body and body["messages"][-1]["role"] != "tool":
+        return calling(("pay_back", {"amount": 40}))
     return answer({"sentiment": "positive", "keywords": ["coffee", "fast"]})
 
 

@@ -6,7 +6,7 @@ import hashlib
 import html
 import mimetypes
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -14,8 +14,8 @@ from flock.web.contract import STATIC
 
 __all__ = ["UIFile", "takes_gzip", "ui_files"]
 
-#: The script that loads the views, and the first view.
-ENTRY, FIRST_VIEW = "main.js", "agents.js"
+#: The script that loads the views.
+ENTRY = "main.js"
 #: A static import in the form that all our scripts use. They never rename an import.
 IMPORT = re.compile(rb'^import \{(?P<names>[^}]*)\} from "\./(?P<module>[\w.]+)";\n', re.MULTILINE)
 
@@ -38,28 +38,39 @@ def ui_files(title: str, *, has_docs: bool = True) -> Mapping[str, UIFile]:
 
 
 def _bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
-    """Bundle all modules that the first paint needs into one script, since one request for each would be slower.
+    """Join the modules that the first paint needs, and those that the same views need, since requests take time."""
+    imports = {
+        name: [match["module"].decode() for match in IMPORT.finditer(plain)]
+        for name, plain in files.items()
+        if name.endswith(".js")
+    }
+    order = list(graphlib.TopologicalSorter(imports).static_order())
+    needed: dict[str, set[str]] = {}  # by each module
+    for name in order:
+        needed[name] = {name}.union(*(needed[module] for module in imports[name]))
+    views = needed.keys() - {ENTRY}.union(*imports.values())
+    users = {name: frozenset(view for view in views if name in needed[view]) for name in order}
+    script_of_users = {users[name]: name for name in order}  # a view is the last of its modules
+    script_of = {name: ENTRY if name in needed[ENTRY] else script_of_users[users[name]] for name in order}
+    scripts = {
+        script: _script([files[name] for name in order if script_of[name] == script], script, script_of)
+        for script in script_of.values()
+    }
+    return {name: plain for name, plain in files.items() if name not in imports} | scripts
 
-    The other scripts import from the bundle instead of from those modules.
-    """
-    imports: dict[str, list[str]] = {}
-    pending = [ENTRY, FIRST_VIEW]
-    while pending:
-        name = pending.pop()
-        if name not in imports:
-            imports[name] = [match["module"].decode() for match in IMPORT.finditer(files[name])]
-            pending += imports[name]
-    order = [name for name in graphlib.TopologicalSorter(imports).static_order() if name != FIRST_VIEW]
-    rest = {name: _from_entry(plain, order) for name, plain in files.items() if name not in order}
-    return {**rest, ENTRY: b"\n".join(IMPORT.sub(b"", files[name]) for name in order)}
 
-
-def _from_entry(script: bytes, bundled: Collection[str]) -> bytes:
-    imports = [match for match in IMPORT.finditer(script) if match["module"].decode() in bundled]
-    for match in imports:
-        script = script.replace(match[0], b"")
-    names = b", ".join(match["names"].strip(b" ,\n") for match in imports)
-    return b'import { %s } from "./%s";\n' % (names, ENTRY.encode()) + script if names else script
+def _script(modules: Sequence[bytes], name: str, script_of: Mapping[str, str]) -> bytes:
+    """Return one script with the code of *modules*. What they import from other scripts is imported once."""
+    imported: dict[str, list[bytes]] = {}
+    for match in (match for module in modules for match in IMPORT.finditer(module)):
+        names = match["names"].strip(b" ,\n").replace(b"\n ", b"")
+        imported.setdefault(script_of[match["module"].decode()], []).append(names)
+    imported.pop(name, None)
+    heads = [
+        b'import { %s } from "./%s";\n' % (b", ".join(sorted(set(b", ".join(names).split(b", ")))), script.encode())
+        for script, names in imported.items()
+    ]
+    return b"".join(heads) + b"\n".join(IMPORT.sub(b"", module) for module in modules)
 
 
 def _file(name: str, plain: bytes) -> UIFile:

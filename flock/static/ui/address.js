@@ -14,7 +14,6 @@ export function link(path, params = {}) {
  * timer or a response of the old view must not overwrite the new address. */
 let currentHash = "";
 
-/** Record that the view at the current address is now shown. */
 export const enterView = () => {
   currentHash = location.hash;
 };

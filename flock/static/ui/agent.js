@@ -1,13 +1,12 @@
 // The view of an agent: a form for its inputs, and its outputs.
 
-import { go, link, url } from "./address.js";
+import { go, link } from "./address.js";
 import { get, idempotencyKey, post } from "./api.js";
 import { lastAgents } from "./chain.js";
-import { button, fill, h, title } from "./dom.js";
+import { copyCurl, quoted } from "./curl.js";
+import { actions, button, fill, h, quiet, table, title, wide } from "./dom.js";
 import { form, plain, sending } from "./form.js";
-import { parse, pretty } from "./json.js";
-import { hasKey } from "./key.js";
-import { copy } from "./notices.js";
+import { parse, pretty, textOf } from "./json.js";
 import { session } from "./storage.js";
 
 export async function show(main, { id, signal }) {
@@ -50,15 +49,14 @@ export async function show(main, { id, signal }) {
     fields.node,
     wrong,
   );
-  const runButton = h("button", { class: "primary" }, "Run");
+  const runButton = h("button.primary", "Run");
   node.append(
-    h(
-      "p",
-      { class: "actions" },
+    actions(
       runButton,
       button("Copy as curl", () => {
         const inputs = read();
-        if (inputs !== undefined) copy(curl(agent.name, inputs), "Command");
+        if (inputs !== undefined)
+          copyCurl("run/flock", "application/json", `-d ${quoted(pretty({ agent_name: agent.name, inputs }))}`);
       }),
       button("Clear", () => {
         session.set(draft, null);
@@ -70,28 +68,23 @@ export async function show(main, { id, signal }) {
   main.append(
     title(
       agent.name,
-      h(
-        "p",
-        { class: "actions" },
-        h("a", { class: "button", href: link("new-batch", { agent: agent.name }) }, "New batch"),
-        h("a", { class: "button", href: link("runs", { agent_name: agent.name }) }, "Runs"),
+      actions(
+        h("a.button", { href: link("new-batch", { agent: agent.name }) }, "New batch"),
+        h("a.button", { href: link("runs", { agent_name: agent.name }) }, "Runs"),
       ),
     ),
-    h("p", {}, agent.description),
+    h("p", agent.description),
     following(agent),
     h(
-      "div",
-      { class: "columns" },
-      h("section", { class: "panel", "aria-labelledby": "inputs" }, h("h2", { id: "inputs" }, "Inputs"), node),
+      "div.columns",
+      h("section.panel", { "aria-labelledby": "inputs" }, h("h2", { id: "inputs" }, "Inputs"), node),
       h(
         "section",
         { "aria-labelledby": "outputs" },
         h("h2", { id: "outputs" }, "Result"),
         last.map((each) => [
           (last.length > 1 || each !== agent) &&
-            h(
-              "p",
-              { class: "quiet" },
+            quiet(
               "Returned by ",
               agentLink(each.name),
               agent.graph.some(({ from, kind }) => from === each.name && kind === "function")
@@ -120,22 +113,15 @@ function following({ name, graph }) {
       .map(({ to, kind, field, value }) =>
         h(
           "li",
-          {},
-          kind === "value" && [h("span", { class: "quiet" }, `${field} is `), h("strong", {}, value), " "],
-          h("span", { class: "arrow" }),
-          kind === "function"
-            ? "decided by a function"
-            : to === null
-              ? "the run ends"
-              : [agentLink(to), next(to)],
+          kind === "value" && [h("span.quiet", `${field} is `), h("strong", value), " "],
+          h("span.arrow"),
+          kind === "function" ? "decided by a function" : to === null ? "the run ends" : [agentLink(to), next(to)],
         ),
       );
-    return items.length > 0 && h("ul", { class: "graph" }, items);
+    return items.length > 0 && h("ul.graph", items);
   };
   const list = next(name);
-  return list
-    ? h("section", { "aria-labelledby": "next" }, h("h2", { id: "next" }, "Next agents"), list)
-    : "";
+  return list ? h("section", { "aria-labelledby": "next" }, h("h2", { id: "next" }, "Next agents"), list) : "";
 }
 
 function outputs(schema) {
@@ -144,39 +130,21 @@ function outputs(schema) {
   const rows = fields.map(([name, property]) =>
     h(
       "tr",
-      {},
       h("th", { scope: "row" }, name),
-      h("td", {}, typeOf(plain(property, schema), schema)),
-      isDescribed && h("td", {}, property.description ?? ""),
+      h("td", typeOf(plain(property, schema), schema)),
+      isDescribed && h("td", property.description ?? ""),
     ),
   );
+  const names = ["Name", "Type", isDescribed && "Description"].filter(Boolean);
   return [
-    h(
-      "div",
-      { class: "wide", tabindex: "0", role: "group", "aria-labelledby": "outputs" },
-      h(
-        "table",
-        {},
-        h(
-          "thead",
-          {},
-          h(
-            "tr",
-            {},
-            ["Name", "Type", ...(isDescribed ? ["Description"] : [])].map((text) => h("th", { scope: "col" }, text)),
-          ),
-        ),
-        h("tbody", {}, rows),
-      ),
-    ),
-    h("details", {}, h("summary", {}, "As JSON Schema"), h("pre", { tabindex: "0" }, pretty(schema))),
+    wide("Result", table(names, rows)),
+    h("details", h("summary", "As JSON Schema"), h("pre", { tabindex: "0" }, pretty(schema))),
   ];
 }
 
 function typeOf(schema, root) {
   const orNull = schema.isNullable ? " or null" : "";
-  if (schema.enum)
-    return schema.enum.map((each) => (typeof each === "string" ? each : JSON.stringify(each))).join(" | ") + orNull;
+  if (schema.enum) return schema.enum.map(textOf).join(" | ") + orNull;
   if (schema.type === "array" && schema.items) return `list of ${typeOf(plain(schema.items, root), root)}${orNull}`;
   return (
     ({ "date-time": "date and time" }[schema.format] ??
@@ -185,11 +153,4 @@ function typeOf(schema, root) {
       schema.type ??
       "anything") + orNull
   );
-}
-
-/** Return the run as a shell command. It reads the key from a variable, to keep the key out of the clipboard. */
-function curl(name, inputs) {
-  const body = pretty({ agent_name: name, inputs }).replaceAll("'", "'\\''");
-  const key = hasKey() ? ` \\\n  -H "Authorization: Bearer $FLOCK_API_KEY"` : "";
-  return `curl -X POST '${url("run/flock")}' -H 'Content-Type: application/json'${key} -d '${body}'`;
 }

@@ -8,7 +8,6 @@ import { notify } from "./notices.js";
 import { session } from "./storage.js";
 import { pause, unlessAborted } from "./wait.js";
 
-/** An error response of the server (RFC 9457). */
 export class Problem extends Error {
   constructor(status, body) {
     super(body?.detail || `The server responded with status ${status}.`);
@@ -81,7 +80,6 @@ export const idempotencyKey = () => ({
 
 let recovery = null;
 
-/** Show a banner and wait until the server responds again. */
 export async function waitForServer(reason, signal) {
   recovery ??= pollServer(reason);
   await unlessAborted(recovery, signal);

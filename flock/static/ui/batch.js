@@ -4,17 +4,19 @@ import { link, updateAddress, url } from "./address.js";
 import { Problem, get, post, send } from "./api.js";
 import { lastAgents, outputsOf } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
-import { button, fill, h, newId, saveAs, title } from "./dom.js";
+import { button, fill, h, select } from "./dom.js";
 import { events } from "./events.js";
+import { textOf } from "./json.js";
 import { hasKey } from "./key.js";
-import { busyWhile, copy, notify, problem } from "./notices.js";
+import { busyWhile, notify, problem } from "./notices.js";
+import { announcer, ended, fact, failure, heading, spent } from "./record.js";
+import { saveAs, saveBlob } from "./save.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
-import { badge, between, count, duration, ended, isFinal, when } from "./words.js";
+import { badge, between, count, duration, isFinal, when } from "./words.js";
 
 const RATE_OVER_MS = 10_000;
 const REFRESH_MS = 1000;
 const ANNOUNCE_EVERY_MS = 5000;
-/** Up to this number, all rows are visible without scrolling. */
 const FEW_ROWS = 10;
 
 export async function show(main, { id, params, signal }) {
@@ -22,26 +24,34 @@ export async function show(main, { id, params, signal }) {
   let batch = await get(`${path}?results=false`, signal),
     table = null,
     samples = [],
-    refreshedAt = 0,
-    announcedAt = 0;
+    refreshedAt = 0;
   const agent = await get(`agents/${encodeURIComponent(batch.agent_name)}`, signal).catch((error) => {
     if (error instanceof Problem) return null;
     throw error;
   });
   const last = agent ? await lastAgents(agent, signal) : [];
   const parts = {
-    title: h("div"),
     progress: h("section", { "aria-label": "Progress" }),
-    facts: h("dl", { class: "facts" }),
+    facts: h("dl.facts"),
     error: h("div"),
     failure: h("div"),
     chart: h("section", { "aria-label": "Durations" }),
     results: h("section", { "aria-label": "Results" }),
   };
-  const live = h("p", { role: "status", class: "visually-hidden" });
+  const head = heading(),
+    live = announcer(ANNOUNCE_EVERY_MS);
   const bar = outcomeBar(),
-    words = h("p", { class: "outcomes" });
-  main.append(parts.title, parts.progress, live, parts.facts, parts.error, parts.failure, parts.chart, parts.results);
+    words = h("p.outcomes");
+  main.append(
+    head.node,
+    parts.progress,
+    live.node,
+    parts.facts,
+    parts.error,
+    parts.failure,
+    parts.chart,
+    parts.results,
+  );
   fill(parts.progress, bar, words);
 
   // --- Progress ---
@@ -60,78 +70,27 @@ export async function show(main, { id, params, signal }) {
         refreshSoon();
       }
     }
-    announce(
-      `The batch ${ended[batch.status]}: ${count(batch.completed_items - batch.failed_items - batch.cancelled_items)} completed, ${count(batch.failed_items)} failed, ${count(batch.cancelled_items)} cancelled.`,
+    live.say(
+      `The batch ${ended[batch.status]}: ${count(counts().completed)} completed, ${count(batch.failed_items)} failed, ${count(batch.cancelled_items)} cancelled.`,
     );
     await refresh();
   }
 
   function draw() {
     const kind = isFinal(batch.status) ? `${batch.status} ${batch.failed_items} ${batch.cancelled_items}` : "open";
-    if (parts.title.dataset.kind !== kind) {
-      const hadFocus = parts.title.contains(document.activeElement);
-      parts.title.dataset.kind = kind;
-      const retryButton = (only, text) =>
-        button(
-          text,
-          busyWhile(async () => {
-            await post(`${path}/retry`, only ? { only } : {}, { signal });
-            run();
-          }),
-          { class: "primary" },
-        );
-      fill(
-        parts.title,
-        title(
-          batch.agent_name,
-          h("span", { id: "status" }),
-          h(
-            "p",
-            { class: "actions" },
-            kind === "open" &&
-              button(
-                "Cancel",
-                busyWhile(async () => {
-                  notify("Cancelling …");
-                  await post(`${path}/cancel`, undefined, { signal });
-                }),
-              ),
-            kind !== "open" && batch.failed_items > 0 && retryButton("failed", "Retry failed rows"),
-            kind !== "open" &&
-              batch.cancelled_items > 0 &&
-              retryButton(null, batch.failed_items ? "Resume all" : "Resume"),
-            ["CSV", "NDJSON"].map((format) =>
-              button(
-                `Download ${format}`,
-                busyWhile(() =>
-                  download(
-                    `${path}/results?format=${format.toLowerCase()}`,
-                    `${batch.batch_id}.${format.toLowerCase()}`,
-                  ),
-                ),
-              ),
-            ),
-            button("Copy link", () => copy(location.href, "Link")),
-          ),
-        ),
-      );
-      if (hadFocus) parts.title.querySelector("h1").focus();
-    }
-    fill(parts.title.querySelector("#status"), badge(batch.status));
+    head.draw(batch, kind, buttons);
     const rate = currentRate();
     drawOutcomes(bar, batch);
     fill(
       words,
       h(
         "span",
-        {},
         isFinal(batch.status)
           ? count(batch.total_items, "row")
           : `${count(batch.completed_items)} of ${count(batch.total_items, "row")} (${batch.progress_percentage} %)`,
       ),
       outcomeWords(batch),
     );
-    const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
     fill(
       parts.facts,
       fact("Rate", rate === null ? "–" : `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} rows per second`),
@@ -140,21 +99,12 @@ export async function show(main, { id, params, signal }) {
         : fact("Time left", batch.eta_s === null ? "unknown" : `about ${duration(batch.eta_s)}`),
       fact("Submitted", when(batch.created_at)),
       batch.attempt > 1 && fact("Attempt", batch.attempt),
-      fact("Batch", h("code", {}, batch.batch_id)),
+      spent(batch),
+      fact("Batch", h("code", batch.batch_id)),
     );
-    fill(
-      parts.error,
-      batch.status === "failed" &&
-        h(
-          "div",
-          { class: "problem" },
-          h("h2", {}, "The batch failed"),
-          h("p", { class: "text" }, batch.error),
-          batch.request_id && h("p", { class: "quiet" }, "Request ", h("code", {}, batch.request_id)),
-        ),
-    );
-    if (!isFinal(batch.status) && performance.now() - announcedAt > ANNOUNCE_EVERY_MS)
-      announce(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
+    fill(parts.error, batch.status === "failed" && failure(batch, "The batch failed"));
+    if (!isFinal(batch.status))
+      live.sayRarely(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
   }
 
   /** Rows per second: recently while the batch is running, otherwise over its whole duration. */
@@ -168,9 +118,33 @@ export async function show(main, { id, params, signal }) {
       : null;
   }
 
-  function announce(text) {
-    announcedAt = performance.now();
-    fill(live, text);
+  function buttons() {
+    const cancel = busyWhile(async () => {
+      notify("Cancelling …");
+      await post(`${path}/cancel`, undefined, { signal });
+    });
+    const retry = (text, body) => {
+      const start = busyWhile(async () => {
+        await post(`${path}/retry`, body, { signal });
+        run();
+      });
+      return button(text, start, { class: "primary" });
+    };
+    const downloadAs = (format) => {
+      const name = format.toLowerCase();
+      const start = busyWhile(() => download(`${path}/results?format=${name}`, `${batch.batch_id}.${name}`));
+      return button(`Download ${format}`, start);
+    };
+    const { failed_items, cancelled_items } = batch;
+    return [
+      isFinal(batch.status)
+        ? [
+            failed_items > 0 && retry("Retry failed rows", { only: "failed" }),
+            cancelled_items > 0 && retry(failed_items ? "Resume all" : "Resume", {}),
+          ]
+        : button("Cancel", cancel),
+      ["CSV", "NDJSON"].map(downloadAs),
+    ];
   }
 
   // --- Results ---
@@ -223,12 +197,7 @@ export async function show(main, { id, params, signal }) {
         "Error",
       ].map((name) => ({ name, min: name === "Error" ? 14 : 10, max: name === "Error" ? "2fr" : "1fr" })),
     ];
-    const cell = (value) =>
-      value === undefined || value === null
-        ? ""
-        : typeof value === "string"
-          ? value.slice(0, 200)
-          : JSON.stringify(value).slice(0, 200);
+    const cell = (value) => textOf(value ?? "").slice(0, 200);
     table = bigTable({
       label: "Results",
       columns,
@@ -248,7 +217,7 @@ export async function show(main, { id, params, signal }) {
             ]
           : [
               count(index + 1),
-              h("span", { class: "quiet" }, status || isFinal(batch.status) ? "…" : "waiting"),
+              h("span.quiet", status || isFinal(batch.status) ? "…" : "waiting"),
               ...columns.slice(2).map(() => ""),
             ],
       onError: showError,
@@ -260,43 +229,27 @@ export async function show(main, { id, params, signal }) {
         }, 400);
       },
     });
-    const filter = h(
-      "select",
-      { id: newId() },
-      [
-        ["", "All rows"],
-        ["completed", "Completed"],
-        ["failed", "Failed"],
-        ["cancelled", "Cancelled"],
-      ].map(([value, text]) => h("option", { value, selected: value === status }, text)),
-    );
-    filter.addEventListener("change", () => {
-      status = filter.value;
+    const options = [["", "All rows"], ...["completed", "failed", "cancelled"].map((each) => [each, each])];
+    const onchange = ({ target }) => {
+      status = target.value;
       cursors = [-1];
       first = 0;
       updateAddress(`batch/${id}`, { status });
       drawTable().then(() => parts.results.querySelector("select").focus(), showError);
-    });
-    const number = h("input", {
-      id: newId(),
-      inputmode: "numeric",
-      pattern: "\\d+",
-      title: "Row number",
-      placeholder: "1",
-    });
+    };
+    const number = h("input", { inputmode: "numeric", pattern: "\\d+", title: "Row number", placeholder: "1" });
     const goTo = h(
-      "form",
+      "form.filters",
       {
-        class: "filters",
         onsubmit: (event) => {
           event.preventDefault();
           if (number.value) table.goTo(Number(number.value) - 1);
         },
       },
-      h("label", { for: filter.id }, "Show", filter),
-      batch.total_items > FEW_ROWS && [h("label", { for: number.id }, "Go to row", number), h("button", {}, "Go")],
+      h("label", "Show", select(options, status, { onchange })),
+      batch.total_items > FEW_ROWS && [h("label", "Go to row", number), h("button", "Go")],
     );
-    fill(parts.results, h("h2", {}, "Results"), goTo, table.node);
+    fill(parts.results, h("h2", "Results"), goTo, table.node);
     requestAnimationFrame(() => table.goTo(first, false));
   }
   let scrolling,
@@ -377,7 +330,5 @@ export async function show(main, { id, params, signal }) {
 /** Download a file from the server. A plain link cannot send a key. */
 async function download(path, name) {
   if (!hasKey()) return saveAs(url(path), name);
-  const blob = URL.createObjectURL(await (await send(path, { isStream: true })).blob());
-  saveAs(blob, name);
-  setTimeout(() => URL.revokeObjectURL(blob), 60_000);
+  saveBlob(await (await send(path, { isStream: true })).blob(), name);
 }

@@ -3,7 +3,7 @@
 import { link } from "./address.js";
 import { get } from "./api.js";
 import { drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
-import { h } from "./dom.js";
+import { actions, h } from "./dom.js";
 import { agentChoice, choice, list } from "./list.js";
 import { STATUSES, aboutBatches, badge, duration, isFinal, when } from "./words.js";
 
@@ -24,9 +24,9 @@ export async function show(main, { params, signal }) {
       badge(batch.status),
       isFinal(batch.status) ? "–" : duration(batch.eta_s),
       when(batch.created_at),
-      [drawOutcomes(outcomeBar(), batch), h("span", { class: "outcomes" }, outcomeWords(batch))],
+      [drawOutcomes(outcomeBar(), batch), h("span.outcomes", outcomeWords(batch))],
     ],
     id: (batch) => batch.batch_id,
-    actions: h("p", { class: "actions" }, h("a", { class: "button primary", href: link("new-batch") }, "New batch")),
+    start: actions(h("a.button.primary", { href: link("new-batch") }, "New batch")),
   });
 }

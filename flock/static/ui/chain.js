@@ -10,7 +10,6 @@ export function lastAgents(agent, signal) {
   return Promise.all([...first, ...others.map((name) => get(`agents/${encodeURIComponent(name)}`, signal))]);
 }
 
-/** Return the names of all outputs of `agents`. */
 export const outputsOf = (agents) => [
   ...new Set(agents.flatMap(({ output_schema }) => Object.keys(output_schema.properties ?? {}))),
 ];

@@ -1,10 +1,9 @@
 // The outcomes of a batch as a bar, and the durations of its rows as a histogram with a logarithmic axis.
 
-import { fill, h, newId } from "./dom.js";
+import { fill, h, newId, quiet } from "./dom.js";
 import { SIGNS, between, count, duration, isFinal } from "./words.js";
 
 const [HEIGHT, BARS] = [130, 24];
-/** With fewer rows, a distribution is not useful. */
 const MIN_MEASURED = 10;
 const OUTCOMES = ["completed", "failed", "cancelled"];
 
@@ -19,9 +18,7 @@ function outcomes(batch) {
   ].filter(([, number]) => number > 0);
 }
 
-/** A bar with one segment for each outcome. */
-export const outcomeBar = () =>
-  h("div", { class: "bar", role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0 });
+export const outcomeBar = () => h("div.bar", { role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0 });
 
 export function drawOutcomes(bar, batch) {
   const counts = outcomes(batch);
@@ -39,7 +36,6 @@ export function drawOutcomes(bar, batch) {
   );
 }
 
-/** The outcomes in words, each with its sign. */
 export const outcomeWords = (batch) =>
   outcomes(batch).map(([name, number]) =>
     h(
@@ -84,15 +80,13 @@ export function chart(items, width) {
   return [
     h("h2", { id: heading }, "Durations"),
     h(
-      "svg",
-      { class: "chart", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-labelledby": heading },
+      "svg.chart",
+      { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-labelledby": heading },
       h("line", { x1: 0, x2: width, y1: HEIGHT - 20, y2: HEIGHT - 20 }),
       rects,
       marks,
     ),
-    h(
-      "p",
-      { class: "quiet" },
+    quiet(
       `Half of the ${count(timed.length)} rows measured took up to ${duration(quantile(0.5))}, 95 % up to ${duration(quantile(0.95))}. The longest took ${duration(quantile(1))}.`,
     ),
   ];

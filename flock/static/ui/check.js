@@ -1,11 +1,10 @@
 // The result of a check of rows, in words.
 
-import { h } from "./dom.js";
+import { h, quiet, table, wide } from "./dom.js";
 import { count } from "./words.js";
 
 const isNoRowsError = ({ pointer }) => pointer === "/batch_inputs";
 
-/** Return whether the rows are valid, and a sentence. */
 export function summary({ ok, total_items: total, invalid_items: invalid, errors }, kind) {
   if (errors.some(isNoRowsError)) return [false, `There are no rows${kind === "csv" ? " below the header" : ""}.`];
   if (!ok && !total) return [false, "The header is invalid."];
@@ -14,28 +13,14 @@ export function summary({ ok, total_items: total, invalid_items: invalid, errors
   return [true, total === 1 ? "The row is valid." : `All ${count(total)} rows are valid.`];
 }
 
-/** The column, or the location in the request, of an error. */
 const locationOf = ({ pointer }) => pointer.slice(1).replace(/~1/g, "/").replace(/~0/g, "~");
 
-/** The errors as a table. */
 export function errorTable(errors) {
   const shown = errors.filter((error) => !isNoRowsError(error));
   if (!shown.length) return null;
-  const row = (error) =>
-    h(
-      "tr",
-      {},
-      h("td", { class: "number" }, error.line ?? ""),
-      h("td", {}, locationOf(error)),
-      h("td", {}, error.detail),
-    );
-  const heads = ["Line", "Column", "Error"].map((text) => h("th", { scope: "col" }, text));
+  const row = (error) => h("tr", h("td.number", error.line ?? ""), h("td", locationOf(error)), h("td", error.detail));
   return [
-    h(
-      "div",
-      { class: "wide", tabindex: "0", role: "group", "aria-label": "Errors" },
-      h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, shown.map(row))),
-    ),
-    shown.length >= 100 && h("p", { class: "quiet" }, "Only the first 100 errors are shown."),
+    wide("Errors", table(["Line", "Column", "Error"], shown.map(row))),
+    shown.length >= 100 && quiet("Only the first 100 errors are shown."),
   ];
 }

@@ -1,39 +1,59 @@
 // Elements of the page.
 
 const SVG = new Set(["svg", "rect", "line", "text"]);
+const PROPERTIES = new Set(["value", "checked", "open", "disabled", "hidden", "selected"]);
 
-/** Create an element. Other values than elements are added as text, so data is never parsed as HTML. */
-export function h(tag, props = {}, ...children) {
+const isShown = (child) => child !== null && child !== undefined && child !== false;
+
+/** Create an element, such as `h("p.quiet", { id }, "Hello")`. The properties can be omitted. Children that are not
+ * elements are added as text, so data is never parsed as HTML. */
+export function h(name, ...children) {
+  const [tag, ...classes] = name.split(".");
   const element = SVG.has(tag)
     ? document.createElementNS("http://www.w3.org/2000/svg", tag)
     : document.createElement(tag);
+  if (classes.length) element.classList.add(...classes);
+  const props = children[0]?.constructor === Object ? children.shift() : {};
   for (const [name, value] of Object.entries(props)) {
-    if (value === undefined || value === null || value === false) continue;
+    if (!isShown(value)) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (["value", "checked", "open", "disabled", "hidden", "selected"].includes(name)) element[name] = value;
+    else if (PROPERTIES.has(name)) element[name] = value;
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
+  return fill(element, children);
+}
+
+export function fill(element, ...children) {
+  element.replaceChildren(...children.flat(9).filter(isShown));
   return element;
 }
 
-export const fill = (element, ...children) => {
-  element.replaceChildren(
-    ...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false),
-  );
-  return element;
+export const button = (text, onclick, props = {}) => h("button", { type: "button", onclick, ...props }, text);
+
+export const quiet = (...children) => h("p.quiet", ...children);
+export const actions = (...children) => h("p.actions", ...children);
+export const title = (text, ...more) => h("div.title", h("h1", { tabindex: "-1" }, text), more);
+
+/** A box that scrolls sideways, also by keyboard. */
+export const wide = (label, ...children) =>
+  h("div.wide", { tabindex: "0", role: "group", "aria-label": label }, children);
+
+/** A table with a row of headings. `body` is its rows, or an element that has them. */
+export const table = (names, body) => {
+  const heads = names.map((name) => h("th", { scope: "col" }, name));
+  return h("table", h("thead", h("tr", heads)), Array.isArray(body) ? h("tbody", body) : body);
 };
 
-export const button = (text, onclick, props = {}) => h("button", { type: "button", onclick, ...props }, text);
+/** A control to choose one of `options`, each `[value, text]`. */
+export const select = (options, chosen, props = {}) => {
+  const option = ([value, text]) => h("option", { value, selected: value === chosen }, text);
+  return h("select", props, options.map(option));
+};
 
 let ids = 0;
 export const newId = () => `e${++ids}`;
 
-export function saveAs(href, name) {
-  const link = h("a", { href, download: name });
-  document.body.append(link);
-  link.click();
-  link.remove();
+export function withLabel(text, control, hint) {
+  control.id ||= newId();
+  return h("div.field", h("label", { for: control.id }, text), hint && h("p.hint", hint), control);
 }
-
-export const title = (text, ...more) => h("div", { class: "title" }, h("h1", { tabindex: "-1" }, text), more);

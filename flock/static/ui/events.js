@@ -4,6 +4,8 @@ import { Problem, send } from "./api.js";
 import { parse } from "./json.js";
 import { pause, visible } from "./wait.js";
 
+const LAST = /^(run|batch)\.(completed|failed|cancelled)$/;
+
 /** Yield the server-sent events of `path` up to the last one. (`EventSource` cannot send a key.)
  *
  * A hidden tab closes its connection, because a browser has only six per host. It resumes after the last event. */
@@ -12,24 +14,26 @@ export async function* events(path, signal) {
   for (;;) {
     await visible(signal);
     const connection = new AbortController(),
-      stop = () => connection.abort();
-    const hide = () => document.hidden && stop();
-    signal.addEventListener("abort", stop, { once: true });
+      hide = () => document.hidden && connection.abort();
     document.addEventListener("visibilitychange", hide);
     try {
       const headers = { Accept: "text/event-stream", ...(lastId === null ? {} : { "Last-Event-ID": lastId }) };
-      const response = await send(path, { headers, signal: connection.signal, isStream: true });
+      const response = await send(path, {
+        headers,
+        signal: AbortSignal.any([signal, connection.signal]),
+        isStream: true,
+      });
       if (response.status === 204) return;
+      yield { name: "open", data: {} };
       for await (const event of eventsOf(response.body)) {
         lastId = event.id ?? lastId;
         yield event;
-        if (/\.(completed|failed|cancelled)$/.test(event.name) && !event.name.startsWith("step")) return;
+        if (LAST.test(event.name)) return;
       }
     } catch (error) {
       if (signal.aborted || error instanceof Problem) throw error;
     } finally {
       connection.abort();
-      signal.removeEventListener("abort", stop);
       document.removeEventListener("visibilitychange", hide);
     }
     await pause(500, signal);

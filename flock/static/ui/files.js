@@ -2,7 +2,7 @@
 // browser can hold one.
 
 import { url } from "./address.js";
-import { button, fill, h, newId } from "./dom.js";
+import { button, fill, h, newId, quiet, withLabel } from "./dom.js";
 import { session } from "./storage.js";
 
 /** Larger files take too long to copy and are not stored. */
@@ -72,7 +72,6 @@ export async function chooser(onChange) {
     onchange: () => choose(file.files[0]),
   });
   const pasted = h("textarea", {
-    id: newId(),
     rows: 6,
     class: "mono pasted",
     placeholder: "text\nThis is great!\nThis is terrible.",
@@ -82,11 +81,10 @@ export async function chooser(onChange) {
       typing = setTimeout(paste, TYPING_MS);
     },
   });
-  const selected = h("p", { class: "quiet", role: "status" });
+  const selected = quiet({ role: "status" });
   const drop = h(
-    "div",
+    "div.drop",
     {
-      class: "drop",
       ondragover: (event) => {
         event.preventDefault();
         drop.classList.add("over");
@@ -98,8 +96,8 @@ export async function chooser(onChange) {
         choose(event.dataTransfer.files[0]);
       },
     },
-    h("label", { for: file.id }, h("strong", {}, "Drop a CSV or NDJSON file here"), " or choose one"),
-    h("p", {}, file),
+    h("label", { for: file.id }, h("strong", "Drop a CSV or NDJSON file here"), " or choose one"),
+    h("p", file),
     selected,
   );
 
@@ -148,15 +146,12 @@ export async function chooser(onChange) {
   draw();
   return {
     node: h(
-      "div",
-      { class: "columns" },
+      "div.columns",
       drop,
-      h(
-        "div",
-        { class: "field" },
-        h("label", { for: pasted.id }, "or paste rows"),
-        h("p", { class: "hint" }, "CSV with a header, cells copied from a spreadsheet, or one JSON object per line."),
+      withLabel(
+        "or paste rows",
         pasted,
+        "CSV with a header, cells copied from a spreadsheet, or one JSON object per line.",
       ),
     ),
     rows: () => chosen ?? (pasted.value.trim() ? new Blob([pasted.value]) : null),

@@ -4,8 +4,8 @@
 // is omitted. `error` shows an error at the field. `each` visits the field and the fields inside it.
 
 import { Problem } from "./api.js";
-import { button, fill, h, newId } from "./dom.js";
-import { isExact, parse } from "./json.js";
+import { button, fill, h, newId, quiet, select } from "./dom.js";
+import { isExact, parse, textOf } from "./json.js";
 import { busyWhile, problem } from "./notices.js";
 import { localTime } from "./words.js";
 
@@ -13,7 +13,7 @@ import { localTime } from "./words.js";
 export function form(schema, value) {
   const root = members(schema, value ?? {}, "", schema);
   return {
-    node: h("div", {}, root.nodes),
+    node: h("div", root.nodes),
     read: root.read,
     clear: () => root.each((field) => field.error?.("")),
     error: (pointer, text) => {
@@ -92,7 +92,7 @@ const at = (root, reference) =>
     .split("/")
     .reduce((node, name) => node?.[name.replace(/~1/g, "/").replace(/~0/g, "~")], root) ?? {};
 
-export const escapePointer = (name) => String(name).replace(/~/g, "~0").replace(/\//g, "~1");
+const escapePointer = (name) => String(name).replace(/~/g, "~0").replace(/\//g, "~1");
 
 function members(schema, value, pointer, root) {
   const required = new Set(schema.required ?? []);
@@ -108,7 +108,7 @@ function members(schema, value, pointer, root) {
     ),
   ]);
   return {
-    nodes: fields.length ? fields.map(([, each]) => each.node) : [h("p", { class: "quiet" }, "No inputs.")],
+    nodes: fields.length ? fields.map(([, each]) => each.node) : [quiet("No inputs.")],
     read: () =>
       Object.fromEntries(fields.map(([name, each]) => [name, each.read()]).filter(([, read]) => read !== undefined)),
     each: (visit) => fields.forEach(([, each]) => each.each(visit)),
@@ -146,13 +146,12 @@ function withOffset(date) {
   return `${localTime(date)}${minutes < 0 ? "-" : "+"}${two(minutes / 60)}:${two(minutes % 60)}`;
 }
 
-/** Wrap a control with its label, hint and error. */
 function labelled({ name, schema, id, pointer, isRequired, isItem }, control, read, details = "") {
-  const wrong = h("p", { class: "error", id: `${id}-error`, hidden: true });
+  const wrong = h("p.error", { id: `${id}-error`, hidden: true });
   const shown =
     schema.default === undefined || schema.default === null || schema.default === ""
       ? ""
-      : `Default: ${typeof schema.default === "string" ? schema.default : JSON.stringify(schema.default)}.`;
+      : `Default: ${textOf(schema.default)}.`;
   const hint = [schema.description, details, shown]
     .filter(Boolean)
     .map((words) => (/[.!?]$/.test(words) ? words : `${words}.`))
@@ -160,16 +159,15 @@ function labelled({ name, schema, id, pointer, isRequired, isItem }, control, re
   control.id = id;
   control.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
   const isBox = control.type === "checkbox";
-  const label = [name, isRequired && !isItem && !isBox && h("span", { class: "quiet" }, " (required)")];
+  const label = [name, isRequired && !isItem && !isBox && h("span.quiet", " (required)")];
   const self = {
     control,
     pointer,
     read,
     node: h(
-      "div",
-      { class: "field" },
+      "div.field",
       h("label", { for: id }, isBox ? [control, label] : label),
-      h("p", { class: "hint", id: `${id}-hint`, hidden: !hint }, hint),
+      h("p.hint", { id: `${id}-hint`, hidden: !hint }, hint),
       isBox ? null : control,
       wrong,
     ),
@@ -183,29 +181,22 @@ function labelled({ name, schema, id, pointer, isRequired, isItem }, control, re
   return self;
 }
 
-/** The value of an empty control: null or omitted. */
 const emptyValue = ({ schema, isRequired }) =>
   schema.isNullable && (isRequired || schema.default != null) ? null : undefined;
 
 function choice(spec) {
   const options = spec.schema.enum ?? [spec.schema.const];
   const blank = !spec.isRequired || spec.schema.isNullable || spec.initial === undefined;
-  const words = (option) =>
-    option === true ? "yes" : option === false ? "no" : typeof option === "string" ? option : JSON.stringify(option);
-  const control = h(
-    "select",
-    { required: spec.isRequired && !spec.schema.isNullable },
-    blank && h("option", { value: "" }, spec.isRequired && !spec.schema.isNullable ? "Choose …" : "–"),
-    options.map((option, index) =>
-      h(
-        "option",
-        {
-          value: String(index),
-          selected: spec.initial !== undefined && JSON.stringify(option) === JSON.stringify(spec.initial),
-        },
-        words(option),
-      ),
-    ),
+  const words = (option) => (option === true ? "yes" : option === false ? "no" : textOf(option));
+  const isChosen = (option) => JSON.stringify(option) === JSON.stringify(spec.initial);
+  const isNeeded = spec.isRequired && !spec.schema.isNullable;
+  const control = select(
+    [
+      ...(blank ? [["", isNeeded ? "Choose …" : "–"]] : []),
+      ...options.map((each, index) => [String(index), words(each)]),
+    ],
+    String(options.findIndex(isChosen)),
+    { required: isNeeded },
   );
   return labelled(spec, control, () => (control.value === "" ? emptyValue(spec) : options[Number(control.value)]));
 }
@@ -215,13 +206,11 @@ function checkbox(spec) {
   return labelled(spec, control, () => control.checked);
 }
 
-/** How to write a number, by its type in the schema. */
 const NUMBER_RULES = {
   integer: "Use digits only, such as 42.",
   number: "Use a point for decimals, such as 0.5, and no commas or spaces.",
 };
 
-/** Matches an incomplete number while it is typed. */
 const PARTIAL_NUMBER = /^[+-]?\d*\.?\d*(e[+-]?\d*)?$/i;
 
 const notANumber = (text, type) =>
@@ -248,7 +237,6 @@ function parseNumber(text, type) {
   return number;
 }
 
-/** Return the error of a number outside the bounds of its schema, or "". */
 function boundsError(schema, value) {
   const [number, minimum, above, maximum, below] = [
     value,
@@ -271,7 +259,7 @@ function numeric(spec) {
     inputmode: schema.type === "integer" ? "numeric" : "decimal",
     autocomplete: "off",
     required: isRequired && !schema.isNullable,
-    value: initial === undefined || initial === null ? "" : String(isExact(initial) ? initial.rawJSON : initial),
+    value: initial === undefined || initial === null ? "" : textOf(initial),
     // Not on blur: if the layout shifts between press and release, the click on a button is lost.
     oninput: () => field.error(PARTIAL_NUMBER.test(control.value.trim()) ? "" : notANumber(control.value, schema.type)),
   });
@@ -346,14 +334,12 @@ function list(spec) {
   const { name, schema, initial, pointer, isRequired, root } = spec;
   let number = 0;
   const items = [],
-    rows = h("ul", { class: "list" });
-  const wrong = h("p", { class: "error", hidden: true });
+    rows = h("ul.list");
   const add = (value) => {
     const label = `${name} ${++number}`;
     const item = field(label, schema.items, value, () => `${pointer()}/${items.indexOf(item)}`, true, root, true);
     const row = h(
       "li",
-      {},
       item.node,
       button(
         "Remove",
@@ -375,53 +361,42 @@ function list(spec) {
     "aria-label": `Add to ${name}`,
   });
   for (const value of Array.isArray(initial) ? initial : []) add(value);
-  const self = {
-    control: addButton,
-    pointer,
-    node: group(spec, rows, addButton, wrong),
-    read: () =>
-      items.length === 0 && !isRequired && schema.default === undefined
-        ? undefined
-        : items.map((item) => item.read() ?? null),
-    error: (text) => {
-      fill(wrong, text).hidden = !text;
-    },
-    each: (visit) => {
-      visit(self);
-      items.forEach((item) => item.each(visit));
-    },
-  };
-  return self;
-}
-
-function group({ name, schema, isRequired, id }, ...children) {
-  return h(
-    "fieldset",
-    { "aria-describedby": `${id}-hint` },
-    h("legend", {}, name, isRequired ? h("span", { class: "quiet" }, " (required)") : null),
-    h("p", { class: "hint", id: `${id}-hint`, hidden: !schema.description }, schema.description),
-    ...children,
-  );
+  const isOmitted = () => items.length === 0 && !isRequired && schema.default === undefined;
+  const read = () => (isOmitted() ? undefined : items.map((item) => item.read() ?? null));
+  return group(spec, items, read, rows, addButton);
 }
 
 function nested(spec) {
   const { schema, initial, pointer, isRequired, root } = spec;
   const inner = members(schema, initial, pointer, root);
-  const wrong = h("p", { class: "error", tabindex: "-1", hidden: true });
+  const read = () => {
+    const read = inner.read();
+    return !isRequired && Object.keys(read).length === 0 ? undefined : read;
+  };
+  return group(spec, [inner], read, inner.nodes);
+}
+
+/** Wrap fields with the name, hint and error of all. */
+function group({ name, schema, isRequired, id, pointer }, fields, read, ...children) {
+  const wrong = h("p.error", { tabindex: "-1", hidden: true });
   const self = {
     control: wrong,
     pointer,
-    node: group(spec, inner.nodes, wrong),
-    read: () => {
-      const read = inner.read();
-      return !isRequired && Object.keys(read).length === 0 ? undefined : read;
-    },
+    read,
+    node: h(
+      "fieldset",
+      { "aria-describedby": `${id}-hint` },
+      h("legend", name, isRequired && h("span.quiet", " (required)")),
+      h("p.hint", { id: `${id}-hint`, hidden: !schema.description }, schema.description),
+      children,
+      wrong,
+    ),
     error: (text) => {
       fill(wrong, text).hidden = !text;
     },
     each: (visit) => {
       visit(self);
-      inner.each(visit);
+      for (const field of fields) field.each(visit);
     },
   };
   return self;

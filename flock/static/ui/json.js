@@ -14,4 +14,10 @@ export function parse(text, isKept = isRounded) {
 /** Whether `parse` kept a number as it is written. Its digits are in `rawJSON`. */
 export const isExact = (value) => Boolean(JSON.isRawJSON?.(value));
 
+export const isObject = (value) =>
+  value !== null && typeof value === "object" && !Array.isArray(value) && !isExact(value);
+
+/** A value as a short text: strings without quotes. */
+export const textOf = (value) => (typeof value === "string" ? value : (JSON.stringify(value) ?? ""));
+
 export const pretty = (value) => JSON.stringify(value, null, 2);

@@ -2,8 +2,8 @@
 
 import { link, updateAddress } from "./address.js";
 import { get } from "./api.js";
-import { button, fill, h, title } from "./dom.js";
-import { isExact } from "./json.js";
+import { actions, button, fill, h, select, table, title, wide } from "./dom.js";
+import { isObject, textOf } from "./json.js";
 import { session } from "./storage.js";
 import { every } from "./wait.js";
 
@@ -13,14 +13,13 @@ const REFRESH_MS = 2000;
 const PREVIEWS_PER_PAGE = 10;
 const PREVIEW_CHARS = 200;
 
-/** Return the start of the inputs or the result as text. */
-function previewOf(members) {
-  const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+/** The start of inputs, arguments or a result as text. A single member has no name there, unless `isNamed`. */
+export function previewOf(members, isNamed = false) {
   const entries = Object.entries(members ?? {});
   const [[, only] = []] = entries;
-  if (entries.length === 1 && only !== null && typeof only === "object" && !Array.isArray(only) && !isExact(only))
-    return previewOf(only);
-  const words = entries.map(([name, value]) => (entries.length === 1 ? "" : `${name}: `) + text(value)).join(", ");
+  const isBare = entries.length === 1 && !isNamed;
+  if (isBare && isObject(only)) return previewOf(only);
+  const words = entries.map(([name, value]) => (isBare ? "" : `${name}: `) + textOf(value)).join(", ");
   return words.length > PREVIEW_CHARS ? `${words.slice(0, PREVIEW_CHARS)} …` : words;
 }
 
@@ -34,68 +33,60 @@ export function agentChoice(agents, params) {
 export const choice = (name, label, options) => ({
   name,
   label,
-  make: (value) =>
-    h(
-      "select",
-      {},
-      h("option", { value: "" }, "All"),
-      options.map((option) => h("option", { value: option, selected: option === value }, option)),
-    ),
+  make: (value) => select([["", "All"], ...options.map((option) => [option, option])], value),
 });
 
 /** Show a list with filters and pages that refreshes itself. Its filters and page are stored in the address. */
 export async function list(
   main,
-  { kind, signal, params, filters, columns, noneYet, noMatch, row, id, about, actions, hasPreviews },
+  {
+    kind,
+    view = kind,
+    heading = kind[0].toUpperCase() + kind.slice(1),
+    only = {},
+    signal,
+    params,
+    filters,
+    columns,
+    noneYet,
+    noMatch,
+    row,
+    id,
+    about,
+    start,
+    hasPreviews,
+    isLive = () => false,
+  },
 ) {
   const shown = Object.fromEntries(params);
   const body = h("tbody"),
     known = new Map();
-  const none = h("p", { class: "empty", hidden: true });
-  const table = h(
-    "div",
-    { class: "wide", tabindex: "0", role: "group", "aria-label": `Table of ${kind}` },
-    h(
-      "table",
-      { class: "rows-list" },
-      h(
-        "thead",
-        {},
-        h(
-          "tr",
-          {},
-          columns.map((text) => h("th", { scope: "col" }, text)),
-        ),
-      ),
-      body,
-    ),
-  );
+  const none = h("p.empty", { hidden: true });
+  const rows = table(columns, body);
+  rows.className = "rows-list";
+  const box = wide(`Table of ${view}`, rows);
   // The cursor only leads forwards, so the previous pages are stored.
-  const previousPages = () => JSON.parse(session.get(`pages ${kind}`) ?? "{}");
+  const previousPages = () => JSON.parse(session.get(`pages ${view}`) ?? "{}");
   let next = null,
     request = null;
 
   async function refresh() {
     request?.abort();
     request = new AbortController();
-    const stop = request,
-      onAbort = () => stop.abort();
-    signal.addEventListener("abort", onAbort, { once: true });
+    const either = AbortSignal.any([signal, request.signal]);
     try {
-      const page = await get(`${kind}?${query({ limit: PAGE_SIZE })}`, stop.signal);
+      const page = await get(`${kind}?${query({ limit: PAGE_SIZE })}`, either);
       next = page.next;
       draw(page[kind]);
       drawPager();
-      if (hasPreviews) await preview(page[kind], stop.signal);
+      if (hasPreviews) await preview(page[kind], either);
     } catch (error) {
-      if (!stop.signal.aborted) throw error;
-    } finally {
-      signal.removeEventListener("abort", onAbort);
+      if (!either.aborted) throw error;
     }
   }
 
   const query = (more) =>
-    new URLSearchParams(Object.entries({ ...shown, ...more }).filter(([, value]) => value)).toString();
+    new URLSearchParams(Object.entries({ ...shown, ...only, ...more }).filter(([, value]) => value)).toString();
 
   function drawPager() {
     older.disabled = !next;
@@ -104,7 +95,6 @@ export async function list(
     clear.hidden = !filters.some(({ name }) => shown[name]);
   }
 
-  /** The previews of the shown runs, by id. */
   const previews = new Map();
   async function preview(items, signal) {
     const stateOf = (item) => `${item.status} ${item.attempt}`;
@@ -115,7 +105,11 @@ export async function list(
       const after = index ? id(items[index - 1]) : shown.after;
       const page = await get(`${kind}?${query({ limit: PREVIEWS_PER_PAGE, after, include: "inputs,result" })}`, signal);
       for (const each of page[kind])
-        previews.set(id(each), { state: stateOf(each), inputs: previewOf(each.inputs), result: previewOf(each.result) });
+        previews.set(id(each), {
+          state: stateOf(each),
+          inputs: previewOf(each.inputs),
+          result: previewOf(each.result),
+        });
       draw(items);
     }
   }
@@ -123,12 +117,11 @@ export async function list(
   function draw(items) {
     const nodes = items.map((item) => {
       const { inputs, result } = previews.get(id(item)) ?? {};
-      const text = JSON.stringify([item, inputs, result]),
-        isOpen = !item.completed_at;
+      const text = JSON.stringify([item, inputs, result]);
       const before = known.get(id(item));
       // Reuse the element of an unchanged row, so that it keeps the focus.
-      if (before?.text === text && !isOpen) return before.node;
-      const cells = row({ ...item, inputs, result }).map((cell) => h("td", {}, cell));
+      if (before?.text === text && !isLive(item)) return before.node;
+      const cells = row({ ...item, inputs, result }).map((cell) => h("td", cell));
       if (before) {
         const hadFocus = before.node.contains(document.activeElement);
         fill(before.node, cells);
@@ -136,7 +129,7 @@ export async function list(
         before.text = text;
         return before.node;
       }
-      const node = h("tr", {}, cells);
+      const node = h("tr", cells);
       known.set(id(item), { text, node });
       return node;
     });
@@ -147,19 +140,19 @@ export async function list(
     }
     for (const key of known.keys()) if (!items.some((item) => id(item) === key)) known.delete(key);
     fill(none, filters.some(({ name }) => shown[name]) ? noMatch : noneYet).hidden = items.length > 0;
-    table.hidden = items.length === 0;
+    box.hidden = items.length === 0;
   }
 
   const goToPage = async (after) => {
     shown.after = after;
-    updateAddress(kind, shown);
+    updateAddress(view, shown);
     await refresh();
   };
   const newest = button("Newest", () => goToPage(""));
   const newer = button("Newer", () => goToPage(previousPages()[shown.after] ?? ""));
   const older = button("Older", () => {
     const after = new URLSearchParams(next.split("?")[1]).get("after");
-    session.set(`pages ${kind}`, JSON.stringify({ ...previousPages(), [after]: shown.after ?? "" }));
+    session.set(`pages ${view}`, JSON.stringify({ ...previousPages(), [after]: shown.after ?? "" }));
     return goToPage(after);
   });
   const controls = filters.map(({ name, label, make, read = (text) => text }) => {
@@ -168,22 +161,21 @@ export async function list(
       shown[name] = read(control.value);
       goToPage("");
     });
-    return h("label", {}, label, control);
+    return h("label", label, control);
   });
   const clear = button(
     "Clear filters",
     () => {
-      location.hash = link(kind);
+      location.hash = link(view);
     },
     { hidden: true },
   );
-  const heading = title(kind[0].toUpperCase() + kind.slice(1), actions);
-  const pager = h("p", { class: "actions", role: "group", "aria-label": "Pagination", hidden: true }, newest, newer, older);
+  const pager = actions({ role: "group", "aria-label": "Pagination", hidden: true }, newest, newer, older);
   main.append(
-    heading,
+    title(heading, start),
     about ?? "",
-    h("div", { class: "filters", role: "search", "aria-label": `Filter ${kind}` }, controls, clear),
-    table,
+    h("div.filters", { role: "search", "aria-label": `Filter ${view}` }, controls, clear),
+    box,
     none,
     pager,
   );

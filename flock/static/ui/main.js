@@ -1,21 +1,25 @@
 // The entry of the page. It loads each view when it is first shown.
 
 import { enterView } from "./address.js";
-import { Problem, waitForServer } from "./api.js";
+import { showAgents } from "./agents.js";
+import { Problem, get, waitForServer } from "./api.js";
 import { fill, h } from "./dom.js";
 import { showKey } from "./key.js";
 import { problem } from "./notices.js";
 import { clearStorage, local } from "./storage.js";
+import { every, pause } from "./wait.js";
 
 const VIEWS = {
-  agents: () => import("./agents.js"),
+  agents: async () => ({ show: showAgents }), // most visits start here
   agent: () => import("./agent.js"),
   runs: () => import("./runs.js"),
   run: () => import("./run.js"),
+  waiting: () => import("./runs.js"),
   batches: () => import("./batches.js"),
   batch: () => import("./batch.js"),
   "new-batch": () => import("./newbatch.js"),
 };
+const COUNT_EVERY_MS = 5000;
 const name = document.title;
 let leaving = new AbortController();
 
@@ -40,9 +44,9 @@ async function show(isFirst) {
     });
     signal.throwIfAborted();
     // Each view has its own element, so a closed view cannot change the current one.
-    const container = h("div", { class: "view" });
+    const container = h("div.view");
     fill(main, container);
-    await module.show(container, { id: rest.join("/"), params: new URLSearchParams(query), signal });
+    await module.show(container, { view, id: rest.join("/"), params: new URLSearchParams(query), signal });
     signal.throwIfAborted();
     const heading = container.querySelector("h1");
     document.title = `${heading.textContent} · ${name}`;
@@ -53,6 +57,12 @@ async function show(isFirst) {
   } finally {
     if (!signal.aborted) main.removeAttribute("aria-busy");
   }
+}
+
+async function countWaiting() {
+  const { runs, next } = await get("runs?status=waiting&limit=50");
+  fill(document.getElementById("waiting"), runs.length ? `${runs.length}${next ? "+" : ""}` : null).hidden =
+    !runs.length;
 }
 
 const theme = document.getElementById("theme");
@@ -77,4 +87,6 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 });
 setTheme();
 showKey();
-show(true);
+show(true)
+  .then(() => pause(1000)) // the first paint should not wait for it
+  .then(() => every(COUNT_EVERY_MS, () => countWaiting().catch(() => {})));

@@ -35,18 +35,15 @@ export class Mapping {
     );
   }
 
-  /** The inputs without a column. */
   unmapped() {
     const taken = new Set(Object.values(this.chosen));
     return this.inputs.filter((input) => !taken.has(input));
   }
 
-  /** The required inputs without a column. */
   missing() {
     return this.unmapped().filter((input) => this.required.includes(input));
   }
 
-  /** The columns that are not mapped to an input. */
   unused() {
     return this.columns.filter((name) => name && !this.inputs.includes(this.chosen[name]));
   }
@@ -60,7 +57,6 @@ export class Mapping {
     );
   }
 
-  /** Return the value of each column in a row. */
   cells({ inputs, extra }) {
     return this.columns.map((name) => (this.chosen[name] === KEPT ? extra?.[name] : inputs[this.chosen[name]]));
   }

@@ -1,22 +1,21 @@
 // The view to start a batch: choose rows, map columns to inputs, check the rows, and start.
 
-import { go, updateAddress, url } from "./address.js";
+import { go, updateAddress } from "./address.js";
 import { Problem, get, idempotencyKey } from "./api.js";
 import { lastAgents, outputsOf } from "./chain.js";
 import { errorTable, summary } from "./check.js";
-import { button, fill, h, newId, title } from "./dom.js";
+import { copyCurl, quoted } from "./curl.js";
+import { actions, button, fill, h, quiet, select, table, title, wide, withLabel } from "./dom.js";
 import { chooser } from "./files.js";
 import { form } from "./form.js";
-import { isExact, parse } from "./json.js";
-import { hasKey } from "./key.js";
+import { parse, textOf } from "./json.js";
 import { DROPPED, KEPT, Mapping } from "./mapping.js";
-import { busyWhile, copy, problem } from "./notices.js";
+import { busyWhile, problem } from "./notices.js";
 import { session } from "./storage.js";
 import { MEDIA_TYPES, checkRows, formatOf, headOf, sendRows } from "./upload.js";
 import { pause } from "./wait.js";
 import { aboutBatches } from "./words.js";
 
-/** The delay of a check after a change, because the user may still be typing. */
 const CHECK_DELAY_MS = 200;
 const SHOWN_ROWS = 5;
 const DELIMITERS = { ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" };
@@ -24,7 +23,7 @@ const WORKERS = "Rows in parallel";
 
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
-  if (!agents.length) return fill(main, title("New batch"), h("p", { class: "empty" }, "There are no agents yet."));
+  if (!agents.length) return fill(main, title("New batch"), h("p.empty", "There are no agents yet."));
   const view = new NewBatch(agents, params.get("agent") ?? session.get("batch agent"), signal);
   view.source = await chooser(() => view.report(view.setRows()));
   signal.throwIfAborted(); // reading the stored file cannot be cancelled
@@ -40,9 +39,9 @@ class NewBatch {
       this.loading.abort();
       this.checking.abort();
     });
-    const option = ({ name }) => h("option", { value: name, selected: name === first }, name);
-    this.agentChoice = h("select", { id: newId(), onchange: () => this.changeAgent() }, agents.map(option));
-    this.inputNames = h("p", { class: "quiet" });
+    const names = agents.map(({ name }) => [name, name]);
+    this.agentChoice = select(names, first, { onchange: () => this.changeAgent() });
+    this.inputNames = h("p.quiet");
     this.columns = h("section");
     this.sample = h("tbody");
     this.needed = h("section", { "aria-label": "Inputs without a column" });
@@ -53,13 +52,13 @@ class NewBatch {
   }
 
   nodes() {
-    const label = h("label", { for: this.agentChoice.id }, "Agent"),
-      agent = h("div", { class: "field" }, label, this.agentChoice, this.inputNames);
+    const agent = withLabel("Agent", this.agentChoice);
+    agent.append(this.inputNames);
     return [
       title("New batch"),
       aboutBatches(),
-      h("section", {}, agent),
-      h("section", {}, h("h2", {}, "Rows"), this.source.node),
+      h("section", agent),
+      h("section", h("h2", "Rows"), this.source.node),
       this.columns,
       this.needed,
       this.others,
@@ -68,7 +67,6 @@ class NewBatch {
     ];
   }
 
-  /** Show the error of a promise that is not awaited. */
   report(work) {
     work.catch((error) => {
       if (error.name !== "AbortError" && !this.signal.aborted) fill(this.check, problem(error));
@@ -141,37 +139,28 @@ class NewBatch {
     fill(this.sample);
     const { columns } = this.mapping;
     if (!columns.length) return fill(this.columns);
-    const head = (name) => h("th", { scope: "col" }, name || "(no name)", h("br"), this.choiceOf(name));
+    const head = (name) => [name || "(no name)", h("br"), this.choiceOf(name)];
     const form =
       this.format.kind === "csv"
         ? `CSV, cells separated by ${DELIMITERS[this.format.delimiter]}. `
         : "NDJSON, one object per line. ";
     return fill(
       this.columns,
-      h("h2", {}, "Columns"),
-      h("p", { class: "quiet" }, form, "These are the first rows. Choose the input for each column:"),
-      h(
-        "div",
-        { class: "wide", tabindex: "0", role: "group", "aria-label": "The first rows" },
-        h("table", {}, h("thead", {}, h("tr", {}, columns.map(head))), this.sample),
-      ),
+      h("h2", "Columns"),
+      quiet(form, "These are the first rows. Choose the input for each column:"),
+      wide("The first rows", table(columns.map(head), this.sample)),
     );
   }
 
   choiceOf(name) {
     const words = { [KEPT]: "(kept in the results)", [DROPPED]: "(ignored)" };
-    const option = (choice) =>
-      h("option", { value: choice, selected: this.mapping.chosen[name] === choice }, words[choice] ?? choice);
-    return h(
-      "select",
-      {
-        class: "small",
-        "aria-label": `Column ${name} maps to`,
-        "data-column": name,
-        onchange: ({ target }) => this.map(name, target.value),
-      },
-      this.mapping.choices(name).map(option),
-    );
+    const options = this.mapping.choices(name).map((choice) => [choice, words[choice] ?? choice]);
+    return select(options, this.mapping.chosen[name], {
+      class: "small",
+      "aria-label": `Column ${name} maps to`,
+      "data-column": name,
+      onchange: ({ target }) => this.map(name, target.value),
+    });
   }
 
   map(name, input) {
@@ -181,7 +170,7 @@ class NewBatch {
   }
 
   drawSample(rows) {
-    const row = (each) => h("tr", {}, this.mapping.cells(each).map((value) => h("td", {}, short(value))));
+    const row = (each) => h("tr", ...this.mapping.cells(each).map((value) => h("td", short(value))));
     fill(this.sample, rows.slice(0, SHOWN_ROWS).map(row));
   }
 
@@ -189,21 +178,22 @@ class NewBatch {
   drawFields() {
     const unmapped = this.mapping.unmapped(),
       missing = this.mapping.missing();
-    this.fields = [this.formOf(missing, true), this.formOf(unmapped.filter((name) => !missing.includes(name)), false)];
+    const optional = unmapped.filter((name) => !missing.includes(name));
+    this.fields = [this.formOf(missing, true), this.formOf(optional, false)];
     const [needed, others] = this.fields.map(({ node }) => h("div", { oninput: () => this.changed() }, node));
     fill(
       this.needed,
       missing.length > 0 && [
-        h("h2", {}, `There is no column for ${listed(missing)}`),
-        h("p", {}, "Choose a column, or enter one value for every row."),
-        h("div", { class: "columns" }, missing.map((input) => this.columnFor(input)), needed),
+        h("h2", `There is no column for ${listed(missing)}`),
+        h("p", "Choose a column, or enter one value for every row."),
+        h("div.columns", ...missing.map((input) => this.columnFor(input)), needed),
       ],
     );
     fill(
       this.others,
       this.mapping.columns.length > 0 &&
         unmapped.length > missing.length &&
-        h("details", {}, h("summary", {}, "Same value for every row"), others),
+        h("details", h("summary", "Same value for every row"), others),
     );
     this.recheck();
   }
@@ -226,23 +216,16 @@ class NewBatch {
     return form(schema, before);
   }
 
-  /** Create a select of the unused columns. */
   columnFor(input) {
-    const unused = this.mapping.unused(),
-      id = newId();
+    const unused = this.mapping.unused();
     const choose = ({ target }) => {
       this.map(target.value, input);
-      const select = this.columns.querySelector(`[data-column="${CSS.escape(target.value)}"]`);
-      select.value = input;
-      select.focus();
+      const control = this.columns.querySelector(`[data-column="${CSS.escape(target.value)}"]`);
+      control.value = input;
+      control.focus();
     };
-    const select = h(
-      "select",
-      { id, disabled: !unused.length, onchange: choose },
-      h("option", { value: "" }, unused.length ? "Choose …" : "No columns left"),
-      unused.map((name) => h("option", { value: name }, name)),
-    );
-    return h("div", { class: "field" }, h("label", { for: id }, `Column for ${input}`), select);
+    const options = [["", unused.length ? "Choose …" : "No columns left"], ...unused.map((name) => [name, name])];
+    return withLabel(`Column for ${input}`, select(options, "", { disabled: !unused.length, onchange: choose }));
   }
 
   changed() {
@@ -308,7 +291,7 @@ class NewBatch {
   drawProgress() {
     const bar = h("progress", { max: this.rows.size, value: 0 }),
       words = h("span", { role: "status" }, "Checking the rows …");
-    fill(this.check, h("h2", {}, "Check"), h("label", {}, words, " ", bar));
+    fill(this.check, h("h2", "Check"), h("label", words, " ", bar));
     return (bytes) => {
       bar.value = bytes;
     };
@@ -317,10 +300,9 @@ class NewBatch {
   drawCheck() {
     const [isValid, words] = summary(this.found, this.format.kind);
     const sign = h("span", { "aria-hidden": "true" }, isValid ? "✓ " : "✕ ");
-    fill(this.check, h("h2", {}, "Check"), h("p", { role: "status" }, sign, words), errorTable(this.found.errors));
+    fill(this.check, h("h2", "Check"), h("p", { role: "status" }, sign, words), errorTable(this.found.errors));
   }
 
-  /** Show the server's error. */
   drawRejection(place, { title, message, errors, requestId }, words) {
     const ofRows = errors.filter((error) => error.line);
     const others = errors.filter((error) => !error.line);
@@ -331,13 +313,13 @@ class NewBatch {
   // Step 5: start
 
   makeStart() {
-    this.invalid = h(
-      "select",
-      { id: newId() },
-      h("option", { value: "reject" }, "reject the batch"),
-      h("option", { value: "skip" }, "fail these rows and run the others"),
+    this.invalid = select(
+      [
+        ["reject", "reject the batch"],
+        ["skip", "fail these rows and run the others"],
+      ],
+      session.get("batch invalid"),
     );
-    this.invalid.value = session.get("batch invalid") ?? "reject";
     this.invalid.addEventListener("change", () => {
       session.set("batch invalid", this.invalid.value);
       this.drawStart();
@@ -355,7 +337,7 @@ class NewBatch {
     });
     this.startError = h("div");
     this.upload = h("div");
-    this.startHint = h("p", { class: "quiet" });
+    this.startHint = h("p.quiet");
     const startNow = busyWhile(() => this.startBatch());
     this.startButton = button("Start the batch", () => startNow({ currentTarget: this.startButton }), {
       class: "primary",
@@ -375,14 +357,16 @@ class NewBatch {
           : "",
     );
     if (this.start.contains(this.startButton)) return;
-    const invalid = h("label", { for: this.invalid.id }, "Invalid rows");
     fill(
       this.start,
-      h("h2", {}, "Start"),
-      h("div", { class: "columns" }, h("div", { class: "field" }, invalid, this.invalid), this.workers.node),
+      h("h2", "Start"),
+      h("div.columns", withLabel("Invalid rows", this.invalid), this.workers.node),
       this.startError,
       this.upload,
-      h("p", { class: "actions" }, this.startButton, button("Copy as curl", () => this.copyCurl())),
+      actions(
+        this.startButton,
+        button("Copy as curl", () => this.copyCurl()),
+      ),
       this.startHint,
     );
   }
@@ -400,7 +384,6 @@ class NewBatch {
     };
   }
 
-  /** Return the options of the batch. Or show the error of a field and return null. */
   startOptions() {
     try {
       for (const fields of this.fields) fields.read();
@@ -408,7 +391,10 @@ class NewBatch {
       return { ...this.options(this.statics()), on_invalid: this.invalid.value, max_workers: workers };
     } catch (error) {
       const forms = [...this.fields, this.workers];
-      forms.map((fields) => fields.error(error.pointer, error.message)).find(Boolean)?.focus();
+      forms
+        .map((fields) => fields.error(error.pointer, error.message))
+        .find(Boolean)
+        ?.focus();
       return null;
     }
   }
@@ -424,7 +410,7 @@ class NewBatch {
     const { size } = this.rows;
     const bar = h("progress", { max: size, value: 0 }),
       words = h("span", { role: "status" }, "Sending the rows …");
-    fill(this.upload, h("label", {}, words, bar));
+    fill(this.upload, h("label", words, bar));
     const onProgress = (bytes) => {
       bar.value = bytes;
       if (bytes >= size) fill(words, "The rows are sent. The server is checking and storing them …");
@@ -446,20 +432,16 @@ class NewBatch {
   async copyCurl() {
     const options = this.startOptions();
     if (!options) return;
-    const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-    const address = quoted(`${url("run/batch")}?${new URLSearchParams(options)}`),
-      key = hasKey() ? ' -H "Authorization: Bearer $FLOCK_API_KEY"' : "",
-      file = quoted(`@${this.rows.name ?? `rows.${this.format.kind}`}`);
-    const type = MEDIA_TYPES[this.format.kind];
-    await copy(`curl -X POST ${address} -H 'Content-Type: ${type}'${key} --data-binary ${file}`, "Command");
+    const file = quoted(`@${this.rows.name ?? `rows.${this.format.kind}`}`);
+    const path = `run/batch?${new URLSearchParams(options)}`;
+    await copyCurl(path, MEDIA_TYPES[this.format.kind], `--data-binary ${file}`);
   }
 }
 
 const delimiterOf = ({ kind, delimiter }) => (kind === "csv" && delimiter !== "," ? { delimiter } : {});
 const listed = (names) => names.map((name) => `“${name}”`).join(", ");
 
-/** Return the start of a value's text. */
 function short(value) {
-  const text = isExact(value) ? value.rawJSON : typeof value === "string" ? value : (JSON.stringify(value) ?? "");
+  const text = textOf(value);
   return text.length > 120 ? `${text.slice(0, 120)} …` : text;
 }

@@ -1,6 +1,6 @@
 // Messages for the user.
 
-import { button, fill, h } from "./dom.js";
+import { button, fill, h, quiet } from "./dom.js";
 
 let hiding;
 
@@ -11,23 +11,21 @@ export function notify(text) {
   hiding = setTimeout(() => fill(document.getElementById("notice")), 6000);
 }
 
-/** Show an error, with a button that calls `retry`. */
 export function problem(error, retry) {
   const isGone = error.status === 404;
   return h(
-    "div",
-    { class: "problem", role: "alert" },
-    h("h2", {}, isGone ? "This no longer exists" : error.title || "Something went wrong"),
-    h("p", {}, error.message),
-    isGone && h("p", {}, "It was deleted, or the link is incomplete, or it belongs to someone else."),
+    "div.problem",
+    { role: "alert" },
+    h("h2", isGone ? "This no longer exists" : error.title || "Something went wrong"),
+    h("p", error.message),
+    isGone && h("p", "It was deleted, or the link is incomplete, or it belongs to someone else."),
     error.errors?.length > 0 &&
       h(
         "ul",
-        {},
-        error.errors.map((each) => h("li", {}, each.line ? `Line ${each.line}: ` : "", each.detail)),
+        error.errors.map((each) => h("li", each.line ? `Line ${each.line}: ` : "", each.detail)),
       ),
-    error.requestId && h("p", { class: "quiet" }, "Request ", h("code", {}, error.requestId)),
-    retry && h("p", {}, button("Try again", retry)),
+    error.requestId && quiet("Request ", h("code", error.requestId)),
+    retry && h("p", button("Try again", retry)),
   );
 }
 

@@ -25,7 +25,6 @@ const safeStorage = (storage) => ({
 export const session = safeStorage(() => sessionStorage);
 export const local = safeStorage(() => localStorage);
 
-/** Delete the key, drafts and the stored file. */
 export function clearStorage() {
   for (const storage of [sessionStorage, localStorage])
     for (const name of Object.keys(storage)) if (name.startsWith(`${PREFIX}:`)) storage.removeItem(name);

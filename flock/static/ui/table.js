@@ -17,8 +17,8 @@ const MAX_PX = 8_000_000;
  * @param onError  called with the error if a page cannot be loaded
  */
 export function bigTable({ label, columns, total, start, load, cells, onScroll, onError, signal }) {
-  const rows = h("div", { class: "rows" });
-  const body = h("div", { class: "body", role: "rowgroup" }, rows);
+  const rows = h("div.rows");
+  const body = h("div.body", { role: "rowgroup" }, rows);
   const head = h(
     "div",
     { role: "rowgroup", class: "head" },
@@ -29,15 +29,8 @@ export function bigTable({ label, columns, total, start, load, cells, onScroll, 
     ),
   );
   const node = h(
-    "div",
-    {
-      class: "virtual",
-      role: "table",
-      tabindex: "0",
-      "aria-label": label,
-      "aria-colcount": columns.length,
-      "aria-rowcount": total + 1,
-    },
+    "div.virtual",
+    { role: "table", tabindex: "0", "aria-label": label, "aria-colcount": columns.length, "aria-rowcount": total + 1 },
     head,
     body,
   );
@@ -108,7 +101,6 @@ export function bigTable({ label, columns, total, start, load, cells, onScroll, 
     if (focusedRow) (rows.querySelector(`[aria-rowindex="${focusedRow}"] a`) ?? node).focus({ preventScroll: true });
   }
 
-  /** Load the visible pages, and cancel the requests for others. */
   function loadPages(from, to) {
     for (const [page, request] of requests)
       if (page < from || page > to) {
@@ -120,24 +112,22 @@ export function bigTable({ label, columns, total, start, load, cells, onScroll, 
 
   async function loadPage(page) {
     const request = new AbortController(),
-      stop = () => request.abort();
+      either = AbortSignal.any([signal, request.signal]);
     requests.set(page, request);
-    signal.addEventListener("abort", stop, { once: true });
     try {
       await new Promise((done) => setTimeout(done, pages.size ? 60 : 0)); // skip pages that are only scrolled past
-      request.signal.throwIfAborted();
-      pages.set(page, await load(page, request.signal));
+      either.throwIfAborted();
+      pages.set(page, await load(page, either));
       if (pages.size > MAX_CACHED_PAGES) pages.delete(pages.keys().next().value);
       drawn = "";
     } catch (error) {
-      if (request.signal.aborted) return;
+      if (either.aborted) return;
       pages.set(page, []);
       onError(error);
     } finally {
       if (requests.get(page) === request) requests.delete(page);
-      signal.removeEventListener("abort", stop);
     }
-    if (!request.signal.aborted) draw();
+    if (!either.aborted) draw();
   }
 
   const KEYS = {

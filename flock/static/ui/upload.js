@@ -16,7 +16,6 @@ export async function formatOf(blob) {
   return { kind: "csv", delimiter: counts.reduce((best, each) => (each[0] > best[0] ? each : best))[1] };
 }
 
-/** Return the first lines, or all if the rows are short. */
 export async function headOf(blob) {
   if (blob.size <= HEAD_BYTES) return blob;
   const text = await blob.slice(0, HEAD_BYTES).text();

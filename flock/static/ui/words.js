@@ -1,16 +1,12 @@
 // Statuses, times, numbers, batches and hand-offs as text.
 
 import { link } from "./address.js";
-import { h } from "./dom.js";
+import { h, quiet } from "./dom.js";
 
 export const SIGNS = { starting: "○", running: "◐", waiting: "?", completed: "✓", failed: "✕", cancelled: "⊘" };
 
-/** A status with its sign, word and colour. */
 export const badge = (status) =>
   h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
-
-/** A final status as the verb of a sentence. */
-export const ended = { completed: "completed", failed: "failed", cancelled: "was cancelled" };
 
 export const STATUSES = Object.keys(SIGNS);
 export const isFinal = (status) => ["completed", "failed", "cancelled"].includes(status);
@@ -23,7 +19,10 @@ export function localTime(time) {
   const date = new Date(time);
   return Number.isNaN(date.getTime())
     ? ""
-    : new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 23).replace(/\.000Z?$/, "");
+    : new Date(date - date.getTimezoneOffset() * 60_000)
+        .toISOString()
+        .slice(0, 23)
+        .replace(/\.000Z?$/, "");
 }
 
 export function duration(seconds) {
@@ -42,19 +41,10 @@ const NUMBER = new Intl.NumberFormat();
 export const count = (number, one, many = `${one}s`) =>
   `${NUMBER.format(number)}${one ? ` ${number === 1 ? one : many}` : ""}`;
 
-/** A description of batches. */
-export const aboutBatches = () =>
-  h("p", { class: "quiet" }, "A batch runs one agent on every row of a table. Each row is a separate run.");
+export const aboutBatches = () => quiet("A batch runs one agent on every row of a table. Each row is a separate run.");
 
-/** A description of which agent runs next. */
 export function handOff(agent) {
   if (agent.next_agent)
-    return h(
-      "p",
-      { class: "quiet" },
-      "Hands off to ",
-      h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent),
-      ".",
-    );
-  return agent.next_agent === null ? h("p", { class: "quiet" }, "Its result decides which agent runs next.") : null;
+    return quiet("Hands off to ", h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent), ".");
+  return agent.next_agent === null ? quiet("Its result decides which agent runs next.") : null;
 }

@@ -1,0 +1,304 @@
+"""The page of a run: its calls, its output while it is written, its questions and its cost; and the runs that wait."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Locator, Page, Route, expect
+
+from tests.support.site import Site, Visit, status_of
+
+pytest_plugins = "tests.support.site"  # for its fixtures
+
+
+def steps_of(page: Page) -> Locator:
+    return page.get_by_role("list", name="Steps").locator("> li")
+
+
+def lines_of(calls: Locator) -> Locator:
+    """The summaries of calls, without the calls below them."""
+    return calls.locator("> li > details > summary")
+
+
+# Calls
+
+
+def test_calls_are_shown_below_their_step_and_their_caller(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, f"run/{closed.run('trip', place='Rome')}")
+    calls = steps_of(page).locator("> .calls")
+    lines = lines_of(calls)
+    expect(lines).to_have_count(3)
+    for line, words in zip(lines.all(), ("function fare", "agent hotel", "function museum"), strict=True):
+        expect(line).to_contain_text(re.compile(rf"{words} . (completed|failed) [\d.]+ m?s"))
+    expect(lines.nth(2)).to_contain_text("failed")
+    expect(calls).to_contain_text("The museum of Rome is <b>closed</b>.")
+    expect(lines_of(calls.locator("> li", has_text="hotel").locator("> .calls"))).to_contain_text("fare")
+    lines.nth(0).press("Enter")
+    details = page.get_by_role("group", name="Details of fare").first
+    expect(details.get_by_role("row", name="Arguments")).to_contain_text("Rome")
+    expect(details.get_by_role("row", name="Result")).to_contain_text("4")
+
+
+def test_the_calls_of_a_step_that_failed_are_shown(visit: Visit, closed: Site) -> None:
+    run_id = closed.run("trip", place="Rome", gate="never")
+    httpx.post(f"{closed.url}/run/{run_id}/cancel", headers=closed.headers).raise_for_status()
+    page = visit.page(closed, f"run/{run_id}")
+    expect(steps_of(page)).to_contain_text("trip not finished")
+    expect(lines_of(steps_of(page).locator("> .calls"))).to_have_count(3)
+
+
+def sse(*events: tuple[str, dict[str, Any]]) -> str:
+    """Events of the first step, as the server sends them."""
+    common = {"run_id": "r", "attempt": 1, "position": 0, "agent_name": "research"}
+    return "".join(f"event: {name}\ndata: {json.dumps(common | data)}\n\n" for name, data in events)
+
+
+class Stream:
+    """The events of a run, in place of the server's: a connection stays open until it is sent events."""
+
+    def __init__(self, page: Page) -> None:
+        self._page = page
+        self._open: list[Route] = []
+        page.route("**/events", lambda route: self._open.append(route))
+
+    def send(self, *events: tuple[str, dict[str, Any]]) -> None:
+        """Send events and close the connection. The page opens the next one."""
+        while not self._open:
+            self._page.wait_for_timeout(20)  # handles what the browser sends, such as the next connection
+        self._open.pop(0).fulfill(content_type="text/event-stream", body=sse(*events))
+
+
+@pytest.fixture
+def live(visit: Visit, closed: Site) -> Callable[[str], tuple[Page, Stream]]:
+    """A page of a run that does not end before its gate opens, and the events that it reads."""
+
+    def open_page(gate: str) -> tuple[Page, Stream]:
+        run_id = closed.start("research", topic="tea", gate=gate)
+        page = visit.page(closed)
+        stream = Stream(page)
+        page.goto(f"{closed.url}/ui#/run/{run_id}")
+        return page, stream
+
+    return open_page
+
+
+Live = Callable[[str], tuple[Page, Stream]]
+STARTED = "2026-01-01T00:00:00Z"
+ENDED = "2026-01-01T00:00:02Z"
+
+
+def test_calls_are_added_while_a_step_is_running(live: Live, gate: str) -> None:
+    page, stream = live(gate)
+    call = {"call_id": "look_up:1", "name": "look_up", "kind": "tool", "started_at": STARTED}
+    inner = {"call_id": "look_up:1~2", "name": "fetch", "kind": "function", "started_at": STARTED}
+    calls = steps_of(page).locator("> .calls")
+    stream.send(
+        ("step.started", {}),
+        ("call.started", call | {"arguments": {"word": "tea"}}),
+        ("call.completed", inner | {"completed_at": ENDED, "result": "<b>leaf</b>", "error": None}),
+    )
+    expect(lines_of(calls)).to_contain_text("tool look_up ◐ running")
+    expect(lines_of(calls.locator("> li > .calls"))).to_contain_text("function fetch ✓ completed 2.0 s")
+    lines_of(calls).press("Enter")
+    details = page.get_by_role("group", name="Details of look_up")
+    expect(details).to_contain_text("tea")
+    usage = {"input_tokens": 1200, "output_tokens": 34}
+    stream.send(("call.completed", call | {"completed_at": ENDED, "result": "a leaf", "error": None, "usage": usage}))
+    expect(lines_of(calls)).to_contain_text("tool look_up ✓ completed 2.0 s, 1,234 tokens")
+    expect(lines_of(calls)).to_have_count(1)
+    expect(details).to_contain_text("a leaf")  # it stays open, with what was known before
+    expect(details).to_contain_text("tea")
+
+
+def test_a_step_of_thousands_of_calls_shows_the_first(live: Live, gate: str) -> None:
+    page, stream = live(gate)
+    call = {"name": "add", "kind": "function", "started_at": STARTED, "completed_at": ENDED, "error": None}
+    stream.send(*[("call.completed", call | {"call_id": f"add:{number}"}) for number in range(2000)])
+    expect(page.get_by_text("… and 1,500 more calls. The API returns all.")).to_be_visible()
+    expect(lines_of(steps_of(page).locator("> .calls"))).to_have_count(500)
+
+
+# Output while it is written
+
+
+def test_output_grows_while_it_is_written_until_the_result_replaces_it(live: Live, gate: str) -> None:
+    page, stream = live(gate)
+    page.evaluate(
+        """() => {
+            window.said = [];
+            const note = () => window.said.push(document.querySelector(".view > [role=status]")?.textContent ?? "");
+            new MutationObserver(note).observe(document.querySelector("main"), {childList: true, subtree: true});
+        }"""
+    )
+    output = steps_of(page).locator("> .output")
+    text = {"field": "result"}
+    stream.send(
+        ("step.started", {}),
+        ("output.delta", text | {"text": "Tea is "}),
+        ("output.delta", text | {"text": "a <b>plant"}),
+        ("output.delta", {"field": "other", "text": "More"}),
+    )
+    expect(output.get_by_role("row", name="result")).to_contain_text("Tea is a <b>plant")
+    expect(output.get_by_role("row", name="other")).to_contain_text("More")
+    caret = "cells => cells.map(cell => getComputedStyle(cell, '::after').content)"
+    assert output.locator("td > .text").evaluate_all(caret) == ["none", '"▍"']
+    stream.send(
+        ("output.snapshot", {"output": {"result": "Tea is a plant", "list": ["leaf"]}}),
+        ("output.delta", text | {"text": ", and"}),
+    )
+    expect(output.get_by_role("row", name="result")).to_contain_text("Tea is a plant, and")
+    expect(output.get_by_role("row", name="list").get_by_role("listitem")).to_have_text(["leaf"])
+    expect(output.get_by_role("row", name="other")).to_have_count(0)
+    stream.send(
+        ("output.delta", text | {"text": "wrong"}),
+        ("output.reset", {}),
+        ("output.delta", text | {"text": "right"}),
+        ("output.value", {"field": "list", "value": [1, 2]}),
+        ("output.delta", text | {"text": ", still", "call_id": "hotel:1"}),
+    )
+    expect(output.get_by_role("row", name="result")).to_have_text(re.compile("^result\\s*right$"))
+    expect(output.get_by_role("row", name="list").get_by_role("listitem")).to_have_text(["1", "2"])
+    inner = steps_of(page).locator("> .calls > li", has_text="agent research").locator("> .output")
+    expect(inner).to_contain_text(", still")
+    said = page.evaluate("window.said")
+    assert "Step 1: research is running." in said
+    assert not any(word in " ".join(said) for word in ("Tea", "plant", "right", "still"))
+    stream.send(("step.completed", {"started_at": STARTED, "completed_at": ENDED, "result": "All about tea."}))
+    expect(page.locator(".output:visible")).to_have_count(0)
+    page.get_by_text("Result", exact=True).click()
+    expect(page.get_by_role("group", name="Result of step 1")).to_have_text("All about tea.")
+
+
+# Questions
+
+
+def calls_of(site: Site, run_id: str) -> dict[str, Any]:
+    """The last call of each kind in the first step of a run."""
+    return {call["kind"]: call for call in site.get(f"/run/{run_id}")["steps"][0]["calls"]}
+
+
+def test_a_call_of_a_tool_is_approved(visit: Visit, closed: Site) -> None:
+    run_id = closed.run("cashier", complaint="cold soup")
+    page = visit.page(closed, f"run/{run_id}")
+    question = page.get_by_role("region", name="May cashier call pay_back?")
+    expect(question.get_by_role("row", name="amount")).to_contain_text("40")
+    expect(steps_of(page)).to_contain_text("cashier waiting, started")
+    started = page.locator(".steps > li > div > .quiet > time")
+    expect(started).to_have_attribute("datetime", closed.get(f"/run/{run_id}")["started_at"])
+    question.get_by_role("button", name="Approve").click()
+    expect(status_of(page)).to_contain_text("completed")
+    expect(question).to_have_count(0)
+    assert calls_of(closed, run_id)["tool"]["result"] == "paid 40 for A7"
+
+
+def test_a_call_of_a_tool_is_denied_with_a_reason(visit: Visit, closed: Site) -> None:
+    run_id = closed.run("cashier", complaint="cold soup")
+    page = visit.page(closed, f"run/{run_id}")
+    page.get_by_label("reason").fill("Too much.")
+    page.get_by_role("button", name="Deny").click()
+    expect(status_of(page)).to_contain_text("completed")
+    calls = calls_of(closed, run_id)
+    assert calls["question"]["result"] == {"approved": False, "reason": "Too much."}
+    assert "tool" not in calls
+
+
+def test_the_arguments_of_a_call_are_edited_before_it_is_approved(visit: Visit, closed: Site) -> None:
+    run_id = closed.run("cashier", complaint="cold soup")
+    page = visit.page(closed, f"run/{run_id}")
+    page.get_by_role("button", name="Edit").press("Enter")
+    amount = page.get_by_label("amount")
+    expect(amount).to_be_focused()
+    expect(amount).to_have_value("40")
+    amount.fill("much")
+    page.get_by_role("button", name="Approve the edited call").click()
+    expect(amount).to_have_attribute("aria-invalid", "true")
+    amount.fill("5")
+    page.get_by_role("button", name="Discard the edits").click()
+    expect(page.get_by_role("group", name="Arguments").get_by_role("row", name="amount")).to_contain_text("40")
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_label("amount").fill("5")
+    page.get_by_role("button", name="Approve the edited call").click()
+    expect(status_of(page)).to_contain_text("completed")
+    assert calls_of(closed, run_id)["tool"]["result"] == "paid 5 for A7"
+
+
+def test_runs_that_wait_are_counted_and_listed_with_their_questions(visit: Visit, closed: Site) -> None:
+    run_ids = [closed.run("refund", order="A9"), closed.run("cashier", complaint="cold soup")]
+    page = visit.page(closed)
+    link = page.get_by_role("navigation").get_by_role("link", name="Waiting for you")
+    waiting = len(closed.get("/runs?status=waiting")["runs"])
+    expect(link).to_have_text(f"Waiting for you {waiting}")
+    link.click()
+    expect(page.get_by_role("heading", name="Waiting for you")).to_be_focused()
+    refund = page.get_by_role("row", name="Refund <b>A9</b>?")
+    expect(refund).to_contain_text("How much?")
+    expect(refund.locator("td").last.locator("time")).to_have_count(1)  # one of its questions expires
+    cashier = page.get_by_role("row", name="May cashier call pay_back?").first
+    expect(cashier).to_contain_text("amount: 40")
+    for run_id in run_ids:
+        httpx.post(f"{closed.url}/run/{run_id}/cancel", headers=closed.headers).raise_for_status()
+    expect(refund).to_have_count(0)
+    expect(link).to_have_text(f"Waiting for you {waiting - 2}" if waiting > 2 else "Waiting for you")
+
+
+def test_an_entry_of_the_waiting_runs_leads_to_the_form_that_answers_it(visit: Visit, closed: Site) -> None:
+    closed.run("cashier", complaint="cold soup")
+    page = visit.page(closed, "waiting?agent_name=cashier")
+    page.get_by_role("link", name="May cashier call pay_back?").first.click()
+    page.get_by_role("button", name="Approve").click()
+    expect(status_of(page)).to_contain_text("completed")
+
+
+# Facts
+
+
+def with_members(**members: Any) -> Callable[[Route], None]:
+    """Add members to a response, as a newer server does."""
+
+    def fulfil(route: Route) -> None:
+        response = route.fetch()
+        route.fulfill(response=response, json=response.json() | members)
+
+    return fulfil
+
+
+def fact(page: Page, name: str) -> Locator:
+    return page.locator(".facts > div", has=page.get_by_text(name, exact=True)).locator("dd")
+
+
+def test_the_cost_of_a_run_and_a_batch_is_shown_beside_the_tokens(visit: Visit, closed: Site) -> None:
+    run_id, batch_id = closed.run("text_analyzer", text="good"), closed.batch(2)
+    page = visit.page(closed)
+    page.route(f"**/run/{run_id}", with_members(cost=0.000123))
+    usage = {"input_tokens": 1500, "output_tokens": 20}
+    page.route(f"**/batch/{batch_id}?*", with_members(cost=1.5, estimated_cost=12, usage=usage))
+    page.goto(f"{closed.url}/ui#/run/{run_id}")
+    expect(fact(page, "Tokens")).to_have_text("10 in, 5 out")
+    expect(fact(page, "Cost")).to_have_text("$0.000123")
+    page.goto(f"{closed.url}/ui#/batch/{batch_id}")
+    expect(fact(page, "Tokens")).to_have_text("1,500 in, 20 out")
+    expect(fact(page, "Cost")).to_have_text("$1.50")
+    expect(fact(page, "Estimated cost")).to_have_text("$12.00")
+    page.goto(f"{closed.url}/ui#/run/{closed.run('text_analyzer', text='bad')}")
+    expect(fact(page, "Tokens")).to_be_visible()
+    expect(fact(page, "Cost")).to_have_count(0)
+
+
+def test_a_run_leads_to_the_other_runs_of_its_session(visit: Visit, closed: Site) -> None:
+    body = {"agent_name": "quote", "inputs": {}, "session_id": "chat/1"}
+    run_ids = []
+    for _ in range(2):
+        response = httpx.post(f"{closed.url}/run/flock", json=body, headers=closed.headers).raise_for_status()
+        run_ids.append(response.json()["run_id"])
+    page = visit.page(closed, f"run/{run_ids[0]}")
+    fact(page, "Session").get_by_role("link", name="chat/1").click()
+    expect(page.locator("tbody tr")).to_have_count(2)
+    for run_id in run_ids:
+        expect(page.locator("tbody")).to_contain_text(run_id[-12:])
+    expect(page.get_by_label("Session")).to_have_value("chat/1")
+    page.get_by_role("button", name="Clear filters").click()
+    expect(page.get_by_label("Session")).to_have_count(0)
+    expect(page).to_have_url(re.compile("#/runs$"))
