@@ -984,7 +984,7 @@ class RunContext:
         self._journal = journal
         self._watched = watched
         self._output_names = output_names
-        self._has_missed = False
+        self._began_in: Live | msgspec.UnsetType | None = msgspec.UNSET
 
     @property
     def cancel_requested(self) -> bool:
@@ -1001,7 +1001,7 @@ class RunContext:
         context.step_key = self.idempotency_key
         context.call_id = CURRENT_CALL.get()
         context._output_names = output_names
-        context._has_missed = False
+        context._began_in = msgspec.UNSET
         return context
 
     # Output while it is written
@@ -1032,19 +1032,22 @@ class RunContext:
             raise ValueError(
                 f"The output of {self.agent_name!r} has no field {field!r}. Its fields: {', '.join(names)}."
             )
-        live = self._live
-        if live is None:
-            self._has_missed = True
-        elif text and not self._has_missed:  # a text without its beginning would be wrong
+        live = self._live_from_start()
+        if live is not None and text:
             live.write(self, field, text)
 
     def emit_value(self, field: str, value: Any) -> None:
         """Set a field of the output that is not written piece by piece, like ``emit``."""
-        live = self._live
-        if live is None:
-            self._has_missed = True
-        elif not self._has_missed:
+        live = self._live_from_start()
+        if live is not None:
             live.write_value(self, field, value)
+
+    def _live_from_start(self) -> Live | None:
+        """Return the live output, unless a part of what this agent has written is missing in it."""
+        live = self._live
+        if self._began_in is msgspec.UNSET:
+            self._began_in = live
+        return live if live is self._began_in else None
 
     def emit_reasoning(self, text: str) -> None:
         """Append *text* to the reasoning of the model, for clients that ask for it."""
@@ -1054,7 +1057,7 @@ class RunContext:
 
     def reset_output(self) -> None:
         """Drop what this agent has written in this turn. It begins anew. No effect if it has written nothing."""
-        self._has_missed = False
+        self._began_in = msgspec.UNSET
         live = self._live
         if live is not None:
             live.reset(self)
@@ -1063,7 +1066,8 @@ class RunContext:
         """Make what clients have got the fields of *result*, if this agent has written anything. Engines call it."""
         live = self._live
         if live is not None:
-            live.settle(self, result, has_missed=self._has_missed)
+            has_missed = self._began_in is not msgspec.UNSET and self._began_in is not live
+            live.settle(self, result, has_missed=has_missed)
 
     def call(
         self,

@@ -167,6 +167,40 @@ def test_run_prints_the_result_as_json(flock_file: Path) -> None:
     assert result.output == '{\n  "result": "HELLO ANN=A, 3"\n}\n'
 
 
+STREAMED = """
+import asyncio
+from collections.abc import Iterator
+
+from flock.core import Flock
+from flock.runs import RunContext
+
+flock = Flock()
+
+@flock.agent(next_agent="second")
+async def first(context: RunContext) -> str:
+    context.emit("  a b")
+    for _ in range(50):  # until it was printed
+        await asyncio.sleep(0)
+    await context.call(double, 1)
+    return "a b"
+
+async def double(n: int) -> int:
+    return 2 * n
+
+@flock.agent
+def second(result: str) -> Iterator[str]:
+    yield from ("c ", "d")
+"""
+
+
+def test_run_can_print_text_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "streamed.py").write_text(STREAMED)
+    result = invoke("run", str(tmp_path / "streamed.py"), "first", "--stream")
+    assert result.exit_code == 0
+    assert result.stdout == '  a b\na b\nc d\n{\n  "result": "c d"\n}\n'
+    assert result.stderr == "first calls double\nfirst starts again\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

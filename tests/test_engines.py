@@ -586,6 +586,45 @@ async def test_an_event_is_the_same_live_and_replayed(end: str, open_engine: Ope
             await engine.retry_run(run.run_id)
 
 
+async def test_the_calls_of_a_step_are_events(open_engine: OpenEngine) -> None:
+    flock, may_end = Flock(), anyio.Event()
+
+    @flock.agent(next_agent="last")
+    async def first(context: RunContext) -> int:
+        return await context.call(double, 1) + await context.call(double, 2)
+
+    @flock.agent
+    async def last(result: int, context: RunContext) -> int:
+        context.emit_value("result", result)
+        found = await context.call(double, result)
+        await may_end.wait()
+        return found
+
+    async with open_engine(flock) as engine:
+        run = await submit(engine, "first")
+        live: list[Event] = []
+        with anyio.fail_after(PATIENCE_S):
+            async for event in engine.events(run.run_id):
+                if event is not None:
+                    live.append(event)
+                    if event.name == "call.completed" and event.data["position"] == 1:
+                        may_end.set()
+        replayed = await events_of_run(engine, run.run_id)
+        assert with_ids(live) == with_ids(replayed)
+        assert [event.name for event in replayed] == [
+            *("run.started", "step.started", "call.completed", "call.completed", "step.completed"),
+            *("step.started", "call.completed", "step.completed", "run.completed"),
+        ]
+        results = [event.data["result"] for event in replayed if event.name == "call.completed"]
+        assert [msgspec.json.decode(result) for result in results] == [2, 4, 12]
+        after = replayed[2].id or 0
+        assert with_ids(await events_of_run(engine, run.run_id, after)) == with_ids(replayed[3:])
+
+
+async def double(number: int) -> int:
+    return 2 * number
+
+
 async def test_an_event_of_an_item_is_the_same_live_and_replayed(open_engine: OpenEngine) -> None:
     flock, may_go = Flock(), anyio.Event()
 

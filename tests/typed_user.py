@@ -88,6 +88,7 @@ from flock.runs import (
     Inputs,
     ItemLimits,
     Items,
+    Live,
     LongJSON,
     Observer,
     OnExtra,
@@ -107,13 +108,17 @@ from flock.runs import (
     StepJournal,
     Time,
     Usage,
+    Watched,
     event_of_batch,
+    event_of_call,
     events_of,
     make_ids_after,
     new_id,
     now,
     one_line,
+    position_of,
     safe_text,
+    started_id,
     stub_of,
     valid_traceparent,
 )
@@ -142,10 +147,12 @@ from flockapi import (
     Problem,
     Readiness,
     ResultsQuery,
+    RunEventsQuery,
     RunList,
     RunsQuery,
     RunStep,
     RunSummary,
+    StreamQuery,
     UploadQuery,
     WaitQuery,
     create_app,
@@ -288,8 +295,11 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
     assert_type(await engine.queue(), Queue)
     run = await engine.submit("measure", inputs, timeout_s=3, key=IdempotencyKey("k", b"f"), request_id=new_id())
     assert_type(await engine.wait(run.run_id, 2.5), Run)
-    async for event in engine.events(run.run_id):
-        assert_type(event, Event | None)
+    with engine.watch(run.run_id):
+        async for event in engine.events(run.run_id, started_id(1, 0), reasoning=True):
+            assert_type(event, Event | None)
+            if event is not None and event.id is not None:
+                print(position_of(event.id))
     await batches(engine, [{"text": "a"}, Row(inputs=msgspec.Raw(b"{}"), line=2)], "skip")
     page: Page[Run] = await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now()))
     for item in page:
@@ -371,6 +381,15 @@ host = Starlette(lifespan=lifespan)
 host.mount("/ai", ai)
 
 
+def write(context: RunContext, source: Watched, started: Event, call: Call) -> Live | None:
+    if context.is_watched:
+        context.emit("text")
+        context.emit_value("tags", ["a"])
+        context.reset_output()
+    assert_type(event_of_call(started, 0, call), Event)
+    return source.live
+
+
 def look_at(run: Run, limits: QueueLimits, at: Time) -> LongJSON:
     assert_type(stub_of(run), Run)
     assert_type(limits.max_runs, int)
@@ -381,7 +400,7 @@ def look_at(run: Run, limits: QueueLimits, at: Time) -> LongJSON:
 
 REQUESTS: tuple[type, ...] = (
     *(FlockAPIRequest, FlockAnswer, FlockBatchRequest, FlockBatchRetry, UploadQuery, WaitQuery, EventsQuery, RunsQuery),
-    *(BatchQuery, ResultsQuery, BatchesQuery),
+    *(BatchQuery, ResultsQuery, BatchesQuery, RunEventsQuery, StreamQuery),
 )
 ANSWERS: tuple[type, ...] = (
     *(FlockAPIResponse, FlockBatchResponse, RunList, RunSummary, RunStep, AgentList, AgentSummary, AgentDetail),

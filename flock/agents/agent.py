@@ -221,9 +221,10 @@ class Agent:
 
 
 def _output_names(output: Signature) -> Sequence[str]:
-    """Return the fields of *output*: the first string, then the others in order."""
-    members = output.result_schema.get("properties", {})
-    return sorted(members, key=lambda name: members[name].get("type") != "string")[:1] + list(members)
+    """Return the fields of *output*, as they are read and as they are written. The first one is a string, if any is."""
+    members = {**output.result_schema.get("properties", {}), **output.schema.get("properties", {})}
+    texts = [name for name, member in members.items() if member.get("type") == "string"]
+    return list(dict.fromkeys([*texts[:1], *members]))
 
 
 def _name_of(chosen: Any) -> Any:

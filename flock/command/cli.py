@@ -25,7 +25,6 @@ from flock import __version__
 from flock.agents.checks import problems
 from flock.agents.questions import check_answer
 from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
-from flock.command.live import LivePrinter
 from flock.command.server import (
     ServerSettings,
     WorkerSettings,
@@ -42,7 +41,7 @@ from flock.limits import Limits, enforced_by
 from flock.options import MAX_SECONDS, Option, Options, option_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
-from flock.runs import Batch, BatchOptions, OnExtra, OnInvalid, Question, cost_in_words
+from flock.runs import Batch, BatchOptions, Event, OnExtra, OnInvalid, Question, cost_in_words
 from flock.web.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.web.options import AppOptions, is_host_name
 
@@ -458,7 +457,7 @@ def run(target: str, agent: str, inputs: Sequence[str], stream: bool, model: str
     If the agent asks a question, it is asked at the terminal.
     """
     flock = _load_with_model(target, model)
-    texts, printer = _pairs(inputs, "-i", "KEY=VALUE"), LivePrinter() if stream else None
+    texts, printer = _pairs(inputs, "-i", "KEY=VALUE"), _LivePrinter() if stream else None
     try:
         signature = flock.agents[agent].input if agent in flock.agents else None
         values = signature.from_text(texts) if signature else texts
@@ -469,6 +468,36 @@ def run(target: str, agent: str, inputs: Sequence[str], stream: bool, model: str
         if printer is not None:
             printer.end_line()
     click.echo(msgspec.json.format(msgspec.json.encode(result)).decode())
+
+
+class _LivePrinter:
+    """Prints the text of each field to stdout, and what else happens to stderr. Call it with each event of a run."""
+
+    def __init__(self) -> None:
+        self._field: tuple[int, str] | None = None
+
+    def __call__(self, event: Event) -> None:
+        data = event.data
+        if event.name == "call.started":
+            self._print_note(f"{data['agent_name']} calls {data['name']}")
+        elif event.name == "output.reset" and "call_id" not in data:
+            self._print_note(f"{data['agent_name']} starts again")
+        elif event.name == "output.delta" and "call_id" not in data:
+            field = data["position"], data["field"]
+            if field != self._field:
+                self.end_line()
+            self._field = field
+            click.echo(data["text"], nl=False)
+
+    def _print_note(self, text: str) -> None:
+        self.end_line()
+        click.secho(text, dim=True, err=True)
+
+    def end_line(self) -> None:
+        """End the line of the last text, if there is any."""
+        if self._field is not None:
+            click.echo()
+            self._field = None
 
 
 #: One question at a time; each is asked in a worker thread.

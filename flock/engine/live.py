@@ -19,7 +19,7 @@ import msgspec
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, position_of, started_id
 
-__all__ = ["LiveOutput", "LiveReader"]
+__all__ = ["LiveOutput", "LiveReader", "Turn"]
 
 #: What one writer counts for the size of a live output, in addition to its text.
 WRITER_CHARS = 512

@@ -1,0 +1,164 @@
+"""How late does streamed text arrive, and what do many readers cost?
+
+    python -m bench.streams
+
+A real server in its own process, and clients over loopback in this one. First, the time from an agent's ``emit`` to the
+receipt of the event, with 100 streams open. Then 1,000 readers of 10 runs that write 100 pieces a second each: the
+memory of the server beyond that of the idle one, and its CPU time for each piece and reader.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+FLOCK = """
+import asyncio, time
+from flock.core import Flock
+from flock.runs import RunContext
+
+flock = Flock("streams")
+
+@flock.agent
+async def stamp(pieces: int, interval_s: float, wait_s: float, context: RunContext) -> str:
+    await asyncio.sleep(wait_s)
+    text = ""
+    for _ in range(pieces):
+        piece = f"{time.monotonic_ns()} "
+        context.emit(piece)
+        text += piece
+        await asyncio.sleep(interval_s)
+    return text
+"""
+
+
+class Client:
+    """A server in its own process."""
+
+    def __init__(self, port: int, pid: int) -> None:
+        self.port, self.pid = port, pid
+        self._writers: list[asyncio.StreamWriter] = []  # a connection ends with its writer
+
+    async def connect(self, method: str, path: str, body: object = None) -> asyncio.StreamReader:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        content = b"" if body is None else json.dumps(body).encode()
+        head = (
+            f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\nPrefer: respond-async\r\n\r\n"
+        )
+        self._writers.append(writer)
+        writer.write(head.encode() + content)
+        await reader.readuntil(b"\r\n\r\n")
+        return reader
+
+    @property
+    def memory_mib(self) -> float:
+        text = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        return int(re.findall(r"(?m)^Pss: +(\d+)", text)[0]) / 1024
+
+    @property
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def request(pieces: int, interval_s: float, wait_s: float) -> dict[str, object]:
+    inputs = {"pieces": pieces, "interval_s": interval_s, "wait_s": wait_s}
+    return {"agent_name": "stamp", "inputs": inputs}
+
+
+async def latencies_ms(client: Client, streams: int) -> list[float]:
+    """Return how long the first piece of each stream took. All are open, and the agents write at different times."""
+
+    async def first(wait_s: float) -> float:
+        reader = await client.connect("POST", "/run/flock", request(1, 0.5, wait_s))
+        async for line in reader:
+            if found := re.search(rb'"text":"(\d+) ', line):
+                return (time.monotonic_ns() - int(found[1])) / 1e6
+        raise AssertionError("the stream ended without text")
+
+    return list(await asyncio.gather(*(first(2 + 0.02 * number) for number in range(streams))))
+
+
+async def crowd(client: Client, runs: int, readers: int, pieces: int, interval_s: float) -> dict[str, float]:
+    """Let many readers follow a few runs, and return what it cost the server."""
+    counts: Counter[str] = Counter()
+    idle_mib, peak_mib = client.memory_mib, 0.0
+    openers = [await client.connect("POST", "/run/flock", request(pieces, interval_s, 10)) for _ in range(runs)]
+    run_ids = [re.findall(rb'"run_id":"([^"]+)"', await reader.readuntil(b"\n\n"))[0].decode() for reader in openers]
+
+    async def read(reader: asyncio.StreamReader) -> None:
+        last = b""
+        while data := await reader.read(65536):
+            counts["bytes"] += len(data)
+            counts["events"] += data.count(b"event: output.")
+            last = (last + data)[-600:]
+            if b"event: run.completed" in last:
+                counts["ended"] += 1
+                return
+
+    followers = [await client.connect("GET", f"/run/{run_ids[i % runs]}/events") for i in range(readers - runs)]
+    tasks = [asyncio.create_task(read(reader)) for reader in (*openers, *followers)]
+    cpu_s, began = client.cpu_s, time.monotonic()
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(0.5)
+        peak_mib = max(peak_mib, client.memory_mib)
+    assert counts["ended"] == readers, counts
+    cpu_s = client.cpu_s - cpu_s
+    return {
+        "seconds": time.monotonic() - began,
+        "more MiB at the peak": peak_mib - idle_mib,
+        "server CPU seconds": cpu_s,
+        "microseconds of CPU for each piece and reader": cpu_s / (pieces * readers) * 1e6,
+        "events for each reader": counts["events"] / readers,
+        "microseconds of CPU for each event": cpu_s / counts["events"] * 1e6,
+    }
+
+
+def flock_in(folder: str) -> Path:
+    script = Path(folder, "streams.py")
+    script.write_text(FLOCK)
+    return script
+
+
+async def main(arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        script = flock_in(folder)
+        options = ("--port", "0", "--store", str(Path(folder, "flock.db")), "--max-event-streams", "5000")
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "flock", "serve", str(script), *options),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        assert process.stdout is not None
+        try:
+            async for line in process.stdout:
+                if found := re.search(rb"unning on http://127.0.0.1:(\d+)", line):
+                    break
+            log = asyncio.create_task(process.stdout.read())
+            client = Client(int(found[1]) if found else 0, process.pid)
+            taken = await latencies_ms(client, arguments.streams)
+            quantiles = statistics.quantiles(taken, n=100)
+            print(f"first piece, {len(taken)} streams: median {quantiles[49]:.2f} ms, 95 % {quantiles[94]:.2f} ms")
+            for name, value in (await crowd(client, arguments.runs, arguments.readers, arguments.pieces, 0.01)).items():
+                print(f"{arguments.readers} readers of {arguments.runs} runs: {name}: {value:.2f}")
+        finally:
+            process.terminate()
+            await process.wait()
+            await log
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=100)
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--readers", type=int, default=1000)
+    parser.add_argument("--pieces", type=int, default=1000, help="pieces of each run (default: 1000)")
+    asyncio.run(main(parser.parse_args()))
