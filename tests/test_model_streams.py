@@ -232,6 +232,8 @@ ERRORS = {
     "vLLM": sse(
         {"object": "error", "message": "EngineDeadError", "type": "InternalServerError", "code": 500}, "[DONE]"
     ),
+    "Groq": b"event: error\n" + sse({"error": {"message": "Over capacity", "status_code": 503}}),
+    "a text as an event": b"event: error\ndata: upstream timed out\n\n",
     "an event": b"event: error\ndata: " + json.dumps({"message": "overloaded"}).encode() + b"\n\n",
     "rate limit": sse({"error": {"code": 429, "message": "Slow down"}}),
     "a text": sse({"error": "boom"}),
@@ -426,6 +428,13 @@ async def test_a_server_that_ignores_the_request_for_a_stream(models: ModelClien
     assert recorder.all_of("text") == ""
 
 
+async def test_a_stream_with_another_content_type_is_read(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [Response(streamed(*PARTS).body, media_type="text/plain")]
+    recorder = Recorder()
+    assert (await ask(models, recorder)).text == TEXT
+    assert recorder.all_of("text") == TEXT
+
+
 async def test_an_error_before_the_stream_is_handled_as_always(models: ModelClient, model: FakeModel) -> None:
     model.replies = [error(500), error(429), streamed(TEXT)]
     assert (await ask(models, Recorder())).text == TEXT
@@ -531,6 +540,9 @@ async def test_halves_of_a_character_are_joined() -> None:
     """Some servers cut their text into UTF-16 units."""
     pieces = ['{"a": "', "\ud83d", "\ude00", "\ud83d", 'x", "n": []}']
     chunks = [f"data: {json.dumps(chunk(piece, reasoning=piece))}\n\n".encode() for piece in pieces]
+    halves = (f"data: {json.dumps(call(0, '1', 'look', half))}\n\n".encode() for half in ("\ud83d", "\ude00"))
+    completion, _ = await read(b"".join(halves) + sse("[DONE]"), tools=[TOOL])
+    assert completion.tool_calls[0].function.arguments == "\U0001f600"
     completion, recorder = await read(b"".join(chunks) + sse(chunk("", "stop")))
     assert completion.text == recorder.all_of("text") == '{"a": "\U0001f600?x", "n": []}'
     assert recorder.all_of("reasoning") == completion.text

@@ -357,8 +357,9 @@ class ModelClient:
         try:
             async with self._client().stream("POST", endpoint.url, content=content, headers=all_headers) as response:
                 passage.headers = response.headers
-                if listener is not None and response.status_code == 200 and is_stream(response):
-                    return await read_reply(response, endpoint.name, listener)
+                if listener is not None and response.status_code == 200:
+                    if is_stream(response) or (await response.aread()).startswith(b"data:"):  # with another type
+                        return await read_reply(response, endpoint.name, listener)
                 await response.aread()
         except httpx.TimeoutException as exc:
             error = model_error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)

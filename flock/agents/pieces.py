@@ -2,7 +2,7 @@
 
 from flock.runs import safe_text
 
-__all__ = ["Joiner"]
+__all__ = ["Joiner", "joined"]
 
 
 class Joiner:
@@ -17,13 +17,14 @@ class Joiner:
             return piece
         text = self._high + piece
         self._high = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        return _joined(text[: len(text) - len(self._high)])
+        return joined(text[: len(text) - len(self._high)])
 
     def end(self) -> str:
         """Return the rest."""
         text, self._high = self._high, ""
-        return _joined(text)
+        return joined(text)
 
 
-def _joined(text: str) -> str:
+def joined(text: str) -> str:
+    """Return a complete text, in the same way."""
     return safe_text(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass"))

@@ -192,6 +192,7 @@ def status_error(name: str, response: httpx.Response) -> ModelError:
 
 def stream_error(name: str, error: Any) -> ModelError:
     """Return the error that a server has sent as an event, after status 200. Some have a status as their code."""
+    error = error.get("error") or error if isinstance(error, Mapping) else error
     code, text = error.get("code") if isinstance(error, Mapping) else None, json.dumps(error)
     error_type, reason = _kind_of(code if isinstance(code, int) and 400 <= code < 600 else 500, text)
     return model_error(name, error_type, f"{reason} (reported in its stream)", _without_keys(text[:MAX_LOGGED_CHARS]))

@@ -9,7 +9,7 @@ import httpx
 import msgspec
 
 from flock.agents.completions import Listener
-from flock.agents.pieces import Joiner
+from flock.agents.pieces import Joiner, joined
 from flock.agents.replies import model_error, stream_error
 from flock.agents.sse import Event, EventTooLong, events_in
 from flock.errors import ModelError
@@ -73,12 +73,12 @@ class _Call:
     def whole(self) -> dict[str, Any]:
         arguments = self.arguments
         if all(isinstance(piece, str) for piece in arguments):
-            arguments = ["".join(arguments)]
+            arguments = [joined("".join(arguments))]
         return {"id": self.id, "function": {"name": self.name, "arguments": arguments[-1]}}
 
 
 class StreamedReply:
-    """Puts the chunks of a stream together to a chat completion, and reports its text to *listener*.
+    """Assembles a chat completion from the chunks of a stream, and reports its text to *listener*.
 
     Attributes:
         is_complete: whether the server has sent a finish reason or the end of the stream.
@@ -111,6 +111,8 @@ class StreamedReply:
         try:
             data = json.loads(event.data)
         except (ValueError, RecursionError) as exc:
+            if event.name == "error":
+                raise stream_error(self._name, event.data.decode(errors="replace")) from exc
             reason = "sent an event that is not JSON"
             raise model_error(self._name, "model_bad_response", reason, f"{event.data[:200]!r}") from exc
         if event.name == "error":
@@ -125,7 +127,7 @@ class StreamedReply:
             reason = "sent an event that is not a chunk of a chat completion"
             raise model_error(self._name, "model_bad_response", reason, str(exc)) from exc
         if chunk.error or chunk.object == "error":
-            raise stream_error(self._name, chunk.error or data)
+            raise stream_error(self._name, data)
         self._usage = chunk.usage or self._usage
         for choice in chunk.choices or ():
             if choice.index:  # only one answer was requested
