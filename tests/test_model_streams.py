@@ -1015,10 +1015,8 @@ async def test_litellm_itself_streams() -> None:
 
     async with socket_server(handle) as (url, _):
         env = os.environ | {"LM_STUDIO_API_BASE": url, "LM_STUDIO_API_KEY": "x", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-        with anyio.fail_after(200):
-            done = await anyio.run_process(
-                [sys.executable, "-c", LITELLM], env=env, stderr=subprocess.STDOUT, check=False
-            )
+        command = [sys.executable, "-c", LITELLM]
+        done = await anyio.run_process(command, env=env, stderr=subprocess.STDOUT, check=False)
     lines = [line for line in done.stdout.decode().splitlines() if line.startswith(("TEXT", "RESET", "ANSWER"))]
     first = ["RESET", *(f"TEXT {piece!r}" for piece in pieces), 'ANSWER {"a": "Hi"} 5']
     assert lines == [*first, "RESET", f"TEXT {pieces[0]!r}", "RESET", 'ANSWER {"a": "whole"} 5'], done.stdout.decode()
