@@ -20,7 +20,7 @@ from flock.agents.checks import problems
 from flock.agents.completions import Completion, Message
 from flock.agents.llm import MAX_SERVER_ERRORS, ModelClient
 from flock.agents.models import ModelChoice
-from flock.agents.pace import Breaker, Caller, Gate, ModelLimits, Passage, Rate
+from flock.agents.pace import Breaker, Caller, Gate, ModelLimits, Pace, Passage, Rate
 from flock.agents.replies import hold_s
 from flock.core import Flock, FlockFactory, Model
 from flock.errors import DefinitionError, ModelError
@@ -352,6 +352,24 @@ async def test_a_batch_waits_for_the_end_of_an_outage(kind: int | bool, quick_pr
         server.is_down = False
         batch = await engine.wait_batch(batch.batch_id)
     assert (batch.completed_items, batch.failed_items) == (200, 0)
+
+
+def test_after_an_outage_the_rate_is_that_of_before() -> None:
+    """Otherwise all waiting calls would be sent at once."""
+    provider = Pace("openai")
+    for tenth in range(50):
+        provider.admit(tenth / 10, ITEM, passage := Passage())
+        passage.sent_at = tenth / 10
+        provider.answered(tenth / 10, passage)
+    provider.failed(5, Passage(), OUTAGE, is_last=True)
+    assert provider.wait_s(5, ITEM, Passage()) == 1
+    assert provider.wait_s(6, ITEM, Passage()) == 0
+    provider.admit(6, ITEM, probe := Passage())
+    assert provider.wait_s(6, ITEM, Passage()) == math.inf
+    assert provider.wait_s(6, RUN, Passage()) == 0, "a run tries even now"
+    provider.answered(6, probe)
+    provider.leave(probe)
+    assert provider.rate.per_s(6) == pytest.approx(10, rel=0.1)
 
 
 async def test_a_run_fails_in_an_outage_after_three_attempts(quick_probes: None) -> None:

@@ -308,7 +308,7 @@ class ModelClient:
             )
             raise _TransientError(error) from exc
         if response.status_code != 200:
-            error = status_error(endpoint.name, response)
+            error = status_error(endpoint.name, response, endpoint.key_variable)
             if error.error_type in ("model_unavailable", "model_rate_limited"):
                 raise _TransientError(error, response.status_code)
             raise error
