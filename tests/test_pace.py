@@ -381,6 +381,23 @@ async def test_a_run_fails_in_an_outage_after_three_attempts(quick_probes: None)
             assert server.asked == attempts
 
 
+async def test_an_item_that_fails_while_others_are_answered_is_not_an_outage(quick_probes: None) -> None:
+    asked: list[str] = []
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        is_bad = b'\\"number\\": 7}' in request.content
+        asked.append("bad" if is_bad else "good")
+        return httpx.Response(502) if is_bad else httpx.Response(200, content=bytes(answer(ANSWER).body))
+
+    async with asking("openai/m").engine(transport=httpx.MockTransport(reply)) as engine:
+        rows = [{"number": number} for number in range(60)]
+        batch = await engine.submit_batch("ask", rows, BatchOptions(max_workers=2))
+        with anyio.fail_after(PATIENCE_S):
+            batch = await engine.wait_batch(batch.batch_id)
+    assert asked.count("bad") in range(3, 20)
+    assert (batch.completed_items, batch.failed_items) == (60, 1)
+
+
 async def test_an_item_that_the_server_cannot_process_fails(quick_probes: None) -> None:
     """Otherwise it would wait for ever for an outage that is its own."""
     server = Server()

@@ -535,7 +535,7 @@ class Pace(Gate):
         for breaker in (self.quota, self.limit, self.outage):
             if breaker.is_open and (breaker.probe is passage or passage.sent_at > breaker.opened_at):
                 breaker.close()
-                if breaker is self.outage:
+                if breaker is self.outage and self.waiting:
                     self.rate.restart(now, self._rate_before)
         if hold_s > 0:
             self._asked_until = now + hold_s
