@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -25,7 +26,7 @@ from flock.agents.replies import hold_s
 from flock.core import Flock, FlockFactory, Model
 from flock.errors import DefinitionError, ModelError
 from flock.runs import BatchOptions, RunStatus
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, ROOT
 from tests.support.engines import OpenEngine
 from tests.support.models import FakeModel, LimitedModel, answer, error
 
@@ -642,6 +643,24 @@ async def test_a_batch_goes_on_with_another_model_in_an_outage(monkeypatch: pyte
         with anyio.fail_after(PATIENCE_S):
             batch = await engine.wait_batch(batch.batch_id)
     assert (batch.completed_items, batch.failed_items) == (100, 0)
+
+
+def measure(*arguments: str) -> str:
+    """Return what ``bench.rate_limits`` prints. Its exit code depends on how busy the machine is."""
+    command = [sys.executable, "-m", "bench.rate_limits", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_on_one_file_meet_one_limit() -> None:
+    assert "300 of 300 rows completed" in measure("--rows=300", "--per-minute=1200", "--processes=2", "--workers=20")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_batch_survives_that_its_provider_stops() -> None:
+    assert "300 of 300 rows completed" in measure("--rows=300", "--per-minute=1200", "--outage-s=3", "--workers=20")
 
 
 # Providers
