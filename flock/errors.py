@@ -420,7 +420,7 @@ class ModelError(StepError):
             "model_context_length",  # the prompt is longer than the context window
             "model_content_filter",  # the provider's filter blocked the prompt or the answer
             "model_refusal",  # the model declined to answer
-            "model_rate_limited",  # 429, after retries
+            "model_rate_limited",  # 429, and the provider asks for too long a wait
             "model_quota",  # 429 because the quota is used up
             "model_unavailable",  # 408, 409, 5xx or connection lost, after retries
             "model_timeout",  # no answer in time

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -20,12 +21,12 @@ from flock.agents.checks import problems
 from flock.agents.completions import Completion, Message
 from flock.agents.llm import MAX_SERVER_ERRORS, ModelClient
 from flock.agents.models import ModelChoice
-from flock.agents.pace import Breaker, Caller, Gate, ModelLimits, Passage, Rate
+from flock.agents.pace import Breaker, Caller, Gate, ModelLimits, Pace, Passage, Rate
 from flock.agents.replies import hold_s
 from flock.core import Flock, FlockFactory, Model
 from flock.errors import DefinitionError, ModelError
 from flock.runs import BatchOptions, RunStatus
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, ROOT
 from tests.support.engines import OpenEngine
 from tests.support.models import FakeModel, LimitedModel, answer, error
 
@@ -244,7 +245,7 @@ def test_headers_about_limits_are_read() -> None:
     assert hold_s({}, is_refused=True) == 0
 
 
-@pytest.mark.parametrize("asked", ["1e9", "1e999", "100", formatdate(time.time() + 3600, usegmt=True)])
+@pytest.mark.parametrize("asked", ["1e9", "1e999", "100", "Fri, 31 Dec 2100 23:59:59 GMT"])
 async def test_a_run_does_not_wait_past_its_deadline(asked: str, model: FakeModel) -> None:
     model.replies = [error(429, retry_after=asked)]
     async with client(model) as models:
@@ -354,6 +355,24 @@ async def test_a_batch_waits_for_the_end_of_an_outage(kind: int | bool, quick_pr
     assert (batch.completed_items, batch.failed_items) == (200, 0)
 
 
+def test_after_an_outage_the_rate_is_that_of_before() -> None:
+    """Otherwise all waiting calls would be sent at once."""
+    provider = Pace("openai")
+    for tenth in range(50):
+        provider.admit(tenth / 10, ITEM, passage := Passage())
+        passage.sent_at = tenth / 10
+        provider.answered(tenth / 10, passage)
+    provider.failed(5, Passage(), OUTAGE, is_last=True)
+    assert provider.wait_s(5, ITEM, Passage()) == 1
+    assert provider.wait_s(6, ITEM, Passage()) == 0
+    provider.admit(6, ITEM, probe := Passage())
+    assert provider.wait_s(6, ITEM, Passage()) == math.inf
+    assert provider.wait_s(6, RUN, Passage()) == 0, "a run tries even now"
+    provider.answered(6, probe)
+    provider.leave(probe)
+    assert provider.rate.per_s(6) == pytest.approx(10, rel=0.1)
+
+
 async def test_a_run_fails_in_an_outage_after_three_attempts(quick_probes: None) -> None:
     server = Server()
     server.is_down = True
@@ -361,6 +380,23 @@ async def test_a_run_fails_in_an_outage_after_three_attempts(quick_probes: None)
         for attempts in (3, 6):
             assert (await failure_of(models)).error_type == "model_unavailable"
             assert server.asked == attempts
+
+
+async def test_an_item_that_fails_while_others_are_answered_is_not_an_outage(quick_probes: None) -> None:
+    asked: list[str] = []
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        is_bad = b'\\"number\\": 7}' in request.content
+        asked.append("bad" if is_bad else "good")
+        return httpx.Response(502) if is_bad else httpx.Response(200, content=bytes(answer(ANSWER).body))
+
+    async with asking("openai/m").engine(transport=httpx.MockTransport(reply)) as engine:
+        rows = [{"number": number} for number in range(60)]
+        batch = await engine.submit_batch("ask", rows, BatchOptions(max_workers=2))
+        with anyio.fail_after(PATIENCE_S):
+            batch = await engine.wait_batch(batch.batch_id)
+    assert asked.count("bad") in range(3, 20)
+    assert (batch.completed_items, batch.failed_items) == (60, 1)
 
 
 async def test_an_item_that_the_server_cannot_process_fails(quick_probes: None) -> None:
@@ -607,6 +643,24 @@ async def test_a_batch_goes_on_with_another_model_in_an_outage(monkeypatch: pyte
         with anyio.fail_after(PATIENCE_S):
             batch = await engine.wait_batch(batch.batch_id)
     assert (batch.completed_items, batch.failed_items) == (100, 0)
+
+
+def measure(*arguments: str) -> str:
+    """Return what ``bench.rate_limits`` prints. Its exit code depends on how busy the machine is."""
+    command = [sys.executable, "-m", "bench.rate_limits", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_on_one_file_meet_one_limit() -> None:
+    assert "300 of 300 rows completed" in measure("--rows=300", "--per-minute=1200", "--processes=2", "--workers=20")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_batch_survives_that_its_provider_stops() -> None:
+    assert "300 of 300 rows completed" in measure("--rows=300", "--per-minute=1200", "--outage-s=3", "--workers=20")
 
 
 # Providers

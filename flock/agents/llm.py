@@ -374,7 +374,7 @@ class ModelClient:
                 raise _TransientError(exc, 429 if exc.error_type == "model_rate_limited" else None) from exc
             raise
         if response.status_code != 200:
-            error = status_error(endpoint.name, response)
+            error = status_error(endpoint.name, response, endpoint.key_variable)
             if error.error_type in TRANSIENT:
                 raise _TransientError(error, response.status_code)
             raise error
@@ -448,7 +448,7 @@ class _Call:
         self._is_last = self._failures >= MAX_ATTEMPTS or (is_timeout and self.caller.has_fallback)
         self._is_outage = not is_timeout and status not in (408, 409)
         if self._is_outage or self.caller.has_fallback:
-            self.pace.failed(now, passage, error, is_last=self._is_last)
+            self.pace.failed(now, passage, error, is_last=self._is_last and not self._are_others_answered)
 
     def pause_s(self, failure: _TransientError) -> float:
         """Return the seconds until the next attempt. Raises the error if there is none."""
@@ -463,11 +463,15 @@ class _Call:
             return pause_s
         if not self._is_last:
             return self._backoff(self._failures, 8)
-        # If calls that were sent later were answered, there is no outage.
-        is_over = self.pace.answered_sent_at > self._failed_at or self._server_errors >= MAX_SERVER_ERRORS
-        if not (self._waits_for_outages and self._is_outage) or is_over:
+        is_own = self._are_others_answered or self._server_errors >= MAX_SERVER_ERRORS
+        if is_own or not (self._waits_for_outages and self._is_outage):
             raise failure.error from failure
         return 0.0
+
+    @property
+    def _are_others_answered(self) -> bool:
+        """Whether calls that were sent after this one had failed were answered, so that there is no outage."""
+        return self.pace.answered_sent_at > self._failed_at
 
     def _backoff(self, times: int, longest_s: float) -> float:
         return float(min(self._backoff_s * 2 ** min(times - 1, 30), longest_s) * (1 - 0.25 * random.random()))

@@ -50,7 +50,7 @@ LEFT_ALONE_S = 30.0
 #: How long calls fail at once after the provider said that the quota is used up, in seconds.
 QUOTA_PAUSE_S = 60.0
 #: The first and the longest pause before a provider that did not answer is asked again, in seconds.
-MIN_PROBE_PAUSE_S, MAX_PROBE_PAUSE_S = 1.0, 30.0
+MIN_PROBE_PAUSE_S, MAX_PROBE_PAUSE_S = 1.0, 15.0
 #: After a longer wait, one call is sent first, and the others when it is accepted.
 PROBE_AFTER_S = 1.0
 #: Waits that are shorter are not reported.
@@ -137,6 +137,15 @@ class Rate:
         self._cut_at = self._grows_from = -math.inf
         self._bucket = _Bucket(1, 1)
 
+    def restart(self, now: float, per_s: float) -> None:
+        """Continue after an outage with *per_s*, so that waiting calls are not sent at once."""
+        self._base, self._cut_at, self._grows_from = max(self.MINIMUM, per_s), now, now
+        self._bucket = _Bucket(1, 1)
+
+    def current(self, now: float) -> float:
+        """Return the rate, or the calls that were sent in the last seconds, if they are fewer."""
+        return min(self.per_s(now), self._sent.per_s(now, self._shortest_s))
+
     def per_s(self, now: float) -> float:
         if self._base < math.inf:
             growth = math.exp(min(self.GROWTH * max(0.0, now - self._grows_from) ** 2, 50))
@@ -171,7 +180,7 @@ class Rate:
                 return
         if sent_at < self._cut_at:
             return
-        current = min(self.per_s(now), self._sent.per_s(now, self._shortest_s))
+        current = self.current(now)
         if is_overload:
             floor = self.IN_OVERLOAD * self._answered.per_s(now, self._shortest_s)
         else:
@@ -198,7 +207,7 @@ class Breaker:
         self._needs_probe = False
 
     def open(self, now: float, until: float, error: ModelError | None, *, needs_probe: bool = True) -> None:
-        self.is_open, self.error, self.opened_at = True, error, now
+        self.is_open, self.error, self.opened_at = True, error and _again(error), now
         self.until = max(self.until, until)
         self._needs_probe = needs_probe or (self._needs_probe and self.until > until)
 
@@ -212,6 +221,11 @@ class Breaker:
         if not self._needs_probe:
             self.close()
         return math.inf if self.probe is not None else 0.0
+
+
+def _again(error: ModelError, more: str = "") -> ModelError:
+    """Return an equal error without a traceback, which would grow each time that it is raised."""
+    return ModelError(f"{error}{more}", error.error_type, error.log_detail)
 
 
 # Waiting
@@ -463,7 +477,7 @@ class Pace(Gate):
         #: the provider asked to wait; it does not answer; the quota is used up
         self.limit, self.outage, self.quota = Breaker(), Breaker(), Breaker()
         self._asked_until = -math.inf
-        self._pause_s = 0.0
+        self._pause_s = self._rate_before = 0.0
         #: when the last call was sent that got an answer
         self.answered_sent_at = -math.inf
 
@@ -475,10 +489,10 @@ class Pace(Gate):
 
     def check(self, now: float, caller: Caller) -> None:
         if self.quota.wait_s(now) > 0 and self.quota.error is not None:
-            raise self.quota.error
+            raise _again(self.quota.error)
         if caller.has_fallback and self.outage.is_open and self.outage.error is not None:
             if now < self.outage.opened_at + LEFT_ALONE_S or self.outage.probe is not None:
-                raise self.outage.error
+                raise _again(self.outage.error)
         if self.limit.error is None:
             return
         if self.limit.is_open and now < self.limit.until:
@@ -486,10 +500,9 @@ class Pace(Gate):
             is_too_long = asked_s > MAX_WAIT_S and not caller.is_item
             is_too_late = now + min(asked_s, MAX_WAIT_S) > anyio.current_effective_deadline()
             if is_too_long or is_too_late or (caller.has_fallback and asked_s > FALLBACK_WAIT_S):
-                error = self.limit.error
-                raise ModelError(f"{error} It asks to wait {asked_s:.1f} s.", error.error_type, error.log_detail)
+                raise _again(self.limit.error, f" It asks to wait {asked_s:.1f} s.")
         if caller.has_fallback and self.waiting > FALLBACK_WAIT_S * self.rate.per_s(now):
-            raise self.limit.error
+            raise _again(self.limit.error)
 
     def wait_s(self, now: float, caller: Caller, passage: Passage) -> float:
         return max(*(breaker.wait_s(now) for breaker in self._breakers(caller)), self.rate.wait_s(now))
@@ -522,6 +535,8 @@ class Pace(Gate):
         for breaker in (self.quota, self.limit, self.outage):
             if breaker.is_open and (breaker.probe is passage or passage.sent_at > breaker.opened_at):
                 breaker.close()
+                if breaker is self.outage and self.waiting:
+                    self.rate.restart(now, self._rate_before)
         if hold_s > 0:
             self._asked_until = now + hold_s
             self.limit.open(now, now + min(hold_s, MAX_WAIT_S), self.limit.error, needs_probe=False)
@@ -537,7 +552,7 @@ class Pace(Gate):
         if self.rate.per_s(now) == math.inf:
             logger.info("%s refuses calls, so they are sent more slowly. %s", self._provider, error)
         self.rate.refused(now, passage.sent_at, is_overload=is_overload, until=now + pause_s)
-        self.limit.error = error
+        self.limit.error = _again(error)
         if pause_s > 0:
             self._asked_until = now + (asked_s or 0.0)
             self.limit.open(now, now + pause_s, error, needs_probe=pause_s > PROBE_AFTER_S)
@@ -550,7 +565,7 @@ class Pace(Gate):
         elif self.outage.is_open or not is_last:
             return
         else:
-            self._pause_s = MIN_PROBE_PAUSE_S
+            self._pause_s, self._rate_before = MIN_PROBE_PAUSE_S, self.rate.current(now)
             logger.warning("%s does not answer. Items of batches wait for it. %s", self._provider, error)
         self.outage.open(now, now + self._pause_s, error)
         self.wake_all()

@@ -122,6 +122,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """The URL of one model, and the settings for calling it.
 
     Attributes:
+        key_variable: the environment variable that the key is from; None if there is no key, or the program has it.
         account: identifies the server and the key, whose limits all its calls share.
         limits: the limits that the program has named; see ``Model.limits``.
     """
@@ -135,6 +136,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     is_local: bool = False
     first_format: str = "json_schema"
     has_temperature: bool = True
+    key_variable: str | None = None
     account: tuple[str, str, bytes]
     limits: tuple[int | None, int | None, int | None] = (None, None, None)
 
@@ -214,20 +216,20 @@ def _model_of(name: str) -> str:
     return model
 
 
-def _key_of(model: str | Model) -> str:
-    """Return the API key for *model*, or "" if it needs none."""
+def _key_of(model: str | Model) -> tuple[str, str | None]:
+    """Return the API key for *model*, or "" if it needs none, and the environment variable that it is from."""
     if isinstance(model, Model) and model.api_key:
-        return model.api_key
+        return model.api_key, None
     name, provider = name_of(model), _provider_of(model)
     variable = provider.key_variable or f"{_in_variables(name.partition('/')[0])}_API_KEY"
     for known in (variable, *provider.other_key_variables):
         if key := os.environ.get(known, "").strip():
-            return key
+            return key, known
     if provider.key_variable and not (isinstance(model, Model) and model.base_url):
         raise _not_configured(
             f"{name!r} needs an API key. Set the environment variable {variable} where the server starts"
         )
-    return ""
+    return "", None
 
 
 def _base_url_of(model: str | Model) -> str:
@@ -261,7 +263,7 @@ async def endpoint_of(model: str | Model) -> Endpoint:
             account=(provider_name, server.base_url, b""),
             limits=own.limits if own else (None, None, None),
         )
-    provider, key, base_url = _provider_of(model), _key_of(model), _base_url_of(model)
+    provider, (key, key_variable), base_url = _provider_of(model), _key_of(model), _base_url_of(model)
     headers = _headers(key, provider.key_header)
     if provider_name == "openai":
         headers |= {header: os.environ[name] for name, header in OPENAI_HEADERS.items() if os.environ.get(name)}
@@ -279,6 +281,7 @@ async def endpoint_of(model: str | Model) -> Endpoint:
         settings=own.extra_body if own else {},
         first_format=provider.first_format,
         has_temperature=not (provider.fixed_temperature and re.fullmatch(provider.fixed_temperature, model_name)),
+        key_variable=key_variable,
         account=(provider_name, base_url, hashlib.sha256(key.encode()).digest()),
         limits=own.limits if own else (None, None, None),
     )

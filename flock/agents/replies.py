@@ -12,7 +12,6 @@ import httpx
 import msgspec
 
 from flock.agents.completions import Completion, FunctionCall, ToolCall
-from flock.agents.providers import PROVIDERS
 from flock.agents.requests import Request
 from flock.errors import ModelError
 from flock.runs import Usage
@@ -181,12 +180,11 @@ _BODY_ERRORS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def status_error(name: str, response: httpx.Response) -> ModelError:
+def status_error(name: str, response: httpx.Response, key_variable: str | None = None) -> ModelError:
     message, status = provider_message(response), response.status_code
     error_type, reason = _kind_of(status, response.text)
-    provider = PROVIDERS.get(name.partition("/")[0])
-    if status == 401 and provider and provider.key_variable:
-        reason += f" in {provider.key_variable}"
+    if status == 401 and key_variable is not None:
+        reason += f" in {key_variable}"
     return model_error(name, error_type, f"{reason} (HTTP {status})", message)
 
 
