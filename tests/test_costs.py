@@ -236,6 +236,21 @@ async def test_the_calls_and_steps_of_a_run_have_their_costs(open_engine: OpenEn
         assert "cost" not in completed.data
 
 
+async def test_a_run_of_an_older_version_counts_its_earlier_steps(tmp_path: Path, model: FakeModel) -> None:
+    """It failed after its first step, whose tokens are only in the step."""
+    flock = measuring()
+    flock.agents["measure"].next_agent = "again"
+    flock.add_agent(FlockFactory.create_default_agent("again", "", None, "length: int", "n: int", max_retries=0))
+    model.replies = [answer({"length": 1}), answer("no JSON"), answer({"n": 1})]
+    async with flock.engine(transport=model.transport, store=tmp_path / "flock.db") as engine:
+        run = await finish(engine, (await engine.submit("measure", {"text": "a"})).run_id)
+        assert (run.error_type, run.usage) == ("invalid_output", usage_of_gpt_4o(20, 10))
+        await engine.store.change(lambda db: db.execute("UPDATE runs SET spent = NULL") and None)
+        assert (await engine.get_run(run.run_id)).usage == usage_of_gpt_4o(10, 5)
+        await engine.retry_run(run.run_id)
+        assert (await finish(engine, run.run_id)).usage == usage_of_gpt_4o(20, 10)
+
+
 async def test_a_run_stops_at_its_max_cost(open_engine: OpenEngine, model: FakeModel) -> None:
     """A reply costs 0.000075 dollars. The second call is made with 0.00005 dollars left, and the third is not."""
     flock = measuring()
@@ -474,7 +489,14 @@ async def test_a_retry_over_http_raises_the_limit(model: FakeModel) -> None:
         assert "error_type" not in batch
 
 
-@pytest.mark.parametrize("max_cost", [0, -1, "0.5", math.nan])
+@pytest.mark.parametrize("max_cost", [0, -1, math.nan, math.inf, 1e10])
+async def test_a_max_cost_is_an_amount(max_cost: float, model: FakeModel) -> None:
+    async with measuring().engine(transport=model.transport) as engine:
+        with pytest.raises(DefinitionError, match="max_cost must be US dollars above 0 and up to 1,000,000,000"):
+            await engine.submit("measure", {"text": "a"}, max_cost=max_cost)
+
+
+@pytest.mark.parametrize("max_cost", [0, -1, "0.5", 1e300, math.nan])
 async def test_an_invalid_max_cost_is_refused(max_cost: Any, model: FakeModel) -> None:
     flock = measuring()
     app = create_app(flock, engine=flock.engine(transport=model.transport), auth="host")

@@ -17,9 +17,18 @@ from flock.agents.prices import Price, merged, no_price, price_of
 from flock.engine.intake import Intake
 from flock.engine.refusals import not_accepting, not_deleted
 from flock.engine.rowchecks import as_json
-from flock.errors import AgentNotFound, EngineStopped, FieldError, InvalidData, RunNotFound, SessionNotFound
+from flock.errors import (
+    AgentNotFound,
+    DefinitionError,
+    EngineStopped,
+    FieldError,
+    InvalidData,
+    RunNotFound,
+    SessionNotFound,
+)
 from flock.limits import Limits
 from flock.runs import (
+    MAX_COST,
     Batch,
     BatchOptions,
     EngineHealth,
@@ -188,9 +197,14 @@ class EngineBase(ABC):
             raise AgentNotFound(name, list(self._agents)) from None
 
     def _check_prices(self, agent_name: str, max_cost: float | None) -> None:
-        """Raise InvalidData if *max_cost* cannot hold: an agent that may run has a model without a price."""
+        """Raise InvalidData if *max_cost* cannot hold: an agent that may run has a model without a price.
+
+        Raises: DefinitionError if it is no amount.
+        """
         if max_cost is None:
             return
+        if not 0 < max_cost <= MAX_COST:
+            raise DefinitionError(f"max_cost must be US dollars above 0 and up to {MAX_COST:,}, not {max_cost}.")
         names = [agent_name, *(each.to for each in graph_of(agent_name, self._agents) if each.to is not None)]
         for agent in (self._agents[name] for name in names if name in self._agents):
             model = (agent.model or self._default_model) if isinstance(agent, ModelAgent) else None
