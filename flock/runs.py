@@ -39,6 +39,7 @@ __all__ = [
     "DOLLAR",
     "INVALID_INPUT",
     "JSON_NULL",
+    "MAX_COST",
     "MAX_SHOWN_BYTES",
     "MAX_SHOWN_CALLS",
     "NOT_LOADED",
@@ -128,6 +129,8 @@ class RunStatus(StrEnum):
 
 #: A US dollar. Prices of a million tokens have at most six decimals, so that sums of picodollars are exact.
 DOLLAR = 10**12
+#: Max value of ``max_cost``, in US dollars.
+MAX_COST = 10**9
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -1303,7 +1306,8 @@ class Engine(Protocol):
             timeout_s: wall-clock seconds for each attempt, capped at the engine's limit.
             session_id: the session of *principal* that the run joins, 1 to 128 visible ASCII characters. The run starts
                 when the runs of the session that were accepted before it have ended. A retry joins again as the last.
-            max_cost: US dollars that its model calls may cost in all attempts. It is checked before each call.
+            max_cost: US dollars that its model calls may cost in all attempts, 0 < max_cost <= ``MAX_COST``. It is
+                checked before each call.
             key: detects repeated requests.
             run_id: of the run, a ``new_id()`` for ``watch``; None creates one.
 

@@ -121,7 +121,8 @@ async def test_content_encoding_identity_is_accepted(encoding: str, client: http
         pytest.param(
             {"agent_name": 5, "async_run": "yes", "agent": 1},
             {
-                "/agent": "Unknown field. Known fields: agent_name, inputs, async_run, timeout_s, session_id.",
+                "/agent": "Unknown field. "
+                "Known fields: agent_name, inputs, async_run, timeout_s, session_id, max_cost.",
                 "/agent_name": "Expected 'str', got 'int'.",
                 "/async_run": "Expected 'bool', got 'str'.",
             },

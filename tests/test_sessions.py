@@ -303,9 +303,10 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
     with sqlite3.connect(store) as db:
         for index in ("runs_by_session", "runs_by_session_and_principal", "sessions_active", "runs_expiring"):
             db.execute(f"DROP INDEX {index}")
-        for column in ("session_id", "waiting_for", "expires_at", "worked_s"):
+        for column in ("session_id", "waiting_for", "expires_at", "worked_s", "spent", "max_cost"):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
-        db.execute("ALTER TABLE batches DROP COLUMN waiting_items")
+        for column in ("waiting_items", "usage", "error_type", "invalid_items"):
+            db.execute(f"ALTER TABLE batches DROP COLUMN {column}")
         for table in ("steps", "calls"):
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
         db.execute(f"PRAGMA user_version = {MIGRATIONS.index(_add_sessions)}")

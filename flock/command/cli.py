@@ -41,7 +41,7 @@ from flock.limits import Limits, enforced_by
 from flock.options import MAX_SECONDS, Option, Options, option_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
-from flock.runs import Batch, BatchOptions, Event, OnExtra, OnInvalid, Question, cost_in_words
+from flock.runs import MAX_COST, Batch, BatchOptions, Event, OnExtra, OnInvalid, Question, cost_in_words
 from flock.web.auth import KEYS_VARIABLE, new_key, read_keys
 from flock.web.options import AppOptions, is_host_name
 
@@ -619,7 +619,7 @@ EXIT_INTERRUPTED = 130
 )
 @click.option(
     "--max-cost",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0, MAX_COST, min_open=True),
     metavar="DOLLARS",
     help="Start no more rows after that many US dollars. Run the command again with more to continue.",
 )

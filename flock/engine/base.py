@@ -20,10 +20,19 @@ from flock.engine.intake import Intake
 from flock.engine.live import LiveReader
 from flock.engine.refusals import not_accepting, not_deleted
 from flock.engine.rowchecks import as_json
-from flock.errors import AgentNotFound, EngineStopped, FieldError, InvalidData, RunNotFound, SessionNotFound
+from flock.errors import (
+    AgentNotFound,
+    DefinitionError,
+    EngineStopped,
+    FieldError,
+    InvalidData,
+    RunNotFound,
+    SessionNotFound,
+)
 from flock.limits import Limits
 from flock.runs import (
     EVENTS_PER_STEP,
+    MAX_COST,
     Batch,
     BatchOptions,
     Call,
@@ -231,9 +240,14 @@ class EngineBase(ABC):
             raise AgentNotFound(name, list(self._agents)) from None
 
     def _check_prices(self, agent_name: str, max_cost: float | None) -> None:
-        """Raise InvalidData if *max_cost* cannot hold: an agent that may run has a model without a price."""
+        """Raise InvalidData if *max_cost* cannot hold: an agent that may run has a model without a price.
+
+        Raises: DefinitionError if it is no amount.
+        """
         if max_cost is None:
             return
+        if not 0 < max_cost <= MAX_COST:
+            raise DefinitionError(f"max_cost must be US dollars above 0 and up to {MAX_COST:,}, not {max_cost}.")
         names = [agent_name, *(each.to for each in graph_of(agent_name, self._agents) if each.to is not None)]
         for agent in (self._agents[name] for name in names if name in self._agents):
             if isinstance(agent, ModelAgent):

@@ -105,7 +105,7 @@ class ActiveRun:
         self.cancel_requested = False
         self.is_stopped = False
         self.progress = run.progress
-        self.spent = run.spent
+        self.spent = run.usage
 
     def note_progress(self, progress: Progress | None) -> None:
         """Record progress. It may be called from any thread."""

@@ -101,7 +101,7 @@ class Chunk:
         """Apply the history of one attempt to the items. *unstarted* is the outcome of those that it did not start."""
         orders = _OpenOrders()
         calls: dict[int, dict[int, list[Call]]] = {}
-        self._spent_before = {position: item.spent for position, item in self.items.items()}
+        self._spent_before = {position: item.usage for position, item in self.items.items()}
         for event in history:
             at = time_of(event.event_time)
             if (call := call_of(event)) is not None:

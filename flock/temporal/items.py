@@ -173,8 +173,8 @@ class ItemActivities:
             run = items[part.position]
             if part.started_at is not None:
                 run = replace(run, status=RunStatus.RUNNING, started_at=part.started_at)
-            job.spent_before = run.spent or Usage()
-            run = replace(run, steps=part.steps or run.steps, spent=added(run.spent, part.usage))
+            job.spent_before = run.usage or Usage()
+            run = replace(run, steps=part.steps or run.steps, spent=added(run.usage, part.usage))
             ended = await self._run_item(
                 job, run, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls
             )

@@ -5,12 +5,13 @@ ends only that turn.
 """
 
 import asyncio
+import contextlib
 from asyncio import FIRST_COMPLETED
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from temporalio import activity
-from temporalio.client import WorkflowHandle
+from temporalio.client import WorkflowHandle, WorkflowQueryFailedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.outcomes import Outcome
@@ -50,7 +51,9 @@ class ActivityTurn(ActiveRun):
 
         async def ask() -> list[Call]:
             async with self._cluster.rpc_scope():
-                spent = await handle.query(SPENT_QUERY, run.position or 0)
+                spent = None
+                with contextlib.suppress(WorkflowQueryFailedError):  # a worker of an earlier version has answered
+                    spent = await handle.query(SPENT_QUERY, run.position or 0)
                 found: list[Call] = await handle.query(
                     CALLS_QUERY, args=[run.position or 0, len(run.steps)], result_type=list[Call]
                 )

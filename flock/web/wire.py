@@ -13,6 +13,7 @@ from flock.agents.agent import Handoff
 from flock.errors import FieldError, InvalidData, MalformedJSON
 from flock.jsontype import JSONType, check_depth, example_for
 from flock.runs import (
+    MAX_COST,
     NOT_LOADED,
     Batch,
     Call,
@@ -85,7 +86,7 @@ Decimal = Literal[".", ","]
 SessionID = Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,128}(?!\n)$")]
 
 #: US dollars.
-MaxCost = Annotated[float, msgspec.Meta(gt=0)]
+MaxCost = Annotated[float, msgspec.Meta(gt=0, le=MAX_COST)]
 
 #: Max records in one response.
 MAX_PAGE = 1000
