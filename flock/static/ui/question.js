@@ -6,7 +6,7 @@ import { busyWhile } from "./notices.js";
 import { readable } from "./value.js";
 import { when } from "./words.js";
 
-/** A question as a form. `answer(output)` sends the answer. */
+/** `answer(output)` sends the answer. */
 export function question({ question, schema, arguments: about, expires_at }, answer) {
   const { properties = {} } = plain(schema, schema);
   const isApproval = Object.keys(properties).sort().join() === "approved,arguments,reason";

@@ -17,7 +17,7 @@ const PROGRESS_EVERY_MS = 5000;
 export async function show(main, { id, signal }) {
   const path = `run/${encodeURIComponent(id)}`;
   let run = await get(path, signal),
-    isStale = false; // whether the record may have calls that no event has told
+    isStale = false; // the record may have more than the events
   const questions = new Map();
   const head = heading(),
     live = announcer(PROGRESS_EVERY_MS),
@@ -79,7 +79,7 @@ export async function show(main, { id, signal }) {
       live.sayRarely(parts.progress.textContent);
     } else if (/^(step|call|output)\./.test(name)) {
       steps.on(name, data);
-      if (name === "step.completed") isStale = true;
+      if (name === "step.completed" || run.status === "waiting") isStale = true;
       if (name.startsWith("step."))
         live.say(`Step ${data.position + 1}: ${data.agent_name} is ${name === "step.started" ? "running" : "done"}.`);
     }
