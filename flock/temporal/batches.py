@@ -396,6 +396,13 @@ class TemporalBatches:
             return {}
         return read.calls.get(position, {})
 
+    async def chunk_of(self, run_id: str) -> WorkflowHandle[Any, Any]:
+        """Return the workflow that runs an item. Raises BatchNotFound."""
+        batch_id, position = parse_item_id(run_id)
+        batch = await self.get(batch_id)
+        chunk = bisect.bisect_right((await self._order(batch)).starts, position) - 1
+        return self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, batch.attempt))
+
     async def page(self, wanted: BatchFilter) -> Page[Batch]:
         """See ``Engine.list_batches``."""
         page = Page[Batch](wanted.limit)

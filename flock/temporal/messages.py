@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import UnsetType
 from msgspec.structs import replace
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
@@ -21,7 +22,8 @@ from temporalio.converter import (
     EncodingPayloadConverter,
 )
 
-from flock.runs import Batch, Call, Progress, Run, RunStatus, Step, new_id
+from flock.engine.answers import answer_of, is_expired
+from flock.runs import Batch, Call, Progress, Question, Run, RunStatus, Step, new_id
 
 __all__ = [
     "ACTIVITY",
@@ -49,6 +51,7 @@ __all__ = [
     "SEARCH_ATTRIBUTES",
     "SESSION",
     "SESSION_WORKFLOW",
+    "STATUS",
     "TASK_TIMEOUT",
     "Attempt",
     "BatchOrder",
@@ -115,8 +118,10 @@ FLOCK = SearchAttributeKey.for_keyword("FlockName")
 AGENT = SearchAttributeKey.for_keyword("FlockAgent")
 PRINCIPAL = SearchAttributeKey.for_keyword("FlockPrincipal")
 SESSION = SearchAttributeKey.for_keyword("FlockSession")
+#: "waiting" while a run waits for answers. It has no other value.
+STATUS = SearchAttributeKey.for_keyword("FlockStatus")
 SEARCH_ATTRIBUTES = {
-    key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in (FLOCK, AGENT, PRINCIPAL, SESSION)
+    key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in (FLOCK, AGENT, PRINCIPAL, SESSION, STATUS)
 }
 
 
@@ -131,6 +136,8 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
         key_id: the workflow id of the marker of its idempotency key.
         queued_s: seconds of ``queue_timeout_s`` for which it waited for its session.
         latest: the workflow ids of the last runs of its session. The last one may still be about to close.
+        has_calls: its next step has asked, and runs again. Its workflow has the answers, and other calls of the step.
+        waited_s: seconds for which the attempt waited for answers. They are not part of ``timeout_s``.
     """
 
     run: Run
@@ -140,14 +147,23 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     key_id: str | None = None
     queued_s: float = 0.0
     latest: tuple[str, ...] = ()
+    has_calls: bool = False
+    waited_s: float = 0.0
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of one turn. ``begun_at`` is when it got its slot, by the worker's clock."""
+    """The result of one turn. ``begun_at`` is when it got its slot, by the worker's clock.
 
-    step: Step
+    Attributes:
+        step: None if the turn ended because its agent asks *questions*.
+        worked_s: see ``Run``.
+    """
+
+    step: Step | None = None
     begun_at: datetime
     progress: Progress | None = None
+    questions: tuple[Question, ...] = ()
+    worked_s: float = 0.0
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -233,6 +249,8 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class CallDone(msgspec.Struct, frozen=True, kw_only=True):
     """A finished call: the signal that a worker sends to the workflow of its activity.
 
+    The answer of a person is such a call too. The API sends it, so it needs no worker.
+
     Attributes:
         item: the position of the item, or 0 for a run.
         step: the position of the step.
@@ -252,11 +270,29 @@ class Calls:
             self.add(done)
 
     def add(self, done: CallDone) -> None:
+        """Add a call. Of several answers to one question, the first one counts."""
         if done.call.is_checkpoint:
-            self._by_item.setdefault(done.item, {})[done.step, done.call.call_id] = done
+            self._by_item.setdefault(done.item, {}).setdefault((done.step, done.call.call_id), done)
 
     def of_step(self, item: int, step: int) -> list[Call]:
-        return [done.call for done in self._by_item.get(item, {}).values() if done.step == step]
+        return [done.call for done in self.of_item(item) if done.step == step]
+
+    def still_open(
+        self, item: int, step: int, questions: Iterable[Question], at: datetime | None = None
+    ) -> tuple[Question, ...]:
+        """Return those of *questions* that are not answered. With *at*, expired ones get their default as the answer.
+
+        A workflow and the readers of its history must agree: both call this with the time of each workflow task, after
+        they have added the answers that came before it.
+        """
+        for question in questions:
+            if at is not None and is_expired(question, at) and not isinstance(question.default, UnsetType):
+                self.add(CallDone(item=item, step=step, call=answer_of(question, question.default, at)))
+        answered = self._by_item.get(item, {})
+        return tuple(question for question in questions if (step, question.call_id) not in answered)
+
+    def of_item(self, item: int) -> Iterable[CallDone]:
+        return self._by_item.get(item, {}).values()
 
     def discard(self, item: int) -> None:
         self._by_item.pop(item, None)
