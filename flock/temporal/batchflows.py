@@ -8,7 +8,7 @@ code must be deterministic.
 import asyncio
 import contextlib
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from itertools import islice
@@ -23,11 +23,13 @@ from temporalio.exceptions import (
     ApplicationError,
     CancelledError,
     ChildWorkflowError,
+    FailureError,
     RetryState,
     TimeoutError,
 )
 
-from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED_BEFORE_START, Outcome, none_completed
+from flock.engine.answers import is_expired
+from flock.engine.outcomes import BATCH_CANCELLED, CANCELLED_BEFORE_START, Outcome, expiry_of, none_completed
 from flock.runs import RunStatus
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
@@ -35,11 +37,14 @@ from flock.temporal.messages import (
     DELETE_ACTIVITY,
     DELETE_WORKFLOW,
     FIND_ACTIVITY,
+    IDLE_SIGNAL,
     ITEMS_ACTIVITY,
+    RESUME_SIGNAL,
     ROWS_WORKFLOW,
     TASK_TIMEOUT,
     BatchOrder,
     Calls,
+    ChunkIdle,
     ChunkOrder,
     Counts,
     DeleteOrder,
@@ -52,7 +57,7 @@ from flock.temporal.messages import (
     recoded,
 )
 from flock.temporal.records import GIVEN_UP, done_after_failure, outcome_of_failure
-from flock.temporal.workflows import NO_LIMIT, RETRIES, CallKeeper
+from flock.temporal.workflows import NO_LIMIT, RETRIES, CallKeeper, time_to_expiry
 
 __all__ = ["FlockBatch", "FlockChunk", "FlockDelete", "FlockRows"]
 
@@ -63,6 +68,9 @@ MAX_LANES = 1000
 #: A workflow continues as new after this many events or bytes of history, a tenth of what the cluster takes.
 MAX_EVENTS = 5_000
 MAX_BYTES = 5_000_000
+#: The workflow of a batch continues as new only when no chunk is running. If one waits for answers, the others need not
+#: wait for it until the history is this many times longer.
+IDLE_FACTOR = 8
 #: Bytes of completed steps in the orders of one workflow task, or in the state for continue-as-new. The cluster takes
 #: 2 MiB at once, and 4 MiB in one workflow task. The rest is scheduled after NEXT_TASK_DELAY.
 MAX_STEP_BYTES = 1_600_000
@@ -107,6 +115,20 @@ class FlockBatch(_Interruptible):
         self._chunks: dict[int, asyncio.Task[Counts]] = {}
         self._started: dict[int, workflow.ChildWorkflowHandle[Any, Counts]] = {}
         self._signals: set[asyncio.Task[None]] = set()
+        #: chunks without lanes, by number, in the order in which they became idle
+        self._idle: dict[int, ChunkIdle] = {}
+        #: how often each chunk got lanes after it was idle
+        self._grants: Counter[int] = Counter()
+        #: chunks that have to give their lanes to items that got an answer
+        self._yielding: set[int] = set()
+
+    @workflow.signal(name=IDLE_SIGNAL)
+    def chunk_idle(self, idle: ChunkIdle) -> None:
+        """Take back the lanes of a chunk."""
+        if idle.chunk in self._lanes and idle.grants == self._grants[idle.chunk]:
+            self._idle[idle.chunk] = idle
+            self._lanes[idle.chunk] = 0
+            self._yielding.discard(idle.chunk)
 
     @workflow.signal(name="cancel_item")
     def cancel_item(self, position: int) -> None:
@@ -133,8 +155,10 @@ class FlockBatch(_Interruptible):
             if not self._chunks:
                 break
             self._update_memo()
-            known = len(self._cancelled)
-            await self._until(lambda: self._has_ended() or len(self._cancelled) != known)  # noqa: B023 - awaited here
+            known, idle = len(self._cancelled), dict(self._idle)
+            await self._until(
+                lambda: self._has_ended() or len(self._cancelled) != known or self._idle != idle  # noqa: B023 - awaited here
+            )
             if len(self._cancelled) != known and not self.is_cancelled:
                 with contextlib.suppress(asyncio.TimeoutError):  # there may be more of them
                     await self._until(self._has_ended, MEMO_DELAY)
@@ -174,8 +198,9 @@ class FlockBatch(_Interruptible):
         options = self._batch.options
         lanes = min(options.max_workers, MAX_LANES) if options.parallel else 1
         free = lanes - sum(self._lanes.values())
-        room = min(lanes, CHUNKS_AT_ONCE) - len(self._chunks)
-        is_long = _is_long()
+        free = self._resume_chunks(free)
+        room = min(lanes, CHUNKS_AT_ONCE) - len(self._chunks) + len(self._idle)
+        is_long = _is_long(IDLE_FACTOR if self._idle else 1)  # it can only continue as new without running chunks
         if not (self.is_cancelled or is_long) and free and room:
             chunks = list(islice(self._chunks_to_start(), room))
             for index, chunk in enumerate(chunks):
@@ -183,15 +208,45 @@ class FlockBatch(_Interruptible):
                 if share:
                     free -= share
                     self._start_chunk(chunk, share)
-        while free > 0 and self._lanes and not self.is_cancelled:
-            chunk = min(self._lanes, key=lambda k: (self._lanes[k], k))
+        while free > 0 and (busy := self._busy_chunks()) and not self.is_cancelled:
+            chunk = busy[0]
             size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
             if self._lanes[chunk] >= size:
                 break
-            share = math.ceil(free / len(self._lanes))
+            share = math.ceil(free / len(busy))
             self._lanes[chunk] += share
             free -= share
             self._signal_chunk(chunk, "set_lanes", self._lanes[chunk])
+
+    def _busy_chunks(self) -> list[int]:
+        """Return the chunks that have lanes and keep them, those with the fewest lanes first."""
+        busy = [chunk for chunk in self._lanes if chunk not in self._idle and chunk not in self._yielding]
+        return sorted(busy, key=lambda chunk: (self._lanes[chunk], chunk))
+
+    def _resume_chunks(self, free: int) -> int:
+        """Give a lane to each idle chunk with work. If none is *free*, others have to yield theirs to answered items.
+
+        Returns: how many lanes are left.
+        """
+        asking = [] if self.is_cancelled else [chunk for chunk, idle in self._idle.items() if idle.has_work]
+        asking.sort(key=lambda chunk: self._idle[chunk].has_yielded)
+        answered = sum(not self._idle[chunk].has_yielded for chunk in asking)
+        if is_final := _is_long(IDLE_FACTOR):  # each grant makes the history longer
+            asking, free = list(self._idle), max(free, len(self._idle))
+        granted = asking[: max(0, free)]
+        for chunk in granted:
+            del self._idle[chunk]
+            self._lanes[chunk] = 1
+            self._grants[chunk] += 1
+            self._signal_chunk(chunk, RESUME_SIGNAL, 1, is_final)
+        lacking = answered - len(granted) - sum(self._lanes[chunk] for chunk in self._yielding)
+        for chunk in self._busy_chunks():
+            if lacking <= 0:
+                break
+            self._yielding.add(chunk)
+            lacking -= self._lanes[chunk]
+            self._signal_chunk(chunk, "set_lanes", 0)
+        return free - len(granted)
 
     def _start_chunk(self, chunk: int, lanes: int) -> None:
         first, end = self._order.first_of(chunk), self._order.first_of(chunk + 1)
@@ -226,12 +281,12 @@ class FlockBatch(_Interruptible):
         ended: Counts = await started
         return ended
 
-    def _signal_chunk(self, chunk: int, signal: str, value: int) -> None:
+    def _signal_chunk(self, chunk: int, signal: str, *values: int) -> None:
         async def send() -> None:
             await workflow.wait_condition(lambda: chunk in self._started or chunk not in self._chunks)
             if chunk in self._started:
                 try:
-                    await self._started[chunk].signal(signal, value)
+                    await self._started[chunk].signal(signal, args=values)
                 except Exception:  # it has ended
                     workflow.logger.debug("the chunk %s cannot get the signal %s", chunk, signal)
 
@@ -244,6 +299,8 @@ class FlockBatch(_Interruptible):
         for chunk, task in [(chunk, task) for chunk, task in self._chunks.items() if task.done()]:
             del self._chunks[chunk], self._lanes[chunk]
             self._started.pop(chunk, None)
+            self._idle.pop(chunk, None)
+            self._yielding.discard(chunk)
             end = self._order.first_of(chunk + 1)
             for position in [at for at in self._cancelled if self._order.first_of(chunk) <= at < end]:
                 del self._cancelled[position]
@@ -289,7 +346,8 @@ class FlockBatch(_Interruptible):
     def _memo(self) -> dict[str, Any]:
         memo = {
             "batch": self._batch,
-            "at_work": sorted(self._chunks),
+            "at_work": [chunk for chunk in sorted(self._chunks) if chunk not in self._idle],
+            "idle": sum((idle.counts for idle in self._idle.values()), Counts()),
             "about": self._state().attempts[-1],
         }
         return {name: msgspec.to_builtins(value) for name, value in memo.items()}
@@ -343,11 +401,24 @@ class FlockChunk(_Interruptible, CallKeeper):
         self._cancelled = set(order.cancelled)
         self._running: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
         self._calls = Calls(order.calls)
+        #: items that wait for answers, by position
+        self._waiting = {part.position: part for part in order.waiting}
+        #: see ``ChunkIdle``
+        self._is_idle, self._grants, self._keeps_lanes = order.is_idle, order.grants, order.keeps_lanes
+        self._has_yielded = False
+        self._reported: ChunkIdle | None = None
+        self._reports: set[asyncio.Task[None]] = set()
 
     @workflow.signal(name="set_lanes")
     def set_lanes(self, lanes: int) -> None:
-        """Change how many items run at the same time."""
+        """Change how many items run at the same time. With 0, the chunk becomes idle when none is running."""
         self._lanes = lanes
+
+    @workflow.signal(name=RESUME_SIGNAL)
+    def resume(self, lanes: int, is_final: bool) -> None:
+        """Use *lanes* again, and if *is_final*, never give them back."""
+        self._lanes, self._is_idle, self._keeps_lanes = lanes, False, is_final
+        self._grants += 1
 
     @workflow.signal(name="cancel_item")
     def cancel_item(self, position: int) -> None:
@@ -360,22 +431,27 @@ class FlockChunk(_Interruptible, CallKeeper):
             await self._find()
         while True:
             self._drop_cancelled()
-            if not (self._todo or self._running):
+            self._resume_answered()
+            if not (self._todo or self._running or self._waiting):
                 break
             has_more = False
-            if not _is_long() or sum(map(_bytes_of, self._todo)) > MAX_STEP_BYTES:
+            if not _is_long() or sum(map(_bytes_of, (*self._todo, *self._waiting.values()))) > MAX_STEP_BYTES:
                 has_more = self._start_activities()
             elif not self._running:
                 workflow.continue_as_new(self._state(), memo=self._memo())
             self._update_memo()
-            lanes, cancelled, was_cancelled = self._lanes, set(self._cancelled), self.is_cancelled
+            self._report_idle()
+            lanes, cancelled, was_cancelled = (self._lanes, self._grants), set(self._cancelled), self.is_cancelled
             with contextlib.suppress(asyncio.TimeoutError):
                 await self._until(
                     lambda: (
                         any(task.done() for task in self._running)
-                        or (self._lanes, self._cancelled) != (lanes, cancelled)  # noqa: B023 - awaited here
+                        or ((self._lanes, self._grants), self._cancelled) != (lanes, cancelled)  # noqa: B023 - awaited here
+                        or self._has_answers()
                     ),
-                    NEXT_TASK_DELAY if has_more else None,
+                    NEXT_TASK_DELAY
+                    if has_more
+                    else time_to_expiry(question for part in self._waiting.values() for question in part.questions),
                 )
             await _settle()
             self._collect()
@@ -420,8 +496,9 @@ class FlockChunk(_Interruptible, CallKeeper):
     def _start_activities(self) -> bool:
         """Divide the items among the free lanes. Returns whether some must wait for the next workflow task."""
         step_bytes = 0
-        while self._todo and len(self._running) < self._lanes:
-            share = math.ceil(len(self._todo) / (self._lanes - len(self._running)))
+        lanes = 0 if self._is_idle else self._lanes
+        while self._todo and len(self._running) < lanes:
+            share = math.ceil(len(self._todo) / (lanes - len(self._running)))
             parts: list[Part] = []
             while len(parts) < share and (not step_bytes or step_bytes + _bytes_of(self._todo[0]) <= MAX_STEP_BYTES):
                 step_bytes += _bytes_of(self._todo[0])
@@ -450,6 +527,7 @@ class FlockChunk(_Interruptible, CallKeeper):
             for ended in done.ended:
                 self._ended += ended.counts
                 self._calls.discard(ended.position)
+            self._waiting |= {part.position: part for part in done.waiting}
             self._todo.extendleft(reversed(order.left_after(done)))
 
     def _drop_cancelled(self) -> None:
@@ -461,6 +539,63 @@ class FlockChunk(_Interruptible, CallKeeper):
                 self._ended += Counts(cancelled=1)
             else:
                 self._todo.append(part)
+        for position in [at for at in self._waiting if self.is_cancelled or at in self._cancelled]:
+            del self._waiting[position]
+            self._ended += Counts(cancelled=1)
+
+    def _has_answers(self) -> bool:
+        """Whether an item may continue, or a question has expired."""
+        return any(
+            self._calls.still_open(part.position, len(part.steps), part.questions) != part.questions
+            or any(is_expired(question, workflow.now()) for question in part.questions)
+            for part in self._waiting.values()
+        )
+
+    def _resume_answered(self) -> None:
+        """Put items first that have all their answers, and end those that have a question that expired."""
+        at = workflow.now()
+        for part in list(self._waiting.values()):
+            left = self._calls.still_open(part.position, len(part.steps), part.questions, at)
+            late = next((question for question in left if is_expired(question, at)), None)
+            if late is not None:
+                del self._waiting[part.position]
+                self._calls.discard(part.position)
+                self._ended += Counts(failed=1, first_error=(part.position, expiry_of(late).error))
+            elif left:
+                self._waiting[part.position] = replace(part, questions=left)
+            else:
+                del self._waiting[part.position]
+                assert part.started_at is not None
+                waited_s = (at - part.started_at).total_seconds() - part.worked_s
+                self._todo.appendleft(replace(part, questions=(), has_calls=True, waited_s=waited_s))
+
+    def _report_idle(self) -> None:
+        """Tell the batch that the chunk needs no lanes now, and when it needs some again."""
+        if self._keeps_lanes or (not self._is_idle and (self._running or (self._todo and self._lanes))):
+            return
+        if not self._is_idle:
+            self._is_idle, self._has_yielded = True, bool(self._todo)
+        idle = ChunkIdle(
+            chunk=self._order.chunk,
+            counts=self._counts(),
+            has_work=bool(self._todo),
+            has_yielded=self._has_yielded,
+            grants=self._grants,
+        )
+        if idle != self._reported:
+            self._reported = idle
+            task = asyncio.create_task(self._report(idle))
+            self._reports.add(task)
+            task.add_done_callback(self._reports.discard)
+
+    async def _report(self, idle: ChunkIdle) -> None:
+        batch = workflow.info().parent
+        assert batch is not None
+        with contextlib.suppress(FailureError):  # the batch was terminated
+            await workflow.get_external_workflow_handle(batch.workflow_id).signal(IDLE_SIGNAL, idle)
+
+    def _counts(self) -> Counts:
+        return self._ended + Counts(waiting=len(self._waiting))
 
     def _state(self) -> ChunkOrder:
         return replace(
@@ -470,6 +605,10 @@ class FlockChunk(_Interruptible, CallKeeper):
             cancelled={position: workflow.now() for position in sorted(self._cancelled)},
             before=self._ended,
             calls=self._calls.all(),
+            waiting=tuple(self._waiting.values()),
+            is_idle=self._is_idle,
+            grants=self._grants,
+            keeps_lanes=self._keeps_lanes,
         )
 
     def _update_memo(self) -> None:
@@ -477,7 +616,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         workflow.upsert_memo(self._memo())
 
     def _memo(self) -> dict[str, Any]:
-        memo = {"ended": self._ended, "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
+        memo = {"ended": self._counts(), "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
         return {name: msgspec.to_builtins(value) for name, value in memo.items()}
 
 
@@ -524,7 +663,7 @@ class FlockDelete:
 
 
 def _bytes_of(part: Part) -> int:
-    return sum(len(step.result) for step in part.steps)
+    return sum(len(step.result) for step in part.steps) + sum(len(msgspec.json.encode(q)) for q in part.questions)
 
 
 async def _settle() -> None:
@@ -533,6 +672,7 @@ async def _settle() -> None:
         await asyncio.sleep(0)
 
 
-def _is_long() -> bool:
+def _is_long(factor: int = 1) -> bool:
     info = workflow.info()
-    return info.get_current_history_length() > MAX_EVENTS or info.get_current_history_size() > MAX_BYTES
+    events, size = info.get_current_history_length(), info.get_current_history_size()
+    return events > factor * MAX_EVENTS or size > factor * MAX_BYTES

@@ -13,13 +13,16 @@ from temporalio.api.workflow.v1 import PendingActivityInfo
 from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.engine.outcomes import CANCELLED_BEFORE_START
+from flock.engine.answers import is_expired
+from flock.engine.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome, expiry_of
 from flock.errors import cut
 from flock.runs import INVALID_INPUT, Call, Run, RunStatus
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,
     Attempt,
+    CallDone,
+    Calls,
     ChunkOrder,
     Counts,
     ItemOutcome,
@@ -33,11 +36,13 @@ from flock.temporal.messages import (
     rows_workflow_id,
 )
 from flock.temporal.records import (
+    by_step,
     call_of,
     done_after_failure,
     outcome_of_failure,
     reset_for_retry,
     time_of,
+    with_answers,
 )
 
 __all__ = ["Chunk", "ended_so_far", "read_chunk", "reopens"]
@@ -69,6 +74,8 @@ class Chunk:
     def __init__(self, batch_id: str, rows: RowsOrder) -> None:
         self.items: dict[int, Run] = {}
         self.calls: dict[int, dict[int, list[Call]]] = {}
+        #: positions of items that wait for answers
+        self._waiting: set[int] = set()
         for position, row in enumerate(rows.rows, rows.first):
             item = replace(
                 rows.item,
@@ -92,14 +99,22 @@ class Chunk:
     def fold(self, history: Iterable[HistoryEvent], pending: Sequence[PendingActivityInfo] = ()) -> None:
         """Apply the history of one attempt to the items."""
         orders = _OpenOrders()
-        calls: dict[int, dict[int, list[Call]]] = {}
+        calls: dict[int, list[CallDone]] = {}
+        answers, task_at = Calls(), None
         for event in history:
             at = time_of(event.event_time)
             if (call := call_of(event)) is not None:
-                calls.setdefault(call.item, {}).setdefault(call.step, []).append(call.call)
+                calls.setdefault(call.item, []).append(call)
+                if call.call.kind == "question":  # perhaps of a turn whose order has not ended yet
+                    answers.add(call)
+                    self._answer([call.item], answers, None)
             if completed := orders.apply(event):
-                self._apply(*completed, at)
+                self._apply(*completed, at, answers)
             match event.event_type:
+                case E.EVENT_TYPE_WORKFLOW_TASK_STARTED:
+                    task_at = at
+                case E.EVENT_TYPE_WORKFLOW_TASK_COMPLETED if self._waiting:
+                    self._answer(list(self._waiting), answers, task_at)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
                     payload = event.workflow_execution_started_event_attributes.input.payloads[0]
                     for position, asked_at in decoded(payload, ChunkOrder).cancelled.items():
@@ -114,9 +129,9 @@ class Chunk:
                 case closed if closed in CLOSED:
                     self.close(at)
         for order, done in orders.heartbeats(pending):
-            self._apply(order, done, None)
-        for position, of_steps in calls.items():  # a retry replaces those of the failed step
-            self.calls.setdefault(position, {}).update(of_steps)
+            self._apply(order, done, None, answers)
+        for position, done_calls in calls.items():  # a retry replaces those of the failed step
+            self.calls.setdefault(position, {}).update(by_step(done_calls, answers, position))
 
     def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
         """Note a request to cancel items. If *at* is given, they were waiting, and ended at that time."""
@@ -125,6 +140,7 @@ class Chunk:
             if item is not None and not item.status.is_final:
                 item = replace(item, cancel_requested=True)
                 self.items[position] = item if at is None else _cancelled(item, at)
+                self._waiting.discard(position)
 
     def close(self, at: datetime) -> None:
         """End the attempt. Items that have not ended were cancelled before they started."""
@@ -132,10 +148,28 @@ class Chunk:
             if not item.status.is_final:
                 self.items[position] = _cancelled(item, at)
 
-    def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None) -> None:
+    def _answer(self, positions: Iterable[int], answers: Calls, at: datetime | None) -> None:
+        """Remove the questions of waiting items that have an answer, or that expired before *at*."""
+        for position in self._waiting.intersection(positions):
+            item = with_answers(self.items[position], answers, at)
+            late = next((question for question in item.waiting_for if at and is_expired(question, at)), None)
+            if late is not None:
+                item = _ended(item, expiry_of(late), at)
+            self.items[position] = item
+            if item.status is not RunStatus.WAITING:
+                self._waiting.discard(position)
+
+    def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None, answers: Calls) -> None:
         """Apply the progress of *order*. *at* is when the order ended, or None if it is running."""
         for ended in done.ended:
             self._apply_end(ended)
+        for part in done.waiting:
+            item = replace(
+                self._started(part), status=RunStatus.WAITING, waiting_for=part.questions, worked_s=part.worked_s
+            )
+            self.items[part.position] = item
+            self._waiting.add(part.position)
+            self._answer([part.position], answers, None)
         for part in order.left_after(done):
             item = self._started(part)
             if item.cancel_requested and at is not None:
@@ -166,13 +200,11 @@ class Chunk:
 
 
 def _cancelled(item: Run, at: datetime) -> Run:
-    return replace(
-        item,
-        status=RunStatus.CANCELLED,
-        error=CANCELLED_BEFORE_START.error,
-        error_type=CANCELLED_BEFORE_START.error_type,
-        completed_at=at,
-    )
+    return _ended(item, CANCELLED if item.status is RunStatus.WAITING else CANCELLED_BEFORE_START, at)
+
+
+def _ended(item: Run, outcome: Outcome, at: datetime | None) -> Run:
+    return replace(item, status=outcome.status, error=outcome.error, error_type=outcome.error_type, completed_at=at)
 
 
 def reopens(attempt: Attempt, item: Run) -> bool:
@@ -245,8 +277,10 @@ def _heartbeats_of(pending: Iterable[PendingActivityInfo]) -> list[tuple[str, It
 
 
 def ended_so_far(pending: Iterable[PendingActivityInfo]) -> Counts:
-    """Count the items that have ended in running activities, from their heartbeats."""
-    return sum((ended.counts for _, done in _heartbeats_of(pending) for ended in done.ended), Counts())
+    """Count the items that have ended or wait in running activities, from their heartbeats."""
+    all_done = [done for _, done in _heartbeats_of(pending)]
+    ended = sum((ended.counts for done in all_done for ended in done.ended), Counts())
+    return ended + Counts(waiting=sum(len(done.waiting) for done in all_done))
 
 
 async def _latest_history(

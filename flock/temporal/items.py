@@ -20,7 +20,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
-from flock.engine.turns import Turns
+from flock.engine.turns import Turns, WaitingForAnswers
 from flock.errors import StoreError
 from flock.runs import Run, RunStatus, Step, now
 from flock.temporal.chunks import Chunk, read_chunk, reopens
@@ -67,7 +67,8 @@ class _Job:
         self.order = order
         self.ended = list(done.ended)
         self.current = done.unfinished
-        self.bytes = sum(map(_bytes_of, self.ended))
+        self.waiting = list(done.waiting)
+        self.bytes = sum(map(_bytes_of, self.ended)) + sum(map(_bytes_of, self.waiting))
         self.turn: ActivityTurn | None = None
         self.has_taken_turns = False
         #: items to cancel: all of them, or these positions
@@ -83,8 +84,12 @@ class _Job:
     def must_cancel(self, position: int) -> bool:
         return self.is_cancelled or position in self.cancelled
 
-    def end(self, ended: ItemOutcome) -> None:
-        self.ended.append(ended)
+    def end(self, ended: ItemOutcome | Part) -> None:
+        """Note that an item has ended, or waits for answers."""
+        if isinstance(ended, Part):
+            self.waiting.append(ended)
+        else:
+            self.ended.append(ended)
         if self.current is not None and self.current.position == ended.position:
             self.current = None
         self.bytes += _bytes_of(ended)
@@ -94,7 +99,7 @@ class _Job:
         current = self.current
         if current is not None and self.turn is not None:
             current = replace(current, progress=self.turn.progress, has_calls=self.turn.has_calls)
-        return ItemsDone(ended=tuple(self.ended), unfinished=current)
+        return ItemsDone(ended=tuple(self.ended), unfinished=current, waiting=tuple(self.waiting))
 
 
 class ItemActivities:
@@ -138,7 +143,7 @@ class ItemActivities:
             for task in (heartbeats, *polls):
                 task.cancel()
             self._jobs.discard(job)
-        if work.exception() is not None and job.ended:  # keep the progress that a dead worker reported
+        if work.exception() is not None and (job.ended or job.waiting):  # keep the progress that a dead worker reported
             return job.done().for_retry()
         work.result()
         done = job.done()
@@ -157,9 +162,8 @@ class ItemActivities:
             if part.started_at is not None:
                 run = replace(run, status=RunStatus.RUNNING, started_at=part.started_at)
             run = replace(run, steps=part.steps or run.steps)
-            ended = await self._run_item(
-                job, run, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls
-            )
+            part = replace(part, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls)
+            ended = await self._run_item(job, run, part)
             if ended is None:
                 return
             job.end(ended)
@@ -169,16 +173,16 @@ class ItemActivities:
             if time.monotonic() > return_at or job.bytes > SLICE_BYTES:
                 return
 
-    async def _run_item(self, job: _Job, run: Run, *, is_again: bool, has_calls: bool) -> ItemOutcome | None:
-        """Run one item to its end. Returns None if it is left for a later order."""
-        position = run.position or 0
+    async def _run_item(self, job: _Job, run: Run, part: Part) -> ItemOutcome | Part | None:
+        """Run one item until it ends or waits for answers. Returns None if it is left for a later order."""
+        position, is_again = part.position, part.is_again
         while run.next_agent_name is not None:
             if self._turns.is_at_most_once(run) and job.has_taken_turns:
                 return None  # it needs an order of its own, so that a retry knows that it was started
             turn = job.turn = ActivityTurn(run, job.order.timeout_s, self._cluster, is_again=is_again)
-            turn.has_calls = has_calls
+            turn.has_calls, turn.waited_s = part.has_calls, part.waited_s
             job.has_taken_turns, is_again = True, False
-            job.current = _part(run)
+            job.current = _part(run, part.waited_s)
             taking = asyncio.create_task(turn.take(self._turns))
             while not taking.done():
                 await asyncio.wait([taking])
@@ -187,10 +191,13 @@ class ItemActivities:
                 job.current = replace(job.current, has_calls=turn.has_calls)
                 return None
             run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress)
+            if isinstance(turn.outcome, WaitingForAnswers):
+                questions = tuple(turn.outcome.questions)
+                return replace(_part(run, part.waited_s), questions=questions, worked_s=turn.worked_s)
             outcome = turn.outcome if isinstance(turn.outcome, Outcome) else None
             if isinstance(turn.outcome, Step):
                 run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
-                job.current = _part(run)
+                job.current = _part(run, part.waited_s)
                 job.changed.set()
                 if run.next_agent_name is not None and job.must_cancel(position):
                     outcome = CANCELLED
@@ -323,8 +330,14 @@ class ItemActivities:
         await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))
 
 
-def _part(run: Run) -> Part:
-    return Part(position=run.position or 0, started_at=run.started_at, steps=run.steps, progress=run.progress)
+def _part(run: Run, waited_s: float = 0.0) -> Part:
+    return Part(
+        position=run.position or 0,
+        started_at=run.started_at,
+        steps=run.steps,
+        progress=run.progress,
+        waited_s=waited_s,
+    )
 
 
 def _item_outcome(part: Part, outcome: Outcome, started_at: datetime | None) -> ItemOutcome:
@@ -340,7 +353,7 @@ def _item_outcome(part: Part, outcome: Outcome, started_at: datetime | None) -> 
     )
 
 
-def _bytes_of(ended: ItemOutcome) -> int:
+def _bytes_of(ended: ItemOutcome | Part) -> int:
     return len(msgspec.json.encode(ended))
 
 

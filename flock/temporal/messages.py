@@ -39,6 +39,7 @@ __all__ = [
     "FIND_ACTIVITY",
     "FLOCK",
     "HEARTBEAT_TIMEOUT_S",
+    "IDLE_SIGNAL",
     "INTERRUPTED",
     "ITEMS_ACTIVITY",
     "JOIN_SIGNAL",
@@ -46,6 +47,7 @@ __all__ = [
     "MARK_WORKFLOW",
     "MAX_ITEMS",
     "PRINCIPAL",
+    "RESUME_SIGNAL",
     "ROWS_WORKFLOW",
     "RUN_WORKFLOW",
     "SEARCH_ATTRIBUTES",
@@ -57,6 +59,7 @@ __all__ = [
     "BatchOrder",
     "CallDone",
     "Calls",
+    "ChunkIdle",
     "ChunkOrder",
     "Counts",
     "DeleteOrder",
@@ -101,6 +104,9 @@ CALLS_QUERY = "calls"
 JOIN_SIGNAL = "join"
 LEAVE_SIGNAL = "leave"
 BEGIN_SIGNAL = "begin"
+#: The signal of a chunk to its batch, and that with which the batch gives it lanes again.
+IDLE_SIGNAL = "chunk_idle"
+RESUME_SIGNAL = "resume"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
@@ -305,6 +311,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An item to run: from its beginning, or after the steps that this attempt has completed.
 
     ``is_again``: a worker that died may have started the next step. ``has_calls``: calls of that step have finished.
+    ``questions``: while it waits, those that were open when it began to. ``worked_s``, ``waited_s``: see ``Run`` and
+    ``RunOrder``.
     """
 
     position: int
@@ -313,6 +321,9 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     progress: Progress | None = None
     is_again: bool = False
     has_calls: bool = False
+    questions: tuple[Question, ...] = ()
+    worked_s: float = 0.0
+    waited_s: float = 0.0
 
 
 class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -326,6 +337,9 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         cancelled: items to cancel, with the time of the request.
         before: the counts from earlier histories of this attempt.
         calls: the finished calls of items that have not ended.
+        waiting: the items that wait for answers.
+        is_idle, grants: see ``ChunkIdle``.
+        keeps_lanes: it never becomes idle again, because the history of its batch is too long.
     """
 
     batch_id: str
@@ -341,6 +355,26 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cancelled: dict[int, datetime] = {}
     before: "Counts | None" = None
     calls: tuple["CallDone", ...] = ()
+    waiting: tuple[Part, ...] = ()
+    is_idle: bool = False
+    grants: int = 0
+    keeps_lanes: bool = False
+
+
+class ChunkIdle(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A chunk gives its lanes back to its batch, because its items wait for answers or the batch needs the lanes.
+
+    Attributes:
+        has_work: some of its items can run, so it asks for a lane.
+        has_yielded: it gave its lanes to another chunk, so it is not its turn.
+        grants: how often it got lanes after it was idle. It tells late messages apart.
+    """
+
+    chunk: int
+    counts: "Counts"
+    has_work: bool = False
+    has_yielded: bool = False
+    grants: int
 
 
 class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -356,11 +390,12 @@ class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def left_after(self, done: "ItemsDone") -> list[Part]:
         """The items that are left to run after *done*."""
-        ended_positions, unfinished = {ended.position for ended in done.ended}, done.unfinished
+        handled_positions = {ended.position for ended in done.ended} | {part.position for part in done.waiting}
+        unfinished = done.unfinished
         return [
             unfinished if unfinished is not None and unfinished.position == part.position else part
             for part in self.parts
-            if part.position not in ended_positions
+            if part.position not in handled_positions
         ]
 
 
@@ -390,11 +425,13 @@ class ItemOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The progress of an ``ItemsOrder``: the result of ``run_items``, and its heartbeats, from which a retry resumes.
 
-    ``unfinished`` was started and has not ended. Items that are not listed must be scheduled again.
+    ``unfinished`` was started and has not ended. ``waiting`` are the items that wait for answers. Items that are not
+    listed must be scheduled again.
     """
 
     ended: tuple[ItemOutcome, ...] = ()
     unfinished: Part | None = None
+    waiting: tuple[Part, ...] = ()
 
     def for_retry(self) -> "ItemsDone":
         """A copy for the retry after a worker died: the next worker may start the unfinished turn a second time."""
@@ -402,11 +439,12 @@ class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How many items of a chunk ended in one attempt, by final status."""
+    """How many items of a chunk ended in one attempt, by final status, and how many wait for answers."""
 
     completed: int = 0
     failed: int = 0
     cancelled: int = 0
+    waiting: int = 0
     first_error: tuple[int, str] | None = None
 
     @property
@@ -418,6 +456,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             completed=self.completed + other.completed,
             failed=self.failed + other.failed,
             cancelled=self.cancelled + other.cancelled,
+            waiting=self.waiting + other.waiting,
             first_error=min((error for error in (self.first_error, other.first_error) if error), default=None),
         )
 

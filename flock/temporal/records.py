@@ -41,6 +41,7 @@ __all__ = [
     "run_of",
     "shown",
     "time_of",
+    "with_answers",
     "with_pending_activity",
 ]
 
@@ -90,11 +91,11 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
             case EventType.EVENT_TYPE_WORKFLOW_TASK_STARTED:
                 task_at = at
             case EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED if run.status is RunStatus.WAITING:
-                run = _with_answers(run, answers, task_at)
+                run = with_answers(run, answers, task_at)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if run.status is RunStatus.WAITING:
                 if (answer := call_of(event)) is not None:
                     answers.add(answer)
-                    run = _with_answers(run, answers)
+                    run = with_answers(run, answers)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                 run = replace(run, cancel_requested=True)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_STARTED if run.status is RunStatus.STARTING:
@@ -106,7 +107,7 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
                 run = replace(run, started_at=started_at, progress=done.progress or run.progress)
                 if done.step is None:
                     waiting = {"status": RunStatus.WAITING, "waiting_for": done.questions, "worked_s": done.worked_s}
-                    run = _with_answers(replace(run, **waiting), answers)
+                    run = with_answers(replace(run, **waiting), answers)
                 else:
                     run = replace(run, steps=(*run.steps, done.step))
             case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED:
@@ -139,7 +140,7 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
     return run, answers
 
 
-def _with_answers(run: Run, answers: Calls, at: datetime | None = None) -> Run:
+def with_answers(run: Run, answers: Calls, at: datetime | None = None) -> Run:
     """Return *run*, which waits, without the questions that have an answer, or expired before *at*."""
     left = answers.still_open(run.position or 0, len(run.steps), run.waiting_for, at)
     return replace(run, waiting_for=left, status=RunStatus.WAITING if left else RunStatus.STARTING)
@@ -233,12 +234,11 @@ def done_after_failure(
     heartbeat = heartbeat or ItemsDone()
     if is_cancelled:
         return heartbeat.for_retry()
-    ended_positions = {ended.position for ended in heartbeat.ended}
-    failing_part = heartbeat.unfinished or next(
-        (part for part in order.parts if part.position not in ended_positions), None
+    failing_part = (
+        next(iter(order.left_after(heartbeat)), None) if heartbeat.unfinished is None else heartbeat.unfinished
     )
     if failing_part is None:  # the worker died after the last item, before it returned
-        return ItemsDone(ended=heartbeat.ended)
+        return heartbeat
     failed = ItemOutcome(
         position=failing_part.position,
         status=outcome.status,
@@ -248,4 +248,4 @@ def done_after_failure(
         completed_at=at,
         steps=failing_part.steps,
     )
-    return ItemsDone(ended=(*heartbeat.ended, failed))
+    return ItemsDone(ended=(*heartbeat.ended, failed), waiting=heartbeat.waiting)
