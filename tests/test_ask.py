@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import time
+from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,10 +26,10 @@ from flock.engine.embedded import EmbeddedEngine
 from flock.errors import CallNotFound, Conflict, InvalidData, RunFailed
 from flock.runs import BatchOptions, Engine, Question, Run, RunContext, RunFilter, RunStatus, Usage, now
 from flock.web.auth import new_key
-from flockapi import create_app
+from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
+from tests.support.cluster import engine_for
 from tests.support.engines import OpenEngine, until, until_run
-from tests.support.flocks import sample_flock
 from tests.support.http import check_problem, client_of, events_in, get, post_run
 from tests.support.models import FakeModel, answer, calling
 from tests.support.servers import Served, flockapi_command, memory_kib, serving
@@ -125,8 +126,10 @@ async def test_a_run_waits_for_the_answer_and_continues_with_it(open_engine: Ope
         ([], "/output"),
     ],
 )
-async def test_an_answer_that_does_not_fit_is_refused_with_a_pointer(output: Any, pointer: str) -> None:
-    async with Refunds().flock.engine() as engine:
+async def test_an_answer_that_does_not_fit_is_refused_with_a_pointer(
+    output: Any, pointer: str, open_engine: OpenEngine
+) -> None:
+    async with open_engine(Refunds().flock) as engine:
         run = await asked(engine, "refund", {"order": "A7"})
         with pytest.raises(InvalidData) as caught:
             await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(output))
@@ -405,6 +408,42 @@ async def test_cancelling_a_batch_cancels_its_waiting_items(open_engine: OpenEng
         assert counts == (RunStatus.CANCELLED, 3, 3, 0)
 
 
+async def test_an_expired_question_of_an_item_fails_it_unless_it_has_a_default(open_engine: OpenEngine) -> None:
+    """A retry of the batch starts the failed item again, and asks again."""
+    flock, executed = Flock(), list[int]()
+
+    async def look(n: int) -> int:
+        executed.append(n)
+        return n
+
+    @flock.agent
+    async def work(n: int, context: RunContext) -> str:
+        await context.call(look, n)
+        default = "nobody" if n == 0 else msgspec.UNSET
+        return await context.ask(f"Who takes {n}?", str, expires_s=1 if len(executed) <= 2 else None, default=default)
+
+    async with open_engine(flock) as engine:
+        batch = await engine.submit_batch("work", [{"n": n} for n in range(2)], BatchOptions())
+        with anyio.fail_after(PATIENCE_S):
+            batch = await engine.wait_batch(batch.batch_id)
+        assert (batch.status, batch.failed_items, batch.waiting_items) == (RunStatus.COMPLETED, 1, 0)
+        given, failed = await engine.get_items(batch.batch_id)
+        assert given.result == json_of({"result": "nobody"})
+        assert (failed.error_type, failed.error) == ("expired", "Nobody answered in time: Who takes 1?")
+        calls = await engine.get_calls(await engine.get_run(given.run_id))
+        assert [(call.kind, call.result) for call in calls[0]] == [
+            ("function", json_of(0)),
+            ("question", json_of("nobody")),
+        ]
+        await engine.retry_batch(batch.batch_id)
+        item = await waiting(engine, failed.run_id)
+        await engine.answer_call(item.run_id, item.waiting_for[0].call_id, json_of("Ann"))
+        with anyio.fail_after(PATIENCE_S):
+            batch = await engine.wait_batch(batch.batch_id)
+        assert (batch.failed_items, sorted(executed)) == (0, [0, 1, 1])
+        assert await result_of(engine, item.run_id) == "Ann"
+
+
 async def test_an_answered_item_of_a_long_batch_does_not_wait_for_the_others(open_engine: OpenEngine) -> None:
     flock, resumed = Flock(), anyio.Event()
 
@@ -558,7 +597,9 @@ async def test_an_agent_that_may_not_be_repeated_may_ask(open_engine: OpenEngine
         (bool, {"default": "yes"}, "does not match its return type: Expected `bool`"),
     ],
 )
-async def test_a_question_that_cannot_be_asked_fails_the_run(type_: Any, options: Any, words: str) -> None:
+async def test_a_question_that_cannot_be_asked_fails_the_run(
+    type_: Any, options: Any, words: str, open_engine: OpenEngine
+) -> None:
     flock = Flock()
 
     @flock.agent
@@ -569,7 +610,7 @@ async def test_a_question_that_cannot_be_asked_fails_the_run(type_: Any, options
     def thread(context: RunContext) -> Any:
         context.ask("Go on?", bool)
 
-    async with flock.engine() as engine:
+    async with open_engine(flock) as engine:
         for name, error in (("work", words), ("thread", "'thread' is not async, so it cannot make calls")):
             run = await engine.submit(name, {})
             run = await engine.wait(run.run_id)
@@ -678,6 +719,20 @@ def test_the_command_without_a_terminal_says_what_to_do(tmp_path: Path) -> None:
 KEYS = {"ann": new_key(), "bob": new_key(), "ops:admin": new_key()}
 
 
+@pytest.fixture(params=["embedded", "temporal"])
+async def engine(request: pytest.FixtureRequest, flock: Flock) -> AsyncIterator[Engine]:
+    """An engine of each kind, because a client cannot tell which one answers."""
+    async with engine_for(request, flock) as made:
+        yield made
+
+
+@pytest.fixture
+async def app(flock: Flock, engine: Engine) -> AsyncIterator[FlockAPI]:
+    made = create_app(flock, engine=engine, auth="host")
+    async with made.lifespan():
+        yield made
+
+
 async def test_a_synchronous_request_is_answered_when_its_run_begins_to_wait(client: httpx.AsyncClient) -> None:
     response = await post_run(client, "approve", {"text": "it"})
     body = response.json()
@@ -688,7 +743,10 @@ async def test_a_synchronous_request_is_answered_when_its_run_begins_to_wait(cli
     assert question.keys() == {"call_id", "question", "schema", "asked_at", "expires_at"}
     assert question["schema"]["properties"]["approved"] == {"type": "boolean"}
     assert (await get(client, path, wait=10))["waiting_for"] == [question]
-    [listed] = (await get(client, "/runs", status="waiting"))["runs"]
+    with anyio.fail_after(PATIENCE_S):
+        while not (runs := (await get(client, "/runs", status="waiting"))["runs"]):
+            pass
+    [listed] = runs
     assert listed["waiting_for"] == [question]
     calls = f"{path}/calls/"
     check_problem(await client.post(calls + "ask:x", json={"output": True}), 404)
@@ -716,8 +774,8 @@ async def test_a_repeated_request_is_answered_with_the_waiting_run(client: httpx
     assert first.json() == second.json()
 
 
-async def test_only_the_owner_and_an_admin_may_answer() -> None:
-    app = create_app(sample_flock(), store=":memory:", api_keys=KEYS)
+async def test_only_the_owner_and_an_admin_may_answer(flock: Flock, engine: Engine) -> None:
+    app = create_app(flock, engine=engine, api_keys=KEYS)
     async with app.lifespan(), client_of(app) as client:
 
         async def send(name: str, method: str, path: str, body: Any = None) -> httpx.Response:
@@ -731,8 +789,8 @@ async def test_only_the_owner_and_an_admin_may_answer() -> None:
             assert (await send(answerer, "POST", path, body)).status_code == 200
 
 
-async def test_the_events_show_that_a_run_waits_and_then_go_on() -> None:
-    app = create_app(sample_flock(), store=":memory:")
+async def test_the_events_show_that_a_run_waits_and_then_go_on(flock: Flock, engine: Engine) -> None:
+    app = create_app(flock, engine=engine, auth="host")
     async with Served(app) as served, httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as client:
         run = (await post_run(client, "approve", {"text": "it"})).json()
         path, question, lines = f"/run/{run['run_id']}", run["waiting_for"][0], list[str]()

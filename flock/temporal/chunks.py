@@ -164,9 +164,11 @@ class Chunk:
         for ended in done.ended:
             self._apply_end(ended)
         for part in done.waiting:
-            item = replace(
-                self._started(part), status=RunStatus.WAITING, waiting_for=part.questions, worked_s=part.worked_s
-            )
+            waiting = {"status": RunStatus.WAITING, "waiting_for": part.questions, "worked_s": part.worked_s}
+            item = replace(self._started(part), **waiting)
+            if item.cancel_requested and at is not None:
+                self.items[part.position] = _cancelled(item, at)
+                continue
             self.items[part.position] = item
             self._waiting.add(part.position)
             self._answer([part.position], answers, None)
