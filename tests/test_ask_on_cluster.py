@@ -15,7 +15,7 @@ from flock.errors import CallError, Conflict, EngineFull, TooLarge
 from flock.runs import BatchOptions, Run, RunContext, RunStatus, new_id
 from flock.temporal import TemporalEngine, batchflows, items
 from flock.temporal.engine import MAX_INPUT_BYTES
-from flock.temporal.messages import run_workflow_id
+from flock.temporal.messages import chunk_workflow_id, run_workflow_id
 from tests.support import PATIENCE_S
 from tests.support.cluster import on_temporal
 from tests.support.engines import OpenEngine, ended, until, until_run
@@ -207,12 +207,13 @@ async def test_an_answered_item_gets_the_only_lane_before_the_other_items_have_e
     assert sorted(ended_items) == list(range(60))
 
 
+@pytest.mark.parametrize("factor", [100, 1])
 async def test_waiting_items_of_many_chunks_keep_their_answers_in_new_histories(
-    monkeypatch: pytest.MonkeyPatch, temporal_address: str
+    factor: int, monkeypatch: pytest.MonkeyPatch, temporal_address: str
 ) -> None:
-    """Each chunk continues as new while its items wait, and after some of them were answered."""
+    """Chunks continue as new while their items wait. In a batch with a long history, they keep their lanes."""
     monkeypatch.setattr(batchflows, "MAX_EVENTS", 40)
-    monkeypatch.setattr(batchflows, "IDLE_FACTOR", 100)
+    monkeypatch.setattr(batchflows, "IDLE_FACTOR", factor)
     flock = Flock("histories")
 
     @flock.agent
@@ -232,6 +233,9 @@ async def test_waiting_items_of_many_chunks_keep_their_answers_in_new_histories(
                 await _all_ask_again(engine, batch.batch_id)
         batch = await ended(engine, batch)
         found = await engine.get_items(batch.batch_id)
+        assert isinstance(engine, TemporalEngine)
+        history = await engine.cluster.history_of(chunk_workflow_id(batch.batch_id, 0, 1))
+    assert history[0].workflow_execution_started_event_attributes.continued_execution_run_id
     assert [(item.status, item.result) for item in found] == [
         (RunStatus.COMPLETED, json_of({"result": f"{n} {n} {n}"})) for n in range(60)
     ]
