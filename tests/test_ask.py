@@ -406,6 +406,15 @@ async def test_cancelling_a_batch_cancels_its_waiting_items(open_engine: OpenEng
             batch = await engine.wait_batch(batch.batch_id)
         counts = (batch.status, batch.completed_items, batch.cancelled_items, batch.waiting_items)
         assert counts == (RunStatus.CANCELLED, 3, 3, 0)
+        first, *others = await engine.get_items(batch.batch_id)
+        assert (first.error, first.error_type) == ("The run was cancelled.", "cancelled")
+        await engine.retry_run(first.run_id)
+        run = await waiting(engine, first.run_id)
+        assert (await engine.get_items(batch.batch_id))[1:] == others
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(True))
+        with anyio.fail_after(PATIENCE_S):
+            batch = await engine.wait_batch(batch.batch_id)
+        assert (batch.status, batch.cancelled_items, batch.waiting_items) == (RunStatus.COMPLETED, 2, 0)
 
 
 async def test_an_expired_question_of_an_item_fails_it_unless_it_has_a_default(open_engine: OpenEngine) -> None:

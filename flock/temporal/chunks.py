@@ -147,6 +147,7 @@ class Chunk:
         for position, item in self.items.items():
             if not item.status.is_final:
                 self.items[position] = _cancelled(item, at)
+        self._waiting.clear()
 
     def _answer(self, positions: Iterable[int], answers: Calls, at: datetime | None) -> None:
         """Remove the questions of waiting items that have an answer, or that expired before *at*."""

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -384,22 +383,26 @@ class TemporalEngine(EngineBase):
             return run, None if run.batch_id is not None else self._handle(run_id, run.attempt)
 
         self._check_entered()
-        return await self._wait(read, self._handle(run_id, 1) if ID.fullmatch(run_id) else None, timeout_s)
+        may_ask = any(agent.may_ask for agent in self._agents.values())
+        handle = self._handle(run_id, 1) if ID.fullmatch(run_id) else None
+        return await self._wait(read, handle, timeout_s, waits=0 if may_ask else None)
 
     async def _wait(
         self,
         read: Callable[[], Awaitable[tuple[Record, WorkflowHandle[Any, Any] | None]]],
         handle: WorkflowHandle[Any, Any] | None,
         timeout_s: float | None,
+        waits: int | None = None,
     ) -> Record:
         """Return the record from *read* when it is not active, or the current one after *timeout_s*.
 
         Args:
             read: returns the record, and the workflow to wait for.
             handle: the workflow to wait for before the first call of *read*.
+            waits: see ``_until_change``.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        record, followed, waits = None, None, 0
+        record, followed = None, None
         self._waiting += 1
         try:
             while True:
@@ -407,7 +410,7 @@ class TemporalEngine(EngineBase):
                 if record is not None and left_s is not None and left_s <= 0:
                     return record
                 if handle is not None and (left_s is None or left_s > 0):
-                    waits = waits if handle.id == followed else 0
+                    waits = waits if handle.id == followed or waits is None else 0
                     followed, waits = handle.id, await self._until_change(handle, left_s, waits)
                 elif record is not None:  # an item has no workflow of its own
                     await asyncio.sleep(POLL_INTERVAL_S if left_s is None else min(left_s, POLL_INTERVAL_S))
@@ -421,14 +424,19 @@ class TemporalEngine(EngineBase):
             if not self._waiting:
                 self._no_waiters.set()
 
-    async def _until_change(self, handle: WorkflowHandle[Any, Any], timeout_s: float | None, waits: int = 0) -> int:
-        """Wait until a workflow is closed, or begins to wait for answers after the event *waits*, at most *timeout_s*.
+    async def _until_change(
+        self, handle: WorkflowHandle[Any, Any], timeout_s: float | None, waits: int | None = None
+    ) -> int | None:
+        """Wait until a workflow is closed, at most *timeout_s*.
 
-        Returns: the event that it waits, or *waits*. Raises EngineStopped, StoreError.
+        Args:
+            waits: if given, also until the run begins to wait for answers, after the event with this id. It takes more
+                requests, so it is only for runs that may ask.
+
+        Returns: the id of the event, or *waits*. Raises EngineStopped, StoreError.
         """
-        may_ask = any(agent.may_ask for agent in self._agents.values())
         following = asyncio.create_task(  # the next read reports a missing workflow
-            self.cluster.until_waiting(handle.id, waits) if may_ask else self.cluster.until_closed(handle.id)
+            self.cluster.until_closed(handle.id) if waits is None else self.cluster.until_waiting(handle.id, waits)
         )
         woken = asyncio.create_task(self._wake_waiters.wait())
         try:
@@ -453,7 +461,7 @@ class TemporalEngine(EngineBase):
                 async with self.cluster.rpc_scope():
                     await self._handle(run_id, run.attempt).cancel()
                 if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
-                    await self._until_change(self._handle(run_id, run.attempt), CANCEL_WAIT_S, sys.maxsize)
+                    await self._until_change(self._handle(run_id, run.attempt), CANCEL_WAIT_S)
         run = await self.get_run(run_id)
         if conflict := not_cancelled(run):
             raise conflict

@@ -73,8 +73,8 @@ async def newest_first(
     conditions, after = [query], wanted.after
     if wanted.status is not None and isinstance(wanted, RunFilter):
         conditions.append(f"ExecutionStatus IN ({EXECUTION_STATUS[wanted.status]})")
-        if wanted.status is RunStatus.WAITING:
-            conditions.append(IS_WAITING)
+        if not wanted.status.is_final:
+            conditions.append(IS_WAITING if wanted.status is RunStatus.WAITING else f"{STATUS.name} IS NULL")
     elif wanted.status is not None:  # the workflow of a batch completes, whatever the status of the batch is
         conditions.append(f"ExecutionStatus {'!=' if wanted.status.is_final else '='} 'Running'")
     if wanted.agent_name is not None:
