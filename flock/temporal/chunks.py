@@ -130,8 +130,9 @@ class Chunk:
                     self.close(at)
         for order, done in orders.heartbeats(pending):
             self._apply(order, done, None, answers)
-        for position, done_calls in calls.items():  # a retry replaces those of the failed step
-            self.calls.setdefault(position, {}).update(by_step(done_calls, answers, position))
+        for position in calls.keys() | {answer.item for answer in answers.all()}:
+            found = by_step(calls.get(position, ()), answers, position)
+            self.calls.setdefault(position, {}).update(found)  # a retry replaces those of the failed step
 
     def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
         """Note a request to cancel items. If *at* is given, they were waiting, and ended at that time."""
