@@ -38,6 +38,7 @@ TIMEOUT.connect = TIMEOUT.read = TIMEOUT.write = TIMEOUT.pool = PATIENCE_S
 #: Modules whose tests are all in one lane, with the package that they need if ``.[test]`` does not install it.
 LANES = {
     "test_a_long_batch.py": ("slow", None),
+    "test_ask_on_cluster.py": ("cluster", "temporalio"),
     "test_attacks.py": ("slow", None),
     "test_attacks_on_runs.py": ("slow", None),
     "test_batch_command.py": ("slow", None),

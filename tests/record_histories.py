@@ -10,11 +10,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flock.runs import BatchOptions, RunStatus
+import msgspec
+
+from flock.core import Flock
+from flock.runs import BatchOptions, Run, RunContext, RunStatus
 from flock.temporal import TemporalEngine
 from flock.temporal.messages import batch_workflow_id, chunk_workflow_id, run_workflow_id, session_workflow_id
 from tests.support.cluster import engine_with_worker, temporal_server
-from tests.support.engines import ended, until
+from tests.support.engines import ended, until, until_run
 from tests.support.flocks import Work, numbers
 from tests.support.servers import free_port
 
@@ -62,6 +65,56 @@ async def record_sessions(engine: TemporalEngine, work: Work) -> None:
     await record(engine, "session", session_workflow_id(runs[0]))
 
 
+def asking_flock() -> Flock:
+    flock = Flock("recorded")
+
+    @flock.agent
+    async def ask(n: int, context: RunContext) -> str:
+        if n in (2, 3):
+            default = "nobody" if n == 2 else msgspec.UNSET
+            return await context.ask("Colour?", str, expires_s=1, default=default)
+        if n % 20:
+            return await context.ask("Colour?", str, expires_s=900)
+        return f"{n} {await asyncio.gather(context.ask('Colour?', str), context.ask('Size?', str))}"
+
+    return flock
+
+
+async def answered(engine: TemporalEngine, run_id: str) -> Run:
+    """Answer all questions of a run, and return it when it has ended."""
+    run = await engine.wait(run_id)
+    for question in run.waiting_for:
+        await engine.answer_call(run_id, question.call_id, msgspec.Raw(b'"red"'))
+    return await engine.wait(run_id)
+
+
+async def record_questions(engine: TemporalEngine) -> None:
+    runs = [await engine.submit("ask", {"n": n}, session_id="s") for n in (0, 1, 2, 3)]
+    for run in runs[:2]:
+        await answered(engine, run.run_id)
+    for run in runs[2:]:
+        await until_run(engine, run.run_id, lambda run: run.status.is_final)
+    names = ("with-two-answers", "with-an-answer", "with-a-default", "since-a-question-expired")
+    for name, run in zip(names, runs, strict=True):
+        status = (await engine.get_run(run.run_id)).status
+        await record(engine, f"{status}-{name}", run_workflow_id(run.run_id, 1))
+    await record(engine, "session-with-runs-that-ask", session_workflow_id(runs[0]))
+
+    batch = await engine.submit_batch("ask", numbers(45), BatchOptions(max_workers=2))
+    while batch.completed_items + batch.waiting_items < 45 or batch.completed_items < 2:
+        await asyncio.sleep(0.1)
+        batch = await engine.get_batch(batch.batch_id)
+    for item in await engine.get_items(batch.batch_id, statuses=[RunStatus.WAITING]):
+        if item.position == 44:
+            await engine.cancel_run(item.run_id)
+        else:
+            await answered(engine, item.run_id)
+    batch = await ended(engine, batch)
+    await record(engine, "batch-completed-with-questions", batch_workflow_id(batch.batch_id, 1))
+    await record(engine, "chunk-completed-19-failed-1-with-questions", chunk_workflow_id(batch.batch_id, 0, 1))
+    await record(engine, "chunk-completed-4-cancelled-1-with-questions", chunk_workflow_id(batch.batch_id, 2, 1))
+
+
 async def main() -> None:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder, temporal_server(Path(folder) / "temporal.db", port):
@@ -69,6 +122,8 @@ async def main() -> None:
             work = Work("recorded")
             async with engine_with_worker(f"127.0.0.1:{port}", work.flock) as engine, engine:
                 await record_all(engine, work)
+        async with engine_with_worker(f"127.0.0.1:{port}", asking_flock()) as engine, engine:
+            await record_questions(engine)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from flock.core import Flock
 from flock.errors import InvalidData
 from flock.runs import Question, RunStatus
 from tests.support import PATIENCE_S
+from tests.support.engines import OpenEngine
 from tests.support.models import FakeModel, answer, calling, usage_of_gpt_4o
 from tests.support.servers import serving
 from tests.test_ask import asked, json_of, waiting
@@ -93,9 +94,11 @@ async def test_a_person_allows_denies_or_changes_a_call(
         ),
     ],
 )
-async def test_an_answer_that_does_not_fit_is_refused(output: Any, pointers: list[str], model: FakeModel) -> None:
+async def test_an_answer_that_does_not_fit_is_refused(
+    output: Any, pointers: list[str], model: FakeModel, open_engine: OpenEngine
+) -> None:
     model.replies = [PAY]
-    async with asking(Till()).engine(transport=model.transport) as engine:
+    async with open_engine(asking(Till()), transport=model.transport) as engine:
         run = await asked(engine, "ask", {"q": "?"})
         with pytest.raises(InvalidData) as caught:
             await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(output))
@@ -103,7 +106,7 @@ async def test_an_answer_that_does_not_fit_is_refused(output: Any, pointers: lis
         await engine.cancel_run(run.run_id)
 
 
-async def test_a_function_of_the_arguments_decides(model: FakeModel) -> None:
+async def test_a_function_of_the_arguments_decides(model: FakeModel, open_engine: OpenEngine) -> None:
     """Calls of the same reply that need no approval are made first. Each call has a question of its own."""
     till = Till()
     model.replies = [
@@ -115,7 +118,8 @@ async def test_a_function_of_the_arguments_decides(model: FakeModel) -> None:
         ),
         answer({"a": "done"}),
     ]
-    async with asking(till, lambda amount, order: amount > 10).engine(transport=model.transport) as engine:
+    flock = asking(till, lambda amount, order: amount > 10)
+    async with open_engine(flock, transport=model.transport) as engine:
         run = await asked(engine, "ask", {"q": "?"}, count=2)
         assert till.paid == [5]
         first, second = run.waiting_for
@@ -154,10 +158,10 @@ async def test_a_program_answers_in_place_of_a_person(model: FakeModel) -> None:
     assert (run.status, till.paid, len(questions)) == (RunStatus.COMPLETED, [40], 1)
 
 
-async def test_the_history_of_a_run_that_waited_has_no_later_turns(model: FakeModel) -> None:
+async def test_the_history_of_a_run_that_waited_has_no_later_turns(model: FakeModel, open_engine: OpenEngine) -> None:
     flock = flock_of(Tool(Till().refund, needs_approval=True), history=5)
     model.replies = [PAY, answer({"a": "later"}), answer({"a": "done"})]
-    async with flock.engine(transport=model.transport) as engine:
+    async with open_engine(flock, transport=model.transport) as engine:
         run = await asked(engine, "ask", {"q": "first"}, session_id="s")
         later = await engine.submit("ask", {"q": "second"}, session_id="s")
         assert (await engine.wait(later.run_id)).status is RunStatus.COMPLETED

@@ -33,6 +33,7 @@ from tests.support.engines import OpenEngine, all_items, ended
 from tests.support.http import client_of, get, post_run, wait_for, wait_until
 from tests.support.models import FakeModel, answer, as_json, calling, usage_of_gpt_4o
 from tests.support.servers import Served, flockapi_command, running
+from tests.test_ask import json_of, waiting
 
 pytestmark = pytest.mark.anyio
 
@@ -412,6 +413,124 @@ async def test_a_batch_of_free_agents_writes_no_more_than_before(tmp_path: Path)
     assert len(updates) <= 1000, "an item is written once"
     assert not [text for text in statements if "usage" in text.partition("WHERE")[0] and "batches SET" in text]
     assert not [text for text in statements if text.startswith("SELECT spent")]
+
+
+# Questions
+
+
+def asking() -> Flock:
+    """A flock with an agent that calls a model, asks a person if the text says so, and calls the model again."""
+    flock = measuring()
+
+    @flock.agent
+    async def check(text: str, context: RunContext) -> int:
+        length: int = (await context.run_agent("measure", {"text": text}))["length"]
+        if text == "plain":
+            return length
+        expires_s = 0.5 if text == "expires" else 900
+        if await context.ask(f"Is it {length}?", bool, expires_s=expires_s):
+            return length
+        return int((await context.run_agent("measure", {"text": f"{text} again"}))["length"])
+
+    return flock
+
+
+async def test_what_a_run_spent_before_a_question_counts_after_the_answer(
+    open_engine: OpenEngine, model: FakeModel
+) -> None:
+    model.replies = [answer({"length": 1})]
+    async with open_engine(asking(), transport=model.transport) as engine:
+        run_id = (await engine.submit("check", {"text": "a"}, max_cost=0.00005)).run_id
+        run = await waiting(engine, run_id)
+        assert (run.usage, run.max_cost) == (usage_of_gpt_4o(10, 5), 0.00005)
+        await engine.answer_call(run_id, run.waiting_for[0].call_id, json_of(False))
+        run = await finish(engine, run_id)
+        assert (run.status, run.error_type) == (RunStatus.FAILED, "cost_limit"), run.error
+        assert run.usage == usage_of_gpt_4o(10, 5)
+        model.replies = [answer({"length": 1}), answer({"length": 2})]
+        await engine.retry_run(run_id, max_cost=1)
+        run = await waiting(engine, run_id)
+        assert run.usage == usage_of_gpt_4o(20, 10)
+        await engine.answer_call(run_id, run.waiting_for[0].call_id, json_of(False))
+        run = await finish(engine, run_id)
+        assert (run.status, run.usage) == (RunStatus.COMPLETED, usage_of_gpt_4o(30, 15))
+    assert len(model.requests) == 3
+
+
+async def items_waiting(engine: Engine, batch_id: str, count: int) -> list[Run]:
+    """Return the items of a batch that wait, when there are *count* of them."""
+    with anyio.fail_after(PATIENCE_S):
+        while len(found := await engine.get_items(batch_id, statuses=[RunStatus.WAITING])) != count:  # noqa: ASYNC110
+            await anyio.sleep(0.05)
+    return list(found)
+
+
+async def test_an_item_that_waits_is_counted_once(open_engine: OpenEngine, model: FakeModel) -> None:
+    """Whether it is answered, cancelled or expires, and also in the next attempt of its batch."""
+    model.replies = [answer({"length": 1})] * 4
+    async with open_engine(asking(), transport=model.transport) as engine:
+        items = [{"text": text} for text in ("answered", "cancelled", "expires")]
+        batch = await engine.submit_batch("check", items, BatchOptions(max_workers=3))
+        await until_failed(engine, batch.batch_id)
+        answered, cancelled = await items_waiting(engine, batch.batch_id, 2)
+        assert (answered.usage, cancelled.usage) == (usage_of_gpt_4o(10, 5), usage_of_gpt_4o(10, 5))
+        await until_usage(engine, batch.batch_id, usage_of_gpt_4o(30, 15))
+        await engine.cancel_run(cancelled.run_id)
+        await engine.answer_call(answered.run_id, answered.waiting_for[0].call_id, json_of(False))
+        batch = await ended(engine, batch)
+        assert batch.usage == usage_of_gpt_4o(40, 20)
+        assert [(item.status, item.usage) for item in await all_items(engine, batch)] == [
+            (RunStatus.COMPLETED, usage_of_gpt_4o(20, 10)),
+            (RunStatus.CANCELLED, usage_of_gpt_4o(10, 5)),
+            (RunStatus.FAILED, usage_of_gpt_4o(10, 5)),
+        ]
+        model.replies = [answer({"length": 1})]
+        await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED])
+        (item,) = await items_waiting(engine, batch.batch_id, 1)
+        assert item.usage == usage_of_gpt_4o(20, 10)
+        await until_usage(engine, batch.batch_id, usage_of_gpt_4o(50, 25))
+        await engine.answer_call(item.run_id, item.waiting_for[0].call_id, json_of(True))
+        batch = await ended(engine, batch)
+        assert batch.usage == usage_of_gpt_4o(50, 25)
+        assert (await all_items(engine, batch))[1].usage == usage_of_gpt_4o(20, 10)
+    assert len(model.requests) == 5
+
+
+async def until_failed(engine: Engine, batch_id: str) -> None:
+    with anyio.fail_after(PATIENCE_S):
+        while not await engine.get_items(batch_id, statuses=[RunStatus.FAILED]):  # noqa: ASYNC110
+            await anyio.sleep(0.05)
+
+
+async def until_usage(engine: Engine, batch_id: str, usage: Usage) -> None:
+    with anyio.fail_after(PATIENCE_S):
+        while (now := (await engine.get_batch(batch_id)).usage) != usage:
+            assert now is None or now.input_tokens < usage.input_tokens, "something was counted twice"
+            await anyio.sleep(0.05)
+
+
+async def test_items_that_wait_are_cancelled_when_max_cost_is_spent(open_engine: OpenEngine, model: FakeModel) -> None:
+    """What they have spent counts. On a cluster, the item is in another chunk than those that spend the rest."""
+    model.replies, count = [answer({"length": 1})] * 22, 24
+    async with open_engine(asking(), transport=model.transport) as engine:
+        items = [{"text": "plain" if n else "a"} for n in range(count)]
+        options = BatchOptions(max_workers=1, max_cost=22 * 0.000075)
+        batch = await ended(engine, await engine.submit_batch("check", items, options))
+        assert (batch.status, batch.error_type) == (RunStatus.FAILED, "cost_limit")
+        assert (batch.usage, batch.waiting_items) == (usage_of_gpt_4o(220, 110), 0)
+        found = await all_items(engine, batch)
+        assert (found[0].status, found[0].error_type) == (RunStatus.CANCELLED, "cost_limit")
+        assert found[0].usage == usage_of_gpt_4o(10, 5)
+        assert Counter((item.status, item.error_type) for item in found) == {
+            (RunStatus.COMPLETED, None): 21,
+            (RunStatus.CANCELLED, "cost_limit"): 3,
+        }
+        model.replies = [answer({"length": 1})] * 3
+        await engine.retry_batch(batch.batch_id, max_cost=1)
+        (item,) = await items_waiting(engine, batch.batch_id, 1)
+        await engine.answer_call(item.run_id, item.waiting_for[0].call_id, json_of(True))
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.usage) == (RunStatus.COMPLETED, usage_of_gpt_4o(250, 125))
 
 
 # The API

@@ -1129,7 +1129,8 @@ async def test_recorded_histories_can_be_replayed(path: Path) -> None:
         given = history.events[-1].workflow_execution_completed_event_attributes.result.payloads[0]
         found = decoded(given, Counts)
         counts = {"completed": found.completed, "failed": found.failed, "cancelled": found.cancelled}
-        assert rest == "-".join(f"{status}-{count}" for status, count in counts.items() if count)
+        expected = "-".join(f"{status}-{count}" for status, count in counts.items() if count)
+        assert rest.partition("-with-")[0] == expected
     elif kind != "session":
         assert path.stem.startswith(run_of(history.events).status.value)
 

@@ -113,6 +113,7 @@ class Agent:
     Attributes:
         output_names: the fields of its output, and first the one that is written if no field is named.
         uses_context: whether a turn may make calls, report progress or use tokens. A function without a context cannot.
+        may_ask: whether a turn may ask a person. A model without tools cannot.
 
     Args:
         name: unique in its flock. It consists of letters, digits, ``_``, ``-`` and ``.``, because it is part of URLs.
@@ -129,6 +130,7 @@ class Agent:
     """
 
     uses_context = True
+    may_ask = True
 
     def __init__(
         self,
@@ -353,6 +355,7 @@ class ModelAgent(Agent):
         self.instructions = instructions
         self.history = history
         self.tools = [_tool_of(tool) for tool in tools]
+        self.may_ask = bool(tools)
         by_name([tool for tool in self.tools if isinstance(tool, Tool)])
         self.max_tool_calls = max_tool_calls
         self.tool_timeout_s = tool_timeout_s
@@ -534,7 +537,7 @@ class FunctionAgent(Agent):
         self._is_async = is_async(function)
         self._parameters = [field.name for field in self.input.fields]
         self._context_parameter = context_parameter(function)
-        self.uses_context = self._context_parameter is not None
+        self.uses_context = self.may_ask = self._context_parameter is not None
         self._is_generator = is_generator(function)
         if self._is_generator:
             self._is_async, self.uses_context = is_generator(function, is_async=True), True

@@ -91,6 +91,8 @@ class ActiveRun:
     has_calls = False
     #: Seconds of ``queue_timeout_s`` that have already passed in another process.
     queued_s = 0.0
+    #: Seconds of the attempt that are not part of ``timeout_s``, because it waited for answers in another process.
+    waited_s = 0.0
 
     def __init__(
         self, run: Run, timeout_s: float, *, is_again: bool = False, queue_timeout_s: float | None = None
@@ -231,7 +233,7 @@ class Turns:
                 started_at = run.started_at if run.worked_s else active.started_at
                 run = replace(run, status=RunStatus.RUNNING, started_at=started_at)
             elif run.started_at is not None:
-                spent_s = (now() - run.started_at).total_seconds()
+                spent_s = (now() - run.started_at).total_seconds() - active.waited_s
             if active.scope.deadline == math.inf:
                 active.scope.deadline = anyio.current_time() + active.timeout_s - spent_s
             if is_start:

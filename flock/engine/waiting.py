@@ -7,17 +7,17 @@ import logging
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
 
 import msgspec
+from msgspec import UnsetType
 from msgspec.structs import replace
 
-from flock.agents.questions import ASK, check_answer, question_json
 from flock.engine import queries, statements
+from flock.engine.answers import answer_of, is_expired, question_for
 from flock.engine.outcomes import Outcome, expiry_of
 from flock.engine.rows import Damaged, call_values, micros, waiting_values
-from flock.errors import CallNotFound, Conflict, RunNotFound
-from flock.runs import Call, Run, RunStatus
+from flock.errors import RunNotFound
+from flock.runs import Run, RunStatus
 
 __all__ = ["answer", "end", "expire", "suspend"]
 
@@ -42,17 +42,13 @@ def answer(db: sqlite3.Connection, run_id: str, call_id: str, output: msgspec.Ra
     run = queries.find_run(db, run_id)
     if run is None:
         raise RunNotFound(run_id)
-    question = next((open_ for open_ in run.waiting_for if open_.call_id == call_id), None)
-    if question is None:
+
+    def find_answer() -> bytes | None:
         row = db.execute(statements.FIND_ANSWER, (run_id, call_id, len(run.steps), run.tries)).fetchone()
-        if row is None:
-            raise CallNotFound(run_id, call_id)
-        if _normal(row[0]) != _normal(output):
-            raise Conflict(f"The question {call_id!r} of the run {run_id} has already been answered otherwise.")
+        return None if row is None else row[0]
+
+    if question_for(run, call_id, output, find_answer) is None:
         return run
-    if run.status is not RunStatus.WAITING:
-        raise Conflict(f"The run {run_id} is {run.status}, so its question {call_id!r} can no longer be answered.")
-    check_answer(question, output)
     queries.check_engine(db, owner)
     return _continue(db, run, {call_id: output}, owner, at)
 
@@ -73,8 +69,8 @@ def expire(
             continue
         if run is None or run.status is not RunStatus.WAITING:
             continue
-        expired = [open_ for open_ in run.waiting_for if open_.expires_at is not None and open_.expires_at <= at]
-        defaults = {open_.call_id: open_.default for open_ in expired if open_.default is not msgspec.UNSET}
+        expired = [open_ for open_ in run.waiting_for if is_expired(open_, at)]
+        defaults = {open_.call_id: open_.default for open_ in expired if not isinstance(open_.default, UnsetType)}
         unanswered = next((open_ for open_ in expired if open_.call_id not in defaults), None)
         if unanswered is not None:
             end(db, run, expiry_of(unanswered), at)
@@ -94,19 +90,11 @@ def end(db: sqlite3.Connection, run: Run, outcome: Outcome, at: datetime) -> boo
     return is_ended
 
 
-def _continue(db: sqlite3.Connection, run: Run, answers: Mapping[str, Any], owner: str, at: datetime) -> Run:
+def _continue(db: sqlite3.Connection, run: Run, answers: Mapping[str, msgspec.Raw], owner: str, at: datetime) -> Run:
     """Write *answers* to the journal. If no question is left, the run can be started. Returns the new record."""
     for question in run.waiting_for:
         if question.call_id in answers:
-            call = Call(
-                call_id=question.call_id,
-                name=ASK,
-                kind="question",
-                arguments=question_json(question.question),
-                result=answers[question.call_id],
-                started_at=question.asked_at,
-                completed_at=at,
-            )
+            call = answer_of(question, answers[question.call_id], at)
             db.execute(statements.INSERT_CALL, call_values(run, len(run.steps), call))
     left = tuple(question for question in run.waiting_for if question.call_id not in answers)
     if left:
@@ -117,8 +105,3 @@ def _continue(db: sqlite3.Connection, run: Run, answers: Mapping[str, Any], owne
     changed = queries.find_run(db, run.run_id)
     assert changed is not None, "it was just written"
     return changed
-
-
-def _normal(value: bytes | msgspec.Raw) -> bytes:
-    """Return JSON in a form that is equal for equal values."""
-    return msgspec.json.encode(msgspec.json.decode(value), order="deterministic")

@@ -287,13 +287,15 @@ class TemporalBatches:
         if state.batch.status.is_final:
             return state
         at_work = state.memo_value("at_work", list[int], [])
-        ended = sum(await asyncio.gather(*(self._ended_of(batch_id, chunk, attempt) for chunk in at_work)), Counts())
+        of_chunks = await asyncio.gather(*(self._counts_of(batch_id, chunk, attempt) for chunk in at_work))
+        ended = sum(of_chunks, state.memo_value("idle", Counts, Counts()))
         batch, reported = state.batch, self._last_reported.pop((batch_id, attempt), state.batch)
         state.batch = self._last_reported[batch_id, attempt] = replace(
             batch,
             completed_items=max(batch.completed_items + ended.total, reported.completed_items),
             failed_items=max(batch.failed_items + ended.failed, reported.failed_items),
             cancelled_items=max(batch.cancelled_items + ended.cancelled, reported.cancelled_items),
+            waiting_items=ended.waiting,
             usage=latest(added(batch.usage, ended.usage), reported.usage),
         )
         if len(self._last_reported) > BATCH_CACHE_SIZE:
@@ -302,8 +304,8 @@ class TemporalBatches:
             _closed_from_outside(state, info)
         return state
 
-    async def _ended_of(self, batch_id: str, chunk: int, attempt: int) -> Counts:
-        """Count the items of a running chunk that have ended."""
+    async def _counts_of(self, batch_id: str, chunk: int, attempt: int) -> Counts:
+        """Count the items of a running chunk that have ended or wait for answers."""
         handle = self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, attempt))
         try:
             async with self._cluster.rpc_scope():
@@ -398,6 +400,13 @@ class TemporalBatches:
         except (BatchNotFound, RPCError):  # its histories were deleted
             return {}
         return read.calls.get(position, {})
+
+    async def chunk_of(self, run_id: str) -> WorkflowHandle[Any, Any]:
+        """Return the workflow that runs an item. Raises BatchNotFound."""
+        batch_id, position = parse_item_id(run_id)
+        batch = await self.get(batch_id)
+        chunk = bisect.bisect_right((await self._order(batch)).starts, position) - 1
+        return self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, batch.attempt))
 
     async def page(self, wanted: BatchFilter) -> Page[Batch]:
         """See ``Engine.list_batches``."""

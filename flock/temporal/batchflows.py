@@ -8,7 +8,7 @@ code must be deterministic.
 import asyncio
 import contextlib
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from itertools import islice
@@ -28,12 +28,14 @@ from temporalio.exceptions import (
     TimeoutError,
 )
 
+from flock.engine.answers import is_expired
 from flock.engine.outcomes import (
     BATCH_CANCELLED,
     CANCELLED_BEFORE_START,
     COST_LIMIT,
     Outcome,
     cost_limit_of,
+    expiry_of,
     none_completed,
 )
 from flock.runs import DOLLAR, RunStatus, Usage, added, is_spent
@@ -44,12 +46,15 @@ from flock.temporal.messages import (
     DELETE_ACTIVITY,
     DELETE_WORKFLOW,
     FIND_ACTIVITY,
+    IDLE_SIGNAL,
     ITEMS_ACTIVITY,
+    RESUME_SIGNAL,
     ROWS_WORKFLOW,
     STOP_SIGNAL,
     TASK_TIMEOUT,
     BatchOrder,
     Calls,
+    ChunkIdle,
     ChunkOrder,
     Counts,
     DeleteOrder,
@@ -57,13 +62,12 @@ from flock.temporal.messages import (
     ItemsOrder,
     Part,
     RowsOrder,
-    batch_workflow_id,
     chunk_workflow_id,
     items_queue_of,
     recoded,
 )
 from flock.temporal.records import GIVEN_UP, done_after_failure, outcome_of_failure
-from flock.temporal.workflows import NO_LIMIT, RETRIES, CallKeeper
+from flock.temporal.workflows import NO_LIMIT, RETRIES, CallKeeper, time_to_expiry
 
 __all__ = ["FlockBatch", "FlockChunk", "FlockDelete", "FlockRows"]
 
@@ -74,6 +78,9 @@ MAX_LANES = 1000
 #: A workflow continues as new after this many events or bytes of history, a tenth of what the cluster takes.
 MAX_EVENTS = 5_000
 MAX_BYTES = 5_000_000
+#: The workflow of a batch continues as new only when no chunk is running. If one waits for answers, the others need not
+#: wait for it until the history is this many times longer.
+IDLE_FACTOR = 8
 #: Bytes of completed steps in the orders of one workflow task, or in the state for continue-as-new. The cluster takes
 #: 2 MiB at once, and 4 MiB in one workflow task. The rest is scheduled after NEXT_TASK_DELAY.
 MAX_STEP_BYTES = 1_600_000
@@ -121,6 +128,20 @@ class FlockBatch(_Interruptible):
         self._spent_in: dict[int, Usage] = {}
         self._is_stopping = False
         self._signals: set[asyncio.Task[None]] = set()
+        #: chunks without lanes, by number, in the order in which they became idle
+        self._idle: dict[int, ChunkIdle] = {}
+        #: how often each chunk got lanes after it was idle
+        self._grants: Counter[int] = Counter()
+        #: chunks that have to give their lanes to items that got an answer
+        self._yielding: set[int] = set()
+
+    @workflow.signal(name=IDLE_SIGNAL)
+    def chunk_idle(self, idle: ChunkIdle) -> None:
+        """Take back the lanes of a chunk."""
+        if idle.chunk in self._lanes and idle.grants == self._grants[idle.chunk]:
+            self._idle[idle.chunk] = idle
+            self._lanes[idle.chunk] = 0
+            self._yielding.discard(idle.chunk)
 
     @workflow.signal(name="cancel_item")
     def cancel_item(self, position: int) -> None:
@@ -161,11 +182,11 @@ class FlockBatch(_Interruptible):
             if not self._chunks:
                 break
             self._update_memo()
-            known = len(self._cancelled)
+            known, idle = len(self._cancelled), dict(self._idle)
             await self._until(
                 lambda: (
                     self._has_ended()
-                    or len(self._cancelled) != known  # noqa: B023 - awaited here
+                    or (len(self._cancelled), self._idle) != (known, idle)  # noqa: B023 - awaited here
                     or (self._is_spent and not self._is_stopping)
                 )
             )
@@ -212,8 +233,9 @@ class FlockBatch(_Interruptible):
         options = self._batch.options
         lanes = min(options.max_workers, MAX_LANES) if options.parallel else 1
         free = lanes - sum(self._lanes.values())
-        room = min(lanes, CHUNKS_AT_ONCE) - len(self._chunks)
-        is_long = _is_long()
+        free = self._resume_chunks(free)
+        room = min(lanes, CHUNKS_AT_ONCE) - len(self._chunks) + len(self._idle)
+        is_long = _is_long(IDLE_FACTOR if self._idle else 1)  # it can only continue as new without running chunks
         if not (self.is_cancelled or is_long or self._is_spent) and free and room:
             chunks = list(islice(self._chunks_to_start(), room))
             for index, chunk in enumerate(chunks):
@@ -221,15 +243,46 @@ class FlockBatch(_Interruptible):
                 if share:
                     free -= share
                     self._start_chunk(chunk, share)
-        while free > 0 and self._lanes and not self.is_cancelled:
-            chunk = min(self._lanes, key=lambda k: (self._lanes[k], k))
+        while free > 0 and (busy := self._busy_chunks()) and not self.is_cancelled:
+            chunk = busy[0]
             size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
             if self._lanes[chunk] >= size:
                 break
-            share = math.ceil(free / len(self._lanes))
+            share = math.ceil(free / len(busy))
             self._lanes[chunk] += share
             free -= share
             self._signal_chunk(chunk, "set_lanes", self._lanes[chunk])
+
+    def _busy_chunks(self) -> list[int]:
+        """Return the chunks that have lanes and keep them, those with the fewest lanes first."""
+        busy = [chunk for chunk in self._lanes if chunk not in self._idle and chunk not in self._yielding]
+        return sorted(busy, key=lambda chunk: (self._lanes[chunk], chunk))
+
+    def _resume_chunks(self, free: int) -> int:
+        """Give a lane to each idle chunk with work. If none is *free*, others have to yield theirs to answered items.
+
+        Returns: how many lanes are left.
+        """
+        is_over = self.is_cancelled or self._is_spent
+        asking = [] if is_over else [chunk for chunk, idle in self._idle.items() if idle.has_work]
+        asking.sort(key=lambda chunk: self._idle[chunk].has_yielded)
+        answered = sum(not self._idle[chunk].has_yielded for chunk in asking)
+        if is_final := _is_long(IDLE_FACTOR):  # each grant makes the history longer
+            asking, free = list(self._idle), max(free, len(self._idle))
+        granted = asking[: max(0, free)]
+        for chunk in granted:
+            del self._idle[chunk]
+            self._lanes[chunk] = 1
+            self._grants[chunk] += 1
+            self._signal_chunk(chunk, RESUME_SIGNAL, 1, is_final)
+        lacking = answered - len(granted) - sum(self._lanes[chunk] for chunk in self._yielding)
+        for chunk in self._busy_chunks():
+            if lacking <= 0:
+                break
+            self._yielding.add(chunk)
+            lacking -= self._lanes[chunk]
+            self._signal_chunk(chunk, "set_lanes", 0)
+        return free - len(granted)
 
     def _start_chunk(self, chunk: int, lanes: int) -> None:
         first, end = self._order.first_of(chunk), self._order.first_of(chunk + 1)
@@ -270,12 +323,12 @@ class FlockBatch(_Interruptible):
         ended: Counts = await started
         return ended
 
-    def _signal_chunk(self, chunk: int, signal: str, value: int) -> None:
+    def _signal_chunk(self, chunk: int, signal: str, *values: int) -> None:
         async def send() -> None:
             await workflow.wait_condition(lambda: chunk in self._started or chunk not in self._chunks)
             if chunk in self._started:
                 try:
-                    await self._started[chunk].signal(signal, value)
+                    await self._started[chunk].signal(signal, args=values)
                 except Exception:  # it has ended
                     workflow.logger.debug("the chunk %s cannot get the signal %s", chunk, signal)
 
@@ -289,6 +342,8 @@ class FlockBatch(_Interruptible):
             del self._chunks[chunk], self._lanes[chunk]
             self._started.pop(chunk, None)
             self._spent_in.pop(chunk, None)
+            self._idle.pop(chunk, None)
+            self._yielding.discard(chunk)
             end = self._order.first_of(chunk + 1)
             for position in [at for at in self._cancelled if self._order.first_of(chunk) <= at < end]:
                 del self._cancelled[position]
@@ -335,7 +390,8 @@ class FlockBatch(_Interruptible):
     def _memo(self) -> dict[str, Any]:
         memo = {
             "batch": self._batch,
-            "at_work": sorted(self._chunks),
+            "at_work": [chunk for chunk in sorted(self._chunks) if chunk not in self._idle],
+            "idle": sum((idle.counts for idle in self._idle.values()), Counts()),
             "about": self._state().attempts[-1],
         }
         return {name: msgspec.to_builtins(value) for name, value in memo.items()}
@@ -395,11 +451,24 @@ class FlockChunk(_Interruptible, CallKeeper):
         self._running: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
         self._is_stopping = False
         self._calls = Calls(order.calls)
+        #: items that wait for answers, by position
+        self._waiting = {part.position: part for part in order.waiting}
+        #: see ``ChunkIdle``
+        self._is_idle, self._grants, self._keeps_lanes = order.is_idle, order.grants, order.keeps_lanes
+        self._has_yielded = False
+        self._reported: ChunkIdle | None = None
+        self._reports: set[asyncio.Task[None]] = set()
 
     @workflow.signal(name="set_lanes")
     def set_lanes(self, lanes: int) -> None:
-        """Change how many items run at the same time."""
+        """Change how many items run at the same time. With 0, the chunk becomes idle when none is running."""
         self._lanes = lanes
+
+    @workflow.signal(name=RESUME_SIGNAL)
+    def resume(self, lanes: int, is_final: bool) -> None:
+        """Use *lanes* again, and if *is_final*, never give them back."""
+        self._lanes, self._is_idle, self._keeps_lanes = lanes, False, is_final
+        self._grants += 1
 
     @workflow.signal(name="cancel_item")
     def cancel_item(self, position: int) -> None:
@@ -417,28 +486,33 @@ class FlockChunk(_Interruptible, CallKeeper):
             await self._find()
         while True:
             self._drop_cancelled()
-            if not (self._todo or self._running):
+            self._resume_answered()
+            if not (self._todo or self._running or self._waiting):
                 break
             has_more = False
-            if not _is_long() or sum(map(_bytes_of, self._todo)) > MAX_STEP_BYTES:
+            if not _is_long() or sum(map(_bytes_of, (*self._todo, *self._waiting.values()))) > MAX_STEP_BYTES:
                 has_more = self._start_activities()
             elif not self._running:
                 workflow.continue_as_new(self._state(), memo=self._memo())
             self._update_memo()
-            lanes, cancelled, was_cancelled = self._lanes, set(self._cancelled), self.is_cancelled
-            usage = self._ended.usage
+            self._report_idle()
+            told, cancelled, was_cancelled = self._told, set(self._cancelled), self.is_cancelled
+            usage = self._usage
             with contextlib.suppress(asyncio.TimeoutError):
                 await self._until(
                     lambda: (
                         any(task.done() for task in self._running)
-                        or (self._lanes, self._cancelled) != (lanes, cancelled)  # noqa: B023 - awaited here
+                        or (self._told, self._cancelled) != (told, cancelled)  # noqa: B023 - awaited here
+                        or self._has_answers()
                     ),
-                    NEXT_TASK_DELAY if has_more else None,
+                    NEXT_TASK_DELAY
+                    if has_more
+                    else time_to_expiry(question for part in self._waiting.values() for question in part.questions),
                 )
             await _settle()
             self._collect()
-            if order.budget is not None and self._ended.usage != usage:
-                await self._report(order.budget)
+            if order.budget is not None and self._usage != usage:
+                await self._report_usage(order.budget)
             stops_all, newly = self.is_cancelled and not was_cancelled, self._cancelled - cancelled
             for task, ordered in self._running.items() if stops_all or newly else ():
                 if stops_all or any(part.position in newly for part in ordered.parts):
@@ -446,17 +520,24 @@ class FlockChunk(_Interruptible, CallKeeper):
         self._update_memo()
         return self._ended
 
-    async def _report(self, budget: int) -> None:
+    @property
+    def _usage(self) -> Usage | None:
+        """What the items have spent, as far as it is known: also those that run again after an answer."""
+        running = [part.usage for order in self._running.values() for part in order.parts]
+        return added(self._counts().usage, *running)
+
+    @property
+    def _told(self) -> tuple[int, int, bool]:
+        return self._lanes, self._grants, self._is_stopping
+
+    async def _report_usage(self, budget: int) -> None:
         """Tell the batch what the items have spent, and stop if that is all that was left when this chunk started."""
-        usage, batch_id = self._ended.usage or Usage(), self._order.batch_id
+        usage = self._usage or Usage()
         self._is_stopping |= usage.cost is None or usage.picodollars >= budget
-        batch = workflow.get_external_workflow_handle(batch_workflow_id(batch_id, self._order.attempt))
         try:
-            await batch.signal(CHUNK_SPENT_SIGNAL, args=[self._order.chunk, usage])
+            await self._tell_batch(CHUNK_SPENT_SIGNAL, self._order.chunk, usage)
         except asyncio.CancelledError:
             self.is_cancelled = True
-        except FailureError:  # the batch was closed from outside
-            workflow.logger.debug("the batch %s is closed", batch_id)
 
     async def _find(self) -> None:
         """Find the items to run."""
@@ -492,8 +573,9 @@ class FlockChunk(_Interruptible, CallKeeper):
     def _start_activities(self) -> bool:
         """Divide the items among the free lanes. Returns whether some must wait for the next workflow task."""
         step_bytes = 0
-        while self._todo and len(self._running) < self._lanes:
-            share = math.ceil(len(self._todo) / (self._lanes - len(self._running)))
+        lanes = 0 if self._is_idle else self._lanes
+        while self._todo and len(self._running) < lanes:
+            share = math.ceil(len(self._todo) / (lanes - len(self._running)))
             if self._order.budget is not None:  # it is checked before each item
                 share = 1
             parts: list[Part] = []
@@ -524,6 +606,7 @@ class FlockChunk(_Interruptible, CallKeeper):
             for ended in done.ended:
                 self._ended += ended.counts
                 self._calls.discard(ended.position)
+            self._waiting |= {part.position: part for part in done.waiting}
             self._todo.extendleft(reversed(order.left_after(done)))
 
     def _drop_cancelled(self) -> None:
@@ -536,6 +619,65 @@ class FlockChunk(_Interruptible, CallKeeper):
                 self._ended += Counts(cancelled=1, usage=part.usage)
             else:
                 self._todo.append(part)
+        for position in [at for at in self._waiting if drops_all or at in self._cancelled]:
+            self._ended += Counts(cancelled=1, usage=self._waiting.pop(position).usage)
+
+    def _has_answers(self) -> bool:
+        """Whether an item may continue, or a question has expired."""
+        return any(
+            self._calls.still_open(part.position, len(part.steps), part.questions) != part.questions
+            or any(is_expired(question, workflow.now()) for question in part.questions)
+            for part in self._waiting.values()
+        )
+
+    def _resume_answered(self) -> None:
+        """Put items first that have all their answers, and end those that have a question that expired."""
+        at = workflow.now()
+        for part in list(self._waiting.values()):
+            left = self._calls.still_open(part.position, len(part.steps), part.questions, at)
+            late = next((question for question in left if is_expired(question, at)), None)
+            if late is not None:
+                del self._waiting[part.position]
+                self._calls.discard(part.position)
+                first_error = (part.position, expiry_of(late).error)
+                self._ended += Counts(failed=1, first_error=first_error, usage=part.usage)
+            elif left:
+                self._waiting[part.position] = replace(part, questions=left)
+            else:
+                del self._waiting[part.position]
+                assert part.started_at is not None
+                waited_s = (at - part.started_at).total_seconds() - part.worked_s
+                self._todo.appendleft(replace(part, questions=(), has_calls=True, waited_s=waited_s))
+
+    def _report_idle(self) -> None:
+        """Tell the batch that the chunk needs no lanes now, and when it needs some again."""
+        if self._keeps_lanes or (not self._is_idle and (self._running or (self._todo and self._lanes))):
+            return
+        if not self._is_idle:
+            self._is_idle, self._has_yielded = True, bool(self._todo)
+        idle = ChunkIdle(
+            chunk=self._order.chunk,
+            counts=self._counts(),
+            has_work=bool(self._todo),
+            has_yielded=self._has_yielded,
+            grants=self._grants,
+        )
+        if idle != self._reported:
+            self._reported = idle
+            task = asyncio.create_task(self._tell_batch(IDLE_SIGNAL, idle))
+            self._reports.add(task)
+            task.add_done_callback(self._reports.discard)
+
+    async def _tell_batch(self, signal: str, *values: Any) -> None:
+        batch = workflow.info().parent
+        assert batch is not None
+        with contextlib.suppress(FailureError):  # the batch was terminated
+            await workflow.get_external_workflow_handle(batch.workflow_id).signal(signal, args=values)
+
+    def _counts(self) -> Counts:
+        """Return the counts without the items of running activities, whose heartbeats have theirs."""
+        usages = [part.usage for part in (*self._todo, *self._waiting.values())]
+        return self._ended + Counts(waiting=len(self._waiting), usage=added(*usages))
 
     def _state(self) -> ChunkOrder:
         return replace(
@@ -545,6 +687,10 @@ class FlockChunk(_Interruptible, CallKeeper):
             cancelled={position: workflow.now() for position in sorted(self._cancelled)},
             before=self._ended,
             calls=self._calls.all(),
+            waiting=tuple(self._waiting.values()),
+            is_idle=self._is_idle,
+            grants=self._grants,
+            keeps_lanes=self._keeps_lanes,
         )
 
     def _update_memo(self) -> None:
@@ -552,7 +698,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         workflow.upsert_memo(self._memo())
 
     def _memo(self) -> dict[str, Any]:
-        memo = {"ended": self._ended, "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
+        memo = {"ended": self._counts(), "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
         return {name: msgspec.to_builtins(value) for name, value in memo.items()}
 
 
@@ -599,7 +745,7 @@ class FlockDelete:
 
 
 def _bytes_of(part: Part) -> int:
-    return sum(len(step.result) for step in part.steps)
+    return sum(len(step.result) for step in part.steps) + sum(len(msgspec.json.encode(q)) for q in part.questions)
 
 
 async def _settle() -> None:
@@ -608,6 +754,7 @@ async def _settle() -> None:
         await asyncio.sleep(0)
 
 
-def _is_long() -> bool:
+def _is_long(factor: int = 1) -> bool:
     info = workflow.info()
-    return info.get_current_history_length() > MAX_EVENTS or info.get_current_history_size() > MAX_BYTES
+    events, size = info.get_current_history_length(), info.get_current_history_size()
+    return events > factor * MAX_EVENTS or size > factor * MAX_BYTES

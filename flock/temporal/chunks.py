@@ -13,13 +13,16 @@ from temporalio.api.workflow.v1 import PendingActivityInfo
 from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.engine.outcomes import CANCELLED_BEFORE_START, COST_LIMIT, Outcome
+from flock.engine.answers import is_expired
+from flock.engine.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
 from flock.errors import cut
 from flock.runs import INVALID_INPUT, Call, Run, RunStatus, Usage, added
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,
     Attempt,
+    CallDone,
+    Calls,
     ChunkOrder,
     Counts,
     ItemOutcome,
@@ -34,11 +37,13 @@ from flock.temporal.messages import (
     rows_workflow_id,
 )
 from flock.temporal.records import (
+    by_step,
     call_of,
     done_after_failure,
     outcome_of_failure,
     reset_for_retry,
     time_of,
+    with_answers,
 )
 
 __all__ = ["Chunk", "ended_so_far", "read_chunk", "reopens"]
@@ -72,6 +77,8 @@ class Chunk:
         self.calls: dict[int, dict[int, list[Call]]] = {}
         #: what each item had spent before the attempt that is being applied
         self._spent_before: dict[int, Usage | None] = {}
+        #: positions of items that wait for answers
+        self._waiting: set[int] = set()
         for position, row in enumerate(rows.rows, rows.first):
             item = replace(
                 rows.item,
@@ -96,19 +103,27 @@ class Chunk:
         self,
         history: Iterable[HistoryEvent],
         pending: Sequence[PendingActivityInfo] = (),
-        unstarted: Outcome = CANCELLED_BEFORE_START,
+        reason: Outcome | None = None,
     ) -> None:
-        """Apply the history of one attempt to the items. *unstarted* is the outcome of those that it did not start."""
+        """Apply the history of one attempt to the items. *reason*: see ``close``."""
         orders = _OpenOrders()
-        calls: dict[int, dict[int, list[Call]]] = {}
+        calls: dict[int, list[CallDone]] = {}
+        answers, task_at = Calls(), None
         self._spent_before = {position: item.usage for position, item in self.items.items()}
         for event in history:
             at = time_of(event.event_time)
             if (call := call_of(event)) is not None:
-                calls.setdefault(call.item, {}).setdefault(call.step, []).append(call.call)
+                calls.setdefault(call.item, []).append(call)
+                if call.call.kind == "question":  # perhaps of a turn whose order has not ended yet
+                    answers.add(call)
+                    self._answer([call.item], answers, None)
             if completed := orders.apply(event):
-                self._apply(*completed, at)
+                self._apply(*completed, at, answers)
             match event.event_type:
+                case E.EVENT_TYPE_WORKFLOW_TASK_STARTED:
+                    task_at = at
+                case E.EVENT_TYPE_WORKFLOW_TASK_COMPLETED if self._waiting:
+                    self._answer(list(self._waiting), answers, task_at)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
                     payload = event.workflow_execution_started_event_attributes.input.payloads[0]
                     for position, asked_at in decoded(payload, ChunkOrder).cancelled.items():
@@ -121,11 +136,12 @@ class Chunk:
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                     self.cancel(self.items, None)
                 case closed if closed in CLOSED:
-                    self.close(at, unstarted)
+                    self.close(at, reason)
         for order, done in orders.heartbeats(pending):
-            self._apply(order, done, None)
-        for position, of_steps in calls.items():  # a retry replaces those of the failed step
-            self.calls.setdefault(position, {}).update(of_steps)
+            self._apply(order, done, None, answers)
+        for position in calls.keys() | {answer.item for answer in answers.all()}:
+            found = by_step(calls.get(position, ()), answers, position)
+            self.calls.setdefault(position, {}).update(found)  # a retry replaces those of the failed step
 
     def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
         """Note a request to cancel items. If *at* is given, they were waiting, and ended at that time."""
@@ -134,17 +150,39 @@ class Chunk:
             if item is not None and not item.status.is_final:
                 item = replace(item, cancel_requested=True)
                 self.items[position] = item if at is None else _cancelled(item, at)
+                self._waiting.discard(position)
 
-    def close(self, at: datetime, unstarted: Outcome = CANCELLED_BEFORE_START) -> None:
-        """End the attempt. *unstarted* is the outcome of the items that have not ended."""
+    def close(self, at: datetime, reason: Outcome | None = None) -> None:
+        """End the attempt. *reason* is the outcome of the items that have not ended, if they were not cancelled."""
         for position, item in self.items.items():
             if not item.status.is_final:
-                self.items[position] = _cancelled(item, at, unstarted)
+                self.items[position] = _cancelled(item, at, reason)
+        self._waiting.clear()
 
-    def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None) -> None:
+    def _answer(self, positions: Iterable[int], answers: Calls, at: datetime | None) -> None:
+        """Remove the questions of waiting items that have an answer, or that expired before *at*."""
+        for position in self._waiting.intersection(positions):
+            item = with_answers(self.items[position], answers, at)
+            late = next((question for question in item.waiting_for if at and is_expired(question, at)), None)
+            if late is not None:
+                item = _ended(item, expiry_of(late), at)
+            self.items[position] = item
+            if item.status is not RunStatus.WAITING:
+                self._waiting.discard(position)
+
+    def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None, answers: Calls) -> None:
         """Apply the progress of *order*. *at* is when the order ended, or None if it is running."""
         for ended in done.ended:
             self._apply_end(ended)
+        for part in done.waiting:
+            waiting = {"status": RunStatus.WAITING, "waiting_for": part.questions, "worked_s": part.worked_s}
+            item = replace(self._started(part), **waiting)
+            if item.cancel_requested and at is not None:
+                self.items[part.position] = _cancelled(item, at)
+                continue
+            self.items[part.position] = item
+            self._waiting.add(part.position)
+            self._answer([part.position], answers, None)
         for part in order.left_after(done):
             item = self._started(part)
             if item.cancel_requested and at is not None:
@@ -178,7 +216,12 @@ class Chunk:
         )
 
 
-def _cancelled(item: Run, at: datetime, outcome: Outcome = CANCELLED_BEFORE_START) -> Run:
+def _cancelled(item: Run, at: datetime, reason: Outcome | None = None) -> Run:
+    is_waiting = item.status is RunStatus.WAITING
+    return _ended(item, reason or (CANCELLED if is_waiting else CANCELLED_BEFORE_START), at)
+
+
+def _ended(item: Run, outcome: Outcome, at: datetime | None) -> Run:
     return replace(item, **asdict(outcome), completed_at=at)
 
 
@@ -252,8 +295,11 @@ def _heartbeats_of(pending: Iterable[PendingActivityInfo]) -> list[tuple[str, It
 
 
 def ended_so_far(pending: Iterable[PendingActivityInfo]) -> Counts:
-    """Count the items that have ended in running activities, from their heartbeats."""
-    return sum((ended.counts for _, done in _heartbeats_of(pending) for ended in done.ended), Counts())
+    """Count the items that have ended or wait in running activities, from their heartbeats."""
+    all_done = [done for _, done in _heartbeats_of(pending)]
+    ended = sum((ended.counts for done in all_done for ended in done.ended), Counts())
+    waiting = [part for done in all_done for part in done.waiting]
+    return ended + Counts(waiting=len(waiting), usage=added(*(part.usage for part in waiting)))
 
 
 async def _latest_history(
@@ -307,11 +353,11 @@ async def read_chunk(
             items.reopen(attempt)
         for position, at in attempt.cancelled.items():
             items.cancel([position], at)
-        unstarted = COST_LIMIT if attempt.is_spent else CANCELLED_BEFORE_START
+        reason = COST_LIMIT if attempt.is_spent else None
         if chunk < attempt.begun_to:
-            items.fold(*next(remaining_histories), unstarted)
+            items.fold(*next(remaining_histories), reason)
         if attempt.completed_at is not None:
-            items.close(attempt.completed_at, unstarted)
+            items.close(attempt.completed_at, reason)
     return items
 
 

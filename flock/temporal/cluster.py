@@ -174,6 +174,21 @@ class Cluster:
                 async for _ in handle.fetch_history_events(wait_new_event=True, event_filter_type=end):
                     return
 
+    async def until_waiting(self, workflow_id: str, after: int) -> int:
+        """Wait until a run begins to wait for answers, after the event *after*, or until its workflow is closed.
+
+        Returns: the event, or 0 if it is closed or does not exist. Raises StoreError, EngineFull.
+        """
+        with contextlib.suppress(RPCError):
+            async with self.rpc_scope(None):
+                async for event in self.client.get_workflow_handle(workflow_id).fetch_history_events(
+                    wait_new_event=True
+                ):
+                    is_change = event.event_type == EventType.EVENT_TYPE_UPSERT_WORKFLOW_SEARCH_ATTRIBUTES
+                    if is_change and event.event_id > after:
+                        return event.event_id
+        return 0
+
     async def last_attempt(self, workflow: str, first_id: str) -> int:
         """Return the number of the last retry of the workflow *first_id*, from 2, or 0 if there is none.
 

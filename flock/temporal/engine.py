@@ -27,6 +27,7 @@ from temporalio.service import RPCError
 from flock.agents.agent import Agent
 from flock.agents.models import ModelChoice
 from flock.agents.prices import Price
+from flock.engine.answers import answer_of, question_for
 from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
 from flock.engine.refusals import (
@@ -37,7 +38,7 @@ from flock.engine.refusals import (
     run_not_retried,
     wait_stopped,
 )
-from flock.errors import CallNotFound, EngineFull, Replayed, RunNotFound, StoreError
+from flock.errors import EngineFull, Replayed, RunNotFound, StoreError, TooLarge
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
 from flock.runs import (
@@ -57,17 +58,19 @@ from flock.runs import (
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
+    CALL_SIGNAL,
     HEARTBEAT_TIMEOUT_S,
     MAX_ITEMS,
     RUN_WORKFLOW,
+    CallDone,
     RunOrder,
     new_batch_id,
     run_workflow_id,
     task_queue_of,
 )
-from flock.temporal.records import calls_of, reset_for_retry, run_of, with_pending_activity
+from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, with_pending_activity
 from flock.temporal.reservations import Reservations
-from flock.temporal.search import ID, newest_first, open_runs, workflows_of
+from flock.temporal.search import ID, newest_first, open_runs, waiting_runs, workflows_of
 from flock.temporal.sessions import join_session
 
 __all__ = ["TemporalEngine"]
@@ -83,6 +86,10 @@ POLL_INTERVAL_S = 0.25
 MAX_INPUT_BYTES = 1_000_000
 #: How many runs of a list are read concurrently.
 READS_AT_ONCE = 20
+#: The pause before a history is read again that does not have an answer yet, in seconds.
+REREAD_DELAY_S = 0.02
+#: How long a request to cancel a waiting run waits for its end, in seconds. It ends at once if there is a worker.
+CANCEL_WAIT_S = 3.0
 
 Record = TypeVar("Record", Run, Batch)
 
@@ -214,9 +221,10 @@ class TemporalEngine(EngineBase):
         )
         async with self.cluster.rpc_scope():
             stats = (await self._client.workflow_service.describe_task_queue(request)).stats
+            asking = (await self._client.count_workflows(waiting_runs(self._flock))).count
         age: Duration = stats.approximate_backlog_age
         depth = stats.approximate_backlog_count
-        return Queue(depth, now() - age.ToTimedelta() if depth else None)
+        return Queue(depth, now() - age.ToTimedelta() if depth else None, asking)
 
     async def _watch(self) -> None:
         """Check the cluster and count open runs. Wake waiting callers if the cluster does not answer."""
@@ -341,9 +349,12 @@ class TemporalEngine(EngineBase):
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()
+        return {step: list(map(shown, calls)) for step, calls in (await self._calls_of(run)).items()}
+
+    async def _calls_of(self, run: Run) -> Mapping[int, Sequence[Call]]:
+        """Return the calls of *run*, with long answers."""
         if run.batch_id is not None:
-            calls: Mapping[int, Sequence[Call]] = await self._batches.calls_of_item(run.run_id)
-            return calls
+            return await self._batches.calls_of_item(run.run_id)
         found: dict[int, list[Call]] = {}
         for attempt in sorted({*(step.attempt for step in run.steps if step.call_count), run.attempt}):
             with contextlib.suppress(RPCError):  # its history was deleted
@@ -377,22 +388,26 @@ class TemporalEngine(EngineBase):
             return run, None if run.batch_id is not None else self._handle(run_id, run.attempt)
 
         self._check_entered()
-        return await self._wait(read, self._handle(run_id, 1) if ID.fullmatch(run_id) else None, timeout_s)
+        may_ask = any(agent.may_ask for agent in self._agents.values())
+        handle = self._handle(run_id, 1) if ID.fullmatch(run_id) else None
+        return await self._wait(read, handle, timeout_s, waits=0 if may_ask else None)
 
     async def _wait(
         self,
         read: Callable[[], Awaitable[tuple[Record, WorkflowHandle[Any, Any] | None]]],
         handle: WorkflowHandle[Any, Any] | None,
         timeout_s: float | None,
+        waits: int | None = None,
     ) -> Record:
-        """Return the record from *read* when it is final, or the current one after *timeout_s*.
+        """Return the record from *read* when it is not active, or the current one after *timeout_s*.
 
         Args:
             read: returns the record, and the workflow to wait for.
             handle: the workflow to wait for before the first call of *read*.
+            waits: see ``_until_change``.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        record = None
+        record, followed = None, None
         self._waiting += 1
         try:
             while True:
@@ -400,31 +415,44 @@ class TemporalEngine(EngineBase):
                 if record is not None and left_s is not None and left_s <= 0:
                     return record
                 if handle is not None and (left_s is None or left_s > 0):
-                    await self._until_closed(handle, left_s)
+                    waits = waits if handle.id == followed or waits is None else 0
+                    followed, waits = handle.id, await self._until_change(handle, left_s, waits)
                 elif record is not None:  # an item has no workflow of its own
                     await asyncio.sleep(POLL_INTERVAL_S if left_s is None else min(left_s, POLL_INTERVAL_S))
                     if self._is_stopping:
                         raise wait_stopped()
                 record, handle = await read()
-                if record.status.is_final:
+                if not record.status.is_active:
                     return record
         finally:
             self._waiting -= 1
             if not self._waiting:
                 self._no_waiters.set()
 
-    async def _until_closed(self, handle: WorkflowHandle[Any, Any], timeout_s: float | None) -> None:
-        """Wait until a workflow is closed, at most *timeout_s*. Raises EngineStopped, StoreError."""
-        following = asyncio.create_task(self.cluster.until_closed(handle.id))  # the next read reports a missing one
+    async def _until_change(
+        self, handle: WorkflowHandle[Any, Any], timeout_s: float | None, waits: int | None = None
+    ) -> int | None:
+        """Wait until a workflow is closed, at most *timeout_s*.
+
+        Args:
+            waits: if given, also until the run begins to wait for answers, after the event with this id. It takes more
+                requests, so it is only for runs that may ask.
+
+        Returns: the id of the event, or *waits*. Raises EngineStopped, StoreError.
+        """
+        following = asyncio.create_task(  # the next read reports a missing workflow
+            self.cluster.until_closed(handle.id) if waits is None else self.cluster.until_waiting(handle.id, waits)
+        )
         woken = asyncio.create_task(self._wake_waiters.wait())
         try:
             await asyncio.wait([following, woken], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if following.done():
-                following.result()
+                return following.result() or waits
             elif self._is_stopping and woken.done():
                 raise wait_stopped()
             elif woken.done():
                 raise self._error or StoreError("The cluster did not answer for a moment. Try again.")
+            return waits
         finally:
             following.cancel()
             woken.cancel()
@@ -437,14 +465,41 @@ class TemporalEngine(EngineBase):
             with contextlib.suppress(RPCError):  # it has ended in the meantime
                 async with self.cluster.rpc_scope():
                     await self._handle(run_id, run.attempt).cancel()
+                if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
+                    await self._until_change(self._handle(run_id, run.attempt), CANCEL_WAIT_S)
         run = await self.get_run(run_id)
         if conflict := not_cancelled(run):
             raise conflict
         return replace(run, cancel_requested=True)
 
     async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
-        await self.get_run(run_id)
-        raise CallNotFound(run_id, call_id)  # workers refuse questions
+        """See ``Engine.answer_call``. The answer is a signal, so it needs no worker. Of several, the first one counts.
+
+        Cancellation: the answer may have been sent.
+        """
+        self._check_entered()
+        if len(output) > MAX_INPUT_BYTES:
+            raise TooLarge(f"An answer may have up to {MAX_INPUT_BYTES} bytes, and this one has {len(output)}.")
+        is_sent = False
+        while True:
+            run = await self.get_run(run_id)
+            is_open = any(question.call_id == call_id for question in run.waiting_for)
+            given = None if is_open else _answer_in(await self._calls_of(run), call_id)
+            question = question_for(run, call_id, output, lambda: given)  # noqa: B023 - called at once
+            if question is None:
+                return run
+            if is_sent:  # the cluster adds it to the history when the workflow has completed its task
+                await asyncio.sleep(REREAD_DELAY_S)
+                continue
+            done = CallDone(item=run.position or 0, step=len(run.steps), call=answer_of(question, output, now()))
+            with contextlib.suppress(RPCError):  # it has ended in the meantime
+                async with self.cluster.rpc_scope():
+                    await (await self._keeper_of(run)).signal(CALL_SIGNAL, done)
+            is_sent = True
+
+    async def _keeper_of(self, run: Run) -> WorkflowHandle[Any, Any]:
+        """Return the workflow that keeps the calls of *run*."""
+        return await self._batches.chunk_of(run.run_id) if run.batch_id else self._handle(run.run_id, run.attempt)
 
     async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         self._check_running()
@@ -548,6 +603,12 @@ class TemporalEngine(EngineBase):
     async def delete_batch(self, batch_id: str) -> None:
         self._check_entered()
         await self._batches.delete(batch_id)
+
+
+def _answer_in(calls: Mapping[int, Sequence[Call]], call_id: str) -> msgspec.Raw | None:
+    """Return the answer of the last step that asked."""
+    asked = (call for step in sorted(calls, reverse=True) for call in calls[step] if call.kind == "question")
+    return next((call.result for call in asked if call.call_id == call_id), None)
 
 
 def _matches(run: Run, wanted: RunFilter) -> bool:

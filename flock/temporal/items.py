@@ -20,7 +20,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
-from flock.engine.turns import Turns
+from flock.engine.turns import Turns, WaitingForAnswers
 from flock.errors import StoreError
 from flock.runs import Run, RunStatus, Step, Usage, added, now
 from flock.temporal.chunks import Chunk, read_chunk, reopens
@@ -67,7 +67,8 @@ class _Job:
         self.order = order
         self.ended = list(done.ended)
         self.current = done.unfinished
-        self.bytes = sum(map(_bytes_of, self.ended))
+        self.waiting = list(done.waiting)
+        self.bytes = sum(map(_bytes_of, self.ended)) + sum(map(_bytes_of, self.waiting))
         self.turn: ActivityTurn | None = None
         #: what the current item had spent before this attempt of the batch
         self.spent_before = Usage()
@@ -82,7 +83,7 @@ class _Job:
     def remaining_parts(self) -> list[Part]:
         return self.order.left_after(self.done())
 
-    def part(self, run: Run) -> Part:
+    def part(self, run: Run, waited_s: float = 0.0) -> Part:
         """Return the current item as it is now."""
         return Part(
             position=run.position or 0,
@@ -90,13 +91,18 @@ class _Job:
             steps=run.steps,
             progress=run.progress,
             usage=self.usage(run.spent),
+            waited_s=waited_s,
         )
 
     def must_cancel(self, position: int) -> bool:
         return self.is_cancelled or position in self.cancelled
 
-    def end(self, ended: ItemOutcome) -> None:
-        self.ended.append(ended)
+    def end(self, ended: ItemOutcome | Part) -> None:
+        """Note that an item has ended, or waits for answers."""
+        if isinstance(ended, Part):
+            self.waiting.append(ended)
+        else:
+            self.ended.append(ended)
         if self.current is not None and self.current.position == ended.position:
             self.current = None
         self.bytes += _bytes_of(ended)
@@ -107,7 +113,7 @@ class _Job:
         if current is not None and self.turn is not None:
             usage = self.usage(self.turn.spent)
             current = replace(current, progress=self.turn.progress, has_calls=self.turn.has_calls, usage=usage)
-        return ItemsDone(ended=tuple(self.ended), unfinished=current)
+        return ItemsDone(ended=tuple(self.ended), unfinished=current, waiting=tuple(self.waiting))
 
     def usage(self, spent: Usage | None) -> Usage | None:
         """Return what the current item has spent in this attempt, if it has *spent* that much in all of them."""
@@ -155,7 +161,7 @@ class ItemActivities:
             for task in (heartbeats, *polls):
                 task.cancel()
             self._jobs.discard(job)
-        if work.exception() is not None and job.ended:  # keep the progress that a dead worker reported
+        if work.exception() is not None and (job.ended or job.waiting):  # keep the progress that a dead worker reported
             return job.done().for_retry()
         work.result()
         done = job.done()
@@ -175,9 +181,8 @@ class ItemActivities:
                 run = replace(run, status=RunStatus.RUNNING, started_at=part.started_at)
             job.spent_before = run.usage or Usage()
             run = replace(run, steps=part.steps or run.steps, spent=added(run.usage, part.usage))
-            ended = await self._run_item(
-                job, run, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls
-            )
+            part = replace(part, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls)
+            ended = await self._run_item(job, run, part)
             if ended is None:
                 return
             job.end(ended)
@@ -187,16 +192,16 @@ class ItemActivities:
             if time.monotonic() > return_at or job.bytes > SLICE_BYTES:
                 return
 
-    async def _run_item(self, job: _Job, run: Run, *, is_again: bool, has_calls: bool) -> ItemOutcome | None:
-        """Run one item to its end. Returns None if it is left for a later order."""
-        position = run.position or 0
+    async def _run_item(self, job: _Job, run: Run, part: Part) -> ItemOutcome | Part | None:
+        """Run one item until it ends or waits for answers. Returns None if it is left for a later order."""
+        position, is_again = part.position, part.is_again
         while run.next_agent_name is not None:
             if self._turns.is_at_most_once(run) and job.has_taken_turns:
                 return None  # it needs an order of its own, so that a retry knows that it was started
             turn = job.turn = ActivityTurn(run, job.order.timeout_s, self._cluster, is_again=is_again)
-            turn.has_calls = has_calls
+            turn.has_calls, turn.waited_s = part.has_calls, part.waited_s
             job.has_taken_turns, is_again = True, False
-            job.current = job.part(run)
+            job.current = job.part(run, part.waited_s)
             taking = asyncio.create_task(turn.take(self._turns))
             while not taking.done():
                 await asyncio.wait([taking])
@@ -205,10 +210,13 @@ class ItemActivities:
                 job.current = replace(job.current, has_calls=turn.has_calls, usage=job.usage(turn.spent))
                 return None
             run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress, spent=turn.spent)
+            if isinstance(turn.outcome, WaitingForAnswers):
+                questions = tuple(turn.outcome.questions)
+                return replace(job.part(run, part.waited_s), questions=questions, worked_s=turn.worked_s)
             outcome = turn.outcome if isinstance(turn.outcome, Outcome) else None
             if isinstance(turn.outcome, Step):
                 run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
-                job.current = job.part(run)
+                job.current = job.part(run, part.waited_s)
                 job.changed.set()
                 if run.next_agent_name is not None and job.must_cancel(position):
                     outcome = CANCELLED
@@ -356,7 +364,7 @@ def _item_outcome(part: Part, outcome: Outcome, started_at: datetime | None) -> 
     )
 
 
-def _bytes_of(ended: ItemOutcome) -> int:
+def _bytes_of(ended: ItemOutcome | Part) -> int:
     return len(msgspec.json.encode(ended))
 
 

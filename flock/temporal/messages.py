@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import UnsetType
 from msgspec.structs import replace
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
@@ -21,7 +22,8 @@ from temporalio.converter import (
     EncodingPayloadConverter,
 )
 
-from flock.runs import Batch, Call, Progress, Run, RunStatus, Step, Usage, added, new_id
+from flock.engine.answers import answer_of, is_expired
+from flock.runs import Batch, Call, Progress, Question, Run, RunStatus, Step, Usage, added, new_id
 
 __all__ = [
     "ACTIVITY",
@@ -38,6 +40,7 @@ __all__ = [
     "FIND_ACTIVITY",
     "FLOCK",
     "HEARTBEAT_TIMEOUT_S",
+    "IDLE_SIGNAL",
     "INTERRUPTED",
     "ITEMS_ACTIVITY",
     "JOIN_SIGNAL",
@@ -45,18 +48,21 @@ __all__ = [
     "MARK_WORKFLOW",
     "MAX_ITEMS",
     "PRINCIPAL",
+    "RESUME_SIGNAL",
     "ROWS_WORKFLOW",
     "RUN_WORKFLOW",
     "SEARCH_ATTRIBUTES",
     "SESSION",
     "SESSION_WORKFLOW",
     "SPENT_QUERY",
+    "STATUS",
     "STOP_SIGNAL",
     "TASK_TIMEOUT",
     "Attempt",
     "BatchOrder",
     "CallDone",
     "Calls",
+    "ChunkIdle",
     "ChunkOrder",
     "Counts",
     "DeleteOrder",
@@ -106,6 +112,9 @@ BEGIN_SIGNAL = "begin"
 #: The signal of a chunk to its batch: what its items have spent. And that of a batch to its chunks: start no more.
 CHUNK_SPENT_SIGNAL = "chunk_spent"
 STOP_SIGNAL = "stop"
+#: The signal of a chunk to its batch, and that with which the batch gives it lanes again.
+IDLE_SIGNAL = "chunk_idle"
+RESUME_SIGNAL = "resume"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
@@ -123,8 +132,10 @@ FLOCK = SearchAttributeKey.for_keyword("FlockName")
 AGENT = SearchAttributeKey.for_keyword("FlockAgent")
 PRINCIPAL = SearchAttributeKey.for_keyword("FlockPrincipal")
 SESSION = SearchAttributeKey.for_keyword("FlockSession")
+#: "waiting" while a run waits for answers. It has no other value.
+STATUS = SearchAttributeKey.for_keyword("FlockStatus")
 SEARCH_ATTRIBUTES = {
-    key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in (FLOCK, AGENT, PRINCIPAL, SESSION)
+    key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in (FLOCK, AGENT, PRINCIPAL, SESSION, STATUS)
 }
 
 
@@ -139,6 +150,8 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
         key_id: the workflow id of the marker of its idempotency key.
         queued_s: seconds of ``queue_timeout_s`` for which it waited for its session.
         latest: the workflow ids of the last runs of its session. The last one may still be about to close.
+        has_calls: its next step has asked, and runs again. Its workflow has the answers, and other calls of the step.
+        waited_s: seconds for which the attempt waited for answers. They are not part of ``timeout_s``.
     """
 
     run: Run
@@ -148,15 +161,24 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     key_id: str | None = None
     queued_s: float = 0.0
     latest: tuple[str, ...] = ()
+    has_calls: bool = False
+    waited_s: float = 0.0
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of one turn. ``begun_at`` is when it got its slot, by the worker's clock. ``spent``: see ``Run``."""
+    """The result of one turn. ``begun_at`` is when it got its slot, by the worker's clock.
 
-    step: Step
+    Attributes:
+        step: None if the turn ended because its agent asks *questions*.
+        worked_s, spent: see ``Run``.
+    """
+
+    step: Step | None = None
     begun_at: datetime
     progress: Progress | None = None
     spent: Usage | None = None
+    questions: tuple[Question, ...] = ()
+    worked_s: float = 0.0
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -245,6 +267,8 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class CallDone(msgspec.Struct, frozen=True, kw_only=True):
     """A finished call: the signal that a worker sends to the workflow of its activity.
 
+    The answer of a person is such a call too. The API sends it, so it needs no worker.
+
     Attributes:
         item: the position of the item, or 0 for a run.
         step: the position of the step.
@@ -273,12 +297,30 @@ class Calls:
             self.add(done)
 
     def add(self, done: CallDone) -> None:
+        """Add a call. Of several answers to one question, the first one counts."""
         self._spent[done.item] = latest(self._spent.get(done.item), done.spent)
         if done.call.is_checkpoint:
-            self._by_item.setdefault(done.item, {})[done.step, done.call.call_id] = done
+            self._by_item.setdefault(done.item, {}).setdefault((done.step, done.call.call_id), done)
 
     def of_step(self, item: int, step: int) -> list[Call]:
-        return [done.call for done in self._by_item.get(item, {}).values() if done.step == step]
+        return [done.call for done in self.of_item(item) if done.step == step]
+
+    def still_open(
+        self, item: int, step: int, questions: Iterable[Question], at: datetime | None = None
+    ) -> tuple[Question, ...]:
+        """Return those of *questions* that are not answered. With *at*, expired ones get their default as the answer.
+
+        A workflow and the readers of its history must agree: both call this with the time of each workflow task, after
+        they have added the answers that came before it.
+        """
+        for question in questions:
+            if at is not None and is_expired(question, at) and not isinstance(question.default, UnsetType):
+                self.add(CallDone(item=item, step=step, call=answer_of(question, question.default, at)))
+        answered = self._by_item.get(item, {})
+        return tuple(question for question in questions if (step, question.call_id) not in answered)
+
+    def of_item(self, item: int) -> Iterable[CallDone]:
+        return self._by_item.get(item, {}).values()
 
     def spent(self, item: int) -> Usage | None:
         """What an item, or a run, had spent when its last call finished."""
@@ -297,6 +339,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``is_again``: a worker that died may have started the next step. ``has_calls``: calls of that step have finished.
     ``usage``: what it has spent in this attempt.
+    ``questions``: while it waits, those that were open when it began to. ``worked_s``, ``waited_s``: see ``Run`` and
+    ``RunOrder``.
     """
 
     position: int
@@ -306,6 +350,9 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_again: bool = False
     has_calls: bool = False
     usage: Usage | None = None
+    questions: tuple[Question, ...] = ()
+    worked_s: float = 0.0
+    waited_s: float = 0.0
 
 
 class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -320,6 +367,9 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         before: the counts from earlier histories of this attempt.
         calls: the finished calls of items that have not ended.
         budget: picodollars that its items may spend; None if the batch has no ``max_cost``.
+        waiting: the items that wait for answers.
+        is_idle, grants: see ``ChunkIdle``.
+        keeps_lanes: it never becomes idle again, because the history of its batch is too long.
     """
 
     batch_id: str
@@ -336,6 +386,26 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     before: "Counts | None" = None
     calls: tuple["CallDone", ...] = ()
     budget: int | None = None
+    waiting: tuple[Part, ...] = ()
+    is_idle: bool = False
+    grants: int = 0
+    keeps_lanes: bool = False
+
+
+class ChunkIdle(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A chunk gives its lanes back to its batch, because its items wait for answers or the batch needs the lanes.
+
+    Attributes:
+        has_work: some of its items can run, so it asks for a lane.
+        has_yielded: it gave its lanes to another chunk, so it is not its turn.
+        grants: how often it got lanes after it was idle. It tells late messages apart.
+    """
+
+    chunk: int
+    counts: "Counts"
+    has_work: bool = False
+    has_yielded: bool = False
+    grants: int
 
 
 class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -351,11 +421,12 @@ class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def left_after(self, done: "ItemsDone") -> list[Part]:
         """The items that are left to run after *done*."""
-        ended_positions, unfinished = {ended.position for ended in done.ended}, done.unfinished
+        handled_positions = {ended.position for ended in done.ended} | {part.position for part in done.waiting}
+        unfinished = done.unfinished
         return [
             unfinished if unfinished is not None and unfinished.position == part.position else part
             for part in self.parts
-            if part.position not in ended_positions
+            if part.position not in handled_positions
         ]
 
 
@@ -387,11 +458,13 @@ class ItemOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The progress of an ``ItemsOrder``: the result of ``run_items``, and its heartbeats, from which a retry resumes.
 
-    ``unfinished`` was started and has not ended. Items that are not listed must be scheduled again.
+    ``unfinished`` was started and has not ended. ``waiting`` are the items that wait for answers. Items that are not
+    listed must be scheduled again.
     """
 
     ended: tuple[ItemOutcome, ...] = ()
     unfinished: Part | None = None
+    waiting: tuple[Part, ...] = ()
 
     def for_retry(self) -> "ItemsDone":
         """A copy for the retry after a worker died: the next worker may start the unfinished turn a second time."""
@@ -399,11 +472,15 @@ class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How many items of a chunk ended in one attempt, by final status, and what these have spent in it."""
+    """How many items of a chunk ended in one attempt, by final status, and how many wait for answers.
+
+    ``usage``: what these, and those that have asked and not ended, have spent in the attempt.
+    """
 
     completed: int = 0
     failed: int = 0
     cancelled: int = 0
+    waiting: int = 0
     first_error: tuple[int, str] | None = None
     usage: Usage | None = None
 
@@ -416,6 +493,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             completed=self.completed + other.completed,
             failed=self.failed + other.failed,
             cancelled=self.cancelled + other.cancelled,
+            waiting=self.waiting + other.waiting,
             first_error=min((error for error in (self.first_error, other.first_error) if error), default=None),
             usage=added(self.usage, other.usage),
         )

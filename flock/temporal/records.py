@@ -18,6 +18,7 @@ from flock.temporal.messages import (
     CALL_SIGNAL,
     INTERRUPTED,
     CallDone,
+    Calls,
     Heartbeat,
     ItemOutcome,
     ItemsDone,
@@ -31,6 +32,7 @@ from flock.temporal.payloads import PAYLOAD_LOST
 
 __all__ = [
     "GIVEN_UP",
+    "by_step",
     "call_of",
     "calls_of",
     "done_after_failure",
@@ -38,7 +40,9 @@ __all__ = [
     "outcome_of_failure",
     "reset_for_retry",
     "run_of",
+    "shown",
     "time_of",
+    "with_answers",
     "with_pending_activity",
 ]
 
@@ -62,6 +66,8 @@ def reset_for_retry(run: Run) -> Run:
         completed_at=None,
         progress=None,
         cancel_requested=False,
+        waiting_for=(),
+        worked_s=0.0,
     )
 
 
@@ -74,24 +80,39 @@ def order_of(history: Sequence[HistoryEvent]) -> RunOrder:
 
 def run_of(history: Sequence[HistoryEvent]) -> Run:
     """Build a run from its history. For the progress of a running turn, see ``with_pending_activity``."""
-    run = order_of(history).run
+    return _read(history)[0]
+
+
+def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
+    """Return the run, and the answers of its questions."""
+    run, answers, task_at = order_of(history).run, Calls(), None
     for event in history:
         at = time_of(event.event_time)
         match event.event_type:
+            case EventType.EVENT_TYPE_WORKFLOW_TASK_STARTED:
+                task_at = at
+            case EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED if run.status is RunStatus.WAITING:
+                run = with_answers(run, answers, task_at)
+            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (call := call_of(event)) is not None:
+                run = replace(run, spent=latest(run.spent, call.spent))
+                if run.status is RunStatus.WAITING:
+                    answers.add(call)
+                    run = with_answers(run, answers)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                 run = replace(run, cancel_requested=True)
-            case EventType.EVENT_TYPE_ACTIVITY_TASK_STARTED if run.started_at is None:
-                run = replace(run, status=RunStatus.RUNNING, started_at=at)
+            case EventType.EVENT_TYPE_ACTIVITY_TASK_STARTED if run.status is RunStatus.STARTING:
+                run = replace(run, status=RunStatus.RUNNING, started_at=run.started_at or at)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
                 payload = event.activity_task_completed_event_attributes.result.payloads[0]
                 done: StepDone = decoded(payload, StepDone)
-                is_first = not any(step.attempt == run.attempt for step in run.steps)
-                started_at = done.begun_at if is_first else run.started_at
-                progress = done.progress or run.progress
-                spent = latest(run.spent, done.spent)
-                run = replace(run, steps=(*run.steps, done.step), started_at=started_at, progress=progress, spent=spent)
-            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (call := call_of(event)) is not None:
-                run = replace(run, spent=latest(run.spent, call.spent))
+                started_at = done.begun_at if _is_first_turn(run) else run.started_at
+                progress, spent = done.progress or run.progress, latest(run.spent, done.spent)
+                run = replace(run, started_at=started_at, progress=progress, spent=spent)
+                if done.step is None:
+                    waiting = {"status": RunStatus.WAITING, "waiting_for": done.questions, "worked_s": done.worked_s}
+                    run = with_answers(replace(run, **waiting), answers)
+                else:
+                    run = replace(run, steps=(*run.steps, done.step))
             case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED:
                 failed = event.activity_task_failed_event_attributes.failure
                 run = _with_heartbeats(run, failed.application_failure_info.details.payloads)
@@ -119,26 +140,47 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
             case end if end in CLOSED_FROM_OUTSIDE:
                 error = f"The run was {CLOSED_FROM_OUTSIDE[end]} on the cluster before it ended."
                 run = replace(run, status=RunStatus.FAILED, error=error, error_type=INTERRUPTED, completed_at=at)
-    return run
+    return run, answers
+
+
+def with_answers(run: Run, answers: Calls, at: datetime | None = None) -> Run:
+    """Return *run*, which waits, without the questions that have an answer, or expired before *at*."""
+    left = answers.still_open(run.position or 0, len(run.steps), run.waiting_for, at)
+    return replace(run, waiting_for=left, status=RunStatus.WAITING if left else RunStatus.STARTING)
+
+
+def _is_first_turn(run: Run) -> bool:
+    """Whether its attempt has neither completed a step nor waited for an answer."""
+    return not run.worked_s and not any(step.attempt == run.attempt for step in run.steps)
 
 
 def call_of(event: HistoryEvent) -> CallDone | None:
-    """Return the call that an activity reported with *event*, or None. Its long values are not loaded."""
+    """Return the finished call that *event* reports, or None. Its long values are not loaded, except for answers."""
     signal = event.workflow_execution_signaled_event_attributes
     if event.event_type != EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED or signal.signal_name != CALL_SIGNAL:
         return None
     done: CallDone = decoded(signal.input.payloads[0], CallDone)
-    long = {name: NOT_LOADED for name in ("arguments", "result") if len(getattr(done.call, name)) > MAX_SHOWN_BYTES}
-    return replace(done, call=replace(done.call, **long))
+    return done if done.call.kind == "question" else replace(done, call=shown(done.call))
+
+
+def shown(call: Call) -> Call:
+    """Return *call* without long values."""
+    long = {name: NOT_LOADED for name in ("arguments", "result") if len(getattr(call, name)) > MAX_SHOWN_BYTES}
+    return replace(call, **long) if long else call
 
 
 def calls_of(history: Sequence[HistoryEvent]) -> dict[int, list[Call]]:
-    """Return the calls of each step of a run in one attempt."""
+    """Return the calls of each step of a run in one attempt; see ``call_of``."""
+    done = [done for event in history if (done := call_of(event)) is not None]
+    return by_step(done, _read(history)[1])
+
+
+def by_step(done: Iterable[CallDone], answers: Calls, item: int = 0) -> dict[int, list[Call]]:
+    """Return the calls that workers have *done*, and *answers*, oldest first, by the position of their step."""
     found: dict[int, list[Call]] = {}
-    for event in history:
-        if (done := call_of(event)) is not None:
-            found.setdefault(done.step, []).append(done.call)
-    return found
+    for each in [*(each for each in done if each.call.kind != "question"), *answers.of_item(item)]:
+        found.setdefault(each.step, []).append(each.call)
+    return {step: sorted(calls, key=lambda call: call.completed_at) for step, calls in found.items()}
 
 
 def with_pending_activity(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
@@ -146,18 +188,17 @@ def with_pending_activity(run: Run, pending: Sequence[PendingActivityInfo]) -> R
 
     Without a heartbeat, the turn may still wait for its slot.
     """
-    run = _with_heartbeats(run, pending[0].heartbeat_details.payloads if pending else ())
-    has_started = run.started_at is not None and run.status is RunStatus.STARTING
-    return replace(run, status=RunStatus.RUNNING) if has_started else run
+    return _with_heartbeats(run, pending[0].heartbeat_details.payloads if pending else ())
 
 
 def _with_heartbeats(run: Run, payloads: Iterable[Payload]) -> Run:
     """Return *run* with the progress of its turn. The first turn of an attempt also reports the start of the run."""
     for heartbeat in (decoded(sent, Heartbeat) for sent in payloads):
-        is_first = not any(step.attempt == run.attempt for step in run.steps)
+        has_started = run.status is RunStatus.STARTING and heartbeat.begun_at is not None
         run = replace(
             run,
-            started_at=heartbeat.begun_at if is_first else run.started_at,
+            status=RunStatus.RUNNING if has_started else run.status,
+            started_at=heartbeat.begun_at if _is_first_turn(run) else run.started_at,
             progress=heartbeat.progress or run.progress,
             spent=latest(run.spent, heartbeat.spent),
         )
@@ -200,12 +241,11 @@ def done_after_failure(
     heartbeat = heartbeat or ItemsDone()
     if is_cancelled:
         return heartbeat.for_retry()
-    ended_positions = {ended.position for ended in heartbeat.ended}
-    failing_part = heartbeat.unfinished or next(
-        (part for part in order.parts if part.position not in ended_positions), None
+    failing_part = (
+        next(iter(order.left_after(heartbeat)), None) if heartbeat.unfinished is None else heartbeat.unfinished
     )
     if failing_part is None:  # the worker died after the last item, before it returned
-        return ItemsDone(ended=heartbeat.ended)
+        return heartbeat
     failed = ItemOutcome(
         position=failing_part.position,
         status=outcome.status,
@@ -216,4 +256,4 @@ def done_after_failure(
         steps=failing_part.steps,
         usage=failing_part.usage,
     )
-    return ItemsDone(ended=(*heartbeat.ended, failed))
+    return ItemsDone(ended=(*heartbeat.ended, failed), waiting=heartbeat.waiting)

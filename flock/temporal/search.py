@@ -11,9 +11,9 @@ from datetime import UTC, datetime, timedelta
 from flock.engine.rows import first_id_at
 from flock.runs import BatchFilter, Run, RunFilter, RunStatus, now
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION
+from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS
 
-__all__ = ["ID", "earlier_turns", "newest_first", "open_runs", "workflows_of"]
+__all__ = ["ID", "earlier_turns", "newest_first", "open_runs", "waiting_runs", "workflows_of"]
 
 #: Max workflows in one range.
 WORKFLOWS_PER_RANGE = 1000
@@ -23,6 +23,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The id of a run or a batch.
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
+IS_WAITING = f"{STATUS.name} = '{RunStatus.WAITING}'"
 #: For each status of a run, the execution statuses that its workflow may have.
 EXECUTION_STATUS = {
     RunStatus.STARTING: "'Running'",
@@ -40,9 +41,14 @@ def workflows_of(workflow_type: str, flock: str) -> str:
 
 
 def open_runs(flock: str, principal: str | None = None) -> str:
-    """Return a query for the runs of *flock*, or of one *principal* in it, that have not ended."""
+    """Return a query for the runs of *flock*, or of one *principal* in it, that have not ended and do not wait."""
     of = "" if principal is None else f" AND {PRINCIPAL.name} = {_quoted(principal)}"
-    return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running'{of}"
+    return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running' AND {STATUS.name} IS NULL{of}"
+
+
+def waiting_runs(flock: str) -> str:
+    """Return a query for the runs of *flock* that wait for answers."""
+    return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running' AND {IS_WAITING}"
 
 
 def earlier_turns(run: Run) -> str:
@@ -50,6 +56,8 @@ def earlier_turns(run: Run) -> str:
     of = f"{SESSION.name} = {_quoted(run.session_id or '')} AND {AGENT.name} = {_quoted(run.agent_name)}"
     principal = "IS NULL" if run.principal is None else f"= {_quoted(run.principal)}"
     completed = f"{PRINCIPAL.name} {principal} AND ExecutionStatus = 'Completed'"
+    if run.started_at is not None:  # later runs of the session may have ended while it waited for an answer
+        completed += f" AND CloseTime < '{run.started_at.isoformat()}'"
     return f"{workflows_of(RUN_WORKFLOW, run.flock)} AND {of} AND {completed}"
 
 
@@ -65,6 +73,8 @@ async def newest_first(
     conditions, after = [query], wanted.after
     if wanted.status is not None and isinstance(wanted, RunFilter):
         conditions.append(f"ExecutionStatus IN ({EXECUTION_STATUS[wanted.status]})")
+        if not wanted.status.is_final:
+            conditions.append(IS_WAITING if wanted.status is RunStatus.WAITING else f"{STATUS.name} IS NULL")
     elif wanted.status is not None:  # the workflow of a batch completes, whatever the status of the batch is
         conditions.append(f"ExecutionStatus {'!=' if wanted.status.is_final else '='} 'Running'")
     if wanted.agent_name is not None:

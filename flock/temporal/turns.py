@@ -10,12 +10,13 @@ from asyncio import FIRST_COMPLETED
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 from temporalio import activity
 from temporalio.client import WorkflowHandle, WorkflowQueryFailedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.outcomes import Outcome
-from flock.engine.turns import ActiveRun, Turns
+from flock.engine.turns import ActiveRun, Turns, WaitingForAnswers
 from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
 from flock.runs import Call, Run, Step, Usage
 from flock.temporal.cluster import Cluster
@@ -37,10 +38,11 @@ class ActivityTurn(ActiveRun):
     """The next turn of a run.
 
     Attributes:
-        outcome: its step, or how the run ends; None if the worker shuts down and leaves the turn to another one.
+        outcome: its step, its questions, or how the run ends; None if the worker shuts down and leaves the turn to
+            another one.
     """
 
-    outcome: Step | Outcome | None = None
+    outcome: Step | WaitingForAnswers | Outcome | None = None
 
     def __init__(self, run: Run, timeout_s: float, cluster: Cluster, **options: Any) -> None:
         super().__init__(run, timeout_s, **options)
@@ -107,6 +109,14 @@ class ActivityTurn(ActiveRun):
                 return
         except BaseException as exc:  # an agent's SystemExit would end the worker
             failure = exc
+        if isinstance(failure, WaitingForAnswers) and not self.cancel_requested:
+            length = len(msgspec.json.encode(failure.questions))
+            if length <= MAX_RUN_BYTES:
+                self.outcome = failure
+                return
+            failure = CallError(
+                f"The questions have {length} bytes, more than the cluster can store. Ask shorter ones."
+            )
         if not self.is_stopped:
             self.outcome = turns.outcome_of(self, failure)
 

@@ -20,8 +20,7 @@ from flock.agents.llm import ModelClient
 from flock.agents.mcp import listing_tools
 from flock.agents.prices import Price, merged
 from flock.engine.outcomes import CANCELLED, Outcome
-from flock.engine.turns import MAX_HISTORY_BYTES, Turns
-from flock.errors import CallError
+from flock.engine.turns import MAX_HISTORY_BYTES, Turns, WaitingForAnswers
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
 from flock.runs import Observer, Progress, Question, Run, RunStatus, Step, Usage, now
@@ -118,7 +117,6 @@ class TemporalWorker:
             expose_errors=expose_errors,
             max_run_bytes=max_run_bytes,
             max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
-            answer=_refuse_question,
             prices=merged(prices),
         )
         models.on_retry = lambda: self._turns.notify("model_call_retried")
@@ -184,6 +182,8 @@ class TemporalWorker:
             heartbeats.cancel()
         if isinstance(turn.outcome, Step):
             return turn.done(turn.outcome)
+        if isinstance(turn.outcome, WaitingForAnswers):
+            return turn.asked(turn.outcome.questions)
         if turn.outcome is None:
             activity.heartbeat(turn.heartbeat())
             raise ApplicationError("The worker stopped before this step ended.", turn.heartbeat(), type=INTERRUPTED)
@@ -199,6 +199,7 @@ class _RunTurn(ActivityTurn):
             order.run, order.timeout_s, cluster, is_again=info.attempt > 1, queue_timeout_s=order.queue_timeout_s
         )
         self._latest = order.latest
+        self.has_calls, self.waited_s = order.has_calls, order.waited_s
         self.queued_s = order.queued_s + (now() - info.scheduled_time).total_seconds()
         for sent in info.heartbeat_details:  # the start that a dead worker reported stays valid
             heartbeat = recoded(sent, Heartbeat)
@@ -230,6 +231,16 @@ class _RunTurn(ActivityTurn):
         assert self.started_at is not None
         return StepDone(
             step=step, begun_at=self.started_at, progress=self._progress_when_done, spent=self._spent_when_done
+        )
+
+    def asked(self, questions: Sequence[Question]) -> StepDone:
+        assert self.started_at is not None
+        return StepDone(
+            begun_at=self.started_at,
+            progress=self.progress,
+            spent=self.spent,
+            questions=tuple(questions),
+            worked_s=self.worked_s,
         )
 
     def heartbeat(self) -> Heartbeat:
@@ -266,7 +277,3 @@ def _raise_outcome(turn: _RunTurn, outcome: Outcome) -> NoReturn:
     raise ApplicationError(
         outcome.error, turn.heartbeat(), type=outcome.error_type, non_retryable=True, category=category
     ) from None  # its cause is for our log only
-
-
-def _refuse_question(question: Question) -> None:
-    raise CallError("Workers of a Temporal cluster cannot ask people. Run this agent on the embedded engine.")

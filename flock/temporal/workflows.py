@@ -7,6 +7,7 @@ Replay requires them to be deterministic: they use only their clock, their input
 import asyncio
 import contextlib
 import math
+from collections.abc import Iterable
 from datetime import timedelta
 
 from msgspec.structs import replace
@@ -21,8 +22,9 @@ from temporalio.exceptions import (
 )
 from temporalio.exceptions import TimeoutError as ActivityTimeout
 
-from flock.engine.outcomes import queue_timeout, timeout_of
-from flock.runs import Call, RunStatus, Usage
+from flock.engine.answers import is_expired
+from flock.engine.outcomes import Outcome, expiry_of, queue_timeout, timeout_of
+from flock.runs import Call, Question, Run, RunStatus, Usage
 from flock.temporal.messages import (
     ACTIVITY,
     BEGIN_SIGNAL,
@@ -35,6 +37,7 @@ from flock.temporal.messages import (
     RUN_WORKFLOW,
     SESSION_WORKFLOW,
     SPENT_QUERY,
+    STATUS,
     TASK_TIMEOUT,
     CallDone,
     Calls,
@@ -43,7 +46,7 @@ from flock.temporal.messages import (
     session_workflow_id,
 )
 
-__all__ = ["CallKeeper", "FlockMark", "FlockRun", "FlockSession"]
+__all__ = ["CallKeeper", "FlockMark", "FlockRun", "FlockSession", "time_to_expiry"]
 
 #: Only turns whose worker died or stopped are retried. The limit is for a turn that kills its workers.
 RETRIES = RetryPolicy(
@@ -112,8 +115,11 @@ class FlockRun(CallKeeper):
             await self._steps(await self._begun(order))
         finally:
             if workflow.in_workflow():  # and not dropped from the memory of a worker
-                with contextlib.suppress(FailureError):  # the session was terminated
-                    await _session_of(order).signal(LEAVE_SIGNAL, workflow.info().workflow_id)
+                await self._leave(order.run)
+
+    async def _leave(self, run: Run, *has_ended: bool) -> None:
+        with contextlib.suppress(FailureError):  # the session was terminated, or has ended while the run waited
+            await _session_of(run).signal(LEAVE_SIGNAL, args=[workflow.info().workflow_id, *has_ended])
 
     async def _begun(self, order: RunOrder) -> RunOrder:
         """Wait until the run may begin. Return the order of its first turn."""
@@ -134,11 +140,12 @@ class FlockRun(CallKeeper):
         """Join the session: the process that started the run may have died before that, or the session is gone."""
         own_id = workflow.info().workflow_id
         try:
-            await _session_of(order).signal(JOIN_SIGNAL, own_id)
+            await _session_of(order.run).signal(JOIN_SIGNAL, own_id)
         except FailureError:
             with contextlib.suppress(WorkflowAlreadyStartedError):
                 await workflow.start_child_workflow(
                     SESSION_WORKFLOW,
+                    STATUS,
                     args=[[own_id], []],
                     id=session_workflow_id(order.run),
                     parent_close_policy=workflow.ParentClosePolicy.ABANDON,
@@ -148,24 +155,47 @@ class FlockRun(CallKeeper):
     async def _steps(self, order: RunOrder) -> None:
         while order.run.next_agent_name is not None:
             done = await self._turn(order)
-            self._calls = Calls()
-            run = order.run
-            order = replace(
-                order,
-                run=replace(
-                    run,
-                    status=RunStatus.RUNNING,
-                    started_at=run.started_at or done.begun_at,
-                    steps=(*run.steps, done.step),
-                    spent=done.spent or run.spent,
-                ),
+            run = replace(
+                order.run,
+                status=RunStatus.RUNNING,
+                started_at=order.run.started_at or done.begun_at,
+                spent=done.spent or order.run.spent,
             )
+            if done.step is None:
+                waited_s = await self._wait_for_answers(run, done)
+                order = replace(order, run=run, has_calls=True, waited_s=waited_s)
+            else:
+                self._calls = Calls()
+                order = replace(order, run=replace(run, steps=(*run.steps, done.step)), has_calls=False)
             _check_cancelled()
+
+    async def _wait_for_answers(self, run: Run, done: StepDone) -> float:
+        """Wait until no question is open. Return for how long the attempt has waited so far, in seconds."""
+        workflow.upsert_search_attributes([STATUS.value_set(RunStatus.WAITING)])
+        if run.session_id is not None:  # its other runs need not wait for a person
+            self._leaving = asyncio.create_task(self._leave(run, False))
+        step, left = len(run.steps), done.questions
+        while left := self._calls.still_open(0, step, left, workflow.now()):
+            late = next((question for question in left if is_expired(question, workflow.now())), None)
+            if late is not None:
+                raise _failed(expiry_of(late))
+            with contextlib.suppress(TimeoutError):
+                await workflow.wait_condition(
+                    lambda: (
+                        self._calls.still_open(0, step, left) != left
+                        or any(is_expired(question, workflow.now()) for question in left)
+                    ),
+                    timeout=time_to_expiry(left),
+                )
+        workflow.upsert_search_attributes([STATUS.value_unset()])
+        assert run.started_at is not None
+        return (workflow.now() - run.started_at).total_seconds() - done.worked_s
 
     async def _turn(self, order: RunOrder) -> StepDone:
         max_wait_s = order.queue_timeout_s and max(0.001, order.queue_timeout_s - order.queued_s)
         if order.run.started_at is not None:
-            max_wait_s = max(0.001, order.timeout_s - (workflow.now() - order.run.started_at).total_seconds())
+            spent_s = (workflow.now() - order.run.started_at).total_seconds() - order.waited_s
+            max_wait_s = max(0.001, order.timeout_s - spent_s)
         try:
             done: StepDone = await workflow.execute_activity(
                 ACTIVITY,
@@ -191,8 +221,18 @@ def _late(order: RunOrder) -> ApplicationError:
     return ApplicationError(str(late), type=late.error_type, non_retryable=True)
 
 
-def _session_of(order: RunOrder) -> workflow.ExternalWorkflowHandle[None]:
-    return workflow.get_external_workflow_handle(session_workflow_id(order.run))
+def _failed(end: Outcome) -> ApplicationError:
+    return ApplicationError(end.error, type=end.error_type, non_retryable=True)
+
+
+def time_to_expiry(questions: Iterable[Question]) -> timedelta | None:
+    """Return the time until the first of *questions* expires; None if none of them does."""
+    expiries = [question.expires_at for question in questions if question.expires_at is not None]
+    return max(timedelta(milliseconds=1), min(expiries) - workflow.now()) if expiries else None
+
+
+def _session_of(run: Run) -> workflow.ExternalWorkflowHandle[None]:
+    return workflow.get_external_workflow_handle(session_workflow_id(run))
 
 
 @workflow.defn(name=SESSION_WORKFLOW)
@@ -216,9 +256,11 @@ class FlockSession:
             self._runs.append(run)
 
     @workflow.signal(name=LEAVE_SIGNAL)
-    def leave(self, run: str) -> None:
+    def leave(self, run: str, has_ended: bool = True) -> None:
+        """Remove a run, because it has ended or waits for answers. In the latter case, it leaves again at its end."""
         if run in self._runs:
             self._runs.remove(run)
+        if has_ended and run not in self._latest:
             self._latest = [*self._latest, run][-LATEST:]
 
     @workflow.run
@@ -264,8 +306,7 @@ def _failure(order: RunOrder, cause: BaseException | None) -> ApplicationError:
         return ApplicationError(cause.message, *cause.details, type=cause.type, non_retryable=True)
     if isinstance(cause, ActivityTimeout) and cause.type is TimeoutType.SCHEDULE_TO_START:
         if order.run.started_at is not None:
-            end = timeout_of(order.timeout_s)
-            return ApplicationError(end.error, type=end.error_type, non_retryable=True)
+            return _failed(timeout_of(order.timeout_s))
         return _late(order)
     message = f"The worker died or stopped in each of {RETRIES.maximum_attempts} attempts. The run may be the cause."
     return ApplicationError(message, type=INTERRUPTED, non_retryable=True)
