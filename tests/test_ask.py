@@ -409,7 +409,7 @@ async def test_cancelling_a_batch_cancels_its_waiting_items(open_engine: OpenEng
         first, *others = await engine.get_items(batch.batch_id)
         assert (first.error, first.error_type) == ("The run was cancelled.", "cancelled")
         await engine.retry_run(first.run_id)
-        run = await waiting(engine, first.run_id)
+        run = await until_run(engine, first.run_id, lambda run: run.status is RunStatus.WAITING)
         assert (await engine.get_items(batch.batch_id))[1:] == others
         await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(True))
         with anyio.fail_after(PATIENCE_S):
@@ -443,7 +443,7 @@ async def test_an_expired_question_of_an_item_fails_it_unless_it_has_a_default(o
         calls = await engine.get_calls(await engine.get_run(given.run_id))
         assert [(call.kind, call.result) for call in calls[0]] == [("question", json_of("nobody"))]
         await engine.retry_batch(batch.batch_id)
-        item = await waiting(engine, failed.run_id)
+        item = await until_run(engine, failed.run_id, lambda run: run.status is RunStatus.WAITING)
         await engine.answer_call(item.run_id, item.waiting_for[0].call_id, json_of("Ann"))
         with anyio.fail_after(PATIENCE_S):
             batch = await engine.wait_batch(batch.batch_id)

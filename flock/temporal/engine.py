@@ -86,7 +86,7 @@ POLL_INTERVAL_S = 0.25
 MAX_INPUT_BYTES = 1_000_000
 #: How many runs of a list are read concurrently.
 READS_AT_ONCE = 20
-#: The pause before a history is read again that does not have an answer yet, in seconds.
+#: The first pause before a history is read again that does not have an answer yet, in seconds. Later ones are longer.
 REREAD_DELAY_S = 0.02
 #: How long a request to cancel a waiting run waits for its end, in seconds. It ends at once if there is a worker.
 CANCEL_WAIT_S = 3.0
@@ -480,7 +480,7 @@ class TemporalEngine(EngineBase):
         self._check_entered()
         if len(output) > MAX_INPUT_BYTES:
             raise TooLarge(f"An answer may have up to {MAX_INPUT_BYTES} bytes, and this one has {len(output)}.")
-        is_sent = False
+        is_sent, pause_s = False, REREAD_DELAY_S
         while True:
             run = await self.get_run(run_id)
             is_open = any(question.call_id == call_id for question in run.waiting_for)
@@ -489,7 +489,8 @@ class TemporalEngine(EngineBase):
             if question is None:
                 return run
             if is_sent:  # the cluster adds it to the history when the workflow has completed its task
-                await asyncio.sleep(REREAD_DELAY_S)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, 1.0)
                 continue
             done = CallDone(item=run.position or 0, step=len(run.steps), call=answer_of(question, output, now()))
             with contextlib.suppress(RPCError):  # it has ended in the meantime

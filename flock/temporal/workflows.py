@@ -145,7 +145,6 @@ class FlockRun(CallKeeper):
             with contextlib.suppress(WorkflowAlreadyStartedError):
                 await workflow.start_child_workflow(
                     SESSION_WORKFLOW,
-                    STATUS,
                     args=[[own_id], []],
                     id=session_workflow_id(order.run),
                     parent_close_policy=workflow.ParentClosePolicy.ABANDON,
