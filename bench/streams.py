@@ -99,7 +99,7 @@ async def crowd(client: Client, runs: int, readers: int, pieces: int, interval_s
         while data := await reader.read(65536):
             counts["bytes"] += len(data)
             counts["events"] += data.count(b"event: output.")
-            last = (last + data)[-600:]
+            last = last[-40:] + data
             if b"event: run.completed" in last:
                 counts["ended"] += 1
                 return

@@ -113,7 +113,7 @@ async def test_a_dry_run_counts_rows_and_shows_them_as_they_would_be_stored(clie
 
 
 def stored_files() -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path.cwd().glob("flock.db*")}
+    return {path.name: path.read_bytes() for path in Path.cwd().glob("flock.db*") if path.is_file()}
 
 
 @pytest.mark.anyio
