@@ -355,8 +355,9 @@ async def test_a_batch_waits_for_the_end_of_an_outage(kind: int | bool, quick_pr
     assert (batch.completed_items, batch.failed_items) == (200, 0)
 
 
-def test_after_an_outage_the_rate_is_that_of_before() -> None:
+def test_after_an_outage_the_rate_is_that_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise all waiting calls would be sent at once."""
+    monkeypatch.setattr(Pace, "waiting", 100)
     provider = Pace("openai")
     for tenth in range(50):
         provider.admit(tenth / 10, ITEM, passage := Passage())
