@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 import anyio.lowlevel
@@ -355,7 +355,7 @@ class EngineBase(ABC):
         """See ``Engine.events``."""
         sent_at, latest = anyio.current_time(), dict[str, Event]()  # the latest of the stored events without an id
         with self._reader(run_id, after, reasoning=reasoning) as reader:
-            is_flushed = False
+            flushed: Any = None  # the event before which all that was written is sent
             while True:
                 run, event, is_last = None, None, False
                 if reader.has_news:
@@ -365,16 +365,18 @@ class EngineBase(ABC):
                     if event is None and not is_last:
                         reader.seen()
                 # What was written before the event was stored is sent before it.
-                pieces = iter(()) if reader.live is None or is_flushed else reader.live.events(after)
+                key = None if event is None else event.id or (event.name, event.data.get("waiting_for"))
+                has_all = reader.live is None or (key is not None and key == flushed)
+                pieces = iter(()) if reader.live is None or has_all else reader.live.events(after)
                 if (piece := next(pieces, None)) is not None:
-                    is_flushed = event is not None
+                    flushed = key
                     del run, event  # for a slow client, only one event stays in memory; the rest is read again
                     while piece is not None:
                         yield piece
                         piece = next(pieces, None)
                     sent_at = anyio.current_time()
                     continue
-                is_flushed = False
+                flushed = None
                 if event is not None and run is not None:
                     event = reader.present(event, run)
                 del run
