@@ -123,7 +123,11 @@ class EmbeddedEngine(EngineBase):
         **bounds: Any,
     ) -> None:
         super().__init__(
-            agents, flock, replaced(limits or Limits(), bounds), prices=prices, default_model=models.default_model
+            agents,
+            flock,
+            replaced(limits or Limits(), bounds),
+            prices=prices,
+            default_model=models.default_model or None,
         )
         self.store = store
         self._models = models
