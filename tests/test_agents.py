@@ -641,14 +641,6 @@ async def test_partial_and_cached_functions_keep_their_types(resources: Resource
     assert bytes((await turn(cached, resources, a=1, b=2)).result) == b'{"result":3}'
 
 
-def test_a_generator_cannot_be_an_agent() -> None:
-    async def stream(text: str) -> AsyncIterator[str]:
-        yield text
-
-    with pytest.raises(DefinitionError, match="must return its complete result"):
-        agent(stream)
-
-
 async def test_the_base_class_cannot_take_a_turn(resources: Resources) -> None:
     empty = Signature.of("")
     with pytest.raises(NotImplementedError):
