@@ -592,12 +592,12 @@ async def test_the_calls_of_a_step_are_events(open_engine: OpenEngine) -> None:
 
     @flock.agent(next_agent="last")
     async def first(context: RunContext) -> int:
-        return await context.call(double, 1) + await context.call(double, 2)
+        return int(await context.call(double, 1)) + int(await context.call(double, 2))
 
     @flock.agent
     async def last(result: int, context: RunContext) -> int:
         context.emit_value("result", result)
-        found = await context.call(double, result)
+        found: int = await context.call(double, result)
         await may_end.wait()
         return found
 
