@@ -75,8 +75,9 @@ SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
 def cli_page() -> str:
     """Return ``docs/cli.md``: the help of each command."""
     parts = [CLI]
+    group = click.Context(main, info_name="flockapi", **main.context_settings)
     for name, command in sorted(main.commands.items()):
-        context = click.Context(command, info_name=f"flockapi {name}", max_content_width=WIDTH, terminal_width=WIDTH)
+        context = click.Context(command, group, name, max_content_width=WIDTH, terminal_width=WIDTH)
         parts.append(f"## flockapi {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)
 
