@@ -9,7 +9,7 @@ import contextlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -373,14 +373,18 @@ class LiveReader:
         self.position = 0
 
     def events(self, after: int) -> Iterator[Event]:
-        """Yield what is new in the steps whose ``step.started`` is not after the id *after*."""
+        """Yield what is new in the steps whose ``step.started`` is not after the id *after*.
+
+        Who does not take all events gets the others from the next call.
+        """
         changed, self._seen = self._live.changed_since(self._seen)
         for written in changed:
             self._pending[written.key] = written
         for written in list(self._pending.values()):
             if started_id(written.attempt, written.position) <= after:
-                self._pending.pop(written.key, None)
-                yield from self._events_of(written)
+                is_all = yield from self._events_of(written)
+                if is_all:
+                    del self._pending[written.key]
 
     def passed(self, event: Event) -> None:
         """Forget the step or the call whose end is *event*, which the reader has now."""
@@ -407,21 +411,25 @@ class LiveReader:
         data = {name: event.data[name] for name in names} | {"output": event.data["result"]}
         return Event(id=None, name="output.snapshot", data=data)
 
-    def _events_of(self, written: _Writer) -> Iterator[Event]:
+    def _events_of(self, written: _Writer) -> Generator[Event, None, bool]:
+        """Yield what is new of one writer. Returns False if it was reset meanwhile, so that there is more."""
         place, resets = self._places.get(written.key), written.resets
         is_old = written.created <= self._joined_at
         if place is None and is_old and written.is_done:
-            return
-        if written.call is not None and (place is None or place.created != written.created):
-            yield written.event("call.started", **written.call)
+            return True
+        is_new_call = written.call is not None and (place is None or place.created != written.created)
         if place is None:
             is_late = is_old or self._resumed_in is not None
             place = self._places[written.key] = _Place(written, wants_snapshot=is_late)
-        elif place.resets != resets:
-            if place.sent or place.reasoning:
+        place.created = written.created
+        if is_new_call:
+            assert written.call is not None
+            yield written.event("call.started", **written.call)
+        if place.resets != resets:
+            has_sent = place.sent or place.reasoning
+            place.sent, place.reasoning, place.resets = {}, 0, resets
+            if has_sent:
                 yield written.event("output.reset")
-            place.sent, place.reasoning = {}, 0
-        place.created, place.resets = written.created, resets
         if place.wants_snapshot and written.fields:
             place.wants_snapshot = False
             yield self._snapshot(written, place)
@@ -430,8 +438,7 @@ class LiveReader:
             yield written.event("reasoning.delta", text=text)
         for name, content in list(written.fields.items()):
             if written.resets != resets:  # while the last event was sent
-                self._pending[written.key] = written
-                return
+                return False
             sent = place.sent.get(name, 0)
             if isinstance(content, io.StringIO):
                 if text := self._live.piece(content, max(0, sent)):
@@ -440,6 +447,7 @@ class LiveReader:
             elif content[0] != sent:
                 place.sent[name] = content[0]
                 yield written.event("output.value", field=name, value=content[1])
+        return True
 
     def _snapshot(self, written: _Writer, place: _Place) -> Event:
         output: dict[str, Any] = {}
