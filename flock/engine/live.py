@@ -173,8 +173,8 @@ class LiveOutput:
     def settle(self, writer: Turn, result: msgspec.Raw, *, has_missed: bool) -> None:
         """Complete what *writer* has written, or replace it where it differs from its *result*."""
         known = self._writers.get((writer.position, writer.call_id))
-        if not has_missed and (known is None or not known.has_output):
-            return
+        if not has_missed and (known is None or not (known.has_output or known.resets)):
+            return  # no reader has ever got anything of it
         members = msgspec.json.decode(result, type=dict[str, msgspec.Raw])
         values = {name: msgspec.json.decode(member) for name, member in members.items()}
         with self._writing(writer) as written:
