@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from temporalio.api.enums.v1 import EventType
 
-from flock.core import Flock
+from flock.core import Flock, FlockFactory
 from flock.errors import CallError, Conflict, EngineFull, TooLarge
 from flock.runs import BatchOptions, Run, RunContext, RunStatus, new_id
 from flock.temporal import TemporalEngine, batchflows, items
@@ -19,6 +19,7 @@ from flock.temporal.messages import chunk_workflow_id, run_workflow_id
 from tests.support import PATIENCE_S
 from tests.support.cluster import on_temporal
 from tests.support.engines import OpenEngine, ended, until, until_run
+from tests.support.models import FakeModel, answer, usage_of_gpt_4o
 from tests.test_ask import Refunds, asked, json_of, result_of, waiting
 from tests.test_temporal import working
 
@@ -240,6 +241,48 @@ async def test_waiting_items_of_two_chunks_keep_their_answers_in_new_histories(
     assert [(item.status, item.result) for item in found] == [
         (RunStatus.COMPLETED, json_of({"result": f"{n} {n} {n}"})) for n in range(22)
     ]
+
+
+async def test_a_waiting_item_is_cancelled_when_max_cost_is_spent_while_others_still_run(
+    temporal_address: str, model: FakeModel
+) -> None:
+    """It is cancelled when its chunk is stopped, so that it can no longer expire or be answered."""
+    flock, may_spend, may_end = Flock("costs", model="openai/gpt-4o"), asyncio.Event(), asyncio.Event()
+    flock.add_agent(FlockFactory.create_default_agent("measure", "", None, "text: str", "length: int"))
+
+    @flock.agent
+    async def work(n: int, context: RunContext) -> int:
+        if n == 2:
+            await may_end.wait()
+            return 0
+        if n == 1:
+            await may_spend.wait()
+        await context.run_agent("measure", {"text": "a"})
+        return await context.ask("How long?", int) if n == 0 else n
+
+    model.replies = [answer({"length": 1})] * 2
+    async with on_temporal(temporal_address, flock, transport=model.transport) as engine:
+        options = BatchOptions(max_workers=3, max_cost=2 * 0.000075)
+        batch = await engine.submit_batch("work", [{"n": n} for n in range(3)], options)
+        with anyio.fail_after(PATIENCE_S):
+            while not (found := await engine.get_items(batch.batch_id, statuses=[RunStatus.WAITING])):  # noqa: ASYNC110
+                await anyio.sleep(0.05)
+        (item,) = found
+        may_spend.set()
+        item = await until_run(engine, item.run_id, lambda run: run.status.is_final)
+        assert (item.status, item.error_type, item.usage) == (
+            RunStatus.CANCELLED,
+            "cost_limit",
+            usage_of_gpt_4o(10, 5),
+        )
+        with pytest.raises(Conflict, match="can no longer be answered"):
+            await engine.answer_call(item.run_id, item.waiting_for[0].call_id, json_of(1))
+        may_end.set()
+        batch = await ended(engine, batch)
+        found = await engine.get_items(batch.batch_id)
+    assert (batch.error_type, batch.cancelled_items, batch.usage) == ("cost_limit", 1, usage_of_gpt_4o(20, 10))
+    assert [item.status for item in found] == [RunStatus.CANCELLED, RunStatus.COMPLETED, RunStatus.COMPLETED]
+    assert found[0].error_type == "cost_limit"
 
 
 async def _all_ask_again(engine: Any, batch_id: str) -> None:

@@ -20,6 +20,7 @@ from flock.runs import INVALID_INPUT, Call, Run, RunStatus, Usage, added
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,
+    STOP_SIGNAL,
     Attempt,
     CallDone,
     Calls,
@@ -79,6 +80,8 @@ class Chunk:
         self._spent_before: dict[int, Usage | None] = {}
         #: positions of items that wait for answers
         self._waiting: set[int] = set()
+        #: the outcome of items that are not running, if the attempt starts no more
+        self._stopped_by: Outcome | None = None
         for position, row in enumerate(rows.rows, rows.first):
             item = replace(
                 rows.item,
@@ -110,6 +113,7 @@ class Chunk:
         calls: dict[int, list[CallDone]] = {}
         answers, task_at = Calls(), None
         self._spent_before = {position: item.usage for position, item in self.items.items()}
+        self._stopped_by = None
         for event in history:
             at = time_of(event.event_time)
             if (call := call_of(event)) is not None:
@@ -133,6 +137,9 @@ class Chunk:
                     if signal.signal_name == "cancel_item":
                         position = decoded(signal.input.payloads[0], int)
                         self.cancel([position], None if orders.has(position) else at)
+                    elif signal.signal_name == STOP_SIGNAL:
+                        self._stopped_by = COST_LIMIT
+                        self._end([position for position in self.items if not orders.has(position)], at, COST_LIMIT)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                     self.cancel(self.items, None)
                 case closed if closed in CLOSED:
@@ -154,10 +161,14 @@ class Chunk:
 
     def close(self, at: datetime, reason: Outcome | None = None) -> None:
         """End the attempt. *reason* is the outcome of the items that have not ended, if they were not cancelled."""
-        for position, item in self.items.items():
+        self._end(self.items, at, reason)
+
+    def _end(self, positions: Iterable[int], at: datetime, reason: Outcome | None) -> None:
+        for position in positions:
+            item = self.items[position]
             if not item.status.is_final:
                 self.items[position] = _cancelled(item, at, reason)
-        self._waiting.clear()
+            self._waiting.discard(position)
 
     def _answer(self, positions: Iterable[int], answers: Calls, at: datetime | None) -> None:
         """Remove the questions of waiting items that have an answer, or that expired before *at*."""
@@ -177,17 +188,21 @@ class Chunk:
         for part in done.waiting:
             waiting = {"status": RunStatus.WAITING, "waiting_for": part.questions, "worked_s": part.worked_s}
             item = replace(self._started(part), **waiting)
-            if item.cancel_requested and at is not None:
-                self.items[part.position] = _cancelled(item, at)
+            if self._must_end(item) and at is not None:
+                self.items[part.position] = _cancelled(item, at, self._stopped_by)
                 continue
             self.items[part.position] = item
             self._waiting.add(part.position)
             self._answer([part.position], answers, None)
         for part in order.left_after(done):
             item = self._started(part)
-            if item.cancel_requested and at is not None:
-                item = _cancelled(item, at)
+            if self._must_end(item) and at is not None and not item.status.is_final:
+                item = _cancelled(item, at, self._stopped_by)
             self.items[part.position] = item
+
+    def _must_end(self, item: Run) -> bool:
+        """Whether *item* ends instead of running again."""
+        return item.cancel_requested or self._stopped_by is not None
 
     def _started(self, part: Part) -> Run:
         item = self.items[part.position]
