@@ -38,14 +38,7 @@ from flock.agents.workflow import columns_of
 from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rowchecks import check_batch
-from flock.errors import (
-    Conflict,
-    DefinitionError,
-    FlockError,
-    NotFound,
-    Replayed,
-    StoreError,
-)
+from flock.errors import Conflict, DefinitionError, FlockError, NotFound, Replayed, StoreError
 from flock.extras import pip_install
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
@@ -330,7 +323,7 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
         AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
         AppRoute("access", "POST", "/run/{run_id}/calls/{call_id}", answer_call),
         AppRoute("access", "GET", "/run/{run_id}/events", run_events),
-        AppRoute("access", "DELETE", "/session/{session_id:path}", delete_session),
+        AppRoute("access", "GET DELETE", "/session/{session_id:path}", one_session),
         AppRoute("access", "GET", "/batches", list_batches),
         AppRoute("access", "GET DELETE", "/batch/{batch_id}", one_batch),
         AppRoute("access", "GET", "/batch/{batch_id}/results", batch_results),
@@ -563,9 +556,12 @@ async def delete_run(request: Request) -> Response:
     return Response(status_code=204)
 
 
-async def delete_session(request: Request) -> Response:
-    """DELETE /session/{session_id}: the runs that ``GET /runs?session_id=`` lists. For an admin, those of everyone."""
-    await (await engine_of(request)).delete_session(request.path_params["session_id"])
+async def one_session(request: Request) -> Response:
+    """GET and DELETE /session/{session_id}: the runs that ``GET /runs?session_id=`` lists, for an admin of everyone."""
+    engine, session_id = await engine_of(request), request.path_params["session_id"]
+    if request.method != "DELETE":
+        return JSONResponse(wire.shown_as(wire.SessionSummary, await engine.get_session(session_id)))
+    await engine.delete_session(session_id)
     return Response(status_code=204)
 
 

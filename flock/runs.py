@@ -72,6 +72,7 @@ __all__ = [
     "RunContext",
     "RunFilter",
     "RunStatus",
+    "Session",
     "Step",
     "StepJournal",
     "Time",
@@ -798,6 +799,14 @@ def event_of_batch(batch: Batch) -> Event:
     return Event(id=None, name="batch.progress", data=data)
 
 
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """The runs of a session together. ``usage`` is None if none of them has asked a model."""
+
+    session_id: str
+    total_runs: int
+    usage: Usage | None
+
+
 class Queue(msgspec.Struct, frozen=True):
     """The number of runs that wait for their first step, and when the oldest one that never started was accepted.
 
@@ -1405,6 +1414,12 @@ class Engine(Protocol):
 
     async def delete_run(self, run_id: str) -> None:
         """Delete a final run. Raises RunNotFound; Conflict if it is active or is an item of a batch."""
+
+    async def get_session(self, session_id: str, principal: str | None = None) -> Session:
+        """Count the runs of a session of *principal*, and what they have spent; None means of all principals.
+
+        Every run is read. Raises: SessionNotFound if there are none.
+        """
 
     async def delete_session(self, session_id: str, principal: str | None = None) -> None:
         """Delete all runs of a session of *principal*; None means of all principals.

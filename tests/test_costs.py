@@ -536,6 +536,22 @@ async def test_items_that_wait_are_cancelled_when_max_cost_is_spent(open_engine:
 # The API
 
 
+async def test_a_session_adds_up_its_runs(model: FakeModel) -> None:
+    flock = measuring()
+    model.replies = [answer({"length": n}) for n in range(2)]
+    app = create_app(flock, engine=flock.engine(transport=model.transport), auth="host")
+    async with app.lifespan(), client_of(app) as client:
+        for text in "ab":
+            await post_run(client, "measure", {"text": text}, session_id="a/b")
+        assert await get(client, "/session/a%2Fb") == {
+            "session_id": "a/b",
+            "total_runs": 2,
+            "usage": {"input_tokens": 20, "output_tokens": 10},
+            "cost": 0.00015,
+        }
+        assert (await client.get("/session/c")).status_code == 404
+
+
 async def test_costs_are_in_responses_downloads_and_metrics(model: FakeModel) -> None:
     flock = measuring()
 

@@ -819,6 +819,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
     "retry_run": lambda engine: engine.retry_run(new_id()),
     "answer_call": lambda engine: engine.answer_call(new_id(), "ask:1", msgspec.Raw(b"1")),
     "delete_run": lambda engine: engine.delete_run(new_id()),
+    "get_session": lambda engine: engine.get_session("s"),
     "delete_session": lambda engine: engine.delete_session("s"),
     "list_runs": lambda engine: engine.list_runs(RunFilter()),
     "events": lambda engine: anext(engine.events(new_id())),

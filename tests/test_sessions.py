@@ -422,11 +422,13 @@ async def test_a_session_is_listed_and_deleted(engine: Engine, turns: Turns) -> 
     assert [run.run_id for run in await _listed(engine, 3, session_id="s")] == [run.run_id for run in reversed(runs)]
     failed = await _listed(engine, 1, session_id="s", status=RunStatus.FAILED, agent_name="turn")
     assert [run.run_id for run in failed] == [runs[1].run_id]
+    assert (await engine.get_session("s")).total_runs == 3
     await engine.delete_session("s")
     assert await engine.list_runs(RunFilter(session_id="s")) == []
     assert [run.run_id for run in await engine.list_runs(RunFilter())] == [kept.run_id]
-    with pytest.raises(SessionNotFound, match="'s'"):
-        await engine.delete_session("s")
+    for ask in (engine.get_session, engine.delete_session):
+        with pytest.raises(SessionNotFound, match="'s'"):
+            await ask("s")
 
 
 async def _listed(engine: Engine, count: int, **wanted: Any) -> Sequence[Run]:
@@ -457,6 +459,7 @@ async def test_a_session_of_another_principal_is_another_session(engine: Engine,
     of_ann, of_ben, of_ops = [(await ended(engine, run)).run_id for run in runs]
     await _listed(engine, 3, session_id="s")
     assert [run.run_id for run in await ben.list_runs(RunFilter(session_id="s"))] == [of_ben]
+    assert [(await scoped.get_session("s")).total_runs for scoped in (ann, ben, admin)] == [1, 1, 3]
     await ben.delete_session("s")
     with pytest.raises(SessionNotFound):
         await ben.delete_session("s")

@@ -47,6 +47,8 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
+    Session,
+    added,
     event_of_batch,
     event_of_call,
     events_of,
@@ -330,6 +332,19 @@ class EngineBase(ABC):
         return await self._accept_batch(intake, key)
 
     # Sessions
+
+    async def get_session(self, session_id: str, principal: str | None = None) -> Session:
+        """See ``Engine.get_session``."""
+        usage, total, page = None, 0, await self.list_runs(RunFilter(session_id=session_id, principal=principal))
+        while page:
+            for run in page:
+                with contextlib.suppress(RunNotFound):  # another request has deleted it
+                    usage, total = added(usage, (await self.get_run(run.run_id)).usage), total + 1
+            await anyio.lowlevel.checkpoint()
+            page = await self.list_runs(RunFilter(session_id=session_id, principal=principal, after=page[-1].run_id))
+        if not total:
+            raise SessionNotFound(session_id)
+        return Session(session_id=session_id, total_runs=total, usage=usage)
 
     async def delete_session(self, session_id: str, principal: str | None = None) -> None:
         """See ``Engine.delete_session``."""

@@ -40,6 +40,7 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
+    Session,
 )
 
 __all__ = [
@@ -312,6 +313,9 @@ class ScopedEngine:
     async def delete_run(self, run_id: str) -> None:
         await self.get_run(run_id)
         await self._engine.delete_run(run_id)
+
+    async def get_session(self, session_id: str, principal: str | None = None) -> Session:
+        return await self._engine.get_session(session_id, principal if self._principal.admin else self._principal.name)
 
     async def delete_session(self, session_id: str, principal: str | None = None) -> None:
         await self._engine.delete_session(session_id, principal if self._principal.admin else self._principal.name)

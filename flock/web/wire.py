@@ -63,6 +63,7 @@ __all__ = [
     "RunStep",
     "RunSummary",
     "RunsQuery",
+    "SessionSummary",
     "StreamQuery",
     "UploadQuery",
     "Usage",
@@ -346,6 +347,15 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True):
     calls: "list[RunCall] | msgspec.UnsetType" = msgspec.UNSET
 
 
+class SessionSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """The runs of a conversation together."""
+
+    session_id: str
+    total_runs: int
+    usage: Usage | None
+    cost: float | msgspec.UnsetType = msgspec.UNSET
+
+
 class RunCall(msgspec.Struct, frozen=True, kw_only=True):
     """One call of a step. Long ``arguments`` and a long ``result`` are left out."""
 
@@ -576,7 +586,7 @@ def shown_as(type_: type[T], record: Any, **more: Any) -> T:
 
 
 #: The structs with ``usage`` and ``cost``.
-WITH_COST: Collection[type] = (RunStep, RunCall, FlockAPIResponse, FlockBatchResponse, BatchSummary)
+WITH_COST: Collection[type] = (RunStep, RunCall, SessionSummary, FlockAPIResponse, FlockBatchResponse, BatchSummary)
 
 
 def _costs(record: Any) -> dict[str, Any]:
