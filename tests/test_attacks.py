@@ -841,7 +841,7 @@ FORGED = "x\nINFO:     run 0000: completed, agent add, 1 ms (request 1)\r\n\x1b[
 @pytest.mark.parametrize("agent_name", ["refuse", "explode"])
 def test_log_lines_cannot_be_forged(agent_name: str, script: Path) -> None:
     """Neither the error of an agent, an exception, a name nor a path can start a new line."""
-    command = flockapi_command("serve", str(script), "--port", "0", "--store", ":memory:")
+    command = flockapi_command("serve", str(script), "--port", "0", "--store", ":memory:", "--access-log")
     with running(*command, PYTHONPATH=str(ROOT)) as server:
         httpx.post(f"{server.url}/run/flock", json={"agent_name": agent_name, "inputs": {"text": FORGED}})
         assert "\n" not in httpx.post(f"{server.url}/run/flock", json={"agent_name": FORGED}).json()["detail"]

@@ -18,7 +18,7 @@ import pytest
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import AgentError, DefinitionError, StoreError, Unstorable
-from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
+from flock.runs import EVENTS_PER_ATTEMPT, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
 from tests.support import PATIENCE_S
 from tests.support.engines import until_run
 from tests.support.servers import flockapi_command, running
@@ -326,7 +326,7 @@ async def test_a_retry_with_no_steps_left_starts_and_completes(store: str) -> No
         run = await engine.wait(run.run_id)
         assert (run.status, run.attempt) == (RunStatus.COMPLETED, 2)
         assert run.started_at
-        names = [event.name async for event in engine.events(run.run_id, after=1_999_999) if event]
+        names = [event.name async for event in engine.events(run.run_id, after=2 * EVENTS_PER_ATTEMPT - 1) if event]
         assert names == ["run.started", "run.completed"]
 
 

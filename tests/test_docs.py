@@ -171,7 +171,7 @@ def test_the_server_of_the_security_page_works_behind_its_nginx(tmp_path: Path) 
     headers = {name: known[value] for name, value in re.findall(r"proxy_set_header (\S+) (\S+);", nginx)}
     key = new_key()
     with Reader(tmp_path) as reader:
-        reader.run(command.replace("$(flockapi key)", key))
+        reader.run(command.replace("$(flockapi key)", key) + " --access-log")
         assert reader.server is not None
         url = f"{reader.server.url}/run/flock"
         body = {"agent_name": "greet", "inputs": {"name": "Ann"}, "async_run": True}

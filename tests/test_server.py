@@ -214,7 +214,7 @@ def test_a_server_behind_a_proxy_answers_for_its_public_names(
 ) -> None:
     """Links include the prefix that the proxy strips. The client address comes from the proxy if it is trusted."""
     command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(tmp_path / "proxied.db"))
-    command += ["--workers", workers, "--allow-anonymous", "--root-path", "ai/"]
+    command += ["--workers", workers, "--allow-anonymous", "--root-path", "ai/", "--access-log"]
     command += ["--allowed-host", "Agents.example", "--allowed-host", "agents.test"]
     command += ["--forwarded-allow-ips", "127.0.0.1" if is_trusted else "192.0.2.1"]
     forwarded = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"}

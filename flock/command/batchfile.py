@@ -235,7 +235,7 @@ def _mark(state: str) -> None:
 
 def _remove_state(state: str) -> None:
     """Remove the companion files, then the state itself: a new state must not find the journal of the old one."""
-    engines = glob.glob(f"{glob.escape(state)}-engine-*")
+    engines = [path for kind in ("engine", "live") for path in glob.glob(f"{glob.escape(state)}-{kind}-*")]
     for path in (f"{state}-wal", f"{state}-shm", f"{state}-lock", f"{state}-output", *engines, state):
         Path(path).unlink(missing_ok=True)
 
