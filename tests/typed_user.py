@@ -25,7 +25,7 @@ from flock.agents.agent import (
 )
 from flock.agents.mcp import mcp_tools
 from flock.agents.tools import Tool
-from flock.core import BatchInputs, Flock, FlockFactory, Messages, agent
+from flock.core import BatchInputs, Flock, FlockFactory, Messages, Model, Price, agent
 from flock.errors import (
     AccessDenied,
     AgentError,
@@ -34,6 +34,7 @@ from flock.errors import (
     CallError,
     CallNotFound,
     Conflict,
+    CostLimit,
     DefinitionError,
     EngineFull,
     EngineStopped,
@@ -70,8 +71,10 @@ from flock.errors import (
 )
 from flock.limits import Limits
 from flock.runs import (
+    DOLLAR,
     INVALID_INPUT,
     JSON_NULL,
+    MAX_COST,
     MAX_SHOWN_BYTES,
     MAX_SHOWN_CALLS,
     NOT_LOADED,
@@ -104,20 +107,25 @@ from flock.runs import (
     RunContext,
     RunFilter,
     RunStatus,
+    Session,
     Step,
     StepJournal,
     Time,
     Usage,
     Watched,
+    added,
+    cost_in_words,
     event_of_batch,
     event_of_call,
     events_of,
+    is_spent,
     make_ids_after,
     new_id,
     now,
     one_line,
     position_of,
     safe_text,
+    shown_usage,
     started_id,
     stub_of,
     valid_traceparent,
@@ -162,7 +170,19 @@ from flockapi import (
 
 # Agents
 
-flock = Flock("typed", model="openai/gpt-4o", max_steps=8)
+flock = Flock(
+    "typed",
+    model=["openai/gpt-4o", Model("ollama/llama3.2", max_concurrency=2)],
+    max_steps=8,
+    prices={"ollama/llama3.2": Price(input=0.01, output=0.02)},
+)
+
+
+async def cost_of(engine: Engine, session_id: str) -> str:
+    session: Session = await engine.get_session(session_id)
+    usage = added(session.usage, Usage(input_tokens=1))
+    assert_type(shown_usage(usage), dict[str, Any])
+    return "too much" if is_spent(usage, min(1.0, MAX_COST, DOLLAR)) else cost_in_words(usage)
 
 
 @flock.agent
@@ -422,7 +442,17 @@ ERRORS: tuple[type[FlockError], ...] = (
     ),
     *(DefinitionError, SignatureError, EngineFull, EngineStopped, StoreError, OwnershipLost, Unstorable, RunFailed),
     *(AccessDenied, Unauthenticated, Forbidden, WrongHost, TooLarge, TooManyRequests, ResultTooLarge),
-    *(StepError, ModelError, InvalidOutput, InvalidHandoff, TooManySteps, TooManyTokens, QueueTimeout, Interrupted),
+    *(
+        StepError,
+        ModelError,
+        InvalidOutput,
+        InvalidHandoff,
+        TooManySteps,
+        TooManyTokens,
+        CostLimit,
+        QueueTimeout,
+        Interrupted,
+    ),
     Unreadable,
 )
 assert_type(cut("text"), str)
