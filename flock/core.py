@@ -1,4 +1,4 @@
-"""The names that programs import: ``Flock``, ``FlockFactory``, ``Model``, ``Price``, ``agent`` and ``Messages``."""
+"""The names that programs import, such as ``Flock``, ``FlockFactory`` and ``agent``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 from flock.agents.messages import Messages
 from flock.agents.models import Model
 from flock.agents.prices import Price
+from flock.agents.result import Result
 from flock.declared import BatchInputs, DeclaredFlock, FlockFactory, agent
 
-__all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "Model", "Price", "agent"]
+__all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "Model", "Price", "Result", "agent"]
 
 
 class Flock(DeclaredFlock):

@@ -12,7 +12,7 @@ import anyio
 import httpx
 import pytest
 
-from flock.core import Flock
+from flock.core import Flock, Result
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import DefinitionError, SignatureError
 from flock.runs import MAX_SHOWN_BYTES, Event, RunContext
@@ -419,6 +419,25 @@ async def test_the_calls_of_a_step_are_read_once(writer: Writer, monkeypatch: py
 
 async def events_after(engine: EmbeddedEngine, run_id: str, after: int) -> list[Event]:
     return [event async for event in engine.events(run_id, after) if event and event.id]
+
+
+async def test_a_generator_may_replace_its_text_by_a_result() -> None:
+    flock, events, is_read = Flock(), list[Event](), anyio.Event()
+
+    @flock.agent
+    async def polish(text: str) -> AsyncIterator[str | Result]:
+        yield f"draft of {text}"
+        await is_read.wait()
+        yield Result(text.title())
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        if event.name == "output.delta":
+            is_read.set()
+
+    assert await flock.run_async("polish", {"text": "tea"}, on_event=on_event) == {"result": "Tea"}
+    assert [event.name for event in events if event.name.startswith("output.")][-2:] == ["output.reset", "output.delta"]
+    assert [event.data["text"] for event in events if event.name == "output.delta"][-1] == "Tea"
 
 
 # Definitions

@@ -25,7 +25,7 @@ from flock.agents.agent import (
 )
 from flock.agents.mcp import mcp_tools
 from flock.agents.tools import Tool
-from flock.core import BatchInputs, Flock, FlockFactory, Messages, Model, Price, agent
+from flock.core import BatchInputs, Flock, FlockFactory, Messages, Model, Price, Result, agent
 from flock.errors import (
     AccessDenied,
     AgentError,
@@ -191,6 +191,12 @@ def measure(text: str, context: RunContext) -> int:
     if context.cancel_requested or not text:
         raise AgentError("There is nothing to measure.")
     return len(text)
+
+
+@flock.agent
+async def polish(text: str) -> AsyncIterator[str | Result]:
+    yield text
+    yield Result(text.title())
 
 
 @flock.agent

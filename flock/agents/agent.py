@@ -23,6 +23,7 @@ from flock.agents.llm import ModelClient
 from flock.agents.models import ModelChoice, models_of, names_of
 from flock.agents.pace import Caller, fail_after_working
 from flock.agents.reasoning import ReasonedAnswer
+from flock.agents.result import Result
 from flock.agents.signature import (
     Signature,
     context_parameter,
@@ -586,7 +587,7 @@ class FunctionAgent(Agent):
                 texts.append(part)
                 context.emit(part, field)
             else:
-                results[:] = [part]
+                results[:] = [part.value if isinstance(part, Result) else part]
 
         def add_all() -> None:
             with contextlib.closing(call()) as parts:

@@ -33,6 +33,7 @@ import msgspec
 import msgspec.inspect
 
 from flock.agents.messages import Messages
+from flock.agents.result import Result
 from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
 from flock.nearest import did_you_mean
@@ -467,7 +468,8 @@ def is_generator(function: Callable[..., Any], *, is_async: bool | None = None) 
 def _result_among(yielded: Any) -> Any:
     """Return the type of the result of a generator that yields this type: what is not text, or else text."""
     is_union = typing.get_origin(yielded) in (Union, python_types.UnionType)
-    others = [member for member in (typing.get_args(yielded) if is_union else [yielded]) if member is not str]
+    others = [member for member in (typing.get_args(yielded) if is_union else [yielded])]
+    others = [member for member in others if member not in (str, Result)]
     return UNION[tuple(others)] if others else str
 
 
