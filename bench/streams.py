@@ -2,9 +2,10 @@
 
     python -m bench.streams
 
-A real server in its own process, and clients over loopback in this one. First, the time from an agent's ``emit`` to the
-receipt of the event, with 100 streams open. Then 1,000 readers of 10 runs that write 100 pieces a second each: the
-memory of the server beyond that of the idle one, and its CPU time for each piece and reader.
+A real server in its own process, and clients over loopback in this one. First, the time to the receipt of the event
+from an agent's ``emit``, and from the first token of a fake model provider, with 100 streams open. Then 1,000 readers
+of 10 runs that write 100 pieces a second each: the memory of the server beyond that of the idle one, and its CPU time
+for each piece and reader.
 """
 
 import argparse
@@ -17,14 +18,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 FLOCK = """
 import asyncio, time
-from flock.core import Flock
+from flock.core import Flock, FlockFactory
 from flock.runs import RunContext
 
 flock = Flock("streams")
+flock.add_agent(FlockFactory.create_default_agent("model", input="n: int", output="text", model="openai/fake"))
 
 @flock.agent
 async def stamp(pieces: int, interval_s: float, wait_s: float, context: RunContext) -> str:
@@ -74,17 +77,45 @@ def request(pieces: int, interval_s: float, wait_s: float) -> dict[str, object]:
     return {"agent_name": "stamp", "inputs": inputs}
 
 
-async def latencies_ms(client: Client, streams: int) -> list[float]:
-    """Return how long the first piece of each stream took. All are open, and the agents write at different times."""
+async def provide(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer one request like a model provider, with the time of the first token as its text."""
 
-    async def first(wait_s: float) -> float:
-        reader = await client.connect("POST", "/run/flock", request(1, 0.5, wait_s))
+    async def send(content: str, finish_reason: str | None = None) -> None:
+        chunk = {"choices": [{"index": 0, "delta": {"content": content}, "finish_reason": finish_reason}]}
+        writer.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        await writer.drain()
+
+    head = await reader.readuntil(b"\r\n\r\n")
+    (length,) = re.findall(rb"(?i)content-length: (\d+)", head)
+    (number,) = re.findall(rb"NUMBER(\d+)", (await reader.readexactly(int(length))).replace(b'\\"n\\": ', b"NUMBER"))
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
+    await asyncio.sleep(2 + 0.02 * int(number))
+    await send(f'{{"text": "{time.monotonic_ns()} ')
+    await asyncio.sleep(0.5)
+    await send('"}', "stop")
+    writer.write(b"data: [DONE]\n\n")
+    writer.close()
+
+
+def stamped(number: int) -> dict[str, object]:
+    return request(1, 0.5, 2 + 0.02 * number)
+
+
+def asked(number: int) -> dict[str, object]:
+    return {"agent_name": "model", "inputs": {"n": number}}
+
+
+async def latencies_ms(client: Client, streams: int, body_of: Callable[[int], dict[str, object]]) -> list[float]:
+    """Return how long the first piece of each stream took. All are open, and they write at different times."""
+
+    async def first(number: int) -> float:
+        reader = await client.connect("POST", "/run/flock", body_of(number))
         async for line in reader:
             if found := re.search(rb'"text":"(\d+) ', line):
                 return (time.monotonic_ns() - int(found[1])) / 1e6
         raise AssertionError("the stream ended without text")
 
-    return list(await asyncio.gather(*(first(2 + 0.02 * number) for number in range(streams))))
+    return list(await asyncio.gather(*map(first, range(streams))))
 
 
 async def crowd(client: Client, runs: int, readers: int, pieces: int, interval_s: float) -> dict[str, float]:
@@ -132,10 +163,13 @@ async def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         script = flock_in(folder)
         options = ("--port", "0", "--store", str(Path(folder, "flock.db")), "--max-event-streams", "5000")
+        provider = await asyncio.start_server(provide, "127.0.0.1", 0)
+        base_url = f"http://127.0.0.1:{provider.sockets[0].getsockname()[1]}/v1"
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "flock", "serve", str(script), *options),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
+            env={**os.environ, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "x"},
         )
         assert process.stdout is not None
         try:
@@ -144,9 +178,10 @@ async def main(arguments: argparse.Namespace) -> None:
                     break
             log = asyncio.create_task(process.stdout.read())
             client = Client(int(found[1]) if found else 0, process.pid)
-            taken = await latencies_ms(client, arguments.streams)
-            quantiles = statistics.quantiles(taken, n=100)
-            print(f"first piece, {len(taken)} streams: median {quantiles[49]:.2f} ms, 95 % {quantiles[94]:.2f} ms")
+            for name, body_of in (("piece of a function", stamped), ("token of a model", asked)):
+                quantiles = statistics.quantiles(await latencies_ms(client, arguments.streams, body_of), n=100)
+                figures = f"median {quantiles[49]:.2f} ms, 95 % {quantiles[94]:.2f} ms"
+                print(f"first {name}, {arguments.streams} streams: {figures}")
             for name, value in (await crowd(client, arguments.runs, arguments.readers, arguments.pieces, 0.01)).items():
                 print(f"{arguments.readers} readers of {arguments.runs} runs: {name}: {value:.2f}")
         finally:

@@ -97,6 +97,15 @@ class _TransientError(Exception):
         self.status = status
 
 
+class _Sending(msgspec.Struct, frozen=True):
+    """What is sent in each attempt of a call, and who receives the reply while it is written."""
+
+    endpoint: Endpoint
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+    listener: Listener | None
+
+
 class ModelClient:
     """Calls models for all runs of one engine, with one connection pool.
 
@@ -248,7 +257,8 @@ class ModelClient:
         """Offer tools to a model whose server supports them."""
         body = request.body(endpoint) | format_of("text", request, endpoint)
         body["tools"] = [function_of(tool) for tool in request.tools]
-        return completion_of(await self._post(endpoint, body, request.all_headers(), request.listener, caller), request)
+        sending = _Sending(endpoint, body, request.all_headers(), request.listener)
+        return completion_of(await self._post(sending, caller), request)
 
     async def _complete_json(self, endpoint: Endpoint, request: Request, caller: Caller) -> Completion:
         """Ask for a JSON object in the strictest way that the server supports."""
@@ -257,7 +267,8 @@ class ModelClient:
         for format_ in FORMATS[first:]:
             body = request.body(endpoint) | format_of(format_, request, endpoint)
             try:
-                answer = await self._post(endpoint, body, request.all_headers(format_), request.listener, caller)
+                sending = _Sending(endpoint, body, request.all_headers(format_), request.listener)
+                answer = await self._post(sending, caller)
             except ModelError as exc:
                 if format_ == FORMATS[-1] or not rejects_format(exc):
                     raise
@@ -269,25 +280,19 @@ class ModelClient:
                 return completion_of(answer, request)
         raise AssertionError("the last format returns or raises")
 
-    async def _post(
-        self,
-        endpoint: Endpoint,
-        body: Mapping[str, Any],
-        headers: Mapping[str, str],
-        listener: Listener | None,
-        caller: Caller,
-    ) -> Any:
+    async def _post(self, sending: _Sending, caller: Caller) -> Any:
         """Return the server's response as JSON, after as many attempts as it takes."""
+        endpoint = sending.endpoint
         # The local model answers one request at a time. Waiting for the lock does not count as a timeout.
         async with self._local_lock if endpoint.is_local else contextlib.nullcontext():
             call = _Call(caller, self._pace(endpoint), self._backoff_s)
             limits = self._limits((endpoint.account, endpoint.name), endpoint.limits)
-            tokens = _estimate(body, msgspec.json.encode(body))
+            tokens = _estimate(sending.body, msgspec.json.encode(sending.body))
             while True:
                 passage = Passage(tokens)
                 try:
                     async with passing([*limits, call.pace], caller, passage):
-                        return await call.attempt(self._attempt(endpoint, body, headers, listener, passage), passage)
+                        return await call.attempt(self._attempt(sending, passage), passage)
                 except _TransientError as failure:
                     await self._pause(call, failure)
 
@@ -320,22 +325,17 @@ class ModelClient:
     def _paces(self) -> dict[Any, Gate]:
         return paces_of_loop() if self._transport is None else self._own_paces
 
-    async def _attempt(
-        self,
-        endpoint: Endpoint,
-        body: Mapping[str, Any],
-        headers: Mapping[str, str],
-        listener: Listener | None,
-        passage: Passage,
-    ) -> Any:
+    async def _attempt(self, sending: _Sending, passage: Passage) -> Any:
         """Request a response, as a stream if there is a listener and the server supports that."""
+        endpoint, listener = sending.endpoint, sending.listener
         if listener is None:
-            return await self._send(endpoint, body, headers, None, passage)
+            return await self._send(sending, passage)
         ways = list(STREAMS)
         for way in ways[ways.index(self._streams.get(endpoint.name, ways[0])) :]:
             listener.reset()
             try:
-                answer = await self._send(endpoint, *streamed(way, body, headers), listener, passage)
+                body, headers = streamed(way, sending.body, sending.headers)
+                answer = await self._send(replace(sending, body=body, headers=headers), passage)
             except ModelError as exc:
                 if way == ways[-1] or not rejects_stream(exc):
                     raise
@@ -345,17 +345,11 @@ class ModelClient:
                 return answer
         raise AssertionError("the last way returns or raises")
 
-    async def _send(
-        self,
-        endpoint: Endpoint,
-        body: Mapping[str, Any],
-        headers: Mapping[str, str],
-        listener: Listener | None,
-        passage: Passage,
-    ) -> Any:
-        content, all_headers = msgspec.json.encode(body), {**endpoint.headers, **headers}
+    async def _send(self, sending: _Sending, passage: Passage) -> Any:
+        endpoint, listener = sending.endpoint, sending.listener
+        content, headers = msgspec.json.encode(sending.body), {**endpoint.headers, **sending.headers}
         try:
-            async with self._client().stream("POST", endpoint.url, content=content, headers=all_headers) as response:
+            async with self._client().stream("POST", endpoint.url, content=content, headers=headers) as response:
                 passage.headers = response.headers
                 if listener is not None and response.status_code == 200:
                     if is_stream(response) or (await response.aread()).startswith(b"data:"):  # with another type
