@@ -3,15 +3,18 @@
 import itertools
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.abc
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flock.engine.live import LiveOutput, LiveReader
+from flock.engine.relay import follow
 from flock.runs import JSON_NULL, Event, Run, RunContext, new_id, now, started_id
 
 RUN = Run(run_id=new_id(), flock="f", agent_name="a", inputs=msgspec.Raw(b"{}"), created_at=now())
@@ -255,3 +258,22 @@ async def test_text_whose_beginning_nobody_watched_is_not_sent() -> None:
 async def test_a_field_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"The output of 'a' has no field 'texts'\. Its fields: title, text\."):
         context_of(None).emit("a", "texts")
+
+
+@pytest.mark.anyio
+async def test_a_line_that_is_not_understood_ends_only_the_copy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be of another version."""
+    path = str(tmp_path / "live")
+
+    async def send_strange_line(stream: anyio.abc.ByteStream) -> None:
+        async with stream:
+            await stream.receive()
+            await stream.send(b'["output.delta",{"run_id":"r","attempt":1,"position":0,"agent_name":"a"}]\n')
+
+    async with await anyio.create_unix_listener(path) as listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, send_strange_line)
+        assert not await follow(path, RUN.run_id, LiveOutput(10**6))
+        tasks.cancel_scope.cancel()
+    assert "cannot be read" in caplog.text
