@@ -927,7 +927,7 @@ class StepJournal(Protocol):
 
 
 class Live(Protocol):
-    """What the agents of a run write while it is watched; see ``flock.engine.live``. It is thread-safe."""
+    """What the agents of a run write for its readers; see ``flock.engine.live``. It is thread-safe."""
 
     def write(self, writer: "RunContext", field: str, text: str) -> None: ...
 
@@ -941,7 +941,7 @@ class Live(Protocol):
 
 
 class Watched(Protocol):
-    """Where a run keeps its live output: None while nobody watches it."""
+    """Where a run keeps its live output; None if it keeps none."""
 
     @property
     def live(self) -> Live | None: ...
@@ -1024,7 +1024,7 @@ class RunContext:
 
     @property
     def is_watched(self) -> bool:
-        """Whether somebody reads the output of this run now, so that it is worth writing it piece by piece."""
+        """Whether it is worth writing the output piece by piece: the run is asynchronous, or somebody reads it now."""
         return self._live is not None
 
     def emit(self, text: str, field: str | None = None) -> None:

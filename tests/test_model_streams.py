@@ -780,8 +780,13 @@ async def test_an_agent_emits_its_answer_field_by_field(model: FakeModel, emitte
 
 
 async def test_nothing_is_streamed_if_nobody_watches(model: FakeModel) -> None:
-    model.replies = [answer({"a": "x", "n": [], "when": "2026-11-26"})]
-    assert (await run_of(of(), model)).status is RunStatus.COMPLETED
+    """The client of a synchronous request gets the result; that of an asynchronous run may come for its text."""
+    model.replies = [answer({"a": "x", "n": [], "when": "2026-11-26"})] * 2
+    async with of().engine(transport=model.transport) as engine:
+        for is_async in (False, True):
+            run = await engine.submit("ask", {"q": "?"}, is_async=is_async)
+            assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+    assert model.requests[1]["stream"] is True
     assert not model.requests[0].keys() & {"stream", "stream_options"}
     assert model.headers[0]["idempotency-key"].endswith("/0")
 

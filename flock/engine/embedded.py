@@ -197,27 +197,28 @@ class EmbeddedEngine(EngineBase):
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         try:
+            if self.store.is_shared:
+                await self._serve_live(self._tasks)
             with self._explaining_store_errors():
                 await self._take_over()
         except BaseException:
             await self.__aexit__()
             raise
         self._tasks.start_soon(self._watch)
-        if self.store.is_shared:
-            self._serve_live(self._tasks)
         self._tasks.start_soon(self._expire_questions)
         self._tasks.start_soon(self._apply_retention)
         return self
 
-    def _serve_live(self, tasks: anyio.abc.TaskGroup) -> None:
+    async def _serve_live(self, tasks: anyio.abc.TaskGroup) -> None:
+        """Listen before this engine owns a run: others that cannot connect to an owner do not try again."""
         path = relay.socket_path(self.store.path, self._engine_id)
         if path is None:
             template = (
                 "The path of the store %s is too long for a socket: other processes get no text of running agents"
             )
             logger.info(template, self.store.path)
-        else:
-            tasks.start_soon(relay.serve, path, self._runner.watch, self._runner.active.__contains__)
+        elif listener := await relay.listen(path):
+            tasks.start_soon(relay.serve, listener, path, self._runner.watch, self._runner.active.__contains__)
 
     def _warn_about_store(self, agents_before: Sequence[str]) -> None:
         """Warn if other programs use the store, or other users can read it. This may be unintentional."""

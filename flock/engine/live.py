@@ -1,4 +1,4 @@
-"""The live output of a run: what its agents write in their current turns, while somebody watches.
+"""The live output of a run: what its agents write in their current turns.
 
 It is not a log. It holds the text that each agent has written so far, and each reader has its own place in that text.
 So a slow reader costs nothing, and gets all that was written since its last event in one piece. Nothing is stored.
@@ -98,7 +98,7 @@ class LiveOutput:
             dropped, and an agent's text is corrected at the end of its turn.
 
     Attributes:
-        watchers: how many watch the run. The live output exists as long as there are any.
+        watchers: how many watch the run.
         changed: is set at the next change of the live output, or of the run's record.
         news: how many times the run's record may have changed.
         had_reader: whether anybody has read it. Who is the first misses nothing.

@@ -19,7 +19,7 @@ import msgspec
 from flock.engine import files
 from flock.engine.live import LiveOutput
 
-__all__ = ["follow", "serve", "socket_path"]
+__all__ = ["follow", "listen", "serve", "socket_path"]
 
 logger = logging.getLogger("flock.store")
 
@@ -41,12 +41,25 @@ def socket_path(store_path: str, engine_id: str) -> str | None:
     return found if len(os.fsencode(found)) <= MAX_PATH_BYTES else None
 
 
+async def listen(path: str) -> anyio.abc.Listener[anyio.abc.SocketStream] | None:
+    """Return a listener on a Unix socket; None, with a warning, if there can be none. ``serve`` closes it."""
+    try:
+        return await anyio.create_unix_listener(path, mode=files.PRIVATE)
+    except OSError as exc:
+        logger.warning("Other processes on this store do not get the text of running agents: %s: %s", path, exc)
+        return None
+
+
 async def serve(
-    path: str, watch: Callable[[str], AbstractContextManager[LiveOutput]], is_active: Callable[[str], bool]
+    listener: anyio.abc.Listener[anyio.abc.SocketStream],
+    path: str,
+    watch: Callable[[str], AbstractContextManager[LiveOutput]],
+    is_active: Callable[[str], bool],
 ) -> None:
-    """Serve the live output of the runs of this engine until the task is cancelled.
+    """Serve the live output of the runs of this engine until the task is cancelled. Then remove the socket.
 
     Args:
+        path: of the listener's socket.
         watch: see ``Runner.watch``.
         is_active: whether a run is active in this engine.
     """
@@ -78,11 +91,8 @@ async def serve(
                     await changed.wait()
 
     with _removing(path):
-        try:
-            async with await anyio.create_unix_listener(path, mode=files.PRIVATE) as listener:
-                await listener.serve(handle)
-        except OSError as exc:
-            logger.warning("Other processes on this store do not get the text of running agents: %s: %s", path, exc)
+        async with listener:
+            await listener.serve(handle)
 
 
 @contextlib.contextmanager

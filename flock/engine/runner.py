@@ -97,6 +97,11 @@ class StoredRun(ActiveRun):
         return self._end
 
     @property
+    def keeps_text(self) -> bool:
+        """Whether its live output is kept while nobody watches. Clients of asynchronous runs come after the start."""
+        return self.run.is_async and self.run.batch_id is None
+
+    @property
     def is_next(self) -> bool:
         return self._runner.is_next(self.run)
 
@@ -208,6 +213,8 @@ class Runner:
             run = replace(run, cancel_requested=True)
         active = self.active[run.run_id] = StoredRun(run, self)
         active.live = self.watched.get(run.run_id)
+        if active.live is None and active.keeps_text:
+            active.live = self._new_live(run)
         if run.batch_id is None and not run.is_stub:
             active.queued_bytes = len(run.inputs)
             self.count_queued(run.principal, active.queued_bytes)
@@ -216,11 +223,12 @@ class Runner:
     @contextlib.contextmanager
     def watch(self, run_id: str) -> Iterator[LiveOutput]:
         """Let the agents of a run write its live output inside the block."""
-        live = self.watched.get(run_id)
+        live, active = self.watched.get(run_id), self.active.get(run_id)
         if live is None:
-            live = self.watched[run_id] = LiveOutput(self.limits.max_result_bytes)
-            if run_id in self.active:
-                self.active[run_id].live, live.ended_steps = live, len(self.active[run_id].run.steps)
+            live = None if active is None else active.live
+            live = self.watched[run_id] = live or self._new_live(None if active is None else active.run)
+            if active is not None:
+                active.live = live
         live.watchers += 1
         try:
             yield live
@@ -230,8 +238,13 @@ class Runner:
                 del self.watched[run_id]
                 if live.follower is not None:
                     live.follower.cancel()
-                if run_id in self.active:
-                    self.active[run_id].live = None
+                if (active := self.active.get(run_id)) is not None and not active.keeps_text:
+                    active.live = None
+
+    def _new_live(self, run: Run | None) -> LiveOutput:
+        live = LiveOutput(self.limits.max_result_bytes)
+        live.ended_steps = 0 if run is None else len(run.steps)
+        return live
 
     def count_queued(self, principal: str | None, more_bytes: int) -> None:
         """Add *more_bytes* to ``queued_bytes``."""

@@ -82,7 +82,7 @@ class ActiveRun:
         cancel_requested: a client requested its cancellation.
         is_stopped: it was cancelled because the engine is shutting down. It is resumed later or elsewhere.
         progress: the latest progress that an agent has reported.
-        live: what its agents write; None while nobody watches.
+        live: what its agents write; None while it is not kept.
         spent: see ``Run``; including what is not written yet.
     """
 
