@@ -43,7 +43,6 @@ from flock.extras import pip_install
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
 from flock.runs import (
-    LONG_BYTES,
     Batch,
     BatchFilter,
     Engine,
@@ -57,6 +56,7 @@ from flock.runs import (
     events_of,
     new_id,
 )
+from flock.runs.records import LONG_BYTES
 from flock.web import wire
 from flock.web.auth import ConcurrencyLimit, KeyRing, RateLimit, ScopedEngine
 from flock.web.batches import (

@@ -18,7 +18,15 @@ import pytest
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import AgentError, DefinitionError, StoreError, Unstorable
-from flock.runs import EVENTS_PER_ATTEMPT, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
+from flock.runs import (
+    BatchOptions,
+    IdempotencyKey,
+    Run,
+    RunContext,
+    RunFilter,
+    RunStatus,
+)
+from flock.runs.events import EVENTS_PER_ATTEMPT
 from tests.support import PATIENCE_S
 from tests.support.engines import until_run
 from tests.support.servers import flockapi_command, running

@@ -25,7 +25,7 @@ import pytest
 
 import flock.engine.files
 import flock.engine.store
-import flock.runs
+import flock.runs.ids
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Replayed
@@ -528,10 +528,10 @@ class Clock:
             def now(cls, tz: tzinfo | None = None) -> Any:
                 return datetime.now(tz) + clock.ahead
 
-        monkeypatch.setattr(flock.runs, "_last_id_time", flock.runs._last_id_time)  # restored at the end
+        monkeypatch.setattr(flock.runs.ids, "_last_id_time", flock.runs.ids._last_id_time)  # restored at the end
         monkeypatch.setattr(time, "time", lambda: seconds() + clock.ahead.total_seconds())
         monkeypatch.setattr(time, "time_ns", lambda: time_ns() + int(clock.ahead.total_seconds()) * 1_000_000_000)
-        for module in (flock.runs, flock.engine.store):
+        for module in (flock.runs.ids, flock.engine.store):
             monkeypatch.setattr(module, "datetime", Settable)
 
 
@@ -639,11 +639,11 @@ async def test_the_newest_runs_are_kept_by_the_next_process_too(
 ) -> None:
     """A machine whose clock was ahead restarts with the right time, and its new runs are not taken for the oldest."""
     clock.ahead = DAY
-    monkeypatch.setattr(flock.runs, "_last_id_time", 0)
+    monkeypatch.setattr(flock.runs.ids, "_last_id_time", 0)
     async with clocked_flock().engine(store=tmp_path / "flock.db") as engine:
         runs = [await done(engine, n) for n in range(3)]
     clock.ahead = timedelta(0)
-    monkeypatch.setattr(flock.runs, "_last_id_time", 0)  # as in a new process
+    monkeypatch.setattr(flock.runs.ids, "_last_id_time", 0)  # as in a new process
     async with clocked_flock().engine(store=tmp_path / "flock.db", keep_runs=2) as engine:
         runs.append(await done(engine, 3))
         await engine.delete_old()

@@ -23,7 +23,16 @@ from flock.core import Flock
 from flock.engine.batchstore import BatchStore
 from flock.engine.store import Store
 from flock.errors import CUT, MAX_TEXT_BYTES, AgentError, FieldError, cut
-from flock.runs import PAGE_BYTES, Engine, Run, RunContext, RunFilter, RunStatus, new_id, now
+from flock.runs import (
+    Engine,
+    Run,
+    RunContext,
+    RunFilter,
+    RunStatus,
+    new_id,
+    now,
+)
+from flock.runs.records import PAGE_BYTES
 from flockapi import create_app
 from tests.support import PATIENCE_S, WORKERS
 from tests.support.cluster import engine_for

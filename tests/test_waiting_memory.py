@@ -26,7 +26,15 @@ from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rows import Damaged
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
 from flock.rows.results import RESULT_TYPES, item_pages, results_as
-from flock.runs import LONG_BYTES, BatchOptions, IdempotencyKey, LongJSON, Page, Run, RunStatus
+from flock.runs import (
+    BatchOptions,
+    IdempotencyKey,
+    LongJSON,
+    Page,
+    Run,
+    RunStatus,
+)
+from flock.runs.records import LONG_BYTES
 from flockapi import create_app
 from tests.support import PATIENCE_S, WORKERS
 from tests.support.engines import ended, until

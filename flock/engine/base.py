@@ -31,7 +31,6 @@ from flock.errors import (
 )
 from flock.limits import Limits
 from flock.runs import (
-    EVENTS_PER_STEP,
     MAX_COST,
     Batch,
     BatchOptions,
@@ -56,6 +55,7 @@ from flock.runs import (
     now,
     valid_traceparent,
 )
+from flock.runs.events import EVENTS_PER_STEP
 
 __all__ = ["KEEP_KEYS_FOR", "EngineBase", "RunReader"]
 

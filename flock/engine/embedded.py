@@ -47,7 +47,6 @@ from flock.errors import (
 from flock.limits import Limits
 from flock.options import replaced
 from flock.runs import (
-    LONG_BYTES,
     Answer,
     Batch,
     BatchFilter,
@@ -66,6 +65,7 @@ from flock.runs import (
     now,
     stub_of,
 )
+from flock.runs.records import LONG_BYTES
 
 __all__ = ["EmbeddedEngine", "limits_for_one_batch"]
 

@@ -25,7 +25,18 @@ from flock.agents.signature import context_parameter, hints_of_function, is_asyn
 from flock.engine.outcomes import error_of
 from flock.errors import CallError, SignatureError, cut
 from flock.pydanticmodel import from_json, to_json, to_json_and_back
-from flock.runs import CURRENT_CALL, JSON_NULL, Answer, Call, CallKind, Question, RunContext, Usage, now, safe_text
+from flock.runs import (
+    JSON_NULL,
+    Answer,
+    Call,
+    CallKind,
+    Question,
+    RunContext,
+    Usage,
+    now,
+    safe_text,
+)
+from flock.runs.context import CURRENT_CALL
 
 __all__ = ["DIGEST_CHARS", "Journal", "check_in_loop", "depth_of_current_call"]
 

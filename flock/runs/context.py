@@ -1,0 +1,393 @@
+"""What a running agent can do: report progress, write output, make calls, call agents, ask people."""
+
+import copy
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Literal, Protocol, TypeVar, overload
+
+import msgspec
+
+from flock.errors import TooManyTokens, cut
+from flock.runs.records import CallKind, Progress, Run
+from flock.runs.text import safe_text
+from flock.runs.usage import Usage
+
+__all__ = ["CURRENT_CALL", "Live", "RunContext", "StepJournal", "Watched"]
+
+T = TypeVar("T")
+
+#: The id of the call that the current task, or its thread, is executing; "" outside of calls.
+CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
+
+
+class StepJournal(Protocol):
+    """Where the running step of a run keeps its calls and counts its tokens; see ``flock.engine.journal``."""
+
+    @property
+    def spent(self) -> Usage:
+        """The tokens that the run has used so far."""
+
+    def spend(self, usage: Usage, model: str | None) -> None: ...
+
+    def call(
+        self,
+        context: "RunContext",
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        name: str | None,
+        keep: Literal["all", "result"],
+    ) -> Awaitable[Any]: ...
+
+    def once(
+        self,
+        label: str,
+        key: str,
+        execute: Callable[[], Awaitable[Any]],
+        *,
+        kind: CallKind,
+        arguments: msgspec.Raw,
+        decode: Callable[[msgspec.Raw], Any],
+        should_keep: Callable[[Any], bool] | None = None,
+        on_error: Callable[[str], Any] | None = None,
+    ) -> Awaitable[Any]: ...
+
+    def run_agent(
+        self, context: "RunContext", name: str, inputs: Mapping[str, Any]
+    ) -> Coroutine[Any, Any, dict[str, Any]]: ...
+
+    def ask(
+        self,
+        context: "RunContext",
+        question: str,
+        type_: Any,
+        name: str | None,
+        expires_s: float | None,
+        default: Any,
+        about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
+    ) -> Awaitable[Any]: ...
+
+
+class Live(Protocol):
+    """What the agents of a run write for its readers; see ``flock.engine.live``. It is thread-safe."""
+
+    def write(self, writer: "RunContext", field: str, text: str) -> None: ...
+
+    def write_value(self, writer: "RunContext", field: str, value: Any) -> None: ...
+
+    def write_reasoning(self, writer: "RunContext", text: str) -> None: ...
+
+    def reset(self, writer: "RunContext") -> None: ...
+
+    def settle(self, writer: "RunContext", result: msgspec.Raw, *, has_missed: bool) -> None: ...
+
+
+class Watched(Protocol):
+    """Where a run keeps its live output; None if it keeps none."""
+
+    @property
+    def live(self) -> Live | None: ...
+
+
+class RunContext:
+    """The context of a running step. It is passed to the parameter annotated with this type, and is thread-safe.
+
+    Attributes:
+        run_id, agent_name, attempt, request_id, traceparent: of the run.
+        position: of the step in the run, from 0.
+        call_id: of the call of the step that this agent executes; "" if the agent is that of the step.
+        step_key: idempotency key of this step, ``run:{run_id}/{position}``, from 0. It stays the same if the step is
+            repeated after a crash, and changes with each retry. Send it as ``Idempotency-Key`` to paid services. If a
+            step makes several calls, append a suffix of your own to each. Model agents do this.
+        is_item: whether the run is an item of a batch.
+        cancel_requested: True after cancellation of the run was requested. A synchronous function should check it
+            regularly, and return or raise. An async function is cancelled at its next await, so it need not check.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        agent_name: str,
+        on_progress: Callable[[Progress | None], None],
+        journal: StepJournal | None = None,
+        *,
+        on_usage: Callable[[str, Usage], None] = lambda agent_name, usage: None,
+        max_tokens: int | None = None,
+        watched: Watched | None = None,
+        output_names: Sequence[str] = (),
+        priced: Callable[[Usage, str | None], Usage] = lambda usage, model: usage,
+        check_cost: Callable[[str, Sequence[str]], None] = lambda agent_name, models: None,
+    ) -> None:
+        self.run_id = run.run_id
+        self.agent_name = agent_name
+        self.position = len(run.steps)
+        self.call_id = ""
+        self.attempt = run.attempt
+        self.request_id = run.request_id
+        self.traceparent = run.traceparent
+        self.is_item = run.batch_id is not None
+        #: the progress that the agents of the step have reported last
+        self._reported: list[Progress] = []
+        self.step_key = self._root_key = run.step_key(len(run.steps))
+        self._cancel_requested: list[bool] = []
+        self._on_progress = on_progress
+        self._on_usage = on_usage
+        self._max_tokens = max_tokens
+        self._priced = priced
+        self._check_cost = check_cost
+        self._journal = journal
+        self._watched = watched
+        self._output_names = output_names
+        self._began_in: Live | msgspec.UnsetType | None = msgspec.UNSET
+
+    @property
+    def cancel_requested(self) -> bool:
+        return bool(self._cancel_requested)
+
+    def request_cancel(self) -> None:
+        """Set ``cancel_requested``, also for the agents that this step has called."""
+        self._cancel_requested.append(True)
+
+    def of_called_agent(self, agent_name: str, output_names: Sequence[str] = ()) -> "RunContext":
+        """Return the context of an agent that the current call executes. Only an engine uses it."""
+        context = copy.copy(self)
+        context.agent_name = agent_name
+        context.step_key = self.idempotency_key
+        context.call_id = CURRENT_CALL.get()
+        context._output_names = output_names
+        context._began_in = msgspec.UNSET
+        return context
+
+    # Output while it is written
+
+    @property
+    def _live(self) -> Live | None:
+        return None if self._watched is None else self._watched.live
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether it is worth writing the output piece by piece: the run is asynchronous, or somebody reads it now."""
+        return self._live is not None
+
+    def emit(self, text: str, field: str | None = None) -> None:
+        """Append *text* to a field of the output, for clients that read the run's events now. Nothing is stored.
+
+        The result of the agent is what counts: if it differs in the end, clients get the right text instead.
+
+        Args:
+            field: of the output. By default the first one that is a string, or else the first one.
+
+        Raises: ValueError if the output has no such field.
+        """
+        names = self._output_names
+        if field is None:
+            field = names[0] if names else "result"
+        elif names and field not in names:
+            raise ValueError(
+                f"The output of {self.agent_name!r} has no field {field!r}. Its fields: {', '.join(names)}."
+            )
+        live = self._live_from_start()
+        if live is not None and text:
+            live.write(self, field, text)
+
+    def emit_value(self, field: str, value: Any) -> None:
+        """Set a field of the output that is not written piece by piece, like ``emit``."""
+        live = self._live_from_start()
+        if live is not None:
+            live.write_value(self, field, value)
+
+    def _live_from_start(self) -> Live | None:
+        """Return the live output, unless a part of what this agent has written is missing in it."""
+        live = self._live
+        if self._began_in is msgspec.UNSET:
+            self._began_in = live
+        return live if live is self._began_in else None
+
+    def emit_reasoning(self, text: str) -> None:
+        """Append *text* to the reasoning of the model, for clients that ask for it."""
+        live = self._live
+        if live is not None:
+            live.write_reasoning(self, text)
+
+    def reset_output(self) -> None:
+        """Drop what this agent has written in this turn. It begins anew. No effect if it has written nothing."""
+        self._began_in = msgspec.UNSET
+        live = self._live
+        if live is not None:
+            live.reset(self)
+
+    def settle_output(self, result: msgspec.Raw) -> None:
+        """Make what clients have got the fields of *result*, if this agent has written anything. Engines call it."""
+        live = self._live
+        if live is not None:
+            has_missed = self._began_in is not msgspec.UNSET and self._began_in is not live
+            live.settle(self, result, has_missed=has_missed)
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        /,
+        *args: Any,
+        name: str | None = None,
+        keep: Literal["all", "result"] = "all",
+        **kwargs: Any,
+    ) -> Awaitable[Any]:
+        """Execute a function once, and store its result.
+
+        If the step runs again after a crash, the stored result is returned and the function is not executed. So put
+        side effects into calls: the code around them runs again. Calls may be made at the same time.
+
+        Args:
+            function: async, or sync, which runs in a worker thread. It is identified by its name and its arguments. A
+                parameter annotated with ``RunContext`` receives this context.
+            name: identifies the call instead of its arguments. Equal calls are numbered in their order.
+            keep: "result" does not store the arguments. Use it if they are long or secret.
+
+        Returns: the result, as its return type reads it from JSON. Without a return type, it is plain JSON values.
+
+        Raises:
+            CallError: the agent is not async; the arguments or the result cannot be JSON; or the result does not match
+                the return type.
+            Exception: what the function raises. A failed call is executed again if the step runs again.
+
+        Cancellation: a call that has not finished is not stored. A synchronous function is waited for.
+        """
+        return self.journal.call(self, function, args, kwargs, name, keep)
+
+    def run_agent(self, name: str, inputs: Mapping[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Let another agent of the flock run, as a call of this step, and return its result.
+
+        The agent runs in the slot of this run, and counts towards its own ``max_concurrency``. If it hands off, the
+        next agents run too, each as a call of its own. Their tokens count as those of this step.
+
+        Args:
+            name: of an agent of the same flock.
+            inputs: one value for each field of its input signature.
+
+        Returns: the outputs of the last agent, as JSON values.
+
+        Raises:
+            CallError: this agent is not async, or the inputs are invalid, or there is no such agent, or it may not be
+                repeated (``on_interrupt="fail"``).
+            InvalidHandoff, TooManySteps: the agent hands off to an agent that does not exist, or too many times.
+            Exception: what the agent raises.
+
+        Cancellation: as for ``call``.
+        """
+        return self.journal.run_agent(self, name, inputs)
+
+    @property
+    def journal(self) -> StepJournal:
+        """The calls of the step. Agents may call ``once`` of it; see ``flock.engine.journal``."""
+        assert self._journal is not None, "an engine made this context"
+        return self._journal
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        type: type[T],
+        /,
+        *,
+        name: str | None = None,
+        expires_s: float | None = None,
+        default: Any = msgspec.UNSET,
+    ) -> Awaitable[T]: ...
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        type: Any,
+        /,
+        *,
+        name: str | None = None,
+        expires_s: float | None = None,
+        default: Any = msgspec.UNSET,
+    ) -> Awaitable[Any]: ...
+
+    def ask(
+        self,
+        question: str,
+        type: Any,
+        /,
+        *,
+        name: str | None = None,
+        expires_s: float | None = None,
+        default: Any = msgspec.UNSET,
+    ) -> Awaitable[Any]:
+        """Ask a person. The run waits for the answer, and uses no memory and no slot meanwhile.
+
+        The step ends here, and runs again when all its questions are answered: calls that have finished are not
+        executed again, but the code around them is. Calls that run at the same time are finished first.
+
+        Args:
+            question: identifies the call, together with the type. Equal questions are numbered in their order.
+            type: of the answer: any type that can be read from JSON. People see its JSON Schema.
+            name: identifies the call instead of the question, for one whose text changes.
+            expires_s: how long to wait, in seconds. Then the run fails as "expired". By default without a limit.
+            default: the answer if nobody has answered in time.
+
+        Returns: the answer, read from JSON as *type*.
+
+        Raises: CallError if the agent is not async; *type* cannot be read from JSON; or nobody can be asked, because
+            the run is executed without a server.
+
+        Cancellation: the question is not asked.
+        """
+        return self.journal.ask(self, question, type, name, expires_s, default)
+
+    @property
+    def idempotency_key(self) -> str:
+        """The idempotency key of the call that is executing, or ``step_key`` outside of a call."""
+        call_id = CURRENT_CALL.get()
+        return f"{self._root_key}/{call_id}" if call_id else self.step_key
+
+    def progress(self, done: float, total: float | None = None, message: str = "") -> None:
+        """Report the progress of the work. Of many calls in a short time, only the last one is stored.
+
+        A message longer than 8 KiB is truncated.
+
+        Raises: TypeError or ValueError if *done* or *total* is not a finite number.
+        """
+        numbers = [None if number is None else float(number) for number in (done, total)]
+        if numbers[0] is None or not all(math.isfinite(number) for number in numbers if number is not None):
+            raise ValueError(f"Progress must be given in finite numbers, not as {done!r} of {total!r}.")
+        progress = Progress(done=numbers[0], total=numbers[1], message=cut(safe_text(message)))
+        self._reported[:] = [progress]
+        self._on_progress(progress)
+
+    def report_wait(self, reason: str | None) -> None:
+        """Show what the step waits for as the message of its progress; None if it no longer waits."""
+        reported = self._reported[0] if self._reported else None
+        if reason is not None:
+            reported = msgspec.structs.replace(reported or Progress(done=0), message=reason)
+        self._on_progress(reported)
+
+    def spend(self, usage: Usage, model: str | None = None) -> None:
+        """Report the tokens of a model's answer, whether or not the answer is usable.
+
+        Args:
+            model: the model that answered, ``provider/model``. Without it, the cost of the run is unknown.
+        """
+        usage = self._priced(usage, model)
+        if self._journal is not None:
+            self._journal.spend(usage, model)
+        self._on_usage(self.agent_name, usage)
+
+    def check_tokens(self, models: Sequence[str] = ()) -> None:
+        """Check that the run may call one of *models*. An agent must call this before each model call.
+
+        Raises: TooManyTokens if it has no tokens left; CostLimit if it has spent its ``max_cost``, or has one and
+            one of *models* has no price.
+        """
+        self._check_cost(self.agent_name, models)
+        if self._max_tokens is None or self._journal is None:
+            return
+        spent = self._journal.spent.input_tokens + self._journal.spent.output_tokens
+        if spent >= self._max_tokens:
+            raise TooManyTokens(
+                f"Stopped after {spent} tokens, before {self.agent_name!r} called its model. One run may use "
+                f"{self._max_tokens} tokens (max_tokens of the engine)."
+            )

@@ -1,0 +1,110 @@
+"""The events of a run: made from its records, so that a client can read them again from any event."""
+
+from typing import Any
+
+import msgspec
+
+from flock.runs.records import NOT_LOADED, Batch, Call, Run, RunStatus
+from flock.runs.usage import shown_usage
+
+__all__ = [
+    "EVENTS_PER_ATTEMPT",
+    "EVENTS_PER_STEP",
+    "Event",
+    "event_of_batch",
+    "event_of_call",
+    "events_of",
+    "position_of",
+    "started_id",
+]
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """An event of a run or a batch. Ids increase; events of which only the latest is stored have none.
+
+    In *data*, ``result`` is a ``LongJSON`` if it is long and the engine can read it from the store.
+    """
+
+    id: int | None
+    name: str
+    data: dict[str, Any]
+
+
+#: Ranges of event ids that are reserved for each attempt, and in it for each step. JavaScript can read them all.
+EVENTS_PER_ATTEMPT = 10**12
+EVENTS_PER_STEP = 10**6
+
+
+def started_id(attempt: int, position: int) -> int:
+    """Return the id of the event ``step.started``. Those of the calls of the step follow it."""
+    return attempt * EVENTS_PER_ATTEMPT + position * EVENTS_PER_STEP + 1
+
+
+def position_of(event_id: int) -> int:
+    """Return the position of the step to which an event belongs; -1 for ``run.started``."""
+    return (event_id % EVENTS_PER_ATTEMPT - 1) // EVENTS_PER_STEP
+
+
+def events_of(run: Run) -> list[Event]:
+    """Return all events of *run* so far, in order, except those of its calls; see ``event_of_call``.
+
+    They are derived from its record, so any process can send them. The content of an id never changes: an event
+    contains only data that was known when it happened.
+    """
+
+    def event(attempt: int, number: int | None, name: str, **data: Any) -> Event:
+        id_ = None if number is None else attempt * EVENTS_PER_ATTEMPT + number
+        return Event(id=id_, name=name, data={"run_id": run.run_id, "attempt": attempt, **data})
+
+    # An interrupted run that waits to be resumed still has the start time of its last attempt.
+    has_started = run.started_at is not None and run.status is not RunStatus.STARTING
+    started = [event(run.attempt, 0, "run.started", agent_name=run.agent_name, started_at=run.started_at)]
+    events: list[Event] = []
+    for position, step in enumerate(run.steps):
+        step_data = {"position": position, "agent_name": step.agent_name}
+        if step.attempt == run.attempt:
+            events, started = events + started, []
+        events.append(event(step.attempt, position * EVENTS_PER_STEP + 1, "step.started", **step_data))
+        end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result")}
+        end |= shown_usage(step.usage)
+        events.append(event(step.attempt, (position + 1) * EVENTS_PER_STEP, "step.completed", **step_data, **end))
+        end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result")}
+        end |= shown_usage(step.usage)
+    if has_started:
+        events += started
+    name = run.next_agent_name
+    if has_started and name is not None:  # the step is running, or the run failed in it
+        number = len(run.steps) * EVENTS_PER_STEP + 1
+        events.append(event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name))
+    if run.progress is not None:
+        events.append(event(run.attempt, None, "run.progress", **msgspec.structs.asdict(run.progress)))
+    if run.status is RunStatus.WAITING:
+        events.append(event(run.attempt, None, "run.waiting", waiting_for=run.waiting_for))
+    if run.status.is_final:
+        end = {name: getattr(run, name) for name in ("status", "result", "error", "error_type", "completed_at")}
+        events.append(event(run.attempt, EVENTS_PER_ATTEMPT - 1, f"run.{run.status}", **end))
+    return events
+
+
+def event_of_call(started: Event, number: int, call: Call) -> Event:
+    """Return the event of a stored call of the step that began with *started*: call *number*, from 0.
+
+    Calls are numbered in the order in which they were stored. A later attempt of the same step reports them again.
+    """
+    assert started.id is not None
+    names = ("call_id", "name", "kind", "result", "error", "error_type", "usage", "started_at", "completed_at")
+    data = {**started.data, **{name: getattr(call, name) for name in names}}
+    if call.result is NOT_LOADED:
+        del data["result"]
+    return Event(id=started.id + 1 + number, name="call.completed", data=data)
+
+
+def event_of_batch(batch: Batch) -> Event:
+    """Return the progress of *batch*, or its final event, whose id is the number of its attempt."""
+    items = ("total_items", "completed_items", "failed_items", "cancelled_items", "waiting_items")
+    counts = (*items, "progress_percentage", "eta_s")
+    names = ("batch_id", "attempt", "status", *counts, *(("error", "completed_at") if batch.status.is_final else ()))
+    data = {name: getattr(batch, name) for name in names} | batch.costs
+    if batch.status.is_final:
+        return Event(id=batch.attempt, name=f"batch.{batch.status}", data=data)
+    return Event(id=None, name="batch.progress", data=data)

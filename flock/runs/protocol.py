@@ -1,0 +1,337 @@
+"""What an engine does: its methods, its limits, and what it tells its observers."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
+from typing import Literal, Protocol, Self
+
+import msgspec
+
+from flock.errors import EngineFull
+from flock.runs.events import Event
+from flock.runs.records import (
+    Batch,
+    BatchFilter,
+    BatchOptions,
+    Call,
+    IdempotencyKey,
+    Inputs,
+    ItemLimits,
+    Items,
+    OnInvalid,
+    Page,
+    Run,
+    RunFilter,
+    RunStatus,
+    Session,
+    Step,
+)
+from flock.runs.usage import Usage
+
+__all__ = ["Engine", "EngineHealth", "Observer", "Queue", "QueueLimits"]
+
+
+class Queue(msgspec.Struct, frozen=True):
+    """The number of runs that wait for their first step, and when the oldest one that never started was accepted.
+
+    ``asking`` is the number of runs that wait for answers of people. They do not count for any limit.
+    """
+
+    depth: int
+    oldest_at: datetime | None
+    asking: int = 0
+
+
+class QueueLimits(msgspec.Struct, frozen=True):
+    """Max queued runs: of all principals together, and of one principal."""
+
+    max_runs: int
+    max_runs_per_principal: int
+
+    @classmethod
+    def of(cls, max_queue: int, max_queue_per_principal: int | None) -> "QueueLimits":
+        """Return the limits for these options of an engine. By default one principal may use half of the queue."""
+        return cls(max_queue, max(1, max_queue // 2) if max_queue_per_principal is None else max_queue_per_principal)
+
+    def check(self, waiting: int, state: str = "waiting") -> None:
+        """Raise EngineFull if *waiting* runs fill the queue."""
+        if waiting >= self.max_runs:
+            raise EngineFull(
+                f"{waiting} runs are already {state}, the limit of this server (max_queue). Try again later."
+            )
+
+    def check_share(self, waiting: int, state: str = "waiting") -> None:
+        """Raise EngineFull if *waiting* runs of one principal fill its share of the queue."""
+        if waiting >= self.max_runs_per_principal:
+            raise EngineFull(
+                f"{waiting} runs of this caller are already {state}, the limit for one caller "
+                "(max_queue_per_principal). Try again later."
+            )
+
+
+class EngineHealth(msgspec.Struct, frozen=True):
+    """The health of an engine. It accepts new work if it is running and its store is ok."""
+
+    engine: Literal["running", "stopping", "stopped"] = "running"
+    store: Literal["ok", "failing"] = "ok"
+
+
+class Observer(Protocol):
+    """Receives events of an engine. Its methods are called in the event loop, so they must be fast."""
+
+    def run_started(self, run: Run) -> None:
+        """An attempt of a run has started."""
+
+    def step_completed(self, step: Step) -> None:
+        """An agent has completed a step."""
+
+    def call_completed(self, call: Call) -> None:
+        """A call of a step has completed or failed."""
+
+    def tokens_spent(self, agent_name: str, usage: Usage) -> None:
+        """A model has answered an agent; the answer may still be invalid."""
+
+    def run_ended(self, run: Run) -> None:
+        """A run has reached a final status. If it ended while it was waiting, it may be a stub without inputs."""
+
+    def model_call_retried(self) -> None:
+        """A model call failed and will be retried."""
+
+
+class Engine(Protocol):
+    """Accepts and executes runs and batches. The embedded engine and the Temporal engine both implement it.
+
+    Use it as an async context manager. Outside of the context, all methods except ``health`` and ``observe`` raise
+    EngineStopped.
+    """
+
+    @property
+    def item_limits(self) -> ItemLimits:
+        """The limits on the number of items in a batch and on the size of each."""
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the engine rejects new work because the server is shutting down."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+    async def drain(self, timeout_s: float) -> None:
+        """Stop accepting work, wait up to *timeout_s* seconds for running work to end, then stop the rest.
+
+        Asynchronous runs that are stopped are resumed at the next start. Other runs fail as "interrupted".
+        """
+
+    def check_ready(self) -> None:
+        """Raise EngineStopped or StoreError if new runs cannot be accepted now."""
+
+    def health(self) -> EngineHealth:
+        """Return the state of the engine and its store."""
+
+    def observe(self, observer: Observer) -> None:
+        """Notify *observer* of all events from now on."""
+
+    async def queue(self) -> Queue:
+        """Return the state of the queue, over all processes that share it. Raises StoreError."""
+
+    async def submit(
+        self,
+        agent_name: str,
+        inputs: Inputs,
+        *,
+        request_id: str | None = None,
+        traceparent: str | None = None,
+        principal: str | None = None,
+        is_async: bool = True,
+        timeout_s: float | None = None,
+        session_id: str | None = None,
+        max_cost: float | None = None,
+        key: IdempotencyKey | None = None,
+        run_id: str | None = None,
+    ) -> Run:
+        """Accept a run and return without waiting for its result.
+
+        Args:
+            inputs: one value for each field of the agent's input signature: a mapping, or the text of a JSON object.
+            request_id: id of the caller's request in the log.
+            traceparent: trace context of the caller's request (W3C Trace Context), passed on to model calls. An invalid
+                one is ignored.
+            principal: name of the run's owner.
+            is_async: True for a run that does not need a waiting caller. It is on disk when this method returns, and is
+                resumed after a crash. Otherwise it is written as it runs, and fails as interrupted if the process dies.
+            timeout_s: wall-clock seconds for each attempt, capped at the engine's limit.
+            session_id: the session of *principal* that the run joins, 1 to 128 visible ASCII characters. The run starts
+                when the runs of the session that were accepted before it have ended. A retry joins again as the last.
+            max_cost: US dollars that its model calls may cost in all attempts, 0 < max_cost <= ``MAX_COST``. It is
+                checked before each call.
+            key: detects repeated requests.
+            run_id: of the run, a ``new_id()`` for ``watch``; None creates one.
+
+        Returns:
+            Run: status "starting".
+
+        Raises:
+            AgentNotFound: there is no agent with that name.
+            InvalidData: the inputs are invalid; pointers begin with ``/inputs``. Or there is a ``max_cost``, and the
+                agent, or one that can follow it, has a model without a price.
+            Replayed: a run was already created with this key.
+            KeyReused: the key was already used for a different request.
+            Conflict: another request with this key is being accepted at the same time.
+            EngineFull: the queue is full.
+            EngineStopped: the engine is not running, or is shutting down.
+            StoreError: the run cannot be stored.
+
+        Cancellation: the run is either accepted completely or not at all.
+        """
+
+    async def submit_batch(
+        self,
+        agent_name: str,
+        items: Items,
+        options: BatchOptions,
+        *,
+        on_invalid: OnInvalid = "reject",
+        request_id: str | None = None,
+        traceparent: str | None = None,
+        principal: str | None = None,
+        key: IdempotencyKey | None = None,
+    ) -> Batch:
+        """Read and validate all items, then accept the batch. If an item is rejected, no item starts.
+
+        Args:
+            items: read one at a time. They are staged, and not visible until the last one is read.
+            on_invalid: "skip" accepts invalid items and fails them as "invalid_input".
+
+        Raises:
+            InvalidData: items are invalid (up to 100 errors), or there are no items. A pointer begins with
+                ``/batch_inputs/{position}`` if the item has no location of its own.
+            TooLarge: there are more than ``max_items``.
+            DefinitionError: an option is invalid.
+            The errors of ``submit``, and any exception that *items* raises.
+
+        Cancellation: the batch is either accepted completely or not at all.
+        """
+
+    async def get_run(self, run_id: str) -> Run:
+        """Return the current state of the run. Raises RunNotFound."""
+
+    async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
+        """Return the calls of *run* that have ended, by the position of their step, oldest first.
+
+        Of long arguments and results only ``NOT_LOADED`` is returned, and at most ``MAX_SHOWN_CALLS`` calls of a run.
+        If a step was retried, its calls are those of the last retry.
+        """
+
+    async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
+        """Wait until the run is final or waits for an answer, at most *timeout_s* seconds, and return it.
+
+        Raises: RunNotFound; StoreError if its final status cannot be written now; EngineStopped if the engine stops and
+            leaves the run to be resumed later.
+        Cancellation: the run continues.
+        """
+
+    async def cancel_run(self, run_id: str) -> Run:
+        """Request cancellation of a run and return without waiting. A run that is already cancelled is returned as is.
+
+        Raises: RunNotFound; Conflict if it is completed or failed.
+        """
+
+    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
+        """Answer a question of a waiting run. After the last answer, the run continues.
+
+        Returns: the run. The same answer may be given again.
+
+        Raises:
+            RunNotFound; CallNotFound if the run does not ask this.
+            InvalidData: the answer does not match the question's schema; pointers begin with ``/output``.
+            Conflict: the question was answered otherwise; the run has ended; or this program does not have its agent.
+            EngineStopped, StoreError.
+        """
+
+    async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
+        """Start the next attempt of a failed or cancelled run after its last committed step.
+
+        Retrying an item starts the next attempt of its batch, which must have ended too.
+
+        Args:
+            max_cost: replaces that of the run, or of the batch of an item. Earlier attempts count too.
+
+        Raises: RunNotFound, Conflict, EngineFull, EngineStopped.
+        """
+
+    async def delete_run(self, run_id: str) -> None:
+        """Delete a final run. Raises RunNotFound; Conflict if it is active or is an item of a batch."""
+
+    async def get_session(self, session_id: str, principal: str | None = None) -> Session:
+        """Count the runs of a session of *principal*, and what they have spent; None means of all principals.
+
+        Every run is read. Raises: SessionNotFound if there are none.
+        """
+
+    async def delete_session(self, session_id: str, principal: str | None = None) -> None:
+        """Delete all runs of a session of *principal*; None means of all principals.
+
+        Raises: SessionNotFound if there are none; Conflict, before anything is deleted, if one of them is active.
+        """
+
+    async def list_runs(self, wanted: RunFilter) -> Page[Run]:
+        """Return one page of runs, newest first, without batch items and steps. Long runs make a page shorter."""
+
+    def watch(self, run_id: str) -> AbstractContextManager[object]:
+        """Keep the live output of a run inside the block, so that a reader of its events gets it from the start.
+
+        The run need not exist yet: its id can be passed to ``submit``.
+        """
+
+    def events(self, run_id: str, after: int = 0, *, reasoning: bool = False) -> AsyncGenerator[Event | None, None]:
+        """Yield the events of a run after the id *after* until it ends, and None after 15 s without an event.
+
+        Events of the live output, such as ``output.delta``, have no id. They are sent after the ``step.started`` and
+        before the ``step.completed`` of their step.
+
+        Args:
+            reasoning: also yield ``reasoning.delta``.
+
+        Raises RunNotFound before the first event. A slow reader may miss progress events, but no others.
+        """
+
+    async def get_batch(self, batch_id: str) -> Batch:
+        """Return the current state of the batch. Raises BatchNotFound."""
+
+    async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
+        """Wait for a batch, like ``wait``."""
+
+    async def get_items(
+        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
+    ) -> Sequence[Run]:
+        """Return up to *limit* items after the position *after*, in order, without their steps.
+
+        There may be fewer if they are long. An empty page means that there are no more items. Raises BatchNotFound.
+        """
+
+    async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
+        """Return one page of batches, newest first. Long errors make a page shorter."""
+
+    def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+        """Yield the progress of a batch, at most 4 times a second, and its end. Yield None after 15 s without an event.
+
+        Raises BatchNotFound before the first event. The id of the final event is the batch's attempt. Progress events
+        have no id.
+        """
+
+    async def cancel_batch(self, batch_id: str) -> Batch:
+        """Cancel a batch, like ``cancel_run``: no more items start, and running items are cancelled."""
+
+    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = (), max_cost: float | None = None) -> Batch:
+        """Start the next attempt of the failed and cancelled items of a final batch.
+
+        Args:
+            only: retry only items with these statuses.
+            max_cost: replaces that of the batch. Earlier attempts count too.
+
+        Raises: BatchNotFound; Conflict if it is not final, or has no such item; EngineFull, EngineStopped.
+        """
+
+    async def delete_batch(self, batch_id: str) -> None:
+        """Delete a final batch and its items. Raises BatchNotFound; Conflict if it is active."""

@@ -1,0 +1,607 @@
+"""The records of runs and batches.
+
+A ``Run`` is one request and its outcome. It consists of ``Step``s, one for each agent that ran. A ``Batch`` is many
+runs of one agent: an item is a run with a ``batch_id`` and a ``position``. All records are frozen. A change creates a
+new record, so each record is a consistent snapshot.
+
+JSON is stored as ``msgspec.Raw``, so runs cannot share mutable data, and a store can write it unchanged.
+"""
+
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from flock.errors import FieldError
+from flock.runs.ids import now
+from flock.runs.usage import Usage, is_spent, shown_usage
+
+__all__ = [
+    "INVALID_INPUT",
+    "JSON_NULL",
+    "LONG_BYTES",
+    "MAX_SHOWN_BYTES",
+    "MAX_SHOWN_CALLS",
+    "MIN_STUB_BYTES",
+    "NOT_LOADED",
+    "PAGE_BYTES",
+    "PIECE_BYTES",
+    "Answer",
+    "Batch",
+    "BatchFilter",
+    "BatchOptions",
+    "Call",
+    "CallKind",
+    "IdempotencyKey",
+    "Inputs",
+    "ItemLimits",
+    "Items",
+    "LongJSON",
+    "OnExtra",
+    "OnInvalid",
+    "Page",
+    "Principal",
+    "Progress",
+    "Question",
+    "Row",
+    "Run",
+    "RunFilter",
+    "RunStatus",
+    "Session",
+    "Step",
+    "Time",
+    "stub_of",
+]
+
+#: Sent as RFC 3339, in UTC.
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
+
+
+class RunStatus(StrEnum):
+    """The status of a run or a batch. The last three are final."""
+
+    #: accepted, not yet running
+    STARTING = "starting"
+    #: an agent is running
+    RUNNING = "running"
+    #: a person has to answer a question; nothing is running
+    WAITING = "waiting"
+    #: ended with a result
+    COMPLETED = "completed"
+    #: ended without a result; ``error`` has the reason
+    FAILED = "failed"
+    #: stopped on request
+    CANCELLED = "cancelled"
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it changes without the answer of a person, or a retry."""
+        return self in (RunStatus.STARTING, RunStatus.RUNNING)
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (RunStatus.STARTING, RunStatus.RUNNING, RunStatus.WAITING)
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One completed step of a run.
+
+    Attributes:
+        next_agent: the agent to run next; None ends the run.
+        usage: the tokens that it used, including those of its calls.
+        call_count: the number of its calls that are stored.
+        model: the model that answered last; None if it has asked none.
+    """
+
+    agent_name: str
+    result: msgspec.Raw
+    next_agent: str | None = None
+    usage: Usage | None = None
+    attempt: int = 1
+    call_count: int = 0
+    model: str | None = None
+    started_at: datetime
+    completed_at: datetime
+
+
+#: In place of None, since msgspec cannot decode a union of Raw and None.
+JSON_NULL = msgspec.Raw(b"null")
+
+#: What a call executes.
+CallKind = Literal["function", "model", "tool", "agent", "question"]
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished call of a step; see ``RunContext.call``.
+
+    Attributes:
+        call_id: unique in its step, and the same if the step runs again: ``{name}:{digest of the arguments}``, with the
+            name that the program gave to the call instead of the digest, and ``:2`` for the second of equal calls.
+            A call that a call makes has the id of that call and ``~`` before its own.
+        name: of the function, the agent, the tool or the model.
+        arguments: by name, as a JSON object; null if they cannot be JSON, or are not kept.
+        result: as JSON; null if the call failed.
+        error, error_type: of a failed call. It is executed again if the step runs again, unless it is a call of a tool,
+            because the model has read the error.
+        usage: the tokens that it used, including those of the calls that it made.
+        model: the model that answered last, also in a call that it made; None if it has asked none.
+    """
+
+    call_id: str
+    name: str
+    kind: CallKind = "function"
+    arguments: msgspec.Raw = JSON_NULL
+    result: msgspec.Raw = JSON_NULL
+    error: str | None = None
+    error_type: str | None = None
+    usage: Usage | None = None
+    model: str | None = None
+    started_at: datetime
+    completed_at: datetime
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is not executed again if its step runs again."""
+        return self.error is None or self.kind == "tool"
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """A question to a person that is not answered yet; see ``RunContext.ask``.
+
+    Attributes:
+        call_id: as that of a call; the answer becomes the result of this call.
+        schema: JSON Schema (2020-12) of the answer.
+        arguments: what the question is about, as a JSON object; UNSET if the question says it all.
+        expires_at: when the run fails, or continues with *default*; None if it waits without a limit.
+        default: the answer if nobody answers in time; UNSET if the run then fails.
+    """
+
+    call_id: str
+    question: str
+    schema: msgspec.Raw
+    arguments: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    asked_at: Time
+    expires_at: Time | None = None
+    default: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+#: Answers a question at once, in place of a person. It may be async.
+Answer = Callable[[Question], Any]
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """Progress reported by an agent. ``total`` is None if it is unknown."""
+
+    done: float
+    total: float | None = None
+    message: str = ""
+
+
+#: Placeholder for the inputs and step results of a stub, and for long values of a call.
+NOT_LOADED = msgspec.Raw(b"{}")
+
+#: Max calls that ``get_calls`` returns, and max size of the arguments and of the result of each, as JSON.
+MAX_SHOWN_CALLS = 1000
+MAX_SHOWN_BYTES = 4096
+
+#: A run with less content than this is never a stub, because reading it back costs more than keeping it.
+MIN_STUB_BYTES = 1024
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One request and its outcome. Ids are UUIDs of version 7, times are in UTC.
+
+    Attributes:
+        flock: the name of the flock whose engine executes it.
+        traceparent: the trace context of its request (W3C Trace Context, section 3.2).
+        principal: the name of its owner; None if the request was not authenticated.
+        is_async: whether it runs without a waiting client. Such a run is resumed after a crash.
+        attempt: number of the current attempt, from 1. A retry or a recovery starts the next one.
+        extra: extra columns of an item's row, as a JSON object, stored for the results; None if there are none.
+        recoveries: number of attempts that were started by a recovery after a crash or a stop, not by a retry.
+        timeout_s: wall-clock seconds for one attempt, counted from the start of its first step.
+        owner: the engine that is working on it; only this engine may write it.
+        session_id: the conversation that it belongs to, within its flock and principal. Runs of a session are executed
+            one after the other.
+        waiting_for: the open questions of a waiting run. A run that ended while it was waiting keeps them.
+        worked_s: seconds of ``timeout_s`` that the attempt had spent when it last began to wait; 0 if it never did.
+        spent: the tokens of all its attempts, also of steps that failed; None if there were none.
+        max_cost: US dollars that it may spend in all its attempts; None means no limit.
+    """
+
+    run_id: str
+    flock: str
+    agent_name: str
+    inputs: msgspec.Raw
+    status: RunStatus = RunStatus.STARTING
+    result: msgspec.Raw | None = None
+    error: str | None = None
+    error_type: str | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    request_id: str | None = None
+    batch_id: str | None = None
+    position: int | None = None
+    traceparent: str | None = None
+    principal: str | None = None
+    is_async: bool = False
+    attempt: int = 1
+    recoveries: int = 0
+    timeout_s: float | None = None
+    extra: msgspec.Raw | None = None
+    owner: str | None = None
+    cancel_requested: bool = False
+    progress: Progress | None = None
+    waiting_for: tuple[Question, ...] = ()
+    worked_s: float = 0.0
+    steps: tuple[Step, ...] = ()
+    session_id: str | None = None
+    spent: Usage | None = None
+    max_cost: float | None = None
+
+    @property
+    def is_stub(self) -> bool:
+        """Whether its inputs and results are only in the store; see ``stub_of``."""
+        return self.inputs is NOT_LOADED
+
+    @property
+    def content_bytes(self) -> int:
+        """The total size of its inputs, extra columns and results."""
+        own = len(self.inputs) + len(self.result or b"") + len(self.extra or b"")
+        return own + sum(len(step.result) for step in self.steps)
+
+    @property
+    def turn_bytes(self) -> int:
+        """The total size of its inputs and of the results of its steps."""
+        return len(self.inputs) + sum(len(step.result) for step in self.steps)
+
+    @property
+    def trace_id(self) -> str | None:
+        return self.traceparent and self.traceparent[3:35]
+
+    @property
+    def usage(self) -> Usage | None:
+        """The tokens of all its attempts. A run of an earlier version only knows those of its steps."""
+        return self.usage_of_steps if self.spent is None else self.spent
+
+    @property
+    def usage_of_steps(self) -> Usage | None:
+        spent = [step.usage for step in self.steps if step.usage is not None]
+        return sum(spent, Usage()) if spent else None
+
+    @property
+    def next_agent_name(self) -> str | None:
+        """The agent of the next step; None if there is no next step."""
+        return self.steps[-1].next_agent if self.steps else self.agent_name
+
+    @property
+    def tries(self) -> int:
+        """The number of attempts without recoveries: 1, and one more for each retry."""
+        return self.attempt - self.recoveries
+
+    def step_key(self, position: int) -> str:
+        """Return the idempotency key of the step at *position*, from 0: ``run:{run_id}/{position}``.
+
+        It stays the same if the step is repeated after a crash, also by another process. A retry is expected to give
+        a new answer, so the key changes to ``run:{run_id}:2/{position}``, and so on.
+        """
+        tries = self.tries
+        return f"run:{self.run_id}/{position}" if tries == 1 else f"run:{self.run_id}:{tries}/{position}"
+
+
+def stub_of(run: Run) -> Run:
+    """Return *run* without its inputs and results if they are long, to save memory while it waits in the store.
+
+    Its steps keep their names, times and usage.
+    """
+    if run.is_stub or run.content_bytes < MIN_STUB_BYTES:
+        return run
+    steps = tuple(msgspec.structs.replace(step, result=NOT_LOADED) for step in run.steps)
+    return msgspec.structs.replace(run, inputs=NOT_LOADED, result=None, extra=None, steps=steps)
+
+
+class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a batch is executed, and the form of its results.
+
+    Attributes:
+        max_workers: max items running at the same time, at least 1.
+        parallel: False runs the items one at a time, in order, and ignores ``max_workers``.
+        return_errors: True returns ``{"error", "error_type"}`` as the result of a failed item; False returns null.
+        box_results: False returns the bare value if a result has a single member. Kept columns count as members.
+        timeout_s: wall-clock seconds for each item.
+        max_cost: US dollars after which no more items start, in all attempts of the batch; None means no limit.
+    """
+
+    max_workers: int = 5
+    parallel: bool = True
+    return_errors: bool = True
+    box_results: bool = True
+    timeout_s: float | None = None
+    max_cost: float | None = None
+
+
+#: ``error_type`` of an item whose inputs do not match its agent's signature. Such an item is not retried.
+INVALID_INPUT = "invalid_input"
+
+#: What to do with a batch that has an invalid item: "reject" rejects the batch, "skip" fails only that item.
+OnInvalid = Literal["reject", "skip"]
+
+#: What to do with a column, or a member of a row, that is not an input: "reject" rejects the batch, "ignore" drops the
+#: column, "keep" copies it unchanged to the results.
+OnExtra = Literal["reject", "ignore", "keep"]
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """Many runs of one agent. ``completed_items`` counts all items that have ended, in any final status.
+
+    It is running until the last item has ended, also while all that are left wait for answers (``waiting_items``).
+
+    Attributes:
+        attempt: number of the current attempt, from 1. A retry starts the next one.
+        reopening: statuses of the items that a retry still has to reopen, separated by commas.
+        resumed_at, resumed_with: when an engine last started working on it, and how many items had ended before that.
+        extra_names: the names in ``Run.extra`` of all its items, in order of first appearance.
+        owner: the engine that is working on it; only this engine may write the batch and its items.
+        usage: the sum of ``Run.spent`` of its items; None if they have used no tokens.
+        error_type: why it failed, if not because all items did: "cost_limit".
+        invalid_items: how many items have invalid inputs. They never run.
+    """
+
+    batch_id: str
+    flock: str
+    agent_name: str
+    options: BatchOptions
+    status: RunStatus = RunStatus.STARTING
+    total_items: int
+    completed_items: int = 0
+    failed_items: int = 0
+    cancelled_items: int = 0
+    waiting_items: int = 0
+    error: str | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    request_id: str | None = None
+    principal: str | None = None
+    attempt: int = 1
+    cancel_requested: bool = False
+    reopening: str | None = None
+    resumed_at: datetime | None = None
+    resumed_with: int = 0
+    extra_names: tuple[str, ...] = ()
+    owner: str | None = None
+    usage: Usage | None = None
+    error_type: str | None = None
+    invalid_items: int = 0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no more items may start, because ``max_cost`` is spent."""
+        return is_spent(self.usage, self.options.max_cost)
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """The members about tokens and money as clients see them. Those that are unknown are omitted."""
+        shown = shown_usage(self.usage) if self.usage is not None else {}
+        limits = {"error_type": self.error_type, "max_cost": self.options.max_cost}
+        shown |= {"estimated_cost": self.estimated_cost, **limits}
+        return {name: value for name, value in shown.items() if value is not None}
+
+    @property
+    def estimated_cost(self) -> float | None:
+        """The cost if all items cost as much as those that have run; None if it cannot be estimated."""
+        ended = self.completed_items - self.cancelled_items - self.invalid_items
+        if self.usage is None or self.usage.cost is None or ended <= 0:
+            return None
+        return round(self.usage.cost * (self.total_items - self.invalid_items) / ended, 6)
+
+    @property
+    def progress_percentage(self) -> float:
+        return round(100 * self.completed_items / max(1, self.total_items), 2)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Estimated seconds until it ends, at the rate since it was resumed; None if it cannot be estimated."""
+        ended = self.completed_items - self.resumed_with
+        if self.status.is_final or self.resumed_at is None or ended <= 0:
+            return None
+        took_s = max(0.0, (now() - self.resumed_at).total_seconds())
+        return round((self.total_items - self.completed_items) * took_s / ended, 3)
+
+    def result_of(self, item: Run) -> Any:
+        """Return the result of *item*, kept columns first. It is None if there is no result and no error to show."""
+        extra = {} if item.extra is None else msgspec.json.decode(item.extra, type=dict[str, msgspec.Raw])
+        if item.result is not None:
+            if self.options.box_results and not extra:
+                return item.result
+            members = extra | msgspec.json.decode(item.result, type=dict[str, msgspec.Raw])
+            if not self.options.box_results and len(members) == 1:
+                return next(iter(members.values()))
+            return members if extra else item.result
+        if item.error is not None and self.options.return_errors:
+            return {**extra, "error": item.error, "error_type": item.error_type}
+        return None
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of a table, from which one item of a batch is created.
+
+    Attributes:
+        inputs: inputs of the run, as the text of a JSON object.
+        at: JSON pointer to the row in the request body; "" if the body consists of lines.
+        line: the line at which the row starts, from 1.
+        sources: JSON pointers to the inputs in the request, for inputs that are not at ``{at}/{name}``.
+        extra: members that are not inputs, and are kept for the results.
+        errors: errors found before the inputs are validated. An error that affects the same member in several rows is
+            reported once.
+    """
+
+    inputs: msgspec.Raw
+    at: str = ""
+    line: int | None = None
+    sources: Mapping[str, str] = {}
+    extra: Mapping[str, msgspec.Raw] = {}
+    errors: tuple[FieldError, ...] = ()
+
+
+class ItemLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Max items in one batch, and max size of one item's inputs and kept columns, in bytes of JSON."""
+
+    max_items: int
+    max_input_bytes: int
+
+
+#: Inputs of a run: a mapping, or the text of a JSON object.
+Inputs = msgspec.Raw | Mapping[str, Any]
+
+#: Items of a batch. They are read once and only as far as needed, and are never held in memory as a whole.
+Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row]
+
+
+class Principal(msgspec.Struct, frozen=True, kw_only=True):
+    """An authenticated caller. An admin can also access the runs and batches of others.
+
+    Raises: TypeError if the name is not a string; ValueError if it cannot be written as UTF-8.
+    """
+
+    name: str
+    admin: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(
+                f"The name of a Principal must be a str, not {type(self.name).__name__}. "
+                "Convert it: Principal(name=str(...))."
+            )
+        try:
+            self.name.encode()
+        except UnicodeEncodeError as exc:
+            raise ValueError(f"The name of a Principal must be valid Unicode, not {self.name!r}: {exc}.") from exc
+
+
+class IdempotencyKey(msgspec.Struct, frozen=True):
+    """Identifies a request for replay detection: the client's key, a fingerprint of the request, and its principal.
+
+    The fingerprint of a streamed upload is a function that returns it after the last item is read.
+    """
+
+    key: str
+    fingerprint: bytes | Callable[[], bytes]
+    principal: str | None = None
+
+    @property
+    def digest(self) -> bytes:
+        return self.fingerprint if isinstance(self.fingerprint, bytes) else self.fingerprint()
+
+    @property
+    def scoped_key(self) -> str:
+        """The key, made unique per principal. Neither part contains a space."""
+        return self.key if self.principal is None else f"{self.principal} {self.key}"
+
+
+class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """The filter of a list of runs. A field that is None matches all runs.
+
+    Attributes:
+        created_after, created_before: with a precision of one millisecond.
+        after: the last id of the previous page.
+        limit: max runs per page.
+        with_inputs, with_results: also read inputs or results; otherwise they are empty or None.
+    """
+
+    status: RunStatus | None = None
+    agent_name: str | None = None
+    principal: str | None = None
+    session_id: str | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+    after: str | None = None
+    limit: int = 100
+    with_inputs: bool = False
+    with_results: bool = False
+
+
+class BatchFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """The filter of a list of batches. None matches all. ``after`` is the last id of the previous page."""
+
+    status: RunStatus | None = None
+    agent_name: str | None = None
+    principal: str | None = None
+    after: str | None = None
+    limit: int = 100
+
+
+#: Approximate max size of one page of records, in bytes of JSON.
+PAGE_BYTES = 1024 * 1024
+R = TypeVar("R", "Run", "Batch")
+
+
+class Page(list[R]):
+    """One page of records: at most *limit* records and about ``PAGE_BYTES``, but always at least one record.
+
+    Attributes:
+        has_more: whether there is another record that did not fit.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._bytes_left = PAGE_BYTES
+        self.has_more = False
+
+    def add(self, record: R) -> bool:
+        """Add *record*, or return False if the page is full."""
+        self._bytes_left -= _json_bytes(record)
+        self.has_more = bool(self) and (len(self) >= self._limit or self._bytes_left < 0)
+        if not self.has_more:
+            self.append(record)
+        return not self.has_more
+
+
+def _json_bytes(record: Run | Batch) -> int:
+    """Return the size of the members that may be long."""
+    length = 0 if record.error is None else len(msgspec.json.encode(record.error))
+    if isinstance(record, Run):
+        length += len(bytes(record.inputs)) + len(bytes(record.result or b"")) + len(bytes(record.extra or b""))
+        length += len(msgspec.json.encode(record.waiting_for))
+    return length
+
+
+#: A result longer than this is read in pieces while it is sent.
+LONG_BYTES = 64 * 1024
+
+#: Size of one piece. It is large because the store has to skip everything before the piece on each read.
+PIECE_BYTES = 128 * 1024
+
+
+class LongJSON:
+    """A long JSON text that is read from the store while it is sent, so that a slow client does not fill the memory.
+
+    Attributes:
+        length: size in bytes.
+        read: called as ``read(start, size)``, returns up to *size* bytes from *start*. Raises RunNotFound, StoreError.
+        kept: returns a context manager. While it is active, retention does not delete the text.
+    """
+
+    def __init__(
+        self, length: int, read: Callable[[int, int], bytes], kept: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.length = length
+        self.read = read
+        self.kept = kept
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the whole text in pieces. Raises RunNotFound, StoreError."""
+        for start in range(0, self.length, PIECE_BYTES):
+            yield self.read(start, PIECE_BYTES)
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """The runs of a session together. ``usage`` is None if none of them has asked a model."""
+
+    session_id: str
+    total_runs: int
+    usage: Usage | None

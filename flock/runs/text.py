@@ -1,0 +1,29 @@
+"""Text from outside that is stored, sent or logged."""
+
+import re
+
+__all__ = ["TRACEPARENT", "one_line", "safe_text", "valid_traceparent"]
+
+#: A later version may append fields to those of version 00.
+TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(-.*)?")
+
+
+def valid_traceparent(sent: str | None) -> str | None:
+    """Return *sent* as version 00, or None if it is invalid (W3C Trace Context, sections 3.2 and 4.3)."""
+    match = TRACEPARENT.fullmatch(sent or "")
+    return None if match is None or (match[1] == "00" and match[3]) else f"00{match[2]}"
+
+
+def safe_text(value: object) -> str:
+    """Return *value* as text that can be stored and sent, even if it has lone surrogates or its ``str()`` fails."""
+    try:
+        return str(value).encode("utf-8", "replace").decode()
+    except Exception:
+        return f"({type(value).__name__})"
+
+
+def one_line(text: str) -> str:
+    """Return *text* with line breaks, terminal escapes and other non-printable characters escaped, for the log."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
