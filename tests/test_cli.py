@@ -16,8 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from flock import __version__
-from flock.command.cli import load_flock, main, serve
+from flock.command.cli import main, serve
 from flock.command.server import ServerSettings
+from flock.command.target import load_flock
 from flock.core import Flock
 from tests.support import EXAMPLES, ROOT
 from tests.support.servers import flockapi_command, running

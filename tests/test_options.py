@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from flock.agents.llm import ModelClient
-from flock.command.cli import options_of
+from flock.command.arguments import options_of
 from flock.core import Flock
 from flock.errors import DefinitionError
 from flock.limits import Limits, enforced_by

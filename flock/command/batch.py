@@ -1,0 +1,334 @@
+"""The command ``flockapi batch``."""
+
+import contextlib
+import csv
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import anyio
+import click
+import msgspec
+
+from flock.command.arguments import Seconds, model_option, pairs
+from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
+from flock.command.server import (
+    abandon_busy_threads,
+)
+from flock.command.target import load_with_model
+from flock.declared import DeclaredFlock
+from flock.engine.rowchecks import BatchCheck
+from flock.engine.store import MEMORY
+from flock.errors import DefinitionError, FieldError, FlockError, InvalidData
+from flock.options import MAX_SECONDS
+from flock.rows.dialect import CSVDialect
+from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
+from flock.runs import MAX_COST, Batch, BatchOptions, OnExtra, OnInvalid, cost_in_words
+
+__all__ = ["batch"]
+
+#: Max row errors that are printed.
+MAX_LISTED_ERRORS = 20
+#: The conventional exit code after Ctrl-C.
+EXIT_INTERRUPTED = 130
+
+
+@click.command()
+@click.argument("target")
+@click.argument("agent")
+@click.argument("rows", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    metavar="FILE",
+    help="Output file of the results, in the order of the rows; - is stdout. Required without --dry-run.",
+)
+@click.option(
+    "--dry-run",
+    "is_dry_run",
+    is_flag=True,
+    help="Read and check all rows, and print the first rows and the errors. Nothing is run or written.",
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["csv", "ndjson"]),
+    help="Format of the results.  [default: by the extension of the output, or of ROWS if the output has none]",
+)
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option(
+    "--max-workers",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Max rows running at the same time.",
+)
+@model_option
+@click.option(
+    "--map",
+    "mapped",
+    multiple=True,
+    metavar="COLUMN=INPUT",
+    help="Use the column COLUMN as INPUT. Repeatable. COLUMN= drops the column.",
+)
+@click.option(
+    "--static",
+    "static",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Input for all rows that do not have it. Repeatable. Same format as -i of flockapi run.",
+)
+@click.option(
+    "--on-invalid",
+    type=click.Choice(["reject", "skip"]),
+    default="reject",
+    show_default=True,
+    help="If a row is invalid: start nothing, or fail only that row.",
+)
+@click.option(
+    "--on-extra",
+    type=click.Choice(["reject", "ignore", "keep"]),
+    default="reject",
+    show_default=True,
+    help="If a column is not an input: start nothing, drop the column, or copy it to the results.",
+)
+@click.option("--delimiter", default=",", show_default=True, metavar="CHAR", help="Delimiter of the cells in ROWS.")
+@click.option(
+    "--decimal", default=".", show_default=True, metavar="CHAR", help="Decimal separator (. or ,) of numbers in ROWS."
+)
+@click.option(
+    "--encoding",
+    default="utf-8",
+    show_default=True,
+    metavar="NAME",
+    help="Encoding of ROWS if it is CSV, such as utf-16, or cp1252 for Western European Excel files.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=Seconds(0, MAX_SECONDS, min_open=True),
+    metavar="SECONDS",
+    help="Max time for one row.  [default: a day]",
+)
+@click.option(
+    "--max-cost",
+    type=click.FloatRange(0, MAX_COST, min_open=True),
+    metavar="DOLLARS",
+    help="Start no more rows after that many US dollars. Run the command again with more to continue.",
+)
+@click.option(
+    "--usage",
+    "with_usage",
+    is_flag=True,
+    help="Add input_tokens, output_tokens and cost of each row to the results.",
+)
+@click.option(
+    "--escape-formulas/--no-escape-formulas",
+    default=True,
+    show_default=True,
+    help="Put a ' before cells that a spreadsheet would execute as formulas.",
+)
+@click.option(
+    "--store",
+    "state",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="SQLite file that stores finished rows until the end.  [default: the output's name plus .flock.db]",
+)
+def batch(
+    target: str,
+    agent: str,
+    rows: Path,
+    output: Path | None,
+    is_dry_run: bool,
+    format_: TableFormat | None,
+    force: bool,
+    max_workers: int,
+    model: str | None,
+    mapped: Sequence[str],
+    static: Sequence[str],
+    on_invalid: OnInvalid,
+    on_extra: OnExtra,
+    delimiter: str,
+    decimal: str,
+    encoding: str,
+    timeout_s: float | None,
+    max_cost: float | None,
+    with_usage: bool,
+    escape_formulas: bool,
+    state: Path | None,
+) -> None:
+    """Run AGENT on each row of a file, and write the results to a file.
+
+    ROWS is CSV with a header, typed by the agent's signature, or NDJSON. Its name ends in .csv, .ndjson or .jsonl,
+    optionally followed by .gz. The results are CSV with the inputs, the outputs, status and error, or NDJSON.
+
+    If the command was stopped or killed, run it again. It resumes, and finished rows do not run again. The exit code is
+    0 if all rows completed, and 1 if some failed. The column "error" has the reason. With --dry-run, the exit code is 0
+    if the rows would be accepted, and 1 otherwise.
+
+    With --max-cost, no more rows start when that much is spent, and the exit code is 1. To continue, run the command
+    again with a higher --max-cost.
+    """
+    if output is None:
+        if not is_dry_run:
+            raise click.MissingParameter(param_hint="'-o' / '--output'", param_type="option")
+        output = STDOUT
+    state = state or Path(f"{rows.name if output == STDOUT else output}.flock.db")
+    _check_paths(rows, output, state)
+    flock = load_with_model(target, model)
+    with _explaining_errors(rows, output, state):
+        job = BatchFile(
+            agent_name=agent,
+            rows=rows,
+            output=None if output == STDOUT else output,
+            format=format_ or _format_of(output, rows),
+            force=force,
+            state=state,
+            options=BatchOptions(max_workers=max_workers, timeout_s=timeout_s, max_cost=max_cost),
+            on_invalid=on_invalid,
+            input_mapping={key: name or None for key, name in pairs(mapped, "--map", "COLUMN=INPUT").items()},
+            static_inputs=_static_inputs(flock, agent, pairs(static, "--static", "KEY=VALUE")),
+            on_extra=on_extra,
+            dialect=CSVDialect(delimiter=delimiter.replace(r"\t", "\t"), decimal=decimal, encoding=encoding),
+            escape_formulas=escape_formulas,
+            with_usage=with_usage,
+        )
+        if is_dry_run:
+            with _batch_process():
+                check = anyio.run(check_batch_file, flock, job)
+            _print_check(check, rows)
+            sys.exit(0 if check.ok else 1)
+        with _batch_process():
+            done = anyio.run(run_batch_file, flock, job, sys.stdout.buffer, _print_stderr)
+        _print_stderr(_summary(done, output) if done.error_type is None else f"{done.error}{_resume_hint(state)}")
+    _exit(0 if done.completed_items and not (done.failed_items or done.cancelled_items) else 1)
+
+
+STDOUT = Path("-")
+
+
+@contextlib.contextmanager
+def _explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
+    """Turn each error into a message that says how to go on, and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _print_stderr(f"Stopped.{_resume_hint(state)}")
+        _exit(EXIT_INTERRUPTED)
+    except InvalidData as exc:
+        raise click.ClickException(_rejection(exc, rows)) from exc
+    except DefinitionError as exc:
+        raise click.UsageError(str(exc)) from exc
+    except FlockError as exc:
+        raise click.ClickException(str(exc)) from exc
+    except BlockingIOError as exc:
+        raise click.ClickException(
+            f"Another command is using {state}. Wait until it ends, or choose another file with --store."
+        ) from exc
+    except BrokenPipeError:
+        _print_stderr(f"The reader closed the pipe before the end of the results.{_resume_hint(state)}")
+        raise
+    except OSError as exc:
+        path = exc.filename or output
+        raise click.ClickException(f"{path}: {exc.strerror or exc}.{_resume_hint(state)}") from exc
+
+
+def _exit(code: int) -> NoReturn:
+    abandon_busy_threads(code)
+    sys.exit(code)
+
+
+def _print_stderr(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _check_paths(rows: Path, output: Path, state: Path) -> None:
+    """Raise UsageError if one of the files would overwrite another, or something that is not a file."""
+    paths = [os.path.realpath(path) for path in (rows, output, state)]
+    if len(set(paths)) < len(paths):
+        raise click.UsageError("ROWS, the output and the state (--store) must be three different files.")
+    if state.name == MEMORY:
+        raise click.UsageError("A batch needs a file to resume from. Choose one with --store.")
+    for path in (output, state):
+        if not path.parent.is_dir():
+            raise click.UsageError(
+                f"There is no folder {path.parent}. Create it, or choose another path for {path.name}."
+            )
+        if path.exists() and not path.is_file():
+            raise click.UsageError(f"{path} is not a regular file, so it cannot be replaced. For a pipe, use -o -")
+
+
+def _format_of(output: Path, rows: Path) -> TableFormat:
+    """Return the format of the results. Raises UsageError if the output's extension is not CSV or NDJSON."""
+    if suffix_of(output) and table_format(output) is None:
+        raise click.UsageError(
+            f"The extension of {output.name} is not supported. Results are CSV or NDJSON. Use .csv, .ndjson or .jsonl, "
+            "optionally followed by .gz, or choose a format with --format."
+        )
+    return table_format(output) or table_format(rows) or "csv"
+
+
+def _static_inputs(flock: DeclaredFlock, agent: str, texts: dict[str, str]) -> dict[str, msgspec.Raw]:
+    return flock.agents[agent].input.from_text(texts) if agent in flock.agents else {}
+
+
+@contextlib.contextmanager
+def _batch_process() -> Iterator[None]:
+    """Allow long cells, and drop the log records of single rows, whose errors are in the output."""
+    logger, previous_limit = logging.getLogger("flock.runs"), csv.field_size_limit(MAX_ROW_BYTES)
+    logger.addFilter(_has_no_run_id)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_has_no_run_id)
+        csv.field_size_limit(previous_limit)
+
+
+def _has_no_run_id(record: logging.LogRecord) -> bool:
+    return not hasattr(record, "run_id")
+
+
+def _resume_hint(state: Path) -> str:
+    return f" Finished rows are stored in {state}. To resume, run the same command again." if state.exists() else ""
+
+
+def _summary(done: Batch, output: Path) -> str:
+    completed = done.completed_items - done.failed_items - done.cancelled_items
+    cost = f" They cost {cost_in_words(done.usage)}." if done.usage is not None and done.usage.cost is not None else ""
+    if completed == done.total_items:
+        return f"{completed:,} of {completed:,} rows completed.{cost}"
+    results = "the results" if output == STDOUT else output
+    counts = f"{completed:,} of {done.total_items:,} rows completed, and {done.failed_items:,} failed."
+    return f"{counts}{cost} For the reasons, see 'error' in {results}."
+
+
+def _print_check(check: BatchCheck, rows: Path) -> None:
+    for row, extra, _ in check.rows:
+        kept = f" keeps {bytes(extra).decode()}" if extra else ""
+        click.echo(f"line {row.line}: {bytes(row.inputs).decode()}{kept}")
+    if check.total_items > len(check.rows):
+        click.echo("…")
+    valid = check.total_items - check.invalid_items
+    click.echo(f"{valid:,} of {check.total_items:,} rows in {rows} are valid.")
+    click.echo("".join(f"{line}\n" for line in _error_lines(check.errors)), nl=False)
+
+
+def _rejection(exc: InvalidData, rows: Path) -> str:
+    if exc.errors[0].pointer == "/max_cost":
+        return exc.errors[0].detail
+    if exc.errors[0].pointer == "/batch_inputs":
+        return f"{rows} has no rows, so nothing was started."
+    return "\n".join([f"Nothing was started, since {rows} is invalid:", *_error_lines(exc.errors)])
+
+
+def _error_lines(errors: Sequence[FieldError]) -> list[str]:
+    lines = [f"  {error}" for error in errors[:MAX_LISTED_ERRORS]]
+    if len(errors) > len(lines):
+        lines.append(f"  and {len(errors) - len(lines)} more in the part that was read")
+    return lines
