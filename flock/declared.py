@@ -236,6 +236,7 @@ class DeclaredFlock:
         on_invalid: OnInvalid = "reject",
         on_extra: OnExtra = "reject",
         timeout_s: float | None = None,
+        max_cost: float | None = None,
         return_errors: bool = True,
         box_results: bool = True,
         delimiter: str = ",",
@@ -258,6 +259,7 @@ class DeclaredFlock:
                 "ignore" drops it, "keep" copies it unchanged to the results, before the outputs. A column with the name
                 of an output cannot be kept.
             timeout_s: wall-clock seconds for each item.
+            max_cost: US dollars after which no more items start. The others fail with ``cost_limit``.
             delimiter, decimal, encoding: the format of a CSV file; see ``CSVDialect``.
             progress: show a progress line on stderr. If None, only if stderr is a terminal.
             answer: see ``run_async``. By default a question fails its item.
@@ -283,6 +285,7 @@ class DeclaredFlock:
             return_errors=return_errors,
             box_results=box_results,
             timeout_s=timeout_s,
+            max_cost=max_cost,
         )
         _check_choices(on_invalid, on_extra, timeout_s)
         if agent_name not in self.agents:
