@@ -403,7 +403,10 @@ async def test_a_server_without_tools_is_asked_for_steps_as_json(status: int, me
     assert json.loads(second["messages"][2]["content"]) == STEP
     assert second["messages"][3]["content"].startswith("add returned: 3\n\n")
     assert "a" in third["response_format"]["json_schema"]["schema"]["properties"]
-    keys = [headers["idempotency-key"].partition("/")[2] for headers in model.headers[: len(rejections) + 3]]
+    keys = [
+        headers["idempotency-key"].removesuffix("/stream").partition("/")[2]
+        for headers in model.headers[: len(rejections) + 3]
+    ]
     assert keys == [*["0"] * len(rejections), "0/step", "0/2/step", "0/3"]
 
 
