@@ -116,7 +116,7 @@ ERROR_TYPES: Mapping[str, tuple[str, str]] = {
     ),
     "call_error": (
         "a call of a step cannot be made, or its result cannot be JSON",
-        "the message names the call; see [Agents](agents.md#work-that-is-done-once)",
+        "the message names the call; see [Workflows](workflows.md#work-that-is-done-once)",
     ),
     "invalid_output": (
         "a result, or a model's answer after all repairs, does not match the output signature",
