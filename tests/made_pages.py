@@ -1,4 +1,4 @@
-"""Write pages of ``docs`` from the code: the command line, the Python API and the errors.
+"""Write pages of ``docs`` from the code: the command line, the Python API, the errors and the picture of a run.
 
 python -m tests.made_pages
 """
@@ -26,6 +26,7 @@ from flock.runs import Principal, RunContext
 from flock.web.options import AppOptions
 from flock.web.problems import PLAIN, PROBLEMS
 from flockapi import create_app, engine_of, principal_of
+from tests import diagram
 from tests.support import ROOT
 
 WIDTH = 100
@@ -184,6 +185,7 @@ PAGES: Mapping[Path, Callable[[], str]] = {
     ROOT / "docs" / "cli.md": cli_page,
     ROOT / "docs" / "errors.md": errors_page,
     ROOT / "docs" / "python-api.md": python_page,
+    ROOT / "docs" / "run.svg": diagram.picture,
 }
 
 

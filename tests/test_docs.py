@@ -1,5 +1,6 @@
 """The pages in docs/ are correct: their blocks are executed, and their links have targets."""
 
+import inspect
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from starlette.routing import Route
 
 from flock.agents.providers import PROVIDERS
 from flock.command.cli import main
+from flock.engine import migrations
 from flock.engine.outcomes import CANCELLED, COST_LIMIT, error_of, expiry_of, timeout_of
 from flock.engine.rows import UNREADABLE
 from flock.engine.takeover import INTERRUPTED
@@ -36,6 +38,8 @@ PYTHON = [
 ]
 #: Pages whose commands need two machines. ``test_temporal.py`` runs them.
 ELSEWHERE = {"temporal"}
+#: Pages that do not say yet whom they are for.
+WITHOUT_READERS = {"performance", "testing"}
 WITH_COMMANDS = [
     page for page in DOCS if page.stem not in ELSEWHERE and any(block.language == "bash" for block in blocks_of(page))
 ]
@@ -99,6 +103,19 @@ def test_links_have_targets(page: Path) -> None:
 def test_every_page_is_in_the_map_of_the_readme() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
     assert [page.name for page in DOCS if f"(docs/{page.name})" not in readme] == []
+
+
+def test_every_page_says_first_whom_it_is_for() -> None:
+    written = [page for page in DOCS if page.stem not in WITHOUT_READERS]
+    first = {page.name: re.match(r"# .+\n\n(For [^.\n]+\.)\s", page.read_text("utf-8")) for page in written}
+    assert [name for name, match in first.items() if match is None] == []
+    assert len({match and match[1] for match in first.values()}) == len(written)
+
+
+def test_the_picture_of_a_run_names_tables_of_the_store() -> None:
+    picture = (ROOT / "docs" / "run.svg").read_text("utf-8")
+    tables = re.findall(r"CREATE TABLE (\w+)", inspect.getsource(migrations))
+    assert [name for name in ("runs", "steps", "calls") if name not in tables or name not in picture] == []
 
 
 def test_the_list_of_error_types_has_those_of_all_code() -> None:
