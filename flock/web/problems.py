@@ -105,7 +105,7 @@ PROBLEMS: Mapping[type[Exception], Kind] = {
     WrongHost: Kind(
         421,
         "Misdirected Request",
-        "the `Host` of the request is not a name of this server",
+        "`Host` is neither a name of this machine nor an `--allowed-host`",
         "behind a proxy, start the server with [`--allowed-host NAME`](security.md#behind-nginx)",
     ),
     Conflict: Kind(
@@ -139,8 +139,8 @@ PROBLEMS: Mapping[type[Exception], Kind] = {
         503,
         "Store unavailable",
         "the disk is full, or the file was moved or is locked",
-        "the log says which; nothing that was accepted is lost. If it happens while you wait for a run, `detail` says "
-        "where to find its result",
+        "the log says which; nothing that was accepted is lost. If you were waiting for a run, it continues, and "
+        "`detail` says where to find its result",
     ),
     Exception: Kind(
         500,
