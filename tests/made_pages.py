@@ -1,4 +1,4 @@
-"""Write ``docs/cli.md`` from ``--help``, and ``docs/python-api.md`` from docstrings.
+"""Write pages of ``docs`` from the code: the command line, the Python API, the errors and the picture of a run.
 
 python -m tests.made_pages
 """
@@ -6,7 +6,7 @@ python -m tests.made_pages
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from flock.agents.tools import Tool
 from flock.command.cli import main
 from flock.core import Flock, FlockFactory
 from flock.core import agent as agent_decorator
-from flock.errors import AgentError
+from flock.errors import ERROR_TYPES, AgentError
 from flock.limits import Limits
 from flock.options import Options
 from flock.runs import Principal, RunContext
 from flock.web.options import AppOptions
+from flock.web.problems import PLAIN, PROBLEMS
 from flockapi import create_app, engine_of, principal_of
+from tests import diagram
 from tests.support import ROOT
 
 WIDTH = 100
@@ -38,6 +40,29 @@ PYTHON = """# Python API
 
 For people who write agents, or mount the API in their own app. This page is made from the docstrings;
 `python -m tests.made_pages` writes it. The [HTTP API](http-api.md) is described elsewhere.
+"""
+
+ERRORS = """# Errors
+
+For everyone who has an error in hand and looks for its cause. This page is made from the lists in the code;
+`python -m tests.made_pages` writes it.
+
+The log has the details of an error under its `request_id`, which is also in the header `X-Request-ID`. An error over
+8 KiB is cut and ends in `… (cut)`.
+
+## A request is rejected
+
+The response is a [problem](http-api.md#errors): `detail` says what is wrong with this request, and `errors` points to
+each invalid value. Its `type` is `urn:flockapi:problem:` and one of these words:
+"""
+
+PLAIN_ERRORS = """Or its `type` is `about:blank`, and `title` repeats the HTTP status:
+"""
+
+FAILED = """## A run failed
+
+A failed run is an answer, not a rejected request: its status is 200, with `status: "failed"`, `error` for people and
+`error_type` for programs. An agent can have error types of its own. These are built in:
 """
 
 #: The sections of the page: where the names are imported from, the names, and the methods that are shown.
@@ -94,6 +119,24 @@ def python_page() -> str:
     return "\n".join(parts)
 
 
+def errors_page() -> str:
+    """Return ``docs/errors.md``: the cause of each problem and of each ``error_type``, and what helps."""
+    problems = [(kind.status, f"`{kind.type.rpartition(':')[2]}`", *kind[2:]) for kind in PROBLEMS.values()]
+    failures = [(f"`{name}`", *texts) for name, texts in ERROR_TYPES.items()]
+    return "\n".join(
+        [
+            *(ERRORS, _table("status", "type", "cause", "what helps", rows=sorted(problems))),
+            *(PLAIN_ERRORS, _table("status", "title", "cause", "what helps", rows=PLAIN)),
+            *(FAILED, _table("`error_type`", "cause", "what helps", rows=failures)),
+        ]
+    )
+
+
+def _table(*columns: str, rows: Iterable[Iterable[Any]]) -> str:
+    head = [f"| {' | '.join(columns)} |", f"|{'-|' * len(columns)}"]
+    return "\n".join([*head, *(f"| {' | '.join(map(str, row))} |" for row in rows)]) + "\n"
+
+
 def _entry(name: str, shown: Any) -> Iterator[str]:
     """Yield the heading, the docstring and, if it is a struct of options, its fields."""
     is_property = isinstance(shown, property)
@@ -140,7 +183,9 @@ def _options_of(options: type[Options]) -> Iterator[str]:
 
 PAGES: Mapping[Path, Callable[[], str]] = {
     ROOT / "docs" / "cli.md": cli_page,
+    ROOT / "docs" / "errors.md": errors_page,
     ROOT / "docs" / "python-api.md": python_page,
+    ROOT / "docs" / "run.svg": diagram.picture,
 }
 
 

@@ -1,18 +1,26 @@
 """The pages in docs/ are correct: their blocks are executed, and their links have targets."""
 
+import inspect
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from starlette.routing import Route
 
 from flock.agents.providers import PROVIDERS
 from flock.command.cli import main
-from flock.errors import ModelError
+from flock.engine import migrations
+from flock.engine.outcomes import CANCELLED, COST_LIMIT, error_of, expiry_of, timeout_of
+from flock.engine.rows import UNREADABLE
+from flock.engine.takeover import INTERRUPTED
+from flock.errors import ERROR_TYPES, ModelError, StepError
+from flock.runs import INVALID_INPUT, Question, now
 from flock.web.auth import new_key
-from flock.web.problems import PROBLEMS
+from flock.web.problems import PLAIN
 from flock.web.wire import UploadQuery
 from flockapi import ROUTES
 from tests import made_pages
@@ -30,6 +38,8 @@ PYTHON = [
 ]
 #: Pages whose commands need two machines. ``test_temporal.py`` runs them.
 ELSEWHERE = {"temporal"}
+#: Pages that do not say yet whom they are for.
+WITHOUT_READERS = {"performance", "testing"}
 WITH_COMMANDS = [
     page for page in DOCS if page.stem not in ELSEWHERE and any(block.language == "bash" for block in blocks_of(page))
 ]
@@ -95,13 +105,48 @@ def test_every_page_is_in_the_map_of_the_readme() -> None:
     assert [page.name for page in DOCS if f"(docs/{page.name})" not in readme] == []
 
 
-def test_the_troubleshooting_page_has_every_error_type_and_problem() -> None:
-    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+def test_every_page_says_first_whom_it_is_for() -> None:
+    written = [page for page in DOCS if page.stem not in WITHOUT_READERS]
+    first = {page.name: re.match(r"# .+\n\n(For [^.\n]+\.)\s", page.read_text("utf-8")) for page in written}
+    assert [name for name, match in first.items() if match is None] == []
+    assert len({match and match[1] for match in first.values()}) == len(written)
+
+
+def test_the_picture_of_a_run_names_tables_of_the_store() -> None:
+    picture = (ROOT / "docs" / "run.svg").read_text("utf-8")
+    tables = re.findall(r"CREATE TABLE (\w+)", inspect.getsource(migrations))
+    assert [name for name in ("runs", "steps", "calls") if name not in tables or name not in picture] == []
+
+
+def test_the_list_of_error_types_has_those_of_all_code() -> None:
+    question = Question(call_id="", question="", schema=msgspec.Raw(b"{}"), asked_at=now())
+    (payload_lost,) = re.findall(r'PAYLOAD_LOST = "(\w+)"', (ROOT / "flock" / "temporal" / "payloads.py").read_text())
+    assert ERROR_TYPES.keys() == {
+        *(cls.error_type for cls in _built_in(StepError) if "error_type" in vars(cls)),
+        *ModelError.ERROR_TYPES,
+        *(outcome.error_type for outcome in (CANCELLED, COST_LIMIT, timeout_of(1), expiry_of(question))),
+        *(INTERRUPTED[1], INVALID_INPUT, UNREADABLE, payload_lost),
+        error_of(ValueError(), "", expose_errors=False)[1],
+    }
+
+
+def _built_in(cls: type[StepError]) -> Iterator[type[StepError]]:
+    """The subclasses of *cls* in this package, also indirect ones."""
+    for each in cls.__subclasses__():
+        if each.__module__.startswith("flock."):
+            yield each
+        yield from _built_in(each)
+
+
+def test_the_contract_describes_every_error_type() -> None:
     described = source()["components"]["schemas"]["FlockAPIResponse"]["properties"]["error_type"]["description"]
-    assert [name for name in re.findall(r"`(\w+)`", described) if f"`{name}`" not in page] == []
-    assert [name for name in ModelError.ERROR_TYPES if f"`{name}`" not in page] == []
-    titles = [title for status, title in PROBLEMS.values() if not re.search(rf"\| {status} \| .*{title}", page)]
-    assert titles == []
+    assert ERROR_TYPES.keys() - set(re.findall(r"`(\w+)`", described)) == set()
+
+
+def test_every_status_that_the_code_raises_is_on_the_page_of_errors() -> None:
+    code = "".join(path.read_text("utf-8") for path in [ROOT / "flockapi.py", *(ROOT / "flock").rglob("*.py")])
+    raised = {int(status) for status in re.findall(r"HTTPException\(\s*(\d+)", code)}
+    assert raised | {405} == {kind.status for kind in PLAIN}
 
 
 def test_the_files_for_a_deployment_use_options_that_exist() -> None:
@@ -122,14 +167,13 @@ def test_a_made_page_is_up_to_date(page: Path) -> None:
     assert page.read_text("utf-8") == made_pages.PAGES[page]()
 
 
-def test_tables_have_every_provider_route_status_and_option() -> None:
+def test_tables_have_every_provider_route_and_option() -> None:
     models, http_api, batches = (
         (ROOT / "docs" / f"{name}.md").read_text() for name in ("models", "http-api", "batches")
     )
     assert [provider for provider in PROVIDERS if f"`{provider}/" not in models] == []
     paths = [route.path_format if isinstance(route, Route) else route.path for route in ROUTES]
     assert [path for path in paths if path != "/static" and path not in http_api] == []
-    assert [status for status, _ in PROBLEMS.values() if status != 500 and f"| {status} " not in http_api] == []
     assert [name for name in UploadQuery.__struct_fields__[1:] if f"| `{name}` |" not in batches] == []
 
 

@@ -20,7 +20,7 @@ from tests.support.pages import Reader, blocks_of, check_serves_only_ann, printe
 README = ROOT / "README.md"
 BLOCKS = blocks_of(README)
 PYTHON = [block.text for block in BLOCKS if block.language == "python"]
-AGENT, TWO_MODELS, FASTAPI = PYTHON
+_, TOOLS, WORKFLOW, _, FASTAPI = PYTHON
 (TEST_COMMAND,) = (block for block in BLOCKS if block.text.endswith(".venv/bin/pytest\n"))
 
 
@@ -88,23 +88,32 @@ def test_the_example_is_the_script_of_the_first_users_page() -> None:
         assert line in script
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=["agent", "two_models", "fastapi"])
+@pytest.mark.parametrize("code", PYTHON, ids=["agent", "tools", "workflow", "streaming", "fastapi"])
 def test_a_python_block_stands_alone_and_prints_what_it_shows(code: str) -> None:
     printed, _ = printed_by(code, README)
     assert printed == shown_output(code)
 
 
 @pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of the models that were asked, of a server that answers for all providers."""
-    asked: list[str] = []
+def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The requests to a server that answers for all providers. With tools it calls one, and then repeats its result."""
+    requests: list[Any] = []
     answers = {"llama3.2": {"urgency": "high", "topic": "till"}, "gpt-4o": {"reply": "A technician calls you now."}}
+    refund = {"name": "refund", "arguments": '{"order": "A7", "euros": 40}'}
+
+    def answer(request: Any) -> dict[str, Any]:
+        last = request["messages"][-1]
+        if last["role"] == "tool":
+            return {"content": json.dumps({"reply": last["content"]})}
+        if "tools" in request:
+            return {"content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": refund}]}
+        return {"content": json.dumps(answers[request["model"]])}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(request["model"])
-            message = {"role": "assistant", "content": json.dumps(answers[request["model"]])}
+            requests.append(request)
+            message = {"role": "assistant", **answer(request)}
             body = json.dumps({"choices": [{"message": message}], "usage": {}}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -118,15 +127,27 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         thread.start()
         for name in ("OPENAI", "OLLAMA"):
             monkeypatch.setenv(f"{name}_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-        yield asked
+        yield requests
         server.shutdown()
         thread.join()
 
 
-def test_the_small_model_sorts_and_the_large_one_answers(provider: list[str]) -> None:
-    printed, _ = printed_by(TWO_MODELS, README, "__main__")
-    assert printed == ["{'reply': 'A technician calls you now.'}"]
-    assert provider == ["llama3.2", "gpt-4o"]
+def test_the_small_model_sorts_and_the_large_one_answers(provider: list[Any]) -> None:
+    printed, _ = printed_by(WORKFLOW, README, "__main__")
+    assert printed == ["{'result': 'A technician calls you now. Your ticket is till-1.'}"]
+    assert [request["model"] for request in provider] == ["llama3.2", "gpt-4o"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "reply"), [("yes", "40 € paid back for A7"), ("no", "A person denied this call.")], ids=["yes", "no"]
+)
+def test_a_person_decides_about_the_call_of_a_tool(
+    typed: str, reply: str, provider: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", {"May clerk call refund?": typed}.__getitem__)
+    printed, _ = printed_by(TOOLS, README, "__main__")
+    assert printed == [str({"reply": reply})]
+    assert [tool["function"]["name"] for tool in provider[0]["tools"]] == ["status", "refund"]
 
 
 @pytest.mark.anyio

@@ -27,6 +27,7 @@ from flock.agents.mcp import mcp_tools
 from flock.agents.tools import Tool
 from flock.core import BatchInputs, Flock, FlockFactory, Messages, Model, Price, Result, agent
 from flock.errors import (
+    ERROR_TYPES,
     AccessDenied,
     AgentError,
     AgentNotFound,
@@ -461,4 +462,5 @@ ERRORS: tuple[type[FlockError], ...] = (
     ),
     Unreadable,
 )
+assert_type(ERROR_TYPES["timeout"], tuple[str, str])
 assert_type(cut("text"), str)

@@ -24,7 +24,7 @@ URL = "http://127.0.0.1:8344"
 
 #: Members that differ from run to run, or from model to model.
 VARYING = {
-    *("run_id", "batch_id", "created_at", "started_at", "completed_at", "request_id", "eta_s", "usage"),
+    *("run_id", "batch_id", "created_at", "started_at", "asked_at", "completed_at", "request_id", "eta_s", "usage"),
     *("result", "results", "steps", "sentiment", "keywords"),
     *("completed_items", "cancelled_items", "progress_percentage"),
 }
@@ -115,7 +115,7 @@ class Reader:
             line = f"cd {shlex.quote(str(self.folder))} && {command} --port 0 --store :memory:"
             self.server = self._servers.enter_context(running("bash", "-c", line, **self._env))
             return ""
-        if command.lstrip().startswith(("curl", "printf")):
+        if "curl " in command:
             assert self.server is not None, "no server was started"
             url = re.sub(r"//.*:", "//127.0.0.1:", self.server.url)
             command = command.replace(URL, url).replace("curl ", "curl -sS ", 1)
@@ -128,6 +128,8 @@ class Reader:
         with contextlib.suppress(ValueError, AttributeError):
             answer = json.loads(done.stdout)
             self._ids |= {name: answer[name] for name in ("run_id", "batch_id") if name in answer}
+            if questions := answer.get("waiting_for"):
+                self._ids["call_id"] = questions[0]["call_id"]
         if file := re.search(r"-o (\S+)", command):
             return (self.folder / file[1]).read_text("utf-8")
         return done.stdout
