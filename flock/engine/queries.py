@@ -6,7 +6,7 @@ All functions are called inside a transaction of ``flock.engine.store``, or on i
 import contextlib
 import itertools
 import sqlite3
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -82,7 +82,7 @@ __all__ = [
 ]
 
 
-class Ended(Counter[tuple[str, RunStatus]]):
+class Ended(defaultdict[tuple[str, RunStatus], int]):
     """Items of batches that ended, by batch and status.
 
     Attributes:
@@ -90,7 +90,7 @@ class Ended(Counter[tuple[str, RunStatus]]):
     """
 
     def __init__(self, ended: Mapping[tuple[str, RunStatus], int] = {}) -> None:
-        super().__init__(ended)
+        super().__init__(int, ended)
         self.spent: dict[str, Usage] = {}
 
 
@@ -103,7 +103,7 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
     own_rows = steps_with_rows(run, steps)
     last_step = last_step_of(run) if len(own_rows) < len(steps) else None
     if is_new:
-        db.execute(statements.INSERT_RUN, run_values(run, last_step))
+        _insert_run(db, run, last_step)
     else:
         update = statements.UPDATE_RUN if run.batch_id is None else statements.UPDATE_ITEM
         fence = (run.owner,) if run.batch_id is None else (run.batch_id, run.owner)
@@ -154,7 +154,13 @@ def count_ended(db: sqlite3.Connection, ended: Ended) -> None:
 
 def insert_runs(db: sqlite3.Connection, runs: Iterable[Run]) -> None:
     """Write new runs that have no steps yet."""
-    db.executemany(statements.INSERT_RUN, map(run_values, runs))
+    for run in runs:
+        _insert_run(db, run)
+
+
+def _insert_run(db: sqlite3.Connection, run: Run, last_step: bytes | None = None) -> None:
+    values = run_values(run, last_step)
+    db.execute(statements.insert_run(tuple(values)), list(values.values()))
 
 
 def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -> Run | None:

@@ -240,8 +240,9 @@ class Runner:
             del self.queued_bytes[principal]
 
     def _dequeue(self, active: StoredRun) -> None:
-        self.count_queued(active.run.principal, -active.queued_bytes)
-        active.queued_bytes = 0
+        if active.queued_bytes:
+            self.count_queued(active.run.principal, -active.queued_bytes)
+            active.queued_bytes = 0
 
     def stop(self) -> None:
         """Stop all runs, because the engine is shutting down."""
@@ -305,25 +306,21 @@ class Runner:
     async def _steps(self, active: StoredRun) -> msgspec.Raw:
         """Run the agents in sequence. The last step is written together with the end of the run."""
         while (active.unsaved or active.run).next_agent_name is not None:
-            await self._step(active)
+            if self.is_draining:
+                await anyio.lowlevel.checkpoint_if_cancelled()
+            step = await self.turns.take(active)
+            run = replace(active.run, steps=(*active.run.steps, step), spent=active.spent)
+            if step.next_agent is None:
+                active.unsaved = run
+            else:
+                await _absorb_cancellation()
+                await self._save(active, run, step)
             if active.cancel_requested:
                 raise anyio.get_cancelled_exc_class()
         run = active.unsaved or await self._load(active)
         if run.started_at is None:  # retried with all steps already done
             active.update(replace(run, status=RunStatus.RUNNING, started_at=now()))
         return run.steps[-1].result
-
-    async def _step(self, active: StoredRun) -> None:
-        """Run the next agent and write its step."""
-        if self.is_draining:
-            await anyio.lowlevel.checkpoint_if_cancelled()
-        step = await self.turns.take(active)
-        run = replace(active.run, steps=(*active.run.steps, step), spent=active.spent)
-        await _absorb_cancellation()
-        if step.next_agent is None:
-            active.unsaved = run
-        else:
-            await self._save(active, run, step)
 
     async def begin(self, active: StoredRun) -> Run:
         """See ``ActiveRun.begin``. Raises: OwnershipLost, Unreadable."""
@@ -350,6 +347,8 @@ class Runner:
 
     def is_next(self, run: Run) -> bool:
         """Whether no earlier run of its session is active. False if the store cannot be read."""
+        if run.session_id is None:
+            return True
         with contextlib.suppress(StoreError):
             return self._before(run) is None
         return False
