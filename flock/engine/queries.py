@@ -55,10 +55,10 @@ from flock.runs import (
 
 __all__ = [
     "Ended",
+    "Waiting",
     "check_engine",
     "check_key",
     "check_owner",
-    "check_room",
     "count_ended",
     "delete_items",
     "delete_runs",
@@ -256,14 +256,44 @@ def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
     return batch_or_remains(row) if row[list(BATCH_TABLE).index("error")] == DAMAGED_BATCH else batch_from(row)
 
 
-def check_room(
-    db: sqlite3.Connection, flock: str, agents: Collection[str], principal: str | None, limits: QueueLimits
-) -> None:
-    """Raise EngineFull if too many runs of these agents, or of *principal*, are waiting."""
-    names = names_json(agents)
-    limits.check(db.execute(statements.COUNT_WAITING, (flock, names)).fetchone()[0])
-    if principal is not None:
-        limits.check_share(db.execute(statements.COUNT_WAITING_OF_PRINCIPAL, (flock, principal, names)).fetchone()[0])
+class Waiting:
+    """The runs that wait, in all and of each principal.
+
+    They are counted once for all runs that a transaction accepts, since counting takes longer the more runs wait.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str | None], int] = {}
+        self._changes = 0
+
+    def forget(self) -> None:
+        """Count again. Call it when a transaction begins, because other processes may have written."""
+        self._counts.clear()
+
+    def check_room(
+        self, db: sqlite3.Connection, flock: str, agents: Collection[str], principal: str | None, limits: QueueLimits
+    ) -> None:
+        """Raise EngineFull if too many runs of these agents, or of *principal*, are waiting."""
+        if db.total_changes != self._changes:  # something else was written
+            self.forget()
+        counts, names = self._counts, names_json(agents)
+        if (flock, None) not in counts:
+            counts[flock, None] = db.execute(statements.COUNT_WAITING, (flock, names)).fetchone()[0]
+        limits.check(counts[flock, None])
+        if principal is None:
+            return
+        if (flock, principal) not in counts:
+            values = (flock, principal, names)
+            counts[flock, principal] = db.execute(statements.COUNT_WAITING_OF_PRINCIPAL, values).fetchone()[0]
+        limits.check_share(counts[flock, principal])
+
+    def insert(self, db: sqlite3.Connection, run: Run, key: IdempotencyKey | None) -> None:
+        """Write a new run, and *key*, after ``check_room``."""
+        _insert_run(db, run)
+        insert_key(db, run.flock, key, run.run_id, run.created_at)
+        for principal in {None, run.principal}:
+            self._counts[run.flock, principal] += 1
+        self._changes = db.total_changes
 
 
 def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> None:

@@ -53,7 +53,6 @@ def find_run(columns: str, name: str = "run_id") -> str:
     return f"SELECT {columns} FROM runs WHERE {name} = ?"
 
 
-
 @functools.lru_cache
 def insert_run(columns: tuple[str, ...]) -> str:
     """Return a statement that inserts a run. The columns that are not in *columns* are NULL."""
