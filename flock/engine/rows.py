@@ -68,6 +68,7 @@ __all__ = [
 
 T = TypeVar("T")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
 #: ``error`` of a run or a batch whose row in the store is damaged, and ``error_type`` of the run.
 DAMAGED_RUN = "The record of this run is damaged and cannot be read."
 DAMAGED_BATCH = "The record of this batch is damaged and cannot be read."
@@ -75,7 +76,7 @@ UNREADABLE = "unreadable"
 
 
 def micros(time: datetime | None) -> int | None:
-    return None if time is None else round(time.timestamp() * 1_000_000)
+    return None if time is None else (time - EPOCH) // MICROSECOND
 
 
 def time_from(micros: int | None) -> datetime | None:

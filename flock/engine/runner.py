@@ -104,20 +104,22 @@ class StoredRun(ActiveRun):
         await self._runner.unload(self)
         await self._runner.wait_for_session(self)
 
-    async def begin(self) -> Run:
-        return await self._runner.begin(self)
+    # Not async: a coroutine that only awaits another one takes time and memory.
 
-    async def started(self, run: Run, agent: Agent) -> None:
-        await self._runner.save_start(self, run, agent)
+    def begin(self) -> Coroutine[Any, Any, Run]:
+        return self._runner.begin(self)
 
-    async def finished_calls(self) -> Sequence[Call]:
-        return await self._runner.finished_calls(self)
+    def started(self, run: Run, agent: Agent) -> Coroutine[Any, Any, None]:
+        return self._runner.save_start(self, run, agent)
 
-    async def keep_call(self, call: Call) -> None:
-        await self._runner.save_call(self, call)
+    def finished_calls(self) -> Coroutine[Any, Any, Sequence[Call]]:
+        return self._runner.finished_calls(self)
 
-    async def earlier_runs(self, limit: int) -> Sequence[Run]:
-        return await self._runner.earlier_runs(self, limit)
+    def keep_call(self, call: Call) -> Coroutine[Any, Any, None]:
+        return self._runner.save_call(self, call)
+
+    def earlier_runs(self, limit: int) -> Coroutine[Any, Any, Sequence[Run]]:
+        return self._runner.earlier_runs(self, limit)
 
     def update(self, run: Run) -> None:
         """Replace the record by *run*. Wake callers that wait for a change, and if it is not active, all callers."""
@@ -190,7 +192,7 @@ class Runner:
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
         """Execute a run in a task of its own."""
-        tasks.start_soon(self._execute, self._admit(run))
+        tasks.start_soon(self._execute, self._admit(run), name="run")
 
     def execute(self, run: Run, on_begin: Callable[[], None], on_wait: Callable[[], None]) -> Coroutine[Any, Any, None]:
         """Return a coroutine that executes a run until it ends, or begins to wait for an answer.

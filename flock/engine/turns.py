@@ -126,6 +126,12 @@ class ActiveRun:
             self.context.request_cancel()
         self.scope.cancel()
 
+    async def history(self, agent: Agent, limit: int) -> Sequence[Exchange]:
+        """Return the last *limit* turns of *agent* in earlier runs of the session, oldest first."""
+        if self.run.session_id is None:
+            return ()
+        return exchanges_of(agent, await self.earlier_runs(limit))[-limit:]
+
     @property
     def worked_s(self) -> float:
         """Seconds of ``timeout_s`` that the attempt has spent. At least a millisecond, so that it is never 0."""
@@ -258,7 +264,7 @@ class Turns:
         """Let *agent* take its turn. If it uses its context, there is a journal of its calls."""
         started_at, batch = now(), _batch_of(run)
         call_in_thread = functools.partial(self._call_in_thread, active, batch)
-        resources = Resources(self._models, call_in_thread, functools.partial(_history, active), self._agents)
+        resources = Resources(self._models, call_in_thread, active.history, self._agents)
         usage, model, call_count = None, None, 0
         if agent.uses_context:
             journal = await self._journal(active, run, resources, is_again=is_again)
@@ -446,13 +452,6 @@ class Turns:
                 f"The result of {step.agent_name!r} has {length} bytes. All inputs and results of the run have {size} "
                 f"bytes, more than the cluster can store for one run ({limit}, max_run_bytes)."
             )
-
-
-async def _history(active: ActiveRun, agent: Agent, limit: int) -> Sequence[Exchange]:
-    """Return the last *limit* turns of *agent* in earlier runs of the session, oldest first."""
-    if active.run.session_id is None:
-        return ()
-    return exchanges_of(agent, await active.earlier_runs(limit))[-limit:]
 
 
 def _call_started(
