@@ -257,17 +257,18 @@ def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
 
 
 class Waiting:
-    """The runs that wait, in all and of each principal.
+    """The numbers of runs that wait, in all and of each principal.
 
     They are counted once for all runs that a transaction accepts, since counting takes longer the more runs wait.
     """
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str | None], int] = {}
+        #: ``total_changes`` of the connection after the last ``insert``
         self._changes = 0
 
     def forget(self) -> None:
-        """Count again. Call it when a transaction begins, because other processes may have written."""
+        """Call it when a transaction begins, because other processes may have written."""
         self._counts.clear()
 
     def check_room(
@@ -288,7 +289,7 @@ class Waiting:
         limits.check_share(counts[flock, principal])
 
     def insert(self, db: sqlite3.Connection, run: Run, key: IdempotencyKey | None) -> None:
-        """Write a new run, and *key*, after ``check_room``."""
+        """Write a new run and its *key*, after ``check_room``."""
         _insert_run(db, run)
         insert_key(db, run.flock, key, run.run_id, run.created_at)
         for principal in {None, run.principal}:

@@ -114,6 +114,7 @@ class Store:
         self._displaced = None
         self._unawaited.clear()
         self._without_row.clear()
+        self._waiting.forget()
         self._all_written = anyio.Event()
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
