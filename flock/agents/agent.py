@@ -536,7 +536,6 @@ class FunctionAgent(Agent):
         )
         self.function = function
         self._is_async = is_async(function)
-        self._parameters = [field.name for field in self.input.fields]
         self._context_parameter = context_parameter(function)
         self.uses_context = self.may_ask = self._context_parameter is not None
         self._is_generator = is_generator(function)
@@ -561,16 +560,15 @@ class FunctionAgent(Agent):
         return self.function(*args, **kwargs)
 
     async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
-        values = {name: getattr(inputs, name) for name in self._parameters}
+        values = msgspec.structs.asdict(inputs)
         if self._context_parameter is not None:
             values[self._context_parameter] = context
-        call = functools.partial(self.function, **values)
         if self._is_generator:
-            value = await self._written(call, resources, context)
+            value = await self._written(functools.partial(self.function, **values), resources, context)
         elif self._is_async:
-            value = await call()
+            value = await self.function(**values)
         else:
-            value = await resources.call_in_thread(call)
+            value = await resources.call_in_thread(functools.partial(self.function, **values))
             if inspect.isawaitable(value):  # a plain wrapper around an async function
                 value = await value
         try:

@@ -40,15 +40,15 @@ def next_agent(run: Run, agents: Mapping[str, Agent], max_steps: int) -> Agent |
     steps, name = run.steps, run.next_agent_name
     if name is None:
         return None
+    agent = agents.get(name)
+    if agent is not None and len(steps) < max_steps:
+        return agent
     path = " → ".join([*(step.agent_name for step in steps), name])
     if len(steps) >= max_steps:
         raise TooManySteps(
             f"Stopped after {max_steps} steps, the limit (max_steps): {path}. Check next_agent for a loop."
         )
-    agent = agents.get(name)
-    if agent is None:
-        raise _no_such_agent(name, path, agents)
-    return agent
+    raise _no_such_agent(name, path, agents)
 
 
 def inputs_for(agent: Agent, run: Run) -> msgspec.Raw:

@@ -323,7 +323,7 @@ class EmbeddedEngine(EngineBase):
             self._runner.count_queued(run.principal, -len(run.inputs))
 
     def _check_room(self, principal: str | None) -> None:
-        """Like ``queries.check_room``, for a run that is not in the store until it ends."""
+        """Like ``queries.Waiting.check_room``, for a run that is not in the store until it ends."""
         waiting, limits = len(self._runner.active) - self._limits.max_concurrency, self._limits.queue
         limits.check(waiting)
         if principal is not None and waiting >= limits.max_runs_per_principal:

@@ -6,7 +6,7 @@ All functions are called inside a transaction of ``flock.engine.store``, or on i
 import contextlib
 import itertools
 import sqlite3
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -55,10 +55,10 @@ from flock.runs import (
 
 __all__ = [
     "Ended",
+    "Waiting",
     "check_engine",
     "check_key",
     "check_owner",
-    "check_room",
     "count_ended",
     "delete_items",
     "delete_runs",
@@ -82,7 +82,7 @@ __all__ = [
 ]
 
 
-class Ended(Counter[tuple[str, RunStatus]]):
+class Ended(defaultdict[tuple[str, RunStatus], int]):
     """Items of batches that ended, by batch and status.
 
     Attributes:
@@ -90,7 +90,7 @@ class Ended(Counter[tuple[str, RunStatus]]):
     """
 
     def __init__(self, ended: Mapping[tuple[str, RunStatus], int] = {}) -> None:
-        super().__init__(ended)
+        super().__init__(int, ended)
         self.spent: dict[str, Usage] = {}
 
 
@@ -103,7 +103,7 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
     own_rows = steps_with_rows(run, steps)
     last_step = last_step_of(run) if len(own_rows) < len(steps) else None
     if is_new:
-        db.execute(statements.INSERT_RUN, run_values(run, last_step))
+        _insert_run(db, run, last_step)
     else:
         update = statements.UPDATE_RUN if run.batch_id is None else statements.UPDATE_ITEM
         fence = (run.owner,) if run.batch_id is None else (run.batch_id, run.owner)
@@ -154,7 +154,13 @@ def count_ended(db: sqlite3.Connection, ended: Ended) -> None:
 
 def insert_runs(db: sqlite3.Connection, runs: Iterable[Run]) -> None:
     """Write new runs that have no steps yet."""
-    db.executemany(statements.INSERT_RUN, map(run_values, runs))
+    for run in runs:
+        _insert_run(db, run)
+
+
+def _insert_run(db: sqlite3.Connection, run: Run, last_step: bytes | None = None) -> None:
+    values = run_values(run, last_step)
+    db.execute(statements.insert_run(tuple(values)), list(values.values()))
 
 
 def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -> Run | None:
@@ -250,14 +256,45 @@ def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
     return batch_or_remains(row) if row[list(BATCH_TABLE).index("error")] == DAMAGED_BATCH else batch_from(row)
 
 
-def check_room(
-    db: sqlite3.Connection, flock: str, agents: Collection[str], principal: str | None, limits: QueueLimits
-) -> None:
-    """Raise EngineFull if too many runs of these agents, or of *principal*, are waiting."""
-    names = names_json(agents)
-    limits.check(db.execute(statements.COUNT_WAITING, (flock, names)).fetchone()[0])
-    if principal is not None:
-        limits.check_share(db.execute(statements.COUNT_WAITING_OF_PRINCIPAL, (flock, principal, names)).fetchone()[0])
+class Waiting:
+    """The numbers of runs that wait, in all and of each principal.
+
+    They are counted once for all runs that a transaction accepts, since counting takes longer the more runs wait.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str | None], int] = {}
+        #: ``total_changes`` of the connection after the last ``insert``
+        self._changes = 0
+
+    def forget(self) -> None:
+        """Call it when a transaction begins, because other processes may have written."""
+        self._counts.clear()
+
+    def check_room(
+        self, db: sqlite3.Connection, flock: str, agents: Collection[str], principal: str | None, limits: QueueLimits
+    ) -> None:
+        """Raise EngineFull if too many runs of these agents, or of *principal*, are waiting."""
+        if db.total_changes != self._changes:  # something else was written
+            self.forget()
+        counts, names = self._counts, names_json(agents)
+        if (flock, None) not in counts:
+            counts[flock, None] = db.execute(statements.COUNT_WAITING, (flock, names)).fetchone()[0]
+        limits.check(counts[flock, None])
+        if principal is None:
+            return
+        if (flock, principal) not in counts:
+            values = (flock, principal, names)
+            counts[flock, principal] = db.execute(statements.COUNT_WAITING_OF_PRINCIPAL, values).fetchone()[0]
+        limits.check_share(counts[flock, principal])
+
+    def insert(self, db: sqlite3.Connection, run: Run, key: IdempotencyKey | None) -> None:
+        """Write a new run and its *key*, after ``check_room``."""
+        _insert_run(db, run)
+        insert_key(db, run.flock, key, run.run_id, run.created_at)
+        for principal in {None, run.principal}:
+            self._counts[run.flock, principal] += 1
+        self._changes = db.total_changes
 
 
 def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> None:

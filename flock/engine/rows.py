@@ -68,6 +68,7 @@ __all__ = [
 
 T = TypeVar("T")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
 #: ``error`` of a run or a batch whose row in the store is damaged, and ``error_type`` of the run.
 DAMAGED_RUN = "The record of this run is damaged and cannot be read."
 DAMAGED_BATCH = "The record of this batch is damaged and cannot be read."
@@ -75,7 +76,7 @@ UNREADABLE = "unreadable"
 
 
 def micros(time: datetime | None) -> int | None:
-    return None if time is None else round(time.timestamp() * 1_000_000)
+    return None if time is None else (time - EPOCH) // MICROSECOND
 
 
 def time_from(micros: int | None) -> datetime | None:
@@ -116,7 +117,7 @@ class Column(NamedTuple):
         types: the types that SQLite returns. It stores any type in any column, so a damaged row may have another one.
         placeholder: the SQL to select instead of the column if the value is not read.
         write: converts a value that is not None for SQLite, or None if no conversion is needed.
-        read: converts a value from SQLite, or None if no conversion is needed.
+        read: converts a value that is not NULL from SQLite, or None if no conversion is needed.
     """
 
     types: Collection[type]
@@ -144,14 +145,14 @@ COLUMNS: Mapping[Any, Column] = {
         {bytes, NoneType},
         "NULL",
         lambda names: msgspec.json.encode(names) if names else None,
-        lambda stored: () if stored is None else msgspec.json.decode(stored, type=tuple[str, ...]),
+        functools.partial(msgspec.json.decode, type=tuple[str, ...]),
     ),
     CallKind: Column({str}, "'function'"),
     tuple[Question, ...]: Column(
         {bytes, NoneType},
         "NULL",
         lambda questions: msgspec.json.encode(questions) if questions else None,
-        lambda stored: () if stored is None else msgspec.json.decode(stored, type=tuple[Question, ...]),
+        functools.partial(msgspec.json.decode, type=tuple[Question, ...]),
     ),
     # Each step has its own row, except for the last step of a completed run.
     tuple[Step, ...]: Column({bytes, NoneType}, "NULL"),
@@ -168,13 +169,9 @@ def _columns_of(record: type[msgspec.Struct]) -> Mapping[str, Column]:
         if field.name in ("error", "error_type"):
             column = column._replace(read=cut)  # an earlier version stored texts of any length
         if may_be_null:
-            column = column._replace(types={*column.types, NoneType}, placeholder="NULL", read=_or_none(column.read))
+            column = column._replace(types={*column.types, NoneType}, placeholder="NULL")
         columns[field.name] = column
     return columns
-
-
-def _or_none(read: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
-    return read and (lambda stored: None if stored is None else read(stored))
 
 
 #: The columns of ``runs``, in the order in which they are written and read.
@@ -220,14 +217,28 @@ def _raising_damaged(convert: Callable[..., T]) -> Callable[..., T]:
     return converted
 
 
-def _values_from(row: Sequence[Any], table: Mapping[str, Column]) -> dict[str, Any]:
-    """Convert a row to the fields of a record. Raises the exceptions in ``DAMAGE``."""
-    values = {}
-    for value, (name, (types, _, _, read)) in zip(row, table.items(), strict=True):
-        if type(value) not in types:
-            raise TypeError(f"{name} is of type {type(value).__name__}")
-        values[name] = value if read is None else read(value)
-    return values
+def _reader(table: Mapping[str, Column]) -> Callable[[Sequence[Any]], dict[str, Any]]:
+    """Return a function that converts a row to the fields of a record, without those that are NULL.
+
+    It raises the exceptions in ``DAMAGE``.
+    """
+
+    @functools.lru_cache  # most rows have values of the same types
+    def plan(*types: type) -> Sequence[tuple[int, str, Callable[[Any], Any] | None]]:
+        """Return the index, name and ``Column.read`` of each value that is not NULL."""
+        present = []
+        for index, (type_, (name, column)) in enumerate(zip(types, table.items(), strict=True)):
+            if type_ not in column.types:
+                raise TypeError(f"{name} is of type {type_.__name__}")
+            if type_ is not NoneType:
+                present.append((index, name, column.read))
+        return present
+
+    def values_from(row: Sequence[Any]) -> dict[str, Any]:
+        present = plan(*map(type, row))
+        return {name: row[index] if read is None else read(row[index]) for index, name, read in present}
+
+    return values_from
 
 
 def _remains_of(row: Sequence[Any], table: Mapping[str, Column]) -> dict[str, Any]:
@@ -237,7 +248,7 @@ def _remains_of(row: Sequence[Any], table: Mapping[str, Column]) -> dict[str, An
         with contextlib.suppress(*DAMAGE):
             if type(value) is bytes and str in column.types:
                 value = value.decode()
-            values |= _values_from([value], {name: column})
+            values |= _reader({name: column})([value])
     return values
 
 
@@ -263,14 +274,15 @@ _fields_of_waiting_run = _writer((RUN_TABLE[name] for name in SUSPENDED), operat
 _fields_of_step = _writer(STEP_TABLE.values())
 _fields_of_call = _writer(CALL_TABLE.values())
 _fields_of_batch = _writer(BATCH_TABLE.values())
+_read_run, _read_step, _read_call, _read_batch = map(_reader, (RUN_TABLE, STEP_TABLE, CALL_TABLE, BATCH_TABLE))
 LAST_STEP = list(RUN_TABLE).index("last_step")
 
 
-def run_values(run: Run, last_step: bytes | None = None) -> list[Any]:
-    """Return a row of ``runs``, in the order of ``RUN_TABLE``."""
+def run_values(run: Run, last_step: bytes | None = None) -> dict[str, Any]:
+    """Return a row of ``runs``, by column. Columns that are NULL are left out."""
     values = _fields_of_run(run)
     values[LAST_STEP] = last_step
-    return values
+    return {name: value for name, value in zip(RUN_TABLE, values, strict=True) if value is not None}
 
 
 def updated_values(run: Run, last_step: bytes | None) -> list[Any]:
@@ -301,8 +313,8 @@ def call_values(run: Run, position: int, call: Call) -> list[Any]:
 
 @_raising_damaged
 def run_from(row: Sequence[Any], steps: tuple[Step, ...]) -> Run:
-    values = _values_from(row, RUN_TABLE)
-    last_step, result = values.pop("last_step"), values["result"]
+    values = _read_run(row)
+    last_step, result = values.pop("last_step", None), values.get("result")
     if last_step is not None and result is not None:
         steps = (*steps, _last_step_from(last_step, result))
     return Run(**values, steps=steps)
@@ -372,12 +384,12 @@ def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
 
 @_raising_damaged
 def step_from(row: Sequence[Any]) -> Step:
-    return Step(**_values_from(row, STEP_TABLE))
+    return Step(**_read_step(row))
 
 
 @_raising_damaged
 def batch_from(row: Sequence[Any]) -> Batch:
-    return Batch(**_values_from(row, BATCH_TABLE))
+    return Batch(**_read_batch(row))
 
 
 def batch_or_remains(row: Sequence[Any]) -> Batch:
@@ -393,7 +405,7 @@ def batch_or_remains(row: Sequence[Any]) -> Batch:
 
 @_raising_damaged
 def call_from(row: Sequence[Any]) -> Call:
-    return Call(**_values_from(row, CALL_TABLE))
+    return Call(**_read_call(row))
 
 
 def shown_call_from(row: Sequence[Any]) -> Call:

@@ -109,20 +109,22 @@ class StoredRun(ActiveRun):
         await self._runner.unload(self)
         await self._runner.wait_for_session(self)
 
-    async def begin(self) -> Run:
-        return await self._runner.begin(self)
+    # Not async: a coroutine that only awaits another one takes time and memory.
 
-    async def started(self, run: Run, agent: Agent) -> None:
-        await self._runner.save_start(self, run, agent)
+    def begin(self) -> Coroutine[Any, Any, Run]:
+        return self._runner.begin(self)
 
-    async def finished_calls(self) -> Sequence[Call]:
-        return await self._runner.finished_calls(self)
+    def started(self, run: Run, agent: Agent) -> Coroutine[Any, Any, None]:
+        return self._runner.save_start(self, run, agent)
 
-    async def keep_call(self, call: Call) -> None:
-        await self._runner.save_call(self, call)
+    def finished_calls(self) -> Coroutine[Any, Any, Sequence[Call]]:
+        return self._runner.finished_calls(self)
 
-    async def earlier_runs(self, limit: int) -> Sequence[Run]:
-        return await self._runner.earlier_runs(self, limit)
+    def keep_call(self, call: Call) -> Coroutine[Any, Any, None]:
+        return self._runner.save_call(self, call)
+
+    def earlier_runs(self, limit: int) -> Coroutine[Any, Any, Sequence[Run]]:
+        return self._runner.earlier_runs(self, limit)
 
     def update(self, run: Run) -> None:
         """Replace the record by *run*. Wake callers that wait for a change, and if it is not active, all callers."""
@@ -195,7 +197,7 @@ class Runner:
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
         """Execute a run in a task of its own."""
-        tasks.start_soon(self._execute, self._admit(run))
+        tasks.start_soon(self._execute, self._admit(run), name="run")
 
     def execute(self, run: Run, on_begin: Callable[[], None], on_wait: Callable[[], None]) -> Coroutine[Any, Any, None]:
         """Return a coroutine that executes a run until it ends, or begins to wait for an answer.
@@ -253,8 +255,9 @@ class Runner:
             del self.queued_bytes[principal]
 
     def _dequeue(self, active: StoredRun) -> None:
-        self.count_queued(active.run.principal, -active.queued_bytes)
-        active.queued_bytes = 0
+        if active.queued_bytes:
+            self.count_queued(active.run.principal, -active.queued_bytes)
+            active.queued_bytes = 0
 
     def stop(self) -> None:
         """Stop all runs, because the engine is shutting down."""
@@ -318,25 +321,21 @@ class Runner:
     async def _steps(self, active: StoredRun) -> msgspec.Raw:
         """Run the agents in sequence. The last step is written together with the end of the run."""
         while (active.unsaved or active.run).next_agent_name is not None:
-            await self._step(active)
+            if self.is_draining:
+                await anyio.lowlevel.checkpoint_if_cancelled()
+            step = await self.turns.take(active)
+            run = replace(active.run, steps=(*active.run.steps, step), spent=active.spent)
+            if step.next_agent is None:
+                active.unsaved = run
+            else:
+                await _absorb_cancellation()
+                await self._save(active, run, step)
             if active.cancel_requested:
                 raise anyio.get_cancelled_exc_class()
         run = active.unsaved or await self._load(active)
         if run.started_at is None:  # retried with all steps already done
             active.update(replace(run, status=RunStatus.RUNNING, started_at=now()))
         return run.steps[-1].result
-
-    async def _step(self, active: StoredRun) -> None:
-        """Run the next agent and write its step."""
-        if self.is_draining:
-            await anyio.lowlevel.checkpoint_if_cancelled()
-        step = await self.turns.take(active)
-        run = replace(active.run, steps=(*active.run.steps, step), spent=active.spent)
-        await _absorb_cancellation()
-        if step.next_agent is None:
-            active.unsaved = run
-        else:
-            await self._save(active, run, step)
 
     async def begin(self, active: StoredRun) -> Run:
         """See ``ActiveRun.begin``. Raises: OwnershipLost, Unreadable."""
@@ -363,6 +362,8 @@ class Runner:
 
     def is_next(self, run: Run) -> bool:
         """Whether no earlier run of its session is active. False if the store cannot be read."""
+        if run.session_id is None:
+            return True
         with contextlib.suppress(StoreError):
             return self._before(run) is None
         return False

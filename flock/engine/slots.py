@@ -88,7 +88,7 @@ class AgentSlot:
 
     def __init__(self, slots: Slots | None, batch: BatchKey, *, is_held: bool = False) -> None:
         self._slots = slots
-        self._batch = batch
+        self.batch = batch
         self._is_held = is_held
         self._callees = 0
 
@@ -96,16 +96,16 @@ class AgentSlot:
         """Wait for the slot, unless the turn waits for an agent that it has called. Cancellation: it is not held."""
         if self._slots is None or self._callees or self._is_held:
             return
-        await self._slots.acquire(self._batch)
+        await self._slots.acquire(self.batch)
         if self._callees or self._is_held:  # the turn has called another agent, or this was called twice
-            self._slots.release(self._batch)
+            self._slots.release(self.batch)
         self._is_held = not self._callees
 
     def release(self) -> None:
         """Release the slot if it is held."""
         if self._slots is not None and self._is_held:
             self._is_held = False
-            self._slots.release(self._batch)
+            self._slots.release(self.batch)
 
     @contextlib.asynccontextmanager
     async def waiting_for_callee(self) -> AsyncGenerator[None, None]:

@@ -3,13 +3,14 @@
 Parameters are positional (``?``) or named (``:name``). Statements that depend on more than parameters are functions.
 """
 
+import functools
 from collections.abc import Collection, Iterable
 
 from flock.engine.rows import BATCH_TABLE, CALL_TABLE, RUN_TABLE, STEP_TABLE, SUSPENDED, UPDATED
 from flock.runs import RunStatus
 
 # All statements are public, but only functions are listed here.
-__all__ = ["batch_page", "find_run", "item_page", "list_columns", "merged", "run_page"]
+__all__ = ["batch_page", "find_run", "insert_run", "item_page", "list_columns", "merged", "run_page"]
 
 
 def _marks(columns: Collection[str]) -> str:
@@ -52,8 +53,13 @@ def find_run(columns: str, name: str = "run_id") -> str:
     return f"SELECT {columns} FROM runs WHERE {name} = ?"
 
 
-# REPLACE, because the insert is retried after a failed commit, which may have written the row anyway.
-INSERT_RUN = f"INSERT OR REPLACE INTO runs ({RUN_COLUMNS}) VALUES ({_marks(RUN_TABLE)})"
+@functools.lru_cache
+def insert_run(columns: tuple[str, ...]) -> str:
+    """Return a statement that inserts a run. The columns that are not in *columns* are NULL."""
+    # REPLACE, because the insert is retried after a failed commit, which may have written the row anyway.
+    return f"INSERT OR REPLACE INTO runs ({', '.join(columns)}) VALUES ({_marks(columns)})"
+
+
 UPDATE = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in UPDATED)}, last_step = ?
     WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
 UPDATE_RUN = f"{UPDATE} AND owner = ?"

@@ -98,6 +98,7 @@ class Store:
         self._unawaited: dict[str, PendingRun] = {}
         #: runs whose first record was refused and so have no row
         self._without_row: set[str] = set()
+        self._waiting = queries.Waiting()
         self._has_work = anyio.Event()
         self._is_closing = False
         self._write_error: Exception | None = None
@@ -113,6 +114,7 @@ class Store:
         self._displaced = None
         self._unawaited.clear()
         self._without_row.clear()
+        self._waiting.forget()
         self._all_written = anyio.Event()
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
@@ -416,6 +418,7 @@ class Store:
     def _transaction(self) -> Iterator[None]:
         """Run the block in a transaction, which the block commits. Roll back if it raises."""
         self._db.execute("BEGIN IMMEDIATE")
+        self._waiting.forget()
         try:
             yield
         except BaseException:
@@ -583,9 +586,8 @@ class Store:
             queries.check_engine(db, run.owner)
             if full is not None:
                 raise full
-            queries.check_room(db, run.flock, self.agents, run.principal, limits)
-            queries.insert_runs(db, [run])
-            queries.insert_key(db, run.flock, key, run.run_id, run.created_at)
+            self._waiting.check_room(db, run.flock, self.agents, run.principal, limits)
+            self._waiting.insert(db, run, key)
             return run
 
         await self.change(apply, then)
@@ -650,7 +652,7 @@ class Store:
 
         def apply(db: sqlite3.Connection) -> Run | None:
             queries.check_engine(db, owner)
-            queries.check_room(db, run.flock, self.agents, run.principal, limits)
+            self._waiting.check_room(db, run.flock, self.agents, run.principal, limits)
             is_reopened = db.execute(statements.REOPEN_RUN, (owner, run.run_id)).rowcount == 1
             if is_reopened and max_cost is not None:
                 db.execute(statements.SET_MAX_COST, (max_cost, run.run_id))

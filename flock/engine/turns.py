@@ -4,6 +4,7 @@ This module handles slots, deadlines, threads, interruption, size checks, observ
 records and to wake waiting callers, an engine overrides methods of ``ActiveRun``.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -125,6 +126,12 @@ class ActiveRun:
             self.context.request_cancel()
         self.scope.cancel()
 
+    async def history(self, agent: Agent, limit: int) -> Sequence[Exchange]:
+        """Return the last *limit* turns of *agent* in earlier runs of the session, oldest first."""
+        if self.run.session_id is None:
+            return ()
+        return exchanges_of(agent, await self.earlier_runs(limit))[-limit:]
+
     @property
     def worked_s(self) -> float:
         """Seconds of ``timeout_s`` that the attempt has spent. At least a millisecond, so that it is never 0."""
@@ -223,7 +230,7 @@ class Turns:
         is_again, active.is_again = active.is_again, False
         if is_again and agent.on_interrupt == "fail" and not active.run.worked_s:
             raise interrupted_turn(agent.name)
-        release, slot = await self._acquire(active, agent)
+        slot = await self._acquire(active, agent)
         try:
             run = await active.begin()
             inputs = inputs_for(agent, run)
@@ -249,7 +256,7 @@ class Turns:
             return step
         finally:
             active.context = None
-            self._threads.when_free(active, release)
+            self._threads.when_free(active, functools.partial(self._release, slot))
 
     async def _step(
         self, active: ActiveRun, run: Run, agent: Agent, inputs: msgspec.Raw, slot: AgentSlot, *, is_again: bool
@@ -257,7 +264,7 @@ class Turns:
         """Let *agent* take its turn. If it uses its context, there is a journal of its calls."""
         started_at, batch = now(), _batch_of(run)
         call_in_thread = functools.partial(self._call_in_thread, active, batch)
-        resources = Resources(self._models, call_in_thread, functools.partial(_history, active), self._agents)
+        resources = Resources(self._models, call_in_thread, active.history, self._agents)
         usage, model, call_count = None, None, 0
         if agent.uses_context:
             journal = await self._journal(active, run, resources, is_again=is_again)
@@ -410,52 +417,41 @@ class Turns:
             return None
         return self._agent_slots.setdefault(agent.name, Slots(agent.max_concurrency))
 
-    async def _acquire(self, active: ActiveRun, agent: Agent) -> tuple[Callable[[], None], AgentSlot]:
-        """Acquire a slot of the engine and one of the agent.
-
-        Returns: a function that releases both, and the slot of the agent. Raises QueueTimeout.
-        """
+    async def _acquire(self, active: ActiveRun, agent: Agent) -> AgentSlot:
+        """Acquire a slot of the engine and one of the agent, and return the latter. Raises QueueTimeout."""
         batch, of_agent = _batch_of(active.run), self._slots_of(agent)
         slots = [self._slots] if of_agent is None else [self._slots, of_agent]
-        slot = AgentSlot(of_agent, batch, is_held=True)
-
-        def release() -> None:
-            self._slots.release(batch)
-            slot.release()
-
         if active.scope.cancel_called:  # an unconditional checkpoint would take as long as a short step
             await anyio.lowlevel.checkpoint_if_cancelled()
         if active.is_next and acquire_all_nowait(slots, batch):
-            return release, slot
+            return AgentSlot(of_agent, batch, is_held=True)
         limit_s = active.queue_timeout_s if active.run.status is RunStatus.STARTING else None
-        with anyio.move_on_after(None if limit_s is None else limit_s - active.queued_s):
+        with contextlib.nullcontext() if limit_s is None else anyio.move_on_after(limit_s - active.queued_s):
             await active.wait_begins()
             await acquire_all(slots, batch)
-            return release, slot
+            return AgentSlot(of_agent, batch, is_held=True)
         assert limit_s is not None
         raise queue_timeout(limit_s)
 
+    def _release(self, slot: AgentSlot) -> None:
+        """Release the slots of a turn: that of the engine, and that of the agent."""
+        self._slots.release(slot.batch)
+        slot.release()
+
     def _check_size(self, run: Run, step: Step) -> None:
         """Raise ResultTooLarge if the step cannot be stored, before another turn costs money."""
-        subject, length = f"The result of {step.agent_name!r} has", len(step.result)
+        length, size = len(step.result), run.turn_bytes + len(step.result)
         if length > self._max_result_bytes:
             raise ResultTooLarge(
-                f"{subject} {length} bytes, more than the maximum ({self._max_result_bytes}, max_result_bytes)."
+                f"The result of {step.agent_name!r} has {length} bytes, more than the maximum "
+                f"({self._max_result_bytes}, max_result_bytes)."
             )
-        size = len(run.inputs) + sum(len(done.result) for done in (*run.steps, step))
         limit = self._max_run_bytes if run.batch_id is None else self._max_item_bytes
         if size > limit:
             raise ResultTooLarge(
-                f"{subject} {length} bytes. All inputs and results of the run have {size} bytes, more than the cluster "
-                f"can store for one run ({limit}, max_run_bytes)."
+                f"The result of {step.agent_name!r} has {length} bytes. All inputs and results of the run have {size} "
+                f"bytes, more than the cluster can store for one run ({limit}, max_run_bytes)."
             )
-
-
-async def _history(active: ActiveRun, agent: Agent, limit: int) -> Sequence[Exchange]:
-    """Return the last *limit* turns of *agent* in earlier runs of the session, oldest first."""
-    if active.run.session_id is None:
-        return ()
-    return exchanges_of(agent, await active.earlier_runs(limit))[-limit:]
 
 
 def _call_started(
