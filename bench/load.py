@@ -82,11 +82,13 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """What loading a server for some time has shown.
 
     Attributes:
+        requests: the number of requests, which all have a response.
         per_s: responses a second.
         server_us: the CPU time of the server for each response.
         load_percent: how busy the load generator was.
     """
 
+    requests: int
     per_s: float
     server_us: float
     load_percent: float
@@ -137,7 +139,9 @@ async def repeat(
         took_s, server_s = time.perf_counter() - began, cpu_s(server.pid) - server_s
     if wrong:
         raise RuntimeError(f"{server.name}: {wrong} of {done} responses do not have the status {expected}.")
-    return Sample(per_s=done / took_s, server_us=server_s / done * 1e6, load_percent=100 * load_s / loaded_s)
+    return Sample(
+        requests=done, per_s=done / took_s, server_us=server_s / done * 1e6, load_percent=100 * load_s / loaded_s
+    )
 
 
 async def send_all(server: Server, requests: Sequence[bytes], *, connections: int, expected: int = 200) -> list[bytes]:

@@ -9,7 +9,7 @@ import msgspec
 
 from bench.machine import forget_peak, peak_kb
 from bench.measures.bench import Bench, Row, empty
-from bench.servers import BARE, OURS, POWER, ROOT, Server, spawn
+from bench.servers import BARE, OURS, POWER, Server, spawn
 
 WORKERS = 100
 #: Each row has about 500 bytes.

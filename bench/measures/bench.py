@@ -76,6 +76,7 @@ class Bench:
         self.folder, self.cores, self.effort = folder, cores, effort
         self._stack = stack
         self._servers: dict[str, Server] = {}
+        self._run_ids: dict[str, list[str]] = {}
         self._provider = ""
 
     @property
@@ -95,9 +96,11 @@ class Bench:
         return self.folder / f"{name}.db"
 
     def run_ids(self, name: str, count: int) -> list[str]:
-        """Return the ids of runs in the store of a server on disk."""
+        """Return the ids of runs with which the store of a server on disk was filled. They are always the same."""
         self.server(name)
-        return some_run_ids(self.store_of(name), count)
+        if name not in self._run_ids:
+            self._run_ids[name] = some_run_ids(self.store_of(name), count)
+        return self._run_ids[name]
 
     def fresh(self, name: str, *options: str, store: str = "fresh.db") -> contextlib.AbstractContextManager[Server]:
         """Serve *name* in the block, beside the server that may be running."""

@@ -84,11 +84,15 @@ async def agents(bench: Bench) -> list[Row]:
 
     samples = await interleaved(bench, names, load)
     busy = Row(title="the load generator is busy at that, %", figures=figures(samples, "load_percent"), bases=())
-    return [*rows_of("`GET /agents`", samples, POWER), busy]
+    return [*rows_of("`GET /agents`", samples), busy]
 
 
 async def finished(bench: Bench) -> list[Row]:
-    names = installed([BARE, FASTAPI, *OURS])
+    samples = await samples_of_finished(bench, installed([BARE, FASTAPI, *OURS]))
+    return rows_of("`GET /run/{id}`, finished", samples, POWER)
+
+
+async def samples_of_finished(bench: Bench, names: Sequence[str]) -> Samples:
     ids = {name: await finished_runs(bench, name) for name in names}
     check_members(bench, names, lambda server: server.get(f"/run/{ids[server.name][0]}"))
 
@@ -96,7 +100,7 @@ async def finished(bench: Bench) -> list[Row]:
         requests = [server.raw_request("GET", f"/run/{run_id}") for run_id in ids[server.name]]
         return await repeat(server, requests, connections=bench.effort.connections, seconds=seconds)
 
-    return rows_of("`GET /run/{id}`, finished", await interleaved(bench, names, load), POWER)
+    return await interleaved(bench, names, load)
 
 
 async def finished_runs(bench: Bench, name: str) -> list[str]:
@@ -120,10 +124,13 @@ def load_of_runs(body: Any, connections: int) -> Load:
 
 
 async def synchronous(bench: Bench) -> list[Row]:
-    names = installed([FLOOR, BARE, COMMIT, FASTAPI, LITESTAR, *OURS])
-    check_members(bench, names, lambda server: server.post("/run/flock", ADD))
-    samples = await interleaved(bench, names, load_of_runs(ADD, bench.effort.connections))
+    samples = await samples_of_runs(bench, installed([FLOOR, BARE, COMMIT, FASTAPI, LITESTAR, *OURS]))
     return rows_of("a synchronous run", samples, FASTAPI, COMMIT, POWER)
+
+
+async def samples_of_runs(bench: Bench, names: Sequence[str]) -> Samples:
+    check_members(bench, names, lambda server: server.post("/run/flock", ADD))
+    return await interleaved(bench, names, load_of_runs(ADD, bench.effort.connections))
 
 
 async def accepted(bench: Bench) -> list[Row]:
@@ -154,4 +161,4 @@ async def model(bench: Bench) -> list[Row]:
             raise RuntimeError(f"{name} does not understand the model's answer.")
     samples = await interleaved(bench, names, load_of_runs(JUDGE, bench.effort.connections))
     samples[BARE] = samples.pop(BARE_MODEL)
-    return rows_of("a model agent's run", samples, POWER)
+    return rows_of("a model agent's run", samples)

@@ -12,7 +12,7 @@ import msgspec
 from bench.load import connected, send_all
 from bench.machine import cpu_s, forget_peak, memory_kb, peak_kb
 from bench.measures.bench import Bench, Row, empty
-from bench.servers import BARE, FASTAPI, GUARDED, MEMORY, OURS, POWER, Server, installed
+from bench.servers import BARE, FASTAPI, MEMORY, OURS, POWER, Server, installed
 
 RUNS_PER_S = 100
 #: How long a run takes whose end is awaited, and how many connections are enough for that.
@@ -52,6 +52,7 @@ async def wake_up_ns(server: Server, runs: int) -> list[int]:
     start = server.raw_request("POST", "/run/flock", nap(NAP_S, async_run=True))
     delays: list[int] = []
     idle: asyncio.Queue[int] = asyncio.Queue()
+    all_there = asyncio.Event()
 
     def handler(number: int) -> Any:
         def handle(status: int, body: bytes) -> bytes | None:
@@ -60,6 +61,8 @@ async def wake_up_ns(server: Server, runs: int) -> list[int]:
                 return server.raw_request("GET", f"/run/{run['run_id']}?wait=30")
             delays.append(time.monotonic_ns() - run["result"]["result"])
             idle.put_nowait(number)
+            if len(delays) == runs:
+                all_there.set()
             return None
 
         return handle
@@ -71,11 +74,7 @@ async def wake_up_ns(server: Server, runs: int) -> list[int]:
         for number in range(runs):
             await asyncio.sleep(max(0, began + number / RUNS_PER_S - time.perf_counter()))
             connections[await idle.get()].send(start)
-        deadline = time.perf_counter() + TIMEOUT_S
-        while len(delays) < runs and time.perf_counter() < deadline:
-            await asyncio.sleep(0.01)
-    if len(delays) < runs:
-        raise RuntimeError(f"{server.name} has answered {len(delays)} of {runs} long polls.")
+        await asyncio.wait_for(all_there.wait(), TIMEOUT_S)
     return delays
 
 

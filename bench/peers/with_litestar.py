@@ -25,12 +25,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 AGENTS = {"add": (work.AddInputs, work.add)}
 
 
-@get("/agents")
+@get("/agents")  # type: ignore[untyped-decorator, unused-ignore]
 async def list_agents() -> work.AgentList:
     return work.agent_list()
 
 
-@post("/run/flock", status_code=200)
+@post("/run/flock", status_code=200)  # type: ignore[untyped-decorator, unused-ignore]
 async def run_flock(
     data: Request, request_id: Annotated[str | None, Parameter(header="X-Request-ID")] = None
 ) -> Response[work.Run]:

@@ -83,9 +83,7 @@ def new_request_id() -> str:
 
 
 def new_run(agent_name: str, request_id: str) -> Run:
-    return Run(
-        run_id=str(uuid4()), agent_name=agent_name, status="starting", created_at=now(), request_id=request_id
-    )
+    return Run(run_id=str(uuid4()), agent_name=agent_name, status="starting", created_at=now(), request_id=request_id)
 
 
 # The agents

@@ -1,0 +1,99 @@
+"""Has a run, or reading one, become slower than recorded? python -m bench.guard
+
+The server's CPU time for each request is compared with that of the bare equal, measured in the same seconds: a ratio of
+1 means that ``flockapi serve`` with a store on disk needs no more than Starlette and msgspec without one. CPU time
+depends much less on the disk, and on what else runs, than requests a second. There are three tries, and the best one
+counts. Exits with 1 if a ratio is below 0.85 of the recorded one. Run it alone on the machine.
+
+    python -m bench.guard --record     # after an intended change: write the ratios to bench/recorded.json
+"""
+
+import argparse
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from bench.load import Sample
+from bench.measures.bench import Bench, Effort
+from bench.measures.requests import Samples, samples_of_finished, samples_of_runs
+from bench.run import open_bench
+from bench.servers import BARE, POWER
+
+RECORDED = Path(__file__).with_name("recorded.json")
+TRIES = 3
+MIN_SHARE = 0.85
+EFFORT = Effort(rounds=8, seconds=0.25, stored=10_000)
+
+GUARDED: Mapping[str, Callable[[Bench, Sequence[str]], Awaitable[Samples]]] = {
+    "a synchronous run, durability=power": samples_of_runs,
+    "GET /run/{id}, finished": samples_of_finished,
+}
+Ratios = dict[str, float]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """The ratios of the day on which they were recorded."""
+
+    recorded_on: date
+    ratios: Ratios
+
+
+def cpu_us(samples: Sequence[Sample]) -> float:
+    """Return the CPU time of the server for each request, over all samples."""
+    return sum(sample.server_us * sample.requests for sample in samples) / sum(sample.requests for sample in samples)
+
+
+async def measured(bench: Bench) -> Ratios:
+    """Return the best ratio of all tries."""
+    best: Ratios = {}
+    for number in range(1, TRIES + 1):
+        for name, measure in GUARDED.items():
+            samples = await measure(bench, [BARE, POWER])
+            ratio = cpu_us(samples[BARE]) / cpu_us(samples[POWER])
+            best[name] = max(ratio, best.get(name, 0))
+            print(f"try {number}: {name}: {ratio:.3f} of the bare equal")
+    return best
+
+
+def failures(found: Ratios, recorded: Ratios) -> list[str]:
+    """Return a sentence for each ratio that is too low, or that is not recorded."""
+    sentences = []
+    for name, ratio in found.items():
+        if name not in recorded:
+            sentences.append(f"{name} is not recorded.")
+        elif ratio < MIN_SHARE * recorded[name]:
+            share = ratio / recorded[name]
+            sentences.append(f"{name}: {ratio:.3f} is {share:.2f} of the recorded {recorded[name]:.3f}.")
+    return sentences
+
+
+ADVICE = f"""
+The least is {MIN_SHARE} of the recorded ratio. Run it again with nothing else on the machine. If it fails again, find
+the change that made it slower:
+    git bisect start HEAD <a good commit> && git bisect run python -m bench.guard
+If the cost is intended, record the new ratios, and say why in the commit: python -m bench.guard --record"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="write what is measured to bench/recorded.json")
+    parser.add_argument("--folder", default=".", help="where the stores are, on a real disk (default: here)")
+    options = parser.parse_args()
+    with open_bench(EFFORT, options.folder) as bench:
+        found = uvloop.run(measured(bench))
+    if options.record:
+        record = Record(recorded_on=date.today(), ratios={name: round(ratio, 3) for name, ratio in found.items()})
+        RECORDED.write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
+        return 0
+    record = msgspec.json.decode(RECORDED.read_bytes(), type=Record)
+    slower = failures(found, record.ratios)
+    print("\n".join(slower) + ADVICE if slower else f"As fast as recorded on {record.recorded_on}: {record.ratios}")
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
