@@ -42,6 +42,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     ratios: Ratios
 
 
+def recorded() -> Record:
+    return msgspec.json.decode(RECORDED.read_bytes(), type=Record)
+
+
 def cpu_us(samples: Sequence[Sample]) -> float:
     """Return the CPU time of the server for each request, over all samples."""
     return sum(sample.server_us * sample.requests for sample in samples) / sum(sample.requests for sample in samples)
@@ -59,23 +63,33 @@ async def measured(bench: Bench) -> Ratios:
     return best
 
 
-def failures(found: Ratios, recorded: Ratios) -> list[str]:
+def failures(found: Mapping[str, float], wanted: Mapping[str, float]) -> list[str]:
     """Return a sentence for each ratio that is too low, or that is not recorded."""
     sentences = []
     for name, ratio in found.items():
-        if name not in recorded:
+        if name not in wanted:
             sentences.append(f"{name} is not recorded.")
-        elif ratio < MIN_SHARE * recorded[name]:
-            share = ratio / recorded[name]
-            sentences.append(f"{name}: {ratio:.3f} is {share:.2f} of the recorded {recorded[name]:.3f}.")
+        elif ratio < MIN_SHARE * wanted[name]:
+            share = ratio / wanted[name]
+            sentences.append(f"{name}: {ratio:.3f} is {share:.2f} of the recorded {wanted[name]:.3f}.")
     return sentences
 
 
-ADVICE = f"""
-The least is {MIN_SHARE} of the recorded ratio. Run it again with nothing else on the machine. If it fails again, find
-the change that made it slower:
+ADVICE = f"""The least is {MIN_SHARE} of the recorded ratio. Run it again with nothing else on the machine.
+If it fails again, find the change that made it slower:
     git bisect start HEAD <a good commit> && git bisect run python -m bench.guard
 If the cost is intended, record the new ratios, and say why in the commit: python -m bench.guard --record"""
+
+
+def verdict(found: Mapping[str, float], record: Record) -> int:
+    """Print whether it is as fast as recorded, and if not, what to do. Return the exit code."""
+    slower = failures(found, record.ratios)
+    if slower:
+        print("\n".join([*slower, ADVICE]))
+        return 1
+    best = ", ".join(f"{name}: {ratio:.3f} (recorded {record.ratios[name]:.3f})" for name, ratio in found.items())
+    print(f"As fast as recorded on {record.recorded_on}. {best}")
+    return 0
 
 
 def main() -> int:
@@ -89,10 +103,7 @@ def main() -> int:
         record = Record(recorded_on=date.today(), ratios={name: round(ratio, 3) for name, ratio in found.items()})
         RECORDED.write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
         return 0
-    record = msgspec.json.decode(RECORDED.read_bytes(), type=Record)
-    slower = failures(found, record.ratios)
-    print("\n".join(slower) + ADVICE if slower else f"As fast as recorded on {record.recorded_on}: {record.ratios}")
-    return 1 if slower else 0
+    return verdict(found, recorded())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The servers that are compared, each started by its own command in its own process, on one core."""
 
 import contextlib
+import ctypes
+import functools
 import http.client
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ import msgspec
 from bench.machine import Cores
 
 ROOT = Path(__file__).parent.parent
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 1
 REQUEST_TIMEOUT_S = 600
@@ -25,8 +29,8 @@ PRINCIPAL, KEY = "bench", "fk_" + "k" * 40
 
 FLOOR, BARE, COMMIT, FASTAPI, LITESTAR = "ASGI", "bare", "bare + commit", "FastAPI", "Litestar"
 BARE_MODEL = "bare model"
-MEMORY, POWER, GUARDED = "memory", "power", "power, key, metrics"
-OURS = (MEMORY, POWER, GUARDED)
+MEMORY, POWER, KEY_AND_METRICS = "memory", "power", "power, key, metrics"
+OURS = (MEMORY, POWER, KEY_AND_METRICS)
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +70,7 @@ SUBJECTS: Mapping[str, Subject] = {
     LITESTAR: _uvicorn("with_litestar", needs="litestar"),
     MEMORY: _flockapi("--no-metrics", on_disk=False),
     POWER: _flockapi("--no-metrics"),
-    GUARDED: _flockapi("--metrics", key=KEY),
+    KEY_AND_METRICS: _flockapi("--metrics", key=KEY),
 }
 
 
@@ -121,7 +125,7 @@ class Server:
 
 def spawn(module: Sequence[str], core: int, folder: Path, log: Path, **environment: str) -> subprocess.Popen[bytes]:
     """Start ``python -m`` *module* on *core*, in *folder*."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FLOCK_", "PYTEST_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FLOCK_", "COVERAGE_"))}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -130,8 +134,14 @@ def spawn(module: Sequence[str], core: int, folder: Path, log: Path, **environme
             env={**inherited, "PYTHONPATH": os.pathsep.join(paths), "OPENAI_API_KEY": "x", **environment},
             stdout=file,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            preexec_fn=functools.partial(_prepare, core),
         )
+
+
+def _prepare(core: int) -> None:
+    """Stay on *core*, and end with the parent process, however it ends."""
+    os.sched_setaffinity(0, {core})
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def port_in(log: Path, process: subprocess.Popen[bytes]) -> int:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from bench.measures.bench import Figures, Row
-from bench.servers import BARE, FASTAPI, FLOOR, GUARDED, LITESTAR, MEMORY, OURS, POWER
+from bench.servers import BARE, FASTAPI, FLOOR, KEY_AND_METRICS, LITESTAR, MEMORY, OURS, POWER
 
 #: The subjects that have a column, with its head.
 COLUMNS = {
@@ -14,23 +14,24 @@ COLUMNS = {
     LITESTAR: "Litestar",
     MEMORY: "in memory",
     POWER: "`power`",
-    GUARDED: "`power`, key, metrics",
+    KEY_AND_METRICS: "`power`, key, metrics",
 }
 
 
-def ratios(figures: Figures, name: str, base: str) -> list[float]:
-    """Return the ratio of two subjects in each round."""
-    return [one / other for one, other in zip(figures[name], figures[base], strict=True)]
+def median_ratio(figures: Figures, name: str, base: str) -> float:
+    """Return the median of the ratios of two subjects in one round, which noise of the machine affects alike."""
+    return statistics.median(one / other for one, other in zip(figures[name], figures[base], strict=True))
 
 
 def markdown(rows: Iterable[Row]) -> str:
     rows = list(rows)
     columns = [name for name in COLUMNS if any(name in row.figures for row in rows)]
-    lines = [["", *(COLUMNS[name] for name in columns)], ["-", *("-:" for _ in columns)]]
+    lines = [["", *(COLUMNS[name] for name in columns)]]
     for row in rows:
         lines.append([row.title, *(cell(row, name) for name in columns)])
         lines += [ratio_line(row, base, columns) for base in row.bases[1:]]
-    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+    head, *rest = ["|".join(["", *(f" {text} " if text else " " for text in line), ""]) for line in lines]
+    return "\n".join([head, f"|-|{'-:|' * len(columns)}", *rest, ""])
 
 
 def cell(row: Row, name: str) -> str:
@@ -43,7 +44,7 @@ def cell(row: Row, name: str) -> str:
 
 
 def ratio(row: Row, name: str, base: str) -> str:
-    return f"{statistics.median(ratios(row.figures, name, base)):.2f}"
+    return f"{median_ratio(row.figures, name, base):.2f}"
 
 
 def ratio_line(row: Row, base: str, columns: Sequence[str]) -> list[str]:

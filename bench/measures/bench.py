@@ -2,13 +2,14 @@
 
 import contextlib
 import itertools
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from bench.machine import Cores
-from bench.servers import BARE, GUARDED, POWER, PRINCIPAL, Server, providing, serving
+from bench.servers import BARE, KEY_AND_METRICS, POWER, PRINCIPAL, Server, providing, serving
 from bench.stores import fill, some_run_ids
 
 #: One figure for each round, for each subject.
@@ -43,16 +44,17 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     rounds: int = 5
-    seconds: float = 0.5
+    seconds: float = 0.3
     few_rounds: int = 2
     stored: int = 1_000_000
     connections: int = 32
-    wake_s: float = 2.5
-    batches: Sequence[tuple[int, int]] = ((1_000, 5), (100_000, 2), (1_000_000, 1))
+    wake_s: float = 1.5
+    batches: Sequence[tuple[int, int]] = ((1_000, 5), (100_000, 1), (1_000_000, 1))
     csv_rows: int = 20_000
     pieces: int = 100
     running: int = 1_000
     waiters: int = 10_000
+    questions: int = 5_000
 
 
 QUICK = Effort(
@@ -66,6 +68,7 @@ QUICK = Effort(
     pieces=20,
     running=100,
     waiters=200,
+    questions=200,
 )
 
 
@@ -87,10 +90,16 @@ class Bench:
 
     def server(self, name: str) -> Server:
         if name not in self._servers:
-            if name in (POWER, GUARDED):
-                fill(self.store_of(name), self.effort.stored, PRINCIPAL)
+            if name in (POWER, KEY_AND_METRICS):
+                shutil.copyfile(self._filled_store(), self.store_of(name))
             self._servers[name] = self._stack.enter_context(self.fresh(name, store=f"{name}.db"))
         return self._servers[name]
+
+    def _filled_store(self) -> Path:
+        path = self.store_of("filled")
+        if not path.exists():
+            fill(path, self.effort.stored, PRINCIPAL)
+        return path
 
     def store_of(self, name: str) -> Path:
         return self.folder / f"{name}.db"

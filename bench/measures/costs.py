@@ -33,7 +33,7 @@ async def start(bench: Bench) -> list[Row]:
     """Start each server with a new store, and ask for its agents as soon as it listens."""
     names = installed([FLOOR, BARE, FASTAPI, LITESTAR, *OURS])
     started, idle = empty(names), empty(names)
-    for number, name in enumerate(bench.turns(names, bench.effort.few_rounds + 1)):
+    for number, name in enumerate(bench.turns(names, bench.effort.few_rounds)):
         began = time.perf_counter()
         with bench.fresh(name, store=f"start {number}.db") as server:
             server.get("/agents")

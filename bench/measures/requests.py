@@ -14,7 +14,7 @@ from bench.servers import (
     COMMIT,
     FASTAPI,
     FLOOR,
-    GUARDED,
+    KEY_AND_METRICS,
     LITESTAR,
     MEMORY,
     OURS,
@@ -56,27 +56,27 @@ def rows_of(what: str, samples: Samples, *more_bases: str) -> list[Row]:
     ]
 
 
-def check_members(bench: Bench, names: Sequence[str], fetch: Callable[[Server], Any]) -> None:
-    """Raise RuntimeError if the JSON of one server has other members than that of the first one."""
+def checkshape_of(bench: Bench, names: Sequence[str], fetch: Callable[[Server], Any]) -> None:
+    """Raise RuntimeError if the JSON of one server has another shape than that of the first one."""
     first, *others = names
-    wanted = _members(fetch(bench.server(first)))
+    wanted = shape_of(fetch(bench.server(first)))
     for name in others:
-        if (found := _members(fetch(bench.server(name)))) != wanted:
+        if (found := shape_of(fetch(bench.server(name)))) != wanted:
             raise RuntimeError(f"{name} responds {found}, and {first} responds {wanted}. They do not do the same work.")
 
 
-def _members(value: Any) -> Any:
-    """Return the shape of JSON: names of members, and types of values that are not texts."""
+def shape_of(value: Any) -> Any:
+    """Return JSON with the types of its values instead of the values."""
     if isinstance(value, dict):
-        return {name: _members(member) for name, member in value.items()}
+        return {name: shape_of(member) for name, member in value.items()}
     if isinstance(value, list):
-        return [_members(member) for member in value]
+        return [shape_of(member) for member in value]
     return None if value is None else type(value).__name__
 
 
 async def agents(bench: Bench) -> list[Row]:
     names = installed([FLOOR, BARE, FASTAPI, LITESTAR, *OURS])
-    check_members(bench, names, lambda server: server.get("/agents"))
+    checkshape_of(bench, names, lambda server: server.get("/agents"))
 
     async def load(server: Server, seconds: float) -> Sample:
         request = server.raw_request("GET", "/agents")
@@ -94,7 +94,7 @@ async def finished(bench: Bench) -> list[Row]:
 
 async def samples_of_finished(bench: Bench, names: Sequence[str]) -> Samples:
     ids = {name: await finished_runs(bench, name) for name in names}
-    check_members(bench, names, lambda server: server.get(f"/run/{ids[server.name][0]}"))
+    checkshape_of(bench, names, lambda server: server.get(f"/run/{ids[server.name][0]}"))
 
     async def load(server: Server, seconds: float) -> Sample:
         requests = [server.raw_request("GET", f"/run/{run_id}") for run_id in ids[server.name]]
@@ -105,7 +105,7 @@ async def samples_of_finished(bench: Bench, names: Sequence[str]) -> Samples:
 
 async def finished_runs(bench: Bench, name: str) -> list[str]:
     """Return the ids of runs that have ended: in a store on disk spread over all of it, and otherwise new ones."""
-    if name in (POWER, GUARDED):
+    if name in (POWER, KEY_AND_METRICS):
         return bench.run_ids(name, FINISHED_RUNS)
     server = bench.server(name)
     request = server.raw_request("POST", "/run/flock", {**ADD, "async_run": True})
@@ -129,7 +129,7 @@ async def synchronous(bench: Bench) -> list[Row]:
 
 
 async def samples_of_runs(bench: Bench, names: Sequence[str]) -> Samples:
-    check_members(bench, names, lambda server: server.post("/run/flock", ADD))
+    checkshape_of(bench, names, lambda server: server.post("/run/flock", ADD))
     return await interleaved(bench, names, load_of_runs(ADD, bench.effort.connections))
 
 
@@ -137,7 +137,7 @@ async def accepted(bench: Bench) -> list[Row]:
     """Count only what has ended: after the last response, the time until its run has ended counts too."""
     names = installed([BARE, FASTAPI, *OURS])
     body = {**ADD, "async_run": True}
-    check_members(bench, names, lambda server: server.post("/run/flock", body))
+    checkshape_of(bench, names, lambda server: server.post("/run/flock", body))
 
     def settle(server: Server, response: bytes) -> None:
         run_id = msgspec.json.decode(response)["run_id"]
@@ -155,7 +155,7 @@ async def accepted(bench: Bench) -> list[Row]:
 
 
 async def model(bench: Bench) -> list[Row]:
-    names = [BARE_MODEL, MEMORY, POWER, GUARDED]
+    names = [BARE_MODEL, MEMORY, POWER, KEY_AND_METRICS]
     for name in names:
         if bench.server(name).post("/run/flock", JUDGE)["result"] != {"is_good": True}:
             raise RuntimeError(f"{name} does not understand the model's answer.")

@@ -197,7 +197,7 @@ async def kb_for_each_waiter(server: Server, count: int) -> float:
 
 
 async def questions(bench: Bench) -> list[Row]:
-    count, each = bench.effort.waiters, {}
+    count, each = bench.effort.questions, {}
     for name in (MEMORY, POWER):
         with bench.fresh(name, store="questions.db") as server:
             each[name] = [await kb_for_each_question(server, count)]

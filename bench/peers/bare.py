@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import msgspec
 from starlette.applications import Starlette
@@ -10,12 +11,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from bench.peers import work
-from bench.peers.commits import GroupCommit
 from bench.peers.shared import tune_gc
+
+if TYPE_CHECKING:
+    from bench.peers.commits import GroupCommit  # it needs SQLite
 
 BACKGROUND = work.Background()
 #: Set by ``bench.peers.bare_commit``.
-RECORDS: list[GroupCommit] = []
+RECORDS: "list[GroupCommit]" = []
 
 
 def as_json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
