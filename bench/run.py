@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def open_bench(effort: Effort, folder: str) -> Iterator[Bench]:
     if not cores.are_different:
         print("There is only one core, so the load takes time from the servers.", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-") as made, contextlib.ExitStack() as stack:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the files are removed
         os.sched_setaffinity(0, {cores.load})
         stack.callback(os.sched_setaffinity, 0, allowed)
         yield Bench(Path(made).resolve(), cores, effort, stack)
