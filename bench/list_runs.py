@@ -17,7 +17,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from bench.runs import fill
+from bench.stores import FLOCK, fill
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.runs import RunFilter, RunStatus, now
@@ -85,7 +85,7 @@ async def main() -> int:
         for path, size in zip(paths, (options.small, options.large), strict=True):
             fill(path, size)
             mix(path)
-        flock = Flock()
+        flock = Flock(FLOCK)
         async with flock.engine(store=paths[0]) as small, flock.engine(store=paths[1]) as large:
             are_met = await compare(small, large, options.pages)
     print("met" if are_met else "MISSED", f"target: each page takes less than {MAX_RATIO:g} times as long")

@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.machine import cpu_s, memory_kb
+
 FLOCK = """
 import asyncio, time
 from flock.core import Flock, FlockFactory
@@ -63,13 +65,11 @@ class Client:
 
     @property
     def memory_mib(self) -> float:
-        text = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
-        return int(re.findall(r"(?m)^Pss: +(\d+)", text)[0]) / 1024
+        return memory_kb(self.pid) / 1024
 
     @property
     def cpu_s(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_s(self.pid)
 
 
 def request(pieces: int, interval_s: float, wait_s: float) -> dict[str, object]:

@@ -1,0 +1,166 @@
+"""The load generator: connections that each have one request open at a time, in one thread of this process.
+
+It sends prepared bytes and reads only the status and the length of a response, which costs about 10 µs a request. The
+table shows how busy it is, because a ratio is only true if the server is the bottleneck. No tool must be installed.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import cast
+
+import msgspec
+
+from bench.machine import cpu_s
+from bench.servers import Server
+
+#: Receives the status and the body of a response, and returns the next request, or None.
+Handler = Callable[[int, bytes], bytes | None]
+
+LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
+TIMEOUT_S = 120
+
+
+class Connection(asyncio.Protocol):
+    """A connection that stays open. Its handler is called with each response."""
+
+    def __init__(self, handle: Handler) -> None:
+        self.is_open = True
+        self._handle = handle
+        self._received = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_open = False
+
+    def send(self, request: bytes) -> None:
+        self._transport.write(request)
+
+    def close(self) -> None:
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self._received:
+            data = self._received + data
+        head = data.find(b"\r\n\r\n")
+        found = LENGTH.search(data, 0, head) if head >= 0 else None
+        if found is None or len(data) < head + 4 + int(found[1]):
+            self._received = data
+            return
+        self._received = b""
+        request = self._handle(int(data[9:12]), data[head + 4 :])
+        if request is not None:
+            self._transport.write(request)
+
+
+@contextlib.asynccontextmanager
+async def connected(server: Server, handlers: Iterable[Handler]) -> AsyncIterator[list[Connection]]:
+    """Open a connection for each handler. Raises RuntimeError if the server has closed one before the end."""
+    loop, connections = asyncio.get_running_loop(), []
+    try:
+        for handle in handlers:
+            _, connection = await loop.create_connection(
+                lambda handle=handle: Connection(handle),  # type: ignore[misc]
+                "127.0.0.1",
+                server.port,
+            )
+            connections.append(connection)
+        yield connections
+        if lost := sum(not connection.is_open for connection in connections):
+            raise RuntimeError(f"{server.name} closed {lost} of {len(connections)} connections.")
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """What loading a server for some time has shown.
+
+    Attributes:
+        requests: the number of requests, which all have a response.
+        per_s: responses a second.
+        server_us: the CPU time of the server for each response.
+        load_percent: how busy the load generator was.
+    """
+
+    requests: int
+    per_s: float
+    server_us: float
+    load_percent: float
+
+
+async def repeat(
+    server: Server,
+    requests: Sequence[bytes],
+    *,
+    connections: int,
+    seconds: float,
+    expected: int = 200,
+    settle: Callable[[bytes], object] | None = None,
+) -> Sample:
+    """Send *requests* again and again for some seconds, from many connections.
+
+    Args:
+        settle: called with the last response. It returns when the work of all responses is done. Its time counts.
+
+    Raises: RuntimeError if a response does not have the expected status.
+    """
+    stream, done, wrong, last, deadline = itertools.cycle(requests), 0, 0, b"", 0.0
+    open_requests, finished = connections, asyncio.Event()
+
+    def handle(status: int, body: bytes) -> bytes | None:
+        nonlocal done, wrong, last, open_requests
+        done += 1
+        wrong += status != expected
+        last = body
+        if time.perf_counter() < deadline:
+            return next(stream)
+        open_requests -= 1
+        if not open_requests:
+            finished.set()
+        return None
+
+    async with connected(server, [handle] * connections) as opened:
+        server_s, load_s = cpu_s(server.pid), time.process_time()
+        began = time.perf_counter()
+        deadline = began + seconds
+        for connection in opened:
+            connection.send(next(stream))
+        await asyncio.wait_for(finished.wait(), TIMEOUT_S)
+        load_s = time.process_time() - load_s
+        loaded_s = time.perf_counter() - began
+        if settle is not None:
+            settle(last)
+        took_s, server_s = time.perf_counter() - began, cpu_s(server.pid) - server_s
+    if wrong:
+        raise RuntimeError(f"{server.name}: {wrong} of {done} responses do not have the status {expected}.")
+    return Sample(
+        requests=done, per_s=done / took_s, server_us=server_s / done * 1e6, load_percent=100 * load_s / loaded_s
+    )
+
+
+async def send_all(server: Server, requests: Sequence[bytes], *, connections: int, expected: int = 200) -> list[bytes]:
+    """Send each request once, from many connections, and return the bodies of the responses in the order of arrival.
+
+    Raises: RuntimeError if a response does not have the expected status.
+    """
+    stream, bodies, wrong, finished = iter(requests), list[bytes](), list[bytes](), asyncio.Event()
+
+    def handle(status: int, body: bytes) -> bytes | None:
+        (bodies if status == expected else wrong).append(body)
+        if wrong or len(bodies) == len(requests):
+            finished.set()
+        return next(stream, None)
+
+    async with connected(server, [handle] * min(connections, len(requests))) as opened:
+        for connection in opened:
+            connection.send(next(stream))
+        await asyncio.wait_for(finished.wait(), TIMEOUT_S)
+    if wrong:
+        raise RuntimeError(f"{server.name} does not respond {expected}: {wrong[0][:500]!r}")
+    return bodies
