@@ -39,7 +39,7 @@ LATENCY_S = 0.2
 
 @contextlib.contextmanager
 def serving(model: LimitedModel, port: int) -> Iterator[None]:
-    config = uvicorn.Config(model.app, port=port, log_level="critical", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(model, port=port, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
