@@ -164,8 +164,11 @@ class FakeModel:
             raise AssertionError(f"The fake model was asked {asked} times, and {left} of its replies were not used.")
 
     @contextlib.contextmanager
-    def serve(self) -> Iterator[str]:
-        """Serve the model to other processes, on a free port of this machine.
+    def serve(self, *, port: int = 0) -> Iterator[str]:
+        """Serve the model to other processes of this machine.
+
+        Args:
+            port: the port to listen on; 0 picks a free one.
 
         Yields:
             str: the address, for an environment variable such as ``OPENAI_BASE_URL``. Of a provider's key, any will do.
@@ -175,7 +178,7 @@ class FakeModel:
         import uvicorn  # not needed by most tests
 
         server = uvicorn.Server(uvicorn.Config(self, log_config=None, access_log=False, lifespan="off"))
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_server(("127.0.0.1", port)) as listener:
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
             thread.start()
             try:
