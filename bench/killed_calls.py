@@ -12,7 +12,6 @@ call was made again, or a run did not complete.
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import signal
@@ -20,21 +19,16 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from flock.core import Flock, FlockFactory
-from flock.runs import RunContext
+from flock.runs import RunContext, Usage
+from flock.testing import FakeModel, ModelRequest, Reply
 from tests.support.cluster import temporal_server
 from tests.support.servers import Server, flockapi_command, free_port, running
 
@@ -63,41 +57,18 @@ flock.add_agent(FlockFactory.create_default_agent("ask", input="question", outpu
 # The model
 
 
-class Model:
-    """A server of chat completions. ``keys`` has the idempotency key of each request."""
+async def reply(request: ModelRequest) -> Reply:
+    await asyncio.sleep(random.uniform(*MODEL_S))
+    number = sum("tool_calls" in message for message in request["messages"])
+    if not request.tool_names:  # after ten calls, no more are offered
+        return Reply({"answer": "done"}, usage=Usage(input_tokens=1, output_tokens=1))
+    calls = [("look_up", {"number": n}) for n in range(CALLS_PER_REPLY[number])]
+    return Reply(calls=calls, usage=Usage(input_tokens=1, output_tokens=1))
 
-    def __init__(self) -> None:
-        self.keys: list[str] = []
-        app = Starlette(routes=[Route("/v1/chat/completions", self._reply, methods=["POST"])])
-        self._port = free_port()
-        self._server = uvicorn.Server(uvicorn.Config(app, port=self._port, log_level="critical"))
 
-    async def _reply(self, request: Request) -> JSONResponse:
-        self.keys.append(request.headers["Idempotency-Key"])
-        try:
-            body = await request.json()
-        except ClientDisconnect:  # it was killed
-            return JSONResponse({})
-        await asyncio.sleep(random.uniform(*MODEL_S))
-        number = sum("tool_calls" in message for message in body["messages"])
-        message: dict[str, Any] = {"role": "assistant", "content": None}
-        if "tools" in body:  # after ten calls, no more are offered
-            message["tool_calls"] = [
-                {"id": f"{number}.{n}", "function": {"name": "look_up", "arguments": json.dumps({"number": n})}}
-                for n in range(CALLS_PER_REPLY[number])
-            ]
-        else:
-            message["content"] = '{"answer": "done"}'
-        return JSONResponse({"choices": [{"message": message}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
-
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[str]:
-        """Serve in a thread. Yields the URL."""
-        thread = threading.Thread(target=self._server.run)
-        thread.start()
-        yield f"http://127.0.0.1:{self._port}/v1"
-        self._server.should_exit = True
-        thread.join()
+def keys_of(model: FakeModel) -> list[str]:
+    """Return the idempotency key of each request."""
+    return [request.headers["idempotency-key"] for request in model.requests]
 
 
 def key_of(run_id: str, call_id: str) -> str:
@@ -207,17 +178,17 @@ def until_ended(url: str, run_ids: list[str]) -> list[Any]:
         return [run for run in runs if run["status"] != "completed"]
 
 
-def measure(engine: OnSQLite | OnTemporal, model: Model, log: Path, count: int) -> int:
+def measure(engine: OnSQLite | OnTemporal, model: FakeModel, log: Path, count: int) -> int:
     run_ids: list[str] = []
     all_calls = count * (len(CALLS_PER_REPLY) + 1 + sum(CALLS_PER_REPLY))
     kills: list[tuple[set[str], int, int]] = []
     until = time.monotonic() + TIMEOUT_S
 
     def counts() -> tuple[int, int]:
-        return len(model.keys), len(log.read_text().split())
+        return len(model.requests), len(log.read_text().split())
 
     def distinct() -> int:
-        return len(set(model.keys)) + len(set(log.read_text().split()))
+        return len(set(keys_of(model))) + len(set(log.read_text().split()))
 
     with engine.api() as url:
         while True:
@@ -241,7 +212,7 @@ def measure(engine: OnSQLite | OnTemporal, model: Model, log: Path, count: int) 
     again = {
         key
         for stored, models_before, tools_before in kills
-        for key in (*model.keys[models_before:], *tools[tools_before:])
+        for key in (*keys_of(model)[models_before:], *tools[tools_before:])
         if key in stored
     }
     for run in unfinished:
@@ -258,8 +229,8 @@ def main() -> int:
     parser.add_argument("--temporal", action="store_true", help="on a Temporal server instead of SQLite")
     parser.add_argument("--runs", type=int, default=100, help="number of runs")
     options = parser.parse_args()
-    model = Model()
-    with tempfile.TemporaryDirectory() as folder, model.serving() as model_url:
+    model = FakeModel(reply)
+    with tempfile.TemporaryDirectory() as folder, model.serve() as model_url:
         log = Path(folder, "calls.log")
         log.touch()
         env = {"CALLS_LOG": str(log), "OLLAMA_BASE_URL": model_url}

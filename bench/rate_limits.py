@@ -18,14 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
 import httpx
-import uvicorn
 
 from flock.core import Flock, FlockFactory
 from flock.limits import Limits
@@ -35,21 +32,6 @@ from tests.support.servers import free_port
 
 MAX_RATIO = 1.15
 LATENCY_S = 0.2
-
-
-@contextlib.contextmanager
-def serving(model: LimitedModel, port: int) -> Iterator[None]:
-    config = uvicorn.Config(model.app, port=port, log_level="critical", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 async def run_batch(store: str, rows: int, workers: int, models: list[str]) -> None:
@@ -96,8 +78,8 @@ def main() -> None:
     env = os.environ | {"OLLAMA_BASE_URL": urls[0], "LLAMACPP_BASE_URL": urls[1]}
     rows = options.rows // options.processes
     allowed_s = options.rows / (options.per_minute / 60)
-    with tempfile.TemporaryDirectory() as folder, serving(other, ports[1]), contextlib.ExitStack() as up:
-        up.enter_context(serving(limited, ports[0]))
+    with tempfile.TemporaryDirectory() as folder, other.serve(port=ports[1]), contextlib.ExitStack() as up:
+        up.enter_context(limited.serve(port=ports[0]))
         command = [sys.executable, "-m", "bench.rate_limits", "--workers", str(options.workers)]
         command += ["--fallback"] if options.fallback else []
         child = [*command, "--child", str(Path(folder) / "flock.db"), str(rows)]
@@ -115,7 +97,7 @@ def main() -> None:
                 raise AssertionError("the provider is not down")
             time.sleep(options.outage_s)
             answered_in_outage = other.statuses[200] - before
-            up.enter_context(serving(limited, ports[0]))
+            up.enter_context(limited.serve(port=ports[0]))
         results = [json.loads(process.communicate()[0]) for process in children]
     took_s = max(result["took_s"] for result in results)
     completed = sum(result["completed"] for result in results)

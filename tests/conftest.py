@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, settings
 
 import tests
 from flock.core import Flock
+from flock.testing import FakeModel
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import on_temporal, temporal_server
 from tests.support.engines import OpenEngine
 from tests.support.flocks import sample_flock
-from tests.support.models import FakeModel
 from tests.support.servers import free_port
 
 # A busy machine is slow, so there is no deadline. CI tries the same examples each time.
@@ -149,7 +149,7 @@ def open_engine(request: pytest.FixtureRequest, tmp_path: Path) -> OpenEngine:
 def model() -> Iterator[FakeModel]:
     fake = FakeModel()
     yield fake
-    assert not fake.replies, f"{len(fake.replies)} replies of the fake model were not used"
+    fake.check()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from flock.errors import ERROR_TYPES, AgentError
 from flock.limits import Limits
 from flock.options import Options
 from flock.runs import Principal, RunContext
+from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from flock.web.options import AppOptions
 from flock.web.problems import PLAIN, PROBLEMS
 from flockapi import create_app, engine_of, principal_of
@@ -94,6 +95,15 @@ SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
     ("flockapi", [("create_app", create_app, []), ("engine_of", engine_of, []), ("principal_of", principal_of, [])]),
     ("flock.web.options", [("AppOptions", AppOptions, [])]),
     ("flock.limits", [("Limits", Limits, [])]),
+    (
+        "flock.testing",
+        [
+            ("FakeModel", FakeModel, ["check", "serve"]),
+            ("Reply", Reply, []),
+            ("Failure", Failure, []),
+            ("ModelRequest", ModelRequest, ["agent_name", "text", "schema", "tool_names"]),
+        ],
+    ),
 ]
 
 
@@ -146,8 +156,9 @@ def _entry(name: str, shown: Any) -> Iterator[str]:
         raise ValueError(f"{name} has no docstring")
     is_struct = inspect.isclass(shown) and issubclass(shown, Options)
     is_called = inspect.isfunction(getattr(shown, "__init__", None) if inspect.isclass(shown) else shown)
-    is_made_by_engines = shown is RunContext
-    call = f"{_call_of(name, shown)}\n\n" if is_called and not is_property and not is_made_by_engines else ""
+    is_called = is_called or shown in (Reply, Failure)
+    is_made_by_others = shown in (RunContext, ModelRequest)
+    call = f"{_call_of(name, shown)}\n\n" if is_called and not is_property and not is_made_by_others else ""
     yield f"### {name}\n\n```text\n{call}{text}\n```\n"
     if is_struct:
         yield "\n".join(["| option | default | |", "|-|-|-|", *_options_of(shown)]) + "\n"
@@ -161,7 +172,7 @@ def _call_of(name: str, shown: Any) -> str:
         if parameter.name not in ("self", "cls")
     ]
     text = str(inspect.Signature(given)).replace(", /", "").replace("/, ", "")
-    text = re.sub(r"<function (\S+) at \w+>", r"\1", text)
+    text = re.sub(r"<function (\S+) at \w+>", r"\1", text).replace("<factory>", "{}")
     return textwrap.fill(f"{name.rpartition('.')[2]}{text}", WIDTH, subsequent_indent="    ", break_long_words=False)
 
 

@@ -11,12 +11,11 @@ import anyio
 import httpx
 import uvicorn
 from playwright.sync_api import Page, sync_playwright
-from starlette.applications import Starlette
-from starlette.routing import Route
 
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import RunContext
+from flock.testing import FakeModel
 from flockapi import create_app
 from tests.support import ROOT
 from tests.support.browser import CHROMIUM
@@ -77,8 +76,7 @@ def shown_flock() -> Flock:
 
 def serve(folder: Path) -> None:
     flock = shown_flock()
-    model = httpx.ASGITransport(Starlette(routes=[Route("/{path:path}", reply, methods=["POST"])]))
-    engine = flock.engine(store=folder / "flock.db", transport=model)
+    engine = flock.engine(store=folder / "flock.db", transport=FakeModel(reply).transport)
     uvicorn.run(create_app(flock, server_name="Acme agents", create_ui=True, engine=engine), port=0)
 
 

@@ -23,8 +23,8 @@ from flock.core import Flock, FlockFactory
 from flock.engine.journal import Journal
 from flock.errors import DefinitionError, InvalidOutput, ModelError, SignatureError
 from flock.runs import Call, Run, RunContext, Usage, now
+from flock.testing import Failure, FakeModel, Reply
 from flockapi import create_app
-from tests.support.models import FakeModel, answer, error
 
 pytestmark = pytest.mark.anyio
 
@@ -93,7 +93,7 @@ async def turn(made: Agent, resources: Resources, **inputs: Any) -> Done:
 
 async def test_the_prompt_contains_everything_in_the_signatures(model: FakeModel, resources: Resources) -> None:
     made = analyzer(description="Finds the mood.", instructions="Be brief.", temperature=0.5, max_tokens=99)
-    model.replies = [answer({"sentiment": "good", "keywords": ["a"]})]
+    model.replies = [Reply({"sentiment": "good", "keywords": ["a"]})]
     await turn(made, resources, text='Say "hi"\nnow', limit=3)
     (request,) = model.requests
     prompt = "\n".join(message["content"] for message in request["messages"])
@@ -128,14 +128,14 @@ async def test_the_prompt_contains_everything_in_the_signatures(model: FakeModel
     ],
 )
 async def test_a_type_is_described_in_words(type_: str, words: str, model: FakeModel, resources: Resources) -> None:
-    model.replies = [error(404)]
+    model.replies = [Failure(404)]
     with pytest.raises(ModelError):
         await turn(FlockFactory.create_default_agent("x", output=f"a: {type_}"), resources)
     assert f"Determine:\n- a ({words})\n" in model.requests[0]["messages"][1]["content"]
 
 
 async def test_an_agents_own_model_overrides_the_flocks(model: FakeModel, resources: Resources) -> None:
-    model.replies = [answer({"sentiment": "good", "keywords": []})] * 2
+    model.replies = [Reply({"sentiment": "good", "keywords": []})] * 2
     await turn(analyzer(model="ollama/llama3"), resources, text="x", limit=1)
     await turn(analyzer(), resources, text="x", limit=1)
     assert [request["model"] for request in model.requests] == ["llama3", "gpt-4o"]
@@ -157,11 +157,11 @@ async def test_an_agents_own_model_overrides_the_flocks(model: FakeModel, resour
 async def test_an_invalid_answer_is_sent_back_with_the_reason(
     bad: Any, reason: str, model: FakeModel, resources: Resources
 ) -> None:
-    model.replies = [answer(bad), answer({"sentiment": "good", "keywords": []})]
+    model.replies = [Reply(bad), Reply({"sentiment": "good", "keywords": []})]
     done = await turn(analyzer(), resources, text="x", limit=1)
     assert json.loads(bytes(done.result)) == {"sentiment": "good", "keywords": []}
     assert done.usage == Usage(input_tokens=20, output_tokens=10), "both answers are paid for"
-    assert [headers["idempotency-key"] for headers in model.headers] == ["run:r/0", "run:r/0/2"]
+    assert [request.headers["idempotency-key"] for request in model.requests] == ["run:r/0", "run:r/0/2"]
     *_, reply, correction = model.requests[1]["messages"]
     assert reply["role"] == "assistant"
     assert correction["role"] == "user"
@@ -171,7 +171,7 @@ async def test_an_invalid_answer_is_sent_back_with_the_reason(
 async def test_an_answer_with_an_invalid_time_is_sent_back_with_a_valid_example(
     model: FakeModel, resources: Resources
 ) -> None:
-    model.replies = [answer({"at": "noon"}), answer({"at": "2026-11-30T12:00:00Z"})]
+    model.replies = [Reply({"at": "noon"}), Reply({"at": "2026-11-30T12:00:00Z"})]
     await turn(FlockFactory.create_default_agent("x", output="at: datetime"), resources)
     reason = '/at: Invalid RFC3339 encoded datetime. Write a datetime like "2026-11-30T14:30:00Z".'
     assert reason in model.requests[1]["messages"][-1]["content"]
@@ -181,7 +181,7 @@ async def test_an_answer_with_an_invalid_time_is_sent_back_with_a_valid_example(
 async def test_after_max_retries_the_reason_is_the_error(
     max_retries: int, model: FakeModel, resources: Resources
 ) -> None:
-    model.replies = [answer({"sentiment": "good"})] * (max_retries + 1)
+    model.replies = [Reply({"sentiment": "good"})] * (max_retries + 1)
     with pytest.raises(InvalidOutput, match=f"in {max_retries + 1} attempts?: /keywords: This field is required"):
         await turn(analyzer(max_retries=max_retries), resources, text="x", limit=1)
 
@@ -197,7 +197,7 @@ async def test_timeout_s_covers_the_whole_turn(model: FakeModel, resources: Reso
 
 
 async def test_a_model_error_is_not_repaired(model: FakeModel, resources: Resources) -> None:
-    model.replies = [error(404)]
+    model.replies = [Failure(404)]
     with pytest.raises(ModelError):
         await turn(analyzer(), resources, text="x", limit=1)
 
@@ -261,7 +261,7 @@ INVALID_PRODUCTS = [
 
 async def test_constraints_of_nested_types_reach_the_model(model: FakeModel, resources: Resources) -> None:
     made = FlockFactory.create_default_agent("design", output=Product)
-    model.replies = [answer(PRODUCT)]
+    model.replies = [Reply(PRODUCT)]
     await turn(made, resources)
     sent = model.requests[0]["response_format"]["json_schema"]
     assert sent["strict"] is True
@@ -288,7 +288,7 @@ async def test_an_answer_that_violates_a_nested_type_is_sent_back_and_then_fails
     made = FlockFactory.create_default_agent(
         "design", output="product: Product", types={"Product": Product}, max_retries=1
     )
-    model.replies = [answer({"product": PRODUCT | change})] * 2
+    model.replies = [Reply({"product": PRODUCT | change})] * 2
     with pytest.raises(InvalidOutput) as caught:
         await turn(made, resources)
     assert f"/product{pointer}: {reason}" in str(caught.value)
@@ -338,7 +338,7 @@ GOOD = {"sentiment": "good", "keywords": ["a"]}
 
 async def test_examples_are_earlier_turns_of_the_conversation(model: FakeModel, resources: Resources) -> None:
     """The prompt of an example is the one that the same inputs of a run get."""
-    model.replies = [answer(GOOD)] * 3
+    model.replies = [Reply(GOOD)] * 3
     made = analyzer(examples=EXAMPLES)
     done = await turn(made, resources, text="x", limit=1)
     for inputs, _ in EXAMPLES:
@@ -358,7 +358,7 @@ async def test_examples_are_earlier_turns_of_the_conversation(model: FakeModel, 
 async def test_an_example_may_be_an_instance_and_is_encoded_when_the_agent_is_defined(
     model: FakeModel, resources: Resources
 ) -> None:
-    model.replies = [answer(GOOD)]
+    model.replies = [Reply(GOOD)]
     mood = Mood("good", ["a"])
     made = FlockFactory.create_default_agent("x", input=Mail, output=Mood, examples=[(Mail("hi"), mood)])
     mood.sentiment = "changed later"
@@ -405,7 +405,7 @@ def test_an_example_that_does_not_fit_is_refused_at_definition(example: Any, wor
 async def test_reasoning_is_asked_for_first_and_is_not_part_of_the_result(
     model: FakeModel, resources: Resources
 ) -> None:
-    model.replies = [answer({"reasoning": "It says so.", **GOOD})]
+    model.replies = [Reply({"reasoning": "It says so.", **GOOD})]
     made = analyzer(reasoning=True)
     done = await turn(made, resources, text="x", limit=1)
     (request,) = model.requests
@@ -432,7 +432,7 @@ async def test_a_repair_keeps_examples_and_reasoning(
     bad: Any, reason: str, model: FakeModel, resources: Resources, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG", "flock")
-    model.replies = [answer(bad), answer({"reasoning": "A secret.", **GOOD})]
+    model.replies = [Reply(bad), Reply({"reasoning": "A secret.", **GOOD})]
     done = await turn(analyzer(reasoning=True, examples=EXAMPLES), resources, text="x", limit=1)
     assert json.loads(bytes(done.result)) == GOOD
     first, second = model.requests
@@ -444,7 +444,7 @@ async def test_a_repair_keeps_examples_and_reasoning(
 
 
 async def test_an_example_may_show_its_reasoning(model: FakeModel, resources: Resources) -> None:
-    model.replies = [answer({"reasoning": "a", **GOOD})]
+    model.replies = [Reply({"reasoning": "a", **GOOD})]
     (inputs, output), other = EXAMPLES
     made = analyzer(reasoning=True, examples=[(inputs, output | {"reasoning": "A heart."}), other])
     await turn(made, resources, text="x", limit=1)
@@ -457,7 +457,7 @@ async def test_an_example_may_show_its_reasoning(model: FakeModel, resources: Re
 
 
 async def test_reasoning_with_types_of_ones_own(model: FakeModel, resources: Resources) -> None:
-    model.replies = [answer({"reasoning": "a", "type": "node", "full-name": "b", "child-nodes": [{"full-name": "c"}]})]
+    model.replies = [Reply({"reasoning": "a", "type": "node", "full-name": "b", "child-nodes": [{"full-name": "c"}]})]
     made = FlockFactory.create_default_agent("x", output=Node, reasoning=True)
     done = await turn(made, resources)
     schema = model.requests[0]["response_format"]["json_schema"]["schema"]
@@ -470,7 +470,7 @@ async def test_reasoning_with_types_of_ones_own(model: FakeModel, resources: Res
 async def test_servers_without_json_schema_get_examples_and_reasoning_in_words(
     model: FakeModel, resources: Resources
 ) -> None:
-    model.replies = [error(400, message="response_format is not supported"), answer({"reasoning": "a", **GOOD})]
+    model.replies = [Failure(400, message="response_format is not supported"), Reply({"reasoning": "a", **GOOD})]
     await turn(analyzer(reasoning=True, examples=EXAMPLES), resources, text="x", limit=1)
     strict, loose = (request["messages"] for request in model.requests)
     assert loose[1:] == strict[1:]
@@ -487,7 +487,7 @@ async def test_clients_do_not_see_the_reasoning(model: FakeModel) -> None:
     """It is not in the response, the agent's description, or the columns of a batch."""
     flock = Flock(model="openai/gpt-4o")
     flock.add_agent(analyzer(reasoning=True))
-    model.replies = [answer({"reasoning": "a secret", **GOOD})] * 2
+    model.replies = [Reply({"reasoning": "a secret", **GOOD})] * 2
     app = create_app(flock, engine=flock.engine(transport=model.transport), auth="host")
     async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         described = await client.get("/agents/text_analyzer")

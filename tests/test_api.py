@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from flock.core import Flock
+from flock.testing import Failure, FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support.flocks import sample_flock
 from tests.support.http import post_run, wait_for, wait_until
-from tests.support.models import FakeModel, answer, error
 
 pytestmark = pytest.mark.anyio
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_run_is_answered_with_its_result(client: httpx.AsyncClient, model: FakeModel) -> None:
-    model.replies = [answer({"sentiment": "positive", "keywords": ["great"]})]
+    model.replies = [Reply({"sentiment": "positive", "keywords": ["great"]})]
     response = await post_run(client, "text_analyzer", {"text": "This is great!"})
     assert response.status_code == 200
     assert response.headers["Flock-Run-Status"] == "completed"
@@ -51,7 +51,7 @@ async def test_an_asynchronous_run_is_accepted_at_once(client: httpx.AsyncClient
     async def reply(_: Any) -> Any:
         asked.set()
         await may_answer.wait()
-        return answer({"sentiment": "fine", "keywords": []})
+        return Reply({"sentiment": "fine", "keywords": []})
 
     model.replies = [reply]
     response = await post_run(client, "text_analyzer", {"text": "x"}, async_run=True)
@@ -128,7 +128,7 @@ async def test_the_error_names_a_missing_model_key(client: httpx.AsyncClient, mo
 
 
 async def test_a_model_error_fails_the_run(client: httpx.AsyncClient, model: FakeModel) -> None:
-    model.replies = [error(401, message="bad key sk-secret")]
+    model.replies = [Failure(401, message="bad key sk-secret")]
     body = (await post_run(client, "text_analyzer", {"text": "x"})).json()
     assert (body["status"], body["error_type"]) == ("failed", "model_authentication")
     assert "bad key" not in json.dumps(body)
@@ -206,7 +206,7 @@ async def test_progress_is_live_and_results_of_open_items_are_null(client: httpx
     async def reply(request: Any) -> Any:
         if "slow" in request["messages"][1]["content"]:
             await may_answer.wait()
-        return answer({"sentiment": "s", "keywords": []})
+        return Reply({"sentiment": "s", "keywords": []})
 
     model.replies = [reply, reply, reply]
     texts = [{"text": "slow"}, {"text": "quick"}, {"text": "also quick"}]

@@ -15,9 +15,10 @@ from flock.agents.tools import Tool
 from flock.core import Flock
 from flock.errors import InvalidData
 from flock.runs import Question, RunStatus
+from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
-from tests.support.models import FakeModel, answer, calling, usage_of_gpt_4o
+from tests.support.models import usage_of_gpt_4o
 from tests.support.servers import serving
 from tests.test_ask import asked, json_of, waiting
 from tests.test_tools import add, flock_of, results
@@ -41,7 +42,7 @@ def asking(till: Till, needs_approval: Any = True) -> Flock:
     return flock_of(Tool(till.refund, needs_approval=needs_approval), add)
 
 
-PAY = calling(("refund", {"amount": 40}))
+PAY = Reply(calls=[("refund", {"amount": 40})])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ async def test_a_person_allows_denies_or_changes_a_call(
 ) -> None:
     """The answer survives a restart, and the model is not asked again."""
     till = Till()
-    model.replies = [PAY, answer({"a": "done"})]
+    model.replies = [PAY, Reply({"a": "done"})]
     flock = asking(till)
     options: Any = {"transport": model.transport, "store": tmp_path / "flock.db"}
     async with flock.engine(**options) as engine:
@@ -110,13 +111,15 @@ async def test_a_function_of_the_arguments_decides(model: FakeModel, open_engine
     """Calls of the same reply that need no approval are made first. Each call has a question of its own."""
     till = Till()
     model.replies = [
-        calling(
-            ("refund", {"amount": 5}),
-            ("refund", {"amount": 40}),
-            ("refund", {"amount": 40}),
-            ("add", {"a": 1, "b": 2}),
+        Reply(
+            calls=[
+                ("refund", {"amount": 5}),
+                ("refund", {"amount": 40}),
+                ("refund", {"amount": 40}),
+                ("add", {"a": 1, "b": 2}),
+            ]
         ),
-        answer({"a": "done"}),
+        Reply({"a": "done"}),
     ]
     flock = asking(till, lambda amount, order: amount > 10)
     async with open_engine(flock, transport=model.transport) as engine:
@@ -146,7 +149,7 @@ async def test_a_function_that_cannot_decide_fails_the_run(model: FakeModel) -> 
 
 async def test_a_program_answers_in_place_of_a_person(model: FakeModel) -> None:
     till, questions = Till(), list[Question]()
-    model.replies = [PAY, answer({"a": "done"})]
+    model.replies = [PAY, Reply({"a": "done"})]
 
     def allow(question: Question) -> dict[str, bool]:
         questions.append(question)
@@ -160,7 +163,7 @@ async def test_a_program_answers_in_place_of_a_person(model: FakeModel) -> None:
 
 async def test_the_history_of_a_run_that_waited_has_no_later_turns(model: FakeModel, open_engine: OpenEngine) -> None:
     flock = flock_of(Tool(Till().refund, needs_approval=True), history=5)
-    model.replies = [PAY, answer({"a": "later"}), answer({"a": "done"})]
+    model.replies = [PAY, Reply({"a": "later"}), Reply({"a": "done"})]
     async with open_engine(flock, transport=model.transport) as engine:
         run = await asked(engine, "ask", {"q": "first"}, session_id="s")
         later = await engine.submit("ask", {"q": "second"}, session_id="s")

@@ -25,13 +25,14 @@ from flock.core import Flock, FlockFactory
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import CallNotFound, Conflict, InvalidData, RunFailed
 from flock.runs import BatchOptions, Engine, Question, Run, RunContext, RunFilter, RunStatus, now
+from flock.testing import FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
 from tests.support.engines import OpenEngine, until, until_run
 from tests.support.http import check_problem, client_of, events_in, get, post_run
-from tests.support.models import FakeModel, answer, calling, usage_of_gpt_4o
+from tests.support.models import usage_of_gpt_4o
 from tests.support.servers import Served, flockapi_command, memory_kib, serving
 
 pytestmark = pytest.mark.anyio
@@ -559,7 +560,10 @@ async def test_a_tool_of_a_model_agent_may_ask(open_engine: OpenEngine, model: F
 
     flock = Flock(model="openai/gpt-4o")
     flock.add_agent(FlockFactory.create_default_agent("desk", input="q", output="a: str", tools=[look, refund]))
-    model.replies = [calling(("look", {"order": "A7"}), ("refund", {"order": "A7"})), answer({"a": "It is refused."})]
+    model.replies = [
+        Reply(calls=[("look", {"order": "A7"}), ("refund", {"order": "A7"})]),
+        Reply({"a": "It is refused."}),
+    ]
     async with open_engine(flock, transport=model.transport) as engine:
         run = await asked(engine, "desk", {"q": "My order!"})
         assert (len(model.requests), looked) == (1, ["A7"])

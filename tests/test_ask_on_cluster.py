@@ -16,10 +16,11 @@ from flock.runs import BatchOptions, Run, RunContext, RunStatus, new_id
 from flock.temporal import TemporalEngine, batchflows, items
 from flock.temporal.engine import MAX_INPUT_BYTES
 from flock.temporal.messages import chunk_workflow_id, run_workflow_id
+from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.cluster import on_temporal
 from tests.support.engines import OpenEngine, ended, until, until_run
-from tests.support.models import FakeModel, answer, usage_of_gpt_4o
+from tests.support.models import usage_of_gpt_4o
 from tests.test_ask import Refunds, asked, json_of, result_of, waiting
 from tests.test_temporal import working
 
@@ -260,7 +261,7 @@ async def test_a_waiting_item_is_cancelled_when_max_cost_is_spent_while_others_s
         await context.run_agent("measure", {"text": "a"})
         return await context.ask("How long?", int) if n == 0 else n
 
-    model.replies = [answer({"length": 1})] * 2
+    model.replies = [Reply({"length": 1})] * 2
     async with on_temporal(temporal_address, flock, transport=model.transport) as engine:
         options = BatchOptions(max_workers=3, max_cost=2 * 0.000075)
         batch = await engine.submit_batch("work", [{"n": n} for n in range(3)], options)

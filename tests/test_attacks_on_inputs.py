@@ -13,11 +13,12 @@ import httpx
 import pytest
 
 from flock.core import Flock
+from flock.testing import Failure, FakeModel
 from flock.web.auth import new_key
 from flockapi import create_app
 from tests.support.flocks import sample_flock
 from tests.support.http import wait_for
-from tests.support.models import FakeModel, error, socket_server
+from tests.support.sockets import socket_server
 
 pytestmark = pytest.mark.anyio
 
@@ -205,7 +206,7 @@ async def test_server_secrets_are_in_no_response_and_no_record(
     def lie() -> int:
         return os.environ["OPENAI_API_KEY"]  # type: ignore[return-value]
 
-    model.replies = [error(401, message=f"Incorrect API key provided: {model_key}")] * 2
+    model.replies = [Failure(401, message=f"Incorrect API key provided: {model_key}")] * 2
     engine = flock.engine(store="kept.db", transport=model.transport)
     app = create_app(flock, engine=engine, api_keys={"ops:admin": api_key})
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from flock.core import Flock
+from flock.testing import FakeModel
 from flockapi import FlockAPI
 from tests.support.http import check_problem
-from tests.support.models import FakeModel
 from tests.support.spec import SPEC, check_described
 
 pytestmark = pytest.mark.anyio

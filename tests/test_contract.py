@@ -26,12 +26,12 @@ from flock.agents.agent import Handoff
 from flock.core import Flock
 from flock.errors import FieldError
 from flock.runs import Progress, Question, RunStatus
+from flock.testing import FakeModel, Reply
 from flock.web import wire
 from flock.web.problems import PLAIN, PROBLEMS
 from flockapi import ROUTES, FlockAPI, create_app
 from tests.support import ROOT
 from tests.support.http import post_run, wait_for
-from tests.support.models import FakeModel, answer
 from tests.support.spec import NDJSON, SPEC, TWIN, check_described, operations, resolve, validator
 
 SCHEMAS = SPEC["components"]["schemas"]
@@ -269,7 +269,7 @@ async def test_an_example_of_a_request_gets_a_documented_response(
     if operation["operationId"] == "retryRun":
         run_id = (await post_run(client, "explode", {"text": "x"})).json()["run_id"]
     path = path.format(batch_id=await ended_batch(client, "explode"), run_id=run_id, call_id=call_id)
-    model.replies = [answer({"sentiment": "positive", "keywords": ["great"]})] * 3
+    model.replies = [Reply({"sentiment": "positive", "keywords": ["great"]})] * 3
     response = await client.request(method, path, content=body, headers={"Content-Type": media_type})
     check_described(operation, response)
     assert response.is_success, response.text

@@ -17,22 +17,19 @@ import anyio
 import httpx
 import msgspec
 import pytest
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from flock.agents.prices import PRICES, merged, price_of, priced
 from flock.core import Flock, FlockFactory, Price
 from flock.engine.migrations import MIGRATIONS
 from flock.errors import DefinitionError, InvalidData
 from flock.runs import BatchOptions, Engine, Run, RunContext, RunStatus, Usage, event_of_batch, events_of, new_id
+from flock.testing import FakeModel, ModelRequest, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, all_items, ended
 from tests.support.http import client_of, get, post_run, wait_for, wait_until
-from tests.support.models import FakeModel, answer, as_json, calling, usage_of_gpt_4o
-from tests.support.servers import Served, flockapi_command, running
+from tests.support.models import usage_of_gpt_4o
+from tests.support.servers import flockapi_command, running
 from tests.test_ask import json_of, waiting
 
 pytestmark = pytest.mark.anyio
@@ -41,7 +38,7 @@ MODEL = "openai/gpt-4o"
 PRICE = PRICES[MODEL]
 
 
-class Provider:
+class Provider(FakeModel):
     """A model server that counts the tokens of each reply, by its idempotency key.
 
     Of ten replies, about two are invalid answers and one is cut off. A text "fail" gets no valid answer at first.
@@ -52,27 +49,18 @@ class Provider:
         self.heals = False
         self.delay_s = 0.0
         self._random = random.Random(1)
-        self.app = Starlette(routes=[Route("/{path:path}", self._reply, methods=["POST"])])
-        self.transport = httpx.ASGITransport(self.app)
+        super().__init__(self._reply)
 
-    async def _reply(self, request: Request) -> Response:
-        body = await request.json()
+    async def _reply(self, request: ModelRequest) -> Reply:
         await anyio.sleep(self.delay_s * self._random.random())
-        fails = "fail" in json.dumps(body["messages"]) and not self.heals
+        fails = "fail" in json.dumps(request["messages"]) and not self.heals
         kind = "invalid" if fails else self._random.choice(["good"] * 7 + ["invalid"] * 2 + ["cut off"])
         tokens = self._random.randrange(1, 5000), self._random.randrange(1, 500)
         cached, reasoning = self._random.randrange(tokens[0] + 1), self._random.randrange(tokens[1] + 1)
         usage = Usage(input_tokens=tokens[0], output_tokens=tokens[1], cached_tokens=cached, reasoning_tokens=reasoning)
         self.counted.append((request.headers["idempotency-key"], usage))
-        reply = json.loads(bytes(answer({"length": 1} if kind == "good" else "no JSON").body))
-        reply["choices"][0]["finish_reason"] = "length" if kind == "cut off" else "stop"
-        reply["usage"] = {
-            "prompt_tokens": tokens[0],
-            "completion_tokens": tokens[1],
-            "prompt_tokens_details": {"cached_tokens": cached},
-            "completion_tokens_details": {"reasoning_tokens": reasoning},
-        }
-        return as_json(reply)
+        content = {"length": 1} if kind == "good" else "no JSON"
+        return Reply(content, finish_reason="length" if kind == "cut off" else None, usage=usage)
 
     def total(self, model: str = MODEL) -> Usage:
         return sum((priced(PRICES, usage, model) for _, usage in self.counted), Usage())
@@ -177,9 +165,9 @@ def test_a_total_with_an_unknown_part_is_unknown() -> None:
     ],
 )
 async def test_details_of_tokens_are_read(sent: Any, cached: int, reasoning: int, model: FakeModel) -> None:
-    reply = json.loads(bytes(answer({"length": 1}).body))
+    reply = Reply({"length": 1}).completion()
     reply["usage"] |= sent
-    model.replies = [as_json(reply)]
+    model.replies = [httpx.Response(200, json=reply)]
     async with measuring().engine(transport=model.transport) as engine:
         run = await finish(engine, (await engine.submit("measure", {"text": "a"})).run_id)
     assert run.usage is not None
@@ -219,7 +207,7 @@ async def test_the_calls_and_steps_of_a_run_have_their_costs(open_engine: OpenEn
     async def both(context: RunContext, names: list[str]) -> list[int]:
         return [(await context.run_agent(name, {"q": "?"}))["a"] for name in names]
 
-    model.replies = [calling(("double", {"n": 1})), answer({"a": 2}), answer({"a": 1})]
+    model.replies = [Reply(calls=[("double", {"n": 1})]), Reply({"a": 2}), Reply({"a": 1})]
     async with open_engine(flock, transport=model.transport) as engine:
         run = await finish(engine, (await engine.submit("both", {"names": ["ask"]})).run_id)
         assert run.usage == run.steps[0].usage == usage_of_gpt_4o(20, 10)
@@ -242,7 +230,7 @@ async def test_a_run_of_an_older_version_counts_its_earlier_steps(tmp_path: Path
     flock = measuring()
     flock.agents["measure"].next_agent = "again"
     flock.add_agent(FlockFactory.create_default_agent("again", "", None, "length: int", "n: int", max_retries=0))
-    model.replies = [answer({"length": 1}), answer("no JSON"), answer({"n": 1})]
+    model.replies = [Reply({"length": 1}), Reply("no JSON"), Reply({"n": 1})]
     async with flock.engine(transport=model.transport, store=tmp_path / "flock.db") as engine:
         run = await finish(engine, (await engine.submit("measure", {"text": "a"})).run_id)
         assert (run.error_type, run.usage) == ("invalid_output", usage_of_gpt_4o(20, 10))
@@ -257,7 +245,7 @@ async def test_a_run_stops_at_its_max_cost(open_engine: OpenEngine, model: FakeM
     flock = measuring()
     flock.agents["measure"].next_agent = "again"
     flock.add_agent(FlockFactory.create_default_agent("again", "", None, "length: int", "n: int", max_retries=5))
-    model.replies = [answer({"length": 1}), answer("no JSON")]
+    model.replies = [Reply({"length": 1}), Reply("no JSON")]
     async with open_engine(flock, transport=model.transport) as engine:
         run_id = (await engine.submit("measure", {"text": "a"}, max_cost=0.000125)).run_id
         run = await finish(engine, run_id)
@@ -269,7 +257,7 @@ async def test_a_run_stops_at_its_max_cost(open_engine: OpenEngine, model: FakeM
         assert run.usage == usage_of_gpt_4o(20, 10)
         await engine.retry_run(run_id)
         assert (await finish(engine, run_id)).error_type == "cost_limit", "what was spent before counts"
-        model.replies = [answer({"n": 2})]
+        model.replies = [Reply({"n": 2})]
         await engine.retry_run(run_id, max_cost=0.001)
         run = await finish(engine, run_id)
         assert (run.status, run.usage) == (RunStatus.COMPLETED, usage_of_gpt_4o(30, 15))
@@ -329,12 +317,12 @@ async def test_a_batch_is_estimated_from_the_items_that_have_ended(model: FakeMo
     """Items with invalid inputs neither cost anything nor count."""
     may_go, asked = anyio.Event(), anyio.Event()
 
-    async def slowly(body: Any) -> Response:
+    async def slowly(request: ModelRequest) -> Reply:
         asked.set()
         await may_go.wait()
-        return answer({"length": 1})
+        return Reply({"length": 1})
 
-    model.replies = [answer({"length": 1}), answer({"length": 1}), slowly, answer({"length": 1})]
+    model.replies = [Reply({"length": 1}), Reply({"length": 1}), slowly, Reply({"length": 1})]
     items: list[Any] = [*texts(4), {"text": 1}]
     async with measuring().engine(transport=model.transport) as engine:
         batch = await engine.submit_batch("measure", items, BatchOptions(max_workers=1), on_invalid="skip")
@@ -355,9 +343,9 @@ async def test_a_batch_stops_at_its_max_cost(open_engine: OpenEngine, workers: i
     """
     flock, count = measuring(), 60
 
-    async def slowly(body: Any) -> Response:
+    async def slowly(request: ModelRequest) -> Reply:
         await anyio.sleep(delay_s)
-        return answer({"length": 1})
+        return Reply({"length": 1})
 
     delay_s, model.replies = 0.02, [slowly] * count
     async with open_engine(flock, transport=model.transport) as engine:
@@ -387,7 +375,7 @@ async def test_a_batch_stops_at_its_max_cost(open_engine: OpenEngine, workers: i
 
 
 async def test_a_batch_that_ends_at_its_limit_completes(open_engine: OpenEngine, model: FakeModel) -> None:
-    model.replies = [answer({"length": 1})] * 2
+    model.replies = [Reply({"length": 1})] * 2
     async with open_engine(measuring(), transport=model.transport) as engine:
         options = BatchOptions(max_workers=1, max_cost=0.00015)
         batch = await ended(engine, await engine.submit_batch("measure", texts(2), options))
@@ -438,7 +426,7 @@ def asking() -> Flock:
 async def test_what_a_run_spent_before_a_question_counts_after_the_answer(
     open_engine: OpenEngine, model: FakeModel
 ) -> None:
-    model.replies = [answer({"length": 1})]
+    model.replies = [Reply({"length": 1})]
     async with open_engine(asking(), transport=model.transport) as engine:
         run_id = (await engine.submit("check", {"text": "a"}, max_cost=0.00005)).run_id
         run = await waiting(engine, run_id)
@@ -447,7 +435,7 @@ async def test_what_a_run_spent_before_a_question_counts_after_the_answer(
         run = await finish(engine, run_id)
         assert (run.status, run.error_type) == (RunStatus.FAILED, "cost_limit"), run.error
         assert run.usage == usage_of_gpt_4o(10, 5)
-        model.replies = [answer({"length": 1}), answer({"length": 2})]
+        model.replies = [Reply({"length": 1}), Reply({"length": 2})]
         await engine.retry_run(run_id, max_cost=1)
         run = await waiting(engine, run_id)
         assert run.usage == usage_of_gpt_4o(20, 10)
@@ -467,7 +455,7 @@ async def items_waiting(engine: Engine, batch_id: str, count: int) -> list[Run]:
 
 async def test_an_item_that_waits_is_counted_once(open_engine: OpenEngine, model: FakeModel) -> None:
     """Whether it is answered, cancelled or expires, and also in the next attempt of its batch."""
-    model.replies = [answer({"length": 1})] * 4
+    model.replies = [Reply({"length": 1})] * 4
     async with open_engine(asking(), transport=model.transport) as engine:
         items = [{"text": text} for text in ("answered", "cancelled", "expires")]
         batch = await engine.submit_batch("check", items, BatchOptions(max_workers=3))
@@ -484,7 +472,7 @@ async def test_an_item_that_waits_is_counted_once(open_engine: OpenEngine, model
             (RunStatus.CANCELLED, usage_of_gpt_4o(10, 5)),
             (RunStatus.FAILED, usage_of_gpt_4o(10, 5)),
         ]
-        model.replies = [answer({"length": 1})]
+        model.replies = [Reply({"length": 1})]
         await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED])
         (item,) = await items_waiting(engine, batch.batch_id, 1)
         assert item.usage == usage_of_gpt_4o(20, 10)
@@ -511,7 +499,7 @@ async def until_usage(engine: Engine, batch_id: str, usage: Usage) -> None:
 
 async def test_items_that_wait_are_cancelled_when_max_cost_is_spent(open_engine: OpenEngine, model: FakeModel) -> None:
     """What they have spent counts. On a cluster, the item is in another chunk than those that spend the rest."""
-    model.replies, count = [answer({"length": 1})] * 22, 24
+    model.replies, count = [Reply({"length": 1})] * 22, 24
     async with open_engine(asking(), transport=model.transport) as engine:
         items = [{"text": "plain" if n else "a"} for n in range(count)]
         options = BatchOptions(max_workers=1, max_cost=22 * 0.000075)
@@ -525,7 +513,7 @@ async def test_items_that_wait_are_cancelled_when_max_cost_is_spent(open_engine:
             (RunStatus.COMPLETED, None): 21,
             (RunStatus.CANCELLED, "cost_limit"): 3,
         }
-        model.replies = [answer({"length": 1})] * 3
+        model.replies = [Reply({"length": 1})] * 3
         await engine.retry_batch(batch.batch_id, max_cost=1)
         (item,) = await items_waiting(engine, batch.batch_id, 1)
         await engine.answer_call(item.run_id, item.waiting_for[0].call_id, json_of(True))
@@ -538,7 +526,7 @@ async def test_items_that_wait_are_cancelled_when_max_cost_is_spent(open_engine:
 
 async def test_a_session_adds_up_its_runs(model: FakeModel) -> None:
     flock = measuring()
-    model.replies = [answer({"length": n}) for n in range(2)]
+    model.replies = [Reply({"length": n}) for n in range(2)]
     app = create_app(flock, engine=flock.engine(transport=model.transport), auth="host")
     async with app.lifespan(), client_of(app) as client:
         for text in "ab":
@@ -559,7 +547,7 @@ async def test_costs_are_in_responses_downloads_and_metrics(model: FakeModel) ->
     def free(n: int) -> int:
         return n
 
-    model.replies = [answer({"length": 1}), answer({"length": 1}), answer("no JSON"), answer("no JSON")]
+    model.replies = [Reply({"length": 1}), Reply({"length": 1}), Reply("no JSON"), Reply("no JSON")]
     app = create_app(flock, engine=flock.engine(transport=model.transport), auth="host")
     async with app.lifespan(), client_of(app) as client:
         run = (await post_run(client, "measure", {"text": "a"}, max_cost=0.5)).json()
@@ -599,7 +587,7 @@ async def test_costs_are_in_responses_downloads_and_metrics(model: FakeModel) ->
 
 async def test_a_retry_over_http_raises_the_limit(model: FakeModel) -> None:
     flock = measuring()
-    model.replies = [answer("no JSON")]
+    model.replies = [Reply("no JSON")]
     app = create_app(flock, engine=flock.engine(transport=model.transport), auth="host")
     async with app.lifespan(), client_of(app) as client:
         run = (await post_run(client, "measure", {"text": "a"}, max_cost=0.00001)).json()
@@ -607,17 +595,17 @@ async def test_a_retry_over_http_raises_the_limit(model: FakeModel) -> None:
         path = f"/run/{run['run_id']}"
         for invalid in ({"max_cost": 0}, {"max_cost": "1"}, {"other": 1}):
             assert (await client.post(f"{path}/retry", json=invalid)).status_code == 422
-        model.replies = [answer({"length": 1})]
+        model.replies = [Reply({"length": 1})]
         assert (await client.post(f"{path}/retry", json={"max_cost": 1})).status_code == 202
         run = await wait_for(client, path)
         assert (run["status"], run["cost"], run["max_cost"]) == ("completed", 0.00015, 1)
 
-        model.replies = [answer({"length": 1})]
+        model.replies = [Reply({"length": 1})]
         body: Any = {"agent_name": "measure", "batch_inputs": texts(2), "max_workers": 1, "max_cost": 0.00001}
         batch = (await client.post("/run/batch", json=body)).json()
         batch = await wait_for(client, f"/batch/{batch['batch_id']}")
         assert (batch["status"], batch["error_type"], batch["cancelled_items"]) == ("failed", "cost_limit", 1)
-        model.replies = [answer({"length": 1})]
+        model.replies = [Reply({"length": 1})]
         path = f"/batch/{batch['batch_id']}"
         assert (await client.post(f"{path}/retry", json={"max_cost": 1})).status_code == 202
         batch = await wait_until(client, path, lambda body: body["status"] == "completed")
@@ -684,10 +672,10 @@ async def test_the_command_stops_at_max_cost_and_continues(model: FakeModel, tmp
     """The second call pays only for the rows that are left."""
     (tmp_path / "served.py").write_text(SERVED)
     (tmp_path / "rows.csv").write_text("text\n" + "abc\n" * 6)
-    model.replies = [answer({"length": 3})] * 6
+    model.replies = [Reply({"length": 3})] * 6
     command = flockapi_command("batch", "served.py", "measure", "rows.csv", "-o", "out.csv", "--max-workers", "1")
-    async with Served(model.app) as provider:
-        env = {**os.environ, "OPENAI_BASE_URL": f"{provider.url}/v1", "OPENAI_API_KEY": "sk-test-key-of-the-tests"}
+    with model.serve() as url:
+        env = {**os.environ, "OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-test-key-of-the-tests"}
         refused = await anyio.run_process(
             [*command, "--model", "ollama/x", "--max-cost", "1"], env=env, check=False, cwd=tmp_path
         )
@@ -733,8 +721,8 @@ async def test_the_usage_of_a_batch_survives_kills(kills: int, tmp_path: Path) -
     provider.delay_s = 0.05
     (tmp_path / "served.py").write_text(SERVED)
     command = flockapi_command("serve", "served.py", "--port", "0", "--store", "flock.db")
-    async with Served(provider.app) as model:
-        env = {"OPENAI_BASE_URL": f"{model.url}/v1", "OPENAI_API_KEY": "sk-test-key-of-the-tests"}
+    with provider.serve() as url:
+        env = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-test-key-of-the-tests"}
         path, seen = "", 0
         for _ in range(kills):
             with running(*command, **env) as server:

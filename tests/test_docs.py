@@ -30,9 +30,12 @@ from tests.support.spec import source
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+#: The page whose blocks are files: a program, and its tests.
+TESTING = ROOT / "docs" / "testing.md"
 PYTHON = [
     pytest.param(page, block.text, id=f"{page.stem}-{number}")
     for page in DOCS
+    if page != TESTING
     for number, block in enumerate(blocks_of(page))
     if block.language == "python"
 ]
@@ -67,6 +70,16 @@ async def text_analyzer(text: str) -> Analysis:
 def test_a_python_block_runs_by_itself_and_prints_what_it_shows(page: Path, code: str) -> None:
     printed, _ = printed_by(code, page)
     assert printed == shown_output(code)
+
+
+def test_the_tests_of_the_testing_page_pass(tmp_path: Path) -> None:
+    with Reader(tmp_path) as reader:
+        reader.follow(blocks_of(TESTING))
+        output = reader.run("pytest -rA -W error -p no:cacheprovider")
+    blocks = [block.text for block in blocks_of(TESTING)]
+    assert all(re.match(r"# (test_)?\w+\.py\n", text) for text in blocks)
+    tests = {test for text in blocks for test in re.findall(r"(?m)^def (test_\w+)", text)}
+    assert tests == set(re.findall(r"(?m)^PASSED \w+\.py::(\w+)", output))
 
 
 @pytest.mark.slow

@@ -42,11 +42,12 @@ from flock.runs import (
     new_id,
     now,
 )
+from flock.testing import FakeModel, Reply
 from flock.web.auth import ScopedEngine
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until, until_run
 from tests.support.flocks import Gate, sample_flock
-from tests.support.models import FakeModel, answer, usage_of_gpt_4o
+from tests.support.models import usage_of_gpt_4o
 
 pytestmark = pytest.mark.anyio
 
@@ -153,7 +154,7 @@ async def test_numbers_that_json_lacks_become_null(open_engine: OpenEngine) -> N
 
 
 async def test_the_usage_of_models_is_stored(open_engine: OpenEngine, model: FakeModel) -> None:
-    model.replies.append(answer({"sentiment": "good", "keywords": []}))
+    model.replies.append(Reply({"sentiment": "good", "keywords": []}))
     async with open_engine(sample_flock(), transport=model.transport) as engine:
         run = await finish(engine, "text_analyzer", {"text": "Hello"})
     assert result_of(run)["sentiment"] == "good"
@@ -172,7 +173,7 @@ async def test_each_step_of_each_attempt_has_its_own_key(open_engine: OpenEngine
             raise AgentError("not yet")
         return {"text": "so"}
 
-    model.replies = [answer("no JSON"), answer({"sentiment": "good", "keywords": []})]
+    model.replies = [Reply("no JSON"), Reply({"sentiment": "good", "keywords": []})]
     async with open_engine(flock, transport=model.transport) as engine:
         run = await finish(engine, "note")
         assert (run.status, len(run.steps)) == (RunStatus.FAILED, 2)
@@ -180,7 +181,7 @@ async def test_each_step_of_each_attempt_has_its_own_key(open_engine: OpenEngine
         with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
     id_ = f"run:{run.run_id}"
-    sent = [headers["idempotency-key"].removesuffix("/stream") for headers in model.headers]
+    sent = [request.headers["idempotency-key"].removesuffix("/stream") for request in model.requests]
     assert sent == [f"{id_}/1", f"{id_}/1/2"]
     assert keys == [f"{id_}/0", f"{id_}/2", f"{id_}:2/2"]
 

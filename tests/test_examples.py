@@ -1,7 +1,5 @@
 """The examples, each served as its first line says."""
 
-import contextlib
-import json
 import os
 import re
 import runpy
@@ -17,12 +15,11 @@ import httpx
 import pytest
 import yaml
 from click.testing import CliRunner
-from starlette.responses import Response
 
 from flock.command.cli import main
 from flock.core import Flock
+from flock.testing import FakeModel, ModelRequest, Reply
 from tests.support import EXAMPLES, PATIENCE_S, ROOT
-from tests.support.models import FakeModel, answer, socket_server
 from tests.support.servers import flockapi_command, running
 
 GREET = {"agent_name": "greet", "inputs": {"name": "Ann", "times": 2}}
@@ -108,19 +105,9 @@ def test_an_example_is_served(example: str, body: Any, result: Any) -> None:
 async def test_the_chat_remembers_its_conversation() -> None:
     """Its provider answers with the number of messages that it was sent."""
 
-    async def handle(stream: anyio.abc.SocketStream) -> None:
-        received, sent = b"", None
-        while sent is None:
-            received += await stream.receive()
-            with contextlib.suppress(json.JSONDecodeError):
-                sent = json.loads(received.partition(b"\r\n\r\n")[2])
-        content = json.dumps({"reply": f"{len(sent['messages'])} messages"})
-        body = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
-        head = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        await stream.send(f"{head}{body}".encode())
-
+    provider = FakeModel(lambda request: {"reply": f"{len(request['messages'])} messages"})
     command = flockapi_command("serve", str(EXAMPLES / "chat.py"), "--port", "0", "--store", ":memory:")
-    async with socket_server(handle) as (url, _):
+    with provider.serve() as url:
         with running(*command, OPENAI_BASE_URL=url) as server:
             async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
                 replies = []
@@ -134,20 +121,19 @@ async def test_the_chat_remembers_its_conversation() -> None:
 async def test_research_looks_into_its_topics_at_the_same_time(model: FakeModel) -> None:
     all_running = anyio.Event()
 
-    async def look_into(request: Any) -> Response:
+    async def look_into(request: ModelRequest) -> Reply:
         if len(model.requests) == 4:
             all_running.set()
         with anyio.fail_after(PATIENCE_S):
             await all_running.wait()
-        topic = next(topic for topic in topics if topic in request["messages"][-1]["content"])
-        return answer({"findings": f"about {topic}"})
+        topic = next(topic for topic in topics if topic in request.text)
+        return Reply({"findings": f"about {topic}"})
 
-    async def conclude(request: Any) -> Response:
-        content = request["messages"][-1]["content"]
-        return answer({"answer": " ".join(re.findall(r"about \w+", content))})
+    async def conclude(request: ModelRequest) -> Reply:
+        return Reply({"answer": " ".join(re.findall(r"about \w+", request.text))})
 
     topics = ["taste", "price", "smell"]
-    model.replies = [answer({"topics": topics}), look_into, look_into, look_into, conclude]
+    model.replies = [Reply({"topics": topics}), look_into, look_into, look_into, conclude]
     flock: Flock = runpy.run_path(str(EXAMPLES / "research.py"))["flock"]
     async with flock.engine(transport=model.transport) as engine:
         run = await engine.submit("research", {"question": "Which coffee?"})

@@ -15,12 +15,13 @@ import pytest
 from flock.core import Flock, FlockFactory
 from flock.errors import StoreError
 from flock.runs import RunContext
+from flock.testing import FakeModel, Reply
 from flockapi import WATCH_DELAY_S, FlockAPI, create_app
 from tests.support.cluster import engine_for
 from tests.support.engines import until
 from tests.support.http import check_problem, events_in, get, post_run, wait_until
-from tests.support.models import FakeModel, answer, socket_server
 from tests.support.servers import Served
+from tests.support.sockets import socket_server
 
 pytestmark = pytest.mark.anyio
 
@@ -601,7 +602,7 @@ async def test_a_caller_gets_a_response_that_took_long(gate: Gate, model: FakeMo
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(release)
                 assert (await post_run(client, "nap")).json()["status"] == "completed"
-            model.replies = [answer({"reply": "yes"})]
+            model.replies = [Reply({"reply": "yes"})]
             assert (await post_run(client, "asks", {"text": "x"})).json()["result"] == {"reply": "yes"}
 
 

@@ -23,6 +23,7 @@ RANKS = {
     "flock.runs": 0,
     "flock.agents": 1,
     "flock.rows": 2,
+    "flock.testing": 2,
     "flock.engine": 3,
     "flock.temporal": 4,
     "flock.declared": 5,
@@ -80,7 +81,7 @@ def test_public_modules_can_be_imported(module: str) -> None:
 
 
 def test_the_engine_imports_no_web_framework() -> None:
-    """Only ``flock.web``, ``flockapi`` and ``flock.command`` import Starlette or uvicorn.
+    """Only ``flock.web``, ``flockapi`` and ``flock.command`` import Starlette or uvicorn. ``flock.testing`` serves.
 
     Only the command line and the progress display of a batch import click.
     """
@@ -95,7 +96,7 @@ def test_the_engine_imports_no_web_framework() -> None:
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.ImportFrom)
         }
-        if layer_of(module_of(path)) not in ("flock.web", "flockapi", "flock.command"):
+        if layer_of(module_of(path)) not in ("flock.web", "flockapi", "flock.command", "flock.testing"):
             assert not roots & {"starlette", "uvicorn"}
         if module_of(path) != "flock.engine.progress" and layer_of(module_of(path)) != "flock.command":
             assert "click" not in roots

@@ -15,9 +15,9 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import httpx
 import msgspec
 import pytest
-from starlette.responses import Response
 
 from flock.agents.completions import Completion, Message
 from flock.agents.llm import ModelClient
@@ -25,8 +25,9 @@ from flock.agents.providers import PROVIDERS, check_model
 from flock.agents.signature import Signature
 from flock.errors import ModelError
 from flock.runs import Usage
+from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
-from tests.support.models import FakeModel, answer, as_json, calling, error, socket_server
+from tests.support.sockets import socket_server
 
 MESSAGES = [Message("system", "Do it."), Message("user", "text: hello")]
 SCHEMA = Signature.of("sentiment: Literal['good', 'bad'] | how it sounds, words: list[str]").schema
@@ -56,9 +57,9 @@ async def fail(models: ModelClient, name: str | None = None, **settings: Any) ->
 
 
 async def test_a_request_follows_the_openai_documentation(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [answer(GOOD)]
+    model.replies = [Reply(GOOD)]
     completion = await ask(models, temperature=0, max_tokens=50)
-    assert completion.text == '{"sentiment": "good", "words": []}'
+    assert completion.text == '{"sentiment":"good","words":[]}'
     assert completion.usage == Usage(input_tokens=10, output_tokens=5)
     assert model.requests == [
         {
@@ -85,11 +86,11 @@ async def test_a_request_follows_the_openai_documentation(models: ModelClient, m
             },
         }
     ]
-    assert model.headers[0]["authorization"] == "Bearer sk-test-key-of-the-tests"
+    assert model.requests[0].headers["authorization"] == "Bearer sk-test-key-of-the-tests"
 
 
 async def test_a_strict_schema_has_only_supported_formats(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [answer(GOOD)]
+    model.replies = [Reply(GOOD)]
     schema = Signature.of("a: datetime, b: list[date], c: time | None, d: timedelta, e: Decimal").schema
     await models.complete(None, MESSAGES, schema)
     sent = model.requests[0]["response_format"]["json_schema"]
@@ -106,7 +107,7 @@ async def test_a_strict_schema_has_only_supported_formats(models: ModelClient, m
 async def test_a_constraint_that_strict_mode_does_not_support_is_described(
     models: ModelClient, model: FakeModel
 ) -> None:
-    model.replies = [answer(GOOD)]
+    model.replies = [Reply(GOOD)]
     constraints: dict[str, Any] = {
         "short": {"type": "string", "maxLength": 5, "description": "a word"},
         "odd": {"type": "string", "pattern": "^(?!a)b"},
@@ -131,11 +132,11 @@ async def test_each_provider_has_its_own_address_and_key(
     variable = PROVIDERS[provider].key_variable
     if variable:
         monkeypatch.setenv(variable, f"key-of-{provider}")
-    model.replies = [answer(GOOD)]
+    model.replies = [Reply(GOOD)]
     await ask(models, f"{provider}/vendor/model:1")
     assert model.requests[0]["model"] == "vendor/model:1"
-    assert model.headers[0]["host"] in PROVIDERS[provider].base_url
-    assert model.headers[0].get("authorization") == (f"Bearer key-of-{provider}" if variable else None)
+    assert model.requests[0].headers["host"] in PROVIDERS[provider].base_url
+    assert model.requests[0].headers.get("authorization") == (f"Bearer key-of-{provider}" if variable else None)
 
 
 async def test_environment_variables_override_an_address(
@@ -145,10 +146,10 @@ async def test_environment_variables_override_an_address(
     monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
     monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
     monkeypatch.setenv("GROQ_API_KEY", "key-of-groq")
-    model.replies = [answer(GOOD), answer(GOOD)]
+    model.replies = [Reply(GOOD), Reply(GOOD)]
     await ask(models)
     await ask(models, "groq/x")
-    first, second = model.headers
+    first, second = (request.headers for request in model.requests)
     assert first["host"] == "gateway.example"
     assert (first["openai-organization"], first["openai-project"]) == ("org-1", "proj-1")
     assert second["host"] == "api.groq.com", "one provider's address is not another's"
@@ -174,7 +175,7 @@ class Tree(msgspec.Struct):
 async def test_strict_mode_is_requested_only_if_the_schema_allows_it(
     signature: str, is_strict: bool, models: ModelClient, model: FakeModel
 ) -> None:
-    model.replies = [answer(GOOD)]
+    model.replies = [Reply(GOOD)]
     await models.complete(None, MESSAGES, Signature.of(signature, {"Tree": Tree}).schema)
     assert model.requests[0]["response_format"]["json_schema"]["strict"] is is_strict
 
@@ -184,10 +185,10 @@ async def test_a_server_without_json_schema_falls_back_to_json_mode_then_to_text
 ) -> None:
     """An unsupported format is tried once. The next call starts with a format that the server supports."""
     model.replies = [
-        error(400, message="response_format.type must be text or json_object"),
-        error(422, message="Unknown field: response_format"),
-        answer('```json\n{"sentiment": "good", "words": []}\n```'),
-        answer(GOOD),
+        Failure(400, message="response_format.type must be text or json_object"),
+        Failure(422, message="Unknown field: response_format"),
+        Reply('```json\n{"sentiment": "good", "words": []}\n```'),
+        Reply(GOOD),
     ]
     assert (await ask(models)).text == '{"sentiment": "good", "words": []}'
     await ask(models)
@@ -201,7 +202,7 @@ async def test_a_server_without_json_schema_falls_back_to_json_mode_then_to_text
 async def test_a_refused_schema_does_not_change_the_format_of_other_calls(
     models: ModelClient, model: FakeModel
 ) -> None:
-    model.replies = [error(400, message="Invalid schema for response_format 'answer'"), answer(GOOD), answer(GOOD)]
+    model.replies = [Failure(400, message="Invalid schema for response_format 'answer'"), Reply(GOOD), Reply(GOOD)]
     await ask(models)
     await ask(models)
     formats = [request.get("response_format", {}).get("type") for request in model.requests]
@@ -213,63 +214,74 @@ async def test_retries_of_a_call_share_its_key_and_each_format_has_its_own(
 ) -> None:
     """A server that replays its answer to a key would refuse the next format like the first."""
     model.replies = [
-        error(500),
-        error(429),
-        error(400, message="response_format.type must be text or json_object"),
-        error(422, message="Unknown field: response_format"),
-        answer(GOOD),
-        answer(GOOD),
+        Failure(500),
+        Failure(429),
+        Failure(400, message="response_format.type must be text or json_object"),
+        Failure(422, message="Unknown field: response_format"),
+        Reply(GOOD),
+        Reply(GOOD),
     ]
     await ask(models, idempotency_key="run:1/0")
     await ask(models)
-    sent = [headers.get("idempotency-key") for headers in model.headers]
+    sent = [request.headers.get("idempotency-key") for request in model.requests]
     assert sent == ["run:1/0"] * 3 + ["run:1/0/json_object", "run:1/0/text", None]
 
 
 # Permanent errors
 
 
-def html(status: int) -> Response:
-    return Response("<html><body>Bad gateway</body></html>", status, media_type="text/html")
+def html(status: int) -> httpx.Response:
+    return httpx.Response(status, html="<html><body>Bad gateway</body></html>")
 
 
 PERMANENT = [
-    pytest.param(error(400), "model_bad_request", "rejected the request (HTTP 400)", id="400"),
-    pytest.param(error(401), "model_authentication", "rejected the API key in OPENAI_API_KEY (HTTP 401)", id="401"),
-    pytest.param(error(403), "model_authentication", "not available to this API key", id="403"),
-    pytest.param(error(404), "model_not_found", "does not exist at this provider", id="404"),
-    pytest.param(error(422), "model_bad_request", "HTTP 422", id="422"),
-    pytest.param(as_json({"detail": "no"}, 422), "model_bad_request", "HTTP 422", id="422 with another body"),
-    pytest.param(Response("", 400), "model_bad_request", "HTTP 400", id="400 without a body"),
-    pytest.param(Response("", 302), "model_bad_request", "HTTP 302", id="a redirect is not followed with the key"),
-    pytest.param(error(400, "context_length_exceeded"), "model_context_length", "its context window", id="too long"),
+    pytest.param(Failure(400), "model_bad_request", "rejected the request (HTTP 400)", id="400"),
+    pytest.param(Failure(401), "model_authentication", "rejected the API key in OPENAI_API_KEY (HTTP 401)", id="401"),
+    pytest.param(Failure(403), "model_authentication", "not available to this API key", id="403"),
+    pytest.param(Failure(404), "model_not_found", "does not exist at this provider", id="404"),
+    pytest.param(Failure(422), "model_bad_request", "HTTP 422", id="422"),
     pytest.param(
-        as_json({"error": {"code": 400, "message": "long", "type": "exceed_context_size_error"}}, 400),
+        httpx.Response(422, json={"detail": "no"}), "model_bad_request", "HTTP 422", id="422 with another body"
+    ),
+    pytest.param(httpx.Response(400), "model_bad_request", "HTTP 400", id="400 without a body"),
+    pytest.param(httpx.Response(302), "model_bad_request", "HTTP 302", id="a redirect is not followed with the key"),
+    pytest.param(Failure(400, "context_length_exceeded"), "model_context_length", "its context window", id="too long"),
+    pytest.param(
+        httpx.Response(400, json={"error": {"code": 400, "message": "long", "type": "exceed_context_size_error"}}),
         "model_context_length",
         "its context window",
         id="too long for llama.cpp",
     ),
-    pytest.param(error(400, "content_filter"), "model_content_filter", "content filter", id="prompt filtered"),
-    pytest.param(error(429, "insufficient_quota"), "model_quota", "no quota left", id="no quota"),
-    pytest.param(error(429, retry_after="121"), "model_rate_limited", "rate limit", id="Retry-After too long"),
-    pytest.param(error(503, retry_after="9999"), "model_unavailable", "HTTP 503", id="503, Retry-After too long"),
-    pytest.param(answer("{", finish_reason="length"), "model_truncated", "cut off at its token limit", id="length"),
-    pytest.param(answer(None, refusal="I can't"), "model_refusal", "declined to answer", id="refusal"),
-    pytest.param(answer("", finish_reason="content_filter"), "model_content_filter", "filter", id="answer filtered"),
-    pytest.param(as_json({"choices": []}), "model_bad_response", "returned no choices", id="no choices"),
-    pytest.param(as_json({"error": {"message": "x"}}), "model_bad_response", "in the body", id="200 with an error"),
+    pytest.param(Failure(400, "content_filter"), "model_content_filter", "content filter", id="prompt filtered"),
+    pytest.param(Failure(429, "insufficient_quota"), "model_quota", "no quota left", id="no quota"),
+    pytest.param(Failure(429, retry_after_s=121), "model_rate_limited", "rate limit", id="Retry-After too long"),
+    pytest.param(Failure(503, retry_after_s=9999), "model_unavailable", "HTTP 503", id="503, Retry-After too long"),
+    pytest.param(Reply("{", finish_reason="length"), "model_truncated", "cut off at its token limit", id="length"),
+    pytest.param(Reply(None, refusal="I can't"), "model_refusal", "declined to answer", id="refusal"),
+    pytest.param(Reply("", finish_reason="content_filter"), "model_content_filter", "filter", id="answer filtered"),
+    pytest.param(
+        httpx.Response(200, json={"choices": []}), "model_bad_response", "returned no choices", id="no choices"
+    ),
+    pytest.param(
+        httpx.Response(200, json={"error": {"message": "x"}}),
+        "model_bad_response",
+        "in the body",
+        id="200 with an error",
+    ),
     pytest.param(html(200), "model_bad_response", "not JSON", id="200 with HTML"),
-    pytest.param(Response("[" * 100_000), "model_bad_response", "not JSON", id="200 nested too deep"),
-    pytest.param(as_json({"hello": 1}), "model_bad_response", "chat completion", id="200 with another object"),
-    pytest.param(as_json([]), "model_bad_response", "chat completion", id="200 with a list"),
-    pytest.param(answer(None), "model_bad_response", "empty answer", id="no content"),
-    pytest.param(answer("  "), "model_bad_response", "empty answer", id="blank content"),
+    pytest.param(httpx.Response(200, text="[" * 100_000), "model_bad_response", "not JSON", id="200 nested too deep"),
+    pytest.param(
+        httpx.Response(200, json={"hello": 1}), "model_bad_response", "chat completion", id="200 with another object"
+    ),
+    pytest.param(httpx.Response(200, json=[]), "model_bad_response", "chat completion", id="200 with a list"),
+    pytest.param(Reply(None), "model_bad_response", "empty answer", id="no content"),
+    pytest.param(Reply("  "), "model_bad_response", "empty answer", id="blank content"),
 ]
 
 
 @pytest.mark.parametrize(("reply", "error_type", "words"), PERMANENT)
 async def test_a_permanent_error_is_not_retried(
-    reply: Response, error_type: str, words: str, models: ModelClient, model: FakeModel
+    reply: Any, error_type: str, words: str, models: ModelClient, model: FakeModel
 ) -> None:
     model.replies = [reply]
     failure = await fail(models)
@@ -282,23 +294,23 @@ async def test_a_permanent_error_is_not_retried(
 
 
 TRANSIENT = [
-    pytest.param(error(408), "model_unavailable", id="408"),
-    pytest.param(error(409), "model_unavailable", id="409"),
-    pytest.param(error(500), "model_unavailable", id="500"),
+    pytest.param(Failure(408), "model_unavailable", id="408"),
+    pytest.param(Failure(409), "model_unavailable", id="409"),
+    pytest.param(Failure(500), "model_unavailable", id="500"),
     pytest.param(html(502), "model_unavailable", id="502 as HTML"),
-    pytest.param(Response("", 503), "model_unavailable", id="503 without a body"),
+    pytest.param(httpx.Response(503), "model_unavailable", id="503 without a body"),
 ]
 REFUSED = [
-    pytest.param(error(429), id="429"),
-    pytest.param(error(429, retry_after="soon"), id="429 with nonsense in Retry-After"),
-    pytest.param(error(503, retry_after="0.001"), id="503 with Retry-After"),
-    pytest.param(error(529), id="529"),
+    pytest.param(Failure(429), id="429"),
+    pytest.param(Failure(429, headers={"retry-after": "soon"}), id="429 with nonsense in Retry-After"),
+    pytest.param(Failure(503, retry_after_s=0.001), id="503 with Retry-After"),
+    pytest.param(Failure(529), id="529"),
 ]
 
 
 @pytest.mark.parametrize(("reply", "error_type"), TRANSIENT)
 async def test_a_transient_error_is_tried_three_times(
-    reply: Response, error_type: str, models: ModelClient, model: FakeModel
+    reply: Any, error_type: str, models: ModelClient, model: FakeModel
 ) -> None:
     model.replies = [reply, reply, reply]
     assert (await fail(models)).error_type == error_type
@@ -307,22 +319,22 @@ async def test_a_transient_error_is_tried_three_times(
 
 @pytest.mark.parametrize(("reply", "error_type"), TRANSIENT)
 async def test_a_call_succeeds_if_its_third_attempt_does(
-    reply: Response, error_type: str, models: ModelClient, model: FakeModel
+    reply: Any, error_type: str, models: ModelClient, model: FakeModel
 ) -> None:
-    model.replies = [reply, reply, answer(GOOD)]
+    model.replies = [reply, reply, Reply(GOOD)]
     assert (await ask(models)).text
 
 
 @pytest.mark.parametrize("reply", REFUSED)
-async def test_a_refusal_is_not_a_failed_attempt(reply: Response, models: ModelClient, model: FakeModel) -> None:
+async def test_a_refusal_is_not_a_failed_attempt(reply: Any, models: ModelClient, model: FakeModel) -> None:
     """Otherwise many calls at the same time would fail because of the provider's rate limit."""
-    model.replies = [reply, error(500), reply, reply, error(500), reply, answer(GOOD)]
+    model.replies = [reply, Failure(500), reply, reply, Failure(500), reply, Reply(GOOD)]
     assert (await ask(models)).text
 
 
 @pytest.mark.slow
 async def test_calls_to_the_local_model_are_retried_the_same_way(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [error(500), error(500), answer(GOOD), error(500), error(500), error(500)]
+    model.replies = [Failure(500), Failure(500), Reply(GOOD), Failure(500), Failure(500), Failure(500)]
     await ask(models, "local/smollm2-135m")
     assert (await fail(models, "local/smollm2-135m")).error_type == "model_unavailable"
     assert model.requests[0]["frequency_penalty"] == 0.6
@@ -332,14 +344,14 @@ async def test_calls_to_the_local_model_are_retried_the_same_way(models: ModelCl
 @pytest.mark.parametrize(
     "headers",
     [
-        pytest.param(lambda: {"retry_after_ms": "80"}, id="milliseconds"),
-        pytest.param(lambda: {"retry_after": "0.08"}, id="seconds"),
+        pytest.param(lambda: {"retry-after-ms": "80"}, id="milliseconds"),
+        pytest.param(lambda: {"retry-after": "0.08"}, id="seconds"),
         # A date has whole seconds: this one is between one and two seconds away.
-        pytest.param(lambda: {"retry_after": formatdate(time.time() + 2, usegmt=True)}, id="HTTP date"),
+        pytest.param(lambda: {"retry-after": formatdate(time.time() + 2, usegmt=True)}, id="HTTP date"),
     ],
 )
 async def test_retry_after_is_obeyed(headers: Callable[[], dict[str, str]], model: FakeModel) -> None:
-    model.replies = [error(429, **headers()), answer(GOOD)]
+    model.replies = [Failure(429, headers=headers()), Reply(GOOD)]
     async with ModelClient("openai/x", transport=model.transport, backoff_s=0) as models:
         started = time.monotonic()
         await ask(models)
@@ -347,14 +359,14 @@ async def test_retry_after_is_obeyed(headers: Callable[[], dict[str, str]], mode
 
 
 async def test_a_retry_after_date_in_the_past_means_now(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [error(429, retry_after=formatdate(0, usegmt=True)), answer(GOOD)]
+    model.replies = [Failure(429, headers={"retry-after": formatdate(0, usegmt=True)}), Reply(GOOD)]
     await ask(models)
     assert len(model.requests) == 2
 
 
 async def test_the_backoff_doubles_and_has_jitter(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "flock.llm")
-    model.replies = [error(500), error(500), error(500)]
+    model.replies = [Failure(500), Failure(500), Failure(500)]
     async with ModelClient("openai/x", transport=model.transport, backoff_s=0.4) as models:
         await fail(models)
     first, second = (float(found) for found in re.findall(r"Retrying in ([\d.]+) s", caplog.text))
@@ -364,14 +376,16 @@ async def test_the_backoff_doubles_and_has_jitter(model: FakeModel, caplog: pyte
 
 async def test_a_pause_past_the_deadline_is_skipped(model: FakeModel) -> None:
     """The known error is more useful than the timeout that would follow."""
-    model.replies = [error(503, retry_after="100")]
+    model.replies = [Failure(503, retry_after_s=100)]
     async with ModelClient("openai/x", transport=model.transport) as models:
         with anyio.fail_after(PATIENCE_S):
             assert (await fail(models)).error_type == "model_unavailable"
 
 
 async def test_the_error_message_of_a_provider_goes_only_to_the_log(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [error(401, message="Incorrect API key provided: sk-proj-abc123", x_request_id="req_7")]
+    model.replies = [
+        Failure(401, message="Incorrect API key provided: sk-proj-abc123", headers={"x-request-id": "req_7"})
+    ]
     failure = await fail(models)
     assert "Incorrect" not in str(failure)
     assert "Incorrect API key provided" in failure.log_detail
@@ -538,21 +552,10 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-async def test_litellm_itself_calls_a_provider_that_is_not_built_in() -> None:
+async def test_litellm_itself_calls_a_provider_that_is_not_built_in(model: FakeModel) -> None:
     """Run the real package in its own process against a socket: one answer, then an error."""
-    bodies = [answer({"a": 1}), error(401)]
-
-    async def serve(stream: anyio.abc.SocketStream) -> None:
-        received = b""
-        while b"some-model" not in received:
-            received += await stream.receive()
-        assert b"\r\ntraceparent: 00-some-trace\r\n" in received
-        assert b"\r\nidempotency-key: run:1/0\r\n" in received.lower()
-        reply = bodies.pop(0)
-        head = f"HTTP/1.1 {reply.status_code} X\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        await stream.send(f"{head}Content-Length: {len(reply.body)}\r\n\r\n".encode() + bytes(reply.body))
-
-    async with socket_server(serve) as (url, _):
+    model.replies = [Reply({"a": 1}), Failure(401)]
+    with model.serve() as url:
         env = {
             **os.environ,
             "LM_STUDIO_API_BASE": url,
@@ -560,7 +563,9 @@ async def test_litellm_itself_calls_a_provider_that_is_not_built_in() -> None:
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         }
         done = await anyio.run_process([sys.executable, "-c", LITELLM], env=env, stderr=subprocess.STDOUT, check=False)
-    assert b'ANSWER {"a": 1} 5' in done.stdout, done.stdout.decode()
+    sent = [(request.headers["traceparent"], request.headers["idempotency-key"]) for request in model.requests]
+    assert sent == [("00-some-trace", "run:1/0")] * 2
+    assert b'ANSWER {"a":1} 5' in done.stdout, done.stdout.decode()
     assert b"ERROR model_authentication" in done.stdout
 
 
@@ -583,20 +588,11 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-async def test_litellm_knows_which_models_call_tools() -> None:
+async def test_litellm_knows_which_models_call_tools(model: FakeModel) -> None:
     """The others are asked for their next step as JSON."""
-    bodies = [calling(("look", {})), answer({"next_thought": "", "next_tool_name": "look", "next_tool_args": {}})]
-    requests: list[bytes] = []
-
-    async def serve(stream: anyio.abc.SocketStream) -> None:
-        requests.append(b"")
-        while b"some-model" not in requests[-1] or b"}]}" not in requests[-1]:
-            requests[-1] += await stream.receive()
-        reply = bodies.pop(0)
-        head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        await stream.send(f"{head}Content-Length: {len(reply.body)}\r\n\r\n".encode() + bytes(reply.body))
-
-    async with socket_server(serve) as (url, _):
+    step = {"next_thought": "", "next_tool_name": "look", "next_tool_args": {}}
+    model.replies = [Reply(calls=[("look", {})]), Reply(step)]
+    with model.serve() as url:
         names = ("LM_STUDIO", "FIREWORKS", "FIREWORKS_AI")
         env = os.environ | {f"{name}_API_BASE": url for name in names} | {f"{name}_API_KEY": "x" for name in names}
         env["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
@@ -604,5 +600,5 @@ async def test_litellm_knows_which_models_call_tools() -> None:
         with anyio.fail_after(100):
             done = await anyio.run_process(command, env=env, stderr=subprocess.STDOUT, check=False)
     assert done.stdout.count(b"CALL look") == 2, done.stdout.decode()
-    assert [b'"tools"' in request for request in requests] == [True, False]
-    assert b"next_tool_name" in requests[1]
+    assert [request.tool_names for request in model.requests] == [["look"], []]
+    assert "next_tool_name" in model.requests[1].text

@@ -23,9 +23,9 @@ from flock.agents.react import schema_of
 from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError
 from flock.runs import RunStatus
+from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until
-from tests.support.models import FakeModel, answer, calling, error
 from tests.support.servers import Served, free_port
 
 pytestmark = pytest.mark.anyio
@@ -92,7 +92,7 @@ def flock_of(url: str, **options: Any) -> Flock:
 
 
 async def result_of_call(flock: Flock, model: FakeModel, arguments: Any = {"a": 1, "b": 2}) -> str:  # noqa: B006
-    model.replies = [calling(("math_add", arguments)), answer({"a": "done"})]
+    model.replies = [Reply(calls=[("math_add", arguments)]), Reply({"a": "done"})]
     async with flock.engine(transport=model.transport) as engine:
         run = await engine.submit("ask", {})
         run = await engine.wait(run.run_id, PATIENCE_S)
@@ -218,7 +218,7 @@ async def test_equal_names_of_two_servers_need_a_prefix(model: FakeModel, caplog
             tools = [mcp_tools(f"{first.url}/mcp"), mcp_tools(f"{second.url}/mcp", prefix=prefix)]
             flock = Flock("mcp", model="openai/gpt-4o")
             flock.add_agent(FlockFactory.create_default_agent("ask", output="a: str", tools=tools))
-            model.replies = [] if names is None else [answer({"a": "done"})]
+            model.replies = [] if names is None else [Reply({"a": "done"})]
             async with flock.engine(transport=model.transport) as engine:
                 run = await engine.submit("ask", {})
                 run = await engine.wait(run.run_id, PATIENCE_S)
@@ -259,7 +259,7 @@ async def test_the_schemas_of_other_programs_work_without_native_tools(model: Fa
         "c": {"items": {}},
     }
     assert bounded_schema(schema_of([tool.schema]))["anyOf"]
-    model.replies = [error(400, message="no tools"), answer({"next_tool_name": "finish"}), answer({"a": "done"})]
+    model.replies = [Failure(400, message="no tools"), Reply({"next_tool_name": "finish"}), Reply({"a": "done"})]
     flock = Flock("mcp", model="ollama/x")
     flock.add_agent(FlockFactory.create_default_agent("ask", output="a: str", tools=[tool]))
     async with flock.engine(transport=model.transport) as engine:
@@ -322,7 +322,7 @@ async def test_the_server_of_the_sdk_is_understood(
     async with await anyio.open_process(command, stdout=None, stderr=None) as process:
         await until(lambda: is_open(port))
         calls = [("stock", {"item": "cup"}), ("stock", {"item": "pot"}), ("stock", {"most": "x"})]
-        model.replies = [calling(*calls), answer({"a": "done"})]
+        model.replies = [Reply(calls=[*calls]), Reply({"a": "done"})]
         async with flock_of(f"http://127.0.0.1:{port}/mcp").engine(transport=model.transport) as engine:
             run = await engine.submit("ask", {})
             run = await engine.wait(run.run_id, PATIENCE_S)

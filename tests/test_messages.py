@@ -10,8 +10,8 @@ import pytest
 from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory, Messages
 from flock.errors import DefinitionError
+from flock.testing import Failure, FakeModel, Reply
 from tests.support.http import check_problem
-from tests.support.models import FakeModel, answer, error
 
 pytestmark = pytest.mark.anyio
 
@@ -51,7 +51,7 @@ async def test_the_messages_are_the_conversation_itself(
     flock: Flock, client: httpx.AsyncClient, model: FakeModel
 ) -> None:
     flock.add_agent(clerk())
-    model.replies = [answer({"reply": "Blue it is."})]
+    model.replies = [Reply({"reply": "Blue it is."})]
     assert (await run(client, "clerk", messages=CHAT)).json()["result"] == {"reply": "Blue it is."}
     system, *conversation = model.requests[0]["messages"]
     assert conversation == CHAT
@@ -67,7 +67,7 @@ async def test_other_inputs_come_before_the_conversation(
     flock: Flock, client: httpx.AsyncClient, model: FakeModel
 ) -> None:
     flock.add_agent(clerk("customer | by name, messages: Messages | the talk", reasoning=True))
-    model.replies = [answer({"reasoning": "…", "reply": "Hi"})]
+    model.replies = [Reply({"reasoning": "…", "reply": "Hi"})]
     await run(client, "clerk", messages=CHAT, customer="Änne")
     system, others, *conversation = model.requests[0]["messages"]
     assert "- reasoning (string)" in system["content"]
@@ -79,7 +79,7 @@ async def test_an_invalid_answer_continues_the_conversation(
     flock: Flock, client: httpx.AsyncClient, model: FakeModel
 ) -> None:
     flock.add_agent(clerk(Inputs))
-    model.replies = [answer({"reply": 5}), answer({"reply": "Hi"})]
+    model.replies = [Reply({"reply": 5}), Reply({"reply": "Hi"})]
     await run(client, "clerk", chat=CHAT)
     roles = [message["role"] for message in model.requests[1]["messages"]]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
@@ -91,9 +91,9 @@ async def test_the_format_is_in_the_system_prompt_if_the_provider_does_not_suppo
 ) -> None:
     flock.add_agent(clerk())
     model.replies = [
-        error(400, message="response_format.type must be text or json_object"),
-        error(400, message="Unknown field: response_format"),
-        answer({"reply": "Hi"}),
+        Failure(400, message="response_format.type must be text or json_object"),
+        Failure(400, message="Unknown field: response_format"),
+        Reply({"reply": "Hi"}),
     ]
     await run(client, "clerk", messages=CHAT)
     for request in model.requests[1:]:

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import anyio
@@ -32,9 +32,10 @@ from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import ModelError
 from flock.runs import Run, RunContext, RunStatus, Usage
+from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
-from tests.support.models import USAGE, FakeModel, answer, as_json, chunk, error, socket_server, sse, streamed
 from tests.support.servers import Served
+from tests.support.sockets import socket_server
 from tests.test_ask import asked
 
 MESSAGES = [Message("system", "Do it."), Message("user", "text: hello")]
@@ -42,7 +43,23 @@ SCHEMA = Signature.of("a: str, n: list[int]").schema
 TEXT = '{"a": "H\u00e9 \u2028 \U0001f600", "n": [1]}'
 TOOL = ToolSchema(name="look", description="Look.", schema={"type": "object", "properties": {"q": {"type": "string"}}})
 
+#: The last chunk of a stream, in OpenAI's form.
+USAGE: Mapping[str, Any] = {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}
+
 pytestmark = pytest.mark.anyio
+
+
+def chunk(content: Any = None, finish_reason: str | None = None, **delta: Any) -> dict[str, Any]:
+    """Return one chunk of a streamed chat completion."""
+    parts = delta if content is None else {"content": content, **delta}
+    choice = {"index": 0, "delta": parts, "finish_reason": finish_reason}
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def sse(*events: Any) -> bytes:
+    """Return server-sent events: strings as they are, and anything else as JSON."""
+    data = (event if isinstance(event, str) else json.dumps(event, ensure_ascii=False) for event in events)
+    return "".join(f"data: {line}\n\n" for line in data).encode()
 
 
 class Recorder:
@@ -364,25 +381,25 @@ async def test_a_call_without_arguments_or_a_name_is_still_a_call() -> None:
 
 
 async def test_a_stream_is_requested_only_for_a_listener(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [answer({"a": "x", "n": []}), streamed(TEXT)]
+    model.replies = [Reply({"a": "x", "n": []}), Reply(TEXT)]
     plain = await models.complete(None, MESSAGES, SCHEMA, idempotency_key="run:1/0")
     assert plain.text
     await ask(models, Recorder(), "openai/gpt-4o", idempotency_key="run:1/0")
     first, second = model.requests
     assert second == {**first, "stream": True, "stream_options": {"include_usage": True}}
-    assert [headers["idempotency-key"] for headers in model.headers] == ["run:1/0", "run:1/0/stream"]
+    assert [request.headers["idempotency-key"] for request in model.requests] == ["run:1/0", "run:1/0/stream"]
 
 
 async def test_a_server_without_stream_options_is_remembered(models: ModelClient, model: FakeModel) -> None:
     detail = [{"type": "extra_forbidden", "loc": ["body", "stream_options", "include_usage"]}]
-    model.replies = [as_json({"object": "error", "detail": detail}, 422), streamed(TEXT), streamed(TEXT)]
+    model.replies = [httpx.Response(422, json={"object": "error", "detail": detail}), Reply(TEXT), Reply(TEXT)]
     for _ in range(2):
         recorder = Recorder()
         assert (await ask(models, recorder, idempotency_key="k")).text == TEXT
         assert recorder.all_of("text") == TEXT
     assert [request.get("stream_options") for request in model.requests] == [{"include_usage": True}, None, None]
     assert all(request["stream"] for request in model.requests)
-    keys = [headers["idempotency-key"] for headers in model.headers]
+    keys = [request.headers["idempotency-key"] for request in model.requests]
     assert keys == ["k/stream", "k/stream_without_usage", "k/stream_without_usage"]
 
 
@@ -391,8 +408,8 @@ async def test_a_server_that_rejects_streams_is_asked_without_one(
 ) -> None:
     """The format of the answer stays the same, although the message names it."""
     caplog.set_level(logging.INFO, "flock.llm")
-    refused = error(400, message="response_format json_schema does not support streaming")
-    model.replies = [refused, refused, answer(json.loads(TEXT)), answer(json.loads(TEXT))]
+    refused = Failure(400, message="response_format json_schema does not support streaming")
+    model.replies = [refused, refused, Reply(json.loads(TEXT)), Reply(json.loads(TEXT))]
     for _ in range(2):
         recorder = Recorder()
         assert json.loads((await ask(models, recorder)).text or "") == json.loads(TEXT)
@@ -403,50 +420,50 @@ async def test_a_server_that_rejects_streams_is_asked_without_one(
 
 
 async def test_another_rejection_is_not_taken_for_that(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [error(400, message="no such parameter: top_k")]
+    model.replies = [Failure(400, message="no such parameter: top_k")]
     with pytest.raises(ModelError, match="rejected the request"):
         await ask(models, Recorder())
-    model.replies = [error(400, message="streams"), error(400, message="streams"), error(400, message="streams")]
+    model.replies = [Failure(400, message="streams"), Failure(400, message="streams"), Failure(400, message="streams")]
     with pytest.raises(ModelError, match="rejected the request"):
         await ask(models, Recorder())
-    model.replies = [streamed(TEXT)]
+    model.replies = [Reply(TEXT)]
     await ask(models, Recorder())
     assert model.requests[-1]["stream_options"], "what did not help is not remembered"
 
 
-async def test_each_format_is_streamed(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [error(400, message="response_format is unknown"), streamed(f"```json\n{TEXT}\n```")]
+async def test_each_format_is_Reply(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [Failure(400, message="response_format is unknown"), Reply(f"```json\n{TEXT}\n```")]
     recorder = Recorder()
     assert (await ask(models, recorder)).text == TEXT
     assert recorder.all_of("text") == f"```json\n{TEXT}\n```", "the listener receives what the model writes"
 
 
 async def test_a_server_that_ignores_the_request_for_a_stream(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [answer(TEXT)]
+    model.replies = [httpx.Response(200, json=Reply(TEXT).completion())]
     recorder = Recorder()
     assert (await ask(models, recorder)).text == TEXT
     assert recorder.all_of("text") == ""
 
 
 async def test_a_stream_with_another_content_type_is_read(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [Response(streamed(*PARTS).body, media_type="text/plain")]
+    model.replies = [httpx.Response(200, text=sse(*map(chunk, PARTS), chunk("", "stop"), USAGE, "[DONE]").decode())]
     recorder = Recorder()
     assert (await ask(models, recorder)).text == TEXT
     assert recorder.all_of("text") == TEXT
 
 
 async def test_an_error_before_the_stream_is_handled_as_always(models: ModelClient, model: FakeModel) -> None:
-    model.replies = [error(500), error(429), streamed(TEXT)]
+    model.replies = [Failure(500), Failure(429), Reply(TEXT)]
     assert (await ask(models, Recorder())).text == TEXT
-    model.replies = [error(401)]
+    model.replies = [Failure(401)]
     with pytest.raises(ModelError, match="OPENAI_API_KEY"):
         await ask(models, Recorder())
 
 
-async def test_a_step_as_json_is_not_streamed(models: ModelClient, model: FakeModel) -> None:
+async def test_a_step_as_json_is_not_Reply(models: ModelClient, model: FakeModel) -> None:
     """A server without tools is asked for its next step, which is not an answer."""
     step = {"next_thought": "I look.", "next_tool_name": "look", "next_tool_args": {"q": "a"}}
-    model.replies = [error(400, message="tools are not supported"), answer(step)]
+    model.replies = [Failure(400, message="tools are not supported"), Reply(step)]
     recorder = Recorder()
     completion = await ask(models, recorder, tools=[TOOL])
     assert completion.tool_calls[0].function.name == "look"
@@ -587,8 +604,9 @@ async def test_silence_is_a_timeout(body: bytes, vllm: Callable[[str], None]) ->
 async def test_a_body_that_cannot_be_decompressed_is_requested_again(
     listener: Recorder | None, models: ModelClient, model: FakeModel
 ) -> None:
-    broken = Response(b"not gzip", headers={"Content-Encoding": "gzip"}, media_type="text/event-stream")
-    model.replies = [broken, answer(TEXT)]
+    headers = {"Content-Encoding": "gzip", "Content-Type": "text/event-stream"}
+    broken = httpx.Response(200, headers=headers, stream=httpx.ByteStream(b"not gzip"))
+    model.replies = [broken, Reply(TEXT)]
     assert (await models.complete(None, MESSAGES, SCHEMA, listener=listener)).text == TEXT
 
 
@@ -765,7 +783,7 @@ def of(output: Any = "a: str, n: list[int], when: date", **options: Any) -> Floc
 
 
 async def test_an_agent_emits_its_answer_field_by_field(model: FakeModel, emitted: Emitted) -> None:
-    model.replies = [streamed('{"a": "H', "e\\u00e9", '", "n": [1,', ' 2], "when": "2026-', '11-26"}')]
+    model.replies = [Reply(('{"a": "H', "e\\u00e9", '", "n": [1,', ' 2], "when": "2026-', '11-26"}'))]
     run = await run_of(of(), model)
     assert run.status is RunStatus.COMPLETED, run.error
     assert run.usage is not None
@@ -781,18 +799,18 @@ async def test_an_agent_emits_its_answer_field_by_field(model: FakeModel, emitte
 
 async def test_nothing_is_streamed_if_nobody_watches(model: FakeModel) -> None:
     """The client of a synchronous request gets the result; that of an asynchronous run may come for its text."""
-    model.replies = [answer({"a": "x", "n": [], "when": "2026-11-26"})] * 2
+    model.replies = [Reply({"a": "x", "n": [], "when": "2026-11-26"})] * 2
     async with of().engine(transport=model.transport) as engine:
         for is_async in (False, True):
             run = await engine.submit("ask", {"q": "?"}, is_async=is_async)
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
     assert model.requests[1]["stream"] is True
     assert not model.requests[0].keys() & {"stream", "stream_options"}
-    assert model.headers[0]["idempotency-key"].endswith("/0")
+    assert model.requests[0].headers["idempotency-key"].endswith("/0")
 
 
 async def test_an_invalid_answer_is_reset_before_the_next(model: FakeModel, emitted: Emitted) -> None:
-    model.replies = [streamed('{"a": "wrong", "n": "no"}'), streamed("not JSON"), streamed('{"a": "x", "n": []', "}")]
+    model.replies = [Reply('{"a": "wrong", "n": "no"}'), Reply("not JSON"), Reply(('{"a": "x", "n": []', "}"))]
     run = await run_of(of("a: str, n: list[int]"), model)
     assert run.status is RunStatus.COMPLETED, run.error
     assert emitted.kinds() == ["text", "value", "reset", "text", "value"]
@@ -801,7 +819,7 @@ async def test_an_invalid_answer_is_reset_before_the_next(model: FakeModel, emit
 
 @pytest.mark.parametrize("text", ['Sure: {"a": "y"}', '{"a": "y"} {"a": "z"}', '{"a": "y"', '{"a": "y", "a": "z"'])
 async def test_a_text_that_is_not_one_object_is_withdrawn(text: str, model: FakeModel, emitted: Emitted) -> None:
-    model.replies = [streamed(*text), streamed('{"a": "x"}')]
+    model.replies = [Reply(tuple(text)), Reply('{"a": "x"}')]
     run = await run_of(of("a: str"), model)
     assert run.status is RunStatus.COMPLETED, run.error
     assert emitted.kinds() == ["text", "reset", "text"]
@@ -809,13 +827,13 @@ async def test_a_text_that_is_not_one_object_is_withdrawn(text: str, model: Fake
 
 
 async def test_an_answer_in_a_code_fence_is_emitted(model: FakeModel, emitted: Emitted) -> None:
-    model.replies = [streamed(*'```json\n{"a": "x"}\n```')]
+    model.replies = [Reply(tuple('```json\n{"a": "x"}\n```'))]
     assert (await run_of(of("a: str"), model)).status is RunStatus.COMPLETED
     assert emitted.events == [("text", "ask", "a", "x")]
 
 
 async def test_the_last_invalid_answer_is_reset_too(model: FakeModel, emitted: Emitted) -> None:
-    model.replies = [streamed('{"a": "x"}')]
+    model.replies = [Reply('{"a": "x"}')]
     assert (await run_of(of("a: str, n: int", max_retries=0), model)).error_type == "invalid_output"
     assert emitted.kinds() == ["text", "reset"]
 
@@ -839,11 +857,11 @@ async def test_a_text_beside_tool_calls_is_not_output(model: FakeModel, emitted:
         before.append(emitted.output())
         return "found"
 
-    calls = [{"index": 0, "id": "1", "function": {"name": "look", "arguments": "{}"}}]
+    calls: list[tuple[str, Any]] = [("look", {})]
     model.replies = [
-        streamed("I look.", tool_calls=calls, finish_reason="tool_calls"),
-        streamed('{"a": "maybe"}', tool_calls=calls, finish_reason="tool_calls"),
-        streamed('{"a": "x"}'),
+        Reply("I look.", calls=calls),
+        Reply('{"a": "maybe"}', calls=calls),
+        Reply('{"a": "x"}'),
     ]
     run = await run_of(of("a: str", tools=[look]), model)
     assert run.status is RunStatus.COMPLETED, run.error
@@ -860,7 +878,7 @@ async def test_steps_as_json_are_not_output(model: FakeModel, emitted: Emitted) 
 
     step = {"next_thought": "I look.", "next_tool_name": "look", "next_tool_args": {}}
     finish = {"next_thought": "I know.", "next_tool_name": "finish", "next_tool_args": {}}
-    model.replies = [error(400, message="no tools"), answer(step), answer(finish), streamed('{"next_thought": "x"}')]
+    model.replies = [Failure(400, message="no tools"), Reply(step), Reply(finish), Reply('{"next_thought": "x"}')]
     run = await run_of(of("next_thought: str", tools=[look]), model)
     assert run.status is RunStatus.COMPLETED, run.error
     assert emitted.events == [("text", "ask", "next_thought", "x")]
@@ -872,8 +890,8 @@ async def test_a_reply_in_the_journal_is_not_emitted_again(model: FakeModel, emi
     def pay() -> str:
         return "paid"
 
-    calls = [{"index": 0, "id": "1", "function": {"name": "pay", "arguments": "{}"}}]
-    model.replies = [streamed('{"a": "wait"}', tool_calls=calls, finish_reason="tool_calls"), streamed('{"a": "x"}')]
+    calls: list[tuple[str, Any]] = [("pay", {})]
+    model.replies = [Reply('{"a": "wait"}', calls=calls), Reply('{"a": "x"}')]
     made = of("a: str", tools=[Tool(pay, needs_approval=True)])
     async with made.engine(transport=model.transport) as engine:
         run = await asked(engine, "ask", {"q": "?"})
@@ -889,7 +907,7 @@ async def test_a_reply_in_the_journal_is_not_emitted_again(model: FakeModel, emi
 async def test_reasoning_is_not_output(reasoning: bool, model: FakeModel, emitted: Emitted) -> None:
     """That of the model itself, and the field that an agent adds."""
     text = '{"reasoning": "I think.", "a": "x"}' if reasoning else '{"a": "x"}'
-    model.replies = [streamed(text, reasoning_content="Hm. ")]
+    model.replies = [Reply(text, reasoning="Hm. ")]
     run = await run_of(of("a: str", reasoning=reasoning), model)
     assert run.status is RunStatus.COMPLETED, run.error
     thoughts = "".join(event[2] for event in emitted.events if event[0] == "reasoning")
@@ -898,7 +916,7 @@ async def test_reasoning_is_not_output(reasoning: bool, model: FakeModel, emitte
 
 
 async def test_an_output_called_reasoning_is_output(model: FakeModel, emitted: Emitted) -> None:
-    model.replies = [streamed('{"reasoning": "because"}')]
+    model.replies = [Reply(('{"reasoning": "because"}',))]
     await run_of(of("reasoning: str"), model)
     assert emitted.events == [("text", "ask", "reasoning", "because")]
 
@@ -924,7 +942,7 @@ async def test_only_plain_strings_are_text(
     type_: str, text: str, kind: str, model: FakeModel, emitted: Emitted
 ) -> None:
     types = {"Short": Annotated[str, msgspec.Meta(max_length=9)], "Colour": enum.Enum("Colour", {"X": "x"})}
-    model.replies = [streamed(f'{{"a": {text[:2]}', f"{text[2:]}}}")]
+    model.replies = [Reply((f'{{"a": {text[:2]}', f"{text[2:]}}}"))]
     run = await run_of(of(f"a: {type_}", types=types), model)
     assert run.status is RunStatus.COMPLETED, run.error
     assert emitted.kinds() == [kind]
@@ -940,7 +958,7 @@ async def test_a_value_that_changes_when_it_is_read_is_not_emitted(model: FakeMo
         renamed: str = pydantic.Field(serialization_alias="other")
         parsed: pydantic.Json[int]
 
-    model.replies = [streamed('{"plain": "x", "secret": "S3CRET", "renamed": "r", "parsed": "1"}')]
+    model.replies = [Reply('{"plain": "x", "secret": "S3CRET", "renamed": "r", "parsed": "1"}')]
     run = await run_of(of(Output), model)
     assert run.status is RunStatus.COMPLETED, run.error
     assert emitted.output() == {"plain": "x"}
@@ -949,11 +967,10 @@ async def test_a_value_that_changes_when_it_is_read_is_not_emitted(model: FakeMo
 async def test_a_called_agent_emits_with_its_own_name(model: FakeModel, emitted: Emitted) -> None:
     made = of("a: str", tools=["helper"])
     made.add_agent(FlockFactory.create_default_agent("helper", input="q", output="b: str"))
-    calls = [{"index": 0, "id": "1", "function": {"name": "helper", "arguments": '{"q": "?"}'}}]
     model.replies = [
-        streamed(tool_calls=calls, finish_reason="tool_calls"),
-        streamed('{"b": "y"}'),
-        streamed('{"a": "x"}'),
+        Reply(calls=[("helper", {"q": "?"})]),
+        Reply('{"b": "y"}'),
+        Reply('{"a": "x"}'),
     ]
     run = await run_of(made, model)
     assert run.status is RunStatus.COMPLETED, run.error
@@ -1007,7 +1024,7 @@ async def test_litellm_itself_streams() -> None:
     """If the stream breaks off, the answer is requested without one."""
     pieces = ['{"a": "H', "i", '"}']
     good = sse(*map(chunk, pieces), chunk("", "stop"), {**chunk(), **USAGE}, "[DONE]")
-    bodies = [good, sse(chunk(pieces[0])), bytes(answer({"a": "whole"}).body)]
+    bodies = [good, sse(chunk(pieces[0])), json.dumps(Reply({"a": "whole"}).completion()).encode()]
 
     async def handle(stream: anyio.abc.SocketStream) -> None:
         received = b""
@@ -1025,4 +1042,4 @@ async def test_litellm_itself_streams() -> None:
         done = await anyio.run_process(command, env=env, stderr=subprocess.STDOUT, check=False)
     lines = [line for line in done.stdout.decode().splitlines() if line.startswith(("TEXT", "RESET", "ANSWER"))]
     first = ["RESET", *(f"TEXT {piece!r}" for piece in pieces), 'ANSWER {"a": "Hi"} 5']
-    assert lines == [*first, "RESET", f"TEXT {pieces[0]!r}", "RESET", 'ANSWER {"a": "whole"} 5'], done.stdout.decode()
+    assert lines == [*first, "RESET", f"TEXT {pieces[0]!r}", "RESET", 'ANSWER {"a":"whole"} 5'], done.stdout.decode()

@@ -29,11 +29,11 @@ from flock.engine.migrations import MIGRATIONS
 from flock.engine.store import Store
 from flock.errors import DefinitionError
 from flock.runs import Run, RunContext, now
+from flock.testing import Failure, FakeModel, Reply
 from flock.web.metrics import Metrics
 from flockapi import create_app
 from tests.support import PATIENCE_S, ROOT
 from tests.support.http import wait_for, wait_until
-from tests.support.models import FakeModel, answer, error
 from tests.support.servers import Served, flockapi_command, running
 
 pytestmark = pytest.mark.anyio
@@ -48,12 +48,12 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 async def test_a_trace_is_stored_with_the_run_and_sent_with_model_calls(
     is_async: bool, client: httpx.AsyncClient, model: FakeModel
 ) -> None:
-    model.replies = [answer("no JSON"), answer({"sentiment": "good", "keywords": []})]
+    model.replies = [Reply("no JSON"), Reply({"sentiment": "good", "keywords": []})]
     body = {"agent_name": "text_analyzer", "inputs": {"text": "hi"}, "async_run": is_async}
     run = (await client.post("/run/flock", json=body, headers={"traceparent": TRACEPARENT})).json()
     run = (await client.get(f"/run/{run['run_id']}?wait=10")).json()
     assert (run["status"], run["traceparent"]) == ("completed", TRACEPARENT)
-    assert [headers["traceparent"] for headers in model.headers] == [TRACEPARENT] * 2
+    assert [request.headers["traceparent"] for request in model.requests] == [TRACEPARENT] * 2
 
 
 async def test_a_trace_reaches_functions_and_batch_items(flock: Flock, client: httpx.AsyncClient) -> None:
@@ -91,11 +91,11 @@ async def test_an_invalid_trace_is_ignored(sent: str, stored: str | None, client
 async def test_duplicate_traces_are_ignored_and_not_sent_to_the_model(
     client: httpx.AsyncClient, model: FakeModel
 ) -> None:
-    model.replies = [answer({"sentiment": "good", "keywords": []})]
+    model.replies = [Reply({"sentiment": "good", "keywords": []})]
     headers = [("traceparent", TRACEPARENT)] * 2
     body = {"agent_name": "text_analyzer", "inputs": {"text": "hi"}}
     assert (await client.post("/run/flock", json=body, headers=headers)).json()["traceparent"] is None
-    assert "traceparent" not in model.headers[0]
+    assert "traceparent" not in model.requests[0].headers
 
 
 async def test_a_trace_passed_to_submit_is_validated(flock: Flock) -> None:
@@ -236,9 +236,9 @@ async def test_metrics_count_runs_steps_tokens_retries_and_requests(
         return "now"
 
     model.replies = [
-        error(429, retry_after_ms="1"),
-        answer({"sentiment": "good", "keywords": []}),
-        answer({"sentiment": "good", "keywords": []}),
+        Failure(429, headers={"retry-after-ms": "1"}),
+        Reply({"sentiment": "good", "keywords": []}),
+        Reply({"sentiment": "good", "keywords": []}),
     ]
     for agent_name, inputs in (("add", {"a": 1}), ("add", {"a": 2}), ("refuse", {"text": ""}), ("sometimes", {})):
         failed = (await client.post("/run/flock", json={"agent_name": agent_name, "inputs": inputs})).json()
@@ -307,7 +307,7 @@ async def test_a_run_interrupted_by_a_crash_is_counted_by_the_next_server(flock:
 
 
 async def test_tokens_of_unusable_answers_are_counted(client: httpx.AsyncClient, model: FakeModel) -> None:
-    model.replies = [answer("no JSON")] * 3
+    model.replies = [Reply("no JSON")] * 3
     body = {"agent_name": "text_analyzer", "inputs": {"text": "hi"}}
     assert (await client.post("/run/flock", json=body)).json()["error_type"] == "invalid_output"
     assert (await metrics_of(client))["flock_tokens_total text_analyzer input"] == 30

@@ -14,7 +14,6 @@ import anyio
 import anyio.lowlevel
 import httpx
 import pytest
-from starlette.responses import Response
 
 from flock.agents import pace
 from flock.agents.checks import problems
@@ -26,9 +25,10 @@ from flock.agents.replies import hold_s
 from flock.core import Flock, FlockFactory, Model
 from flock.errors import DefinitionError, ModelError
 from flock.runs import BatchOptions, RunStatus
+from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from tests.support import PATIENCE_S, ROOT
 from tests.support.engines import OpenEngine
-from tests.support.models import FakeModel, LimitedModel, answer, error
+from tests.support.models import LimitedModel
 
 pytestmark = pytest.mark.anyio
 
@@ -178,13 +178,13 @@ async def test_after_a_long_wait_one_call_is_sent_first(monkeypatch: pytest.Monk
     monkeypatch.setattr(pace, "PROBE_AFTER_S", 0.01)
     fake, arrived, in_flight = FakeModel(), list[int](), 0
 
-    async def reply(body: Any) -> Response:
+    async def reply(request: ModelRequest) -> Any:
         nonlocal in_flight
         in_flight += 1
         arrived.append(in_flight)
         await anyio.sleep(0.05)
         in_flight -= 1
-        return answer(ANSWER) if len(arrived) > 21 else error(429, retry_after="0.1")
+        return Reply(ANSWER) if len(arrived) > 21 else Failure(429, retry_after_s=0.1)
 
     fake.replies = [reply] * 42
     async with client(fake) as models, anyio.create_task_group() as tasks:
@@ -216,13 +216,13 @@ async def test_a_batch_meets_the_limit_of_its_provider() -> None:
 @pytest.mark.parametrize(
     "headers",
     [
-        pytest.param({"retry_after_ms": "60"}, id="milliseconds"),
-        pytest.param({"x_ratelimit_remaining_requests": "0", "x_ratelimit_reset_requests": "60ms"}, id="OpenAI"),
-        pytest.param({"retry_after": "soon", "x_ratelimit_remaining_tokens": "0", "x_ratelimit_reset_tokens": "0.06"}),
+        pytest.param({"retry-after-ms": "60"}, id="milliseconds"),
+        pytest.param({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "60ms"}, id="OpenAI"),
+        pytest.param({"retry-after": "soon", "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "0.06"}),
     ],
 )
 async def test_all_callers_wait_as_long_as_the_provider_asks(headers: dict[str, str], model: FakeModel) -> None:
-    model.replies = [error(429, **headers), answer(ANSWER), answer(ANSWER)]
+    model.replies = [Failure(429, headers=headers), Reply(ANSWER), Reply(ANSWER)]
     async with client(model) as models:
         started = time.monotonic()
         async with anyio.create_task_group() as tasks:
@@ -247,7 +247,7 @@ def test_headers_about_limits_are_read() -> None:
 
 @pytest.mark.parametrize("asked", ["1e9", "1e999", "100", "Fri, 31 Dec 2100 23:59:59 GMT"])
 async def test_a_run_does_not_wait_past_its_deadline(asked: str, model: FakeModel) -> None:
-    model.replies = [error(429, retry_after=asked)]
+    model.replies = [Failure(429, headers={"retry-after": asked})]
     async with client(model) as models:
         with anyio.fail_after(PATIENCE_S):
             failure = await failure_of(models)
@@ -258,13 +258,19 @@ async def test_a_run_does_not_wait_past_its_deadline(asked: str, model: FakeMode
 
 async def test_an_item_asks_again_after_the_longest_wait(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "MAX_WAIT_S", 0.05)
-    model.replies = [error(429, retry_after="1e9"), error(429, retry_after="1e9"), answer(ANSWER)]
+    model.replies = [
+        Failure(429, headers={"retry-after": "1e9"}),
+        Failure(429, headers={"retry-after": "1e9"}),
+        Reply(ANSWER),
+    ]
     async with client(model) as models:
         assert (await complete(models, caller=ITEM)).text
 
 
-@pytest.mark.parametrize("reply", [error(429), error(429, retry_after=formatdate(0, usegmt=True)), error(529)])
-async def test_refusals_for_ever_end_at_the_timeout_of_the_item(reply: Response) -> None:
+@pytest.mark.parametrize(
+    "reply", [Failure(429), Failure(429, headers={"retry-after": formatdate(0, usegmt=True)}), Failure(529)]
+)
+async def test_refusals_for_ever_end_at_the_timeout_of_the_item(reply: Any) -> None:
     fake = FakeModel()
     fake.replies = [reply] * 10_000
     async with asking("openai/m").engine(transport=fake.transport) as engine:
@@ -276,14 +282,14 @@ async def test_refusals_for_ever_end_at_the_timeout_of_the_item(reply: Response)
 
 
 async def test_waiting_does_not_count_for_the_timeout_of_the_agent(model: FakeModel) -> None:
-    model.replies = [error(429, retry_after="0.6"), answer(ANSWER)]
+    model.replies = [Failure(429, retry_after_s=0.6), Reply(ANSWER)]
     async with asking("openai/m", timeout_s=0.3).engine(transport=model.transport) as engine:
         run = await engine.submit("ask", {"number": 1})
         assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
 
 
 async def test_the_record_says_what_a_run_waits_for(model: FakeModel, open_engine: OpenEngine) -> None:
-    model.replies = [error(429, retry_after="60")]
+    model.replies = [Failure(429, retry_after_s=60)]
     async with open_engine(asking("openai/m"), transport=model.transport) as engine:
         run = await engine.submit("ask", {"number": 1})
         with anyio.fail_after(PATIENCE_S):
@@ -301,37 +307,37 @@ async def test_the_record_says_what_a_run_waits_for(model: FakeModel, open_engin
 async def test_a_used_up_quota_ends_all_calls_with_its_key_at_once(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model.replies = [error(429, "insufficient_quota")]
+    model.replies = [Failure(429, "insufficient_quota")]
     async with client(model) as models:
         assert (await failure_of(models)).error_type == "model_quota"
         assert (await failure_of(models, caller=ITEM)).error_type == "model_quota"
         assert len(model.requests) == 1
-        model.replies = [answer(ANSWER)]
+        model.replies = [Reply(ANSWER)]
         assert await complete(models, Model("openai/m", api_key="another")), "another key has its own quota"
 
 
 # Outages
 
 
-class Server:
+class Server(FakeModel):
     """A provider that can be down: it refuses connections, or responds with a status."""
 
     def __init__(self) -> None:
         self.is_down: int | bool = False
         self.asked = self.answered = 0
         self.answered_50 = anyio.Event()
-        self.transport = httpx.MockTransport(self._reply)
+        super().__init__(self._reply)
 
-    async def _reply(self, request: httpx.Request) -> httpx.Response:
+    def _reply(self, request: ModelRequest) -> Any:
         self.asked += 1
         if self.is_down is True:
-            raise httpx.ConnectError("refused")
+            raise ConnectionError
         if self.is_down:
-            return httpx.Response(self.is_down)
+            return Failure(self.is_down)
         self.answered += 1
         if self.answered == 50:
             self.answered_50.set()
-        return httpx.Response(200, content=bytes(answer(ANSWER).body))
+        return Reply(ANSWER)
 
 
 @pytest.fixture
@@ -386,12 +392,12 @@ async def test_a_run_fails_in_an_outage_after_three_attempts(quick_probes: None)
 async def test_an_item_that_fails_while_others_are_answered_is_not_an_outage(quick_probes: None) -> None:
     asked: list[str] = []
 
-    def reply(request: httpx.Request) -> httpx.Response:
-        is_bad = b'\\"number\\": 7}' in request.content
+    def reply(request: ModelRequest) -> Any:
+        is_bad = '"number": 7}' in request.text
         asked.append("bad" if is_bad else "good")
-        return httpx.Response(502) if is_bad else httpx.Response(200, content=bytes(answer(ANSWER).body))
+        return Failure(502) if is_bad else Reply(ANSWER)
 
-    async with asking("openai/m").engine(transport=httpx.MockTransport(reply)) as engine:
+    async with asking("openai/m").engine(transport=FakeModel(reply).transport) as engine:
         rows = [{"number": number} for number in range(60)]
         batch = await engine.submit_batch("ask", rows, BatchOptions(max_workers=2))
         with anyio.fail_after(PATIENCE_S):
@@ -433,13 +439,13 @@ async def test_tokens_per_minute_are_corrected_by_what_was_used() -> None:
 async def test_max_concurrency_limits_the_calls_of_all_runs(model: FakeModel) -> None:
     in_flight, most = 0, 0
 
-    async def reply(body: Any) -> Response:
+    async def reply(request: ModelRequest) -> Any:
         nonlocal in_flight, most
         in_flight += 1
         most = max(most, in_flight)
         await anyio.sleep(0.005)
         in_flight -= 1
-        return answer(ANSWER)
+        return Reply(ANSWER)
 
     model.replies = [reply] * 20
     async with client(model, Model("openai/m", max_concurrency=3)) as models, anyio.create_task_group() as tasks:
@@ -493,7 +499,7 @@ def test_secrets_of_a_model_are_not_shown() -> None:
 
 
 async def test_a_model_has_its_own_address_key_headers_and_body(model: FakeModel) -> None:
-    model.replies = [answer(ANSWER)]
+    model.replies = [Reply(ANSWER)]
     own = Model(
         "mine/m:1",
         base_url="http://gateway.example/v2/",
@@ -504,7 +510,7 @@ async def test_a_model_has_its_own_address_key_headers_and_body(model: FakeModel
     async with client(model, own) as models:
         completion = await complete(models)
     assert completion.model == "mine/m:1"
-    sent = model.headers[0]
+    sent = model.requests[0].headers
     assert (sent["host"], sent["authorization"], sent["x-team"]) == ("gateway.example", "Bearer k", "a")
     assert (model.requests[0]["model"], model.requests[0]["user"]) == ("m:1", "u")
 
@@ -529,21 +535,21 @@ def asked(model: FakeModel) -> list[str]:
 @pytest.mark.parametrize(
     ("replies", "is_left_alone"),
     [
-        pytest.param([error(503)] * 3, True, id="outage"),
-        pytest.param([error(429, "insufficient_quota")], True, id="no quota left"),
-        pytest.param([error(429, retry_after="60")], True, id="a long wait"),
-        pytest.param([error(404)], False, id="unknown model"),
-        pytest.param([error(401)], False, id="rejected key"),
+        pytest.param([Failure(503)] * 3, True, id="outage"),
+        pytest.param([Failure(429, "insufficient_quota")], True, id="no quota left"),
+        pytest.param([Failure(429, retry_after_s=60)], True, id="a long wait"),
+        pytest.param([Failure(404)], False, id="unknown model"),
+        pytest.param([Failure(401)], False, id="rejected key"),
     ],
 )
 async def test_the_next_model_is_asked(
-    replies: list[Response], is_left_alone: bool, both: ModelClient, model: FakeModel
+    replies: list[Failure], is_left_alone: bool, both: ModelClient, model: FakeModel
 ) -> None:
-    model.replies = [*replies, answer(ANSWER)]
+    model.replies = [*replies, Reply(ANSWER)]
     completion = await complete(both, idempotency_key="k")
     assert completion.model == SECOND
-    assert [headers["idempotency-key"] for headers in model.headers][-1] == "k/model2"
-    model.replies = [*([] if is_left_alone else replies), answer(ANSWER)]
+    assert [request.headers["idempotency-key"] for request in model.requests][-1] == "k/model2"
+    model.replies = [*([] if is_left_alone else replies), Reply(ANSWER)]
     before = len(model.requests)
     assert (await complete(both)).model == SECOND
     assert asked(model)[before:] == ([] if is_left_alone else ["first"]) + ["second"]
@@ -552,10 +558,7 @@ async def test_the_next_model_is_asked(
 async def test_the_next_model_is_asked_after_one_timeout(
     both: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def too_late(body: Any) -> Response:
-        raise httpx.ReadTimeout("no answer")
-
-    model.replies = [too_late, answer(ANSWER)]
+    model.replies = [TimeoutError(), Reply(ANSWER)]
     assert (await complete(both)).model == SECOND
     assert asked(model) == ["first", "second"]
 
@@ -563,22 +566,22 @@ async def test_the_next_model_is_asked_after_one_timeout(
 @pytest.mark.parametrize(
     "reply",
     [
-        error(400),
-        error(422),
-        error(400, "context_length_exceeded"),
-        error(400, "content_filter"),
-        answer(None, refusal="no"),
-        answer("{", finish_reason="length"),
+        Failure(400),
+        Failure(422),
+        Failure(400, "context_length_exceeded"),
+        Failure(400, "content_filter"),
+        Reply(None, refusal="no"),
+        Reply("{", finish_reason="length"),
     ],
 )
-async def test_bad_input_is_not_sent_to_another_model(reply: Response, both: ModelClient, model: FakeModel) -> None:
+async def test_bad_input_is_not_sent_to_another_model(reply: Any, both: ModelClient, model: FakeModel) -> None:
     model.replies = [reply]
     await failure_of(both)
     assert asked(model) == ["first"]
 
 
 async def test_a_short_wait_is_not_a_reason_for_another_model(both: ModelClient, model: FakeModel) -> None:
-    model.replies = [error(429, retry_after="0.05"), answer(ANSWER)]
+    model.replies = [Failure(429, retry_after_s=0.05), Reply(ANSWER)]
     assert (await complete(both)).model == FIRST
 
 
@@ -587,11 +590,11 @@ async def test_a_failed_provider_is_left_alone_and_then_asked_by_one_call(
 ) -> None:
     monkeypatch.setattr(pace, "LEFT_ALONE_S", 0.2)
     monkeypatch.setattr(pace, "MIN_PROBE_PAUSE_S", 0.1)
-    model.replies = [*[error(500)] * 3, answer(ANSWER), answer(ANSWER)]
+    model.replies = [*[Failure(500)] * 3, Reply(ANSWER), Reply(ANSWER)]
     for _ in range(2):
         assert (await complete(both)).model == SECOND
     await anyio.sleep(0.25)
-    model.replies = [answer(ANSWER), answer(ANSWER)]
+    model.replies = [Reply(ANSWER), Reply(ANSWER)]
     assert [(await complete(both)).model for _ in range(2)] == [FIRST, FIRST]
 
 
@@ -621,7 +624,7 @@ async def test_a_step_says_which_model_has_answered(
     model: FakeModel, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GROQ_API_KEY", "key")
-    model.replies = [error(404), answer("no"), answer(ANSWER)]
+    model.replies = [Failure(404), Reply("no"), Reply(ANSWER)]
     async with open_engine(asking([FIRST, SECOND]), transport=model.transport) as engine:
         run = await engine.submit("ask", {"number": 1})
         run = await engine.wait(run.run_id)
@@ -634,12 +637,12 @@ async def test_a_step_says_which_model_has_answered(
 async def test_a_batch_goes_on_with_another_model_in_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GROQ_API_KEY", "key")
 
-    def reply(request: httpx.Request) -> httpx.Response:
-        if "groq" in request.url.host:
-            return httpx.Response(200, content=bytes(answer(ANSWER).body))
-        raise httpx.ConnectError("refused")
+    def reply(request: ModelRequest) -> Reply:
+        if "groq" in request.headers["host"]:
+            return Reply(ANSWER)
+        raise ConnectionError
 
-    async with asking([FIRST, SECOND]).engine(transport=httpx.MockTransport(reply)) as engine:
+    async with asking([FIRST, SECOND]).engine(transport=FakeModel(reply).transport) as engine:
         batch = await engine.submit_batch("ask", [{"number": n} for n in range(100)], BatchOptions(max_workers=20))
         with anyio.fail_after(PATIENCE_S):
             batch = await engine.wait_batch(batch.batch_id)
@@ -668,7 +671,7 @@ def test_a_batch_survives_that_its_provider_stops() -> None:
 
 
 async def ask_provider(model: FakeModel, name: str, **options: Any) -> Any:
-    model.replies = [answer(ANSWER)]
+    model.replies = [Reply(ANSWER)]
     async with client(model, name) as models:
         await complete(models, **options)
     return model.requests[-1]
@@ -682,7 +685,7 @@ async def test_azure_has_a_url_for_each_deployment(monkeypatch: pytest.MonkeyPat
 
     def reply(request: httpx.Request) -> httpx.Response:
         urls.append(request)
-        return httpx.Response(200, content=bytes(answer(ANSWER).body))
+        return httpx.Response(200, json=Reply(ANSWER).completion())
 
     async with ModelClient("azure/my-gpt", transport=httpx.MockTransport(reply)) as models:
         await complete(models)
@@ -695,14 +698,17 @@ async def test_azure_has_a_url_for_each_deployment(monkeypatch: pytest.MonkeyPat
 async def test_gemini_accepts_the_key_of_google(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOOGLE_API_KEY", "of-google")
     await ask_provider(model, "gemini/gemini-2.5-flash")
-    assert model.headers[0]["authorization"] == "Bearer of-google"
+    assert model.requests[0].headers["authorization"] == "Bearer of-google"
 
 
 async def test_any_provider_with_an_address_is_built_in(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_GATEWAY_BASE_URL", "http://gateway.example/v1")
     monkeypatch.setenv("MY_GATEWAY_API_KEY", "mine")
     await ask_provider(model, "my-gateway/m")
-    assert (model.headers[0]["host"], model.headers[0]["authorization"]) == ("gateway.example", "Bearer mine")
+    assert (model.requests[0].headers["host"], model.requests[0].headers["authorization"]) == (
+        "gateway.example",
+        "Bearer mine",
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import flock.agents.agent
 import flock.core
 import flock.errors
 import flock.runs
+import flock.testing
 import flockapi
 from flock.extras import pip_install
 from tests.support import EXAMPLES, ROOT
@@ -111,7 +112,7 @@ def test_a_user_program_passes_the_type_checkers(python: Path, tmp_path: Path) -
     named = {
         alias.name for node in ast.walk(ast.parse(program)) if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    for module in (flock.agents.agent, flock.core, flock.errors, flock.runs, flockapi):
+    for module in (flock.agents.agent, flock.core, flock.errors, flock.runs, flock.testing, flockapi):
         assert set(module.__all__) <= named
     mistaken = "import flock.core, flockapi\nflockapi.create_app(flock.core.Flock(1))\nflockapi.create_app(doc=1)\n"
     mistaken += "flockapi.create_app(flock.core.Flock(), doc=1)\n"

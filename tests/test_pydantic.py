@@ -21,10 +21,10 @@ from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError, InvalidData, SignatureError
 from flock.runs import Engine, Run, RunContext, RunStatus
+from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
 from tests.support.http import check_problem
-from tests.support.models import FakeModel, answer
 
 pytestmark = pytest.mark.anyio
 
@@ -268,7 +268,7 @@ async def test_a_model_sees_the_schema_for_reading_and_a_client_that_for_writing
     flock: Flock, client: httpx.AsyncClient, model: FakeModel
 ) -> None:
     flock.add_agent(FlockFactory.create_default_agent("till", input="total: float", output=Receipt))
-    model.replies = [answer({"no": 7}), answer({"no": 7, "paid": "9.50"})]
+    model.replies = [Reply({"no": 7}), Reply({"no": 7, "paid": "9.50"})]
     response = await client.post("/run/flock", json={"agent_name": "till", "inputs": {"total": 9.5}})
     assert response.json()["result"] == {"receiptNumber": 7, "paid": "9.50 €", "is_free": False}
     sent = model.requests[0]["response_format"]["json_schema"]
@@ -285,7 +285,7 @@ async def test_a_model_that_always_violates_a_constraint_fails_with_the_reason(
 ) -> None:
     made = FlockFactory.create_default_agent("pick", output="line: Line | the best", types=TYPES, max_retries=1)
     flock.add_agent(made)
-    model.replies = [answer({"line": {"sku": "x", "count": 0}})] * 2
+    model.replies = [Reply({"line": {"sku": "x", "count": 0}})] * 2
     run = (await client.post("/run/flock", json={"agent_name": "pick"})).json()
     assert (run["status"], run["error_type"]) == ("failed", "invalid_output")
     assert "/line/count: Input should be greater than or equal to 1." in run["error"]
@@ -305,7 +305,7 @@ async def test_inputs_of_a_model_agent_are_written_by_their_aliases(
     flock.add_agent(
         FlockFactory.create_default_agent("sum_up", input="order: Order", output="text", types=TYPES, reasoning=True)
     )
-    model.replies = [answer({"reasoning": "…", "text": "two cups"})]
+    model.replies = [Reply({"reasoning": "…", "text": "two cups"})]
     await client.post("/run/flock", json={"agent_name": "sum_up", "inputs": {"order": ORDER}})
     assert (
         '{"order": {"orderId": 1, "lines": [{"sku": "cup", "count": 2}]' in model.requests[0]["messages"][1]["content"]
@@ -401,7 +401,7 @@ async def test_an_example_and_a_branch_may_be_models(flock: Flock, client: httpx
         next_agent={"left": None, "right": None},
     )
     flock.add_agent(made)
-    model.replies = [answer({"way": "right"})]
+    model.replies = [Reply({"way": "right"})]
     run = (await client.post("/run/flock", json={"agent_name": "choose", "inputs": {"order": ORDER}})).json()
     assert run["result"] == {"way": "right"}
     assert model.requests[0]["messages"][2]["content"] == '{"way":"left"}'

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from tests.support import EXAMPLES, PATIENCE_S
-from tests.support.models import socket_server
 from tests.support.servers import flockapi_command, running, workers_of
+from tests.support.sockets import socket_server
 
 RUNS = 200
 FLOCK = """

@@ -14,9 +14,10 @@ import pytest
 
 from flock.core import Flock, FlockFactory
 from flock.runs import RunContext, RunStatus
+from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
-from tests.support.models import FakeModel, answer, usage_of_gpt_4o
+from tests.support.models import usage_of_gpt_4o
 from tests.test_calls import ended, interrupt, result_of
 
 pytestmark = pytest.mark.anyio
@@ -115,19 +116,19 @@ async def test_the_tokens_of_called_agents_count_once(tmp_path: Path, model: Fak
             await anyio.sleep_forever()
         return str((await context.run_agent("ask", {"x": "b"}))["y"])
 
-    model.replies = [answer({"y": str(number)}) for number in range(3)]
+    model.replies = [Reply({"y": str(number)}) for number in range(3)]
     store = tmp_path / "flock.db"
     run_id = await interrupt(flock, store, "work", reached, transport=model.transport)
     async with flock.engine(store=store, transport=model.transport, max_tokens=31) as engine:
         run = await engine.wait(run_id)
         assert (result_of(run), run.usage) == ("2", usage_of_gpt_4o(30, 15))
         assert (await engine.get_run(run_id)).usage == run.usage
-    model.replies = [answer({"y": "again"}) for _ in range(2)]
+    model.replies = [Reply({"y": "again"}) for _ in range(2)]
     async with flock.engine(transport=model.transport, max_tokens=30) as engine:
         run = await ended(engine, "work")
     assert run.error is not None
     assert run.error.startswith("Stopped after 30 tokens, before 'ask' called its model.")
-    keys = [headers["idempotency-key"] for headers in model.headers]
+    keys = [request.headers["idempotency-key"] for request in model.requests]
     assert len(set(keys[:3])) == 3, "each call has a key of its own"
 
 

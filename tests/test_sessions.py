@@ -19,12 +19,12 @@ from flock.engine.migrations import MIGRATIONS, _add_sessions
 from flock.engine.turns import MAX_HISTORY_BYTES
 from flock.errors import Conflict, DefinitionError, SessionNotFound
 from flock.runs import Engine, Principal, Run, RunFilter, RunStatus, now
+from flock.testing import FakeModel, Reply
 from flock.web.auth import ScopedEngine
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import engine_with_worker
 from tests.support.engines import OpenEngine, until
-from tests.support.models import FakeModel, answer
 from tests.support.servers import serving
 
 if TYPE_CHECKING:
@@ -481,7 +481,7 @@ def chat(**options: Any) -> Flock:
 async def say(
     engine: Engine, model: FakeModel, text: str, reply: Any, session_id: str | None = "s", **more: Any
 ) -> Run:
-    model.replies.append(answer(reply))
+    model.replies.append(Reply(reply))
     agent_name = more.pop("agent_name", "chat")
     return await ended(engine, await engine.submit(agent_name, {"text": text}, session_id=session_id, **more))
 
@@ -542,7 +542,7 @@ async def test_a_step_that_runs_again_has_the_same_history(open_engine: OpenEngi
     async with open_engine(chat(max_retries=0), transport=model.transport) as engine:
         await say(engine, model, "q0", {"reply": "a0"})
         failed = await say(engine, model, "q1", "no JSON")
-        model.replies.append(answer({"reply": "a1"}))
+        model.replies.append(Reply({"reply": "a1"}))
         await engine.retry_run(failed.run_id)
         assert (await ended(engine, failed)).status is RunStatus.COMPLETED
         assert model.requests[-1]["messages"] == model.requests[-2]["messages"]

@@ -58,13 +58,13 @@ from flock.temporal.messages import (
 from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import run_of
 from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
+from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S, ROOT
 from tests.support.cluster import temporal_server
 from tests.support.engines import ended, until
 from tests.support.flocks import CALLING_TOOLS, Gate, Work, numbers, sample_flock
-from tests.support.models import FakeModel, answer, calling
-from tests.support.servers import Served, Server, flockapi_command, free_port, running
+from tests.support.servers import Server, flockapi_command, free_port, running
 
 pytestmark = pytest.mark.anyio
 
@@ -1201,21 +1201,19 @@ async def test_replies_of_models_and_calls_of_tools_outlive_their_worker(
     target.write_text(CALLING_TOOLS.format(name=new_id(), log=str(log)))
     flock: Flock = runpy.run_path(str(target))["flock"]
     notes = [("note", {"word": "a"}), ("note", {"word": "fail"})]
-    model.replies = [calling(*notes), calling(("hang", {})), answer({"a": "x"})]
-    async with (
-        Served(model.app) as provider,
-        TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine,
-    ):
-        monkeypatch.setenv("OLLAMA_BASE_URL", f"{provider.url}/v1")
-        with working(target, temporal_address, options=["--drain-timeout", "0"]) as doomed:
-            run_id = (await engine.submit("ask", {"q": "?"})).run_id
-            with anyio.fail_after(PATIENCE_S):
-                while "hang" not in log.read_text():  # noqa: ASYNC110 - another process writes it
-                    await anyio.sleep(0.02)
-            doomed.kill()
-            doomed.wait()
-        with working(target, temporal_address):
-            run = await engine.wait(run_id, PATIENCE_S)
+    model.replies = [Reply(calls=[*notes]), Reply(calls=[("hang", {})]), Reply({"a": "x"})]
+    with model.serve() as url:
+        monkeypatch.setenv("OLLAMA_BASE_URL", url)
+        async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+            with working(target, temporal_address, options=["--drain-timeout", "0"]) as doomed:
+                run_id = (await engine.submit("ask", {"q": "?"})).run_id
+                with anyio.fail_after(PATIENCE_S):
+                    while "hang" not in log.read_text():  # noqa: ASYNC110 - another process writes it
+                        await anyio.sleep(0.02)
+                doomed.kill()
+                doomed.wait()
+            with working(target, temporal_address):
+                run = await engine.wait(run_id, PATIENCE_S)
     assert run.result is not None
     assert (run.status, bytes(run.result)) == (RunStatus.COMPLETED, b'{"a":"x"}')
     assert run.usage == Usage(input_tokens=30, output_tokens=15)

@@ -7,6 +7,7 @@ import re
 import runpy
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,11 +22,12 @@ from flock.agents.tools import MAX_RESULT_CHARS, Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, DefinitionError, SignatureError
 from flock.runs import Engine, Run, RunContext, RunStatus, Usage
+from flock.testing import Failure, FakeModel, Reply
 from tests.support import EXAMPLES, PATIENCE_S
 from tests.support.engines import OpenEngine
 from tests.support.flocks import CALLING_TOOLS
-from tests.support.models import FakeModel, answer, calling, error, usage_of_gpt_4o
-from tests.support.servers import Served, serving
+from tests.support.models import usage_of_gpt_4o
+from tests.support.servers import serving
 
 pytestmark = pytest.mark.anyio
 
@@ -78,7 +80,7 @@ async def test_a_model_calls_tools_and_then_answers(open_engine: OpenEngine, mod
         """
         return {"country": country, "agent": context.agent_name, "most": most}
 
-    model.replies = [calling(("add", {"a": 1, "b": 2}), ("city", {"country": "se"})), answer({"a": "done"})]
+    model.replies = [Reply(calls=[("add", {"a": 1, "b": 2}), ("city", {"country": "se"})]), Reply({"a": "done"})]
     async with open_engine(flock_of(add, city), transport=model.transport) as engine:
         run = await ended(engine)
     assert run.status is RunStatus.COMPLETED, run.error
@@ -130,7 +132,7 @@ async def test_the_calls_of_one_reply_run_at_the_same_time(model: FakeModel) -> 
         return f"met {n}"
 
     rounds = [(name, {"n": n}) for name in ("meet", "meet_in_thread") for n in (1, 2)]
-    model.replies = [calling(*rounds), answer({"a": "done"})]
+    model.replies = [Reply(calls=[*rounds]), Reply({"a": "done"})]
     assert await answered(flock_of(meet, meet_in_thread), model) == "done"
     assert results(model.requests[1]) == ["met 1", "met 2"] * 2
 
@@ -148,7 +150,7 @@ async def test_a_tool_may_be_a_method_an_object_or_have_another_name(model: Fake
 
     tools = [Box().look, Tool(Box(), name="plus-1"), Tool(functools.partial(add, b=5), name="plus_5", description="+5")]
     replies = [("look", {"name": "Ann"}), ("plus-1", {"x": 1}), ("plus_5", {"a": 1})]
-    model.replies = [calling(*replies), answer({"a": "done"})]
+    model.replies = [Reply(calls=[*replies]), Reply({"a": "done"})]
     await answered(flock_of(*tools), model)
     assert results(model.requests[1]) == ["looked for Ann", "2", "6"]
     assert [tool["function"]["description"] for tool in model.requests[0]["tools"]] == ["", "", "+5"]
@@ -174,7 +176,7 @@ async def test_a_tool_may_be_a_method_an_object_or_have_another_name(model: Fake
 async def test_an_invalid_call_goes_back_to_the_model_with_the_reason(
     name: str, arguments: Any, result: str, model: FakeModel
 ) -> None:
-    model.replies = [calling((name, arguments)), calling(("add", {"a": 1, "b": 1})), answer({"a": "done"})]
+    model.replies = [Reply(calls=[(name, arguments)]), Reply(calls=[("add", {"a": 1, "b": 1})]), Reply({"a": "done"})]
     await answered(flock_of(add), model)
     (text,) = results(model.requests[1])
     assert text.startswith(result)
@@ -191,7 +193,7 @@ async def test_an_exception_is_one_line_for_the_model(model: FakeModel, caplog: 
     async def refuse() -> None:
         raise AgentError("There is no such city.\nTry another.")
 
-    model.replies = [calling(("explode", {}), ("refuse", {})), answer({"a": "done"})] * 2
+    model.replies = [Reply(calls=[("explode", {}), ("refuse", {})]), Reply({"a": "done"})] * 2
     flock = flock_of(explode, refuse)
     await answered(flock, model)
     told = "Error: There is no such city.\\nTry another."
@@ -203,14 +205,14 @@ async def test_an_exception_is_one_line_for_the_model(model: FakeModel, caplog: 
 
 
 async def test_a_long_result_is_cut(model: FakeModel) -> None:
-    model.replies = [calling(("long", {})), answer({"a": "done"})]
+    model.replies = [Reply(calls=[("long", {})]), Reply({"a": "done"})]
     await answered(flock_of(Tool(lambda: "x" * 2_000_000, name="long")), model)
     (text,) = results(model.requests[1])
     assert text == "x" * MAX_RESULT_CHARS + "… (cut: 1950000 more characters)"
 
 
 async def test_a_result_of_20_mb_is_an_error_for_the_model(model: FakeModel) -> None:
-    model.replies = [calling(("long", {}), ("odd", {})), answer({"a": "done"})]
+    model.replies = [Reply(calls=[("long", {}), ("odd", {})]), Reply({"a": "done"})]
     await answered(flock_of(Tool(lambda: "x" * 20_000_000, name="long"), Tool(lambda: object(), name="odd")), model)
     long, odd = results(model.requests[1])
     assert long.startswith("Error: The result of the call 'long' has 20000002 bytes, more than the maximum (16777216")
@@ -228,7 +230,7 @@ async def test_a_hundred_calls_in_one_reply_are_limited(model: FakeModel) -> Non
         made.append(n)
         return n
 
-    model.replies = [calling(*(("count", {"n": n}) for n in range(100))), answer({"a": "done"})]
+    model.replies = [Reply(calls=[*(("count", {"n": n}) for n in range(100))]), Reply({"a": "done"})]
     assert await answered(flock_of(count), model) == "done"
     assert sorted(made) == list(range(10))
     request = model.requests[1]
@@ -242,7 +244,7 @@ async def test_a_hundred_calls_in_one_reply_are_limited(model: FakeModel) -> Non
 
 async def test_a_model_that_never_answers_is_stopped(model: FakeModel) -> None:
     """After ``max_tool_calls``, a reply with more calls has no answer."""
-    model.replies = [calling(("add", {"a": 1, "b": 1}))] * 4
+    model.replies = [Reply(calls=[("add", {"a": 1, "b": 1})])] * 4
     async with flock_of(add, max_tool_calls=3).engine(transport=model.transport) as engine:
         run = await ended(engine)
     assert run.error_type == "model_bad_response"
@@ -262,7 +264,10 @@ async def test_a_tool_that_hangs_ends_after_its_timeout(model: FakeModel) -> Non
     def hang_in_thread() -> None:
         may_end.wait(PATIENCE_S)
 
-    model.replies = [calling(("hang", {}), ("hang_in_thread", {}), ("add", {"a": 1, "b": 1})), answer({"a": "done"})]
+    model.replies = [
+        Reply(calls=[("hang", {}), ("hang_in_thread", {}), ("add", {"a": 1, "b": 1})]),
+        Reply({"a": "done"}),
+    ]
     async with flock_of(hang, hang_in_thread, add, tool_timeout_s=1).engine(transport=model.transport) as engine:
         run = await ended(engine)
         may_end.set()
@@ -278,7 +283,7 @@ async def test_the_timeout_of_the_agent_covers_a_tool_in_a_thread(model: FakeMod
     def hang() -> None:
         may_end.wait(PATIENCE_S)
 
-    model.replies = [calling(("hang", {}))]
+    model.replies = [Reply(calls=[("hang", {})])]
     async with flock_of(hang, timeout_s=0.3).engine(transport=model.transport) as engine:
         run = await ended(engine)
         may_end.set()
@@ -295,7 +300,7 @@ async def test_a_cancelled_run_cancels_its_tools(model: FakeModel) -> None:
         finally:
             cancelled.append(True)
 
-    model.replies = [calling(("hang", {}))]
+    model.replies = [Reply(calls=[("hang", {})])]
     async with flock_of(hang).engine(transport=model.transport) as engine:
         run = await engine.submit("ask", {"q": "?"})
         await running.wait()
@@ -305,13 +310,13 @@ async def test_a_cancelled_run_cancels_its_tools(model: FakeModel) -> None:
 
 
 async def test_the_tokens_of_tool_calls_count_for_max_tokens(model: FakeModel) -> None:
-    model.replies = [calling(("add", {"a": 1, "b": 1}))]
+    model.replies = [Reply(calls=[("add", {"a": 1, "b": 1})])]
     async with flock_of(add).engine(transport=model.transport, max_tokens=15) as engine:
         assert (await ended(engine)).error_type == "too_many_tokens"
 
 
 async def test_an_invalid_answer_after_calls_is_repaired_without_tools(model: FakeModel) -> None:
-    model.replies = [calling(("add", {"a": 1, "b": 1})), answer("It is 2."), answer({"a": "2"})]
+    model.replies = [Reply(calls=[("add", {"a": 1, "b": 1})]), Reply("It is 2."), Reply({"a": "2"})]
     assert await answered(flock_of(add), model) == "2"
     request = model.requests[2]
     assert ("tools" in request, request["response_format"]["type"]) == (False, "json_schema")
@@ -337,7 +342,7 @@ async def test_another_agent_is_a_tool(open_engine: OpenEngine, model: FakeModel
         return True
 
     calls = [("re_search", {"topic": "tea"}), ("check", {"fact": "hot"}), ("check", {"fact": "green"})]
-    model.replies = [calling(*calls), answer({"facts": ["hot"]}), answer({"a": "done"})]
+    model.replies = [Reply(calls=[*calls]), Reply({"facts": ["hot"]}), Reply({"a": "done"})]
     async with open_engine(flock, transport=model.transport) as engine:
         run = await ended(engine)
     assert (run.status, run.error) == (RunStatus.COMPLETED, None)
@@ -351,7 +356,7 @@ async def test_another_agent_is_a_tool(open_engine: OpenEngine, model: FakeModel
 async def test_an_agent_that_is_its_own_tool_ends_at_max_steps(model: FakeModel) -> None:
     async def reply(request: Any) -> Any:
         is_first = request["messages"][-1]["role"] == "user" and "tools" in request
-        return calling(("ask", {"q": "?"})) if is_first else answer({"a": "done"})
+        return Reply(calls=[("ask", {"q": "?"})]) if is_first else Reply({"a": "done"})
 
     model.replies = [reply] * 4
     flock = flock_of("ask")
@@ -385,8 +390,8 @@ FINISH = {"next_thought": "I know.", "next_tool_name": "finish", "next_tool_args
 )
 async def test_a_server_without_tools_is_asked_for_steps_as_json(status: int, message: str, model: FakeModel) -> None:
     """The rejection is remembered for this model. Status 500 is tried three times."""
-    rejections = [error(status, message=message, retry_after="0")] * (3 if status == 500 else 1)
-    model.replies = [*rejections, *[answer(STEP), answer(FINISH), answer({"a": "3"})] * 2]
+    rejections = [Failure(status, message=message, retry_after_s=0)] * (3 if status == 500 else 1)
+    model.replies = [*rejections, *[Reply(STEP), Reply(FINISH), Reply({"a": "3"})] * 2]
     async with flock_of(add, model="ollama/gemma3").engine(transport=model.transport) as engine:
         for _ in range(2):
             run = await ended(engine)
@@ -403,10 +408,8 @@ async def test_a_server_without_tools_is_asked_for_steps_as_json(status: int, me
     assert json.loads(second["messages"][2]["content"]) == STEP
     assert second["messages"][3]["content"].startswith("add returned: 3\n\n")
     assert "a" in third["response_format"]["json_schema"]["schema"]["properties"]
-    keys = [
-        headers["idempotency-key"].removesuffix("/stream").partition("/")[2]
-        for headers in model.headers[: len(rejections) + 3]
-    ]
+    sent = [each.headers["idempotency-key"].removesuffix("/stream") for each in model.requests[: len(rejections) + 3]]
+    keys = [key.partition("/")[2] for key in sent]
     assert keys == [*["0"] * len(rejections), "0/step", "0/2/step", "0/3"]
 
 
@@ -414,9 +417,9 @@ async def test_steps_that_are_invalid_count_as_calls_or_answers(model: FakeModel
     """A server that supports no JSON Schema may let the model write anything."""
     invented = {**STEP, "next_tool_name": "subtract"}
     model.replies = [
-        error(400, message="tools: Extra inputs are not permitted"),
-        answer(invented),
-        answer({"a": "I need no step."}),
+        Failure(400, message="tools: Extra inputs are not permitted"),
+        Reply(invented),
+        Reply({"a": "I need no step."}),
     ]
     assert await answered(flock_of(add), model) == "I need no step."
     assert "add returned: " not in model.requests[2]["messages"][-1]["content"]
@@ -424,7 +427,7 @@ async def test_steps_that_are_invalid_count_as_calls_or_answers(model: FakeModel
 
 
 async def test_a_model_may_finish_without_a_call(model: FakeModel) -> None:
-    model.replies = [error(400, message="no tools"), answer(FINISH), answer({"a": "3"})]
+    model.replies = [Failure(400, message="no tools"), Reply(FINISH), Reply({"a": "3"})]
     assert await answered(flock_of(add), model) == "3"
     assert [message["role"] for message in model.requests[2]["messages"]] == ["system", "user"]
 
@@ -459,9 +462,9 @@ async def test_finished_replies_and_calls_are_not_paid_again(tmp_path: Path, mod
             return lambda *args: None
 
     model.replies = [
-        calling(("look", {"n": 1}), ("look", {"n": 1}), ("fail", {})),
-        calling(("hang", {})),
-        answer({"a": "done"}),
+        Reply(calls=[("look", {"n": 1}), ("look", {"n": 1}), ("fail", {})]),
+        Reply(calls=[("hang", {})]),
+        Reply({"a": "done"}),
     ]
     flock, store = flock_of(look, fail, hang), tmp_path / "flock.db"
     async with flock.engine(store=store, transport=model.transport) as engine:
@@ -490,25 +493,26 @@ async def test_finished_replies_and_calls_are_not_paid_again(tmp_path: Path, mod
 
 
 @pytest.mark.slow
-async def test_kill_9_repeats_no_reply_and_no_call_that_was_finished(
+def test_kill_9_repeats_no_reply_and_no_call_that_was_finished(
     tmp_path: Path, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, log = tmp_path / "tools.py", tmp_path / "log"
     script.write_text(CALLING_TOOLS.format(name="tools", log=str(log)))
     notes = [("note", {"word": "a"}), ("note", {"word": "fail"})]
-    model.replies = [calling(*notes), calling(("hang", {})), answer({"a": "x"})]
-    async with Served(model.app) as provider, httpx.AsyncClient(timeout=PATIENCE_S) as client:
-        monkeypatch.setenv("OLLAMA_BASE_URL", f"{provider.url}/v1")
+    model.replies = [Reply(calls=[*notes]), Reply(calls=[("hang", {})]), Reply({"a": "x"})]
+    with model.serve() as url:
+        monkeypatch.setenv("OLLAMA_BASE_URL", url)
         with serving(script, tmp_path) as server:
             body = {"agent_name": "ask", "inputs": {"q": "?"}, "async_run": True}
-            run_id = (await client.post(f"{server.url}/run/flock", json=body)).json()["run_id"]
-            with anyio.fail_after(PATIENCE_S):
-                while "hang" not in log.read_text():  # noqa: ASYNC110 - another process writes it
-                    await anyio.sleep(0.02)
+            run_id = httpx.post(f"{server.url}/run/flock", json=body).json()["run_id"]
+            deadline = time.monotonic() + PATIENCE_S
+            while "hang" not in log.read_text():  # another process writes it
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
             os.kill(server.process.pid, signal.SIGKILL)
             server.process.wait()
         with serving(script, tmp_path) as server:
-            run = (await client.get(f"{server.url}/run/{run_id}?wait=50")).json()
+            run = httpx.get(f"{server.url}/run/{run_id}?wait=50").json()
             assert (run["status"], run["result"]) == ("completed", {"a": "x"})
             assert run["usage"] == {"input_tokens": 30, "output_tokens": 15}
             tools = [call for call in run["steps"][0]["calls"] if call["kind"] == "tool"]
@@ -523,7 +527,7 @@ async def test_kill_9_repeats_no_reply_and_no_call_that_was_finished(
 
 async def test_an_agent_without_tools_stores_no_call(tmp_path: Path, model: FakeModel) -> None:
     """A repaired answer is stored, since another call follows it."""
-    model.replies = [answer({"a": "1"}), answer("no"), answer({"a": "2"}), error(401), *[answer("no")] * 3]
+    model.replies = [Reply({"a": "1"}), Reply("no"), Reply({"a": "2"}), Failure(401), *[Reply("no")] * 3]
     async with flock_of().engine(store=tmp_path / "flock.db", transport=model.transport) as engine:
         calls = [engine.store.calls(await ended(engine), 0) for _ in range(2)]
         assert [[call.call_id for call in made] for made in calls] == [[], ["openai_gpt-4o:1"]]
@@ -533,7 +537,7 @@ async def test_an_agent_without_tools_stores_no_call(tmp_path: Path, model: Fake
 
 async def test_the_example_calls_its_function(model: FakeModel) -> None:
     flock = runpy.run_path(str(EXAMPLES / "tools.py"))["flock"]
-    model.replies = [calling(("stock", {"item": "pot"})), answer({"answer": "3"})]
+    model.replies = [Reply(calls=[("stock", {"item": "pot"})]), Reply({"answer": "3"})]
     async with flock.engine(transport=model.transport) as engine:
         run = await engine.submit("clerk", {"question": "How many pots?"})
         run = await engine.wait(run.run_id)

@@ -12,8 +12,9 @@ from flock.agents.workflow import columns_of, inputs_for, next_agent, result_nam
 from flock.core import Flock, FlockFactory, agent
 from flock.errors import DefinitionError, InvalidHandoff, RunFailed, TooManySteps
 from flock.runs import Run, RunStatus, Step, events_of, now
+from flock.testing import FakeModel, Reply
 from tests.support.flocks import sample_flock
-from tests.support.models import FakeModel, answer, usage_of_gpt_4o
+from tests.support.models import usage_of_gpt_4o
 
 pytestmark = pytest.mark.anyio
 
@@ -82,7 +83,7 @@ async def test_the_result_comes_from_the_last_agent(model: FakeModel) -> None:
     def report(text: str, sentiment: str, note: str = "none") -> str:
         return f"{text} is {sentiment}, note {note}"
 
-    model.replies = [answer({"sentiment": "good", "keywords": ["sun"]})]
+    model.replies = [Reply({"sentiment": "good", "keywords": ["sun"]})]
     async with flock.engine(transport=model.transport) as engine:
         run = await engine.submit("text_analyzer", raw({"text": "Sun"}))
         run = await engine.wait(run.run_id)
@@ -308,7 +309,7 @@ def count(b: int) -> dict[str, int]:
 
 
 async def end_of_chain(model: FakeModel, max_tokens: int | None, *answers: Any) -> Run:
-    model.replies = [answer(content) for content in answers]
+    model.replies = [Reply(content) for content in answers]
     async with chain().engine(transport=model.transport, max_tokens=max_tokens) as engine:
         return await engine.wait((await engine.submit("one", {"a": 1})).run_id)
 
@@ -338,7 +339,7 @@ async def test_the_next_agent_can_spend_the_remaining_tokens(model: FakeModel) -
 
 
 async def test_tokens_spent_before_a_retry_count(model: FakeModel) -> None:
-    model.replies = [answer({"b": 1})]
+    model.replies = [Reply({"b": 1})]
     async with chain().engine(transport=model.transport, max_tokens=15) as engine:
         run = await engine.wait((await engine.submit("one", {"a": 1})).run_id)
         await engine.retry_run(run.run_id)

@@ -131,6 +131,7 @@ from flock.runs import (
     stub_of,
     valid_traceparent,
 )
+from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from flockapi import (
     AgentDetail,
     AgentList,
@@ -359,6 +360,26 @@ async def main() -> None:
     flock.engine(limits=limits, max_items=10)
     assert_type(await flock.run_async("measure", {"text": "hi"}, answer=answered), dict[str, Any])
     assert_type(await flock.run_batch_async("measure", [{"text": "hi"}], on_invalid="skip"), list[Any])
+
+
+# Tests
+
+
+def reply(request: ModelRequest) -> Reply | Failure:
+    if request.agent_name == "analyst" and "mood" in request.schema["properties"] and not request.tool_names:
+        return Reply({"mood": request.text}, usage=Usage(input_tokens=1))
+    return Failure(429, retry_after_s=0.1)
+
+
+def test_analyst() -> None:
+    with FakeModel([{"mood": "calm"}, Reply(calls=[("measure", {"text": "hi"})]), TimeoutError(), reply]) as model:
+        assert_type(model.requests, list[ModelRequest])
+        assert_type(Reply("calm").completion(), dict[str, Any])
+    with FakeModel({"analyst": {"mood": "calm"}, "triage": reply}).serve() as url:
+        assert_type(url, str)
+    flock.engine(transport=FakeModel(reply).transport)
+    model.replies = []
+    model.check()
 
 
 # In an app

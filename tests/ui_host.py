@@ -14,20 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import anyio
-import httpx
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount
 
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import RunContext
+from flock.testing import FakeModel, ModelRequest, Reply
 from flockapi import create_app
-from tests.support.models import answer, calling
 
 
 class Address(TypedDict):
@@ -204,12 +201,11 @@ def ui_flock(folder: Path) -> Flock:
     return flock
 
 
-async def reply(request: Request) -> Response:
+def reply(request: ModelRequest) -> Reply:
     """Return the answer of the fake model, which is always the same. If there is a tool, it calls it once before."""
-    body = await request.json()
-    if "tools" in body and body["messages"][-1]["role"] != "tool":
-        return calling(("pay_back", {"amount": 40}))
-    return answer({"sentiment": "positive", "keywords": ["coffee", "fast"]})
+    if request.tool_names and request["messages"][-1]["role"] != "tool":
+        return Reply(calls=[("pay_back", {"amount": 40})])
+    return Reply({"sentiment": "positive", "keywords": ["coffee", "fast"]})
 
 
 def main() -> None:
@@ -220,12 +216,12 @@ def main() -> None:
     parser.add_argument("--key")
     options = parser.parse_args()
     flock = ui_flock(options.folder)
-    model = httpx.ASGITransport(Starlette(routes=[Route("/{path:path}", reply, methods=["POST"])]))
+    transport = FakeModel(reply).transport
     app = create_app(
         flock,
         server_name="Sample agents",
         create_ui=True,
-        engine=flock.engine(store=options.folder / "flock.db", transport=model, durability="process"),
+        engine=flock.engine(store=options.folder / "flock.db", transport=transport, durability="process"),
         api_keys=options.key and {"ann": options.key},
         metrics=False,
     )

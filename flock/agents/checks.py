@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from flock.agents.agent import Agent, ModelAgent
+from flock.agents.llm import ModelClient
 from flock.agents.models import ModelChoice, models_of
 from flock.agents.providers import check_model
 from flock.agents.tools import AgentTool, ToolSource
@@ -24,6 +25,7 @@ def problems(agents: Mapping[str, Agent], default_model: ModelChoice, *, calls_m
         calls_models: False if other processes call the models, and may have other keys and packages.
     """
     names_of: dict[tuple[str, str], list[str]] = {}
+    calls_models = calls_models and ModelClient.stand_in is None
     agent_problems: list[str] = []
     for agent in agents.values():
         if calls_models and isinstance(agent, ModelAgent):

@@ -16,7 +16,7 @@ import json
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import anyio
 import httpx
@@ -116,7 +116,12 @@ class ModelClient:
         transport: replaces the network, for tests and gateways.
         backoff_s: the pause after the first failed attempt. It doubles with each attempt, up to 8 s.
         read_timeout_s: max seconds without data from the server before an attempt times out.
+
+    Attributes:
+        stand_in: answers in place of all clients without a transport; set by ``flock.testing``.
     """
+
+    stand_in: "ClassVar[ModelClient | None]" = None
 
     def __init__(
         self,
@@ -187,7 +192,8 @@ class ModelClient:
 
         Cancellation: the request is aborted. There is no retry if it would start after the caller's deadline.
         """
-        models = models_of(model, "the call") or self.default_model
+        client = self if self._transport is not None else (self.stand_in or self)
+        models = models_of(model, "the call") or self.default_model or client.default_model
         if not models:
             raise no_model()
         request = Request(
@@ -208,7 +214,7 @@ class ModelClient:
             if number > 1:  # a server may replay the answer of another model to the same key
                 request = replace(request, key=idempotency_key and f"{idempotency_key}/model{number}")
             try:
-                completion = await self._ask(candidate, request, replace(caller, has_fallback=has_next))
+                completion = await client._ask(candidate, request, replace(caller, has_fallback=has_next))
             except ModelError as exc:
                 errors.append(exc)
                 if not has_next or exc.error_type not in FALLBACK_ERRORS:

@@ -1,8 +1,11 @@
-"""Raw connections to a server."""
+"""Raw connections to a server, and servers that misbehave."""
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import anyio
+import anyio.abc
 
 from tests.support.servers import Server
 
@@ -35,3 +38,24 @@ def sent_before_refused(connection: socket.socket, piece: bytes, patience_s: flo
 
 def read_to_end(connection: socket.socket) -> bytes:
     return b"".join(iter(lambda: connection.recv(65_536), b""))
+
+
+@contextlib.asynccontextmanager
+async def socket_server(
+    handle: Callable[[anyio.abc.SocketStream], Awaitable[None]],
+) -> AsyncIterator[tuple[str, list[int]]]:
+    """Serve each connection to a real socket with *handle*. Yield its URL, and a list with one entry per connection."""
+    connections: list[int] = []
+
+    async def count(stream: anyio.abc.SocketStream) -> None:
+        connections.append(1)
+        async with stream:
+            with contextlib.suppress(anyio.BrokenResourceError, anyio.EndOfStream):
+                await handle(stream)
+
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    port = listener.extra(anyio.abc.SocketAttribute.local_port)
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, count)
+        yield f"http://127.0.0.1:{port}/v1", connections
+        tasks.cancel_scope.cancel()
