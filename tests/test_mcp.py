@@ -312,7 +312,6 @@ def sdk_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("the SDK of MCP")  # one xdist worker runs both, so that it is installed once
 @pytest.mark.parametrize("format_", ["json", "events"])
 async def test_the_server_of_the_sdk_is_understood(
     format_: str, sdk_python: Path, tmp_path: Path, model: FakeModel
