@@ -95,12 +95,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 #: How the ids of tests begin that one xdist worker runs, because what they share takes long to make.
 TOGETHER = (
-    "tests/test_docs_pages.py",
     "tests/test_localmodel.py",
     "tests/test_mcp.py::test_the_server_of_the_sdk",
     "tests/test_packaging.py",
-    "tests/test_ui.py",
-    "tests/test_ui_runs.py",
 )
 
 
