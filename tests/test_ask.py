@@ -753,7 +753,7 @@ async def test_a_synchronous_request_is_answered_when_its_run_begins_to_wait(cli
     [question] = body["waiting_for"]
     assert question.keys() == {"call_id", "question", "schema", "asked_at", "expires_at"}
     assert question["schema"]["properties"]["approved"] == {"type": "boolean"}
-    assert (await get(client, path, wait=10))["waiting_for"] == [question]
+    assert (await get(client, path, wait=60))["waiting_for"] == [question]
     with anyio.fail_after(PATIENCE_S):
         while not (runs := (await get(client, "/runs", status="waiting"))["runs"]):
             pass
@@ -764,7 +764,7 @@ async def test_a_synchronous_request_is_answered_when_its_run_begins_to_wait(cli
     wrong = check_problem(await client.post(calls + question["call_id"], json={"output": {"approved": 1}}), 422)
     assert wrong["errors"] == [{"detail": "Expected 'bool', got 'int'.", "pointer": "/output/approved"}]
     sent = {"output": {"approved": True}}
-    response = await client.post(f"{calls}{question['call_id']}?wait=10", json=sent)
+    response = await client.post(f"{calls}{question['call_id']}?wait=60", json=sent)
     assert (response.status_code, response.json()["result"]) == (200, {"result": "sent"})
     assert "waiting_for" not in response.json()
     assert (await client.post(calls + question["call_id"], json=sent)).status_code == 200
@@ -773,7 +773,7 @@ async def test_a_synchronous_request_is_answered_when_its_run_begins_to_wait(cli
 
 async def test_a_preferred_wait_ends_when_the_run_begins_to_wait(client: httpx.AsyncClient) -> None:
     body = {"agent_name": "approve", "inputs": {"text": "it"}}
-    response = await client.post("/run/flock", json=body, headers={"Prefer": "respond-async, wait=10"})
+    response = await client.post("/run/flock", json=body, headers={"Prefer": "respond-async, wait=60"})
     assert (response.status_code, response.json()["status"]) == (202, "waiting")
     await client.post(f"/run/{response.json()['run_id']}/cancel")
 

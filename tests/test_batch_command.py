@@ -1,4 +1,4 @@
-"""``flockapi batch`` in its own process: from file to file, stopped, killed and resumed."""
+"""``flockapi batch``: from file to file, stopped, killed and resumed, in its own process where that matters."""
 
 import contextlib
 import csv
@@ -75,10 +75,17 @@ def command(*arguments: str) -> list[str]:
     return flockapi_command("batch", "target.py", *arguments)
 
 
-def batch(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def in_own_process(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments), env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=90
     )
+
+
+def batch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, which is quicker, and load the target again."""
+    sys.modules.pop("target", None)
+    done = CliRunner().invoke(main, ["batch", "target.py", *arguments], catch_exceptions=False)
+    return subprocess.CompletedProcess([], done.exit_code, done.stdout, done.stderr)
 
 
 @contextlib.contextmanager
@@ -134,7 +141,7 @@ def files() -> set[str]:
 def test_results_are_in_the_order_of_the_rows() -> None:
     """No other file is left, and nothing is written to stdout."""
     Path("rows.csv").write_text('n,word\n3,"a, b"\n-1,x\n1,\n')
-    done = batch("work", "rows.csv", "-o", "results.csv")
+    done = in_own_process("work", "rows.csv", "-o", "results.csv")
     assert rows_of("results.csv") == [
         ["n", "word", "result", "status", "error"],
         ["3", "a, b", "a, b3", "completed", ""],
@@ -164,7 +171,7 @@ def test_ndjson_results_are_the_same_as_over_http() -> None:
 
 def test_output_on_stdout_has_the_format_of_the_rows() -> None:
     write_numbers("rows.csv", 2)
-    done = batch("work", "rows.csv", "-o", "-")
+    done = in_own_process("work", "rows.csv", "-o", "-")
     assert done.stdout.splitlines()[1:] == ["0,,w0,completed,", "1,,w1,completed,"]
     done = batch("work", "rows.csv", "-o", "-", "--format", "ndjson")
     assert [json.loads(line)["result"]["result"] for line in done.stdout.splitlines()] == ["w0", "w1"]
@@ -266,7 +273,7 @@ def test_a_dry_run_counts_all_rows_and_shows_the_first() -> None:
         'from flock.core import Flock, FlockFactory\nflock = Flock("m", model="openai/gpt-4o")\n'
         'flock.add_agent(FlockFactory.create_default_agent("ask", input="text", output="answer"))\n'
     )
-    done = batch("ask", "rows.ndjson", "--dry-run", OPENAI_API_KEY="")
+    done = in_own_process("ask", "rows.ndjson", "--dry-run", OPENAI_API_KEY="")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[19:] == [
@@ -337,7 +344,7 @@ def test_kept_columns_survive_a_kill() -> None:
 
 def test_a_batch_killed_before_the_rename_only_writes_its_results() -> None:
     write_numbers("rows.csv", 50)
-    assert batch("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
+    assert in_own_process("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
     assert not Path("results.csv").exists()
     assert any(name.endswith(".part") for name in files())
     done = batch("work", "rows.csv", "-o", "results.csv")
@@ -350,7 +357,7 @@ def test_a_batch_killed_before_the_rename_only_writes_its_results() -> None:
 def test_a_batch_killed_after_the_rename_replaces_its_own_output() -> None:
     """An output of other rows or options is not replaced, nor one that was edited since."""
     write_numbers("rows.csv", 3)
-    assert batch("work", "rows.csv", "-o", "results.csv", DIE_AFTER_RENAME="1").returncode == -signal.SIGKILL
+    assert in_own_process("work", "rows.csv", "-o", "results.csv", DIE_AFTER_RENAME="1").returncode == -signal.SIGKILL
     written = Path("results.csv").read_bytes()
     refused = batch("work", "rows.csv", "-o", "results.csv", "--static", "word=x")
     assert (refused.returncode, "results.csv: The file already exists" in refused.stderr) == (1, True)
@@ -358,7 +365,7 @@ def test_a_batch_killed_after_the_rename_replaces_its_own_output() -> None:
     refused = batch("work", "rows.csv", "-o", "results.csv")
     assert (refused.returncode, "results.csv: The file already exists" in refused.stderr) == (1, True)
     assert Path("results.csv").read_text() == "edited"
-    again = batch("work", "rows.csv", "-o", "results.csv", "--force", DIE_AFTER_RENAME="1")
+    again = in_own_process("work", "rows.csv", "-o", "results.csv", "--force", DIE_AFTER_RENAME="1")
     assert (again.returncode, Path("results.csv").read_bytes()) == (-signal.SIGKILL, written)
     done = batch("work", "rows.csv", "-o", "results.csv")
     assert (done.returncode, Path("results.csv").read_bytes()) == (0, written)
@@ -406,7 +413,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced() -> None:
 def test_other_rows_or_options_start_a_new_batch(rows: str, options: Sequence[str]) -> None:
     """The old batch is dropped."""
     Path("rows.csv").write_text("n\n1\n")
-    assert batch("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
+    assert in_own_process("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
     Path("rows.csv").write_text(rows)
     done = batch("work", "rows.csv", "-o", "results.csv", *options)
     assert "have changed, so a new batch starts. The earlier batch is dropped (1 of 1 rows were done)." in done.stderr

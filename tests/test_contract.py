@@ -290,7 +290,7 @@ async def ended_batch(client: httpx.AsyncClient, agent_name: str) -> str:
     """Return the id of an ended batch of one item with a text."""
     body = {"agent_name": agent_name, "batch_inputs": [{"text": "=1+1"}]}
     batch_id: str = (await client.post("/run/batch", json=body)).json()["batch_id"]
-    assert (await client.get(f"/batch/{batch_id}?wait=10")).json()["completed_items"] == 1
+    assert (await client.get(f"/batch/{batch_id}?wait=60")).json()["completed_items"] == 1
     return batch_id
 
 
@@ -401,7 +401,7 @@ gzipped = partial(gzip.compress, mtime=0)  # so that a test id is the same each 
         ("GET", "/batch/{ended}/events?after=x", {}, None, 422),
         ("GET", "/batch/{ended}/events?after=-1", {"Last-Event-ID": "0"}, None, 422),
         ("POST", "/batch/{busy}/cancel", {}, None, 202),
-        ("POST", "/batch/{busy}/cancel?wait=10", {}, None, 200),
+        ("POST", "/batch/{busy}/cancel?wait=60", {}, None, 200),
         ("POST", "/batch/42/cancel", {}, None, 404),
         ("POST", "/batch/{ended}/cancel", {}, None, 409),
         ("POST", "/batch/{ended}/cancel?wait=-1", {}, None, 422),

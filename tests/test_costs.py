@@ -694,21 +694,16 @@ async def test_the_command_stops_at_max_cost_and_continues(model: FakeModel, tmp
     assert table[1][-3:] == ["10", "5", "0.000075"]
 
 
-async def test_a_batch_without_a_server_stops_at_its_max_cost(
-    model: FakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model.replies = [answer({"length": 3})] * 2
-    async with Served(model.app) as provider:
-        monkeypatch.setenv("OPENAI_BASE_URL", f"{provider.url}/v1")
-        monkeypatch.setenv("OPENAI_API_KEY", "sk-test-key-of-the-tests")
+async def test_a_batch_without_a_server_stops_at_its_max_cost() -> None:
+    with FakeModel([{"length": 3}] * 2) as model:
         results = await measuring().run_batch_async("measure", texts(6), max_workers=1, max_cost=0.00015)
-        assert results[:2] == [{"length": 3}] * 2
-        assert [result["error_type"] for result in results[2:]] == ["cost_limit"] * 4
-        assert len(model.requests) == 2
-        with pytest.raises(DefinitionError, match="max_cost must be US dollars above 0"):
-            await measuring().run_batch_async("measure", texts(1), max_cost=0)
-        with pytest.raises(InvalidData, match="has no price, so max_cost cannot hold"):
-            await measuring("ollama/x").run_batch_async("measure", texts(1), max_cost=1)
+    assert len(model.requests) == 2
+    assert results[:2] == [{"length": 3}] * 2
+    assert [result["error_type"] for result in results[2:]] == ["cost_limit"] * 4
+    with pytest.raises(DefinitionError, match="max_cost must be US dollars above 0"):
+        await measuring().run_batch_async("measure", texts(1), max_cost=0)
+    with pytest.raises(InvalidData, match="has no price, so max_cost cannot hold"):
+        await measuring("ollama/x").run_batch_async("measure", texts(1), max_cost=1)
 
 
 @pytest.mark.slow

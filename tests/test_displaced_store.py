@@ -63,7 +63,15 @@ def upgrade(store: Path) -> None:
     db.close()
 
 
-@pytest.mark.parametrize("displace", [remove_all, remove_journal, replace, upgrade])
+@pytest.mark.parametrize(
+    ("server", "displace"),
+    [
+        *((workers, displace) for workers in (1, 2) for displace in (remove_all, upgrade)),
+        *((1, displace) for displace in (remove_journal, replace)),
+        *(pytest.param(2, displace, marks=pytest.mark.nightly) for displace in (remove_journal, replace)),
+    ],
+    indirect=["server"],
+)
 def test_a_server_without_its_store_accepts_nothing(
     server: Server, tmp_path: Path, displace: Callable[[Path], None]
 ) -> None:

@@ -219,6 +219,7 @@ def batch_of(**more: Any) -> bytes:
     return json.dumps({"agent_name": "echo", "batch_inputs": [{"text": "a"}] * 20, **more}).encode()
 
 
+# Before a merge, lists are tried in rows and dicts in a run, and rows of many members without a dry run.
 NESTED = b'{"items": [' + b"[], " * 200_000 + b"[1]]}"
 HOSTILE = [
     pytest.param("/run/batch", JSON, batch_of(static_inputs=members(50_000)), 422, id="static inputs"),
@@ -243,6 +244,7 @@ HOSTILE = [
         (json.dumps({"text": "a", **members(60_000)}) + "\n").encode() * 12,
         200,
         id="a dry run of rows of 60,000 members",
+        marks=pytest.mark.nightly,
     ),
     pytest.param(
         path_of(dry_run="true"),
@@ -261,11 +263,19 @@ HOSTILE = [
         (json.dumps({"items": {**members(40_000), "z": "a"}}) + "\n").encode() * 12,
         422,
         id="rows of dicts whose last entry is invalid",
+        marks=pytest.mark.nightly,
     ),
     pytest.param(
         path_of(), CSV, b"text\n" + (b'"' + b"\n" * 130_000 + b'"\n') * 10, 422, id="CSV rows of 130,000 lines"
     ),
-    pytest.param("/run/flock", JSON, run_of("nested", NESTED), 422, id="a run with lists whose last is invalid"),
+    pytest.param(
+        "/run/flock",
+        JSON,
+        run_of("nested", NESTED),
+        422,
+        id="a run with lists whose last is invalid",
+        marks=pytest.mark.nightly,
+    ),
     pytest.param(
         "/run/flock",
         JSON,

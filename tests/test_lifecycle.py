@@ -184,7 +184,7 @@ async def test_one_engine_can_cancel_await_and_stream_a_run_of_another(gate: Gat
         await until_run(there, run.run_id, lambda run: run.status is RunStatus.RUNNING)
         assert (await there.wait(run.run_id, timeout_s=0.05)).status is RunStatus.RUNNING
         await there.cancel_run(run.run_id)
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE_S):
             assert (await there.wait(run.run_id)).status is RunStatus.CANCELLED
         names = [event.name async for event in there.events(run.run_id) if event]
         assert names == ["run.started", "step.started", "run.cancelled"]

@@ -597,8 +597,7 @@ async def test_litellm_knows_which_models_call_tools(model: FakeModel) -> None:
         env = os.environ | {f"{name}_API_BASE": url for name in names} | {f"{name}_API_KEY": "x" for name in names}
         env["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
         command = [sys.executable, "-c", LITELLM_TOOLS]
-        with anyio.fail_after(100):
-            done = await anyio.run_process(command, env=env, stderr=subprocess.STDOUT, check=False)
+        done = await anyio.run_process(command, env=env, stderr=subprocess.STDOUT, check=False)
     assert done.stdout.count(b"CALL look") == 2, done.stdout.decode()
     assert [request.tool_names for request in model.requests] == [["look"], []]
     assert "next_tool_name" in model.requests[1].text

@@ -160,8 +160,9 @@ def test_a_model_can_be_a_path() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "I absolutely love this coffee maker.",
-        "The zipper broke after two days. Terrible quality.",
+        # test_equal_inputs_produce_equal_answers has plain sentences, too
+        pytest.param("I absolutely love this coffee maker.", marks=pytest.mark.nightly),
+        pytest.param("The zipper broke after two days. Terrible quality.", marks=pytest.mark.nightly),
         'She said "wow" 😍🍕\nPerfect crust!',
         pytest.param("日本語のとても長い文章です。" * 20, id="long", marks=pytest.mark.nightly),
         pytest.param("😍" * 100, id="emoji"),

@@ -51,7 +51,7 @@ async def test_a_trace_is_stored_with_the_run_and_sent_with_model_calls(
     model.replies = [Reply("no JSON"), Reply({"sentiment": "good", "keywords": []})]
     body = {"agent_name": "text_analyzer", "inputs": {"text": "hi"}, "async_run": is_async}
     run = (await client.post("/run/flock", json=body, headers={"traceparent": TRACEPARENT})).json()
-    run = (await client.get(f"/run/{run['run_id']}?wait=10")).json()
+    run = (await client.get(f"/run/{run['run_id']}?wait=60")).json()
     assert (run["status"], run["traceparent"]) == ("completed", TRACEPARENT)
     assert [request.headers["traceparent"] for request in model.requests] == [TRACEPARENT] * 2
 

@@ -198,6 +198,7 @@ async def test_after_a_long_wait_one_call_is_sent_first(monkeypatch: pytest.Monk
 # Refusals
 
 
+@pytest.mark.alone
 async def test_a_batch_meets_the_limit_of_its_provider() -> None:
     """Scaled from 600 a minute: 200 a second, and 10 % are refused at random. See ``bench.rate_limits``."""
     limited = LimitedModel(200, overloaded=0.1, latency_s=0.01)

@@ -25,8 +25,7 @@ from flock.extras import pip_install
 from tests.support import EXAMPLES, ROOT
 from tests.support.servers import NO_COVERAGE, running
 
-# One xdist worker runs all of them, so that each environment is created once.
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.timeout(600)
 
 #: The maximum number of packages that an installation adds, besides this one.
 MAX_PACKAGES = 13

@@ -658,6 +658,6 @@ async def test_a_session_is_deleted_once_its_runs_have_ended(api: httpx.AsyncCli
     other = await api.delete("/session/s", headers={"X-API-Key": "ben-key-0123456789"})
     assert other.status_code == 404, "it is a session of ann"
     may_go.set()
-    assert (await api.get(f"/run/{active}?wait=10")).json()["status"] == "completed"
+    assert (await api.get(f"/run/{active}?wait=60")).json()["status"] == "completed"
     assert (await api.delete("/session/s")).status_code == 204
     assert (await api.get(f"/run/{active}")).status_code == 404

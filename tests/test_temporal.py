@@ -306,7 +306,8 @@ async def test_a_worker_killed_while_one_item_is_cancelled_affects_no_other_item
 ) -> None:
     """The cluster does not retry an activity that is being cancelled, even if most of its items are unfinished."""
     target, log = tmp_path / "noting.py", tmp_path / "log"
-    target.write_text(NOTING.format(name=new_id(), log=str(log), item_s=2))
+    name = new_id()
+    target.write_text(NOTING.format(name=name, log=str(log), item_s=60))
     flock: Flock = runpy.run_path(str(target))["flock"]
     async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
         with working(target, temporal_address) as doomed:
@@ -321,8 +322,9 @@ async def test_a_worker_killed_while_one_item_is_cancelled_affects_no_other_item
                 await engine.cancel_run(last.run_id)
                 assert (await engine.wait(last.run_id, 20)).status is RunStatus.CANCELLED
             doomed.kill()
+        target.write_text(NOTING.format(name=name, log=str(log), item_s=0.1))
         with working(target, temporal_address):
-            ended = [await engine.wait_batch(batch.batch_id, 30) for batch in batches]
+            ended = [await engine.wait_batch(batch.batch_id, PATIENCE_S) for batch in batches]
             items = [item for batch in batches for item in await engine.get_items(batch.batch_id)]
     assert [item.status for item in items] == ["completed", "completed", "cancelled", "failed", "cancelled"]
     assert items[3].error_type == "interrupted"

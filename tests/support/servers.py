@@ -182,4 +182,4 @@ class Served:
     async def only_run(self) -> Any:
         async with httpx.AsyncClient(base_url=self.url) as client:
             (run,) = (await get(client, "/runs"))["runs"]
-            return await get(client, f"/run/{run['run_id']}", wait=10)
+            return await get(client, f"/run/{run['run_id']}", wait=60)
