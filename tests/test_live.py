@@ -79,7 +79,7 @@ TEXTS = st.text(max_size=5)
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("write"), st.sampled_from(FIELDS), TEXTS),
-        st.tuples(st.just("value"), st.integers(0, 3)),
+        st.tuples(st.just("value"), st.sampled_from([[0], [1], "a text that was not written piece by piece"])),
         st.tuples(st.just("reset")),
         st.tuples(st.just("begin")),
         st.tuples(st.just("join"), st.booleans()),
@@ -107,9 +107,9 @@ def test_each_reader_ends_with_the_exact_output(
                     context.emit(text, field)
                     if text:
                         written[field], has_written = written.get(field, "") + text, True
-                case ("value", number):
-                    context.emit_value("tags", [number])
-                    written["tags"], has_written = [number], True
+                case ("value", value):
+                    context.emit_value("tags", value)
+                    written["tags"], has_written = value, True
                 case ("reset",):
                     context.reset_output()
                     written.clear()

@@ -12,10 +12,11 @@ import anyio
 import httpx
 import pytest
 
-from flock.core import Flock, Result
+from flock.core import Flock, FlockFactory, Result
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import DefinitionError, SignatureError
 from flock.runs import MAX_SHOWN_BYTES, BatchOptions, Event, RunContext
+from flock.testing import FakeModel
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import until
@@ -272,6 +273,20 @@ async def test_who_comes_after_the_start_of_an_asynchronous_run_gets_its_text(
     assert page.outputs[0, ""] == {"result": "0 1 "}
     assert "output.reset" not in page.names
     assert writer.was_watched == [True]
+
+
+async def test_a_choice_of_a_model_is_streamed_as_a_value() -> None:
+    flock = Flock("mails", model="openai/gpt-4o")
+    flock.add_agent(FlockFactory.create_default_agent("sort", "", None, "mail", "to: Literal['x', 'y'], on: date"))
+    result = {"to": "y", "on": "2026-11-26"}
+    with FakeModel([result]):
+        async with Served(create_app(flock, store=":memory:", auth="host")) as served:
+            async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as client:
+                async with start(client, "sort", mail="Hello") as response:
+                    page = await read_all(response)
+    assert page.names[-1] == "run.completed"
+    assert page.outputs[0, ""] == result
+    assert [event["field"] for event in page.of("output.value")] == ["to", "on"]
 
 
 async def test_a_stream_ends_when_the_run_waits_for_a_person(client: httpx.AsyncClient) -> None:

@@ -183,13 +183,11 @@ class LiveOutput:
                 written.resets += 1
             for name, value in values.items():
                 content = written.fields.get(name)
-                if isinstance(value, str):
-                    if content is None:
-                        content = written.fields[name] = io.StringIO()
-                    assert isinstance(content, io.StringIO)
+                if content is None:
+                    content = io.StringIO() if isinstance(value, str) else (-self._changes, members[name])
+                    written.fields[name] = content
+                if isinstance(content, io.StringIO):
                     content.write(value[content.seek(0, io.SEEK_END) :])
-                elif content is None:
-                    written.fields[name] = (-self._changes, members[name])
 
     @contextlib.contextmanager
     def _writing(self, writer: Turn) -> Iterator[_Writer]:
