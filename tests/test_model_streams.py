@@ -431,7 +431,7 @@ async def test_another_rejection_is_not_taken_for_that(models: ModelClient, mode
     assert model.requests[-1]["stream_options"], "what did not help is not remembered"
 
 
-async def test_each_format_is_Reply(models: ModelClient, model: FakeModel) -> None:
+async def test_each_format_is_streamed(models: ModelClient, model: FakeModel) -> None:
     model.replies = [Failure(400, message="response_format is unknown"), Reply(f"```json\n{TEXT}\n```")]
     recorder = Recorder()
     assert (await ask(models, recorder)).text == TEXT
@@ -460,7 +460,7 @@ async def test_an_error_before_the_stream_is_handled_as_always(models: ModelClie
         await ask(models, Recorder())
 
 
-async def test_a_step_as_json_is_not_Reply(models: ModelClient, model: FakeModel) -> None:
+async def test_a_step_as_json_is_not_streamed(models: ModelClient, model: FakeModel) -> None:
     """A server without tools is asked for its next step, which is not an answer."""
     step = {"next_thought": "I look.", "next_tool_name": "look", "next_tool_args": {"q": "a"}}
     model.replies = [Failure(400, message="tools are not supported"), Reply(step)]

@@ -25,7 +25,7 @@ def problems(agents: Mapping[str, Agent], default_model: ModelChoice, *, calls_m
         calls_models: False if other processes call the models, and may have other keys and packages.
     """
     names_of: dict[tuple[str, str], list[str]] = {}
-    calls_models = calls_models and ModelClient.stand_in is None
+    calls_models = calls_models and ModelClient.stand_in is None  # which needs no keys and no packages
     agent_problems: list[str] = []
     for agent in agents.values():
         if calls_models and isinstance(agent, ModelAgent):

@@ -1,6 +1,6 @@
 """A client for chat completions over HTTP: sends messages to a model, and returns one JSON answer with its token usage.
 
-Tests pass a fake server as ``transport=``.
+``flock.testing`` replaces the providers in tests.
 
 The retry policy is the same as in the providers' own clients: up to three attempts for 408, 409, 5xx, timeouts and
 lost connections, about 0.5 s and 1 s apart. Other errors are not retried. A refusal because of too many calls (429,
