@@ -165,6 +165,38 @@ async def test_limits_and_keys_are_checked_in_one_transaction(store: Store) -> N
     await store.unregister_engine("me")
 
 
+async def test_runs_that_are_accepted_in_one_transaction_count_toward_the_limits(store: Store) -> None:
+    """Also after other writes of the transaction, and in the next ones."""
+    await store.register_engine("me", "f", {"a"})
+    accepted: list[str | None] = []
+
+    async def accept(run: Run) -> None:
+        with contextlib.suppress(EngineFull):
+            await store.accept(run, QueueLimits(6, 3), None, then=lambda run: accepted.append(run.principal))
+
+    async def accept_many() -> None:
+        async with anyio.create_task_group() as tasks:
+            for number in range(30):
+                principal = [None, "ann", "bob"][number % 3]
+                tasks.start_soon(accept, run_of(principal=principal))
+                if number == 4:
+                    tasks.start_soon(store.delete_run, ended.run_id)
+
+    ended = run_of()
+    await store.save(ended, is_new=True)
+    await store.save(replace(ended, status=RunStatus.FAILED, completed_at=now()))
+    await accept_many()
+    assert accepted == [None, "ann", "bob"] * 2
+    await accept_many()
+    assert len(accepted) == 6
+    waiting = store.list_runs("f", RunFilter(status=RunStatus.STARTING, principal="bob"))[0]
+    await store.save(replace(waiting, status=RunStatus.COMPLETED, completed_at=now()))
+    await accept_many()
+    assert len(accepted) == 7
+    assert store.queue("f").depth == 6
+    await store.unregister_engine("me")
+
+
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
