@@ -94,6 +94,35 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     load_percent: float
 
 
+class Repeater:
+    """Sends requests again and again for some seconds, and counts the responses."""
+
+    def __init__(self, requests: Iterable[bytes], seconds: float, expected: int) -> None:
+        self.done, self.wrong, self.last = 0, 0, b""
+        self._requests = itertools.cycle(requests)
+        self._seconds, self._expected = seconds, expected
+        self._deadline, self._open = 0.0, 0
+        self._finished = asyncio.Event()
+
+    def handle(self, status: int, body: bytes) -> bytes | None:
+        self.done += 1
+        self.wrong += status != self._expected
+        self.last = body
+        if time.perf_counter() < self._deadline:
+            return next(self._requests)
+        self._open -= 1
+        if not self._open:
+            self._finished.set()
+        return None
+
+    async def run(self, connections: Sequence[Connection]) -> None:
+        """Return when the time is over, and each connection has its last response."""
+        self._deadline, self._open = time.perf_counter() + self._seconds, len(connections)
+        for connection in connections:
+            connection.send(next(self._requests))
+        await asyncio.wait_for(self._finished.wait(), TIMEOUT_S)
+
+
 async def repeat(
     server: Server,
     requests: Sequence[bytes],
@@ -110,37 +139,21 @@ async def repeat(
 
     Raises: RuntimeError if a response does not have the expected status.
     """
-    stream, done, wrong, last, deadline = itertools.cycle(requests), 0, 0, b"", 0.0
-    open_requests, finished = connections, asyncio.Event()
-
-    def handle(status: int, body: bytes) -> bytes | None:
-        nonlocal done, wrong, last, open_requests
-        done += 1
-        wrong += status != expected
-        last = body
-        if time.perf_counter() < deadline:
-            return next(stream)
-        open_requests -= 1
-        if not open_requests:
-            finished.set()
-        return None
-
-    async with connected(server, [handle] * connections) as opened:
-        server_s, load_s = cpu_s(server.pid), time.process_time()
-        began = time.perf_counter()
-        deadline = began + seconds
-        for connection in opened:
-            connection.send(next(stream))
-        await asyncio.wait_for(finished.wait(), TIMEOUT_S)
-        load_s = time.process_time() - load_s
-        loaded_s = time.perf_counter() - began
+    load = Repeater(requests, seconds, expected)
+    async with connected(server, [load.handle] * connections) as opened:
+        server_s, load_s, began = cpu_s(server.pid), time.process_time(), time.perf_counter()
+        await load.run(opened)
+        load_percent = 100 * (time.process_time() - load_s) / (time.perf_counter() - began)
         if settle is not None:
-            settle(last)
+            settle(load.last)
         took_s, server_s = time.perf_counter() - began, cpu_s(server.pid) - server_s
-    if wrong:
-        raise RuntimeError(f"{server.name}: {wrong} of {done} responses do not have the status {expected}.")
+    if load.wrong:
+        raise RuntimeError(f"{server.name}: {load.wrong} of {load.done} responses do not have the status {expected}.")
     return Sample(
-        requests=done, per_s=done / took_s, server_us=server_s / done * 1e6, load_percent=100 * load_s / loaded_s
+        requests=load.done,
+        per_s=load.done / took_s,
+        server_us=server_s / load.done * 1e6,
+        load_percent=load_percent,
     )
 
 

@@ -1,6 +1,7 @@
 """Batches over HTTP: how fast rows are worked on, and how fast CSV comes in and out."""
 
 import time
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import msgspec
 
 from bench.machine import forget_peak, peak_kb
-from bench.measures.bench import Bench, Row, empty
+from bench.measures.bench import Bench, Effort, Row, empty
 from bench.servers import BARE, OURS, POWER, Server, spawn
 
 WORKERS = 100
@@ -44,10 +45,17 @@ def rows_of_batch(bench: Bench, items: int, rounds: int) -> list[Row]:
             took_s, more_mb = work_on_batch(bench.server(name), items)
             memory_mb.setdefault(name, []).append(more_mb)
         per_s[name].append(items / took_s)
-    return [
-        Row(title=f"a batch of {items:,}, items/s", figures=per_s),
-        Row(title=f"a batch of {items:,}: memory beyond the idle server, MB", figures=memory_mb),
-    ]
+    return [Row(title=title, figures=found) for title, found in zip(titles(items), (per_s, memory_mb), strict=True)]
+
+
+def titles(items: int) -> tuple[str, str]:
+    """Return the titles of the rows of a batch: its speed, and its memory."""
+    return f"a batch of {items:,}, items/s", f"a batch of {items:,}: memory beyond the idle server, MB"
+
+
+def largest(found: Collection[str]) -> int:
+    """Return the number of items of the largest batch of which there are rows."""
+    return max(items for items, _ in Effort().batches if titles(items)[0] in found)
 
 
 def work_on_batch(server: Server, items: int) -> tuple[float, float]:

@@ -57,7 +57,7 @@ async def packages(bench: Bench) -> list[Row]:
         if found := with_dependencies(wanted):
             counts[name] = [float(len(found))]
             sizes[name] = [sum(map(size_mb, found.values()))]
-    return [Row(title="packages", figures=counts), Row(title="packages, MB", figures=sizes)]
+    return [Row(title="packages, itself included", figures=counts), Row(title="packages, MB", figures=sizes)]
 
 
 def with_dependencies(names: tuple[str, ...]) -> dict[str, Distribution]:
