@@ -398,10 +398,7 @@ async def run_flock(request: Request) -> Response:
     """
     prefer = preferences(request.headers.getlist("prefer"))
     responds_async = "respond-async" in prefer
-    if (
-        preferred(request.headers.get("accept", ""), ["application/json", EventStream.media_type])
-        == EventStream.media_type
-    ):
+    if _prefers_events(request.headers.get("accept", "")):
         return await _streamed_run(request, responds_async)
     run, is_async, headers = await _accepted_run(request, responds_async)
     if not is_async:
@@ -418,6 +415,11 @@ async def run_flock(request: Request) -> Response:
             applied += f", wait={wait_s}"
         headers = {**headers, "Preference-Applied": applied}
     return await run_response(request, run, 200 if run.status.is_final else 202, headers)
+
+
+@functools.lru_cache  # most clients send one of few values
+def _prefers_events(accept: str) -> bool:
+    return preferred(accept, ["application/json", EventStream.media_type]) == EventStream.media_type
 
 
 async def _streamed_run(request: Request, responds_async: bool) -> Response:

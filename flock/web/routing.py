@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException, WebSocketException
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 from starlette.routing import BaseRoute, Match, Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
@@ -61,7 +61,13 @@ class AppRoute(Route):
 
     def __init__(self, needs: Needs, methods: str, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, methods=methods.split(), **options)
+        self.app = self._respond
         self.needs = needs
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Like the app of ``Route``, which also handles exceptions. Here the app handles them, once."""
+        response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 class PublicMount(Mount):
