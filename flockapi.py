@@ -91,6 +91,7 @@ from flock.web.requests import (
     while_connected,
 )
 from flock.web.responses import (
+    PIECE_BYTES,
     EventStream,
     JSONResponse,
     LimitedStream,
@@ -255,6 +256,9 @@ class FlockAPI(Starlette):
             if message["type"] == "http.response.start":
                 status_code = message["status"]
                 add_headers(message, request_id, route_match.headers)
+            if len(message.get("body", b"")) <= PIECE_BYTES:
+                await send(message)
+                return
             for part in split_message(message):
                 await send(part)
 
@@ -311,14 +315,17 @@ create_app = _typed(FlockAPI, AppOptions)
 
 
 def route_table() -> Sequence[AppRoute | PublicMount]:
-    """Return every route: the access it needs (see ``Needs``), its methods, its path, and its handler."""
+    """Return every route: the access it needs (see ``Needs``), its methods, its path, and its handler.
+
+    They are matched in this order, so those that are requested most come first.
+    """
     return [
         AppRoute("access", "GET", "/agents", list_agents),
-        AppRoute("access", "GET", "/agents/{name}", get_agent),
         AppRoute("access", "POST", "/run/flock", run_flock),
         AppRoute("access", "POST", "/run/batch", run_batch),
-        AppRoute("access", "GET", "/runs", list_runs),
         AppRoute("access", "GET DELETE", "/run/{run_id}", one_run),
+        AppRoute("access", "GET", "/runs", list_runs),
+        AppRoute("access", "GET", "/agents/{name}", get_agent),
         AppRoute("access", "POST", "/run/{run_id}/cancel", cancel_run),
         AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
         AppRoute("access", "POST", "/run/{run_id}/calls/{call_id}", answer_call),
@@ -448,7 +455,7 @@ async def _accepted_run(
     The body is freed when this returns.
     """
     body = await read_json(request)
-    key = idempotency_key(request, fingerprint_of(request, body))
+    key = idempotency_key(request, lambda: fingerprint_of(request, body))
     run_request = wire.RUN_REQUEST.decode(body)
     is_async = run_request.async_run or responds_async
     engine = await engine_of(request)
@@ -717,12 +724,11 @@ async def delete_batch(request: Request) -> Response:
 
 async def list_agents(request: Request) -> Response:
     """GET /agents"""
-    agents = app_of(request).flock.agents.values()
-    return JSONResponse(
-        wire.AgentList(
-            agents=[wire.shown_as(wire.AgentSummary, agent, next_agent=next_agent_of(agent)) for agent in agents]
-        )
-    )
+    agents = [
+        wire.AgentSummary(name=agent.name, description=agent.description, next_agent=next_agent_of(agent))
+        for agent in app_of(request).flock.agents.values()
+    ]
+    return JSONResponse(wire.AgentList(agents=agents))
 
 
 async def get_agent(request: Request) -> Response:
@@ -788,15 +794,11 @@ async def run_response(
     calls = await engine.get_calls(run) if may_have_calls else {}
     long: dict[int | None, LongJSON] = {}
     if isinstance(engine, EmbeddedEngine):  # other engines hold results in memory anyway
-        results: dict[int | None, msgspec.Raw | None] = {None: run.result}
-        results |= {at: step.result for at, step in enumerate(run.steps)}
-        long = {at: engine.long_result(run, at) for at, result in results.items() if len(result or b"") > LONG_BYTES}
-
-    def calls_of_step(position: int) -> list[wire.RunCall] | msgspec.UnsetType:
-        return [wire.run_call(call) for call in calls.get(position, ())] or msgspec.UNSET
-
+        results = [(None, run.result), *((at, step.result) for at, step in enumerate(run.steps))]
+        long = {at: engine.long_result(run, at) for at, result in results if len(result or b"") > LONG_BYTES}
+    calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}
     steps = [
-        wire.shown_as(wire.RunStep, step, result=long.get(at, step.result), calls=calls_of_step(at))
+        wire.shown_as(wire.RunStep, step, result=long.get(at, step.result), calls=calls_at.get(at, msgspec.UNSET))
         for at, step in enumerate(run.steps)
     ]
     body = wire.shown_as(
@@ -804,7 +806,7 @@ async def run_response(
         run,
         result=long.get(None, run.result),
         steps=steps,
-        calls=calls_of_step(len(run.steps)),
+        calls=calls_at.get(len(run.steps), msgspec.UNSET),
         waiting_for=waiting_for(run),
         batch_id=msgspec.UNSET if run.batch_id is None else run.batch_id,
         position=msgspec.UNSET if run.position is None else run.position,

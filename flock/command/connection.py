@@ -176,6 +176,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._is_in_head = True
         if not self.is_discarding:
+            self.scope["flock.body_has_arrived"] = True  # type: ignore[typeddict-unknown-key]
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
