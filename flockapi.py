@@ -91,7 +91,6 @@ from flock.web.requests import (
     while_connected,
 )
 from flock.web.responses import (
-    PIECE_BYTES,
     EventStream,
     JSONResponse,
     LimitedStream,
@@ -256,9 +255,6 @@ class FlockAPI(Starlette):
             if message["type"] == "http.response.start":
                 status_code = message["status"]
                 add_headers(message, request_id, route_match.headers)
-            if len(message.get("body", b"")) <= PIECE_BYTES:
-                await send(message)
-                return
             for part in split_message(message):
                 await send(part)
 
@@ -315,10 +311,7 @@ create_app = _typed(FlockAPI, AppOptions)
 
 
 def route_table() -> Sequence[AppRoute | PublicMount]:
-    """Return every route: the access it needs (see ``Needs``), its methods, its path, and its handler.
-
-    They are matched in this order, so those that are requested most come first.
-    """
+    """Return every route: the access it needs (see ``Needs``), its methods, its path, and its handler."""
     return [
         AppRoute("access", "GET", "/agents", list_agents),
         AppRoute("access", "POST", "/run/flock", run_flock),
@@ -424,7 +417,7 @@ async def run_flock(request: Request) -> Response:
     return await run_response(request, run, 200 if run.status.is_final else 202, headers)
 
 
-@functools.lru_cache  # most clients send one of few values
+@functools.lru_cache(maxsize=32)  # most clients send one of few values
 def _prefers_events(accept: str) -> bool:
     return preferred(accept, ["application/json", EventStream.media_type]) == EventStream.media_type
 

@@ -501,7 +501,7 @@ class _TextFormatter(uvicorn.logging.DefaultFormatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         if not record.message.isprintable():
-            record.message = one_line(record.message)
+            record.message, record.exc_text = one_line(record.message), None
         if self.use_colors:
             return super().formatMessage(record)
         return f"{record.levelname + ':':9} {record.message}"  # the same text, without a copy of the record

@@ -1,6 +1,5 @@
 """Accessors of a request: its id, its paths, its query, its headers, and the connection of its client."""
 
-import functools
 import hashlib
 import re
 import secrets
@@ -68,15 +67,8 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
 
     Raises InvalidData, which names the parameter.
     """
-    if request.scope["query_string"] or defaults:
-        return query_from(request.query_params.multi_items(), type_, **defaults)
-    empty: Query = _empty_query(type_)
-    return empty
-
-
-@functools.cache
-def _empty_query(type_: type[Query]) -> Query:
-    return query_from((), type_)
+    sent = request.query_params.multi_items() if request.scope["query_string"] else ()
+    return query_from(sent, type_, **defaults)
 
 
 def traceparent_of(request: Request) -> str | None:

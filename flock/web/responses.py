@@ -65,8 +65,11 @@ def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> Non
 
 
 def split_message(message: Message) -> Iterator[Message]:
-    """Split an ASGI message with a body above ``PIECE_BYTES`` into several messages."""
-    body: bytes = message["body"]
+    """Split an ASGI message with a long body into several messages."""
+    body: bytes = message.get("body", b"")
+    if len(body) <= PIECE_BYTES:
+        yield message
+        return
     for start in range(0, len(body), PIECE_BYTES):
         end = start + PIECE_BYTES
         yield {**message, "body": body[start:end], "more_body": end < len(body) or message.get("more_body", False)}

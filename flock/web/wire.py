@@ -590,12 +590,9 @@ WITH_COST: Collection[type] = (RunStep, RunCall, SessionSummary, FlockAPIRespons
 
 
 def _costs(record: Any) -> dict[str, Any]:
-    shown: dict[str, Any]
-    if isinstance(record, Batch):
-        names = ("usage", "cost", "max_cost", "estimated_cost", "error_type")
-        shown = dict.fromkeys(names, msgspec.UNSET) | record.costs
-    else:
-        shown = {"cost": msgspec.UNSET} | shown_usage(record.usage)
+    names = ("usage", "cost", "max_cost", "estimated_cost", "error_type") if isinstance(record, Batch) else ("cost",)
+    shown: dict[str, Any] = dict.fromkeys(names, msgspec.UNSET)
+    shown |= record.costs if isinstance(record, Batch) else shown_usage(record.usage)
     if isinstance(record, Run):
         shown["max_cost"] = msgspec.UNSET if record.max_cost is None else record.max_cost
     if isinstance(shown["usage"], dict):
