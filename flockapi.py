@@ -314,11 +314,11 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
     """Return every route: the access it needs (see ``Needs``), its methods, its path, and its handler."""
     return [
         AppRoute("access", "GET", "/agents", list_agents),
-        AppRoute("access", "GET", "/agents/{name}", get_agent),
         AppRoute("access", "POST", "/run/flock", run_flock),
         AppRoute("access", "POST", "/run/batch", run_batch),
-        AppRoute("access", "GET", "/runs", list_runs),
         AppRoute("access", "GET DELETE", "/run/{run_id}", one_run),
+        AppRoute("access", "GET", "/runs", list_runs),
+        AppRoute("access", "GET", "/agents/{name}", get_agent),
         AppRoute("access", "POST", "/run/{run_id}/cancel", cancel_run),
         AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
         AppRoute("access", "POST", "/run/{run_id}/calls/{call_id}", answer_call),
@@ -398,10 +398,7 @@ async def run_flock(request: Request) -> Response:
     """
     prefer = preferences(request.headers.getlist("prefer"))
     responds_async = "respond-async" in prefer
-    if (
-        preferred(request.headers.get("accept", ""), ["application/json", EventStream.media_type])
-        == EventStream.media_type
-    ):
+    if _prefers_events(request.headers.get("accept", "")):
         return await _streamed_run(request, responds_async)
     run, is_async, headers = await _accepted_run(request, responds_async)
     if not is_async:
@@ -418,6 +415,11 @@ async def run_flock(request: Request) -> Response:
             applied += f", wait={wait_s}"
         headers = {**headers, "Preference-Applied": applied}
     return await run_response(request, run, 200 if run.status.is_final else 202, headers)
+
+
+@functools.lru_cache(maxsize=32)  # most clients send one of few values
+def _prefers_events(accept: str) -> bool:
+    return preferred(accept, ["application/json", EventStream.media_type]) == EventStream.media_type
 
 
 async def _streamed_run(request: Request, responds_async: bool) -> Response:
@@ -446,7 +448,7 @@ async def _accepted_run(
     The body is freed when this returns.
     """
     body = await read_json(request)
-    key = idempotency_key(request, fingerprint_of(request, body))
+    key = idempotency_key(request, lambda: fingerprint_of(request, body))
     run_request = wire.RUN_REQUEST.decode(body)
     is_async = run_request.async_run or responds_async
     engine = await engine_of(request)
@@ -715,12 +717,11 @@ async def delete_batch(request: Request) -> Response:
 
 async def list_agents(request: Request) -> Response:
     """GET /agents"""
-    agents = app_of(request).flock.agents.values()
-    return JSONResponse(
-        wire.AgentList(
-            agents=[wire.shown_as(wire.AgentSummary, agent, next_agent=next_agent_of(agent)) for agent in agents]
-        )
-    )
+    agents = [
+        wire.AgentSummary(name=agent.name, description=agent.description, next_agent=next_agent_of(agent))
+        for agent in app_of(request).flock.agents.values()
+    ]
+    return JSONResponse(wire.AgentList(agents=agents))
 
 
 async def get_agent(request: Request) -> Response:
@@ -786,15 +787,11 @@ async def run_response(
     calls = await engine.get_calls(run) if may_have_calls else {}
     long: dict[int | None, LongJSON] = {}
     if isinstance(engine, EmbeddedEngine):  # other engines hold results in memory anyway
-        results: dict[int | None, msgspec.Raw | None] = {None: run.result}
-        results |= {at: step.result for at, step in enumerate(run.steps)}
-        long = {at: engine.long_result(run, at) for at, result in results.items() if len(result or b"") > LONG_BYTES}
-
-    def calls_of_step(position: int) -> list[wire.RunCall] | msgspec.UnsetType:
-        return [wire.run_call(call) for call in calls.get(position, ())] or msgspec.UNSET
-
+        results = [(None, run.result), *((at, step.result) for at, step in enumerate(run.steps))]
+        long = {at: engine.long_result(run, at) for at, result in results if len(result or b"") > LONG_BYTES}
+    calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}
     steps = [
-        wire.shown_as(wire.RunStep, step, result=long.get(at, step.result), calls=calls_of_step(at))
+        wire.shown_as(wire.RunStep, step, result=long.get(at, step.result), calls=calls_at.get(at, msgspec.UNSET))
         for at, step in enumerate(run.steps)
     ]
     body = wire.shown_as(
@@ -802,7 +799,7 @@ async def run_response(
         run,
         result=long.get(None, run.result),
         steps=steps,
-        calls=calls_of_step(len(run.steps)),
+        calls=calls_at.get(len(run.steps), msgspec.UNSET),
         waiting_for=waiting_for(run),
         batch_id=msgspec.UNSET if run.batch_id is None else run.batch_id,
         position=msgspec.UNSET if run.position is None else run.position,

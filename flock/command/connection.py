@@ -118,17 +118,18 @@ class Connection(HttpToolsProtocol):
                 if len(self._pipelined) > MAX_PIPELINED_BYTES:
                     self.flow.pause_reading()
                 return
-            if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
-                self._start_head()
             end = self._end_of_piece(data, start, 0 if pieces < MAX_SHORT_PIECES else LONG_PIECE_BYTES)
-            self._head_bytes += end - start
             super().data_received(data[start:end])
             if self.transport.get_protocol() is not self:  # upgraded to a WebSocket
                 self._cancel_timers()
                 return
+            if self.cycle is None or self.cycle.response_complete:  # the rest of the head has not arrived
+                self._head_bytes += end - start
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    self._close()
+                elif self._head_timer is None:
+                    self._start_head()
             start, pieces, self._tail = end, pieces + 1, data[max(start, end - 2) : end]
-            if self._head_timer is not None and self._head_bytes > MAX_HEAD_BYTES:
-                self._close()
 
     def _is_responding(self) -> bool:
         """Whether a request has arrived completely and its response has not ended."""
@@ -175,6 +176,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._is_in_head = True
         if not self.is_discarding:
+            self.scope["flock.body_has_arrived"] = True  # type: ignore[typeddict-unknown-key]
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -183,10 +185,10 @@ class Connection(HttpToolsProtocol):
             self.data_received(b"")
 
     def _start_head(self) -> None:
-        self._head_bytes = 0
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._close)
 
     def _end_head(self) -> None:
+        self._head_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None

@@ -499,12 +499,12 @@ def _serve(config: uvicorn.Config, settings: ServerSettings, sockets: list[socke
 class _TextFormatter(uvicorn.logging.DefaultFormatter):
     """uvicorn's formatter, but newlines in client data are escaped, so that they cannot forge lines of the log."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
-        if not message.isprintable():
-            record = copy.copy(record)
-            record.msg, record.args, record.exc_text = one_line(message), None, None
-        return super().format(record)
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if not record.message.isprintable():
+            record.message, record.exc_text = one_line(record.message), None
+        if self.use_colors:
+            return super().formatMessage(record)
+        return f"{record.levelname + ':':9} {record.message}"  # the same text, without a copy of the record
 
     def formatException(self, ei: Any) -> str:
         return "\n".join(f"    {one_line(line)}" for line in super().formatException(ei).splitlines())

@@ -67,6 +67,8 @@ KEYS_VARIABLE = "FLOCK_API_KEYS"
 ADMIN = ":admin"
 #: The number of principals in a ``RateLimit`` above which idle ones are dropped.
 CLEANUP_SIZE = 10_000
+#: The port in ``Host``.
+PORT = re.compile(r":\d*$")
 #: In characters. A shorter key could be guessed.
 MIN_KEY_LENGTH = 16
 
@@ -141,7 +143,7 @@ def _digest(key: str) -> bytes:
 
 def check_host(host: str, allowed: Collection[str]) -> None:
     """Raise WrongHost if *host* is not in *allowed*. With DNS rebinding, a foreign page sends its own host name."""
-    name = re.sub(r":\d*$", "", host).lower()
+    name = PORT.sub("", host).lower()
     if name not in allowed:
         raise WrongHost(
             f"The host {name[:100]!r} is not allowed. Allowed: {', '.join(sorted(allowed))}. If a proxy forwards this "

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import anyio
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from flock.errors import FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.fair import FairShare
@@ -60,7 +60,6 @@ class Body:
         self._request = request
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
-        self._stream = self._read()
         self._hash = hashlib.sha256()
         request.scope["flock.is_unread"] = True  # a response before the body's end must close the connection
         declared = request.headers.get("content-length", "")
@@ -79,8 +78,10 @@ class Body:
             detail = f"A JSON body with Content-Encoding {encoding!r} is not supported. Send it uncompressed."
             raise _wrong_encoding(detail, "identity")
         parts = bytearray()
-        with self._arriving(self._timeout_s):
-            async for chunk in self._stream:
+        # Our server sets this. A deadline for each request would take as long as the rest of this function.
+        has_arrived = self._request.scope.get("flock.body_has_arrived", False)
+        with contextlib.nullcontext() if has_arrived else self._arriving(self._timeout_s):
+            while chunk := await self._next():
                 parts += self._counted(chunk)
                 await self._share.checkpoint()
         body = bytes(parts)
@@ -112,7 +113,7 @@ class Body:
         while True:
             started_at = anyio.current_time()
             with self._arriving(left_s):
-                chunk = await anext(self._stream, b"")
+                chunk = await self._next()
             left_s -= anyio.current_time() - started_at  # counts only the wait for the sender, not the processing
             if not chunk:
                 break
@@ -134,28 +135,32 @@ class Body:
     async def drain(self) -> None:
         """Read and drop the rest of the body, up to DRAIN_BYTES and for DRAIN_TIMEOUT_S."""
         drained = 0
-        with contextlib.suppress(ClientDisconnect), anyio.move_on_after(DRAIN_TIMEOUT_S):
-            async for chunk in self._stream:
+        with contextlib.suppress(HTTPException), anyio.move_on_after(DRAIN_TIMEOUT_S):
+            while chunk := await self._next():
                 drained += len(chunk)
                 if drained > DRAIN_BYTES:
                     return
 
-    async def _read(self) -> AsyncIterator[bytes]:
-        async for chunk in self._request.stream():
-            self.received_bytes += len(chunk)
-            yield chunk
-        self._request.scope["flock.is_unread"] = False
+    async def _next(self) -> bytes:
+        """Return the next part of the body, or b"" at its end. Raises HTTPException 400 if the client disconnects."""
+        while self._request.scope["flock.is_unread"]:
+            message = await self._request.receive()
+            if message["type"] == "http.disconnect":  # the response only ends the handler; no client receives it
+                raise HTTPException(400, "The client disconnected before the whole body had arrived.")
+            self._request.scope["flock.is_unread"] = message.get("more_body", False)
+            chunk: bytes = message.get("body", b"")
+            if chunk:
+                self.received_bytes += len(chunk)
+                return chunk
+        return b""
 
     def _encoding(self) -> str:
         return ", ".join(self._request.headers.getlist("content-encoding")).strip().lower()[:100] or "identity"
 
     @contextlib.contextmanager
     def _arriving(self, timeout_s: float) -> Iterator[None]:
-        try:
-            with anyio.CancelScope(deadline=anyio.current_time() + timeout_s) as scope:
-                yield
-        except ClientDisconnect as exc:  # the response only ends the handler; no client receives it
-            raise HTTPException(400, "The client disconnected before the whole body had arrived.") from exc
+        with anyio.CancelScope(deadline=anyio.current_time() + timeout_s) as scope:
+            yield
         if scope.cancelled_caught:  # otherwise a slow sender would hold its slot forever
             raise HTTPException(408, f"The body did not arrive within {self._timeout_s:g} s.")
 

@@ -56,12 +56,12 @@ class JSONResponse(Response):
 def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> None:
     """Add the request id, *more* headers, and defaults that prevent caching and sniffing to the start of a response."""
     names = {name.lower() for name, _ in start["headers"]}
-    added = {"x-request-id": request_id, **more}
+    added = [(b"x-request-id", request_id.encode()), *((name.encode(), value.encode()) for name, value in more.items())]
     if b"x-content-type-options" not in names:
-        added["x-content-type-options"] = "nosniff"
+        added.append((b"x-content-type-options", b"nosniff"))
     if b"cache-control" not in names and b"etag" not in names:  # an ETag is there for caches
-        added["cache-control"] = "no-store"
-    start["headers"] = [*start["headers"], *((name.encode(), value.encode()) for name, value in added.items())]
+        added.append((b"cache-control", b"no-store"))
+    start["headers"] = [*start["headers"], *added]
 
 
 def split_message(message: Message) -> Iterator[Message]:

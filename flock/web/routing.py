@@ -2,13 +2,14 @@
 
 import inspect
 import ipaddress
+import itertools
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException, WebSocketException
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 from starlette.routing import BaseRoute, Match, Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
@@ -47,7 +48,7 @@ CORS: Mapping[str, Any] = {
 }
 
 #: The headers that browsers send for requests from pages, and other clients rarely send.
-BROWSER_HEADERS = (b"origin", b"sec-fetch-site")
+BROWSER_HEADERS = frozenset({b"origin", b"sec-fetch-site"})
 
 #: The methods that change nothing (RFC 9110, section 9.2.1).
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -61,7 +62,13 @@ class AppRoute(Route):
 
     def __init__(self, needs: Needs, methods: str, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, methods=methods.split(), **options)
+        self.app = self._respond
         self.needs = needs
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Like the app of ``Route``, which also handles exceptions. Here the app handles them, once."""
+        response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 class PublicMount(Mount):
@@ -157,10 +164,7 @@ class AppRouter(Router):
 
     def _check_headers(self, scope: Scope, *, is_protected: bool) -> None:
         """Check the size, the host and the origin. With *is_protected*, check the origin for every method."""
-        length, is_from_browser = 0, False
-        for name, value in scope["headers"]:  # one loop, since each lookup in Headers scans all of them
-            length += len(name) + len(value)
-            is_from_browser = is_from_browser or name in BROWSER_HEADERS
+        length = sum(map(len, itertools.chain.from_iterable(scope["headers"])))
         if length > self._max_header_bytes:
             raise HTTPException(
                 431, f"The headers are longer than {self._max_header_bytes} bytes in total. Send fewer or shorter ones."
@@ -168,6 +172,7 @@ class AppRouter(Router):
         headers = Headers(scope=scope)
         if self._hosts is not None:
             check_host(headers.get("host", ""), self._hosts)
+        is_from_browser = not BROWSER_HEADERS.isdisjoint(dict(scope["headers"]))
         if is_from_browser and (is_protected or scope.get("method") not in SAFE_METHODS):
             check_origin(headers, self._origins)
 
@@ -193,7 +198,7 @@ async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:
 def api_key_auth(keys: KeyRing) -> Auth:
     """Return an ``auth`` function for ``Authorization: Bearer`` (RFC 6750) and ``X-API-Key``."""
 
-    async def auth(connection: HTTPConnection) -> Principal | None:
+    def auth(connection: HTTPConnection) -> Principal | None:
         scheme, _, key = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = connection.headers.get("x-api-key", "")
