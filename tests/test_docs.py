@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -114,6 +116,30 @@ def test_the_files_for_a_deployment_use_options_that_exist() -> None:
         for option in re.findall(r"--[a-z-]+", line)
     }
     assert {"--store", "--log-json"} <= used <= options
+
+
+def _settings(unit: str) -> dict[str, str]:
+    lines = (EXAMPLES / "deploy" / unit).read_text("utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+def test_a_unit_gives_its_server_more_time_than_the_server_takes() -> None:
+    own, host = _settings("flockapi.service"), _settings("host.service")
+    assert own.keys() <= host.keys(), "both run without rights"
+    (drain_s,) = (option.default for option in main.commands["serve"].params if option.name == "drain_timeout_s")
+    assert isinstance(drain_s, int)
+    (graceful_s,) = re.findall(r"--timeout-graceful-shutdown (\d+)", host["ExecStart"])
+    assert int(own["TimeoutStopSec"]) > drain_s
+    assert int(host["TimeoutStopSec"]) > int(graceful_s)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("unit", ["flockapi.service", "host.service"])
+def test_systemd_accepts_a_unit(unit: str, tmp_path: Path) -> None:
+    text = (EXAMPLES / "deploy" / unit).read_text("utf-8")
+    (tmp_path / unit).write_text(re.sub(r"/opt/\w+/bin/\w+", sys.executable, text))
+    done = subprocess.run(["systemd-analyze", "verify", tmp_path / unit], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("page", made_pages.PAGES, ids=lambda page: page.stem)
