@@ -12,7 +12,7 @@
     │   ├── BatchNotFound
     │   └── SessionNotFound
     ├── AccessDenied             raised before the request is processed
-    │   ├── Unauthenticated      the API key is missing or unknown
+    │   ├── Unauthenticated      the API key or the user is missing or unknown
     │   ├── Forbidden            the caller, or its origin, lacks permission
     │   └── WrongHost            the Host header does not name this server
     ├── Conflict                 the request conflicts with the current state
@@ -371,7 +371,7 @@ class AccessDenied(FlockError):
 
 
 class Unauthenticated(AccessDenied):
-    """The API key is missing or unknown."""
+    """The API key is missing or unknown, or ``auth=`` found no user."""
 
 
 class Forbidden(AccessDenied):

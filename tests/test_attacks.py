@@ -74,6 +74,7 @@ from flock.core import Flock
 from flock.errors import DefinitionError, TooManyRequests
 from flock.runs import Principal, Run
 from flock.web.auth import KeyRing, RateLimit, ScopedEngine, new_key, read_keys
+from flock.web.body import DRAIN_TIMEOUT_S
 from flock.web.metrics import Metrics
 from flockapi import FlockAPI, create_app, principal_of
 from tests.support import PATIENCE_S, ROOT
@@ -717,6 +718,24 @@ async def test_bytes_after_an_unread_body_are_not_a_request() -> None:
             answer = await answer_to(served.port, head + length + smuggled + smuggled)
             assert answer.count(b"HTTP/1.1 ") == 1
             assert answer.startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("content", ["application/json", "text/csv"])
+async def test_under_every_server_a_client_that_first_sends_its_whole_body_can_read_its_413(content: str) -> None:
+    """nginx is such a client. If the server closes the connection while nginx is sending, nginx responds with 502."""
+    app = create_app(sample_flock(), store=":memory:", max_body_bytes=10, max_upload_bytes=10)
+    path, length = b"/run/batch?agent_name=summarise" if content == "text/csv" else b"/run/flock", 4 * 1024 * 1024
+    head = b"POST %s HTTP/1.1\r\nHost: t\r\nContent-Type: %s\r\n" % (path, content.encode())
+    async with Served(app) as served:
+        chunks = [b"x" * 65_536] * (length // 65_536)
+        answer = await answer_to(served.port, head + b"Content-Length: %d\r\n\r\n" % length, *chunks, pause_s=0.001)
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"The body is longer than 10 bytes" in answer
+        waits = b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % length
+        with anyio.fail_after(DRAIN_TIMEOUT_S - 1):
+            answer = await answer_to(served.port, head + waits)
+        assert answer.startswith(b"HTTP/1.1 413 "), "a client that waits for 100 Continue sends nothing"
 
 
 def test_a_response_sent_during_the_request_body_can_be_read(script: Path) -> None:

@@ -3,6 +3,8 @@
 import inspect
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,8 +43,6 @@ PYTHON = [
 ]
 #: Pages whose commands need two machines. ``test_temporal.py`` runs them.
 ELSEWHERE = {"temporal"}
-#: Pages that do not say yet whom they are for.
-WITHOUT_READERS = {"performance", "testing"}
 WITH_COMMANDS = [
     page for page in DOCS if page.stem not in ELSEWHERE and any(block.language == "bash" for block in blocks_of(page))
 ]
@@ -119,10 +119,9 @@ def test_every_page_is_in_the_map_of_the_readme() -> None:
 
 
 def test_every_page_says_first_whom_it_is_for() -> None:
-    written = [page for page in DOCS if page.stem not in WITHOUT_READERS]
-    first = {page.name: re.match(r"# .+\n\n(For [^.\n]+\.)\s", page.read_text("utf-8")) for page in written}
+    first = {page.name: re.match(r"# .+\n\n(For [^.\n]+\.)\s", page.read_text("utf-8")) for page in DOCS}
     assert [name for name, match in first.items() if match is None] == []
-    assert len({match and match[1] for match in first.values()}) == len(written)
+    assert len({match and match[1] for match in first.values()}) == len(DOCS)
 
 
 def test_the_picture_of_a_run_names_tables_of_the_store() -> None:
@@ -172,6 +171,30 @@ def test_the_files_for_a_deployment_use_options_that_exist() -> None:
         for option in re.findall(r"--[a-z-]+", line)
     }
     assert {"--store", "--log-json"} <= used <= options
+
+
+def _settings(unit: str) -> dict[str, str]:
+    lines = (EXAMPLES / "deploy" / unit).read_text("utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+def test_a_unit_gives_its_server_more_time_than_the_server_takes() -> None:
+    own, host = _settings("flockapi.service"), _settings("host.service")
+    assert own.keys() <= host.keys(), "both run without rights"
+    (drain_s,) = (option.default for option in main.commands["serve"].params if option.name == "drain_timeout_s")
+    assert isinstance(drain_s, int)
+    (graceful_s,) = re.findall(r"--timeout-graceful-shutdown (\d+)", host["ExecStart"])
+    assert int(own["TimeoutStopSec"]) > drain_s
+    assert int(host["TimeoutStopSec"]) > int(graceful_s)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("unit", ["flockapi.service", "host.service"])
+def test_systemd_accepts_a_unit(unit: str, tmp_path: Path) -> None:
+    text = (EXAMPLES / "deploy" / unit).read_text("utf-8")
+    (tmp_path / unit).write_text(re.sub(r"/opt/\w+/bin/\w+", sys.executable, text))
+    done = subprocess.run(["systemd-analyze", "verify", tmp_path / unit], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("page", made_pages.PAGES, ids=lambda page: page.stem)

@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -180,23 +181,61 @@ def uvicorn(target: str) -> list[str]:
     return [sys.executable, "-m", "uvicorn", "--port", "0", target]
 
 
+JWT_SECRET = "of-the-host-and-long-enough-for-HS256"
+
+
+def login_of(user: str, *, secret: str = JWT_SECRET, expires_in_s: int = 60, **claims: str) -> dict[str, str]:
+    import jwt
+
+    claims_ = {"sub": user, "exp": time.time() + expires_in_s, **claims}
+    return {"Authorization": f"Bearer {jwt.encode(claims_, secret, 'HS256')}"}
+
+
 def test_the_fastapi_host_serves_agents_and_its_own_route_only_to_its_users() -> None:
-    of_ann = {"Authorization": "Bearer of-ann"}
-    with running(*uvicorn("examples.fastapi_host:app"), PYTHONPATH=str(ROOT), ANN_TOKEN="of-ann") as server:
-        assert ask(f"{server.url}/ai", GREET, **of_ann)["result"] == GREETED
+    of_ann = login_of("ann")
+    with running(*uvicorn("examples.fastapi_host:app"), PYTHONPATH=str(ROOT), JWT_SECRET=JWT_SECRET) as server:
+        run = ask(f"{server.url}/ai", GREET, **of_ann)
+        assert run["result"] == GREETED
         assert httpx.get(f"{server.url}/me", headers=of_ann).json() == "ann"
         assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "FastAPI"
-        for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer of-bob"}):
+        run_url = f"{server.url}/ai/run/{run['run_id']}"
+        readers = of_ann, login_of("bob"), login_of("ops", role="admin")
+        assert [httpx.get(run_url, headers=reader).status_code for reader in readers] == [200, 404, 200]
+        foreign, expired = login_of("ann", secret="x" * 32), login_of("ann", expires_in_s=-1)
+        for headers in ({}, {"Authorization": "Bearer"}, foreign, expired):
             assert statuses_without_a_credential(f"{server.url}/ai", **headers) == {401}
             assert httpx.get(f"{server.url}/me", headers=headers).status_code == 401
+        refused = httpx.get(f"{server.url}/ai/runs", headers=expired)
+        assert refused.json()["detail"] == "The token is not valid: Signature has expired."
+        assert refused.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
         assert server.stop() in (0, -15)
     assert not re.search("Traceback|WARNING|has no authentication", "\n".join(server.lines))
 
 
-def test_the_fastapi_host_without_a_token_refuses_every_request() -> None:
-    with running(*uvicorn("examples.fastapi_host:app"), PYTHONPATH=str(ROOT), ANN_TOKEN="") as server:
-        for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer None"}):
+def test_the_fastapi_host_without_a_secret_refuses_every_request() -> None:
+    with running(*uvicorn("examples.fastapi_host:app"), PYTHONPATH=str(ROOT), JWT_SECRET="") as server:
+        for headers in ({}, {"Authorization": "Bearer"}, login_of("ann")):
             assert statuses_without_a_credential(f"{server.url}/ai", **headers) == {401}
+
+
+def test_workers_of_uvicorn_share_their_metrics_and_log_as_json(tmp_path: Path) -> None:
+    """The command is that of ``host.service``."""
+    unit = (EXAMPLES / "deploy" / "host.service").read_text("utf-8")
+    (options,) = re.findall(r"(?m)^ExecStart=\S+ --app-dir \S+ acme:app (.*)$", unit)
+    options = options.replace("/opt/acme", str(EXAMPLES / "deploy")).replace("--port 8344", "--port 0")
+    (tmp_path / "metrics").mkdir()
+    env = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "metrics"), "PYTHONPATH": str(ROOT), "JWT_SECRET": JWT_SECRET}
+    of_ops = login_of("ops", role="admin")
+    with running(*uvicorn("examples.fastapi_host:app"), *options.split(), **env) as server:
+        server.wait_for_line("Application startup complete", times=2)
+        runs = [ask(f"{server.url}/ai", GREET, **of_ops) for _ in range(4)]
+        for _ in range(4):  # each is answered by one of the workers
+            page = httpx.get(f"{server.url}/ai/metrics", headers=of_ops).text
+            assert 'flock_runs_total{agent_name="greet",status="completed"} 4.0' in page
+        server.wait_for_line(runs[-1]["run_id"])
+        assert server.stop() in (0, -15)
+    logged = [json.loads(line) for line in server.lines if line.startswith("{")]
+    assert {run["run_id"] for run in runs} == {line["run_id"] for line in logged if "run_id" in line}
 
 
 def test_the_django_host_serves_agents_only_to_its_users(tmp_path: Path) -> None:

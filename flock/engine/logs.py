@@ -1,4 +1,4 @@
-"""Log records as JSON, one object per line, for log collectors. Only the project's own server uses it."""
+"""Log records as JSON, one object per line, for log collectors. Used by ``--log-json``, and by hosts that choose it."""
 
 import logging
 from datetime import UTC, datetime

@@ -23,8 +23,8 @@ GZIP_PIECE_BYTES = 16 * 1024
 #: Max ratio of decompressed to received bytes. It applies only above MIN_DECOMPRESSED_BYTES.
 MAX_DECOMPRESSION_RATIO = 100
 MIN_DECOMPRESSED_BYTES = 16 * 1024 * 1024
-#: How much of a rejected body is still read, and for how many seconds. Many clients read no response before they have
-#: sent the whole body.
+#: How much of a rejected body is still read, and for how many seconds. Many clients, and nginx, read no response
+#: before they have sent the whole body. If the server closes the connection earlier, they lose the response.
 DRAIN_BYTES = 8 * 1024 * 1024
 DRAIN_TIMEOUT_S = 5
 
@@ -63,8 +63,7 @@ class Body:
         self._hash = hashlib.sha256()
         request.scope["flock.is_unread"] = True  # a response before the body's end must close the connection
         declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > max_bytes:
-            raise self._too_long()
+        self._declared_bytes = int(declared) if declared.isdecimal() else 0
 
     async def json(self, max_depth: int, default: bytes | None = None) -> bytes:
         """Return the whole JSON body, or *default* if it is empty.
@@ -80,10 +79,15 @@ class Body:
         parts = bytearray()
         # Our server sets this. A deadline for each request would take as long as the rest of this function.
         has_arrived = self._request.scope.get("flock.body_has_arrived", False)
-        with contextlib.nullcontext() if has_arrived else self._arriving(self._timeout_s):
-            while chunk := await self._next():
-                parts += self._counted(chunk)
-                await self._share.checkpoint()
+        try:
+            self._check_declared()
+            with contextlib.nullcontext() if has_arrived else self._arriving(self._timeout_s):
+                while chunk := await self._next():
+                    parts += self._counted(chunk)
+                    await self._share.checkpoint()
+        except TooLarge:
+            await self.drain()
+            raise
         body = bytes(parts)
         if not body.strip():
             if default is not None:
@@ -108,6 +112,7 @@ class Body:
         if encoding not in ("identity", "gzip"):
             detail = f"Content-Encoding {encoding!r} is not supported. Use gzip, or send the body uncompressed."
             raise _wrong_encoding(detail, "gzip, identity")
+        self._check_declared()
         gunzip = _Gunzip() if encoding == "gzip" else None
         left_s, paced = self._timeout_s, 0
         while True:
@@ -133,7 +138,13 @@ class Body:
         return self._hash.digest()
 
     async def drain(self) -> None:
-        """Read and drop the rest of the body, up to DRAIN_BYTES and for DRAIN_TIMEOUT_S."""
+        """Read and drop the rest of the body for up to DRAIN_TIMEOUT_S, unless it is longer than DRAIN_BYTES.
+
+        A client that waits for ``100 Continue`` has not sent its body, and need not.
+        """
+        waits = self.received_bytes == 0 and self._request.headers.get("expect", "").lower() == "100-continue"
+        if waits or self._declared_bytes - self.received_bytes > DRAIN_BYTES:
+            return
         drained = 0
         with contextlib.suppress(HTTPException), anyio.move_on_after(DRAIN_TIMEOUT_S):
             while chunk := await self._next():
@@ -163,6 +174,10 @@ class Body:
             yield
         if scope.cancelled_caught:  # otherwise a slow sender would hold its slot forever
             raise HTTPException(408, f"The body did not arrive within {self._timeout_s:g} s.")
+
+    def _check_declared(self) -> None:
+        if self._declared_bytes > self._max_bytes:
+            raise self._too_long()
 
     def _counted(self, piece: bytes) -> bytes:
         self.total_bytes += len(piece)

@@ -192,17 +192,20 @@ async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:
     principal = await result if inspect.isawaitable(result) else result
     if isinstance(principal, Principal):
         return principal
-    raise Unauthenticated("The API key is missing or unknown. With curl: -H 'Authorization: Bearer YOUR_KEY'")
+    raise Unauthenticated("The credentials of this request are missing, unknown or expired.")
 
 
 def api_key_auth(keys: KeyRing) -> Auth:
     """Return an ``auth`` function for ``Authorization: Bearer`` (RFC 6750) and ``X-API-Key``."""
 
-    def auth(connection: HTTPConnection) -> Principal | None:
+    def auth(connection: HTTPConnection) -> Principal:
         scheme, _, key = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = connection.headers.get("x-api-key", "")
-        return keys.find(key.strip())
+        principal = keys.find(key.strip())
+        if principal is None:
+            raise Unauthenticated("The API key is missing or unknown. With curl: -H 'Authorization: Bearer YOUR_KEY'")
+        return principal
 
     return auth
 
