@@ -1,5 +1,6 @@
 """The examples, each served as its first line says."""
 
+import json
 import os
 import re
 import runpy
