@@ -78,9 +78,6 @@ class _Writer:
     def key(self) -> tuple[int, str]:
         return self.position, self.call_id
 
-    def has_room(self, max_chars: int) -> bool:
-        return self.chars < max_chars and not self.is_done  # what a call has left behind is not its output
-
     @property
     def is_empty(self) -> bool:
         return not self.fields and not self.reasoning.tell()
@@ -142,8 +139,10 @@ class LiveOutput:
             written.has_output = True
             content = written.fields.get(field)
             if not isinstance(content, io.StringIO):
+                if content is not None:
+                    written.resets += 1  # readers would append the text to the value
                 content = written.fields[field] = io.StringIO()
-            if written.has_room(self._max_chars):
+            if self._has_room(written, writer):
                 content.seek(0, io.SEEK_END)
                 content.write(text)
                 written.chars += len(text)
@@ -152,13 +151,14 @@ class LiveOutput:
         raw = msgspec.Raw(msgspec.json.encode(value, enc_hook=to_json))
         with self._writing(writer) as written:
             written.has_output = True
-            if written.has_room(self._max_chars):
+            if self._has_room(written, writer):
+                before = written.fields.get(field)
+                written.chars += len(raw) - (len(before[1]) if isinstance(before, tuple) else 0)
                 written.fields[field] = (-self._changes, raw)
-                written.chars += len(raw)
 
     def write_reasoning(self, writer: Turn, text: str) -> None:
         with self._writing(writer) as written:
-            if written.has_room(self._max_chars):
+            if self._has_room(written, writer):
                 written.reasoning.seek(0, io.SEEK_END)
                 written.reasoning.write(text)
                 written.chars += len(text)
@@ -178,16 +178,24 @@ class LiveOutput:
         members = msgspec.json.decode(result, type=dict[str, msgspec.Raw])
         values = {name: msgspec.json.decode(member) for name, member in members.items()}
         with self._writing(writer) as written:
-            if not all(_may_become(content, values.get(name)) for name, content in written.fields.items()):
+            fields = written.fields.items()
+            if not all(_may_become(content, values.get(name, msgspec.UNSET)) for name, content in fields):
                 written.clear()
                 written.resets += 1
             for name, value in values.items():
                 content = written.fields.get(name)
-                if content is None:
-                    content = io.StringIO() if isinstance(value, str) else (-self._changes, members[name])
-                    written.fields[name] = content
+                if content is None and isinstance(value, str):
+                    content = written.fields[name] = io.StringIO()
                 if isinstance(content, io.StringIO):
                     content.write(value[content.seek(0, io.SEEK_END) :])
+                elif content is None or content[1] != members[name]:
+                    written.fields[name] = (-self._changes, members[name])
+
+    def _has_room(self, written: _Writer, writer: Turn) -> bool:
+        if written.is_done:
+            return False  # what a call has left behind is not its output
+        is_limited = isinstance(writer, _RemoteTurn)  # by the other process, which sends the whole text at the end
+        return is_limited or written.chars < self._max_chars
 
     @contextlib.contextmanager
     def _writing(self, writer: Turn) -> Iterator[_Writer]:
@@ -459,10 +467,10 @@ class LiveReader:
 
 
 def _may_become(content: io.StringIO | tuple[int, msgspec.Raw], value: Any) -> bool:
-    """Whether a field that was written in part can still become *value*."""
+    """Whether a field that was written in part can become *value*; UNSET if the result has no such field."""
     if isinstance(content, io.StringIO):
         return isinstance(value, str) and value.startswith(content.getvalue())
-    return bool(msgspec.json.decode(content[1]) == value)
+    return value is not msgspec.UNSET
 
 
 def _call_soon() -> Callable[[Callable[[], None]], None]:

@@ -68,8 +68,6 @@ def events_of(run: Run) -> list[Event]:
         end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result")}
         end |= shown_usage(step.usage)
         events.append(event(step.attempt, (position + 1) * EVENTS_PER_STEP, "step.completed", **step_data, **end))
-        end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result")}
-        end |= shown_usage(step.usage)
     if has_started:
         events += started
     name = run.next_agent_name
