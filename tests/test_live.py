@@ -154,7 +154,7 @@ def test_each_reader_ends_with_the_exact_output(
         copy_all()
         for client in clients:
             client.end(result)
-            if has_written or client.reader._resumed_in == 0:
+            if has_written or client.reader._is_resumed:
                 assert shown(client.outputs.get("", {})) == shown(final)
 
     anyio.run(main)

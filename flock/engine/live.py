@@ -17,7 +17,7 @@ import anyio
 import msgspec
 
 from flock.pydanticmodel import to_json
-from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, position_of, started_id
+from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, is_end_of_step, started_id
 
 __all__ = ["LiveOutput", "LiveReader", "Turn"]
 
@@ -369,8 +369,9 @@ class LiveReader:
     def __init__(self, live: LiveOutput, after: int, *, reasoning: bool) -> None:
         self._live = live
         self._has_reasoning = reasoning
-        #: the position of the step of which it may have a part, also from an earlier attempt
-        self._resumed_in = position_of(after) if after else None
+        self._is_resumed = after > 0
+        #: whether it may have a part of the next step that ends, also from an earlier attempt
+        self._may_have_part = self._is_resumed and not is_end_of_step(after)
         self._places: dict[tuple[int, str], _Place] = {}
         self._pending: dict[tuple[int, str], _Writer] = {}
         self._joined_at = live.changed_since(0)[1] if live.had_reader else 0
@@ -399,6 +400,7 @@ class LiveReader:
             self._places.pop(key, None)
             self._live.end_call(*key)  # another process may have executed it
         elif event.name == "step.completed":
+            self._may_have_part = False
             self.position = event.data["position"] + 1
             for key in [key for key in self._places if key[0] < self.position]:
                 del self._places[key]
@@ -408,7 +410,7 @@ class LiveReader:
 
         Its step went on while the reader was not connected.
         """
-        if event.name != "step.completed" or event.data["position"] != self._resumed_in:
+        if event.name != "step.completed" or not self._may_have_part:
             return None
         place = self._places.get((event.data["position"], ""))
         if place is not None and not place.wants_snapshot:
@@ -425,7 +427,7 @@ class LiveReader:
             return True
         is_new_call = written.call is not None and (place is None or place.created != written.created)
         if place is None:
-            is_late = is_old or self._resumed_in is not None
+            is_late = is_old or self._is_resumed
             place = self._places[written.key] = _Place(written, wants_snapshot=is_late)
         place.created = written.created
         if is_new_call:
