@@ -16,7 +16,7 @@ from flock.core import Flock, FlockFactory, Result
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import DefinitionError, SignatureError
 from flock.runs import MAX_SHOWN_BYTES, BatchOptions, Event, RunContext
-from flock.testing import FakeModel
+from flock.testing import FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import until
@@ -287,6 +287,23 @@ async def test_a_choice_of_a_model_is_streamed_as_a_value() -> None:
     assert page.names[-1] == "run.completed"
     assert page.outputs[0, ""] == result
     assert [event["field"] for event in page.of("output.value")] == ["to", "on"]
+
+
+async def test_a_client_that_was_away_during_a_retry_does_not_keep_the_text_of_the_failed_attempt() -> None:
+    flock = Flock("mails", model="openai/gpt-4o")
+    flock.add_agent(FlockFactory.create_default_agent("reply", input="mail", output="text"))
+    with FakeModel([Reply('{"text": "We a', finish_reason="length"), {"text": "Sorry."}]):
+        async with Served(create_app(flock, store=":memory:", auth="host")) as served:
+            async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as client:
+                async with start(client, "reply", mail="Hello") as response:
+                    page = await read_all(response)
+                assert (page.names[-1], page.outputs[0, ""]) == ("run.failed", {"text": "We a"})
+                path = response.headers["Location"]
+                await client.post(f"{path}/retry")
+                await client.get(path, params={"wait": PATIENCE_S})
+                headers = {"Last-Event-ID": str(page.last_id)}
+                page = await read_all(await client.get(f"{path}/events", headers=headers), page)
+    assert (page.names[-1], page.outputs[0, ""]) == ("run.completed", {"text": "Sorry."})
 
 
 async def test_a_stream_ends_when_the_run_waits_for_a_person(client: httpx.AsyncClient) -> None:

@@ -119,12 +119,12 @@ from flock.runs import (
     event_of_batch,
     event_of_call,
     events_of,
+    is_end_of_step,
     is_spent,
     make_ids_after,
     new_id,
     now,
     one_line,
-    position_of,
     safe_text,
     shown_usage,
     started_id,
@@ -327,7 +327,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
         async for event in engine.events(run.run_id, started_id(1, 0), reasoning=True):
             assert_type(event, Event | None)
             if event is not None and event.id is not None:
-                print(position_of(event.id))
+                print(is_end_of_step(event.id))
     await batches(engine, [{"text": "a"}, Row(inputs=msgspec.Raw(b"{}"), line=2)], "skip")
     page: Page[Run] = await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now()))
     for item in page:

@@ -17,7 +17,7 @@ import anyio
 import msgspec
 
 from flock.pydanticmodel import to_json
-from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, position_of, started_id
+from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, is_end_of_step, started_id
 
 __all__ = ["LiveOutput", "LiveReader", "Turn"]
 
@@ -77,9 +77,6 @@ class _Writer:
     @property
     def key(self) -> tuple[int, str]:
         return self.position, self.call_id
-
-    def has_room(self, max_chars: int) -> bool:
-        return self.chars < max_chars and not self.is_done  # what a call has left behind is not its output
 
     @property
     def is_empty(self) -> bool:
@@ -142,8 +139,10 @@ class LiveOutput:
             written.has_output = True
             content = written.fields.get(field)
             if not isinstance(content, io.StringIO):
+                if content is not None:
+                    written.resets += 1  # readers would append the text to the value
                 content = written.fields[field] = io.StringIO()
-            if written.has_room(self._max_chars):
+            if self._has_room(written, writer):
                 content.seek(0, io.SEEK_END)
                 content.write(text)
                 written.chars += len(text)
@@ -152,13 +151,14 @@ class LiveOutput:
         raw = msgspec.Raw(msgspec.json.encode(value, enc_hook=to_json))
         with self._writing(writer) as written:
             written.has_output = True
-            if written.has_room(self._max_chars):
+            if self._has_room(written, writer):
+                before = written.fields.get(field)
+                written.chars += len(raw) - (len(before[1]) if isinstance(before, tuple) else 0)
                 written.fields[field] = (-self._changes, raw)
-                written.chars += len(raw)
 
     def write_reasoning(self, writer: Turn, text: str) -> None:
         with self._writing(writer) as written:
-            if written.has_room(self._max_chars):
+            if self._has_room(written, writer):
                 written.reasoning.seek(0, io.SEEK_END)
                 written.reasoning.write(text)
                 written.chars += len(text)
@@ -178,16 +178,24 @@ class LiveOutput:
         members = msgspec.json.decode(result, type=dict[str, msgspec.Raw])
         values = {name: msgspec.json.decode(member) for name, member in members.items()}
         with self._writing(writer) as written:
-            if not all(_may_become(content, values.get(name)) for name, content in written.fields.items()):
+            fields = written.fields.items()
+            if not all(_may_become(content, values.get(name, msgspec.UNSET)) for name, content in fields):
                 written.clear()
                 written.resets += 1
             for name, value in values.items():
                 content = written.fields.get(name)
-                if content is None:
-                    content = io.StringIO() if isinstance(value, str) else (-self._changes, members[name])
-                    written.fields[name] = content
+                if content is None and isinstance(value, str):
+                    content = written.fields[name] = io.StringIO()
                 if isinstance(content, io.StringIO):
                     content.write(value[content.seek(0, io.SEEK_END) :])
+                elif content is None or content[1] != members[name]:
+                    written.fields[name] = (-self._changes, members[name])
+
+    def _has_room(self, written: _Writer, writer: Turn) -> bool:
+        if written.is_done:
+            return False  # what a call has left behind is not its output
+        is_limited = isinstance(writer, _RemoteTurn)  # by the other process, which sends the whole text at the end
+        return is_limited or written.chars < self._max_chars
 
     @contextlib.contextmanager
     def _writing(self, writer: Turn) -> Iterator[_Writer]:
@@ -361,8 +369,9 @@ class LiveReader:
     def __init__(self, live: LiveOutput, after: int, *, reasoning: bool) -> None:
         self._live = live
         self._has_reasoning = reasoning
-        #: the position of the step of which it may have a part, also from an earlier attempt
-        self._resumed_in = position_of(after) if after else None
+        self._is_resumed = after > 0
+        #: whether it may have a part of the next step that ends, also from an earlier attempt
+        self._may_have_part = self._is_resumed and not is_end_of_step(after)
         self._places: dict[tuple[int, str], _Place] = {}
         self._pending: dict[tuple[int, str], _Writer] = {}
         self._joined_at = live.changed_since(0)[1] if live.had_reader else 0
@@ -391,6 +400,7 @@ class LiveReader:
             self._places.pop(key, None)
             self._live.end_call(*key)  # another process may have executed it
         elif event.name == "step.completed":
+            self._may_have_part = False
             self.position = event.data["position"] + 1
             for key in [key for key in self._places if key[0] < self.position]:
                 del self._places[key]
@@ -400,7 +410,7 @@ class LiveReader:
 
         Its step went on while the reader was not connected.
         """
-        if event.name != "step.completed" or event.data["position"] != self._resumed_in:
+        if event.name != "step.completed" or not self._may_have_part:
             return None
         place = self._places.get((event.data["position"], ""))
         if place is not None and not place.wants_snapshot:
@@ -417,7 +427,7 @@ class LiveReader:
             return True
         is_new_call = written.call is not None and (place is None or place.created != written.created)
         if place is None:
-            is_late = is_old or self._resumed_in is not None
+            is_late = is_old or self._is_resumed
             place = self._places[written.key] = _Place(written, wants_snapshot=is_late)
         place.created = written.created
         if is_new_call:
@@ -459,10 +469,10 @@ class LiveReader:
 
 
 def _may_become(content: io.StringIO | tuple[int, msgspec.Raw], value: Any) -> bool:
-    """Whether a field that was written in part can still become *value*."""
+    """Whether a field that was written in part can become *value*; UNSET if the result has no such field."""
     if isinstance(content, io.StringIO):
         return isinstance(value, str) and value.startswith(content.getvalue())
-    return bool(msgspec.json.decode(content[1]) == value)
+    return value is not msgspec.UNSET
 
 
 def _call_soon() -> Callable[[Callable[[], None]], None]:

@@ -1,7 +1,7 @@
 """The records of runs and batches, what a running agent can do, and the engine protocol."""
 
 from flock.runs.context import Live, RunContext, StepJournal, Watched
-from flock.runs.events import Event, event_of_batch, event_of_call, events_of, position_of, started_id
+from flock.runs.events import Event, event_of_batch, event_of_call, events_of, is_end_of_step, started_id
 from flock.runs.ids import make_ids_after, new_id, now
 from flock.runs.protocol import Engine, EngineHealth, Observer, Queue, QueueLimits
 from flock.runs.records import (
@@ -87,12 +87,12 @@ __all__ = [
     "event_of_batch",
     "event_of_call",
     "events_of",
+    "is_end_of_step",
     "is_spent",
     "make_ids_after",
     "new_id",
     "now",
     "one_line",
-    "position_of",
     "safe_text",
     "shown_usage",
     "started_id",

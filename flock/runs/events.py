@@ -14,7 +14,7 @@ __all__ = [
     "event_of_batch",
     "event_of_call",
     "events_of",
-    "position_of",
+    "is_end_of_step",
     "started_id",
 ]
 
@@ -40,9 +40,10 @@ def started_id(attempt: int, position: int) -> int:
     return attempt * EVENTS_PER_ATTEMPT + position * EVENTS_PER_STEP + 1
 
 
-def position_of(event_id: int) -> int:
-    """Return the position of the step to which an event belongs; -1 for ``run.started``."""
-    return (event_id % EVENTS_PER_ATTEMPT - 1) // EVENTS_PER_STEP
+def is_end_of_step(event_id: int) -> bool:
+    """Return whether an event is ``step.completed``."""
+    number = event_id % EVENTS_PER_ATTEMPT
+    return number > 0 and number % EVENTS_PER_STEP == 0
 
 
 def events_of(run: Run) -> list[Event]:
@@ -68,8 +69,6 @@ def events_of(run: Run) -> list[Event]:
         end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result")}
         end |= shown_usage(step.usage)
         events.append(event(step.attempt, (position + 1) * EVENTS_PER_STEP, "step.completed", **step_data, **end))
-        end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result")}
-        end |= shown_usage(step.usage)
     if has_started:
         events += started
     name = run.next_agent_name
