@@ -306,6 +306,24 @@ async def test_a_client_that_was_away_during_a_retry_does_not_keep_the_text_of_t
     assert (page.names[-1], page.outputs[0, ""]) == ("run.completed", {"text": "Sorry."})
 
 
+async def test_a_client_that_was_away_at_the_end_of_a_called_agent_gets_its_output(
+    client: httpx.AsyncClient, writer: Writer
+) -> None:
+    body, page = {"agent_name": "caller", "inputs": {}, "async_run": True}, Page()
+    path = (await client.post("/run/flock", json=body)).headers["Location"]
+    async with client.stream("GET", f"{path}/events") as response:
+        async for _ in events_from(response, page):
+            if page.outputs and list(page.outputs.values())[-1] == {"result": "  tea"}:
+                break
+    writer.may_go.release()
+    await client.get(path, params={"wait": PATIENCE_S})
+    headers = {"Last-Event-ID": str(page.last_id)}
+    page = await read_all(await client.get(f"{path}/events", headers=headers), page)
+    called = {call["call_id"]: call["result"] for call in page.of("call.completed") if call["kind"] == "agent"}
+    assert list(called.values()) == [{"result": "tea"}]
+    assert {call_id: page.outputs[0, call_id] for call_id in called} == called
+
+
 async def test_a_stream_ends_when_the_run_waits_for_a_person(client: httpx.AsyncClient) -> None:
     async with start(client, "asks") as response:
         page = await read_all(response)

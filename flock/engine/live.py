@@ -406,18 +406,23 @@ class LiveReader:
                 del self._places[key]
 
     def missed_output(self, event: Event) -> Event | None:
-        """Return the whole output of a step before *event*, its end, if the reader may have a part of it from before.
+        """Return the whole output of a step, or of an agent that it called, before *event*, its end.
 
-        Its step went on while the reader was not connected.
+        None if the reader cannot have an old part of it: from before it was disconnected while the agent went on.
         """
-        if event.name != "step.completed" or not self._may_have_part:
+        data = event.data
+        is_step = event.name == "step.completed"
+        if not self._may_have_part or not (is_step or data.get("kind") == "agent"):
             return None
-        place = self._places.get((event.data["position"], ""))
+        place = self._places.get((data["position"], "" if is_step else data["call_id"]))
         if place is not None and not place.wants_snapshot:
             return None
-        names = ("run_id", "attempt", "position", "agent_name")
-        data = {name: event.data[name] for name in names} | {"output": event.data["result"]}
-        return Event(id=None, name="output.snapshot", data=data)
+        of = {name: data[name] for name in ("run_id", "attempt", "position", "agent_name")}
+        if not is_step:
+            of |= {"agent_name": data["name"], "call_id": data["call_id"]}
+        if data.get("result") is None:  # the call has failed, or its result is too long to be shown
+            return Event(id=None, name="output.reset", data=of)
+        return Event(id=None, name="output.snapshot", data={**of, "output": data["result"]})
 
     def _events_of(self, written: _Writer) -> Generator[Event, None, bool]:
         """Yield what is new of one writer. Returns False if it was reset meanwhile, so that there is more."""
