@@ -216,9 +216,9 @@ async def test_a_step_recovered_after_a_crash_reuses_its_key_and_a_retry_has_ano
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
                 for path in (f"/run/{run_id}", f"/batch/{batch_id}"):
                     assert (await client.get(path, params={"wait": 30})).json()["status"] == "failed"
-                assert before[0] == f"run:{run_id}/0"
+                assert before[0] == f"run:{run_id}/0/stream"
                 assert sorted(provider.keys) == sorted(before * 2)
                 for path in (f"/run/{run_id}", f"/batch/{batch_id}"):
                     assert (await client.post(f"{path}/retry")).status_code == 202
                     assert (await client.get(path, params={"wait": 30})).json()["status"] == "completed"
-    assert provider.keys[4:] == [f"{key.removesuffix('/0')}:2/0" for key in before]
+    assert provider.keys[4:] == [key.replace("/0", ":2/0", 1) for key in before]
