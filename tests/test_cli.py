@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import click
 import httpx
 import msgspec
 import pytest
@@ -386,7 +387,8 @@ def test_run_takes_json_inputs_in_its_own_process(flock_file: Path) -> None:
 
 def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
     """Both have the same defaults, and the pages name only options that exist."""
-    options = serve.make_context("serve", ["target.py"]).params
+    group = click.Context(main, **main.context_settings)  # a command keeps the names of its help option
+    options = serve.make_context("serve", ["target.py"], group).params
     settings = msgspec.structs.asdict(ServerSettings())
     app, limits = (msgspec.structs.asdict(settings.pop(name)) for name in ("app", "limits"))
     assert options.pop("api_keys_file") is app["api_keys"]

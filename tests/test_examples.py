@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import click
 import httpx
 import pytest
 import yaml
@@ -303,7 +304,8 @@ def test_the_commands_in_the_compose_file_are_valid(name: str, compose: Any) -> 
     service = compose["services"][name]
     program, command, *arguments = shlex.split(service["command"])
     assert program == "flockapi"
-    with main.commands[command].make_context(command, arguments) as context:
+    group = click.Context(main, **main.context_settings)  # a command keeps the names of its help option
+    with main.commands[command].make_context(command, arguments, group) as context:
         options = context.params
     assert (ROOT / options["target"]).is_file()
     host, port = options["temporal"].split(":")
