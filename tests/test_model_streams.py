@@ -982,7 +982,6 @@ async def test_a_called_agent_emits_with_its_own_name(model: FakeModel, emitted:
 
 @pytest.mark.slow
 async def test_the_local_model_streams() -> None:
-    pytest.importorskip("xllamacpp")
     recorder = Recorder()
     async with ModelClient() as models:
         plain = await models.complete("local/smollm2-135m", MESSAGES, SCHEMA, max_tokens=60)

@@ -98,7 +98,8 @@ class LiveOutput:
         watchers: how many watch the run.
         changed: is set at the next change of the live output, or of the run's record.
         news: how many times the run's record may have changed.
-        had_reader: whether anybody has read it. Who is the first misses nothing.
+        next_is_late: whether the next reader gets what was written before it as a snapshot. The first one that watched
+            the run from its start misses nothing.
         ended_steps: how many steps of the run have ended, with all of their text.
         follower: cancels the task that copies it from another process; None if there is none.
         lost_owner: the engine to which the connection broke.
@@ -112,7 +113,7 @@ class LiveOutput:
         self.watchers = self.news = 0
         self.changed = anyio.Event()
         self.readers: set[LiveReader] = set()
-        self.had_reader = False
+        self.next_is_late = False
         self._max_chars = max_chars
         self._call_soon = _call_soon()
         self._is_waking = False
@@ -374,8 +375,8 @@ class LiveReader:
         self._may_have_part = self._is_resumed and not is_end_of_step(after)
         self._places: dict[tuple[int, str], _Place] = {}
         self._pending: dict[tuple[int, str], _Writer] = {}
-        self._joined_at = live.changed_since(0)[1] if live.had_reader else 0
-        live.had_reader = True
+        self._joined_at = live.changed_since(0)[1] if live.next_is_late else 0
+        live.next_is_late = True
         self._seen = 0
         self.position = 0
 

@@ -217,6 +217,7 @@ class Runner:
         active.live = self.watched.get(run.run_id)
         if active.live is None and active.keeps_text:
             active.live = self._new_live(run)
+            active.live.next_is_late = True
         if run.batch_id is None and not run.is_stub:
             active.queued_bytes = len(run.inputs)
             self.count_queued(run.principal, active.queued_bytes)
