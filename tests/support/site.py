@@ -133,6 +133,9 @@ class Visit:
 
     def end(self) -> None:
         for context in self._contexts:
+            for page in context.pages:
+                page.unroute_all(behavior="ignoreErrors")  # or a handler that outlives its page fails the next test
+            context.unroute_all(behavior="ignoreErrors")
             context.close()
         for watch in self._watches:
             assert watch.elsewhere == []
