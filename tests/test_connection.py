@@ -76,6 +76,15 @@ def test_requests_after_an_unread_response_take_no_memory(script: Path, tmp_path
         assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 
+def test_a_short_response_is_one_packet(script: Path, tmp_path: Path) -> None:
+    with serving(script, tmp_path) as server, connected(server, "") as connection:
+        for _ in range(100):
+            connection.sendall(GET.format("/healthz").encode())
+            head, _, body = connection.recv(65_536).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 OK")
+            assert body == b'{"status":"ok"}\n'
+
+
 def test_the_head_timeout_applies_to_each_request(script: Path, tmp_path: Path) -> None:
     """This includes a request that started to arrive during the response to another."""
     with serving(script, tmp_path) as server:

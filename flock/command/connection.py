@@ -249,22 +249,37 @@ class Connection(HttpToolsProtocol):
 
 
 class _ResponseTransport:
-    """The transport of one response. It is closed in stages if the client is still sending.
+    """The transport of one response. It writes the head together with what follows, and is closed in stages.
+
+    uvicorn writes the head and the body separately, and each write is a system call and a packet. So the head waits for
+    the body, but not longer than the current iteration of the event loop.
 
     Closing a socket that has unread data resets the connection, and the client loses the response (RFC 9112, section
-    9.6). So only our side is closed first. The client closes the other side, or uvicorn's timeout for idle connections
-    does.
+    9.6). So if the client is still sending, only our side is closed first. The client closes the other side, or uvicorn's
+    timeout for idle connections does.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._head: bytes | None = None
         self.is_closing = connection.transport.is_closing
 
     def write(self, data: bytes) -> None:
         self._connection.written_bytes += len(data)
-        self._connection.transport.write(data)
+        if self._head is None:
+            self._head = data
+            self._connection.loop.call_soon(self._write_head)
+        else:
+            self._connection.transport.write(self._head + data)
+            self._head = b""
+
+    def _write_head(self) -> None:
+        if self._head and not self.is_closing():
+            self._connection.transport.write(self._head)
+            self._head = b""
 
     def close(self) -> None:
+        self._write_head()
         connection, transport = self._connection, self._connection.transport
         is_sending = connection.cycle.more_body or connection.is_discarding
         if is_sending and transport.can_write_eof() and not transport.is_closing():
