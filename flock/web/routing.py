@@ -2,7 +2,6 @@
 
 import inspect
 import ipaddress
-import itertools
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -164,7 +163,10 @@ class AppRouter(Router):
 
     def _check_headers(self, scope: Scope, *, is_protected: bool) -> None:
         """Check the size, the host and the origin. With *is_protected*, check the origin for every method."""
-        length = sum(map(len, itertools.chain.from_iterable(scope["headers"])))
+        length, is_from_browser = 0, False
+        for name, value in scope["headers"]:
+            length += len(name) + len(value)
+            is_from_browser |= name in BROWSER_HEADERS
         if length > self._max_header_bytes:
             raise HTTPException(
                 431, f"The headers are longer than {self._max_header_bytes} bytes in total. Send fewer or shorter ones."
@@ -172,7 +174,6 @@ class AppRouter(Router):
         headers = Headers(scope=scope)
         if self._hosts is not None:
             check_host(headers.get("host", ""), self._hosts)
-        is_from_browser = not BROWSER_HEADERS.isdisjoint(dict(scope["headers"]))
         if is_from_browser and (is_protected or scope.get("method") not in SAFE_METHODS):
             check_origin(headers, self._origins)
 
