@@ -215,7 +215,8 @@ def test_invalid_rows_are_listed_and_nothing_is_started() -> None:
     lines = done.stderr.splitlines()
     assert lines[0] == "Error: Nothing was started, since rows.csv is invalid:"
     assert lines[1:21] == [f"  line {n + 2} /n: Expected 'int', got 'str'." for n in range(20)]
-    assert lines[21:] == ["  and 10 more in the part that was read"]
+    hint = "If only some rows are wrong, --on-invalid skip starts the others."
+    assert lines[21:] == ["  and 10 more in the part that was read", hint]
     assert (files(), Path("results.csv").read_text()) == ({"rows.csv", "results.csv"}, "of before")
     Path("rows.csv").write_text("n\nx\n1\n")
     assert batch("work", "rows.csv", "-o", "results.csv", "--force", "--on-invalid", "skip").returncode == 1
@@ -259,7 +260,8 @@ def test_a_dry_run_prints_rows_and_errors_without_running_or_writing() -> None:
         "  line 3 /n: Expected 'int', got 'str'.",
     ]
     real = batch("work", "rows.csv", "-o", "results.csv", *mapped)
-    assert (real.returncode, real.stderr.splitlines()[1:]) == (1, done.stdout.splitlines()[4:])
+    hint = "If only some rows are wrong, --on-invalid skip starts the others."
+    assert (real.returncode, real.stderr.splitlines()[1:]) == (1, [*done.stdout.splitlines()[4:], hint])
     done = batch("work", "rows.csv", "--dry-run", "-o", "results.csv", "--on-invalid", "skip", "--on-extra", "keep")
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, 'line 2: {"n":1} keeps {"id":"0042"}')
     assert files() == {"rows.csv"}

@@ -68,7 +68,7 @@ def by_command(name: str, content: bytes, agent: str, options: dict[str, Any]) -
         raise DefinitionError(result.output)
     lines = result.output.splitlines()
     assert lines[0] == f"Error: Nothing was started, since {name} is invalid:"
-    raise InvalidData([FieldError(detail=line, pointer="") for line in lines[1:]])
+    raise InvalidData([FieldError(detail=line, pointer="") for line in lines[1:] if line.startswith("  ")])
 
 
 def _failure(item: Any) -> Any:

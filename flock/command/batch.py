@@ -324,7 +324,10 @@ def _rejection(exc: InvalidData, rows: Path) -> str:
         return exc.errors[0].detail
     if exc.errors[0].pointer == "/batch_inputs":
         return f"{rows} has no rows, so nothing was started."
-    return "\n".join([f"Nothing was started, since {rows} is invalid:", *_error_lines(exc.errors)])
+    first_line = 1 if table_format(rows) == "ndjson" else 2
+    are_of_rows = all(error.pointer and (error.line or 0) >= first_line for error in exc.errors)
+    hint = ["If only some rows are wrong, --on-invalid skip starts the others."] if are_of_rows else []
+    return "\n".join([f"Nothing was started, since {rows} is invalid:", *_error_lines(exc.errors), *hint])
 
 
 def _error_lines(errors: Sequence[FieldError]) -> list[str]:
