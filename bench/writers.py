@@ -37,7 +37,7 @@ class CommitInThread(Store):
     """rows in the loop, COMMIT in a thread"""
 
     async def _transact(self, group: Group) -> None:
-        async with self._file_lock():
+        async with self._file.locked():
             with self._transaction():
                 group.write_together(self._db)
                 await anyio.to_thread.run_sync(self._db.execute, "COMMIT", limiter=self._threads)
@@ -47,7 +47,7 @@ class AllInLoop(Store):
     """everything in the loop"""
 
     async def _transact(self, group: Group) -> None:
-        async with self._file_lock():
+        async with self._file.locked():
             self._write(group)
 
 

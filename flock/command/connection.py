@@ -255,8 +255,8 @@ class _ResponseTransport:
     the body, but not longer than the current iteration of the event loop.
 
     Closing a socket that has unread data resets the connection, and the client loses the response (RFC 9112, section
-    9.6). So if the client is still sending, only our side is closed first. The client closes the other side, or uvicorn's
-    timeout for idle connections does.
+    9.6). So if the client is still sending, only our side is closed first. The client closes the other side, or the
+    timeout of uvicorn for idle connections does.
     """
 
     def __init__(self, connection: Connection) -> None:

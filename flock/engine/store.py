@@ -16,11 +16,11 @@ import functools
 import logging
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -30,9 +30,10 @@ import msgspec
 
 from flock.engine import files, queries, statements, takeover, waiting
 from flock.engine.groups import Change, Group, PendingRun, Refused
-from flock.engine.migrations import MIGRATIONS, migrate
+from flock.engine.migrations import migrate
 from flock.engine.outcomes import Outcome
 from flock.engine.rows import Damaged, first_id_at, micros, names_json, time_from
+from flock.engine.storefile import Displaced, StoreFile
 from flock.engine.takeover import TakenOver
 from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import Call, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
@@ -49,17 +50,10 @@ Durability = Literal["power", "process"]
 MEMORY = ":memory:"
 #: Later than any stored time, in microseconds.
 MAX_TIME = 2**63 - 1
-#: How long to wait for the transaction of another process, and how often to try the lock, in seconds.
-LOCK_TIMEOUT_S = 5.0
-LOCK_INTERVAL_S = 0.001
 #: How many runs with expired questions one transaction changes.
 EXPIRY_CHUNK_SIZE = 500
 #: The delay before a failed transaction is retried, in seconds.
 RETRY_AFTER_S = 1.0
-
-
-class _Displaced(OSError):
-    """The file was removed or replaced since it was opened, or has a schema version that is not supported."""
 
 
 def _unusable(action: str) -> StoreError:
@@ -102,10 +96,8 @@ class Store:
         self._has_work = anyio.Event()
         self._is_closing = False
         self._write_error: Exception | None = None
-        self._lock_file: IO[bytes] | None = None
-        #: device and inode of the file and its journal, by path
-        self._identities: Mapping[str, tuple[int, int] | None] = {}
-        self._displaced: _Displaced | None = None
+        self._file = StoreFile(self.path)
+        self._displaced: Displaced | None = None
 
     # Lifecycle
 
@@ -130,10 +122,10 @@ class Store:
 
     async def _open_shared(self, stack: AsyncExitStack) -> None:
         """Lock and migrate a file that other processes may use, and start the writer."""
-        self._lock_file = self._open_lock_file(stack)
+        stack.enter_context(self._file.open())
         self._reader = stack.enter_context(contextlib.closing(self._connect()))
         try:
-            async with self._file_lock():
+            async with self._file.locked():
                 migrate(self._db, self.path)
         except TimeoutError as exc:
             raise StoreError(
@@ -141,9 +133,7 @@ class Store:
                 "Otherwise use another file (store=, --store)."
             ) from exc
         self.data_version()  # with the first read, SQLite creates the journal
-        self._identities = {
-            path: files.device_and_inode(path) for path in (self.path, f"{self.path}-wal", f"{self.path}-shm")
-        }
+        self._file.note_identity()
         self._threads = anyio.CapacityLimiter(1)
         tasks = await stack.enter_async_context(anyio.create_task_group())
         tasks.start_soon(self._write_until_closed)
@@ -178,27 +168,10 @@ class Store:
             raise StoreError(f"The store {self.path!r} cannot be opened: {exc}. {remedy}") from exc
         return db
 
-    def _open_lock_file(self, stack: AsyncExitStack) -> IO[bytes]:
-        path = f"{self.path}-lock"
-        try:
-            file = files.open_lock(path, self._mode)
-        except OSError as exc:
-            raise StoreError(
-                f"The lock file {path!r} cannot be opened: {exc.strerror}. Remove it, or use another store (store=, "
-                "--store)."
-            ) from exc
-        stack.callback(files.close_lock, file)
-        return file
-
-    @property
-    def _mode(self) -> int:
-        """The permissions of the file. SQLite uses them for its journal too."""
-        return os.stat(self.path).st_mode & 0o666 if self.is_shared else files.PRIVATE
-
     @property
     def is_public(self) -> bool:
-        """Whether every user of the machine can read the file. An existing file keeps its permissions."""
-        return bool(self._mode & 0o004)
+        """Whether every user of the machine can read the file."""
+        return self.is_shared and bool(self._file.mode & 0o004)
 
     # Writing
 
@@ -289,39 +262,16 @@ class Store:
 
     def check_file(self) -> None:
         """Check that the file was not removed, replaced or upgraded. If it was, ``read`` raises StoreError."""
-        problem: _Displaced | None = None
+        problem: Displaced | None = None
         try:
-            self._check_same_file(self._reader)
-        except (sqlite3.Error, _Displaced) as exc:
-            problem = exc if isinstance(exc, _Displaced) else _Displaced(str(exc))
+            self._file.check(self._reader)
+        except (sqlite3.Error, Displaced) as exc:
+            problem = exc if isinstance(exc, Displaced) else Displaced(str(exc))
         before, self._displaced = self._displaced, problem
         if self._displaced is not None and before is None:
             logger.error("%s Until then every request that needs the store gets status 503.", self._displaced)
         elif self._displaced is None and before is not None:
             logger.warning("The store %s is back in place.", self.path)
-
-    def _check_same_file(self, db: sqlite3.Connection) -> None:
-        """Raise _Displaced if the file was removed, replaced or upgraded.
-
-        SQLite does not detect this. It continues to use a removed file, and its commits are lost.
-        """
-        for path, identity in self._identities.items():
-            try:
-                current = files.device_and_inode(path)
-            except OSError:  # its folder cannot be read now, so the state of the file is unknown
-                continue
-            if current != identity:
-                what = "removed" if current is None else "replaced"
-                raise _Displaced(
-                    f"{path!r} was {what} while this server was using it, so new writes would be lost. "
-                    f"Stop this server, restore {self.path!r} with its -wal file, and start it again."
-                )
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if self._identities and version != len(MIGRATIONS):
-            raise _Displaced(
-                f"{self.path!r} was changed by another version of flockapi (schema version {version}; this version "
-                f"supports {len(MIGRATIONS)}) while this server was using it. Stop this server, and start that version."
-            )
 
     async def _written(self, group: Group) -> None:
         if self.is_shared:
@@ -389,7 +339,7 @@ class Store:
             self._open.runs[run_id] = pending
 
     async def _transact(self, group: Group) -> None:
-        async with self._file_lock():
+        async with self._file.locked():
             await anyio.to_thread.run_sync(self._write, group, limiter=self._threads)
 
     def _write(self, group: Group) -> None:
@@ -401,12 +351,12 @@ class Store:
 
     def _write_once(self, write: Callable[[], None]) -> None:
         with self._transaction():
-            self._check_same_file(self._db)
+            self._file.check(self._db)
             if self._write_error is not None:  # an empty transaction would always succeed
                 self._db.execute(statements.TOUCH_ENGINES)
             write()
             self._db.execute("COMMIT")
-        self._check_same_file(self._db)  # a commit to a removed file is lost
+        self._file.check(self._db)  # a commit to a removed file is lost
 
     def _write_separately(self, group: Group) -> None:
         try:
@@ -425,20 +375,6 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             raise
-
-    @contextlib.asynccontextmanager
-    async def _file_lock(self) -> AsyncIterator[None]:
-        """Hold the file lock inside the block. Poll for it, since a thread that waits in flock cannot be cancelled."""
-        assert self._lock_file is not None
-        give_up_at = anyio.current_time() + LOCK_TIMEOUT_S
-        while not files.try_lock(self._lock_file):  # another process is writing
-            if anyio.current_time() > give_up_at:
-                raise TimeoutError(f"another process has kept {self._lock_file.name} locked for {LOCK_TIMEOUT_S:g} s")
-            await anyio.sleep(LOCK_INTERVAL_S)
-        try:
-            yield
-        finally:
-            files.unlock(self._lock_file)
 
     # Reading
 
@@ -723,7 +659,7 @@ class Store:
         """
         self.agents = agents
         if self.is_shared:
-            self._engine_lock = files.acquire_lock(f"{self.path}-engine-{engine_id}", self._mode)
+            self._engine_lock = files.acquire_lock(f"{self.path}-engine-{engine_id}", self._file.mode)
 
         def apply(db: sqlite3.Connection) -> Sequence[str]:
             row = db.execute(statements.AGENTS_OF_FLOCK, (flock,)).fetchone()
@@ -755,7 +691,7 @@ class Store:
         path = f"{self.path}-engine-{engine_id}"
         if not is_known or not files.is_locked(path):
             files.close_lock(self._engine_lock)
-            self._engine_lock = files.acquire_lock(path, self._mode)
+            self._engine_lock = files.acquire_lock(path, self._file.mode)
         if not is_known:
             await self._insert_engine(engine_id, flock)
         return is_known
