@@ -276,6 +276,28 @@ async def test_who_comes_after_the_start_of_an_asynchronous_run_gets_its_text(
     assert writer.was_watched == [True]
 
 
+@pytest.mark.parametrize("count", [1, 100_000], ids=["in one piece", "in pieces of the store"])
+async def test_an_event_is_whole_for_clients_that_end_lines_at_more_characters(count: int) -> None:
+    """``events_from`` is such a client, since it uses the lines of httpx."""
+    flock, text = Flock("lines"), "a\u2028b\x85c\u2029d\u0080" * count
+
+    @flock.agent
+    async def write(context: RunContext) -> str:
+        context.emit(text)
+        return text
+
+    app = create_app(flock, store="lines.db", auth="host")
+    async with Served(app) as served, httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as client:
+        async with start(client, "write") as response:
+            page = await read_all(response)
+        assert page.text(0) == text
+        assert page.events[-1]["result"] == {"result": text}
+        again = Page()
+        async with client.stream("GET", f"/run/{page.events[0]['run_id']}/events") as response:
+            await read_all(response, again)
+        assert again.events[-1]["result"] == {"result": text}
+
+
 async def test_a_choice_of_a_model_is_streamed_as_a_value() -> None:
     flock = Flock("mails", model="openai/gpt-4o")
     flock.add_agent(FlockFactory.create_default_agent("sort", "", None, "mail", "to: Literal['x', 'y'], on: date"))

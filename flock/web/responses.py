@@ -36,6 +36,9 @@ logger = logging.getLogger("flock.api")
 #: Max size of a piece that is passed to the server, which holds a copy until the client has read it.
 PIECE_BYTES = 64 * 1024
 
+#: In events these do not end a line, but they do for ``str.splitlines`` and the ``iter_lines`` of httpx.
+LINE_ENDS = {b"\xc2\x85": rb"\u0085", b"\xe2\x80\xa8": rb"\u2028", b"\xe2\x80\xa9": rb"\u2029"}
+
 #: How long a client should wait before it reconnects to an event stream that was cut off, in milliseconds.
 RECONNECT_MS = 1000
 
@@ -86,7 +89,7 @@ async def event_text(
                 is_event_whole = False
                 parts = event_parts(event)
                 with held(parts):
-                    async for piece in pieces(parts):
+                    for piece in event_pieces(parts):
                         yield piece
                 is_event_whole = True
     except FlockError as exc:
@@ -128,6 +131,19 @@ def held(parts: Sequence[bytes | LongJSON]) -> Iterator[None]:
             if isinstance(part, LongJSON):
                 stack.enter_context(part.kept())
         yield
+
+
+def event_pieces(parts: Sequence[bytes | LongJSON]) -> Iterator[bytes]:
+    """Yield all *parts* of an event, with the characters in LINE_ENDS as JSON escapes. Raises as ``pieces`` does."""
+    rest = b""  # the last bytes of a piece may be the first ones of such a character
+    for part in parts:
+        for piece in part.pieces() if isinstance(part, LongJSON) else (part,):
+            text = rest + piece
+            whole = text.rstrip(b"\xc2\xe2\x80")
+            rest = text[len(whole) :]
+            for character, escape in LINE_ENDS.items():
+                whole = whole.replace(character, escape)
+            yield whole
 
 
 async def pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[bytes]:
