@@ -22,6 +22,7 @@ __all__ = [
     "PageResponse",
     "add_headers",
     "event_parts",
+    "event_pieces",
     "event_text",
     "events_of_new_run",
     "head_of_stream",
