@@ -61,7 +61,7 @@ from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S, ROOT
-from tests.support.cluster import temporal_server
+from tests.support.cluster import HEARTBEAT_TIMEOUT_S, temporal_server
 from tests.support.engines import ended, until
 from tests.support.flocks import CALLING_TOOLS, Gate, Work, numbers, sample_flock
 from tests.support.servers import Server, flockapi_command, free_port, running
@@ -169,6 +169,7 @@ async def open_pair(
                 flock.agents, models, address, flock=flock.name, drain_timeout_s=0, payload_dir=folder
             )
             await stack.enter_async_context(worker)
+        options = {"heartbeat_timeout_s": HEARTBEAT_TIMEOUT_S, **options}
         yield await stack.enter_async_context(TemporalEngine(flock.agents, address, flock=flock.name, **options))
 
 
@@ -1168,11 +1169,11 @@ async def work(context: RunContext) -> int:
 @pytest.mark.parametrize("end", ["killed", "stopped"])
 @pytest.mark.parametrize("kind", ["run", "item"])
 async def test_finished_calls_outlive_their_worker(kind: str, end: str, temporal_address: str, tmp_path: Path) -> None:
-    """The next worker executes only the call that was running."""
+    """The next worker executes only the call that was running. A worker of a busy machine is not taken for dead."""
     target, log = tmp_path / "calling.py", tmp_path / "log"
     target.write_text(CALLING.format(name=new_id(), log=str(log)))
     flock: Flock = runpy.run_path(str(target))["flock"]
-    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name, heartbeat_timeout_s=10) as engine:
         with working(target, temporal_address, options=["--drain-timeout", "0"]) as doomed:
             run_id = ""
             if kind == "run":
@@ -1206,7 +1207,7 @@ async def test_replies_of_models_and_calls_of_tools_outlive_their_worker(
     model.replies = [Reply(calls=[*notes]), Reply(calls=[("hang", {})]), Reply({"a": "x"})]
     with model.serve() as url:
         monkeypatch.setenv("OLLAMA_BASE_URL", url)
-        async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+        async with TemporalEngine(flock.agents, temporal_address, flock=flock.name, heartbeat_timeout_s=10) as engine:
             with working(target, temporal_address, options=["--drain-timeout", "0"]) as doomed:
                 run_id = (await engine.submit("ask", {"q": "?"})).run_id
                 with anyio.fail_after(PATIENCE_S):
