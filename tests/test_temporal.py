@@ -61,7 +61,7 @@ from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S, ROOT
-from tests.support.cluster import HEARTBEAT_TIMEOUT_S, temporal_server
+from tests.support.cluster import HEARTBEAT_PATIENCE_S, temporal_server
 from tests.support.engines import ended, until
 from tests.support.flocks import CALLING_TOOLS, Gate, Work, numbers, sample_flock
 from tests.support.servers import Server, flockapi_command, free_port, running
@@ -169,7 +169,7 @@ async def open_pair(
                 flock.agents, models, address, flock=flock.name, drain_timeout_s=0, payload_dir=folder
             )
             await stack.enter_async_context(worker)
-        options = {"heartbeat_timeout_s": HEARTBEAT_TIMEOUT_S, **options}
+        options = {"heartbeat_timeout_s": HEARTBEAT_PATIENCE_S, **options}
         yield await stack.enter_async_context(TemporalEngine(flock.agents, address, flock=flock.name, **options))
 
 

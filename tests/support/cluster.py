@@ -50,7 +50,7 @@ def temporal_server(store: Path, port: int) -> Iterator[subprocess.Popen[bytes]]
 
 #: For workers that do not die. The default of three seconds is shorter than a busy machine may stop for, and a worker
 #: that is taken for dead has its steps executed again, with the calls of models that were not stored.
-HEARTBEAT_TIMEOUT_S = 30.0
+HEARTBEAT_PATIENCE_S = 30.0
 
 #: Options of the worker, which the engine does not take.
 WORKER_OPTIONS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors")
@@ -67,7 +67,7 @@ async def engine_with_worker(
     worker_options: dict[str, Any] = {name: options.pop(name) for name in WORKER_OPTIONS if name in options}
     worker_options = {"max_steps": flock.max_steps, "drain_timeout_s": 0, "prices": flock.prices, **worker_options}
     options = {
-        **{"prices": flock.prices, "default_model": flock.model, "heartbeat_timeout_s": HEARTBEAT_TIMEOUT_S},
+        **{"prices": flock.prices, "default_model": flock.model, "heartbeat_timeout_s": HEARTBEAT_PATIENCE_S},
         **options,
     }
     models = ModelClient(flock.model, transport=transport)
