@@ -59,8 +59,8 @@ async def test_a_run_cancelled_between_its_steps_keeps_its_finished_step(
     """Cancel it while its first step is being written. The second step does not start."""
     save, is_saving, may_continue = engine.store.save, anyio.Event(), anyio.Event()
 
-    async def slow_save(run: Run, step: Step | None = None, *, is_new: bool = False) -> None:
-        await save(run, step, is_new=is_new)
+    async def slow_save(run: Run, step: Step | None = None, **options: bool) -> None:
+        await save(run, step, **options)
         if step is not None and not is_saving.is_set():
             is_saving.set()
             with anyio.CancelScope(shield=True):
@@ -78,6 +78,42 @@ async def test_a_run_cancelled_between_its_steps_keeps_its_finished_step(
     await engine.retry_run(run.run_id)
     assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
     assert gate.calls == ["steady", "shaky"], "the finished step is not repeated"
+
+
+async def test_a_run_cancelled_while_its_step_is_written_keeps_the_step(gate: Gate, tmp_path: Path) -> None:
+    disk_is_free = threading.Event()
+    async with gate.flock.engine(store=tmp_path / "flock.db") as engine, anyio.create_task_group() as tasks:
+        tasks.start_soon(engine.store.change, lambda db: disk_is_free.wait(PATIENCE_S))
+        await anyio.wait_all_tasks_blocked()
+        run = await submit(engine, "steady", is_async=False)
+        await until(lambda: gate.calls == ["steady"])
+        await engine.cancel_run(run.run_id)
+        with anyio.move_on_after(0.2):
+            await engine.wait(run.run_id)
+            pytest.fail("the run ended before its step was on disk")
+        disk_is_free.set()
+        run = await engine.wait(run.run_id)
+        assert (run.status, [step.agent_name for step in run.steps]) == (RunStatus.CANCELLED, ["steady"])
+        assert await engine.get_run(run.run_id) == run, "the store has the same"
+    assert gate.calls == ["steady"]
+
+
+async def test_a_result_that_is_being_written_survives_the_cancellation_of_its_host(gate: Gate, tmp_path: Path) -> None:
+    disk_is_free = threading.Event()
+    gate.may_go.set()
+    run: Run | None = None
+    with anyio.CancelScope() as host:
+        async with gate.flock.engine(store=tmp_path / "flock.db") as engine, anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.store.change, lambda db: disk_is_free.wait(PATIENCE_S))
+            await anyio.wait_all_tasks_blocked()
+            run = await submit(engine, "report", is_async=False)
+            await until(lambda: bool(engine.store._open.runs))  # its final record waits for the disk
+            asyncio.get_running_loop().call_later(0.2, disk_is_free.set)
+            host.cancel()
+            await anyio.sleep_forever()
+    async with gate.flock.engine(store=tmp_path / "flock.db") as engine:
+        assert run is not None
+        assert (await engine.get_run(run.run_id)).status is RunStatus.COMPLETED
 
 
 # Progress

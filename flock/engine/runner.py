@@ -434,25 +434,26 @@ class Runner:
     async def save_call(self, active: StoredRun, call: Call) -> None:
         """See ``ActiveRun.keep_call``. Raises OwnershipLost."""
         run = active.run = replace(active.run, spent=active.spent)
-        await self._retrying(active, lambda: self._store.save_call(run, len(run.steps), call))
+        with anyio.CancelScope(shield=True):
+            await self._retrying(active, lambda: self._store.save_call(run, len(run.steps), call))
 
     async def _save(self, active: StoredRun, run: Run, step: Step | None) -> None:
         """Write *run* and notify waiting callers. Retry while the store cannot be written."""
-        await self._retrying(active, lambda: self._store.save(run, step))
+        await self._retrying(active, lambda: self._store.save(run, step, shield=True))
         active.update(run)
 
     async def _retrying(self, active: StoredRun, write: Callable[[], Awaitable[None]]) -> None:
-        """Call *write* until the store can be written, but only once during shutdown."""
-        with anyio.CancelScope(shield=True) if self._store.is_shared else contextlib.nullcontext():
-            while True:
-                try:
-                    await write()
-                    break
-                except StoreError as exc:
-                    if self.is_draining:
-                        raise
-                    active.store_error = exc
-                    active.wake()
+        """Call *write*, which ignores cancellation, until the store can be written, but only once during shutdown."""
+        while True:
+            try:
+                await write()
+                break
+            except StoreError as exc:
+                if self.is_draining:
+                    raise
+                active.store_error = exc
+                active.wake()
+                with anyio.CancelScope(shield=True):
                     await anyio.sleep(RETRY_AFTER_S)
         active.store_error = None
 
@@ -479,11 +480,12 @@ class Runner:
                     active.on_wait()
 
         try:
-            await self._retrying(active, lambda: self._store.suspend(run, then))
-            is_waiting = active.run.status is RunStatus.WAITING
-            if is_waiting and active.cancel_requested:  # while it was written
-                await self._retrying(active, lambda: self.cancel_waiting(run))
-            return is_waiting
+            with anyio.CancelScope(shield=True):
+                await self._retrying(active, lambda: self._store.suspend(run, then))
+                is_waiting = active.run.status is RunStatus.WAITING
+                if is_waiting and active.cancel_requested:  # while it was written
+                    await self._retrying(active, lambda: self.cancel_waiting(run))
+                return is_waiting
         except OwnershipLost:
             self._on_ownership_lost(active)
         except StoreError:

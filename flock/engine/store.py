@@ -14,6 +14,7 @@ sleeping, which stalls writers for up to 180 ms.
 import contextlib
 import functools
 import logging
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -197,7 +198,7 @@ class Store:
             self._unawaited.clear()
             self._has_work.set()
 
-    async def save(self, run: Run, step: Step | None = None, *, is_new: bool = False) -> None:
+    async def save(self, run: Run, step: Step | None = None, *, is_new: bool = False, shield: bool = False) -> None:
         """Write *run* like ``save_nowait``, and return when it is on disk.
 
         Raises:
@@ -205,13 +206,13 @@ class Store:
             Unstorable: it can never be written.
             OwnershipLost: another engine owns the run now, or the run is in another attempt.
 
-        Cancellation: it is written anyway.
+        Cancellation: it is written anyway. With *shield*, this returns when it is on disk nevertheless.
         """
         self.save_nowait(run, step, is_new=is_new)
         group, pending = self._open, self._unawaited.pop(run.run_id, None)
         if pending is not None:
             group.runs[run.run_id] = pending
-        await self._written(group)
+        await self._written(group, shield=shield)
         if run.run_id in group.lost:
             raise OwnershipLost(run.run_id)
         if (reason := group.refused.get(run.run_id)) is not None:
@@ -273,12 +274,18 @@ class Store:
         elif self._displaced is None and before is not None:
             logger.warning("The store %s is back in place.", self.path)
 
-    async def _written(self, group: Group) -> None:
+    async def _written(self, group: Group, *, shield: bool = False) -> None:
         if self.is_shared:
             if self._all_written.is_set():  # the event loop is ending, and the writer was cancelled with it
                 raise StoreError("The store is closed.")
             self._has_work.set()
-            await group.is_written.wait()
+            try:
+                await group.is_written.wait()
+            except anyio.get_cancelled_exc_class():
+                if not shield or anyio.current_effective_deadline() != -math.inf:  # the event loop is ending
+                    raise
+                with anyio.CancelScope(shield=True):  # only now, since each scope takes as long as writing a run
+                    await group.is_written.wait()
         else:
             self._write_in_memory()
         if group.error is not None:
