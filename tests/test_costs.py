@@ -1,5 +1,6 @@
 """Tokens and money: counted to the token, also after failures, retries and kills, and limited by ``max_cost``."""
 
+import contextlib
 import csv
 import io
 import json
@@ -642,7 +643,7 @@ async def test_an_invalid_max_cost_is_refused(max_cost: Any, model: FakeModel) -
 async def test_runs_of_an_older_version_have_tokens_and_no_cost(tmp_path: Path) -> None:
     path, run_id = tmp_path / "flock.db", new_id()
     flock = measuring()
-    with sqlite3.connect(path, isolation_level=None) as db:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         for migrate in MIGRATIONS[:-1]:
             migrate(db)
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")

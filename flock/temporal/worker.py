@@ -47,8 +47,8 @@ __all__ = ["TemporalWorker"]
 
 logger = logging.getLogger("flock.temporal")
 
-#: How long a workflow task waits for the worker that has the workflow in its cache, in seconds. If that worker has died,
-#: a step that starts again waits for it too, since it asks its workflow for its finished calls.
+#: How long a workflow task waits for the worker that has the workflow in its cache, in seconds. A step that starts
+#: again asks its workflow for its finished calls, so it waits as long for a worker that has died.
 STICKY_TIMEOUT_S = 2
 #: The shortest interval between heartbeats of items, in seconds. If a worker dies, later work is repeated.
 ITEM_HEARTBEAT_INTERVAL_S = 0.1
