@@ -1,8 +1,13 @@
 """The live output of a run: whatever happens, each reader ends with the exact text of the step."""
 
+import asyncio
+import errno
 import itertools
+import os
+import socket
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flock.engine import relay
 from flock.engine.live import LiveOutput, LiveReader
-from flock.engine.relay import follow
 from flock.runs import JSON_NULL, Event, Run, RunContext, new_id, now, started_id
 
 RUN = Run(run_id=new_id(), flock="f", agent_name="a", inputs=msgspec.Raw(b"{}"), created_at=now())
@@ -295,6 +300,48 @@ async def test_a_line_that_is_not_understood_ends_only_the_copy(
 
     async with await anyio.create_unix_listener(path) as listener, anyio.create_task_group() as tasks:
         tasks.start_soon(listener.serve, send_strange_line)
-        assert not await follow(path, RUN.run_id, LiveOutput(10**6))
+        assert not await relay.follow(path, RUN.run_id, LiveOutput(10**6))
         tasks.cancel_scope.cancel()
     assert "cannot be read" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_follower_may_be_cancelled_when_a_line_arrives(tmp_path: Path) -> None:
+    """Both in one iteration of the event loop, whose exception handler fails this test if anything is logged."""
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(relay.follow, path, RUN.run_id, LiveOutput(10**6))
+            await anyio.wait_all_tasks_blocked()
+            with listener.accept()[0] as connection:
+                assert connection.recv(1000).strip()
+                await anyio.wait_all_tasks_blocked()
+                connection.send(b"\n")
+                asyncio.get_running_loop().call_soon(tasks.cancel_scope.cancel)
+                await anyio.sleep_forever()
+
+
+@pytest.mark.anyio
+async def test_an_engine_that_cannot_accept_a_connection_accepts_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, live = str(tmp_path / "socket"), LiveOutput(10**6)
+    listener = await relay.listen(path)
+    assert listener is not None
+    accept, failures = listener.accept, [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+
+    async def accept_at_last() -> anyio.abc.SocketStream:
+        if failures:
+            raise anyio.BrokenResourceError from failures.pop()
+        return await accept()
+
+    monkeypatch.setattr(listener, "accept", accept_at_last)
+    monkeypatch.setattr(relay, "RETRY_AFTER_S", 0)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(relay.serve, listener, path, lambda run_id: nullcontext(live), lambda run_id: False)
+        assert await relay.follow(path, RUN.run_id, LiveOutput(10**6)), "it gets the last line"
+        tasks.cancel_scope.cancel()
+    assert "another process cannot connect: [Errno 24] Too many open files" in caplog.text
+    assert not os.path.exists(path)  # noqa: ASYNC240

@@ -15,6 +15,7 @@ from typing import Any
 import anyio
 import anyio.abc
 import msgspec
+from anyio.abc import SocketAttribute
 
 from flock.engine import files
 from flock.engine.live import LiveOutput
@@ -27,6 +28,8 @@ logger = logging.getLogger("flock.store")
 MAX_PATH_BYTES = 103
 #: What breaks a connection.
 BROKEN = (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, msgspec.DecodeError)
+#: The pause after a connection could not be accepted, in seconds.
+RETRY_AFTER_S = 1.0
 #: The name of a line that says how many steps have ended, and whether the run is no longer active there.
 STATE = "state"
 #: Later than all events.
@@ -41,7 +44,7 @@ def socket_path(store_path: str, engine_id: str) -> str | None:
     return found if len(os.fsencode(found)) <= MAX_PATH_BYTES else None
 
 
-async def listen(path: str) -> anyio.abc.Listener[anyio.abc.SocketStream] | None:
+async def listen(path: str) -> anyio.abc.SocketListener | None:
     """Return a listener on a Unix socket; None, with a warning, if there can be none. ``serve`` closes it."""
     try:
         return await anyio.create_unix_listener(path, mode=files.PRIVATE)
@@ -51,7 +54,7 @@ async def listen(path: str) -> anyio.abc.Listener[anyio.abc.SocketStream] | None
 
 
 async def serve(
-    listener: anyio.abc.Listener[anyio.abc.SocketStream],
+    listener: anyio.abc.SocketListener,
     path: str,
     watch: Callable[[str], AbstractContextManager[LiveOutput]],
     is_active: Callable[[str], bool],
@@ -91,8 +94,14 @@ async def serve(
                     await changed.wait()
 
     with _removing(path):
-        async with listener:
-            await listener.serve(handle)
+        async with listener, anyio.create_task_group() as tasks:
+            while True:
+                await anyio.wait_readable(listener.extra(SocketAttribute.raw_socket))  # as in ``_lines``
+                try:
+                    tasks.start_soon(handle, await listener.accept())
+                except anyio.BrokenResourceError as exc:  # such as too many open files
+                    logger.warning("%s: another process cannot connect: %s", path, exc.__cause__)
+                    await anyio.sleep(RETRY_AFTER_S)
 
 
 @contextlib.contextmanager
@@ -136,7 +145,13 @@ async def _cancel_at_end(lines: AsyncIterator[bytes], scope: anyio.CancelScope) 
 
 async def _lines(stream: anyio.abc.ByteStream) -> AsyncIterator[bytes]:
     rest: list[bytes] = []
-    async for received in stream:
+    socket = stream.extra(SocketAttribute.raw_socket)
+    while True:
+        await anyio.wait_readable(socket)  # asyncio logs an error if ``receive`` is cancelled when data arrives
+        try:
+            received = await stream.receive()
+        except anyio.EndOfStream:
+            return
         *whole, last = received.split(b"\n")
         for line in whole:
             yield b"".join((*rest, line))
