@@ -307,7 +307,8 @@ class RunNotFound(NotFound):
 
     def __init__(self, run_id: str) -> None:
         echoed = run_id[:MAX_ECHOED_CHARS]
-        super().__init__(f"There is no run with the id {echoed!r}. It was never accepted, or is no longer stored.")
+        reason = "To start one, use POST." if run_id == "flock" else "It was never accepted, or is no longer stored."
+        super().__init__(f"There is no run with the id {echoed!r}. {reason}")
 
 
 class CallNotFound(NotFound):

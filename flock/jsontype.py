@@ -234,6 +234,8 @@ def malformed(raw: bytes, exc: Exception) -> MalformedJSON:
 
 
 def _malformed_at(raw: bytes, reason: str, position: int) -> MalformedJSON:
+    if raw[position : position + 1] == b"'":
+        reason += " (use double quotes)"
     before = raw[:position].decode("utf-8", "replace")
     line_start = before.rfind("\n") + 1
     return MalformedJSON(reason, before.count("\n") + 1, len(before) - line_start + 1)

@@ -34,6 +34,7 @@ async def post(client: httpx.AsyncClient, body: Any, path: str = "/run/flock", *
         pytest.param(b"", "the body is empty", id="empty"),
         pytest.param(b" \n", "the body is empty", id="blank"),
         pytest.param(b'{"agent_name": "add", "inputs"', "line 1, column 31", id="cut off"),
+        pytest.param(b"{'agent_name': 'add'}", "strings (use double quotes) at line 1, column 2", id="single quotes"),
         pytest.param(b'{\n  "agent_name": add\n}', "line 2, column 17", id="no quotes"),
         pytest.param(b'{"agent_name": "add", "inputs": {"a": 01}}', "line 1, column 40", id="in the inputs"),
         pytest.param(b'{"agent_name": "add", "inputs": {"a": NaN}}', "line 1, column 39", id="NaN"),
@@ -277,6 +278,10 @@ async def test_an_unknown_agent_is_404_and_the_error_lists_the_known_ones(client
         assert problem["type"] == "urn:flockapi:problem:unknown-agent"
         assert "'nobody'" in problem["detail"]
         assert "Known agents: text_analyzer, add, " in problem["detail"]
+
+
+async def test_who_gets_the_path_at_which_runs_start_is_told_to_post(client: httpx.AsyncClient) -> None:
+    assert check_problem(await client.get("/run/flock"), 404)["detail"].endswith("To start one, use POST.")
 
 
 async def test_a_misspelled_agent_is_404_and_the_error_suggests_the_name(client: httpx.AsyncClient) -> None:

@@ -97,6 +97,7 @@ def test_the_name_may_be_omitted_if_the_file_has_one_flock(tmp_path: Path) -> No
         ("{path}/greeter.py:swarm", "has no flock called 'swarm'. It has: flock."),
         ("{path}/many.py", "has no flock called 'flock'. It has: a, b."),
         ("{path}/none.py", "Add flock = Flock(...) at its top level."),
+        ("folder", "has no flock called 'flock'. It is a folder. Name a file in it, such as folder/app.py."),
     ],
 )
 def test_the_error_for_a_missing_target_says_what_exists(
@@ -105,6 +106,7 @@ def test_the_error_for_a_missing_target_says_what_exists(
     monkeypatch.chdir(flock_file.parent)
     (flock_file.parent / "many.py").write_text("from flock.core import Flock\na, b = Flock(), Flock()\n")
     (flock_file.parent / "none.py").write_text("")
+    (flock_file.parent / "folder").mkdir()
     result = invoke("run", target.format(path=flock_file.parent), "greet")
     assert result.exit_code == 1
     assert words in result.output

@@ -1,5 +1,6 @@
 """The signature language, and the types and schemas that it produces."""
 
+import contextlib
 import dataclasses
 import datetime
 import decimal
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, Optional, Required, TypedDict, TypeVar
 
+import anyio
 import msgspec
 import pytest
 from hypothesis import given
@@ -147,7 +149,8 @@ def test_custom_types_are_found_by_their_given_name() -> None:
         pytest.param("a: optional[int]", 4, "Did you mean 'Optional'?", id="a generic in lower case"),
         pytest.param("a: Invioce", 4, "Did you mean 'Invoice'?", id="a misspelt custom type"),
         pytest.param("a: Zebra", 4, "unknown type 'Zebra'. Pass it with", id="no similar type"),
-        pytest.param("a: list[int", 4, "'list[int' is not a type", id="open bracket"),
+        pytest.param("a: list[int", 4, "'list[int' is not a type, because a bracket is not closed", id="open bracket"),
+        pytest.param("a: int b: str", 4, "is not a type: put a comma before the next field", id="no comma"),
         pytest.param("a: list[int, str]", 4, "list takes 1 type", id="too many types"),
         pytest.param("a: dict[str]", 4, "dict takes 2 types", id="too few types"),
         pytest.param("a: Literal[1.5]", 4, "Literal takes", id="literal float"),
@@ -583,6 +586,11 @@ def test_a_value_that_cannot_be_json_is_invalid_data(value: Any, words: str) -> 
     output = "a: Any, n: int | None" if isinstance(value, dict) and "n" in value else "a: Any"
     with pytest.raises(InvalidData, match=words):
         Signature.of(output).encode(value)
+
+
+def test_the_error_for_a_forgotten_await_says_so() -> None:
+    with contextlib.closing(anyio.sleep(1)) as never_awaited, pytest.raises(InvalidData, match="Write await before"):
+        Signature.of("a: Any").encode({"a": never_awaited})
 
 
 def test_text_from_a_person_is_converted_to_the_type_of_its_field() -> None:

@@ -574,6 +574,12 @@ def test_an_invalid_tool_is_an_error_at_the_definition(tools: Any, problem: str)
     assert problem in str(raised.value)
 
 
+@pytest.mark.parametrize("tools", ["add", Tool(add), add])
+def test_tools_that_are_no_list_are_an_error(tools: Any) -> None:
+    with pytest.raises(DefinitionError, match="tools= of 'ask' must be a list, such as"):
+        FlockFactory.create_default_agent("ask", input="q", output="a: str", tools=tools)
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a.b", "ä", "x" * 65, "finish"])
 def test_a_name_that_providers_refuse_is_an_error(name: str) -> None:
     with pytest.raises(DefinitionError):

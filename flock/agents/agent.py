@@ -355,6 +355,10 @@ class ModelAgent(Agent):
         self.model = model
         self.instructions = instructions
         self.history = history
+        if not isinstance(tools, Sequence) or isinstance(tools, str):
+            raise DefinitionError(
+                f"tools= of {name!r} must be a list, such as [look_up, 'other_agent'], not {tools!r}."
+            )
         self.tools = [_tool_of(tool) for tool in tools]
         self.may_ask = bool(tools)
         by_name([tool for tool in self.tools if isinstance(tool, Tool)])

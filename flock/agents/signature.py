@@ -177,7 +177,10 @@ class _Parser:
         try:
             node = ast.parse(source.strip(), mode="eval").body
         except (SyntaxError, ValueError) as exc:
-            raise self._error(f"{source.strip()!r} is not a type", start) from exc
+            reason = ", because a bracket is not closed" if depth > 0 else ""
+            if re.search(r"\s\w+\s*:", source):
+                reason = ": put a comma before the next field"
+            raise self._error(f"{source.strip()!r} is not a type{reason}", start) from exc
         return end, self._resolve(node, source[lead:], start + lead)
 
     def _resolve(self, node: ast.expr, source: str, start: int) -> Any:
@@ -355,7 +358,8 @@ class Signature:
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise SignatureError(f"{name}: the parameter {parameter} cannot be passed by name, as inputs are.")
             if parameter.name not in hints:
-                raise SignatureError(f"{name}: the parameter {parameter.name!r} needs a type, such as ': str'.")
+                example = "': RunContext' or ': str'" if parameter.name == "context" else "': str'"
+                raise SignatureError(f"{name}: the parameter {parameter.name!r} needs a type, such as {example}.")
             if problem := _name_problem(parameter.name):
                 raise SignatureError(f"{name}: {problem}.")
             fields.append(
@@ -408,7 +412,8 @@ class Signature:
                 [FieldError(detail="It is nested too deeply to be encoded as JSON.", pointer="")]
             ) from exc
         except (TypeError, ValueError, OverflowError) as exc:
-            raise InvalidData([FieldError(detail=f"It cannot be encoded as JSON: {exc}.", pointer="")]) from exc
+            remedy = " Write await before the call that returned it." if "type coroutine" in str(exc) else ""
+            raise InvalidData([FieldError(detail=f"It cannot be encoded as JSON: {exc}.{remedy}", pointer="")]) from exc
 
     def from_text(self, values: Mapping[str, str]) -> dict[str, msgspec.Raw]:
         """Convert text values, such as ``{"limit": "5"}``, to JSON: to strings if the field accepts them."""

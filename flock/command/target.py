@@ -40,6 +40,8 @@ def load_flock(target: str) -> DeclaredFlock:
     if not name and ("flock" in flocks or len(flocks) == 1):
         return flocks.get("flock") or next(iter(flocks.values()))
     hint = f"It has: {', '.join(flocks)}." if flocks else "Add flock = Flock(...) at its top level."
+    if getattr(module, "__file__", None) is None:
+        hint = f"It is a folder. Name a file in it, such as {source}/app.py."
     raise click.ClickException(f"{source} has no flock called {name or 'flock'!r}. {hint}")
 
 
