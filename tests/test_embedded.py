@@ -13,7 +13,10 @@ from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import BatchNotFound, EngineStopped, RunNotFound, TooLarge
 from flock.runs import Batch, BatchOptions, Run, RunStatus, new_id
+from flockapi import create_app
 from tests.support import PATIENCE_S
+from tests.support.engines import until
+from tests.support.http import client_of, post_run
 
 pytestmark = pytest.mark.anyio
 
@@ -247,3 +250,50 @@ async def test_exceptions_of_agents_do_not_leave_a_stopping_engine(error: BaseEx
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
         assert (await batch_end(engine, batch.batch_id)).status is RunStatus.COMPLETED
+
+
+class Nameless(type):
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
+        raise ValueError("no name")
+
+
+async def test_an_exception_whose_name_cannot_be_read_fails_only_its_run() -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def bad() -> int:
+        raise Nameless("Bad", (Exception,), {})  # type: ignore[misc]
+
+    @flock.agent
+    async def good() -> int:
+        return 1
+
+    async with flock.engine() as engine:
+        bad_run, good_run = [await engine.submit(name, EMPTY) for name in ("bad", "good")]
+        assert (await engine.wait(bad_run.run_id)).status is RunStatus.FAILED
+        assert (await engine.wait(good_run.run_id)).status is RunStatus.COMPLETED
+
+
+async def test_an_engine_that_has_ended_is_opened_by_the_next_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that nobody has foreseen must not leave a server that responds with 503 until somebody restarts it."""
+    flock = Flock()
+
+    @flock.agent
+    async def one() -> int:
+        return 1
+
+    async def defect() -> None:
+        raise RuntimeError("unforeseen")
+
+    app = create_app(flock, store=tmp_path / "flock.db", auth="host")
+    assert isinstance(app.engine, EmbeddedEngine)
+    async with app.lifespan(), client_of(app) as client:
+        assert app.engine._tasks is not None
+        app.engine._tasks.start_soon(defect)
+        await until(lambda: "The engine has ended because of an error" in caplog.text)
+        assert "unforeseen" in caplog.text
+        assert (await client.get("/readyz")).status_code == 200
+        assert (await post_run(client, "one")).json()["status"] == "completed"

@@ -290,6 +290,45 @@ async def test_an_agent_that_misbehaves_fails_only_its_own_run(
         assert (await engine.wait(other.run_id)).status is RunStatus.COMPLETED
 
 
+async def test_scopes_and_task_groups_that_an_agent_leaves_open_are_closed(
+    open_engine: OpenEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a client that is opened in an ``AsyncExitStack`` and never closed. anyio would end the engine."""
+    flock, stack = Flock(), contextlib.AsyncExitStack()
+    may_go, bystander_runs, is_stopped = anyio.Event(), anyio.Event(), anyio.Event()
+
+    @flock.agent
+    async def bystander() -> str:
+        bystander_runs.set()
+        await may_go.wait()
+        return "well"
+
+    async def listen() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            is_stopped.set()
+
+    @flock.agent
+    async def careless() -> str:
+        stack.enter_context(anyio.move_on_after(60))
+        tasks = await stack.enter_async_context(anyio.create_task_group())
+        tasks.start_soon(listen)
+        await anyio.lowlevel.checkpoint()
+        return "done"
+
+    async with open_engine(flock) as engine:
+        other = await engine.submit("bystander", EMPTY)
+        await bystander_runs.wait()
+        run = await finish(engine, "careless")
+        assert (run.status, bytes(run.result or b"")) == (RunStatus.COMPLETED, b'{"result":"done"}')
+        may_go.set()
+        assert (await engine.wait(other.run_id)).status is RunStatus.COMPLETED
+        with anyio.fail_after(PATIENCE_S):
+            await is_stopped.wait()
+    assert "agent careless left 2 cancel scopes or task groups open" in caplog.text
+
+
 async def test_the_error_names_the_agent_that_failed(open_engine: OpenEngine) -> None:
     flock = Flock()
 

@@ -21,6 +21,7 @@ RANKS = {
     "flock.options": 0,
     "flock.pydanticmodel": 0,
     "flock.runs": 0,
+    "flock.scopes": 0,
     "flock.agents": 1,
     "flock.rows": 2,
     "flock.testing": 2,

@@ -116,6 +116,28 @@ async def test_a_result_that_is_being_written_survives_the_cancellation_of_its_h
         assert (await engine.get_run(run.run_id)).status is RunStatus.COMPLETED
 
 
+async def test_an_agent_that_cancels_its_task_too_late_has_no_effect(gate: Gate, tmp_path: Path) -> None:
+    """Its run ends while the disk is slow. A watchdog that nobody has stopped cancels the task meanwhile."""
+    disk_is_free, flock = threading.Event(), Flock("late")
+
+    @flock.agent
+    async def late() -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_later(0.1, task.cancel)
+        asyncio.get_running_loop().call_later(0.3, disk_is_free.set)
+        return 1
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine, anyio.create_task_group() as tasks:
+        tasks.start_soon(engine.store.change, lambda db: disk_is_free.wait(PATIENCE_S))
+        await anyio.wait_all_tasks_blocked()
+        run = await submit(engine, "late", is_async=False)
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+        disk_is_free.set()
+        again = await submit(engine, "late", is_async=False)
+        assert (await engine.wait(again.run_id)).status is RunStatus.COMPLETED, "the engine is alive"
+
+
 # Progress
 
 

@@ -45,6 +45,7 @@ from flock.errors import (
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
 from flock.runs import RunContext
+from flock.scopes import closing_scopes
 
 __all__ = [
     "Agent",
@@ -567,14 +568,16 @@ class FunctionAgent(Agent):
         values = msgspec.structs.asdict(inputs)
         if self._context_parameter is not None:
             values[self._context_parameter] = context
-        if self._is_generator:
-            value = await self._written(functools.partial(self.function, **values), resources, context)
-        elif self._is_async:
-            value = await self.function(**values)
-        else:
-            value = await resources.call_in_thread(functools.partial(self.function, **values))
-            if inspect.isawaitable(value):  # a plain wrapper around an async function
-                value = await value
+        call = functools.partial(self.function, **values)
+        with closing_scopes(self.name):
+            if self._is_generator:
+                value = await self._written(call, resources, context)
+            elif self._is_async:
+                value = await call()
+            else:
+                value = await resources.call_in_thread(call)
+                if inspect.isawaitable(value):  # a plain wrapper around an async function
+                    value = await value
         try:
             return self.output.encode({"result": value} if self._is_boxed else value)
         except InvalidData as exc:

@@ -33,7 +33,7 @@ from flock.engine.batchstore import BatchStore
 from flock.engine.intake import Intake
 from flock.engine.live import LiveOutput, LiveReader
 from flock.engine.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
-from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, current_task
+from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun
 from flock.engine.store import Store
 from flock.engine.takeover import INTERRUPTED, TakenOver
 from flock.errors import (
@@ -66,6 +66,7 @@ from flock.runs import (
     stub_of,
 )
 from flock.runs.records import LONG_BYTES
+from flock.scopes import current_task
 
 __all__ = ["EmbeddedEngine", "limits_for_one_batch"]
 

@@ -32,8 +32,9 @@ from flock.engine.turns import MAX_HISTORY_BYTES, ActiveRun, Turns, WaitingForAn
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.limits import Limits
 from flock.runs import Answer, Call, Observer, Question, Run, RunStatus, Step, now, stub_of
+from flock.scopes import current_task
 
-__all__ = ["Runner", "StoredRun", "current_task"]
+__all__ = ["Runner", "StoredRun"]
 
 T = TypeVar("T")
 
@@ -284,6 +285,14 @@ class Runner:
         self._remove(active)
 
     async def _execute(self, active: StoredRun) -> None:
+        try:
+            await self._run_to_end(active)
+        except Exception as exc:  # such as an exception whose name cannot be read: other runs must continue
+            logger.exception("run %s: unexpected error", active.run.run_id)
+            active.unsaved = None
+            await self._finish(active, asdict(failure_of(active.run, exc, expose_errors=self._expose_errors)))
+
+    async def _run_to_end(self, active: StoredRun) -> None:
         end: dict[str, Any] | None = None
         failure: BaseException | None = None
         try:
@@ -552,14 +561,6 @@ def _unreadable(damage: Damaged) -> Unreadable:
     error = Unreadable(DAMAGED_RUN)
     error.is_writable, error.log_detail = damage.is_writable, str(damage)
     return error
-
-
-def current_task() -> "asyncio.Task[Any] | None":
-    """Return the current asyncio task, or None on another event loop."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None
 
 
 async def _absorb_cancellation() -> None:

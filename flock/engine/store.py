@@ -14,7 +14,6 @@ sleeping, which stalls writers for up to 180 ms.
 import contextlib
 import functools
 import logging
-import math
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -282,10 +281,12 @@ class Store:
             try:
                 await group.is_written.wait()
             except anyio.get_cancelled_exc_class():
-                if not shield or anyio.current_effective_deadline() != -math.inf:  # the event loop is ending
+                if not shield:
                     raise
                 with anyio.CancelScope(shield=True):  # only now, since each scope takes as long as writing a run
                     await group.is_written.wait()
+                if self._all_written.is_set():  # the event loop is ending
+                    raise
         else:
             self._write_in_memory()
         if group.error is not None:

@@ -10,6 +10,7 @@ there the engine runs in the first lifespan, which waits for the others.
 
 import asyncio
 import contextlib
+import logging
 import weakref
 from collections.abc import AsyncIterator
 
@@ -19,6 +20,8 @@ from flock.errors import EngineStopped
 from flock.runs import Engine
 
 __all__ = ["EngineLifespan", "lifespan_of"]
+
+logger = logging.getLogger("flock.api")
 
 
 class EngineLifespan:
@@ -83,9 +86,9 @@ class EngineLifespan:
         Raises: EngineStopped if it cannot open under this event loop; StoreError if its store cannot be used.
         Cancellation: the engine opens anyway.
         """
-        if self._holders and (self._task is None or self._task.done()):  # under trio
-            return
         if _running_loop() is None:
+            if self._holders:
+                return
             raise EngineStopped(
                 "The engine is not running, and it cannot start by itself under this event loop. Add to the host's "
                 "lifespan: async with flock_app.lifespan(): yield"
@@ -119,7 +122,10 @@ class EngineLifespan:
                 await all_released.wait()
         except Exception as exc:
             if opened.done():
-                raise
+                if all_released.is_set():
+                    raise
+                logger.exception("The engine has ended because of an error. The next request opens it again.")
+                return
             opened.set_exception(exc)
             opened.exception()  # marks it as retrieved, in case its waiter was cancelled
 
