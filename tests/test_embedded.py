@@ -1,6 +1,7 @@
 """The embedded engine: every run ends in one way and does not affect others."""
 
 import asyncio
+import glob
 import uuid
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,14 @@ async def test_runs_resume_after_the_host_was_cancelled(tmp_path: Path) -> None:
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         run = await engine.wait(run.run_id)
     assert (run.status, run.attempt) == (RunStatus.COMPLETED, 2)
+
+
+async def test_an_engine_that_is_cancelled_while_it_starts_leaves_no_lock_file(tmp_path: Path) -> None:
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await Flock().engine(store=tmp_path / "flock.db").__aenter__()
+    assert scope.cancelled_caught
+    assert not glob.glob(f"{tmp_path}/flock.db-engine-*")
 
 
 async def test_an_engine_can_be_entered_again_but_not_twice(tmp_path: Path) -> None:

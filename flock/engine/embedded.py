@@ -188,6 +188,7 @@ class EmbeddedEngine(EngineBase):
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
             await stack.enter_async_context(listing_tools(tool_sources(self._agents)))
+            stack.push_async_callback(self._unregister)
             with self._explaining_store_errors():
                 agents_before = await self.store.register_engine(self._engine_id, self._flock, self._agents.keys())
                 self._warn_about_store(agents_before)
@@ -265,9 +266,11 @@ class EmbeddedEngine(EngineBase):
                 async with anyio.create_task_group() as stops:  # concurrently, so that they share one timeout
                     for active in list(self._runner.active.values()):
                         stops.start_soon(self._runner.interrupt, active)
-                with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError):
-                    await self.store.unregister_engine(self._engine_id)
             await self._exit.aclose()
+
+    async def _unregister(self) -> None:
+        with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S, shield=True), contextlib.suppress(StoreError):
+            await self.store.unregister_engine(self._engine_id)
 
     async def drain(self, timeout_s: float) -> None:
         self._check_entered()

@@ -103,9 +103,10 @@ def unlock(file: IO[bytes]) -> None:
     fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def close_lock(file: IO[bytes]) -> None:
-    _open_locks.discard(file)
-    file.close()
+def close_lock(file: IO[bytes] | None) -> None:
+    if file is not None:
+        _open_locks.discard(file)
+        file.close()
 
 
 def remove(path: str) -> None:

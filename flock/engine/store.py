@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import IO, Any, Literal, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -97,6 +97,7 @@ class Store:
         self._is_closing = False
         self._write_error: Exception | None = None
         self._file = StoreFile(self.path)
+        self._engine_lock: IO[bytes] | None = None
         self._displaced: Displaced | None = None
 
     # Lifecycle
