@@ -446,7 +446,10 @@ async def _accepted_run(
     """Submit the run in the body. Return it, whether the request is asynchronous, and headers.
 
     The body is freed when this returns.
+
+    Cancellation: counts as a disconnect, see ``_end_of``.
     """
+    app, run_id = app_of(request), run_id or new_id()
     body = await read_json(request)
     key = idempotency_key(request, lambda: fingerprint_of(request, body))
     run_request = wire.RUN_REQUEST.decode(body)
@@ -467,7 +470,16 @@ async def _accepted_run(
         )
     except Replayed as exc:
         return await _replayed(engine.get_run(exc.made_id)), is_async, REPLAYED
+    except anyio.get_cancelled_exc_class():  # it may be accepted nevertheless
+        await _cancel_unless(is_async or key is not None, app, run_id)
+        raise
     return run, is_async, {}
+
+
+async def _cancel_unless(outlives_client: bool, app: FlockAPI, run_id: str) -> None:
+    if not outlives_client and app.options.on_disconnect == "cancel":
+        with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
+            await app.engine.cancel_run(run_id)
 
 
 async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
@@ -489,9 +501,7 @@ async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
         path = f"{root_path(request.scope)}/run/{run_id}"
         raise StoreError(f"{exc} The run was accepted and is not cancelled. GET {path} shows its status.") from exc
     except (HTTPException, anyio.get_cancelled_exc_class()):
-        if not outlives_client and app.options.on_disconnect == "cancel":
-            with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
-                await app.engine.cancel_run(run_id)
+        await _cancel_unless(outlives_client, app, run_id)
         raise
 
 

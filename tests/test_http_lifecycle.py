@@ -1,6 +1,7 @@
 """The life of a run over HTTP: prefer, wait, cancel, retry, delete, list, events, keys, disconnects, readiness."""
 
 import contextlib
+import functools
 import re
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -587,6 +588,31 @@ async def test_a_run_is_cancelled_if_its_host_cancels_the_request(app: FlockAPI,
             await gate.ended.wait()
         (run,) = (await get(client, "/runs"))["runs"]
         assert (await get(client, f"/run/{run['run_id']}", wait=60))["status"] == "cancelled"
+
+
+@pytest.mark.parametrize(("on_disconnect", "end"), [("cancel", "cancelled"), ("continue", "completed")])
+async def test_a_run_is_cancelled_if_its_host_cancels_the_request_while_it_is_accepted(
+    on_disconnect: Any, end: str, gate: Gate, tmp_path: Path
+) -> None:
+    """A run of a session is written when it is accepted, even if the request is cancelled during the write."""
+    engine, is_held, may_write = gate.flock.engine(store=tmp_path / "flock.db"), threading.Event(), threading.Event()
+    app = create_app(gate.flock, engine=engine, on_disconnect=on_disconnect)
+
+    def hold(db: object) -> None:
+        is_held.set()
+        may_write.wait(20)
+
+    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        async with anyio.create_task_group() as writes, anyio.create_task_group() as requests:
+            writes.start_soon(engine.store.change, hold)
+            await until(is_held.is_set)
+            requests.start_soon(functools.partial(post_run, client, "nap", session_id="s"))
+            await until(lambda: bool(engine.store._open.changes))
+            requests.cancel_scope.cancel()
+            may_write.set()
+        gate.may_go.set()
+        (run,) = (await wait_until(client, "/runs", lambda body: bool(body["runs"])))["runs"]
+        assert (await get(client, f"/run/{run['run_id']}", wait=60))["status"] == end
 
 
 async def test_a_caller_gets_a_response_that_took_long(gate: Gate, model: FakeModel) -> None:

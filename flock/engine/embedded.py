@@ -392,6 +392,11 @@ class EmbeddedEngine(EngineBase):
     async def cancel_run(self, run_id: str) -> Run:
         active = self._runner.active.get(run_id)
         if active is None:
+            self._check_entered()
+            if self.store.version(run_id) is None:
+                await self.store.change(lambda db: None)  # it may be among the writes before this one
+                active = self._runner.active.get(run_id)
+        if active is None:
             run = await self.get_run(run_id)
             while run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
                 await self._runner.cancel_waiting(run)
