@@ -1,6 +1,7 @@
 """The pace of model calls: rate limits, outages, limits of a ``Model``, and other models to ask."""
 
 import contextlib
+import functools
 import math
 import subprocess
 import sys
@@ -453,6 +454,26 @@ async def test_max_concurrency_limits_the_calls_of_all_runs(model: FakeModel) ->
         for _ in range(20):
             tasks.start_soon(complete, models)
     assert most == 3
+
+
+async def test_a_call_that_waits_for_its_provider_holds_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "MIN_PROBE_PAUSE_S", 10 * PATIENCE_S)  # the item waits during the whole test
+    server, waits = Server(), anyio.Event()
+    server.is_down = True
+    reasons: list[str | None] = []
+
+    def on_wait(reason: str | None) -> None:
+        reasons.append(reason)
+        waits.set()
+
+    async with client(server, Model("openai/m", max_concurrency=1)) as models, anyio.create_task_group() as tasks:
+        tasks.start_soon(functools.partial(complete, models, caller=Caller(is_item=True, on_wait=on_wait)))
+        with anyio.fail_after(PATIENCE_S):
+            await waits.wait()
+            assert (await failure_of(models)).error_type == "model_unavailable"
+        assert server.asked == 6, "three attempts each"
+        tasks.cancel_scope.cancel()
+    assert str(reasons[0]).startswith("waiting for openai, which does not answer,")
 
 
 def test_processes_share_the_limits_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

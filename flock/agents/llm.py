@@ -292,7 +292,7 @@ class ModelClient:
         # The local model answers one request at a time. Waiting for the lock does not count as a timeout.
         async with self._local_lock if endpoint.is_local else contextlib.nullcontext():
             call = _Call(caller, self._pace(endpoint), self._backoff_s)
-            limits = self._limits((endpoint.account, endpoint.name), endpoint.limits)
+            limits = self._limits((endpoint.account, endpoint.name), endpoint.limits, call.pace)
             tokens = _estimate(sending.body, msgspec.json.encode(sending.body))
             while True:
                 passage = Passage(tokens)
@@ -321,11 +321,16 @@ class ModelClient:
         assert isinstance(pace, Pace)
         return pace
 
-    def _limits(self, key: tuple[Any, str], limits: tuple[int | None, int | None, int | None]) -> Sequence[Gate]:
+    def _limits(
+        self, key: tuple[Any, str], limits: tuple[int | None, int | None, int | None], pace: Pace | None = None
+    ) -> Sequence[Gate]:
         """Return the gate for the limits that a ``Model`` has named, if it has named any."""
         if not any(limits):
             return ()
-        return (self._paces.setdefault((*key, limits), ModelLimits(key[1], limits)),)
+        gates, key_of_gate = self._paces, (*key, limits)
+        if key_of_gate not in gates:
+            gates[key_of_gate] = ModelLimits(key[1], limits, pace)
+        return (gates[key_of_gate],)
 
     @property
     def _paces(self) -> dict[Any, Gate]:

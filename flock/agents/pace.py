@@ -431,25 +431,43 @@ async def passing(gates: Sequence[Gate], caller: Caller, passage: Passage) -> As
 class ModelLimits(Gate):
     """The limits that a ``Model`` names.
 
+    A call passes when it may also pass its pace, so that it holds no slot while it waits for its provider.
+
     Args:
         limits: requests per minute, tokens per minute, and calls at the same time; None means no limit.
+        pace: the pace of its provider, if it has one.
     """
 
     #: How many seconds of tokens may be used at once. Requests are spread, but one call needs many tokens.
     TOKEN_BURST_S = 10
 
-    def __init__(self, name: str, limits: tuple[int | None, int | None, int | None]) -> None:
+    def __init__(
+        self, name: str, limits: tuple[int | None, int | None, int | None], pace: "Pace | None" = None
+    ) -> None:
         super().__init__()
-        self.reason = f"waiting for the limits of the Model {name}"
+        self._name, self._pace = name, pace
+        if pace is not None:
+            pace.limits.append(self)
         requests, tokens, calls = (math.inf if limit is None else limit / _processes for limit in limits)
         self._requests = _Bucket(requests / 60, max(1.0, requests / 60))
         self._tokens = _Bucket(tokens / 60, tokens / 60 * self.TOKEN_BURST_S)
         self._free = max(1.0, calls)
 
+    @property
+    def reason(self) -> str:  # type: ignore[override]
+        if self._pace is not None and (self._pace.outage.is_open or self._pace.limit.is_open):
+            return self._pace.reason
+        return f"waiting for the limits of the Model {self._name}"
+
+    def check(self, now: float, caller: Caller) -> None:
+        if self._pace is not None:
+            self._pace.check(now, caller)
+
     def wait_s(self, now: float, caller: Caller, passage: Passage) -> float:
         if self._free < 1:
             return math.inf
-        return max(self._requests.wait_s(now), self._tokens.wait_s(now, passage.estimate))
+        pace_s = 0.0 if self._pace is None else self._pace.wait_s(now, caller, passage)
+        return max(pace_s, self._requests.wait_s(now), self._tokens.wait_s(now, passage.estimate))
 
     def admit(self, now: float, caller: Caller, passage: Passage) -> None:
         self._free -= 1
@@ -473,6 +491,8 @@ class Pace(Gate):
     def __init__(self, provider: str, shortest_s: float = 0.5) -> None:
         super().__init__()
         self._provider = provider
+        #: the limits whose calls wait there until they may pass here
+        self.limits: list[ModelLimits] = []
         self.rate = Rate(shortest_s)
         #: the provider asked to wait; it does not answer; the quota is used up
         self.limit, self.outage, self.quota = Breaker(), Breaker(), Breaker()
@@ -519,6 +539,16 @@ class Pace(Gate):
             return self.quota, self.limit, self.outage
         return self.quota, self.limit
 
+    def wake(self) -> None:
+        super().wake()
+        for limits in self.limits:
+            limits.wake()
+
+    def wake_all(self) -> None:
+        super().wake_all()
+        for limits in self.limits:
+            limits.wake_all()
+
     def leave(self, passage: Passage) -> None:
         for breaker in (self.quota, self.limit, self.outage):
             if breaker.probe is passage:
@@ -535,7 +565,7 @@ class Pace(Gate):
         for breaker in (self.quota, self.limit, self.outage):
             if breaker.is_open and (breaker.probe is passage or passage.sent_at > breaker.opened_at):
                 breaker.close()
-                if breaker is self.outage and self.waiting:
+                if breaker is self.outage and (self.waiting or any(limits.waiting for limits in self.limits)):
                     self.rate.restart(now, self._rate_before)
         if hold_s > 0:
             self._asked_until = now + hold_s
