@@ -607,6 +607,29 @@ async def test_a_short_wait_is_not_a_reason_for_another_model(both: ModelClient,
     assert (await complete(both)).model == FIRST
 
 
+@pytest.mark.parametrize("limit", [{"requests_per_minute": 1}, {"max_concurrency": 1}], ids=str)
+async def test_the_next_model_is_asked_if_the_limits_of_the_first_mean_a_long_wait(
+    limit: dict[str, Any], model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GROQ_API_KEY", "key")
+    monkeypatch.setattr(pace, "FALLBACK_WAIT_S", 0.1)
+    is_asked, may_answer = anyio.Event(), anyio.Event()
+
+    async def reply(request: ModelRequest) -> Any:
+        is_asked.set()
+        await may_answer.wait()
+        return Reply(ANSWER)
+
+    model.replies = [reply, Reply(ANSWER)]
+    async with client(model, [Model(FIRST, **limit), SECOND]) as models, anyio.create_task_group() as tasks:
+        tasks.start_soon(complete, models)
+        await is_asked.wait()
+        with anyio.fail_after(10):
+            assert (await complete(models)).model == SECOND
+        may_answer.set()
+    assert asked(model) == ["first", "second"]
+
+
 async def test_a_failed_provider_is_left_alone_and_then_asked_by_one_call(
     both: ModelClient, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -459,6 +459,17 @@ class ModelLimits(Gate):
             return self._pace.reason
         return f"waiting for the limits of the Model {self._name}"
 
+    async def enter(self, caller: Caller, passage: Passage) -> None:
+        """Wait as any gate, but at most ``FALLBACK_WAIT_S`` if there is another model to ask."""
+        if not caller.has_fallback:
+            return await super().enter(caller, passage)
+        spread_s = self._requests.wait_s(anyio.current_time()) + self.waiting / self._requests.per_s
+        if spread_s <= FALLBACK_WAIT_S:
+            with anyio.move_on_after(FALLBACK_WAIT_S):
+                return await super().enter(caller, passage)
+        message = f"The limits of the Model {self._name} mean a wait of more than {FALLBACK_WAIT_S:g} s."
+        raise ModelError(message, "model_rate_limited")
+
     def check(self, now: float, caller: Caller) -> None:
         if self._pace is not None:
             self._pace.check(now, caller)
