@@ -5,7 +5,7 @@ import json
 import socket
 import subprocess
 import venv
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from starlette.routing import Route
 from flock.agents.localmodel import bounded_schema
 from flock.agents.mcp import ListedTool, MCPTool, mcp_tools
 from flock.agents.react import schema_of
+from flock.agents.tools import Tool, ToolSource
 from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError
 from flock.runs import RunStatus
@@ -42,6 +43,8 @@ class FakeServer:
         self.headers: list[Any] = []
         self.sessions: list[str] = []
         self.has_sessions = True
+        self.first_tool: Any = ADD
+        self.version, self.session_name = "2025-06-18", "session"
         self.sends_events = sends_events
         self.reply: Callable[[Any], Awaitable[Any]] | None = None
         self.app = Starlette(routes=[Route("/mcp", self._answer, methods=["POST"])])
@@ -52,8 +55,8 @@ class FakeServer:
         self.requests.append((method, params))
         self.headers.append(request.headers)
         if method == "initialize":
-            self.sessions.append(f"session-{len(self.sessions)}")
-            result: Any = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {}}
+            self.sessions.append(f"{self.session_name}-{len(self.sessions)}")
+            result: Any = {"protocolVersion": self.version, "capabilities": {}, "serverInfo": {}}
             return JSONResponse(
                 {"jsonrpc": "2.0", "id": message["id"], "result": result},
                 headers={"Mcp-Session-Id": self.sessions[-1]} if self.has_sessions else {},
@@ -63,7 +66,7 @@ class FakeServer:
         if method == "notifications/initialized":
             return Response(status_code=202)
         if method == "tools/list":
-            result = {"tools": [FINISH]} if params.get("cursor") else {"tools": [ADD], "nextCursor": "more"}
+            result = {"tools": [FINISH]} if params.get("cursor") else {"tools": [self.first_tool], "nextCursor": "more"}
         else:
             result = {"content": [{"type": "text", "text": str(sum(params["arguments"].values()))}]}
         body = {"jsonrpc": "2.0", "id": message["id"], "result": result}
@@ -98,6 +101,14 @@ async def result_of_call(flock: Flock, model: FakeModel, arguments: Any = {"a": 
         run = await engine.wait(run.run_id, PATIENCE_S)
     assert run.status is RunStatus.COMPLETED, run.error
     return str(model.requests[-1]["messages"][-1]["content"])
+
+
+async def check_listing_fails(flock: Flock, text: str, model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    async with flock.engine(transport=model.transport) as engine:
+        await until(lambda: f"{text} Its tools are listed again when an agent needs them." in caplog.text)
+        run = await engine.submit("ask", {})
+        run = await engine.wait(run.run_id, PATIENCE_S)
+    assert (run.error, run.error_type) == (text, "call_error")
 
 
 @pytest.mark.parametrize("sends_events", [False, True], ids=["JSON", "events"])
@@ -152,6 +163,72 @@ async def test_a_server_that_is_down_is_a_warning_and_its_tools_are_listed_again
     async with Served(server.app) as served:
         flock.agents["ask"].tools[0]._url = f"{served.url}/mcp"  # type: ignore[attr-defined]
         assert await result_of_call(flock, model) == "3"
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        pytest.param(
+            {"type": "object", "properties": {"a": {"properties": 5}}}, "properties is not an object", id="map"
+        ),
+        pytest.param({"$defs": [{}]}, "$defs is not an object", id="list"),
+        pytest.param({"anyOf": 5}, "anyOf is not an array", id="anyOf"),
+    ],
+)
+async def test_an_invalid_schema_is_a_warning_and_the_error_of_a_run(
+    schema: Any, reason: str, model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = FakeServer()
+    server.first_tool = ADD | {"inputSchema": schema}
+    async with Served(server.app) as served:
+        text = f"The MCP server {served.url}/mcp lists the tool 'math.add' with an invalid inputSchema: {reason}."
+        await check_listing_fails(flock_of(f"{served.url}/mcp"), text, model, caplog)
+
+
+@pytest.mark.parametrize("schema", [[], {"type": "object", "properties": []}], ids=["schema", "properties"])
+async def test_an_empty_list_is_an_empty_map(schema: Any, model: FakeModel) -> None:
+    """PHP encodes an empty map in this way."""
+    server = FakeServer()
+    server.first_tool = ADD | {"inputSchema": schema}
+    async with Served(server.app) as served:
+        assert await result_of_call(flock_of(f"{served.url}/mcp"), model, {}) == "0"
+    assert model.requests[0]["tools"][0]["function"]["parameters"] == {"type": "object", "properties": {}}
+
+
+@pytest.mark.parametrize("is_session_id", [True, False], ids=["session ID", "protocol version"])
+async def test_what_cannot_be_a_header_is_a_warning_and_the_error_of_a_run(
+    is_session_id: bool, model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = FakeServer()
+    if is_session_id:
+        server.session_name = "s\u00e9ssion"
+    else:
+        server.version = "\u2028"
+    async with Served(server.app) as served:
+        text = f"The MCP server {served.url}/mcp sent a session ID or a protocol version that is not ASCII."
+        await check_listing_fails(flock_of(f"{served.url}/mcp"), text, model, caplog)
+
+
+async def test_no_error_of_a_source_of_tools_ends_the_engine(
+    model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(ToolSource):
+        name = "broken"
+
+        async def tools(self) -> Sequence[Tool]:
+            raise RuntimeError("no \ud800")
+
+        def __repr__(self) -> str:
+            return "<Broken>"
+
+    flock = Flock("mcp", model="openai/gpt-4o")
+    flock.add_agent(FlockFactory.create_default_agent("ask", output="a: str", tools=[Broken()]))
+    flock.add_agent(FlockFactory.create_default_agent("other", output="a: str"))
+    model.replies = [Reply({"a": "done"})]
+    async with flock.engine(transport=model.transport) as engine:
+        await until(lambda: "<Broken> failed (RuntimeError: no ?). Its tools are listed again" in caplog.text)
+        run = await engine.submit("other", {})
+        assert (await engine.wait(run.run_id, PATIENCE_S)).status is RunStatus.COMPLETED
 
 
 @pytest.mark.parametrize("has_sessions", [True, False])

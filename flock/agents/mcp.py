@@ -125,6 +125,8 @@ class MCPTools(ToolSource):
         session = {"MCP-Protocol-Version": version}
         if "mcp-session-id" in headers:
             session["Mcp-Session-Id"] = headers["mcp-session-id"]
+        if not all(map(str.isascii, session.values())):
+            raise self._error("sent a session ID or a protocol version that is not ASCII")
         body = {"jsonrpc": "2.0", "method": "notifications/initialized"}
         await http.post(self._url, content=msgspec.json.encode(body), headers={**self._headers, **session})
         return session
@@ -191,7 +193,10 @@ class MCPTool(Tool):
         name = re.sub(r"[^A-Za-z0-9_-]", "_", server.prefix + listed.name)[:64]
         self.name = f"{FINISH}_" if name == FINISH else name
         self.description = listed.description
-        self.parameters = _AnyArguments(listed.schema)
+        try:
+            self.parameters = _AnyArguments(listed.schema)
+        except (ValueError, RecursionError) as exc:
+            raise server._error(f"lists the tool {listed.name!r} with an invalid inputSchema: {exc}") from exc
         self._server = server
         self._listed_name = listed.name
 
@@ -207,7 +212,7 @@ class MCPTool(Tool):
 class _AnyArguments(Signature):
     """Arguments that must be a JSON object."""
 
-    def __init__(self, schema: Mapping[str, Any]) -> None:
+    def __init__(self, schema: Any) -> None:
         self.fields = ()
         self.schema = {"type": "object", "properties": {}, **_as_ours(schema)}
 
@@ -217,16 +222,24 @@ class _AnyArguments(Signature):
 
 
 def _as_ours(node: Any) -> dict[str, Any]:
-    """Return a JSON Schema in the form of our own: objects only, and ``anyOf`` in place of a list of types."""
+    """Return a JSON Schema in the form of our own: objects only, and ``anyOf`` in place of a list of types.
+
+    Raises: ValueError if a member has the wrong type.
+    """
     if not isinstance(node, Mapping):  # true accepts any value
         return {}
     ours = dict(node)
     for key in ("properties", "$defs"):
         if key in node:
-            ours[key] = {name: _as_ours(member) for name, member in node[key].items()}
+            members = {} if node[key] == [] else node[key]  # PHP encodes an empty map as a list
+            if not isinstance(members, Mapping):
+                raise ValueError(f"{key} is not an object")
+            ours[key] = {name: _as_ours(member) for name, member in members.items()}
     if "items" in node:
         ours["items"] = _as_ours(node["items"])
     if "anyOf" in node:
+        if not isinstance(node["anyOf"], list):
+            raise ValueError("anyOf is not an array")
         ours["anyOf"] = [_as_ours(member) for member in node["anyOf"]]
     if isinstance(types := ours.get("type"), list):
         description = {"description": ours.pop("description")} if "description" in ours else {}
@@ -244,8 +257,11 @@ async def listing_tools(sources: Iterable[ToolSource]) -> AsyncIterator[None]:
     async def list_tools(source: ToolSource) -> None:
         try:
             await source.tools()
-        except CallError as exc:
-            logger.warning("%s Its tools are listed again when an agent needs them.", safe_text(exc))
+        except Exception as exc:  # whatever a server sends, it must not end the engine
+            reason = (
+                exc if isinstance(exc, CallError) else f"{source!r} failed ({type(exc).__name__}: {safe_text(exc)})."
+            )
+            logger.warning("%s Its tools are listed again when an agent needs them.", safe_text(reason))
 
     async with anyio.create_task_group() as tasks:
         for source in sources:
@@ -262,7 +278,7 @@ class ListedTool(msgspec.Struct, rename={"schema": "inputSchema"}):
 
     name: str
     description: str = ""
-    schema: dict[str, Any] = {}
+    schema: dict[str, Any] | tuple[()] = {}
 
 
 class _Page(msgspec.Struct, rename="camel"):
